@@ -1,0 +1,35 @@
+"""MaskGIT in PyTorch Lightning: a VQGAN tokenizer, a masked token transformer, parallel decoding.
+
+The public names are imported when they are first used, so that ``import maskgit_pl`` and ``maskgit --help`` stay quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from maskgit_pl.decoding import ParallelDecoder
+    from maskgit_pl.masking import MaskSampler
+    from maskgit_pl.mvtm import MaskedTokenModel
+    from maskgit_pl.pipeline import MaskGIT
+    from maskgit_pl.schedules import mask_schedules
+    from maskgit_pl.tokenizer import Tokenizer
+
+__version__ = "0.1.0"
+__all__ = ["MaskGIT", "MaskSampler", "MaskedTokenModel", "ParallelDecoder", "Tokenizer", "mask_schedules"]
+
+_HOMES = {
+    "MaskGIT": "pipeline",
+    "MaskSampler": "masking",
+    "MaskedTokenModel": "mvtm",
+    "ParallelDecoder": "decoding",
+    "Tokenizer": "tokenizer",
+    "mask_schedules": "schedules",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,67 @@
+"""MaskSampler: what a training example hides, by the mask schedule that decoding follows too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from maskgit_pl.randomness import permutation, random_bits, random_uniform
+from maskgit_pl.schedules import MaskSchedule, num_masked
+
+__all__ = ["MaskSampler"]
+
+
+@dataclass(frozen=True)
+class MaskSampler:
+    """Draws the masks of masked visual token modeling.
+
+    For each sample: ratio = max(gamma(u), min_mask_ratio), ceil(ratio N) positions masked, uniformly chosen. The u of a
+    global batch are stratified, u = (pi(slot) + v) / B with pi a permutation for each step and v uniform: each is
+    uniform on [0, 1), together they cover it evenly, which takes variance out of the gradient. All of it depends on
+    (seed, sample, epoch, position) alone, so it is the same for any number of ranks.
+
+    Args:
+        mask_schedule: The schedule object that the decoder holds.
+        seed: In [0, 2**32).
+        min_mask_ratio: Lower bound of the ratio, a maximum without rescaling, in [0, 1].
+
+    Source: paper, training objective; MAGVIT code for ``min_mask_ratio``.
+    """
+
+    mask_schedule: MaskSchedule
+    seed: int
+    min_mask_ratio: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_mask_ratio <= 1:
+            raise ValueError(f"min_mask_ratio: a number in [0, 1] is needed, got {self.min_mask_ratio}")
+
+    def ratio(self, num_tokens: int, *, index: Tensor, epoch: Tensor, position: Tensor, global_batch: int) -> Tensor:
+        """Mask ratios (B,) float32 in [0, 1]; arguments as of ``mask``."""
+        step, slot = position // global_batch, position % global_batch
+        stratum = permutation(slot, global_batch, stream="mask-ratio", seed=self.seed, epoch=step)
+        jitter = random_uniform("mask-ratio", seed=self.seed, index=index, epoch=epoch)[:, 0]
+        progress = ((stratum + jitter) / global_batch).clamp(max=1.0)
+        return self.mask_schedule(progress, num_tokens).clamp(min=self.min_mask_ratio)
+
+    def mask(self, num_tokens: int, *, index: Tensor, epoch: Tensor, position: Tensor, global_batch: int) -> Tensor:
+        """The masks of a batch.
+
+        Args:
+            num_tokens: N, tokens of an image.
+            index: (B,) int64, global sample index.
+            epoch: (B,) int64, epoch of each sample.
+            position: (B,) int64, place in the training stream: step * global_batch + slot.
+            global_batch: Samples of one step over all ranks.
+
+        Returns:
+            (B, N) bool, True = masked; at least one and at most N are masked in each row.
+        """
+        ratio = self.ratio(num_tokens, index=index, epoch=epoch, position=position, global_batch=global_batch)
+        count = num_masked(ratio, num_tokens, rounding="ceil").clamp(min=1)
+        keys = random_bits("mask", seed=self.seed, index=index, epoch=epoch, count=num_tokens)
+        order = keys.argsort(dim=1, stable=True)  # a uniformly random order of the positions; ties by position
+        hidden = torch.arange(num_tokens, device=keys.device) < count.unsqueeze(1)  # the first `count` of that order
+        return torch.zeros_like(hidden).scatter(1, order, hidden)

@@ -1,0 +1,1 @@
+"""Plain ``nn.Module`` networks: tokenizer, quantizers, discriminator, feature networks and the transformer."""

@@ -1,0 +1,190 @@
+"""The bidirectional transformer of MaskGIT: a post-norm BERT over a class token and the image's tokens.
+
+Used by ``mvtm.MaskedTokenModel`` in training and, through ``decoding.ClassPredictor``, in decoding.
+
+Source: paper, implementation details; google-research/maskgit, ``maskgit_transformer.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+__all__ = ["MaskedTransformer", "TransformerConfig", "Vocabulary"]
+
+Vocabulary = Literal["codes", "all"]
+
+_LAYER_NORM_EPS = 1e-12
+_INIT_STD = 0.02
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes of the transformer. The defaults are the released ones.
+
+    Args:
+        num_codes: K, size of the tokenizer's codebook.
+        num_classes: Classes, at least 1 (1 for data without classes).
+        grid: Rows and columns of the token grid (h, w); N = h w.
+        width: D, a multiple of ``num_heads``.
+        depth: Blocks.
+        num_heads: Attention heads.
+        mlp_width: Hidden width of the feed-forward part.
+        dropout: Of embeddings, attention probabilities and both outputs of a block, in [0, 1).
+        class_dropout: Share of training samples whose class is replaced by the null class, in [0, 1). Above 0 the
+            vocabulary has a null class, and guidance is possible.
+
+    Raises:
+        ValueError: A size out of range.
+    """
+
+    num_codes: int
+    num_classes: int
+    grid: tuple[int, int]
+    width: int = 768
+    depth: int = 24
+    num_heads: int = 16
+    mlp_width: int = 3072
+    dropout: float = 0.1
+    class_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "grid", tuple(self.grid))
+        sizes = {
+            name: getattr(self, name)
+            for name in ("num_codes", "num_classes", "width", "depth", "num_heads", "mlp_width")
+        }
+        for name, value in sizes.items():
+            if value < 1:
+                raise ValueError(f"transformer {name}: at least 1 is needed, got {value}")
+        if len(self.grid) != 2 or min(self.grid) < 1:
+            raise ValueError(f"transformer grid: two positive numbers (rows, columns) are needed, got {self.grid}")
+        if self.width % self.num_heads:
+            raise ValueError(f"transformer width: a multiple of num_heads {self.num_heads} is needed, got {self.width}")
+        for name in ("dropout", "class_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"transformer {name}: a number in [0, 1) is needed, got {getattr(self, name)}")
+
+    @property
+    def num_tokens(self) -> int:
+        """N, tokens of an image."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that stands for "no class", or None where class dropout is 0."""
+        return self.num_classes if self.class_dropout > 0 else None
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Rows of the word table: codes, classes, the null class if there is one, the mask token."""
+        return self.num_codes + self.num_classes + (self.null_label is not None) + 1
+
+    @property
+    def mask_token_id(self) -> int:
+        """The last row."""
+        return self.vocabulary_size - 1
+
+
+class Block(nn.Module):
+    """Post-norm attention and feed-forward: x = LN(x + f(x)), twice.
+
+    Args:
+        config: Sizes.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.dropout = config.dropout
+        self.query_key_value = nn.Linear(config.width, 3 * config.width)
+        self.attention_output = nn.Linear(config.width, config.width)
+        self.attention_norm = nn.LayerNorm(config.width, eps=_LAYER_NORM_EPS)
+        self.mlp_hidden = nn.Linear(config.width, config.mlp_width)
+        self.mlp_output = nn.Linear(config.mlp_width, config.width)
+        self.mlp_norm = nn.LayerNorm(config.width, eps=_LAYER_NORM_EPS)
+
+    def forward(self, x: Tensor, asked: Tensor | None = None) -> Tensor:
+        """(B, S, D) -> (B, S, D), or (B, M, D) for the rows ``asked`` (B, M) int64 in [0, S) alone."""
+        query, key, value = rearrange(
+            self.query_key_value(x), "b s (three heads d) -> three b heads s d", three=3, heads=self.num_heads
+        )
+        if asked is not None:
+            rows = asked.unsqueeze(-1)
+            x = x.gather(1, rows.expand(-1, -1, x.shape[-1]))  # (B, M, D)
+            query = query.gather(2, rows.unsqueeze(1).expand(-1, self.num_heads, -1, query.shape[-1]))
+        attended = F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout if self.training else 0.0)
+        attended = self.attention_output(rearrange(attended, "b heads s d -> b s (heads d)"))
+        x = self.attention_norm(x + F.dropout(attended, self.dropout, self.training))
+        hidden = self.mlp_output(F.gelu(self.mlp_hidden(x), approximate="tanh"))
+        normed: Tensor = self.mlp_norm(x + F.dropout(hidden, self.dropout, self.training))
+        return normed
+
+
+class MaskedTransformer(nn.Module):
+    """Predicts the codes of masked tokens from the visible ones and the class.
+
+    The sequence is [class, tokens in raster order]; the head is tied to the word table. All weights start from a normal
+    truncated to two standard deviations, times 0.02; biases from 0.
+
+    Args:
+        config: Sizes.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.words = nn.Embedding(config.vocabulary_size, config.width)
+        self.positions = nn.Embedding(config.num_tokens + 1, config.width)
+        self.embedding_norm = nn.LayerNorm(config.width, eps=_LAYER_NORM_EPS)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.head_dense = nn.Linear(config.width, config.width)
+        self.head_norm = nn.LayerNorm(config.width, eps=_LAYER_NORM_EPS)
+        self.head_bias = nn.Parameter(torch.zeros(config.vocabulary_size))
+        self.apply(_initialise)
+
+    def forward(
+        self, tokens: Tensor, labels: Tensor, positions: Tensor | None = None, *, vocabulary: Vocabulary = "codes"
+    ) -> Tensor:
+        """Logits where they are asked for; the head runs nowhere else.
+
+        Args:
+            tokens: (B, N) int64: codes in [0, K), or ``mask_token_id``.
+            labels: (B,) int64 in [0, num_classes), or ``null_label``.
+            positions: None for all tokens; (B, M) int64 in [0, N) for M a row, where the last block runs at these
+                alone; (B, N) bool for those that are True, in raster order row after row.
+            vocabulary: Columns: the K codes, or all rows of the word table.
+
+        Returns:
+            (B, N, V), (B, M, V) or (number of True, V) float.
+        """
+        asked = None if positions is None or positions.dtype == torch.bool else positions + 1  # the class stands first
+        x = self._embed(tokens, labels)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        x = self.blocks[-1](x, asked)
+        if asked is None:
+            x = x[:, 1:] if positions is None else x[:, 1:][positions]
+        return self._head(x, vocabulary)
+
+    def _embed(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        sequence = torch.cat([labels.unsqueeze(1) + self.config.num_codes, tokens], dim=1)  # (B, 1 + N)
+        x = self.embedding_norm(self.words(sequence) + self.positions.weight)
+        return F.dropout(x, self.config.dropout, self.training)
+
+    def _head(self, x: Tensor, vocabulary: Vocabulary) -> Tensor:
+        rows = self.config.num_codes if vocabulary == "codes" else self.config.vocabulary_size
+        x = self.head_norm(F.gelu(self.head_dense(x), approximate="tanh"))
+        return F.linear(x, self.words.weight[:rows], self.head_bias[:rows])
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.trunc_normal_(module.weight, std=_INIT_STD, a=-2 * _INIT_STD, b=2 * _INIT_STD)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)

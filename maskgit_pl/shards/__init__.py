@@ -1,0 +1,1 @@
+"""The data format: WebDataset tars read by index, and the token store."""

@@ -1,0 +1,1 @@
+"""What surrounds a training run: checkpoints, strategies, optimisers, averages of weights, pictures."""

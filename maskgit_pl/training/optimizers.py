@@ -1,0 +1,69 @@
+"""Parameter groups and learning rates that both stages use."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+__all__ = ["LearningRate", "parameter_groups"]
+
+_DECAYED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """Linear warm-up to a peak, then constant or a half cosine down.
+
+    Args:
+        peak: Highest learning rate, positive.
+        warmup_steps: Steps from 0 to the peak.
+        decay: What follows the warm-up.
+        final_fraction: Where a cosine decay ends, as a fraction of the peak, in [0, 1].
+
+    Raises:
+        ValueError: A number out of range.
+    """
+
+    peak: float
+    warmup_steps: int = 0
+    decay: Literal["constant", "cosine"] = "constant"
+    final_fraction: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.peak < math.inf:
+            raise ValueError(f"learning rate peak: a positive number is needed, got {self.peak}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"learning rate warmup_steps: at least 0 is needed, got {self.warmup_steps}")
+        if not 0 <= self.final_fraction <= 1:
+            raise ValueError(f"learning rate final_fraction: a number in [0, 1] is needed, got {self.final_fraction}")
+
+    def factor(self, step: int, max_steps: int) -> float:
+        """Multiplier of the peak at a step (steps done before), in [0, 1]."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if self.decay == "constant":
+            return 1.0
+        progress = min(1.0, (step - self.warmup_steps) / max(1, max_steps - self.warmup_steps))
+        return self.final_fraction + (1 - self.final_fraction) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups: weights of Linear and Conv layers, which decay, and everything else, which does not.
+
+    Embeddings, tied tables, positions, codebooks, norms and biases stand in the second. Frozen parameters in none.
+
+    Args:
+        module: What is trained.
+        weight_decay: Of the first group.
+
+    Source: the released configuration decays kernels only.
+    """
+    decayed = {id(part.weight) for part in module.modules() if isinstance(part, _DECAYED)}
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in trained if id(p) in decayed], "weight_decay": weight_decay},
+        {"params": [p for p in trained if id(p) not in decayed], "weight_decay": 0.0},
+    ]
