@@ -1,0 +1,405 @@
+"""Vector quantizers: from encoder features to code ids and back, with the losses that train both.
+
+``VQGAN`` builds one from a spec (``gradient``, or ``{name: ema, decay: 0.99}``); other packages add their own under the
+entry point group ``maskgit_pl.quantizers``. Batch statistics (the mean probability of the entropy loss, the moving
+averages, the candidates of a restart) are those of the global batch: they are all-reduced where a process group runs.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce as differentiable_all_reduce
+
+from maskgit_pl.randomness import permutation
+from maskgit_pl.registry import Registry
+
+__all__ = [
+    "EMAQuantizer",
+    "EMAQuantizerSpec",
+    "EntropyKind",
+    "GradientQuantizer",
+    "GradientQuantizerSpec",
+    "Quantizer",
+    "QuantizerOutput",
+    "QuantizerSpec",
+    "entropy_loss",
+    "quantizers",
+]
+
+EntropyKind = Literal["softmax", "argmax"]
+
+
+class QuantizerOutput(NamedTuple):
+    """What a quantizer gives in training.
+
+    Attributes:
+        quantized: (B, D, h, w) float32 codes; the gradient passes to ``features`` unchanged (straight-through).
+        tokens: (B, N) int64 in [0, K), raster order, N = h w.
+        loss: Scalar float32, the weighted sum of the quantizer's losses.
+        features: (B, D, h, w) float32, what was quantized, detached.
+    """
+
+    quantized: Tensor
+    tokens: Tensor
+    loss: Tensor
+    features: Tensor
+
+
+class QuantizerSpec(Protocol):
+    """What a registered quantizer is in a recipe: a frozen dataclass that makes the module."""
+
+    def create(self, *, num_codes: int, code_width: int) -> Quantizer:
+        """Makes the quantizer of K = ``num_codes`` codes of width D = ``code_width``."""
+        ...
+
+
+quantizers: Registry[QuantizerSpec] = Registry("quantizer", "maskgit_pl.quantizers")
+
+
+class Quantizer(nn.Module):
+    """Nearest code by squared L2 distance; subclasses say how the codes learn.
+
+    Distances are one float32 matrix product, also under autocast: two codes may differ by less than bfloat16 resolves.
+
+    Args:
+        num_codes: K, codes in the codebook.
+        code_width: D, numbers in a code.
+    """
+
+    codebook: Tensor  # (K, D) float32
+
+    def __init__(self, *, num_codes: int, code_width: int) -> None:
+        super().__init__()
+        self.num_codes = num_codes
+        self.code_width = code_width
+
+    def distances(self, rows: Tensor) -> Tensor:
+        """Squared distances |a|^2 - 2 a b + |b|^2 of (M, D) rows to all codes: (M, K) float32.
+
+        Source: released code, vector quantizer.
+        """
+        with torch.autocast(rows.device.type, enabled=False):
+            rows, codes = rows.float(), self.codebook.float()
+            products = torch.addmm(codes.square().sum(1), rows, codes.t(), alpha=-2)  # (M, K)
+            return products + rows.square().sum(1, keepdim=True)
+
+    def nearest(self, features: Tensor) -> Tensor:
+        """The nearest code of each place; the lowest id where two are equally near.
+
+        Args:
+            features: (B, D, h, w) float.
+
+        Returns:
+            (B, N) int64 in [0, K), raster order.
+        """
+        tokens = self.distances(_rows(features)).argmin(1)
+        return tokens.view(features.shape[0], -1)
+
+    def lookup(self, tokens: Tensor) -> Tensor:
+        """The codes of int64 tokens in [0, K) of any shape: (..., D) float32."""
+        return F.embedding(tokens, self.codebook)
+
+    @abstractmethod
+    def forward(self, features: Tensor) -> QuantizerOutput:
+        """Quantizes (B, D, h, w) float features and computes the losses that train encoder and codes."""
+        raise NotImplementedError
+
+    def update(self, tokens: Sequence[Tensor], features: Sequence[Tensor], *, seed: int, step: int) -> None:
+        """Learns from a global batch what gradients do not teach; called once after each optimiser step.
+
+        Args:
+            tokens: ``QuantizerOutput.tokens`` of this rank's micro-batches, in order.
+            features: ``QuantizerOutput.features`` of the same.
+            seed: Seed of the counter-based choices.
+            step: Number of the step, which makes the choices of each step its own.
+        """
+
+
+class GradientQuantizer(Quantizer):
+    """Codes as a parameter, trained by the optimiser: see ``GradientQuantizerSpec``."""
+
+    def __init__(self, spec: GradientQuantizerSpec, *, num_codes: int, code_width: int) -> None:
+        super().__init__(num_codes=num_codes, code_width=code_width)
+        self.spec = spec
+        self.codebook = nn.Parameter(_initial_codes(num_codes, code_width))
+
+    def forward(self, features: Tensor) -> QuantizerOutput:
+        """Quantizes features; the loss is commitment + codebook + entropy."""
+        rows = _rows(features).float()  # (M, D)
+        tokens, entropy = _nearest_and_entropy(self, rows, self.spec.entropy)
+        codes = self.lookup(tokens)
+        commitment = self.spec.commitment * F.mse_loss(rows, codes.detach())
+        codebook = self.spec.codebook_weight * F.mse_loss(codes, rows.detach())
+        return _output(features, rows, codes, tokens, commitment + codebook + entropy)
+
+
+class EMAQuantizer(Quantizer):
+    """Codes as running means of the features assigned to them: see ``EMAQuantizerSpec``.
+
+    The codebook and its statistics are buffers. All counts start at 0, so nearly every code is dead at the first update
+    and the codebook starts from encoder outputs of the first global batch.
+    """
+
+    counts: Tensor  # (K,) float32: moving average of a code's features in a global batch
+    sums: Tensor  # (K, D) float32: moving average of their sum
+
+    def __init__(self, spec: EMAQuantizerSpec, *, num_codes: int, code_width: int) -> None:
+        super().__init__(num_codes=num_codes, code_width=code_width)
+        self.spec = spec
+        self.register_buffer("codebook", _initial_codes(num_codes, code_width))
+        self.register_buffer("counts", torch.zeros(num_codes))
+        self.register_buffer("sums", torch.zeros(num_codes, code_width))
+
+    def forward(self, features: Tensor) -> QuantizerOutput:
+        """Quantizes features; the loss is commitment + entropy."""
+        rows = _rows(features).float()
+        tokens, entropy = _nearest_and_entropy(self, rows, self.spec.entropy)
+        codes = self.lookup(tokens)
+        commitment = self.spec.commitment * F.mse_loss(rows, codes)
+        return _output(features, rows, codes, tokens, commitment + entropy)
+
+    @torch.no_grad()
+    def update(self, tokens: Sequence[Tensor], features: Sequence[Tensor], *, seed: int, step: int) -> None:
+        """Moves the averages by one global batch, then restarts dead codes from it."""
+        rows = torch.cat([_rows(part) for part in features])  # (A M, D)
+        counts, sums = _code_statistics(torch.cat([part.flatten() for part in tokens]), rows, self.num_codes)
+        self.counts.lerp_(counts, 1 - self.spec.decay)
+        self.sums.lerp_(sums, 1 - self.spec.decay)
+        share = counts.sum() / self.num_codes  # features of a code if all were used equally
+        candidates = _global_choice(rows, len(features), self.num_codes, seed=seed, step=step)  # (K, D)
+        self._restart(candidates, share)
+        self.codebook.copy_(self.sums / self.counts.unsqueeze(1))
+
+    def _restart(self, candidates: Tensor, share: Tensor) -> None:
+        """Puts candidate k, a row of (K, D), in the place of code k where that code is dead; without a host sync."""
+        threshold = self.spec.restart_below * share
+        dead = self.counts <= threshold
+        fresh = threshold.clamp(min=1e-3) * 2  # a small weight: the code moves to its cluster's mean within a few steps
+        self.counts.copy_(torch.where(dead, fresh, self.counts))
+        self.sums.copy_(torch.where(dead.unsqueeze(1), candidates * fresh, self.sums))
+
+
+@dataclass(frozen=True)
+class Entropy:
+    """Weight and form of the entropy loss of -distance: sure of each code, all codes used.
+
+    Attributes:
+        weight: Factor of the loss; 0 leaves it out.
+        temperature: Divides the distances before the softmax, > 0.
+        kind: Soft assignment, or one-hot assignment with a straight-through gradient.
+    """
+
+    weight: float
+    temperature: float
+    kind: EntropyKind
+
+
+@quantizers.register("gradient")
+@dataclass(frozen=True)
+class GradientQuantizerSpec:
+    """The released code's quantizer: nearest code, straight-through, codebook trained by gradient.
+
+    loss = commitment |sg(q) - z|^2 + codebook_weight |q - sg(z)|^2 + entropy_weight entropy(-distance / temperature)
+
+    Attributes:
+        commitment: Weight that holds the encoder to its codes, >= 0.
+        codebook_weight: Weight that draws the codes to the encoder, > 0.
+        entropy_weight: Weight of the entropy loss, >= 0.
+        entropy_temperature: Temperature of its softmax, > 0.
+        entropy_kind: ``softmax`` (released) or ``argmax``.
+
+    Raises:
+        ValueError: A number is out of range.
+
+    Source: released code, config ``vqvae``: 0.25, 1.0, 0.1, 0.01, softmax.
+    """
+
+    commitment: float = 0.25
+    codebook_weight: float = 1.0
+    entropy_weight: float = 0.1
+    entropy_temperature: float = 0.01
+    entropy_kind: EntropyKind = "softmax"
+
+    def __post_init__(self) -> None:
+        _check_weights("gradient", commitment=self.commitment, entropy_weight=self.entropy_weight)
+        _check_positive("gradient", codebook_weight=self.codebook_weight, entropy_temperature=self.entropy_temperature)
+        _check_kind("gradient", self.entropy_kind)
+
+    @property
+    def entropy(self) -> Entropy:
+        """The entropy loss of these numbers."""
+        return Entropy(self.entropy_weight, self.entropy_temperature, self.entropy_kind)
+
+    def create(self, *, num_codes: int, code_width: int) -> Quantizer:
+        """Makes the module, its codes uniform in +-sqrt(3 / K)."""
+        return GradientQuantizer(self, num_codes=num_codes, code_width=code_width)
+
+
+@quantizers.register("ema")
+@dataclass(frozen=True)
+class EMAQuantizerSpec:
+    """Codes as exponential moving averages, dead codes restarted from encoder outputs.
+
+    counts <- decay counts + (1 - decay) n,  sums <- decay sums + (1 - decay) s,  codebook = sums / counts
+
+    with n and s the number and the sum of the features that a code was nearest to in the global batch.
+
+    Attributes:
+        decay: In [0, 1).
+        commitment: Weight that holds the encoder to its codes, >= 0.
+        restart_below: A code is dead when its count is at most this share of an even use of all codes, in [0, 1).
+        entropy_weight: Weight of the entropy loss on the encoder, >= 0.
+        entropy_temperature: Temperature of its softmax, > 0.
+        entropy_kind: ``softmax`` or ``argmax``.
+
+    Raises:
+        ValueError: A number is out of range.
+
+    Source: van den Oord et al., arXiv:1711.00937, appendix A.1; restarts: Dhariwal et al., arXiv:2005.00341, section 3.
+    """
+
+    decay: float = 0.99
+    commitment: float = 0.25
+    restart_below: float = 0.05
+    entropy_weight: float = 0.0
+    entropy_temperature: float = 0.01
+    entropy_kind: EntropyKind = "softmax"
+
+    def __post_init__(self) -> None:
+        for name, value in (("decay", self.decay), ("restart_below", self.restart_below)):
+            if not 0 <= value < 1:
+                raise ValueError(f"quantizer 'ema' {name}: a number in [0, 1) is needed, got {value}")
+        _check_weights("ema", commitment=self.commitment, entropy_weight=self.entropy_weight)
+        _check_positive("ema", entropy_temperature=self.entropy_temperature)
+        _check_kind("ema", self.entropy_kind)
+
+    @property
+    def entropy(self) -> Entropy:
+        """The entropy loss of these numbers."""
+        return Entropy(self.entropy_weight, self.entropy_temperature, self.entropy_kind)
+
+    def create(self, *, num_codes: int, code_width: int) -> Quantizer:
+        """Makes the module; its codes come from the first global batch."""
+        return EMAQuantizer(self, num_codes=num_codes, code_width=code_width)
+
+
+def entropy_loss(affinity: Tensor, *, temperature: float, kind: EntropyKind = "softmax") -> Tensor:
+    """Mean entropy of each row's assignment minus the entropy of the mean assignment.
+
+    mean_m H(p_m) - H(mean_m p_m), p = softmax(affinity / temperature): low when each row is sure and all codes are
+    used. The mean assignment is that of the global micro-batch: all-reduced, with its gradient, over the process group.
+
+    Args:
+        affinity: (..., K) float, e.g. negative distances.
+        temperature: > 0.
+        kind: ``softmax``: soft assignments; ``argmax``: one-hot ones with the gradient of the soft ones.
+
+    Returns:
+        Scalar float32.
+
+    Source: released code, ``entropy_loss``; the 1e-5 inside the logarithm is its.
+    """
+    flat = affinity.float().flatten(0, -2) / temperature  # (M, K)
+    log_probabilities = F.log_softmax(flat, dim=-1)
+    probabilities = log_probabilities.exp()
+    if kind == "argmax":
+        one_hot = F.one_hot(flat.argmax(-1), flat.shape[-1]).to(flat.dtype)
+        probabilities = one_hot + (probabilities - probabilities.detach())
+    mean = _global_mean(probabilities.mean(0))
+    mean_entropy = -(mean * (mean + 1e-5).log()).sum()
+    return -(probabilities * log_probabilities).sum(-1).mean() - mean_entropy
+
+
+def _nearest_and_entropy(quantizer: Quantizer, rows: Tensor, entropy: Entropy) -> tuple[Tensor, Tensor]:
+    """(M,) nearest codes and the weighted entropy loss; without the loss, the distances need no graph."""
+    with torch.set_grad_enabled(torch.is_grad_enabled() and entropy.weight > 0):
+        distances = quantizer.distances(rows)
+    tokens = distances.argmin(1)
+    if entropy.weight == 0:
+        return tokens, rows.new_zeros(())
+    return tokens, entropy.weight * entropy_loss(-distances, temperature=entropy.temperature, kind=entropy.kind)
+
+
+def _output(features: Tensor, rows: Tensor, codes: Tensor, tokens: Tensor, loss: Tensor) -> QuantizerOutput:
+    batch, _, height, width = features.shape
+    straight_through = rows + (codes - rows).detach()
+    quantized = rearrange(straight_through, "(b h w) d -> b d h w", b=batch, h=height, w=width)
+    return QuantizerOutput(quantized, tokens.view(batch, -1), loss, features.detach().float())
+
+
+def _rows(features: Tensor) -> Tensor:
+    """(B, D, h, w) -> (B h w, D); free of a copy in channels-last memory."""
+    return rearrange(features, "b d h w -> (b h w) d")
+
+
+def _initial_codes(num_codes: int, code_width: int) -> Tensor:
+    """Uniform in +-sqrt(3 / K): variance 1 / K. Source: released code (variance scaling, fan-in K)."""
+    bound = math.sqrt(3.0 / num_codes)
+    return torch.empty(num_codes, code_width).uniform_(-bound, bound)
+
+
+def _code_statistics(tokens: Tensor, rows: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
+    """How many rows each code has in the global batch, (K,), and their sum, (K, D)."""
+    statistics = rows.new_zeros(num_codes, rows.shape[1] + 1)
+    statistics[:, :-1].index_add_(0, tokens, rows)
+    statistics[:, -1] = torch.bincount(tokens, minlength=num_codes)
+    if _world_size() > 1:
+        dist.all_reduce(statistics)
+    return statistics[:, -1].clone(), statistics[:, :-1]
+
+
+def _global_choice(rows: Tensor, micro_batches: int, count: int, *, seed: int, step: int) -> Tensor:
+    """``count`` rows of the global batch, equal on every rank and for every split into ranks and micro-batches.
+
+    Row j of micro-batch a on rank r is row (a W + r) M + j of the global batch (the slots of the training stream); each
+    rank gives those of the chosen rows that it holds.
+    """
+    ranks, rank, size = _world_size(), dist.get_rank() if _world_size() > 1 else 0, rows.shape[0] // micro_batches
+    total = rows.shape[0] * ranks
+    chosen = permutation(torch.arange(count) % total, total, stream="restart", seed=seed, epoch=step)
+    micro_batch, owner, row = chosen // (size * ranks), chosen // size % ranks, chosen % size
+    local = rows[(micro_batch * size + row).to(rows.device)]  # (count, D)
+    if ranks == 1:
+        return local
+    local = local * (owner == rank).to(local).unsqueeze(1)
+    dist.all_reduce(local)
+    return local
+
+
+def _global_mean(value: Tensor) -> Tensor:
+    """Mean of a tensor over the process group, differentiable; the tensor itself without one."""
+    if _world_size() == 1:
+        return value
+    mean: Tensor = differentiable_all_reduce(value) / _world_size()  # type: ignore[no-untyped-call]
+    return mean
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _check_weights(name: str, **values: float) -> None:
+    for key, value in values.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"quantizer {name!r} {key}: a finite number of at least 0 is needed, got {value}")
+
+
+def _check_positive(name: str, **values: float) -> None:
+    for key, value in values.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"quantizer {name!r} {key}: a finite number above 0 is needed, got {value}")
+
+
+def _check_kind(name: str, kind: str) -> None:
+    if kind not in ("softmax", "argmax"):
+        raise ValueError(f"quantizer {name!r} entropy_kind: 'softmax' or 'argmax' is needed, got {kind!r}")
