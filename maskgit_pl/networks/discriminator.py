@@ -1,0 +1,154 @@
+"""The tokenizer's opponent in training: a StyleGAN-type residual discriminator, as in the released code."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["Discriminator", "DiscriminatorConfig", "Pooling"]
+
+Pooling = Literal["blur", "average"]
+_Layer = TypeVar("_Layer", nn.Conv2d, nn.Linear)
+
+_SLOPE = 0.2
+_SMALLEST = 4  # the resolution at which the features are flattened
+
+
+@dataclass(frozen=True)
+class DiscriminatorConfig:
+    """Sizes of the discriminator; the image's come from the tokenizer. The defaults are the released code's.
+
+    Attributes:
+        channel_multiplier: Factor of the released widths: 512 up to 32 px, then halved with each doubling of the edge.
+            The edge counts as the next power of two, so 28 px has the widths of 32. Small images do well with 1/8.
+        channels: One width for each resolution, from the image's down to the last, in place of the released ones.
+        pooling: How the resolution halves: a 4x4 blur ([1, 3, 3, 1] outer product) of stride 2, or a 2x2 mean.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+
+    channel_multiplier: float = 1.0
+    channels: tuple[int, ...] | None = None
+    pooling: Pooling = "blur"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.channel_multiplier < math.inf:
+            raise ValueError(
+                f"discriminator channel_multiplier: a positive number is needed, got {self.channel_multiplier}"
+            )
+        if self.channels is not None:
+            object.__setattr__(self, "channels", tuple(self.channels))
+            if not self.channels or min(self.channels) < 1:
+                raise ValueError(f"discriminator channels: positive integers are needed, got {self.channels}")
+        if self.pooling not in ("blur", "average"):
+            raise ValueError(f"discriminator pooling: 'blur' or 'average' is needed, got {self.pooling!r}")
+
+    def widths(self, image_size: int) -> tuple[int, ...]:
+        """Channels at each resolution: the image's, then halved (rounded down) until it is at most 4.
+
+        Raises:
+            ValueError: ``channels`` does not name one width for each.
+        """
+        resolutions = [image_size]
+        while resolutions[-1] > _SMALLEST:
+            resolutions.append(resolutions[-1] // 2)
+        if self.channels is None:
+            return tuple(max(1, round(self.channel_multiplier * _released_width(r))) for r in resolutions)
+        if len(self.channels) != len(resolutions):
+            raise ValueError(
+                f"discriminator channels: one width for each of the resolutions {resolutions} is needed, "
+                f"got {len(self.channels)}: {self.channels}"
+            )
+        return self.channels
+
+
+class DiscriminatorBlock(nn.Module):
+    """Two 3x3 convolutions with halving between them, and a halved 1x1 shortcut; their sum over sqrt(2).
+
+    Args:
+        in_channels: Width of the input.
+        out_channels: Width of the output.
+        pooling: How the resolution halves.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, pooling: Pooling) -> None:
+        super().__init__()
+        self.conv1 = _xavier(nn.Conv2d(in_channels, in_channels, 3, padding=1))
+        self.shortcut = _xavier(nn.Conv2d(in_channels, out_channels, 1, bias=False))
+        self.conv2 = _xavier(nn.Conv2d(in_channels, out_channels, 3, padding=1))
+        self.pool = Blur() if pooling == "blur" else nn.AvgPool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in, h, w) -> (B, out, floor(h / 2), floor(w / 2))."""
+        hidden = self.pool(F.leaky_relu(self.conv1(x), _SLOPE))
+        hidden = F.leaky_relu(self.conv2(hidden), _SLOPE)
+        out: Tensor = (hidden + self.shortcut(self.pool(x))) / math.sqrt(2)
+        return out
+
+
+class Blur(nn.Module):
+    """Depthwise blur with the outer product of [1, 3, 3, 1] / 8, stride 2, zero padding of 1."""
+
+    kernel: Tensor  # (4, 4)
+
+    def __init__(self) -> None:
+        super().__init__()
+        taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+        self.register_buffer("kernel", torch.outer(taps, taps), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, floor(h / 2), floor(w / 2))."""
+        channels = x.shape[1]
+        kernel = self.kernel.to(x.dtype).expand(channels, 1, 4, 4)
+        return F.conv2d(x, kernel, stride=2, padding=1, groups=channels)
+
+
+class Discriminator(nn.Module):
+    """Images to one logit each: high where the image looks real.
+
+    Args:
+        config: Widths and pooling.
+        in_channels: Channels of an image.
+        image_size: Edge of the square images.
+
+    Source: released code, ``discriminator.py`` (StyleGAN2's, Karras et al., arXiv:1912.04958, without the minibatch
+    deviation and the equalised learning rate).
+    """
+
+    def __init__(self, config: DiscriminatorConfig, *, in_channels: int, image_size: int) -> None:
+        super().__init__()
+        widths = config.widths(image_size)
+        edge, last = image_size >> (len(widths) - 1), widths[-1]
+        self.stem = _xavier(nn.Conv2d(in_channels, widths[0], 3, padding=1))
+        self.blocks = nn.Sequential(*(DiscriminatorBlock(a, b, pooling=config.pooling) for a, b in pairwise(widths)))
+        self.conv = _xavier(nn.Conv2d(last, last, 3, padding=1))
+        self.hidden = _xavier(nn.Linear(last * edge * edge, last))
+        self.head = _xavier(nn.Linear(last, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) float in [0, 1] -> (B, 1) logits."""
+        x = self.blocks(F.leaky_relu(self.stem(images), _SLOPE))
+        x = F.leaky_relu(self.conv(x), _SLOPE).flatten(1)  # (B, width h w), channel first
+        out: Tensor = self.head(F.leaky_relu(self.hidden(x), _SLOPE))
+        return out
+
+
+def _released_width(resolution: int) -> int:
+    """512 up to 32 px, 256 at 64, 128 at 128 ... Source: released code."""
+    edge = 1 << max(0, resolution - 1).bit_length()
+    return min(512, 16384 // edge)
+
+
+def _xavier(layer: _Layer) -> _Layer:
+    """Xavier uniform weights and bias 0. Source: released code."""
+    nn.init.xavier_uniform_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
