@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, cast
 
@@ -118,17 +118,41 @@ class Order(Protocol):
 
 @dataclass(frozen=True)
 class ShuffledStream:
-    """The endless training stream: each epoch another permutation of the split, none of them held in memory."""
+    """The endless training stream: each epoch another permutation of the split.
+
+    A small split's permutation is worked out once an epoch and held; a large one's only at the positions asked for.
+    Both give the same numbers.
+
+    Args:
+        num_samples: Samples of the split, n.
+        seed: Decides the order.
+        most_held: Largest n whose permutation is held (8 bytes a sample in each worker).
+    """
 
     num_samples: int
     seed: int
+    most_held: int = 2**20
 
     def __call__(self, positions: range) -> Rows:
         """Sample and epoch of each position."""
         position = torch.arange(positions.start, positions.stop)
         epoch, place = position // self.num_samples, position % self.num_samples
-        index = permutation(place, self.num_samples, stream="order", seed=self.seed, epoch=epoch)
+        if self.num_samples <= self.most_held:
+            epochs = range(int(epoch[0]), int(epoch[-1]) + 1)
+            index = torch.cat([self._held(number)[place[epoch == number]] for number in epochs])
+        else:
+            index = permutation(place, self.num_samples, stream="order", seed=self.seed, epoch=epoch)
         return Rows(index, epoch, position, torch.ones_like(position, dtype=torch.bool))
+
+    def _held(self, epoch: int) -> Tensor:
+        return _whole_permutation(self.num_samples, self.seed, epoch)
+
+
+@lru_cache(maxsize=2)
+def _whole_permutation(size: int, seed: int, epoch: int) -> Tensor:
+    """(size,) int64; in pieces that stay in the processor's cache."""
+    pieces = [torch.arange(first, min(first + 2**14, size)) for first in range(0, size, 2**14)]
+    return torch.cat([permutation(piece, size, stream="order", seed=seed, epoch=epoch) for piece in pieces])
 
 
 @dataclass(frozen=True)

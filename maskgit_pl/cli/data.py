@@ -6,6 +6,7 @@ Imported to build the parser, so torch, PIL and webdataset are imported by the c
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,9 +97,16 @@ def _progress(totals: Mapping[Split, int], unit: str) -> Iterator[Callable[[Spli
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
+    done: Counter[Split] = Counter()
+    with Progress(*columns, transient=True) as progress:
         bars = {split: progress.add_task(f"{split} {unit}", total=total) for split, total in totals.items()}
-        yield lambda split: progress.advance(bars[split])
+
+        def advance(split: Split) -> None:
+            done[split] += 1
+            if done[split] % 100 == 0 or done[split] == totals[split]:  # an update costs more than a small image
+                progress.update(bars[split], completed=done[split])
+
+        yield advance
 
 
 def _report(folder: Path, summary: DataSummary, what: str) -> None:

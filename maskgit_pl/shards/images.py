@@ -140,12 +140,10 @@ def check_crop(crop: str) -> None:
 
 def encode_png(image: Tensor) -> bytes:
     """(1 or 3, H, W) uint8 -> PNG bytes, the same for the same pixels."""
-    from PIL import Image
+    from torchvision.io import encode_png as encode
 
-    pixels = image.permute(1, 2, 0).squeeze(-1).numpy()  # (H, W, 3) or (H, W)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
+    data: bytes = encode(image).numpy().tobytes()
+    return data
 
 
 def _resize(square: Tensor, side: int) -> Tensor:
@@ -161,8 +159,7 @@ def _is_plain_png(data: bytes, channels: int) -> bool:
     if data[:8] != _PNG or len(data) < 33 or data[12:16] != b"IHDR":
         return False
     width, height, depth, colour = struct.unpack(">IIBB", data[16:26])
-    before_pixels = data[33 : data.find(b"IDAT", 33)]
-    odd = any(chunk in before_pixels for chunk in (b"tRNS", b"acTL", b"eXIf"))
+    odd = any(chunk in data for chunk in (b"tRNS", b"acTL", b"eXIf"))
     fits = 0 < width * height <= MAX_PIXELS
     return depth == 8 and fits and not odd and (colour == 0 or (colour == 2 and channels == 3))
 
@@ -200,6 +197,8 @@ def _open(data: bytes, name: str) -> Image.Image:
 
 
 def _is_turned(image: Image.Image) -> bool:
+    if image.format == "PNG" and "exif" not in image.info:
+        return False  # getexif would decode the pixels to look behind them
     orientation = 0x0112  # EXIF tag; values 5 to 8 swap height and width
     return bool(image.getexif().get(orientation, 1) >= 5)
 

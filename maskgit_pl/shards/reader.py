@@ -52,18 +52,18 @@ class ShardReader:
         Raises:
             OSError: The shard cannot be read, or has become shorter than its manifest says.
         """
-        row = self.index[index]
-        size, offset = int(row["size"]), int(row["offset"])
-        data = os.pread(self._file(int(row["shard"])), size, offset)
+        shard, offset, size, _ = self.index[index].item()
+        data = os.pread(self._file(shard), size, offset)
         if len(data) != size:
-            raise OSError(f"shard of {self.name(index)}: {size} bytes expected, got {len(data)}; has it been changed?")
+            raise OSError(
+                f"image {self.name(index)}: {size} bytes expected, got {len(data)}; has the shard been changed?"
+            )
         return data
 
     def name(self, index: int) -> str:
         """What to call a sample in an error: ``SHARD:sample N at byte M``."""
-        row = self.index[index]
-        shard = self.manifest.shards[int(row["shard"])]
-        return f"{self.manifest.folder / shard.name}:sample {index} at byte {int(row['offset'])}"
+        shard, offset, _, _ = self.index[index].item()
+        return f"{self.manifest.shards[shard].name}:sample {index} at byte {offset}"
 
     def close(self) -> None:
         """Close every file; they open again when they are needed."""
