@@ -12,17 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from maskgit_pl.guidance import guidance_scales, guidance_schedules
 from maskgit_pl.randomness import gumbel, random_uniform
 from maskgit_pl.schedules import MaskSchedule, num_masked
-from maskgit_pl.selectors import Candidates, TokenSelector
+from maskgit_pl.selectors import Candidates, TokenSelector, token_selectors
 
 __all__ = [
     "ClassPredictor",
+    "DecodingConfig",
     "DecodingStep",
     "FirstStepPredictor",
     "GuidedPredictor",
@@ -31,6 +33,7 @@ __all__ = [
     "Predictor",
     "SeededNoise",
     "class_predictor",
+    "decode_classes",
 ]
 
 
@@ -366,3 +369,71 @@ def class_predictor(
     return FirstStepPredictor(
         over(distinct, scales[:1]), over(labels, scales[1:]), row_of_image=row_of_image, num_rows=len(distinct)
     )
+
+
+@dataclass(frozen=True)
+class DecodingConfig:
+    """How images are decoded, in plain values, as a recipe and a pretrained folder hold it.
+
+    Args:
+        num_steps: T.
+        token_selector: Name or mapping of a registered token selector.
+        guidance: Name or mapping of a registered guidance schedule.
+        sampling_temperature: As of ``ParallelDecoder``.
+    """
+
+    num_steps: int = 8
+    token_selector: str | dict[str, Any] = "confidence"
+    guidance: str | dict[str, Any] = "constant"
+    sampling_temperature: float = 1.0
+
+    def decoder(self, mask_schedule: MaskSchedule) -> ParallelDecoder:
+        """The decoder that follows ``mask_schedule``.
+
+        Raises:
+            ValueError: An unknown name or a number out of range.
+        """
+        return ParallelDecoder(
+            mask_schedule,
+            token_selectors.build(self.token_selector),
+            num_steps=self.num_steps,
+            sampling_temperature=self.sampling_temperature,
+        )
+
+    def scales(self) -> tuple[float, ...]:
+        """Guidance scale of each step."""
+        return guidance_scales(guidance_schedules.build(self.guidance), self.num_steps)
+
+
+def decode_classes(
+    network: ConditionalNetwork,
+    labels: Sequence[int],
+    seeds: Sequence[int],
+    *,
+    decoder: ParallelDecoder,
+    scales: Sequence[float],
+    num_tokens: int,
+    mask_token_id: int,
+    null_label: int | None,
+    device: torch.device,
+) -> Iterator[DecodingStep]:
+    """Decodes one image for each label, from nothing but its class and its seed.
+
+    Args:
+        network: As of ``ClassPredictor``.
+        labels: Class of each image.
+        seeds: Seed of each image, in [0, 2**32): its noise does not depend on the rest of the batch.
+        decoder: The steps.
+        scales: Guidance scale of each step.
+        num_tokens: N, tokens of an image.
+        mask_token_id: As of ``ParallelDecoder.steps``.
+        null_label: As of ``class_predictor``.
+        device: Where the network is.
+
+    Yields:
+        Each step.
+    """
+    predictor = class_predictor(network, labels, device=device, null_label=null_label, scales=scales, all_masked=True)
+    noise = SeededNoise(torch.tensor(list(seeds), dtype=torch.int64, device=device), num_tokens)
+    tokens = torch.full((len(labels), num_tokens), mask_token_id, dtype=torch.int64, device=device)
+    return decoder.steps(predictor, tokens, noise, mask_token_id=mask_token_id)

@@ -50,20 +50,22 @@ class LearningRate:
         return self.final_fraction + (1 - self.final_fraction) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(module: nn.Module, weight_decay: float, *, prefix: str = "") -> list[dict[str, Any]]:
     """Two groups: weights of Linear and Conv layers, which decay, and everything else, which does not.
 
-    Embeddings, tied tables, positions, codebooks, norms and biases stand in the second. Frozen parameters in none.
+    Embeddings, tied tables, positions, codebooks, norms and biases stand in the second. Frozen parameters in none. The
+    parameters carry their names, so that an optimiser's state can be told apart in a checkpoint.
 
     Args:
         module: What is trained.
         weight_decay: Of the first group.
+        prefix: What stands before the module's parameter names in the LightningModule, e.g. ``"transformer."``.
 
     Source: the released configuration decays kernels only.
     """
     decayed = {id(part.weight) for part in module.modules() if isinstance(part, _DECAYED)}
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    trained = [(f"{prefix}{name}", p) for name, p in module.named_parameters() if p.requires_grad]
     return [
-        {"params": [p for p in trained if id(p) in decayed], "weight_decay": weight_decay},
-        {"params": [p for p in trained if id(p) not in decayed], "weight_decay": 0.0},
+        {"params": [(name, p) for name, p in trained if id(p) in decayed], "weight_decay": weight_decay},
+        {"params": [(name, p) for name, p in trained if id(p) not in decayed], "weight_decay": 0.0},
     ]

@@ -1,0 +1,221 @@
+"""The folder that is shared: safetensors and config.json, for a tokenizer and for a transformer.
+
+``runs/RUN/pretrained/{tokenizer,transformer}/`` is what training and importers write and what sampling, evaluation and
+stage 2 read. Weights are tensors alone, the configuration is plain JSON: nothing in it is executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
+from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
+from maskgit_pl.schedules import MaskSchedule, mask_schedules
+
+__all__ = [
+    "PretrainedTokenizer",
+    "PretrainedTransformer",
+    "fingerprint",
+    "load_tokenizer",
+    "load_transformer",
+    "read_config",
+    "save_tokenizer",
+    "save_transformer",
+]
+
+Kind = Literal["tokenizer", "transformer"]
+Config = TypeVar("Config")
+_VERSION = 1
+_WEIGHTS, _CONFIG = "model.safetensors", "config.json"
+
+
+@dataclass(frozen=True)
+class PretrainedTokenizer:
+    """A tokenizer as it was saved.
+
+    Args:
+        network: In evaluation mode, on the CPU, frozen.
+        image_size: Height and width that it was trained on, in pixels.
+        fingerprint: sha256 of its weights, hexadecimal.
+    """
+
+    network: VQGAN
+    image_size: int
+    fingerprint: str
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens of an image of ``image_size``."""
+        return self.network.config.grid(self.image_size)
+
+
+@dataclass(frozen=True)
+class PretrainedTransformer:
+    """A transformer as it was saved, with what decoding needs.
+
+    Args:
+        network: In evaluation mode, on the CPU, frozen.
+        mask_schedule: The schedule that it was trained with.
+        decoding: How its images are decoded unless told otherwise.
+        class_names: One for each class.
+        tokenizer_fingerprint: Of the tokenizer whose tokens it knows.
+    """
+
+    network: MaskedTransformer
+    mask_schedule: MaskSchedule
+    decoding: DecodingConfig
+    class_names: tuple[str, ...]
+    tokenizer_fingerprint: str
+
+
+def save_tokenizer(folder: Path, config: VQGANConfig, weights: Mapping[str, Tensor], *, image_size: int) -> None:
+    """Writes a tokenizer folder; an older one is replaced when the new one is complete.
+
+    Args:
+        folder: E.g. ``runs/RUN/pretrained/tokenizer``.
+        config: Sizes.
+        weights: State dict of a ``VQGAN``.
+        image_size: Height and width that it was trained on, in pixels.
+    """
+    _save(folder, "tokenizer", weights, {"network": asdict(config), "image_size": image_size})
+
+
+def save_transformer(
+    folder: Path,
+    config: TransformerConfig,
+    weights: Mapping[str, Tensor],
+    *,
+    mask_schedule: str | dict[str, Any],
+    decoding: DecodingConfig,
+    class_names: tuple[str, ...],
+    tokenizer_fingerprint: str,
+) -> None:
+    """Writes a transformer folder; arguments as of ``PretrainedTransformer``, the schedule as a recipe names it."""
+    _save(
+        folder,
+        "transformer",
+        weights,
+        {
+            "network": asdict(config),
+            "mask_schedule": mask_schedule,
+            "decoding": asdict(decoding),
+            "class_names": list(class_names),
+            "tokenizer_fingerprint": tokenizer_fingerprint,
+        },
+    )
+
+
+def load_tokenizer(folder: Path | str) -> PretrainedTokenizer:
+    """Reads a tokenizer folder.
+
+    Raises:
+        FileNotFoundError: No such folder, or a file is missing.
+        ValueError: Not a tokenizer, or weights that do not fit its configuration.
+    """
+    folder = Path(folder)
+    config = read_config(folder, "tokenizer")
+    network = VQGAN(_dataclass(VQGANConfig, config["network"], folder))
+    _load_weights(network, folder)
+    return PretrainedTokenizer(network, int(config["image_size"]), fingerprint(folder))
+
+
+def load_transformer(folder: Path | str) -> PretrainedTransformer:
+    """Reads a transformer folder.
+
+    Raises:
+        FileNotFoundError: No such folder, or a file is missing.
+        ValueError: Not a transformer, an unknown schedule, or weights that do not fit its configuration.
+    """
+    folder = Path(folder)
+    config = read_config(folder, "transformer")
+    network = MaskedTransformer(_dataclass(TransformerConfig, config["network"], folder))
+    _load_weights(network, folder)
+    return PretrainedTransformer(
+        network,
+        mask_schedules.build(config["mask_schedule"]),
+        _dataclass(DecodingConfig, config["decoding"], folder),
+        tuple(config["class_names"]),
+        config["tokenizer_fingerprint"],
+    )
+
+
+def read_config(folder: Path | str, kind: Kind) -> dict[str, Any]:
+    """The configuration of a pretrained folder, checked to be of that kind.
+
+    Raises:
+        FileNotFoundError: No such folder or file.
+        ValueError: Not JSON, another kind, or a newer format.
+    """
+    file = Path(folder) / _CONFIG
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{kind} {folder}: no {_CONFIG} there; a folder that training or an import wrote is needed"
+        )
+    try:
+        config = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{kind} {file}: not JSON ({error})") from error
+    expected = f"maskgit_pl.{kind}"
+    if not isinstance(config, dict) or config.get("format") != expected:
+        found = config.get("format") if isinstance(config, dict) else type(config).__name__
+        raise ValueError(f"{kind} {file}: format {expected!r} is needed, got {found!r}")
+    if config.get("version") != _VERSION:
+        raise ValueError(f"{kind} {file}: version {_VERSION} is known, got {config.get('version')}; update maskgit_pl")
+    return config
+
+
+def fingerprint(folder: Path | str) -> str:
+    """sha256 of a folder's weights, hexadecimal: tokens of one tokenizer are never taken for another's."""
+    digest = hashlib.sha256()
+    with (Path(folder) / _WEIGHTS).open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _save(folder: Path, kind: Kind, weights: Mapping[str, Tensor], config: dict[str, Any]) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh, old = (folder.with_name(f".{folder.name}.{state}-{os.getpid()}") for state in ("partial", "old"))
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, fresh / _WEIGHTS)
+        content = {"format": f"maskgit_pl.{kind}", "version": _VERSION, **config}
+        (fresh / _CONFIG).write_text(json.dumps(content, indent=2) + "\n")
+        if folder.exists():
+            folder.rename(old)
+        fresh.rename(folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _load_weights(network: nn.Module, folder: Path) -> None:
+    file = folder / _WEIGHTS
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder}: no {_WEIGHTS} there")
+    try:
+        network.load_state_dict(load_file(file))
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"weights {file}: they do not fit {_CONFIG} beside them: {error}") from error
+    network.requires_grad_(False).eval()
+
+
+def _dataclass(kind: type[Config], values: Mapping[str, Any], folder: Path) -> Config:
+    known = {field.name for field in fields(kind)}  # type: ignore[arg-type]  # every Config here is a dataclass
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"{folder / _CONFIG}: unknown keys {unknown} for {kind.__name__}; known: {sorted(known)}")
+    return kind(**values)
