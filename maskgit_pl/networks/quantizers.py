@@ -11,14 +11,13 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce as differentiable_all_reduce
 
 from maskgit_pl.randomness import permutation
 from maskgit_pl.registry import Registry
@@ -380,8 +379,27 @@ def _global_mean(value: Tensor) -> Tensor:
     """Mean of a tensor over the process group, differentiable; the tensor itself without one."""
     if _world_size() == 1:
         return value
-    mean: Tensor = differentiable_all_reduce(value) / _world_size()  # type: ignore[no-untyped-call]
-    return mean
+    total: Tensor = _SumOverRanks.apply(value)  # type: ignore[no-untyped-call]
+    return total / _world_size()
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Sum over the process group; its gradient is the sum over the group of what each rank's loss asks for.
+
+    torch's own ``distributed.nn.functional.all_reduce`` does the same and is deprecated without a public successor.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total
 
 
 def _world_size() -> int:

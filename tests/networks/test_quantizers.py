@@ -1,0 +1,185 @@
+"""Every registered quantizer keeps the contract; codebooks follow their formulas, on one process as on two."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from einops import rearrange
+
+from maskgit_pl.networks.quantizers import EMAQuantizerSpec, GradientQuantizerSpec, entropy_loss, quantizers
+
+
+def features(batch=4, width=6, seed=0):
+    return torch.randn(batch, width, 3, 5, generator=torch.Generator().manual_seed(seed))
+
+
+def rows_of(part):
+    return rearrange(part, "b d h w -> (b h w) d")
+
+
+@pytest.fixture(params=quantizers.names())
+def quantizer(request):
+    torch.manual_seed(0)
+    return quantizers.build(request.param).create(num_codes=8, code_width=6)
+
+
+def test_the_output_has_the_shapes_of_the_contract(quantizer):
+    output = quantizer(features())
+    assert output.quantized.shape == (4, 6, 3, 5)
+    assert output.tokens.shape == (4, 15)
+    assert output.tokens.dtype == torch.int64
+    assert output.loss.shape == ()
+    torch.testing.assert_close(
+        output.quantized, rearrange(quantizer.lookup(output.tokens), "b (h w) d -> b d h w", h=3)
+    )
+
+
+def test_each_place_takes_its_nearest_code(quantizer):
+    distances = torch.cdist(rows_of(features()), quantizer.codebook.detach())
+    torch.testing.assert_close(quantizer.nearest(features()).flatten(), distances.argmin(1))
+    torch.testing.assert_close(quantizer(features()).tokens, quantizer.nearest(features()))
+
+
+def test_the_gradient_passes_straight_through(quantizer):
+    inputs = features().requires_grad_()
+    direction = torch.randn(4, 6, 3, 5)
+    (gradient,) = torch.autograd.grad((quantizer(inputs).quantized * direction).sum(), inputs)
+    torch.testing.assert_close(gradient, direction)
+
+
+def test_the_loss_draws_the_encoder_to_its_codes(quantizer):
+    inputs = features().requires_grad_()
+    quantizer(inputs).loss.backward()
+    assert inputs.grad.abs().max() > 0
+
+
+def test_the_lowest_of_equally_near_codes_wins():
+    quantizer = GradientQuantizerSpec().create(num_codes=4, code_width=2)
+    quantizer.codebook.data.zero_()
+    assert quantizer.nearest(torch.randn(2, 2, 3, 3)).max() == 0
+
+
+def test_distances_keep_float32_under_autocast():
+    quantizer = GradientQuantizerSpec().create(num_codes=8, code_width=6)
+    plain = quantizer.distances(rows_of(features()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(quantizer.distances(rows_of(features())), plain)
+
+
+def test_the_gradient_quantizers_loss_is_its_three_parts():
+    spec = GradientQuantizerSpec(commitment=0.5, codebook_weight=2.0, entropy_weight=0.3, entropy_temperature=0.7)
+    quantizer = spec.create(num_codes=8, code_width=6)
+    rows = rows_of(features())
+    distances = torch.cdist(rows, quantizer.codebook).square()
+    error = F.mse_loss(quantizer.codebook[distances.argmin(1)], rows)
+    probabilities = (-distances / 0.7).softmax(-1)
+    mean = probabilities.mean(0)
+    entropy = (mean * (mean + 1e-5).log()).sum() - (probabilities * probabilities.log()).sum(-1).mean()
+    torch.testing.assert_close(quantizer(features()).loss, 2.5 * error + 0.3 * entropy)
+
+
+def test_codes_start_uniform_within_the_released_bound():
+    codebook = GradientQuantizerSpec().create(num_codes=1024, code_width=64).codebook
+    assert 0.053 < codebook.abs().max().item() <= (3 / 1024) ** 0.5
+    assert codebook.std().item() == pytest.approx(1024**-0.5, rel=0.02)
+
+
+def test_the_ema_codebook_follows_the_direct_formula():
+    torch.manual_seed(0)
+    quantizer = EMAQuantizerSpec(decay=0.8, restart_below=0.0).create(num_codes=4, code_width=6)
+    counts, sums = torch.full((4,), 5.0), torch.randn(4, 6)
+    quantizer.counts.copy_(counts)
+    quantizer.sums.copy_(sums)
+    for step in range(3):
+        output = quantizer(features(seed=step))
+        rows = rows_of(features(seed=step))
+        one_hot = F.one_hot(output.tokens.flatten(), 4).float()
+        counts, sums = 0.8 * counts + 0.2 * one_hot.sum(0), 0.8 * sums + 0.2 * one_hot.t() @ rows
+        quantizer.update([output.tokens], [output.features], seed=0, step=step)
+        torch.testing.assert_close(quantizer.codebook, sums / counts.unsqueeze(1))
+
+
+def test_dead_codes_restart_from_outputs_of_the_batch():
+    quantizer = EMAQuantizerSpec().create(num_codes=8, code_width=6)
+    quantizer.codebook.fill_(100.0)
+    quantizer.codebook[0] = 0.0  # everything goes to code 0
+    quantizer.counts.copy_(torch.tensor([60.0] + [0.0] * 7))
+    output = quantizer(features())
+    quantizer.update([output.tokens], [output.features], seed=3, step=7)
+    distances = (quantizer.codebook[1:].unsqueeze(1) - rows_of(features())).norm(dim=2)
+    assert distances.min(1).values.max() < 1e-4
+    assert len(quantizer.codebook[1:].unique(dim=0)) == 7
+    assert len(quantizer.nearest(features()).unique()) > 4
+
+
+def test_restarts_depend_on_seed_and_step_and_not_on_torchs_generator():
+    def codebook(seed, step, torch_seed):
+        torch.manual_seed(1)
+        quantizer = EMAQuantizerSpec().create(num_codes=8, code_width=6)
+        torch.manual_seed(torch_seed)
+        output = quantizer(features())
+        quantizer.update([output.tokens], [output.features], seed=seed, step=step)
+        return quantizer.codebook
+
+    assert torch.equal(codebook(0, 0, 0), codebook(0, 0, 1))
+    assert not torch.equal(codebook(0, 0, 0), codebook(1, 0, 0))
+    assert not torch.equal(codebook(0, 0, 0), codebook(0, 1, 0))
+
+
+@pytest.mark.parametrize("kind", ["softmax", "argmax"])
+def test_the_entropy_loss_is_lowest_when_sure_and_even(kind):
+    sure_and_even = entropy_loss(50 * torch.eye(8), temperature=1.0, kind=kind)
+    sure_and_collapsed = entropy_loss(50 * torch.eye(8)[:1].expand(8, 8), temperature=1.0, kind=kind)
+    assert sure_and_even.item() == pytest.approx(-torch.tensor(8.0).log().item(), abs=1e-3)
+    assert sure_and_collapsed.item() == pytest.approx(0.0, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"name": "ema", "decay": 1.0},
+        {"name": "ema", "restart_below": -0.1},
+        {"name": "gradient", "commitment": -1.0},
+        {"name": "gradient", "entropy_temperature": 0.0},
+        {"name": "gradient", "entropy_kind": "hard"},
+    ],
+)
+def test_a_number_out_of_range_is_refused_by_name(spec):
+    (key,) = spec.keys() - {"name"}
+    with pytest.raises(ValueError, match=key):
+        quantizers.build(spec)
+
+
+def entropy_gradient(inputs):
+    inputs = inputs.clone().requires_grad_()
+    entropy_loss(rows_of(inputs), temperature=0.5).backward()
+    return inputs.grad
+
+
+def ema_codebook(parts):
+    torch.manual_seed(0)
+    quantizer = EMAQuantizerSpec(restart_below=0.3).create(num_codes=8, code_width=6)
+    for step in range(4):
+        outputs = [quantizer(part + step) for part in parts]
+        quantizer.update([o.tokens for o in outputs], [o.features for o in outputs], seed=0, step=step)
+    return quantizer.codebook
+
+
+def in_two_processes(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    micro_batches = features(batch=8).chunk(4)  # micro-batch a of rank r is part a W + r
+    results = {"codebook": ema_codebook(micro_batches[rank::2]), "gradient": entropy_gradient(micro_batches[rank])}
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_learn_from_the_global_batch(tmp_path):
+    mp.spawn(in_two_processes, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert torch.equal(first["codebook"], second["codebook"])
+    torch.testing.assert_close(first["codebook"], ema_codebook([features(batch=8)]), rtol=1e-5, atol=1e-6)
+    together = entropy_gradient(features(batch=8)[:4])
+    apart = torch.cat([first["gradient"], second["gradient"]]) / 2  # DDP takes the mean over ranks
+    torch.testing.assert_close(apart, together, rtol=1e-4, atol=1e-8)

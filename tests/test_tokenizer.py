@@ -1,0 +1,294 @@
+"""Stage 1 counts steps in global batches, propagates the gradient of the summed losses, and is equal on two ranks."""
+
+import os
+import socket
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader, IterableDataset
+
+from maskgit_pl import losses
+from maskgit_pl.data import Batch
+from maskgit_pl.networks.discriminator import DiscriminatorConfig
+from maskgit_pl.networks.vqgan import VQGANConfig
+from maskgit_pl.tokenizer import AdversarialConfig, CodebookUse, PerceptualConfig, Tokenizer
+from maskgit_pl.training.optimizers import LearningRate
+from maskgit_pl.training.strategies import build_strategy
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*`srun` command is available"),
+    pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
+]
+
+NETWORK = VQGANConfig(
+    1, channels=8, multipliers=(1,), blocks_per_level=1, middle_blocks=0, groups=4, num_codes=16, code_width=8,
+    patch_size=4, quantizer="ema",
+)  # fmt: skip
+ADVERSARIAL = AdversarialConfig(DiscriminatorConfig(channel_multiplier=1 / 64))
+GLOBAL_BATCH = 8
+
+
+def tokenizer(**changes):
+    torch.manual_seed(0)
+    settings = {"image_size": 16, "learning_rate": LearningRate(1e-3), "ema_decay": 0.9, **changes}
+    return Tokenizer(settings.pop("network", NETWORK), **settings)
+
+
+def pictures(index):
+    """Squares at places that depend on the sample: (B, 1, 16, 16) uint8."""
+    across = torch.arange(16)
+    left, top, edge = index * 5 % 11, index * 3 % 7, 3 + index % 4
+
+    def inside(start):
+        return (across >= start.unsqueeze(1)) & (across < (start + edge).unsqueeze(1))
+
+    return (30 + 200 * (inside(top).unsqueeze(2) & inside(left).unsqueeze(1))).to(torch.uint8).unsqueeze(1)
+
+
+def batch_of(slots, *, step=0, valid=None):
+    position = step * GLOBAL_BATCH + torch.as_tensor(slots)
+    index, epoch = position % 64, position // 64
+    valid = torch.ones(len(position), dtype=torch.bool) if valid is None else valid
+    return Batch(pictures(index), index % 10, index, epoch, position, valid)
+
+
+class Stream(IterableDataset):
+    """The endless stream of one rank in micro-batches, as the data module gives it."""
+
+    def __init__(self, *, accumulation=1, rank=0, ranks=1):
+        self.accumulation, self.rank, self.ranks = accumulation, rank, ranks
+
+    def __iter__(self):
+        size = GLOBAL_BATCH // (self.accumulation * self.ranks)
+        for step in range(10**6):
+            for part in range(self.accumulation):
+                start = (part * self.ranks + self.rank) * size
+                yield batch_of(range(start, start + size), step=step)
+
+
+class Held(IterableDataset):
+    def __iter__(self):
+        yield batch_of(range(8), step=3)
+        yield batch_of(range(8), step=4, valid=torch.arange(8) < 5)
+
+
+def fit(module, *, max_steps=3, stream=None, **trainer):
+    settings = {
+        "max_steps": max_steps, "accelerator": "cpu", "logger": False, "enable_checkpointing": False,
+        "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0, "log_every_n_steps": 1,
+        "val_check_interval": max_steps, "check_val_every_n_epoch": None, **trainer,
+    }  # fmt: skip
+    made = Trainer(**settings)
+    stream = stream or Stream(accumulation=module.accumulation)
+    made.fit(module, DataLoader(stream, batch_size=None), DataLoader(Held(), batch_size=None))
+    return made
+
+
+def values_of(module):
+    return torch.cat([value.flatten().double() for value in module.state_dict().values()])
+
+
+@pytest.fixture
+def added_gradients(monkeypatch):
+    """Runs the module's gradients without a trainer."""
+
+    def run(module, images):
+        monkeypatch.setattr(Tokenizer, "manual_backward", lambda self, loss: loss.backward())
+        monkeypatch.setattr(Tokenizer, "global_step", 0)
+        return module._add_gradients(images)
+
+    return run
+
+
+@pytest.mark.parametrize("weight_rule", ["fixed", "adaptive"])
+@pytest.mark.parametrize("loss", ["hinge", "non-saturating"])
+def test_the_gradients_are_those_of_the_sum_of_losses(added_gradients, loss, weight_rule):
+    config = replace(ADVERSARIAL, loss=loss, weight=0.3, weight_rule=weight_rule, lecam_weight=0.1)
+    module = tokenizer(adversarial=config, network=replace(NETWORK, quantizer="gradient"))
+    images = batch_of(range(8)).content / 255
+    metrics = added_gradients(module, images)
+    got = {name: parameter.grad.clone() for name, parameter in module.named_parameters() if parameter.requires_grad}
+    module.zero_grad()
+
+    output = module.network(images)
+    reconstruction = F.mse_loss(output.reconstruction, images)
+    adversarial = losses.generator_loss(module.discriminator(output.reconstruction), kind=loss)
+    last = module.network.decoder.head.weight
+    norms = [torch.autograd.grad(part, last, retain_graph=True)[0].norm() for part in (reconstruction, adversarial)]
+    weight = 0.3 * (norms[0] / (norms[1] + 1e-4) if weight_rule == "adaptive" else 1)
+    torch.testing.assert_close(metrics["adversarial_weight"], torch.as_tensor(weight), rtol=1e-4, atol=0)
+    (reconstruction + weight * adversarial + output.quantized.loss).backward(inputs=list(module.network.parameters()))
+    real = images.clone().requires_grad_()
+    real_logits, fake_logits = module.discriminator(real), module.discriminator(output.reconstruction.detach())
+    total = losses.discriminator_loss(real_logits, fake_logits, kind=loss) + 10 * losses.r1_penalty(real_logits, real)
+    zero = torch.zeros(())
+    total = total + 0.1 * losses.lecam_loss(real_logits, fake_logits, real_mean=zero, fake_mean=zero)
+    total.backward(inputs=list(module.discriminator.parameters()))
+
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            scale = max(1e-6, parameter.grad.abs().max().item())
+            assert (got[name] - parameter.grad).abs().max() <= 2e-6 * max(1.0, scale) + 1e-5 * scale, name
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_max_steps_counts_global_batches_with_two_optimisers(accumulation):
+    module = tokenizer(adversarial=ADVERSARIAL, accumulation=accumulation)
+    trainer = fit(module, max_steps=3)
+    assert trainer.global_step == 3
+    assert trainer.fit_loop.total_batch_idx + 1 == 3 * accumulation
+    states = [optimizer.state for optimizer in trainer.optimizers]
+    assert all(int(state["step"]) == 3 for group in states for state in group.values())
+
+
+def test_accumulation_gives_the_same_weights_as_the_whole_batch():
+    whole, parts = tokenizer(adversarial=ADVERSARIAL), tokenizer(adversarial=ADVERSARIAL, accumulation=4)
+    fit(whole, max_steps=4)
+    fit(parts, max_steps=4)
+    torch.testing.assert_close(values_of(parts), values_of(whole), rtol=1e-4, atol=2e-5)
+
+
+def test_the_discriminator_stays_as_it_is_until_its_start():
+    early, late = (tokenizer(adversarial=replace(ADVERSARIAL, start_step=step)) for step in (2, 3))
+    initial = values_of(late.discriminator)
+    fit(early, max_steps=3)
+    fit(late, max_steps=3)
+    assert torch.equal(values_of(late.discriminator), initial)
+    assert not torch.equal(values_of(early.discriminator), initial)
+    plain = tokenizer()
+    fit(plain, max_steps=3)
+    assert torch.equal(values_of(late.network), values_of(plain.network))
+
+
+def test_the_ema_network_follows_and_validation_uses_it():
+    module = tokenizer()
+    initial = values_of(module.network)
+    trainer = fit(module, max_steps=3)
+    assert not torch.equal(values_of(module.ema_network), values_of(module.network))
+    assert not torch.equal(values_of(module.ema_network), initial)
+    images, valid = zip(*((batch.content / 255, batch.valid) for batch in Held()), strict=True)
+    network, rows = module.ema_network, torch.cat(images)[torch.cat(valid)]
+    tokens = network.encode(rows)
+    error = F.mse_loss(network.decode(tokens, (4, 4)).clamp(0, 1), rows)
+    used = tokens.unique()
+    assert trainer.callback_metrics["val/psnr"].item() == pytest.approx(-10 * error.log10().item(), abs=1e-3)
+    assert trainer.callback_metrics["val/codebook_usage"].item() == pytest.approx(len(used) / 16)
+
+
+def test_it_learns_and_keeps_pictures():
+    module = tokenizer(learning_rate=LearningRate(5e-3, warmup_steps=5, decay="cosine"))
+    assert module.reconstructions() is None
+    first = fit(module, max_steps=1).callback_metrics["val/psnr"]
+    trainer = fit(module, max_steps=80)
+    assert trainer.callback_metrics["val/psnr"] > first + 3
+    originals, reconstructions = module.reconstructions()
+    assert torch.equal(originals, batch_of(range(8), step=3).content)
+    assert reconstructions.shape == originals.shape
+    assert reconstructions.dtype == torch.uint8
+
+
+def test_flips_are_a_function_of_sample_and_epoch():
+    module = tokenizer(flip_probability=0.5)
+    batch = batch_of(range(64))
+    images = module._images(batch, flip_probability=0.5)
+    straight = batch.content / 255
+    flipped = (images != straight).flatten(1).any(1)
+    assert torch.equal(images[flipped], straight[flipped].flip(-1))
+    assert 20 < flipped.sum() < 44
+    assert torch.equal(module._images(batch_of(range(7, 9)), flip_probability=0.5), images[7:9])
+    later = module._images(batch_of(range(64), step=8), flip_probability=0.5)  # the same samples, one epoch on
+    assert not torch.equal(later, images)
+
+
+def test_a_perceptual_network_reaches_the_generator_and_stays_out_of_the_checkpoint(tmp_path):
+    import timm
+
+    torch.save(timm.create_model("mobilenetv3_small_050").state_dict(), tmp_path / "model.pth")
+    spec = {"name": "timm", "model": "mobilenetv3_small_050", "weights": str(tmp_path / "model.pth"), "size": 32}
+    module, plain = tokenizer(perceptual=PerceptualConfig(spec, weight=10.0)), tokenizer()
+    trainer = fit(module, max_steps=1)
+    fit(plain, max_steps=1)
+    assert trainer.callback_metrics["train/perceptual"] > 0
+    assert not torch.equal(values_of(module.network), values_of(plain.network))
+    assert module.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_codebook_use_counts_codes_and_leaves_padding_out():
+    use = CodebookUse(8)
+    use.update(torch.tensor([[0, 1], [2, 3], [7, 7]]), torch.tensor([True, True, False]))
+    values = use.compute()
+    assert values["codebook_usage"].item() == pytest.approx(0.5)
+    assert values["perplexity"].item() == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gradient_clip": 0.0}, "gradient_clip"),
+        ({"ema_decay": 1.0}, "ema_decay"),
+        ({"flip_probability": 1.5}, "flip_probability"),
+        ({"accumulation": 0}, "accumulation"),
+    ],
+)
+def test_a_number_out_of_range_is_refused_by_name(changes, message):
+    with pytest.raises(ValueError, match=message):
+        tokenizer(**changes)
+
+
+def test_float16_and_an_endless_cosine_are_refused():
+    with pytest.raises(ValueError, match="bf16-mixed"):
+        fit(tokenizer(), precision="16-true")
+    with pytest.raises(ValueError, match="max_steps"):
+        fit(
+            tokenizer(learning_rate=LearningRate(1e-3, decay="cosine")),
+            max_steps=-1,
+            max_epochs=1,
+            val_check_interval=1,
+        )
+
+
+def test_bfloat16_mixed_trains_every_part():
+    module = tokenizer(adversarial=replace(ADVERSARIAL, weight_rule="adaptive"))
+    fit(module, max_steps=2, precision="bf16-mixed")
+    assert values_of(module).isfinite().all()
+
+
+def ddp_module(**changes):
+    config = replace(ADVERSARIAL, weight_rule="adaptive", lecam_weight=0.1, start_step=1)
+    return tokenizer(adversarial=config, network=replace(NETWORK, quantizer={"name": "ema", "entropy_weight": 0.01,
+                     "entropy_temperature": 1.0}), gradient_clip=1.0, **changes)  # fmt: skip
+
+
+def in_two_processes(rank, folder, port):
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0")
+    module = ddp_module(accumulation=2)
+    names = list(module.state_dict())
+    stream = Stream(accumulation=2, rank=rank, ranks=2)
+    trainer = fit(module, max_steps=6, stream=stream, strategy=build_strategy("ddp"), devices=2)
+    assert list(module.state_dict()) == names
+    torch.save([module.state_dict(), dict(trainer.callback_metrics), trainer.global_step], f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_train_as_one(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(in_two_processes, (str(tmp_path), port), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert first[2] == 6
+    for name, value in first[0].items():
+        assert torch.equal(value, second[0][name]), name
+    alone = ddp_module(accumulation=2)
+    trainer = fit(alone, max_steps=6)
+    for name, value in alone.state_dict().items():
+        torch.testing.assert_close(first[0][name], value, rtol=1e-5, atol=1e-5, msg=name)
+    assert first[1]["val/psnr"].item() == pytest.approx(trainer.callback_metrics["val/psnr"].item(), abs=1e-4)
