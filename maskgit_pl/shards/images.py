@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -182,10 +183,13 @@ def _open(data: bytes, name: str) -> Image.Image:
     """PIL's lazy open: reads the header alone."""
     from PIL import Image
 
+    bombs = (Image.DecompressionBombWarning, Image.DecompressionBombError)
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
         frames = int(getattr(image, "n_frames", 1))
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, struct.error, *bombs) as error:
         kinds = f"a JPEG, PNG or WebP of at most {MAX_PIXELS // 10**6} Mpx"
         raise UnreadableImageError(f"image {name}: {kinds} is needed, got {data[:8]!r}... ({error})") from error
     width, height = image.size

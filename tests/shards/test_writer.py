@@ -1,0 +1,181 @@
+import gzip
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from PIL import Image
+
+from maskgit_pl.shards.images import decode_image
+from maskgit_pl.shards.manifest import load_manifest, read_manifest_summary
+from maskgit_pl.shards.reader import ShardReader
+from maskgit_pl.shards.sources import IdxFiles, ImageFolder, open_source
+from maskgit_pl.shards.writer import RECORD, make_shards
+
+
+def write_idx(path: Path, values: np.ndarray) -> None:
+    header = bytes((0, 0, 8, values.ndim)) + b"".join(size.to_bytes(4, "big") for size in values.shape)
+    data = header + values.tobytes()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+@pytest.fixture
+def idx(tmp_path):
+    """12 + 5 images of 6 x 7; image i of train is filled with i."""
+    folder = tmp_path / "idx"
+    folder.mkdir()
+    for name, count, suffix in (("train", 12, ""), ("t10k", 5, ".gz")):
+        images = np.arange(count, dtype=np.uint8)[:, None, None] + np.zeros((1, 6, 7), np.uint8)
+        write_idx(folder / f"{name}-images-idx3-ubyte{suffix}", images)
+        write_idx(folder / f"{name}-labels-idx1-ubyte{suffix}", np.arange(count, dtype=np.uint8) % 3)
+    return folder
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Two classes, 30 PNG and 30 JPEG files, one of them in a sub-folder."""
+    folder = tmp_path / "tree"
+    for kind, suffix, colour in (("cat", "png", "red"), ("dog", "jpeg", "blue")):
+        (folder / kind / "more").mkdir(parents=True)
+        for number in range(30):
+            Image.new("RGB", (10 + number % 2, 8), colour).save(
+                folder / kind / ("more" if number == 0 else ".") / f"{number}.{suffix}"
+            )
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_idx_files_keep_order_pixels_and_class_names(idx, tmp_path):
+    assert make_shards(IdxFiles(idx, classes=["a", "b", "c"]), tmp_path / "out", shard_size=5)
+    reader = ShardReader(load_manifest(tmp_path / "out", "train"))
+    images = torch.stack([decode_image(reader.read(i), channels=1, name="x") for i in range(len(reader))])
+    assert images.shape == (12, 1, 6, 7)
+    assert images[:, 0, 0, 0].tolist() == list(range(12))
+    assert reader.labels(np.arange(12)).tolist() == [0, 1, 2] * 4
+    assert read_manifest_summary(tmp_path / "out").classes == ("a", "b", "c")
+    assert [shard.samples for shard in reader.manifest.shards] == [5, 5, 2]
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset's
+def test_webdataset_reads_what_we_write(idx, tmp_path):
+    make_shards(IdxFiles(idx), tmp_path / "out", shard_size=5)
+    shards = f"{tmp_path}/out/train-{{000000..000002}}.tar"
+    samples = list(webdataset.WebDataset(shards, shardshuffle=False).decode("pil").to_tuple("png", "cls"))
+    assert [label for _, label in samples] == [0, 1, 2] * 4
+    assert [image.getpixel((0, 0)) for image, _ in samples] == [(i, i, i) for i in range(12)]
+
+
+def test_image_folder_keeps_every_files_bytes_and_class(tree, tmp_path):
+    make_shards(ImageFolder(tree, val_fraction=0.3), tmp_path / "out")
+    found = []
+    for split in ("train", "val"):
+        reader = ShardReader(load_manifest(tmp_path / "out", split))
+        found += [(reader.read(i), int(reader.labels(np.array([i]))[0])) for i in range(len(reader))]
+    files = [(p.read_bytes(), int(p.relative_to(tree).parts[0] == "dog")) for p in tree.rglob("*.*") if p.is_file()]
+    assert sorted(found) == sorted(files)
+
+
+def test_new_file_moves_no_other_to_another_split(tree):
+    def split_of(source):
+        return {file.path.name: split for split, files in source._files.items() for file in files}
+
+    before = split_of(ImageFolder(tree, val_fraction=0.3))
+    Image.new("L", (4, 4)).save(tree / "cat" / "new.png")
+    after = split_of(ImageFolder(tree, val_fraction=0.3))
+    assert set(before.values()) == {"train", "val"}
+    assert {name: after[name] for name in before} == before
+
+
+def test_first_samples_of_a_split_are_of_mixed_classes(tree):
+    labels = [sample.label for sample in ImageFolder(tree).samples("train")][:20]
+    assert 3 < sum(labels) < 17
+
+
+def test_train_and_val_folders_are_the_splits(tree, tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / "both" / split).mkdir(parents=True)
+    (tree / "cat").rename(tmp_path / "both" / "train" / "cat")
+    (tree / "dog").rename(tmp_path / "both" / "train" / "dog")
+    (tmp_path / "both" / "test" / "dog").mkdir()
+    Image.new("L", (4, 4)).save(tmp_path / "both" / "test" / "dog" / "x.png")
+    assert ImageFolder(tmp_path / "both").counts == {"train": 60, "val": 1}
+    (tmp_path / "both" / "test" / "bird").mkdir()
+    with pytest.raises(ValueError, match="lacks: bird"):
+        ImageFolder(tmp_path / "both")
+
+
+def test_size_makes_squares_of_the_same_format(tree, tmp_path):
+    make_shards(ImageFolder(tree), tmp_path / "out", size=4)
+    images = read_manifest_summary(tmp_path / "out").images
+    assert (images.height, images.width) == ((4, 4), (4, 4))
+    with tarfile.open(tmp_path / "out" / "train-000000.tar") as archive:
+        extensions = {name.split(".")[1] for name in archive.getnames()}
+    assert extensions == {"png", "jpg", "cls"}
+
+
+def test_second_run_does_nothing_and_the_same_input_gives_the_same_bytes(idx, tmp_path):
+    assert make_shards(IdxFiles(idx), tmp_path / "out")
+    before = contents(tmp_path / "out")
+    assert not make_shards(IdxFiles(idx), tmp_path / "out")
+    assert make_shards(IdxFiles(idx), tmp_path / "again")
+    assert contents(tmp_path / "out") == contents(tmp_path / "again") == before
+
+
+def test_other_data_is_never_overwritten(idx, tree, tmp_path):
+    make_shards(IdxFiles(idx), tmp_path / "out")
+    with pytest.raises(ValueError, match="another --out"):
+        make_shards(ImageFolder(tree), tmp_path / "out")
+    with pytest.raises(ValueError, match="another --out"):
+        make_shards(IdxFiles(idx), tmp_path / "out", size=3)
+    with pytest.raises(ValueError, match="another --out"):
+        make_shards(IdxFiles(idx), tree)
+
+
+def test_interrupted_run_leaves_nothing_that_passes_for_data(idx, tmp_path):
+    def interrupt(split):
+        if split == "val":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_shards(IdxFiles(idx), tmp_path / "out", on_sample=interrupt)
+    assert not (tmp_path / "out").exists()
+    killed = tmp_path / ".out.partial"  # what kill -9 leaves
+    killed.mkdir()
+    (killed / "train-000000.tar").write_bytes(b"half")
+    assert make_shards(IdxFiles(idx), tmp_path / "out")
+    assert not killed.exists()
+
+
+def test_shards_that_changed_are_noticed_by_the_second_run(idx, tmp_path):
+    make_shards(IdxFiles(idx), tmp_path / "out")
+    with open(tmp_path / "out" / "val-000000.tar", "ab") as file:
+        file.write(b"x")
+    with pytest.raises(ValueError, match=r"val-000000\.tar"):
+        make_shards(IdxFiles(idx), tmp_path / "out")
+    assert (tmp_path / "out" / RECORD).exists()
+
+
+@pytest.mark.parametrize("name", ["50% of: it", "pipe:echo"])
+def test_odd_folder_names_are_only_names(idx, tmp_path, name):
+    make_shards(IdxFiles(idx), tmp_path / name)
+    assert read_manifest_summary(tmp_path / name).samples == {"train": 12, "val": 5}
+
+
+def test_bad_sources_are_refused_by_name(idx, tree, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        open_source(tmp_path / "nowhere")
+    (tree / "cat" / "bad.png").write_bytes(b"<html>")
+    with pytest.raises(ValueError, match=r"bad\.png"):
+        make_shards(open_source(tree), tmp_path / "out")
+    path = idx / "train-labels-idx1-ubyte"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"train labels: 20 bytes expected.*got 19"):
+        open_source(idx)
+    path.unlink()
+    with pytest.raises(ValueError, match="no file"):
+        open_source(idx)

@@ -1,0 +1,309 @@
+import logging
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+
+from maskgit_pl.data import (
+    GlobalOrder,
+    OnceThrough,
+    ShardData,
+    ShuffledStream,
+    SplitOrder,
+    flip,
+    split_batch,
+    to_unit_range,
+    tokenize,
+)
+from maskgit_pl.shards.images import encode_png
+from maskgit_pl.shards.index import find_shards, index_shards
+from maskgit_pl.shards.sources import Sample
+from maskgit_pl.shards.writer import write_split
+
+NUM_TRAIN, NUM_VAL = 23, 11
+
+
+def image(number: int) -> torch.Tensor:
+    """(1, 4, 6) uint8, so that crops differ."""
+    return (number * 7 + torch.arange(24).reshape(1, 4, 6)).to(torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data")
+    for split, count in (("train", NUM_TRAIN), ("val", NUM_VAL)):
+        samples = (Sample(encode_png(image(n)), "png", n % 3, f"{n}") for n in range(count))
+        write_split(samples, path, split, shard_size=9, on_sample=lambda split: None)
+    index_shards(path, {split: find_shards(path, f"{split}-*.tar") for split in ("train", "val")})
+    return path
+
+
+def top_row(images: torch.Tensor) -> torch.Tensor:
+    """A tokenizer of four codes an image: its first row."""
+    return images[:, 0, 0].long()
+
+
+@pytest.fixture(scope="module")
+def store(folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("store")
+    assert make_store(folder, path)
+    return path
+
+
+def make_store(folder, path, encode=top_row, **options) -> bool:
+    options = {"tokenizer": "me", "batch_size": 4, **options}
+    return tokenize(folder, path, encode=encode, grid=(2, 2), num_codes=256, image_size=4, in_channels=1, **options)
+
+
+def data(folder, **options) -> ShardData:
+    defaults = {"image_size": 4, "in_channels": 1, "global_batch": 8, "max_batch_per_device": 8, "validation_batch": 4}
+    module = ShardData(str(folder), **{**defaults, **options})
+    module.setup()
+    return module
+
+
+def ids(loader) -> list[tuple[int, int, int]]:
+    return [row for b in loader for row in zip(b.position.tolist(), b.epoch.tolist(), b.index.tolist(), strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [((128, 128, 1), (128, 1)), ((256, 32, 4), (32, 2)), ((96, 20, 2), (16, 3)), ((7, 4, 1), (1, 7))],
+)
+def test_split_batch_multiplies_to_the_global_batch(sizes, expected):
+    assert split_batch(*sizes) == expected
+    assert expected[0] * expected[1] * sizes[2] == sizes[0]
+    assert expected[0] <= sizes[1]
+
+
+def test_batch_that_ranks_cannot_share_is_refused_with_sizes_that_work():
+    with pytest.raises(ValueError, match="use 99 or 102"):
+        split_batch(100, 8, 3)
+    with pytest.raises(ValueError, match="at least 1"):
+        split_batch(8, 0, 1)
+
+
+@pytest.mark.parametrize("most_held", [0, 100])
+def test_each_epoch_visits_every_sample_once_in_another_order(most_held):
+    rows = ShuffledStream(NUM_TRAIN, seed=3, most_held=most_held)(range(3 * NUM_TRAIN))
+    epochs = rows.index.reshape(3, NUM_TRAIN)
+    assert torch.equal(epochs.sort(dim=1).values, torch.arange(NUM_TRAIN).expand(3, -1))
+    assert len({tuple(epoch) for epoch in epochs.tolist()}) == 3
+    assert torch.equal(rows.epoch, torch.arange(3).repeat_interleave(NUM_TRAIN))
+
+
+def test_order_is_the_same_whether_held_or_not_and_whatever_the_cut():
+    held, direct = ShuffledStream(NUM_TRAIN, 1), ShuffledStream(NUM_TRAIN, 1, most_held=0)
+    whole = direct(range(60)).index
+    assert torch.equal(torch.cat([held(range(start, start + 7)).index for start in range(0, 56, 7)]), whole[:56])
+    assert not torch.equal(ShuffledStream(NUM_TRAIN, 2)(range(60)).index, whole)
+
+
+@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (1, 4), (2, 2), (4, 1), (8, 1)])
+def test_every_step_is_the_same_set_for_any_ranks_and_accumulation(world_size, accumulation):
+    per_device = 8 // world_size // accumulation
+    ranks = [
+        list(
+            GlobalOrder(
+                NUM_TRAIN, per_device=per_device, accumulation=accumulation, world_size=world_size, rank=rank,
+                current_step=lambda: 4,
+            )
+        )
+        for rank in range(world_size)
+    ]  # fmt: skip
+    assert {len(batches) for batches in ranks} == {2 * accumulation}  # steps 4 and 5 of an epoch of 3
+    steps = [
+        [p for batches in ranks for micro in batches[s * accumulation : (s + 1) * accumulation] for p in micro]
+        for s in range(2)
+    ]
+    assert [sorted(step) for step in steps] == [list(range(32, 40)), list(range(40, 48))]
+
+
+def test_epochs_follow_on_without_gap_or_repeat():
+    step = 0
+    order = GlobalOrder(NUM_TRAIN, per_device=4, accumulation=2, current_step=lambda: step)
+    seen = []
+    for _ in range(3):
+        batches = list(order)
+        assert len(batches) == len(order) == 6
+        seen += [position for batch in batches for position in batch]
+        step += 3
+    assert seen == list(range(72))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("num_samples", [1, 11, 12])
+def test_validation_covers_each_sample_once_with_equal_batches(world_size, num_samples):
+    ranks = [list(SplitOrder(num_samples, per_device=3, world_size=world_size, rank=r)) for r in range(world_size)]
+    assert len({len(batches) for batches in ranks}) == 1
+    rows = [OnceThrough(num_samples)(positions) for batches in ranks for positions in batches]
+    valid = torch.cat([r.index[r.valid] for r in rows])
+    assert sorted(valid.tolist()) == list(range(num_samples))
+    assert all(int(r.index.max()) < num_samples for r in rows)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_images_labels_and_ids_belong_together(folder, num_workers):
+    batches = list(data(folder, num_workers=num_workers).train_dataloader())
+    assert [tuple(b.content.shape) for b in batches] == [(8, 1, 4, 4)] * 3
+    for batch in batches:
+        assert batch.content.dtype == torch.uint8
+        for content, label, index in zip(batch.content, batch.labels, batch.index.tolist(), strict=True):
+            assert torch.equal(content, image(index)[:, :, 1:5])
+            assert label == index % 3
+
+
+def test_workers_do_not_change_anything(folder):
+    one, other = (list(data(folder, num_workers=n, crop="random").train_dataloader()) for n in (0, 2))
+    for left, right in zip(one, other, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(left, right, strict=True))
+
+
+def test_random_crops_depend_on_seed_index_and_epoch_alone(folder):
+    def crops(order, seed):
+        module = data(folder, crop="random", seed=seed)
+        batch = module.batches("train", order, crop="random").__getitems__(range(3 * NUM_TRAIN))
+        lefts = (batch.content[:, 0, 0, 0].long() - batch.index * 7) % 256
+        return {
+            (i, e): left for i, e, left in zip(batch.index.tolist(), batch.epoch.tolist(), lefts.tolist(), strict=True)
+        }
+
+    first = crops(ShuffledStream(NUM_TRAIN, 0), seed=0)
+    assert first == crops(ShuffledStream(NUM_TRAIN, 9), seed=0)  # another order, the same crops
+    assert first != crops(ShuffledStream(NUM_TRAIN, 0), seed=1)
+    assert set(first.values()) == {0, 1, 2}
+    assert any(first[i, 0] != first[i, 1] for i in range(NUM_TRAIN))
+
+
+def test_tokens_and_images_give_the_same_samples_in_the_same_order(folder, store):
+    images = data(folder)
+    tokens = data(folder, source="tokens", token_store=str(store))
+    for left, right in zip(images.train_dataloader(), tokens.train_dataloader(), strict=True):
+        assert right.content.dtype == torch.int64
+        assert torch.equal(top_row(left.content), right.content)
+        assert all(torch.equal(x, y) for x, y in zip(left[1:], right[1:], strict=True))
+    assert ids(images.val_dataloader()) == ids(tokens.val_dataloader())
+    assert tokens.store.grid == (2, 2)
+
+
+def test_validation_samples_limits_to_the_first(folder):
+    batches = list(data(folder, validation_samples=5).val_dataloader())
+    assert [b.index[b.valid].tolist() for b in batches] == [[0, 1, 2, 3], [4]]
+    assert data(folder).num_classes == 3
+
+
+def test_stale_and_foreign_stores_are_refused(folder, store, tmp_path):
+    with pytest.raises(ValueError, match=r"image size .*make tokenize"):
+        data(folder, source="tokens", token_store=str(store), image_size=8)
+    with pytest.raises(ValueError, match=r"tokenizer .*make tokenize"):
+        data(folder, source="tokens", token_store=str(store)).require_tokenizer("other")
+    samples = [Sample(encode_png(image(0)), "png", 0, "0")]
+    for split in ("train", "val"):
+        write_split(samples, tmp_path, split, shard_size=9, on_sample=lambda split: None)
+    index_shards(tmp_path, {split: find_shards(tmp_path, f"{split}-*.tar") for split in ("train", "val")})
+    with pytest.raises(ValueError, match=r"data must be .*make tokenize"):
+        data(tmp_path, source="tokens", token_store=str(store))
+
+
+def test_tokenizing_again_is_a_no_op_and_an_interrupted_one_goes_on(folder, store, tmp_path, monkeypatch):
+    assert not make_store(folder, store)
+    monkeypatch.setattr("maskgit_pl.shards.tokens.ROWS_BETWEEN_FLUSHES", 4)
+    seen = []
+
+    def failing(images):
+        seen.append(len(images))
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return top_row(images)
+
+    with pytest.raises(KeyboardInterrupt):
+        make_store(folder, tmp_path, failing)
+    done = []
+    assert make_store(folder, tmp_path, on_rows=lambda split, rows: done.append((split, rows)))
+    assert done[0] == ("train", 12)
+    for name in ("train-tokens.npy", "val-tokens.npy", "train-labels.npy"):
+        assert np.array_equal(np.load(tmp_path / name), np.load(store / name))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"source": "stream"}, {"source": "tokens"}, {"token_store": "x"}, {"crop": "left"},
+     {"source": "tokens", "token_store": "x", "crop": "random"}],
+)  # fmt: skip
+def test_arguments_that_contradict_each_other_are_refused(folder, options):
+    with pytest.raises(ValueError, match=r"data\.|crop"):
+        ShardData(str(folder), **options)
+
+
+def test_flip_depends_on_the_sample_not_on_the_batch():
+    images = torch.arange(200 * 6, dtype=torch.float32).reshape(200, 1, 2, 3)
+    index, epoch = torch.arange(200), torch.full((200,), 2)
+    flipped = flip(images, seed=1, index=index, epoch=epoch)
+    turned = (flipped != images).flatten(1).any(dim=1)
+    assert 70 < int(turned.sum()) < 130
+    assert torch.equal(flipped[turned], images[turned].flip(-1))
+    order = torch.randperm(200)
+    assert torch.equal(flip(images[order], seed=1, index=order, epoch=epoch), flipped[order])
+    assert not torch.equal(flip(images, seed=1, index=index, epoch=epoch + 1), flipped)
+
+
+def test_unit_range_maps_0_and_255_to_the_ends():
+    assert to_unit_range(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [0.0, 1.0]
+
+
+class Recorder(LightningModule):
+    """Trains one weight and notes the positions of every step."""
+
+    def __init__(self, save_at: int | None = None, path: str = "") -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.seen: list[int] = []
+        self.save_at, self.path = save_at, path
+
+    def training_step(self, batch, batch_idx):
+        self.seen += batch.position.tolist()
+        return self.weight * batch.content.float().mean()
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if self.trainer.global_step == self.save_at and not self.trainer.fit_loop._should_accumulate():
+            self.trainer.save_checkpoint(self.path)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+def fit(
+    folder, steps: int, *, accumulation: int = 1, num_workers: int = 0, resume=None, save_at=None, path=""
+) -> list[int]:
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    module = Recorder(save_at, str(path))
+    trainer = Trainer(
+        max_steps=steps, max_epochs=-1, accumulate_grad_batches=accumulation, accelerator="cpu", logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        use_distributed_sampler=False, limit_val_batches=0, log_every_n_steps=1,
+    )  # fmt: skip
+    loaders = data(folder, max_batch_per_device=8 // accumulation, num_workers=num_workers)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r".*does not have many workers|.*srun|.*LeafSpec")
+        trainer.fit(module, datamodule=loaders, ckpt_path=resume, weights_only=True if resume else None)
+    return module.seen
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_training_walks_the_stream_across_epochs(folder, accumulation, num_workers):
+    assert fit(folder, 8, accumulation=accumulation, num_workers=num_workers) == list(range(64))
+
+
+@pytest.mark.parametrize(("num_workers", "accumulation"), [(0, 1), (0, 2), (2, 1)])
+@pytest.mark.parametrize("stop", [2, 3, 4])  # within an epoch of 3 steps, on its boundary, just behind it
+def test_resumed_training_goes_on_at_the_next_position(folder, tmp_path, stop, num_workers, accumulation):
+    path = tmp_path / "last.ckpt"
+    options = {"num_workers": num_workers, "accumulation": accumulation}
+    first = fit(folder, stop, save_at=stop, path=path, **options)
+    second = fit(folder, 11, resume=str(path), **options)
+    assert first == list(range(stop * 8))
+    assert second == list(range(stop * 8, 88))
