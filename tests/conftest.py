@@ -1,0 +1,44 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
+from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
+from maskgit_pl.pretrained import fingerprint, save_tokenizer, save_transformer
+
+CLASSES = ("T-shirt/top", "Trouser", "Ankle boot")
+
+
+def save_tiny_pretrained(folder: Path, *, in_channels: int = 1, class_dropout: float = 0.1, seed: int = 0) -> Path:
+    """Random weights: 8 px images, 4 x 4 tokens, 3 classes."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        vqgan = VQGANConfig(
+            in_channels, channels=8, multipliers=(1, 1), blocks_per_level=1, groups=2, num_codes=16, code_width=4
+        )
+        tokenizer = VQGAN(vqgan)
+        config = TransformerConfig(16, 3, (4, 4), 16, 1, 2, 32, class_dropout=class_dropout)
+        transformer = MaskedTransformer(config)
+        for parameter in transformer.parameters():  # far from uniform predictions, so that classes and guidance show
+            parameter.data.mul_(4)
+    save_tokenizer(folder / "tokenizer", vqgan, tokenizer.state_dict(), image_size=8)
+    save_transformer(
+        folder / "transformer",
+        config,
+        transformer.state_dict(),
+        mask_schedule={"name": "pow", "exponent": 2.0},
+        decoding=DecodingConfig(
+            num_steps=4, guidance={"name": "linear", "scale": 1.0} if class_dropout else "constant"
+        ),
+        class_names=CLASSES,
+        tokenizer_fingerprint=fingerprint(folder / "tokenizer"),
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pretrained folder with random weights; not to be written to."""
+    return save_tiny_pretrained(tmp_path_factory.mktemp("tiny") / "pretrained")
