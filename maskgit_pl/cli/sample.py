@@ -1,0 +1,153 @@
+"""``maskgit sample``: images of classes, as one picture, as single files, and as an animation of their decoding."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from maskgit_pl.pipeline import MaskGIT
+
+__all__ = ["add_decoding_arguments", "add_parser", "pretrained_folder", "run", "write_animation"]
+
+_ANIMATED = 4  # images side by side in an animation
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command to ``maskgit``."""
+    parser = subparsers.add_parser("sample", help="generate images of classes", allow_abbrev=False)
+    parser.add_argument("folder", type=Path, metavar="RUN", help="run folder (runs/NAME) or pretrained folder")
+    parser.add_argument(
+        "--classes", default="all", metavar="A,B,...", help="numbers or names, or all (default: all, at most 10)"
+    )
+    parser.add_argument("--per-class", type=int, default=8, metavar="N", help="images of each class (default: 8)")
+    add_decoding_arguments(parser)
+    parser.add_argument("--out", type=Path, default=Path("samples.png"), metavar="FILE.png", help="all in one picture")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="also write each image into a file of its own")
+    parser.add_argument("--gif", type=Path, metavar="FILE.gif", help="also write an animation of the decoding")
+    parser.set_defaults(run=run)
+
+
+def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say how to decode."""
+    parser.add_argument(
+        "--num-steps", "--steps", type=int, metavar="T", help="decoding steps (default: the model's own)"
+    )
+    parser.add_argument("--guidance", type=float, metavar="S", help="guidance scale (default: the model's own)")
+    parser.add_argument("--temperature", type=float, metavar="C", help="choice temperature (default: the model's own)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first image; image i has seed + i (default: 0)")
+    parser.add_argument("--batch", type=int, default=100, metavar="N", help="images at a time (default: 100)")
+    parser.add_argument("--device", default=None, help="cpu, cuda, mps ... (default: a GPU if there is one)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generates and writes.
+
+    Raises:
+        FileNotFoundError: No such run.
+        ValueError: An unknown class or a number out of range.
+    """
+    folder = pretrained_folder(args.folder)
+    if args.per_class < 1:
+        raise ValueError(f"--per-class: at least 1 is needed, got {args.per_class}")
+    from maskgit_pl.pipeline import MaskGIT
+    from maskgit_pl.training.pictures import image_grid, save_png
+
+    pipe = MaskGIT.from_pretrained(folder).to(args.device or _default_device())
+    classes = pipe.class_ids(_words(args.classes, pipe.class_names))
+    labels = [label for label in classes for _ in range(args.per_class)]
+    images = _generate(pipe, labels, args)
+    names = [pipe.class_names[label] for label in classes]
+    save_png(image_grid(images, columns=args.per_class, row_captions=names), args.out)
+    print(f"{args.out}: {len(images)} images of {len(classes)} classes, {_steps(pipe, args)} steps each")
+    if args.images is not None:
+        _write_images(images, labels, args.images, seed=args.seed)
+    if args.gif is not None:
+        first_of_class = [number * args.per_class for number in range(min(_ANIMATED, len(classes)))]
+        chosen = first_of_class if len(classes) > 1 else list(range(min(_ANIMATED, args.per_class)))
+        seeds = [args.seed + number for number in chosen]
+        write_animation(pipe, [labels[number] for number in chosen], seeds, args.gif, **_settings(args))
+        print(f"{args.gif}: how {len(chosen)} of them are decoded")
+    return 0
+
+
+def pretrained_folder(folder: Path) -> Path:
+    """The folder with ``tokenizer/`` and ``transformer/``: ``RUN/pretrained``, or the folder itself.
+
+    Raises:
+        FileNotFoundError: Neither holds both; the text says what is missing and what makes it.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"run {folder}: no such folder; train one with `make demo`, or name another")
+    found = folder / "pretrained" if (folder / "pretrained").is_dir() else folder
+    for part in ("tokenizer", "transformer"):
+        if not (found / part / "config.json").is_file():
+            raise FileNotFoundError(
+                f"run {folder}: no {part} in {found}; `maskgit train {part}` makes it when it has finished"
+            )
+    return found
+
+
+def write_animation(pipe: MaskGIT, labels: Sequence[int], seeds: Sequence[int], path: Path, **settings: Any) -> None:
+    """Writes a GIF of how a few images are decoded; settings as of ``MaskGIT.steps``."""
+    from maskgit_pl.training.pictures import decode_images, decoding_frames, save_gif
+
+    steps = list(pipe.steps(labels, seed=seeds, **settings))
+    images = [decode_images(pipe.tokenizer, step.tokens) for step in steps]
+    names = [pipe.class_names[label] for label in labels]
+    save_gif(decoding_frames(steps, images, grid=pipe.tokenizer.grid, captions=names), path)
+
+
+def _generate(pipe: MaskGIT, labels: list[int], args: argparse.Namespace) -> Tensor:
+    from rich.progress import Progress
+
+    batches = -(-len(labels) // args.batch) if args.batch > 0 else 0  # generate refuses a batch below 1
+    with Progress(transient=True) as progress:
+        bar = progress.add_task("sampling", total=batches * _steps(pipe, args))
+        return pipe.generate(
+            labels,
+            seed=args.seed,
+            batch_size=args.batch,
+            output_type="pt",
+            callback=lambda step: progress.advance(bar),
+            **_settings(args),
+        )
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "num_steps": args.num_steps,
+        "guidance_scale": args.guidance,
+        "choice_temperature": args.temperature,
+    }
+
+
+def _steps(pipe: MaskGIT, args: argparse.Namespace) -> int:
+    return pipe.decoding_with(**_settings(args)).num_steps
+
+
+def _words(text: str, names: Sequence[str]) -> list[int | str]:
+    """What ``--classes`` names: a word is a class's name if there is one, else a number."""
+    if text == "all" and text not in names:
+        shown = min(len(names), 10)
+        return [number * len(names) // shown for number in range(shown)]
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    return [int(word) if word not in names and word.lstrip("-").isdigit() else word for word in words]
+
+
+def _write_images(images: Tensor, labels: Sequence[int], folder: Path, *, seed: int) -> None:
+    from maskgit_pl.training.pictures import save_png, to_pil
+
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        save_png(to_pil(image), folder / f"class-{label:04d}-seed-{seed + number:06d}.png")
+    print(f"{folder}: {len(images)} files")
+
+
+def _default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
