@@ -267,6 +267,9 @@ class Recorder(LightningModule):
         self.seen += batch.position.tolist()
         return self.weight * batch.content.float().mean()
 
+    def validation_step(self, batch, batch_idx):
+        assert batch.epoch.sum() == 0
+
     def on_train_batch_end(self, outputs, batch, batch_idx):
         if self.trainer.global_step == self.save_at and not self.trainer.fit_loop._should_accumulate():
             self.trainer.save_checkpoint(self.path)
@@ -283,7 +286,7 @@ def fit(
     trainer = Trainer(
         max_steps=steps, max_epochs=-1, accumulate_grad_batches=accumulation, accelerator="cpu", logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        use_distributed_sampler=False, limit_val_batches=0, log_every_n_steps=1,
+        use_distributed_sampler=False, num_sanity_val_steps=0, log_every_n_steps=1,
     )  # fmt: skip
     loaders = data(folder, max_batch_per_device=8 // accumulation, num_workers=num_workers)
     with warnings.catch_warnings():
