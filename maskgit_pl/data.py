@@ -498,11 +498,12 @@ class ShardData(LightningDataModule):
         return 0 if self.trainer is None else self.trainer.global_rank
 
 
-def flip(images: Tensor, *, seed: int, index: Tensor, epoch: Tensor) -> Tensor:
-    """Mirror every other image, left to right; which ones depends on (seed, index, epoch) alone.
+def flip(images: Tensor, *, probability: float, seed: int, index: Tensor, epoch: Tensor) -> Tensor:
+    """Mirror a share of the images, left to right; which ones depends on (seed, index, epoch) alone.
 
     Args:
         images: (B, C, H, W), any type, any device.
+        probability: Share that is mirrored, in [0, 1].
         seed: Of the run.
         index: (B,) int64, of the batch.
         epoch: (B,) int64, of the batch.
@@ -510,7 +511,7 @@ def flip(images: Tensor, *, seed: int, index: Tensor, epoch: Tensor) -> Tensor:
     Returns:
         (B, C, H, W) of the same type.
     """
-    chosen = random_uniform("flip", seed=seed, index=index, epoch=epoch)[:, 0] < 0.5
+    chosen = random_uniform("flip", seed=seed, index=index, epoch=epoch)[:, 0] < probability
     return torch.where(chosen.to(images.device)[:, None, None, None], images.flip(-1), images)
 
 

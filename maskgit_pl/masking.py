@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from maskgit_pl.randomness import permutation, random_bits, random_uniform
+from maskgit_pl.randomness import random_bits, random_uniform
 from maskgit_pl.schedules import MaskSchedule, num_masked
 
 __all__ = ["MaskSampler"]
@@ -40,11 +40,17 @@ class MaskSampler:
 
     def ratio(self, num_tokens: int, *, index: Tensor, epoch: Tensor, position: Tensor, global_batch: int) -> Tensor:
         """Mask ratios (B,) float32 in [0, 1]; arguments as of ``mask``."""
-        step, slot = position // global_batch, position % global_batch
-        stratum = permutation(slot, global_batch, stream="mask-ratio", seed=self.seed, epoch=step)
+        stratum = self._stratum(position, global_batch)
         jitter = random_uniform("mask-ratio", seed=self.seed, index=index, epoch=epoch)[:, 0]
         progress = ((stratum + jitter) / global_batch).clamp(max=1.0)
         return self.mask_schedule(progress, num_tokens).clamp(min=self.min_mask_ratio)
+
+    def _stratum(self, position: Tensor, global_batch: int) -> Tensor:
+        """pi(slot) (B,) int64: the rank of a slot's random key among those of its step's global batch."""
+        step, slot = position // global_batch, position % global_batch
+        words = random_bits("mask-ratio/stratum", seed=self.seed, index=0, epoch=step, count=global_batch)
+        keys = words * global_batch + torch.arange(global_batch, device=words.device)  # (B, G), no two alike
+        return (keys < keys.gather(1, slot.unsqueeze(1))).sum(1)
 
     def mask(self, num_tokens: int, *, index: Tensor, epoch: Tensor, position: Tensor, global_batch: int) -> Tensor:
         """The masks of a batch.

@@ -126,19 +126,27 @@ def permutation(positions: Tensor, size: int, *, stream: str, seed: int, epoch: 
     """
     half = max(1, (max(2, size) - 1).bit_length() + 1 >> 1)
     epochs = torch.as_tensor(epoch, device=positions.device).expand(positions.shape).reshape(-1)
-    value = positions.reshape(-1)
-    value = _feistel(value, half, stream=stream, seed=seed, epoch=epochs)
+    keys = random_bits(f"{stream}/permutation", seed=seed, index=0, epoch=epochs, count=_FEISTEL_ROUNDS)
+    value = _feistel(positions.reshape(-1), half, keys)
     while bool((outside := value >= size).any()):
-        walked = _feistel(value[outside], half, stream=stream, seed=seed, epoch=epochs[outside])
-        value = value.masked_scatter(outside, walked)
+        value = value.masked_scatter(outside, _feistel(value[outside], half, keys[outside]))
     return value.reshape(positions.shape)
 
 
-def _feistel(value: Tensor, half: int, *, stream: str, seed: int, epoch: Tensor) -> Tensor:
-    """One pass of the network: (M,) int64 in [0, 4**half) -> the same, bijective for each epoch."""
+def _feistel(value: Tensor, half: int, keys: Tensor) -> Tensor:
+    """One pass of the network: (M,) int64 in [0, 4**half), (M, rounds) keys -> the same range, bijective for equal keys."""
     mask = (1 << half) - 1
     left, right = value >> half, value & mask
-    for round_number in range(_FEISTEL_ROUNDS):
-        word = random_bits(f"{stream}/permutation/{round_number}", seed=seed, index=right, epoch=epoch)[:, 0]
-        left, right = right, left ^ (word & mask)
+    for key in keys.unbind(1):
+        left, right = right, left ^ (_mix(right ^ key) & mask)
     return left << half | right
+
+
+def _mix(word: Tensor) -> Tensor:
+    """A bijection of 32-bit words in which every input bit moves every output bit about half of the time.
+
+    Source: C. Wellons, hash prospector, "lowbias32".
+    """
+    word = ((word >> 16) ^ word) * 0x7FEB352D & _WORD
+    word = ((word >> 15) ^ word) * 0x846CA68B & _WORD
+    return (word >> 16) ^ word

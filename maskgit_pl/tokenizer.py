@@ -12,7 +12,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,15 +24,13 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
 from maskgit_pl import losses
+from maskgit_pl.data import Batch, flip, to_unit_range
 from maskgit_pl.networks.discriminator import Discriminator, DiscriminatorConfig
 from maskgit_pl.networks.features import FeatureOutput, feature_networks
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
-from maskgit_pl.randomness import random_uniform
+from maskgit_pl.pretrained import save_tokenizer
 from maskgit_pl.training.ema import frozen_copy, update_ema
 from maskgit_pl.training.optimizers import LearningRate, parameter_groups
-
-if TYPE_CHECKING:
-    from maskgit_pl.data import Batch
 
 __all__ = ["AdversarialConfig", "CodebookUse", "PerceptualConfig", "Tokenizer"]
 
@@ -432,15 +431,20 @@ class Tokenizer(LightningModule):
         """First validation images and their reconstructions, (B, C, H, W) uint8; None before the first validation."""
         return self._pictures
 
+    def export(self, folder: Path) -> None:
+        """Writes ``folder/tokenizer`` from the averaged weights; called on every rank, rank 0 writes."""
+        if self.global_rank == 0:
+            weights = self.ema_network.state_dict()
+            save_tokenizer(folder / "tokenizer", self.network.config, weights, image_size=self.image_size)
+
     # Small parts
 
     def _images(self, batch: Batch, *, flip_probability: float) -> Tensor:
         """uint8 images of a batch -> (B, C, H, W) float32 in [0, 1], mirrored where the sample's number says so."""
-        images: Tensor = batch.content.float() / 255
+        images = batch.content
         if flip_probability > 0:
-            chance = random_uniform("flip", seed=self.seed, index=batch.index, epoch=batch.epoch)  # (B, 1)
-            images = torch.where((chance < flip_probability).view(-1, 1, 1, 1), images.flip(-1), images)
-        return images.to(memory_format=self.memory_format)
+            images = flip(images, probability=flip_probability, seed=self.seed, index=batch.index, epoch=batch.epoch)
+        return to_unit_range(images).to(memory_format=self.memory_format)
 
     def _call(self, name: Literal["network", "discriminator"], images: Tensor) -> Any:
         """The training forward of a network, through its wrapper where it has one."""

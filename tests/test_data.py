@@ -241,13 +241,13 @@ def test_arguments_that_contradict_each_other_are_refused(folder, options):
 def test_flip_depends_on_the_sample_not_on_the_batch():
     images = torch.arange(200 * 6, dtype=torch.float32).reshape(200, 1, 2, 3)
     index, epoch = torch.arange(200), torch.full((200,), 2)
-    flipped = flip(images, seed=1, index=index, epoch=epoch)
+    flipped = flip(images, probability=0.5, seed=1, index=index, epoch=epoch)
     turned = (flipped != images).flatten(1).any(dim=1)
     assert 70 < int(turned.sum()) < 130
     assert torch.equal(flipped[turned], images[turned].flip(-1))
     order = torch.randperm(200)
     assert torch.equal(flip(images[order], seed=1, index=order, epoch=epoch), flipped[order])
-    assert not torch.equal(flip(images, seed=1, index=index, epoch=epoch + 1), flipped)
+    assert not torch.equal(flip(images, probability=0.5, seed=1, index=index, epoch=epoch + 1), flipped)
 
 
 def test_unit_range_maps_0_and_255_to_the_ends():

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from maskgit_pl.randomness import permutation
+from maskgit_pl.randomness import random_bits
 from maskgit_pl.registry import Registry
 
 __all__ = [
@@ -365,7 +365,7 @@ def _global_choice(rows: Tensor, micro_batches: int, count: int, *, seed: int, s
     """
     ranks, rank, size = _world_size(), dist.get_rank() if _world_size() > 1 else 0, rows.shape[0] // micro_batches
     total = rows.shape[0] * ranks
-    chosen = permutation(torch.arange(count) % total, total, stream="restart", seed=seed, epoch=step)
+    chosen = random_bits("restart", seed=seed, index=0, epoch=step, count=count)[0] % total
     micro_batch, owner, row = chosen // (size * ranks), chosen // size % ranks, chosen % size
     local = rows[(micro_batch * size + row).to(rows.device)]  # (count, D)
     if ranks == 1:

@@ -103,7 +103,7 @@ def build_strategy(name: str) -> str | Strategy:
     if name == "auto":
         return name
     if name == "ddp":
-        return NetworksDDP(broadcast_buffers=False, gradient_as_bucket_view=True)
+        return NetworksDDP(gradient_as_bucket_view=True)
     if name == "fsdp":
         return FullyShardedDataParallel2()
     raise ValueError(f"trainer.strategy {name!r}: {nearest(name, STRATEGIES)}")

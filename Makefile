@@ -1,0 +1,75 @@
+# Every target is one command on a fresh machine: it makes .venv and installs what it needs if that is missing.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+DATASET ?= fashion-mnist
+RECIPE ?= cosine
+CLUSTER ?= cpu
+RUN ?= $(DATASET)-$(subst $(eval ) ,-,$(strip $(RECIPE)))
+DATA ?= data/shards/$(DATASET)
+IMAGES ?=
+TOKENIZER ?=
+CLASSES ?= all
+STEPS ?= 8
+SEED ?= 0
+ARGS ?=
+
+# The run that every stage belongs to. RECIPE may name several recipes, from left to right: RECIPE='paper-256 log'.
+OF_RUN = --dataset $(DATASET) --data $(DATA) --recipe "$(RECIPE)" --run "$(RUN)" $(if $(TOKENIZER),--tokenizer $(TOKENIZER))
+
+.PHONY: help install data train-tokenizer tokenize train-transformer sample evaluate demo test lint format clean
+
+help: ## Print every target
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+	@echo "Variables: DATASET RECIPE CLUSTER RUN DATA IMAGES TOKENIZER CLASSES STEPS SEED ARGS"
+
+$(STAMP): pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@touch $@
+
+install: $(STAMP) ## Make .venv with the package and its tools
+
+data: $(STAMP) ## Fetch DATASET and write its shards; own images: DATASET=name IMAGES=folder
+	@$(if $(IMAGES),$(BIN)/maskgit data make "$(IMAGES)" --out $(DATA),$(if $(wildcard data/$(subst -,_,$(DATASET)).py),$(BIN)/python data/$(subst -,_,$(DATASET)).py --out $(DATA),test -d $(DATA) || { echo "data $(DATA): not there; name your images with IMAGES=folder" >&2; exit 2; }))
+
+train-tokenizer: $(STAMP) ## Stage 1: train the VQGAN on DATA (go on with the run if there is one)
+	@$(BIN)/maskgit train tokenizer $(OF_RUN) --cluster $(CLUSTER) $(ARGS)
+
+tokenize: $(STAMP) ## Turn the images of DATA into tokens, once
+	@$(BIN)/maskgit tokenize $(OF_RUN)
+
+train-transformer: tokenize ## Stage 2: train the transformer, e.g. RECIPE=cosine CLUSTER=ddp
+	@$(BIN)/maskgit train transformer $(OF_RUN) --cluster $(CLUSTER) $(ARGS)
+
+sample: $(STAMP) ## Generate images of RUN: CLASSES=0,3,7 STEPS=8 SEED=0
+	@$(BIN)/maskgit sample runs/$(RUN) --classes "$(CLASSES)" --steps $(STEPS) --seed $(SEED) $(ARGS)
+
+evaluate: $(STAMP) ## Measure RUN and write its metrics.json and pictures
+	@$(BIN)/maskgit evaluate runs/$(RUN) --data $(DATA) $(ARGS)
+
+demo: ## From nothing to images: data, both stages, pictures and figures
+	@$(MAKE) --no-print-directory data
+	@$(MAKE) --no-print-directory train-tokenizer CLUSTER=$(CLUSTER)
+	@$(MAKE) --no-print-directory train-transformer CLUSTER=$(CLUSTER)
+	@$(MAKE) --no-print-directory evaluate ARGS=
+
+test: $(STAMP) ## Run the tests (quick ones alone: ARGS="-m 'not slow'")
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP) ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## Put the code into the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove the environment and caches; runs and data stay
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist

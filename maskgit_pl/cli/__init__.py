@@ -1,0 +1,66 @@
+"""The console script ``maskgit``: one file a command, imported when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from maskgit_pl.cli import data, evaluate, sample, schedules, tokenize, train
+
+__all__ = ["build_parser", "main"]
+
+_COMMANDS = (data, train, tokenize, sample, evaluate, schedules)
+_BAD_INPUT = 2
+_USER_ERRORS = (ValueError, TypeError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the console script, every command in it."""
+    parser = argparse.ArgumentParser(
+        prog="maskgit",
+        description="MaskGIT: train a tokenizer and a masked token transformer, generate images in a few steps.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in _COMMANDS:
+        command.add_parser(commands)
+    return parser
+
+
+def _log_to_terminal() -> None:
+    """Our own messages, plain; other libraries' handlers are left alone."""
+    ours = logging.getLogger("maskgit_pl")
+    if not ours.handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        ours.addHandler(handler)
+    ours.setLevel(logging.INFO)
+    ours.propagate = False
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        argv: Words after ``maskgit``; those of the process by default.
+
+    Returns:
+        Exit code: 0 done, 2 bad input; argparse exits with 2 itself.
+    """
+    _log_to_terminal()
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and not getattr(args, "takes_overrides", False):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.overrides = rest
+    try:
+        code: int = args.run(args)
+    except _USER_ERRORS as error:
+        if args.traceback:
+            raise
+        print(f"maskgit {args.command}: {error}", file=sys.stderr)
+        return _BAD_INPUT
+    return code

@@ -1,0 +1,224 @@
+"""Builds module, data and Trainer from recipe files through LightningCLI, fits, and exports the pretrained folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+import maskgit_pl
+from maskgit_pl.cli.recipes import Stage, merge, read_yaml
+from maskgit_pl.data import ShardData, split_batch
+from maskgit_pl.mvtm import MaskedTokenModel
+from maskgit_pl.networks.vqgan import VQGANConfig
+from maskgit_pl.pretrained import fingerprint, read_config
+from maskgit_pl.shards.manifest import read_manifest_summary
+from maskgit_pl.tokenizer import Tokenizer
+from maskgit_pl.training.checkpoints import Checkpoints, FolderCheckpointIO, newest_complete
+from maskgit_pl.training.pictures import ReconstructionPictures, SamplePictures
+from maskgit_pl.training.progress import ProgressLines
+from maskgit_pl.training.strategies import build_strategy
+
+__all__ = ["StageCLI", "fit"]
+
+log = logging.getLogger(__name__)
+
+# What Lightning and torch say on every run of ours and nobody can act on.
+_EXPECTED_WARNINGS = (
+    "LightningCLI's args parameter is intended to run from within Python",  # the console script has read argv
+    r"Found \d+ module\(s\) in eval mode at the start of training",  # the averaged copies
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own call
+    "The `srun` command is available on your system",  # a laptop may have Slurm's client
+    "The '.*_dataloader' does not have many workers",  # num_workers is the recipe's choice
+    "Checkpoint directory .* exists and is not empty",  # a run that goes on
+)
+
+_MODULES: dict[Stage, type[LightningModule]] = {"tokenizer": Tokenizer, "transformer": MaskedTokenModel}
+
+
+class StageCLI(LightningCLI):
+    """LightningCLI for one stage of one run: callbacks, logger and strategy come from code, values from recipes.
+
+    Args:
+        stage: Which stage.
+        folder: ``runs/RUN/STAGE``.
+        args: Words for the parser: ``--config`` files and flags.
+    """
+
+    def __init__(self, stage: Stage, folder: Path, args: Sequence[str]) -> None:
+        self.stage = stage
+        self.folder = folder
+        super().__init__(
+            _MODULES[stage],
+            ShardData,
+            run=False,
+            args=list(args),
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+            seed_everything_default=False,
+            parser_kwargs={"allow_abbrev": False, "prog": f"maskgit train {stage}"},
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """What a stage needs beyond module, data and Trainer, and which values are one value."""
+        parser.add_argument("--checkpoint_every", type=int, default=500, help="steps between checkpoints")
+        parser.add_argument("--keep_last", type=int, default=2, help="checkpoints that stay")
+        parser.link_arguments("data.seed", "model.seed")
+        if self.stage == "tokenizer":
+            parser.link_arguments("data.image_size", "model.image_size")
+            parser.link_arguments("data.in_channels", "model.network.in_channels")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The Trainer of the recipe, with our callbacks, checkpoint format and strategies."""
+        config = self._get(self.config_init, "trainer", default={})
+        ours = {
+            "strategy": build_strategy(config["strategy"]),
+            "logger": TensorBoardLogger(self.folder, name="", version=""),
+            "plugins": [FolderCheckpointIO()],
+            "default_root_dir": self.folder,
+            "use_distributed_sampler": False,  # the data module shares out the global order itself
+            "enable_model_summary": False,
+            "max_epochs": -1,
+            "check_val_every_n_epoch": None,
+            "enable_checkpointing": True,
+        }
+        return self._instantiate_trainer({**config, **ours, **kwargs}, self._our_callbacks())
+
+    def _our_callbacks(self) -> list[Callback]:
+        config = self.config_init
+        checkpoints = Checkpoints(
+            self.folder / "checkpoints", every_n_steps=config["checkpoint_every"], keep_last=config["keep_last"]
+        )
+        progress: Callback = RichProgressBar() if sys.stdout.isatty() else ProgressLines()
+        pictures: Callback
+        if self.stage == "tokenizer":
+            pictures = ReconstructionPictures(self.folder)
+        else:
+            pictures = SamplePictures(self.folder, class_names=self.datamodule.class_names)
+        return [checkpoints, progress, pictures]
+
+
+def fit(
+    stage: Stage, *, files: Sequence[Path], overrides: Sequence[str], shards: Path, folder: Path, tokenizer: Path | None
+) -> int:
+    """Trains a stage and exports it; a finished run is left as it is.
+
+    Args:
+        stage: Which.
+        files: Recipe files in merge order.
+        overrides: Flags.
+        shards: Data folder.
+        folder: ``runs/RUN``.
+        tokenizer: Pretrained tokenizer folder, for stage 2.
+
+    Returns:
+        0.
+    """
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its tips and device lists
+    for message in _EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=f".*{message}")
+    trees = [read_yaml(file) for file in files]
+    found = _tokenizer_values(shards, tokenizer, folder, merge(trees)) if tokenizer else {"data": {"path": str(shards)}}
+    layers = ["--config", json.dumps(found), *(word for file in files for word in ("--config", str(file)))]
+    torch.manual_seed(0)  # initial weights; every other chance is a function of the recipe's seed
+    cli = StageCLI(stage, folder / stage, [*layers, *overrides])
+    module, data, trainer = cli.model, cli.datamodule, cli.trainer
+    newest = newest_complete(folder / stage / "checkpoints")
+    if newest is not None and int(newest.name.removeprefix("step-")) >= trainer.max_steps and _exported(folder, stage):
+        log.info("%s: finished at %s; nothing to do", folder / stage, newest.name)
+        return 0
+    per_device, accumulation = split_batch(data.global_batch, data.max_batch_per_device, trainer.world_size)
+    if isinstance(module, MaskedTokenModel):
+        trainer.accumulate_grad_batches = accumulation
+        _check_classes(module, data)
+        data.require_tokenizer(fingerprint(module.tokenizer_folder))
+    else:
+        module.accumulation = accumulation
+    if trainer.is_global_zero:
+        _write_papers(cli, folder / stage)
+        log.info(
+            "%s: global batch %d = %d ranks x %d accumulated x %d a device%s",
+            folder / stage, data.global_batch, trainer.world_size, accumulation, per_device,
+            f"; going on from {newest.name}" if newest else "",
+        )  # fmt: skip
+    trainer.fit(module, datamodule=data, ckpt_path=newest)
+    _export(module, data, folder / "pretrained", tokenizer)
+    return 0
+
+
+def _tokenizer_values(shards: Path, tokenizer: Path, folder: Path, recipe: dict[str, Any]) -> dict[str, Any]:
+    """What stage 2 need not be told: it stands in the tokenizer's and the data's own files."""
+    config = read_config(tokenizer, "tokenizer")
+    grid = VQGANConfig(**config["network"]).grid(config["image_size"])
+    data: dict[str, Any] = {
+        "path": str(shards),
+        "image_size": config["image_size"],
+        "in_channels": config["network"]["in_channels"],
+    }
+    if recipe.get("data", {}).get("source", "images") == "tokens":
+        data["token_store"] = str(folder / "tokens")
+    network = {
+        "num_codes": config["network"]["num_codes"],
+        "num_classes": read_manifest_summary(shards).num_classes,
+        "grid": list(grid),
+    }
+    return {"data": data, "model": {"tokenizer": str(tokenizer), "network": network}}
+
+
+def _check_classes(module: MaskedTokenModel, data: ShardData) -> None:
+    if module.config.num_classes != data.num_classes:
+        raise ValueError(
+            f"model.network.num_classes: {data.path} has {data.num_classes} classes, got {module.config.num_classes}; "
+            "leave the key out or name other data"
+        )
+
+
+def _exported(folder: Path, stage: Stage) -> bool:
+    return (folder / "pretrained" / stage / "config.json").is_file()
+
+
+def _export(module: LightningModule, data: ShardData, folder: Path, tokenizer: Path | None) -> None:
+    if isinstance(module, Tokenizer):
+        module.export(folder)
+    elif isinstance(module, MaskedTokenModel):
+        module.export(folder, class_names=data.class_names)
+        own = folder / "tokenizer"
+        if module.global_rank == 0 and tokenizer is not None and tokenizer.resolve() != own.resolve():
+            shutil.copytree(tokenizer, own, dirs_exist_ok=True)  # a run's folder stands alone
+    log.info("exported %s", folder)
+
+
+def _write_papers(cli: StageCLI, folder: Path) -> None:
+    """The resolved configuration and where it ran, so that a run can be told and repeated."""
+    folder.mkdir(parents=True, exist_ok=True)
+    cli.parser.save(cli.config, folder / "config.yaml", overwrite=True, skip_validation=True)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    environment = {
+        "command": sys.argv,
+        "maskgit_pl": maskgit_pl.__version__,
+        "commit": commit or None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+        "machine": platform.platform(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "world_size": cli.trainer.world_size,
+    }
+    (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")

@@ -1,0 +1,147 @@
+"""Recipes: which YAML files make up a run, read safely, before anything heavy is imported.
+
+Merge order: base, data set, RECIPE from left to right, cluster; flags come last. Values from the data and the tokenizer at
+hand (classes, codebook, grid) lie below all of them. A recipe is data: it names registered things and never a class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from maskgit_pl.registry import nearest
+
+__all__ = ["Stage", "check_overrides", "merge", "read_yaml", "recipe_files", "recipes_folder"]
+
+Stage = Literal["tokenizer", "transformer"]
+
+_STAGES: tuple[Stage, ...] = ("tokenizer", "transformer")
+_MAX_BYTES = 1_000_000
+_REFUSED = ("class_path", "callbacks", "logger", "plugins", "profiler")
+
+
+def recipes_folder() -> Path:
+    """``recipes/`` of the working directory, else the copy that was installed with the package.
+
+    Raises:
+        FileNotFoundError: Neither is there.
+    """
+    candidates = (Path("recipes"), Path(__file__).parents[2] / "recipes", Path(__file__).parents[1] / "recipes")
+    for folder in candidates:
+        if (folder / "transformer" / "base.yaml").is_file():
+            return folder
+    raise FileNotFoundError("recipes: no folder recipes/ here; run from the repository, or reinstall maskgit_pl")
+
+
+def recipe_files(stage: Stage, *, dataset: str, names: Iterable[str], cluster: str) -> list[Path]:
+    """The files of a run in merge order.
+
+    Args:
+        stage: Whose recipes.
+        dataset: Its file is ``<dataset>.yaml``; without one, ``own-images.yaml``. The default data set's is the base.
+        names: RECIPE, from left to right. A name must be a recipe of some stage; this stage takes those it has.
+        cluster: A file of ``recipes/cluster``.
+
+    Raises:
+        FileNotFoundError: A name that no stage has, with the nearest and the list.
+    """
+    folder = recipes_folder()
+    files = [folder / stage / "base.yaml"]
+    if dataset != DEFAULT_DATASET:
+        own = folder / stage / f"{dataset}.yaml"
+        files.append(own if own.is_file() else folder / stage / "own-images.yaml")
+    for name in names:
+        homes = [each for each in _STAGES if (folder / each / f"{name}.yaml").is_file()]
+        if not homes:
+            known = {file.stem for each in _STAGES for file in (folder / each).glob("*.yaml")}
+            raise FileNotFoundError(f"recipe {name!r}: no such file in {folder}: {nearest(name, known)}")
+        if stage in homes:
+            files.append(folder / stage / f"{name}.yaml")
+    on = folder / "cluster" / f"{cluster}.yaml"
+    if not on.is_file():
+        known = {file.stem for file in on.parent.glob("*.yaml")}
+        raise FileNotFoundError(f"cluster {cluster!r}: no such file in {on.parent}: {nearest(cluster, known)}")
+    return [*files, on]
+
+
+DEFAULT_DATASET = "fashion-mnist"
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """SafeLoader without aliases (a few bytes can unfold to gigabytes) and without doubled keys."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            event = self.peek_event()
+            raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed in recipes", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        made: dict[Any, Any] = super().construct_mapping(node, deep=deep)
+        return made
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """One recipe file as plain values.
+
+    Raises:
+        ValueError: Over 1 MB, not YAML, an alias, a doubled key, no mapping, or a key that would import code.
+    """
+    if file.stat().st_size > _MAX_BYTES:
+        raise ValueError(f"recipe {file}: at most 1 MB is read, got {file.stat().st_size} bytes")
+    try:
+        tree = yaml.load(file.read_text(), Loader=_PlainLoader)  # a SafeLoader
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe {file}: {error}") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ValueError(f"recipe {file}: a mapping is needed, got {type(tree).__name__}")
+    _refuse_code(tree, str(file), "")
+    return tree
+
+
+def _refuse_code(node: Any, file: str, path: str) -> None:
+    if isinstance(node, list):
+        for item in node:
+            _refuse_code(item, file, path)
+    if not isinstance(node, dict):
+        return
+    for key, value in node.items():
+        where = f"{path}.{key}" if path else str(key)
+        if key in _REFUSED:
+            raise ValueError(f"recipe {file}: {where}: recipes name registered things, not classes; the key is refused")
+        _refuse_code(value, file, where)
+
+
+def check_overrides(overrides: Iterable[str]) -> None:
+    """Refuses flags that would import code, as ``read_yaml`` refuses such keys.
+
+    Raises:
+        ValueError: The flag is named.
+    """
+    for word in overrides:
+        if word.startswith("--config") or any(refused in word for refused in _REFUSED):
+            raise ValueError(f"flag {word!r}: flags set single values of a recipe; write a recipe file for more")
+
+
+def merge(trees: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Later over earlier, mapping by mapping."""
+    merged: dict[str, Any] = {}
+    for tree in trees:
+        for key, value in tree.items():
+            old = merged.get(key)
+            nested = isinstance(old, dict) and isinstance(value, Mapping) and "name" not in value
+            merged[key] = merge([old, value]) if nested and isinstance(old, dict) else value
+    return merged

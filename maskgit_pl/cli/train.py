@@ -1,0 +1,94 @@
+"""``maskgit train tokenizer|transformer``: trains a stage by recipe, or goes on where the last run stopped."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from pathlib import Path
+
+from maskgit_pl.cli.recipes import DEFAULT_DATASET, check_overrides, read_yaml, recipe_files
+
+__all__ = ["add_parser", "add_run_arguments", "find_tokenizer", "run", "run_folder"]
+
+_SHARDS = Path("data/shards")
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command to ``maskgit``."""
+    parser = subparsers.add_parser(
+        "train",
+        help="train a stage by recipe",
+        description="Train a stage by recipe. Further flags set single values, e.g. --trainer.max_steps 2000.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("stage", choices=("tokenizer", "transformer"))
+    add_run_arguments(parser)
+    parser.add_argument("--cluster", default="cpu", help="file of recipes/cluster (default: cpu)")
+    parser.set_defaults(run=run, takes_overrides=True)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say which run this is and on which data."""
+    parser.add_argument("--recipe", default="", help="names of recipe files, from left to right, in one word")
+    parser.add_argument("--dataset", default=DEFAULT_DATASET, help=f"name of the data set (default: {DEFAULT_DATASET})")
+    parser.add_argument("--data", type=Path, help="its shards (default: data/shards/DATASET)")
+    parser.add_argument("--run", dest="run_name", help="name of the run folder (default: DATASET-RECIPE)")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders are (default: runs)")
+    parser.add_argument("--tokenizer", type=Path, help="pretrained tokenizer folder (default: the run's own)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Checks what needs no torch, then trains."""
+    check_overrides(args.overrides)
+    files = recipe_files(args.stage, dataset=args.dataset, names=args.recipe.split(), cluster=args.cluster)
+    for file in files:
+        read_yaml(file)
+    shards = args.data or _SHARDS / args.dataset
+    if not shards.is_dir():
+        raise FileNotFoundError(
+            f"data {shards}: no such folder; make it with `python data/{args.dataset.replace('-', '_')}.py` or "
+            f"`maskgit data make IMAGES --out {shards}`, or name another with --data (make: DATA=)"
+        )
+    folder = run_folder(args)
+    tokenizer = find_tokenizer(args) if args.stage == "transformer" else None
+    from maskgit_pl.cli.fit import fit  # lightning and torch take seconds to import
+
+    return fit(args.stage, files=files, overrides=args.overrides, shards=shards, folder=folder, tokenizer=tokenizer)
+
+
+def run_folder(args: argparse.Namespace) -> Path:
+    """``runs/RUN``; RUN is DATASET-RECIPE unless named."""
+    runs: Path = args.runs
+    return runs / (args.run_name or "-".join([args.dataset, *(args.recipe.split() or ["base"])]))
+
+
+def find_tokenizer(args: argparse.Namespace) -> Path:
+    """The tokenizer of stage 2: the one named, else the run's own, else the only one trained on this data set.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: Other runs of this data set have several; one must be named.
+    """
+    if args.tokenizer is not None:
+        if not (args.tokenizer / "config.json").is_file():
+            raise FileNotFoundError(
+                f"tokenizer {args.tokenizer}: no config.json there; a pretrained tokenizer is needed"
+            )
+        return Path(args.tokenizer)
+    own = run_folder(args) / "pretrained" / "tokenizer"
+    if (own / "config.json").is_file():
+        return own
+    others = sorted(args.runs.glob(f"{args.dataset}-*/pretrained/tokenizer/config.json"))
+    distinct = {_digest(file.parent / "model.safetensors"): file.parent for file in others}
+    if not distinct:
+        raise FileNotFoundError(
+            f"tokenizer {own}: not there yet; `make train-tokenizer` makes it, TOKENIZER= names another"
+        )
+    if len(distinct) > 1:
+        choices = ", ".join(str(path) for path in distinct.values())
+        raise ValueError(f"tokenizer {own}: not there, and several others are; name one with TOKENIZER=: {choices}")
+    return next(iter(distinct.values()))
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()

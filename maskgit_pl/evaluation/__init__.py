@@ -1,0 +1,1 @@
+"""How good a trained model is: reconstruction, class agreement, diversity and speed."""

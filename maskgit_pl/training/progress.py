@@ -1,0 +1,53 @@
+"""Progress where no person watches a terminal: a line now and then, for batch logs and CI."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+
+__all__ = ["ProgressLines"]
+
+log = logging.getLogger(__name__)
+
+
+class ProgressLines(ProgressBar):
+    """Logs step, metrics of the bar, speed and time left, at most every ``seconds``.
+
+    Args:
+        seconds: Between two lines.
+    """
+
+    def __init__(self, seconds: float = 15.0) -> None:
+        super().__init__()
+        self.seconds = seconds
+        self._start = (0.0, 0)
+        self._last = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._last = time.monotonic()
+        self._start = (self._last, trainer.global_step)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        now = time.monotonic()
+        if now - self._last < self.seconds or not trainer.is_global_zero:
+            return
+        self._last = now
+        self._line(trainer, pl_module, now)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            self._line(trainer, pl_module, time.monotonic())
+
+    def _line(self, trainer: Trainer, pl_module: LightningModule, now: float) -> None:
+        begun, first = self._start
+        speed = (trainer.global_step - first) / max(now - begun, 1e-9)
+        left = (trainer.max_steps - trainer.global_step) / speed if speed > 0 else float("inf")
+        metrics = {name: value for name, value in self.get_metrics(trainer, pl_module).items() if name != "v_num"}
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, int | float))
+        log.info(
+            "step %d/%d  %s  %.2f steps/s  %.0f s left", trainer.global_step, trainer.max_steps, shown, speed, left
+        )
