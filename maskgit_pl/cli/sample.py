@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from maskgit_pl.pipeline import MaskGIT
 
-__all__ = ["add_decoding_arguments", "add_parser", "pretrained_folder", "run", "write_animation"]
+__all__ = ["add_decoding_arguments", "add_parser", "default_device", "pretrained_folder", "run", "write_animation"]
 
 _ANIMATED = 4  # images side by side in an animation
 
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from maskgit_pl.pipeline import MaskGIT
     from maskgit_pl.training.pictures import image_grid, save_png
 
-    pipe = MaskGIT.from_pretrained(folder).to(args.device or _default_device())
+    pipe = MaskGIT.from_pretrained(folder).to(args.device or default_device())
     classes = pipe.class_ids(_words(args.classes, pipe.class_names))
     labels = [label for label in classes for _ in range(args.per_class)]
     images = _generate(pipe, labels, args)
@@ -90,6 +90,13 @@ def pretrained_folder(folder: Path) -> Path:
                 f"run {folder}: no {part} in {found}; `maskgit train {part}` makes it when it has finished"
             )
     return found
+
+
+def default_device() -> str:
+    """A GPU if there is one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def write_animation(pipe: MaskGIT, labels: Sequence[int], seeds: Sequence[int], path: Path, **settings: Any) -> None:
@@ -145,9 +152,3 @@ def _write_images(images: Tensor, labels: Sequence[int], folder: Path, *, seed: 
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):
         save_png(to_pil(image), folder / f"class-{label:04d}-seed-{seed + number:06d}.png")
     print(f"{folder}: {len(images)} files")
-
-
-def _default_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
