@@ -1,0 +1,163 @@
+import math
+
+import pytest
+import torch
+
+from maskgit_pl.randomness import gumbel, permutation, philox, random_bits, random_uniform, stream_key
+
+SIZES = [1, 2, 3, 49, 1000, 60_000]
+
+
+def words(*hexadecimal: str) -> tuple[int, ...]:
+    return tuple(int(word, 16) for word in hexadecimal)
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [  # Random123, tests/kat_vectors, philox4x32 10
+        (words(*["0"] * 4), words("0", "0"), words("6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8")),
+        (
+            words(*["ffffffff"] * 4),
+            words("ffffffff", "ffffffff"),
+            words("408f276d", "41c83b0e", "a20bc7c6", "6d5451fd"),
+        ),
+        (
+            words("243f6a88", "85a308d3", "13198a2e", "03707344"),
+            words("a4093822", "299f31d0"),
+            words("d16cfe09", "94fdcceb", "5001e420", "24126ea1"),
+        ),
+    ],
+    ids=["zeros", "ones", "pi"],
+)
+def test_philox_gives_the_published_known_answers(counter, key, expected):
+    made = philox(tuple(torch.tensor([word, word]) for word in counter), key)
+    assert [word.tolist() for word in made] == [[word, word] for word in expected]
+
+
+def test_bits_are_32_bit_words_of_the_philox_counter():
+    made = random_bits("s", seed=7, index=torch.tensor([5, 6]), epoch=3, count=6)
+    counter = [torch.tensor([value]) for value in (1, 6, 3, 7)]  # block, index, epoch, seed
+    expected = torch.cat(philox(tuple(counter), stream_key("s")))
+    assert made.shape == (2, 6)
+    assert made.dtype == torch.int64
+    assert made[1, 4:].tolist() == expected[:2].tolist()
+    assert 0 <= made.min() <= made.max() < 2**32
+
+
+def test_a_row_does_not_depend_on_the_rest_of_the_batch_nor_on_the_count():
+    index, epoch = torch.tensor([9, 4, 123_456, 4]), torch.tensor([0, 1, 2, 2])
+    batch = random_bits("s", seed=1, index=index, epoch=epoch, count=10)
+    for row in range(4):
+        alone = random_bits("s", seed=1, index=int(index[row]), epoch=int(epoch[row]), count=3)
+        assert alone.tolist() == batch[row : row + 1, :3].tolist()
+
+
+def test_seed_index_epoch_and_stream_each_change_the_numbers():
+    base = {"seed": 1, "index": 2, "epoch": 3, "count": 4}
+    made = [random_bits("a", **base), random_bits("b", **base)]
+    made += [random_bits("a", **{**base, name: 9}) for name in ("seed", "index", "epoch")]
+    assert len({tuple(bits.flatten().tolist()) for bits in made}) == 5
+
+
+def test_plain_integers_and_tensors_broadcast_to_the_same_numbers():
+    seeds = torch.tensor([3, 4])
+    made = random_bits("s", seed=seeds, index=5, epoch=torch.tensor([6]))
+    assert made.tolist() == [random_bits("s", seed=seed, index=5, epoch=6)[0].tolist() for seed in (3, 4)]
+
+
+@pytest.mark.parametrize("name", ["seed", "index", "epoch"])
+@pytest.mark.parametrize("value", [-1, 2**32])
+def test_an_integer_out_of_range_is_refused(name, value):
+    arguments = {"seed": 0, "index": 0, "epoch": 0, name: value}
+    with pytest.raises(ValueError, match=rf"{name}: an integer in \[0, 2\*\*32\) is needed, got {value}"):
+        random_bits("s", **arguments)
+    assert random_bits("s", **{**arguments, name: 2**32 - 1}).shape == (1, 1)
+
+
+def test_uniform_numbers_are_never_0_nor_1(monkeypatch):
+    extremes = torch.tensor([[0, 255, 256, 2**32 - 1]])
+    monkeypatch.setattr("maskgit_pl.randomness.random_bits", lambda *args, **kwargs: extremes)
+    made = random_uniform("s", seed=0, index=0, count=4)
+    assert made.tolist() == [[2.0**-24, 2.0**-24, 2.0**-24, 1 - 2.0**-24]]
+    assert made.dtype == torch.float32
+    assert gumbel(made).isfinite().all()
+
+
+def test_uniform_numbers_are_uniform_and_independent():
+    made = random_uniform("s", seed=0, index=torch.arange(2000), count=50)
+    bins = 100
+    for row in (
+        made.flatten(),
+        (made[:, :-1] + made[:, 1:]).frac().flatten(),
+        (made[:-1] - made[1:] + 1).frac().flatten(),
+    ):
+        counts = torch.histc(row, bins, 0, 1)
+        expected = row.numel() / bins
+        chi_square = float(((counts - expected) ** 2 / expected).sum())
+        assert abs(chi_square - (bins - 1)) < 5 * math.sqrt(2 * (bins - 1))
+
+
+def test_gumbel_has_the_standard_mean_and_variance():
+    noise = gumbel(random_uniform("s", seed=0, index=torch.arange(1000), count=100))
+    assert abs(float(noise.mean()) - 0.5772) < 0.02
+    assert abs(float(noise.var()) - math.pi**2 / 6) < 0.05
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_permutation_is_a_bijection(size):
+    image = permutation(torch.arange(size), size, stream="order", seed=3, epoch=2)
+    assert image.dtype == torch.int64
+    assert image.sort().values.tolist() == list(range(size))
+
+
+@pytest.mark.parametrize("size", [1000, 60_000])
+def test_a_permutation_of_a_few_positions_is_that_of_all(size):
+    every = permutation(torch.arange(size), size, stream="order", seed=3, epoch=2)
+    some = torch.tensor([[size - 1, 0], [7, 500]])
+    assert permutation(some, size, stream="order", seed=3, epoch=2).tolist() == every[some].tolist()
+
+
+@pytest.mark.parametrize("size", [49, 1000, 60_000])
+def test_epoch_seed_and_stream_give_other_permutations(size):
+    positions = torch.arange(size)
+    base = {"stream": "order", "seed": 3, "epoch": 2}
+    first = permutation(positions, size, **base)
+    for change in ({"epoch": 3}, {"seed": 4}, {"stream": "other"}):
+        other = permutation(positions, size, **{**base, **change})
+        assert (first == other).float().mean() < 0.15  # about one position stays where it is by chance
+
+
+def test_one_call_can_span_epochs():
+    epoch = torch.tensor([0] * 49 + [1] * 49)
+    positions = torch.arange(49).repeat(2)
+    both = permutation(positions, 49, stream="order", seed=3, epoch=epoch)
+    for each in (0, 1):
+        alone = permutation(torch.arange(49), 49, stream="order", seed=3, epoch=each)
+        assert both[epoch == each].tolist() == alone.tolist()
+
+
+def test_a_permutation_takes_memory_for_the_positions_alone():
+    size = 2**32  # 32 GiB if the range were held
+    image = permutation(torch.tensor([0, 1, size - 1]), size, stream="order", seed=0)
+    assert len(set(image.tolist())) == 3
+    assert 0 <= image.min() <= image.max() < size
+
+
+@pytest.mark.parametrize("size", [3, 5])
+def test_permutations_over_epochs_send_a_position_everywhere_equally_often(size):
+    epochs = 6000
+    image = permutation(
+        torch.zeros(epochs, dtype=torch.int64), size, stream="order", seed=0, epoch=torch.arange(epochs)
+    )
+    share = torch.bincount(image, minlength=size) / epochs
+    assert (share - 1 / size).abs().max() < 0.03
+
+
+def test_neighbours_do_not_stay_neighbours():
+    image = permutation(torch.arange(60_000), 60_000, stream="order", seed=0)
+    assert (image.diff().abs() < 600).float().mean() < 0.03  # 2 % by chance
+
+
+def test_the_same_order_on_every_call():
+    calls = [permutation(torch.arange(1000), 1000, stream="order", seed=5, epoch=1) for _ in range(2)]
+    assert calls[0].tolist() == calls[1].tolist()
