@@ -7,8 +7,11 @@ from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pretrained import fingerprint, save_tokenizer, save_transformer
+from maskgit_pl.shards.images import encode_png
+from maskgit_pl.shards.sources import open_source
+from maskgit_pl.shards.writer import make_shards
 
-CLASSES = ("T-shirt/top", "Trouser", "Ankle boot")
+CLASSES = ("Ankle boot", "T-shirt", "Trouser")
 
 
 def save_tiny_pretrained(folder: Path, *, in_channels: int = 1, class_dropout: float = 0.1, seed: int = 0) -> Path:
@@ -42,3 +45,18 @@ def save_tiny_pretrained(folder: Path, *, in_channels: int = 1, class_dropout: f
 def tiny_pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pretrained folder with random weights; not to be written to."""
     return save_tiny_pretrained(tmp_path_factory.mktemp("tiny") / "pretrained")
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Grey 8 px images of the three classes, each class of its own brightness: 60 train, 24 val."""
+    folder = tmp_path_factory.mktemp("tiny-data")
+    generator = torch.Generator().manual_seed(0)
+    for split, each in (("train", 20), ("val", 8)):
+        for label, name in enumerate(CLASSES):
+            (folder / "images" / split / name).mkdir(parents=True)
+            for number in range(each):
+                image = torch.randint(90 * label, 90 * label + 70, (1, 8, 8), dtype=torch.uint8, generator=generator)
+                (folder / "images" / split / name / f"{number}.png").write_bytes(encode_png(image))
+    make_shards(open_source(folder / "images"), folder / "shards")
+    return folder / "shards"

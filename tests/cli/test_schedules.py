@@ -1,0 +1,62 @@
+import argparse
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from maskgit_pl.cli import schedules
+from maskgit_pl.schedules import mask_schedules
+
+
+def call(*words: str) -> int:
+    parser = argparse.ArgumentParser()
+    schedules.add_parser(parser.add_subparsers())
+    args = parser.parse_args(["schedules", *words])
+    code: int = args.run(args)
+    return code
+
+
+def test_every_schedule_that_needs_no_argument_has_a_row(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("--num-tokens", "49", "--num-steps", "4") == 0
+    shown = capsys.readouterr().out
+    rows = [line.split("│")[1].strip() for line in shown.splitlines() if line.startswith("│")]
+    assert rows == [name for name in mask_schedules.names() if name != "pow"]
+
+
+@pytest.mark.parametrize("name", ["cosine", "log", "linear"])
+def test_known_tokens_rise_to_all(name: str) -> None:
+    kept = schedules.kept_after_each_step(mask_schedules.build(name), num_tokens=256, num_steps=8)
+    assert kept == sorted(set(kept))
+    assert kept[-1] == 256
+
+
+def test_counts_are_those_of_the_released_code() -> None:
+    kept = schedules.kept_after_each_step(mask_schedules.build("cosine"), num_tokens=256, num_steps=12)
+    assert 256 - kept[7] == 127  # cos(pi / 3) is just under a half in float32
+
+
+def test_named_schedules_and_mappings_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    call("--schedule", "linear", '{"name": "pow", "exponent": 4}', "--num-steps", "4")
+    shown = capsys.readouterr().out
+    assert "pow (exponent 4)" in shown
+    assert "cosine" not in shown
+
+
+def test_the_plot_is_a_png(tmp_path: Path) -> None:
+    call("--plot", str(tmp_path / "deep" / "figure.png"), "--schedule", "cosine", "linear")
+    with Image.open(tmp_path / "deep" / "figure.png") as picture:
+        assert picture.format == "PNG"
+        assert len(picture.convert("RGB").getcolors(1 << 20)) > 10
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--schedule", "cosin"], "did you mean 'cosine'"),
+        (["--schedule", "{name"], "a name or a JSON mapping"),
+        (["--num-tokens", "4"], "num_steps: at most the 4 tokens"),
+    ],
+)
+def test_bad_input_is_refused(words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(*words)

@@ -1,0 +1,113 @@
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from maskgit_pl.data import Batch
+from maskgit_pl.evaluation.metrics import (
+    class_agreement,
+    diversity,
+    mean_pairwise_distance,
+    psnr,
+    reconstruction,
+)
+
+
+def batch_of(images: torch.Tensor, valid: list[bool] | None = None) -> Batch:
+    count = torch.zeros(len(images), dtype=torch.int64)
+    return Batch(images, count, count, count, count, torch.tensor(valid or [True] * len(images)))
+
+
+class Brightness(torch.nn.Module):
+    """Encodes a 1 x 1 px image to its value / 4 and decodes it to that, times a factor."""
+
+    def __init__(self, factor: float = 1.0) -> None:
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.tensor(factor))
+        self.config = SimpleNamespace(num_codes=64)
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        return (images * 255 / 4).round().long().flatten(1)
+
+    def decode(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        return (tokens.float() * 4 / 255).reshape(-1, 1, *grid) * self.factor
+
+
+def tokenizer(factor: float = 1.0) -> SimpleNamespace:
+    return SimpleNamespace(network=Brightness(factor), image_size=1, grid=(1, 1))
+
+
+def pixels(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.uint8).reshape(-1, 1, 1, 1)
+
+
+def test_psnr_is_its_formula() -> None:
+    assert psnr(0.01) == pytest.approx(20)
+    assert psnr(1.0) == 0
+    assert psnr(0.0) == math.inf
+    with pytest.raises(ValueError, match="mean squared error"):
+        psnr(float("nan"))
+
+
+def test_a_tokenizer_that_loses_nothing_has_infinite_psnr() -> None:
+    measured = reconstruction(tokenizer(), [batch_of(pixels(0, 4, 8, 8))])
+    assert measured.psnr_db == math.inf
+    assert measured.images == 4
+    assert measured.codebook_usage == pytest.approx(3 / 64)
+    assert measured.perplexity == pytest.approx(2 ** (0.25 * 2 * 2 + 0.5), rel=1e-5)  # shares 1/4, 1/4, 1/2
+
+
+def test_the_error_is_pooled_over_all_valid_images() -> None:
+    batches = [batch_of(pixels(1, 0, 0)), batch_of(pixels(0, 2), valid=[True, False])]
+    measured = reconstruction(tokenizer(), batches)  # 1 -> 0; the padding row would add 2 -> 0 or 4
+    assert measured.images == 4
+    assert measured.psnr_db == pytest.approx(-10 * math.log10((1 / 255) ** 2 / 4), rel=1e-5)
+
+
+def test_reconstructions_are_clipped() -> None:
+    assert reconstruction(tokenizer(factor=2.0), [batch_of(pixels(252))]).psnr_db == pytest.approx(
+        -20 * math.log10(3 / 255), rel=1e-4
+    )
+
+
+def test_no_images_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least one image"):
+        reconstruction(tokenizer(), [])
+
+
+def test_agreement_of_a_perfect_classifier_is_one() -> None:
+    asked = torch.tensor([0, 1, 2, 2])
+    assert class_agreement(asked, asked) == 1
+    assert class_agreement(torch.tensor([0, 1, 0, 0]), asked) == 0.5
+    with pytest.raises(ValueError, match="one prediction an image"):
+        class_agreement(asked, asked[:2])
+
+
+def test_mean_pairwise_distance_is_over_all_pairs() -> None:
+    points = torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 0.0]])
+    assert mean_pairwise_distance(points) == pytest.approx(10 / 3)
+    with pytest.raises(ValueError, match="at least 2 rows"):
+        mean_pairwise_distance(points[:1])
+
+
+def test_diversity_of_real_images_is_one_and_of_identical_images_zero() -> None:
+    features = torch.randn(60, 5, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(60) % 3
+    assert diversity(features, labels, features, labels) == pytest.approx(1)
+    assert diversity(features * 2, labels, features, labels) == pytest.approx(2)
+    assert diversity(torch.ones(60, 5), labels, features, labels) == 0
+
+
+def test_diversity_looks_within_classes_and_takes_as_many_of_both() -> None:
+    labels = torch.tensor([0, 0, 1, 1])
+    apart = torch.tensor([[0.0], [1.0], [100.0], [101.0]])
+    assert diversity(apart, labels, apart * 2, labels) == pytest.approx(0.5)
+    many = torch.tensor([[0.0], [2.0], [500.0]])  # the third real image of class 0 has no generated one beside it
+    assert diversity(apart[:2], labels[:2], many, torch.zeros(3, dtype=torch.int64)) == pytest.approx(0.5)
+
+
+def test_diversity_without_pairs_is_refused() -> None:
+    one, labels = torch.zeros(2, 3), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="2 generated and 2 real"):
+        diversity(one, labels, one, labels)

@@ -1,0 +1,100 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from maskgit_pl.data import ShardData
+from maskgit_pl.evaluation.classifier import Classifier, ClassifierConfig, Judgement
+from maskgit_pl.evaluation.metrics import Reconstruction
+from maskgit_pl.evaluation.protocol import Protocol, check_data, judge_real_images, measure_samples
+from maskgit_pl.evaluation.report import as_report, as_table, save_report
+from maskgit_pl.pipeline import MaskGIT
+
+PROTOCOL = Protocol(num_images=14, num_steps=3, batch_size=5)
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_pretrained: Path) -> MaskGIT:
+    return MaskGIT.from_pretrained(tiny_pretrained)
+
+
+@pytest.fixture(scope="module")
+def data(tiny_shards: Path) -> ShardData:
+    data = ShardData(str(tiny_shards), image_size=8, in_channels=1, validation_batch=10)
+    data.setup()
+    return data
+
+
+class Oracle(Classifier):
+    """Knows what was asked: the n-th image it ever sees has the n-th label."""
+
+    def __init__(self, labels: list[int]) -> None:
+        super().__init__(1, 8, 3, ClassifierConfig(width=4))
+        self.labels = labels
+
+    def judge(self, images: torch.Tensor, *, batch_size: int = 500) -> Judgement:
+        seen, self.labels = self.labels[: len(images)], self.labels[len(images) :]
+        return Judgement(torch.tensor(seen), super().judge(images).features)
+
+
+def test_every_val_image_is_judged_once(data: ShardData) -> None:
+    done: list[int] = []
+    real = judge_real_images(Classifier(1, 8, 3), data, on_images=done.append)
+    assert sum(done) == len(real.labels) == len(real.judgement.classes) == 24
+    assert real.labels.bincount().tolist() == [8, 8, 8]
+    assert 0 <= real.accuracy <= 1
+
+
+def test_a_judge_that_agrees_everywhere_gives_agreement_one(pipe: MaskGIT, data: ShardData) -> None:
+    real = judge_real_images(Classifier(1, 8, 3), data)
+    asked = PROTOCOL.labels(3)
+    assert asked == [0] * 4 + [1] * 4 + [2] * 4
+    steps: list[int] = []
+    samples = measure_samples(pipe, Oracle(asked), real, PROTOCOL, on_step=lambda: steps.append(1))
+    assert samples.class_agreement == 1
+    assert samples.labels.tolist() == asked
+    assert samples.guidance_scales == (0.0, 0.5, 1.0)
+    assert len(steps) == 3 * 3  # batches of 5, 5 and 2
+    assert measure_samples(pipe, Oracle([2] * 12), real, PROTOCOL).class_agreement == pytest.approx(1 / 3)
+
+
+def test_the_images_measured_are_those_that_the_seed_says(pipe: MaskGIT, data: ShardData) -> None:
+    real = judge_real_images(Classifier(1, 8, 3), data)
+    samples = measure_samples(pipe, Classifier(1, 8, 3), real, PROTOCOL, guidance_scale=0.0)
+    alone = pipe.generate(PROTOCOL.labels(3), num_steps=3, guidance_scale=0.0, output_type="pt")
+    assert (samples.images.int() - alone.int()).abs().max() <= 1
+    assert samples.guidance_scales == (0.0, 0.0, 0.0)
+
+
+def test_the_report_holds_the_protocol_and_both_guidances(pipe: MaskGIT, data: ShardData, tmp_path: Path) -> None:
+    judge = Classifier(1, 8, 3)
+    real = judge_real_images(judge, data)
+    guided, unguided = (measure_samples(pipe, judge, real, PROTOCOL, guidance_scale=scale) for scale in (None, 0.0))
+    report = as_report(
+        pipe, data, PROTOCOL, reconstruction=Reconstruction(20.0, 0.5, 7.0, 24), classifier=judge, real=real,
+        guided=guided, unguided=unguided,
+    )  # fmt: skip
+    save_report(report, tmp_path / "deep" / "metrics.json")
+    read = json.loads((tmp_path / "deep" / "metrics.json").read_text())
+    assert read["protocol"]["num_images"] == 12  # what was generated, not what was asked for
+    assert read["protocol"]["data"] == data.summary.fingerprint
+    assert read["samples"]["exported_guidance"]["guidance_scales"] == [0.0, 0.5, 1.0]
+    assert read["samples"]["without_guidance"]["class_agreement"] == unguided.class_agreement
+    assert read["model"]["tokenizer_fingerprint"] == pipe.tokenizer.fingerprint
+    assert as_table(read).row_count == 7
+
+
+def test_numbers_out_of_range_are_refused() -> None:
+    for name in ("num_images", "num_steps", "batch_size"):
+        with pytest.raises(ValueError, match=f"evaluation {name}: at least 1"):
+            Protocol(**{name: 0})
+    with pytest.raises(ValueError, match="at least 2 for each of the 10 classes"):
+        Protocol(num_images=19).labels(10)
+
+
+def test_data_of_other_classes_are_refused(pipe: MaskGIT, data: ShardData, monkeypatch) -> None:
+    check_data(pipe, data)
+    monkeypatch.setattr(type(pipe), "class_names", ("a", "b"))
+    with pytest.raises(ValueError, match="the classes must be the model's"):
+        check_data(pipe, data)
