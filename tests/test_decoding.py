@@ -1,0 +1,461 @@
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from maskgit_pl.decoding import (
+    ClassPredictor,
+    DecodingConfig,
+    DecodingStep,
+    FirstStepPredictor,
+    GuidedPredictor,
+    ParallelDecoder,
+    SeededNoise,
+    class_predictor,
+    decode_classes,
+)
+from maskgit_pl.schedules import mask_schedules
+from maskgit_pl.selectors import Candidates, Confidence, Random, TokenSelector
+
+GOLDEN = Path(__file__).parent / "golden"
+NUM_CODES, MASK = 7, 7
+CPU = torch.device("cpu")
+LOGITS = torch.randn(64, NUM_CODES, generator=torch.Generator().manual_seed(0))
+
+
+def fake_predictor(tokens: Tensor, positions: Tensor, newly_known: Tensor) -> Tensor:
+    """Logits that depend on the position and on how many tokens are known."""
+    known = (tokens != MASK).sum(1, keepdim=True)
+    return LOGITS[(positions + known) % 64]
+
+
+def decoder(num_steps: int = 5, *, schedule: str = "cosine", **options: object) -> ParallelDecoder:
+    return ParallelDecoder(mask_schedules.build(schedule), Confidence(), num_steps=num_steps, **options)
+
+
+def partly_known(unknown: list[int], num_tokens: int = 16) -> Tensor:
+    """One row a number: so many unknown tokens, spread about."""
+    chance = torch.Generator().manual_seed(1)
+    tokens = torch.randint(NUM_CODES, (len(unknown), num_tokens), generator=chance)
+    for row, count in enumerate(unknown):
+        tokens[row, torch.randperm(num_tokens, generator=chance)[:count]] = MASK
+    return tokens
+
+
+def run(
+    tokens: Tensor, made: ParallelDecoder, predictor: object = fake_predictor, **options: int
+) -> list[DecodingStep]:
+    noise = SeededNoise(torch.arange(len(tokens)), tokens.shape[1])
+    return list(made.steps(predictor, tokens, noise, mask_token_id=MASK, **options))
+
+
+MIXED = [16, 9, 3, 1, 0]  # unknown tokens of the rows
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 5, 12, 16])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "log", "exp"])
+def test_every_unknown_position_is_uncovered_exactly_once(schedule, num_steps):
+    tokens = partly_known(MIXED)
+    uncovered = sum(
+        (step.was_masked & ~step.still_masked).int() for step in run(tokens, decoder(num_steps, schedule=schedule))
+    )
+    assert torch.equal(uncovered, (tokens == MASK).int())
+
+
+def test_known_tokens_never_change_and_nothing_stays_masked():
+    tokens = partly_known(MIXED)
+    known = tokens != MASK
+    for step in run(tokens, decoder()):
+        assert torch.equal(step.tokens[known], tokens[known])
+        assert not (step.was_masked & known).any()
+        assert 0 <= step.tokens.min() <= step.tokens.max() < NUM_CODES
+    assert not step.still_masked.any()
+
+
+def test_a_token_that_was_kept_never_changes_again():
+    before = None
+    for step in run(partly_known(MIXED), decoder(8)):
+        if before is not None:
+            kept = ~before.still_masked
+            assert torch.equal(step.tokens[kept], before.tokens[kept])
+            assert torch.equal(step.was_masked, before.still_masked)
+        before = step
+
+
+def test_counts_follow_the_schedule_of_each_row_between_one_and_one_less_than_before():
+    made = decoder(4, schedule="linear").masked_counts([16, 9, 3, 1, 0], 16)
+    assert [list(column) for column in zip(*made, strict=True)] == [
+        [16, 12, 8, 4, 0],
+        [9, 6, 4, 2, 0],
+        [3, 2, 1, 1, 0],  # floor gives 0 at the third step: at least 1
+        [1, 1, 1, 1, 0],
+        [0, 0, 0, 0, 0],
+    ]
+    made = decoder(8, schedule="exp").masked_counts([16], 16)  # exp wants 14, 14, 13, 12: at most one less
+    assert [row[0] for row in made] == [16, 14, 13, 12, 11, 10, 8, 4, 0]
+
+
+def test_counts_of_a_late_start_follow_the_later_part_of_the_schedule():
+    made = decoder(4, schedule="linear").masked_counts([8], 16, first_step=2)
+    assert made == [[8], [2], [0]]  # 8 * (1 - 3 / 4)
+
+
+@pytest.mark.parametrize("first_step", [0, 2])
+def test_the_steps_mask_as_many_tokens_as_planned(first_step):
+    tokens = partly_known(MIXED)
+    made = decoder(6)
+    steps = run(tokens, made, first_step=first_step)
+    planned = made.masked_counts(MIXED, 16, first_step=first_step)
+    assert [step.was_masked.sum(1).tolist() for step in steps] == planned[:-1]
+    assert [step.still_masked.sum(1).tolist() for step in steps] == planned[1:]
+    assert [step.step for step in steps] == list(range(first_step, 6))
+
+
+def test_the_least_sure_are_masked_again():
+    for step in run(partly_known(MIXED), decoder(6)):
+        assert torch.equal(step.scores.isfinite(), step.was_masked)
+        for row in range(len(MIXED)):
+            kept = step.scores[row][~step.still_masked[row]]
+            again = step.scores[row][step.still_masked[row]]
+            assert again.numel() == 0 or again.max() <= kept.min()
+
+
+def test_the_predictor_is_asked_at_masked_positions_alone_and_told_what_became_known():
+    calls = []
+
+    def spy(tokens: Tensor, positions: Tensor, newly_known: Tensor) -> Tensor:
+        calls.append((tokens, positions, newly_known))
+        return fake_predictor(tokens, positions, newly_known)
+
+    tokens = partly_known(MIXED)
+    steps = run(tokens, decoder(6), spy)
+    assert len(calls) == len(steps) == 6
+    for (seen, positions, newly_known), step, last in zip(calls, steps, [None, *steps[:-1]], strict=True):
+        assert torch.equal(seen == MASK, step.was_masked)
+        assert positions.shape[1] == max(step.was_masked.sum(1).tolist())
+        for row, masked in enumerate(step.was_masked):
+            wanted = masked.nonzero().flatten().tolist()
+            assert len(set(positions[row].tolist())) == positions.shape[1]  # no position twice
+            assert sorted(positions[row][: len(wanted)].tolist()) == wanted  # padding is known
+            if last is None:
+                assert newly_known.shape == (len(MIXED), 0)
+            else:
+                decided = (last.was_masked & ~last.still_masked)[row].nonzero().flatten().tolist()
+                told = set(newly_known[row].tolist())
+                assert set(decided) <= told
+                assert (seen[row][newly_known[row]] != MASK).all()
+
+
+def test_logits_of_padding_are_ignored():
+    def poisoned(tokens: Tensor, positions: Tensor, newly_known: Tensor) -> Tensor:
+        known = tokens.gather(1, positions) != MASK
+        return fake_predictor(tokens, positions, newly_known).masked_fill(known.unsqueeze(-1), torch.nan)
+
+    tokens = partly_known(MIXED)
+    for clean, dirty in zip(run(tokens, decoder()), run(tokens, decoder(), poisoned), strict=True):
+        assert torch.equal(clean.tokens, dirty.tokens)
+        assert torch.equal(clean.scores, dirty.scores)
+
+
+def test_rows_do_not_disturb_one_another():
+    tokens = partly_known(MIXED)
+    together = run(tokens, decoder())[-1].tokens
+    for row, count in enumerate(MIXED):
+        noise = SeededNoise(torch.tensor([row]), 16)
+        alone = decoder().decode(fake_predictor, tokens[row : row + 1], noise, mask_token_id=MASK)
+        assert torch.equal(alone[0], together[row]), f"row with {count} unknown tokens"
+
+
+def test_decode_is_the_last_steps_draw():
+    tokens = partly_known(MIXED)
+    noise = SeededNoise(torch.arange(len(MIXED)), 16)
+    made = decoder().decode(fake_predictor, tokens, noise, mask_token_id=MASK)
+    assert torch.equal(made, run(tokens, decoder())[-1].tokens)
+
+
+def test_nothing_is_predicted_where_nothing_is_masked():
+    tokens = partly_known([0, 0])
+
+    def refuse(*given: Tensor) -> Tensor:
+        raise AssertionError("the predictor was called")
+
+    assert run(tokens, decoder(), refuse) == []
+    noise = SeededNoise(torch.arange(2), 16)
+    assert torch.equal(decoder().decode(refuse, tokens, noise, mask_token_id=MASK), tokens)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: decoder(0), "num_steps: at least 1 is needed, got 0"),
+        (lambda: decoder(sampling_temperature=-1.0), "sampling_temperature: at least 0 is needed, got -1.0"),
+        (lambda: decoder(sampling_temperature=float("nan")), "sampling_temperature: at least 0 is needed, got nan"),
+        (lambda: run(partly_known([16]), decoder(17)), "num_steps: at most the 16 tokens of an image, got 17"),
+        (lambda: run(partly_known([16]), decoder(4), first_step=4), r"first_step: a step in \[0, 4\) is needed, got 4"),
+        (lambda: run(partly_known([16]), decoder(4), first_step=-1), r"first_step: a step in \[0, 4\) is needed"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(make: Callable[[], object], message: str):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_sampling_temperature_0_takes_the_most_probable_code():
+    def keep_all(tokens: Tensor, positions: Tensor, newly_known: Tensor) -> Tensor:
+        return LOGITS[positions]
+
+    made = run(partly_known([16, 5]), decoder(3, sampling_temperature=0.0), keep_all)
+    for step in made:
+        assert torch.equal(step.tokens[step.was_masked], LOGITS[:16].argmax(-1).repeat(2, 1)[step.was_masked])
+
+
+def test_sampling_temperature_divides_the_drawn_logits_but_not_the_confidence():
+    seen: dict[str, Tensor] = {}
+
+    class Noise(SeededNoise):
+        def draw(self, logits: Tensor, positions: Tensor, step: int) -> Tensor:
+            seen["drawn from"] = logits
+            return super().draw(logits, positions, step)
+
+    class Spy(TokenSelector):
+        def __call__(self, candidates: Candidates) -> Tensor:
+            seen["judged by"] = candidates.log_probs
+            return candidates.drawn_log_probs
+
+    made = ParallelDecoder(mask_schedules.build("cosine"), Spy(), num_steps=1, sampling_temperature=0.5)
+    made.decode(fake_predictor, partly_known([16]), Noise(torch.arange(1), 16), mask_token_id=MASK)
+    torch.testing.assert_close(seen["drawn from"], 2 * LOGITS[:16].unsqueeze(0))
+    torch.testing.assert_close(seen["judged by"], LOGITS[:16].log_softmax(-1).unsqueeze(0))
+
+
+# Recorded runs of the released decoder: class token at position 0, so everything of theirs is shifted by one.
+
+
+@dataclass
+class Recording:
+    """A predictor and a noise that play a recorded run back, and check what they are asked."""
+
+    name: str
+    arrays: dict[str, Tensor] = field(init=False)
+    calls: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        with np.load(GOLDEN / f"{self.name}.npz") as file:
+            self.arrays = {name: torch.from_numpy(file[name]) for name in file.files if file[name].dtype.kind in "fib"}
+        self.first_step = int(self.arrays["start_iter"])
+
+    def of_step(self, name: str, step: int) -> Tensor:
+        recorded = self.arrays[name][step - self.first_step][:, 1:]
+        return recorded.long() if recorded.dtype == torch.int32 else recorded
+
+    def __call__(self, tokens: Tensor, positions: Tensor, newly_known: Tensor) -> Tensor:
+        step = self.first_step + self.calls
+        self.calls += 1
+        assert torch.equal(tokens, self.of_step("cur_ids", step))
+        return at(self.of_step("logits", step), positions)
+
+    def draw(self, logits: Tensor, positions: Tensor, step: int) -> Tensor:
+        return (logits + at(self.of_step("cat_gumbel", step), positions)).argmax(-1)
+
+    def gumbel(self, positions: Tensor, step: int) -> Tensor:
+        return self.of_step("conf_gumbel", step).gather(1, positions)
+
+
+def at(values: Tensor, positions: Tensor) -> Tensor:
+    return values.gather(1, positions.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+
+
+@pytest.mark.parametrize(
+    "name", ["decode_n16_T8", "decode_n16_T12", "decode_n16_T12_edit_start2", "decode_n16_T8_temp0"]
+)
+def test_a_recorded_run_of_the_released_decoder_is_repeated_step_by_step(name):
+    recording = Recording(name)
+    arrays = recording.arrays
+    made = ParallelDecoder(
+        mask_schedules.build("cosine"),
+        Confidence(choice_temperature=float(arrays["choice_temperature"])),
+        num_steps=int(arrays["num_iter"]),
+    )
+    tokens = arrays["inputs"][:, 1:].long()
+    steps = list(
+        made.steps(recording, tokens, recording, mask_token_id=-1, first_step=recording.first_step)  # their mask id
+    )
+    assert [step.step for step in steps] == list(range(recording.first_step, int(arrays["num_iter"])))
+    for step in steps:
+        assert step.tokens.tolist() == arrays["final_seqs"][:, step.step, 1:].tolist()
+        offset = step.step - recording.first_step
+        noise = arrays["temperature"][offset] * recording.of_step("conf_gumbel", step.step)
+        expected = recording.of_step("selected_probs", step.step).log() + noise
+        torch.testing.assert_close(step.scores, expected.where(step.was_masked, torch.inf), rtol=0, atol=1e-5)
+        if step is not steps[-1]:  # the released loop masks one token after the last step, in its state alone
+            assert torch.equal(step.still_masked, recording.of_step("masking", step.step))
+            assert step.still_masked.sum(1).tolist() == arrays["mask_len"][offset].flatten().tolist()
+            after = step.tokens.masked_fill(step.still_masked, -1)
+            assert after.tolist() == recording.of_step("next_ids", step.step).tolist()
+    assert steps[-1].tokens.tolist() == arrays["final_tokens"].tolist()
+
+
+# Seeded noise
+
+
+def test_draws_follow_the_softmax():
+    images, logits = 20_000, torch.tensor([0.0, 1.0, -2.0, 3.0, 2.5])
+    noise = SeededNoise(torch.arange(images), 3)
+    drawn = noise.draw(logits.expand(images, 3, -1), torch.arange(3).expand(images, -1), step=0)
+    expected = images * logits.softmax(-1)
+    for position in range(3):
+        counts = torch.bincount(drawn[:, position], minlength=5)
+        chi_square = float(((counts - expected) ** 2 / expected).sum())
+        assert chi_square < 25  # 4 degrees of freedom: one in 20,000
+
+
+def test_an_impossible_code_is_never_drawn():
+    logits = torch.tensor([-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]).expand(5000, 1, -1)
+    drawn = SeededNoise(torch.arange(5000), 1).draw(logits, torch.zeros(5000, 1, dtype=torch.int64), step=0)
+    assert drawn.unique().tolist() == [1, 3]
+
+
+def test_noise_belongs_to_image_step_and_position():
+    noise = SeededNoise(torch.tensor([4, 5]), 16)
+    every = noise.gumbel(torch.arange(16).repeat(2, 1), step=3)
+    asked = torch.tensor([[9, 2], [2, 15]])
+    assert torch.equal(noise.gumbel(asked, step=3), every.gather(1, asked))  # whatever else is asked
+    assert torch.equal(SeededNoise(torch.tensor([5]), 16).gumbel(asked[1:], step=3), every[1:].gather(1, asked[1:]))
+    assert every.unique().numel() == 32
+    assert not torch.isin(noise.gumbel(torch.arange(16).repeat(2, 1), step=4), every).any()
+
+
+def test_codes_and_choices_have_noise_of_their_own():
+    noise = SeededNoise(torch.arange(2000), 1)
+    zeros = torch.zeros(2000, 1, dtype=torch.int64)
+    drawn = noise.draw(torch.zeros(2000, 1, 100), zeros, step=0).flatten().float()
+    correlation = torch.corrcoef(torch.stack([drawn, noise.gumbel(zeros, step=0).flatten()]))[0, 1]
+    assert abs(float(correlation)) < 0.1
+
+
+# Predictors that ask a network
+
+
+@dataclass
+class Network:
+    """Exact in any batch: gathers and sums alone. Label 3 is the null class. Remembers the labels of each call."""
+
+    labels: list[list[int]] = field(default_factory=list)
+
+    def __call__(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
+        self.labels.append(labels.tolist())
+        known = (tokens.sum(1, keepdim=True) * 5) % 64
+        return LOGITS[(positions + known) % 64] + 2 * LOGITS[labels + 50].unsqueeze(1)
+
+
+ONE = (torch.full((2, 4), MASK), torch.tensor([[0, 3], [1, 2]]), torch.empty(2, 0, dtype=torch.int64))
+
+
+def test_guided_logits_are_the_formula_worked_out_by_hand():
+    network = Network()
+    conditional = network(ONE[0], torch.tensor([0, 2]), ONE[1])
+    unconditional = network(ONE[0], torch.tensor([3, 3]), ONE[1])
+    guided = GuidedPredictor(network, torch.tensor([0, 2]), null_label=3, scales=[1.5])(*ONE)
+    torch.testing.assert_close(guided, 2.5 * conditional - 1.5 * unconditional)
+    assert network.labels[2:] == [[0, 2, 3, 3]]  # one batched forward
+
+
+def test_guidance_of_scale_0_makes_one_conditional_forward():
+    network = Network()
+    predictor = GuidedPredictor(network, torch.tensor([0, 2]), null_label=3, scales=[0.0, 2.0, 0.0])
+    made = [predictor(*ONE) for _ in range(3)]
+    assert network.labels == [[0, 2], [0, 2, 3, 3], [0, 2]]
+    assert torch.equal(made[0], network(ONE[0], torch.tensor([0, 2]), ONE[1]))
+    assert not torch.equal(made[1], made[0])
+
+
+def test_the_plain_predictor_makes_one_forward_with_the_classes():
+    network = Network()
+    assert torch.equal(
+        ClassPredictor(network, torch.tensor([1, 0]))(*ONE), network(ONE[0], torch.tensor([1, 0]), ONE[1])
+    )
+    assert network.labels == [[1, 0]] * 2
+
+
+def decoded(
+    labels: list[int], seeds: list[int], *, scales: tuple[float, ...] = (0.0,) * 5, network: Network | None = None
+):
+    return [
+        step.tokens
+        for step in decode_classes(
+            network or Network(),
+            labels,
+            seeds,
+            decoder=decoder(len(scales)),
+            scales=scales,
+            num_tokens=16,
+            mask_token_id=MASK,
+            null_label=3,
+            device=CPU,
+        )
+    ]
+
+
+@pytest.mark.parametrize("scales", [(0.0,) * 5, (2.0,) * 5, (0.0, 1.0, 2.0, 3.0, 4.0)], ids=["none", "all", "rising"])
+def test_sharing_the_first_step_changes_no_token_and_saves_rows(scales):
+    labels, seeds = [2, 0, 2, 2, 0], [5, 6, 7, 8, 9]
+    network = Network()
+    shared = decoded(labels, seeds, scales=scales, network=network)
+    everything = class_predictor(Network(), labels, device=CPU, null_label=3, scales=scales, all_masked=False)
+    assert not isinstance(everything, FirstStepPredictor)
+    tokens = torch.full((5, 16), MASK)
+    plain = decoder(5).steps(everything, tokens, SeededNoise(torch.tensor(seeds), 16), mask_token_id=MASK)
+    for step, expected in zip(shared, plain, strict=True):
+        assert torch.equal(step, expected.tokens)
+    distinct = [0, 2]
+    assert network.labels[0] == distinct + [3] * 2 * (scales[0] > 0)
+    assert network.labels[1] == labels + [3] * 5 * (scales[1] > 0)
+    assert len(network.labels) == 5
+
+
+def test_the_first_step_is_shared_only_where_every_token_starts_masked_and_a_class_repeats():
+    for labels, all_masked, shared in (([0, 0], True, True), ([0, 1], True, False), ([0, 0], False, False)):
+        made = class_predictor(Network(), labels, device=CPU, all_masked=all_masked)
+        assert isinstance(made, FirstStepPredictor) == shared
+
+
+def test_a_batch_of_four_is_four_batches_of_one():
+    labels, seeds = [2, 0, 2, 1], [7, 8, 9, 7]
+    together = decoded(labels, seeds, scales=(0.0, 1.0, 2.0))[-1]
+    alone = [decoded([label], [seed], scales=(0.0, 1.0, 2.0))[-1] for label, seed in zip(labels, seeds, strict=True)]
+    assert torch.equal(together, torch.cat(alone))
+
+
+def test_the_same_seed_gives_the_same_image_and_another_seed_another():
+    first, second = decoded([1, 1, 1], [7, 8, 7])[-1], decoded([1, 1, 1], [7, 8, 7])[-1]
+    assert torch.equal(first, second)
+    assert torch.equal(first[0], first[2])
+    assert not torch.equal(first[0], first[1])
+
+
+def test_guidance_without_a_null_class_is_refused_and_scale_0_is_not():
+    with pytest.raises(ValueError, match="guidance: this model has no null class"):
+        class_predictor(Network(), [0], device=CPU, null_label=None, scales=[0.0, 1.0])
+    assert isinstance(class_predictor(Network(), [0], device=CPU, scales=[0.0, 0.0]), ClassPredictor)
+
+
+def test_a_config_makes_the_decoder_around_the_schedule_object_it_is_given():
+    config = DecodingConfig(
+        num_steps=3, token_selector="random", guidance={"name": "linear", "scale": 4.0}, sampling_temperature=0.9
+    )
+    gamma = mask_schedules.build("square")
+    made = config.decoder(gamma)
+    assert made.mask_schedule is gamma
+    assert made == ParallelDecoder(gamma, Random(), num_steps=3, sampling_temperature=0.9)
+    assert config.scales() == (0.0, 2.0, 4.0)
+
+
+def test_a_config_with_an_unknown_selector_or_guidance_is_refused():
+    with pytest.raises(ValueError, match="unknown token selector 'confident': did you mean 'confidence'"):
+        DecodingConfig(token_selector="confident").decoder(mask_schedules.build("cosine"))
+    with pytest.raises(ValueError, match="unknown guidance schedule 'line'"):
+        DecodingConfig(guidance="line").scales()
