@@ -24,7 +24,7 @@ class LearningRate:
         final_fraction: Where a cosine decay ends, as a fraction of the peak, in [0, 1].
 
     Raises:
-        ValueError: A number out of range.
+        ValueError: A number out of range, or an unknown decay.
     """
 
     peak: float
@@ -37,6 +37,8 @@ class LearningRate:
             raise ValueError(f"learning rate peak: a positive number is needed, got {self.peak}")
         if self.warmup_steps < 0:
             raise ValueError(f"learning rate warmup_steps: at least 0 is needed, got {self.warmup_steps}")
+        if self.decay not in ("constant", "cosine"):
+            raise ValueError(f"learning rate decay: 'constant' or 'cosine' is needed, got {self.decay!r}")
         if not 0 <= self.final_fraction <= 1:
             raise ValueError(f"learning rate final_fraction: a number in [0, 1] is needed, got {self.final_fraction}")
 

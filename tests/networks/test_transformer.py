@@ -1,0 +1,196 @@
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
+
+SMALL = TransformerConfig(16, 3, (3, 4), width=32, depth=3, num_heads=4, mlp_width=64)
+
+
+def network(config: TransformerConfig = SMALL, *, seed: int = 0) -> MaskedTransformer:
+    """In evaluation mode; weights far from their small start, so that mistakes show."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        made = MaskedTransformer(config).eval()
+        for parameter in made.parameters():
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.3)
+    return made
+
+
+def inputs(rows: int = 4) -> tuple[Tensor, Tensor]:
+    chance = torch.Generator().manual_seed(1)
+    tokens = torch.randint(16, (rows, 12), generator=chance)
+    hidden = torch.rand(rows, 12, generator=chance) < 0.5
+    return tokens.masked_fill(hidden, SMALL.mask_token_id), torch.randint(3, (rows,), generator=chance)
+
+
+@pytest.mark.parametrize(("grid", "parameters"), [((16, 16), 172_457_193), ((32, 32), 173_047_017)])
+def test_the_defaults_have_as_many_parameters_as_the_released_models(grid, parameters):
+    with torch.device("meta"):
+        made = MaskedTransformer(TransformerConfig(1024, 1000, grid, class_dropout=0.0))
+    assert sum(parameter.numel() for parameter in made.parameters()) == parameters
+    assert made.words.weight.shape == (2025, 768)
+    assert made.positions.weight.shape == (grid[0] * grid[1] + 1, 768)
+    assert not list(made.buffers())
+
+
+def test_vocabulary_rows_are_codes_classes_null_class_and_the_mask_token_last():
+    assert SMALL.null_label == 3
+    assert SMALL.vocabulary_size == 16 + 3 + 1 + 1
+    assert SMALL.mask_token_id == 20
+    without = dataclasses.replace(SMALL, class_dropout=0.0)
+    assert without.null_label is None
+    assert without.vocabulary_size == 16 + 3 + 1
+    assert without.mask_token_id == 19
+
+
+@pytest.mark.parametrize("label", [0, 2, 3], ids=["first class", "last class", "null class"])
+def test_a_forward_reads_the_word_rows_of_its_codes_its_class_and_the_mask(label):
+    made = network()
+    tokens = torch.tensor([[0, 5, SMALL.mask_token_id, 15] * 3])
+    embedded = made.words(tokens).detach()
+    seen: list[Tensor] = []
+    made.embedding_norm.register_forward_pre_hook(lambda module, given: seen.append(given[0].detach()))
+    made(tokens, torch.tensor([label]))
+    words = seen[0] - made.positions.weight.detach()
+    torch.testing.assert_close(words[0, 0], made.words.weight.detach()[16 + label])
+    torch.testing.assert_close(words[:, 1:], embedded)
+    torch.testing.assert_close(words[0, 3], made.words.weight.detach()[-1])
+
+
+def test_logits_are_of_codes_unless_the_whole_vocabulary_is_asked_for():
+    made = network()
+    codes, everything = made(*inputs()), made(*inputs(), vocabulary="all")
+    assert codes.shape == (4, 12, 16)
+    assert everything.shape == (4, 12, 21)
+    torch.testing.assert_close(codes, everything[..., :16])
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_logits_of_some_positions_are_those_of_the_full_forward(depth):
+    made = network(dataclasses.replace(SMALL, depth=depth))
+    full = made(*inputs())
+    positions = torch.tensor([[0, 11, 5], [3, 2, 1], [7, 7, 0], [10, 4, 9]])
+    expected = full.gather(1, positions.unsqueeze(-1).expand(-1, -1, 16))
+    torch.testing.assert_close(made(*inputs(), positions), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("vocabulary", ["codes", "all"])
+def test_logits_at_a_mask_are_those_of_the_full_forward_in_raster_order(vocabulary):
+    made = network()
+    mask = inputs()[0] == SMALL.mask_token_id
+    full = made(*inputs(), vocabulary=vocabulary)
+    assert 0 < mask.sum() < mask.numel()
+    torch.testing.assert_close(made(*inputs(), mask, vocabulary=vocabulary), full[mask], rtol=1e-5, atol=1e-5)
+
+
+def test_every_position_and_the_class_see_one_another():
+    made = network()
+    tokens, labels = inputs(1)
+    base = made(tokens, labels)
+    for position in range(12):
+        other = tokens.clone()
+        other[0, position] = (tokens[0, position] + 1) % 16
+        assert (made(other, labels) - base).abs().amax(-1).min() > 1e-4  # all positions, before and after it
+    assert (made(tokens, (labels + 1) % 3) - base).abs().amax(-1).min() > 1e-4
+
+
+def test_rows_do_not_see_one_another():
+    made = network()
+    tokens, labels = inputs()
+    alone = torch.cat([made(tokens[row : row + 1], labels[row : row + 1]) for row in range(4)])
+    torch.testing.assert_close(made(tokens, labels), alone, rtol=1e-5, atol=1e-5)
+
+
+def test_the_word_table_gets_gradient_through_both_of_its_uses():
+    made = network()
+    tokens, labels = torch.full((2, 12), SMALL.mask_token_id), torch.tensor([1, 1])
+    made(tokens, labels, vocabulary="all").square().sum().backward()
+    gradient = made.words.weight.grad
+    assert gradient is not None
+    assert (gradient[0].abs().sum() > 0).item()  # code 0 is nowhere in the input: the head's use
+    made.zero_grad()
+    made(tokens, labels, vocabulary="codes").square().sum().backward()
+    gradient = made.words.weight.grad
+    assert gradient is not None
+    used = gradient.abs().sum(1) > 0
+    assert used.tolist() == [True] * 16 + [False, True, False, False, True]  # head: codes; input: class 1 and the mask
+
+
+def test_the_head_is_tied_to_the_word_table_with_a_bias_of_its_own():
+    made = network()
+    hidden: list[Tensor] = []
+    made.head_norm.register_forward_hook(lambda module, given, output: hidden.append(output))
+    logits = made(*inputs(), vocabulary="all")
+    torch.testing.assert_close(logits, hidden[0] @ made.words.weight.T + made.head_bias)
+
+
+def test_every_layer_norm_has_the_released_epsilon():
+    norms = [module for module in MaskedTransformer(SMALL).modules() if isinstance(module, nn.LayerNorm)]
+    assert len(norms) == 1 + 2 * SMALL.depth + 1
+    assert {norm.eps for norm in norms} == {1e-12}
+
+
+def test_weights_start_from_a_normal_truncated_at_two_deviations_and_biases_from_0():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = MaskedTransformer(dataclasses.replace(SMALL, width=128, mlp_width=256))
+    for name, parameter in made.named_parameters():
+        if "norm" in name:
+            assert set(parameter.unique().tolist()) == {1.0 if name.endswith("weight") else 0.0}, name
+        elif name.endswith("bias"):
+            assert parameter.count_nonzero() == 0, name
+        else:
+            assert parameter.abs().max() <= 0.04, name
+            if parameter.numel() > 4000:
+                assert 0.0168 < parameter.std() < 0.0184, name  # 0.02 * 0.880, the truncated normal's; released code
+
+
+def test_a_block_is_post_norm_with_the_tanh_gelu():
+    block = network().blocks[0]
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(2))
+    query, key, value = (
+        part.view(2, 5, 4, 8).transpose(1, 2) for part in block.query_key_value(x).chunk(3, dim=-1)
+    )  # packed as query, key, value; heads are the major index of each
+    attention = (query @ key.transpose(2, 3) / 8**0.5).softmax(-1) @ value
+    x = block.attention_norm(x + block.attention_output(attention.transpose(1, 2).reshape(2, 5, 32)))
+    hidden = nn.functional.gelu(block.mlp_hidden(x), approximate="tanh")
+    expected = block.mlp_norm(x + block.mlp_output(hidden))
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(block(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_acts_in_training_alone():
+    made = network(dataclasses.replace(SMALL, dropout=0.5))
+    torch.testing.assert_close(made(*inputs()), made(*inputs()), rtol=0, atol=0)
+    made.train()
+    assert not torch.allclose(made(*inputs()), made(*inputs()))
+    without = network(dataclasses.replace(SMALL, dropout=0.0)).train()
+    torch.testing.assert_close(without(*inputs()), without(*inputs()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_codes": 0}, "transformer num_codes: at least 1 is needed, got 0"),
+        ({"num_classes": 0}, "transformer num_classes: at least 1"),
+        ({"depth": 0}, "transformer depth: at least 1"),
+        ({"num_heads": 5}, "transformer width: a multiple of num_heads 5 is needed, got 32"),
+        ({"grid": (3, 0)}, "transformer grid: two positive numbers"),
+        ({"grid": (3, 3, 3)}, "transformer grid: two positive numbers"),
+        ({"dropout": 1.0}, r"transformer dropout: a number in \[0, 1\) is needed, got 1.0"),
+        ({"class_dropout": -0.1}, r"transformer class_dropout: a number in \[0, 1\)"),
+    ],
+    ids=str,
+)
+def test_sizes_out_of_range_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SMALL, **change)
+
+
+def test_a_grid_from_json_is_a_tuple_and_counts_its_tokens():
+    config = dataclasses.replace(SMALL, grid=[3, 4])
+    assert config == SMALL
+    assert config.num_tokens == 12

@@ -1,0 +1,110 @@
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
+from maskgit_pl.training.optimizers import LearningRate, parameter_groups
+
+
+class Model(nn.Module):
+    """One of everything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.conv = nn.Conv2d(2, 2, 1)
+        self.norm = nn.GroupNorm(1, 2)
+        self.table = nn.Embedding(3, 2)
+        self.codebook = nn.Parameter(torch.zeros(3, 2))
+        self.frozen = nn.Linear(2, 2).requires_grad_(False)
+
+
+def names(group: dict[str, object]) -> list[str]:
+    return [name for name, _ in group["params"]]
+
+
+def test_only_linear_and_conv_weights_decay():
+    decayed, rest = parameter_groups(Model(), 0.045)
+    assert names(decayed) == ["linear.weight", "conv.weight"]
+    assert decayed["weight_decay"] == 0.045
+    assert names(rest) == ["codebook", "linear.bias", "conv.bias", "norm.weight", "norm.bias", "table.weight"]
+    assert rest["weight_decay"] == 0.0
+
+
+def test_names_carry_the_prefix_and_belong_to_their_parameters():
+    model = Model()
+    trained = dict(model.named_parameters(prefix="transformer"))
+    for group in parameter_groups(model, 0.1, prefix="transformer."):
+        for name, parameter in group["params"]:
+            assert parameter is trained[name]
+
+
+def test_the_transformers_tied_table_positions_norms_and_biases_do_not_decay():
+    model = MaskedTransformer(TransformerConfig(16, 3, (2, 2), 8, 2, 2, 16))
+    decayed, rest = parameter_groups(model, 0.045)
+    kernels = ("query_key_value", "attention_output", "mlp_hidden", "mlp_output")
+    expected = [f"blocks.{block}.{kernel}.weight" for block in (0, 1) for kernel in kernels]
+    assert sorted(names(decayed)) == sorted([*expected, "head_dense.weight"])
+    assert {"words.weight", "positions.weight", "head_bias", "embedding_norm.weight"} <= set(names(rest))
+    assert len(names(decayed)) + len(names(rest)) == len(list(model.parameters()))
+
+
+def test_an_optimizer_takes_the_groups_and_decays_the_kernels_alone():
+    model = Model()
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.5), lr=0.1)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        factor = 0.95 if name in ("linear.weight", "conv.weight") else 1.0
+        torch.testing.assert_close(parameter.detach(), factor * before[name])
+    assert optimizer.state_dict()["param_groups"][0]["param_names"] == ["linear.weight", "conv.weight"]
+
+
+def test_the_warm_up_rises_in_equal_steps_to_the_peak_and_never_starts_at_0():
+    rate = LearningRate(1e-4, warmup_steps=4)
+    assert [rate.factor(step, 100) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_constant_stays_at_the_peak():
+    rate = LearningRate(1e-4)
+    assert {rate.factor(step, 100) for step in (0, 50, 99, 100, 500)} == {1.0}
+
+
+@pytest.mark.parametrize("final", [0.0, 0.1])
+def test_cosine_falls_from_the_peak_after_the_warm_up_to_its_end_at_max_steps(final):
+    rate = LearningRate(1e-4, warmup_steps=10, decay="cosine", final_fraction=final)
+    factors = [rate.factor(step, 110) for step in range(10, 131)]
+    assert factors[0] == 1.0
+    assert factors[50] == pytest.approx((1 + final) / 2)
+    assert factors[25] == pytest.approx(final + (1 - final) * 0.8535534)
+    assert factors[100] == pytest.approx(final)
+    assert factors[120] == pytest.approx(final)  # and stays there
+    assert all(early >= late for early, late in pairwise(factors))
+
+
+def test_a_run_that_ends_within_its_warm_up_is_no_error():
+    rate = LearningRate(1e-4, warmup_steps=10, decay="cosine")
+    assert [rate.factor(step, 5) for step in (0, 4, 9)] == [0.1, 0.5, 1.0]
+    assert 0 <= rate.factor(10, 5) <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"peak": 0.0}, "learning rate peak: a positive number is needed, got 0.0"),
+        ({"peak": float("inf")}, "learning rate peak: a positive number is needed, got inf"),
+        ({"peak": float("nan")}, "learning rate peak"),
+        ({"warmup_steps": -1}, "learning rate warmup_steps: at least 0 is needed, got -1"),
+        ({"final_fraction": 1.5}, r"learning rate final_fraction: a number in \[0, 1\] is needed, got 1.5"),
+        ({"final_fraction": -0.1}, "learning rate final_fraction"),
+        ({"decay": "linear"}, "learning rate decay: 'constant' or 'cosine' is needed, got 'linear'"),
+    ],
+    ids=str,
+)
+def test_numbers_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        LearningRate(**{"peak": 1e-4, **options})
