@@ -198,6 +198,8 @@ def _save(folder: Path, kind: Kind, weights: Mapping[str, Tensor], config: dict[
             folder.rename(old)
         fresh.rename(folder)
     finally:
+        if old.exists() and not folder.exists():  # the swap failed halfway
+            old.rename(folder)
         shutil.rmtree(fresh, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 

@@ -1,0 +1,237 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
+from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
+from maskgit_pl.pretrained import (
+    fingerprint,
+    load_tokenizer,
+    load_transformer,
+    read_config,
+    save_tokenizer,
+    save_transformer,
+)
+from maskgit_pl.schedules import Pow
+
+VQGAN_CONFIG = VQGANConfig(
+    1, channels=8, multipliers=(1, 1), blocks_per_level=1, groups=2, num_codes=16, code_width=4, quantizer="ema"
+)
+TRANSFORMER_CONFIG = TransformerConfig(16, 2, (4, 4), 16, 1, 2, 32)
+DECODING = DecodingConfig(3, {"name": "confidence", "choice_temperature": 2.0}, "linear", 0.5)
+LOADERS = {"tokenizer": load_tokenizer, "transformer": load_transformer}
+
+
+def vqgan(seed: int = 0) -> VQGAN:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return VQGAN(VQGAN_CONFIG)
+
+
+def save_both(folder: Path) -> Path:
+    save_tokenizer(folder / "tokenizer", VQGAN_CONFIG, vqgan().state_dict(), image_size=8)
+    save_transformer(
+        folder / "transformer",
+        TRANSFORMER_CONFIG,
+        MaskedTransformer(TRANSFORMER_CONFIG).state_dict(),
+        mask_schedule={"name": "pow", "exponent": 2.5},
+        decoding=DECODING,
+        class_names=("cat", "dog"),
+        tokenizer_fingerprint="abc",
+    )
+    return folder
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    return save_both(tmp_path / "pretrained")
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def edit(folder: Path, **changes: object) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_a_tokenizer_comes_back_as_it_was_saved(saved):
+    made = load_tokenizer(saved / "tokenizer")
+    assert made.network.config == VQGAN_CONFIG
+    assert equal(made.network.state_dict(), vqgan().state_dict())
+    assert made.image_size == 8
+    assert made.grid == (4, 4)
+    assert made.fingerprint == fingerprint(saved / "tokenizer")
+
+
+def test_a_transformer_comes_back_as_it_was_saved(tmp_path):
+    network = MaskedTransformer(TRANSFORMER_CONFIG)
+    save_transformer(
+        tmp_path / "deep" / "folder",
+        TRANSFORMER_CONFIG,
+        network.state_dict(),
+        mask_schedule={"name": "pow", "exponent": 2.5},
+        decoding=DECODING,
+        class_names=("cat", "dog"),
+        tokenizer_fingerprint="abc",
+    )
+    made = load_transformer(str(tmp_path / "deep" / "folder"))
+    assert made.network.config == TRANSFORMER_CONFIG
+    assert equal(made.network.state_dict(), network.state_dict())
+    assert made.mask_schedule == Pow(2.5)
+    assert made.decoding == DECODING
+    assert made.class_names == ("cat", "dog")
+    assert made.tokenizer_fingerprint == "abc"
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "transformer"])
+def test_loaded_networks_are_frozen_and_in_evaluation_mode(saved, kind):
+    network = LOADERS[kind](saved / kind).network
+    assert not any(module.training for module in network.modules())
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_a_folder_holds_tensors_and_plain_json_alone(saved):
+    for kind in LOADERS:
+        assert sorted(file.name for file in (saved / kind).iterdir()) == ["config.json", "model.safetensors"]
+        config = read_config(saved / kind, kind)
+        assert config["format"] == f"maskgit_pl.{kind}"
+        assert config["version"] == 1
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "transformer"])
+def test_a_folder_of_the_other_kind_is_refused_by_its_file(saved, kind):
+    other = "transformer" if kind == "tokenizer" else "tokenizer"
+    with pytest.raises(ValueError, match=rf"{other}/config\.json: format 'maskgit_pl\.{kind}' is needed, got"):
+        LOADERS[kind](saved / other)
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "transformer"])
+def test_a_missing_folder_is_named(tmp_path, kind):
+    with pytest.raises(FileNotFoundError, match=rf"{kind} .*nowhere: no config\.json there"):
+        LOADERS[kind](tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "transformer"])
+def test_missing_weights_are_named(saved, kind):
+    (saved / kind / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{kind}: no model\.safetensors there"):
+        LOADERS[kind](saved / kind)
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "transformer"])
+@pytest.mark.parametrize("kept", [0, 7, 200, -1])
+def test_truncated_weights_are_refused_by_their_file(saved, kind, kept):
+    file = saved / kind / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=rf"weights .*{kind}/model\.safetensors: they do not fit config\.json"):
+        LOADERS[kind](saved / kind)
+
+
+def test_weights_of_another_size_are_refused_by_their_file(saved):
+    config = read_config(saved / "transformer", "transformer")["network"]
+    edit(saved / "transformer", network={**config, "num_classes": 3})
+    with pytest.raises(
+        ValueError, match=r"(?s)transformer/model\.safetensors: they do not fit config\.json.*words\.weight"
+    ):
+        load_transformer(saved / "transformer")
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"), [("tokenizer", "network"), ("transformer", "network"), ("transformer", "decoding")]
+)
+def test_an_unknown_key_is_refused_by_its_file(saved, kind, part):
+    edit(saved / kind, **{part: {**read_config(saved / kind, kind)[part], "colour": "red"}})
+    with pytest.raises(ValueError, match=rf"{kind}/config\.json: unknown keys \['colour'\]"):
+        LOADERS[kind](saved / kind)
+
+
+def test_an_unknown_schedule_answers_with_the_nearest(saved):
+    edit(saved / "transformer", mask_schedule="cosin")
+    with pytest.raises(ValueError, match="unknown mask schedule 'cosin': did you mean 'cosine'"):
+        load_transformer(saved / "transformer")
+
+
+def test_a_newer_format_is_refused(saved):
+    edit(saved / "tokenizer", version=2)
+    with pytest.raises(ValueError, match=r"tokenizer/config\.json: version 1 is known, got 2; update maskgit_pl"):
+        load_tokenizer(saved / "tokenizer")
+
+
+@pytest.mark.parametrize("text", ["{", "", "[]", '"text"'])
+def test_a_broken_config_is_refused_by_its_file(saved, text):
+    (saved / "tokenizer" / "config.json").write_text(text)
+    with pytest.raises(
+        ValueError, match=r"tokenizer/config\.json: (not JSON|format 'maskgit_pl\.tokenizer' is needed)"
+    ):
+        load_tokenizer(saved / "tokenizer")
+
+
+def test_the_fingerprint_changes_with_the_weights_and_with_nothing_else(tmp_path):
+    first, same, other, configured = (tmp_path / name for name in ("first", "same", "other", "configured"))
+    save_tokenizer(first, VQGAN_CONFIG, vqgan().state_dict(), image_size=8)
+    save_tokenizer(same, VQGAN_CONFIG, vqgan().state_dict(), image_size=8)
+    save_tokenizer(configured, VQGAN_CONFIG, vqgan().state_dict(), image_size=16)
+    changed = {name: tensor.clone() for name, tensor in vqgan().state_dict().items()}
+    next(iter(changed.values())).view(-1)[0] += 1e-3
+    save_tokenizer(other, VQGAN_CONFIG, changed, image_size=8)
+    assert fingerprint(first) == fingerprint(same) == fingerprint(configured)
+    assert fingerprint(first) != fingerprint(other)
+    assert len(fingerprint(first)) == 64
+
+
+def test_an_older_folder_is_replaced_whole(saved):
+    (saved / "tokenizer" / "stray.txt").write_text("of the older one")
+    save_tokenizer(saved / "tokenizer", VQGAN_CONFIG, vqgan(seed=1).state_dict(), image_size=16)
+    assert equal(load_tokenizer(saved / "tokenizer").network.state_dict(), vqgan(seed=1).state_dict())
+    assert load_tokenizer(saved / "tokenizer").image_size == 16
+    assert sorted(path.name for path in saved.iterdir()) == ["tokenizer", "transformer"]  # nothing is left beside them
+    assert not (saved / "tokenizer" / "stray.txt").exists()
+
+
+def test_a_write_that_fails_leaves_the_older_folder_and_nothing_else(saved, monkeypatch):
+    def fail(*given: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("maskgit_pl.pretrained.save_file", fail)
+    with pytest.raises(OSError, match="no space left"):
+        save_tokenizer(saved / "tokenizer", VQGAN_CONFIG, vqgan(seed=1).state_dict(), image_size=16)
+    monkeypatch.undo()
+    assert equal(load_tokenizer(saved / "tokenizer").network.state_dict(), vqgan().state_dict())
+    assert sorted(path.name for path in saved.iterdir()) == ["tokenizer", "transformer"]
+
+
+def test_a_swap_that_fails_leaves_the_older_folder(saved, monkeypatch):
+    rename = Path.rename
+
+    def fail_on_the_fresh(self: Path, target: Path) -> Path:
+        if "partial" in self.name:
+            raise OSError("gone")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_on_the_fresh)
+    with pytest.raises(OSError, match="gone"):
+        save_tokenizer(saved / "tokenizer", VQGAN_CONFIG, vqgan(seed=1).state_dict(), image_size=16)
+    monkeypatch.undo()
+    assert equal(load_tokenizer(saved / "tokenizer").network.state_dict(), vqgan().state_dict())
+
+
+def test_leftovers_of_a_killed_write_do_not_stand_in_the_way(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.getpid", lambda: 17)
+    left = tmp_path / ".tokenizer.partial-17"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
+    save_tokenizer(tmp_path / "tokenizer", VQGAN_CONFIG, vqgan().state_dict(), image_size=8)
+    assert load_tokenizer(tmp_path / "tokenizer").image_size == 8
+    assert not left.exists()
+
+
+def test_a_folder_can_be_moved(saved, tmp_path):
+    shutil.move(saved / "transformer", tmp_path / "elsewhere")
+    assert load_transformer(tmp_path / "elsewhere").class_names == ("cat", "dog")
