@@ -1,0 +1,253 @@
+"""The architecture, read from the imports: who may know whom, and what the source never does."""
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "maskgit_pl"
+FLOORS = {  # a file or a folder -> its floor; a folder's files stand on its floor
+    "registry": 0,
+    "randomness": 0,
+    "schedules": 1,
+    "selectors": 1,
+    "guidance": 1,
+    "networks": 1,
+    "masking": 2,
+    "decoding": 2,
+    "losses": 2,
+    "shards": 2,
+    "pretrained": 2,
+    "editing": 3,
+    "data": 3,
+    "training": 3,
+    "tokenizer": 4,
+    "mvtm": 5,
+    "autoregressive": 6,
+    "evaluation": 7,
+    "pipeline": 7,
+    "importers": 7,
+    "cli": 8,
+    "web": 8,
+    "__main__": 9,
+}
+LIGHTNING_FROM = 3
+UNSETTLED = [  # imports between two folders of one floor, against the rule; each fails here as soon as it is gone
+    ("evaluation/protocol", "pipeline"),
+    ("evaluation/report", "pipeline"),
+]
+MODULES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py"))
+FOUND = [name for name in MODULES if name != "__init__"]  # the root names the public things, and imports them late
+
+
+def part(module: str) -> str:
+    """The entry of FLOORS that a module such as ``shards/index`` belongs to."""
+    return module.split("/")[0]
+
+
+@cache
+def tree(module: str) -> ast.Module:
+    return ast.parse((PACKAGE / f"{module}.py").read_text())
+
+
+def statements(module: str, *, at_import: bool) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Import statements: all of them, or those that run when the module is imported."""
+    waiting: list[ast.AST] = [tree(module)]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        if at_import and (isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or for_types(node)):
+            continue
+        waiting.extend(ast.iter_child_nodes(node))
+
+
+def for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def imported(module: str, *, at_import: bool = False) -> set[str]:
+    """Dotted names of what a module imports, e.g. ``torch.nn`` or ``maskgit_pl.shards.index``."""
+    names: set[str] = set()
+    for statement in statements(module, at_import=at_import):
+        if isinstance(statement, ast.Import):
+            names |= {alias.name for alias in statement.names}
+        else:
+            assert statement.level == 0, f"{module}: relative import in line {statement.lineno}"
+            names |= {f"{statement.module}.{alias.name}" for alias in statement.names}
+    return names
+
+
+def own(module: str, *, at_import: bool = False) -> set[str]:
+    """The modules of the package that a module imports, in the form of MODULES; the root package is left out."""
+    found = set()
+    for name in imported(module, at_import=at_import):
+        if name.startswith("maskgit_pl."):
+            path = name.removeprefix("maskgit_pl.").replace(".", "/")
+            candidates = (path, f"{path}/__init__", path.rpartition("/")[0], f"{path.rpartition('/')[0]}/__init__")
+            known = next((candidate for candidate in candidates if candidate in MODULES), None)
+            if known is not None:  # else a name of the root package
+                found.add(known)
+    return found
+
+
+def refused(module: str) -> list[tuple[str, str]]:
+    """Imports of ``module`` against the rule: lower floors, its own folder, and in the root its own floor."""
+    floor = FLOORS[part(module)]
+
+    def allowed(other: str) -> bool:
+        if "/" in module and part(other) == part(module):
+            return True
+        same_floor_of_the_root = "/" not in module and "/" not in other and FLOORS[other] == floor
+        return same_floor_of_the_root or FLOORS[part(other)] < floor
+
+    return [(module, other) for other in sorted(own(module)) if not allowed(other)]
+
+
+def circles() -> list[str]:
+    """Circles of imports, each once."""
+    found: list[str] = []
+    done: set[str] = set()
+
+    def visit(module: str, path: list[str]) -> None:
+        if module in path:
+            found.append(" -> ".join([*path[path.index(module) :], module]))
+        elif module not in done:
+            for other in sorted(own(module)):
+                visit(other, [*path, module])
+            done.add(module)
+
+    for module in FOUND:
+        visit(module, [])
+    return found
+
+
+def called(node: ast.Call) -> str:
+    return ast.unparse(node.func)
+
+
+def forbidden(module: str) -> Iterator[str]:
+    """What the source never does, with its line."""
+    for node in ast.walk(tree(module)):
+        if not isinstance(node, ast.Call):
+            continue
+        name = called(node)
+        last = name.rpartition(".")[2]
+        off = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        if name in ("eval", "exec", "os.system", "os.popen", "__import__") or last in ("Unpickler",):
+            yield f"{name} (line {node.lineno})"
+        if last in ("load", "loads") and ("pickle" in name or name.startswith(("marshal.", "dill.", "joblib."))):
+            yield f"{name} (line {node.lineno})"
+        if name.endswith("torch.load") and off.get("weights_only") != "True":
+            yield f"torch.load without weights_only=True (line {node.lineno})"
+        if (
+            off.get("weights_only", "True") != "True" and last != "save_checkpoint"
+        ):  # there: the optimisers are saved too
+            yield f"weights_only={off['weights_only']} (line {node.lineno})"
+        if off.get("allow_pickle", "False") != "False":
+            yield f"allow_pickle={off['allow_pickle']} (line {node.lineno})"
+        if off.get("shell", "False") != "False":
+            yield f"shell={off['shell']} (line {node.lineno})"
+        if name in ("yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load", "yaml.unsafe_load_all"):
+            plain = name == "yaml.load" and (off.get("Loader") or ast.unparse(node.args[-1])) == "_PlainLoader"
+            if not (plain and module == "cli/recipes"):
+                yield f"{name} other than with the plain loader of cli/recipes (line {node.lineno})"
+
+
+def test_the_package_is_read():
+    assert {"registry", "shards/index", "cli/recipes", "networks/transformer"} <= set(MODULES)
+    assert own("masking") == {"randomness", "schedules"}
+    assert "torch" in {name.split(".")[0] for name in imported("randomness")}
+
+
+@pytest.mark.parametrize("module", FOUND)
+def test_every_module_has_a_floor(module):
+    assert part(module) in FLOORS, f"{module}: give {part(module)!r} a floor in {Path(__file__).name}"
+
+
+@pytest.mark.parametrize("module", FOUND)
+def test_a_module_imports_from_lower_floors_or_its_own_folder_alone(module):
+    assert [edge for edge in refused(module) if edge not in UNSETTLED] == []
+
+
+@pytest.mark.xfail(reason="pipeline and evaluation share a floor and not a folder", raises=AssertionError, strict=True)
+@pytest.mark.parametrize("edge", UNSETTLED, ids="->".join)
+def test_an_unsettled_import_is_gone(edge):
+    assert edge not in refused(edge[0])
+
+
+def test_no_import_goes_in_a_circle():
+    assert circles() == []
+
+
+@pytest.mark.parametrize("module", [name for name in FOUND if FLOORS.get(part(name), 0) < LIGHTNING_FROM])
+def test_no_module_below_floor_3_imports_lightning(module):
+    roots = {name.split(".")[0] for name in imported(module)}
+    assert not roots & {"lightning", "pytorch_lightning", "lightning_fabric"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_source_never_runs_what_it_reads(module):
+    assert list(forbidden(module)) == []
+
+
+def test_the_root_package_imports_nothing_of_its_own_when_it_is_imported():
+    assert own("__init__", at_import=True) == set()
+    assert own("__init__")  # and names the public things for type checkers
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "eval('1')",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "trainer.fit(model, weights_only=False)",
+        "pickle.load(stream)",
+        "np.load(path, allow_pickle=True)",
+        "subprocess.run(command, shell=True)",
+        "yaml.load(text, Loader=yaml.Loader)",
+        "yaml.load(text, yaml.Loader)",
+        "yaml.load(text, Loader=_PlainLoader)",  # elsewhere than in cli/recipes
+        "yaml.unsafe_load(text)",
+    ],
+)
+def test_the_check_of_the_source_finds(monkeypatch, source):
+    monkeypatch.setattr(f"{__name__}.tree", lambda module: ast.parse(source))
+    assert len(list(forbidden("data"))) >= 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "model.eval()",
+        "load_file(path)",
+        "json.load(stream)",
+        "torch.load(path, weights_only=True)",
+        "trainer.save_checkpoint(path, weights_only=False)",
+        "np.load(path, allow_pickle=False)",
+        "yaml.safe_load(text)",
+    ],
+)
+def test_the_check_of_the_source_lets_pass(monkeypatch, source):
+    monkeypatch.setattr(f"{__name__}.tree", lambda module: ast.parse(source))
+    assert list(forbidden("data")) == []
+
+
+def test_the_check_of_floors_finds_what_it_is_for(monkeypatch):
+    source = (
+        "from maskgit_pl.pipeline import MaskGIT\nfrom maskgit_pl.masking import MaskSampler\nimport maskgit_pl.data"
+    )
+    monkeypatch.setattr(f"{__name__}.tree", lambda module: ast.parse(source))
+    assert refused("schedules") == [("schedules", other) for other in ("data", "masking", "pipeline")]
+    assert refused("evaluation/metrics") == [("evaluation/metrics", "pipeline")]  # its own floor, another folder
+    assert refused("mvtm") == [("mvtm", "pipeline")]
+    assert refused("cli/train") == []
+
+
+def test_the_check_of_circles_finds_one(monkeypatch):
+    imports = {"data": {"losses"}, "losses": {"masking"}, "masking": {"data"}}
+    monkeypatch.setattr(f"{__name__}.own", lambda module: imports.get(module, set()))
+    assert circles() == ["data -> losses -> masking -> data"]
