@@ -351,7 +351,7 @@ class ShardData(LightningDataModule):
     Args:
         path: Data folder (data/README.md): shards with manifests.
         source: ``"images"`` decodes the shards, ``"tokens"`` reads a token store made from them.
-        token_store: Folder of the token store; needed for ``"tokens"``.
+        token_store: Folder of the token store; needed, and read, for ``"tokens"`` alone.
         image_size: Side of the images in pixels.
         in_channels: 1 for grey, 3 for RGB.
         crop: Where training crops lie in images that are not square: ``"center"`` or ``"random"``.
@@ -383,13 +383,13 @@ class ShardData(LightningDataModule):
         check_crop(crop)
         if source not in ("images", "tokens"):
             raise ValueError(f"data.source: images or tokens is needed, got {source!r}")
-        if (source == "tokens") != (token_store is not None):
-            raise ValueError(f"data.token_store: needed for source tokens and for it alone, got {token_store!r}")
+        if source == "tokens" and token_store is None:
+            raise ValueError("data.token_store: source tokens reads a token store, got none; `make tokenize` makes one")
         if source == "tokens" and crop != "center":
             raise ValueError(f"data.crop: tokens are of center crops, got {crop!r}; use source images")
         self.path = path
         self.source = source
-        self.token_store = token_store
+        self.token_store = token_store if source == "tokens" else None
         self.image_size = image_size
         self.in_channels = in_channels
         self.crop: Crop = crop

@@ -1,8 +1,8 @@
 """Parallel decoding: from masked tokens to tokens in a few steps, step by step.
 
 ``ParallelDecoder`` holds a mask schedule (how many tokens stay masked) and a token selector (which). It knows no
-network: it asks a ``Predictor`` for logits at the positions that are still masked. Guidance and the sharing of the first
-step live in predictors that wrap one another. All counts are known on the host before the loop, so the loop never waits
+network: it asks a ``Predictor`` for logits at the positions that are still masked. Guidance and the sharing of the
+first step live in predictors that wrap one another. All counts are known on the host before the loop, so the loop never waits
 for the device.
 
 Source: paper, section on iterative decoding; google-research/maskgit, ``parallel_decode.py``.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -66,7 +67,7 @@ class Noise(Protocol):
 
 @dataclass(frozen=True)
 class SeededNoise:
-    """Noise that belongs to the image: a function of (seed of the image, step, position), whatever else is in the batch.
+    """Noise that belongs to the image: a function of (its seed, step, position), whatever else is in the batch.
 
     Args:
         seeds: (B,) int64, in [0, 2**32), one for each image.
@@ -190,7 +191,7 @@ class ParallelDecoder:
         order = masked.logical_not().argsort(dim=1, stable=True)  # masked positions first, known ones as padding
         positions = order[:, : max(counts[0])]
         newly_known = positions[:, :0]
-        for step, (before, after) in enumerate(zip(counts, counts[1:], strict=False), start=first_step):
+        for step, (before, after) in enumerate(pairwise(counts), start=first_step):
             logits = predictor(tokens, positions, newly_known)
             valid = _first(before, positions)
             drawn, scores = self._draw(logits.float(), positions, noise, step)

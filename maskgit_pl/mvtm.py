@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.optim import AdamW, Optimizer
@@ -119,7 +120,7 @@ class MaskedTokenModel(LightningModule):
                 fully_shard(block, mesh=mesh["data_parallel"])
             fully_shard(network, mesh=mesh["data_parallel"])
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         groups = parameter_groups(self.transformer, self.weight_decay, prefix="transformer.")
         optimizer = AdamW(groups, lr=self.learning_rate.peak, betas=self.betas, fused=True)
         max_steps = int(self.trainer.max_steps)
@@ -138,7 +139,7 @@ class MaskedTokenModel(LightningModule):
         labels = self._drop_classes(batch)
         loss, token_loss, hits = self._losses(self.transformer, tokens, labels, mask, smoothing=self.label_smoothing)
         self._collect(mask, token_loss, hits)
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._log_training(loss.detach())
         return loss
 
@@ -151,7 +152,8 @@ class MaskedTokenModel(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         metrics = {"val/loss": self._validation_loss, "val/accuracy": self._validation_accuracy}
-        self.log_dict({name: metric.compute() for name, metric in metrics.items()}, prog_bar=True)
+        values = {name: metric.compute() for name, metric in metrics.items()}  # over all ranks
+        self.log_dict(values, prog_bar=True, sync_dist=True)
         for metric in metrics.values():
             metric.reset()
 
@@ -204,7 +206,7 @@ class MaskedTokenModel(LightningModule):
         images = batch.content
         if self.training and self.flip_probability > 0:
             images = flip(
-                images, seed=self.seed, index=batch.index, epoch=batch.epoch, probability=self.flip_probability
+                images, probability=self.flip_probability, seed=self.seed, index=batch.index, epoch=batch.epoch
             )
         with torch.no_grad():
             return self.tokenizer.network.encode(to_unit_range(images))

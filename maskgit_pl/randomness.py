@@ -134,7 +134,7 @@ def permutation(positions: Tensor, size: int, *, stream: str, seed: int, epoch: 
 
 
 def _feistel(value: Tensor, half: int, keys: Tensor) -> Tensor:
-    """One pass of the network: (M,) int64 in [0, 4**half), (M, rounds) keys -> the same range, bijective for equal keys."""
+    """One pass of the network: (M,) int64 in [0, 4**half), keys (M, rounds) -> that range; bijective for equal keys."""
     mask = (1 << half) - 1
     left, right = value >> half, value & mask
     for key in keys.unbind(1):

@@ -230,7 +230,7 @@ def test_tokenizing_again_is_a_no_op_and_an_interrupted_one_goes_on(folder, stor
 
 @pytest.mark.parametrize(
     "options",
-    [{"source": "stream"}, {"source": "tokens"}, {"token_store": "x"}, {"crop": "left"},
+    [{"source": "stream"}, {"source": "tokens"}, {"crop": "left"},
      {"source": "tokens", "token_store": "x", "crop": "random"}],
 )  # fmt: skip
 def test_arguments_that_contradict_each_other_are_refused(folder, options):

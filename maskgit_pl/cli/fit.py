@@ -22,7 +22,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 import maskgit_pl
-from maskgit_pl.cli.recipes import Stage, merge, read_yaml
+from maskgit_pl.cli.recipes import Stage
 from maskgit_pl.data import ShardData, split_batch
 from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.vqgan import VQGANConfig
@@ -83,6 +83,15 @@ class StageCLI(LightningCLI):
             parser.link_arguments("data.image_size", "model.image_size")
             parser.link_arguments("data.in_channels", "model.network.in_channels")
 
+    def before_instantiate_classes(self) -> None:
+        """Refuses what a stage cannot do.
+
+        Raises:
+            ValueError: FSDP for stage 1, whose two networks train under DDP.
+        """
+        if self.stage == "tokenizer" and self.config["trainer"]["strategy"] == "fsdp":
+            raise ValueError("trainer.strategy 'fsdp': the tokenizer trains under 'ddp' or 'auto'; use CLUSTER=ddp")
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer of the recipe, with our callbacks, checkpoint format and strategies."""
         config = self._get(self.config_init, "trainer", default={})
@@ -132,8 +141,7 @@ def fit(
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its tips and device lists
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=f".*{message}")
-    trees = [read_yaml(file) for file in files]
-    found = _tokenizer_values(shards, tokenizer, folder, merge(trees)) if tokenizer else {"data": {"path": str(shards)}}
+    found = _tokenizer_values(shards, tokenizer, folder) if tokenizer else {"data": {"path": str(shards)}}
     layers = ["--config", json.dumps(found), *(word for file in files for word in ("--config", str(file)))]
     torch.manual_seed(0)  # initial weights; every other chance is a function of the recipe's seed
     cli = StageCLI(stage, folder / stage, [*layers, *overrides])
@@ -161,7 +169,7 @@ def fit(
     return 0
 
 
-def _tokenizer_values(shards: Path, tokenizer: Path, folder: Path, recipe: dict[str, Any]) -> dict[str, Any]:
+def _tokenizer_values(shards: Path, tokenizer: Path, folder: Path) -> dict[str, Any]:
     """What stage 2 need not be told: it stands in the tokenizer's and the data's own files."""
     config = read_config(tokenizer, "tokenizer")
     grid = VQGANConfig(**config["network"]).grid(config["image_size"])
@@ -169,9 +177,8 @@ def _tokenizer_values(shards: Path, tokenizer: Path, folder: Path, recipe: dict[
         "path": str(shards),
         "image_size": config["image_size"],
         "in_channels": config["network"]["in_channels"],
+        "token_store": str(folder / "tokens"),
     }
-    if recipe.get("data", {}).get("source", "images") == "tokens":
-        data["token_store"] = str(folder / "tokens")
     network = {
         "num_codes": config["network"]["num_codes"],
         "num_classes": read_manifest_summary(shards).num_classes,
@@ -200,7 +207,8 @@ def _export(module: LightningModule, data: ShardData, folder: Path, tokenizer: P
         own = folder / "tokenizer"
         if module.global_rank == 0 and tokenizer is not None and tokenizer.resolve() != own.resolve():
             shutil.copytree(tokenizer, own, dirs_exist_ok=True)  # a run's folder stands alone
-    log.info("exported %s", folder)
+    if module.global_rank == 0:
+        log.info("exported %s", folder)
 
 
 def _write_papers(cli: StageCLI, folder: Path) -> None:

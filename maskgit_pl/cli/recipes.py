@@ -1,7 +1,7 @@
 """Recipes: which YAML files make up a run, read safely, before anything heavy is imported.
 
-Merge order: base, data set, RECIPE from left to right, cluster; flags come last. Values from the data and the tokenizer at
-hand (classes, codebook, grid) lie below all of them. A recipe is data: it names registered things and never a class.
+Merge order: base, data set, RECIPE from left to right, cluster; flags come last. Values from the data and the tokenizer
+at hand (classes, codebook, grid) lie below all of them. A recipe is data: it names registered things and never a class.
 """
 
 from __future__ import annotations
@@ -75,14 +75,14 @@ class _PlainLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
-            event = self.peek_event()
+            event = self.peek_event()  # type: ignore[no-untyped-call]
             raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed in recipes", event.start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} stands twice", key_node.start_mark

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
 def run_folder(args: argparse.Namespace) -> Path:
     """``runs/RUN``; RUN is DATASET-RECIPE unless named."""
-    runs: Path = args.runs
+    runs = Path(args.runs)
     return runs / (args.run_name or "-".join([args.dataset, *(args.recipe.split() or ["base"])]))
 
 
@@ -78,7 +78,7 @@ def find_tokenizer(args: argparse.Namespace) -> Path:
     own = run_folder(args) / "pretrained" / "tokenizer"
     if (own / "config.json").is_file():
         return own
-    others = sorted(args.runs.glob(f"{args.dataset}-*/pretrained/tokenizer/config.json"))
+    others = sorted(Path(args.runs).glob(f"{args.dataset}-*/pretrained/tokenizer/config.json"))
     distinct = {_digest(file.parent / "model.safetensors"): file.parent for file in others}
     if not distinct:
         raise FileNotFoundError(

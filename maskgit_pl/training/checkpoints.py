@@ -207,7 +207,5 @@ def _sync(path: Path) -> None:
 
 def full_state(module: torch.nn.Module) -> dict[str, Tensor]:
     """The whole state dict of a module on the CPU, assembled where it is sharded (empty on other ranks then)."""
-    state: dict[str, Tensor] = get_model_state_dict(
-        module, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-    )
-    return state
+    state = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}

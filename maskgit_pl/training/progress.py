@@ -24,8 +24,17 @@ class ProgressLines(ProgressBar):
     def __init__(self, seconds: float = 15.0) -> None:
         super().__init__()
         self.seconds = seconds
+        self._speaks = True
         self._start = (0.0, 0)
         self._last = 0.0
+
+    def enable(self) -> None:
+        """Speaks again."""
+        self._speaks = True
+
+    def disable(self) -> None:
+        """Keeps silent; Lightning asks this of every rank but the first."""
+        self._speaks = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last = time.monotonic()
@@ -33,16 +42,16 @@ class ProgressLines(ProgressBar):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         now = time.monotonic()
-        if now - self._last < self.seconds or not trainer.is_global_zero:
-            return
-        self._last = now
-        self._line(trainer, pl_module, now)
+        if now - self._last >= self.seconds:
+            self._last = now
+            self._line(trainer, pl_module, now)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:
-            self._line(trainer, pl_module, time.monotonic())
+        self._line(trainer, pl_module, time.monotonic())
 
     def _line(self, trainer: Trainer, pl_module: LightningModule, now: float) -> None:
+        if not self._speaks:
+            return
         begun, first = self._start
         speed = (trainer.global_step - first) / max(now - begun, 1e-9)
         left = (trainer.max_steps - trainer.global_step) / speed if speed > 0 else float("inf")

@@ -1,0 +1,83 @@
+import subprocess
+import sys
+import time
+
+import pytest
+
+from maskgit_pl.cli.recipes import check_overrides, merge, read_yaml, recipe_files
+
+
+def write(folder, text):
+    file = folder / "recipe.yaml"
+    file.write_text(text)
+    return file
+
+
+def stems(**options):
+    defaults = {"dataset": "fashion-mnist", "names": [], "cluster": "cpu"}
+    return [file.stem for file in recipe_files("transformer", **{**defaults, **options})]
+
+
+def test_files_come_in_merge_order():
+    assert stems(names=["paper-256", "log"], dataset="blue-marble", cluster="ddp") == [
+        "base", "blue-marble", "paper-256", "log", "ddp",
+    ]  # fmt: skip
+
+
+def test_the_default_data_is_the_base_and_unknown_data_is_own_images():
+    assert stems() == ["base", "cpu"]
+    assert stems(dataset="holidays") == ["base", "own-images", "cpu"]
+
+
+def test_a_stage_takes_the_recipes_it_has():
+    files = recipe_files("tokenizer", dataset="fashion-mnist", names=["paper-256", "log"], cluster="cpu")
+    assert [file.stem for file in files] == ["base", "paper-256", "cpu"]
+
+
+@pytest.mark.parametrize(("kind", "wrong", "right"), [("names", ["cosin"], "cosine"), ("cluster", "fdsp", "fsdp")])
+def test_an_unknown_name_is_answered_with_the_nearest(kind, wrong, right):
+    with pytest.raises(FileNotFoundError, match=f"did you mean '{right}'"):
+        stems(**{kind: wrong})
+
+
+def test_an_unknown_recipe_is_answered_in_two_seconds_without_torch():
+    code = "import sys; from maskgit_pl.cli import main; c = main(sys.argv[1:]); sys.exit(90 if 'torch' in sys.modules else c)"
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code, "train", "transformer", "--recipe", "cosin"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "did you mean 'cosine'" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert time.monotonic() - start < 2
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("a: &x [1, 1]\nb: [*x, *x]", "aliases are not allowed"),
+        ("model: {mask_schedule: cosine}\nmodel: {}", "stands twice"),
+        ("model:\n\tmask_schedule: cosine", "recipe.yaml"),
+        ("- 1\n- 2", "a mapping is needed"),
+        ("model: {class_path: os.system}", "model.class_path"),
+        ("trainer: {callbacks: [{class_path: a.B}]}", "trainer.callbacks"),
+        ("model: !!python/object/apply:os.system [echo]", "recipe.yaml"),
+        ("a: " + "x" * 1_000_001, "at most 1 MB"),
+    ],
+)
+def test_an_unsafe_recipe_is_refused_by_name(tmp_path, text, rule):
+    with pytest.raises(ValueError, match=rule):
+        read_yaml(write(tmp_path, text))
+
+
+def test_flags_cannot_import_code():
+    for word in ("--trainer.callbacks=a.B", "--model.class_path=os.system", "--config=x.yaml"):
+        with pytest.raises(ValueError, match="flag"):
+            check_overrides([word])
+
+
+def test_later_values_win_and_named_things_are_replaced_whole():
+    merged = merge(
+        [{"a": {"x": 1, "y": 2}, "s": {"name": "pow", "exponent": 3}}, {"a": {"y": 5}, "s": {"name": "log"}}]
+    )
+    assert merged == {"a": {"x": 1, "y": 5}, "s": {"name": "log"}}

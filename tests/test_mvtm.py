@@ -1,0 +1,141 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from maskgit_pl.data import ShardData, to_unit_range, tokenize
+from maskgit_pl.mvtm import MaskedTokenModel, check_fit
+from maskgit_pl.networks.transformer import TransformerConfig
+from maskgit_pl.pretrained import load_tokenizer, load_transformer
+from maskgit_pl.schedules import mask_schedules
+from maskgit_pl.training.checkpoints import Checkpoints, FolderCheckpointIO, newest_complete
+from maskgit_pl.training.optimizers import LearningRate
+
+CONFIG = TransformerConfig(16, 3, (4, 4), width=16, depth=2, num_heads=2, mlp_width=32, dropout=0.1)
+
+
+class Recorder(Callback):
+    """Keeps what each step saw and gave: sample ids, loss bits."""
+
+    def __init__(self):
+        self.ids, self.losses = [], []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.ids.append(batch.index.tolist())
+        self.losses.append(float(outputs["loss"]).hex())
+
+
+def model(pretrained, **options) -> MaskedTokenModel:
+    torch.manual_seed(0)
+    options = {"ema_decay": 0.9, **options}
+    return MaskedTokenModel(
+        options.pop("network", CONFIG), LearningRate(1e-2), str(pretrained / "tokenizer"), **options
+    )
+
+
+def data(shards, store=None, **options) -> ShardData:
+    source = "images" if store is None else "tokens"
+    sizes = {"image_size": 8, "in_channels": 1, "global_batch": 8, "max_batch_per_device": 8, "validation_batch": 8}
+    return ShardData(str(shards), source=source, token_store=store and str(store), **{**sizes, **options})
+
+
+def fit(module, source, *, steps, folder, resume=None, every=100, **options) -> Recorder:
+    seen = Recorder()
+    trainer = Trainer(
+        max_steps=steps, max_epochs=-1, accelerator="cpu", logger=False, plugins=[FolderCheckpointIO()],
+        callbacks=[seen, Checkpoints(folder, every_n_steps=every)], enable_progress_bar=False,
+        enable_model_summary=False, use_distributed_sampler=False, **options,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=source, ckpt_path=resume)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def store(tiny_shards, tiny_pretrained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokens")
+    tokenizer = load_tokenizer(tiny_pretrained / "tokenizer")
+    tokenize(
+        tiny_shards, folder, encode=lambda images: tokenizer.network.encode(to_unit_range(images)), grid=(4, 4),
+        num_codes=16, tokenizer=tokenizer.fingerprint, image_size=8, in_channels=1,
+    )  # fmt: skip
+    return folder
+
+
+def test_a_model_learns_and_exports_its_average(tiny_shards, tiny_pretrained, tmp_path):
+    module = model(tiny_pretrained)
+    seen = fit(module, data(tiny_shards), steps=60, folder=tmp_path / "checkpoints")
+    losses = [float.fromhex(loss) for loss in seen.losses]
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    module.export(tmp_path, class_names=("a", "b", "c"))
+    exported = load_transformer(tmp_path / "transformer")
+    assert exported.class_names == ("a", "b", "c")
+    assert torch.equal(exported.network.words.weight, module.ema_network.words.weight)
+    assert not torch.equal(exported.network.words.weight, module.transformer.words.weight)
+
+
+def test_images_and_tokens_train_on_the_same_samples_to_the_same_losses(tiny_shards, tiny_pretrained, store, tmp_path):
+    images = fit(model(tiny_pretrained), data(tiny_shards), steps=10, folder=tmp_path / "i")
+    tokens = fit(model(tiny_pretrained), data(tiny_shards, store), steps=10, folder=tmp_path / "t")
+    assert images.ids == tokens.ids
+    assert images.losses == tokens.losses
+
+
+def test_a_resumed_run_equals_a_straight_one_to_the_last_bit(tiny_shards, tiny_pretrained, store, tmp_path):
+    straight = fit(model(tiny_pretrained), data(tiny_shards, store), steps=20, folder=tmp_path / "a", every=7)
+    first = fit(model(tiny_pretrained), data(tiny_shards, store), steps=11, folder=tmp_path / "b")
+    module = model(tiny_pretrained)
+    resume = newest_complete(tmp_path / "b")
+    second = fit(module, data(tiny_shards, store), steps=20, folder=tmp_path / "b", resume=resume)
+    assert first.ids + second.ids == straight.ids
+    assert first.losses + second.losses == straight.losses
+    ends = [FolderCheckpointIO().load_checkpoint(newest_complete(tmp_path / run)) for run in "ab"]
+    for name, tensor in ends[0]["state_dict"].items():
+        assert torch.equal(tensor, ends[1]["state_dict"][name]), name
+
+
+def test_accumulation_changes_no_sample_and_hardly_the_loss(tiny_shards, tiny_pretrained, store, tmp_path):
+    network = replace(CONFIG, dropout=0.0)
+    whole = fit(model(tiny_pretrained, network=network), data(tiny_shards, store), steps=6, folder=tmp_path / "a")
+    parts = fit(
+        model(tiny_pretrained, network=network), data(tiny_shards, store, max_batch_per_device=4), steps=6,
+        folder=tmp_path / "b", accumulate_grad_batches=2,
+    )  # fmt: skip
+    assert sum(parts.ids, []) == sum(whole.ids, [])
+    halves = [float.fromhex(loss) for loss in parts.losses]
+    means = [2 * (a + b) / 2 for a, b in zip(halves[::2], halves[1::2], strict=True)]  # Lightning divides by 2
+    assert means == pytest.approx([float.fromhex(loss) for loss in whole.losses], rel=1e-5)
+
+
+def test_one_schedule_object_serves_masks_and_decoding(tiny_pretrained):
+    module = model(tiny_pretrained, mask_schedule="square")
+    assert module.mask_sampler.mask_schedule is module.decoder.mask_schedule is module.mask_schedule
+    assert module.mask_schedule == mask_schedules.build("square")
+
+
+def test_class_dropout_replaces_its_share_by_the_null_class(tiny_pretrained):
+    module = model(tiny_pretrained, network=replace(CONFIG, class_dropout=0.25))
+    index = torch.arange(4000)
+    from maskgit_pl.data import Batch
+
+    batch = Batch(index, torch.zeros_like(index), index, torch.zeros_like(index), index, index >= 0)
+    dropped = module._drop_classes(batch) == CONFIG.num_classes
+    assert float(dropped.float().mean()) == pytest.approx(0.25, abs=0.03)
+    assert torch.equal(dropped, module._drop_classes(batch) == CONFIG.num_classes)
+
+
+def test_samples_depend_on_the_seed_alone(tiny_pretrained):
+    module = model(tiny_pretrained).eval()
+    together = list(module.sample([0, 1, 2, 0], [5, 6, 7, 8]))[-1].tokens
+    alone = [
+        list(module.sample([label], [seed]))[-1].tokens for label, seed in zip([0, 1, 2, 0], [5, 6, 7, 8], strict=True)
+    ]
+    assert torch.equal(together, torch.cat(alone))
+
+
+@pytest.mark.parametrize(
+    ("key", "config"), [("num_codes", replace(CONFIG, num_codes=8)), ("grid", replace(CONFIG, grid=(2, 8)))]
+)
+def test_a_tokenizer_that_does_not_fit_is_named(tiny_pretrained, key, config):
+    with pytest.raises(ValueError, match=f"model.network.{key}"):
+        check_fit(config, load_tokenizer(tiny_pretrained / "tokenizer"))

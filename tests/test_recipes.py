@@ -1,0 +1,84 @@
+"""Every recipe parses, says what it is, builds at full size without memory, and trains a step."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from maskgit_pl.cli.fit import fit
+from maskgit_pl.cli.recipes import merge, read_yaml
+from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
+from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
+from maskgit_pl.pretrained import load_tokenizer, load_transformer
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+TINY = Path(__file__).parent / "tiny"
+TOKENIZERS = sorted(file.stem for file in (RECIPES / "tokenizer").glob("*.yaml"))
+TRANSFORMERS = sorted(file.stem for file in (RECIPES / "transformer").glob("*.yaml"))
+PARAMETERS = {
+    ("tokenizer", "paper-256"): 54_515_587,
+    ("tokenizer", "paper-512"): 54_515_587,
+    ("transformer", "paper-256"): 172_457_193,
+    ("transformer", "paper-512"): 173_047_017,
+}
+BELOW = {"paper-512": ["paper-256"]}  # what a recipe says it is laid over
+
+
+def layers(stage: str, name: str) -> list[Path]:
+    names = ["base", *BELOW.get(name, []), name]
+    return [RECIPES / stage / f"{each}.yaml" for each in dict.fromkeys(names)]
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.rglob("*.yaml")), ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_a_recipe_opens_with_what_it_is(file):
+    assert read_yaml(file) == yaml.safe_load(file.read_text())
+    comments = [line for line in file.read_text().splitlines() if line.startswith("#")]
+    assert comments
+    if file.parent.name != "cluster":
+        for word in ("Reproduces", "Expect", "Costs", "Run"):
+            assert any(line.startswith(f"# {word} ") for line in comments), word
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_a_transformer_recipe_builds_at_full_size(name):
+    tree = merge(map(read_yaml, layers("transformer", name)))
+    sizes = {"num_codes": 256, "num_classes": 10, "grid": (7, 7), **tree["model"]["network"]}
+    with torch.device("meta"):
+        network = MaskedTransformer(TransformerConfig(**sizes))
+    count = sum(parameter.numel() for parameter in network.parameters())
+    assert count == PARAMETERS.get(("transformer", name), 851_084)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_tokenizer_recipe_builds_at_full_size(name):
+    tree = merge(map(read_yaml, layers("tokenizer", name)))
+    with torch.device("meta"):
+        network = VQGAN(VQGANConfig(tree["data"]["in_channels"], **tree["model"]["network"]))
+    count = sum(parameter.numel() for parameter in network.parameters())
+    small = {1: 125_644, 3: 130_260}[tree["data"]["in_channels"]]
+    assert count == PARAMETERS.get(("tokenizer", name), small)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_tokenizer_recipe_trains_a_step(name, tiny_shards, tmp_path):
+    files = [*layers("tokenizer", name), RECIPES / "cluster" / "cpu.yaml", TINY / "tokenizer.yaml"]
+    assert fit("tokenizer", files=files, overrides=[], shards=tiny_shards, folder=tmp_path, tokenizer=None) == 0
+    assert load_tokenizer(tmp_path / "pretrained" / "tokenizer").image_size == 8
+    assert (tmp_path / "tokenizer" / "reconstructions.png").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_a_transformer_recipe_trains_a_step(name, tiny_shards, tiny_pretrained, tmp_path):
+    files = [*layers("transformer", name), RECIPES / "cluster" / "cpu.yaml", TINY / "transformer.yaml"]
+    tokenizer = tiny_pretrained / "tokenizer"
+    assert fit("transformer", files=files, overrides=[], shards=tiny_shards, folder=tmp_path, tokenizer=tokenizer) == 0
+    model = load_transformer(tmp_path / "pretrained" / "transformer")
+    schedules = {"base", "paper-256", "paper-512", "blue-marble", "own-images"}
+    assert type(model.mask_schedule).__module__ == "maskgit_pl.schedules"
+    if name not in schedules:
+        assert yaml.safe_load((RECIPES / "transformer" / f"{name}.yaml").read_text())["model"]["mask_schedule"] == name
+    assert (tmp_path / "transformer" / "samples.png").is_file()
+    assert (tmp_path / "transformer" / "config.yaml").is_file()
