@@ -2,8 +2,8 @@
 
 ``ParallelDecoder`` holds a mask schedule (how many tokens stay masked) and a token selector (which). It knows no
 network: it asks a ``Predictor`` for logits at the positions that are still masked. Guidance and the sharing of the
-first step live in predictors that wrap one another. All counts are known on the host before the loop, so the loop never waits
-for the device.
+first step live in predictors that wrap one another. All counts are known on the host before the loop, so the loop never
+waits for the device.
 
 Source: paper, section on iterative decoding; google-research/maskgit, ``parallel_decode.py``.
 """

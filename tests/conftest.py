@@ -11,6 +11,8 @@ from maskgit_pl.shards.images import encode_png
 from maskgit_pl.shards.sources import open_source
 from maskgit_pl.shards.writer import make_shards
 
+torch.set_num_threads(1)  # small tensors, and other runs beside this one
+
 CLASSES = ("Ankle boot", "T-shirt", "Trouser")
 
 

@@ -246,7 +246,7 @@ def test_flip_depends_on_the_sample_not_on_the_batch():
     assert 70 < int(turned.sum()) < 130
     assert torch.equal(flipped[turned], images[turned].flip(-1))
     order = torch.randperm(200)
-    assert torch.equal(flip(images[order], seed=1, index=order, epoch=epoch), flipped[order])
+    assert torch.equal(flip(images[order], probability=0.5, seed=1, index=order, epoch=epoch), flipped[order])
     assert not torch.equal(flip(images, probability=0.5, seed=1, index=index, epoch=epoch + 1), flipped)
 
 

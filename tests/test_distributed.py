@@ -35,8 +35,8 @@ def train(stage: str, cluster: str, shards: Path, runs: Path, *more: str, tokeni
     tiny["trainer"] |= {"max_steps": STEPS, "val_check_interval": STEPS}
     named = ["--tokenizer", str(tokenizer)] if tokenizer else []
     command = [
-        sys.executable, "-m", "maskgit_pl", "train", stage, "--cluster", cluster, "--data", str(shards), "--runs", str(runs),
-        "--run", cluster, *named, *flags(tiny), *CLUSTERS[cluster], *more,
+        sys.executable, "-m", "maskgit_pl", "train", stage, "--cluster", cluster, "--data", str(shards),
+        "--runs", str(runs), "--run", cluster, *named, *flags(tiny), *CLUSTERS[cluster], *more,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
@@ -82,5 +82,5 @@ def test_a_checkpoint_of_ddp_goes_on_under_fsdp(tiny_shards, tiny_pretrained, tm
 
 
 def test_fsdp_is_refused_for_the_tokenizer_by_name(tiny_shards, tmp_path):
-    with pytest.raises(AssertionError, match="trainer.strategy"):
+    with pytest.raises(AssertionError, match=r"trainer\.strategy"):
         train("tokenizer", "fsdp", tiny_shards, tmp_path)

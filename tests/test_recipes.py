@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from maskgit_pl.cli.fit import fit
-from maskgit_pl.cli.recipes import merge, read_yaml
+from maskgit_pl.cli.recipes import read_yaml
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pretrained import load_tokenizer, load_transformer
@@ -23,6 +23,16 @@ PARAMETERS = {
     ("transformer", "paper-512"): 173_047_017,
 }
 BELOW = {"paper-512": ["paper-256"]}  # what a recipe says it is laid over
+
+
+def merge(trees) -> dict:
+    """Later over earlier, mapping by mapping, as the parser does it."""
+    merged: dict = {}
+    for tree in trees:
+        for key, value in tree.items():
+            nested = isinstance(value, dict) and isinstance(merged.get(key), dict) and "name" not in value
+            merged[key] = merge([merged[key], value]) if nested else value
+    return merged
 
 
 def layers(stage: str, name: str) -> list[Path]:

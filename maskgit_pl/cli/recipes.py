@@ -6,7 +6,7 @@ at hand (classes, codebook, grid) lie below all of them. A recipe is data: it na
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ import yaml
 
 from maskgit_pl.registry import nearest
 
-__all__ = ["Stage", "check_overrides", "merge", "read_yaml", "recipe_files", "recipes_folder"]
+__all__ = ["Stage", "check_overrides", "read_yaml", "recipe_files", "recipes_folder"]
 
 Stage = Literal["tokenizer", "transformer"]
 
@@ -134,14 +134,3 @@ def check_overrides(overrides: Iterable[str]) -> None:
     for word in overrides:
         if word.startswith("--config") or any(refused in word for refused in _REFUSED):
             raise ValueError(f"flag {word!r}: flags set single values of a recipe; write a recipe file for more")
-
-
-def merge(trees: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Later over earlier, mapping by mapping."""
-    merged: dict[str, Any] = {}
-    for tree in trees:
-        for key, value in tree.items():
-            old = merged.get(key)
-            nested = isinstance(old, dict) and isinstance(value, Mapping) and "name" not in value
-            merged[key] = merge([old, value]) if nested and isinstance(old, dict) else value
-    return merged

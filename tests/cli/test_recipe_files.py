@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from maskgit_pl.cli.recipes import check_overrides, merge, read_yaml, recipe_files
+from maskgit_pl.cli.recipes import check_overrides, read_yaml, recipe_files
 
 
 def write(folder, text):
@@ -41,7 +41,10 @@ def test_an_unknown_name_is_answered_with_the_nearest(kind, wrong, right):
 
 
 def test_an_unknown_recipe_is_answered_in_two_seconds_without_torch():
-    code = "import sys; from maskgit_pl.cli import main; c = main(sys.argv[1:]); sys.exit(90 if 'torch' in sys.modules else c)"
+    code = (
+        "import sys; from maskgit_pl.cli import main; code = main(sys.argv[1:]); "
+        "sys.exit(90 if 'torch' in sys.modules else code)"
+    )
     start = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", code, "train", "transformer", "--recipe", "cosin"], capture_output=True, text=True
@@ -74,10 +77,3 @@ def test_flags_cannot_import_code():
     for word in ("--trainer.callbacks=a.B", "--model.class_path=os.system", "--config=x.yaml"):
         with pytest.raises(ValueError, match="flag"):
             check_overrides([word])
-
-
-def test_later_values_win_and_named_things_are_replaced_whole():
-    merged = merge(
-        [{"a": {"x": 1, "y": 2}, "s": {"name": "pow", "exponent": 3}}, {"a": {"y": 5}, "s": {"name": "log"}}]
-    )
-    assert merged == {"a": {"x": 1, "y": 5}, "s": {"name": "log"}}
