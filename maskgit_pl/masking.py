@@ -66,7 +66,7 @@ class MaskSampler:
             (B, N) bool, True = masked; at least one and at most N are masked in each row.
         """
         ratio = self.ratio(num_tokens, index=index, epoch=epoch, position=position, global_batch=global_batch)
-        count = num_masked(ratio, num_tokens, rounding="ceil").clamp(min=1)
+        count = num_masked(ratio, num_tokens, rounding="ceil")
         keys = random_bits("mask", seed=self.seed, index=index, epoch=epoch, count=num_tokens)
         order = keys.argsort(dim=1, stable=True)  # a uniformly random order of the positions; ties by position
         hidden = torch.arange(num_tokens, device=keys.device) < count.unsqueeze(1)  # the first `count` of that order

@@ -26,18 +26,14 @@ FLOORS = {  # a file or a folder -> its floor; a folder's files stand on its flo
     "tokenizer": 4,
     "mvtm": 5,
     "autoregressive": 6,
-    "evaluation": 7,
     "pipeline": 7,
     "importers": 7,
-    "cli": 8,
-    "web": 8,
-    "__main__": 9,
+    "evaluation": 8,  # it measures what the pipeline generates
+    "cli": 9,
+    "web": 9,
+    "__main__": 10,
 }
 LIGHTNING_FROM = 3
-UNSETTLED = [  # imports between two folders of one floor, against the rule; each fails here as soon as it is gone
-    ("evaluation/protocol", "pipeline"),
-    ("evaluation/report", "pipeline"),
-]
 MODULES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py"))
 FOUND = [name for name in MODULES if name != "__init__"]  # the root names the public things, and imports them late
 
@@ -142,9 +138,7 @@ def forbidden(module: str) -> Iterator[str]:
             yield f"{name} (line {node.lineno})"
         if name.endswith("torch.load") and off.get("weights_only") != "True":
             yield f"torch.load without weights_only=True (line {node.lineno})"
-        if (
-            off.get("weights_only", "True") != "True" and last != "save_checkpoint"
-        ):  # there: the optimisers are saved too
+        if off.get("weights_only", "True") != "True":
             yield f"weights_only={off['weights_only']} (line {node.lineno})"
         if off.get("allow_pickle", "False") != "False":
             yield f"allow_pickle={off['allow_pickle']} (line {node.lineno})"
@@ -169,13 +163,7 @@ def test_every_module_has_a_floor(module):
 
 @pytest.mark.parametrize("module", FOUND)
 def test_a_module_imports_from_lower_floors_or_its_own_folder_alone(module):
-    assert [edge for edge in refused(module) if edge not in UNSETTLED] == []
-
-
-@pytest.mark.xfail(reason="pipeline and evaluation share a floor and not a folder", raises=AssertionError, strict=True)
-@pytest.mark.parametrize("edge", UNSETTLED, ids="->".join)
-def test_an_unsettled_import_is_gone(edge):
-    assert edge not in refused(edge[0])
+    assert refused(module) == []
 
 
 def test_no_import_goes_in_a_circle():
@@ -226,7 +214,6 @@ def test_the_check_of_the_source_finds(monkeypatch, source):
         "load_file(path)",
         "json.load(stream)",
         "torch.load(path, weights_only=True)",
-        "trainer.save_checkpoint(path, weights_only=False)",
         "np.load(path, allow_pickle=False)",
         "yaml.safe_load(text)",
     ],
@@ -242,7 +229,7 @@ def test_the_check_of_floors_finds_what_it_is_for(monkeypatch):
     )
     monkeypatch.setattr(f"{__name__}.tree", lambda module: ast.parse(source))
     assert refused("schedules") == [("schedules", other) for other in ("data", "masking", "pipeline")]
-    assert refused("evaluation/metrics") == [("evaluation/metrics", "pipeline")]  # its own floor, another folder
+    assert refused("importers/jax") == [("importers/jax", "pipeline")]  # its own floor, another folder
     assert refused("mvtm") == [("mvtm", "pipeline")]
     assert refused("cli/train") == []
 

@@ -121,7 +121,7 @@ class Checkpoints(Checkpoint):
         step = trainer.global_step
         if step <= self._saved_step:
             return
-        trainer.save_checkpoint(self.folder / f"step-{step:08d}", weights_only=False)
+        trainer.save_checkpoint(self.folder / f"step-{step:08d}")
         self._saved_step = step
         if trainer.is_global_zero:
             self._prune()

@@ -1,0 +1,88 @@
+import json
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+
+from maskgit_pl.training.checkpoints import Checkpoints, FolderCheckpointIO, newest_complete
+
+STATE = {
+    "state_dict": {"weight": torch.arange(6.0).reshape(2, 3).t(), "half": torch.ones(2, dtype=torch.bfloat16)},
+    "optimizer_states": [{"state": {0: {"step": torch.tensor(3.0)}, 7: {}}, "param_groups": [{"betas": (0.9, 0.96)}]}],
+    "loops": {"done": 3, "name": None, "is_last_batch": True, "none": {}},
+}
+
+
+def save(folder, state=STATE):
+    FolderCheckpointIO().save_checkpoint(state, folder)
+    return folder
+
+
+def test_tensors_and_plain_values_come_back_with_their_types(tmp_path):
+    back = FolderCheckpointIO().load_checkpoint(save(tmp_path / "step-00000003"))
+    assert torch.equal(back["state_dict"]["weight"], STATE["state_dict"]["weight"])
+    assert back["state_dict"]["half"].dtype == torch.bfloat16
+    assert back["loops"] == STATE["loops"]
+    assert list(back["optimizer_states"][0]["state"]) == [0, 7]
+    assert back["optimizer_states"][0]["param_groups"] == [{"betas": (0.9, 0.96)}]
+
+
+def test_what_is_no_plain_value_is_refused_by_key_and_leaves_nothing(tmp_path):
+    with pytest.raises(TypeError, match="/loops/schedule"):
+        save(tmp_path / "step-00000003", {"loops": {"schedule": object()}})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_save_leaves_the_previous_checkpoint(tmp_path):
+    folder = save(tmp_path / "step-00000003")
+    with pytest.raises(TypeError):
+        save(folder, {"bad": object()})
+    assert FolderCheckpointIO().load_checkpoint(folder)["loops"] == STATE["loops"]
+
+
+def test_the_newest_complete_one_is_found_and_the_incomplete_ignored(tmp_path):
+    assert newest_complete(tmp_path / "nowhere") is None
+    for step in (5, 20):
+        save(tmp_path / f"step-{step:08d}")
+    (save(tmp_path / "step-00000030") / "COMPLETE.json").unlink()
+    (tmp_path / ".step-00000040.partial-1").mkdir()
+    assert newest_complete(tmp_path).name == "step-00000020"
+
+
+@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json"])
+def test_a_file_that_is_not_what_was_written_is_refused_by_name(tmp_path, name):
+    folder = save(tmp_path / "step-00000003")
+    content = bytearray((folder / name).read_bytes())
+    content[-3] ^= 1
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=name):
+        FolderCheckpointIO().load_checkpoint(folder)
+    (folder / "COMPLETE.json").unlink()
+    with pytest.raises(ValueError, match="incomplete"):
+        FolderCheckpointIO().load_checkpoint(folder)
+
+
+class Line(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_training_keeps_the_newest_few_and_sweeps_leftovers(tmp_path):
+    leftover = tmp_path / ".step-00000001.partial-99"
+    leftover.mkdir()
+    trainer = Trainer(
+        max_steps=7, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        plugins=[FolderCheckpointIO()], callbacks=[Checkpoints(tmp_path, every_n_steps=2, keep_last=2)],
+    )  # fmt: skip
+    trainer.fit(Line(), torch.utils.data.DataLoader(torch.ones(20, 1)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000006", "step-00000007"]
+    marker = json.loads((tmp_path / "step-00000007" / "COMPLETE.json").read_text())
+    assert set(marker["files"]) == {"tensors.safetensors", "state.json"}
