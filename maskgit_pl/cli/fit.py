@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from typing import Any
 
 import lightning
 import torch
+from jsonargparse import ArgumentError
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -71,7 +74,7 @@ class StageCLI(LightningCLI):
             save_config_callback=None,
             auto_configure_optimizers=False,
             seed_everything_default=False,
-            parser_kwargs={"allow_abbrev": False, "prog": f"maskgit train {stage}"},
+            parser_kwargs={"allow_abbrev": False, "exit_on_error": False, "prog": f"maskgit train {stage}"},
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -82,6 +85,25 @@ class StageCLI(LightningCLI):
         if self.stage == "tokenizer":
             parser.link_arguments("data.image_size", "model.image_size")
             parser.link_arguments("data.in_channels", "model.network.in_channels")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Reads recipes and flags.
+
+        Raises:
+            ValueError: An unknown key, answered with the nearest, or a value of the wrong type.
+        """
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            text = " ".join(str(error).split())
+            unknown = re.search(r"unrecognized arguments: --([\w.]+)|[Kk]ey \"?'?([\w.]+)\"?'? is not expected", text)
+            if unknown is None:
+                raise ValueError(text) from error
+            keys = [key for key in parser.get_defaults(skip_validation=True).keys() if "." in key]  # noqa: SIM118
+            name = unknown.group(1) or unknown.group(2)
+            close = difflib.get_close_matches(name, keys, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"recipes/{self.stage}/base.yaml shows the keys"
+            raise ValueError(f"key {name!r}: no recipe has it; {hint}") from error
 
     def before_instantiate_classes(self) -> None:
         """Refuses what a stage cannot do.
