@@ -22,7 +22,7 @@ ARGS ?=
 # The run that every stage belongs to. RECIPE may name several recipes, from left to right: RECIPE='paper-256 log'.
 OF_RUN = --dataset $(DATASET) --data $(DATA) --recipe "$(RECIPE)" --run "$(RUN)" $(if $(TOKENIZER),--tokenizer $(TOKENIZER))
 
-.PHONY: help install data train-tokenizer tokenize train-transformer sample evaluate demo test lint format clean
+.PHONY: help install data train-tokenizer tokenize train-transformer sample evaluate demo demo-short test lint format clean
 
 help: ## Print every target
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -59,13 +59,23 @@ demo: ## From nothing to images: data, both stages, pictures and figures
 	@$(MAKE) --no-print-directory train-transformer CLUSTER=$(CLUSTER)
 	@$(MAKE) --no-print-directory evaluate ARGS=
 
+SHORT = --trainer.max_steps=60 --trainer.val_check_interval=60 --data.validation_samples=500
+
+demo-short: ## Every stage of the demo on real data, anew, in 60 steps each
+	@rm -rf runs/demo-short
+	@$(MAKE) --no-print-directory data
+	@$(MAKE) --no-print-directory train-tokenizer RUN=demo-short ARGS="$(SHORT)"
+	@$(MAKE) --no-print-directory train-transformer RUN=demo-short ARGS="$(SHORT)"
+	@$(MAKE) --no-print-directory evaluate RUN=demo-short ARGS="--num-images 50"
+
 test: $(STAMP) ## Run the tests (quick ones alone: ARGS="-m 'not slow'")
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: $(STAMP) ## Check style and types
+lint: $(STAMP) ## Check style, types and shell scripts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck recipes/slurm/train.sbatch .ci/run
 
 format: $(STAMP) ## Put the code into the project's style
 	$(BIN)/ruff check --fix .
