@@ -1,0 +1,114 @@
+"""A mask schedule of another package: a wheel is installed, a recipe names it, a step is trained."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[1]
+SCHEDULES = '''
+import math
+from dataclasses import dataclass
+
+import torch
+from maskgit_pl.schedules import MaskSchedule
+
+
+@dataclass(frozen=True)
+class Sine(MaskSchedule):
+    """1 - sin(pi r / 2)."""
+
+    def __call__(self, progress, num_tokens):
+        return 1 - torch.sin(progress * math.pi / 2)
+
+
+@dataclass(frozen=True)
+class Broken(MaskSchedule):
+    """No number in the middle."""
+
+    def __call__(self, progress, num_tokens):
+        return torch.where(progress == 0.5, torch.nan, 1 - progress)
+'''
+DIST_INFO = {
+    "METADATA": "Metadata-Version: 2.1\nName: sine-schedule\nVersion: 1.0\n",
+    "WHEEL": "Wheel-Version: 1.0\nGenerator: by hand\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    "entry_points.txt": "[maskgit_pl.mask_schedules]\nsine = sine_schedule:Sine\nbroken = sine_schedule:Broken\n",
+}
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory with recipes of its own, and ``site`` with the plug-in as pip installs it."""
+    folder = tmp_path_factory.mktemp("plugin")
+    wheel = folder / "sine_schedule-1.0-py3-none-any.whl"
+    files = {"sine_schedule.py": SCHEDULES, **{f"sine_schedule-1.0.dist-info/{n}": t for n, t in DIST_INFO.items()}}
+    record = "sine_schedule-1.0.dist-info/RECORD"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+        archive.writestr(record, "".join(f"{name},,\n" for name in [*files, record]))
+    pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*pip, "--target", str(folder / "site"), str(wheel)], check=True, capture_output=True)
+    shutil.copytree(ROOT / "recipes", folder / "recipes")
+    for name in ("sine", "broken"):
+        (folder / "recipes" / "transformer" / f"{name}.yaml").write_text(f"model:\n  mask_schedule: {name}\n")
+    return folder
+
+
+def flags(tree: dict, path: str = "") -> list[str]:
+    """The values of a YAML tree as flags."""
+    pairs = [(f"{path}{key}", value) for key, value in tree.items()]
+    return [
+        word
+        for key, value in pairs
+        for word in (flags(value, f"{key}.") if isinstance(value, dict) else [f"--{key}={value}"])
+    ]
+
+
+def maskgit(folder: Path, *words: object, with_plugin: bool = True) -> subprocess.CompletedProcess[str]:
+    """Runs a command in the workplace."""
+    paths = [str(folder / "site")] if with_plugin else []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([*paths, str(ROOT)])}
+    command = [sys.executable, "-m", "maskgit_pl", *map(str, words)]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=180)
+
+
+def train(folder: Path, recipe: str, shards: Path, pretrained: Path, **how: bool) -> subprocess.CompletedProcess[str]:
+    tiny = flags(yaml.safe_load((ROOT / "tests" / "tiny" / "transformer.yaml").read_text()))
+    where = ("--data", shards, "--tokenizer", pretrained / "tokenizer", "--run", recipe)
+    return maskgit(folder, "train", "transformer", "--recipe", recipe, *where, *tiny, **how)
+
+
+def test_a_schedule_of_another_package_trains_a_step_by_name(workplace, tiny_shards, tiny_pretrained):
+    done = train(workplace, "sine", tiny_shards, tiny_pretrained)
+    assert done.returncode == 0, done.stdout + done.stderr
+    config = json.loads((workplace / "runs" / "sine" / "pretrained" / "transformer" / "config.json").read_text())
+    assert config["mask_schedule"] == "sine"
+
+
+def test_a_broken_schedule_is_refused_by_name(workplace, tiny_shards, tiny_pretrained):
+    done = train(workplace, "broken", tiny_shards, tiny_pretrained)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "mask schedule 'broken': its values must be finite" in done.stderr
+    assert not (workplace / "runs" / "broken").exists()
+
+
+def test_without_the_package_the_name_is_unknown(workplace, tiny_shards, tiny_pretrained):
+    done = train(workplace, "sine", tiny_shards, tiny_pretrained, with_plugin=False)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "unknown mask schedule 'sine'" in done.stderr
+    assert "known: arccos, cosine, cubic" in done.stderr
+
+
+def test_the_table_of_schedules_shows_it(workplace):
+    done = maskgit(workplace, "schedules", "--schedule", "sine", "--num-tokens", 16, "--num-steps", 4)
+    assert done.returncode == 0, done.stderr
+    assert "sine" in done.stdout
