@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
 from maskgit_pl.data import Batch, flip, to_unit_range
-from maskgit_pl.decoding import DecodingConfig, DecodingStep, decode_classes
+from maskgit_pl.decoding import DecodingConfig, DecodingStep, ParallelDecoder, decode_classes
 from maskgit_pl.losses import masked_cross_entropy
 from maskgit_pl.masking import MaskSampler
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig, Vocabulary
@@ -82,6 +82,7 @@ class MaskedTokenModel(LightningModule):
         self.mask_sampler = MaskSampler(self.mask_schedule, seed, min_mask_ratio)
         self.decoding = decoding
         self.decoder = decoding.decoder(self.mask_schedule)
+        check_decoding(network, decoding, self.decoder)
         self.label_smoothing = label_smoothing
         self.loss_vocabulary: Vocabulary = loss_vocabulary
         self.betas = betas
@@ -258,6 +259,20 @@ class MaskedTokenModel(LightningModule):
             rate = self.trainer.optimizers[0].param_groups[0]["lr"]
             plain = {name: float(value) for name, value in metrics.items() if bool(torch.isfinite(value))}
             self.logger.log_metrics({**plain, "learning-rate": rate}, step=self.trainer.global_step + 1)
+
+
+def check_decoding(config: TransformerConfig, decoding: DecodingConfig, decoder: ParallelDecoder) -> None:
+    """Refuses before the first step what would otherwise be refused at the first sample pictures.
+
+    Raises:
+        ValueError: More steps than tokens, an unknown guidance schedule, or guidance without a null class.
+    """
+    decoder.masked_counts([config.num_tokens], config.num_tokens)
+    if any(decoding.scales()) and config.null_label is None:
+        raise ValueError(
+            f"model.decoding.guidance: it needs a null class, got {decoding.guidance!r} with class_dropout 0; "
+            "set model.network.class_dropout above 0 or model.decoding.guidance to constant"
+        )
 
 
 def check_fit(config: TransformerConfig, tokenizer: PretrainedTokenizer) -> None:

@@ -29,7 +29,7 @@ from maskgit_pl.cli.recipes import Stage
 from maskgit_pl.data import ShardData, split_batch
 from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.vqgan import VQGANConfig
-from maskgit_pl.pretrained import fingerprint, read_config
+from maskgit_pl.pretrained import read_config
 from maskgit_pl.shards.manifest import read_manifest_summary
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.checkpoints import Checkpoints, FolderCheckpointIO, newest_complete
@@ -176,7 +176,7 @@ def fit(
     if isinstance(module, MaskedTokenModel):
         trainer.accumulate_grad_batches = accumulation
         _check_classes(module, data)
-        data.require_tokenizer(fingerprint(module.tokenizer_folder))
+        data.require_tokenizer(module.tokenizer.fingerprint)  # reading it refuses one that does not fit
     else:
         module.accumulation = accumulation
     if trainer.is_global_zero:

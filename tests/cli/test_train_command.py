@@ -1,0 +1,237 @@
+"""``maskgit train`` and ``maskgit tokenize`` as a user calls them: what they do, do again, and refuse."""
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+
+from maskgit_pl.cli import main
+from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
+from maskgit_pl.pretrained import fingerprint, save_tokenizer
+from maskgit_pl.training.checkpoints import FolderCheckpointIO, newest_complete
+
+TINY = Path(__file__).parents[1] / "tiny"
+
+
+class Answer(NamedTuple):
+    """What a command gave back."""
+
+    code: int
+    out: str
+    error: str
+
+
+@pytest.fixture
+def maskgit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
+    """Runs a command in this process; logging and environment are as before afterwards."""
+    ours = logging.getLogger("maskgit_pl")
+    monkeypatch.setattr(ours, "propagate", ours.propagate)
+    monkeypatch.setattr(ours, "level", ours.level)
+    monkeypatch.setattr(ours, "handlers", [])
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+
+    def call(*words: object) -> Answer:
+        capsys.readouterr()
+        monkeypatch.setattr(ours, "handlers", [])  # a handler holds the stream of the test that made it
+        try:
+            code = main([str(word) for word in words])
+        except SystemExit as stop:  # argparse's own
+            code = int(stop.code or 0)
+        return Answer(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def train(maskgit, tiny_shards: Path, tiny_pretrained: Path, runs: Path) -> Callable[..., Answer]:
+    """Trains a stage of the run ``one`` with tiny sizes; words that are given later count."""
+
+    def call(stage: str, *more: object, named: bool = True) -> Answer:
+        tokenizer = ("--tokenizer", tiny_pretrained / "tokenizer") if stage == "transformer" and named else ()
+        where = ("--data", tiny_shards, "--runs", runs, "--run", "one", *tokenizer)
+        return maskgit("train", stage, *where, *flags(yaml.safe_load((TINY / f"{stage}.yaml").read_text())), *more)
+
+    return call
+
+
+def flags(tree: dict, path: str = "") -> list[str]:
+    """The values of a YAML tree as flags, since a run takes no recipe from elsewhere."""
+    found: list[str] = []
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found += flags(value, f"{path}{key}.")
+        elif value is not None:
+            found.append(f"--{path}{key}={value}")
+    return found
+
+
+def files(folder: Path) -> dict[str, int]:
+    """Every file below a folder, with the time of its last change."""
+    return {str(file): file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
+
+
+def refused(answer: Answer, *parts: str) -> None:
+    """One line that says what is wrong, exit 2."""
+    assert answer.code == 2, answer
+    assert len(answer.error.splitlines()) == 1, answer.error
+    for part in parts:
+        assert part in answer.error
+
+
+def add_tokenizer(folder: Path, *, seed: int) -> None:
+    """A pretrained tokenizer with weights of its own."""
+    import torch
+
+    config = VQGANConfig(1, channels=8, multipliers=(1, 1), blocks_per_level=1, groups=2, num_codes=16, code_width=4)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        save_tokenizer(folder, config, VQGAN(config).state_dict(), image_size=8)
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
+def test_a_finished_run_is_left_alone_and_more_steps_go_on(train, runs, stage):
+    assert train(stage).code == 0
+    checkpoints = runs / "one" / stage / "checkpoints"
+    before = files(runs)
+    again = train(stage)
+    assert again.code == 0
+    assert "finished at step-00000001; nothing to do" in again.out
+    assert files(runs) == before
+
+    longer = train(stage, "--trainer.max_steps=3")
+    assert longer.code == 0
+    assert "going on from step-00000001" in longer.out
+    assert newest_complete(checkpoints).name == "step-00000003"
+    assert FolderCheckpointIO().load_checkpoint(newest_complete(checkpoints))["global_step"] == 3
+
+
+def test_a_run_writes_what_it_was_and_where_it_ran(train, runs, tiny_pretrained):
+    assert train("transformer", "--recipe=square").code == 0
+    folder = runs / "one" / "transformer"
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["model"]["mask_schedule"] == "square"
+    assert config["model"]["network"]["num_classes"] == 3
+    assert config["trainer"]["max_steps"] == 1
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["world_size"] == 1
+    assert {"command", "commit", "python", "torch", "lightning", "maskgit_pl"} <= environment.keys()
+    own = runs / "one" / "pretrained" / "tokenizer"
+    assert fingerprint(own) == fingerprint(tiny_pretrained / "tokenizer")  # a run's folder stands alone
+
+
+def test_stage_two_takes_the_tokenizer_that_the_run_exported(train, runs):
+    assert train("tokenizer").code == 0
+    assert train("transformer", named=False).code == 0
+    config = yaml.safe_load((runs / "one" / "transformer" / "config.yaml").read_text())
+    assert config["model"]["tokenizer"] == str(runs / "one" / "pretrained" / "tokenizer")
+
+
+def test_tokens_are_made_once_and_trained_on(maskgit, train, runs, tiny_shards, tiny_pretrained):
+    words = ("--data", tiny_shards, "--runs", runs, "--run", "one", "--tokenizer", tiny_pretrained / "tokenizer")
+    first = maskgit("tokenize", *words)
+    assert first.code == 0
+    assert "84 images in" in first.out
+    before = files(runs)
+    again = maskgit("tokenize", *words)
+    assert again.code == 0
+    assert "there already" in again.out
+    assert files(runs) == before
+    assert train("transformer", "--data.source=tokens").code == 0
+
+
+def test_tokens_that_are_missing_or_of_another_tokenizer_are_refused(maskgit, train, runs, tiny_shards, tmp_path):
+    refused(train("transformer", "--data.source=tokens"), str(runs / "one" / "tokens"), "tokenize")
+    add_tokenizer(tmp_path / "other", seed=5)
+    assert maskgit(
+        "tokenize", "--data", tiny_shards, "--runs", runs, "--run", "one", "--tokenizer", tmp_path / "other"
+    ).code == 0  # fmt: skip
+    refused(train("transformer", "--data.source=tokens"), "tokenizer")
+    assert not (runs / "one" / "pretrained").exists()
+
+
+def test_missing_data_is_answered_with_how_to_make_it(train, runs, tmp_path):
+    answer = train("tokenizer", "--data", tmp_path / "nowhere")
+    refused(answer, f"data {tmp_path / 'nowhere'}: no such folder", "maskgit data make", "--data")
+    assert not runs.exists()
+
+
+def test_a_missing_tokenizer_is_answered_with_how_to_make_it(train, maskgit, runs, tmp_path):
+    own = runs / "one" / "pretrained" / "tokenizer"
+    refused(train("transformer", named=False), f"tokenizer {own}: not there yet", "make train-tokenizer", "TOKENIZER=")
+    refused(maskgit("tokenize", "--runs", runs, "--run", "one"), f"tokenizer {own}: not there yet")
+    nowhere = tmp_path / "nowhere"
+    refused(train("transformer", "--tokenizer", nowhere), f"tokenizer {nowhere}: no config.json there")
+
+
+def test_the_only_tokenizer_of_the_data_set_is_taken_and_several_must_be_told_apart(train, runs):
+    first, second = (runs / f"fashion-mnist-{name}" / "pretrained" / "tokenizer" for name in ("first", "second"))
+    add_tokenizer(first, seed=1)
+    shutil.copytree(first, second)  # the same weights are no choice
+    assert train("transformer", named=False).code == 0
+    shutil.rmtree(second)
+    add_tokenizer(second, seed=2)
+    shutil.rmtree(runs / "one")
+    refused(train("transformer", named=False), "several others", "TOKENIZER=", str(first), str(second))
+
+
+@pytest.mark.parametrize(
+    ("flag", "parts"),
+    [
+        ("--model.mask_sched=square", ("key 'model.mask_sched'", "did you mean 'model.mask_schedule'")),
+        ("--model.zzzzzz=1", ("key 'model.zzzzzz'", "recipes/transformer/base.yaml")),
+        ("--trainer.max_steps=many", ("max_steps", "many")),
+        ("--model.label_smoothing=a lot", ("label_smoothing", "a lot")),
+        ("--model.learning_rate.peak=.nan", ("learning rate peak", "nan")),
+        ("--model.mask_schedule=squar", ("unknown mask schedule 'squar'", "did you mean 'square'", "known: arccos")),
+        ("--model.mask_schedule={name: pow, exponent: -1}", ("pow", "exponent", "-1")),
+        ("--model.network.num_classes=4", ("num_classes", "has 3 classes", "got 4")),
+        ("--model.network.num_codes=8", ("model.network.num_codes: the tokenizer has 16, got 8",)),
+        ("--data.source=pixels", ("source", "pixels")),
+        ("--model.decoding.num_steps=99", ("num_steps: at most the 16 tokens", "99")),
+        ("--model.decoding.guidance=liner", ("unknown guidance schedule 'liner'", "did you mean 'linear'")),
+        ("--model.network.class_dropout=0", ("model.decoding.guidance", "null class", "class_dropout")),
+        ("--data.global_batch=0", ("global_batch", "0")),
+        ("--config=other.yaml", ("flag '--config=other.yaml'",)),
+        ("--trainer.callbacks=x.Y", ("flag '--trainer.callbacks=x.Y'",)),
+    ],
+)
+def test_a_wrong_flag_is_refused_before_anything_is_written(train, runs, flag, parts):
+    refused(train("transformer", flag), *parts)
+    assert not runs.exists()
+
+
+def test_unknown_recipes_clusters_and_flags_of_other_commands_are_refused(train, maskgit):
+    refused(train("transformer", "--recipe=cosin"), "did you mean 'cosine'")
+    refused(train("transformer", "--cluster=dpp"), "did you mean 'ddp'")
+    unknown = maskgit("tokenize", "--batch-siz", "4")
+    assert unknown.code == 2
+    assert "unrecognized arguments: --batch-siz" in unknown.error
+
+
+def test_help_answers_in_a_second_without_torch():
+    code = (
+        "import sys; from maskgit_pl.cli import main\n"
+        "try: main(['--help'])\n"
+        "finally: assert not {'torch', 'lightning', 'numpy'} & set(sys.modules), sorted(sys.modules)"
+    )
+    times = []
+    for _ in range(3):  # the quickest counts: other programs run too
+        start = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        times.append(time.monotonic() - start)
+        assert done.returncode == 0, done.stderr
+        assert "train a stage by recipe" in done.stdout
+    assert min(times) < 1
