@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import lightning
 import torch
@@ -81,6 +81,7 @@ class StageCLI(LightningCLI):
         """What a stage needs beyond module, data and Trainer, and which values are one value."""
         parser.add_argument("--checkpoint_every", type=int, default=500, help="steps between checkpoints")
         parser.add_argument("--keep_last", type=int, default=2, help="checkpoints that stay")
+        parser.add_argument("--cpu_threads", type=Optional[int], default=None, help="threads on a processor")
         parser.link_arguments("data.seed", "model.seed")
         if self.stage == "tokenizer":
             parser.link_arguments("data.image_size", "model.image_size")
@@ -106,13 +107,15 @@ class StageCLI(LightningCLI):
             raise ValueError(f"key {name!r}: no recipe has it; {hint}") from error
 
     def before_instantiate_classes(self) -> None:
-        """Refuses what a stage cannot do.
+        """Refuses what a stage cannot do, and sets what must be set before anything computes.
 
         Raises:
             ValueError: FSDP for stage 1, whose two networks train under DDP.
         """
         if self.stage == "tokenizer" and self.config["trainer"]["strategy"] == "fsdp":
             raise ValueError("trainer.strategy 'fsdp': the tokenizer trains under 'ddp' or 'auto'; use CLUSTER=ddp")
+        if self.config["cpu_threads"] is not None:
+            torch.set_num_threads(self.config["cpu_threads"])
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer of the recipe, with our callbacks, checkpoint format and strategies."""
