@@ -48,7 +48,7 @@ train-transformer: tokenize ## Stage 2: train the transformer, e.g. RECIPE=cosin
 	@$(BIN)/maskgit train transformer $(OF_RUN) --cluster $(CLUSTER) $(ARGS)
 
 sample: $(STAMP) ## Generate images of RUN: CLASSES=0,3,7 STEPS=8 SEED=0
-	@$(BIN)/maskgit sample runs/$(RUN) --classes "$(CLASSES)" --steps $(STEPS) --seed $(SEED) $(ARGS)
+	@$(BIN)/maskgit sample runs/$(RUN) --classes "$(CLASSES)" --steps $(STEPS) --seed $(SEED) --out runs/$(RUN)/sampled.png $(ARGS)
 
 evaluate: $(STAMP) ## Measure RUN and write its metrics.json and pictures
 	@$(BIN)/maskgit evaluate runs/$(RUN) --data $(DATA) $(ARGS)

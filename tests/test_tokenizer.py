@@ -278,6 +278,7 @@ def in_two_processes(rank, folder, port):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ranks_train_as_one(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import lightning
 import torch
@@ -81,7 +81,7 @@ class StageCLI(LightningCLI):
         """What a stage needs beyond module, data and Trainer, and which values are one value."""
         parser.add_argument("--checkpoint_every", type=int, default=500, help="steps between checkpoints")
         parser.add_argument("--keep_last", type=int, default=2, help="checkpoints that stay")
-        parser.add_argument("--cpu_threads", type=Optional[int], default=None, help="threads on a processor")
+        parser.add_argument("--cpu_threads", type=int | None, default=None, help="threads on a processor")
         parser.link_arguments("data.seed", "model.seed")
         if self.stage == "tokenizer":
             parser.link_arguments("data.image_size", "model.image_size")
