@@ -5,18 +5,14 @@ from __future__ import annotations
 import difflib
 import json
 import logging
-import os
-import platform
 import re
 import shutil
-import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
 from jsonargparse import ArgumentError
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -24,7 +20,6 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
-import maskgit_pl
 from maskgit_pl.cli.recipes import Stage
 from maskgit_pl.data import ShardData, split_batch
 from maskgit_pl.mvtm import MaskedTokenModel
@@ -33,6 +28,7 @@ from maskgit_pl.pretrained import read_config
 from maskgit_pl.shards.manifest import read_manifest_summary
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.checkpoints import Checkpoints, FolderCheckpointIO, newest_complete
+from maskgit_pl.training.environment import describe_environment
 from maskgit_pl.training.pictures import ReconstructionPictures, SamplePictures
 from maskgit_pl.training.progress import ProgressLines
 from maskgit_pl.training.strategies import build_strategy
@@ -240,18 +236,5 @@ def _write_papers(cli: StageCLI, folder: Path) -> None:
     """The resolved configuration and where it ran, so that a run can be told and repeated."""
     folder.mkdir(parents=True, exist_ok=True)
     cli.parser.save(cli.config, folder / "config.yaml", overwrite=True, skip_validation=True)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    environment = {
-        "command": sys.argv,
-        "maskgit_pl": maskgit_pl.__version__,
-        "commit": commit or None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "lightning": lightning.__version__,
-        "machine": platform.platform(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "world_size": cli.trainer.world_size,
-    }
+    environment = {"command": sys.argv, **describe_environment(), "world_size": cli.trainer.world_size}
     (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")

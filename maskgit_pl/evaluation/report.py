@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import lightning
-import torch
 from rich.table import Table
 from torch import nn
 
-import maskgit_pl
 from maskgit_pl.data import ShardData
 from maskgit_pl.evaluation.classifier import Classifier
 from maskgit_pl.evaluation.metrics import Reconstruction
 from maskgit_pl.evaluation.protocol import Protocol, RealImages, Samples
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.shards.manifest import write_atomically
+from maskgit_pl.training.environment import describe_environment
 
 __all__ = ["as_report", "as_table", "save_report"]
 
@@ -64,7 +59,7 @@ def as_report(
         "samples": {"exported_guidance": _plain(guided), "without_guidance": _plain(unguided)},
         "classifier": {"accuracy_on_real_images": real.accuracy, "real_images": len(real.labels)},
         "model": _sizes(pipe),
-        "environment": _environment(pipe.device),
+        "environment": {**describe_environment(), "device": str(pipe.device)},
     }
 
 
@@ -122,27 +117,3 @@ def _sizes(pipe: MaskGIT) -> dict[str, Any]:
         "transformer_parameters": parameters(pipe.transformer.network),
         "tokenizer_fingerprint": pipe.tokenizer.fingerprint,
     }
-
-
-def _environment(device: torch.device) -> dict[str, Any]:
-    return {
-        "maskgit_pl": maskgit_pl.__version__,
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "lightning": lightning.__version__,
-        "machine": platform.platform(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-    }
-
-
-def _commit() -> str | None:
-    """The commit of this code, where it lies in a git repository and git is there."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return None
-    return found.stdout.strip() or None
