@@ -22,6 +22,7 @@ __all__ = ["add_parser", "make", "run"]
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add ``data make`` and ``data index``."""
     parser = subparsers.add_parser("data", help="make and index shards", allow_abbrev=False)
+    parser.set_defaults(run=run)
     commands = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
     _add_make(commands)
     _add_index(commands)

@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from PIL import Image
 
 from maskgit_pl.cli.data import add_parser, run
@@ -58,3 +59,27 @@ def test_user_errors_say_what_is_wrong(tree, tmp_path):
 def test_parser_needs_no_heavy_import():
     code = "import sys, maskgit_pl.cli.data; assert not {'torch', 'PIL', 'webdataset', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_console_script_makes_a_newcomers_folder(tmp_path, capsys):
+    from maskgit_pl.cli import main
+    from maskgit_pl.shards.images import encode_png
+    from maskgit_pl.shards.manifest import read_manifest_summary
+
+    for label in ("cat", "dog"):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for number in range(10):
+            image = torch.full((3, 8, 8), 20 * number, dtype=torch.uint8)
+            (tmp_path / "photos" / label / f"{number}.png").write_bytes(encode_png(image))
+    assert main(["data", "make", str(tmp_path / "photos"), "--out", str(tmp_path / "shards")]) == 0
+    assert read_manifest_summary(tmp_path / "shards").classes == ("cat", "dog")
+
+
+def test_every_command_of_the_console_script_runs_something():
+    import argparse
+
+    from maskgit_pl.cli import build_parser
+
+    (commands,) = [action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    for name, parser in commands.choices.items():
+        assert callable(parser.get_default("run")), name
