@@ -140,7 +140,7 @@ class MaskedTokenModel(LightningModule):
         labels = self._drop_classes(batch)
         loss, token_loss, hits = self._losses(self.transformer, tokens, labels, mask, smoothing=self.label_smoothing)
         self._collect(mask, token_loss, hits)
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # set late
             self._log_training(loss.detach())
         return loss
 

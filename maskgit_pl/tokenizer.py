@@ -263,7 +263,7 @@ class Tokenizer(LightningModule):
         if not last:
             return
         self._step_optimizers()
-        if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # set late
             self._record({f"train/{name}": value for name, value in metrics.items()}, bar="train/reconstruction")
 
     def _add_gradients(self, images: Tensor) -> dict[str, Tensor]:

@@ -97,7 +97,7 @@ class StageCLI(LightningCLI):
             unknown = re.search(r"unrecognized arguments: --([\w.]+)|[Kk]ey \"?'?([\w.]+)\"?'? is not expected", text)
             if unknown is None:
                 raise ValueError(text) from error
-            keys = [key for key in parser.get_defaults(skip_validation=True).keys() if "." in key]  # noqa: SIM118
+            keys = [key for key in parser.get_defaults(skip_validation=True).keys() if "." in key]  # noqa: SIM118  # no dict
             name = unknown.group(1) or unknown.group(2)
             close = difflib.get_close_matches(name, keys, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"recipes/{self.stage}/base.yaml shows the keys"

@@ -75,7 +75,7 @@ class _PlainLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
-            event = self.peek_event()  # type: ignore[no-untyped-call]
+            event = self.peek_event()  # type: ignore[no-untyped-call]  # PyYAML is untyped
             raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed in recipes", event.start_mark)
         return super().compose_node(parent, index)
 

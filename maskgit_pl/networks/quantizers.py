@@ -379,7 +379,7 @@ def _global_mean(value: Tensor) -> Tensor:
     """Mean of a tensor over the process group, differentiable; the tensor itself without one."""
     if _world_size() == 1:
         return value
-    total: Tensor = _SumOverRanks.apply(value)  # type: ignore[no-untyped-call]
+    total: Tensor = _SumOverRanks.apply(value)  # type: ignore[no-untyped-call]  # torch: untyped
     return total / _world_size()
 
 
