@@ -14,19 +14,20 @@ RUN ?= $(DATASET)-$(subst $(eval ) ,-,$(strip $(RECIPE)))
 DATA ?= data/shards/$(DATASET)
 IMAGES ?=
 TOKENIZER ?=
+PRETRAINED ?=
 CLASSES ?= all
 STEPS ?= 8
 SEED ?= 0
 ARGS ?=
 
 # The run that every stage belongs to. RECIPE may name several recipes, from left to right: RECIPE='paper-256 log'.
-OF_RUN = --dataset $(DATASET) --data $(DATA) --recipe "$(RECIPE)" --run "$(RUN)" $(if $(TOKENIZER),--tokenizer $(TOKENIZER))
+OF_RUN = --dataset $(DATASET) --data $(DATA) --recipe "$(RECIPE)" --run "$(RUN)" $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)") $(if $(PRETRAINED),--pretrained "$(PRETRAINED)")
 
 .PHONY: help install data train-tokenizer tokenize train-transformer sample evaluate demo demo-short test lint format clean
 
 help: ## Print every target
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
-	@echo "Variables: DATASET RECIPE CLUSTER RUN DATA IMAGES TOKENIZER CLASSES STEPS SEED ARGS"
+	@echo "Variables: DATASET RECIPE CLUSTER RUN DATA IMAGES TOKENIZER PRETRAINED CLASSES STEPS SEED ARGS"
 
 $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -23,7 +23,13 @@ from maskgit_pl.decoding import DecodingConfig, DecodingStep, ParallelDecoder, d
 from maskgit_pl.losses import masked_cross_entropy
 from maskgit_pl.masking import MaskSampler
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig, Vocabulary
-from maskgit_pl.pretrained import PretrainedTokenizer, load_tokenizer, save_transformer
+from maskgit_pl.pretrained import (
+    PretrainedTokenizer,
+    load_tokenizer,
+    load_transformer,
+    save_transformer,
+    weights_for,
+)
 from maskgit_pl.randomness import random_bits, random_uniform
 from maskgit_pl.schedules import mask_schedules
 from maskgit_pl.training.checkpoints import full_state
@@ -186,6 +192,20 @@ class MaskedTokenModel(LightningModule):
         )
         yield from steps
         self.transformer.train(self.training)
+
+    def start_from(self, folder: Path) -> None:
+        """Begins from a pretrained transformer's weights instead of random ones; called before the first step.
+
+        Args:
+            folder: Pretrained transformer folder; see ``pretrained.weights_for`` for what becomes of its classes.
+
+        Raises:
+            FileNotFoundError: No such folder.
+            ValueError: Not a transformer, or one of other sizes.
+        """
+        weights = weights_for(self.config, load_transformer(folder))
+        for network in filter(None, (self.transformer, self.ema_network)):
+            network.load_state_dict(weights)
 
     def export(self, folder: Path, *, class_names: tuple[str, ...]) -> None:
         """Writes ``folder/transformer`` from the averaged weights; called on every rank, rank 0 writes."""

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -30,15 +31,18 @@ __all__ = [
     "fingerprint",
     "load_tokenizer",
     "load_transformer",
+    "load_weights",
     "read_config",
     "save_tokenizer",
     "save_transformer",
+    "weights_for",
 ]
 
 Kind = Literal["tokenizer", "transformer"]
 Config = TypeVar("Config")
 _VERSION = 1
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
+_ERROR_LENGTH = 400  # torch lists every name that differs
 
 
 @dataclass(frozen=True)
@@ -176,6 +180,59 @@ def read_config(folder: Path | str, kind: Kind) -> dict[str, Any]:
     return config
 
 
+def load_weights(network: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Puts the weights of a pretrained folder into a network.
+
+    Raises:
+        ValueError: They are of another network; the text names the first names or shapes that differ.
+    """
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        shown = text if len(text) <= _ERROR_LENGTH else f"{text[:_ERROR_LENGTH]} ..."
+        raise ValueError(f"weights {folder}: they do not fit the network's sizes: {shown}") from error
+
+
+def weights_for(config: TransformerConfig, pretrained: PretrainedTransformer) -> dict[str, Tensor]:
+    """Weights of a pretrained transformer for a network of the same sizes, perhaps of other classes.
+
+    The rows of codes and the mask token are taken over, the classes' too where there are as many. Rows that it does not
+    have (other classes; the null class, where it was trained without class dropout) begin as the mean of its classes.
+
+    Args:
+        config: Sizes of the network that is to begin from it; dropouts and classes may differ.
+        pretrained: What was read.
+
+    Returns:
+        State dict of a ``MaskedTransformer`` of ``config``.
+
+    Raises:
+        ValueError: Another codebook, grid, width, depth, number of heads or MLP.
+    """
+    old = pretrained.network.config
+    for name in ("num_codes", "grid", "width", "depth", "num_heads", "mlp_width"):
+        if getattr(config, name) != getattr(old, name):
+            raise ValueError(
+                f"model.network.{name}: the pretrained transformer has {getattr(old, name)}, got "
+                f"{getattr(config, name)}; leave the key out, or begin from another"
+            )
+    weights = pretrained.network.state_dict()
+    return weights | {name: _fit_rows(weights[name], old, config) for name in ("words.weight", "head_bias")}
+
+
+def _fit_rows(table: Tensor, old: TransformerConfig, new: TransformerConfig) -> Tensor:
+    """(old vocabulary, ...) -> (new vocabulary, ...)."""
+    codes, classes = table[: old.num_codes], table[old.num_codes : old.num_codes + old.num_classes]
+    mean = classes.mean(0, keepdim=True)
+    if new.num_classes != old.num_classes:
+        classes = mean.expand(new.num_classes, *mean.shape[1:])
+    null = table[:0]
+    if new.null_label is not None:
+        null = table[old.num_codes + old.num_classes : -1] if old.null_label is not None else mean
+    return torch.cat([codes, classes, null, table[-1:]])
+
+
 def fingerprint(folder: Path | str) -> str:
     """sha256 of a folder's weights, hexadecimal: tokens of one tokenizer are never taken for another's."""
     digest = hashlib.sha256()
@@ -209,9 +266,10 @@ def _load_weights(network: nn.Module, folder: Path) -> None:
     if not file.is_file():
         raise FileNotFoundError(f"{folder}: no {_WEIGHTS} there")
     try:
-        network.load_state_dict(load_file(file))
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"weights {file}: they do not fit {_CONFIG} beside them: {error}") from error
+        weights = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"weights {file}: not safetensors, or not whole ({error}); copy or make it again") from error
+    load_weights(network, weights, folder)
     network.requires_grad_(False).eval()
 
 

@@ -28,7 +28,7 @@ from maskgit_pl.data import Batch, flip, to_unit_range
 from maskgit_pl.networks.discriminator import Discriminator, DiscriminatorConfig
 from maskgit_pl.networks.features import FeatureOutput, feature_networks
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
-from maskgit_pl.pretrained import save_tokenizer
+from maskgit_pl.pretrained import load_tokenizer, load_weights, save_tokenizer
 from maskgit_pl.training.ema import frozen_copy, update_ema
 from maskgit_pl.training.optimizers import LearningRate, parameter_groups
 
@@ -430,6 +430,20 @@ class Tokenizer(LightningModule):
     def reconstructions(self) -> tuple[Tensor, Tensor] | None:
         """First validation images and their reconstructions, (B, C, H, W) uint8; None before the first validation."""
         return self._pictures
+
+    def start_from(self, folder: Path) -> None:
+        """Begins from a pretrained tokenizer's weights instead of random ones; called before the first step.
+
+        Args:
+            folder: Pretrained tokenizer folder.
+
+        Raises:
+            FileNotFoundError: No such folder.
+            ValueError: Not a tokenizer, or one of other sizes.
+        """
+        weights = load_tokenizer(folder).network.state_dict()
+        for network in (self.network, self.ema_network):
+            load_weights(network, weights, folder)
 
     def export(self, folder: Path) -> None:
         """Writes ``folder/tokenizer`` from the averaged weights; called on every rank, rank 0 writes."""

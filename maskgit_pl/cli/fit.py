@@ -24,7 +24,7 @@ from maskgit_pl.cli.recipes import Stage
 from maskgit_pl.data import ShardData, split_batch
 from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.vqgan import VQGANConfig
-from maskgit_pl.pretrained import read_config
+from maskgit_pl.pretrained import fingerprint, read_config
 from maskgit_pl.shards.manifest import read_manifest_summary
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.checkpoints import Checkpoints, FolderCheckpointIO, newest_complete
@@ -145,7 +145,14 @@ class StageCLI(LightningCLI):
 
 
 def fit(
-    stage: Stage, *, files: Sequence[Path], overrides: Sequence[str], shards: Path, folder: Path, tokenizer: Path | None
+    stage: Stage,
+    *,
+    files: Sequence[Path],
+    overrides: Sequence[str],
+    shards: Path,
+    folder: Path,
+    tokenizer: Path | None,
+    pretrained: Path | None = None,
 ) -> int:
     """Trains a stage and exports it; a finished run is left as it is.
 
@@ -156,6 +163,7 @@ def fit(
         shards: Data folder.
         folder: ``runs/RUN``.
         tokenizer: Pretrained tokenizer folder, for stage 2.
+        pretrained: Pretrained folder of this stage whose weights a new run begins from, and whose sizes it takes.
 
     Returns:
         0.
@@ -164,9 +172,12 @@ def fit(
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=f".*{message}")
     found = _tokenizer_values(shards, tokenizer, folder) if tokenizer else {"data": {"path": str(shards)}}
-    layers = ["--config", json.dumps(found), *(word for file in files for word in ("--config", str(file)))]
+    layers = [json.dumps(found), *map(str, files)]
+    if pretrained is not None:
+        layers.append(json.dumps(_pretrained_values(stage, pretrained)))
+    words = [word for layer in layers for word in ("--config", layer)]
     torch.manual_seed(0)  # initial weights; every other chance is a function of the recipe's seed
-    cli = StageCLI(stage, folder / stage, [*layers, *overrides])
+    cli = StageCLI(stage, folder / stage, [*words, *overrides])
     module, data, trainer = cli.model, cli.datamodule, cli.trainer
     newest = newest_complete(folder / stage / "checkpoints")
     if newest is not None and int(newest.name.removeprefix("step-")) >= trainer.max_steps and _exported(folder, stage):
@@ -179,8 +190,12 @@ def fit(
         data.require_tokenizer(module.tokenizer.fingerprint)  # reading it refuses one that does not fit
     else:
         module.accumulation = accumulation
+    if pretrained is not None and newest is None:
+        assert isinstance(module, Tokenizer | MaskedTokenModel)
+        module.start_from(pretrained)
+        log.info("%s: begins from the weights of %s", folder / stage, pretrained)
     if trainer.is_global_zero:
-        _write_papers(cli, folder / stage)
+        _write_papers(cli, folder / stage, pretrained)
         log.info(
             "%s: global batch %d = %d ranks x %d accumulated x %d a device%s",
             folder / stage, data.global_batch, trainer.world_size, accumulation, per_device,
@@ -209,6 +224,17 @@ def _tokenizer_values(shards: Path, tokenizer: Path, folder: Path) -> dict[str, 
     return {"data": data, "model": {"tokenizer": str(tokenizer), "network": network}}
 
 
+def _pretrained_values(stage: Stage, pretrained: Path) -> dict[str, Any]:
+    """What a run takes from the weights that it begins from: their sizes lie above the recipes'."""
+    config = read_config(pretrained, stage)
+    if stage == "tokenizer":
+        network = dict(config["network"])
+        data = {"image_size": config["image_size"], "in_channels": network.pop("in_channels")}
+        return {"data": data, "model": {"network": network}}
+    network = {name: config["network"][name] for name in ("width", "depth", "num_heads", "mlp_width")}
+    return {"model": {"network": network}}
+
+
 def _check_classes(module: MaskedTokenModel, data: ShardData) -> None:
     if module.config.num_classes != data.num_classes:
         raise ValueError(
@@ -233,9 +259,11 @@ def _export(module: LightningModule, data: ShardData, folder: Path, tokenizer: P
         log.info("exported %s", folder)
 
 
-def _write_papers(cli: StageCLI, folder: Path) -> None:
+def _write_papers(cli: StageCLI, folder: Path, pretrained: Path | None) -> None:
     """The resolved configuration and where it ran, so that a run can be told and repeated."""
     folder.mkdir(parents=True, exist_ok=True)
     cli.parser.save(cli.config, folder / "config.yaml", overwrite=True, skip_validation=True)
     environment = {"command": sys.argv, **describe_environment(), "world_size": cli.trainer.world_size}
+    if pretrained is not None:
+        environment["pretrained"] = {"folder": str(pretrained), "sha256": fingerprint(pretrained)}
     (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")

@@ -6,7 +6,7 @@ import argparse
 import hashlib
 from pathlib import Path
 
-from maskgit_pl.cli.recipes import DEFAULT_DATASET, check_overrides, read_yaml, recipe_files
+from maskgit_pl.cli.recipes import DEFAULT_DATASET, Stage, check_overrides, read_yaml, recipe_files
 
 __all__ = ["add_parser", "add_run_arguments", "find_tokenizer", "run", "run_folder"]
 
@@ -35,6 +35,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", dest="run_name", help="name of the run folder (default: DATASET-RECIPE)")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders are (default: runs)")
     parser.add_argument("--tokenizer", type=Path, help="pretrained tokenizer folder (default: the run's own)")
+    parser.add_argument(
+        "--pretrained", type=Path, metavar="DIR", help="pretrained folder whose weights a run begins from"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,9 +54,18 @@ def run(args: argparse.Namespace) -> int:
         )
     folder = run_folder(args)
     tokenizer = find_tokenizer(args) if args.stage == "transformer" else None
+    pretrained = _pretrained_stage(args.pretrained, args.stage) if args.pretrained is not None else None
     from maskgit_pl.cli.fit import fit  # lightning and torch take seconds to import
 
-    return fit(args.stage, files=files, overrides=args.overrides, shards=shards, folder=folder, tokenizer=tokenizer)
+    return fit(
+        args.stage,
+        files=files,
+        overrides=args.overrides,
+        shards=shards,
+        folder=folder,
+        tokenizer=tokenizer,
+        pretrained=pretrained,
+    )
 
 
 def run_folder(args: argparse.Namespace) -> Path:
@@ -63,7 +75,7 @@ def run_folder(args: argparse.Namespace) -> Path:
 
 
 def find_tokenizer(args: argparse.Namespace) -> Path:
-    """The tokenizer of stage 2: the one named, else the run's own, else the only one trained on this data set.
+    """The tokenizer of stage 2: named, else the run's own, else of ``--pretrained``, else the data set's only one.
 
     Raises:
         FileNotFoundError: There is none.
@@ -78,6 +90,8 @@ def find_tokenizer(args: argparse.Namespace) -> Path:
     own = run_folder(args) / "pretrained" / "tokenizer"
     if (own / "config.json").is_file():
         return own
+    if args.pretrained is not None and (args.pretrained / "tokenizer" / "config.json").is_file():
+        return Path(args.pretrained) / "tokenizer"
     others = sorted(Path(args.runs).glob(f"{args.dataset}-*/pretrained/tokenizer/config.json"))
     distinct = {_digest(file.parent / "model.safetensors"): file.parent for file in others}
     if not distinct:
@@ -88,6 +102,19 @@ def find_tokenizer(args: argparse.Namespace) -> Path:
         choices = ", ".join(str(path) for path in distinct.values())
         raise ValueError(f"tokenizer {own}: not there, and several others are; name one with TOKENIZER=: {choices}")
     return next(iter(distinct.values()))
+
+
+def _pretrained_stage(folder: Path, stage: Stage) -> Path:
+    """The stage's own folder in a pretrained folder.
+
+    Raises:
+        FileNotFoundError: It holds no such stage.
+    """
+    if not (folder / stage / "config.json").is_file():
+        raise FileNotFoundError(
+            f"pretrained {folder}: no {stage}/config.json there; runs/RUN/pretrained or an imported folder is needed"
+        )
+    return folder / stage
 
 
 def _digest(file: Path) -> str:

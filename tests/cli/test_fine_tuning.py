@@ -1,0 +1,125 @@
+"""``maskgit train --pretrained``: a run that begins from weights that are there already."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from maskgit_pl.cli import main
+from maskgit_pl.pretrained import fingerprint, load_transformer, read_config
+
+TINY = Path(__file__).parents[1] / "tiny"
+STILL = ("--model.learning_rate.peak=1e-30", "--model.learning_rate.warmup_steps=0")  # a step that moves nothing
+
+
+@pytest.fixture
+def train(tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Trains a stage of the run ``tuned``; the tiny data and Trainer, the network's sizes left to the run."""
+    ours = logging.getLogger("maskgit_pl")
+    monkeypatch.setattr(ours, "propagate", ours.propagate)
+    monkeypatch.setattr(ours, "level", ours.level)
+    monkeypatch.setattr(ours, "handlers", [])
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+
+    def call(stage: str, *more: object) -> int:
+        tiny = yaml.safe_load((TINY / f"{stage}.yaml").read_text())
+        values = {"data": {**tiny["data"]}, "trainer": tiny["trainer"]}
+        words = [f"--{part}.{key}={value}" for part, keys in values.items() for key, value in keys.items()]
+        where = ("--data", tiny_shards, "--runs", tmp_path / "runs", "--run", "tuned")
+        return main([str(word) for word in ("train", stage, *where, *words, *more)])
+
+    return call
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_a_tokenizer_goes_on_from_the_weights_and_sizes_of_another(train, tiny_pretrained, tmp_path):
+    assert train("tokenizer", "--pretrained", tiny_pretrained, *STILL) == 0
+    run, given = tmp_path / "runs" / "tuned", tiny_pretrained / "tokenizer"
+    made = run / "pretrained" / "tokenizer"
+    assert read_config(made, "tokenizer")["network"] == read_config(given, "tokenizer")["network"]
+    before, after = weights(given), weights(made)
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+    papers = json.loads((run / "tokenizer" / "environment.json").read_text())
+    assert papers["pretrained"] == {"folder": str(given), "sha256": fingerprint(given)}
+
+
+def test_a_transformer_goes_on_with_the_tokenizer_that_it_knows(train, tiny_pretrained, tmp_path):
+    more = ("--model.decoding.num_steps=4", "--model.network.dropout=0")
+    assert train("transformer", "--pretrained", tiny_pretrained, *more, *STILL) == 0
+    made = tmp_path / "runs" / "tuned" / "pretrained"
+    assert fingerprint(made / "tokenizer") == fingerprint(tiny_pretrained / "tokenizer")
+    before, after = weights(tiny_pretrained / "transformer"), weights(made / "transformer")
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+
+
+def test_a_run_that_has_begun_goes_on_from_its_own_weights(train, tiny_pretrained, tmp_path):
+    train("tokenizer", "--pretrained", tiny_pretrained)
+    first = weights(tmp_path / "runs" / "tuned" / "pretrained" / "tokenizer")
+    assert train("tokenizer", "--pretrained", tiny_pretrained, *STILL, "--trainer.max_steps=2") == 0
+    second = weights(tmp_path / "runs" / "tuned" / "pretrained" / "tokenizer")
+    given = weights(tiny_pretrained / "tokenizer")
+    name = "decoder.head.weight"
+    assert not torch.allclose(first[name], given[name], atol=1e-5)  # the first run moved it
+    assert (second[name] - first[name]).norm() < (second[name] - given[name]).norm()
+
+
+@pytest.mark.parametrize(
+    ("stage", "words", "parts"),
+    [
+        ("tokenizer", ("--pretrained", "nowhere"), ("pretrained nowhere: no tokenizer/config.json there",)),
+        ("transformer", ("--pretrained", "nowhere", "--tokenizer", "GIVEN/tokenizer"), ("no transformer/config.json",)),
+        ("tokenizer", ("--pretrained", "GIVEN", "--model.network.channels=16"), ("weights", "do not fit", "16")),
+        ("transformer", ("--pretrained", "GIVEN", "--model.network.width=32"), ("model.network.width", "16", "32")),
+    ],
+)
+def test_weights_that_are_missing_or_do_not_fit_are_refused(
+    train, tiny_pretrained, tmp_path, capsys, stage, words, parts
+):
+    words = [word.replace("GIVEN", str(tiny_pretrained)) for word in words]
+    steps = ("--model.decoding.num_steps=4",) if stage == "transformer" else ()
+    assert train(stage, *words, *steps) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert all(part in error for part in parts), error
+    assert not list((tmp_path / "runs").rglob("*.safetensors"))
+
+
+def test_the_weights_of_more_classes_are_those_of_the_mean_class(tiny_pretrained):
+    import dataclasses
+
+    from maskgit_pl.networks.transformer import MaskedTransformer
+    from maskgit_pl.pretrained import weights_for
+
+    given = load_transformer(tiny_pretrained / "transformer")
+    old = given.network.config  # 16 codes, 3 classes, a null class, the mask token
+    table = given.network.words.weight
+    for change, rows in (
+        ({"num_classes": 5}, [*range(16), None, None, None, None, None, 19, 20]),
+        ({"class_dropout": 0.0}, [*range(19), 20]),
+        ({"num_classes": 2, "class_dropout": 0.0}, [*range(16), None, None, 20]),
+    ):
+        config = dataclasses.replace(old, **change)
+        made = weights_for(config, given)
+        MaskedTransformer(config).load_state_dict(made)
+        wanted = torch.stack([table[16:19].mean(0) if row is None else table[row] for row in rows])
+        assert torch.equal(made["words.weight"], wanted)
+
+
+def test_a_null_class_that_was_not_there_begins_as_the_mean_class(tmp_path):
+    import dataclasses
+
+    from maskgit_pl.pretrained import weights_for
+    from tests.conftest import save_tiny_pretrained
+
+    given = load_transformer(save_tiny_pretrained(tmp_path / "given", class_dropout=0.0) / "transformer")
+    made = weights_for(dataclasses.replace(given.network.config, class_dropout=0.1), given)
+    table = given.network.words.weight
+    assert torch.equal(made["words.weight"][19], table[16:19].mean(0))
+    assert torch.equal(made["words.weight"][20], table[19])  # the mask token stays last
