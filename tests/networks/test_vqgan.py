@@ -1,11 +1,13 @@
 """The VQGAN has the released structure, every size is in its config, and it learns."""
 
+import hashlib
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from maskgit_pl.networks.taming import PaddedDownsample, SelfAttention, TamingResidualBlock
 from maskgit_pl.networks.vqgan import VQGAN, ResidualBlock, StridedDownsample, VQGANConfig
 
 SMALL = {"channels": 8, "multipliers": (1, 2), "blocks_per_level": 1, "middle_blocks": 1, "groups": 4}
@@ -13,6 +15,13 @@ SMALL = {"channels": 8, "multipliers": (1, 2), "blocks_per_level": 1, "middle_bl
 
 def small(**changes):
     return VQGANConfig(1, **{**SMALL, "num_codes": 16, "code_width": 8, **changes})
+
+
+TAMING = {**SMALL, "middle_blocks": 2, "layout": "taming", "attention_levels": (1,), "latent_width": 6}
+
+
+def taming(**changes):
+    return small(**{**TAMING, **changes})
 
 
 def count(module):
@@ -90,6 +99,17 @@ def test_convolutions_start_with_the_truncated_lecun_normal():
         ({"downsampling": "max"}, "downsampling"),
         ({"activation": "gelu"}, "activation"),
         ({"quantizer": "emma"}, "'ema'"),
+        ({"layout": "unet"}, "layout: 'maskgit' or 'taming'"),
+        ({"attention_levels": (1,)}, r"attention_levels: layout 'maskgit' allows \(\) alone, got \(1,\)"),
+        ({"latent_width": 8}, "latent_width: layout 'maskgit' allows None"),
+        ({**TAMING, "latent_width": None}, "latent_width: layout 'taming' needs"),
+        ({**TAMING, "latent_width": 0}, "latent_width"),
+        ({**TAMING, "attention_levels": (2,)}, r"attention_levels: .*\[0, 1\].* got \[2\]"),
+        ({**TAMING, "attention_levels": (1, 1)}, "attention_levels: different"),
+        ({**TAMING, "middle_blocks": 1}, "middle_blocks: layout 'taming' allows 2 alone, got 1"),
+        ({**TAMING, "downsampling": "strided"}, "downsampling: layout 'taming'"),
+        ({**TAMING, "activation": "relu"}, "activation: layout 'taming'"),
+        ({**TAMING, "patch_size": 2}, "patch_size: layout 'taming'"),
     ],
 )
 def test_a_bad_size_is_refused_by_name(changes, message):
@@ -102,14 +122,107 @@ def test_an_image_that_patches_do_not_cover_is_refused():
         small(patch_size=4).grid(30)
 
 
+@pytest.mark.parametrize("size", [30, (28, 31)])
+def test_an_image_that_the_strides_of_taming_would_cut_is_refused(size):
+    network = VQGAN(taming(multipliers=(1, 1, 2)))
+    with pytest.raises(ValueError, match="multiple of the downsampling factor 4 is needed, got 3"):
+        network.grid(size)
+    height, width = (size, size) if isinstance(size, int) else size
+    with pytest.raises(ValueError, match="downsampling factor 4"):
+        network.encode(torch.rand(1, 1, height, width))
+
+
 def test_lists_from_yaml_are_kept_as_tuples():
     assert small(multipliers=[1, 2]) == small(multipliers=(1, 2))
+    assert taming(attention_levels=[1]) == taming(attention_levels=(1,))
 
 
-@pytest.mark.parametrize("quantizer", ["gradient", "ema"])
-def test_it_learns_to_reconstruct(quantizer):
+def test_the_full_size_taming_layout_has_the_published_structure():
+    with torch.device("meta"):
+        network = VQGAN(VQGANConfig(3, layout="taming", attention_levels=(4,), latent_width=256))
+    assert [name for name, module in network.encoder.blocks.named_children() if isinstance(module, SelfAttention)] == [
+        "13", "15", "17",
+    ]  # fmt: skip
+    assert sum(isinstance(module, SelfAttention) for module in network.decoder.blocks) == 1 + 3
+    assert network.grid(256) == (16, 16)
+    assert network.encoder.head.weight.shape == (256, 512, 3, 3)
+    assert count(network) == 72_141_699
+
+
+def test_the_taming_layout_reconstructs_at_the_image_size_and_agrees_with_itself():
+    network = VQGAN(taming())
+    images = torch.rand(2, 1, 8, 12)
+    output = network(images)
+    assert output.reconstruction.shape == images.shape
+    assert network.encode(images).shape == (2, 24)
+    decoded = network.decode(network.encode(images), network.grid((8, 12)))
+    torch.testing.assert_close(decoded, output.reconstruction)
+
+
+def test_the_zeros_beyond_an_edge_are_grey_in_the_taming_layout():
+    network = VQGAN(taming())
+    seen = []
+    network.encoder.stem.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    network.encode(torch.full((1, 1, 4, 4), 0.5))
+    assert seen[0].abs().max() == 0
+    torch.nn.init.zeros_(network.decoder.head.weight)
+    assert (network.decode(torch.zeros(1, 4, dtype=torch.int64), (2, 2)) == 0.5).all()
+
+
+def test_a_taming_block_that_changes_width_passes_its_input_on():
+    block = TamingResidualBlock(8, 16, 4)
+    torch.nn.init.zeros_(block.conv2.weight)
+    x = torch.rand(1, 8, 4, 4)
+    torch.testing.assert_close(block(x), F.conv2d(x, block.shortcut.weight, block.shortcut.bias))
+
+
+def test_self_attention_is_the_formula():
+    layer = SelfAttention(8, 4)
+    x = torch.randn(2, 8, 3, 5)
+    rows = layer.norm(x).flatten(2).transpose(1, 2)  # (B, h w, C)
+
+    def linear(conv, rows):
+        return rows @ conv.weight[:, :, 0, 0].T + conv.bias
+
+    weights = (linear(layer.query, rows) @ linear(layer.key, rows).transpose(1, 2) / math.sqrt(8)).softmax(2)
+    expected = linear(layer.output, weights @ linear(layer.value, rows)).transpose(1, 2).view_as(x)
+    torch.testing.assert_close(layer(x) - x, expected)
+
+
+def test_the_strided_convolution_of_taming_pads_right_and_bottom():
+    layer = PaddedDownsample(2)
+    x = torch.rand(1, 2, 4, 6)
+    wide = torch.zeros(1, 2, 5, 7)
+    wide[..., :4, :6] = x
+    torch.testing.assert_close(layer(x), F.conv2d(wide, layer.conv.weight, layer.conv.bias, stride=2))
+
+
+def test_the_names_of_the_released_layout_are_as_they_were():
+    names = "\n".join(f"{name} {tuple(value.shape)}" for name, value in VQGAN(small()).state_dict().items())
+    assert hashlib.sha256(names.encode()).hexdigest()[:16] == "b60b8a4db2c06fdd"
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_taming_layout_gives_the_same_in_any_memory_format(memory_format):
     torch.manual_seed(0)
-    network = VQGAN(small(channels=16, multipliers=(1,), patch_size=4, quantizer=quantizer))
+    network, images = VQGAN(taming()), torch.rand(2, 1, 8, 8)
+    expected = network(images).reconstruction
+    got = network.to(memory_format=memory_format)(images.to(memory_format=memory_format)).reconstruction
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        small(channels=16, multipliers=(1,), patch_size=4),
+        small(channels=16, multipliers=(1,), patch_size=4, quantizer="ema"),
+        taming(channels=16, multipliers=(1, 1), quantizer="ema"),
+    ],
+    ids=["gradient", "ema", "taming"],
+)
+def test_it_learns_to_reconstruct(config):
+    torch.manual_seed(0)
+    network = VQGAN(config)
     optimiser = torch.optim.Adam(network.parameters(), lr=3e-3)
     images = stripes(32)
     errors = []
