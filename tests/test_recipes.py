@@ -1,5 +1,6 @@
 """Every recipe parses, says what it is, builds at full size without memory, and trains a step."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,18 @@ def test_a_recipe_opens_with_what_it_is(file):
     if file.parent.name != "cluster":
         for word in ("Reproduces", "Expect", "Costs", "Run"):
             assert any(line.startswith(f"# {word} ") for line in comments), word
+
+
+SOURCE = re.compile(r"# \[(config|code|magvit|paper|ours)\]")
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
+@pytest.mark.parametrize("name", ["paper-256", "paper-512"])
+def test_every_number_of_a_paper_recipe_has_its_source(stage, name):
+    lines = [line for line in (RECIPES / stage / f"{name}.yaml").read_text().splitlines() if line[:1] not in ("#", "")]
+    numbers = [line for line in lines if re.search(r":.*\d", line.split("#")[0])]
+    assert len(numbers) >= 2
+    assert [line for line in numbers if SOURCE.search(line) is None] == []
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
