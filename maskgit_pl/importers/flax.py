@@ -1,0 +1,233 @@
+"""flax's msgpack files as plain arrays, without flax or jax.
+
+``flax.serialization.to_bytes`` writes one msgpack map of maps; its leaves are arrays in extension types. Files come
+from elsewhere: nothing in them is executed, and what is read stays within a small multiple of the file's own size.
+Used by ``released.py``.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import msgpack
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Array", "check_file", "read_flax"]
+
+Array: TypeAlias = npt.NDArray[Any]
+
+_ARRAY, _COMPLEX, _SCALAR = 1, 2, 3  # flax's extension types
+_CHUNKED = "__msgpack_chunked_array__"  # marks the map that stands for an array above 2^30 bytes
+_PLAIN = (
+    "float16",
+    "float32",
+    "float64",
+    *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)),
+    "bool",
+)
+_DTYPES = {name: np.dtype(name).newbyteorder("<") for name in _PLAIN} | {"bfloat16": np.dtype("<u2")}  # see _float32
+_BYTES_LENGTHS = {0xC4: 1, 0xC5: 2, 0xC6: 4}  # msgpack's bin 8, 16, 32: bytes that hold the length
+# The released transformer has 393 arrays, 5 deep, names below 30 letters.
+_MAX_NODES, _MAX_DEPTH, _MAX_ENTRIES, _MAX_TEXT, _MAX_DIMENSIONS = 50_000, 16, 1024, 512, 32
+_HEADER = 4 + 5 * _MAX_DIMENSIONS * 2 + _MAX_TEXT  # bytes before an array's data, at most
+
+_FOREIGN: tuple[tuple[Callable[[bytes], bool], str], ...] = (
+    (lambda head: head[:1] == b"\x80" and 2 <= int.from_bytes(head[1:2], "big") <= 5, "a Python pickle, never read"),
+    (lambda head: head.startswith(b"PK\3\4"), "a zip archive, as torch.save and numpy.savez write them"),
+    (lambda head: head.startswith(b"\x1f\x8b"), "a gzip archive; unpack it first"),
+    (lambda head: head[257:262] == b"ustar", "a tar archive; unpack it first"),
+    (lambda head: head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32, "a safetensors file"),
+    (lambda head: head.startswith(b"\x89HDF\r\n\x1a\n"), "an HDF5 file"),
+    (lambda head: head.startswith(b"\x93NUMPY"), "a numpy file"),
+    (lambda head: head.startswith(b"version https://git-lfs"), "a Git LFS pointer; run `git lfs pull`"),
+    (lambda head: head.lstrip()[:1] == b"<", "a web page; the download went wrong"),
+    (lambda head: head.lstrip()[:1] == b"{", "JSON text"),
+)  # fmt: skip
+
+
+def check_file(path: Path) -> None:
+    """Looks at a file's first bytes: a file of another kind is named at once.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: A folder, an empty file, or a file of another kind.
+    """
+    if path.is_dir():
+        raise ValueError(
+            f"checkpoint {path}: a file of flax's msgpack is needed, got a folder (of orbax?); name the file itself"
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {path}: no such file; download it, or name another")
+    with path.open("rb") as stream:
+        head = stream.read(512)
+    if not head:
+        raise ValueError(f"checkpoint {path}: a file of flax's msgpack is needed, got an empty file; download it again")
+    for starts, name in _FOREIGN:
+        if starts(head):
+            raise ValueError(
+                f"checkpoint {path}: a file of flax's msgpack is needed, got {name}; "
+                "the released JAX checkpoints are files of some 200 or 700 MB"
+            )
+    if not (0x80 <= head[0] <= 0x8F or head[0] in (0xDE, 0xDF)):
+        raise ValueError(
+            f"checkpoint {path}: a file of flax's msgpack begins with a map, got byte 0x{head[0]:02x}; "
+            "download it again, or name another"
+        )
+
+
+def read_flax(path: Path) -> dict[str, Array]:
+    """Reads a file that ``flax.serialization.to_bytes`` wrote.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Read-only arrays by their path in the tree, e.g. ``params/Embed_0/word_embeddings/embedding``. bfloat16 becomes
+        float32; numbers and texts become arrays without dimensions; None and empty maps hold nothing.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: Another kind of file, one that is cut off or damaged, or one that claims more than it holds.
+
+    Source: flax, serialization.py.
+    """
+    check_file(path)
+    try:
+        with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return dict(_flatten(_parse(content), "", 0))
+    except (ValueError, OverflowError, RecursionError, msgpack.UnpackException) as error:
+        raise ValueError(f"checkpoint {path}: {_reason(error, path.stat().st_size)}; download it again") from error
+    except MemoryError as error:
+        raise ValueError(f"checkpoint {path}: reading it needs more memory than there is") from error
+
+
+def _parse(content: mmap.mmap) -> Any:
+    nodes = 0
+
+    def as_map(pairs: list[tuple[str, Any]]) -> Any:
+        nonlocal nodes
+        nodes += 1 + len(pairs)
+        if nodes > _MAX_NODES:
+            raise ValueError(f"at most {_MAX_NODES} entries are read, and it has more")
+        return _unchunked(_unique(pairs))
+
+    return msgpack.unpackb(
+        content,
+        object_pairs_hook=as_map,
+        ext_hook=_extension,
+        max_map_len=_MAX_ENTRIES,
+        max_str_len=_MAX_TEXT,
+        max_array_len=0,  # flax writes lists as maps
+        max_bin_len=0,  # and bytes inside extensions alone
+        max_ext_len=len(content),
+    )
+
+
+def _reason(error: Exception, size: int) -> str:
+    if isinstance(error, msgpack.ExtraData):
+        return f"one flax tree is expected, got {len(error.extra):,} bytes after it"
+    if "incomplete" in str(error):  # msgpack has no type of its own for it
+        return f"the file of {size:,} bytes is cut off"
+    if isinstance(error, msgpack.StackError | RecursionError):
+        return f"maps inside maps are read {_MAX_DEPTH} deep, and it has more"
+    return f"not a tree of arrays as flax writes it ({' '.join(str(error).split()) or type(error).__name__})"
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    for key in content:
+        if not isinstance(key, str) or not key or "/" in key:
+            raise ValueError(f"names without '/' are needed, got {key!r}")
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"each name once is needed, got {twice!r} again")
+    return content
+
+
+def _flatten(value: Any, name: str, depth: int) -> Iterator[tuple[str, Array]]:
+    """Leaves with their paths."""
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"maps inside maps are read {_MAX_DEPTH} deep, and it has more")
+    if isinstance(value, dict):
+        for key, child in value.items():
+            yield from _flatten(child, f"{name}/{key}" if name else key, depth + 1)
+    elif isinstance(value, np.ndarray):
+        yield name, value
+    elif isinstance(value, bool | int | float | str):
+        yield name, _read_only(np.asarray(value))
+    elif value is not None:
+        raise ValueError(f"{name}: an array, a number or a text is needed, got {type(value).__name__}")
+
+
+def _extension(code: int, data: bytes) -> Array:
+    if code == _COMPLEX:
+        raise ValueError("complex numbers are not read")
+    if code not in (_ARRAY, _SCALAR):
+        raise ValueError(f"extension types {_ARRAY} and {_SCALAR} are read, got {code}")
+    shape, dtype, offset = _array_header(data)
+    length = math.prod(shape) * _DTYPES[dtype].itemsize
+    if offset + length != len(data):
+        raise ValueError(f"{length:,} bytes are needed for {dtype} {shape}, got {len(data) - offset:,}")
+    array = np.frombuffer(data, _DTYPES[dtype], math.prod(shape), offset) if length else np.empty(0, _DTYPES[dtype])
+    return _read_only((_float32(array) if dtype == "bfloat16" else array).reshape(shape))
+
+
+def _array_header(data: bytes) -> tuple[tuple[int, ...], str, int]:
+    """Shape, dtype name and where the data begin, of msgpack's (shape, dtype, bytes)."""
+    header = msgpack.Unpacker(max_array_len=_MAX_DIMENSIONS, max_str_len=_MAX_TEXT, max_map_len=0, max_ext_len=0)
+    header.feed(data[:_HEADER])
+    try:
+        fields, shape, dtype = header.read_array_header(), header.unpack(), header.unpack()
+    except msgpack.OutOfData as error:
+        raise ValueError("an array holds its shape, dtype and bytes, got less") from error
+    offset = header.tell()
+    width = _BYTES_LENGTHS.get(data[offset]) if offset < len(data) else None
+    if fields != 3 or not isinstance(shape, list) or not isinstance(dtype, str) or width is None:
+        raise ValueError("an array holds its shape, dtype and bytes, got something else")
+    _check_shape(shape)
+    if dtype not in _DTYPES:
+        raise ValueError(f"arrays of {', '.join(_DTYPES)} are read, got {dtype!r}")
+    return tuple(shape), dtype, offset + 1 + width
+
+
+def _check_shape(shape: list[Any]) -> None:
+    if any(type(size) is not int or not 0 <= size < 1 << 40 for size in shape):
+        raise ValueError(f"a shape of numbers that are not negative is needed, got {shape}")
+
+
+def _float32(bits: Array) -> Array:
+    """bfloat16 is the upper half of float32."""
+    wide: Array = (bits.astype(np.uint32) << 16).view(np.float32)
+    return wide
+
+
+def _unchunked(content: dict[str, Any]) -> dict[str, Any] | Array:
+    """The array that a map of chunks stands for; other maps as they are."""
+    if _CHUNKED not in content:
+        return content
+    shape, chunks = (_in_order(content.get(name)) for name in ("shape", "chunks"))
+    if any(not isinstance(chunk, np.ndarray) or chunk.ndim != 1 for chunk in chunks) or not chunks:
+        raise ValueError("an array in chunks holds arrays of one dimension, got something else")
+    _check_shape(shape)
+    array = np.concatenate(chunks)
+    if math.prod(shape) != array.size:
+        raise ValueError(f"{math.prod(shape):,} numbers are needed in the chunks of {tuple(shape)}, got {array.size:,}")
+    return _read_only(array.reshape(shape))
+
+
+def _in_order(content: Any) -> list[Any]:
+    """Values of {"0": ..., "1": ...}, flax's form of a tuple."""
+    if not isinstance(content, Mapping) or set(content) != {str(number) for number in range(len(content))}:
+        raise ValueError("an array in chunks holds its shape and chunks by number, got something else")
+    return [content[str(number)] for number in range(len(content))]
+
+
+def _read_only(array: Array) -> Array:
+    array.flags.writeable = False
+    return array
