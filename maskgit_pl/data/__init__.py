@@ -1,0 +1,21 @@
+"""Batches for training and validation, from shards of images or from a token store."""
+
+from maskgit_pl.data.batches import Batch, ImageBatches, TokenBatches, flip, to_unit_range
+from maskgit_pl.data.module import ShardData
+from maskgit_pl.data.order import GlobalOrder, OnceThrough, ShuffledStream, SplitOrder, split_batch
+from maskgit_pl.data.tokenizing import tokenize
+
+__all__ = [
+    "Batch",
+    "GlobalOrder",
+    "ImageBatches",
+    "OnceThrough",
+    "ShardData",
+    "ShuffledStream",
+    "SplitOrder",
+    "TokenBatches",
+    "flip",
+    "split_batch",
+    "to_unit_range",
+    "tokenize",
+]

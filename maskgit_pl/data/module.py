@@ -1,0 +1,175 @@
+"""The LightningDataModule of both stages. A run that resumes asks the Trainer for its step and is in place."""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from typing import Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from maskgit_pl.data.batches import Batch, ImageBatches, TokenBatches, loader
+from maskgit_pl.data.order import GlobalOrder, OnceThrough, Order, ShuffledStream, SplitOrder, split_batch
+from maskgit_pl.shards.images import Crop, check_crop
+from maskgit_pl.shards.manifest import DataSummary, Split, load_manifest, read_manifest_summary
+from maskgit_pl.shards.reader import ShardReader
+from maskgit_pl.shards.tokens import StoreDescription, TokenReader, open_store
+
+__all__ = ["ShardData"]
+
+
+class ShardData(LightningDataModule):
+    """Training and validation batches over a data folder, of images or of the tokens made from them.
+
+    Both sources give the same samples in the same order.
+
+    Args:
+        path: Data folder (data/README.md): shards with manifests.
+        source: ``"images"`` decodes the shards, ``"tokens"`` reads a token store made from them.
+        token_store: Folder of the token store; needed, and read, for ``"tokens"`` alone.
+        image_size: Side of the images in pixels.
+        in_channels: 1 for grey, 3 for RGB.
+        crop: Where training crops lie in images that are not square: ``"center"`` or ``"random"``.
+        global_batch: Samples of a step, over all ranks.
+        max_batch_per_device: Most samples a device takes at once; micro-batch and accumulation follow from it.
+        validation_batch: Samples of a validation batch on each rank.
+        validation_samples: Validate on the first so many samples; None takes all.
+        num_workers: Processes that read and decode, each rank; 0 reads in the training process.
+        seed: Decides order and crops.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        source: Literal["images", "tokens"] = "images",
+        token_store: str | None = None,
+        image_size: int = 256,
+        in_channels: int = 3,
+        crop: Crop = "center",
+        global_batch: int = 256,
+        max_batch_per_device: int = 32,
+        validation_batch: int = 64,
+        validation_samples: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        check_crop(crop)
+        if source not in ("images", "tokens"):
+            raise ValueError(f"data.source: images or tokens is needed, got {source!r}")
+        if source == "tokens" and token_store is None:
+            raise ValueError("data.token_store: source tokens reads a token store, got none; `make tokenize` makes one")
+        if source == "tokens" and crop != "center":
+            raise ValueError(f"data.crop: tokens are of center crops, got {crop!r}; use source images")
+        self.path = path
+        self.source = source
+        self.token_store = token_store if source == "tokens" else None
+        self.image_size = image_size
+        self.in_channels = in_channels
+        self.crop: Crop = crop
+        self.global_batch = global_batch
+        self.max_batch_per_device = max_batch_per_device
+        self.validation_batch = validation_batch
+        self.validation_samples = validation_samples
+        self.num_workers = num_workers
+        self.seed = seed
+
+    @cached_property
+    def summary(self) -> DataSummary:
+        """Class names, counts, image sizes and fingerprint of the data folder."""
+        return read_manifest_summary(self.path)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Class names; label i is ``class_names[i]``."""
+        return self.summary.classes
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes the labels name."""
+        return self.summary.num_classes
+
+    @property
+    def store(self) -> StoreDescription | None:
+        """What the token store holds; None for source images."""
+        return None if self._tokens is None else self._tokens["train"].description
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in which the stream goes through the train split once."""
+        return math.ceil(self.summary.samples["train"] / self.global_batch)
+
+    def require_tokenizer(self, fingerprint: str) -> None:
+        """Refuse a token store that another tokenizer made; nothing to do for source images.
+
+        Raises:
+            ValueError: It did; the text names both and the way out.
+        """
+        if self.token_store is not None:
+            open_store(self.token_store, data=None, tokenizer=fingerprint)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Check every shard's length, or whose the token store is, before the first step.
+
+        Raises:
+            FileNotFoundError: Data folder, manifest or store is missing.
+            ValueError: Shards are not what the manifest says, the store is of other data, or the batch does not divide.
+        """
+        splits: tuple[Split, ...] = ("train", "val")
+        for split in splits:
+            load_manifest(self.path, split, check=self.source == "images")
+        split_batch(self.global_batch, self.max_batch_per_device, self._world_size)
+        _ = self.store
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Micro-batches of this rank from the Trainer's step on."""
+        samples = self.summary.samples["train"]
+        per_device, accumulation = split_batch(self.global_batch, self.max_batch_per_device, self._world_size)
+        order = GlobalOrder(
+            samples,
+            per_device=per_device,
+            accumulation=accumulation,
+            world_size=self._world_size,
+            rank=self._rank,
+            current_step=self._current_step,
+        )
+        dataset = self.batches("train", ShuffledStream(samples, self.seed), crop=self.crop)
+        return loader(dataset, order, num_workers=self.num_workers, pin_memory=torch.cuda.is_available())
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Batches of this rank of the val split, each sample once."""
+        samples = self.summary.samples["val"]
+        if self.validation_samples is not None:
+            samples = min(samples, self.validation_samples)
+        order = SplitOrder(samples, per_device=self.validation_batch, world_size=self._world_size, rank=self._rank)
+        dataset = self.batches("val", OnceThrough(samples))
+        return loader(dataset, order, num_workers=self.num_workers, pin_memory=torch.cuda.is_available())
+
+    def batches(self, split: Split, order: Order, *, crop: Crop = "center") -> ImageBatches | TokenBatches:
+        """The dataset of a split: ``__getitems__(range of positions)`` gives a ``Batch``."""
+        if self._tokens is not None:
+            return TokenBatches(self._tokens[split], order)
+        reader = ShardReader(load_manifest(self.path, split))
+        return ImageBatches(
+            reader, order, image_size=self.image_size, in_channels=self.in_channels, crop=crop, seed=self.seed
+        )
+
+    @cached_property
+    def _tokens(self) -> dict[Split, TokenReader] | None:
+        if self.token_store is None:
+            return None
+        return open_store(self.token_store, data=self.summary.fingerprint, image_size=self.image_size)
+
+    def _current_step(self) -> int:
+        return 0 if self.trainer is None else self.trainer.global_step
+
+    @property
+    def _world_size(self) -> int:
+        return 1 if self.trainer is None else self.trainer.world_size
+
+    @property
+    def _rank(self) -> int:
+        return 0 if self.trainer is None else self.trainer.global_rank

@@ -1,0 +1,192 @@
+"""Which samples a step sees, as a function of (seed, step): no state to keep or to lose.
+
+Position p of the endless training stream lies in epoch ``p // n`` and is sample ``permutation(p % n)``; step s takes
+positions [s G, (s + 1) G) for a global batch G. Ranks, workers and accumulation only share out that range.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from maskgit_pl.randomness import permutation
+
+__all__ = ["GlobalOrder", "OnceThrough", "Order", "Rows", "ShuffledStream", "SplitOrder", "split_batch"]
+
+
+def split_batch(global_batch: int, max_per_device: int, world_size: int) -> tuple[int, int]:
+    """The largest micro-batch that fits a device, and how many of them make a step.
+
+    Args:
+        global_batch: Samples of a step, over all ranks.
+        max_per_device: Most samples a device takes at once.
+        world_size: Ranks.
+
+    Returns:
+        (per_device, accumulation) with per_device * accumulation * world_size = global_batch.
+
+    Raises:
+        ValueError: The ranks cannot share the batch evenly; the text names the nearest sizes that they can.
+    """
+    for name, value in (("global_batch", global_batch), ("max_batch_per_device", max_per_device)):
+        if value < 1:
+            raise ValueError(f"data.{name}: at least 1 is needed, got {value}")
+    if global_batch % world_size:
+        below = global_batch // world_size * world_size
+        choices = " or ".join(str(size) for size in (below, below + world_size) if size)
+        devices = [str(ranks) for ranks in range(1, min(global_batch, 4 * world_size) + 1) if global_batch % ranks == 0]
+        raise ValueError(
+            f"data.global_batch: {world_size} ranks must share it evenly, got {global_batch}; "
+            f"use {choices}, or keep it and run on {', '.join(devices)} ranks"
+        )
+    per_rank = global_batch // world_size
+    per_device = max(size for size in range(1, min(per_rank, max_per_device) + 1) if per_rank % size == 0)
+    return per_device, per_rank // per_device
+
+
+class Rows(NamedTuple):
+    """Which samples some positions stand for; four (B,) tensors as in ``Batch``."""
+
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index
+    epoch: Tensor
+    position: Tensor
+    valid: Tensor
+
+
+class Order(Protocol):
+    """How positions become samples."""
+
+    def __call__(self, positions: range) -> Rows:
+        """The samples at some positions."""
+
+
+@dataclass(frozen=True)
+class ShuffledStream:
+    """The endless training stream: each epoch another permutation of the split.
+
+    A small split's permutation is worked out once an epoch and held; a large one's only at the positions asked for.
+    Both give the same numbers.
+
+    Args:
+        num_samples: Samples of the split, n.
+        seed: Decides the order.
+        most_held: Largest n whose permutation is held (8 bytes a sample in each worker).
+    """
+
+    num_samples: int
+    seed: int
+    most_held: int = 2**20
+
+    def __call__(self, positions: range) -> Rows:
+        """Sample and epoch of each position."""
+        position = torch.arange(positions.start, positions.stop)
+        epoch, place = position // self.num_samples, position % self.num_samples
+        if self.num_samples <= self.most_held:
+            epochs = range(int(epoch[0]), int(epoch[-1]) + 1)
+            index = torch.cat([self._held(number)[place[epoch == number]] for number in epochs])
+        else:
+            index = permutation(place, self.num_samples, stream="order", seed=self.seed, epoch=epoch)
+        return Rows(index, epoch, position, torch.ones_like(position, dtype=torch.bool))
+
+    def _held(self, epoch: int) -> Tensor:
+        return _whole_permutation(self.num_samples, self.seed, epoch)
+
+
+@lru_cache(maxsize=2)
+def _whole_permutation(size: int, seed: int, epoch: int) -> Tensor:
+    """(size,) int64; in pieces that stay in the processor's cache."""
+    pieces = [torch.arange(first, min(first + 2**14, size)) for first in range(0, size, 2**14)]
+    return torch.cat([permutation(piece, size, stream="order", seed=seed, epoch=epoch) for piece in pieces])
+
+
+@dataclass(frozen=True)
+class OnceThrough:
+    """Validation: position i is sample i; positions past the end repeat the last sample and are not valid."""
+
+    num_samples: int
+
+    def __call__(self, positions: range) -> Rows:
+        """Sample of each position."""
+        position = torch.arange(positions.start, positions.stop)
+        index = position.clamp(max=self.num_samples - 1)
+        return Rows(index, torch.zeros_like(position), position, position < self.num_samples)
+
+
+class GlobalOrder(Sampler[range]):
+    """The positions of one rank's micro-batches in the training stream, from the current step to the epoch's end.
+
+    Micro-batch a of rank r takes slots [(a W + r) b, (a W + r + 1) b) of its step. An epoch is ceil(n / G) steps; the
+    stream does not start again with it, so no sample is dropped or seen twice as often as another.
+
+    Args:
+        num_samples: Samples of the split, n.
+        per_device: Samples of a micro-batch, b.
+        accumulation: Micro-batches of a step on each rank.
+        world_size: Ranks, W.
+        rank: This rank.
+        current_step: Asked for the step to start at whenever an iteration begins.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        *,
+        per_device: int,
+        accumulation: int = 1,
+        world_size: int = 1,
+        rank: int = 0,
+        current_step: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self.per_device = per_device
+        self.accumulation = accumulation
+        self.world_size = world_size
+        self.rank = rank
+        self.current_step = current_step
+        self.global_batch = per_device * accumulation * world_size
+        self.steps_per_epoch = math.ceil(num_samples / self.global_batch)
+
+    def __len__(self) -> int:
+        """Micro-batches of an epoch on each rank."""
+        return self.steps_per_epoch * self.accumulation
+
+    def __iter__(self) -> Iterator[range]:
+        start = self.current_step()  # read now, not at the first next()
+        end = (start // self.steps_per_epoch + 1) * self.steps_per_epoch
+        return (self._positions(step, micro) for step in range(start, end) for micro in range(self.accumulation))
+
+    def _positions(self, step: int, micro: int) -> range:
+        first = step * self.global_batch + (micro * self.world_size + self.rank) * self.per_device
+        return range(first, first + self.per_device)
+
+
+class SplitOrder(Sampler[range]):
+    """The positions of one rank's validation batches: each sample once over all ranks, as many batches on every rank.
+
+    Args:
+        num_samples: Samples to go through.
+        per_device: Samples of a batch.
+        world_size: Ranks.
+        rank: This rank.
+        start: The first sample to visit.
+    """
+
+    def __init__(
+        self, num_samples: int, *, per_device: int, world_size: int = 1, rank: int = 0, start: int = 0
+    ) -> None:
+        stride = per_device * world_size
+        count = math.ceil((num_samples - start) / stride)
+        firsts = [start + number * stride + rank * per_device for number in range(count)]
+        self._batches = [range(first, first + per_device) for first in firsts]
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[range]:
+        return iter(self._batches)
