@@ -1,0 +1,364 @@
+"""Tokenizers of taming-transformers and LlamaGen as pretrained folders.
+
+Both have one network (``networks/taming.py``) under two sets of names, by which the layout is recognised; every size is
+read off the tensors. Nothing of a file is executed: torch's loader for tensors alone reads it.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+from maskgit_pl.importers.files import check_new, checkpoint_kind
+from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
+from maskgit_pl.pretrained import save_tokenizer
+
+__all__ = ["ImportedTokenizer", "Layout", "import_taming", "layout_of", "tokenizer_config", "tokenizer_weights"]
+
+_GROUPS = 32  # of every GroupNorm in both projects
+_CODEBOOK = "quantize.embedding.weight"
+_WEIGHTS = ("state_dict", "ema", "model")  # entries that hold the tensors; LlamaGen's own programs prefer its average
+_NOT_THE_NETWORK = (  # names, or beginnings that end in a dot
+    "loss.",  # discriminator and perceptual network of Lightning checkpoints
+    "discriminator.",
+    "model_ema.",
+    "quantize.codebook_used",
+    "quantize.embedding.cluster_size",
+    "quantize.embedding.embed_avg",
+)
+_GUMBEL = ("quantize.embed.weight", "quantize.proj.weight")
+_TRANSFORMER = re.compile(r"(^|\.)(transformer|first_stage_model|tok_emb|tok_embeddings|layers\.0)\.")
+_OUTER = {  # our layers outside the levels -> both projects'
+    "encoder.stem": "encoder.conv_in",
+    "encoder.norm": "encoder.norm_out",
+    "encoder.head": "encoder.conv_out",
+    "encoder.projection": "quant_conv",
+    "decoder.projection": "post_quant_conv",
+    "decoder.stem": "decoder.conv_in",
+    "decoder.norm": "decoder.norm_out",
+    "decoder.head": "decoder.conv_out",
+}
+_INNER = {"shortcut": "nin_shortcut", "query": "q", "key": "k", "value": "v", "output": "proj_out"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a project names the parts of the network.
+
+    Attributes:
+        name: The project's.
+        encoder_levels: What the number of a level follows.
+        decoder_levels: The same of the decoder.
+        block: The residual blocks of a level.
+        middle: Block, attention and block of the middle.
+        lowest_first: The decoder's levels are numbered in the order in which they run, from the lowest resolution.
+        normalized_codes: Codes are compared and used at length 1.
+        quantizer: Our quantizer with the losses that the project trains with.
+
+    Source: CompVis/taming-transformers, modules/diffusionmodules/model.py and modules/vqvae/quantize.py (whose weights
+    of the two losses are 1 and 0.25 the other way round); FoundationVision/LlamaGen, tokenizer_image/vq_model.py.
+    """
+
+    name: str
+    encoder_levels: str
+    decoder_levels: str
+    block: str
+    middle: tuple[str, str, str]
+    lowest_first: bool
+    normalized_codes: bool
+    quantizer: Mapping[str, Any]
+
+
+_LAYOUTS = (
+    Layout(
+        name="taming-transformers",
+        encoder_levels="encoder.down.",
+        decoder_levels="decoder.up.",
+        block="block",
+        middle=("block_1", "attn_1", "block_2"),
+        lowest_first=False,
+        normalized_codes=False,
+        quantizer={"name": "gradient", "commitment": 1.0, "codebook_weight": 0.25, "entropy_weight": 0.0},
+    ),
+    Layout(
+        name="LlamaGen",
+        encoder_levels="encoder.conv_blocks.",
+        decoder_levels="decoder.conv_blocks.",
+        block="res",
+        middle=("0", "1", "2"),
+        lowest_first=True,
+        normalized_codes=True,
+        quantizer={"name": "gradient", "commitment": 0.25, "codebook_weight": 1.0, "entropy_weight": 0.0},
+    ),
+)
+
+
+@dataclass(frozen=True)
+class ImportedTokenizer:
+    """What an import made.
+
+    Attributes:
+        folder: The tokenizer's, ready for ``load_tokenizer``.
+        layout: Name of the layout that the file has.
+        config: Sizes of the network.
+        num_parameters: Numbers in the network, codebook included.
+        ignored: What the file holds besides the network.
+    """
+
+    folder: Path
+    layout: str
+    config: VQGANConfig
+    num_parameters: int
+    ignored: tuple[str, ...]
+
+
+def import_taming(file: Path, out: Path, *, image_size: int = 256) -> ImportedTokenizer:
+    """Writes ``out/tokenizer`` from a checkpoint.
+
+    LlamaGen compares features and codes at length 1. The codebook is stored normalised: for codes of length 1 the
+    nearest one, by |z|^2 - 2 z c + |c|^2, does not depend on the length of z, so tokens and images are the same.
+    Training that goes on from such a tokenizer holds neither codes nor features at length 1.
+
+    Args:
+        file: A ``.ckpt``, ``.pt`` or ``.safetensors`` file of a tokenizer in either layout.
+        out: The pretrained folder.
+        image_size: Edge of the square images that it is used for, in pixels; no file says it.
+
+    Raises:
+        FileNotFoundError: No such file.
+        FileExistsError: ``out`` has a tokenizer.
+        ValueError: Not such a tokenizer, or a size that its downsampling factor does not divide.
+    """
+    check_new(out / "tokenizer")
+    contents, beside = _read(file)
+    try:
+        tensors, ignored = _network_tensors(contents)
+        config = tokenizer_config(tensors)
+        weights = tokenizer_weights(tensors, config)
+    except ValueError as error:
+        raise ValueError(f"checkpoint {file}: {error}") from error
+    config.grid(image_size)
+    save_tokenizer(out / "tokenizer", config, weights, image_size=image_size)
+    count = sum(tensor.numel() for tensor in weights.values())
+    return ImportedTokenizer(out / "tokenizer", layout_of(tensors).name, config, count, (*beside, *ignored))
+
+
+def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
+    """The layout whose names a state dict has.
+
+    Raises:
+        ValueError: Neither; the text says what it is instead, where that can be told.
+    """
+    gumbel = [name for name in _GUMBEL if name in tensors]
+    if gumbel:
+        raise ValueError(f"tensor {gumbel[0]}: a Gumbel-softmax tokenizer; one that takes the nearest code is needed")
+    found = [layout for layout in _LAYOUTS if any(name.startswith(layout.encoder_levels) for name in tensors)]
+    if not found:
+        kind = "a transformer" if any(map(_TRANSFORMER.search, tensors)) else "something else"
+        raise ValueError(f"a tokenizer of taming-transformers or LlamaGen is needed, got {kind} ({_some(tensors)})")
+    if _CODEBOOK not in tensors:
+        raise ValueError(f"tensor {_CODEBOOK}: the codebook is missing; a tokenizer with a codebook is needed")
+    return found[0]
+
+
+def tokenizer_config(tensors: Mapping[str, Tensor]) -> VQGANConfig:
+    """Every size of the network, from the shapes of its tensors.
+
+    Args:
+        tensors: State dict of the network in either layout.
+
+    Raises:
+        ValueError: Neither layout, a tensor is missing, or the sizes are none of this network.
+    """
+    layout = layout_of(tensors)
+    channels, in_channels, *_ = _shape(tensors, "encoder.conv_in.weight", axes=4)
+    num_codes, code_width = _shape(tensors, _CODEBOOK, axes=2)
+    levels = _count(tensors, layout.encoder_levels)
+    widths = [
+        _shape(tensors, f"{layout.encoder_levels}{level}.{layout.block}.0.conv1.weight", axes=4)[0]
+        for level in range(levels)
+    ]
+    uneven = [width for width in widths if width % channels]
+    if uneven:
+        raise ValueError(
+            f"widths of the levels: multiples of the first convolution's {channels} are needed, got {widths}"
+        )
+    return VQGANConfig(
+        in_channels,
+        channels=channels,
+        multipliers=tuple(width // channels for width in widths),
+        blocks_per_level=_count(tensors, f"{layout.encoder_levels}0.{layout.block}."),
+        groups=_GROUPS,
+        num_codes=num_codes,
+        code_width=code_width,
+        quantizer=layout.quantizer,
+        layout="taming",
+        attention_levels=tuple(
+            level for level in range(levels) if _count(tensors, f"{layout.encoder_levels}{level}.attn.")
+        ),
+        latent_width=_shape(tensors, "encoder.conv_out.weight", axes=4)[0],
+    )
+
+
+def tokenizer_weights(tensors: Mapping[str, Tensor], config: VQGANConfig) -> dict[str, Tensor]:
+    """The state dict of our ``VQGAN``, float32.
+
+    Args:
+        tensors: State dict of the network in either layout.
+        config: Its sizes.
+
+    Raises:
+        ValueError: A tensor is missing, left over or of another shape than ``config`` asks for.
+    """
+    layout = layout_of(tensors)
+    with torch.device("meta"):
+        wanted = {name: tensor.shape for name, tensor in VQGAN(config).state_dict().items()}
+    parts = _parts(config, layout)
+    theirs = {name: _their_name(name, parts) for name in wanted}
+    missing = [name for name in theirs.values() if name not in tensors]
+    if missing:
+        raise ValueError(f"tensors are missing: {_some(missing)}")
+    left_over = tensors.keys() - set(theirs.values())
+    if left_over:
+        raise ValueError(f"tensors without a place in the network: {_some(sorted(left_over))}")
+    for name, shape in wanted.items():
+        if tensors[theirs[name]].shape != shape:
+            got = tuple(tensors[theirs[name]].shape)
+            raise ValueError(f"tensor {theirs[name]}: shape {tuple(shape)} is needed, got {got}")
+    weights = {name: tensors[theirs[name]].float() for name in wanted}
+    if layout.normalized_codes:
+        weights["quantizer.codebook"] = F.normalize(weights["quantizer.codebook"], dim=1)
+    return weights
+
+
+def _their_name(name: str, parts: Mapping[str, str]) -> str:
+    """The project's name of one of our tensors, e.g. ``encoder.blocks.3.shortcut.bias``."""
+    if name == "quantizer.codebook":
+        return _CODEBOOK
+    layer, _, kind = name.rpartition(".")
+    if layer in _OUTER:
+        return f"{_OUTER[layer]}.{kind}"
+    part, _, inner = layer.rpartition(".")
+    return f"{parts[part]}.{_INNER.get(inner, inner)}.{kind}"
+
+
+def _parts(config: VQGANConfig, layout: Layout) -> dict[str, str]:
+    """Our blocks by name, e.g. ``decoder.blocks.0``, and the project's name of each."""
+    named = {"encoder": _encoder_parts(config, layout), "decoder": _decoder_parts(config, layout)}
+    return {f"{side}.blocks.{number}": part for side, parts in named.items() for number, part in enumerate(parts)}
+
+
+def _encoder_parts(config: VQGANConfig, layout: Layout) -> Iterator[str]:
+    """The project's names of our encoder's blocks, in their order."""
+    last = len(config.multipliers) - 1
+    for level in range(last + 1):
+        name = f"{layout.encoder_levels}{level}"
+        yield from _level_parts(name, config, layout, level=level, blocks=config.blocks_per_level)
+        if level < last:
+            yield f"{name}.downsample"
+    yield from (f"encoder.mid.{part}" for part in layout.middle)
+
+
+def _decoder_parts(config: VQGANConfig, layout: Layout) -> Iterator[str]:
+    """The project's names of our decoder's blocks, in their order."""
+    yield from (f"decoder.mid.{part}" for part in layout.middle)
+    last = len(config.multipliers) - 1
+    for level in range(last, -1, -1):
+        name = f"{layout.decoder_levels}{last - level if layout.lowest_first else level}"
+        yield from _level_parts(name, config, layout, level=level, blocks=config.blocks_per_level + 1)
+        if level > 0:
+            yield f"{name}.upsample"
+
+
+def _level_parts(name: str, config: VQGANConfig, layout: Layout, *, level: int, blocks: int) -> Iterator[str]:
+    for block in range(blocks):
+        yield f"{name}.{layout.block}.{block}"
+        if level in config.attention_levels:
+            yield f"{name}.attn.{block}"
+
+
+def _read(file: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The state dict of a checkpoint and the names of what lies beside it."""
+    kind = checkpoint_kind(file)
+    try:
+        if kind == "safetensors":
+            return dict(load_file(file)), ()
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=kind == "zip")
+    except pickle.UnpicklingError as error:
+        raise ValueError(_refusal(file, str(error))) from error
+    except Exception as error:  # what the loaders raise on a damaged file depends on where it is damaged
+        raise ValueError(f"checkpoint {file}: it cannot be read ({_first_line(error)}); download it again") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"checkpoint {file}: a state dict is needed, got {type(content).__name__}")
+    for name in _WEIGHTS:
+        if isinstance(content.get(name), Mapping) and content[name]:
+            return dict(content[name]), tuple(str(other) for other in content if other != name)
+    return dict(content), ()
+
+
+def _refusal(file: Path, text: str) -> str:
+    """What the loader for tensors alone says of a file, and the way out."""
+    found = re.search(r"GLOBAL (\S+)", text)
+    if found is None:
+        return f"checkpoint {file}: damaged, or not a file of torch.save; download it again"
+    return (
+        f"checkpoint {file}: only tensors are read, and it also holds {found[1]}, a Python object; on a machine that "
+        "trusts the file, load it with the program that wrote it and save the weights alone: "
+        'torch.save({"state_dict": checkpoint["state_dict"]}, "weights.ckpt")'
+    )
+
+
+def _network_tensors(contents: Mapping[str, Any]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The network's tensors and, counted by name, the others that are known not to belong to it."""
+    tensors: dict[str, Tensor] = {}
+    ignored: Counter[str] = Counter()
+    for name, value in contents.items():
+        known = next((other for other in _NOT_THE_NETWORK if _named(name, other)), None)
+        if known is not None:
+            ignored[f"{known}*" if known.endswith(".") else known] += 1
+        elif isinstance(value, Tensor):
+            tensors[name] = value
+        else:
+            raise ValueError(f"entry {name}: a tensor is needed, got {type(value).__name__}")
+    return tensors, tuple(
+        f"{name} ({count} tensors)" if name.endswith("*") else name for name, count in ignored.items()
+    )
+
+
+def _named(name: str, known: str) -> bool:
+    return name.startswith(known) if known.endswith(".") else name == known
+
+
+def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
+    """How many numbers follow a prefix."""
+    return len({name[len(prefix) :].partition(".")[0] for name in tensors if name.startswith(prefix)})
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str, *, axes: int) -> tuple[int, ...]:
+    if name not in tensors:
+        raise ValueError(f"tensors are missing: {name}")
+    shape = tuple(tensors[name].shape)
+    if len(shape) != axes:
+        raise ValueError(f"tensor {name}: {axes} axes are needed, got shape {shape}")
+    return shape
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first of some names, and how many more there are."""
+    shown = list(names)
+    more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
+    return ", ".join(shown[:3]) + more
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

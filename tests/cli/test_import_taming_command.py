@@ -1,0 +1,114 @@
+"""``maskgit import-taming`` makes a folder that works, says what it did, and answers bad input at once."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from maskgit_pl.cli import main
+from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
+from maskgit_pl.pretrained import load_tokenizer
+
+CONFIG = VQGANConfig(
+    3, channels=32, multipliers=(1,), blocks_per_level=1, num_codes=8, code_width=4, layout="taming", latent_width=6
+)
+NAMES = {  # ours -> taming's, of a network of one level with one block
+    "encoder.stem": "encoder.conv_in",
+    "encoder.blocks.0": "encoder.down.0.block.0",
+    "encoder.blocks.1": "encoder.mid.block_1",
+    "encoder.blocks.2": "encoder.mid.attn_1",
+    "encoder.blocks.3": "encoder.mid.block_2",
+    "encoder.norm": "encoder.norm_out",
+    "encoder.head": "encoder.conv_out",
+    "encoder.projection": "quant_conv",
+    "quantizer.codebook": "quantize.embedding.weight",
+    "decoder.projection": "post_quant_conv",
+    "decoder.stem": "decoder.conv_in",
+    "decoder.blocks.0": "decoder.mid.block_1",
+    "decoder.blocks.1": "decoder.mid.attn_1",
+    "decoder.blocks.2": "decoder.mid.block_2",
+    "decoder.blocks.3": "decoder.up.0.block.0",
+    "decoder.blocks.4": "decoder.up.0.block.1",
+    "decoder.norm": "decoder.norm_out",
+    "decoder.head": "decoder.conv_out",
+    ".query.": ".q.",
+    ".key.": ".k.",
+    ".value.": ".v.",
+    ".output.": ".proj_out.",
+}
+
+
+def renamed(name):
+    for ours, theirs in NAMES.items():
+        if name.startswith(ours) or ours.startswith("."):
+            name = name.replace(ours, theirs)
+    return name
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    torch.manual_seed(0)
+    weights = VQGAN(CONFIG).state_dict()
+    file = tmp_path / "last.ckpt"
+    tensors = {renamed(name): value for name, value in weights.items()} | {"loss.logvar": torch.zeros(1)}
+    torch.save({"state_dict": tensors, "epoch": 1}, file)
+    return file, weights
+
+
+def test_the_folder_holds_the_weights_and_the_report_what_they_are(checkpoint, tmp_path, capsys):
+    file, weights = checkpoint
+    out = tmp_path / "pretrained"
+    assert main(["import-taming", str(file), "--out", str(out), "--size", "16"]) == 0
+    tokenizer = load_tokenizer(out / "tokenizer")
+    assert tokenizer.image_size == 16
+    got = tokenizer.network.state_dict()
+    assert got.keys() == weights.keys()
+    assert all(torch.equal(got[name], weights[name]) for name in weights)
+    said = capsys.readouterr().out
+    for words in (
+        f"taming-transformers layout, {sum(weight.numel() for weight in weights.values()):,} parameters",
+        "3 x 16 x 16 -> 16 x 16 tokens",
+        "8 codes of width 4",
+        "widths 32, 1 blocks a level, self-attention in the middle",
+        "ignored   epoch, loss.* (1 tensors)",
+        f"next: make train-transformer DATASET=... RECIPE=paper-256 TOKENIZER={out}/tokenizer",
+    ):
+        assert words in said
+
+
+def test_bad_input_is_answered_in_one_line(checkpoint, tmp_path, capsys):
+    file, _ = checkpoint
+    folder = tmp_path / "there" / "tokenizer"
+    folder.mkdir(parents=True)
+    for words, message in (
+        ([file, "--out", tmp_path / "there"], f"import {folder}: it is there already"),
+        ([file, "--out", tmp_path / "new", "--size", 0], "--size: at least 1 is needed, got 0"),
+        ([tmp_path / "nowhere.pt", "--out", tmp_path / "new"], "nowhere.pt: no such file"),
+    ):
+        assert main(["import-taming", *map(str, words)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("maskgit import-taming: ")
+        assert message in error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [None, "version https://git-lfs.github.com/spec/v1", "<html></html>"])
+def test_a_file_that_is_none_is_answered_in_two_seconds_without_torch(content, tmp_path):
+    file = tmp_path / "last.ckpt"
+    if content is not None:
+        file.write_text(content)
+    program = (
+        "import sys; from maskgit_pl.cli import main\n"
+        f"code = main(['import-taming', {str(file)!r}, '--out', {str(tmp_path / 'out')!r}])\n"
+        "assert not {'torch', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(code)"
+    )
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert time.monotonic() - start < 2
+    assert str(file) in done.stderr
