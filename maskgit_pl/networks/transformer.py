@@ -110,17 +110,15 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(config.width, eps=_LAYER_NORM_EPS)
 
     def forward(self, x: Tensor, asked: Tensor | None = None) -> Tensor:
-        """(B, S, D) -> (B, S, D), or (B, M, D) for the rows ``asked`` (B, M) int64 in [0, S) alone."""
+        """(B, S, D) -> (B, S, D), or ``_at(result, asked)`` without the work for the other positions."""
         query, key, value = rearrange(
             self.query_key_value(x), "b s (three heads d) -> three b heads s d", three=3, heads=self.num_heads
         )
-        if asked is not None:
-            rows = asked.unsqueeze(-1)
-            x = x.gather(1, rows.expand(-1, -1, x.shape[-1]))  # (B, M, D)
-            query = query.gather(2, rows.unsqueeze(1).expand(-1, self.num_heads, -1, query.shape[-1]))
         attended = F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout if self.training else 0.0)
-        attended = self.attention_output(rearrange(attended, "b heads s d -> b s (heads d)"))
-        x = self.attention_norm(x + F.dropout(attended, self.dropout, self.training))
+        attended = rearrange(attended, "b heads s d -> b s (heads d)")
+        if asked is not None:
+            x, attended = _at(x, asked), _at(attended, asked)
+        x = self.attention_norm(x + F.dropout(self.attention_output(attended), self.dropout, self.training))
         hidden = self.mlp_output(F.gelu(self.mlp_hidden(x), approximate="tanh"))
         normed: Tensor = self.mlp_norm(x + F.dropout(hidden, self.dropout, self.training))
         return normed
@@ -156,21 +154,18 @@ class MaskedTransformer(nn.Module):
         Args:
             tokens: (B, N) int64: codes in [0, K), or ``mask_token_id``.
             labels: (B,) int64 in [0, num_classes), or ``null_label``.
-            positions: None for all tokens; (B, M) int64 in [0, N) for M a row, where the last block runs at these
-                alone; (B, N) bool for those that are True, in raster order row after row.
+            positions: None for all tokens; (B, M) int64 in [0, N) for M a row; (B, N) bool for those that are True, in
+                raster order row after row. The last block runs at these alone, once it has attended to all.
             vocabulary: Columns: the K codes, or all rows of the word table.
 
         Returns:
             (B, N, V), (B, M, V) or (number of True, V) float.
         """
-        asked = None if positions is None or positions.dtype == torch.bool else positions + 1  # the class stands first
         x = self._embed(tokens, labels)
         for block in self.blocks[:-1]:
             x = block(x)
-        x = self.blocks[-1](x, asked)
-        if asked is None:
-            x = x[:, 1:] if positions is None else x[:, 1:][positions]
-        return self._head(x, vocabulary)
+        x = self.blocks[-1](x, _after_class(positions))
+        return self._head(x[:, 1:] if positions is None else x, vocabulary)
 
     def _embed(self, tokens: Tensor, labels: Tensor) -> Tensor:
         sequence = torch.cat([labels.unsqueeze(1) + self.config.num_codes, tokens], dim=1)  # (B, 1 + N)
@@ -181,6 +176,20 @@ class MaskedTransformer(nn.Module):
         rows = self.config.num_codes if vocabulary == "codes" else self.config.vocabulary_size
         x = self.head_norm(F.gelu(self.head_dense(x), approximate="tanh"))
         return F.linear(x, self.words.weight[:rows], self.head_bias[:rows])
+
+
+def _after_class(positions: Tensor | None) -> Tensor | None:
+    """Positions among the tokens as positions of the sequence, where the class stands first."""
+    if positions is None:
+        return None
+    return F.pad(positions, (1, 0)) if positions.dtype == torch.bool else positions + 1
+
+
+def _at(x: Tensor, asked: Tensor) -> Tensor:
+    """Rows of x (B, S, D): (M, D) where ``asked`` (B, S) bool is True, or (B, M, D) at ``asked`` (B, M) int64."""
+    if asked.dtype == torch.bool:
+        return x[asked]
+    return x.gather(1, asked.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
 def _initialise(module: nn.Module) -> None:
