@@ -417,8 +417,10 @@ def decode_classes(
     mask_token_id: int,
     null_label: int | None,
     device: torch.device,
+    tokens: Tensor | None = None,
+    first_step: int = 0,
 ) -> Iterator[DecodingStep]:
-    """Decodes one image for each label, from nothing but its class and its seed.
+    """Decodes one image for each label: from nothing but its class and its seed, or from a part of its tokens.
 
     Args:
         network: As of ``ClassPredictor``.
@@ -430,11 +432,16 @@ def decode_classes(
         mask_token_id: As of ``ParallelDecoder.steps``.
         null_label: As of ``class_predictor``.
         device: Where the network is.
+        tokens: (B, N) int64 to begin from, as of ``ParallelDecoder.steps``; None where every token starts masked.
+        first_step: Step to begin at, in [0, num_steps).
 
     Yields:
         Each step.
     """
-    predictor = class_predictor(network, labels, device=device, null_label=null_label, scales=scales, all_masked=True)
+    predictor = class_predictor(
+        network, labels, device=device, null_label=null_label, scales=scales[first_step:], all_masked=tokens is None
+    )
     noise = SeededNoise(torch.tensor(list(seeds), dtype=torch.int64, device=device), num_tokens)
-    tokens = torch.full((len(labels), num_tokens), mask_token_id, dtype=torch.int64, device=device)
-    return decoder.steps(predictor, tokens, noise, mask_token_id=mask_token_id)
+    if tokens is None:
+        tokens = torch.full((len(labels), num_tokens), mask_token_id, dtype=torch.int64, device=device)
+    return decoder.steps(predictor, tokens.to(device), noise, mask_token_id=mask_token_id, first_step=first_step)

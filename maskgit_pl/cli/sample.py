@@ -5,14 +5,25 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from typing_extensions import Unpack
 
-    from maskgit_pl.pipeline import MaskGIT
+    from maskgit_pl.pipeline import DecodingSettings, MaskGIT
 
-__all__ = ["add_decoding_arguments", "add_parser", "default_device", "pretrained_folder", "run", "write_animation"]
+__all__ = [
+    "add_decoding_arguments",
+    "add_parser",
+    "class_of",
+    "decoding_settings",
+    "default_device",
+    "pretrained_folder",
+    "run",
+    "write_animation",
+    "write_images",
+]
 
 _ANIMATED = 4  # images side by side in an animation
 
@@ -65,12 +76,12 @@ def run(args: argparse.Namespace) -> int:
     save_png(image_grid(images, columns=args.per_class, row_captions=names), args.out)
     print(f"{args.out}: {len(images)} images of {len(classes)} classes, {_steps(pipe, args)} steps each")
     if args.images is not None:
-        _write_images(images, labels, args.images, seed=args.seed)
+        write_images(images, labels, args.images, seed=args.seed)
     if args.gif is not None:
         first_of_class = [number * args.per_class for number in range(min(_ANIMATED, len(classes)))]
         chosen = first_of_class if len(classes) > 1 else list(range(min(_ANIMATED, args.per_class)))
         seeds = [args.seed + number for number in chosen]
-        write_animation(pipe, [labels[number] for number in chosen], seeds, args.gif, **_settings(args))
+        write_animation(pipe, [labels[number] for number in chosen], seeds, args.gif, **decoding_settings(args))
         print(f"{args.gif}: how {len(chosen)} of them are decoded")
     return 0
 
@@ -92,6 +103,20 @@ def pretrained_folder(folder: Path) -> Path:
     return found
 
 
+def decoding_settings(args: argparse.Namespace) -> DecodingSettings:
+    """What the flags of ``add_decoding_arguments`` say."""
+    return {
+        "num_steps": args.num_steps,
+        "guidance_scale": args.guidance,
+        "choice_temperature": args.temperature,
+    }
+
+
+def class_of(word: str, names: Sequence[str]) -> int | str:
+    """The class that a word of the command line names: by its name if there is such a one, else by its number."""
+    return int(word) if word not in names and word.lstrip("-").isdigit() else word
+
+
 def default_device() -> str:
     """A GPU if there is one."""
     import torch
@@ -99,7 +124,9 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def write_animation(pipe: MaskGIT, labels: Sequence[int], seeds: Sequence[int], path: Path, **settings: Any) -> None:
+def write_animation(
+    pipe: MaskGIT, labels: Sequence[int], seeds: Sequence[int], path: Path, **settings: Unpack[DecodingSettings]
+) -> None:
     """Writes a GIF of how a few images are decoded; settings as of ``MaskGIT.steps``."""
     from maskgit_pl.training.pictures import decode_images, decoding_frames, save_gif
 
@@ -107,6 +134,15 @@ def write_animation(pipe: MaskGIT, labels: Sequence[int], seeds: Sequence[int], 
     images = [decode_images(pipe.tokenizer, step.tokens) for step in steps]
     names = [pipe.class_names[label] for label in labels]
     save_gif(decoding_frames(steps, images, grid=pipe.tokenizer.grid, captions=names), path)
+
+
+def write_images(images: Tensor, labels: Sequence[int], folder: Path, *, seed: int) -> None:
+    """Writes each image into a file that its class and seed name; arguments as of ``image_grid`` and ``generate``."""
+    from maskgit_pl.training.pictures import save_png, to_pil
+
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        save_png(to_pil(image), folder / f"class-{label:04d}-seed-{seed + number:06d}.png")
+    print(f"{folder}: {len(images)} files")
 
 
 def _generate(pipe: MaskGIT, labels: list[int], args: argparse.Namespace) -> Tensor:
@@ -121,20 +157,12 @@ def _generate(pipe: MaskGIT, labels: list[int], args: argparse.Namespace) -> Ten
             batch_size=args.batch,
             output_type="pt",
             callback=lambda step: progress.advance(bar),
-            **_settings(args),
+            **decoding_settings(args),
         )
 
 
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "num_steps": args.num_steps,
-        "guidance_scale": args.guidance,
-        "choice_temperature": args.temperature,
-    }
-
-
 def _steps(pipe: MaskGIT, args: argparse.Namespace) -> int:
-    return pipe.decoding_with(**_settings(args)).num_steps
+    return pipe.decoding_with(**decoding_settings(args)).num_steps
 
 
 def _words(text: str, names: Sequence[str]) -> list[int | str]:
@@ -142,13 +170,4 @@ def _words(text: str, names: Sequence[str]) -> list[int | str]:
     if text == "all" and text not in names:
         shown = min(len(names), 10)
         return [number * len(names) // shown for number in range(shown)]
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    return [int(word) if word not in names and word.lstrip("-").isdigit() else word for word in words]
-
-
-def _write_images(images: Tensor, labels: Sequence[int], folder: Path, *, seed: int) -> None:
-    from maskgit_pl.training.pictures import save_png, to_pil
-
-    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
-        save_png(to_pil(image), folder / f"class-{label:04d}-seed-{seed + number:06d}.png")
-    print(f"{folder}: {len(images)} files")
+    return [class_of(word, names) for word in map(str.strip, text.split(",")) if word]

@@ -24,6 +24,7 @@ __all__ = [
     "decode_image",
     "encode_png",
     "fit_square",
+    "from_pil",
     "load_square",
     "read_header",
 ]
@@ -129,6 +130,24 @@ def fit_square(image: Tensor, *, image_size: int, crop: tuple[float, float] | No
     return square if side == image_size else _resize(square, image_size)
 
 
+def from_pil(image: Image.Image, *, channels: int) -> Tensor:
+    """A PIL picture's pixels, upright; 16-bit grey scaled, alpha laid over white.
+
+    Args:
+        image: Of any mode.
+        channels: 1 for grey (luma of ITU-R 601), 3 for RGB.
+
+    Returns:
+        (channels, H, W) uint8.
+    """
+    import torch
+    from PIL import ImageOps
+
+    converted = _to_eight_bits(ImageOps.exif_transpose(image)).convert("L" if channels == 1 else "RGB")
+    pixels = _as_array(converted)  # (H, W) or (H, W, 3)
+    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1).contiguous()
+
+
 def check_crop(crop: str) -> None:
     """Refuse a crop that there is not.
 
@@ -208,16 +227,10 @@ def _is_turned(image: Image.Image) -> bool:
 
 
 def _decode_with_pil(image: Image.Image, channels: int, name: str) -> Tensor:
-    import torch
-    from PIL import ImageOps
-
     try:
-        upright = ImageOps.exif_transpose(image)
-        converted = _to_eight_bits(upright).convert("L" if channels == 1 else "RGB")
+        return from_pil(image, channels=channels)
     except (OSError, SyntaxError, ValueError, struct.error) as error:
         raise UnreadableImageError(f"image {name}: cannot be decoded ({error})") from error
-    pixels = _as_array(converted)  # (H, W) or (H, W, 3)
-    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1).contiguous()
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:

@@ -14,6 +14,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -29,6 +30,7 @@ __all__ = [
     "decode_images",
     "decoding_filmstrip",
     "decoding_frames",
+    "edit_sheet",
     "image_grid",
     "reconstruction_grid",
     "save_gif",
@@ -173,6 +175,29 @@ def decoding_filmstrip(
     return _lay_out([*above, *below], rows=2, columns=len(steps), column_captions=captions)
 
 
+def edit_sheet(
+    original: Tensor, variants: Tensor, *, mask: Tensor, region: Tensor, title: str, captions: Sequence[str]
+) -> Image.Image:
+    """An edit in one row: the original, the original with the region grey and the mask outlined, the variants.
+
+    Args:
+        original: (C, H, W) uint8, C = 1 or 3.
+        variants: (n, C, H, W) uint8.
+        mask: (H, W) bool: what was asked for.
+        region: (H, W) bool: what was generated, the mask and its surroundings.
+        title: Written above.
+        captions: One for each variant.
+    """
+    colour = original.expand(3, -1, -1)
+    edge = _outline(mask)
+    masked = colour.clone()
+    for part, value in ((region, _MASKED), (edge, _NEW)):
+        masked = torch.tensor(value, dtype=torch.uint8)[:, None, None].where(part, masked)
+    images = torch.cat([torch.stack([colour, masked]), variants.expand(-1, 3, -1, -1)])
+    page = image_grid(images, columns=len(images), column_captions=["original", "masked", *captions])
+    return _titled(page, title)
+
+
 class ReconstructionPictures(Callback):
     """Writes ``reconstructions.png`` after each validation of stage 1.
 
@@ -257,6 +282,12 @@ def _checked_rows(images: Tensor, columns: int, row_captions: Sequence[str], col
 def _scale(images: Tensor, wanted: int) -> int:
     """The whole factor that brings the longer edge to at least ``wanted`` pixels."""
     return max(1, math.ceil(wanted / max(images.shape[-2:])))
+
+
+def _outline(mask: Tensor) -> Tensor:
+    """(H, W) bool: the masked pixels that have a neighbour outside; beyond the border is outside too."""
+    outside = F.pad(mask.logical_not()[None].float(), (1, 1, 1, 1), value=1.0)
+    return mask & (F.max_pool2d(outside, 3, stride=1)[0] > 0)
 
 
 def _enlarged(image: Tensor, scale: int) -> Image.Image:

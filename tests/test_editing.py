@@ -1,0 +1,278 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from maskgit_pl.editing import (
+    box_mask,
+    composite,
+    first_step,
+    fitted,
+    image_pixels,
+    mask_pixels,
+    pixel_region,
+    seam,
+    seam_radius,
+    token_mask,
+)
+
+
+def mask_of(*rows: str) -> torch.Tensor:
+    """A mask as a picture: # is True."""
+    return torch.tensor([[cell == "#" for cell in row] for row in rows])
+
+
+def pixels(channels: int, height: int, width: int, *, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (channels, height, width), dtype=torch.uint8, generator=generator)
+
+
+# From pixels to tokens
+
+
+def test_a_token_is_masked_when_any_of_its_pixels_is() -> None:
+    mask = mask_of(
+        "......",
+        ".....#",
+        "......",
+        "......",
+        "..##..",
+        ".#....",
+    )
+    assert torch.equal(token_mask(mask, factor=2), mask_of("..#", "...", "##."))
+    assert torch.equal(token_mask(mask, factor=3), mask_of(".#", "##"))
+
+
+def test_the_last_tokens_may_cover_more_than_the_image() -> None:
+    mask = mask_of(".....", ".....", "....#")
+    assert torch.equal(token_mask(mask, factor=2), mask_of("...", "..#"))
+    region = pixel_region(token_mask(mask, factor=2), factor=2, height=3, width=5)
+    assert torch.equal(region, mask)
+
+
+def test_dilation_goes_to_all_sides_and_ends_at_the_border() -> None:
+    middle = mask_of(".....", ".....", "..#..", ".....", ".....")
+    assert torch.equal(token_mask(middle, factor=1, dilation=1), mask_of(".....", ".###.", ".###.", ".###.", "....."))
+    assert bool(token_mask(middle, factor=1, dilation=2).all())
+    corner = mask_of("#....", ".....", ".....")
+    assert torch.equal(token_mask(corner, factor=1, dilation=1), mask_of("##...", "##...", "....."))
+    assert torch.equal(token_mask(corner, factor=1, dilation=0), corner)
+
+
+def test_nothing_masked_stays_nothing_and_everything_stays_everything() -> None:
+    assert not token_mask(torch.zeros(4, 6, dtype=torch.bool), factor=2, dilation=3).any()
+    assert token_mask(torch.ones(4, 6, dtype=torch.bool), factor=2).all()
+
+
+def test_a_negative_dilation_is_refused() -> None:
+    with pytest.raises(ValueError, match="dilation: at least 0"):
+        token_mask(mask_of("#"), factor=1, dilation=-1)
+
+
+def test_the_pixels_of_tokens_are_theirs_alone() -> None:
+    region = pixel_region(mask_of(".#", "#."), factor=2, height=4, width=4)
+    assert torch.equal(region, mask_of("..##", "..##", "##..", "##.."))
+    assert torch.equal(token_mask(region, factor=2), mask_of(".#", "#."))
+
+
+def test_an_edit_begins_at_the_released_step_and_a_generation_at_the_first() -> None:
+    part, everything = mask_of("#."), mask_of("##")
+    assert [first_step(part, num_steps=steps) for steps in (1, 4, 5, 6, 8, 12, 16)] == [0, 0, 0, 1, 1, 2, 2]
+    assert first_step(everything, num_steps=12) == 0
+
+
+# Boxes
+
+
+def test_a_box_is_left_top_right_bottom_without_the_last_ones() -> None:
+    assert torch.equal(box_mask((1, 0, 3, 2), height=3, width=4), mask_of(".##.", ".##.", "...."))
+    assert box_mask((0, 0, 4, 3), height=3, width=4).all()
+    assert torch.equal(box_mask(np.array([1, 0, 3, 2]), height=3, width=4), box_mask((1, 0, 3, 2), height=3, width=4))
+
+
+@pytest.mark.parametrize(
+    ("box", "error", "message"),
+    [
+        ((0, 0, 5, 3), ValueError, "within the image, left and top at least 0, right at most 4 and bottom at most 3"),
+        ((0, 0, 4, 4), ValueError, "within the image"),
+        ((-1, 0, 4, 3), ValueError, "within the image"),
+        ((0, -1, 4, 3), ValueError, "within the image"),
+        ((2, 0, 2, 3), ValueError, "left < right is needed, got 2 and 2"),
+        ((3, 0, 1, 3), ValueError, "left < right"),
+        ((0, 2, 4, 1), ValueError, "top < bottom is needed, got 2 and 1"),
+        ((0, 0, 4), ValueError, "four numbers left,top,right,bottom are needed, got 3"),
+        ((0, 0, 4.0, 3), TypeError, "whole numbers"),
+        ((0, 0, True, 3), TypeError, "whole numbers"),
+    ],
+)
+def test_a_box_that_is_none_is_refused(box, error, message) -> None:
+    with pytest.raises(error, match=message):
+        box_mask(box, height=3, width=4)
+
+
+def test_a_box_is_refused_without_torch() -> None:
+    code = (
+        "import sys\nfrom maskgit_pl.editing import check_box\n"
+        "try: check_box((0, 0, 9, 1), height=3, width=4)\n"
+        "except ValueError: sys.exit(90 if 'torch' in sys.modules else 3)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 3
+
+
+# Putting the result back
+
+
+def test_a_hard_edge_takes_every_pixel_from_the_one_or_the_other() -> None:
+    original, edited = pixels(3, 9, 7), pixels(3, 9, 7, seed=1)
+    region = box_mask((2, 1, 5, 6), height=9, width=7)
+    made = composite(original, edited, seam(region, radius=0))
+    assert made.dtype == torch.uint8
+    assert torch.equal(made[:, ~region], original[:, ~region])
+    assert torch.equal(made[:, region], edited[:, region])
+
+
+def test_a_soft_seam_falls_from_the_region_outwards() -> None:
+    region = box_mask((0, 0, 32, 64), height=64, width=64)
+    weight = seam(region, radius=4)
+    row = weight[20]
+    assert (row.diff() <= 0).all()
+    assert (row[0], row[-1]) == (1, 0)  # far from the seam nothing is mixed
+    assert 0.4 < row[31] < 0.6  # half of each at the seam
+    assert 0.80 < row[27] < 0.90  # a standard deviation inside: 0.84 of a Gaussian
+    assert torch.allclose(weight, row.expand(64, -1))  # nothing is lost at the border
+
+
+def test_far_from_a_soft_seam_the_pixels_are_the_originals() -> None:
+    original, edited = pixels(1, 64, 64), pixels(1, 64, 64, seed=1)
+    weight = seam(box_mask((0, 0, 20, 64), height=64, width=64), radius=2)
+    made = composite(original, edited, weight)
+    assert torch.equal(made[..., 32:], original[..., 32:])
+    assert torch.equal(made[..., :8], edited[..., :8])
+    between = made[..., 18:22].float()
+    low, high = torch.minimum(original, edited)[..., 18:22], torch.maximum(original, edited)[..., 18:22]
+    assert ((low <= between) & (between <= high)).all()
+    assert not torch.equal(made[..., 18:22], original[..., 18:22])
+
+
+def test_the_released_blur() -> None:
+    assert [seam_radius(size) for size in (512, 256, 28, 16, 8)] == [31, 15, 0.75, 0, 0]
+
+
+@pytest.mark.parametrize("radius", [-1, float("nan"), float("inf")])
+def test_a_blur_that_is_none_is_refused(radius) -> None:
+    with pytest.raises(ValueError, match="blend: a blur of at least 0 pixels"):
+        seam(mask_of("#."), radius=radius)
+
+
+# What a user gives
+
+
+def test_every_form_of_an_image_gives_the_same_pixels(tmp_path) -> None:
+    colour = pixels(3, 5, 7)
+    array = colour.permute(1, 2, 0).numpy()
+    picture = Image.fromarray(array)
+    picture.save(tmp_path / "image.png")
+    for given in (colour, array, picture, tmp_path / "image.png", str(tmp_path / "image.png")):
+        assert torch.equal(image_pixels(given, channels=3), colour)
+    grey = torch.from_numpy(np.array(picture.convert("L")))
+    assert torch.equal(image_pixels(colour, channels=1)[0], grey)
+    for given in (grey, grey.numpy(), grey[None], grey.numpy()[..., None], Image.fromarray(grey.numpy())):
+        assert torch.equal(image_pixels(given, channels=3), grey.expand(3, -1, -1))
+
+
+def test_alpha_lies_over_white_and_exif_is_followed(tmp_path) -> None:
+    see_through = Image.new("RGBA", (3, 2), (200, 0, 0, 0))
+    assert (image_pixels(see_through, channels=3) == 255).all()
+    assert (image_pixels(np.array(see_through), channels=1) == 255).all()
+    turned = Image.new("L", (3, 2), 9)
+    exif = turned.getexif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    turned.save(tmp_path / "turned.png", exif=exif)
+    assert image_pixels(tmp_path / "turned.png", channels=1).shape == (1, 3, 2)
+    with Image.open(tmp_path / "turned.png") as picture:
+        assert image_pixels(picture, channels=1).shape == (1, 3, 2)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((4, 4, 3), dtype=np.float32),
+        np.zeros((4, 4, 2), dtype=np.uint8),
+        np.zeros((4,), dtype=np.uint8),
+        np.zeros((0, 4, 3), dtype=np.uint8),
+        torch.zeros(5, 4, 4, dtype=torch.uint8),
+        torch.zeros(1, 3, 4, 4, dtype=torch.uint8),
+    ],
+    ids=["float", "2 channels", "1 axis", "empty", "5 channels", "batch"],
+)
+def test_arrays_that_are_no_image_are_refused(image) -> None:
+    with pytest.raises(ValueError, match="image 7: uint8 pixels are needed"):
+        image_pixels(image, channels=3, name="image 7")
+
+
+def test_files_that_are_no_image_are_named(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.png: no such file"):
+        image_pixels(tmp_path / "nowhere.png", channels=3)
+    (tmp_path / "text.png").write_text("not an image")
+    with pytest.raises(ValueError, match=r"text\.png: a JPEG, PNG or WebP"):
+        image_pixels(tmp_path / "text.png", channels=3)
+
+
+def test_every_form_of_a_mask_is_the_same_mask(tmp_path) -> None:
+    mask = mask_of("#..", ".##")
+    grey = Image.fromarray(np.where(mask.numpy(), 128, 127).astype(np.uint8))
+    grey.save(tmp_path / "mask.png")
+    one_bit = Image.fromarray(mask.numpy())
+    assert one_bit.mode == "1"
+    for given in (mask, mask.numpy(), grey, one_bit, one_bit.convert("RGB"), tmp_path / "mask.png"):
+        assert torch.equal(mask_pixels(given), mask)
+
+
+@pytest.mark.parametrize("mask", [torch.ones(2, 2), np.ones((2, 2), dtype=np.uint8), torch.ones(1, 2, 2) > 0])
+def test_arrays_that_are_no_mask_are_refused(mask) -> None:
+    with pytest.raises(ValueError, match=r"mask: \(H, W\) bool is needed.*mask >= 128"):
+        mask_pixels(mask)
+
+
+def test_an_image_of_the_models_size_is_taken_as_it_is() -> None:
+    image, mask = pixels(3, 8, 8), box_mask((1, 1, 3, 3), height=8, width=8)
+    for fit in (False, True):
+        made, its_mask = fitted(image, mask, image_size=8, fit=fit)
+        assert torch.equal(made, image)
+        assert torch.equal(its_mask, mask)
+
+
+def test_image_and_mask_are_cut_and_resized_alike() -> None:
+    image = torch.zeros(1, 8, 20, dtype=torch.uint8)
+    mask = box_mask((8, 2, 12, 4), height=8, width=20)
+    image[0, mask] = 255
+    made, its_mask = fitted(image, mask, image_size=4, fit=True)
+    assert made.shape == (1, 4, 4)
+    assert torch.equal(its_mask, mask_of("....", ".##.", "....", "...."))
+    assert (made[0][its_mask] > 150).all()
+    larger, its_mask = fitted(image, mask, image_size=16, fit=True)
+    assert torch.equal(its_mask, box_mask((4, 4, 12, 8), height=16, width=16))
+    assert (larger[0][its_mask] > 100).all()
+
+
+def test_a_thin_mask_is_not_lost_when_it_shrinks() -> None:
+    mask = box_mask((33, 0, 34, 64), height=64, width=64)
+    assert torch.equal(fitted(pixels(1, 64, 64), mask, image_size=4, fit=True)[1], mask_of(*["..#."] * 4))
+
+
+def test_sizes_that_do_not_fit_are_refused() -> None:
+    image = pixels(3, 6, 8)
+    with pytest.raises(ValueError, match=r"image: the model's 8 x 8 pixels are needed, got 8 x 6; fit=True \(--fit\)"):
+        fitted(image, box_mask((0, 0, 1, 1), height=6, width=8), image_size=8, fit=False)
+    with pytest.raises(ValueError, match=r"mask of image 3: the image's 8 x 6 pixels are needed, got 6 x 8"):
+        fitted(image, box_mask((0, 0, 1, 1), height=8, width=6), image_size=8, fit=True, name="image 3")
+
+
+def test_a_mask_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="something to generate is needed, got none"):
+        fitted(pixels(1, 8, 8), torch.zeros(8, 8, dtype=torch.bool), image_size=8, fit=False)
+    with pytest.raises(ValueError, match="all of it lies outside the square in the middle"):
+        fitted(pixels(1, 8, 20), box_mask((0, 0, 4, 8), height=8, width=20), image_size=8, fit=True)
