@@ -1,0 +1,161 @@
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from maskgit_pl.cli import edit, main
+from maskgit_pl.pipeline import MaskGIT
+
+
+def call(*words: object) -> int:
+    parser = argparse.ArgumentParser()
+    edit.add_parser(parser.add_subparsers())
+    args = parser.parse_args(["edit", *map(str, words), "--device", "cpu"])
+    code: int = args.run(args)
+    return code
+
+
+def pixels(height: int = 8, width: int = 8) -> torch.Tensor:
+    return torch.randint(0, 256, (height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    Image.fromarray(pixels().numpy()).save(tmp_path / "image.png")
+    return tmp_path / "image.png"
+
+
+def read(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture)
+
+
+def test_writes_one_picture_and_single_files(tiny_pretrained: Path, image: Path, tmp_path: Path, capsys) -> None:
+    out, images = tmp_path / "edited.png", tmp_path / "images"
+    code = call(
+        tiny_pretrained, image, "--box", "0,0,4,2", "--class", "T-shirt", "--variants", 3, "--steps", 6, "--seed", 7,
+        "--no-blend", "--out", out, "--images", images,
+    )  # fmt: skip
+    assert code == 0
+    names = sorted(path.name for path in images.iterdir())
+    assert names == [f"class-0001-seed-{seed:06d}.png" for seed in (7, 8, 9)]
+    pipe = MaskGIT.from_pretrained(tiny_pretrained)
+    expected = pipe.edit_class(
+        pixels().numpy(), (0, 0, 4, 2), 1, variants=3, seed=7, num_steps=6, blend=0, output_type="np"
+    )
+    assert (np.stack([read(images / name) for name in names]) == expected[..., 0]).all()
+    assert "3 variants of class T-shirt, 6 of 16 tokens generated" in capsys.readouterr().out
+    with Image.open(out) as picture:
+        assert picture.width == 8 + 5 * 88 + 4 * 4 + 8  # original, masked, three variants; 8 px shown as 88
+
+
+def test_the_picture_shows_the_region_grey_and_the_mask_outlined(
+    tiny_pretrained: Path, image: Path, tmp_path: Path
+) -> None:
+    call(tiny_pretrained, image, "--box", "0,0,4,3", "--class", 1, "--variants", 1, "--out", tmp_path / "edited.png")
+    page = read(tmp_path / "edited.png")
+    tiles = page[page.shape[0] - 8 - 88 : page.shape[0] - 8]  # above the lower margin
+    original, masked = (tiles[5::11, start + 5 : start + 88 : 11] for start in (8, 8 + 88 + 4))  # a sample a pixel
+    grey = np.repeat(pixels().numpy()[..., None], 3, axis=-1)
+    assert (original == grey).all()
+    edge = np.zeros((8, 8), dtype=bool)
+    edge[:3, :4] = True
+    edge[1, 1:3] = False
+    region = np.zeros((8, 8), dtype=bool)
+    region[:6, :6] = True
+    assert (masked[edge] == (230, 90, 20)).all()
+    assert (masked[region & ~edge] == 176).all()
+    assert (masked[~region] == grey[~region]).all()
+
+
+def test_a_mask_picture_stands_for_a_box(tiny_pretrained: Path, image: Path, tmp_path: Path) -> None:
+    mask = np.zeros((8, 8), dtype=np.uint8)
+    mask[0:2, 0:4] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    for way, words in (("box", ["--box", "0,0,4,2"]), ("mask", ["--mask", tmp_path / "mask.png"])):
+        call(tiny_pretrained, image, *words, "--class", 2, "--images", tmp_path / way, "--out", tmp_path / f"{way}.png")
+    for one in (tmp_path / "box").iterdir():
+        assert (read(one) == read(tmp_path / "mask" / one.name)).all()
+    assert len(list((tmp_path / "box").iterdir())) == 4  # the default
+
+
+def test_dilation_reaches_the_edit(tiny_pretrained: Path, tmp_path: Path, capsys) -> None:
+    Image.fromarray(pixels().numpy()).save(tmp_path / "image.png")
+    words = ["--box", "2,2,4,4", "--class", "1", "--out", tmp_path / "edited.png"]
+    for dilation, count in ((0, 1), (1, 9), (2, 16)):
+        call(tiny_pretrained, tmp_path / "image.png", *words, "--dilation", dilation)
+        assert f"{count} of 16 tokens generated" in capsys.readouterr().out
+
+
+def test_a_larger_image_is_cut_where_asked(tiny_pretrained: Path, tmp_path: Path) -> None:
+    Image.fromarray(pixels(12, 20).numpy()).save(tmp_path / "large.png")
+    words = [tmp_path / "large.png", "--box", "4,0,16,6", "--class", "1", "--out", tmp_path / "edited.png"]
+    with pytest.raises(ValueError, match=r"large\.png: the model's 8 x 8 pixels are needed, got 20 x 12.*--fit"):
+        call(tiny_pretrained, *words)
+    assert not (tmp_path / "edited.png").exists()
+    assert call(tiny_pretrained, *words, "--fit") == 0
+    assert (tmp_path / "edited.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--class", "1"], "--box, --mask: one of the two is needed, got neither"),
+        (["--class", "1", "--box", "0,0,1,1", "--mask", "m.png"], "--box, --mask: one of the two is needed, got both"),
+        (["--class", "1", "--box", "0,0,1"], "--box 0,0,1: four whole numbers"),
+        (["--class", "1", "--box", "0,0,1,x"], "--box 0,0,1,x: four whole numbers"),
+        (["--class", "1", "--box", "0,0,1.5,2"], "--box 0,0,1.5,2: four whole numbers"),
+        (["--class", "1", "--box", "0,0,9,2"], "box 0,0,9,2: it must lie within the image"),
+        (["--class", "1", "--box=-1,0,4,2"], "box -1,0,4,2: it must lie within the image"),
+        (["--class", "1", "--box", "4,0,0,2"], "box 4,0,0,2: left < right is needed"),
+        (["--class", "1", "--box", "0,2,4,2"], "box 0,2,4,2: top < bottom is needed"),
+        (["--class", "1", "--box", "0,0,4,2", "--variants", "0"], "--variants: at least 1"),
+        (["--class", "1", "--box", "0,0,4,2", "--dilation", "-1"], "--dilation: at least 0"),
+        (["--class", "1", "--mask", "SMALL"], "small.png: the image's 8 x 8 pixels are needed, got 4 x 6"),
+        (["--class", "1", "--mask", "NOWHERE"], "nowhere.png: no such file"),
+        (["--class", "1", "--mask", "TEXT"], "text.png: a JPEG, PNG or WebP"),
+        (["--class", "1", "--mask", "BLACK"], "something to generate is needed, got none"),
+        (["--class", "Trousers", "--box", "0,0,4,2"], "class 'Trousers': did you mean 'Trouser'"),
+        (["--class", "17", "--box", "0,0,4,2"], "class 17: a number in [0, 3)"),
+        (["--class", "1", "--box", "0,0,4,2", "--steps", "17"], "num_steps: at most the 16 tokens"),
+        (["--class", "1", "--box", "0,0,4,2", "--batch", "0"], "batch_size: at least 1"),
+    ],
+)
+def test_bad_input_is_answered_in_one_line(
+    words: list[str], message: str, tiny_pretrained: Path, image: Path, tmp_path: Path, capsys
+) -> None:
+    Image.new("L", (4, 6), 255).save(tmp_path / "small.png")
+    Image.new("L", (8, 8), 0).save(tmp_path / "black.png")
+    (tmp_path / "text.png").write_text("not an image")
+    files = [str(tmp_path / f"{word.lower()}.png") if word.isupper() else word for word in words]
+    out = tmp_path / "edited.png"
+    assert main(["edit", str(tiny_pretrained), str(image), *files, "--out", str(out), "--device", "cpu"]) == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert shown.count("\n") == 1
+    assert not out.exists()
+
+
+def test_an_image_that_is_none_is_answered_in_one_line(tiny_pretrained: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "text.png").write_text("not an image")
+    for name, message in (("nowhere.png", "no such file"), ("text.png", "a JPEG, PNG or WebP")):
+        words = ["edit", tiny_pretrained, tmp_path / name, "--box", "0,0,4,2", "--class", "1"]
+        assert main([str(word) for word in words]) == 2
+        shown = capsys.readouterr().err
+        assert f"{name}: {message}" in shown
+        assert shown.count("\n") == 1
+
+
+@pytest.mark.parametrize("box", ["0,0,4", "0,0,9,2"])
+def test_a_wrong_box_is_answered_without_torch(box: str, tiny_pretrained: Path, image: Path) -> None:
+    code = (
+        "import sys; from maskgit_pl.cli import main\n"
+        f"code = main(['edit', {str(tiny_pretrained)!r}, {str(image)!r}, '--box', {box!r}, '--class', '1'])\n"
+        "sys.exit(90 if 'torch' in sys.modules else code)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 2
