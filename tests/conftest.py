@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from maskgit_pl.shards.images import encode_png
 from maskgit_pl.shards.sources import open_source
 from maskgit_pl.shards.writer import make_shards
 
+sys.path.insert(0, str(Path(__file__).parent / "golden"))  # the parts of check.py, as running it finds them
 torch.set_num_threads(1)  # small tensors, and other runs beside this one
 
 CLASSES = ("Ankle boot", "T-shirt", "Trouser")
@@ -62,3 +64,16 @@ def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 (folder / "images" / split / name / f"{number}.png").write_bytes(encode_png(image))
     make_shards(open_source(folder / "images"), folder / "shards")
     return folder / "shards"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line a folder of recorded arrays: how many agree."""
+    counted: dict[str, list[tuple[int, int]]] = {}
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            for name, value in report.user_properties if report.when == "call" else ():
+                if name.startswith("golden"):
+                    counted.setdefault(name, []).append(value)
+    for name, counts in counted.items():
+        agreeing, total = (sum(column) for column in zip(*counts, strict=True))
+        terminalreporter.write_line(f"{name}: {agreeing} of {total} arrays agree")

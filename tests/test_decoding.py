@@ -1,8 +1,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -21,7 +19,6 @@ from maskgit_pl.decoding import (
 from maskgit_pl.schedules import mask_schedules
 from maskgit_pl.selectors import Candidates, Confidence, Random, TokenSelector
 
-GOLDEN = Path(__file__).parent / "golden"
 NUM_CODES, MASK = 7, 7
 CPU = torch.device("cpu")
 LOGITS = torch.randn(64, NUM_CODES, generator=torch.Generator().manual_seed(0))
@@ -230,73 +227,6 @@ def test_sampling_temperature_divides_the_drawn_logits_but_not_the_confidence():
     made.decode(fake_predictor, partly_known([16]), Noise(torch.arange(1), 16), mask_token_id=MASK)
     torch.testing.assert_close(seen["drawn from"], 2 * LOGITS[:16].unsqueeze(0))
     torch.testing.assert_close(seen["judged by"], LOGITS[:16].log_softmax(-1).unsqueeze(0))
-
-
-# Recorded runs of the released decoder: class token at position 0, so everything of theirs is shifted by one.
-
-
-@dataclass
-class Recording:
-    """A predictor and a noise that play a recorded run back, and check what they are asked."""
-
-    name: str
-    arrays: dict[str, Tensor] = field(init=False)
-    calls: int = field(default=0, init=False)
-
-    def __post_init__(self) -> None:
-        with np.load(GOLDEN / f"{self.name}.npz") as file:
-            self.arrays = {name: torch.from_numpy(file[name]) for name in file.files if file[name].dtype.kind in "fib"}
-        self.first_step = int(self.arrays["start_iter"])
-
-    def of_step(self, name: str, step: int) -> Tensor:
-        recorded = self.arrays[name][step - self.first_step][:, 1:]
-        return recorded.long() if recorded.dtype == torch.int32 else recorded
-
-    def __call__(self, tokens: Tensor, positions: Tensor, newly_known: Tensor) -> Tensor:
-        step = self.first_step + self.calls
-        self.calls += 1
-        assert torch.equal(tokens, self.of_step("cur_ids", step))
-        return at(self.of_step("logits", step), positions)
-
-    def draw(self, logits: Tensor, positions: Tensor, step: int) -> Tensor:
-        return (logits + at(self.of_step("cat_gumbel", step), positions)).argmax(-1)
-
-    def gumbel(self, positions: Tensor, step: int) -> Tensor:
-        return self.of_step("conf_gumbel", step).gather(1, positions)
-
-
-def at(values: Tensor, positions: Tensor) -> Tensor:
-    return values.gather(1, positions.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
-
-
-@pytest.mark.parametrize(
-    "name", ["decode_n16_T8", "decode_n16_T12", "decode_n16_T12_edit_start2", "decode_n16_T8_temp0"]
-)
-def test_a_recorded_run_of_the_released_decoder_is_repeated_step_by_step(name):
-    recording = Recording(name)
-    arrays = recording.arrays
-    made = ParallelDecoder(
-        mask_schedules.build("cosine"),
-        Confidence(choice_temperature=float(arrays["choice_temperature"])),
-        num_steps=int(arrays["num_iter"]),
-    )
-    tokens = arrays["inputs"][:, 1:].long()
-    steps = list(
-        made.steps(recording, tokens, recording, mask_token_id=-1, first_step=recording.first_step)  # their mask id
-    )
-    assert [step.step for step in steps] == list(range(recording.first_step, int(arrays["num_iter"])))
-    for step in steps:
-        assert step.tokens.tolist() == arrays["final_seqs"][:, step.step, 1:].tolist()
-        offset = step.step - recording.first_step
-        noise = arrays["temperature"][offset] * recording.of_step("conf_gumbel", step.step)
-        expected = recording.of_step("selected_probs", step.step).log() + noise
-        torch.testing.assert_close(step.scores, expected.where(step.was_masked, torch.inf), rtol=0, atol=1e-5)
-        if step is not steps[-1]:  # the released loop masks one token after the last step, in its state alone
-            assert torch.equal(step.still_masked, recording.of_step("masking", step.step))
-            assert step.still_masked.sum(1).tolist() == arrays["mask_len"][offset].flatten().tolist()
-            after = step.tokens.masked_fill(step.still_masked, -1)
-            assert after.tolist() == recording.of_step("next_ids", step.step).tolist()
-    assert steps[-1].tokens.tolist() == arrays["final_tokens"].tolist()
 
 
 # Seeded noise

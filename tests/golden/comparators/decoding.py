@@ -1,0 +1,200 @@
+"""Runs of the parallel decoder: every step's numbers, and the whole run with our network and our decoder."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from comparators.comparison import TOLERANCE, Comparison, close, equal, given
+from comparators.folder import Folder
+from comparators.schedules import released_mask_len, released_ratio, schedule_of
+from comparators.transformer import everywhere, load_transformer, our_tokens
+from maskgit_pl.decoding import ClassPredictor, DecodingStep, ParallelDecoder, Predictor
+from maskgit_pl.networks.transformer import MaskedTransformer
+from maskgit_pl.selectors import Confidence
+
+__all__ = ["compare_decoding"]
+
+_MASK = -1
+_GUMBEL = (-5.0, 30.0)  # no float32 uniform number in (0, 1) gives Gumbel noise outside
+
+
+@dataclass
+class Playback:
+    """A run's recorded noise, and a predictor of its recorded logits.
+
+    Attributes:
+        arrays: The run's arrays, whose steps begin at ``start_iter``; the class token stands first.
+    """
+
+    arrays: Mapping[str, np.ndarray]
+    calls: int = 0
+
+    @property
+    def first_step(self) -> int:
+        """The step that the run began at."""
+        return int(self.arrays["start_iter"])
+
+    def at(self, name: str, step: int, positions: Tensor) -> Tensor:
+        """Values (B, M) or (B, M, K) of a recorded array at ``positions`` (B, M) of ``step``."""
+        values = torch.from_numpy(self.arrays[name][step - self.first_step][:, 1:])
+        index = positions.reshape(*positions.shape, *[1] * (values.ndim - 2)).expand(-1, -1, *values.shape[2:])
+        return values.gather(1, index)
+
+    def draw(self, logits: Tensor, positions: Tensor, step: int) -> Tensor:
+        """As of ``Noise``."""
+        return (logits + self.at("cat_gumbel", step, positions)).argmax(-1)
+
+    def gumbel(self, positions: Tensor, step: int) -> Tensor:
+        """As of ``Noise``."""
+        return self.at("conf_gumbel", step, positions)
+
+    def __call__(self, tokens: Tensor, positions: Tensor, newly_known: Tensor) -> Tensor:
+        """As of ``Predictor``: the recorded logits of one step after the other."""
+        self.calls += 1
+        return self.at("logits", self.first_step + self.calls - 1, positions)
+
+
+def compare_decoding(folder: Folder, file: str) -> Iterator[Comparison]:
+    """``decode_{tag}_*.npz``, with the checkpoint of transformer ``tag``, the recorded logits, or both."""
+    arrays = folder.arrays(file)
+    tag = _tag(folder, file)
+    network = None if tag is None else load_transformer(folder, tag)
+    if network is None and "logits" not in arrays:
+        raise ValueError(f"{file}: a transformer's checkpoint or recorded logits are needed")
+    yield from _inputs(file, arrays, network)
+    predictors: dict[str, Predictor] = {}
+    if network is not None:
+        batch, codes = arrays["cur_ids"].shape, network.config.num_codes
+        ours = everywhere(network, arrays["cur_ids"].reshape(-1, batch[-1]))["logits"][..., :codes].detach()
+        ours = ours.reshape(*batch, codes)
+        predictors["our network"] = ClassPredictor(network, our_tokens(arrays["inputs"], network.config)[1])
+    if "logits" in arrays:
+        if network is not None:
+            yield close(file, "logits", ours, arrays["logits"])
+        else:
+            yield given(file, "logits", arrays["logits"], dtype="float32", low=-1e4, high=1e4)
+        predictors["recorded logits"] = Playback(arrays)
+    judged = torch.from_numpy(arrays["logits"]) if "logits" in arrays else ours
+    yield from _compare_numbers(file, arrays, judged)
+    for name, predictor in predictors.items():
+        yield from _compare_run(file, arrays, predictor, f"with {name}")
+
+
+def _tag(folder: Folder, file: str) -> str | None:
+    """The transformer of a run: the longest tag that its name begins with, of those whose checkpoint is there."""
+    named = [re.fullmatch(r"transformer_(.+)_checkpoint\.msgpack", name) for name in folder.present]
+    tags = [match[1] for match in named if match]
+    return max((tag for tag in tags if file.startswith(f"decode_{tag}_")), key=len, default=None)
+
+
+def _inputs(file: str, arrays: Mapping[str, np.ndarray], network: MaskedTransformer | None) -> Iterator[Comparison]:
+    codes = arrays["cat_gumbel"].shape[-1]
+    words = codes + 10**6 if network is None else network.config.vocabulary_size
+    steps = int(arrays["num_iter"])
+    limits = {
+        "inputs": ("int32", _MASK, words - 2),
+        "prng_seed": ("int64", 0, 2**63 - 1),  # of use with jax alone
+        "num_iter": ("int64", 1, 2**31),
+        "start_iter": ("int64", 0, steps - 1),
+        "choice_temperature": ("float32", 0, 1e6),
+        "cat_gumbel": ("float32", *_GUMBEL),
+        "conf_gumbel": ("float32", *_GUMBEL),
+    }
+    for name, (dtype, low, high) in limits.items():
+        yield given(file, name, arrays[name], dtype=dtype, low=low, high=high)
+    schedule_of(str(arrays["method"]))
+    yield Comparison(file, "method", 0, 0, "input", True)
+
+
+def _compare_numbers(file: str, arrays: Mapping[str, np.ndarray], logits: Tensor) -> Iterator[Comparison]:
+    """Every array from the others, at all positions: what the released decoder computes, known positions included."""
+    steps, start, inputs = int(arrays["num_iter"]), int(arrays["start_iter"]), arrays["inputs"]
+    current = torch.from_numpy(arrays["cur_ids"])  # (S, B, 1 + N)
+    unknown = current == _MASK
+    at_start = torch.from_numpy((inputs == _MASK).sum(1))
+    progress = torch.arange(start + 1, steps + 1, dtype=torch.float32) / steps
+    ratio = released_ratio(str(arrays["method"]), progress, inputs.shape[1] - 1)
+    mask_len = released_mask_len(ratio.unsqueeze(1), at_start, unknown.sum(-1))
+    temperature = torch.from_numpy(arrays["choice_temperature"]) * (1 - progress)
+    yield equal(file, "unknown_at_start", at_start, arrays["unknown_at_start"])
+    yield close(file, "ratio", progress, arrays["ratio"])
+    yield close(file, "mask_ratio", ratio.unsqueeze(1).expand(mask_len.shape), arrays["mask_ratio"])
+    yield equal(file, "mask_len", mask_len, arrays["mask_len"])
+    yield close(file, "temperature", temperature, arrays["temperature"])
+
+    noisy = logits + torch.from_numpy(arrays["cat_gumbel"])
+    samples = torch.from_numpy(arrays["cat_samples"]).long()
+    yield _compare_samples(file, noisy, samples, unknown, exact="logits" in arrays)
+    yield close(file, "min_categorical_gap", _gap(noisy, unknown), arrays["min_categorical_gap"])
+    probability = logits.softmax(-1).gather(-1, samples.unsqueeze(-1)).squeeze(-1).where(unknown, torch.inf)
+    yield close(file, "selected_probs", probability, arrays["selected_probs"])
+    noise = temperature[:, None, None] * torch.from_numpy(arrays["conf_gumbel"])
+    confidence = torch.from_numpy(arrays["selected_probs"]).log() + noise
+    ranked = confidence.sort(-1).values
+    cut = ranked.gather(-1, mask_len.unsqueeze(-1))
+    masking = confidence < cut
+    margin = cut - ranked.gather(-1, mask_len.unsqueeze(-1) - 1)
+    yield equal(file, "masking", masking, arrays["masking"])
+    smallest = margin[margin.isfinite()].min() if margin.isfinite().any() else torch.tensor(torch.inf)
+    yield close(file, "min_confidence_gap", smallest, arrays["min_confidence_gap"])
+
+    sampled = samples.where(unknown, current.long())
+    yield equal(file, "next_ids", sampled.masked_fill(masking, _MASK), arrays["next_ids"])
+    yield equal(file, "cur_ids", np.concatenate([inputs[None], arrays["next_ids"][:-1]]), arrays["cur_ids"])
+    before = np.repeat(inputs[:, None], start, 1)  # steps that were not made hold what was given
+    yield equal(file, "final_seqs", np.concatenate([before, sampled.transpose(0, 1).numpy()], 1), arrays["final_seqs"])
+    yield equal(file, "final_tokens", arrays["final_seqs"][:, -1, 1:], arrays["final_tokens"])
+
+
+def _compare_samples(file: str, noisy: Tensor, samples: Tensor, unknown: Tensor, *, exact: bool) -> Comparison:
+    """Samples equal the argmax; at known positions, where nothing depends on them, up to a tie of our own logits."""
+    chosen = noisy.gather(-1, samples.unsqueeze(-1)).squeeze(-1)
+    slack = torch.zeros_like(chosen) if exact else torch.zeros_like(chosen).masked_fill(~unknown, 2 * TOLERANCE)
+    return equal(file, "cat_samples", chosen >= noisy.max(-1).values - slack, np.ones(samples.shape, bool))
+
+
+def _gap(noisy: Tensor, unknown: Tensor) -> Tensor:
+    """Smallest lead of a drawn code over the next one."""
+    best = noisy.topk(2).values
+    return (best[..., 0] - best[..., 1])[unknown].min()
+
+
+def _compare_run(file: str, arrays: Mapping[str, np.ndarray], predictor: Predictor, note: str) -> Iterator[Comparison]:
+    """Our decoder on the recorded noise, step by step."""
+    made = _steps(arrays, predictor)
+    start, recorded = int(arrays["start_iter"]), {name: arrays[name] for name in ("cur_ids", "masking", "next_ids")}
+    stacked = {name: torch.stack([getattr(step, name) for step in made]) for name in ("tokens", "was_masked")}
+    yield equal(file, "final_seqs", stacked["tokens"], arrays["final_seqs"][:, start:, 1:].swapaxes(0, 1), note=note)
+    yield equal(file, "cur_ids", stacked["was_masked"], recorded["cur_ids"][..., 1:] == _MASK, note=note)
+    yield equal(file, "final_tokens", made[-1].tokens, arrays["final_tokens"], note=note)
+    scores = torch.stack([step.scores for step in made])
+    noise = arrays["temperature"][:, None, None] * arrays["conf_gumbel"][..., 1:]
+    expected = np.log(arrays["selected_probs"][..., 1:]) + noise
+    yield close(file, "selected_probs", scores, expected, note=f"scores {note}")
+    if made[1:]:  # the released loop masks one token after the last step too, in its state alone
+        still = torch.stack([step.still_masked for step in made[:-1]])
+        after = stacked["tokens"][:-1].masked_fill(still, _MASK)
+        yield equal(file, "masking", still, recorded["masking"][:-1, :, 1:], note=note)
+        yield equal(file, "mask_len", still.sum(-1), arrays["mask_len"][:-1], note=note)
+        yield equal(file, "next_ids", after, recorded["next_ids"][:-1, :, 1:], note=note)
+
+
+def _steps(arrays: Mapping[str, np.ndarray], predictor: Predictor) -> list[DecodingStep]:
+    playback = Playback(arrays)
+    decoder = ParallelDecoder(
+        schedule_of(str(arrays["method"])),
+        Confidence(choice_temperature=float(arrays["choice_temperature"])),
+        num_steps=int(arrays["num_iter"]),
+    )
+    tokens, mask = torch.from_numpy(arrays["inputs"][:, 1:]).long(), _MASK
+    if isinstance(predictor, ClassPredictor):
+        assert isinstance(predictor.network, MaskedTransformer)
+        mask = predictor.network.config.mask_token_id
+        tokens = tokens.masked_fill(tokens == _MASK, mask)
+    return list(decoder.steps(predictor, tokens, playback, mask_token_id=mask, first_step=playback.first_step))

@@ -1,0 +1,135 @@
+"""All comparators over a folder, and the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from comparators.comparison import LARGEST, Comparison, given
+from comparators.decoding import compare_decoding
+from comparators.discriminator import compare_discriminator
+from comparators.folder import Folder, FolderError
+from comparators.losses import compare_losses
+from comparators.schedules import compare_schedules
+from comparators.tokenizer import compare_vqvae
+from comparators.transformer import compare_transformer
+
+__all__ = ["Report", "check_file", "check_folder", "files_of", "worst"]
+
+_COMPARATORS: dict[str, Callable[[Folder, str], Iterator[Comparison]]] = {  # by how the name of an .npz begins
+    "decode_": compare_decoding,
+    "discriminator": compare_discriminator,
+    "losses": compare_losses,
+    "schedules": compare_schedules,
+    "transformer_": compare_transformer,
+    "vqvae": compare_vqvae,
+}
+_BESIDE_AN_NPZ = ("_checkpoint.msgpack", "_grads.msgpack", "_r1_grads.msgpack")
+
+
+@dataclass
+class Report:
+    """What a check found.
+
+    Attributes:
+        comparisons: One a recorded array or parameter, the worst if it was compared in several ways.
+        problems: What else is wrong, a line each.
+    """
+
+    comparisons: list[Comparison] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def agrees(self) -> bool:
+        """Whether everything was compared and is as it should be."""
+        return not self.problems and all(comparison.agrees for comparison in self.comparisons)
+
+    @property
+    def agreeing(self) -> int:
+        """Arrays that agree."""
+        return sum(comparison.agrees for comparison in self.comparisons)
+
+    def summary(self) -> str:
+        """The last line: ``N of M arrays agree``, and how many of the M are inputs."""
+        inputs = sum(comparison.kind == "input" for comparison in self.comparisons)
+        total = len(self.comparisons)
+        return f"{self.agreeing} of {total} arrays agree ({total - inputs} compared, {inputs} inputs)"
+
+    def failures(self) -> list[str]:
+        """Every line that stands against agreement."""
+        return [*self.problems, *(str(made) for made in self.comparisons if not made.agrees)]
+
+    def __iadd__(self, other: Report) -> Report:
+        return Report(self.comparisons + other.comparisons, self.problems + other.problems)
+
+
+def check_folder(path: Path) -> Report:
+    """Compares every array of every file of a folder, and the folder with its manifest.
+
+    Raises:
+        FolderError: The folder, its manifest or one of its files cannot be read.
+    """
+    folder = Folder(path)
+    report = Report(problems=list(folder.problems()))
+    for file in files_of(folder):
+        report += check_file(folder, file)
+    return report
+
+
+def files_of(folder: Folder) -> list[str]:
+    """The files to be checked one by one: every .npz, and trees that have none beside them."""
+    arrays = [file for file in folder.present if file.endswith(".npz")]
+    covered = {file.replace(".npz", end) for file in arrays for end in _BESIDE_AN_NPZ}
+    return arrays + [file for file in folder.present if file.endswith(".msgpack") and file not in covered]
+
+
+def check_file(folder: Folder, file: str) -> Report:
+    """Compares a file and the checkpoint and gradients beside it."""
+    group = [file, *(file.replace(".npz", end) for end in _BESIDE_AN_NPZ if file.endswith(".npz"))]
+    group = [name for name in dict.fromkeys(group) if name in folder]
+    made: list[Comparison] = []
+    problem = None
+    try:
+        made.extend(_compare(folder, file, group))
+    except FolderError:
+        raise
+    except Exception as error:  # whatever an array that does not fit leads to: named, and the other files go on
+        problem = f"{file}: comparing ended with {type(error).__name__}: {error}".replace("\n", " ")
+    seen = {(comparison.file, comparison.array) for comparison in made}
+    rest = [
+        Comparison(name, array, float("nan"), 0.0, "equal", False, "nobody compared it")
+        for name in group
+        for array in folder.names(name)
+        if (name, array) not in seen
+    ]
+    return Report([*worst(made), *rest], [] if problem is None else [problem])
+
+
+def worst(comparisons: Iterable[Comparison]) -> list[Comparison]:
+    """One comparison an array: that which disagrees, or uses most of its tolerance."""
+    found: dict[tuple[str, str], Comparison] = {}
+    for made in comparisons:
+        key = (made.file, made.array)
+        found[key] = max(found.get(key, made), made, key=_badness)
+    return list(found.values())
+
+
+def _compare(folder: Folder, file: str, group: list[str]) -> Iterator[Comparison]:
+    for name in group:
+        if name.endswith("_checkpoint.msgpack"):
+            yield from _checkpoint(folder, name)
+    for beginning, compare in _COMPARATORS.items():
+        if file.startswith(beginning) and file.endswith(".npz"):
+            yield from compare(folder, file)
+
+
+def _checkpoint(folder: Folder, file: str) -> Iterator[Comparison]:
+    """Weights feed everything: each is checked to be finite float32; the importer checks names and shapes."""
+    for path, array in folder.tree(file).items():
+        yield given(file, path, array, dtype="float32", low=-LARGEST, high=LARGEST)
+
+
+def _badness(comparison: Comparison) -> tuple[bool, float]:
+    """Whether it disagrees, and how much of its tolerance it uses."""
+    return not comparison.agrees, comparison.difference / (comparison.tolerance or 1.0)

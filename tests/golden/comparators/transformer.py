@@ -1,0 +1,139 @@
+"""The transformer: logits, what is inside, the loss and its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from comparators.comparison import TOLERANCE, Comparison, close, equal, given, gradients
+from comparators.folder import Folder
+from comparators.losses import cross_entropy
+from maskgit_pl.importers.released import parameters, transformer_config, transformer_weights
+from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
+
+__all__ = ["compare_transformer", "everywhere", "load_transformer", "network_from", "our_tokens", "recorded_outputs"]
+
+_SMOOTHING = 0.1  # of the recorded loss
+_MASK = -1  # the released code's id of an unknown token
+
+
+def load_transformer(folder: Folder, tag: str) -> MaskedTransformer:
+    """The network of ``transformer_{tag}_checkpoint.msgpack``, imported.
+
+    Raises:
+        ValueError: The manifest's config says other sizes than the checkpoint has.
+    """
+    arrays = parameters(folder.tree(f"transformer_{tag}_checkpoint.msgpack"))
+    entry = _entry(folder, tag, arrays)
+    network = network_from(arrays, num_codes=entry["codebook"])
+    config = network.config
+    names = {"layers": "depth", "hidden": "width", "heads": "num_heads", "inter": "mlp_width", "classes": "num_classes"}
+    for said, has in names.items():
+        if entry[said] != getattr(config, has):
+            raise ValueError(f"transformer {tag} {said}: the manifest says {entry[said]}, got {getattr(config, has)}")
+    return network
+
+
+def network_from(arrays: dict[str, np.ndarray], *, num_codes: int) -> MaskedTransformer:
+    """The network of a checkpoint's parameters, for evaluation."""
+    config = transformer_config(arrays, num_codes=num_codes)
+    with torch.device("meta"):
+        network = MaskedTransformer(config)
+    network.load_state_dict(transformer_weights(arrays, config), assign=True)
+    return network.eval()
+
+
+def our_tokens(sequence: np.ndarray, config: TransformerConfig) -> tuple[Tensor, Tensor]:
+    """Tokens (B, N) and labels (B,) of recorded sequences (B, 1 + N): class token first, -1 where unknown."""
+    ids = torch.from_numpy(sequence).long()
+    tokens = ids[:, 1:]
+    return tokens.masked_fill(tokens == _MASK, config.mask_token_id), ids[:, 0] - config.num_codes
+
+
+def everywhere(network: MaskedTransformer, sequence: np.ndarray) -> dict[str, Tensor]:
+    """Logits (B, 1 + N, V) and what is inside, (B, 1 + N, D) each, under the recorded names."""
+    tokens, labels = our_tokens(sequence, network.config)
+    modules: dict[str, nn.Module] = {"embeddings": network.embedding_norm, "mlm_hidden_after_ln": network.head_norm}
+    for number, block in enumerate(network.blocks):
+        assert isinstance(block, nn.Module)
+        modules[f"layer{number}_self_attention"] = block.attention_output
+        modules[f"layer{number}_attention_block"] = block.attention_norm
+        modules[f"layer{number}_output"] = block
+    with recorded_outputs(modules) as outputs:
+        asked = network(tokens, labels, vocabulary="all")
+        # The class token's prediction, which nobody asks our network for, from the last block's output.
+        every = network._head(outputs[f"layer{len(network.blocks) - 1}_output"], "all")
+    return {**outputs, "logits": torch.cat([every[:, :1], asked], dim=1)}
+
+
+def compare_transformer(folder: Folder, file: str) -> Iterator[Comparison]:
+    """``transformer_{tag}.npz`` and the gradients beside it."""
+    arrays = folder.arrays(file)
+    tag = file.removeprefix("transformer_").removesuffix(".npz")
+    network = load_transformer(folder, tag)
+    words = network.config.vocabulary_size
+    yield given(file, "tokens", arrays["tokens"], dtype="int32", low=_MASK, high=words - 1)
+    ours = everywhere(network, arrays["tokens"])
+    ours["logits_unjitted"] = ours["logits"]
+    for name in arrays.keys() & ours.keys():
+        yield close(file, name, ours[name], arrays[name])
+    if "loss_value" in arrays:
+        yield from _compare_loss(folder, file, network, ours["logits"])
+
+
+def _compare_loss(folder: Folder, file: str, network: MaskedTransformer, logits: Tensor) -> Iterator[Comparison]:
+    arrays = folder.arrays(file)
+    labels, weights = arrays["loss_labels"], arrays["loss_weights"]
+    yield given(file, "loss_labels", labels, dtype="int32", low=0, high=logits.shape[-1] - 1)
+    yield equal(file, "loss_weights", (arrays["tokens"] == _MASK).astype(np.float32), weights)
+    loss = cross_entropy(logits, torch.from_numpy(labels), torch.from_numpy(weights), smoothing=_SMOOTHING)
+    yield close(file, "loss_value", loss, arrays["loss_value"])
+    tree = file.replace(".npz", "_grads.msgpack")
+    if tree in folder:
+        names, values = zip(*network.named_parameters(), strict=True)
+        ours = dict(zip(names, torch.autograd.grad(loss, values), strict=True))
+        config = network.config
+        to_ours = lambda recorded: transformer_weights(recorded, config)  # noqa: E731
+        yield from gradients(tree, folder.tree(tree), ours, to_ours, tolerance=TOLERANCE)
+
+
+def _entry(folder: Folder, tag: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The manifest's sizes of a transformer: those of its key (tf16 of n16) or else those that fit the embeddings."""
+    rows = len(arrays["Embed_0/word_embeddings/embedding"])
+    positions = len(arrays["Embed_0/position_embeddings/embedding"])
+    fitting = {
+        key: entry
+        for key, entry in folder.config.items()
+        if isinstance(entry, dict)
+        and {"codebook", "classes", "latent"} <= entry.keys()
+        and entry["codebook"] + entry["classes"] + 1 == rows
+        and entry["latent"] ** 2 + 1 == positions
+    }
+    key = "tf" + tag.split("_")[0].removeprefix("n")
+    if key not in fitting and len(fitting) != 1:
+        raise ValueError(
+            f"transformer {tag}: its {rows} words and {positions} positions must be those of one entry of the "
+            f"manifest's config, got {sorted(fitting) or 'none'}"
+        )
+    entry: dict[str, Any] = fitting.get(key) or next(iter(fitting.values()))
+    return entry
+
+
+@contextmanager
+def recorded_outputs(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Outputs of modules while they run, by name."""
+    outputs: dict[str, Tensor] = {}
+    hooks = [
+        module.register_forward_hook(lambda _, given, out, name=name: outputs.__setitem__(name, out))
+        for name, module in modules.items()
+    ]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
