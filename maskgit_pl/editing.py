@@ -101,7 +101,8 @@ def token_mask(mask: Tensor, *, factor: int, dilation: int = 0) -> Tensor:
     Raises:
         ValueError: ``dilation`` is negative.
 
-    Source: released code: the box in tokens, and one more on each side.
+    Source: released code: the box in tokens, and one more on each side. It rounds a box's position and size down, so
+    that a box between tokens may lose its last pixels; here none is lost.
     """
     from torch.nn import functional
 
