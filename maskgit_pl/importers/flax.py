@@ -8,10 +8,9 @@ Used by ``released.py``.
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import msgpack
 import numpy as np
@@ -34,6 +33,7 @@ _DTYPES = {name: np.dtype(name).newbyteorder("<") for name in _PLAIN} | {"bfloat
 _BYTES_LENGTHS = {0xC4: 1, 0xC5: 2, 0xC6: 4}  # msgpack's bin 8, 16, 32: bytes that hold the length
 # The released transformer has 393 arrays, 5 deep, names below 30 letters.
 _MAX_NODES, _MAX_DEPTH, _MAX_ENTRIES, _MAX_TEXT, _MAX_DIMENSIONS = 50_000, 16, 1024, 512, 32
+_TOO_DEEP = f"maps inside maps are read {_MAX_DEPTH} deep, and it has more"
 _HEADER = 4 + 5 * _MAX_DIMENSIONS * 2 + _MAX_TEXT  # bytes before an array's data, at most
 
 _FOREIGN: tuple[tuple[Callable[[bytes], bool], str], ...] = (
@@ -98,51 +98,55 @@ def read_flax(path: Path) -> dict[str, Array]:
     """
     check_file(path)
     try:
-        with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return dict(_flatten(_parse(content), "", 0))
+        with path.open("rb") as stream:
+            return dict(_flatten(_parse(stream, path.stat().st_size), "", 0))
     except (ValueError, OverflowError, RecursionError, msgpack.UnpackException) as error:
         raise ValueError(f"checkpoint {path}: {_reason(error, path.stat().st_size)}; download it again") from error
     except MemoryError as error:
         raise ValueError(f"checkpoint {path}: reading it needs more memory than there is") from error
 
 
-def _parse(content: mmap.mmap) -> Any:
+def _parse(stream: BinaryIO, size: int) -> Any:
+    """The tree, read array by array: the file's bytes are held once."""
     nodes = 0
 
     def as_map(pairs: list[tuple[str, Any]]) -> Any:
         nonlocal nodes
         nodes += 1 + len(pairs)
         if nodes > _MAX_NODES:
-            raise ValueError(f"at most {_MAX_NODES} entries are read, and it has more")
+            raise ValueError(f"at most {_MAX_NODES:,} entries are read, and it has more")
         return _unchunked(_unique(pairs))
 
-    return msgpack.unpackb(
-        content,
+    unpacker = msgpack.Unpacker(
+        stream,
         object_pairs_hook=as_map,
         ext_hook=_extension,
+        max_buffer_size=size,
         max_map_len=_MAX_ENTRIES,
         max_str_len=_MAX_TEXT,
         max_array_len=0,  # flax writes lists as maps
         max_bin_len=0,  # and bytes inside extensions alone
-        max_ext_len=len(content),
+        max_ext_len=size,
     )
+    tree = unpacker.unpack()
+    if unpacker.tell() != size:
+        raise ValueError(f"one tree is expected, and {size - unpacker.tell():,} bytes follow it")
+    return tree
 
 
 def _reason(error: Exception, size: int) -> str:
-    if isinstance(error, msgpack.ExtraData):
-        return f"one flax tree is expected, got {len(error.extra):,} bytes after it"
-    if "incomplete" in str(error):  # msgpack has no type of its own for it
+    if isinstance(error, msgpack.OutOfData):
         return f"the file of {size:,} bytes is cut off"
     if isinstance(error, msgpack.StackError | RecursionError):
-        return f"maps inside maps are read {_MAX_DEPTH} deep, and it has more"
+        return _TOO_DEEP
     return f"not a tree of arrays as flax writes it ({' '.join(str(error).split()) or type(error).__name__})"
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     for key in content:
-        if not isinstance(key, str) or not key or "/" in key:
-            raise ValueError(f"names without '/' are needed, got {key!r}")
+        if not isinstance(key, str) or not key.isprintable() or not key or "/" in key:
+            raise ValueError(f"names of printable letters without '/' are needed, got {key!r}")
     if len(content) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
@@ -153,7 +157,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _flatten(value: Any, name: str, depth: int) -> Iterator[tuple[str, Array]]:
     """Leaves with their paths."""
     if depth > _MAX_DEPTH:
-        raise ValueError(f"maps inside maps are read {_MAX_DEPTH} deep, and it has more")
+        raise ValueError(_TOO_DEEP)
     if isinstance(value, dict):
         for key, child in value.items():
             yield from _flatten(child, f"{name}/{key}" if name else key, depth + 1)

@@ -150,7 +150,7 @@ def transformer_weights(arrays: Arrays, config: TransformerConfig) -> dict[str, 
     Raises:
         ValueError: An array is missing, left over, of another shape, or holds what is not a finite number.
     """
-    return _carried_over(arrays, list(_transformer_rules(config)), "transformer")
+    return _carried_over(dict(arrays), list(_transformer_rules(config)), "transformer")
 
 
 def tokenizer_config(
@@ -197,7 +197,7 @@ def tokenizer_config(
 
 def tokenizer_weights(arrays: Arrays, config: VQGANConfig) -> dict[str, Tensor]:
     """Weights, or gradients, of a tokenizer under our names; as ``transformer_weights``, for a ``VQGAN``."""
-    return _carried_over(arrays, list(_tokenizer_rules(config)), "tokenizer")
+    return _carried_over(dict(arrays), list(_tokenizer_rules(config)), "tokenizer")
 
 
 def import_jax(
@@ -212,7 +212,7 @@ def import_jax(
 
     Args:
         tokenizer: E.g. ``tokenizer_imagenet256_checkpoint``.
-        out: The folder; an older pretrained folder is replaced.
+        out: The folder; an older one of the same parts is replaced.
         transformer: E.g. ``maskgit_imagenet256_checkpoint``, trained on this tokenizer's tokens.
         image_size: Edge of the images in px. A transformer's grid says it, and it is compared with that; 256 by default
             without a transformer.
@@ -222,9 +222,9 @@ def import_jax(
         FileNotFoundError: No such file.
         ValueError: A file of another kind, damaged, or not of this size; parts that do not belong together; a wrong
             number of names.
-        FileExistsError: ``out`` is there and not a pretrained folder.
+        FileExistsError: ``out`` is there, and not a pretrained folder of the same parts.
     """
-    check_out(out)
+    check_out(out, ("tokenizer",) if transformer is None else ("tokenizer", "transformer"))
     for path in (tokenizer, transformer):
         if path is not None:
             check_file(path)
@@ -232,11 +232,7 @@ def import_jax(
         raise ValueError("class names: a transformer is needed to have classes, got none; add --transformer")
     vqgan, vqgan_weights = _read_tokenizer(tokenizer)
     if transformer is None:
-        size = _TOKENIZER_SIZE if image_size is None else image_size
-        with whole_folder(out) as fresh:
-            save_tokenizer(fresh / "tokenizer", vqgan, vqgan_weights, image_size=size)
-        log.info("%s", _tokenizer_text(vqgan, vqgan_weights, size))
-        log.info("%s: written; next: maskgit train transformer --tokenizer %s/tokenizer", out, out)
+        _write_tokenizer(out, vqgan, vqgan_weights, _TOKENIZER_SIZE if image_size is None else image_size)
         return
     config, weights = _read_transformer(transformer, vqgan)
     size = _image_size(config, vqgan, image_size)
@@ -252,8 +248,8 @@ def import_jax(
             class_names=names,
             tokenizer_fingerprint=fingerprint(fresh / "tokenizer"),
         )
-    log.info("%s", _tokenizer_text(vqgan, vqgan_weights, size))
-    log.info("%s", _transformer_text(config, weights, names))
+    _report_tokenizer(vqgan, vqgan_weights, size)
+    _report_transformer(config, weights, names)
     log.info("%s: written; next: maskgit sample %s --classes 0,%d", out, out, config.num_classes - 1)
 
 
@@ -268,13 +264,13 @@ def _read(path: Path) -> dict[str, Array]:
 def _read_tokenizer(path: Path) -> tuple[VQGANConfig, dict[str, Tensor]]:
     arrays = _read(path)
     config = tokenizer_config(arrays)
-    return config, tokenizer_weights(arrays, config)
+    return config, _carried_over(arrays, list(_tokenizer_rules(config)), "tokenizer")
 
 
 def _read_transformer(path: Path, vqgan: VQGANConfig) -> tuple[TransformerConfig, dict[str, Tensor]]:
     arrays = _read(path)
     config = transformer_config(arrays, num_codes=vqgan.num_codes)
-    return config, transformer_weights(arrays, config)
+    return config, _carried_over(arrays, list(_transformer_rules(config)), "transformer")
 
 
 def _image_size(config: TransformerConfig, vqgan: VQGANConfig, wanted: int | None) -> int:
@@ -302,7 +298,8 @@ def _class_names(given: Sequence[str] | None, num_classes: int) -> tuple[str, ..
     names = tuple(given)
     if len(names) != num_classes:
         raise ValueError(
-            f"class names: one for each of the transformer's {num_classes} classes is needed, got {len(names)}"
+            f"class names: one for each of the transformer's {num_classes} classes is needed, got {len(names)}; "
+            "change the list, or leave it out"
         )
     empty = next((number for number, name in enumerate(names) if not name.strip()), None)
     if empty is not None:
@@ -318,19 +315,27 @@ def _imagenet_names() -> tuple[str, ...]:
     return tuple(info.index_to_description(number).partition(",")[0].strip() for number in range(_IMAGENET_CLASSES))
 
 
-def _tokenizer_text(config: VQGANConfig, weights: Mapping[str, Tensor], size: int) -> str:
-    rows, columns = config.grid(size)
-    return (
-        f"tokenizer: {_numbers(weights):,} parameters; {config.num_codes} codes; images of {size} x {size} px are "
-        f"{rows} x {columns} tokens"
-    )
+def _write_tokenizer(out: Path, config: VQGANConfig, weights: Mapping[str, Tensor], size: int) -> None:
+    """A folder with a tokenizer alone."""
+    config.grid(size)  # refuses a size that is not positive
+    with whole_folder(out) as fresh:
+        save_tokenizer(fresh / "tokenizer", config, weights, image_size=size)
+    _report_tokenizer(config, weights, size)
+    log.info("%s: written; next: maskgit train transformer --tokenizer %s", out, out / "tokenizer")
 
 
-def _transformer_text(config: TransformerConfig, weights: Mapping[str, Tensor], names: Sequence[str]) -> str:
-    return (
-        f"transformer: {_numbers(weights):,} parameters; {config.depth} blocks of width {config.width}; "
-        f"{config.num_classes} classes, {names[0]!r} to {names[-1]!r}"
-    )
+def _report_tokenizer(config: VQGANConfig, weights: Mapping[str, Tensor], size: int) -> None:
+    log.info(
+        "tokenizer: %s parameters; %d codes; images of %d x %d px are %d x %d tokens",
+        f"{_numbers(weights):,}", config.num_codes, size, size, *config.grid(size),
+    )  # fmt: skip
+
+
+def _report_transformer(config: TransformerConfig, weights: Mapping[str, Tensor], names: Sequence[str]) -> None:
+    log.info(
+        "transformer: %s parameters; %d blocks of width %d; %d classes, %r to %r",
+        f"{_numbers(weights):,}", config.depth, config.width, config.num_classes, names[0], names[-1],
+    )  # fmt: skip
 
 
 def _numbers(weights: Mapping[str, Tensor]) -> int:
@@ -417,7 +422,8 @@ def _norm_rules(ours: str, theirs: str, width: int) -> Iterator[_Rule]:
     yield _Rule(f"{ours}.bias", (f"{theirs}/bias",), (width,))
 
 
-def _carried_over(arrays: Arrays, rules: Sequence[_Rule], kind: str) -> dict[str, Tensor]:
+def _carried_over(arrays: dict[str, Array], rules: Sequence[_Rule], kind: str) -> dict[str, Tensor]:
+    """Tensors by the rules; takes the arrays out one by one, so that a large file is not held twice."""
     shapes = {name: rule.shape for rule in rules for name in rule.theirs}
     differences = {
         "missing": [name for name in shapes if name not in arrays],
@@ -434,9 +440,8 @@ def _carried_over(arrays: Arrays, rules: Sequence[_Rule], kind: str) -> dict[str
     return {rule.ours: _tensor(arrays, rule, kind) for rule in rules}
 
 
-def _tensor(arrays: Arrays, rule: _Rule, kind: str) -> Tensor:
-    """A float32 copy."""
-    parts = [arrays[name] for name in rule.theirs]
+def _tensor(arrays: dict[str, Array], rule: _Rule, kind: str) -> Tensor:
+    parts = [arrays.pop(name) for name in rule.theirs]
     if any(part.dtype.kind != "f" for part in parts):
         raise ValueError(f"{kind} {rule.theirs[0]}: floating point numbers are needed, got {parts[0].dtype}")
     rows = [rearrange(part, rule.axes) for part in parts]

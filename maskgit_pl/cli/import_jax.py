@@ -1,0 +1,67 @@
+"""``maskgit import-jax``: a pretrained folder from checkpoints of the released JAX code."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from maskgit_pl.importers.flax import check_file
+from maskgit_pl.importers.folders import check_out
+
+__all__ = ["add_parser", "run"]
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command to ``maskgit``."""
+    parser = subparsers.add_parser(
+        "import-jax",
+        help="make a pretrained folder from released JAX checkpoints",
+        description="Make a pretrained folder, as training writes it, from checkpoints of google-research/maskgit.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, required=True, metavar="FILE", help="e.g. tokenizer_imagenet256_checkpoint"
+    )
+    parser.add_argument("--transformer", type=Path, metavar="FILE", help="e.g. maskgit_imagenet256_checkpoint")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the pretrained folder")
+    parser.add_argument(
+        "--size",
+        type=int,
+        metavar="256|512",
+        help="edge of the images in px (default: what the transformer's grid says; 256 without a transformer)",
+    )
+    parser.add_argument(
+        "--class-names",
+        type=Path,
+        metavar="FILE",
+        help="names of the classes, one a line (default: ImageNet's where there are 1000, else numbers)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Reads, checks and writes.
+
+    Raises:
+        FileNotFoundError: No such file.
+        FileExistsError: ``--out`` is there, and not a pretrained folder of the same parts.
+        ValueError: A file of another kind, damaged or not of this size; parts that do not belong together.
+    """
+    check_out(args.out, ("tokenizer",) if args.transformer is None else ("tokenizer", "transformer"))
+    check_file(args.tokenizer)
+    if args.transformer is not None:
+        check_file(args.transformer)
+    class_names = None if args.class_names is None else _lines(args.class_names)
+    from maskgit_pl.importers.released import import_jax
+
+    import_jax(args.tokenizer, args.out, transformer=args.transformer, image_size=args.size, class_names=class_names)
+    return 0
+
+
+def _lines(path: Path) -> list[str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"class names {path}: no such file; one name a line is needed")
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"class names {path}: a text in UTF-8, one name a line, is needed ({error})") from error
