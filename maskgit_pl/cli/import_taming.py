@@ -48,14 +48,14 @@ def run(args: argparse.Namespace) -> int:
 def _report(made: ImportedTokenizer, *, size: int) -> str:
     config = made.config
     rows, columns = config.grid(size)
-    levels = [f"level {level}" for level in config.attention_levels]
+    levels = "".join(f"level {level} and " for level in config.attention_levels)
     return "\n".join(
         [
             f"{made.folder}: {made.layout} layout, {made.num_parameters:,} parameters",
             f"  images    {config.in_channels} x {size} x {size} -> {rows} x {columns} tokens",
             f"  codebook  {config.num_codes} codes of width {config.code_width}",
             f"  network   widths {' '.join(map(str, config.widths))}, {config.blocks_per_level} blocks a level, "
-            f"self-attention in {', '.join([*levels, 'the middle'])}",
+            f"self-attention in {levels}the middle",
             f"  ignored   {', '.join(made.ignored) or 'nothing'}",
             f"next: make train-transformer DATASET=... RECIPE=paper-256 TOKENIZER={made.folder}",
         ]
