@@ -16,6 +16,7 @@ from comparators.full import check_model
 from comparators.transformer import load_transformer
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from maskgit_pl.data import Batch
 from maskgit_pl.importers.released import transformer_weights
@@ -93,8 +94,11 @@ class RecordedBatch(LightningDataModule):
         self.global_batch = len(seen)
         self.micro_batch = micro_batch
 
-    def train_dataloader(self) -> list[Batch]:
-        return list(self._batches())
+    def train_dataloader(self) -> DataLoader[Batch]:
+        return DataLoader(list(self._batches()), batch_size=None)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        return self.train_dataloader()
 
     def _batches(self) -> Iterator[Batch]:
         for index in torch.arange(self.global_batch).split(self.micro_batch):
@@ -134,6 +138,7 @@ def test_a_training_step_has_the_recorded_loss_and_gradients(micro_batch, tmp_pa
     trainer = Trainer(
         max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, callbacks=[seen], accumulate_grad_batches=3 // micro_batch, log_every_n_steps=1,
+        limit_val_batches=0,
     )  # fmt: skip
     trainer.fit(module, datamodule=data)
     assert trainer.global_step == 1

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from maskgit_pl.importers.released import parameters
 
-__all__ = ["LARGEST", "TOLERANCE", "Comparison", "close", "equal", "given", "gradients"]
+__all__ = ["LARGEST", "TOLERANCE", "Comparison", "close", "equal", "given", "gradients", "present"]
 
 LARGEST = 3.4e38  # of float32: any finite number lies within
 TOLERANCE = 1e-4  # absolute, of float32 values; two float32 implementations differ by about a tenth of it
@@ -67,6 +67,15 @@ def equal(file: str, array: str, ours: object, recorded: np.ndarray, *, note: st
         return _shapes_differ(file, array, mine, theirs, "equal", 0.0)
     unequal = int((mine != theirs).sum())
     return Comparison(file, array, unequal, 0.0, "equal", unequal == 0, note)
+
+
+def present(
+    file: str, ours: Mapping[str, object], recorded: Mapping[str, np.ndarray], *, note: str = ""
+) -> Iterator[Comparison]:
+    """Compares those arrays of ours that are recorded: floats within the tolerance, everything else to be equal."""
+    for name in ours.keys() & recorded.keys():
+        compare = close if recorded[name].dtype.kind == "f" else equal
+        yield compare(file, name, ours[name], recorded[name], note=note)
 
 
 def given(file: str, array: str, recorded: np.ndarray, *, dtype: str, low: float, high: float) -> Comparison:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from comparators.comparison import TOLERANCE, Comparison, close, equal, given
+from comparators.comparison import TOLERANCE, Comparison, close, equal, given, present
 from comparators.folder import Folder
 from comparators.schedules import released_mask_len, released_ratio, schedule_of
 from comparators.transformer import everywhere, load_transformer, our_tokens
@@ -107,49 +107,68 @@ def _inputs(file: str, arrays: Mapping[str, np.ndarray], network: MaskedTransfor
         "conf_gumbel": ("float32", *_GUMBEL),
     }
     for name, (dtype, low, high) in limits.items():
-        yield given(file, name, arrays[name], dtype=dtype, low=low, high=high)
+        if name in arrays:
+            yield given(file, name, arrays[name], dtype=dtype, low=low, high=high)
     schedule_of(str(arrays["method"]))
     yield Comparison(file, "method", 0, 0, "input", True)
 
 
 def _compare_numbers(file: str, arrays: Mapping[str, np.ndarray], logits: Tensor) -> Iterator[Comparison]:
     """Every array from the others, at all positions: what the released decoder computes, known positions included."""
-    steps, start, inputs = int(arrays["num_iter"]), int(arrays["start_iter"]), arrays["inputs"]
-    current = torch.from_numpy(arrays["cur_ids"])  # (S, B, 1 + N)
-    unknown = current == _MASK
-    at_start = torch.from_numpy((inputs == _MASK).sum(1))
-    progress = torch.arange(start + 1, steps + 1, dtype=torch.float32) / steps
-    ratio = released_ratio(str(arrays["method"]), progress, inputs.shape[1] - 1)
-    mask_len = released_mask_len(ratio.unsqueeze(1), at_start, unknown.sum(-1))
-    temperature = torch.from_numpy(arrays["choice_temperature"]) * (1 - progress)
-    yield equal(file, "unknown_at_start", at_start, arrays["unknown_at_start"])
-    yield close(file, "ratio", progress, arrays["ratio"])
-    yield close(file, "mask_ratio", ratio.unsqueeze(1).expand(mask_len.shape), arrays["mask_ratio"])
-    yield equal(file, "mask_len", mask_len, arrays["mask_len"])
-    yield close(file, "temperature", temperature, arrays["temperature"])
-
+    unknown = torch.from_numpy(arrays["cur_ids"]) == _MASK  # (S, B, 1 + N)
     noisy = logits + torch.from_numpy(arrays["cat_gumbel"])
     samples = torch.from_numpy(arrays["cat_samples"]).long()
+    probability = logits.softmax(-1).gather(-1, samples.unsqueeze(-1)).squeeze(-1)
+    plan = _plan(arrays, unknown)
     yield _compare_samples(file, noisy, samples, unknown, exact="logits" in arrays)
-    yield close(file, "min_categorical_gap", _gap(noisy, unknown), arrays["min_categorical_gap"])
-    probability = logits.softmax(-1).gather(-1, samples.unsqueeze(-1)).squeeze(-1).where(unknown, torch.inf)
-    yield close(file, "selected_probs", probability, arrays["selected_probs"])
+    made = {
+        **plan,
+        "min_categorical_gap": _gap(noisy, unknown),
+        "selected_probs": probability.where(unknown, torch.inf),
+        **_remasked(arrays, plan["mask_len"], plan["temperature"]),
+        **_tokens(arrays, samples, unknown),
+    }
+    yield from present(file, made, arrays)
+
+
+def _plan(arrays: Mapping[str, np.ndarray], unknown: Tensor) -> dict[str, Tensor]:
+    """The numbers of each step (S,) or of each step and row (S, B)."""
+    steps, start, inputs = int(arrays["num_iter"]), int(arrays["start_iter"]), arrays["inputs"]
+    at_start = torch.from_numpy((inputs == _MASK).sum(1))
+    progress = torch.arange(start + 1, steps + 1, dtype=torch.float32) / steps
+    ratio = released_ratio(str(arrays["method"]), progress, inputs.shape[1] - 1).unsqueeze(1)
+    mask_len = released_mask_len(ratio, at_start, unknown.sum(-1))
+    return {
+        "unknown_at_start": at_start,
+        "ratio": progress,
+        "mask_ratio": ratio.expand(mask_len.shape),
+        "mask_len": mask_len,
+        "temperature": torch.from_numpy(arrays["choice_temperature"]) * (1 - progress),
+    }
+
+
+def _remasked(arrays: Mapping[str, np.ndarray], mask_len: Tensor, temperature: Tensor) -> dict[str, Tensor]:
+    """What is masked again, (S, B, 1 + N), and the closest of these decisions."""
     noise = temperature[:, None, None] * torch.from_numpy(arrays["conf_gumbel"])
     confidence = torch.from_numpy(arrays["selected_probs"]).log() + noise
     ranked = confidence.sort(-1).values
     cut = ranked.gather(-1, mask_len.unsqueeze(-1))
-    masking = confidence < cut
     margin = cut - ranked.gather(-1, mask_len.unsqueeze(-1) - 1)
-    yield equal(file, "masking", masking, arrays["masking"])
-    smallest = margin[margin.isfinite()].min() if margin.isfinite().any() else torch.tensor(torch.inf)
-    yield close(file, "min_confidence_gap", smallest, arrays["min_confidence_gap"])
+    finite = margin[margin.isfinite()]
+    return {"masking": confidence < cut, "min_confidence_gap": finite.min() if len(finite) else torch.tensor(torch.inf)}
 
-    sampled = samples.where(unknown, current.long())
-    yield equal(file, "next_ids", sampled.masked_fill(masking, _MASK), arrays["next_ids"])
-    yield equal(file, "cur_ids", np.concatenate([inputs[None], arrays["next_ids"][:-1]]), arrays["cur_ids"])
-    before = np.repeat(inputs[:, None], start, 1)  # steps that were not made hold what was given
-    yield equal(file, "final_seqs", np.concatenate([before, sampled.transpose(0, 1).numpy()], 1), arrays["final_seqs"])
-    yield equal(file, "final_tokens", arrays["final_seqs"][:, -1, 1:], arrays["final_tokens"])
+
+def _tokens(arrays: Mapping[str, np.ndarray], samples: Tensor, unknown: Tensor) -> dict[str, Tensor | np.ndarray]:
+    """Tokens before and after each step; steps that were not made hold what was given."""
+    inputs, masking = arrays["inputs"], torch.from_numpy(arrays["masking"])
+    sampled = samples.where(unknown, torch.from_numpy(arrays["cur_ids"]).long())
+    before = np.repeat(inputs[:, None], int(arrays["start_iter"]), 1)
+    return {
+        "cur_ids": np.concatenate([inputs[None], arrays["next_ids"][:-1]]),
+        "next_ids": sampled.masked_fill(masking, _MASK),
+        "final_seqs": np.concatenate([before, sampled.transpose(0, 1).numpy()], 1),
+        "final_tokens": arrays["final_seqs"][:, -1, 1:],
+    }
 
 
 def _compare_samples(file: str, noisy: Tensor, samples: Tensor, unknown: Tensor, *, exact: bool) -> Comparison:
@@ -168,21 +187,21 @@ def _gap(noisy: Tensor, unknown: Tensor) -> Tensor:
 def _compare_run(file: str, arrays: Mapping[str, np.ndarray], predictor: Predictor, note: str) -> Iterator[Comparison]:
     """Our decoder on the recorded noise, step by step."""
     made = _steps(arrays, predictor)
-    start, recorded = int(arrays["start_iter"]), {name: arrays[name] for name in ("cur_ids", "masking", "next_ids")}
-    stacked = {name: torch.stack([getattr(step, name) for step in made]) for name in ("tokens", "was_masked")}
-    yield equal(file, "final_seqs", stacked["tokens"], arrays["final_seqs"][:, start:, 1:].swapaxes(0, 1), note=note)
-    yield equal(file, "cur_ids", stacked["was_masked"], recorded["cur_ids"][..., 1:] == _MASK, note=note)
-    yield equal(file, "final_tokens", made[-1].tokens, arrays["final_tokens"], note=note)
+    start = int(arrays["start_iter"])
+    tokens = torch.stack([step.tokens for step in made])  # (S, B, N), as everything below
+    masked = torch.stack([step.was_masked for step in made])
     scores = torch.stack([step.scores for step in made])
     noise = arrays["temperature"][:, None, None] * arrays["conf_gumbel"][..., 1:]
     expected = np.log(arrays["selected_probs"][..., 1:]) + noise
+    yield equal(file, "final_seqs", tokens, arrays["final_seqs"][:, start:, 1:].swapaxes(0, 1), note=note)
+    yield equal(file, "cur_ids", masked, arrays["cur_ids"][..., 1:] == _MASK, note=note)
+    yield equal(file, "final_tokens", tokens[-1], arrays["final_tokens"], note=note)
     yield close(file, "selected_probs", scores, expected, note=f"scores {note}")
-    if made[1:]:  # the released loop masks one token after the last step too, in its state alone
-        still = torch.stack([step.still_masked for step in made[:-1]])
-        after = stacked["tokens"][:-1].masked_fill(still, _MASK)
-        yield equal(file, "masking", still, recorded["masking"][:-1, :, 1:], note=note)
-        yield equal(file, "mask_len", still.sum(-1), arrays["mask_len"][:-1], note=note)
-        yield equal(file, "next_ids", after, recorded["next_ids"][:-1, :, 1:], note=note)
+    # The released loop masks one token after the last step too, in its state alone.
+    still = torch.stack([step.still_masked for step in made])[:-1]
+    yield equal(file, "masking", still, arrays["masking"][:-1, :, 1:], note=note)
+    yield equal(file, "mask_len", still.sum(-1), arrays["mask_len"][:-1], note=note)
+    yield equal(file, "next_ids", tokens[:-1].masked_fill(still, _MASK), arrays["next_ids"][:-1, :, 1:], note=note)
 
 
 def _steps(arrays: Mapping[str, np.ndarray], predictor: Predictor) -> list[DecodingStep]:

@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from comparators.comparison import TOLERANCE, Comparison, close, given, gradients
+from comparators.comparison import TOLERANCE, Comparison, given, gradients, present
 from comparators.folder import Folder
 from comparators.losses import adversarial_losses
 from comparators.tokenizer import nhwc, to_images
@@ -92,13 +92,14 @@ def _compare_variant(folder: Folder, file: str, network: Discriminator, prefix: 
     for name in arrays:
         if match := re.fullmatch(r"r1_penalty_cost([\d.]+)", name):
             penalties[name] = float(match[1]) * r1_penalty(logits, images)
-    for name, ours in {**made, **penalties}.items():
-        yield close(file, f"{prefix}_{name}", ours, arrays[name])
+    ours = {f"{prefix}_{name}": value for name, value in {**made, **penalties}.items()}
+    yield from present(file, ours, folder.arrays(file))
     tree = file.replace(".npz", "_r1_grads.msgpack")
     if prefix == _GRADIENTS_OF and tree in folder:
         (penalty,) = penalties.values()
         names, values = zip(*network.named_parameters(), strict=True)
         # The penalty does not depend on the last bias, nor on others that move no slope.
         slopes = torch.autograd.grad(penalty, values, materialize_grads=True)
-        ours = dict(zip(names, slopes, strict=True))
-        yield from gradients(tree, folder.tree(tree), ours, weights, tolerance=TOLERANCE)
+        yield from gradients(
+            tree, folder.tree(tree), dict(zip(names, slopes, strict=True)), weights, tolerance=TOLERANCE
+        )

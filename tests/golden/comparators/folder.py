@@ -99,7 +99,7 @@ class Folder:
 
     def _arrays(self, file: str) -> dict[str, np.ndarray]:
         try:
-            with np.load(self.path / file) as archive:
+            with (self.path / file).open("rb") as stream, np.load(stream) as archive:
                 return {name: archive[name] for name in archive.files}
         except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise FolderError(f"golden file {self.path / file}: it cannot be read: {error}") from None

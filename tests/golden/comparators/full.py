@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from comparators import discriminator, tokenizer
-from comparators.comparison import Comparison, close, equal, given
+from comparators.comparison import Comparison, given, present
 from comparators.every import Report, worst
 from comparators.folder import Folder
 from comparators.tokenizer import nhwc, to_images
@@ -100,10 +100,11 @@ def _discriminator(folder: Folder, file: str, weights: dict[str, np.ndarray]) ->
 def _compare(folder: Folder, file: str, made: dict[str, Tensor]) -> Iterator[Comparison]:
     """Compares what is recorded: whole arrays, or every k-th element along each axis as ``strides`` says."""
     arrays, strides = folder.arrays(file), folder.manifest.get("strides", {}).get(file, {})
+    sampled = {}
     for name in made.keys() & arrays.keys():
         every = tuple(slice(None, None, step) for step in strides.get(name, ()))
-        ours = made[name][every] if every else made[name]
-        yield (equal if arrays[name].dtype.kind == "i" else close)(file, name, ours, arrays[name])
+        sampled[name] = made[name][every] if every else made[name]
+    yield from present(file, sampled, arrays)
 
 
 _COMPARATORS: dict[str, Callable[[Folder, str, dict[str, np.ndarray]], Iterator[Comparison]]] = {

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from comparators.comparison import LARGEST, Comparison, close, given
+from comparators.comparison import LARGEST, Comparison, given, present
 from comparators.folder import Folder
 from maskgit_pl.losses import (
     discriminator_loss,
@@ -61,9 +61,7 @@ def compare_losses(folder: Folder, file: str) -> Iterator[Comparison]:
     made: dict[str, Tensor] = {}
     for part in (_cross_entropies, _entropies, _of_the_tokenizer, _perplexities):
         made |= part(tensors)
-    for name, ours in made.items():
-        if name in arrays:
-            yield close(file, name, ours, arrays[name])
+    yield from present(file, made, arrays)
 
 
 def _inputs(file: str, arrays: Mapping[str, np.ndarray]) -> Iterator[Comparison]:

@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from comparators.comparison import Comparison, close, equal, given, gradients
+from comparators.comparison import Comparison, given, gradients, present
 from comparators.folder import Folder
 from comparators.transformer import recorded_outputs
 from maskgit_pl.importers.released import parameters, tokenizer_config, tokenizer_weights
@@ -59,17 +59,9 @@ def compare_vqvae(folder: Folder, file: str) -> Iterator[Comparison]:
         last = network.config.num_codes - 1
         yield given(file, "random_indices", arrays["random_indices"], dtype="int32", low=0, high=last)
     for made, note in _stages(network, arrays):
-        for name, ours in made.items():
-            if name in arrays:
-                yield _judged(file, name, ours, arrays[name], note)
+        yield from present(file, made, arrays, note=note)
     if "total_loss" in arrays:
         yield from _compare_training(folder, file, network)
-
-
-def _judged(file: str, name: str, ours: Tensor, recorded: np.ndarray, note: str) -> Comparison:
-    if recorded.dtype.kind == "i":
-        return equal(file, name, ours, recorded, note=note)
-    return close(file, name, ours, recorded, note=note)
 
 
 def _load(folder: Folder, file: str) -> VQGAN:
@@ -176,8 +168,7 @@ def _compare_training(folder: Folder, file: str, network: VQGAN) -> Iterator[Com
         "total_loss": loss,
         **_parts(network, quantized.features),
     }
-    for name in made.keys() & arrays.keys():
-        yield close(file, name, made[name], arrays[name])
+    yield from present(file, made, arrays)
     tree = file.replace(".npz", "_grads.msgpack")
     if tree in folder:
         recorded = folder.tree(tree)

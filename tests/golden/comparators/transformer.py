@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from comparators.comparison import TOLERANCE, Comparison, close, equal, given, gradients
+from comparators.comparison import TOLERANCE, Comparison, close, equal, given, gradients, present
 from comparators.folder import Folder
 from comparators.losses import cross_entropy
 from maskgit_pl.importers.released import parameters, transformer_config, transformer_weights
@@ -80,8 +80,7 @@ def compare_transformer(folder: Folder, file: str) -> Iterator[Comparison]:
     yield given(file, "tokens", arrays["tokens"], dtype="int32", low=_MASK, high=words - 1)
     ours = everywhere(network, arrays["tokens"])
     ours["logits_unjitted"] = ours["logits"]
-    for name in arrays.keys() & ours.keys():
-        yield close(file, name, ours[name], arrays[name])
+    yield from present(file, ours, arrays)
     if "loss_value" in arrays:
         yield from _compare_loss(folder, file, network, ours["logits"])
 
