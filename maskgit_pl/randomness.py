@@ -108,7 +108,9 @@ def gumbel(uniform: Tensor) -> Tensor:
     return -torch.log(-torch.log(uniform))
 
 
-def permutation(positions: Tensor, size: int, *, stream: str, seed: int, epoch: int | Tensor = 0) -> Tensor:
+def permutation(
+    positions: Tensor, size: int, *, stream: str, seed: int, index: int = 0, epoch: int | Tensor = 0
+) -> Tensor:
     """Where a pseudo-random bijection of range(size) sends some positions, without holding the others.
 
     A Feistel network over the next even number of bits, walked until the value falls into range (cycle walking): memory
@@ -119,14 +121,16 @@ def permutation(positions: Tensor, size: int, *, stream: str, seed: int, epoch: 
         size: Length of the permuted range, in [1, 2**32].
         stream: Name of the stream, as in ``random_bits``.
         seed: In [0, 2**32).
+        index: In [0, 2**32); others give other permutations.
         epoch: Integer, or int64 in the shape of ``positions``: other epochs give other permutations.
 
     Returns:
         int64 in [0, size), in the shape of ``positions``.
     """
     half = max(1, (max(2, size) - 1).bit_length() + 1 >> 1)
-    epochs = torch.as_tensor(epoch, device=positions.device).expand(positions.shape).reshape(-1)
-    keys = random_bits(f"{stream}/permutation", seed=seed, index=0, epoch=epochs, count=_FEISTEL_ROUNDS)
+    epochs = torch.as_tensor(epoch, device=positions.device).reshape(-1)  # one, or one a position
+    keys = random_bits(f"{stream}/permutation", seed=seed, index=index, epoch=epochs, count=_FEISTEL_ROUNDS)
+    keys = keys.expand(positions.numel(), -1)
     value = _feistel(positions.reshape(-1), half, keys)
     while bool((outside := value >= size).any()):
         value = value.masked_scatter(outside, _feistel(value[outside], half, keys[outside]))

@@ -2,7 +2,7 @@
 
 from maskgit_pl.data.batches import Batch, ImageBatches, TokenBatches, flip, to_unit_range
 from maskgit_pl.data.module import ShardData
-from maskgit_pl.data.order import GlobalOrder, OnceThrough, ShuffledStream, SplitOrder, split_batch
+from maskgit_pl.data.order import GlobalOrder, OnceThrough, ShuffledStream, SplitOrder, WindowedStream, split_batch
 from maskgit_pl.data.tokenizing import tokenize
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "ShuffledStream",
     "SplitOrder",
     "TokenBatches",
+    "WindowedStream",
     "flip",
     "split_batch",
     "to_unit_range",

@@ -11,7 +11,16 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from maskgit_pl.data.batches import Batch, ImageBatches, TokenBatches, loader
-from maskgit_pl.data.order import GlobalOrder, OnceThrough, Order, ShuffledStream, SplitOrder, split_batch
+from maskgit_pl.data.order import (
+    GlobalOrder,
+    OnceThrough,
+    Order,
+    ShuffledStream,
+    SplitOrder,
+    WindowedStream,
+    check_window,
+    split_batch,
+)
 from maskgit_pl.shards.images import Crop, check_crop
 from maskgit_pl.shards.manifest import DataSummary, Split, load_manifest, read_manifest_summary
 from maskgit_pl.shards.reader import ShardReader
@@ -38,6 +47,8 @@ class ShardData(LightningDataModule):
         validation_samples: Validate on the first so many samples; None takes all.
         num_workers: Processes that read and decode, each rank; 0 reads in the training process.
         seed: Decides order and crops.
+        shuffle_window: Shuffle within so many shards at a time, for disks that are slow to seek; None shuffles the
+            whole split. See ``WindowedStream`` for what it costs.
     """
 
     def __init__(
@@ -55,9 +66,11 @@ class ShardData(LightningDataModule):
         validation_samples: int | None = None,
         num_workers: int = 0,
         seed: int = 0,
+        shuffle_window: int | None = None,
     ) -> None:
         super().__init__()
         check_crop(crop)
+        check_window(shuffle_window)
         if source not in ("images", "tokens"):
             raise ValueError(f"data.source: images or tokens is needed, got {source!r}")
         if source == "tokens" and token_store is None:
@@ -76,6 +89,7 @@ class ShardData(LightningDataModule):
         self.validation_samples = validation_samples
         self.num_workers = num_workers
         self.seed = seed
+        self.shuffle_window = shuffle_window
 
     @cached_property
     def summary(self) -> DataSummary:
@@ -136,7 +150,7 @@ class ShardData(LightningDataModule):
             rank=self._rank,
             current_step=self._current_step,
         )
-        dataset = self.batches("train", ShuffledStream(samples, self.seed), crop=self.crop)
+        dataset = self.batches("train", self._stream(), crop=self.crop)
         return loader(dataset, order, num_workers=self.num_workers, pin_memory=torch.cuda.is_available())
 
     def val_dataloader(self) -> DataLoader[Batch]:
@@ -156,6 +170,12 @@ class ShardData(LightningDataModule):
         return ImageBatches(
             reader, order, image_size=self.image_size, in_channels=self.in_channels, crop=crop, seed=self.seed
         )
+
+    def _stream(self) -> Order:
+        if self.shuffle_window is None:
+            return ShuffledStream(self.summary.samples["train"], self.seed)
+        shards = load_manifest(self.path, "train", check=False).shards
+        return WindowedStream([shard.samples for shard in shards], window=self.shuffle_window, seed=self.seed)
 
     @cached_property
     def _tokens(self) -> dict[Split, TokenReader] | None:

@@ -1,13 +1,14 @@
 """Which samples a step sees, as a function of (seed, step): no state to keep or to lose.
 
 Position p of the endless training stream lies in epoch ``p // n`` and is sample ``permutation(p % n)``; step s takes
-positions [s G, (s + 1) G) for a global batch G. Ranks, workers and accumulation only share out that range.
+positions [s G, (s + 1) G) for a global batch G. Ranks, workers and accumulation only share out that range. A split may
+have up to 2**32 samples: any position is worked out alone, from (seed, epoch) and, for windows, the shards' lengths.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple, Protocol
@@ -18,7 +19,19 @@ from torch.utils.data import Sampler
 
 from maskgit_pl.randomness import permutation
 
-__all__ = ["GlobalOrder", "OnceThrough", "Order", "Rows", "ShuffledStream", "SplitOrder", "split_batch"]
+__all__ = [
+    "GlobalOrder",
+    "OnceThrough",
+    "Order",
+    "Rows",
+    "ShuffledStream",
+    "SplitOrder",
+    "WindowedStream",
+    "check_window",
+    "split_batch",
+]
+
+_MOST_HELD = 2**20  # 8 MiB, at most two of them in each worker
 
 
 def split_batch(global_batch: int, max_per_device: int, world_size: int) -> tuple[int, int]:
@@ -51,6 +64,16 @@ def split_batch(global_batch: int, max_per_device: int, world_size: int) -> tupl
     return per_device, per_rank // per_device
 
 
+def check_window(window: int | None) -> None:
+    """Refuses a window of no shards.
+
+    Raises:
+        ValueError: It is below 1.
+    """
+    if window is not None and window < 1:
+        raise ValueError(f"data.shuffle_window: at least 1 shard, or null for the whole split, is needed, got {window}")
+
+
 class Rows(NamedTuple):
     """Which samples some positions stand for; four (B,) tensors as in ``Batch``."""
 
@@ -75,35 +98,111 @@ class ShuffledStream:
     Both give the same numbers.
 
     Args:
-        num_samples: Samples of the split, n.
+        num_samples: Samples of the split, n, at most 2**32.
         seed: Decides the order.
         most_held: Largest n whose permutation is held (8 bytes a sample in each worker).
     """
 
     num_samples: int
     seed: int
-    most_held: int = 2**20
+    most_held: int = _MOST_HELD
 
     def __call__(self, positions: range) -> Rows:
         """Sample and epoch of each position."""
-        position = torch.arange(positions.start, positions.stop)
-        epoch, place = position // self.num_samples, position % self.num_samples
-        if self.num_samples <= self.most_held:
-            epochs = range(int(epoch[0]), int(epoch[-1]) + 1)
-            index = torch.cat([self._held(number)[place[epoch == number]] for number in epochs])
-        else:
-            index = permutation(place, self.num_samples, stream="order", seed=self.seed, epoch=epoch)
-        return Rows(index, epoch, position, torch.ones_like(position, dtype=torch.bool))
+        return _rows(positions, self.num_samples, self._samples)
 
-    def _held(self, epoch: int) -> Tensor:
-        return _whole_permutation(self.num_samples, self.seed, epoch)
+    def _samples(self, place: Tensor, epoch: int) -> Tensor:
+        return _permuted(place, self.num_samples, self.seed, epoch, held=self.num_samples <= self.most_held)
+
+
+class WindowedStream:
+    """The endless training stream for disks that are slow to seek: few shards are read at a time.
+
+    In each epoch the shards come in another order; every ``window`` consecutive ones of that order are a window, and
+    its samples are permuted. Each sample comes once an epoch; a position is a function of (seed, epoch, place) alone.
+
+    What it costs: a step sees samples of one window, two at its border, instead of the whole split. Where shards hold
+    a random mixture, the batches are as good as with ``ShuffledStream``; where they are sorted (one class a shard), a
+    batch has the classes of ``window`` shards alone, and consecutive batches resemble each other until it ends.
+
+    Args:
+        shard_samples: Samples of each shard, in the order in which samples are numbered.
+        window: Shards of a window, at least 1; the last window of an epoch has the rest.
+        seed: Decides the order.
+        most_held: Largest window, in samples, whose permutation is held.
+
+    Raises:
+        ValueError: The window is below 1.
+    """
+
+    def __init__(self, shard_samples: Sequence[int], *, window: int, seed: int, most_held: int = _MOST_HELD) -> None:
+        check_window(window)
+        self.window = window
+        self.seed = seed
+        self.most_held = most_held
+        self._sizes = torch.tensor(shard_samples, dtype=torch.int64)
+        self._firsts = self._sizes.cumsum(0) - self._sizes
+        self._layouts: dict[int, _Layout] = {}
+
+    def __call__(self, positions: range) -> Rows:
+        """Sample and epoch of each position."""
+        return _rows(positions, int(self._sizes.sum()), self._samples)
+
+    def _samples(self, place: Tensor, epoch: int) -> Tensor:
+        layout = self._layout(epoch)
+        window = torch.searchsorted(layout.window_ends, place, right=True)
+        numbers = sorted(set(window.tolist()))  # places rise, and so do their windows
+        return torch.cat([self._of_window(number, place[window == number], epoch, layout) for number in numbers])
+
+    def _of_window(self, number: int, place: Tensor, epoch: int, layout: _Layout) -> Tensor:
+        end = int(layout.window_ends[number])
+        start = int(layout.window_ends[number - 1]) if number else 0
+        size = end - start
+        place = start + _permuted(place - start, size, self.seed, epoch, window=number, held=size <= self.most_held)
+        slot = torch.searchsorted(layout.shard_ends, place, right=True)
+        shard = layout.shards[slot]
+        return self._firsts[shard] + place - (layout.shard_ends[slot] - self._sizes[shard])
+
+    def _layout(self, epoch: int) -> _Layout:
+        if epoch not in self._layouts:
+            while len(self._layouts) > 1:  # the epoch that ends and the one that begins
+                del self._layouts[min(self._layouts)]
+            count = len(self._sizes)
+            shards = permutation(torch.arange(count), count, stream="order/shards", seed=self.seed, epoch=epoch)
+            ends = self._sizes[shards].cumsum(0)
+            last = torch.arange(self.window - 1, count + self.window - 1, self.window).clamp(max=count - 1)
+            self._layouts[epoch] = _Layout(shards, ends, ends[last])
+        return self._layouts[epoch]
+
+
+class _Layout(NamedTuple):
+    """An epoch of a ``WindowedStream``: its shards in order, and the places at which they and the windows end."""
+
+    shards: Tensor
+    shard_ends: Tensor
+    window_ends: Tensor
+
+
+def _rows(positions: range, num_samples: int, samples: Callable[[Tensor, int], Tensor]) -> Rows:
+    """The rows at some positions; ``samples(places, epoch)`` are the samples at rising places of one epoch."""
+    position = torch.arange(positions.start, positions.stop)
+    epoch, place = position // num_samples, position % num_samples
+    epochs = range(int(epoch[0]), int(epoch[-1]) + 1)
+    index = torch.cat([samples(place[epoch == number], number) for number in epochs])
+    return Rows(index, epoch, position, torch.ones_like(position, dtype=torch.bool))
+
+
+def _permuted(place: Tensor, size: int, seed: int, epoch: int, *, window: int = 0, held: bool) -> Tensor:
+    if held:
+        return _whole_permutation(size, seed, epoch, window)[place]
+    return permutation(place, size, stream="order", seed=seed, index=window, epoch=epoch)
 
 
 @lru_cache(maxsize=2)
-def _whole_permutation(size: int, seed: int, epoch: int) -> Tensor:
+def _whole_permutation(size: int, seed: int, epoch: int, window: int) -> Tensor:
     """(size,) int64; in pieces that stay in the processor's cache."""
     pieces = [torch.arange(first, min(first + 2**14, size)) for first in range(0, size, 2**14)]
-    return torch.cat([permutation(piece, size, stream="order", seed=seed, epoch=epoch) for piece in pieces])
+    return torch.cat([_permuted(piece, size, seed, epoch, window=window, held=False) for piece in pieces])
 
 
 @dataclass(frozen=True)
@@ -180,13 +279,14 @@ class SplitOrder(Sampler[range]):
     def __init__(
         self, num_samples: int, *, per_device: int, world_size: int = 1, rank: int = 0, start: int = 0
     ) -> None:
-        stride = per_device * world_size
-        count = math.ceil((num_samples - start) / stride)
-        firsts = [start + number * stride + rank * per_device for number in range(count)]
-        self._batches = [range(first, first + per_device) for first in firsts]
+        self.per_device = per_device
+        self.stride = per_device * world_size
+        self._starts = range(start, num_samples, self.stride)  # of the batches of all ranks
+        self._own = rank * per_device
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return len(self._starts)
 
     def __iter__(self) -> Iterator[range]:
-        return iter(self._batches)
+        firsts = (start + self._own for start in self._starts)
+        return (range(first, first + self.per_device) for first in firsts)
