@@ -136,6 +136,7 @@ class MaskedTokenModel(LightningModule):
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Optimizer | Any, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, *args, **kwargs)
+        optimizer.zero_grad()  # Lightning would keep the gradients in memory through the next forward pass
         if self.ema_network is not None:
             step = self.trainer.global_step - 1
             update_ema(self.ema_network, self.transformer, decay=self.ema_decay, step=step)

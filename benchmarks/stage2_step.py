@@ -1,0 +1,479 @@
+"""Measures a training step of stage 2: ours, a plain one of the same network, and muse-maskgit-pytorch's.
+
+    python benchmarks/stage2_step.py --threads 1 --repeats 5 --parts --json stage2_step.json
+
+benchmarks/README.md says what is compared and how to read the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from measuring import MatrixProduct, Stopwatch, in_fresh_process, interleave, markdown_table, peak_memory, processor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim import AdamW
+from torch.utils.flop_counter import FlopCounterMode
+
+from maskgit_pl.data import Batch
+from maskgit_pl.masking import MaskSampler
+from maskgit_pl.mvtm import MaskedTokenModel
+from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
+from maskgit_pl.schedules import mask_schedules
+from maskgit_pl.training.environment import describe_environment
+from maskgit_pl.training.optimizers import LearningRate
+
+Precision = Literal["fp32", "bf16"]
+
+_DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_PEER = "muse_maskgit_pytorch"
+_RATE, _BETAS, _WEIGHT_DECAY, _CLIP, _SMOOTHING, _EMA_DECAY = 1e-4, (0.9, 0.96), 0.045, 1.0, 0.1, 0.999
+
+
+@dataclass(frozen=True)
+class Task:
+    """The network's sizes, without dropout (the peer has none), and the batch.
+
+    The vocabulary is num_codes + num_classes + 1: 2025 as released.
+    """
+
+    batch: int = 8
+    depth: int = 4
+    width: int = 768
+    mlp_width: int = 3072
+    num_heads: int = 16
+    grid: tuple[int, int] = (16, 16)
+    num_codes: int = 1024
+    num_classes: int = 1000
+
+    @property
+    def network(self) -> TransformerConfig:
+        return TransformerConfig(
+            self.num_codes, self.num_classes, self.grid, self.width, self.depth, self.num_heads, self.mlp_width,
+            dropout=0.0, class_dropout=0.0,
+        )  # fmt: skip
+
+    def data(self) -> Batch:
+        """The one batch that every contender trains on, so that all rounds are the same work."""
+        chance = torch.Generator().manual_seed(0)
+        tokens = torch.randint(self.num_codes, (self.batch, self.network.num_tokens), generator=chance)
+        labels = torch.randint(self.num_classes, (self.batch,), generator=chance)
+        index = torch.arange(self.batch)
+        return Batch(tokens, labels, index, torch.zeros_like(index), index, index >= 0)
+
+    def mask(self) -> Tensor:
+        """The mask (B, N) bool that training draws for ``data``."""
+        batch = self.data()
+        return MaskSampler(mask_schedules.build("cosine"), seed=0).mask(
+            self.network.num_tokens,
+            index=batch.index,
+            epoch=batch.epoch,
+            position=batch.position,
+            global_batch=self.batch,
+        )
+
+
+class Contender(Protocol):
+    """Something that trains."""
+
+    def __call__(self, watch: Stopwatch) -> Tensor:
+        """One step: forward, backward, clip, optimiser, average, each marked. Gives the loss (), detached."""
+
+
+@dataclass
+class _Run:
+    """What the module asks of its Trainer."""
+
+    global_batch: int
+    global_step: int = 1
+    max_steps: int = 1_000_000
+    log_every_n_steps: int = 1_000_001
+
+    @property
+    def datamodule(self) -> _Run:
+        return self
+
+
+class Ours:
+    """``MaskedTokenModel`` and its own hooks, called as the Trainer calls them."""
+
+    def __init__(self, task: Task, precision: Precision) -> None:
+        self.batch, self.precision = task.data(), precision
+        self.module = MaskedTokenModel(
+            task.network, LearningRate(_RATE), "", betas=_BETAS, weight_decay=_WEIGHT_DECAY,
+            label_smoothing=_SMOOTHING, ema_decay=_EMA_DECAY,
+        )  # fmt: skip
+        self.run = _Run(task.batch)  # the module holds it weakly
+        self.module.trainer = self.run  # type: ignore[assignment]  # in the Trainer's place
+        self.optimizer = self.module.configure_optimizers()["optimizer"]
+        self.optimizer.register_step_post_hook(lambda *_: self.watch.mark("optimiser"))
+        self.watch = Stopwatch()
+
+    def __call__(self, watch: Stopwatch) -> Tensor:
+        self.watch = watch
+        losses: list[Tensor] = []
+
+        def closure() -> Tensor:
+            with _autocast(self.precision):
+                loss = self.module.training_step(self.batch, 0)
+            watch.mark("forward")
+            self.optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            watch.mark("backward")
+            nn.utils.clip_grad_norm_(self.module.transformer.parameters(), _CLIP)
+            watch.mark("clip")
+            losses.append(loss.detach())
+            return loss
+
+        self.module.optimizer_step(0, 0, self.optimizer, closure)
+        watch.mark("average")
+        self.run.global_step += 1
+        return losses[0]
+
+
+class Plain:
+    """The step as it is mostly written: AdamW as it comes, the average weight by weight.
+
+    Args:
+        network: What is trained.
+        loss: Loss () of the network for a batch and its mask (B, N) bool, True = masked.
+        task: Gives the batch.
+        precision: Of the forward pass.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        loss: Callable[[nn.Module, Batch, Tensor], Tensor],
+        task: Task,
+        precision: Precision,
+    ) -> None:
+        self.network, self.loss, self.task, self.precision = network, loss, task, precision
+        self.batch = task.data()
+        self.average = copy.deepcopy(network).requires_grad_(False)
+        self.optimizer = AdamW(network.parameters(), _RATE, betas=_BETAS, weight_decay=_WEIGHT_DECAY)
+
+    def __call__(self, watch: Stopwatch) -> Tensor:
+        with _autocast(self.precision):
+            loss = self.loss(self.network, self.batch, self.task.mask())
+        watch.mark("forward")
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        watch.mark("backward")
+        nn.utils.clip_grad_norm_(self.network.parameters(), _CLIP)
+        watch.mark("clip")
+        self.optimizer.step()
+        watch.mark("optimiser")
+        with torch.no_grad():
+            for kept, new in zip(self.average.parameters(), self.network.parameters(), strict=True):
+                kept.mul_(_EMA_DECAY).add_(new, alpha=1 - _EMA_DECAY)
+        watch.mark("average")
+        return loss.detach()
+
+
+class NaiveBlock(nn.Module):
+    """A post-norm BERT block with a projection each for queries, keys and values, and attention written out."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        width = task.width
+        self.num_heads = task.num_heads
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+        self.attention_output = nn.Linear(width, width)
+        self.attention_norm = nn.LayerNorm(width, eps=1e-12)
+        self.mlp_hidden = nn.Linear(width, task.mlp_width)
+        self.mlp_output = nn.Linear(task.mlp_width, width)
+        self.mlp_norm = nn.LayerNorm(width, eps=1e-12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, S, D) -> (B, S, D)."""
+        query, key, value = (
+            project(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for project in (self.query, self.key, self.value)
+        )
+        scores = query @ key.transpose(2, 3) / query.shape[-1] ** 0.5  # (B, heads, S, S)
+        attended = (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
+        x = self.attention_norm(x + self.attention_output(attended))
+        hidden = self.mlp_output(F.gelu(self.mlp_hidden(x), approximate="tanh"))
+        normed: Tensor = self.mlp_norm(x + hidden)
+        return normed
+
+
+class NaiveTransformer(nn.Module):
+    """The network of ``maskgit_pl.networks.transformer`` without its shortcuts: logits everywhere, all of them."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        config = task.network
+        self.num_codes = config.num_codes
+        self.words = nn.Embedding(config.vocabulary_size, config.width)
+        self.positions = nn.Embedding(config.num_tokens + 1, config.width)
+        self.embedding_norm = nn.LayerNorm(config.width, eps=1e-12)
+        self.blocks = nn.ModuleList(NaiveBlock(task) for _ in range(config.depth))
+        self.head_dense = nn.Linear(config.width, config.width)
+        self.head_norm = nn.LayerNorm(config.width, eps=1e-12)
+        self.head_bias = nn.Parameter(torch.zeros(config.vocabulary_size))
+
+    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """Tokens (B, N) int64 and labels (B,) int64 -> logits (B, N, V)."""
+        sequence = torch.cat([labels.unsqueeze(1) + self.num_codes, tokens], dim=1)
+        x = self.embedding_norm(self.words(sequence) + self.positions.weight)
+        for block in self.blocks:
+            x = block(x)
+        x = self.head_norm(F.gelu(self.head_dense(x), approximate="tanh"))
+        logits: Tensor = x @ self.words.weight.T + self.head_bias
+        return logits[:, 1:]
+
+
+def naive_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our weights, or their gradients, under the names of ``NaiveTransformer``."""
+    found = {}
+    for name, tensor in weights.items():
+        if "query_key_value" not in name:
+            found[name] = tensor
+            continue
+        for part, third in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+            found[name.replace("query_key_value", part)] = third
+    return found
+
+
+def naive(task: Task, precision: Precision) -> Plain:
+    """The plain step, with the weights that ``Ours`` begins from."""
+    weights = naive_weights(MaskedTransformer(task.network).state_dict())  # first, as in ours: the same random numbers
+    network = NaiveTransformer(task)
+    network.load_state_dict(weights)
+    mask_token_id = task.network.mask_token_id
+
+    def loss(network: nn.Module, batch: Batch, mask: Tensor) -> Tensor:
+        logits = network(batch.content.masked_fill(mask, mask_token_id), batch.labels).float()
+        losses = F.cross_entropy(logits.mT, batch.content, label_smoothing=_SMOOTHING, reduction="none")  # (B, N)
+        return ((losses * mask).sum(1) / mask.sum(1)).mean()
+
+    return Plain(network, loss, task, precision)
+
+
+class MuseClasses(nn.Module):
+    """muse-maskgit-pytorch's transformer, to which a class is a text of one token."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        from muse_maskgit_pytorch import MaskGitTransformer
+        from transformers import T5Config
+
+        self.classes = nn.Embedding(task.num_classes, task.width)
+        with tempfile.TemporaryDirectory() as folder:
+            T5Config(d_model=task.width).save_pretrained(folder)  # else it fetches that of a text encoder
+            self.transformer = MaskGitTransformer(
+                num_tokens=task.network.vocabulary_size - 1,  # and the mask token
+                seq_len=task.network.num_tokens,
+                dim=task.width,
+                depth=task.depth,
+                heads=task.num_heads,
+                dim_head=task.width // task.num_heads,
+                ff_mult=task.mlp_width // task.width,
+                flash=False,  # on a processor its flash attention is slower, and fails in bf16
+                t5_name=folder,
+            )
+
+    def forward(self, tokens: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
+        """Loss () at the targets (B, N) int64 other than -1."""
+        text = self.classes(labels).unsqueeze(1)
+        loss: Tensor = self.transformer(tokens, text_embeds=text, labels=targets, ignore_index=-1)
+        return loss
+
+
+def muse(task: Task, precision: Precision) -> Plain:
+    """The peer's step."""
+    network = MuseClasses(task)
+
+    def loss(network: nn.Module, batch: Batch, mask: Tensor) -> Tensor:
+        tokens = batch.content.masked_fill(mask, task.network.mask_token_id)
+        result: Tensor = network(tokens, batch.labels, batch.content.masked_fill(~mask, -1))
+        return result
+
+    return Plain(network, loss, task, precision)
+
+
+_CONTENDERS: dict[str, Callable[[Task, Precision], Contender]] = {"ours": Ours, "naive": naive, _PEER: muse}
+
+
+def build(name: str, task: Task, precision: Precision) -> Contender:
+    """A contender, in training; ours and the naive one begin from the same weights."""
+    torch.manual_seed(0)
+    return _CONTENDERS[name](task, precision)
+
+
+def memory(name: str, task: Task, precision: Precision, threads: int) -> int | None:
+    """Peak bytes of two steps, the second of which has the optimiser's state; to be called in a fresh process."""
+    torch.set_num_threads(threads)
+
+    def run() -> None:
+        step = build(name, task, precision)
+        for _ in range(2):
+            step(Stopwatch())
+
+    return peak_memory(run)
+
+
+def warm_up(step: Contender) -> tuple[float, int]:
+    """The first step's loss and the FLOPs of its matrix products, attention's among them, forward and backward."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the counter knows no other on CPU
+        loss = float(step(Stopwatch()))
+    step(Stopwatch())
+    return loss, counter.get_total_flops()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one contender did in one precision.
+
+    Args:
+        precision: Which.
+        name: Which.
+        loss: Of the first step.
+        flops: Of the matrix products of a step.
+        memory: Peak bytes, or None where the system does not tell.
+        seconds: Of each round.
+        parts: Seconds of each round, by part.
+        peak: FLOP/s of a matrix product, the best of all rounds.
+        floor: FLOPs of the contender that computes the same loss with the fewest.
+        ratio: Median over rounds of the time divided by ours in the same round.
+    """
+
+    precision: Precision
+    name: str
+    loss: float
+    flops: int
+    memory: int | None
+    seconds: list[float]
+    parts: dict[str, list[float]]
+    peak: float
+    floor: int
+    ratio: float
+
+    def share(self, flops: int, seconds: float) -> str:
+        """Per cent of the peak."""
+        return f"{100 * flops / seconds / self.peak:.0f}"
+
+    def row(self) -> dict[str, str]:
+        """Its row of the table."""
+        middle, best = median(self.seconds), min(self.seconds)
+        return {
+            "": self.precision,
+            "step": self.name,
+            "s median": f"{middle:.3g}",
+            "s best": f"{best:.3g}",
+            "time / ours": f"{self.ratio:.2f}",
+            "peak GB": "-" if self.memory is None else f"{self.memory / 1e9:.2f}",
+            "GFLOP": f"{self.flops / 1e9:.3g}",
+            "% of peak, its work: median (best)": f"{self.share(self.flops, middle)} ({self.share(self.flops, best)})",
+            "% of peak, the task: median (best)": f"{self.share(self.floor, middle)} ({self.share(self.floor, best)})",
+            "first loss": f"{self.loss:.5f}",
+        }
+
+    def part_row(self) -> dict[str, str]:
+        """Milliseconds of each part, medians, and their share of the step."""
+        whole = median(self.seconds)
+        cells = {part: f"{1000 * median(s):.1f} ({100 * median(s) / whole:.1f} %)" for part, s in self.parts.items()}
+        return {"": self.precision, "step, ms": self.name, **cells}
+
+
+def measure(
+    task: Task, precision: Precision, *, peaks: Mapping[str, int | None], repeats: int, product_size: int = 2048
+) -> list[Measured]:
+    """Times the contenders that ``peaks`` has the memory of, and the machine's peak with them, round by round."""
+    names = list(peaks)
+    steps = {name: build(name, task, precision) for name in names}
+    first = {name: warm_up(step) for name, step in steps.items()}
+    product = MatrixProduct(_DTYPES[precision], product_size)
+    product.rate(repeats=1)
+    watches = interleave({"product": product, **steps}, repeats=repeats)
+    peak = product.flops / min(watch.total for watch in watches["product"])
+    seconds = {name: [watch.total for watch in watches[name]] for name in names}
+    return [
+        Measured(
+            precision, name, *first[name], peaks[name], seconds[name],
+            {part: [watch.parts[part] for watch in watches[name]] for part in watches[name][0].parts},
+            peak, min(first[other][1] for other in ("ours", "naive")),
+            median(its / ours for its, ours in zip(seconds[name], seconds["ours"], strict=True)),
+        )
+        for name in names
+    ]  # fmt: skip
+
+
+def installed() -> list[str]:
+    """The contenders that are there."""
+    return [name for name in _CONTENDERS if name != _PEER or importlib.util.find_spec(_PEER) is not None]
+
+
+def software_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 more slowly than float32, having no instructions for it."""
+    rates = [MatrixProduct(dtype, 512).rate(repeats=3) for dtype in (torch.bfloat16, torch.float32)]
+    return rates[0] < rates[1]
+
+
+def _autocast(precision: Precision) -> torch.autocast:
+    """As Lightning's 32-true or bf16-mixed."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads (%(default)s)")
+    parser.add_argument("--batch", type=int, default=Task.batch, help="images of a step (%(default)s)")
+    parser.add_argument("--depth", type=int, default=Task.depth, help="layers (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds, n of the medians (%(default)s)")
+    parser.add_argument("--precision", choices=list(_DTYPES), help="one alone, also bf16 that is slower than fp32")
+    parser.add_argument("--parts", action="store_true", help="also the time of each part of a step")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="writes all numbers and the environment")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures and prints."""
+    arguments = _arguments(argv)
+    torch.set_num_threads(arguments.threads)
+    task, names = Task(batch=arguments.batch, depth=arguments.depth), installed()
+    config = task.network
+    print(f"{processor()}, {arguments.threads} threads, torch {torch.__version__}, n = {arguments.repeats} rounds")
+    print(
+        f"{task.depth} layers x {task.width}, MLP {task.mlp_width}, {task.num_heads} heads, {config.num_tokens + 1} "
+        f"tokens, vocabulary {config.vocabulary_size}, batch {task.batch}, "
+        f"{100 * float(task.mask().float().mean()):.0f} % of the tokens masked"
+    )
+    if _PEER not in names:
+        print(f"{_PEER} is not installed, and left out: python -m pip install -e '.[benchmarks]'")
+    precisions: list[Precision] = ["fp32", "bf16"] if arguments.precision is None else [arguments.precision]
+    if arguments.precision is None and software_bfloat16():
+        print("bf16 is left out: this processor multiplies it in software, slower than fp32 (--precision bf16 insists)")
+        precisions.remove("bf16")
+    measured: list[Measured] = []
+    for precision in precisions:
+        peaks = {name: in_fresh_process(memory, name, task, precision, arguments.threads) for name in names}
+        measured += measure(task, precision, peaks=peaks, repeats=arguments.repeats)
+        print(f"{precision} matrix-product peak: {measured[-1].peak / 1e9:.1f} GFLOP/s")
+    print("\n" + markdown_table([one.row() for one in measured]))
+    if arguments.parts:
+        print("\n" + markdown_table([one.part_row() for one in measured]))
+    if arguments.json:
+        report = {
+            "environment": {**describe_environment(), "processor": processor()},
+            "task": asdict(task),
+            "measured": [asdict(one) for one in measured],
+        }
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

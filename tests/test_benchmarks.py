@@ -1,0 +1,99 @@
+"""Benchmarks at tiny sizes: they run, their tables are whole, and what they compare is the same work."""
+
+import dataclasses
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+OURS = ["ours", "naive"]
+
+
+@pytest.fixture(scope="module")
+def stage2_step():
+    """The script as a module; its folder is on the path, as when it is run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        import stage2_step
+
+        yield stage2_step
+        for name in ("stage2_step", "measuring"):
+            del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def task(stage2_step):
+    return stage2_step.Task(
+        batch=3, depth=2, width=32, mlp_width=64, num_heads=4, grid=(4, 4), num_codes=16, num_classes=3
+    )
+
+
+def ours_and_naive(stage2_step, task):
+    """Loss and gradients of the first step of both."""
+    gradients = []
+    for name in OURS:
+        step = stage2_step.build(name, task, "fp32")
+        network = step.module.transformer if name == "ours" else step.network
+        found = {}
+        step.optimizer.register_step_post_hook(
+            lambda *_, network=network, found=found: found.update(
+                {key: weight.grad.clone() for key, weight in network.named_parameters()}
+            )
+        )
+        gradients.append((step(stage2_step.Stopwatch()), found))
+    return gradients
+
+
+def test_ours_and_the_naive_step_have_the_same_loss_and_gradients(stage2_step, task):
+    (our_loss, ours), (naive_loss, naive) = ours_and_naive(stage2_step, task)
+    torch.testing.assert_close(our_loss, naive_loss, rtol=1e-6, atol=1e-6)
+    ours = stage2_step.naive_weights(ours)
+    assert ours.keys() == naive.keys()
+    for name, gradient in naive.items():
+        assert gradient.norm() > 0, name
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_counted_work_is_that_of_the_formula(stage2_step, task):
+    """6 FLOPs for each weight of a linear layer and row that it sees; attention's are 4 S S D, three times."""
+    rows, masked, width = 3 * 17, int(task.mask().sum()), task.width
+    assert 0 < masked < 3 * 16
+    vocabulary = task.network.vocabulary_size
+    attention = 3 * 4 * 17 * 17 * width * 3 * task.depth
+    projections, feed_forward = 3 * width**2, width**2 + 2 * width * task.mlp_width
+    head = width**2 + width * vocabulary
+    block = 6 * rows * (projections + feed_forward)
+    _, naive = stage2_step.warm_up(stage2_step.build("naive", task, "fp32"))
+    assert naive == attention + task.depth * block + 6 * rows * head
+    _, ours = stage2_step.warm_up(stage2_step.build("ours", task, "fp32"))
+    last = 6 * rows * projections + 6 * masked * feed_forward
+    assert ours == attention + (task.depth - 1) * block + last + 6 * masked * head
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_measurement_has_a_whole_row_for_each_contender(stage2_step, task, precision):
+    peaks = {name: stage2_step.memory(name, task, precision, threads=1) for name in OURS}
+    measured = stage2_step.measure(task, precision, peaks=peaks, repeats=3, product_size=64)
+    assert [one.name for one in measured] == OURS
+    assert measured[0].loss == pytest.approx(measured[1].loss, rel=1e-2 if precision == "bf16" else 1e-6)
+    assert measured[0].ratio == 1
+    assert measured[0].floor == measured[1].floor == measured[0].flops < measured[1].flops
+    for one in measured:
+        assert len(one.seconds) == 3
+        assert list(one.parts) == ["forward", "backward", "clip", "optimiser", "average"]
+        assert [sum(each) for each in zip(*one.parts.values(), strict=True)] == pytest.approx(one.seconds)
+        assert one.memory is None or 0 <= one.memory < 1e9
+        assert json.loads(json.dumps(dataclasses.asdict(one)))["peak"] > 0
+    table = stage2_step.markdown_table([one.row() for one in measured]).splitlines()
+    assert len(table) == 2 + len(OURS)
+    assert len({line.count("|") for line in table}) == 1
+    assert len({len(line) for line in table}) == 1
+
+
+def test_peak_memory_is_that_of_what_runs(stage2_step):
+    peak = stage2_step.in_fresh_process(stage2_step.peak_memory, partial(torch.ones, 50_000_000))
+    assert peak is None or 195e6 < peak < 240e6
