@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -40,6 +40,7 @@ __all__ = [
 
 Kind = Literal["tokenizer", "transformer"]
 Config = TypeVar("Config")
+Network = TypeVar("Network", bound=nn.Module)
 _VERSION = 1
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 _ERROR_LENGTH = 400  # torch lists every name that differs
@@ -130,8 +131,8 @@ def load_tokenizer(folder: Path | str) -> PretrainedTokenizer:
     """
     folder = Path(folder)
     config = read_config(folder, "tokenizer")
-    network = VQGAN(_dataclass(VQGANConfig, config["network"], folder))
-    _load_weights(network, folder)
+    sizes = _dataclass(VQGANConfig, config["network"], folder)
+    network = _read_network(lambda: VQGAN(sizes), folder)
     return PretrainedTokenizer(network, int(config["image_size"]), fingerprint(folder))
 
 
@@ -144,8 +145,8 @@ def load_transformer(folder: Path | str) -> PretrainedTransformer:
     """
     folder = Path(folder)
     config = read_config(folder, "transformer")
-    network = MaskedTransformer(_dataclass(TransformerConfig, config["network"], folder))
-    _load_weights(network, folder)
+    sizes = _dataclass(TransformerConfig, config["network"], folder)
+    network = _read_network(lambda: MaskedTransformer(sizes), folder)
     return PretrainedTransformer(
         network,
         mask_schedules.build(config["mask_schedule"]),
@@ -180,14 +181,20 @@ def read_config(folder: Path | str, kind: Kind) -> dict[str, Any]:
     return config
 
 
-def load_weights(network: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> None:
+def load_weights(network: nn.Module, weights: Mapping[str, Tensor], folder: Path, *, assign: bool = False) -> None:
     """Puts the weights of a pretrained folder into a network.
+
+    Args:
+        network: Of the same sizes.
+        weights: Its state dict.
+        folder: Where they come from, for the error.
+        assign: Whether the network takes these very tensors instead of their values.
 
     Raises:
         ValueError: They are of another network; the text names the first names or shapes that differ.
     """
     try:
-        network.load_state_dict(weights)
+        network.load_state_dict(weights, assign=assign)
     except RuntimeError as error:
         text = " ".join(str(error).split())
         shown = text if len(text) <= _ERROR_LENGTH else f"{text[:_ERROR_LENGTH]} ..."
@@ -261,7 +268,8 @@ def _save(folder: Path, kind: Kind, weights: Mapping[str, Tensor], config: dict[
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _load_weights(network: nn.Module, folder: Path) -> None:
+def _read_network(build: Callable[[], Network], folder: Path) -> Network:
+    """A network with a folder's weights, frozen. Built without memory: drawing first weights would take longer."""
     file = folder / _WEIGHTS
     if not file.is_file():
         raise FileNotFoundError(f"{folder}: no {_WEIGHTS} there")
@@ -269,8 +277,14 @@ def _load_weights(network: nn.Module, folder: Path) -> None:
         weights = load_file(file)
     except SafetensorError as error:
         raise ValueError(f"weights {file}: not safetensors, or not whole ({error}); copy or make it again") from error
-    load_weights(network, weights, folder)
-    network.requires_grad_(False).eval()
+    with torch.device("meta"):
+        network = build()
+    types = {name: tensor.dtype for name, tensor in network.state_dict().items()}
+    load_weights(network, {name: w.to(types.get(name, w.dtype)) for name, w in weights.items()}, folder, assign=True)
+    empty = [name for name, tensor in (*network.named_parameters(), *network.named_buffers()) if tensor.is_meta]
+    if empty:
+        raise TypeError(f"network of {folder}: tensors outside of its state dict cannot be read, got {empty}")
+    return network.requires_grad_(False).eval()
 
 
 def _dataclass(kind: type[Config], values: Mapping[str, Any], folder: Path) -> Config:
