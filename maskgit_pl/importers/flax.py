@@ -32,7 +32,8 @@ _PLAIN = (
 _DTYPES = {name: np.dtype(name).newbyteorder("<") for name in _PLAIN} | {"bfloat16": np.dtype("<u2")}  # see _float32
 _BYTES_LENGTHS = {0xC4: 1, 0xC5: 2, 0xC6: 4}  # msgpack's bin 8, 16, 32: bytes that hold the length
 # The released transformer has 393 arrays, 5 deep, names below 30 letters.
-_MAX_NODES, _MAX_DEPTH, _MAX_ENTRIES, _MAX_TEXT, _MAX_DIMENSIONS = 50_000, 16, 1024, 512, 32
+_MAX_NODES, _MAX_DEPTH, _MAX_ENTRIES, _MAX_TEXT, _MAX_DIMENSIONS = 50_000, 16, 256, 512, 32
+_ERROR_LENGTH = 300
 _TOO_DEEP = f"maps inside maps are read {_MAX_DEPTH} deep, and it has more"
 _HEADER = 4 + 5 * _MAX_DIMENSIONS * 2 + _MAX_TEXT  # bytes before an array's data, at most
 
@@ -108,19 +109,26 @@ def read_flax(path: Path) -> dict[str, Array]:
 
 def _parse(stream: BinaryIO, size: int) -> Any:
     """The tree, read array by array: the file's bytes are held once."""
-    nodes = 0
+    seen = 0
+
+    def counted(nodes: int) -> None:
+        nonlocal seen
+        seen += nodes
+        if seen > _MAX_NODES:
+            raise ValueError(f"at most {_MAX_NODES:,} entries are read, and it has more")
 
     def as_map(pairs: list[tuple[str, Any]]) -> Any:
-        nonlocal nodes
-        nodes += 1 + len(pairs)
-        if nodes > _MAX_NODES:
-            raise ValueError(f"at most {_MAX_NODES:,} entries are read, and it has more")
+        counted(1 + len(pairs))
         return _unchunked(_unique(pairs))
+
+    def as_array(code: int, data: bytes) -> Array:
+        counted(1)
+        return _extension(code, data)
 
     unpacker = msgpack.Unpacker(
         stream,
         object_pairs_hook=as_map,
-        ext_hook=_extension,
+        ext_hook=as_array,
         max_buffer_size=size,
         max_map_len=_MAX_ENTRIES,
         max_str_len=_MAX_TEXT,
@@ -139,7 +147,8 @@ def _reason(error: Exception, size: int) -> str:
         return f"the file of {size:,} bytes is cut off"
     if isinstance(error, msgpack.StackError | RecursionError):
         return _TOO_DEEP
-    return f"not a tree of arrays as flax writes it ({' '.join(str(error).split()) or type(error).__name__})"
+    text = " ".join(str(error).split()) or type(error).__name__
+    return f"not a tree of arrays as flax writes it ({text[:_ERROR_LENGTH]})"
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -184,7 +193,9 @@ def _extension(code: int, data: bytes) -> Array:
 
 def _array_header(data: bytes) -> tuple[tuple[int, ...], str, int]:
     """Shape, dtype name and where the data begin, of msgpack's (shape, dtype, bytes)."""
-    header = msgpack.Unpacker(max_array_len=_MAX_DIMENSIONS, max_str_len=_MAX_TEXT, max_map_len=0, max_ext_len=0)
+    header = msgpack.Unpacker(
+        max_buffer_size=_HEADER, max_array_len=_MAX_DIMENSIONS, max_str_len=_MAX_TEXT, max_map_len=0, max_ext_len=0
+    )
     header.feed(data[:_HEADER])
     try:
         fields, shape, dtype = header.read_array_header(), header.unpack(), header.unpack()
@@ -197,7 +208,10 @@ def _array_header(data: bytes) -> tuple[tuple[int, ...], str, int]:
     _check_shape(shape)
     if dtype not in _DTYPES:
         raise ValueError(f"arrays of {', '.join(_DTYPES)} are read, got {dtype!r}")
-    return tuple(shape), dtype, offset + 1 + width
+    start = offset + 1 + width
+    if int.from_bytes(data[offset + 1 : start], "big") != len(data) - start:
+        raise ValueError("an array ends with its bytes, got another number of them than it says")
+    return tuple(shape), dtype, start
 
 
 def _check_shape(shape: list[Any]) -> None:

@@ -52,7 +52,7 @@ _CHOICE_TEMPERATURE = 4.5
 _DROPOUT = 0.1
 _IMAGENET_CLASSES = 1000
 _MAX_SIZE = 1 << 20  # of an axis; the released code's longest is 3072
-_SHOWN = 3  # names in an error
+_SHOWN, _SHOWN_LETTERS = 3, 120  # names in an error
 
 
 @dataclass(frozen=True)
@@ -442,8 +442,9 @@ def _carried_over(arrays: dict[str, Array], rules: Sequence[_Rule], kind: str) -
 
 def _tensor(arrays: dict[str, Array], rule: _Rule, kind: str) -> Tensor:
     parts = [arrays.pop(name) for name in rule.theirs]
-    if any(part.dtype.kind != "f" for part in parts):
-        raise ValueError(f"{kind} {rule.theirs[0]}: floating point numbers are needed, got {parts[0].dtype}")
+    for name, part in zip(rule.theirs, parts, strict=True):
+        if part.dtype.kind != "f":
+            raise ValueError(f"{kind} {name}: floating point numbers are needed, got {part.dtype}; name another file")
     rows = [rearrange(part, rule.axes) for part in parts]
     tensor = np.empty((sum(map(len, rows)), *rows[0].shape[1:]), np.float32)
     with np.errstate(over="ignore"):  # float64 that float32 does not hold becomes infinite, and is refused
@@ -477,7 +478,12 @@ def _count(arrays: Arrays, prefix: str) -> int:
 
 
 def _some(names: Iterable[str]) -> str:
-    """The first few in natural order, and how many there are."""
-    ordered = sorted(names, key=lambda name: [int(part) if part.isdigit() else 0 for part in re.split(r"(\d+)", name)])
+    """The first few in natural order, and how many more there are."""
+    ordered = sorted(names, key=_natural)
     more = f" and {len(ordered) - _SHOWN} more" if len(ordered) > _SHOWN else ""
-    return f"{', '.join(ordered[:_SHOWN]) or 'nothing'}{more}"
+    return f"{', '.join(name[:_SHOWN_LETTERS] for name in ordered[:_SHOWN]) or 'nothing'}{more}"
+
+
+def _natural(name: str) -> list[str | int]:
+    """Sorts ResBlock_2 before ResBlock_10."""
+    return [int(part) if place % 2 else part for place, part in enumerate(re.split("([0-9]+)", name))]
