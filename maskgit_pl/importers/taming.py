@@ -36,6 +36,12 @@ _NOT_THE_NETWORK = (  # names, or beginnings that end in a dot
     "quantize.embedding.cluster_size",
     "quantize.embedding.embed_avg",
 )
+_RECORDS = (
+    "pytorch_lightning.",
+    "lightning.",
+    "argparse.Namespace",
+    "omegaconf.",
+)  # what programs store beside weights
 _GUMBEL = ("quantize.embed.weight", "quantize.proj.weight")
 _TRANSFORMER = re.compile(r"(^|\.)(transformer|first_stage_model|tok_emb|tok_embeddings|layers\.0)\.")
 _OUTER = {  # our layers outside the levels -> both projects'
@@ -293,7 +299,7 @@ def _read(file: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     try:
         if kind == "safetensors":
             return dict(load_file(file)), ()
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=kind == "zip")
+        content = _load_tensors(file, mmap=kind == "zip")
     except pickle.UnpicklingError as error:
         raise ValueError(_refusal(file, str(error))) from error
     except Exception as error:  # what the loaders raise on a damaged file depends on where it is damaged
@@ -306,13 +312,47 @@ def _read(file: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     return dict(content), ()
 
 
+class _Record:
+    """Stands for an object of a training program: takes whatever it is made of and keeps nothing."""
+
+    def __new__(cls, *args: object, **kwargs: object) -> _Record:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: object) -> None:
+        return
+
+
+def _load_tensors(file: Path, *, mmap: bool) -> Any:
+    """What torch's loader for tensors alone reads; a stand-in takes the place of each record of a training program.
+
+    Lightning before 1.7 keyed its callbacks' states by their classes, and LlamaGen stores its arguments. The classes
+    themselves are never imported.
+    """
+    stand_ins: list[tuple[type, str]] = []
+    while True:
+        try:
+            with torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type]  # torch's type lacks the pairs
+                return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+        except pickle.UnpicklingError as error:
+            name = _unknown_class(str(error))
+            if name is None or not name.startswith(_RECORDS) or any(name == known for _, known in stand_ins):
+                raise
+            stand_ins.append((type(name.rpartition(".")[2], (_Record,), {}), name))
+
+
+def _unknown_class(text: str) -> str | None:
+    """The class of which torch's loader for tensors says that it does not read it."""
+    found = re.search(r"GLOBAL (\S+)", text)
+    return None if found is None else found[1]
+
+
 def _refusal(file: Path, text: str) -> str:
     """What the loader for tensors alone says of a file, and the way out."""
-    found = re.search(r"GLOBAL (\S+)", text)
+    found = _unknown_class(text)
     if found is None:
         return f"checkpoint {file}: damaged, or not a file of torch.save; download it again"
     return (
-        f"checkpoint {file}: only tensors are read, and it also holds {found[1]}, a Python object; on a machine that "
+        f"checkpoint {file}: only tensors are read, and it also holds {found}, a Python object; on a machine that "
         "trusts the file, load it with the program that wrote it and save the weights alone: "
         'torch.save({"state_dict": checkpoint["state_dict"]}, "weights.ckpt")'
     )

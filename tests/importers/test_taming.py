@@ -1,7 +1,10 @@
 """Tokenizers in both layouts come out as they go in: the same tokens, the same images, every size read off the file."""
 
 import argparse
+import os
+import sys
 from dataclasses import replace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -306,6 +309,42 @@ def test_other_files_with_the_same_tensors_are_read(form, layout, tmp_path):
     torch.testing.assert_close(got["decoder.head.bias"], weights["decoder.conv_out.bias"], rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("old", [False, True])
+def test_records_of_the_training_program_are_passed_over_without_its_classes(old, tmp_path, monkeypatch):
+    """As old Lightning wrote them: callbacks' states keyed by the class; and LlamaGen's arguments."""
+    imported = ModuleType("pytorch_lightning.callbacks.model_checkpoint")
+    imported.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": imported.__name__})
+    for name in ("pytorch_lightning", "pytorch_lightning.callbacks", imported.__name__):
+        monkeypatch.setitem(sys.modules, name, imported)
+    records = {
+        "callbacks": {imported.ModelCheckpoint: {"best_model_score": torch.tensor(0.5)}},
+        "args": argparse.Namespace(steps=3, inner=argparse.Namespace()),
+    }
+    file = tmp_path / "last.ckpt"
+    content = {"state_dict": reference("taming").state_dict(), **records}
+    torch.save(content, file, _use_new_zipfile_serialization=not old)
+    monkeypatch.delitem(sys.modules, imported.__name__)  # not there when it is read
+    made = import_taming(file, tmp_path / "out", image_size=16)
+    assert {"callbacks", "args"} <= set(made.ignored)
+    assert imported.__name__ not in sys.modules
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_hostile_file_runs_nothing(old, tmp_path):
+    canary = tmp_path / "canary"
+
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(canary),)
+
+    file = tmp_path / "hostile.ckpt"
+    content = {"state_dict": reference("taming").state_dict(), "args": argparse.Namespace(x=Hostile())}
+    torch.save(content, file, _use_new_zipfile_serialization=not old)
+    with pytest.raises(ValueError, match=r"holds posix\.mkdir, a Python object"):
+        import_taming(file, tmp_path / "out", image_size=16)
+    assert not canary.exists()
+
+
 # What is refused
 
 
@@ -355,12 +394,12 @@ REFUSED = {
         "download it again",
     ),
     "python object": (
-        lambda path: save(reference("llamagen"), path, args=argparse.Namespace(steps=3)),
-        r"holds argparse\.Namespace, a Python object; .*save the weights alone: torch\.save",
+        lambda path: save(reference("llamagen"), path, args=SimpleNamespace(steps=3)),
+        r"holds types\.SimpleNamespace, a Python object; .*save the weights alone: torch\.save",
     ),
     "old python object": (
-        lambda path: torch.save({"a": argparse.Namespace(b=3)}, path, _use_new_zipfile_serialization=False),
-        r"holds argparse\.Namespace, a Python object",
+        lambda path: torch.save({"a": SimpleNamespace(b=3)}, path, _use_new_zipfile_serialization=False),
+        r"holds types\.SimpleNamespace, a Python object",
     ),
     "list": (lambda path: torch.save([torch.zeros(1)], path), "a state dict is needed, got list"),
     "number among tensors": (damaged(lambda weights: weights.update(scale=1.0)), "entry scale: a tensor is needed"),
