@@ -1,4 +1,7 @@
+import io
 import sys
+import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pretrained import fingerprint, save_tokenizer, save_transformer
 from maskgit_pl.shards.images import encode_png
+from maskgit_pl.shards.index import find_shards, index_shards
 from maskgit_pl.shards.sources import open_source
 from maskgit_pl.shards.writer import make_shards
 
@@ -64,6 +68,24 @@ def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 (folder / "images" / split / name / f"{number}.png").write_bytes(encode_png(image))
     make_shards(open_source(folder / "images"), folder / "shards")
     return folder / "shards"
+
+
+def save_uneven_shards(folder: Path, train: Sequence[int], val: Sequence[int] = (3, 8)) -> Path:
+    """Shards of so many grey 8 px images each, three classes in turn, every image another."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    for split, counts in (("train", train), ("val", val)):
+        for number, count in enumerate(counts):
+            with tarfile.open(folder / f"{split}-{number:06d}.tar", "w") as shard:
+                for key in range(count):
+                    low = 90 * (key % 3)
+                    image = torch.randint(low, low + 70, (1, 8, 8), dtype=torch.uint8, generator=generator)
+                    for extension, content in (("png", encode_png(image)), ("cls", str(key % 3).encode())):
+                        member = tarfile.TarInfo(f"{number:03d}{key:05d}.{extension}")
+                        member.size = len(content)
+                        shard.addfile(member, io.BytesIO(content))
+    index_shards(folder, {split: find_shards(folder, f"{split}-*.tar") for split in ("train", "val")})
+    return folder
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -8,13 +8,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from maskgit_pl.data import (
-    GlobalOrder,
-    OnceThrough,
     ShardData,
     ShuffledStream,
-    SplitOrder,
     flip,
-    split_batch,
     to_unit_range,
     tokenize,
 )
@@ -67,82 +63,6 @@ def data(folder, **options) -> ShardData:
 
 def ids(loader) -> list[tuple[int, int, int]]:
     return [row for b in loader for row in zip(b.position.tolist(), b.epoch.tolist(), b.index.tolist(), strict=True)]
-
-
-@pytest.mark.parametrize(
-    ("sizes", "expected"),
-    [((128, 128, 1), (128, 1)), ((256, 32, 4), (32, 2)), ((96, 20, 2), (16, 3)), ((7, 4, 1), (1, 7))],
-)
-def test_split_batch_multiplies_to_the_global_batch(sizes, expected):
-    assert split_batch(*sizes) == expected
-    assert expected[0] * expected[1] * sizes[2] == sizes[0]
-    assert expected[0] <= sizes[1]
-
-
-def test_batch_that_ranks_cannot_share_is_refused_with_sizes_that_work():
-    with pytest.raises(ValueError, match="use 99 or 102"):
-        split_batch(100, 8, 3)
-    with pytest.raises(ValueError, match="at least 1"):
-        split_batch(8, 0, 1)
-
-
-@pytest.mark.parametrize("most_held", [0, 100])
-def test_each_epoch_visits_every_sample_once_in_another_order(most_held):
-    rows = ShuffledStream(NUM_TRAIN, seed=3, most_held=most_held)(range(3 * NUM_TRAIN))
-    epochs = rows.index.reshape(3, NUM_TRAIN)
-    assert torch.equal(epochs.sort(dim=1).values, torch.arange(NUM_TRAIN).expand(3, -1))
-    assert len({tuple(epoch) for epoch in epochs.tolist()}) == 3
-    assert torch.equal(rows.epoch, torch.arange(3).repeat_interleave(NUM_TRAIN))
-
-
-def test_order_is_the_same_whether_held_or_not_and_whatever_the_cut():
-    held, direct = ShuffledStream(NUM_TRAIN, 1), ShuffledStream(NUM_TRAIN, 1, most_held=0)
-    whole = direct(range(60)).index
-    assert torch.equal(torch.cat([held(range(start, start + 7)).index for start in range(0, 56, 7)]), whole[:56])
-    assert not torch.equal(ShuffledStream(NUM_TRAIN, 2)(range(60)).index, whole)
-
-
-@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (1, 4), (2, 2), (4, 1), (8, 1)])
-def test_every_step_is_the_same_set_for_any_ranks_and_accumulation(world_size, accumulation):
-    per_device = 8 // world_size // accumulation
-    ranks = [
-        list(
-            GlobalOrder(
-                NUM_TRAIN, per_device=per_device, accumulation=accumulation, world_size=world_size, rank=rank,
-                current_step=lambda: 4,
-            )
-        )
-        for rank in range(world_size)
-    ]  # fmt: skip
-    assert {len(batches) for batches in ranks} == {2 * accumulation}  # steps 4 and 5 of an epoch of 3
-    steps = [
-        [p for batches in ranks for micro in batches[s * accumulation : (s + 1) * accumulation] for p in micro]
-        for s in range(2)
-    ]
-    assert [sorted(step) for step in steps] == [list(range(32, 40)), list(range(40, 48))]
-
-
-def test_epochs_follow_on_without_gap_or_repeat():
-    step = 0
-    order = GlobalOrder(NUM_TRAIN, per_device=4, accumulation=2, current_step=lambda: step)
-    seen = []
-    for _ in range(3):
-        batches = list(order)
-        assert len(batches) == len(order) == 6
-        seen += [position for batch in batches for position in batch]
-        step += 3
-    assert seen == list(range(72))
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-@pytest.mark.parametrize("num_samples", [1, 11, 12])
-def test_validation_covers_each_sample_once_with_equal_batches(world_size, num_samples):
-    ranks = [list(SplitOrder(num_samples, per_device=3, world_size=world_size, rank=r)) for r in range(world_size)]
-    assert len({len(batches) for batches in ranks}) == 1
-    rows = [OnceThrough(num_samples)(positions) for batches in ranks for positions in batches]
-    valid = torch.cat([r.index[r.valid] for r in rows])
-    assert sorted(valid.tolist()) == list(range(num_samples))
-    assert all(int(r.index.max()) < num_samples for r in rows)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

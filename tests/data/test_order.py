@@ -1,0 +1,254 @@
+"""The order of samples: each once an epoch, the same for any ranks and workers, at any position without the others."""
+
+import itertools
+import json
+import os
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from maskgit_pl.data import GlobalOrder, OnceThrough, ShardData, ShuffledStream, SplitOrder, WindowedStream, split_batch
+from maskgit_pl.data.batches import loader
+from maskgit_pl.shards.manifest import INDEX_DTYPE
+from tests.conftest import save_uneven_shards
+
+NUM_TRAIN = 23
+UNEVEN = (1, 7, 100)
+
+
+def stream(shards: tuple[int, ...], window: int | None, *, seed: int = 0, **options):
+    """The order of a split with these shards."""
+    if window is None:
+        return ShuffledStream(sum(shards), seed, **options)
+    return WindowedStream(shards, window=window, seed=seed, **options)
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory) -> Path:
+    return save_uneven_shards(tmp_path_factory.mktemp("uneven"), UNEVEN, val=UNEVEN)
+
+
+def uneven_data(folder: Path, **options) -> ShardData:
+    module = ShardData(str(folder), image_size=8, in_channels=1, global_batch=12, validation_batch=5, **options)
+    module.setup()
+    return module
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [((128, 128, 1), (128, 1)), ((256, 32, 4), (32, 2)), ((96, 20, 2), (16, 3)), ((7, 4, 1), (1, 7))],
+)
+def test_split_batch_multiplies_to_the_global_batch(sizes, expected):
+    assert split_batch(*sizes) == expected
+    assert expected[0] * expected[1] * sizes[2] == sizes[0]
+    assert expected[0] <= sizes[1]
+
+
+def test_batch_that_ranks_cannot_share_is_refused_with_sizes_that_work():
+    with pytest.raises(ValueError, match="use 99 or 102"):
+        split_batch(100, 8, 3)
+    with pytest.raises(ValueError, match="at least 1"):
+        split_batch(8, 0, 1)
+
+
+@pytest.mark.parametrize("most_held", [0, 100])
+def test_each_epoch_visits_every_sample_once_in_another_order(most_held):
+    rows = ShuffledStream(NUM_TRAIN, seed=3, most_held=most_held)(range(3 * NUM_TRAIN))
+    epochs = rows.index.reshape(3, NUM_TRAIN)
+    assert torch.equal(epochs.sort(dim=1).values, torch.arange(NUM_TRAIN).expand(3, -1))
+    assert len({tuple(epoch) for epoch in epochs.tolist()}) == 3
+    assert torch.equal(rows.epoch, torch.arange(3).repeat_interleave(NUM_TRAIN))
+
+
+def test_order_is_the_same_whether_held_or_not_and_whatever_the_cut():
+    held, direct = ShuffledStream(NUM_TRAIN, 1), ShuffledStream(NUM_TRAIN, 1, most_held=0)
+    whole = direct(range(60)).index
+    assert torch.equal(torch.cat([held(range(start, start + 7)).index for start in range(0, 56, 7)]), whole[:56])
+    assert not torch.equal(ShuffledStream(NUM_TRAIN, 2)(range(60)).index, whole)
+
+
+@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (1, 4), (2, 2), (4, 1), (8, 1)])
+def test_every_step_is_the_same_set_for_any_ranks_and_accumulation(world_size, accumulation):
+    per_device = 8 // world_size // accumulation
+    ranks = [
+        list(
+            GlobalOrder(
+                NUM_TRAIN, per_device=per_device, accumulation=accumulation, world_size=world_size, rank=rank,
+                current_step=lambda: 4,
+            )
+        )
+        for rank in range(world_size)
+    ]  # fmt: skip
+    assert {len(batches) for batches in ranks} == {2 * accumulation}  # steps 4 and 5 of an epoch of 3
+    steps = [
+        [p for batches in ranks for micro in batches[s * accumulation : (s + 1) * accumulation] for p in micro]
+        for s in range(2)
+    ]
+    assert [sorted(step) for step in steps] == [list(range(32, 40)), list(range(40, 48))]
+
+
+def test_epochs_follow_on_without_gap_or_repeat():
+    step = 0
+    order = GlobalOrder(NUM_TRAIN, per_device=4, accumulation=2, current_step=lambda: step)
+    seen = []
+    for _ in range(3):
+        batches = list(order)
+        assert len(batches) == len(order) == 6
+        seen += [position for batch in batches for position in batch]
+        step += 3
+    assert seen == list(range(72))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("num_samples", [1, 11, 12])
+def test_validation_covers_each_sample_once_with_equal_batches(world_size, num_samples):
+    ranks = [list(SplitOrder(num_samples, per_device=3, world_size=world_size, rank=r)) for r in range(world_size)]
+    assert len({len(batches) for batches in ranks}) == 1
+    rows = [OnceThrough(num_samples)(positions) for batches in ranks for positions in batches]
+    valid = torch.cat([r.index[r.valid] for r in rows])
+    assert sorted(valid.tolist()) == list(range(num_samples))
+    assert all(int(r.index.max()) < num_samples for r in rows)
+
+
+@pytest.mark.parametrize("shards", [(1, 7, 100), (5,), (3, 0, 5, 1, 0), (4,) * 9, (0, 0, 2)])
+@pytest.mark.parametrize("window", [1, 2, 3, 50])
+@pytest.mark.parametrize("most_held", [0, 1000])
+def test_with_windows_each_epoch_visits_every_sample_once_in_another_order(shards, window, most_held):
+    size = sum(shards)
+    rows = stream(shards, window, most_held=most_held)(range(3 * size))
+    epochs = rows.index.reshape(3, size)
+    assert torch.equal(epochs.sort(dim=1).values, torch.arange(size).expand(3, -1))
+    assert torch.equal(rows.epoch, torch.arange(3).repeat_interleave(size))
+    if size > 5:
+        assert len({tuple(epoch) for epoch in epochs.tolist()}) == 3
+
+
+def test_a_window_is_so_many_shards_in_an_order_of_its_epoch():
+    shard_of = torch.arange(8).repeat_interleave(5)
+    epochs = shard_of[stream((5,) * 8, 3)(range(40 * 40)).index.reshape(40, 40)]
+    orders = [tuple(frozenset(part.tolist()) for part in epoch.split(15)) for epoch in epochs]
+    assert {tuple(map(len, order)) for order in orders} == {(3, 3, 2)}  # the last window has the rest
+    assert len(set(orders)) > 30
+    assert not any(epoch[:5].unique().numel() == 1 for epoch in epochs)  # samples are mixed over a window's shards
+
+
+@pytest.mark.parametrize(("size", "window"), [(200_000, None), (200_000, 3), (1_000_000, None)])
+def test_held_and_worked_out_orders_are_equal_at_a_size_where_it_matters(size, window):
+    shards = tuple(itertools.chain(*[(9_999, 10_001)] * (size // 20_000)))
+    held, direct = (stream(shards, window, seed=5, most_held=most) for most in (2**20, 0))
+    epoch = held(range(size, 2 * size)).index
+    assert torch.equal(epoch.sort().values, torch.arange(size))
+    for first in (size, size + 9_990, size + size // 3, 2 * size - 512):
+        part = range(first, first + 512)
+        assert torch.equal(direct(part).index, held(part).index)
+    assert torch.equal(direct(range(size + 77, size + 78)).index, epoch[77:78])
+
+
+def test_windows_depend_on_the_seed_and_not_on_what_was_asked_before():
+    shards = (40, 3, 17, 60)
+    whole = stream(shards, 2)(range(480)).index
+    jumping = stream(shards, 2)
+    for first in (300, 0, 470, 119, 240):
+        assert torch.equal(jumping(range(first, first + 10)).index, whole[first : first + 10])
+    assert not torch.equal(stream(shards, 2, seed=1)(range(480)).index, whole)
+
+
+@pytest.mark.parametrize("window", [0, -1])
+def test_a_window_of_no_shards_is_refused(window, tmp_path):
+    with pytest.raises(ValueError, match=rf"data\.shuffle_window: .*null.*got {window}"):
+        ShardData(str(tmp_path), shuffle_window=window)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")  # on fewer cores
+@pytest.mark.parametrize("window", [None, 2])
+def test_uneven_shards_end_each_epoch_at_once_on_every_rank(uneven, window):
+    module = uneven_data(uneven, shuffle_window=window)
+    dataset = module.batches("train", module._stream())
+    seen: list[int] = []
+    for step, rank in ((0, 0), (0, 1), (9, 0), (9, 1)):  # an epoch is 9 steps of 12 on 108 samples
+        order = GlobalOrder(108, per_device=2, accumulation=3, world_size=2, rank=rank, current_step=lambda s=step: s)
+        batches = loader(dataset, order, num_workers=3)
+        made = list(batches)
+        assert len(made) == len(batches) == len(order) == 27
+        seen += [index for batch in made for index in batch.index.tolist()]
+    assert Counter(seen) == dict.fromkeys(range(108), 2)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")  # on fewer cores
+@pytest.mark.parametrize("num_workers", [0, 3])
+def test_uneven_validation_shards_are_covered_once_over_the_ranks_and_padding_is_marked(uneven, num_workers):
+    module = uneven_data(uneven)
+    dataset, valid, lengths = module.batches("val", OnceThrough(108)), [], set()
+    for rank in range(2):
+        batches = loader(dataset, SplitOrder(108, per_device=5, world_size=2, rank=rank), num_workers=num_workers)
+        made = list(batches)
+        lengths |= {len(made), len(batches)}
+        valid += [index for batch in made for index in batch.index[batch.valid].tolist()]
+        assert all(len(batch.valid) == 5 for batch in made)
+    assert lengths == {11}
+    assert sorted(valid) == list(range(108))
+
+
+def seconds_a_batch(order, positions: int) -> tuple[float, float]:
+    """Of the first batch of 256 in the middle of an epoch, and the mean of the next 20."""
+    times = []
+    for number in range(21):
+        first = positions // 2 + number * 256
+        start = time.perf_counter()
+        order(range(first, first + 256))
+        times.append(time.perf_counter() - start)
+    return times[0], sum(times[1:]) / 20
+
+
+@pytest.mark.parametrize("window", [None, 64])
+@pytest.mark.parametrize("size", [10**7, 10**9])
+def test_a_position_of_a_large_split_costs_the_same_anywhere(size, window):
+    order = stream((10_000,) * (size // 10_000), window, seed=1)
+    first, next_ones = seconds_a_batch(order, size)
+    print(f"{size:.0e} samples, window {window}: first batch {1e3 * first:.1f} ms, then {1e3 * next_ones:.1f} ms")
+    assert first < 5
+    border = order(range(size - 2, size + 2))  # of two epochs
+    assert border.epoch.tolist() == [0, 0, 1, 1]
+    assert torch.equal(border.index[2:], order(range(size, size + 2)).index)
+    assert 0 <= border.index.min() <= border.index.max() < size
+
+
+def save_many(folder: Path, shards: int, each: int) -> None:
+    """A data folder that counts ``shards * each`` samples; its tars are one small file under many names."""
+    save_uneven_shards(folder, (1,))
+    manifest = json.loads((folder / "train.json").read_text())
+    (only,), (row,) = manifest["shards"], np.load(folder / "train.npy")
+    for number in range(1, shards):
+        os.link(folder / only["name"], folder / f"train-{number:06d}.tar")
+    named = [{**only, "name": f"train-{number:06d}.tar", "samples": each} for number in range(shards)]
+    rows = np.lib.format.open_memmap(folder / "train.npy", mode="w+", dtype=INDEX_DTYPE, shape=(shards * each,))
+    rows[:] = row
+    rows["shard"] = np.arange(shards, dtype=np.uint32).repeat(each)
+    (folder / "train.json").write_text(json.dumps({**manifest, "samples": shards * each, "shards": named}))
+
+
+def held_memory() -> float:
+    """What this process holds in MB, without pages of mapped files, which the system takes back when it needs them."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) / 1024
+
+
+@pytest.mark.slow  # 5 s
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux alone tells what is held")
+@pytest.mark.parametrize("window", [None, 64])
+def test_ten_million_samples_start_at_once_and_in_little_memory(tmp_path, window):
+    save_many(tmp_path, shards=1000, each=10_000)
+    before, start = held_memory(), time.perf_counter()
+    module = ShardData(str(tmp_path), image_size=8, in_channels=1, global_batch=256, shuffle_window=window)
+    module.setup()
+    order = GlobalOrder(10**7, per_device=256, current_step=lambda: 10**7 // 256 // 2)
+    batches = iter(loader(module.batches("train", module._stream()), order, num_workers=0))
+    assert next(batches).content.shape == (256, 1, 8, 8)
+    ready, grown = time.perf_counter() - start, held_memory() - before
+    print(f"10^7 samples, window {window}: {ready:.2f} s to the first batch, {grown:.0f} MB more held")
+    assert ready < 10
+    assert grown < 40  # every sample's number alone would be 80 MB
