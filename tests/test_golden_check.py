@@ -13,6 +13,7 @@ import torch
 from check import main
 from comparators import discriminator, tokenizer, transformer
 from comparators.folder import Folder
+from comparators.full import check_model
 
 from maskgit_pl.losses import discriminator_loss, entropy_loss, generator_loss, r1_penalty, reconstruction_loss
 from maskgit_pl.networks.quantizers import GradientQuantizerSpec
@@ -176,6 +177,21 @@ def test_a_folder_that_cannot_be_read_is_one_line_and_exit_code_2(make, message,
     assert printed.out == ""
     assert message in printed.err
     assert printed.err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_full_size_model_of_another_seed_or_output_is_named(tmp_path):
+    shutil.copytree(GOLDEN / "full", tmp_path, dirs_exist_ok=True)
+    model = "discriminator256"
+    with np.load(GOLDEN / "full" / f"{model}.npz") as archive:
+        np.savez(tmp_path / f"{model}.npz", **{**archive, "logits": moved(archive["logits"])})
+    report = check_model(Folder(tmp_path, "full_golden.json"), model)
+    assert [made.array for made in report.comparisons if not made.agrees] == ["logits"]
+    manifest = json.loads((tmp_path / "full_golden.json").read_text())
+    (tmp_path / "full_golden.json").write_text(json.dumps({**manifest, "seed": 32}))
+    report = check_model(Folder(tmp_path, "full_golden.json"), model)
+    assert not any(made.agrees for made in report.comparisons)
+    assert "the recipe's checkpoint has the sha256" in report.problems[0]
 
 
 def test_it_runs_as_a_script(tmp_path):

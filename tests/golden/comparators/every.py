@@ -15,7 +15,7 @@ from comparators.schedules import compare_schedules
 from comparators.tokenizer import compare_vqvae
 from comparators.transformer import compare_transformer
 
-__all__ = ["Report", "check_file", "check_folder", "files_of", "worst"]
+__all__ = ["Report", "check_file", "check_folder", "collect", "files_of"]
 
 _COMPARATORS: dict[str, Callable[[Folder, str], Iterator[Comparison]]] = {  # by how the name of an .npz begins
     "decode_": compare_decoding,
@@ -88,25 +88,34 @@ def check_file(folder: Folder, file: str) -> Report:
     """Compares a file and the checkpoint and gradients beside it."""
     group = [file, *(file.replace(".npz", end) for end in _BESIDE_AN_NPZ if file.endswith(".npz"))]
     group = [name for name in dict.fromkeys(group) if name in folder]
+    return collect(folder, group, _compare(folder, file, group))
+
+
+def collect(folder: Folder, files: list[str], comparisons: Iterator[Comparison]) -> Report:
+    """One comparison for each array of some files; an array that none was made for is named.
+
+    Raises:
+        FolderError: One of the files cannot be read.
+    """
     made: list[Comparison] = []
-    problem = None
+    problems = []
     try:
-        made.extend(_compare(folder, file, group))
+        made.extend(comparisons)
     except FolderError:
         raise
     except Exception as error:  # whatever an array that does not fit leads to: named, and the other files go on
-        problem = f"{file}: comparing ended with {type(error).__name__}: {error}".replace("\n", " ")
+        problems = [f"{files[0]}: comparing ended with {type(error).__name__}: {error}".replace("\n", " ")]
     seen = {(comparison.file, comparison.array) for comparison in made}
     rest = [
-        Comparison(name, array, float("nan"), 0.0, "equal", False, "nobody compared it")
-        for name in group
-        for array in folder.names(name)
-        if (name, array) not in seen
+        Comparison(file, array, float("nan"), 0.0, "equal", False, "nobody compared it")
+        for file in files
+        for array in folder.names(file)
+        if (file, array) not in seen
     ]
-    return Report([*worst(made), *rest], [] if problem is None else [problem])
+    return Report([*_worst(made), *rest], problems)
 
 
-def worst(comparisons: Iterable[Comparison]) -> list[Comparison]:
+def _worst(comparisons: Iterable[Comparison]) -> list[Comparison]:
     """One comparison an array: that which disagrees, or uses most of its tolerance."""
     found: dict[tuple[str, str], Comparison] = {}
     for made in comparisons:

@@ -112,4 +112,4 @@ class Folder:
 
 
 def _dtype_name(array: np.ndarray) -> str:
-    return array.dtype.str if array.dtype.kind == "U" else array.dtype.name
+    return str(array.dtype) if array.dtype.kind == "U" else array.dtype.name

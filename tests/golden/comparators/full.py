@@ -14,7 +14,7 @@ from torch import Tensor
 
 from comparators import discriminator, tokenizer
 from comparators.comparison import Comparison, given, present
-from comparators.every import Report, worst
+from comparators.every import Report, collect
 from comparators.folder import Folder
 from comparators.tokenizer import nhwc, to_images
 from comparators.transformer import everywhere
@@ -46,18 +46,18 @@ def check_model(folder: Folder, model: str) -> Report:
     file = f"{model}.npz"
     if file not in folder:
         return Report()  # the manifest's files are checked by themselves
-    arrays = folder.arrays(file)
-    compare = _COMPARATORS[re.sub(r"\d+$", "", model)]
+    return collect(folder, [file], _compare_model(folder, model))
+
+
+def _compare_model(folder: Folder, model: str) -> Iterator[Comparison]:
+    """Raises ``ValueError`` where the recipe makes other bytes than those of the recording."""
     with tempfile.TemporaryDirectory() as made:
         checkpoint = Path(made) / f"{model}.msgpack"
         digest = recipe.write(folder.manifest["seed"], model, checkpoint)
+        if digest != folder.manifest["sha256"][model]:
+            raise ValueError(f"the recipe's checkpoint has the sha256 {digest}, not the recorded one")
         weights = parameters(read_flax(checkpoint))
-        comparisons = worst(compare(folder, file, weights))
-    seen = {comparison.array for comparison in comparisons}
-    problems = [f"{file} {name}: nobody compared it" for name in arrays if name not in seen]
-    if digest != folder.manifest["sha256"][model]:
-        problems.append(f"{model}: the recipe's checkpoint has the sha256 {digest}, not the recorded one")
-    return Report(comparisons, problems)
+        yield from _COMPARATORS[re.sub(r"\d+$", "", model)](folder, f"{model}.npz", weights)
 
 
 def _transformer(folder: Folder, file: str, weights: dict[str, np.ndarray]) -> Iterator[Comparison]:

@@ -130,7 +130,7 @@ def _of_the_tokenizer(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
         made |= adversarial_losses(arrays["real_logit"], arrays["fake_logit"])
     if "l_true" in arrays:
         for kind in ("l1", "l2"):
-            made[kind] = reconstruction_loss(arrays["l_pred"], arrays["l_true"], kind=kind)  # type: ignore[arg-type]
+            made[kind] = reconstruction_loss(arrays["l_pred"], arrays["l_true"], kind=kind)
     if "sigmoid_ce" in arrays:
         made["sigmoid_ce"] = F.binary_cross_entropy_with_logits(
             arrays["real_logit"], arrays["sigmoid_ce_labels"], reduction="none"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -53,12 +53,10 @@ def compare_schedules(folder: Folder, file: str) -> Iterator[Comparison]:
         if match := re.fullmatch(r"ratio_T(\d+)_N(\d+)_(?:float32|python_float)", name):
             steps, tokens = map(int, match.groups())
             progress = torch.arange(steps + 1, dtype=torch.float32) / steps
-            ours = _rows(methods, lambda method, p=progress, n=tokens: released_ratio(method, p, n))
-            yield close(file, name, ours, recorded, tolerance=_RATIO_TOLERANCE)
+            yield _ratios(file, name, methods, progress, tokens, recorded)
         elif match := re.fullmatch(r"random_out_N(\d+)", name):
             progress, tokens = torch.from_numpy(arrays["random_ratio"]), int(match[1])
-            ours = _rows(methods, lambda method, p=progress, n=tokens: released_ratio(method, p, n))
-            yield close(file, name, ours, recorded, tolerance=_RATIO_TOLERANCE)
+            yield _ratios(file, name, methods, progress, tokens, recorded)
         elif match := re.fullmatch(r"mask_len_T(\d+)_N(\d+)", name):
             steps, tokens = map(int, match.groups())
             yield equal(file, name, [_lengths(method, steps, tokens) for method in methods], recorded)
@@ -69,8 +67,11 @@ def compare_schedules(folder: Folder, file: str) -> Iterator[Comparison]:
             yield equal(file, name, [_decoder_counts(method, steps, tokens)[:-1] for method in methods], recorded)
 
 
-def _rows(methods: list[str], ratio: Callable[[str], Tensor]) -> Tensor:
-    return torch.stack([ratio(method) for method in methods])
+def _ratios(
+    file: str, name: str, methods: list[str], progress: Tensor, num_tokens: int, recorded: np.ndarray
+) -> Comparison:
+    ours = torch.stack([released_ratio(method, progress, num_tokens) for method in methods])
+    return close(file, name, ours, recorded, tolerance=_RATIO_TOLERANCE)
 
 
 def _lengths(method: str, num_steps: int, num_tokens: int) -> list[int]:

@@ -17,7 +17,7 @@ from comparators.folder import Folder
 from comparators.transformer import recorded_outputs
 from maskgit_pl.importers.released import parameters, tokenizer_config, tokenizer_weights
 from maskgit_pl.losses import entropy_loss, reconstruction_loss
-from maskgit_pl.networks.quantizers import GradientQuantizerSpec
+from maskgit_pl.networks.quantizers import GradientQuantizerSpec, QuantizerOutput
 from maskgit_pl.networks.vqgan import VQGAN, Activation, Encoder, ResidualBlock, StridedDownsample, VQGANConfig
 
 __all__ = ["coded", "compare_vqvae", "network_from", "nhwc", "to_images"]
@@ -88,7 +88,8 @@ def _spec(folder: Folder, config: VQGANConfig) -> GradientQuantizerSpec:
         "num_res_blocks": config.blocks_per_level,
     }
     for entry in folder.config.values():
-        if isinstance(entry, dict) and all(entry.get(name) == size for name, size in sizes.items()):
+        of_a_quantizer = isinstance(entry, dict) and "commitment_cost" in entry
+        if of_a_quantizer and all(entry.get(name, size) == size for name, size in sizes.items()):
             return _spec_of(entry)
     raise ValueError(f"vqvae: one entry of the manifest's config must have {sizes}, got none")
 
@@ -105,6 +106,7 @@ def _spec_of(entry: Mapping[str, Any]) -> GradientQuantizerSpec:
 @torch.no_grad()
 def _stages(network: VQGAN, arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[dict[str, Tensor], str]]:
     """Everything but training, from the images and again from what was recorded on the way, with a note on which."""
+    assert isinstance(network.encoder, Encoder)
     with recorded_outputs(_modules(network.encoder)) as inside:
         features = network.encoder(to_images(arrays["images"]))
     yield {name: nhwc(output) for name, output in inside.items()}, ""
@@ -187,7 +189,8 @@ def _parts(network: VQGAN, features: Tensor) -> dict[str, Tensor]:
         part = replace(spec, commitment=commitment, entropy_weight=entropy_weight)
         quantizer = part.create(num_codes=config.num_codes, code_width=config.code_width)
         quantizer.load_state_dict(network.quantizer.state_dict())
-        return quantizer(features).loss
+        output: QuantizerOutput = quantizer(features)
+        return output.loss
 
     codebook = loss(commitment=0.0, entropy_weight=0.0)
     return {

@@ -60,9 +60,8 @@ def everywhere(network: MaskedTransformer, sequence: np.ndarray) -> dict[str, Te
     tokens, labels = our_tokens(sequence, network.config)
     modules: dict[str, nn.Module] = {"embeddings": network.embedding_norm, "mlm_hidden_after_ln": network.head_norm}
     for number, block in enumerate(network.blocks):
-        assert isinstance(block, nn.Module)
-        modules[f"layer{number}_self_attention"] = block.attention_output
-        modules[f"layer{number}_attention_block"] = block.attention_norm
+        modules[f"layer{number}_self_attention"] = block.get_submodule("attention_output")
+        modules[f"layer{number}_attention_block"] = block.get_submodule("attention_norm")
         modules[f"layer{number}_output"] = block
     with recorded_outputs(modules) as outputs:
         asked = network(tokens, labels, vocabulary="all")
