@@ -29,6 +29,7 @@ from maskgit_pl.shards.manifest import read_manifest_summary
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.checkpoints import Checkpoints, FolderCheckpointIO, newest_complete
 from maskgit_pl.training.environment import describe_environment
+from maskgit_pl.training.faults import UnreadableReport
 from maskgit_pl.training.pictures import ReconstructionPictures, SamplePictures
 from maskgit_pl.training.progress import ProgressLines
 from maskgit_pl.training.strategies import build_strategy
@@ -141,7 +142,7 @@ class StageCLI(LightningCLI):
             pictures = ReconstructionPictures(self.folder)
         else:
             pictures = SamplePictures(self.folder, class_names=self.datamodule.class_names)
-        return [checkpoints, progress, pictures]
+        return [checkpoints, progress, pictures, UnreadableReport(self.folder)]
 
 
 def fit(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -11,11 +11,15 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from maskgit_pl.data.order import Order, Rows
 from maskgit_pl.randomness import random_uniform
-from maskgit_pl.shards.images import Crop, check_crop, load_square
+from maskgit_pl.shards.images import Crop, UnreadableImageError, check_crop, decode_image, load_square
 from maskgit_pl.shards.reader import ShardReader
 from maskgit_pl.shards.tokens import TokenReader
+from maskgit_pl.shards.unreadable import IN_A_ROW, Unreadable, UnreadableImages
 
 __all__ = ["Batch", "ImageBatches", "StepLoader", "TokenBatches", "flip", "loader", "to_unit_range"]
+
+
+_NONE_REPLACED = torch.tensor(-1)
 
 
 class Batch(NamedTuple):
@@ -28,6 +32,8 @@ class Batch(NamedTuple):
         epoch: (B,) int64, how often the stream had gone through the split before.
         position: (B,) int64, place in the stream: step * global batch + slot.
         valid: (B,) bool; False for a row that only fills up the last validation batch.
+        replacement: (B,) int64, the sample that is shown, with its label, because ``index`` cannot be read; -1 where
+            the sample itself is shown. Whatever is drawn at random for a sample goes by ``index``.
     """
 
     content: Tensor
@@ -36,6 +42,7 @@ class Batch(NamedTuple):
     epoch: Tensor
     position: Tensor
     valid: Tensor
+    replacement: Tensor = _NONE_REPLACED
 
 
 class ImageBatches(Dataset[Batch]):
@@ -69,21 +76,53 @@ class ImageBatches(Dataset[Batch]):
         self.seed = seed
 
     def __getitems__(self, positions: range) -> Batch:
-        """The batch at some positions; content is (B, in_channels, image_size, image_size) uint8."""
+        """The batch at some positions; content is (B, in_channels, image_size, image_size) uint8, channels-last."""
         rows = self.order(positions)
-        indices = rows.index.numpy()
-        images = [self._load(index, place) for index, place in zip(indices.tolist(), self._crops(rows), strict=True)]
-        labels = torch.from_numpy(self.reader.labels(indices))
-        return Batch(torch.stack(images), labels, *rows)
+        side, count = self.image_size, len(self.reader)
+        content = torch.empty((len(positions), side, side, self.in_channels), dtype=torch.uint8).permute(0, 3, 1, 2)
+        tries = [
+            self._load(content[row], index, crop)
+            for row, (index, crop) in enumerate(zip(rows.index.tolist(), self._crops(rows), strict=True))
+        ]
+        passed_over = torch.tensor(tries)
+        shown = (rows.index + passed_over) % count
+        labels = torch.from_numpy(self.reader.labels(shown.numpy()))
+        return Batch(content, labels, *rows, replacement=shown.masked_fill(passed_over == 0, -1))
 
-    def _load(self, index: int, crop: tuple[float, float] | None) -> Tensor:
-        return load_square(
-            self.reader.read(index),
-            image_size=self.image_size,
-            channels=self.in_channels,
-            crop=crop,
-            name=self.reader.name(index),
-        )
+    def explain(self, index: int) -> Unreadable:
+        """What is wrong with an image that could not be read; reads it again."""
+        name = self.reader.name(index)
+        try:
+            decode_image(self.reader.read(index), channels=self.in_channels, name=name)
+        except UnreadableImageError as error:
+            text = str(error).removeprefix(f"image {name}: ")
+            return Unreadable(index, self.reader.shard(index), name, error.reason, text)
+        return Unreadable(index, self.reader.shard(index), name, "damaged", "it could be read the second time")
+
+    def _load(self, place: Tensor, index: int, crop: tuple[float, float] | None) -> int:
+        """Fills ``place`` with the first readable image from ``index`` on; returns how many it passed over.
+
+        After IN_A_ROW of them, or all, it is left black, and ``UnreadableImages`` ends the run.
+        """
+        count = len(self.reader)
+        most = min(IN_A_ROW, count)
+        for passed_over in range(most):
+            number = (index + passed_over) % count
+            try:
+                place.copy_(
+                    load_square(
+                        self.reader.read(number),
+                        image_size=self.image_size,
+                        channels=self.in_channels,
+                        crop=crop,
+                        name=f"sample {number}",
+                    )
+                )
+            except UnreadableImageError:
+                continue
+            return passed_over
+        place.zero_()
+        return most
 
     def _crops(self, rows: Rows) -> Sequence[tuple[float, float] | None]:
         if self.crop == "center":
@@ -108,7 +147,8 @@ class TokenBatches(Dataset[Batch]):
         """The batch at some positions; content is (B, N) int64."""
         rows = self.order(positions)
         tokens, labels = self.reader.read(rows.index.numpy())
-        return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), *rows)
+        none_replaced = torch.full_like(rows.index, -1)
+        return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), *rows, replacement=none_replaced)
 
 
 def _as_is(batch: Any) -> Any:
@@ -117,7 +157,21 @@ def _as_is(batch: Any) -> Any:
 
 
 class StepLoader(DataLoader[Batch]):
-    """A loader whose place is the Trainer's step; having a state tells Lightning that it can resume in mid-epoch."""
+    """A loader whose place is the Trainer's step; having a state tells Lightning that it can resume in mid-epoch.
+
+    ``unreadable`` counts what could not be read, in the process that iterates.
+    """
+
+    unreadable: UnreadableImages | None = None
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # any iterator serves
+        batches = super().__iter__()  # here, not at the first next(): the sampler asks for the step now
+        return map(self._counted, batches)
+
+    def _counted(self, batch: Batch) -> Batch:
+        if self.unreadable is not None:
+            self.unreadable.add(batch.index.numpy(), batch.replacement.numpy())
+        return batch
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: the sampler asks the Trainer."""
@@ -127,16 +181,34 @@ class StepLoader(DataLoader[Batch]):
         """Nothing to load."""
 
 
-def loader(dataset: Dataset[Batch], order: Sampler[range], *, num_workers: int, pin_memory: bool = False) -> StepLoader:
-    """A loader of whole batches: the order gives ranges of positions, the dataset the batch at them."""
-    return StepLoader(
-        dataset,
+def loader(
+    dataset: ImageBatches | TokenBatches,
+    order: Sampler[range],
+    *,
+    num_workers: int,
+    pin_memory: bool = False,
+    unreadable_budget: float = 0.0,
+) -> StepLoader:
+    """A loader of whole batches: the order gives ranges of positions, the dataset the batch at them.
+
+    Args:
+        dataset: Of images or tokens.
+        order: The ranges of positions.
+        num_workers: Processes that read; 0 reads in this one.
+        pin_memory: As of ``DataLoader``.
+        unreadable_budget: Share of unreadable images that may be replaced; see ``UnreadableImages``. None by default.
+    """
+    made = StepLoader(
+        cast("Dataset[Batch]", dataset),
         batch_sampler=cast("Sampler[list[int]]", order),  # __getitems__ takes a range where others take a list
         num_workers=num_workers,
         collate_fn=_as_is,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
     )
+    if isinstance(dataset, ImageBatches):
+        made.unreadable = UnreadableImages(dataset.explain, num_samples=len(dataset.reader), budget=unreadable_budget)
+    return made
 
 
 def flip(images: Tensor, *, probability: float, seed: int, index: Tensor, epoch: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ from typing import Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
-from maskgit_pl.data.batches import Batch, ImageBatches, TokenBatches, loader
+from maskgit_pl.data.batches import Batch, ImageBatches, StepLoader, TokenBatches, loader
 from maskgit_pl.data.order import (
     GlobalOrder,
     OnceThrough,
@@ -25,6 +25,7 @@ from maskgit_pl.shards.images import Crop, check_crop
 from maskgit_pl.shards.manifest import DataSummary, Split, load_manifest, read_manifest_summary
 from maskgit_pl.shards.reader import ShardReader
 from maskgit_pl.shards.tokens import StoreDescription, TokenReader, open_store
+from maskgit_pl.shards.unreadable import check_budget
 
 __all__ = ["ShardData"]
 
@@ -49,6 +50,8 @@ class ShardData(LightningDataModule):
         seed: Decides order and crops.
         shuffle_window: Shuffle within so many shards at a time, for disks that are slow to seek; None shuffles the
             whole split. See ``WindowedStream`` for what it costs.
+        unreadable_budget: Share of the images seen that may be unreadable and replaced before the run ends; 10
+            different ones are allowed in any case, 0 allows none. See ``UnreadableImages``.
     """
 
     def __init__(
@@ -67,9 +70,11 @@ class ShardData(LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         shuffle_window: int | None = None,
+        unreadable_budget: float = 1e-4,
     ) -> None:
         super().__init__()
         check_crop(crop)
+        check_budget(unreadable_budget)
         check_window(shuffle_window)
         if source not in ("images", "tokens"):
             raise ValueError(f"data.source: images or tokens is needed, got {source!r}")
@@ -90,6 +95,7 @@ class ShardData(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.shuffle_window = shuffle_window
+        self.unreadable_budget = unreadable_budget
 
     @cached_property
     def summary(self) -> DataSummary:
@@ -134,7 +140,9 @@ class ShardData(LightningDataModule):
         """
         splits: tuple[Split, ...] = ("train", "val")
         for split in splits:
-            load_manifest(self.path, split, check=self.source == "images")
+            manifest = load_manifest(self.path, split, check=self.source == "images")
+            if self.source == "images":
+                _ = ShardReader(manifest).index  # refuses labels that are no class
         split_batch(self.global_batch, self.max_batch_per_device, self._world_size)
         _ = self.store
 
@@ -150,8 +158,7 @@ class ShardData(LightningDataModule):
             rank=self._rank,
             current_step=self._current_step,
         )
-        dataset = self.batches("train", self._stream(), crop=self.crop)
-        return loader(dataset, order, num_workers=self.num_workers, pin_memory=torch.cuda.is_available())
+        return self._loader(self.batches("train", self._stream(), crop=self.crop), order)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Batches of this rank of the val split, each sample once."""
@@ -159,8 +166,7 @@ class ShardData(LightningDataModule):
         if self.validation_samples is not None:
             samples = min(samples, self.validation_samples)
         order = SplitOrder(samples, per_device=self.validation_batch, world_size=self._world_size, rank=self._rank)
-        dataset = self.batches("val", OnceThrough(samples))
-        return loader(dataset, order, num_workers=self.num_workers, pin_memory=torch.cuda.is_available())
+        return self._loader(self.batches("val", OnceThrough(samples)), order)
 
     def batches(self, split: Split, order: Order, *, crop: Crop = "center") -> ImageBatches | TokenBatches:
         """The dataset of a split: ``__getitems__(range of positions)`` gives a ``Batch``."""
@@ -176,6 +182,15 @@ class ShardData(LightningDataModule):
             return ShuffledStream(self.summary.samples["train"], self.seed)
         shards = load_manifest(self.path, "train", check=False).shards
         return WindowedStream([shard.samples for shard in shards], window=self.shuffle_window, seed=self.seed)
+
+    def _loader(self, dataset: ImageBatches | TokenBatches, order: Sampler[range]) -> StepLoader:
+        return loader(
+            dataset,
+            order,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            unreadable_budget=self.unreadable_budget,
+        )
 
     @cached_property
     def _tokens(self) -> dict[Split, TokenReader] | None:

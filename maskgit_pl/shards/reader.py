@@ -17,6 +17,8 @@ from maskgit_pl.shards.manifest import Manifest
 __all__ = ["ShardReader"]
 
 _MAX_OPEN = 64
+_HEADER = 512  # bytes of a tar's header block, which lies before the member's bytes
+_LISTED = 20  # samples named in an error
 
 
 class ShardReader:
@@ -36,9 +38,15 @@ class ShardReader:
 
     @property
     def index(self) -> npt.NDArray[np.void]:
-        """The manifest's rows, mapped at first use in each process."""
+        """The manifest's rows, mapped at first use in each process.
+
+        Raises:
+            ValueError: A label is no class; every such sample is named. On a device it would be an index error.
+        """
         if self._index is None:
-            self._index = self.manifest.index()
+            rows = self.manifest.index()
+            self._check_labels(rows)
+            self._index = rows
         return self._index
 
     def labels(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -60,10 +68,35 @@ class ShardReader:
             )
         return data
 
+    def shard(self, index: int) -> str:
+        """File name of the tar that holds a sample."""
+        return self.manifest.shards[int(self.index["shard"][index])].name
+
     def name(self, index: int) -> str:
-        """What to call a sample in an error: ``SHARD:sample N at byte M``."""
-        shard, offset, _, _ = self.index[index].item()
-        return f"{self.manifest.shards[shard].name}:sample {index} at byte {offset}"
+        """What to call a sample in an error: ``SHARD:MEMBER``, the member's name read from the tar."""
+        return self._name(*self.index[index].item()[:2])
+
+    def _name(self, shard: int, offset: int) -> str:
+        header = os.pread(self._file(shard), _HEADER, offset - _HEADER) if offset >= _HEADER else b""
+        member, magic, prefix = header[:100], header[257:262], header[345:500]
+        if magic != b"ustar":
+            return f"{self.manifest.shards[shard].name}:byte {offset}"
+        parts = [part.split(b"\0")[0].decode(errors="replace") for part in (prefix, member)]
+        shown = "/".join(part for part in parts if part)
+        return f"{self.manifest.shards[shard].name}:" + "".join(c if c.isprintable() else "?" for c in shown)
+
+    def _check_labels(self, rows: npt.NDArray[np.void]) -> None:
+        labels, classes = rows["label"], len(self.manifest.classes)
+        if not len(labels) or 0 <= labels.min() <= labels.max() < classes:
+            return
+        wrong = np.flatnonzero((labels < 0) | (labels >= classes))
+        names = [f"{self._name(*row.item()[:2])}: {row['label']}" for row in rows[wrong[:_LISTED]]]
+        listed = "\n  ".join([*names, f"... and {len(wrong) - _LISTED} more"] if len(wrong) > _LISTED else names)
+        raise ValueError(
+            f"data {self.manifest.folder}, split {self.manifest.split}: labels in [0, {classes}) are needed, "
+            f"got others in {len(wrong)} samples:\n  {listed}\n"
+            f"mend them and make the index again with `maskgit data index {self.manifest.folder}`"
+        )
 
     def close(self) -> None:
         """Close every file; they open again when they are needed."""

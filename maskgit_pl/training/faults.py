@@ -1,0 +1,73 @@
+"""What went wrong with the data while a run trained: logged, told at the end, and left in the run's folder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from maskgit_pl.shards.unreadable import UnreadableImages, write_unreadable
+
+__all__ = ["UnreadableReport"]
+
+log = logging.getLogger(__name__)
+
+
+class UnreadableReport(Callback):
+    """Tells which images could not be read.
+
+    ``data/unreadable`` in the logger counts them on rank 0, at the Trainer's logging interval. At the end, or when the
+    run fails, a line sums up and ``unreadable.json`` (``unreadable-rank1.json`` ... on other ranks) lists each image of
+    the train and val split with its reason. Counts begin with the process.
+
+    Args:
+        folder: Of the stage.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._logged = -1
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.logger is None or trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]  # set late
+            return
+        count = sum(images.count for images in _counters(trainer).values())
+        if count != self._logged:
+            trainer.logger.log_metrics({"data/unreadable": count}, step=trainer.global_step)
+            self._logged = count
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._report(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._report(trainer)
+
+    def _report(self, trainer: Trainer) -> None:
+        counters = {split: images for split, images in _counters(trainer).items() if images.count}
+        if not counters:
+            return
+        rank = trainer.global_rank
+        path = self.folder / ("unreadable.json" if rank == 0 else f"unreadable-rank{rank}.json")
+        write_unreadable(path, counters)
+        for split, images in counters.items():
+            log.warning(
+                "data, split %s: %d of %d images could not be read (%s; %s); the next of the split took their place; "
+                "list: %s",
+                split, images.count, images.seen, _listed(images.by_reason()), _listed(images.by_shard()), path,
+            )  # fmt: skip
+
+
+def _counters(trainer: Trainer) -> dict[str, UnreadableImages]:
+    """What each split's loader has counted."""
+    loaders = {"train": trainer.train_dataloader, "val": trainer.val_dataloaders}
+    found = {split: getattr(loader, "unreadable", None) for split, loader in loaders.items()}
+    return {split: images for split, images in found.items() if isinstance(images, UnreadableImages)}
+
+
+def _listed(counts: dict[str, int], most: int = 5) -> str:
+    """``train-000000.tar 3, train-000004.tar 1``, the first few."""
+    items: Iterable[tuple[str, int]] = list(counts.items())[:most]
+    return ", ".join(f"{name} {count}" for name, count in items) + (", ..." if len(counts) > most else "")
