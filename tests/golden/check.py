@@ -1,7 +1,7 @@
 """Compares this project with a folder of arrays recorded from the released code; the README beside it says how.
 
     python tests/golden/check.py tests/golden            # every array of every file
-    python tests/golden/check.py --full tests/golden     # and the full-size models (two minutes, 3 GB of disk)
+    python tests/golden/check.py --full tests/golden     # and the full-size models (a minute or two, 0.7 GB of disk)
 
 Exit codes: 0 everything agrees, 1 something is off or was not compared, 2 the folder cannot be read.
 """

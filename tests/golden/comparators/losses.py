@@ -20,7 +20,6 @@ from maskgit_pl.losses import (
     reconstruction_loss,
 )
 from maskgit_pl.networks.quantizers import GradientQuantizerSpec
-from maskgit_pl.tokenizer import CodebookUse
 
 __all__ = ["adversarial_losses", "compare_losses", "cross_entropy"]
 
@@ -151,6 +150,8 @@ def _perplexities(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _perplexity(tokens: Tensor, num_codes: int) -> Tensor:
     """exp(-sum p log(p + 1e-5)) of the shares that our metric counts; ours is without the released code's 1e-5."""
+    from maskgit_pl.tokenizer import CodebookUse  # with lightning, which takes seconds to import
+
     use = CodebookUse(num_codes)
     use.update(tokens.unsqueeze(0), torch.ones(1))
     shares = use.counts / use.counts.sum()
