@@ -1,0 +1,136 @@
+"""Batches of images of which some cannot be read."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from maskgit_pl.data import ShardData
+from maskgit_pl.data.batches import ImageBatches
+from maskgit_pl.shards.unreadable import DataBudgetError
+from tests.data_folders import save_data
+
+NUM_TRAIN, NUM_VAL = 40, 6
+BAD = {3: "damaged", 4: "empty", 5: "not an image", 17: "too large", 39: "damaged"}
+
+
+def colour(number: int) -> tuple[int, int, int]:
+    return (6 * number, 255 - 6 * number, 90)
+
+
+def jpeg(number: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (10, 8), colour(number)).save(buffer, "JPEG", quality=100, subsampling=0)
+    return buffer.getvalue()
+
+
+def spoilt(reason: str) -> bytes:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    buffer = io.BytesIO()
+    noise.save(buffer, "JPEG")
+    data = bytearray(buffer.getvalue())
+    if reason == "damaged":
+        data[1000:1500] = bytes(500)
+    size = data.index(b"\xff\xc0") + 5
+    if reason == "too large":
+        data[size : size + 4] = (9000).to_bytes(2, "big") * 2
+    return {"empty": b"", "not an image": b"<html>404 Not Found</html>"}.get(reason, bytes(data))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    train = [(spoilt(BAD[n]) if n in BAD else jpeg(n), n % 3) for n in range(NUM_TRAIN)]
+    val = [(jpeg(n), n % 3) for n in range(NUM_VAL)]
+    return save_data(tmp_path_factory.mktemp("spoilt"), {"train": train, "val": val})
+
+
+def data(folder: Path, **options) -> ShardData:
+    defaults = {"image_size": 8, "global_batch": 8, "max_batch_per_device": 8, "validation_batch": 4}
+    module = ShardData(str(folder), **{**defaults, **options})
+    module.setup()
+    return module
+
+
+def next_readable(number: int) -> int:
+    while number in BAD:
+        number = (number + 1) % NUM_TRAIN
+    return number
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_unreadable_image_is_replaced_by_the_next_with_its_label(folder, num_workers):
+    loader = data(folder, num_workers=num_workers).train_dataloader()
+    batches = list(loader)
+    assert sorted(torch.cat([b.index for b in batches]).tolist()) == list(range(NUM_TRAIN))  # the order stays
+    for batch in batches:
+        for row, index in enumerate(batch.index.tolist()):
+            shown = next_readable(index)
+            assert batch.replacement[row] == (shown if index in BAD else -1)
+            assert batch.labels[row] == shown % 3
+            difference = batch.content[row].int() - torch.tensor(colour(shown))[:, None, None]
+            assert difference.abs().max() <= 2
+    assert loader.unreadable.images.keys() == BAD.keys()
+    assert {index: image.reason for index, image in loader.unreadable.images.items()} == BAD
+    assert loader.unreadable.images[17].name == "train-000001.tar:00000017.jpg"
+    assert loader.unreadable.seen == NUM_TRAIN
+
+
+def test_what_is_shown_does_not_depend_on_workers_micro_batches_or_where_a_run_resumed(folder):
+    def shown(**options) -> dict[int, tuple[int, int, int]]:
+        loader = data(folder, crop="random", **options).train_dataloader()
+        return {
+            position: (index, replacement, int(content.sum()))
+            for b in loader
+            for position, index, replacement, content in zip(
+                b.position.tolist(), b.index.tolist(), b.replacement.tolist(), b.content, strict=True
+            )
+        }
+
+    whole = shown()
+    assert whole == shown(num_workers=2) == shown(max_batch_per_device=2)
+    assert len(whole) == NUM_TRAIN
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_budget_of_0_ends_at_the_first_with_its_name(folder, num_workers):
+    loader = data(folder, num_workers=num_workers, unreadable_budget=0.0).train_dataloader()
+    with pytest.raises(
+        DataBudgetError, match=r"train-00000\d.tar:000000\d\d.jpg: (damaged|empty|not an image|too large): "
+    ):
+        list(loader)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_split_without_a_readable_image_ends_with_the_list(tmp_path, num_workers):
+    folder = save_data(tmp_path, {"train": [(b"<html>", 0)] * 150, "val": [(jpeg(0), 0)]})
+    loader = data(folder, num_workers=num_workers, unreadable_budget=1.0).train_dataloader()
+    with pytest.raises(DataBudgetError, match=r"1\d\d images in a row cannot be read"):
+        list(loader)
+
+
+def test_tokenizing_ends_at_an_unreadable_image_by_default(folder, tmp_path):
+    from maskgit_pl.data import tokenize
+
+    with pytest.raises(DataBudgetError, match=r"train-000000.tar:00000003.jpg: damaged"):
+        tokenize(
+            folder, tmp_path, encode=lambda images: images[:, 0, 0].long(), grid=(2, 4), num_codes=256,
+            tokenizer="me", image_size=8, in_channels=3, batch_size=4,
+        )  # fmt: skip
+
+
+def test_batches_lie_channels_last_as_they_were_decoded(folder):
+    module = data(folder)
+    batches = module.batches("val", lambda positions: module_rows(positions))
+    assert isinstance(batches, ImageBatches)
+    content = batches.__getitems__(range(4)).content
+    assert content.shape == (4, 3, 8, 8)
+    assert content.is_contiguous(memory_format=torch.channels_last)
+
+
+def module_rows(positions: range):
+    from maskgit_pl.data import OnceThrough
+
+    return OnceThrough(NUM_VAL)(positions)

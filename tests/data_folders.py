@@ -1,0 +1,38 @@
+"""Data folders made by hand, for tests of what `maskgit data` would refuse to make."""
+
+import io
+import tarfile
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+
+from maskgit_pl.shards.manifest import INDEX_DTYPE, ImageRange, Manifest, Shard, Split, save_manifest
+
+
+def save_data(
+    folder: Path, splits: Mapping[Split, Sequence[tuple[bytes, int]]], *, classes: int = 3, shard_size: int = 10
+) -> Path:
+    """A data folder of these image files and labels whatever they are, as one that was damaged after it was indexed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = tuple(f"class {number}" for number in range(classes))
+    for split, samples in splits.items():
+        rows = np.zeros(len(samples), INDEX_DTYPE)
+        shards = []
+        for first in range(0, len(samples), shard_size):
+            path = folder / f"{split}-{len(shards):06d}.tar"
+            with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+                for number, (data, label) in enumerate(samples[first : first + shard_size], start=first):
+                    for extension, content in (("jpg", data), ("cls", str(label).encode())):
+                        member = tarfile.TarInfo(f"{number:08d}.{extension}")
+                        member.size = len(content)
+                        if extension == "jpg":
+                            rows[number] = len(shards), tar.offset + tarfile.BLOCKSIZE, len(data), label
+                        tar.addfile(member, io.BytesIO(content))
+            count = min(shard_size, len(samples) - first)
+            shards.append(Shard(path.name, path.stat().st_size, count, sha256(path.read_bytes()).hexdigest()))
+        sizes = ImageRange(height=(8, 8), width=(8, 8), channels=(3,))
+        digest = sha256(rows.tobytes()).hexdigest()
+        save_manifest(Manifest(folder, split, tuple(shards), names, sizes, digest), rows)
+    return folder
