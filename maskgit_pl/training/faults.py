@@ -32,18 +32,21 @@ class UnreadableReport(Callback):
         self._logged = -1
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if trainer.logger is None or trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]  # set late
-            return
-        count = sum(images.count for images in _counters(trainer).values())
-        if count != self._logged:
-            trainer.logger.log_metrics({"data/unreadable": count}, step=trainer.global_step)
-            self._logged = count
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # set late
+            self._log(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log(trainer)
         self._report(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._report(trainer)
+
+    def _log(self, trainer: Trainer) -> None:
+        count = sum(images.count for images in _counters(trainer).values())
+        if trainer.logger is not None and count != self._logged:
+            trainer.logger.log_metrics({"data/unreadable": count}, step=trainer.global_step)
+            self._logged = count
 
     def _report(self, trainer: Trainer) -> None:
         counters = {split: images for split, images in _counters(trainer).items() if images.count}
