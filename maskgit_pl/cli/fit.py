@@ -27,11 +27,12 @@ from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.pretrained import fingerprint, read_config
 from maskgit_pl.shards.manifest import read_manifest_summary
 from maskgit_pl.tokenizer import Tokenizer
-from maskgit_pl.training.checkpoints import Checkpoints, FolderCheckpointIO, newest_complete
+from maskgit_pl.training.checkpoints import Checkpoints, FolderCheckpointIO, newest_complete, settings_of
 from maskgit_pl.training.environment import describe_environment
 from maskgit_pl.training.faults import UnreadableReport
 from maskgit_pl.training.pictures import ReconstructionPictures, SamplePictures
 from maskgit_pl.training.progress import ProgressLines
+from maskgit_pl.training.recipe import changes, fixed_settings
 from maskgit_pl.training.strategies import build_strategy
 
 __all__ = ["StageCLI", "fit"]
@@ -108,12 +109,36 @@ class StageCLI(LightningCLI):
         """Refuses what a stage cannot do, and sets what must be set before anything computes.
 
         Raises:
-            ValueError: FSDP for stage 1, whose two networks train under DDP.
+            ValueError: FSDP for stage 1, whose two networks train under DDP, or a run that is to go on as another one.
         """
         if self.stage == "tokenizer" and self.config["trainer"]["strategy"] == "fsdp":
             raise ValueError("trainer.strategy 'fsdp': the tokenizer trains under 'ddp' or 'auto'; use CLUSTER=ddp")
         if self.config["cpu_threads"] is not None:
             torch.set_num_threads(self.config["cpu_threads"])
+        self.settings = self._settings(self.config)
+        newest = newest_complete(self.folder / "checkpoints")
+        if newest is not None:
+            self._check_goes_on(newest)
+
+    def _settings(self, config: Any) -> dict[str, Any]:
+        data = read_manifest_summary(config["data"]["path"]).fingerprint
+        tokenizer = fingerprint(Path(config["model"]["tokenizer"])) if self.stage == "transformer" else None
+        return fixed_settings(config.as_dict(), data=data, tokenizer=tokenizer)
+
+    def _check_goes_on(self, checkpoint: Path) -> None:
+        """Refuses to go on from a checkpoint with settings that would make it another run."""
+        known = settings_of(checkpoint)
+        if known is None:
+            log.warning("%s: it does not say with which settings it was made; they are not compared", checkpoint)
+            return
+        defaults = self.parser.get_defaults(skip_validation=True).as_dict()
+        changed = changes(known, self.settings, fixed_settings(defaults, data="", tokenizer=""))
+        if changed:
+            raise ValueError(
+                f"run {self.folder}: it goes on from {checkpoint.name} and keeps its settings, got "
+                f"{', '.join(changed)}; set them back, or train another run (--run, make: RUN=), which may begin from "
+                "weights that are there (--pretrained, make: PRETRAINED=)"
+            )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer of the recipe, with our callbacks, checkpoint format and strategies."""
@@ -134,7 +159,10 @@ class StageCLI(LightningCLI):
     def _our_callbacks(self) -> list[Callback]:
         config = self.config_init
         checkpoints = Checkpoints(
-            self.folder / "checkpoints", every_n_steps=config["checkpoint_every"], keep_last=config["keep_last"]
+            self.folder / "checkpoints",
+            every_n_steps=config["checkpoint_every"],
+            keep_last=config["keep_last"],
+            settings=self.settings,
         )
         progress: Callback = RichProgressBar() if sys.stdout.isatty() else ProgressLines()
         pictures: Callback

@@ -24,9 +24,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-__all__ = ["Checkpoints", "FolderCheckpointIO", "full_state", "newest_complete"]
+__all__ = ["Checkpoints", "FolderCheckpointIO", "full_state", "newest_complete", "settings_of"]
 
 _TENSORS, _STATE, _MARKER = "tensors.safetensors", "state.json", "COMPLETE.json"
+_SETTINGS = "maskgit_pl.settings"
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 
@@ -83,6 +84,18 @@ def _complete(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if _STEP_FOLDER.fullmatch(path.name) and (path / _MARKER).is_file()]
 
 
+def settings_of(folder: Path) -> dict[str, Any] | None:
+    """The settings of the run that a complete checkpoint carries (see ``recipe.fixed_settings``); None if it has none.
+
+    Raises:
+        ValueError: The file is not what was written.
+    """
+    _verify(folder, only=_STATE)
+    settings = dict(json.loads((folder / _STATE).read_text())["items"]).get(_SETTINGS)
+    made: dict[str, Any] | None = None if settings is None else _join(settings, {})
+    return made
+
+
 class Checkpoints(Checkpoint):
     """Saves every ``every_n_steps`` global batches and at the end of training, and keeps the newest few.
 
@@ -90,9 +103,12 @@ class Checkpoints(Checkpoint):
         folder: The ``checkpoints`` folder of the run.
         every_n_steps: At least 1.
         keep_last: How many complete checkpoints stay, at least 1.
+        settings: What a checkpoint says of the run that it belongs to: plain values.
     """
 
-    def __init__(self, folder: Path, *, every_n_steps: int, keep_last: int = 2) -> None:
+    def __init__(
+        self, folder: Path, *, every_n_steps: int, keep_last: int = 2, settings: Mapping[str, Any] | None = None
+    ) -> None:
         if every_n_steps < 1 or keep_last < 1:
             raise ValueError(
                 f"checkpoints: every_n_steps and keep_last are at least 1, got {every_n_steps}, {keep_last}"
@@ -101,6 +117,7 @@ class Checkpoints(Checkpoint):
         self.folder = folder
         self.every_n_steps = every_n_steps
         self.keep_last = keep_last
+        self.settings = settings
         self._saved_step = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -113,6 +130,10 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if trainer.global_step % self.every_n_steps == 0:
             self._save(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self.settings is not None:
+            checkpoint[_SETTINGS] = self.settings
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save(trainer)
@@ -146,10 +167,12 @@ def _write(folder: Path, checkpoint: Mapping[str, Any]) -> None:
     _sync(folder)
 
 
-def _verify(folder: Path) -> None:
+def _verify(folder: Path, *, only: str | None = None) -> None:
     if not (folder / _MARKER).is_file():
         raise ValueError(f"checkpoint {folder}: incomplete, it has no {_MARKER}; give an older one or train again")
     for name, expected in json.loads((folder / _MARKER).read_text())["files"].items():
+        if only not in (None, name):
+            continue
         file = folder / name
         size = file.stat().st_size if file.is_file() else None
         if size != expected["bytes"] or _sha256(file) != expected["sha256"]:

@@ -1,0 +1,83 @@
+"""What of a recipe may change while a run goes on, and what would make it another run.
+
+A checkpoint carries the settings that decide what is learned from what. A run that goes on compares them with its own
+before it trains; everything else (steps, logging, validation, devices, workers, micro-batch, precision) may change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["changes", "fixed_settings"]
+
+_DATA = ("image_size", "in_channels", "crop", "global_batch", "seed", "shuffle_window")
+_TRAINER = ("gradient_clip_val", "gradient_clip_algorithm")
+_FREE_MODEL = {  # all other keys of the model are fixed
+    "model.accumulation",  # follows from the devices
+    "model.decoding",  # pictures and exports alone
+    "model.learning_rate.decay",
+    "model.learning_rate.final_fraction",
+    "model.learning_rate.warmup_steps",
+    "model.memory_format",
+    "model.seed",  # data.seed
+    "model.tokenizer",  # a folder; what lies in it counts
+}
+
+
+def fixed_settings(config: Mapping[str, Any], *, data: str, tokenizer: str | None = None) -> dict[str, Any]:
+    """The settings that a run keeps, as plain values under their dotted keys.
+
+    Betas, decay and the peak of the learning rate are among them since the optimiser's state brings them along: a
+    changed one would be overlooked.
+
+    Args:
+        config: The resolved recipe: ``model``, ``data`` and ``trainer``.
+        data: Fingerprint of the data folder.
+        tokenizer: Fingerprint of the tokenizer, for stage 2.
+
+    Returns:
+        Dotted key -> value; what is named by a spec (``{name: ...}``) is one value.
+    """
+    settings = {"data": data, **_flat(config["model"], "model")}
+    settings |= {f"data.{key}": config["data"].get(key) for key in _DATA}
+    settings |= {f"trainer.{key}": config["trainer"].get(key) for key in _TRAINER}
+    if tokenizer is not None:
+        settings["tokenizer"] = tokenizer
+    return settings
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
+    """Which settings differ: ``key old -> new``, sorted by key; hashes by their first 12 digits.
+
+    Args:
+        old: What a checkpoint carries.
+        new: What the run has now.
+        defaults: Values of keys that the checkpoint does not know, since it is older than they are.
+    """
+    pairs = [(key, old.get(key, defaults.get(key)), new.get(key)) for key in sorted({*old, *new})]
+    return [f"{key} {_short(key, was)} -> {_short(key, now)}" for key, was, now in pairs if was != now]
+
+
+def _flat(node: Mapping[str, Any], path: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in node.items():
+        key = f"{path}.{name}"
+        if key in _FREE_MODEL:
+            continue
+        if isinstance(value, Mapping) and "name" not in value:
+            found |= _flat(value, key)
+        else:
+            found[key] = _plain(value)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back; a weight file may lie elsewhere."""
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items() if name != "weights"}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _short(key: str, value: Any) -> Any:
+    return str(value)[:12] if key in ("data", "tokenizer") else value
