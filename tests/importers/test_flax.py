@@ -322,6 +322,7 @@ HOSTILE = {
     "maps in maps": b"\x81\xa1a" * 100_000,
     "maps 20 deep": b"\x81\xa1a" * 20 + b"\x01",
     "maps in maps that claim the most": b"\xde\x01\x00\xa1a" * 1000,
+    "maps in maps that claim more": (b"\xde\xff\xff\xa1a") * 20_000,  # 500 kB of place for each, before it is seen
     "numbers in maps in maps": (b"\xde\x01\x00" + b"\xa1a\x01" * 255 + b"\xa1b") * 1000,
     "texts in maps in maps": (b"\xde\x01\x00" + b"\xa3abc\xa2ab" * 255 + b"\xa1b") * 1000,
     "arrays in maps in maps": (b"\xde\x01\x00" + (b"\xa1a" + EMPTY) * 255 + b"\xa1b") * 1000,

@@ -500,6 +500,23 @@ def test_a_failure_while_writing_leaves_the_old_folder(imported, tmp_path, monke
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_swap_that_fails_halfway_is_taken_back(imported, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(imported, out)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    rename = Path.rename
+
+    def fail(self: Path, target: Path) -> Path:
+        if ".partial-" in self.name and target == out:
+            raise OSError("Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        import_jax(TOKENIZER, out, transformer=TRANSFORMER)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def test_a_pretrained_folder_of_the_same_parts_is_replaced(imported, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(imported, out)
