@@ -1,7 +1,6 @@
 import logging
 import warnings
 
-import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -45,13 +44,9 @@ def top_row(images: torch.Tensor) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def store(folder, tmp_path_factory):
     path = tmp_path_factory.mktemp("store")
-    assert make_store(folder, path)
+    sizes = {"grid": (2, 2), "num_codes": 256, "image_size": 4, "in_channels": 1}
+    assert tokenize(folder, path, encode=top_row, tokenizer="me", batch_size=4, **sizes) == "made"
     return path
-
-
-def make_store(folder, path, encode=top_row, **options) -> bool:
-    options = {"tokenizer": "me", "batch_size": 4, **options}
-    return tokenize(folder, path, encode=encode, grid=(2, 2), num_codes=256, image_size=4, in_channels=1, **options)
 
 
 def data(folder, **options) -> ShardData:
@@ -126,26 +121,6 @@ def test_stale_and_foreign_stores_are_refused(folder, store, tmp_path):
     index_shards(tmp_path, {split: find_shards(tmp_path, f"{split}-*.tar") for split in ("train", "val")})
     with pytest.raises(ValueError, match=r"data must be .*make tokenize"):
         data(tmp_path, source="tokens", token_store=str(store))
-
-
-def test_tokenizing_again_is_a_no_op_and_an_interrupted_one_goes_on(folder, store, tmp_path, monkeypatch):
-    assert not make_store(folder, store)
-    monkeypatch.setattr("maskgit_pl.shards.tokens.ROWS_BETWEEN_FLUSHES", 4)
-    seen = []
-
-    def failing(images):
-        seen.append(len(images))
-        if len(seen) == 4:
-            raise KeyboardInterrupt
-        return top_row(images)
-
-    with pytest.raises(KeyboardInterrupt):
-        make_store(folder, tmp_path, failing)
-    done = []
-    assert make_store(folder, tmp_path, on_rows=lambda split, rows: done.append((split, rows)))
-    assert done[0] == ("train", 12)
-    for name in ("train-tokens.npy", "val-tokens.npy", "train-labels.npy"):
-        assert np.array_equal(np.load(tmp_path / name), np.load(store / name))
 
 
 @pytest.mark.parametrize(

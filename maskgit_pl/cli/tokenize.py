@@ -4,70 +4,201 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from maskgit_pl.cli.train import add_run_arguments, find_tokenizer, run_folder
+
+if TYPE_CHECKING:
+    import torch
+    from rich.progress import Progress, TaskID
+    from torch import Tensor
 
 __all__ = ["add_parser", "run"]
 
 log = logging.getLogger(__name__)
 
+_SECONDS_BETWEEN_LINES = 15.0
+_MOST_WORKERS = 8
+
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command to ``maskgit``."""
-    parser = subparsers.add_parser("tokenize", help="turn images into tokens, once", allow_abbrev=False)
+    parser = subparsers.add_parser(
+        "tokenize",
+        help="turn images into tokens, once",
+        description="Turn images into tokens, once. The same command goes on with what was interrupted. Under torchrun "
+        "and srun the processes share the work; elsewhere --rank and --num-ranks say so.",
+        allow_abbrev=False,
+    )
     add_run_arguments(parser)
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: what there is)")
     parser.add_argument("--batch-size", type=int, default=256, help="images at a time (default: 256)")
-    parser.add_argument("--num-workers", type=int, default=0, help="processes that decode (default: 0)")
+    parser.add_argument(
+        "--num-workers", type=int, help="processes that decode (default: none on a processor, at most 8 beside a GPU)"
+    )
+    parser.add_argument("--crops", type=int, default=1, help="the central crop and random ones (default: 1)")
+    parser.add_argument("--flip", action="store_true", help="have each training image mirrored too")
+    parser.add_argument(
+        "--precision", choices=("float32", "bfloat16"), default="float32", help="of the tokenizer (default: float32)"
+    )
+    parser.add_argument(
+        "--part-samples", type=int, default=1024, help="images put on disk at a time: what a kill costs (default: 1024)"
+    )
+    parser.add_argument(
+        "--unreadable-budget", type=float, default=1e-4, help="share of unreadable images allowed (default: 1e-4)"
+    )
+    parser.add_argument("--rank", type=int, help="which of the processes that share the work this is, from 0")
+    parser.add_argument("--num-ranks", type=int, help="how many processes share the work")
     parser.set_defaults(run=run)
+
+
+class Place(NamedTuple):
+    """Which of the processes this is, and which of those on its machine."""
+
+    rank: int
+    num_ranks: int
+    local_rank: int
 
 
 def run(args: argparse.Namespace) -> int:
     """Writes ``runs/RUN/tokens``; an interrupted one is gone on with, a finished one left alone."""
+    place = find_place(args.rank, args.num_ranks)
     folder = find_tokenizer(args)
     shards = args.data or Path("data/shards") / args.dataset
     import torch
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from maskgit_pl.data import to_unit_range, tokenize
     from maskgit_pl.pretrained import load_tokenizer
-    from maskgit_pl.shards.manifest import read_manifest_summary
 
     tokenizer = load_tokenizer(folder)
-    network = tokenizer.network
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = torch.device(accelerator or "cpu") if args.device == "auto" else torch.device(args.device)
-    network.to(device)
-    samples = read_manifest_summary(shards).samples
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    start = time.monotonic()
-    with Progress(*columns) as progress, torch.inference_mode():
-        tasks = {split: progress.add_task(f"tokens of {split}", total=count) for split, count in samples.items()}
-        made = tokenize(
+    device = _device(args.device, place.local_rank)
+    network = tokenizer.network.to(device)
+    workers = _workers(device) if args.num_workers is None else args.num_workers
+
+    def encode(images: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bfloat16"):
+            return network.encode(to_unit_range(images.to(device, non_blocking=True)))
+
+    store = run_folder(args) / "tokens"
+    with _Report(place) as report, torch.inference_mode():
+        outcome = tokenize(
             shards,
-            run_folder(args) / "tokens",
-            encode=lambda images: network.encode(to_unit_range(images.to(device))),
+            store,
+            encode=encode,
             grid=tokenizer.grid,
             num_codes=network.config.num_codes,
             tokenizer=tokenizer.fingerprint,
             image_size=tokenizer.image_size,
             in_channels=network.config.in_channels,
+            crops=args.crops,
+            flip=args.flip,
+            precision=args.precision,
             batch_size=args.batch_size,
-            num_workers=args.num_workers,
-            on_rows=lambda split, rows: progress.advance(tasks[split], rows),
+            part_samples=args.part_samples,
+            num_workers=workers,
+            rank=place.rank,
+            num_ranks=place.num_ranks,
+            unreadable_budget=args.unreadable_budget,
+            on_rows=report.add,
         )
-    store = run_folder(args) / "tokens"
-    if made:
-        seconds = time.monotonic() - start
-        log.info(
-            "%s: %d images in %.1f s, %.0f images/s",
-            store,
-            sum(samples.values()),
-            seconds,
-            sum(samples.values()) / seconds,
-        )
-    else:
+    if outcome == "found":
         log.info("%s: there already, made by this tokenizer from this data", store)
+        return 0
+    log.info("%s: %s", store, report.summary())
+    if outcome == "others at work":
+        log.info("%s: the share of rank %d of %d is done; the last rank finishes", store, place.rank, place.num_ranks)
     return 0
+
+
+def find_place(rank: int | None, num_ranks: int | None) -> Place:
+    """The place of this process: as it was told, else by torchrun's variables, else by srun's, else alone.
+
+    Raises:
+        ValueError: One of the two numbers without the other, or a rank that there is not.
+    """
+    if (rank is None) != (num_ranks is None):
+        raise ValueError(f"--rank and --num-ranks: both are needed, or none, got {rank} and {num_ranks}")
+    if rank is not None and num_ranks is not None:
+        if not 0 <= rank < num_ranks:
+            raise ValueError(f"--rank: 0 to {num_ranks - 1} is needed with --num-ranks {num_ranks}, got {rank}")
+        return Place(rank, num_ranks, rank)
+    for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")):
+        if all(name in os.environ for name in names):
+            return Place(*(int(os.environ[name]) for name in names))
+    return Place(0, 1, 0)
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    """The device by name; the processes of a machine take its accelerators in turn."""
+    import torch
+
+    if name != "auto":
+        return torch.device(name)
+    if not torch.accelerator.is_available():
+        return torch.device("cpu")
+    accelerator = torch.accelerator.current_accelerator()
+    assert accelerator is not None
+    return torch.device(accelerator.type, local_rank % torch.accelerator.device_count())
+
+
+def _workers(device: torch.device) -> int:
+    """Where the processor encodes, it has nothing left for decoding beside it."""
+    if device.type == "cpu":
+        return 0
+    return min(_MOST_WORKERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+class _Report:
+    """How far the work is: bars on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, place: Place) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.name = "" if place.num_ranks == 1 else f"rank {place.rank} of {place.num_ranks}: "
+        speed = TextColumn("{task.fields[speed]:.0f} images/s")
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), speed, TimeRemainingColumn())
+        console = Console()
+        self._bars: Progress | None = Progress(*columns, console=console) if console.is_terminal else None
+        self._tasks: dict[str, TaskID] = {}
+        self._done: dict[str, int] = {}
+        self._encoded = 0  # by this process
+        self._start = self._last = time.monotonic()
+
+    def __enter__(self) -> _Report:
+        if self._bars is not None:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def add(self, split: str, rows: int, total: int) -> None:
+        """More rows of a split are done; the first call of each tells of an earlier run."""
+        if split in self._done:
+            self._encoded += rows
+        self._done[split] = self._done.get(split, 0) + rows
+        if self._bars is not None:
+            if split not in self._tasks:
+                self._tasks[split] = self._bars.add_task(f"{self.name}tokens of {split}", total=total, speed=0.0)
+            self._bars.update(self._tasks[split], advance=rows, speed=self._speed())
+        elif time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES:
+            self._last = time.monotonic()
+            speed = self._speed()
+            left = (total - self._done[split]) / speed if speed else float("inf")
+            log.info(
+                "%stokens of %s: %d/%d  %.0f images/s  %.0f s left",
+                self.name, split, self._done[split], total, speed, left,
+            )  # fmt: skip
+
+    def summary(self) -> str:
+        """What this process has encoded, and how fast."""
+        seconds = time.monotonic() - self._start
+        return f"{self.name}{self._encoded} images in {seconds:.1f} s, {self._speed():.0f} images/s"
+
+    def _speed(self) -> float:
+        return self._encoded / max(time.monotonic() - self._start, 1e-9)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from maskgit_pl.data.order import Order, Rows
-from maskgit_pl.randomness import random_uniform
+from maskgit_pl.randomness import random_bits, random_uniform
 from maskgit_pl.shards.images import Crop, UnreadableImageError, check_crop, decode_image, load_square
 from maskgit_pl.shards.reader import ShardReader
 from maskgit_pl.shards.tokens import TokenReader
@@ -137,18 +139,27 @@ class TokenBatches(Dataset[Batch]):
     Args:
         reader: The split of the store.
         order: How positions become samples.
+        seed: Decides which view of a sample an epoch shows, where the store has several.
     """
 
-    def __init__(self, reader: TokenReader, order: Order) -> None:
+    def __init__(self, reader: TokenReader, order: Order, *, seed: int = 0) -> None:
         self.reader = reader
         self.order = order
+        self.seed = seed
 
     def __getitems__(self, positions: range) -> Batch:
         """The batch at some positions; content is (B, N) int64."""
         rows = self.order(positions)
-        tokens, labels = self.reader.read(rows.index.numpy())
+        tokens, labels = self.reader.read(rows.index.numpy(), self._views(rows))
         none_replaced = torch.full_like(rows.index, -1)
         return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), *rows, replacement=none_replaced)
+
+    def _views(self, rows: Rows) -> npt.NDArray[np.int64] | int:
+        """A function of (seed, index, epoch) alone; view 0 where there is no other."""
+        if self.reader.views == 1:
+            return 0
+        words = random_bits("view", seed=self.seed, index=rows.index, epoch=rows.epoch)[:, 0]
+        return (words % self.reader.views).numpy()
 
 
 def _as_is(batch: Any) -> Any:

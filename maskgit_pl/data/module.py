@@ -171,7 +171,7 @@ class ShardData(LightningDataModule):
     def batches(self, split: Split, order: Order, *, crop: Crop = "center") -> ImageBatches | TokenBatches:
         """The dataset of a split: ``__getitems__(range of positions)`` gives a ``Batch``."""
         if self._tokens is not None:
-            return TokenBatches(self._tokens[split], order)
+            return TokenBatches(self._tokens[split], order, seed=self.seed)
         reader = ShardReader(load_manifest(self.path, split))
         return ImageBatches(
             reader, order, image_size=self.image_size, in_channels=self.in_channels, crop=crop, seed=self.seed

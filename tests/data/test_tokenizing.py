@@ -1,0 +1,158 @@
+"""From images to a token store: what a row holds, who makes it, and what unreadable images become."""
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from maskgit_pl.data import OnceThrough, ShardData, ShuffledStream, TokenBatches, tokenize
+from maskgit_pl.data.batches import ImageBatches
+from maskgit_pl.shards.images import encode_png
+from maskgit_pl.shards.manifest import load_manifest
+from maskgit_pl.shards.reader import ShardReader
+from maskgit_pl.shards.tokens import open_store
+from maskgit_pl.shards.unreadable import DataBudgetError
+from tests.data_folders import save_data
+
+NUM_TRAIN, NUM_VAL = 23, 11
+SIZES = {"grid": (2, 2), "num_codes": 256, "image_size": 4, "in_channels": 1}
+
+
+def image(number: int) -> torch.Tensor:
+    """(1, 4, 9) uint8, wider than high, so that crops differ."""
+    return (number * 7 + torch.arange(36).reshape(1, 4, 9)).to(torch.uint8)
+
+
+def top_row(images: torch.Tensor) -> torch.Tensor:
+    """A tokenizer of four codes an image: its first row."""
+    return images[:, 0, 0].long()
+
+
+make = functools.partial(tokenize, encode=top_row, tokenizer="me", batch_size=4, part_samples=6, **SIZES)
+
+
+def save(folder: Path, bad: tuple[int, ...] = ()) -> Path:
+    train = [(b"" if n in bad else encode_png(image(n)), n % 3) for n in range(NUM_TRAIN)]
+    return save_data(folder, {"train": train, "val": [(encode_png(image(n)), n % 3) for n in range(NUM_VAL)]})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return save(tmp_path_factory.mktemp("data"))
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    assert not list(folder.glob(".*"))
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def views(folder, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("views")
+    assert make(folder, path, crops=3, flip=True) == "made"
+    return path
+
+
+def test_a_second_run_finds_the_store_and_changes_nothing(folder, views):
+    before = {path: path.stat().st_mtime_ns for path in views.iterdir()}
+    assert make(folder, views, crops=3, flip=True) == "found"
+    assert {path: path.stat().st_mtime_ns for path in views.iterdir()} == before
+
+
+def test_views_are_crops_each_followed_by_its_mirror_image(folder, views):
+    stored = np.load(views / "train-tokens.npy").reshape(NUM_TRAIN, 3, 2, 4).astype(np.int64)
+    lefts = (stored[:, :, 0, 0] - 7 * np.arange(NUM_TRAIN)[:, None]) % 256
+    assert (lefts[:, 0] == 2).all()  # the centre of 9 columns
+    assert set(lefts[:, 1:].ravel()) == set(range(6))
+    assert (lefts[:, 1] != lefts[:, 2]).any()
+    columns = lefts[..., None] + np.arange(4) + 7 * np.arange(NUM_TRAIN)[:, None, None]
+    assert np.array_equal(stored[:, :, 0], columns % 256)
+    assert np.array_equal(stored[:, :, 1], stored[:, :, 0, ::-1])
+    assert np.load(views / "val-tokens.npy").shape == (NUM_VAL, 4)
+
+
+def test_neither_ranks_nor_workers_nor_interruptions_change_a_byte(folder, views, tmp_path):
+    ranks = [make(folder, tmp_path / "ranks", crops=3, flip=True, rank=r, num_ranks=3) for r in (1, 2, 0)]
+    assert ranks == ["others at work", "others at work", "made"]
+    assert make(folder, tmp_path / "workers", crops=3, flip=True, num_workers=2) == "made"
+    interrupted, calls = tmp_path / "interrupted", iter(range(1000))
+
+    def failing(images):
+        if next(calls) % 6 == 5:
+            raise KeyboardInterrupt
+        return top_row(images)
+
+    stops = 0
+    while not (interrupted / "store.json").exists():
+        try:
+            make(folder, interrupted, encode=failing, crops=3, flip=True)
+        except KeyboardInterrupt:
+            stops += 1
+    assert stops > 5
+    expected = content(views)
+    for name in ("ranks", "workers", "interrupted"):
+        assert content(tmp_path / name) == expected
+
+
+def test_earlier_rows_are_told_first_and_all_are_told(folder, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        make(folder, tmp_path, encode=lambda images: (_ for _ in ()).throw(KeyboardInterrupt))
+    make(folder, tmp_path, flip=True, rank=0, num_ranks=2)
+    told = []
+    make(folder, tmp_path, flip=True, on_rows=lambda *words: told.append(words))
+    assert told[0] == ("train", 2 * (6 + 6), 2 * NUM_TRAIN)  # parts 0 and 2 of 4
+    assert sum(rows for split, rows, _ in told if split == "train") == 2 * NUM_TRAIN
+    assert sum(rows for split, rows, _ in told if split == "val") == NUM_VAL
+
+
+def test_an_epoch_shows_one_view_by_seed_sample_and_epoch_alone(folder, views):
+    reader = open_store(views, data=None)["train"]
+    stored = np.load(views / "train-tokens.npy").reshape(NUM_TRAIN, 6, 4)
+
+    def shown(order_seed: int, seed: int) -> dict[tuple[int, int], int]:
+        batches = TokenBatches(reader, ShuffledStream(NUM_TRAIN, order_seed), seed=seed)
+        batch = batches.__getitems__(range(20 * NUM_TRAIN))
+        places = zip(batch.index.tolist(), batch.epoch.tolist(), strict=True)
+        return {
+            place: int((stored[place[0]] == row).all(-1).argmax())
+            for place, row in zip(places, batch.content.numpy(), strict=True)
+        }
+
+    first = shown(0, 0)
+    assert first == shown(9, 0)  # another order, the same views
+    assert first != shown(0, 1)
+    counts = np.bincount(list(first.values()), minlength=6)
+    assert counts.min() > 20  # of 460; equal crops count for the first of them
+
+
+def test_unreadable_images_are_replaced_as_in_training_with_their_labels(tmp_path):
+    data = save(tmp_path / "data", bad=(4, 5, 22))
+    with pytest.raises(DataBudgetError, match="unreadable"):
+        make(data, tmp_path / "strict")
+    assert make(data, tmp_path / "store", unreadable_budget=0.5) == "made"
+    modules = [
+        ShardData(str(data), image_size=4, in_channels=1, global_batch=8, unreadable_budget=0.5, **source)
+        for source in ({}, {"source": "tokens", "token_store": str(tmp_path / "store")})
+    ]
+    images, tokens = (
+        module.batches("train", OnceThrough(NUM_TRAIN)).__getitems__(range(NUM_TRAIN)) for module in modules
+    )
+    assert torch.equal(top_row(images.content), tokens.content)
+    assert torch.equal(images.labels, tokens.labels)
+    assert tokens.labels[[4, 5, 22]].tolist() == [6 % 3, 6 % 3, 0]
+
+
+def test_crops_of_a_store_are_those_of_the_images(folder, views):
+    reader = ShardReader(load_manifest(folder, "train"))
+    center = ImageBatches(reader, OnceThrough(NUM_TRAIN), image_size=4, in_channels=1)
+    tokens, _ = open_store(views, data=None)["train"].read(np.arange(NUM_TRAIN))
+    assert torch.equal(top_row(center.__getitems__(range(NUM_TRAIN)).content), torch.from_numpy(tokens))
+
+
+@pytest.mark.parametrize("options", [{"crops": 0}, {"batch_size": 0}, {"num_ranks": 0}, {"rank": 2, "num_ranks": 2}])
+def test_numbers_out_of_range_are_refused(folder, tmp_path, options):
+    with pytest.raises(ValueError, match=r"tokenize \w+: .* got \d"):
+        make(folder, tmp_path / "store", **options)
+    assert not (tmp_path / "store").exists()
