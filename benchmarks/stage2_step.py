@@ -37,7 +37,7 @@ from maskgit_pl.training.optimizers import LearningRate
 Precision = Literal["fp32", "bf16"]
 
 _DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_PEER = "muse_maskgit_pytorch"
+_PEER = "muse-maskgit-pytorch"
 _RATE, _BETAS, _WEIGHT_DECAY, _CLIP, _SMOOTHING, _EMA_DECAY = 1e-4, (0.9, 0.96), 0.045, 1.0, 0.1, 0.999
 
 
@@ -375,7 +375,7 @@ class Measured:
             "s median": f"{middle:.3g}",
             "s best": f"{best:.3g}",
             "time / ours": f"{self.ratio:.2f}",
-            "peak GB": "-" if self.memory is None else f"{self.memory / 1e9:.2f}",
+            "memory GB": "-" if self.memory is None else f"{self.memory / 1e9:.2f}",
             "GFLOP": f"{self.flops / 1e9:.3g}",
             "% of peak, its work: median (best)": f"{self.share(self.flops, middle)} ({self.share(self.flops, best)})",
             "% of peak, the task: median (best)": f"{self.share(self.floor, middle)} ({self.share(self.floor, best)})",
@@ -414,7 +414,8 @@ def measure(
 
 def installed() -> list[str]:
     """The contenders that are there."""
-    return [name for name in _CONTENDERS if name != _PEER or importlib.util.find_spec(_PEER) is not None]
+    has_peer = importlib.util.find_spec(_PEER.replace("-", "_")) is not None
+    return [name for name in _CONTENDERS if name != _PEER or has_peer]
 
 
 def software_bfloat16() -> bool:
@@ -428,12 +429,19 @@ def _autocast(precision: Precision) -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
 
 
+def _positive(text: str) -> int:
+    """A count of a flag."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number of at least 1 is needed, got {text}")
+    return int(text)
+
+
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads (%(default)s)")
-    parser.add_argument("--batch", type=int, default=Task.batch, help="images of a step (%(default)s)")
-    parser.add_argument("--depth", type=int, default=Task.depth, help="layers (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds, n of the medians (%(default)s)")
+    parser.add_argument("--threads", type=_positive, default=torch.get_num_threads(), help="threads (%(default)s)")
+    parser.add_argument("--batch", type=_positive, default=Task.batch, help="images of a step (%(default)s)")
+    parser.add_argument("--depth", type=_positive, default=Task.depth, help="layers (%(default)s)")
+    parser.add_argument("--repeats", type=_positive, default=7, help="rounds, n of the medians (%(default)s)")
     parser.add_argument("--precision", choices=list(_DTYPES), help="one alone, also bf16 that is slower than fp32")
     parser.add_argument("--parts", action="store_true", help="also the time of each part of a step")
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes all numbers and the environment")
@@ -443,6 +451,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures and prints."""
     arguments = _arguments(argv)
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(arguments.threads)
     task, names = Task(batch=arguments.batch, depth=arguments.depth), installed()
     config = task.network
