@@ -89,7 +89,7 @@ def peak_memory(run: Callable[[], object]) -> int | None:
     """Bytes that ``run`` adds to the resident memory of this process at its highest; None where there is no /proc.
 
     The high-water mark of /proc/self/status belongs to this program alone, while ``ru_maxrss`` begins from the process
-    that started it.
+    that started it. Good to some tens of MB: the system may take pages of libraries back in the meantime.
     """
     if not _STATUS.exists():
         return None
