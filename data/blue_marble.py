@@ -107,13 +107,13 @@ class BlueMarbleTiles:
         places = hashlib.sha256(repr(self.tiles).encode()).hexdigest()
         return {"kind": "blue marble", "classes": list(self.classes), "picture": SHA256, "tiles": places}
 
-    def samples(self, split: Split) -> Iterator[Sample]:
+    def samples(self, split: Split, places: range) -> Iterator[Sample]:
         """Tiles of a split as PNG."""
-        for tile in self.tiles:
-            if tile.split == split:
-                pixels = self.picture[tile.top : tile.top + TILE, tile.left : tile.left + TILE]
-                image = torch.from_numpy(pixels.transpose(2, 0, 1).copy())  # (3, 32, 32)
-                yield Sample(encode_png(image), "png", tile.label, f"tile at row {tile.top}, column {tile.left}")
+        tiles = [tile for tile in self.tiles if tile.split == split]
+        for tile in tiles[places.start : places.stop]:
+            pixels = self.picture[tile.top : tile.top + TILE, tile.left : tile.left + TILE]
+            image = torch.from_numpy(pixels.transpose(2, 0, 1).copy())  # (3, 32, 32)
+            yield Sample(encode_png(image), "png", tile.label, f"tile at row {tile.top}, column {tile.left}")
 
     def _find(self) -> Iterator[Tile]:
         height, width = self.picture.shape[:2]

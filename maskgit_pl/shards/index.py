@@ -1,35 +1,68 @@
-"""From ordinary WebDataset tars to a manifest: a walk that reads headers and labels and trusts neither.
+"""From ordinary WebDataset tars to manifests beside them; the tars are not touched.
 
-Used by ``maskgit data index`` for shards made elsewhere and by the writer for its own. Members are never extracted,
-their names are never paths, nothing is decompressed or unpickled. What would lose samples in silence is refused.
+Used by ``maskgit data index`` for shards made elsewhere (open_clip's and img2dataset's layouts) and by the writer for
+its own. What would lose samples in silence is refused, all of it in one list, or left out and counted if asked for.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
-import logging
+import itertools
+import json
+import os
 import re
-import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from maskgit_pl.shards.images import read_header
-from maskgit_pl.shards.manifest import INDEX_DTYPE, ImageRange, Manifest, Shard, Split, save_manifest
+from maskgit_pl.shards.manifest import INDEX_DTYPE, ImageRange, Manifest, Shard, Split, joined, save_manifest
+from maskgit_pl.shards.parallel import run_jobs
+from maskgit_pl.shards.walk import NO_LABEL, Fault, Labels, ShardWalk, walk_shard
 
-__all__ = ["IMAGE_EXTENSIONS", "find_shards", "index_shards", "parse_label"]
+__all__ = ["Indexed", "find_shards", "index_shards", "locate_shards", "split_shards"]
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-MAX_IMAGE_BYTES = 256 * 2**20  # no photo within the pixel limit needs more
-MAX_LABEL_BYTES = 64
-_LABEL = re.compile(rb"\s*(0|[1-9][0-9]{0,8})\s*")
-_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")  # webdataset's rule: the key ends at the first dot of the base name
-_log = logging.getLogger(__name__)
+PROGRESS = ".index.partial"
+UNLABELLED = "image"  # the one class of data without labels
+_MAX_SHARDS = 1_000_000
+_MAX_PATTERN = 4096  # characters
+_MAX_COUNTS_BYTES = 64 * 2**20  # of a file that says how many samples shards have
+_VAL, _TEST, _TRAIN = r"val|valid|validation", r"test", r"train|training"
+_RANGE = re.compile(r"(-?[0-9]+)\.\.(-?[0-9]+)")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+
+
+def locate_shards(place: str) -> tuple[Path, list[Path]]:
+    """The data folder and all its shards.
+
+    Args:
+        place: A folder, whose tars are taken, or those of its sub-folders; or a glob or brace expression of tars, such
+            as ``data/{train,val}-{00000..00012}.tar``. The folder is the part before the first component with one.
+
+    Raises:
+        FileNotFoundError: No such folder.
+        ValueError: A URL or a command, or nothing is there.
+    """
+    folder = Path(place)
+    if not folder.is_dir():
+        if _URL.match(place):
+            kind = place.partition(":")[0]
+            raise ValueError(f"shards {place!r}: local files are read, got {kind}:; fetch the shards first")
+        parts = folder.parts
+        magic = next((n for n, part in enumerate(parts) if re.search(r"[*?\[{]", part)), len(parts) - 1)
+        folder, pattern = Path(*parts[:magic]), "/".join(parts[magic:])
+        if not folder.is_dir():
+            raise FileNotFoundError(f"data folder {folder}: no such folder")
+        return folder, find_shards(folder, pattern)
+    shards = _glob(folder, "*.tar") or _glob(folder, "*/*.tar")
+    if not shards:
+        raise ValueError(f"data folder {folder}: nothing in it matches *.tar; name the shards by a pattern")
+    return folder, shards
 
 
 def find_shards(folder: str | Path, pattern: str) -> list[Path]:
@@ -37,7 +70,7 @@ def find_shards(folder: str | Path, pattern: str) -> list[Path]:
 
     Args:
         folder: The data folder.
-        pattern: A glob, or one with WebDataset's braces: ``train-*.tar``, ``{00000..00012}.tar``, ``{a,b}-*.tar``.
+        pattern: A glob, or one with WebDataset's braces: ``train-*.tar``, ``{00000..00012}.tar``, ``{a,b}/*.tar``.
 
     Raises:
         ValueError: The pattern leaves the folder, names no file, or a brace form names a file that is not there.
@@ -45,19 +78,67 @@ def find_shards(folder: str | Path, pattern: str) -> list[Path]:
     folder = Path(folder)
     found: set[Path] = set()
     for one in _expand_braces(pattern):
-        if "/" in one or one.startswith("."):
-            raise ValueError(f"shard pattern {pattern!r}: file names inside {folder} are needed, not paths")
-        matches = sorted(folder.glob(one))
+        if _URL.match(one) or "::" in one:
+            raise ValueError(f"shard pattern {pattern!r}: local files are read, got {one!r}; fetch the shards first")
+        if one.startswith(("/", "~")) or ".." in one.split("/"):
+            raise ValueError(f"shard pattern {pattern!r}: files inside {folder} are needed, not paths out of it")
+        matches = _glob(folder, one)
         if not matches:
             raise ValueError(f"shard pattern {pattern!r}: nothing in {folder} matches {one!r}")
         found.update(matches)
     return sorted(found)
 
 
-def _expand_braces(pattern: str) -> list[str]:
-    import webdataset
+def split_shards(
+    folder: Path,
+    shards: Sequence[Path],
+    *,
+    train: str | None = None,
+    val: str | None = None,
+    val_fraction: float | None = None,
+) -> tuple[dict[Split, list[Path]], str]:
+    """Decide which shards are train and which val.
 
-    return list(webdataset.shardlists.expand_urls(pattern))
+    Args:
+        folder: The data folder.
+        shards: All of them.
+        train: Pattern of the train shards; None for those that are not val.
+        val: Pattern of the val shards; None for those whose path says val, valid, validation or (without one) test.
+        val_fraction: Where there are no val shards: share of the shards that become val, the last ones; None for 0.1.
+
+    Returns:
+        The shards of each split, and a sentence on how they were told apart.
+
+    Raises:
+        ValueError: A shard would be in both, or a split would be empty.
+    """
+    fraction = 0.1 if val_fraction is None else val_fraction
+    if not 0 < fraction < 1:
+        raise ValueError(f"val fraction: a number between 0 and 1 is needed, got {fraction}")
+    train_shards = None if train is None else find_shards(folder, train)
+    val_shards, how = (None, "") if val is None else (find_shards(folder, val), f"val is {val}")
+    pool = shards if train_shards is None else train_shards
+    if val_shards is None and val_fraction is None:
+        val_shards, how = _named_val(folder, shards if train_shards is None else set(shards) - set(train_shards))
+    if val_shards is None:
+        val_shards, how = _last(pool, fraction, folder)
+    if train_shards is None:
+        rest = [shard for shard in pool if shard not in set(val_shards)]
+        # where shards are called train, the others (test beside val, say) are neither
+        train_shards = [shard for shard in rest if _says(folder, shard, _TRAIN)] or rest
+    elif how.startswith("the last"):
+        train_shards = [shard for shard in train_shards if shard not in set(val_shards)]
+    _check_splits(folder, train_shards, val_shards)
+    return {"train": train_shards, "val": val_shards}, how
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """What indexing made of a data folder: manifests, and what stands in the tars but not in them, by split."""
+
+    manifests: dict[Split, Manifest]
+    ignored: dict[Split, dict[str, int]]
+    notes: tuple[str, ...] = ()
 
 
 def index_shards(
@@ -65,186 +146,290 @@ def index_shards(
     shards: Mapping[Split, Sequence[Path]],
     *,
     classes: Sequence[str] | None = None,
+    labels: str = "cls",
+    lenient: bool = False,
+    workers: int = 1,
     on_shard: Callable[[Split], object] = lambda split: None,
-) -> dict[Split, Manifest]:
+) -> Indexed:
     """Walk the shards of every split and write their manifests beside them.
+
+    An interrupted run goes on: what is known of a shard stays in ``.index.partial`` until all are done, under its name,
+    length and time of change.
 
     Args:
         folder: Where the shards lie and the manifests go.
         shards: The tars of each split, in the order in which samples are to be numbered.
         classes: Class names; without, the labels' own numbers up to the largest.
+        labels: Where labels come from: ``"cls"``, ``"json:FIELD"`` or ``"none"``; see ``walk.Labels``.
+        lenient: Leave out samples with a fault instead of refusing them.
+        workers: Processes; they make no difference to the result.
         on_shard: Told the split of each shard that is done (for a progress bar).
 
     Raises:
-        ValueError: A shard is damaged, a label is not a class, a sample is incomplete or doubled.
+        ValueError: Names every shard that is damaged or, unless lenient, has samples with a fault, with their counts.
     """
-    drafts = {split: _draft(Path(folder), split, paths, classes, on_shard) for split, paths in shards.items()}
+    folder = Path(folder)
+    if labels == "none":
+        classes = _only_class(classes)
+    options = Labels(labels, None if classes is None else tuple(classes))
+    names = {split: [path.relative_to(folder).as_posix() for path in paths] for split, paths in shards.items()}
+    walks, progress = _walk_all(folder, names, options, workers=workers, on_shard=on_shard)
+    miscounts = _miscounts(folder, names, walks)
+    _refuse(folder, walks, [] if lenient else miscounts, lenient=lenient, labels=labels)
     if classes is None:
-        largest = max(int(rows["label"].max()) for _, rows in drafts.values())
+        largest = max((int(walk.rows["label"].max()) for walk in walks.values() if len(walk.rows)), default=0)
         classes = [str(label) for label in range(largest + 1)]
-    manifests = {}
-    for split, (draft, rows) in drafts.items():
-        manifests[split] = replace(draft, classes=tuple(classes))
-        save_manifest(manifests[split], rows)
-    return manifests
+    made = {
+        split: _manifest(folder, split, {name: walks[name] for name in of_split}, classes, labels)
+        for split, of_split in names.items()
+    }
+    for manifest, rows in made.values():
+        save_manifest(manifest, rows)
+    progress.unlink(missing_ok=True)
+    ignored = {split: _total(walks[name].ignored for name in of_split) for split, of_split in names.items()}
+    manifests = {split: manifest for split, (manifest, _) in made.items()}
+    return Indexed(manifests, ignored, tuple(f"{name}: {fault}" for name, fault in miscounts))
 
 
-def parse_label(data: bytes, *, name: str, num_classes: int | None = None) -> int:
-    """A class number from the bytes of a ``.cls`` member; ``int()`` would take ``1_000`` and ``-1``.
-
-    Raises:
-        ValueError: Not a decimal number, or not below ``num_classes``; ``name`` says where.
-    """
-    match = _LABEL.fullmatch(data)
-    if match is None:
-        raise ValueError(f"label {name}: a decimal class number is needed, got {data!r}")
-    label = int(match[1])
-    if num_classes is not None and label >= num_classes:
-        raise ValueError(f"label {name}: a class below {num_classes} is needed, got {label}")
-    return label
+def _only_class(classes: Sequence[str] | None) -> Sequence[str]:
+    if classes is not None and len(classes) != 1:
+        raise ValueError(f"class names: data without labels has one class, got {len(classes)} names")
+    return classes or (UNLABELLED,)
 
 
-@dataclass
-class _Sample:
-    offset: int = -1
-    size: int = 0
-    image_name: str = ""
-    label: int = -1
-
-
-@dataclass
-class _Walk:
-    """What the walk over one split's shards has gathered."""
-
-    num_classes: int | None
-    sizes: set[tuple[int, int, int]] = field(default_factory=set)  # (height, width, channels) seen
-    ignored: Counter[str] = field(default_factory=Counter)
-
-
-def _draft(
-    folder: Path,
-    split: Split,
-    paths: Sequence[Path],
-    classes: Sequence[str] | None,
-    on_shard: Callable[[Split], object],
+def _manifest(
+    folder: Path, split: Split, walks: Mapping[str, ShardWalk], classes: Sequence[str], labels: str
 ) -> tuple[Manifest, npt.NDArray[np.void]]:
-    walk = _Walk(None if classes is None else len(classes))
-    shards, parts = [], []
-    for number, path in enumerate(paths):
-        rows, digest = _walk_shard(path, walk)
-        rows["shard"] = number
-        shards.append(Shard(name=path.name, bytes=path.stat().st_size, samples=len(rows), sha256=digest))
-        parts.append(rows)
-        on_shard(split)
-    if walk.ignored:
-        _log.warning("%s, split %s: members not read: %s", folder, split, dict(walk.ignored))
-    index = np.concatenate(parts)
-    images = _image_range(walk.sizes)
-    digest = hashlib.sha256(index.tobytes()).hexdigest()
-    return Manifest(folder, split, tuple(shards), tuple(classes or ()), images, digest), index
+    rows = np.concatenate([walk.rows for walk in walks.values()])
+    if not len(rows):
+        raise ValueError(f"data {folder}, split {split}: no whole sample in {len(walks)} shards")
+    rows["shard"] = np.repeat(np.arange(len(walks)), [len(walk.rows) for walk in walks.values()])
+    shards = tuple(Shard(name, walk.bytes, len(walk.rows), walk.sha256) for name, walk in walks.items())
+    images = joined([walk.images for walk in walks.values() if walk.images is not None])
+    left_out = _total({fault: found.count for fault, found in walk.faults.items()} for walk in walks.values())
+    digest = hashlib.sha256(rows.tobytes()).hexdigest()
+    return Manifest(folder, split, shards, tuple(classes), images, digest, labels, left_out), rows
 
 
-def _image_range(sizes: set[tuple[int, int, int]]) -> ImageRange:
-    heights, widths, channels = (sorted(set(column)) for column in zip(*sizes, strict=True))
-    return ImageRange((heights[0], heights[-1]), (widths[0], widths[-1]), tuple(channels))
+def _walk_all(
+    folder: Path,
+    names: Mapping[Split, Sequence[str]],
+    labels: Labels,
+    *,
+    workers: int,
+    on_shard: Callable[[Split], object],
+) -> tuple[dict[str, ShardWalk], Path]:
+    path = folder / PROGRESS
+    known = _read_progress(path, folder, labels)
+    split_of = {name: split for split, of_split in names.items() for name in of_split}
+    walks = {name: known[name] for name in split_of if name in known}
+    for name in walks:
+        on_shard(split_of[name])
+    jobs = [name for name in split_of if name not in walks]
+    with open(path, "ab" if known else "wb") as file:
+        if known:
+            file.write(b"\n")  # the last line may be half
+        else:
+            _write_line(file, _options(labels))
+        for name, walk in run_jobs(_walk_named, (folder, labels), jobs, workers=workers):
+            walks[name] = walk
+            if not walk.damage:
+                _write_line(file, {"name": name, **_walk_as_json(walk)})
+            on_shard(split_of[name])
+    return {name: walks[name] for name in split_of}, path
 
 
-def _walk_shard(path: Path, walk: _Walk) -> tuple[npt.NDArray[np.void], str]:
-    samples: dict[str, _Sample] = {}
-    with open(path, "rb") as file:
-        for member in _members(file, path.name):
-            _take_member(file, member, samples, walk, shard=path.name)
-        digest = _sha256(file)
-    _refuse_half_samples(samples, path.name, walk.ignored)
-    rows = [(0, sample.offset, sample.size, sample.label) for sample in samples.values()]
-    return np.array(rows, INDEX_DTYPE), digest
-
-
-def _members(file: IO[bytes], shard: str) -> Iterator[tarfile.TarInfo]:
-    """The members of an uncompressed tar; what ``tarfile`` passes over in silence is an error here."""
+def _walk_named(shared: tuple[Path, Labels], name: str) -> ShardWalk:
+    folder, labels = shared
     try:
-        archive = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - the file is the caller's
-        while (member := archive.next()) is not None:
-            archive.members = []  # type: ignore[attr-defined]  # keeps memory flat over a million members
-            yield member
-    except (tarfile.TarError, OSError, OverflowError, EOFError) as error:
-        raise ValueError(f"shard {shard}: not a whole, uncompressed tar ({error})") from error
-    _check_end(file, archive.offset, shard)
+        return walk_shard(folder / name, labels)
+    except OSError as error:
+        return ShardWalk(0, 0, "", np.zeros(0, INDEX_DTYPE), None, 0, {}, {}, damage=str(error.strerror))
 
 
-def _check_end(file: IO[bytes], offset: int, shard: str) -> None:
-    """After the last member come zeros alone, two blocks at least; else a header is damaged or the end is cut."""
-    file.seek(offset)
-    zeros = 0
-    while block := file.read(2**20):
-        if block.count(0) != len(block):
-            raise ValueError(f"shard {shard}: damaged member header at byte {offset}")
-        zeros += len(block)
-    if zeros < 1024:
-        raise ValueError(f"shard {shard}: cut off at byte {offset}, the end of the archive is missing")
-
-
-def _take_member(
-    file: IO[bytes], member: tarfile.TarInfo, samples: dict[str, _Sample], walk: _Walk, *, shard: str
+def _refuse(
+    folder: Path, walks: Mapping[str, ShardWalk], miscounts: Iterable[tuple[str, str]], *, lenient: bool, labels: str
 ) -> None:
-    name = f"{shard}:{member.name}"
-    match = _NAME.fullmatch(member.name)
-    key, extension = (match[1], match[2].lower()) if match else (member.name, "")
-    if extension not in (*IMAGE_EXTENSIONS, "cls"):
-        if not member.isdir() and extension not in ("json", "txt"):
-            walk.ignored[f".{extension}"] += 1
+    """One list of all that is wrong."""
+    faults: dict[str, list[str]] = {}
+    for name, walk in walks.items():
+        if walk.damage:
+            faults[name] = [walk.damage]
+        elif not lenient:
+            faults[name] = [f"{found.count} {fault} (first {found.first})" for fault, found in walk.faults.items()]
+        if not walk.damage and not walk.num_keys:
+            seen = f"only {walk.ignored}" if walk.ignored else "no members"
+            faults.setdefault(name, []).append(f"no image samples, {seen}")
+    for name, fault in miscounts:
+        faults.setdefault(name, []).append(fault)
+    listed = [f"{name}: {'; '.join(of_shard)}" for name, of_shard in faults.items() if of_shard]
+    if not listed:
         return
-    if not member.isreg() or member.sparse is not None:
-        raise ValueError(f"member {name}: a regular file is needed, got a link, a device or a sparse file")
-    sample = samples.setdefault(key, _Sample())
-    if extension == "cls":
-        _take_label(file, member, sample, walk, name=name)
-    else:
-        _take_image(file, member, sample, walk, name=name)
+    way_out = "bring damaged tars back"
+    if not lenient and any(walk.faults for walk in walks.values()):
+        way_out += "; --lenient leaves samples with a fault out and counts them"
+    if labels == "cls" and any(NO_LABEL in walk.faults for walk in walks.values()):
+        way_out += "; labels: --label-field NAME reads them from .json, --no-labels does without"
+    lines = "\n  ".join(listed)
+    raise ValueError(f"data {folder}: {len(listed)} of {len(walks)} shards are refused:\n  {lines}\n{way_out}")
 
 
-def _take_label(file: IO[bytes], member: tarfile.TarInfo, sample: _Sample, walk: _Walk, *, name: str) -> None:
-    if sample.label >= 0:
-        raise ValueError(f"label {name}: the key has two labels")
-    data = _payload(file, member, MAX_LABEL_BYTES, name=name)
-    sample.label = parse_label(data, name=name, num_classes=walk.num_classes)
+def _miscounts(
+    folder: Path, names: Mapping[Split, Sequence[str]], walks: Mapping[str, ShardWalk]
+) -> list[tuple[str, str]]:
+    """Shards whose samples are not as many as a file beside them says: open_clip's and img2dataset's."""
+    found = []
+    for parent in sorted({(folder / name).parent for name in walks}):
+        sizes = _read_json(parent / "sizes.json")
+        for name, walk in walks.items():
+            path = folder / name
+            if path.parent != parent or walk.damage:
+                continue
+            stats = _read_json(parent / f"{path.stem}_stats.json")
+            stated = {
+                "sizes.json": sizes.get(path.name),
+                f"{path.stem}_stats.json": stats.get("successes"),
+            }
+            found += [
+                (name, f"{walk.num_keys} samples, {file} says {count!r:.20}")
+                for file, count in stated.items()
+                if count is not None and count != walk.num_keys
+            ]
+    return found + _wrong_total(folder, walks)
 
 
-def _take_image(file: IO[bytes], member: tarfile.TarInfo, sample: _Sample, walk: _Walk, *, name: str) -> None:
-    if sample.offset >= 0:
-        raise ValueError(f"image {name}: the key has two images, the other is {sample.image_name}")
-    header = read_header(_payload(file, member, MAX_IMAGE_BYTES, name=name), name=name)
-    walk.sizes.add((header.height, header.width, header.channels))
-    sample.offset, sample.size, sample.image_name = member.offset_data, member.size, member.name
+def _wrong_total(folder: Path, walks: Mapping[str, ShardWalk]) -> list[tuple[str, str]]:
+    """Of all shards of the folder, in ``__len__``; it says nothing of some of them."""
+    path = folder / "__len__"
+    if not path.is_file() or {folder / name for name in walks} != set(_glob(folder, "*.tar")):
+        return []
+    with open(path, "rb") as file:
+        stated = file.read(32).strip()
+    total = sum(walk.num_keys for walk in walks.values())
+    return (
+        [] if stated == str(total).encode() else [("__len__", f"it says {stated!r}, the shards have {total} samples")]
+    )
 
 
-def _payload(file: IO[bytes], member: tarfile.TarInfo, most: int, *, name: str) -> bytes:
-    if member.size > most:
-        raise ValueError(f"member {name}: at most {most} bytes are read, got {member.size}")
-    file.seek(member.offset_data)
-    data = file.read(member.size)
-    if len(data) != member.size:
-        raise ValueError(f"member {name}: {member.size} bytes expected, the file ends after {len(data)}")
-    return data
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        with open(path, "rb") as file:
+            content = json.loads(file.read(_MAX_COUNTS_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"file {path}: not JSON ({error}); mend it or take it away") from error
+    return content if isinstance(content, dict) else {}
 
 
-def _refuse_half_samples(samples: dict[str, _Sample], shard: str, ignored: Counter[str]) -> None:
-    for missing, halves in (
-        ("image", [key for key, sample in samples.items() if sample.offset < 0]),
-        ("label (.cls)", [sample.image_name for sample in samples.values() if sample.label < 0]),
+def _glob(folder: Path, pattern: str) -> list[Path]:
+    return sorted(path for path in folder.glob(pattern) if not path.name.startswith(".") and not path.is_dir())
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    from braceexpand import braceexpand
+
+    too_many = ValueError(f"shard pattern {pattern!r}: at most {_MAX_SHARDS} shards are read")
+    if len(pattern) > _MAX_PATTERN or any(
+        abs(int(end) - int(start)) > _MAX_SHARDS for start, end in _RANGE.findall(pattern)
     ):
-        if halves:
-            raise ValueError(
-                f"shard {shard}: {len(halves)} samples have no {missing}, the first is {shard}:{halves[0]}"
-            )
-    if not samples:
-        seen = f"only {dict(ignored)}" if ignored else "no members"
-        raise ValueError(f"shard {shard}: no image samples ({', '.join(IMAGE_EXTENSIONS)} with cls), {seen}")
+        raise too_many  # before braceexpand holds the range in memory
+    try:
+        names = list(itertools.islice(braceexpand(pattern), _MAX_SHARDS + 1))
+    except ValueError as error:
+        raise ValueError(f"shard pattern {pattern!r}: braces that do not close") from error
+    if len(names) > _MAX_SHARDS:
+        raise too_many
+    return names
 
 
-def _sha256(file: IO[bytes]) -> str:
-    file.seek(0)
-    digest = hashlib.sha256()
-    while block := file.read(2**20):
-        digest.update(block)
-    return digest.hexdigest()
+def _says(folder: Path, shard: Path, words: str) -> bool:
+    """Whether a shard's path in the folder has one of the words between its letters."""
+    return bool(re.search(rf"(?<![a-z])({words})(?![a-z])", shard.relative_to(folder).as_posix().lower()))
+
+
+def _named_val(folder: Path, shards: Iterable[Path]) -> tuple[list[Path] | None, str]:
+    for words in (_VAL, _TEST):
+        found = sorted(shard for shard in shards if _says(folder, shard, words))
+        if found:
+            return found, "val by their names"
+    return None, ""
+
+
+def _last(shards: Sequence[Path], fraction: float, folder: Path) -> tuple[list[Path], str]:
+    if len(shards) < 2:
+        raise ValueError(
+            f"data folder {folder}: whole shards become val, and there are no two; name others with --val, or make "
+            "smaller shards"
+        )
+    count = min(max(1, round(fraction * len(shards))), len(shards) - 1)
+    return list(shards[-count:]), f"the last {count} of {len(shards)} shards are val (--val-fraction {fraction:g})"
+
+
+def _check_splits(folder: Path, train: Sequence[Path], val: Sequence[Path]) -> None:
+    both = sorted(set(train) & set(val))
+    if both:
+        raise ValueError(f"data folder {folder}: {both[0].name} would be both train and val; give --train and --val")
+    if not train:
+        raise ValueError(f"data folder {folder}: all its shards would be val; give --train and --val")
+
+
+def _total(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for of_shard in counts:
+        total.update(of_shard)
+    return dict(sorted(total.items()))
+
+
+def _options(labels: Labels) -> dict[str, Any]:
+    return {"format": 1, "labels": labels.source, "classes": None if labels.classes is None else list(labels.classes)}
+
+
+def _write_line(file: IO[bytes], content: Mapping[str, Any]) -> None:
+    file.write((json.dumps(content) + "\n").encode())
+    file.flush()
+
+
+def _walk_as_json(walk: ShardWalk) -> dict[str, Any]:
+    return asdict(walk) | {"rows": base64.b64encode(walk.rows.tobytes()).decode()}
+
+
+def _read_progress(path: Path, folder: Path, labels: Labels) -> dict[str, ShardWalk]:
+    """What an interrupted run with the same options knew of shards that have not changed since."""
+    if not path.is_file():
+        return {}
+    with open(path, "rb") as file:
+        lines = _whole_lines(file)
+        if next(lines, None) != _options(labels):
+            return {}
+        return {line["name"]: walk for line in lines if (walk := _known_walk(folder, line)) is not None}
+
+
+def _whole_lines(file: IO[bytes]) -> Iterator[dict[str, Any]]:
+    for line in file:
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
+
+
+def _known_walk(folder: Path, line: dict[str, Any]) -> ShardWalk | None:
+    try:
+        status = os.stat(folder / line["name"])
+    except OSError:
+        return None
+    if (status.st_size, status.st_mtime_ns) != (line["bytes"], line["mtime_ns"]):
+        return None
+    images = line["images"]
+    return ShardWalk(
+        bytes=line["bytes"],
+        mtime_ns=line["mtime_ns"],
+        sha256=line["sha256"],
+        rows=np.frombuffer(base64.b64decode(line["rows"]), INDEX_DTYPE),
+        images=None
+        if images is None
+        else ImageRange(*(tuple(images[name]) for name in ("height", "width", "channels"))),
+        num_keys=line["num_keys"],
+        faults={fault: Fault(**found) for fault, found in line["faults"].items()},
+        ignored=line["ignored"],
+    )

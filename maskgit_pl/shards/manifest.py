@@ -3,7 +3,8 @@
 A data folder holds ordinary WebDataset tars and, for each split, two files::
 
     train-000000.tar ...    samples: KEY.png|.jpg|.jpeg|.webp and KEY.cls (a decimal class number)
-    train.json              format, shards (name, bytes, samples, sha256), class names, range of image sizes
+    train.json              format, shards (name, bytes, samples, sha256), class names, range of image sizes;
+                            where labels come from, if not from .cls; what was left out, if anything
     train.npy               one row a sample, see INDEX_DTYPE; memory-mapped
 
 Used by everything that reads data. Imports neither torch nor PIL, so that a summary answers at once.
@@ -14,14 +15,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
 from typing import IO, Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
+
+from maskgit_pl.shards.tar import BLOCK, header_size
 
 __all__ = [
     "INDEX_DTYPE",
@@ -32,7 +35,9 @@ __all__ = [
     "Split",
     "check_shards",
     "data_fingerprint",
+    "joined",
     "load_manifest",
+    "load_manifests",
     "read_manifest_summary",
     "save_manifest",
     "splits_of",
@@ -47,7 +52,7 @@ INDEX_DTYPE = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar: its file name inside the data folder, its length, its samples and the sha256 of the whole file."""
+    """One tar: its path inside the data folder, its length, its samples and the sha256 of the whole file."""
 
     name: str
     bytes: int
@@ -75,6 +80,8 @@ class Manifest:
         classes: Class names; label i is ``classes[i]``.
         images: What sizes the images have.
         index_sha256: Hash of the rows of the index file.
+        labels: Where labels come from: ``"cls"``, ``"json:FIELD"`` or ``"none"``.
+        left_out: Samples of the tars that the index has not, by what is wrong with them.
     """
 
     folder: Path
@@ -83,6 +90,8 @@ class Manifest:
     classes: tuple[str, ...]
     images: ImageRange
     index_sha256: str
+    labels: str = "cls"
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def samples(self) -> int:
@@ -101,11 +110,14 @@ class Manifest:
             ValueError: The file does not belong to this manifest.
         """
         path = self.folder / f"{self.split}.npy"
-        rows: npt.NDArray[np.void] = np.load(path, mmap_mode="r", allow_pickle=False)
+        try:
+            rows: npt.NDArray[np.void] = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, EOFError, ValueError) as error:
+            raise ValueError(f"index {path}: cannot be read ({error}); {_way_out(self.folder)}") from error
         if rows.dtype != INDEX_DTYPE or rows.shape != (self.samples,):
             raise ValueError(
                 f"index {path}: {self.samples} rows of {INDEX_DTYPE} are needed, got {rows.shape} of {rows.dtype}; "
-                f"make it again with `maskgit data index {self.folder}`"
+                f"{_way_out(self.folder)}"
             )
         return rows
 
@@ -150,7 +162,7 @@ def read_manifest_summary(folder: str | Path) -> DataSummary:
     return DataSummary(
         classes=first.classes,
         samples={manifest.split: manifest.samples for manifest in manifests},
-        images=_joined([manifest.images for manifest in manifests]),
+        images=joined([manifest.images for manifest in manifests]),
         fingerprint=_joint_fingerprint(manifests),
     )
 
@@ -187,19 +199,33 @@ def load_manifest(folder: str | Path, split: Split, *, check: bool = True) -> Ma
     return manifest
 
 
-def check_shards(manifest: Manifest) -> None:
-    """Compare the shards on disk with the manifest, by length.
+def load_manifests(folder: str | Path) -> dict[Split, Manifest]:
+    """Read the manifests of both splits and compare the shards on disk with them, all in one list.
 
     Raises:
-        ValueError: Names every shard that is missing, cannot be read or has another length.
+        FileNotFoundError: No such folder or manifest.
+        ValueError: A manifest is not one, or shards are not what they were.
     """
-    faults = [fault for shard in manifest.shards if (fault := _fault(manifest.folder / shard.name, shard.bytes))]
+    manifests = {split: load_manifest(folder, split, check=False) for split in get_args(Split)}
+    check_shards(*manifests.values())
+    return manifests
+
+
+def check_shards(*manifests: Manifest) -> None:
+    """Compare the shards on disk with their manifests: length, and headers of the first and the last image.
+
+    ``maskgit data verify`` reads everything; this is what there is time for before each run.
+
+    Raises:
+        ValueError: Names every shard that is missing, cannot be read, has another length or another header.
+    """
+    faults = [fault for manifest in manifests for fault in _faults(manifest)]
     if faults:
+        folder, total = manifests[0].folder, sum(len(manifest.shards) for manifest in manifests)
         listed = "\n  ".join(faults)
         raise ValueError(
-            f"data {manifest.folder}, split {manifest.split}: {len(faults)} of {len(manifest.shards)} shards are not "
-            f"what the manifest says:\n  {listed}\nbring the shards back, or, if they were changed on purpose, "
-            f"{_way_out(manifest.folder)}"
+            f"data {folder}: {len(faults)} of {total} shards are not what the manifest says:\n  {listed}\n"
+            f"bring the shards back, or, if they were changed on purpose, {_way_out(folder)}"
         )
 
 
@@ -226,17 +252,46 @@ def write_atomically(path: Path) -> Iterator[IO[bytes]]:
         partial.unlink(missing_ok=True)
 
 
-def _fault(path: Path, expected: int) -> str | None:
+def _faults(manifest: Manifest) -> Iterator[str]:
+    rows, end = manifest.index(), 0
+    for shard in manifest.shards:
+        start, end = end, end + shard.samples
+        fault = _fault(manifest.folder / shard.name, shard, rows[start:end])
+        if fault is not None:
+            yield f"{shard.name}: {fault}"
+
+
+def _fault(path: Path, shard: Shard, rows: npt.NDArray[np.void]) -> str | None:
     try:
         with open(path, "rb") as file:
             actual = os.fstat(file.fileno()).st_size
+            if actual != shard.bytes:
+                return f"{shard.bytes} bytes expected, {actual} found"
+            for offset, size in _ends(rows):
+                found = header_size(os.pread(file.fileno(), BLOCK, offset))
+                if found is None or size not in (None, found):
+                    length = "" if size is None else f" of {size} bytes"
+                    actual_length = "none" if found is None else f"one of {found} bytes"
+                    return f"a member{length} expected at byte {offset}, {actual_length} found; changed after indexing"
     except OSError as error:
-        return f"{path.name}: {expected} bytes expected, {error.strerror}"
-    return None if actual == expected else f"{path.name}: {expected} bytes expected, {actual} found"
+        return f"{shard.bytes} bytes expected, {error.strerror}"
+    return None
+
+
+def _ends(rows: npt.NDArray[np.void]) -> Iterator[tuple[int, int | None]]:
+    """Places of member headers, and the payload's length where the index knows it: the first, first and last image."""
+    yield 0, None
+    for row in rows[[0, -1]] if len(rows) else ():
+        yield int(row["offset"]) - BLOCK, int(row["size"])
 
 
 def _as_json(manifest: Manifest) -> dict[str, Any]:
-    return {
+    unusual: dict[str, Any] = {}  # only where it is, so that the fingerprint of other data stays what it was
+    if manifest.labels != "cls":
+        unusual["labels"] = manifest.labels
+    if manifest.left_out:
+        unusual["left_out"] = dict(manifest.left_out)
+    return unusual | {
         "format": FORMAT,
         "split": manifest.split,
         "samples": manifest.samples,
@@ -261,19 +316,23 @@ def _from_json(path: Path, folder: Path, split: Split) -> Manifest:
             classes=tuple(map(str, content["classes"])),
             images=ImageRange(height=(height[0], height[1]), width=(width[0], width[1]), channels=channels),
             index_sha256=str(content["index_sha256"]),
+            labels=str(content.get("labels", "cls")),
+            left_out={str(fault): int(count) for fault, count in content.get("left_out", {}).items()},
         )
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"manifest {path}: cannot be read ({error!r}); {_way_out(folder)}") from error
 
 
 def _shard(fields: Mapping[str, Any]) -> Shard:
     shard = Shard(**fields)
-    if Path(shard.name).name != shard.name or shard.name.startswith("."):
-        raise ValueError(f"shard name {shard.name!r}: a plain file name is needed")
+    path = PurePosixPath(shard.name)
+    if path.is_absolute() or ".." in path.parts or path.name.startswith(".") or not shard.name.isprintable():
+        raise ValueError(f"shard name {shard.name!r}: a file inside the data folder is needed")
     return Shard(name=shard.name, bytes=int(shard.bytes), samples=int(shard.samples), sha256=str(shard.sha256))
 
 
-def _joined(ranges: list[ImageRange]) -> ImageRange:
+def joined(ranges: Sequence[ImageRange]) -> ImageRange:
+    """The range that holds all of some ranges, one at least."""
     return ImageRange(
         height=(min(r.height[0] for r in ranges), max(r.height[1] for r in ranges)),
         width=(min(r.width[0] for r in ranges), max(r.width[1] for r in ranges)),

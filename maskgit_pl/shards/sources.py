@@ -1,4 +1,4 @@
-"""What shards are made from: a tree of image files with one folder a class, or IDX files (the MNIST family).
+"""What shards are made from: trees of image files with one folder a class, IDX files (the MNIST family), parquet files.
 
 A source lists its splits, hands out samples one by one and describes itself, so that a second run of the same command
 knows that nothing is left to do.
@@ -19,10 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from maskgit_pl.shards.images import encode_png, read_header
-from maskgit_pl.shards.index import IMAGE_EXTENSIONS
 from maskgit_pl.shards.manifest import Split
+from maskgit_pl.shards.walk import IMAGE_EXTENSIONS
 
-__all__ = ["IdxFiles", "ImageFolder", "Sample", "Source", "open_source"]
+__all__ = ["EXTENSIONS", "IdxFiles", "ImageFolder", "Sample", "Source", "check_val_fraction", "is_val", "open_source"]
 
 _VAL_FOLDERS = ("val", "valid", "validation", "test")
 _IDX_SPLITS: dict[Split, tuple[str, ...]] = {"train": ("train",), "val": ("t10k", "test", "val")}
@@ -52,27 +52,52 @@ class Source(Protocol):
     def describe(self) -> dict[str, Any]:
         """Plain values that change when the samples would."""
 
-    def samples(self, split: Split) -> Iterator[Sample]:
-        """The samples of a split, always in the same order."""
+    def samples(self, split: Split, places: range) -> Iterator[Sample]:
+        """The samples at some places of a split, whose order is always the same."""
 
 
 def open_source(
-    path: str | Path, *, classes: Sequence[str] | None = None, val_fraction: float = 0.1
-) -> ImageFolder | IdxFiles:
-    """The source that a folder is: IDX files if it holds any, else a tree of images.
+    path: str | Path, *, classes: Sequence[str] | None = None, val_fraction: float = 0.1, label_field: str = "label"
+) -> Source:
+    """The source that a folder is: IDX or parquet files if it holds any, else a tree of images.
+
+    Args:
+        path: The folder.
+        classes: Class names, where the files have none.
+        val_fraction: Share that becomes val where the files are not split.
+        label_field: Column of the labels in parquet files.
 
     Raises:
         FileNotFoundError: No such folder.
-        ValueError: The folder is neither.
+        ValueError: The folder is none of them.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"source {folder}: no such folder")
     if any(folder.glob("*-images*idx3*")):
         return IdxFiles(folder, classes=classes)
+    if any(folder.glob("*.parquet")) or any(folder.glob("*/*.parquet")):
+        from maskgit_pl.shards.parquet import ParquetFolder
+
+        return ParquetFolder(folder, classes=classes, val_fraction=val_fraction, label_field=label_field)
     if classes is not None:
         raise ValueError(f"source {folder}: class names are the names of its sub-folders, so none can be given")
     return ImageFolder(folder, val_fraction=val_fraction)
+
+
+def check_val_fraction(fraction: float) -> None:
+    """Refuse a share that is none.
+
+    Raises:
+        ValueError: Not between 0 and 1.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"val fraction: a number between 0 and 1 is needed, got {fraction}")
+
+
+def is_val(digest: bytes, fraction: float) -> bool:
+    """Whether a sample is of the val split, by the last bytes of a hash of its name: new samples move no other."""
+    return int.from_bytes(digest[-8:], "big") < math.ceil(fraction * 2**64)
 
 
 class _File(NamedTuple):
@@ -96,8 +121,7 @@ class ImageFolder:
     """
 
     def __init__(self, folder: Path, *, val_fraction: float = 0.1) -> None:
-        if not 0 < val_fraction < 1:
-            raise ValueError(f"val fraction: a number between 0 and 1 is needed, got {val_fraction}")
+        check_val_fraction(val_fraction)
         self.folder = folder
         self.classes: tuple[str, ...]
         val = next((folder / name for name in _VAL_FOLDERS if (folder / name).is_dir()), None)
@@ -124,12 +148,12 @@ class ImageFolder:
             "files": {split: self._digest(files) for split, files in self._files.items()},
         }
 
-    def samples(self, split: Split) -> Iterator[Sample]:
+    def samples(self, split: Split, places: range) -> Iterator[Sample]:
         """Files of a split in the order of their hashes; each is checked to be an image by its header."""
-        for file in self._files[split]:
+        for file in self._files[split][places.start : places.stop]:
             data = file.path.read_bytes()
             header = read_header(data, name=str(file.path))
-            yield Sample(data, _EXTENSIONS[header.format], file.label, str(file.path))
+            yield Sample(data, EXTENSIONS[header.format], file.label, str(file.path))
 
     def _digest(self, files: list[_File]) -> str:
         digest = hashlib.sha256()
@@ -138,7 +162,7 @@ class ImageFolder:
         return digest.hexdigest()
 
 
-_EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # by what a file is, not by what it is called
+EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # by what a file is, not by what it is called
 
 
 def _read_split_tree(folder: Path, val: Path) -> tuple[tuple[str, ...], dict[Split, list[_File]]]:
@@ -152,11 +176,9 @@ def _read_split_tree(folder: Path, val: Path) -> tuple[tuple[str, ...], dict[Spl
 def _read_plain_tree(folder: Path, val_fraction: float) -> tuple[tuple[str, ...], dict[Split, list[_File]]]:
     classes = _class_names(folder)
     files = _list_files(folder, classes)
-    bound = math.ceil(val_fraction * 2**64)
-    is_val = [int.from_bytes(file.digest[-8:], "big") < bound for file in files]  # the order uses the first bytes
     return classes, {
-        "train": [file for file, val in zip(files, is_val, strict=True) if not val],
-        "val": [file for file, val in zip(files, is_val, strict=True) if val],
+        "train": [file for file in files if not is_val(file.digest, val_fraction)],
+        "val": [file for file in files if is_val(file.digest, val_fraction)],
     }
 
 
@@ -213,14 +235,16 @@ class IdxFiles:
             "files": {split: content.sha256 for split, content in self._splits.items()},
         }
 
-    def samples(self, split: Split) -> Iterator[Sample]:
+    def samples(self, split: Split, places: range) -> Iterator[Sample]:
         """Images of a split as PNG."""
         import torch
 
         content = self._splits[split]
-        for number, (image, label) in enumerate(zip(content.images, content.labels, strict=True)):
-            pixels = torch.from_numpy(image.copy()).unsqueeze(0)  # (1, H, W); a copy, since the file's bytes are const
-            yield Sample(encode_png(pixels), "png", int(label), f"{self.folder}:{split} image {number}")
+        for number in places:
+            # (1, H, W); a copy, since the file's bytes are const
+            pixels = torch.from_numpy(content.images[number].copy()).unsqueeze(0)
+            label = int(content.labels[number])
+            yield Sample(encode_png(pixels), "png", label, f"{self.folder}:{split} image {number}")
 
 
 @dataclass(frozen=True)

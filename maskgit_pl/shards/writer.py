@@ -1,7 +1,8 @@
 """From a source to a data folder: shards written by ``webdataset.ShardWriter``, manifests, a note of what made them.
 
 The folder is built under a temporary name beside its place and renamed when it is whole, so that a half-made one is
-never taken for data. A second run of the same command finds the note and does nothing.
+never taken for data. A run that was killed goes on with the shards that it lacks; the bytes are those of a run that was
+not, for any number of workers. A second run of the same command finds the note and does nothing.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from maskgit_pl.shards.images import decode_image, encode_png, fit_square, read_header
 from maskgit_pl.shards.index import find_shards, index_shards
-from maskgit_pl.shards.manifest import Split, load_manifest, splits_of
+from maskgit_pl.shards.manifest import Split, load_manifest, splits_of, write_atomically
+from maskgit_pl.shards.parallel import run_jobs
 from maskgit_pl.shards.sources import Sample, Source
 
 __all__ = ["RECORD", "is_made_from", "make_shards", "write_split"]
@@ -29,7 +32,8 @@ def make_shards(
     *,
     size: int | None = None,
     shard_size: int = 10_000,
-    on_sample: Callable[[Split], object] = lambda split: None,
+    workers: int = 1,
+    on_samples: Callable[[Split, int], object] = lambda split, count: None,
 ) -> bool:
     """Write a data folder.
 
@@ -38,7 +42,8 @@ def make_shards(
         folder: The data folder to make.
         size: Crop to the central square and resize to this side; None keeps every file's bytes.
         shard_size: Samples a shard, at most.
-        on_sample: Told the split of each sample written (for a progress bar).
+        workers: Processes, a shard each at a time; they make no difference to the result.
+        on_samples: Told the split and how many more of its samples are done (for a progress bar).
 
     Returns:
         False if the folder already holds this very data, True if it was written.
@@ -47,7 +52,7 @@ def make_shards(
         ValueError: The folder holds something else, or a sample is not an image that we read.
     """
     folder = Path(folder)
-    for name, value in (("size", size), ("shard size", shard_size)):
+    for name, value in (("size", size), ("shard size", shard_size), ("workers", workers)):
         if value is not None and value < 1:
             raise ValueError(f"{name}: at least 1 is needed, got {value}")
     record = describe(source, size=size, shard_size=shard_size)
@@ -58,15 +63,17 @@ def make_shards(
             f"data folder {folder}: it holds something else than what was asked for (see its {RECORD}); "
             "give another --out, or remove it"
         )
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = _partial_folder(folder, record)
     try:
-        _fill(partial, source, record, size=size, shard_size=shard_size, on_sample=on_sample)
-        if folder.is_dir():
-            folder.rmdir()
-        os.replace(partial, folder)
-    finally:
+        _write_missing(_Plan(source, partial, size, shard_size), workers=workers, on_samples=on_samples)
+        shards = {split: find_shards(partial, f"{split}-*.tar") for split in source.counts}
+        index_shards(partial, shards, classes=source.classes, workers=workers)
+    except ValueError:  # the source has to change, and nothing of this can be used then
         shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if folder.is_dir():
+        folder.rmdir()
+    os.replace(partial, folder)
     return True
 
 
@@ -81,11 +88,7 @@ def is_made_from(folder: str | Path, record: dict[str, Any]) -> bool:
     Raises:
         ValueError: It was, but shards have been changed or lost since.
     """
-    try:
-        found = json.loads((Path(folder) / RECORD).read_text())
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
-        return False
-    if found != record:
+    if _read_record(Path(folder)) != record:
         return False
     for split in splits_of(folder) or ("train",):
         load_manifest(folder, split)
@@ -93,7 +96,13 @@ def is_made_from(folder: str | Path, record: dict[str, Any]) -> bool:
 
 
 def write_split(
-    samples: Iterable[Sample], folder: Path, split: Split, *, shard_size: int, on_sample: Callable[[Split], object]
+    samples: Iterable[Sample],
+    folder: Path,
+    split: Split,
+    *,
+    shard_size: int,
+    on_sample: Callable[[Split], object] = lambda split: None,
+    first_shard: int = 0,
 ) -> None:
     """Write ``SPLIT-%06d.tar`` shards; keys count the samples, so that they are safe names and keep the order."""
     from webdataset import ShardWriter
@@ -103,6 +112,7 @@ def write_split(
     writer = ShardWriter(
         f"{split}-%06d.tar",
         maxcount=shard_size,
+        start_shard=first_shard,
         verbose=0,
         opener=lambda name: str(folder.resolve() / name),
         mtime=0,
@@ -110,29 +120,85 @@ def write_split(
         group="",
     )
     with writer:
-        for number, sample in enumerate(samples):
+        for number, sample in enumerate(samples, first_shard * shard_size):
             writer.write({"__key__": f"{number:08d}", sample.extension: sample.data, "cls": sample.label})
             on_sample(split)
 
 
-def _fill(
-    partial: Path,
-    source: Source,
-    record: dict[str, Any],
-    *,
-    size: int | None,
-    shard_size: int,
-    on_sample: Callable[[Split], object],
+@dataclass(frozen=True)
+class _Plan:
+    """What all shards of a data folder have in common."""
+
+    source: Source
+    folder: Path
+    size: int | None
+    shard_size: int
+
+    def places(self, split: Split, shard: int) -> range:
+        """Places in the split of a shard's samples."""
+        start = shard * self.shard_size
+        return range(start, min(start + self.shard_size, self.source.counts[split]))
+
+    def path(self, split: Split, shard: int) -> Path:
+        """Of a shard that is whole."""
+        return self.folder / f"{split}-{shard:06d}.tar"
+
+
+def _partial_folder(folder: Path, record: dict[str, Any]) -> Path:
+    """Where the folder is built; what an interrupted run of the same command left there is kept."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    if _read_record(partial) != record:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        with write_atomically(partial / RECORD) as file:
+            file.write((json.dumps(record, indent=1) + "\n").encode())
+    for left in partial.glob(".writing-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    return partial
+
+
+def _read_record(folder: Path) -> Any:
+    try:
+        return json.loads((folder / RECORD).read_text())
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return None
+
+
+def _write_missing(plan: _Plan, *, workers: int, on_samples: Callable[[Split, int], object]) -> None:
+    jobs: list[tuple[Split, int]] = []
+    for split, count in plan.source.counts.items():
+        for shard in range(-(-count // plan.shard_size)):
+            if plan.path(split, shard).exists():
+                on_samples(split, len(plan.places(split, shard)))
+            else:
+                jobs.append((split, shard))
+    if workers == 1 or len(jobs) == 1:
+        for job in jobs:
+            _write_shard(plan, job, on_sample=lambda split: on_samples(split, 1))
+        return
+    for (split, shard), _ in run_jobs(_write_shard, plan, jobs, workers=workers):
+        on_samples(split, len(plan.places(split, shard)))
+
+
+def _write_shard(
+    plan: _Plan, job: tuple[Split, int], *, on_sample: Callable[[Split], object] = lambda split: None
 ) -> None:
-    partial.mkdir(parents=True)
-    for split in source.counts:
-        samples: Iterable[Sample] = source.samples(split)
-        if size is not None:
-            samples = (_resized(sample, size) for sample in samples)
-        write_split(samples, partial, split, shard_size=shard_size, on_sample=on_sample)
-    shards = {split: find_shards(partial, f"{split}-*.tar") for split in source.counts}
-    index_shards(partial, shards, classes=source.classes)
-    (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    """One shard; it takes its name when it is whole and on the disk."""
+    split, shard = job
+    samples: Iterable[Sample] = plan.source.samples(split, plan.places(split, shard))
+    if plan.size is not None:
+        side = plan.size
+        samples = (_resized(sample, side) for sample in samples)
+    writing = plan.folder / f".writing-{split}-{shard:06d}-{os.getpid()}"
+    writing.mkdir()
+    try:
+        write_split(samples, writing, split, shard_size=plan.shard_size, on_sample=on_sample, first_shard=shard)
+        (path,) = writing.iterdir()
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(path, plan.path(split, shard))
+    finally:
+        shutil.rmtree(writing, ignore_errors=True)
 
 
 def _resized(sample: Sample, size: int) -> Sample:

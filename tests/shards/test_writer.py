@@ -1,5 +1,9 @@
 import gzip
+import subprocess
+import sys
 import tarfile
+import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +96,7 @@ def test_new_file_moves_no_other_to_another_split(tree):
 
 
 def test_first_samples_of_a_split_are_of_mixed_classes(tree):
-    labels = [sample.label for sample in ImageFolder(tree).samples("train")][:20]
+    labels = [sample.label for sample in ImageFolder(tree).samples("train", range(20))]
     assert 3 < sum(labels) < 17
 
 
@@ -136,19 +140,95 @@ def test_other_data_is_never_overwritten(idx, tree, tmp_path):
         make_shards(IdxFiles(idx), tree)
 
 
-def test_interrupted_run_leaves_nothing_that_passes_for_data(idx, tmp_path):
-    def interrupt(split):
+def test_interrupted_run_leaves_nothing_that_passes_for_data_and_is_gone_on_with(idx, tmp_path, monkeypatch):
+    from maskgit_pl.shards import writer
+
+    make_shards(IdxFiles(idx), tmp_path / "alone", shard_size=3)
+    written = []
+
+    def interrupt(split, count):
+        written.append(split)
+        if len(written) == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_shards(IdxFiles(idx), tmp_path / "out", shard_size=3, on_samples=interrupt)
+    assert not (tmp_path / "out").exists()
+    killed = tmp_path / ".out.partial" / ".writing-train-000002-1"  # what kill -9 leaves
+    killed.mkdir()
+    (killed / "train-000002.tar").write_bytes(b"half")
+    shards = []
+    write_shard = writer._write_shard
+    monkeypatch.setattr(
+        writer, "_write_shard", lambda plan, job, **rest: shards.append(job) or write_shard(plan, job, **rest)
+    )
+    assert make_shards(IdxFiles(idx), tmp_path / "out", shard_size=3)
+    assert shards == [("train", 2), ("train", 3), ("val", 0), ("val", 1)]
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+    assert not killed.parent.exists()
+
+
+def test_what_is_left_of_another_command_is_not_gone_on_with(idx, tmp_path):
+    def interrupt(split, count):
         if split == "val":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        make_shards(IdxFiles(idx), tmp_path / "out", on_sample=interrupt)
-    assert not (tmp_path / "out").exists()
-    killed = tmp_path / ".out.partial"  # what kill -9 leaves
-    killed.mkdir()
-    (killed / "train-000000.tar").write_bytes(b"half")
-    assert make_shards(IdxFiles(idx), tmp_path / "out")
-    assert not killed.exists()
+        make_shards(IdxFiles(idx), tmp_path / "out", size=3, on_samples=interrupt)
+    make_shards(IdxFiles(idx), tmp_path / "out")
+    make_shards(IdxFiles(idx), tmp_path / "alone")
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+
+
+@pytest.mark.slow  # 10 s: each worker imports torch
+def test_workers_make_no_difference(tree, tmp_path):
+    source = ImageFolder(tree, val_fraction=0.3)
+    make_shards(source, tmp_path / "alone", size=6, shard_size=8)
+    counted = Counter()
+    make_shards(
+        source,
+        tmp_path / "out",
+        size=6,
+        shard_size=8,
+        workers=2,
+        on_samples=lambda split, n: counted.update({split: n}),
+    )
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+    assert dict(counted) == source.counts
+
+
+@pytest.mark.slow  # 15 s
+def test_killed_commands_go_on_to_the_same_bytes(tmp_path):
+    """kill -9 after 1, 2 and 4 of the shards; then the command ends its work."""
+    for kind in ("cat", "dog"):
+        (tmp_path / "tree" / kind).mkdir(parents=True)
+        for number in range(150):
+            Image.new("RGB", (90, 70), (number, 9, 9)).save(tmp_path / "tree" / kind / f"{number}.png")
+    command = [
+        sys.executable,
+        "-m",
+        "maskgit_pl",
+        "data",
+        "make",
+        str(tmp_path / "tree"),
+        "--size",
+        "16",
+        "--shard-size",
+        "40",
+    ]
+    partial = tmp_path / ".out.partial"
+    for shards in (1, 2, 4):
+        process = subprocess.Popen([*command, "--out", str(tmp_path / "out"), "--workers", "2"])
+        while len(list(partial.glob("*.tar"))) < shards:
+            assert process.poll() is None, "done before it was killed"
+            time.sleep(0.005)
+        process.kill()
+        process.wait()
+        assert not (tmp_path / "out").exists()
+    for out, workers in (("out", "2"), ("alone", "1")):
+        subprocess.run([*command, "--out", str(tmp_path / out), "--workers", workers], check=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+    assert len(list((tmp_path / "out").glob("*.tar"))) >= 8
 
 
 def test_shards_that_changed_are_noticed_by_the_second_run(idx, tmp_path):
@@ -172,6 +252,7 @@ def test_bad_sources_are_refused_by_name(idx, tree, tmp_path):
     (tree / "cat" / "bad.png").write_bytes(b"<html>")
     with pytest.raises(ValueError, match=r"bad\.png"):
         make_shards(open_source(tree), tmp_path / "out")
+    assert not (tmp_path / ".out.partial").exists()  # nothing of it can be used once the source is mended
     path = idx / "train-labels-idx1-ubyte"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"train labels: 20 bytes expected.*got 19"):

@@ -1,0 +1,79 @@
+"""The same function over many shards, in this process or in several.
+
+Used by what makes, indexes and verifies shards. The results do not depend on the number of workers.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any, TypeVar
+
+__all__ = ["available_cores", "run_jobs"]
+
+Shared = TypeVar("Shared")
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+_shared: Any = None  # in a worker: what all jobs have in common, sent once
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_jobs(
+    function: Callable[[Shared, Job], Result], shared: Shared, jobs: Sequence[Job], *, workers: int
+) -> Iterator[tuple[Job, Result]]:
+    """Call ``function(shared, job)`` for every job.
+
+    Args:
+        function: Of a module's top level, as are the types of its arguments.
+        shared: What all jobs have in common; sent to each worker once.
+        jobs: Hashable or not, in any number.
+        workers: Processes; with 1, or for one job, this process does the work.
+
+    Yields:
+        (job, result) in the order in which they are done.
+
+    Raises:
+        ValueError: No workers.
+    """
+    if workers < 1:
+        raise ValueError(f"workers: at least 1 is needed, got {workers}")
+    workers = min(workers, len(jobs))
+    if workers <= 1:
+        for job in jobs:
+            yield job, function(shared, job)
+        return
+    # spawned, since a fork of a process with threads (torch's, the progress bar's) may hang
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(shared,))
+    try:
+        waiting = {pool.submit(_call, function, job): job for job in jobs}
+        for future in as_completed(waiting):
+            yield waiting.pop(future), future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin(shared: Any) -> None:
+    global _shared
+    _shared = shared
+    os.environ["OMP_NUM_THREADS"] = "1"  # one core each; read when torch is imported
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A pool whose owner was killed would wait for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _call(function: Callable[[Any, Job], Result], job: Job) -> Result:
+    return function(_shared, job)

@@ -1,0 +1,94 @@
+"""What a data folder holds, in numbers and in a few images a class; used by ``maskgit data stats``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from maskgit_pl.shards.images import read_header
+from maskgit_pl.shards.manifest import DataSummary, Manifest, Split, load_manifest, read_manifest_summary, splits_of
+from maskgit_pl.shards.reader import ShardReader
+
+__all__ = ["DataStatistics", "SizeCount", "images_of_classes", "read_statistics"]
+
+HEADERS = 2_000  # of images that are read for their sizes, spread evenly over the split
+
+
+class SizeCount(NamedTuple):
+    """How many images have a short side in [low, high] pixels."""
+
+    low: int
+    high: int
+    images: int
+
+
+@dataclass(frozen=True)
+class DataStatistics:
+    """What a data folder holds.
+
+    Args:
+        summary: Class names, samples of the splits, range of the image sizes.
+        manifests: Of the splits.
+        classes: (num_classes,) int64 of each split: its samples of each class.
+        measured: Images of train whose size was read, at most 2,000.
+        medians: Median (height, width) of those.
+        short_sides: Histogram of their shorter sides.
+    """
+
+    summary: DataSummary
+    manifests: dict[Split, Manifest]
+    classes: dict[Split, npt.NDArray[np.int64]]
+    measured: int
+    medians: tuple[int, int]
+    short_sides: tuple[SizeCount, ...]
+
+
+def read_statistics(folder: str | Path) -> DataStatistics:
+    """Count classes by the index, and read the sizes of up to 2,000 images of train.
+
+    Raises:
+        FileNotFoundError: No such folder or manifest.
+        ValueError: Shards are not what their manifests say.
+    """
+    folder = Path(folder)
+    summary = read_manifest_summary(folder)
+    manifests = {split: load_manifest(folder, split) for split in splits_of(folder)}
+    classes = {
+        split: np.bincount(manifest.index()["label"], minlength=summary.num_classes)
+        for split, manifest in manifests.items()
+    }
+    sizes = _sizes(manifests["train"])
+    height, width = np.median(sizes, axis=0).round().astype(int).tolist()
+    return DataStatistics(summary, manifests, classes, len(sizes), (height, width), _histogram(sizes.min(axis=1)))
+
+
+def images_of_classes(manifest: Manifest, labels: list[int], *, each: int) -> Iterator[list[tuple[bytes, str]]]:
+    """For each label the bytes and names of its first images, at most ``each``."""
+    reader = ShardReader(manifest)
+    of_sample = np.asarray(reader.index["label"])
+    for label in labels:
+        chosen = np.flatnonzero(of_sample == label)[:each].tolist()
+        yield [(reader.read(index), reader.name(index)) for index in chosen]
+    reader.close()
+
+
+def _sizes(manifest: Manifest) -> npt.NDArray[np.int64]:
+    """(n, 2) int64 heights and widths of images that are spread evenly over the split."""
+    reader = ShardReader(manifest)
+    indices = np.unique(np.linspace(0, len(reader) - 1, min(HEADERS, len(reader))).round().astype(int)).tolist()
+    headers = [read_header(reader.read(index), name=reader.name(index)) for index in indices]
+    reader.close()
+    return np.array([(header.height, header.width) for header in headers], np.int64)
+
+
+def _histogram(sides: npt.NDArray[np.int64], bins: int = 8) -> tuple[SizeCount, ...]:
+    low, high = int(sides.min()), int(sides.max())
+    edges = np.unique(np.linspace(low, high + 1, bins + 1).round().astype(int)).tolist()
+    counts, _ = np.histogram(sides, edges)
+    spans = zip(edges[:-1], edges[1:], counts.tolist(), strict=True)
+    return tuple(SizeCount(start, end - 1, count) for start, end, count in spans)

@@ -1,0 +1,175 @@
+"""Whether a data folder still is what its manifests say: everything is read and computed again.
+
+Used by ``maskgit data verify``. The check before each run reads lengths and two headers a shard; this reads all bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from maskgit_pl.shards.images import UnreadableImageError, decode_image
+from maskgit_pl.shards.manifest import Manifest, Shard, Split, joined, load_manifest, splits_of
+from maskgit_pl.shards.parallel import run_jobs
+from maskgit_pl.shards.walk import Labels, ShardWalk, walk_shard
+
+__all__ = ["BadFile", "Verified", "verify_shards"]
+
+
+class BadFile(NamedTuple):
+    """A file of a data folder that is not what the manifest says."""
+
+    name: str
+    expected: str
+    actual: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was read, and what of it is bad."""
+
+    shards: int
+    samples: int
+    bytes: int
+    bad: tuple[BadFile, ...]
+
+
+@dataclass(frozen=True)
+class _Task:
+    manifests: dict[Split, Manifest]
+    decode: bool
+
+
+def verify_shards(
+    folder: str | Path,
+    *,
+    decode: bool = False,
+    workers: int = 1,
+    on_shard: Callable[[Split], object] = lambda split: None,
+) -> Verified:
+    """Compare lengths, hashes, headers, places and labels of all shards with the manifests.
+
+    Args:
+        folder: The data folder.
+        decode: Decode every image too.
+        workers: Processes, a shard each at a time.
+        on_shard: Told the split of each shard that is done (for a progress bar).
+
+    Raises:
+        FileNotFoundError: No such folder or manifest.
+        ValueError: A manifest cannot be read.
+    """
+    folder = Path(folder)
+    manifests = {split: load_manifest(folder, split, check=False) for split in splits_of(folder) or ("train",)}
+    bad = {split: list(_bad_index(manifest)) for split, manifest in manifests.items()}
+    jobs = [(split, number) for split, manifest in manifests.items() for number in range(len(manifest.shards))]
+    found: dict[tuple[Split, int], tuple[BadFile | None, ShardWalk | None]] = {}
+    for job, result in run_jobs(_verify_shard, _Task(manifests, decode), jobs, workers=workers):
+        found[job] = result
+        on_shard(job[0])
+    files = [bad_file for split in manifests for bad_file in bad[split]]
+    files += [bad_file for job in jobs if (bad_file := found[job][0]) is not None]
+    if not files:
+        files += list(_bad_summary(manifests, [found[job][1] for job in jobs], jobs))
+    shards = [shard for manifest in manifests.values() for shard in manifest.shards]
+    samples = sum(shard.samples for shard in shards)
+    return Verified(len(shards), samples, sum(shard.bytes for shard in shards), tuple(files))
+
+
+def _bad_index(manifest: Manifest) -> Iterator[BadFile]:
+    name = f"{manifest.split}.npy"
+    try:
+        actual = hashlib.sha256(manifest.index().tobytes()).hexdigest()
+    except ValueError as error:
+        yield BadFile(name, f"{manifest.samples} rows", "unreadable", str(error))
+        return
+    if actual != manifest.index_sha256:
+        yield BadFile(name, _short(manifest.index_sha256), _short(actual), "index changed since it was made")
+
+
+def _bad_summary(
+    manifests: dict[Split, Manifest], walks: Sequence[ShardWalk | None], jobs: Sequence[tuple[Split, int]]
+) -> Iterator[BadFile]:
+    """Image sizes as the manifest sums them up."""
+    for split, manifest in manifests.items():
+        ranges = [
+            walk.images
+            for (of_split, _), walk in zip(jobs, walks, strict=True)
+            if of_split == split and walk is not None and walk.images is not None
+        ]
+        actual = joined(ranges)
+        if actual != manifest.images:
+            yield BadFile(f"{split}.json", str(manifest.images), str(actual), "image sizes are not those of the shards")
+
+
+def _verify_shard(task: _Task, job: tuple[Split, int]) -> tuple[BadFile | None, ShardWalk | None]:
+    split, number = job
+    manifest = task.manifests[split]
+    shard, path = manifest.shards[number], manifest.folder / manifest.shards[number].name
+    try:
+        walk = walk_shard(path, Labels(manifest.labels, manifest.classes))
+    except OSError as error:
+        return BadFile(shard.name, f"{shard.bytes} bytes", "none", str(error.strerror)), None
+    fault = _difference(manifest, shard, number, walk)
+    if fault is None and task.decode:
+        fault = _undecodable(path, shard, walk.rows)
+    return fault, walk
+
+
+def _difference(manifest: Manifest, shard: Shard, number: int, walk: ShardWalk) -> BadFile | None:
+    if walk.bytes != shard.bytes:
+        reason = walk.damage or ("shorter" if walk.bytes < shard.bytes else "longer") + " than when it was indexed"
+        return BadFile(shard.name, f"{shard.bytes} bytes", f"{walk.bytes} bytes", reason)
+    if walk.damage:
+        return BadFile(shard.name, "a whole tar", "damaged", walk.damage)
+    if walk.sha256 != shard.sha256:
+        what = "its samples too" if len(walk.rows) != shard.samples else "of the same length"
+        return BadFile(shard.name, _short(shard.sha256), _short(walk.sha256), f"changed after indexing, {what}")
+    if len(walk.rows) != shard.samples:
+        return BadFile(shard.name, f"{shard.samples} samples", f"{len(walk.rows)} samples", "the manifest is wrong")
+    return _wrong_row(manifest, shard, number, walk.rows)
+
+
+def _wrong_row(manifest: Manifest, shard: Shard, number: int, rows: npt.NDArray[np.void]) -> BadFile | None:
+    start = sum(earlier.samples for earlier in manifest.shards[:number])
+    try:
+        stated = manifest.index()[start : start + shard.samples]
+    except ValueError:
+        return None  # said of the index file itself
+    actual = rows.copy()
+    actual["shard"] = number
+    wrong = np.flatnonzero(np.asarray(stated) != actual)
+    if not len(wrong):
+        return None
+    row = int(wrong[0])
+    where = f"{len(wrong)} rows of {manifest.split}.npy are wrong, the first is {start + row}"
+    return BadFile(shard.name, str(stated[row]), str(actual[row]), where)
+
+
+def _undecodable(path: Path, shard: Shard, rows: npt.NDArray[np.void]) -> BadFile | None:
+    faults = []
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for _, offset, size, _ in rows.tolist():
+            try:
+                decode_image(os.pread(descriptor, size, offset), channels=3, name=f"{shard.name} at byte {offset}")
+            except UnreadableImageError as error:
+                faults.append(str(error))
+    finally:
+        os.close(descriptor)
+    if not faults:
+        return None
+    whole = shard.samples - len(faults)
+    return BadFile(shard.name, f"{shard.samples} images", f"{whole} images", f"undecodable; {faults[0]}")
+
+
+def _short(digest: str) -> str:
+    return f"sha256 {digest[:12]}"

@@ -1,0 +1,347 @@
+"""One tar -> its samples: where each image lies, its label, and all that is wrong with the tar, counted.
+
+Used by the index, which makes manifests of it, and by verify, which compares it with them. Members are grouped as
+webdataset groups them: side by side, under the part of the name before the first dot of its last component. Names are
+keys and never paths; only images and labels are read, within bounds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from array import array
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from maskgit_pl.shards.images import ImageHeader, UnreadableImageError, read_header
+from maskgit_pl.shards.manifest import INDEX_DTYPE, ImageRange
+from maskgit_pl.shards.tar import BLOCK, DamagedTarError, Member, escaped, read_members
+
+__all__ = ["IMAGE_EXTENSIONS", "MAX_CLASSES", "NO_LABEL", "Fault", "Labels", "ShardWalk", "parse_label", "walk_shard"]
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+MAX_CLASSES = 100_000  # where no class names say how many there are
+_MAX_IMAGE_BYTES = 256 * 2**20  # no photo within the pixel limit needs more
+_MAX_LABEL_BYTES = 64
+_MAX_JSON_BYTES = 2**20
+_LABEL = re.compile(rb"\s*(0|[1-9][0-9]{0,8})\s*")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
+
+# What can be wrong with a sample; each is counted. The texts follow a count.
+NO_IMAGE, NO_LABEL = "without an image", "without a label"
+TWO_IMAGES, TWO_LABELS = "with two images", "with two labels"
+REPEATED, INTERLEAVED = "of a key that comes twice", "whose members do not lie side by side"
+BAD_IMAGE, BAD_LABEL = "with an image that cannot be read", "with a label that is no class"
+BAD_NAME, BAD_KIND = "with an unsafe member name", "with a link, a device or a sparse file"
+_FAULTS = (
+    NO_IMAGE, NO_LABEL, TWO_IMAGES, TWO_LABELS, REPEATED, INTERLEAVED, BAD_IMAGE, BAD_LABEL, BAD_NAME, BAD_KIND
+)  # fmt: skip
+_BIT = {fault: 1 << number for number, fault in enumerate(_FAULTS)}
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Where labels come from.
+
+    Args:
+        source: ``"cls"``: a ``.cls`` member with a decimal class number. ``"json:FIELD"``: that field of the ``.json``
+            member, a class number or a class name. ``"none"``: there are none, all images are of one class.
+        classes: Class names; None if they are not known, so that any number below 100,000 is a class.
+    """
+
+    source: str = "cls"
+    classes: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.source not in ("cls", "none") and not re.fullmatch(r"json:.+", self.source):
+            raise ValueError(f"labels: cls, json:FIELD or none is needed, got {self.source!r}")
+
+    @property
+    def extension(self) -> str | None:
+        """Of the members that hold labels; None without labels."""
+        return None if self.source == "none" else self.source.partition(":")[0]
+
+    def read(self, data: bytes, *, name: str) -> int:
+        """A label member's bytes -> class number.
+
+        Raises:
+            ValueError: It holds no class; ``name`` says where.
+        """
+        if self.source == "cls":
+            return parse_label(data, name=name, num_classes=self._num_classes)
+        field_name = self.source.partition(":")[2]
+        try:
+            value = json.loads(data)[field_name]
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+            raise ValueError(f"label {name}: a JSON object with {field_name!r} is needed, got {data[:40]!r}") from error
+        if isinstance(value, str) and value in (self.classes or ()):
+            return (self.classes or ()).index(value)
+        if type(value) is not int:
+            raise ValueError(f"label {name}: {field_name!r} must be a class number or a given name, got {value!r:.40}")
+        return parse_label(str(value).encode(), name=name, num_classes=self._num_classes)
+
+    @property
+    def _num_classes(self) -> int:
+        return MAX_CLASSES if self.classes is None else len(self.classes)
+
+
+def parse_label(data: bytes, *, name: str, num_classes: int | None = None) -> int:
+    """A class number from the bytes of a ``.cls`` member; ``int()`` would take ``1_000`` and ``-1``.
+
+    Raises:
+        ValueError: Not a decimal number, or not below ``num_classes``; ``name`` says where.
+    """
+    match = _LABEL.fullmatch(data)
+    if match is None:
+        raise ValueError(f"label {name}: a decimal class number is needed, got {data[:40]!r}")
+    label = int(match[1])
+    if num_classes is not None and label >= num_classes:
+        raise ValueError(f"label {name}: a class below {num_classes} is needed, got {label}")
+    return label
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One kind of fault in a shard: how many samples have it, and the first of them."""
+
+    count: int
+    first: str
+
+
+@dataclass(frozen=True)
+class ShardWalk:
+    """What a walk over one tar found.
+
+    Args:
+        bytes: Length of the file.
+        mtime_ns: When it was last changed.
+        sha256: Of the whole file; empty if the tar is damaged.
+        rows: (n,) INDEX_DTYPE, the whole samples; ``shard`` is 0.
+        images: Range of their sizes; None without any.
+        num_keys: Samples with an image, whole or not.
+        faults: What is wrong with other samples.
+        ignored: Members that belong to no sample, by extension.
+        damage: Why the file is not a whole tar; empty if it is.
+    """
+
+    bytes: int
+    mtime_ns: int
+    sha256: str
+    rows: npt.NDArray[np.void]
+    images: ImageRange | None
+    num_keys: int
+    faults: dict[str, Fault]
+    ignored: dict[str, int]
+    damage: str = ""
+
+
+def walk_shard(path: Path, labels: Labels) -> ShardWalk:
+    """Walk a tar, read its labels and image headers, hash it.
+
+    Raises:
+        OSError: The file cannot be opened or read.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        status = os.fstat(descriptor)
+        walk = _Walk(descriptor, path.name, labels)
+        damage, digest = "", ""
+        try:
+            for member in read_members(descriptor):
+                walk.take(member)
+            digest = _sha256(descriptor)
+        except DamagedTarError as error:
+            damage = str(error)
+        return walk.result(status, digest, damage)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass
+class _Sample:
+    """Members of one key that lie side by side."""
+
+    key: str = ""
+    place: int = -1  # of its first payload
+    offset: int = -1
+    size: int = 0
+    label: int = -1
+    shape: int = -1  # of the image, packed; see _packed
+    faults: int = 0  # bits
+    other: list[str] = field(default_factory=list)  # extensions of members that are neither image nor label
+
+
+class _Walk:
+    def __init__(self, descriptor: int, shard: str, labels: Labels) -> None:
+        self.descriptor, self.shard, self.labels = descriptor, shard, labels
+        self.sample = _Sample()
+        # hash of the key, place, offset, size, label, shape, faults: 56 bytes a sample, where an object takes 500
+        self.runs = array("q")
+        self.first: dict[str, str] = {}  # what the first sample of a fault is told of
+        self.ignored: Counter[str] = Counter()
+
+    def take(self, member: Member) -> None:
+        """One member after the other."""
+        if member.kind == "folder":
+            return
+        match = _NAME.fullmatch(member.name)
+        key, extension = (match[1], match[2].lower()) if match else (member.name, "")
+        if key != self.sample.key or self.sample.place < 0:
+            self._finish()
+            self.sample = _Sample(key, member.offset)
+        is_image, is_label = extension in IMAGE_EXTENSIONS, extension == self.labels.extension
+        if not (is_image or is_label):
+            self.sample.other.append(extension)
+        elif fault := _member_fault(member):
+            self._blame(fault, self._called(member))
+        elif is_image:
+            self._take_image(member)
+        else:
+            self._take_label(member)
+
+    def result(self, status: os.stat_result, digest: str, damage: str) -> ShardWalk:
+        """What was found, once there is no more member."""
+        if not damage:
+            self._finish()
+        runs = np.array(self.runs, np.int64).reshape(-1, 7)
+        keys, _, offsets, sizes, labels, shapes, bits = runs.T
+        bits, repeated = self._mark_repeated(keys, bits, runs)
+        whole = bits == 0
+        rows = np.zeros(int(whole.sum()), INDEX_DTYPE)
+        for name, column in (("offset", offsets), ("size", sizes), ("label", labels)):
+            rows[name] = column[whole]
+        return ShardWalk(
+            bytes=status.st_size,
+            mtime_ns=status.st_mtime_ns,
+            sha256=digest,
+            rows=rows,
+            images=_image_range(shapes[whole]),
+            num_keys=len(np.unique(keys[offsets >= 0])),
+            faults=self._count(keys, bits, runs) | repeated,
+            ignored=dict(self.ignored),
+            damage=damage,
+        )
+
+    def _take_image(self, member: Member) -> None:
+        called = self._called(member)
+        if self.sample.offset >= 0:
+            self._blame(TWO_IMAGES, called)
+            return
+        self.sample.offset, self.sample.size = member.offset, member.size
+        try:
+            header = read_header(self._payload(member, _MAX_IMAGE_BYTES, called), name=called)
+        except UnreadableImageError as error:
+            self._blame(BAD_IMAGE, str(error))
+        else:
+            self.sample.shape = _packed(header)
+
+    def _take_label(self, member: Member) -> None:
+        called = self._called(member)
+        if self.sample.label >= 0 or self.sample.faults & _BIT[BAD_LABEL]:
+            self._blame(TWO_LABELS, called)
+            return
+        most = _MAX_LABEL_BYTES if self.labels.source == "cls" else _MAX_JSON_BYTES
+        try:
+            self.sample.label = self.labels.read(self._payload(member, most, called), name=called)
+        except ValueError as error:
+            self._blame(BAD_LABEL, str(error))
+
+    def _payload(self, member: Member, most: int, called: str) -> bytes:
+        if not 0 < member.size <= most:
+            raise UnreadableImageError(f"member {called}: 1 to {most} bytes are read, got {member.size}")
+        return os.pread(self.descriptor, member.size, member.offset)
+
+    def _finish(self) -> None:
+        """Close the sample that is open."""
+        sample, has_label = self.sample, self.sample.label >= 0 or bool(self.sample.faults & _BIT[BAD_LABEL])
+        if sample.place < 0:
+            return
+        if sample.offset < 0 and not has_label and not sample.faults:
+            self.ignored.update(f".{extension}" for extension in sample.other)
+            return
+        self.ignored.update(f".{extension}" for extension in sample.other if extension not in ("txt", "json", "cls"))
+        if self.labels.extension is None:
+            sample.label, has_label = 0, True
+        if not sample.faults:
+            sample.faults = (0 if has_label else _BIT[NO_LABEL]) | (0 if sample.offset >= 0 else _BIT[NO_IMAGE])
+        fields = (sample.place, sample.offset, sample.size, sample.label, sample.shape, sample.faults)
+        self.runs.extend((hash(sample.key), *fields))
+
+    def _blame(self, fault: str, first: str) -> None:
+        self.sample.faults |= _BIT[fault]
+        self.first.setdefault(fault, first)
+
+    def _called(self, member: Member) -> str:
+        return f"{self.shard}:{escaped(member.name)}"
+
+    def _mark_repeated(
+        self, keys: npt.NDArray[np.int64], bits: npt.NDArray[np.int64], runs: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int64], dict[str, Fault]]:
+        """Keys whose members come in several places: whole samples each (repeated) or parts (interleaved)."""
+        _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
+        many = counts[inverse] > 1
+        halves = _BIT[NO_IMAGE] | _BIT[NO_LABEL]
+        in_parts = np.zeros(len(counts), bool)
+        in_parts[inverse[many & (bits & halves != 0)]] = True
+        parts = in_parts[inverse]
+        bits = np.where(parts, bits & ~halves | _BIT[INTERLEAVED], bits)
+        bits = np.where(many & ~parts, bits | _BIT[REPEATED], bits)
+        found = {}
+        for fault, chosen in ((REPEATED, many & ~parts), (INTERLEAVED, parts)):
+            if chosen.any():
+                found[fault] = Fault(len(np.unique(keys[chosen])), self._called_at(int(runs[chosen.argmax(), 1])))
+        return bits, found
+
+    def _count(
+        self, keys: npt.NDArray[np.int64], bits: npt.NDArray[np.int64], runs: npt.NDArray[np.int64]
+    ) -> dict[str, Fault]:
+        found = {}
+        for fault in _FAULTS:
+            chosen = bits & _BIT[fault] != 0
+            if chosen.any() and fault not in (REPEATED, INTERLEAVED):
+                first = self.first.get(fault) or self._called_at(int(runs[chosen.argmax(), 1]))
+                found[fault] = Fault(int(chosen.sum()), first)
+        return found
+
+    def _called_at(self, place: int) -> str:
+        """A sample's first member by its header, which lies before its payload."""
+        name = os.pread(self.descriptor, 100, place - BLOCK).partition(b"\0")[0]
+        return f"{self.shard}:{escaped(name.decode('utf-8', 'surrogateescape'))}"
+
+
+def _packed(header: ImageHeader) -> int:
+    """Height, width and channels in one number; a side of 64 million pixels has 26 bits."""
+    return header.height << 30 | header.width << 3 | header.channels
+
+
+def _image_range(shapes: npt.NDArray[np.int64]) -> ImageRange | None:
+    if not len(shapes):
+        return None
+    heights, widths, channels = shapes >> 30, shapes >> 3 & (1 << 27) - 1, np.unique(shapes & 7)
+    return ImageRange(
+        height=(int(heights.min()), int(heights.max())),
+        width=(int(widths.min()), int(widths.max())),
+        channels=tuple(channels.tolist()),
+    )
+
+
+def _member_fault(member: Member) -> str | None:
+    parts = member.name.split("/")
+    if ".." in parts or member.name.startswith("/") or _CONTROL.search(member.name):
+        return BAD_NAME
+    return None if member.kind == "file" else BAD_KIND
+
+
+def _sha256(descriptor: int) -> str:
+    digest, offset = hashlib.sha256(), 0
+    while block := os.pread(descriptor, 2**20, offset):
+        digest.update(block)
+        offset += len(block)
+    return digest.hexdigest()
