@@ -1,0 +1,129 @@
+"""``maskgit tokenize`` as processes: several at once, killed at any moment; and what it refuses and tells."""
+
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from maskgit_pl.cli import main
+from maskgit_pl.cli.tokenize import Place, find_place
+
+VARIABLES = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NTASKS"
+)  # fmt: skip
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def words(shards: Path, tokenizer: Path, runs: Path, *more: object) -> list[str]:
+    where = ("--data", shards, "--tokenizer", tokenizer, "--runs", runs, "--run", "one")
+    small = ("--batch-size", 2, "--part-samples", 2, "--crops", 2, "--flip")
+    return ["tokenize", *map(str, (*where, *small, *more))]
+
+
+def start(arguments: Sequence[str], **variables: str) -> subprocess.Popen:
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    environment |= {"OMP_NUM_THREADS": "1", **variables}
+    command = [sys.executable, "-m", "maskgit_pl", *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def content(store: Path) -> dict[str, bytes]:
+    assert not list(store.glob(".*"))
+    return {path.name: path.read_bytes() for path in store.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_shards: Path, tiny_pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The store that one process makes undisturbed."""
+    runs = tmp_path_factory.mktemp("runs")
+    assert main(words(tiny_shards, tiny_pretrained / "tokenizer", runs)) == 0
+    return content(runs / "one" / "tokens")
+
+
+@pytest.mark.slow  # 25 s with the next
+def test_a_killed_command_is_gone_on_with_and_makes_the_store_of_an_undisturbed_one(
+    tiny_shards, tiny_pretrained, tmp_path, expected
+):
+    store = tmp_path / "one" / "tokens"
+    arguments = words(tiny_shards, tiny_pretrained / "tokenizer", tmp_path)
+    process = start(arguments)
+    while len(list(store.glob(".parts-*/*.npy"))) < 30 and process.poll() is None:  # there will be 72
+        time.sleep(0.0005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    assert not (store / "store.json").exists()
+    assert main(arguments) == 0
+    assert content(store) == expected
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work_and_the_last_one_finishes(tiny_shards, tiny_pretrained, tmp_path, expected):
+    arguments = words(tiny_shards, tiny_pretrained / "tokenizer", tmp_path)
+    as_torchrun = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
+    both = [start([*arguments, "--rank", "0", "--num-ranks", "2"]), start(arguments, **as_torchrun)]
+    answers = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], answers
+    out = "".join(text for text, _ in answers)
+    assert "rank 0 of 2" in out
+    assert "rank 1 of 2" in out
+    assert content(tmp_path / "one" / "tokens") == expected
+
+
+def test_the_place_is_told_or_torchruns_or_srunss_or_alone(environment):
+    assert find_place(None, None) == Place(0, 1, 0)
+    environment.setenv("SLURM_PROCID", "0")
+    environment.setenv("SLURM_NTASKS", "8")  # sbatch without srun: one process for all
+    assert find_place(None, None) == Place(0, 1, 0)
+    for name, value in (("SLURM_STEP_NUM_TASKS", "8"), ("SLURM_PROCID", "5"), ("SLURM_LOCALID", "1")):
+        environment.setenv(name, value)
+    assert find_place(None, None) == Place(5, 8, 1)
+    for name, value in (("WORLD_SIZE", "4"), ("RANK", "3"), ("LOCAL_RANK", "0")):
+        environment.setenv(name, value)
+    assert find_place(None, None) == Place(3, 4, 0)
+    assert find_place(1, 2) == Place(1, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("more", "part"),
+    [
+        (("--rank", 0), "--rank and --num-ranks: both are needed"),
+        (("--rank", 2, "--num-ranks", 2), "--rank: 0 to 1 is needed with --num-ranks 2, got 2"),
+        (("--crops", 0), "tokenize crops: at least 1 is needed, got 0"),
+        (("--part-samples", 0), "token store part: at least 1 sample is needed, got 0"),
+        (("--unreadable-budget", 2), "data.unreadable_budget: a share in [0, 1] is needed, got 2"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_line(environment, tiny_shards, tiny_pretrained, tmp_path, capsys, more, part):
+    assert main(words(tiny_shards, tiny_pretrained / "tokenizer", tmp_path, *more)) == 2
+    error = capsys.readouterr().err
+    assert part in error
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "one" / "tokens" / "store.json").exists()
+
+
+def test_lines_tell_speed_and_rest_where_there_is_no_terminal(
+    environment, tiny_shards, tiny_pretrained, tmp_path, caplog
+):
+    environment.setattr("maskgit_pl.cli.tokenize._SECONDS_BETWEEN_LINES", 0.0)
+    environment.setattr(logging.getLogger("maskgit_pl"), "propagate", True)
+    environment.setattr("maskgit_pl.cli._log_to_terminal", lambda: None)
+    with caplog.at_level(logging.INFO, "maskgit_pl"):
+        assert main(words(tiny_shards, tiny_pretrained / "tokenizer", tmp_path, "--precision", "bfloat16")) == 0
+    lines = "\n".join(caplog.messages)
+    assert re.search(r"^tokens of train: 240/240  \d+ images/s  0 s left$", lines, re.MULTILINE)
+    assert re.search(r"^\S+tokens: 264 images in [\d.]+ s, \d+ images/s$", lines, re.MULTILINE)  # 60 x 4 and 24
+    assert '"precision": "bfloat16"' in (tmp_path / "one" / "tokens" / "store.json").read_text()
