@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 __all__ = ["frozen_copy", "update_ema"]
@@ -37,11 +38,19 @@ def update_ema(ema: nn.Module, source: nn.Module, *, decay: float, step: int) ->
         decay: In [0, 1).
         step: Steps done before; the ramp lets early averages forget the initial weights.
     """
+    _reshard(ema)
     weight = 1 - min(decay, (1 + step) / (10 + step))
     averaged = [_local(parameter) for parameter in ema.parameters()]
     torch._foreach_lerp_(averaged, [_local(parameter) for parameter in source.parameters()], weight)
     for kept, new in zip(ema.buffers(), source.buffers(), strict=True):
         kept.copy_(new)
+
+
+def _reshard(network: nn.Module) -> None:
+    """After a forward without a backward, as in validation, FSDP2 leaves the root's parameters whole."""
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _local(tensor: Tensor) -> Tensor:
