@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from maskgit_pl.importers.flax import check_file
-from maskgit_pl.importers.folders import check_out
+from maskgit_pl.importers.files import check_out, flax_file
 
 __all__ = ["add_parser", "run"]
 
@@ -44,13 +43,13 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         FileNotFoundError: No such file.
-        FileExistsError: ``--out`` is there, and not a pretrained folder of the same parts.
+        FileExistsError: ``--out`` is there.
         ValueError: A file of another kind, damaged or not of this size; parts that do not belong together.
     """
-    check_out(args.out, ("tokenizer",) if args.transformer is None else ("tokenizer", "transformer"))
-    check_file(args.tokenizer)
+    check_out(args.out)
+    flax_file(args.tokenizer)
     if args.transformer is not None:
-        check_file(args.transformer)
+        flax_file(args.transformer)
     class_names = None if args.class_names is None else _lines(args.class_names)
     from maskgit_pl.importers.released import import_jax
 

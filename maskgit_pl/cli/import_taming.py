@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maskgit_pl.importers.files import check_new, checkpoint_kind
+from maskgit_pl.importers.files import check_out, torch_file
 
 if TYPE_CHECKING:
     from maskgit_pl.importers.taming import ImportedTokenizer
@@ -32,11 +32,11 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         FileNotFoundError: No such file.
-        FileExistsError: The folder has a tokenizer.
+        FileExistsError: ``--out`` is there.
         ValueError: The file is no such tokenizer, or the size does not fit.
     """
-    checkpoint_kind(args.file)
-    check_new(args.out / "tokenizer")
+    check_out(args.out)
+    torch_file(args.file)
     if args.size < 1:
         raise ValueError(f"--size: at least 1 is needed, got {args.size}")
     from maskgit_pl.importers.taming import import_taming

@@ -1,57 +1,109 @@
-"""What is asked of the files of an import before torch is loaded and anything is unpickled."""
+"""What is asked of an import's files and of the folder that it writes, before anything heavy is imported."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["CheckpointKind", "check_new", "checkpoint_kind"]
+__all__ = ["Format", "check_out", "flax_file", "torch_file", "whole_folder"]
 
-CheckpointKind = Literal["zip", "pickle", "safetensors"]
+Format = Literal["msgpack", "pickle", "safetensors", "zip"]
 
 _HEAD = 512  # bytes; a pointer of Git LFS is shorter
-_WEB_PAGE = (b"<!doctype", b"<html", b"<?xml")
+_BEGINNINGS: tuple[tuple[str, str, Callable[[bytes], bool]], ...] = (  # format, what a person calls it, its first bytes
+    ("lfs", "a Git LFS pointer; fetch the weights with `git lfs pull`", lambda h: h.startswith(b"version https://git-lfs")),
+    ("html", "a web page; the download went wrong", lambda h: h.lstrip()[:1] == b"<"),
+    ("pickle", "a Python pickle", lambda h: h[:1] == b"\x80" and 2 <= int.from_bytes(h[1:2], "big") <= 5),
+    ("zip", "a zip archive, as torch.save and numpy.savez write them", lambda h: h.startswith(b"PK\3\4")),
+    ("gzip", "a gzip archive; unpack it first", lambda h: h.startswith(b"\x1f\x8b")),
+    ("tar", "a tar archive; unpack it first", lambda h: h[257:262] == b"ustar"),
+    ("safetensors", "a safetensors file", lambda h: h[8:9] == b"{" and int.from_bytes(h[:8], "little") < 1 << 32),
+    ("hdf5", "an HDF5 file", lambda h: h.startswith(b"\x89HDF\r\n\x1a\n")),
+    ("numpy", "a numpy file", lambda h: h.startswith(b"\x93NUMPY")),
+    ("json", "JSON text", lambda h: h.lstrip()[:1] == b"{"),
+    ("msgpack", "", lambda h: 0x80 <= h[0] <= 0x8F or h[0] in (0xDE, 0xDF)),
+)  # fmt: skip
 
 
-def checkpoint_kind(path: Path) -> CheckpointKind:
-    """Recognises a checkpoint.
+def flax_file(path: Path) -> None:
+    """Refuses what is no file of flax's msgpack, told by its first bytes.
 
-    Args:
-        path: E.g. ``last.ckpt``.
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: A folder, an empty file, or one of another format.
+    """
+    _format(path, ("msgpack",), "a file of flax's msgpack, of some 200 or 700 MB as released,")
+
+
+def torch_file(path: Path) -> Format:
+    """The format of a checkpoint, told by its first bytes.
 
     Returns:
         ``zip``: what torch.save writes; ``pickle``: what it wrote before version 1.6; ``safetensors``.
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: The file is something else, or cut off.
+        ValueError: A folder, an empty file, one of another format, or a zip archive that is cut off.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {path}: no such file; name a .ckpt, .pt or .safetensors file")
-    with path.open("rb") as stream:
-        head = stream.read(_HEAD)
-    if head.startswith(b"version https://git-lfs"):
-        raise ValueError(f"checkpoint {path}: a Git LFS pointer, not the weights; fetch them with `git lfs pull`")
-    if head.lstrip().lower().startswith(_WEB_PAGE):
-        raise ValueError(f"checkpoint {path}: a web page, not the weights; download the file itself")
-    if head.startswith(b"PK"):
-        if not zipfile.is_zipfile(path):  # its directory stands at the end
-            raise ValueError(f"checkpoint {path}: the file is cut off; download it again")
-        return "zip"
-    if head.startswith(b"\x80"):
-        return "pickle"
-    if head[8:9] == b"{":  # after the length of the header
-        return "safetensors"
-    found = f"one that begins with {head[:8]!r}" if head else "an empty file"
-    raise ValueError(f"checkpoint {path}: a file of torch.save or of safetensors is needed, got {found}")
+    return _format(path, ("zip", "pickle", "safetensors"), "a file of torch.save or of safetensors")
 
 
-def check_new(folder: Path) -> None:
-    """Refuses to write over a folder: transformers were trained on what it holds.
+def check_out(folder: Path) -> None:
+    """Refuses to write where something stands already: transformers were trained on what it holds.
 
     Raises:
-        FileExistsError: It is there.
+        FileExistsError: It is there, and not an empty folder.
+        NotADirectoryError: It would lie in a file.
     """
-    if folder.exists():
-        raise FileExistsError(f"import {folder}: it is there already; name another folder with --out, or move it away")
+    empty = folder.is_dir() and not any(folder.iterdir())
+    if folder.is_symlink() or (folder.exists() and not empty):
+        raise FileExistsError(
+            f"import {folder}: a new folder is needed, and something is there; name another with --out"
+        )
+    above = next(path for path in folder.absolute().parents if path.exists())
+    if not above.is_dir():
+        raise NotADirectoryError(f"import {folder}: a folder is needed above it, got the file {above}")
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Gives a folder to write to, which becomes ``folder`` at the end; after an error nothing is there.
+
+    Args:
+        folder: Checked by ``check_out``.
+
+    Yields:
+        An empty folder beside it.
+    """
+    fresh = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    try:
+        yield fresh
+        fresh.rename(folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _format(path: Path, accepted: Sequence[Format], needed: str) -> Format:
+    rule = f"checkpoint {path}: {needed} is needed"
+    if path.is_dir():
+        raise ValueError(f"{rule}, got a folder; name the file itself")
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {path}: no such file; download it, or name another")
+    with path.open("rb") as stream:
+        head = stream.read(_HEAD)
+    if not head:
+        raise ValueError(f"{rule}, got an empty file; download it again")
+    found, text = next(((name, text) for name, text, begins in _BEGINNINGS if begins(head)), ("", ""))
+    for wanted in accepted:
+        if wanted == found:
+            if wanted == "zip" and not zipfile.is_zipfile(path):  # its directory stands at the end
+                raise ValueError(f"checkpoint {path}: the file is cut off; download it again")
+            return wanted
+    raise ValueError(f"{rule}, got {text or f'one that begins with {head[:8]!r}'}")

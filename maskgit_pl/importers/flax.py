@@ -8,7 +8,7 @@ Used by ``released.py``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
@@ -16,7 +16,9 @@ import msgpack
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Array", "check_file", "read_flax"]
+from maskgit_pl.importers.files import flax_file
+
+__all__ = ["Array", "read_flax"]
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -37,49 +39,6 @@ _ERROR_LENGTH = 300
 _TOO_DEEP = f"maps inside maps are read {_MAX_DEPTH} deep, and it has more"
 _HEADER = 4 + 5 * _MAX_DIMENSIONS * 2 + _MAX_TEXT  # bytes before an array's data, at most
 
-_FOREIGN: tuple[tuple[Callable[[bytes], bool], str], ...] = (
-    (lambda head: head[:1] == b"\x80" and 2 <= int.from_bytes(head[1:2], "big") <= 5, "a Python pickle, never read"),
-    (lambda head: head.startswith(b"PK\3\4"), "a zip archive, as torch.save and numpy.savez write them"),
-    (lambda head: head.startswith(b"\x1f\x8b"), "a gzip archive; unpack it first"),
-    (lambda head: head[257:262] == b"ustar", "a tar archive; unpack it first"),
-    (lambda head: head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32, "a safetensors file"),
-    (lambda head: head.startswith(b"\x89HDF\r\n\x1a\n"), "an HDF5 file"),
-    (lambda head: head.startswith(b"\x93NUMPY"), "a numpy file"),
-    (lambda head: head.startswith(b"version https://git-lfs"), "a Git LFS pointer; run `git lfs pull`"),
-    (lambda head: head.lstrip()[:1] == b"<", "a web page; the download went wrong"),
-    (lambda head: head.lstrip()[:1] == b"{", "JSON text"),
-)  # fmt: skip
-
-
-def check_file(path: Path) -> None:
-    """Looks at a file's first bytes: a file of another kind is named at once.
-
-    Raises:
-        FileNotFoundError: No such file.
-        ValueError: A folder, an empty file, or a file of another kind.
-    """
-    if path.is_dir():
-        raise ValueError(
-            f"checkpoint {path}: a file of flax's msgpack is needed, got a folder (of orbax?); name the file itself"
-        )
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {path}: no such file; download it, or name another")
-    with path.open("rb") as stream:
-        head = stream.read(512)
-    if not head:
-        raise ValueError(f"checkpoint {path}: a file of flax's msgpack is needed, got an empty file; download it again")
-    for starts, name in _FOREIGN:
-        if starts(head):
-            raise ValueError(
-                f"checkpoint {path}: a file of flax's msgpack is needed, got {name}; "
-                "the released JAX checkpoints are files of some 200 or 700 MB"
-            )
-    if not (0x80 <= head[0] <= 0x8F or head[0] in (0xDE, 0xDF)):
-        raise ValueError(
-            f"checkpoint {path}: a file of flax's msgpack begins with a map, got byte 0x{head[0]:02x}; "
-            "download it again, or name another"
-        )
-
 
 def read_flax(path: Path) -> dict[str, Array]:
     """Reads a file that ``flax.serialization.to_bytes`` wrote.
@@ -97,7 +56,7 @@ def read_flax(path: Path) -> dict[str, Array]:
 
     Source: flax, serialization.py.
     """
-    check_file(path)
+    flax_file(path)
     try:
         with path.open("rb") as stream:
             return dict(_flatten(_parse(stream, path.stat().st_size), "", 0))

@@ -23,8 +23,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.importers.flax import Array, check_file, read_flax
-from maskgit_pl.importers.folders import check_out, whole_folder
+from maskgit_pl.importers.files import check_out, flax_file, whole_folder
+from maskgit_pl.importers.flax import Array, read_flax
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, Activation, ResidualBlock, VQGANConfig
 from maskgit_pl.pretrained import fingerprint, save_tokenizer, save_transformer
@@ -212,7 +212,7 @@ def import_jax(
 
     Args:
         tokenizer: E.g. ``tokenizer_imagenet256_checkpoint``.
-        out: The folder; an older one of the same parts is replaced.
+        out: The folder to make.
         transformer: E.g. ``maskgit_imagenet256_checkpoint``, trained on this tokenizer's tokens.
         image_size: Edge of the images in px. A transformer's grid says it, and it is compared with that; 256 by default
             without a transformer.
@@ -222,12 +222,12 @@ def import_jax(
         FileNotFoundError: No such file.
         ValueError: A file of another kind, damaged, or not of this size; parts that do not belong together; a wrong
             number of names.
-        FileExistsError: ``out`` is there, and not a pretrained folder of the same parts.
+        FileExistsError: ``out`` is there.
     """
-    check_out(out, ("tokenizer",) if transformer is None else ("tokenizer", "transformer"))
+    check_out(out)
     for path in (tokenizer, transformer):
         if path is not None:
-            check_file(path)
+            flax_file(path)
     if transformer is None and class_names is not None:
         raise ValueError("class names: a transformer is needed to have classes, got none; add --transformer")
     vqgan, vqgan_weights = _read_tokenizer(tokenizer)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from maskgit_pl.importers.files import check_new, checkpoint_kind
+from maskgit_pl.importers.files import check_out, torch_file, whole_folder
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pretrained import save_tokenizer
 
@@ -142,10 +142,10 @@ def import_taming(file: Path, out: Path, *, image_size: int = 256) -> ImportedTo
 
     Raises:
         FileNotFoundError: No such file.
-        FileExistsError: ``out`` has a tokenizer.
+        FileExistsError: ``out`` is there.
         ValueError: Not such a tokenizer, or a size that its downsampling factor does not divide.
     """
-    check_new(out / "tokenizer")
+    check_out(out)
     contents, beside = _read(file)
     try:
         tensors, ignored = _network_tensors(contents)
@@ -154,7 +154,8 @@ def import_taming(file: Path, out: Path, *, image_size: int = 256) -> ImportedTo
     except ValueError as error:
         raise ValueError(f"checkpoint {file}: {error}") from error
     config.grid(image_size)
-    save_tokenizer(out / "tokenizer", config, weights, image_size=image_size)
+    with whole_folder(out) as fresh:
+        save_tokenizer(fresh / "tokenizer", config, weights, image_size=image_size)
     count = sum(tensor.numel() for tensor in weights.values())
     return ImportedTokenizer(out / "tokenizer", layout_of(tensors).name, config, count, (*beside, *ignored))
 
@@ -295,7 +296,7 @@ def _level_parts(name: str, config: VQGANConfig, layout: Layout, *, level: int, 
 
 def _read(file: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The state dict of a checkpoint and the names of what lies beside it."""
-    kind = checkpoint_kind(file)
+    kind = torch_file(file)
     try:
         if kind == "safetensors":
             return dict(load_file(file)), ()

@@ -83,7 +83,10 @@ def test_bad_input_is_answered_in_one_line(checkpoint, tmp_path, capsys):
     folder = tmp_path / "there" / "tokenizer"
     folder.mkdir(parents=True)
     for words, message in (
-        ([file, "--out", tmp_path / "there"], f"import {folder}: it is there already"),
+        (
+            [file, "--out", tmp_path / "there"],
+            "there: a new folder is needed, and something is there",
+        ),
         ([file, "--out", tmp_path / "new", "--size", 0], "--size: at least 1 is needed, got 0"),
         ([tmp_path / "nowhere.pt", "--out", tmp_path / "new"], "nowhere.pt: no such file"),
     ):

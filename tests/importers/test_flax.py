@@ -155,7 +155,7 @@ POINTER = (
 FOREIGN = {
     "zip archive": save_torch,
     "a Python pickle": save_old_torch,
-    "Python pickle, never read": lambda path: path.write_bytes(pickle.dumps({"a": 1}, protocol=4)),
+    "got a Python pickle": lambda path: path.write_bytes(pickle.dumps({"a": 1}, protocol=4)),
     "zip archive, as torch.save and numpy.savez": save_npz,
     "numpy file": save_npy,
     "gzip archive; unpack": lambda path: path.write_bytes(gzip.compress(CHECKPOINT.read_bytes())),
@@ -167,9 +167,9 @@ FOREIGN = {
     "git lfs pull": lambda path: path.write_text(POINTER),
     "JSON text": lambda path: path.write_text(json.dumps({"params": {}})),
     "empty file; download": lambda path: path.write_bytes(b""),
-    "folder .of orbax": lambda path: path.mkdir(),
-    "begins with a map, got byte 0x23": lambda path: path.write_text("# a text"),
-    "begins with a map, got byte 0x00": lambda path: path.write_bytes(bytes(4096)),
+    "got a folder; name the file itself": lambda path: path.mkdir(),
+    "one that begins with b'# a text'": lambda path: path.write_text("# a text"),
+    "one that begins with b": lambda path: path.write_bytes(bytes(4096)),
 }
 
 

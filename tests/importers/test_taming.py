@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from maskgit_pl.data import Batch, ShardData
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.importers.files import checkpoint_kind
+from maskgit_pl.importers.files import torch_file
 from maskgit_pl.importers.taming import import_taming, layout_of, tokenizer_config, tokenizer_weights
 from maskgit_pl.mvtm import MaskedTokenModel, check_fit
 from maskgit_pl.networks.discriminator import DiscriminatorConfig
@@ -241,8 +241,8 @@ def test_codes_of_llamagen_are_stored_at_length_1_whatever_the_length_of_feature
     original = reference("llamagen")
     original.quant_conv.weight.mul_(30)
     original.quant_conv.bias.mul_(30)
-    import_taming(save(original, tmp_path / "vq.pt"), tmp_path, image_size=16)
-    network = load_tokenizer(tmp_path / "tokenizer").network
+    import_taming(save(original, tmp_path / "vq.pt"), tmp_path / "out", image_size=16)
+    network = load_tokenizer(tmp_path / "out" / "tokenizer").network
     torch.testing.assert_close(network.quantizer.codebook.norm(dim=1), torch.ones(32))
     lengths = original.quantize.embedding.weight.norm(dim=1)
     assert lengths.max() > 1.2 * lengths.min()
@@ -285,9 +285,9 @@ def test_what_is_not_the_network_is_named(tmp_path):
 def test_the_average_of_llamagen_goes_before_its_last_weights(tmp_path):
     last, average = reference("llamagen"), reference("llamagen")
     average.decoder.conv_out.bias.add_(1)
-    made = import_taming(save(last, tmp_path / "a.pt", ema=average.state_dict()), tmp_path, image_size=16)
+    made = import_taming(save(last, tmp_path / "a.pt", ema=average.state_dict()), tmp_path / "out", image_size=16)
     assert "model" in made.ignored
-    bias = load_tokenizer(tmp_path / "tokenizer").network.decoder.head.bias
+    bias = load_tokenizer(tmp_path / "out" / "tokenizer").network.decoder.head.bias
     assert torch.equal(bias, average.decoder.conv_out.bias)
 
 
@@ -303,8 +303,8 @@ def test_other_files_with_the_same_tensors_are_read(form, layout, tmp_path):
         torch.save({name: value.half() for name, value in weights.items()}, file)
     else:
         torch.save(weights, file, _use_new_zipfile_serialization=form == "plain")
-    import_taming(file, tmp_path, image_size=16)
-    got = load_tokenizer(tmp_path / "tokenizer").network.state_dict()
+    import_taming(file, tmp_path / "out", image_size=16)
+    got = load_tokenizer(tmp_path / "out" / "tokenizer").network.state_dict()
     assert all(value.dtype == torch.float32 for value in got.values())
     torch.testing.assert_close(got["decoder.head.bias"], weights["decoder.conv_out.bias"], rtol=0, atol=1e-3)
 
@@ -372,7 +372,10 @@ REFUSED = {
         lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n"),
         "Git LFS pointer.*git lfs pull",
     ),
-    "web page": (lambda path: path.write_text("\n<!DOCTYPE html><html>Sign in</html>"), "web page.*download the file"),
+    "web page": (
+        lambda path: path.write_text("\n<!DOCTYPE html><html>Sign in</html>"),
+        "web page; the download",
+    ),
     "empty": (lambda path: path.write_bytes(b""), "an empty file"),
     "picture": (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(64)), "one that begins with .*PNG"),
     "cut off": (
@@ -489,8 +492,8 @@ def test_any_cut_is_refused(tmp_path):
 
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere: no such file"):
-        checkpoint_kind(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="no such file"):
+        torch_file(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="got a folder; name the file itself"):
         import_taming(tmp_path, tmp_path / "out")
 
 
@@ -506,7 +509,7 @@ def test_what_was_there_is_kept(tmp_path):
     file = save(reference("taming"), tmp_path / "a.ckpt")
     made = import_taming(file, tmp_path / "out", image_size=16)
     before = fingerprint(made.folder)
-    with pytest.raises(FileExistsError, match="there already; name another folder"):
+    with pytest.raises(FileExistsError, match="a new folder is needed, and something is there"):
         import_taming(save(reference("llamagen"), tmp_path / "b.pt"), tmp_path / "out", image_size=16)
     assert fingerprint(made.folder) == before
 
@@ -530,7 +533,7 @@ def trainer_of_two_steps(**settings):
 @pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_training_goes_on_from_an_imported_tokenizer(layout, memory_format, tmp_path):
-    folder = import_taming(save(reference(layout), tmp_path / "a.pt"), tmp_path, image_size=16).folder
+    folder = import_taming(save(reference(layout), tmp_path / "a.pt"), tmp_path / "out", image_size=16).folder
     start = load_tokenizer(folder).network
     adversarial = AdversarialConfig(
         DiscriminatorConfig(channel_multiplier=1 / 64), loss="hinge", weight_rule="adaptive", r1_cost=0
@@ -555,7 +558,7 @@ def test_training_goes_on_from_an_imported_tokenizer(layout, memory_format, tmp_
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_stage_2_trains_on_an_imported_tokenizer(layout, tiny_shards, tmp_path):
-    folder = import_taming(save(reference(layout), tmp_path / "a.pt"), tmp_path, image_size=8).folder
+    folder = import_taming(save(reference(layout), tmp_path / "a.pt"), tmp_path / "out", image_size=8).folder
     config = TransformerConfig(32, 3, (4, 4), 16, 1, 2, 32)
     check_fit(config, load_tokenizer(folder))
     with pytest.raises(ValueError, match="num_codes"):
