@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from maskgit_pl.data.order import Order, Rows
 from maskgit_pl.randomness import random_bits, random_uniform
-from maskgit_pl.shards.images import Crop, UnreadableImageError, check_crop, decode_image, load_square
+from maskgit_pl.shards.images import Crop, UnreadableImageError, check_crop, decode_image, load_square_into
 from maskgit_pl.shards.reader import ShardReader
 from maskgit_pl.shards.tokens import TokenReader
 from maskgit_pl.shards.unreadable import IN_A_ROW, Unreadable, UnreadableImages
@@ -111,15 +111,7 @@ class ImageBatches(Dataset[Batch]):
         for passed_over in range(most):
             number = (index + passed_over) % count
             try:
-                place.copy_(
-                    load_square(
-                        self.reader.read(number),
-                        image_size=self.image_size,
-                        channels=self.in_channels,
-                        crop=crop,
-                        name=f"sample {number}",
-                    )
-                )
+                load_square_into(place, self.reader.read(number), crop=crop, name=f"sample {number}")
             except UnreadableImageError:
                 continue
             return passed_over

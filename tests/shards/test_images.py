@@ -345,3 +345,15 @@ def test_resampling_is_pil_s_bicubic(source):
     expected = np.asarray(square.resize((96, 96), Image.Resampling.BICUBIC), dtype=int)
     image = load_square(data, image_size=96, channels=3, crop=None, name="x")
     assert np.abs(image.permute(1, 2, 0).numpy() - expected).max() <= 1
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_of_any_size_follow_one_another_through_the_same_memory(channels):
+    for size in ((64, 48), (500, 375), (30, 30), (2400, 2400), (96, 96)):
+        for orientation in (1, 6):
+            exif = Image.Exif()
+            exif[0x0112] = orientation
+            data = save(Image.fromarray(noise(*size, 3)), "JPEG", exif=exif.tobytes())
+            image = load_square(data, image_size=32, channels=channels, crop=(0.3, 0.6), name="x")
+            whole = decode_image(data, channels=channels, name="x")
+            assert torch.equal(image, fit_square(whole, image_size=32, crop=(0.3, 0.6)))
