@@ -13,6 +13,8 @@ CLUSTER ?= cpu
 RUN ?= $(DATASET)-$(subst $(eval ) ,-,$(strip $(RECIPE)))
 DATA ?= data/shards/$(DATASET)
 IMAGES ?=
+IMAGE ?=
+NAME ?= stage2_step
 TOKENIZER ?=
 PRETRAINED ?=
 CLASSES ?= all
@@ -23,11 +25,11 @@ ARGS ?=
 # The run that every stage belongs to. RECIPE may name several recipes, from left to right: RECIPE='paper-256 log'.
 OF_RUN = --dataset $(DATASET) --data $(DATA) --recipe "$(RECIPE)" --run "$(RUN)" $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)") $(if $(PRETRAINED),--pretrained "$(PRETRAINED)")
 
-.PHONY: help install data train-tokenizer tokenize train-transformer sample evaluate demo demo-short test lint format clean
+.PHONY: help install data train-tokenizer tokenize train-transformer sample evaluate edit benchmark demo demo-short test lint format clean
 
 help: ## Print every target
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
-	@echo "Variables: DATASET RECIPE CLUSTER RUN DATA IMAGES TOKENIZER PRETRAINED CLASSES STEPS SEED ARGS"
+	@echo "Variables: DATASET RECIPE CLUSTER RUN DATA IMAGES TOKENIZER PRETRAINED IMAGE CLASSES STEPS SEED NAME ARGS"
 
 $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -51,6 +53,9 @@ train-transformer: tokenize ## Stage 2: train the transformer, e.g. RECIPE=cosin
 sample: $(STAMP) ## Generate images of RUN: CLASSES=0,3,7 STEPS=8 SEED=0
 	@$(BIN)/maskgit sample runs/$(RUN) --classes "$(CLASSES)" --steps $(STEPS) --seed $(SEED) --out runs/$(RUN)/sampled.png $(ARGS)
 
+edit: $(STAMP) ## Generate a part of an image anew: IMAGE=file ARGS="--box L,T,R,B --class NAME --out FILE.png"
+	@$(BIN)/maskgit edit runs/$(RUN) "$(IMAGE)" $(ARGS)
+
 evaluate: $(STAMP) ## Measure RUN and write its metrics.json and pictures
 	@$(BIN)/maskgit evaluate runs/$(RUN) --data $(DATA) $(ARGS)
 
@@ -68,6 +73,9 @@ demo-short: ## Every stage of the demo on real data, anew, in 60 steps each
 	@$(MAKE) --no-print-directory train-tokenizer RUN=demo-short ARGS="$(SHORT)"
 	@$(MAKE) --no-print-directory train-transformer RUN=demo-short ARGS="$(SHORT)"
 	@$(MAKE) --no-print-directory evaluate RUN=demo-short ARGS="--num-images 50"
+
+benchmark: $(STAMP) ## Measure ours against the alternatives: NAME=stage2_step (benchmarks/README.md)
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/$(NAME).py $(ARGS)
 
 test: $(STAMP) ## Run the tests (quick ones alone: ARGS="-m 'not slow'")
 	$(BIN)/python -m pytest $(ARGS)
