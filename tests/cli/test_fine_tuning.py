@@ -10,8 +10,10 @@ import yaml
 from safetensors.torch import load_file
 
 from maskgit_pl.cli import main
+from maskgit_pl.importers.released import import_jax
 from maskgit_pl.pretrained import fingerprint, load_transformer, read_config
 
+GOLDEN = Path(__file__).parents[1] / "golden"
 TINY = Path(__file__).parents[1] / "tiny"
 STILL = ("--model.learning_rate.peak=1e-30", "--model.learning_rate.warmup_steps=0")  # a step that moves nothing
 
@@ -33,6 +35,14 @@ def train(tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         return main([str(word) for word in ("train", stage, *where, *words, *more)])
 
     return call
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Recorded weights of the released code at a small size: 8 px in colour, 4 x 4 tokens of 64 codes, 10 classes."""
+    out = tmp_path_factory.mktemp("imported") / "pretrained"
+    import_jax(GOLDEN / "vqvae_checkpoint.msgpack", out, transformer=GOLDEN / "transformer_n16_checkpoint.msgpack")
+    return out
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -124,3 +134,21 @@ def test_a_null_class_that_was_not_there_begins_as_the_mean_class(tmp_path):
     table = given.network.words.weight
     assert torch.equal(made["words.weight"][19], table[16:19].mean(0))
     assert torch.equal(made["words.weight"][20], table[19])  # the mask token stays last
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
+def test_training_goes_on_from_released_weights_with_other_data(train, imported, tmp_path, stage):
+    more = (
+        ("--data.in_channels=3", "--model.decoding.num_steps=4")
+        if stage == "transformer"
+        else ("--data.in_channels=3",)
+    )
+    assert train(stage, "--pretrained", imported, *more) == 0
+    made = tmp_path / "runs" / "tuned" / "pretrained" / stage
+    before, after = weights(imported / stage), weights(made)
+    kept = [name for name in before if name not in ("words.weight", "head_bias")]
+    moved = {name: float((after[name] - before[name]).norm() / (1e-2 + before[name].norm())) for name in kept}
+    assert 0 < max(moved.values()) < 1  # one step, not a fresh start
+    if stage == "transformer":  # 3 classes and a null class in the place of 10 classes
+        assert load_transformer(made).network.config.num_classes == 3
+        assert after["words.weight"].shape[0] == 64 + 3 + 1 + 1
