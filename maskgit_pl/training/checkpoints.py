@@ -23,6 +23,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.optim import Optimizer
 
 __all__ = ["Checkpoints", "FolderCheckpointIO", "full_state", "newest_complete", "settings_of"]
 
@@ -121,7 +122,9 @@ class Checkpoints(Checkpoint):
         self._saved_step = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sweeps what a killed run left half written."""
+        """Lays restored optimiser states out as their parameters, and sweeps what a killed run left half written."""
+        for optimizer in trainer.optimizers:
+            _lay_out(optimizer)
         self._saved_step = trainer.global_step
         if trainer.is_global_zero and self.folder.is_dir():
             for leftover in self.folder.glob(".step-*.partial-*"):
@@ -150,6 +153,15 @@ class Checkpoints(Checkpoint):
     def _prune(self) -> None:
         for old in sorted(_complete(self.folder))[: -self.keep_last]:
             FolderCheckpointIO().remove_checkpoint(old)
+
+
+@torch.no_grad()
+def _lay_out(optimizer: Optimizer) -> None:
+    """A fused step pairs parameters and moments by their place in memory, whatever their strides are."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _write(folder: Path, checkpoint: Mapping[str, Any]) -> None:

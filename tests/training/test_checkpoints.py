@@ -86,3 +86,35 @@ def test_training_keeps_the_newest_few_and_sweeps_leftovers(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000006", "step-00000007"]
     marker = json.loads((tmp_path / "step-00000007" / "COMPLETE.json").read_text())
     assert set(marker["files"]) == {"tensors.safetensors", "state.json"}
+
+
+class Picture(LightningModule):
+    """A convolution whose weights lie in memory as images of channels_last do."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.1, fused=True)
+
+
+def test_moments_of_weights_in_channels_last_come_back_to_their_weights(tmp_path):
+    def fit(module, *, steps, folder, resume=None):
+        trainer = Trainer(
+            max_steps=steps, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+            plugins=[FolderCheckpointIO()], callbacks=[Checkpoints(folder, every_n_steps=2)],
+        )  # fmt: skip
+        images = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+        trainer.fit(module, torch.utils.data.DataLoader(images, batch_size=8), ckpt_path=resume)
+        return module.layer.weight
+
+    straight = fit(Picture(), steps=4, folder=tmp_path / "straight")
+    fit(Picture(), steps=2, folder=tmp_path / "stopped")
+    resumed = fit(Picture(), steps=4, folder=tmp_path / "stopped", resume=newest_complete(tmp_path / "stopped"))
+    assert resumed.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(straight, resumed)
