@@ -20,8 +20,9 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from maskgit_pl.cli.recipes import Stage
-from maskgit_pl.data import ShardData, split_batch
+from maskgit_pl.cli.recipes import Stage, recipe_value
+from maskgit_pl.data import ShardData, StreamConfig, split_batch
+from maskgit_pl.data.stream import check_stream
 from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.pretrained import fingerprint, read_config
@@ -121,7 +122,12 @@ class StageCLI(LightningCLI):
             self._check_goes_on(newest)
 
     def _settings(self, config: Any) -> dict[str, Any]:
-        data = read_manifest_summary(config["data"]["path"]).fingerprint
+        if config["data"]["source"] == "stream":
+            values = config["data"]["stream"]
+            stream = None if values is None else StreamConfig(**values)
+            data = check_stream(stream, config["data"]["validation_samples"]).fingerprint
+        else:
+            data = read_manifest_summary(config["data"]["path"]).fingerprint
         tokenizer = fingerprint(Path(config["model"]["tokenizer"])) if self.stage == "transformer" else None
         return fixed_settings(config.as_dict(), data=data, tokenizer=tokenizer)
 
@@ -200,7 +206,9 @@ def fit(
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its tips and device lists
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=f".*{message}")
-    found = _tokenizer_values(shards, tokenizer, folder) if tokenizer else {"data": {"path": str(shards)}}
+    found: dict[str, Any] = {"data": {"path": str(shards)}}
+    if tokenizer is not None:
+        found = _tokenizer_values(shards, tokenizer, folder, num_classes=_num_classes(shards, files, overrides))
     layers = [json.dumps(found), *map(str, files)]
     if pretrained is not None:
         layers.append(json.dumps(_pretrained_values(stage, pretrained)))
@@ -235,7 +243,16 @@ def fit(
     return 0
 
 
-def _tokenizer_values(shards: Path, tokenizer: Path, folder: Path) -> dict[str, Any]:
+def _num_classes(shards: Path, files: Sequence[Path], overrides: Sequence[str]) -> int:
+    """Of the stream, if it says; else of the data folder."""
+    if recipe_value(files, overrides, "data.source") == "stream":
+        classes = recipe_value(files, overrides, "data.stream.classes")
+        if classes is not None:
+            return classes if isinstance(classes, int) else len(classes)
+    return read_manifest_summary(shards).num_classes
+
+
+def _tokenizer_values(shards: Path, tokenizer: Path, folder: Path, *, num_classes: int) -> dict[str, Any]:
     """What stage 2 need not be told: it stands in the tokenizer's and the data's own files."""
     config = read_config(tokenizer, "tokenizer")
     grid = VQGANConfig(**config["network"]).grid(config["image_size"])
@@ -247,7 +264,7 @@ def _tokenizer_values(shards: Path, tokenizer: Path, folder: Path) -> dict[str, 
     }
     network = {
         "num_codes": config["network"]["num_codes"],
-        "num_classes": read_manifest_summary(shards).num_classes,
+        "num_classes": num_classes,
         "grid": list(grid),
     }
     return {"data": data, "model": {"tokenizer": str(tokenizer), "network": network}}

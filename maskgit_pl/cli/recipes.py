@@ -6,7 +6,7 @@ at hand (classes, codebook, grid) lie below all of them. A recipe is data: it na
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ import yaml
 
 from maskgit_pl.registry import nearest
 
-__all__ = ["Stage", "check_overrides", "read_yaml", "recipe_files", "recipes_folder"]
+__all__ = ["Stage", "check_overrides", "read_yaml", "recipe_files", "recipe_value", "recipes_folder"]
 
 Stage = Literal["tokenizer", "transformer"]
 
@@ -123,6 +123,27 @@ def _refuse_code(node: Any, file: str, path: str) -> None:
         if key in _REFUSED:
             raise ValueError(f"recipe {file}: {where}: recipes name registered things, not classes; the key is refused")
         _refuse_code(value, file, where)
+
+
+def recipe_value(files: Iterable[Path], overrides: Sequence[str], key: str) -> Any:
+    """What the files and flags of a run say of one key, before anything is built from them; None if nothing.
+
+    Args:
+        files: Recipe files in merge order.
+        overrides: Flags, ``--KEY=VALUE`` or ``--KEY VALUE``, which come last.
+        key: Dotted, such as ``data.source``.
+    """
+    value: Any = None
+    for file in files:
+        node: Any = read_yaml(file)
+        for part in key.split("."):
+            node = node.get(part) if isinstance(node, dict) else None
+        value = value if node is None else node
+    for word, following in zip(overrides, [*overrides[1:], ""], strict=True):
+        flag, equals, given = word.partition("=")
+        if flag == f"--{key}":
+            value = yaml.safe_load(given if equals else following)
+    return value
 
 
 def check_overrides(overrides: Iterable[str]) -> None:

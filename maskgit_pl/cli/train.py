@@ -6,7 +6,7 @@ import argparse
 import hashlib
 from pathlib import Path
 
-from maskgit_pl.cli.recipes import DEFAULT_DATASET, Stage, check_overrides, read_yaml, recipe_files
+from maskgit_pl.cli.recipes import DEFAULT_DATASET, Stage, check_overrides, read_yaml, recipe_files, recipe_value
 
 __all__ = ["add_parser", "add_run_arguments", "find_tokenizer", "run", "run_folder"]
 
@@ -47,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
     for file in files:
         read_yaml(file)
     shards = args.data or _SHARDS / args.dataset
-    if not shards.is_dir():
+    streams = args.data is None and recipe_value(files, args.overrides, "data.source") == "stream"
+    if not shards.is_dir() and not streams:
         raise FileNotFoundError(
             f"data {shards}: no such folder; make it with `python data/{args.dataset.replace('-', '_')}.py` or "
             f"`maskgit data make IMAGES --out {shards}`, or name another with --data (make: DATA=)"

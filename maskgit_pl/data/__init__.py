@@ -3,6 +3,7 @@
 from maskgit_pl.data.batches import Batch, ImageBatches, TokenBatches, flip, to_unit_range
 from maskgit_pl.data.module import ShardData
 from maskgit_pl.data.order import GlobalOrder, OnceThrough, ShuffledStream, SplitOrder, WindowedStream, split_batch
+from maskgit_pl.data.stream import StreamConfig, StreamError
 from maskgit_pl.data.tokenizing import tokenize
 
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "ShardData",
     "ShuffledStream",
     "SplitOrder",
+    "StreamConfig",
+    "StreamError",
     "TokenBatches",
     "WindowedStream",
     "flip",

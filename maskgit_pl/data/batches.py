@@ -185,7 +185,7 @@ class StepLoader(DataLoader[Batch]):
 
 
 def loader(
-    dataset: ImageBatches | TokenBatches,
+    dataset: Dataset[Batch],
     order: Sampler[range],
     *,
     num_workers: int,
@@ -195,14 +195,14 @@ def loader(
     """A loader of whole batches: the order gives ranges of positions, the dataset the batch at them.
 
     Args:
-        dataset: Of images or tokens.
+        dataset: Of images or tokens; ``__getitems__(range)`` gives a batch.
         order: The ranges of positions.
         num_workers: Processes that read; 0 reads in this one.
         pin_memory: As of ``DataLoader``.
         unreadable_budget: Share of unreadable images that may be replaced; see ``UnreadableImages``. None by default.
     """
     made = StepLoader(
-        cast("Dataset[Batch]", dataset),
+        dataset,
         batch_sampler=cast("Sampler[list[int]]", order),  # __getitems__ takes a range where others take a list
         num_workers=num_workers,
         collate_fn=_as_is,

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from maskgit_pl.data.batches import Batch, ImageBatches, StepLoader, TokenBatches, loader
 from maskgit_pl.data.order import (
@@ -21,6 +21,7 @@ from maskgit_pl.data.order import (
     check_window,
     split_batch,
 )
+from maskgit_pl.data.stream import StreamBatches, StreamConfig, StreamOnce, check_stream
 from maskgit_pl.shards.images import Crop, check_crop
 from maskgit_pl.shards.manifest import DataSummary, Split, load_manifest, read_manifest_summary
 from maskgit_pl.shards.reader import ShardReader
@@ -37,7 +38,8 @@ class ShardData(LightningDataModule):
 
     Args:
         path: Data folder (data/README.md): shards with manifests.
-        source: ``"images"`` decodes the shards, ``"tokens"`` reads a token store made from them.
+        source: ``"images"`` decodes the shards, ``"tokens"`` reads a token store made from them, ``"stream"`` trains on
+            shards that cannot be indexed; the folder is then used for validation, if at all.
         token_store: Folder of the token store; needed, and read, for ``"tokens"`` alone.
         image_size: Side of the images in pixels.
         in_channels: 1 for grey, 3 for RGB.
@@ -50,6 +52,7 @@ class ShardData(LightningDataModule):
         seed: Decides order and crops.
         shuffle_window: Shuffle within so many shards at a time, for disks that are slow to seek; None shuffles the
             whole split. See ``WindowedStream`` for what it costs.
+        stream: What ``"stream"`` reads; see ``StreamBatches`` for what is then not exact.
         unreadable_budget: Share of the images seen that may be unreadable and replaced before the run ends; 10
             different ones are allowed in any case, 0 allows none. See ``UnreadableImages``.
     """
@@ -58,7 +61,7 @@ class ShardData(LightningDataModule):
         self,
         path: str,
         *,
-        source: Literal["images", "tokens"] = "images",
+        source: Literal["images", "tokens", "stream"] = "images",
         token_store: str | None = None,
         image_size: int = 256,
         in_channels: int = 3,
@@ -70,14 +73,17 @@ class ShardData(LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         shuffle_window: int | None = None,
+        stream: StreamConfig | None = None,
         unreadable_budget: float = 1e-4,
     ) -> None:
         super().__init__()
         check_crop(crop)
         check_budget(unreadable_budget)
         check_window(shuffle_window)
-        if source not in ("images", "tokens"):
-            raise ValueError(f"data.source: images or tokens is needed, got {source!r}")
+        if source not in ("images", "tokens", "stream"):
+            raise ValueError(f"data.source: images, tokens or stream is needed, got {source!r}")
+        if source == "stream":
+            check_stream(stream, validation_samples)
         if source == "tokens" and token_store is None:
             raise ValueError("data.token_store: source tokens reads a token store, got none; `make tokenize` makes one")
         if source == "tokens" and crop != "center":
@@ -95,6 +101,7 @@ class ShardData(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.shuffle_window = shuffle_window
+        self.stream = stream if source == "stream" else None
         self.unreadable_budget = unreadable_budget
 
     @cached_property
@@ -105,12 +112,13 @@ class ShardData(LightningDataModule):
     @property
     def class_names(self) -> tuple[str, ...]:
         """Class names; label i is ``class_names[i]``."""
-        return self.summary.classes
+        named = None if self.stream is None else self.stream.class_names
+        return self.summary.classes if named is None else named
 
     @property
     def num_classes(self) -> int:
         """How many classes the labels name."""
-        return self.summary.num_classes
+        return len(self.class_names)
 
     @property
     def store(self) -> StoreDescription | None:
@@ -120,7 +128,7 @@ class ShardData(LightningDataModule):
     @property
     def steps_per_epoch(self) -> int:
         """Steps in which the stream goes through the train split once."""
-        return math.ceil(self.summary.samples["train"] / self.global_batch)
+        return math.ceil(self._train_samples / self.global_batch)
 
     def require_tokenizer(self, fingerprint: str) -> None:
         """Refuse a token store that another tokenizer made; nothing to do for source images.
@@ -138,34 +146,34 @@ class ShardData(LightningDataModule):
             FileNotFoundError: Data folder, manifest or store is missing.
             ValueError: Shards are not what the manifest says, the store is of other data, or the batch does not divide.
         """
-        splits: tuple[Split, ...] = ("train", "val")
-        for split in splits:
-            manifest = load_manifest(self.path, split, check=self.source == "images")
-            if self.source == "images":
+        for split in self._splits_of_folder:
+            manifest = load_manifest(self.path, split, check=self.source != "tokens")
+            if self.source != "tokens":
                 _ = ShardReader(manifest).index  # refuses labels that are no class
         split_batch(self.global_batch, self.max_batch_per_device, self._world_size)
         _ = self.store
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Micro-batches of this rank from the Trainer's step on."""
-        samples = self.summary.samples["train"]
         per_device, accumulation = split_batch(self.global_batch, self.max_batch_per_device, self._world_size)
         order = GlobalOrder(
-            samples,
+            self._train_samples,
             per_device=per_device,
             accumulation=accumulation,
             world_size=self._world_size,
             rank=self._rank,
             current_step=self._current_step,
         )
-        return self._loader(self.batches("train", self._stream(), crop=self.crop), order)
+        if self.stream is not None:
+            return self._loader(self._stream_batches(self.stream), order)
+        return self._loader(self.batches("train", self._order(), crop=self.crop), order)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Batches of this rank of the val split, each sample once."""
-        samples = self.summary.samples["val"]
-        if self.validation_samples is not None:
-            samples = min(samples, self.validation_samples)
+        samples = self._validation_samples
         order = SplitOrder(samples, per_device=self.validation_batch, world_size=self._world_size, rank=self._rank)
+        if self.stream is not None and self.stream.validation_urls is not None:
+            return self._loader(self._stream_once(self.stream, samples), order)
         return self._loader(self.batches("val", OnceThrough(samples)), order)
 
     def batches(self, split: Split, order: Order, *, crop: Crop = "center") -> ImageBatches | TokenBatches:
@@ -177,13 +185,55 @@ class ShardData(LightningDataModule):
             reader, order, image_size=self.image_size, in_channels=self.in_channels, crop=crop, seed=self.seed
         )
 
-    def _stream(self) -> Order:
+    def _stream_batches(self, stream: StreamConfig) -> StreamBatches:
+        return StreamBatches(
+            stream,
+            class_names=self.class_names,
+            image_size=self.image_size,
+            in_channels=self.in_channels,
+            crop=self.crop,
+            seed=self.seed,
+            rank=self._rank,
+            world_size=self._world_size,
+            first_step=self._current_step(),
+            unreadable_budget=self.unreadable_budget,
+        )
+
+    def _stream_once(self, stream: StreamConfig, samples: int) -> StreamOnce:
+        return StreamOnce(
+            stream,
+            samples,
+            class_names=self.class_names,
+            image_size=self.image_size,
+            in_channels=self.in_channels,
+        )
+
+    @property
+    def _splits_of_folder(self) -> tuple[Split, ...]:
+        """The splits that are read from the data folder."""
+        if self.stream is None:
+            return ("train", "val")
+        return ("val",) if self.stream.validation_urls is None else ()
+
+    @property
+    def _train_samples(self) -> int:
+        return self.summary.samples["train"] if self.stream is None else self.stream.samples
+
+    @property
+    def _validation_samples(self) -> int:
+        if "val" not in self._splits_of_folder:
+            assert self.validation_samples is not None  # check_stream
+            return self.validation_samples
+        samples = self.summary.samples["val"]
+        return samples if self.validation_samples is None else min(samples, self.validation_samples)
+
+    def _order(self) -> Order:
         if self.shuffle_window is None:
             return ShuffledStream(self.summary.samples["train"], self.seed)
         shards = load_manifest(self.path, "train", check=False).shards
         return WindowedStream([shard.samples for shard in shards], window=self.shuffle_window, seed=self.seed)
 
-    def _loader(self, dataset: ImageBatches | TokenBatches, order: Sampler[range]) -> StepLoader:
+    def _loader(self, dataset: Dataset[Batch], order: Sampler[range]) -> StepLoader:
         return loader(
             dataset,
             order,
