@@ -190,7 +190,7 @@ def _verify(args: argparse.Namespace) -> int:
         raise ValueError(f"data {args.folder}: {len(found.bad)} files are not what the manifest says\n{table}")
     what = "hashes, headers, labels and images" if args.decode else "hashes, headers and labels"
     print(
-        f"{args.folder}: {found.shards} shards, {found.samples} samples, {_bytes(found.bytes)}: {what} are as indexed"
+        f"{args.folder}: {_shards(found.shards)}, {found.samples} samples, {_bytes(found.bytes)}: {what} are as indexed"
     )
     return 0
 
@@ -243,12 +243,14 @@ def _lengths(folder: Path) -> int:
 
 @contextmanager
 def _progress(totals: Mapping[Split, int], unit: str) -> Iterator[Callable[[Split, int], None]]:
-    """One bar a split; yields what advances a split's bar."""
+    """One bar a split, if a person watches; yields what advances a split's bar."""
+    from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     done: Counter[Split] = Counter()
-    with Progress(*columns, transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bars = {split: progress.add_task(f"{split} {unit}", total=total) for split, total in totals.items()}
         step = {split: max(1, total // 200) for split, total in totals.items()}
 
@@ -275,17 +277,18 @@ def _report_splits(folder: Path, shards: Mapping[Split, Sequence[Path]], how: st
     for split, paths in shards.items():
         names = [path.relative_to(folder).as_posix() for path in paths]
         listed = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
-        print(f"  {split}: {len(names)} shard{'s' * (len(names) > 1)}, {listed}")
+        print(f"  {split}: {_shards(len(names))}, {listed}")
     print(f"  {how}")
 
 
 def _report_left_out(indexed: Indexed) -> None:
+    from maskgit_pl.shards.walk import counted
+
     for split, manifest in indexed.manifests.items():
         for fault, count in manifest.left_out.items():
             print(f"  {split}: left out: {count} {fault}")
         if indexed.ignored[split]:
-            counts = ", ".join(f"{count} {extension}" for extension, count in indexed.ignored[split].items())
-            print(f"  {split}: members not read: {counts}")
+            print(f"  {split}: members not read: {counted(indexed.ignored[split])}")
     for note in indexed.notes:
         print(f"  {note}")
 
@@ -299,10 +302,10 @@ def _verdicts(bad: Sequence[BadFile]) -> Iterator[str]:
 
 def _statistics_lines(folder: Path, statistics: DataStatistics) -> Iterator[str]:
     summary = statistics.summary
-    low, high = summary.images.height, summary.images.width
+    heights, widths = summary.images.height, summary.images.width
     for split, manifest in statistics.manifests.items():
         total = _bytes(sum(shard.bytes for shard in manifest.shards))
-        yield f"{folder}: {split}: {manifest.samples} samples in {len(manifest.shards)} shards, {total}"
+        yield f"{folder}: {split}: {manifest.samples} samples in {_shards(len(manifest.shards))}, {total}"
         for fault, count in manifest.left_out.items():
             yield f"  left out: {count} {fault}"
     yield ""
@@ -310,7 +313,11 @@ def _statistics_lines(folder: Path, statistics: DataStatistics) -> Iterator[str]
     yield ""
     channels = ", ".join({1: "grey", 3: "RGB", 4: "with alpha"}[channel] for channel in summary.images.channels)
     median = " x ".join(map(str, statistics.medians))
-    yield f"height x width: {low[0]} x {high[0]} smallest, {median} median, {low[1]} x {high[1]} largest; {channels}"
+    if heights[0] == heights[1] and widths[0] == widths[1]:
+        yield f"all images {heights[0]} x {widths[0]} pixels (height x width), {channels}"
+        return
+    smallest, largest = (f"{heights[end]} x {widths[end]}" for end in (0, 1))
+    yield f"height x width: smallest {smallest}, median {median}, largest {largest} pixels; {channels}"
     yield from _size_bars(statistics)
 
 
@@ -364,6 +371,10 @@ def _draw_sheet(statistics: DataStatistics, out: Path) -> None:
 
 def _short(name: str, most: int = 32) -> str:
     return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
+def _shards(count: int) -> str:
+    return "1 shard" if count == 1 else f"{count} shards"
 
 
 def _bytes(count: int) -> str:

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from maskgit_pl.shards.manifest import INDEX_DTYPE, ImageRange, Manifest, Shard, Split, joined, save_manifest
 from maskgit_pl.shards.parallel import run_jobs
-from maskgit_pl.shards.walk import NO_LABEL, Fault, Labels, ShardWalk, walk_shard
+from maskgit_pl.shards.walk import NO_LABEL, Fault, Labels, ShardWalk, counted, walk_shard
 
 __all__ = ["Indexed", "find_shards", "index_shards", "locate_shards", "split_shards"]
 
@@ -173,7 +173,7 @@ def index_shards(
         classes = _only_class(classes)
     options = Labels(labels, None if classes is None else tuple(classes))
     names = {split: [path.relative_to(folder).as_posix() for path in paths] for split, paths in shards.items()}
-    walks, progress = _walk_all(folder, names, options, workers=workers, on_shard=on_shard)
+    walks, progress = _walk_all(folder, names, options, lenient=lenient, workers=workers, on_shard=on_shard)
     miscounts = _miscounts(folder, names, walks)
     _refuse(folder, walks, [] if lenient else miscounts, lenient=lenient, labels=labels)
     if classes is None:
@@ -216,6 +216,7 @@ def _walk_all(
     names: Mapping[Split, Sequence[str]],
     labels: Labels,
     *,
+    lenient: bool,
     workers: int,
     on_shard: Callable[[Split], object],
 ) -> tuple[dict[str, ShardWalk], Path]:
@@ -231,18 +232,18 @@ def _walk_all(
             file.write(b"\n")  # the last line may be half
         else:
             _write_line(file, _options(labels))
-        for name, walk in run_jobs(_walk_named, (folder, labels), jobs, workers=workers):
+        for name, walk in run_jobs(_walk_named, (folder, labels, lenient), jobs, workers=workers):
             walks[name] = walk
-            if not walk.damage:
+            if walk.sha256:
                 _write_line(file, {"name": name, **_walk_as_json(walk)})
             on_shard(split_of[name])
     return {name: walks[name] for name in split_of}, path
 
 
-def _walk_named(shared: tuple[Path, Labels], name: str) -> ShardWalk:
-    folder, labels = shared
+def _walk_named(shared: tuple[Path, Labels, bool], name: str) -> ShardWalk:
+    folder, labels, lenient = shared
     try:
-        return walk_shard(folder / name, labels)
+        return walk_shard(folder / name, labels, lenient=lenient)
     except OSError as error:
         return ShardWalk(0, 0, "", np.zeros(0, INDEX_DTYPE), None, 0, {}, {}, damage=str(error.strerror))
 
@@ -258,7 +259,7 @@ def _refuse(
         elif not lenient:
             faults[name] = [f"{found.count} {fault} (first {found.first})" for fault, found in walk.faults.items()]
         if not walk.damage and not walk.num_keys:
-            seen = f"only {walk.ignored}" if walk.ignored else "no members"
+            seen = f"only {counted(walk.ignored)}" if walk.ignored else "no members"
             faults.setdefault(name, []).append(f"no image samples, {seen}")
     for name, fault in miscounts:
         faults.setdefault(name, []).append(fault)

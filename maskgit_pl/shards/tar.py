@@ -53,8 +53,7 @@ def read_members(descriptor: int) -> Iterator[Member]:
     offset = 0
     long_name, extended = "", dict[bytes, bytes]()
     while (header := window.block(offset)) is not None:
-        kind_byte, size = header[156:157], _size(header)
-        name = long_name or _name(header)
+        kind_byte, size, name = header[156:157], _size(header), long_name or _name(header)
         if kind_byte in b"LKxg":  # what describes the next member
             data = window.payload(offset, size, most=_MAX_EXTENDED_BYTES, name=name)
             if kind_byte == b"L":
@@ -65,10 +64,13 @@ def read_members(descriptor: int) -> Iterator[Member]:
             continue
         if kind_byte == b"S":
             raise DamagedTarError(f"sparse member {escaped(name)} at byte {offset}; make the tar without sparse files")
-        name = _text(extended[b"path"]) if b"path" in extended else name
-        size = _pax_size(extended[b"size"], offset) if b"size" in extended else size
-        member = _member(name, kind_byte, size, offset + BLOCK, is_sparse=any(b"GNU.sparse" in key for key in extended))
-        window.require(offset, member.size, name=name)
+        if extended:
+            name = _text(extended[b"path"]) if b"path" in extended else name
+            size = _pax_size(extended[b"size"], offset) if b"size" in extended else size
+        is_sparse = any(b"GNU.sparse" in key for key in extended) if extended else False
+        member = _member(name, kind_byte, size, offset + BLOCK, is_sparse=is_sparse)
+        if member.size:
+            window.require(offset, member.size, name=name)
         yield member
         offset += BLOCK + _padded(member.size)
         long_name, extended = "", {}
@@ -219,12 +221,12 @@ def _pax_size(value: bytes, offset: int) -> int:
 
 
 def _member(name: str, kind_byte: bytes, size: int, offset: int, *, is_sparse: bool) -> Member:
-    kind = _KINDS.get(kind_byte, "device")
-    if kind == "file":
-        if name.endswith("/"):  # a folder of tars older than ustar
-            return Member(name, "folder", size, offset)
-        return Member(name, "sparse file" if is_sparse else "file", size, offset)
-    return Member(name, kind, 0 if kind_byte in _KINDS else size, offset)
+    kind = _KINDS.get(kind_byte)
+    if kind != "file":
+        return Member(name, kind or "device", 0 if kind else size, offset)
+    if name[-1:] == "/":  # a folder of tars older than ustar
+        return Member(name, "folder", size, offset)
+    return Member(name, "sparse file" if is_sparse else "file", size, offset)
 
 
 def _padded(size: int) -> int:

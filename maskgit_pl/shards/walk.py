@@ -13,7 +13,8 @@ import os
 import re
 from array import array
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,15 +24,26 @@ from maskgit_pl.shards.images import ImageHeader, UnreadableImageError, read_hea
 from maskgit_pl.shards.manifest import INDEX_DTYPE, ImageRange
 from maskgit_pl.shards.tar import BLOCK, DamagedTarError, Member, escaped, read_members
 
-__all__ = ["IMAGE_EXTENSIONS", "MAX_CLASSES", "NO_LABEL", "Fault", "Labels", "ShardWalk", "parse_label", "walk_shard"]
+__all__ = [
+    "IMAGE_EXTENSIONS",
+    "MAX_CLASSES",
+    "NO_LABEL",
+    "Fault",
+    "Labels",
+    "ShardWalk",
+    "counted",
+    "parse_label",
+    "walk_shard",
+]
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_CLASSES = 100_000  # where no class names say how many there are
 _MAX_IMAGE_BYTES = 256 * 2**20  # no photo within the pixel limit needs more
 _MAX_LABEL_BYTES = 64
 _MAX_JSON_BYTES = 2**20
+_MAX_FAULTY = _MAX_IGNORED = 100_000
 _LABEL = re.compile(rb"\s*(0|[1-9][0-9]{0,8})\s*")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f]|^/|(?:^|/)\.\.(?:/|$)")  # control characters, paths out of a folder
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 
 # What can be wrong with a sample; each is counted. The texts follow a count.
@@ -92,6 +104,12 @@ class Labels:
         return MAX_CLASSES if self.classes is None else len(self.classes)
 
 
+def counted(ignored: Mapping[str, int]) -> str:
+    """Members by extension, the most frequent ones, as they may be shown."""
+    listed = [f"{count} {escaped(extension)}" for extension, count in Counter(ignored).most_common(5)]
+    return ", ".join(listed + [f"{len(ignored) - 5} more kinds"] * (len(ignored) > 5))
+
+
 def parse_label(data: bytes, *, name: str, num_classes: int | None = None) -> int:
     """A class number from the bytes of a ``.cls`` member; ``int()`` would take ``1_000`` and ``-1``.
 
@@ -122,7 +140,7 @@ class ShardWalk:
     Args:
         bytes: Length of the file.
         mtime_ns: When it was last changed.
-        sha256: Of the whole file; empty if the tar is damaged.
+        sha256: Of the whole file; empty if the tar is damaged or its samples are to be refused.
         rows: (n,) INDEX_DTYPE, the whole samples; ``shard`` is 0.
         images: Range of their sizes; None without any.
         num_keys: Samples with an image, whole or not.
@@ -142,8 +160,14 @@ class ShardWalk:
     damage: str = ""
 
 
-def walk_shard(path: Path, labels: Labels) -> ShardWalk:
+def walk_shard(path: Path, labels: Labels, *, lenient: bool = True) -> ShardWalk:
     """Walk a tar, read its labels and image headers, hash it.
+
+    Args:
+        path: The tar.
+        labels: Where labels come from.
+        lenient: Samples with a fault are left out. If they are to be refused, the walk ends where they are too many
+            to be anything but a mistake, and faulty shards are not hashed.
 
     Raises:
         OSError: The file cannot be opened or read.
@@ -151,12 +175,13 @@ def walk_shard(path: Path, labels: Labels) -> ShardWalk:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         status = os.fstat(descriptor)
-        walk = _Walk(descriptor, path.name, labels)
+        walk = _Walk(descriptor, path.name, labels, lenient=lenient)
         damage, digest = "", ""
         try:
             for member in read_members(descriptor):
                 walk.take(member)
-            digest = _sha256(descriptor)
+            if walk.is_good or lenient:
+                digest = _sha256(descriptor)
         except DamagedTarError as error:
             damage = str(error)
         return walk.result(status, digest, damage)
@@ -164,53 +189,67 @@ def walk_shard(path: Path, labels: Labels) -> ShardWalk:
         os.close(descriptor)
 
 
-@dataclass
 class _Sample:
     """Members of one key that lie side by side."""
 
-    key: str = ""
-    place: int = -1  # of its first payload
-    offset: int = -1
-    size: int = 0
-    label: int = -1
-    shape: int = -1  # of the image, packed; see _packed
-    faults: int = 0  # bits
-    other: list[str] = field(default_factory=list)  # extensions of members that are neither image nor label
+    __slots__ = ("faults", "key", "label", "offset", "other", "place", "shape", "size")
+
+    def __init__(self, key: str = "", place: int = -1) -> None:
+        self.key = key
+        self.place = place  # of its first payload
+        self.offset = -1
+        self.size = 0
+        self.label = -1
+        self.shape = -1  # of the image, packed; see _packed
+        self.faults = 0  # bits
+        self.other: list[str] = []  # extensions of members that are neither image nor label
 
 
 class _Walk:
-    def __init__(self, descriptor: int, shard: str, labels: Labels) -> None:
-        self.descriptor, self.shard, self.labels = descriptor, shard, labels
+    """What is gathered member by member; a tar may have millions, so this is where time and memory go."""
+
+    def __init__(self, descriptor: int, shard: str, labels: Labels, *, lenient: bool) -> None:
+        self.descriptor, self.shard, self.labels, self.lenient = descriptor, shard, labels, lenient
+        self.label_extension = labels.extension
         self.sample = _Sample()
         # hash of the key, place, offset, size, label, shape, faults: 56 bytes a sample, where an object takes 500
         self.runs = array("q")
         self.first: dict[str, str] = {}  # what the first sample of a fault is told of
         self.ignored: Counter[str] = Counter()
+        self.num_faulty = self.num_ignored = 0
 
     def take(self, member: Member) -> None:
         """One member after the other."""
         if member.kind == "folder":
             return
         match = _NAME.fullmatch(member.name)
-        key, extension = (match[1], match[2].lower()) if match else (member.name, "")
+        key, extension = match.groups() if match else (member.name, "")
+        extension = extension.lower()
         if key != self.sample.key or self.sample.place < 0:
             self._finish()
             self.sample = _Sample(key, member.offset)
-        is_image, is_label = extension in IMAGE_EXTENSIONS, extension == self.labels.extension
-        if not (is_image or is_label):
+        is_image = extension in IMAGE_EXTENSIONS
+        if not is_image and extension != self.label_extension:
             self.sample.other.append(extension)
         elif fault := _member_fault(member):
-            self._blame(fault, self._called(member))
+            self._blame(fault, member)
         elif is_image:
             self._take_image(member)
         else:
             self._take_label(member)
 
+    @property
+    def is_good(self) -> bool:
+        """Whether there are samples and nothing is known against them, once there is no more member."""
+        self._finish()
+        return bool(self.runs) and not self.num_faulty
+
     def result(self, status: os.stat_result, digest: str, damage: str) -> ShardWalk:
         """What was found, once there is no more member."""
         if not damage:
             self._finish()
-        runs = np.array(self.runs, np.int64).reshape(-1, 7)
+        # not a copy, which a million samples would be worth avoiding; NumPy takes no empty buffer
+        runs = np.frombuffer(self.runs or array("q", [0]), np.int64)[: len(self.runs)].reshape(-1, 7)
         keys, _, offsets, sizes, labels, shapes, bits = runs.T
         bits, repeated = self._mark_repeated(keys, bits, runs)
         whole = bits == 0
@@ -224,59 +263,74 @@ class _Walk:
             rows=rows,
             images=_image_range(shapes[whole]),
             num_keys=len(np.unique(keys[offsets >= 0])),
-            faults=self._count(keys, bits, runs) | repeated,
+            faults=self._count(bits, runs) | repeated,
             ignored=dict(self.ignored),
             damage=damage,
         )
 
     def _take_image(self, member: Member) -> None:
-        called = self._called(member)
         if self.sample.offset >= 0:
-            self._blame(TWO_IMAGES, called)
+            self._blame(TWO_IMAGES, member)
             return
         self.sample.offset, self.sample.size = member.offset, member.size
+        if not 0 < member.size <= _MAX_IMAGE_BYTES:
+            self._blame(BAD_IMAGE, member, f"1 to {_MAX_IMAGE_BYTES} bytes are read, got {member.size}")
+            return
         try:
-            header = read_header(self._payload(member, _MAX_IMAGE_BYTES, called), name=called)
+            header = read_header(self._payload(member), name=self._called(member))
         except UnreadableImageError as error:
-            self._blame(BAD_IMAGE, str(error))
+            self._blame(BAD_IMAGE, member, str(error))
         else:
             self.sample.shape = _packed(header)
 
     def _take_label(self, member: Member) -> None:
-        called = self._called(member)
         if self.sample.label >= 0 or self.sample.faults & _BIT[BAD_LABEL]:
-            self._blame(TWO_LABELS, called)
+            self._blame(TWO_LABELS, member)
             return
         most = _MAX_LABEL_BYTES if self.labels.source == "cls" else _MAX_JSON_BYTES
+        if member.size > most:
+            self._blame(BAD_LABEL, member, f"at most {most} bytes are read, got {member.size}")
+            return
         try:
-            self.sample.label = self.labels.read(self._payload(member, most, called), name=called)
+            self.sample.label = self.labels.read(self._payload(member), name=self._called(member))
         except ValueError as error:
-            self._blame(BAD_LABEL, str(error))
+            self._blame(BAD_LABEL, member, str(error))
 
-    def _payload(self, member: Member, most: int, called: str) -> bytes:
-        if not 0 < member.size <= most:
-            raise UnreadableImageError(f"member {called}: 1 to {most} bytes are read, got {member.size}")
+    def _payload(self, member: Member) -> bytes:
         return os.pread(self.descriptor, member.size, member.offset)
 
     def _finish(self) -> None:
         """Close the sample that is open."""
-        sample, has_label = self.sample, self.sample.label >= 0 or bool(self.sample.faults & _BIT[BAD_LABEL])
+        sample = self.sample
         if sample.place < 0:
             return
-        if sample.offset < 0 and not has_label and not sample.faults:
-            self.ignored.update(f".{extension}" for extension in sample.other)
+        self.sample = _Sample()
+        has_label = sample.label >= 0 or bool(sample.faults & _BIT[BAD_LABEL])
+        is_sample = sample.offset >= 0 or has_label or bool(sample.faults)
+        for extension in sample.other:
+            if not is_sample or extension not in ("txt", "json", "cls"):
+                self.ignored[f".{extension}"] += 1
+                self.num_ignored += 1
+        if self.num_ignored > _MAX_IGNORED:
+            raise DamagedTarError(f"more than {_MAX_IGNORED} members that are no images: {counted(self.ignored)}")
+        if not is_sample:
             return
-        self.ignored.update(f".{extension}" for extension in sample.other if extension not in ("txt", "json", "cls"))
-        if self.labels.extension is None:
+        if self.label_extension is None:
             sample.label, has_label = 0, True
         if not sample.faults:
             sample.faults = (0 if has_label else _BIT[NO_LABEL]) | (0 if sample.offset >= 0 else _BIT[NO_IMAGE])
-        fields = (sample.place, sample.offset, sample.size, sample.label, sample.shape, sample.faults)
-        self.runs.extend((hash(sample.key), *fields))
+        self.num_faulty += sample.faults != 0
+        if self.num_faulty > _MAX_FAULTY and not self.lenient:
+            first = next(iter(self.first.values()), escaped(sample.key))
+            raise DamagedTarError(f"more than {_MAX_FAULTY} samples with a fault (first {first})")
+        key = hash(sample.key)
+        self.runs.extend((key, sample.place, sample.offset, sample.size, sample.label, sample.shape, sample.faults))
 
-    def _blame(self, fault: str, first: str) -> None:
+    def _blame(self, fault: str, member: Member, reason: str = "") -> None:
         self.sample.faults |= _BIT[fault]
-        self.first.setdefault(fault, first)
+        if fault not in self.first:
+            called = self._called(member)
+            self.first[fault] = called if not reason else reason if called in reason else f"{called}: {reason}"
 
     def _called(self, member: Member) -> str:
         return f"{self.shard}:{escaped(member.name)}"
@@ -285,6 +339,8 @@ class _Walk:
         self, keys: npt.NDArray[np.int64], bits: npt.NDArray[np.int64], runs: npt.NDArray[np.int64]
     ) -> tuple[npt.NDArray[np.int64], dict[str, Fault]]:
         """Keys whose members come in several places: whole samples each (repeated) or parts (interleaved)."""
+        if len(np.unique(keys)) == len(keys):
+            return bits, {}
         _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
         many = counts[inverse] > 1
         halves = _BIT[NO_IMAGE] | _BIT[NO_LABEL]
@@ -299,9 +355,7 @@ class _Walk:
                 found[fault] = Fault(len(np.unique(keys[chosen])), self._called_at(int(runs[chosen.argmax(), 1])))
         return bits, found
 
-    def _count(
-        self, keys: npt.NDArray[np.int64], bits: npt.NDArray[np.int64], runs: npt.NDArray[np.int64]
-    ) -> dict[str, Fault]:
+    def _count(self, bits: npt.NDArray[np.int64], runs: npt.NDArray[np.int64]) -> dict[str, Fault]:
         found = {}
         for fault in _FAULTS:
             chosen = bits & _BIT[fault] != 0
@@ -333,8 +387,7 @@ def _image_range(shapes: npt.NDArray[np.int64]) -> ImageRange | None:
 
 
 def _member_fault(member: Member) -> str | None:
-    parts = member.name.split("/")
-    if ".." in parts or member.name.startswith("/") or _CONTROL.search(member.name):
+    if _UNSAFE.search(member.name):
         return BAD_NAME
     return None if member.kind == "file" else BAD_KIND
 

@@ -1,6 +1,8 @@
 import argparse
+import io
 import subprocess
 import sys
+import tarfile
 
 import pytest
 import torch
@@ -83,3 +85,118 @@ def test_every_command_of_the_console_script_runs_something():
     (commands,) = [action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction)]
     for name, parser in commands.choices.items():
         assert callable(parser.get_default("run")), name
+
+
+def shards(folder, tars_of):
+    """Two train shards and one of val, in img2dataset's names."""
+    folder.mkdir()
+    for number in range(3):
+        with tarfile.open(folder / f"{number:05d}.tar", "w") as archive:
+            for name, data in tars_of(number):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    return folder
+
+
+def image(value: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (9, 6), (value, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def labelled(shard: int):
+    return [
+        (f"{shard}{number}.{kind}", data)
+        for number in range(4)
+        for kind, data in (("PNG", image(number)), ("cls", b"%d" % (number % 2)), ("pkl", b"x"))
+    ]
+
+
+def test_index_prints_splits_counts_and_what_is_not_read(tmp_path, capsys):
+    folder = shards(tmp_path / "in", labelled)
+    (tmp_path / "names.txt").write_text("tench, Tinca tinca\ngoldfish\n")
+    assert call("index", f"{folder}/{{00000..00002}}.tar", "--class-names", tmp_path / "names.txt") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{folder}: indexed: 8 train, 4 val; 2 classes; 6 x 9 pixels, colour",
+        "  train: 2 shards, 00000.tar ... 00001.tar",
+        "  val: 1 shard, 00002.tar",
+        "  the last 1 of 3 shards are val (--val-fraction 0.1)",
+        "  train: members not read: 8 .pkl",
+        "  val: members not read: 4 .pkl",
+    ]
+    assert read_manifest_summary(folder).classes == ("tench, Tinca tinca", "goldfish")
+
+
+def test_index_leaves_out_and_counts_only_when_asked(tmp_path, capsys):
+    folder = shards(tmp_path / "in", lambda shard: [*labelled(shard), ("half.png", image(0))])
+    with pytest.raises(ValueError, match=r"3 of 3 shards are refused:\n  00000.tar: 1 without a label \(first 00000"):
+        call("index", folder)
+    call("index", folder, "--lenient")
+    assert "  train: left out: 2 without a label\n  train: members" in capsys.readouterr().out
+    call("stats", folder)
+    assert "  left out: 2 without a label" in capsys.readouterr().out
+    call("verify", folder)
+    call("index", folder, "--no-labels")
+    assert read_manifest_summary(folder).samples == {"train": 10, "val": 5}
+    assert read_manifest_summary(folder).classes == ("image",)
+
+
+def test_class_names_are_checked(tmp_path):
+    folder = shards(tmp_path / "in", labelled)
+    for names in ("a,,b", "a,a", ","):
+        with pytest.raises(ValueError, match="class names: each once and none empty"):
+            call("index", folder, "--class-names", names)
+    with pytest.raises(ValueError, match="below 1 is needed, got 1"):
+        call("index", folder, "--class-names", "a")
+
+
+def test_verify_prints_counts_or_one_table(tmp_path, capsys):
+    folder = shards(tmp_path / "in", labelled)
+    call("index", folder)
+    capsys.readouterr()
+    assert call("verify", folder) == 0
+    printed = capsys.readouterr().out
+    assert printed == f"{folder}: 3 shards, 12 samples, 61440 bytes: hashes, headers and labels are as indexed\n"
+    assert call("verify", folder, "--decode") == 0
+    with open(folder / "00000.tar", "r+b") as file:
+        file.truncate(3072)
+    data = bytearray((folder / "00002.tar").read_bytes())
+    data[3 * 1024] ^= 1
+    (folder / "00002.tar").write_bytes(data)
+    with pytest.raises(ValueError, match="2 files are not what the manifest says") as caught:
+        call("verify", folder)
+    table = [line.split(maxsplit=2) for line in str(caught.value).splitlines()[1:]]
+    assert [row[0] for row in table] == ["file", "00000.tar", "00002.tar"]
+    assert "20480 bytes  3072 bytes" in str(caught.value)
+
+
+def test_stats_prints_a_table_and_draws_a_sheet(tmp_path, capsys):
+    folder = shards(tmp_path / "in", labelled)
+    call("index", folder, "--class-names", "cat,dog")
+    capsys.readouterr()
+    call("stats", folder, "--out", tmp_path / "sheet.png")
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[4:6] == ["    0  cat        4    2", "    1  dog        4    2"]
+    assert "all images 6 x 9 pixels (height x width), RGB" in printed
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.mode == "RGB"
+        assert len(sheet.getcolors(10**6)) > 8
+    with pytest.raises(ValueError, match=r"a \.png file"):
+        call("stats", folder, "--out", tmp_path / "sheet.jpg")
+
+
+def test_every_error_ends_with_code_2(tmp_path, capsys):
+    from maskgit_pl.cli import main
+
+    (tmp_path / "empty").mkdir()
+    for words in (
+        ("verify", tmp_path / "nowhere"),
+        ("verify", tmp_path / "empty"),
+        ("stats", tmp_path / "empty"),
+        ("index", "pipe:cat x"),
+        ("index", tmp_path / "empty"),
+        ("index", tmp_path / "empty", "--workers", "0"),
+    ):
+        assert main(["data", *map(str, words)]) == 2
+        assert capsys.readouterr().err.startswith("maskgit data: ")

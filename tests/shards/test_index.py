@@ -184,7 +184,7 @@ FAULTS = {
         "2 whose members do not lie side by side (first x.tar:x.png)",
     ),
     "html for an image": ([("x.png", b"<html>"), ("x.cls", b"0")], "1 with an image that cannot be read (first image"),
-    "empty image": ([("x.png", b""), ("x.cls", b"0")], "1 with an image that cannot be read (first member x.tar:x.png"),
+    "empty image": ([("x.png", b""), ("x.cls", b"0")], "1 with an image that cannot be read (first x.tar:x.png: 1 to"),
     "label 1_000": ([("x.png", None), ("x.cls", b"1_000")], "1 with a label that is no class (first label x.tar:x.cls"),
     "label too high": ([("x.png", None), ("x.cls", b"999999")], "1 with a label that is no class (first label x.tar:"),
     "path out": ([("../x.png", None), ("../x.cls", b"0")], "1 with an unsafe member name (first x.tar:../x.png)"),
@@ -296,7 +296,7 @@ def test_an_interrupted_run_goes_on_with_the_shards_that_are_left(tars, tmp_path
     alone = content(tmp_path)
     walked = []
 
-    def interrupted(path, labels):
+    def interrupted(path, labels, **rest):
         if len(walked) == 2:
             raise KeyboardInterrupt
         walked.append(path.name)
@@ -312,7 +312,9 @@ def test_an_interrupted_run_goes_on_with_the_shards_that_are_left(tars, tmp_path
         file.write(b'{"name": "2.t')  # killed while it wrote
     os.utime(shards[1], (1, 1))  # this one has changed since
     again = []
-    monkeypatch.setattr(index, "walk_shard", lambda path, labels: again.append(path.name) or walk_shard(path, labels))
+    monkeypatch.setattr(
+        index, "walk_shard", lambda path, labels, **rest: again.append(path.name) or walk_shard(path, labels)
+    )
     index_shards(tmp_path, {"train": shards})
     assert (walked, again) == (["0.tar", "1.tar"], ["1.tar", "2.tar", "3.tar"])
     assert content(tmp_path) == alone

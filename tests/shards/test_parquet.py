@@ -1,0 +1,113 @@
+import builtins
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from maskgit_pl.shards.manifest import load_manifest, read_manifest_summary
+from maskgit_pl.shards.reader import ShardReader
+from maskgit_pl.shards.sources import open_source
+from maskgit_pl.shards.writer import make_shards
+
+NAMES = ["cat", "dog", "tench, Tinca tinca"]
+
+
+def write(tars, path, start, count, *, struct=True, names=NAMES, label_field="label", image_field="image", labels=None):
+    images = [tars.png(number) for number in range(start, start + count)]
+    labels = [number % 3 for number in range(start, start + count)] if labels is None else labels
+    column = [{"bytes": data, "path": f"{n}.png"} for n, data in enumerate(images)] if struct else images
+    table = pa.table({image_field: column, label_field: labels})
+    if names is not None:
+        features = {label_field: {"names": names, "_type": "ClassLabel"}, image_field: {"_type": "Image"}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path, row_group_size=4)
+    return path
+
+
+def values(folder, split):
+    """The first pixel of each image, which is its number, and the labels."""
+    import io
+
+    from PIL import Image
+
+    reader = ShardReader(load_manifest(folder, split))
+    pixels = [Image.open(io.BytesIO(reader.read(index))).getpixel((0, 0)) for index in range(len(reader))]
+    return pixels, reader.labels(np.arange(len(reader))).tolist()
+
+
+@pytest.mark.parametrize("struct", [True, False])
+@pytest.mark.parametrize("val", ["validation", "test"])
+def test_files_of_both_splits_keep_rows_labels_and_class_names(tars, tmp_path, struct, val):
+    for name, start, count in (("train-00000-of-00002", 0, 7), ("train-00001-of-00002", 7, 6), (f"{val}-00000", 20, 5)):
+        write(tars, tmp_path / "data" / f"{name}.parquet", start, count, struct=struct)
+    make_shards(open_source(tmp_path), tmp_path / "out", shard_size=5)
+    assert values(tmp_path / "out", "train") == (list(range(13)), [n % 3 for n in range(13)])
+    assert values(tmp_path / "out", "val") == (list(range(20, 25)), [n % 3 for n in range(20, 25)])
+    assert read_manifest_summary(tmp_path / "out").classes == tuple(NAMES)
+
+
+def test_rows_are_split_by_a_hash_where_files_are_not(tars, tmp_path):
+    write(tars, tmp_path / "in" / "train.parquet", 0, 60)
+    make_shards(open_source(tmp_path / "in", val_fraction=0.3), tmp_path / "out")
+    train, val = values(tmp_path / "out", "train"), values(tmp_path / "out", "val")
+    assert sorted(train[0] + val[0]) == list(range(60))
+    assert 8 < len(val[0]) < 30
+    assert train[1] == [number % 3 for number in train[0]]
+
+
+def test_other_columns_and_names_of_ones_own(tars, tmp_path):
+    path = tmp_path / "in" / "train.parquet"
+    write(tars, path, 0, 40, names=None, label_field="fine_label", image_field="img")
+    with pytest.raises(ValueError, match=r"no column 'label', got img, fine_label; name it with --label-field"):
+        open_source(path.parent)
+    assert open_source(path.parent, label_field="fine_label").classes == ("0", "1", "2")
+    assert open_source(path.parent, label_field="fine_label", classes=NAMES).classes == tuple(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"labels": [0, 3, 1]}, r"row 1: a class below 3 is needed, got 3"),
+        ({"labels": [0, -1, 1]}, r"row 1: a class below 3 is needed, got -1"),
+        ({"labels": [0, None, 1]}, r"1 rows have no 'label'"),
+        ({"labels": ["a", "b", "c"]}, r"must hold class numbers, got string"),
+        ({"names": ["a", "b"]}, r"class names are not those of"),
+    ],
+)
+def test_bad_files_are_refused_by_name(tars, tmp_path, options, message):
+    write(tars, tmp_path / "train-0.parquet", 0, 3)
+    write(tars, tmp_path / "train-1.parquet", 3, 3, **options)
+    with pytest.raises(ValueError, match=rf"train-1\.parquet: .*{message}"):
+        open_source(tmp_path)
+
+
+def test_files_that_are_no_parquet_or_hold_only_paths_are_refused(tars, tmp_path):
+    (tmp_path / "train.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(ValueError, match=r"train\.parquet: cannot be read"):
+        open_source(tmp_path)
+    table = pa.table({"label": [0, 1]})
+    pq.write_table(table, tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match="a column of image bytes is needed, got label"):
+        open_source(tmp_path)
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    rows = pa.array([{"bytes": None, "path": "/etc/passwd"}] * 40, kind)
+    pq.write_table(pa.table({"image": rows, "label": [0] * 40}), tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=r"train\.parquet: row \d+: the image's bytes are needed"):
+        make_shards(open_source(tmp_path, val_fraction=0.5), tmp_path / "out")
+
+
+def test_without_pyarrow_the_way_to_install_it_is_named(tars, tmp_path, monkeypatch):
+    write(tars, tmp_path / "train.parquet", 0, 3)
+    real = builtins.__import__
+
+    def without(name, *rest):
+        if name.startswith("pyarrow"):
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ValueError, match=r'pip install "maskgit_pl\[parquet\]"'):
+        open_source(tmp_path)
