@@ -134,6 +134,20 @@ class Checkpoints(Checkpoint):
         if trainer.global_step % self.every_n_steps == 0:
             self._save(trainer)
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Counts the micro-batches that are done as those of this run, which may cut a step into more or fewer.
+
+        Lightning ends a step when the micro-batches of the epoch are a multiple of the accumulation: with the counts of
+        another accumulation, steps would end within a global batch.
+        """
+        accumulation = getattr(pl_module, "accumulation", trainer.accumulate_grad_batches)  # stage 1 has its own
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        total, current = progress["total"], progress["current"]
+        before = total["ready"] // max(1, checkpoint["global_step"])
+        for counts in (total, current) if before else ():
+            added = counts["ready"] // before * accumulation - counts["ready"]
+            counts |= {name: count + added for name, count in counts.items()}
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self.settings is not None:
             checkpoint[_SETTINGS] = self.settings
