@@ -139,10 +139,10 @@ def recipe_value(files: Iterable[Path], overrides: Sequence[str], key: str) -> A
         for part in key.split("."):
             node = node.get(part) if isinstance(node, dict) else None
         value = value if node is None else node
-    for word, following in zip(overrides, [*overrides[1:], ""], strict=True):
+    for place, word in enumerate(overrides):
         flag, equals, given = word.partition("=")
         if flag == f"--{key}":
-            value = yaml.safe_load(given if equals else following)
+            value = yaml.safe_load(given if equals else "".join(overrides[place + 1 : place + 2]))
     return value
 
 

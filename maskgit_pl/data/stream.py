@@ -484,14 +484,14 @@ class _Fetcher:
                 return self._download(url, file)
             except ImportError as error:
                 raise StreamError(f"stream {url}: {error}; install with pip what it names") from error
-            except FileNotFoundError as error:
-                raise StreamError(f"stream {url}: not there") from error
             except StreamError:
                 raise
-            except Exception as error:  # every file system has errors of its own
+            except Exception as error:  # every file system has errors of its own, and its own idea of "not found"
+                what = error if error.__cause__ is None else error.__cause__
                 if attempt == self.config.attempts:
-                    raise StreamError(f"stream {url}: not reached in {attempt} attempts ({error!r})") from error
-                log.warning("stream %s: attempt %d of %d: %r", url, attempt, self.config.attempts, error)
+                    raise StreamError(f"stream {url}: not reached in {attempt} attempts ({what!r})") from error
+                log.warning("stream %s: attempt %d of %d: %r", url, attempt, self.config.attempts, what)
+                self._alive = time.monotonic()
                 time.sleep(attempt)
         return None
 
