@@ -1,0 +1,115 @@
+"""``maskgit train`` on ``data.source: stream``, as a user calls it, from a web server of this machine."""
+
+import functools
+import http.server
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from maskgit_pl.cli import main
+from maskgit_pl.cli.recipes import recipe_value
+from maskgit_pl.training.checkpoints import newest_complete
+from tests.conftest import save_uneven_shards
+
+TINY = Path(__file__).parents[1] / "tiny"
+
+
+class Counting(http.server.SimpleHTTPRequestHandler):
+    """Notes what is asked for."""
+
+    asked: list[str]
+
+    def log_message(self, *_: object) -> None:
+        self.asked.append(self.path)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, list[str]]]:
+    """The address of a folder of shards, and what was asked of it."""
+    folder = save_uneven_shards(tmp_path_factory.mktemp("web") / "shards", (7, 5, 9, 4), (3, 8))
+    asked: list[str] = []
+    handler = type("Handler", (Counting,), {"asked": asked})
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(handler, directory=str(folder))
+    ) as running:
+        threading.Thread(target=running.serve_forever, args=(0.05,), daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}", asked
+        running.shutdown()
+
+
+@pytest.fixture
+def train(server, tiny_pretrained: Path, tmp_path: Path) -> Callable[..., int]:
+    """Trains a stage of the run ``one`` on streams alone, without a data folder."""
+
+    def call(stage: str, *more: str) -> int:
+        tiny = flags(yaml.safe_load((TINY / f"{stage}.yaml").read_text()))
+        tiny = [word for word in tiny if "num_classes" not in word]  # the stream says
+        tokenizer = ("--tokenizer", str(tiny_pretrained / "tokenizer")) if stage == "transformer" else ()
+        streams = (
+            "--data.source=stream", "--data.stream.samples=25", "--data.stream.classes=[boot, shirt, trouser]",
+            f"--data.stream.urls={server[0]}/train-{{000000..000003}}.tar", "--data.stream.shuffle_buffer=5",
+            f"--data.stream.validation_urls={server[0]}/val-{{000000..000001}}.tar",
+        )  # fmt: skip
+        where = ("--dataset", "remote", "--runs", str(tmp_path), "--run", "one")
+        return main(["train", stage, *where, *tokenizer, *tiny, *streams, *more])
+
+    return call
+
+
+def flags(tree: dict, path: str = "") -> list[str]:
+    """The values of a YAML tree as flags, since a run takes no recipe from elsewhere."""
+    found: list[str] = []
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found += flags(value, f"{path}{key}.")
+        elif value is not None:
+            found.append(f"--{path}{key}={value}")
+    return found
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
+def test_a_stage_trains_from_a_stream_and_goes_on(server, train, tmp_path, stage):
+    server[1].clear()
+    assert train(stage, "--trainer.max_steps=3") == 0
+    assert {path.split("-")[0] for path in server[1]} == {"/train", "/val"}
+    assert newest_complete(tmp_path / "one" / stage / "checkpoints").name == "step-00000003"
+    assert (tmp_path / "one" / "pretrained" / stage / "model.safetensors").is_file()
+    if stage == "transformer":
+        assert "boot" in (tmp_path / "one" / "pretrained" / stage / "config.json").read_text()
+    assert train(stage, "--trainer.max_steps=5") == 0
+    assert newest_complete(tmp_path / "one" / stage / "checkpoints").name == "step-00000005"
+    assert train(stage, "--trainer.max_steps=6", "--data.stream.urls=other.tar") == 2  # other data is another run
+
+
+@pytest.mark.parametrize(
+    ("more", "part"),
+    [
+        (["--data.stream.urls=pipe:cat x"], "'pipe:cat x'"),
+        (["--data.stream.classes=7", "--model.network.num_classes=3"], "has 7 classes, got 3"),
+        (["--data.stream.classes=null"], "remote"),  # neither the stream nor a data folder says
+        (["--data.validation_samples=null"], "data.validation_samples: a number is needed"),
+        (["--data", "nowhere"], "data nowhere: no such folder"),
+        (["--data.stream.urls=nowhere.tar"], "stream nowhere.tar: cannot be read (No such file or directory)"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line(train, capsys, more, part):
+    assert train("transformer", *more) == 2
+    error = capsys.readouterr().err
+    assert part in error
+    assert len(error.splitlines()) == 1
+
+
+def test_the_value_of_a_key_is_the_last_that_files_and_flags_give(tmp_path):
+    files = [tmp_path / "one.yaml", tmp_path / "two.yaml"]
+    files[0].write_text("data: {source: tokens, stream: {classes: 3}}\n")
+    files[1].write_text("data: {source: images}\n")
+    assert recipe_value(files, [], "data.source") == "images"
+    assert recipe_value(files, ["--data.source=stream"], "data.source") == "stream"
+    assert recipe_value(files, ["--data.source", "stream", "--x"], "data.source") == "stream"
+    assert recipe_value(files, ["--data.sources=stream"], "data.source") == "images"
+    assert recipe_value(files, ["--data.stream.classes=[a, b]"], "data.stream.classes") == ["a", "b"]
+    assert recipe_value(files, [], "data.stream.classes") == 3
+    assert recipe_value(files, [], "data.stream.classes.x") is None

@@ -1,0 +1,295 @@
+"""Streams from a real web server and from files: who sees what; shards that are bad, slow or not there."""
+
+import functools
+import http.server
+import itertools
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from maskgit_pl.data import Batch, ShardData, StreamConfig, StreamError
+from maskgit_pl.data.stream import StreamBatches
+from maskgit_pl.shards.images import encode_png
+from maskgit_pl.shards.unreadable import DataBudgetError
+from tests.conftest import save_uneven_shards
+from tests.data_folders import save_data
+
+SIZES = (7, 5, 9, 4, 6, 8)
+NUM_TRAIN = sum(SIZES)
+CLASS_NAMES = ("a", "b", "c")
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_uneven_shards(tmp_path_factory.mktemp("web") / "shards", SIZES, (3, 8))
+
+
+@pytest.fixture(scope="module")
+def web(folder: Path) -> Iterator[str]:
+    """The address of the folder on a server of this machine."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def stream(urls, **options) -> StreamBatches:
+    names = ("class_names", "rank", "world_size", "first_step", "seed", "crop", "unreadable_budget")
+    of_dataset = {name: options.pop(name) for name in names if name in options}
+    config = StreamConfig(urls, samples=NUM_TRAIN, **{"shuffle_buffer": 4, "attempts": 1, **options})
+    return StreamBatches(config, **{"class_names": CLASS_NAMES, "image_size": 8, "in_channels": 1, **of_dataset})
+
+
+def data(path: Path | str, urls, **options) -> ShardData:
+    of_stream = {name: options.pop(name) for name in ("validation_urls", "classes") if name in options}
+    config = StreamConfig(urls, samples=NUM_TRAIN, shuffle_buffer=4, attempts=1, **of_stream)
+    sizes = {"image_size": 8, "in_channels": 1, "global_batch": 8, "max_batch_per_device": 4, "validation_batch": 4}
+    module = ShardData(str(path), source="stream", stream=config, **{**sizes, **options})
+    module.setup()
+    return module
+
+
+def images(batches: list[Batch]) -> list[bytes]:
+    return [image.numpy().tobytes() for batch in batches for image in batch.content]
+
+
+def taken(dataset: StreamBatches, count: int) -> list[Batch]:
+    return [dataset.__getitems__(range(number, number + 1)) for number in range(count)]
+
+
+@pytest.fixture(scope="module")
+def known(folder: Path) -> dict[bytes, int]:
+    """Every training image of the shards, with its label."""
+    module = ShardData(str(folder), image_size=8, in_channels=1, global_batch=NUM_TRAIN, max_batch_per_device=NUM_TRAIN)
+    (batch,) = module.train_dataloader()
+    return dict(zip(images([batch]), batch.labels.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["web", "file", "path"])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_all_samples_come_with_their_labels_from_anywhere(folder, web, known, kind, num_workers):
+    base = {"web": web, "file": folder.as_uri(), "path": str(folder)}[kind]
+    module = data(folder, f"{base}/train-{{000000..000005}}.tar", num_workers=num_workers)
+    batches = list(module.train_dataloader())
+    assert [tuple(batch.content.shape) for batch in batches] == [(4, 1, 8, 8)] * (2 * module.steps_per_epoch)
+    assert torch.equal(torch.cat([batch.position for batch in batches]), torch.arange(40))
+    assert all(torch.equal(batch.index, batch.position) and batch.valid.all() for batch in batches)
+    assert all((batch.replacement == -1).all() for batch in batches)
+    labels = torch.cat([batch.labels for batch in batches]).tolist()
+    assert [known[image] for image in images(batches)] == labels
+    assert len(set(images(batches))) > 30  # of 39
+
+
+def test_one_worker_sees_each_sample_once_in_each_pass_but_for_what_the_buffer_holds(folder, known):
+    seen = images(taken(stream(f"{folder}/train-{{000000..000005}}.tar"), 5 * NUM_TRAIN))
+    counts = [seen.count(image) for image in known]
+    assert min(counts) >= 3
+    assert max(counts) <= 6
+
+
+def test_ranks_and_workers_are_dealt_different_shards(folder, known):
+    urls = f"{folder}/train-{{000000..000005}}.tar"
+    two = [images(taken(stream(urls, rank=rank, world_size=2), 15)) for rank in (0, 1)]
+    assert not set(two[0]) & set(two[1])  # within the first pass, three shards each
+    batches = list(itertools.islice(data(folder, urls, num_workers=2).train_dataloader(), 6))
+    even, odd = (set(images(batches[first::2])) for first in (0, 1))
+    assert len(even) == len(odd) == 12
+    assert not even & odd
+
+
+def test_order_depends_on_the_seed_and_on_the_step_at_which_it_begins(folder):
+    urls = f"{folder}/train-{{000000..000005}}.tar"
+    first = images(taken(stream(urls), 20))
+    assert first == images(taken(stream(urls), 20))
+    assert first != images(taken(stream(urls, seed=1), 20))
+    assert first != images(taken(stream(urls, first_step=3), 20))
+
+
+def test_epoch_counts_passes_and_random_crops_depend_on_the_row(tmp_path):
+    wide = [(encode_png(torch.arange(8 * 30).reshape(1, 8, 30).to(torch.uint8)), 0)] * 3
+    save_data(tmp_path, {"train": wide})
+    batch = stream(str(tmp_path / "train-000000.tar"), crop="random", shuffle_buffer=1).__getitems__(range(9))
+    assert batch.epoch.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert len({image.numpy().tobytes() for image in batch.content}) > 4
+
+
+def test_validation_urls_give_each_sample_once_over_ranks_and_again_each_time(folder, web):
+    urls = f"{web}/val-{{000000..000001}}.tar"
+    module = data(folder, f"{folder}/train-000000.tar", validation_urls=urls, validation_samples=9, classes=3)
+    indexed = ShardData(str(folder), image_size=8, in_channels=1, validation_batch=4, validation_samples=9)
+    loader = module.val_dataloader()
+    for _ in range(2):
+        for ours, expected in zip(loader, indexed.val_dataloader(), strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(ours, expected, strict=True))
+    once = loader.dataset
+    odd = [once.__getitems__(range(start, start + 2)).index.tolist() for start in (2, 6, 2)]
+    assert odd == [[2, 3], [6, 7], [2, 3]]
+
+
+def test_validation_urls_that_hold_too_few_are_named(folder):
+    urls = f"{folder}/val-000000.tar"
+    module = data(folder, urls, validation_urls=urls, validation_samples=4, classes=3)
+    with pytest.raises(StreamError, match=r"validation_samples: .* got 4; sample 3 is not there"):
+        list(module.val_dataloader())
+
+
+def test_class_names_are_those_of_the_stream_or_of_the_folder(folder, tmp_path):
+    urls = f"{folder}/train-000000.tar"
+    assert data(folder, urls).num_classes == 3
+    assert data(folder, urls, classes=["x", "y", "z"]).class_names == ("x", "y", "z")
+    alone = data(tmp_path / "nowhere", urls, classes=4, validation_urls=urls, validation_samples=2)
+    assert alone.class_names == ("0", "1", "2", "3")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        data(tmp_path / "nowhere", urls, classes=4)  # validation reads the folder
+
+
+def spoilt(folder: Path, tmp_path: Path, kind: str) -> Path:
+    whole = (folder / "train-000001.tar").read_bytes()
+    content = {
+        "cut": whole[:3000],
+        "damaged header": whole[:2048] + bytes([65] * 512) + whole[2560:],
+        "no tar": b"<html>404 Not Found</html>" * 100,
+        "gzip": b"\x1f\x8b" + whole,
+        "empty": b"",
+        "no sample": bytes(10240),
+    }[kind]
+    path = tmp_path / "bad.tar"
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["cut", "damaged header", "no tar", "gzip", "empty", "no sample"])
+def test_a_bad_shard_among_good_ones_is_named_and_not_passed_over(folder, tmp_path, kind):
+    bad = spoilt(folder, tmp_path, kind)
+    dataset = stream([f"{folder}/train-000000.tar", str(bad)])
+    with pytest.raises(StreamError, match=rf"stream {bad}: .* got"):
+        taken(dataset, 40)
+
+
+def test_a_label_that_is_no_class_is_named_with_shard_and_member(folder):
+    dataset = stream(f"{folder}/train-000000.tar", class_names=("a", "b"))
+    with pytest.raises(StreamError, match=r"train-000000\.tar: whole samples .*no class \(first .*00000002\.cls"):
+        taken(dataset, 1)
+
+
+def test_unreadable_images_are_passed_over_until_they_are_too_many(tmp_path):
+    good = encode_png(torch.zeros(1, 8, 8, dtype=torch.uint8))
+    cut = good[:-20]  # the header is whole
+    save_data(tmp_path / "few", {"train": [(good, 0), (cut, 1), (b"<html>", 1), (good, 2)]})
+    urls = str(tmp_path / "few" / "train-000000.tar")
+    batch = stream(urls, unreadable_budget=0.9).__getitems__(range(6))
+    assert set(batch.labels.tolist()) == {0, 2}
+    with pytest.raises(DataBudgetError, match=r"train-000000\.tar"):
+        taken(stream(urls), 8)
+    with pytest.raises(DataBudgetError, match="unreadable_budget"):
+        taken(stream(urls, unreadable_budget=1e-3), 100)
+    save_data(tmp_path / "all", {"train": [(cut, 0)] * 3})
+    with pytest.raises(DataBudgetError, match="got 11"):
+        taken(stream(str(tmp_path / "all" / "train-000000.tar"), unreadable_budget=0.9999), 1)
+
+
+def test_what_is_not_there_is_named(web, tmp_path):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        nobody = f"http://127.0.0.1:{unused.getsockname()[1]}/train-0.tar"
+        for url, text in (
+            (f"{web}/train-999999.tar", "not reached in 1 attempts .*404"),
+            (nobody, "not reached in 1 attempts .*onnect"),
+            (f"{tmp_path}/no.tar", "No such file"),
+            ("s3://bucket/x.tar", "s3fs"),
+        ):
+            with pytest.raises(StreamError, match=rf"stream {url}: .*{text}"):
+                taken(stream(url), 1)
+
+
+def test_a_shard_that_fails_once_is_asked_for_again(folder):
+    failures = iter((True, False))
+
+    class Failing(Quiet):
+        def do_GET(self) -> None:
+            if next(failures, False):
+                self.send_error(503)
+            else:
+                super().do_GET()
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Failing, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/train-000000.tar"
+        assert len(taken(stream(url, attempts=2), 1)) == 1
+        server.shutdown()
+
+
+def test_a_server_that_falls_silent_ends_the_run(folder):
+    silent = threading.Event()
+
+    class Silent(Quiet):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "10240")
+            self.end_headers()
+            self.wfile.write(bytes(100))
+            silent.wait(20)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Silent) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/train-000000.tar"
+        start = time.monotonic()
+        with pytest.raises(StreamError, match=rf"stream {url}: nothing came for 0.5 s \(data.stream.stall_seconds\)"):
+            taken(stream(url, stall_seconds=0.5), 1)
+        assert time.monotonic() - start < 5
+        silent.set()
+        server.shutdown()
+
+
+def test_nothing_is_left_in_the_temporary_folder(web, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    taken(stream(f"{web}/train-{{000000..000005}}.tar"), 60)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("urls", "text"),
+    [
+        ("pipe:cat train.tar", "'pipe:cat train.tar'"),
+        (["good.tar", "pipe:curl x"], "'pipe:curl x'"),
+        ("simplecache::https://host/x.tar", "simplecache"),
+        ("python://x", "python"),
+        ([], "at least one"),
+        ("", "at least one"),
+        ("x-{0..1.tar", "braces that close"),
+        ("x-{0..99999999999}.tar", "at most"),
+    ],
+)
+def test_what_is_not_read_is_refused_by_name(urls, text):
+    with pytest.raises(ValueError, match=r"data\.stream\.urls: .*got") as error:
+        StreamConfig(urls, samples=1)
+    assert text in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"samples": 0}, {"shuffle_buffer": 0}, {"attempts": 0}, {"stall_seconds": 0}, {"classes": 0}, {"labels": "txt"}],
+)
+def test_numbers_out_of_range_are_refused(options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))}.* got"):
+        StreamConfig("x.tar", **{"samples": 1, **options})
+
+
+def test_a_stream_without_its_urls_or_the_size_of_its_validation_is_refused():
+    with pytest.raises(ValueError, match=r"data\.stream: .* got none"):
+        ShardData("x", source="stream")
+    with pytest.raises(ValueError, match=r"data\.validation_samples: .* got none"):
+        ShardData("x", source="stream", stream=StreamConfig("x.tar", samples=1, validation_urls="y.tar"))
