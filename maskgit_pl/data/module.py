@@ -23,7 +23,7 @@ from maskgit_pl.data.order import (
 )
 from maskgit_pl.data.stream import StreamBatches, StreamConfig, StreamOnce, check_stream
 from maskgit_pl.shards.images import Crop, check_crop
-from maskgit_pl.shards.manifest import DataSummary, Split, load_manifest, read_manifest_summary
+from maskgit_pl.shards.manifest import DataSummary, Split, load_manifest, load_manifests, read_manifest_summary
 from maskgit_pl.shards.reader import ShardReader
 from maskgit_pl.shards.tokens import StoreDescription, TokenReader, open_store
 from maskgit_pl.shards.unreadable import check_budget
@@ -140,16 +140,18 @@ class ShardData(LightningDataModule):
             open_store(self.token_store, data=None, tokenizer=fingerprint)
 
     def setup(self, stage: str | None = None) -> None:
-        """Check every shard's length, or whose the token store is, before the first step.
+        """Check every shard's length and ends, or whose the token store is, before the first step.
 
         Raises:
             FileNotFoundError: Data folder, manifest or store is missing.
             ValueError: Shards are not what the manifest says, the store is of other data, or the batch does not divide.
         """
-        for split in self._splits_of_folder:
-            manifest = load_manifest(self.path, split, check=self.source != "tokens")
-            if self.source != "tokens":
+        if self.source != "tokens":
+            for manifest in load_manifests(self.path, self._splits_of_folder).values():
                 _ = ShardReader(manifest).index  # refuses labels that are no class
+        else:
+            for split in self._splits_of_folder:
+                load_manifest(self.path, split, check=False)
         split_batch(self.global_batch, self.max_batch_per_device, self._world_size)
         _ = self.store
 
