@@ -167,7 +167,7 @@ def test_a_window_of_no_shards_is_refused(window, tmp_path):
 @pytest.mark.parametrize("window", [None, 2])
 def test_uneven_shards_end_each_epoch_at_once_on_every_rank(uneven, window):
     module = uneven_data(uneven, shuffle_window=window)
-    dataset = module.batches("train", module._stream())
+    dataset = module.batches("train", module._order())
     seen: list[int] = []
     for step, rank in ((0, 0), (0, 1), (9, 0), (9, 1)):  # an epoch is 9 steps of 12 on 108 samples
         order = GlobalOrder(108, per_device=2, accumulation=3, world_size=2, rank=rank, current_step=lambda s=step: s)
@@ -246,7 +246,7 @@ def test_ten_million_samples_start_at_once_and_in_little_memory(tmp_path, window
     module = ShardData(str(tmp_path), image_size=8, in_channels=1, global_batch=256, shuffle_window=window)
     module.setup()
     order = GlobalOrder(10**7, per_device=256, current_step=lambda: 10**7 // 256 // 2)
-    batches = iter(loader(module.batches("train", module._stream()), order, num_workers=0))
+    batches = iter(loader(module.batches("train", module._order()), order, num_workers=0))
     assert next(batches).content.shape == (256, 1, 8, 8)
     ready, grown = time.perf_counter() - start, held_memory() - before
     print(f"10^7 samples, window {window}: {ready:.2f} s to the first batch, {grown:.0f} MB more held")
