@@ -1,0 +1,276 @@
+"""Measures what the data path gives a training step: images, token sequences, and the start of a run that goes on.
+
+    python benchmarks/data.py --json data.json
+
+benchmarks/README.md says what is compared and how to read the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from measuring import markdown_table, processor
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from maskgit_pl.data import GlobalOrder, ImageBatches, ShuffledStream, TokenBatches, to_unit_range
+from maskgit_pl.data.batches import loader
+from maskgit_pl.shards.index import find_shards, index_shards
+from maskgit_pl.shards.manifest import load_manifest
+from maskgit_pl.shards.reader import ShardReader
+from maskgit_pl.shards.tokens import StoreDescription, StoreParts, TokenReader, open_store
+from maskgit_pl.training.environment import describe_environment
+
+_SIDE = 256  # of the images that a model gets
+_SOURCES = {"256 x 256": (256, 256), "500 x 375": (500, 375)}  # width and height as stored
+_SLOPE = 1.4  # of amplitude over frequency; JPEGs of quality 90 then have 2.5 to 3 bits a pixel, as photos have
+_PASSES = 3
+_IMAGE_BATCH, _TOKEN_BATCHES = 64, (256, 1024)
+_GRID, _CODES = (16, 16), 1024
+_STEPS = (10, 10_000_000)
+_GOALS = {"images": 3.0, "token sequences": 2e6}
+Run = Callable[[], int]
+
+
+def rates(contenders: Mapping[str, Run], *, repeats: int) -> dict[str, list[float]]:
+    """Items a CPU second of this process, which is what one core does, round by round.
+
+    CPU seconds, because a process that waits for its turn on a busy machine is no slower for it.
+
+    Args:
+        contenders: Each works through its items once and returns how many they were; run in turn after a round that
+            does not count.
+        repeats: Rounds that count.
+    """
+    measured: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(repeats + 1):
+        for name, run in contenders.items():
+            start = time.process_time()
+            count = run()
+            if number > 0:
+                measured[name].append(count / (time.process_time() - start))
+    return measured
+
+
+# Images
+
+
+def texture(width: int, height: int, generator: np.random.Generator) -> Image.Image:
+    """A picture with a spectrum like photos': mostly grey, with softer colours."""
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    frequency[0, 0] = 1
+
+    def plane(exponent: float) -> npt.NDArray[np.float64]:
+        phase = np.exp(2j * np.pi * generator.random(frequency.shape))
+        values = np.fft.irfft2(phase / frequency**exponent, s=(height, width))
+        return (values - values.mean()) / values.std()
+
+    grey = plane(_SLOPE)
+    pixels = np.stack([128 + 45 * grey + 15 * plane(_SLOPE + 0.5) for _ in range(3)], axis=-1)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def write_images(folder: Path, size: tuple[int, int], count: int) -> int:
+    """A data folder of JPEGs of quality 90; returns their mean length in bytes."""
+    from webdataset import TarWriter
+
+    generator, total = np.random.default_rng(0), 0
+    folder.mkdir(parents=True)
+    with TarWriter(str(folder / "train-000000.tar")) as tar:
+        for number in range(count):
+            buffer = io.BytesIO()
+            texture(*size, generator).save(buffer, "JPEG", quality=90)
+            total += buffer.tell()
+            tar.write({"__key__": f"{number:08d}", "jpg": buffer.getvalue(), "cls": number % 10})
+    index_shards(folder, {"train": find_shards(folder, "train-*.tar")})
+    return total // count
+
+
+def our_images(folder: Path, *, on_batch: Callable[[Tensor], object] = lambda images: None) -> int:
+    """An epoch of shuffled uint8 batches, as training gets them."""
+    reader = ShardReader(load_manifest(folder, "train"))
+    dataset = ImageBatches(reader, ShuffledStream(len(reader), seed=0), image_size=_SIDE, in_channels=3)
+    order = GlobalOrder(len(reader), per_device=min(_IMAGE_BATCH, len(reader)))
+    return _count(loader(dataset, order, num_workers=0), on_batch)
+
+
+def webdataset_images(folder: Path) -> int:
+    """An epoch as webdataset's and torchvision's examples write it: PIL, then the transforms of version 1."""
+    from torchvision import transforms
+    from webdataset import WebDataset
+
+    transform = transforms.Compose([transforms.Resize(_SIDE), transforms.CenterCrop(_SIDE), transforms.ToTensor()])
+    dataset = (
+        WebDataset(str(folder / "train-000000.tar"), shardshuffle=False)
+        .shuffle(100, initial=100)
+        .decode("pilrgb")
+        .to_tuple("jpg", "cls")
+        .map_tuple(transform)
+        .batched(_IMAGE_BATCH)
+    )
+    return sum(len(images) for images, _ in DataLoader(dataset, batch_size=None))
+
+
+def _passes(run: Run) -> Run:
+    """Several epochs a round, so that memory is mostly reused, as in a long run."""
+    return lambda: sum(run() for _ in range(_PASSES))
+
+
+def _count(batches: Iterable[Any], on_batch: Callable[[Tensor], object]) -> int:
+    count = 0
+    for batch in batches:
+        on_batch(batch.content)
+        count += len(batch.content)
+    return count
+
+
+def measure_images(folder: Path, *, count: int, repeats: int) -> Iterator[dict[str, Any]]:
+    """A row for each size of source."""
+    for name, size in _SOURCES.items():
+        place = folder / name.replace(" ", "")
+        length = write_images(place, size, count)
+        contenders = {
+            "ours": _passes(partial(our_images, place)),
+            "ours, to float here": _passes(partial(our_images, place, on_batch=to_unit_range)),
+            "webdataset + PIL": _passes(partial(webdataset_images, place)),
+        }
+        found = rates(contenders, repeats=repeats)
+        yield _row(f"images, {name}, {length / 1000:.0f} kB", found, goal=f"{_GOALS['images']:g} x")
+
+
+# Tokens
+
+
+class ItemByItem(Dataset[tuple[Tensor, int]]):
+    """Tokens as a map-style dataset is mostly written: one at a time, stacked by the loader."""
+
+    def __init__(self, reader: TokenReader) -> None:
+        paths = (reader.folder / f"train-{name}.npy" for name in ("tokens", "labels"))
+        self.tokens, self.labels = (np.load(path, mmap_mode="r", allow_pickle=False) for path in paths)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.from_numpy(self.tokens[index].astype(np.int64)), int(self.labels[index])
+
+
+def write_tokens(folder: Path, count: int) -> TokenReader:
+    """A token store of random codes."""
+    generator = np.random.default_rng(0)
+    description = StoreDescription(_GRID, _CODES, _SIDE, "benchmark", "benchmark", ("a", "b"), {"train": count})
+    parts = StoreParts(folder, description, part_samples=10_000)
+    for part in parts.parts():
+        rows = part.stop - part.start
+        tokens = generator.integers(_CODES, size=(rows, 1, description.num_tokens))
+        parts.write(part, tokens, generator.integers(2, size=rows))
+    parts.finish()
+    return open_store(folder, data="benchmark")["train"]
+
+
+def our_tokens(reader: TokenReader, batch: int) -> int:
+    """An epoch of shuffled batches, as training gets them."""
+    return _count(_token_loader(reader, batch), lambda tokens: None)
+
+
+def item_by_item(reader: TokenReader, batch: int) -> int:
+    """An epoch of PyTorch's shuffling loader."""
+    batches = DataLoader(ItemByItem(reader), batch_size=batch, shuffle=True)
+    return sum(len(tokens) for tokens, _ in batches)
+
+
+def _token_loader(reader: TokenReader, batch: int, *, step: int = 0, seed: int = 0) -> Iterable[Any]:
+    order = GlobalOrder(len(reader), per_device=min(batch, len(reader)), current_step=lambda: step)
+    return loader(TokenBatches(reader, ShuffledStream(len(reader), seed=seed)), order, num_workers=0)
+
+
+def measure_tokens(reader: TokenReader, *, repeats: int) -> Iterator[dict[str, Any]]:
+    """A row for each size of batch."""
+    for batch in _TOKEN_BATCHES:
+        contenders = {"ours": partial(our_tokens, reader, batch), "item by item": partial(item_by_item, reader, batch)}
+        subject = f"sequences of {reader.description.num_tokens} tokens, batches of {batch}"
+        yield _row(subject, rates(contenders, repeats=repeats), goal=f"{_GOALS['token sequences']:,.0f}")
+
+
+# The start of a run that goes on
+
+
+def first_batch(folder: Path, step: int, seed: int) -> float:
+    """CPU milliseconds until a fresh loader has given a step's first batch; another seed, so that nothing is held."""
+    start = time.process_time()
+    reader = open_store(folder, data="benchmark")["train"]
+    batches = _token_loader(reader, _TOKEN_BATCHES[0], step=step, seed=seed)
+    next(iter(batches))
+    return 1000 * (time.process_time() - start)
+
+
+def measure_start(folder: Path, *, repeats: int) -> dict[str, Any]:
+    """A row: how long a run waits that resumes early and one that resumes late."""
+    seconds: dict[int, list[float]] = {step: [] for step in _STEPS}
+    for number in range(repeats + 1):
+        for step, found in seconds.items():
+            milliseconds = first_batch(folder, step, seed=1 + number)
+            if number > 0:
+                found.append(milliseconds)
+    medians = {f"step {step:,}: ms": median(found) for step, found in seconds.items()}
+    early, late = medians.values()
+    return {"until the first batch of": "a resumed run", **medians, "late / early": late / early, "n": repeats}
+
+
+# The tables
+
+
+def _row(subject: str, found: Mapping[str, Sequence[float]], *, goal: str) -> dict[str, Any]:
+    """Medians, and the median over the rounds of ours over the last contender, which is the usual way."""
+    ours, usual = found["ours"], list(found.values())[-1]
+    ratio = median(a / b for a, b in zip(ours, usual, strict=True))
+    medians = {name: median(values) for name, values in found.items()}
+    return {"a second and core": subject, **medians, "ours / usual": ratio, "goal": goal, "n": len(ours)}
+
+
+def _shown(row: Mapping[str, Any]) -> dict[str, str]:
+    return {name: _number(value) if isinstance(value, float) else str(value) for name, value in row.items()}
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures, prints the tables and writes the figures."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--images", type=int, default=256, help="JPEGs of each size (default: 256)")
+    parser.add_argument("--rows", type=int, default=100_000, help="token sequences (default: 100000)")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds that count (default: 5)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        images = list(measure_images(folder, count=args.images, repeats=args.repeats))
+        reader = write_tokens(folder / "tokens", args.rows)
+        tokens = list(measure_tokens(reader, repeats=args.repeats))
+        start = measure_start(folder / "tokens", repeats=args.repeats)
+    print(f"{processor()}, 1 thread, torch {torch.__version__}, medians of {args.repeats} rounds, CPU seconds\n")
+    for rows in (images, tokens, [start]):
+        print(markdown_table([_shown(row) for row in rows]), end="\n\n")
+    if args.json is not None:
+        figures = {"images": images, "tokens": tokens, "start": start, "environment": describe_environment()}
+        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
