@@ -87,7 +87,10 @@ class ShardData(LightningDataModule):
         if source == "tokens" and token_store is None:
             raise ValueError("data.token_store: source tokens reads a token store, got none; `make tokenize` makes one")
         if source == "tokens" and crop != "center":
-            raise ValueError(f"data.crop: tokens are of center crops, got {crop!r}; use source images")
+            raise ValueError(
+                f"data.crop: tokens keep the crops that they were made with, got {crop!r}; leave the key out and use "
+                "`maskgit tokenize --crops N`, or use source images"
+            )
         self.path = path
         self.source = source
         self.token_store = token_store if source == "tokens" else None

@@ -487,10 +487,11 @@ class _Fetcher:
             except StreamError:
                 raise
             except Exception as error:  # every file system has errors of its own, and its own idea of "not found"
-                what = error if error.__cause__ is None else error.__cause__
+                cause = error if error.__cause__ is None else error.__cause__
+                what = f"{type(cause).__name__}: {cause}"
                 if attempt == self.config.attempts:
-                    raise StreamError(f"stream {url}: not reached in {attempt} attempts ({what!r})") from error
-                log.warning("stream %s: attempt %d of %d: %r", url, attempt, self.config.attempts, what)
+                    raise StreamError(f"stream {url}: not reached in {attempt} attempts ({what})") from error
+                log.warning("stream %s: attempt %d of %d: %s", url, attempt, self.config.attempts, what)
                 self._alive = time.monotonic()
                 time.sleep(attempt)
         return None

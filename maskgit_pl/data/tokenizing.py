@@ -13,7 +13,7 @@ from torch.utils.data import Sampler
 
 from maskgit_pl.data.batches import Batch, ImageBatches, loader
 from maskgit_pl.data.order import Rows
-from maskgit_pl.shards.manifest import Split, load_manifest, read_manifest_summary
+from maskgit_pl.shards.manifest import ImageRange, Split, load_manifest, read_manifest_summary
 from maskgit_pl.shards.reader import ShardReader
 from maskgit_pl.shards.tokens import Part, StoreDescription, StoreParts, is_complete
 
@@ -74,13 +74,19 @@ def tokenize(
         rank has done its share and the last one to do so will finish.
 
     Raises:
-        ValueError: A number is out of range, or shards are not what the manifest says.
+        ValueError: A number is out of range, several crops of square images, or shards are not what the manifest says.
         DataBudgetError: Too many images cannot be read.
     """
     _check_counts(crops=crops, batch_size=batch_size, num_ranks=num_ranks)
     if not 0 <= rank < num_ranks:
         raise ValueError(f"tokenize rank: 0 to {num_ranks - 1} of {num_ranks} ranks is needed, got {rank}")
     summary = read_manifest_summary(path)
+    if crops > 1 and _all_square(summary.images):
+        size = f"{summary.images.height[0]} x {summary.images.width[0]}"
+        raise ValueError(
+            f"tokenize crops: images that are not square are needed for more than one, got {size}; all crops would be "
+            "the same (shards made without --size keep what can be cropped)"
+        )
     samples = cast("dict[Split, int]", dict(summary.samples))
     description = StoreDescription(
         grid, num_codes, image_size, tokenizer, summary.fingerprint, summary.classes, samples, crops, flip, precision
@@ -163,6 +169,11 @@ def _encoded(images: Tensor, encode: Callable[[Tensor], Tensor], mirrors: int) -
     """(B, C, H, W) uint8 -> (B, mirrors, N) int64 on the CPU."""
     views = [images, images.flip(-1)][:mirrors]
     return torch.stack([encode(view).cpu() for view in views], dim=1)
+
+
+def _all_square(images: ImageRange) -> bool:
+    """Whether every image is, as far as the smallest and largest sides say."""
+    return images.height == images.width and images.height[0] == images.height[1]
 
 
 def _rows(parts: Sequence[Part], mirrors: int) -> int:

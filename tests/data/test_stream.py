@@ -2,8 +2,11 @@
 
 import functools
 import http.server
+import io
 import itertools
+import pickle
 import socket
+import tarfile
 import threading
 import time
 from collections.abc import Iterator
@@ -199,6 +202,29 @@ def test_unreadable_images_are_passed_over_until_they_are_too_many(tmp_path):
     save_data(tmp_path / "all", {"train": [(cut, 0)] * 3})
     with pytest.raises(DataBudgetError, match="got 11"):
         taken(stream(str(tmp_path / "all" / "train-000000.tar"), unreadable_budget=0.9999), 1)
+
+
+class Hostile:
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.canary,)
+
+
+def test_members_that_others_would_run_are_not_read(tmp_path):
+    pickled = pickle.dumps(Hostile(tmp_path / "canary"))
+    members = {"0.png": encode_png(torch.zeros(1, 8, 8, dtype=torch.uint8)), "0.cls": b"2"}
+    members |= {f"0.{extension}": pickled for extension in ("pkl", "pyd", "pickle", "pth", "pt", "npz")}
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    assert stream(str(tmp_path / "x.tar")).__getitems__(range(2)).labels.tolist() == [2, 2]
+    assert not (tmp_path / "canary").exists()
+    pickle.loads(pickled)
+    assert (tmp_path / "canary").exists()  # it would have been noticed
 
 
 def test_what_is_not_there_is_named(web, tmp_path):

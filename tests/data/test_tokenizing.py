@@ -13,10 +13,13 @@ import torch
 from maskgit_pl.data import OnceThrough, ShardData, ShuffledStream, TokenBatches, tokenize
 from maskgit_pl.data.batches import ImageBatches
 from maskgit_pl.shards.images import encode_png
+from maskgit_pl.shards.index import find_shards, index_shards
 from maskgit_pl.shards.manifest import load_manifest
 from maskgit_pl.shards.reader import ShardReader
+from maskgit_pl.shards.sources import Sample
 from maskgit_pl.shards.tokens import open_store
 from maskgit_pl.shards.unreadable import DataBudgetError
+from maskgit_pl.shards.writer import write_split
 from tests.data_folders import save_data
 
 NUM_TRAIN, NUM_VAL = 23, 11
@@ -36,14 +39,14 @@ def top_row(images: torch.Tensor) -> torch.Tensor:
 make = functools.partial(tokenize, encode=top_row, tokenizer="me", batch_size=4, part_samples=6, **SIZES)
 
 
-def save(folder: Path, bad: tuple[int, ...] = ()) -> Path:
-    train = [(b"" if n in bad else encode_png(image(n)), n % 3) for n in range(NUM_TRAIN)]
-    return save_data(folder, {"train": train, "val": [(encode_png(image(n)), n % 3) for n in range(NUM_VAL)]})
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return save(tmp_path_factory.mktemp("data"))
+    path = tmp_path_factory.mktemp("data")
+    for split, count in (("train", NUM_TRAIN), ("val", NUM_VAL)):
+        samples = (Sample(encode_png(image(n)), "png", n % 3, f"{n}") for n in range(count))
+        write_split(samples, path, split, shard_size=9, on_sample=lambda split: None)
+    index_shards(path, {split: find_shards(path, f"{split}-*.tar") for split in ("train", "val")})
+    return path
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -158,7 +161,8 @@ def test_an_epoch_shows_one_view_by_seed_sample_and_epoch_alone(folder, views):
 
 
 def test_unreadable_images_are_replaced_as_in_training_with_their_labels(tmp_path):
-    data = save(tmp_path / "data", bad=(4, 5, 22))
+    train = [(b"" if n in (4, 5, 22) else encode_png(image(n)), n % 3) for n in range(NUM_TRAIN)]
+    data = save_data(tmp_path / "data", {"train": train, "val": train[:3]})
     with pytest.raises(DataBudgetError, match="unreadable"):
         make(data, tmp_path / "strict")
     assert make(data, tmp_path / "store", unreadable_budget=0.5) == "made"
@@ -186,3 +190,8 @@ def test_numbers_out_of_range_are_refused(folder, tmp_path, options):
     with pytest.raises(ValueError, match=r"tokenize \w+: .* got \d"):
         make(folder, tmp_path / "store", **options)
     assert not (tmp_path / "store").exists()
+
+
+def test_several_crops_of_square_images_are_refused(tiny_shards, tmp_path):
+    with pytest.raises(ValueError, match=r"tokenize crops: images that are not square .* got 8 x 8"):
+        make(tiny_shards, tmp_path, crops=2)
