@@ -419,6 +419,9 @@ class Tokenizer(LightningModule):
         if batch_idx == 0:
             self._pictures = _as_bytes(images[:_PICTURES]), _as_bytes(reconstruction[:_PICTURES])
 
+    def on_validation_model_zero_grad(self) -> None:
+        """Leaves the gradients alone: a validation may fall between the micro-batches of a global batch."""
+
     def on_validation_epoch_end(self) -> None:
         """Logs PSNR of the pooled error in dB, codebook usage and perplexity over all ranks."""
         psnr = -10 * torch.log10(self.squared_error.compute())

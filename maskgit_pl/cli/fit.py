@@ -227,6 +227,8 @@ def fit(
         data.require_tokenizer(module.tokenizer.fingerprint)  # reading it refuses one that does not fit
     else:
         module.accumulation = accumulation
+    if isinstance(trainer.val_check_interval, int):  # steps for us, micro-batches for Lightning
+        trainer.val_check_interval *= accumulation
     if pretrained is not None and newest is None:
         assert isinstance(module, Tokenizer | MaskedTokenModel)
         module.start_from(pretrained)
