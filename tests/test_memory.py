@@ -1,0 +1,75 @@
+"""A long run keeps its memory and its files: whatever grows by a step is found here."""
+
+import logging
+import multiprocessing
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from maskgit_pl.data import ShardData
+from maskgit_pl.mvtm import MaskedTokenModel
+from maskgit_pl.networks.transformer import TransformerConfig
+from maskgit_pl.training.faults import UnreadableReport
+from maskgit_pl.training.optimizers import LearningRate
+
+STEPS, WARM_UP, EVERY = 2000, 550, 50
+MOST = 1024  # kB of growth in 100 steps
+
+pytestmark = [
+    pytest.mark.slow,  # 20 s each, on a busy machine 60
+    pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc"),
+]
+
+
+class Gauge(Callback):
+    """Resident kilobytes and open files of this process and its workers, every few steps."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.kilobytes: dict[str, list[int]] = {}
+        self.files: dict[str, list[int]] = {}
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        step = trainer.global_step
+        if step < WARM_UP or step % EVERY:
+            return
+        self.steps.append(step)
+        workers = sorted(child.pid for child in multiprocessing.active_children())
+        for name, pid in [("main", os.getpid()), *((f"worker {n}", pid) for n, pid in enumerate(workers))]:
+            status = Path(f"/proc/{pid}/status").read_text()
+            resident = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS:"))
+            self.kilobytes.setdefault(name, []).append(resident)
+            self.files.setdefault(name, []).append(len(os.listdir(f"/proc/{pid}/fd")))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_memory_and_open_files_stay_level_over_2000_steps(tiny_shards, tiny_pretrained, tmp_path, num_workers):
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.manual_seed(0)
+    network = TransformerConfig(16, 3, (4, 4), 16, 1, 2, 32, dropout=0.0)
+    module = MaskedTokenModel(network, LearningRate(1e-4), str(tiny_pretrained / "tokenizer"))
+    data = ShardData(
+        str(tiny_shards), image_size=8, in_channels=1, global_batch=2, max_batch_per_device=2, validation_batch=8,
+        validation_samples=8, num_workers=num_workers,
+    )  # fmt: skip
+    gauge = Gauge()
+    trainer = Trainer(
+        max_steps=STEPS, max_epochs=-1, accelerator="cpu", logger=False, callbacks=[gauge, UnreadableReport(tmp_path)],
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        use_distributed_sampler=False, num_sanity_val_steps=0, log_every_n_steps=50, check_val_every_n_epoch=None,
+        val_check_interval=500,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data)
+    assert gauge.steps[-1] == STEPS
+    assert len(gauge.kilobytes) >= 1 + num_workers
+    for name, kilobytes in gauge.kilobytes.items():
+        slope = 100 * np.polyfit(gauge.steps[-len(kilobytes) :], kilobytes, 1)[0]
+        files = gauge.files[name]
+        print(f"{num_workers} workers, {name}: {slope:+.0f} kB in 100 steps, {min(files)} to {max(files)} open files")
+        assert slope < MOST, kilobytes
+        half = len(files) // 2  # between workers, tensors on their way are open files too
+        assert max(files[half:]) <= max(files[:half]) + 1, files
