@@ -97,6 +97,61 @@ def test_uniform_numbers_are_uniform_and_independent():
         assert abs(chi_square - (bins - 1)) < 5 * math.sqrt(2 * (bins - 1))
 
 
+def chi_square(counts: torch.Tensor) -> float:
+    """(X^2 - degrees of freedom) in standard deviations, for counts that should all be equal."""
+    expected, freedom = counts.double().mean(), counts.numel() - 1
+    assert expected >= 5  # below, the statistic is no chi-square
+    return (float(((counts - expected) ** 2 / expected).sum()) - freedom) / math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("stream", ["mask", "mask-ratio", "crop", "flip", "class-dropout", "dropout", "restart"])
+def test_every_bit_and_every_pair_of_bytes_of_a_stream_is_even(stream):
+    words = random_bits(stream, seed=3, index=torch.arange(4000), epoch=1, count=16).flatten()  # 64,000 words
+    share = torch.stack([(words >> bit & 1).float().mean() for bit in range(32)])
+    assert (share - 0.5).abs().max() < 4.5 * 0.5 / math.sqrt(len(words))
+    for shift in (0, 12, 24):
+        byte = words >> shift & 255
+        assert abs(chi_square(torch.bincount(byte, minlength=256))) < 5
+        neighbours = (byte[:-1] >> 4) * 16 + (byte[1:] >> 4)  # of one word and the next
+        assert abs(chi_square(torch.bincount(neighbours, minlength=256))) < 5
+
+
+NEIGHBOURS = {
+    "another seed": {"seed": 1},
+    "a seed far away": {"seed": 2**31},
+    "the next epoch": {"epoch": 1},
+    "the next sample": {"index": torch.arange(1, 1001)},
+    "another stream": {"stream": "crop"},
+}
+
+
+@pytest.mark.parametrize("change", NEIGHBOURS.values(), ids=NEIGHBOURS)
+def test_streams_seeds_epochs_and_samples_are_independent(change):
+    place = {"stream": "flip", "seed": 0, "index": torch.arange(1000), "epoch": 0, "count": 50}
+    one, other = (random_uniform(where.pop("stream"), **where).flatten() for where in (place, {**place, **change}))
+    count = one.numel()
+    assert abs(float(torch.corrcoef(torch.stack([one, other]))[0, 1])) < 4.5 / math.sqrt(count)
+    cells = (one * 16).long() * 16 + (other * 16).long()  # all pairs of sixteenths equally often
+    assert abs(chi_square(torch.bincount(cells, minlength=256))) < 5
+
+
+@pytest.mark.parametrize("lag", [1, 2, 3, 4, 7, 50])
+def test_numbers_do_not_follow_those_before_them(lag):
+    made = random_uniform("mask", seed=7, index=torch.arange(1000), count=50)
+    for series in (made.flatten(), made.T.flatten()):  # along the words of a sample, along the samples
+        centred = series.double() - 0.5
+        correlation = float((centred[:-lag] * centred[lag:]).mean() * 12)
+        assert abs(correlation) < 4.5 / math.sqrt(len(series))
+
+
+def test_the_gaps_between_small_numbers_have_the_lengths_of_chance():
+    small = (random_uniform("mask", seed=1, index=torch.arange(4000), count=16).flatten() < 0.25).nonzero().flatten()
+    gaps = small.diff()
+    expected = torch.tensor([0.25 * 0.75**length for length in range(12)]) * len(gaps)
+    counts = torch.bincount(gaps - 1, minlength=12)[:12]
+    assert ((counts - expected) ** 2 / expected).sum() < 12 + 5 * math.sqrt(24)
+
+
 def test_gumbel_has_the_standard_mean_and_variance():
     noise = gumbel(random_uniform("s", seed=0, index=torch.arange(1000), count=100))
     assert abs(float(noise.mean()) - 0.5772) < 0.02
@@ -151,6 +206,53 @@ def test_permutations_over_epochs_send_a_position_everywhere_equally_often(size)
     )
     share = torch.bincount(image, minlength=size) / epochs
     assert (share - 1 / size).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("size", [5, 7, 49, 108, 1000])
+def test_over_epochs_each_place_has_each_sample_equally_often(size):
+    epochs = 6 * size if size > 500 else 20 * size
+    for place in (0, 1, size // 2, size - 1):
+        places = torch.full((epochs,), place)
+        image = permutation(places, size, stream="order", seed=1, epoch=torch.arange(epochs))
+        assert abs(chi_square(torch.bincount(image, minlength=size))) < 5
+
+
+@pytest.mark.parametrize("size", [49, 1000, 60_000])
+def test_a_permutation_has_the_fixed_points_cycles_and_rises_of_chance(size):
+    epochs = max(20, 40_000 // size)
+    places = torch.arange(size)
+    fixed, rises, near = 0, 0, 0
+    for epoch in range(epochs):
+        image = permutation(places, size, stream="order", seed=2, epoch=epoch)
+        fixed += int((image == places).sum())
+        rises += int((image.diff() > 0).sum())
+        near += int((image.diff() == 1).sum())
+    assert abs(fixed - epochs) < 4.5 * math.sqrt(epochs)  # Poisson, one a permutation
+    assert abs(near - epochs) < 4.5 * math.sqrt(epochs)
+    pairs = epochs * (size - 1)
+    assert abs(rises - pairs / 2) < 4.5 * math.sqrt(epochs * (size + 1) / 12)  # Eulerian numbers
+
+
+def test_successive_differences_of_a_permutation_are_those_of_chance():
+    size = 60_000
+    for epoch in range(3):
+        image = permutation(torch.arange(size), size, stream="order", seed=0, epoch=epoch)
+        difference = image.diff() % size  # cyclic differences are uniform
+        assert abs(chi_square(torch.histc(difference.float(), 100, 0, size))) < 5
+        pairs = (image[:-1] * 16 // size) * 16 + image[1:] * 16 // size
+        assert abs(chi_square(torch.bincount(pairs, minlength=256))) < 5
+
+
+def test_orders_of_two_epochs_and_two_seeds_have_nothing_in_common():
+    size = 60_000
+    base = {"stream": "order", "seed": 0, "epoch": 0}
+    one = permutation(torch.arange(size), size, **base)
+    for change in ({"epoch": 1}, {"seed": 1}, {"index": 1}):
+        other = permutation(torch.arange(size), size, **{**base, **change})
+        assert abs(float(torch.corrcoef(torch.stack([one, other]).double())[0, 1])) < 4.5 / math.sqrt(size)
+        pairs = (one * 16 // size) * 16 + other * 16 // size
+        assert abs(chi_square(torch.bincount(pairs, minlength=256))) < 5
+        assert int((one == other).sum()) < 8  # one by chance
 
 
 def test_neighbours_do_not_stay_neighbours():
