@@ -321,7 +321,7 @@ def _check_size(height: int, width: int, name: str) -> None:
 
 def _open(data: bytes, name: str) -> Image.Image:
     """PIL's lazy open: reads the header alone."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     bombs = (Image.DecompressionBombWarning, Image.DecompressionBombError)
     try:
@@ -335,8 +335,9 @@ def _open(data: bytes, name: str) -> Image.Image:
         raise UnreadableImageError(text, reason="too large") from error
     except _PIL_ERRORS as error:
         kinds = f"a JPEG, PNG or WebP of at most {MAX_PIXELS // 10**6} Mpx"
+        why = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
         raise UnreadableImageError(
-            f"image {name}: {kinds} is needed, got {data[:8]!r}... ({error})", reason=_kind_of_fault(data)
+            f"image {name}: {kinds} is needed, got {data[:8]!r}...{why}", reason=_kind_of_fault(data)
         ) from error
     width, height = image.size
     _check_size(height, width, name)
