@@ -104,7 +104,8 @@ def split_shards(
         shards: All of them.
         train: Pattern of the train shards; None for those that are not val.
         val: Pattern of the val shards; None for those whose path says val, valid, validation or (without one) test.
-        val_fraction: Where there are no val shards: share of the shards that become val, the last ones; None for 0.1.
+        val_fraction: Share of the shards that become val, the last ones, whatever their names; None for 0.1 where no
+            name says val.
 
     Returns:
         The shards of each split, and a sentence on how they were told apart.
@@ -258,7 +259,7 @@ def _refuse(
             faults[name] = [walk.damage]
         elif not lenient:
             faults[name] = [f"{found.count} {fault} (first {found.first})" for fault, found in walk.faults.items()]
-        if not walk.damage and not walk.num_keys:
+        if not (walk.damage or walk.num_keys or walk.faults):
             seen = f"only {counted(walk.ignored)}" if walk.ignored else "no members"
             faults.setdefault(name, []).append(f"no image samples, {seen}")
     for name, fault in miscounts:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from maskgit_pl.shards.images import read_header
 from maskgit_pl.shards.manifest import Split
-from maskgit_pl.shards.sources import EXTENSIONS, Sample, check_val_fraction, is_val
+from maskgit_pl.shards.samples import EXTENSIONS, Sample, check_val_fraction, is_val
 from maskgit_pl.shards.walk import MAX_CLASSES
 
 if TYPE_CHECKING:

@@ -8,52 +8,24 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from maskgit_pl.shards.images import encode_png, read_header
 from maskgit_pl.shards.manifest import Split
+from maskgit_pl.shards.samples import EXTENSIONS, Sample, Source, check_val_fraction, is_val
 from maskgit_pl.shards.walk import IMAGE_EXTENSIONS
 
-__all__ = ["EXTENSIONS", "IdxFiles", "ImageFolder", "Sample", "Source", "check_val_fraction", "is_val", "open_source"]
+__all__ = ["IdxFiles", "ImageFolder", "Sample", "Source", "open_source"]
 
 _VAL_FOLDERS = ("val", "valid", "validation", "test")
 _IDX_SPLITS: dict[Split, tuple[str, ...]] = {"train": ("train",), "val": ("t10k", "test", "val")}
-_log = logging.getLogger(__name__)
-
-
-class Sample(NamedTuple):
-    """One image: file bytes, extension (``png``, ``jpg`` ...), label in [0, num_classes), and what errors call it."""
-
-    data: bytes
-    extension: str
-    label: int
-    name: str
-
-
-class Source(Protocol):
-    """What the writer needs of a source of samples."""
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Class names; a label is a place in this list."""
-
-    @property
-    def counts(self) -> dict[Split, int]:
-        """Samples of each split."""
-
-    def describe(self) -> dict[str, Any]:
-        """Plain values that change when the samples would."""
-
-    def samples(self, split: Split, places: range) -> Iterator[Sample]:
-        """The samples at some places of a split, whose order is always the same."""
 
 
 def open_source(
@@ -83,21 +55,6 @@ def open_source(
     if classes is not None:
         raise ValueError(f"source {folder}: class names are the names of its sub-folders, so none can be given")
     return ImageFolder(folder, val_fraction=val_fraction)
-
-
-def check_val_fraction(fraction: float) -> None:
-    """Refuse a share that is none.
-
-    Raises:
-        ValueError: Not between 0 and 1.
-    """
-    if not 0 < fraction < 1:
-        raise ValueError(f"val fraction: a number between 0 and 1 is needed, got {fraction}")
-
-
-def is_val(digest: bytes, fraction: float) -> bool:
-    """Whether a sample is of the val split, by the last bytes of a hash of its name: new samples move no other."""
-    return int.from_bytes(digest[-8:], "big") < math.ceil(fraction * 2**64)
 
 
 class _File(NamedTuple):
@@ -160,9 +117,6 @@ class ImageFolder:
         for file in files:
             digest.update(file.digest + file.path.stat().st_size.to_bytes(8, "little"))
         return digest.hexdigest()
-
-
-EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # by what a file is, not by what it is called
 
 
 def _read_split_tree(folder: Path, val: Path) -> tuple[tuple[str, ...], dict[Split, list[_File]]]:

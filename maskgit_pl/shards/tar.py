@@ -153,7 +153,11 @@ class _Window:
         if offset:
             return f"damaged member header at byte {offset}"
         packed = next((kind for magic, kind in _MAGIC.items() if block.startswith(magic)), None)
-        return f"compressed ({packed}), unpack it" if packed else f"not a tar, it opens {block[:8]!r}"
+        return (
+            f"compressed ({packed}), unpack it"
+            if packed
+            else f"not a tar, or its first header is damaged; it opens {block[:8]!r}"
+        )
 
 
 def _is_header(block: bytes, total: int) -> bool:

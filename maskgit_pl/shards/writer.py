@@ -19,7 +19,7 @@ from maskgit_pl.shards.images import decode_image, encode_png, fit_square, read_
 from maskgit_pl.shards.index import find_shards, index_shards
 from maskgit_pl.shards.manifest import Split, load_manifest, splits_of, write_atomically
 from maskgit_pl.shards.parallel import run_jobs
-from maskgit_pl.shards.sources import Sample, Source
+from maskgit_pl.shards.samples import Sample, Source
 
 __all__ = ["RECORD", "is_made_from", "make_shards", "write_split"]
 
