@@ -155,18 +155,21 @@ def _index(args: argparse.Namespace) -> int:
 
     folder, found = locate_shards(args.shards)
     shards, how = split_shards(folder, found, train=args.train, val=args.val, val_fraction=args.val_fraction)
+    names = _class_names(args.class_names) or (None if args.no_labels else _names_before(folder))
     labels = "none" if args.no_labels else f"json:{args.label_field}" if args.label_field else "cls"
     with _progress({split: len(paths) for split, paths in shards.items()}, "shards") as advance:
         indexed = index_shards(
             folder,
             shards,
-            classes=_class_names(args.class_names),
+            classes=names,
             labels=labels,
             lenient=args.lenient,
             workers=_workers(args.workers, work=sum(path.stat().st_size for path in found) / 2**28),
             on_shard=lambda split: advance(split, 1),
         )
     _report(folder, read_manifest_summary(folder), "indexed")
+    if names is not None and args.class_names is None:
+        print("  class names: those of the manifest that was there")
     _report_splits(folder, shards, how)
     _report_left_out(indexed)
     return 0
@@ -187,7 +190,8 @@ def _verify(args: argparse.Namespace) -> int:
         )
     if found.bad:
         table = "\n".join(_verdicts(found.bad))
-        raise ValueError(f"data {args.folder}: {len(found.bad)} files are not what the manifest says\n{table}")
+        files = "1 file is" if len(found.bad) == 1 else f"{len(found.bad)} files are"
+        raise ValueError(f"data {args.folder}: {files} not what the manifest says\n{table}")
     what = "hashes, headers, labels and images" if args.decode else "hashes, headers and labels"
     print(
         f"{args.folder}: {_shards(found.shards)}, {found.samples} samples, {_bytes(found.bytes)}: {what} are as indexed"
@@ -224,6 +228,17 @@ def _class_names(given: str | None) -> list[str] | None:
     if not all(names) or doubled:
         raise ValueError(f"class names: each once and none empty, got {doubled[0] if doubled else given!r}")
     return names
+
+
+def _names_before(folder: Path) -> list[str] | None:
+    """Class names of the manifests that are there, unless they are only numbers."""
+    from maskgit_pl.shards.manifest import read_manifest_summary
+
+    try:
+        names = read_manifest_summary(folder).classes
+    except (FileNotFoundError, ValueError):
+        return None  # none yet, or none that can be read
+    return None if names == tuple(map(str, range(len(names)))) or len(names) == 1 else list(names)
 
 
 def _workers(given: int | None, *, work: float) -> int:

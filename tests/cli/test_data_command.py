@@ -126,6 +126,9 @@ def test_index_prints_splits_counts_and_what_is_not_read(tmp_path, capsys):
         "  val: members not read: 4 .pkl",
     ]
     assert read_manifest_summary(folder).classes == ("tench, Tinca tinca", "goldfish")
+    call("index", folder)
+    assert "  class names: those of the manifest that was there" in capsys.readouterr().out
+    assert read_manifest_summary(folder).classes == ("tench, Tinca tinca", "goldfish")
 
 
 def test_index_leaves_out_and_counts_only_when_asked(tmp_path, capsys):
