@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from maskgit_pl.cli import data, edit, evaluate, import_jax, import_taming, sample, schedules, tokenize, train
-from maskgit_pl.shards.unreadable import DataBudgetError
+from maskgit_pl.errors import DataBudgetError
 
 __all__ = ["build_parser", "main"]
 

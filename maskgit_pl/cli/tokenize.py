@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from maskgit_pl.cli.recipes import recipe_files, recipe_value
 from maskgit_pl.cli.train import add_run_arguments, find_tokenizer, run_folder
 
 if TYPE_CHECKING:
@@ -64,7 +65,12 @@ class Place(NamedTuple):
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes ``runs/RUN/tokens``; an interrupted one is gone on with, a finished one left alone."""
+    """Writes ``runs/RUN/tokens``, if the recipe reads tokens; an interrupted one is gone on with."""
+    files = recipe_files("transformer", dataset=args.dataset, names=args.recipe.split(), cluster="cpu")
+    source = recipe_value(files, [], "data.source")
+    if source != "tokens":
+        log.info("data.source %s: stage 2 reads no tokens; nothing to do", source)
+        return 0
     place = find_place(args.rank, args.num_ranks)
     folder = find_tokenizer(args)
     shards = args.data or Path("data/shards") / args.dataset

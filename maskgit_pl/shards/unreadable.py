@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from maskgit_pl.errors import DataBudgetError
 from maskgit_pl.shards.images import Reason
 from maskgit_pl.shards.manifest import write_atomically
 
 __all__ = [
     "ALWAYS_ALLOWED",
     "IN_A_ROW",
-    "DataBudgetError",
     "Unreadable",
     "UnreadableImages",
     "check_budget",
@@ -32,10 +32,6 @@ __all__ = [
 ALWAYS_ALLOWED = 10  # different images; so few end no run, however small the data
 IN_A_ROW = 100  # so many neighbours are no accident: a shard is spoilt
 _LISTED = 20  # of an error; the file lists all
-
-
-class DataBudgetError(RuntimeError):
-    """More images cannot be read than the budget allows; ends a command with exit code 76."""
 
 
 class Unreadable(NamedTuple):

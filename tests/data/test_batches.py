@@ -10,7 +10,7 @@ from PIL import Image
 
 from maskgit_pl.data import ShardData
 from maskgit_pl.data.batches import ImageBatches
-from maskgit_pl.shards.unreadable import DataBudgetError
+from maskgit_pl.errors import DataBudgetError
 from tests.data_folders import save_data
 
 NUM_TRAIN, NUM_VAL = 40, 6

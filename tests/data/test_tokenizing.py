@@ -12,13 +12,13 @@ import torch
 
 from maskgit_pl.data import OnceThrough, ShardData, ShuffledStream, TokenBatches, tokenize
 from maskgit_pl.data.batches import ImageBatches
+from maskgit_pl.errors import DataBudgetError
 from maskgit_pl.shards.images import encode_png
 from maskgit_pl.shards.index import find_shards, index_shards
 from maskgit_pl.shards.manifest import load_manifest
 from maskgit_pl.shards.reader import ShardReader
 from maskgit_pl.shards.sources import Sample
 from maskgit_pl.shards.tokens import open_store
-from maskgit_pl.shards.unreadable import DataBudgetError
 from maskgit_pl.shards.writer import write_split
 from tests.data_folders import save_data
 

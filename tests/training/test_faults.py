@@ -13,8 +13,8 @@ from torch import nn
 
 from maskgit_pl.cli import main
 from maskgit_pl.data import ShardData
+from maskgit_pl.errors import DataBudgetError
 from maskgit_pl.shards.images import encode_png
-from maskgit_pl.shards.unreadable import DataBudgetError
 from maskgit_pl.training.faults import UnreadableReport
 from tests.data_folders import save_data
 
