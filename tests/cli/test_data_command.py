@@ -43,6 +43,7 @@ def test_index_of_foreign_names_numbers_the_classes(tree, tmp_path):
     call("make", tree, "--out", tmp_path / "out")
     for split in ("train", "val"):
         (tmp_path / "out" / f"{split}-000000.tar").rename(tmp_path / "out" / f"{split == 'val':05d}.tar")
+        (tmp_path / "out" / f"{split}.json").unlink()
     call("index", tmp_path / "out", "--train", "{00000..00000}.tar", "--val", "00001.tar")
     assert read_manifest_summary(tmp_path / "out").classes == ("0", "1")
 
