@@ -118,3 +118,33 @@ def test_moments_of_weights_in_channels_last_come_back_to_their_weights(tmp_path
     resumed = fit(Picture(), steps=4, folder=tmp_path / "stopped", resume=newest_complete(tmp_path / "stopped"))
     assert resumed.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(straight, resumed)
+
+
+class Counted(Line):
+    """Notes at which step each micro-batch comes."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = []
+
+    def training_step(self, batch, batch_idx):
+        self.steps.append(self.trainer.global_step)
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (3, 2), (2, 2), (2, 1)])
+def test_steps_are_whole_when_a_run_goes_on_with_another_accumulation(tmp_path, before, after):
+    def fit(accumulation, *, steps, resume=None):
+        module = Counted()
+        trainer = Trainer(
+            max_steps=steps, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+            plugins=[FolderCheckpointIO()], callbacks=[Checkpoints(tmp_path, every_n_steps=100)],
+            accumulate_grad_batches=accumulation,
+        )  # fmt: skip
+        trainer.fit(module, torch.utils.data.DataLoader(torch.ones(60, 1)), ckpt_path=resume)
+        return module.steps
+
+    assert fit(before, steps=3) == [step for step in range(3) for _ in range(before)]
+    resumed = fit(after, steps=6, resume=newest_complete(tmp_path))
+    assert resumed == [step for step in range(3, 6) for _ in range(after)]

@@ -1,0 +1,263 @@
+"""``maskgit train`` in processes of their own, with an observer beside the run's callbacks, killed where a test says.
+
+The processes are forked from a server that has imported torch and Lightning once; ranks find each other as under
+``torchrun``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from maskgit_pl.training.checkpoints import FolderCheckpointIO, newest_complete
+
+SECONDS = 120  # after which a process counts as hanging
+KILLED = -signal.SIGKILL
+
+
+@dataclass(frozen=True)
+class Topology:
+    """How a run is spread out: ranks, processes that load data on each, micro-batches of a step."""
+
+    ranks: int = 1
+    workers: int = 0
+    accumulation: int = 1
+    cluster: str = "ddp"
+
+    def words(self, global_batch: int) -> list[str]:
+        """Flags of ``maskgit train``."""
+        per_device = global_batch // (self.ranks * self.accumulation)
+        return [
+            f"--cluster={self.cluster if self.ranks > 1 else 'cpu'}", f"--trainer.devices={self.ranks}",
+            f"--data.num_workers={self.workers}", f"--data.max_batch_per_device={per_device}",
+        ]  # fmt: skip
+
+    def __str__(self) -> str:
+        ranks = "1 process" if self.ranks == 1 else f"{self.ranks} ranks ({self.cluster})"
+        return f"{ranks}, {self.workers} workers, accumulation {self.accumulation}"
+
+
+class Observer(Callback):
+    """Writes a line for each micro-batch: positions, samples, what was drawn for them, losses. May kill its process.
+
+    Args:
+        file: JSON lines.
+        kill_at: The step after which the process is killed (SIGKILL), before it could save.
+    """
+
+    def __init__(self, file: Path, kill_at: int | None) -> None:
+        self.file = file.open("a")
+        self.kill_at = kill_at
+        self.drawn: list[str] = []
+        self.losses: dict[str, str] = {}
+
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Has what the module draws (masks, or mirrored images) and the losses of stage 1 pass by here."""
+        name = "tokens_and_mask" if hasattr(module, "tokens_and_mask") else "_images"
+        draw, record = getattr(module, name), getattr(module, "_record", None)
+
+        def drawing(*args: Any, **kwargs: Any) -> Any:
+            made = draw(*args, **kwargs)
+            parts = made if isinstance(made, tuple) else (made,)  # tokens and mask, or images
+            self.drawn = [" ".join(map(digest, row)) for row in zip(*parts, strict=True)]
+            return made
+
+        def recording(metrics: dict[str, Tensor], **kwargs: Any) -> None:
+            self.losses = {key: float(value).hex() for key, value in metrics.items() if key.startswith("train/")}
+            assert record is not None
+            record(metrics, **kwargs)
+
+        setattr(module, name, drawing)
+        if record is not None:
+            module._record = recording
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, _: int) -> None:
+        if outputs:  # stage 2: Lightning has divided it by the accumulation
+            self.losses = {"loss": (float(outputs["loss"]) * trainer.accumulate_grad_batches).hex()}
+        rows = [list(row) for row in zip(batch.index.tolist(), batch.epoch.tolist(), self.drawn, strict=True)]
+        line = {"positions": batch.position.tolist(), "rows": rows, "losses": self.losses}
+        self.losses = {}
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        if trainer.global_step == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def digest(row: Tensor) -> str:
+    """A hash of a row's bytes."""
+    return hashlib.blake2b(row.contiguous().numpy().tobytes(), digest_size=8).hexdigest()
+
+
+def _run(words: list[str], file: Path, kill_at: int | None, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    multiprocessing.set_start_method("fork", force=True)  # as in a process that a user starts
+    torch.set_num_threads(1)
+    with file.with_suffix(".log").open("a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    from maskgit_pl.cli import main
+    from maskgit_pl.cli.fit import StageCLI
+
+    own = StageCLI._our_callbacks
+    StageCLI._our_callbacks = lambda cli: [*own(cli), Observer(file, kill_at)]  # type: ignore[method-assign]
+    sys.argv = ["maskgit", *words]
+    sys.exit(main(words))
+
+
+Batches = dict[tuple[int, ...], Any]  # positions -> rows and losses of a micro-batch
+
+
+@dataclass
+class Seen:
+    """What the processes of a run wrote down, and where it ended.
+
+    Attributes:
+        legs: The micro-batches of each time that the command ran, up to its end or its kill.
+        state: The last checkpoint.
+    """
+
+    legs: list[Batches]
+    state: dict[str, Any]
+
+    def batches(self) -> Batches:
+        """Of all legs; one that ran twice, behind its checkpoint, must be the same again."""
+        found: Batches = {}
+        for leg in self.legs:
+            for positions, batch in leg.items():
+                assert found.setdefault(positions, batch) == batch, f"{positions}: another one when it was repeated"
+        return found
+
+    def repeated(self) -> int:
+        """Micro-batches that ran twice."""
+        return sum(map(len, self.legs)) - len(self.batches())
+
+    def rows(self) -> dict[int, Any]:
+        """Position -> [sample, epoch, hash of what was drawn], however the legs shared them out."""
+        found: dict[int, Any] = {}
+        for leg in self.legs:
+            for positions, batch in leg.items():
+                for place, row in zip(positions, batch["rows"], strict=True):
+                    assert found.setdefault(place, row) == row, f"{place}: another one when it was repeated"
+        return found
+
+    def step_losses(self, global_batch: int) -> list[tuple[int, float]]:
+        """Step and loss of each whole global batch in each leg, from its micro-batches (stage 2)."""
+        found: list[tuple[int, float]] = []
+        for leg in self.legs:
+            parts: dict[int, list[tuple[int, float]]] = {}
+            for positions, batch in leg.items():
+                loss = float.fromhex(batch["losses"]["loss"])
+                parts.setdefault(positions[0] // global_batch, []).append((len(positions), loss))
+            whole = {step: each for step, each in parts.items() if sum(size for size, _ in each) == global_batch}
+            found += [(step, sum(size * loss for size, loss in each) / global_batch) for step, each in whole.items()]
+        return found
+
+
+class Runs:
+    """Starts runs of one stage and gathers what they did.
+
+    Args:
+        folder: Of the runs and the notes.
+        words: Flags that all of them have.
+        global_batch: Samples of a step.
+    """
+
+    def __init__(self, folder: Path, words: Sequence[str], global_batch: int) -> None:
+        self.folder = folder
+        self.given = list(words)
+        self.global_batch = global_batch
+        self.processes = multiprocessing.get_context("forkserver")
+        self.processes.set_forkserver_preload(["maskgit_pl.cli.fit"])
+
+    def words(self, name: str, topology: Topology, *more: str) -> list[str]:
+        """The command of a run."""
+        where = [f"--runs={self.folder}", f"--run={name}"]
+        return ["train", *self.given, *where, *topology.words(self.global_batch), *more]
+
+    def leg(self, name: str, topology: Topology, *more: str, kill_at: int | None = None) -> None:
+        """The command once: to its end, or until it is killed behind a step."""
+        words, port = self.words(name, topology, *more), free_port()
+        number = len(list(self.folder.glob(f"{name}-leg?-rank0.jsonl")))
+        started = []
+        for rank in range(topology.ranks):
+            environment = {} if topology.ranks == 1 else as_torchrun(rank, topology.ranks, port)
+            file = self.folder / f"{name}-leg{number}-rank{rank}.jsonl"
+            process = self.processes.Process(target=_run, args=(words, file, kill_at, environment))
+            process.start()
+            started.append((process, file))
+        for process, file in started:
+            process.join(SECONDS)
+            wanted, code = 0 if kill_at is None else KILLED, process.exitcode
+            if code != wanted:
+                for each, _ in started:
+                    each.kill()
+                log = file.with_suffix(".log").read_text()
+                raise AssertionError(f"{file.stem}: exit code {wanted} expected, got {code}\n{log[-4000:]}")
+
+    def newest(self, name: str) -> Path:
+        """The newest complete checkpoint of a run."""
+        found = newest_complete(self.folder / name / self.given[0] / "checkpoints")
+        assert found is not None
+        return found
+
+    def seen(self, name: str) -> Seen:
+        """What all legs of a run did."""
+        legs: list[Batches] = []
+        for number in range(len(list(self.folder.glob(f"{name}-leg?-rank0.jsonl")))):
+            legs.append({})
+            for file in sorted(self.folder.glob(f"{name}-leg{number}-rank?.jsonl")):
+                lines = [json.loads(line) for line in file.read_text().splitlines()]
+                legs[-1] |= {tuple(line.pop("positions")): line for line in lines}
+        return Seen(legs, FolderCheckpointIO().load_checkpoint(self.newest(name)))
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def as_torchrun(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """The variables that ``torchrun`` sets."""
+    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0}
+    values |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests"}
+    return {name: str(value) for name, value in values.items()}
+
+
+def trained_state(state: dict[str, Any]) -> dict[str, Any]:
+    """Leaves of what a run carries on: weights, averages, optimisers, learning rates, step."""
+    kept = ("state_dict", "optimizer_states", "lr_schedulers", "global_step")
+    return dict(leaves({name: state[name] for name in kept}))
+
+
+def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Path -> value, of nested mappings and sequences."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from leaves(value, f"{path}/{key}")
+    elif isinstance(node, list | tuple):
+        for number, value in enumerate(node):
+            yield from leaves(value, f"{path}/{number}")
+    else:
+        yield path, node
+
+
+def same(left: Any, right: Any) -> bool:
+    """Equal to the last bit."""
+    if isinstance(left, Tensor) and isinstance(right, Tensor):
+        return left.dtype == right.dtype and torch.equal(left, right)
+    return type(left) is type(right) and left == right
