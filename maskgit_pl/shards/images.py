@@ -300,9 +300,8 @@ def _decode_jpeg(data: bytes, channels: int, name: str, *, buffer: npt.NDArray[n
     from PIL import Image
 
     try:
-        pixels = simplejpeg.decode_jpeg(
-            data, "RGB", buffer=buffer
-        )  # (H, W, 3); strict: a warning of libjpeg's is an error
+        # (H, W, 3) uint8; strict by default: what libjpeg warns of is an error
+        pixels = simplejpeg.decode_jpeg(data, "RGB", buffer=buffer)
     except ValueError as error:
         raise UnreadableImageError(f"image {name}: cannot be decoded ({error})") from error
     if _may_be_turned(data):
