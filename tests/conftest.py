@@ -1,7 +1,8 @@
 import io
+import logging
 import sys
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,17 @@ from maskgit_pl.shards.writer import make_shards
 
 sys.path.insert(0, str(Path(__file__).parent / "golden"))  # the parts of check.py, as running it finds them
 torch.set_num_threads(1)  # small tensors, and other runs beside this one
+
+
+@pytest.fixture(autouse=True)
+def _own_logger() -> Iterator[None]:
+    """A command that a test runs gives our logger a handler on that test's terminal: it ends with the test."""
+    ours = logging.getLogger("maskgit_pl")
+    before = list(ours.handlers), ours.propagate, ours.level
+    yield
+    ours.handlers, ours.propagate = before[:2]
+    ours.setLevel(before[2])
+
 
 CLASSES = ("Ankle boot", "T-shirt", "Trouser")
 
