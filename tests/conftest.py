@@ -34,6 +34,17 @@ def _own_logger() -> Iterator[None]:
 CLASSES = ("Ankle boot", "T-shirt", "Trouser")
 
 
+def flags(tree: dict, path: str = "") -> list[str]:
+    """The values of a YAML tree as flags, since a run takes no recipe from elsewhere."""
+    found: list[str] = []
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found += flags(value, f"{path}{key}.")
+        elif value is not None:
+            found.append(f"--{path}{key}={value}")
+    return found
+
+
 def save_tiny_pretrained(folder: Path, *, in_channels: int = 1, class_dropout: float = 0.1, seed: int = 0) -> Path:
     """Random weights: 8 px images, 4 x 4 tokens, 3 classes."""
     with torch.random.fork_rng():

@@ -10,23 +10,13 @@ import torch
 import yaml
 
 from maskgit_pl.training.checkpoints import FolderCheckpointIO, newest_complete
+from tests.conftest import flags
 
 pytestmark = pytest.mark.slow
 
 TINY = Path(__file__).parent / "tiny"
 STEPS = 6
 CLUSTERS = {"cpu": [], "ddp": ["--trainer.devices=2"], "fsdp": ["--trainer.devices=2"]}
-
-
-def flags(tree: dict, path: str = "") -> list[str]:
-    """The values of a YAML tree as flags, since a run takes no recipe from elsewhere."""
-    found: list[str] = []
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            found += flags(value, f"{path}{key}.")
-        elif value is not None:
-            found.append(f"--{path}{key}={value}")
-    return found
 
 
 def train(stage: str, cluster: str, shards: Path, runs: Path, *more: str, tokenizer: Path | None = None) -> dict:

@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from maskgit_pl.training.checkpoints import newest_complete
-from tests.conftest import save_tiny_pretrained, save_uneven_shards
+from tests.conftest import flags, save_tiny_pretrained, save_uneven_shards
 from tests.observing import KILLED, Runs, Seen, Topology, same, trained_state
 
 HERE = Path(__file__).parent
@@ -59,17 +59,6 @@ CASES = [
         (Topology(ranks=2, workers=2, accumulation=2), (6,), 4, ONCE),
     )
 ] + [Case("transformer", Topology(ranks=2, cluster="fsdp"), (10,), 3, BORDER)]
-
-
-def flags(tree: dict, path: str = "") -> list[str]:
-    """The values of a YAML tree as flags, since a run takes no recipe from elsewhere."""
-    found: list[str] = []
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            found += flags(value, f"{path}{key}.")
-        elif value is not None:
-            found.append(f"--{path}{key}={value}")
-    return found
 
 
 class Bench:

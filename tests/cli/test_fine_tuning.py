@@ -1,7 +1,6 @@
 """``maskgit train --pretrained``: a run that begins from weights that are there already."""
 
 import json
-import logging
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from safetensors.torch import load_file
 from maskgit_pl.cli import main
 from maskgit_pl.importers.released import import_jax
 from maskgit_pl.pretrained import fingerprint, load_transformer, read_config
+from tests.conftest import flags, save_tiny_pretrained
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TINY = Path(__file__).parents[1] / "tiny"
@@ -21,16 +21,11 @@ STILL = ("--model.learning_rate.peak=1e-30", "--model.learning_rate.warmup_steps
 @pytest.fixture
 def train(tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Trains a stage of the run ``tuned``; the tiny data and Trainer, the network's sizes left to the run."""
-    ours = logging.getLogger("maskgit_pl")
-    monkeypatch.setattr(ours, "propagate", ours.propagate)
-    monkeypatch.setattr(ours, "level", ours.level)
-    monkeypatch.setattr(ours, "handlers", [])
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
 
     def call(stage: str, *more: object) -> int:
         tiny = yaml.safe_load((TINY / f"{stage}.yaml").read_text())
-        values = {"data": {**tiny["data"]}, "trainer": tiny["trainer"]}
-        words = [f"--{part}.{key}={value}" for part, keys in values.items() for key, value in keys.items()]
+        words = flags({part: tiny[part] for part in ("data", "trainer")})
         where = ("--data", tiny_shards, "--runs", tmp_path / "runs", "--run", "tuned")
         return main([str(word) for word in ("train", stage, *where, *words, *more)])
 
@@ -127,7 +122,6 @@ def test_a_null_class_that_was_not_there_begins_as_the_mean_class(tmp_path):
     import dataclasses
 
     from maskgit_pl.pretrained import weights_for
-    from tests.conftest import save_tiny_pretrained
 
     given = load_transformer(save_tiny_pretrained(tmp_path / "given", class_dropout=0.0) / "transformer")
     made = weights_for(dataclasses.replace(given.network.config, class_dropout=0.1), given)

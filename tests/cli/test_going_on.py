@@ -10,20 +10,9 @@ from maskgit_pl.cli import main
 from maskgit_pl.shards.sources import open_source
 from maskgit_pl.shards.writer import make_shards
 from maskgit_pl.training.checkpoints import FolderCheckpointIO, newest_complete, settings_of
-from tests.conftest import save_tiny_pretrained
+from tests.conftest import flags, save_tiny_pretrained
 
 TINY = Path(__file__).parents[1] / "tiny"
-
-
-def flags(tree: dict, path: str = "") -> list[str]:
-    """The values of a YAML tree as flags, since a run takes no recipe from elsewhere."""
-    found: list[str] = []
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            found += flags(value, f"{path}{key}.")
-        elif value is not None:
-            found.append(f"--{path}{key}={value}")
-    return found
 
 
 @pytest.fixture(scope="module", params=["tokenizer", "transformer"])

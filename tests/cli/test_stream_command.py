@@ -12,7 +12,7 @@ import yaml
 from maskgit_pl.cli import main
 from maskgit_pl.cli.recipes import recipe_value
 from maskgit_pl.training.checkpoints import newest_complete
-from tests.conftest import save_uneven_shards
+from tests.conftest import flags, save_uneven_shards
 
 TINY = Path(__file__).parents[1] / "tiny"
 
@@ -57,17 +57,6 @@ def train(server, tiny_pretrained: Path, tmp_path: Path) -> Callable[..., int]:
         return main(["train", stage, *where, *tokenizer, *tiny, *streams, *more])
 
     return call
-
-
-def flags(tree: dict, path: str = "") -> list[str]:
-    """The values of a YAML tree as flags, since a run takes no recipe from elsewhere."""
-    found: list[str] = []
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            found += flags(value, f"{path}{key}.")
-        elif value is not None:
-            found.append(f"--{path}{key}={value}")
-    return found
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "transformer"])

@@ -17,6 +17,7 @@ from maskgit_pl.cli import main
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pretrained import fingerprint, save_tokenizer
 from maskgit_pl.training.checkpoints import FolderCheckpointIO, newest_complete
+from tests.conftest import flags
 
 TINY = Path(__file__).parents[1] / "tiny"
 
@@ -65,17 +66,6 @@ def train(maskgit, tiny_shards: Path, tiny_pretrained: Path, runs: Path) -> Call
         return maskgit("train", stage, *where, *flags(yaml.safe_load((TINY / f"{stage}.yaml").read_text())), *more)
 
     return call
-
-
-def flags(tree: dict, path: str = "") -> list[str]:
-    """The values of a YAML tree as flags, since a run takes no recipe from elsewhere."""
-    found: list[str] = []
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            found += flags(value, f"{path}{key}.")
-        elif value is not None:
-            found.append(f"--{path}{key}={value}")
-    return found
 
 
 def files(folder: Path) -> dict[str, int]:
