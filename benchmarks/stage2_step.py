@@ -129,7 +129,7 @@ class Ours:
                 loss = self.module.training_step(self.batch, 0)
             watch.mark("forward")
             self.optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()  # type: ignore[no-untyped-call]  # torch: untyped
             watch.mark("backward")
             nn.utils.clip_grad_norm_(self.module.transformer.parameters(), _CLIP)
             watch.mark("clip")
@@ -169,7 +169,7 @@ class Plain:
             loss = self.loss(self.network, self.batch, self.task.mask())
         watch.mark("forward")
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch: untyped
         watch.mark("backward")
         nn.utils.clip_grad_norm_(self.network.parameters(), _CLIP)
         watch.mark("clip")

@@ -497,7 +497,7 @@ class _Fetcher:
         return None
 
     def _download(self, url: str, file: IO[bytes]) -> None:
-        import fsspec  # type: ignore[import-untyped]
+        import fsspec  # type: ignore[import-untyped]  # has no types
 
         file.seek(0)
         file.truncate()

@@ -82,9 +82,10 @@ class FeatureNetwork(nn.Module):
         """(B, 1 or 3, H, W) float in [0, 1] -> features and logits; grey images are repeated to three colours."""
         x = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
         x = F.interpolate(x, size=(self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
-        spatial = self.model.forward_features((x - self.mean) / self.std)  # type: ignore[operator]
-        features = self.model.forward_head(spatial, pre_logits=True)  # type: ignore[operator]
-        return FeatureOutput(features, self.model.get_classifier()(features))  # type: ignore[operator]
+        model: Any = self.model  # timm's methods, which nn.Module's type does not have
+        spatial = model.forward_features((x - self.mean) / self.std)
+        features = model.forward_head(spatial, pre_logits=True)
+        return FeatureOutput(features, model.get_classifier()(features))
 
 
 @feature_networks.register("timm")
