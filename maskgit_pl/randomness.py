@@ -10,6 +10,7 @@ Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011 (t
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -36,14 +37,45 @@ def philox(
     Returns:
         Four int64 tensors of that shape, values in [0, 2**32).
     """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(_ROUNDS):
-        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # the low 64 bits; the sign bit is masked away below
-        high0, high1 = (p0 >> 32) & _WORD, (p1 >> 32) & _WORD
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, p1 & _WORD, high0 ^ c3 ^ k1, p0 & _WORD
-        k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
+    c0, c1, c2, c3 = _philox(counter, [key])[0].unbind(-1)
     return c0, c1, c2, c3
+
+
+def _philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], keys: Sequence[tuple[int, int]]) -> Tensor:
+    """(keys, ..., 4): ``philox`` of one counter under several keys, in few kernels, none of which waits for the host.
+
+    c0 goes into the next c2 and c2 into the next c0, so a round leaves its pairs in the other order: rounds begin in
+    turn from (c0, c2), (c3, c1) and from (c2, c0), (c1, c3). Constants lie in three rows (a, b, a), of which the former
+    read the first two and the latter the last two.
+    """
+    c0, c1, c2, c3 = counter
+    shape, ones = (2, len(keys), *c0.shape), (1,) * (c0.ndim + 1)
+    even, odd = (torch.stack(pair).unsqueeze(1).expand(shape) for pair in ((c0, c2), (c3, c1)))
+    multipliers = torch.full((3, *ones), _MULTIPLIERS[0], device=c0.device)
+    multipliers[1].fill_(_MULTIPLIERS[1])
+    forward, backward = (rows.expand(2, 2, *ones) for rows in (multipliers[:2], multipliers[1:]))
+    round_keys = _round_keys(keys, c0.device).view(_ROUNDS, 3, len(keys), *ones[1:])
+    for forward_key, backward_key in zip(round_keys[::2, :2], round_keys[1::2, 1:], strict=True):
+        even, odd = _philox_round(even, odd, forward, forward_key)
+        even, odd = _philox_round(even, odd, backward, backward_key)
+    return torch.stack([even[0], odd[1], even[1], odd[0]], dim=-1) & _WORD
+
+
+def _philox_round(even: Tensor, odd: Tensor, multipliers: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Both multiplications at once, written twice (p, q), (p, q), so that (q, p) is a view."""
+    products = even * multipliers  # (2 copies, 2, keys, ...), modulo 2**64, signed
+    even = (products[0] >> 32).bitwise_xor_(odd).bitwise_xor_(key).bitwise_and_(_WORD)
+    return even, products.flatten(0, 1)[1:3]  # whose upper halves are masked away where they are used
+
+
+def _round_keys(keys: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
+    """(rounds, 3 keys) int64: second, first, again second word of all keys; made there, so that nothing is copied."""
+    rows = [
+        torch.arange(key[word], key[word] + _ROUNDS * _WEYL[word], _WEYL[word], device=device)
+        for word in (1, 0, 1)
+        for key in keys
+    ]
+    return torch.stack(rows, dim=1) & _WORD
 
 
 @cache
@@ -54,43 +86,63 @@ def stream_key(stream: str) -> tuple[int, int]:
 
 
 def random_bits(
-    stream: str, *, seed: int | Tensor, index: int | Tensor, epoch: int | Tensor = 0, count: int = 1
+    stream: str | Sequence[str],
+    *,
+    seed: int | Tensor,
+    index: int | Tensor,
+    epoch: int | Tensor = 0,
+    count: int = 1,
 ) -> Tensor:
-    """``count`` random words for each (seed, index, epoch) of a stream.
+    """``count`` random words for each (seed, index, epoch) of a stream, or of several streams at once.
+
+    Rows are the shape to which seed, index and epoch broadcast, (1,) for plain integers: seeds (B, 1) and epochs (T,)
+    give (B, T, count). One call for many rows and streams costs as many kernels as one for a single row.
 
     Args:
-        stream: Name of what the numbers are for, e.g. ``"mask"``; other names give independent numbers.
-        seed: Integer or (B,) int64, in [0, 2**32).
-        index: Integer or (B,) int64, in [0, 2**32); usually the global sample index.
-        epoch: Integer or (B,) int64, in [0, 2**32); an epoch, or a step.
+        stream: Name of what the numbers are for, e.g. ``"mask"``; other names give independent numbers. Several names
+            give what each gives alone, one after the other in a dimension of their own, the first.
+        seed: Integer or int64 tensor, in [0, 2**32).
+        index: Integer or int64 tensor, in [0, 2**32); usually the global sample index.
+        epoch: Integer or int64 tensor, in [0, 2**32); an epoch, or a step.
         count: Words for each row.
 
     Returns:
-        (B, count) int64, in [0, 2**32), on the device of the tensors given.
+        (B, count) int64, in [0, 2**32), on the device of the tensors given; (streams, B, count) for several names.
 
     Raises:
         ValueError: A plain integer is out of range.
     """
-    blocks = -(-count // 4)
-    parts = [_as_column(name, value) for name, value in (("index", index), ("epoch", epoch), ("seed", seed))]
-    device = next((part.device for part in parts if part.device.type != "cpu"), parts[0].device)
-    block = torch.arange(blocks, device=device).unsqueeze(0)  # (1, blocks)
-    rows = max(len(part) for part in parts)
-    index_, epoch_, seed_ = (part.to(device).expand(rows, blocks) for part in parts)
-    words = philox((block.expand(rows, blocks), index_, epoch_, seed_), stream_key(stream))
-    return torch.stack(words, dim=-1).flatten(1)[:, :count]  # (B, blocks, 4) -> (B, count)
+    parts = {"index": index, "epoch": epoch, "seed": seed}
+    devices = [part.device for part in parts.values() if isinstance(part, Tensor)]
+    device = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
+    columns = [_as_column(name, value, device) for name, value in parts.items()]
+    block = torch.arange(-(-count // 4), device=device)
+    shape = torch.broadcast_shapes(  # type: ignore[no-untyped-call]  # torch: untyped
+        *(column.shape for column in columns), block.shape
+    )
+    index_, epoch_, seed_, block = (part.expand(shape) for part in (*columns, block))  # (..., blocks)
+    several = not isinstance(stream, str)
+    names = stream if several else [stream]
+    words = _philox((block, index_, epoch_, seed_), [stream_key(name) for name in names])
+    bits = words.flatten(-2)[..., :count]  # (streams, ..., blocks, 4) -> (streams, ..., count)
+    return bits if several else bits[0]
 
 
-def _as_column(name: str, value: int | Tensor) -> Tensor:
+def _as_column(name: str, value: int | Tensor, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
-        return value.to(torch.int64).reshape(-1, 1)
+        return value.to(device, torch.int64).reshape(*value.shape or (1,), 1)
     if not 0 <= value <= _WORD:
         raise ValueError(f"{name}: an integer in [0, 2**32) is needed, got {value}")
-    return torch.tensor([[value]])
+    return torch.full((1, 1), value, device=device)
 
 
 def random_uniform(
-    stream: str, *, seed: int | Tensor, index: int | Tensor, epoch: int | Tensor = 0, count: int = 1
+    stream: str | Sequence[str],
+    *,
+    seed: int | Tensor,
+    index: int | Tensor,
+    epoch: int | Tensor = 0,
+    count: int = 1,
 ) -> Tensor:
     """Uniform numbers with 24 bits, never 0 and never 1, so that their logarithms are finite.
 
