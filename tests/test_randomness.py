@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskgit_pl.randomness import gumbel, permutation, philox, random_bits, random_uniform, stream_key
 
@@ -63,6 +64,44 @@ def test_plain_integers_and_tensors_broadcast_to_the_same_numbers():
     seeds = torch.tensor([3, 4])
     made = random_bits("s", seed=seeds, index=5, epoch=torch.tensor([6]))
     assert made.tolist() == [random_bits("s", seed=seed, index=5, epoch=6)[0].tolist() for seed in (3, 4)]
+
+
+def test_rows_are_the_shape_to_which_seed_index_and_epoch_broadcast():
+    seeds, epochs = torch.tensor([[3], [4], [2**32 - 1]]), torch.tensor([6, 0])
+    made = random_bits("s", seed=seeds, index=5, epoch=epochs, count=7)
+    assert made.shape == (3, 2, 7)
+    for row, seed in enumerate(seeds.flatten().tolist()):
+        for column, epoch in enumerate(epochs.tolist()):
+            alone = random_bits("s", seed=seed, index=5, epoch=epoch, count=7)
+            assert made[row, column].tolist() == alone[0].tolist()
+
+
+@pytest.mark.parametrize("draw", [random_bits, random_uniform])
+def test_several_streams_at_once_are_each_what_it_is_alone(draw):
+    place = {"seed": torch.tensor([3, 4]), "index": 5, "epoch": 6, "count": 7}
+    made = draw(["a", "b", "c"], **place)
+    assert made.shape == (3, 2, 7)
+    for stream, numbers in zip("abc", made, strict=True):
+        assert torch.equal(numbers, draw(stream, **place))
+
+
+class Kernels(TorchDispatchMode):
+    """Counts what runs, views left out."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **kwargs or {})
+
+
+def test_many_rows_and_streams_take_hardly_more_kernels_than_one():
+    counts = []
+    for streams, seeds in (("a", torch.tensor([0])), (["a", "b"], torch.arange(100).unsqueeze(1))):
+        with Kernels() as kernels:
+            random_bits(streams, seed=seeds, index=0, epoch=torch.arange(8), count=256)
+        counts.append(kernels.count)
+    assert counts[1] <= counts[0] + 5 <= 80
 
 
 @pytest.mark.parametrize("name", ["seed", "index", "epoch"])
