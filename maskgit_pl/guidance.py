@@ -1,7 +1,8 @@
 """Guidance schedules: how strongly the class pulls at which decoding step.
 
 Convention: guided = conditional + scale (conditional - unconditional), on logits. Scale 0 is no guidance, and costs no
-second forward. Used by ``decoding.GuidedPredictor``.
+second forward; diffusers, TiTok and others count from 1 (their scale s is 1 + ours). A softmax follows, so the guided
+distribution p_c^(1 + scale) p_u^(-scale) / Z is normalised at each position. Used by ``decoding.GuidedPredictor``.
 """
 
 from __future__ import annotations
@@ -75,3 +76,93 @@ class Linear(GuidanceSchedule):
 
     def __call__(self, position: float) -> float:
         return self.scale * position
+
+
+@guidance_schedules.register("power-cosine")
+@dataclass(frozen=True)
+class PowerCosine(GuidanceSchedule):
+    """scale (1 - cos(pi position^power)) / 2: from 0 to ``scale``, the later the larger ``power``.
+
+    Args:
+        scale: At least 0.
+        power: Positive.
+
+    Raises:
+        ValueError: The power is not positive.
+
+    Source: MDT, arXiv:2303.14389; TiTok, arXiv:2406.07550.
+    """
+
+    scale: float = 1.0
+    power: float = 4.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.power < math.inf:
+            raise ValueError(f"guidance schedule power-cosine: power must be positive and finite, got {self.power}")
+
+    def __call__(self, position: float) -> float:
+        return self.scale * (1 - math.cos(math.pi * position**self.power)) / 2
+
+
+@guidance_schedules.register("cosine")
+@dataclass(frozen=True)
+class Cosine(GuidanceSchedule):
+    """scale (1 - cos(pi position)) / 2: power-cosine with power 1.
+
+    Args:
+        scale: At least 0.
+
+    Source: MaskBit, arXiv:2409.16211.
+    """
+
+    scale: float = 1.0
+
+    def __call__(self, position: float) -> float:
+        return PowerCosine(self.scale, power=1.0)(position)
+
+
+@guidance_schedules.register("interval")
+@dataclass(frozen=True)
+class Interval(GuidanceSchedule):
+    """``scale`` from position ``start`` to position ``stop``, both included; elsewhere none, which costs nothing.
+
+    Args:
+        scale: At least 0.
+        start: In [0, 1].
+        stop: In [start, 1].
+
+    Raises:
+        ValueError: Not an interval within [0, 1].
+
+    Source: Kynkäänniemi et al., arXiv:2404.07724.
+    """
+
+    scale: float = 1.0
+    start: float = 0.25
+    stop: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start <= self.stop <= 1:
+            raise ValueError(
+                f"guidance schedule interval: 0 <= start <= stop <= 1 is needed, got {self.start} and {self.stop}"
+            )
+
+    def __call__(self, position: float) -> float:
+        return self.scale if self.start <= position <= self.stop else 0.0
+
+
+@guidance_schedules.register("column-normalised")
+@dataclass(frozen=True)
+class ColumnNormalised(Linear):
+    """The guidance that theory recommends for masked tokens: normalised at each position, and weak before strong.
+
+    In continuous-time masked diffusion an unnormalised product p_c^(1 + scale) p_u^(-scale) also changes how fast
+    places are unmasked, too fast early on; dividing its column by Z mends that. Parallel decoding takes its speed from
+    the mask schedule and its codes from a softmax, so all guidance here is column-normalised: what this name adds to
+    ``constant`` is the rising scale that the same analysis finds best, which is ``linear``.
+
+    Args:
+        scale: At least 0, reached at the last step.
+
+    Source: Rojas et al., arXiv:2507.08965.
+    """

@@ -186,7 +186,7 @@ class MaskedTokenModel(LightningModule):
             seeds,
             decoder=self.decoder,
             scales=self.decoding.scales(),
-            num_tokens=self.config.num_tokens,
+            grid=self.config.grid,
             mask_token_id=self.config.mask_token_id,
             null_label=self.config.null_label,
             device=self.device,

@@ -469,7 +469,7 @@ class MaskGIT:
             seeds,
             decoder=decoding.decoder(self.transformer.mask_schedule),
             scales=decoding.scales(),
-            num_tokens=config.num_tokens,
+            grid=config.grid,
             mask_token_id=config.mask_token_id,
             null_label=config.null_label,
             device=self.device,

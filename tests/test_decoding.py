@@ -1,5 +1,6 @@
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import pytest
 import torch
@@ -7,8 +8,10 @@ from torch import Tensor
 
 from maskgit_pl.decoding import (
     ClassPredictor,
+    CodeSampling,
     DecodingConfig,
     DecodingStep,
+    FirstStepLogits,
     FirstStepPredictor,
     GuidedPredictor,
     ParallelDecoder,
@@ -16,6 +19,7 @@ from maskgit_pl.decoding import (
     class_predictor,
     decode_classes,
 )
+from maskgit_pl.decoding.predictors import guided
 from maskgit_pl.schedules import mask_schedules
 from maskgit_pl.selectors import Candidates, Confidence, Random, TokenSelector
 
@@ -189,8 +193,11 @@ def test_nothing_is_predicted_where_nothing_is_masked():
     ("make", "message"),
     [
         (lambda: decoder(0), "num_steps: at least 1 is needed, got 0"),
-        (lambda: decoder(sampling_temperature=-1.0), "sampling_temperature: at least 0 is needed, got -1.0"),
-        (lambda: decoder(sampling_temperature=float("nan")), "sampling_temperature: at least 0 is needed, got nan"),
+        (lambda: decoder(sampling=CodeSampling(-1.0)), "sampling_temperature: a number of at least 0.* got -1.0"),
+        (
+            lambda: decoder(sampling=CodeSampling(float("nan"))),
+            "sampling_temperature: a number of at least 0.* got nan",
+        ),
         (lambda: run(partly_known([16]), decoder(17)), "num_steps: at most the 16 tokens of an image, got 17"),
         (lambda: run(partly_known([16]), decoder(4), first_step=4), r"first_step: a step in \[0, 4\) is needed, got 4"),
         (lambda: run(partly_known([16]), decoder(4), first_step=-1), r"first_step: a step in \[0, 4\) is needed"),
@@ -205,7 +212,7 @@ def test_sampling_temperature_0_takes_the_most_probable_code():
     def keep_all(tokens: Tensor, positions: Tensor, newly_known: Tensor) -> Tensor:
         return LOGITS[positions]
 
-    made = run(partly_known([16, 5]), decoder(3, sampling_temperature=0.0), keep_all)
+    made = run(partly_known([16, 5]), decoder(3, sampling=CodeSampling(0.0)), keep_all)
     for step in made:
         assert torch.equal(step.tokens[step.was_masked], LOGITS[:16].argmax(-1).repeat(2, 1)[step.was_masked])
 
@@ -223,13 +230,99 @@ def test_sampling_temperature_divides_the_drawn_logits_but_not_the_confidence():
             seen["judged by"] = candidates.log_probs
             return candidates.drawn_log_probs
 
-    made = ParallelDecoder(mask_schedules.build("cosine"), Spy(), num_steps=1, sampling_temperature=0.5)
+    made = ParallelDecoder(mask_schedules.build("cosine"), Spy(), num_steps=1, sampling=CodeSampling(0.5))
     made.decode(fake_predictor, partly_known([16]), Noise(torch.arange(1), 16), mask_token_id=MASK)
     torch.testing.assert_close(seen["drawn from"], 2 * LOGITS[:16].unsqueeze(0))
     torch.testing.assert_close(seen["judged by"], LOGITS[:16].log_softmax(-1).unsqueeze(0))
 
 
+def test_a_list_says_how_many_tokens_each_step_decides():
+    made = ParallelDecoder(mask_schedules.build("cosine"), Confidence(), num_steps=3, tokens_per_step=(1, 5, 10))
+    steps = run(partly_known([16, 8, 3]), made)
+    decided = [(step.was_masked & ~step.still_masked).sum(1).tolist() for step in steps]
+    assert [row[0] for row in decided] == [1, 5, 10]
+    assert [row[1] for row in decided] == [1, 2, 5]  # in proportion: 8 * 15 // 16 and 8 * 10 // 16 stay masked
+    assert [row[2] for row in decided] == [1, 1, 1]  # at least one a step
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"num_steps": 3, "tokens_per_step": (8, 8)},
+            "tokens_per_step: a number for each of the 3 steps .* set num_steps to 2",
+        ),
+        ({"num_steps": 2, "tokens_per_step": (16, 0)}, "tokens_per_step: 2 numbers of at least 1 are needed"),
+        (
+            {"num_steps": 2, "tokens_per_step": (8, 9)},
+            "numbers that sum to the 16 tokens of an image are needed, got 17",
+        ),
+        (
+            {"num_steps": 2, "tokens_per_step": (8, 8), "token_selector": "entropy"},
+            "tokens_per_step: token selector EntropyBounded decides itself how many to keep",
+        ),
+        ({"top_k": 0}, "top_k: at least 1 code is needed, got 0"),
+        ({"top_p": 0.0}, r"top_p: a number in \(0, 1\] is needed, got 0.0"),
+        ({"sampling_temperature": (1.0, -1.0)}, "sampling_temperature: .* two of them for the first and the last step"),
+        ({"sampling_temperature": [1.0, 2.0, 3.0]}, "sampling_temperature: .* two of them"),
+    ],
+)
+def test_a_configuration_out_of_range_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        run(partly_known([16]), DecodingConfig(**options).decoder(mask_schedules.build("cosine")))
+
+
+# Sampling of codes
+
+
+def test_the_temperature_goes_from_the_first_to_the_last_step():
+    sampling = CodeSampling((2.0, 0.5))
+    assert [sampling.temperature_at(step / 3) for step in range(4)] == [2.0, 1.5, 1.0, 0.5]
+    assert CodeSampling(0.7).temperature_at(0.3) == 0.7
+
+
+def test_a_temperature_that_falls_to_0_takes_the_likeliest_code_at_the_last_step():
+    made = decoder(3, sampling=CodeSampling((1.0, 0.0)))
+    *_, last = run(partly_known([16]), made, lambda tokens, positions, newly_known: LOGITS[positions])
+    assert torch.equal(last.tokens[last.was_masked], LOGITS[:16].argmax(-1)[last.was_masked[0]])
+
+
+def test_top_k_leaves_the_likeliest_codes_alone():
+    made = CodeSampling(top_k=2).truncated(LOGITS)
+    assert torch.equal(made.isfinite().sum(-1), torch.full((64,), 2))
+    assert torch.equal(made.argmax(-1), LOGITS.argmax(-1))
+    assert torch.equal(CodeSampling(top_k=99).truncated(LOGITS), LOGITS)
+
+
+def test_top_p_leaves_the_fewest_codes_that_reach_the_probability():
+    logits = torch.tensor([[0.1, 0.5, 0.15, 0.25], [0.97, 0.01, 0.01, 0.01]]).log()
+    for top_p, kept in ((0.4, [1, 1]), (0.6, [2, 1]), (0.8, [3, 1]), (0.985, [4, 3]), (1.0, [4, 4])):
+        made = CodeSampling(top_p=top_p).truncated(logits)
+        assert made.isfinite().sum(-1).tolist() == kept, top_p
+        assert torch.equal(made.where(made.isfinite(), logits), logits)
+
+
+def test_top_k_and_top_p_are_taken_one_after_the_other():
+    logits = torch.tensor([[0.1, 0.5, 0.15, 0.25]]).log()  # of the two likeliest the first alone has 2 / 3
+    assert CodeSampling(top_k=2, top_p=0.6).truncated(logits).isfinite().tolist() == [[False, True, False, False]]
+
+
+def test_only_codes_that_are_left_are_drawn():
+    made = decoder(4, sampling=CodeSampling(top_k=1))
+    for step in run(partly_known([16, 5]), made, lambda tokens, positions, newly_known: LOGITS[positions]):
+        assert torch.equal(step.tokens[step.was_masked], LOGITS[:16].argmax(-1).repeat(2, 1)[step.was_masked])
+
+
 # Seeded noise
+
+
+def test_noise_is_the_same_however_many_steps_are_made_at_once():
+    positions = torch.arange(16).repeat(2, 1)
+    logits = LOGITS[:16].expand(2, -1, -1)
+    one, many = (SeededNoise(torch.tensor([4, 5]), 16, steps_at_once=count) for count in (1, 8))
+    for step in (0, 7, 8, 3, 20):
+        assert torch.equal(one.gumbel(positions, step), many.gumbel(positions, step))
+        assert torch.equal(one.draw(logits, positions, step), many.draw(logits, positions, step))
 
 
 def test_draws_follow_the_softmax():
@@ -289,14 +382,16 @@ def test_guided_logits_are_the_formula_worked_out_by_hand():
     network = Network()
     conditional = network(ONE[0], torch.tensor([0, 2]), ONE[1])
     unconditional = network(ONE[0], torch.tensor([3, 3]), ONE[1])
-    guided = GuidedPredictor(network, torch.tensor([0, 2]), null_label=3, scales=[1.5])(*ONE)
+    guided = GuidedPredictor(network, torch.tensor([0, 2]), negative_labels=torch.tensor([3, 3]), scales=[1.5])(*ONE)
     torch.testing.assert_close(guided, 2.5 * conditional - 1.5 * unconditional)
     assert network.labels[2:] == [[0, 2, 3, 3]]  # one batched forward
 
 
 def test_guidance_of_scale_0_makes_one_conditional_forward():
     network = Network()
-    predictor = GuidedPredictor(network, torch.tensor([0, 2]), null_label=3, scales=[0.0, 2.0, 0.0])
+    predictor = GuidedPredictor(
+        network, torch.tensor([0, 2]), negative_labels=torch.tensor([3, 3]), scales=[0.0, 2.0, 0.0]
+    )
     made = [predictor(*ONE) for _ in range(3)]
     assert network.labels == [[0, 2], [0, 2, 3, 3], [0, 2]]
     assert torch.equal(made[0], network(ONE[0], torch.tensor([0, 2]), ONE[1]))
@@ -312,7 +407,13 @@ def test_the_plain_predictor_makes_one_forward_with_the_classes():
 
 
 def decoded(
-    labels: list[int], seeds: list[int], *, scales: tuple[float, ...] = (0.0,) * 5, network: Network | None = None
+    labels: list[int],
+    seeds: list[int],
+    *,
+    scales: tuple[float, ...] = (0.0,) * 5,
+    network: Network | None = None,
+    kept: FirstStepLogits | None = None,
+    **options: object,
 ):
     return [
         step.tokens
@@ -322,10 +423,12 @@ def decoded(
             seeds,
             decoder=decoder(len(scales)),
             scales=scales,
-            num_tokens=16,
+            grid=(4, 4),
             mask_token_id=MASK,
             null_label=3,
             device=CPU,
+            first_step_logits=kept,
+            **options,
         )
     ]
 
@@ -335,22 +438,41 @@ def test_sharing_the_first_step_changes_no_token_and_saves_rows(scales):
     labels, seeds = [2, 0, 2, 2, 0], [5, 6, 7, 8, 9]
     network = Network()
     shared = decoded(labels, seeds, scales=scales, network=network)
-    everything = class_predictor(Network(), labels, device=CPU, null_label=3, scales=scales, all_masked=False)
+    everything = class_predictor(Network(), labels, device=CPU, negative_labels=[3] * 5, scales=scales)
     assert not isinstance(everything, FirstStepPredictor)
     tokens = torch.full((5, 16), MASK)
     plain = decoder(5).steps(everything, tokens, SeededNoise(torch.tensor(seeds), 16), mask_token_id=MASK)
     for step, expected in zip(shared, plain, strict=True):
         assert torch.equal(step, expected.tokens)
-    distinct = [0, 2]
-    assert network.labels[0] == distinct + [3] * 2 * (scales[0] > 0)
-    assert network.labels[1] == labels + [3] * 5 * (scales[1] > 0)
-    assert len(network.labels) == 5
+    first = [[0, 2], [3]] if scales[0] > 0 else [[0, 2]]  # each class once, the null class too
+    assert network.labels[: len(first)] == first
+    assert network.labels[len(first)] == labels + [3] * 5 * (scales[1] > 0)
+    assert len(network.labels) == len(first) + 4
 
 
-def test_the_first_step_is_shared_only_where_every_token_starts_masked_and_a_class_repeats():
-    for labels, all_masked, shared in (([0, 0], True, True), ([0, 1], True, False), ([0, 0], False, False)):
-        made = class_predictor(Network(), labels, device=CPU, all_masked=all_masked)
-        assert isinstance(made, FirstStepPredictor) == shared
+def test_the_first_step_of_a_class_is_computed_once_for_all_runs_until_it_is_cleared():
+    network = Network()
+    kept = FirstStepLogits(network, num_tokens=16, mask_token_id=MASK, max_labels=2)
+    alone = decoded([2, 0], [5, 6])
+    for _ in range(2):
+        assert all(map(torch.equal, decoded([2, 0], [5, 6], network=network, kept=kept), alone))
+    assert network.labels.count([0, 2]) == 1
+    kept([1], device=CPU)  # the third class takes the place of the one that was asked for longest ago
+    assert torch.equal(
+        kept([0], device=CPU), Network()(torch.full((1, 16), MASK), torch.tensor([0]), torch.arange(16)[None])
+    )
+    assert network.labels[-1] == [1]
+    kept([2], device=CPU)
+    assert network.labels[-1] == [2]
+    kept.clear()
+    kept([2], device=CPU)
+    assert network.labels[-2:] == [[2], [2]]
+
+
+def test_known_tokens_at_the_start_leave_the_first_step_alone():
+    network = Network()
+    decoded([0, 0], [1, 2], network=network, tokens=partly_known([16, 9]))
+    assert network.labels[0] == [0, 0]
 
 
 def test_a_batch_of_four_is_four_batches_of_one():
@@ -369,8 +491,23 @@ def test_the_same_seed_gives_the_same_image_and_another_seed_another():
 
 def test_guidance_without_a_null_class_is_refused_and_scale_0_is_not():
     with pytest.raises(ValueError, match="guidance: this model has no null class"):
-        class_predictor(Network(), [0], device=CPU, null_label=None, scales=[0.0, 1.0])
+        class_predictor(Network(), [0], device=CPU, scales=[0.0, 1.0])
     assert isinstance(class_predictor(Network(), [0], device=CPU, scales=[0.0, 0.0]), ClassPredictor)
+
+
+def test_guidance_may_push_away_from_another_class_without_a_null_class():
+    network = Network()
+    made = class_predictor(network, [0, 2], device=CPU, negative_labels=[1, 1], scales=[1.5])(*ONE)
+    conditional, other = (Network()(ONE[0], torch.tensor(labels), ONE[1]) for labels in ([0, 2], [1, 1]))
+    torch.testing.assert_close(made, 2.5 * conditional - 1.5 * other)
+    assert network.labels == [[0, 2, 1, 1]]
+
+
+def test_the_guided_distribution_is_normalised_at_each_position():
+    conditional, unconditional = LOGITS[:8].softmax(-1), LOGITS[8:16].softmax(-1)
+    expected = conditional**2.5 * unconditional**-1.5
+    made = guided(LOGITS[:8], LOGITS[8:16], 1.5).softmax(-1)
+    torch.testing.assert_close(made, expected / expected.sum(-1, keepdim=True))
 
 
 def test_a_config_makes_the_decoder_around_the_schedule_object_it_is_given():
@@ -380,8 +517,15 @@ def test_a_config_makes_the_decoder_around_the_schedule_object_it_is_given():
     gamma = mask_schedules.build("square")
     made = config.decoder(gamma)
     assert made.mask_schedule is gamma
-    assert made == ParallelDecoder(gamma, Random(), num_steps=3, sampling_temperature=0.9)
+    assert made == ParallelDecoder(gamma, Random(), num_steps=3, sampling=CodeSampling(0.9))
     assert config.scales() == (0.0, 2.0, 4.0)
+    own = DecodingConfig(mask_schedule={"name": "pow", "exponent": 3.0}).decoder(gamma)
+    assert own.mask_schedule == mask_schedules.build({"name": "pow", "exponent": 3.0})
+
+
+def test_a_config_comes_back_from_json_equal():
+    config = DecodingConfig(3, sampling_temperature=(1.0, 0.5), tokens_per_step=(1, 5, 10), top_k=3)
+    assert DecodingConfig(**json.loads(json.dumps(asdict(config)))) == config
 
 
 def test_a_config_with_an_unknown_selector_or_guidance_is_refused():

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from maskgit_pl.guidance import guidance_scales, guidance_schedules
@@ -18,7 +20,38 @@ def test_a_single_step_counts_as_the_last():
 
 
 @pytest.mark.parametrize("scale", [-0.5, float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["constant", "linear"])
+@pytest.mark.parametrize("name", guidance_schedules.names())
 def test_a_scale_without_meaning_is_refused(name, scale):
     with pytest.raises(ValueError, match=rf"guidance schedule '{name}': scales must be finite and >= 0"):
         guidance_schedules.build({"name": name, "scale": scale})
+
+
+def test_power_cosine_rises_the_later_the_larger_its_power():
+    scales = guidance_scales(guidance_schedules.build({"name": "power-cosine", "scale": 2.0, "power": 2.0}), 5)
+    assert scales == pytest.approx([1 - math.cos(math.pi * (step / 4) ** 2) for step in range(5)])
+    assert scales[0] == 0
+    assert scales[-1] == 2.0
+    cosine = guidance_scales(guidance_schedules.build({"name": "cosine", "scale": 2.0}), 5)
+    assert cosine == guidance_scales(guidance_schedules.build({"name": "power-cosine", "scale": 2.0, "power": 1.0}), 5)
+    assert all(late <= early for late, early in zip(scales, cosine, strict=True))
+
+
+def test_interval_guides_within_its_bounds_alone():
+    spec = {"name": "interval", "scale": 3.0, "start": 0.25, "stop": 0.75}
+    assert guidance_scales(guidance_schedules.build(spec), 5) == (0.0, 3.0, 3.0, 3.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"name": "power-cosine", "power": 0.0}, "power-cosine: power must be positive and finite, got 0.0"),
+        (
+            {"name": "interval", "start": 0.8, "stop": 0.2},
+            "interval: 0 <= start <= stop <= 1 is needed, got 0.8 and 0.2",
+        ),
+        ({"name": "interval", "stop": 1.5}, "interval: 0 <= start <= stop <= 1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(spec, message):
+    with pytest.raises(ValueError, match=message):
+        guidance_schedules.build(spec)

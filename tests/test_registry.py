@@ -8,7 +8,6 @@ from maskgit_pl import registry as registry_module
 from maskgit_pl.guidance import GuidanceSchedule, guidance_schedules
 from maskgit_pl.registry import Registry, nearest
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
-from maskgit_pl.selectors import Candidates, token_selectors
 
 ARGUMENTS = {"pow": {"exponent": 3.0}}  # what a name needs beyond its defaults
 
@@ -171,23 +170,6 @@ def test_contract_equal_specs_give_equal_frozen_objects(name):
     gamma = mask_schedules.build(spec)
     assert gamma == mask_schedules.build(spec)
     assert hash(gamma) == hash(mask_schedules.build(spec))
-
-
-@pytest.mark.parametrize("name", token_selectors.names())
-def test_contract_selectors_score_every_candidate_and_use_no_hidden_chance(name):
-    chance = torch.Generator().manual_seed(0)
-    candidates = Candidates(
-        log_probs=torch.randn(2, 5, 7, generator=chance).log_softmax(-1),
-        tokens=torch.randint(7, (2, 5), generator=chance),
-        positions=torch.arange(5).repeat(2, 1),
-        gumbel=torch.randn(2, 5, generator=chance),
-        progress=0.5,
-    )
-    scores = token_selectors.build(name)(candidates)
-    assert scores.shape == (2, 5)
-    assert scores.dtype == torch.float32
-    assert scores.isfinite().all()
-    torch.testing.assert_close(token_selectors.build(name)(candidates), scores, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", guidance_schedules.names())

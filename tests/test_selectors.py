@@ -1,7 +1,30 @@
+"""The contract that every registered token selector holds, then what makes each different."""
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+
 import pytest
 import torch
+from torch import Tensor
 
-from maskgit_pl.selectors import Candidates, Confidence, token_selectors
+from maskgit_pl.decoding import DecodingConfig, DecodingStep, ParallelDecoder, SeededNoise
+from maskgit_pl.schedules import mask_schedules
+from maskgit_pl.selectors import Candidates, Confidence, Decided, TokenSelector, halton_order, token_selectors
+
+NUM_CODES, MASK, GRID = 7, 7, (3, 8)
+NUM_TOKENS = math.prod(GRID)
+LOGITS = torch.randn(64, NUM_CODES, generator=torch.Generator().manual_seed(0)) * 2
+MIXED = [24, 13, 5, 1, 0]  # unknown tokens of the rows
+EVERY = [
+    *token_selectors.names(),
+    *({"name": "remdm", "strategy": strategy} for strategy in ("cap", "confidence", "loop")),
+    {"name": "halton", "seed": 5},
+    {"name": "entropy", "gamma": 0.0},
+    {"name": "confidence", "choice_temperature": 0.0},
+    {"name": "moment", "choice_temperature": 0.0},
+]
+every_selector = pytest.mark.parametrize("spec", EVERY, ids=str)
 
 
 def candidates(progress: float = 0.25) -> Candidates:
@@ -12,13 +35,152 @@ def candidates(progress: float = 0.25) -> Candidates:
         positions=torch.arange(5).repeat(2, 1),
         gumbel=torch.randn(2, 5, generator=chance),
         progress=progress,
+        grid=(1, 5),
     )
+
+
+def fake_predictor(tokens: Tensor, positions: Tensor, newly_known: Tensor) -> Tensor:
+    """Logits that depend on the position and on how many tokens of the row are known."""
+    known = (tokens != MASK).sum(1, keepdim=True)
+    return LOGITS[(positions + known) % 64]
+
+
+def partly_known(unknown: list[int]) -> Tensor:
+    chance = torch.Generator().manual_seed(1)
+    tokens = torch.randint(NUM_CODES, (len(unknown), NUM_TOKENS), generator=chance)
+    for row, count in enumerate(unknown):
+        tokens[row, torch.randperm(NUM_TOKENS, generator=chance)[:count]] = MASK
+    return tokens
+
+
+def decoder(spec: str | dict, num_steps: int = 8, **options: object) -> ParallelDecoder:
+    return DecodingConfig(num_steps, spec, **options).decoder(mask_schedules.build("cosine"))
+
+
+def run(
+    tokens: Tensor, made: ParallelDecoder, *, seeds: list[int] | None = None, **options: object
+) -> list[DecodingStep]:
+    noise = SeededNoise(torch.tensor(seeds or range(len(tokens))), NUM_TOKENS)
+    return list(made.steps(fake_predictor, tokens, noise, mask_token_id=MASK, grid=GRID, **options))
+
+
+# The contract
+
+
+@every_selector
+def test_contract_every_candidate_gets_a_finite_score_without_hidden_chance(spec):
+    given = candidates()
+    scores = token_selectors.build(spec)(given)
+    assert scores.shape == (2, 5)
+    assert scores.dtype == torch.float32
+    assert scores.isfinite().all()
+    assert torch.equal(token_selectors.build(spec)(candidates()), scores)
+
+
+@every_selector
+def test_contract_scores_are_finite_where_codes_are_impossible_or_certain(spec):
+    logits = torch.full((1, 2, 3), -torch.inf)
+    logits[:, 0, :2] = 0  # one code is impossible
+    logits[:, 1, 0] = 0  # one code is certain
+    log_probs = logits.log_softmax(-1)
+    given = Candidates(log_probs, torch.zeros(1, 2).long(), torch.arange(2)[None], torch.zeros(1, 2), 0.5, (1, 2))
+    assert token_selectors.build(spec)(given).isfinite().all()
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 8, 24])
+@every_selector
+def test_contract_every_position_ends_known_and_known_ones_never_change(spec, num_steps):
+    tokens = partly_known(MIXED)
+    given = tokens != MASK
+    steps = run(tokens, decoder(spec, num_steps))
+    for step in steps:
+        assert torch.equal(step.tokens[given], tokens[given])
+        assert not (step.was_masked & given).any()
+        assert not (step.still_masked & given).any()
+        assert 0 <= step.tokens.min() <= step.tokens.max() < NUM_CODES
+    assert not steps[-1].still_masked.any()
+    assert len(steps) <= num_steps
+
+
+@every_selector
+def test_contract_the_number_masked_follows_the_schedule_where_it_is_promised(spec):
+    made = decoder(spec)
+    counts = made.masked_counts(MIXED, NUM_TOKENS)
+    steps = run(partly_known(MIXED), made)
+    masked = [step.still_masked.sum(1).tolist() for step in steps]
+    if made.token_selector.follows_schedule:
+        assert masked == counts[1:]
+        assert [step.was_masked.sum(1).tolist() for step in steps] == counts[:-1]
+    for earlier, later in pairwise(masked):
+        assert all(map(int.__le__, later, earlier))
+
+
+@every_selector
+def test_contract_rows_are_independent(spec):
+    tokens = partly_known(MIXED)
+    together = run(tokens, decoder(spec))[-1].tokens
+    for row, count in enumerate(MIXED):
+        steps = run(tokens[row : row + 1], decoder(spec), seeds=[row])
+        assert torch.equal(steps[-1].tokens[0] if steps else tokens[row], together[row]), f"{count} unknown tokens"
+
+
+@every_selector
+def test_contract_the_same_seeds_give_the_same_tokens_and_others_others(spec):
+    tokens = torch.full((2, NUM_TOKENS), MASK)
+    first = run(tokens, decoder(spec), seeds=[3, 4])
+    assert torch.equal(first[-1].tokens, run(tokens, decoder(spec), seeds=[3, 4])[-1].tokens)
+    assert not torch.equal(first[-1].tokens[0], first[-1].tokens[1])
+
+
+@every_selector
+def test_contract_what_stays_decided_stays_as_it_is(spec):
+    before = None
+    for step in run(partly_known(MIXED), decoder(spec)):
+        if before is not None:
+            assert torch.equal(step.was_masked, before.still_masked)
+            assert torch.equal(step.tokens[~before.still_masked], before.tokens[~before.still_masked])
+        before = step
+
+
+@every_selector
+def test_contract_the_confidence_is_that_of_the_last_draw(spec):
+    tokens = partly_known(MIXED)
+    expected = torch.ones(tokens.shape)
+    state = tokens
+    for step in run(tokens, decoder(spec)):
+        everywhere = torch.arange(NUM_TOKENS).expand_as(state)
+        probabilities = fake_predictor(state, everywhere, everywhere).softmax(-1)
+        drawn = probabilities.gather(-1, step.tokens.unsqueeze(-1)).squeeze(-1)
+        expected = drawn.where(step.was_masked, expected)
+        torch.testing.assert_close(step.confidence, expected)
+        state = step.tokens.masked_fill(step.still_masked, MASK)
+
+
+@every_selector
+def test_contract_a_late_start_leaves_the_first_steps_out(spec):
+    steps = run(partly_known(MIXED), decoder(spec), first_step=2)
+    assert steps[0].step == 2
+    assert not steps[-1].still_masked.any()
+
+
+def test_every_selector_says_where_it_comes_from():
+    for name in token_selectors.names():
+        text = type(token_selectors.build(name)).__doc__
+        assert name == "random" or "Source:" in text, name
+
+
+# Each on its own
 
 
 def test_drawn_log_probs_are_those_of_the_codes_drawn():
     given = candidates()
     expected = [[given.log_probs[b, m, given.tokens[b, m]].item() for m in range(5)] for b in range(2)]
     assert given.drawn_log_probs.tolist() == expected
+
+
+def test_entropies_are_those_of_torch_distributions():
+    given = candidates()
+    torch.testing.assert_close(given.entropies, torch.distributions.Categorical(logits=given.log_probs).entropy())
 
 
 @pytest.mark.parametrize(("progress", "noise_scale"), [(0.25, 3.375), (0.5, 2.25), (1.0, 0.0)])
@@ -35,13 +197,177 @@ def test_choice_temperature_0_is_the_probability_alone():
 
 def test_random_does_not_look_at_the_probabilities():
     given = candidates()
-    other = Candidates(given.log_probs * 3, given.tokens, given.positions, given.gumbel, given.progress)
+    other = replace(given, log_probs=given.log_probs * 3)
     select = token_selectors.build("random")
     assert torch.equal(select(given), select(other))
     assert select(given).unique().numel() == 10  # and tells all candidates apart
 
 
-@pytest.mark.parametrize("temperature", [-0.1, float("nan")])
-def test_a_choice_temperature_below_0_is_refused(temperature):
-    with pytest.raises(ValueError, match="choice_temperature must be >= 0"):
-        token_selectors.build({"name": "confidence", "choice_temperature": temperature})
+@pytest.mark.parametrize("grid", [(1, 1), (1, 9), (4, 4), (3, 8), (16, 16), (7, 5)])
+def test_halton_visits_each_place_of_any_grid_once(grid):
+    assert sorted(halton_order(grid)) == list(range(math.prod(grid)))
+
+
+def test_halton_begins_with_the_radical_inverses_of_2_and_3():
+    # (1/2, 1/3), (1/4, 2/3), (3/4, 1/9), (1/8, 4/9) of an 8 x 9 grid
+    assert halton_order((8, 9))[:4] == [4 * 9 + 3, 2 * 9 + 6, 6 * 9 + 1, 1 * 9 + 4]
+
+
+def test_halton_keeps_places_in_its_order_whatever_is_drawn_and_a_seed_begins_elsewhere():
+    tokens = torch.full((2, NUM_TOKENS), MASK)
+    orders = {}
+    for seed in (None, 1, 2):
+        steps = run(tokens, decoder({"name": "halton", "seed": seed}, NUM_TOKENS))
+        kept = [(step.was_masked & ~step.still_masked).nonzero()[:, 1].tolist() for step in steps]
+        assert all(first == second for first, second in kept)
+        orders[seed] = [first for first, _ in kept]
+    assert orders[None] == halton_order(GRID)
+    assert len({tuple(order) for order in orders.values()}) == 3
+    start = orders[None].index(orders[1][0])
+    assert orders[None][start:] + orders[None][:start] == orders[1]
+
+
+def test_halton_without_a_grid_says_what_to_do():
+    with pytest.raises(ValueError, match=r"halton: the grid of tokens is needed, got none; call steps\(grid="):
+        token_selectors.build("halton")(replace(candidates(), grid=None))
+
+
+def test_margin_is_the_log_of_the_difference_of_the_two_likeliest():
+    given = candidates()
+    likeliest = given.log_probs.exp().sort(-1, descending=True).values
+    made = token_selectors.build({"name": "margin", "choice_temperature": 0})(given)
+    torch.testing.assert_close(made, (likeliest[..., 0] - likeliest[..., 1]).log())
+
+
+def test_entropy_keeps_the_most_tokens_whose_sum_without_the_largest_is_within_the_budget():
+    probabilities = torch.tensor([[0.5, 0.5, 0, 0], [0.25] * 4, [1, 0, 0, 0], [0.5, 0.25, 0.25, 0]])
+    log_probs = probabilities.log()[None]  # entropies: 1, 2, 0 and 1.5 bits
+    given = Candidates(log_probs, torch.zeros(1, 4).long(), torch.arange(4)[None], torch.zeros(1, 4), 0.5)
+    valid = torch.ones(1, 4, dtype=torch.bool)
+    for bits, kept in ((0.0, 2), (0.99, 2), (1.01, 3), (2.49, 3), (2.51, 4)):
+        selector = token_selectors.build({"name": "entropy", "gamma": bits * math.log(2)})
+        assert selector.num_kept(given, selector(given), valid).tolist() == [kept], bits
+    selector = token_selectors.build({"name": "entropy", "gamma": 100.0})
+    assert selector.num_kept(given, selector(given), valid & (torch.arange(4) < 3)).tolist() == [3]  # padding is none
+
+
+def test_entropy_with_a_large_budget_is_done_in_one_step_and_with_none_takes_them_all():
+    tokens = torch.full((2, NUM_TOKENS), MASK)
+    assert len(run(tokens, decoder({"name": "entropy", "gamma": 1e6}))) == 1
+    assert len(run(tokens, decoder({"name": "entropy", "gamma": 0.0}, NUM_TOKENS))) == NUM_TOKENS
+
+
+def test_moment_scores_and_sharpens_with_the_same_exponent():
+    given = candidates(0.5)  # choice temperature 4 (1 - 0.5) = 2: exponent 1.5
+    selector = token_selectors.build({"name": "moment", "choice_temperature": 4.0})
+    expected = given.log_probs.exp().pow(1.5).sum(-1).log() + given.gumbel
+    torch.testing.assert_close(selector(given), expected)
+    assert selector.sharpness(0.5) == 1.5
+    assert selector.sharpness(1.0) == 1.0
+
+
+def test_moment_is_what_confidence_tends_to():
+    """Two places, one kept: how often each (place, code) is kept, of many images."""
+    images, temperature = 40_000, 1.0
+    logits = torch.tensor([[2.0, 0.0, -1.0], [0.5, 0.4, 0.0]]).repeat(40, 1)  # 80 places: one of many is kept
+    kept = {}
+    for name in ("confidence", "moment"):
+        spec = {"name": name, "choice_temperature": temperature / 0.5}
+        made = DecodingConfig(2, spec, tokens_per_step=(1, 79)).decoder(mask_schedules.build("cosine"))
+        noise = SeededNoise(torch.arange(images), 80)
+        predictor = lambda tokens, positions, newly_known: logits[positions]  # noqa: E731
+        steps = made.steps(predictor, torch.full((images, 80), 9), noise, mask_token_id=9)
+        step = next(iter(steps))
+        chosen = (step.was_masked & ~step.still_masked).nonzero()
+        codes = step.tokens[~step.still_masked]
+        kept[name] = torch.bincount((chosen[:, 1] % 2) * 3 + codes, minlength=6) / images
+    moments = logits[:2].softmax(-1) ** 2  # exponent 1 + 1 / temperature
+    torch.testing.assert_close(kept["moment"], (moments / moments.sum()).flatten(), atol=0.01, rtol=0)
+    torch.testing.assert_close(kept["confidence"], kept["moment"], atol=0.02, rtol=0)
+
+
+def test_remdm_masks_decided_tokens_again_as_many_as_its_strategy_says():
+    def again(spec: dict) -> list[int]:
+        steps = run(torch.full((1, NUM_TOKENS), MASK), decoder({"name": "remdm", **spec}))
+        before, counts = None, []
+        for step in steps:
+            if before is not None:
+                counts.append(int((step.still_masked & ~before.still_masked).sum()))
+            before = step
+        return counts
+
+    masked = decoder("confidence").masked_counts([24], NUM_TOKENS)
+    decided = [24 - row[0] for row in masked[1:-1]]
+    planned = [row[0] for row in masked[2:]]
+    most = [min(1, after / done) for after, done in zip(planned, decided, strict=True)]
+    assert again({"strategy": "cap", "eta": 0.3}) == [
+        round(min(0.3, share) * done) for share, done in zip(most, decided, strict=True)
+    ]
+    rescaled = [round(0.5 * share * done) for share, done in zip(most, decided, strict=True)]
+    assert again({"strategy": "rescale", "eta": 0.5}) == rescaled
+    assert again({"strategy": "confidence", "eta": 0.5}) == rescaled
+    assert again({"eta": 0.0}) == [0] * 7
+    assert sum(rescaled) > 0
+
+
+def test_remdm_without_masking_again_is_confidence():
+    tokens = partly_known(MIXED)
+    plain = run(tokens, decoder("confidence"))
+    for step, expected in zip(run(tokens, decoder({"name": "remdm", "eta": 0.0})), plain, strict=True):
+        assert torch.equal(step.tokens, expected.tokens)
+
+
+def test_remdm_stands_still_in_its_loop_and_changes_tokens_there():
+    spec = {"name": "remdm", "strategy": "loop", "eta": 0.3, "start": 0.3, "stop": 0.9, "hold": 0.7}
+    made = decoder(spec, 20)
+    counts = [row[0] for row in made.masked_counts([NUM_TOKENS], NUM_TOKENS)]
+    held = int(NUM_TOKENS * math.cos(math.pi / 2 * 0.7))
+    assert counts[6:18] == [held] * 12
+    assert counts[-1] == 0
+    steps = run(torch.full((1, NUM_TOKENS), MASK), made)
+    assert not torch.equal(steps[6].still_masked, steps[10].still_masked)
+
+
+def test_remdm_by_confidence_doubts_codes_that_were_unlikely_more():
+    selector = token_selectors.build({"name": "remdm", "strategy": "confidence"})
+    gumbel = torch.randn(1, 20_000, generator=torch.Generator().manual_seed(0))
+    confidence = torch.tensor([0.05, 0.95]).repeat(10_000)[None]
+    order = selector.doubts(Decided(confidence, gumbel, 0.5)).argsort(descending=True)[0, :2000]
+    unlikely = int((order % 2 == 0).sum())
+    assert unlikely > 1200
+    other = token_selectors.build({"name": "remdm", "strategy": "cap"})
+    assert torch.equal(other.doubts(Decided(confidence, gumbel, 0.5)), gumbel)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"name": "confidence", "choice_temperature": -0.1}, "confidence: choice_temperature must be >= 0"),
+        ({"name": "confidence", "choice_temperature": float("nan")}, "confidence: choice_temperature must be >= 0"),
+        ({"name": "margin", "choice_temperature": -1.0}, "margin: choice_temperature must be >= 0"),
+        ({"name": "moment", "choice_temperature": float("inf")}, "moment: choice_temperature must be >= 0 and finite"),
+        ({"name": "entropy", "gamma": -1.0}, "entropy: gamma must be >= 0"),
+        ({"name": "halton", "seed": -1}, r"halton: seed must be in \[0, 2\*\*32\)"),
+        ({"name": "remdm", "strategy": "lop"}, "remdm: strategy 'lop': did you mean 'loop'"),
+        ({"name": "remdm", "eta": 1.5}, r"remdm: eta must be in \[0, 1\], got 1.5"),
+        ({"name": "remdm", "start": 0.9, "stop": 0.5}, "remdm: 0 < start < stop < 1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(spec, message):
+    with pytest.raises(ValueError, match=message):
+        token_selectors.build(spec)
+
+
+def test_a_selector_of_ones_own_needs_one_method_and_is_told_what_else_it_lacks():
+    class Own(TokenSelector):
+        def __call__(self, candidates: Candidates) -> Tensor:
+            return candidates.gumbel
+
+    own = ParallelDecoder(mask_schedules.build("cosine"), Own(), num_steps=4)
+    plain = ParallelDecoder(mask_schedules.build("cosine"), token_selectors.build("random"), num_steps=4)
+    tokens = partly_known(MIXED)
+    assert torch.equal(run(tokens, own)[-1].tokens, run(tokens, plain)[-1].tokens)
+    with pytest.raises(TypeError, match=r"Own: without follows_schedule it needs num_kept"):
+        Own().num_kept(candidates(), candidates().gumbel, candidates().gumbel > 0)
+    with pytest.raises(TypeError, match=r"Own: it masks decided tokens again, and needs doubts"):
+        Own().doubts(Decided(torch.ones(1, 1), torch.ones(1, 1), 0.5))

@@ -38,7 +38,7 @@ def step(number: int, was: list[int], still: list[int], count: int = 2) -> Decod
     masks[0, was], masks[1, still] = True, True
     tokens = torch.zeros(count, 16, dtype=torch.int64)
     was_masked, still_masked = (mask.expand(count, 16) for mask in masks)
-    return DecodingStep(number, tokens, was_masked, still_masked, torch.zeros(count, 16))
+    return DecodingStep(number, tokens, was_masked, still_masked, torch.zeros(count, 16), torch.ones(count, 16))
 
 
 STEPS = [step(0, list(range(16)), list(range(8))), step(1, list(range(8)), [])]

@@ -1,0 +1,40 @@
+"""Parallel decoding: from masked tokens to tokens in a few steps, step by step.
+
+``ParallelDecoder`` holds a mask schedule (how many tokens stay masked) and a token selector (which). It knows no
+network: it asks a ``Predictor`` for logits at the positions that are still masked. Guidance, the sharing of the first
+step and caches live in predictors that wrap one another. ``DecodingConfig`` says all of it in plain values.
+
+Source: paper, section on iterative decoding; google-research/maskgit, ``parallel_decode.py``.
+"""
+
+from maskgit_pl.decoding.classes import decode_classes
+from maskgit_pl.decoding.config import DecodingConfig
+from maskgit_pl.decoding.decoder import DecodingStep, ParallelDecoder
+from maskgit_pl.decoding.noise import Noise, SeededNoise
+from maskgit_pl.decoding.predictors import (
+    ClassPredictor,
+    ConditionalNetwork,
+    FirstStepLogits,
+    FirstStepPredictor,
+    GuidedPredictor,
+    Predictor,
+    class_predictor,
+)
+from maskgit_pl.decoding.sampling import CodeSampling
+
+__all__ = [
+    "ClassPredictor",
+    "CodeSampling",
+    "ConditionalNetwork",
+    "DecodingConfig",
+    "DecodingStep",
+    "FirstStepLogits",
+    "FirstStepPredictor",
+    "GuidedPredictor",
+    "Noise",
+    "ParallelDecoder",
+    "Predictor",
+    "SeededNoise",
+    "class_predictor",
+    "decode_classes",
+]

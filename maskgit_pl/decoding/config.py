@@ -1,0 +1,71 @@
+"""How images are decoded, in plain values: what a recipe, a pretrained folder and a tuned recipe hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from maskgit_pl.decoding.decoder import ParallelDecoder
+from maskgit_pl.decoding.sampling import CodeSampling, Temperature
+from maskgit_pl.guidance import guidance_scales, guidance_schedules
+from maskgit_pl.schedules import MaskSchedule, mask_schedules
+from maskgit_pl.selectors import token_selectors
+
+__all__ = ["DecodingConfig"]
+
+
+@dataclass(frozen=True)
+class DecodingConfig:
+    """How images are decoded, in plain values, as a recipe and a pretrained folder hold it.
+
+    Args:
+        num_steps: T.
+        token_selector: Name or mapping of a registered token selector.
+        guidance: Name or mapping of a registered guidance schedule.
+        sampling_temperature: As of ``CodeSampling``: a number, or one for the first and one for the last step.
+        top_k: As of ``CodeSampling``.
+        top_p: As of ``CodeSampling``.
+        tokens_per_step: How many tokens are decided in each step, in place of the mask schedule; T numbers.
+        mask_schedule: Name or mapping of a mask schedule to decode with; None is the one of the training.
+
+    Raises:
+        ValueError: ``tokens_per_step`` of another length than ``num_steps``.
+    """
+
+    num_steps: int = 8
+    token_selector: str | dict[str, Any] = "confidence"
+    guidance: str | dict[str, Any] = "constant"
+    sampling_temperature: Temperature = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    tokens_per_step: tuple[int, ...] | None = None
+    mask_schedule: str | dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.sampling_temperature, list):  # as JSON has it
+            object.__setattr__(self, "sampling_temperature", tuple(self.sampling_temperature))
+        if self.tokens_per_step is not None:
+            object.__setattr__(self, "tokens_per_step", tuple(self.tokens_per_step))
+            if len(self.tokens_per_step) != self.num_steps:
+                raise ValueError(
+                    f"tokens_per_step: a number for each of the {self.num_steps} steps is needed, got "
+                    f"{len(self.tokens_per_step)}; set num_steps to {len(self.tokens_per_step)}"
+                )
+
+    def decoder(self, mask_schedule: MaskSchedule) -> ParallelDecoder:
+        """The decoder that follows ``mask_schedule``, or the schedule named here.
+
+        Raises:
+            ValueError: An unknown name or a number out of range.
+        """
+        return ParallelDecoder(
+            mask_schedule if self.mask_schedule is None else mask_schedules.build(self.mask_schedule),
+            token_selectors.build(self.token_selector),
+            num_steps=self.num_steps,
+            sampling=CodeSampling(self.sampling_temperature, self.top_k, self.top_p),
+            tokens_per_step=self.tokens_per_step,
+        )
+
+    def scales(self) -> tuple[float, ...]:
+        """Guidance scale of each step."""
+        return guidance_scales(guidance_schedules.build(self.guidance), self.num_steps)

@@ -1,0 +1,208 @@
+"""Predictors: where the decoder's logits come from. Guidance and the sharing of the first step wrap one another.
+
+Source of guidance: Ho and Salimans, arXiv:2207.12598; of its use with masked tokens: Muse, arXiv:2301.00704.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "ClassPredictor",
+    "ConditionalNetwork",
+    "FirstStepLogits",
+    "FirstStepPredictor",
+    "GuidedPredictor",
+    "Predictor",
+    "class_predictor",
+    "guided",
+]
+
+
+class Predictor(Protocol):
+    """Logits of masked positions. A predictor serves one decoding run: it may count its calls and keep caches."""
+
+    def __call__(self, tokens: Tensor, positions: Tensor, newly_known: Tensor) -> Tensor:
+        """Predicts.
+
+        Args:
+            tokens: (B, N) int64, codes in [0, K), or ``mask_token_id`` where unknown.
+            positions: (B, M) int64, in [0, N): where logits are wanted. Rows with fewer masked tokens are padded with
+                known positions, whose logits are ignored.
+            newly_known: (B, P) int64: positions decided since the last call (padded with known ones); P = 0 at first.
+
+        Returns:
+            (B, M, K) float: logits of the codes.
+        """
+
+
+class ConditionalNetwork(Protocol):
+    """The network that the predictors ask: codes' logits of some positions, given tokens and class rows."""
+
+    def __call__(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
+        """(B, N) int64 tokens, (B,) int64 labels, (B, M) int64 positions -> (B, M, K) float logits of the codes."""
+
+
+def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance: conditional + scale (conditional - unconditional), on logits of one shape."""
+    return torch.lerp(unconditional.float(), conditional.float(), 1 + scale)
+
+
+@dataclass(frozen=True)
+class ClassPredictor:
+    """One forward of the network, given the class of each image.
+
+    Args:
+        network: Usually a ``networks.transformer.MaskedTransformer``.
+        labels: (B,) int64: class of each image, or the null class.
+    """
+
+    network: ConditionalNetwork
+    labels: Tensor
+
+    def __call__(self, tokens: Tensor, positions: Tensor, newly_known: Tensor) -> Tensor:
+        return self.network(tokens, self.labels, positions)
+
+
+class GuidedPredictor:
+    """Classifier-free guidance, as ``guided`` has it, in one batched forward.
+
+    Where the scale is 0 only the conditional half runs.
+
+    Args:
+        network: As of ``ClassPredictor``.
+        labels: (B,) int64, class of each image.
+        negative_labels: (B,) int64, the class that each image is pushed away from: the null class, or another one.
+        scales: The scale of each call, in order (``guidance.guidance_scales``, from the first step on).
+    """
+
+    def __init__(
+        self, network: ConditionalNetwork, labels: Tensor, *, negative_labels: Tensor, scales: Sequence[float]
+    ) -> None:
+        self.network = network
+        self.labels = labels
+        self.both_labels = torch.cat([labels, negative_labels])
+        self._scales = iter(scales)
+
+    def __call__(self, tokens: Tensor, positions: Tensor, newly_known: Tensor) -> Tensor:
+        scale = next(self._scales)
+        if scale == 0:
+            return self.network(tokens, self.labels, positions)
+        both = self.network(tokens.repeat(2, 1), self.both_labels, positions.repeat(2, 1))
+        conditional, unconditional = both.chunk(2)
+        return guided(conditional, unconditional, scale)
+
+
+class FirstStepLogits:
+    """The logits of the first step: it sees only mask tokens, so they depend on the class alone. Exact.
+
+    Each class is computed once, for as long as it is among the last ``max_labels`` that were asked for. Whoever changes
+    the network's weights, device or type calls ``clear``.
+
+    Args:
+        network: As of ``ClassPredictor``.
+        num_tokens: N, tokens of an image.
+        mask_token_id: The id that marks an unknown token.
+        max_labels: Classes kept, at least 1; each takes N K numbers.
+    """
+
+    def __init__(
+        self, network: ConditionalNetwork, *, num_tokens: int, mask_token_id: int, max_labels: int = 64
+    ) -> None:
+        self.network = network
+        self.num_tokens = num_tokens
+        self.mask_token_id = mask_token_id
+        self.max_labels = max_labels
+        self._known: OrderedDict[int, Tensor] = OrderedDict()
+
+    def __call__(self, labels: Sequence[int], *, device: torch.device) -> Tensor:
+        """Logits (B, N, K) of B labels, those of all positions in raster order, on the network's ``device``."""
+        missing = sorted(set(labels) - set(self._known))
+        if missing:
+            self._compute(missing, device)
+        rows = [self._known[label] for label in labels]
+        for label in dict.fromkeys(labels):
+            self._known.move_to_end(label)
+        while len(self._known) > self.max_labels:
+            self._known.popitem(last=False)
+        return torch.stack(rows)
+
+    def clear(self) -> None:
+        """Forgets all logits."""
+        self._known.clear()
+
+    def _compute(self, labels: Sequence[int], device: torch.device) -> None:
+        shape = len(labels), self.num_tokens
+        tokens = torch.full(shape, self.mask_token_id, dtype=torch.int64, device=device)
+        positions = torch.arange(self.num_tokens, device=device).expand(shape)
+        logits = self.network(tokens, torch.tensor(labels, device=device), positions)
+        self._known.update(zip(labels, logits.unbind(), strict=True))
+
+
+class FirstStepPredictor:
+    """Takes the first call's logits from ``FirstStepLogits``; right only where every token starts masked.
+
+    Args:
+        logits: (B, N, K) of the first step, guidance included.
+        rest: Predictor of all later calls.
+    """
+
+    def __init__(self, logits: Tensor, rest: Predictor) -> None:
+        self.logits: Tensor | None = logits
+        self.rest = rest
+
+    def __call__(self, tokens: Tensor, positions: Tensor, newly_known: Tensor) -> Tensor:
+        if self.logits is None:
+            return self.rest(tokens, positions, newly_known)
+        logits, self.logits = self.logits, None
+        return logits  # every position is masked, and asked for in raster order
+
+
+def class_predictor(
+    network: ConditionalNetwork,
+    labels: Sequence[int],
+    *,
+    device: torch.device,
+    negative_labels: Sequence[int] | None = None,
+    scales: Sequence[float] = (),
+    first_step: FirstStepLogits | None = None,
+) -> Predictor:
+    """The predictor of a class-conditional run, put together from the parts above.
+
+    Args:
+        network: As of ``ClassPredictor``.
+        labels: Class of each image.
+        device: Where the network is.
+        negative_labels: The class that each image is pushed away from; None where there is none.
+        scales: Guidance scale of each call; empty for no guidance.
+        first_step: Where the first call's logits come from; None where not every token starts masked.
+
+    Raises:
+        ValueError: Guidance without a class to be pushed away from.
+    """
+    is_guided = any(scale > 0 for scale in scales)
+    if is_guided and negative_labels is None:
+        raise ValueError(
+            "guidance: this model has no null class (it was trained with class_dropout 0); use scale 0, or name "
+            "negative classes"
+        )
+
+    def over(of_calls: Sequence[float]) -> Predictor:
+        rows = torch.tensor(list(labels), device=device)
+        if negative_labels is None or not any(scale > 0 for scale in of_calls):
+            return ClassPredictor(network, rows)
+        negative = torch.tensor(list(negative_labels), device=device)
+        return GuidedPredictor(network, rows, negative_labels=negative, scales=of_calls)
+
+    if first_step is None:
+        return over(scales)
+    logits = first_step(labels, device=device)
+    if negative_labels is not None and scales and scales[0] > 0:
+        logits = guided(logits, first_step(negative_labels, device=device), scales[0])
+    return FirstStepPredictor(logits, over(scales[1:]))

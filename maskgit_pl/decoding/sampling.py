@@ -1,0 +1,69 @@
+"""How codes are drawn from logits: temperature, constant or annealed, and truncation to the likeliest codes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["CodeSampling", "Temperature"]
+
+Temperature = float | tuple[float, float]
+
+
+@dataclass(frozen=True)
+class CodeSampling:
+    """What is done to logits before codes are drawn from their softmax.
+
+    First they are divided by the temperature, then all but the likeliest codes are taken away: the ``top_k`` likeliest,
+    and of these the fewest whose probabilities sum to ``top_p``. Which tokens are kept is judged by the logits as
+    they were.
+
+    Args:
+        temperature: At least 0; 0 takes the likeliest code. A pair goes from the first to the last step, linearly.
+        top_k: At least 1; None keeps all codes.
+        top_p: In (0, 1]; None keeps all codes.
+
+    Raises:
+        ValueError: A number out of range.
+
+    Source: temperature annealing: MaskBit, arXiv:2409.16211; top-p: Holtzman et al., arXiv:1904.09751.
+    """
+
+    temperature: Temperature = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        both = self.temperature if isinstance(self.temperature, tuple | list) else (self.temperature,) * 2
+        if len(both) != 2 or not all(0 <= value < math.inf for value in both):
+            raise ValueError(
+                "sampling_temperature: a number of at least 0, or two of them for the first and the last step, is "
+                f"needed, got {self.temperature}"
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k: at least 1 code is needed, got {self.top_k}; leave it out to keep all")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: a number in (0, 1] is needed, got {self.top_p}; leave it out to keep all")
+
+    def temperature_at(self, position: float) -> float:
+        """The temperature at a step: ``position`` is 0 at the first step and 1 at the last."""
+        if isinstance(self.temperature, tuple | list):
+            first, last = self.temperature
+            return first + (last - first) * position
+        return self.temperature
+
+    def truncated(self, logits: Tensor) -> Tensor:
+        """Logits (..., K) with -inf for the codes that may not be drawn; the likeliest one always may."""
+        if self.top_k is not None and self.top_k < logits.shape[-1]:
+            least = logits.topk(self.top_k, dim=-1).values[..., -1:]
+            logits = logits.masked_fill(logits < least, -torch.inf)
+        if self.top_p is not None and self.top_p < 1:
+            ordered, codes = logits.sort(dim=-1, descending=True)
+            likelier = ordered.softmax(-1).cumsum(-1).roll(1, -1)  # probability of all likelier codes
+            likelier[..., 0] = 0
+            ordered = ordered.masked_fill(likelier >= self.top_p, -torch.inf)
+            logits = torch.empty_like(logits).scatter_(-1, codes, ordered)
+        return logits
