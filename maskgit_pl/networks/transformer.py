@@ -7,15 +7,16 @@ Source: paper, implementation details; google-research/maskgit, ``maskgit_transf
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-__all__ = ["MaskedTransformer", "TransformerConfig", "Vocabulary"]
+__all__ = ["Block", "ContextCache", "MaskedTransformer", "QueryKeyValue", "TransformerConfig", "Vocabulary"]
 
 Vocabulary = Literal["codes", "all"]
 
@@ -91,6 +92,36 @@ class TransformerConfig:
         return self.vocabulary_size - 1
 
 
+class QueryKeyValue(nn.Linear):
+    """The projection to queries, keys and values in one product, or to a part of them.
+
+    Args:
+        width: D.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, 3 * width)
+
+    def query(self, x: Tensor) -> Tensor:
+        """(B, S, D) -> queries (B, S, D)."""
+        return F.linear(x, self.weight[: self.in_features], self.bias[: self.in_features])
+
+    def key_value(self, x: Tensor) -> Tensor:
+        """(B, S, D) -> keys, then values (B, S, 2 D)."""
+        return F.linear(x, self.weight[self.in_features :], self.bias[self.in_features :])
+
+
+@dataclass
+class ContextCache:
+    """Keys and values that a network has computed for a sequence, layer by layer, for ``MaskedTransformer.update``.
+
+    Args:
+        key_values: A layer's keys, then values (B, 1 + N, 2 D), in order; empty before the first pass.
+    """
+
+    key_values: list[Tensor] = field(default_factory=list)
+
+
 class Block(nn.Module):
     """Post-norm attention and feed-forward: x = LN(x + f(x)), twice.
 
@@ -102,7 +133,7 @@ class Block(nn.Module):
         super().__init__()
         self.num_heads = config.num_heads
         self.dropout = config.dropout
-        self.query_key_value = nn.Linear(config.width, 3 * config.width)
+        self.query_key_value = QueryKeyValue(config.width)
         self.attention_output = nn.Linear(config.width, config.width)
         self.attention_norm = nn.LayerNorm(config.width, eps=_LAYER_NORM_EPS)
         self.mlp_hidden = nn.Linear(config.width, config.mlp_width)
@@ -111,11 +142,44 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, asked: Tensor | None = None) -> Tensor:
         """(B, S, D) -> (B, S, D), or ``_at(result, asked)`` without the work for the other positions."""
-        query, key, value = rearrange(
-            self.query_key_value(x), "b s (three heads d) -> three b heads s d", three=3, heads=self.num_heads
-        )
+        if asked is not None and asked.dtype != torch.bool:  # as many in each row: queries of no others are needed
+            return self.remember(x, asked)[0]
+        return self._attend(x, *self._heads(self.query_key_value(x), 3), asked=asked)
+
+    def remember(self, x: Tensor, asked: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``forward``, all positions or those ``asked`` (B, M) int64, and the keys and values (B, S, 2 D) of all."""
+        if asked is None:
+            projected = self.query_key_value(x)
+            return self._attend(x, *self._heads(projected, 3)), projected[..., x.shape[-1] :]
+        at_asked, key_value = _at(x, asked), self.query_key_value.key_value(x)
+        query = self._heads(self.query_key_value.query(at_asked), 1)
+        return self._attend(at_asked, *query, *self._heads(key_value, 2)), key_value
+
+    def update(self, x: Tensor, places: Tensor, key_value: Tensor, *, num_asked: int | None = None) -> Tensor:
+        """``forward`` at some places, which attend to all; their keys and values take their old ones' places.
+
+        Args:
+            x: (B, R, D): the block's input at ``places``.
+            places: (B, R) int64 in [0, S).
+            key_value: (B, S, 2 D), changed in place.
+            num_asked: Results wanted, those of the first places; None for all.
+
+        Returns:
+            (B, num_asked or R, D).
+        """
+        query, new = self.query_key_value(x).split([x.shape[-1], key_value.shape[-1]], dim=-1)
+        key_value.scatter_(1, places.unsqueeze(-1).expand_as(new), new)
+        query = self._heads(query[:, :num_asked], 1)
+        return self._attend(x[:, :num_asked], *query, *self._heads(key_value, 2))
+
+    def _heads(self, x: Tensor, parts: int) -> Tensor:
+        """(B, S, parts D) -> (parts, B, heads, S, D / heads)."""
+        return rearrange(x, "b s (parts heads d) -> parts b heads s d", parts=parts, heads=self.num_heads)
+
+    def _attend(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, *, asked: Tensor | None = None) -> Tensor:
+        """Input (B, M, D) and what its heads attend to -> (B, M, D), or the rows where ``asked`` (B, M) is True."""
         attended = F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout if self.training else 0.0)
-        attended = rearrange(attended, "b heads s d -> b s (heads d)")
+        attended = rearrange(attended, "b heads m d -> b m (heads d)")
         if asked is not None:
             x, attended = _at(x, asked), _at(attended, asked)
         x = self.attention_norm(x + F.dropout(self.attention_output(attended), self.dropout, self.training))
@@ -166,6 +230,38 @@ class MaskedTransformer(nn.Module):
             x = block(x)
         x = self.blocks[-1](x, _after_class(positions))
         return self._head(x[:, 1:] if positions is None else x, vocabulary)
+
+    def update(
+        self, tokens: Tensor, labels: Tensor, positions: Tensor, newly_known: Tensor, *, cache: ContextCache
+    ) -> Tensor:
+        """Logits at ``positions``; keys and values elsewhere are those of earlier calls. Approximate, for inference.
+
+        Tokens that stay as they are keep the keys and values that were computed when more of the others were masked.
+        With an empty cache everything is computed: the result is ``forward``'s, and fills the cache.
+
+        Args:
+            tokens: As of ``forward``.
+            labels: As of ``forward``.
+            positions: (B, M) int64 in [0, N).
+            newly_known: (B, P) int64 in [0, N): also computed anew, for their tokens are others than at the last call.
+            cache: What earlier calls of this run have left; changed in place.
+
+        Returns:
+            (B, M, K) float: logits of the codes.
+        """
+        blocks = cast("Sequence[Block]", self.blocks)
+        if not cache.key_values:
+            x = self._embed(tokens, labels)
+            for block in blocks:
+                x, key_value = block.remember(x, positions + 1 if block is blocks[-1] else None)
+                cache.key_values.append(key_value)
+            return self._head(x, "codes")
+        anew = torch.cat([positions, newly_known], dim=1)  # (B, M + P), those asked for first
+        places = anew + 1
+        x = self.embedding_norm(self.words(tokens.gather(1, anew)) + self.positions(places))
+        for block, key_value in zip(blocks, cache.key_values, strict=True):
+            x = block.update(x, places, key_value, num_asked=positions.shape[1] if block is blocks[-1] else None)
+        return self._head(x, "codes")
 
     def _embed(self, tokens: Tensor, labels: Tensor) -> Tensor:
         sequence = torch.cat([labels.unsqueeze(1) + self.config.num_codes, tokens], dim=1)  # (B, 1 + N)

@@ -1,10 +1,12 @@
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
+from maskgit_pl.networks.transformer import ContextCache, MaskedTransformer, TransformerConfig
 
 SMALL = TransformerConfig(16, 3, (3, 4), width=32, depth=3, num_heads=4, mlp_width=64)
 
@@ -84,6 +86,86 @@ def test_logits_at_a_mask_are_those_of_the_full_forward_in_raster_order(vocabula
     full = made(*inputs(), vocabulary=vocabulary)
     assert 0 < mask.sum() < mask.numel()
     torch.testing.assert_close(made(*inputs(), mask, vocabulary=vocabulary), full[mask], rtol=1e-5, atol=1e-5)
+
+
+@contextmanager
+def rows_seen(block: nn.Module) -> Iterator[dict[str, int]]:
+    """How many positions the output projection and the MLP of a block compute."""
+    seen: dict[str, int] = {}
+    hooks = [
+        block.get_submodule(name).register_forward_hook(
+            lambda module, given, output, name=name: seen.update({name: output.shape[1]})
+        )
+        for name in ("attention_output", "mlp_output")
+    ]
+    yield seen
+    for hook in hooks:
+        hook.remove()
+
+
+def test_the_last_block_computes_queries_and_what_follows_where_it_is_asked_alone():
+    made = network()
+    positions = torch.tensor([[0, 11, 5], [3, 2, 1], [7, 7, 0], [10, 4, 9]])
+    queries: list[Tensor] = []
+    last = made.blocks[-1].query_key_value
+    whole = last.query
+    last.query = lambda x: queries.append(x) or whole(x)
+    with rows_seen(made.blocks[-1]) as seen, rows_seen(made.blocks[0]) as before:
+        made(*inputs(), positions)
+    assert [x.shape for x in queries] == [(4, 3, 32)]
+    assert set(seen.values()) == {3}
+    assert set(before.values()) == {13}
+
+
+NO_POSITIONS = torch.empty(4, 0, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_the_first_update_of_a_cache_is_the_forward_to_the_last_bit(depth):
+    made = network(dataclasses.replace(SMALL, depth=depth))
+    positions = torch.tensor([[0, 11, 5], [3, 2, 1], [7, 7, 0], [10, 4, 9]])
+    cache = ContextCache()
+    assert torch.equal(made.update(*inputs(), positions, NO_POSITIONS, cache=cache), made(*inputs(), positions))
+    assert [key_value.shape for key_value in cache.key_values] == [(4, 13, 64)] * depth
+
+
+@torch.no_grad()
+def test_an_update_of_every_position_is_exact_but_for_the_class_token():
+    made = network()
+    tokens, labels = inputs()
+    everywhere = torch.arange(12).repeat(4, 1)
+    cache = ContextCache()
+    made.update(tokens, labels, everywhere, NO_POSITIONS, cache=cache)
+    other = (tokens + 1) % 16
+    updated = made.update(other, labels, everywhere[:, :5], everywhere[:, 5:], cache=cache)
+    expected = made(other, labels)[:, :5]
+    error = (updated - expected).abs().max()
+    assert 0 < error < 0.5 * (made(tokens, labels)[:, :5] - expected).abs().max()
+    torch.testing.assert_close(
+        made.update(tokens, labels, everywhere, NO_POSITIONS, cache=ContextCache()), made(tokens, labels)
+    )
+
+
+@torch.no_grad()
+def test_an_update_computes_what_is_asked_and_what_became_known_and_nothing_else():
+    made = network()
+    tokens, labels = inputs()
+    cache = ContextCache()
+    made.update(tokens, labels, torch.arange(12).repeat(4, 1), NO_POSITIONS, cache=cache)
+    before = [key_value.clone() for key_value in cache.key_values]
+    asked, newly_known = torch.tensor([[3, 1]] * 4), torch.tensor([[7, 10, 10]] * 4)  # padded with one of its own
+    changed = tokens.scatter(1, newly_known, 5).scatter(1, torch.full((4, 1), 11), 6)  # 11 is not announced
+    with rows_seen(made.blocks[0]) as seen, rows_seen(made.blocks[-1]) as last:
+        logits = made.update(changed, labels, asked, newly_known, cache=cache)
+    assert logits.shape == (4, 2, 16)
+    assert set(seen.values()) == {5}
+    assert set(last.values()) == {2}
+    touched = [
+        ((old - new).abs().amax((0, 2)) > 0).nonzero().flatten().tolist()
+        for old, new in zip(before, cache.key_values, strict=True)
+    ]
+    assert touched[0] == [1 + position for position in (7, 10)]  # the inputs of 1 and 3 are what they were
+    assert touched[1:] == [[2, 4, 8, 11]] * 2
 
 
 def test_every_position_and_the_class_see_one_another():
