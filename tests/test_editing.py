@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from maskgit_pl import editing
 from maskgit_pl.editing import (
     box_mask,
     composite,
@@ -276,3 +277,58 @@ def test_a_mask_of_nothing_is_refused() -> None:
         fitted(pixels(1, 8, 8), torch.zeros(8, 8, dtype=torch.bool), image_size=8, fit=False)
     with pytest.raises(ValueError, match="all of it lies outside the square in the middle"):
         fitted(pixels(1, 8, 20), box_mask((0, 0, 4, 8), height=8, width=20), image_size=8, fit=True)
+
+
+# A canvas and its windows
+
+
+def filled_by(unknown: torch.Tensor, *, size: tuple[int, int], overlap: float) -> list[tuple[int, int, int]]:
+    """(top, left, unknown tokens) of each window; checks that each is within the canvas and decodes nothing twice."""
+    left, found = unknown.clone(), []
+    for window in editing.windows(unknown, size=size, overlap=overlap):
+        part = left[window.of_rows[1:]]
+        assert part.shape == size
+        assert torch.equal(part, window.unknown)
+        found.append((window.top, window.left, int(part.sum())))
+        part.fill_(False)
+    assert not left.any()
+    return found
+
+
+def test_windows_of_an_empty_canvas_slide_by_what_does_not_overlap():
+    assert filled_by(torch.ones(4, 14, dtype=torch.bool), size=(4, 4), overlap=0.5) == [
+        (0, 0, 16),
+        (0, 2, 8),
+        (0, 4, 8),
+        (0, 6, 8),
+        (0, 8, 8),
+        (0, 10, 8),
+    ]
+    assert filled_by(torch.ones(4, 7, dtype=torch.bool), size=(4, 4), overlap=0.25) == [(0, 0, 16), (0, 3, 12)]
+
+
+def test_windows_on_all_sides_begin_where_most_is_known():
+    unknown = torch.ones(8, 8, dtype=torch.bool)
+    unknown[2:6, 2:6] = False
+    found = filled_by(unknown, size=(4, 4), overlap=0.5)
+    assert [count for _, _, count in found[:4]] == [8] * 4
+    assert all(count <= 8 for _, _, count in found)  # no window sees less than half of itself
+    assert sum(count for _, _, count in found) == 48
+
+
+@pytest.mark.parametrize("overlap", [0.01, 0.3, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("shape", [(4, 4), (4, 9), (7, 11), (5, 5)])
+def test_windows_fill_any_canvas(shape, overlap):
+    filled_by(torch.ones(shape, dtype=torch.bool), size=(4, 4), overlap=overlap)
+    corner = torch.ones(shape, dtype=torch.bool)
+    corner[:2, :1] = False
+    filled_by(corner, size=(4, 4), overlap=overlap)
+
+
+def test_margins_lay_an_image_on_its_canvas():
+    added = editing.Margins(left=2, right=0, up=0, down=1)
+    image = torch.arange(1, 7).reshape(1, 2, 3)
+    padded = added.padded(image, size=1)
+    assert padded.shape == (1, 3, 5)
+    assert torch.equal(padded[0] == 0, added.outside(2, 3))
+    assert torch.equal(padded[:, :2, 2:], image)

@@ -233,9 +233,9 @@ def test_the_check_of_floors_finds_what_it_is_for(monkeypatch):
         "from maskgit_pl.pipeline import MaskGIT\nfrom maskgit_pl.masking import MaskSampler\nimport maskgit_pl.data"
     )
     monkeypatch.setattr(f"{__name__}.tree", lambda module: ast.parse(source))
-    assert refused("schedules") == [("schedules", other) for other in ("data/__init__", "masking", "pipeline")]
-    assert refused("importers/jax") == [("importers/jax", "pipeline")]  # its own floor, another folder
-    assert refused("mvtm") == [("mvtm", "pipeline")]
+    assert refused("schedules") == [("schedules", other) for other in ("data/__init__", "masking", "pipeline/__init__")]
+    assert refused("importers/jax") == [("importers/jax", "pipeline/__init__")]  # its own floor, another folder
+    assert refused("mvtm") == [("mvtm", "pipeline/__init__")]
     assert refused("cli/train") == []
 
 

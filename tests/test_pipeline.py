@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from maskgit_pl import pretrained
+from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.shards.images import fit_square
 from tests.conftest import save_tiny_pretrained
@@ -289,7 +290,7 @@ def test_a_pipeline_in_bfloat16_edits(tiny_pretrained) -> None:
         ({"batch_size": 0}, ValueError, "batch_size: at least 1"),
         ({"output_type": "pill"}, ValueError, "did you mean 'pil'"),
         ({"seed": -1}, ValueError, "seed: numbers in"),
-        ({"num_stesp": 3}, TypeError, "setting 'num_stesp': did you mean 'num_steps'"),
+        ({"num_stesp": 3}, TypeError, "option 'num_stesp': did you mean 'num_steps'"),
     ],
 )
 def test_what_cannot_be_edited_is_refused(pipe, options, error, message) -> None:
@@ -306,5 +307,172 @@ def test_a_box_and_a_number_of_variants_that_are_none_are_refused(pipe) -> None:
 
 
 def test_an_unknown_setting_is_refused(pipe) -> None:
-    with pytest.raises(TypeError, match="setting 'guidance': did you mean 'guidance_scale'"):
-        pipe.generate([0], guidance=3.0)
+    with pytest.raises(TypeError, match="option 'guidance_scael': did you mean 'guidance_scale'"):
+        pipe.generate([0], guidance_scael=3.0)
+
+
+# Settings of decoding
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"token_selector": "halton"},
+        {"token_selector": {"name": "remdm", "strategy": "cap", "eta": 0.5}},
+        {"sampling_temperature": 0.5},
+        {"sampling_temperature": (3.0, 0.1)},
+        {"top_k": 1},
+        {"top_p": 0.3},
+        {"tokens_per_step": [1, 1, 14]},
+        {"mask_schedule": "exp", "num_steps": 8},
+        {"guidance": {"name": "interval", "scale": 9.0}},
+        {"negative_classes": 0, "guidance_scale": 5.0},
+        {"decoding": DecodingConfig(16, "random")},
+    ],
+    ids=str,
+)
+def test_each_setting_changes_what_is_generated(pipe, settings) -> None:
+    plain = [step.tokens for step in pipe.steps([0, 1, 2] * 4)][-1]
+    steps = []
+    pipe.generate([0, 1, 2] * 4, output_type="pt", callback=steps.append, **settings)
+    assert not torch.equal(steps[-1].tokens, plain)
+
+
+def test_settings_replace_parts_of_a_decoding_that_is_given_whole(pipe) -> None:
+    whole = DecodingConfig(6, "margin", top_k=3)
+    made = pipe.decoding_with(decoding=whole, choice_temperature=2.0, guidance="cosine", guidance_scale=4.0)
+    assert made == DecodingConfig(
+        6,
+        {"name": "margin", "choice_temperature": 2.0},
+        guidance={"name": "cosine", "scale": 4.0},
+        top_k=3,
+    )
+
+
+def test_a_list_of_tokens_says_the_steps_and_other_steps_put_it_aside(pipe) -> None:
+    made = pipe.decoding_with(tokens_per_step=[4, 4, 8])
+    assert (made.num_steps, made.tokens_per_step) == (3, (4, 4, 8))
+    assert pipe.decoding_with(decoding=made, num_steps=5).tokens_per_step is None
+    with pytest.raises(ValueError, match="tokens_per_step: a number for each of the 2 steps"):
+        pipe.decoding_with(tokens_per_step=[4, 4, 8], num_steps=2)
+
+
+def test_no_class_is_a_class_where_the_model_was_trained_with_it(pipe, tmp_path) -> None:
+    assert pipe.class_ids([None, 1]) == [3, 1]
+    assert not torch.equal(images(pipe, [None] * 4), images(pipe, [0] * 4))
+    bare = MaskGIT.from_pretrained(save_tiny_pretrained(tmp_path / "bare", class_dropout=0.0))
+    with pytest.raises(ValueError, match="class None: this model has no null class"):
+        bare.generate([None])
+
+
+def test_a_model_without_a_null_class_is_guided_by_a_negative_class(tmp_path) -> None:
+    bare = MaskGIT.from_pretrained(save_tiny_pretrained(tmp_path / "bare", class_dropout=0.0))
+    with pytest.raises(ValueError, match=r"guidance: this model has no null class .* or name negative classes"):
+        bare.generate([1], guidance_scale=3.0)
+    plain = images(bare, [1] * 4)
+    assert not torch.equal(images(bare, [1] * 4, guidance_scale=3.0, negative_classes="Trouser"), plain)
+    one_each = images(bare, [1] * 4, guidance_scale=3.0, negative_classes=[2] * 4)
+    assert torch.equal(images(bare, [1] * 4, guidance_scale=3.0, negative_classes="Trouser"), one_each)
+    with pytest.raises(ValueError, match="negative_classes: one, or one for each of the 2 classes, is needed, got 3"):
+        bare.generate([0, 1], negative_classes=[0, 1, 2])
+
+
+def test_the_first_step_is_computed_once_a_class_for_all_batches_and_anew_after_a_move(tiny_pretrained) -> None:
+    own = MaskGIT.from_pretrained(tiny_pretrained)
+    rows: list[int] = []
+    own.transformer.network.register_forward_hook(lambda module, given, made: rows.append(len(given[1])))
+    first = images(own, [0, 1] * 3, batch_size=2, guidance_scale=0, num_steps=1)
+    assert rows == [2]
+    assert torch.equal(images(own, [0, 1] * 3, guidance_scale=0, num_steps=1), first)
+    assert rows == [2]
+    own.to("cpu")
+    images(own, [0, 1], guidance_scale=0, num_steps=1)
+    assert rows == [2, 2]
+
+
+# Beyond the borders
+
+
+def test_outpainting_keeps_the_image_bit_by_bit_and_goes_on_beyond_it(pipe) -> None:
+    image = picture()
+    for sides, place in (
+        ({"right": 6}, (slice(0, 8), slice(0, 8))),
+        ({"left": 4}, (slice(0, 8), slice(4, 12))),
+        ({"up": 2, "down": 10}, (slice(2, 10), slice(0, 8))),
+        ({"left": 4, "right": 4, "up": 4, "down": 4}, (slice(4, 12), slice(4, 12))),
+    ):
+        made = pipe.outpaint(image, classes=[1, 2], blend=0, output_type="pt", **sides)
+        height, width = 8 + sides.get("up", 0) + sides.get("down", 0), 8 + sides.get("left", 0) + sides.get("right", 0)
+        assert made.shape == (2, 1, height, width)
+        assert torch.equal(made[:, :, place[0], place[1]], image.expand(2, -1, -1, -1)), sides
+        outside = torch.ones(height, width, dtype=torch.bool)
+        outside[place] = False
+        assert made[:, 0, outside].float().std() > 0
+
+
+def test_the_seam_of_an_outpainting_is_soft_where_it_is_asked_for(pipe) -> None:
+    image = picture()
+    hard, soft = (pipe.outpaint(image, right=8, classes=[1], blend=blend, output_type="pt") for blend in (0, 2))
+    assert not torch.equal(hard[..., :8], soft[..., :8])
+    assert torch.equal(hard[..., 15:], soft[..., 15:])
+
+
+def test_half_of_an_image_is_completed_as_in_the_papers_table_2(pipe) -> None:
+    half = picture()[..., :4]
+    made, steps = recorded(pipe.outpaint, half, right=4, classes=[1], blend=0)
+    assert made.shape == (1, 1, 8, 8)
+    assert torch.equal(made[0, ..., :4], half)
+    known = tokens_of(pipe, half).unflatten(0, (4, 2))
+    assert torch.equal(steps[-1].tokens[0].unflatten(0, (4, 4))[:, :2], known)
+
+
+def test_a_panorama_of_the_models_own_size_is_what_generate_makes(pipe) -> None:
+    assert torch.equal(pipe.panorama([0, 1], 8, output_type="pt"), images(pipe, [0, 1]))
+
+
+def test_a_panorama_is_as_wide_as_asked_and_depends_on_class_and_seed_alone(pipe) -> None:
+    made, steps = recorded(pipe.panorama, [0, 1, 2], 22, seed=5)
+    assert made.shape == (3, 1, 8, 22)
+    assert steps[0].tokens.shape == (3, 4 * 11)
+    assert not steps[-1].still_masked.any()
+    assert all(step.still_masked.any() for step in steps[:-1])  # windows to come are masked
+    one_by_one = pipe.panorama([0, 1, 2], 22, seed=5, batch_size=1, output_type="pt")
+    assert (made.int() - one_by_one.int()).abs().max() <= 1
+    assert pipe.panorama([0], 16, height=12, output_type="np").shape == (1, 12, 16, 1)
+
+
+def test_windows_of_a_panorama_have_noise_of_their_own(pipe) -> None:
+    _, steps = recorded(pipe.panorama, [0], 32, overlap=0.01)  # windows side by side, or nearly
+    tokens = steps[-1].tokens[0].unflatten(0, (4, 16))
+    assert not torch.equal(tokens[:, :4], tokens[:, 4:8])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda pipe: pipe.outpaint(picture()), "left, right, up, down: pixels to add on at least one side"),
+        (lambda pipe: pipe.outpaint(picture(), right=-2), "right: at least 0 pixels are needed, got -2"),
+        (lambda pipe: pipe.outpaint(picture(), right=3), "right: a multiple of the 2 pixels of a token .* take 2 or 4"),
+        (lambda pipe: pipe.outpaint(picture(size=7), right=2), "height of the image: a multiple of the 2 pixels"),
+        (lambda pipe: pipe.outpaint(picture(size=2), right=2), "height: at least the 8 pixels of the model's images"),
+        (lambda pipe: pipe.outpaint(picture(), right=2, overlap=1.0), r"overlap: a share in \(0, 1\)"),
+        (lambda pipe: pipe.panorama([0], 6), "width: at least the 8 pixels of the model's images are needed, got 6"),
+        (
+            lambda pipe: pipe.panorama([0], 9),
+            "width: a multiple of the 2 pixels of a token is needed, got 9; take 8 or",
+        ),
+    ],
+)
+def test_what_cannot_lie_on_a_canvas_is_refused(pipe, call, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(pipe)
+
+
+def test_a_class_is_edited_under_a_mask_as_in_a_box(pipe) -> None:
+    in_box = pipe.edit_class(picture(), BOX, 1, output_type="pt")
+    assert torch.equal(pipe.edit_class(picture(), box_pixels(), 1, output_type="pt"), in_box)
+
+
+def test_without_classes_a_region_is_filled_as_no_class(pipe) -> None:
+    made = pipe.inpaint(picture(), box_pixels(), output_type="pt")
+    assert torch.equal(made, pipe.inpaint(picture(), box_pixels(), classes=[None], output_type="pt"))

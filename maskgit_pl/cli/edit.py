@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from maskgit_pl.cli.sample import (
     add_decoding_arguments,
@@ -137,7 +137,7 @@ def _edit(pipe: MaskGIT, image: Tensor, mask: Tensor, label: int, args: argparse
 
     with Progress(transient=True) as progress:
         bar = progress.add_task("editing", total=None)
-        return pipe.inpaint(
+        edited = pipe.inpaint(
             image,
             mask,
             classes=[label] * args.variants,
@@ -149,3 +149,4 @@ def _edit(pipe: MaskGIT, image: Tensor, mask: Tensor, label: int, args: argparse
             callback=lambda step: progress.advance(bar),
             **decoding_settings(args),
         )
+    return cast("Tensor", edited)  # as "pt" says

@@ -27,9 +27,11 @@ class DecodingConfig:
         top_p: As of ``CodeSampling``.
         tokens_per_step: How many tokens are decided in each step, in place of the mask schedule; T numbers.
         mask_schedule: Name or mapping of a mask schedule to decode with; None is the one of the training.
+        context_cache: Approximate and quicker above 1: all tokens are looked at again every so many steps alone, those
+            that are masked or just decided at each.
 
     Raises:
-        ValueError: ``tokens_per_step`` of another length than ``num_steps``.
+        ValueError: ``tokens_per_step`` of another length than ``num_steps``, or ``context_cache`` below 1.
     """
 
     num_steps: int = 8
@@ -40,10 +42,13 @@ class DecodingConfig:
     top_p: float | None = None
     tokens_per_step: tuple[int, ...] | None = None
     mask_schedule: str | dict[str, Any] | None = None
+    context_cache: int = 1
 
     def __post_init__(self) -> None:
         if isinstance(self.sampling_temperature, list):  # as JSON has it
             object.__setattr__(self, "sampling_temperature", tuple(self.sampling_temperature))
+        if self.context_cache < 1:
+            raise ValueError(f"context_cache: at least 1, which is exact, is needed, got {self.context_cache}")
         if self.tokens_per_step is not None:
             object.__setattr__(self, "tokens_per_step", tuple(self.tokens_per_step))
             if len(self.tokens_per_step) != self.num_steps:

@@ -116,19 +116,21 @@ def save_gif(frames: Sequence[Image.Image], path: Path, *, milliseconds: int = 6
     )
 
 
-def decode_images(tokenizer: PretrainedTokenizer, tokens: Tensor) -> Tensor:
+def decode_images(tokenizer: PretrainedTokenizer, tokens: Tensor, *, grid: tuple[int, int] | None = None) -> Tensor:
     """Tokens to pictures.
 
     Args:
         tokenizer: Where its network is, the work is done.
         tokens: (B, N) int64 in [0, K).
+        grid: Rows and columns of another picture than the model's own, such as a panorama.
 
     Returns:
-        (B, C, image_size, image_size) uint8 on the CPU: the decoded images, clipped to [0, 1].
+        (B, C, H, W) uint8 on the CPU: the decoded images, clipped to [0, 1], image_size high and wide or as large as
+        the grid.
     """
-    size = tokenizer.image_size
+    size = None if grid is not None and grid != tokenizer.grid else tokenizer.image_size
     with torch.inference_mode():
-        images = tokenizer.network.decode(tokens, tokenizer.grid)[..., :size, :size]
+        images = tokenizer.network.decode(tokens, grid or tokenizer.grid)[..., :size, :size]
         scaled: Tensor = images.float().clamp(0, 1) * 255
         return scaled.round().to(torch.uint8).cpu()
 

@@ -1,0 +1,66 @@
+"""A canvas of tokens, larger than what the transformer sees, that is filled window by window."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from maskgit_pl.decoding import DecodingStep
+from maskgit_pl.editing import Window
+
+__all__ = ["Canvas"]
+
+
+@dataclass
+class Canvas:
+    """The state of a canvas while it is filled.
+
+    Attributes:
+        tokens: (B, R, C) int64, 0 where unknown.
+        unknown: (R, C) bool, on the CPU.
+        confidence: (B, R, C) float32, as of ``DecodingStep``.
+    """
+
+    tokens: Tensor
+    unknown: Tensor
+    confidence: Tensor
+
+    @classmethod
+    def of(cls, tokens: Tensor, unknown: Tensor, *, count: int, device: torch.device) -> Canvas:
+        """``count`` canvases that begin alike: tokens (R, C) int64, whatever where unknown (R, C) bool."""
+        known = tokens.masked_fill(unknown, 0).to(device)
+        every = known.expand(count, *known.shape).clone()
+        return cls(every, unknown.clone(), torch.ones(every.shape, device=device))
+
+    def window(self, window: Window, *, mask_token_id: int) -> Tensor:
+        """What the transformer sees: (B, h w) int64, ``mask_token_id`` where unknown."""
+        hidden = window.unknown.to(self.tokens.device)
+        return self.tokens[window.of_rows].masked_fill(hidden, mask_token_id).flatten(1)
+
+    def step(self, window: Window, step: DecodingStep) -> DecodingStep:
+        """A step of a window as one of the whole canvas; what waits for its window is masked."""
+
+        def placed(values: Tensor, background: Tensor) -> Tensor:
+            whole = background.clone()
+            whole[window.of_rows] = window.square(values)
+            return whole.flatten(1)
+
+        waiting = self.unknown.to(self.tokens.device).expand(self.tokens.shape)
+        return DecodingStep(
+            step.step,
+            placed(step.tokens, self.tokens),
+            placed(step.was_masked, waiting),
+            placed(step.still_masked, waiting),
+            placed(step.scores, torch.full_like(self.confidence, torch.inf)),
+            placed(step.confidence, self.confidence),
+        )
+
+    def keep(self, window: Window, last: DecodingStep) -> None:
+        """Takes the tokens of a window's last step."""
+        self.tokens[window.of_rows] = window.square(last.tokens)
+        hidden = window.unknown.to(self.tokens.device)
+        kept = self.confidence[window.of_rows]
+        self.confidence[window.of_rows] = window.square(last.confidence).where(hidden, kept)
+        self.unknown[window.of_rows[1:]] = False

@@ -1,0 +1,597 @@
+"""``MaskGIT``: generates and edits images of classes with a tokenizer and a transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, cast, overload
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+from typing_extensions import Unpack
+
+from maskgit_pl import editing
+from maskgit_pl.data import to_unit_range
+from maskgit_pl.decoding import DecodingConfig, DecodingStep, FirstStepLogits, decode_classes
+from maskgit_pl.editing import Box, ImageLike, MaskLike
+from maskgit_pl.pipeline.canvas import Canvas
+from maskgit_pl.pipeline.options import (
+    Classes,
+    DecodingSettings,
+    EditOptions,
+    GenerateOptions,
+    Images,
+    OutputType,
+    Seeds,
+    StepCallback,
+    as_output,
+    check_options,
+    class_ids,
+    seed_list,
+    with_settings,
+)
+from maskgit_pl.pretrained import (
+    PretrainedTokenizer,
+    PretrainedTransformer,
+    fingerprint,
+    load_tokenizer,
+    load_transformer,
+    read_config,
+    save_tokenizer,
+    save_transformer,
+)
+from maskgit_pl.randomness import random_bits
+from maskgit_pl.training.pictures import decode_images
+
+__all__ = ["MaskGIT"]
+
+
+class MaskGIT:
+    """Generates images of classes with a tokenizer and a transformer.
+
+    Example::
+
+        pipe = MaskGIT.from_pretrained("runs/demo/pretrained")
+        images = pipe.generate(["Sneaker", "Bag", 0], num_steps=8, seed=0)
+        images[0].save("sneaker.png")
+
+    Args:
+        tokenizer: Turns tokens into images.
+        transformer: Finds the tokens of a class.
+        mask_schedule: Name or mapping of the transformer's mask schedule, as a recipe has it; ``save_pretrained``
+            writes it.
+
+    Raises:
+        ValueError: The transformer was trained on another tokenizer's tokens.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PretrainedTokenizer,
+        transformer: PretrainedTransformer,
+        *,
+        mask_schedule: str | Mapping[str, Any],
+    ) -> None:
+        if transformer.tokenizer_fingerprint != tokenizer.fingerprint:
+            raise ValueError(
+                "transformer: it knows the tokens of the tokenizer with fingerprint "
+                f"{transformer.tokenizer_fingerprint[:12]}, got one with {tokenizer.fingerprint[:12]}; "
+                "use the tokenizer it was trained with, or train it again on this one"
+            )
+        self.tokenizer = tokenizer
+        self.transformer = transformer
+        self._mask_schedule_spec = mask_schedule
+        config = transformer.network.config
+        self._first_step = FirstStepLogits(
+            transformer.network, num_tokens=config.num_tokens, mask_token_id=config.mask_token_id
+        )
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str) -> MaskGIT:
+        """Reads a folder with the sub-folders ``tokenizer`` and ``transformer``.
+
+        Raises:
+            FileNotFoundError: A folder or file is missing.
+            ValueError: A folder is not what it should be, or the two do not belong together.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"pretrained {folder}: no such folder; training writes runs/RUN/pretrained")
+        tokenizer, transformer = load_tokenizer(folder / "tokenizer"), load_transformer(folder / "transformer")
+        spec = read_config(folder / "transformer", "transformer")["mask_schedule"]
+        return cls(tokenizer, transformer, mask_schedule=spec)
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Writes the two sub-folders that ``from_pretrained`` reads."""
+        folder = Path(folder)
+        network = self.tokenizer.network
+        save_tokenizer(folder / "tokenizer", network.config, network.state_dict(), image_size=self.tokenizer.image_size)
+        spec = self._mask_schedule_spec
+        save_transformer(
+            folder / "transformer",
+            self.transformer.network.config,
+            self.transformer.network.state_dict(),
+            mask_schedule=spec if isinstance(spec, str) else dict(spec),
+            decoding=self.decoding,
+            class_names=self.class_names,
+            tokenizer_fingerprint=fingerprint(folder / "tokenizer"),
+        )
+
+    def to(self, device: torch.device | str, *, dtype: torch.dtype | None = None) -> MaskGIT:
+        """Moves both networks, and casts them where a ``dtype`` is given; returns itself."""
+        for network in (self.tokenizer.network, self.transformer.network):
+            network.to(device=device, dtype=dtype)
+        self._first_step.clear()
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return next(self.transformer.network.parameters()).device
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes; class i is ``class_names[i]``."""
+        return self.transformer.class_names
+
+    @property
+    def decoding(self) -> DecodingConfig:
+        """How images are decoded unless ``generate`` is told otherwise."""
+        return self.transformer.decoding
+
+    @overload
+    def generate(
+        self, classes: Classes, *, output_type: Literal["pt"], **options: Unpack[GenerateOptions]
+    ) -> Tensor: ...
+
+    @overload
+    def generate(
+        self, classes: Classes, *, output_type: Literal["np"], **options: Unpack[GenerateOptions]
+    ) -> npt.NDArray[np.uint8]: ...
+
+    @overload
+    def generate(
+        self, classes: Classes, *, output_type: Literal["pil"] = ..., **options: Unpack[GenerateOptions]
+    ) -> list[Image.Image]: ...
+
+    def generate(
+        self, classes: Classes, *, output_type: OutputType = "pil", **options: Unpack[GenerateOptions]
+    ) -> Images:
+        """One image for each class asked for.
+
+        An image depends on its class, its seed and the settings alone, not on the batch that it is decoded in.
+
+        Args:
+            classes: Ids in [0, number of classes) or names; None is "no class", where the model was trained with it.
+            output_type: ``"pil"``: grey or RGB pictures; ``"pt"``: (n, C, H, W) uint8 on the CPU; ``"np"``:
+                (n, H, W, C) uint8.
+            options: ``num_steps``, ``guidance_scale``, ``seed``, ``callback`` ...; see ``GenerateOptions``.
+
+        Raises:
+            ValueError: An unknown class or a number out of range.
+            TypeError: A class is neither a number nor a name, an unknown option, or the model's schedules do not take a
+                setting.
+        """
+        check_options(options, GenerateOptions, output_type)
+        run = _Request.of(self, classes, options)
+        parts = [self._images(self._decode(run, rows), run.callback) for rows in run.parts()]
+        return as_output(output_type, torch.cat(parts))
+
+    def inpaint(
+        self,
+        image: ImageLike | Sequence[ImageLike],
+        mask: MaskLike | Sequence[MaskLike],
+        *,
+        classes: Classes | None = None,
+        output_type: OutputType = "pil",
+        **options: Unpack[EditOptions],
+    ) -> Images:
+        """Generates the masked part of images anew, one result for each class asked for.
+
+        Example::
+
+            pipe = MaskGIT.from_pretrained("runs/demo/pretrained")
+            variants = pipe.inpaint("sneaker.png", "mask.png", classes=["Sneaker"] * 4)
+            variants[0].save("inpainted.png")
+
+        The tokens under the mask, and their neighbours, are decoded again while all others stay; what they show is
+        pasted into the image. A result depends on its image, mask, class, seed and the settings alone.
+
+        Args:
+            image: One image for all results, or a list of one for each: files, PIL pictures, or uint8 pixels, a tensor
+                (C, H, W) or an array (H, W) or (H, W, C).
+            mask: Likewise: files or pictures, white where pixels are to be generated, or (H, W) bool.
+            classes: Class of each result, an id or a name; None is one result of "no class", for models trained with
+                it.
+            output_type: As of ``generate``.
+            options: As of ``generate``, and ``dilation``, ``blend``, ``fit``; see ``EditOptions``. Of T steps the first
+                floor(T / 6) are left out, except for a full mask.
+
+        Raises:
+            FileNotFoundError: No such file.
+            ValueError: An image or a mask that is none, of another size, or empty; an unknown class; a number out of
+                range; or a list of another length than ``classes``.
+            TypeError: As of ``generate``.
+
+        Source: paper, section on class-conditional image editing; released code, its functions for editing.
+        """
+        check_options(options, EditOptions, output_type)
+        run = _Request.of(self, [None] if classes is None else classes, options)
+        edits = self._edits(image, mask, count=len(run.labels), options=options)
+        tokens = self._encode(torch.stack([edit.original for edit in edits]), run.batch_size)
+        if len(edits) < len(run.labels):  # one image and one mask for all
+            edits, tokens = edits * len(run.labels), tokens.expand(len(run.labels), -1)
+        tokens = tokens.masked_fill(
+            torch.stack([edit.unknown.flatten() for edit in edits]), self.transformer.network.config.mask_token_id
+        )
+        results = torch.empty(len(run.labels), *edits[0].original.shape, dtype=torch.uint8)
+        first_steps = [editing.first_step(edit.unknown, num_steps=run.decoding.num_steps) for edit in edits]
+        for first_step, rows in _batches(first_steps, run.batch_size):
+            steps = self._decode(run, rows, tokens=tokens[rows], first_step=first_step)
+            for row, edited in zip(rows, self._images(steps, run.callback), strict=True):
+                results[row] = editing.composite(edits[row].original, edited, edits[row].weight)
+        return as_output(output_type, results)
+
+    def edit_class(
+        self,
+        image: ImageLike,
+        region: Box | MaskLike,
+        class_: int | str,
+        *,
+        variants: int = 1,
+        output_type: OutputType = "pil",
+        **options: Unpack[EditOptions],
+    ) -> Images:
+        """Turns what is in a box or under a mask into something of another class; everything else stays.
+
+        Example::
+
+            pipe = MaskGIT.from_pretrained("runs/demo/pretrained")
+            boots = pipe.edit_class("sneaker.png", (0, 4, 28, 16), "Ankle boot", variants=4)
+            boots[0].save("boot.png")
+
+        Args:
+            image: A file, a PIL picture or pixels, as of ``inpaint``.
+            region: (left, top, right, bottom) in pixels of the image, or a mask as of ``inpaint``.
+            class_: Id or name.
+            variants: Results; variant i has seed + i.
+            output_type: As of ``generate``.
+            options: As of ``inpaint``.
+
+        Raises:
+            ValueError: The box is empty or not within the image, or as of ``inpaint``.
+            FileNotFoundError: No such file.
+            TypeError: As of ``inpaint``.
+
+        Source: paper, section on class-conditional image editing.
+        """
+        if variants < 1:
+            raise ValueError(f"variants: at least 1 is needed, got {variants}")
+        mask: MaskLike = cast("MaskLike", region)
+        if isinstance(region, list | tuple):
+            image = editing.image_pixels(image, channels=self.tokenizer.network.config.in_channels)
+            mask = editing.box_mask(region, height=image.shape[-2], width=image.shape[-1])
+        return self.inpaint(image, mask, classes=[class_] * variants, output_type=output_type, **options)
+
+    def outpaint(
+        self,
+        image: ImageLike,
+        *,
+        left: int = 0,
+        right: int = 0,
+        up: int = 0,
+        down: int = 0,
+        classes: Classes | None = None,
+        overlap: float = 0.5,
+        output_type: OutputType = "pil",
+        **options: Unpack[EditOptions],
+    ) -> Images:
+        """Goes on with an image beyond its borders, one result for each class asked for.
+
+        Example::
+
+            pipe = MaskGIT.from_pretrained("pretrained/places512")
+            wide = pipe.outpaint("landscape.png", right=256)
+
+        The image's tokens lie on a larger canvas. A window of the model's size is moved to where it sees enough that is
+        known and most that is not, decodes that, and so on until the canvas is full; then all of it is decoded to
+        pixels at once, and the image pasted back.
+
+        Args:
+            image: A file, a PIL picture or pixels, as of ``inpaint``; of any size, smaller or larger than the model's.
+            left: Pixels to add on this side. All four, and the image's own size, are multiples of a token's edge, and
+                the result is at least as large as the model's images.
+            right: Likewise.
+            up: Likewise.
+            down: Likewise.
+            classes: As of ``inpaint``.
+            overlap: Share of a window that is known before it is decoded, in (0, 1), where so much is to be had.
+            output_type: As of ``generate``.
+            options: As of ``inpaint`` without ``fit``; ``dilation`` is 0 by default, so that the image keeps all of its
+                tokens.
+
+        Raises:
+            FileNotFoundError: No such file.
+            ValueError: Not an image, nothing to add, sizes that are no whole tokens, an unknown class, or a number out
+                of range.
+            TypeError: As of ``generate``.
+
+        Source: paper, Figure 1 and Table 2.
+        """
+        check_options(options, EditOptions, output_type)
+        run = _Request.of(self, [None] if classes is None else classes, options)
+        config = self.tokenizer.network.config
+        pixels = editing.image_pixels(image, channels=config.in_channels)
+        added = editing.Margins(left, right, up, down)
+        added.check(pixels.shape[-2:], factor=config.downsampling_factor, least=self.tokenizer.image_size)
+        grid = config.grid((pixels.shape[-2], pixels.shape[-1]))
+        tokens = rearrange(self._encode(pixels[None], 1), "1 (h w) -> h w", h=grid[0])
+        mask = added.outside(*pixels.shape[-2:])
+        unknown = editing.token_mask(mask, factor=config.downsampling_factor, dilation=options.get("dilation", 0))
+        whole = added.padded(tokens, size=config.downsampling_factor)
+        filled = self._fill(run, whole, unknown, overlap)
+        region = editing.pixel_region(
+            unknown, factor=config.downsampling_factor, height=mask.shape[0], width=mask.shape[1]
+        )
+        radius = options.get("blend")
+        weight = editing.seam(
+            region, radius=editing.seam_radius(self.tokenizer.image_size) if radius is None else radius
+        )
+        original = added.padded(pixels, size=1)
+        results = torch.stack([editing.composite(original, edited, weight) for edited in filled])
+        return as_output(output_type, results)
+
+    def panorama(
+        self,
+        classes: Classes,
+        width: int,
+        *,
+        height: int | None = None,
+        overlap: float = 0.5,
+        output_type: OutputType = "pil",
+        **options: Unpack[GenerateOptions],
+    ) -> Images:
+        """Generates images of any width with a window that slides over them, one for each class asked for.
+
+        Example::
+
+            pipe = MaskGIT.from_pretrained("pretrained/places512")
+            pipe.panorama(["coast"], width=2048)[0].save("coast.png")
+
+        Args:
+            classes: As of ``generate``.
+            width: In pixels; a multiple of a token's edge, at least the model's image size.
+            height: Likewise; the model's image size by default.
+            overlap: As of ``outpaint``: how much of what is there a window sees when it is decoded.
+            output_type: As of ``generate``.
+            options: As of ``generate``.
+
+        Raises:
+            ValueError: Sizes that are no whole tokens or too small, an unknown class, or a number out of range.
+            TypeError: As of ``generate``.
+
+        Source: paper, Figure 1.
+        """
+        check_options(options, GenerateOptions, output_type)
+        run = _Request.of(self, classes, options)
+        size, factor = self.tokenizer.image_size, self.tokenizer.network.config.downsampling_factor
+        height = size if height is None else height
+        editing.check_canvas(height, width, factor=factor, least=size)
+        unknown = torch.ones(height // factor, width // factor, dtype=torch.bool)
+        return as_output(output_type, self._fill(run, torch.zeros(unknown.shape, dtype=torch.int64), unknown, overlap))
+
+    def steps(
+        self, classes: Classes, *, seed: Seeds = 0, **settings: Unpack[DecodingSettings]
+    ) -> Iterator[DecodingStep]:
+        """The decoding steps of one batch, for pictures of them; arguments as of ``generate``.
+
+        ``training.pictures.decode_images(pipe.tokenizer, step.tokens)`` is the image at a step.
+        """
+        check_options(settings, GenerateOptions, "pil")
+        run = _Request.of(self, classes, {"seed": seed, **settings})
+        return self._decode(run, range(len(run.labels)))
+
+    def class_ids(self, classes: Classes) -> list[int]:
+        """Labels of classes given by id or by name; None is "no class"; errors as of ``generate``."""
+        return class_ids(classes, self.class_names, null_label=self.transformer.network.config.null_label)
+
+    def decoding_with(self, **settings: Unpack[DecodingSettings]) -> DecodingConfig:
+        """The model's own way of decoding, with some settings replaced.
+
+        Raises:
+            TypeError: There is no such setting.
+        """
+        check_options(settings, GenerateOptions, "pil")
+        return with_settings(self.decoding, settings)
+
+    def _decode(
+        self, run: _Request, rows: Sequence[int], *, tokens: Tensor | None = None, first_step: int = 0
+    ) -> Iterator[DecodingStep]:
+        """Decodes some of what was asked for; ``tokens`` (len(rows), N) int64 to begin from."""
+        config = self.transformer.network.config
+        return decode_classes(
+            self.transformer.network,
+            [run.labels[row] for row in rows],
+            [run.seeds[row] for row in rows],
+            decoder=run.decoding.decoder(self.transformer.mask_schedule),
+            scales=run.decoding.scales(),
+            grid=config.grid,
+            mask_token_id=config.mask_token_id,
+            null_label=config.null_label,
+            device=self.device,
+            negative_labels=None if run.negative_labels is None else [run.negative_labels[row] for row in rows],
+            tokens=tokens,
+            first_step=first_step,
+            first_step_logits=self._first_step,
+        )
+
+    def _fill(self, run: _Request, tokens: Tensor, unknown: Tensor, overlap: float) -> Tensor:
+        """Fills a canvas window by window.
+
+        Args:
+            run: What was asked for.
+            tokens: (R, C) int64, whatever where ``unknown``.
+            unknown: (R, C) bool.
+            overlap: As of ``outpaint``.
+
+        Returns:
+            (n, C, H, W) uint8: a picture for each result.
+        """
+        config = self.transformer.network.config
+        editing.check_overlap(overlap)
+        filled = []
+        for rows in run.parts():
+            canvas = Canvas.of(tokens, unknown, count=len(rows), device=self.device)
+            seeds = torch.tensor([run.seeds[row] for row in rows])
+            for number, window in enumerate(editing.windows(unknown, size=config.grid, overlap=overlap)):
+                first = editing.first_step(window.unknown, num_steps=run.decoding.num_steps)
+                known = canvas.window(window, mask_token_id=config.mask_token_id)
+                # each window has noise of its own, or they would repeat one another
+                own = seeds if number == 0 else random_bits("window", seed=seeds, index=number)[:, 0]
+                of_window = run.with_seeds(rows, own.tolist())
+                start = None if bool(window.unknown.all()) else known
+                for step in self._decode(of_window, range(len(rows)), tokens=start, first_step=first):
+                    on_canvas = canvas.step(window, step)
+                    if run.callback is not None:
+                        run.callback(on_canvas)
+                canvas.keep(window, step)
+            filled.append(
+                decode_images(self.tokenizer, canvas.tokens.flatten(1), grid=(unknown.shape[0], unknown.shape[1]))
+            )
+        return torch.cat(filled)
+
+    def _images(self, steps: Iterator[DecodingStep], callback: StepCallback | None) -> Tensor:
+        """What the last of the steps shows: (B, C, H, W) uint8 on the CPU."""
+        for step in steps:
+            if callback is not None:
+                callback(step)
+        return decode_images(self.tokenizer, step.tokens)
+
+    def _encode(self, images: Tensor, batch_size: int) -> Tensor:
+        """(n, C, H, W) uint8 -> tokens (n, N) int64 on the CPU."""
+        network = self.tokenizer.network
+        like = next(network.parameters())
+        with torch.no_grad():
+            tokens = [
+                network.encode(to_unit_range(images[part]).to(like)).cpu() for part in _parts(len(images), batch_size)
+            ]
+        return torch.cat(tokens)
+
+    def _edits(
+        self,
+        image: ImageLike | Sequence[ImageLike],
+        mask: MaskLike | Sequence[MaskLike],
+        *,
+        count: int,
+        options: EditOptions,
+    ) -> list[_Edit]:
+        """What ``inpaint`` is asked to do: one edit for all ``count`` results, or one for each."""
+        dilation, fit, blend = options.get("dilation", 1), options.get("fit", False), options.get("blend")
+        radius = editing.seam_radius(self.tokenizer.image_size) if blend is None else blend
+        images, masks = _listed("image", image, count), _listed("mask", mask, count)
+        number = max(len(images), len(masks))
+        config, size = self.tokenizer.network.config, self.tokenizer.image_size
+        edits = []
+        for place in range(number):
+            given, given_mask = images[place % len(images)], masks[place % len(masks)]
+            name = f"image {given}" if isinstance(given, str | Path) else f"image {place}" if number > 1 else "image"
+            pixels = editing.image_pixels(given, channels=config.in_channels, name=name)
+            wanted = editing.mask_pixels(given_mask, name=f"mask of {name}")
+            pixels, wanted = editing.fitted(pixels, wanted, image_size=size, fit=fit, name=name)
+            unknown = editing.token_mask(wanted, factor=config.downsampling_factor, dilation=dilation)
+            region = editing.pixel_region(unknown, factor=config.downsampling_factor, height=size, width=size)
+            edits.append(_Edit(pixels, unknown, editing.seam(region, radius=radius)))
+        return edits
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What was asked for, checked.
+
+    Attributes:
+        labels: Label of each result.
+        seeds: Its seed, in [0, 2**32).
+        negative_labels: What guidance pushes it away from; None is "no class".
+        decoding: How all of them are decoded.
+        batch_size: Results decoded at a time.
+        callback: Called after each step of each batch.
+    """
+
+    labels: list[int]
+    seeds: list[int]
+    negative_labels: list[int] | None
+    decoding: DecodingConfig
+    batch_size: int
+    callback: StepCallback | None
+
+    @classmethod
+    def of(cls, pipe: MaskGIT, classes: Classes, options: Mapping[str, Any]) -> _Request:
+        """Reads the options; errors as of ``MaskGIT.generate``."""
+        labels = pipe.class_ids(classes)
+        negative = options.get("negative_classes")
+        if negative is not None:
+            negative = [negative] * len(labels) if isinstance(negative, int | str) else list(negative)
+            if len(negative) != len(labels):
+                raise ValueError(
+                    f"negative_classes: one, or one for each of the {len(labels)} classes, is needed, got "
+                    f"{len(negative)}"
+                )
+        return cls(
+            labels,
+            seed_list(options.get("seed", 0), len(labels)),
+            None if negative is None else pipe.class_ids(negative),
+            with_settings(pipe.decoding, options),
+            options.get("batch_size", 64),
+            options.get("callback"),
+        )
+
+    def parts(self) -> list[list[int]]:
+        """The results, batch by batch."""
+        count = len(self.labels)
+        return [list(range(first, min(first + self.batch_size, count))) for first in range(0, count, self.batch_size)]
+
+    def with_seeds(self, rows: Sequence[int], seeds: list[int]) -> _Request:
+        """The same for some of the results, with other seeds."""
+        negative = None if self.negative_labels is None else [self.negative_labels[row] for row in rows]
+        return replace(self, labels=[self.labels[row] for row in rows], seeds=seeds, negative_labels=negative)
+
+
+@dataclass(frozen=True)
+class _Edit:
+    """One image to be edited.
+
+    Attributes:
+        original: (C, H, W) uint8.
+        unknown: (h, w) bool: tokens to be found anew.
+        weight: (H, W) float32 in [0, 1]: how much of the edited image each pixel shows.
+    """
+
+    original: Tensor
+    unknown: Tensor
+    weight: Tensor
+
+
+def _listed(name: str, given: ImageLike | Sequence[ImageLike], count: int) -> list[ImageLike]:
+    """One image or mask for all results, or one for each of the ``count``, as a list."""
+    if not isinstance(given, list | tuple):
+        return [cast("ImageLike", given)]
+    if len(given) not in (1, count):
+        raise ValueError(f"{name}: one, or one for each of the {count} classes, is needed, got {len(given)}")
+    return list(given)
+
+
+def _parts(count: int, size: int) -> Iterator[slice]:
+    return (slice(first, first + size) for first in range(0, count, size))
+
+
+def _batches(first_steps: Sequence[int], batch_size: int) -> Iterator[tuple[int, list[int]]]:
+    """Rows that are decoded together, with the step at which they begin."""
+    for first_step in sorted(set(first_steps)):
+        rows = [row for row, own in enumerate(first_steps) if own == first_step]
+        for part in _parts(len(rows), batch_size):
+            yield first_step, rows[part]
