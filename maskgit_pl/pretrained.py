@@ -1,13 +1,15 @@
 """The folder that is shared: safetensors and config.json, for a tokenizer and for a transformer.
 
 ``runs/RUN/pretrained/{tokenizer,transformer}/`` is what training and importers write and what sampling, evaluation and
-stage 2 read. Weights are tensors alone, the configuration is plain JSON: nothing in it is executed.
+stage 2 read. Weights are tensors alone, the configuration is plain JSON: nothing in it is executed. A ``decoding.json``
+beside the two, which ``maskgit tune`` writes, says how to decode instead of the transformer's own configuration.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -24,6 +26,7 @@ from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
+from maskgit_pl.shards.manifest import write_atomically
 
 __all__ = [
     "PretrainedTokenizer",
@@ -33,6 +36,8 @@ __all__ = [
     "load_transformer",
     "load_weights",
     "read_config",
+    "read_decoding",
+    "save_decoding",
     "save_tokenizer",
     "save_transformer",
     "weights_for",
@@ -43,7 +48,9 @@ Config = TypeVar("Config")
 Network = TypeVar("Network", bound=nn.Module)
 _VERSION = 1
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
+_DECODING, _DECODING_FORMAT = "decoding.json", "maskgit_pl.decoding"
 _ERROR_LENGTH = 400  # torch lists every name that differs
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -247,6 +254,94 @@ def fingerprint(folder: Path | str) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def save_decoding(
+    folder: Path | str, decoding: DecodingConfig, *, tuned: Mapping[str, Any] | None = None
+) -> Path | None:
+    """Writes ``decoding.json``, a recipe of how this folder's images are decoded from now on.
+
+    Args:
+        folder: E.g. ``runs/RUN/pretrained``.
+        decoding: The recipe.
+        tuned: How it was found, in plain values; kept beside it for people.
+
+    Returns:
+        Where the recipe that was there before is kept; None where there was none.
+
+    Raises:
+        FileNotFoundError: The folder has no transformer.
+    """
+    file = Path(folder) / _DECODING
+    content = {
+        "format": _DECODING_FORMAT,
+        "version": _VERSION,
+        "decoding": asdict(decoding),
+        "transformer": fingerprint(file.parent / "transformer"),
+        "tuned": dict(tuned or {}),
+    }
+    old = file.with_name(f"{_DECODING}.old") if file.is_file() else None
+    if old is not None:
+        shutil.copyfile(file, old)  # a copy: the folder is never without a recipe
+    with write_atomically(file) as stream:
+        stream.write((json.dumps(content, indent=2) + "\n").encode())
+    return old
+
+
+def read_decoding(folder: Path | str) -> DecodingConfig | None:
+    """The recipe of ``decoding.json``; None where there is none.
+
+    A recipe that was tuned for other weights is used all the same, and a warning says so.
+
+    Args:
+        folder: E.g. ``runs/RUN/pretrained``.
+
+    Raises:
+        ValueError: Not JSON, another format or version, unknown keys, or values that no decoder takes.
+    """
+    file = Path(folder) / _DECODING
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:  # text that is no UTF-8 too
+        raise _decoding_error(file, f"not JSON ({error})") from error
+    found = content.get("format") if isinstance(content, dict) else type(content).__name__
+    if found != _DECODING_FORMAT:
+        raise _decoding_error(file, f"format {_DECODING_FORMAT!r} is needed, got {found!r}")
+    if content.get("version") != _VERSION:
+        raise _decoding_error(file, f"version {_VERSION} is known, got {content.get('version')}")
+    decoding = _checked_decoding(content.get("decoding"), file)
+    weights = fingerprint(file.parent / "transformer")
+    if content.get("transformer") != weights:
+        _log.warning(
+            "decoding %s: tuned for a transformer with fingerprint %s, used with one with %s; "
+            "`maskgit tune` finds what suits it, deleting the file gives the model's own decoding",
+            file,
+            str(content.get("transformer"))[:12],
+            weights[:12],
+        )
+    return decoding
+
+
+def _checked_decoding(values: Any, file: Path) -> DecodingConfig:
+    if not isinstance(values, dict):
+        raise _decoding_error(file, f"'decoding' must be a mapping, got {type(values).__name__}")
+    known = {field.name for field in fields(DecodingConfig)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise _decoding_error(file, f"unknown keys {unknown}; known: {sorted(known)}")
+    try:
+        decoding = DecodingConfig(**values)
+        decoding.decoder(mask_schedules.build("cosine"))  # any schedule: names and numbers are what is checked
+        decoding.scales()
+    except (TypeError, ValueError) as error:
+        raise _decoding_error(file, str(error)) from error
+    return decoding
+
+
+def _decoding_error(file: Path, text: str) -> ValueError:
+    return ValueError(f"decoding {file}: {text}; delete the file to decode as the model was exported")
 
 
 def _save(folder: Path, kind: Kind, weights: Mapping[str, Tensor], config: dict[str, Any]) -> None:

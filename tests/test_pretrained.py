@@ -1,4 +1,5 @@
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from maskgit_pl.pretrained import (
     load_tokenizer,
     load_transformer,
     read_config,
+    read_decoding,
+    save_decoding,
     save_tokenizer,
     save_transformer,
 )
@@ -235,3 +238,73 @@ def test_leftovers_of_a_killed_write_do_not_stand_in_the_way(tmp_path, monkeypat
 def test_a_folder_can_be_moved(saved, tmp_path):
     shutil.move(saved / "transformer", tmp_path / "elsewhere")
     assert load_transformer(tmp_path / "elsewhere").class_names == ("cat", "dog")
+
+
+RECIPE = DecodingConfig(
+    5,
+    {"name": "remdm", "strategy": "loop"},
+    {"name": "linear", "scale": 0.5},
+    sampling_temperature=(1.2, 0.7),
+    top_p=0.9,
+    tokens_per_step=(1, 2, 3, 4, 6),
+    mask_schedule={"name": "pow", "exponent": 3.0},
+)
+
+
+def edit_decoding(folder: Path, **changes: object) -> None:
+    file = folder / "decoding.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_without_a_recipe_there_is_none(saved: Path) -> None:
+    assert read_decoding(saved) is None
+
+
+def test_a_recipe_comes_back_as_it_was_saved_and_an_older_one_is_kept(saved: Path, caplog) -> None:
+    assert save_decoding(saved, RECIPE, tuned={"metric": "fid"}) is None
+    assert read_decoding(saved) == RECIPE
+    assert not caplog.records
+    assert json.loads((saved / "decoding.json").read_text())["tuned"] == {"metric": "fid"}
+    old = save_decoding(saved, DECODING)
+    assert old == saved / "decoding.json.old"
+    assert json.loads(old.read_text())["tuned"] == {"metric": "fid"}
+    assert read_decoding(saved) == DECODING
+    assert sorted(path.name for path in saved.iterdir()) == [
+        "decoding.json", "decoding.json.old", "tokenizer", "transformer",
+    ]  # fmt: skip
+
+
+def test_a_recipe_for_other_weights_is_used_with_a_warning(saved: Path, caplog) -> None:
+    save_decoding(saved, DECODING)
+    edit_decoding(saved, transformer="0" * 64)
+    with caplog.at_level(logging.WARNING, logger="maskgit_pl"):
+        assert read_decoding(saved) == DECODING
+    assert "tuned for a transformer with fingerprint 000000000000" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"format": "other"}, "format 'maskgit_pl.decoding' is needed, got 'other'"),
+        ({"version": 2}, "version 1 is known, got 2"),
+        ({"decoding": {"steps": 8}}, r"unknown keys \['steps'\]"),
+        ({"decoding": [8]}, "'decoding' must be a mapping, got list"),
+        ({"decoding": {"token_selector": "confidnce"}}, "did you mean 'confidence'"),
+        ({"decoding": {"guidance": {"name": "linear", "power": 2}}}, "power"),
+        ({"decoding": {"num_steps": 0}}, "num_steps: at least 1"),
+        ({"decoding": {"num_steps": "8"}}, "delete the file"),
+        ({"decoding": {"top_p": 1.5}}, "top_p"),
+    ],
+)
+def test_a_recipe_that_is_none_is_refused_by_name(saved: Path, changes: dict[str, object], match: str) -> None:
+    save_decoding(saved, DECODING)
+    edit_decoding(saved, **changes)
+    with pytest.raises(ValueError, match=match) as caught:
+        read_decoding(saved)
+    assert str(saved / "decoding.json") in str(caught.value)
+
+
+def test_a_recipe_that_is_no_json_is_refused_by_name(saved: Path) -> None:
+    (saved / "decoding.json").write_bytes(b"{\xff")
+    with pytest.raises(ValueError, match=r"decoding .*decoding\.json: not JSON"):
+        read_decoding(saved)
