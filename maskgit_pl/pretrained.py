@@ -23,10 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.files import write_atomically
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
-from maskgit_pl.shards.manifest import write_atomically
 
 __all__ = [
     "PretrainedTokenizer",

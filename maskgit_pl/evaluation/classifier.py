@@ -26,7 +26,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 
 from maskgit_pl.data import Batch, ShardData, to_unit_range
-from maskgit_pl.shards.manifest import write_atomically
+from maskgit_pl.files import write_atomically
 
 __all__ = ["Classifier", "ClassifierConfig", "Judgement", "obtain_classifier", "train_classifier"]
 

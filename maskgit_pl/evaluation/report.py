@@ -15,8 +15,8 @@ from maskgit_pl.data import ShardData
 from maskgit_pl.evaluation.classifier import Classifier
 from maskgit_pl.evaluation.metrics import Reconstruction
 from maskgit_pl.evaluation.protocol import Protocol, RealImages, Samples
+from maskgit_pl.files import write_atomically
 from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.shards.manifest import write_atomically
 from maskgit_pl.training.environment import describe_environment
 
 __all__ = ["as_report", "as_table", "save_report"]

@@ -16,14 +16,14 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
+from maskgit_pl.files import write_atomically
 from maskgit_pl.shards.tar import BLOCK, header_size
 
 __all__ = [
@@ -41,7 +41,6 @@ __all__ = [
     "read_manifest_summary",
     "save_manifest",
     "splits_of",
-    "write_atomically",
 ]
 
 Split = Literal["train", "val"]
@@ -240,20 +239,6 @@ def save_manifest(manifest: Manifest, rows: npt.NDArray[np.void]) -> None:
         np.save(file, rows, allow_pickle=False)
     with write_atomically(folder / f"{split}.json") as file:
         file.write((json.dumps(_as_json(manifest), indent=1) + "\n").encode())
-
-
-@contextmanager
-def write_atomically(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write bytes to; it takes its name when all is written, and leaves nothing behind otherwise."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _faults(manifest: Manifest) -> Iterator[str]:

@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from maskgit_pl.errors import DataBudgetError
+from maskgit_pl.files import write_atomically
 from maskgit_pl.shards.images import Reason
-from maskgit_pl.shards.manifest import write_atomically
 
 __all__ = [
     "ALWAYS_ALLOWED",

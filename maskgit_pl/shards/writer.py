@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from maskgit_pl.files import write_atomically
 from maskgit_pl.shards.images import decode_image, encode_png, fit_square, read_header
 from maskgit_pl.shards.index import find_shards, index_shards
-from maskgit_pl.shards.manifest import Split, load_manifest, splits_of, write_atomically
+from maskgit_pl.shards.manifest import Split, load_manifest, splits_of
 from maskgit_pl.shards.parallel import run_jobs
 from maskgit_pl.shards.samples import Sample, Source
 
