@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from maskgit_pl.randomness import gumbel, random_uniform
@@ -38,32 +37,36 @@ class SeededNoise:
     seeds: Tensor
     num_tokens: int
     steps_at_once: int = 8
-    _made: dict[str, tuple[int, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _made: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def draw(self, logits: Tensor, positions: Tensor, step: int) -> Tensor:
         """Inverse-CDF sampling from one uniform number a position."""
         cumulative = logits.softmax(-1).cumsum(-1)
-        threshold = self._at("decode/codes", positions, step).unsqueeze(-1) * cumulative[..., -1:]
+        threshold = self._codes(positions, step).unsqueeze(-1) * cumulative[..., -1:]
         return torch.searchsorted(cumulative, threshold).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
     def gumbel(self, positions: Tensor, step: int) -> Tensor:
         """Gumbel noise from one uniform number a position."""
-        return self._at("decode/choice", positions, step)
+        first = self._first(step)
+        return self._made[first][1][:, step - first].gather(1, positions)
 
-    def _at(self, stream: str, positions: Tensor, step: int) -> Tensor:
+    def _codes(self, positions: Tensor, step: int) -> Tensor:
+        """Uniform numbers (B, M)."""
+        first = self._first(step)
+        return self._made[first][0][:, step - first].gather(1, positions)
+
+    def _first(self, step: int) -> int:
+        """The first of the steps whose numbers are made together with this one's; makes them if they are not there."""
         first = step - step % self.steps_at_once
-        made_first, made = self._made.get(stream, (-1, self.seeds))
-        if made_first != first:
-            made = self._steps(stream, first)
-            self._made[stream] = first, made
-        return made[:, step - first].gather(1, positions)
-
-    def _steps(self, stream: str, first: int) -> Tensor:
-        """(B, steps_at_once, N) float32: uniform numbers, or Gumbel noise for the choice of tokens."""
-        count, device = self.steps_at_once, self.seeds.device
-        steps = torch.arange(first, first + count, device=device).repeat(len(self.seeds))
-        numbers = random_uniform(
-            stream, seed=self.seeds.repeat_interleave(count), index=0, epoch=steps, count=self.num_tokens
-        )
-        numbers = gumbel(numbers) if stream == "decode/choice" else numbers
-        return rearrange(numbers, "(b t) n -> b t n", t=count)
+        if first not in self._made:
+            self._made.clear()
+            steps = torch.arange(first, first + self.steps_at_once, device=self.seeds.device)
+            codes, choice = random_uniform(
+                ["decode/codes", "decode/choice"],
+                seed=self.seeds.unsqueeze(1),
+                index=0,
+                epoch=steps,
+                count=self.num_tokens,
+            )  # (B, steps, N) each
+            self._made[first] = codes, gumbel(choice)
+        return first

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -41,9 +41,10 @@ __all__ = [
 _COMFORTABLE = 84  # pixels along an edge: 28 px images are shown three times as large
 _PANEL = 168  # the same for the pictures of decoding, where single tokens must be seen
 _GAP, _MARGIN, _FONT_SIZE = 4, 8, 14
-_PAPER, _INK, _MASKED, _NEW = (255, 255, 255), (40, 40, 40), (176, 176, 176), (230, 90, 20)
+_PAPER, _INK, _MASKED, _NEW, _AGAIN = (255, 255, 255), (40, 40, 40), (176, 176, 176), (230, 90, 20), (40, 110, 220)
 _MOST_CLASSES, _MOST_OF_A_CLASS = 10, 8
 _MOST_PAIRS = 16
+_MOST_STEPS = 12  # columns of a filmstrip
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -140,8 +141,8 @@ def decoding_frames(
 ) -> list[Image.Image]:
     """One picture a decoding step: above, what is decided; below, the image that the step's whole draw gives.
 
-    Above, masked tokens are grey, tokens kept at this step have a coloured frame, and decided ones are their part of
-    the image.
+    Above, masked tokens are grey, tokens kept at this step have an orange frame and tokens masked again a blue one, and
+    decided ones are their part of the image.
 
     Args:
         steps: The steps of a run over a few images.
@@ -163,7 +164,11 @@ def decoding_frames(
 def decoding_filmstrip(
     steps: Sequence[DecodingStep], images: Sequence[Tensor], *, grid: tuple[int, int], row: int = 0
 ) -> Image.Image:
-    """One image's decoding in one picture, a column a step; panels as in ``decoding_frames``.
+    """One image's decoding in one picture, a column a step: mask, confidence, what is newly kept, the image.
+
+    The mask is what the step found: grey. Confidence is the probability that each code had when it was last drawn, from
+    dark (0) to bright (1). Newly kept tokens have an orange frame, tokens masked again a blue one. The image is that of
+    the step's whole draw. Of many steps some are shown, the first and the last among them.
 
     Args:
         steps: The steps of a run.
@@ -171,10 +176,23 @@ def decoding_filmstrip(
         grid: Rows and columns of tokens.
         row: Which image of the run.
     """
-    above = [_token_panel(step, row, decoded[row], grid) for step, decoded in zip(steps, images, strict=True)]
-    below = [_enlarged(decoded[row], _scale(decoded, _PANEL)) for decoded in images]
-    captions = [f"step {step.step + 1}: {int(step.still_masked[row].sum())} masked" for step in steps]
-    return _lay_out([*above, *below], rows=2, columns=len(steps), column_captions=captions)
+    shown = _spread(len(steps), _MOST_STEPS)
+    chosen = [(steps[number], images[number][row]) for number in shown]
+    scale = _scale(images[0], _PANEL)
+    rows = [
+        [_cells_panel(image, grid, filled=step.was_masked[row]) for step, image in chosen],
+        [_heat_panel(step.confidence[row], image, grid) for step, image in chosen],
+        [_token_panel(step, row, image, grid) for step, image in chosen],
+        [_enlarged(image, scale) for _, image in chosen],
+    ]
+    captions = [f"step {step.step + 1}: {int(step.still_masked[row].sum())} masked" for step, _ in chosen]
+    return _lay_out(
+        [panel for panels in rows for panel in panels],
+        rows=4,
+        columns=len(chosen),
+        row_captions=["mask", "confidence", "newly kept", "image"],
+        column_captions=captions,
+    )
 
 
 def edit_sheet(
@@ -349,21 +367,64 @@ def _describe(step: DecodingStep, num_steps: int) -> str:
     return f"step {step.step + 1}/{num_steps}, {masked} of {step.tokens.shape[1]} masked"
 
 
+def _spread(count: int, most: int) -> list[int]:
+    """At most ``most`` of range(count), evenly spread, the first and the last among them."""
+    if count <= most:
+        return list(range(count))
+    return [round(place * (count - 1) / (most - 1)) for place in range(most)]
+
+
 def _token_panel(step: DecodingStep, row: int, image: Tensor, grid: tuple[int, int]) -> Image.Image:
-    """The decided part of an image (C, H, W) uint8: grey where masked, framed where kept at this step."""
+    """The decided part of an image (C, H, W) uint8: grey where masked, framed where kept or masked again just now."""
+    was, still = step.was_masked[row], step.still_masked[row]
+    return _cells_panel(image, grid, filled=still, framed={_NEW: was & ~still, _AGAIN: still & ~was})
+
+
+def _cells_panel(
+    image: Tensor,
+    grid: tuple[int, int],
+    *,
+    filled: Tensor,
+    framed: Mapping[tuple[int, int, int], Tensor] | None = None,
+) -> Image.Image:
+    """An image (C, H, W) uint8 with tokens filled grey or framed in a colour; (N,) bool each."""
     scale = _scale(image, _PANEL)
-    panel = _enlarged(image, scale)
+    panel, boxes = _enlarged(image, scale), _boxes(image.shape[-2:], grid, scale)
     draw = ImageDraw.Draw(panel)
-    height, width = (math.ceil(size / cells) * scale for size, cells in zip(image.shape[-2:], grid, strict=True))
-    masked, new = step.still_masked[row].tolist(), (step.was_masked & ~step.still_masked)[row].tolist()
-    for cell in range(grid[0] * grid[1]):
-        left, top = cell % grid[1] * width, cell // grid[1] * height
-        box = (left, top, left + width - 1, top + height - 1)
-        if masked[cell]:
+    for box, masked in zip(boxes, filled.tolist(), strict=True):
+        if masked:
             draw.rectangle(box, fill=_MASKED, outline=_PAPER)
-        elif new[cell]:
-            draw.rectangle(box, outline=_NEW, width=2)
+    for colour, tokens in (framed or {}).items():
+        for box, wanted in zip(boxes, tokens.tolist(), strict=True):
+            if wanted:
+                draw.rectangle(box, outline=colour, width=2)
     return panel
+
+
+def _heat_panel(values: Tensor, image: Tensor, grid: tuple[int, int]) -> Image.Image:
+    """Values (N,) float in [0, 1] of the tokens as colours, dark to bright, in a picture as large as the image's."""
+    from matplotlib import colormaps
+
+    scale = _scale(image, _PANEL)
+    colours = (colormaps["viridis"](values.cpu().numpy())[:, :3] * 255).round().astype(int).tolist()
+    panel = Image.new("RGB", (image.shape[-1] * scale, image.shape[-2] * scale), _PAPER)
+    draw = ImageDraw.Draw(panel)
+    for box, colour in zip(_boxes(image.shape[-2:], grid, scale), colours, strict=True):
+        draw.rectangle(box, fill=tuple(colour))
+    return panel
+
+
+def _boxes(size: Sequence[int], grid: tuple[int, int], scale: int) -> list[tuple[int, int, int, int]]:
+    """(left, top, right, bottom), all included, of the tokens of an image (H, W) shown ``scale`` times as large.
+
+    In raster order. Tokens at the right and below may go beyond the image.
+    """
+    height, width = (math.ceil(pixels / cells) * scale for pixels, cells in zip(size, grid, strict=True))
+    return [
+        (column * width, row * height, (column + 1) * width - 1, (row + 1) * height - 1)
+        for row in range(grid[0])
+        for column in range(grid[1])
+    ]
 
 
 def _save(path: Path, write: Any) -> None:

@@ -1,3 +1,4 @@
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -119,7 +120,36 @@ def test_the_animation_has_a_frame_a_step(tmp_path) -> None:
     with Image.open(tmp_path / "decoding.gif") as animation:
         assert animation.n_frames == 2
         assert animation.size == frames[0].size
-    assert decoding_filmstrip(STEPS, [random_images(2, 3)] * 2, grid=(4, 4), row=1).width > 2 * 168
+    page = decoding_filmstrip(STEPS, [random_images(2, 3)] * 2, grid=(4, 4), row=1)
+    assert page.width > 2 * 168
+    assert page.height > 4 * 168
+
+
+def test_a_filmstrip_shows_the_mask_the_confidence_and_what_is_masked_again() -> None:
+    was, still = torch.zeros(1, 16, dtype=torch.bool), torch.zeros(1, 16, dtype=torch.bool)
+    was[0, :4], still[0, 3:6] = True, True  # tokens 0 to 2 are kept, 3 stays masked, 4 and 5 are masked again
+    confidence = torch.linspace(0, 1, 16)[None]
+    step = DecodingStep(0, torch.zeros(1, 16, dtype=torch.int64), was, still, torch.zeros(1, 16), confidence)
+    page = np.asarray(decoding_filmstrip([step], [random_images(1)], grid=(4, 4)))
+    left, top = page.shape[1] - 8 - 168, 8 + 14 + 8
+
+    def centre(panel: int, token: int) -> tuple[int, ...]:
+        return tuple(page[top + panel * 172 + token // 4 * 42 + 21, left + token % 4 * 42 + 21])
+
+    def frame(token: int) -> tuple[int, ...]:
+        return tuple(page[top + 2 * 172 + token // 4 * 42, left + token % 4 * 42])
+
+    assert [centre(0, token) == GREY for token in range(16)] == was[0].tolist()
+    assert [centre(2, token) == GREY for token in range(16)] == still[0].tolist()
+    assert centre(1, 0) == (68, 1, 84)  # viridis from its dark end
+    assert centre(1, 15) == (253, 231, 37)  # to its bright one
+    assert [frame(token) for token in (0, 4)] == [(230, 90, 20), (40, 110, 220)]
+
+
+def test_of_many_steps_a_filmstrip_shows_twelve_the_first_and_the_last_among_them() -> None:
+    many = [dataclasses.replace(STEPS[0], step=number) for number in range(30)]
+    page = decoding_filmstrip(many, [random_images(2)] * 30, grid=(4, 4))
+    assert 12 * 168 < page.width < 13 * 172 + 100
 
 
 def tiny_tokenizer() -> PretrainedTokenizer:
