@@ -32,6 +32,7 @@ __all__ = [
     "PretrainedTokenizer",
     "PretrainedTransformer",
     "fingerprint",
+    "load_decoding",
     "load_tokenizer",
     "load_transformer",
     "load_weights",
@@ -303,15 +304,9 @@ def read_decoding(folder: Path | str) -> DecodingConfig | None:
     if not file.is_file():
         return None
     try:
-        content = json.loads(file.read_text())
-    except ValueError as error:  # text that is no UTF-8 too
-        raise _decoding_error(file, f"not JSON ({error})") from error
-    found = content.get("format") if isinstance(content, dict) else type(content).__name__
-    if found != _DECODING_FORMAT:
-        raise _decoding_error(file, f"format {_DECODING_FORMAT!r} is needed, got {found!r}")
-    if content.get("version") != _VERSION:
-        raise _decoding_error(file, f"version {_VERSION} is known, got {content.get('version')}")
-    decoding = _checked_decoding(content.get("decoding"), file)
+        content, decoding = _decoding_file(file)
+    except ValueError as error:
+        raise ValueError(f"{error}; delete the file to decode as the model was exported") from error
     weights = fingerprint(file.parent / "transformer")
     if content.get("transformer") != weights:
         _log.warning(
@@ -324,24 +319,46 @@ def read_decoding(folder: Path | str) -> DecodingConfig | None:
     return decoding
 
 
+def load_decoding(file: Path | str) -> DecodingConfig:
+    """The recipe of one file in the form of ``decoding.json``, wherever it lies and whatever it was tuned for.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: As of ``read_decoding``.
+    """
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"decoding {file}: no such file; `maskgit tune` writes RUN/pretrained/{_DECODING}")
+    return _decoding_file(Path(file))[1]
+
+
+def _decoding_file(file: Path) -> tuple[dict[str, Any], DecodingConfig]:
+    """The content of a recipe's file, and the recipe."""
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:  # text that is no UTF-8 too
+        raise ValueError(f"decoding {file}: not JSON ({error})") from error
+    found = content.get("format") if isinstance(content, dict) else type(content).__name__
+    if found != _DECODING_FORMAT:
+        raise ValueError(f"decoding {file}: format {_DECODING_FORMAT!r} is needed, got {found!r}")
+    if content.get("version") != _VERSION:
+        raise ValueError(f"decoding {file}: version {_VERSION} is known, got {content.get('version')}")
+    return content, _checked_decoding(content.get("decoding"), file)
+
+
 def _checked_decoding(values: Any, file: Path) -> DecodingConfig:
     if not isinstance(values, dict):
-        raise _decoding_error(file, f"'decoding' must be a mapping, got {type(values).__name__}")
+        raise ValueError(f"decoding {file}: 'decoding' must be a mapping, got {type(values).__name__}")
     known = {field.name for field in fields(DecodingConfig)}
     unknown = sorted(set(values) - known)
     if unknown:
-        raise _decoding_error(file, f"unknown keys {unknown}; known: {sorted(known)}")
+        raise ValueError(f"decoding {file}: unknown keys {unknown}; known: {sorted(known)}")
     try:
         decoding = DecodingConfig(**values)
         decoding.decoder(mask_schedules.build("cosine"))  # any schedule: names and numbers are what is checked
         decoding.scales()
     except (TypeError, ValueError) as error:
-        raise _decoding_error(file, str(error)) from error
+        raise ValueError(f"decoding {file}: {error}") from error
     return decoding
-
-
-def _decoding_error(file: Path, text: str) -> ValueError:
-    return ValueError(f"decoding {file}: {text}; delete the file to decode as the model was exported")
 
 
 def _save(folder: Path, kind: Kind, weights: Mapping[str, Tensor], config: dict[str, Any]) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from maskgit_pl.cli.decoding import add_decoding_arguments, decoding_settings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +24,7 @@ __all__ = [
     "pretrained_folder",
     "run",
     "write_animation",
+    "write_filmstrip",
     "write_images",
 ]
 
@@ -37,22 +40,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--per-class", type=int, default=8, metavar="N", help="images of each class (default: 8)")
     add_decoding_arguments(parser)
+    parser.add_argument("--negative-class", metavar="NAME", help="what guidance pushes away from (default: no class)")
     parser.add_argument("--out", type=Path, default=Path("samples.png"), metavar="FILE.png", help="all in one picture")
     parser.add_argument("--images", type=Path, metavar="DIR", help="also write each image into a file of its own")
     parser.add_argument("--gif", type=Path, metavar="FILE.gif", help="also write an animation of the decoding")
-    parser.set_defaults(run=run)
-
-
-def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that say how to decode."""
     parser.add_argument(
-        "--num-steps", "--steps", type=int, metavar="T", help="decoding steps (default: the model's own)"
+        "--filmstrip", type=Path, metavar="FILE.png", help="also write the decoding of the first image, step by step"
     )
-    parser.add_argument("--guidance", type=float, metavar="S", help="guidance scale (default: the model's own)")
-    parser.add_argument("--temperature", type=float, metavar="C", help="choice temperature (default: the model's own)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first image; image i has seed + i (default: 0)")
-    parser.add_argument("--batch", type=int, default=100, metavar="N", help="images at a time (default: 100)")
-    parser.add_argument("--device", default=None, help="cpu, cuda, mps ... (default: a GPU if there is one)")
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -63,27 +58,38 @@ def run(args: argparse.Namespace) -> int:
         ValueError: An unknown class or a number out of range.
     """
     folder = pretrained_folder(args.folder)
+    settings: dict[str, Any] = {**decoding_settings(args)}
     if args.per_class < 1:
         raise ValueError(f"--per-class: at least 1 is needed, got {args.per_class}")
     from maskgit_pl.pipeline import MaskGIT
-    from maskgit_pl.training.pictures import image_grid, save_png
 
     pipe = MaskGIT.from_pretrained(folder).to(args.device or default_device())
-    classes = pipe.class_ids(_words(args.classes, pipe.class_names))
+    if args.negative_class is not None:
+        (settings["negative_classes"],) = pipe.class_ids([class_of(args.negative_class, pipe.class_names)])
+    _write(pipe, pipe.class_ids(_words(args.classes, pipe.class_names)), args, settings)
+    return 0
+
+
+def _write(pipe: MaskGIT, classes: list[int], args: argparse.Namespace, settings: dict[str, Any]) -> None:
+    """Generates ``--per-class`` images of each class and writes what was asked for."""
+    from maskgit_pl.training.pictures import image_grid, save_png
+
     labels = [label for label in classes for _ in range(args.per_class)]
-    images = _generate(pipe, labels, args)
+    images = _generate(pipe, labels, args, settings)
     names = [pipe.class_names[label] for label in classes]
     save_png(image_grid(images, columns=args.per_class, row_captions=names), args.out)
-    print(f"{args.out}: {len(images)} images of {len(classes)} classes, {_steps(pipe, args)} steps each")
+    print(f"{args.out}: {len(images)} images of {len(classes)} classes, {_num_steps(pipe, settings)} steps each")
     if args.images is not None:
         write_images(images, labels, args.images, seed=args.seed)
     if args.gif is not None:
         first_of_class = [number * args.per_class for number in range(min(_ANIMATED, len(classes)))]
         chosen = first_of_class if len(classes) > 1 else list(range(min(_ANIMATED, args.per_class)))
         seeds = [args.seed + number for number in chosen]
-        write_animation(pipe, [labels[number] for number in chosen], seeds, args.gif, **decoding_settings(args))
+        write_animation(pipe, [labels[number] for number in chosen], seeds, args.gif, **settings)
         print(f"{args.gif}: how {len(chosen)} of them are decoded")
-    return 0
+    if args.filmstrip is not None:
+        write_filmstrip(pipe, labels[0], args.seed, args.filmstrip, **settings)
+        print(f"{args.filmstrip}: how the first of them is decoded")
 
 
 def pretrained_folder(folder: Path) -> Path:
@@ -101,15 +107,6 @@ def pretrained_folder(folder: Path) -> Path:
                 f"run {folder}: no {part} in {found}; `maskgit train {part}` makes it when it has finished"
             )
     return found
-
-
-def decoding_settings(args: argparse.Namespace) -> DecodingSettings:
-    """What the flags of ``add_decoding_arguments`` say."""
-    return {
-        "num_steps": args.num_steps,
-        "guidance_scale": args.guidance,
-        "choice_temperature": args.temperature,
-    }
 
 
 def class_of(word: str, names: Sequence[str]) -> int | str:
@@ -136,6 +133,15 @@ def write_animation(
     save_gif(decoding_frames(steps, images, grid=pipe.tokenizer.grid, captions=names), path)
 
 
+def write_filmstrip(pipe: MaskGIT, label: int, seed: int, path: Path, **settings: Unpack[DecodingSettings]) -> None:
+    """Writes one picture of how an image is decoded, a column a step; settings as of ``MaskGIT.steps``."""
+    from maskgit_pl.training.pictures import decode_images, decoding_filmstrip, save_png
+
+    steps = list(pipe.steps([label], seed=seed, **settings))
+    images = [decode_images(pipe.tokenizer, step.tokens) for step in steps]
+    save_png(decoding_filmstrip(steps, images, grid=pipe.tokenizer.grid), path)
+
+
 def write_images(images: Tensor, labels: Sequence[int], folder: Path, *, seed: int) -> None:
     """Writes each image into a file that its class and seed name; arguments as of ``image_grid`` and ``generate``."""
     from maskgit_pl.training.pictures import save_png, to_pil
@@ -145,24 +151,24 @@ def write_images(images: Tensor, labels: Sequence[int], folder: Path, *, seed: i
     print(f"{folder}: {len(images)} files")
 
 
-def _generate(pipe: MaskGIT, labels: list[int], args: argparse.Namespace) -> Tensor:
+def _generate(pipe: MaskGIT, labels: list[int], args: argparse.Namespace, settings: dict[str, Any]) -> Tensor:
     from rich.progress import Progress
 
     batches = -(-len(labels) // args.batch) if args.batch > 0 else 0  # generate refuses a batch below 1
     with Progress(transient=True) as progress:
-        bar = progress.add_task("sampling", total=batches * _steps(pipe, args))
+        bar = progress.add_task("sampling", total=batches * _num_steps(pipe, settings))
         return pipe.generate(
             labels,
             seed=args.seed,
             batch_size=args.batch,
             output_type="pt",
             callback=lambda step: progress.advance(bar),
-            **decoding_settings(args),
+            **settings,
         )
 
 
-def _steps(pipe: MaskGIT, args: argparse.Namespace) -> int:
-    return pipe.decoding_with(**decoding_settings(args)).num_steps
+def _num_steps(pipe: MaskGIT, settings: dict[str, Any]) -> int:
+    return pipe.decoding_with(**settings).num_steps
 
 
 def _words(text: str, names: Sequence[str]) -> list[int | str]:

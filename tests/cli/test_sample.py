@@ -1,13 +1,18 @@
 import argparse
+import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from maskgit_pl.cli import sample
+from maskgit_pl.cli import main, sample
+from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.pipeline import MaskGIT
+from maskgit_pl.pipeline.options import with_settings
 
 
 def call(*words: object) -> int:
@@ -62,6 +67,12 @@ def test_what_is_missing_is_named(tiny_pretrained: Path, tmp_path: Path) -> None
         (["--classes", "17"], r"class 17: a number in \[0, 3\)"),
         (["--classes", ","], "at least one"),
         (["--per-class", "0"], "--per-class: at least 1"),
+        (["--negative-class", "Trousers"], "did you mean 'Trouser'"),
+        (["--selector", "confidnce"], "unknown token selector 'confidnce': did you mean 'confidence'"),
+        (["--mask-schedule", "cosin"], "unknown mask schedule 'cosin': did you mean 'cosine'"),
+        (["--guidance-schedule", "linea"], "unknown guidance schedule 'linea': did you mean 'linear'"),
+        (["--tokens-per-step", "1,2"], "tokens_per_step: numbers that sum to the 16 tokens"),
+        (["--tokens-per-step", "8,8", "--steps", "3"], "tokens_per_step: a number for each of the 3 steps"),
         (["--batch", "0"], "batch_size: at least 1"),
     ],
 )
@@ -71,3 +82,84 @@ def test_bad_input_is_refused_and_nothing_written(
     with pytest.raises(ValueError, match=message):
         call(tiny_pretrained, *words, "--out", tmp_path / "samples.png")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--steps", "0"], "--num-steps: at least 1 is needed, got 0"),
+        (["--guidance", "-1"], "--guidance: at least 0 is needed, got -1"),
+        (["--guidance", "nan"], "--guidance: at least 0 is needed, got nan"),
+        (["--temperature", "inf"], "--temperature: at least 0 is needed, got inf"),
+        (["--top-k", "0"], "--top-k: at least 1 is needed, got 0"),
+        (["--top-p", "1.5"], "--top-p: a number in (0, 1] is needed, got 1.5"),
+        (["--context-cache", "0"], "--context-cache: at least 1 is needed, got 0"),
+        (["--seed", "-1"], "--seed: a number in [0, 2**32) is needed, got -1"),
+        (["--selector", '{"name": "remdm"'], '--selector {"name": "remdm": not JSON'),
+        (["--selector", '{"eta": 0.1}'], "a mapping with a name is needed; write a name, or a mapping such as"),
+        (["--mask-schedule", "[1]"], "--mask-schedule [1]: a mapping with a name is needed"),
+        (["--sampling-temperature", "1,2,3"], "--sampling-temperature 1,2,3: a number of at least 0, or two"),
+        (["--sampling-temperature", "warm"], "--sampling-temperature warm: a number of at least 0, or two"),
+        (["--tokens-per-step", "1,x"], "--tokens-per-step 1,x: whole numbers of at least 1"),
+        (["--tokens-per-step", "0,16"], "--tokens-per-step 0,16: whole numbers of at least 1"),
+        (["--decoding", "nowhere.json"], "--decoding nowhere.json: no such file"),
+    ],
+)
+def test_what_flags_say_is_refused_in_one_line(
+    words: list[str], message: str, tiny_pretrained: Path, tmp_path: Path, capsys
+) -> None:
+    assert main(["sample", str(tiny_pretrained), *words, "--out", str(tmp_path / "samples.png")]) == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert shown.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_flags_are_refused_without_torch(tiny_pretrained: Path) -> None:
+    code = (
+        "import sys; from maskgit_pl.cli import main; "
+        f"code = main(['sample', {str(tiny_pretrained)!r}, '--top-p', '2']); "
+        "sys.exit(9 if 'torch' in sys.modules else code)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 2
+
+
+def test_each_flag_reaches_the_decoding(tmp_path: Path) -> None:
+    file = tmp_path / "decoding.json"
+    recipe = {"num_steps": 3, "token_selector": "margin"}
+    file.write_text(json.dumps({"format": "maskgit_pl.decoding", "version": 1, "decoding": recipe}))
+    parser = argparse.ArgumentParser()
+    sample.add_decoding_arguments(parser)
+    words = [
+        "--guidance", "2", "--guidance-schedule", "cosine", "--temperature", "1.5",
+        "--selector", '{"name": "remdm", "eta": 0.1}', "--sampling-temperature", "1.2,0.7", "--top-k", "5",
+        "--top-p", "0.9", "--tokens-per-step", "1,3,12", "--mask-schedule", '{"name": "pow", "exponent": 3}',
+        "--context-cache", "2", "--decoding", str(file),
+    ]  # fmt: skip
+    settings = sample.decoding_settings(parser.parse_args(words))
+    assert settings["decoding"] == DecodingConfig(3, "margin")
+    assert with_settings(DecodingConfig(), settings) == DecodingConfig(
+        3,
+        {"name": "remdm", "eta": 0.1, "choice_temperature": 1.5},
+        {"name": "cosine", "scale": 2.0},
+        (1.2, 0.7),
+        5,
+        0.9,
+        (1, 3, 12),
+        {"name": "pow", "exponent": 3},
+        2,
+    )
+    plain = sample.decoding_settings(parser.parse_args([]))
+    assert with_settings(DecodingConfig(5), plain) == DecodingConfig(5)
+
+
+def test_a_filmstrip_and_a_negative_class(tiny_pretrained: Path, tmp_path: Path) -> None:
+    words = ["--classes", "1", "--per-class", 4, "--guidance", 30, "--guidance-schedule", "constant"]
+    for name, more in (("plain", []), ("pushed", ["--negative-class", "Trouser"])):
+        call(
+            tiny_pretrained, *words, *more, "--images", tmp_path / name, "--out", tmp_path / "samples.png",
+            "--filmstrip", tmp_path / f"{name}.png",
+        )  # fmt: skip
+    files = sorted(path.name for path in (tmp_path / "plain").iterdir())
+    assert any((tmp_path / "plain" / name).read_bytes() != (tmp_path / "pushed" / name).read_bytes() for name in files)
+    assert (tmp_path / "plain.png").read_bytes() != (tmp_path / "pushed.png").read_bytes()
