@@ -1,20 +1,38 @@
-"""The measurement of a pretrained folder, step by step, always the same way: what ``maskgit evaluate`` runs."""
+"""The measurement of a model, step by step, always the same way: what ``evaluate``, ``compare`` and ``tune`` run."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from maskgit_pl.data import ShardData
+from maskgit_pl.data import ShardData, ShuffledStream
+from maskgit_pl.decoding import DecodingConfig, DecodingStep
 from maskgit_pl.evaluation.classifier import Classifier, Judgement
-from maskgit_pl.evaluation.metrics import class_agreement, diversity
+from maskgit_pl.evaluation.metrics import Distances, FeatureDistances, class_agreement, diversity
 from maskgit_pl.pipeline import MaskGIT
 
-__all__ = ["Protocol", "RealImages", "Samples", "check_data", "judge_real_images", "measure_samples"]
+__all__ = [
+    "METRICS",
+    "Protocol",
+    "RealImages",
+    "Samples",
+    "check_data",
+    "check_decoding",
+    "judge_real_images",
+    "measure_decoding",
+    "measure_samples",
+    "real_floor",
+]
+
+# What decodings are judged by, and whether more is better; every number is named after the network that it stands on.
+METRICS = {"class_agreement": True, "diversity": True, "fid/classifier": False, "kid/classifier": False}
+_FLOOR_BATCH = 200
 
 
 @dataclass(frozen=True)
@@ -74,6 +92,11 @@ class RealImages:
         """The classifier's own accuracy: what agreement can be expected of real images."""
         return class_agreement(self.judgement.classes, self.labels)
 
+    @cached_property
+    def distances(self) -> FeatureDistances:
+        """What measures other images' distance from these; made once."""
+        return FeatureDistances(self.judgement.features)
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -85,6 +108,9 @@ class Samples:
         guidance_scales: Scale of each step.
         class_agreement: Share taken for the class asked for.
         diversity: Beside real images; 1 as varied.
+        distances: From the real val images, in the classifier's features.
+        steps_taken: Steps in which an image still had masked tokens, the mean over images; T unless the token selector
+            may end early.
         seconds_per_image: Wall clock, tokens and decoding.
     """
 
@@ -93,7 +119,20 @@ class Samples:
     guidance_scales: tuple[float, ...]
     class_agreement: float
     diversity: float
+    distances: Distances
+    steps_taken: float
     seconds_per_image: float
+
+    def numbers(self) -> dict[str, Any]:
+        """What was measured, in plain values; distances are named after the network whose features they are of."""
+        return {
+            "class_agreement": self.class_agreement,
+            "diversity": self.diversity,
+            "fid/classifier": self.distances.fid,
+            "kid/classifier": self.distances.kid,
+            "steps_taken": self.steps_taken,
+            "seconds_per_image": self.seconds_per_image,
+        }
 
 
 def check_data(pipe: MaskGIT, data: ShardData) -> None:
@@ -130,6 +169,42 @@ def judge_real_images(
     return RealImages(Judgement(classes, features), torch.cat(labels))
 
 
+def real_floor(classifier: Classifier, data: ShardData, real: RealImages, *, num_images: int) -> Distances:
+    """What distance real images have: as many images of the train split, drawn at random, from the val split.
+
+    A generator cannot be expected to come below it. The classifier was trained on them, which raises it a little.
+
+    Args:
+        classifier: As of ``judge_real_images``.
+        data: The real images.
+        real: What it says about the val split.
+        num_images: At most so many; the train split may have fewer.
+    """
+    count = min(num_images, data.summary.samples["train"])
+    batches = data.batches("train", ShuffledStream(data.summary.samples["train"], seed=0))
+    judgements = [
+        classifier.judge(batches.__getitems__(range(first, min(first + _FLOOR_BATCH, count))).content)
+        for first in range(0, count, _FLOOR_BATCH)
+    ]
+    return real.distances(torch.cat([judgement.features for judgement in judgements]))
+
+
+def check_decoding(pipe: MaskGIT, decoding: DecodingConfig) -> None:
+    """Refuses, before time is spent, a way of decoding that the model cannot follow.
+
+    Raises:
+        TypeError: A part does not take its arguments.
+        ValueError: An unknown name, a number out of range, more steps than tokens, guidance without a null class.
+    """
+    num_tokens = pipe.tokenizer.grid[0] * pipe.tokenizer.grid[1]
+    decoding.decoder(pipe.transformer.mask_schedule).plan([num_tokens], num_tokens)
+    if any(decoding.scales()) and pipe.transformer.network.config.null_label is None:
+        raise ValueError(
+            f"guidance {decoding.guidance}: this model has no null class (it was trained with class_dropout 0); "
+            "take scale 0, or train with model.network.class_dropout 0.1"
+        )
+
+
 def measure_samples(
     pipe: MaskGIT,
     classifier: Classifier,
@@ -139,37 +214,62 @@ def measure_samples(
     guidance_scale: float | None = None,
     on_step: Callable[[], object] = lambda: None,
 ) -> Samples:
+    """``measure_decoding`` of the model's own decoding in the protocol's number of steps.
+
+    Args:
+        pipe: The model.
+        classifier: Judges the images.
+        real: What diversity and distances are compared with.
+        protocol: How many images, how decoded.
+        guidance_scale: As of ``MaskGIT.generate``; None is the model's own.
+        on_step: Called after each step of each batch.
+    """
+    decoding = pipe.decoding_with(num_steps=protocol.num_steps, guidance_scale=guidance_scale)
+    return measure_decoding(pipe, classifier, real, protocol, decoding, on_step=on_step)
+
+
+def measure_decoding(
+    pipe: MaskGIT,
+    classifier: Classifier,
+    real: RealImages,
+    protocol: Protocol,
+    decoding: DecodingConfig,
+    *,
+    on_step: Callable[[], object] = lambda: None,
+) -> Samples:
     """Generates images of every class and measures them.
 
     Args:
         pipe: The model.
         classifier: Judges the images.
-        real: What diversity is compared with.
-        protocol: How many images, how decoded.
-        guidance_scale: As of ``MaskGIT.generate``; None is the model's own.
+        real: What diversity and distances are compared with.
+        protocol: How many images, from which seed; its ``num_steps`` is not looked at.
+        decoding: How they are decoded.
         on_step: Called after each step of each batch.
     """
-    labels = protocol.labels(len(pipe.class_names))
+    labels, taken = protocol.labels(len(pipe.class_names)), 0
+
+    def count(step: DecodingStep) -> None:
+        nonlocal taken
+        taken += int(step.was_masked.any(1).sum())
+        on_step()
+
     start = time.perf_counter()
     images = pipe.generate(
-        labels,
-        num_steps=protocol.num_steps,
-        guidance_scale=guidance_scale,
-        seed=protocol.seed,
-        batch_size=protocol.batch_size,
-        output_type="pt",
-        callback=lambda step: on_step(),
+        labels, decoding=decoding, seed=protocol.seed, batch_size=protocol.batch_size, output_type="pt", callback=count
     )
     seconds = time.perf_counter() - start
     judgement, asked = classifier.judge(images), torch.tensor(labels)
-    decoding = pipe.decoding_with(num_steps=protocol.num_steps, guidance_scale=guidance_scale)
+    features = judgement.features
     return Samples(
         images,
         asked,
         guidance_scales=decoding.scales(),
         class_agreement=class_agreement(judgement.classes, asked),
         diversity=diversity(
-            judgement.features, asked, real.judgement.features, real.labels, per_class=protocol.diversity_per_class
+            features, asked, real.judgement.features, real.labels, per_class=protocol.diversity_per_class
         ),
+        distances=real.distances(features),
+        steps_taken=taken / len(labels),
         seconds_per_image=seconds / len(labels),
     )

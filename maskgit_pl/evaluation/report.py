@@ -13,7 +13,7 @@ from torch import nn
 
 from maskgit_pl.data import ShardData
 from maskgit_pl.evaluation.classifier import Classifier
-from maskgit_pl.evaluation.metrics import Reconstruction
+from maskgit_pl.evaluation.metrics import Distances, Reconstruction
 from maskgit_pl.evaluation.protocol import Protocol, RealImages, Samples
 from maskgit_pl.files import write_atomically
 from maskgit_pl.pipeline import MaskGIT
@@ -30,6 +30,7 @@ def as_report(
     reconstruction: Reconstruction,
     classifier: Classifier,
     real: RealImages,
+    floor: Distances,
     guided: Samples,
     unguided: Samples,
 ) -> dict[str, Any]:
@@ -42,6 +43,7 @@ def as_report(
         reconstruction: Of the tokenizer.
         classifier: The judge.
         real: What it says about real images.
+        floor: The distance of as many real images.
         guided: With the model's own guidance.
         unguided: Without.
     """
@@ -58,6 +60,7 @@ def as_report(
         "reconstruction": asdict(reconstruction),
         "samples": {"exported_guidance": _plain(guided), "without_guidance": _plain(unguided)},
         "classifier": {"accuracy_on_real_images": real.accuracy, "real_images": len(real.labels)},
+        "real_against_real": {"fid/classifier": floor.fid, "kid/classifier": floor.kid, "images": floor.images},
         "model": _sizes(pipe),
         "environment": {**describe_environment(), "device": str(pipe.device)},
     }
@@ -81,6 +84,10 @@ def as_table(report: Mapping[str, Any]) -> Table:
     agreement = (guided["class_agreement"], unguided["class_agreement"], judge["accuracy_on_real_images"])
     table.add_row("class agreement", *(f"{value:.1%}" for value in agreement))
     table.add_row("diversity, of real images'", f"{guided['diversity']:.2f}", f"{unguided['diversity']:.2f}", "1.00")
+    floor = report["real_against_real"]
+    for name, digits in (("fid/classifier", 2), ("kid/classifier", 4)):
+        values = (guided[name], unguided[name], floor[name])
+        table.add_row(f"{name}, {protocol['num_images']} images", *(f"{value:.{digits}f}" for value in values))
     table.add_row(
         "milliseconds an image",
         *(f"{1000 * part['seconds_per_image']:.1f}" for part in (guided, unguided)),
@@ -96,12 +103,7 @@ def as_table(report: Mapping[str, Any]) -> Table:
 
 
 def _plain(samples: Samples) -> dict[str, Any]:
-    return {
-        "guidance_scales": list(samples.guidance_scales),
-        "class_agreement": samples.class_agreement,
-        "diversity": samples.diversity,
-        "seconds_per_image": samples.seconds_per_image,
-    }
+    return {"guidance_scales": list(samples.guidance_scales), **samples.numbers()}
 
 
 def _sizes(pipe: MaskGIT) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import torch
 
 from maskgit_pl.data import Batch
 from maskgit_pl.evaluation.metrics import (
+    FeatureDistances,
     class_agreement,
     diversity,
     mean_pairwise_distance,
@@ -111,3 +112,70 @@ def test_diversity_without_pairs_is_refused() -> None:
     one, labels = torch.zeros(2, 3), torch.tensor([0, 1])
     with pytest.raises(ValueError, match="2 generated and 2 real"):
         diversity(one, labels, one, labels)
+
+
+def features(count: int, *, width: int = 6, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, width, generator=generator) @ torch.randn(width, width, generator=generator)
+
+
+def matrix_root(matrix: torch.Tensor) -> torch.Tensor:
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors @ values.clamp(min=0).sqrt().diag() @ vectors.T
+
+
+def test_fid_is_the_distance_of_two_gaussians() -> None:
+    real, made = features(400).double(), 1.5 * features(300, seed=1).double() + 0.3
+    one, other = torch.cov(real.T), torch.cov(made.T)
+    root = matrix_root(one)
+    expected = (real.mean(0) - made.mean(0)).square().sum() + (one + other).trace()
+    expected -= 2 * matrix_root(root @ other @ root).trace()
+    measured = FeatureDistances(real)(made)
+    assert measured.fid == pytest.approx(float(expected), rel=1e-9)
+    assert measured.images == 300
+
+
+def test_a_shift_alone_costs_its_square() -> None:
+    real = features(200)
+    assert FeatureDistances(real)(real + 2.0).fid == pytest.approx(6 * 2.0**2, rel=1e-5)
+    assert FeatureDistances(real)(real).fid == pytest.approx(0, abs=1e-9)
+
+
+def test_kid_is_the_unbiased_discrepancy_of_the_cubic_kernel() -> None:
+    real, made = features(50).double(), features(50, seed=1).double()  # one subset is all of them
+
+    def kernel(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return (left @ right.T / 6 + 1) ** 3
+
+    off = ~torch.eye(50, dtype=torch.bool)
+    expected = kernel(real, real)[off].mean() + kernel(made, made)[off].mean() - 2 * kernel(real, made).mean()
+    measured = FeatureDistances(real)(made)
+    assert measured.kid == pytest.approx(float(expected), rel=1e-9)
+    assert measured.kid_deviation == pytest.approx(0, abs=1e-9)
+
+
+def test_kid_of_two_sets_of_one_kind_is_about_nothing_and_does_not_fall_with_their_number() -> None:
+    def normal(count: int, seed: int) -> torch.Tensor:
+        return torch.randn(count, 6, generator=torch.Generator().manual_seed(seed))
+
+    real = FeatureDistances(normal(3000, 0))
+    few, many, other = real(normal(100, 1)), real(normal(2000, 2)), real(normal(300, 3) * 2)
+    assert max(abs(few.kid), abs(many.kid)) < other.kid / 20
+    assert few.fid > 3 * many.fid  # which is why a fid stands beside a floor of as many images
+
+
+def test_measuring_is_repeatable_and_leaves_torch_s_generator_alone() -> None:
+    real = FeatureDistances(features(1500))
+    torch.manual_seed(3)
+    first, drawn = real(features(1200, seed=1)), torch.rand(1)
+    torch.manual_seed(3)
+    assert torch.equal(torch.rand(1), drawn)
+    assert real(features(40, seed=2)) != first
+    assert real(features(1200, seed=1)) == first
+
+
+def test_a_distance_needs_two_images() -> None:
+    with pytest.raises(ValueError, match=r"real features: .* at least 2 images"):
+        FeatureDistances(features(1))
+    with pytest.raises(ValueError, match=r"generated features: .* at least 2 images"):
+        FeatureDistances(features(2))(features(1))

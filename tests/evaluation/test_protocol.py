@@ -5,11 +5,21 @@ import pytest
 import torch
 
 from maskgit_pl.data import ShardData
+from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation.classifier import Classifier, ClassifierConfig, Judgement
-from maskgit_pl.evaluation.metrics import Reconstruction
-from maskgit_pl.evaluation.protocol import Protocol, check_data, judge_real_images, measure_samples
+from maskgit_pl.evaluation.metrics import FeatureDistances, Reconstruction
+from maskgit_pl.evaluation.protocol import (
+    Protocol,
+    check_data,
+    check_decoding,
+    judge_real_images,
+    measure_decoding,
+    measure_samples,
+    real_floor,
+)
 from maskgit_pl.evaluation.report import as_report, as_table, save_report
 from maskgit_pl.pipeline import MaskGIT
+from tests.conftest import save_tiny_pretrained
 
 PROTOCOL = Protocol(num_images=14, num_steps=3, batch_size=5)
 
@@ -47,7 +57,7 @@ def test_every_val_image_is_judged_once(data: ShardData) -> None:
 
 
 def test_a_judge_that_agrees_everywhere_gives_agreement_one(pipe: MaskGIT, data: ShardData) -> None:
-    real = judge_real_images(Classifier(1, 8, 3), data)
+    real = judge_real_images(Classifier(1, 8, 3, ClassifierConfig(width=4)), data)
     asked = PROTOCOL.labels(3)
     assert asked == [0] * 4 + [1] * 4 + [2] * 4
     steps: list[int] = []
@@ -67,13 +77,62 @@ def test_the_images_measured_are_those_that_the_seed_says(pipe: MaskGIT, data: S
     assert samples.guidance_scales == (0.0, 0.0, 0.0)
 
 
+def test_distances_are_those_of_the_judge_s_features(pipe: MaskGIT, data: ShardData) -> None:
+    judge = Classifier(1, 8, 3)
+    real = judge_real_images(judge, data)
+    samples = measure_samples(pipe, judge, real, PROTOCOL)
+    expected = FeatureDistances(real.judgement.features)(judge.judge(samples.images).features)
+    assert samples.distances == expected
+    assert samples.numbers()["fid/classifier"] == expected.fid
+    assert samples.steps_taken == 3
+
+
+def test_the_floor_is_the_distance_of_as_many_real_images(data: ShardData) -> None:
+    judge = Classifier(1, 8, 3)
+    real = judge_real_images(judge, data)
+    floor, again, all_of_them = (real_floor(judge, data, real, num_images=count) for count in (30, 30, 1000))
+    assert floor == again
+    assert (floor.images, all_of_them.images) == (30, 60)  # there are 60
+    assert 0 < all_of_them.fid < floor.fid
+
+
+def test_a_selector_that_ends_early_takes_fewer_steps(pipe: MaskGIT, data: ShardData) -> None:
+    judge = Classifier(1, 8, 3)
+    real = judge_real_images(judge, data)
+    decoding = DecodingConfig(8, {"name": "entropy", "gamma": 1000.0})
+    assert measure_decoding(pipe, judge, real, PROTOCOL, decoding).steps_taken == 1
+
+
+@pytest.mark.parametrize(
+    ("decoding", "match"),
+    [
+        (DecodingConfig(17), "num_steps: at most the 16 tokens"),
+        (DecodingConfig(4, "confidnce"), "did you mean 'confidence'"),
+        (DecodingConfig(4, guidance={"name": "constant", "scale": -1.0}), "scales must be finite and >= 0"),
+    ],
+)
+def test_a_decoding_that_cannot_be_is_refused_before_any_work(
+    pipe: MaskGIT, decoding: DecodingConfig, match: str
+) -> None:
+    with pytest.raises(ValueError, match=match):
+        check_decoding(pipe, decoding)
+
+
+def test_guidance_of_a_model_without_a_null_class_is_refused_before_any_work(tmp_path: Path) -> None:
+    pipe = MaskGIT.from_pretrained(save_tiny_pretrained(tmp_path, class_dropout=0.0))
+    check_decoding(pipe, pipe.decoding)
+    with pytest.raises(ValueError, match="no null class"):
+        check_decoding(pipe, DecodingConfig(4, guidance={"name": "constant", "scale": 1.0}))
+
+
 def test_the_report_holds_the_protocol_and_both_guidances(pipe: MaskGIT, data: ShardData, tmp_path: Path) -> None:
     judge = Classifier(1, 8, 3)
     real = judge_real_images(judge, data)
     guided, unguided = (measure_samples(pipe, judge, real, PROTOCOL, guidance_scale=scale) for scale in (None, 0.0))
+    floor = real_floor(judge, data, real, num_images=12)
     report = as_report(
         pipe, data, PROTOCOL, reconstruction=Reconstruction(20.0, 0.5, 7.0, 24), classifier=judge, real=real,
-        guided=guided, unguided=unguided,
+        floor=floor, guided=guided, unguided=unguided,
     )  # fmt: skip
     save_report(report, tmp_path / "deep" / "metrics.json")
     read = json.loads((tmp_path / "deep" / "metrics.json").read_text())
@@ -82,7 +141,8 @@ def test_the_report_holds_the_protocol_and_both_guidances(pipe: MaskGIT, data: S
     assert read["samples"]["exported_guidance"]["guidance_scales"] == [0.0, 0.5, 1.0]
     assert read["samples"]["without_guidance"]["class_agreement"] == unguided.class_agreement
     assert read["model"]["tokenizer_fingerprint"] == pipe.tokenizer.fingerprint
-    assert as_table(read).row_count == 7
+    assert read["real_against_real"] == {"fid/classifier": floor.fid, "kid/classifier": floor.kid, "images": 12}
+    assert as_table(read).row_count == 9
 
 
 def test_numbers_out_of_range_are_refused() -> None:

@@ -1,0 +1,170 @@
+"""What the commands that measure have in common: the run, its data, the judge, and a bar for each part of the work."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from maskgit_pl.cli.sample import default_device, pretrained_folder
+
+if TYPE_CHECKING:
+    from maskgit_pl.data import ShardData
+    from maskgit_pl.evaluation.classifier import Classifier
+    from maskgit_pl.evaluation.metrics import Distances
+    from maskgit_pl.evaluation.protocol import RealImages
+    from maskgit_pl.pipeline import MaskGIT
+
+__all__ = [
+    "Bars",
+    "Judge",
+    "RunFolders",
+    "add_run_arguments",
+    "find_run",
+    "open_data",
+    "open_model",
+    "progress_bars",
+    "ready",
+]
+
+Bars: TypeAlias = Callable[[str, int], Callable[[int], Any]]
+
+
+@dataclass(frozen=True)
+class RunFolders:
+    """Where things are.
+
+    Args:
+        pretrained: The folder with ``tokenizer/`` and ``transformer/``.
+        home: The run's folder; the pretrained folder itself where it stands alone.
+        data: The data folder.
+        judge: Where the classifier is kept.
+    """
+
+    pretrained: Path
+    home: Path
+    data: Path
+    judge: Path
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What generated images are measured with.
+
+    Args:
+        classifier: Trained on the train split.
+        real: What it says about the val split.
+        floor: The distance of as many real images as are generated.
+    """
+
+    classifier: Classifier
+    real: RealImages
+    floor: Distances
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the run, and the flags that say what it is measured on and where."""
+    parser.add_argument("folder", type=Path, metavar="RUN", help="run folder (runs/NAME) or pretrained folder")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="data folder (default: what the run was trained on)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first image; image i has seed + i (default: 0)")
+    parser.add_argument("--batch", type=int, default=100, metavar="N", help="images at a time (default: 100)")
+    parser.add_argument("--device", help="cpu, cuda, mps ... (default: a GPU if there is one)")
+    parser.add_argument(
+        "--classifier", type=Path, metavar="DIR", help="where the judge is kept (default: RUN/classifier)"
+    )
+
+
+def find_run(args: argparse.Namespace) -> RunFolders:
+    """The folders that the flags of ``add_run_arguments`` name.
+
+    Raises:
+        FileNotFoundError: No such run or data, or the run does not say what it was trained on.
+    """
+    pretrained = pretrained_folder(args.folder)
+    home = pretrained.parent if pretrained.name == "pretrained" else pretrained
+    path = args.data or _trained_on(home)
+    if not path.is_dir():
+        raise FileNotFoundError(f"data {path}: no such folder; name one with --data")
+    return RunFolders(pretrained, home, path, args.classifier or home / "classifier")
+
+
+def open_model(folders: RunFolders, args: argparse.Namespace) -> MaskGIT:
+    """The model, on the device that the flags name."""
+    from maskgit_pl.pipeline import MaskGIT
+
+    return MaskGIT.from_pretrained(folders.pretrained).to(args.device or default_device())
+
+
+def open_data(folders: RunFolders, pipe: MaskGIT) -> ShardData:
+    """The images that a model is measured on.
+
+    Raises:
+        ValueError: Their classes are not the model's.
+    """
+    from maskgit_pl.data import ShardData
+    from maskgit_pl.evaluation.protocol import check_data
+
+    data = ShardData(
+        str(folders.data),
+        image_size=pipe.tokenizer.image_size,
+        in_channels=pipe.tokenizer.network.config.in_channels,
+        validation_batch=200,
+    )
+    data.setup()
+    check_data(pipe, data)
+    return data
+
+
+def ready(folders: RunFolders, pipe: MaskGIT, data: ShardData, bars: Bars, *, num_images: int) -> Judge:
+    """The judge, trained where it is not yet, with what it says about real images.
+
+    Args:
+        folders: Where it is kept.
+        pipe: For its device.
+        data: What it is trained on.
+        bars: Progress.
+        num_images: As many real images give the floor of distances.
+    """
+    from maskgit_pl.evaluation import classifier as judges
+    from maskgit_pl.evaluation.protocol import judge_real_images, real_floor
+
+    train = bars("classifier: training", judges.ClassifierConfig().max_steps)
+    classifier = judges.obtain_classifier(folders.judge, data, on_step=lambda: train(1)).to(pipe.device)
+    on_images = bars("classifier: real images", data.summary.samples["val"])
+    real = judge_real_images(classifier, data, on_images=on_images)
+    return Judge(classifier, real, real_floor(classifier, data, real, num_images=num_images))
+
+
+@contextmanager
+def progress_bars() -> Iterator[Bars]:
+    """Yields what makes a bar of a title and a total, and gives the function that advances it."""
+    from rich.progress import Progress, TimeElapsedColumn
+
+    columns = Progress.get_default_columns()  # title, bar, share, time left
+    with Progress(*columns, TimeElapsedColumn(), transient=True, speed_estimate_period=300) as progress:
+
+        def bar(title: str, total: int) -> Callable[[int], Any]:
+            task = progress.add_task(title, total=total)
+            return lambda count: progress.advance(task, count)
+
+        yield bar
+
+
+def _trained_on(home: Path) -> Path:
+    """The data folder that stands in the run's own configuration.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    for stage in ("transformer", "tokenizer"):
+        file = home / stage / "config.yaml"
+        if file.is_file():
+            import yaml
+
+            path = (yaml.safe_load(file.read_text()) or {}).get("data", {}).get("path")
+            if path:
+                return Path(path)
+    raise FileNotFoundError(f"run {home}: it does not say what data it was trained on; name them with --data")
