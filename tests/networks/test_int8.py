@@ -1,0 +1,112 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from maskgit_pl.networks.int8 import Int8Linear, quantized
+from maskgit_pl.networks.transformer import ContextCache, MaskedTransformer, TransformerConfig
+
+CONFIG = TransformerConfig(64, 3, (8, 8), width=128, depth=3, num_heads=4, mlp_width=512)
+
+
+@pytest.fixture(scope="module")
+def networks() -> tuple[MaskedTransformer, MaskedTransformer]:
+    """One whose logits are far apart, as those of a trained one are, and its copy in 8 bits."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = MaskedTransformer(CONFIG).eval()
+        for name, parameter in network.named_parameters():
+            if "norm" not in name:
+                parameter.data.mul_(3)
+    return network, quantized(network)
+
+
+def inputs(rows: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    chance = torch.Generator().manual_seed(1)
+    tokens = torch.randint(64, (rows, 64), generator=chance)
+    hidden = torch.rand(rows, 64, generator=chance) < 0.5
+    return tokens.masked_fill(hidden, CONFIG.mask_token_id), torch.randint(3, (rows,), generator=chance)
+
+
+def test_logits_are_close_and_the_likeliest_code_is_mostly_the_same(networks):
+    exact, rounded = (network(*inputs()) for network in networks)
+    assert 0 < (rounded - exact).norm() < 0.03 * exact.norm()
+    assert (rounded.argmax(-1) == exact.argmax(-1)).float().mean() > 0.9
+
+
+def test_logits_of_some_positions_are_nearly_those_of_the_full_forward(networks):
+    _, network = networks
+    positions = torch.tensor([[0, 11, 63]] * 4)
+    full = network(*inputs())
+    some = network(*inputs(), positions)
+    expected = full.gather(1, positions.unsqueeze(-1).expand(-1, -1, 64))
+    assert (some - expected).norm() < 0.01 * expected.norm()
+    none = torch.empty(4, 0, dtype=torch.int64)
+    assert torch.equal(network.update(*inputs(), positions, none, cache=ContextCache()), some)
+
+
+def test_the_network_stays_as_it_is_and_shares_nothing_with_its_copy(networks):
+    network = copy.deepcopy(networks[0]).train()
+    before = {name: weight.clone() for name, weight in network.state_dict().items()}
+    made = quantized(network)
+    assert network.training
+    assert not made.training
+    expected = made(*inputs())
+    for name, weight in network.state_dict().items():
+        assert torch.equal(weight, before[name]), name
+    assert all(parameter.requires_grad for parameter in network.parameters())
+    for parameter in network.parameters():
+        parameter.data.zero_()
+    assert torch.equal(made(*inputs()), expected)
+
+
+def test_every_linear_layer_of_the_blocks_is_rounded_and_nothing_else(networks):
+    names = {name for name, module in networks[1].named_modules() if isinstance(module, Int8Linear)}
+    assert len(names) == 4 * CONFIG.depth + 1  # the last block's queries are apart
+    left = {name for name, _ in networks[1].named_parameters() if "norm" not in name}
+    assert left == {"words.weight", "positions.weight", "head_dense.weight", "head_dense.bias", "head_bias"}
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_no_sum_of_products_is_cut_off(sign):
+    """The worst case: inputs and weights as large as they can be, all of one sign."""
+    x, weight, bias = torch.ones(5, 512), sign * torch.ones(8, 512), torch.arange(8.0)
+    x[:, 0] = 0
+    torch.testing.assert_close(Int8Linear(weight, bias)(x), F.linear(x, weight, bias), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.7, -3.0])
+def test_a_token_whose_inputs_are_all_equal_is_exact_but_for_its_weights(value):
+    weight, bias = torch.tensor([[63.0, 1.0, -17.0]]), torch.tensor([2.0])  # whole numbers of their scale
+    result = Int8Linear(weight, bias)(torch.full((1, 3), value))
+    torch.testing.assert_close(result, torch.tensor([[47 * value + 2]]))
+
+
+def test_a_token_does_not_depend_on_the_others(networks):
+    _, network = networks
+    tokens, labels = inputs()
+    together = network(tokens, labels)
+    alone = torch.cat([network(tokens[row : row + 1], labels[row : row + 1]) for row in range(4)])
+    assert (together - alone).abs().max() < 0.02 * together.abs().max()
+    layer = Int8Linear(torch.randn(16, 32), torch.randn(16))
+    x = torch.randn(6, 32) * torch.tensor([[1.0], [100.0], [1.0], [0.01], [1.0], [1.0]])
+    torch.testing.assert_close(layer(x), torch.cat([layer(x[row : row + 1]) for row in range(6)]))
+
+
+def test_an_output_without_weights_is_its_bias():
+    weight, bias = torch.zeros(3, 16), torch.tensor([1.0, -2.0, 0.0])
+    assert Int8Linear(weight, bias)(torch.randn(2, 16)).tolist() == [bias.tolist()] * 2
+
+
+def test_a_network_elsewhere_is_refused():
+    with torch.device("meta"):
+        network = MaskedTransformer(CONFIG)
+    with pytest.raises(ValueError, match="int8: a network on the processor is needed, got one on meta"):
+        quantized(network)
+
+
+def test_a_torch_without_8_bit_products_is_refused(monkeypatch, networks):
+    monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: False)
+    with pytest.raises(ValueError, match="int8: a torch built with oneDNN is needed"):
+        quantized(networks[0])
