@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, Union
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union
 
 from einops import rearrange, reduce, repeat
 
@@ -165,11 +165,29 @@ class Margins:
         mask[self.up : self.up + height, self.left : self.left + width] = False
         return mask
 
-    def padded(self, image: Tensor, *, size: int) -> Tensor:
-        """(..., H, W) -> (..., H + up + down, W + left + right), 0 outside; ``size`` pixels are one of its elements."""
+    @property
+    def sides(self) -> tuple[int, int, int, int]:
+        """(left, right, up, down)."""
+        return self.left, self.right, self.up, self.down
+
+    def at_most(self, pixels: int) -> Margins:
+        """The same sides, none wider than ``pixels``."""
+        return Margins(*(min(side, pixels) for side in self.sides))
+
+    def padded(self, image: Tensor, *, size: int, mode: Literal["constant", "replicate"] = "constant") -> Tensor:
+        """Lays an image on its canvas.
+
+        Args:
+            image: (C, H, W), or (H, W) in mode ``constant``, of any type; of float type in mode ``replicate``.
+            size: Pixels along an edge of its elements.
+            mode: 0 outside, or the image's last elements again.
+
+        Returns:
+            (..., H + up + down, W + left + right) elements.
+        """
         from torch.nn import functional
 
-        return functional.pad(image, [side // size for side in (self.left, self.right, self.up, self.down)])
+        return functional.pad(image, [side // size for side in self.sides], mode=mode)
 
 
 def check_canvas(height: int, width: int, *, factor: int, least: int) -> None:

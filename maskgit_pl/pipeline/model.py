@@ -312,8 +312,8 @@ class MaskGIT:
             classes: As of ``inpaint``.
             overlap: Share of a window that is known before it is decoded, in (0, 1), where so much is to be had.
             output_type: As of ``generate``.
-            options: As of ``inpaint`` without ``fit``; ``dilation`` is 0 by default, so that the image keeps all of its
-                tokens.
+            options: As of ``inpaint`` without ``fit``; ``dilation``, 0 by default, says how many of the image's tokens along
+                the border are decoded anew. With ``blend=0`` all pixels of the image stay.
 
         Raises:
             FileNotFoundError: No such file.
@@ -329,19 +329,13 @@ class MaskGIT:
         pixels = editing.image_pixels(image, channels=config.in_channels)
         added = editing.Margins(left, right, up, down)
         added.check(pixels.shape[-2:], factor=config.downsampling_factor, least=self.tokenizer.image_size)
-        grid = config.grid((pixels.shape[-2], pixels.shape[-1]))
-        tokens = rearrange(self._encode(pixels[None], 1), "1 (h w) -> h w", h=grid[0])
+        tokens = self._encode_within(pixels, added)
         mask = added.outside(*pixels.shape[-2:])
         unknown = editing.token_mask(mask, factor=config.downsampling_factor, dilation=options.get("dilation", 0))
         whole = added.padded(tokens, size=config.downsampling_factor)
         filled = self._fill(run, whole, unknown, overlap)
-        region = editing.pixel_region(
-            unknown, factor=config.downsampling_factor, height=mask.shape[0], width=mask.shape[1]
-        )
         radius = options.get("blend")
-        weight = editing.seam(
-            region, radius=editing.seam_radius(self.tokenizer.image_size) if radius is None else radius
-        )
+        weight = editing.seam(mask, radius=editing.seam_radius(self.tokenizer.image_size) if radius is None else radius)
         original = added.padded(pixels, size=1)
         results = torch.stack([editing.composite(original, edited, weight) for edited in filled])
         return as_output(output_type, results)
@@ -481,6 +475,23 @@ class MaskGIT:
                 network.encode(to_unit_range(images[part]).to(like)).cpu() for part in _parts(len(images), batch_size)
             ]
         return torch.cat(tokens)
+
+    def _encode_within(self, pixels: Tensor, added: editing.Margins) -> Tensor:
+        """An image that is to be gone on with: (C, H, W) uint8 -> tokens (h, w) int64 on the CPU.
+
+        Where it goes on, its last pixels are repeated before it is encoded: the tokens at its border are then those of
+        a place in the middle of a picture. With a border of nothing beside them, what is decoded next to them turns out
+        too bright or too dark.
+        """
+        config = self.tokenizer.network.config
+        factor = config.downsampling_factor
+        around = added.at_most(self.tokenizer.image_size // 2 // factor * factor)
+        repeated = around.padded(pixels.float(), size=1, mode="replicate").to(pixels.dtype)
+        tokens = self._encode(repeated[None], 1)
+        rows, columns = config.grid((repeated.shape[-2], repeated.shape[-1]))
+        grid = rearrange(tokens, "1 (h w) -> h w", h=rows)
+        left, right, up, down = (side // factor for side in around.sides)
+        return grid[up : rows - down, left : columns - right]
 
     def _edits(
         self,

@@ -167,7 +167,7 @@ def decoding_filmstrip(
     """One image's decoding in one picture, a column a step: mask, confidence, what is newly kept, the image.
 
     The mask is what the step found: grey. Confidence is the probability that each code had when it was last drawn, from
-    dark (0) to bright (1). Newly kept tokens have an orange frame, tokens masked again a blue one. The image is that of
+    dark (0) to bright (the highest that was drawn, which stands beside the row). Newly kept tokens have an orange frame, tokens masked again a blue one. The image is that of
     the step's whole draw. Of many steps some are shown, the first and the last among them.
 
     Args:
@@ -179,9 +179,10 @@ def decoding_filmstrip(
     shown = _spread(len(steps), _MOST_STEPS)
     chosen = [(steps[number], images[number][row]) for number in shown]
     scale = _scale(images[0], _PANEL)
+    top = max(1e-9, *(float((step.confidence * step.was_masked)[row].max()) for step, _ in chosen))
     rows = [
         [_cells_panel(image, grid, filled=step.was_masked[row]) for step, image in chosen],
-        [_heat_panel(step.confidence[row], image, grid) for step, image in chosen],
+        [_heat_panel(step.confidence[row] / top, image, grid) for step, image in chosen],
         [_token_panel(step, row, image, grid) for step, image in chosen],
         [_enlarged(image, scale) for _, image in chosen],
     ]
@@ -190,7 +191,7 @@ def decoding_filmstrip(
         [panel for panels in rows for panel in panels],
         rows=4,
         columns=len(chosen),
-        row_captions=["mask", "confidence", "newly kept", "image"],
+        row_captions=["mask", f"confidence to {top:.2f}", "newly kept", "image"],
         column_captions=captions,
     )
 
@@ -402,7 +403,7 @@ def _cells_panel(
 
 
 def _heat_panel(values: Tensor, image: Tensor, grid: tuple[int, int]) -> Image.Image:
-    """Values (N,) float in [0, 1] of the tokens as colours, dark to bright, in a picture as large as the image's."""
+    """Values (N,) float of the tokens as colours, from dark (0) to bright (1), in a picture as large as the image's."""
     from matplotlib import colormaps
 
     scale = _scale(image, _PANEL)

@@ -128,7 +128,8 @@ def test_the_animation_has_a_frame_a_step(tmp_path) -> None:
 def test_a_filmstrip_shows_the_mask_the_confidence_and_what_is_masked_again() -> None:
     was, still = torch.zeros(1, 16, dtype=torch.bool), torch.zeros(1, 16, dtype=torch.bool)
     was[0, :4], still[0, 3:6] = True, True  # tokens 0 to 2 are kept, 3 stays masked, 4 and 5 are masked again
-    confidence = torch.linspace(0, 1, 16)[None]
+    confidence = torch.linspace(0, 0.5, 16)[None]
+    confidence[0, 3] = 0.4  # the highest that was drawn; the brighter ones were given
     step = DecodingStep(0, torch.zeros(1, 16, dtype=torch.int64), was, still, torch.zeros(1, 16), confidence)
     page = np.asarray(decoding_filmstrip([step], [random_images(1)], grid=(4, 4)))
     left, top = page.shape[1] - 8 - 168, 8 + 14 + 8
@@ -142,7 +143,7 @@ def test_a_filmstrip_shows_the_mask_the_confidence_and_what_is_masked_again() ->
     assert [centre(0, token) == GREY for token in range(16)] == was[0].tolist()
     assert [centre(2, token) == GREY for token in range(16)] == still[0].tolist()
     assert centre(1, 0) == (68, 1, 84)  # viridis from its dark end
-    assert centre(1, 15) == (253, 231, 37)  # to its bright one
+    assert centre(1, 3) == centre(1, 15) == (253, 231, 37)  # to its bright one
     assert [frame(token) for token in (0, 4)] == [(230, 90, 20), (40, 110, 220)]
 
 
