@@ -12,6 +12,8 @@ from maskgit_pl.decoding.config import DecodingConfig
 from maskgit_pl.decoding.decoder import DecodingStep, ParallelDecoder
 from maskgit_pl.decoding.noise import Noise, SeededNoise
 from maskgit_pl.decoding.predictors import (
+    CachedPredictor,
+    CachingNetwork,
     ClassPredictor,
     ConditionalNetwork,
     FirstStepLogits,
@@ -23,6 +25,8 @@ from maskgit_pl.decoding.predictors import (
 from maskgit_pl.decoding.sampling import CodeSampling
 
 __all__ = [
+    "CachedPredictor",
+    "CachingNetwork",
     "ClassPredictor",
     "CodeSampling",
     "ConditionalNetwork",

@@ -30,6 +30,7 @@ def decode_classes(
     tokens: Tensor | None = None,
     first_step: int = 0,
     first_step_logits: FirstStepLogits | None = None,
+    refresh: int | None = None,
 ) -> Iterator[DecodingStep]:
     """Decodes one image for each label: from nothing but its class and its seed, or from a part of its tokens.
 
@@ -48,6 +49,7 @@ def decode_classes(
         first_step: Step to begin at, in [0, num_steps).
         first_step_logits: Kept from run to run, so that a class's first step is computed once; None to share it within
             this batch alone.
+        refresh: As of ``CachedPredictor``, approximate; None computes everything at each step.
 
     Returns:
         The steps, one by one.
@@ -71,6 +73,7 @@ def decode_classes(
             negative_labels=negative_labels,
             scales=scales[first_step:],
             first_step=shared,
+            refresh=refresh,
         )
     seeds_here = torch.tensor(list(seeds), dtype=torch.int64, device=device)
     return decoder.steps(

@@ -1,0 +1,122 @@
+import pytest
+import torch
+from torch import Tensor
+
+from maskgit_pl.decoding import CachedPredictor, ClassPredictor, FirstStepLogits, ParallelDecoder, decode_classes
+from maskgit_pl.decoding.predictors import class_predictor
+from maskgit_pl.networks.transformer import ContextCache, MaskedTransformer, TransformerConfig
+from maskgit_pl.schedules import mask_schedules
+from maskgit_pl.selectors import token_selectors
+
+CONFIG = TransformerConfig(16, 3, (4, 4), width=32, depth=3, num_heads=4, mlp_width=64)
+MASK, NULL = CONFIG.mask_token_id, 3
+CPU = torch.device("cpu")
+STEPS = 6
+GUIDANCE = [(0.0,) * STEPS, (2.0,) * STEPS, (0.0, 1.0, 1.0, 0.0, 0.0, 2.0)]
+
+
+@pytest.fixture(scope="module")
+def network() -> MaskedTransformer:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = MaskedTransformer(CONFIG).eval().requires_grad_(False)
+        for parameter in made.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return made
+
+
+class Recording:
+    """A network that remembers, for each call, how many rows and positions it computed: -1 for all positions."""
+
+    def __init__(self, network: MaskedTransformer) -> None:
+        self.network = network
+        self.calls: list[tuple[int, int]] = []
+        self.computed: list[Tensor] = []
+
+    def __call__(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
+        self.calls.append((len(tokens), -1))
+        return self.network(tokens, labels, positions)
+
+    def update(
+        self, tokens: Tensor, labels: Tensor, positions: Tensor, newly_known: Tensor, *, cache: ContextCache
+    ) -> Tensor:
+        anew = torch.cat([positions, newly_known], dim=1)
+        self.calls.append((len(tokens), anew.shape[1] if cache.key_values else -1))
+        self.computed.append(anew)
+        return self.network.update(tokens, labels, positions, newly_known, cache=cache)
+
+
+def decoded(network, *, scales=GUIDANCE[0], selector="confidence", **options):
+    decoder = ParallelDecoder(mask_schedules.build("cosine"), token_selectors.build(selector), num_steps=STEPS)
+    return list(
+        decode_classes(
+            network,
+            [0, 2, 1],
+            [5, 6, 7],
+            decoder=decoder,
+            scales=scales,
+            grid=(4, 4),
+            mask_token_id=MASK,
+            null_label=NULL,
+            device=CPU,
+            **options,
+        )
+    )
+
+
+@pytest.mark.parametrize("scales", GUIDANCE, ids=["none", "all", "on and off"])
+def test_with_a_full_pass_at_each_call_the_cache_is_exact(network, scales):
+    for made, exact in zip(decoded(network, scales=scales, refresh=1), decoded(network, scales=scales), strict=True):
+        assert torch.equal(made.tokens, exact.tokens)
+        assert torch.equal(made.confidence, exact.confidence)
+
+
+@pytest.mark.parametrize("selector", token_selectors.names())
+def test_every_selector_decodes_with_a_cache_and_mostly_the_same_tokens(network, selector):
+    made, exact = (decoded(network, selector=selector, refresh=refresh) for refresh in (3, None))
+    assert torch.equal(made[0].tokens, exact[0].tokens)
+    assert ((made[-1].tokens >= 0) & (made[-1].tokens < 16)).all()
+    assert (made[1].tokens == exact[1].tokens).all()  # the first call of the cache computes everything
+
+
+def test_a_call_computes_what_is_masked_and_what_became_known_since_the_last_one(network):
+    recording = Recording(network)
+    steps = decoded(recording, refresh=3)
+    full = [call for call, (_, count) in enumerate(recording.calls) if count == -1]
+    assert full == [0, 1, 4]  # the first step's shared logits, then every third call
+    for call, step in enumerate(steps[1:], start=1):
+        before, previous = step.was_masked, steps[call - 1].was_masked
+        anew = torch.zeros_like(before).scatter(1, recording.computed[call - 1], True)
+        assert torch.equal(anew, previous), call  # masked now, or decided by the last step
+        assert (before <= anew).all()
+
+
+def test_guidance_keeps_both_halves_and_begins_anew_where_a_half_was_left_out(network):
+    recording = Recording(network)
+    scales = (2.0, 2.0, 2.0, 0.0, 0.0, 2.0)
+    decoded(recording, scales=scales, refresh=10)
+    assert [rows for rows, _ in recording.calls] == [3, 1, 6, 6, 3, 3, 6]  # classes, the null class, then the steps
+    assert [count == -1 for _, count in recording.calls] == [True, True, True, False, True, False, True]
+
+
+def test_tokens_of_known_positions_are_not_looked_at_again_before_the_next_full_pass(network):
+    tokens = torch.arange(16).remainder(16).unsqueeze(0)
+    tokens[0, :6] = MASK
+    labels, positions, none = torch.tensor([1]), torch.arange(6).unsqueeze(0), torch.empty(1, 0, dtype=torch.int64)
+    cached = CachedPredictor(network, labels, refresh=2)
+    exact = ClassPredictor(network, labels)
+    assert torch.equal(cached(tokens, positions, none), exact(tokens, positions, none))
+    changed = tokens.clone()
+    changed[0, 15] = 0  # nobody is told
+    torch.testing.assert_close(cached(changed, positions, none), exact(tokens, positions, none), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(cached(changed, positions, none), exact(changed, positions, none))
+
+
+def test_a_network_without_a_cache_and_a_refresh_of_0_are_refused(network):
+    with pytest.raises(TypeError, match=r"refresh: a network that keeps keys and values .* is needed, got function"):
+        class_predictor(lambda tokens, labels, positions: tokens, [0], device=CPU, refresh=4)
+    with pytest.raises(ValueError, match="refresh: at least 1 call is needed, got 0"):
+        class_predictor(network, [0], device=CPU, refresh=0)
+    first = FirstStepLogits(network, num_tokens=16, mask_token_id=MASK)
+    assert isinstance(class_predictor(network, [0], device=CPU, refresh=4), CachedPredictor)
+    assert class_predictor(network, [0], device=CPU, refresh=4, first_step=first).rest.refresh == 4
