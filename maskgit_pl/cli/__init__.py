@@ -8,12 +8,40 @@ import os
 import sys
 from collections.abc import Sequence
 
-from maskgit_pl.cli import data, edit, evaluate, import_jax, import_taming, sample, schedules, tokenize, train
+from maskgit_pl.cli import (
+    compare,
+    data,
+    edit,
+    evaluate,
+    import_jax,
+    import_taming,
+    inpaint,
+    outpaint,
+    panorama,
+    sample,
+    schedules,
+    tokenize,
+    train,
+)
 from maskgit_pl.errors import DataBudgetError
 
 __all__ = ["build_parser", "main"]
 
-_COMMANDS = (data, train, tokenize, sample, edit, evaluate, schedules, import_jax, import_taming)
+_COMMANDS = (
+    data,
+    train,
+    tokenize,
+    sample,
+    inpaint,
+    outpaint,
+    edit,
+    panorama,
+    evaluate,
+    compare,
+    schedules,
+    import_jax,
+    import_taming,
+)
 _BAD_INPUT = 2
 _DATA_BUDGET = 76
 _USER_ERRORS = (ValueError, TypeError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)

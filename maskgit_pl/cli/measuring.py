@@ -77,6 +77,77 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def step_numbers(text: str) -> tuple[int, ...]:
+    """Numbers of steps: ``4,8,16``, ``4-16``, or both mixed; each once, in the order given.
+
+    Raises:
+        ValueError: None, something else, a number below 1, or a range that falls.
+    """
+    found: list[int] = []
+    for word in filter(None, map(str.strip, text.split(","))):
+        first, dash, last = word.partition("-")
+        if not (first.isdigit() and (last.isdigit() or not dash)):
+            raise ValueError(
+                f"--num-steps {text}: numbers such as 4,8,16 or a range such as 4-16 are needed, got {word!r}"
+            )
+        low, high = int(first), int(last or first)
+        if not 1 <= low <= high:
+            raise ValueError(f"--num-steps {text}: numbers of at least 1 that rise are needed, got {word!r}")
+        found += range(low, high + 1)
+    if not found:
+        raise ValueError(f"--num-steps {text!r}: at least one number is needed, such as 8")
+    return tuple(dict.fromkeys(found))
+
+
+def decoding_specs(flag: str, text: str) -> list[str | dict[str, Any]]:
+    """Names and mappings, separated by commas: ``confidence, {name: remdm, eta: 0.4}``.
+
+    Args:
+        flag: For the error.
+        text: What was written.
+
+    Raises:
+        ValueError: None, or something that is neither.
+    """
+    words, depth = [""], 0
+    for letter in text:
+        depth += (letter in "{[") - (letter in "}]")
+        if letter == "," and depth == 0:
+            words.append("")
+        else:
+            words[-1] += letter
+    specs = [decoding_spec(flag, word.strip()) for word in words if word.strip()]
+    if not specs:
+        raise ValueError(f"{flag} {text!r}: at least one name is needed")
+    for spec in specs:
+        if not isinstance(spec, str | dict):
+            raise ValueError(f"{flag} {text}: names or mappings are needed, got {spec!r}")
+    return specs
+
+
+def decoding_spec(flag: str, text: str) -> Any:
+    """One name, number or mapping; ``{"name": "remdm"}`` and ``{name: remdm}`` are the same.
+
+    Raises:
+        ValueError: A mapping that cannot be read.
+    """
+    import yaml
+
+    try:
+        spec = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"{flag} {text}: a name or a mapping such as '{{name: remdm, eta: 0.4}}' is needed ({error})".replace(
+                "\n", " "
+            )
+        ) from error
+    if not isinstance(spec, str | dict | int | float) or isinstance(spec, bool):
+        raise ValueError(
+            f"{flag} {text}: a name or a mapping such as '{{name: remdm, eta: 0.4}}' is needed, got {spec!r}"
+        )
+    return spec
+
+
 def find_run(args: argparse.Namespace) -> RunFolders:
     """The folders that the flags of ``add_run_arguments`` name.
 
