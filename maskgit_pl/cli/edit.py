@@ -1,152 +1,16 @@
-"""``maskgit edit``: a part of an image generated anew, for the same class or another one."""
+"""``maskgit edit``: what is in a part of an image becomes something of another class."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-from typing import TYPE_CHECKING, cast
 
-from maskgit_pl.cli.sample import (
-    add_decoding_arguments,
-    class_of,
-    decoding_settings,
-    default_device,
-    pretrained_folder,
-    write_images,
-)
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from maskgit_pl.pipeline import MaskGIT
-    from maskgit_pl.shards.images import ImageHeader
+from maskgit_pl.cli.inpaint import add_region_arguments, run
 
 __all__ = ["add_parser", "run"]
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command to ``maskgit``."""
-    parser = subparsers.add_parser("edit", help="generate a part of an image anew", allow_abbrev=False)
-    parser.add_argument("folder", type=Path, metavar="RUN", help="run folder (runs/NAME) or pretrained folder")
-    parser.add_argument("image", type=Path, metavar="IMAGE", help="JPEG, PNG or WebP file")
-    parser.add_argument("--box", metavar="L,T,R,B", help="what to generate: left,top,right,bottom in pixels of IMAGE")
-    parser.add_argument(
-        "--mask", type=Path, metavar="FILE.png", help="or: a picture of IMAGE's size, white where to generate"
-    )
-    parser.add_argument("--class", dest="class_", required=True, metavar="NAME", help="name or number of its class")
-    parser.add_argument("--variants", type=int, default=4, metavar="N", help="results (default: 4)")
-    parser.add_argument(
-        "--fit", action="store_true", help="cut IMAGE to the square in its middle and resize it to the model's size"
-    )
-    parser.add_argument(
-        "--blend",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="soften the seam; --no-blend keeps every pixel outside of the region as it is (default: --blend)",
-    )
-    parser.add_argument(
-        "--dilation", type=int, default=1, metavar="N", help="tokens by which the region grows (default: 1)"
-    )
-    add_decoding_arguments(parser)
-    parser.add_argument("--out", type=Path, default=Path("edited.png"), metavar="FILE.png", help="all in one picture")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="also write each variant into a file of its own")
+    parser = subparsers.add_parser("edit", help="generate a part of an image anew, as a class", allow_abbrev=False)
+    add_region_arguments(parser, class_required=True)
     parser.set_defaults(run=run)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Edits and writes.
-
-    Raises:
-        FileNotFoundError: No such run, image or mask.
-        ValueError: Not an image, a wrong box or mask, an unknown class, or a number out of range.
-    """
-    folder = pretrained_folder(args.folder)
-    box = _checked(args)
-    from maskgit_pl import editing
-    from maskgit_pl.pipeline import MaskGIT
-    from maskgit_pl.training.pictures import edit_sheet, save_png
-
-    pipe = MaskGIT.from_pretrained(folder).to(args.device or default_device())
-    (label,) = pipe.class_ids([class_of(args.class_, pipe.class_names)])
-    tokenizer, name = pipe.tokenizer.network.config, f"image {args.image}"
-    image = editing.image_pixels(args.image, channels=tokenizer.in_channels)
-    height, width = image.shape[-2:]
-    mask = editing.mask_pixels(args.mask) if box is None else editing.box_mask(box, height=height, width=width)
-    image, mask = editing.fitted(image, mask, image_size=pipe.tokenizer.image_size, fit=args.fit, name=name)
-    variants = _edit(pipe, image, mask, label, args)
-    unknown = editing.token_mask(mask, factor=tokenizer.downsampling_factor, dilation=args.dilation)
-    height, width = mask.shape
-    sheet = edit_sheet(
-        image,
-        variants,
-        mask=mask,
-        region=editing.pixel_region(unknown, factor=tokenizer.downsampling_factor, height=height, width=width),
-        title=f"{args.image.name}: {pipe.class_names[label]}",
-        captions=[f"seed {args.seed + number}" for number in range(len(variants))],
-    )
-    save_png(sheet, args.out)
-    tokens = f"{int(unknown.sum())} of {unknown.numel()} tokens"
-    print(f"{args.out}: {len(variants)} variants of class {pipe.class_names[label]}, {tokens} generated")
-    if args.images is not None:
-        write_images(variants, [label] * len(variants), args.images, seed=args.seed)
-    return 0
-
-
-def _checked(args: argparse.Namespace) -> list[int] | None:
-    """Refuses what can be refused before torch is imported; the box, if there is one."""
-    if (args.box is None) == (args.mask is None):
-        got = "neither" if args.box is None else "both"
-        raise ValueError(f"--box, --mask: one of the two is needed, got {got}; they say what to generate")
-    if args.variants < 1:
-        raise ValueError(f"--variants: at least 1 is needed, got {args.variants}")
-    if args.dilation < 0:
-        raise ValueError(f"--dilation: at least 0 is needed, got {args.dilation}")
-    box = None if args.box is None else _box(args.box)
-    image = _header("image", args.image)
-    if box is not None:
-        from maskgit_pl.editing import check_box
-
-        check_box(box, height=image.height, width=image.width)
-    else:
-        mask = _header("mask", args.mask)
-        if (mask.height, mask.width) != (image.height, image.width):
-            raise ValueError(
-                f"mask {args.mask}: the image's {image.width} x {image.height} pixels are needed, got "
-                f"{mask.width} x {mask.height}; resize the mask"
-            )
-    return box
-
-
-def _header(kind: str, path: Path) -> ImageHeader:
-    from maskgit_pl.shards.images import read_header
-
-    if not path.is_file():
-        raise FileNotFoundError(f"{kind} {path}: no such file; name a JPEG, PNG or WebP file")
-    return read_header(path.read_bytes(), name=str(path))
-
-
-def _box(text: str) -> list[int]:
-    words = [word.strip() for word in text.split(",")]
-    if len(words) != 4 or not all(word.removeprefix("-").isdecimal() for word in words):
-        raise ValueError(f"--box {text}: four whole numbers left,top,right,bottom are needed, such as 0,0,14,28")
-    return [int(word) for word in words]
-
-
-def _edit(pipe: MaskGIT, image: Tensor, mask: Tensor, label: int, args: argparse.Namespace) -> Tensor:
-    from rich.progress import Progress
-
-    with Progress(transient=True) as progress:
-        bar = progress.add_task("editing", total=None)
-        edited = pipe.inpaint(
-            image,
-            mask,
-            classes=[label] * args.variants,
-            seed=args.seed,
-            dilation=args.dilation,
-            blend=None if args.blend else 0.0,
-            batch_size=args.batch,
-            output_type="pt",
-            callback=lambda step: progress.advance(bar),
-            **decoding_settings(args),
-        )
-    return cast("Tensor", edited)  # as "pt" says

@@ -19,6 +19,7 @@ __all__ = [
     "add_decoding_arguments",
     "add_parser",
     "class_of",
+    "class_words",
     "decoding_settings",
     "default_device",
     "pretrained_folder",
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     pipe = MaskGIT.from_pretrained(folder).to(args.device or default_device())
     if args.negative_class is not None:
         (settings["negative_classes"],) = pipe.class_ids([class_of(args.negative_class, pipe.class_names)])
-    _write(pipe, pipe.class_ids(_words(args.classes, pipe.class_names)), args, settings)
+    _write(pipe, pipe.class_ids(class_words(args.classes, pipe.class_names)), args, settings)
     return 0
 
 
@@ -142,12 +143,13 @@ def write_filmstrip(pipe: MaskGIT, label: int, seed: int, path: Path, **settings
     save_png(decoding_filmstrip(steps, images, grid=pipe.tokenizer.grid), path)
 
 
-def write_images(images: Tensor, labels: Sequence[int], folder: Path, *, seed: int) -> None:
+def write_images(images: Tensor, labels: Sequence[int | None], folder: Path, *, seed: int) -> None:
     """Writes each image into a file that its class and seed name; arguments as of ``image_grid`` and ``generate``."""
     from maskgit_pl.training.pictures import save_png, to_pil
 
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):
-        save_png(to_pil(image), folder / f"class-{label:04d}-seed-{seed + number:06d}.png")
+        name = "no-class" if label is None else f"class-{label:04d}"
+        save_png(to_pil(image), folder / f"{name}-seed-{seed + number:06d}.png")
     print(f"{folder}: {len(images)} files")
 
 
@@ -171,7 +173,7 @@ def _num_steps(pipe: MaskGIT, settings: dict[str, Any]) -> int:
     return pipe.decoding_with(**settings).num_steps
 
 
-def _words(text: str, names: Sequence[str]) -> list[int | str]:
+def class_words(text: str, names: Sequence[str]) -> list[int | str]:
     """What ``--classes`` names: a word is a class's name if there is one, else a number."""
     if text == "all" and text not in names:
         shown = min(len(names), 10)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, cast, overload
 
 import numpy as np
@@ -20,6 +21,7 @@ from maskgit_pl.data import to_unit_range
 from maskgit_pl.decoding import DecodingConfig, DecodingStep, FirstStepLogits, decode_classes
 from maskgit_pl.editing import Box, ImageLike, MaskLike
 from maskgit_pl.pipeline.canvas import Canvas
+from maskgit_pl.pipeline.card import Origin, fingerprints, write_card
 from maskgit_pl.pipeline.options import (
     Classes,
     DecodingSettings,
@@ -35,13 +37,17 @@ from maskgit_pl.pipeline.options import (
     seed_list,
     with_settings,
 )
+from maskgit_pl.pipeline.sharing import check_hub_id, find_folder, upload
 from maskgit_pl.pretrained import (
     PretrainedTokenizer,
     PretrainedTransformer,
     fingerprint,
+    load_decoding,
     load_tokenizer,
     load_transformer,
     read_config,
+    read_decoding,
+    save_decoding,
     save_tokenizer,
     save_transformer,
 )
@@ -65,6 +71,7 @@ class MaskGIT:
         transformer: Finds the tokens of a class.
         mask_schedule: Name or mapping of the transformer's mask schedule, as a recipe has it; ``save_pretrained``
             writes it.
+        decoding: In place of the transformer's own.
 
     Raises:
         ValueError: The transformer was trained on another tokenizer's tokens.
@@ -76,6 +83,7 @@ class MaskGIT:
         transformer: PretrainedTransformer,
         *,
         mask_schedule: str | Mapping[str, Any],
+        decoding: DecodingConfig | None = None,
     ) -> None:
         if transformer.tokenizer_fingerprint != tokenizer.fingerprint:
             raise ValueError(
@@ -86,29 +94,89 @@ class MaskGIT:
         self.tokenizer = tokenizer
         self.transformer = transformer
         self._mask_schedule_spec = mask_schedule
+        self._decoding = decoding
+        self._origin = Origin()
         config = transformer.network.config
         self._first_step = FirstStepLogits(
             transformer.network, num_tokens=config.num_tokens, mask_token_id=config.mask_token_id
         )
 
     @classmethod
-    def from_pretrained(cls, folder: Path | str) -> MaskGIT:
-        """Reads a folder with the sub-folders ``tokenizer`` and ``transformer``.
+    def from_pretrained(
+        cls,
+        path_or_hub_id: Path | str,
+        *,
+        revision: str | None = None,
+        cache_dir: Path | str | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        decoding: DecodingConfig | Path | str | None = None,
+    ) -> MaskGIT:
+        """Reads a folder with the sub-folders ``tokenizer`` and ``transformer``, or a repository of the Hub.
+
+        Args:
+            path_or_hub_id: The folder, or ``owner/name``; nothing of what is fetched is executed.
+            revision: As of ``sharing.find_folder``, like the next three; for repositories alone.
+            cache_dir: Likewise.
+            local_files_only: Likewise.
+            token: Likewise.
+            decoding: How to decode unless ``generate`` is told otherwise, or a file that says so; by default the
+                folder's ``decoding.json``, where it was tuned, else as the transformer was exported.
 
         Raises:
-            FileNotFoundError: A folder or file is missing.
+            FileNotFoundError: A folder, repository or file is missing.
             ValueError: A folder is not what it should be, or the two do not belong together.
         """
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"pretrained {folder}: no such folder; training writes runs/RUN/pretrained")
+        folder = find_folder(
+            path_or_hub_id, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
+        )
+        origin = Origin.of(folder)
+        if decoding is None:
+            decoding = read_decoding(folder)
+        elif not isinstance(decoding, DecodingConfig):
+            decoding, origin = load_decoding(decoding), replace(origin, tuned={})
         tokenizer, transformer = load_tokenizer(folder / "tokenizer"), load_transformer(folder / "transformer")
         spec = read_config(folder / "transformer", "transformer")["mask_schedule"]
-        return cls(tokenizer, transformer, mask_schedule=spec)
+        pipe = cls(tokenizer, transformer, mask_schedule=spec, decoding=decoding)
+        pipe._origin = origin
+        return pipe
 
-    def save_pretrained(self, folder: Path | str) -> None:
-        """Writes the two sub-folders that ``from_pretrained`` reads."""
-        folder = Path(folder)
+    def save_pretrained(
+        self,
+        folder: Path | str,
+        *,
+        run: Path | str | None = None,
+        license: str | None = None,  # noqa: A002  # the Hub's word
+        name: str | None = None,
+    ) -> None:
+        """Writes what ``from_pretrained`` reads, ``config.json`` and a model card.
+
+        Args:
+            folder: Where to; what is there of an older pipeline is replaced.
+            run: The run that made the weights, for the card; by default the one that they were read from, where they
+                are still the same.
+            license: Of the weights, as the Hub spells it; left open in the card where nobody knows it.
+            name: What the card says to load it by; the folder by default.
+
+        Raises:
+            FileNotFoundError: No such run.
+        """
+        folder, before = Path(folder), fingerprints(self._origin.folder)
+        self._save_networks(folder)
+        if self._decoding is not None:
+            save_decoding(folder, self._decoding, tuned=self._origin.tuned)
+        else:
+            (folder / "decoding.json").unlink(missing_ok=True)
+        same = before == fingerprints(folder)
+        write_card(
+            folder,
+            run=run if run is not None else self._origin.run() if same else None,
+            known=self._origin.known if same else {},
+            license=license,
+            name=name,
+        )
+
+    def _save_networks(self, folder: Path) -> None:
         network = self.tokenizer.network
         save_tokenizer(folder / "tokenizer", network.config, network.state_dict(), image_size=self.tokenizer.image_size)
         spec = self._mask_schedule_spec
@@ -117,10 +185,40 @@ class MaskGIT:
             self.transformer.network.config,
             self.transformer.network.state_dict(),
             mask_schedule=spec if isinstance(spec, str) else dict(spec),
-            decoding=self.decoding,
+            decoding=self.transformer.decoding,
             class_names=self.class_names,
             tokenizer_fingerprint=fingerprint(folder / "tokenizer"),
         )
+
+    def push_to_hub(
+        self,
+        hub_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        run: Path | str | None = None,
+        license: str | None = None,  # noqa: A002  # the Hub's word
+    ) -> str:
+        """Puts what ``save_pretrained`` writes into a repository of the Hub.
+
+        Args:
+            hub_id: ``owner/name``; it is made where there is none.
+            private: Whether a new one is; None is the owner's default.
+            token: Of the owner; the one that was logged in with by default.
+            run: As of ``save_pretrained``.
+            license: Likewise.
+
+        Returns:
+            Its address.
+
+        Raises:
+            ValueError: Not ``owner/name``.
+            ConnectionError: The Hub cannot be reached or refuses.
+        """
+        check_hub_id(hub_id)
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, run=run, license=license, name=hub_id)
+            return upload(Path(folder), hub_id, private=private, token=token)
 
     def to(self, device: torch.device | str, *, dtype: torch.dtype | None = None) -> MaskGIT:
         """Moves both networks, and casts them where a ``dtype`` is given; returns itself."""
@@ -142,7 +240,7 @@ class MaskGIT:
     @property
     def decoding(self) -> DecodingConfig:
         """How images are decoded unless ``generate`` is told otherwise."""
-        return self.transformer.decoding
+        return self._decoding or self.transformer.decoding
 
     @overload
     def generate(
@@ -312,8 +410,8 @@ class MaskGIT:
             classes: As of ``inpaint``.
             overlap: Share of a window that is known before it is decoded, in (0, 1), where so much is to be had.
             output_type: As of ``generate``.
-            options: As of ``inpaint`` without ``fit``; ``dilation``, 0 by default, says how many of the image's tokens along
-                the border are decoded anew. With ``blend=0`` all pixels of the image stay.
+            options: As of ``inpaint`` without ``fit``; ``dilation``, 0 by default, says how many of the image's tokens
+                along the border are decoded anew. With ``blend=0`` all pixels of the image stay.
 
         Raises:
             FileNotFoundError: No such file.

@@ -1,0 +1,112 @@
+"""``maskgit outpaint``: an image goes on beyond its borders."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from maskgit_pl.cli.decoding import decoding_settings
+from maskgit_pl.cli.inpaint import add_variant_arguments, label_of, read_header
+from maskgit_pl.cli.sample import default_device, pretrained_folder, write_images
+from maskgit_pl.cli.showing import recorded_steps, write_decoding
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from maskgit_pl.editing import Margins
+
+__all__ = ["add_parser", "run"]
+
+_SIDES = ("left", "right", "up", "down")
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command to ``maskgit``."""
+    parser = subparsers.add_parser("outpaint", help="go on with an image beyond its borders", allow_abbrev=False)
+    parser.add_argument("folder", type=Path, metavar="RUN", help="run folder (runs/NAME) or pretrained folder")
+    parser.add_argument("image", type=Path, metavar="IMAGE", help="JPEG, PNG or WebP file, of any size")
+    for side in _SIDES:
+        parser.add_argument(f"--{side}", type=int, default=0, metavar="PIXELS", help="to add on this side")
+    parser.add_argument("--all", type=int, metavar="PIXELS", help="to add on each side that is not named")
+    add_overlap_argument(parser)
+    add_variant_arguments(parser, class_required=False, dilation=0)
+    parser.set_defaults(run=run, out=Path("outpainted.png"))
+
+
+def add_overlap_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag that says how much of a window is known before it is decoded."""
+    parser.add_argument(
+        "--overlap", type=float, default=0.5, metavar="S", help="share of a window that is known first (default: 0.5)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Outpaints and writes.
+
+    Raises:
+        FileNotFoundError: No such run or image.
+        ValueError: Not an image, sizes that are no whole tokens, an unknown class, or a number out of range.
+    """
+    folder = pretrained_folder(args.folder)
+    added = _checked(args)
+    settings = decoding_settings(args)
+    from maskgit_pl import editing
+    from maskgit_pl.pipeline import MaskGIT
+    from maskgit_pl.training.pictures import edit_sheet, save_png
+
+    pipe = MaskGIT.from_pretrained(folder).to(args.device or default_device())
+    label, class_name = label_of(pipe, args.class_)
+    config = pipe.tokenizer.network.config
+    image = editing.image_pixels(args.image, channels=config.in_channels)
+    captions = [f"seed {args.seed + number}" for number in range(args.variants)]
+    with recorded_steps("outpainting", args) as (after_step, steps):
+        made = pipe.outpaint(
+            image,
+            left=added.left,
+            right=added.right,
+            up=added.up,
+            down=added.down,
+            classes=[label] * args.variants,
+            overlap=args.overlap,
+            seed=args.seed,
+            dilation=args.dilation,
+            blend=None if args.blend else 0.0,
+            batch_size=args.batch,
+            output_type="pt",
+            callback=after_step,
+            **settings,
+        )
+    variants = cast("Tensor", made)  # as "pt" says
+    outside = added.outside(*image.shape[-2:])
+    title = f"{args.image.name}: {class_name}"
+    page = edit_sheet(
+        added.padded(image, size=1), variants, mask=outside, region=outside, title=title, captions=captions
+    )
+    save_png(page, args.out)
+    height, width = variants.shape[-2:]
+    print(f"{args.out}: {len(variants)} variants of {class_name}, {width} x {height} pixels")
+    if args.images is not None:
+        write_images(variants, [label] * len(variants), args.images, seed=args.seed)
+    write_decoding(pipe, steps, args, captions=captions, grid=config.grid((height, width)))
+    return 0
+
+
+def _checked(args: argparse.Namespace) -> Margins:
+    """Refuses what can be refused before torch is imported; the pixels of each side."""
+    sides = {side: getattr(args, side) or (args.all or 0) for side in _SIDES}
+    for side, pixels in sides.items():
+        if pixels < 0:
+            raise ValueError(f"--{side}: at least 0 pixels are needed, got {pixels}")
+    if not any(sides.values()):
+        raise ValueError("--left, --right, --up, --down, --all: pixels to add are needed, got none")
+    if args.variants < 1:
+        raise ValueError(f"--variants: at least 1 is needed, got {args.variants}")
+    if args.dilation < 0:
+        raise ValueError(f"--dilation: at least 0 is needed, got {args.dilation}")
+    if not 0 < args.overlap < 1:
+        raise ValueError(f"--overlap: a share in (0, 1) is needed, got {args.overlap}")
+    read_header("image", args.image)
+    from maskgit_pl.editing import Margins  # imports neither torch nor PIL
+
+    return Margins(**sides)

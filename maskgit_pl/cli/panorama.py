@@ -1,0 +1,74 @@
+"""``maskgit panorama``: images of any width, made by a window that slides over them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from maskgit_pl.cli.decoding import add_decoding_arguments, decoding_settings
+from maskgit_pl.cli.outpaint import add_overlap_argument
+from maskgit_pl.cli.sample import class_words, default_device, pretrained_folder, write_images
+from maskgit_pl.cli.showing import add_showing_arguments, recorded_steps, write_decoding
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["add_parser", "run"]
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command to ``maskgit``."""
+    parser = subparsers.add_parser("panorama", help="generate images of any width", allow_abbrev=False)
+    parser.add_argument("folder", type=Path, metavar="RUN", help="run folder (runs/NAME) or pretrained folder")
+    parser.add_argument(
+        "--classes", default="all", metavar="A,B,...", help="numbers or names, or all (default: all, at most 10)"
+    )
+    parser.add_argument("--width", type=int, required=True, metavar="PIXELS", help="of each image")
+    parser.add_argument("--height", type=int, metavar="PIXELS", help="of each image (default: the model's)")
+    add_overlap_argument(parser)
+    add_decoding_arguments(parser)
+    parser.add_argument("--out", type=Path, default=Path("panorama.png"), metavar="FILE.png", help="all in one picture")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="also write each image into a file of its own")
+    add_showing_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generates and writes.
+
+    Raises:
+        FileNotFoundError: No such run.
+        ValueError: Sizes that are no whole tokens, an unknown class, or a number out of range.
+    """
+    folder = pretrained_folder(args.folder)
+    settings = decoding_settings(args)
+    if not 0 < args.overlap < 1:
+        raise ValueError(f"--overlap: a share in (0, 1) is needed, got {args.overlap}")
+    from maskgit_pl.pipeline import MaskGIT
+    from maskgit_pl.training.pictures import image_grid, save_png
+
+    pipe = MaskGIT.from_pretrained(folder).to(args.device or default_device())
+    labels = pipe.class_ids(class_words(args.classes, pipe.class_names))
+    names = [pipe.class_names[label] for label in labels]
+    with recorded_steps("panorama", args) as (after_step, steps):
+        made = pipe.panorama(
+            labels,
+            args.width,
+            height=args.height,
+            overlap=args.overlap,
+            seed=args.seed,
+            batch_size=args.batch,
+            output_type="pt",
+            callback=after_step,
+            **settings,
+        )
+    images = cast("Tensor", made)  # as "pt" says
+    height, width = images.shape[-2:]
+    scale = max(1, 84 // height)  # small pictures as large as in the other sheets
+    save_png(image_grid(images, columns=1, row_captions=names, scale=scale), args.out)
+    print(f"{args.out}: {len(images)} images of {width} x {height} pixels")
+    if args.images is not None:
+        write_images(images, labels, args.images, seed=args.seed)
+    write_decoding(pipe, steps, args, captions=names, grid=pipe.tokenizer.network.config.grid((height, width)))
+    return 0

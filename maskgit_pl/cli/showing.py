@@ -1,0 +1,92 @@
+"""What the commands that generate write beside their images: how they were decoded, as a GIF and as a filmstrip."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from maskgit_pl.decoding import DecodingStep
+    from maskgit_pl.pipeline import MaskGIT
+
+    _AfterStep: TypeAlias = Callable[[DecodingStep], None]
+
+__all__ = ["add_showing_arguments", "recorded_steps", "write_decoding"]
+
+_SHOWN = 4  # images side by side in an animation
+
+
+def add_showing_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that ask for pictures of the decoding."""
+    parser.add_argument("--gif", type=Path, metavar="FILE.gif", help="also write an animation of the decoding")
+    parser.add_argument(
+        "--filmstrip", type=Path, metavar="FILE.png", help="also write the decoding of the first image, step by step"
+    )
+
+
+@contextmanager
+def recorded_steps(
+    title: str, args: argparse.Namespace
+) -> Iterator[tuple[Callable[[DecodingStep], None], list[DecodingStep]]]:
+    """Shows progress, and keeps the steps of the first images where a picture of them is asked for.
+
+    Yields:
+        What is to be called after each step, and the steps of the first batch.
+    """
+    from rich.progress import Progress
+
+    kept: list[DecodingStep] = []
+    first: list[int] = []  # the size of the first batch, once it is known
+    with Progress(transient=True) as progress:
+        bar = progress.add_task(title, total=None)
+
+        def after_step(step: DecodingStep) -> None:
+            progress.advance(bar)
+            first[:] = first or [len(step.tokens)]
+            wanted = args.gif is not None or args.filmstrip is not None
+            done = bool(kept) and not bool(kept[-1].still_masked.any())
+            if wanted and not done and len(step.tokens) == first[0]:
+                kept.append(_part(step, _SHOWN))
+
+        yield after_step, kept
+
+
+def write_decoding(
+    pipe: MaskGIT,
+    steps: Sequence[DecodingStep],
+    args: argparse.Namespace,
+    *,
+    captions: Sequence[str],
+    grid: tuple[int, int] | None = None,
+) -> None:
+    """Writes what the flags of ``add_showing_arguments`` ask for.
+
+    Args:
+        pipe: The model.
+        steps: Of a run of at most four images.
+        args: The flags.
+        captions: One for each image of the animation.
+        grid: Rows and columns of tokens, of another picture than the model's own.
+    """
+    if not steps:
+        return
+    from maskgit_pl.training.pictures import decode_images, decoding_filmstrip, decoding_frames, save_gif, save_png
+
+    grid = grid or pipe.tokenizer.grid
+    images = [decode_images(pipe.tokenizer, step.tokens, grid=grid) for step in steps]
+    if args.gif is not None:
+        save_gif(decoding_frames(steps, images, grid=grid, captions=captions[: len(images[0])]), args.gif)
+        print(f"{args.gif}: how {len(images[0])} of them are decoded")
+    if args.filmstrip is not None:
+        save_png(decoding_filmstrip(steps, images, grid=grid), args.filmstrip)
+        print(f"{args.filmstrip}: how the first of them is decoded")
+
+
+def _part(step: DecodingStep, count: int) -> DecodingStep:
+    """The step of the first images alone."""
+    tensors = {field.name: getattr(step, field.name)[:count] for field in fields(step) if field.name != "step"}
+    return replace(step, **tensors)
