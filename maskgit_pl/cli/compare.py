@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 __all__ = ["add_parser", "run"]
 
-_SHEET_STEPS = 8  # the sheet shows this number of steps, or the nearest that was measured
-
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command to ``maskgit``."""
@@ -116,7 +114,7 @@ def _compare(
     from rich.console import Console
 
     from maskgit_pl.evaluation.comparison import Rows, as_csv, as_markdown, as_table
-    from maskgit_pl.shards.manifest import write_atomically
+    from maskgit_pl.files import write_atomically
     from maskgit_pl.training.environment import describe_environment
 
     with progress_bars() as bars:
@@ -200,10 +198,10 @@ def _real(judge: Judge) -> dict[str, Any]:
 
 def _write_sheet(pipe: MaskGIT, rows: Rows, protocol: Protocol, path: Path, bars: Bars) -> None:
     from maskgit_pl.decoding import DecodingConfig
-    from maskgit_pl.evaluation.comparison import selector_sheet
+    from maskgit_pl.evaluation.comparison import selector_sheet, sheet_steps
     from maskgit_pl.training.pictures import save_png
 
-    number = min((row["num_steps"] for row in rows.rows), key=lambda steps: (abs(steps - _SHEET_STEPS), steps))
+    number = sheet_steps(rows.rows)
     decodings = {row["selector"]: DecodingConfig(**row["decoding"]) for row in rows.rows if row["num_steps"] == number}
     advance = bars("sheet of images", len(decodings))
     save_png(selector_sheet(pipe, decodings, seed=protocol.seed, on_row=lambda: advance(1)), path)

@@ -20,9 +20,9 @@ from PIL import Image
 from rich.table import Table
 
 from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.files import write_atomically
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.selectors import Remasking, token_selectors
-from maskgit_pl.shards.manifest import write_atomically
 from maskgit_pl.training.pictures import image_grid
 
 __all__ = [
@@ -34,7 +34,9 @@ __all__ = [
     "contenders",
     "describe",
     "plain",
+    "same_decoding",
     "selector_sheet",
+    "sheet_steps",
     "with_steps",
 ]
 
@@ -42,7 +44,7 @@ Spec = str | dict[str, Any]
 
 _FORMAT, _VERSION = "maskgit_pl.comparison", 1
 _VARIANTS: dict[str, list[dict[str, Any]]] = {"remdm": [{"strategy": name} for name in get_args(Remasking)]}
-_SHOWN_CLASSES = 10
+_SHOWN_CLASSES, _SHEET_STEPS = 10, 8
 _COLUMNS = {  # key of a row -> heading, factor, digits
     "class_agreement": ("agreement %", 100, 1),
     "fid/classifier": ("fid/classifier", 1, 2),
@@ -127,6 +129,14 @@ def plain(decoding: DecodingConfig) -> dict[str, Any]:
     return values
 
 
+def same_decoding(values: Mapping[str, Any], decoding: DecodingConfig) -> bool:
+    """Whether plain values, which an older version may have written without newer fields, say that decoding."""
+    try:
+        return plain(DecodingConfig(**values)) == plain(decoding)
+    except (TypeError, ValueError):  # fields or values that are no more
+        return False
+
+
 class Rows:
     """What was measured so far, and the file that keeps it.
 
@@ -168,8 +178,7 @@ class Rows:
 
     def find(self, decoding: DecodingConfig) -> dict[str, Any] | None:
         """The row of a decoding, if it was measured."""
-        wanted = plain(decoding)
-        return next((row for row in self.rows if row["decoding"] == wanted), None)
+        return next((row for row in self.rows if same_decoding(row["decoding"], decoding)), None)
 
     def add(self, label: str, decoding: DecodingConfig, numbers: Mapping[str, Any], *, commit: str | None) -> None:
         """Keeps a row, in the file too."""
@@ -201,6 +210,12 @@ def _read(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or (content.get("format"), content.get("version")) != (_FORMAT, _VERSION):
         raise ValueError(f"comparison {file}: not of the format {_FORMAT} {_VERSION}; {way_out}")
     return content
+
+
+def sheet_steps(rows: Sequence[Mapping[str, Any]]) -> int:
+    """The number of steps that the sheet of images shows: 8, or the nearest that was measured."""
+    numbers: list[int] = [row["num_steps"] for row in rows]
+    return min(numbers, key=lambda steps: (abs(steps - _SHEET_STEPS), steps))
 
 
 def _ordered(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -249,6 +264,9 @@ def as_markdown(content: Mapping[str, Any], *, command: str) -> str:
         command: What makes it again.
     """
     lines = ["# Token selectors", "", f"    {command}", "", *_how(content), ""]
+    steps = sheet_steps(content["rows"])
+    lines += ["![one row a selector, one column a class](selectors.png)", ""]
+    lines += [f"`selectors.png`: T = {steps}, a row a selector, a column a class, the same noise in each column.", ""]
     lines += ["## fid/classifier by number of steps T (lower is better)", "", *_distance_lines(content), ""]
     lines += ["## Everything", "", *_lines(content)]
     return "\n".join(lines) + "\n"
@@ -259,14 +277,14 @@ def _how(content: Mapping[str, Any]) -> list[str]:
     protocol, real = content["protocol"], content["real"]
     count, floor = protocol["num_images"], real["real_against_real"]
     return [
-        f"{count} images a row, spread evenly over the classes, seed {protocol['seed']}: image i of every row has the same",
-        "noise. The judge is the data set's own classifier, which is right on",
+        f"{count} images a row, spread evenly over the classes, seed {protocol['seed']}: image i of every row has the",
+        "same noise. The judge is the data set's own classifier, which is right on",
         f"{real['accuracy']:.1%} of the real val images. fid/classifier and kid/classifier are Frechet and kernel",
-        f"distance from all {real['images']} real val images in that classifier's features, not in those of Inception,",
-        f"and compare with one another at {count} images alone. In the last line {floor['images']} real training images",
-        "take the place of generated ones. Least distance of each T in bold. A class agreement above that of real images",
-        "says that images are more typical than real ones, which low diversity goes with. Mask schedule as trained:",
-        f"{protocol['mask_schedule']}. Decoding of each row, commits and environment: `comparison.json`.",
+        f"distance from all {real['images']} real val images in that classifier's features, not in those of Inception;",
+        f"they compare with one another at {count} images alone. In the last line {floor['images']} real training",
+        "images take the place of generated ones. Least distance of each T in bold. A class agreement above that of",
+        "real images says that images are more typical than real ones, which low diversity goes with. Mask schedule",
+        f"as trained: {protocol['mask_schedule']}. Decoding of each row, commits and environment: `comparison.json`.",
         f"Times are wall clock on one machine ({content['environment']['cpus']} cores, device {protocol['device']}).",
     ]
 
