@@ -190,6 +190,7 @@ class MaskedTokenModel(LightningModule):
             mask_token_id=self.config.mask_token_id,
             null_label=self.config.null_label,
             device=self.device,
+            refresh=self.decoding.refresh,
         )
         yield from steps
         self.transformer.train(self.training)

@@ -390,6 +390,25 @@ def test_the_first_step_is_computed_once_a_class_for_all_batches_and_anew_after_
     assert rows == [2, 2]
 
 
+def test_a_context_cache_reaches_the_network_and_1_is_exact(tiny_pretrained, monkeypatch) -> None:
+    own = MaskGIT.from_pretrained(tiny_pretrained)
+    calls: list[bool] = []
+    update = own.transformer.network.update
+
+    def spy(*given, cache, **named):
+        calls.append(bool(cache.key_values))
+        return update(*given, cache=cache, **named)
+
+    monkeypatch.setattr(own.transformer.network, "update", spy)
+    images(own, [0], num_steps=6, guidance_scale=0, context_cache=3)
+    assert calls == [False, True, True, False, True]  # the first step comes from all masks
+    calls.clear()
+    images(own, [0], num_steps=6, context_cache=1)
+    assert calls == []
+    with pytest.raises(ValueError, match="context_cache: at least 1, which is exact, is needed, got 0"):
+        own.generate([0], context_cache=0)
+
+
 # Beyond the borders
 
 

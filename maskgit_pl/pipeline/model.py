@@ -156,7 +156,7 @@ class MaskGIT:
             run: The run that made the weights, for the card; by default the one that they were read from, where they
                 are still the same.
             license: Of the weights, as the Hub spells it; left open in the card where nobody knows it.
-            name: What the card says to load it by; the folder by default.
+            name: What the card says to load it by, such as ``owner/name``.
 
         Raises:
             FileNotFoundError: No such run.
@@ -520,6 +520,7 @@ class MaskGIT:
             tokens=tokens,
             first_step=first_step,
             first_step_logits=self._first_step,
+            refresh=run.decoding.refresh,
         )
 
     def _fill(self, run: _Request, tokens: Tensor, unknown: Tensor, overlap: float) -> Tensor:
