@@ -178,7 +178,7 @@ class MaskedTokenModel(LightningModule):
 
     @torch.no_grad()
     def sample(self, labels: Sequence[int], seeds: Sequence[int]) -> Iterator[DecodingStep]:
-        """Decodes one image for each label and seed, step by step, with the averaged network."""
+        """Decodes one image for each label and seed, step by step and exactly, with the averaged network."""
         network = self.averaged_network.eval()
         steps = decode_classes(
             network,
@@ -190,7 +190,6 @@ class MaskedTokenModel(LightningModule):
             mask_token_id=self.config.mask_token_id,
             null_label=self.config.null_label,
             device=self.device,
-            refresh=self.decoding.refresh,
         )
         yield from steps
         self.transformer.train(self.training)
