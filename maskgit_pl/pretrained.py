@@ -44,7 +44,7 @@ __all__ = [
     "weights_for",
 ]
 
-Kind = Literal["tokenizer", "transformer"]
+Kind = Literal["tokenizer", "transformer", "pipeline"]
 Config = TypeVar("Config")
 Network = TypeVar("Network", bound=nn.Module)
 _VERSION = 1

@@ -25,6 +25,7 @@ from maskgit_pl.data import ShardData, StreamConfig, split_batch
 from maskgit_pl.data.stream import check_stream
 from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.vqgan import VQGANConfig
+from maskgit_pl.pipeline.card import write_card
 from maskgit_pl.pretrained import fingerprint, read_config
 from maskgit_pl.shards.manifest import read_manifest_summary
 from maskgit_pl.tokenizer import Tokenizer
@@ -303,8 +304,18 @@ def _export(module: LightningModule, data: ShardData, folder: Path, tokenizer: P
         own = folder / "tokenizer"
         if module.global_rank == 0 and tokenizer is not None and tokenizer.resolve() != own.resolve():
             shutil.copytree(tokenizer, own, dirs_exist_ok=True)  # a run's folder stands alone
+        if module.global_rank == 0:
+            _describe(folder)
     if module.global_rank == 0:
         log.info("exported %s", folder)
+
+
+def _describe(folder: Path) -> None:
+    """Writes the model card beside both stages; the weights are exported, and no fault of a text may end the run."""
+    try:
+        write_card(folder)
+    except Exception as error:
+        log.warning("%s: no model card (%s: %s)", folder, type(error).__name__, error)
 
 
 def _write_papers(cli: StageCLI, folder: Path, pretrained: Path | None) -> None:

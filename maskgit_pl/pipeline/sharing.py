@@ -1,0 +1,131 @@
+"""Pretrained folders on the Hugging Face Hub: found and fetched by ``owner/name``, and put there.
+
+``ModelHubMixin`` does not fit: it reads the arguments of ``__init__`` and writes them into a ``config.json`` of its
+own, and the arguments of a pipeline are networks. ``snapshot_download`` and ``upload_folder`` are all that is needed.
+What is fetched is read as data and never executed.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+__all__ = ["check_hub_id", "find_folder", "upload"]
+
+_READ = tuple(
+    f"{stage}/{file}" for stage in ("tokenizer", "transformer") for file in ("config.json", "model.safetensors")
+)
+_FILES = (*_READ, "config.json", "decoding.json")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def find_folder(
+    path_or_hub_id: Path | str,
+    *,
+    revision: str | None = None,
+    cache_dir: Path | str | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+) -> Path:
+    """A pretrained folder on this machine; what is not there and looks like ``owner/name`` is fetched from the Hub.
+
+    Args:
+        path_or_hub_id: A folder, or an id of the Hub.
+        revision: Branch, tag or commit on the Hub; its main branch by default.
+        cache_dir: Where fetched files are kept; the Hub's own cache by default.
+        local_files_only: Whether to look in the cache alone.
+        token: For repositories that are not public; True is the one that was logged in with.
+
+    Raises:
+        FileNotFoundError: No such folder, and no such repository, or none that can be reached.
+        ValueError: A repository that holds something else.
+    """
+    folder = Path(path_or_hub_id)
+    if folder.is_dir():
+        return folder
+    if not _is_hub_id(str(path_or_hub_id)):
+        raise FileNotFoundError(f"pretrained {folder}: no such folder; training writes runs/RUN/pretrained")
+    return _fetch(str(path_or_hub_id), revision, cache_dir, local_files_only, token)
+
+
+def _is_hub_id(text: str) -> bool:
+    """Whether it reads ``owner/name``; with a folder ``owner`` here, a path is what was meant."""
+    return _HUB_ID.fullmatch(text) is not None and not Path(text).parent.is_dir()
+
+
+def _fetch(
+    hub_id: str, revision: str | None, cache_dir: Path | str | None, local_files_only: bool, token: str | bool | None
+) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    way_out = "or name a folder, such as runs/RUN/pretrained"
+    try:
+        folder = snapshot_download(
+            hub_id,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            token=token,
+            allow_patterns=list(_FILES),
+        )
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"hub {hub_id}: no such folder here, not in the cache, and the Hub is not asked or cannot be reached; "
+            f"fetch it once with a connection, {way_out}"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise FileNotFoundError(f"hub {hub_id}: no revision {revision!r} there; leave it out, {way_out}") from error
+    except RepositoryNotFoundError as error:  # private and gated ones too
+        raise FileNotFoundError(
+            f"hub {hub_id}: no such folder here, and no such repository that may be read; check the name, give "
+            f"token= for one that is not public, {way_out}"
+        ) from error
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise FileNotFoundError(f"hub {hub_id}: {' '.join(str(error).split())}; try again, {way_out}") from error
+    missing = [file for file in _READ if not (Path(folder) / file).is_file()]
+    if missing:
+        raise ValueError(
+            f"hub {hub_id}: no {missing[0]} there; a repository that push_to_hub wrote is needed, {way_out}"
+        )
+    return Path(folder)
+
+
+def check_hub_id(text: str) -> None:
+    """Refuses what is no ``owner/name``, before weights are written.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if _HUB_ID.fullmatch(text) is None:
+        raise ValueError(f"hub {text}: owner/name is needed, such as someone/maskgit-flowers")
+
+
+def upload(folder: Path, hub_id: str, *, private: bool | None, token: str | bool | None) -> str:
+    """Puts a folder into a repository, which is made where there is none.
+
+    Returns:
+        Its address.
+
+    Raises:
+        ConnectionError: The Hub cannot be reached or refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    api = HfApi(token=token)
+    try:
+        address = api.create_repo(hub_id, private=private, exist_ok=True)
+        api.upload_folder(repo_id=hub_id, folder_path=folder)
+    except (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled) as error:
+        raise ConnectionError(
+            f"hub {hub_id}: nothing was put there ({' '.join(str(error).split())}); log in with `hf auth login` or "
+            "give token=, or share the folder that save_pretrained writes"
+        ) from error
+    return str(address)
