@@ -78,8 +78,8 @@ def run(args: argparse.Namespace) -> int:
     pipe = open_model(folders, args)
     base = _with_guidance(pipe, guidance)
     work = []
-    for contender in contenders(wanted, pipe.decoding.token_selector):
-        for number in numbers:
+    for number in sorted(numbers):  # the quick ones first: what was measured when a person looks is of use
+        for contender in contenders(wanted, pipe.decoding.token_selector):
             decoding = with_steps(_with_selector(base, contender), number)
             check_decoding(pipe, decoding)
             work.append((contender.label, decoding))
