@@ -21,7 +21,16 @@ from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pretrained import fingerprint, read_config, read_decoding
 
-__all__ = ["Origin", "describe_folder", "describe_run", "fingerprints", "model_card", "run_of", "write_card"]
+__all__ = [
+    "Origin",
+    "check_run",
+    "describe_folder",
+    "describe_run",
+    "fingerprints",
+    "model_card",
+    "run_of",
+    "write_card",
+]
 
 _STAGES = ("tokenizer", "transformer")
 # Of a run's resolved recipe: what tells most of what was learned and how. The other keys stand in config.yaml.
@@ -162,6 +171,16 @@ def _parameters(build: Callable[[], nn.Module]) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
+def check_run(run: Path) -> None:
+    """Refuses a run that is not there, before weights are written.
+
+    Raises:
+        FileNotFoundError: No such folder.
+    """
+    if not run.is_dir():
+        raise FileNotFoundError(f"run {run}: no such folder; name the one that training wrote, or leave it out")
+
+
 def describe_run(run: Path, *, tokenizer: str) -> dict[str, Any]:
     """What a run's files say of how its weights were made and measured; a file that is not there says nothing.
 
@@ -172,8 +191,7 @@ def describe_run(run: Path, *, tokenizer: str) -> dict[str, Any]:
     Raises:
         FileNotFoundError: No such folder.
     """
-    if not run.is_dir():
-        raise FileNotFoundError(f"run {run}: no such folder; name the one that training wrote, or leave it out")
+    check_run(run)
     stages = {stage: _stage(run / stage) for stage in _STAGES}
     return {"name": run.resolve().name, **stages, "measured": _measured(run / "metrics.json", tokenizer)}
 
@@ -228,6 +246,7 @@ def _json(file: Path) -> dict[str, Any]:
 
 def _words_after(flag: str, command: list[str]) -> list[str]:
     """The words that follow a flag of a command line, up to the next flag."""
+    command = [part for word in command for part in (word.split("=", 1) if word.startswith(f"{flag}=") else [word])]
     words = command[command.index(flag) + 1 :] if flag in command else []
     until = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))
     return words[:until]

@@ -21,7 +21,7 @@ from maskgit_pl.data import to_unit_range
 from maskgit_pl.decoding import DecodingConfig, DecodingStep, FirstStepLogits, decode_classes
 from maskgit_pl.editing import Box, ImageLike, MaskLike
 from maskgit_pl.pipeline.canvas import Canvas
-from maskgit_pl.pipeline.card import Origin, fingerprints, write_card
+from maskgit_pl.pipeline.card import Origin, check_run, fingerprints, write_card
 from maskgit_pl.pipeline.options import (
     Classes,
     DecodingSettings,
@@ -161,6 +161,8 @@ class MaskGIT:
         Raises:
             FileNotFoundError: No such run.
         """
+        if run is not None:
+            check_run(Path(run))
         folder, before = Path(folder), fingerprints(self._origin.folder)
         self._save_networks(folder)
         if self._decoding is not None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 import yaml
 
-from maskgit_pl.cli import main
+from maskgit_pl.cli import fit, main
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pretrained import fingerprint, save_tokenizer
 from maskgit_pl.training.checkpoints import FolderCheckpointIO, newest_complete
@@ -120,6 +120,20 @@ def test_a_run_writes_what_it_was_and_where_it_ran(train, runs, tiny_pretrained)
     assert {"command", "commit", "python", "torch", "lightning", "maskgit_pl"} <= environment.keys()
     own = runs / "one" / "pretrained" / "tokenizer"
     assert fingerprint(own) == fingerprint(tiny_pretrained / "tokenizer")  # a run's folder stands alone
+    of_all = json.loads((runs / "one" / "pretrained" / "config.json").read_text())
+    assert of_all["run"]["transformer"]["settings"]["trainer.max_steps"] == 1
+    assert "# one\n" in (runs / "one" / "pretrained" / "README.md").read_text()
+
+
+def test_a_fault_in_the_card_costs_no_export(train, runs, monkeypatch):
+    def broken(folder: Path) -> None:
+        raise RuntimeError("no card today")
+
+    monkeypatch.setattr(fit, "write_card", broken)
+    answer = train("transformer")
+    assert answer.code == 0
+    assert "no model card (RuntimeError: no card today)" in answer.out
+    assert (runs / "one" / "pretrained" / "transformer" / "config.json").is_file()
 
 
 def test_stage_two_takes_the_tokenizer_that_the_run_exported(train, runs):

@@ -1,0 +1,147 @@
+"""What a folder says of itself stands in its files and in the run's, and nowhere else."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from maskgit_pl.pipeline import MaskGIT
+from maskgit_pl.pipeline.card import write_card
+from maskgit_pl.pretrained import fingerprint
+from tests.conftest import save_tiny_pretrained
+
+COMMAND = [
+    "maskgit",
+    "train",
+    "transformer",
+    "--data",
+    "/home/someone/flowers",
+    "--recipe",
+    "paper",
+    "log",
+    "--run",
+    "x",
+]
+
+
+def save_run(folder: Path) -> Path:
+    """A run with papers of the transformer and figures, as training and evaluation leave them."""
+    save_tiny_pretrained(folder / "pretrained")
+    (folder / "transformer").mkdir()
+    recipe = {
+        "trainer": {"max_steps": 4321, "devices": 1},
+        "data": {"path": "/home/someone/flowers", "global_batch": 96, "seed": 5},
+        "model": {"learning_rate": {"peak": 0.00123, "warmup_steps": 77}, "ema_decay": 0.987},
+    }
+    (folder / "transformer" / "config.yaml").write_text(yaml.safe_dump(recipe))
+    environment = {"command": COMMAND, "maskgit_pl": "0.1.0", "commit": "c0ffee", "torch": "2.99.1", "cpus": 64}
+    (folder / "transformer" / "environment.json").write_text(json.dumps(environment))
+    metrics = {
+        "protocol": {"num_images": 1000, "num_steps": 8, "seed": 3, "split": "val", "batch_size": 50},
+        "reconstruction": {"psnr_db": 23.4567891},
+        "samples": {"exported": {"fid/classifier": 12.345678, "guidance_scales": [0.0, 1.0]}},
+        "model": {"tokenizer_fingerprint": fingerprint(folder / "pretrained" / "tokenizer")},
+        "environment": {"device": "cpu", "cpus": 64},
+    }
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return save_run(tmp_path / "flowers-paper-log")
+
+
+def numbers(text: str) -> set[float]:
+    return {float(word.replace(",", "")) for word in re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?![\w.])", text)}
+
+
+def test_a_card_says_what_the_runs_files_say(run: Path) -> None:
+    content = write_card(run / "pretrained", name="owner/flowers")
+    card = (run / "pretrained" / "README.md").read_text()
+    front, body = card.removeprefix("---\n").split("\n---\n", 1)
+    assert yaml.safe_load(front)["library_name"] == "maskgit_pl"
+    assert "license" not in yaml.safe_load(front)
+    assert body.startswith("\n# flowers-paper-log\n")
+    for line in (
+        "| recipe |  | paper log |",
+        "| trainer.max_steps |  | 4321 |",
+        "| data.path |  | flowers |",
+        "| model.learning_rate |  | peak 0.00123, warmup_steps 77 |",
+        "| commit |  | c0ffee |",
+        "| reconstruction.psnr_db | 23.46 |",
+        "| samples.exported.fid/classifier | 12.35 |",
+        'pipe = MaskGIT.from_pretrained("owner/flowers")',
+        "num_images 1000, num_steps 8, seed 3, split val, device cpu",
+    ):
+        assert line in body
+    assert "someone" not in card  # where the data lay on that machine
+    assert content == json.loads((run / "pretrained" / "config.json").read_text())
+
+
+def test_no_number_of_a_card_is_invented(run: Path) -> None:
+    write_card(run / "pretrained")
+    body = (run / "pretrained" / "README.md").read_text().split("\n---\n", 1)[1]
+    body = re.sub(r"```.*?```|\[arXiv.*?\)|`[0-9a-f]{64}`", "", body, flags=re.DOTALL)
+    files = [path for path in run.rglob("*") if path.suffix in (".json", ".yaml") and path.name != "metrics.json"]
+    known = set().union(*(numbers(path.read_text()) for path in files if path.parent != run / "pretrained"))
+    known |= {float(f"{value:.4g}") for value in numbers((run / "metrics.json").read_text())}
+    pipe = MaskGIT.from_pretrained(run / "pretrained")
+    for network in (pipe.tokenizer.network, pipe.transformer.network):
+        known.add(sum(parameter.numel() for parameter in network.parameters()))
+    known |= {len(pipe.class_names), *pipe.tokenizer.grid}
+    assert numbers(body) - known == set()
+    assert {4321, 96, 23.46} <= numbers(body)
+
+
+def test_without_a_run_a_card_says_nothing_of_training(tmp_path: Path) -> None:
+    folder = save_tiny_pretrained(tmp_path / "alone")
+    content = write_card(folder)
+    assert content["run"] is None
+    card = (folder / "README.md").read_text()
+    assert "# MaskGIT\n" in card
+    assert "## Training" not in card
+    assert "## Measured" not in card
+
+
+def test_figures_of_another_tokenizer_are_left_out(run: Path) -> None:
+    metrics = json.loads((run / "metrics.json").read_text())
+    metrics["model"]["tokenizer_fingerprint"] = "0" * 64
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    assert write_card(run / "pretrained")["run"]["measured"] is None
+    assert "## Measured" not in (run / "pretrained" / "README.md").read_text()
+
+
+def test_facts_go_with_the_weights_and_not_with_others(run: Path, tmp_path: Path) -> None:
+    pipe = MaskGIT.from_pretrained(run / "pretrained")
+    pipe.save_pretrained(tmp_path / "first", license="apache-2.0")
+    shutil.rmtree(run)
+    again = MaskGIT.from_pretrained(tmp_path / "first")
+    again.save_pretrained(tmp_path / "second")
+    for file in ("config.json", "README.md"):
+        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
+    assert "| trainer.max_steps |  | 4321 |" in (tmp_path / "second" / "README.md").read_text()
+    assert "\nlicense: apache-2.0\n" in (tmp_path / "second" / "README.md").read_text()
+    again.to("cpu", dtype=torch.bfloat16).save_pretrained(tmp_path / "other")
+    content = json.loads((tmp_path / "other" / "config.json").read_text())
+    assert (content["run"], content["license"]) == (None, None)
+
+
+def test_a_run_may_be_named(run: Path, tiny_pretrained: Path, tmp_path: Path) -> None:
+    pipe = MaskGIT.from_pretrained(tiny_pretrained)
+    pipe.save_pretrained(tmp_path / "named", run=run)
+    assert json.loads((tmp_path / "named" / "config.json").read_text())["run"]["name"] == run.name
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder; name the one that training wrote"):
+        pipe.save_pretrained(tmp_path / "none", run=tmp_path / "nowhere")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_recipe_is_read_off_the_command_in_both_forms(run: Path) -> None:
+    file = run / "transformer" / "environment.json"
+    for words, recipe in ((["--recipe=log"], ["log"]), (["--recipe", "a", "b"], ["a", "b"]), ([], [])):
+        file.write_text(json.dumps({"command": ["maskgit", "train", "transformer", *words]}))
+        assert write_card(run / "pretrained")["run"]["transformer"]["recipe"] == recipe

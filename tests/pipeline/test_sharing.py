@@ -1,0 +1,160 @@
+"""Folders and repositories: what is found, what is fetched, what is told of it. No network."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.pipeline import MaskGIT, model, sharing
+from maskgit_pl.pretrained import read_decoding, save_decoding
+from tests.conftest import save_tiny_pretrained
+
+TUNED = DecodingConfig(3, "margin", sampling_temperature=(1.2, 0.7))
+
+
+def images(pipe: MaskGIT) -> torch.Tensor:
+    return pipe.generate([0, 1, 2], output_type="pt")
+
+
+def test_a_folder_that_is_not_there_is_told_as_one(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for path in (
+        tmp_path / "nowhere",
+        "runs/nowhere",
+        "./owner/name",
+        "../owner/name",
+        "one",
+        "a/b/c",
+        "~/name",
+        "a//b",
+    ):
+        with pytest.raises(FileNotFoundError, match="no such folder; training writes runs/RUN/pretrained"):
+            sharing.find_folder(path)
+
+
+def test_a_repository_that_is_not_in_the_cache_is_told_in_one_line(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError) as caught:
+        MaskGIT.from_pretrained("owner/name", cache_dir=tmp_path / "cache", local_files_only=True)
+    assert str(caught.value).startswith("hub owner/name: no such folder here, not in the cache")
+    assert "or name a folder, such as runs/RUN/pretrained" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_offline_the_hub_is_not_asked(tmp_path: Path) -> None:
+    code = "from maskgit_pl import MaskGIT; MaskGIT.from_pretrained('owner/name')"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.stderr.splitlines()[-1].startswith("FileNotFoundError: hub owner/name: no such folder here, not in")
+
+
+def cached(cache: Path, folder: Path) -> None:
+    """A folder as the Hub's client would have left it in its cache."""
+    commit = "0" * 40
+    home = cache / "models--owner--name"
+    (home / "refs").mkdir(parents=True)
+    (home / "refs" / "main").write_text(commit)
+    (home / "snapshots").mkdir()
+    (home / "snapshots" / commit).symlink_to(folder)
+
+
+def test_a_repository_in_the_cache_is_read_like_a_folder(tiny_pretrained: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cached(tmp_path / "cache", tiny_pretrained)
+    pipe = MaskGIT.from_pretrained("owner/name", cache_dir=tmp_path / "cache", local_files_only=True)
+    assert torch.equal(images(pipe), images(MaskGIT.from_pretrained(tiny_pretrained)))
+    (tmp_path / "owner" / "name").mkdir(parents=True)  # a folder of that name comes first
+    with pytest.raises(FileNotFoundError, match="tokenizer owner/name/tokenizer"):
+        MaskGIT.from_pretrained("owner/name", cache_dir=tmp_path / "cache", local_files_only=True)
+
+
+def test_a_repository_of_something_else_is_refused(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model.safetensors").write_bytes(b"")
+    cached(tmp_path / "cache", tmp_path / "other")
+    with pytest.raises(ValueError, match=r"hub owner/name: no tokenizer/config.json there; a repository that push_to"):
+        sharing.find_folder("owner/name", cache_dir=tmp_path / "cache", local_files_only=True)
+
+
+def test_a_saved_pipeline_stands_alone(tiny_pretrained: Path, tmp_path: Path) -> None:
+    pipe = MaskGIT.from_pretrained(tiny_pretrained)
+    pipe.save_pretrained(tmp_path / "copy")
+    files = sorted(
+        str(path.relative_to(tmp_path / "copy")) for path in (tmp_path / "copy").rglob("*") if path.is_file()
+    )
+    assert files == [
+        "README.md", "config.json", "tokenizer/config.json", "tokenizer/model.safetensors",
+        "transformer/config.json", "transformer/model.safetensors",
+    ]  # fmt: skip
+    assert torch.equal(images(MaskGIT.from_pretrained(tmp_path / "copy")), images(pipe))
+    assert not (tiny_pretrained / "config.json").exists()  # such a folder, an older one, is read as before
+
+
+def test_a_tuned_way_of_decoding_goes_with_the_weights(tmp_path: Path, caplog) -> None:
+    folder = save_tiny_pretrained(tmp_path / "model")
+    own = MaskGIT.from_pretrained(folder)
+    save_decoding(folder, TUNED, tuned={"metric": "fid"})
+    pipe = MaskGIT.from_pretrained(folder)
+    assert pipe.decoding == TUNED != own.decoding
+    pipe.to("cpu", dtype=torch.bfloat16).save_pretrained(tmp_path / "copy")
+    again = MaskGIT.from_pretrained(tmp_path / "copy")
+    assert again.decoding == TUNED
+    assert again.transformer.decoding == own.decoding  # as it was exported
+    assert '"metric": "fid"' in (tmp_path / "copy" / "decoding.json").read_text()
+    assert not caplog.records  # no word of other weights
+    own.save_pretrained(tmp_path / "copy")
+    assert read_decoding(tmp_path / "copy") is None
+
+
+def test_decoding_is_given_as_a_recipe_or_as_its_file(tiny_pretrained: Path, tmp_path: Path) -> None:
+    folder = save_tiny_pretrained(tmp_path / "model")
+    save_decoding(folder, TUNED, tuned={"metric": "fid"})
+    for decoding in (TUNED, folder / "decoding.json", str(folder / "decoding.json")):
+        assert MaskGIT.from_pretrained(tiny_pretrained, decoding=decoding).decoding == TUNED
+    given = MaskGIT.from_pretrained(folder, decoding=DecodingConfig(2))
+    assert given.decoding == DecodingConfig(2)
+    assert given.decoding_with(num_steps=5) == DecodingConfig(5)
+    with pytest.raises(FileNotFoundError, match=r"decoding nowhere\.json: no such file"):
+        MaskGIT.from_pretrained(folder, decoding="nowhere.json")
+
+
+def test_a_config_of_something_else_is_refused(tmp_path: Path) -> None:
+    folder = save_tiny_pretrained(tmp_path)
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match=r"format 'maskgit_pl\.pipeline' is needed, got None"):
+        MaskGIT.from_pretrained(folder)
+
+
+def test_what_is_put_on_the_hub_is_a_whole_pipeline(tiny_pretrained: Path, tmp_path: Path, monkeypatch) -> None:
+    seen: dict[str, object] = {}
+
+    def upload(folder: Path, hub_id: str, **options: object) -> str:
+        pipe = MaskGIT.from_pretrained(folder)
+        seen.update(options, images=images(pipe), card=(folder / "README.md").read_text())
+        return f"https://huggingface.co/{hub_id}"
+
+    monkeypatch.setattr(model, "upload", upload)
+    pipe = MaskGIT.from_pretrained(tiny_pretrained)
+    assert pipe.push_to_hub("owner/name", private=True, license="mit").endswith("owner/name")
+    assert torch.equal(seen["images"], images(pipe))
+    assert (seen["private"], seen["token"]) == (True, None)
+    assert 'from_pretrained("owner/name")' in seen["card"]
+    assert "\nlicense: mit\n" in seen["card"]
+    with pytest.raises(ValueError, match="hub name: owner/name is needed"):
+        pipe.push_to_hub("name")
+
+
+def test_a_hub_that_is_not_to_be_asked_ends_in_one_line(tiny_pretrained: Path, monkeypatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError, match="hub owner/name: nothing was put there") as caught:
+        sharing.upload(tiny_pretrained, "owner/name", private=None, token=None)
+    assert "\n" not in str(caught.value)
