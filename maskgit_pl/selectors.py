@@ -154,7 +154,7 @@ class Confidence(TokenSelector):
 
     def __call__(self, candidates: Candidates) -> Tensor:
         noise_scale = self.choice_temperature * (1 - candidates.progress)
-        return candidates.drawn_log_probs + noise_scale * candidates.gumbel
+        return torch.add(candidates.drawn_log_probs, candidates.gumbel, alpha=noise_scale)
 
 
 @token_selectors.register("random")
@@ -246,7 +246,7 @@ class Margin(TokenSelector):
     def __call__(self, candidates: Candidates) -> Tensor:
         first, second = _two_likeliest(candidates.log_probs)
         noise_scale = self.choice_temperature * (1 - candidates.progress)
-        return (first - second).clamp(min=1e-20).log() + noise_scale * candidates.gumbel
+        return torch.add((first - second).clamp(min=1e-20).log(), candidates.gumbel, alpha=noise_scale)
 
 
 def _two_likeliest(log_probs: Tensor) -> tuple[Tensor, Tensor]:

@@ -228,6 +228,7 @@ class _Run:
         self.tokens, self.masked = tokens, masked
         self.unknown = masked  # at the start: what may ever be masked
         self.confidence = torch.ones(tokens.shape, device=tokens.device)
+        self.surest = torch.full_like(self.confidence, torch.inf)
 
     def steps(self, plan: Sequence[StepCounts], first_step: int) -> Iterator[DecodingStep]:
         """Follows the plan, or the selector where it decides itself how many to keep."""
@@ -248,7 +249,7 @@ class _Run:
             if not self.selector.follows_schedule and step < self.num_steps - 1:
                 counts = self._own_counts(candidates, scores, valid, before)  # the plan is a bound
             self.confidence = self.confidence.scatter(1, positions, sure)
-            everywhere = torch.full_like(self.confidence, torch.inf).scatter(1, positions, scores)
+            everywhere = self.surest.scatter(1, positions, scores)
             ranks = scores.argsort(dim=1, stable=True)  # least sure first; padding last
             full = self.tokens.scatter(1, positions, drawn)
             positions, was_masked, again = positions.gather(1, ranks), self.masked, max(counts.remasked) > 0
