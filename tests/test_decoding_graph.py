@@ -1,0 +1,80 @@
+"""A whole decoding run is one graph: its shapes are known before the loop, and nothing in it waits for the device.
+
+That is what lets a compiler, or one CUDA graph, take the loop as it is.
+"""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from maskgit_pl.decoding import ClassPredictor, DecodingConfig, GuidedPredictor, SeededNoise
+from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
+from maskgit_pl.schedules import mask_schedules
+from maskgit_pl.selectors import token_selectors
+
+GRID, NUM_STEPS = (4, 4), 6
+WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique")
+SCHEDULED = [name for name in token_selectors.names() if token_selectors.build(name).follows_schedule]
+FIRST = torch.tensor([1, 2]), torch.tensor([0, 1])  # seeds and labels
+OTHERS = torch.tensor([7, 8]), torch.tensor([2, 0])
+
+
+def network() -> MaskedTransformer:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = MaskedTransformer(TransformerConfig(16, 3, GRID, 16, 2, 2, 32)).eval().requires_grad_(False)
+        for parameter in made.parameters():
+            parameter.data.mul_(4)
+    return made
+
+
+def whole_run(selector: str, *, guided: bool = True) -> Callable[[Tensor, Tensor], Tensor]:
+    """Tokens (B, N) of seeds (B,) and labels (B,)."""
+    made = network()
+    config = DecodingConfig(NUM_STEPS, selector, {"name": "linear", "scale": 2.0 * guided})
+    decoder, mask = config.decoder(mask_schedules.build("cosine")), made.config.mask_token_id
+
+    def run(seeds: Tensor, labels: Tensor) -> Tensor:
+        null = torch.full_like(labels, made.config.num_classes)
+        predictor = ClassPredictor(made, labels)
+        if guided:
+            predictor = GuidedPredictor(made, labels, negative_labels=null, scales=config.scales())
+        num_tokens = math.prod(GRID)
+        *_, last = decoder.steps(
+            predictor,
+            torch.full((len(seeds), num_tokens), mask),
+            SeededNoise(seeds, num_tokens, steps_at_once=NUM_STEPS),
+            mask_token_id=mask,
+            grid=GRID,
+            num_masked=[num_tokens] * len(seeds),
+        )
+        return last.tokens
+
+    return run
+
+
+@pytest.mark.parametrize("selector", SCHEDULED)
+def test_a_recorded_run_gives_the_tokens_of_other_seeds_and_labels_too(selector):
+    run = whole_run(selector)
+    graph = make_fx(run)(*FIRST)
+    assert torch.equal(graph(*OTHERS), run(*OTHERS))
+    assert not torch.equal(run(*OTHERS), run(*FIRST))
+    called = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+    assert not [name for name in called if any(wait in name for wait in WAITS)]
+
+
+def test_a_selector_that_decides_itself_how_many_to_keep_cannot_be_recorded():
+    with pytest.raises(RuntimeError, match="data-dependent"):
+        make_fx(whole_run("entropy"), tracing_mode="fake")(*FIRST)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # torch's own compiler
+def test_a_compiled_run_gives_the_same_tokens():
+    run = whole_run("confidence", guided=False)
+    compiled = torch.compile(make_fx(run)(*FIRST))
+    assert torch.equal(compiled(*OTHERS), run(*OTHERS))
