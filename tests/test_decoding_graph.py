@@ -32,10 +32,10 @@ def network() -> MaskedTransformer:
     return made
 
 
-def whole_run(selector: str, *, guided: bool = True) -> Callable[[Tensor, Tensor], Tensor]:
+def whole_run(selector: str, *, guided: bool = True, num_steps: int = NUM_STEPS) -> Callable[[Tensor, Tensor], Tensor]:
     """Tokens (B, N) of seeds (B,) and labels (B,)."""
     made = network()
-    config = DecodingConfig(NUM_STEPS, selector, {"name": "linear", "scale": 2.0 * guided})
+    config = DecodingConfig(num_steps, selector, {"name": "linear", "scale": 2.0 * guided})
     decoder, mask = config.decoder(mask_schedules.build("cosine")), made.config.mask_token_id
 
     def run(seeds: Tensor, labels: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ def whole_run(selector: str, *, guided: bool = True) -> Callable[[Tensor, Tensor
         *_, last = decoder.steps(
             predictor,
             torch.full((len(seeds), num_tokens), mask),
-            SeededNoise(seeds, num_tokens, steps_at_once=NUM_STEPS),
+            SeededNoise(seeds, num_tokens, steps_at_once=num_steps),
             mask_token_id=mask,
             grid=GRID,
             num_masked=[num_tokens] * len(seeds),
@@ -75,6 +75,6 @@ def test_a_selector_that_decides_itself_how_many_to_keep_cannot_be_recorded():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # torch's own compiler
 def test_a_compiled_run_gives_the_same_tokens():
-    run = whole_run("confidence", guided=False)
+    run = whole_run("confidence", guided=False, num_steps=2)
     compiled = torch.compile(make_fx(run)(*FIRST))
     assert torch.equal(compiled(*OTHERS), run(*OTHERS))
