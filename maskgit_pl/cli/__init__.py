@@ -22,6 +22,7 @@ from maskgit_pl.cli import (
     schedules,
     tokenize,
     train,
+    tune,
 )
 from maskgit_pl.errors import DataBudgetError
 
@@ -38,6 +39,7 @@ _COMMANDS = (
     panorama,
     evaluate,
     compare,
+    tune,
     schedules,
     import_jax,
     import_taming,

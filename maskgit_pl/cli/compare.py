@@ -15,6 +15,7 @@ from maskgit_pl.cli.measuring import (
     find_run,
     open_data,
     open_model,
+    plain_protocol,
     progress_bars,
     ready,
     step_numbers,
@@ -121,7 +122,8 @@ def _compare(
         judge = ready(folders, pipe, data, bars, num_images=len(protocol.labels(data.num_classes)))
         rows = Rows(
             out / "comparison.json",
-            _plain_protocol(folders, pipe, data, protocol, judge),
+            plain_protocol(folders, pipe, data, batch_size=protocol.batch_size)
+            | {"num_images": len(protocol.labels(data.num_classes)), "seed": protocol.seed},
             {"real": _real(judge), "environment": describe_environment()},
         )
         new = [(label, decoding) for label, decoding in work if rows.find(decoding) is None]
@@ -163,28 +165,6 @@ def _measure(
         measured = measure_decoding(pipe, judge.classifier, judge.real, protocol, decoding, on_step=on_step)
         advance(decoding.num_steps * batches - done)  # a selector may end early
         rows.add(label, decoding, measured.numbers(), commit=commit)
-
-
-def _plain_protocol(
-    folders: RunFolders, pipe: MaskGIT, data: ShardData, protocol: Protocol, judge: Judge
-) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    from maskgit_pl.pretrained import fingerprint
-
-    return {
-        "transformer": fingerprint(folders.pretrained / "transformer"),
-        "tokenizer": pipe.tokenizer.fingerprint,
-        "mask_schedule": repr(pipe.transformer.mask_schedule),
-        "data": data.summary.fingerprint,
-        "split": "val",
-        "num_images": len(protocol.labels(data.num_classes)),
-        "seed": protocol.seed,
-        "diversity_per_class": protocol.diversity_per_class,
-        "batch_size": protocol.batch_size,
-        "device": str(pipe.device),
-        "classifier": asdict(judge.classifier.config),
-    }
 
 
 def _real(judge: Judge) -> dict[str, Any]:

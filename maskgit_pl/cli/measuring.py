@@ -26,6 +26,7 @@ __all__ = [
     "find_run",
     "open_data",
     "open_model",
+    "plain_protocol",
     "progress_bars",
     "ready",
 ]
@@ -187,6 +188,27 @@ def open_data(folders: RunFolders, pipe: MaskGIT) -> ShardData:
     data.setup()
     check_data(pipe, data)
     return data
+
+
+def plain_protocol(folders: RunFolders, pipe: MaskGIT, data: ShardData, *, batch_size: int) -> dict[str, Any]:
+    """What decides numbers beside decoding, number of images and seed, in plain values."""
+    from dataclasses import asdict
+
+    from maskgit_pl.evaluation.classifier import ClassifierConfig
+    from maskgit_pl.evaluation.protocol import Protocol
+    from maskgit_pl.pretrained import fingerprint
+
+    return {
+        "transformer": fingerprint(folders.pretrained / "transformer"),
+        "tokenizer": pipe.tokenizer.fingerprint,
+        "mask_schedule": repr(pipe.transformer.mask_schedule),
+        "data": data.summary.fingerprint,
+        "split": "val",
+        "diversity_per_class": Protocol().diversity_per_class,
+        "batch_size": batch_size,
+        "device": str(pipe.device),
+        "classifier": asdict(ClassifierConfig()),
+    }
 
 
 def ready(folders: RunFolders, pipe: MaskGIT, data: ShardData, bars: Bars, *, num_images: int) -> Judge:

@@ -33,6 +33,7 @@ __all__ = [
     "as_table",
     "contenders",
     "describe",
+    "every_selector",
     "plain",
     "same_decoding",
     "selector_sheet",
@@ -84,7 +85,7 @@ def contenders(wanted: Sequence[Spec] | None, own: Spec) -> list[Contender]:
         ValueError: An unknown name, a number out of range, or the same selector twice.
     """
     temperature = getattr(token_selectors.build(own), "choice_temperature", None)
-    specs = _every_selector() if wanted is None else [(describe(spec), spec) for spec in wanted]
+    specs = every_selector() if wanted is None else [(describe(spec), spec) for spec in wanted]
     found: dict[str, Contender] = {}
     for label, spec in specs:
         if label in found:
@@ -97,7 +98,8 @@ def contenders(wanted: Sequence[Spec] | None, own: Spec) -> list[Contender]:
     return list(found.values())
 
 
-def _every_selector() -> list[tuple[str, Spec]]:
+def every_selector() -> list[tuple[str, Spec]]:
+    """Labels and specs of every registered selector that needs no argument, ``remdm`` with each strategy."""
     specs: list[tuple[str, Spec]] = []
     for name in token_selectors.names():
         for arguments in _VARIANTS.get(name, [{}]):
