@@ -1,0 +1,490 @@
+"""Measures decoding without a tokenizer: ours, exact and approximate, two peers, and a sequential decoder.
+
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/decode.py --threads 2 --repeats 5 --json decode.json
+
+benchmarks/README.md says what is compared and how to read the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from math import prod
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from measuring import MatrixProduct, Stopwatch, interleave, markdown_table, processor
+from stage2_step import MuseClasses, Task, software_bfloat16
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from maskgit_pl.decoding import FirstStepLogits, ParallelDecoder, decode_classes
+from maskgit_pl.guidance import guidance_scales, guidance_schedules
+from maskgit_pl.networks.int8 import quantized
+from maskgit_pl.networks.transformer import Block, MaskedTransformer, TransformerConfig
+from maskgit_pl.schedules import mask_schedules
+from maskgit_pl.selectors import token_selectors
+from maskgit_pl.training.environment import describe_environment
+
+Decode = Callable[[], Tensor]
+"""Decodes a batch and gives its tokens (B, N)."""
+
+_STEPS = 8
+_CPU = torch.device("cpu")
+_MUSE, _AMUSED = "muse-maskgit-pytorch", "diffusers aMUSEd"
+_PEERS = {_MUSE: "muse_maskgit_pytorch", _AMUSED: "diffusers"}
+_SEQUENTIAL = ("sequential, KV cache", "sequential, no cache")
+_ALIKE = (
+    "ours",
+    "ours, class seen",
+    "ours, int8",
+    "ours, int8, class seen",
+    "ours, context kept",
+    "ours, context kept, class seen",
+    "ours, bf16",
+)
+_WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "unique2", "_unique2"}
+
+
+def network_config(task: Task) -> TransformerConfig:
+    """The task's network with a null class, which guidance needs."""
+    return replace(task.network, class_dropout=0.1)
+
+
+class Ours:
+    """A decoding run of ours, always with the same classes and noise.
+
+    Args:
+        network: Decodes.
+        task: Its sizes and the batch.
+        hit: Whether the classes' first step is there from an earlier run.
+        guidance: Guidance schedule.
+        refresh: As of ``CachedPredictor``.
+    """
+
+    def __init__(
+        self,
+        network: MaskedTransformer,
+        task: Task,
+        *,
+        hit: bool = False,
+        guidance: dict[str, Any] | str = "constant",
+        refresh: int | None = None,
+    ) -> None:
+        self.network, self.hit, self.refresh = network, hit, refresh
+        self.config = network.config
+        self.decoder = ParallelDecoder(
+            mask_schedules.build("cosine"), token_selectors.build("confidence"), num_steps=_STEPS
+        )
+        self.scales = guidance_scales(guidance_schedules.build(guidance), _STEPS)
+        self.first = FirstStepLogits(
+            network, num_tokens=self.config.num_tokens, mask_token_id=self.config.mask_token_id, max_labels=1001
+        )
+        self.seeds = list(range(task.batch))
+        self.labels = [seed % task.num_classes for seed in self.seeds]
+        if hit:
+            self()
+
+    def __call__(self) -> Tensor:
+        if not self.hit:
+            self.first.clear()
+        *_, last = decode_classes(
+            self.network,
+            self.labels,
+            self.seeds,
+            decoder=self.decoder,
+            scales=self.scales,
+            grid=self.config.grid,
+            mask_token_id=self.config.mask_token_id,
+            null_label=self.config.null_label,
+            device=_CPU,
+            first_step_logits=self.first,
+            refresh=self.refresh,
+        )
+        return last.tokens
+
+
+class Sequential:
+    """One token after the other in raster order, by the same blocks under a causal mask.
+
+    Args:
+        network: Gives the weights.
+        task: The batch.
+        keep: Whether keys and values are kept from token to token, or all computed again.
+        num_tokens: Tokens to decode; all of an image.
+    """
+
+    def __init__(self, network: MaskedTransformer, task: Task, *, keep: bool, num_tokens: int | None = None) -> None:
+        self.network, self.batch, self.keep = network, task.batch, keep
+        self.num_tokens = num_tokens or network.config.num_tokens
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        network, device = self.network, self.network.head_bias.device
+        kept: list[list[Tensor]] = [[] for _ in network.blocks]
+        sequence = torch.arange(self.batch, device=device).unsqueeze(1) + network.config.num_codes  # the class, first
+        for _ in range(self.num_tokens):
+            start = sequence.shape[1] - 1 if self.keep else 0
+            x = network.words(sequence[:, start:]) + network.positions.weight[start : sequence.shape[1]]
+            x = network.embedding_norm(x)
+            for block, cache in zip(network.blocks, kept, strict=True):
+                x = self._block(block, x, cache)
+            logits = network._head(x[:, -1], "codes")
+            sequence = torch.cat([sequence, torch.multinomial(logits.softmax(-1), 1)], dim=1)
+        return sequence[:, 1:]
+
+    def _block(self, block: Block, x: Tensor, cache: list[Tensor]) -> Tensor:
+        query, key, value = rearrange(
+            block.query_key_value(x), "b s (three heads d) -> three b heads s d", three=3, heads=block.num_heads
+        )
+        if self.keep:
+            if cache:
+                key, value = torch.cat([cache[0], key], dim=2), torch.cat([cache[1], value], dim=2)
+            cache[:] = key, value
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=not self.keep)
+        x = block.attention_norm(x + block.attention_output(rearrange(attended, "b heads s d -> b s (heads d)")))
+        hidden: Tensor = block.mlp_norm(x + block.mlp_output(F.gelu(block.mlp_hidden(x), approximate="tanh")))
+        return hidden
+
+
+class _NoTokenizer(nn.Module):
+    """In the place of a peer's tokenizer: gives tokens as they are."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def get_encoded_fmap_size(self, image_size: int) -> int:
+        return self.rows
+
+    def decode_from_ids(self, tokens: Tensor) -> Tensor:
+        return tokens
+
+
+def muse(task: Task) -> Decode:
+    """muse-maskgit-pytorch's own ``MaskGit.generate`` without guidance; a class is a text of one token."""
+    from muse_maskgit_pytorch import muse_maskgit_pytorch as peer
+
+    peer.tqdm = lambda steps, **_: steps  # no progress bar
+    classes = MuseClasses(task).eval()
+    transformer = classes.transformer
+    transformer.encode_text = lambda texts: classes.classes(torch.arange(len(texts))).unsqueeze(1)
+    model = peer.MaskGit.__new__(peer.MaskGit)  # its __init__ wants a tokenizer of its own kind
+    nn.Module.__init__(model)
+    model.vae, model.transformer, model.mask_id = _NoTokenizer(task.grid[0]), transformer, transformer.mask_id
+    model.image_size, model.self_cond, model.noise_schedule = None, False, peer.cosine_schedule
+    model.token_critic, model.resize_image_for_cond_image, model.no_mask_token_prob = None, False, 0.0
+
+    def decode() -> Tensor:
+        tokens: Tensor = model.generate([""] * task.batch, timesteps=_STEPS, cond_scale=1)
+        return tokens.flatten(1)
+
+    return decode
+
+
+def amused(task: Task) -> Decode:
+    """The aMUSEd pipeline of diffusers without guidance and tokenizer; a class is a text of one token."""
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    from diffusers import AmusedPipeline, AmusedScheduler, UVit2DModel
+
+    network = UVit2DModel(
+        hidden_size=task.width,
+        cond_embed_dim=task.width,
+        encoder_hidden_size=task.width,
+        vocab_size=task.num_codes + 1,
+        codebook_size=task.num_codes,
+        in_channels=task.width,
+        block_out_channels=task.width,
+        num_res_blocks=0,  # its convolutions at both ends, which would come on top of as many layers
+        block_num_heads=task.num_heads,
+        num_hidden_layers=task.depth,
+        num_attention_heads=task.num_heads,
+        intermediate_size=task.mlp_width * 2 // 3,  # gated: three matrices instead of two
+        sample_size=task.grid[0],
+    ).eval()
+    classes = nn.Embedding(task.num_classes, task.width)
+    pipeline = AmusedPipeline(None, None, None, network, AmusedScheduler(mask_token_id=task.num_codes))
+    pipeline.set_progress_bar_config(disable=True)
+
+    @torch.no_grad()
+    def decode() -> Tensor:
+        embedded = classes(torch.arange(task.batch) % task.num_classes)
+        tokens: Tensor = pipeline(
+            prompt_embeds=embedded,
+            encoder_hidden_states=embedded.unsqueeze(1),
+            num_inference_steps=_STEPS,
+            guidance_scale=1.0,
+            output_type="latent",
+            return_dict=False,
+        )[0]
+        return tokens.flatten(1)
+
+    return decode
+
+
+class Counter(TorchDispatchMode):
+    """Counts kernels (calls that are no views) and how often the host would wait for a GPU's values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels, self.syncs = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.kernels += not func.is_view
+        self.syncs += name in _WAITS or (name == "index" and _has_mask(args))
+        return func(*args, **kwargs or {})
+
+
+def _has_mask(args: Any) -> bool:
+    """Whether an indexing takes a mask, whose True have to be counted."""
+    return any(isinstance(index, Tensor) and index.dtype == torch.bool for index in args[1])
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    flops: int = sdpa_flop_count(query, key, value)
+    return flops
+
+
+def _int8_flops(x: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+    return 2 * prod(out_shape) * int(x[-1])
+
+
+_FLOPS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.onednn.qlinear_pointwise: _int8_flops,
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run executes.
+
+    Args:
+        flops: Of matrix products, attention's among them.
+        kernels: Calls that are no views.
+        syncs: Waits of the host, on a GPU.
+        tokens: (B, N), what it gives.
+    """
+
+    flops: int
+    kernels: int
+    syncs: int
+    tokens: Tensor
+
+
+def work(decode: Decode) -> Work:
+    """Runs once, counting."""
+    flops = FlopCounterMode(display=False, custom_mapping=_FLOPS)  # type: ignore[no-untyped-call]  # torch: untyped
+    counter = Counter()
+    with flops, counter:
+        tokens = decode()
+    return Work(flops.get_total_flops(), counter.kernels, counter.syncs, tokens)
+
+
+def sequential_work(decode: Sequential) -> Work:
+    """As ``work``, without the minutes that it takes: FLOPs without numbers, the other counts from a few tokens."""
+    empty = copy.copy(decode)
+    empty.network = copy.deepcopy(decode.network).to("meta")
+    flops = work(empty).flops
+    few, whole = min(4, decode.num_tokens), decode.num_tokens
+    shorter = copy.copy(decode)
+    shorter.num_tokens = few
+    counted = work(shorter)  # the same for each token
+    return replace(counted, flops=flops, kernels=counted.kernels * whole // few, syncs=counted.syncs * whole // few)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one contender did.
+
+    Args:
+        name: Which.
+        batch: Images of a run.
+        flops: As of ``Work``, of a run.
+        kernels: As of ``Work``, of a run.
+        syncs: As of ``Work``, of a run.
+        same: Share of tokens equal to those of ours, exact, from the same noise; None where they should not be.
+        seconds: Of each run.
+        peak: FLOP/s of a float32 matrix product, the best of all rounds.
+        ratio: Median of its time over the median of ours, exact.
+    """
+
+    name: str
+    batch: int
+    flops: int
+    kernels: int
+    syncs: int
+    same: float | None
+    seconds: list[float]
+    peak: float
+    ratio: float
+
+    def row(self) -> dict[str, str]:
+        """Its row of the table; times and counts an image."""
+        middle, best = median(self.seconds), min(self.seconds)
+        shares = [f"{100 * self.flops / seconds / self.peak:.0f}" for seconds in (middle, best)]
+        return {
+            "decoder": self.name,
+            "n": str(len(self.seconds)),
+            "s median": f"{middle / self.batch:.3g}",
+            "s best": f"{best / self.batch:.3g}",
+            "time / ours": f"{self.ratio:.2f}",
+            "GFLOP": f"{self.flops / self.batch / 1e9:.0f}",
+            "% of peak, median (best)": f"{shares[0]} ({shares[1]})",
+            "kernels": f"{self.kernels / self.batch:.0f}",
+            "syncs": f"{self.syncs / self.batch:.0f}",
+            "same tokens": "-" if self.same is None else f"{100 * self.same:.1f} %",
+        }
+
+
+def contenders(task: Task) -> dict[str, Callable[[], Decode]]:
+    """All decoders by name, each made when it is called; ours and the sequential ones share their weights."""
+    torch.manual_seed(0)
+    network = MaskedTransformer(network_config(task)).eval().requires_grad_(False)
+    exact = partial(Ours, network, task)
+    return {
+        "ours": exact,
+        "ours, class seen": partial(exact, hit=True),
+        "ours, guided": partial(exact, guidance={"name": "linear", "scale": 3.0}),
+        "ours, int8": lambda: Ours(quantized(network), task),
+        "ours, int8, class seen": lambda: Ours(quantized(network), task, hit=True),
+        "ours, context kept": partial(exact, refresh=4),
+        "ours, context kept, class seen": partial(exact, refresh=4, hit=True),
+        "ours, bf16": lambda: Ours(copy.deepcopy(network).to(torch.bfloat16), task),
+        _MUSE: lambda: muse(task),
+        _AMUSED: lambda: amused(task),
+        _SEQUENTIAL[0]: lambda: Sequential(network, task, keep=True),
+        _SEQUENTIAL[1]: lambda: Sequential(network, task, keep=False),
+    }
+
+
+def _timed(decode: Decode) -> Callable[[Stopwatch], None]:
+    def run(watch: Stopwatch) -> None:
+        decode()
+        watch.mark("decode")
+
+    return run
+
+
+def measure(
+    task: Task, names: Sequence[str], *, repeats: int, sequential_repeats: int = 1, product_size: int = 2048
+) -> list[Measured]:
+    """Times contenders, ours first, and the machine's peak with them, round by round.
+
+    The sequential ones run after the others, in rounds of their own.
+    """
+    makers = contenders(task)
+    decoders = {name: makers[name]() for name in names}
+    works = {name: sequential_work(d) if isinstance(d, Sequential) else work(d) for name, d in decoders.items()}
+    product = MatrixProduct(torch.float32, product_size)
+    product.rate(repeats=1)
+    watches: dict[str, list[Stopwatch]] = {"product": []}
+    for is_slow, rounds in ((False, repeats), (True, sequential_repeats)):
+        runs = {name: _timed(decoders[name]) for name in names if (name in _SEQUENTIAL) == is_slow}
+        measured = interleave({"product": product, **runs}, repeats=rounds) if runs else {}
+        watches["product"] += measured.pop("product", [])
+        watches.update(measured)
+    peak = product.flops / min(watch.total for watch in watches["product"])
+    seconds = {name: [watch.total for watch in watches[name]] for name in names}
+    ours = works["ours"].tokens
+    return [
+        Measured(
+            name,
+            task.batch,
+            works[name].flops,
+            works[name].kernels,
+            works[name].syncs,
+            float((works[name].tokens == ours).float().mean()) if name in _ALIKE else None,
+            seconds[name],
+            peak,
+            median(seconds[name]) / median(seconds["ours"]),
+        )
+        for name in names
+    ]
+
+
+def installed(names: Sequence[str]) -> list[str]:
+    """The contenders whose packages are there; says which are not."""
+    missing = [name for name, package in _PEERS.items() if importlib.util.find_spec(package) is None]
+    for name in set(missing) & set(names):
+        print(f"{name} is not installed, and left out: python -m pip install -e '.[benchmarks]'")
+    return [name for name in names if name not in missing]
+
+
+def _positive(text: str) -> int:
+    """A count of a flag."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number of at least 1 is needed, got {text}")
+    return int(text)
+
+
+def _arguments(argv: Sequence[str] | None, names: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=_positive, default=torch.get_num_threads(), help="threads (%(default)s)")
+    parser.add_argument("--batch", type=_positive, default=1, help="images of a run (%(default)s)")
+    parser.add_argument("--depth", type=_positive, default=24, help="layers (%(default)s)")
+    parser.add_argument("--repeats", type=_positive, default=5, help="rounds, n of the medians (%(default)s)")
+    parser.add_argument(
+        "--sequential-repeats", type=_positive, default=1, help="rounds of the sequential decoders (%(default)s)"
+    )
+    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"beside ours: {'; '.join(names[1:])}")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="writes all numbers and the environment")
+    return parser.parse_args(argv)
+
+
+def chosen(only: Sequence[str] | None, names: Sequence[str]) -> list[str]:
+    """The contenders of a run: ours, and those asked for, or all; bfloat16 where the processor has it."""
+    wanted = [name for name in names if only is None or name in ("ours", *only)]
+    if only is None and software_bfloat16():
+        print(
+            "bf16 is left out: this processor multiplies it in software, slower than fp32 (--only 'ours, bf16' runs it)"
+        )
+        wanted.remove("ours, bf16")
+    return installed(wanted)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures and prints."""
+    names = list(contenders(Task(batch=1, depth=1)))
+    arguments = _arguments(argv, names)
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(arguments.threads)
+    task = Task(batch=arguments.batch, depth=arguments.depth)
+    config = network_config(task)
+    print(f"{processor()}, {arguments.threads} threads, torch {torch.__version__}, n = {arguments.repeats} rounds")
+    print(
+        f"{task.depth} layers x {task.width}, MLP {task.mlp_width}, {task.num_heads} heads, {config.num_tokens + 1} "
+        f"tokens, vocabulary {config.vocabulary_size}, {_STEPS} steps, batch {task.batch}, fp32"
+    )
+    measured = measure(
+        task,
+        chosen(arguments.only, names),
+        repeats=arguments.repeats,
+        sequential_repeats=arguments.sequential_repeats,
+    )
+    print(f"fp32 matrix-product peak: {measured[0].peak / 1e9:.1f} GFLOP/s")
+    print("\n" + markdown_table([one.row() for one in measured]))
+    if arguments.json:
+        report = {
+            "environment": {**describe_environment(), "processor": processor()},
+            "task": asdict(task),
+            "measured": [asdict(one) for one in measured],
+        }
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

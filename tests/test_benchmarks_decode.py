@@ -1,0 +1,126 @@
+"""The decoding benchmark at a tiny size: it runs, its table is whole, and it counts what it says."""
+
+import dataclasses
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+EXACT = ["ours", "ours, class seen"]
+APPROXIMATE = ["ours, int8", "ours, int8, class seen", "ours, context kept", "ours, context kept, class seen"]
+SEQUENTIAL = ["sequential, KV cache", "sequential, no cache"]
+
+
+@pytest.fixture(scope="module")
+def decode():
+    """The script as a module; its folder is on the path, as when it is run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        import decode
+
+        yield decode
+        for name in ("decode", "stage2_step", "measuring"):
+            del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def task(decode):
+    return decode.Task(batch=2, depth=2, width=32, mlp_width=96, num_heads=4, grid=(4, 4), num_codes=16, num_classes=3)
+
+
+@pytest.fixture(scope="module")
+def measured(decode, task):
+    names = [*EXACT, "ours, guided", *APPROXIMATE, "ours, bf16", *SEQUENTIAL]
+    return {one.name: one for one in decode.measure(task, names, repeats=2, sequential_repeats=1, product_size=64)}
+
+
+def test_a_measurement_has_a_whole_row_for_each_contender(decode, measured):
+    for name, one in measured.items():
+        assert len(one.seconds) == (1 if name in SEQUENTIAL else 2)
+        assert one.kernels > 0
+        assert json.loads(json.dumps(dataclasses.asdict(one)))["peak"] > 0
+    assert measured["ours"].ratio == 1
+    table = decode.markdown_table([one.row() for one in measured.values()]).splitlines()
+    assert len(table) == 2 + len(measured)
+    assert len({line.count("|") for line in table}) == 1
+
+
+def test_exact_decoders_give_the_same_tokens_and_wait_for_nothing(measured):
+    for name in EXACT:
+        assert measured[name].same == 1
+        assert measured[name].syncs == 0
+    for name in APPROXIMATE:
+        assert measured[name].same > 0.5
+        assert measured[name].syncs == 0
+    assert measured["ours, guided"].same is None
+
+
+def test_a_class_that_was_seen_saves_one_step_of_eight(measured):
+    cold, seen = (measured[name] for name in EXACT)
+    assert 0.8 < seen.flops / cold.flops < 7 / 8  # later steps ask for fewer logits
+    assert seen.kernels < cold.kernels
+    assert measured["ours, int8"].flops == cold.flops
+    assert measured["ours, context kept"].flops < cold.flops
+
+
+def test_the_counted_work_is_that_of_the_formula(decode, task):
+    """2 FLOPs for each weight of a linear layer and row that it sees; attention's are 4 S S D."""
+    width, rows = task.width, task.batch * 17
+    layer = 2 * rows * (4 * width**2 + 2 * width * task.mlp_width) + 4 * 17 * rows * width
+    network = decode.MaskedTransformer(decode.network_config(task)).eval()
+    tokens, labels = torch.zeros(2, 16, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    made = decode.work(lambda: network(tokens, labels))
+    last = 2 * task.batch * 16 * (width**2 + width * task.num_codes)
+    assert made.flops == task.depth * layer + last
+    assert (made.syncs, made.tokens.shape) == (0, (2, 16, 16))
+
+
+def test_waits_are_counted(decode):
+    x = torch.tensor([1.0, 0.0])
+    for wait in (lambda: x.sum().item(), lambda: bool(x[0] > 0), lambda: x.nonzero(), lambda: x[x > 0]):
+        assert decode.work(wait).syncs == 1
+    assert decode.work(lambda: x[torch.tensor([0])] + x.argsort()).syncs == 0
+
+
+def test_the_sequential_decoders_compute_the_same_and_are_counted_as_if_they_had_run(decode, task):
+    torch.manual_seed(0)
+    network = decode.MaskedTransformer(decode.network_config(task)).eval()
+    tokens, runs = [], []
+    for keep in (True, False):
+        run = decode.Sequential(network, task, keep=keep)
+        torch.manual_seed(1)
+        tokens.append(run())
+        whole, counted = decode.work(run), decode.sequential_work(run)
+        assert counted.flops == whole.flops
+        assert abs(counted.kernels - whole.kernels) <= 0.1 * whole.kernels  # the first token has no keys to append to
+        assert whole.syncs == 0
+        runs.append(whole)
+    assert tokens[0].shape == (2, 16)
+    assert torch.equal(*tokens)
+    assert runs[0].flops < 0.2 * runs[1].flops
+
+
+@pytest.mark.parametrize("name", ["muse-maskgit-pytorch", "diffusers aMUSEd"])
+@pytest.mark.slow  # the imports
+@pytest.mark.filterwarnings("ignore")  # of other projects
+def test_a_peer_decodes_whole_images(decode, task, name):
+    if importlib.util.find_spec({"muse-maskgit-pytorch": "muse_maskgit_pytorch"}.get(name, "diffusers")) is None:
+        pytest.skip(f"{name} is an extra")
+    made = decode.work(decode.contenders(task)[name]())
+    assert made.tokens.shape == (2, 16)
+    assert ((made.tokens >= 0) & (made.tokens < decode.network_config(task).vocabulary_size)).all()
+
+
+def test_contenders_are_chosen_by_name_and_ours_is_always_there(decode, capsys, monkeypatch):
+    names = ["ours", "ours, bf16", "sequential, KV cache", "muse-maskgit-pytorch"]
+    monkeypatch.setattr(decode, "software_bfloat16", lambda: True)
+    monkeypatch.setattr(decode.importlib.util, "find_spec", lambda name: None)
+    assert decode.chosen(None, names) == ["ours", "sequential, KV cache"]
+    said = capsys.readouterr().out
+    assert "bf16 is left out" in said
+    assert "muse-maskgit-pytorch is not installed" in said
+    assert decode.chosen(["ours, bf16"], names) == ["ours", "ours, bf16"]
