@@ -1,0 +1,66 @@
+"""The README's Python, run as it stands."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
+from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
+from maskgit_pl.pretrained import fingerprint, save_tokenizer, save_transformer
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+BLOCKS = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "pipe" in block]
+CLASSES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+
+
+def save_small_model(folder: Path) -> None:
+    """Random weights in the sizes of the default data: 28 px, 7 x 7 tokens, its ten classes."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vqgan = VQGANConfig(
+            1, channels=8, multipliers=(1, 1, 1), blocks_per_level=1, groups=2, num_codes=16, code_width=4
+        )
+        tokenizer = VQGAN(vqgan)
+        config = TransformerConfig(16, 10, (7, 7), 16, 1, 2, 32)
+        transformer = MaskedTransformer(config)
+    save_tokenizer(folder / "tokenizer", vqgan, tokenizer.state_dict(), image_size=28)
+    save_transformer(
+        folder / "transformer",
+        config,
+        transformer.state_dict(),
+        mask_schedule="cosine",
+        decoding=DecodingConfig(),
+        class_names=CLASSES,
+        tokenizer_fingerprint=fingerprint(folder / "tokenizer"),
+    )
+
+
+def test_the_first_example_takes_three_lines():
+    lines = [line for line in BLOCKS[0].splitlines() if line.strip()]
+    assert len(lines) == 3
+    assert ".generate(" in lines[-1]
+
+
+def test_the_examples_run_one_after_the_other(tmp_path: Path):
+    save_small_model(tmp_path / "runs/fashion-mnist-cosine/pretrained")
+    Image.linear_gradient("L").resize((28, 28)).point(lambda value: 255 * (value > 128)).save(tmp_path / "mask.png")
+    code = "\n".join(BLOCKS)
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    for name in re.findall(r'save\("(\S+\.png)"\)', code):
+        with Image.open(tmp_path / name) as picture:
+            assert picture.height == 28, name
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.splitlines()[0])
+def test_the_examples_name_the_demos_run(block: str):
+    for path in re.findall(r'"(runs/[^"]+)"', block):
+        assert path == "runs/fashion-mnist-cosine/pretrained"
