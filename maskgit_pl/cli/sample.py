@@ -1,4 +1,4 @@
-"""``maskgit sample``: images of classes, as one picture, as single files, and as an animation of their decoding."""
+"""``maskgit sample``: images of classes, as a picture, as files, as an animation of their decoding, or by thousands."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from maskgit_pl.cli.bulk import add_bulk_arguments, check_bulk, device_of_rank, generate_bulk
 from maskgit_pl.cli.decoding import add_decoding_arguments, decoding_settings
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ __all__ = [
     "write_images",
 ]
 
+_PER_CLASS = 8
 _ANIMATED = 4  # images side by side in an animation
 
 
@@ -39,15 +41,24 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--classes", default="all", metavar="A,B,...", help="numbers or names, or all (default: all, at most 10)"
     )
-    parser.add_argument("--per-class", type=int, default=8, metavar="N", help="images of each class (default: 8)")
+    parser.add_argument("--per-class", type=int, metavar="N", help="images of each class (default: 8)")
     add_decoding_arguments(parser)
     parser.add_argument("--negative-class", metavar="NAME", help="what guidance pushes away from (default: no class)")
-    parser.add_argument("--out", type=Path, default=Path("samples.png"), metavar="FILE.png", help="all in one picture")
+    parser.add_argument(
+        "--int8", action="store_true", help="run the transformer in 8-bit numbers on a processor; approximate"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="all in one picture, or FILE.npz with --num-images (default: samples.png)",
+    )
     parser.add_argument("--images", type=Path, metavar="DIR", help="also write each image into a file of its own")
     parser.add_argument("--gif", type=Path, metavar="FILE.gif", help="also write an animation of the decoding")
     parser.add_argument(
         "--filmstrip", type=Path, metavar="FILE.png", help="also write the decoding of the first image, step by step"
     )
+    add_bulk_arguments(parser)
     parser.set_defaults(run=run)
 
 
@@ -60,14 +71,23 @@ def run(args: argparse.Namespace) -> int:
     """
     folder = pretrained_folder(args.folder)
     settings: dict[str, Any] = {**decoding_settings(args)}
-    if args.per_class < 1:
+    share = check_bulk(args)
+    if args.per_class is not None and args.per_class < 1:
         raise ValueError(f"--per-class: at least 1 is needed, got {args.per_class}")
     from maskgit_pl.pipeline import MaskGIT
 
-    pipe = MaskGIT.from_pretrained(folder).to(args.device or default_device())
+    usual = "cpu" if args.int8 else device_of_rank() if share else default_device()
+    pipe = MaskGIT.from_pretrained(folder).to(args.device or usual)
+    if args.int8:
+        pipe = pipe.quantized()
     if args.negative_class is not None:
         (settings["negative_classes"],) = pipe.class_ids([class_of(args.negative_class, pipe.class_names)])
-    _write(pipe, pipe.class_ids(class_words(args.classes, pipe.class_names)), args, settings)
+    if share is not None:
+        everything = args.classes == "all" and "all" not in pipe.class_names
+        words = range(len(pipe.class_names)) if everything else class_words(args.classes, pipe.class_names)
+        generate_bulk(pipe, pipe.class_ids(words), args, settings, rank=share[0], world_size=share[1])
+    else:
+        _write(pipe, pipe.class_ids(class_words(args.classes, pipe.class_names)), args, settings)
     return 0
 
 
@@ -75,16 +95,17 @@ def _write(pipe: MaskGIT, classes: list[int], args: argparse.Namespace, settings
     """Generates ``--per-class`` images of each class and writes what was asked for."""
     from maskgit_pl.training.pictures import image_grid, save_png
 
-    labels = [label for label in classes for _ in range(args.per_class)]
+    per_class, out = args.per_class or _PER_CLASS, args.out or Path("samples.png")
+    labels = [label for label in classes for _ in range(per_class)]
     images = _generate(pipe, labels, args, settings)
     names = [pipe.class_names[label] for label in classes]
-    save_png(image_grid(images, columns=args.per_class, row_captions=names), args.out)
-    print(f"{args.out}: {len(images)} images of {len(classes)} classes, {_num_steps(pipe, settings)} steps each")
+    save_png(image_grid(images, columns=per_class, row_captions=names), out)
+    print(f"{out}: {len(images)} images of {len(classes)} classes, {_num_steps(pipe, settings)} steps each")
     if args.images is not None:
         write_images(images, labels, args.images, seed=args.seed)
     if args.gif is not None:
-        first_of_class = [number * args.per_class for number in range(min(_ANIMATED, len(classes)))]
-        chosen = first_of_class if len(classes) > 1 else list(range(min(_ANIMATED, args.per_class)))
+        first_of_class = [number * per_class for number in range(min(_ANIMATED, len(classes)))]
+        chosen = first_of_class if len(classes) > 1 else list(range(min(_ANIMATED, per_class)))
         seeds = [args.seed + number for number in chosen]
         write_animation(pipe, [labels[number] for number in chosen], seeds, args.gif, **settings)
         print(f"{args.gif}: how {len(chosen)} of them are decoded")

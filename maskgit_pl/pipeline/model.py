@@ -20,6 +20,7 @@ from maskgit_pl import editing
 from maskgit_pl.data import to_unit_range
 from maskgit_pl.decoding import DecodingConfig, DecodingStep, FirstStepLogits, decode_classes
 from maskgit_pl.editing import Box, ImageLike, MaskLike
+from maskgit_pl.networks import int8
 from maskgit_pl.pipeline.canvas import Canvas
 from maskgit_pl.pipeline.card import Origin, check_run, fingerprints, write_card
 from maskgit_pl.pipeline.options import (
@@ -161,6 +162,7 @@ class MaskGIT:
         Raises:
             FileNotFoundError: No such run.
         """
+        self._refuse_int8("saved")
         if run is not None:
             check_run(Path(run))
         folder, before = Path(folder), fingerprints(self._origin.folder)
@@ -222,8 +224,27 @@ class MaskGIT:
             self.save_pretrained(folder, run=run, license=license, name=hub_id)
             return upload(Path(folder), hub_id, private=private, token=token)
 
+    def quantized(self) -> MaskGIT:
+        """The same on a processor with a transformer of 8-bit linear layers: approximate, and quicker.
+
+        It shares the tokenizer with this one, and can be neither moved nor saved.
+
+        Raises:
+            ValueError: The networks are not on the processor, or torch has no 8-bit products.
+        """
+        transformer = replace(self.transformer, network=int8.quantized(self.transformer.network))
+        made = MaskGIT(self.tokenizer, transformer, mask_schedule=self._mask_schedule_spec, decoding=self._decoding)
+        made._origin = self._origin
+        return made
+
+    def _refuse_int8(self, what: str) -> None:
+        if any(isinstance(module, int8.Int8Linear) for module in self.transformer.network.modules()):
+            raise ValueError(f"pipeline in int8: it cannot be {what}; take the one that quantized() was called on")
+
     def to(self, device: torch.device | str, *, dtype: torch.dtype | None = None) -> MaskGIT:
         """Moves both networks, and casts them where a ``dtype`` is given; returns itself."""
+        if torch.device(device).type != "cpu" or dtype is not None:
+            self._refuse_int8("moved or cast")
         for network in (self.tokenizer.network, self.transformer.network):
             network.to(device=device, dtype=dtype)
         self._first_step.clear()

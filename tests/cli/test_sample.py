@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskgit_pl.cli import main, sample
+from maskgit_pl.cli import bulk, main, sample
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.options import with_settings
@@ -163,3 +163,103 @@ def test_a_filmstrip_and_a_negative_class(tiny_pretrained: Path, tmp_path: Path)
     files = sorted(path.name for path in (tmp_path / "plain").iterdir())
     assert any((tmp_path / "plain" / name).read_bytes() != (tmp_path / "pushed" / name).read_bytes() for name in files)
     assert (tmp_path / "plain.png").read_bytes() != (tmp_path / "pushed.png").read_bytes()
+
+
+# Many images
+
+
+def namespace(*words: object) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    sample.add_parser(parser.add_subparsers())
+    return parser.parse_args(["sample", "run", *map(str, words)])
+
+
+def test_many_images_go_into_one_file(tiny_pretrained: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    out = tmp_path / "samples.npz"
+    words = ["--num-images", 13, "--classes", "Trouser,0", "--part-size", 5, "--seed", 3, "--steps", 2, "--out", out]
+    assert call(tiny_pretrained, *words) == 0
+    assert f"{out}: 13 images of 2 classes, 2 steps each; 13 made now" in capsys.readouterr().out
+    with np.load(out, allow_pickle=False) as arrays:
+        assert arrays["arr_0"].shape == (13, 8, 8, 3)
+        assert arrays["arr_1"].tolist() == [2] * 7 + [0] * 6
+    assert call(tiny_pretrained, *words) == 0
+    assert "complete with 13 images; nothing was to be made" in capsys.readouterr().out
+    assert call(tiny_pretrained, *words[:-1], tmp_path / "b.npz", "--rank", 1, "--world-size", 2) == 0
+    assert "rank 1 of 2 has its 5 images, 2 parts are to come" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"it holds other images, got decoding\.num_steps 2 -> 3"):
+        call(tiny_pretrained, *words, "--steps", 3)
+
+
+def test_many_images_are_of_all_classes_by_default(tiny_pretrained: Path, tmp_path: Path) -> None:
+    assert call(tiny_pretrained, "--num-images", 3, "--steps", 1, "--out", tmp_path / "a.npz") == 0
+    with np.load(tmp_path / "a.npz", allow_pickle=False) as arrays:
+        assert arrays["arr_1"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("environment", "words", "expected"),
+    [
+        ({}, [], (0, 1)),
+        ({"RANK": "3", "WORLD_SIZE": "4"}, [], (3, 4)),
+        ({"SLURM_PROCID": "2", "SLURM_NTASKS": "8"}, [], (2, 8)),
+        ({"RANK": "1", "WORLD_SIZE": "2", "SLURM_PROCID": "5", "SLURM_NTASKS": "8"}, [], (1, 2)),  # torchrun under srun
+        ({"RANK": "3", "WORLD_SIZE": "4"}, ["--rank", 0, "--world-size", 1], (0, 1)),
+        ({"RANK": "3"}, [], (0, 1)),
+    ],
+)
+def test_ranks_are_those_of_whoever_started_the_processes(environment, words, expected) -> None:
+    assert bulk.check_bulk(namespace("--num-images", 5, "--out", "a.npz", *words), environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--num-images", "0", "--out", "a.npz"], "--num-images: at least 1 is needed, got 0"),
+        (["--num-images", "5", "--part-size", "0", "--out", "a.npz"], "--part-size: at least 1 is needed, got 0"),
+        (["--num-images", "5", "--batch", "0", "--out", "a.npz"], "--batch: at least 1 is needed, got 0"),
+        (["--num-images", "5"], "--out: a file that ends in .npz is needed with --num-images, got None"),
+        (["--num-images", "5", "--out", "a.png"], "--out: a file that ends in .npz is needed with --num-images"),
+        (["--out", "a.npz"], "--out a.npz: such a file is written with --num-images"),
+        (["--rank", "0", "--world-size", "2"], "--rank, --world-size: they go with --num-images alone"),
+        (["--num-images", "5", "--out", "a.npz", "--rank", "1"], "--rank, --world-size: both are needed"),
+        (["--num-images", "5", "--out", "a.npz", "--rank", "2", "--world-size", "2"], "--rank: a number in [0, 2)"),
+        (["--num-images", "5", "--out", "a.npz", "--rank", "0", "--world-size", "0"], "--world-size: at least 1"),
+        (["--num-images", "5", "--out", "a.npz", "--per-class", "3"], "--per-class: it does not go with --num-images"),
+        (["--num-images", "5", "--out", "a.npz", "--gif", "a.gif"], "--gif: it does not go with --num-images"),
+        (["--num-images", "5", "--out", "a.npz", "--seed", str(2**32 - 4)], "--seed: the last image has seed + N - 1"),
+    ],
+)
+def test_wrong_words_for_many_images_are_refused_in_one_line(
+    words: list[str], message: str, tiny_pretrained: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["sample", str(tiny_pretrained), *words]) == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert shown.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rank_that_is_no_number_is_refused() -> None:
+    with pytest.raises(ValueError, match="RANK: a whole number is needed, got 'one'"):
+        bulk.check_bulk(namespace("--num-images", 5, "--out", "a.npz"), {"RANK": "one", "WORLD_SIZE": "2"})
+
+
+def test_int8_generates_too(tiny_pretrained: Path, tmp_path: Path) -> None:
+    assert call(tiny_pretrained, "--int8", "--per-class", 1, "--out", tmp_path / "samples.png") == 0
+    assert (tmp_path / "samples.png").is_file()
+
+
+def test_progress_is_told_in_lines_with_the_time_left(capsys, monkeypatch) -> None:
+    clock = iter([0.0, 10.0, 40.0])
+    monkeypatch.setattr(bulk.time, "monotonic", lambda: next(clock))
+    lines = bulk._Lines()
+    lines.start(100, 20)
+    lines.advance(10)
+    lines.advance(10)
+    assert capsys.readouterr().out.splitlines() == [
+        "sampling 100 images, 20 of them are there",
+        "40 of 100 images, 0.50 a second, 00:02:00 left",
+    ]
