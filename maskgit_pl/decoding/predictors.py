@@ -212,7 +212,9 @@ class FirstStepLogits:
         tokens = torch.full(shape, self.mask_token_id, dtype=torch.int64, device=device)
         positions = torch.arange(self.num_tokens, device=device).expand(shape)
         logits = self.network(tokens, torch.tensor(labels, device=device), positions)
-        self._known.update(zip(labels, logits.unbind(), strict=True))
+        # copies of their own, so that what is forgotten gives its memory back
+        rows = [row.clone() for row in logits.unbind()] if len(labels) > 1 else logits.unbind()
+        self._known.update(zip(labels, rows, strict=True))
 
 
 class FirstStepPredictor:
@@ -278,7 +280,9 @@ def class_predictor(
 
     if first_step is None:
         return over(scales)
-    logits = first_step(labels, device=device)
     if negative_labels is not None and scales and scales[0] > 0:
-        logits = guided(logits, first_step(negative_labels, device=device), scales[0])
+        conditional, unconditional = first_step([*labels, *negative_labels], device=device).chunk(2)
+        logits = guided(conditional, unconditional, scales[0])
+    else:
+        logits = first_step(labels, device=device)
     return FirstStepPredictor(logits, over(scales[1:]))
