@@ -236,8 +236,9 @@ class MaskedTransformer(nn.Module):
     ) -> Tensor:
         """Logits at ``positions``; keys and values elsewhere are those of earlier calls. Approximate, for inference.
 
-        Tokens that stay as they are keep the keys and values that were computed when more of the others were masked.
-        With an empty cache everything is computed: the result is ``forward``'s, and fills the cache.
+        Tokens that stay as they are keep the keys and values that were computed when more of the others were masked;
+        the class's are computed anew, for they see all tokens. With an empty cache everything is computed: the result
+        is ``forward``'s, and fills the cache.
 
         Args:
             tokens: As of ``forward``.
@@ -256,17 +257,22 @@ class MaskedTransformer(nn.Module):
                 x, key_value = block.remember(x, positions + 1 if block is blocks[-1] else None)
                 cache.key_values.append(key_value)
             return self._head(x, "codes")
-        anew = torch.cat([positions, newly_known], dim=1)  # (B, M + P), those asked for first
-        places = anew + 1
-        x = self.embedding_norm(self.words(tokens.gather(1, anew)) + self.positions(places))
+        class_place = torch.zeros_like(positions[:, :1])
+        places = torch.cat(
+            [positions + 1, newly_known + 1, class_place], dim=1
+        )  # (B, M + P + 1), those asked for first
+        x = self.embedding_norm(self.words(self._sequence(tokens, labels).gather(1, places)) + self.positions(places))
         for block, key_value in zip(blocks, cache.key_values, strict=True):
             x = block.update(x, places, key_value, num_asked=positions.shape[1] if block is blocks[-1] else None)
         return self._head(x, "codes")
 
     def _embed(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        sequence = torch.cat([labels.unsqueeze(1) + self.config.num_codes, tokens], dim=1)  # (B, 1 + N)
-        x = self.embedding_norm(self.words(sequence) + self.positions.weight)
+        x = self.embedding_norm(self.words(self._sequence(tokens, labels)) + self.positions.weight)
         return F.dropout(x, self.config.dropout, self.training)
+
+    def _sequence(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """(B, 1 + N): rows of the word table, the class first."""
+        return torch.cat([labels.unsqueeze(1) + self.config.num_codes, tokens], dim=1)
 
     def _head(self, x: Tensor, vocabulary: Vocabulary) -> Tensor:
         rows = self.config.num_codes if vocabulary == "codes" else self.config.vocabulary_size
