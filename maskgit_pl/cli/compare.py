@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["add_parser", "run"]
 
+_STEPS = (4, 8, 16, 32)
+
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command to ``maskgit``."""
@@ -50,7 +52,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "strategy); names take the model's own choice temperature",
     )
     parser.add_argument(
-        "--num-steps", "--steps", default="4,8,16,32", metavar="T,...", help="decoding steps (default: 4,8,16,32)"
+        "--num-steps",
+        "--steps",
+        metavar="T,...",
+        help="decoding steps, or a range (default: 4,8,16,32, as far as there are tokens)",
     )
     parser.add_argument("--num-images", type=int, default=1000, metavar="N", help="images a row (default: 1000)")
     parser.add_argument(
@@ -68,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         TypeError: A selector or a guidance schedule does not take its arguments.
         ValueError: An unknown name, data that are not the model's, or a number out of range.
     """
-    numbers = step_numbers(args.num_steps)
+    numbers = None if args.num_steps is None else step_numbers(args.num_steps)
     wanted = None if args.selectors == "all" else decoding_specs("--selectors", args.selectors)
     guidance = None if args.guidance is None else decoding_spec("--guidance", args.guidance)
     folders = find_run(args)
@@ -79,7 +84,9 @@ def run(args: argparse.Namespace) -> int:
     pipe = open_model(folders, args)
     base = _with_guidance(pipe, guidance)
     work = []
-    for number in sorted(numbers):  # the quick ones first: what was measured when a person looks is of use
+    for number in sorted(
+        numbers or _default_steps(pipe)
+    ):  # the quick ones first: what was measured when a person looks is of use
         for contender in contenders(wanted, pipe.decoding.token_selector):
             decoding = with_steps(_with_selector(base, contender), number)
             check_decoding(pipe, decoding)
@@ -88,6 +95,11 @@ def run(args: argparse.Namespace) -> int:
     protocol.labels(data.num_classes)  # refuses too few images before the classifier is trained
     _compare(folders, pipe, data, protocol, work, out=args.out or folders.home / "comparison", command=_command(args))
     return 0
+
+
+def _default_steps(pipe: MaskGIT) -> tuple[int, ...]:
+    num_tokens = pipe.tokenizer.grid[0] * pipe.tokenizer.grid[1]
+    return tuple(number for number in _STEPS if number <= num_tokens) or (num_tokens,)
 
 
 def _with_guidance(pipe: MaskGIT, guidance: Any) -> DecodingConfig:
@@ -189,11 +201,7 @@ def _write_sheet(pipe: MaskGIT, rows: Rows, protocol: Protocol, path: Path, bars
 
 def _command(args: argparse.Namespace) -> str:
     """What makes the same comparison again."""
-    words = [
-        "maskgit compare",
-        str(args.folder),
-        f"--selectors {shlex.quote(args.selectors)}",
-        f"--num-steps {args.num_steps}",
-    ]
-    words += [f"--num-images {args.num_images}", f"--seed {args.seed}"]
-    return " ".join(words + ([f"--guidance {shlex.quote(args.guidance)}"] if args.guidance is not None else []))
+    words = ["maskgit compare", str(args.folder), f"--num-images {args.num_images} --seed {args.seed}"]
+    given = {"selectors": None if args.selectors == "all" else args.selectors, "num-steps": args.num_steps}
+    given |= {"guidance": args.guidance}
+    return " ".join(words + [f"--{name} {shlex.quote(value)}" for name, value in given.items() if value is not None])

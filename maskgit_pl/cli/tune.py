@@ -23,6 +23,7 @@ from maskgit_pl.cli.measuring import (
 if TYPE_CHECKING:
     from maskgit_pl.cli.measuring import Judge, RunFolders
     from maskgit_pl.data import ShardData
+    from maskgit_pl.decoding import DecodingConfig
     from maskgit_pl.evaluation.tuning import Found, Meter, SearchSpace, Trial
     from maskgit_pl.evaluation.tuning_report import Figure8
     from maskgit_pl.pipeline import MaskGIT
@@ -159,10 +160,11 @@ def _tune(
 
     key = key_of(args.metric)
     ledger = Ledger(out / "trials.jsonl", plain_protocol(folders, pipe, data, batch_size=args.batch))
+    space = space.resumed(ledger, trials=args.trials, seed=args.seed, how=args.search)
     with progress_bars() as bars:
         judge = ready(folders, pipe, data, bars, num_images=2 * args.num_images)
         meter = Meter(pipe, judge.classifier, judge.real, ledger, batch_size=args.batch)
-        found = _search(meter, space, args, key, bars)
+        found = _search(meter, space, args, key, bars, current=pipe.decoding)
         _print_found(found, key, measured=meter.measured)
         _write_recipe(folders.pretrained, pipe, data, found, args, key)
         figure = None if args.no_plot else _figure(pipe, meter, found, args, key, bars)
@@ -182,7 +184,9 @@ def _tune(
     print(f"{out}: {meter.measured} measured now; trials.jsonl, tuning.md" + (" and tuning.png" if figure else ""))
 
 
-def _search(meter: Meter, space: SearchSpace, args: argparse.Namespace, key: str, bars: Bars) -> Found:
+def _search(
+    meter: Meter, space: SearchSpace, args: argparse.Namespace, key: str, bars: Bars, *, current: DecodingConfig
+) -> Found:
     from maskgit_pl.evaluation.tuning import describe_decoding, search
 
     advance = bars("trials", args.trials)
@@ -200,6 +204,7 @@ def _search(meter: Meter, space: SearchSpace, args: argparse.Namespace, key: str
         seed=args.seed,
         how=args.search,
         seconds=args.seconds,
+        current=current,
         on_trial=on_trial,
     )
 
@@ -234,7 +239,7 @@ def _write_recipe(
     from maskgit_pl.training.environment import describe_environment
 
     if found.winner.decoding == pipe.decoding:
-        print(f"the model's own decoding is the best of {len(found.trials)} trials: nothing is changed")
+        print(f"the model is decoded in the best way of {len(found.trials)} trials already: nothing is changed")
         return
     tuned = {
         "metric": key,

@@ -118,6 +118,18 @@ class SearchSpace:
             return self.own
         return self._drawn(number, seed) if how == "random" else self._of_grid(number - 1, seed)
 
+    def resumed(self, ledger: Ledger, *, trials: int, seed: int, how: Search = "random") -> SearchSpace:
+        """The space of a search that goes on after it has written its recipe.
+
+        The model's own decoding is then one of the trials, and trial 0 stays what it was when the search began.
+        """
+        first = ledger.first()
+        if first is None:
+            return self
+        space = replace(self, own=first)
+        written = any(space.trial(number, seed=seed, how=how) == self.own for number in range(1, trials))
+        return space if written else self
+
     def corners(self) -> Iterator[DecodingConfig]:
         """Decodings that hold every selector and every T, for a check before any work."""
         yield self.own
@@ -280,6 +292,13 @@ class Ledger:
             file.parent.mkdir(parents=True, exist_ok=True)
             self._append(self._head)
 
+    def first(self) -> DecodingConfig | None:
+        """The decoding that was measured first: what trial 0 was; None where there is none yet, or it is no more."""
+        try:
+            return DecodingConfig(**self._lines[0]["decoding"]) if self._lines else None
+        except (TypeError, ValueError):
+            return None
+
     def find(self, decoding: DecodingConfig, *, num_images: int, seed: int) -> dict[str, Any] | None:
         """What was measured of a decoding with so many images and this seed, if it was."""
         for line in self._lines:
@@ -319,8 +338,12 @@ class Ledger:
     def _read(self) -> None:
         text = self.file.read_text()
         whole, newline, rest = text.rpartition("\n")
-        head, *lines = [self._parsed(line, place) for place, line in enumerate(whole.splitlines(), start=1)] or [{}]
-        if (head.get("format"), head.get("version")) != (_FORMAT, _VERSION):
+        if not newline and json.dumps(self._head).startswith(rest):  # it was cut off in its first line
+            self.file.unlink()
+            self._append(self._head)
+            return
+        head, *lines = [self._parsed(line, place) for place, line in enumerate(whole.splitlines(), start=1)] or [None]
+        if not isinstance(head, dict) or (head.get("format"), head.get("version")) != (_FORMAT, _VERSION):
             raise ValueError(f"ledger {self.file}: not of the format {_FORMAT} {_VERSION}; name another --out")
         protocol = self._head["protocol"]
         changed = [key for key in protocol if head["protocol"].get(key) != protocol[key]]
@@ -334,9 +357,9 @@ class Ledger:
             with write_atomically(self.file) as stream:
                 stream.write((whole + newline).encode())
 
-    def _parsed(self, line: str, place: int) -> dict[str, Any]:
+    def _parsed(self, line: str, place: int) -> Any:
         try:
-            return cast("dict[str, Any]", json.loads(line))
+            return json.loads(line)
         except ValueError as error:
             raise ValueError(f"ledger {self.file}: line {place} is not JSON ({error}); name another --out") from error
 
@@ -423,6 +446,7 @@ def search(
     seed: int,
     how: Search = "random",
     seconds: float | None = None,
+    current: DecodingConfig | None = None,
     on_trial: Callable[[Trial], object] = lambda trial: None,
 ) -> Found:
     """Tries decodings, measures the best again, and gives the best of those.
@@ -436,6 +460,7 @@ def search(
         seed: Of the trials, and of their first image: all trials have the same noise.
         how: Random draws or a grid.
         seconds: After so many no further trial begins; None for no limit.
+        current: How the model is decoded now, where that is one of the trials: it is measured again with the best.
         on_trial: Called after each trial and each confirmation.
     """
     start, made = time.monotonic(), list[Trial]()
@@ -447,7 +472,7 @@ def search(
         made.append(Trial(number, decoding, numbers))
         on_trial(made[-1])
     confirmed = []
-    for trial in (made[0], *_finalists(made, key)):
+    for trial in _finalists(made, key, current):
         purpose = f"confirmation of trial {trial.number}"
         numbers = meter(trial.decoding, num_images=2 * num_images, seed=seed + _FRESH, purpose=purpose)
         confirmed.append(replace(trial, numbers=numbers))
@@ -458,12 +483,13 @@ def search(
     return Found(tuple(made), tuple(confirmed), winner, 2 * num_images, seed + _FRESH)
 
 
-def _finalists(made: Sequence[Trial], key: str) -> list[Trial]:
-    """The best trials, none of them twice and none the model's own decoding."""
+def _finalists(made: Sequence[Trial], key: str, current: DecodingConfig | None) -> list[Trial]:
+    """Trial 0, the trial that is in use, and the best others, no decoding twice."""
     ranked = sorted(made[1:], key=lambda trial: -trial.numbers[key] if METRICS[key] else trial.numbers[key])
-    chosen: list[Trial] = []
+    chosen = [made[0], *(trial for trial in ranked if trial.decoding == current)][:2]
+    most = len(chosen) + _FINALISTS - sum(trial in ranked[:_FINALISTS] for trial in chosen)
     for trial in ranked:
-        if len(chosen) < _FINALISTS and all(trial.decoding != other.decoding for other in (made[0], *chosen)):
+        if len(chosen) < most and all(trial.decoding != other.decoding for other in chosen):
             chosen.append(trial)
     return chosen
 

@@ -8,8 +8,10 @@ import pytest
 from PIL import Image
 
 from maskgit_pl.cli import evaluate
+from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation import classifier
 from maskgit_pl.evaluation.classifier import ClassifierConfig
+from maskgit_pl.pretrained import save_decoding
 
 
 @pytest.fixture
@@ -40,13 +42,27 @@ def test_writes_numbers_pictures_and_a_classifier(run_folder: Path, tiny_shards:
     assert report["reconstruction"]["images"] == 24
     assert report["protocol"]["num_images"] == 12
     assert report["samples"]["without_guidance"]["guidance_scales"] == [0.0] * 4
+    assert report["samples"]["exported_guidance"]["fid/classifier"] > 0
+    assert report["real_against_real"]["images"] == 12
     assert (run_folder / "classifier" / "model.safetensors").is_file()
     for name in ("samples.png", "reconstructions.png"):
         with Image.open(run_folder / name) as picture:
             assert picture.width > 100
     with Image.open(run_folder / "decoding.gif") as animation:
         assert animation.n_frames == 4
-    assert "class agreement" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "class agreement" in out
+    assert "fid/classifier" in out
+
+
+@pytest.mark.usefixtures("quick_judge")
+def test_the_steps_are_the_model_s_own_its_tuned_ones_where_there_are_any(run_folder: Path, tiny_shards: Path) -> None:
+    for number in (4, 3):  # as exported; as tuned
+        call(run_folder, "--data", tiny_shards, "--num-images", 6)
+        protocol = json.loads((run_folder / "metrics.json").read_text())["protocol"]
+        assert (protocol["num_steps"], protocol["decoding"]["num_steps"]) == (number, number)
+        save_decoding(run_folder / "pretrained", DecodingConfig(3, "halton"))
+    assert protocol["decoding"]["token_selector"] == "halton"
 
 
 @pytest.mark.usefixtures("quick_judge")

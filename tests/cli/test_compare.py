@@ -1,0 +1,143 @@
+import argparse
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from maskgit_pl.cli import compare, main
+from maskgit_pl.cli.measuring import decoding_spec, decoding_specs, step_numbers
+from maskgit_pl.evaluation import classifier, protocol
+from maskgit_pl.evaluation.classifier import ClassifierConfig
+
+
+@pytest.fixture
+def run_folder(tiny_pretrained: Path, tmp_path: Path) -> Path:
+    shutil.copytree(tiny_pretrained, tmp_path / "run" / "pretrained")
+    return tmp_path / "run"
+
+
+@pytest.fixture(autouse=True)
+def _quick_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = replace(ClassifierConfig(), width=4, max_steps=3, batch=20)
+    plain = classifier.obtain_classifier
+    monkeypatch.setattr(classifier, "obtain_classifier", lambda *args, **options: plain(*args, config=quick, **options))
+
+
+def call(*words: object) -> int:
+    parser = argparse.ArgumentParser()
+    compare.add_parser(parser.add_subparsers())
+    args = parser.parse_args(["compare", *map(str, words), "--device", "cpu"])
+    code: int = args.run(args)
+    return code
+
+
+def test_measures_every_selector_and_a_second_run_measures_nothing(
+    run_folder: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    words = (run_folder, "--data", tiny_shards, "--num-images", 6, "--num-steps", "2,3")
+    assert call(*words) == 0
+    out = run_folder / "comparison"
+    content = json.loads((out / "comparison.json").read_text())
+    assert len(content["rows"]) == 2 * 10
+    assert [row["num_steps"] for row in content["rows"]] == [2] * 10 + [3] * 10
+    assert content["protocol"]["num_images"] == 6
+    assert content["real"]["real_against_real"]["images"] == 6
+    for row in content["rows"]:
+        assert 0 <= row["class_agreement"] <= 1
+        assert row["fid/classifier"] > 0
+        assert row["decoding"]["guidance"] == {"name": "linear", "scale": 1.0}  # the model's own
+    assert (out / "comparison.md").read_text().startswith("# Token selectors\n\n    maskgit compare ")
+    assert len((out / "comparison.csv").read_text().splitlines()) == 21
+    with Image.open(out / "selectors.png") as picture:
+        assert picture.height > 10 * 84
+    assert "20 rows measured, 0 known before" in capsys.readouterr().out
+
+    monkeypatch.setattr(protocol, "measure_decoding", lambda *args, **options: pytest.fail("measured again"))
+    assert call(*words) == 0
+    assert json.loads((out / "comparison.json").read_text())["rows"] == content["rows"]
+    assert "0 rows measured, 20 known before" in capsys.readouterr().out
+
+
+def test_a_run_that_was_stopped_goes_on_and_finds_what_an_unbroken_one_finds(
+    run_folder: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (run_folder, "--data", tiny_shards, "--num-images", 6, "--num-steps", 2, "--guidance", "0.5")
+    words = (*words, "--selectors", "halton, {name: remdm, eta: 0.4}, random")
+    call(*words, "--out", run_folder / "whole")
+    plain, left = protocol.measure_decoding, [None]
+
+    def stops(*args: object, **options: object) -> object:
+        left.pop()  # the second call has none
+        return plain(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(protocol, "measure_decoding", stops)
+        with pytest.raises(IndexError):
+            call(*words, "--out", run_folder / "broken")
+    call(*words, "--out", run_folder / "broken")
+    whole, broken = (
+        json.loads((run_folder / name / "comparison.json").read_text())["rows"] for name in ("whole", "broken")
+    )
+    for row in whole + broken:
+        assert row.pop("milliseconds_per_image") > 0
+        assert row["decoding"]["guidance"] == {"name": "linear", "scale": 0.5}
+    assert [row["selector"] for row in whole] == ["halton", "remdm (eta 0.4)", "random"]
+    assert whole == broken
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (("--num-steps", "4,17"), "num_steps: at most the 16 tokens of an image, got 17"),
+        (("--num-steps", "4,0"), "numbers of at least 1 that rise are needed, got '0'"),
+        (("--num-steps", "many"), "--num-steps many: numbers such as 4,8,16"),
+        (("--selectors", "halton,confidnce"), "did you mean 'confidence'"),
+        (("--selectors", ","), "at least one name is needed"),
+        (("--selectors", "{name: remdm"), "a name or a mapping such as"),
+        (("--selectors", "{name: remdm, strategy: lop}"), "did you mean 'loop'"),
+        (("--selectors", "halton,halton"), "once is enough"),
+        (("--selectors", "4"), "names or mappings are needed, got 4"),
+        (("--guidance", "-1"), "scales must be finite and >= 0"),
+        (("--guidance", "{name: linear, scal: 1}"), "scal"),
+        (("--num-images", "5"), "at least 2 for each of the 3 classes"),
+        (("--batch", "0"), "batch_size: at least 1"),
+        (("--data", "nowhere"), "no such folder"),
+    ],
+)
+def test_wrong_input_ends_with_2_and_one_line_before_any_work(
+    run_folder: Path, tiny_shards: Path, words: tuple[str, ...], match: str, capsys
+) -> None:
+    given = () if "--data" in words else ("--data", str(tiny_shards))
+    assert main(["compare", str(run_folder), *given, *words, "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert match in error
+    assert error.count("\n") == 1
+    assert not (run_folder / "classifier").exists()
+    assert not (run_folder / "comparison").exists()
+
+
+def test_numbers_of_steps_go_as_far_as_there_are_tokens(run_folder: Path, tiny_shards: Path) -> None:
+    call(run_folder, "--data", tiny_shards, "--num-images", 6, "--selectors", "halton")
+    rows = json.loads((run_folder / "comparison" / "comparison.json").read_text())["rows"]
+    assert [row["num_steps"] for row in rows] == [4, 8, 16]
+
+
+def test_numbers_of_steps_are_listed_or_ranges() -> None:
+    assert step_numbers("4,8, 16") == (4, 8, 16)
+    assert step_numbers("2-4,4,12") == (2, 3, 4, 12)
+    for text in ("", "4-", "8-4", "-3", "1.5"):
+        with pytest.raises(ValueError, match="--num-steps"):
+            step_numbers(text)
+
+
+def test_specs_are_names_or_mappings_in_json_or_yaml() -> None:
+    mapping = {"name": "remdm", "eta": 0.4}
+    assert decoding_specs("--selectors", "halton, {name: remdm, eta: 0.4}") == ["halton", mapping]
+    assert decoding_specs("--selectors", '{"name": "remdm", "eta": 0.4},halton,') == [mapping, "halton"]
+    assert decoding_spec("--guidance", "1.5") == 1.5
+    for text in ("[halton", "true", "[halton]", "}{"):
+        with pytest.raises(ValueError, match="--guidance"):
+            decoding_spec("--guidance", text)

@@ -1,0 +1,161 @@
+import argparse
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from maskgit_pl.cli import main, tune
+from maskgit_pl.evaluation import classifier, tuning
+from maskgit_pl.evaluation.classifier import ClassifierConfig
+from maskgit_pl.pipeline import MaskGIT
+from maskgit_pl.pretrained import fingerprint, read_decoding
+
+FID = "fid/classifier"
+
+
+@pytest.fixture
+def run_folder(tiny_pretrained: Path, tmp_path: Path) -> Path:
+    shutil.copytree(tiny_pretrained, tmp_path / "run" / "pretrained")
+    return tmp_path / "run"
+
+
+@pytest.fixture(autouse=True)
+def _quick_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = replace(ClassifierConfig(), width=4, max_steps=3, batch=20)
+    plain = classifier.obtain_classifier
+    monkeypatch.setattr(classifier, "obtain_classifier", lambda *args, **options: plain(*args, config=quick, **options))
+
+
+def call(*words: object) -> int:
+    parser = argparse.ArgumentParser()
+    tune.add_parser(parser.add_subparsers())
+    args = parser.parse_args(["tune", *map(str, words), "--device", "cpu"])
+    code: int = args.run(args)
+    return code
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "tuning" / "trials.jsonl").read_text().splitlines()[1:]]
+
+
+def test_writes_a_recipe_that_the_model_follows_from_then_on(run_folder: Path, tiny_shards: Path, capsys) -> None:
+    own = MaskGIT.from_pretrained(run_folder / "pretrained").decoding
+    words = (run_folder, "--data", tiny_shards, "--num-images", 12, "--trials", 6, "--num-steps", "2-4")
+    assert call(*words, "--plot-images", 6) == 0
+    measured = lines(run_folder)
+    confirmed = [line for line in measured if line["purpose"].startswith("confirmation")]
+    assert len([line for line in measured if line["purpose"].startswith("trial")]) == 6
+    assert confirmed[0]["purpose"] == "confirmation of trial 0"
+    assert {line["num_images"] for line in confirmed} == {24}
+
+    content = json.loads((run_folder / "pretrained" / "decoding.json").read_text())
+    values = [line["numbers"][FID] for line in confirmed]
+    assert content["tuned"]["metric"] == FID
+    assert content["tuned"]["before"] == values[0]
+    assert content["tuned"]["value"] == min(values) < values[0]  # of seed 0
+    assert content["transformer"] == fingerprint(run_folder / "pretrained" / "transformer")
+    tuned = read_decoding(run_folder / "pretrained")
+    assert tuned is not None
+    assert MaskGIT.from_pretrained(run_folder / "pretrained").decoding == tuned != own
+    assert (run_folder / "tuning" / "tuning.md").read_text().startswith("# A way to decode\n")
+    with Image.open(run_folder / "tuning" / "tuning.png") as picture:
+        assert picture.width > 1000
+    assert "decoding.json: how this model is decoded from now on" in capsys.readouterr().out
+
+
+def test_a_second_run_measures_nothing_and_keeps_the_recipe(
+    run_folder: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (run_folder, "--data", tiny_shards, "--num-images", 12, "--trials", 6, "--num-steps", "2-4", "--no-plot")
+    call(*words)
+    recipe, measured = (run_folder / "pretrained" / "decoding.json").read_text(), lines(run_folder)
+    assert read_decoding(run_folder / "pretrained") is not None  # the search ends with another trial 0 than it began
+    monkeypatch.setattr(tuning, "measure_decoding", lambda *args, **options: pytest.fail("measured again"))
+    call(*words)
+    assert lines(run_folder) == measured
+    assert (run_folder / "pretrained" / "decoding.json").read_text() == recipe
+
+
+def test_a_search_that_was_stopped_goes_on_to_the_same_recipe(
+    run_folder: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(run_folder, other)
+    words = ("--data", tiny_shards, "--num-images", 6, "--trials", 4, "--num-steps", "2,3", "--no-plot")
+    call(run_folder, *words)
+    plain, left = tuning.measure_decoding, [None] * 2
+
+    def stops(*args: object, **options: object) -> object:
+        left.pop()
+        return plain(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning, "measure_decoding", stops)
+        with pytest.raises(IndexError):
+            call(other, *words)
+    assert len(lines(other)) == 2
+    call(other, *words)
+    for one, two in zip(lines(run_folder), lines(other), strict=True):
+        for line in (one, two):
+            del line["numbers"]["seconds_per_image"]
+        assert one == two
+    recipes = [folder / "pretrained" / "decoding.json" for folder in (run_folder, other)]
+    assert recipes[0].exists() == recipes[1].exists()
+    assert not recipes[0].exists() or recipes[0].read_text() == recipes[1].read_text()
+
+
+def test_one_trial_is_the_model_s_own_and_changes_nothing(run_folder: Path, tiny_shards: Path, capsys) -> None:
+    call(run_folder, "--data", tiny_shards, "--num-images", 6, "--trials", 1, "--no-plot")
+    assert not (run_folder / "pretrained" / "decoding.json").exists()
+    assert "nothing is changed" in capsys.readouterr().out
+    assert "nothing is changed" in (run_folder / "tuning" / "tuning.md").read_text()
+
+
+@pytest.mark.parametrize("how", ["random", "grid"])
+def test_a_dry_run_prints_the_trials_and_touches_nothing(run_folder: Path, tiny_shards: Path, how: str, capsys) -> None:
+    assert call(run_folder, "--data", tiny_shards, "--dry-run", "--trials", 5, "--search", how) == 0
+    out = capsys.readouterr().out
+    assert "guidance linear" in out
+    assert "│     4 │" in out
+    assert [path.name for path in run_folder.iterdir()] == ["pretrained"]
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (("--trials", "0"), "--trials: at least 1 is needed, got 0"),
+        (("--seconds", "0"), "--seconds: more than 0 is needed"),
+        (("--seconds", "nan"), "--seconds: more than 0 is needed"),
+        (("--metric", "fdi"), "did you mean 'fid'"),
+        (("--search", "bayes"), "--search 'bayes'"),
+        (("--num-steps", "4-17"), "num_steps: at most the 16 tokens of an image, got 17"),
+        (("--num-steps", "x"), "--num-steps x"),
+        (("--selectors", "halton,margn"), "did you mean 'margin'"),
+        (("--num-images", "5"), "at least 2 for each of the 3 classes"),
+        (("--plot-images", "5"), "at least 2 for each of the 3 classes"),
+        (("--plot-images", "0"), "--plot-images: at least 2"),
+        (("--seed", "-1"), "--seed: a number in [0, 2**31) is needed, got -1"),
+        (("--data", "nowhere"), "no such folder"),
+    ],
+)
+def test_wrong_input_ends_with_2_and_one_line_before_any_work(
+    run_folder: Path, tiny_shards: Path, words: tuple[str, ...], match: str, capsys
+) -> None:
+    given = () if "--data" in words else ("--data", str(tiny_shards))
+    assert main(["tune", str(run_folder), *given, *words, "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert match in error
+    assert error.count("\n") == 1
+    assert [path.name for path in run_folder.iterdir()] == ["pretrained"]
+
+
+def test_a_ledger_of_other_weights_is_refused(run_folder: Path, tiny_shards: Path) -> None:
+    words = (run_folder, "--data", tiny_shards, "--num-images", 6, "--trials", 1, "--no-plot")
+    call(*words)
+    file = run_folder / "tuning" / "trials.jsonl"
+    file.write_text(file.read_text().replace(fingerprint(run_folder / "pretrained" / "transformer"), "0" * 64))
+    with pytest.raises(ValueError, match="measured with another transformer; name another --out"):
+        call(*words)
