@@ -135,9 +135,7 @@ def generate_bulk(
         )
     if result.missing_parts:
         who = f"rank {rank} of {world_size}"
-        print(
-            f"{args.out}: {who} has its {result.made + result.found} images, {result.missing_parts} parts are to come"
-        )
+        print(f"{args.out}: {who} has its {result.made + result.found} images; parts to come: {result.missing_parts}")
     elif result.made == 0:
         print(f"{args.out}: complete with {args.num_images} images; nothing was to be made")
     else:

@@ -37,7 +37,9 @@ _ANIMATED = 4  # images side by side in an animation
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command to ``maskgit``."""
     parser = subparsers.add_parser("sample", help="generate images of classes", allow_abbrev=False)
-    parser.add_argument("folder", type=Path, metavar="RUN", help="run folder (runs/NAME) or pretrained folder")
+    parser.add_argument(
+        "folder", type=Path, metavar="RUN", help="run folder (runs/NAME), pretrained folder, or owner/name on the Hub"
+    )
     parser.add_argument(
         "--classes", default="all", metavar="A,B,...", help="numbers or names, or all (default: all, at most 10)"
     )
@@ -69,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         FileNotFoundError: No such run.
         ValueError: An unknown class or a number out of range.
     """
-    folder = pretrained_folder(args.folder)
+    folder = args.folder if _reads_as_hub_id(args.folder) else pretrained_folder(args.folder)
     settings: dict[str, Any] = {**decoding_settings(args)}
     share = check_bulk(args)
     if args.per_class is not None and args.per_class < 1:
@@ -129,6 +131,11 @@ def pretrained_folder(folder: Path) -> Path:
                 f"run {folder}: no {part} in {found}; `maskgit train {part}` makes it when it has finished"
             )
     return found
+
+
+def _reads_as_hub_id(folder: Path) -> bool:
+    """Whether it is no path here and has the two parts of ``owner/name``; ``from_pretrained`` looks closer."""
+    return len(folder.parts) == 2 and not folder.is_absolute() and not folder.parent.is_dir()
 
 
 def class_of(word: str, names: Sequence[str]) -> int | str:

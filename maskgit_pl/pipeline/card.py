@@ -70,23 +70,36 @@ class Origin:
     tuned: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, folder: Path) -> Origin:
+    def of(cls, folder: Path, *, tuned: bool) -> Origin:
         """Reads a folder; folders that were written before there was a ``config.json`` are as good.
+
+        Args:
+            folder: The folder.
+            tuned: Whether its ``decoding.json`` is what the pipeline decodes by.
 
         Raises:
             ValueError: A file is not what it should be.
         """
         known = read_config(folder, "pipeline") if (folder / "config.json").is_file() else {}
-        return cls(folder, known, _json(folder / "decoding.json").get("tuned") or {})
+        return cls(folder, known, (_json(folder / "decoding.json").get("tuned") or {}) if tuned else {})
+
+    def weights(self) -> dict[str, str]:
+        """The folder's ``fingerprints``; empty where it is none, or gone."""
+        there = self.folder is not None and all((self.folder / stage).is_dir() for stage in _STAGES)
+        return fingerprints(self.folder) if self.folder is not None and there else {}
+
+    def facts(self, weights: Mapping[str, str]) -> Mapping[str, Any]:
+        """What ``config.json`` says of just these weights."""
+        return self.known if self.known.get("fingerprints") == weights else {}
 
     def run(self) -> Path | None:
         """The run that the folder lies in, if it does."""
         return None if self.folder is None else run_of(self.folder)
 
 
-def fingerprints(folder: Path | None) -> dict[str, str]:
-    """sha256 of the weights of both stages; empty where there is no folder."""
-    return {} if folder is None else {stage: fingerprint(folder / stage) for stage in _STAGES}
+def fingerprints(folder: Path) -> dict[str, str]:
+    """sha256 of the weights of both stages."""
+    return {stage: fingerprint(folder / stage) for stage in _STAGES}
 
 
 def write_card(
@@ -240,7 +253,11 @@ def _value(tree: Any, path: str) -> Any:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    content = json.loads(file.read_text()) if file.is_file() else {}
+    """A mapping; empty where there is no file."""
+    try:
+        content = json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON ({error})") from error
     return content if isinstance(content, dict) else {}
 
 

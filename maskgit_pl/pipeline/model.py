@@ -131,11 +131,12 @@ class MaskGIT:
         folder = find_folder(
             path_or_hub_id, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
         )
-        origin = Origin.of(folder)
+        own = decoding is None
         if decoding is None:
             decoding = read_decoding(folder)
         elif not isinstance(decoding, DecodingConfig):
-            decoding, origin = load_decoding(decoding), replace(origin, tuned={})
+            decoding = load_decoding(decoding)
+        origin = Origin.of(folder, tuned=own)
         tokenizer, transformer = load_tokenizer(folder / "tokenizer"), load_transformer(folder / "transformer")
         spec = read_config(folder / "transformer", "transformer")["mask_schedule"]
         pipe = cls(tokenizer, transformer, mask_schedule=spec, decoding=decoding)
@@ -165,17 +166,17 @@ class MaskGIT:
         self._refuse_int8("saved")
         if run is not None:
             check_run(Path(run))
-        folder, before = Path(folder), fingerprints(self._origin.folder)
+        folder, before = Path(folder), self._origin.weights()
         self._save_networks(folder)
         if self._decoding is not None:
             save_decoding(folder, self._decoding, tuned=self._origin.tuned)
         else:
             (folder / "decoding.json").unlink(missing_ok=True)
-        same = before == fingerprints(folder)
+        after = fingerprints(folder)
         write_card(
             folder,
-            run=run if run is not None else self._origin.run() if same else None,
-            known=self._origin.known if same else {},
+            run=run if run is not None else self._origin.run() if before == after else None,
+            known=self._origin.facts(after),
             license=license,
             name=name,
         )

@@ -11,7 +11,7 @@ from PIL import Image
 
 from maskgit_pl.cli import bulk, main, sample
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.pipeline import MaskGIT
+from maskgit_pl.pipeline import MaskGIT, model
 from maskgit_pl.pipeline.options import with_settings
 
 
@@ -187,7 +187,7 @@ def test_many_images_go_into_one_file(tiny_pretrained: Path, tmp_path: Path, cap
     assert call(tiny_pretrained, *words) == 0
     assert "complete with 13 images; nothing was to be made" in capsys.readouterr().out
     assert call(tiny_pretrained, *words[:-1], tmp_path / "b.npz", "--rank", 1, "--world-size", 2) == 0
-    assert "rank 1 of 2 has its 5 images, 2 parts are to come" in capsys.readouterr().out
+    assert "rank 1 of 2 has its 5 images; parts to come: 2" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"it holds other images, got decoding\.num_steps 2 -> 3"):
         call(tiny_pretrained, *words, "--steps", 3)
 
@@ -263,3 +263,13 @@ def test_progress_is_told_in_lines_with_the_time_left(capsys, monkeypatch) -> No
         "sampling 100 images, 20 of them are there",
         "40 of 100 images, 0.50 a second, 00:02:00 left",
     ]
+
+
+def test_a_model_of_the_hub_is_named_by_its_id(tiny_pretrained: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(model, "find_folder", lambda name, **options: {"owner/name": tiny_pretrained}[str(name)])
+    assert call("owner/name", "--per-class", 1) == 0
+    (tmp_path / "runs").mkdir()
+    for path in ("runs/nowhere", "nowhere"):
+        with pytest.raises(FileNotFoundError, match="no such folder; train one"):
+            call(path)

@@ -131,6 +131,28 @@ def test_facts_go_with_the_weights_and_not_with_others(run: Path, tmp_path: Path
     assert (content["run"], content["license"]) == (None, None)
 
 
+def test_facts_of_older_weights_do_not_go_with_newer_ones(run: Path, tmp_path: Path) -> None:
+    write_card(run / "pretrained", license="mit")
+    shutil.copytree(run / "pretrained", tmp_path / "again")
+    save_tiny_pretrained(tmp_path / "again", seed=1)  # weights alone, as an older version exports them
+    MaskGIT.from_pretrained(tmp_path / "again").save_pretrained(tmp_path / "copy")
+    content = json.loads((tmp_path / "copy" / "config.json").read_text())
+    assert (content["run"], content["license"]) == (None, None)
+
+
+def test_a_pipeline_is_saved_when_its_folder_is_gone(tmp_path: Path) -> None:
+    pipe = MaskGIT.from_pretrained(save_tiny_pretrained(tmp_path / "first"))
+    shutil.rmtree(tmp_path / "first")
+    pipe.save_pretrained(tmp_path / "second")
+    assert MaskGIT.from_pretrained(tmp_path / "second").class_names == pipe.class_names
+
+
+def test_papers_that_are_no_json_are_named(run: Path) -> None:
+    (run / "metrics.json").write_text("{")
+    with pytest.raises(ValueError, match=r"metrics\.json: not JSON"):
+        write_card(run / "pretrained")
+
+
 def test_a_run_may_be_named(run: Path, tiny_pretrained: Path, tmp_path: Path) -> None:
     pipe = MaskGIT.from_pretrained(tiny_pretrained)
     pipe.save_pretrained(tmp_path / "named", run=run)
