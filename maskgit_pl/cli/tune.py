@@ -165,7 +165,7 @@ def _tune(
         judge = ready(folders, pipe, data, bars, num_images=2 * args.num_images)
         meter = Meter(pipe, judge.classifier, judge.real, ledger, batch_size=args.batch)
         found = _search(meter, space, args, key, bars, current=pipe.decoding)
-        _print_found(found, key, measured=meter.measured)
+        _print_found(found, key)
         _write_recipe(folders.pretrained, pipe, data, found, args, key)
         figure = None if args.no_plot else _figure(pipe, meter, found, args, key, bars)
     page = as_markdown(
@@ -189,7 +189,7 @@ def _search(
 ) -> Found:
     from maskgit_pl.evaluation.tuning import describe_decoding, search
 
-    advance = bars("trials", args.trials)
+    advance = bars("trials", args.trials + 4)  # and the confirmation
 
     def on_trial(trial: Trial) -> None:
         advance(1)
@@ -209,22 +209,24 @@ def _search(
     )
 
 
-def _print_found(found: Found, key: str, *, measured: int) -> None:
+def _print_found(found: Found, key: str) -> None:
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
+    from maskgit_pl.evaluation.comparison import in_two_lines
     from maskgit_pl.evaluation.tuning import describe_decoding
 
-    table = Table(title=f"measured again with fresh noise, {found.num_images} images each")
-    for column in ("trial", "decoding", key, "agreement", "diversity", "ms an image"):
-        table.add_column(column, justify="left" if column == "decoding" else "right")
+    table = Table(title=f"measured again with fresh noise, {found.num_images} images each", box=SIMPLE, padding=0)
+    for column in ("trial", "decoding", key, "agreement %", "diversity", "ms an image"):
+        table.add_column(in_two_lines(column), justify="left" if column == "decoding" else "right")
     for trial in found.confirmed:
         numbers = trial.numbers
         table.add_row(
-            f"{trial.number}{' (own)' if trial.number == 0 else ''}",
+            str(trial.number),
             describe_decoding(trial.decoding),
             f"{numbers[key]:.4f}",
-            f"{numbers['class_agreement']:.1%}",
+            f"{100 * numbers['class_agreement']:.1f}",
             f"{numbers['diversity']:.2f}",
             f"{1000 * numbers['seconds_per_image']:.1f}",
             style="bold" if trial.number == found.winner.number else "",

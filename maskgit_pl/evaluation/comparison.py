@@ -17,6 +17,7 @@ from typing import Any, get_args
 
 import torch
 from PIL import Image
+from rich.box import SIMPLE
 from rich.table import Table
 
 from maskgit_pl.decoding import DecodingConfig
@@ -34,6 +35,7 @@ __all__ = [
     "contenders",
     "describe",
     "every_selector",
+    "in_two_lines",
     "plain",
     "same_decoding",
     "selector_sheet",
@@ -239,14 +241,20 @@ def _real_cells(content: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def in_two_lines(heading: str) -> str:
+    """A heading that leaves room for others in a terminal of 80 columns."""
+    return heading.replace("/", "/\n") if "/" in heading else "\n".join(heading.rsplit(" ", 1))
+
+
 def as_table(content: Mapping[str, Any]) -> Table:
     """The rows for a terminal: the best of each number of steps in bold."""
     protocol, rows = content["protocol"], _ordered(content["rows"])
-    table = Table(title=f"{protocol['num_images']} images each, seed {protocol['seed']}, the same noise for all")
+    title = f"{protocol['num_images']} images each, seed {protocol['seed']}, the same noise for all"
+    table = Table(title=title, box=SIMPLE, padding=0)
     table.add_column("T", justify="right")
-    table.add_column("token selector")
+    table.add_column("token\nselector")
     for heading, _, _ in _COLUMNS.values():
-        table.add_column(heading, justify="right")
+        table.add_column(in_two_lines(heading), justify="right")
     for number, row in enumerate(rows):
         cells = [
             f"[bold]{row[key] * factor:.{digits}f}[/]" if _best(rows, row, key) else f"{row[key] * factor:.{digits}f}"
