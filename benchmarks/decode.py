@@ -11,7 +11,6 @@ import argparse
 import copy
 import importlib.util
 import json
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -195,7 +194,9 @@ def muse(task: Task) -> Decode:
 
 def amused(task: Task) -> Decode:
     """The aMUSEd pipeline of diffusers without guidance and tokenizer; a class is a text of one token."""
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    from diffusers.utils import logging
+
+    logging.set_verbosity_error()  # the pipeline is said to be deprecated
     from diffusers import AmusedPipeline, AmusedScheduler, UVit2DModel
 
     network = UVit2DModel(

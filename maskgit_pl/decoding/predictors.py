@@ -90,7 +90,7 @@ class CachedPredictor:
 
     A call computes the masked positions and those that became known since the last call; known tokens keep the keys and
     values that they had when more of the others were masked. Every ``refresh``-th call computes everything, the first
-    one too. With 4, decoding in 8 steps computes a fifth less (``benchmarks/decode.py`` measures what it costs).
+    one too. With 4, decoding in 8 steps computes a sixth less (``benchmarks/decode.py`` measures what it costs).
 
     Args:
         network: Usually a ``networks.transformer.MaskedTransformer``.
