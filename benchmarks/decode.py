@@ -28,10 +28,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from maskgit_pl.cli.measuring import find_run, open_data
 from maskgit_pl.decoding import FirstStepLogits, ParallelDecoder, decode_classes
+from maskgit_pl.evaluation.classifier import obtain_classifier
 from maskgit_pl.guidance import guidance_scales, guidance_schedules
 from maskgit_pl.networks.int8 import quantized
 from maskgit_pl.networks.transformer import Block, MaskedTransformer, TransformerConfig
+from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.schedules import mask_schedules
 from maskgit_pl.selectors import token_selectors
 from maskgit_pl.training.environment import describe_environment
@@ -40,6 +43,7 @@ Decode = Callable[[], Tensor]
 """Decodes a batch and gives its tokens (B, N)."""
 
 _STEPS = 8
+_REFRESH = 4
 _CPU = torch.device("cpu")
 _MUSE, _AMUSED = "muse-maskgit-pytorch", "diffusers aMUSEd"
 _PEERS = {_MUSE: "muse_maskgit_pytorch", _AMUSED: "diffusers"}
@@ -361,8 +365,8 @@ def contenders(task: Task) -> dict[str, Callable[[], Decode]]:
         "ours, guided": partial(exact, guidance={"name": "linear", "scale": 3.0}),
         "ours, int8": lambda: Ours(quantized(network), task),
         "ours, int8, class seen": lambda: Ours(quantized(network), task, hit=True),
-        "ours, context kept": partial(exact, refresh=4),
-        "ours, context kept, class seen": partial(exact, refresh=4, hit=True),
+        "ours, context kept": partial(exact, refresh=_REFRESH),
+        "ours, context kept, class seen": partial(exact, refresh=_REFRESH, hit=True),
         "ours, bf16": lambda: Ours(copy.deepcopy(network).to(torch.bfloat16), task),
         _MUSE: lambda: muse(task),
         _AMUSED: lambda: amused(task),
@@ -416,6 +420,54 @@ def measure(
     ]
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What a mode of decoding changes of a trained model's images.
+
+    Args:
+        same: Share of tokens equal to those of the exact mode, from the same noise.
+        agreement: Share of images that the run's classifier takes for the class asked for.
+    """
+
+    same: float
+    agreement: float
+
+    def row(self) -> dict[str, str]:
+        """Its part of the row of the table."""
+        return {"trained: same": f"{100 * self.same:.1f} %", "trained: class": f"{100 * self.agreement:.1f} %"}
+
+
+def on_trained(run: Path, names: Sequence[str], *, num_images: int) -> dict[str, Trained]:
+    """Decodes images of a trained run in each of our modes, without guidance, and judges them."""
+    folders = find_run(argparse.Namespace(folder=run, data=None, classifier=None))
+    pipe = MaskGIT.from_pretrained(folders.pretrained)
+    classifier = obtain_classifier(folders.judge, open_data(folders, pipe))
+    labels = [number * len(pipe.class_names) // num_images for number in range(num_images)]
+    exact, found = None, {}
+    for name in names:
+        if name not in _ALIKE or name.endswith("class seen"):
+            continue
+        made = {"ours, int8": pipe.quantized, "ours, bf16": lambda: _bfloat16(folders.pretrained)}.get(name)
+        model = pipe if made is None else made()
+        kept: list[Tensor] = []
+        images = model.generate(
+            labels,
+            output_type="pt",
+            guidance_scale=0.0,
+            context_cache=_REFRESH if name == "ours, context kept" else 1,
+            callback=lambda step, kept=kept: None if bool(step.still_masked.any()) else kept.append(step.tokens),
+        )
+        tokens = torch.cat(kept)
+        exact = tokens if exact is None else exact
+        agreement = (classifier.judge(images).classes == torch.tensor(labels)).float().mean()
+        found[name] = Trained(float((tokens == exact).float().mean()), float(agreement))
+    return found | {f"{name}, class seen": found[name] for name in found if f"{name}, class seen" in names}
+
+
+def _bfloat16(folder: Path) -> MaskGIT:
+    return MaskGIT.from_pretrained(folder).to("cpu", dtype=torch.bfloat16)
+
+
 def installed(names: Sequence[str]) -> list[str]:
     """The contenders whose packages are there; says which are not."""
     missing = [name for name, package in _PEERS.items() if importlib.util.find_spec(package) is None]
@@ -441,6 +493,10 @@ def _arguments(argv: Sequence[str] | None, names: Sequence[str]) -> argparse.Nam
         "--sequential-repeats", type=_positive, default=1, help="rounds of the sequential decoders (%(default)s)"
     )
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"beside ours: {'; '.join(names[1:])}")
+    parser.add_argument(
+        "--run", type=Path, metavar="RUN", help="also what each mode changes of this run's images, such as the demo's"
+    )
+    parser.add_argument("--num-images", type=_positive, default=500, help="images of that run (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes all numbers and the environment")
     return parser.parse_args(argv)
 
@@ -477,9 +533,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         sequential_repeats=arguments.sequential_repeats,
     )
     print(f"fp32 matrix-product peak: {measured[0].peak / 1e9:.1f} GFLOP/s")
-    print("\n" + markdown_table([one.row() for one in measured]))
+    trained: dict[str, Trained] = {}
+    if arguments.run:
+        trained = on_trained(arguments.run, [one.name for one in measured], num_images=arguments.num_images)
+        print(f"trained: {arguments.run}, {arguments.num_images} images without guidance")
+    nothing = {"trained: same": "-", "trained: class": "-"} if trained else {}
+    rows = [one.row() | (trained[one.name].row() if one.name in trained else nothing) for one in measured]
+    print("\n" + markdown_table(rows))
     if arguments.json:
         report = {
+            "trained": {name: asdict(one) for name, one in trained.items()},
             "environment": {**describe_environment(), "processor": processor()},
             "task": asdict(task),
             "measured": [asdict(one) for one in measured],
