@@ -25,7 +25,7 @@ ARGS ?=
 # The run that every stage belongs to. RECIPE may name several recipes, from left to right: RECIPE='paper-256 log'.
 OF_RUN = --dataset $(DATASET) --data $(DATA) --recipe "$(RECIPE)" --run "$(RUN)" $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)") $(if $(PRETRAINED),--pretrained "$(PRETRAINED)")
 
-.PHONY: help install data train-tokenizer tokenize train-transformer sample evaluate edit benchmark demo demo-short test lint format clean
+.PHONY: help install data train-tokenizer tokenize train-transformer sample evaluate compare tune edit benchmark demo demo-short test lint format clean
 
 help: ## Print every target
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -59,6 +59,12 @@ edit: $(STAMP) ## Generate a part of an image anew: IMAGE=file ARGS="--box L,T,R
 evaluate: $(STAMP) ## Measure RUN and write its metrics.json and pictures
 	@$(BIN)/maskgit evaluate runs/$(RUN) --data $(DATA) $(ARGS)
 
+compare: $(STAMP) ## Measure every token selector on RUN at several T, with the same noise: ARGS="--num-steps 4,8"
+	@$(BIN)/maskgit compare runs/$(RUN) --data $(DATA) $(ARGS)
+
+tune: $(STAMP) ## Search for a better way to decode RUN and keep it beside its weights: ARGS="--trials 40"
+	@$(BIN)/maskgit tune runs/$(RUN) --data $(DATA) $(ARGS)
+
 demo: ## From nothing to images: data, both stages, pictures and figures
 	@$(MAKE) --no-print-directory data
 	@$(MAKE) --no-print-directory train-tokenizer CLUSTER=$(CLUSTER)
@@ -84,7 +90,7 @@ lint: $(STAMP) ## Check style, types and shell scripts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck recipes/slurm/train.sbatch .ci/run
+	$(BIN)/shellcheck recipes/slurm/train.sbatch .ci/run docs/decoding/sheets.sh
 
 format: $(STAMP) ## Put the code into the project's style
 	$(BIN)/ruff check --fix .
