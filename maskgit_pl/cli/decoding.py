@@ -43,6 +43,7 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--context-cache", type=int, metavar="N", help="look at all tokens every N steps alone; approximate above 1"
     )
+    group.add_argument("--int8", action="store_true", help="a transformer of 8 bits, on a processor; approximate")
     group.add_argument(
         "--decoding", type=Path, metavar="FILE.json", help="all of it, as decoding.json has it; the others change parts"
     )

@@ -17,7 +17,7 @@ from maskgit_pl.cli.measuring import (
     progress_bars,
     ready,
 )
-from maskgit_pl.cli.sample import write_animation
+from maskgit_pl.cli.showing import write_gif
 
 if TYPE_CHECKING:
     from maskgit_pl.data import Batch, ShardData
@@ -135,4 +135,6 @@ def _write_pictures(pipe: MaskGIT, data: ShardData, samples: Samples, protocol: 
 
     shown = classes[:_ANIMATED]
     seeds = [protocol.seed + number for number in range(len(shown))]
-    write_animation(pipe, shown, seeds, folder / "decoding.gif", num_steps=protocol.num_steps)
+    steps = list(pipe.steps(shown, seed=seeds, num_steps=protocol.num_steps))
+    captions = [pipe.class_names[label] for label in shown]
+    write_gif(pipe, steps, folder / "decoding.gif", captions=captions, grid=pipe.tokenizer.grid)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from maskgit_pl.cli.decoding import add_decoding_arguments, decoding_settings
-from maskgit_pl.cli.sample import class_of, default_device, pretrained_folder, write_images
-from maskgit_pl.cli.showing import add_showing_arguments, recorded_steps, write_decoding
+from maskgit_pl.cli.model import add_model_argument, class_of, model_source, open_pipe
+from maskgit_pl.cli.showing import add_showing_arguments, recorded_steps, write_decoding, write_images
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +28,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def add_region_arguments(parser: argparse.ArgumentParser, *, class_required: bool) -> None:
     """Adds the flags that say which part of an image is generated anew, and as what."""
-    parser.add_argument("folder", type=Path, metavar="RUN", help="run folder (runs/NAME) or pretrained folder")
+    add_model_argument(parser)
     parser.add_argument("image", type=Path, metavar="IMAGE", help="JPEG, PNG or WebP file")
     parser.add_argument("--box", metavar="L,T,R,B", help="what to generate: left,top,right,bottom in pixels of IMAGE")
     parser.add_argument(
@@ -76,14 +76,13 @@ def run(args: argparse.Namespace) -> int:
         FileNotFoundError: No such run, image or mask.
         ValueError: Not an image, a wrong box or mask, an unknown class, or a number out of range.
     """
-    folder = pretrained_folder(args.folder)
+    source = model_source(args.folder)
     box = _checked(args)
     settings = decoding_settings(args)
     from maskgit_pl import editing
-    from maskgit_pl.pipeline import MaskGIT
     from maskgit_pl.training.pictures import edit_sheet, save_png
 
-    pipe = MaskGIT.from_pretrained(folder).to(args.device or default_device())
+    pipe = open_pipe(source, args)
     label, class_name = label_of(pipe, args.class_)
     tokenizer, name = pipe.tokenizer.network.config, f"image {args.image}"
     image = editing.image_pixels(args.image, channels=tokenizer.in_channels)

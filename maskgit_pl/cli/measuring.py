@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from maskgit_pl.cli.sample import default_device, pretrained_folder
+from maskgit_pl.cli.model import default_device, pretrained_folder
 
 if TYPE_CHECKING:
     from maskgit_pl.data import ShardData

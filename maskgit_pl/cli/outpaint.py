@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, cast
 
 from maskgit_pl.cli.decoding import decoding_settings
 from maskgit_pl.cli.inpaint import add_variant_arguments, label_of, read_header
-from maskgit_pl.cli.sample import default_device, pretrained_folder, write_images
-from maskgit_pl.cli.showing import recorded_steps, write_decoding
+from maskgit_pl.cli.model import add_model_argument, model_source, open_pipe
+from maskgit_pl.cli.showing import recorded_steps, write_decoding, write_images
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +24,7 @@ _SIDES = ("left", "right", "up", "down")
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command to ``maskgit``."""
     parser = subparsers.add_parser("outpaint", help="go on with an image beyond its borders", allow_abbrev=False)
-    parser.add_argument("folder", type=Path, metavar="RUN", help="run folder (runs/NAME) or pretrained folder")
+    add_model_argument(parser)
     parser.add_argument("image", type=Path, metavar="IMAGE", help="JPEG, PNG or WebP file, of any size")
     for side in _SIDES:
         parser.add_argument(f"--{side}", type=int, default=0, metavar="PIXELS", help="to add on this side")
@@ -48,14 +48,13 @@ def run(args: argparse.Namespace) -> int:
         FileNotFoundError: No such run or image.
         ValueError: Not an image, sizes that are no whole tokens, an unknown class, or a number out of range.
     """
-    folder = pretrained_folder(args.folder)
+    source = model_source(args.folder)
     added = _checked(args)
     settings = decoding_settings(args)
     from maskgit_pl import editing
-    from maskgit_pl.pipeline import MaskGIT
     from maskgit_pl.training.pictures import edit_sheet, save_png
 
-    pipe = MaskGIT.from_pretrained(folder).to(args.device or default_device())
+    pipe = open_pipe(source, args)
     label, class_name = label_of(pipe, args.class_)
     config = pipe.tokenizer.network.config
     image = editing.image_pixels(args.image, channels=config.in_channels)

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from maskgit_pl.cli.decoding import add_decoding_arguments, decoding_settings
+from maskgit_pl.cli.model import add_model_argument, class_words, model_source, open_pipe
 from maskgit_pl.cli.outpaint import add_overlap_argument
-from maskgit_pl.cli.sample import class_words, default_device, pretrained_folder, write_images
-from maskgit_pl.cli.showing import add_showing_arguments, recorded_steps, write_decoding
+from maskgit_pl.cli.showing import add_showing_arguments, recorded_steps, write_decoding, write_images
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +20,7 @@ __all__ = ["add_parser", "run"]
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command to ``maskgit``."""
     parser = subparsers.add_parser("panorama", help="generate images of any width", allow_abbrev=False)
-    parser.add_argument("folder", type=Path, metavar="RUN", help="run folder (runs/NAME) or pretrained folder")
+    add_model_argument(parser)
     parser.add_argument(
         "--classes", default="all", metavar="A,B,...", help="numbers or names, or all (default: all, at most 10)"
     )
@@ -41,14 +41,13 @@ def run(args: argparse.Namespace) -> int:
         FileNotFoundError: No such run.
         ValueError: Sizes that are no whole tokens, an unknown class, or a number out of range.
     """
-    folder = pretrained_folder(args.folder)
+    source = model_source(args.folder)
     settings = decoding_settings(args)
     if not 0 < args.overlap < 1:
         raise ValueError(f"--overlap: a share in (0, 1) is needed, got {args.overlap}")
-    from maskgit_pl.pipeline import MaskGIT
     from maskgit_pl.training.pictures import image_grid, save_png
 
-    pipe = MaskGIT.from_pretrained(folder).to(args.device or default_device())
+    pipe = open_pipe(source, args)
     labels = pipe.class_ids(class_words(args.classes, pipe.class_names))
     names = [pipe.class_names[label] for label in labels]
     with recorded_steps("panorama", args) as (after_step, steps):

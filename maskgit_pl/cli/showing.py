@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from maskgit_pl.decoding import DecodingStep
     from maskgit_pl.pipeline import MaskGIT
 
     _AfterStep: TypeAlias = Callable[[DecodingStep], None]
 
-__all__ = ["add_showing_arguments", "recorded_steps", "write_decoding"]
+__all__ = ["add_showing_arguments", "recorded_steps", "write_decoding", "write_gif", "write_images"]
 
 _SHOWN = 4  # images side by side in an animation
 
@@ -74,16 +76,36 @@ def write_decoding(
     """
     if not steps:
         return
-    from maskgit_pl.training.pictures import decode_images, decoding_filmstrip, decoding_frames, save_gif, save_png
+    from maskgit_pl.training.pictures import decode_images, decoding_filmstrip, save_png
 
     grid = grid or pipe.tokenizer.grid
-    images = [decode_images(pipe.tokenizer, step.tokens, grid=grid) for step in steps]
     if args.gif is not None:
-        save_gif(decoding_frames(steps, images, grid=grid, captions=captions[: len(images[0])]), args.gif)
-        print(f"{args.gif}: how {len(images[0])} of them are decoded")
+        write_gif(pipe, steps, args.gif, captions=captions, grid=grid)
+        print(f"{args.gif}: how {len(steps[0].tokens)} of them are decoded")
     if args.filmstrip is not None:
+        images = [decode_images(pipe.tokenizer, step.tokens[:1], grid=grid) for step in steps]
         save_png(decoding_filmstrip(steps, images, grid=grid), args.filmstrip)
         print(f"{args.filmstrip}: how the first of them is decoded")
+
+
+def write_gif(
+    pipe: MaskGIT, steps: Sequence[DecodingStep], path: Path, *, captions: Sequence[str], grid: tuple[int, int]
+) -> None:
+    """Writes an animation of a decoding; arguments as of ``write_decoding``."""
+    from maskgit_pl.training.pictures import decode_images, decoding_frames, save_gif
+
+    images = [decode_images(pipe.tokenizer, step.tokens, grid=grid) for step in steps]
+    save_gif(decoding_frames(steps, images, grid=grid, captions=captions[: len(images[0])]), path)
+
+
+def write_images(images: Tensor, labels: Sequence[int | None], folder: Path, *, seed: int) -> None:
+    """Writes each image into a file that its class and seed name; arguments as of ``image_grid`` and ``generate``."""
+    from maskgit_pl.training.pictures import save_png, to_pil
+
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        name = "no-class" if label is None else f"class-{label:04d}"
+        save_png(to_pil(image), folder / f"{name}-seed-{seed + number:06d}.png")
+    print(f"{folder}: {len(images)} files")
 
 
 def _part(step: DecodingStep, count: int) -> DecodingStep:

@@ -167,8 +167,9 @@ def decoding_filmstrip(
     """One image's decoding in one picture, a column a step: mask, confidence, what is newly kept, the image.
 
     The mask is what the step found: grey. Confidence is the probability that each code had when it was last drawn, from
-    dark (0) to bright (the highest that was drawn, which stands beside the row). Newly kept tokens have an orange frame, tokens masked again a blue one. The image is that of
-    the step's whole draw. Of many steps some are shown, the first and the last among them.
+    dark (0) to bright (the highest that was drawn, which stands beside the row). Newly kept tokens have an orange
+    frame, tokens masked again a blue one. The image is that of the step's whole draw. Of many steps some are shown, the
+    first and the last among them.
 
     Args:
         steps: The steps of a run.

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from maskgit_pl.cli import bulk, main, sample
+from maskgit_pl.cli.model import pretrained_folder
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.pipeline import MaskGIT, model
 from maskgit_pl.pipeline.options import with_settings
@@ -45,8 +46,8 @@ def test_writes_a_picture_single_files_and_an_animation(tiny_pretrained: Path, t
 
 
 def test_a_run_folder_stands_for_its_pretrained_folder(tiny_pretrained: Path, tmp_path: Path) -> None:
-    assert sample.pretrained_folder(tiny_pretrained.parent) == tiny_pretrained
-    assert sample.pretrained_folder(tiny_pretrained) == tiny_pretrained
+    assert pretrained_folder(tiny_pretrained.parent) == tiny_pretrained
+    assert pretrained_folder(tiny_pretrained) == tiny_pretrained
     assert call(tiny_pretrained.parent, "--per-class", 1, "--out", tmp_path / "all.png") == 0
     with Image.open(tmp_path / "all.png") as picture:
         assert picture.height == 8 + 3 * 88 + 2 * 4 + 8  # all three classes, 8 px shown as 88
