@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Makes the pictures of docs/decoding on real images of the default data's val split:
+#     bash docs/decoding/sheets.sh runs/fashion-mnist-cosine docs/decoding
+set -euo pipefail
+
+run=$1 out=$2
+maskgit=${MASKGIT:-.venv/bin/maskgit}
+images=$(mktemp -d)
+trap 'rm -rf "$images"' EXIT
+
+tar -xf data/shards/fashion-mnist/val-000000.tar -C "$images" 00000009.png 00000019.png
+mv "$images/00000009.png" "$images/sneaker.png"
+mv "$images/00000019.png" "$images/shirt.png"
+"$(dirname "$maskgit")/python" - "$images" <<'PYTHON'
+import sys
+from PIL import Image
+
+folder = sys.argv[1]
+Image.open(f"{folder}/sneaker.png").crop((0, 0, 16, 28)).save(f"{folder}/front.png")
+Image.open(f"{folder}/shirt.png").crop((0, 0, 28, 16)).save(f"{folder}/upper.png")
+PYTHON
+
+"$maskgit" inpaint "$run" "$images/shirt.png" --box 8,8,20,20 --class T-shirt/top --out "$out/inpaint.png"
+"$maskgit" edit "$run" "$images/sneaker.png" --box 0,4,28,16 --class "Ankle boot" --out "$out/edit.png"
+"$maskgit" outpaint "$run" "$images/front.png" --right 12 --class Sneaker --seed 8 --out "$out/outpaint-right.png"
+"$maskgit" outpaint "$run" "$images/upper.png" --down 12 --class T-shirt/top --out "$out/outpaint-down.png"
+"$maskgit" outpaint "$run" "$images/sneaker.png" --all 8 --class Sneaker --out "$out/outpaint-all.png"
+"$maskgit" panorama "$run" --classes Trouser,Bag,Sandal --width 140 --overlap 0.3 --out "$out/panorama.png"
+"$maskgit" sample "$run" --classes Sneaker --per-class 1 --seed 3 --temperature 9 \
+    --selector '{"name": "remdm", "eta": 0.3}' --out "$images/one.png" --filmstrip "$out/filmstrip.png"
