@@ -76,6 +76,7 @@ def _evaluate(folders: RunFolders, pipe: MaskGIT, data: ShardData, protocol: Pro
     from maskgit_pl.evaluation.metrics import reconstruction
     from maskgit_pl.evaluation.protocol import measure_samples
     from maskgit_pl.evaluation.report import as_report, as_table, save_report
+    from maskgit_pl.pipeline.card import refresh_card
 
     with progress_bars() as bar:
         advance = bar("reconstructing", data.summary.samples["val"])
@@ -105,6 +106,7 @@ def _evaluate(folders: RunFolders, pipe: MaskGIT, data: ShardData, protocol: Pro
         unguided=unguided,
     )
     save_report(report, out)
+    refresh_card(folders.pretrained)
     Console().print(as_table(report))
     print(f"{out}: the numbers; samples.png, reconstructions.png and decoding.gif beside it")
 

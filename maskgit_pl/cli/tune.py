@@ -237,6 +237,7 @@ def _print_found(found: Found, key: str) -> None:
 def _write_recipe(
     folder: Path, pipe: MaskGIT, data: ShardData, found: Found, args: argparse.Namespace, key: str
 ) -> None:
+    from maskgit_pl.pipeline.card import refresh_card
     from maskgit_pl.pretrained import save_decoding
     from maskgit_pl.training.environment import describe_environment
 
@@ -256,6 +257,7 @@ def _write_recipe(
         "commit": describe_environment()["commit"],
     }
     old = save_decoding(folder, found.winner.decoding, tuned=tuned)
+    refresh_card(folder)
     kept = f"; the one before is kept as {old.name}" if old is not None else ""
     print(f"{folder / 'decoding.json'}: how this model is decoded from now on{kept}")
 

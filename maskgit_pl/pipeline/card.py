@@ -7,6 +7,7 @@ it and says nothing that is not there. Used by ``MaskGIT.save_pretrained`` and b
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,9 +29,12 @@ __all__ = [
     "describe_run",
     "fingerprints",
     "model_card",
+    "refresh_card",
     "run_of",
     "write_card",
 ]
+
+_log = logging.getLogger(__name__)
 
 _STAGES = ("tokenizer", "transformer")
 # Of a run's resolved recipe: what tells most of what was learned and how. The other keys stand in config.yaml.
@@ -141,6 +145,21 @@ def write_card(
         with write_atomically(folder / file) as stream:
             stream.write(text.encode())
     return content
+
+
+def refresh_card(folder: Path) -> None:
+    """Writes a run's card anew after its figures or its way of decoding changed; elsewhere there is none to refresh.
+
+    What was measured is written by then, and no fault of a text may lose it: it becomes a warning.
+    """
+    if run_of(folder) is None:
+        return
+    try:
+        config = folder / "config.json"
+        written = json.loads(config.read_text()) if config.is_file() else {}
+        write_card(folder, license=written.get("license"))
+    except Exception as error:
+        _log.warning("%s: no model card (%s: %s)", folder, type(error).__name__, error)
 
 
 def run_of(folder: Path) -> Path | None:

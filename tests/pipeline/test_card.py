@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.pipeline.card import write_card
+from maskgit_pl.pipeline.card import refresh_card, write_card
 from maskgit_pl.pretrained import fingerprint
 from tests.conftest import save_tiny_pretrained
 
@@ -167,3 +167,24 @@ def test_a_recipe_is_read_off_the_command_in_both_forms(run: Path) -> None:
     for words, recipe in ((["--recipe=log"], ["log"]), (["--recipe", "a", "b"], ["a", "b"]), ([], [])):
         file.write_text(json.dumps({"command": ["maskgit", "train", "transformer", *words]}))
         assert write_card(run / "pretrained")["run"]["transformer"]["recipe"] == recipe
+
+
+def test_a_card_follows_figures_that_are_measured_anew_and_keeps_its_licence(run: Path, caplog) -> None:
+    write_card(run / "pretrained", license="apache-2.0")
+    metrics = json.loads((run / "metrics.json").read_text())
+    metrics["reconstruction"]["psnr_db"] = 31.25
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    refresh_card(run / "pretrained")
+    card = (run / "pretrained" / "README.md").read_text()
+    assert "31.25" in card
+    assert "license: apache-2.0" in card
+    (run / "metrics.json").write_text("{")
+    refresh_card(run / "pretrained")
+    assert "no model card" in caplog.text
+    assert (run / "pretrained" / "README.md").read_text() == card
+
+
+def test_a_folder_outside_of_a_run_has_no_card_to_refresh(tmp_path: Path) -> None:
+    save_tiny_pretrained(tmp_path / "alone")
+    refresh_card(tmp_path / "alone")
+    assert not (tmp_path / "alone" / "README.md").exists()
