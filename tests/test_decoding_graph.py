@@ -57,7 +57,9 @@ def whole_run(selector: str, *, guided: bool = True, num_steps: int = NUM_STEPS)
     return run
 
 
-@pytest.mark.parametrize("selector", SCHEDULED)
+@pytest.mark.parametrize(
+    "selector", [name if name == "confidence" else pytest.param(name, marks=pytest.mark.slow) for name in SCHEDULED]
+)
 def test_a_recorded_run_gives_the_tokens_of_other_seeds_and_labels_too(selector):
     run = whole_run(selector)
     graph = make_fx(run)(*FIRST)

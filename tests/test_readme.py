@@ -49,6 +49,7 @@ def test_the_first_example_takes_three_lines():
     assert ".generate(" in lines[-1]
 
 
+@pytest.mark.slow
 def test_the_examples_run_one_after_the_other(tmp_path: Path):
     save_small_model(tmp_path / "runs/fashion-mnist-cosine/pretrained")
     Image.linear_gradient("L").resize((28, 28)).point(lambda value: 255 * (value > 128)).save(tmp_path / "mask.png")

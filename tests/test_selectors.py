@@ -268,15 +268,15 @@ def test_moment_scores_and_sharpens_with_the_same_exponent():
 
 def test_moment_is_what_confidence_tends_to():
     """Two places, one kept: how often each (place, code) is kept, of many images."""
-    images, temperature = 40_000, 1.0
-    logits = torch.tensor([[2.0, 0.0, -1.0], [0.5, 0.4, 0.0]]).repeat(40, 1)  # 80 places: one of many is kept
+    images, temperature = 20_000, 1.0
+    logits = torch.tensor([[2.0, 0.0, -1.0], [0.5, 0.4, 0.0]]).repeat(20, 1)  # 40 places: one of many is kept
     kept = {}
     for name in ("confidence", "moment"):
         spec = {"name": name, "choice_temperature": temperature / 0.5}
-        made = DecodingConfig(2, spec, tokens_per_step=(1, 79)).decoder(mask_schedules.build("cosine"))
-        noise = SeededNoise(torch.arange(images), 80)
+        made = DecodingConfig(2, spec, tokens_per_step=(1, 39)).decoder(mask_schedules.build("cosine"))
+        noise = SeededNoise(torch.arange(images), 40, steps_at_once=1)
         predictor = lambda tokens, positions, newly_known: logits[positions]  # noqa: E731
-        steps = made.steps(predictor, torch.full((images, 80), 9), noise, mask_token_id=9)
+        steps = made.steps(predictor, torch.full((images, 40), 9), noise, mask_token_id=9)
         step = next(iter(steps))
         chosen = (step.was_masked & ~step.still_masked).nonzero()
         codes = step.tokens[~step.still_masked]

@@ -299,7 +299,6 @@ def test_killed_and_shared_runs_write_the_very_same_file(tiny_pretrained: Path, 
     assert 3 <= left < 20
     assert f"sampling 400 images, {20 * left} of them are there" in ended(start(tiny_pretrained, killed))
     assert killed.read_bytes() == whole.read_bytes()
-    assert "complete with 400 images; nothing was to be made" in ended(start(tiny_pretrained, killed))
     both = [start(tiny_pretrained, shared, "--rank", rank, "--world-size", 2) for rank in (0, 1)]
     for process in both:
         ended(process)
