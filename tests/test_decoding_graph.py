@@ -78,5 +78,5 @@ def test_a_selector_that_decides_itself_how_many_to_keep_cannot_be_recorded():
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # torch's own compiler
 def test_a_compiled_run_gives_the_same_tokens():
     run = whole_run("confidence", guided=False, num_steps=2)
-    compiled = torch.compile(make_fx(run)(*FIRST))
+    compiled = torch.compile(make_fx(run)(*FIRST), backend="aot_eager")  # inductor: half a minute of C++, equal tokens
     assert torch.equal(compiled(*OTHERS), run(*OTHERS))
