@@ -1,0 +1,111 @@
+"""The results ledger: CSV files that hold what was measured, how and on what, a row each.
+
+A row is written as soon as it is measured, and one that is there is not measured again; the paper's tables and figures
+are made from these files. Rows are never changed: another commit that measures the same thing again with ``--again``
+adds a row, and the last one counts.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from maskgit_pl.files import write_atomically
+
+__all__ = ["Ledger", "Row", "number", "present"]
+
+Row = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """One kind of measurement.
+
+    Args:
+        file: ``results/KIND.csv``; it appears with the first row.
+        key: Columns that say what was measured, and on what. Two rows that agree in all of them are the same
+            measurement.
+    """
+
+    file: Path
+    key: tuple[str, ...]
+
+    def rows(self) -> list[Row]:
+        """All rows, the oldest first.
+
+        Raises:
+            ValueError: A file without the key's columns, or a row of another length than its header.
+        """
+        if not self.file.is_file():
+            return []
+        with self.file.open(newline="", encoding="utf-8") as stream:
+            reader = csv.DictReader(stream, strict=True)
+            names = reader.fieldnames or []
+            missing = [name for name in self.key if name not in names]
+            if missing:
+                raise ValueError(f"results {self.file}: columns {missing} are missing; move the file away to begin anew")
+            rows = list(self._whole(reader))
+        return rows
+
+    def _whole(self, reader: csv.DictReader[str]) -> Iterator[Row]:
+        for row in reader:
+            if None in row or None in row.values():
+                raise ValueError(f"results {self.file}: line {reader.line_num} has not as many cells as the header")
+            yield row
+
+    def find(self, **key: object) -> Row | None:
+        """The last row of a measurement, or None.
+
+        Args:
+            key: A value for each of the key's columns.
+        """
+        wanted = self._key(key)
+        return next((row for row in reversed(self.rows()) if all(row[name] == wanted[name] for name in wanted)), None)
+
+    def add(self, row: Mapping[str, object]) -> Row:
+        """Keeps a row, in the file, with the columns that it brings; returns it as ``find`` gives it.
+
+        Args:
+            row: The key's columns and others; numbers are kept to the last bit, None as an empty cell.
+
+        Raises:
+            ValueError: One of the key's columns is missing.
+        """
+        self._key(row)
+        fresh = {name: _cell(value) for name, value in row.items()}
+        rows = [*self.rows(), fresh]
+        names = list(dict.fromkeys(name for each in rows for name in each))
+        stream = io.StringIO()
+        writer = csv.DictWriter(stream, names, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with write_atomically(self.file) as target:
+            target.write(stream.getvalue().encode())
+        return {name: fresh.get(name, "") for name in names}
+
+    def _key(self, values: Mapping[str, object]) -> Row:
+        missing = [name for name in self.key if name not in values]
+        if missing:
+            raise ValueError(f"results {self.file}: a value for each of {list(self.key)} is needed, {missing} missing")
+        return {name: _cell(values[name]) for name in self.key}
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    return repr(value) if isinstance(value, float) else str(value)
+
+
+def number(row: Mapping[str, str], name: str) -> float | None:
+    """A number of a row; None where the cell is empty or there is no such column."""
+    cell = row.get(name, "")
+    return float(cell) if cell else None
+
+
+def present(rows: Sequence[Mapping[str, str]], name: str) -> bool:
+    """Whether some row has a value in a column."""
+    return any(row.get(name, "") for row in rows)
