@@ -1,8 +1,7 @@
 """The results ledger: CSV files that hold what was measured, how and on what, a row each.
 
 A row is written as soon as it is measured, and one that is there is not measured again; the paper's tables and figures
-are made from these files. Rows are never changed: another commit that measures the same thing again with ``--again``
-adds a row, and the last one counts.
+are made from these files. Rows are never changed: where the same thing is measured again, the last one counts.
 """
 
 from __future__ import annotations
@@ -46,7 +45,9 @@ class Ledger:
             names = reader.fieldnames or []
             missing = [name for name in self.key if name not in names]
             if missing:
-                raise ValueError(f"results {self.file}: columns {missing} are missing; move the file away to begin anew")
+                raise ValueError(
+                    f"results {self.file}: columns {missing} are missing; move the file away to begin anew"
+                )
             rows = list(self._whole(reader))
         return rows
 

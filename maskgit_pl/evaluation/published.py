@@ -1,7 +1,8 @@
 """The tables of the paper, as data: what stands beside our rows.
 
-Source: Chang et al., MaskGIT, CVPR 2022, arXiv:2202.04200, Tables 1 to 3. All numbers are on ImageNet (Table 2: Places2)
-in the features of Inception, from 50,000 images; they compare with ours only where data, network and count are theirs.
+Source: Chang et al., MaskGIT, CVPR 2022, arXiv:2202.04200, Tables 1 to 3. All numbers are on ImageNet (Table 2:
+Places2) in the features of Inception, from 50,000 images; they compare with ours only where data, network and count are
+theirs.
 """
 
 from __future__ import annotations
@@ -105,6 +106,7 @@ GENERATION = (
 CLASSIFIER_ON_REAL_IMAGES = (76.6, 93.1)  # top-1 and top-5 of the classifier that was trained on real images
 EDITING = (
     PublishedEditing("outpaint-right", "Boundless", 35.02),
+    PublishedEditing("outpaint-right", "Boundless (second figure)", 33.02),
     PublishedEditing("outpaint-right", "In&Out", 23.57),
     PublishedEditing("outpaint-right", "InfinityGAN", 10.60),
     PublishedEditing("outpaint-right", "Boundless TF", 7.80),

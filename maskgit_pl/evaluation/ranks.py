@@ -1,7 +1,7 @@
 """Several processes that measure together: each takes a share of the rows, and all see the same whole.
 
-What is measured a row at a time is gathered and put into the order of the rows before anything is summed, so a number is
-the same to the last bit on any number of ranks.
+What is measured a row at a time is gathered and put into the order of the rows before anything is summed, so a number
+is the same to the last bit on any number of ranks.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -91,6 +92,11 @@ def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, le
     return [*lines, *map(_line, rows)]
 
 
+def paragraph(*sentences: str) -> list[str]:
+    """Sentences as lines of the width that Markdown files have here."""
+    return textwrap.wrap(" ".join(sentences), 118, break_long_words=False, break_on_hyphens=False)
+
+
 def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
@@ -110,6 +116,10 @@ def _cell(row: Mapping[str, str], name: str) -> str:
     return "" if value is None else f"{value * factor:.{digits}f}"
 
 
+def _code(text: str) -> str:
+    return f"`{text}`" if text else ""
+
+
 def _millions(row: Mapping[str, str]) -> str:
     value = number(row, "parameters")
     return "" if value is None else f"{value / 1e6:.2f}M"
@@ -127,19 +137,19 @@ def _provenance(rows: Sequence[Row]) -> list[str]:
                         ("date", "date"), ("device", "device")):  # fmt: skip
         values = dict.fromkeys(row.get(name, "")[:12] if name == "commit" else row.get(name, "") for row in rows)
         said.append(f"{title} {', '.join(value for value in values if value)}")
-    return [f"Measured on: {'; '.join(said)}. Every row with its decoding is in the ledger beside this page."]
+    return paragraph(f"Measured on: {'; '.join(said)}. Every row with its decoding is in the ledger.")
 
 
 def _explain(rows: Sequence[Row]) -> list[str]:
     counts = ", ".join(dict.fromkeys(row["num_images"] for row in rows))
     references = ", ".join(dict.fromkeys(row["real_images"] for row in rows if row.get("real_images")))
-    return [
-        f"{counts} images of each model, spread evenly over the classes, against {references} real ones of the val",
-        "split. The last line of each table has as many real training images in place of generated ones: what FID",
-        "comes to at this number of images where nothing is wrong. FID falls with the number of images and is of one",
-        "network's features: it compares with no number of another count, network or data set. KID has no such bias.",
-        "IS comes from a network that knows the classes alone.",
-    ]
+    return paragraph(
+        f"{counts} images of each model, spread evenly over the classes, against {references} real ones of the val split.",
+        "The last line of each table has as many real training images in place of generated ones: what FID comes to at",
+        "this number of images where nothing is wrong. FID falls with the number of images and is of one network's",
+        "features: it compares with no number of another count, network or data set. KID has no such bias. IS comes from",
+        "a network that knows the classes alone.",
+    )
 
 
 def table_1(samples: Sequence[Row], cas: Sequence[Row], *, command: str) -> Page:
@@ -169,7 +179,7 @@ def _generation_lines(rows: Sequence[Row]) -> list[str]:
     return markdown_table(
         ["model", "run", *headings, "parameters", "steps", "ms an image"],
         [
-            [row["model"], f"`{row['run']}`" if row["run"] else "", *(_cell(row, name) for name in shown),
+            [row["model"], _code(row["run"]), *(_cell(row, name) for name in shown),
              _millions(row), row["num_steps"], _milliseconds(row)]
             for row in models
         ],
@@ -179,16 +189,15 @@ def _generation_lines(rows: Sequence[Row]) -> list[str]:
 
 def _cas_lines(rows: Sequence[Row]) -> list[str]:
     first = rows[0]
-    lines = [
+    lines = paragraph(
         f"A {first['classifier']} trained on images of one kind alone ({first['training_images']} of them,",
         f"{first['training_steps']} steps), tested on the {first['real_images']} real val images.",
-        "",
-    ]
+    )
     cells = [
-        [f"{row['model']} `{row['run']}`" if row["run"] else row["model"],
+        [f"{row['model']} {_code(row['run'])}".strip(),
          *(f"{100 * float(row[name]):.2f}" for name in ("top1", "top5"))] for row in rows
     ]  # fmt: skip
-    return lines + markdown_table(["trained on images of", "top-1 %", "top-5 %"], cells)
+    return [*lines, ""] + markdown_table(["trained on images of", "top-1 %", "top-5 %"], cells)
 
 
 def _published_generation() -> list[str]:
@@ -210,12 +219,13 @@ def table_2(rows: Sequence[Row], *, command: str) -> Page:
         rows: Rows of ``editing.csv``.
         command: What makes the page again.
     """
-    lines = [
-        "# Table 2: outpainting and inpainting", "", f"    {command}", "",
-        "Each held-out image is edited once: its class and what stays visible are given, the rest is generated and pasted",
-        "in. The results are measured against the real val images. `unedited` are the same images as they are; `masked`",
-        "with grey in place of what is to be generated: between the two lies what there is to win.", "",
-    ]  # fmt: skip
+    lines = ["# Table 2: outpainting and inpainting", "", f"    {command}", ""]
+    lines += paragraph(
+        "Each held-out image is edited once: its class and what stays visible are given, the rest is generated and",
+        "pasted in. The results are measured against the real val images. `unedited` are the same images as they are,",
+        "`masked` with grey in place of what is to be generated: between the two lies what there is to win.",
+    )
+    lines += [""]
     for task, title in TASKS.items():
         own = [row for row in rows if row["task"] == task]
         if own:
@@ -228,7 +238,7 @@ def _editing_lines(rows: Sequence[Row]) -> list[str]:
     return markdown_table(
         ["images", "run", "network", *(_NUMBERS[name][0] for name in shown), "images", "steps"],
         [
-            [row["model"], f"`{row['run']}`" if row["run"] else "", row["network"], *(_cell(row, name) for name in shown),
+            [row["model"], _code(row["run"]), row["network"], *(_cell(row, name) for name in shown),
              row["num_images"], row["num_steps"]]
             for row in rows
         ],
@@ -258,23 +268,19 @@ def table_3(results: Sequence[ScheduleResult], *, command: str) -> Page:
     results = sorted(results, key=lambda each: order.index(each.schedule) if each.schedule in order else len(order))
     any_row = next(iter(results[0].fresh.values()))
     rows = [row for result in results for row in result.fresh.values()]
-    lines = [
-        "# Table 3: mask schedules", "", f"    {command}", "",
+    fids = {result.schedule: float(result.fresh[networks[0]]["fid"]) for result in results}
+    lines = ["# Table 3: mask schedules", "", f"    {command}", ""]
+    lines += paragraph(
         "Each schedule has a model of its own, trained with it under the same budget and decoded with it, without",
         f"guidance, at T in {{{', '.join(map(str, sorted(results[0].curve)))}}}. The best T is the one of the least",
         f"fid/{networks[0]}; the numbers beside it are measured again with fresh noise ({any_row['num_images']} images),",
         "which took no part in the choice. NLL is the mean negative log-likelihood of masked tokens under the schedule's",
         "own masks, in nats, as the paper's: it falls where fewer tokens are masked, whatever the model knows. The bound",
-        "is the order-agnostic ELBO in bits a token, which means the same for every schedule (lower is better).", "",
-        *_schedule_lines(results, networks), "",
-        *agreement_with_paper({result.schedule: _fresh_fid(result, networks[0]) for result in results}, networks[0]), "",
-        *_provenance(rows),
-    ]  # fmt: skip
+        "is the order-agnostic ELBO in bits a token, which means the same for every schedule (lower is better).",
+    )
+    lines += ["", *_schedule_lines(results, networks), "", *agreement_with_paper(fids, networks[0]), ""]
+    lines += _provenance(rows)
     return Page("\n".join(lines) + "\n", as_csv([_flat(result, networks) for result in results]))
-
-
-def _fresh_fid(result: ScheduleResult, network: str) -> float:
-    return float(result.fresh[network]["fid"])
 
 
 def _schedule_lines(results: Sequence[ScheduleResult], networks: Sequence[str]) -> list[str]:
@@ -315,12 +321,12 @@ def agreement_with_paper(fids: Mapping[str, float], network: str) -> list[str]:
     pairs = list(combinations(theirs, 2))
     agreeing = sum(fids[better] < fids[worse] for better, worse in pairs)
     verdict = "holds here" if ours == theirs else "does not hold here"
-    return [
+    return paragraph(
         f"**The paper's order {verdict}.** By FID it is {' < '.join(theirs)}; by our fid/{network} it is",
-        f"{' < '.join(f'{name} {fids[name]:.2f}' for name in ours)}. {agreeing} of {len(pairs)} pairs are in the paper's",
-        "order (half of them would be by chance). One training and one set of noise a schedule: what is close is no",
-        "ranking.",
-    ]
+        f"{' < '.join(f'{name} {fids[name]:.2f}' for name in ours)}. {agreeing} of {len(pairs)} pairs are in the",
+        "paper's order (half of them would be by chance). One training and one set of noise a schedule: what is close",
+        "is no ranking.",
+    )
 
 
 def _flat(result: ScheduleResult, networks: Sequence[str]) -> dict[str, object]:

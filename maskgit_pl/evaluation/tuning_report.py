@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from maskgit_pl.evaluation.comparison import plain
+from maskgit_pl.evaluation.drawing import LineEnd, name_lines, save_figure
 from maskgit_pl.evaluation.metrics import Distances
 from maskgit_pl.evaluation.protocol import METRICS
 from maskgit_pl.evaluation.tuning import Curves, Found, Trial, better, describe_decoding
-from maskgit_pl.files import write_atomically
 
 __all__ = ["Figure8", "as_markdown", "draw_curves"]
 
 _SHOWN_TRIALS = 10
 _MARKED, _TRAINED, _REAL = "#d1460f", "#14427a", "#3a7d44"
 _OTHERS = ("#c58b3a", "#6d9a5c", "#a0709f", "#5aa0a3", "#b3605b", "#8a8a8a", "#9a8c4f", "#7f86c4")
-_LABEL_HEIGHT = 0.047  # of the axes: how far apart the names at the ends of lines are at least
 _HEADINGS = {
     "class_agreement": "class agreement",
     "fid/classifier": "fid/classifier",
@@ -180,10 +179,15 @@ def draw_curves(figure: Figure8, path: Path, *, key: str, floor: float | None) -
         axes.text(0.01, floor, f"real images: {_number(key, floor)}", transform=axes.get_yaxis_transform(),
                   color=_REAL, fontsize=9, va="bottom")  # fmt: skip
     _finish(axes, figure, key)
-    page.draw_without_rendering()  # ends of lines have their places from here on
-    _name_lines(axes, figure, key)
-    with write_atomically(path) as stream:
-        page.savefig(stream, dpi=150, format="png")
+    name_lines(page, axes, {name: _end(figure, name, key) for name in figure.curves})
+    save_figure(page, path)
+
+
+def _end(figure: Figure8, name: str, key: str) -> LineEnd:
+    steps, numbers = list(figure.curves[name].items())[-1]
+    own = name == figure.trained
+    label = f"{name} (trained)" if own else name
+    return LineEnd(label, (steps, numbers[key]), _colour(figure, name), bold=own)
 
 
 def _colour(figure: Figure8, name: str) -> str:
@@ -208,43 +212,3 @@ def _finish(axes: Any, figure: Figure8, key: str) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(y=0.14)
-
-
-def _name_lines(axes: Any, figure: Figure8, key: str) -> None:
-    """Names at the right ends of lines, moved apart where lines end close to one another."""
-    ends = {name: list(line.items())[-1] for name, line in figure.curves.items()}
-    to_axes = axes.transData + axes.transAxes.inverted()
-    heights = {name: float(to_axes.transform((steps, numbers[key]))[1]) for name, (steps, numbers) in ends.items()}
-    for name, height in spread(heights, least=_LABEL_HEIGHT).items():
-        steps, numbers = ends[name]
-        own = name == figure.trained
-        axes.annotate(
-            f"{name} (trained)" if own else name, (steps, numbers[key]), (1.035, height), textcoords="axes fraction",
-            color=_colour(figure, name), fontsize=10 if own else 9, fontweight="bold" if own else "normal",
-            va="center", annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": "#cccccc", "linewidth": 0.7, "shrinkA": 1, "shrinkB": 3},
-        )  # fmt: skip
-
-
-def spread(heights: Mapping[str, float], *, least: float) -> dict[str, float]:
-    """Heights moved apart to at least ``least`` from one another, in their order and as little as that takes.
-
-    Neighbours that are too close become a group around the middle of what they want.
-    """
-    names = sorted(heights, key=lambda name: heights[name])
-    groups: list[list[str]] = []
-    for name in names:
-        groups.append([name])
-        while len(groups) > 1 and _bottom(groups[-1], heights, least) - _top(groups[-2], heights, least) < least:
-            groups[-2:] = [groups[-2] + groups[-1]]
-    return {
-        name: _bottom(group, heights, least) + place * least for group in groups for place, name in enumerate(group)
-    }
-
-
-def _bottom(group: Sequence[str], heights: Mapping[str, float], least: float) -> float:
-    return sum(heights[name] for name in group) / len(group) - least * (len(group) - 1) / 2
-
-
-def _top(group: Sequence[str], heights: Mapping[str, float], least: float) -> float:
-    return _bottom(group, heights, least) + least * (len(group) - 1)

@@ -9,6 +9,7 @@ import pytest
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation import tuning
 from maskgit_pl.evaluation.comparison import every_selector
+from maskgit_pl.evaluation.drawing import spread
 from maskgit_pl.evaluation.metrics import Distances
 from maskgit_pl.evaluation.tuning import (
     Found,
@@ -24,7 +25,7 @@ from maskgit_pl.evaluation.tuning import (
     schedule_specs,
     search,
 )
-from maskgit_pl.evaluation.tuning_report import Figure8, as_markdown, draw_curves, spread
+from maskgit_pl.evaluation.tuning_report import Figure8, as_markdown, draw_curves
 from maskgit_pl.schedules import Pow, mask_schedules
 
 FID = "fid/classifier"
