@@ -48,8 +48,7 @@ class Ledger:
                 raise ValueError(
                     f"results {self.file}: columns {missing} are missing; move the file away to begin anew"
                 )
-            rows = list(self._whole(reader))
-        return rows
+            return list(self._whole(reader))
 
     def _whole(self, reader: csv.DictReader[str]) -> Iterator[Row]:
         for row in reader:

@@ -144,11 +144,11 @@ def _explain(rows: Sequence[Row]) -> list[str]:
     counts = ", ".join(dict.fromkeys(row["num_images"] for row in rows))
     references = ", ".join(dict.fromkeys(row["real_images"] for row in rows if row.get("real_images")))
     return paragraph(
-        f"{counts} images of each model, spread evenly over the classes, against {references} real ones of the val split.",
-        "The last line of each table has as many real training images in place of generated ones: what FID comes to at",
-        "this number of images where nothing is wrong. FID falls with the number of images and is of one network's",
-        "features: it compares with no number of another count, network or data set. KID has no such bias. IS comes from",
-        "a network that knows the classes alone.",
+        f"{counts} images of each model, spread evenly over the classes, against {references} real ones of the val",
+        "split. The last line of each table has as many real training images in place of generated ones: what FID",
+        "comes to at this number of images where nothing is wrong. FID falls with the number of images and is of one",
+        "network's features: it compares with no number of another count, network or data set. KID has no such bias.",
+        "IS comes from a network that knows the classes alone.",
     )
 
 
@@ -197,7 +197,7 @@ def _cas_lines(rows: Sequence[Row]) -> list[str]:
         [f"{row['model']} {_code(row['run'])}".strip(),
          *(f"{100 * float(row[name]):.2f}" for name in ("top1", "top5"))] for row in rows
     ]  # fmt: skip
-    return [*lines, ""] + markdown_table(["trained on images of", "top-1 %", "top-5 %"], cells)
+    return [*lines, "", *markdown_table(["trained on images of", "top-1 %", "top-5 %"], cells)]
 
 
 def _published_generation() -> list[str]:
@@ -270,13 +270,14 @@ def table_3(results: Sequence[ScheduleResult], *, command: str) -> Page:
     rows = [row for result in results for row in result.fresh.values()]
     fids = {result.schedule: float(result.fresh[networks[0]]["fid"]) for result in results}
     lines = ["# Table 3: mask schedules", "", f"    {command}", ""]
+    steps = ", ".join(map(str, sorted(results[0].curve)))
     lines += paragraph(
         "Each schedule has a model of its own, trained with it under the same budget and decoded with it, without",
-        f"guidance, at T in {{{', '.join(map(str, sorted(results[0].curve)))}}}. The best T is the one of the least",
-        f"fid/{networks[0]}; the numbers beside it are measured again with fresh noise ({any_row['num_images']} images),",
-        "which took no part in the choice. NLL is the mean negative log-likelihood of masked tokens under the schedule's",
-        "own masks, in nats, as the paper's: it falls where fewer tokens are masked, whatever the model knows. The bound",
-        "is the order-agnostic ELBO in bits a token, which means the same for every schedule (lower is better).",
+        f"guidance, at T in {{{steps}}}. The best T is the one of the least fid/{networks[0]}; the numbers beside it",
+        f"are measured again with fresh noise ({any_row['num_images']} images), which took no part in the choice. NLL",
+        "is the mean negative log-likelihood of masked tokens under the schedule's own masks, in nats, as the paper's:",
+        "it falls where fewer tokens are masked, whatever the model knows. The bound is the order-agnostic ELBO in bits",
+        "a token, which means the same for every schedule (lower is better).",
     )
     lines += ["", *_schedule_lines(results, networks), "", *agreement_with_paper(fids, networks[0]), ""]
     lines += _provenance(rows)
