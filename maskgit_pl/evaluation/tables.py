@@ -276,8 +276,8 @@ def table_3(results: Sequence[ScheduleResult], *, command: str) -> Page:
         f"guidance, at T in {{{steps}}}. The best T is the one of the least fid/{networks[0]}; the numbers beside it",
         f"are measured again with fresh noise ({any_row['num_images']} images), which took no part in the choice. NLL",
         "is the mean negative log-likelihood of masked tokens under the schedule's own masks, in nats, as the paper's:",
-        "it falls where fewer tokens are masked, whatever the model knows. The bound is the order-agnostic ELBO in bits",
-        "a token, which means the same for every schedule (lower is better).",
+        "it falls where fewer tokens are masked, whatever the model knows. The bound is the order-agnostic ELBO in",
+        "bits a token, which means the same for every schedule (lower is better).",
     )
     lines += ["", *_schedule_lines(results, networks), "", *agreement_with_paper(fids, networks[0]), ""]
     lines += _provenance(rows)
