@@ -114,8 +114,9 @@ def _draw_quality(axes: Axes, figure: Figure8, colours: Mapping[str, str]) -> No
         near = figure.floor > min(values) / _FAR
         if near:
             axes.axhline(figure.floor, color=_REAL, linestyle=(0, (4, 3)), linewidth=1.2, zorder=1)
-        axes.text(0.01, figure.floor if near else 0.02, f"as many real images: {figure.floor:.2f}", color=_REAL,
-                  transform=axes.get_yaxis_transform() if near else axes.transAxes, fontsize=9, va="bottom")  # fmt: skip
+        place = axes.get_yaxis_transform() if near else axes.transAxes
+        label = f"as many real images: {figure.floor:.2f}"
+        axes.text(0.01, figure.floor if near else 0.02, label, color=_REAL, transform=place, fontsize=9, va="bottom")
     shown = sorted({step for result in figure.results for step in result.curve})
     axes.set_xticks(shown, [str(step) for step in shown])
     axes.minorticks_off()
