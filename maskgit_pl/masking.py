@@ -10,7 +10,26 @@ from torch import Tensor
 from maskgit_pl.randomness import random_bits, random_uniform
 from maskgit_pl.schedules import MaskSchedule, num_masked
 
-__all__ = ["MaskSampler"]
+__all__ = ["MaskSampler", "random_mask"]
+
+
+def random_mask(count: Tensor, num_tokens: int, *, seed: int, index: Tensor, epoch: Tensor | int = 0) -> Tensor:
+    """Masks of so many positions each, every set of them equally likely; a function of (seed, index, epoch) alone.
+
+    Args:
+        count: (B,) int64 in [0, num_tokens]: masked positions of each row.
+        num_tokens: N, tokens of an image.
+        seed: In [0, 2**32).
+        index: (B,) int64, sample index.
+        epoch: (B,) int64 or an integer: other epochs give other masks.
+
+    Returns:
+        (B, N) bool, True = masked.
+    """
+    keys = random_bits("mask", seed=seed, index=index, epoch=epoch, count=num_tokens)
+    order = keys.argsort(dim=1, stable=True)  # a uniformly random order of the positions; ties by position
+    hidden = torch.arange(num_tokens, device=keys.device) < count.unsqueeze(1)  # the first `count` of that order
+    return torch.zeros_like(hidden).scatter(1, order, hidden)
 
 
 @dataclass(frozen=True)
@@ -67,7 +86,4 @@ class MaskSampler:
         """
         ratio = self.ratio(num_tokens, index=index, epoch=epoch, position=position, global_batch=global_batch)
         count = num_masked(ratio, num_tokens, rounding="ceil")
-        keys = random_bits("mask", seed=self.seed, index=index, epoch=epoch, count=num_tokens)
-        order = keys.argsort(dim=1, stable=True)  # a uniformly random order of the positions; ties by position
-        hidden = torch.arange(num_tokens, device=keys.device) < count.unsqueeze(1)  # the first `count` of that order
-        return torch.zeros_like(hidden).scatter(1, order, hidden)
+        return random_mask(count, num_tokens, seed=self.seed, index=index, epoch=epoch)

@@ -1,0 +1,265 @@
+import math
+from itertools import combinations, permutations, product
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from maskgit_pl.data import OnceThrough, ShardData, to_unit_range
+from maskgit_pl.evaluation.likelihood import (
+    Estimate,
+    ImageLikelihood,
+    exact_nll,
+    masked_nll,
+    negative_elbo,
+    real_tokens,
+)
+from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
+from maskgit_pl.pipeline import MaskGIT
+from maskgit_pl.schedules import mask_schedules, num_masked
+
+MASK = -1
+
+
+class Table:
+    """Conditionals of masked tokens from an explicit joint distribution; ``bend`` makes them contradict one another."""
+
+    def __init__(self, num_tokens: int, num_codes: int, *, bend: float = 0.0, seed: int = 0) -> None:
+        self.joint = torch.rand((num_codes,) * num_tokens, generator=torch.Generator().manual_seed(seed)).double() ** 3
+        self.joint /= self.joint.sum()
+        self.bend = bend
+
+    def __call__(self, tokens: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+        assert torch.equal(tokens == MASK, mask)
+        return torch.stack(
+            [
+                self.conditional(row, place)
+                for row, hidden in zip(tokens.tolist(), mask, strict=True)
+                for place in hidden.nonzero()[:, 0].tolist()
+            ]
+        )
+
+    def conditional(self, row: list[int], place: int) -> Tensor:
+        """log p(x_place = each code | the visible ones) (K,)."""
+        seen = self.joint[tuple(slice(None) if code == MASK else slice(code, code + 1) for code in row)]
+        others = [axis for axis in range(seen.ndim) if axis != place]
+        given = seen.sum(others).clamp(min=1e-12)
+        visible = sum(code != MASK for code in row)
+        return (given / given.sum()).log() * (1 + self.bend * visible * (1 + place))
+
+    def log_likelihood(self, x: Tensor) -> Tensor:
+        """log p (n,) of rows (n, N), by the joint distribution."""
+        return self.joint[tuple(x.T)].log()
+
+    def mean_nll(self, x: list[int], hidden: tuple[int, ...]) -> float:
+        """Mean nats of the tokens in ``hidden``, given the others."""
+        row = [MASK if place in hidden else code for place, code in enumerate(x)]
+        nll = [-self.conditional(row, place).log_softmax(-1)[x[place]] for place in hidden]
+        return float(torch.stack(nll).mean())
+
+    def mean_nll_of(self, x: list[int], count: int) -> float:
+        """The mean of ``mean_nll`` over all sets of so many tokens."""
+        sets = list(combinations(range(len(x)), count))
+        return sum(self.mean_nll(x, hidden) for hidden in sets) / len(sets)
+
+    def bound(self, x: list[int]) -> float:
+        """-ELBO of a row, by enumeration."""
+        return sum(self.mean_nll_of(x, count) for count in range(1, len(x) + 1))
+
+    def log_likelihood_of_order(self, x: list[int], order: tuple[int, ...]) -> Tensor:
+        row, total = [MASK] * len(x), torch.zeros((), dtype=torch.float64)
+        for place in order:
+            total += self.conditional(row, place).log_softmax(-1)[x[place]]
+            row[place] = x[place]
+        return total
+
+
+def all_rows(num_tokens: int, num_codes: int) -> Tensor:
+    return torch.tensor(list(product(range(num_codes), repeat=num_tokens)))
+
+
+def no_labels(tokens: Tensor) -> Tensor:
+    return torch.zeros(len(tokens), dtype=torch.int64)
+
+
+def bound_of(table: Table, tokens: Tensor, *, draws: int = 4, seed: int = 0) -> Estimate:
+    return negative_elbo(table, tokens, no_labels(tokens), mask_token_id=MASK, draws=draws, seed=seed).nats
+
+
+@pytest.mark.parametrize(("num_tokens", "num_codes"), [(3, 2), (4, 3)])
+def test_the_bound_of_consistent_conditionals_is_the_likelihood(num_tokens, num_codes):
+    table, rows = Table(num_tokens, num_codes), all_rows(num_tokens, num_codes)
+    for x, exact in zip(rows.tolist(), table.log_likelihood(rows).tolist(), strict=True):
+        assert table.bound(x) == pytest.approx(-exact, abs=1e-9)  # what is estimated below
+
+
+@pytest.mark.parametrize("draws", [1, 4, 12])
+def test_the_bound_is_estimated_within_its_standard_error(draws):
+    table = Table(4, 3)
+    x = torch.tensor([[0, 2, 1, 1]]).expand(200, -1)
+    estimate = bound_of(table, x, draws=draws)
+    assert abs(estimate.mean + float(table.log_likelihood(x)[0])) < 4 * estimate.standard_error
+    assert estimate.count == 200
+
+
+def test_the_standard_error_is_that_of_other_seeds():
+    table, x = Table(3, 2), torch.tensor([[0, 1, 1]]).expand(30, -1)
+    exact = -float(table.log_likelihood(x)[0])
+    estimates = [bound_of(table, x, draws=1, seed=seed) for seed in range(60)]
+    scores = torch.tensor([(estimate.mean - exact) / estimate.standard_error for estimate in estimates])
+    assert 0.75 < float(scores.square().mean().sqrt()) < 1.3
+
+
+def test_draws_of_each_count_equally_often_are_exact_where_only_the_count_matters():
+    costs = torch.tensor([0.0, 0.3, 1.0, 2.5, 4.0])  # nats of a token by how many are masked
+
+    def network(tokens: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+        nats = costs[mask.sum(1)].unsqueeze(1).expand_as(mask)[mask]
+        right = (-nats).exp().clamp(max=1 - 1e-7)
+        return torch.stack([right, 1 - right], dim=1).log()  # every token is code 0
+
+    tokens = torch.zeros(5, 4, dtype=torch.int64)
+    result = negative_elbo(network, tokens, no_labels(tokens), mask_token_id=MASK, draws=8)
+    assert result.nats.mean == pytest.approx(float(costs.sum()), abs=1e-5)
+    assert result.nats.standard_error < 1e-6
+
+
+def test_the_bound_of_inconsistent_conditionals_is_below_the_likelihood_averaged_over_orders():
+    table = Table(3, 2, bend=0.6)
+    for x in all_rows(3, 2).tolist():
+        of_orders = torch.stack([table.log_likelihood_of_order(x, order) for order in permutations(range(3))])
+        averaged = float(of_orders.exp().mean().log())
+        assert -table.bound(x) == pytest.approx(float(of_orders.mean()), abs=1e-9)
+        assert -table.bound(x) < averaged - 1e-6
+    x = torch.tensor([[0, 1, 1]]).expand(300, -1)
+    estimate = bound_of(table, x)
+    assert abs(estimate.mean - table.bound([0, 1, 1])) < 4 * estimate.standard_error
+
+
+@pytest.mark.parametrize("name", [name for name in mask_schedules.names() if name != "pow"])  # which needs an exponent
+def test_masked_nll_is_the_mean_over_the_schedules_masks(name):
+    table, schedule = Table(3, 2), mask_schedules.build(name)
+    progress = (torch.arange(20_000) + 0.5) / 20_000
+    share = num_masked(schedule(progress, 3), 3, rounding="ceil").bincount(minlength=4).double() / 20_000
+    exact = sum(float(share[count]) * table.mean_nll_of([1, 0, 1], count) for count in (1, 2, 3))
+    tokens = torch.tensor([[1, 0, 1]]).expand(200, -1)
+    options = {"mask_schedule": schedule, "mask_token_id": MASK, "draws": 3}
+    estimate = masked_nll(table, tokens, no_labels(tokens), **options)
+    assert abs(estimate.mean - exact) < 4 * estimate.standard_error + 1e-4
+
+
+def test_masked_nll_of_the_linear_schedule_is_the_bound_of_a_token():
+    table, tokens = Table(4, 3), all_rows(4, 3).repeat(3, 1)
+    linear = mask_schedules.build("linear")
+    masked = masked_nll(table, tokens, no_labels(tokens), mask_schedule=linear, mask_token_id=MASK)
+    bound = bound_of(table, tokens)
+    assert 4 * masked.mean == pytest.approx(bound.mean, rel=0.03)
+
+
+@pytest.mark.parametrize("num_codes", [2, 16])
+def test_uniform_guesses_cost_log_k_nats_a_token(num_codes):
+    tokens = torch.randint(num_codes, (7, 5), generator=torch.Generator().manual_seed(0))
+    exact = exact_nll(
+        lambda tokens, labels: torch.zeros(*tokens.shape, num_codes), tokens, no_labels(tokens), batch_size=3
+    )
+    assert exact.nats.mean == pytest.approx(5 * math.log(num_codes))
+    assert exact.bits_per_token.mean == pytest.approx(math.log2(num_codes))
+    assert exact.bits_per_image.mean == pytest.approx(5 * math.log2(num_codes))
+    assert exact.nats.standard_error == pytest.approx(0, abs=1e-6)
+
+    def uniform(tokens: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+        return torch.zeros(int(mask.sum()), num_codes)
+
+    bound = negative_elbo(uniform, tokens, no_labels(tokens), mask_token_id=MASK, batch_size=3)
+    assert bound.nats.mean == pytest.approx(5 * math.log(num_codes))
+
+
+def test_the_exact_likelihood_is_the_joint_distributions():
+    table, rows = Table(4, 2), all_rows(4, 2)
+
+    def causal(tokens: Tensor, labels: Tensor) -> Tensor:
+        return torch.stack(
+            [
+                torch.stack([table.conditional(row[:i] + [MASK] * (4 - i), i) for i in range(4)])
+                for row in tokens.tolist()
+            ]
+        )
+
+    exact = exact_nll(causal, rows, no_labels(rows))
+    assert exact.nats.mean == pytest.approx(-float(table.log_likelihood(rows).mean()), abs=1e-6)
+
+
+def test_an_estimate_is_a_mean_with_its_standard_error():
+    estimate = Estimate.of(torch.tensor([1.0, 3.0, 5.0], dtype=torch.float64))
+    assert estimate == Estimate(3.0, 2 / math.sqrt(3), 3)
+    assert ImageLikelihood(estimate, 4).bits_per_token.standard_error == pytest.approx(0.5 / math.sqrt(3) / math.log(2))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "labels", "draws", "match"),
+    [((1, 3), 1, 1, "at least 2 images"), ((4, 3), 3, 1, "a label for each"), ((4, 3), 4, 0, "draws: at least 1")],
+)
+def test_what_cannot_be_measured_is_refused(tokens, labels, draws, match):
+    with pytest.raises(ValueError, match=match):
+        negative_elbo(
+            Table(3, 2),
+            torch.zeros(tokens, dtype=torch.int64),
+            torch.zeros(labels, dtype=torch.int64),
+            mask_token_id=MASK,
+            draws=draws,
+        )
+
+
+def test_the_val_split_becomes_tokens_with_its_labels(tiny_pretrained: Path, tiny_shards: Path):
+    pipe = MaskGIT.from_pretrained(tiny_pretrained)
+    data = ShardData(str(tiny_shards), image_size=8, in_channels=1)
+    done: list[int] = []
+    tokens, labels = real_tokens(pipe, data, batch_size=10, on_images=done.append)
+    assert done == [10, 10, 4]
+    batch = data.batches("val", OnceThrough(24)).__getitems__(range(24))
+    assert torch.equal(labels, batch.labels)
+    assert torch.equal(tokens, pipe.tokenizer.network.encode(to_unit_range(batch.content)))
+    _, some = real_tokens(pipe, data, limit=9)
+    assert len(some.unique()) > 1  # drawn from all of the split, not its beginning
+    assert torch.equal(some, real_tokens(pipe, data, limit=9, batch_size=2)[1])
+
+
+def measured(folder: Path, shards: Path) -> list[Estimate]:
+    """All three of a random transformer on the tiny data."""
+    pipe = MaskGIT.from_pretrained(folder)
+    data = ShardData(str(shards), image_size=8, in_channels=1)
+    tokens, labels = real_tokens(pipe, data, limit=23, batch_size=4)
+    network = pipe.transformer.network
+    options = {"mask_token_id": network.config.mask_token_id, "draws": 2, "batch_size": 5}
+    return [
+        masked_nll(network, tokens, labels, mask_schedule=pipe.transformer.mask_schedule, **options),
+        negative_elbo(network, tokens, labels, **options).nats,
+        exact_nll(network, tokens, labels, batch_size=5).nats,
+    ]
+
+
+def in_two_processes(rank: int, folder: str, pretrained: Path, shards: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    numbers = [[one.mean, one.standard_error, one.count] for one in measured(pretrained, shards)]
+    torch.save(torch.tensor(numbers, dtype=torch.float64), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_measure_what_one_does_to_the_last_bit(tiny_pretrained: Path, tiny_shards: Path, tmp_path: Path):
+    mp.spawn(in_two_processes, (str(tmp_path), tiny_pretrained, tiny_shards), nprocs=2)
+    alone = [[one.mean, one.standard_error, one.count] for one in measured(tiny_pretrained, tiny_shards)]
+    for rank in (0, 1):
+        assert torch.load(tmp_path / f"{rank}.pt", weights_only=True).tolist() == alone
+
+
+def test_a_masked_transformer_is_measured_as_it_is():
+    config = TransformerConfig(8, 2, (2, 3), 16, 1, 2, 32, class_dropout=0.0)
+    torch.manual_seed(0)
+    network = MaskedTransformer(config).eval()
+    tokens, labels = torch.randint(8, (6, 6)), torch.tensor([0, 1, 0, 1, 0, 1])
+    bound = negative_elbo(network, tokens, labels, mask_token_id=config.mask_token_id)
+    assert bound.bits_per_token.mean == pytest.approx(3, abs=0.2)  # knows nothing yet: log2 8
