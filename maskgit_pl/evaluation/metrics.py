@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.kid import KernelInceptionDistance
+from torch import Tensor
 
 from maskgit_pl.data import Batch, to_unit_range
+from maskgit_pl.evaluation.distances import frechet_distance, kernel_distance
+from maskgit_pl.evaluation.reference import Statistics
 from maskgit_pl.pretrained import PretrainedTokenizer
 from maskgit_pl.tokenizer import CodebookUse
 
@@ -26,8 +25,6 @@ __all__ = [
     "psnr",
     "reconstruction",
 ]
-
-_KID_SUBSETS, _KID_SUBSET_SIZE = 50, 1000
 
 
 @dataclass(frozen=True)
@@ -65,38 +62,22 @@ class Distances:
     images: int
 
 
-class _Seen(nn.Module):
-    """Hands features through: torchmetrics asks for the network, which has seen these images already."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features
-
-
 class FeatureDistances:
     """Frechet and kernel distance from one set of real features, whose statistics are computed once.
 
-    With means m and covariances S of the two sets, fid = |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)). kid is the
-    unbiased squared maximum mean discrepancy with the kernel (x . y / D + 1)^3, the mean over 50 subsets of at most
-    1000 images each, which are drawn the same way every time. All of it in float64.
+    They are those of ``evaluation.distances``.
 
     Args:
         real: (m, D) features of real images, m at least 2.
 
     Raises:
         ValueError: Fewer than two real images.
-
-    Source: Heusel et al., arXiv:1706.08500; Binkowski et al., arXiv:1801.01401; torchmetrics computes both.
     """
 
     def __init__(self, real: Tensor) -> None:
         _at_least_two("real", real)
         self._real = real.double().cpu()
-        self._fid = FrechetInceptionDistance(_Seen(real.shape[1]), reset_real_features=False)
-        self._fid.update(self._real, real=True)
+        self._statistics = Statistics.of(self._real)
 
     def __call__(self, features: Tensor) -> Distances:
         """Measures another set.
@@ -109,22 +90,8 @@ class FeatureDistances:
         """
         _at_least_two("generated", features)
         features = features.double().cpu()
-        self._fid.reset()
-        self._fid.update(features, real=False)
-        kid, deviation = self._kid(features)
-        return Distances(float(self._fid.compute()), kid, deviation, len(features))
-
-    def _kid(self, features: Tensor) -> tuple[float, float]:
-        size = min(len(features), len(self._real), _KID_SUBSET_SIZE)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*will save all extracted features.*")  # they are here already
-            kid = KernelInceptionDistance(_Seen(features.shape[1]), subsets=_KID_SUBSETS, subset_size=size)
-        kid.update(self._real, real=True)
-        kid.update(features, real=False)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # torchmetrics draws the subsets from torch's own generator
-            mean, deviation = kid.compute()
-        return float(mean), float(deviation)
+        fid = frechet_distance(Statistics.of(features), self._statistics)
+        return Distances(fid, *kernel_distance(features, self._real), len(features))
 
 
 def _at_least_two(kind: str, features: Tensor) -> None:

@@ -82,7 +82,7 @@ class Inception(nn.Sequential):
         x = (x - 128) / 128
         for name, layer in list(self.named_children())[:-1]:
             if name == _SPATIAL_LAYER:
-                branch = layer.branch1x1(x)[:, :_SPATIAL_CHANNELS]  # (B, 7, 17, 17)
+                branch = layer.get_submodule("branch1x1")(x)[:, :_SPATIAL_CHANNELS]  # (B, 7, 17, 17)
             x = layer(x)
         features = x.flatten(1)
         return FeatureOutput(features, features @ self.fc.weight.T, rearrange(branch, "b c h w -> b (h w c)"))

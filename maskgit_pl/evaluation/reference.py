@@ -1,0 +1,319 @@
+"""The real images' side of every distance: statistics and features, made once and kept, or read from ADM's files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from maskgit_pl.data import OnceThrough, ShardData, ShuffledStream
+from maskgit_pl.data.batches import ImageBatches, loader
+from maskgit_pl.evaluation.features import Extractor, ImageFeatures, extract, own_batches, own_image_batches
+from maskgit_pl.evaluation.npz import ArrayFile, open_samples
+from maskgit_pl.evaluation.ranks import rank_and_world
+from maskgit_pl.files import write_atomically
+from maskgit_pl.shards.manifest import Split
+
+__all__ = ["Reference", "Statistics", "obtain_references", "own_real_batches", "read_references"]
+
+_FORMAT, _VERSION = "maskgit_pl.reference", 1
+_POOLED, _SPATIAL = 2048, 2023  # numbers of Inception's features, which foreign statistics are of
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean and covariance of a set of features.
+
+    Args:
+        mean: (D,) float64.
+        covariance: (D, D) float64, unbiased.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor) -> Statistics:
+        """Of (n, D) features, n at least 2.
+
+        Raises:
+            ValueError: Fewer than two.
+        """
+        if features.ndim != 2 or len(features) < 2:
+            raise ValueError(
+                f"features: (n, D) of at least 2 images are needed for a covariance, got {tuple(features.shape)}"
+            )
+        mean = features.double().mean(0)
+        centred = features.double() - mean
+        return cls(mean, centred.T @ centred / (len(features) - 1))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Real images as one network sees them.
+
+    Args:
+        label: Of the network.
+        pooled: Statistics of the pooled features.
+        spatial: Of the spatial ones; None where there are none.
+        features: Pooled features and logits themselves; None where statistics are all that is known.
+    """
+
+    label: str
+    pooled: Statistics
+    spatial: Statistics | None
+    features: ImageFeatures | None
+
+    @classmethod
+    def of(cls, features: ImageFeatures) -> Reference:
+        """From features of at least two images.
+
+        Raises:
+            ValueError: Fewer than two.
+        """
+        spatial = None if features.spatial is None else Statistics.of(features.spatial)
+        return cls(features.label, Statistics.of(features.pooled), spatial, replace(features, spatial=None))
+
+
+def own_real_batches(
+    data: ShardData, split: Split, *, num_images: int | None = None, shuffled: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's batches of real images, for ``extract``.
+
+    Args:
+        data: The real images.
+        split: Which of them.
+        num_images: So many, or all that there are; None is all.
+        shuffled: Drawn at random, always the same, instead of from the first one on.
+
+    Raises:
+        ValueError: The data are tokens.
+    """
+    there = data.summary.samples[split]
+    count = there if num_images is None else min(num_images, there)
+    dataset = data.batches(split, ShuffledStream(there, seed=0) if shuffled else OnceThrough(there))
+    if not isinstance(dataset, ImageBatches):
+        raise ValueError(f"data {data.path}: images are needed to measure distances from, got tokens")
+    batches = list(own_batches(count))
+    made = loader(
+        dataset,
+        cast("Sampler[range]", batches),  # any iterable serves
+        num_workers=data.num_workers,
+        unreadable_budget=data.unreadable_budget,
+    )
+    for batch in made:
+        yield batch.content, batch.position
+
+
+def obtain_references(
+    folder: Path,
+    data: ShardData,
+    extractors: Sequence[Extractor],
+    *,
+    split: Split = "val",
+    num_images: int | None = None,
+    on_images: Callable[[int], object] = lambda count: None,
+) -> dict[str, Reference]:
+    """A split as each network sees it: read from ``folder``, or made and kept there where it is not.
+
+    Args:
+        folder: Where references are kept; several data sets and networks may share it.
+        data: The real images.
+        extractors: The networks.
+        split: Which of the images.
+        num_images: The first so many; None is all.
+        on_images: Told how many more are done, for a progress bar.
+
+    Returns:
+        By the networks' labels, the same on each rank.
+
+    Raises:
+        ValueError: There are fewer than two images, or the data are tokens.
+    """
+    key = {
+        "data": data.summary.fingerprint,
+        "split": split,
+        "num_images": num_images,
+        "image_size": data.image_size,
+        "in_channels": data.in_channels,
+    }
+    keys = {extractor.label: {**key, **_identity(extractor)} for extractor in extractors}
+    return _obtain(
+        folder, keys, extractors, lambda: own_real_batches(data, split, num_images=num_images), on_images=on_images
+    )
+
+
+def read_references(
+    path: Path | str,
+    extractors: Sequence[Extractor],
+    *,
+    folder: Path | None = None,
+    on_images: Callable[[int], object] = lambda count: None,
+) -> dict[str, Reference]:
+    """A file of ADM's layout as each network sees it.
+
+    Statistics that the file holds are Inception's; they alone give fid and sfid, images give the rest.
+
+    Args:
+        path: E.g. ``VIRTUAL_imagenet256_labeled.npz``.
+        extractors: The networks.
+        folder: Where features of the file's images are kept, as of ``obtain_references``; None keeps none.
+        on_images: Told how many more are done, for a progress bar.
+
+    Returns:
+        By the networks' labels, the same on each rank.
+
+    Raises:
+        ValueError: The file is missing, foreign or damaged, or does not hold what a network needs.
+    """
+    file = ArrayFile(path, thing="reference")
+    statistics = _foreign_statistics(file)
+    if "arr_0" not in file:
+        if statistics is None:
+            raise file.refusal("mu", "statistics (mu, sigma) or images (arr_0) are needed, got neither")
+        for extractor in extractors:
+            if extractor.label != "inception":
+                raise file.refusal(
+                    "arr_0",
+                    f"images are needed for the network {extractor.label!r}, got the statistics of inception alone",
+                )
+        return {extractor.label: statistics for extractor in extractors}
+    samples = open_samples(file)
+    key = {"data": None if folder is None else _digest(file.path), "split": "file"}
+    keys = {extractor.label: {**key, **_identity(extractor)} for extractor in extractors}
+    made = _obtain(folder, keys, extractors, lambda: own_image_batches(samples.read, len(samples)), on_images=on_images)
+    if statistics is None or "inception" not in made:
+        return made
+    spatial = statistics.spatial if statistics.spatial is not None else made["inception"].spatial
+    return {**made, "inception": replace(made["inception"], pooled=statistics.pooled, spatial=spatial)}
+
+
+def _identity(extractor: Extractor) -> dict[str, Any]:
+    return {"network": extractor.label, "weights": extractor.digest, "knows_classes": extractor.knows_classes}
+
+
+def _obtain(
+    folder: Path | None,
+    keys: Mapping[str, Mapping[str, Any]],
+    extractors: Sequence[Extractor],
+    batches: Callable[[], Iterator[tuple[Tensor, Tensor]]],
+    *,
+    on_images: Callable[[int], object],
+) -> dict[str, Reference]:
+    """What the folder holds, and the rest from one pass over the images."""
+    found = {label: None if folder is None else _read(_place(folder, key), key) for label, key in keys.items()}
+    missing = [extractor for extractor in extractors if not _on_every_rank(found[extractor.label] is not None)]
+    made = {
+        label: Reference.of(features) for label, features in extract(missing, batches(), on_images=on_images).items()
+    }
+    if folder is not None and rank_and_world()[0] == 0:
+        for label, reference in made.items():
+            _write(_place(folder, keys[label]), keys[label], reference)
+    kept = {label: reference for label, reference in found.items() if reference is not None}
+    return {label: made.get(label) or kept[label] for label in keys}
+
+
+def _on_every_rank(here: bool) -> bool:
+    if rank_and_world()[1] == 1:
+        return here
+    vote = torch.tensor(int(here))
+    dist.all_reduce(vote, dist.ReduceOp.MIN)
+    return bool(vote)
+
+
+def _place(folder: Path, key: Mapping[str, Any]) -> Path:
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    return folder / f"{key['split']}-{re.sub('[^A-Za-z0-9_.]+', '-', key['network'])}-{digest[:16]}.npz"
+
+
+def _described(key: Mapping[str, Any]) -> str:
+    return json.dumps({"format": _FORMAT, "version": _VERSION, **key}, sort_keys=True)
+
+
+def _write(path: Path, key: Mapping[str, Any], reference: Reference) -> None:
+    features = reference.features
+    assert features is not None  # it was made here
+    arrays: dict[str, Tensor] = {
+        "key": torch.frombuffer(bytearray(_described(key).encode()), dtype=torch.uint8),
+        "mu": reference.pooled.mean,
+        "sigma": reference.pooled.covariance,
+        "pooled": features.pooled,
+    }
+    if reference.spatial is not None:
+        arrays |= {"mu_s": reference.spatial.mean, "sigma_s": reference.spatial.covariance}
+    if features.logits is not None:
+        arrays["logits"] = features.logits
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with write_atomically(path) as file:
+        np.savez(file, **cast("dict[str, Any]", {name: tensor.numpy() for name, tensor in arrays.items()}))
+
+
+def _read(path: Path, key: Mapping[str, Any]) -> Reference | None:
+    """What was kept; None, with a warning, where the file is not what this program wrote for the same key."""
+    if not path.exists():
+        return None
+    try:
+        file = ArrayFile(path, thing="reference")
+        file.check()
+        if file.text("key") != _described(key):
+            raise file.refusal("key", "it is of something else")
+        pooled = _tensor(file, "pooled", (None, None), kinds="f")
+        logits = _tensor(file, "logits", (len(pooled), None), kinds="f") if "logits" in file else None
+        spatial = _statistics(file, "_s", None) if "mu_s" in file else None
+        return Reference(
+            key["network"],
+            _statistics(file, "", pooled.shape[1]),
+            spatial,
+            ImageFeatures(key["network"], pooled.float(), None if logits is None else logits.float()),
+        )
+    except ValueError as error:
+        _log.warning("%s; it is made again", error)
+        return None
+
+
+def _foreign_statistics(file: ArrayFile) -> Reference | None:
+    if not any(name in file for name in ("mu", "sigma", "mu_s", "sigma_s")):
+        return None
+    spatial = _statistics(file, "_s", _SPATIAL) if "mu_s" in file or "sigma_s" in file else None
+    return Reference("inception", _statistics(file, "", _POOLED), spatial, None)
+
+
+def _statistics(file: ArrayFile, suffix: str, width: int | None) -> Statistics:
+    mean = _tensor(file, f"mu{suffix}", (width,), kinds="f")
+    covariance = _tensor(file, f"sigma{suffix}", (len(mean), len(mean)), kinds="f")
+    if not torch.allclose(covariance, covariance.T, rtol=1e-3, atol=1e-6) or bool((covariance.diagonal() < 0).any()):
+        raise file.refusal(f"sigma{suffix}", "a covariance is needed, got a matrix that cannot be one")
+    return Statistics(mean, covariance)
+
+
+def _tensor(file: ArrayFile, name: str, shape: tuple[int | None, ...], *, kinds: str) -> Tensor:
+    """A copy, as float64.
+
+    Raises:
+        ValueError: As of ``ArrayFile.read``, or a number is not finite.
+    """
+    array: npt.NDArray[np.float64] = np.array(file.read(name, shape, kinds=kinds), dtype=np.float64)
+    if not np.isfinite(array).all():
+        raise file.refusal(name, "finite numbers are needed")
+    return torch.from_numpy(array)
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
