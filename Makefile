@@ -18,7 +18,7 @@ NAME ?= stage2_step
 TOKENIZER ?=
 PRETRAINED ?=
 CLASSES ?= all
-STEPS ?= 8
+STEPS ?=
 SEED ?= 0
 ARGS ?=
 
@@ -50,8 +50,8 @@ tokenize: $(STAMP) ## Turn the images of DATA into tokens, once
 train-transformer: tokenize ## Stage 2: train the transformer, e.g. RECIPE=cosine CLUSTER=ddp
 	@$(BIN)/maskgit train transformer $(OF_RUN) --cluster $(CLUSTER) $(ARGS)
 
-sample: $(STAMP) ## Generate images of RUN: CLASSES=0,3,7 STEPS=8 SEED=0
-	@$(BIN)/maskgit sample runs/$(RUN) --classes "$(CLASSES)" --steps $(STEPS) --seed $(SEED) --out runs/$(RUN)/sampled.png $(ARGS)
+sample: $(STAMP) ## Generate images of RUN: CLASSES=0,3,7 STEPS=16 SEED=0
+	@$(BIN)/maskgit sample runs/$(RUN) --classes "$(CLASSES)" $(if $(STEPS),--steps $(STEPS)) --seed $(SEED) --out runs/$(RUN)/sampled.png $(ARGS)
 
 edit: $(STAMP) ## Generate a part of an image anew: IMAGE=file ARGS="--box L,T,R,B --class NAME --out FILE.png"
 	@$(BIN)/maskgit edit runs/$(RUN) "$(IMAGE)" $(ARGS)

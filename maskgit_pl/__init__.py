@@ -9,7 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from maskgit_pl.decoding import ParallelDecoder
+    from maskgit_pl.autoregressive import AutoregressiveModel
+    from maskgit_pl.decoding import ParallelDecoder, SequentialDecoder
     from maskgit_pl.masking import MaskSampler
     from maskgit_pl.mvtm import MaskedTokenModel
     from maskgit_pl.pipeline import MaskGIT
@@ -17,13 +18,24 @@ if TYPE_CHECKING:
     from maskgit_pl.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
-__all__ = ["MaskGIT", "MaskSampler", "MaskedTokenModel", "ParallelDecoder", "Tokenizer", "mask_schedules"]
+__all__ = [
+    "AutoregressiveModel",
+    "MaskGIT",
+    "MaskSampler",
+    "MaskedTokenModel",
+    "ParallelDecoder",
+    "SequentialDecoder",
+    "Tokenizer",
+    "mask_schedules",
+]
 
 _HOMES = {
+    "AutoregressiveModel": "autoregressive",
     "MaskGIT": "pipeline",
     "MaskSampler": "masking",
     "MaskedTokenModel": "mvtm",
     "ParallelDecoder": "decoding",
+    "SequentialDecoder": "decoding",
     "Tokenizer": "tokenizer",
     "mask_schedules": "schedules",
 }

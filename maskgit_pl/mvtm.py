@@ -6,61 +6,40 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
-from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import MeanMetric
+from torch import Tensor
 
-from maskgit_pl.data import Batch, flip, to_unit_range
-from maskgit_pl.decoding import DecodingConfig, DecodingStep, ParallelDecoder, decode_classes
-from maskgit_pl.losses import masked_cross_entropy
+from maskgit_pl.data import Batch
+from maskgit_pl.decoding import DecodingConfig, DecodingStep, decode_classes
 from maskgit_pl.masking import MaskSampler
-from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig, Vocabulary
-from maskgit_pl.pretrained import (
-    PretrainedTokenizer,
-    load_tokenizer,
-    load_transformer,
-    save_transformer,
-    weights_for,
-)
-from maskgit_pl.randomness import random_bits, random_uniform
+from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.schedules import mask_schedules
-from maskgit_pl.training.checkpoints import full_state
-from maskgit_pl.training.ema import frozen_copy, update_ema
-from maskgit_pl.training.optimizers import LearningRate, parameter_groups
+from maskgit_pl.token_model import NUM_BINS, TokenModel
+from maskgit_pl.training.optimizers import LearningRate
 
 __all__ = ["MaskedTokenModel"]
 
-_RATIO_BINS = 4
 
-
-class MaskedTokenModel(LightningModule):
-    """Trains a ``MaskedTransformer`` on tokens, or on images that a frozen tokenizer turns into tokens on the fly.
+class MaskedTokenModel(TokenModel):
+    """Trains a ``MaskedTransformer`` to predict masked tokens.
 
     Args:
         network: Sizes of the transformer.
-        learning_rate: Peak, warm-up and decay.
-        tokenizer: Pretrained tokenizer folder.
+        learning_rate: As of ``TokenModel``.
+        tokenizer: As of ``TokenModel``.
         mask_schedule: Name or mapping of a registered mask schedule, for training and decoding alike.
         decoding: How sample pictures, and later users of the exported model, decode.
         min_mask_ratio: Lower bound of the mask ratio in training, in [0, 1].
-        label_smoothing: In [0, 1).
-        loss_vocabulary: Whether the loss's softmax runs over the codes or over all rows of the word table.
-        betas: Of AdamW.
-        weight_decay: Of Linear weights alone.
-        ema_decay: Of the averaged weights that sample, are evaluated and exported; 0 for none.
-        flip_probability: Chance of a horizontal flip, for images as the source.
-        seed: Of masks, class dropout, flips and dropout, in [0, 2**32).
+        shared: As of ``TokenModel``.
 
-    Source: paper, training; learning rate, betas, decay and smoothing of the released configuration are its recipes'.
+    Raises:
+        ValueError: More decoding steps than tokens, an unknown name, or guidance without a null class.
+
+    Source: paper, training objective.
     """
+
+    binned_by = "mask-ratio"
 
     def __init__(
         self,
@@ -71,117 +50,35 @@ class MaskedTokenModel(LightningModule):
         mask_schedule: str | dict[str, Any] = "cosine",
         decoding: DecodingConfig = DecodingConfig(),  # noqa: B008  # frozen
         min_mask_ratio: float = 0.0,
-        label_smoothing: float = 0.1,
-        loss_vocabulary: Vocabulary = "all",
-        betas: tuple[float, float] = (0.9, 0.96),
-        weight_decay: float = 0.045,
-        ema_decay: float = 0.999,
-        flip_probability: float = 0.0,
-        seed: int = 0,
+        **shared: Any,
     ) -> None:
-        super().__init__()
-        self.config = network
-        self.learning_rate = learning_rate
-        self.tokenizer_folder = Path(tokenizer)
+        super().__init__(MaskedTransformer(network), learning_rate, tokenizer, decoding=decoding, **shared)
         self.mask_schedule_spec = mask_schedule
         self.mask_schedule = mask_schedules.build(mask_schedule)
-        self.mask_sampler = MaskSampler(self.mask_schedule, seed, min_mask_ratio)
-        self.decoding = decoding
+        self.mask_sampler = MaskSampler(self.mask_schedule, self.seed, min_mask_ratio)
         self.decoder = decoding.decoder(self.mask_schedule)
-        check_decoding(network, decoding, self.decoder)
-        self.label_smoothing = label_smoothing
-        self.loss_vocabulary: Vocabulary = loss_vocabulary
-        self.betas = betas
-        self.weight_decay = weight_decay
-        self.ema_decay = ema_decay
-        self.flip_probability = flip_probability
-        self.seed = seed
-        self.transformer = MaskedTransformer(network)
-        self.ema_network = frozen_copy(self.transformer) if ema_decay > 0 else None
-        self._tokenizer: PretrainedTokenizer | None = None
-        self._validation_loss = MeanMetric()
-        self._validation_accuracy = MeanMetric()
-        self._bins = torch.zeros(_RATIO_BINS, 3)  # of masked tokens: count, summed loss, summed hits
+        self.decoder.masked_counts([network.num_tokens], network.num_tokens)  # refuses too many steps
 
-    @property
-    def averaged_network(self) -> MaskedTransformer:
-        """The network that samples, is evaluated and exported: the moving average, or the trained one without it."""
-        return self.transformer if self.ema_network is None else self.ema_network
-
-    @property
-    def tokenizer(self) -> PretrainedTokenizer:
-        """The frozen tokenizer, read when it is first asked for, on this module's device; never in a checkpoint."""
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.tokenizer_folder)
-            check_fit(self.config, self._tokenizer)
-        self._tokenizer.network.to(self.device)
-        return self._tokenizer
-
-    def configure_model(self) -> None:
-        """Under FSDP2: shards block by block; the tied word table stays in the root group."""
-        mesh = self.device_mesh
-        if mesh is None:
-            return
-        for network in filter(None, (self.transformer, self.ema_network)):
-            for block in network.blocks:
-                fully_shard(block, mesh=mesh["data_parallel"])
-            fully_shard(network, mesh=mesh["data_parallel"])
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        groups = parameter_groups(self.transformer, self.weight_decay, prefix="transformer.")
-        optimizer = AdamW(groups, lr=self.learning_rate.peak, betas=self.betas, fused=True)
-        max_steps = int(self.trainer.max_steps)
-        scheduler = LambdaLR(optimizer, lambda step: self.learning_rate.factor(step, max_steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Optimizer | Any, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(epoch, batch_idx, optimizer, *args, **kwargs)
-        optimizer.zero_grad()  # Lightning would keep the gradients in memory through the next forward pass
-        if self.ema_network is not None:
-            step = self.trainer.global_step - 1
-            update_ema(self.ema_network, self.transformer, decay=self.ema_decay, step=step)
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        self._reseed_dropout(batch_idx)
-        tokens, mask = self.tokens_and_mask(batch)
-        labels = self._drop_classes(batch)
-        loss, token_loss, hits = self._losses(self.transformer, tokens, labels, mask, smoothing=self.label_smoothing)
-        self._collect(mask, token_loss, hits)
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # set late
-            self._log_training(loss.detach())
-        return loss
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        tokens, mask = self.tokens_and_mask(batch)
-        mask = mask & batch.valid.unsqueeze(1)
-        _, token_loss, hits = self._losses(self.averaged_network, tokens, batch.labels, mask, smoothing=0.0)
-        self._validation_loss.update(token_loss)
-        self._validation_accuracy.update(hits)
-
-    def on_validation_epoch_end(self) -> None:
-        metrics = {"val/loss": self._validation_loss, "val/accuracy": self._validation_accuracy}
-        values = {name: metric.compute() for name, metric in metrics.items()}  # over all ranks
-        self.log_dict(values, prog_bar=True, sync_dist=True)
-        for metric in metrics.values():
-            metric.reset()
-
-    def tokens_and_mask(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What a batch teaches: tokens (B, N) int64 and its mask (B, N) bool, a function of the samples alone."""
-        mask = self.mask_sampler.mask(
+    def _mask(self, batch: Batch) -> Tensor:
+        return self.mask_sampler.mask(
             self.config.num_tokens,
             index=batch.index,
             epoch=batch.epoch,
             position=batch.position,
             global_batch=self.trainer.datamodule.global_batch,  # type: ignore[attr-defined]  # set by fit(datamodule=)
         )
-        return self._tokens(batch), mask
 
-    @torch.no_grad()
-    def sample(self, labels: Sequence[int], seeds: Sequence[int]) -> Iterator[DecodingStep]:
-        """Decodes one image for each label and seed, step by step and exactly, with the averaged network."""
-        network = self.averaged_network.eval()
-        steps = decode_classes(
-            network,
+    def _visible(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        return tokens.masked_fill(mask, self.config.mask_token_id)
+
+    def _bins(self, mask: Tensor) -> Tensor:
+        """By the mask ratio of the token's row."""
+        of_row = ((mask.float().mean(1) * NUM_BINS).ceil().long() - 1).clamp(0, NUM_BINS - 1)
+        return of_row.unsqueeze(1).expand_as(mask)[mask]
+
+    def _decode(self, labels: Sequence[int], seeds: Sequence[int]) -> Iterator[DecodingStep]:
+        return decode_classes(
+            self.averaged_network,
             labels,
             seeds,
             decoder=self.decoder,
@@ -191,121 +88,3 @@ class MaskedTokenModel(LightningModule):
             null_label=self.config.null_label,
             device=self.device,
         )
-        yield from steps
-        self.transformer.train(self.training)
-
-    def start_from(self, folder: Path) -> None:
-        """Begins from a pretrained transformer's weights instead of random ones; called before the first step.
-
-        Args:
-            folder: Pretrained transformer folder; see ``pretrained.weights_for`` for what becomes of its classes.
-
-        Raises:
-            FileNotFoundError: No such folder.
-            ValueError: Not a transformer, or one of other sizes.
-        """
-        weights = weights_for(self.config, load_transformer(folder))
-        for network in filter(None, (self.transformer, self.ema_network)):
-            network.load_state_dict(weights)
-
-    def export(self, folder: Path, *, class_names: tuple[str, ...]) -> None:
-        """Writes ``folder/transformer`` from the averaged weights; called on every rank, rank 0 writes."""
-        weights = full_state(self.averaged_network)
-        if self.global_rank == 0:
-            save_transformer(
-                folder / "transformer",
-                self.config,
-                weights,
-                mask_schedule=self.mask_schedule_spec,
-                decoding=self.decoding,
-                class_names=class_names,
-                tokenizer_fingerprint=self.tokenizer.fingerprint,
-            )
-
-    def _tokens(self, batch: Batch) -> Tensor:
-        if batch.content.ndim == 2:
-            return batch.content
-        images = batch.content
-        if self.training and self.flip_probability > 0:
-            images = flip(
-                images, probability=self.flip_probability, seed=self.seed, index=batch.index, epoch=batch.epoch
-            )
-        with torch.no_grad():
-            return self.tokenizer.network.encode(to_unit_range(images))
-
-    def _drop_classes(self, batch: Batch) -> Tensor:
-        null_label = self.config.null_label
-        if null_label is None:
-            return batch.labels
-        chance = random_uniform("class-dropout", seed=self.seed, index=batch.index, epoch=batch.epoch)[:, 0]
-        return batch.labels.masked_fill(chance < self.config.class_dropout, null_label)
-
-    def _losses(
-        self, network: nn.Module, tokens: Tensor, labels: Tensor, mask: Tensor, *, smoothing: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss (), and of each masked token its negative log-likelihood and whether the likeliest code is right."""
-        visible = tokens.masked_fill(mask, self.config.mask_token_id)
-        logits = network(visible, labels, mask, vocabulary=self.loss_vocabulary)  # (masked tokens, V)
-        rows = mask.nonzero()[:, 0]
-        targets = tokens[mask]
-        loss, token_loss = masked_cross_entropy(logits, targets, rows, num_rows=len(tokens), label_smoothing=smoothing)
-        return loss, token_loss, (logits.detach().argmax(-1) == targets).float()
-
-    def _reseed_dropout(self, batch_idx: int) -> None:
-        """Dropout masks as a function of (seed, step, micro-batch, rank): exact for the same topology."""
-        if self.config.dropout == 0:
-            return
-        place = batch_idx % self.trainer.accumulate_grad_batches * self.trainer.world_size + self.global_rank
-        word = random_bits("dropout", seed=self.seed, index=place, epoch=self.trainer.global_step)
-        torch.manual_seed(int(word))
-
-    def _collect(self, mask: Tensor, token_loss: Tensor, hits: Tensor) -> None:
-        """Adds the step's masked tokens to the bin of their row's mask ratio."""
-        ratio_bin = ((mask.float().mean(1) * _RATIO_BINS).ceil().long() - 1).clamp(0, _RATIO_BINS - 1)
-        bin_of_token = ratio_bin.unsqueeze(1).expand_as(mask)[mask]
-        values = torch.stack([torch.ones_like(hits), token_loss.detach(), hits], dim=1)  # (masked tokens, 3)
-        self._bins = self._bins.to(values.device).index_add(0, bin_of_token, values)
-
-    def _log_training(self, loss: Tensor) -> None:
-        """One dict every ``log_every_n_steps`` steps; the bins' sums are those of this rank."""
-        count, summed_loss, summed_hits = self._bins.unbind(1)
-        metrics = {"train/loss": loss, "train/accuracy": summed_hits.sum() / count.sum()}
-        for ratio_bin in range(_RATIO_BINS):
-            name = f"{ratio_bin / _RATIO_BINS:.2f}-{(ratio_bin + 1) / _RATIO_BINS:.2f}"
-            metrics[f"train/loss/mask-ratio-{name}"] = summed_loss[ratio_bin] / count[ratio_bin]
-            metrics[f"train/accuracy/mask-ratio-{name}"] = summed_hits[ratio_bin] / count[ratio_bin]
-        self._bins = torch.zeros_like(self._bins)
-        self.log("train/loss", loss, prog_bar=True, logger=False)
-        if self.logger is not None:
-            rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-            plain = {name: float(value) for name, value in metrics.items() if bool(torch.isfinite(value))}
-            self.logger.log_metrics({**plain, "learning-rate": rate}, step=self.trainer.global_step + 1)
-
-
-def check_decoding(config: TransformerConfig, decoding: DecodingConfig, decoder: ParallelDecoder) -> None:
-    """Refuses before the first step what would otherwise be refused at the first sample pictures.
-
-    Raises:
-        ValueError: More steps than tokens, an unknown guidance schedule, or guidance without a null class.
-    """
-    decoder.masked_counts([config.num_tokens], config.num_tokens)
-    if any(decoding.scales()) and config.null_label is None:
-        raise ValueError(
-            f"model.decoding.guidance: it needs a null class, got {decoding.guidance!r} with class_dropout 0; "
-            "set model.network.class_dropout above 0 or model.decoding.guidance to constant"
-        )
-
-
-def check_fit(config: TransformerConfig, tokenizer: PretrainedTokenizer) -> None:
-    """Refuses a transformer whose codebook or grid is not the tokenizer's.
-
-    Raises:
-        ValueError: With both sizes and the recipe keys.
-    """
-    pairs = (("num_codes", config.num_codes, tokenizer.network.config.num_codes), ("grid", config.grid, tokenizer.grid))
-    for name, wanted, has in pairs:
-        if wanted != has:
-            raise ValueError(
-                f"model.network.{name}: the tokenizer has {has}, got {wanted}; "
-                "leave the key out or name another tokenizer"
-            )

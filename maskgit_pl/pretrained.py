@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.files import write_atomically
+from maskgit_pl.networks.causal import CausalTransformer, build_transformer
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
@@ -80,17 +81,33 @@ class PretrainedTransformer:
 
     Args:
         network: In evaluation mode, on the CPU, frozen.
-        mask_schedule: The schedule that it was trained with.
+        mask_schedule: The schedule that it was trained with; None for a causal one.
         decoding: How its images are decoded unless told otherwise.
         class_names: One for each class.
         tokenizer_fingerprint: Of the tokenizer whose tokens it knows.
     """
 
-    network: MaskedTransformer
-    mask_schedule: MaskSchedule
+    network: MaskedTransformer | CausalTransformer
+    mask_schedule: MaskSchedule | None
     decoding: DecodingConfig
     class_names: tuple[str, ...]
     tokenizer_fingerprint: str
+
+    def schedule_for(self, task: str) -> MaskSchedule:
+        """The mask schedule, for what only a model that decodes in parallel can do.
+
+        Args:
+            task: What is to be done with it, for the error.
+
+        Raises:
+            ValueError: A sequential model.
+        """
+        if self.mask_schedule is None:
+            raise ValueError(
+                f"{task}: a model with bidirectional attention is needed, which fills masked tokens in any order, got "
+                "a sequential one, which draws whole images from their first token on; take another run"
+            )
+        return self.mask_schedule
 
 
 def save_tokenizer(folder: Path, config: VQGANConfig, weights: Mapping[str, Tensor], *, image_size: int) -> None:
@@ -110,7 +127,7 @@ def save_transformer(
     config: TransformerConfig,
     weights: Mapping[str, Tensor],
     *,
-    mask_schedule: str | dict[str, Any],
+    mask_schedule: str | dict[str, Any] | None,
     decoding: DecodingConfig,
     class_names: tuple[str, ...],
     tokenizer_fingerprint: str,
@@ -149,15 +166,21 @@ def load_transformer(folder: Path | str) -> PretrainedTransformer:
 
     Raises:
         FileNotFoundError: No such folder, or a file is missing.
-        ValueError: Not a transformer, an unknown schedule, or weights that do not fit its configuration.
+        ValueError: Not a transformer, an unknown schedule, one where it does not belong, or weights that do not fit its
+            configuration.
     """
     folder = Path(folder)
     config = read_config(folder, "transformer")
     sizes = _dataclass(TransformerConfig, config["network"], folder)
-    network = _read_network(lambda: MaskedTransformer(sizes), folder)
+    spec = config["mask_schedule"]
+    if (spec is None) != (sizes.attention == "causal"):
+        raise ValueError(
+            f"{folder / _CONFIG}: bidirectional attention goes with a mask schedule and causal attention without, got "
+            f"{sizes.attention} and {spec!r}"
+        )
     return PretrainedTransformer(
-        network,
-        mask_schedules.build(config["mask_schedule"]),
+        _read_network(lambda: build_transformer(sizes), folder),
+        None if spec is None else mask_schedules.build(spec),
         _dataclass(DecodingConfig, config["decoding"], folder),
         tuple(config["class_names"]),
         config["tokenizer_fingerprint"],
@@ -220,12 +243,17 @@ def weights_for(config: TransformerConfig, pretrained: PretrainedTransformer) ->
         pretrained: What was read.
 
     Returns:
-        State dict of a ``MaskedTransformer`` of ``config``.
+        State dict of a transformer of ``config``.
 
     Raises:
-        ValueError: Another codebook, grid, width, depth, number of heads or MLP.
+        ValueError: Another attention, codebook, grid, width, depth, number of heads or MLP.
     """
     old = pretrained.network.config
+    if config.attention != old.attention:
+        raise ValueError(
+            f"model.network.attention: the pretrained transformer is {old.attention}, got {config.attention}; begin "
+            "from another, or train by a recipe of its own kind (RECIPE=autoregressive is causal)"
+        )
     for name in ("num_codes", "grid", "width", "depth", "num_heads", "mlp_width"):
         if getattr(config, name) != getattr(old, name):
             raise ValueError(
@@ -354,7 +382,10 @@ def _checked_decoding(values: Any, file: Path) -> DecodingConfig:
         raise ValueError(f"decoding {file}: unknown keys {unknown}; known: {sorted(known)}")
     try:
         decoding = DecodingConfig(**values)
-        decoding.decoder(mask_schedules.build("cosine"))  # any schedule: names and numbers are what is checked
+        if decoding.is_sequential:
+            decoding.sequential_decoder(decoding.num_steps)
+        else:
+            decoding.decoder(mask_schedules.build("cosine"))  # any schedule: names and numbers are what is checked
         decoding.scales()
     except (TypeError, ValueError) as error:
         raise ValueError(f"decoding {file}: {error}") from error

@@ -26,6 +26,7 @@ FLOORS = {  # a file or a folder -> its floor; a folder's files stand on its flo
     "data": 3,
     "training": 3,
     "tokenizer": 4,
+    "token_model": 5,
     "mvtm": 5,
     "autoregressive": 6,
     "pipeline": 7,

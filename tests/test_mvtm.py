@@ -6,10 +6,11 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from maskgit_pl.data import ShardData, to_unit_range, tokenize
-from maskgit_pl.mvtm import MaskedTokenModel, check_fit
+from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.pretrained import load_tokenizer, load_transformer
 from maskgit_pl.schedules import mask_schedules
+from maskgit_pl.token_model import check_fit
 from maskgit_pl.training.checkpoints import Checkpoints, FolderCheckpointIO, newest_complete
 from maskgit_pl.training.optimizers import LearningRate
 

@@ -9,7 +9,8 @@ import yaml
 
 from maskgit_pl.cli.fit import fit
 from maskgit_pl.cli.recipes import read_yaml
-from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
+from maskgit_pl.networks.causal import build_transformer
+from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pretrained import load_tokenizer, load_transformer
 
@@ -68,7 +69,7 @@ def test_a_transformer_recipe_builds_at_full_size(name):
     tree = merge(map(read_yaml, layers("transformer", name)))
     sizes = {"num_codes": 256, "num_classes": 10, "grid": (7, 7), **tree["model"]["network"]}
     with torch.device("meta"):
-        network = MaskedTransformer(TransformerConfig(**sizes))
+        network = build_transformer(TransformerConfig(**sizes))
     count = sum(parameter.numel() for parameter in network.parameters())
     assert count == PARAMETERS.get(("transformer", name), 851_084)
 
@@ -99,9 +100,12 @@ def test_a_transformer_recipe_trains_a_step(name, tiny_shards, tiny_pretrained, 
     tokenizer = tiny_pretrained / "tokenizer"
     assert fit("transformer", files=files, overrides=[], shards=tiny_shards, folder=tmp_path, tokenizer=tokenizer) == 0
     model = load_transformer(tmp_path / "pretrained" / "transformer")
-    schedules = {"base", "paper-256", "paper-512", "blue-marble", "own-images"}
-    assert type(model.mask_schedule).__module__ == "maskgit_pl.schedules"
-    if name not in schedules:
+    if name == "autoregressive":
+        assert (model.mask_schedule, model.network.config.attention) == (None, "causal")
+        assert (model.decoding.num_steps, model.decoding.token_selector) == (16, "raster")
+    else:
+        assert type(model.mask_schedule).__module__ == "maskgit_pl.schedules"
+    if name not in {"base", "paper-256", "paper-512", "blue-marble", "own-images", "autoregressive"}:
         assert yaml.safe_load((RECIPES / "transformer" / f"{name}.yaml").read_text())["model"]["mask_schedule"] == name
     assert (tmp_path / "transformer" / "samples.png").is_file()
     assert (tmp_path / "transformer" / "config.yaml").is_file()

@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         FileNotFoundError: No such run or data.
         TypeError: A selector or a guidance schedule does not take its arguments.
-        ValueError: An unknown name, data that are not the model's, or a number out of range.
+        ValueError: An unknown name, a sequential model, data that are not the model's, or a number out of range.
     """
     numbers = None if args.num_steps is None else step_numbers(args.num_steps)
     wanted = None if args.selectors == "all" else decoding_specs("--selectors", args.selectors)
@@ -82,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
 
     protocol = Protocol(args.num_images, seed=args.seed, batch_size=args.batch)
     pipe = open_model(folders, args)
+    pipe.transformer.schedule_for("compare")
     base = _with_guidance(pipe, guidance)
     work = []
     for number in sorted(

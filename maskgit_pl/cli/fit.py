@@ -20,7 +20,8 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from maskgit_pl.cli.recipes import Stage, recipe_value
+from maskgit_pl.autoregressive import AutoregressiveModel
+from maskgit_pl.cli.recipes import Stage, fitting_layer, is_causal, recipe_value
 from maskgit_pl.data import ShardData, StreamConfig, split_batch
 from maskgit_pl.data.stream import check_stream
 from maskgit_pl.mvtm import MaskedTokenModel
@@ -28,6 +29,7 @@ from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.pipeline.card import write_card
 from maskgit_pl.pretrained import fingerprint, read_config
 from maskgit_pl.shards.manifest import read_manifest_summary
+from maskgit_pl.token_model import TokenModel
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.checkpoints import Checkpoints, FolderCheckpointIO, newest_complete, settings_of
 from maskgit_pl.training.environment import describe_environment
@@ -52,23 +54,22 @@ _EXPECTED_WARNINGS = (
     "Checkpoint directory .* exists and is not empty",  # a run that goes on
 )
 
-_MODULES: dict[Stage, type[LightningModule]] = {"tokenizer": Tokenizer, "transformer": MaskedTokenModel}
-
 
 class StageCLI(LightningCLI):
     """LightningCLI for one stage of one run: callbacks, logger and strategy come from code, values from recipes.
 
     Args:
         stage: Which stage.
+        module: What is trained.
         folder: ``runs/RUN/STAGE``.
         args: Words for the parser: ``--config`` files and flags.
     """
 
-    def __init__(self, stage: Stage, folder: Path, args: Sequence[str]) -> None:
+    def __init__(self, stage: Stage, module: type[LightningModule], folder: Path, args: Sequence[str]) -> None:
         self.stage = stage
         self.folder = folder
         super().__init__(
-            _MODULES[stage],
+            module,
             ShardData,
             run=False,
             args=list(args),
@@ -210,19 +211,20 @@ def fit(
     found: dict[str, Any] = {"data": {"path": str(shards)}}
     if tokenizer is not None:
         found = _tokenizer_values(shards, tokenizer, folder, num_classes=_num_classes(shards, files, overrides))
-    layers = [json.dumps(found), *map(str, files)]
+    module_type, own = _module_and_layers(stage, files, overrides)
+    layers = [json.dumps(found), *own]
     if pretrained is not None:
         layers.append(json.dumps(_pretrained_values(stage, pretrained)))
     words = [word for layer in layers for word in ("--config", layer)]
     torch.manual_seed(0)  # initial weights; every other chance is a function of the recipe's seed
-    cli = StageCLI(stage, folder / stage, [*words, *overrides])
+    cli = StageCLI(stage, module_type, folder / stage, [*words, *overrides])
     module, data, trainer = cli.model, cli.datamodule, cli.trainer
     newest = newest_complete(folder / stage / "checkpoints")
     if newest is not None and int(newest.name.removeprefix("step-")) >= trainer.max_steps and _exported(folder, stage):
         log.info("%s: finished at %s; nothing to do", folder / stage, newest.name)
         return 0
     per_device, accumulation = split_batch(data.global_batch, data.max_batch_per_device, trainer.world_size)
-    if isinstance(module, MaskedTokenModel):
+    if isinstance(module, TokenModel):
         trainer.accumulate_grad_batches = accumulation
         _check_classes(module, data)
         data.require_tokenizer(module.tokenizer.fingerprint)  # reading it refuses one that does not fit
@@ -231,7 +233,7 @@ def fit(
     if isinstance(trainer.val_check_interval, int):  # steps for us, micro-batches for Lightning
         trainer.val_check_interval *= accumulation
     if pretrained is not None and newest is None:
-        assert isinstance(module, Tokenizer | MaskedTokenModel)
+        assert isinstance(module, Tokenizer | TokenModel)
         module.start_from(pretrained)
         log.info("%s: begins from the weights of %s", folder / stage, pretrained)
     if trainer.is_global_zero:
@@ -244,6 +246,21 @@ def fit(
     trainer.fit(module, datamodule=data, ckpt_path=newest)
     _export(module, data, folder / "pretrained", tokenizer)
     return 0
+
+
+def _module_and_layers(
+    stage: Stage, files: Sequence[Path], overrides: Sequence[str]
+) -> tuple[type[LightningModule], list[str]]:
+    """What the recipes train, and the layers of its configuration that they are."""
+    if stage == "tokenizer" or not is_causal(files, overrides):
+        return Tokenizer if stage == "tokenizer" else MaskedTokenModel, [str(file) for file in files]
+    layers = []
+    for file in files:
+        layer, without = fitting_layer(file)
+        layers.append(json.dumps(layer))
+        if without:
+            log.info("%s: with causal attention, without %s", file, ", ".join(without))
+    return AutoregressiveModel, layers
 
 
 def _num_classes(shards: Path, files: Sequence[Path], overrides: Sequence[str]) -> int:
@@ -284,7 +301,7 @@ def _pretrained_values(stage: Stage, pretrained: Path) -> dict[str, Any]:
     return {"model": {"network": network}}
 
 
-def _check_classes(module: MaskedTokenModel, data: ShardData) -> None:
+def _check_classes(module: TokenModel, data: ShardData) -> None:
     if module.config.num_classes != data.num_classes:
         raise ValueError(
             f"model.network.num_classes: {data.path} has {data.num_classes} classes, got {module.config.num_classes}; "
@@ -299,7 +316,7 @@ def _exported(folder: Path, stage: Stage) -> bool:
 def _export(module: LightningModule, data: ShardData, folder: Path, tokenizer: Path | None) -> None:
     if isinstance(module, Tokenizer):
         module.export(folder)
-    elif isinstance(module, MaskedTokenModel):
+    elif isinstance(module, TokenModel):
         module.export(folder, class_names=data.class_names)
         own = folder / "tokenizer"
         if module.global_rank == 0 and tokenizer is not None and tokenizer.resolve() != own.resolve():

@@ -14,13 +14,32 @@ import yaml
 
 from maskgit_pl.registry import nearest
 
-__all__ = ["Stage", "check_overrides", "read_yaml", "recipe_files", "recipe_value", "recipes_folder"]
+__all__ = [
+    "Stage",
+    "check_overrides",
+    "fitting_layer",
+    "is_causal",
+    "read_yaml",
+    "recipe_files",
+    "recipe_value",
+    "recipes_folder",
+]
 
 Stage = Literal["tokenizer", "transformer"]
 
 _STAGES: tuple[Stage, ...] = ("tokenizer", "transformer")
 _MAX_BYTES = 1_000_000
 _REFUSED = ("class_path", "callbacks", "logger", "plugins", "profiler")
+# What a transformer with causal attention has no use for: it masks nothing, and draws token after token.
+_MASKED_ALONE = (
+    "model.mask_schedule",
+    "model.min_mask_ratio",
+    "model.decoding.num_steps",
+    "model.decoding.token_selector",
+    "model.decoding.tokens_per_step",
+    "model.decoding.mask_schedule",
+    "model.decoding.context_cache",
+)
 
 
 def recipes_folder() -> Path:
@@ -144,6 +163,38 @@ def recipe_value(files: Iterable[Path], overrides: Sequence[str], key: str) -> A
         if flag == f"--{key}":
             value = yaml.safe_load(given if equals else "".join(overrides[place + 1 : place + 2]))
     return value
+
+
+def is_causal(files: Iterable[Path], overrides: Sequence[str]) -> bool:
+    """Whether the files and flags of a run of stage 2 are those of the sequential baseline.
+
+    Raises:
+        ValueError: They are, and a flag says what it has no use for.
+    """
+    if recipe_value(files, overrides, "model.network.attention") != "causal":
+        return False
+    for word in overrides:
+        flag = word.partition("=")[0].removeprefix("--")
+        key = next((key for key in _MASKED_ALONE if f"{flag}.".startswith(f"{key}.")), None)
+        if key is not None:
+            raise ValueError(
+                f"flag --{flag}: with causal attention no token is masked, and they are drawn one after the other; got "
+                f"{key}, which is for bidirectional attention; leave the flag out"
+            )
+    return True
+
+
+def fitting_layer(file: Path) -> tuple[dict[str, Any], list[str]]:
+    """A recipe file for causal attention: what is left of it, and the keys that were taken out."""
+    tree = read_yaml(file)
+    return tree, [key for key in _MASKED_ALONE if _taken_out(tree, key.split("."))]
+
+
+def _taken_out(node: Any, path: list[str]) -> bool:
+    """Whether a key was there and is no more."""
+    if len(path) > 1:
+        return isinstance(node, dict) and _taken_out(node.get(path[0]), path[1:])
+    return isinstance(node, dict) and node.pop(path[0], _taken_out) is not _taken_out
 
 
 def check_overrides(overrides: Iterable[str]) -> None:

@@ -6,7 +6,15 @@ import argparse
 import hashlib
 from pathlib import Path
 
-from maskgit_pl.cli.recipes import DEFAULT_DATASET, Stage, check_overrides, read_yaml, recipe_files, recipe_value
+from maskgit_pl.cli.recipes import (
+    DEFAULT_DATASET,
+    Stage,
+    check_overrides,
+    is_causal,
+    read_yaml,
+    recipe_files,
+    recipe_value,
+)
 
 __all__ = ["add_parser", "add_run_arguments", "find_tokenizer", "run", "run_folder"]
 
@@ -46,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     files = recipe_files(args.stage, dataset=args.dataset, names=args.recipe.split(), cluster=args.cluster)
     for file in files:
         read_yaml(file)
+    is_causal(files, args.overrides)  # refuses flags that have no meaning then
     shards = args.data or _SHARDS / args.dataset
     streams = args.data is None and recipe_value(files, args.overrides, "data.source") == "stream"
     if not shards.is_dir() and not streams:

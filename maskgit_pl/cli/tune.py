@@ -76,7 +76,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         FileNotFoundError: No such run or data.
         TypeError: A selector does not take its arguments.
-        ValueError: An unknown name, data that are not the model's, a foreign ledger, or a number out of range.
+        ValueError: An unknown name, a sequential model, data that are not the model's, a foreign ledger, or a number
+            out of range.
     """
     numbers = None if args.num_steps is None else step_numbers(args.num_steps)
     wanted = None if args.selectors == "all" else decoding_specs("--selectors", args.selectors)
@@ -87,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
     key_of(args.metric)
     check_search(args.search)
     pipe = open_model(folders, args)
+    pipe.transformer.schedule_for("tune")
     space = _space(pipe, wanted, numbers)
     if args.dry_run:
         _print_trials(space, args)
@@ -273,12 +275,13 @@ def _figure(
     if trial is None:
         print("no trial follows a mask schedule: no figure is drawn")
         return None
-    _, specs = schedule_specs(pipe.transformer.mask_schedule)
+    trained_with = pipe.transformer.schedule_for("tune")
+    _, specs = schedule_specs(trained_with)
     advance = bars("mask schedules", len(specs) * sum(plot_steps(num_tokens)))
     trained, curves = schedule_curves(
         meter,
         trial.decoding,
-        pipe.transformer.mask_schedule,
+        trained_with,
         num_tokens=num_tokens,
         num_images=num_images,
         seed=args.seed,

@@ -1,14 +1,15 @@
-"""Parallel decoding: from masked tokens to tokens in a few steps, step by step.
+"""Decoding: from masked tokens to tokens in a few parallel steps, step by step; and one token after the other.
 
 ``ParallelDecoder`` holds a mask schedule (how many tokens stay masked) and a token selector (which). It knows no
 network: it asks a ``Predictor`` for logits at the positions that are still masked. Guidance, the sharing of the first
-step and caches live in predictors that wrap one another. ``DecodingConfig`` says all of it in plain values.
+step and caches live in predictors that wrap one another. ``SequentialDecoder`` is its baseline, for causal networks.
+``DecodingConfig`` says all of it in plain values.
 
 Source: paper, section on iterative decoding; google-research/maskgit, ``parallel_decode.py``.
 """
 
 from maskgit_pl.decoding.classes import decode_classes
-from maskgit_pl.decoding.config import DecodingConfig
+from maskgit_pl.decoding.config import RASTER, DecodingConfig, SequentialDecoding
 from maskgit_pl.decoding.decoder import DecodingStep, ParallelDecoder
 from maskgit_pl.decoding.noise import Noise, SeededNoise
 from maskgit_pl.decoding.predictors import (
@@ -23,10 +24,13 @@ from maskgit_pl.decoding.predictors import (
     class_predictor,
 )
 from maskgit_pl.decoding.sampling import CodeSampling
+from maskgit_pl.decoding.sequential import ClassNextPredictor, NextPredictor, SequentialDecoder, decode_in_order
 
 __all__ = [
+    "RASTER",
     "CachedPredictor",
     "CachingNetwork",
+    "ClassNextPredictor",
     "ClassPredictor",
     "CodeSampling",
     "ConditionalNetwork",
@@ -35,10 +39,14 @@ __all__ = [
     "FirstStepLogits",
     "FirstStepPredictor",
     "GuidedPredictor",
+    "NextPredictor",
     "Noise",
     "ParallelDecoder",
     "Predictor",
     "SeededNoise",
+    "SequentialDecoder",
+    "SequentialDecoding",
     "class_predictor",
     "decode_classes",
+    "decode_in_order",
 ]

@@ -7,11 +7,15 @@ from typing import Any
 
 from maskgit_pl.decoding.decoder import ParallelDecoder
 from maskgit_pl.decoding.sampling import CodeSampling, Temperature
+from maskgit_pl.decoding.sequential import SequentialDecoder
 from maskgit_pl.guidance import guidance_scales, guidance_schedules
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
 from maskgit_pl.selectors import token_selectors
 
-__all__ = ["DecodingConfig"]
+__all__ = ["RASTER", "DecodingConfig", "SequentialDecoding"]
+
+RASTER = "raster"
+"""What stands in the place of a token selector's name where a sequential model decodes: its order."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,7 @@ class DecodingConfig:
 
     Args:
         num_steps: T.
-        token_selector: Name or mapping of a registered token selector.
+        token_selector: Name or mapping of a registered token selector; ``raster`` for a sequential model.
         guidance: Name or mapping of a registered guidance schedule.
         sampling_temperature: As of ``CodeSampling``: a number, or one for the first and one for the last step.
         top_k: As of ``CodeSampling``.
@@ -57,12 +61,19 @@ class DecodingConfig:
                     f"{len(self.tokens_per_step)}; set num_steps to {len(self.tokens_per_step)}"
                 )
 
-    def decoder(self, mask_schedule: MaskSchedule) -> ParallelDecoder:
+    @property
+    def is_sequential(self) -> bool:
+        """Whether it is one of a sequential model."""
+        return self.token_selector == RASTER
+
+    def decoder(self, mask_schedule: MaskSchedule | None) -> ParallelDecoder:
         """The decoder that follows ``mask_schedule``, or the schedule named here.
 
         Raises:
-            ValueError: An unknown name or a number out of range.
+            ValueError: An unknown name or a number out of range, or the ``mask_schedule`` None of a sequential model.
         """
+        if mask_schedule is None:
+            raise ValueError("mask_schedule: a model that decodes in parallel is needed, got a sequential one")
         return ParallelDecoder(
             mask_schedule if self.mask_schedule is None else mask_schedules.build(self.mask_schedule),
             token_selectors.build(self.token_selector),
@@ -70,6 +81,28 @@ class DecodingConfig:
             sampling=CodeSampling(self.sampling_temperature, self.top_k, self.top_p),
             tokens_per_step=self.tokens_per_step,
         )
+
+    def sequential_decoder(self, num_tokens: int) -> SequentialDecoder:
+        """The decoder of a sequential model.
+
+        Args:
+            num_tokens: N, tokens of an image.
+
+        Raises:
+            ValueError: A setting that a sequential model cannot follow, or a number out of range.
+        """
+        for name, value in _OF_SEQUENTIAL.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"{name}: a sequential model draws one token after the other in raster order, got "
+                    f"{getattr(self, name)!r}; leave it out, or take a model with bidirectional attention"
+                )
+        if self.num_steps != num_tokens:
+            raise ValueError(
+                f"num_steps: a sequential model takes one step for each of the {num_tokens} tokens of an image, got "
+                f"{self.num_steps}; leave it out, or take a model with bidirectional attention"
+            )
+        return SequentialDecoder(num_tokens, CodeSampling(self.sampling_temperature, self.top_k, self.top_p))
 
     @property
     def refresh(self) -> int | None:
@@ -79,3 +112,34 @@ class DecodingConfig:
     def scales(self) -> tuple[float, ...]:
         """Guidance scale of each step."""
         return guidance_scales(guidance_schedules.build(self.guidance), self.num_steps)
+
+
+_OF_SEQUENTIAL = {"token_selector": RASTER, "mask_schedule": None, "tokens_per_step": None, "context_cache": 1}
+
+
+@dataclass(frozen=True)
+class SequentialDecoding:
+    """How a sequential model's images are decoded, in plain values, as its recipe holds it.
+
+    Args:
+        guidance: As of ``DecodingConfig``.
+        sampling_temperature: Likewise.
+        top_k: Likewise.
+        top_p: Likewise.
+    """
+
+    guidance: str | dict[str, Any] = "constant"
+    sampling_temperature: Temperature = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def of(self, num_tokens: int) -> DecodingConfig:
+        """The same for images of so many tokens, as a pretrained folder holds it."""
+        return DecodingConfig(
+            num_tokens,
+            RASTER,
+            self.guidance,
+            sampling_temperature=self.sampling_temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+        )

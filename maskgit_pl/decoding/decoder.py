@@ -264,13 +264,14 @@ class _Run:
 
     def _candidates(self, logits: Tensor, positions: Tensor, step: int) -> Candidates:
         progress = (step + 1) / self.num_steps
-        temperature = self.sampling.temperature_at(step / (self.num_steps - 1) if self.num_steps > 1 else 1.0)
-        if temperature == 0:
-            drawn = logits.argmax(-1)
-        else:
-            factor = self.selector.sharpness(progress) / temperature
-            sharpened = logits if factor == 1 else logits * factor
-            drawn = self.noise.draw(self.sampling.truncated(sharpened), positions, step)
+        drawn = self.sampling.draw(
+            logits,
+            self.noise,
+            positions,
+            step=step,
+            position=step / (self.num_steps - 1) if self.num_steps > 1 else 1.0,
+            sharpness=self.selector.sharpness(progress),
+        )
         return Candidates(
             log_probs=logits.log_softmax(-1),
             tokens=drawn,

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from maskgit_pl.decoding.noise import Noise
+
 __all__ = ["CodeSampling", "Temperature"]
 
 Temperature = float | tuple[float, float]
@@ -54,6 +56,32 @@ class CodeSampling:
             first, last = self.temperature
             return first + (last - first) * position
         return self.temperature
+
+    def draw(
+        self,
+        logits: Tensor,
+        noise: Noise,
+        places: Tensor,
+        *,
+        step: int,
+        position: float,
+        sharpness: float = 1.0,
+    ) -> Tensor:
+        """Codes (B, M) int64 of logits (B, M, K) float32.
+
+        Args:
+            logits: As the network gave them.
+            noise: Where chance comes from.
+            places: (B, M) int64 in [0, N): the tokens that are drawn, for ``noise``.
+            step: Likewise.
+            position: As of ``temperature_at``.
+            sharpness: Factor of the logits beside the temperature.
+        """
+        temperature = self.temperature_at(position)
+        if temperature == 0:
+            return logits.argmax(-1)
+        factor = sharpness / temperature
+        return noise.draw(self.truncated(logits if factor == 1 else logits * factor), places, step)
 
     def truncated(self, logits: Tensor) -> Tensor:
         """Logits (..., K) with -inf for the codes that may not be drawn; the likeliest one always may."""

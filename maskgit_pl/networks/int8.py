@@ -7,10 +7,13 @@ norms, attention itself, the vocabulary head.
 
 from __future__ import annotations
 
+from typing import TypeVar, cast
+
 import torch
 from torch import Tensor, nn
 
-from maskgit_pl.networks.transformer import MaskedTransformer
+from maskgit_pl.networks.causal import build_transformer
+from maskgit_pl.networks.transformer import Transformer
 
 __all__ = ["Int8Linear", "quantized"]
 
@@ -72,7 +75,10 @@ class Int8QueryKeyValue(nn.Module):
         return torch.cat([self.query(x), self.key_value(x)], dim=-1)
 
 
-def quantized(network: MaskedTransformer) -> MaskedTransformer:
+AnyTransformer = TypeVar("AnyTransformer", bound=Transformer)
+
+
+def quantized(network: AnyTransformer) -> AnyTransformer:
     """A copy of a network for inference, whose blocks compute with 8-bit linear layers; the network stays as it is.
 
     The copy cannot be saved, copied or moved to another device.
@@ -89,7 +95,7 @@ def quantized(network: MaskedTransformer) -> MaskedTransformer:
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]  # torch: untyped
         raise ValueError("int8: a torch built with oneDNN is needed, got one without; decode in float32")
     with torch.device("meta"):
-        copy = MaskedTransformer(network.config)
+        copy = cast("AnyTransformer", build_transformer(network.config))
     last = f"blocks.{network.config.depth - 1}.query_key_value"
     for name, module in network.blocks.named_modules(prefix="blocks"):
         if isinstance(module, nn.Linear):

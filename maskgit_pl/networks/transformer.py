@@ -1,6 +1,7 @@
 """The bidirectional transformer of MaskGIT: a post-norm BERT over a class token and the image's tokens.
 
-Used by ``mvtm.MaskedTokenModel`` in training and, through ``decoding.ClassPredictor``, in decoding.
+Used by ``mvtm.MaskedTokenModel`` in training and, through ``decoding.ClassPredictor``, in decoding. ``Transformer`` and
+``Block`` are what it shares with its twin under a causal mask, ``networks.causal``.
 
 Source: paper, implementation details; google-research/maskgit, ``maskgit_transformer.py``.
 """
@@ -9,15 +10,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-__all__ = ["Block", "ContextCache", "MaskedTransformer", "QueryKeyValue", "TransformerConfig", "Vocabulary"]
+from maskgit_pl.registry import nearest
 
+__all__ = [
+    "Attention",
+    "Block",
+    "ContextCache",
+    "KeyValues",
+    "MaskedTransformer",
+    "QueryKeyValue",
+    "Transformer",
+    "TransformerConfig",
+    "Vocabulary",
+]
+
+Attention = Literal["bidirectional", "causal"]
 Vocabulary = Literal["codes", "all"]
 
 _LAYER_NORM_EPS = 1e-12
@@ -39,9 +53,10 @@ class TransformerConfig:
         dropout: Of embeddings, attention probabilities and both outputs of a block, in [0, 1).
         class_dropout: Share of training samples whose class is replaced by the null class, in [0, 1). Above 0 the
             vocabulary has a null class, and guidance is possible.
+        attention: What a token sees: all others, or those before it in raster order. Both have the same weights.
 
     Raises:
-        ValueError: A size out of range.
+        ValueError: A size out of range, or another attention.
     """
 
     num_codes: int
@@ -53,6 +68,7 @@ class TransformerConfig:
     mlp_width: int = 3072
     dropout: float = 0.1
     class_dropout: float = 0.1
+    attention: Attention = "bidirectional"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", tuple(self.grid))
@@ -70,6 +86,10 @@ class TransformerConfig:
         for name in ("dropout", "class_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"transformer {name}: a number in [0, 1) is needed, got {getattr(self, name)}")
+        if self.attention not in get_args(Attention):
+            raise ValueError(
+                f"transformer attention {self.attention!r}: {nearest(self.attention, get_args(Attention))}"
+            )
 
     @property
     def num_tokens(self) -> int:
@@ -122,17 +142,39 @@ class ContextCache:
     key_values: list[Tensor] = field(default_factory=list)
 
 
+class KeyValues:
+    """Keys and values that a causal block has computed, row after row.
+
+    Args:
+        capacity: Rows that there will be at most; their memory is taken at once.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.num_rows = 0
+        self._rows: Tensor | None = None
+
+    def extend(self, new: Tensor) -> Tensor:
+        """Keeps the next R rows, (2, B, heads, R, D / heads), and gives all of them, (2, B, heads, S, D / heads)."""
+        if self._rows is None:
+            self._rows = new.new_empty(*new.shape[:3], self.capacity, new.shape[4])
+        first, self.num_rows = self.num_rows, self.num_rows + new.shape[3]
+        self._rows[:, :, :, first : self.num_rows] = new
+        return self._rows[:, :, :, : self.num_rows]
+
+
 class Block(nn.Module):
     """Post-norm attention and feed-forward: x = LN(x + f(x)), twice.
 
     Args:
-        config: Sizes.
+        config: Sizes, and whether a position sees those after it.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads
         self.dropout = config.dropout
+        self.is_causal = config.attention == "causal"
         self.query_key_value = QueryKeyValue(config.width)
         self.attention_output = nn.Linear(config.width, config.width)
         self.attention_norm = nn.LayerNorm(config.width, eps=_LAYER_NORM_EPS)
@@ -144,10 +186,26 @@ class Block(nn.Module):
         """(B, S, D) -> (B, S, D), or ``_at(result, asked)`` without the work for the other positions."""
         if asked is not None and asked.dtype != torch.bool:  # as many in each row: queries of no others are needed
             return self.remember(x, asked)[0]
-        return self._attend(x, *self._heads(self.query_key_value(x), 3), asked=asked)
+        return self._attend(x, *self._heads(self.query_key_value(x), 3), asked=asked, is_causal=self.is_causal)
+
+    def extend(self, x: Tensor, seen: KeyValues) -> Tensor:
+        """``forward`` of a causal block at rows that follow those that were seen, which it keeps for later ones.
+
+        Args:
+            x: (B, R, D): the block's input at the next R rows; one row, or the first rows.
+            seen: Changed in place.
+
+        Returns:
+            (B, R, D).
+        """
+        assert self.is_causal
+        assert x.shape[1] == 1 or seen.num_rows == 0  # what several later rows may see would need a mask
+        heads = self._heads(self.query_key_value(x), 3)
+        return self._attend(x, heads[0], *seen.extend(heads[1:]), is_causal=x.shape[1] > 1)
 
     def remember(self, x: Tensor, asked: Tensor | None) -> tuple[Tensor, Tensor]:
         """``forward``, all positions or those ``asked`` (B, M) int64, and the keys and values (B, S, 2 D) of all."""
+        assert not self.is_causal
         if asked is None:
             projected = self.query_key_value(x)
             return self._attend(x, *self._heads(projected, 3)), projected[..., x.shape[-1] :]
@@ -176,9 +234,20 @@ class Block(nn.Module):
         """(B, S, parts D) -> (parts, B, heads, S, D / heads)."""
         return rearrange(x, "b s (parts heads d) -> parts b heads s d", parts=parts, heads=self.num_heads)
 
-    def _attend(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, *, asked: Tensor | None = None) -> Tensor:
+    def _attend(
+        self,
+        x: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        asked: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
         """Input (B, M, D) and what its heads attend to -> (B, M, D), or the rows where ``asked`` (B, M) is True."""
-        attended = F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout if self.training else 0.0)
+        attended = F.scaled_dot_product_attention(
+            query, key, value, dropout_p=self.dropout if self.training else 0.0, is_causal=is_causal
+        )
         attended = rearrange(attended, "b heads m d -> b m (heads d)")
         if asked is not None:
             x, attended = _at(x, asked), _at(attended, asked)
@@ -188,18 +257,28 @@ class Block(nn.Module):
         return normed
 
 
-class MaskedTransformer(nn.Module):
-    """Predicts the codes of masked tokens from the visible ones and the class.
+class Transformer(nn.Module):
+    """What both transformers are made of: tables, blocks and a head that is tied to the word table.
 
-    The sequence is [class, tokens in raster order]; the head is tied to the word table. All weights start from a normal
-    truncated to two standard deviations, times 0.02; biases from 0.
+    The sequence is [class, tokens in raster order]. All weights start from a normal truncated to two standard
+    deviations, times 0.02; biases from 0.
 
     Args:
         config: Sizes.
+
+    Raises:
+        ValueError: The attention is another class's.
     """
+
+    attention: Attention
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
+        if config.attention != self.attention:
+            raise ValueError(
+                f"transformer attention: {type(self).__name__} has {self.attention!r}, got {config.attention!r}; "
+                "networks.causal.build_transformer makes the one that a configuration names"
+            )
         self.config = config
         self.words = nn.Embedding(config.vocabulary_size, config.width)
         self.positions = nn.Embedding(config.num_tokens + 1, config.width)
@@ -209,6 +288,34 @@ class MaskedTransformer(nn.Module):
         self.head_norm = nn.LayerNorm(config.width, eps=_LAYER_NORM_EPS)
         self.head_bias = nn.Parameter(torch.zeros(config.vocabulary_size))
         self.apply(_initialise)
+
+    def _embed(self, sequence: Tensor, *, first: int = 0) -> Tensor:
+        """Rows (B, R) of the word table, at places from ``first`` on -> (B, R, D)."""
+        places = self.positions.weight[first : first + sequence.shape[1]]
+        x = self.embedding_norm(self.words(sequence) + places)
+        return F.dropout(x, self.config.dropout, self.training)
+
+    def _sequence(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """Tokens (B, M) -> (B, 1 + M): rows of the word table, the class first."""
+        return torch.cat([labels.unsqueeze(1) + self.config.num_codes, tokens], dim=1)
+
+    def _head(self, x: Tensor, vocabulary: Vocabulary) -> Tensor:
+        rows = self.config.num_codes if vocabulary == "codes" else self.config.vocabulary_size
+        x = self.head_norm(F.gelu(self.head_dense(x), approximate="tanh"))
+        return F.linear(x, self.words.weight[:rows], self.head_bias[:rows])
+
+
+class MaskedTransformer(Transformer):
+    """Predicts the codes of masked tokens from the visible ones and the class.
+
+    Args:
+        config: Sizes.
+
+    Raises:
+        ValueError: Causal attention.
+    """
+
+    attention = "bidirectional"
 
     def forward(
         self, tokens: Tensor, labels: Tensor, positions: Tensor | None = None, *, vocabulary: Vocabulary = "codes"
@@ -225,7 +332,7 @@ class MaskedTransformer(nn.Module):
         Returns:
             (B, N, V), (B, M, V) or (number of True, V) float.
         """
-        x = self._embed(tokens, labels)
+        x = self._embed(self._sequence(tokens, labels))
         for block in self.blocks[:-1]:
             x = block(x)
         x = self.blocks[-1](x, _after_class(positions))
@@ -252,7 +359,7 @@ class MaskedTransformer(nn.Module):
         """
         blocks = cast("Sequence[Block]", self.blocks)
         if not cache.key_values:
-            x = self._embed(tokens, labels)
+            x = self._embed(self._sequence(tokens, labels))
             for block in blocks:
                 x, key_value = block.remember(x, positions + 1 if block is blocks[-1] else None)
                 cache.key_values.append(key_value)
@@ -265,19 +372,6 @@ class MaskedTransformer(nn.Module):
         for block, key_value in zip(blocks, cache.key_values, strict=True):
             x = block.update(x, places, key_value, num_asked=positions.shape[1] if block is blocks[-1] else None)
         return self._head(x, "codes")
-
-    def _embed(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        x = self.embedding_norm(self.words(self._sequence(tokens, labels)) + self.positions.weight)
-        return F.dropout(x, self.config.dropout, self.training)
-
-    def _sequence(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """(B, 1 + N): rows of the word table, the class first."""
-        return torch.cat([labels.unsqueeze(1) + self.config.num_codes, tokens], dim=1)
-
-    def _head(self, x: Tensor, vocabulary: Vocabulary) -> Tensor:
-        rows = self.config.num_codes if vocabulary == "codes" else self.config.vocabulary_size
-        x = self.head_norm(F.gelu(self.head_dense(x), approximate="tanh"))
-        return F.linear(x, self.words.weight[:rows], self.head_bias[:rows])
 
 
 def _after_class(positions: Tensor | None) -> Tensor | None:

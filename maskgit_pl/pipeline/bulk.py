@@ -244,10 +244,7 @@ def _plan(
 ) -> BulkPlan:
     """The plan, with everything in it that a decoder could refuse."""
     decoding = pipe.decoding_with(**settings)
-    decoder = decoding.decoder(pipe.transformer.mask_schedule)
-    tokens = pipe.transformer.network.config.num_tokens
-    decoder.plan([tokens], tokens)
-    decoding.scales()
+    pipe.check_decoding(decoding)
     size = pipe.tokenizer.image_size
     return BulkPlan(
         count=count,

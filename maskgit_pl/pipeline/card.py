@@ -18,7 +18,8 @@ import yaml
 from torch import nn
 
 from maskgit_pl.files import write_atomically
-from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
+from maskgit_pl.networks.causal import build_transformer
+from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pretrained import fingerprint, read_config, read_decoding
 
@@ -188,8 +189,9 @@ def describe_folder(folder: Path) -> dict[str, Any]:
         "class_dropout": network.class_dropout,
         "parameters": {
             "tokenizer": _parameters(lambda: VQGAN(sizes)),
-            "transformer": _parameters(lambda: MaskedTransformer(network)),
+            "transformer": _parameters(lambda: build_transformer(network)),
         },
+        "attention": network.attention,
         "mask_schedule": transformer["mask_schedule"],
         "decoding": transformer["decoding"] if tuned is None else asdict(tuned),
         "decoding_is_tuned": tuned is not None,
@@ -326,11 +328,14 @@ def _introduction(content: Mapping[str, Any], classes: list[str], name: str) -> 
     more = f" and {len(classes) - _NAMES_SHOWN} more" if len(classes) > _NAMES_SHOWN else ""
     parameters = content["parameters"]
     how = "tuned for these weights" if content["decoding_is_tuned"] else "as the model was exported"
+    causal = content["attention"] == "causal"
+    kind = "The sequential baseline of MaskGIT" if causal else "MaskGIT"
+    steps = "one token after the other" if causal else f"in {content['decoding']['num_steps']} parallel steps"
     return [
         f"# {title}",
         "",
-        f"MaskGIT ([arXiv:2202.04200](https://arxiv.org/abs/2202.04200)): images of {len(classes)} classes, "
-        f"{size} x {size} pixels in {colour}, decoded in {content['decoding']['num_steps']} parallel steps.",
+        f"{kind} ([arXiv:2202.04200](https://arxiv.org/abs/2202.04200)): images of {len(classes)} classes, "
+        f"{size} x {size} pixels in {colour}, decoded {steps}.",
         "",
         "```python",
         "from maskgit_pl import MaskGIT",
@@ -344,7 +349,8 @@ def _introduction(content: Mapping[str, Any], classes: list[str], name: str) -> 
         f"| no class | {'yes: `None`' if content['class_dropout'] else 'none: it was trained without class dropout'} |",
         f"| tokens of an image | {grid[0]} x {grid[1]}, of {content['num_codes']} codes |",
         *(f"| parameters, {stage} | {parameters[stage]:,} |" for stage in _STAGES),
-        f"| mask schedule | {_shown(content['mask_schedule'])} |",
+        f"| attention | {content['attention']} |",
+        *([] if causal else [f"| mask schedule | {_shown(content['mask_schedule'])} |"]),
         f"| decoding, {how} | {_shown(content['decoding'])} |",
         *(f"| sha256, {stage} | `{content['fingerprints'][stage]}` |" for stage in _STAGES),
         "",

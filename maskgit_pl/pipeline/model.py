@@ -18,9 +18,10 @@ from typing_extensions import Unpack
 
 from maskgit_pl import editing
 from maskgit_pl.data import to_unit_range
-from maskgit_pl.decoding import DecodingConfig, DecodingStep, FirstStepLogits, decode_classes
+from maskgit_pl.decoding import DecodingConfig, DecodingStep, FirstStepLogits, decode_classes, decode_in_order
 from maskgit_pl.editing import Box, ImageLike, MaskLike
 from maskgit_pl.networks import int8
+from maskgit_pl.networks.causal import CausalTransformer
 from maskgit_pl.pipeline.canvas import Canvas
 from maskgit_pl.pipeline.card import Origin, check_run, fingerprints, write_card
 from maskgit_pl.pipeline.options import (
@@ -70,8 +71,8 @@ class MaskGIT:
     Args:
         tokenizer: Turns tokens into images.
         transformer: Finds the tokens of a class.
-        mask_schedule: Name or mapping of the transformer's mask schedule, as a recipe has it; ``save_pretrained``
-            writes it.
+        mask_schedule: Name or mapping of the transformer's mask schedule, as a recipe has it, None for a sequential
+            one; ``save_pretrained`` writes it.
         decoding: In place of the transformer's own.
 
     Raises:
@@ -83,7 +84,7 @@ class MaskGIT:
         tokenizer: PretrainedTokenizer,
         transformer: PretrainedTransformer,
         *,
-        mask_schedule: str | Mapping[str, Any],
+        mask_schedule: str | Mapping[str, Any] | None,
         decoding: DecodingConfig | None = None,
     ) -> None:
         if transformer.tokenizer_fingerprint != tokenizer.fingerprint:
@@ -189,7 +190,7 @@ class MaskGIT:
             folder / "transformer",
             self.transformer.network.config,
             self.transformer.network.state_dict(),
-            mask_schedule=spec if isinstance(spec, str) else dict(spec),
+            mask_schedule=dict(spec) if isinstance(spec, Mapping) else spec,
             decoding=self.transformer.decoding,
             class_names=self.class_names,
             tokenizer_fingerprint=fingerprint(folder / "tokenizer"),
@@ -286,7 +287,9 @@ class MaskGIT:
     ) -> Images:
         """One image for each class asked for.
 
-        An image depends on its class, its seed and the settings alone, not on the batch that it is decoded in.
+        An image depends on its class, its seed and the settings alone, not on the batch that it is decoded in. A
+        sequential model draws one token a step; it takes guidance and how codes are sampled, and refuses what says in
+        which order or how many at a time.
 
         Args:
             classes: Ids in [0, number of classes) or names; None is "no class", where the model was trained with it.
@@ -342,6 +345,7 @@ class MaskGIT:
 
         Source: paper, section on class-conditional image editing; released code, its functions for editing.
         """
+        self.transformer.schedule_for("inpaint")
         check_options(options, EditOptions, output_type)
         run = _Request.of(self, [None] if classes is None else classes, options)
         edits = self._edits(image, mask, count=len(run.labels), options=options)
@@ -445,6 +449,7 @@ class MaskGIT:
 
         Source: paper, Figure 1 and Table 2.
         """
+        self.transformer.schedule_for("outpaint")
         check_options(options, EditOptions, output_type)
         run = _Request.of(self, [None] if classes is None else classes, options)
         config = self.tokenizer.network.config
@@ -493,6 +498,7 @@ class MaskGIT:
 
         Source: paper, Figure 1.
         """
+        self.transformer.schedule_for("panorama")
         check_options(options, GenerateOptions, output_type)
         run = _Request.of(self, classes, options)
         size, factor = self.tokenizer.image_size, self.tokenizer.network.config.downsampling_factor
@@ -525,22 +531,53 @@ class MaskGIT:
         check_options(settings, GenerateOptions, "pil")
         return with_settings(self.decoding, settings)
 
+    def check_decoding(self, decoding: DecodingConfig) -> None:
+        """Refuses, before time is spent, a way of decoding that the model cannot follow.
+
+        Guidance without a null class is not looked at: where negative classes are named, there is no need of it.
+
+        Raises:
+            TypeError: A part does not take its arguments.
+            ValueError: An unknown name, a number out of range, more steps than tokens, or what a sequential model
+                cannot follow.
+        """
+        num_tokens, schedule = self.transformer.network.config.num_tokens, self.transformer.mask_schedule
+        if schedule is None:
+            decoding.sequential_decoder(num_tokens)
+        else:
+            decoding.decoder(schedule).plan([num_tokens], num_tokens)
+        decoding.scales()
+
     def _decode(
         self, run: _Request, rows: Sequence[int], *, tokens: Tensor | None = None, first_step: int = 0
     ) -> Iterator[DecodingStep]:
         """Decodes some of what was asked for; ``tokens`` (len(rows), N) int64 to begin from."""
-        config = self.transformer.network.config
+        network = self.transformer.network
+        config, labels, seeds = network.config, [run.labels[row] for row in rows], [run.seeds[row] for row in rows]
+        negative = None if run.negative_labels is None else [run.negative_labels[row] for row in rows]
+        if isinstance(network, CausalTransformer):
+            assert tokens is None
+            return decode_in_order(
+                network,
+                labels,
+                seeds,
+                decoder=run.decoding.sequential_decoder(config.num_tokens),
+                scales=run.decoding.scales(),
+                null_label=config.null_label,
+                device=self.device,
+                negative_labels=negative,
+            )
         return decode_classes(
-            self.transformer.network,
-            [run.labels[row] for row in rows],
-            [run.seeds[row] for row in rows],
+            network,
+            labels,
+            seeds,
             decoder=run.decoding.decoder(self.transformer.mask_schedule),
             scales=run.decoding.scales(),
             grid=config.grid,
             mask_token_id=config.mask_token_id,
             null_label=config.null_label,
             device=self.device,
-            negative_labels=None if run.negative_labels is None else [run.negative_labels[row] for row in rows],
+            negative_labels=negative,
             tokens=tokens,
             first_step=first_step,
             first_step_logits=self._first_step,

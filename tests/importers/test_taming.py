@@ -17,11 +17,12 @@ from maskgit_pl.data import Batch, ShardData
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.importers.files import torch_file
 from maskgit_pl.importers.taming import import_taming, layout_of, tokenizer_config, tokenizer_weights
-from maskgit_pl.mvtm import MaskedTokenModel, check_fit
+from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.discriminator import DiscriminatorConfig
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.pretrained import fingerprint, load_tokenizer
+from maskgit_pl.token_model import check_fit
 from maskgit_pl.tokenizer import AdversarialConfig, Tokenizer
 from maskgit_pl.training.optimizers import LearningRate
 from maskgit_pl.training.pictures import decode_images

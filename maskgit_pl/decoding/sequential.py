@@ -1,0 +1,176 @@
+"""Sequential decoding: one token a step in raster order, as a causal network was trained. The paper's baseline.
+
+``SequentialDecoder`` is to a causal network what ``ParallelDecoder`` is to a bidirectional one: it knows no network,
+asks a predictor for logits, and gives the same ``DecodingStep``; pictures and measurements need not know which it was.
+
+Source: paper, Table 1 (VQGAN*) and Figure 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from maskgit_pl.decoding.decoder import DecodingStep
+from maskgit_pl.decoding.noise import Noise, SeededNoise
+from maskgit_pl.decoding.predictors import guided
+from maskgit_pl.decoding.sampling import CodeSampling
+from maskgit_pl.networks.causal import CausalTransformer
+
+__all__ = ["ClassNextPredictor", "NextPredictor", "SequentialDecoder", "decode_in_order"]
+
+
+class NextPredictor(Protocol):
+    """Logits of the next token. A predictor serves one decoding run: it may count its calls and keep caches."""
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """(B, t) int64, the tokens so far, one more at each call, none at the first -> (B, K) float logits."""
+
+
+@dataclass(frozen=True)
+class SequentialDecoder:
+    """Draws the tokens of an image one after the other, in raster order.
+
+    Args:
+        num_tokens: Tokens to draw: N steps.
+        sampling: How codes are drawn from logits.
+
+    Raises:
+        ValueError: Fewer than one token.
+    """
+
+    num_tokens: int
+    sampling: CodeSampling = field(default_factory=CodeSampling)
+
+    def __post_init__(self) -> None:
+        if self.num_tokens < 1:
+            raise ValueError(f"num_tokens: at least 1 is needed, got {self.num_tokens}")
+
+    @torch.no_grad()
+    def steps(
+        self, predictor: NextPredictor, noise: Noise, *, batch_size: int, device: torch.device
+    ) -> Iterator[DecodingStep]:
+        """Decodes, one token at a time.
+
+        Args:
+            predictor: Where logits come from.
+            noise: Where chance comes from; each token is drawn once, so all of it is that of step 0.
+            batch_size: B, images.
+            device: Where the predictor's logits are.
+
+        Yields:
+            A ``DecodingStep`` for each token. Codes and confidence are 0 where nothing is drawn yet; the scores are
+            those of raster order, the earlier the higher.
+        """
+        shape = batch_size, self.num_tokens
+        tokens = torch.zeros(shape, dtype=torch.int64, device=device)
+        confidence = torch.zeros(shape, device=device)
+        place = torch.arange(self.num_tokens, device=device).expand(shape)
+        scores = -place.float()
+        for step in range(self.num_tokens):
+            logits = predictor(tokens[:, :step]).float().unsqueeze(1)  # (B, 1, K)
+            here = place[:, step : step + 1]
+            drawn = self.sampling.draw(
+                logits,
+                noise,
+                here,
+                step=0,
+                position=step / (self.num_tokens - 1) if self.num_tokens > 1 else 1.0,
+            )
+            sure = logits.softmax(-1).gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
+            tokens, confidence = tokens.scatter(1, here, drawn), confidence.scatter(1, here, sure)
+            was_masked = place >= step
+            yield DecodingStep(
+                step, tokens, was_masked, place > step, scores.masked_fill(~was_masked, torch.inf), confidence
+            )
+
+
+class ClassNextPredictor:
+    """A causal network, given the class of each image; with guidance, both halves run in one batch at each step.
+
+    Args:
+        network: Gives the logits.
+        labels: (B,) int64: class of each image, or the null class.
+        negative_labels: (B,) int64: the class that each image is pushed away from; None where there is none.
+        scales: Guidance scale of each step, in order; empty for no guidance.
+        cache: Whether keys and values are kept from token to token. Without, all are computed again for each token: the
+            same up to rounding, and slower the longer the sequence; for measurements.
+
+    Raises:
+        ValueError: Guidance without a class to be pushed away from.
+    """
+
+    def __init__(
+        self,
+        network: CausalTransformer,
+        labels: Tensor,
+        *,
+        negative_labels: Tensor | None = None,
+        scales: Sequence[float] = (),
+        cache: bool = True,
+    ) -> None:
+        self.network = network
+        self.scales = scales if any(scale > 0 for scale in scales) else ()
+        if self.scales and negative_labels is None:
+            raise ValueError(
+                "guidance: this model has no null class (it was trained with class_dropout 0); use scale 0, or name "
+                "negative classes"
+            )
+        self.labels = torch.cat([labels, negative_labels]) if self.scales and negative_labels is not None else labels
+        self._cache = network.new_cache() if cache else None
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        if not self.scales:
+            return self.network.next_logits(tokens, self.labels, cache=self._cache)
+        logits = self.network.next_logits(tokens.repeat(2, 1), self.labels, cache=self._cache)
+        conditional, unconditional = logits.chunk(2)
+        return guided(conditional, unconditional, self.scales[tokens.shape[1]])
+
+
+def decode_in_order(
+    network: CausalTransformer,
+    labels: Sequence[int],
+    seeds: Sequence[int],
+    *,
+    decoder: SequentialDecoder,
+    scales: Sequence[float],
+    null_label: int | None,
+    device: torch.device,
+    negative_labels: Sequence[int] | None = None,
+    cache: bool = True,
+) -> Iterator[DecodingStep]:
+    """Decodes one image for each label, from nothing but its class and its seed: ``decode_classes`` in raster order.
+
+    Args:
+        network: As of ``ClassNextPredictor``.
+        labels: Class of each image, or the null class.
+        seeds: Seed of each image, in [0, 2**32): its noise does not depend on the rest of the batch.
+        decoder: The steps.
+        scales: Guidance scale of each step.
+        null_label: The class row that stands for "no class"; None where the network has none.
+        device: Where the network is.
+        negative_labels: The class that guidance pushes each image away from; None is the null class.
+        cache: As of ``ClassNextPredictor``.
+
+    Returns:
+        The steps, one by one.
+
+    Raises:
+        ValueError: As of ``ClassNextPredictor``.
+    """
+    if negative_labels is None and null_label is not None:
+        negative_labels = [null_label] * len(labels)
+    predictor = ClassNextPredictor(
+        network,
+        torch.tensor(list(labels), device=device),
+        negative_labels=None if negative_labels is None else torch.tensor(list(negative_labels), device=device),
+        scales=scales,
+        cache=cache,
+    )
+    seeds_here = torch.tensor(list(seeds), dtype=torch.int64, device=device)
+    noise = SeededNoise(seeds_here, decoder.num_tokens, steps_at_once=1)
+    return decoder.steps(predictor, noise, batch_size=len(labels), device=device)
