@@ -1,50 +1,81 @@
-"""The classifier that judges generated images: a small network trained on the real training images.
+"""The classifier of the data set at hand, which judges generated images: trained on the real training images, and kept.
 
-A classifier of the data set itself says more about small images than one of ImageNet. It takes half a minute on two
-CPU cores, and is kept beside the run, keyed by its data.
+A classifier of the data set itself says more about small images than one of ImageNet. The small network takes half a
+minute on two CPU cores, and is kept beside the run, keyed by its data. The same training serves ``cas``, on images that
+are in memory.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
+from torch.utils.data import Dataset, Sampler
 
-from maskgit_pl.data import Batch, ShardData, to_unit_range
+from maskgit_pl.data import Batch, ShardData, ShuffledStream, flip
+from maskgit_pl.data.batches import loader
+from maskgit_pl.data.order import Order
+from maskgit_pl.evaluation.ranks import rank_and_world
 from maskgit_pl.files import write_atomically
+from maskgit_pl.networks.classifier import (
+    CONFIG_FILE,
+    SMALL,
+    WEIGHT_FILE,
+    ClassifierSizes,
+    create_classifier,
+    describe_classifier,
+)
+from maskgit_pl.networks.feature_output import FeatureOutput
 
-__all__ = ["Classifier", "ClassifierConfig", "Judgement", "obtain_classifier", "train_classifier"]
+__all__ = [
+    "Accuracy",
+    "Classifier",
+    "ClassifierConfig",
+    "ImagesInMemory",
+    "Judgement",
+    "is_trained",
+    "measure_accuracy",
+    "obtain_classifier",
+    "train_classifier",
+]
 
-_WEIGHTS, _KEY = "model.safetensors", "config.json"
-_SMALLEST_MAP = 4  # pixels along an edge of the last feature map, at most
+OnStep: TypeAlias = Callable[[], object]
+_OFTEN_RIGHT = 5  # of top-5
 
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """Sizes and training of the classifier.
+    """Network and training of the classifier.
 
     Args:
-        width: Channels of the first convolution; each further one has twice as many, up to 4 times as many.
+        width: Of the small network: channels of the first convolution.
         max_steps: Training steps.
-        batch: Images of a step.
+        batch: Images of a step, at least 2.
         peak_rate: Learning rate at the peak of the one-cycle schedule.
         weight_decay: Of AdamW.
-        seed: Of weights and order.
+        seed: Of weights, order and flips.
+        model: ``"small"``, or timm's name of a network, e.g. ``resnet18``.
+        flip_probability: Chance that a training image is mirrored, left to right; not for digits and letters.
+        precision: Lightning's word for the numbers that it computes in.
+
+    Raises:
+        ValueError: A number out of range.
     """
 
     width: int = 24
@@ -53,6 +84,16 @@ class ClassifierConfig:
     peak_rate: float = 4e-3
     weight_decay: float = 0.02
     seed: int = 0
+    model: str = SMALL
+    flip_probability: float = 0.0
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_steps", 1), ("batch", 2)):  # BatchNorm needs two
+            if getattr(self, name) < least:
+                raise ValueError(f"classifier {name}: at least {least} is needed, got {getattr(self, name)}")
+        if not 0 <= self.flip_probability <= 1:
+            raise ValueError(f"classifier flip_probability: 0 to 1 is needed, got {self.flip_probability}")
 
 
 @dataclass(frozen=True)
@@ -61,21 +102,91 @@ class Judgement:
 
     Args:
         classes: (n,) int64: the likeliest class of each.
-        features: (n, D) float32: pooled features before the last layer.
+        features: (n, F) float32: pooled features before the last layer.
+        logits: (n, classes) float32; None where they were not kept.
     """
 
     classes: Tensor
     features: Tensor
+    logits: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How often a classifier is right.
+
+    Args:
+        top1: Share of images whose likeliest class is theirs.
+        top5: Share whose class is among the 5 likeliest, or among all where there are fewer.
+        images: How many were classified.
+    """
+
+    top1: float
+    top5: float
+    images: int
+
+    @classmethod
+    def of(cls, logits: Tensor, labels: Tensor) -> Accuracy:
+        """Of logits (n, classes) and labels (n,) int64, n at least 1."""
+        likeliest = logits.topk(min(_OFTEN_RIGHT, logits.shape[1]), dim=1).indices
+        right = likeliest == labels.unsqueeze(1)
+        return cls(float(right[:, 0].double().mean()), float(right.any(1).double().mean()), len(labels))
+
+
+@dataclass(frozen=True)
+class ImagesInMemory:
+    """Images that a classifier is trained on in place of a data folder's.
+
+    Args:
+        images: (n, C, H, H) uint8.
+        labels: (n,) int64.
+        class_names: One for each class, whether there are images of it or not.
+
+    Raises:
+        ValueError: Images that are none, or as many labels as images are not there.
+    """
+
+    images: Tensor
+    labels: Tensor
+    class_names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.images.shape)
+        if (
+            self.images.dtype != torch.uint8
+            or len(shape) != 4
+            or shape[2] != shape[3]
+            or self.labels.shape != shape[:1]
+        ):
+            raise ValueError(
+                "images: (n, C, H, H) uint8 with a label for each are needed, got "
+                f"{shape} {self.images.dtype} and {tuple(self.labels.shape)} labels"
+            )
+        if not len(self.images) or not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.class_names):
+            raise ValueError(f"images: at least one, of classes 0 to {len(self.class_names) - 1}, is needed")
+
+
+class _BatchesInMemory(Dataset[Batch]):
+    def __init__(self, source: ImagesInMemory, order: Order) -> None:
+        self.source = source
+        self.order = order
+
+    def __getitems__(self, positions: range) -> Batch:
+        rows = self.order(positions)
+        return Batch(self.source.images[rows.index], self.source.labels[rows.index], *rows)
 
 
 class Classifier(LightningModule):
-    """Space to depth, convolutions with BatchNorm and max-pooling down to 4 x 4, a mean over places, a linear layer.
+    """Trains a network of ``networks.classifier``, and judges with it.
 
     Args:
         in_channels: Channels of an image.
         image_size: Edge of the square images, in pixels.
         num_classes: Classes.
-        config: Sizes and training.
+        config: Network and training.
+
+    Raises:
+        ValueError: timm has no such network.
     """
 
     def __init__(
@@ -87,27 +198,26 @@ class Classifier(LightningModule):
     ) -> None:
         super().__init__()
         self.config = config
-        halvings = max(0, math.ceil(math.log2(image_size / 2 / _SMALLEST_MAP)))
-        widths = [config.width * 2 ** min(level, 2) for level in range(halvings + 1)]
-        inputs = [4 * in_channels, *widths[:-1]]
-        layers: list[nn.Module] = []
-        for level, (before, after) in enumerate(zip(inputs, widths, strict=True)):
-            layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
-            layers += [nn.MaxPool2d(2, ceil_mode=True)] if level < halvings else []
-        self.features = nn.Sequential(nn.PixelUnshuffle(2), *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.head = nn.Linear(widths[-1], num_classes)
+        self.network = create_classifier(
+            ClassifierSizes(in_channels, image_size, num_classes, config.model, config.width)
+        )
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, H, W) uint8 -> features (B, D) float32 and logits (B, num_classes) float32."""
-        normal = (to_unit_range(images) - 0.5) / 0.25
-        height, width = images.shape[-2:]
-        even = F.pad(normal, (0, width % 2, 0, height % 2))
-        features: Tensor = self.features(even.contiguous(memory_format=torch.channels_last))  # twice as fast on a CPU
-        return features, self.head(features)
+    def forward(self, images: Tensor) -> FeatureOutput:
+        """(B, C, H, W) uint8 -> features (B, F) and logits (B, num_classes)."""
+        output: FeatureOutput = self.network(images)
+        return output
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        _, logits = self(batch.content)
-        return F.cross_entropy(logits, batch.labels)
+        images, config = batch.content, self.config
+        if config.flip_probability > 0:
+            images = flip(
+                images,
+                probability=config.flip_probability,
+                seed=config.seed,
+                index=batch.index,
+                epoch=batch.epoch,
+            )
+        return F.cross_entropy(self(images).logits, batch.labels)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         config = self.config
@@ -117,12 +227,12 @@ class Classifier(LightningModule):
 
     @torch.inference_mode()
     def judge(self, images: Tensor, *, batch_size: int = 500) -> Judgement:
-        """Classes and features of (n, C, H, W) uint8 images, on the CPU."""
+        """Classes, features and logits of (n, C, H, W) uint8 images, on the CPU."""
         self.eval()
-        parts = torch.split(images, batch_size)
-        outputs = [self(part.to(self.device)) for part in parts]
-        features, logits = (torch.cat(output).cpu() for output in zip(*outputs, strict=True))
-        return Judgement(logits.argmax(1), features)
+        outputs = [self(part.to(self.device)) for part in torch.split(images, batch_size)]
+        features = torch.cat([output.features for output in outputs]).float().cpu()
+        logits = torch.cat([output.logits for output in outputs]).float().cpu()
+        return Judgement(logits.argmax(1), features, logits)
 
 
 def obtain_classifier(
@@ -130,58 +240,78 @@ def obtain_classifier(
     data: ShardData,
     *,
     config: ClassifierConfig = ClassifierConfig(),  # frozen
-    on_step: Callable[[], object] = lambda: None,
+    on_step: OnStep = lambda: None,
+    device: str | None = None,
 ) -> Classifier:
     """The classifier of some data: read from ``folder``, or trained and kept there where it is not.
+
+    Of several ranks the first one trains; the folder must be the same for all.
 
     Args:
         folder: E.g. ``runs/RUN/classifier``.
         data: The real images; its fingerprint, image size and channels, and ``config``, are the key.
-        config: Sizes and training.
+        config: Network and training.
         on_step: Called after each training step, for a progress bar.
+        device: As of ``train_classifier``.
+
+    Returns:
+        On the CPU, in evaluation mode.
+
+    Raises:
+        ValueError: timm has no such network.
     """
-    key = {
-        "data": data.summary.fingerprint,
-        "image_size": data.image_size,
-        "in_channels": data.in_channels,
-        "num_classes": data.num_classes,
-        **asdict(config),
-    }
+    rank, world_size = rank_and_world()
+    if rank == 0 and not is_trained(folder, data, config):
+        classifier = train_classifier(data, config=config, on_step=on_step, device=device)
+        _save(folder, classifier, _key(data, config))
+    if world_size > 1:
+        dist.barrier()
     classifier = _new(data, config)
-    if _read_key(folder) == key and (folder / _WEIGHTS).is_file():
-        classifier.load_state_dict(load_file(folder / _WEIGHTS))
-        return classifier.eval()
-    classifier = train_classifier(data, config=config, on_step=on_step)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / _KEY).unlink(missing_ok=True)  # from here to the end there is no key, so half of it is never read
-    save_file({name: tensor.cpu().contiguous() for name, tensor in classifier.state_dict().items()}, folder / _WEIGHTS)
-    with write_atomically(folder / _KEY) as file:
-        file.write((json.dumps(key, indent=2) + "\n").encode())
-    return classifier
+    classifier.network.load_state_dict(load_file(folder / WEIGHT_FILE))
+    return classifier.eval()
+
+
+def is_trained(folder: Path, data: ShardData, config: ClassifierConfig) -> bool:
+    """Whether ``folder`` holds the finished classifier of these data and this configuration."""
+    return _read_key(folder) == _key(data, config) and (folder / WEIGHT_FILE).is_file()
 
 
 def train_classifier(
-    data: ShardData,
+    data: ShardData | ImagesInMemory,
     *,
     config: ClassifierConfig = ClassifierConfig(),  # frozen
-    on_step: Callable[[], object] = lambda: None,
+    on_step: OnStep = lambda: None,
+    device: str | None = None,
 ) -> Classifier:
-    """Trains on the train split; equal for equal data and configuration on the same machine."""
+    """Trains on the train split, or on images in memory; equal for equal data and configuration on the same machine.
+
+    Args:
+        data: Real images, or others.
+        config: Network and training.
+        on_step: Called after each training step, for a progress bar.
+        device: cpu, cuda, cuda:1, mps ...; None for a GPU if there is one.
+
+    Returns:
+        On the CPU, in evaluation mode.
+
+    Raises:
+        ValueError: timm has no such network.
+    """
     classifier = _new(data, config)
-    stream = ShardData(
-        data.path,
-        image_size=data.image_size,
-        in_channels=data.in_channels,
-        global_batch=config.batch,
-        max_batch_per_device=config.batch,
-        num_workers=data.num_workers,
-        seed=config.seed,
+    steps = [range(step * config.batch, (step + 1) * config.batch) for step in range(config.max_steps)]
+    batches = loader(
+        _training_batches(data, config.seed),
+        cast("Sampler[range]", steps),
+        num_workers=data.num_workers if isinstance(data, ShardData) else 0,
+        unreadable_budget=data.unreadable_budget if isinstance(data, ShardData) else 0.0,
     )
     with _quiet_lightning(), _one_thread():
         trainer = Trainer(
             max_steps=config.max_steps,
             max_epochs=-1,
-            devices=1,
+            **_on_device(device),
+            precision=config.precision,
+            plugins=[LightningEnvironment()],  # this process alone, whatever started it
             callbacks=[_OnStep(on_step)],
             logger=False,
             enable_checkpointing=False,
@@ -189,10 +319,28 @@ def train_classifier(
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
-        stream.setup()
-        stream.trainer = trainer  # asked for the step
-        trainer.fit(classifier, train_dataloaders=stream.train_dataloader())  # without validation
+        trainer.fit(classifier, train_dataloaders=batches)  # without validation
     return classifier.cpu().eval()
+
+
+def measure_accuracy(
+    classifier: Classifier, data: ShardData, *, on_images: Callable[[int], object] = lambda count: None
+) -> Accuracy:
+    """How often a classifier is right on the real val split.
+
+    Args:
+        classifier: On the device that it is to work on.
+        data: The real images.
+        on_images: Told how many more are done, for a progress bar.
+    """
+    logits, labels = [], []
+    for batch in data.val_dataloader():
+        judgement = classifier.judge(batch.content[batch.valid])
+        assert judgement.logits is not None
+        logits.append(judgement.logits)
+        labels.append(batch.labels[batch.valid])
+        on_images(len(labels[-1]))
+    return Accuracy.of(torch.cat(logits), torch.cat(labels))
 
 
 class _OnStep(Callback):
@@ -203,19 +351,53 @@ class _OnStep(Callback):
         self.on_step()
 
 
-def _new(data: ShardData, config: ClassifierConfig) -> Classifier:
+def _new(data: ShardData | ImagesInMemory, config: ClassifierConfig) -> Classifier:
+    if isinstance(data, ShardData):
+        channels, side, classes = data.in_channels, data.image_size, data.num_classes
+    else:
+        channels, side, classes = *data.images.shape[1:3], len(data.class_names)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        classifier = Classifier(data.in_channels, data.image_size, data.num_classes, config)
+        classifier = Classifier(channels, side, classes, config)
     classifier.to(memory_format=torch.channels_last)
     return classifier
 
 
+def _training_batches(data: ShardData | ImagesInMemory, seed: int) -> Dataset[Batch]:
+    if isinstance(data, ImagesInMemory):
+        return _BatchesInMemory(data, ShuffledStream(len(data.images), seed))
+    return data.batches("train", ShuffledStream(data.summary.samples["train"], seed))
+
+
+def _on_device(name: str | None) -> dict[str, Any]:
+    """Lightning's arguments for one device by name."""
+    if name is None:
+        return {"devices": 1}
+    device = torch.device(name)
+    return {"accelerator": device.type, "devices": 1 if device.index is None else [device.index]}
+
+
+def _key(data: ShardData, config: ClassifierConfig) -> dict[str, Any]:
+    """What ``config.json`` says: how to read the network, and what it was trained on and how."""
+    sizes = ClassifierSizes(data.in_channels, data.image_size, data.num_classes, config.model, config.width)
+    described = describe_classifier(sizes, data.class_names)
+    return {**described, "data": data.summary.fingerprint, "training": asdict(config)}
+
+
 def _read_key(folder: Path) -> Any:
     try:
-        return json.loads((folder / _KEY).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        return json.loads((folder / CONFIG_FILE).read_text())
+    except (FileNotFoundError, ValueError):
         return None
+
+
+def _save(folder: Path, classifier: Classifier, key: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_FILE).unlink(missing_ok=True)  # no key from here to the end, so half of it is never read
+    weights = {name: tensor.cpu().contiguous() for name, tensor in classifier.network.state_dict().items()}
+    save_file(weights, folder / WEIGHT_FILE)
+    with write_atomically(folder / CONFIG_FILE) as file:
+        file.write((json.dumps(key, indent=2) + "\n").encode())
 
 
 @contextmanager

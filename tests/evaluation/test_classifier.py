@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -6,24 +7,40 @@ import torch
 
 from maskgit_pl.data import OnceThrough, ShardData
 from maskgit_pl.evaluation import classifier as module
-from maskgit_pl.evaluation.classifier import Classifier, ClassifierConfig, obtain_classifier, train_classifier
+from maskgit_pl.evaluation.classifier import (
+    Accuracy,
+    Classifier,
+    ClassifierConfig,
+    ImagesInMemory,
+    is_trained,
+    measure_accuracy,
+    obtain_classifier,
+    train_classifier,
+)
+from maskgit_pl.networks.classifier import load_classifier
 
 QUICK = ClassifierConfig(width=8, max_steps=250, batch=20)
 
 
 @pytest.fixture
 def data(tiny_shards: Path) -> ShardData:
-    return ShardData(str(tiny_shards), image_size=8, in_channels=1)
+    data = ShardData(str(tiny_shards), image_size=8, in_channels=1)
+    data.setup()
+    return data
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("size", [7, 28, 32, 64])
-def test_any_size_and_colour_gives_features_and_classes(size: int, channels: int) -> None:
-    judge = Classifier(channels, size, 5, ClassifierConfig(width=4))
-    judgement = judge.judge(torch.zeros(3, channels, size, size, dtype=torch.uint8), batch_size=2)
+def in_memory(data: ShardData, *, count: int = 60) -> ImagesInMemory:
+    batch = data.batches("train", OnceThrough(60)).__getitems__(range(count))
+    return ImagesInMemory(batch.content, batch.labels, data.class_names)
+
+
+def test_judges_in_batches(data: ShardData) -> None:
+    judge = Classifier(1, 8, 5, ClassifierConfig(width=4))
+    images = in_memory(data, count=3).images
+    judgement = judge.judge(images, batch_size=2)
     assert judgement.classes.shape == (3,)
-    assert judgement.features.ndim == 2
-    assert len(judgement.features) == 3
+    assert torch.equal(judgement.classes, judgement.logits.argmax(1))
+    torch.testing.assert_close(judgement.features, judge(images).features.detach())
 
 
 def test_learns_to_tell_brightness_on_held_out_images(data: ShardData) -> None:
@@ -32,6 +49,10 @@ def test_learns_to_tell_brightness_on_held_out_images(data: ShardData) -> None:
     batch = data.batches("val", OnceThrough(24)).__getitems__(range(24))
     assert (judge.judge(batch.content).classes == batch.labels).float().mean() > 0.9
     assert len(steps) == QUICK.max_steps
+    accuracy = measure_accuracy(judge, data)
+    assert accuracy.top1 > 0.9
+    assert accuracy.top5 == 1  # of three classes
+    assert accuracy.images == 24
 
 
 def test_training_is_repeatable(data: ShardData) -> None:
@@ -45,8 +66,11 @@ def test_a_second_run_reads_what_the_first_one_kept(data: ShardData, tmp_path: P
     with monkeypatch.context() as patch:
         patch.setattr(module, "train_classifier", lambda *args, **options: pytest.fail("trained again"))
         second = obtain_classifier(tmp_path / "judge", data, config=QUICK)
-    assert torch.equal(first.head.weight, second.head.weight)
-    assert not second.training
+        assert is_trained(tmp_path / "judge", data, QUICK)
+    batch = data.batches("val", OnceThrough(24)).__getitems__(range(24))
+    for other in (second, load_classifier(tmp_path / "judge")):
+        assert torch.equal(first(batch.content).logits, other(batch.content).logits)
+        assert not other.training
 
 
 def test_a_classifier_of_other_data_is_trained_again(data: ShardData, tmp_path: Path) -> None:
@@ -58,3 +82,60 @@ def test_a_classifier_of_other_data_is_trained_again(data: ShardData, tmp_path: 
     obtain_classifier(tmp_path, data, config=config, on_step=lambda: steps.append(1))
     assert len(steps) == 2
     assert json.loads((tmp_path / "config.json").read_text()) == key
+
+
+def test_a_classifier_of_an_older_kind_is_trained_again(data: ShardData, tmp_path: Path) -> None:
+    config = ClassifierConfig(width=4, max_steps=2, batch=20)
+    obtain_classifier(tmp_path, data, config=config)
+    for text in ("{", '{"data": "eaced5", "image_size": 8, "width": 4, "max_steps": 2}'):
+        (tmp_path / "config.json").write_text(text)
+        assert not is_trained(tmp_path, data, config)
+    obtain_classifier(tmp_path, data, config=config)
+    assert is_trained(tmp_path, data, config)
+    assert not is_trained(tmp_path, data, replace(config, model="resnet18"))
+
+
+def test_images_in_memory_teach_what_those_of_the_folder_do(data: ShardData) -> None:
+    config = ClassifierConfig(width=4, max_steps=5, batch=20, flip_probability=0.5)
+    first, second = (train_classifier(source, config=config).state_dict() for source in (data, in_memory(data)))
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def test_flips_and_seeds_make_another_classifier(data: ShardData) -> None:
+    config = ClassifierConfig(width=4, max_steps=2, batch=20)
+    plain, flipped, seeded = (
+        train_classifier(in_memory(data), config=changed).network.head.weight
+        for changed in (config, replace(config, flip_probability=0.5), replace(config, seed=1))
+    )
+    assert not torch.equal(plain, flipped)
+    assert not torch.equal(plain, seeded)
+
+
+def test_a_network_of_timm_is_trained_and_kept_alike(data: ShardData, tmp_path: Path) -> None:
+    config = ClassifierConfig(model="resnet18", max_steps=2, batch=4)
+    trained = obtain_classifier(tmp_path, data, config=config)
+    assert json.loads((tmp_path / "config.json").read_text())["network"]["model"] == "resnet18"
+    batch = data.batches("val", OnceThrough(24)).__getitems__(range(2))
+    torch.testing.assert_close(load_classifier(tmp_path)(batch.content).logits, trained(batch.content).logits)
+
+
+def test_accuracy_counts_the_likeliest_and_the_five_likeliest() -> None:
+    logits = torch.eye(8)[[0, 1, 2, 3]] + torch.arange(8, 0, -1) / 100  # after the first: 0, 1, 2, 3, 4 ...
+    accuracy = Accuracy.of(logits, torch.tensor([0, 0, 4, 7]))
+    assert accuracy == Accuracy(top1=1 / 4, top5=3 / 4, images=4)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "match"),
+    [
+        (torch.zeros(2, 1, 8, 8), [0, 1], "uint8"),
+        (torch.zeros(2, 1, 8, 9, dtype=torch.uint8), [0, 1], "H, H"),
+        (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), [0], "a label for each"),
+        (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), [0, 2], "classes 0 to 1"),
+        (torch.zeros(0, 1, 8, 8, dtype=torch.uint8), [], "at least one"),
+    ],
+)
+def test_images_that_cannot_be_learnt_from_are_refused(images, labels, match) -> None:
+    with pytest.raises(ValueError, match=match):
+        ImagesInMemory(images, torch.tensor(labels, dtype=torch.int64), ("a", "b"))
