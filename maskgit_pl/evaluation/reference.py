@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from maskgit_pl.data import OnceThrough, ShardData, ShuffledStream
+from maskgit_pl.data import Batch, OnceThrough, ShardData, ShuffledStream
 from maskgit_pl.data.batches import ImageBatches, loader
 from maskgit_pl.evaluation.features import Extractor, ImageFeatures, extract, own_batches, own_image_batches
 from maskgit_pl.evaluation.npz import ArrayFile, open_samples
@@ -26,7 +26,7 @@ from maskgit_pl.evaluation.ranks import rank_and_world
 from maskgit_pl.files import write_atomically
 from maskgit_pl.shards.manifest import Split
 
-__all__ = ["Reference", "Statistics", "obtain_references", "own_real_batches", "read_references"]
+__all__ = ["Reference", "Statistics", "obtain_references", "own_real_batches", "read_references", "real_features"]
 
 _FORMAT, _VERSION = "maskgit_pl.reference", 1
 _POOLED, _SPATIAL = 2048, 2023  # numbers of Inception's features, which foreign statistics are of
@@ -90,8 +90,8 @@ class Reference:
 
 def own_real_batches(
     data: ShardData, split: Split, *, num_images: int | None = None, shuffled: bool = False
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's batches of real images, for ``extract``.
+) -> Iterator[Batch]:
+    """This rank's batches of real images: whole batches, dealt out by their number.
 
     Args:
         data: The real images.
@@ -107,15 +107,41 @@ def own_real_batches(
     dataset = data.batches(split, ShuffledStream(there, seed=0) if shuffled else OnceThrough(there))
     if not isinstance(dataset, ImageBatches):
         raise ValueError(f"data {data.path}: images are needed to measure distances from, got tokens")
-    batches = list(own_batches(count))
-    made = loader(
+    yield from loader(
         dataset,
-        cast("Sampler[range]", batches),  # any iterable serves
+        cast("Sampler[range]", list(own_batches(count))),  # any iterable serves
         num_workers=data.num_workers,
         unreadable_budget=data.unreadable_budget,
     )
-    for batch in made:
-        yield batch.content, batch.position
+
+
+def real_features(
+    data: ShardData,
+    split: Split,
+    extractors: Sequence[Extractor],
+    *,
+    num_images: int | None = None,
+    shuffled: bool = False,
+    on_images: Callable[[int], object] = lambda count: None,
+) -> dict[str, ImageFeatures]:
+    """What each network says about real images, e.g. as many shuffled ``train`` images as were generated.
+
+    Args:
+        data: As of ``own_real_batches``, like ``split``, ``num_images`` and ``shuffled``.
+        split: Which of them.
+        extractors: The networks.
+        num_images: So many, or all that there are; None is all.
+        shuffled: Drawn at random, always the same.
+        on_images: Told how many more are done, for a progress bar.
+
+    Returns:
+        By the networks' labels, the same on each rank.
+
+    Raises:
+        ValueError: The data are tokens.
+    """
+    batches = own_real_batches(data, split, num_images=num_images, shuffled=shuffled)
+    return extract(extractors, ((batch.content, batch.position) for batch in batches), on_images=on_images)
 
 
 def obtain_references(
@@ -151,9 +177,11 @@ def obtain_references(
         "in_channels": data.in_channels,
     }
     keys = {extractor.label: {**key, **_identity(extractor)} for extractor in extractors}
-    return _obtain(
-        folder, keys, extractors, lambda: own_real_batches(data, split, num_images=num_images), on_images=on_images
-    )
+
+    def features(missing: Sequence[Extractor]) -> dict[str, ImageFeatures]:
+        return real_features(data, split, missing, num_images=num_images, on_images=on_images)
+
+    return _obtain(folder, keys, extractors, features)
 
 
 def read_references(
@@ -194,7 +222,11 @@ def read_references(
     samples = open_samples(file)
     key = {"data": None if folder is None else _digest(file.path), "split": "file"}
     keys = {extractor.label: {**key, **_identity(extractor)} for extractor in extractors}
-    made = _obtain(folder, keys, extractors, lambda: own_image_batches(samples.read, len(samples)), on_images=on_images)
+
+    def features(missing: Sequence[Extractor]) -> dict[str, ImageFeatures]:
+        return extract(missing, own_image_batches(samples.read, len(samples)), on_images=on_images)
+
+    made = _obtain(folder, keys, extractors, features)
     if statistics is None or "inception" not in made:
         return made
     spatial = statistics.spatial if statistics.spatial is not None else made["inception"].spatial
@@ -209,16 +241,12 @@ def _obtain(
     folder: Path | None,
     keys: Mapping[str, Mapping[str, Any]],
     extractors: Sequence[Extractor],
-    batches: Callable[[], Iterator[tuple[Tensor, Tensor]]],
-    *,
-    on_images: Callable[[int], object],
+    features: Callable[[Sequence[Extractor]], dict[str, ImageFeatures]],
 ) -> dict[str, Reference]:
     """What the folder holds, and the rest from one pass over the images."""
     found = {label: None if folder is None else _read(_place(folder, key), key) for label, key in keys.items()}
     missing = [extractor for extractor in extractors if not _on_every_rank(found[extractor.label] is not None)]
-    made = {
-        label: Reference.of(features) for label, features in extract(missing, batches(), on_images=on_images).items()
-    }
+    made = {label: Reference.of(extracted) for label, extracted in features(missing).items()} if missing else {}
     if folder is not None and rank_and_world()[0] == 0:
         for label, reference in made.items():
             _write(_place(folder, keys[label]), keys[label], reference)
