@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from maskgit_pl.cli import (
+    ablation,
     compare,
     data,
     edit,
@@ -18,6 +19,7 @@ from maskgit_pl.cli import (
     inpaint,
     outpaint,
     panorama,
+    paper,
     sample,
     schedules,
     tokenize,
@@ -40,6 +42,8 @@ _COMMANDS = (
     evaluate,
     compare,
     tune,
+    ablation,
+    paper,
     schedules,
     import_jax,
     import_taming,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+import datetime
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +15,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from maskgit_pl.cli.model import default_device, pretrained_folder
 
 if TYPE_CHECKING:
+    import torch
+
     from maskgit_pl.data import ShardData
+    from maskgit_pl.evaluation.bench import Judge as FeatureJudge
     from maskgit_pl.evaluation.classifier import Classifier
     from maskgit_pl.evaluation.metrics import Distances
     from maskgit_pl.evaluation.protocol import RealImages
@@ -23,15 +29,24 @@ __all__ = [
     "Judge",
     "RunFolders",
     "add_run_arguments",
+    "feature_specs",
     "find_run",
     "open_data",
+    "open_judges",
     "open_model",
     "plain_protocol",
     "progress_bars",
     "ready",
+    "trained_classifier",
 ]
 
 Bars: TypeAlias = Callable[[str, int], Callable[[int], Any]]
+_SECONDS_BETWEEN_LINES = 15.0
+_SHOWN_BARS = 10  # finished ones go where there are more
+_SECONDS_BETWEEN_LINES = 15.0
+_SHOWN_BARS = 10  # finished ones go where there are more
+_SECONDS_BETWEEN_LINES = 15.0
+_SHOWN_BARS = 10  # finished ones go where there are more
 
 
 @dataclass(frozen=True)
@@ -49,6 +64,11 @@ class RunFolders:
     home: Path
     data: Path
     judge: Path
+
+    @property
+    def evaluation(self) -> Path:
+        """Where generated images and features of real ones are kept."""
+        return self.home / "evaluation"
 
 
 @dataclass(frozen=True)
@@ -221,19 +241,88 @@ def ready(folders: RunFolders, pipe: MaskGIT, data: ShardData, bars: Bars, *, nu
         bars: Progress.
         num_images: As many real images give the floor of distances.
     """
-    from maskgit_pl.evaluation import classifier as judges
     from maskgit_pl.evaluation.protocol import judge_real_images, real_floor
 
-    train = bars("classifier: training", judges.ClassifierConfig().max_steps)
-    classifier = judges.obtain_classifier(folders.judge, data, on_step=lambda: train(1)).to(pipe.device)
+    classifier = trained_classifier(folders.judge, data, bars).to(pipe.device)
     on_images = bars("classifier: real images", data.summary.samples["val"])
     real = judge_real_images(classifier, data, on_images=on_images)
     return Judge(classifier, real, real_floor(classifier, data, real, num_images=num_images))
 
 
+def feature_specs(text: str) -> list[str | dict[str, Any]]:
+    """The feature networks of ``--features``; a name, ``NAME=PATH``, ``timm:MODEL=FILE`` or a mapping each.
+
+    Raises:
+        ValueError: None, one twice, or one that is neither.
+    """
+    specs = decoding_specs("--features", text)
+    names = [str(spec if isinstance(spec, str) else spec.get("name")).partition("=")[0] for spec in specs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"--features {text}: each network once is enough, got {', '.join(twice)} twice")
+    return specs
+
+
+def open_judges(
+    specs: Sequence[str | dict[str, Any]],
+    data: ShardData,
+    *,
+    classifier: Path,
+    kept: Path,
+    reference: Path | None,
+    device: torch.device,
+    bars: Bars,
+) -> dict[str, FeatureJudge]:
+    """Feature networks and what they say of the real images, each under its label.
+
+    Args:
+        specs: As ``feature_specs`` gives them; ``classifier`` alone is the one that is kept in ``classifier``.
+        data: The real images.
+        classifier: Where the classifier of the data is kept; it is trained where there is none.
+        kept: Where features of the real images are kept.
+        reference: ADM's file of a data set in place of the val split; None for that.
+        device: Where the networks work.
+        bars: Progress.
+
+    Raises:
+        TypeError: A network does not take its arguments.
+        ValueError: An unknown network, or its weights are missing or others.
+    """
+    from maskgit_pl.evaluation.bench import CLASSIFIER, Judge
+    from maskgit_pl.evaluation.features import Extractor
+    from maskgit_pl.evaluation.reference import obtain_references, read_references
+    from maskgit_pl.networks.features import ClassifierSpec, parse_feature_network
+
+    parsed = [ClassifierSpec(str(classifier)) if spec == CLASSIFIER else parse_feature_network(spec) for spec in specs]
+    if CLASSIFIER in specs:
+        trained_classifier(classifier, data, bars)
+    extractors = [Extractor.create(spec, device=device) for spec in parsed]
+    names = ", ".join(extractor.label for extractor in extractors)
+    on_images = bars(f"real images: {names}", data.summary.samples["val"])
+    if reference is not None:
+        references = read_references(reference, extractors, folder=kept, on_images=on_images)
+    else:
+        references = obtain_references(kept, data, extractors, on_images=on_images)
+    return {extractor.label: Judge(extractor, references[extractor.label]) for extractor in extractors}
+
+
+def trained_classifier(folder: Path, data: ShardData, bars: Bars) -> Classifier:
+    """The classifier of some data, trained and kept in a folder where it is not there yet."""
+    from maskgit_pl.evaluation import classifier as judges
+
+    train = bars("classifier: training", judges.ClassifierConfig().max_steps)
+    return judges.obtain_classifier(folder, data, on_step=lambda: train(1))
+
+
 @contextmanager
 def progress_bars() -> Iterator[Bars]:
-    """Yields what makes a bar of a title and a total, and gives the function that advances it."""
+    """Yields what makes a bar of a title and a total, and gives the function that advances it.
+
+    On a terminal these are bars; elsewhere a line each now and then, for logs. Both tell the time left.
+    """
+    if not sys.stdout.isatty():
+        yield lambda title, total: _Lines(title, total).advance
+        return
     from rich.progress import Progress, TimeElapsedColumn
 
     columns = Progress.get_default_columns()  # title, bar, share, time left
@@ -241,9 +330,32 @@ def progress_bars() -> Iterator[Bars]:
 
         def bar(title: str, total: int) -> Callable[[int], Any]:
             task = progress.add_task(title, total=total)
-            return lambda count: progress.advance(task, count)
+
+            def advance(count: int) -> None:
+                progress.advance(task, count)
+                progress.update(task, visible=not progress.tasks[task].finished or len(progress.tasks) < _SHOWN_BARS)
+
+            return advance
 
         yield bar
+
+
+class _Lines:
+    """Progress in lines; the time left follows the pace since the line before."""
+
+    def __init__(self, title: str, total: int) -> None:
+        self.title, self.total = title, total
+        self.done = self.done_before = 0
+        self.told = time.monotonic()
+
+    def advance(self, count: int) -> None:
+        self.done += count
+        now, made = time.monotonic(), self.done - self.done_before
+        if now - self.told < _SECONDS_BETWEEN_LINES or not made:
+            return
+        left = datetime.timedelta(seconds=round((now - self.told) * (self.total - self.done) / made))
+        print(f"{self.title}: {self.done} of {self.total}, {left} left", flush=True)
+        self.told, self.done_before = now, self.done
 
 
 def _trained_on(home: Path) -> Path:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from maskgit_pl.files import write_atomically
@@ -19,51 +18,31 @@ __all__ = ["Ledger", "Row", "number", "present"]
 Row = dict[str, str]
 
 
-@dataclass(frozen=True)
 class Ledger:
-    """One kind of measurement.
+    """One kind of measurement. The file is read once; what this process adds is in it at once.
 
     Args:
         file: ``results/KIND.csv``; it appears with the first row.
         key: Columns that say what was measured, and on what. Two rows that agree in all of them are the same
             measurement.
+        writes: Whether this process keeps the file; of several that measure together one does.
+
+    Raises:
+        ValueError: A file without the key's columns, or a row of another length than its header.
     """
 
-    file: Path
-    key: tuple[str, ...]
-
-    def rows(self) -> list[Row]:
-        """All rows, the oldest first.
-
-        Raises:
-            ValueError: A file without the key's columns, or a row of another length than its header.
-        """
-        if not self.file.is_file():
-            return []
-        with self.file.open(newline="", encoding="utf-8") as stream:
-            reader = csv.DictReader(stream, strict=True)
-            names = reader.fieldnames or []
-            missing = [name for name in self.key if name not in names]
-            if missing:
-                raise ValueError(
-                    f"results {self.file}: columns {missing} are missing; move the file away to begin anew"
-                )
-            return list(self._whole(reader))
-
-    def _whole(self, reader: csv.DictReader[str]) -> Iterator[Row]:
-        for row in reader:
-            if None in row or None in row.values():
-                raise ValueError(f"results {self.file}: line {reader.line_num} has not as many cells as the header")
-            yield row
+    def __init__(self, file: Path, key: tuple[str, ...], *, writes: bool = True) -> None:
+        self.file, self.key, self.writes = file, key, writes
+        self.rows: list[Row] = self._read() if file.is_file() else []
 
     def find(self, **key: object) -> Row | None:
         """The last row of a measurement, or None.
 
         Args:
-            key: A value for each of the key's columns.
+            key: A value for each of the key's columns; others are not looked at.
         """
         wanted = self._key(key)
-        return next((row for row in reversed(self.rows()) if all(row[name] == wanted[name] for name in wanted)), None)
+        return next((row for row in reversed(self.rows) if all(row[name] == wanted[name] for name in wanted)), None)
 
     def add(self, row: Mapping[str, object]) -> Row:
         """Keeps a row, in the file, with the columns that it brings; returns it as ``find`` gives it.
@@ -76,16 +55,35 @@ class Ledger:
         """
         self._key(row)
         fresh = {name: _cell(value) for name, value in row.items()}
-        rows = [*self.rows(), fresh]
-        names = list(dict.fromkeys(name for each in rows for name in each))
+        self.rows.append(fresh)
+        if self.writes:
+            self._write()
+        return fresh
+
+    def _read(self) -> list[Row]:
+        with self.file.open(newline="", encoding="utf-8") as stream:
+            reader = csv.DictReader(stream, strict=True)
+            names = reader.fieldnames or []
+            missing = [name for name in self.key if name not in names]
+            if missing:
+                raise ValueError(f"results {self.file}: columns {missing} are missing; move it away to begin anew")
+            return list(self._whole(reader))
+
+    def _whole(self, reader: csv.DictReader[str]) -> Iterator[Row]:
+        for row in reader:
+            if None in row or None in row.values():
+                raise ValueError(f"results {self.file}: line {reader.line_num} has not as many cells as the header")
+            yield row
+
+    def _write(self) -> None:
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
         stream = io.StringIO()
         writer = csv.DictWriter(stream, names, restval="", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(self.rows)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with write_atomically(self.file) as target:
             target.write(stream.getvalue().encode())
-        return {name: fresh.get(name, "") for name in names}
 
     def _key(self, values: Mapping[str, object]) -> Row:
         missing = [name for name in self.key if name not in values]

@@ -1,0 +1,360 @@
+"""What every model of a table is measured with: the data, the networks that judge, and the ledger that remembers.
+
+A number is measured once. What decides it is the key of its row: the weights, the data, the network, the decoding, how
+many images and which seed; the commit, the date and the device stand beside it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maskgit_pl.data import OnceThrough, ShardData, ShuffledStream
+from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.evaluation.cas import CASConfig, classification_accuracy
+from maskgit_pl.evaluation.distances import distances
+from maskgit_pl.evaluation.features import Extractor, extract, own_image_batches
+from maskgit_pl.evaluation.generation import Generated, forget, generate
+from maskgit_pl.evaluation.held_out import edit, masked
+from maskgit_pl.evaluation.ledger import Ledger, Row
+from maskgit_pl.evaluation.likelihood import exact_nll, masked_nll, negative_elbo, real_tokens
+from maskgit_pl.evaluation.metrics import class_agreement
+from maskgit_pl.evaluation.published import Task
+from maskgit_pl.evaluation.ranks import rank_and_world
+from maskgit_pl.evaluation.reference import Reference
+from maskgit_pl.evaluation.tables import REAL
+from maskgit_pl.pipeline import MaskGIT
+from maskgit_pl.pretrained import fingerprint
+from maskgit_pl.training.environment import describe_environment
+
+__all__ = ["CLASSIFIER", "Bars", "Bench", "Judge", "Subject", "describe_decoding"]
+
+Bars = Callable[[str, int], Callable[[int], Any]]
+
+_DIGITS = 16  # of fingerprints: enough to tell weights and data apart
+_MODEL = ("dataset", "data", "split", "tokenizer", "transformer")  # what a number is of
+_FLOOR_BATCH = 200
+CLASSIFIER = "classifier"
+EDITED, UNEDITED, MASKED = "MaskGIT", "unedited", "masked"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is measured.
+
+    Args:
+        run: Name of its run.
+        pipe: The model.
+        pretrained: Where it was read from.
+        folder: ``RUN/evaluation``: where its images are kept.
+    """
+
+    run: str
+    pipe: MaskGIT
+    pretrained: Path
+    folder: Path
+
+    @property
+    def kind(self) -> str:
+        """What tables call it."""
+        return "MaskGIT" if self.pipe.transformer.mask_schedule is not None else "sequential"
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """The columns that say which model a row is of."""
+        pipe = self.pipe
+        networks: tuple[nn.Module, ...] = (pipe.tokenizer.network, pipe.transformer.network)
+        return {
+            "model": self.kind,
+            "run": self.run,
+            "mask_schedule": "" if pipe.transformer.mask_schedule is None else repr(pipe.transformer.mask_schedule),
+            "parameters": sum(each.numel() for network in networks for each in network.parameters()),
+            "tokenizer": pipe.tokenizer.fingerprint[:_DIGITS],
+            "transformer": fingerprint(self.pretrained / "transformer")[:_DIGITS],
+        }
+
+
+_NOTHING = {"model": REAL, "run": "", "mask_schedule": "", "parameters": None, "tokenizer": "", "transformer": ""}
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A feature network and what it says of the real images.
+
+    Args:
+        extractor: The network, on the device where it works.
+        reference: The val split.
+    """
+
+    extractor: Extractor
+    reference: Reference
+
+    def __call__(
+        self,
+        read: Callable[[range], Tensor],
+        count: int,
+        labels: Tensor | None = None,
+        *,
+        on_images: Callable[[int], object] = lambda count: None,
+    ) -> dict[str, float]:
+        """What it says of other images, in plain numbers; the ranks share the work.
+
+        Args:
+            read: Gives some of the images: (b, C, H, W) uint8.
+            count: How many there are.
+            labels: (n,) int64: the classes asked for, where the network knows the data's own.
+            on_images: Told how many more are done.
+        """
+        extractor = self.extractor
+        features = extract([extractor], own_image_batches(read, count), on_images=on_images)[extractor.label]
+        numbers = distances(features, self.reference)
+        if labels is not None and extractor.label == CLASSIFIER and features.logits is not None:
+            numbers["class_agreement"] = class_agreement(features.logits.argmax(1), labels)
+        return numbers
+
+
+def describe_decoding(decoding: DecodingConfig) -> str:
+    """What decides a decoding, as JSON without what is as usual."""
+    usual = {field.name: field.default for field in fields(DecodingConfig)}
+    given = {name: value for name, value in asdict(decoding).items() if value != usual[name]}
+    return json.dumps(
+        {"token_selector": decoding.token_selector, "guidance": decoding.guidance, **given}, sort_keys=True
+    )
+
+
+class Bench:
+    """Measures, and remembers.
+
+    Args:
+        data: The real images.
+        dataset: Name of the data, for people.
+        judges: By label.
+        results: Where the ledger is: ``samples.csv``, ``likelihood.csv``, ``cas.csv``, ``editing.csv``.
+        bars: Progress.
+        batch_size: Images at a time; changes the time alone.
+    """
+
+    def __init__(
+        self,
+        data: ShardData,
+        *,
+        dataset: str,
+        judges: Mapping[str, Judge],
+        results: Path,
+        bars: Bars,
+        batch_size: int = 100,
+    ) -> None:
+        self.data, self.dataset, self.judges, self.bars, self.batch_size = data, dataset, judges, bars, batch_size
+        first = rank_and_world()[0] == 0
+        on = (*_MODEL, "num_images", "seed")
+        how = ("num_steps", "decoding")
+        self._samples = Ledger(results / "samples.csv", (*on, *how, "network", "real_images"), writes=first)
+        self._likelihood = Ledger(results / "likelihood.csv", (*on, "draws"), writes=first)
+        self._cas = Ledger(
+            results / "cas.csv",
+            (*on, *how, "classifier", "training_images", "training_steps", "classifier_seed"),
+            writes=first,
+        )
+        self._editing = Ledger(
+            results / "editing.csv", (*on, *how, "task", "model", "network", "real_images"), writes=first
+        )
+
+    def samples(
+        self,
+        subject: Subject,
+        decoding: DecodingConfig,
+        *,
+        num_images: int,
+        seed: int,
+        networks: Sequence[str],
+        keep: bool = False,
+    ) -> dict[str, Row]:
+        """What networks say of generated images.
+
+        Args:
+            subject: The model.
+            decoding: How it decodes.
+            num_images: How many, over all classes.
+            seed: Of the first.
+            networks: Labels of the judges.
+            keep: Whether the images stay, for what is measured on them next.
+
+        Returns:
+            A row for each network.
+        """
+        keys = self._of(subject, num_images, seed, decoding)
+        rows = {label: self._samples.find(**keys, **self._judged(label)) for label in networks}
+        missing = [label for label, row in rows.items() if row is None]
+        if missing:
+            title = f"{subject.run}: {num_images} images, T = {decoding.num_steps}"
+            made = self.generated(subject, decoding, num_images=num_images, seed=seed, title=title)
+            for label in missing:
+                numbers = self._say(label, made.read, made.labels)
+                seconds = {"seconds_per_image": made.seconds_per_image}
+                row = {**keys, **self._judged(label), **numbers, **seconds, **_measured(subject)}
+                rows[label] = self._samples.add(row)
+            if not keep:
+                forget(self._file(subject, decoding, num_images, seed))
+        return {label: row for label, row in rows.items() if row is not None}
+
+    def generated(
+        self, subject: Subject, decoding: DecodingConfig, *, num_images: int, seed: int, title: str
+    ) -> Generated:
+        """The images of a measurement, in a file of their own until ``forget``."""
+        return generate(
+            subject.pipe,
+            self._file(subject, decoding, num_images, seed),
+            decoding,
+            num_images=num_images,
+            seed=seed,
+            batch_size=self.batch_size,
+            on_images=self.bars(title, num_images),
+        )
+
+    def _file(self, subject: Subject, decoding: DecodingConfig, num_images: int, seed: int) -> Path:
+        said = json.dumps([subject.identity["transformer"], describe_decoding(decoding), num_images, seed])
+        return subject.folder / f"samples-{hashlib.sha256(said.encode()).hexdigest()[:12]}.npz"
+
+    def real(self, *, num_images: int, networks: Sequence[str]) -> dict[str, Row]:
+        """What networks say of as many real train images, drawn at random: the floor of every distance."""
+        count = min(num_images, self.data.summary.samples["train"])
+        keys = {**self._on(None), "num_images": count, "seed": 0, "num_steps": "", "decoding": ""}
+        rows = {label: self._samples.find(**keys, **self._judged(label)) for label in networks}
+        missing = [label for label, row in rows.items() if row is None]
+        if missing:
+            images, labels = self.real_images("train", count)
+            for label in missing:
+                numbers = self._say(label, _reader(images), labels)
+                rows[label] = self._samples.add({**keys, **self._judged(label), **numbers, **_measured(None)})
+        return {label: row for label, row in rows.items() if row is not None}
+
+    def real_images(self, split: str, count: int) -> tuple[Tensor, Tensor]:
+        """So many images of a split, drawn at random, always the same ones: (n, C, H, W) uint8 and labels (n,)."""
+        samples = self.data.summary.samples[split]
+        order = OnceThrough(samples) if count >= samples else ShuffledStream(samples, seed=0)
+        batches = self.data.batches(split, order)  # type: ignore[arg-type]  # train or val
+        count = min(count, samples)
+        parts = [
+            batches.__getitems__(range(first, min(first + _FLOOR_BATCH, count)))
+            for first in range(0, count, _FLOOR_BATCH)
+        ]
+        return torch.cat([part.content for part in parts]), torch.cat([part.labels for part in parts])
+
+    def likelihood(self, subject: Subject, *, num_images: int, draws: int, seed: int = 0) -> Row:
+        """Masked negative log-likelihood and the order-agnostic bound; the exact one of a sequential model."""
+        count = min(num_images, self.data.summary.samples["val"])
+        keys = {**self._on(subject), "num_images": count, "seed": seed, "draws": draws}
+        row = self._likelihood.find(**keys)
+        return row or self._likelihood.add({**keys, **self._nll(subject, count, draws, seed), **_measured(subject)})
+
+    def _nll(self, subject: Subject, count: int, draws: int, seed: int) -> dict[str, float]:
+        pipe = subject.pipe
+        tokens, labels = real_tokens(pipe, self.data, limit=count, batch_size=self.batch_size)
+        network, config = pipe.transformer.network, pipe.transformer.network.config
+        bar = self.bars(f"{subject.run}: likelihood", 2 * count)
+        numbers = {}
+        if pipe.transformer.mask_schedule is None:
+            whole = exact_nll(network, tokens, labels, batch_size=self.batch_size, on_images=bar)
+        else:
+            of_masks = {"mask_token_id": config.mask_token_id, "draws": draws, "seed": seed}
+            how = {"batch_size": self.batch_size, "on_images": bar}
+            schedule = pipe.transformer.mask_schedule
+            part = masked_nll(network, tokens, labels, mask_schedule=schedule, **of_masks, **how)
+            whole = negative_elbo(network, tokens, labels, **of_masks, **how)
+            numbers = {"masked_nll": part.mean, "masked_nll_error": part.standard_error}
+        name = "exact" if pipe.transformer.mask_schedule is None else "elbo"
+        for unit, estimate in (("bits_per_token", whole.bits_per_token), ("bits_per_image", whole.bits_per_image)):
+            numbers |= {f"{name}_{unit}": estimate.mean, f"{name}_{unit}_error": estimate.standard_error}
+        return numbers
+
+    def cas(
+        self, subject: Subject | None, decoding: DecodingConfig | None, config: CASConfig, *, num_images: int, seed: int
+    ) -> Row:
+        """Classification accuracy score; of real train images where there is no model."""
+        keys = {
+            **(self._of(subject, num_images, seed, decoding) if subject is not None and decoding is not None else
+               {**self._on(None), "num_images": num_images, "seed": seed, "num_steps": "", "decoding": ""}),
+            "classifier": config.model, "training_images": num_images, "training_steps": config.max_steps,
+            "classifier_seed": config.seed,
+        }  # fmt: skip
+        row = self._cas.find(**keys)
+        if row is not None:
+            return row
+        name = REAL if subject is None else subject.run
+        if subject is None or decoding is None:
+            images, labels = self.real_images("train", num_images)
+        else:
+            made = self.generated(
+                subject, decoding, num_images=num_images, seed=seed, title=f"{name}: {num_images} images for CAS"
+            )
+            images, labels = made.read(range(len(made))), made.labels
+        bar = self.bars(f"CAS: {config.model} on {name}", config.max_steps)
+        found = classification_accuracy(images, labels, self.data, config, on_step=lambda: bar(1))
+        numbers = {"top1": found.top1, "top5": found.top5, "real_images": found.images}
+        return self._cas.add({**keys, **numbers, **_measured(subject)})
+
+    def editing(
+        self, subject: Subject, task: Task, *, num_images: int, seed: int, networks: Sequence[str]
+    ) -> list[Row]:
+        """Held-out images edited, as they are, and with grey in place of what is hidden: a row a network each."""
+        decoding, count = subject.pipe.decoding, min(num_images, self.data.summary.samples["val"])
+        rows: list[Row] = []
+        images: dict[str, Tensor] = {}
+        for kind in (EDITED, MASKED, UNEDITED):
+            keys = self._of(subject, count, seed, decoding) | {"task": task, "model": kind}
+            for label in networks:
+                row = self._editing.find(**keys, **self._judged(label))
+                if row is None:
+                    if not images:
+                        images = self._edited(subject, task, count, seed)
+                    numbers = self._say(label, _reader(images[kind]), self.real_images("val", count)[1])
+                    identity = _measured(subject) | {"model": kind}
+                    row = self._editing.add({**keys, **self._judged(label), **numbers, **identity})
+                rows.append(row)
+        return rows
+
+    def _edited(self, subject: Subject, task: Task, count: int, seed: int) -> dict[str, Tensor]:
+        originals, labels = self.real_images("val", count)
+        bar = self.bars(f"{subject.run}: {task}", count)
+        edited = edit(task, subject.pipe, originals, labels, seed=seed, batch_size=self.batch_size, on_images=bar)
+        return {EDITED: edited, MASKED: masked(task, subject.pipe.tokenizer, originals), UNEDITED: originals}
+
+    def _say(self, label: str, read: Callable[[range], Tensor], labels: Tensor) -> dict[str, float]:
+        bar = self.bars(f"features of {label}", len(labels))
+        return self.judges[label](read, len(labels), labels, on_images=bar)
+
+    def _judged(self, label: str) -> dict[str, Any]:
+        features = self.judges[label].reference.features
+        return {"network": label, "real_images": "" if features is None else len(features)}
+
+    def _on(self, subject: Subject | None) -> dict[str, Any]:
+        of = _NOTHING if subject is None else subject.identity
+        data = {"dataset": self.dataset, "data": self.data.summary.fingerprint[:_DIGITS], "split": "val"}
+        return {**of, **data}
+
+    def _of(self, subject: Subject, num_images: int, seed: int, decoding: DecodingConfig) -> dict[str, Any]:
+        said = {"num_steps": decoding.num_steps, "decoding": describe_decoding(decoding)}
+        return {**self._on(subject), "num_images": num_images, "seed": seed, **said}
+
+
+def _reader(images: Tensor) -> Callable[[range], Tensor]:
+    return lambda rows: images[rows.start : rows.stop]
+
+
+def _measured(subject: Subject | None) -> dict[str, Any]:
+    environment = describe_environment()
+    device = "cpu" if subject is None else subject.pipe.device.type
+    return {
+        "commit": environment["commit"],
+        "date": datetime.date.today().isoformat(),
+        "device": f"{device}, {environment['threads']} threads" if device == "cpu" else environment["accelerators"][0],
+    }

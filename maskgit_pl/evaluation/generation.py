@@ -1,0 +1,105 @@
+"""The images that a measurement needs: generated into a file, which a killed command goes on with and ranks share."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch.distributed as dist
+from torch import Tensor
+
+from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.evaluation.npz import SampleFile, open_samples
+from maskgit_pl.evaluation.ranks import rank_and_world
+from maskgit_pl.pipeline import MaskGIT
+from maskgit_pl.pipeline.bulk import generate_many
+
+__all__ = ["Generated", "forget", "generate"]
+
+_PART = 250  # images: what is lost at most where the command is killed
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Generated images.
+
+    Args:
+        file: Where they are; read as they are needed.
+        channels: 1 or 3.
+        labels: (n,) int64: the classes asked for, class by class.
+        seconds_per_image: Wall clock of one rank, tokens and pixels; None where the images were there already.
+    """
+
+    file: SampleFile
+    channels: Literal[1, 3]
+    labels: Tensor
+    seconds_per_image: float | None
+
+    def __len__(self) -> int:
+        return len(self.file)
+
+    def read(self, rows: range) -> Tensor:
+        """Some images: (b, C, H, W) uint8."""
+        return self.file.read(rows, channels=self.channels)
+
+
+def generate(
+    pipe: MaskGIT,
+    file: Path,
+    decoding: DecodingConfig,
+    *,
+    num_images: int,
+    seed: int = 0,
+    batch_size: int = 100,
+    on_images: Callable[[int], object] = lambda count: None,
+) -> Generated:
+    """Images of all classes, spread evenly; those that are in the file, or in its parts, are not made again.
+
+    Args:
+        pipe: The model.
+        file: ``.npz``, as ``pipeline.bulk.generate_many`` writes it; the ranks share the work.
+        decoding: How images are decoded.
+        num_images: How many.
+        seed: Image i has seed + i.
+        batch_size: Images at a time.
+        on_images: Told how many more this rank has, those that were there before among them.
+
+    Raises:
+        ValueError: As of ``generate_many``; the file holds other images, for one.
+        FileExistsError: The file holds something else.
+    """
+    rank, world_size = rank_and_world()
+    start = time.perf_counter()
+    result = generate_many(
+        pipe,
+        file,
+        count=num_images,
+        seed=seed,
+        part_size=_PART,
+        batch_size=batch_size,
+        rank=rank,
+        world_size=world_size,
+        on_start=lambda count, found: on_images(found),
+        on_images=on_images,
+        decoding=decoding,
+    )
+    seconds = time.perf_counter() - start
+    if world_size > 1:
+        dist.barrier()  # the last one to finish its share has put the file together
+    samples = open_samples(file)
+    assert samples.labels is not None  # generate_many writes them
+    channels: Literal[1, 3] = 1 if pipe.tokenizer.network.config.in_channels == 1 else 3
+    return Generated(samples, channels, samples.labels, seconds / result.made if result.made else None)
+
+
+def forget(file: Path) -> None:
+    """Takes generated images away, complete or not; they are a function of the model and the seed."""
+    if rank_and_world()[0] == 0:
+        file.unlink(missing_ok=True)
+        shutil.rmtree(file.with_name(f"{file.name}.parts"), ignore_errors=True)
+    if rank_and_world()[1] > 1:
+        dist.barrier()
