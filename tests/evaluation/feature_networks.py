@@ -1,0 +1,33 @@
+"""A feature network of a few numbers, for tests."""
+
+import torch
+from torch import nn
+
+from maskgit_pl.evaluation.features import Extractor
+from maskgit_pl.networks.features import FeatureOutput
+
+
+class Few(nn.Module):
+    """A convolution over 8 px images: 6 pooled features, 4 logits, 5 spatial features."""
+
+    def __init__(self, channels: int = 1, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.convolution = nn.Conv2d(channels, 6, 3)
+            self.head = nn.Linear(6, 4)
+
+    def forward(self, images: torch.Tensor) -> FeatureOutput:
+        last = self.convolution(images.float() / 255).relu()
+        features = last.mean((2, 3))
+        return FeatureOutput(features, self.head(features), last.flatten(1)[:, :5])
+
+
+def few(label: str = "classifier", *, channels: int = 1, seed: int = 0, knows_classes: bool = True) -> Extractor:
+    return Extractor(label, knows_classes, Few(channels, seed).eval())
+
+
+def pictures(count: int, *, channels: int = 1, seed: int = 0, size: int = 8) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    brightness = torch.rand(count, 1, 1, 1, generator=generator)
+    return (torch.rand(count, channels, size, size, generator=generator) * brightness * 256).to(torch.uint8)

@@ -1,0 +1,110 @@
+import io
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from maskgit_pl.evaluation.npz import ArrayFile, open_samples
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (7, 4, 5, 3), dtype=np.uint8)
+SAVE = {"stored": np.savez, "compressed": np.savez_compressed}
+
+
+class Canary:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("save", SAVE)
+def test_samples_are_read_a_few_at_a_time(tmp_path: Path, save: str) -> None:
+    SAVE[save](tmp_path / "samples.npz", IMAGES, np.arange(7))
+    samples = open_samples(tmp_path / "samples.npz")
+    assert len(samples) == 7
+    assert isinstance(samples.images, np.memmap) == (save == "stored")
+    assert samples.labels.tolist() == list(range(7))
+    rows = samples.read(range(2, 5))
+    assert rows.shape == (3, 3, 4, 5)
+    assert np.array_equal(rows.permute(0, 2, 3, 1).numpy(), IMAGES[2:5])
+
+
+def test_labels_may_be_missing_and_columns_may_lie_first(tmp_path: Path) -> None:
+    np.savez(tmp_path / "samples.npz", np.asfortranarray(IMAGES))
+    samples = open_samples(tmp_path / "samples.npz")
+    assert samples.labels is None
+    assert np.array_equal(samples.read(range(7)).permute(0, 2, 3, 1).numpy(), IMAGES)
+
+
+def test_grey_images_are_grey(tmp_path: Path) -> None:
+    np.savez(tmp_path / "grey.npz", np.repeat(IMAGES[..., :1], 3, axis=3))
+    assert open_samples(tmp_path / "grey.npz").read(range(7), channels=1).shape == (7, 1, 4, 5)
+    np.savez(tmp_path / "colour.npz", IMAGES)
+    with pytest.raises(ValueError, match="grey images are needed, got colour in 0 to 7"):
+        open_samples(tmp_path / "colour.npz").read(range(7), channels=1)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "match"),
+    [
+        ({"arr_1": np.arange(7)}, "'arr_0': it is missing; the file holds arr_1"),
+        ({"arr_0": IMAGES[0]}, r"'arr_0': the shape \(n, n, n, 3\) is needed, got \(4, 5, 3\)"),
+        ({"arr_0": IMAGES[:0]}, r"'arr_0': the shape .* got \(0, 4, 5, 3\)"),
+        ({"arr_0": IMAGES / 255}, "'arr_0': other numbers are needed, got float64"),
+        ({"arr_0": IMAGES, "arr_1": np.arange(6)}, r"'arr_1': the shape \(7\) is needed, got \(6,\)"),
+        ({"arr_0": IMAGES, "arr_1": np.arange(7) / 2}, "'arr_1': other numbers are needed"),
+        ({"arr_0": IMAGES, "arr_1": np.arange(7) - 1}, "'arr_1': labels of at least 0"),
+        ({"arr_0": np.zeros(3, dtype=[("a", "u1")])}, "'arr_0': plain numbers are needed"),
+        ({"arr_0": np.array(["text"])}, "'arr_0': the shape"),
+    ],
+)
+def test_other_arrays_are_refused_by_name(tmp_path: Path, arrays: dict, match: str) -> None:
+    np.savez(tmp_path / "samples.npz", **arrays)
+    with pytest.raises(ValueError, match=rf"samples \S+samples\.npz: array {match}"):
+        open_samples(tmp_path / "samples.npz")
+
+
+@pytest.mark.parametrize("save", SAVE)
+def test_objects_are_never_made(tmp_path: Path, save: str) -> None:
+    file, canary = tmp_path / "samples.npz", tmp_path / "canary"
+    SAVE[save](file, arr_0=IMAGES, extra=np.array([Canary(canary)], dtype=object))
+    with pytest.raises(ValueError, match="array 'extra': plain numbers are needed, got objects"):
+        open_samples(file)
+    assert not canary.exists()
+
+
+def test_a_header_that_lies_about_its_size_is_refused_without_memory(tmp_path: Path) -> None:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (2**50, 4, 4, 3)})
+    with zipfile.ZipFile(tmp_path / "samples.npz", "w") as archive:
+        archive.writestr("arr_0.npy", header.getvalue() + bytes(100))
+    with pytest.raises(ValueError, match="its size and its shape"):
+        open_samples(tmp_path / "samples.npz")
+
+
+def test_what_is_no_such_file_is_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "whole.npz", IMAGES)
+    content = (tmp_path / "whole.npz").read_bytes()
+    for name, damaged in (("cut", content[:-40]), ("text", b"nonsense"), ("empty", b"")):
+        (tmp_path / name).write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"samples \S+{name}: no \.npz file, or a damaged one"):
+            open_samples(tmp_path / name)
+    with zipfile.ZipFile(tmp_path / "other.npz", "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    with pytest.raises(ValueError, match=r"other\.npz: no \.npz file"):
+        open_samples(tmp_path / "other.npz")
+    with pytest.raises(ValueError, match=r"an existing \.npz file"):
+        open_samples(tmp_path / "none.npz")
+
+
+def test_damaged_numbers_are_found(tmp_path: Path) -> None:
+    np.savez(tmp_path / "samples.npz", IMAGES)
+    content = bytearray((tmp_path / "samples.npz").read_bytes())
+    content[300] ^= 1
+    (tmp_path / "samples.npz").write_bytes(content)
+    with pytest.raises(ValueError, match="damaged"):
+        ArrayFile(tmp_path / "samples.npz", thing="samples").check()
