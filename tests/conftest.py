@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
+from maskgit_pl.decoding import DecodingConfig, SequentialDecoding
+from maskgit_pl.networks.causal import build_transformer
+from maskgit_pl.networks.transformer import Attention, TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pretrained import fingerprint, save_tokenizer, save_transformer
 from maskgit_pl.shards.images import encode_png
@@ -45,7 +46,14 @@ def flags(tree: dict, path: str = "") -> list[str]:
     return found
 
 
-def save_tiny_pretrained(folder: Path, *, in_channels: int = 1, class_dropout: float = 0.1, seed: int = 0) -> Path:
+def save_tiny_pretrained(
+    folder: Path,
+    *,
+    in_channels: int = 1,
+    class_dropout: float = 0.1,
+    seed: int = 0,
+    attention: Attention = "bidirectional",
+) -> Path:
     """Random weights: 8 px images, 4 x 4 tokens, 3 classes."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -53,19 +61,19 @@ def save_tiny_pretrained(folder: Path, *, in_channels: int = 1, class_dropout: f
             in_channels, channels=8, multipliers=(1, 1), blocks_per_level=1, groups=2, num_codes=16, code_width=4
         )
         tokenizer = VQGAN(vqgan)
-        config = TransformerConfig(16, 3, (4, 4), 16, 1, 2, 32, class_dropout=class_dropout)
-        transformer = MaskedTransformer(config)
+        config = TransformerConfig(16, 3, (4, 4), 16, 1, 2, 32, class_dropout=class_dropout, attention=attention)
+        transformer = build_transformer(config)
         for parameter in transformer.parameters():  # far from uniform predictions, so that classes and guidance show
             parameter.data.mul_(4)
     save_tokenizer(folder / "tokenizer", vqgan, tokenizer.state_dict(), image_size=8)
+    guidance = {"name": "linear", "scale": 1.0} if class_dropout else "constant"
+    causal = attention == "causal"
     save_transformer(
         folder / "transformer",
         config,
         transformer.state_dict(),
-        mask_schedule={"name": "pow", "exponent": 2.0},
-        decoding=DecodingConfig(
-            num_steps=4, guidance={"name": "linear", "scale": 1.0} if class_dropout else "constant"
-        ),
+        mask_schedule=None if causal else {"name": "pow", "exponent": 2.0},
+        decoding=SequentialDecoding(guidance).of(16) if causal else DecodingConfig(num_steps=4, guidance=guidance),
         class_names=CLASSES,
         tokenizer_fingerprint=fingerprint(folder / "tokenizer"),
     )
@@ -76,6 +84,12 @@ def save_tiny_pretrained(folder: Path, *, in_channels: int = 1, class_dropout: f
 def tiny_pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pretrained folder with random weights; not to be written to."""
     return save_tiny_pretrained(tmp_path_factory.mktemp("tiny") / "pretrained")
+
+
+@pytest.fixture(scope="session")
+def tiny_causal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of a sequential model; not to be written to."""
+    return save_tiny_pretrained(tmp_path_factory.mktemp("tiny") / "pretrained", attention="causal")
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.decoding import DecodingConfig, SequentialDecoding
+from maskgit_pl.networks.causal import CausalTransformer
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pretrained import (
@@ -91,6 +92,36 @@ def test_a_transformer_comes_back_as_it_was_saved(tmp_path):
     assert made.decoding == DECODING
     assert made.class_names == ("cat", "dog")
     assert made.tokenizer_fingerprint == "abc"
+
+
+def test_a_causal_transformer_comes_back_as_it_was_saved(tiny_causal):
+    made = load_transformer(tiny_causal / "transformer")
+    assert type(made.network) is CausalTransformer
+    assert made.mask_schedule is None
+    assert made.decoding == SequentialDecoding({"name": "linear", "scale": 1.0}).of(16)
+    with pytest.raises(ValueError, match="tune: a model with bidirectional attention is needed, .* take another run"):
+        made.schedule_for("tune")
+
+
+def test_a_folder_from_before_there_was_causal_attention_is_bidirectional(saved):
+    config = read_config(saved / "transformer", "transformer")["network"]
+    del config["attention"]
+    edit(saved / "transformer", network=config)
+    made = load_transformer(saved / "transformer")
+    assert made.network.config == TRANSFORMER_CONFIG
+    assert made.schedule_for("tune") is made.mask_schedule
+
+
+def test_an_attention_and_a_schedule_that_do_not_go_together_are_refused(saved, tiny_causal, tmp_path):
+    shutil.copytree(tiny_causal / "transformer", tmp_path / "causal")
+    edit(tmp_path / "causal", mask_schedule="cosine")
+    edit(saved / "transformer", mask_schedule=None)
+    for folder, got in (
+        (tmp_path / "causal", "causal and 'cosine'"),
+        (saved / "transformer", "bidirectional and None"),
+    ):
+        with pytest.raises(ValueError, match=rf"config\.json: bidirectional attention goes with .* got {got}"):
+            load_transformer(folder)
 
 
 @pytest.mark.parametrize("kind", ["tokenizer", "transformer"])
@@ -294,6 +325,7 @@ def test_a_recipe_for_other_weights_is_used_with_a_warning(saved: Path, caplog) 
         ({"decoding": {"num_steps": 0}}, "num_steps: at least 1"),
         ({"decoding": {"num_steps": "8"}}, "delete the file"),
         ({"decoding": {"top_p": 1.5}}, "top_p"),
+        ({"decoding": {"token_selector": "raster", "context_cache": 2}}, "context_cache: a sequential model"),
     ],
 )
 def test_a_recipe_that_is_none_is_refused_by_name(saved: Path, changes: dict[str, object], match: str) -> None:

@@ -9,7 +9,7 @@ import yaml
 
 from maskgit_pl.cli.fit import fit
 from maskgit_pl.cli.recipes import read_yaml
-from maskgit_pl.networks.causal import build_transformer
+from maskgit_pl.networks.causal import CausalTransformer, build_transformer
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pretrained import load_tokenizer, load_transformer
@@ -91,6 +91,29 @@ def test_a_tokenizer_recipe_trains_a_step(name, tiny_shards, tmp_path):
     assert fit("tokenizer", files=files, overrides=[], shards=tiny_shards, folder=tmp_path, tokenizer=None) == 0
     assert load_tokenizer(tmp_path / "pretrained" / "tokenizer").image_size == 8
     assert (tmp_path / "tokenizer" / "reconstructions.png").is_file()
+
+
+@pytest.mark.parametrize("names", [["paper-256", "autoregressive"], ["paper-256", "paper-512", "autoregressive"]])
+def test_the_sequential_baseline_of_the_paper_has_the_size_of_its_model(names):
+    tree = merge(read_yaml(RECIPES / "transformer" / f"{name}.yaml") for name in ("base", *names))
+    with torch.device("meta"):
+        network = build_transformer(TransformerConfig(**tree["model"]["network"]))
+    assert type(network) is CausalTransformer
+    assert sum(parameter.numel() for parameter in network.parameters()) == PARAMETERS["transformer", names[-2]]
+
+
+@pytest.mark.slow
+def test_the_sequential_baseline_is_laid_over_any_recipe(tiny_shards, tiny_pretrained, tmp_path, caplog):
+    names = ("base", "paper-256", "log", "autoregressive")
+    files = [RECIPES / "transformer" / f"{name}.yaml" for name in names]
+    files += [RECIPES / "cluster" / "cpu.yaml", TINY / "transformer.yaml"]
+    tokenizer = tiny_pretrained / "tokenizer"
+    with caplog.at_level("INFO", logger="maskgit_pl"):
+        fit("transformer", files=files, overrides=[], shards=tiny_shards, folder=tmp_path, tokenizer=tokenizer)
+    assert "log.yaml: causal attention has no use for model.mask_schedule" in caplog.text
+    config = yaml.safe_load((tmp_path / "transformer" / "config.yaml").read_text())["model"]
+    assert (config["label_smoothing"], config["network"]["attention"]) == (0.1, "causal")
+    assert config["decoding"] == {"guidance": "constant", "sampling_temperature": 1.0}
 
 
 @pytest.mark.slow

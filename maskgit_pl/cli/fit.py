@@ -211,7 +211,7 @@ def fit(
     found: dict[str, Any] = {"data": {"path": str(shards)}}
     if tokenizer is not None:
         found = _tokenizer_values(shards, tokenizer, folder, num_classes=_num_classes(shards, files, overrides))
-    module_type, own = _module_and_layers(stage, files, overrides)
+    module_type, own, left_out = _module_and_layers(stage, files, overrides)
     layers = [json.dumps(found), *own]
     if pretrained is not None:
         layers.append(json.dumps(_pretrained_values(stage, pretrained)))
@@ -238,6 +238,8 @@ def fit(
         log.info("%s: begins from the weights of %s", folder / stage, pretrained)
     if trainer.is_global_zero:
         _write_papers(cli, folder / stage, pretrained)
+        for line in left_out:
+            log.info("%s", line)
         log.info(
             "%s: global batch %d = %d ranks x %d accumulated x %d a device%s",
             folder / stage, data.global_batch, trainer.world_size, accumulation, per_device,
@@ -250,17 +252,15 @@ def fit(
 
 def _module_and_layers(
     stage: Stage, files: Sequence[Path], overrides: Sequence[str]
-) -> tuple[type[LightningModule], list[str]]:
-    """What the recipes train, and the layers of its configuration that they are."""
+) -> tuple[type[LightningModule], list[str], list[str]]:
+    """What the recipes train, the layers of its configuration that they are, and a line for each that is cut."""
     if stage == "tokenizer" or not is_causal(files, overrides):
-        return Tokenizer if stage == "tokenizer" else MaskedTokenModel, [str(file) for file in files]
-    layers = []
-    for file in files:
-        layer, without = fitting_layer(file)
-        layers.append(json.dumps(layer))
-        if without:
-            log.info("%s: with causal attention, without %s", file, ", ".join(without))
-    return AutoregressiveModel, layers
+        return Tokenizer if stage == "tokenizer" else MaskedTokenModel, [str(file) for file in files], []
+    fitting = {file: fitting_layer(file) for file in files}
+    left_out = [
+        f"{file}: causal attention has no use for {', '.join(keys)}" for file, (_, keys) in fitting.items() if keys
+    ]
+    return AutoregressiveModel, [json.dumps(layer) for layer, _ in fitting.values()], left_out
 
 
 def _num_classes(shards: Path, files: Sequence[Path], overrides: Sequence[str]) -> int:

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from maskgit_pl.cli.recipes import check_overrides, read_yaml, recipe_files
+from maskgit_pl.cli.recipes import check_overrides, fitting_layer, is_causal, read_yaml, recipe_files
 
 
 def write(folder, text):
@@ -77,3 +77,54 @@ def test_flags_cannot_import_code():
     for word in ("--trainer.callbacks=a.B", "--model.class_path=os.system", "--config=x.yaml"):
         with pytest.raises(ValueError, match="flag"):
             check_overrides([word])
+
+
+CAUSAL = "model: {network: {attention: causal}}"
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "expected"),
+    [
+        (CAUSAL, [], True),
+        (CAUSAL, ["--model.network.attention=bidirectional", "--model.mask_schedule=log"], False),
+        ("{}", ["--model.network.attention", "causal", "--model.label_smoothing=0"], True),
+        ("{}", ["--model.mask_schedule=log"], False),
+    ],
+)
+def test_the_baseline_is_what_the_merged_recipe_says(tmp_path, text, overrides, expected):
+    assert is_causal([write(tmp_path, text)], overrides) == expected
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--model.mask_schedule=log",
+        "--model.mask_schedule.exponent=3",
+        "--model.min_mask_ratio=0.5",
+        "--model.decoding.num_steps=8",
+        "--model.decoding.token_selector.choice_temperature=1",
+        "--model.decoding.tokens_per_step=[1]",
+        "--model.decoding.mask_schedule=log",
+        "--model.decoding.context_cache=2",
+    ],
+)
+def test_a_flag_that_the_baseline_has_no_use_for_is_refused(tmp_path, flag):
+    with pytest.raises(
+        ValueError, match=f"flag {flag.partition('=')[0]}: with causal attention .*; leave the flag out"
+    ):
+        is_causal([write(tmp_path, CAUSAL)], ["--data.seed=1", flag])
+
+
+def test_a_layer_is_left_without_what_the_baseline_has_no_use_for(tmp_path):
+    text = """
+    data: {seed: 1}
+    model:
+      mask_schedule: {name: pow, exponent: 3}
+      decoding: {num_steps: 8, guidance: linear, token_selector: random}
+    """
+    layer, without = fitting_layer(write(tmp_path, text))
+    assert layer == {"data": {"seed": 1}, "model": {"decoding": {"guidance": "linear"}}}
+    assert without == ["model.mask_schedule", "model.decoding.num_steps", "model.decoding.token_selector"]
+    for same in ("{}", "model: 3", "model: {decoding: null}", CAUSAL):
+        file = write(tmp_path, same)
+        assert fitting_layer(file) == (read_yaml(file), [])

@@ -1,0 +1,179 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from maskgit_pl.decoding import CodeSampling, DecodingConfig, SequentialDecoder, SequentialDecoding, decode_in_order
+from maskgit_pl.networks.causal import CausalTransformer
+from maskgit_pl.networks.transformer import TransformerConfig
+
+CONFIG = TransformerConfig(16, 3, (3, 4), width=32, depth=2, num_heads=4, mlp_width=64, attention="causal")
+N, K, NULL = CONFIG.num_tokens, CONFIG.num_codes, CONFIG.null_label
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def network() -> CausalTransformer:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = CausalTransformer(CONFIG).eval().requires_grad_(False)
+        for parameter in made.parameters():
+            parameter.mul_(4)
+    return made
+
+
+def successor(tokens: Tensor) -> Tensor:
+    """A network of three lines: after c comes 2 c + 1 (mod 7), an image begins with 3."""
+    following = (2 * tokens[:, -1] + 1) % 7 if tokens.shape[1] else torch.full((len(tokens),), 3)
+    return 9.0 * torch.nn.functional.one_hot(following, 7)
+
+
+class Recorded:
+    """Noise that a test has written down: the code that it draws is its number, whatever the logits."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, list[int]]] = []
+
+    def draw(self, logits: Tensor, positions: Tensor, step: int) -> Tensor:
+        self.asked.append((step, positions[0].tolist()))
+        return positions % logits.shape[-1]
+
+
+def run(network, labels, seeds, *, scales=(0.0,) * N, sampling=None, **options) -> Tensor:
+    decoder = SequentialDecoder(N, sampling or CodeSampling())
+    options = {"null_label": NULL, "device": CPU, **options}
+    *_, last = decode_in_order(network, labels, seeds, decoder=decoder, scales=scales, **options)
+    return last.tokens
+
+
+def test_the_likeliest_codes_follow_one_another():
+    steps = SequentialDecoder(6, CodeSampling(0.0)).steps(successor, Recorded(), batch_size=2, device=CPU)
+    assert [step.tokens[1].tolist() for step in steps] == [
+        [3, 0, 0, 0, 0, 0], [3, 0, 0, 0, 0, 0], [3, 0, 1, 0, 0, 0], [3, 0, 1, 3, 0, 0], [3, 0, 1, 3, 0, 0],
+        [3, 0, 1, 3, 0, 1],
+    ]  # fmt: skip
+
+
+def test_each_position_is_decided_once_in_raster_order():
+    steps = list(SequentialDecoder(6).steps(successor, Recorded(), batch_size=2, device=CPU))
+    places = torch.arange(6)
+    sure = math.exp(9) / (math.exp(9) + 6)
+    for number, step in enumerate(steps):
+        assert step.step == number
+        assert torch.equal(step.was_masked, (places >= number).expand(2, 6))
+        assert torch.equal(step.still_masked, (places > number).expand(2, 6))
+        assert (step.scores.argmin(1) == 5).all()
+        assert torch.equal(step.scores == torch.inf, ~step.was_masked)
+        assert (step.confidence == 0)[:, number + 1 :].all()
+        assert ((step.confidence > 0) & (step.confidence <= sure + 1e-6))[:, : number + 1].all()
+    assert len(steps) == 6
+
+
+def test_chance_is_asked_for_once_a_position():
+    noise = Recorded()
+    *_, last = SequentialDecoder(6).steps(successor, noise, batch_size=2, device=CPU)
+    assert noise.asked == [(0, [place]) for place in range(6)]
+    assert last.tokens.tolist() == [[0, 1, 2, 3, 4, 5]] * 2
+
+
+def test_a_cache_changes_no_token(network):
+    labels, seeds = [0, 1, 2, NULL], [3, 4, 5, 6]
+    scales = [step / 4 for step in range(N)]
+    for chosen in (scales, [0.0] * N):
+        kept, computed = (run(network, labels, seeds, scales=chosen, cache=cache) for cache in (True, False))
+        assert torch.equal(kept, computed)
+
+
+def test_tokens_depend_on_the_seed_and_not_on_the_batch(network):
+    labels, seeds = [0, 1, 2, 0], [7, 8, 9, 7]
+    together = run(network, labels, seeds)
+    alone = [run(network, [label], [seed]) for label, seed in zip(labels, seeds, strict=True)]
+    assert torch.equal(together, torch.cat(alone))
+    assert torch.equal(together[0], together[3])
+    assert not torch.equal(together, run(network, labels, [1, 2, 3, 4]))
+
+
+def test_codes_are_drawn_from_the_network_s_distribution(network):
+    count = 4000
+    first = run(network, [1] * count, range(count))[:, 0].bincount(minlength=K) / count
+    expected = network.next_logits(torch.empty(1, 0, dtype=torch.int64), torch.tensor([1])).softmax(-1)[0]
+    assert (first - expected).abs().max() < 0.03
+
+
+def test_guidance_is_a_scale_a_step_with_both_halves_in_one_batch(network):
+    scales = [0.0, 3.0, *[1.0] * (N - 2)]
+    batches: list[int] = []
+    original = network.next_logits
+
+    def counted(tokens: Tensor, labels: Tensor, **options) -> Tensor:
+        batches.append(len(tokens))
+        return original(tokens, labels, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(network, "next_logits", counted)
+        made = run(network, [0, 1], [5, 6], scales=scales, sampling=CodeSampling(0.0))
+        assert batches == [4] * N
+        plain = run(network, [0, 1], [5, 6], sampling=CodeSampling(0.0))
+        assert batches[N:] == [2] * N
+    labels, null = torch.tensor([0, 1]), torch.full((2,), NULL)
+    for place, scale in enumerate(scales):
+        conditional, unconditional = (original(made[:, :place], each) for each in (labels, null))
+        assert torch.equal((conditional + scale * (conditional - unconditional)).argmax(-1), made[:, place])
+    assert torch.equal(made[:, 0], plain[:, 0])
+    assert not torch.equal(made, plain)
+
+
+def test_guidance_pushes_away_from_negative_classes_and_needs_a_class_to_push_from(network):
+    scales = [8.0] * N
+    pushed = run(network, [0, 1], [5, 6], scales=scales, negative_labels=[2, 2])
+    assert not torch.equal(pushed, run(network, [0, 1], [5, 6], scales=scales))
+    assert torch.equal(pushed, run(network, [0, 1], [5, 6], scales=scales, negative_labels=[2, 2], null_label=None))
+    with pytest.raises(ValueError, match="guidance: this model has no null class"):
+        run(network, [0, 1], [5, 6], scales=scales, null_label=None)
+
+
+def test_sampling_is_that_of_parallel_decoding(network):
+    likeliest = run(network, [0, 1], [5, 6], sampling=CodeSampling(0.0))
+    assert torch.equal(run(network, [0, 1], [8, 9], sampling=CodeSampling(1.0, top_k=1)), likeliest)
+    assert torch.equal(run(network, [0, 1], [8, 9], sampling=CodeSampling(1.0, top_p=1e-6)), likeliest)
+    annealed = run(network, [0, 1], [8, 9], sampling=CodeSampling((1.0, 0.0)))
+    hot = run(network, [0, 1], [8, 9])
+    assert torch.equal(annealed[:, 0], hot[:, 0])
+    last = network.next_logits(annealed[:, :-1], torch.tensor([0, 1])).argmax(-1)
+    assert torch.equal(annealed[:, -1], last)
+
+
+def test_a_recipe_becomes_one_of_n_steps():
+    made = SequentialDecoding({"name": "linear", "scale": 2.0}, (1.0, 0.5), 9, 0.9).of(49)
+    assert made == DecodingConfig(
+        49, "raster", {"name": "linear", "scale": 2.0}, sampling_temperature=(1.0, 0.5), top_k=9, top_p=0.9
+    )
+    assert made.is_sequential
+    assert made.sequential_decoder(49) == SequentialDecoder(49, CodeSampling((1.0, 0.5), 9, 0.9))
+    assert len(made.scales()) == 49
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_steps": 8}, "num_steps: a sequential model takes one step for each of the 12 tokens .* got 8; leave it"),
+        ({"token_selector": "confidence"}, "token_selector: a sequential model draws one token .* got 'confidence'"),
+        ({"token_selector": {"name": "raster", "choice_temperature": 1.0}}, "token_selector: .* 'choice_temperature'"),
+        ({"mask_schedule": "cosine"}, "mask_schedule: a sequential model .* got 'cosine'; leave it out"),
+        ({"tokens_per_step": (1,) * N}, "tokens_per_step: a sequential model"),
+        ({"context_cache": 2}, "context_cache: a sequential model"),
+        ({"sampling_temperature": -1.0}, "sampling_temperature: a number of at least 0"),
+    ],
+)  # fmt: skip
+def test_what_a_sequential_model_cannot_follow_is_refused_by_name(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SequentialDecoding().of(N), **changes).sequential_decoder(N)
+
+
+def test_fewer_than_one_token_and_a_schedule_that_is_none_are_refused():
+    with pytest.raises(ValueError, match="num_tokens: at least 1"):
+        SequentialDecoder(0)
+    with pytest.raises(ValueError, match="mask_schedule: a model that decodes in parallel is needed, got a sequential"):
+        DecodingConfig().decoder(None)

@@ -1,0 +1,110 @@
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from maskgit_pl.networks.causal import CausalTransformer, build_transformer
+from maskgit_pl.networks.int8 import quantized
+from maskgit_pl.networks.transformer import KeyValues, MaskedTransformer, TransformerConfig
+
+CONFIG = TransformerConfig(16, 3, (4, 4), width=32, depth=2, num_heads=4, mlp_width=64, attention="causal")
+N, K = CONFIG.num_tokens, CONFIG.num_codes
+
+
+@pytest.fixture(scope="module")
+def network() -> CausalTransformer:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = CausalTransformer(CONFIG).eval().requires_grad_(False)
+        for parameter in made.parameters():
+            parameter.mul_(4)
+    return made
+
+
+@pytest.fixture(scope="module")
+def tokens() -> Tensor:
+    return torch.randint(K, (3, N), generator=torch.Generator().manual_seed(1))
+
+
+LABELS = torch.tensor([0, 2, 3])  # the last is the null class
+
+
+def test_it_has_the_weights_of_the_bidirectional_one_by_name_and_number(network):
+    masked = build_transformer(dataclasses.replace(CONFIG, attention="bidirectional"))
+    assert type(masked) is MaskedTransformer
+    assert type(build_transformer(CONFIG)) is CausalTransformer
+    shapes = [{name: w.shape for name, w in made.state_dict().items()} for made in (masked, network)]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("place", [0, 7, N - 2, N - 1])
+def test_a_token_changes_the_logits_of_later_tokens_and_of_no_others(network, tokens, place):
+    changed = tokens.clone()
+    changed[:, place] = (changed[:, place] + 1) % K
+    before, after = network(tokens, LABELS), network(changed, LABELS)
+    differs = (before != after).any(-1).any(0)
+    assert differs.tolist() == [other > place for other in range(N)]
+
+
+def test_the_class_changes_all_logits(network, tokens):
+    assert ((network(tokens, LABELS) != network(tokens, LABELS.roll(1))).any(-1)).all()
+
+
+def test_logits_of_some_tokens_are_those_of_the_full_forward(network, tokens):
+    asked = torch.rand(3, N, generator=torch.Generator().manual_seed(2)) < 0.5
+    full = network(tokens, LABELS, vocabulary="all")
+    assert full.shape == (3, N, CONFIG.vocabulary_size)
+    torch.testing.assert_close(network(tokens, LABELS, asked, vocabulary="all"), full[asked])
+    torch.testing.assert_close(network(tokens, LABELS), full[..., :K])
+
+
+def test_the_next_token_is_predicted_as_in_the_full_forward_with_and_without_a_cache(network, tokens):
+    full, cache = network(tokens, LABELS), network.new_cache()
+    for place in range(N):
+        with_cache = network.next_logits(tokens[:, :place], LABELS, cache=cache)
+        torch.testing.assert_close(with_cache, full[:, place])
+        torch.testing.assert_close(network.next_logits(tokens[:, :place], LABELS), full[:, place])
+    assert [layer.num_rows for layer in cache] == [N, N]
+
+
+def test_a_cache_may_begin_with_several_tokens_and_goes_on_with_one_each(network, tokens):
+    cache = network.new_cache()
+    network.next_logits(tokens[:, :5], LABELS, cache=cache)
+    torch.testing.assert_close(network.next_logits(tokens[:, :6], LABELS, cache=cache), network(tokens, LABELS)[:, 6])
+    with pytest.raises(AssertionError):
+        network.next_logits(tokens[:, :9], LABELS, cache=cache)
+
+
+def test_keys_and_values_are_kept_in_place():
+    rows = torch.randn(2, 3, 4, 5, 8)
+    kept = KeyValues(5)
+    first = kept.extend(rows[:, :, :, :2])
+    whole = kept.extend(rows[:, :, :, 2:])
+    assert torch.equal(whole, rows)
+    assert first.data_ptr() == whole.data_ptr()
+
+
+def test_in_8_bits_logits_are_close_with_a_cache_too(network, tokens):
+    rounded = quantized(network)
+    assert type(rounded) is CausalTransformer
+    exact, cache = network(tokens, LABELS), rounded.new_cache()
+    for place in range(N):
+        made = rounded.next_logits(tokens[:, :place], LABELS, cache=cache)
+        assert (made - exact[:, place]).norm() < 0.1 * exact[:, place].norm()
+
+
+def test_dropout_is_of_training_alone(network, tokens):
+    made = CausalTransformer(dataclasses.replace(CONFIG, dropout=0.5))
+    assert not torch.equal(made(tokens, LABELS), made(tokens, LABELS))
+    made.eval()
+    assert torch.equal(made(tokens, LABELS), made(tokens, LABELS))
+
+
+def test_another_attention_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"transformer attention 'casual': did you mean 'causal'\?"):
+        dataclasses.replace(CONFIG, attention="casual")
+    with pytest.raises(ValueError, match="MaskedTransformer has 'bidirectional', got 'causal'"):
+        MaskedTransformer(CONFIG)
+    with pytest.raises(ValueError, match="CausalTransformer has 'causal', got 'bidirectional'"):
+        CausalTransformer(dataclasses.replace(CONFIG, attention="bidirectional"))

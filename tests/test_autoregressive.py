@@ -1,0 +1,139 @@
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, Trainer
+
+from maskgit_pl.autoregressive import AutoregressiveModel
+from maskgit_pl.data import ShardData
+from maskgit_pl.decoding import DecodingConfig, SequentialDecoding
+from maskgit_pl.mvtm import MaskedTokenModel
+from maskgit_pl.networks.transformer import TransformerConfig
+from maskgit_pl.pretrained import load_transformer
+from maskgit_pl.training.checkpoints import Checkpoints, FolderCheckpointIO, newest_complete
+from maskgit_pl.training.optimizers import LearningRate
+
+CONFIG = TransformerConfig(16, 3, (4, 4), width=16, depth=2, num_heads=2, mlp_width=32, dropout=0.1, attention="causal")
+
+
+class Recorder(Callback):
+    """Keeps what each step gave: loss bits."""
+
+    def __init__(self):
+        self.losses = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.losses.append(float(outputs["loss"]).hex())
+
+
+def model(pretrained, **options) -> AutoregressiveModel:
+    torch.manual_seed(0)
+    network = options.pop("network", CONFIG)
+    return AutoregressiveModel(
+        network, LearningRate(1e-2), str(pretrained / "tokenizer"), **{"ema_decay": 0.9, **options}
+    )
+
+
+def fit(module, shards, *, steps, folder, resume=None, every=100, **options) -> list[str]:
+    data = ShardData(
+        str(shards), source="images", image_size=8, in_channels=1, global_batch=8,
+        max_batch_per_device=8 // options.get("accumulate_grad_batches", 1), validation_batch=8,
+    )  # fmt: skip
+    seen = Recorder()
+    trainer = Trainer(
+        max_steps=steps, max_epochs=-1, accelerator="cpu", logger=False, plugins=[FolderCheckpointIO()],
+        callbacks=[seen, Checkpoints(folder, every_n_steps=every)], enable_progress_bar=False,
+        enable_model_summary=False, use_distributed_sampler=False, **options,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data, ckpt_path=resume)
+    return seen.losses
+
+
+def test_a_model_learns_and_exports_its_average(tiny_shards, tiny_pretrained, tmp_path):
+    module = model(tiny_pretrained, decoding=SequentialDecoding("linear", 0.5))
+    losses = [float.fromhex(loss) for loss in fit(module, tiny_shards, steps=50, folder=tmp_path / "checkpoints")]
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    assert module.trainer.callback_metrics["val/loss"] < losses[0]
+    module.export(tmp_path, class_names=("a", "b", "c"))
+    exported = load_transformer(tmp_path / "transformer")
+    assert exported.mask_schedule is None
+    assert exported.network.config == CONFIG
+    assert exported.decoding == DecodingConfig(16, "raster", "linear", 0.5)
+    assert torch.equal(exported.network.words.weight, module.ema_network.words.weight)
+    assert not torch.equal(exported.network.words.weight, module.transformer.words.weight)
+
+
+def test_the_loss_is_the_mean_cross_entropy_of_all_tokens(tiny_pretrained):
+    module = model(tiny_pretrained, network=replace(CONFIG, dropout=0.0))
+    tokens, labels = torch.randint(16, (5, 16)), torch.randint(3, (5,))
+    everything = torch.ones(5, 16, dtype=torch.bool)
+    for smoothing in (0.0, 0.1):
+        loss, each, hits = module._losses(module.transformer, tokens, labels, everything, smoothing=smoothing)
+        logits = module.transformer(tokens, labels, vocabulary="all").flatten(0, 1)
+        torch.testing.assert_close(loss, F.cross_entropy(logits, tokens.flatten(), label_smoothing=smoothing))
+        torch.testing.assert_close(each, F.cross_entropy(logits, tokens.flatten(), reduction="none"))
+        assert torch.equal(hits, (logits.argmax(-1) == tokens.flatten()).float())
+
+
+def test_a_resumed_run_equals_a_straight_one_to_the_last_bit(tiny_shards, tiny_pretrained, tmp_path):
+    straight = fit(model(tiny_pretrained), tiny_shards, steps=12, folder=tmp_path / "a")
+    first = fit(model(tiny_pretrained), tiny_shards, steps=7, folder=tmp_path / "b")
+    resume = newest_complete(tmp_path / "b")
+    second = fit(model(tiny_pretrained), tiny_shards, steps=12, folder=tmp_path / "b", resume=resume)
+    assert first + second == straight
+    ends = [FolderCheckpointIO().load_checkpoint(newest_complete(tmp_path / run)) for run in "ab"]
+    for name, tensor in ends[0]["state_dict"].items():
+        assert torch.equal(tensor, ends[1]["state_dict"][name]), name
+
+
+def test_accumulation_hardly_changes_the_loss(tiny_shards, tiny_pretrained, tmp_path):
+    network = replace(CONFIG, dropout=0.0)
+    whole = fit(model(tiny_pretrained, network=network), tiny_shards, steps=4, folder=tmp_path / "a")
+    parts = fit(
+        model(tiny_pretrained, network=network), tiny_shards, steps=4, folder=tmp_path / "b", accumulate_grad_batches=2
+    )
+    halves = [float.fromhex(loss) for loss in parts]
+    means = [a + b for a, b in zip(halves[::2], halves[1::2], strict=True)]  # Lightning divides by 2
+    assert means == pytest.approx([float.fromhex(loss) for loss in whole], rel=1e-5)
+
+
+def test_what_is_logged_is_sorted_by_the_place_in_raster_order(tiny_pretrained):
+    module = model(tiny_pretrained)
+    mask = torch.ones(2, 16, dtype=torch.bool)
+    mask[1, 3] = False
+    assert module._bins(mask).tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4 + [0] * 3 + [1] * 4 + [2] * 4 + [3] * 4
+
+
+def test_samples_depend_on_the_seed_alone_and_leave_the_trained_network_as_it_is(tiny_pretrained):
+    module = model(tiny_pretrained, ema_decay=0).train()
+    together = list(module.sample([0, 1, 2], [5, 6, 7]))
+    assert module.transformer.training
+    assert len(together) == 16
+    alone = [list(module.sample([label], [seed]))[-1].tokens for label, seed in zip((0, 1, 2), (5, 6, 7), strict=True)]
+    assert torch.equal(together[-1].tokens, torch.cat(alone))
+
+
+def test_it_begins_from_weights_of_its_own_kind(tiny_pretrained, tiny_causal):
+    module = model(tiny_pretrained, network=load_transformer(tiny_causal / "transformer").network.config)
+    module.start_from(tiny_causal / "transformer")
+    expected = load_transformer(tiny_causal / "transformer").network.state_dict()
+    for network in (module.transformer, module.ema_network):
+        assert all(torch.equal(weight, expected[name]) for name, weight in network.state_dict().items())
+    with pytest.raises(
+        ValueError, match=r"model\.network\.attention: .* is bidirectional, got causal; begin from another"
+    ):
+        module.start_from(tiny_pretrained / "transformer")
+
+
+def test_what_does_not_go_together_is_refused(tiny_pretrained):
+    with pytest.raises(ValueError, match=r"model\.decoding\.guidance: it needs a null class"):
+        model(
+            tiny_pretrained,
+            network=replace(CONFIG, class_dropout=0.0),
+            decoding=SequentialDecoding({"name": "constant", "scale": 1.0}),
+        )
+    with pytest.raises(ValueError, match="CausalTransformer has 'causal', got 'bidirectional'"):
+        model(tiny_pretrained, network=replace(CONFIG, attention="bidirectional"))
+    with pytest.raises(ValueError, match="MaskedTransformer has 'bidirectional', got 'causal'"):
+        MaskedTokenModel(CONFIG, LearningRate(1e-2), str(tiny_pretrained / "tokenizer"))
