@@ -20,8 +20,6 @@ from statistics import median
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from measuring import MatrixProduct, Stopwatch, interleave, markdown_table, processor
 from stage2_step import MuseClasses, Task, software_bfloat16
 from torch import Tensor, nn
@@ -29,11 +27,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from maskgit_pl.cli.measuring import find_run, open_data
-from maskgit_pl.decoding import FirstStepLogits, ParallelDecoder, decode_classes
+from maskgit_pl.decoding import FirstStepLogits, ParallelDecoder, SequentialDecoder, decode_classes, decode_in_order
 from maskgit_pl.evaluation.classifier import obtain_classifier
 from maskgit_pl.guidance import guidance_scales, guidance_schedules
+from maskgit_pl.networks.causal import CausalTransformer
 from maskgit_pl.networks.int8 import quantized
-from maskgit_pl.networks.transformer import Block, MaskedTransformer, TransformerConfig
+from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.schedules import mask_schedules
 from maskgit_pl.selectors import token_selectors
@@ -119,46 +118,41 @@ class Ours:
 
 
 class Sequential:
-    """One token after the other in raster order, by the same blocks under a causal mask.
+    """One token after the other in raster order, always with the same classes and noise.
 
     Args:
-        network: Gives the weights.
+        network: Decodes.
         task: The batch.
-        keep: Whether keys and values are kept from token to token, or all computed again.
+        cache: Whether keys and values are kept from token to token, or all computed again.
         num_tokens: Tokens to decode; all of an image.
     """
 
-    def __init__(self, network: MaskedTransformer, task: Task, *, keep: bool, num_tokens: int | None = None) -> None:
-        self.network, self.batch, self.keep = network, task.batch, keep
+    def __init__(self, network: CausalTransformer, task: Task, *, cache: bool, num_tokens: int | None = None) -> None:
+        self.network, self.cache = network, cache
         self.num_tokens = num_tokens or network.config.num_tokens
+        self.seeds = list(range(task.batch))
+        self.labels = [seed % task.num_classes for seed in self.seeds]
 
-    @torch.no_grad()
     def __call__(self) -> Tensor:
-        network, device = self.network, self.network.head_bias.device
-        kept: list[list[Tensor]] = [[] for _ in network.blocks]
-        sequence = torch.arange(self.batch, device=device).unsqueeze(1) + network.config.num_codes  # the class, first
-        for _ in range(self.num_tokens):
-            start = sequence.shape[1] - 1 if self.keep else 0
-            x = network.words(sequence[:, start:]) + network.positions.weight[start : sequence.shape[1]]
-            x = network.embedding_norm(x)
-            for block, cache in zip(network.blocks, kept, strict=True):
-                x = self._block(block, x, cache)
-            logits = network._head(x[:, -1], "codes")
-            sequence = torch.cat([sequence, torch.multinomial(logits.softmax(-1), 1)], dim=1)
-        return sequence[:, 1:]
-
-    def _block(self, block: Block, x: Tensor, cache: list[Tensor]) -> Tensor:
-        query, key, value = rearrange(
-            block.query_key_value(x), "b s (three heads d) -> three b heads s d", three=3, heads=block.num_heads
+        *_, last = decode_in_order(
+            self.network,
+            self.labels,
+            self.seeds,
+            decoder=SequentialDecoder(self.num_tokens),
+            scales=[0.0] * self.num_tokens,
+            null_label=self.network.config.null_label,
+            device=self.network.head_bias.device,
+            cache=self.cache,
         )
-        if self.keep:
-            if cache:
-                key, value = torch.cat([cache[0], key], dim=2), torch.cat([cache[1], value], dim=2)
-            cache[:] = key, value
-        attended = F.scaled_dot_product_attention(query, key, value, is_causal=not self.keep)
-        x = block.attention_norm(x + block.attention_output(rearrange(attended, "b heads s d -> b s (heads d)")))
-        hidden: Tensor = block.mlp_norm(x + block.mlp_output(F.gelu(block.mlp_hidden(x), approximate="tanh")))
-        return hidden
+        return last.tokens
+
+
+def causal(network: MaskedTransformer) -> CausalTransformer:
+    """The same weights under a causal mask."""
+    with torch.device("meta"):
+        made = CausalTransformer(replace(network.config, attention="causal"))
+    made.load_state_dict(network.state_dict(), assign=True)
+    return made.eval().requires_grad_(False)
 
 
 class _NoTokenizer(nn.Module):
@@ -303,11 +297,16 @@ def sequential_work(decode: Sequential) -> Work:
     empty = copy.copy(decode)
     empty.network = copy.deepcopy(decode.network).to("meta")
     flops = work(empty).flops
-    few, whole = min(4, decode.num_tokens), decode.num_tokens
-    shorter = copy.copy(decode)
-    shorter.num_tokens = few
-    counted = work(shorter)  # the same for each token
-    return replace(counted, flops=flops, kernels=counted.kernels * whole // few, syncs=counted.syncs * whole // few)
+    runs = []
+    for num_tokens in (2, 3):
+        shorter = copy.copy(decode)
+        shorter.num_tokens = num_tokens
+        runs.append(work(shorter))
+    kernels, syncs = (  # the same for each token, and some for the noise of all
+        last + (last - before) * (decode.num_tokens - 3)
+        for before, last in zip(*((run.kernels, run.syncs) for run in runs), strict=True)
+    )
+    return Work(flops, kernels, syncs, runs[-1].tokens)
 
 
 @dataclass(frozen=True)
@@ -370,8 +369,8 @@ def contenders(task: Task) -> dict[str, Callable[[], Decode]]:
         "ours, bf16": lambda: Ours(copy.deepcopy(network).to(torch.bfloat16), task),
         _MUSE: lambda: muse(task),
         _AMUSED: lambda: amused(task),
-        _SEQUENTIAL[0]: lambda: Sequential(network, task, keep=True),
-        _SEQUENTIAL[1]: lambda: Sequential(network, task, keep=False),
+        _SEQUENTIAL[0]: lambda: Sequential(causal(network), task, cache=True),
+        _SEQUENTIAL[1]: lambda: Sequential(causal(network), task, cache=False),
     }
 
 

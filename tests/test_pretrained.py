@@ -99,7 +99,7 @@ def test_a_causal_transformer_comes_back_as_it_was_saved(tiny_causal):
     assert type(made.network) is CausalTransformer
     assert made.mask_schedule is None
     assert made.decoding == SequentialDecoding({"name": "linear", "scale": 1.0}).of(16)
-    with pytest.raises(ValueError, match="tune: a model with bidirectional attention is needed, .* take another run"):
+    with pytest.raises(ValueError, match=r"tune: a model with bidirectional attention is needed, .* take another run"):
         made.schedule_for("tune")
 
 

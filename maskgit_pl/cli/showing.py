@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["add_showing_arguments", "recorded_steps", "write_decoding", "write_gif", "write_images"]
 
 _SHOWN = 4  # images side by side in an animation
+_FRAME, _ANIMATION, _SHORTEST = 600, 9600, 40  # milliseconds: of a frame, of all of them at most, of a frame at least
 
 
 def add_showing_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,15 +77,16 @@ def write_decoding(
     """
     if not steps:
         return
-    from maskgit_pl.training.pictures import decode_images, decoding_filmstrip, save_png
+    from maskgit_pl.training.pictures import decode_images, decoding_filmstrip, save_png, shown_steps
 
     grid = grid or pipe.tokenizer.grid
     if args.gif is not None:
         write_gif(pipe, steps, args.gif, captions=captions, grid=grid)
         print(f"{args.gif}: how {len(steps[0].tokens)} of them are decoded")
     if args.filmstrip is not None:
-        images = [decode_images(pipe.tokenizer, step.tokens[:1], grid=grid) for step in steps]
-        save_png(decoding_filmstrip(steps, images, grid=grid), args.filmstrip)
+        shown = shown_steps(steps, "filmstrip")
+        images = [decode_images(pipe.tokenizer, step.tokens[:1], grid=grid) for step in shown]
+        save_png(decoding_filmstrip(shown, images, grid=grid), args.filmstrip)
         print(f"{args.filmstrip}: how the first of them is decoded")
 
 
@@ -92,10 +94,13 @@ def write_gif(
     pipe: MaskGIT, steps: Sequence[DecodingStep], path: Path, *, captions: Sequence[str], grid: tuple[int, int]
 ) -> None:
     """Writes an animation of a decoding; arguments as of ``write_decoding``."""
-    from maskgit_pl.training.pictures import decode_images, decoding_frames, save_gif
+    from maskgit_pl.training.pictures import decode_images, decoding_frames, save_gif, shown_steps
 
-    images = [decode_images(pipe.tokenizer, step.tokens, grid=grid) for step in steps]
-    save_gif(decoding_frames(steps, images, grid=grid, captions=captions[: len(images[0])]), path)
+    shown = shown_steps(steps, "animation")
+    images = [decode_images(pipe.tokenizer, step.tokens, grid=grid) for step in shown]
+    captions = captions[: len(images[0])]
+    frames = decoding_frames(shown, images, grid=grid, captions=captions, num_steps=len(steps))
+    save_gif(frames, path, milliseconds=max(_SHORTEST, min(_FRAME, _ANIMATION // len(frames))))
 
 
 def write_images(images: Tensor, labels: Sequence[int | None], folder: Path, *, seed: int) -> None:

@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ __all__ = [
     "reconstruction_grid",
     "save_gif",
     "save_png",
+    "shown_steps",
     "to_pil",
 ]
 
@@ -45,6 +46,7 @@ _PAPER, _INK, _MASKED, _NEW, _AGAIN = (255, 255, 255), (40, 40, 40), (176, 176, 
 _MOST_CLASSES, _MOST_OF_A_CLASS = 10, 8
 _MOST_PAIRS = 16
 _MOST_STEPS = 12  # columns of a filmstrip
+_MOST_FRAMES = 64  # of an animation
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -136,8 +138,19 @@ def decode_images(tokenizer: PretrainedTokenizer, tokens: Tensor, *, grid: tuple
         return scaled.round().to(torch.uint8).cpu()
 
 
+def shown_steps(steps: Sequence[DecodingStep], kind: Literal["animation", "filmstrip"]) -> list[DecodingStep]:
+    """The steps that a picture shows, so that no others need be decoded: all, or some, the first and last among them."""
+    most = _MOST_FRAMES if kind == "animation" else _MOST_STEPS
+    return [steps[number] for number in _spread(len(steps), most)]
+
+
 def decoding_frames(
-    steps: Sequence[DecodingStep], images: Sequence[Tensor], *, grid: tuple[int, int], captions: Sequence[str] = ()
+    steps: Sequence[DecodingStep],
+    images: Sequence[Tensor],
+    *,
+    grid: tuple[int, int],
+    captions: Sequence[str] = (),
+    num_steps: int | None = None,
 ) -> list[Image.Image]:
     """One picture a decoding step: above, what is decided; below, the image that the step's whole draw gives.
 
@@ -149,6 +162,7 @@ def decoding_frames(
         images: For each step, its tokens decoded: (n, C, H, W) uint8.
         grid: Rows and columns of tokens.
         captions: Written above the images; empty for none.
+        num_steps: T, where the steps are some of them; None where they are all.
 
     Source: paper, Figure 2.
     """
@@ -157,7 +171,7 @@ def decoding_frames(
         above = [_token_panel(step, row, decoded[row], grid) for row in range(len(decoded))]
         below = [_enlarged(image, _scale(decoded, _PANEL)) for image in decoded]
         frame = _lay_out([*above, *below], rows=2, columns=len(decoded), column_captions=captions)
-        frames.append(_titled(frame, _describe(step, len(steps))))
+        frames.append(_titled(frame, _describe(step, num_steps or len(steps))))
     return frames
 
 

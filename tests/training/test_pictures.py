@@ -20,6 +20,7 @@ from maskgit_pl.training.pictures import (
     reconstruction_grid,
     save_gif,
     save_png,
+    shown_steps,
 )
 
 GREY = (176, 176, 176)
@@ -151,6 +152,16 @@ def test_of_many_steps_a_filmstrip_shows_twelve_the_first_and_the_last_among_the
     many = [dataclasses.replace(STEPS[0], step=number) for number in range(30)]
     page = decoding_filmstrip(many, [random_images(2)] * 30, grid=(4, 4))
     assert 12 * 168 < page.width < 13 * 172 + 100
+
+
+def test_of_many_steps_some_are_shown_the_first_and_the_last_among_them() -> None:
+    many = [dataclasses.replace(STEPS[0], step=number) for number in range(256)]
+    for kind, most in (("animation", 64), ("filmstrip", 12)):
+        shown = [step.step for step in shown_steps(many, kind)]
+        assert len(shown) == len(set(shown)) == most
+        assert (shown[0], shown[-1]) == (0, 255)
+        assert shown == sorted(shown)
+        assert shown_steps(STEPS, kind) == STEPS
 
 
 def tiny_tokenizer() -> PretrainedTokenizer:
