@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 __all__ = ["load_weights", "read_weights"]
 
+_LONGEST = 300  # of what torch says: it names every tensor
+
 
 def read_weights(path: Path, *, thing: str, sha256: str = "") -> Mapping[str, Tensor]:
     """The tensors of a ``.safetensors`` file, or of one that ``torch.load(weights_only=True)`` reads.
@@ -59,7 +61,8 @@ def load_weights(network: nn.Module, path: Path, *, thing: str, sha256: str = ""
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"{thing} weights: {path} does not fit {type(network).__name__}: {error}") from error
+        text = " ".join(str(error).split())[:_LONGEST]
+        raise ValueError(f"{thing} weights: {path} does not fit {type(network).__name__}: {text} ...") from error
 
 
 def _first_line(error: Exception) -> str:

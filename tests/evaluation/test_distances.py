@@ -1,0 +1,230 @@
+"""Distances against closed forms, hand-counted sets, and torch-fidelity's own functions."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset
+from torch_fidelity import calculate_metrics
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+
+from maskgit_pl.evaluation.distances import (
+    density_coverage,
+    distances,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
+from maskgit_pl.evaluation.features import Extractor, ImageFeatures, extract
+from maskgit_pl.evaluation.reference import Reference, Statistics
+from maskgit_pl.networks.features import InceptionSpec
+from tests.evaluation.feature_networks import pictures
+from tests.inception import save_inception
+
+
+def normal(count: int, seed: int, *, width: int = 6, scale: float = 1.0, shift: float = 0.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, width, generator=generator, dtype=torch.float64) * scale + shift
+
+
+def gaussian(mean: list[float], covariance: list[list[float]]) -> Statistics:
+    return Statistics(torch.tensor(mean, dtype=torch.float64), torch.tensor(covariance, dtype=torch.float64))
+
+
+def column(*numbers: float) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.float64)[:, None]
+
+
+def test_gaussians_that_differ_in_their_means_alone_are_apart_by_its_square() -> None:
+    covariance = [[2.0, 0.5], [0.5, 1.0]]
+    assert frechet_distance(gaussian([1, 2], covariance), gaussian([4, -2], covariance)) == pytest.approx(25)
+    assert frechet_distance(gaussian([1, 2], covariance), gaussian([1, 2], covariance)) == pytest.approx(0, abs=1e-12)
+
+
+def test_commuting_covariances_are_apart_by_their_roots() -> None:
+    turn = torch.linalg.qr(normal(5, 0, width=5)).Q
+    one, other = torch.tensor([1.0, 4, 9, 0, 2]).double(), torch.tensor([4.0, 1, 9, 3, 0]).double()
+    expected = (one.sqrt() - other.sqrt()).square().sum()
+    zero = torch.zeros(5, dtype=torch.float64)
+    both = [Statistics(zero, turn @ values.diag() @ turn.T) for values in (one, other)]
+    assert frechet_distance(*both) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_covariances_that_do_not_commute_follow_the_root_of_a_2_x_2_matrix() -> None:
+    # tr M^(1/2) = (tr M + 2 det(M)^(1/2))^(1/2), by Cayley and Hamilton; M = S1 S2 has trace 17 and determinant 35.
+    one, other = gaussian([0, 0], [[2, 1], [1, 3]]), gaussian([1, 0], [[4, -1], [-1, 2]])
+    product = one.covariance @ other.covariance
+    assert float(product.trace()) == 12
+    expected = 1 + 5 + 6 - 2 * math.sqrt(12 + 2 * math.sqrt(5 * 7))
+    assert not torch.equal(product, other.covariance @ one.covariance)
+    assert frechet_distance(one, other) == pytest.approx(expected, rel=1e-12)
+    assert frechet_distance(other, one) == pytest.approx(expected, rel=1e-12)
+
+
+def test_features_with_the_exact_statistics_of_gaussians_have_their_distance() -> None:
+    centred = normal(40, 0, width=2) - normal(40, 0, width=2).mean(0)
+    white = centred @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(centred.T))).T
+    sets = []
+    for mean, covariance in (([0, 0], [[2, 1], [1, 3]]), ([1, 0], [[4, -1], [-1, 2]])):
+        exact = gaussian(mean, covariance)
+        sets.append(Statistics.of(white @ torch.linalg.cholesky(exact.covariance).T + exact.mean))
+    assert frechet_distance(*sets) == pytest.approx(12 - 2 * math.sqrt(12 + 2 * math.sqrt(35)), rel=1e-9)
+
+
+def test_fewer_images_than_features_have_a_distance_too() -> None:
+    made, real = normal(5, 0, width=30), normal(8, 1, width=30)
+    theirs = fid_statistics_to_metric(fid_features_to_statistics(made), fid_features_to_statistics(real), False)
+    ours = frechet_distance(Statistics.of(made), Statistics.of(real))
+    assert ours == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
+
+
+def test_features_of_other_widths_are_refused() -> None:
+    with pytest.raises(ValueError, match="as many features are needed, got 5 and 6"):
+        frechet_distance(Statistics.of(normal(9, 0, width=5)), Statistics.of(normal(9, 0)))
+    one, other = ImageFeatures("inception", normal(9, 0)), ImageFeatures("lite0", normal(9, 0))
+    with pytest.raises(ValueError, match="features of one network are needed, got 'inception' and 'lite0'"):
+        distances(one, Reference.of(other))
+
+
+def test_kernel_distance_is_torch_fidelity_s() -> None:
+    made, real = normal(60, 0, scale=1.2), normal(60, 1)  # one subset is all of them
+    theirs = kid_features_to_metric(made, real, kid_subsets=1, kid_subset_size=60, verbose=False)
+    assert kernel_distance(made, real)[0] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-9)
+
+
+def as_dealt(count: int) -> torch.Tensor:
+    """The order in which torchmetrics deals images to the parts."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return torch.randperm(count)
+
+
+def test_inception_score_is_torch_fidelity_s() -> None:
+    logits = normal(200, 0, width=7, scale=3)
+    theirs = isc_features_to_metric(logits[as_dealt(200)], splits=10, shuffle=False)
+    mean, deviation = inception_score(logits)
+    assert mean == pytest.approx(theirs["inception_score_mean"], rel=1e-9)
+    assert deviation == pytest.approx(theirs["inception_score_std"] * math.sqrt(10 / 9), rel=1e-9)
+
+
+def test_inception_score_is_the_number_of_classes_where_each_is_clear() -> None:
+    one_of_four = torch.eye(4).repeat(500, 1) * 100
+    assert inception_score(one_of_four)[0] == pytest.approx(4, rel=0.02)
+    assert inception_score(torch.zeros(200, 4))[0] == pytest.approx(1)
+
+
+def test_precision_and_recall_are_shares_of_manifolds() -> None:
+    made, real = normal(40, 0, scale=0.5), normal(50, 1)
+
+    def share(inside: torch.Tensor, manifold: torch.Tensor) -> float:
+        radii = torch.cdist(manifold, manifold).sort(1).values[:, 3]
+        return float((torch.cdist(inside, manifold) <= radii).any(1).double().mean())
+
+    precision, recall = precision_recall(made, real)
+    assert precision == pytest.approx(share(made, real), rel=1e-6)
+    assert recall == pytest.approx(share(real, made), rel=1e-6)
+    assert precision > recall  # narrow, and within
+
+
+def test_precision_is_of_generated_images_and_recall_of_real_ones() -> None:
+    real = column(0, 1, 2, 3, 100, 101, 102, 103)  # two modes, of which one is generated
+    assert precision_recall(column(0.5, 1.5, 2.5, 1), real) == (1, 0.5)
+    assert precision_recall(real, column(0.5, 1.5, 2.5, 1)) == (0.5, 1)
+
+
+def test_density_and_coverage_count_the_balls_of_real_images() -> None:
+    # k = 1: the balls are (-1, 1), (0, 2), (1, 5) and (3, 11).
+    real, made = column(0, 1, 3, 7), column(0.5, 0.5, 6, 100)
+    assert density_coverage(made, real, num_neighbours=1) == (5 / 4, 3 / 4)
+    # k = 2: (-3, 3), (-1, 3), (0, 6) and (1, 13).
+    assert density_coverage(made, real, num_neighbours=2) == (7 / 8, 1)
+
+
+def test_identical_sets_cover_each_other() -> None:
+    real = normal(2100, 0)  # more than two blocks
+    assert density_coverage(real, real) == (1, 1)
+
+
+def test_density_and_coverage_of_one_kind_are_what_the_paper_expects() -> None:
+    density, coverage = density_coverage(normal(1500, 0), normal(1500, 1))
+    assert density == pytest.approx(1, abs=0.05)
+    assert coverage == pytest.approx(1 - 2**-5, abs=0.02)  # Naeem et al., lemma 2, for as many of both
+
+
+def test_a_dropped_mode_costs_coverage_and_an_outlier_among_real_images_earns_nothing() -> None:
+    real = torch.cat([normal(200, 0), normal(200, 1, shift=50)])
+    density, coverage = density_coverage(normal(400, 2), real)
+    assert coverage == pytest.approx(0.5, abs=0.02)
+    assert density == pytest.approx(1, abs=0.1)
+    outlier = torch.cat([normal(200, 0), torch.full((1, 6), 30.0)])  # its ball holds everything in between
+    between = normal(200, 3, shift=10)
+    assert precision_recall(between, outlier)[0] == 1
+    assert density_coverage(between, outlier)[0] < 0.25
+
+
+def test_every_number_is_given_that_can_be() -> None:
+    real = ImageFeatures("classifier", normal(30, 0), normal(30, 1), normal(30, 2, width=4))
+    made = ImageFeatures("classifier", normal(20, 3), normal(20, 4), normal(20, 5, width=4))
+    whole = distances(made, Reference.of(real))
+    assert list(whole) == [
+        "fid", "sfid", "is", "is_deviation", "kid", "kid_deviation", "precision", "recall", "density", "coverage",
+    ]  # fmt: skip
+    assert all(type(value) is float and math.isfinite(value) for value in whole.values())
+    assert distances(made, Reference.of(real)) == whole
+    assert "sfid" not in distances(replace(made, spatial=None), Reference.of(real))
+    assert "is" not in distances(replace(made, logits=None), Reference.of(real))
+    three = ImageFeatures("classifier", normal(3, 3))
+    assert set(distances(three, Reference.of(three))) == {"fid", "kid", "kid_deviation"}
+    assert set(distances(three, Reference.of(real))) == {"fid", "kid", "kid_deviation", "density", "coverage"}
+
+
+def test_measuring_leaves_torch_s_generator_alone() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    inception_score(normal(40, 0))
+    assert torch.equal(torch.rand(1), expected)
+
+
+class Pictures(Dataset):
+    def __init__(self, images: torch.Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> torch.Tensor:
+        return self.images[row]
+
+
+@pytest.mark.slow
+def test_all_of_it_is_torch_fidelity_s_from_the_images_on(tmp_path, monkeypatch) -> None:
+    # The same LAPACK routine; numpy's threads take ten times as long for it beside other work.
+    monkeypatch.setattr(np.linalg, "eigvals", lambda matrix: torch.linalg.eigvals(torch.from_numpy(matrix)).numpy())
+    file, sha256 = save_inception(tmp_path / "inception.pth")
+    made, real = pictures(6, channels=3, size=24), pictures(7, channels=3, seed=1, size=24)
+    theirs = calculate_metrics(
+        input1=Pictures(made), input2=Pictures(real), feature_extractor="inception-v3-compat", isc=True, fid=True,
+        kid=True, prc=True, kid_subset_size=6, kid_subsets=1, isc_splits=2, samples_shuffle=False, cuda=False,
+        cache=False, batch_size=7, save_cpu_ram=True, verbose=False, feature_extractor_weights_path=str(file),
+    )  # fmt: skip
+    inception = Extractor.create(InceptionSpec(str(file), sha256))
+    ours, reference = (
+        replace(extract([inception], [(images, torch.arange(len(images)))])["inception"], spatial=None)
+        for images in (made, real)
+    )
+    found = distances(ours, Reference.of(reference))
+    assert found["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
+    assert found["precision"] == pytest.approx(theirs["precision"], rel=1e-6)
+    assert found["recall"] == pytest.approx(theirs["recall"], rel=1e-6)
+    score = inception_score(ours.logits[as_dealt(6).argsort()], splits=2)[0]
+    assert score == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
+    drawn = np.random.RandomState(2020)  # as torch-fidelity draws its subset
+    subsets = drawn.choice(6, 6, replace=False), drawn.choice(7, 6, replace=False)
+    kid = kernel_distance(ours.pooled[subsets[0]], reference.pooled[subsets[1]])[0]
+    assert kid == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-3)
