@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-from collections.abc import Callable, Iterator
+import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from maskgit_pl.cli.bulk import device_of_rank
 from maskgit_pl.cli.measuring import (
     RunFolders,
     add_run_arguments,
+    feature_specs,
     find_run,
     open_data,
+    open_judges,
     open_model,
     progress_bars,
-    ready,
 )
 from maskgit_pl.cli.showing import write_gif
 
 if TYPE_CHECKING:
-    from maskgit_pl.data import Batch, ShardData
-    from maskgit_pl.evaluation.protocol import Protocol, Samples
+    from maskgit_pl.cli.measuring import Bars
+    from maskgit_pl.data import ShardData
+    from maskgit_pl.decoding import DecodingConfig
+    from maskgit_pl.evaluation.bench import Bench, Judge, Subject
+    from maskgit_pl.evaluation.generation import Generated
+    from maskgit_pl.evaluation.metrics import Reconstruction
     from maskgit_pl.pipeline import MaskGIT
 
 __all__ = ["add_parser", "run"]
@@ -34,17 +39,38 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "evaluate",
         help="measure a trained model on the val split",
-        description="Measure reconstruction, class agreement, diversity, distances from real images and speed; "
-        "write metrics.json and pictures.",
+        description="Measure reconstruction, generated images in the features of several networks, likelihood and "
+        "speed; write evaluation.json and pictures. Several processes that torchrun starts share the work.",
         allow_abbrev=False,
     )
     add_run_arguments(parser)
-    parser.add_argument("--num-images", type=int, default=1000, metavar="N", help="images generated (default: 1000)")
+    parser.add_argument(
+        "--num-samples", "--num-images", type=int, default=1000, metavar="N", help="images generated (default: 1000)"
+    )
     parser.add_argument(
         "--num-steps", "--steps", type=int, metavar="T", help="decoding steps (default: the model's own)"
     )
     parser.add_argument(
-        "--out", type=Path, metavar="FILE.json", help="the numbers; pictures go beside it (default: RUN/metrics.json)"
+        "--features",
+        default="classifier,lite0",
+        metavar="A,B,...",
+        help="feature networks: classifier, lite0, inception[=FILE], timm:MODEL=FILE, or mappings (default: "
+        "classifier,lite0)",
+    )
+    parser.add_argument(
+        "--reference", type=Path, metavar="FILE.npz", help="ADM's statistics or images in place of the val split"
+    )
+    parser.add_argument("--likelihood-samples", type=int, default=2000, metavar="N",
+                        help="real images whose likelihood is measured (default: 2000)")  # fmt: skip
+    parser.add_argument("--cas", action="store_true", help="also measure the classification accuracy score")
+    parser.add_argument("--cas-model", metavar="NAME", help="its timm network (default: resnet50, or resnet18 below 64 "
+                        "pixels)")  # fmt: skip
+    parser.add_argument("--resume", action="store_true", help="keep what a stopped evaluation has measured")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE.json",
+        help="the numbers; pictures go beside it (default: RUN/evaluation.json)",
     )
     parser.set_defaults(run=run)
 
@@ -54,89 +80,154 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         FileNotFoundError: No such run or data.
-        ValueError: The data are not the model's, or a number is out of range.
+        ValueError: The data are not the model's, an unknown network, or a number out of range.
     """
+    for flag, least in (("num_samples", 1), ("likelihood_samples", 2), ("batch", 1)):
+        if getattr(args, flag) < least:
+            raise ValueError(f"--{flag.replace('_', '-')}: at least {least} is needed, got {getattr(args, flag)}")
+    specs = feature_specs(args.features)
     folders = find_run(args)
-    from maskgit_pl.evaluation.protocol import Protocol
+    from maskgit_pl.evaluation.protocol import Protocol, check_decoding
+    from maskgit_pl.evaluation.ranks import process_group
 
-    given = {} if args.num_steps is None else {"num_steps": args.num_steps}
-    protocol = Protocol(args.num_images, seed=args.seed, batch_size=args.batch, **given)
-    pipe = open_model(folders, args)
-    if args.num_steps is None:
-        protocol = dataclasses.replace(protocol, num_steps=pipe.decoding.num_steps)
-    data = open_data(folders, pipe)
-    protocol.labels(data.num_classes)  # refuses too few images before the classifier is trained
-    _evaluate(folders, pipe, data, protocol, out=args.out or folders.home / "metrics.json")
+    with process_group() as several:
+        if several and args.device is None:
+            args.device = device_of_rank()
+        pipe = open_model(folders, args)
+        decoding = pipe.decoding_with(num_steps=args.num_steps)
+        check_decoding(pipe, decoding)
+        data = open_data(folders, pipe)
+        Protocol(args.num_samples).labels(data.num_classes)  # refuses too few images before the classifier is trained
+        _evaluate(folders, pipe, data, decoding, specs, args)
     return 0
 
 
-def _evaluate(folders: RunFolders, pipe: MaskGIT, data: ShardData, protocol: Protocol, *, out: Path) -> None:
+def _evaluate(
+    folders: RunFolders,
+    pipe: MaskGIT,
+    data: ShardData,
+    decoding: DecodingConfig,
+    specs: list[str | dict[str, Any]],
+    args: argparse.Namespace,
+) -> None:
     from rich.console import Console
 
-    from maskgit_pl.evaluation.metrics import reconstruction
-    from maskgit_pl.evaluation.protocol import measure_samples
+    from maskgit_pl.evaluation.bench import Bench, Subject
+    from maskgit_pl.evaluation.ranks import barrier, rank_and_world
     from maskgit_pl.evaluation.report import as_report, as_table, save_report
     from maskgit_pl.pipeline.card import refresh_card
 
-    with progress_bars() as bar:
-        advance = bar("reconstructing", data.summary.samples["val"])
-        rebuilt = reconstruction(pipe.tokenizer, _counted(data, advance))
-        count = len(protocol.labels(data.num_classes))
-        judge = ready(folders, pipe, data, bar, num_images=count)
-        guided_bar, plain_bar = (
-            bar(f"sampling, {name}", -(-count // protocol.batch_size) * protocol.num_steps)
-            for name in ("model's guidance", "no guidance")
+    first = rank_and_world()[0] == 0
+    if first and not args.resume:
+        _begin_anew(folders.evaluation)
+    barrier()
+    with progress_bars(shown=first) as bars:
+        judges = open_judges(
+            specs,
+            data,
+            classifier=folders.judge,
+            kept=folders.evaluation,
+            reference=args.reference,
+            device=pipe.device,
+            bars=bars,
         )
-        guided = measure_samples(pipe, judge.classifier, judge.real, protocol, on_step=lambda: guided_bar(1))
-        unguided = guided
-        if any(guided.guidance_scales):
-            unguided = measure_samples(
-                pipe, judge.classifier, judge.real, protocol, guidance_scale=0.0, on_step=lambda: plain_bar(1)
-            )
-        _write_pictures(pipe, data, guided, protocol, out.parent)
-    report = as_report(
-        pipe,
-        data,
-        protocol,
-        reconstruction=rebuilt,
-        classifier=judge.classifier,
-        real=judge.real,
-        floor=judge.floor,
-        guided=guided,
-        unguided=unguided,
-    )
+        rebuilt = _reconstruction(pipe, data, judges if args.reference is None else {}, bars)
+        bench = Bench(
+            data,
+            dataset=folders.data.name,
+            judges=judges,
+            results=folders.evaluation,
+            bars=bars,
+            batch_size=args.batch,
+        )
+        barrier()  # all have read the ledger before one of them writes to it
+        subject = Subject(folders.home.name, pipe, folders.pretrained, folders.evaluation)
+        plain = pipe.decoding_with(decoding=decoding, guidance_scale=0)
+        ways = {"exported_guidance": decoding} | ({"without_guidance": plain} if any(decoding.scales()) else {})
+        how = {"num_images": args.num_samples, "networks": list(judges)}
+        samples = {name: bench.samples(subject, way, seed=args.seed, keep=True, **how) for name, way in ways.items()}
+        report = as_report(
+            pipe,
+            data,
+            decoding=decoding,
+            num_images=args.num_samples,
+            seed=args.seed,
+            judges=judges,
+            samples=samples,
+            floor=bench.real(**how),
+            reconstruction=rebuilt,
+            likelihood=bench.likelihood(subject, num_images=args.likelihood_samples, draws=4),
+            cas=_accuracies(bench, subject, decoding, args) if args.cas else {},
+        )
+        made = bench.generated(subject, decoding, num_images=args.num_samples, seed=args.seed, title="pictures")
+    if not first:
+        return
+    out = args.out or folders.home / "evaluation.json"
+    _write_pictures(bench, subject, decoding, made, args.seed, out.parent)
     save_report(report, out)
     refresh_card(folders.pretrained)
     Console().print(as_table(report))
     print(f"{out}: the numbers; samples.png, reconstructions.png and decoding.gif beside it")
 
 
-def _counted(data: ShardData, advance: Callable[[int], object]) -> Iterator[Batch]:
-    for batch in data.val_dataloader():
-        yield batch
-        advance(int(batch.valid.sum()))
+def _begin_anew(folder: Path) -> None:
+    """Takes away what an earlier evaluation has measured and generated; features of real images stay."""
+    for path in (*folder.glob("*.csv"), *folder.glob("samples-*.npz")):
+        path.unlink()
+    for path in folder.glob("samples-*.npz.parts"):
+        shutil.rmtree(path)
 
 
-def _write_pictures(pipe: MaskGIT, data: ShardData, samples: Samples, protocol: Protocol, folder: Path) -> None:
+def _reconstruction(pipe: MaskGIT, data: ShardData, judges: dict[str, Judge], bars: Bars) -> Reconstruction:
+    from maskgit_pl.evaluation.metrics import reconstruction
+    from maskgit_pl.evaluation.reference import own_real_batches
+
+    return reconstruction(
+        pipe.tokenizer,
+        own_real_batches(data, "val"),
+        extractors=[judge.extractor for judge in judges.values()],
+        references={label: judge.reference for label, judge in judges.items()},
+        on_images=bars("reconstructing", data.summary.samples["val"]),
+    )
+
+
+def _accuracies(bench: Bench, subject: Subject, decoding: DecodingConfig, args: argparse.Namespace) -> dict[str, Any]:
+    from maskgit_pl.evaluation.cas import default_config
+
+    config = default_config(bench.data.image_size, model=args.cas_model)
+    how = {"num_images": args.num_samples, "seed": args.seed}
+    return {
+        "generated_images": bench.cas(subject, decoding, config, **how),
+        "real_images": bench.cas(None, None, config, **how),
+    }
+
+
+def _write_pictures(
+    bench: Bench, subject: Subject, decoding: DecodingConfig, made: Generated, seed: int, folder: Path
+) -> None:
     import torch
 
     from maskgit_pl.data import to_unit_range
     from maskgit_pl.training.pictures import decode_images, image_grid, reconstruction_grid, save_png
 
-    classes = [number * data.num_classes // _SHOWN_CLASSES for number in range(_SHOWN_CLASSES)]
-    classes = sorted(set(classes))
-    rows = [samples.images[samples.labels == label][:_SHOWN_OF_A_CLASS] for label in classes]
+    data, pipe = bench.data, subject.pipe
+    classes = sorted({number * data.num_classes // _SHOWN_CLASSES for number in range(_SHOWN_CLASSES)})
+    rows = []
+    for label in classes:
+        start = int((made.labels == label).nonzero()[0])
+        rows.append(made.read(range(start, min(start + _SHOWN_OF_A_CLASS, start + int((made.labels == label).sum())))))
+    least = min(len(row) for row in rows)
     names = [pipe.class_names[label] for label in classes]
-    save_png(image_grid(torch.cat(rows), columns=len(rows[0]), row_captions=names), folder / "samples.png")
+    grid = image_grid(torch.cat([row[:least] for row in rows]), columns=least, row_captions=names)
+    save_png(grid, folder / "samples.png")
 
-    batch = next(iter(data.val_dataloader()))
-    originals = batch.content[batch.valid][:_SHOWN_PAIRS]
+    originals = bench.real_images("val", _SHOWN_PAIRS)[0]
     with torch.inference_mode():
         tokens = pipe.tokenizer.network.encode(to_unit_range(originals.to(pipe.device)))
     save_png(reconstruction_grid(originals, decode_images(pipe.tokenizer, tokens)), folder / "reconstructions.png")
 
     shown = classes[:_ANIMATED]
-    seeds = [protocol.seed + number for number in range(len(shown))]
-    steps = list(pipe.steps(shown, seed=seeds, num_steps=protocol.num_steps))
+    seeds = [seed + number for number in range(len(shown))]
+    steps = list(pipe.steps(shown, seed=seeds, decoding=decoding))
     captions = [pipe.class_names[label] for label in shown]
     write_gif(pipe, steps, folder / "decoding.gif", captions=captions, grid=pipe.tokenizer.grid)

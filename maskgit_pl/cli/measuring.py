@@ -290,7 +290,7 @@ def open_judges(
     """
     from maskgit_pl.evaluation.bench import CLASSIFIER, Judge
     from maskgit_pl.evaluation.features import Extractor
-    from maskgit_pl.evaluation.reference import obtain_references, read_references
+    from maskgit_pl.evaluation.reference import obtain_references, read_references, real_labels
     from maskgit_pl.networks.features import ClassifierSpec, parse_feature_network
 
     parsed = [ClassifierSpec(str(classifier)) if spec == CLASSIFIER else parse_feature_network(spec) for spec in specs]
@@ -303,7 +303,8 @@ def open_judges(
         references = read_references(reference, extractors, folder=kept, on_images=on_images)
     else:
         references = obtain_references(kept, data, extractors, on_images=on_images)
-    return {extractor.label: Judge(extractor, references[extractor.label]) for extractor in extractors}
+    labels = None if reference is not None else real_labels(data)
+    return {each.label: Judge(each, references[each.label], labels) for each in extractors}
 
 
 def trained_classifier(folder: Path, data: ShardData, bars: Bars) -> Classifier:
@@ -315,11 +316,17 @@ def trained_classifier(folder: Path, data: ShardData, bars: Bars) -> Classifier:
 
 
 @contextmanager
-def progress_bars() -> Iterator[Bars]:
+def progress_bars(*, shown: bool = True) -> Iterator[Bars]:
     """Yields what makes a bar of a title and a total, and gives the function that advances it.
 
     On a terminal these are bars; elsewhere a line each now and then, for logs. Both tell the time left.
+
+    Args:
+        shown: False on all ranks but one.
     """
+    if not shown:
+        yield lambda title, total: lambda count: None
+        return
     if not sys.stdout.isatty():
         yield lambda title, total: _Lines(title, total).advance
         return

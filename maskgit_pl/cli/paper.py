@@ -37,7 +37,6 @@ __all__ = [
 ]
 
 _SHOWN_CLASSES, _SHOWN_EDITS = 10, 12
-_SMALL_IMAGES = 64  # pixels: below, a ResNet-18 is taken for CAS unless another is named; the paper's is a ResNet-50
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -244,10 +243,9 @@ def _accuracies(made: Opened, args: argparse.Namespace) -> list[dict[str, str]]:
     """Rows of the classification accuracy score: of each model, and of as many real images."""
     if args.cas_model == "none":
         return []
-    from maskgit_pl.evaluation.cas import CASConfig
+    from maskgit_pl.evaluation.cas import default_config
 
-    small = made.bench.data.image_size < _SMALL_IMAGES
-    config = CASConfig(model=args.cas_model or ("resnet18" if small else "resnet50"))
+    config = default_config(made.bench.data.image_size, model=args.cas_model)
     count = args.cas_samples or 5 * args.num_samples
     count = min(count, made.bench.data.summary.samples["train"])
     rows = [

@@ -22,12 +22,12 @@ from maskgit_pl.data import OnceThrough, ShardData, ShuffledStream
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation.cas import CASConfig, classification_accuracy
 from maskgit_pl.evaluation.distances import distances
-from maskgit_pl.evaluation.features import Extractor, extract, own_image_batches
+from maskgit_pl.evaluation.features import Extractor, ImageFeatures, extract, own_image_batches
 from maskgit_pl.evaluation.generation import Generated, forget, generate
 from maskgit_pl.evaluation.held_out import edit, masked
 from maskgit_pl.evaluation.ledger import Ledger, Row
-from maskgit_pl.evaluation.likelihood import exact_nll, masked_nll, negative_elbo, real_tokens
-from maskgit_pl.evaluation.metrics import class_agreement
+from maskgit_pl.evaluation.likelihood import ImageLikelihood, exact_nll, masked_nll, negative_elbo, real_tokens
+from maskgit_pl.evaluation.metrics import class_agreement, diversity
 from maskgit_pl.evaluation.published import Task
 from maskgit_pl.evaluation.ranks import rank_and_world
 from maskgit_pl.evaluation.reference import Reference
@@ -93,10 +93,20 @@ class Judge:
     Args:
         extractor: The network, on the device where it works.
         reference: The val split.
+        labels: (m,) int64: its classes; None where they are not known.
     """
 
     extractor: Extractor
     reference: Reference
+    labels: Tensor | None = None
+
+    @property
+    def accuracy(self) -> float | None:
+        """How often a classifier of the data is right on the real images; None of another network."""
+        features = self.reference.features
+        if features is None or features.logits is None or self.labels is None or self.extractor.label != CLASSIFIER:
+            return None
+        return class_agreement(features.logits.argmax(1), self.labels)
 
     def __call__(
         self,
@@ -119,7 +129,15 @@ class Judge:
         numbers = distances(features, self.reference)
         if labels is not None and extractor.label == CLASSIFIER and features.logits is not None:
             numbers["class_agreement"] = class_agreement(features.logits.argmax(1), labels)
+            numbers |= self._diversity(features, labels)
         return numbers
+
+    def _diversity(self, features: ImageFeatures, labels: Tensor) -> dict[str, float]:
+        """Beside the real images; nothing where too few images of a class are there."""
+        real = self.reference.features
+        if real is None or self.labels is None or int(labels.bincount().max()) < 2:
+            return {}
+        return {"diversity": diversity(features.pooled, labels, real.pooled, self.labels)}
 
 
 def describe_decoding(decoding: DecodingConfig) -> str:
@@ -257,24 +275,23 @@ class Bench:
         return row or self._likelihood.add({**keys, **self._nll(subject, count, draws, seed), **_measured(subject)})
 
     def _nll(self, subject: Subject, count: int, draws: int, seed: int) -> dict[str, float]:
-        pipe = subject.pipe
-        tokens, labels = real_tokens(pipe, self.data, limit=count, batch_size=self.batch_size)
-        network, config = pipe.transformer.network, pipe.transformer.network.config
-        bar = self.bars(f"{subject.run}: likelihood", 2 * count)
-        numbers = {}
-        if pipe.transformer.mask_schedule is None:
-            whole = exact_nll(network, tokens, labels, batch_size=self.batch_size, on_images=bar)
-        else:
-            of_masks = {"mask_token_id": config.mask_token_id, "draws": draws, "seed": seed}
-            how = {"batch_size": self.batch_size, "on_images": bar}
-            schedule = pipe.transformer.mask_schedule
-            part = masked_nll(network, tokens, labels, mask_schedule=schedule, **of_masks, **how)
-            whole = negative_elbo(network, tokens, labels, **of_masks, **how)
-            numbers = {"masked_nll": part.mean, "masked_nll_error": part.standard_error}
-        name = "exact" if pipe.transformer.mask_schedule is None else "elbo"
-        for unit, estimate in (("bits_per_token", whole.bits_per_token), ("bits_per_image", whole.bits_per_image)):
-            numbers |= {f"{name}_{unit}": estimate.mean, f"{name}_{unit}_error": estimate.standard_error}
-        return numbers
+        transformer = subject.pipe.transformer
+        tokens, labels = real_tokens(subject.pipe, self.data, limit=count, batch_size=self.batch_size)
+        bar = self.bars(f"{subject.run}: likelihood", (1 if transformer.mask_schedule is None else 2) * count)
+        if transformer.mask_schedule is None:
+            exact = exact_nll(transformer.network, tokens, labels, batch_size=self.batch_size, on_images=bar)
+            return _bits("exact", exact)
+        how: dict[str, Any] = {
+            "mask_token_id": transformer.network.config.mask_token_id,
+            "draws": draws,
+            "seed": seed,
+            "batch_size": self.batch_size,
+            "on_images": bar,
+        }
+        schedule = transformer.mask_schedule
+        part = masked_nll(transformer.network, tokens, labels, mask_schedule=schedule, **how)
+        bound = negative_elbo(transformer.network, tokens, labels, **how)
+        return {"masked_nll": part.mean, "masked_nll_error": part.standard_error, **_bits("elbo", bound)}
 
     def cas(
         self, subject: Subject | None, decoding: DecodingConfig | None, config: CASConfig, *, num_images: int, seed: int
@@ -344,6 +361,13 @@ class Bench:
     def _of(self, subject: Subject, num_images: int, seed: int, decoding: DecodingConfig) -> dict[str, Any]:
         said = {"num_steps": decoding.num_steps, "decoding": describe_decoding(decoding)}
         return {**self._on(subject), "num_images": num_images, "seed": seed, **said}
+
+
+def _bits(name: str, found: ImageLikelihood) -> dict[str, float]:
+    numbers: dict[str, float] = {}
+    for unit, estimate in (("bits_per_token", found.bits_per_token), ("bits_per_image", found.bits_per_image)):
+        numbers |= {f"{name}_{unit}": estimate.mean, f"{name}_{unit}_error": estimate.standard_error}
+    return numbers
 
 
 def _reader(images: Tensor) -> Callable[[range], Tensor]:

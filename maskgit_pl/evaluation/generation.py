@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch.distributed as dist
 from torch import Tensor
 
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation.npz import SampleFile, open_samples
-from maskgit_pl.evaluation.ranks import rank_and_world
+from maskgit_pl.evaluation.ranks import barrier, rank_and_world
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.bulk import generate_many
 
@@ -88,8 +87,7 @@ def generate(
         decoding=decoding,
     )
     seconds = time.perf_counter() - start
-    if world_size > 1:
-        dist.barrier()  # the last one to finish its share has put the file together
+    barrier()  # the last one to finish its share has put the file together
     samples = open_samples(file)
     assert samples.labels is not None  # generate_many writes them
     channels: Literal[1, 3] = 1 if pipe.tokenizer.network.config.in_channels == 1 else 3
@@ -101,5 +99,4 @@ def forget(file: Path) -> None:
     if rank_and_world()[0] == 0:
         file.unlink(missing_ok=True)
         shutil.rmtree(file.with_name(f"{file.name}.parts"), ignore_errors=True)
-    if rank_and_world()[1] > 1:
-        dist.barrier()
+    barrier()

@@ -1,4 +1,4 @@
-"""The measurement of a model, step by step, always the same way: what ``evaluate``, ``compare`` and ``tune`` run."""
+"""The measurement of a model, step by step, always the same way: what ``compare`` and ``tune`` run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ __all__ = [
     "check_decoding",
     "judge_real_images",
     "measure_decoding",
-    "measure_samples",
     "real_floor",
 ]
 
@@ -41,7 +40,6 @@ class Protocol:
 
     Args:
         num_images: Images generated, spread evenly over the classes.
-        num_steps: T.
         seed: Of the first image.
         diversity_per_class: Images of a class that diversity is measured on, at most.
         batch_size: Images at a time; changes the time alone.
@@ -51,13 +49,12 @@ class Protocol:
     """
 
     num_images: int = 1000
-    num_steps: int = 8
     seed: int = 0
     diversity_per_class: int = 100
     batch_size: int = 100
 
     def __post_init__(self) -> None:
-        for name, least in (("num_images", 1), ("num_steps", 1), ("diversity_per_class", 2), ("batch_size", 1)):
+        for name, least in (("num_images", 1), ("diversity_per_class", 2), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"evaluation {name}: at least {least} is needed, got {getattr(self, name)}")
 
@@ -205,29 +202,6 @@ def check_decoding(pipe: MaskGIT, decoding: DecodingConfig) -> None:
         )
 
 
-def measure_samples(
-    pipe: MaskGIT,
-    classifier: Classifier,
-    real: RealImages,
-    protocol: Protocol,
-    *,
-    guidance_scale: float | None = None,
-    on_step: Callable[[], object] = lambda: None,
-) -> Samples:
-    """``measure_decoding`` of the model's own decoding in the protocol's number of steps.
-
-    Args:
-        pipe: The model.
-        classifier: Judges the images.
-        real: What diversity and distances are compared with.
-        protocol: How many images, how decoded.
-        guidance_scale: As of ``MaskGIT.generate``; None is the model's own.
-        on_step: Called after each step of each batch.
-    """
-    decoding = pipe.decoding_with(num_steps=protocol.num_steps, guidance_scale=guidance_scale)
-    return measure_decoding(pipe, classifier, real, protocol, decoding, on_step=on_step)
-
-
 def measure_decoding(
     pipe: MaskGIT,
     classifier: Classifier,
@@ -243,7 +217,7 @@ def measure_decoding(
         pipe: The model.
         classifier: Judges the images.
         real: What diversity and distances are compared with.
-        protocol: How many images, from which seed; its ``num_steps`` is not looked at.
+        protocol: How many images, from which seed.
         decoding: How they are decoded.
         on_step: Called after each step of each batch.
     """

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-__all__ = ["gather_rows", "own_rows", "process_group", "rank_and_world"]
+__all__ = ["barrier", "gather_rows", "own_rows", "process_group", "rank_and_world"]
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -26,16 +26,22 @@ def rank_and_world() -> tuple[int, int]:
 
 
 @contextmanager
-def process_group() -> Iterator[None]:
-    """Joins the processes that ``torchrun`` or Slurm started (RANK, WORLD_SIZE, MASTER_ADDR); alone, does nothing."""
+def process_group() -> Iterator[bool]:
+    """Joins the processes that ``torchrun`` started (RANK, WORLD_SIZE ...); yields whether there are several."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
-        yield
+        yield rank_and_world()[1] > 1
         return
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo")  # what is gathered lies on the CPU
     try:
-        yield
+        yield True
     finally:
         dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Waits for the other ranks; alone, does nothing."""
+    if rank_and_world()[1] > 1:
+        dist.barrier()
 
 
 def own_rows(count: int) -> range:

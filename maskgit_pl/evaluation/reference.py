@@ -24,9 +24,18 @@ from maskgit_pl.evaluation.features import Extractor, ImageFeatures, extract, ow
 from maskgit_pl.evaluation.npz import ArrayFile, open_samples
 from maskgit_pl.evaluation.ranks import rank_and_world
 from maskgit_pl.files import write_atomically
-from maskgit_pl.shards.manifest import Split
+from maskgit_pl.shards.manifest import Split, load_manifest
+from maskgit_pl.shards.reader import ShardReader
 
-__all__ = ["Reference", "Statistics", "obtain_references", "own_real_batches", "read_references", "real_features"]
+__all__ = [
+    "Reference",
+    "Statistics",
+    "obtain_references",
+    "own_real_batches",
+    "read_references",
+    "real_features",
+    "real_labels",
+]
 
 _FORMAT, _VERSION = "maskgit_pl.reference", 1
 _POOLED, _SPATIAL = 2048, 2023  # numbers of Inception's features, which foreign statistics are of
@@ -142,6 +151,12 @@ def real_features(
     """
     batches = own_real_batches(data, split, num_images=num_images, shuffled=shuffled)
     return extract(extractors, ((batch.content, batch.position) for batch in batches), on_images=on_images)
+
+
+def real_labels(data: ShardData, split: Split = "val") -> Tensor:
+    """The classes (n,) int64 of a split's images, in their order; read from the index alone."""
+    reader = ShardReader(load_manifest(data.path, split))
+    return torch.from_numpy(reader.labels(np.arange(len(reader))))
 
 
 def obtain_references(

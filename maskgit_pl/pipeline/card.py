@@ -56,7 +56,7 @@ _SETTINGS = (
 )
 _VERSIONS = ("maskgit_pl", "commit", "python", "torch", "lightning", "accelerators", "world_size")
 _PROTOCOL = ("num_images", "num_steps", "seed", "split")
-_NOT_FIGURES = ("protocol", "model", "environment")  # sections of metrics.json that say how, not how well
+_NOT_FIGURES = ("protocol", "model", "environment")  # sections of evaluation.json that say how, not how well
 _NAMES_SHOWN = 20
 
 
@@ -227,7 +227,7 @@ def describe_run(run: Path, *, tokenizer: str) -> dict[str, Any]:
     """
     check_run(run)
     stages = {stage: _stage(run / stage) for stage in _STAGES}
-    return {"name": run.resolve().name, **stages, "measured": _measured(run / "metrics.json", tokenizer)}
+    return {"name": run.resolve().name, **stages, "measured": _measured(run / "evaluation.json", tokenizer)}
 
 
 def _stage(folder: Path) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def quick_judge(monkeypatch: pytest.MonkeyPatch) -> None:
 def call(*words: object) -> int:
     parser = argparse.ArgumentParser()
     evaluate.add_parser(parser.add_subparsers())
-    args = parser.parse_args(["evaluate", *map(str, words), "--device", "cpu"])
+    args = parser.parse_args(["evaluate", *map(str, words), "--device", "cpu", "--features", "classifier"])
     code: int = args.run(args)
     return code
 
@@ -38,11 +38,13 @@ def call(*words: object) -> int:
 @pytest.mark.usefixtures("quick_judge")
 def test_writes_numbers_pictures_and_a_classifier(run_folder: Path, tiny_shards: Path, capsys) -> None:
     assert call(run_folder, "--data", tiny_shards, "--num-images", 12, "--num-steps", 4) == 0
-    report = json.loads((run_folder / "metrics.json").read_text())
+    report = json.loads((run_folder / "evaluation.json").read_text())
     assert report["reconstruction"]["images"] == 24
     assert report["protocol"]["num_images"] == 12
-    assert report["samples"]["without_guidance"]["guidance_scales"] == [0.0] * 4
+    assert report["samples"]["without_guidance"]["fid/classifier"] > 0
     assert report["samples"]["exported_guidance"]["fid/classifier"] > 0
+    assert report["likelihood"]["elbo_bits_per_token"] > 0
+    assert report["classifier"]["real_images"] == 24
     assert report["real_against_real"]["images"] == 12
     assert (run_folder / "classifier" / "model.safetensors").is_file()
     for name in ("samples.png", "reconstructions.png"):
@@ -52,14 +54,14 @@ def test_writes_numbers_pictures_and_a_classifier(run_folder: Path, tiny_shards:
         assert animation.n_frames == 4
     out = capsys.readouterr().out
     assert "class agreement" in out
-    assert "fid/classifier" in out
+    assert "FID, classifier" in out
 
 
 @pytest.mark.usefixtures("quick_judge")
 def test_the_steps_are_the_model_s_own_its_tuned_ones_where_there_are_any(run_folder: Path, tiny_shards: Path) -> None:
     for number in (4, 3):  # as exported; as tuned
         call(run_folder, "--data", tiny_shards, "--num-images", 6)
-        protocol = json.loads((run_folder / "metrics.json").read_text())["protocol"]
+        protocol = json.loads((run_folder / "evaluation.json").read_text())["protocol"]
         assert (protocol["num_steps"], protocol["decoding"]["num_steps"]) == (number, number)
         save_decoding(run_folder / "pretrained", DecodingConfig(3, "halton"))
     assert protocol["decoding"]["token_selector"] == "halton"

@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 
 import pytest
@@ -7,21 +6,19 @@ import torch
 from maskgit_pl.data import ShardData
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation.classifier import Classifier, ClassifierConfig, Judgement
-from maskgit_pl.evaluation.metrics import FeatureDistances, Reconstruction
+from maskgit_pl.evaluation.metrics import FeatureDistances
 from maskgit_pl.evaluation.protocol import (
     Protocol,
     check_data,
     check_decoding,
     judge_real_images,
     measure_decoding,
-    measure_samples,
     real_floor,
 )
-from maskgit_pl.evaluation.report import as_report, as_table, save_report
 from maskgit_pl.pipeline import MaskGIT
 from tests.conftest import save_tiny_pretrained
 
-PROTOCOL = Protocol(num_images=14, num_steps=3, batch_size=5)
+PROTOCOL = Protocol(num_images=14, batch_size=5)
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +31,10 @@ def data(tiny_shards: Path) -> ShardData:
     data = ShardData(str(tiny_shards), image_size=8, in_channels=1, validation_batch=10)
     data.setup()
     return data
+
+
+def in_three_steps(pipe: MaskGIT, **settings: float) -> DecodingConfig:
+    return pipe.decoding_with(num_steps=3, **settings)
 
 
 class Oracle(Classifier):
@@ -61,17 +62,17 @@ def test_a_judge_that_agrees_everywhere_gives_agreement_one(pipe: MaskGIT, data:
     asked = PROTOCOL.labels(3)
     assert asked == [0] * 4 + [1] * 4 + [2] * 4
     steps: list[int] = []
-    samples = measure_samples(pipe, Oracle(asked), real, PROTOCOL, on_step=lambda: steps.append(1))
+    samples = measure_decoding(pipe, Oracle(asked), real, PROTOCOL, in_three_steps(pipe), on_step=lambda: steps.append(1))
     assert samples.class_agreement == 1
     assert samples.labels.tolist() == asked
     assert samples.guidance_scales == (0.0, 0.5, 1.0)
     assert len(steps) == 3 * 3  # batches of 5, 5 and 2
-    assert measure_samples(pipe, Oracle([2] * 12), real, PROTOCOL).class_agreement == pytest.approx(1 / 3)
+    assert measure_decoding(pipe, Oracle([2] * 12), real, PROTOCOL, in_three_steps(pipe)).class_agreement == pytest.approx(1 / 3)
 
 
 def test_the_images_measured_are_those_that_the_seed_says(pipe: MaskGIT, data: ShardData) -> None:
     real = judge_real_images(Classifier(1, 8, 3), data)
-    samples = measure_samples(pipe, Classifier(1, 8, 3), real, PROTOCOL, guidance_scale=0.0)
+    samples = measure_decoding(pipe, Classifier(1, 8, 3), real, PROTOCOL, in_three_steps(pipe, guidance_scale=0.0))
     alone = pipe.generate(PROTOCOL.labels(3), num_steps=3, guidance_scale=0.0, output_type="pt")
     assert (samples.images.int() - alone.int()).abs().max() <= 1
     assert samples.guidance_scales == (0.0, 0.0, 0.0)
@@ -80,7 +81,7 @@ def test_the_images_measured_are_those_that_the_seed_says(pipe: MaskGIT, data: S
 def test_distances_are_those_of_the_judge_s_features(pipe: MaskGIT, data: ShardData) -> None:
     judge = Classifier(1, 8, 3)
     real = judge_real_images(judge, data)
-    samples = measure_samples(pipe, judge, real, PROTOCOL)
+    samples = measure_decoding(pipe, judge, real, PROTOCOL, in_three_steps(pipe))
     expected = FeatureDistances(real.judgement.features)(judge.judge(samples.images).features)
     assert samples.distances == expected
     assert samples.numbers()["fid/classifier"] == expected.fid
@@ -125,28 +126,8 @@ def test_guidance_of_a_model_without_a_null_class_is_refused_before_any_work(tmp
         check_decoding(pipe, DecodingConfig(4, guidance={"name": "constant", "scale": 1.0}))
 
 
-def test_the_report_holds_the_protocol_and_both_guidances(pipe: MaskGIT, data: ShardData, tmp_path: Path) -> None:
-    judge = Classifier(1, 8, 3)
-    real = judge_real_images(judge, data)
-    guided, unguided = (measure_samples(pipe, judge, real, PROTOCOL, guidance_scale=scale) for scale in (None, 0.0))
-    floor = real_floor(judge, data, real, num_images=12)
-    report = as_report(
-        pipe, data, PROTOCOL, reconstruction=Reconstruction(20.0, 0.5, 7.0, 24), classifier=judge, real=real,
-        floor=floor, guided=guided, unguided=unguided,
-    )  # fmt: skip
-    save_report(report, tmp_path / "deep" / "metrics.json")
-    read = json.loads((tmp_path / "deep" / "metrics.json").read_text())
-    assert read["protocol"]["num_images"] == 12  # what was generated, not what was asked for
-    assert read["protocol"]["data"] == data.summary.fingerprint
-    assert read["samples"]["exported_guidance"]["guidance_scales"] == [0.0, 0.5, 1.0]
-    assert read["samples"]["without_guidance"]["class_agreement"] == unguided.class_agreement
-    assert read["model"]["tokenizer_fingerprint"] == pipe.tokenizer.fingerprint
-    assert read["real_against_real"] == {"fid/classifier": floor.fid, "kid/classifier": floor.kid, "images": 12}
-    assert as_table(read).row_count == 9
-
-
 def test_numbers_out_of_range_are_refused() -> None:
-    for name in ("num_images", "num_steps", "batch_size"):
+    for name in ("num_images", "batch_size"):
         with pytest.raises(ValueError, match=f"evaluation {name}: at least 1"):
             Protocol(**{name: 0})
     with pytest.raises(ValueError, match="at least 2 for each of the 10 classes"):

@@ -47,7 +47,7 @@ def save_run(folder: Path) -> Path:
         "model": {"tokenizer_fingerprint": fingerprint(folder / "pretrained" / "tokenizer")},
         "environment": {"device": "cpu", "cpus": 64},
     }
-    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "evaluation.json").write_text(json.dumps(metrics))
     return folder
 
 
@@ -87,9 +87,9 @@ def test_no_number_of_a_card_is_invented(run: Path) -> None:
     write_card(run / "pretrained")
     body = (run / "pretrained" / "README.md").read_text().split("\n---\n", 1)[1]
     body = re.sub(r"```.*?```|\[arXiv.*?\)|`[0-9a-f]{64}`", "", body, flags=re.DOTALL)
-    files = [path for path in run.rglob("*") if path.suffix in (".json", ".yaml") and path.name != "metrics.json"]
+    files = [path for path in run.rglob("*") if path.suffix in (".json", ".yaml") and path.name != "evaluation.json"]
     known = set().union(*(numbers(path.read_text()) for path in files if path.parent != run / "pretrained"))
-    known |= {float(f"{value:.4g}") for value in numbers((run / "metrics.json").read_text())}
+    known |= {float(f"{value:.4g}") for value in numbers((run / "evaluation.json").read_text())}
     pipe = MaskGIT.from_pretrained(run / "pretrained")
     for network in (pipe.tokenizer.network, pipe.transformer.network):
         known.add(sum(parameter.numel() for parameter in network.parameters()))
@@ -109,9 +109,9 @@ def test_without_a_run_a_card_says_nothing_of_training(tmp_path: Path) -> None:
 
 
 def test_figures_of_another_tokenizer_are_left_out(run: Path) -> None:
-    metrics = json.loads((run / "metrics.json").read_text())
+    metrics = json.loads((run / "evaluation.json").read_text())
     metrics["model"]["tokenizer_fingerprint"] = "0" * 64
-    (run / "metrics.json").write_text(json.dumps(metrics))
+    (run / "evaluation.json").write_text(json.dumps(metrics))
     assert write_card(run / "pretrained")["run"]["measured"] is None
     assert "## Measured" not in (run / "pretrained" / "README.md").read_text()
 
@@ -148,8 +148,8 @@ def test_a_pipeline_is_saved_when_its_folder_is_gone(tmp_path: Path) -> None:
 
 
 def test_papers_that_are_no_json_are_named(run: Path) -> None:
-    (run / "metrics.json").write_text("{")
-    with pytest.raises(ValueError, match=r"metrics\.json: not JSON"):
+    (run / "evaluation.json").write_text("{")
+    with pytest.raises(ValueError, match=r"evaluation\.json: not JSON"):
         write_card(run / "pretrained")
 
 
@@ -171,14 +171,14 @@ def test_a_recipe_is_read_off_the_command_in_both_forms(run: Path) -> None:
 
 def test_a_card_follows_figures_that_are_measured_anew_and_keeps_its_licence(run: Path, caplog) -> None:
     write_card(run / "pretrained", license="apache-2.0")
-    metrics = json.loads((run / "metrics.json").read_text())
+    metrics = json.loads((run / "evaluation.json").read_text())
     metrics["reconstruction"]["psnr_db"] = 31.25
-    (run / "metrics.json").write_text(json.dumps(metrics))
+    (run / "evaluation.json").write_text(json.dumps(metrics))
     refresh_card(run / "pretrained")
     card = (run / "pretrained" / "README.md").read_text()
     assert "31.25" in card
     assert "license: apache-2.0" in card
-    (run / "metrics.json").write_text("{")
+    (run / "evaluation.json").write_text("{")
     refresh_card(run / "pretrained")
     assert "no model card" in caplog.text
     assert (run / "pretrained" / "README.md").read_text() == card
