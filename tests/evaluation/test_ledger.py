@@ -1,0 +1,55 @@
+from pathlib import Path
+
+import pytest
+
+from maskgit_pl.evaluation.ledger import Ledger, number, present
+
+KEY = ("model", "seed")
+
+
+def test_what_was_measured_is_found_again_to_the_last_bit(tmp_path: Path) -> None:
+    value = 0.1 + 0.2
+    Ledger(tmp_path / "deep" / "samples.csv", KEY).add({"model": "a, b", "seed": 1, "fid": value, "note": None})
+    again = Ledger(tmp_path / "deep" / "samples.csv", KEY)
+    row = again.find(model="a, b", seed=1, fid="not looked at")
+    assert row is not None
+    assert number(row, "fid") == value
+    assert number(row, "note") is None
+    assert number(row, "no such column") is None
+    assert again.find(model="a, b", seed=2) is None
+
+
+def test_the_last_of_equal_measurements_counts_and_none_is_lost(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "samples.csv", KEY)
+    for fid in (1.0, 2.0):
+        ledger.add({"model": "a", "seed": 1, "fid": fid})
+    assert ledger.find(model="a", seed=1)["fid"] == "2.0"
+    assert len(Ledger(tmp_path / "samples.csv", KEY).rows) == 2
+
+
+def test_later_rows_may_bring_columns(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "samples.csv", KEY)
+    ledger.add({"model": "a", "seed": 1, "fid": 1.0})
+    ledger.add({"model": "b", "seed": 1, "is": 5.0})
+    rows = Ledger(tmp_path / "samples.csv", KEY).rows
+    assert [row["is"] for row in rows] == ["", "5.0"]
+    assert present(rows, "is")
+    assert not present(rows[:1], "is")
+
+
+def test_a_process_that_does_not_write_still_remembers(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "samples.csv", KEY, writes=False)
+    ledger.add({"model": "a", "seed": 1})
+    assert ledger.find(model="a", seed=1) is not None
+    assert not (tmp_path / "samples.csv").exists()
+
+
+def test_a_file_of_something_else_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "samples.csv").write_text("model,fid\na,1\n")
+    with pytest.raises(ValueError, match=r"samples\.csv: columns \['seed'\] are missing"):
+        Ledger(tmp_path / "samples.csv", KEY)
+    (tmp_path / "samples.csv").write_text("model,seed,fid\na,1\n")
+    with pytest.raises(ValueError, match="line 2 has not as many cells"):
+        Ledger(tmp_path / "samples.csv", KEY)
+    with pytest.raises(ValueError, match=r"\['seed'\] missing"):
+        Ledger(tmp_path / "other.csv", KEY).add({"model": "a"})

@@ -1,0 +1,114 @@
+import csv
+import io
+import math
+
+import pytest
+import torch
+
+from maskgit_pl.evaluation.published import EDITING, GENERATION, SCHEDULES
+from maskgit_pl.evaluation.tables import (
+    FORMULAS,
+    REAL,
+    ScheduleResult,
+    agreement_with_paper,
+    markdown_table,
+    table_1,
+    table_2,
+    table_3,
+)
+from maskgit_pl.schedules import mask_schedules
+
+
+def row(model: str, network: str, **numbers: object) -> dict[str, str]:
+    common = {"run": "" if model == REAL else "run-a", "num_images": 100, "real_images": 500, "num_steps": 8,
+              "parameters": 850_000, "seconds_per_image": 0.015, "commit": "a" * 40, "dataset": "shoes", "data": "f00",
+              "split": "val", "date": "2026-01-02", "device": "cpu"}  # fmt: skip
+    return {name: str(value) for name, value in {**common, "model": model, "network": network, **numbers}.items()}
+
+
+def cells(page: str, start: str) -> list[str]:
+    (line,) = [line for line in page.splitlines() if line.startswith(start)]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def result(schedule: str, fid: float, *, best: int = 8) -> ScheduleResult:
+    likelihood = {"masked_nll": "3.5", "masked_nll_error": "0.01", "elbo_bits_per_token": "5.25"}
+    fresh = {
+        "classifier": row("MaskGIT", "classifier", fid=fid, **{"is": 6.0}),
+        "lite0": row("MaskGIT", "lite0", fid=90),
+    }
+    return ScheduleResult(schedule, f"shoes-{schedule}", best, {4: fid + 1, best: fid - 0.1}, fresh, likelihood)
+
+
+def test_numbers_stand_under_their_network_and_never_beside_another_s() -> None:
+    page = table_1(
+        [row("MaskGIT", "classifier", fid=1.234, **{"is": 5.5}), row(REAL, "classifier", fid=0.1, **{"is": 9.0}),
+         row("MaskGIT", "lite0", fid=77.7), row(REAL, "lite0", fid=66.6)],
+        [{**row("MaskGIT", ""), "classifier": "resnet18", "training_images": "5000", "training_steps": "400",
+          "top1": "0.8", "top5": "0.99"}],
+        command="maskgit table 1 runs/a",
+    )  # fmt: skip
+    first, second = page.markdown.split("## In the features of ")[1:]
+    assert "FID (classifier)" in first
+    assert "1.23" in first
+    assert "77.70" not in first
+    assert "IS" not in second.split("## ")[0]  # lite0 does not know the classes
+    assert "80.00" in second
+    assert "    maskgit table 1 runs/a" in page.markdown
+    assert page.markdown.count("MaskGIT") >= 4
+    read = list(csv.DictReader(io.StringIO(page.csv)))
+    assert [each["fid"] for each in read] == ["1.234", "0.1", "77.7", "66.6", ""]
+
+
+def test_every_published_row_is_printed() -> None:
+    page = table_1([row("MaskGIT", "lite0", fid=1.0)], [], command="x").markdown
+    for published in GENERATION:
+        assert f"| {published.model} | {published.size} | {published.fid:.2f} |" in page
+    tasks = [row("MaskGIT", "lite0", fid=1.0, task=task) for task in ("outpaint-right", "inpaint-centre")]
+    page = table_2(tasks, command="x").markdown
+    for edited in EDITING:
+        assert f"| {edited.model} | {edited.fid:.2f} |" in page
+
+
+def test_table_3_shows_ours_beside_the_paper_s_in_the_paper_s_order() -> None:
+    page = table_3([result("log", 9.0, best=24), result("cosine", 2.0)], command="maskgit ablation").markdown
+    assert page.index("| `cosine`") < page.index("| `log`")
+    assert cells(page, "| `cosine`") == [
+        "`cosine`", "cos(pi r / 2)", "8", "2.00", "90.00", "6.00", "3.500 ± 0.010", "5.250", "10", "6.06", "181.5",
+        "4.22",
+    ]  # fmt: skip
+
+
+def test_a_schedule_that_the_paper_does_not_have_gets_a_row_too() -> None:
+    page = table_3([result("cosine", 2.0), result("sine", 3.0)], command="x").markdown
+    assert cells(page, "| `sine`")[-4:] == ["", "", "", ""]
+    read = list(csv.DictReader(io.StringIO(table_3([result("sine", 3.0)], command="x").csv)))
+    assert read[0]["fid/classifier at T = 4"] == "4.0"
+
+
+@pytest.mark.parametrize(("fids", "verdict", "pairs"), [
+    ({row.schedule: row.fid for row in SCHEDULES}, "holds here", "21 of 21"),
+    ({row.schedule: -row.fid for row in SCHEDULES}, "does not hold here", "0 of 21"),
+    ({"cosine": 1.0, "square": 3.0, "linear": 2.0}, "does not hold here", "2 of 3"),
+])  # fmt: skip
+def test_the_paper_s_order_is_judged_pair_by_pair(fids: dict[str, float], verdict: str, pairs: str) -> None:
+    text = " ".join(agreement_with_paper(fids, "classifier"))
+    assert verdict in text
+    assert f"{pairs} pairs" in text
+    assert "nothing to say" in agreement_with_paper({"cosine": 1.0}, "classifier")[0]
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_the_formulas_that_are_printed_are_the_schedules(name: str) -> None:
+    formula = FORMULAS[name].replace("^", "**").replace("-log2(r)", "-log2(max(r, 1 / N))").replace("(N) (", "(N) * (")
+    formula = formula.replace("pi r", "pi * r")
+    names = {"log2": math.log2, "cos": math.cos, "pi": math.pi, "max": max, "N": 49, "__builtins__": {}}
+    for progress in (0.1, 0.5, 0.9):
+        expected = float(eval(formula, {**names, "r": progress}))  # of this file's own text
+        ratio = mask_schedules.build(name)(torch.tensor([progress]), 49)
+        assert float(ratio) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_table_has_as_many_cells_everywhere() -> None:
+    lines = markdown_table(["a", "b", "c"], [["x", "1", "2"]], left=1)
+    assert lines == ["| a | b | c |", "|---|---:|---:|", "| x | 1 | 2 |"]
