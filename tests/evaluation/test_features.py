@@ -1,8 +1,19 @@
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
+from maskgit_pl.data import Batch, ShardData
+from maskgit_pl.evaluation.distances import distances
 from maskgit_pl.evaluation.features import Extractor, extract, own_batches, own_image_batches
+from maskgit_pl.evaluation.metrics import reconstruction
+from maskgit_pl.evaluation.reference import Reference, obtain_references
 from maskgit_pl.networks.features import Lite0Spec
+from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from tests.evaluation.feature_networks import Few, few, pictures
 
 IMAGES = pictures(23)
@@ -70,3 +81,53 @@ def test_an_extractor_is_made_from_a_name_or_a_spec(monkeypatch) -> None:
         made = Extractor.create(named)
         assert (made.label, made.knows_classes) == ("lite0", False)
     assert made.digest == Extractor.create("lite0").digest != few(seed=1).digest
+
+
+def measured(folder: Path, shards: Path) -> dict[str, Any]:
+    """All that several ranks do together."""
+    data, network = ShardData(str(shards), image_size=8, in_channels=1), few()
+    found = extract([network], own_image_batches(read, 23, batch_size=5))["classifier"]
+    single = extract([network], own_image_batches(read, 3, batch_size=5))["classifier"]  # the 2nd rank has none
+    reference = obtain_references(folder, data, [network], num_images=20)["classifier"]
+    again = obtain_references(folder, data, [network], num_images=20)["classifier"]
+    torch.manual_seed(0)
+    tokenizer = SimpleNamespace(
+        network=VQGAN(VQGANConfig(1, channels=8, multipliers=(1, 1), blocks_per_level=1, groups=2, num_codes=16)),
+        image_size=8,
+        grid=(4, 4),
+    )
+    rebuilt = reconstruction(
+        tokenizer,
+        [Batch(content, *[index] * 4, torch.ones(len(index)).bool())
+         for content, index in own_image_batches(read, 23, batch_size=5)],
+        extractors=[network],
+        references={"classifier": Reference.of(found)},
+    )  # fmt: skip
+    return {
+        "pooled": found.pooled,
+        "single": single.spatial,
+        "sigma": reference.pooled.covariance,
+        "again": again.pooled.covariance,
+        **distances(found, reference),
+        **rebuilt.numbers(),
+    }
+
+
+def in_two_processes(rank: int, folder: str, shards: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.save(measured(Path(folder) / "kept", Path(shards)), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_measure_what_one_does_to_the_last_bit(tiny_shards: Path, tmp_path: Path) -> None:
+    mp.spawn(in_two_processes, (str(tmp_path), str(tiny_shards)), nprocs=2)
+    alone = measured(tmp_path / "alone", tiny_shards)
+    assert alone["codebook_usage"] > 1 / 16
+    for rank in (0, 1):
+        together = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert together.keys() == alone.keys()
+        for name, value in alone.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(together[name])), name
+    assert len(list((tmp_path / "kept").iterdir())) == 1

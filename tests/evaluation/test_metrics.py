@@ -3,8 +3,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torchmetrics.image import StructuralSimilarityIndexMeasure
 
 from maskgit_pl.data import Batch
+from maskgit_pl.evaluation.distances import distances
+from maskgit_pl.evaluation.features import extract
 from maskgit_pl.evaluation.metrics import (
     FeatureDistances,
     class_agreement,
@@ -13,10 +16,12 @@ from maskgit_pl.evaluation.metrics import (
     psnr,
     reconstruction,
 )
+from maskgit_pl.evaluation.reference import Reference
+from tests.evaluation.feature_networks import few, pictures
 
 
-def batch_of(images: torch.Tensor, valid: list[bool] | None = None) -> Batch:
-    count = torch.zeros(len(images), dtype=torch.int64)
+def batch_of(images: torch.Tensor, valid: list[bool] | None = None, first: int = 0) -> Batch:
+    count = torch.arange(first, first + len(images))
     return Batch(images, count, count, count, count, torch.tensor(valid or [True] * len(images)))
 
 
@@ -70,6 +75,58 @@ def test_reconstructions_are_clipped() -> None:
     assert reconstruction(tokenizer(factor=2.0), [batch_of(pixels(252))]).psnr_db == pytest.approx(
         -20 * math.log10(3 / 255), rel=1e-4
     )
+
+
+class Noisy(Brightness):
+    """Decodes any image to itself, a little darker."""
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        self.images = images
+        return super().encode(images[:, :1, :1, :1])
+
+    def decode(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        return self.images * self.factor
+
+
+def noisy(factor: float, size: int) -> SimpleNamespace:
+    return SimpleNamespace(network=Noisy(factor), image_size=size, grid=(1, 1))
+
+
+def test_structural_similarity_is_the_mean_over_images() -> None:
+    images = pictures(5, size=16)
+    measured = reconstruction(noisy(0.5, 16), [batch_of(images[:3]), batch_of(images[3:], first=3)])
+    metric = StructuralSimilarityIndexMeasure(data_range=1.0)
+    assert measured.ssim == pytest.approx(float(metric(images / 255 * 0.5, images / 255)), rel=1e-5)
+    assert reconstruction(noisy(1.0, 16), [batch_of(images)]).ssim == pytest.approx(1)
+    assert reconstruction(noisy(1.0, 8), [batch_of(pictures(5))]).ssim is None  # smaller than its window
+
+
+def test_reconstructions_have_a_distance_from_the_originals() -> None:
+    images, network = pictures(30), few()
+    originals = Reference.of(extract([network], [(images, torch.arange(30))])["classifier"])
+    options = {"extractors": [network], "references": {"classifier": originals}}
+    batches = [batch_of(images[:20]), batch_of(images[20:], first=20)]
+    assert reconstruction(noisy(1.0, 8), batches, **options).rfid["classifier"] == pytest.approx(0, abs=1e-9)
+    measured = reconstruction(noisy(0.5, 8), batches, **options)
+    dark = extract([network], [((images * 0.5).round().to(torch.uint8), torch.arange(30))])["classifier"]
+    assert measured.rfid["classifier"] == pytest.approx(distances(dark, originals)["fid"], rel=1e-6)
+    with pytest.raises(ValueError, match="rfid/classifier: the originals' reference is needed"):
+        reconstruction(noisy(1.0, 8), batches, extractors=[network])
+
+
+class HalfPerceptual(torch.nn.Module):
+    backbone, label = "vgg", "lpips/vgg"
+
+    def forward(self, images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        return (images - others).abs().flatten(1).mean(1)
+
+
+def test_every_number_of_a_reconstruction_has_a_name() -> None:
+    images, done = pictures(12, size=16), []
+    measured = reconstruction(noisy(0.5, 16), [batch_of(images)], lpips=HalfPerceptual(), on_images=done.append)
+    assert list(measured.numbers()) == ["psnr_db", "ssim", "lpips/vgg", "codebook_usage", "perplexity", "images"]
+    assert measured.lpips["vgg"] == pytest.approx(float((images / 255).mean()) / 2, rel=1e-6)
+    assert done == [12]
 
 
 def test_no_images_are_refused() -> None:
