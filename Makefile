@@ -25,7 +25,7 @@ ARGS ?=
 # The run that every stage belongs to. RECIPE may name several recipes, from left to right: RECIPE='paper-256 log'.
 OF_RUN = --dataset $(DATASET) --data $(DATA) --recipe "$(RECIPE)" --run "$(RUN)" $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)") $(if $(PRETRAINED),--pretrained "$(PRETRAINED)")
 
-.PHONY: help install data train-tokenizer tokenize train-transformer sample evaluate compare tune edit benchmark demo demo-short test lint format clean
+.PHONY: help install data train-tokenizer tokenize train-transformer sample evaluate compare tune train-classifier ablation edit benchmark demo demo-short test lint format clean
 
 help: ## Print every target
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -56,7 +56,7 @@ sample: $(STAMP) ## Generate images of RUN: CLASSES=0,3,7 STEPS=16 SEED=0
 edit: $(STAMP) ## Generate a part of an image anew: IMAGE=file ARGS="--box L,T,R,B --class NAME --out FILE.png"
 	@$(BIN)/maskgit edit runs/$(RUN) "$(IMAGE)" $(ARGS)
 
-evaluate: $(STAMP) ## Measure RUN and write its metrics.json and pictures
+evaluate: $(STAMP) ## Measure RUN and write its evaluation.json and pictures
 	@$(BIN)/maskgit evaluate runs/$(RUN) --data $(DATA) $(ARGS)
 
 compare: $(STAMP) ## Measure every token selector on RUN at several T, with the same noise: ARGS="--num-steps 4,8"
@@ -65,11 +65,17 @@ compare: $(STAMP) ## Measure every token selector on RUN at several T, with the 
 tune: $(STAMP) ## Search for a better way to decode RUN and keep it beside its weights: ARGS="--trials 40"
 	@$(BIN)/maskgit tune runs/$(RUN) --data $(DATA) $(ARGS)
 
+train-classifier: $(STAMP) ## Train a classifier of DATA, which judges generated images: ARGS="--model resnet18"
+	@$(BIN)/maskgit train-classifier --data $(DATA) $(ARGS)
+
+ablation: $(STAMP) ## Train every mask schedule of the paper on DATASET, then Table 3 and Figure 8 (goes on where it was)
+	@$(BIN)/maskgit ablation --dataset $(DATASET) --data $(DATA) --cluster $(CLUSTER) $(ARGS)
+
 demo: ## From nothing to images: data, both stages, pictures and figures
 	@$(MAKE) --no-print-directory data
 	@$(MAKE) --no-print-directory train-tokenizer CLUSTER=$(CLUSTER)
 	@$(MAKE) --no-print-directory train-transformer CLUSTER=$(CLUSTER)
-	@$(MAKE) --no-print-directory evaluate ARGS=
+	@$(MAKE) --no-print-directory evaluate ARGS="--features classifier"
 
 SHORT = --trainer.max_steps=60 --trainer.val_check_interval=60 --data.validation_samples=500
 
@@ -78,7 +84,7 @@ demo-short: ## Every stage of the demo on real data, anew, in 60 steps each
 	@$(MAKE) --no-print-directory data
 	@$(MAKE) --no-print-directory train-tokenizer RUN=demo-short ARGS="$(SHORT)"
 	@$(MAKE) --no-print-directory train-transformer RUN=demo-short ARGS="$(SHORT)"
-	@$(MAKE) --no-print-directory evaluate RUN=demo-short ARGS="--num-images 50"
+	@$(MAKE) --no-print-directory evaluate RUN=demo-short ARGS="--num-samples 50 --features classifier"
 
 benchmark: $(STAMP) ## Measure ours against the alternatives: NAME=stage2_step (benchmarks/README.md)
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/$(NAME).py $(ARGS)

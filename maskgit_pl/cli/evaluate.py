@@ -61,8 +61,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--reference", type=Path, metavar="FILE.npz", help="ADM's statistics or images in place of the val split"
     )
-    parser.add_argument("--lpips", metavar="vgg=FILE", help="also LPIPS of the reconstructions, with a backbone's file: "
-                        "vgg, alex or squeeze")  # fmt: skip
+    parser.add_argument("--lpips", metavar="vgg=FILE", help="also LPIPS of the reconstructions; the backbone is vgg, "
+                        "alex or squeeze")  # fmt: skip
     parser.add_argument("--likelihood-samples", type=int, default=2000, metavar="N",
                         help="real images whose likelihood is measured (default: 2000)")  # fmt: skip
     parser.add_argument("--cas", action="store_true", help="also measure the classification accuracy score")
