@@ -71,7 +71,10 @@ class Extractor:
     def __call__(self, images: Tensor) -> FeatureOutput:
         """(B, C, H, W) uint8 on any device -> float32 on the CPU."""
         device = next((tensor.device for tensor in self.network.parameters()), images.device)
-        output: FeatureOutput = self.network(images.to(device).contiguous())  # the layout decides the last bits too
+        images = images.to(device).contiguous()  # the layout decides the last bits too
+        # On a GPU: float32 in full, and the same every time.
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            output: FeatureOutput = self.network(images)
         spatial = None if output.spatial is None else output.spatial.float().cpu()
         return FeatureOutput(output.features.float().cpu(), output.logits.float().cpu(), spatial)
 
