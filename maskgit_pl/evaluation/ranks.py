@@ -6,6 +6,7 @@ is the same to the last bit on any number of ranks.
 
 from __future__ import annotations
 
+import datetime
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 __all__ = ["barrier", "gather_rows", "own_rows", "process_group", "rank_and_world"]
+
+_TIMEOUT = datetime.timedelta(days=7)  # one rank may train a classifier while the others wait
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -31,7 +34,7 @@ def process_group() -> Iterator[bool]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield rank_and_world()[1] > 1
         return
-    dist.init_process_group("gloo")  # what is gathered lies on the CPU
+    dist.init_process_group("gloo", timeout=_TIMEOUT)  # what is gathered lies on the CPU
     try:
         yield True
     finally:

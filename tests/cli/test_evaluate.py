@@ -1,6 +1,10 @@
 import argparse
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,8 +12,9 @@ import pytest
 from PIL import Image
 
 from maskgit_pl.cli import evaluate
+from maskgit_pl.data import ShardData
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.evaluation import classifier
+from maskgit_pl.evaluation import bench, classifier
 from maskgit_pl.evaluation.classifier import ClassifierConfig
 from maskgit_pl.pretrained import save_decoding
 
@@ -27,10 +32,20 @@ def quick_judge(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(classifier, "obtain_classifier", lambda *args, **options: plain(*args, config=quick, **options))
 
 
+@pytest.fixture(scope="module")
+def judge(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier that was trained before, for a moment."""
+    data = ShardData(str(tiny_shards), image_size=8, in_channels=1)
+    data.setup()
+    folder = tmp_path_factory.mktemp("judge")
+    classifier.obtain_classifier(folder, data, config=replace(ClassifierConfig(), width=4, max_steps=3, batch=20))
+    return folder
+
+
 def call(*words: object) -> int:
     parser = argparse.ArgumentParser()
     evaluate.add_parser(parser.add_subparsers())
-    args = parser.parse_args(["evaluate", *map(str, words), "--device", "cpu", "--features", "classifier"])
+    args = parser.parse_args(["evaluate", "--device", "cpu", "--features", "classifier", *map(str, words)])
     code: int = args.run(args)
     return code
 
@@ -79,6 +94,81 @@ def test_the_run_says_what_data_it_was_trained_on_and_numbers_repeat(run_folder:
         for samples in report["samples"].values():
             del samples["seconds_per_image"]
     assert reports[0] == reports[1]
+
+
+def test_an_evaluation_that_was_stopped_goes_on(
+    run_folder: Path, tiny_shards: Path, judge: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (
+        run_folder,
+        "--data",
+        tiny_shards,
+        "--num-samples",
+        6,
+        "--num-steps",
+        2,
+        "--features",
+        f"classifier={judge}",
+    )
+
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.Bench, "likelihood", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            call(*words)
+    kept = (run_folder / "evaluation" / "samples.csv").read_text()
+    images = {file: file.stat().st_mtime_ns for file in (run_folder / "evaluation").glob("samples-*.npz")}
+    assert not (run_folder / "evaluation.json").exists()
+    call(*words, "--resume")
+    assert (run_folder / "evaluation" / "samples.csv").read_text() == kept
+    assert {file: file.stat().st_mtime_ns for file in images} == images
+    resumed = json.loads((run_folder / "evaluation.json").read_text())
+    call(*words)  # anew
+    assert (run_folder / "evaluation" / "samples.csv").read_text() != kept  # other times
+    anew = json.loads((run_folder / "evaluation.json").read_text())
+    for report in (resumed, anew):
+        for samples in report["samples"].values():
+            samples.pop("seconds_per_image", None)
+    assert resumed == anew
+
+
+@pytest.mark.slow
+def test_two_ranks_write_the_numbers_of_one(run_folder: Path, tiny_shards: Path, judge: Path, tmp_path: Path) -> None:
+    reports = []
+    for launcher in ([], ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]):
+        out = tmp_path / f"{len(launcher)}" / "evaluation.json"
+        command = [
+            sys.executable, *launcher, "-m", "maskgit_pl", "evaluate", run_folder, "--data", tiny_shards,
+            "--num-samples", "300", "--features", f"classifier={judge}", "--device", "cpu", "--out", out,
+        ]  # fmt: skip
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        reports.append(json.loads(out.read_text()))
+    for report in reports:
+        del report["environment"]
+        for samples in report["samples"].values():
+            del samples["seconds_per_image"]
+    assert reports[0] == reports[1]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def test_unknown_or_doubled_networks_are_refused_before_any_work(run_folder: Path, tiny_shards: Path) -> None:
+    with pytest.raises(ValueError, match="unknown feature network 'clasifier'"):
+        call(run_folder, "--data", tiny_shards, "--features", "clasifier")
+    with pytest.raises(ValueError, match="each network once is enough, got lite0 twice"):
+        call(run_folder, "--data", tiny_shards, "--features", "lite0,classifier,lite0")
+    with pytest.raises(ValueError, match="MASKGIT_INCEPTION"):
+        call(run_folder, "--data", tiny_shards, "--features", f"inception={run_folder}/nowhere.pth")
+    assert not (run_folder / "classifier").exists()
 
 
 def test_missing_or_foreign_data_are_named(run_folder: Path, tmp_path: Path) -> None:
