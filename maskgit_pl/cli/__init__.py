@@ -24,6 +24,7 @@ from maskgit_pl.cli import (
     schedules,
     tokenize,
     train,
+    train_classifier,
     tune,
 )
 from maskgit_pl.errors import DataBudgetError
@@ -44,6 +45,7 @@ _COMMANDS = (
     tune,
     ablation,
     paper,
+    train_classifier,
     schedules,
     import_jax,
     import_taming,

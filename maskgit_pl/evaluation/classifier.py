@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -49,6 +50,7 @@ __all__ = [
     "ClassifierConfig",
     "ImagesInMemory",
     "Judgement",
+    "default_training",
     "is_trained",
     "measure_accuracy",
     "obtain_classifier",
@@ -57,6 +59,8 @@ __all__ = [
 
 OnStep: TypeAlias = Callable[[], object]
 _OFTEN_RIGHT = 5  # of top-5
+_WARM_UP = 0.25  # share of the steps in which the learning rate rises
+_LEAST_CYCLE = 5  # steps; torch divides by zero where the rise is one step
 
 
 @dataclass(frozen=True)
@@ -92,8 +96,17 @@ class ClassifierConfig:
         for name, least in (("max_steps", 1), ("batch", 2)):  # BatchNorm needs two
             if getattr(self, name) < least:
                 raise ValueError(f"classifier {name}: at least {least} is needed, got {getattr(self, name)}")
+        if self.peak_rate <= 0:
+            raise ValueError(f"classifier peak_rate: more than 0 is needed, got {self.peak_rate}")
         if not 0 <= self.flip_probability <= 1:
             raise ValueError(f"classifier flip_probability: 0 to 1 is needed, got {self.flip_probability}")
+
+
+def default_training(model: str) -> ClassifierConfig:
+    """What trains a network from random weights: the small one, or one of timm's, which takes smaller steps."""
+    if model == SMALL:
+        return ClassifierConfig()
+    return ClassifierConfig(model=model, max_steps=1000, batch=64, peak_rate=1e-3, weight_decay=0.05)
 
 
 @dataclass(frozen=True)
@@ -222,7 +235,8 @@ class Classifier(LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         config = self.config
         optimizer = AdamW(self.parameters(), lr=config.peak_rate, weight_decay=config.weight_decay, fused=True)
-        schedule = OneCycleLR(optimizer, max_lr=config.peak_rate, total_steps=config.max_steps, pct_start=0.25)
+        steps = max(config.max_steps, _LEAST_CYCLE)
+        schedule = OneCycleLR(optimizer, max_lr=config.peak_rate, total_steps=steps, pct_start=_WARM_UP)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     @torch.inference_mode()
@@ -305,7 +319,7 @@ def train_classifier(
         num_workers=data.num_workers if isinstance(data, ShardData) else 0,
         unreadable_budget=data.unreadable_budget if isinstance(data, ShardData) else 0.0,
     )
-    with _quiet_lightning(), _one_thread():
+    with _quiet_lightning(), _threads(config.model):
         trainer = Trainer(
             max_steps=config.max_steps,
             max_epochs=-1,
@@ -334,12 +348,13 @@ def measure_accuracy(
         on_images: Told how many more are done, for a progress bar.
     """
     logits, labels = [], []
-    for batch in data.val_dataloader():
-        judgement = classifier.judge(batch.content[batch.valid])
-        assert judgement.logits is not None
-        logits.append(judgement.logits)
-        labels.append(batch.labels[batch.valid])
-        on_images(len(labels[-1]))
+    with _threads(classifier.config.model):
+        for batch in data.val_dataloader():
+            judgement = classifier.judge(batch.content[batch.valid])
+            assert judgement.logits is not None
+            logits.append(judgement.logits)
+            labels.append(batch.labels[batch.valid])
+            on_images(len(labels[-1]))
     return Accuracy.of(torch.cat(logits), torch.cat(labels))
 
 
@@ -401,14 +416,22 @@ def _save(folder: Path, classifier: Classifier, key: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """On a CPU: layers this small gain nothing from more threads, lose much beside other work, and sum in one order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _threads(model: str) -> Iterator[None]:
+    """As many threads of a CPU whatever started the process, so that sums are the same ones.
+
+    Layers as small as the small network's gain nothing from more than one, and lose much beside other work.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if model == SMALL else _cores())
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
+
+
+def _cores() -> int:
+    """Of the machine that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

@@ -29,6 +29,7 @@ __all__ = [
     "FrozenClassifier",
     "SmallClassifier",
     "TimmClassifier",
+    "check_model",
     "create_classifier",
     "describe_classifier",
     "load_classifier",

@@ -112,7 +112,8 @@ def test_flips_and_seeds_make_another_classifier(data: ShardData) -> None:
     assert not torch.equal(plain, seeded)
 
 
-def test_a_network_of_timm_is_trained_and_kept_alike(data: ShardData, tmp_path: Path) -> None:
+def test_a_network_of_timm_is_trained_and_kept_alike(data: ShardData, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(module, "_cores", lambda: 1)
     config = ClassifierConfig(model="resnet18", max_steps=2, batch=4)
     trained = obtain_classifier(tmp_path, data, config=config)
     assert json.loads((tmp_path / "config.json").read_text())["network"]["model"] == "resnet18"

@@ -1,0 +1,67 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from maskgit_pl.cli import main
+from maskgit_pl.evaluation import classifier
+from maskgit_pl.networks.classifier import load_classifier
+from maskgit_pl.shards import manifest
+from tests.conftest import CLASSES
+
+
+def call(data: Path, *words: str) -> int:
+    return main(["train-classifier", "--data", str(data), "--device", "cpu", *words])
+
+
+def test_it_trains_once_and_says_how_good_it_is(tiny_shards, tmp_path, capsys):
+    words = ("--out", str(tmp_path / "judge"), "--steps", "80", "--batch", "20", "--seed", "1")
+    assert call(tiny_shards, *words) == 0
+    first = capsys.readouterr().out
+    assert "judge: trained; on 24 real val images:" in first
+    assert "top-1" in first
+    found = load_classifier(tmp_path / "judge")
+    assert found.class_names == CLASSES
+    assert found.network.sizes.image_size == 8
+    kept = (tmp_path / "judge" / "model.safetensors").stat().st_mtime_ns
+    assert call(tiny_shards, *words) == 0
+    second = capsys.readouterr().out
+    assert "there already" in second
+    assert second.splitlines()[-1] == first.splitlines()[-1]
+    assert (tmp_path / "judge" / "model.safetensors").stat().st_mtime_ns == kept
+
+
+def test_a_network_of_timm_goes_where_the_data_say(tiny_shards, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(classifier, "_cores", lambda: 1)
+    assert call(tiny_shards, "--model", "resnet10t", "--steps", "2", "--batch", "4", "--image-size", "16") == 0
+    assert (tmp_path / "runs" / "shards-classifier" / "resnet10t" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--model", "resnt18"), "did you mean"),
+        (("--steps", "0"), "max_steps: at least 1"),
+        (("--batch", "1"), "batch: at least 2"),
+        (("--learning-rate", "0"), "peak_rate: more than 0"),
+        (("--flip", "2"), "flip_probability: 0 to 1"),
+        (("--image-size", "0"), "--image-size: at least 1"),
+    ],
+)
+def test_what_cannot_be_trained_is_said_in_one_line(tiny_shards, capsys, words, said):
+    assert call(tiny_shards, *words) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_data_that_are_not_there_are_said(tmp_path, capsys):
+    assert call(tmp_path / "none") == 2
+    assert "none" in capsys.readouterr().err
+
+
+def test_images_of_several_sizes_need_one(tiny_shards, monkeypatch, capsys):
+    varied = manifest.ImageRange((8, 12), (8, 20), (1,))
+    plain = manifest.read_manifest_summary(tiny_shards)
+    monkeypatch.setattr(manifest, "read_manifest_summary", lambda folder: replace(plain, images=varied))
+    assert call(tiny_shards) == 2
+    assert "edges of 8 to 20 pixels; say the one to train at with --image-size" in capsys.readouterr().err

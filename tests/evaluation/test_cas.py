@@ -1,0 +1,114 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from maskgit_pl.data import OnceThrough, ShardData
+from maskgit_pl.evaluation import cas as module
+from maskgit_pl.evaluation import classifier
+from maskgit_pl.evaluation.cas import CASConfig, classification_accuracy, default_config
+from maskgit_pl.evaluation.classifier import Accuracy
+
+QUICK = CASConfig(model="small", width=8, max_steps=150, batch=20, peak_rate=4e-3)
+
+
+def opened(shards: Path) -> ShardData:
+    data = ShardData(str(shards), image_size=8, in_channels=1, validation_batch=10)
+    data.setup()
+    return data
+
+
+@pytest.fixture
+def data(tiny_shards: Path) -> ShardData:
+    return opened(tiny_shards)
+
+
+def real(data: ShardData) -> tuple[Tensor, Tensor]:
+    """All train images: classes that their brightness tells apart."""
+    batch = data.batches("train", OnceThrough(60)).__getitems__(range(60))
+    return batch.content, batch.labels
+
+
+def test_separable_images_teach_everything(data: ShardData) -> None:
+    steps: list[int] = []
+    accuracy = classification_accuracy(*real(data), data, QUICK, on_step=lambda: steps.append(1))
+    assert accuracy.top1 == accuracy.top5 == 1
+    assert accuracy.images == 24
+    assert len(steps) == QUICK.max_steps
+
+
+def test_shuffled_labels_teach_nothing(data: ShardData) -> None:
+    images, labels = real(data)
+    scores = [
+        classification_accuracy(
+            images, labels[torch.randperm(60, generator=torch.Generator().manual_seed(seed))], data, QUICK
+        ).top1
+        for seed in range(3)
+    ]
+    assert abs(sum(scores) / 3 - 1 / 3) < 0.2  # 72 answers by chance: a deviation of 0.06, and classes keep together
+
+
+def test_permuted_labels_teach_the_permutation(data: ShardData) -> None:
+    images, labels = real(data)
+    permuted = torch.tensor([1, 2, 0])[labels]
+    assert classification_accuracy(images, permuted, data, QUICK).top1 == 0
+    back = torch.tensor([2, 0, 1])[permuted]
+    assert classification_accuracy(images, back, data, QUICK).top1 == 1
+
+
+def test_a_class_that_was_not_generated_is_not_known(data: ShardData) -> None:
+    images, labels = real(data)
+    accuracy = classification_accuracy(images[labels < 2], labels[labels < 2], data, QUICK)
+    assert accuracy.top1 == pytest.approx(2 / 3)
+
+
+def test_the_score_is_a_function_of_images_and_seed(data: ShardData) -> None:
+    config = replace(QUICK, max_steps=4)
+    images, labels = real(data)
+    first, second = (classification_accuracy(images, labels, data, config) for _ in range(2))
+    assert first == second
+    grey_in_three_channels = images.expand(-1, 3, -1, -1)
+    assert classification_accuracy(grey_in_three_channels, labels, data, config) == first
+
+
+def test_small_images_are_for_the_smaller_network() -> None:
+    assert default_config(28).model == "resnet18"
+    assert default_config(256).model == CASConfig().model == "resnet50"
+    assert default_config(28, model="small", seed=3) == CASConfig(model="small", seed=3)
+
+
+def test_a_network_of_timm_is_tested_too(data: ShardData, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(classifier, "_cores", lambda: 1)
+    accuracy = classification_accuracy(*real(data), data, replace(default_config(8), max_steps=3, batch=4))
+    assert 0 <= accuracy.top1 <= accuracy.top5 == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "label", "match"),
+    [((4, 1, 9, 9), 0, "1 x 8 x 8"), ((4, 2, 8, 8), 0, "1 x 8 x 8"), ((4, 1, 8, 8), 3, "classes 0 to 2")],
+)
+def test_images_that_are_not_the_datas_are_refused(data: ShardData, shape, label, match) -> None:
+    with pytest.raises(ValueError, match=match):
+        classification_accuracy(torch.zeros(shape, dtype=torch.uint8), torch.full((4,), label), data, QUICK)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_rank_trains_and_all_have_its_score(data: ShardData, monkeypatch: pytest.MonkeyPatch, rank) -> None:
+    sent: list[list[float]] = []
+
+    def broadcast(numbers: Tensor, src: int) -> None:
+        assert src == 0
+        sent.append(numbers.tolist())
+        numbers.copy_(torch.tensor([0.25, 0.75, 24]))
+
+    monkeypatch.setattr(module, "rank_and_world", lambda: (rank, 2))
+    monkeypatch.setattr(module.dist, "broadcast", broadcast)
+    steps: list[int] = []
+    config = replace(QUICK, max_steps=3)
+    assert classification_accuracy(*real(data), data, config, on_step=lambda: steps.append(1)) == Accuracy(
+        0.25, 0.75, 24
+    )
+    assert len(steps) == (0 if rank else 3)
+    assert sent[0][2] == (0 if rank else 24)
