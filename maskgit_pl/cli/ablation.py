@@ -45,10 +45,6 @@ def run(args: argparse.Namespace) -> int:
         FileNotFoundError: No such recipe, data or tokenizer.
         ValueError: As of ``maskgit table``; or a training that failed.
     """
-    if args.runs:
-        raise ValueError(
-            f"ablation {args.runs[0]}: no run is to be named; `maskgit table 3 RUN...` measures runs as is"
-        )
     schedules = [name.strip() for name in args.schedules.split(",") if name.strip()]
     numbers = None if args.num_steps is None else step_numbers(args.num_steps)
     check_overrides(args.overrides)

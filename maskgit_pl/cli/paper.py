@@ -50,6 +50,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         allow_abbrev=False,
     )
     table.add_argument("number", type=int, choices=(1, 2, 3), help="of the table")
+    _add_runs(table)
     add_measuring_arguments(table)
     table.add_argument("--cas-model", metavar="NAME", help="timm network of the classification accuracy score of Table "
                        "1, or none (default: resnet50, or resnet18 below 64 pixels)")  # fmt: skip
@@ -67,6 +68,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         allow_abbrev=False,
     )
     figure.add_argument("number", type=int, choices=(4, 8), help="of the figure")
+    _add_runs(figure)
     add_measuring_arguments(figure)
     figure.add_argument("--num-steps", metavar="T,...", help="of Figure 8 (default: 2,3,4,6,8,12,16,24, up to N/2)")
     figure.add_argument("--num-tokens", metavar="N,...", default="16,64,256,1024", help="of Figure 4 (default: "
@@ -74,11 +76,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     figure.set_defaults(run=run_figure)
 
 
-def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that say what is measured, on what and with what."""
+def _add_runs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "runs", nargs="*", type=Path, metavar="RUN", help="run folders (runs/NAME) or pretrained folders"
     )
+
+
+def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say what is measured, on what and with what."""
     parser.add_argument("--data", type=Path, metavar="DIR", help="data folder (default: what the first was trained on)")
     parser.add_argument("--num-samples", type=int, default=1000, metavar="N", help="images a row (default: 1000)")
     parser.add_argument(

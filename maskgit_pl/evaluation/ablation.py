@@ -132,4 +132,6 @@ def _measure(
         subject, decoding_at(subject, best), num_images=num_images, seed=num_images, networks=networks
     )
     likelihood = bench.likelihood(subject, num_images=10 * num_images, draws=draws)
-    return ScheduleResult(name, subject.run, best, curve, fresh, likelihood)
+    schedule = subject.pipe.transformer.mask_schedule
+    assert schedule is not None  # schedule_of has refused a sequential model
+    return ScheduleResult(name, subject.run, best, curve, fresh, likelihood, schedule)

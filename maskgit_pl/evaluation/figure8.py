@@ -11,7 +11,6 @@ import torch
 
 from maskgit_pl.evaluation.drawing import LineEnd, name_lines, save_figure
 from maskgit_pl.evaluation.tables import ScheduleResult
-from maskgit_pl.schedules import mask_schedules
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -86,7 +85,7 @@ def _colours(results: Sequence[ScheduleResult]) -> Mapping[str, str]:
 def _draw_schedules(axes: Axes, figure: Figure8, colours: Mapping[str, str]) -> None:
     progress = torch.linspace(0, 1, _POINTS)
     for result in figure.results:
-        ratio = mask_schedules.build(result.schedule)(progress, figure.num_tokens).clamp(0, 1)
+        ratio = result.mask_schedule(progress, figure.num_tokens).clamp(0, 1)
         axes.plot(progress, ratio, color=colours[result.schedule], linewidth=1.8, label=result.schedule)
     axes.set_xlabel("progress r = t / T")
     axes.set_ylabel("mask ratio gamma(r)")

@@ -22,6 +22,7 @@ from maskgit_pl.evaluation.published import (
     PublishedGeneration,
     Task,
 )
+from maskgit_pl.schedules import MaskSchedule
 
 __all__ = ["Page", "ScheduleResult", "agreement_with_paper", "markdown_table", "table_1", "table_2", "table_3"]
 
@@ -76,6 +77,7 @@ class ScheduleResult:
         curve: Distance at each T.
         fresh: By network: the row of ``samples.csv`` at ``best_steps``, with noise that took no part in the choice.
         likelihood: The row of ``likelihood.csv``.
+        mask_schedule: The schedule itself.
     """
 
     schedule: str
@@ -84,6 +86,7 @@ class ScheduleResult:
     curve: Mapping[int, float]
     fresh: Mapping[str, Row]
     likelihood: Row
+    mask_schedule: MaskSchedule
 
 
 def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> list[str]:

@@ -5,12 +5,13 @@ from PIL import Image
 
 from maskgit_pl.evaluation.figure8 import Figure8, draw
 from maskgit_pl.evaluation.tables import ScheduleResult
+from maskgit_pl.schedules import mask_schedules
 
 
 @pytest.mark.parametrize("floor", [None, 0.1, 1.9])
 def test_the_figure_is_drawn_for_any_schedules_and_floor(tmp_path: Path, floor: float | None) -> None:
     results = [
-        ScheduleResult(name, name, 4, {2: start, 4: start / 2, 8: start / 1.5}, {}, {})
+        ScheduleResult(name, name, 4, {2: start, 4: start / 2, 8: start / 1.5}, {}, {}, mask_schedules.build(name))
         for name, start in (("cosine", 4.0), ("log", 30.0), ("arccos", 5.0))
     ]
     draw(Figure8(results, 16, "fid/classifier", 100, floor, "shoes"), tmp_path / "deep" / "figure-8.png")

@@ -1,0 +1,185 @@
+import argparse
+import csv
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from maskgit_pl.cli import ablation, paper
+from maskgit_pl.data import ShardData
+from maskgit_pl.evaluation import bench, cas
+from maskgit_pl.evaluation.classifier import ClassifierConfig, obtain_classifier
+from maskgit_pl.pretrained import read_config
+from tests.conftest import flags, save_tiny_pretrained
+
+TINY = Path(__file__).parents[1] / "tiny"
+
+
+@pytest.fixture(scope="module")
+def judge(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    data = ShardData(str(tiny_shards), image_size=8, in_channels=1)
+    data.setup()
+    folder = tmp_path_factory.mktemp("judge")
+    obtain_classifier(folder, data, config=replace(ClassifierConfig(), width=4, max_steps=3, batch=20))
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    """Two runs of other weights; the second is of another schedule."""
+    for seed, name in enumerate(("shoes-square", "shoes-cosine")):
+        save_tiny_pretrained(tmp_path / "runs" / name / "pretrained", seed=seed)
+    config = tmp_path / "runs" / "shoes-cosine" / "pretrained" / "transformer" / "config.json"
+    config.write_text(config.read_text().replace('"name": "pow"', '"name": "cosine"').replace('"exponent": 2.0', ""))
+    text = config.read_text()
+    start = text.index('"mask_schedule"')
+    config.write_text(text[:start] + '"mask_schedule": "cosine"' + text[text.index("}", start) + 1 :])
+    assert read_config(config.parent, "transformer")["mask_schedule"] == "cosine"
+    return [tmp_path / "runs" / name for name in ("shoes-square", "shoes-cosine")]
+
+
+def call(command: str, *words: object) -> int:
+    parser = argparse.ArgumentParser()
+    subparsers = parser.add_subparsers(dest="command")
+    paper.add_parser(subparsers)
+    ablation.add_parser(subparsers)
+    args = parser.parse_args([command, *map(str, words)])
+    args.overrides = []
+    code: int = args.run(args)
+    return code
+
+
+def common(data: Path, judge: Path, results: Path) -> list[object]:
+    return ["--data", data, "--features", f"classifier={judge}", "--results", results, "--num-samples", 12, "--device",
+            "cpu"]  # fmt: skip
+
+
+def rows(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_table_1_is_measured_once_and_written_with_the_paper_s_rows(
+    runs: list[Path], tiny_shards: Path, judge: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["1", *runs, *common(tiny_shards, judge, tmp_path / "results"), "--cas-model", "none"]
+    assert call("table", *words) == 0
+    page = (tmp_path / "results" / "shards" / "table-1.md").read_text()
+    for text in ("`shoes-square`", "`shoes-cosine`", "real images", "BigGAN-deep", "maskgit table 1"):
+        assert text in page
+    assert "MaskGIT" in capsys.readouterr().out
+    measured = rows(tmp_path / "results" / "samples.csv")
+    assert [row["run"] for row in measured] == ["shoes-square", "shoes-cosine", ""]
+    assert all(row["commit"] and row["date"] and row["num_images"] == "12" for row in measured)
+    with Image.open(tmp_path / "results" / "shards" / "table-1.png") as picture:
+        assert picture.height > 100
+
+    monkeypatch.setattr(bench, "generate", lambda *_, **__: pytest.fail("measured again"))
+    assert call("table", *words) == 0
+    assert rows(tmp_path / "results" / "samples.csv") == measured
+
+
+def test_the_classification_accuracy_score_stands_beside_that_of_real_images(
+    runs: list[Path], tiny_shards: Path, judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = cas.CASConfig(model="small", width=4, max_steps=3, batch=12)
+    monkeypatch.setattr(cas, "default_config", lambda *_, **__: quick)
+    how = [*common(tiny_shards, judge, tmp_path / "results"), "--cas-samples", 24]
+    call("table", 1, runs[0], *how)
+    measured = rows(tmp_path / "results" / "cas.csv")
+    assert [row["model"] for row in measured] == ["MaskGIT", "real images"]
+    assert all(0 <= float(row["top1"]) <= float(row["top5"]) == 1 for row in measured)  # of 3 classes
+    assert "Classification accuracy score" in (tmp_path / "results" / "shards" / "table-1.md").read_text()
+
+
+def test_table_2_edits_held_out_images(runs: list[Path], tiny_shards: Path, judge: Path, tmp_path: Path) -> None:
+    call("table", 2, runs[0], *common(tiny_shards, judge, tmp_path / "results"))
+    measured = rows(tmp_path / "results" / "editing.csv")
+    assert [(row["task"], row["model"]) for row in measured] == [
+        (task, kind) for task in ("outpaint-right", "inpaint-centre") for kind in ("MaskGIT", "masked", "unedited")
+    ]
+    assert measured[2]["fid"] == measured[5]["fid"]  # the same images, as they are
+    assert "CoModGAN" in (tmp_path / "results" / "shards" / "table-2.md").read_text()
+
+
+def test_table_3_and_figure_8_choose_t_and_measure_it_again(
+    runs: list[Path], tiny_shards: Path, judge: Path, tmp_path: Path
+) -> None:
+    config = {"trainer": {"max_steps": 100}, "data": {"global_batch": 64}}
+    for run in runs:
+        (run / "transformer").mkdir()
+        (run / "transformer" / "config.yaml").write_text(yaml.safe_dump(config))
+    how = [*common(tiny_shards, judge, tmp_path / "results"), "--num-steps", "2,4,16"]
+    call("table", 3, *runs, *how)
+    measured = rows(tmp_path / "results" / "samples.csv")
+    steps = [(row["run"], row["num_steps"], row["seed"]) for row in measured if row["run"]]
+    assert {each for each in steps if each[2] == "0"} == {
+        (run.name, number, "0")
+        for run in runs
+        for number in ("2", "4")  # at most half of 16 tokens
+    }
+    for run in runs:
+        curve = {
+            row["num_steps"]: float(row["fid"]) for row in measured if row["run"] == run.name and row["seed"] == "0"
+        }
+        best = min(curve, key=lambda number: curve[number])
+        assert (run.name, best, "12") in steps  # noise that took no part in the choice
+    page = (tmp_path / "results" / "shards" / "table-3.md").read_text()
+    assert "`cosine`" in page
+    assert "`pow (exponent 2.0)`" in page
+    assert (tmp_path / "results" / "shards" / "figure-8.png").is_file()
+    assert {row["run"] for row in rows(tmp_path / "results" / "likelihood.csv")} == {run.name for run in runs}
+
+    (runs[0] / "transformer" / "config.yaml").write_text(yaml.safe_dump({**config, "trainer": {"max_steps": 50}}))
+    with pytest.raises(ValueError, match=r"trainer\.max_steps: runs with the same value .* shoes-square 50"):
+        call("figure", 8, *runs, *how)
+
+
+def test_what_is_wrong_is_said_before_anything_is_measured(
+    runs: list[Path], tiny_shards: Path, judge: Path, tmp_path: Path
+) -> None:
+    how = common(tiny_shards, judge, tmp_path / "results")
+    with pytest.raises(ValueError, match="table 1: at least one run is needed"):
+        call("table", 1, *how)
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        call("table", 1, tmp_path / "nowhere", *how)
+    shutil.copytree(runs[0], runs[0].with_name("again"))
+    with pytest.raises(ValueError, match="one for each mask schedule is needed"):
+        call("table", 3, runs[0], runs[0].with_name("again"), *how)
+    with pytest.raises(ValueError, match="a number of at most 8, half of the tokens"):
+        call("table", 3, *runs, *how, "--num-steps", "12")
+    with pytest.raises(ValueError, match="--num-samples: at least one for each of the 3 classes"):
+        call("table", 1, *runs, *how, "--num-samples", 2)
+    with pytest.raises(FileNotFoundError, match="recipe 'cosin'"):
+        call("ablation", "--schedules", "square,cosin")
+
+
+@pytest.mark.slow
+def test_an_ablation_trains_measures_and_goes_on(
+    tiny_shards: Path, judge: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = save_tiny_pretrained(tmp_path / "pretrained") / "tokenizer"
+    tiny = yaml.safe_load((TINY / "transformer.yaml").read_text())
+    tiny["trainer"] |= {"max_steps": 2, "val_check_interval": 2}
+
+    def ablate() -> None:
+        parser = argparse.ArgumentParser()
+        ablation.add_parser(parser.add_subparsers(dest="command"))
+        words = [
+            "ablation", "--schedules", "cosine", "--dataset", "shoes", "--runs-folder", tmp_path / "runs",
+            "--tokenizer", tokenizer, "--num-steps", "2,4", *common(tiny_shards, judge, tmp_path / "results"),
+        ]  # fmt: skip
+        args, args.overrides = parser.parse_known_args(list(map(str, words + flags(tiny))))[0], flags(tiny)
+        assert args.run(args) == 0
+
+    ablate()
+    assert (tmp_path / "results" / "shards" / "table-3.md").read_text().count("shoes-") == 0
+    assert {row["run"] for row in rows(tmp_path / "results" / "samples.csv")} == {"shoes-cosine", ""}
+    measured = rows(tmp_path / "results" / "samples.csv")
+    capfd.readouterr()
+    ablate()
+    assert capfd.readouterr().out.count("nothing to do") == 1
+    assert rows(tmp_path / "results" / "samples.csv") == measured
