@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from maskgit_pl.cli import main
 from maskgit_pl.training.checkpoints import FolderCheckpointIO, newest_complete
 from tests.conftest import flags
 
@@ -19,19 +20,30 @@ STEPS = 6
 CLUSTERS = {"cpu": [], "ddp": ["--trainer.devices=2"], "fsdp": ["--trainer.devices=2"]}
 
 
-def train(stage: str, cluster: str, shards: Path, runs: Path, *more: str, tokenizer: Path | None = None) -> dict:
-    """Trains a few steps and returns the last checkpoint."""
+def words(stage: str, cluster: str, shards: Path, runs: Path, *more: str, tokenizer: Path | None = None) -> list[str]:
+    """The words of a command that trains a few steps."""
     tiny = yaml.safe_load((TINY / f"{stage}.yaml").read_text())
     tiny["trainer"] |= {"max_steps": STEPS, "val_check_interval": STEPS}
+    if "--recipe=autoregressive" in more:
+        del tiny["model"]["decoding"]  # steps that it has no use for
     named = ["--tokenizer", str(tokenizer)] if tokenizer else []
-    command = [
-        sys.executable, "-m", "maskgit_pl", "train", stage, "--cluster", cluster, "--data", str(shards),
-        "--runs", str(runs), "--run", cluster, *named, *flags(tiny), *CLUSTERS[cluster], *more,
+    return [
+        "train", stage, "--cluster", cluster, "--data", str(shards), "--runs", str(runs), "--run", cluster, *named,
+        *flags(tiny), *CLUSTERS[cluster], *more,
     ]  # fmt: skip
+
+
+def train(stage: str, cluster: str, shards: Path, runs: Path, *more: str, tokenizer: Path | None = None) -> dict:
+    """Trains a few steps and returns the last checkpoint."""
+    command = [sys.executable, "-m", "maskgit_pl", *words(stage, cluster, shards, runs, *more, tokenizer=tokenizer)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
     assert done.returncode == 0, done.stdout + done.stderr
-    return FolderCheckpointIO().load_checkpoint(newest_complete(runs / cluster / stage / "checkpoints"))
+    return last_checkpoint(runs / cluster / stage)
+
+
+def last_checkpoint(folder: Path) -> dict:
+    return FolderCheckpointIO().load_checkpoint(newest_complete(folder / "checkpoints"))
 
 
 def assert_close(state: dict, other: dict) -> None:
@@ -56,6 +68,17 @@ def test_ddp_and_fsdp_train_the_transformer_of_one_process(tiny_shards, tiny_pre
         assert one["optimizer_states"][0]["param_groups"] == other["optimizer_states"][0]["param_groups"]
         assert (tmp_path / cluster / "transformer" / "samples.png").is_file()
         assert (tmp_path / cluster / "pretrained" / "transformer" / "model.safetensors").is_file()
+
+
+def test_fsdp_trains_and_samples_the_sequential_baseline_of_one_process(tiny_shards, tiny_pretrained, tmp_path):
+    given = (tiny_shards, tmp_path, "--recipe=autoregressive")
+    assert main(words("transformer", "cpu", *given, tokenizer=tiny_pretrained / "tokenizer")) == 0
+    one = last_checkpoint(tmp_path / "cpu" / "transformer")
+    other = train("transformer", "fsdp", *given, tokenizer=tiny_pretrained / "tokenizer")
+    assert_close(one["state_dict"], other["state_dict"])
+    pictures = [(tmp_path / cluster / "transformer" / "samples.png").read_bytes() for cluster in ("cpu", "fsdp")]
+    assert pictures[0] == pictures[1]
+    assert (tmp_path / "fsdp" / "pretrained" / "transformer" / "model.safetensors").is_file()
 
 
 def test_a_checkpoint_of_ddp_goes_on_under_fsdp(tiny_shards, tiny_pretrained, tmp_path):
