@@ -13,7 +13,9 @@ import torch
 
 import maskgit_pl
 
-__all__ = ["describe_environment"]
+__all__ = ["describe_environment", "device_name"]
+
+_CPUINFO = Path("/proc/cpuinfo")
 
 
 def describe_environment() -> dict[str, Any]:
@@ -29,6 +31,19 @@ def describe_environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "accelerators": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
     }
+
+
+def device_name(device: torch.device) -> str:
+    """What a device is, for people: a GPU's name, or the processor's with its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    lines = _CPUINFO.read_text().splitlines() if _CPUINFO.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    threads = torch.get_num_threads()
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _commit() -> str | None:
