@@ -98,8 +98,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def step_numbers(text: str) -> tuple[int, ...]:
-    """Numbers of steps: ``4,8,16``, ``4-16``, or both mixed; each once, in the order given.
+def step_numbers(text: str, *, flag: str = "--num-steps") -> tuple[int, ...]:
+    """Numbers of steps, or others that a flag takes: ``4,8,16``, ``4-16``, or both; each once, in the order given.
 
     Raises:
         ValueError: None, something else, a number below 1, or a range that falls.
@@ -108,15 +108,13 @@ def step_numbers(text: str) -> tuple[int, ...]:
     for word in filter(None, map(str.strip, text.split(","))):
         first, dash, last = word.partition("-")
         if not (first.isdigit() and (last.isdigit() or not dash)):
-            raise ValueError(
-                f"--num-steps {text}: numbers such as 4,8,16 or a range such as 4-16 are needed, got {word!r}"
-            )
+            raise ValueError(f"{flag} {text}: numbers such as 4,8,16 or a range such as 4-16 are needed, got {word!r}")
         low, high = int(first), int(last or first)
         if not 1 <= low <= high:
-            raise ValueError(f"--num-steps {text}: numbers of at least 1 that rise are needed, got {word!r}")
+            raise ValueError(f"{flag} {text}: numbers of at least 1 that rise are needed, got {word!r}")
         found += range(low, high + 1)
     if not found:
-        raise ValueError(f"--num-steps {text!r}: at least one number is needed, such as 8")
+        raise ValueError(f"{flag} {text!r}: at least one number is needed, such as 8")
     return tuple(dict.fromkeys(found))
 
 

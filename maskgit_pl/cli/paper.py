@@ -19,6 +19,7 @@ from maskgit_pl.cli.measuring import (
     progress_bars,
     step_numbers,
 )
+from maskgit_pl.cli.model import default_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 _SHOWN_CLASSES, _SHOWN_EDITS = 10, 12
+_NUM_TOKENS = "16,64,256,1024"
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -71,7 +73,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     _add_runs(figure)
     add_measuring_arguments(figure)
     figure.add_argument("--num-steps", metavar="T,...", help="of Figure 8 (default: 2,3,4,6,8,12,16,24, up to N/2)")
-    figure.add_argument("--num-tokens", metavar="N,...", default="16,64,256,1024", help="of Figure 4 (default: "
+    figure.add_argument("--num-tokens", metavar="N,...", default=_NUM_TOKENS, help="of Figure 4 (default: "
                         "16,64,256,1024)")  # fmt: skip
     figure.set_defaults(run=run_figure)
 
@@ -201,7 +203,8 @@ def write_page(page: Page, folder: Path, name: str, *, pictures: Sequence[str] =
     from maskgit_pl.files import write_atomically
 
     folder.mkdir(parents=True, exist_ok=True)
-    shown = "".join(f"\n![{picture.removesuffix('.png')}]({picture})\n" for picture in pictures)
+    missing = [picture for picture in pictures if f"({picture})" not in page.markdown]
+    shown = "".join(f"\n![{picture.removesuffix('.png')}]({picture})\n" for picture in missing)
     for ending, text in (("md", page.markdown + shown), ("csv", page.csv)):
         with write_atomically(folder / f"{name}.{ending}") as stream:
             stream.write(text.encode())
@@ -368,4 +371,26 @@ def run_figure(args: argparse.Namespace) -> int:
 
 
 def _figure_4(args: argparse.Namespace) -> int:
-    raise NotImplementedError
+    """Times the decoders, and draws; needs neither a run nor data.
+
+    Raises:
+        ValueError: A run is named, or a number of tokens that is no square.
+    """
+    if args.runs:
+        raise ValueError(f"figure 4 {args.runs[0]}: random weights are timed; leave the run out")
+    numbers = step_numbers(args.num_tokens, flag="--num-tokens")
+    from dataclasses import asdict
+
+    from maskgit_pl.evaluation.figure4 import as_markdown, draw, measure
+    from maskgit_pl.evaluation.tables import Page, as_csv
+
+    device = args.device or default_device()
+    with progress_bars() as bars:
+        bar = bars("figure 4: points", 3 * len(numbers))
+        timings = measure(args.results / "timing.csv", num_tokens=numbers, device=device, on_point=lambda _: bar(1))
+    args.results.mkdir(parents=True, exist_ok=True)
+    draw(timings, args.results / "figure-4.png")
+    words = ["maskgit figure 4", *([] if args.num_tokens == _NUM_TOKENS else [f"--num-tokens {args.num_tokens}"])]
+    page = Page(as_markdown(timings, " ".join(words)), as_csv([asdict(timing) for timing in timings]))
+    write_page(page, args.results, "figure-4", pictures=["figure-4.png"])
+    return 0
