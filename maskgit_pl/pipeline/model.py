@@ -396,6 +396,7 @@ class MaskGIT:
 
         Source: paper, section on class-conditional image editing.
         """
+        self.transformer.schedule_for("edit_class")
         if variants < 1:
             raise ValueError(f"variants: at least 1 is needed, got {variants}")
         mask: MaskLike = cast("MaskLike", region)

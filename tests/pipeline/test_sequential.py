@@ -87,7 +87,7 @@ def test_editing_is_refused_by_name(pipe) -> None:
     rule = "a model with bidirectional attention is needed, .* got a sequential one, .* take another run"
     with pytest.raises(ValueError, match=f"inpaint: {rule}"):
         pipe.inpaint(image, mask, classes=[0])
-    with pytest.raises(ValueError, match=f"inpaint: {rule}"):
+    with pytest.raises(ValueError, match=f"edit_class: {rule}"):
         pipe.edit_class(image, (0, 0, 4, 4), 1)
     with pytest.raises(ValueError, match=f"outpaint: {rule}"):
         pipe.outpaint(image, left=2, classes=[0])
