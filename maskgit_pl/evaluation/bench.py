@@ -34,7 +34,7 @@ from maskgit_pl.evaluation.reference import Reference
 from maskgit_pl.evaluation.tables import REAL
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pretrained import fingerprint
-from maskgit_pl.training.environment import describe_environment
+from maskgit_pl.training.environment import describe_environment, device_name
 
 __all__ = ["CLASSIFIER", "Bars", "Bench", "Judge", "Subject", "describe_decoding"]
 
@@ -375,10 +375,8 @@ def _reader(images: Tensor) -> Callable[[range], Tensor]:
 
 
 def _measured(subject: Subject | None) -> dict[str, Any]:
-    environment = describe_environment()
-    device = "cpu" if subject is None else subject.pipe.device.type
     return {
-        "commit": environment["commit"],
+        "commit": describe_environment()["commit"],
         "date": datetime.date.today().isoformat(),
-        "device": f"{device}, {environment['threads']} threads" if device == "cpu" else environment["accelerators"][0],
+        "device": device_name(torch.device("cpu") if subject is None else subject.pipe.device),
     }

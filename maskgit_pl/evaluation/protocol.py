@@ -193,8 +193,7 @@ def check_decoding(pipe: MaskGIT, decoding: DecodingConfig) -> None:
         TypeError: A part does not take its arguments.
         ValueError: An unknown name, a number out of range, more steps than tokens, guidance without a null class.
     """
-    num_tokens = pipe.tokenizer.grid[0] * pipe.tokenizer.grid[1]
-    decoding.decoder(pipe.transformer.mask_schedule).plan([num_tokens], num_tokens)
+    pipe.check_decoding(decoding)
     if any(decoding.scales()) and pipe.transformer.network.config.null_label is None:
         raise ValueError(
             f"guidance {decoding.guidance}: this model has no null class (it was trained with class_dropout 0); "
