@@ -329,8 +329,8 @@ def as_markdown(timings: Sequence[Timing], command: str) -> str:
             *page,
             "",
             f"At N = {counts[-1]} a sequential image takes {largest[0]} times as long as MaskGIT's with a cache and",
-            f"{largest[1]} times without. The paper's 30 to 64 times are a GPU's, which computes the tokens of an image",
-            "in about the time of one; on a processor time goes with the work, of which a cache saves the most.",
+            f"{largest[1]} times without. The paper's 30 to 64 times are a GPU's, which computes the tokens of an",
+            "image in about the time of one; on a processor time goes with the work, of which a cache saves the most.",
             "",
         ]
     )

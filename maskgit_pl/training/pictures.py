@@ -139,7 +139,7 @@ def decode_images(tokenizer: PretrainedTokenizer, tokens: Tensor, *, grid: tuple
 
 
 def shown_steps(steps: Sequence[DecodingStep], kind: Literal["animation", "filmstrip"]) -> list[DecodingStep]:
-    """The steps that a picture shows, so that no others need be decoded: all, or some, the first and last among them."""
+    """The steps that a picture shows, so that no others need be decoded: all, or some with the first and last."""
     most = _MOST_FRAMES if kind == "animation" else _MOST_STEPS
     return [steps[number] for number in _spread(len(steps), most)]
 
