@@ -21,6 +21,7 @@ CLASSES ?= all
 STEPS ?=
 SEED ?= 0
 ARGS ?=
+WORKERS ?= auto
 
 # The run that every stage belongs to. RECIPE may name several recipes, from left to right: RECIPE='paper-256 log'.
 OF_RUN = --dataset $(DATASET) --data $(DATA) --recipe "$(RECIPE)" --run "$(RUN)" $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)") $(if $(PRETRAINED),--pretrained "$(PRETRAINED)")
@@ -29,7 +30,7 @@ OF_RUN = --dataset $(DATASET) --data $(DATA) --recipe "$(RECIPE)" --run "$(RUN)"
 
 help: ## Print every target
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
-	@echo "Variables: DATASET RECIPE CLUSTER RUN DATA IMAGES TOKENIZER PRETRAINED IMAGE CLASSES STEPS SEED NAME ARGS"
+	@echo "Variables: DATASET RECIPE CLUSTER RUN DATA IMAGES TOKENIZER PRETRAINED IMAGE CLASSES STEPS SEED NAME WORKERS ARGS"
 
 $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -90,7 +91,7 @@ benchmark: $(STAMP) ## Measure ours against the alternatives: NAME=stage2_step (
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/$(NAME).py $(ARGS)
 
 test: $(STAMP) ## Run the tests (quick ones alone: ARGS="-m 'not slow'")
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal $(ARGS)
 
 lint: $(STAMP) ## Check style, types and shell scripts
 	$(BIN)/ruff check .

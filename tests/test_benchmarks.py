@@ -86,7 +86,7 @@ def test_a_measurement_has_a_whole_row_for_each_contender(stage2_step, task, pre
         assert len(one.seconds) == 3
         assert list(one.parts) == ["forward", "backward", "clip", "optimiser", "average"]
         assert [sum(each) for each in zip(*one.parts.values(), strict=True)] == pytest.approx(one.seconds)
-        assert one.memory is None or 0 <= one.memory < 1e9
+        assert one.memory is None or one.memory >= 0  # what else this process has held shows in it
         assert json.loads(json.dumps(dataclasses.asdict(one)))["peak"] > 0
     table = stage2_step.markdown_table([one.row() for one in measured]).splitlines()
     assert len(table) == 2 + len(OURS)
