@@ -57,7 +57,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     table.add_argument("--cas-model", metavar="NAME", help="timm network of the classification accuracy score of Table "
                        "1, or none (default: resnet50, or resnet18 below 64 pixels)")  # fmt: skip
     table.add_argument(
-        "--cas-samples", type=int, metavar="N", help="images it is trained on (default: 5 x --num-samples)"
+        "--cas-samples", type=int, metavar="N", help="images it is trained on (default: as --num-samples)"
     )
     table.add_argument("--num-steps", metavar="T,...", help="of Table 3 (default: 2,3,4,6,8,12,16,24, up to N/2)")
     table.set_defaults(run=run_table)
@@ -254,7 +254,7 @@ def _accuracies(made: Opened, args: argparse.Namespace) -> list[dict[str, str]]:
     from maskgit_pl.evaluation.cas import default_config
 
     config = default_config(made.bench.data.image_size, model=args.cas_model)
-    count = args.cas_samples or 5 * args.num_samples
+    count = args.cas_samples or args.num_samples
     count = min(count, made.bench.data.summary.samples["train"])
     rows = [
         made.bench.cas(subject, subject.pipe.decoding, config, num_images=count, seed=args.seed)

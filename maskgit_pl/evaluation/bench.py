@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +172,7 @@ class Bench:
         batch_size: int = 100,
     ) -> None:
         self.data, self.dataset, self.judges, self.bars, self.batch_size = data, dataset, judges, bars, batch_size
+        self._commit = describe_environment()["commit"]  # of the code that runs, not of what is committed later
         first = rank_and_world()[0] == 0
         on = (*_MODEL, "num_images", "seed")
         how = ("num_steps", "decoding")
@@ -218,7 +219,7 @@ class Bench:
             for label in missing:
                 numbers = self._say(label, made.read, made.labels)
                 seconds = {"seconds_per_image": made.seconds_per_image}
-                row = {**keys, **self._judged(label), **numbers, **seconds, **_measured(subject)}
+                row = {**keys, **self._judged(label), **numbers, **seconds, **self._measured(subject)}
                 rows[label] = self._samples.add(row)
             if not keep:
                 forget(self._file(subject, decoding, num_images, seed))
@@ -252,9 +253,10 @@ class Bench:
             images, labels = self.real_images("train", count)
             for label in missing:
                 numbers = self._say(label, _reader(images), labels)
-                rows[label] = self._samples.add({**keys, **self._judged(label), **numbers, **_measured(None)})
+                rows[label] = self._samples.add({**keys, **self._judged(label), **numbers, **self._measured(None)})
         return {label: row for label, row in rows.items() if row is not None}
 
+    @lru_cache(maxsize=2)  # noqa: B019  # a bench lives as long as its command
     def real_images(self, split: str, count: int) -> tuple[Tensor, Tensor]:
         """So many images of a split, drawn at random, always the same ones: (n, C, H, W) uint8 and labels (n,)."""
         samples = self.data.summary.samples[split]
@@ -272,7 +274,9 @@ class Bench:
         count = min(num_images, self.data.summary.samples["val"])
         keys = {**self._on(subject), "num_images": count, "seed": seed, "draws": draws}
         row = self._likelihood.find(**keys)
-        return row or self._likelihood.add({**keys, **self._nll(subject, count, draws, seed), **_measured(subject)})
+        return row or self._likelihood.add(
+            {**keys, **self._nll(subject, count, draws, seed), **self._measured(subject)}
+        )
 
     def _nll(self, subject: Subject, count: int, draws: int, seed: int) -> dict[str, float]:
         transformer = subject.pipe.transformer
@@ -317,7 +321,7 @@ class Bench:
         bar = self.bars(f"CAS: {config.model} on {name}", config.max_steps)
         found = classification_accuracy(images, labels, self.data, config, on_step=lambda: bar(1))
         numbers = {"top1": found.top1, "top5": found.top5, "real_images": found.images}
-        return self._cas.add({**keys, **numbers, **_measured(subject)})
+        return self._cas.add({**keys, **numbers, **self._measured(subject)})
 
     def editing(
         self, subject: Subject, task: Task, *, num_images: int, seed: int, networks: Sequence[str]
@@ -331,11 +335,9 @@ class Bench:
             for label in networks:
                 row = self._editing.find(**keys, **self._judged(label))
                 if row is None:
-                    if not images:
-                        images = self._edited(subject, task, count, seed)
+                    images = images or self._edited(subject, task, count, seed)
                     numbers = self._say(label, _reader(images[kind]), self.real_images("val", count)[1])
-                    identity = _measured(subject) | {"model": kind}
-                    row = self._editing.add({**keys, **self._judged(label), **numbers, **identity})
+                    row = self._editing.add({**keys, **self._judged(label), **numbers, **self._measured(subject)})
                 rows.append(row)
         return rows
 
@@ -348,6 +350,10 @@ class Bench:
     def _say(self, label: str, read: Callable[[range], Tensor], labels: Tensor) -> dict[str, float]:
         bar = self.bars(f"features of {label}", len(labels))
         return self.judges[label](read, len(labels), labels, on_images=bar)
+
+    def _measured(self, subject: Subject | None) -> dict[str, Any]:
+        device = torch.device("cpu") if subject is None else subject.pipe.device
+        return {"commit": self._commit, "date": datetime.date.today().isoformat(), "device": device_name(device)}
 
     def _judged(self, label: str) -> dict[str, Any]:
         features = self.judges[label].reference.features
@@ -372,11 +378,3 @@ def _bits(name: str, found: ImageLikelihood) -> dict[str, float]:
 
 def _reader(images: Tensor) -> Callable[[range], Tensor]:
     return lambda rows: images[rows.start : rows.stop]
-
-
-def _measured(subject: Subject | None) -> dict[str, Any]:
-    return {
-        "commit": describe_environment()["commit"],
-        "date": datetime.date.today().isoformat(),
-        "device": device_name(torch.device("cpu") if subject is None else subject.pipe.device),
-    }
