@@ -204,9 +204,13 @@ def _cas_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def _published_generation() -> list[str]:
+    def decimals(value: float | None) -> str:
+        return "" if value is None else f"{value:.2f}"
+
     def cells(row: PublishedGeneration) -> list[str]:
-        values = (row.inception_score, row.precision, row.recall, row.parameters, row.steps, row.cas_top1, row.cas_top5)
-        return [row.model, str(row.size), f"{row.fid:.2f}", *("" if value is None else str(value) for value in values)]
+        quality = [decimals(row.fid), row.inception_score or "", decimals(row.precision), decimals(row.recall)]
+        cost = [row.parameters, row.steps]
+        return [row.model, str(row.size), *quality, *cost, decimals(row.cas_top1), decimals(row.cas_top5)]
 
     real = ["classifier trained on real images", *[""] * 7, *map(str, CLASSIFIER_ON_REAL_IMAGES)]
     headings = ["model", "size", "FID (inception)", "IS (inception)", "precision", "recall", "parameters", "steps",
