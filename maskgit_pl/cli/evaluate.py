@@ -131,7 +131,7 @@ def _evaluate(
             specs,
             data,
             classifier=folders.judge,
-            kept=folders.evaluation,
+            kept=folders.real,
             reference=args.reference,
             device=pipe.device,
             bars=bars,
@@ -176,7 +176,7 @@ def _evaluate(
 
 
 def _begin_anew(folder: Path) -> None:
-    """Takes away what an earlier evaluation has measured and generated; features of real images stay."""
+    """Takes away what an earlier evaluation has measured and generated."""
     for path in (*folder.glob("*.csv"), *folder.glob("samples-*.npz")):
         path.unlink()
     for path in folder.glob("samples-*.npz.parts"):

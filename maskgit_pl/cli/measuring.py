@@ -58,16 +58,18 @@ class RunFolders:
         home: The run's folder; the pretrained folder itself where it stands alone.
         data: The data folder.
         judge: Where the classifier is kept.
+        real: Where features of real images are kept, for all runs of the same data.
     """
 
     pretrained: Path
     home: Path
     data: Path
     judge: Path
+    real: Path
 
     @property
     def evaluation(self) -> Path:
-        """Where generated images and features of real ones are kept."""
+        """Where generated images, and what was measured on them, are kept."""
         return self.home / "evaluation"
 
 
@@ -94,7 +96,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=100, metavar="N", help="images at a time (default: 100)")
     parser.add_argument("--device", help="cpu, cuda, mps ... (default: a GPU if there is one)")
     parser.add_argument(
-        "--classifier", type=Path, metavar="DIR", help="where the judge is kept (default: RUN/classifier)"
+        "--classifier", type=Path, metavar="DIR", help="where the judge is kept (default: runs/DATA-classifier/small)"
     )
 
 
@@ -178,7 +180,8 @@ def find_run(args: argparse.Namespace) -> RunFolders:
     path = args.data or _trained_on(home)
     if not path.is_dir():
         raise FileNotFoundError(f"data {path}: no such folder; name one with --data")
-    return RunFolders(pretrained, home, path, args.classifier or home / "classifier")
+    real = home.absolute().parent / f"{path.absolute().name}-classifier"  # one judge for all runs of the data
+    return RunFolders(pretrained, home, path, args.classifier or real / "small", real)
 
 
 def open_model(folders: RunFolders, args: argparse.Namespace) -> MaskGIT:

@@ -109,7 +109,7 @@ def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=100, metavar="N", help="images at a time (default: 100)")
     parser.add_argument("--device", help="cpu, cuda, mps ... (default: a GPU if there is one)")
     parser.add_argument(
-        "--classifier", type=Path, metavar="DIR", help="where the judge is kept (default: classifier of the first run)"
+        "--classifier", type=Path, metavar="DIR", help="where the judge is kept (default: runs/DATA-classifier/small)"
     )
 
 
@@ -159,7 +159,7 @@ def opened(args: argparse.Namespace) -> Iterator[Opened]:
             specs,
             data,
             classifier=first.judge,
-            kept=first.evaluation,
+            kept=first.real,
             reference=args.reference,
             device=subjects[0].pipe.device,
             bars=bars,

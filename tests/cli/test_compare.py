@@ -115,7 +115,7 @@ def test_wrong_input_ends_with_2_and_one_line_before_any_work(
     error = capsys.readouterr().err
     assert match in error
     assert error.count("\n") == 1
-    assert not (run_folder / "classifier").exists()
+    assert not (run_folder.parent / "shards-classifier").exists()
     assert not (run_folder / "comparison").exists()
 
 

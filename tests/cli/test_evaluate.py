@@ -61,7 +61,7 @@ def test_writes_numbers_pictures_and_a_classifier(run_folder: Path, tiny_shards:
     assert report["likelihood"]["elbo_bits_per_token"] > 0
     assert report["classifier"]["real_images"] == 24
     assert report["real_against_real"]["images"] == 12
-    assert (run_folder / "classifier" / "model.safetensors").is_file()
+    assert (run_folder.parent / "shards-classifier" / "small" / "model.safetensors").is_file()
     for name in ("samples.png", "reconstructions.png"):
         with Image.open(run_folder / name) as picture:
             assert picture.width > 100
@@ -168,7 +168,7 @@ def test_unknown_or_doubled_networks_are_refused_before_any_work(run_folder: Pat
         call(run_folder, "--data", tiny_shards, "--features", "lite0,classifier,lite0")
     with pytest.raises(ValueError, match="MASKGIT_INCEPTION"):
         call(run_folder, "--data", tiny_shards, "--features", f"inception={run_folder}/nowhere.pth")
-    assert not (run_folder / "classifier").exists()
+    assert not (run_folder.parent / "shards-classifier").exists()
 
 
 def test_missing_or_foreign_data_are_named(run_folder: Path, tmp_path: Path) -> None:
@@ -181,4 +181,4 @@ def test_missing_or_foreign_data_are_named(run_folder: Path, tmp_path: Path) -> 
 def test_too_few_images_are_refused_before_any_work(run_folder: Path, tiny_shards: Path) -> None:
     with pytest.raises(ValueError, match="--num-images: at least 2 for each of the 3 classes"):
         call(run_folder, "--data", tiny_shards, "--num-images", 5)
-    assert not (run_folder / "classifier").exists()
+    assert not (run_folder.parent / "shards-classifier").exists()
