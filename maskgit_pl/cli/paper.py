@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -137,6 +138,10 @@ def opened(args: argparse.Namespace) -> Iterator[Opened]:
     """
     if not args.runs:
         raise ValueError(f"{args.command} {args.number}: at least one run is needed, such as runs/fashion-mnist-cosine")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"{args.command}: one process measures it; `maskgit evaluate` is what several share, drop torchrun"
+        )
     for flag, least in (("num_samples", 2), ("batch", 1)):
         if getattr(args, flag) < least:
             raise ValueError(f"--{flag.replace('_', '-')}: at least {least} is needed, got {getattr(args, flag)}")
@@ -150,6 +155,11 @@ def opened(args: argparse.Namespace) -> Iterator[Opened]:
     data = open_data(first, subjects[0].pipe)
     for subject in subjects[1:]:
         check_data(subject.pipe, data)
+        if subject.pipe.tokenizer.image_size != data.image_size:
+            raise ValueError(
+                f"run {subject.run}: images of the first run's {data.image_size} pixels are needed, got "
+                f"{subject.pipe.tokenizer.image_size}; make a table of its own"
+            )
     if args.num_samples < data.num_classes:
         raise ValueError(
             f"--num-samples: at least one for each of the {data.num_classes} classes is needed, got {args.num_samples}"
@@ -332,7 +342,9 @@ def measured_schedules(made: Opened, args: argparse.Namespace, numbers: Sequence
         configs[subject.run] = (yaml.safe_load(file.read_text()) or {}) if file.is_file() else {}
     check_budgets(configs)
     steps = STEPS if numbers is None else numbers
-    return ablate(made.bench, made.subjects, steps=steps, num_images=args.num_samples, networks=made.networks)
+    return ablate(
+        made.bench, made.subjects, steps=steps, num_images=args.num_samples, seed=args.seed, networks=made.networks
+    )
 
 
 def write_schedules(made: Opened, results: Sequence[ScheduleResult], args: argparse.Namespace, command: str) -> None:

@@ -77,18 +77,20 @@ def ablate(
     *,
     steps: Sequence[int] = STEPS,
     num_images: int = 1000,
+    seed: int = 0,
     networks: Sequence[str],
     draws: int = 4,
 ) -> list[ScheduleResult]:
     """Measures a model for each schedule.
 
-    The best T is found on the images of seed 0; what is reported of it is measured on those that follow them.
+    The best T is found on the first images; what is reported of it is measured on those that follow them.
 
     Args:
         bench: Measures, and remembers.
         subjects: Models that differ in their mask schedule alone.
         steps: The T; those above half of the number of tokens are left out.
-        num_images: Images of a point.
+        num_images: Images of a point; likelihoods are of twice as many real ones.
+        seed: Of the first one.
         networks: Labels of the judges; the first one's FID chooses T.
         draws: Masks of an image for likelihoods.
 
@@ -106,7 +108,7 @@ def ablate(
     order = [row.schedule for row in SCHEDULES]
     pairs = sorted(zip(names, subjects, strict=True), key=lambda pair: order.index(pair[0]) if pair[0] in order else 99)
     return [
-        _measure(bench, name, subject, wanted, num_images=num_images, networks=networks, draws=draws)
+        _measure(bench, name, subject, wanted, num_images=num_images, seed=seed, networks=networks, draws=draws)
         for name, subject in pairs
     ]
 
@@ -118,20 +120,21 @@ def _measure(
     steps: Sequence[int],
     *,
     num_images: int,
+    seed: int,
     networks: Sequence[str],
     draws: int,
 ) -> ScheduleResult:
     curve = {}
     for number in steps:
         of_step = bench.samples(
-            subject, decoding_at(subject, number), num_images=num_images, seed=0, networks=networks[:1]
+            subject, decoding_at(subject, number), num_images=num_images, seed=seed, networks=networks[:1]
         )
         curve[number] = float(of_step[networks[0]]["fid"])
     best = min(curve, key=lambda number: curve[number])
     fresh = bench.samples(
-        subject, decoding_at(subject, best), num_images=num_images, seed=num_images, networks=networks
+        subject, decoding_at(subject, best), num_images=num_images, seed=seed + num_images, networks=networks
     )
-    likelihood = bench.likelihood(subject, num_images=10 * num_images, draws=draws)
+    likelihood = bench.likelihood(subject, num_images=2 * num_images, draws=draws)
     schedule = subject.pipe.transformer.mask_schedule
     assert schedule is not None  # schedule_of has refused a sequential model
     return ScheduleResult(name, subject.run, best, curve, fresh, likelihood, schedule)
