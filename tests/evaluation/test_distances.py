@@ -3,11 +3,8 @@
 import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset
-from torch_fidelity import calculate_metrics
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
@@ -20,11 +17,8 @@ from maskgit_pl.evaluation.distances import (
     kernel_distance,
     precision_recall,
 )
-from maskgit_pl.evaluation.features import Extractor, ImageFeatures, extract
+from maskgit_pl.evaluation.features import ImageFeatures
 from maskgit_pl.evaluation.reference import Reference, Statistics
-from maskgit_pl.networks.features import InceptionSpec
-from tests.evaluation.feature_networks import pictures
-from tests.inception import save_inception
 
 
 def normal(count: int, seed: int, *, width: int = 6, scale: float = 1.0, shift: float = 0.0) -> torch.Tensor:
@@ -189,42 +183,3 @@ def test_measuring_leaves_torch_s_generator_alone() -> None:
     torch.manual_seed(3)
     inception_score(normal(40, 0))
     assert torch.equal(torch.rand(1), expected)
-
-
-class Pictures(Dataset):
-    def __init__(self, images: torch.Tensor) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, row: int) -> torch.Tensor:
-        return self.images[row]
-
-
-@pytest.mark.slow
-def test_all_of_it_is_torch_fidelity_s_from_the_images_on(tmp_path, monkeypatch) -> None:
-    # The same LAPACK routine; numpy's threads take ten times as long for it beside other work.
-    monkeypatch.setattr(np.linalg, "eigvals", lambda matrix: torch.linalg.eigvals(torch.from_numpy(matrix)).numpy())
-    file, sha256 = save_inception(tmp_path / "inception.pth")
-    made, real = pictures(6, channels=3, size=24), pictures(7, channels=3, seed=1, size=24)
-    theirs = calculate_metrics(
-        input1=Pictures(made), input2=Pictures(real), feature_extractor="inception-v3-compat", isc=True, fid=True,
-        kid=True, prc=True, kid_subset_size=6, kid_subsets=1, isc_splits=2, samples_shuffle=False, cuda=False,
-        cache=False, batch_size=7, save_cpu_ram=True, verbose=False, feature_extractor_weights_path=str(file),
-    )  # fmt: skip
-    inception = Extractor.create(InceptionSpec(str(file), sha256))
-    ours, reference = (
-        replace(extract([inception], [(images, torch.arange(len(images)))])["inception"], spatial=None)
-        for images in (made, real)
-    )
-    found = distances(ours, Reference.of(reference))
-    assert found["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
-    assert found["precision"] == pytest.approx(theirs["precision"], rel=1e-6)
-    assert found["recall"] == pytest.approx(theirs["recall"], rel=1e-6)
-    score = inception_score(ours.logits[as_dealt(6).argsort()], splits=2)[0]
-    assert score == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
-    drawn = np.random.RandomState(2020)  # as torch-fidelity draws its subset
-    subsets = drawn.choice(6, 6, replace=False), drawn.choice(7, 6, replace=False)
-    kid = kernel_distance(ours.pooled[subsets[0]], reference.pooled[subsets[1]])[0]
-    assert kid == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-3)

@@ -1,0 +1,182 @@
+"""Ours against torch-fidelity: every number that both have, from the same images on, and how long each took.
+
+    python benchmarks/fidelity.py --data data/shards/fashion-mnist --num-images 250
+
+The images are real ones: of the val split against as many of the train split. The network is InceptionV3 with the
+weight file of ``--weights``, or without one with random weights, which agree or differ like any others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from measuring import markdown_table, processor
+from torch import Tensor
+from torch.utils.data import Dataset
+from torch_fidelity import calculate_metrics
+
+from maskgit_pl.data import ShardData
+from maskgit_pl.evaluation.distances import distances, inception_score, kernel_distance
+from maskgit_pl.evaluation.features import Extractor, ImageFeatures, extract, own_image_batches
+from maskgit_pl.evaluation.reference import Reference, own_real_batches
+from maskgit_pl.networks.features import InceptionSpec
+from maskgit_pl.networks.inception import Inception
+from maskgit_pl.shards.manifest import read_manifest_summary
+
+_SPLITS, _SEED = 10, 2020  # of torch-fidelity's inception score, and of its subsets
+_NAMES = {
+    "FID": "frechet_inception_distance",
+    "KID": "kernel_inception_distance_mean",
+    "IS": "inception_score_mean",
+    "precision": "precision",
+    "recall": "recall",
+}
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One number.
+
+    Args:
+        name: Of the metric.
+        ours: What this project says.
+        theirs: What torch-fidelity says.
+    """
+
+    name: str
+    ours: float
+    theirs: float
+
+    @property
+    def difference(self) -> float:
+        """Relative to theirs."""
+        return abs(self.ours - self.theirs) / max(abs(self.theirs), 1e-12)
+
+
+class _Colour(Dataset[Tensor]):
+    """Images as torch-fidelity takes them: uint8 in three channels."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images.expand(-1, 3, -1, -1)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> Tensor:
+        return self.images[row]
+
+
+def random_weights(file: Path) -> str:
+    """Writes a weight file of random numbers, scaled so that features neither vanish nor explode; gives its sha256."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = Inception()
+        for module in network.modules():
+            if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
+                torch.nn.init.kaiming_normal_(module.weight)
+    torch.save(network.state_dict(), file)
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def real_images(data: ShardData, split: str, count: int) -> Tensor:
+    """So many images of a split, drawn at random: (n, C, H, W) uint8."""
+    batches = own_real_batches(data, split, num_images=count, shuffled=True)  # type: ignore[arg-type]  # train or val
+    return torch.cat([batch.content for batch in batches])
+
+
+def theirs(generated: Tensor, real: Tensor, weights: Path) -> dict[str, float]:
+    """What torch-fidelity says."""
+    count = min(len(generated), len(real))
+    found: Mapping[str, float] = calculate_metrics(
+        input1=_Colour(generated), input2=_Colour(real), feature_extractor="inception-v3-compat", isc=True, fid=True,
+        kid=True, prc=True, kid_subset_size=count, kid_subsets=1, cuda=False, cache=False, save_cpu_ram=True,
+        verbose=False, batch_size=50, feature_extractor_weights_path=str(weights), samples_shuffle=True,
+    )  # fmt: skip
+    return {name: float(found[key]) for name, key in _NAMES.items()}
+
+
+def ours(generated: Tensor, real: Tensor, spec: InceptionSpec) -> dict[str, float]:
+    """What this project says, with torch-fidelity's draws of subsets and parts, which are chance."""
+    network = Extractor.create(spec)
+    made, reference = (_features(network, images) for images in (generated, real))
+    numbers = distances(made, Reference.of(reference))
+    dealt = np.random.RandomState(_SEED).permutation(len(generated))
+    drawn = np.random.RandomState(_SEED)
+    count = min(len(generated), len(real))
+    subsets = [torch.from_numpy(drawn.choice(len(images), count, replace=False)) for images in (generated, real)]
+    kid = kernel_distance(made.pooled[subsets[0]], reference.pooled[subsets[1]])[0]
+    assert made.logits is not None
+    return {
+        "FID": numbers["fid"],
+        "KID": kid,
+        "IS": inception_score(_undealt(made.logits[torch.from_numpy(dealt)]), splits=_SPLITS)[0],
+        "precision": numbers["precision"],
+        "recall": numbers["recall"],
+    }
+
+
+def _features(network: Extractor, images: Tensor) -> ImageFeatures:
+    read = lambda rows: images[rows.start : rows.stop]  # noqa: E731
+    return extract([network], own_image_batches(read, len(images)))[network.label]
+
+
+def _undealt(logits: Tensor) -> Tensor:
+    """Put in the order that torchmetrics' own permutation turns into the one given."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # as ``inception_score`` does
+        order = torch.randperm(len(logits))
+    return logits[order.argsort()]
+
+
+def compare(data: ShardData, count: int, weights: Path | None) -> tuple[list[Compared], dict[str, float]]:
+    """All numbers, and the seconds that each side took.
+
+    Args:
+        data: Real images.
+        count: Of each split.
+        weights: Inception's published file; None for random weights.
+    """
+    generated, real = (real_images(data, split, count) for split in ("val", "train"))
+    with tempfile.TemporaryDirectory() as folder:
+        file = weights or Path(folder) / "inception.pth"
+        spec = InceptionSpec(str(file)) if weights is not None else InceptionSpec(str(file), random_weights(file))
+        start = time.perf_counter()
+        of_ours = ours(generated, real, spec)
+        middle = time.perf_counter()
+        of_theirs = theirs(generated, real, file)
+        seconds = {"ours": middle - start, "torch-fidelity": time.perf_counter() - middle}
+    return [Compared(name, of_ours[name], of_theirs[name]) for name in _NAMES], seconds
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description="Ours against torch-fidelity on the same images.", allow_abbrev=False)
+    parser.add_argument("--data", type=Path, default=Path("data/shards/fashion-mnist"), help="data folder")
+    parser.add_argument("--num-images", type=int, default=250, help="of each split (default: 250)")
+    parser.add_argument("--weights", type=Path, help="Inception's published weight file (default: random weights)")
+    args = parser.parse_args(argv)
+    summary = read_manifest_summary(args.data)
+    data = ShardData(str(args.data), image_size=summary.images.height[0], in_channels=summary.channels)
+    data.setup()
+    compared, seconds = compare(data, args.num_images, args.weights)
+    kind = "random weights" if args.weights is None else args.weights.name
+    print(f"InceptionV3, {kind}; {args.num_images} val against {args.num_images} train images of {args.data.name}; "
+          f"{processor()}")  # fmt: skip
+    print()
+    columns = ("", "ours", "torch-fidelity", "relative difference")
+    rows = [(one.name, f"{one.ours:.9g}", f"{one.theirs:.9g}", f"{one.difference:.1e}") for one in compared]
+    ratio = f"{seconds['torch-fidelity'] / seconds['ours']:.2f} x the time"
+    rows.append(("seconds", f"{seconds['ours']:.1f}", f"{seconds['torch-fidelity']:.1f}", ratio))
+    print(markdown_table([dict(zip(columns, row, strict=True)) for row in rows]))
+
+
+if __name__ == "__main__":
+    main()
