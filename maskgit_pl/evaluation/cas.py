@@ -36,8 +36,8 @@ class CASConfig(ClassifierConfig):
     """Network and training, the same for generated and for real images; arguments as of ``ClassifierConfig``.
 
     The network is the paper's, the training a short one for thousands of images, with AdamW and one cycle of the
-    learning rate: two minutes of one processor core with resnet18 and grey images of 28 pixels. For the paper's 1.2 million images set ``max_steps`` to some 90 epochs, ``batch`` to 256 and
-    ``precision`` to bf16-mixed.
+    learning rate: two minutes of one processor core with resnet18 and grey images of 28 pixels. For the paper's 1.2
+    million images set ``max_steps`` to some 90 epochs, ``batch`` to 256 and ``precision`` to bf16-mixed.
     """
 
     model: str = "resnet50"
