@@ -230,7 +230,8 @@ def table_2(rows: Sequence[Row], *, command: str) -> Page:
     lines += paragraph(
         "Each held-out image is edited once: its class and what stays visible are given, the rest is generated and",
         "pasted in. The results are measured against the real val images. `unedited` are the same images as they are,",
-        "`masked` with grey in place of what is to be generated: between the two lies what there is to win.",
+        "`masked` with grey in place of what is to be generated: between the two lies what there is to win. Hidden parts",
+        "are whole tokens: the right half is rounded up, the centre down (of 7 x 7 tokens 4 columns, and 3 x 3 tokens).",
     )
     lines += [""]
     for task, title in TASKS.items():
@@ -243,7 +244,7 @@ def table_2(rows: Sequence[Row], *, command: str) -> Page:
 def _editing_lines(rows: Sequence[Row]) -> list[str]:
     shown = [name for name in _NUMBERS if present(rows, name)]
     return markdown_table(
-        ["images", "run", "network", *(_NUMBERS[name][0] for name in shown), "images", "steps"],
+        ["result", "run", "network", *(_NUMBERS[name][0] for name in shown), "images", "steps"],
         [
             [row["model"], _code(row["run"]), row["network"], *(_cell(row, name) for name in shown),
              row["num_images"], row["num_steps"]]
