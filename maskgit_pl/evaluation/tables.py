@@ -230,8 +230,8 @@ def table_2(rows: Sequence[Row], *, command: str) -> Page:
     lines += paragraph(
         "Each held-out image is edited once: its class and what stays visible are given, the rest is generated and",
         "pasted in. The results are measured against the real val images. `unedited` are the same images as they are,",
-        "`masked` with grey in place of what is to be generated: between the two lies what there is to win. Hidden parts",
-        "are whole tokens: the right half is rounded up, the centre down (of 7 x 7 tokens 4 columns, and 3 x 3 tokens).",
+        "`masked` with grey in place of what is to be generated: between the two lies what there is to win. What is",
+        "hidden are whole tokens: the right half rounded up, the centre down (of 7 x 7 tokens 4 columns, and 3 x 3).",
     )
     lines += [""]
     for task, title in TASKS.items():
