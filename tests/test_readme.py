@@ -14,7 +14,8 @@ from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pretrained import fingerprint, save_tokenizer, save_transformer
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 BLOCKS = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "pipe" in block]
 CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -65,3 +66,20 @@ def test_the_examples_run_one_after_the_other(tmp_path: Path):
 def test_the_examples_name_the_demos_run(block: str):
     for path in re.findall(r'"(runs/[^"]+)"', block):
         assert path == "runs/fashion-mnist-cosine/pretrained"
+
+
+def section(title: str) -> str:
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def test_the_paper_s_tables_are_those_of_the_results():
+    pages = "\n".join(page.read_text() for page in (ROOT / "results").rglob("*.md"))
+    rows = [line for line in section("Measured as the paper does").splitlines() if line.startswith("|")]
+    assert len(rows) > 10
+    for row in rows:
+        assert row in pages, "print it again with the command above it"
+
+
+@pytest.mark.parametrize("path", re.findall(r"\]\(([^)#:]+)\)", README))
+def test_what_the_readme_links_to_is_there(path: str):
+    assert (ROOT / path).exists()
