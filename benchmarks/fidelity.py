@@ -124,7 +124,9 @@ def ours(generated: Tensor, real: Tensor, spec: InceptionSpec) -> dict[str, floa
 
 
 def _features(network: Extractor, images: Tensor) -> ImageFeatures:
-    read = lambda rows: images[rows.start : rows.stop]  # noqa: E731
+    def read(rows: range) -> Tensor:
+        return images[rows.start : rows.stop]
+
     return extract([network], own_image_batches(read, len(images)))[network.label]
 
 

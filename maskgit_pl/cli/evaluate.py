@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from maskgit_pl.cli.bulk import device_of_rank
 from maskgit_pl.cli.measuring import (
     RunFolders,
+    add_feature_arguments,
     add_run_arguments,
     feature_specs,
     find_run,
@@ -51,16 +52,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--num-steps", "--steps", type=int, metavar="T", help="decoding steps (default: the model's own)"
     )
-    parser.add_argument(
-        "--features",
-        default="classifier,lite0",
-        metavar="A,B,...",
-        help="feature networks: classifier, lite0, inception[=FILE], timm:MODEL=FILE, or mappings (default: "
-        "classifier,lite0)",
-    )
-    parser.add_argument(
-        "--reference", type=Path, metavar="FILE.npz", help="ADM's statistics or images in place of the val split"
-    )
+    add_feature_arguments(parser)
     parser.add_argument("--lpips", metavar="vgg=FILE", help="also LPIPS of the reconstructions; the backbone is vgg, "
                         "alex or squeeze")  # fmt: skip
     parser.add_argument("--likelihood-samples", type=int, default=2000, metavar="N",
@@ -118,7 +110,7 @@ def _evaluate(
     from maskgit_pl.evaluation.bench import Bench, Subject
     from maskgit_pl.evaluation.lpips import load_lpips
     from maskgit_pl.evaluation.ranks import barrier, rank_and_world
-    from maskgit_pl.evaluation.report import as_report, as_table, save_report
+    from maskgit_pl.evaluation.report import as_table, save_report
     from maskgit_pl.pipeline.card import refresh_card
 
     lpips = None if args.lpips is None else load_lpips(args.lpips, device=pipe.device)
@@ -147,23 +139,7 @@ def _evaluate(
         )
         barrier()  # all have read the ledger before one of them writes to it
         subject = Subject(folders.home.name, pipe, folders.pretrained, folders.evaluation)
-        plain = pipe.decoding_with(decoding=decoding, guidance_scale=0)
-        ways = {"exported_guidance": decoding} | ({"without_guidance": plain} if any(decoding.scales()) else {})
-        how = {"num_images": args.num_samples, "networks": list(judges)}
-        samples = {name: bench.samples(subject, way, seed=args.seed, keep=True, **how) for name, way in ways.items()}
-        report = as_report(
-            pipe,
-            data,
-            decoding=decoding,
-            num_images=args.num_samples,
-            seed=args.seed,
-            judges=judges,
-            samples=samples,
-            floor=bench.real(**how),
-            reconstruction=rebuilt,
-            likelihood=bench.likelihood(subject, num_images=args.likelihood_samples, draws=4),
-            cas=_accuracies(bench, subject, decoding, args) if args.cas else {},
-        )
+        report = _measure(bench, subject, decoding, rebuilt, args)
         made = bench.generated(subject, decoding, num_images=args.num_samples, seed=args.seed, title="pictures")
     if not first:
         return
@@ -173,6 +149,31 @@ def _evaluate(
     refresh_card(folders.pretrained)
     Console().print(as_table(report))
     print(f"{out}: the numbers; samples.png, reconstructions.png and decoding.gif beside it")
+
+
+def _measure(
+    bench: Bench, subject: Subject, decoding: DecodingConfig, rebuilt: Reconstruction, args: argparse.Namespace
+) -> dict[str, Any]:
+    """What is measured on generated images and on the transformer, with all else that ``evaluation.json`` holds."""
+    from maskgit_pl.evaluation.report import as_report
+
+    ways = {"exported_guidance": decoding}
+    if any(decoding.scales()):
+        ways["without_guidance"] = subject.pipe.decoding_with(decoding=decoding, guidance_scale=0)
+    how = {"num_images": args.num_samples, "networks": list(bench.judges)}
+    return as_report(
+        subject.pipe,
+        bench.data,
+        decoding=decoding,
+        num_images=args.num_samples,
+        seed=args.seed,
+        judges=bench.judges,
+        samples={name: bench.samples(subject, way, seed=args.seed, keep=True, **how) for name, way in ways.items()},
+        floor=bench.real(**how),
+        reconstruction=rebuilt,
+        likelihood=bench.likelihood(subject, num_images=args.likelihood_samples, draws=4),
+        cas=_accuracies(bench, subject, decoding, args) if args.cas else {},
+    )
 
 
 def _begin_anew(folder: Path) -> None:

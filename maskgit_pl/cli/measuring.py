@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from maskgit_pl.pipeline import MaskGIT
 
 __all__ = [
+    "FEATURES",
     "Bars",
     "Judge",
     "RunFolders",
+    "add_feature_arguments",
     "add_run_arguments",
     "feature_specs",
     "find_run",
@@ -41,6 +43,7 @@ __all__ = [
 ]
 
 Bars: TypeAlias = Callable[[str, int], Callable[[int], Any]]
+FEATURES = "classifier,lite0"
 _SECONDS_BETWEEN_LINES = 15.0
 _SHOWN_BARS = 10  # finished ones go where there are more
 _SECONDS_BETWEEN_LINES = 15.0
@@ -97,6 +100,20 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, mps ... (default: a GPU if there is one)")
     parser.add_argument(
         "--classifier", type=Path, metavar="DIR", help="where the judge is kept (default: runs/DATA-classifier/small)"
+    )
+
+
+def add_feature_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the feature networks, and what is compared with in them."""
+    parser.add_argument(
+        "--features",
+        default=FEATURES,
+        metavar="A,B,...",
+        help="feature networks: classifier, lite0, inception[=FILE], timm:MODEL=FILE, or mappings (default: "
+        f"{FEATURES}); the first one chooses where there is something to choose",
+    )
+    parser.add_argument(
+        "--reference", type=Path, metavar="FILE.npz", help="ADM's statistics or images in place of the val split"
     )
 
 

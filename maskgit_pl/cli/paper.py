@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from maskgit_pl.cli.measuring import (
+    FEATURES,
     RunFolders,
+    add_feature_arguments,
     feature_specs,
     find_run,
     open_data,
@@ -89,16 +91,7 @@ def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that say what is measured, on what and with what."""
     parser.add_argument("--data", type=Path, metavar="DIR", help="data folder (default: what the first was trained on)")
     parser.add_argument("--num-samples", type=int, default=1000, metavar="N", help="images a row (default: 1000)")
-    parser.add_argument(
-        "--features",
-        default="classifier,lite0",
-        metavar="A,B,...",
-        help="feature networks: classifier, lite0, inception[=FILE], timm:MODEL=FILE, or mappings (default: "
-        "classifier,lite0); the first one chooses where there is something to choose",
-    )
-    parser.add_argument(
-        "--reference", type=Path, metavar="FILE.npz", help="ADM's statistics or images in place of the val split"
-    )
+    add_feature_arguments(parser)
     parser.add_argument(
         "--results",
         type=Path,
@@ -188,7 +181,7 @@ def _subject(folders: RunFolders, args: argparse.Namespace) -> Subject:
 def command_line(args: argparse.Namespace) -> str:
     """What makes the same page again."""
     words = ["maskgit", args.command, *([str(args.number)] if "number" in args else []), *map(str, args.runs)]
-    usual = {"features": "classifier,lite0", "num_samples": None, "seed": 0}
+    usual = {"features": FEATURES, "num_samples": None, "seed": 0}
     for name, default in usual.items():
         value = getattr(args, name)
         words += [] if value == default else [f"--{name.replace('_', '-')}", shlex.quote(str(value))]

@@ -16,6 +16,7 @@ from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation.bench import CLASSIFIER, Judge
 from maskgit_pl.evaluation.ledger import Row, number
 from maskgit_pl.evaluation.metrics import Reconstruction
+from maskgit_pl.evaluation.tables import NUMBERS
 from maskgit_pl.files import write_atomically
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.training.environment import describe_environment
@@ -26,16 +27,6 @@ _BY_IMAGES = ("class_agreement", "diversity", "seconds_per_image")  # of images,
 _BY_NETWORK = (
     "fid", "sfid", "kid", "kid_deviation", "is", "is_deviation", "precision", "recall", "density", "coverage",
 )  # fmt: skip
-_SHOWN = {  # name before the network -> what a table calls it, factor, digits
-    "fid": ("FID", 1, 2),
-    "sfid": ("sFID", 1, 2),
-    "kid": ("KID x 1000", 1000, 2),
-    "is": ("IS", 1, 2),
-    "precision": ("precision", 1, 3),
-    "recall": ("recall", 1, 3),
-    "density": ("density", 1, 3),
-    "coverage": ("coverage", 1, 3),
-}
 
 
 def as_report(
@@ -151,9 +142,9 @@ def _shown(numbers: Mapping[str, float], name: str, form: str, *, factor: float 
 
 
 def _add_network(table: Table, label: str, columns: Sequence[Mapping[str, float]]) -> None:
-    names = [name for name in _SHOWN if any(f"{name}/{label}" in column for column in columns)]
+    names = [name for name in NUMBERS if any(f"{name}/{label}" in column for column in columns)]
     for name in names:
-        title, factor, digits = _SHOWN[name]
+        title, factor, digits = NUMBERS[name]
         cells = [_shown(column, f"{name}/{label}", f"{{:.{digits}f}}", factor=factor) for column in columns]
         table.add_row(f"{title}, {label}", *cells, end_section=name == names[-1])
 

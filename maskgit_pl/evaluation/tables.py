@@ -24,7 +24,16 @@ from maskgit_pl.evaluation.published import (
 )
 from maskgit_pl.schedules import MaskSchedule
 
-__all__ = ["Page", "ScheduleResult", "agreement_with_paper", "markdown_table", "table_1", "table_2", "table_3"]
+__all__ = [
+    "NUMBERS",
+    "Page",
+    "ScheduleResult",
+    "agreement_with_paper",
+    "markdown_table",
+    "table_1",
+    "table_2",
+    "table_3",
+]
 
 FORMULAS = {  # Table 3's gamma(r), as it prints them; exp and log as released
     "exp": "1 - 2^(-log2(N) (1 - r))",
@@ -40,7 +49,7 @@ TASKS: dict[Task, str] = {
     "inpaint-centre": "inpainting, the centre 50 % x 50 %",
 }
 REAL = "real images"
-_NUMBERS = {  # column of the ledger -> heading, factor, digits
+NUMBERS = {  # column of the ledger -> heading, factor, digits
     "fid": ("FID", 1, 2),
     "sfid": ("sFID", 1, 2),
     "kid": ("KID x 1000", 1000, 2),
@@ -115,7 +124,7 @@ def as_csv(rows: Sequence[Mapping[str, object]]) -> str:
 
 
 def _cell(row: Mapping[str, str], name: str) -> str:
-    value, (_, factor, digits) = number(row, name), _NUMBERS[name]
+    value, (_, factor, digits) = number(row, name), NUMBERS[name]
     return "" if value is None else f"{value * factor:.{digits}f}"
 
 
@@ -175,9 +184,9 @@ def table_1(samples: Sequence[Row], cas: Sequence[Row], *, command: str) -> Page
 
 def _generation_lines(rows: Sequence[Row]) -> list[str]:
     network = rows[0]["network"]
-    shown = [name for name in _NUMBERS if present(rows, name)]
+    shown = [name for name in NUMBERS if present(rows, name)]
     named = ("fid", "sfid", "kid", "is", "precision", "recall", "density", "coverage")
-    headings = [f"{_NUMBERS[name][0]} ({network})" if name in named[:4] else _NUMBERS[name][0] for name in shown]
+    headings = [f"{NUMBERS[name][0]} ({network})" if name in named[:4] else NUMBERS[name][0] for name in shown]
     models = [row for row in rows if row["model"] != REAL] + [row for row in rows if row["model"] == REAL]
     return markdown_table(
         ["model", "run", *headings, "parameters", "steps", "ms an image"],
@@ -242,9 +251,9 @@ def table_2(rows: Sequence[Row], *, command: str) -> Page:
 
 
 def _editing_lines(rows: Sequence[Row]) -> list[str]:
-    shown = [name for name in _NUMBERS if present(rows, name)]
+    shown = [name for name in NUMBERS if present(rows, name)]
     return markdown_table(
-        ["result", "run", "network", *(_NUMBERS[name][0] for name in shown), "images", "steps"],
+        ["result", "run", "network", *(NUMBERS[name][0] for name in shown), "images", "steps"],
         [
             [row["model"], _code(row["run"]), row["network"], *(_cell(row, name) for name in shown),
              row["num_images"], row["num_steps"]]
@@ -342,7 +351,7 @@ def _flat(result: ScheduleResult, networks: Sequence[str]) -> dict[str, object]:
     flat: dict[str, object] = {"schedule": result.schedule, "run": result.run, "best_steps": result.best_steps}
     for network in networks:
         row = result.fresh[network]
-        flat |= {f"{name}/{network}": row[name] for name in _NUMBERS if row.get(name)}
+        flat |= {f"{name}/{network}": row[name] for name in NUMBERS if row.get(name)}
     flat |= {name: cell for name, cell in result.likelihood.items() if "nll" in name or "elbo" in name}
     flat |= {f"fid/{networks[0]} at T = {steps}": value for steps, value in sorted(result.curve.items())}
     kept = ("num_images", "parameters", "commit", "date", "dataset", "data", "transformer", "tokenizer")
