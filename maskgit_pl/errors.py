@@ -1,9 +1,40 @@
-"""Errors that end a command with an exit code of their own."""
+"""Errors that end a command with an exit code of their own.
+
+0 done, 2 bad input, 70 internal error or hang, 74 cannot write, 75 preempted, 76 data budget exceeded, 77 not finite.
+"""
 
 from __future__ import annotations
 
-__all__ = ["DataBudgetError"]
+from typing import ClassVar
+
+__all__ = ["CannotWriteError", "DataBudgetError", "NonFiniteError", "PreemptedError", "RunError"]
 
 
-class DataBudgetError(RuntimeError):
-    """More images cannot be read than the budget allows; ends a command with exit code 76."""
+class RunError(RuntimeError):
+    """Ends a command with ``exit_code`` and its text, without a traceback."""
+
+    exit_code: ClassVar[int]
+
+
+class CannotWriteError(RunError):
+    """Checkpoints cannot be written, several times in a row."""
+
+    exit_code = 74
+
+
+class PreemptedError(RunError):
+    """A signal asked the run to stop: it is saved, and the same command goes on."""
+
+    exit_code = 75
+
+
+class DataBudgetError(RunError):
+    """More images cannot be read than the budget allows."""
+
+    exit_code = 76
+
+
+class NonFiniteError(RunError):
+    """Losses or gradients are not finite, several steps in a row."""
+
+    exit_code = 77

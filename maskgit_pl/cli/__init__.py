@@ -27,7 +27,7 @@ from maskgit_pl.cli import (
     train_classifier,
     tune,
 )
-from maskgit_pl.errors import DataBudgetError
+from maskgit_pl.errors import RunError
 
 __all__ = ["build_parser", "main"]
 
@@ -51,7 +51,6 @@ _COMMANDS = (
     import_taming,
 )
 _BAD_INPUT = 2
-_DATA_BUDGET = 76
 _USER_ERRORS = (ValueError, TypeError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
 
 
@@ -87,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Words after ``maskgit``; those of the process by default.
 
     Returns:
-        Exit code: 0 done, 2 bad input, 76 too many images of the data cannot be read; argparse exits with 2 itself.
+        Exit code: 0 done, 2 bad input, or that of a ``RunError``; argparse exits with 2 itself.
     """
     # Threads that spin for work starve each other where other programs run too: a training step on two busy cores took
     # 1.8 s with spinning threads and 0.1 s with waiting ones. Read when torch is imported, which happens in a command.
@@ -100,9 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.overrides = rest
     try:
         code: int = args.run(args)
-    except (*_USER_ERRORS, DataBudgetError) as error:
+    except (*_USER_ERRORS, RunError) as error:
         if args.traceback:
             raise
         print(f"maskgit {args.command}: {error}", file=sys.stderr)
-        return _DATA_BUDGET if isinstance(error, DataBudgetError) else _BAD_INPUT
+        return error.exit_code if isinstance(error, RunError) else _BAD_INPUT
     return code
