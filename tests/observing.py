@@ -22,7 +22,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from maskgit_pl.training.checkpoints import FolderCheckpointIO, newest_complete
+from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_complete
 
 SECONDS = 120  # after which a process counts as hanging
 KILLED = -signal.SIGKILL

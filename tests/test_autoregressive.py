@@ -11,7 +11,8 @@ from maskgit_pl.decoding import DecodingConfig, SequentialDecoding
 from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.pretrained import load_transformer
-from maskgit_pl.training.checkpoints import Checkpoints, FolderCheckpointIO, newest_complete
+from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_complete
+from maskgit_pl.training.checkpoints import Checkpoints
 from maskgit_pl.training.optimizers import LearningRate
 
 CONFIG = TransformerConfig(16, 3, (4, 4), width=16, depth=2, num_heads=2, mlp_width=32, dropout=0.1, attention="causal")

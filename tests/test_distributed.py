@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from maskgit_pl.cli import main
-from maskgit_pl.training.checkpoints import FolderCheckpointIO, newest_complete
+from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_complete
 from tests.conftest import flags
 
 pytestmark = pytest.mark.slow

@@ -31,7 +31,8 @@ from maskgit_pl.pretrained import fingerprint, read_config
 from maskgit_pl.shards.manifest import read_manifest_summary
 from maskgit_pl.token_model import TokenModel
 from maskgit_pl.tokenizer import Tokenizer
-from maskgit_pl.training.checkpoints import Checkpoints, FolderCheckpointIO, newest_complete, settings_of
+from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_complete, settings_of
+from maskgit_pl.training.checkpoints import Checkpoints
 from maskgit_pl.training.environment import describe_environment
 from maskgit_pl.training.faults import UnreadableReport
 from maskgit_pl.training.pictures import ReconstructionPictures, SamplePictures

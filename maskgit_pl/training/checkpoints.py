@@ -1,125 +1,70 @@
-"""Checkpoints that a crash cannot spoil: folders of safetensors and JSON, complete or ignored.
-
-``runs/RUN/STAGE/checkpoints/step-00001000/`` holds ``tensors.safetensors``, ``state.json`` and, last, ``COMPLETE.json``
-with sizes and hashes. A folder is written under a temporary name beside its place and renamed when all of it is on
-disk. Nothing in it is unpickled. One layout serves one process, DDP and FSDP2.
-"""
+"""When a run is saved, which checkpoints stay, and what happens when one cannot be written."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import re
+import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.plugins.io import CheckpointIO
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.optim import Optimizer
 
-__all__ = ["Checkpoints", "FolderCheckpointIO", "full_state", "newest_complete", "settings_of"]
+from maskgit_pl.errors import CannotWriteError
+from maskgit_pl.training.checkpoint_files import SETTINGS, FolderCheckpointIO, complete_checkpoints, step_of
 
-_TENSORS, _STATE, _MARKER = "tensors.safetensors", "state.json", "COMPLETE.json"
-_SETTINGS = "maskgit_pl.settings"
-_STEP_FOLDER = re.compile(r"step-(\d{8,})")
+__all__ = ["Checkpoints", "full_state"]
 
+log = logging.getLogger(__name__)
 
-class FolderCheckpointIO(CheckpointIO):
-    """Writes and reads what Lightning wants to checkpoint as a folder of tensors and plain values."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Writes the folder ``path``; what was there under that name is replaced only by a complete one.
-
-        Raises:
-            TypeError: The checkpoint holds something that is neither a tensor nor a plain value; its key is named.
-            OSError: The disk is full or not writable; nothing is left behind.
-        """
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.partial-{os.getpid()}")
-        try:
-            _write(temporary, checkpoint)
-            if target.exists():
-                self.remove_checkpoint(target)
-            temporary.rename(target)
-            _sync(target.parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-    def load_checkpoint(
-        self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Reads a complete folder, tensors on the CPU.
-
-        Raises:
-            ValueError: The folder is incomplete or a file is not what was written.
-        """
-        folder = Path(path)
-        _verify(folder)
-        tensors = load_file(folder / _TENSORS)
-        state: dict[str, Any] = _join(json.loads((folder / _STATE).read_text()), tensors)
-        return state
-
-    def remove_checkpoint(self, path: str | Path) -> None:
-        """Deletes a checkpoint; its marker goes first, so that half a checkpoint is never taken for a whole one."""
-        (Path(path) / _MARKER).unlink(missing_ok=True)
-        shutil.rmtree(path)
-
-
-def newest_complete(folder: Path) -> Path | None:
-    """The complete checkpoint with the highest step in a ``checkpoints`` folder, or None."""
-    return max(_complete(folder), default=None, key=lambda path: int(path.name.removeprefix("step-")))
-
-
-def _complete(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return [path for path in folder.iterdir() if _STEP_FOLDER.fullmatch(path.name) and (path / _MARKER).is_file()]
-
-
-def settings_of(folder: Path) -> dict[str, Any] | None:
-    """The settings of the run that a complete checkpoint carries (see ``recipe.fixed_settings``); None if it has none.
-
-    Raises:
-        ValueError: The file is not what was written.
-    """
-    _verify(folder, only=_STATE)
-    settings = dict(json.loads((folder / _STATE).read_text())["items"]).get(_SETTINGS)
-    made: dict[str, Any] | None = None if settings is None else _join(settings, {})
-    return made
+_MOST_FAILURES = 3
 
 
 class Checkpoints(Checkpoint):
     """Saves every ``every_n_steps`` global batches and at the end of training, and keeps the newest few.
 
+    A checkpoint that cannot be written leaves those that are there as they are, and training goes on; the third in a
+    row ends the run.
+
     Args:
         folder: The ``checkpoints`` folder of the run.
         every_n_steps: At least 1.
         keep_last: How many complete checkpoints stay, at least 1.
+        keep_every: Those of steps that are a multiple of it stay for good; None keeps the newest alone.
         settings: What a checkpoint says of the run that it belongs to: plain values.
     """
 
     def __init__(
-        self, folder: Path, *, every_n_steps: int, keep_last: int = 2, settings: Mapping[str, Any] | None = None
+        self,
+        folder: Path,
+        *,
+        every_n_steps: int,
+        keep_last: int = 2,
+        keep_every: int | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
-        if every_n_steps < 1 or keep_last < 1:
+        least = {"checkpoint_every": every_n_steps, "keep_last": keep_last, "keep_every": keep_every}
+        for name, value in least.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: at least 1 is needed, got {value}")
+        if keep_every is not None and keep_every % every_n_steps:
             raise ValueError(
-                f"checkpoints: every_n_steps and keep_last are at least 1, got {every_n_steps}, {keep_last}"
+                f"keep_every: a multiple of checkpoint_every {every_n_steps} is needed, got {keep_every}; "
+                "other steps have no checkpoint that could be kept"
             )
         super().__init__()
         self.folder = folder
         self.every_n_steps = every_n_steps
         self.keep_last = keep_last
+        self.keep_every = keep_every
         self.settings = settings
         self._saved_step = -1
+        self._failures = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lays restored optimiser states out as their parameters, and sweeps what a killed run left half written."""
@@ -127,12 +72,12 @@ class Checkpoints(Checkpoint):
             _lay_out(optimizer)
         self._saved_step = trainer.global_step
         if trainer.is_global_zero and self.folder.is_dir():
-            for leftover in self.folder.glob(".step-*.partial-*"):
+            for leftover in self.folder.glob(".step-*.partial*"):
                 shutil.rmtree(leftover, ignore_errors=True)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if trainer.global_step % self.every_n_steps == 0:
-            self._save(trainer)
+            self.save(trainer)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Counts the micro-batches that are done as those of this run, which may cut a step into more or fewer.
@@ -150,23 +95,56 @@ class Checkpoints(Checkpoint):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self.settings is not None:
-            checkpoint[_SETTINGS] = self.settings
+            checkpoint[SETTINGS] = self.settings
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._save(trainer)
+        self.save(trainer, last=True)
 
-    def _save(self, trainer: Trainer) -> None:
+    def save(self, trainer: Trainer, *, last: bool = False) -> None:
+        """Saves the step that is done, if it is not saved yet; called on every rank.
+
+        Args:
+            trainer: In the middle of a fit.
+            last: Whether no later step can make good for a checkpoint that is not written.
+
+        Raises:
+            CannotWriteError: It cannot be written, and it is the last, or the third in a row. On all ranks.
+        """
         step = trainer.global_step
         if step <= self._saved_step:
             return
-        trainer.save_checkpoint(self.folder / f"step-{step:08d}")
+        try:
+            trainer.save_checkpoint(self.folder / f"step-{step:08d}")
+        except OSError as error:
+            self._failures += 1
+            self._say_what_failed(step, error, last=last)
+            return
         self._saved_step = step
+        self._failures = 0
         if trainer.is_global_zero:
             self._prune()
 
+    def _say_what_failed(self, step: int, error: OSError, *, last: bool) -> None:
+        kept = complete_checkpoints(self.folder)
+        text = f"checkpoint of step {step}: cannot be written: {error}; " + (
+            f"{kept[-1].name} stays" if kept else "there is no older one"
+        )
+        if last or self._failures >= _MOST_FAILURES:
+            why = "it was the last" if last else f"{self._failures} times in a row"
+            raise CannotWriteError(f"{text}; {why}: free space in {self.folder}, and repeat the command to go on")
+        log.warning(
+            "%s; training goes on, the next is tried at step %d (%d of %d failures)",
+            text, (step // self.every_n_steps + 1) * self.every_n_steps, self._failures, _MOST_FAILURES,
+        )  # fmt: skip
+
     def _prune(self) -> None:
-        for old in sorted(_complete(self.folder))[: -self.keep_last]:
-            FolderCheckpointIO().remove_checkpoint(old)
+        for old in complete_checkpoints(self.folder)[: -self.keep_last]:
+            if self.keep_every is not None and step_of(old) % self.keep_every == 0:
+                continue
+            try:
+                FolderCheckpointIO().remove_checkpoint(old)
+            except OSError as error:
+                log.warning("checkpoint %s: cannot be removed: %s", old, error)
 
 
 @torch.no_grad()
@@ -176,82 +154,6 @@ def _lay_out(optimizer: Optimizer) -> None:
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-
-
-def _write(folder: Path, checkpoint: Mapping[str, Any]) -> None:
-    folder.mkdir()
-    tensors: dict[str, Tensor] = {}
-    state = _split(checkpoint, "", tensors)
-    save_file(tensors, folder / _TENSORS)
-    (folder / _STATE).write_text(json.dumps(state))
-    files = [folder / _TENSORS, folder / _STATE]
-    written = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files}
-    for name in written:
-        _sync(folder / name)
-    (folder / _MARKER).write_text(json.dumps({"format": "maskgit_pl.checkpoint", "version": 1, "files": written}))
-    _sync(folder / _MARKER)
-    _sync(folder)
-
-
-def _verify(folder: Path, *, only: str | None = None) -> None:
-    if not (folder / _MARKER).is_file():
-        raise ValueError(f"checkpoint {folder}: incomplete, it has no {_MARKER}; give an older one or train again")
-    for name, expected in json.loads((folder / _MARKER).read_text())["files"].items():
-        if only not in (None, name):
-            continue
-        file = folder / name
-        size = file.stat().st_size if file.is_file() else None
-        if size != expected["bytes"] or _sha256(file) != expected["sha256"]:
-            raise ValueError(
-                f"checkpoint {folder}: {name} is not what was written; remove the folder to go on from an older one"
-            )
-
-
-def _split(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
-    """Plain JSON in which tensors are names; ``tensors`` takes them. Undone by ``_join``."""
-    if isinstance(value, Tensor):
-        tensors[key] = value.detach().cpu().contiguous().clone()
-        return {"tensor": key}
-    if isinstance(value, Mapping):
-        return {"items": [[_plain(k, key), _split(v, f"{key}/{k}", tensors)] for k, v in value.items()]}
-    if isinstance(value, list | tuple):
-        kind = "list" if isinstance(value, list) else "tuple"
-        return {kind: [_split(item, f"{key}/{i}", tensors) for i, item in enumerate(value)]}
-    return _plain(value, key)
-
-
-def _plain(value: Any, key: str) -> Any:
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise TypeError(f"checkpoint {key or '/'}: tensors and plain values only, got {type(value).__name__}")
-
-
-def _join(node: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if not isinstance(node, dict):
-        return node
-    ((kind, content),) = node.items()
-    if kind == "tensor":
-        return tensors[content]
-    if kind == "items":
-        return {key: _join(item, tensors) for key, item in content}
-    made: Iterator[Any] = (_join(item, tensors) for item in content)
-    return list(made) if kind == "list" else tuple(made)
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def full_state(module: torch.nn.Module) -> dict[str, Tensor]:

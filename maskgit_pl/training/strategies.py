@@ -7,22 +7,17 @@ module has already divided.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
-from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from maskgit_pl.registry import nearest
+from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, SavedTensor, rows_of
 
 __all__ = ["STRATEGIES", "build_strategy"]
 
@@ -38,15 +33,20 @@ class NetworksDDP(DDPStrategy):
         else:
             wrap_networks(self._wrap)
 
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """On every rank: all know then whether it is written."""
+        self.checkpoint_io.save_checkpoint(checkpoint, filepath)
+
     def _wrap(self, network: nn.Module) -> nn.Module:
         return DistributedDataParallel(network, device_ids=self.determine_ddp_device_ids(), **self._ddp_kwargs)
 
 
 class FullyShardedDataParallel2(ModelParallelStrategy):
-    """FSDP2 (``fully_shard``) over all ranks; checkpoints are assembled on rank 0 in the layout that DDP writes."""
+    """FSDP2 (``fully_shard``) over all ranks; each writes and reads its own rows of a checkpoint."""
 
-    def __init__(self) -> None:
-        super().__init__(save_distributed_checkpoint=False)
+    checkpoint_io: FolderCheckpointIO
 
     def setup_environment(self) -> None:
         """Shards over every rank of every node: the world is known only now."""
@@ -54,41 +54,46 @@ class FullyShardedDataParallel2(ModelParallelStrategy):
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """This rank's shards."""
+        assert self.lightning_module is not None
+        return self.lightning_module.state_dict()
+
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The whole state on rank 0, numbered as ``optimizer.state_dict()`` of an unsharded run numbers it."""
-        assert self.model is not None
-        optimizer = getattr(optimizer, "_optimizer", optimizer)
-        named = get_optimizer_state_dict(self.model, optimizer, options=_FULL)
-        return _numbered(named, optimizer) if self.global_rank == 0 else {}
+        """This rank's shards, numbered as those of a run without shards."""
+        return getattr(optimizer, "_optimizer", optimizer).state_dict()  # Lightning's wrapper, or torch's own
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """On every rank."""
+        self.checkpoint_io.save_checkpoint(checkpoint, filepath)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Every rank reads the folder and keeps its shards."""
-        assert self.model is not None
-        checkpoint = self.checkpoint_io.load_checkpoint(self.broadcast(checkpoint_path))
-        set_model_state_dict(self.model, checkpoint["state_dict"], options=_FULL)
+        """Each rank reads its rows, whatever ranks wrote them."""
+        assert self.lightning_module is not None
+        own = {f"/state_dict/{name}": value for name, value in self.lightning_module.state_dict().items()}
+        for place, optimizer in enumerate(self.optimizers):
+            parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+            own |= {f"/optimizer_states/{place}/state/{number}": value for number, value in enumerate(parameters)}
+
+        def read(key: str, saved: SavedTensor) -> Tensor:
+            like = own.get(key, own.get(key.rpartition("/")[0]))  # a moment lies as its parameter does
+            return saved.whole() if like is None or saved.is_scalar else _rows_like(like, saved)
+
+        checkpoint = self.checkpoint_io.load_pieces(self.broadcast(checkpoint_path), read)
+        self.lightning_module.load_state_dict(checkpoint["state_dict"])
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            set_optimizer_state_dict(self.model, optimizer, _named(state), options=_FULL)
+            optimizer.load_state_dict(state)
         return checkpoint
 
 
-_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-
-def _numbered(state: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
-    names = [name for group in optimizer.param_groups for name in group["param_names"]]
-    number = {name: place for place, name in enumerate(names)}
-    groups = optimizer.state_dict()["param_groups"]
-    return {"state": {number[name]: values for name, values in state["state"].items()}, "param_groups": groups}
-
-
-def _named(state: Mapping[str, Any]) -> dict[str, Any]:
-    groups = [{**group, "params": list(group["param_names"])} for group in state["param_groups"]]
-    name_of = {
-        number: name
-        for group in state["param_groups"]
-        for number, name in zip(group["params"], group["param_names"], strict=True)
-    }
-    return {"state": {name_of[number]: values for number, values in state["state"].items()}, "param_groups": groups}
+def _rows_like(tensor: Tensor, saved: SavedTensor) -> Tensor:
+    """A saved tensor laid out over ranks and devices as another one."""
+    if not isinstance(tensor, DTensor):
+        return saved.whole()
+    rows = saved.rows(*rows_of(tensor)).to(tensor.device)
+    return DTensor.from_local(rows, tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride())
 
 
 STRATEGIES = ("auto", "ddp", "fsdp")

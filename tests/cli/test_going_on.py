@@ -9,7 +9,7 @@ import yaml
 from maskgit_pl.cli import main
 from maskgit_pl.shards.sources import open_source
 from maskgit_pl.shards.writer import make_shards
-from maskgit_pl.training.checkpoints import FolderCheckpointIO, newest_complete, settings_of
+from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_complete, settings_of
 from tests.conftest import flags, save_tiny_pretrained
 
 TINY = Path(__file__).parents[1] / "tiny"

@@ -10,7 +10,7 @@ from PIL import Image
 
 from maskgit_pl.cli import main
 from maskgit_pl.pretrained import load_transformer
-from maskgit_pl.training.checkpoints import newest_complete
+from maskgit_pl.training.checkpoint_files import newest_complete
 from tests.conftest import flags
 
 TINY = Path(__file__).parents[1] / "tiny"

@@ -11,7 +11,7 @@ import yaml
 
 from maskgit_pl.cli import main
 from maskgit_pl.cli.recipes import recipe_value
-from maskgit_pl.training.checkpoints import newest_complete
+from maskgit_pl.training.checkpoint_files import newest_complete
 from tests.conftest import flags, save_uneven_shards
 
 TINY = Path(__file__).parents[1] / "tiny"

@@ -16,7 +16,7 @@ import yaml
 from maskgit_pl.cli import fit, main
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pretrained import fingerprint, save_tokenizer
-from maskgit_pl.training.checkpoints import FolderCheckpointIO, newest_complete
+from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_complete
 from tests.conftest import flags
 
 TINY = Path(__file__).parents[1] / "tiny"

@@ -5,7 +5,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from maskgit_pl.training.checkpoints import Checkpoints, FolderCheckpointIO, newest_complete
+from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_complete
+from maskgit_pl.training.checkpoints import Checkpoints
 
 STATE = {
     "state_dict": {"weight": torch.arange(6.0).reshape(2, 3).t(), "half": torch.ones(2, dtype=torch.bfloat16)},
@@ -50,7 +51,7 @@ def test_the_newest_complete_one_is_found_and_the_incomplete_ignored(tmp_path):
     assert newest_complete(tmp_path).name == "step-00000020"
 
 
-@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json"])
+@pytest.mark.parametrize("name", ["tensors-00000-of-00001.safetensors", "state.json"])
 def test_a_file_that_is_not_what_was_written_is_refused_by_name(tmp_path, name):
     folder = save(tmp_path / "step-00000003")
     content = bytearray((folder / name).read_bytes())
@@ -85,7 +86,7 @@ def test_training_keeps_the_newest_few_and_sweeps_leftovers(tmp_path):
     trainer.fit(Line(), torch.utils.data.DataLoader(torch.ones(20, 1)))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000006", "step-00000007"]
     marker = json.loads((tmp_path / "step-00000007" / "COMPLETE.json").read_text())
-    assert set(marker["files"]) == {"tensors.safetensors", "state.json"}
+    assert set(marker["files"]) == {"tensors-00000-of-00001.safetensors", "state.json"}
 
 
 class Picture(LightningModule):

@@ -1,0 +1,408 @@
+"""The checkpoint folder: what Lightning wants to save as safetensors and JSON, complete or ignored.
+
+    step-00001000/
+      tensors-00000-of-00002.safetensors   each rank's part of the tensors that are sharded; rank 0's has the others too
+      tensors-00001-of-00002.safetensors
+      state.json                           plain values, with the names of tensors in their places
+      COMPLETE.json                        written last: bytes and sha256 of each file
+
+A folder is written under a temporary name beside its place and renamed when all of it is on disk. Nothing in it is
+unpickled. One process and DDP write one tensor file, FSDP2 one a rank; any world size reads either. Where a piece lies
+in its tensor stands in the header of its file.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch.distributed as dist
+from lightning.pytorch.plugins.io import CheckpointIO
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+__all__ = [
+    "SETTINGS",
+    "FolderCheckpointIO",
+    "SavedTensor",
+    "complete_checkpoints",
+    "newest_complete",
+    "rows_of",
+    "settings_of",
+    "step_of",
+]
+
+_STATE, _MARKER = "state.json", "COMPLETE.json"
+_VERSION = 2  # 1: one file ``tensors.safetensors``
+SETTINGS = "maskgit_pl.settings"
+_STEP_FOLDER = re.compile(r"step-(\d{8,})")
+_FIRST_ROWS = "first_rows"  # in the header of a tensor file: name -> the row at which its piece begins
+
+_Result = TypeVar("_Result")
+
+
+class FolderCheckpointIO(CheckpointIO):
+    """Writes and reads what Lightning wants to checkpoint as a folder of tensors and plain values.
+
+    With ranks, all of them call it together, and an error of one is raised on all.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Writes the folder ``path``; what was there under that name is replaced only by a complete one.
+
+        Raises:
+            TypeError: The checkpoint holds something that is neither a tensor nor a plain value; its key is named.
+            OSError: The disk is full or not writable; nothing is left behind.
+        """
+        target = Path(path)
+        temporary = target.with_name(f".{target.name}.partial")
+        tensors: dict[str, Tensor] = {}
+        state = _split(checkpoint, "", tensors)
+        rank, _ = _place()
+        pieces = _own_pieces(tensors, rank)
+        sizes = _together(lambda: sum(rows.nbytes for rows, _ in pieces.values()))
+        writers = [each for each, size in enumerate(sizes) if size]
+        try:
+            _together(lambda: _make_room(temporary, sum(sizes)) if rank == 0 else None)
+            written = _together(
+                lambda: _write_tensors(temporary, pieces, writers.index(rank), len(writers)) if rank in writers else {}
+            )
+            _together(lambda: _complete(temporary, target, state, written) if rank == 0 else None)
+        finally:
+            if rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Reads a complete folder, whole tensors on the CPU.
+
+        Raises:
+            ValueError: The folder is incomplete or a file is not what was written.
+        """
+        return self.load_pieces(path, lambda _, saved: saved.whole())
+
+    def load_pieces(self, path: str | Path, read: Callable[[str, SavedTensor], Tensor]) -> dict[str, Any]:
+        """Reads a complete folder, of each tensor what ``read`` takes of it.
+
+        Args:
+            path: The folder.
+            read: Given the tensor's place in the checkpoint, such as ``/state_dict/layer.weight``.
+
+        Raises:
+            ValueError: The folder is incomplete or a file is not what was written.
+        """
+        folder = Path(path)
+        rank, world_size = _place()
+        files = _files(folder)
+        _together(lambda: _verify(folder, sorted(files)[rank::world_size], files))  # the ranks share the hashing
+        with _Pieces(folder, [name for name in sorted(files) if name != _STATE], rank) as pieces:
+            state = json.loads((folder / _STATE).read_text())
+            loaded: dict[str, Any] = _join(state, lambda key: read(key, SavedTensor(key, pieces)))
+        return loaded
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Deletes a checkpoint; its marker goes first, so that half a checkpoint is never taken for a whole one."""
+        (Path(path) / _MARKER).unlink(missing_ok=True)
+        shutil.rmtree(path)
+
+
+def newest_complete(folder: Path) -> Path | None:
+    """The complete checkpoint with the highest step in a ``checkpoints`` folder, or None."""
+    return max(complete_checkpoints(folder), default=None, key=step_of)
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """All complete checkpoints of a ``checkpoints`` folder, the oldest first."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if _STEP_FOLDER.fullmatch(path.name) and (path / _MARKER).is_file()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def settings_of(folder: Path) -> dict[str, Any] | None:
+    """The settings of the run that a complete checkpoint carries (see ``recipe.fixed_settings``); None if it has none.
+
+    Raises:
+        ValueError: The file is not what was written.
+    """
+    _verify(folder, [_STATE], _files(folder))
+    settings = dict(json.loads((folder / _STATE).read_text())["items"]).get(SETTINGS)
+    made: dict[str, Any] | None = None if settings is None else _join(settings, _no_tensor)
+    return made
+
+
+@dataclass(frozen=True)
+class SavedTensor:
+    """A tensor of a checkpoint, whole or in pieces, of which any rows can be read.
+
+    Attributes:
+        key: Its place in the checkpoint.
+        pieces: Of all tensors.
+    """
+
+    key: str
+    pieces: _Pieces
+
+    @property
+    def is_scalar(self) -> bool:
+        """Whether it has no dimensions."""
+        return not next(self.pieces.of(self.key)).shape
+
+    def whole(self) -> Tensor:
+        """All of it, on the CPU."""
+        if self.is_scalar:
+            return next(self.pieces.of(self.key)).read(None)
+        return self.rows(0, max(piece.end for piece in self.pieces.of(self.key)))
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of its first dimension, on the CPU.
+
+        Raises:
+            ValueError: The files do not hold all of them.
+        """
+        made: Tensor | None = None
+        missing = stop - start
+        for piece in self.pieces.of(self.key):
+            first, last = max(start, piece.start), min(stop, piece.end)
+            if first > last or (first == last and missing):
+                continue
+            rows = piece.read(slice(first - piece.start, last - piece.start))
+            if last - first == stop - start:
+                return rows
+            made = rows.new_empty(stop - start, *piece.shape[1:]) if made is None else made
+            made[first - start : last - start] = rows
+            missing -= last - first
+        if made is None or missing:
+            raise ValueError(f"checkpoint {self.pieces.folder}: {self.key} is not whole; go on from an older one")
+        return made
+
+
+class _Piece(NamedTuple):
+    """Rows of a tensor in an open file."""
+
+    file: Any  # of safetensors
+    key: str
+    start: int
+    shape: list[int]
+
+    @property
+    def end(self) -> int:
+        return self.start + self.shape[0]
+
+    def read(self, rows: slice | None) -> Tensor:
+        made: Tensor = self.file.get_tensor(self.key) if rows is None else self.file.get_slice(self.key)[rows]
+        return made
+
+
+class _Pieces:
+    """The tensor files of a checkpoint, opened when they are asked for, this rank's own first."""
+
+    def __init__(self, folder: Path, names: Sequence[str], rank: int) -> None:
+        self.folder = folder
+        self._names = [*names[rank : rank + 1], *names[:rank], *names[rank + 1 :]]
+        self._open: dict[str, tuple[Any, set[str], dict[str, int]]] = {}
+        self._files = ExitStack()
+
+    def __enter__(self) -> _Pieces:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.close()
+
+    def of(self, key: str) -> Iterator[_Piece]:
+        for name in self._names:
+            if name not in self._open:
+                file = self._files.enter_context(safe_open(self.folder / name, framework="pt"))
+                starts = json.loads((file.metadata() or {}).get(_FIRST_ROWS, "{}"))
+                self._open[name] = file, set(file.keys()), starts
+            file, keys, starts = self._open[name]
+            if key in keys:
+                yield _Piece(file, key, starts.get(key, 0), file.get_slice(key).get_shape())
+
+
+def rows_of(tensor: DTensor) -> tuple[int, int]:
+    """First row and end of this rank's rows of a tensor that is sharded along its first dimension."""
+    (chunk,) = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]  # torch has no types for it
+    assert chunk.sizes[1:] == tensor.shape[1:]
+    return chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]
+
+
+def _own_pieces(tensors: Mapping[str, Tensor], rank: int) -> dict[str, tuple[Tensor, int]]:
+    """What this rank writes, with the row where it begins: its rows of sharded tensors; rank 0 the others too."""
+    pieces: dict[str, tuple[Tensor, int]] = {}
+    for key, tensor in tensors.items():
+        if isinstance(tensor, DTensor):
+            pieces[key] = tensor.to_local(), rows_of(tensor)[0]
+        elif rank == 0:
+            pieces[key] = tensor, 0
+    return pieces
+
+
+def _make_room(folder: Path, needed: int) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    free = shutil.disk_usage(folder.parent).free
+    if free < needed:
+        text = f"a checkpoint needs {_size(needed)}, {_size(free)} are free"
+        raise OSError(errno.ENOSPC, text, str(folder.parent))
+    folder.mkdir()
+
+
+def _write_tensors(folder: Path, pieces: Mapping[str, tuple[Tensor, int]], number: int, count: int) -> dict[str, Any]:
+    """Writes a tensor file; what the marker says of it."""
+    file = folder / f"tensors-{number:05d}-of-{count:05d}.safetensors"
+    tensors = {key: rows.detach().cpu().contiguous().clone() for key, (rows, _) in pieces.items()}
+    starts = {key: start for key, (_, start) in pieces.items() if start}
+    try:
+        save_file(tensors, file, metadata={_FIRST_ROWS: json.dumps(starts)})
+    except SafetensorError as error:  # whatever the system said
+        needed = sum(tensor.nbytes for tensor in tensors.values())
+        free = shutil.disk_usage(file.parent).free
+        raise OSError(errno.EIO, f"{error}; it needs {_size(needed)}, {_size(free)} are free", str(file)) from error
+    return {file.name: _described(file)}
+
+
+def _complete(temporary: Path, target: Path, state: Any, written: Sequence[Mapping[str, Any]]) -> None:
+    (temporary / _STATE).write_text(json.dumps(state))
+    files = {name: said for each in written for name, said in each.items()}
+    files[_STATE] = _described(temporary / _STATE)
+    marker = {"format": "maskgit_pl.checkpoint", "version": _VERSION, "files": files}
+    (temporary / _MARKER).write_text(json.dumps(marker))
+    _sync(temporary / _MARKER)
+    _sync(temporary)
+    if target.exists():
+        FolderCheckpointIO().remove_checkpoint(target)
+    temporary.rename(target)
+    _sync(target.parent)
+
+
+def _described(file: Path) -> dict[str, Any]:
+    _sync(file)
+    return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+
+
+def _files(folder: Path) -> dict[str, Any]:
+    """What the marker says of each file."""
+    if not (folder / _MARKER).is_file():
+        raise ValueError(f"checkpoint {folder}: incomplete, it has no {_MARKER}; give an older one or train again")
+    marker = json.loads((folder / _MARKER).read_text())
+    if marker["version"] > _VERSION:
+        raise ValueError(
+            f"checkpoint {folder}: versions up to {_VERSION} are read, got {marker['version']}; "
+            "a newer maskgit_pl wrote it: install that one"
+        )
+    files: dict[str, Any] = marker["files"]
+    return files
+
+
+def _verify(folder: Path, names: Sequence[str], files: Mapping[str, Any]) -> None:
+    for name in names:
+        file, expected = folder / name, files[name]
+        size = file.stat().st_size if file.is_file() else None
+        if size != expected["bytes"] or _sha256(file) != expected["sha256"]:
+            raise ValueError(
+                f"checkpoint {folder}: {name} is not what was written; remove the folder to go on from an older one"
+            )
+
+
+def _place() -> tuple[int, int]:
+    """Rank and world size."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _together(work: Callable[[], _Result]) -> list[_Result]:
+    """What each rank's work gave. An error of one is raised on all: a rank that went on alone would wait for ever.
+
+    Raises:
+        OSError: As raised by the first rank that failed.
+        ValueError: Likewise.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [work()]
+    outcome: tuple[_Result | None, OSError | ValueError | None]
+    try:
+        outcome = work(), None
+    except (OSError, ValueError) as error:
+        outcome = None, error
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, outcome)
+    for _, failure in outcomes:
+        if failure is not None:
+            raise failure
+    return [result for result, _ in outcomes]
+
+
+def _split(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
+    """Plain JSON in which tensors are names; ``tensors`` takes them. Undone by ``_join``."""
+    if isinstance(value, Tensor):
+        tensors[key] = value
+        return {"tensor": key}
+    if isinstance(value, Mapping):
+        return {"items": [[_plain(k, key), _split(v, f"{key}/{k}", tensors)] for k, v in value.items()]}
+    if isinstance(value, list | tuple):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return {kind: [_split(item, f"{key}/{i}", tensors) for i, item in enumerate(value)]}
+    return _plain(value, key)
+
+
+def _plain(value: Any, key: str) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"checkpoint {key or '/'}: tensors and plain values only, got {type(value).__name__}")
+
+
+def _join(node: Any, read: Callable[[str], Tensor]) -> Any:
+    if not isinstance(node, dict):
+        return node
+    ((kind, content),) = node.items()
+    if kind == "tensor":
+        return read(content)
+    if kind == "items":
+        return {key: _join(item, read) for key, item in content}
+    made: Iterator[Any] = (_join(item, read) for item in content)
+    return list(made) if kind == "list" else tuple(made)
+
+
+def _no_tensor(key: str) -> Tensor:
+    raise AssertionError(f"{key} is a tensor among settings")
+
+
+def _size(count: int) -> str:
+    """Bytes for people: ``1.3 GB``."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count} bytes"
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
