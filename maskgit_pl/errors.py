@@ -7,7 +7,21 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-__all__ = ["CannotWriteError", "DataBudgetError", "NonFiniteError", "PreemptedError", "RunError"]
+__all__ = [
+    "BAD_INPUT",
+    "INTERNAL_ERROR",
+    "USER_ERRORS",
+    "CannotWriteError",
+    "DataBudgetError",
+    "NonFiniteError",
+    "PreemptedError",
+    "RunError",
+]
+
+BAD_INPUT = 2
+INTERNAL_ERROR = 70
+USER_ERRORS = (ValueError, TypeError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
+"""What a wrong value or file is answered with; their text is for the user, and the exit code is BAD_INPUT."""
 
 
 class RunError(RuntimeError):

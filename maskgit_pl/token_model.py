@@ -33,6 +33,7 @@ from maskgit_pl.pretrained import (
 from maskgit_pl.randomness import random_bits, random_uniform
 from maskgit_pl.training.checkpoints import full_state
 from maskgit_pl.training.ema import frozen_copy, update_ema
+from maskgit_pl.training.guards import Guard, clip_gradients
 from maskgit_pl.training.optimizers import LearningRate, parameter_groups
 
 __all__ = ["NUM_BINS", "TokenModel", "check_fit"]
@@ -66,6 +67,8 @@ class TokenModel(LightningModule):
     """
 
     mask_schedule_spec: str | dict[str, Any] | None = None  # as a recipe names it, of those that have one
+    guard: Guard | None = None  # set by the callback; without it every update counts
+    _skips_update = False
     binned_by: str  # what ``_bins`` looks at, in the names of what is logged
 
     def __init__(
@@ -150,10 +153,28 @@ class TokenModel(LightningModule):
         scheduler = LambdaLR(optimizer, lambda step: self.learning_rate.factor(step, max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Limits the norm, if the recipe says so; a step that any rank cannot take is taken by none.
+
+        Raises:
+            ValueError: Another algorithm than ``norm``.
+        """
+        if gradient_clip_algorithm not in (None, "norm"):
+            raise ValueError(f"trainer.gradient_clip_algorithm: 'norm' is needed, got {gradient_clip_algorithm!r}")
+        norm = clip_gradients(self.transformer.parameters(), gradient_clip_val)
+        self._skips_update = self.guard is not None and self.guard.skips_update(self.trainer, [norm])
+        if self._skips_update:
+            optimizer.zero_grad()  # without gradients the optimiser leaves weights and moments alone
+
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Optimizer | Any, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, *args, **kwargs)
         optimizer.zero_grad()  # Lightning would keep the gradients in memory through the next forward pass
-        if self.ema_network is not None:
+        if self.ema_network is not None and not self._skips_update:
             step = self.trainer.global_step - 1
             update_ema(self.ema_network, self.transformer, decay=self.ema_decay, step=step)
 

@@ -30,6 +30,7 @@ from maskgit_pl.networks.features import FeatureOutput, feature_networks
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pretrained import load_tokenizer, load_weights, save_tokenizer
 from maskgit_pl.training.ema import frozen_copy, update_ema
+from maskgit_pl.training.guards import Guard, clip_gradients
 from maskgit_pl.training.optimizers import LearningRate, parameter_groups
 
 __all__ = ["AdversarialConfig", "CodebookUse", "PerceptualConfig", "Tokenizer"]
@@ -210,6 +211,7 @@ class Tokenizer(LightningModule):
         self._pending = _Pending()
         self._pictures: tuple[Tensor, Tensor] | None = None
 
+    guard: Guard | None = None  # set by the callback; without it every update counts
     lecam_means: Tensor  # (2,) float32
 
     # Set-up
@@ -375,27 +377,30 @@ class Tokenizer(LightningModule):
         step, optimizers = self.global_step, self.optimizers()
         generator, *rest = optimizers if isinstance(optimizers, list) else [optimizers]
         assert isinstance(generator, LightningOptimizer)
+        trained = [(generator, self.network)]
         # The discriminator first: the generator's step advances global_step, and with it whether the loss has started.
         if self.discriminator is not None and self._adversarial_started():
-            (opponent,) = rest
-            assert isinstance(opponent, LightningOptimizer)
-            self._prepare(opponent.optimizer, self.discriminator, step=step)
+            trained = [(rest[0], self.discriminator), *trained]
+        self._set_learning_rate(step)
+        norms = [clip_gradients(network.parameters(), self.gradient_clip) for _, network in trained]
+        skips = self.guard is not None and self.guard.skips_update(self.trainer, norms)
+        for optimizer, _ in trained:
+            if skips:
+                optimizer.zero_grad()  # without gradients the optimiser leaves weights and moments alone
             # Lightning counts every step of a LightningOptimizer in global_step; the plain optimiser's are not counted,
             # so that max_steps means global batches.
-            opponent.optimizer.step()
-            opponent.optimizer.zero_grad()
-        self._prepare(generator.optimizer, self.network, step=step)
-        generator.step()
-        generator.zero_grad()
-        self._follow_weights(step)
+            (optimizer if optimizer is generator else optimizer.optimizer).step()
+            optimizer.zero_grad()
+        if skips:
+            self._pending = _Pending()
+        else:
+            self._follow_weights(step)
 
-    def _prepare(self, optimizer: torch.optim.Optimizer, network: nn.Module, *, step: int) -> None:
-        """Sets the step's learning rate and clips the gradients."""
+    def _set_learning_rate(self, step: int) -> None:
         rate = self.learning_rate.peak * self.learning_rate.factor(step, self.trainer.max_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        if self.gradient_clip is not None:
-            nn.utils.clip_grad_norm_(network.parameters(), self.gradient_clip)
+        for optimizer in self.trainer.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
 
     def _follow_weights(self, step: int) -> None:
         pending, self._pending = self._pending, _Pending()

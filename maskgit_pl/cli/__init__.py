@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from maskgit_pl.cli import (
@@ -27,7 +28,7 @@ from maskgit_pl.cli import (
     train_classifier,
     tune,
 )
-from maskgit_pl.errors import RunError
+from maskgit_pl.errors import BAD_INPUT, INTERNAL_ERROR, USER_ERRORS, RunError
 
 __all__ = ["build_parser", "main"]
 
@@ -50,8 +51,6 @@ _COMMANDS = (
     import_jax,
     import_taming,
 )
-_BAD_INPUT = 2
-_USER_ERRORS = (ValueError, TypeError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -86,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Words after ``maskgit``; those of the process by default.
 
     Returns:
-        Exit code: 0 done, 2 bad input, or that of a ``RunError``; argparse exits with 2 itself.
+        Exit code: 0 done, 2 bad input, 70 internal error, or that of a ``RunError``; argparse exits with 2 itself.
     """
     # Threads that spin for work starve each other where other programs run too: a training step on two busy cores took
     # 1.8 s with spinning threads and 0.1 s with waiting ones. Read when torch is imported, which happens in a command.
@@ -99,9 +98,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.overrides = rest
     try:
         code: int = args.run(args)
-    except (*_USER_ERRORS, RunError) as error:
+    except (*USER_ERRORS, RunError) as error:
         if args.traceback:
             raise
         print(f"maskgit {args.command}: {error}", file=sys.stderr)
-        return error.exit_code if isinstance(error, RunError) else _BAD_INPUT
+        return error.exit_code if isinstance(error, RunError) else BAD_INPUT
+    except Exception:
+        traceback.print_exc()
+        return INTERNAL_ERROR
     return code

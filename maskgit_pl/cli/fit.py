@@ -21,6 +21,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from maskgit_pl.autoregressive import AutoregressiveModel
+from maskgit_pl.cli.leaving import leaving_together
 from maskgit_pl.cli.recipes import Stage, fitting_layer, is_causal, recipe_value
 from maskgit_pl.data import ShardData, StreamConfig, split_batch
 from maskgit_pl.data.stream import check_stream
@@ -35,10 +36,12 @@ from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_comp
 from maskgit_pl.training.checkpoints import Checkpoints
 from maskgit_pl.training.environment import describe_environment
 from maskgit_pl.training.faults import UnreadableReport
+from maskgit_pl.training.guards import Guard
 from maskgit_pl.training.pictures import ReconstructionPictures, SamplePictures
 from maskgit_pl.training.progress import ProgressLines
 from maskgit_pl.training.recipe import changes, fixed_settings
 from maskgit_pl.training.strategies import build_strategy
+from maskgit_pl.training.watchdog import Watchdog
 
 __all__ = ["StageCLI", "fit"]
 
@@ -83,7 +86,9 @@ class StageCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """What a stage needs beyond module, data and Trainer, and which values are one value."""
         parser.add_argument("--checkpoint_every", type=int, default=500, help="steps between checkpoints")
-        parser.add_argument("--keep_last", type=int, default=2, help="checkpoints that stay")
+        parser.add_argument("--keep_last", type=int, default=2, help="newest checkpoints that stay")
+        parser.add_argument("--keep_every", type=int | None, default=None, help="steps whose checkpoints stay for good")
+        parser.add_argument("--hang_seconds", type=float, default=100.0, help="a step may take so long; see Watchdog")
         parser.add_argument("--cpu_threads", type=int | None, default=None, help="threads on a processor")
         parser.link_arguments("data.seed", "model.seed")
         if self.stage == "tokenizer":
@@ -163,7 +168,12 @@ class StageCLI(LightningCLI):
             "check_val_every_n_epoch": None,
             "enable_checkpointing": True,
         }
-        return self._instantiate_trainer({**config, **ours, **kwargs}, self._our_callbacks())
+        trainer = self._instantiate_trainer({**config, **ours, **kwargs}, self._our_callbacks())
+        # Lightning's handler of SIGTERM talks to other ranks, and before each micro-batch it asks the first one and waits
+        # for the device. Signals set a flag here, and the ranks vote once a step (training.guards).
+        trainer._signal_connector.register_signal_handlers = _nothing  # type: ignore[method-assign]
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
+        return trainer
 
     def _our_callbacks(self) -> list[Callback]:
         config = self.config_init
@@ -171,15 +181,21 @@ class StageCLI(LightningCLI):
             self.folder / "checkpoints",
             every_n_steps=config["checkpoint_every"],
             keep_last=config["keep_last"],
+            keep_every=config["keep_every"],
             settings=self.settings,
         )
+        guards = [Guard(self.folder, checkpoints), Watchdog(self.folder, seconds=config["hang_seconds"])]
         progress: Callback = RichProgressBar() if sys.stdout.isatty() else ProgressLines()
         pictures: Callback
         if self.stage == "tokenizer":
             pictures = ReconstructionPictures(self.folder)
         else:
             pictures = SamplePictures(self.folder, class_names=self.datamodule.class_names)
-        return [checkpoints, progress, pictures, UnreadableReport(self.folder)]
+        return [*guards, checkpoints, progress, pictures, UnreadableReport(self.folder)]
+
+
+def _nothing() -> None:
+    pass
 
 
 def fit(
@@ -246,7 +262,8 @@ def fit(
             folder / stage, data.global_batch, trainer.world_size, accumulation, per_device,
             f"; going on from {newest.name}" if newest else "",
         )  # fmt: skip
-    trainer.fit(module, datamodule=data, ckpt_path=newest)
+    with leaving_together(trainer):
+        trainer.fit(module, datamodule=data, ckpt_path=newest)
     _export(module, data, folder / "pretrained", tokenizer)
     return 0
 

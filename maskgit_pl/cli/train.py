@@ -6,6 +6,7 @@ import argparse
 import hashlib
 from pathlib import Path
 
+from maskgit_pl import interruption
 from maskgit_pl.cli.recipes import (
     DEFAULT_DATASET,
     Stage,
@@ -50,6 +51,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Checks what needs no torch, then trains."""
+    interruption.listen()
     check_overrides(args.overrides)
     files = recipe_files(args.stage, dataset=args.dataset, names=args.recipe.split(), cluster=args.cluster)
     for file in files:

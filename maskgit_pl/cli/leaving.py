@@ -1,0 +1,46 @@
+"""How the processes of a run end: each with its own exit code, and none waiting for another that is gone."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch import Trainer
+
+from maskgit_pl.errors import INTERNAL_ERROR, USER_ERRORS, RunError
+
+__all__ = ["leaving_together"]
+
+
+@contextmanager
+def leaving_together(trainer: Trainer) -> Iterator[None]:
+    """Where a fit ends with an error, has each process leave with its own exit code, and soon.
+
+    Lightning's launcher kills the first process within 5 s of the end of another: the others let it go before them.
+    Elsewhere an error of one rank leaves the others in a collective, whose library may not come to an end: what is neither
+    the user's nor agreed on by all (a ``RunError``) ends the process at once, with exit code 70.
+    """
+    try:
+        yield
+    except BaseException as error:
+        expected = isinstance(error, (*USER_ERRORS, RunError, KeyboardInterrupt))
+        if trainer.world_size > 1 and not expected:
+            traceback.print_exc()
+        if isinstance(trainer.strategy.cluster_environment, LightningEnvironment) and trainer.local_rank > 0:
+            _wait_for_the_end_of(os.getppid())
+        if trainer.world_size > 1 and not expected:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(INTERNAL_ERROR)
+        raise
+
+
+def _wait_for_the_end_of(parent: int, seconds: float = 30.0) -> None:
+    begun = time.monotonic()
+    while os.getppid() == parent and time.monotonic() - begun < seconds:
+        time.sleep(0.05)

@@ -1,0 +1,166 @@
+"""What all ranks decide together after each step: whether its update counts, and whether the run stops.
+
+One small tensor a step is exchanged. Every rank then knows the same and does the same: an update with a loss or a
+gradient that is not finite is skipped by all, and a signal to any of them stops all behind the same step, saved.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from maskgit_pl import interruption
+from maskgit_pl.errors import NonFiniteError, PreemptedError
+from maskgit_pl.training.checkpoints import Checkpoints
+
+__all__ = ["Guard", "clip_gradients"]
+
+log = logging.getLogger(__name__)
+
+_MOST_IN_A_ROW = 3
+
+
+class Guard(Callback):
+    """Holds the votes of a run. A module asks it (``skips_update``) when its gradients are whole, before it steps.
+
+    Args:
+        folder: Of the stage; ``nonfinite.json`` (``nonfinite-rank1.json`` ...) lists what a run that ends had seen.
+        checkpoints: Save the run when it is to stop.
+    """
+
+    def __init__(self, folder: Path, checkpoints: Checkpoints) -> None:
+        self.folder = folder
+        self.checkpoints = checkpoints
+        self._losses: list[Tensor] = []
+        self._samples: list[Tensor] = []  # of the micro-batches of this step
+        self._skipped: list[dict[str, Any]] = []  # of the steps in a row that did not count
+        self._stops = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        pl_module.guard = self
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._samples.append(batch.index)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self._losses.append(loss.detach())
+
+    def skips_update(self, trainer: Trainer, gradient_norms: Sequence[Tensor]) -> bool:
+        """Whether no rank may step: a loss or a gradient of this step is not finite, on this rank or another.
+
+        Args:
+            trainer: In the middle of a step; called on every rank, once a step.
+            gradient_norms: () each, of all that is trained; see ``clip_gradients``.
+
+        Raises:
+            NonFiniteError: More than 3 steps in a row; the samples of each are written down first. On all ranks.
+        """
+        verdict = _vote(trainer.strategy.root_device, losses=self._losses, norms=gradient_norms)
+        self._stops = verdict.stops
+        losses, samples, self._losses, self._samples = self._losses, self._samples, [], []
+        if not verdict.skips:
+            self._skipped = []
+            return False
+        self._skipped.append(
+            {
+                "step": trainer.global_step,
+                "losses": [str(float(loss)) for loss in losses],
+                "gradient_norms": [str(float(norm)) for norm in gradient_norms],
+                "samples": [number for batch in samples for number in batch.tolist()],
+            }
+        )
+        self._say(trainer, verdict)
+        return True
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if self._stops:
+            self._stop(trainer)
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if not trainer.sanity_checking and _vote(trainer.strategy.root_device).stops:
+            self._stop(trainer)
+
+    def _say(self, trainer: Trainer, verdict: _Verdict) -> None:
+        where = "a gradient" if verdict.worst_rank is None else f"the loss of rank {verdict.worst_rank}"
+        text = f"step {trainer.global_step}: {where} is not finite"
+        if len(self._skipped) <= _MOST_IN_A_ROW:
+            if trainer.is_global_zero:
+                log.warning("%s; no rank updates its weights (%d in a row)", text, len(self._skipped))
+            return
+        rank = trainer.global_rank
+        path = self.folder / ("nonfinite.json" if rank == 0 else f"nonfinite-rank{rank}.json")
+        path.write_text(json.dumps(self._skipped, indent=2) + "\n")
+        raise NonFiniteError(
+            f"{text}, {len(self._skipped)} steps in a row; their samples: {path}. The last checkpoint is from before "
+            "them; a lower learning rate, gradient clipping or trainer.precision=32-true may help"
+        )
+
+    def _stop(self, trainer: Trainer) -> None:
+        self.checkpoints.save(trainer, last=True)
+        raise PreemptedError(
+            f"asked to stop by a signal: saved step {trainer.global_step}; the same command goes on from there"
+        )
+
+
+class _Verdict(NamedTuple):
+    """What the ranks have agreed on.
+
+    Attributes:
+        stops: Whether any was asked to stop.
+        skips: Whether any had a loss or a gradient that is not finite.
+        worst_rank: The highest rank whose loss is not finite; None if all are.
+    """
+
+    stops: bool
+    skips: bool
+    worst_rank: int | None
+
+
+def _vote(device: torch.device, *, losses: Sequence[Tensor] = (), norms: Sequence[Tensor] = ()) -> _Verdict:
+    """Asks all ranks; each calls it at the same place."""
+    stops = interruption.is_requested()
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        worst = _is_any_not_finite(losses, device) * (1 + dist.get_rank())
+        ballot = torch.stack([torch.tensor(float(stops), device=device), _is_any_not_finite(norms, device), worst])
+        dist.all_reduce(ballot, dist.ReduceOp.MAX)
+        stopped, norm, worst_rank = ballot.tolist()
+        return _Verdict(stopped > 0, norm + worst_rank > 0, int(worst_rank) - 1 if worst_rank else None)
+    if not norms:
+        return _Verdict(stops, skips=False, worst_rank=None)
+    norm, loss = torch.stack([_is_any_not_finite(norms, device), _is_any_not_finite(losses, device)]).tolist()
+    return _Verdict(stops, norm + loss > 0, 0 if loss else None)
+
+
+def _is_any_not_finite(values: Sequence[Tensor], device: torch.device) -> Tensor:
+    """() float32 of 0 or 1."""
+    if not values:
+        return torch.zeros((), device=device)
+    return 1 - torch.stack(list(values)).isfinite().all().float()
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+    """Scales gradients down to a norm, if they are above it.
+
+    Args:
+        parameters: Those without a gradient count nothing.
+        max_norm: Largest L2 norm of all of them together; None leaves them as they are.
+
+    Returns:
+        () float: the norm before, over all shards; not finite if any gradient is not.
+    """
+    trained = [parameter for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    if max_norm is not None:
+        nn.utils.clip_grads_with_norm_(trained, max_norm, norm)
+    return norm
