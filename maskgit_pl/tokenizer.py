@@ -377,7 +377,7 @@ class Tokenizer(LightningModule):
         step, optimizers = self.global_step, self.optimizers()
         generator, *rest = optimizers if isinstance(optimizers, list) else [optimizers]
         assert isinstance(generator, LightningOptimizer)
-        trained = [(generator, self.network)]
+        trained: list[tuple[LightningOptimizer, nn.Module]] = [(generator, self.network)]
         # The discriminator first: the generator's step advances global_step, and with it whether the loss has started.
         if self.discriminator is not None and self._adversarial_started():
             trained = [(rest[0], self.discriminator), *trained]

@@ -109,7 +109,7 @@ def _run(words: list[str], file: Path, kill_at: int | None, environment: dict[st
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     from maskgit_pl.cli import main
-    from maskgit_pl.cli.fit import StageCLI
+    from maskgit_pl.cli.stage_cli import StageCLI
 
     own = StageCLI._our_callbacks
     StageCLI._our_callbacks = lambda cli: [*own(cli), Observer(file, kill_at)]  # type: ignore[method-assign]

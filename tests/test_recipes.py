@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from maskgit_pl.cli.fit import fit
-from maskgit_pl.cli.recipes import read_yaml
+from maskgit_pl.cli.recipes import Plan, read_yaml
 from maskgit_pl.networks.causal import CausalTransformer, build_transformer
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
@@ -88,7 +88,7 @@ def test_a_tokenizer_recipe_builds_at_full_size(name):
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_a_tokenizer_recipe_trains_a_step(name, tiny_shards, tmp_path):
     files = [*layers("tokenizer", name), RECIPES / "cluster" / "cpu.yaml", TINY / "tokenizer.yaml"]
-    assert fit("tokenizer", files=files, overrides=[], shards=tiny_shards, folder=tmp_path, tokenizer=None) == 0
+    assert fit(Plan("tokenizer", files, [], tiny_shards, tmp_path)) == 0
     assert load_tokenizer(tmp_path / "pretrained" / "tokenizer").image_size == 8
     assert (tmp_path / "tokenizer" / "reconstructions.png").is_file()
 
@@ -109,7 +109,7 @@ def test_the_sequential_baseline_is_laid_over_any_recipe(tiny_shards, tiny_pretr
     files += [RECIPES / "cluster" / "cpu.yaml", TINY / "transformer.yaml"]
     tokenizer = tiny_pretrained / "tokenizer"
     with caplog.at_level("INFO", logger="maskgit_pl"):
-        fit("transformer", files=files, overrides=[], shards=tiny_shards, folder=tmp_path, tokenizer=tokenizer)
+        fit(Plan("transformer", files, [], tiny_shards, tmp_path, tokenizer))
     assert "log.yaml: causal attention has no use for model.mask_schedule" in caplog.text
     config = yaml.safe_load((tmp_path / "transformer" / "config.yaml").read_text())["model"]
     assert (config["label_smoothing"], config["network"]["attention"]) == (0.1, "causal")
@@ -121,7 +121,7 @@ def test_the_sequential_baseline_is_laid_over_any_recipe(tiny_shards, tiny_pretr
 def test_a_transformer_recipe_trains_a_step(name, tiny_shards, tiny_pretrained, tmp_path):
     files = [*layers("transformer", name), RECIPES / "cluster" / "cpu.yaml", TINY / "transformer.yaml"]
     tokenizer = tiny_pretrained / "tokenizer"
-    assert fit("transformer", files=files, overrides=[], shards=tiny_shards, folder=tmp_path, tokenizer=tokenizer) == 0
+    assert fit(Plan("transformer", files, [], tiny_shards, tmp_path, tokenizer)) == 0
     model = load_transformer(tmp_path / "pretrained" / "transformer")
     if name == "autoregressive":
         assert (model.mask_schedule, model.network.config.attention) == (None, "causal")

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Trainer
 
 from maskgit_pl.errors import INTERNAL_ERROR, USER_ERRORS, RunError
@@ -21,9 +21,9 @@ __all__ = ["leaving_together"]
 def leaving_together(trainer: Trainer) -> Iterator[None]:
     """Where a fit ends with an error, has each process leave with its own exit code, and soon.
 
-    Lightning's launcher kills the first process within 5 s of the end of another: the others let it go before them.
-    Elsewhere an error of one rank leaves the others in a collective, whose library may not come to an end: what is neither
-    the user's nor agreed on by all (a ``RunError``) ends the process at once, with exit code 70.
+    Lightning's launcher kills the first process within 5 s of the end of another: the others let it go before them. An
+    error of one rank leaves the others in a collective, whose library may not come to an end: what is neither of the
+    user nor agreed on by all (a ``RunError``) ends the process at once, with exit code 70.
     """
     try:
         yield
@@ -31,7 +31,8 @@ def leaving_together(trainer: Trainer) -> Iterator[None]:
         expected = isinstance(error, (*USER_ERRORS, RunError, KeyboardInterrupt))
         if trainer.world_size > 1 and not expected:
             traceback.print_exc()
-        if isinstance(trainer.strategy.cluster_environment, LightningEnvironment) and trainer.local_rank > 0:
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        if isinstance(environment, LightningEnvironment) and trainer.local_rank > 0:
             _wait_for_the_end_of(os.getppid())
         if trainer.world_size > 1 and not expected:
             sys.stdout.flush()

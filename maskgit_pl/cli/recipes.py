@@ -7,6 +7,7 @@ at hand (classes, codebook, grid) lie below all of them. A recipe is data: it na
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ import yaml
 from maskgit_pl.registry import nearest
 
 __all__ = [
+    "Plan",
     "Stage",
     "check_overrides",
     "fitting_layer",
@@ -40,6 +42,39 @@ _MASKED_ALONE = (
     "model.decoding.mask_schedule",
     "model.decoding.context_cache",
 )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A stage of a run as its command names it, with what the checks before it have found.
+
+    Args:
+        stage: Which.
+        files: Recipe files in merge order.
+        overrides: Flags that set single values.
+        shards: Data folder.
+        folder: ``runs/RUN``; the stage's own is in it.
+        tokenizer: Pretrained tokenizer folder, for stage 2.
+        pretrained: Pretrained folder of this stage whose weights a new run begins from, and whose sizes it takes.
+    """
+
+    stage: Stage
+    files: Sequence[Path]
+    overrides: Sequence[str]
+    shards: Path
+    folder: Path
+    tokenizer: Path | None = None
+    pretrained: Path | None = None
+
+    @property
+    def stage_folder(self) -> Path:
+        """``runs/RUN/STAGE``: checkpoints, logs and papers of the stage."""
+        return self.folder / self.stage
+
+    @property
+    def checkpoints(self) -> Path:
+        """``runs/RUN/STAGE/checkpoints``."""
+        return self.stage_folder / "checkpoints"
 
 
 def recipes_folder() -> Path:

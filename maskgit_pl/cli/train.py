@@ -9,6 +9,7 @@ from pathlib import Path
 from maskgit_pl import interruption
 from maskgit_pl.cli.recipes import (
     DEFAULT_DATASET,
+    Plan,
     Stage,
     check_overrides,
     is_causal,
@@ -17,7 +18,7 @@ from maskgit_pl.cli.recipes import (
     recipe_value,
 )
 
-__all__ = ["add_parser", "add_run_arguments", "find_tokenizer", "run", "run_folder"]
+__all__ = ["add_parser", "add_run_arguments", "find_tokenizer", "plan_run", "run", "run_folder"]
 
 _SHARDS = Path("data/shards")
 
@@ -52,6 +53,22 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Checks what needs no torch, then trains."""
     interruption.listen()
+    plan = plan_run(args)
+    from maskgit_pl.cli.fit import fit  # lightning and torch take seconds to import
+
+    return fit(plan)
+
+
+def plan_run(args: argparse.Namespace) -> Plan:
+    """What a command's words name, checked as far as it can be without torch.
+
+    Args:
+        args: With ``stage``, those of ``add_run_arguments``, ``cluster`` and ``overrides``.
+
+    Raises:
+        ValueError: A recipe or flag that cannot be.
+        FileNotFoundError: Data, recipe, tokenizer or pretrained folder that is not there.
+    """
     check_overrides(args.overrides)
     files = recipe_files(args.stage, dataset=args.dataset, names=args.recipe.split(), cluster=args.cluster)
     for file in files:
@@ -64,19 +81,14 @@ def run(args: argparse.Namespace) -> int:
             f"data {shards}: no such folder; make it with `python data/{args.dataset.replace('-', '_')}.py` or "
             f"`maskgit data make IMAGES --out {shards}`, or name another with --data (make: DATA=)"
         )
-    folder = run_folder(args)
-    tokenizer = find_tokenizer(args) if args.stage == "transformer" else None
-    pretrained = _pretrained_stage(args.pretrained, args.stage) if args.pretrained is not None else None
-    from maskgit_pl.cli.fit import fit  # lightning and torch take seconds to import
-
-    return fit(
+    return Plan(
         args.stage,
         files=files,
         overrides=args.overrides,
         shards=shards,
-        folder=folder,
-        tokenizer=tokenizer,
-        pretrained=pretrained,
+        folder=run_folder(args),
+        tokenizer=find_tokenizer(args) if args.stage == "transformer" else None,
+        pretrained=_pretrained_stage(args.pretrained, args.stage) if args.pretrained is not None else None,
     )
 
 

@@ -46,7 +46,7 @@ class Guard(Callback):
         self._stops = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        pl_module.guard = self
+        pl_module.guard = self  # type: ignore[assignment]  # both of ours have the attribute
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._samples.append(batch.index)

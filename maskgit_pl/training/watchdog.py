@@ -157,7 +157,7 @@ class _Peers:
     def __init__(self, rank: int, world_size: int) -> None:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         # A connection of its own: the one of the process group may be waiting for something.
-        self._store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
+        self._store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))  # type: ignore[attr-defined]
         self._rank = rank
         self._keys = [f"maskgit_pl/beat/{each}" for each in range(world_size)]
         self._count = 0
