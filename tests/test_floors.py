@@ -25,6 +25,7 @@ FLOORS = {  # a file or a folder -> its floor; a folder's files stand on its flo
     "pretrained": 2,
     "editing": 3,
     "data": 3,
+    "estimates": 3,
     "training": 3,
     "tokenizer": 4,
     "token_model": 5,

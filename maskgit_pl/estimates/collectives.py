@@ -1,0 +1,80 @@
+"""Counts what a real step sends: the collectives of DDP and FSDP2, also on torch's ``fake`` backend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from maskgit_pl.estimates.sharding import Traffic, all_reduce_bytes
+
+__all__ = ["CountedCollectives"]
+
+_KINDS = {
+    "allreduce_": "all_reduce",
+    "_allgather_base_": "all_gather",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "broadcast_": "broadcast",
+}
+
+
+class CountedCollectives(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch: untyped
+    """Sums the bytes of the collectives inside it: of each the whole, as one rank has it before or after.
+
+    Attributes:
+        sizes: Bytes by kind: ``all_reduce``, ``all_gather``, ``reduce_scatter``, ``broadcast``.
+        calls: How many by kind.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch: untyped
+        self.sizes = dict.fromkeys(_KINDS.values(), 0)
+        self.calls = dict.fromkeys(_KINDS.values(), 0)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Calls on, and notes a collective."""
+        namespace, _, name = func.name().partition("::")
+        if namespace == "c10d":
+            kind = _KINDS.get(name.partition(".")[0])
+            assert kind is not None, f"{func.name()} is not counted"
+            self.calls[kind] += 1
+            # The larger side is the whole: what is gathered, or what is scattered.
+            self.sizes[kind] += max(_bytes(argument) for argument in args)
+        return func(*args, **(kwargs or {}))
+
+    def follow(self, wrapped: DistributedDataParallel) -> None:
+        """Counts DDP's all-reduces, which no dispatch mode sees; they are not carried out any more."""
+        wrapped.register_comm_hook(self, lambda counted, bucket: _count_bucket(counted, bucket))
+
+    def traffic(self, ranks: int) -> Traffic:
+        """What each of n ranks sends for them in a ring; a broadcast counts as its bytes."""
+        share = (ranks - 1) / ranks
+        return Traffic(
+            all_reduce=all_reduce_bytes(self.sizes["all_reduce"], ranks),
+            all_gather=share * self.sizes["all_gather"],
+            reduce_scatter=share * self.sizes["reduce_scatter"],
+            broadcast=float(self.sizes["broadcast"]),
+        )
+
+
+def _count_bucket(counted: CountedCollectives, bucket: Any) -> Future[Tensor]:
+    counted.sizes["all_reduce"] += _bytes(bucket.buffer())
+    counted.calls["all_reduce"] += 1
+    done: Future[Tensor] = Future()
+    done.set_result(bucket.buffer())
+    return done
+
+
+def _bytes(argument: Any) -> int:
+    if isinstance(argument, torch.ScriptObject):  # the process group
+        return 0
+    if isinstance(argument, Tensor):
+        return argument.numel() * argument.element_size()
+    return sum(map(_bytes, argument)) if isinstance(argument, list | tuple) else 0

@@ -1,0 +1,153 @@
+"""A step run on tensors without content, which tells its highest memory and its arithmetic without computing anything.
+
+For what has no regular shape: the networks of stage 1, whose step differentiates several losses at the image, one of
+them twice, and feature networks of others. bfloat16 is placed as autocast on a GPU places it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
+
+from maskgit_pl.estimates.transformer import Precision
+
+__all__ = ["LiveBytes", "Replay", "replay", "without_content"]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What a step took.
+
+    Attributes:
+        peak: Bytes of all tensors that it made and that lived at the same time, at the highest point. Weights and
+            gradients that were there before are not in it; gradients that it makes are.
+        flops: Of its products, forward and backward.
+    """
+
+    peak: int
+    flops: int
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch: untyped
+    """Counts the bytes of tensors made inside it that are still held.
+
+    Args:
+        known: Tensors that were there before.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch: untyped
+        self.live = self.peak = 0
+        self._seen: set[int] = set()
+        for tensor in known:
+            self._see(tensor, counts=False)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Calls on, and notes what came back in new memory."""
+        made = func(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self._see, made)
+        return made
+
+    def _see(self, tensor: Tensor, *, counts: bool = True) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        size = storage.nbytes() if counts else 0
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.live -= size
+
+
+def replay(step: Callable[[], object], networks: Iterable[nn.Module], *, precision: Precision = "32-true") -> Replay:
+    """Runs a step and counts; inside ``without_content`` nothing is computed.
+
+    Args:
+        step: Forward and backward of a micro-batch.
+        networks: Whose weights and buffers were there before.
+        precision: Where bfloat16 stands.
+    """
+    known = [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
+    counter = FlopCounterMode(display=False)
+    with ExitStack() as stack:
+        live = stack.enter_context(LiveBytes(known))
+        stack.enter_context(counter)
+        if precision == "bf16-mixed":
+            stack.enter_context(_AutocastOfGPU())
+        step()
+    return Replay(live.peak, int(counter.get_total_flops()))
+
+
+@contextmanager
+def without_content(*networks: nn.Module) -> Iterator[None]:
+    """Inside, tensors have sizes and no content; so have these networks' weights, inside and afterwards.
+
+    Args:
+        networks: Changed in place; they may be on the meta device.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for network in networks:
+            network._apply(_empty)  # type: ignore[no-untyped-call]  # torch: untyped
+        yield
+
+
+def _empty(old: Tensor) -> Tensor:
+    return torch.empty_strided(old.shape, old.stride(), dtype=old.dtype)
+
+
+_IN_BFLOAT16 = {F.conv2d, F.linear, F.conv_transpose2d, F.scaled_dot_product_attention, torch.matmul, torch.bmm}
+_IN_FLOAT32 = {F.group_norm, F.layer_norm, F.softplus, F.mse_loss, F.l1_loss, F.log_softmax, F.softmax}
+
+
+class _AutocastOfGPU(TorchFunctionMode):
+    """``torch.autocast("cuda", torch.bfloat16)`` for tensors on a processor, which has a list of its own.
+
+    Source: torch's documentation of automatic mixed precision, operators that autocast to float16 or to float32.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._casts: dict[int, Tensor] = {}  # of weights, as autocast keeps them until it ends
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Casts what goes into products and norms."""
+        kwargs = kwargs or {}
+        if func in _IN_BFLOAT16:
+            args, kwargs = tree_map_only(Tensor, self._half, (args, kwargs))
+        elif func in _IN_FLOAT32:
+            args, kwargs = tree_map_only(Tensor, _whole, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _half(self, tensor: Tensor) -> Tensor:
+        if tensor.dtype != torch.float32:
+            return tensor
+        if not (tensor.is_leaf and tensor.requires_grad):
+            return tensor.to(torch.bfloat16)
+        if id(tensor) not in self._casts:
+            self._casts[id(tensor)] = tensor.to(torch.bfloat16)
+        return self._casts[id(tensor)]
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor

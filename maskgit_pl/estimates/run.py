@@ -1,0 +1,195 @@
+"""Bytes of a rank's memory and of the disk, seconds of a step, data a second: from what the parts need to the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from maskgit_pl.estimates.sharding import FLOAT, Group, Strategy, Traffic
+from maskgit_pl.estimates.transformer import Activations
+
+__all__ = ["CARDS", "Card", "Memory", "StepTime", "checkpoint_bytes", "kept_checkpoints", "memory_of", "step_time"]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the fullest rank at the highest point of a step; the device's own context is not in it.
+
+    Attributes:
+        weights: Trained ones, this rank's part.
+        gradients: As many.
+        moments: AdamW's two, twice as many.
+        average: The moving average of the weights, as many where there is one.
+        frozen: Other networks' weights: tokenizer, perceptual network.
+        gathered: Whole weights and gradients that FSDP2 holds for a moment.
+        casts: bfloat16 copies of weights.
+        activations: What forward passes keep.
+        working: What comes on top for a moment.
+    """
+
+    weights: int = 0
+    gradients: int = 0
+    moments: int = 0
+    average: int = 0
+    frozen: int = 0
+    gathered: int = 0
+    casts: int = 0
+    activations: int = 0
+    working: int = 0
+
+    @property
+    def total(self) -> int:
+        """Bytes."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def memory_of(
+    blocks: Sequence[Group],
+    root: Group,
+    activations: Activations,
+    *,
+    strategy: Strategy,
+    ranks: int,
+    averaged: int | None = None,
+    frozen: int = 0,
+) -> Memory:
+    """The memory of a rank.
+
+    Each trained number takes 4 bytes as a weight, 4 as a gradient, 8 in AdamW's moments and 4 in the average: 20, whole
+    under ``auto`` and ``ddp`` (whose buckets are the gradients themselves), in shards under ``fsdp``. FSDP2 then holds
+    whole, at the highest point: weights and gradients of the root, and five blocks: weights of the one at work and of
+    the next, which is gathered meanwhile, that gathering's buffer, the gradients of one and the buffer of their
+    scattering. Gradients are counted in full although they come while activations go: an upper bound.
+
+    Args:
+        blocks: Groups that FSDP2 gathers one after the other.
+        root: The rest.
+        activations: Of a micro-batch.
+        strategy: How the ranks share.
+        ranks: n.
+        averaged: Numbers of the average; None: as many as are trained.
+        frozen: Bytes of networks that are not trained.
+    """
+    groups = [*blocks, root]
+    whole = sum(group.numel for group in groups)
+    own = sum(group.shard(ranks) for group in groups) if strategy == "fsdp" else whole
+    gathered = 0
+    if strategy == "fsdp" and ranks > 1:
+        largest = max((block.padded(ranks) for block in blocks), default=0)
+        gathered = FLOAT * (2 * root.padded(ranks) + 5 * largest)
+    return Memory(
+        weights=FLOAT * own,
+        gradients=FLOAT * own,
+        moments=2 * FLOAT * own,
+        average=FLOAT * (own if averaged is None else averaged),
+        frozen=frozen,
+        gathered=gathered,
+        casts=activations.casts,
+        activations=activations.kept,
+        working=activations.working,
+    )
+
+
+def checkpoint_bytes(trained: int, *, averaged: int, others: int = 0, tensors: int = 0) -> int:
+    """Bytes of a checkpoint: 12 for each trained number (weight, two moments), 4 for each of the average.
+
+    Any strategy writes as much: under ``fsdp`` each rank its rows. On top come about 600 bytes a tensor: its names in
+    the header and in ``state.json``, and its moments' step counts.
+
+    Args:
+        trained: Numbers.
+        averaged: Numbers.
+        others: Bytes of buffers.
+        tensors: Trained ones.
+    """
+    return 3 * FLOAT * trained + FLOAT * averaged + others + 600 * tensors
+
+
+def kept_checkpoints(max_steps: int, *, every: int, keep_last: int, keep_every: int | None) -> int:
+    """Most checkpoints that a run has on disk at a time.
+
+    keep_last, one more while it is written, and those of steps that are multiples of keep_every and stay for good: all
+    up to the step at which the oldest of the newest stands.
+
+    Args:
+        max_steps: Steps of the run; the last of them has a checkpoint, whatever ``every`` is.
+        every: Steps between checkpoints.
+        keep_last: Newest that stay.
+        keep_every: Steps whose checkpoints stay, or None.
+    """
+    steps = [*range(every, max_steps + 1, every)]
+    if not steps or steps[-1] != max_steps:
+        steps.append(max_steps)
+    newest = steps[-(keep_last + 1) :]
+    older = steps[: -(keep_last + 1)]
+    return len(newest) + (0 if keep_every is None else sum(step % keep_every == 0 for step in older))
+
+
+@dataclass(frozen=True)
+class Card:
+    """A device as its maker describes it.
+
+    Attributes:
+        memory: Bytes.
+        float32: FLOP/s of float32 products outside tensor cores.
+        tensor_float32: FLOP/s of float32 products rounded to TF32 in tensor cores (``matmul_precision: high``).
+        bfloat16: FLOP/s of bfloat16 products in tensor cores, dense.
+    """
+
+    memory: float
+    float32: float
+    tensor_float32: float
+    bfloat16: float
+
+    def rate(self, precision: str, *, tensor_float32: bool = False) -> float:
+        """FLOP/s of the products of a Trainer's precision."""
+        if precision.startswith(("bf16", "16")):
+            return self.bfloat16
+        return self.tensor_float32 if tensor_float32 else self.float32
+
+
+CARDS = {
+    "a100-40": Card(40e9, 19.5e12, 156e12, 312e12),
+    "a100-80": Card(80e9, 19.5e12, 156e12, 312e12),
+    "h100": Card(80e9, 67e12, 495e12, 989e12),
+    "h200": Card(141e9, 67e12, 495e12, 989e12),
+    "l40s": Card(48e9, 91.6e12, 183e12, 362e12),
+    "rtx4090": Card(24e9, 82.6e12, 82.6e12, 165e12),
+}
+"""Dense rates. Source: NVIDIA's data sheets of the SXM cards and of the L40S, and its paper on the Ada architecture."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step.
+
+    Attributes:
+        computing: FLOPs of a rank over what it reaches.
+        communicating: Bytes that a rank sends over its bandwidth.
+    """
+
+    computing: float
+    communicating: float
+
+    @property
+    def least(self) -> float:
+        """Seconds if the shorter of the two is hidden behind the longer."""
+        return max(self.computing, self.communicating)
+
+    @property
+    def most(self) -> float:
+        """Seconds if neither hides the other."""
+        return self.computing + self.communicating
+
+
+def step_time(flops: float, traffic: Traffic, *, ranks: int, rate: float, bandwidth: float) -> StepTime:
+    """A step's time from its work, its traffic and two assumptions.
+
+    Args:
+        flops: Executed in a step by all ranks, recomputed ones among them.
+        traffic: Of a rank.
+        ranks: n.
+        rate: FLOP/s that a device reaches: its peak times the share of it that training reaches.
+        bandwidth: Bytes a second that a rank can send, over the slowest link that its ring crosses.
+    """
+    return StepTime(flops / ranks / rate, traffic.total / bandwidth)

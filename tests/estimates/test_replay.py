@@ -1,0 +1,63 @@
+"""A replay without content against the same step with it."""
+
+import pytest
+import torch
+from torch import nn
+
+from maskgit_pl.estimates.replay import LiveBytes, replay, without_content
+from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
+
+CONFIG = VQGANConfig(3, channels=32, groups=8, multipliers=(1, 1, 2), blocks_per_level=1, num_codes=64, code_width=16)
+
+
+def step_of(network, batch=2):
+    def step():
+        network.zero_grad()
+        output = network(torch.rand(batch, 3, 32, 32))
+        (output.reconstruction.float().square().sum() + output.quantized.loss).backward()
+
+    return step
+
+
+def test_nothing_is_computed_and_the_same_is_counted():
+    real = VQGAN(CONFIG)
+    with torch.device("meta"):
+        empty = VQGAN(CONFIG)
+    counted = replay(step_of(real), [real])
+    with without_content(empty):
+        assert replay(step_of(empty), [empty]) == counted
+    assert counted.flops > 0
+
+
+def test_memory_grows_with_the_batch_alone():
+    with torch.device("meta"):
+        network = VQGAN(CONFIG)
+    with without_content(network):
+        peaks = [replay(step_of(network, batch), [network]).peak for batch in (1, 2, 3)]
+    assert peaks[2] - peaks[1] == pytest.approx(peaks[1] - peaks[0], rel=0.02)
+
+
+def test_bfloat16_stands_where_autocast_on_a_gpu_puts_it():
+    network = nn.Sequential(nn.Conv2d(4, 4, 3), nn.GroupNorm(2, 4), nn.SiLU(), nn.Conv2d(4, 4, 3))
+    saved = []
+
+    def step():
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: (saved.append((t.dtype, t.numel())), t)[1], lambda t: t
+        ):
+            assert network(torch.rand(1, 4, 8, 8)).dtype == torch.bfloat16
+
+    replay(step, [network], precision="bf16-mixed")
+    image, hidden, weight = 4 * 8 * 8, 4 * 6 * 6, 4 * 4 * 9
+    half, single = torch.bfloat16, torch.float32
+    assert {(half, image), (half, weight), (single, hidden), (half, hidden)} <= set(saved)  # norm and SiLU in float32
+    assert (single, image) not in saved
+
+
+def test_live_bytes_follow_what_is_held():
+    kept = []
+    with LiveBytes() as live:
+        kept.append(torch.zeros(1000))
+        torch.zeros(5000)
+        kept.append(kept[0].view(10, 100))  # no memory of its own
+    assert (live.live, live.peak) == (4000, 24000)

@@ -1,0 +1,131 @@
+"""The closed formulas of stage 2 against the network itself: its weights, what it keeps, what it multiplies."""
+
+import math
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from maskgit_pl.estimates.replay import LiveBytes
+from maskgit_pl.estimates.transformer import (
+    block_group,
+    mean_masked,
+    num_parameters,
+    recomputed_flops,
+    root_group,
+    step_flops,
+    transformer_activations,
+)
+from maskgit_pl.losses import masked_cross_entropy
+from maskgit_pl.networks.causal import build_transformer
+from maskgit_pl.networks.transformer import TransformerConfig
+from maskgit_pl.schedules import mask_schedules
+from maskgit_pl.training.execution import prepare_blocks
+
+PAPER_256 = TransformerConfig(1024, 1000, (16, 16), class_dropout=0.0)
+PAPER_512 = TransformerConfig(1024, 1000, (32, 32), class_dropout=0.0)
+NARROW = TransformerConfig(64, 10, (8, 8), 64, 4, 4, 256, dropout=0.0)
+WORDY = TransformerConfig(1024, 1000, (8, 8), 128, 6, 4, 512, dropout=0.0, class_dropout=0.0)
+LONG = TransformerConfig(256, 10, (12, 12), 96, 8, 4, 384, dropout=0.0, attention="causal")
+CONFIGS = {"narrow": NARROW, "wordy": WORDY, "long": LONG}
+BATCH = 6
+
+
+def shapes(parameters):
+    return sorted(tuple(parameter.shape) for parameter in parameters)
+
+
+@pytest.mark.parametrize(("config", "released"), [(PAPER_256, 172_457_193), (PAPER_512, 173_047_017)])
+def test_parameters_of_the_released_sizes(config, released):
+    assert num_parameters(config) == released
+
+
+@pytest.mark.parametrize("config", [PAPER_256, *CONFIGS.values()])
+def test_groups_are_the_tensors_that_fsdp_gathers_together(config):
+    with torch.device("meta"):
+        network = build_transformer(config)
+    for block in network.blocks:
+        assert shapes(block.parameters()) == sorted(block_group(config).shapes)
+    in_blocks = {id(parameter) for block in network.blocks for parameter in block.parameters()}
+    rest = [parameter for parameter in network.parameters() if id(parameter) not in in_blocks]
+    assert shapes(rest) == sorted(root_group(config).shapes)
+    assert num_parameters(config) == sum(parameter.numel() for parameter in network.parameters())
+
+
+def batch_of(config):
+    chance = torch.Generator().manual_seed(0)
+    tokens = torch.randint(config.num_codes, (BATCH, config.num_tokens), generator=chance)
+    share = 1.0 if config.attention == "causal" else 0.6
+    mask = torch.rand(BATCH, config.num_tokens, generator=chance) < share
+    return tokens, torch.zeros(BATCH, dtype=torch.long), mask
+
+
+def forward(network, tokens, labels, mask):
+    logits = network(tokens, labels, mask, vocabulary="all")
+    rows = mask.nonzero()[:, 0]
+    return masked_cross_entropy(logits, tokens[mask], rows, num_rows=BATCH, label_smoothing=0.1)[0]
+
+
+def measured(config, precision, checkpointing):
+    """Bytes that a real step keeps between its passes, bytes that autograd says it keeps, and the highest point."""
+    network = build_transformer(config)
+    prepare_blocks(network.blocks, activation_checkpointing=checkpointing)
+    batch = batch_of(config)
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # what is there already counts nothing
+    known = [*network.parameters(), *(parameter.grad for parameter in network.parameters()), *batch]
+    old = {tensor.untyped_storage()._cdata for tensor in known}
+    saved = {}
+
+    def pack(tensor):
+        if (storage := tensor.untyped_storage())._cdata not in old:
+            saved[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with LiveBytes(known) as live, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = forward(network, *batch)
+        kept = live.live
+        loss.backward()
+    return kept, sum(saved.values()), live.peak, int(batch[2].sum())
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "blocks"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_activations_are_those_that_a_step_keeps(name, precision, checkpointing):
+    config = CONFIGS[name]
+    kept, saved, peak, masked = measured(config, precision, checkpointing)
+    made = transformer_activations(config, batch=BATCH, masked=masked, precision=precision, checkpointing=checkpointing)
+    assert made.kept + made.casts == pytest.approx(kept, rel=0.03)
+    if (precision, checkpointing) == ("32-true", "none"):  # elsewhere the copies of weights are autocast's, not saved
+        assert made.kept == pytest.approx(saved, rel=0.01)
+    assert 0.99 * peak < made.total < 1.15 * peak
+
+
+def test_recomputed_blocks_keep_less_and_all_tokens_masked_is_the_most():
+    least = transformer_activations(PAPER_256, batch=16, checkpointing="blocks").total
+    some = transformer_activations(PAPER_256, batch=16, masked=16 * 160).total
+    assert least < some / 5 < transformer_activations(PAPER_256, batch=16).total
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "blocks"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_flops_are_those_that_torch_counts(name, checkpointing):
+    config = CONFIGS[name]
+    network = build_transformer(config)
+    prepare_blocks(network.blocks, activation_checkpointing=checkpointing)
+    tokens, labels, mask = batch_of(config)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        forward(network, tokens, labels, mask).backward()
+    expected = step_flops(config, images=BATCH, masked=int(mask.sum()))
+    if checkpointing == "blocks":
+        expected += recomputed_flops(config, images=BATCH, masked=int(mask.sum()))
+    assert counter.get_total_flops() == expected
+
+
+def test_masked_tokens_on_average():
+    cosine, linear = mask_schedules.build("cosine"), mask_schedules.build("linear")
+    assert mean_masked(cosine, 256) / 256 == pytest.approx(2 / math.pi, abs=0.5 / 256 + 1e-4)  # rounded up
+    assert mean_masked(linear, 256, min_mask_ratio=0.5) / 256 == pytest.approx(0.625, abs=0.5 / 256 + 1e-4)
