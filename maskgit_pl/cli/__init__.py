@@ -23,6 +23,7 @@ from maskgit_pl.cli import (
     paper,
     sample,
     schedules,
+    slurm,
     tokenize,
     train,
     train_classifier,
@@ -35,6 +36,7 @@ __all__ = ["build_parser", "main"]
 _COMMANDS = (
     data,
     train,
+    slurm,
     tokenize,
     sample,
     inpaint,

@@ -1,0 +1,282 @@
+"""``maskgit slurm submit``: checks a stage of a run as its training will, and puts it into Slurm's queue.
+
+The job is ``recipes/slurm/train.sbatch``, which also works without this command. What is submitted is printed as it
+can be typed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from maskgit_pl.cli.recipes import Plan, recipe_value, recipes_folder
+from maskgit_pl.cli.train import add_run_arguments, plan_run
+
+__all__ = ["Submission", "add_parser", "plan_submission", "run_submit"]
+
+log = logging.getLogger(__name__)
+
+_PROGRAM = Path(".venv/bin/maskgit")  # the script's own default
+_VARIABLES = (
+    "STAGE", "RUN", "RUNS", "DATASET", "DATA", "RECIPE", "CLUSTER", "TOKENIZER", "PRETRAINED", "CONTAINER", "SRUN",
+    "MASKGIT",
+)  # fmt: skip
+_OF_SLURM = {"--trainer.num_nodes": "--nodes", "--trainer.devices": "--devices"}
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command to ``maskgit``."""
+    parser = subparsers.add_parser(
+        "slurm",
+        help="train on a Slurm cluster",
+        description="Train on a Slurm cluster; docs/slurm.md is the guide.",
+        allow_abbrev=False,
+    )
+    tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
+    submit = tasks.add_parser(
+        "submit",
+        help="check a stage of a run and put it into the queue",
+        description="Check a stage of a run and put it into the queue. The same command goes on with a run that ended. "
+        "Further flags set single values of the recipe, e.g. --trainer.max_steps 2000.",
+        allow_abbrev=False,
+    )
+    submit.add_argument("stage", choices=("tokenizer", "transformer"))
+    add_run_arguments(submit)
+    submit.add_argument("--cluster", default="ddp", help="file of recipes/cluster: ddp (default) or fsdp")
+    _add_job_arguments(submit)
+    submit.set_defaults(run=run_submit, takes_overrides=True)
+
+
+def _add_job_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is for Slurm and not for the training."""
+    job = parser.add_argument_group("the job")
+    job.add_argument("--nodes", type=int, default=1, help="machines (default: 1)")
+    job.add_argument("--devices", type=int, default=8, help="devices, and tasks, of each node (default: 8)")
+    job.add_argument("--cpus", type=int, help="CPU cores of a task (default: 1 and one for each of data.num_workers)")
+    job.add_argument("--time", default="24:00:00", help="limit of each start, D-HH:MM:SS (default: 24:00:00)")
+    job.add_argument("--partition", help="where it runs (default: the cluster's choice)")
+    job.add_argument("--account", help="whose budget pays")
+    job.add_argument("--qos", help="quality of service")
+    job.add_argument("--constraint", help="features that the nodes must have")
+    job.add_argument("--sbatch", default="", metavar="WORDS", help='more options of sbatch, e.g. "--mem=0 --exclusive"')
+    job.add_argument("--srun", default="", metavar="WORDS", help='more options of srun, e.g. "--cpu-bind=cores"')
+    job.add_argument(
+        "--container", default="", metavar="COMMAND",
+        help='each task is started by it, e.g. "apptainer exec --nv image.sif"',
+    )  # fmt: skip
+    job.add_argument(
+        "--program", help="maskgit on the nodes (default: this one; with --container, maskgit on the container's PATH)"
+    )
+    job.add_argument("--dry-run", action="store_true", help="check and print, submit nothing; needs no Slurm")
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What is handed to ``sbatch``.
+
+    Args:
+        options: Words of ``sbatch`` before the script.
+        script: The job.
+        words: Words of the script, flags of ``maskgit train``.
+        variables: What the script reads.
+        identity: The comment by which a job of the same stage of the same run is found.
+        log_file: Where the job writes; ``%j`` stands for its number.
+    """
+
+    options: tuple[str, ...]
+    script: Path
+    words: tuple[str, ...]
+    variables: dict[str, str]
+    identity: str
+    log_file: Path
+
+    @property
+    def command(self) -> list[str]:
+        """The words of ``sbatch``, itself the first."""
+        return ["sbatch", *self.options, str(self.script), *self.words]
+
+    def __str__(self) -> str:
+        """As it can be typed, a line for each kind of words."""
+        lines = [
+            " ".join(f"{name}={shlex.quote(value)}" for name, value in self.variables.items()),
+            shlex.join(["sbatch", *self.options]),
+            shlex.join([str(self.script), *self.words]),
+        ]
+        return " \\\n    ".join(lines)
+
+
+def run_submit(args: argparse.Namespace) -> int:
+    """Checks, prints and submits.
+
+    Raises:
+        FileNotFoundError: No Slurm here, and it is no dry run; or something that training needs is missing.
+        ValueError: Training would refuse the run, a job of it is in the queue, or ``sbatch`` refuses it.
+    """
+    _leave_allocation()
+    if not args.dry_run and shutil.which("sbatch") is None:
+        raise FileNotFoundError(
+            "sbatch: Slurm's client tools are needed to submit, got none on PATH; do it on a login node of the cluster, or "
+            "see with --dry-run what would be submitted"
+        )
+    plan, submission = plan_submission(args)
+    if not args.dry_run:
+        _refuse_second(plan, submission.identity)
+    log.info("%s", _check(plan, args.nodes, args.devices))
+    log.info("%s", submission)
+    if args.dry_run:
+        log.info("dry run: nothing is submitted")
+        return 0
+    number = _submit(plan, submission)
+    log.info("job %s: %s", number, str(submission.log_file).replace("%j", number))
+    return 0
+
+
+def plan_submission(args: argparse.Namespace) -> tuple[Plan, Submission]:
+    """The run that the command names, and the job that would train it; nothing is submitted.
+
+    Raises:
+        ValueError: A number below 1, nodes or devices named for the Trainer as well, or words that no shell would take.
+    """
+    for flag, value in (("--nodes", args.nodes), ("--devices", args.devices), ("--cpus", args.cpus)):
+        if value is not None and value < 1:
+            raise ValueError(f"{flag}: at least 1 is needed, got {value}")
+    for word in args.overrides:
+        flag = word.partition("=")[0]
+        if flag in _OF_SLURM:
+            raise ValueError(
+                f"flag {flag}: Slurm says it to the tasks, got a second place; use {_OF_SLURM[flag]} alone"
+            )
+    plan = plan_run(args)
+    log_file = plan.stage_folder / "slurm-%j.log"
+    identity = f"maskgit {plan.stage_folder.resolve()}"
+    options = (
+        "--parsable", "--export=ALL", f"--job-name={plan.folder.name}-{plan.stage}", f"--comment={identity}",
+        "--dependency=singleton", f"--output={log_file}", f"--nodes={args.nodes}", f"--ntasks-per-node={args.devices}",
+        *_resources(plan, args),
+        *_words("--sbatch", args.sbatch),
+    )  # fmt: skip
+    script = recipes_folder() / "slurm" / "train.sbatch"
+    return plan, Submission(options, script, tuple(plan.overrides), _variables(plan, args), identity, log_file)
+
+
+def _resources(plan: Plan, args: argparse.Namespace) -> list[str]:
+    accelerator = recipe_value(plan.files, plan.overrides, "trainer.accelerator")
+    workers = recipe_value(plan.files, plan.overrides, "data.num_workers") or 0
+    threads = recipe_value(plan.files, plan.overrides, "cpu_threads") or 1
+    found = [] if accelerator == "cpu" else [f"--gpus-per-node={args.devices}"]
+    found += [f"--cpus-per-task={args.cpus or max(1 + workers, threads)}", f"--time={args.time}"]
+    named = ("partition", "account", "qos", "constraint")
+    return [*found, *(f"--{name}={value}" for name in named if (value := getattr(args, name)))]
+
+
+def _variables(plan: Plan, args: argparse.Namespace) -> dict[str, str]:
+    """What the script reads; where its default is meant, nothing."""
+    for flag, words in (("--container", args.container), ("--srun", args.srun)):
+        _words(flag, words)
+    program = args.program or ("maskgit" if args.container else str(_this_program()))
+    values = {
+        "STAGE": plan.stage,
+        "RUN": plan.folder.name,
+        "RUNS": "" if plan.folder.parent == Path("runs") else str(plan.folder.parent),
+        "DATASET": args.dataset,
+        "DATA": str(args.data or ""),
+        "RECIPE": args.recipe,
+        "CLUSTER": args.cluster,
+        "TOKENIZER": str(plan.tokenizer or ""),
+        "PRETRAINED": str(args.pretrained or ""),
+        "CONTAINER": args.container,
+        "SRUN": args.srun,
+        "MASKGIT": "" if program == str(_PROGRAM) else program,
+    }
+    return {name: value for name, value in values.items() if value}
+
+
+def _this_program() -> Path:
+    here = Path(sys.executable).parent / "maskgit"
+    return _PROGRAM if here == Path.cwd() / _PROGRAM else here
+
+
+def _words(flag: str, text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"{flag}: words as in a shell are needed, got {text!r} ({error}); close the quotes") from error
+
+
+def _leave_allocation() -> None:
+    """Forgets a job in which this command may run: what it is told is not meant for the one that it submits."""
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_")) and name != "SLURM_CONF"]:
+        del os.environ[name]
+
+
+class _Job(NamedTuple):
+    """A job in the queue."""
+
+    number: str
+    state: str
+    comment: str
+
+
+def _refuse_second(plan: Plan, identity: str) -> None:
+    """Two jobs that write the same folder would destroy each other's run."""
+    command = ["squeue", "--noheader", "--format=%i|%T|%k"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        raise ValueError(f"squeue: the queue cannot be read, got {listed.stderr.strip()}; try again when Slurm answers")
+    jobs = [_Job(*line.split("|", 2)) for line in listed.stdout.splitlines() if line.count("|") >= 2]
+    for job in jobs:
+        if job.comment == identity:
+            raise ValueError(
+                f"run {plan.stage_folder}: one job at a time may train it, and job {job.number} is {job.state}; wait for "
+                f"it, end it with `scancel {job.number}`, or name another run with --run"
+            )
+
+
+def _check(plan: Plan, nodes: int, devices: int) -> str:
+    """Builds the run as each task will, on this machine's processor, and says what it will be.
+
+    Raises:
+        ValueError: Training would refuse it.
+        FileNotFoundError: Something that it reads is missing.
+    """
+    log.info("%s: checked as training does it, some seconds ...", plan.stage_folder)
+    fit = importlib.import_module("maskgit_pl.cli.fit")  # torch and lightning take seconds to import
+    files = importlib.import_module("maskgit_pl.training.checkpoint_files")
+    here = ["--trainer.accelerator=cpu", f"--trainer.num_nodes={nodes}", f"--trainer.devices={devices}"]
+    cli = fit.build(replace(plan, overrides=[*plan.overrides, *here]))
+    data = cli.datamodule
+    if data.source != "stream":
+        data.setup()
+    newest = files.newest_complete(plan.checkpoints)
+    ranks = nodes * devices
+    return (
+        f"{plan.stage_folder}: {ranks} ranks share a global batch of {data.global_batch}, "
+        f"{cli.trainer.max_steps} steps, {'from the start' if newest is None else f'going on from {newest.name}'}"
+    )
+
+
+def _submit(plan: Plan, submission: Submission) -> str:
+    """The number of the job.
+
+    Raises:
+        ValueError: ``sbatch`` refuses it.
+    """
+    plan.stage_folder.mkdir(parents=True, exist_ok=True)  # the log lies in it, and Slurm makes no folders
+    others = {name: value for name, value in os.environ.items() if name not in _VARIABLES}
+    done = subprocess.run(
+        submission.command, env={**others, **submission.variables}, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise ValueError(f"sbatch: refuses the job: {' '.join(done.stderr.split())}; see the command above")
+    if done.stderr.strip():
+        log.warning("%s", done.stderr.strip())
+    return done.stdout.strip().partition(";")[0]  # NUMBER;CLUSTER on federated ones
