@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import ClassVar
 
 __all__ = [
@@ -16,12 +17,15 @@ __all__ = [
     "NonFiniteError",
     "PreemptedError",
     "RunError",
+    "exit_code_of",
 ]
 
 BAD_INPUT = 2
 INTERNAL_ERROR = 70
 USER_ERRORS = (ValueError, TypeError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
 """What a wrong value or file is answered with; their text is for the user, and the exit code is BAD_INPUT."""
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class RunError(RuntimeError):
@@ -52,3 +56,14 @@ class NonFiniteError(RunError):
     """Losses or gradients are not finite, several steps in a row."""
 
     exit_code = 77
+
+
+def exit_code_of(error: BaseException) -> int:
+    """The exit code of a command that ends with an error."""
+    if isinstance(error, RunError):
+        return error.exit_code
+    if isinstance(error, USER_ERRORS):
+        return BAD_INPUT
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        return CannotWriteError.exit_code
+    return INTERNAL_ERROR

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from types import FrameType
 
-__all__ = ["SIGNALS", "is_requested", "listen"]
+__all__ = ["SIGNALS", "is_requested", "listen", "shield_worker"]
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -32,6 +33,25 @@ def listen() -> None:
 def is_requested() -> bool:
     """Whether this process was asked to stop since ``listen``."""
     return _Flag.is_set
+
+
+def shield_worker(worker: int) -> None:
+    """Has a process that loads data go on when the whole job is asked to stop: the last step still needs it.
+
+    SIGTERM from the parent ends it, as torch has it; the other signals do nothing in it already.
+
+    Args:
+        worker: Its number, which ``DataLoader`` tells a ``worker_init_fn``.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # in all threads, so that one alone gets it
+
+    def wait() -> None:
+        parent = os.getppid()
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, name=f"signals of worker {worker}", daemon=True).start()
 
 
 def _set_flag(number: int, frame: FrameType | None) -> None:

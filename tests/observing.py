@@ -1,4 +1,4 @@
-"""``maskgit train`` in processes of their own, with an observer beside the run's callbacks, killed where a test says.
+"""``maskgit train`` in processes of its own, with an observer beside the run's callbacks, and faults that a test names.
 
 The processes are forked from a server that has imported torch and Lightning once; ranks find each other as under
 ``torchrun``.
@@ -13,7 +13,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,10 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_complete
+from tests.injection import Fault, Injection, Prepare
 
 SECONDS = 120  # after which a process counts as hanging
 KILLED = -signal.SIGKILL
@@ -51,16 +53,14 @@ class Topology:
 
 
 class Observer(Callback):
-    """Writes a line for each micro-batch: positions, samples, what was drawn for them, losses. May kill its process.
+    """Writes a line for each micro-batch: positions, samples, what was drawn for them, losses, weights behind it.
 
     Args:
         file: JSON lines.
-        kill_at: The step after which the process is killed (SIGKILL), before it could save.
     """
 
-    def __init__(self, file: Path, kill_at: int | None) -> None:
+    def __init__(self, file: Path) -> None:
         self.file = file.open("a")
-        self.kill_at = kill_at
         self.drawn: list[str] = []
         self.losses: dict[str, str] = {}
 
@@ -88,12 +88,21 @@ class Observer(Callback):
         if outputs:  # stage 2: Lightning has divided it by the accumulation
             self.losses = {"loss": (float(outputs["loss"]) * trainer.accumulate_grad_batches).hex()}
         rows = [list(row) for row in zip(batch.index.tolist(), batch.epoch.tolist(), self.drawn, strict=True)]
-        line = {"positions": batch.position.tolist(), "rows": rows, "losses": self.losses}
+        weights = torch.stack([p.detach().double().sum() for p in map(_local, module.parameters())]).sum()
+        line = {
+            "positions": batch.position.tolist(),
+            "rows": rows,
+            "losses": self.losses,
+            "weights": float(weights).hex(),
+        }
         self.losses = {}
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
-        if trainer.global_step == self.kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's shard."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def digest(row: Tensor) -> str:
@@ -101,8 +110,11 @@ def digest(row: Tensor) -> str:
     return hashlib.blake2b(row.contiguous().numpy().tobytes(), digest_size=8).hexdigest()
 
 
-def _run(words: list[str], file: Path, kill_at: int | None, environment: dict[str, str]) -> None:
+def _run(
+    words: list[str], file: Path, faults: tuple[Fault, ...], environment: dict[str, str], prepare: Prepare | None
+) -> None:
     os.environ.update(environment)
+    os.setsid()  # signals to a group are for this rank and its workers
     multiprocessing.set_start_method("fork", force=True)  # as in a process that a user starts
     torch.set_num_threads(1)
     with file.with_suffix(".log").open("a") as log:
@@ -112,7 +124,10 @@ def _run(words: list[str], file: Path, kill_at: int | None, environment: dict[st
     from maskgit_pl.cli.stage_cli import StageCLI
 
     own = StageCLI._our_callbacks
-    StageCLI._our_callbacks = lambda cli: [*own(cli), Observer(file, kill_at)]  # type: ignore[method-assign]
+    more = [Observer(file), Injection(faults)]
+    StageCLI._our_callbacks = lambda cli: [*own(cli), *more]  # type: ignore[method-assign]
+    if prepare is not None:
+        prepare()
     sys.argv = ["maskgit", *words]
     sys.exit(main(words))
 
@@ -173,10 +188,12 @@ class Runs:
         folder: Of the runs and the notes.
         words: Flags that all of them have.
         global_batch: Samples of a step.
+        runs: Of the runs, if the notes shall be elsewhere.
     """
 
-    def __init__(self, folder: Path, words: Sequence[str], global_batch: int) -> None:
+    def __init__(self, folder: Path, words: Sequence[str], global_batch: int, runs: Path | None = None) -> None:
         self.folder = folder
+        self.runs = runs or folder
         self.given = list(words)
         self.global_batch = global_batch
         self.processes = multiprocessing.get_context("forkserver")
@@ -184,41 +201,71 @@ class Runs:
 
     def words(self, name: str, topology: Topology, *more: str) -> list[str]:
         """The command of a run."""
-        where = [f"--runs={self.folder}", f"--run={name}"]
+        where = [f"--runs={self.runs}", f"--run={name}"]
         return ["train", *self.given, *where, *topology.words(self.global_batch), *more]
 
-    def leg(self, name: str, topology: Topology, *more: str, kill_at: int | None = None) -> None:
-        """The command once: to its end, or until it is killed behind a step."""
+    def leg(
+        self,
+        name: str,
+        topology: Topology,
+        *more: str,
+        kill_at: int | None = None,
+        faults: Sequence[Fault] = (),
+        code: int | Sequence[int] | None = None,
+        prepare: Prepare | None = None,
+        during: Callable[[list[Any]], None] | None = None,
+    ) -> list[str]:
+        """The command once: to its end, or until a fault ends it.
+
+        Args:
+            name: Of the run.
+            topology: Where it runs.
+            *more: Flags of this leg.
+            kill_at: The step behind which each process is killed (SIGKILL), before it could save.
+            faults: What else befalls it.
+            code: Exit code of each rank, or of all.
+            prepare: Called in each process before the command.
+            during: Called with the started processes, while they run.
+
+        Returns:
+            What each rank has said.
+        """
         words, port = self.words(name, topology, *more), free_port()
-        number = len(list(self.folder.glob(f"{name}-leg?-rank0.jsonl")))
+        number = len(list(self.folder.glob(f"{name}-leg*-rank0.jsonl")))
+        if kill_at is not None:
+            faults, code = (*faults, Fault(signal.SIGKILL, kill_at)), KILLED if code is None else code
         started = []
         for rank in range(topology.ranks):
             environment = {} if topology.ranks == 1 else as_torchrun(rank, topology.ranks, port)
-            file = self.folder / f"{name}-leg{number}-rank{rank}.jsonl"
-            process = self.processes.Process(target=_run, args=(words, file, kill_at, environment))
+            file = self.folder / f"{name}-leg{number:02d}-rank{rank}.jsonl"
+            process = self.processes.Process(target=_run, args=(words, file, tuple(faults), environment, prepare))
             process.start()
             started.append((process, file))
-        for process, file in started:
+        if during is not None:
+            during([process for process, _ in started])
+        codes = [code or 0] * topology.ranks if code is None or isinstance(code, int) else list(code)
+        for (process, file), wanted in zip(started, codes, strict=True):
             process.join(SECONDS)
-            wanted, code = 0 if kill_at is None else KILLED, process.exitcode
-            if code != wanted:
+            if process.exitcode != wanted:
+                got = process.exitcode
                 for each, _ in started:
                     each.kill()
                 log = file.with_suffix(".log").read_text()
-                raise AssertionError(f"{file.stem}: exit code {wanted} expected, got {code}\n{log[-4000:]}")
+                raise AssertionError(f"{file.stem}: exit code {wanted} expected, got {got}\n{log[-4000:]}")
+        return [file.with_suffix(".log").read_text() for _, file in started]
 
     def newest(self, name: str) -> Path:
         """The newest complete checkpoint of a run."""
-        found = newest_complete(self.folder / name / self.given[0] / "checkpoints")
+        found = newest_complete(self.runs / name / self.given[0] / "checkpoints")
         assert found is not None
         return found
 
     def seen(self, name: str) -> Seen:
         """What all legs of a run did."""
         legs: list[Batches] = []
-        for number in range(len(list(self.folder.glob(f"{name}-leg?-rank0.jsonl")))):
+        for number in range(len(list(self.folder.glob(f"{name}-leg*-rank0.jsonl")))):
             legs.append({})
-            for file in sorted(self.folder.glob(f"{name}-leg{number}-rank?.jsonl")):
+            for file in sorted(self.folder.glob(f"{name}-leg{number:02d}-rank?.jsonl")):
                 lines = [json.loads(line) for line in file.read_text().splitlines()]
                 legs[-1] |= {tuple(line.pop("positions")): line for line in lines}
         return Seen(legs, FolderCheckpointIO().load_checkpoint(self.newest(name)))

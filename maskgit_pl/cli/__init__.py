@@ -29,7 +29,7 @@ from maskgit_pl.cli import (
     train_classifier,
     tune,
 )
-from maskgit_pl.errors import BAD_INPUT, INTERNAL_ERROR, USER_ERRORS, RunError
+from maskgit_pl.errors import INTERNAL_ERROR, exit_code_of
 
 __all__ = ["build_parser", "main"]
 
@@ -100,12 +100,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.overrides = rest
     try:
         code: int = args.run(args)
-    except (*USER_ERRORS, RunError) as error:
+    except Exception as error:
         if args.traceback:
             raise
-        print(f"maskgit {args.command}: {error}", file=sys.stderr)
-        return error.exit_code if isinstance(error, RunError) else BAD_INPUT
-    except Exception:
-        traceback.print_exc()
-        return INTERNAL_ERROR
+        code = exit_code_of(error)
+        if code == INTERNAL_ERROR:
+            traceback.print_exc()
+        else:
+            print(f"maskgit {args.command}: {error}", file=sys.stderr)
     return code

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Trainer
 
-from maskgit_pl.errors import INTERNAL_ERROR, USER_ERRORS, RunError
+from maskgit_pl.errors import USER_ERRORS, RunError, exit_code_of
 
 __all__ = ["leaving_together"]
 
@@ -23,7 +23,7 @@ def leaving_together(trainer: Trainer) -> Iterator[None]:
 
     Lightning's launcher kills the first process within 5 s of the end of another: the others let it go before them. An
     error of one rank leaves the others in a collective, whose library may not come to an end: what is neither of the
-    user nor agreed on by all (a ``RunError``) ends the process at once, with exit code 70.
+    user nor agreed on by all (a ``RunError``) ends the process at once.
     """
     try:
         yield
@@ -37,7 +37,7 @@ def leaving_together(trainer: Trainer) -> Iterator[None]:
         if trainer.world_size > 1 and not expected:
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(INTERNAL_ERROR)
+            os._exit(exit_code_of(error))
         raise
 
 

@@ -15,7 +15,6 @@ from jsonargparse import ArgumentError
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from maskgit_pl.cli.recipes import Stage
 from maskgit_pl.data import ShardData, StreamConfig
@@ -26,6 +25,7 @@ from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_comp
 from maskgit_pl.training.checkpoints import Checkpoints
 from maskgit_pl.training.faults import UnreadableReport
 from maskgit_pl.training.guards import Guard
+from maskgit_pl.training.logs import RunLogger
 from maskgit_pl.training.pictures import ReconstructionPictures, SamplePictures
 from maskgit_pl.training.progress import ProgressLines
 from maskgit_pl.training.recipe import changes, fixed_settings
@@ -144,7 +144,7 @@ class StageCLI(LightningCLI):
         config = self._get(self.config_init, "trainer", default={})
         ours = {
             "strategy": build_strategy(config["strategy"]),
-            "logger": TensorBoardLogger(self.folder, name="", version=""),
+            "logger": RunLogger(self.folder, name="", version=""),
             "plugins": [FolderCheckpointIO()],
             "default_root_dir": self.folder,
             "use_distributed_sampler": False,  # the data module shares out the global order itself

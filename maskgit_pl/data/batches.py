@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from maskgit_pl.data.order import Order, Rows
+from maskgit_pl.interruption import shield_worker
 from maskgit_pl.randomness import random_bits, random_uniform
 from maskgit_pl.shards.images import Crop, UnreadableImageError, check_crop, decode_image, load_square_into
 from maskgit_pl.shards.reader import ShardReader
@@ -208,6 +209,7 @@ def loader(
         collate_fn=_as_is,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
+        worker_init_fn=shield_worker,
     )
     if isinstance(dataset, ImageBatches):
         made.unreadable = UnreadableImages(dataset.explain, num_samples=len(dataset.reader), budget=unreadable_budget)

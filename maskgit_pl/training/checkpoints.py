@@ -117,25 +117,27 @@ class Checkpoints(Checkpoint):
             trainer.save_checkpoint(self.folder / f"step-{step:08d}")
         except OSError as error:
             self._failures += 1
-            self._say_what_failed(step, error, last=last)
+            self._say_what_failed(trainer, error, last=last)
             return
         self._saved_step = step
         self._failures = 0
         if trainer.is_global_zero:
             self._prune()
 
-    def _say_what_failed(self, step: int, error: OSError, *, last: bool) -> None:
-        kept = complete_checkpoints(self.folder)
+    def _say_what_failed(self, trainer: Trainer, error: OSError, *, last: bool) -> None:
+        step, kept = trainer.global_step, complete_checkpoints(self.folder)
         text = f"checkpoint of step {step}: cannot be written: {error}; " + (
             f"{kept[-1].name} stays" if kept else "there is no older one"
         )
         if last or self._failures >= _MOST_FAILURES:
             why = "it was the last" if last else f"{self._failures} times in a row"
-            raise CannotWriteError(f"{text}; {why}: free space in {self.folder}, and repeat the command to go on")
-        log.warning(
-            "%s; training goes on, the next is tried at step %d (%d of %d failures)",
-            text, (step // self.every_n_steps + 1) * self.every_n_steps, self._failures, _MOST_FAILURES,
-        )  # fmt: skip
+            raise CannotWriteError(f"{text}; {why}: make room in {self.folder}, and repeat the command to go on")
+        if trainer.is_global_zero:
+            following = (step // self.every_n_steps + 1) * self.every_n_steps
+            log.warning(
+                "%s; training goes on, the next is tried at step %d (%d of %d failures)",
+                text, following, self._failures, _MOST_FAILURES,
+            )  # fmt: skip
 
     def _prune(self) -> None:
         for old in complete_checkpoints(self.folder)[: -self.keep_last]:

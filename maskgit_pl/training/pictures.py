@@ -6,6 +6,7 @@ and into TensorBoard. ``maskgit sample`` and ``maskgit evaluate`` use the same f
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from maskgit_pl.decoding import DecodingStep
 from maskgit_pl.pretrained import PretrainedTokenizer
+from maskgit_pl.training.logs import RunLogger
 
 __all__ = [
     "ReconstructionPictures",
@@ -38,6 +39,8 @@ __all__ = [
     "shown_steps",
     "to_pil",
 ]
+
+log = logging.getLogger(__name__)
 
 _COMFORTABLE = 84  # pixels along an edge: 28 px images are shown three times as large
 _PANEL = 168  # the same for the pictures of decoding, where single tokens must be seen
@@ -297,10 +300,14 @@ class _Samples(Protocol):
 
 
 def _publish(picture: Image.Image, folder: Path, name: str, trainer: Trainer) -> None:
-    save_png(picture, folder / f"{name}.png")
+    """Training does not depend on it."""
+    try:
+        save_png(picture, folder / f"{name}.png")
+    except OSError as error:
+        log.warning("%s: cannot be written: %s; training goes on", folder / f"{name}.png", error)
     for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image(name, np.asarray(picture), trainer.global_step, dataformats="HWC")
+        if isinstance(logger, RunLogger):
+            logger.log_picture(name, picture, trainer.global_step)
 
 
 def _checked_rows(images: Tensor, columns: int, row_captions: Sequence[str], column_captions: Sequence[str]) -> int:

@@ -1,0 +1,55 @@
+"""TensorBoard's curves and pictures of a run, which training does not depend on."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from PIL import Image
+
+__all__ = ["RunLogger"]
+
+log = logging.getLogger(__name__)
+
+_PAUSE = 60.0  # seconds after a failure in which nothing is tried
+
+
+class RunLogger(TensorBoardLogger):
+    """Lightning's logger, except that what cannot be written is left out, with a word, and training goes on."""
+
+    _paused_until = 0.0
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self._try(lambda: super(RunLogger, self).log_metrics(metrics, step))
+
+    @rank_zero_only
+    def log_picture(self, name: str, picture: Image.Image, step: int) -> None:
+        """Shows a picture under a name."""
+        self._try(lambda: self.experiment.add_image(name, np.asarray(picture), step, dataformats="HWC"))
+
+    @rank_zero_only
+    def save(self) -> None:
+        self._try(super().save)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        self._try(lambda: super(RunLogger, self).finalize(status))
+
+    def _try(self, write: Callable[[], object]) -> None:
+        if time.monotonic() < self._paused_until:
+            return
+        try:
+            write()
+        except (OSError, ValueError) as error:
+            reason = error if isinstance(error, OSError) else error.__cause__  # Lightning makes a ValueError of any
+            if not isinstance(reason, OSError):
+                raise
+            self._experiment = None  # its thread is dead; the next one begins a file of its own
+            self._paused_until = time.monotonic() + _PAUSE
+            text = "%s: curves cannot be written: %s; training goes on, they are left out for %.0f s"
+            log.warning(text, self.log_dir, reason, _PAUSE)

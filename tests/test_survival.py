@@ -1,0 +1,410 @@
+"""A run of two ranks under the faults that befall runs: it stops with its exit code, says why, and goes on exactly.
+
+``SURVIVAL=docs/survival.md make test ARGS=tests/test_survival.py`` writes what was done and what was printed.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import yaml
+
+from maskgit_pl.cli import main
+from maskgit_pl.errors import (
+    BAD_INPUT,
+    INTERNAL_ERROR,
+    CannotWriteError,
+    DataBudgetError,
+    NonFiniteError,
+    PreemptedError,
+)
+from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, complete_checkpoints, newest_complete, step_of
+from tests.conftest import flags, save_tiny_pretrained, save_uneven_shards
+from tests.injection import Disk, Fault, kill_in_saving
+from tests.observing import KILLED, Runs, Seen, Topology, same, trained_state
+
+pytestmark = pytest.mark.slow
+
+HERE = Path(__file__).parent
+TABLE = HERE.parent / "docs" / "survival.md"
+GLOBAL_BATCH, STEPS = 12, 10
+TWO = Topology(ranks=2)
+STAGES = ("tokenizer", "transformer")
+GAN = '--model.adversarial={"discriminator": {"channel_multiplier": 0.015625}, "start_step": 2}'
+PREEMPTED, NOT_FINITE, CANNOT_WRITE = PreemptedError.exit_code, NonFiniteError.exit_code, CannotWriteError.exit_code
+
+
+class Bench:
+    """Runs of both stages, and those of them that nothing befell."""
+
+    def __init__(self, folder: Path) -> None:
+        save_uneven_shards(folder / "shards", (1, 7, 100))
+        save_tiny_pretrained(folder / "given")
+        self.runs: dict[str, Runs] = {}
+        self.done: dict[tuple[str, Topology], Seen] = {}
+        for stage in STAGES:
+            words = [stage, f"--data={folder / 'shards'}"]
+            words += flags(yaml.safe_load((HERE / f"tiny/{stage}.yaml").read_text()))
+            words += [GAN] if stage == "tokenizer" else [f"--tokenizer={folder / 'given' / 'tokenizer'}"]
+            words += [
+                f"--data.global_batch={GLOBAL_BATCH}",
+                f"--trainer.max_steps={STEPS}",
+                "--data.validation_batch=2",
+            ]
+            words += ["--trainer.val_check_interval=4", "--trainer.limit_val_batches=2", "--checkpoint_every=100"]
+            (folder / stage).mkdir()
+            self.runs[stage] = Runs(folder / stage, words, GLOBAL_BATCH)
+
+    def straight(self, stage: str, topology: Topology) -> Seen:
+        if (stage, topology) not in self.done:
+            name = f"straight{len(self.done)}"
+            self.runs[stage].leg(name, topology)
+            self.done[stage, topology] = self.runs[stage].seen(name)
+        return self.done[stage, topology]
+
+    def ends_as_the_straight_run(self, stage: str, name: str, topology: Topology, runs: Runs | None = None) -> None:
+        """Goes on with a run, to its end."""
+        runs = runs or self.runs[stage]
+        runs.leg(name, topology)
+        states = [trained_state(each.state) for each in (runs.seen(name), self.straight(stage, topology))]
+        assert states[0].keys() == states[1].keys()
+        for key, value in states[0].items():
+            assert same(value, states[1][key]), key
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("survival"))
+
+
+class Report:
+    """Rows of the documentation's table."""
+
+    def __init__(self) -> None:
+        self.rows: list[str] = []
+
+    def add(self, number: int, fault: str, code: int | str, said: str, then: str) -> None:
+        said = re.sub(r"/\S*/(?=\w+/transformer|\w+/tokenizer)", "runs/", said).replace("|", "\\|")
+        self.rows.append(f"| {number} | {fault} | {code} | `{said.strip()}` | {then} |")
+
+
+@pytest.fixture(scope="module")
+def report() -> Iterator[Report]:
+    """Written where SURVIVAL says."""
+    made = Report()
+    yield made
+    if "SURVIVAL" in os.environ:
+        rows = sorted(made.rows, key=lambda row: int(row.split("|")[1]))
+        Path(os.environ["SURVIVAL"]).write_text(HEAD + "\n".join(rows) + "\n")
+
+
+HEAD = f"""# What befalls a run, what it says, and what becomes of it
+
+Written by `SURVIVAL=docs/survival.md make test ARGS="--numprocesses 0 tests/test_survival.py"`.
+
+Each run is `maskgit train` in processes of its own, two ranks unless something else is said. "Exact": it goes on with
+the same command, and weights, averages and optimisers at its end are those of a run that nothing befell, to the last
+bit (`torch.equal`). The texts are what was printed, with the folder of the runs shortened.
+
+Exit codes: 0 done, {BAD_INPUT} bad input, {INTERNAL_ERROR} internal error or hang, {CANNOT_WRITE} cannot write,
+{PREEMPTED} preempted (the same command goes on), {DataBudgetError.exit_code} data budget
+exceeded, {NOT_FINITE} not finite.
+
+| fault | injected | exit code | what was printed | checked |
+|---|---|---|---|---|
+"""
+
+
+def line(text: str, pattern: str) -> str:
+    """The line of an output that has a pattern."""
+    found = [each for each in text.splitlines() if re.search(pattern, each)]
+    assert found, f"{pattern!r} is not in:\n{text[-3000:]}"
+    return found[0]
+
+
+# Kills while a checkpoint is written
+
+TO_KILL = 25
+
+
+def test_25_kills_while_saving_leave_25_checkpoints_that_load(bench, report):
+    runs, alone = bench.runs["transformer"], Topology()
+    more = ("--checkpoint_every=1", "--keep_last=1", "--trainer.max_steps=200", "--trainer.val_check_interval=200")
+    folder = runs.folder / "killed" / "transformer" / "checkpoints"
+    kept, moments = [], []
+    for number in range(1, TO_KILL + 1):
+        prepare = partial(kill_in_saving, folder, number)
+        (text,) = runs.leg("killed", alone, *more, code=KILLED, prepare=prepare)
+        moments.append(line(text, "^killed at"))
+        newest = newest_complete(folder)
+        assert newest is not None
+        assert FolderCheckpointIO().load_checkpoint(newest)["global_step"] == step_of(newest)
+        kept.append(step_of(newest))
+    assert kept == sorted(kept)
+    assert kept[-1] > kept[0] > 0
+    moments = [re.sub(r"\S*/checkpoints/|\d{8}", "", moment) for moment in moments]
+    for moment in ("state.json", "tensors", "COMPLETE.json", "partial", "os.remove", "os.rename", "os.mkdir"):
+        assert any(moment in each for each in moments), moments
+    report.add(
+        2,
+        f"{TO_KILL} times SIGKILL in the middle of saving",
+        "-9",
+        moments[0],
+        f"{len(kept)} times the newest complete one loaded, every byte hashed, and the run went on from it",
+    )
+
+
+# Signals
+
+SIGNALS = [
+    ("transformer", Fault(signal.SIGTERM, 3, rank=1), "SIGTERM to rank 1"),
+    ("transformer", Fault(signal.SIGUSR1, 3, rank=0), "SIGUSR1 to rank 0"),
+    ("transformer", Fault(signal.SIGUSR2, 3), "SIGUSR2 to all"),
+    ("tokenizer", Fault(signal.SIGTERM, 3, rank=1, times=2), "SIGTERM to rank 1, twice"),
+    ("transformer", Fault(signal.SIGTERM, 4, "validation", rank=1), "SIGTERM to rank 1 in the validation"),
+    ("tokenizer", Fault(signal.SIGUSR1, 4, "validation"), "SIGUSR1 to all in the validation"),
+    ("transformer", Fault(signal.SIGTERM, 4, "saving", rank=0), "SIGTERM to rank 0 while saving"),
+    ("transformer", Fault(signal.SIGUSR1, 0, "start"), "SIGUSR1 to all before step 1"),
+    ("tokenizer", Fault(signal.SIGTERM, 0, "start", rank=1), "SIGTERM to rank 1 before step 1"),
+]
+SAVES = {"saving": ("--checkpoint_every=4",)}
+
+
+@pytest.mark.parametrize(("stage", "fault", "name"), SIGNALS, ids=[name for *_, name in SIGNALS])
+def test_a_signal_stops_all_ranks_behind_the_same_step(bench, report, stage, fault, name):
+    runs, run = bench.runs[stage], name.replace(" ", "-").replace(",", "")
+    texts = runs.leg(run, TWO, *SAVES.get(fault.where, ()), faults=[fault], code=PREEMPTED)
+    stopped = step_of(runs.newest(run))
+    assert stopped <= fault.step + 1
+    said = line(texts[0], "asked to stop by a signal")
+    assert f"saved step {stopped};" in said
+    assert all("Traceback" not in text for text in texts)
+    bench.ends_as_the_straight_run(stage, run, TWO)
+    report.add(
+        6, f"{stage}: {name}, behind step {fault.step}", PREEMPTED, said, f"both ranks stopped at step {stopped}; exact"
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_a_signal_to_a_whole_job_with_its_workers_stops_it_as_well(bench, report, number):
+    topology, run = Topology(ranks=2, workers=2, cluster="fsdp"), f"group{number}"
+    runs = bench.runs["transformer"]
+    texts = runs.leg(run, topology, faults=[Fault(number, 3, to="group")], code=PREEMPTED)
+    said = line(texts[0], "asked to stop by a signal")
+    bench.ends_as_the_straight_run("transformer", run, topology)
+    report.add(6, f"transformer, FSDP2: {number.name} to all ranks and their workers", PREEMPTED, said, "exact")
+
+
+# Ranks that are gone
+
+
+def test_a_rank_that_dies_is_named_by_the_others_within_30_seconds(bench, report):
+    runs = bench.runs["transformer"]
+    begun: list[float] = []
+    for rank in (1, 0):
+
+        def wait(processes, rank=rank) -> None:
+            processes[rank].join()
+            begun.append(time.monotonic())
+
+        codes = [INTERNAL_ERROR, INTERNAL_ERROR]
+        codes[rank] = KILLED
+        texts = runs.leg(f"dead{rank}", TWO, faults=[Fault(signal.SIGKILL, 3, rank=rank)], code=codes, during=wait)
+        took = time.monotonic() - begun[-1]
+        assert took < 30
+        said = line(texts[1 - rank], rf"rank {1 - rank}, step \d+: .*rank {rank}")
+        report.add(8, f"SIGKILL to rank {rank}", INTERNAL_ERROR, said, f"the other rank ended {took:.0f} s later")
+
+
+def test_a_rank_that_hangs_ends_the_run_with_all_stacks(bench, report):
+    runs = bench.runs["transformer"]
+    folder = runs.folder / "hung" / "transformer"
+
+    def wake_up(processes) -> None:
+        processes[0].join(60)
+        os.kill(processes[1].pid, signal.SIGCONT)
+
+    fault = Fault(signal.SIGSTOP, 7, rank=1)
+    texts = runs.leg("hung", TWO, "--hang_seconds=3", faults=[fault], code=INTERNAL_ERROR, during=wake_up)
+    said = line(texts[0], "^hang, rank 0: training: nothing has gone on")
+    assert "rank 1 (" in said
+    stacks = (folder / "stacks.txt").read_text()
+    assert "training_step" in stacks or "backward" in stacks or "all_reduce" in stacks
+    report.add(
+        9, "SIGSTOP to rank 1, `--hang_seconds 3`", INTERNAL_ERROR, said, "`stacks.txt` has the stacks of all threads"
+    )
+
+
+# Losses that are not finite
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("what", ["nan loss", "nan gradient"])
+def test_no_rank_steps_when_one_cannot(bench, report, stage, what):
+    runs, run = bench.runs[stage], what.replace(" ", "-")
+    topology = Topology(ranks=2, accumulation=2)
+    texts = runs.leg(run, topology, faults=[Fault(what, 5, rank=1, times=2)])
+    weights = {positions[0] // GLOBAL_BATCH: batch["weights"] for positions, batch in runs.seen(run).legs[0].items()}
+    assert weights[3] == weights[4] == weights[5] != weights[6] != weights[2]
+    said = line(texts[0], "step 4: .* is not finite; no rank updates its weights")
+    if what == "nan loss":
+        assert "the loss of rank 1" in said
+    report.add(
+        11,
+        f"{stage}: {what} on rank 1 in steps 5 and 6",
+        0,
+        said,
+        "weights behind steps 4, 5 and 6 the same on both ranks; others follow",
+    )
+
+
+@pytest.mark.parametrize(("stage", "cluster"), [("tokenizer", "ddp"), ("transformer", "ddp"), ("transformer", "fsdp")])
+def test_four_steps_in_a_row_end_the_run_with_their_samples(bench, report, stage, cluster):
+    runs, run = bench.runs[stage], f"nan-{cluster}"
+    fault = Fault("nan loss", 5, rank=1, times=STEPS)
+    texts = runs.leg(run, Topology(ranks=2, cluster=cluster), "--checkpoint_every=2", faults=[fault], code=NOT_FINITE)
+    folder = runs.folder / run / stage
+    assert step_of(runs.newest(run)) <= 7
+    loaded = FolderCheckpointIO().load_checkpoint(runs.newest(run))
+    assert all(value.isfinite().all() for value in loaded["state_dict"].values() if value.is_floating_point())
+    for rank, name in enumerate(("nonfinite.json", "nonfinite-rank1.json")):
+        steps = json.loads((folder / name).read_text())
+        assert [step["step"] for step in steps] == [4, 5, 6, 7]
+        assert {"nan"} == set(steps[0]["losses"]) if rank else "nan" not in steps[0]["losses"]
+        assert len(steps[0]["samples"]) == GLOBAL_BATCH // 2
+    said = line(texts[0], "4 steps in a row")
+    report.add(
+        11,
+        f"{stage}, {cluster}: nan loss on rank 1 from step 5 on",
+        NOT_FINITE,
+        said,
+        "weights of the last checkpoint finite; the samples of both ranks listed",
+    )
+
+
+# Disks
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of 3 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"mount: {mounted.stderr.strip()}; needs root")
+    yield folder
+    subprocess.run(["umount", "--recursive", "--lazy", folder], check=True)
+
+
+@pytest.mark.parametrize("what", ["full disk", "read-only disk"])
+def test_a_checkpoint_that_cannot_be_written_costs_nothing_if_the_next_can(bench, report, small_disk, tmp_path, what):
+    runs = Runs(tmp_path, bench.runs["transformer"].given, GLOBAL_BATCH, small_disk)
+    more = ("--checkpoint_every=2", "--keep_last=9")
+    texts = runs.leg("mended", TWO, *more, faults=[Fault(what, 3, times=4)])
+    kept = [step_of(path) for path in complete_checkpoints(small_disk / "mended" / "transformer" / "checkpoints")]
+    assert kept == [2, 8, 10]
+    said = line(texts[0], "checkpoint of step 4: cannot be written")
+    assert "cannot be written" not in texts[1]
+    state = trained_state(runs.seen("mended").state)
+    assert all(
+        same(value, state[key]) for key, value in trained_state(bench.straight("transformer", TWO).state).items()
+    )
+    report.add(10, f"{what} while steps 4 and 6 are saved", 0, said, "steps 2, 8 and 10 saved; exact")
+
+
+@pytest.mark.parametrize("what", ["full disk", "read-only disk"])
+def test_three_checkpoints_that_cannot_be_written_end_the_run(bench, report, small_disk, tmp_path, what):
+    runs = Runs(tmp_path, bench.runs["transformer"].given, GLOBAL_BATCH, small_disk)
+    fault = Fault(what, 3, times=STEPS)
+    texts = runs.leg("full", TWO, "--checkpoint_every=2", "--keep_last=1", faults=[fault], code=CANNOT_WRITE)
+    Disk().mend(small_disk / "full" / "transformer")
+    assert runs.newest("full").name == "step-00000002"
+    assert FolderCheckpointIO().load_checkpoint(runs.newest("full"))["global_step"] == 2
+    said = line(texts[0], "3 times in a row")
+    bench.ends_as_the_straight_run("transformer", "full", TWO, runs)
+    report.add(10, f"{what} from step 3 on", CANNOT_WRITE, said, "step 2 still there; when there was room: exact")
+
+
+# Lightning's own launcher
+
+LAUNCHED = {
+    "SIGTERM to the command": (PREEMPTED, "asked to stop by a signal"),
+    "SIGKILL to the process of rank 1": (INTERNAL_ERROR, r"rank 0, step \d+: rank 1 \(process \d+\) ended with -9"),
+}
+
+
+@pytest.mark.parametrize("fault", LAUNCHED)
+def test_the_command_that_starts_its_ranks_itself_ends_with_the_code_of_the_run(bench, report, fault):
+    (code, pattern), runs = LAUNCHED[fault], bench.runs["transformer"]
+    run = fault.split()[0]
+    words = runs.words(
+        run, TWO, "--trainer.max_steps=100000", "--checkpoint_every=5", "--trainer.val_check_interval=100000"
+    )
+    log = runs.folder / f"{run}.txt"
+    with log.open("w") as output:
+        command = [sys.executable, "-m", "maskgit_pl", *words]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+        while process.poll() is None and newest_complete(runs.folder / run / "transformer" / "checkpoints") is None:
+            time.sleep(0.01)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        ranks = [int(child) for child in children if "maskgit_pl" in Path(f"/proc/{child}/cmdline").read_text()]
+        os.kill(process.pid if code == PREEMPTED else ranks[0], signal.SIGTERM if code == PREEMPTED else signal.SIGKILL)
+        begun = time.monotonic()
+        assert process.wait(60) == code, log.read_text()[-3000:]
+    took = time.monotonic() - begun
+    assert took < 30
+    while Path(f"/proc/{ranks[0]}").exists() and time.monotonic() - begun < 30:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{ranks[0]}").exists()
+    said = line(log.read_text(), pattern)
+    report.add(
+        8 if code == INTERNAL_ERROR else 6,
+        f"{fault}, which started both ranks",
+        code,
+        said,
+        f"ended {took:.0f} s later, no process left",
+    )
+
+
+# Checkpoints of other versions
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("version", sorted(path.name for path in (HERE / "checkpoints").iterdir()))
+def test_a_checkpoint_of_an_older_version_goes_on(tmp_path, stage, version):
+    save_uneven_shards(tmp_path / "shards", (1, 7, 22))
+    save_tiny_pretrained(tmp_path / "given")
+    words = ["train", stage, f"--data={tmp_path / 'shards'}", f"--runs={tmp_path}", "--run=old"]
+    words += flags(yaml.safe_load((HERE / f"tiny/{stage}.yaml").read_text()))
+    words += (
+        [GAN.replace(', "start_step": 2', "")]
+        if stage == "tokenizer"
+        else [f"--tokenizer={tmp_path / 'given' / 'tokenizer'}"]
+    )
+    words += ["--trainer.max_steps=5", "--trainer.val_check_interval=3", "--keep_last=9"]
+    folder = tmp_path / "old" / stage / "checkpoints"
+    shutil.copytree(HERE / "checkpoints" / version / stage, folder / "step-00000003")
+    assert main(words) == 0
+    assert [step_of(path) for path in complete_checkpoints(folder)] == [3, 5]
+    before, after = (trained_state(FolderCheckpointIO().load_checkpoint(path)) for path in complete_checkpoints(folder))
+    assert before.keys() == after.keys()
+
+
+@pytest.mark.skipif("SURVIVAL" in os.environ, reason="the table is being written")
+def test_the_table_has_every_fault():
+    written = TABLE.read_text()
+    rows = {int(row.split("|")[1]) for row in written.splitlines() if re.match(r"\| \d+ \|", row)}
+    assert rows == {2, 6, 8, 9, 10, 11}
+    for _, _, name in SIGNALS:
+        assert name in written
