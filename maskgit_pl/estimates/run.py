@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from maskgit_pl.estimates.sharding import FLOAT, Group, Strategy, Traffic
+from maskgit_pl.estimates.sharding import FLOAT, HALF, Group, Strategy, Traffic
 from maskgit_pl.estimates.transformer import Activations
 
 __all__ = ["CARDS", "Card", "Memory", "StepTime", "checkpoint_bytes", "kept_checkpoints", "memory_of", "step_time"]
@@ -57,14 +57,15 @@ def memory_of(
 
     Each trained number takes 4 bytes as a weight, 4 as a gradient, 8 in AdamW's moments and 4 in the average: 20, whole
     under ``auto`` and ``ddp`` (whose buckets are the gradients themselves), in shards under ``fsdp``. FSDP2 then holds
-    whole, at the highest point: weights and gradients of the root, and five blocks: weights of the one at work and of
-    the next, which is gathered meanwhile, that gathering's buffer, the gradients of one and the buffer of their
-    scattering. Gradients are counted in full although they come while activations go: an upper bound.
+    whole, at the highest point: weights and gradients of the root; weights of the block at work and of the next, which
+    is gathered meanwhile, with the buffer of that; the gradients of a block and the buffer of their scattering. Weights
+    are gathered in bfloat16 under bf16-mixed, where autocast's copies fall away. Gradients are counted in full although
+    they come while activations go: an upper bound.
 
     Args:
         blocks: Groups that FSDP2 gathers one after the other.
         root: The rest.
-        activations: Of a micro-batch.
+        activations: Of a micro-batch; copies of weights in it say that the precision is bf16-mixed.
         strategy: How the ranks share.
         ranks: n.
         averaged: Numbers of the average; None: as many as are trained.
@@ -73,10 +74,11 @@ def memory_of(
     groups = [*blocks, root]
     whole = sum(group.numel for group in groups)
     own = sum(group.shard(ranks) for group in groups) if strategy == "fsdp" else whole
-    gathered = 0
-    if strategy == "fsdp" and ranks > 1:
+    gathered, casts = 0, activations.casts
+    if strategy == "fsdp":
         largest = max((block.padded(ranks) for block in blocks), default=0)
-        gathered = FLOAT * (2 * root.padded(ranks) + 5 * largest)
+        weight, casts = (HALF, 0) if casts else (FLOAT, 0)
+        gathered = weight * (root.padded(ranks) + 3 * largest) + FLOAT * (root.padded(ranks) + 2 * largest)
     return Memory(
         weights=FLOAT * own,
         gradients=FLOAT * own,
@@ -84,7 +86,7 @@ def memory_of(
         average=FLOAT * (own if averaged is None else averaged),
         frozen=frozen,
         gathered=gathered,
-        casts=activations.casts,
+        casts=casts,
         activations=activations.kept,
         working=activations.working,
     )

@@ -9,12 +9,24 @@ from typing import Literal
 
 from torch import nn
 
-__all__ = ["FLOAT", "Group", "Strategy", "Traffic", "all_reduce_bytes", "ddp_traffic", "fsdp_traffic", "group_of"]
+__all__ = [
+    "FLOAT",
+    "HALF",
+    "Group",
+    "Strategy",
+    "Traffic",
+    "all_reduce_bytes",
+    "ddp_traffic",
+    "fsdp_traffic",
+    "group_of",
+]
 
 Strategy = Literal["auto", "ddp", "fsdp"]
 
 FLOAT = 4
 """Bytes of a weight, a gradient, a moment: both precisions of the recipes keep them in float32."""
+HALF = 2
+"""Bytes of a bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +117,9 @@ def ddp_traffic(groups: Sequence[Group], ranks: int, *, buffers: int = 0, micro_
     return Traffic(all_reduce=all_reduce_bytes(gradients, ranks), broadcast=float(micro_batches * buffers))
 
 
-def fsdp_traffic(blocks: Sequence[Group], root: Group, ranks: int, *, micro_batches: int = 1) -> Traffic:
+def fsdp_traffic(
+    blocks: Sequence[Group], root: Group, ranks: int, *, micro_batches: int = 1, weight: int = FLOAT
+) -> Traffic:
     """FSDP2: in each micro-batch a block is gathered twice and the root once, and each gradient is scattered once.
 
     A block's weights are given up after its forward pass and gathered again for its backward pass; the root's, the tied
@@ -118,8 +132,11 @@ def fsdp_traffic(blocks: Sequence[Group], root: Group, ranks: int, *, micro_batc
         root: The rest.
         ranks: n.
         micro_batches: Forward and backward passes of a step on each rank.
+        weight: Bytes in which a weight travels: ``HALF`` under bf16-mixed. Gradients travel in float32.
     """
-    share = FLOAT * (ranks - 1) / ranks * micro_batches
+    share = (ranks - 1) / ranks * micro_batches
     in_blocks = sum(block.padded(ranks) for block in blocks)
     in_root = root.padded(ranks)
-    return Traffic(all_gather=share * (2 * in_blocks + in_root), reduce_scatter=share * (in_blocks + in_root))
+    return Traffic(
+        all_gather=share * weight * (2 * in_blocks + in_root), reduce_scatter=share * FLOAT * (in_blocks + in_root)
+    )

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from maskgit_pl.estimates.sharding import FLOAT, Group
+from maskgit_pl.estimates.sharding import FLOAT, HALF, Group
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.schedules import MaskSchedule, num_masked
 
@@ -32,7 +32,6 @@ __all__ = [
 Precision = Literal["32-true", "bf16-mixed"]
 Checkpointing = Literal["none", "blocks"]
 
-_HALF = 2  # bytes of a bfloat16
 _DROPPED = 1  # bytes that a dropped-out number leaves: a bool
 _STATISTICS = 2 * FLOAT  # mean and deviation of a row that a LayerNorm keeps
 
@@ -99,7 +98,7 @@ def transformer_activations(
     Kept are: of the embedding its sum for the norm; of each block what ``_block_kept`` lists; of the head, at masked
     tokens alone, four rows of D and the logarithms of V probabilities. With ``blocks`` a block keeps its input alone,
     and one block at a time is computed again in the backward pass. bf16-mixed also keeps a bfloat16 copy of every
-    matrix, under FSDP2 too: a block's weights are given up after its forward pass, the copies are not.
+    matrix, except under FSDP2, which gathers weights in bfloat16 and gives them up after a block.
 
     Working is the larger of two moments: where the backward pass begins, the gradient of the logits, three times m V
     numbers; within a block, when what the head kept is gone, the gradients of its feed-forward part, R F + 2 R D,
@@ -122,14 +121,14 @@ def transformer_activations(
     recomputed = 0
     if checkpointing == "blocks":
         blocks, recomputed = config.depth * rows * wide * FLOAT, middle if config.depth > 1 else last
-    number = _HALF if half else FLOAT
+    number = HALF if half else FLOAT
     head = asked * (wide * (3 * number + FLOAT) + _STATISTICS + config.vocabulary_size * FLOAT)
     logits = 3 * asked * config.vocabulary_size * FLOAT
     feed_forward = rows * (config.mlp_width * number + 2 * wide * FLOAT)
     matrices = config.depth * (4 * wide**2 + 2 * wide * config.mlp_width) + wide**2 + config.vocabulary_size * wide
     return Activations(
         kept=embedding + blocks + head,
-        casts=matrices * _HALF if half else 0,
+        casts=matrices * HALF if half else 0,
         working=max(logits, recomputed + feed_forward - head),
     )
 
@@ -144,7 +143,7 @@ def _block_kept(config: TransformerConfig, batch: int, asked: int, *, half: bool
     write; the inputs of norms stay float32.
     """
     rows = batch * _length(config)
-    d, f, number = config.width, config.mlp_width, _HALF if half else FLOAT
+    d, f, number = config.width, config.mlp_width, HALF if half else FLOAT
     attention = rows * (5 * d * number + config.num_heads * FLOAT)
     copied = asked * d * number if asked != rows else 0
     norms = asked * (2 * d * FLOAT + 2 * _STATISTICS)

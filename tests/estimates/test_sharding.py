@@ -7,16 +7,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from maskgit_pl.estimates.collectives import CountedCollectives
-from maskgit_pl.estimates.sharding import Group, all_reduce_bytes, ddp_traffic, fsdp_traffic, group_of
+from maskgit_pl.estimates.sharding import FLOAT, HALF, Group, all_reduce_bytes, ddp_traffic, fsdp_traffic, group_of
 from maskgit_pl.estimates.transformer import block_group, root_group
 from maskgit_pl.networks.causal import build_transformer
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.training.execution import prepare_blocks
+from maskgit_pl.training.strategies import shard_blocks
 
 CONFIG = TransformerConfig(24, 3, (4, 4), 48, 3, 4, 100, dropout=0.0)
 BLOCKS, ROOT = [block_group(CONFIG)] * CONFIG.depth, root_group(CONFIG)
@@ -32,17 +32,16 @@ def world() -> Iterator:
     dist.destroy_process_group()
 
 
-def sharded(mesh, checkpointing="none"):
+def sharded(mesh, checkpointing="none", precision="32-true"):
     network = build_transformer(CONFIG)
     prepare_blocks(network.blocks, activation_checkpointing=checkpointing)
-    for block in network.blocks:
-        fully_shard(block, mesh=mesh)
-    return fully_shard(network, mesh=mesh)
+    shard_blocks(network, network.blocks, mesh, precision=precision)
+    return network
 
 
 def step(network):
     tokens, labels = torch.zeros(2, 16, dtype=torch.long), torch.zeros(2, dtype=torch.long)
-    network(tokens, labels, tokens == 0, vocabulary="all").sum().backward()
+    network(tokens, labels, tokens == 0, vocabulary="all").float().sum().backward()
 
 
 @pytest.mark.parametrize(("ranks", "rank"), [(1, 0), (4, 0), (7, 6), (64, 0), (64, 40), (512, 0)])
@@ -52,14 +51,15 @@ def test_a_ranks_shard(world, ranks, rank):
     assert held == sum(group.shard(ranks, rank) for group in (*BLOCKS, ROOT))
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("checkpointing", ["none", "blocks"])
 @pytest.mark.parametrize("ranks", [2, 7, 512])
-def test_traffic_of_fsdp(world, ranks, checkpointing):
-    network = sharded(world(ranks), checkpointing)
-    with CountedCollectives() as counted:
+def test_traffic_of_fsdp(world, ranks, checkpointing, precision):
+    network, half = sharded(world(ranks), checkpointing, precision), precision == "bf16-mixed"
+    with CountedCollectives() as counted, torch.autocast("cpu", torch.bfloat16, enabled=half):
         step(network)
         step(network)  # Lightning lets every micro-batch scatter its gradients
-    expected = fsdp_traffic(BLOCKS, ROOT, ranks, micro_batches=2)
+    expected = fsdp_traffic(BLOCKS, ROOT, ranks, micro_batches=2, weight=HALF if half else FLOAT)
     assert counted.traffic(ranks) == expected
     assert expected.all_gather < 2 * expected.reduce_scatter  # the root is gathered once
 
