@@ -14,8 +14,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
@@ -33,8 +32,10 @@ from maskgit_pl.pretrained import (
 from maskgit_pl.randomness import random_bits, random_uniform
 from maskgit_pl.training.checkpoints import full_state
 from maskgit_pl.training.ema import frozen_copy, update_ema
+from maskgit_pl.training.execution import ActivationCheckpointing, Compiled, prepare_blocks
 from maskgit_pl.training.guards import Guard, clip_gradients
-from maskgit_pl.training.optimizers import LearningRate, parameter_groups
+from maskgit_pl.training.optimizers import AdamWKind, LearningRate, build_adamw, parameter_groups
+from maskgit_pl.training.strategies import check_precision, shard_blocks
 
 __all__ = ["NUM_BINS", "TokenModel", "check_fit"]
 
@@ -59,9 +60,12 @@ class TokenModel(LightningModule):
         ema_decay: Of the averaged weights that sample, are evaluated and exported; 0 for none.
         flip_probability: Chance of a horizontal flip, for images as the source.
         seed: Of all that is drawn: masks, class dropout, flips and dropout, in [0, 2**32).
+        activation_checkpointing: ``blocks`` saves memory: the trained network's blocks run again in the backward pass.
+        compiled: ``blocks``: the trained network's blocks go through ``torch.compile``, which takes its time at first.
+        adamw: How the optimiser steps.
 
     Raises:
-        ValueError: Guidance without a null class.
+        ValueError: Guidance without a null class, or an unknown word.
 
     Source: paper, training; learning rate, betas, decay and smoothing of the released configuration are its recipes'.
     """
@@ -85,6 +89,9 @@ class TokenModel(LightningModule):
         ema_decay: float = 0.999,
         flip_probability: float = 0.0,
         seed: int = 0,
+        activation_checkpointing: ActivationCheckpointing = "none",
+        compiled: Compiled = "none",
+        adamw: AdamWKind = "fused",
     ) -> None:
         super().__init__()
         self.config = transformer.config
@@ -98,8 +105,10 @@ class TokenModel(LightningModule):
         self.ema_decay = ema_decay
         self.flip_probability = flip_probability
         self.seed = seed
+        self.adamw: AdamWKind = adamw
         self.transformer = transformer
         self.ema_network = frozen_copy(transformer) if ema_decay > 0 else None
+        prepare_blocks(transformer.blocks, activation_checkpointing=activation_checkpointing, compiled=compiled)
         self._tokenizer: PretrainedTokenizer | None = None
         self._validation_loss = MeanMetric()
         self._validation_accuracy = MeanMetric()
@@ -137,18 +146,22 @@ class TokenModel(LightningModule):
         return self._tokenizer
 
     def configure_model(self) -> None:
-        """Under FSDP2: shards block by block; the tied word table stays in the root group."""
-        mesh = self.device_mesh
-        if mesh is None:
+        """Under FSDP2: shards block by block; the tied word table stays in the root group.
+
+        Raises:
+            ValueError: A precision in which this would not train.
+        """
+        check_precision(self.trainer.precision)
+        if self.device_mesh is None:
             return
-        for network in self._networks():
-            for block in network.blocks:
-                fully_shard(block, mesh=mesh["data_parallel"])
-            fully_shard(network, mesh=mesh["data_parallel"])
+        mesh = self.device_mesh["data_parallel"]
+        shard_blocks(self.transformer, self.transformer.blocks, mesh, precision=self.trainer.precision)
+        if self.ema_network is not None:  # whole, as it samples and is evaluated
+            shard_blocks(self.ema_network, self.ema_network.blocks, mesh, precision="32-true")
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         groups = parameter_groups(self.transformer, self.weight_decay, prefix="transformer.")
-        optimizer = AdamW(groups, lr=self.learning_rate.peak, betas=self.betas, fused=True)
+        optimizer = build_adamw(groups, self.learning_rate, self.betas, self.adamw)
         max_steps = int(self.trainer.max_steps)
         scheduler = LambdaLR(optimizer, lambda step: self.learning_rate.factor(step, max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

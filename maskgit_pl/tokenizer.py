@@ -30,8 +30,10 @@ from maskgit_pl.networks.features import FeatureOutput, feature_networks
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pretrained import load_tokenizer, load_weights, save_tokenizer
 from maskgit_pl.training.ema import frozen_copy, update_ema
+from maskgit_pl.training.execution import ActivationCheckpointing, prepare_blocks
 from maskgit_pl.training.guards import Guard, clip_gradients
-from maskgit_pl.training.optimizers import LearningRate, parameter_groups
+from maskgit_pl.training.optimizers import AdamWKind, LearningRate, build_adamw, parameter_groups
+from maskgit_pl.training.strategies import check_precision
 
 __all__ = ["AdversarialConfig", "CodebookUse", "PerceptualConfig", "Tokenizer"]
 
@@ -152,9 +154,12 @@ class Tokenizer(LightningModule):
         seed: Of flips and restarts of dead codes.
         accumulation: Micro-batches of a global batch on each rank.
         memory_format: Layout of images and convolution weights; ``channels_last`` is quicker on most GPUs.
+        activation_checkpointing: ``blocks`` saves memory: the blocks of encoder and decoder run again in the backward
+            pass.
+        adamw: How the optimisers step.
 
     Raises:
-        ValueError: A number is out of range.
+        ValueError: A number is out of range, or an unknown word.
     """
 
     def __init__(
@@ -174,6 +179,8 @@ class Tokenizer(LightningModule):
         seed: int = 0,
         accumulation: int = 1,
         memory_format: Literal["contiguous", "channels_last"] = "contiguous",
+        activation_checkpointing: ActivationCheckpointing = "none",
+        adamw: AdamWKind = "fused",
     ) -> None:
         super().__init__()
         _check_numbers(gradient_clip, ema_decay, flip_probability, accumulation)
@@ -192,8 +199,12 @@ class Tokenizer(LightningModule):
         self.accumulation = accumulation
         self.memory_format = torch.channels_last if memory_format == "channels_last" else torch.contiguous_format
 
+        self.adamw: AdamWKind = adamw
+
         self.network = _laid_out(VQGAN(network), self.memory_format)
         self.ema_network = frozen_copy(self.network)
+        for half in (self.network.encoder, self.network.decoder):
+            prepare_blocks(half.blocks, activation_checkpointing=activation_checkpointing)
         self.grid = network.grid(image_size)
         self.discriminator: Discriminator | None = None
         if adversarial is not None:
@@ -232,9 +243,7 @@ class Tokenizer(LightningModule):
         """Adam for the generator, then one for the discriminator where there is one."""
         networks = [self.network] if self.discriminator is None else [self.network, self.discriminator]
         return [
-            torch.optim.AdamW(
-                parameter_groups(network, self.weight_decay), lr=self.learning_rate.peak, betas=self.betas, fused=True
-            )
+            build_adamw(parameter_groups(network, self.weight_decay), self.learning_rate, self.betas, self.adamw)
             for network in networks
         ]
 
@@ -242,13 +251,9 @@ class Tokenizer(LightningModule):
         """Refuses what this stage cannot train with, and moves the perceptual network to the device.
 
         Raises:
-            ValueError: float16, whose loss scaling knows one optimiser a step, or a decay without an end.
+            ValueError: A precision in which this would not train, or a decay without an end.
         """
-        if self.trainer.precision in ("16-mixed", "16-true"):
-            raise ValueError(
-                f"precision: stage 1 trains in 32-true or bf16-mixed, got {self.trainer.precision}; "
-                "change trainer.precision"
-            )
+        check_precision(self.trainer.precision)
         if self.learning_rate.decay == "cosine" and self.trainer.max_steps < 1:
             raise ValueError("learning rate decay 'cosine': trainer.max_steps must say where it ends, got none")
         for network in self._features:

@@ -17,7 +17,8 @@ pytestmark = pytest.mark.slow
 
 TINY = Path(__file__).parent / "tiny"
 STEPS = 6
-CLUSTERS = {"cpu": [], "ddp": ["--trainer.devices=2"], "fsdp": ["--trainer.devices=2"]}
+EXACT = "--trainer.precision=32-true"
+CLUSTERS = {"cpu": [], "ddp": ["--trainer.devices=2"], "fsdp": ["--trainer.devices=2", EXACT]}
 
 
 def words(stage: str, cluster: str, shards: Path, runs: Path, *more: str, tokenizer: Path | None = None) -> list[str]:

@@ -242,9 +242,13 @@ def test_a_number_out_of_range_is_refused_by_name(changes, message):
         tokenizer(**changes)
 
 
-def test_float16_and_an_endless_cosine_are_refused():
-    with pytest.raises(ValueError, match="bf16-mixed"):
-        fit(tokenizer(), precision="16-true")
+@pytest.mark.parametrize("precision", ["16-true", "bf16-true"])
+def test_weights_in_16_bits_are_refused(precision):
+    with pytest.raises(ValueError, match=rf"trainer\.precision: 32-true or bf16-mixed is needed, got {precision}"):
+        fit(tokenizer(), precision=precision)
+
+
+def test_an_endless_cosine_is_refused():
     with pytest.raises(ValueError, match="max_steps"):
         fit(
             tokenizer(learning_rate=LearningRate(1e-3, decay="cosine")),

@@ -1,14 +1,20 @@
-"""Parameter groups and learning rates that both stages use."""
+"""The optimiser, its parameter groups and its learning rate, which both stages use."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
+from torch.optim import AdamW, Optimizer
 
-__all__ = ["LearningRate", "parameter_groups"]
+from maskgit_pl.registry import nearest
+
+__all__ = ["AdamWKind", "LearningRate", "build_adamw", "parameter_groups"]
+
+AdamWKind = Literal["fused", "foreach", "for-loop"]
+"""How AdamW steps: all parameters in one kernel, one kernel an operation, or parameter by parameter."""
 
 _DECAYED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -16,6 +22,9 @@ _DECAYED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 @dataclass(frozen=True)
 class LearningRate:
     """Linear warm-up to a peak, then constant or a half cosine down.
+
+    The rates are those of the recipe's global batch. More devices or micro-batches share the same batch out, so nothing
+    is ever rescaled by their number; whoever changes ``data.global_batch`` chooses the peak that goes with it.
 
     Args:
         peak: Highest learning rate, positive.
@@ -71,3 +80,30 @@ def parameter_groups(module: nn.Module, weight_decay: float, *, prefix: str = ""
         {"params": [(name, p) for name, p in trained if id(p) in decayed], "weight_decay": weight_decay},
         {"params": [(name, p) for name, p in trained if id(p) not in decayed], "weight_decay": 0.0},
     ]
+
+
+def build_adamw(groups: list[dict[str, Any]], rate: LearningRate, betas: tuple[float, float], kind: AdamWKind) -> AdamW:
+    """AdamW over parameter groups, at the peak of the learning rate.
+
+    A state that is loaded keeps this kind, whatever kind wrote it.
+
+    Args:
+        groups: Of ``parameter_groups``.
+        rate: Its peak.
+        betas: Decays of both moments.
+        kind: All compute the same; sums are rounded in another order.
+
+    Raises:
+        ValueError: Another kind.
+    """
+    if kind not in get_args(AdamWKind):
+        raise ValueError(f"model.adamw {kind!r}: {nearest(kind, get_args(AdamWKind))}")
+    optimizer = AdamW(groups, lr=rate.peak, betas=betas, fused=kind == "fused", foreach=kind == "foreach")
+    optimizer.register_load_state_dict_pre_hook(_keep_kind)
+    return optimizer
+
+
+def _keep_kind(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """A state dict whose groups have the optimiser's own kind."""
+    kind = {name: optimizer.param_groups[0][name] for name in ("fused", "foreach")}
+    return {**state, "param_groups": [{**group, **kind} for group in state["param_groups"]]}

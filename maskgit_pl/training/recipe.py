@@ -1,7 +1,8 @@
 """What of a recipe may change while a run goes on, and what would make it another run.
 
 A checkpoint carries the settings that decide what is learned from what. A run that goes on compares them with its own
-before it trains; everything else (steps, logging, validation, devices, workers, micro-batch, precision) may change.
+before it trains; everything else (steps, logging, validation, devices, workers, micro-batch, precision, how blocks and
+optimiser are executed) may change.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ _DATA = ("image_size", "in_channels", "crop", "global_batch", "seed", "shuffle_w
 _TRAINER = ("gradient_clip_val", "gradient_clip_algorithm")
 _FREE_MODEL = {  # all other keys of the model are fixed
     "model.accumulation",  # follows from the devices
+    "model.activation_checkpointing",
+    "model.adamw",
+    "model.compiled",
     "model.decoding",  # pictures and exports alone
     "model.learning_rate.decay",
     "model.learning_rate.final_fraction",

@@ -7,11 +7,15 @@ module has already divided.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -19,7 +23,21 @@ from torch.optim import Optimizer
 from maskgit_pl.registry import nearest
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, SavedTensor, rows_of
 
-__all__ = ["STRATEGIES", "build_strategy"]
+__all__ = ["PRECISIONS", "STRATEGIES", "build_strategy", "check_precision", "shard_blocks"]
+
+PRECISIONS = ("32-true", "bf16-mixed")
+"""Those in which both stages train, as Lightning names them."""
+
+_POLICIES = {
+    "32-true": MixedPrecisionPolicy(),
+    # Lightning's bf16-mixed is autocast, which chooses the precision of each operation: products in bfloat16, norms and
+    # the loss in float32 where the device's autocast says so. The policy is about what lies and travels: blocks are
+    # gathered in bfloat16, half the bytes, so that autocast has no weight left to cast, and gradients are summed in
+    # float32. What passes from block to block is autocast's alone.
+    "bf16-mixed": MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+    ),
+}
 
 
 class NetworksDDP(DDPStrategy):
@@ -112,3 +130,30 @@ def build_strategy(name: str) -> str | Strategy:
     if name == "fsdp":
         return FullyShardedDataParallel2()
     raise ValueError(f"trainer.strategy {name!r}: {nearest(name, STRATEGIES)}")
+
+
+def check_precision(name: str) -> None:
+    """Refuses what would not train.
+
+    Raises:
+        ValueError: Weights in 16 bits, or float16.
+    """
+    if name not in PRECISIONS:
+        raise ValueError(
+            f"trainer.precision: {' or '.join(PRECISIONS)} is needed, got {name}: weights and their averages stay in "
+            "float32, since in 16 bits an average with a decay of 0.999 stands still, and nothing scales a float16 loss"
+        )
+
+
+def shard_blocks(network: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, *, precision: str) -> None:
+    """Shards a network over the ranks of a mesh: each block a group, and one of the rest.
+
+    Args:
+        network: Changed in place; its parameters stay float32.
+        blocks: Of the network.
+        mesh: One dimension.
+        precision: One of ``PRECISIONS``.
+    """
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=_POLICIES[precision])
+    fully_shard(network, mesh=mesh, mp_policy=_POLICIES[precision])

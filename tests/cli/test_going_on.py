@@ -123,10 +123,12 @@ def test_another_tokenizer_is_refused_and_the_same_one_elsewhere_is_not(begun, g
 def test_what_is_harmless_may_change(begun, go_on):
     stage, _, folder = begun
     decoding = ["--model.decoding.num_steps=3"] if stage == "transformer" else ["--model.memory_format=contiguous"]
+    executed = ["--model.activation_checkpointing=blocks", "--model.adamw=for-loop", "--matmul_precision=high"]
     code, said = go_on(
         "--trainer.max_steps=3", "--trainer.log_every_n_steps=2", "--trainer.val_check_interval=2",
         "--data.validation_batch=4", "--data.validation_samples=4", "--data.num_workers=2",
-        "--data.max_batch_per_device=1", "--checkpoint_every=2", "--model.learning_rate.warmup_steps=2", *decoding,
+        "--data.max_batch_per_device=1", "--checkpoint_every=2", "--model.learning_rate.warmup_steps=2",
+        *decoding, *executed,
     )  # fmt: skip
     assert code == 0, said
     assert newest_complete(folder / "checkpoints").name == "step-00000003"

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
-from maskgit_pl.training.optimizers import LearningRate, parameter_groups
+from maskgit_pl.training.optimizers import LearningRate, build_adamw, parameter_groups
 
 
 class Model(nn.Module):
@@ -62,6 +62,45 @@ def test_an_optimizer_takes_the_groups_and_decays_the_kernels_alone():
         factor = 0.95 if name in ("linear.weight", "conv.weight") else 1.0
         torch.testing.assert_close(parameter.detach(), factor * before[name])
     assert optimizer.state_dict()["param_groups"][0]["param_names"] == ["linear.weight", "conv.weight"]
+
+
+def steps(kind: str, state: dict | None = None) -> tuple[Model, torch.optim.AdamW]:
+    """Three steps with gradients that depend on the step."""
+    torch.manual_seed(0)
+    model = Model()
+    optimizer = build_adamw(parameter_groups(model, 0.1), LearningRate(0.1), (0.9, 0.96), kind)
+    if state is not None:
+        optimizer.load_state_dict(state)
+    for step in range(3):
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 0.1 * step - 0.1)
+        optimizer.step()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("kind", ["foreach", "for-loop"])
+def test_every_kind_of_adamw_steps_as_the_fused_one(kind):
+    (fused, _), (other, _) = steps("fused"), steps(kind)
+    for left, right in zip(fused.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(left, right, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["fused", "foreach", "for-loop"])
+@pytest.mark.parametrize("saved", ["fused", "for-loop"])
+def test_an_optimizer_goes_on_with_another_kinds_state_and_keeps_its_own_kind(kind, saved):
+    state = steps(saved)[1].state_dict()
+    _, optimizer = steps(kind, state)
+    assert {(group["fused"], group["foreach"]) for group in optimizer.param_groups} == {
+        (kind == "fused", kind == "foreach")
+    }
+    assert optimizer.state[optimizer.param_groups[0]["params"][0]]["step"] == 6
+
+
+def test_another_kind_of_adamw_is_refused_with_those_that_are_known():
+    with pytest.raises(
+        ValueError, match=r"model\.adamw 'fuse': did you mean 'fused'\? known: for-loop, foreach, fused"
+    ):
+        build_adamw([], LearningRate(0.1), (0.9, 0.96), "fuse")
 
 
 def test_the_warm_up_rises_in_equal_steps_to_the_peak_and_never_starts_at_0():

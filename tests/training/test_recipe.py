@@ -50,6 +50,11 @@ def test_what_decides_what_is_learned_is_kept_and_nothing_else():
     }
 
 
+def test_how_a_run_is_executed_may_change():
+    free = {"activation_checkpointing": "blocks", "compiled": "blocks", "adamw": "foreach", "accumulation": 3}
+    assert settings(**free) == settings()
+
+
 def test_changes_are_listed_by_key_and_hashes_are_short():
     other = {**settings(adversarial={"weight": 0.5}, betas=(0.9, 0.9)), "tokenizer": "c" * 64}
     assert changes(settings(), other, {}) == [

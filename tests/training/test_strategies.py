@@ -1,0 +1,29 @@
+import pytest
+import torch
+
+from maskgit_pl.training.strategies import _POLICIES, PRECISIONS, build_strategy, check_precision
+
+
+def test_weights_are_gathered_in_bfloat16_and_gradients_summed_in_float32_where_the_precision_is_mixed():
+    mixed = _POLICIES["bf16-mixed"]
+    assert (mixed.param_dtype, mixed.reduce_dtype) == (torch.bfloat16, torch.float32)
+    assert not mixed.cast_forward_inputs  # autocast alone decides on what passes from block to block
+    whole = _POLICIES["32-true"]
+    assert (whole.param_dtype, whole.reduce_dtype, whole.output_dtype) == (None, None, None)
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_precisions_that_train_have_a_policy_and_are_let_through(name):
+    check_precision(name)
+    assert name in _POLICIES
+
+
+@pytest.mark.parametrize("name", ["bf16-true", "16-true", "16-mixed", "64-true"])
+def test_others_are_refused_with_those_that_train(name):
+    with pytest.raises(ValueError, match=rf"trainer\.precision: 32-true or bf16-mixed is needed, got {name}"):
+        check_precision(name)
+
+
+def test_an_unknown_strategy_is_answered_with_the_nearest():
+    with pytest.raises(ValueError, match=r"trainer\.strategy 'fsdp2': did you mean 'fsdp'"):
+        build_strategy("fsdp2")
