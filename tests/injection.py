@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -149,6 +150,12 @@ def kill_in_saving(folder: Path, number: int) -> None:
         begun[0] = begun[0] or (event == "os.rename" and str(folder) in os.fspath(given[0]))
 
     sys.addaudithook(look)
+
+
+def kill_in_writing(size: int) -> None:
+    """Has the kernel kill this process in the middle of a write, when a file reaches a size in bytes."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 Prepare = Callable[[], None]

@@ -29,7 +29,7 @@ from maskgit_pl.errors import (
 )
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, complete_checkpoints, newest_complete, step_of
 from tests.conftest import flags, save_tiny_pretrained, save_uneven_shards
-from tests.injection import Disk, Fault, kill_in_saving
+from tests.injection import Disk, Fault, kill_in_saving, kill_in_writing
 from tests.observing import KILLED, Runs, Seen, Topology, same, trained_state
 
 pytestmark = pytest.mark.slow
@@ -133,7 +133,8 @@ def line(text: str, pattern: str) -> str:
 
 # Kills while a checkpoint is written
 
-TO_KILL = 25
+SIZES = (10_000, 40_000)  # bytes of a tensor file of 61,700
+TO_KILL = 25 - len(SIZES)
 
 
 def test_25_kills_while_saving_leave_25_checkpoints_that_load(bench, report):
@@ -142,25 +143,45 @@ def test_25_kills_while_saving_leave_25_checkpoints_that_load(bench, report):
     folder = runs.folder / "killed" / "transformer" / "checkpoints"
     kept, moments = [], []
     for number in range(1, TO_KILL + 1):
-        prepare = partial(kill_in_saving, folder, number)
-        (text,) = runs.leg("killed", alone, *more, code=KILLED, prepare=prepare)
+        (text,) = runs.leg("killed", alone, *more, code=KILLED, prepare=partial(kill_in_saving, folder, number))
         moments.append(line(text, "^killed at"))
-        newest = newest_complete(folder)
-        assert newest is not None
-        assert FolderCheckpointIO().load_checkpoint(newest)["global_step"] == step_of(newest)
-        kept.append(step_of(newest))
+        kept.append(loadable(folder))
+    for size in SIZES:
+        runs.leg("killed", alone, *more, code=-signal.SIGXFSZ, prepare=partial(kill_in_writing, size))
+        assert not list(folder.glob(".step-*.partial/COMPLETE.json"))
+        kept.append(loadable(folder))
+    runs.leg("killed", alone, *more, f"--trainer.max_steps={kept[-1] + 1}")
+    assert [path.name for path in folder.iterdir()] == [f"step-{kept[-1] + 1:08d}"]  # all that was torn is swept
     assert kept == sorted(kept)
-    assert kept[-1] > kept[0] > 0
+    assert kept[-1] > TO_KILL / 2
     moments = [re.sub(r"\S*/checkpoints/|\d{8}", "", moment) for moment in moments]
-    for moment in ("state.json", "tensors", "COMPLETE.json", "partial", "os.remove", "os.rename", "os.mkdir"):
-        assert any(moment in each for each in moments), moments
+    for moment in (
+        "tensors",
+        "state.json",
+        "COMPLETE.json",
+        "open .step-.partial",
+        "remove",
+        "rename",
+        "rmtree",
+        "rmdir",
+    ):
+        assert any(moment in each for each in moments), (moment, "\n".join(moments))
+    times = len(kept)
     report.add(
         2,
-        f"{TO_KILL} times SIGKILL in the middle of saving",
-        "-9",
-        moments[0],
-        f"{len(kept)} times the newest complete one loaded, every byte hashed, and the run went on from it",
+        f"{times} times SIGKILL, or in a write SIGXFSZ, while saving",
+        "-9, -25",
+        moments[-1],
+        f"{times} times the newest complete checkpoint loaded, every byte hashed, and the run went on from it",
     )
+
+
+def loadable(folder: Path) -> int:
+    """The step of the newest complete checkpoint, which is read as a whole."""
+    newest = newest_complete(folder)
+    assert newest is not None
+    assert FolderCheckpointIO().load_checkpoint(newest)["global_step"] == step_of(newest)
+    return step_of(newest)
 
 
 # Signals

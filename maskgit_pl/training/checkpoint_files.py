@@ -37,6 +37,7 @@ __all__ = [
     "FolderCheckpointIO",
     "SavedTensor",
     "complete_checkpoints",
+    "leftovers",
     "newest_complete",
     "rows_of",
     "settings_of",
@@ -129,6 +130,12 @@ def complete_checkpoints(folder: Path) -> list[Path]:
         return []
     found = [path for path in folder.iterdir() if _STEP_FOLDER.fullmatch(path.name) and (path / _MARKER).is_file()]
     return sorted(found, key=step_of)
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """What lies half written or half removed in a ``checkpoints`` folder."""
+    torn = [path for path in folder.glob("step-*") if _STEP_FOLDER.fullmatch(path.name) and path.is_dir()]
+    return [*folder.glob(".step-*.partial*"), *(path for path in torn if not (path / _MARKER).exists())]
 
 
 def step_of(checkpoint: Path) -> int:

@@ -16,7 +16,13 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.optim import Optimizer
 
 from maskgit_pl.errors import CannotWriteError
-from maskgit_pl.training.checkpoint_files import SETTINGS, FolderCheckpointIO, complete_checkpoints, step_of
+from maskgit_pl.training.checkpoint_files import (
+    SETTINGS,
+    FolderCheckpointIO,
+    complete_checkpoints,
+    leftovers,
+    step_of,
+)
 
 __all__ = ["Checkpoints", "full_state"]
 
@@ -67,12 +73,12 @@ class Checkpoints(Checkpoint):
         self._failures = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lays restored optimiser states out as their parameters, and sweeps what a killed run left half written."""
+        """Lays restored optimiser states out as their parameters, and sweeps what a killed run left half written or half removed."""
         for optimizer in trainer.optimizers:
             _lay_out(optimizer)
         self._saved_step = trainer.global_step
         if trainer.is_global_zero and self.folder.is_dir():
-            for leftover in self.folder.glob(".step-*.partial*"):
+            for leftover in leftovers(self.folder):
                 shutil.rmtree(leftover, ignore_errors=True)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
