@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from maskgit_pl import interruption
 from maskgit_pl.cli.recipes import (
     DEFAULT_DATASET,
     Plan,
-    Stage,
     check_overrides,
     is_causal,
     read_yaml,
@@ -18,7 +18,17 @@ from maskgit_pl.cli.recipes import (
     recipe_value,
 )
 
-__all__ = ["add_parser", "add_run_arguments", "find_tokenizer", "plan_run", "run", "run_folder"]
+__all__ = [
+    "add_parser",
+    "add_run_arguments",
+    "find_pretrained",
+    "find_recipes",
+    "find_shards",
+    "find_tokenizer",
+    "plan_run",
+    "run",
+    "run_folder",
+]
 
 _SHARDS = Path("data/shards")
 
@@ -69,27 +79,47 @@ def plan_run(args: argparse.Namespace) -> Plan:
         ValueError: A recipe or flag that cannot be.
         FileNotFoundError: Data, recipe, tokenizer or pretrained folder that is not there.
     """
+    files = find_recipes(args)
+    return Plan(
+        args.stage,
+        files=files,
+        overrides=args.overrides,
+        shards=find_shards(args, files),
+        folder=run_folder(args),
+        tokenizer=find_tokenizer(args) if args.stage == "transformer" else None,
+        pretrained=find_pretrained(args),
+    )
+
+
+def find_recipes(args: argparse.Namespace) -> list[Path]:
+    """The recipe files of a run in merge order, read safely.
+
+    Raises:
+        ValueError: A recipe or flag that cannot be.
+        FileNotFoundError: A name that no recipe has.
+    """
     check_overrides(args.overrides)
     files = recipe_files(args.stage, dataset=args.dataset, names=args.recipe.split(), cluster=args.cluster)
     for file in files:
         read_yaml(file)
     is_causal(files, args.overrides)  # refuses flags that have no meaning then
-    shards = args.data or _SHARDS / args.dataset
+    return files
+
+
+def find_shards(args: argparse.Namespace, files: Sequence[Path]) -> Path:
+    """The data folder of a run; one that is not named need not be there where the recipe reads a stream.
+
+    Raises:
+        FileNotFoundError: It is not there.
+    """
+    shards = Path(args.data or _SHARDS / args.dataset)
     streams = args.data is None and recipe_value(files, args.overrides, "data.source") == "stream"
     if not shards.is_dir() and not streams:
         raise FileNotFoundError(
             f"data {shards}: no such folder; make it with `python data/{args.dataset.replace('-', '_')}.py` or "
             f"`maskgit data make IMAGES --out {shards}`, or name another with --data (make: DATA=)"
         )
-    return Plan(
-        args.stage,
-        files=files,
-        overrides=args.overrides,
-        shards=shards,
-        folder=run_folder(args),
-        tokenizer=find_tokenizer(args) if args.stage == "transformer" else None,
-        pretrained=_pretrained_stage(args.pretrained, args.stage) if args.pretrained is not None else None,
-    )
+    return shards
 
 
 def run_folder(args: argparse.Namespace) -> Path:
@@ -128,12 +158,15 @@ def find_tokenizer(args: argparse.Namespace) -> Path:
     return next(iter(distinct.values()))
 
 
-def _pretrained_stage(folder: Path, stage: Stage) -> Path:
-    """The stage's own folder in a pretrained folder.
+def find_pretrained(args: argparse.Namespace) -> Path | None:
+    """The stage's own folder in the pretrained folder whose weights a run begins from, if one is named.
 
     Raises:
         FileNotFoundError: It holds no such stage.
     """
+    if args.pretrained is None:
+        return None
+    folder, stage = Path(args.pretrained), str(args.stage)
     if not (folder / stage / "config.json").is_file():
         raise FileNotFoundError(
             f"pretrained {folder}: no {stage}/config.json there; runs/RUN/pretrained or an imported folder is needed"
