@@ -13,8 +13,10 @@ from maskgit_pl.cli import (
     ablation,
     compare,
     data,
+    doctor,
     edit,
     evaluate,
+    export,
     import_jax,
     import_taming,
     inpaint,
@@ -35,9 +37,11 @@ __all__ = ["build_parser", "main"]
 
 _COMMANDS = (
     data,
+    doctor,
     train,
     slurm,
     tokenize,
+    export,
     sample,
     inpaint,
     outpaint,

@@ -1,4 +1,4 @@
-"""Builds module, data and Trainer of a run from its recipes, fits, and exports the pretrained folder."""
+"""Builds module, data and Trainer of a run from its recipes, fits it, and exports it as a pretrained folder."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from torch import Tensor
 
 from maskgit_pl.autoregressive import AutoregressiveModel
 from maskgit_pl.cli.leaving import leaving_together
@@ -21,14 +22,14 @@ from maskgit_pl.data import ShardData, split_batch
 from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.pipeline.card import write_card
-from maskgit_pl.pretrained import fingerprint, read_config
+from maskgit_pl.pretrained import fingerprint, load_weights, read_config
 from maskgit_pl.shards.manifest import read_manifest_summary
 from maskgit_pl.token_model import TokenModel
 from maskgit_pl.tokenizer import Tokenizer
-from maskgit_pl.training.checkpoint_files import newest_complete, step_of
+from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, SavedTensor, newest_complete, step_of
 from maskgit_pl.training.environment import describe_environment
 
-__all__ = ["build", "fit"]
+__all__ = ["build", "export", "fit"]
 
 log = logging.getLogger(__name__)
 
@@ -94,8 +95,30 @@ def fit(plan: Plan) -> int:
         _introduce(cli, plan, newest)
     with leaving_together(trainer):
         trainer.fit(module, datamodule=data, ckpt_path=newest)
-    _export(module, data, plan)
+    _export(module, data, plan, plan.folder / "pretrained")
     return 0
+
+
+def export(plan: Plan, checkpoint: Path, out: Path) -> None:
+    """Writes the averaged weights of a checkpoint as training does at its end.
+
+    Args:
+        plan: Of one process.
+        checkpoint: Of the run, by any number of ranks.
+        out: Pretrained folder.
+
+    Raises:
+        ValueError: The checkpoint is not whole.
+    """
+    cli = build(plan)
+    module = cli.model
+
+    def weights_alone(key: str, saved: SavedTensor) -> Tensor:
+        return saved.whole() if key.startswith("/state_dict/") else torch.empty(0)
+
+    load_weights(module, FolderCheckpointIO().load_pieces(checkpoint, weights_alone)["state_dict"], checkpoint)
+    log.info("%s: %s", plan.stage_folder, checkpoint.name)
+    _export(module, cli.datamodule, plan, out)
 
 
 def _introduce(cli: StageCLI, plan: Plan, newest: Path | None) -> None:
@@ -179,8 +202,7 @@ def _exported(plan: Plan) -> bool:
     return (plan.folder / "pretrained" / plan.stage / "config.json").is_file()
 
 
-def _export(module: LightningModule, data: ShardData, plan: Plan) -> None:
-    folder = plan.folder / "pretrained"
+def _export(module: LightningModule, data: ShardData, plan: Plan, folder: Path) -> None:
     if isinstance(module, Tokenizer):
         module.export(folder)
     elif isinstance(module, TokenModel):

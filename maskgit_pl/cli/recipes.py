@@ -16,6 +16,7 @@ import yaml
 from maskgit_pl.registry import nearest
 
 __all__ = [
+    "STAGES",
     "Plan",
     "Stage",
     "check_overrides",
@@ -29,7 +30,7 @@ __all__ = [
 
 Stage = Literal["tokenizer", "transformer"]
 
-_STAGES: tuple[Stage, ...] = ("tokenizer", "transformer")
+STAGES: tuple[Stage, ...] = ("tokenizer", "transformer")
 _MAX_BYTES = 1_000_000
 _REFUSED = ("class_path", "callbacks", "logger", "plugins", "profiler")
 # What a transformer with causal attention has no use for: it masks nothing, and draws token after token.
@@ -108,9 +109,9 @@ def recipe_files(stage: Stage, *, dataset: str, names: Iterable[str], cluster: s
         own = folder / stage / f"{dataset}.yaml"
         files.append(own if own.is_file() else folder / stage / "own-images.yaml")
     for name in names:
-        homes = [each for each in _STAGES if (folder / each / f"{name}.yaml").is_file()]
+        homes = [each for each in STAGES if (folder / each / f"{name}.yaml").is_file()]
         if not homes:
-            known = {file.stem for each in _STAGES for file in (folder / each).glob("*.yaml")}
+            known = {file.stem for each in STAGES for file in (folder / each).glob("*.yaml")}
             raise FileNotFoundError(f"recipe {name!r}: no such file in {folder}: {nearest(name, known)}")
         if stage in homes:
             files.append(folder / stage / f"{name}.yaml")

@@ -1,0 +1,121 @@
+"""``maskgit export``: what training exports at its end, from any checkpoint of any number of ranks."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from maskgit_pl.cli import main
+from maskgit_pl.pretrained import load_tokenizer, load_transformer
+from maskgit_pl.training.checkpoint_files import FolderCheckpointIO
+from tests.conftest import flags, save_tiny_pretrained, save_uneven_shards
+from tests.observing import Runs, Topology
+
+TINY = Path(__file__).parents[1] / "tiny"
+LOAD = {"tokenizer": load_tokenizer, "transformer": load_transformer}
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory) -> Path:
+    """Shards and a pretrained tokenizer."""
+    folder = tmp_path_factory.mktemp("given")
+    save_uneven_shards(folder / "shards", (1, 7, 22))
+    save_tiny_pretrained(folder / "pretrained")
+    return folder
+
+
+def words(stage: str, given: Path) -> list[str]:
+    named = [f"--tokenizer={given / 'pretrained' / 'tokenizer'}"] if stage == "transformer" else []
+    tiny = flags(yaml.safe_load((TINY / f"{stage}.yaml").read_text()))
+    steps = ["--trainer.max_steps=4", "--trainer.val_check_interval=4", "--checkpoint_every=2"]
+    return [stage, f"--data={given / 'shards'}", *named, *tiny, *steps, "--trainer.precision=32-true"]
+
+
+@pytest.fixture(scope="module")
+def run(given, tmp_path_factory) -> Path:
+    """Both stages, trained to step 4, with checkpoints of steps 2 and 4."""
+    runs = tmp_path_factory.mktemp("runs")
+    for stage in ("tokenizer", "transformer"):
+        assert main(["train", *words(stage, given), f"--runs={runs}", "--run=one"]) == 0
+    return runs / "one"
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.suffix in (".safetensors", ".json")
+    }
+
+
+def test_the_newest_checkpoint_becomes_what_training_exported(run, tmp_path):
+    assert main(["export", str(run), "--stage=transformer", f"--out={tmp_path / 'out'}"]) == 0
+    assert (tmp_path / "out" / "README.md").is_file()
+    made = content(tmp_path / "out" / "transformer")
+    assert made == content(run / "pretrained" / "transformer")
+    assert set(made) == {"config.json", "model.safetensors"}
+    assert main(["export", str(run), "--stage=tokenizer", f"--out={tmp_path / 'second'}"]) == 0
+    trained = FolderCheckpointIO().load_checkpoint(run / "tokenizer" / "checkpoints" / "step-00000004")["state_dict"]
+    for name, tensor in load_tokenizer(tmp_path / "second" / "tokenizer").network.state_dict().items():
+        assert torch.equal(tensor, trained[f"ema_network.{name}"])
+
+
+def test_an_older_checkpoint_is_named_by_its_step(run, tmp_path):
+    assert main(["export", str(run), "--stage=transformer", "--step=2", f"--out={tmp_path}"]) == 0
+    assert content(tmp_path / "transformer") != content(run / "pretrained" / "transformer")
+    trained = FolderCheckpointIO().load_checkpoint(run / "transformer" / "checkpoints" / "step-00000002")["state_dict"]
+    for name, tensor in load_transformer(tmp_path / "transformer").network.state_dict().items():
+        assert torch.equal(tensor, trained[f"ema_network.{name}"])
+
+
+def test_what_is_there_is_replaced_only_when_asked_for(run, tmp_path, capsys):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    before = content(copy / "pretrained")
+    assert main(["export", str(copy), "--step=2"]) == 2
+    assert "is there already; --replace" in capsys.readouterr().err
+    assert content(copy / "pretrained") == before
+    assert main(["export", str(copy), "--step=2", "--stage=tokenizer", "--replace"]) == 0
+    assert content(copy / "pretrained") != before
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        (["--step=3"], "step 3 is needed, complete are: 2, 4"),
+        (["--data=/nowhere"], "data /nowhere, of"),
+    ],
+)
+def test_what_is_not_there_is_named(run, tmp_path, capsys, more, match):
+    assert main(["export", str(run), f"--out={tmp_path / 'out'}", *more]) == 2
+    assert match in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_run_and_a_damaged_checkpoint_are_refused(run, tmp_path, capsys):
+    assert main(["export", str(tmp_path)]) == 2
+    assert "no stage with checkpoints there" in capsys.readouterr().err
+    copy = shutil.copytree(run, tmp_path / "copy")
+    file = copy / "transformer" / "checkpoints" / "step-00000004" / "tensors-00000-of-00001.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    assert main(["export", str(copy), "--stage=transformer", f"--out={tmp_path / 'out'}"]) == 2
+    assert "is not what was written" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "transformer").exists()
+
+
+@pytest.mark.slow
+def test_the_shards_of_two_ranks_become_one_file(given, tmp_path):
+    runs = Runs(tmp_path, words("transformer", given), 4)
+    runs.leg("sharded", Topology(ranks=2, cluster="fsdp"), kill_at=3)
+    runs.leg("whole", Topology(), kill_at=3)
+    made = {}
+    for name, files in (("sharded", 2), ("whole", 1)):
+        checkpoint = runs.newest(name)
+        assert checkpoint.name == "step-00000002"
+        assert len(list(checkpoint.glob("tensors-*"))) == files
+        assert main(["export", str(tmp_path / name), f"--out={tmp_path / name / 'out'}"]) == 0
+        made[name] = load_transformer(tmp_path / name / "out" / "transformer").network.state_dict()
+    assert made["sharded"].keys() == made["whole"].keys()
+    for key, tensor in made["whole"].items():
+        torch.testing.assert_close(made["sharded"][key], tensor, atol=1e-5, rtol=1e-5)
