@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from maskgit_pl.estimates.transformer import Precision
 
@@ -34,10 +34,16 @@ class Replay:
         peak: Bytes of all tensors that it made and that lived at the same time, at the highest point. Weights and
             gradients that were there before are not in it; gradients that it makes are.
         flops: Of its products, forward and backward.
+        casts: Bytes of bfloat16 copies of weights, in ``peak``: the one part that does not grow with the batch.
     """
 
     peak: int
     flops: int
+    casts: int = 0
+
+    def peak_of(self, times: int) -> int:
+        """``peak`` of so many times the batch."""
+        return self.casts + times * (self.peak - self.casts)
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch: untyped
@@ -86,15 +92,33 @@ def replay(step: Callable[[], object], networks: Iterable[nn.Module], *, precisi
         networks: Whose weights and buffers were there before.
         precision: Where bfloat16 stands.
     """
-    known = [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
-    counter = FlopCounterMode(display=False)
+    owned = [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
+    known = [*owned, *(tensor.grad for tensor in owned if tensor.grad is not None)]
     with ExitStack() as stack:
         live = stack.enter_context(LiveBytes(known))
-        stack.enter_context(counter)
-        if precision == "bf16-mixed":
-            stack.enter_context(_AutocastOfGPU())
+        products = stack.enter_context(_Products())
+        autocast = stack.enter_context(_AutocastOfGPU()) if precision == "bf16-mixed" else None
         step()
-    return Replay(live.peak, int(counter.get_total_flops()))
+        casts = 0 if autocast is None else sum(cast.nbytes for cast in autocast.casts.values())
+    return Replay(live.peak, products.flops, casts)
+
+
+class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch: untyped
+    """Sums FLOPs by torch's formulas; its ``FlopCounterMode`` also follows modules, and fails in ``autograd.grad``."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch: untyped
+        self.flops = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Calls on, and notes a product."""
+        made = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += int(formula(*args, **(kwargs or {}), out_val=made))
+        return made
 
 
 @contextmanager
@@ -126,7 +150,7 @@ class _AutocastOfGPU(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._casts: dict[int, Tensor] = {}  # of weights, as autocast keeps them until it ends
+        self.casts: dict[int, Tensor] = {}  # of weights, as autocast keeps them until it ends
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -144,9 +168,9 @@ class _AutocastOfGPU(TorchFunctionMode):
             return tensor
         if not (tensor.is_leaf and tensor.requires_grad):
             return tensor.to(torch.bfloat16)
-        if id(tensor) not in self._casts:
-            self._casts[id(tensor)] = tensor.to(torch.bfloat16)
-        return self._casts[id(tensor)]
+        if id(tensor) not in self.casts:
+            self.casts[id(tensor)] = tensor.to(torch.bfloat16)
+        return self.casts[id(tensor)]
 
 
 def _whole(tensor: Tensor) -> Tensor:
