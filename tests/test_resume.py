@@ -1,6 +1,6 @@
 """A run that is killed and goes on is the run that was never killed: order, masks, losses, weights, to the last bit.
 
-``EXACTNESS=docs/exactness.md make test ARGS=tests/test_resume.py`` writes the table of what was compared.
+``EXACTNESS=docs/exactness.md make test WORKERS=0 ARGS=tests/test_resume.py`` writes the table of what was compared.
 """
 
 import os
@@ -17,7 +17,7 @@ import yaml
 
 from maskgit_pl.training.checkpoint_files import newest_complete
 from tests.conftest import flags, save_tiny_pretrained, save_uneven_shards
-from tests.observing import KILLED, Runs, Seen, Topology, same, trained_state
+from tests.observing import KILLED, Runs, Seen, Topology, same, trained_state, write_part
 
 HERE = Path(__file__).parent
 TABLE = HERE.parent / "docs" / "exactness.md"
@@ -103,12 +103,12 @@ def table() -> Iterator[list[str]]:
     rows: list[str] = []
     yield rows
     if "EXACTNESS" in os.environ:
-        Path(os.environ["EXACTNESS"]).write_text(HEAD + "\n".join(rows) + "\n")
+        write_part(Path(os.environ["EXACTNESS"]), HEAD + "\n".join(rows))
 
 
 HEAD = f"""# What a run that goes on has in common with one that was never stopped
 
-Written by `EXACTNESS=docs/exactness.md make test ARGS=tests/test_resume.py`.
+Written by `EXACTNESS=docs/exactness.md make test WORKERS=0 ARGS=tests/test_resume.py`.
 
 Each run is `maskgit train` in processes of its own: {STEPS} steps of {GLOBAL_BATCH} samples, {sum(SHARDS)} samples in
 shards of {", ".join(map(str, SHARDS))}, validations in between. It is killed with SIGKILL behind a step that is not
