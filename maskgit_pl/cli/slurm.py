@@ -124,8 +124,8 @@ def run_submit(args: argparse.Namespace) -> int:
     _leave_allocation()
     if not args.dry_run and shutil.which("sbatch") is None:
         raise FileNotFoundError(
-            "sbatch: Slurm's client tools are needed to submit, got none on PATH; do it on a login node of the cluster, or "
-            "see with --dry-run what would be submitted"
+            "sbatch: Slurm's client tools are needed to submit, got none on PATH; do it on a login node of the "
+            "cluster, or see with --dry-run what would be submitted"
         )
     plan, submission = plan_submission(args)
     if not args.dry_run:
@@ -202,7 +202,7 @@ def _variables(plan: Plan, args: argparse.Namespace) -> dict[str, str]:
 
 def _this_program() -> Path:
     here = Path(sys.executable).parent / "maskgit"
-    return _PROGRAM if here == Path.cwd() / _PROGRAM else here
+    return _PROGRAM if _PROGRAM.exists() and _PROGRAM.samefile(here) else here
 
 
 def _words(flag: str, text: str) -> list[str]:
@@ -213,9 +213,10 @@ def _words(flag: str, text: str) -> list[str]:
 
 
 def _leave_allocation() -> None:
-    """Forgets a job in which this command may run: what it is told is not meant for the one that it submits."""
-    for name in [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_")) and name != "SLURM_CONF"]:
-        del os.environ[name]
+    """Forgets a job in which this command may run: what it was told is not meant for the one that is submitted."""
+    if "SLURM_JOB_ID" in os.environ:
+        for name in [name for name in os.environ if name.startswith("SLURM_") and name != "SLURM_CONF"]:
+            del os.environ[name]
 
 
 class _Job(NamedTuple):
@@ -236,8 +237,8 @@ def _refuse_second(plan: Plan, identity: str) -> None:
     for job in jobs:
         if job.comment == identity:
             raise ValueError(
-                f"run {plan.stage_folder}: one job at a time may train it, and job {job.number} is {job.state}; wait for "
-                f"it, end it with `scancel {job.number}`, or name another run with --run"
+                f"run {plan.stage_folder}: one job at a time may train it, and job {job.number} is {job.state}; wait "
+                f"for it, end it with `scancel {job.number}`, or name another run with --run"
             )
 
 

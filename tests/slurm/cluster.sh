@@ -37,7 +37,7 @@ write_configuration() {
 	local host port node cpus
 	host=$(hostname)
 	port=$(free_ports)
-	cpus=8 # as many jobs as there are tests; they share what the machine has
+	cpus=2 # so many jobs at a time, with a task on each node; they share what the machine has
 	mkdir -p "$folder"/{state,log,run}
 	echo "CgroupPlugin=disabled" >"$folder/cgroup.conf"
 	(umask 077 && head -c 1024 /dev/urandom >"$folder/slurm.key")
@@ -76,7 +76,7 @@ write_configuration() {
 		MinJobAge=3600
 		InactiveLimit=0
 		SlurmctldTimeout=30
-		SlurmdTimeout=15
+		SlurmdTimeout=20
 	CONF
 	for ((node = 1; node <= num_nodes; node++)); do
 		mkdir -p "$folder/spool/node$node"

@@ -1,0 +1,262 @@
+"""A real Slurm cluster for tests, the runs that are submitted to it, and what was seen of both as a page."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from maskgit_pl.training.checkpoint_files import newest_complete, step_of
+
+SECONDS = 180.0  # after which a job counts as hanging
+_FENCE = "```\n"
+SCRIPT = Path(__file__).parent / "cluster.sh"
+
+
+@dataclass
+class Transcript:
+    """What was typed and seen, in Markdown.
+
+    Attributes:
+        shown: Paths and the names by which the page calls them.
+    """
+
+    shown: dict[str, str] = field(default_factory=dict)
+    text: str = ""
+    begun: float = 0.0
+
+    def title(self, text: str) -> None:
+        """Begins the account of a job."""
+        self.text += f"\n## {text}\n"
+        self.begun = time.monotonic()
+
+    def typed(self, command: str, answer: str = "") -> None:
+        """A command and what it printed."""
+        self._block(f"$ {command}\n{answer}")
+
+    def said(self, text: str) -> None:
+        """Something that happened, and when."""
+        self._block(f"{time.monotonic() - self.begun:6.1f} s  {text}\n")
+
+    def listed(self, name: str, content: str) -> None:
+        """A file."""
+        self._block(f"$ cat {name}\n{content}")
+
+    def _block(self, text: str) -> None:
+        for path, name in self.shown.items():
+            text = text.replace(path, name)
+        text = text if text.endswith("\n") else text + "\n"
+        goes_on = self.text.endswith(_FENCE)
+        self.text = (
+            f"{self.text.removesuffix(_FENCE)}{text}{_FENCE}" if goes_on else f"{self.text}\n{_FENCE}{text}{_FENCE}"
+        )
+
+
+class Cluster:
+    """The nodes and the queue.
+
+    Args:
+        folder: Of the cluster.
+        work: Where jobs are submitted.
+        transcript: Of what is done with them.
+    """
+
+    def __init__(self, folder: Path, work: Path, transcript: Transcript) -> None:
+        self.folder = folder
+        self.work = work
+        self.transcript = transcript
+
+    def start(self, num_nodes: int) -> None:
+        """Starts controller and nodes."""
+        self._script("start", SLURM_TEST_NODES=str(num_nodes))
+        os.environ["SLURM_CONF"] = str(self.folder / "slurm.conf")
+
+    def stop(self) -> None:
+        """Ends jobs and daemons."""
+        self._script("stop")
+        del os.environ["SLURM_CONF"]
+
+    def start_node(self, number: int) -> None:
+        """Starts a node again."""
+        self._script("start-node", str(number))
+        self.transcript.said(f"node{number} is there again")
+
+    def _script(self, *words: str, **variables: str) -> None:
+        name, *more = words
+        subprocess.run([SCRIPT, name, self.folder, *more], check=True, timeout=60, env={**os.environ, **variables})
+
+    def run(self, command: str) -> str:
+        """Types a command line and returns what it printed."""
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=self.work, capture_output=True, text=True, check=False, timeout=60
+        )
+        self.transcript.typed(command, done.stdout + done.stderr)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def job(self, number: str) -> dict[str, str]:
+        """What Slurm knows of a job."""
+        command = ["scontrol", "--oneliner", "show", "job", number]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return dict(re.findall(r"(\w+)=(\S*)", shown))
+
+    def wait_until(
+        self, condition: Callable[[], bool], what: str, *numbers: str, seconds: float = SECONDS
+    ) -> None:  # fmt: skip
+        """Waits, and notes how the states of jobs change meanwhile."""
+        begun, known = time.monotonic(), dict.fromkeys(numbers, "")
+        while not condition():
+            for number in numbers:
+                known[number] = self._note_state(number, known[number])
+            assert time.monotonic() - begun < seconds, f"after {seconds:.0f} s still not: {what}\n{self._queue()}"
+            time.sleep(0.2)
+        for number in numbers:
+            self._note_state(number, known[number])
+
+    def wait_for_end(self, *numbers: str, state: str = "COMPLETED") -> None:
+        """Waits until jobs have ended for good, in this state."""
+        ends = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
+
+        def all_ended() -> bool:
+            return all(self.job(number)["JobState"] in ends for number in numbers)
+
+        while True:
+            self.wait_until(all_ended, f"jobs {numbers} end", *numbers)
+            time.sleep(1.5)  # one that Slurm itself puts back is for a moment as one that has ended
+            if all_ended():
+                break
+        assert [self.job(number)["JobState"] for number in numbers] == [state] * len(numbers), self._queue()
+
+    def _note_state(self, number: str, known: str) -> str:
+        job = self.job(number)
+        state = job["JobState"] + ("" if job["Reason"] == "None" else f" ({job['Reason']})")
+        if state != known:
+            self.transcript.said(f"job {number} of {job['Partition']}: {state}, restarts {job['Restarts']}")
+        return state
+
+    def _queue(self) -> str:
+        return subprocess.run(["scontrol", "show", "job"], capture_output=True, text=True, check=False).stdout
+
+    def processes(self, number: str, node: str) -> dict[int, dict[str, str]]:
+        """Processes of a job's tasks on a node, with their variables."""
+        found = {}
+        for pid, variables in every_process():
+            if variables.get("SLURM_JOB_ID") == number and variables.get("SLURMD_NODENAME") == node:
+                found[pid] = variables
+        return found
+
+    def freeze(self, node: str, number: str) -> list[int]:
+        """Stops a node in the middle of whatever it does, as one without power: it answers nothing more."""
+        daemon = int((self.folder / "run" / f"{node}.pid").read_text())
+        pids = [daemon, *self.processes(number, node), *self._step_daemons(node)]
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        self.transcript.said(f"{node} answers no more: kill -STOP of slurmd, slurmstepd and tasks")
+        return pids
+
+    def _step_daemons(self, node: str) -> list[int]:
+        names = ((int(each.name), each / "cmdline") for each in Path("/proc").iterdir() if each.name.isdigit())
+        return [pid for pid, file in names if f"slurmstepd-{node}" in _read(file) or f"stepd {node}" in _read(file)]
+
+
+def every_process() -> Iterator[tuple[int, dict[str, str]]]:
+    """Every process of the machine, with the variables that it began with."""
+    for each in Path("/proc").iterdir():
+        if each.name.isdigit():
+            pairs = (line.partition("=") for line in _read(each / "environ").split("\0"))
+            yield int(each.name), {name: value for name, _, value in pairs}
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(errors="replace")
+    except OSError:  # it has ended
+        return ""
+
+
+class Run:
+    """A stage of a run, submitted with ``maskgit slurm submit``.
+
+    Args:
+        cluster: Where it trains.
+        call: ``maskgit``: words -> exit code and what was printed.
+        name: Of the run.
+        stage: Which.
+        flags: More words of the command.
+    """
+
+    def __init__(
+        self, cluster: Cluster, call: Callable[..., tuple[int, str]], name: str, stage: str, flags: Sequence[str]
+    ) -> None:
+        self.cluster, self._call, self.stage = cluster, call, stage
+        self.words = ["slurm", "submit", stage, f"--run={name}", *flags]
+        self.folder = cluster.work / "runs" / name / stage
+        self.number = ""
+
+    def submit(self, *more: str) -> str:
+        """Puts it into the queue and returns what was printed."""
+        code, printed = self.ask(*more)
+        assert code == 0, printed
+        found = re.search(r"^job (\d+): ", printed, re.MULTILINE)
+        self.number = found.group(1) if found else ""
+        return printed
+
+    def ask(self, *more: str) -> tuple[int, str]:
+        """The command's exit code and what it printed."""
+        words = [*self.words, *more]
+        code, printed = self._call(*words)
+        self.cluster.transcript.typed(shlex.join(["maskgit", *words]), printed)
+        return code, printed
+
+    @property
+    def log(self) -> str:
+        """What the job has written."""
+        return _read(self.folder / f"slurm-{self.number}.log")
+
+    @property
+    def step(self) -> int:
+        """Of the newest complete checkpoint."""
+        newest = newest_complete(self.folder / "checkpoints")
+        return 0 if newest is None else step_of(newest)
+
+    @property
+    def restarts(self) -> int:
+        """How often Slurm has started the job again."""
+        return int(self.cluster.job(self.number)["Restarts"])
+
+    def wait_beyond(self, step: int) -> None:
+        """Waits for a newer checkpoint."""
+        self.cluster.wait_until(lambda: self.step > step, f"a checkpoint beyond step {step}: {self.log}", self.number)
+        self.cluster.transcript.said(f"job {self.number} has saved step {self.step}")
+
+    def finish(self, *, state: str = "COMPLETED") -> None:
+        """Waits for its end, and lists the log."""
+        self.cluster.wait_for_end(self.number, state=state)
+        self.show_log()
+
+    def show_log(self) -> None:
+        """Lists the log in the transcript."""
+        name = (self.folder / f"slurm-{self.number}.log").relative_to(self.cluster.work)
+        self.cluster.transcript.listed(str(name), self.log)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """What the run has exported."""
+        return load_file(self.folder.parent / "pretrained" / self.stage / "model.safetensors")
+
+
+def assert_equal(one: Run, other: Run) -> None:
+    """The weights of two runs are equal to the last bit."""
+    left, right = one.weights(), other.weights()
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert torch.equal(value, right[name]), name
+    one.cluster.transcript.said(f"{len(left)} weight tensors, compared with those of the run without a stop: all equal")

@@ -1,0 +1,240 @@
+"""Training on a real Slurm cluster of this machine, through ``maskgit slurm submit`` and the job's own script.
+
+Each job trains on two nodes. What disturbs it is what disturbs it elsewhere: a job of a higher partition, the time
+limit, signals, a node that answers no more. `make test-slurm` runs these tests; SLURM_TRANSCRIPT=FILE has what was
+typed and seen written as a page.
+"""
+
+import contextlib
+import io
+import logging
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from maskgit_pl.cli import main
+from tests.conftest import save_tiny_pretrained, save_uneven_shards
+from tests.slurm.driving import Cluster, Run, Transcript, assert_equal
+
+ROOT = Path(__file__).parents[2]
+HERE, ELSEWHERE = "node[1-2]", "node[3-4]"  # where jobs are disturbed, and where they are not
+EVERY = 40  # steps between checkpoints
+SHORT, LONG = 200, 800  # steps: long enough for a checkpoint, and for a time limit
+
+pytestmark = pytest.mark.skipif(shutil.which("slurmctld") is None, reason="Slurm is not installed: make test-slurm")
+
+
+@dataclass
+class Workplace:
+    """The cluster, and runs on nodes of their own: some that nothing disturbs, and one that only its time ends."""
+
+    cluster: Cluster
+    straight: dict[str, Run]
+    limited: Run | None = None
+
+    def run(self, name: str, kind: str, *flags: str, nodes: str = HERE) -> Run:
+        """A run of a kind: the stage, and what it trains under."""
+        stage, _, strategy = kind.partition(" ")
+        tokenizer = ["--tokenizer=pretrained/tokenizer"] if stage == "transformer" else []
+        words = ["--dataset=tiny", "--recipe=small", *tokenizer, f"--cluster={strategy}", "--trainer.accelerator=cpu"]
+        words += ["--nodes=2", "--devices=1", f"--sbatch=--nodelist={nodes}"]  # the last --sbatch counts
+        return Run(self.cluster, maskgit_in(self.cluster.work), name, stage, [*words, *flags])
+
+
+def maskgit_in(folder: Path) -> Callable[..., tuple[int, str]]:
+    """The command, run in a folder, within this process, which has torch already."""
+
+    def call(*words: str) -> tuple[int, str]:
+        before, ours, printed = Path.cwd(), logging.getLogger("maskgit_pl"), io.StringIO()
+        handlers, ours.handlers = ours.handlers, []  # a handler holds the stream of the call that made it
+        os.chdir(folder)
+        try:
+            with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+                code = main([str(word) for word in words])
+        finally:
+            os.chdir(before)
+            ours.handlers = handlers
+        return code, printed.getvalue()
+
+    return call
+
+
+def make_work_folder(work: Path) -> None:
+    """What a checkout has: recipes, a small one among them, the environment, data and a tokenizer."""
+    shutil.copytree(ROOT / "recipes", work / "recipes")
+    (work / ".venv").symlink_to(sys.prefix)
+    save_uneven_shards(work / "data" / "shards" / "tiny", (30, 30))
+    save_tiny_pretrained(work / "pretrained")
+    for stage, steps in (("tokenizer", SHORT), ("transformer", LONG)):
+        recipe: dict[str, Any] = yaml.safe_load((ROOT / "tests" / "tiny" / f"{stage}.yaml").read_text())
+        recipe["trainer"] |= {"max_steps": steps, "val_check_interval": steps, "log_every_n_steps": EVERY}
+        recipe["checkpoint_every"] = EVERY
+        (work / "recipes" / stage / "small.yaml").write_text(yaml.safe_dump(recipe))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
+    folder = tmp_path_factory.mktemp("slurm")
+    work = folder / "work"
+    work.mkdir()
+    make_work_folder(work)
+    page = os.environ.get("SLURM_TRANSCRIPT")
+    cluster = Cluster(folder / "cluster", work, Transcript({str(work): "~/maskgit", str(folder): "~"}))
+    cluster.start(4)
+    try:
+        yield begin(Workplace(cluster, {}))
+    finally:
+        cluster.stop()
+        if page is not None:
+            Path(page).write_text(cluster.transcript.text)
+
+
+def begin(place: Workplace) -> Workplace:
+    """Submits what takes its time beside the tests."""
+    place.cluster.transcript.title("Runs that nothing disturbs, and one that has a minute")
+    place.cluster.run("sinfo")
+    short = f"--trainer.max_steps={SHORT}"
+    limit = f"--sbatch=--signal=USR1@40 --nodelist={ELSEWHERE}"
+    place.limited = place.run("limited", "transformer ddp", "--time=1", limit)
+    place.limited.submit()
+    for kind, flags in (("tokenizer ddp", []), ("transformer fsdp", [short]), ("transformer ddp", [])):
+        run = place.straight[kind] = place.run(kind.replace(" ", "-"), kind, *flags, nodes=ELSEWHERE)
+        run.submit()
+    return place
+
+
+def test_jobs_that_a_higher_partition_preempts_end_as_those_that_nothing_disturbs(place: Workplace) -> None:
+    cluster = place.cluster
+    cluster.transcript.title("A job of a higher partition takes the nodes from two others")
+    runs = {
+        "tokenizer ddp": place.run("preempted-1", "tokenizer ddp"),
+        "transformer fsdp": place.run("preempted-2", "transformer fsdp", f"--trainer.max_steps={SHORT}"),
+    }
+    for run in runs.values():
+        run.submit()
+    for run in runs.values():
+        run.wait_beyond(0)
+    other = cluster.run(f"sbatch --parsable --partition=high --exclusive --nodelist={HERE} --wrap 'sleep 2'")
+    cluster.wait_for_end(other, *(run.number for run in runs.values()))
+    for kind, run in runs.items():
+        run.show_log()
+        assert run.restarts >= 1
+        assert re.search(r"saved at step \d+, back into the queue", run.log), run.log
+        assert "going on from step-" in run.log
+        cluster.wait_for_end(place.straight[kind].number)
+        assert_equal(run, place.straight[kind])
+
+
+def test_signals_to_a_job_and_to_one_task_without_scontrol_in_the_container(place: Workplace) -> None:
+    cluster = place.cluster
+    cluster.transcript.title("Signals: to all tasks, and to one; in the tasks' namespace there is no scontrol")
+    container = """unshare --mount sh -c 'mount --bind /dev/null "$(command -v scontrol)" && exec "$@"' sh"""
+    run = place.run("signalled", "transformer ddp", f"--container={container}", "--program=.venv/bin/maskgit")
+    printed = run.submit()
+    cluster.wait_until(lambda: cluster.job(run.number)["JobState"] == "RUNNING", "the job runs", run.number)
+    code, refusal = run.ask()
+    assert code == 2
+    assert f"job {run.number} is RUNNING" in refusal
+    typed = cluster.run(re.search(r"(?s)STAGE=.*?(?=\njob )", printed)[0])  # type: ignore[index]
+    cluster.wait_until(lambda: cluster.job(typed)["Reason"] == "Dependency", "the second job waits", typed)
+    cluster.run(f"scancel {typed}")
+
+    run.wait_beyond(0)
+    cluster.run(f"scancel --signal=USR1 {run.number}")
+    cluster.wait_until(lambda: run.restarts == 1, "the job goes back into the queue", run.number)
+    run.wait_beyond(run.step)
+    (task,) = (pid for pid, each in cluster.processes(run.number, "node2").items() if each.get("SLURM_PROCID") == "1")
+    cluster.transcript.said("kill -TERM of the task on node2")
+    os.kill(task, signal.SIGTERM)
+    run.finish()
+    assert run.restarts == 2
+    assert run.log.count("back into the queue") == 2
+    cluster.wait_for_end(place.straight["transformer ddp"].number)
+    assert_equal(run, place.straight["transformer ddp"])
+
+
+def test_a_job_whose_node_answers_no_more_goes_on_when_there_is_one(place: Workplace) -> None:
+    cluster, run = place.cluster, place.run("node-failure", "transformer ddp")
+    cluster.transcript.title("A node that answers no more")
+    run.submit()
+    run.wait_beyond(0)
+    frozen = cluster.freeze("node2", run.number)
+    cluster.wait_until(lambda: run.restarts == 1, "Slurm puts the job back into the queue", run.number)
+    cluster.run("sinfo --partition=low")
+    for pid in frozen:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    cluster.start_node(2)
+    run.finish()
+    assert run.restarts == 1
+    assert "back into the queue" not in run.log
+    assert "going on from step-" in run.log
+    assert_equal(run, place.straight["transformer ddp"])
+
+
+def test_a_job_without_progress_is_stopped_after_three_restarts(place: Workplace) -> None:
+    cluster = place.cluster
+    cluster.transcript.title("Restarts without progress: one job is always asked to stop, another is always put back")
+    asked = place.run("asked", "transformer ddp", "--container=sh -c 'exit 75'")
+    back = place.run("put-back", "transformer ddp")
+    for run in (asked, back):
+        run.submit()
+    for restart in range(1, 5):
+        cluster.wait_until(lambda: cluster.job(back.number)["JobState"] == "RUNNING", "a start", back.number)
+        cluster.run(f"scontrol requeue {back.number}")
+        cluster.wait_until(lambda count=restart: back.restarts == count, "a restart", back.number)  # type: ignore[misc]
+    for run, restarts in ((asked, 3), (back, 4)):
+        run.finish(state="FAILED")
+        assert cluster.job(run.number)["ExitCode"] == "70:0"
+        assert run.restarts == restarts
+        assert "3 restarts have brought no checkpoint beyond step 0" in run.log
+    assert (asked.folder / "restarts").read_text() == f"job {asked.number}\nrestarts 3\nstep 0\n"
+
+
+def test_what_is_no_preemption_is_not_put_back(place: Workplace) -> None:
+    cluster = place.cluster
+    cluster.transcript.title("Bad input, and losses that are not finite, are not put back into the queue")
+    shutil.copytree(cluster.work / "data/shards/tiny", cluster.work / "data/shards/moved")
+    bad = place.run("bad-input", "transformer ddp", "--data=data/shards/moved", f"--sbatch=--hold --nodelist={HERE}")
+    diverging = place.run("diverging", "transformer ddp", "--model.learning_rate.peak=1e30")
+    for run in (bad, diverging):
+        run.submit()
+    cluster.run("mv data/shards/moved data/shards/elsewhere")
+    cluster.run(f"scontrol release {bad.number}")
+    for run, code in ((bad, 2), (diverging, 77)):
+        run.finish(state="FAILED")
+        assert cluster.job(run.number)["ExitCode"] == f"{code}:0", run.log
+        assert run.restarts == 0
+
+
+def test_a_finished_run_is_left_as_it_is(place: Workplace) -> None:
+    run = place.straight["tokenizer ddp"]
+    place.cluster.transcript.title("A finished run, submitted again")
+    place.cluster.wait_for_end(run.number)
+    weights = run.folder.parent / "pretrained" / "tokenizer" / "model.safetensors"
+    before, begun = weights.stat().st_mtime_ns, time.monotonic()
+    run.submit()
+    run.finish()
+    assert time.monotonic() - begun < 60
+    assert "finished at step-" in run.log
+    assert weights.stat().st_mtime_ns == before
+
+
+def test_a_job_that_its_time_limit_ends_goes_on(place: Workplace) -> None:
+    run, cluster = place.limited, place.cluster
+    assert run is not None
+    cluster.transcript.title("A job that has a minute each time")
+    run.finish()
+    assert run.restarts >= 1
+    assert run.log.count("back into the queue") == run.restarts
+    assert_equal(run, place.straight["transformer ddp"])
