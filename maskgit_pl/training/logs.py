@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -52,4 +53,4 @@ class RunLogger(TensorBoardLogger):
             self._experiment = None  # its thread is dead; the next one begins a file of its own
             self._paused_until = time.monotonic() + _PAUSE
             text = "%s: curves cannot be written: %s; training goes on, they are left out for %.0f s"
-            log.warning(text, self.log_dir, reason, _PAUSE)
+            log.warning(text, Path(self.log_dir), reason, _PAUSE)

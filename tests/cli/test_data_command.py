@@ -83,9 +83,14 @@ def test_every_command_of_the_console_script_runs_something():
 
     from maskgit_pl.cli import build_parser
 
-    (commands,) = [action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction)]
-    for name, parser in commands.choices.items():
-        assert callable(parser.get_default("run")), name
+    def check(name, parser):
+        inner = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+        for commands in inner:
+            for more, each in commands.choices.items():
+                check(f"{name} {more}", each)
+        assert inner or callable(parser.get_default("run")), name
+
+    check("maskgit", build_parser())
 
 
 def shards(folder, tars_of):

@@ -4,12 +4,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 
 from maskgit_pl.decoding import DecodingStep
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pretrained import PretrainedTokenizer
+from maskgit_pl.training.logs import RunLogger
 from maskgit_pl.training.pictures import (
     ReconstructionPictures,
     SamplePictures,
@@ -196,7 +196,7 @@ class FakeModel:
 
 
 def trainer(tmp_path, *, rank: int = 0, sanity: bool = False) -> SimpleNamespace:
-    loggers = [TensorBoardLogger(tmp_path, name="logs")] if rank == 0 else []
+    loggers = [RunLogger(tmp_path, name="logs")] if rank == 0 else []
     return SimpleNamespace(sanity_checking=sanity, is_global_zero=rank == 0, global_step=7, loggers=loggers)
 
 
