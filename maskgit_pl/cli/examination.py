@@ -178,7 +178,7 @@ def _note_host(found: Examination) -> None:
         )
         return
     named = environment.get("MASTER_PORT")
-    if named is not None and port != int(named if named.isdecimal() else -1):
+    if named is not None and not named.isdecimal():
         found.note("network", f"MASTER_PORT: a port's number is needed, got {named!r}; export one above 1023", "FAIL")
         return
     faulty = host.port_fault(address, port) or host.interface_fault(environment)
@@ -299,10 +299,11 @@ def _note_strategy(found: Examination, plan: Plan) -> None:
             raise ValueError("trainer.strategy 'fsdp': the tokenizer trains under 'ddp' or 'auto'; use --cluster ddp")
         if name == "auto" and found.ranks > 1:
             raise ValueError(
-                f"trainer.strategy 'auto': it is for one device, got {found.nodes} nodes x {found.devices} devices; "
+                f"trainer.strategy 'auto': it is for one device, got {_many(found.nodes, 'node')} x "
+                f"{_many(found.devices, 'device')}; "
                 "use --cluster ddp or fsdp"
             )
-        found.note("strategy", f"{name}, {precision}, {found.nodes} nodes x {found.devices} devices")
+        found.note("strategy", f"{name}, {precision}, {_many(found.nodes, 'node')} x {_many(found.devices, 'device')}")
     found.strategy = cast("Strategy", name if name in ("ddp", "fsdp") else "auto")
 
 
@@ -312,7 +313,8 @@ def _note_batch(found: Examination, config: Mapping[str, Any], summary: DataSumm
     with found.listing("batch"):
         found.batch = split_batch(data["global_batch"], data["max_batch_per_device"], found.ranks)
         per_device, micro_batches = found.batch
-        text = f"{data['global_batch']} = {found.ranks} ranks x {micro_batches} accumulated x {per_device} a device"
+        ranks = _many(found.ranks, "rank")
+        text = f"{data['global_batch']} = {ranks} x {micro_batches} accumulated x {per_device} a device"
         if summary is not None and summary.samples["train"] < data["global_batch"]:
             found.note("batch", f"{text}; a step has more than the {summary.samples['train']} samples", "warning")
         else:
@@ -403,7 +405,8 @@ def _note_disk(found: Examination, plan: Plan, costs: Costs, config: Mapping[str
     )
     size, there = costs.checkpoint(), len(complete_checkpoints(plan.checkpoints))
     needed = max(1, most - there) * size
-    text = f"{size_text(needed)} for {max(1, most - there)} checkpoints of {size_text(size)}, {size_text(free)} free"
+    many = _many(max(1, most - there), "checkpoint")
+    text = f"{size_text(needed)} for {many} of {size_text(size)}, {size_text(free)} free"
     if not host.is_writable(existing):
         found.note("disk", f"{existing}: checkpoints go there, got no permission to write; name another --runs", "FAIL")
     elif free < needed:
@@ -438,9 +441,7 @@ def _note_values(
     useful, executed = costs.flops(found.global_batch)
     traffic = costs.traffic(found.batch[1])
     again = "" if executed == useful else f", {executed / useful:.2f} times as many executed"
-    values.append(
-        ("work of a step", f"{useful / 1e12:.3g} TFLOP useful{again}; {useful / found.ranks / 1e12:.3g} a rank")
-    )
+    values.append(("work of a step", f"{_flops(useful)} useful{again}; {_flops(useful / found.ranks)} a rank"))
     values.append(("traffic of a step", f"{size_text(traffic.total)} sent by each rank"))
     time = _step_time(found, executed, costs, config)
     if time is None:
@@ -448,7 +449,7 @@ def _note_values(
         return
     values.append(("a step", _time_text(found, time)))
     if steps is not None and steps > 0:
-        text = f"{_duration(steps * time.least)} to {_duration(steps * time.most)} for {steps:,} steps"
+        text = f"{_duration(steps * time.least)} to {_duration(steps * time.most)} for {_many(steps, 'step')}"
         if summary is not None:
             text += f", {steps * found.global_batch / summary.samples['train']:.3g} epochs"
         values.append(("the run", text))
@@ -501,6 +502,18 @@ def _data_text(
 def _tokens(plan: Plan, config: Mapping[str, Any]) -> int:
     grid = config["model"]["network"]["grid"]
     return int(grid[0] * grid[1])
+
+
+def _flops(count: float) -> str:
+    unit, factor = next(
+        ((unit, factor) for unit, factor in (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)) if count >= factor),
+        ("MFLOP", 1e6),
+    )
+    return f"{count / factor:.3g} {unit}"
+
+
+def _many(count: int, thing: str) -> str:
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
 
 
 def _duration(seconds: float) -> str:

@@ -95,7 +95,7 @@ def memory_of(
 def checkpoint_bytes(trained: int, *, averaged: int, others: int = 0, tensors: int = 0) -> int:
     """Bytes of a checkpoint: 12 for each trained number (weight, two moments), 4 for each of the average.
 
-    Any strategy writes as much: under ``fsdp`` each rank its rows. On top come about 600 bytes a tensor: its names in
+    Any strategy writes as much: under ``fsdp`` each rank its rows. On top come about 1,200 bytes a tensor: names in
     the header and in ``state.json``, and its moments' step counts.
 
     Args:
@@ -104,7 +104,7 @@ def checkpoint_bytes(trained: int, *, averaged: int, others: int = 0, tensors: i
         others: Bytes of buffers.
         tensors: Trained ones.
     """
-    return 3 * FLOAT * trained + FLOAT * averaged + others + 600 * tensors
+    return 3 * FLOAT * trained + FLOAT * averaged + others + 1200 * tensors
 
 
 def kept_checkpoints(max_steps: int, *, every: int, keep_last: int, keep_every: int | None) -> int:

@@ -1,0 +1,107 @@
+"""What ``maskgit doctor`` says of memory, arithmetic and disk against a run that is really trained."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from maskgit_pl.cli import main
+from maskgit_pl.cli.costs import TokenizerCosts, TransformerCosts, _micro_batch
+from maskgit_pl.estimates.replay import LiveBytes, replay
+from maskgit_pl.mvtm import MaskedTokenModel
+from maskgit_pl.networks.discriminator import DiscriminatorConfig
+from maskgit_pl.networks.transformer import TransformerConfig
+from maskgit_pl.networks.vqgan import VQGANConfig
+from maskgit_pl.tokenizer import AdversarialConfig, Tokenizer
+from maskgit_pl.training.checkpoint_files import newest_complete
+from maskgit_pl.training.optimizers import LearningRate
+from tests.conftest import flags
+
+TINY = Path(__file__).parents[1] / "tiny"
+RATE = LearningRate(1e-3)
+VQGAN = VQGANConfig(1, channels=32, multipliers=(1, 2), blocks_per_level=1, groups=8, num_codes=16, code_width=8)
+OPPONENT = AdversarialConfig(DiscriminatorConfig(channel_multiplier=1 / 8), start_step=3, r1_every=2, lecam_weight=0.1)
+
+
+def tokenizer(**more):
+    return Tokenizer(VQGAN, image_size=16, learning_rate=RATE, **more)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "blocks"])
+@pytest.mark.parametrize("weight_rule", ["fixed", "adaptive"])
+def test_a_replay_is_the_real_step_of_stage_1(weight_rule, checkpointing):
+    config = AdversarialConfig(OPPONENT.discriminator, weight_rule=weight_rule)
+    real = tokenizer(adversarial=config, activation_checkpointing=checkpointing)
+    networks = [real.network, real.discriminator]
+    for parameter in (parameter for network in networks for parameter in network.parameters()):
+        parameter.grad = torch.zeros_like(parameter)
+    step = _micro_batch(real)
+    with LiveBytes([tensor for network in networks for tensor in network.parameters()]):
+        step()  # what the first call alone makes
+    counted = replay(_micro_batch(real), networks)
+    costs = TokenizerCosts("ddp", 8, module=tokenizer(adversarial=config, activation_checkpointing=checkpointing))
+    memory = costs.memory(1)
+    assert memory.activations == pytest.approx(counted.peak, rel=0.05)
+    assert costs.flops(1)[0] == counted.flops
+    assert (
+        memory.weights == 4 * costs.trained == 4 * sum(p.numel() for network in networks for p in network.parameters())
+    )
+
+
+def test_more_images_take_as_many_times_as_much():
+    costs = TokenizerCosts("ddp", 8, module=tokenizer(adversarial=OPPONENT))
+    one, four = costs.memory(1), costs.memory(4)
+    assert four.activations == 4 * one.activations
+    assert four.weights == one.weights
+    assert costs.flops(64)[0] == 64 * costs.flops(1)[0]
+    assert costs.largest_batch(12, four.total) == 4
+    assert costs.largest_batch(12, one.total - 1) is None
+
+
+def train(stage: str, tmp_path: Path, shards: Path, *more: str) -> int:
+    """Bytes of the checkpoint of a run of one step."""
+    tiny = flags(yaml.safe_load((TINY / f"{stage}.yaml").read_text()))
+    words = ["--data", str(shards), "--runs", str(tmp_path), "--run", "one", *tiny, *more]
+    assert main(["train", stage, *words]) == 0
+    newest = newest_complete(tmp_path / "one" / stage / "checkpoints")
+    return sum(file.stat().st_size for file in newest.iterdir())
+
+
+def test_the_size_of_a_checkpoint_of_stage_1(tmp_path, tiny_shards):
+    sizes = ["--model.network.channels=32", "--model.network.multipliers=[1,2]", "--model.network.groups=8"]
+    opponent = "--model.adversarial={discriminator: {channel_multiplier: 0.125}}"
+    size = train("tokenizer", tmp_path, tiny_shards, *sizes, opponent)
+    config = VQGANConfig(
+        1, channels=32, multipliers=(1, 2), blocks_per_level=1, middle_blocks=1, groups=8, num_codes=16, code_width=4,
+        quantizer="ema",
+    )  # fmt: skip
+    module = Tokenizer(config, image_size=8, learning_rate=RATE, adversarial=OPPONENT)
+    assert TokenizerCosts("ddp", 1, module=module).checkpoint() == pytest.approx(size, rel=0.02)
+
+
+def test_the_size_of_a_checkpoint_of_stage_2(tmp_path, tiny_shards, tiny_pretrained):
+    sizes = ["--model.network.width=64", "--model.network.mlp_width=256", "--model.network.depth=3"]
+    named = ["--tokenizer", str(tiny_pretrained / "tokenizer")]
+    size = train("transformer", tmp_path, tiny_shards, *named, *sizes)
+    config = TransformerConfig(16, 3, (4, 4), width=64, depth=3, num_heads=2, mlp_width=256)
+    module = MaskedTokenModel(config, RATE, "", ema_decay=0.9)
+    assert TransformerCosts("fsdp", 8, module=module).checkpoint() == pytest.approx(size, rel=0.02)
+
+
+def test_encoding_on_the_fly_costs_memory_and_work():
+    module = MaskedTokenModel(TransformerConfig(16, 3, (8, 8), width=16, depth=1, num_heads=2, mlp_width=32), RATE, "")
+    alone = TransformerCosts("ddp", 2, module=module)
+    encodes = TransformerCosts("ddp", 2, module=module, tokenizer=(VQGAN, 16), encodes=True)
+    assert encodes.memory(4).frozen > alone.memory(4).frozen == 0
+    assert encodes.memory(4).total > alone.memory(4).total
+    assert encodes.flops(4)[0] > 2 * alone.flops(4)[0]
+
+
+def test_checkpointing_computes_blocks_again_and_saves_memory():
+    module = MaskedTokenModel(TransformerConfig(16, 3, (8, 8), width=64, depth=8, num_heads=2, mlp_width=256), RATE, "")
+    none, blocks = (TransformerCosts("ddp", 2, checkpointing=each, module=module) for each in ("none", "blocks"))
+    assert blocks.memory(8).total < none.memory(8).total / 2
+    useful, executed = blocks.flops(8)
+    assert useful == none.flops(8)[0] == none.flops(8)[1]
+    assert 1.25 < executed / useful < 4 / 3

@@ -1,0 +1,250 @@
+"""``maskgit doctor``: each check against the fault that it is for, really there."""
+
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from maskgit_pl.cli import host, main
+from maskgit_pl.cli.doctor import _size
+from tests.conftest import flags
+
+TINY = Path(__file__).parents[1] / "tiny"
+JOB = {
+    "SLURM_JOB_ID": "70001",
+    "SLURM_NNODES": "2",
+    "SLURM_NTASKS_PER_NODE": "2",
+    "SLURM_NTASKS": "4",
+    "SLURM_JOB_NODELIST": "localhost",
+}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_around(monkeypatch):
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "MASTER_", "NCCL_", "GLOO_"))]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def doctor(capsys, tmp_path, tiny_shards, tiny_pretrained) -> Callable[..., tuple[int, str]]:
+    """Examines a tiny run; words that are given later count."""
+
+    def call(stage: str, *more: object) -> tuple[int, str]:
+        tokenizer = ("--tokenizer", tiny_pretrained / "tokenizer") if stage == "transformer" else ()
+        tiny = flags(yaml.safe_load((TINY / f"{stage}.yaml").read_text()))
+        where = ("--data", tiny_shards, "--runs", tmp_path / "runs", "--run", "one", *tokenizer)
+        words = ("doctor", stage, "--device-memory", "1GB", *where, *tiny, *more)
+        capsys.readouterr()
+        code = main([str(word) for word in words])
+        return code, " ".join(capsys.readouterr().out.split())
+
+    return call
+
+
+def fails(answer: tuple[int, str], name: str, *parts: object) -> None:
+    code, text = answer
+    assert code == 2, text
+    assert f"FAIL {name} " in text
+    for part in parts:
+        assert str(part) in text, text
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
+def test_a_run_that_can_start_passes_and_nothing_is_written(doctor, stage, tmp_path):
+    code, text = doctor(stage, "--cluster", "ddp", "--nodes", "2", "--devices", "2", "--device-flops", "1T")
+    assert code == 0, text
+    assert "checks pass" in text
+    assert "4 = 4 ranks x 1 accumulated x 1 a device" in text
+    assert "1 1 3 3" in text  # node, local rank, global rank, sample
+    assert "is not rescaled by the number of devices" in text
+    assert "for 1 step" in text
+    assert "samples/s" in text
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_batch_that_does_not_divide_is_answered_with_what_does(doctor):
+    answer = doctor("transformer", "--cluster", "ddp", "--devices", "3")
+    fails(answer, "batch", "3 ranks must share it evenly, got 4", "1, 2, 4 ranks")
+
+
+def test_memory_that_is_too_small_is_answered_with_the_batch_that_fits(doctor):
+    code, text = doctor("transformer", "--data.global_batch=64", "--data.max_batch_per_device=64")
+    assert code == 0, text
+    answer = doctor(
+        "transformer", "--data.global_batch=64", "--data.max_batch_per_device=64", "--device-memory", "600K"
+    )
+    fails(answer, "memory", "data.max_batch_per_device 64", "takes 552 kB", "--data.max_batch_per_device=16 fits")
+    fails(answer, "memory", "--model.activation_checkpointing=blocks", "--trainer.precision=bf16-mixed")
+    fails(doctor("tokenizer", "--device-memory", "10K"), "memory", "not even one sample fits")
+
+
+def test_what_is_missing_stands_in_one_list(doctor, tmp_path):
+    answer = doctor(
+        "transformer", "--data", tmp_path / "nowhere", "--tokenizer", tmp_path / "none", "--data.global_batch=5",
+        "--cluster", "ddp", "--devices", "2", "--pretrained", tmp_path / "no-weights", "--trainer.precision=16-mixed",
+    )  # fmt: skip
+    fails(answer, "data", f"data {tmp_path / 'nowhere'}: no such folder", "maskgit data make")
+    fails(answer, "tokenizer", f"tokenizer {tmp_path / 'none'}: no config.json there")
+    fails(answer, "pretrained", f"pretrained {tmp_path / 'no-weights'}")
+    fails(answer, "batch", "2 ranks must share it evenly, got 5")
+    fails(answer, "strategy", "trainer.precision", "16-mixed")
+    assert "5 of" in answer[1]
+
+
+@pytest.mark.parametrize("with_data", [True, False])
+@pytest.mark.parametrize(
+    ("flag", "part"),
+    [
+        ("--model.mask_sched=square", "did you mean 'model.mask_schedule'"),
+        ("--trainer.max_steps=many", "max_steps"),
+        ("--model.decoding.guidance=liner", "did you mean 'linear'"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_as_training_refuses_it(doctor, flag, part, with_data, tmp_path):
+    where = () if with_data else ("--data", tmp_path / "nowhere")
+    fails(doctor("transformer", *where, flag), "recipe", part)
+
+
+def test_a_recipe_that_is_not_there(doctor):
+    fails(doctor("transformer", "--recipe", "cosin"), "recipe", "did you mean 'cosine'")
+
+
+def test_a_tokenizer_of_other_sizes_is_refused(doctor):
+    fails(doctor("transformer", "--model.network.num_codes=8"), "recipe", "the tokenizer has 16, got 8")
+
+
+def test_tokens_that_are_not_made_are_missed(doctor):
+    fails(doctor("transformer", "--data.source=tokens"), "recipe", "tokenize")
+
+
+def test_data_that_was_cut_off_is_named(doctor, tiny_shards, tmp_path):
+    shutil.copytree(tiny_shards, tmp_path / "cut")
+    shard = next((tmp_path / "cut").glob("train-*.tar"))
+    shard.write_bytes(shard.read_bytes()[:-1024])
+    fails(doctor("tokenizer", "--data", tmp_path / "cut"), "recipe", shard.name)
+    (tmp_path / "cut" / "val.json").unlink()
+    fails(doctor("tokenizer", "--data", tmp_path / "cut"), "data", "val split")
+
+
+def test_the_tokenizer_does_not_train_under_fsdp(doctor):
+    fails(doctor("tokenizer", "--cluster", "fsdp", "--devices", "2"), "strategy", "'fsdp'", "--cluster ddp")
+
+
+def test_several_devices_need_a_strategy(doctor):
+    fails(doctor("tokenizer", "--devices", "2"), "strategy", "'auto'", "--cluster ddp")
+
+
+def test_a_port_in_use_is_named_with_a_free_one(doctor, monkeypatch):
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        fails(
+            doctor("tokenizer", "--net-port", port), "network", f"MASTER_PORT {port}", "in use", "export MASTER_PORT="
+        )
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        fails(doctor("tokenizer"), "network", f"MASTER_PORT {port}")
+    assert doctor("tokenizer")[0] == 0
+    monkeypatch.setenv("MASTER_PORT", "http")
+    fails(doctor("tokenizer"), "network", "got 'http'")
+
+
+def test_names_that_lead_nowhere(doctor, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth77")
+    fails(doctor("tokenizer"), "network", "GLOO_SOCKET_IFNAME eth77", "lo")
+    monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
+    fails(doctor("tokenizer"), "network", "MASTER_ADDR no-such-host.invalid", "/etc/hosts")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "flag"),
+    [
+        ("SLURM_NNODES", "3", "--nodes"),
+        ("SLURM_NTASKS_PER_NODE", "1", "--ntasks-per-node"),
+        ("SLURM_GPUS_ON_NODE", "4", "--gpus-per-node"),
+    ],
+)
+def test_slurm_variables_that_contradict_the_run(doctor, monkeypatch, variable, value, flag):
+    for name, right in JOB.items():
+        monkeypatch.setenv(name, right)
+    words = ("tokenizer", "--cluster", "ddp", "--nodes", "2", "--devices", "2")
+    assert doctor(*words)[0] == 0
+    monkeypatch.setenv(variable, value)
+    fails(doctor(*words), "slurm", variable, f"is needed, got {value}", flag)
+    assert os.environ["SLURM_NNODES"]  # hidden while the run was built, and back
+
+
+def test_slurm_needs_the_tasks_of_a_node():
+    job = {name: value for name, value in JOB.items() if name != "SLURM_NTASKS_PER_NODE"}
+    (fault,) = host.slurm_faults(job, nodes=2, devices=2)
+    assert "--ntasks-per-node=2" in fault
+    assert host.slurm_faults({}, nodes=2, devices=2) == []
+
+
+@pytest.mark.parametrize(
+    ("environment", "nodes", "address", "port"),
+    [
+        ({}, 1, "127.0.0.1", None),
+        ({}, 2, None, None),
+        ({"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "gpu[03-07,9],other"}, 2, "gpu03", 18456),
+        ({"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "a1,b2", "MASTER_PORT": "77"}, 2, "a1", 77),
+        ({"MASTER_ADDR": "here", "MASTER_PORT": "29500"}, 2, "here", 29500),
+    ],
+)
+def test_where_rank_0_listens(environment, nodes, address, port):
+    assert host.main_address(environment, nodes=nodes) == address
+    assert host.main_port(environment) == port
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 32 kB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a file system needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_without_room_for_the_checkpoints(doctor, small_disk):
+    answer = doctor("transformer", "--runs", small_disk)
+    fails(answer, "disk", small_disk, "free", "--runs", "keep_last")
+
+
+def test_a_run_that_is_there_goes_on_or_is_refused(doctor, tmp_path, tiny_shards, tiny_pretrained):
+    tiny = flags(yaml.safe_load((TINY / "transformer.yaml").read_text()))
+    words = ["--data", str(tiny_shards), "--runs", str(tmp_path / "runs"), "--run", "one", *tiny]
+    assert main(["train", "transformer", "--tokenizer", str(tiny_pretrained / "tokenizer"), *words]) == 0
+    code, text = doctor("transformer", "--trainer.max_steps=5")
+    assert code == 0
+    assert "goes on from step-00000001" in text
+    fails(doctor("transformer", "--trainer.max_steps=5", "--model.mask_schedule=square"), "recipe", "cosine -> square")
+    assert "training has nothing to do" in doctor("transformer")[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("80GB", 80e9), ("24GiB", 24 * 1024**3), ("150T", 150e12), ("4e14", 4e14), ("1.5MB", 1.5e6)]
+)
+def test_sizes(text, value):
+    assert _size(text) == value
+
+
+def test_a_size_that_is_none_is_refused(doctor, capsys):
+    with pytest.raises(SystemExit):
+        doctor("transformer", "--device-memory", "much")
+    assert "a size such as 80GB" in capsys.readouterr().err
+
+
+def test_many_ranks_are_shown_node_by_node(doctor):
+    answer = doctor(
+        "transformer", "--cluster", "ddp", "--nodes", "64", "--devices", "8", "--data.global_batch=1024",
+        "--data.max_batch_per_device=1",
+    )  # fmt: skip
+    assert answer[0] == 0
+    assert "0 0-7 0-7 0-7, 512-519" in answer[1]
+    assert "and so on to rank 511" in answer[1]

@@ -1,0 +1,78 @@
+"""Memory, disk and time put together from their parts."""
+
+import pytest
+import torch
+
+from maskgit_pl.estimates.run import CARDS, checkpoint_bytes, kept_checkpoints, memory_of, step_time
+from maskgit_pl.estimates.sharding import Group, Traffic
+from maskgit_pl.estimates.transformer import Activations
+from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, complete_checkpoints
+from maskgit_pl.training.checkpoints import Checkpoints
+
+BLOCK, ROOT = Group(((64, 10),)), Group(((32, 10), (32,)))
+WHOLE = 3 * 640 + 352
+
+
+def test_ddp_holds_everything_and_fsdp_its_part():
+    held = Activations(kept=1000, casts=0, working=100)
+    ddp = memory_of([BLOCK] * 3, ROOT, held, strategy="ddp", ranks=8)
+    assert ddp.total == 20 * WHOLE + 1100
+    fsdp = memory_of([BLOCK] * 3, ROOT, held, strategy="fsdp", ranks=8)
+    assert fsdp.weights + fsdp.gradients + fsdp.moments + fsdp.average == 20 * WHOLE // 8
+    assert fsdp.gathered == 4 * (2 * 352 + 5 * 640)
+    assert memory_of([BLOCK], ROOT, held, strategy="ddp", ranks=8, averaged=0).average == 0
+
+
+def test_fsdp_gathers_in_bfloat16_and_keeps_no_copies():
+    held = Activations(kept=1000, casts=500, working=100)
+    assert memory_of([BLOCK], ROOT, held, strategy="ddp", ranks=8).casts == 500
+    fsdp = memory_of([BLOCK], ROOT, held, strategy="fsdp", ranks=8)
+    assert fsdp.casts == 0
+    assert fsdp.gathered == 2 * (352 + 3 * 640) + 4 * (352 + 2 * 640)
+
+
+class _Run:
+    """What ``Checkpoints`` asks of a Trainer."""
+
+    is_global_zero = True
+
+    def __init__(self):
+        self.global_step = 0
+
+    def save_checkpoint(self, path):
+        FolderCheckpointIO().save_checkpoint({"weight": torch.zeros(2)}, path)
+
+
+@pytest.mark.parametrize(("steps", "every", "keep_last", "keep_every"), [
+    (100, 10, 2, None), (100, 10, 3, 20), (95, 10, 2, 30), (7, 10, 2, None), (100, 10, 1, 10), (15, 10, 3, None),
+])  # fmt: skip
+def test_kept_checkpoints_are_the_most_that_a_run_has_at_a_time(tmp_path, steps, every, keep_last, keep_every):
+    run, most = _Run(), 0
+    checkpoints = Checkpoints(tmp_path, every_n_steps=every, keep_last=keep_last, keep_every=keep_every)
+    save = run.save_checkpoint
+
+    def watched(path):
+        nonlocal most
+        save(path)
+        most = max(most, len(complete_checkpoints(tmp_path)))  # before the oldest goes
+
+    run.save_checkpoint = watched
+    for step in range(1, steps + 1):
+        run.global_step = step
+        if step % every == 0 or step == steps:
+            checkpoints.save(run)
+    assert most == kept_checkpoints(steps, every=every, keep_last=keep_last, keep_every=keep_every)
+
+
+def test_a_step_takes_its_work_and_its_traffic_hidden_or_not():
+    time = step_time(8e12, Traffic(all_reduce=1e9), ranks=8, rate=1e12, bandwidth=1e9)
+    assert (time.computing, time.communicating, time.least, time.most) == (1, 1, 1, 2)
+
+
+def test_a_cards_rate_is_that_of_the_precision():
+    card = CARDS["h100"]
+    assert card.rate("32-true") < card.rate("32-true", tensor_float32=True) < card.rate("bf16-mixed")
+
+
+def test_a_checkpoint_of_the_released_transformer():
+    assert checkpoint_bytes(172_457_193, averaged=172_457_193, tensors=297) == pytest.approx(2.76e9, rel=1e-3)
