@@ -84,11 +84,12 @@ def test_every_command_of_the_console_script_runs_something():
     from maskgit_pl.cli import build_parser
 
     def check(name, parser):
+        if callable(parser.get_default("run")):
+            return
         inner = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
-        for commands in inner:
-            for more, each in commands.choices.items():
-                check(f"{name} {more}", each)
-        assert inner or callable(parser.get_default("run")), name
+        assert inner, name
+        for more, each in inner[0].choices.items():
+            check(f"{name} {more}", each)
 
     check("maskgit", build_parser())
 
