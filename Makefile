@@ -15,6 +15,9 @@ DATA ?= data/shards/$(DATASET)
 IMAGES ?=
 IMAGE ?=
 NAME ?= stage2_step
+NODES ?= 1
+DEVICES ?= 8
+TIME ?= 24:00:00
 TOKENIZER ?=
 PRETRAINED ?=
 CLASSES ?= all
@@ -26,11 +29,11 @@ WORKERS ?= auto
 # The run that every stage belongs to. RECIPE may name several recipes, from left to right: RECIPE='paper-256 log'.
 OF_RUN = --dataset $(DATASET) --data $(DATA) --recipe "$(RECIPE)" --run "$(RUN)" $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)") $(if $(PRETRAINED),--pretrained "$(PRETRAINED)")
 
-.PHONY: help install data train-tokenizer tokenize train-transformer sample evaluate compare tune train-classifier ablation edit benchmark demo demo-short test lint format clean
+.PHONY: help install data train-tokenizer tokenize train-transformer submit-tokenizer submit-transformer sample evaluate compare tune train-classifier ablation edit benchmark demo demo-short test test-slurm lint format clean
 
 help: ## Print every target
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
-	@echo "Variables: DATASET RECIPE CLUSTER RUN DATA IMAGES TOKENIZER PRETRAINED IMAGE CLASSES STEPS SEED NAME WORKERS ARGS"
+	@echo "Variables: DATASET RECIPE CLUSTER RUN DATA IMAGES TOKENIZER PRETRAINED IMAGE CLASSES STEPS SEED NAME WORKERS NODES DEVICES TIME ARGS"
 
 $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -50,6 +53,15 @@ tokenize: $(STAMP) ## Turn the images of DATA into tokens, once
 
 train-transformer: tokenize ## Stage 2: train the transformer, e.g. RECIPE=cosine CLUSTER=ddp
 	@$(BIN)/maskgit train transformer $(OF_RUN) --cluster $(CLUSTER) $(ARGS)
+
+# On a cluster the recipes' `ddp` is meant where the laptop's `cpu` is elsewhere.
+SUBMIT = $(OF_RUN) --cluster $(if $(filter file,$(origin CLUSTER)),ddp,$(CLUSTER)) --nodes $(NODES) --devices $(DEVICES) --time $(TIME) $(ARGS)
+
+submit-tokenizer: $(STAMP) ## Stage 1 on Slurm: NODES=2 DEVICES=8 TIME=24:00:00 ARGS="--partition gpu" (docs/slurm.md)
+	@$(BIN)/maskgit slurm submit tokenizer $(SUBMIT)
+
+submit-transformer: $(STAMP) ## Stage 2 on Slurm: RECIPE=cosine NODES=4 CLUSTER=fsdp
+	@$(BIN)/maskgit slurm submit transformer $(SUBMIT)
 
 sample: $(STAMP) ## Generate images of RUN: CLASSES=0,3,7 STEPS=16 SEED=0
 	@$(BIN)/maskgit sample runs/$(RUN) --classes "$(CLASSES)" $(if $(STEPS),--steps $(STEPS)) --seed $(SEED) --out runs/$(RUN)/sampled.png $(ARGS)
@@ -93,11 +105,19 @@ benchmark: $(STAMP) ## Measure ours against the alternatives: NAME=stage2_step (
 test: $(STAMP) ## Run the tests (quick ones alone: ARGS="-m 'not slow'")
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal $(ARGS)
 
+AS_ROOT = $(if $(filter 0,$(shell id -u)),,sudo --non-interactive)
+SLURM_INSTALL = $(AS_ROOT) apt-get -qq update && $(AS_ROOT) apt-get -qq install --yes --no-install-recommends slurmctld slurmd slurm-client >/dev/null
+SLURM_MISSING = Slurm: slurmctld, slurmd and slurm-client are needed, and root to start them; on Debian or Ubuntu root or sudo installs them here
+
+test-slurm: $(STAMP) ## Train on a real Slurm cluster of this machine (as root or by sudo; installs Slurm)
+	@export PATH="$$PATH:/usr/sbin"; { command -v slurmctld && command -v slurmd && command -v scontrol; } >/dev/null || { $(SLURM_INSTALL); } || { echo "$(SLURM_MISSING)" >&2; exit 2; }
+	@$(AS_ROOT) env PATH="$$PATH:/usr/sbin" OMP_WAIT_POLICY=PASSIVE SLURM_TRANSCRIPT="$(SLURM_TRANSCRIPT)" $(BIN)/python -m pytest tests/slurm --durations=10 --durations-min=1 $(ARGS)
+
 lint: $(STAMP) ## Check style, types and shell scripts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck recipes/slurm/train.sbatch .ci/run docs/decoding/sheets.sh
+	$(BIN)/shellcheck recipes/slurm/train.sbatch tests/slurm/cluster.sh .ci/run docs/decoding/sheets.sh
 
 format: $(STAMP) ## Put the code into the project's style
 	$(BIN)/ruff check --fix .

@@ -6,8 +6,8 @@
 #   tests/slurm/cluster.sh stop DIR          ends jobs and daemons
 #
 # Clients find it by SLURM_CONF=DIR/slurm.conf. The partitions `low` and `high` share the nodes: a job in `high` takes
-# them from one in `low`, which gets its own signal first and is put back into the queue. Needs root (or a user
-# namespace that has it) and Debian's slurmctld, slurmd and slurm-client. Outside of DIR nothing is changed: the node names
+# them from one in `low`, which gets its own signal first and is put back into the queue. Needs root, and Debian's
+# slurmctld, slurmd and slurm-client (munge comes with them). Outside of DIR nothing is changed: the names of the nodes
 # are made known in a mount namespace of the daemons, and all of them listen on 127.0.0.1 alone.
 set -euo pipefail
 
@@ -40,7 +40,7 @@ write_configuration() {
 	cpus=2 # so many jobs at a time, with a task on each node; they share what the machine has
 	mkdir -p "$folder"/{state,log,run}
 	echo "CgroupPlugin=disabled" >"$folder/cgroup.conf"
-	(umask 077 && head -c 1024 /dev/urandom >"$folder/slurm.key")
+	(umask 077 && head -c 1024 /dev/urandom >"$folder/munge.key")
 	{ cat /etc/hosts && echo "127.0.0.1 $(seq -s' ' -f 'node%g' "$num_nodes")"; } >"$folder/hosts"
 	cat >"$SLURM_CONF" <<-CONF
 		ClusterName=throwaway
@@ -48,9 +48,9 @@ write_configuration() {
 		SlurmctldPort=$port
 		SlurmUser=root
 		SlurmdUser=root
-		AuthType=auth/slurm
-		CredType=auth/slurm
-		AuthInfo=use_client_ids,cred_expire=5
+		AuthType=auth/munge
+		CredType=cred/munge
+		AuthInfo=socket=$folder/run/munge.socket,cred_expire=5
 		CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
 		MpiDefault=none
 		ProctrackType=proctrack/linuxproc
@@ -89,6 +89,13 @@ write_configuration() {
 	CONF
 }
 
+# What client and daemon know each other by. Slurm's own auth/slurm would leave sockets in /run, one pair a machine.
+start_munge() {
+	munged --force --num-threads=2 --key-file="$folder/munge.key" --socket="$folder/run/munge.socket" \
+		--seed-file="$folder/state/munge.seed" --log-file="$folder/log/munged.log" --pid-file="$folder/run/munged.pid" \
+		2>>"$folder/log/munged.log"
+}
+
 start_node() {
 	# shellcheck disable=SC2016  # the inner shell's variables
 	unshare --mount --propagation private sh -c 'mount --bind "$1/hosts" /etc/hosts && exec slurmd -N "$2"' sh "$folder" "node$1"
@@ -123,6 +130,7 @@ stop() {
 case $command in
 start)
 	write_configuration
+	start_munge
 	slurmctld -c
 	for ((number = 1; number <= num_nodes; number++)); do start_node "$number"; done
 	wait_until_idle

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +30,15 @@ from tests.slurm.driving import Cluster, Run, Transcript, assert_equal
 ROOT = Path(__file__).parents[2]
 HERE, ELSEWHERE = "node[1-2]", "node[3-4]"  # where jobs are disturbed, and where they are not
 EVERY = 40  # steps between checkpoints
-SHORT, LONG = 200, 800  # steps: long enough for a checkpoint, and for a time limit
+SHORT, LONG = 200, 1400  # steps: long enough for a few checkpoints, and for the signal ahead of a time limit
+
+HEADING = """\
+# Training on Slurm: what was typed and seen
+
+Written by `make test-slurm SLURM_TRANSCRIPT=docs/slurm-transcript.md`: a real controller and four nodes on one machine
+(`tests/slurm/cluster.sh`), each job on two of them. Where it says that weights are equal, each tensor was compared by
+`torch.equal`. The seconds count from the title above them. [slurm.md](slurm.md) is the guide.
+"""
 
 pytestmark = pytest.mark.skipif(shutil.which("slurmctld") is None, reason="Slurm is not installed: make test-slurm")
 
@@ -42,12 +51,12 @@ class Workplace:
     straight: dict[str, Run]
     limited: Run | None = None
 
-    def run(self, name: str, kind: str, *flags: str, nodes: str = HERE) -> Run:
+    def run(self, name: str, kind: str, *flags: str, sbatch: str = f"--nodelist={HERE}") -> Run:
         """A run of a kind: the stage, and what it trains under."""
         stage, _, strategy = kind.partition(" ")
         tokenizer = ["--tokenizer=pretrained/tokenizer"] if stage == "transformer" else []
         words = ["--dataset=tiny", "--recipe=small", *tokenizer, f"--cluster={strategy}", "--trainer.accelerator=cpu"]
-        words += ["--nodes=2", "--devices=1", f"--sbatch=--nodelist={nodes}"]  # the last --sbatch counts
+        words += ["--nodes=2", "--devices=1", f"--sbatch={sbatch}"]
         return Run(self.cluster, maskgit_in(self.cluster.work), name, stage, [*words, *flags])
 
 
@@ -75,9 +84,9 @@ def make_work_folder(work: Path) -> None:
     (work / ".venv").symlink_to(sys.prefix)
     save_uneven_shards(work / "data" / "shards" / "tiny", (30, 30))
     save_tiny_pretrained(work / "pretrained")
-    for stage, steps in (("tokenizer", SHORT), ("transformer", LONG)):
+    for stage in ("tokenizer", "transformer"):
         recipe: dict[str, Any] = yaml.safe_load((ROOT / "tests" / "tiny" / f"{stage}.yaml").read_text())
-        recipe["trainer"] |= {"max_steps": steps, "val_check_interval": steps, "log_every_n_steps": EVERY}
+        recipe["trainer"] |= {"max_steps": SHORT, "val_check_interval": SHORT, "log_every_n_steps": EVERY}
         recipe["checkpoint_every"] = EVERY
         (work / "recipes" / stage / "small.yaml").write_text(yaml.safe_dump(recipe))
 
@@ -89,26 +98,30 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
     work.mkdir()
     make_work_folder(work)
     page = os.environ.get("SLURM_TRANSCRIPT")
-    cluster = Cluster(folder / "cluster", work, Transcript({str(work): "~/maskgit", str(folder): "~"}))
+    shown = {str(work): "~/maskgit", str(folder): "~", f"on {socket.gethostname()}": "on login"}
+    cluster = Cluster(folder / "cluster", work, Transcript(shown))
     cluster.start(4)
     try:
         yield begin(Workplace(cluster, {}))
     finally:
         cluster.stop()
-        if page is not None:
-            Path(page).write_text(cluster.transcript.text)
+        if page:
+            Path(page).write_text(HEADING + cluster.transcript.text)
 
 
 def begin(place: Workplace) -> Workplace:
     """Submits what takes its time beside the tests."""
     place.cluster.transcript.title("Runs that nothing disturbs, and one that has a minute")
     place.cluster.run("sinfo")
-    short = f"--trainer.max_steps={SHORT}"
-    limit = f"--sbatch=--signal=USR1@40 --nodelist={ELSEWHERE}"
-    place.limited = place.run("limited", "transformer ddp", "--time=1", limit)
+    elsewhere, more = f"--nodelist={ELSEWHERE}", f"--trainer.max_steps={LONG}"
+    place.limited = place.run(
+        "limited", "transformer ddp", more, "--time=1", sbatch=f"--signal=USR1@20 {elsewhere}"
+    )  # fmt: skip
     place.limited.submit()
-    for kind, flags in (("tokenizer ddp", []), ("transformer fsdp", [short]), ("transformer ddp", [])):
-        run = place.straight[kind] = place.run(kind.replace(" ", "-"), kind, *flags, nodes=ELSEWHERE)
+    for kind in ("tokenizer ddp", "transformer fsdp", "transformer ddp", "transformer ddp, long"):
+        flags = [more] if kind.endswith("long") else []
+        name = re.sub(r"\W+", "-", kind)
+        run = place.straight[kind] = place.run(name, kind.removesuffix(", long"), *flags, sbatch=elsewhere)
         run.submit()
     return place
 
@@ -118,7 +131,7 @@ def test_jobs_that_a_higher_partition_preempts_end_as_those_that_nothing_disturb
     cluster.transcript.title("A job of a higher partition takes the nodes from two others")
     runs = {
         "tokenizer ddp": place.run("preempted-1", "tokenizer ddp"),
-        "transformer fsdp": place.run("preempted-2", "transformer fsdp", f"--trainer.max_steps={SHORT}"),
+        "transformer fsdp": place.run("preempted-2", "transformer fsdp"),
     }
     for run in runs.values():
         run.submit()
@@ -129,7 +142,7 @@ def test_jobs_that_a_higher_partition_preempts_end_as_those_that_nothing_disturb
     for kind, run in runs.items():
         run.show_log()
         assert run.restarts >= 1
-        assert re.search(r"saved at step \d+, back into the queue", run.log), run.log
+        assert re.search(r"saved at step \d+, to go back into the queue", run.log), run.log
         assert "going on from step-" in run.log
         cluster.wait_for_end(place.straight[kind].number)
         assert_equal(run, place.straight[kind])
@@ -179,6 +192,7 @@ def test_a_job_whose_node_answers_no_more_goes_on_when_there_is_one(place: Workp
     assert run.restarts == 1
     assert "back into the queue" not in run.log
     assert "going on from step-" in run.log
+    cluster.wait_for_end(place.straight["transformer ddp"].number)
     assert_equal(run, place.straight["transformer ddp"])
 
 
@@ -205,7 +219,8 @@ def test_what_is_no_preemption_is_not_put_back(place: Workplace) -> None:
     cluster = place.cluster
     cluster.transcript.title("Bad input, and losses that are not finite, are not put back into the queue")
     shutil.copytree(cluster.work / "data/shards/tiny", cluster.work / "data/shards/moved")
-    bad = place.run("bad-input", "transformer ddp", "--data=data/shards/moved", f"--sbatch=--hold --nodelist={HERE}")
+    data = "--data=data/shards/moved"
+    bad = place.run("bad-input", "transformer ddp", data, sbatch=f"--hold --nodelist={HERE}")
     diverging = place.run("diverging", "transformer ddp", "--model.learning_rate.peak=1e30")
     for run in (bad, diverging):
         run.submit()
@@ -237,4 +252,5 @@ def test_a_job_that_its_time_limit_ends_goes_on(place: Workplace) -> None:
     run.finish()
     assert run.restarts >= 1
     assert run.log.count("back into the queue") == run.restarts
-    assert_equal(run, place.straight["transformer ddp"])
+    cluster.wait_for_end(place.straight["transformer ddp, long"].number)
+    assert_equal(run, place.straight["transformer ddp, long"])

@@ -1,0 +1,143 @@
+"""``maskgit slurm submit`` and the job's script as far as they go without a cluster; tests/slurm has the rest."""
+
+import logging
+import os
+import shlex
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+
+from maskgit_pl.cli import main
+from tests.conftest import flags
+
+ROOT = Path(__file__).parents[2]
+
+
+class Answer(NamedTuple):
+    """What the command gave back."""
+
+    code: int
+    out: str
+    error: str
+
+
+@pytest.fixture
+def submit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_shards: Path,
+    tiny_pretrained: Path,
+) -> Callable[..., Answer]:  # fmt: skip
+    """Submits a stage of a tiny run on 2 nodes with a device each; words that are given later count."""
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))  # no Slurm
+    ours = logging.getLogger("maskgit_pl")
+
+    def call(stage: str, *more: str) -> Answer:
+        monkeypatch.setattr(ours, "handlers", [])  # a handler holds the stream of the test that made it
+        tokenizer = [f"--tokenizer={tiny_pretrained / 'tokenizer'}"] if stage == "transformer" else []
+        where = [f"--data={tiny_shards}", f"--runs={tmp_path / 'runs'}", "--run=one", "--nodes=2", "--devices=1"]
+        tiny = flags(yaml.safe_load((ROOT / "tests" / "tiny" / f"{stage}.yaml").read_text()))
+        try:
+            code = main(["slurm", "submit", stage, *where, *tokenizer, *tiny, *more])
+        except SystemExit as stop:  # argparse's own
+            code = int(stop.code or 0)
+        return Answer(code, *capsys.readouterr())
+
+    return call
+
+
+def command_of(answer: Answer) -> list[str]:
+    """The words that were printed: variables, sbatch and its options, the script and its words."""
+    printed = answer.out[answer.out.index("STAGE=") : answer.out.index("dry run:")]
+    return shlex.split(printed.replace("\\\n", ""))
+
+
+@pytest.mark.parametrize(("stage", "cluster"), [("tokenizer", "ddp"), ("transformer", "fsdp")])
+def test_a_dry_run_prints_what_would_be_submitted_and_writes_nothing(submit, tmp_path, stage, cluster):
+    answer = submit(stage, f"--cluster={cluster}", "--partition=gpu", "--sbatch=--mem=0 --exclusive", "--dry-run")
+    assert answer.code == 0, answer
+    words = command_of(answer)
+    script = words.index("recipes/slurm/train.sbatch")
+    assert {f"STAGE={stage}", f"CLUSTER={cluster}", "RUN=one", f"RUNS={tmp_path / 'runs'}"} <= set(words[:script])
+    options = words[words.index("sbatch") + 1 : script]
+    assert {"--nodes=2", "--ntasks-per-node=1", "--partition=gpu", "--cpus-per-task=1"} <= set(options)
+    assert options[-2:] == ["--mem=0", "--exclusive"]  # the user's words come last
+    assert not any(option.startswith("--gpus") for option in options)  # the tiny recipes want a processor
+    assert "--trainer.max_steps=1" in words[script:]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_devices_are_gpus_unless_the_recipe_says_otherwise_and_loaders_get_cores(submit):
+    answer = submit("tokenizer", "--trainer.accelerator=auto", "--devices=2", "--data.num_workers=3", "--dry-run")
+    assert {"--gpus-per-node=2", "--ntasks-per-node=2", "--cpus-per-task=4"} <= set(command_of(answer))
+
+
+def test_a_container_is_words_before_the_program_on_its_path(submit):
+    answer = submit(
+        "tokenizer", "--container=apptainer exec --nv 'my image.sif'", "--srun=--cpu-bind=cores", "--dry-run"
+    )
+    assert {"CONTAINER=apptainer exec --nv 'my image.sif'", "SRUN=--cpu-bind=cores", "MASKGIT=maskgit"} <= set(
+        command_of(answer)
+    )
+
+
+def test_without_slurm_nothing_can_be_submitted(submit):
+    answer = submit("tokenizer")
+    assert answer.code == 2
+    assert "sbatch" in answer.error
+    assert "--dry-run" in answer.error
+    assert len(answer.error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("stage", "word", "parts"),
+    [
+        ("tokenizer", "--cluster=fsdp", ("trainer.strategy 'fsdp'", "CLUSTER=ddp")),
+        ("tokenizer", "--cluster=dpp", ("cluster 'dpp'", "ddp")),
+        ("tokenizer", "--nodes=3", ("data.global_batch", "3 ranks", "got 4")),
+        ("tokenizer", "--nodes=0", ("--nodes", "at least 1", "got 0")),
+        ("tokenizer", "--trainer.devices=4", ("--trainer.devices", "--devices")),
+        ("tokenizer", "--trainer.num_nodes=4", ("--trainer.num_nodes", "--nodes")),
+        ("tokenizer", "--trainer.max_step=4", ("trainer.max_step", "trainer.max_steps")),
+        ("tokenizer", "--recipe=cosin", ("cosin", "cosine")),
+        ("tokenizer", "--data=nowhere", ("data nowhere", "--data")),
+        ("tokenizer", "--sbatch='--mem", ("--sbatch", "quotes")),
+        ("transformer", "--tokenizer=nowhere", ("tokenizer nowhere", "config.json")),
+        ("transformer", "--data.source=tokens", ("token store", "make tokenize")),
+        ("transformer", "--model.mask_schedule=cosin", ("cosin", "cosine")),
+    ],
+)
+def test_what_training_would_refuse_is_refused_before_it_waits_in_a_queue(submit, tmp_path, stage, word, parts):
+    answer = submit(stage, word, "--dry-run")
+    assert answer.code == 2, answer
+    for part in parts:
+        assert part in answer.error
+    assert not (tmp_path / "runs").exists()
+
+
+JOB = {
+    "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "node1", "SLURM_NNODES": "1", "SLURM_NTASKS_PER_NODE": "1",
+    "STAGE": "tokenizer",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "hint"),
+    [
+        ("STAGE", None, "STAGE=tokenizer"),
+        ("STAGE", "tokeniser", "tokenizer or transformer"),
+        ("SLURM_JOB_NODELIST", None, "sbatch"),
+        ("SLURM_NTASKS_PER_NODE", None, "--ntasks-per-node"),
+    ],
+)
+def test_the_script_names_what_is_missing(tmp_path, name, value, hint):
+    given = {**JOB, "PATH": os.environ["PATH"], name: value}
+    environment = {key: text for key, text in given.items() if text is not None}
+    script = ["bash", ROOT / "recipes" / "slurm" / "train.sbatch"]
+    done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert name in done.stderr
+    assert hint in done.stderr
+    assert not list(tmp_path.iterdir())
