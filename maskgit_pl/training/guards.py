@@ -100,8 +100,8 @@ class Guard(Callback):
         path = self.folder / ("nonfinite.json" if rank == 0 else f"nonfinite-rank{rank}.json")
         path.write_text(json.dumps(self._skipped, indent=2) + "\n")
         raise NonFiniteError(
-            f"{text}, {len(self._skipped)} steps in a row; their samples: {path}. The last checkpoint is from before "
-            "them; a lower learning rate, gradient clipping or trainer.precision=32-true may help"
+            f"{text}, {len(self._skipped)} steps in a row; their samples: {path}. None of them changed the weights, "
+            "and the last checkpoint is sound; a lower learning rate, clipping or trainer.precision=32-true may help"
         )
 
     def _stop(self, trainer: Trainer) -> None:
