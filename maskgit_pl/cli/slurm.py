@@ -7,13 +7,13 @@ can be typed.
 from __future__ import annotations
 
 import argparse
-import importlib
 import logging
 import os
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +25,8 @@ __all__ = ["Submission", "add_parser", "plan_submission", "run_submit"]
 
 log = logging.getLogger(__name__)
 
+_NEXT_LINE = " \\\n    "
+_WIDTH = 110
 _PROGRAM = Path(".venv/bin/maskgit")  # the script's own default
 _VARIABLES = (
     "STAGE", "RUN", "RUNS", "DATASET", "DATA", "RECIPE", "CLUSTER", "TOKENIZER", "PRETRAINED", "CONTAINER", "SRUN",
@@ -67,8 +69,8 @@ def _add_job_arguments(parser: argparse.ArgumentParser) -> None:
     job.add_argument("--account", help="whose budget pays")
     job.add_argument("--qos", help="quality of service")
     job.add_argument("--constraint", help="features that the nodes must have")
-    job.add_argument("--sbatch", default="", metavar="WORDS", help='more options of sbatch, e.g. "--mem=0 --exclusive"')
-    job.add_argument("--srun", default="", metavar="WORDS", help='more options of srun, e.g. "--cpu-bind=cores"')
+    job.add_argument("--sbatch", default="", metavar="WORDS", help='more for sbatch, e.g. --sbatch="--mem=0"')
+    job.add_argument("--srun", default="", metavar="WORDS", help='more for srun, e.g. --srun="--cpu-bind=cores"')
     job.add_argument(
         "--container", default="", metavar="COMMAND",
         help='each task is started by it, e.g. "apptainer exec --nv image.sif"',
@@ -105,13 +107,20 @@ class Submission:
         return ["sbatch", *self.options, str(self.script), *self.words]
 
     def __str__(self) -> str:
-        """As it can be typed, a line for each kind of words."""
-        lines = [
-            " ".join(f"{name}={shlex.quote(value)}" for name, value in self.variables.items()),
-            shlex.join(["sbatch", *self.options]),
-            shlex.join([str(self.script), *self.words]),
-        ]
-        return " \\\n    ".join(lines)
+        """As it can be typed."""
+        variables = [f"{name}={shlex.quote(value)}" for name, value in self.variables.items()]
+        options, words = map(shlex.quote, self.options), map(shlex.quote, (str(self.script), *self.words))
+        return _NEXT_LINE.join(_fold([*part]) for part in (variables, ("sbatch", *options), words))
+
+
+def _fold(words: Sequence[str]) -> str:
+    """Words of a shell on lines of a bearable length."""
+    lines = [""]
+    for word in words:
+        if lines[-1] and len(lines[-1]) + len(word) > _WIDTH:
+            lines.append("")
+        lines[-1] += f" {word}" if lines[-1] else word
+    return _NEXT_LINE.join(lines)
 
 
 def run_submit(args: argparse.Namespace) -> int:
@@ -232,7 +241,8 @@ def _refuse_second(plan: Plan, identity: str) -> None:
     command = ["squeue", "--noheader", "--format=%i|%T|%k"]
     listed = subprocess.run(command, capture_output=True, text=True, check=False)
     if listed.returncode:
-        raise ValueError(f"squeue: the queue cannot be read, got {listed.stderr.strip()}; try again when Slurm answers")
+        said = " ".join(listed.stderr.split())
+        raise ValueError(f"squeue: the queue cannot be read, got {said!r}; submit where Slurm answers")
     jobs = [_Job(*line.split("|", 2)) for line in listed.stdout.splitlines() if line.count("|") >= 2]
     for job in jobs:
         if job.comment == identity:
@@ -249,20 +259,21 @@ def _check(plan: Plan, nodes: int, devices: int) -> str:
         ValueError: Training would refuse it.
         FileNotFoundError: Something that it reads is missing.
     """
-    log.info("%s: checked as training does it, some seconds ...", plan.stage_folder)
-    fit = importlib.import_module("maskgit_pl.cli.fit")  # torch and lightning take seconds to import
-    files = importlib.import_module("maskgit_pl.training.checkpoint_files")
+    log.info("%s: is checked as training will, some seconds ...", plan.stage_folder)
+    from maskgit_pl.cli.fit import build  # lightning and torch take seconds to import
+    from maskgit_pl.training.checkpoint_files import newest_complete, step_of
+
     here = ["--trainer.accelerator=cpu", f"--trainer.num_nodes={nodes}", f"--trainer.devices={devices}"]
-    cli = fit.build(replace(plan, overrides=[*plan.overrides, *here]))
+    cli = build(replace(plan, overrides=[*plan.overrides, *here]))
     data = cli.datamodule
     if data.source != "stream":
         data.setup()
-    newest = files.newest_complete(plan.checkpoints)
+    newest, steps = newest_complete(plan.checkpoints), cli.trainer.max_steps
+    begins = "from the start" if newest is None else f"going on from {newest.name}"
+    if newest is not None and step_of(newest) >= steps:
+        begins = "which are done: the job will look whether they are exported, and end"
     ranks = nodes * devices
-    return (
-        f"{plan.stage_folder}: {ranks} ranks share a global batch of {data.global_batch}, "
-        f"{cli.trainer.max_steps} steps, {'from the start' if newest is None else f'going on from {newest.name}'}"
-    )
+    return f"{plan.stage_folder}: {ranks} ranks share a global batch of {data.global_batch}; {steps} steps, {begins}"
 
 
 def _submit(plan: Plan, submission: Submission) -> str:
