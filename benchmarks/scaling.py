@@ -1,0 +1,246 @@
+"""Counts what each rank of 8, 64 and 512 holds and sends in a step of the paper's models, beside what formulas say.
+
+    python benchmarks/scaling.py
+
+One process plays rank 0: torch's ``fake`` process group carries nothing, while ``fully_shard`` and
+DistributedDataParallel do all that they do on a cluster. benchmarks/README.md says how to read the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from measuring import markdown_table
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from maskgit_pl.estimates.collectives import CountedCollectives
+from maskgit_pl.estimates.run import step_time
+from maskgit_pl.estimates.sharding import FLOAT, HALF, Group, Strategy, Traffic, ddp_traffic, fsdp_traffic, group_of
+from maskgit_pl.estimates.transformer import Precision, block_group, mean_masked, root_group, step_flops
+from maskgit_pl.networks.discriminator import Discriminator, DiscriminatorConfig
+from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
+from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
+from maskgit_pl.schedules import mask_schedules
+from maskgit_pl.training.environment import describe_environment
+from maskgit_pl.training.strategies import shard_blocks
+
+PAPER = TransformerConfig(1024, 1000, (16, 16), class_dropout=0.0)
+"""The transformer of recipes/transformer/paper-256.yaml."""
+
+_STEP_BATCH, _RATE, _UTILIZATION = 256, 989e12, 0.4  # images of a step; bfloat16 of an H100, and the share reached
+_BANDWIDTHS = (12.5e9, 25e9, 50e9, 200e9)  # bytes a second and device: 100, 200, 400 Gbit/s, and a link in a node
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A model under a strategy on so many ranks: what was counted of one micro-batch on rank 0, and what was expected.
+
+    Args:
+        model: Which.
+        strategy: How the ranks share.
+        precision: Of the Trainer.
+        ranks: n.
+        shard: Bytes of trained weights on rank 0.
+        expected_shard: By the formula.
+        traffic: Sent by each rank for the collectives that were called.
+        expected: By the formula.
+        calls: Collectives.
+    """
+
+    model: str
+    strategy: Strategy
+    precision: Precision
+    ranks: int
+    shard: int
+    expected_shard: int
+    traffic: Traffic
+    expected: Traffic
+    calls: int
+
+    def row(self) -> dict[str, str]:
+        """Its row of the table."""
+        return {
+            "model": self.model,
+            "strategy": f"{self.strategy}, {self.precision}",
+            "ranks": str(self.ranks),
+            "weights on rank 0, MB": f"{self.shard / 1e6:.3f}",
+            "formula / counted": f"{self.expected_shard / self.shard:.4f}",
+            "collectives": str(self.calls),
+            "gathered, MB": f"{self.traffic.all_gather / 1e6:.1f}",
+            "scattered, MB": f"{self.traffic.reduce_scatter / 1e6:.1f}",
+            "all-reduced, MB": f"{self.traffic.all_reduce / 1e6:.1f}",
+            "sent by a rank, MB": f"{self.traffic.total / 1e6:.1f}",
+            "formula / counted ": f"{self.expected.total / self.traffic.total:.4f}",
+        }
+
+
+@contextmanager
+def world(ranks: int) -> Iterator[None]:
+    """This process is rank 0 of so many, of which the others are not there."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def transformer_fsdp(config: TransformerConfig, ranks: int, precision: Precision) -> Counted:
+    """One micro-batch of a few tokens under FSDP2; only this rank's rows of the weights are ever there."""
+    with torch.device("meta"):
+        network = MaskedTransformer(config)
+    shard_blocks(network, network.blocks, init_device_mesh("cpu", (ranks,)), precision=precision)
+    network.to_empty(device="cpu")
+    half = precision == "bf16-mixed"
+    with CountedCollectives() as counted, torch.autocast("cpu", torch.bfloat16, enabled=half):
+        _transformer_step(network, config)
+    blocks, root = [block_group(config)] * config.depth, root_group(config)
+    held = sum(FLOAT * parameter.to_local().numel() for parameter in network.parameters())  # type: ignore[attr-defined]
+    return Counted(
+        "transformer", "fsdp", precision, ranks, held, FLOAT * sum(group.shard(ranks) for group in (*blocks, root)),
+        counted.traffic(ranks), fsdp_traffic(blocks, root, ranks, weight=HALF if half else FLOAT),
+        sum(counted.calls.values()),
+    )  # fmt: skip
+
+
+def transformer_ddp(config: TransformerConfig, ranks: int) -> Counted:
+    """One micro-batch of a few tokens under DDP; bf16-mixed sends as much, for its gradients are float32."""
+    network = _empty(lambda: MaskedTransformer(config))
+    blocks, root = [block_group(config)] * config.depth, root_group(config)
+    return _ddp("transformer", [network], ranks, [*blocks, root], lambda each: _transformer_step(each[0], config))
+
+
+def tokenizer_ddp(config: VQGANConfig, image_size: int, ranks: int) -> Counted:
+    """One micro-batch of an image through both networks of stage 1 under DDP.
+
+    The losses are sums: what is exchanged follows from the weights. The generator sees an image of 32 px, since its
+    weights do not depend on the size.
+    """
+    networks = [
+        _empty(lambda: VQGAN(config)),
+        _empty(lambda: Discriminator(DiscriminatorConfig(), in_channels=config.in_channels, image_size=image_size)),
+    ]
+
+    def step(wrapped: Sequence[nn.Module]) -> None:
+        output = wrapped[0](torch.rand(1, config.in_channels, 32, 32))
+        (output.reconstruction.sum() + output.quantized.loss).backward()
+        wrapped[1](torch.rand(1, config.in_channels, image_size, image_size)).sum().backward()
+
+    return _ddp("tokenizer", networks, ranks, [group_of([network]) for network in networks], step)
+
+
+def _ddp(
+    model: str,
+    networks: Sequence[nn.Module],
+    ranks: int,
+    groups: Sequence[Group],
+    step: Callable[[Sequence[nn.Module]], None],
+) -> Counted:
+    counted = CountedCollectives()
+    wrapped = [DistributedDataParallel(network, gradient_as_bucket_view=True) for network in networks]
+    for each in wrapped:
+        counted.follow(each)
+    with counted:
+        step(wrapped)
+    trained = [parameter for network in networks for parameter in network.parameters()]
+    buffers = sum(buffer.nbytes for network in networks for buffer in network.buffers())
+    held = sum(parameter.nbytes for parameter in trained)
+    return Counted(
+        model, "ddp", "32-true", ranks, held, FLOAT * sum(group.numel for group in groups),
+        counted.traffic(ranks), ddp_traffic(groups, ranks, buffers=buffers), sum(counted.calls.values()),
+    )  # fmt: skip
+
+
+def _transformer_step(network: nn.Module, config: TransformerConfig) -> None:
+    tokens = torch.zeros(1, min(4, config.num_tokens), dtype=torch.int64)  # what is exchanged are weights
+    logits: Tensor = network(tokens, tokens[:, 0], tokens == 0, vocabulary="all")
+    logits.float().sum().backward()  # type: ignore[no-untyped-call]  # torch: untyped
+
+
+def _empty(make: Callable[[], nn.Module]) -> nn.Module:
+    """A network whose weights are not initialised: nothing here depends on them."""
+    with torch.device("meta"):
+        network = make()
+    return network.to_empty(device="cpu").apply(_fill)
+
+
+def _fill(module: nn.Module) -> None:
+    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        tensor.data.zero_()
+
+
+def count(config: TransformerConfig, vqgan: VQGANConfig, image_size: int, ranks: Sequence[int]) -> list[Counted]:
+    """Every model under every strategy that it trains under, on so many ranks."""
+    found: list[Counted] = []
+    for number in ranks:
+        with world(number):
+            found.append(transformer_fsdp(config, number, "32-true"))
+            found.append(transformer_fsdp(config, number, "bf16-mixed"))
+            found.append(transformer_ddp(config, number))
+            found.append(tokenizer_ddp(vqgan, image_size, number))
+    return sorted(found, key=lambda one: (one.model, one.strategy, one.precision, one.ranks))
+
+
+def expectation(counted: Sequence[Counted], config: TransformerConfig) -> list[dict[str, str]]:
+    """What the transformer's traffic takes at some bandwidths, beside its work: calculated, not measured."""
+    masked = mean_masked(mask_schedules.build("cosine"), config.num_tokens)
+    rows = []
+    for one in (one for one in counted if one.model == "transformer"):
+        batch = max(_STEP_BATCH, one.ranks)  # a rank has at least one image
+        flops = step_flops(config, images=batch, masked=masked * batch)
+        times = [
+            step_time(flops, one.traffic, ranks=one.ranks, rate=_RATE * _UTILIZATION, bandwidth=each)
+            for each in _BANDWIDTHS
+        ]
+        rows.append(
+            {
+                "strategy": f"{one.strategy}, {one.precision}",
+                "ranks": str(one.ranks),
+                "global batch": str(batch),
+                "work, ms": f"{1e3 * times[0].computing:.2f}",
+                **{
+                    f"traffic at {each / 1e9:g} GB/s, ms": f"{1e3 * time.communicating:.1f}"
+                    for each, time in zip(_BANDWIDTHS, times, strict=True)
+                },
+            }
+        )
+    return rows
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512], help="worlds (%(default)s)")
+    parser.add_argument("--depth", type=int, default=PAPER.depth, help="layers of the transformer (%(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="writes all numbers and the environment")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Counts and prints."""
+    arguments = _arguments(argv)
+    config = TransformerConfig(1024, 1000, (16, 16), depth=arguments.depth, class_dropout=0.0)
+    counted = count(config, VQGANConfig(3), 256, arguments.ranks)
+    print(f"torch {torch.__version__}; one process, rank 0 of a world that is not there; one micro-batch\n")
+    print(markdown_table([one.row() for one in counted]))
+    print(
+        f"\nCalculated, not measured: the transformer's step in one micro-batch, its work at {_UTILIZATION:.0%} of "
+        f"{_RATE / 1e12:g} TFLOP/s:\n"
+    )
+    print(markdown_table(expectation(counted, config)))
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        report = {"environment": describe_environment(), "counted": [asdict(one) for one in counted]}
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

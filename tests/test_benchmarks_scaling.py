@@ -1,0 +1,55 @@
+"""The benchmark of scaling at tiny sizes: what is counted is what the formulas say, and its tables are whole."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from maskgit_pl.networks.transformer import TransformerConfig
+from maskgit_pl.networks.vqgan import VQGANConfig
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+CONFIG = TransformerConfig(16, 3, (4, 4), width=32, depth=2, num_heads=4, mlp_width=64, class_dropout=0.0)
+VQGAN = VQGANConfig(
+    1, channels=8, multipliers=(1, 1), blocks_per_level=1, groups=2, num_codes=16, code_width=4, quantizer="ema"
+)
+
+
+@pytest.fixture
+def scaling():
+    """The script as a module; its folder is on the path, as when it is run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        import scaling
+
+        yield scaling
+        for name in ("scaling", "measuring"):
+            sys.modules.pop(name, None)
+
+
+def test_what_is_counted_is_what_the_formulas_say(scaling, monkeypatch):
+    monkeypatch.setattr(scaling.DiscriminatorConfig, "widths", lambda *_: (8, 8, 8))
+    counted = scaling.count(CONFIG, VQGAN, 16, [2, 5, 100])
+    assert len(counted) == 3 * 4
+    assert {(one.model, one.strategy) for one in counted} == {
+        ("transformer", "ddp"), ("transformer", "fsdp"), ("tokenizer", "ddp"),
+    }  # fmt: skip
+    for one in counted:
+        assert one.shard == one.expected_shard > 0
+        assert one.traffic == one.expected
+        assert one.calls > 0
+        assert json.loads(json.dumps(dataclasses.asdict(one)))["ranks"] == one.ranks
+    table = scaling.markdown_table([one.row() for one in counted]).splitlines()
+    assert len(table) == 2 + len(counted)
+    assert len({line.count("|") for line in table}) == 1
+
+
+def test_what_is_expected_follows_the_bandwidth(scaling):
+    with scaling.world(8):
+        counted = [scaling.transformer_fsdp(CONFIG, 8, "32-true")]
+    (row,) = scaling.expectation(counted, CONFIG)
+    times = [float(value) for name, value in row.items() if name.startswith("traffic")]
+    assert times == sorted(times, reverse=True)
+    assert row["global batch"] == "256"
