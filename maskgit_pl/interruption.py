@@ -9,11 +9,14 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["SIGNALS", "is_requested", "listen", "shield_worker"]
+__all__ = ["SIGNALS", "is_requested", "listening", "shield_worker"]
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+_CTRL_C = b"\nstopping behind this step, and saving; Ctrl-C again stops at once\n"
 
 
 class _Flag:
@@ -23,15 +26,20 @@ class _Flag:
     is_set = False
 
 
-def listen() -> None:
-    """From now on the signals set the flag; called before anything slow is imported, so that none kills the process."""
+@contextmanager
+def listening() -> Iterator[None]:
+    """Meanwhile the signals set the flag. Entered before anything slow is imported, so that none kills the process."""
     _Flag.process, _Flag.is_set = os.getpid(), False
-    for number in SIGNALS:
-        signal.signal(number, _set_flag)
+    before = {number: signal.signal(number, _set_flag) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items() if not _Flag.is_set else ():  # one more must not spoil the exit code
+            signal.signal(number, handler)
 
 
 def is_requested() -> bool:
-    """Whether this process was asked to stop since ``listen``."""
+    """Whether this process was asked to stop."""
     return _Flag.is_set
 
 
@@ -55,5 +63,9 @@ def shield_worker(worker: int) -> None:
 
 
 def _set_flag(number: int, frame: FrameType | None) -> None:
-    if os.getpid() == _Flag.process:
-        _Flag.is_set = True
+    if os.getpid() != _Flag.process:
+        return
+    _Flag.is_set = True
+    if number == signal.SIGINT:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.write(2, _CTRL_C)

@@ -234,6 +234,7 @@ SIGNALS = [
     ("transformer", Fault(signal.SIGTERM, 3, rank=1), "SIGTERM to rank 1"),
     ("transformer", Fault(signal.SIGUSR1, 3, rank=0), "SIGUSR1 to rank 0"),
     ("transformer", Fault(signal.SIGUSR2, 3), "SIGUSR2 to all"),
+    ("transformer", Fault(signal.SIGINT, 3), "SIGINT (Ctrl-C) to all"),
     ("tokenizer", Fault(signal.SIGTERM, 3, rank=1, times=2), "SIGTERM to rank 1, twice"),
     ("transformer", Fault(signal.SIGTERM, 4, "validation", rank=1), "SIGTERM to rank 1 in the validation"),
     ("tokenizer", Fault(signal.SIGUSR1, 4, "validation"), "SIGUSR1 to all in the validation"),

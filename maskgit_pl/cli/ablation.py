@@ -10,6 +10,7 @@ from pathlib import Path
 from maskgit_pl.cli.measuring import step_numbers
 from maskgit_pl.cli.paper import add_measuring_arguments, measured_schedules, opened, write_schedules
 from maskgit_pl.cli.recipes import DEFAULT_DATASET, check_overrides, recipe_files
+from maskgit_pl.errors import PreemptedError
 
 __all__ = ["add_parser", "run"]
 
@@ -61,6 +62,7 @@ def _train(schedule: str, place: int, count: int, args: argparse.Namespace) -> P
 
     Raises:
         ValueError: It failed; it has said why.
+        PreemptedError: It was asked to stop.
     """
     recipe = " ".join([*args.recipe.split(), schedule])
     name = "-".join([args.dataset, *recipe.split()])
@@ -72,6 +74,8 @@ def _train(schedule: str, place: int, count: int, args: argparse.Namespace) -> P
     train = ["train", "transformer", *words, "--cluster", args.cluster, *args.overrides]
     for command in (["tokenize", *words], train):
         code = subprocess.run([*maskgit, *command], check=False).returncode
+        if code == PreemptedError.exit_code:
+            raise PreemptedError(f"ablation {schedule}: asked to stop by a signal; the same command goes on from there")
         if code != 0:
             raise ValueError(f"ablation {schedule}: `maskgit {command[0]}` ended with {code}; the same command goes on")
     return Path(args.runs_folder) / name

@@ -62,11 +62,11 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Checks what needs no torch, then trains."""
-    interruption.listen()
-    plan = plan_run(args)
-    from maskgit_pl.cli.fit import fit  # lightning and torch take seconds to import
+    with interruption.listening():
+        plan = plan_run(args)
+        from maskgit_pl.cli.fit import fit  # lightning and torch take seconds to import
 
-    return fit(plan)
+        return fit(plan)
 
 
 def plan_run(args: argparse.Namespace) -> Plan:

@@ -73,7 +73,7 @@ class Checkpoints(Checkpoint):
         self._failures = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lays restored optimiser states out as their parameters, and sweeps what a kill left half written or removed."""
+        """Lays restored optimiser states out as their parameters, and sweeps what a kill left half written."""
         for optimizer in trainer.optimizers:
             _lay_out(optimizer)
         self._saved_step = trainer.global_step
