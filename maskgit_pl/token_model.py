@@ -188,7 +188,7 @@ class TokenModel(LightningModule):
         super().optimizer_step(epoch, batch_idx, optimizer, *args, **kwargs)
         optimizer.zero_grad()  # Lightning would keep the gradients in memory through the next forward pass
         if self.ema_network is not None and not self._skips_update:
-            step = self.trainer.global_step - 1
+            step = self.trainer.global_step  # this one is not counted yet
             update_ema(self.ema_network, self.transformer, decay=self.ema_decay, step=step)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
