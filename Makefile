@@ -20,6 +20,9 @@ DEVICES ?= 8
 TIME ?= 24:00:00
 TOKENIZER ?=
 PRETRAINED ?=
+STAGE ?= transformer
+NODES ?=
+DEVICES ?=
 CLASSES ?= all
 STEPS ?=
 SEED ?= 0
@@ -29,11 +32,11 @@ WORKERS ?= auto
 # The run that every stage belongs to. RECIPE may name several recipes, from left to right: RECIPE='paper-256 log'.
 OF_RUN = --dataset $(DATASET) --data $(DATA) --recipe "$(RECIPE)" --run "$(RUN)" $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)") $(if $(PRETRAINED),--pretrained "$(PRETRAINED)")
 
-.PHONY: help install data train-tokenizer tokenize train-transformer submit-tokenizer submit-transformer sample evaluate compare tune train-classifier ablation edit benchmark demo demo-short test test-slurm lint format clean
+.PHONY: doctor help install data train-tokenizer tokenize train-transformer submit-tokenizer submit-transformer sample evaluate compare tune train-classifier ablation edit benchmark demo demo-short test test-slurm lint format clean
 
 help: ## Print every target
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
-	@echo "Variables: DATASET RECIPE CLUSTER RUN DATA IMAGES TOKENIZER PRETRAINED IMAGE CLASSES STEPS SEED NAME WORKERS NODES DEVICES TIME ARGS"
+	@echo "Variables: DATASET RECIPE CLUSTER RUN DATA IMAGES TOKENIZER PRETRAINED STAGE NODES DEVICES IMAGE CLASSES STEPS SEED NAME WORKERS NODES DEVICES TIME ARGS"
 
 $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -44,6 +47,9 @@ install: $(STAMP) ## Make .venv with the package and its tools
 
 data: $(STAMP) ## Fetch DATASET and write its shards; own images: DATASET=name IMAGES=folder
 	@$(if $(IMAGES),$(BIN)/maskgit data make "$(IMAGES)" --out $(DATA),$(if $(wildcard data/$(subst -,_,$(DATASET)).py),$(BIN)/python data/$(subst -,_,$(DATASET)).py --out $(DATA),test -d $(DATA) || { echo "data $(DATA): not there; name your images with IMAGES=folder" >&2; exit 2; }))
+
+doctor: $(STAMP) ## Check a run before it is started: STAGE=transformer RECIPE=paper-256 CLUSTER=fsdp NODES=4 DEVICES=8
+	@$(BIN)/maskgit doctor $(STAGE) $(OF_RUN) --cluster $(CLUSTER) $(if $(NODES),--nodes $(NODES)) $(if $(DEVICES),--devices $(DEVICES)) $(ARGS)
 
 train-tokenizer: $(STAMP) ## Stage 1: train the VQGAN on DATA (go on with the run if there is one)
 	@$(BIN)/maskgit train tokenizer $(OF_RUN) --cluster $(CLUSTER) $(ARGS)

@@ -38,7 +38,7 @@ PAPER = TransformerConfig(1024, 1000, (16, 16), class_dropout=0.0)
 """The transformer of recipes/transformer/paper-256.yaml."""
 
 _STEP_BATCH, _RATE, _UTILIZATION = 256, 989e12, 0.4  # images of a step; bfloat16 of an H100, and the share reached
-_BANDWIDTHS = (12.5e9, 25e9, 50e9, 200e9)  # bytes a second and device: 100, 200, 400 Gbit/s, and a link in a node
+_BANDWIDTHS = (12.5e9, 25e9, 50e9, 200e9)  # a node with a port of 100, 200, 400 Gbit/s; with 8 of 200, or inside it
 
 
 @dataclass(frozen=True)

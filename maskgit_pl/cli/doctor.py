@@ -49,7 +49,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     world.add_argument(
         "--bandwidth", type=_size, metavar="RATE",
-        help="bytes a second that a device sends (default: 100G within a node, 25G between nodes)",
+        help="bytes a second of a device within a node (default: 100G), of a node's network ports between nodes (25G)",
     )  # fmt: skip
     world.add_argument(
         "--net-port", type=_count, metavar="PORT", help="port of rank 0 (default: MASTER_PORT, or Slurm's)"
@@ -70,8 +70,8 @@ def run(args: argparse.Namespace) -> int:
     if found.batch is not None:
         per_device, micro_batches = found.batch
         console.print(
-            f"\nThe samples of each global batch of {found.global_batch}, {micro_batches} micro-batches of "
-            f"{per_device} on each rank:"
+            f"\nThe samples of each global batch of {found.global_batch}, in micro-batches of {per_device}, "
+            f"{micro_batches} on each rank:"
         )
         console.print(_world_map(found))
     _list(console, [("", name, text) for name, text in found.values])

@@ -34,13 +34,13 @@ from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.checkpoint_files import complete_checkpoints, newest_complete, step_of
 from maskgit_pl.training.strategies import build_strategy, check_precision
 
-__all__ = ["Check", "Examination", "State", "examine", "size_text"]
+__all__ = ["Check", "Examination", "State", "examine"]
 
 State = Literal["ok", "warning", "FAIL"]
 
 _HEADROOM = 0.92  # the rest is the device's context, NCCL's buffers, and gaps between tensors
 _PIXELS_A_CORE = 100e6  # that a core decodes and crops in a second: 1,565 images of 256 px (benchmarks/README.md)
-_LINK, _NETWORK = 100e9, 25e9  # bytes a second and device: within a node; between nodes, 200 Gbit/s a device
+_LINK, _NETWORK = 100e9, 25e9  # bytes a second: of a device within a node; of a node with one port of 200 Gbit/s
 _STARTED_BY = ("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "TORCHELASTIC_")
 
 
@@ -138,7 +138,7 @@ def examine(args: argparse.Namespace) -> Examination:
     return found
 
 
-def size_text(count: float) -> str:
+def _size(count: float) -> str:
     """Bytes for people: ``1.3 GB``."""
     for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= factor:
@@ -351,10 +351,10 @@ def _note_memory(found: Examination, costs: Costs, config: Mapping[str, Any]) ->
     per_device = config["data"]["max_batch_per_device"] if found.batch is None else found.batch[0]
     memory = costs.memory(per_device)
     states = memory.weights + memory.gradients + memory.moments + memory.average + memory.frozen
-    rest = f", {size_text(memory.gathered)} gathered" if memory.gathered else ""
+    rest = f", {_size(memory.gathered)} gathered" if memory.gathered else ""
     text = (
-        f"{size_text(memory.total)} a device at {per_device} samples: {size_text(states)} weights and optimiser"
-        f"{rest}, {size_text(memory.activations + memory.casts + memory.working)} activations"
+        f"{_size(memory.total)} a device at {per_device} samples: {_size(states)} weights and optimiser"
+        f"{rest}, {_size(memory.activations + memory.casts + memory.working)} activations"
     )
     device = _device_memory(found.args)
     if device is None:
@@ -364,12 +364,12 @@ def _note_memory(found: Examination, costs: Costs, config: Mapping[str, Any]) ->
     largest = costs.largest_batch(found.global_batch // found.ranks, limit)
     if memory.total <= limit:
         more = f"; --data.max_batch_per_device={largest} fits too" if largest and largest > most else ""
-        found.note("memory", f"{text}; {size_text(device)} are there{more}")
+        found.note("memory", f"{text}; {_size(device)} are there{more}")
         return
     way_out = f"--data.max_batch_per_device={largest} fits" if largest else "not even one sample fits"
     found.note(
         "memory",
-        f"data.max_batch_per_device {most}: a device of {size_text(device)} takes {size_text(limit)}, got {text}; "
+        f"data.max_batch_per_device {most}: a device of {_size(device)} takes {_size(limit)}, got {text}; "
         f"{way_out}{_savings(costs)}",
         "FAIL",
     )
@@ -406,7 +406,7 @@ def _note_disk(found: Examination, plan: Plan, costs: Costs, config: Mapping[str
     size, there = costs.checkpoint(), len(complete_checkpoints(plan.checkpoints))
     needed = max(1, most - there) * size
     many = _many(max(1, most - there), "checkpoint")
-    text = f"{size_text(needed)} for {many} of {size_text(size)}, {size_text(free)} free"
+    text = f"{_size(needed)} for {many} of {_size(size)}, {_size(free)} free"
     if not host.is_writable(existing):
         found.note("disk", f"{existing}: checkpoints go there, got no permission to write; name another --runs", "FAIL")
     elif free < needed:
@@ -442,14 +442,14 @@ def _note_values(
     traffic = costs.traffic(found.batch[1])
     again = "" if executed == useful else f", {executed / useful:.2f} times as many executed"
     values.append(("work of a step", f"{_flops(useful)} useful{again}; {_flops(useful / found.ranks)} a rank"))
-    values.append(("traffic of a step", f"{size_text(traffic.total)} sent by each rank"))
+    values.append(("traffic of a step", f"{_size(traffic.total)} sent by each rank"))
     time = _step_time(found, executed, costs, config)
     if time is None:
         values.append(("time", "--device or --device-flops says how fast a device is"))
         return
     values.append(("a step", _time_text(found, time)))
     if steps is not None and steps > 0:
-        text = f"{_duration(steps * time.least)} to {_duration(steps * time.most)} for {_many(steps, 'step')}"
+        text = f"at least {_duration(steps * time.least)} for {_many(steps, 'step')}"
         if summary is not None:
             text += f", {steps * found.global_batch / summary.samples['train']:.3g} epochs"
         values.append(("the run", text))
@@ -478,8 +478,9 @@ def _time_text(found: Examination, time: StepTime) -> str:
     )
     bandwidth = args.bandwidth or (_LINK if found.nodes == 1 else _NETWORK)
     return (
-        f"{_duration(time.least)} to {_duration(time.most)}: {_duration(time.computing)} of work at {rate}, "
-        f"{_duration(time.communicating)} of traffic at {size_text(bandwidth)}/s, hidden behind it or not"
+        f"at least {_duration(time.least)}, or {_duration(time.most)} where traffic is not hidden behind work: "
+        f"{_duration(time.computing)} of work at {rate}, {_duration(time.communicating)} of traffic at "
+        f"{_size(bandwidth)}/s; launches of kernels and waiting for data come on top"
     )
 
 
@@ -490,11 +491,11 @@ def _data_text(
     of_rank, data = samples / found.ranks, config["data"]
     if data["source"] == "tokens":
         bytes_each = 2.0 * _tokens(plan, config)
-        return f"{samples:,.0f} samples/s, {size_text(samples * bytes_each)}/s of tokens"
+        return f"{samples:,.0f} samples/s, {_size(samples * bytes_each)}/s of tokens"
     text = f"{samples:,.0f} samples/s"
     if summary is not None:
         shards = load_manifest(plan.shards, "train", check=False).shards
-        text += f", {size_text(samples * sum(each.bytes for each in shards) / summary.samples['train'])}/s of shards"
+        text += f", {_size(samples * sum(each.bytes for each in shards) / summary.samples['train'])}/s of shards"
     cores = of_rank * data["image_size"] ** 2 / _PIXELS_A_CORE
     return f"{text}; each rank {of_rank:,.0f}/s, about {cores:.2g} cores of decoding for {data['num_workers']} workers"
 

@@ -192,6 +192,7 @@ def step_time(flops: float, traffic: Traffic, *, ranks: int, rate: float, bandwi
         traffic: Of a rank.
         ranks: n.
         rate: FLOP/s that a device reaches: its peak times the share of it that training reaches.
-        bandwidth: Bytes a second that a rank can send, over the slowest link that its ring crosses.
+        bandwidth: Bytes a second at the slowest place that the rings cross (NCCL's bus bandwidth): within a node what a
+            device sends; between nodes what all network ports of a node carry, since each ring leaves a node once.
     """
     return StepTime(flops / ranks / rate, traffic.total / bandwidth)
