@@ -251,9 +251,11 @@ def _build(found: Examination, plan: Plan) -> StageCLI | None:
             return _recipe_alone(plan)
         if plan.stage == "tokenizer":  # most often the perceptual network's file: the rest can be examined without it
             try:
-                return _recipe_alone(replace(plan, overrides=[*plan.overrides, "--model.perceptual=null"]))
+                cli = _recipe_alone(replace(plan, overrides=[*plan.overrides, "--model.perceptual=null"]))
             except USER_ERRORS:
                 return None
+            found.note("memory", "calculated without the perceptual network", "warning")
+            return cli
     return None
 
 
@@ -451,7 +453,7 @@ def _note_values(
     if steps is not None and steps > 0:
         text = f"at least {_duration(steps * time.least)} for {_many(steps, 'step')}"
         if summary is not None:
-            text += f", {steps * found.global_batch / summary.samples['train']:.3g} epochs"
+            text += f", {steps * found.global_batch / summary.samples['train']:,.1f} epochs"
         values.append(("the run", text))
     values.append(("data", _data_text(found, plan, config, time, summary)))
 

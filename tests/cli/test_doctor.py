@@ -131,6 +131,14 @@ def test_data_that_was_cut_off_is_named(doctor, tiny_shards, tmp_path):
     fails(doctor("tokenizer", "--data", tmp_path / "cut"), "data", "val split")
 
 
+def test_a_perceptual_network_without_weights_leaves_the_rest_examined(doctor):
+    network = "{network: {name: timm, model: resnet18, weights: no-such-file}, weight: 0.1}"
+    answer = doctor("tokenizer", f"--model.perceptual={network}")
+    fails(answer, "recipe", "an existing file is needed, got no-such-file")
+    assert "without the perceptual network" in answer[1]
+    assert "1 of" in answer[1]
+
+
 def test_the_tokenizer_does_not_train_under_fsdp(doctor):
     fails(doctor("tokenizer", "--cluster", "fsdp", "--devices", "2"), "strategy", "'fsdp'", "--cluster ddp")
 
