@@ -184,6 +184,9 @@ class TokenModel(LightningModule):
         if self._skips_update:
             optimizer.zero_grad()  # without gradients the optimiser leaves weights and moments alone
 
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Nothing: ``optimizer_step`` leaves no gradients."""
+
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Optimizer | Any, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, *args, **kwargs)
         optimizer.zero_grad()  # Lightning would keep the gradients in memory through the next forward pass

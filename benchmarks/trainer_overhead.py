@@ -1,0 +1,316 @@
+"""Measures what the Trainer, with all callbacks and logging on, adds to a training step of stage 2.
+
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/trainer_overhead.py --threads 1 --json trainer_overhead.json
+
+benchmarks/README.md says what is compared and how to read the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import io
+import json
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median, quantiles
+from typing import NamedTuple
+
+import torch
+from lightning.pytorch import Trainer
+from measuring import markdown_table, processor
+from torch import Tensor, nn
+from webdataset import TarWriter
+
+from maskgit_pl.cli.fit import build
+from maskgit_pl.cli.recipes import Plan, recipes_folder
+from maskgit_pl.cli.stage_cli import StageCLI
+from maskgit_pl.data import Batch, to_unit_range, tokenize
+from maskgit_pl.mvtm import MaskedTokenModel
+from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
+from maskgit_pl.pretrained import load_tokenizer, save_tokenizer
+from maskgit_pl.shards.images import encode_png
+from maskgit_pl.shards.index import find_shards, index_shards
+from maskgit_pl.training.ema import update_ema
+from maskgit_pl.training.environment import describe_environment
+from maskgit_pl.training.guards import clip_gradients
+
+TARGET = 1.0  # ms a step
+_WARM_UP = 20  # steps that do not count
+_TOKENIZER = VQGANConfig(1, channels=8, multipliers=(1, 1), blocks_per_level=1, groups=2, num_codes=64, code_width=4)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Sizes of the network and the batch: small, so that a millisecond shows; the overhead does not depend on them."""
+
+    steps: int = 400
+    width: int = 64
+    depth: int = 2
+    batch: int = 16
+    log_every: int = 25
+    edge: int = 14  # pixels, for 7 x 7 tokens
+
+    def words(self) -> list[str]:
+        """Flags that lie over the base recipe, whose callbacks, logging, clipping and averages stay."""
+        values = {
+            "data.global_batch": self.batch,
+            "data.max_batch_per_device": self.batch,
+            "model.network.width": self.width,
+            "model.network.depth": self.depth,
+            "model.network.mlp_width": 4 * self.width,
+            "trainer.max_steps": self.steps,
+            "trainer.val_check_interval": 10 * self.steps,  # validation, pictures and checkpoints are work of their own
+            "checkpoint_every": 10 * self.steps,
+            "trainer.log_every_n_steps": self.log_every,
+            "trainer.accelerator": "cpu",
+        }
+        return [f"--{key}={value}" for key, value in values.items()]
+
+
+def write_data(folder: Path, task: Task) -> None:
+    """Random images, more than the steps need, a random tokenizer and the images' tokens."""
+    chance = torch.Generator().manual_seed(0)
+    (folder / "shards").mkdir()
+    for split, count in (("train", (task.steps + 4) * task.batch), ("val", task.batch)):
+        with TarWriter(str(folder / "shards" / f"{split}-000000.tar")) as tar:
+            for number in range(count):
+                image = torch.randint(256, (1, task.edge, task.edge), dtype=torch.uint8, generator=chance)
+                tar.write({"__key__": f"{number:08d}", "png": encode_png(image), "cls": number % 10})
+    splits = ("train", "val")
+    index_shards(folder / "shards", {split: find_shards(folder / "shards", f"{split}-*.tar") for split in splits})
+    save_tokenizer(folder / "tokenizer", _TOKENIZER, VQGAN(_TOKENIZER).state_dict(), image_size=task.edge)
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    tokenize(
+        folder / "shards",
+        folder / "run" / "tokens",
+        encode=lambda images: tokenizer.network.encode(to_unit_range(images)),
+        grid=tokenizer.grid,
+        num_codes=_TOKENIZER.num_codes,
+        tokenizer=tokenizer.fingerprint,
+        image_size=task.edge,
+        in_channels=1,
+    )
+
+
+def build_run(folder: Path, task: Task) -> StageCLI:
+    """What ``maskgit train transformer`` builds: module, data, and the Trainer with everything of ours."""
+    recipes = recipes_folder()
+    files = [recipes / "transformer" / "base.yaml", recipes / "cluster" / "cpu.yaml"]
+    plan = Plan("transformer", files, task.words(), folder / "shards", folder / "run", folder / "tokenizer")
+    with redirect_stdout(io.StringIO()):  # a log, and no terminal: a line now and then in place of a bar
+        return build(plan)
+
+
+@dataclass
+class _Run:
+    """What the module asks of its Trainer."""
+
+    global_batch: int
+    max_steps: int
+    global_step: int = 0
+    log_every_n_steps: int = 1_000_001
+
+    @property
+    def datamodule(self) -> _Run:
+        return self
+
+
+class BareLoop:
+    """The same module on the same batches, by hand: forward, backward, clip, optimiser, learning rate, average."""
+
+    def __init__(self, module: MaskedTokenModel, task: Task) -> None:
+        self.module = module
+        self.run = _Run(task.batch, task.steps)  # the module holds it weakly
+        self.module.trainer = self.run  # type: ignore[assignment]  # in the Trainer's place
+        configured = module.configure_optimizers()
+        self.optimizer, self.scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """A step; gives its loss."""
+        loss = self.module.training_step(batch, 0)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch: untyped
+        clip_gradients(self.module.transformer.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        assert self.module.ema_network is not None
+        decay, step = self.module.ema_decay, self.run.global_step
+        update_ema(self.module.ema_network, self.module.transformer, decay=decay, step=step)
+        self.run.global_step += 1
+        return loss.detach()
+
+
+class Clock(NamedTuple):
+    """Milliseconds on the wall, and of the processor for this process, in which other work counts less."""
+
+    wall: float
+    cpu: float
+
+    @classmethod
+    def now(cls) -> Clock:
+        """Since some moment."""
+        return cls(1000 * time.perf_counter(), 1000 * time.process_time())
+
+    def passed(self) -> Clock:
+        """Since this one."""
+        now = Clock.now()
+        return Clock(now.wall - self.wall, now.cpu - self.cpu)
+
+
+class Interleaved:
+    """A loader for the Trainer that, between two of its steps, lets the bare loop do one, on batches of its own.
+
+    Args:
+        trainer: Asks for the batches.
+        loader: Each iteration of it gives the same batches.
+        bare: The other contender.
+        profile: Watches the Trainer's share alone, if given.
+    """
+
+    def __init__(
+        self, trainer: Trainer, loader: Iterable[Batch], bare: BareLoop, profile: cProfile.Profile | None = None
+    ) -> None:
+        self.loader = loader
+        self.bare = bare
+        self.trainer = trainer
+        self.own: Iterator[Batch] = iter(())
+        self.profile = profile
+        self.times: dict[int, tuple[Clock, Clock]] = {}  # of a step of the Trainer, and of a bare one beside it
+
+    def __iter__(self) -> Iterator[Batch]:
+        theirs, self.own = iter(self.loader), iter(self.loader)
+        begin = Clock.now()
+        for batch in theirs:
+            passed, done = begin.passed(), self.trainer.global_step
+            if self.profile is not None:
+                self.profile.disable()
+            if done > self.bare.run.global_step:  # not while the Trainer fetches its first batches
+                begin = Clock.now()
+                self.bare(next(self.own))
+                self.times[done] = (passed, begin.passed())
+            if self.profile is not None and done > _WARM_UP:
+                self.profile.enable()
+            begin = Clock.now()
+            yield batch
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Milliseconds of a step, by one clock.
+
+    Attributes:
+        clock: ``wall``, or ``cpu``: the processor's time for this process.
+        bare: Median of the bare loop.
+        trainer: Median under the Trainer, of steps that log nothing.
+        overhead: Median of the difference to the bare step beside it.
+        at_best: The quickest tenth of the Trainer's steps less the quickest tenth of the bare ones: on a machine that
+            does other work, nearest to what a quiet one shows.
+        logging: What a step that logs takes beyond that, by medians.
+        added: ``overhead`` and a step's share of ``logging``.
+        steps: That counted.
+        same_weights: Whether both have the same weights at the end, to the last bit.
+    """
+
+    clock: str
+    bare: float
+    trainer: float
+    overhead: float
+    at_best: float
+    logging: float
+    added: float
+    steps: int
+    same_weights: bool
+
+    def row(self) -> dict[str, str]:
+        """As a row of the table."""
+        return {key: f"{value:.2f}" if isinstance(value, float) else str(value) for key, value in asdict(self).items()}
+
+
+def measure(task: Task, *, profile: Path | None = None) -> list[Measured]:
+    """Trains both side by side; a row for each clock."""
+    watch = None if profile is None else cProfile.Profile()
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        write_data(folder, task)
+        cli, other = build_run(folder, task), build_run(folder, task)
+        other.model.load_state_dict(cli.model.state_dict())
+        loader = Interleaved(cli.trainer, _with_trainer(cli), BareLoop(other.model, task), watch)
+        cli.datamodule.train_dataloader = lambda: loader
+        with redirect_stdout(io.StringIO()):
+            cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+        while loader.bare.run.global_step < task.steps:  # behind its last step the Trainer asks for nothing
+            loader.bare(next(loader.own))
+        if watch is not None:
+            watch.disable()
+            watch.dump_stats(str(profile))
+    same = _same(cli.model, other.model)
+    return [_summary(task, loader, number, same=same) for number in range(len(Clock._fields))]
+
+
+def _with_trainer(cli: StageCLI) -> Iterable[Batch]:
+    """The data module's own loader; it asks the Trainer for its place when it is iterated."""
+    cli.datamodule.trainer = cli.trainer
+    loader: Iterable[Batch] = cli.datamodule.train_dataloader()
+    return loader
+
+
+def _summary(task: Task, loader: Interleaved, clock: int, *, same: bool) -> Measured:
+    counted = {step: times for step, times in loader.times.items() if step > _WARM_UP}
+    apart = {step: theirs[clock] - bare[clock] for step, (theirs, bare) in counted.items()}
+    overhead = median(each for step, each in apart.items() if step % task.log_every)
+    logging = median(each for step, each in apart.items() if step % task.log_every == 0) - overhead
+    theirs, bare = zip(*((theirs[clock], bare[clock]) for step, (theirs, bare) in counted.items()), strict=True)
+    return Measured(
+        clock=Clock._fields[clock],
+        bare=median(bare),
+        trainer=median(theirs),
+        overhead=overhead,
+        at_best=quantiles(theirs, n=10)[0] - quantiles(bare, n=10)[0],
+        logging=logging,
+        added=overhead + logging / task.log_every,
+        steps=len(counted),
+        same_weights=same,
+    )
+
+
+def _same(module: nn.Module, other: nn.Module) -> bool:
+    state = other.state_dict()
+    return all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    for name in ("steps", "width", "depth", "batch", "log_every"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(Task, name), help="(%(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="(%(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="runs (%(default)s)")
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="of the Trainer's share, for pstats; slower")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="writes all numbers and the environment")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    task = Task(args.steps, args.width, args.depth, args.batch, args.log_every)
+    print(f"{processor()}, {args.threads} threads, torch {torch.__version__}, {task.steps} steps a run")
+    measured = [row for _ in range(args.repeats) for row in measure(task, profile=args.profile)]
+    print("\n" + markdown_table([one.row() for one in measured]))
+    added = {clock: median(one.added for one in measured if one.clock == clock) for clock in Clock._fields}
+    print(
+        f"\nThe Trainer adds {added['wall']:.2f} ms a step, {added['cpu']:.2f} ms of them the processor's; "
+        f"target: {TARGET:.0f} ms"
+    )
+    if args.json:
+        report = {
+            "environment": {**describe_environment(), "processor": processor()},
+            "task": asdict(task),
+            "measured": [asdict(one) for one in measured],
+        }
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
