@@ -260,7 +260,7 @@ def _build(found: Examination, plan: Plan) -> StageCLI | None:
 
 
 def _recipe_alone(plan: Plan) -> StageCLI:
-    module, layers = fit._module_and_layers(plan)
+    module, layers = fit.module_and_layers(plan)
     missing: dict[str, Any] = {"data": {"path": str(plan.shards), "token_store": str(plan.folder / "tokens")}}
     if plan.stage == "transformer":
         sizes: dict[str, Any] = {"num_codes": 1024, "num_classes": 1000, "grid": [16, 16]}

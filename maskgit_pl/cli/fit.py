@@ -29,7 +29,7 @@ from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, SavedTensor, newest_complete, step_of
 from maskgit_pl.training.environment import describe_environment
 
-__all__ = ["build", "export", "fit"]
+__all__ = ["build", "export", "fit", "module_and_layers"]
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def build(plan: Plan) -> StageCLI:
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=f".*{message}")
     torch.manual_seed(0)  # initial weights; every other chance is a function of the recipe's seed
-    module_type, recipes = _module_and_layers(plan)
+    module_type, recipes = module_and_layers(plan)
     layers = [json.dumps(_found_values(plan)), *recipes]
     if plan.pretrained is not None:
         layers.append(json.dumps(_pretrained_values(plan.stage, plan.pretrained)))
@@ -134,7 +134,7 @@ def _introduce(cli: StageCLI, plan: Plan, newest: Path | None) -> None:
     )  # fmt: skip
 
 
-def _module_and_layers(plan: Plan) -> tuple[type[LightningModule], list[str]]:
+def module_and_layers(plan: Plan) -> tuple[type[LightningModule], list[str]]:
     """What the recipes train, and the layers of its configuration that they are."""
     if plan.stage == "tokenizer":
         return Tokenizer, [str(file) for file in plan.files]

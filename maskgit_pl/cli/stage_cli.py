@@ -154,6 +154,11 @@ class StageCLI(LightningCLI):
             "enable_checkpointing": True,
         }
         trainer = self._instantiate_trainer({**config, **ours, **kwargs}, self._our_callbacks())
+        if config["strategy"] == "auto" and trainer.world_size > 1:
+            raise ValueError(
+                f"trainer.strategy 'auto': it is for one device, got {trainer.world_size} ranks; use ddp or fsdp "
+                "(CLUSTER=ddp, CLUSTER=fsdp)"
+            )
         # Lightning's handler of SIGTERM talks to other ranks, and each micro-batch begins with a question to the first
         # one, for which the device is waited for. Signals set a flag here; ranks vote once a step (training.guards).
         trainer._signal_connector.register_signal_handlers = _nothing  # type: ignore[method-assign]
