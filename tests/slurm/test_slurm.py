@@ -212,7 +212,7 @@ def test_a_job_without_progress_is_stopped_after_three_restarts(place: Workplace
         assert cluster.job(run.number)["ExitCode"] == "70:0"
         assert run.restarts == restarts
         assert "3 restarts have brought no checkpoint beyond step 0" in run.log
-    assert (asked.folder / "restarts").read_text() == f"job {asked.number}\nrestarts 3\nstep 0\n"
+    assert (asked.folder / "restarts").read_text() == f"job {asked.number}\nstart 4\nrestarts 3\nstep 0\n"
 
 
 def test_what_is_no_preemption_is_not_put_back(place: Workplace) -> None:
