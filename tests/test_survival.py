@@ -93,10 +93,7 @@ class Report:
         self.rows: list[str] = []
 
     def add(self, number: int, fault: str, code: int | str, said: str, then: str) -> None:
-        said = re.sub(r"/[^\s']*?/(?=[\w-]+/(transformer|tokenizer)(/|:| |$)(?!\1))", "runs/", said)
-        said = re.sub(r"runs/\S*?(transformer|tokenizer)/(?=[\w-]+/(transformer|tokenizer)\b)", "runs/", said).replace(
-            "|", "\\|"
-        )
+        said = re.sub(r"/[^\s']*/(?=[\w-]+/(tokenizer|transformer)(/|:|'|;|\s|$))", "runs/", said).replace("|", "\\|")
         self.rows.append(f"| {number} | {fault} | {code} | `{said.strip()}` | {then} |")
 
 

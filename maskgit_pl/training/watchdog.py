@@ -35,6 +35,7 @@ _FACTOR = 20  # times the median step
 _FEW = 5  # steps before a median counts
 _SLOW = 18  # what has no median (set-up, validation, saving) may take so many times the shortest limit: half an hour
 _SILENCE = 3.5  # seconds in which a rank that lives beats at least twice
+_POLLS = 20  # of processes that may just have ended, within a tick
 _TOLD = "maskgit_pl/told"
 
 
@@ -138,11 +139,13 @@ class Watchdog(Callback):
     def _who_is_gone(self, trainer: Trainer) -> str:
         """Which other ranks no longer live, as far as can be told; empty if none is missed."""
         children = getattr(trainer.strategy.launcher, "procs", [])  # of Lightning's own launcher, on this machine
-        ended = [(rank, child) for rank, child in enumerate(children, start=1) if child.poll() is not None]
-        if ended:
-            return ", ".join(
-                f"rank {rank} (process {child.pid}) ended with {child.returncode}" for rank, child in ended
-            )
+        for _ in range(_POLLS if children else 0):
+            ended = [(rank, child) for rank, child in enumerate(children, start=1) if child.poll() is not None]
+            if ended:
+                return ", ".join(
+                    f"rank {rank} (process {child.pid}) ended with {child.returncode}" for rank, child in ended
+                )
+            time.sleep(_TICK / _POLLS)  # its connections are closed a moment before it has ended
         return "" if self._peers is None else self._peers.silent()
 
 
