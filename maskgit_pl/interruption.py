@@ -31,11 +31,15 @@ def listening() -> Iterator[None]:
     """Meanwhile the signals set the flag. Entered before anything slow is imported, so that none kills the process."""
     _Flag.process, _Flag.is_set = os.getpid(), False
     before = {number: signal.signal(number, _set_flag) for number in SIGNALS}
+    # A job's script may start its tasks with signals blocked: one that came too early comes now, and one that comes
+    # when all is done does not spoil the exit code.
+    blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
         yield
     finally:
         for number, handler in before.items() if not _Flag.is_set else ():  # one more must not spoil the exit code
-            signal.signal(number, handler)
+            if number not in blocked:
+                signal.signal(number, handler)
 
 
 def is_requested() -> bool:
