@@ -76,7 +76,9 @@ write_configuration() {
 		MinJobAge=3600
 		InactiveLimit=0
 		SlurmctldTimeout=30
-		SlurmdTimeout=20
+		MessageTimeout=5
+		TCPTimeout=2
+		SlurmdTimeout=30
 	CONF
 	for ((node = 1; node <= num_nodes; node++)); do
 		mkdir -p "$folder/spool/node$node"

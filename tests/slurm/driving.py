@@ -51,9 +51,14 @@ class Transcript:
         """A file."""
         self._block(f"$ cat {name}\n{content}")
 
-    def _block(self, text: str) -> None:
+    def page(self) -> str:
+        """All of it, with paths by their names and without the stacks of tracebacks."""
+        text = self.text
         for path, name in self.shown.items():
             text = text.replace(path, name)
+        return re.sub(r"(Traceback .*:\n)(?: .*\n)+", r"\1  ...\n", text)
+
+    def _block(self, text: str) -> None:
         text = text if text.endswith("\n") else text + "\n"
         goes_on = self.text.endswith(_FENCE)
         self.text = (
@@ -122,8 +127,8 @@ class Cluster:
         for number in numbers:
             self._note_state(number, known[number])
 
-    def wait_for_end(self, *numbers: str, state: str = "COMPLETED") -> None:
-        """Waits until jobs have ended for good, in this state."""
+    def wait_for_end(self, *numbers: str) -> None:
+        """Waits until jobs have ended for good."""
         ends = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 
         def all_ended() -> bool:
@@ -133,8 +138,7 @@ class Cluster:
             self.wait_until(all_ended, f"jobs {numbers} end", *numbers)
             time.sleep(1.5)  # one that Slurm itself puts back is for a moment as one that has ended
             if all_ended():
-                break
-        assert [self.job(number)["JobState"] for number in numbers] == [state] * len(numbers), self._queue()
+                return
 
     def _note_state(self, number: str, known: str) -> str:
         job = self.job(number)
@@ -154,18 +158,22 @@ class Cluster:
                 found[pid] = variables
         return found
 
+    def programs(self, number: str) -> list[int]:
+        """Tasks of a job that have come as far as Python."""
+        nodes = ("node1", "node2", "node3", "node4")
+        found = [pid for node in nodes for pid in self.processes(number, node)]
+        return [pid for pid in found if "python" in os.path.realpath(f"/proc/{pid}/exe")]
+
     def freeze(self, node: str, number: str) -> list[int]:
         """Stops a node in the middle of whatever it does, as one without power: it answers nothing more."""
         daemon = int((self.folder / "run" / f"{node}.pid").read_text())
-        pids = [daemon, *self.processes(number, node), *self._step_daemons(node)]
+        tasks = self.processes(number, node)
+        steps = {int(re.findall(r"PPid:\s*(\d+)", _read(Path(f"/proc/{pid}/status")))[0]) for pid in tasks}
+        pids = [daemon, *steps.difference(tasks), *tasks]
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
         self.transcript.said(f"{node} answers no more: kill -STOP of slurmd, slurmstepd and tasks")
         return pids
-
-    def _step_daemons(self, node: str) -> list[int]:
-        names = ((int(each.name), each / "cmdline") for each in Path("/proc").iterdir() if each.name.isdigit())
-        return [pid for pid, file in names if f"slurmstepd-{node}" in _read(file) or f"stepd {node}" in _read(file)]
 
 
 def every_process() -> Iterator[tuple[int, dict[str, str]]]:
@@ -240,8 +248,9 @@ class Run:
 
     def finish(self, *, state: str = "COMPLETED") -> None:
         """Waits for its end, and lists the log."""
-        self.cluster.wait_for_end(self.number, state=state)
+        self.cluster.wait_for_end(self.number)
         self.show_log()
+        assert self.cluster.job(self.number)["JobState"] == state, self.log
 
     def show_log(self) -> None:
         """Lists the log in the transcript."""

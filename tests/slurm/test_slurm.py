@@ -98,7 +98,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
     work.mkdir()
     make_work_folder(work)
     page = os.environ.get("SLURM_TRANSCRIPT")
-    shown = {str(work): "~/maskgit", str(folder): "~", f"on {socket.gethostname()}": "on login"}
+    shown = {str(work): "~/maskgit", str(folder): "~", str(ROOT): "~/maskgit", f"({socket.gethostname()},": "(node,"}
     cluster = Cluster(folder / "cluster", work, Transcript(shown))
     cluster.start(4)
     try:
@@ -106,7 +106,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
     finally:
         cluster.stop()
         if page:
-            Path(page).write_text(HEADING + cluster.transcript.text)
+            Path(page).write_text(HEADING + cluster.transcript.page())
 
 
 def begin(place: Workplace) -> Workplace:
@@ -162,16 +162,19 @@ def test_signals_to_a_job_and_to_one_task_without_scontrol_in_the_container(plac
     cluster.wait_until(lambda: cluster.job(typed)["Reason"] == "Dependency", "the second job waits", typed)
     cluster.run(f"scancel {typed}")
 
-    run.wait_beyond(0)
-    cluster.run(f"scancel --signal=USR1 {run.number}")
+    cluster.wait_until(lambda: len(cluster.programs(run.number)) == 2, "both tasks begin", run.number)
+    cluster.run(f"scancel --signal=USR1 {run.number}")  # before they can have imported anything
     cluster.wait_until(lambda: run.restarts == 1, "the job goes back into the queue", run.number)
+    run.wait_beyond(run.step)
+    cluster.run(f"scancel --signal=USR1 {run.number}")
+    cluster.wait_until(lambda: run.restarts == 2, "the job goes back into the queue", run.number)
     run.wait_beyond(run.step)
     (task,) = (pid for pid, each in cluster.processes(run.number, "node2").items() if each.get("SLURM_PROCID") == "1")
     cluster.transcript.said("kill -TERM of the task on node2")
     os.kill(task, signal.SIGTERM)
     run.finish()
-    assert run.restarts == 2
-    assert run.log.count("back into the queue") == 2
+    assert run.restarts == 3
+    assert run.log.count("back into the queue") == 3
     cluster.wait_for_end(place.straight["transformer ddp"].number)
     assert_equal(run, place.straight["transformer ddp"])
 
