@@ -7,6 +7,7 @@ import logging
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from jsonargparse import ArgumentError
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.profilers import PassThroughProfiler
 
 from maskgit_pl.cli.recipes import Stage
 from maskgit_pl.data import ShardData, StreamConfig
@@ -29,7 +31,7 @@ from maskgit_pl.training.logs import RunLogger
 from maskgit_pl.training.pictures import ReconstructionPictures, SamplePictures
 from maskgit_pl.training.progress import ProgressLines
 from maskgit_pl.training.recipe import changes, fixed_settings
-from maskgit_pl.training.strategies import build_strategy
+from maskgit_pl.training.strategies import build_strategy, check_precision
 from maskgit_pl.training.watchdog import Watchdog
 
 __all__ = ["StageCLI"]
@@ -144,6 +146,7 @@ class StageCLI(LightningCLI):
         config = self._get(self.config_init, "trainer", default={})
         ours = {
             "strategy": build_strategy(config["strategy"]),
+            "profiler": _NoProfiler(),
             "logger": RunLogger(self.folder, name="", version=""),
             "plugins": [FolderCheckpointIO()],
             "default_root_dir": self.folder,
@@ -159,6 +162,7 @@ class StageCLI(LightningCLI):
                 f"trainer.strategy 'auto': it is for one device, got {trainer.world_size} ranks; use ddp or fsdp "
                 "(CLUSTER=ddp, CLUSTER=fsdp)"
             )
+        check_precision(trainer.precision)
         # Lightning's handler of SIGTERM talks to other ranks, and each micro-batch begins with a question to the first
         # one, for which the device is waited for. Signals set a flag here; ranks vote once a step (training.guards).
         trainer._signal_connector.register_signal_handlers = _nothing  # type: ignore[method-assign]
@@ -186,3 +190,13 @@ class StageCLI(LightningCLI):
 
 def _nothing() -> None:
     pass
+
+
+class _NoProfiler(PassThroughProfiler):
+    """Lightning's own enters a generator at each of some 50 places of a step."""
+
+    _NOTHING = nullcontext()
+
+    def profile(self, action_name: str) -> Any:
+        """A context that does nothing, always the same one."""
+        return self._NOTHING

@@ -253,6 +253,10 @@ class ShardData(LightningDataModule):
             return None
         return open_store(self.token_store, data=self.summary.fingerprint, image_size=self.image_size)
 
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Moves a batch as it is; Lightning would search it for what can be moved."""
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
+
     def _current_step(self) -> int:
         return 0 if self.trainer is None else self.trainer.global_step
 

@@ -136,8 +136,8 @@ def _vote(device: torch.device, *, losses: Sequence[Tensor] = (), norms: Sequenc
         return _Verdict(stopped > 0, norm + worst_rank > 0, int(worst_rank) - 1 if worst_rank else None)
     if not norms:
         return _Verdict(stops, skips=False, worst_rank=None)
-    norm, loss = torch.stack([_is_any_not_finite(norms, device), _is_any_not_finite(losses, device)]).tolist()
-    return _Verdict(stops, norm + loss > 0, 0 if loss else None)
+    finite = torch.stack([*losses, *norms]).isfinite().tolist()
+    return _Verdict(stops, not all(finite), None if all(finite[: len(losses)]) else 0)
 
 
 def _is_any_not_finite(values: Sequence[Tensor], device: torch.device) -> Tensor:
