@@ -15,14 +15,12 @@ DATA ?= data/shards/$(DATASET)
 IMAGES ?=
 IMAGE ?=
 NAME ?= stage2_step
-NODES ?= 1
-DEVICES ?= 8
-TIME ?= 24:00:00
 TOKENIZER ?=
 PRETRAINED ?=
 STAGE ?= transformer
 NODES ?=
 DEVICES ?=
+TIME ?=
 CLASSES ?= all
 STEPS ?=
 SEED ?= 0
@@ -31,12 +29,13 @@ WORKERS ?= auto
 
 # The run that every stage belongs to. RECIPE may name several recipes, from left to right: RECIPE='paper-256 log'.
 OF_RUN = --dataset $(DATASET) --data $(DATA) --recipe "$(RECIPE)" --run "$(RUN)" $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)") $(if $(PRETRAINED),--pretrained "$(PRETRAINED)")
+MACHINES = $(if $(NODES),--nodes $(NODES)) $(if $(DEVICES),--devices $(DEVICES))
 
 .PHONY: doctor help install data train-tokenizer tokenize train-transformer submit-tokenizer submit-transformer sample evaluate compare tune train-classifier ablation edit benchmark demo demo-short test test-slurm lint format clean
 
 help: ## Print every target
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
-	@echo "Variables: DATASET RECIPE CLUSTER RUN DATA IMAGES TOKENIZER PRETRAINED STAGE NODES DEVICES IMAGE CLASSES STEPS SEED NAME WORKERS NODES DEVICES TIME ARGS"
+	@echo "Variables: DATASET RECIPE CLUSTER RUN DATA IMAGES TOKENIZER PRETRAINED STAGE NODES DEVICES TIME IMAGE CLASSES STEPS SEED NAME WORKERS ARGS"
 
 $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -49,7 +48,7 @@ data: $(STAMP) ## Fetch DATASET and write its shards; own images: DATASET=name I
 	@$(if $(IMAGES),$(BIN)/maskgit data make "$(IMAGES)" --out $(DATA),$(if $(wildcard data/$(subst -,_,$(DATASET)).py),$(BIN)/python data/$(subst -,_,$(DATASET)).py --out $(DATA),test -d $(DATA) || { echo "data $(DATA): not there; name your images with IMAGES=folder" >&2; exit 2; }))
 
 doctor: $(STAMP) ## Check a run before it is started: STAGE=transformer RECIPE=paper-256 CLUSTER=fsdp NODES=4 DEVICES=8
-	@$(BIN)/maskgit doctor $(STAGE) $(OF_RUN) --cluster $(CLUSTER) $(if $(NODES),--nodes $(NODES)) $(if $(DEVICES),--devices $(DEVICES)) $(ARGS)
+	@$(BIN)/maskgit doctor $(STAGE) $(OF_RUN) --cluster $(CLUSTER) $(MACHINES) $(ARGS)
 
 train-tokenizer: $(STAMP) ## Stage 1: train the VQGAN on DATA (go on with the run if there is one)
 	@$(BIN)/maskgit train tokenizer $(OF_RUN) --cluster $(CLUSTER) $(ARGS)
@@ -61,7 +60,7 @@ train-transformer: tokenize ## Stage 2: train the transformer, e.g. RECIPE=cosin
 	@$(BIN)/maskgit train transformer $(OF_RUN) --cluster $(CLUSTER) $(ARGS)
 
 # On a cluster the recipes' `ddp` is meant where the laptop's `cpu` is elsewhere.
-SUBMIT = $(OF_RUN) --cluster $(if $(filter file,$(origin CLUSTER)),ddp,$(CLUSTER)) --nodes $(NODES) --devices $(DEVICES) --time $(TIME) $(ARGS)
+SUBMIT = $(OF_RUN) --cluster $(if $(filter file,$(origin CLUSTER)),ddp,$(CLUSTER)) $(MACHINES) $(if $(TIME),--time $(TIME)) $(ARGS)
 
 submit-tokenizer: $(STAMP) ## Stage 1 on Slurm: NODES=2 DEVICES=8 TIME=24:00:00 ARGS="--partition gpu" (docs/slurm.md)
 	@$(BIN)/maskgit slurm submit tokenizer $(SUBMIT)

@@ -109,7 +109,7 @@ def report() -> Iterator[Report]:
 
 HEAD = f"""# What befalls a run, what it says, and what becomes of it
 
-Written by `SURVIVAL=docs/survival.md make test ARGS="--numprocesses 0 tests/test_survival.py"`.
+Written by `SURVIVAL=docs/survival.md make test WORKERS=0 ARGS=tests/test_survival.py`.
 
 Each run is `maskgit train` in processes of its own, two ranks unless something else is said. "Exact": it goes on with
 the same command, and weights, averages and optimisers at its end are those of a run that nothing befell, to the last
