@@ -151,7 +151,7 @@ def test_jobs_that_a_higher_partition_preempts_end_as_those_that_nothing_disturb
 def test_signals_to_a_job_and_to_one_task_without_scontrol_in_the_container(place: Workplace) -> None:
     cluster = place.cluster
     cluster.transcript.title("Signals: to all tasks, and to one; in the tasks' namespace there is no scontrol")
-    container = """unshare --mount sh -c 'mount --bind /dev/null "$(command -v scontrol)" && exec "$@"' sh"""
+    container = """unshare --mount bash -c 'mount --bind /dev/null "$(type -P scontrol)" && exec "$@"' bash"""
     run = place.run("signalled", "transformer ddp", f"--container={container}", "--program=.venv/bin/maskgit")
     printed = run.submit()
     cluster.wait_until(lambda: cluster.job(run.number)["JobState"] == "RUNNING", "the job runs", run.number)
