@@ -201,9 +201,11 @@ def test_a_job_whose_node_answers_no_more_goes_on_when_there_is_one(place: Workp
 
 def test_a_job_without_progress_is_stopped_after_three_restarts(place: Workplace) -> None:
     cluster = place.cluster
-    cluster.transcript.title("Restarts without progress: one job is always asked to stop, another is always put back")
+    cluster.transcript.title(
+        "Restarts without progress: one job always ends with 75, another is always put back by hand"
+    )
     asked = place.run("asked", "transformer ddp", "--container=sh -c 'exit 75'")
-    back = place.run("put-back", "transformer ddp")
+    back = place.run("put-back", "transformer ddp", "--container=sh -c 'sleep 600'")  # one that does not come up
     for run in (asked, back):
         run.submit()
     for restart in range(1, 5):
