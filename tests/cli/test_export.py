@@ -39,7 +39,9 @@ def run(given, tmp_path_factory) -> Path:
     """Both stages, trained to step 4, with checkpoints of steps 2 and 4."""
     runs = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logging.getLogger("maskgit_pl"), "handlers", [])  # one that it gets here would outlive its stream
+        ours = logging.getLogger("maskgit_pl")
+        for name, value in {"handlers": [], "propagate": True, "level": ours.level}.items():
+            patch.setattr(ours, name, value)  # as they were, when the stages are trained
         for stage in ("tokenizer", "transformer"):
             assert main(["train", *words(stage, given), f"--runs={runs}", "--run=one"]) == 0
     return runs / "one"
