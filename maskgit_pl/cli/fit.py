@@ -84,12 +84,12 @@ def fit(plan: Plan) -> int:
     module, data, trainer = cli.model, cli.datamodule, cli.trainer
     newest = newest_complete(plan.checkpoints)
     if newest is not None and step_of(newest) >= trainer.max_steps and _exported(plan):
-        log.info("%s: finished at %s; nothing to do", plan.stage_folder, newest.name)
+        if trainer.is_global_zero:
+            log.info("%s: finished at %s; nothing to do", plan.stage_folder, newest.name)
         return 0
     if plan.pretrained is not None and newest is None:
         assert isinstance(module, Tokenizer | TokenModel)
         module.start_from(plan.pretrained)
-        log.info("%s: begins from the weights of %s", plan.stage_folder, plan.pretrained)
     if trainer.is_global_zero:
         _write_papers(cli, plan)
         _introduce(cli, plan, newest)
@@ -123,6 +123,8 @@ def export(plan: Plan, checkpoint: Path, out: Path) -> None:
 
 def _introduce(cli: StageCLI, plan: Plan, newest: Path | None) -> None:
     """Says what begins, and what of the recipes has no meaning in it."""
+    if plan.pretrained is not None and newest is None:
+        log.info("%s: begins from the weights of %s", plan.stage_folder, plan.pretrained)
     for file, keys in _left_out(plan).items():
         log.info("%s: causal attention has no use for %s", file, ", ".join(keys))
     data, ranks = cli.datamodule, cli.trainer.world_size
