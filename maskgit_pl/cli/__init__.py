@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 
 from maskgit_pl.cli import (
@@ -96,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Threads that spin for work starve each other where other programs run too: a training step on two busy cores took
     # 1.8 s with spinning threads and 0.1 s with waiting ones. Read when torch is imported, which happens in a command.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    warnings.filterwarnings("ignore", message=".*`srun` command is available")  # Lightning's, on a login node
     _log_to_terminal()
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)

@@ -38,7 +38,6 @@ _EXPECTED_WARNINGS = (
     "LightningCLI's args parameter is intended to run from within Python",  # the console script has read argv
     r"Found \d+ module\(s\) in eval mode at the start of training",  # the averaged copies
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own call
-    "The `srun` command is available on your system",  # a laptop may have Slurm's client
     "The '.*_dataloader' does not have many workers",  # num_workers is the recipe's choice
     "The number of training batches .* is smaller than the logging interval",  # ours counts steps, over epochs
     "Checkpoint directory .* exists and is not empty",  # a run that goes on
