@@ -44,7 +44,7 @@ pytestmark = pytest.mark.skipif(shutil.which("slurmctld") is None, reason="Slurm
 
 
 @dataclass
-class Workplace:
+class Site:
     """The cluster, and runs on nodes of their own: some that nothing disturbs, and one that only its time ends."""
 
     cluster: Cluster
@@ -92,7 +92,7 @@ def make_work_folder(work: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("slurm")
     work = folder / "work"
     work.mkdir()
@@ -102,36 +102,36 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
     cluster = Cluster(folder / "cluster", work, Transcript(shown))
     cluster.start(4)
     try:
-        yield begin(Workplace(cluster, {}))
+        yield begin(Site(cluster, {}))
     finally:
         cluster.stop()
         if page:
             Path(page).write_text(HEADING + cluster.transcript.page())
 
 
-def begin(place: Workplace) -> Workplace:
+def begin(site: Site) -> Site:
     """Submits what takes its time beside the tests."""
-    place.cluster.transcript.title("Runs that nothing disturbs, and one that has a minute")
-    place.cluster.run("sinfo")
+    site.cluster.transcript.title("Runs that nothing disturbs, and one that has a minute")
+    site.cluster.run("sinfo")
     elsewhere, more = f"--nodelist={ELSEWHERE}", f"--trainer.max_steps={LONG}"
-    place.limited = place.run(
+    site.limited = site.run(
         "limited", "transformer ddp", more, "--time=1", sbatch=f"--signal=USR1@20 {elsewhere}"
     )  # fmt: skip
-    place.limited.submit()
+    site.limited.submit()
     for kind in ("tokenizer ddp", "transformer fsdp", "transformer ddp", "transformer ddp, long"):
         flags = [more] if kind.endswith("long") else []
         name = re.sub(r"\W+", "-", kind)
-        run = place.straight[kind] = place.run(name, kind.removesuffix(", long"), *flags, sbatch=elsewhere)
+        run = site.straight[kind] = site.run(name, kind.removesuffix(", long"), *flags, sbatch=elsewhere)
         run.submit()
-    return place
+    return site
 
 
-def test_jobs_that_a_higher_partition_preempts_end_as_those_that_nothing_disturbs(place: Workplace) -> None:
-    cluster = place.cluster
+def test_jobs_that_a_higher_partition_preempts_end_as_those_that_nothing_disturbs(site: Site) -> None:
+    cluster = site.cluster
     cluster.transcript.title("A job of a higher partition takes the nodes from two others")
     runs = {
-        "tokenizer ddp": place.run("preempted-1", "tokenizer ddp"),
-        "transformer fsdp": place.run("preempted-2", "transformer fsdp"),
+        "tokenizer ddp": site.run("preempted-1", "tokenizer ddp"),
+        "transformer fsdp": site.run("preempted-2", "transformer fsdp"),
     }
     for run in runs.values():
         run.submit()
@@ -144,15 +144,15 @@ def test_jobs_that_a_higher_partition_preempts_end_as_those_that_nothing_disturb
         assert run.restarts >= 1
         assert re.search(r"saved at step \d+, to go back into the queue", run.log), run.log
         assert "going on from step-" in run.log
-        cluster.wait_for_end(place.straight[kind].number)
-        assert_equal(run, place.straight[kind])
+        cluster.wait_for_end(site.straight[kind].number)
+        assert_equal(run, site.straight[kind])
 
 
-def test_signals_to_a_job_and_to_one_task_without_scontrol_in_the_container(place: Workplace) -> None:
-    cluster = place.cluster
+def test_signals_to_a_job_and_to_one_task_without_scontrol_in_the_container(site: Site) -> None:
+    cluster = site.cluster
     cluster.transcript.title("Signals: to all tasks, and to one; in the tasks' namespace there is no scontrol")
     container = """unshare --mount bash -c 'mount --bind /dev/null "$(type -P scontrol)" && exec "$@"' bash"""
-    run = place.run("signalled", "transformer ddp", f"--container={container}", "--program=.venv/bin/maskgit")
+    run = site.run("signalled", "transformer ddp", f"--container={container}", "--program=.venv/bin/maskgit")
     printed = run.submit()
     cluster.wait_until(lambda: cluster.job(run.number)["JobState"] == "RUNNING", "the job runs", run.number)
     code, refusal = run.ask()
@@ -175,12 +175,12 @@ def test_signals_to_a_job_and_to_one_task_without_scontrol_in_the_container(plac
     run.finish()
     assert run.restarts == 3
     assert run.log.count("back into the queue") == 3
-    cluster.wait_for_end(place.straight["transformer ddp"].number)
-    assert_equal(run, place.straight["transformer ddp"])
+    cluster.wait_for_end(site.straight["transformer ddp"].number)
+    assert_equal(run, site.straight["transformer ddp"])
 
 
-def test_a_job_whose_node_answers_no_more_goes_on_when_there_is_one(place: Workplace) -> None:
-    cluster, run = place.cluster, place.run("node-failure", "transformer ddp")
+def test_a_job_whose_node_answers_no_more_goes_on_when_there_is_one(site: Site) -> None:
+    cluster, run = site.cluster, site.run("node-failure", "transformer ddp")
     cluster.transcript.title("A node that answers no more")
     run.submit()
     run.wait_beyond(0)
@@ -195,17 +195,17 @@ def test_a_job_whose_node_answers_no_more_goes_on_when_there_is_one(place: Workp
     assert run.restarts == 1
     assert "back into the queue" not in run.log
     assert "going on from step-" in run.log
-    cluster.wait_for_end(place.straight["transformer ddp"].number)
-    assert_equal(run, place.straight["transformer ddp"])
+    cluster.wait_for_end(site.straight["transformer ddp"].number)
+    assert_equal(run, site.straight["transformer ddp"])
 
 
-def test_a_job_without_progress_is_stopped_after_three_restarts(place: Workplace) -> None:
-    cluster = place.cluster
+def test_a_job_without_progress_is_stopped_after_three_restarts(site: Site) -> None:
+    cluster = site.cluster
     cluster.transcript.title(
         "Restarts without progress: one job always ends with 75, another is always put back by hand"
     )
-    asked = place.run("asked", "transformer ddp", "--container=sh -c 'exit 75'")
-    back = place.run("put-back", "transformer ddp", "--container=sh -c 'sleep 600'")  # one that does not come up
+    asked = site.run("asked", "transformer ddp", "--container=sh -c 'exit 75'")
+    back = site.run("put-back", "transformer ddp", "--container=sh -c 'sleep 600'")  # one that does not come up
     for run in (asked, back):
         run.submit()
     for restart in range(1, 5):
@@ -220,13 +220,13 @@ def test_a_job_without_progress_is_stopped_after_three_restarts(place: Workplace
     assert (asked.folder / "restarts").read_text() == f"job {asked.number}\nstart 4\nrestarts 3\nstep 0\n"
 
 
-def test_what_is_no_preemption_is_not_put_back(place: Workplace) -> None:
-    cluster = place.cluster
+def test_what_is_no_preemption_is_not_put_back(site: Site) -> None:
+    cluster = site.cluster
     cluster.transcript.title("Bad input, and losses that are not finite, are not put back into the queue")
     shutil.copytree(cluster.work / "data/shards/tiny", cluster.work / "data/shards/moved")
     data = "--data=data/shards/moved"
-    bad = place.run("bad-input", "transformer ddp", data, sbatch=f"--hold --nodelist={HERE}")
-    diverging = place.run("diverging", "transformer ddp", "--model.learning_rate.peak=1e30")
+    bad = site.run("bad-input", "transformer ddp", data, sbatch=f"--hold --nodelist={HERE}")
+    diverging = site.run("diverging", "transformer ddp", "--model.learning_rate.peak=1e30")
     for run in (bad, diverging):
         run.submit()
     cluster.run("mv data/shards/moved data/shards/elsewhere")
@@ -237,10 +237,10 @@ def test_what_is_no_preemption_is_not_put_back(place: Workplace) -> None:
         assert run.restarts == 0
 
 
-def test_a_finished_run_is_left_as_it_is(place: Workplace) -> None:
-    run = place.straight["tokenizer ddp"]
-    place.cluster.transcript.title("A finished run, submitted again")
-    place.cluster.wait_for_end(run.number)
+def test_a_finished_run_is_left_as_it_is(site: Site) -> None:
+    run = site.straight["tokenizer ddp"]
+    site.cluster.transcript.title("A finished run, submitted again")
+    site.cluster.wait_for_end(run.number)
     weights = run.folder.parent / "pretrained" / "tokenizer" / "model.safetensors"
     before, begun = weights.stat().st_mtime_ns, time.monotonic()
     run.submit()
@@ -250,12 +250,12 @@ def test_a_finished_run_is_left_as_it_is(place: Workplace) -> None:
     assert weights.stat().st_mtime_ns == before
 
 
-def test_a_job_that_its_time_limit_ends_goes_on(place: Workplace) -> None:
-    run, cluster = place.limited, place.cluster
+def test_a_job_that_its_time_limit_ends_goes_on(site: Site) -> None:
+    run, cluster = site.limited, site.cluster
     assert run is not None
     cluster.transcript.title("A job that has a minute each time")
     run.finish()
     assert run.restarts >= 1
     assert run.log.count("back into the queue") == run.restarts
-    cluster.wait_for_end(place.straight["transformer ddp, long"].number)
-    assert_equal(run, place.straight["transformer ddp, long"])
+    cluster.wait_for_end(site.straight["transformer ddp, long"].number)
+    assert_equal(run, site.straight["transformer ddp, long"])
