@@ -104,7 +104,8 @@ def transformer_fsdp(config: TransformerConfig, ranks: int, precision: Precision
     with CountedCollectives() as counted, torch.autocast("cpu", torch.bfloat16, enabled=half):
         _transformer_step(network, config)
     blocks, root = [block_group(config)] * config.depth, root_group(config)
-    held = sum(FLOAT * parameter.to_local().numel() for parameter in network.parameters())  # type: ignore[attr-defined]
+    shards = (parameter.to_local() for parameter in network.parameters())  # type: ignore[attr-defined]  # DTensors
+    held = sum(FLOAT * shard.numel() for shard in shards)
     return Counted(
         "transformer", "fsdp", precision, ranks, held, FLOAT * sum(group.shard(ranks) for group in (*blocks, root)),
         counted.traffic(ranks), fsdp_traffic(blocks, root, ranks, weight=HALF if half else FLOAT),

@@ -134,7 +134,7 @@ class BareLoop:
         """A step; gives its loss."""
         loss = self.module.training_step(batch, 0)
         loss.backward()  # type: ignore[no-untyped-call]  # torch: untyped
-        clip_gradients(self.module.transformer.parameters(), 1.0)
+        clip_gradients(self.optimizer, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.scheduler.step()

@@ -179,7 +179,7 @@ class TokenModel(LightningModule):
         """
         if gradient_clip_algorithm not in (None, "norm"):
             raise ValueError(f"trainer.gradient_clip_algorithm: 'norm' is needed, got {gradient_clip_algorithm!r}")
-        norm = clip_gradients(self.transformer.parameters(), gradient_clip_val)
+        norm = clip_gradients(optimizer, gradient_clip_val)
         self._skips_update = self.guard is not None and self.guard.skips_update(self.trainer, [norm])
         if self._skips_update:
             optimizer.zero_grad()  # without gradients the optimiser leaves weights and moments alone

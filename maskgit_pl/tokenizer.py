@@ -382,14 +382,14 @@ class Tokenizer(LightningModule):
         step, optimizers = self.global_step, self.optimizers()
         generator, *rest = optimizers if isinstance(optimizers, list) else [optimizers]
         assert isinstance(generator, LightningOptimizer)
-        trained: list[tuple[LightningOptimizer, nn.Module]] = [(generator, self.network)]
+        stepping = [generator]
         # The discriminator first: the generator's step advances global_step, and with it whether the loss has started.
-        if self.discriminator is not None and self._adversarial_started():
-            trained = [(rest[0], self.discriminator), *trained]
+        if self._adversarial_started():
+            stepping = [*rest, generator]
         self._set_learning_rate(step)
-        norms = [clip_gradients(network.parameters(), self.gradient_clip) for _, network in trained]
+        norms = [clip_gradients(optimizer.optimizer, self.gradient_clip) for optimizer in stepping]
         skips = self.guard is not None and self.guard.skips_update(self.trainer, norms)
-        for optimizer, _ in trained:
+        for optimizer in stepping:
             if skips:
                 optimizer.zero_grad()  # without gradients the optimiser leaves weights and moments alone
             # Lightning counts every step of a LightningOptimizer in global_step; the plain optimiser's are not counted,

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from maskgit_pl.files import size_text
+
 if TYPE_CHECKING:
     from maskgit_pl.shards.index import Indexed
     from maskgit_pl.shards.manifest import DataSummary, Split
@@ -194,7 +196,8 @@ def _verify(args: argparse.Namespace) -> int:
         raise ValueError(f"data {args.folder}: {files} not what the manifest says\n{table}")
     what = "hashes, headers, labels and images" if args.decode else "hashes, headers and labels"
     print(
-        f"{args.folder}: {_shards(found.shards)}, {found.samples} samples, {_bytes(found.bytes)}: {what} are as indexed"
+        f"{args.folder}: {_shards(found.shards)}, {found.samples} samples, {size_text(found.bytes)}: {what} "
+        "are as indexed"
     )
     return 0
 
@@ -319,7 +322,7 @@ def _statistics_lines(folder: Path, statistics: DataStatistics) -> Iterator[str]
     summary = statistics.summary
     heights, widths = summary.images.height, summary.images.width
     for split, manifest in statistics.manifests.items():
-        total = _bytes(sum(shard.bytes for shard in manifest.shards))
+        total = size_text(sum(shard.bytes for shard in manifest.shards))
         yield f"{folder}: {split}: {manifest.samples} samples in {_shards(len(manifest.shards))}, {total}"
         for fault, count in manifest.left_out.items():
             yield f"  left out: {count} {fault}"
@@ -390,7 +393,3 @@ def _short(name: str, most: int = 32) -> str:
 
 def _shards(count: int) -> str:
     return "1 shard" if count == 1 else f"{count} shards"
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count} bytes"

@@ -26,13 +26,14 @@ from maskgit_pl.errors import USER_ERRORS
 from maskgit_pl.estimates.run import CARDS, StepTime, kept_checkpoints, step_time
 from maskgit_pl.estimates.sharding import Strategy
 from maskgit_pl.estimates.transformer import Precision
+from maskgit_pl.files import size_text
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.pretrained import read_config
 from maskgit_pl.shards.manifest import DataSummary, load_manifest, read_manifest_summary
 from maskgit_pl.token_model import TokenModel
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.checkpoint_files import complete_checkpoints, newest_complete, step_of
-from maskgit_pl.training.strategies import build_strategy, check_precision
+from maskgit_pl.training.strategies import build_strategy, check_precision, check_strategy
 
 __all__ = ["Check", "Examination", "State", "examine"]
 
@@ -136,14 +137,6 @@ def examine(args: argparse.Namespace) -> Examination:
     _note_disk(found, plan, costs, config)
     _note_values(found, plan, costs, config, summary)
     return found
-
-
-def _size(count: float) -> str:
-    """Bytes for people: ``1.3 GB``."""
-    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.3g} {unit}"
-    return f"{count:.0f} bytes"
 
 
 # Where it runs
@@ -297,14 +290,7 @@ def _note_strategy(found: Examination, plan: Plan) -> None:
     with found.listing("strategy"):
         build_strategy(name)
         check_precision(precision)
-        if plan.stage == "tokenizer" and name == "fsdp":
-            raise ValueError("trainer.strategy 'fsdp': the tokenizer trains under 'ddp' or 'auto'; use --cluster ddp")
-        if name == "auto" and found.ranks > 1:
-            raise ValueError(
-                f"trainer.strategy 'auto': it is for one device, got {_many(found.nodes, 'node')} x "
-                f"{_many(found.devices, 'device')}; "
-                "use --cluster ddp or fsdp"
-            )
+        check_strategy(name, stage=plan.stage, ranks=found.ranks)
         found.note("strategy", f"{name}, {precision}, {_many(found.nodes, 'node')} x {_many(found.devices, 'device')}")
     found.strategy = cast("Strategy", name if name in ("ddp", "fsdp") else "auto")
 
@@ -353,10 +339,10 @@ def _note_memory(found: Examination, costs: Costs, config: Mapping[str, Any]) ->
     per_device = config["data"]["max_batch_per_device"] if found.batch is None else found.batch[0]
     memory = costs.memory(per_device)
     states = memory.weights + memory.gradients + memory.moments + memory.average + memory.frozen
-    rest = f", {_size(memory.gathered)} gathered" if memory.gathered else ""
+    rest = f", {size_text(memory.gathered)} gathered" if memory.gathered else ""
     text = (
-        f"{_size(memory.total)} a device at {per_device} samples: {_size(states)} weights and optimiser"
-        f"{rest}, {_size(memory.activations + memory.casts + memory.working)} activations"
+        f"{size_text(memory.total)} a device at {per_device} samples: {size_text(states)} weights and optimiser"
+        f"{rest}, {size_text(memory.activations + memory.casts + memory.working)} activations"
     )
     device = _device_memory(found.args)
     if device is None:
@@ -366,12 +352,12 @@ def _note_memory(found: Examination, costs: Costs, config: Mapping[str, Any]) ->
     largest = costs.largest_batch(found.global_batch // found.ranks, limit)
     if memory.total <= limit:
         more = f"; --data.max_batch_per_device={largest} fits too" if largest and largest > most else ""
-        found.note("memory", f"{text}; {_size(device)} are there{more}")
+        found.note("memory", f"{text}; {size_text(device)} are there{more}")
         return
     way_out = f"--data.max_batch_per_device={largest} fits" if largest else "not even one sample fits"
     found.note(
         "memory",
-        f"data.max_batch_per_device {most}: a device of {_size(device)} takes {_size(limit)}, got {text}; "
+        f"data.max_batch_per_device {most}: a device of {size_text(device)} takes {size_text(limit)}, got {text}; "
         f"{way_out}{_savings(costs)}",
         "FAIL",
     )
@@ -408,7 +394,7 @@ def _note_disk(found: Examination, plan: Plan, costs: Costs, config: Mapping[str
     size, there = costs.checkpoint(), len(complete_checkpoints(plan.checkpoints))
     needed = max(1, most - there) * size
     many = _many(max(1, most - there), "checkpoint")
-    text = f"{_size(needed)} for {many} of {_size(size)}, {_size(free)} free"
+    text = f"{size_text(needed)} for {many} of {size_text(size)}, {size_text(free)} free"
     if not host.is_writable(existing):
         found.note("disk", f"{existing}: checkpoints go there, got no permission to write; name another --runs", "FAIL")
     elif free < needed:
@@ -444,7 +430,7 @@ def _note_values(
     traffic = costs.traffic(found.batch[1])
     again = "" if executed == useful else f", {executed / useful:.2f} times as many executed"
     values.append(("work of a step", f"{_flops(useful)} useful{again}; {_flops(useful / found.ranks)} a rank"))
-    values.append(("traffic of a step", f"{_size(traffic.total)} sent by each rank"))
+    values.append(("traffic of a step", f"{size_text(traffic.total)} sent by each rank"))
     time = _step_time(found, executed, costs, config)
     if time is None:
         values.append(("time", "--device or --device-flops says how fast a device is"))
@@ -482,7 +468,7 @@ def _time_text(found: Examination, time: StepTime) -> str:
     return (
         f"at least {_duration(time.least)}, or {_duration(time.most)} where traffic is not hidden behind work: "
         f"{_duration(time.computing)} of work at {rate}, {_duration(time.communicating)} of traffic at "
-        f"{_size(bandwidth)}/s; launches of kernels and waiting for data come on top"
+        f"{size_text(bandwidth)}/s; launches of kernels and waiting for data come on top"
     )
 
 
@@ -493,11 +479,11 @@ def _data_text(
     of_rank, data = samples / found.ranks, config["data"]
     if data["source"] == "tokens":
         bytes_each = 2.0 * _tokens(plan, config)
-        return f"{samples:,.0f} samples/s, {_size(samples * bytes_each)}/s of tokens"
+        return f"{samples:,.0f} samples/s, {size_text(samples * bytes_each)}/s of tokens"
     text = f"{samples:,.0f} samples/s"
     if summary is not None:
         shards = load_manifest(plan.shards, "train", check=False).shards
-        text += f", {_size(samples * sum(each.bytes for each in shards) / summary.samples['train'])}/s of shards"
+        text += f", {size_text(samples * sum(each.bytes for each in shards) / summary.samples['train'])}/s of shards"
     cores = of_rank * data["image_size"] ** 2 / _PIXELS_A_CORE
     return f"{text}; each rank {of_rank:,.0f}/s, about {cores:.2g} cores of decoding for {data['num_workers']} workers"
 

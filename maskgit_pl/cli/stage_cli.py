@@ -31,7 +31,7 @@ from maskgit_pl.training.logs import RunLogger
 from maskgit_pl.training.pictures import ReconstructionPictures, SamplePictures
 from maskgit_pl.training.progress import ProgressLines
 from maskgit_pl.training.recipe import changes, fixed_settings
-from maskgit_pl.training.strategies import build_strategy, check_precision
+from maskgit_pl.training.strategies import build_strategy, check_precision, check_strategy
 from maskgit_pl.training.watchdog import Watchdog
 
 __all__ = ["StageCLI"]
@@ -101,13 +101,11 @@ class StageCLI(LightningCLI):
             raise ValueError(f"key {name!r}: no recipe has it; {hint}") from error
 
     def before_instantiate_classes(self) -> None:
-        """Refuses what a stage cannot do, and sets what must be set before anything computes.
+        """Sets what must be set before anything computes.
 
         Raises:
-            ValueError: FSDP for stage 1, whose two networks train under DDP, or a run that is to go on as another one.
+            ValueError: A run that is to go on as another one.
         """
-        if self.stage == "tokenizer" and self.config["trainer"]["strategy"] == "fsdp":
-            raise ValueError("trainer.strategy 'fsdp': the tokenizer trains under 'ddp' or 'auto'; use CLUSTER=ddp")
         if self.config["cpu_threads"] is not None:
             torch.set_num_threads(self.config["cpu_threads"])
         torch.set_float32_matmul_precision(self.config["matmul_precision"])
@@ -142,7 +140,11 @@ class StageCLI(LightningCLI):
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The Trainer of the recipe, with our callbacks, checkpoint format and strategies."""
+        """The Trainer of the recipe, with our callbacks, checkpoint format and strategies.
+
+        Raises:
+            ValueError: A strategy or precision in which the stage does not train.
+        """
         config = self._get(self.config_init, "trainer", default={})
         ours = {
             "strategy": build_strategy(config["strategy"]),
@@ -157,16 +159,12 @@ class StageCLI(LightningCLI):
             "enable_checkpointing": True,
         }
         trainer = self._instantiate_trainer({**config, **ours, **kwargs}, self._our_callbacks())
-        if config["strategy"] == "auto" and trainer.world_size > 1:
-            raise ValueError(
-                f"trainer.strategy 'auto': it is for one device, got {trainer.world_size} ranks; use ddp or fsdp "
-                "(CLUSTER=ddp, CLUSTER=fsdp)"
-            )
+        check_strategy(config["strategy"], stage=self.stage, ranks=trainer.world_size)
         check_precision(trainer.precision)
         # Lightning's handler of SIGTERM talks to other ranks, and each micro-batch begins with a question to the first
         # one, for which the device is waited for. Signals set a flag here; ranks vote once a step (training.guards).
-        trainer._signal_connector.register_signal_handlers = _nothing  # type: ignore[method-assign]
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
+        trainer._signal_connector.register_signal_handlers = _nothing  # type: ignore[method-assign]  # its own
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]  # its own
         return trainer
 
     def _our_callbacks(self) -> list[Callback]:

@@ -32,6 +32,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from maskgit_pl.files import size_text
+
 __all__ = [
     "SETTINGS",
     "FolderCheckpointIO",
@@ -267,7 +269,7 @@ def _make_room(folder: Path, needed: int) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     free = shutil.disk_usage(folder.parent).free
     if free < needed:
-        text = f"a checkpoint needs {_size(needed)}, {_size(free)} are free"
+        text = f"a checkpoint needs {size_text(needed)}, {size_text(free)} are free"
         raise OSError(errno.ENOSPC, text, str(folder.parent))
     folder.mkdir()
 
@@ -282,7 +284,9 @@ def _write_tensors(folder: Path, pieces: Mapping[str, tuple[Tensor, int]], numbe
     except SafetensorError as error:  # whatever the system said
         needed = sum(tensor.nbytes for tensor in tensors.values())
         free = shutil.disk_usage(file.parent).free
-        raise OSError(errno.EIO, f"{error}; it needs {_size(needed)}, {_size(free)} are free", str(file)) from error
+        raise OSError(
+            errno.EIO, f"{error}; it needs {size_text(needed)}, {size_text(free)} are free", str(file)
+        ) from error
     return {file.name: _described(file)}
 
 
@@ -389,14 +393,6 @@ def _join(node: Any, read: Callable[[str], Tensor]) -> Any:
 
 def _no_tensor(key: str) -> Tensor:
     raise AssertionError(f"{key} is a tensor among settings")
-
-
-def _size(count: int) -> str:
-    """Bytes for people: ``1.3 GB``."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.1f} {unit}"
-    return f"{count} bytes"
 
 
 def _sha256(file: Path) -> str:

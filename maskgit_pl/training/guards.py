@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from maskgit_pl import interruption
 from maskgit_pl.errors import NonFiniteError, PreemptedError
@@ -147,18 +148,19 @@ def _is_any_not_finite(values: Sequence[Tensor], device: torch.device) -> Tensor
     return 1 - torch.stack(list(values)).isfinite().all().float()
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+def clip_gradients(optimizer: Optimizer, max_norm: float | None) -> Tensor:
     """Scales gradients down to a norm, if they are above it.
 
     Args:
-        parameters: Those without a gradient count nothing.
+        optimizer: Whose parameters; those without a gradient count nothing.
         max_norm: Largest L2 norm of all of them together; None leaves them as they are.
 
     Returns:
         () float: the norm before, over all shards; not finite if any gradient is not.
     """
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
     trained = [parameter for parameter in parameters if parameter.grad is not None]
-    norm = nn.utils.get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in trained])
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     if max_norm is not None:

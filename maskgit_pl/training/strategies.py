@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from maskgit_pl.registry import nearest
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, SavedTensor, rows_of
 
-__all__ = ["PRECISIONS", "STRATEGIES", "build_strategy", "check_precision", "shard_blocks"]
+__all__ = ["PRECISIONS", "STRATEGIES", "build_strategy", "check_precision", "check_strategy", "shard_blocks"]
 
 PRECISIONS = ("32-true", "bf16-mixed")
 """Those in which both stages train, as Lightning names them."""
@@ -130,6 +130,23 @@ def build_strategy(name: str) -> str | Strategy:
     if name == "fsdp":
         return FullyShardedDataParallel2()
     raise ValueError(f"trainer.strategy {name!r}: {nearest(name, STRATEGIES)}")
+
+
+def check_strategy(name: str, *, stage: str, ranks: int) -> None:
+    """Refuses a strategy that a stage, or a number of ranks, does not train under.
+
+    Raises:
+        ValueError: FSDP2 for stage 1, whose two networks train under DDP, or several ranks without a strategy.
+    """
+    if stage == "tokenizer" and name == "fsdp":
+        raise ValueError(
+            "trainer.strategy 'fsdp': the tokenizer trains under 'ddp' or 'auto'; use --cluster ddp (make: CLUSTER=ddp)"
+        )
+    if name == "auto" and ranks > 1:
+        raise ValueError(
+            f"trainer.strategy 'auto': it is for one device, got {ranks} ranks; use --cluster ddp or fsdp "
+            "(make: CLUSTER=)"
+        )
 
 
 def check_precision(name: str) -> None:

@@ -23,13 +23,12 @@ from typing import Any
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from maskgit_pl.errors import RunError
+from maskgit_pl.errors import INTERNAL_ERROR, RunError
 
 __all__ = ["Watchdog"]
 
 log = logging.getLogger(__name__)
 
-_HANG_CODE = 70
 _TICK = 1.0  # seconds
 _FACTOR = 20  # times the median step
 _FEW = 5  # steps before a median counts
@@ -127,14 +126,14 @@ class Watchdog(Callback):
                 self._peers.tell(told)
         rank = trainer.global_rank
         path = self.folder / ("stacks.txt" if rank == 0 else f"stacks-rank{rank}.txt")
-        with path.open("w") as file:
+        with contextlib.suppress(OSError), path.open("w") as file:  # a full disk must not keep the hang alive
             faulthandler.dump_traceback(file)
         # Not through logging, whose lock the main thread may hold.
         sys.stderr.write(f"hang, rank {rank}: {told}; stacks: {path}\n")
         faulthandler.dump_traceback()
         sys.stderr.flush()
         time.sleep(3 * _TICK)  # the others read what was told, and write their stacks
-        os._exit(_HANG_CODE)
+        os._exit(INTERNAL_ERROR)
 
     def _who_is_gone(self, trainer: Trainer) -> str:
         """Which other ranks no longer live, as far as can be told; empty if none is missed."""
@@ -160,7 +159,8 @@ class _Peers:
     def __init__(self, rank: int, world_size: int) -> None:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         # A connection of its own: the one of the process group may be waiting for something.
-        self._store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))  # type: ignore[attr-defined]
+        connect = dist.TCPStore  # type: ignore[attr-defined]  # torch does not list it
+        self._store = connect(address, port, is_master=False, timeout=timedelta(seconds=10))
         self._rank = rank
         self._keys = [f"maskgit_pl/beat/{each}" for each in range(world_size)]
         self._count = 0

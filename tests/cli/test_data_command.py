@@ -167,7 +167,7 @@ def test_verify_prints_counts_or_one_table(tmp_path, capsys):
     capsys.readouterr()
     assert call("verify", folder) == 0
     printed = capsys.readouterr().out
-    assert printed == f"{folder}: 3 shards, 12 samples, 61440 bytes: hashes, headers and labels are as indexed\n"
+    assert printed == f"{folder}: 3 shards, 12 samples, 61.4 kB: hashes, headers and labels are as indexed\n"
     assert call("verify", folder, "--decode") == 0
     with open(folder / "00000.tar", "r+b") as file:
         file.truncate(3072)

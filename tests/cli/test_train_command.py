@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 import yaml
 
 from maskgit_pl.cli import fit, main
@@ -208,7 +209,7 @@ def test_the_only_tokenizer_of_the_data_set_is_taken_and_several_must_be_told_ap
         ("--model.decoding.guidance=liner", ("unknown guidance schedule 'liner'", "did you mean 'linear'")),
         ("--model.network.class_dropout=0", ("model.decoding.guidance", "null class", "class_dropout")),
         ("--data.global_batch=0", ("global_batch", "0")),
-        ("--trainer.devices=2", ("trainer.strategy 'auto'", "got 2 ranks", "CLUSTER=ddp")),
+        ("--trainer.devices=2", ("trainer.strategy 'auto'", "got 2 ranks", "--cluster ddp")),
         ("--matmul_precision=low", ("matmul_precision", "low")),
         ("--hang_seconds=0", ("hang_seconds", "positive")),
         ("--keep_every=7", ("keep_every: a multiple of checkpoint_every 500",)),
@@ -219,6 +220,14 @@ def test_the_only_tokenizer_of_the_data_set_is_taken_and_several_must_be_told_ap
 def test_a_wrong_flag_is_refused_before_anything_is_written(train, runs, flag, parts):
     refused(train("transformer", flag), *parts)
     assert not runs.exists()
+
+
+def test_products_are_rounded_as_the_recipe_says(train):
+    try:
+        assert train("transformer", "--matmul_precision=high").code == 0
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_unknown_recipes_clusters_and_flags_of_other_commands_are_refused(train, maskgit):
