@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import threading
 
 import pytest
 from PIL import Image
@@ -14,6 +15,16 @@ def written(folder) -> bytes:
     return b"".join(file.read_bytes() for file in folder.rglob("events.out*"))
 
 
+@pytest.fixture
+def threads_end():
+    """TensorBoard's thread says its error last: waited for, so that pytest counts it to the test that made it."""
+    before = set(threading.enumerate())
+    yield
+    for thread in set(threading.enumerate()) - before:
+        thread.join(timeout=60)
+
+
+@pytest.mark.usefixtures("threads_end")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread says it too
 def test_curves_go_on_when_there_is_a_place_again(tmp_path, caplog, monkeypatch):
     logger = RunLogger(tmp_path / "run", name="", version="")
