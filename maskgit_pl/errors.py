@@ -29,9 +29,15 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class RunError(RuntimeError):
-    """Ends a command with ``exit_code`` and its text, without a traceback."""
+    """Ends a command with ``exit_code`` and its text, without a traceback.
+
+    Attributes:
+        exit_code: Of the process.
+        on_all_ranks: Whether all ranks of a run end with it together, so that one of them says it for all.
+    """
 
     exit_code: ClassVar[int]
+    on_all_ranks: ClassVar[bool] = True
 
 
 class CannotWriteError(RunError):
@@ -50,6 +56,7 @@ class DataBudgetError(RunError):
     """More images cannot be read than the budget allows."""
 
     exit_code = 76
+    on_all_ranks = False
 
 
 class NonFiniteError(RunError):

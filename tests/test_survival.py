@@ -250,6 +250,7 @@ def test_a_signal_stops_all_ranks_behind_the_same_step(bench, report, stage, fau
     assert stopped <= fault.step + 1
     said = line(texts[0], "asked to stop by a signal")
     assert f"saved step {stopped};" in said
+    assert "asked to stop" not in texts[1]
     assert all("Traceback" not in text for text in texts)
     bench.ends_as_the_straight_run(stage, run, TWO)
     report.add(
@@ -345,6 +346,7 @@ def test_four_steps_in_a_row_end_the_run_with_their_samples(bench, report, stage
         assert {"nan"} == set(steps[0]["losses"]) if rank else "nan" not in steps[0]["losses"]
         assert len(steps[0]["samples"]) == GLOBAL_BATCH // 2
     said = line(texts[0], "4 steps in a row")
+    assert "4 steps in a row" not in texts[1]
     report.add(
         11,
         f"{stage}, {cluster}: nan loss on rank 1 from step 5 on",

@@ -23,7 +23,7 @@ def leaving_together(trainer: Trainer) -> Iterator[None]:
 
     Lightning's launcher kills the first process within 5 s of the end of another: the others let it go before them. An
     error of one rank leaves the others in a collective, whose library may not come to an end: what is neither of the
-    user nor agreed on by all (a ``RunError``) ends the process at once.
+    user nor agreed on by all (a ``RunError``) ends the process at once. What all have agreed on, the first one says.
     """
     try:
         yield
@@ -38,6 +38,8 @@ def leaving_together(trainer: Trainer) -> Iterator[None]:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(exit_code_of(error))
+        if isinstance(error, RunError) and error.on_all_ranks and not trainer.is_global_zero:
+            sys.exit(error.exit_code)
         raise
 
 

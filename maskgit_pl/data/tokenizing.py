@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Literal, cast
@@ -81,12 +82,8 @@ def tokenize(
     if not 0 <= rank < num_ranks:
         raise ValueError(f"tokenize rank: 0 to {num_ranks - 1} of {num_ranks} ranks is needed, got {rank}")
     summary = read_manifest_summary(path)
-    if crops > 1 and _all_square(summary.images):
-        size = f"{summary.images.height[0]} x {summary.images.width[0]}"
-        raise ValueError(
-            f"tokenize crops: images that are not square are needed for more than one, got {size}; all crops would be "
-            "the same (shards made without --size keep what can be cropped)"
-        )
+    if crops > 1:
+        _check_crops(summary.images)
     samples = cast("dict[Split, int]", dict(summary.samples))
     description = StoreDescription(
         grid, num_codes, image_size, tokenizer, summary.fingerprint, summary.classes, samples, crops, flip, precision
@@ -94,38 +91,60 @@ def tokenize(
     if is_complete(store, description):
         return "found"
     readers = {split: ShardReader(load_manifest(path, split)) for split in samples}
+    reading = _Reading(image_size, in_channels, batch_size, num_workers, unreadable_budget)
     parts = StoreParts(store, description, part_samples=part_samples)
     share = parts.parts()[rank::num_ranks]
-    for split in samples:
+    for split, reader in readers.items():
+        mirrors = description.mirrors_of(split)
         own = [part for part in share if part.split == split]
         left = [part for part in own if not parts.is_done(part)]
-        mirrors = description.mirrors_of(split)
         total = _rows(own, mirrors)
         on_rows(split, total - _rows(left, mirrors), total)
-        for crop in range(description.crops_of(split)):
-            order = _PartOrder([part for part in left if part.crop == crop], batch_size)
-            images = ImageBatches(
-                readers[split],
-                _View(crop),
-                image_size=image_size,
-                in_channels=in_channels,
-                crop="random" if crop else "center",
-            )
-            batches = loader(
+        for part, batches in reading.by_part(reader, left):
+            encoded = []
+            for batch in batches:
+                encoded.append((_encoded(batch.content, encode, mirrors), batch.labels))
+                on_rows(split, mirrors * len(batch.labels), total)
+            tokens, labels = (torch.cat(column).numpy() for column in zip(*encoded, strict=True))
+            parts.write(part, tokens, labels)
+    return "made" if parts.finish() else "others at work"
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How images come to the encoder; see ``tokenize``."""
+
+    image_size: int
+    in_channels: int
+    batch_size: int
+    num_workers: int
+    unreadable_budget: float
+
+    def by_part(self, reader: ShardReader, parts: Sequence[Part]) -> Iterator[tuple[Part, Iterator[Batch]]]:
+        """The batches of each part, crop by crop; those of one are taken before the next is asked for."""
+        for crop in sorted({part.crop for part in parts}):
+            order = _PartOrder([part for part in parts if part.crop == crop], self.batch_size)
+            batches = self._batches(reader, order, crop)
+            for part in order.parts:
+                yield part, islice(batches, len(order.batches(part)))
+
+    def _batches(self, reader: ShardReader, order: _PartOrder, crop: int) -> Iterator[Batch]:
+        images = ImageBatches(
+            reader,
+            _View(crop),
+            image_size=self.image_size,
+            in_channels=self.in_channels,
+            crop="random" if crop else "center",
+        )
+        return iter(
+            loader(
                 images,
                 order,
-                num_workers=num_workers,
+                num_workers=self.num_workers,
                 pin_memory=torch.cuda.is_available(),
-                unreadable_budget=unreadable_budget,
+                unreadable_budget=self.unreadable_budget,
             )
-            for part, rows in _by_part(order, iter(batches) if order.parts else iter(())):
-                encoded = []
-                for batch in rows:
-                    encoded.append((_encoded(batch.content, encode, mirrors), batch.labels))
-                    on_rows(split, mirrors * len(batch.labels), total)
-                tokens, labels = (torch.cat(column).numpy() for column in zip(*encoded, strict=True))
-                parts.write(part, tokens, labels)
-    return "made" if parts.finish() else "others at work"
+        )
 
 
 class _View:
@@ -159,21 +178,20 @@ class _PartOrder(Sampler[range]):
         return [range(start, min(start + self.batch_size, part.stop)) for start in starts]
 
 
-def _by_part(order: _PartOrder, batches: Iterator[Batch]) -> Iterator[tuple[Part, Iterator[Batch]]]:
-    """The batches of each part; those of one are taken before the next is asked for."""
-    for part in order.parts:
-        yield part, islice(batches, len(order.batches(part)))
-
-
 def _encoded(images: Tensor, encode: Callable[[Tensor], Tensor], mirrors: int) -> Tensor:
     """(B, C, H, W) uint8 -> (B, mirrors, N) int64 on the CPU."""
     views = [images, images.flip(-1)][:mirrors]
     return torch.stack([encode(view).cpu() for view in views], dim=1)
 
 
-def _all_square(images: ImageRange) -> bool:
-    """Whether every image is, as far as the smallest and largest sides say."""
-    return images.height == images.width and images.height[0] == images.height[1]
+def _check_crops(images: ImageRange) -> None:
+    """Several crops need images that are not square, as far as the smallest and largest sides say."""
+    if images.height == images.width and images.height[0] == images.height[1]:
+        raise ValueError(
+            "tokenize crops: images that are not square are needed for more than one, got "
+            f"{images.height[0]} x {images.width[0]}; all crops would be the same "
+            "(shards made without --size keep what can be cropped)"
+        )
 
 
 def _rows(parts: Sequence[Part], mirrors: int) -> int:

@@ -97,13 +97,19 @@ class Guard(Callback):
             if trainer.is_global_zero:
                 log.warning("%s; no rank updates its weights (%d in a row)", text, len(self._skipped))
             return
-        rank = trainer.global_rank
-        path = self.folder / ("nonfinite.json" if rank == 0 else f"nonfinite-rank{rank}.json")
-        path.write_text(json.dumps(self._skipped, indent=2) + "\n")
+        self._list_samples(trainer.global_rank)
         raise NonFiniteError(
-            f"{text}, {len(self._skipped)} steps in a row; their samples: {path}. None of them changed the weights, "
-            "and the last checkpoint is sound; a lower learning rate, clipping or trainer.precision=32-true may help"
+            f"{text}, {len(self._skipped)} steps in a row; their samples, in a file for each rank: "
+            f"{self.folder / 'nonfinite*.json'}. None of them changed the weights, and the last checkpoint is sound; "
+            "a lower learning rate, clipping or trainer.precision=32-true may help"
         )
+
+    def _list_samples(self, rank: int) -> None:
+        path = self.folder / ("nonfinite.json" if rank == 0 else f"nonfinite-rank{rank}.json")
+        try:
+            path.write_text(json.dumps(self._skipped, indent=2) + "\n")
+        except OSError as error:  # the run ends for another reason
+            log.warning("%s: cannot be written: %s", path, error)
 
     def _stop(self, trainer: Trainer) -> None:
         self.checkpoints.save(trainer, last=True)
