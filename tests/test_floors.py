@@ -38,6 +38,9 @@ FLOORS = {  # a file or a folder -> its floor; a folder's files stand on its flo
     "web": 9,
     "__main__": 10,
 }
+INNER = (  # folders inside a folder, and that folder first: each knows those before it, never those behind
+    ("evaluation", "evaluation/bench", "evaluation/decoders", "evaluation/paper"),
+)
 LIGHTNING_FROM = 3
 MODULES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py"))
 FOUND = [name for name in MODULES if name != "__init__"]  # the root names the public things, and imports them late
@@ -111,6 +114,13 @@ def refused(module: str) -> list[tuple[str, str]]:
     return [(module, other) for other in sorted(own(module)) if not allowed(other)]
 
 
+def backwards(module: str, folders: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Imports of ``module`` that go from a folder to one behind it."""
+    place = {folder: number for number, folder in enumerate(folders)}
+    own_place = place[Path(module).parent.as_posix()]
+    return [(module, other) for other in sorted(own(module)) if place.get(Path(other).parent.as_posix(), 0) > own_place]
+
+
 def circles() -> list[str]:
     """Circles of imports, each once."""
     found: list[str] = []
@@ -173,6 +183,17 @@ def test_every_module_has_a_floor(module):
 @pytest.mark.parametrize("module", FOUND)
 def test_a_module_imports_from_lower_floors_or_its_own_folder_alone(module):
     assert refused(module) == []
+
+
+@pytest.mark.parametrize("folders", INNER, ids=lambda folders: folders[0])
+def test_folders_inside_a_folder_know_one_another_in_one_direction(folders):
+    modules = [module for module in FOUND if part(module) == folders[0]]
+    assert {Path(module).parent.as_posix() for module in modules} == set(folders)
+    assert [pair for module in modules for pair in backwards(module, folders)] == []
+
+
+def test_no_folder_lies_deeper_than_those_whose_order_is_known():
+    assert {Path(module).parent.as_posix() for module in FOUND if module.count("/") > 1} <= {*sum(INNER, ())}
 
 
 def test_no_import_goes_in_a_circle():
@@ -241,6 +262,14 @@ def test_the_check_of_floors_finds_what_it_is_for(monkeypatch):
     assert refused("importers/jax") == [("importers/jax", "pipeline/__init__")]  # its own floor, another folder
     assert refused("mvtm") == [("mvtm", "pipeline/__init__")]
     assert refused("cli/train") == []
+
+
+def test_the_check_of_inner_folders_finds_what_it_is_for(monkeypatch):
+    monkeypatch.setattr(
+        f"{__name__}.own", lambda module: {"evaluation/bench/ledger", "evaluation/ranks", "pipeline/model"}
+    )
+    assert backwards("evaluation/metrics", INNER[0]) == [("evaluation/metrics", "evaluation/bench/ledger")]
+    assert backwards("evaluation/paper/tables", INNER[0]) == []
 
 
 def test_the_check_of_circles_finds_one(monkeypatch):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from maskgit_pl.cli.measuring import Judge, RunFolders
     from maskgit_pl.data import ShardData
     from maskgit_pl.decoding import DecodingConfig
-    from maskgit_pl.evaluation.comparison import Contender, Rows
+    from maskgit_pl.evaluation.decoders.comparison import Contender, Rows
     from maskgit_pl.evaluation.protocol import Protocol
     from maskgit_pl.pipeline import MaskGIT
 
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     wanted = None if args.selectors == "all" else decoding_specs("--selectors", args.selectors)
     guidance = None if args.guidance is None else decoding_spec("--guidance", args.guidance)
     folders = find_run(args)
-    from maskgit_pl.evaluation.comparison import contenders, with_steps
+    from maskgit_pl.evaluation.decoders.comparison import contenders, with_steps
     from maskgit_pl.evaluation.protocol import Protocol, check_decoding
 
     protocol = Protocol(args.num_images, seed=args.seed, batch_size=args.batch)
@@ -127,7 +127,7 @@ def _compare(
 ) -> None:
     from rich.console import Console
 
-    from maskgit_pl.evaluation.comparison import Rows, as_csv, as_markdown, as_table
+    from maskgit_pl.evaluation.decoders.comparison import Rows, as_csv, as_markdown, as_table
     from maskgit_pl.files import write_atomically
     from maskgit_pl.training.environment import describe_environment
 
@@ -191,7 +191,7 @@ def _real(judge: Judge) -> dict[str, Any]:
 
 def _write_sheet(pipe: MaskGIT, rows: Rows, protocol: Protocol, path: Path, bars: Bars) -> None:
     from maskgit_pl.decoding import DecodingConfig
-    from maskgit_pl.evaluation.comparison import selector_sheet, sheet_steps
+    from maskgit_pl.evaluation.decoders.comparison import selector_sheet, sheet_steps
     from maskgit_pl.training.pictures import save_png
 
     number = sheet_steps(rows.rows)

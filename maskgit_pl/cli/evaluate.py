@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from maskgit_pl.cli.measuring import Bars
     from maskgit_pl.data import ShardData
     from maskgit_pl.decoding import DecodingConfig
-    from maskgit_pl.evaluation.bench import Bench, Judge, Subject
-    from maskgit_pl.evaluation.generation import Generated
+    from maskgit_pl.evaluation.bench.bench import Bench, Judge, Subject
+    from maskgit_pl.evaluation.bench.generation import Generated
     from maskgit_pl.evaluation.lpips import LPIPS
     from maskgit_pl.evaluation.metrics import Reconstruction
     from maskgit_pl.pipeline import MaskGIT
@@ -107,10 +107,10 @@ def _evaluate(
 ) -> None:
     from rich.console import Console
 
-    from maskgit_pl.evaluation.bench import Bench, Subject
+    from maskgit_pl.evaluation.bench.bench import Bench, Subject
+    from maskgit_pl.evaluation.bench.report import as_table, save_report
     from maskgit_pl.evaluation.lpips import load_lpips
     from maskgit_pl.evaluation.ranks import barrier, rank_and_world
-    from maskgit_pl.evaluation.report import as_table, save_report
     from maskgit_pl.pipeline.card import refresh_card
 
     lpips = None if args.lpips is None else load_lpips(args.lpips, device=pipe.device)
@@ -155,7 +155,7 @@ def _measure(
     bench: Bench, subject: Subject, decoding: DecodingConfig, rebuilt: Reconstruction, args: argparse.Namespace
 ) -> dict[str, Any]:
     """What is measured on generated images and on the transformer, with all else that ``evaluation.json`` holds."""
-    from maskgit_pl.evaluation.report import as_report
+    from maskgit_pl.evaluation.bench.report import as_report
 
     ways = {"exported_guidance": decoding}
     if any(decoding.scales()):

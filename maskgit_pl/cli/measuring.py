@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from maskgit_pl.data import ShardData
-    from maskgit_pl.evaluation.bench import Judge as FeatureJudge
+    from maskgit_pl.evaluation.bench.bench import Judge as FeatureJudge
     from maskgit_pl.evaluation.classifier import Classifier
     from maskgit_pl.evaluation.metrics import Distances
     from maskgit_pl.evaluation.protocol import RealImages
@@ -306,7 +306,7 @@ def open_judges(
         TypeError: A network does not take its arguments.
         ValueError: An unknown network, or its weights are missing or others.
     """
-    from maskgit_pl.evaluation.bench import CLASSIFIER, Judge
+    from maskgit_pl.evaluation.bench.bench import CLASSIFIER, Judge
     from maskgit_pl.evaluation.features import Extractor
     from maskgit_pl.evaluation.reference import obtain_references, read_references, real_labels
     from maskgit_pl.networks.features import ClassifierSpec, parse_feature_network

@@ -27,8 +27,8 @@ from maskgit_pl.cli.model import default_device
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from maskgit_pl.evaluation.bench import Bench, Subject
-    from maskgit_pl.evaluation.tables import Page, ScheduleResult
+    from maskgit_pl.evaluation.bench.bench import Bench, Subject
+    from maskgit_pl.evaluation.paper.tables import Page, ScheduleResult
 
 __all__ = [
     "Opened",
@@ -140,7 +140,7 @@ def opened(args: argparse.Namespace) -> Iterator[Opened]:
             raise ValueError(f"--{flag.replace('_', '-')}: at least {least} is needed, got {getattr(args, flag)}")
     specs = feature_specs(args.features)
     folders = [find_run(argparse.Namespace(**{**vars(args), "folder": run})) for run in args.runs]
-    from maskgit_pl.evaluation.bench import Bench
+    from maskgit_pl.evaluation.bench.bench import Bench
     from maskgit_pl.evaluation.protocol import check_data
 
     subjects = [_subject(each, args) for each in folders]
@@ -173,7 +173,7 @@ def opened(args: argparse.Namespace) -> Iterator[Opened]:
 
 
 def _subject(folders: RunFolders, args: argparse.Namespace) -> Subject:
-    from maskgit_pl.evaluation.bench import Subject
+    from maskgit_pl.evaluation.bench.bench import Subject
 
     return Subject(folders.home.name, open_model(folders, args), folders.pretrained, folders.evaluation)
 
@@ -236,7 +236,7 @@ def run_table(args: argparse.Namespace) -> int:
 
 
 def _table_1(made: Opened, args: argparse.Namespace) -> None:
-    from maskgit_pl.evaluation.tables import table_1
+    from maskgit_pl.evaluation.paper.tables import table_1
 
     bench, on = made.bench, {"num_images": args.num_samples, "networks": made.networks}
     rows = [
@@ -294,8 +294,8 @@ def _first_of(images: Tensor, labels: Tensor, label: int) -> Tensor:
 def _table_2(made: Opened, args: argparse.Namespace) -> None:
     import torch
 
-    from maskgit_pl.evaluation.held_out import edit, masked
-    from maskgit_pl.evaluation.tables import TASKS, table_2
+    from maskgit_pl.evaluation.bench.held_out import edit, masked
+    from maskgit_pl.evaluation.paper.tables import TASKS, table_2
     from maskgit_pl.training.pictures import image_grid, save_png
 
     rows = [
@@ -327,7 +327,7 @@ def measured_schedules(made: Opened, args: argparse.Namespace, numbers: Sequence
     """
     import yaml
 
-    from maskgit_pl.evaluation.ablation import STEPS, ablate, check_budgets
+    from maskgit_pl.evaluation.paper.ablation import STEPS, ablate, check_budgets
 
     configs = {}
     for subject in made.subjects:
@@ -342,8 +342,8 @@ def measured_schedules(made: Opened, args: argparse.Namespace, numbers: Sequence
 
 def write_schedules(made: Opened, results: Sequence[ScheduleResult], args: argparse.Namespace, command: str) -> None:
     """Writes Table 3 and Figure 8, which belong together."""
-    from maskgit_pl.evaluation.figure8 import Figure8, draw
-    from maskgit_pl.evaluation.tables import table_3
+    from maskgit_pl.evaluation.paper.figure8 import Figure8, draw
+    from maskgit_pl.evaluation.paper.tables import table_3
 
     metric = f"fid/{made.networks[0]}"
     floor = made.bench.real(num_images=args.num_samples, networks=made.networks[:1])[made.networks[0]]
@@ -386,8 +386,8 @@ def _figure_4(args: argparse.Namespace) -> int:
     numbers = step_numbers(args.num_tokens, flag="--num-tokens")
     from dataclasses import asdict
 
-    from maskgit_pl.evaluation.figure4 import as_markdown, draw, measure
-    from maskgit_pl.evaluation.tables import Page, as_csv
+    from maskgit_pl.evaluation.paper.figure4 import as_markdown, draw, measure
+    from maskgit_pl.evaluation.paper.tables import Page, as_csv
 
     device = args.device or default_device()
     with progress_bars() as bars:

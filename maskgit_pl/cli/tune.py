@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from maskgit_pl.cli.measuring import Judge, RunFolders
     from maskgit_pl.data import ShardData
     from maskgit_pl.decoding import DecodingConfig
-    from maskgit_pl.evaluation.tuning import Found, Meter, SearchSpace, Trial
-    from maskgit_pl.evaluation.tuning_report import Figure8
+    from maskgit_pl.evaluation.decoders.tuning import Found, Meter, SearchSpace, Trial
+    from maskgit_pl.evaluation.decoders.tuning_report import Figure8
     from maskgit_pl.pipeline import MaskGIT
 
 __all__ = ["add_parser", "run"]
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     wanted = None if args.selectors == "all" else decoding_specs("--selectors", args.selectors)
     _check_numbers(args)
     folders = find_run(args)
-    from maskgit_pl.evaluation.tuning import check_search, key_of
+    from maskgit_pl.evaluation.decoders.tuning import check_search, key_of
 
     key_of(args.metric)
     check_search(args.search)
@@ -119,9 +119,9 @@ def _check_images(args: argparse.Namespace, data: ShardData) -> None:
 
 
 def _space(pipe: MaskGIT, wanted: list[Any] | None, numbers: tuple[int, ...] | None) -> SearchSpace:
-    from maskgit_pl.evaluation.comparison import every_selector
+    from maskgit_pl.evaluation.decoders.comparison import every_selector
+    from maskgit_pl.evaluation.decoders.tuning import SearchSpace
     from maskgit_pl.evaluation.protocol import check_decoding
-    from maskgit_pl.evaluation.tuning import SearchSpace
 
     num_tokens = pipe.tokenizer.grid[0] * pipe.tokenizer.grid[1]
     space = SearchSpace(
@@ -140,7 +140,7 @@ def _print_trials(space: SearchSpace, args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from maskgit_pl.evaluation.tuning import describe_decoding
+    from maskgit_pl.evaluation.decoders.tuning import describe_decoding
 
     table = Table(title=f"what would be tried, {args.num_images} images each")
     table.add_column("trial", justify="right")
@@ -156,8 +156,8 @@ def _print_trials(space: SearchSpace, args: argparse.Namespace) -> None:
 def _tune(
     folders: RunFolders, pipe: MaskGIT, data: ShardData, space: SearchSpace, args: argparse.Namespace, *, out: Path
 ) -> None:
-    from maskgit_pl.evaluation.tuning import Ledger, Meter, key_of
-    from maskgit_pl.evaluation.tuning_report import as_markdown, draw_curves
+    from maskgit_pl.evaluation.decoders.tuning import Ledger, Meter, key_of
+    from maskgit_pl.evaluation.decoders.tuning_report import as_markdown, draw_curves
     from maskgit_pl.files import write_atomically
 
     key = key_of(args.metric)
@@ -189,7 +189,7 @@ def _tune(
 def _search(
     meter: Meter, space: SearchSpace, args: argparse.Namespace, key: str, bars: Bars, *, current: DecodingConfig
 ) -> Found:
-    from maskgit_pl.evaluation.tuning import describe_decoding, search
+    from maskgit_pl.evaluation.decoders.tuning import describe_decoding, search
 
     advance = bars("trials", args.trials + 4)  # and the confirmation
 
@@ -216,8 +216,8 @@ def _print_found(found: Found, key: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from maskgit_pl.evaluation.comparison import in_two_lines
-    from maskgit_pl.evaluation.tuning import describe_decoding
+    from maskgit_pl.evaluation.decoders.comparison import in_two_lines
+    from maskgit_pl.evaluation.decoders.tuning import describe_decoding
 
     table = Table(title=f"measured again with fresh noise, {found.num_images} images each", box=SIMPLE, padding=0)
     for column in ("trial", "decoding", key, "agreement %", "diversity", "ms an image"):
@@ -267,8 +267,14 @@ def _write_recipe(
 def _figure(
     pipe: MaskGIT, meter: Meter, found: Found, args: argparse.Namespace, key: str, bars: Bars
 ) -> Figure8 | None:
-    from maskgit_pl.evaluation.tuning import describe_decoding, following, plot_steps, schedule_curves, schedule_specs
-    from maskgit_pl.evaluation.tuning_report import Figure8
+    from maskgit_pl.evaluation.decoders.tuning import (
+        describe_decoding,
+        following,
+        plot_steps,
+        schedule_curves,
+        schedule_specs,
+    )
+    from maskgit_pl.evaluation.decoders.tuning_report import Figure8
 
     num_tokens, num_images = pipe.tokenizer.grid[0] * pipe.tokenizer.grid[1], args.plot_images or args.num_images
     trial = following(found, key)

@@ -14,7 +14,8 @@ from PIL import Image
 from maskgit_pl.cli import evaluate
 from maskgit_pl.data import ShardData
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.evaluation import bench, classifier
+from maskgit_pl.evaluation import classifier
+from maskgit_pl.evaluation.bench import bench
 from maskgit_pl.evaluation.classifier import ClassifierConfig
 from maskgit_pl.pretrained import save_decoding
 

@@ -10,7 +10,8 @@ from PIL import Image
 
 from maskgit_pl.cli import ablation, paper
 from maskgit_pl.data import ShardData
-from maskgit_pl.evaluation import bench, cas
+from maskgit_pl.evaluation import cas
+from maskgit_pl.evaluation.bench import bench
 from maskgit_pl.evaluation.classifier import ClassifierConfig, obtain_classifier
 from maskgit_pl.pretrained import read_config
 from tests.conftest import flags, save_tiny_pretrained

@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from maskgit_pl.cli import main, tune
-from maskgit_pl.evaluation import classifier, tuning
+from maskgit_pl.evaluation import classifier
 from maskgit_pl.evaluation.classifier import ClassifierConfig
+from maskgit_pl.evaluation.decoders import tuning
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pretrained import fingerprint, read_decoding
 

@@ -13,10 +13,9 @@ from torch import nn
 
 from maskgit_pl.data import ShardData
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.evaluation.bench import CLASSIFIER, Judge
-from maskgit_pl.evaluation.ledger import Row, number
+from maskgit_pl.evaluation.bench.bench import CLASSIFIER, Judge
+from maskgit_pl.evaluation.bench.ledger import NUMBERS, Row, number
 from maskgit_pl.evaluation.metrics import Reconstruction
-from maskgit_pl.evaluation.tables import NUMBERS
 from maskgit_pl.files import write_atomically
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.training.environment import describe_environment

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.evaluation.bench import Bench, Subject
-from maskgit_pl.evaluation.comparison import with_steps
-from maskgit_pl.evaluation.published import SCHEDULES
-from maskgit_pl.evaluation.tables import ScheduleResult
+from maskgit_pl.evaluation.bench.bench import Bench, Subject
+from maskgit_pl.evaluation.decoders.comparison import with_steps
+from maskgit_pl.evaluation.paper.published import SCHEDULES
+from maskgit_pl.evaluation.paper.tables import ScheduleResult
 from maskgit_pl.pretrained import read_config
 
 __all__ = ["STEPS", "ablate", "check_budgets", "decoding_at", "most_steps", "schedule_of"]

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maskgit_pl.evaluation.comparison import plain
+from maskgit_pl.evaluation.decoders.comparison import plain
+from maskgit_pl.evaluation.decoders.tuning import Curves, Found, Trial, better, describe_decoding
 from maskgit_pl.evaluation.drawing import LineEnd, name_lines, save_figure
 from maskgit_pl.evaluation.metrics import Distances
 from maskgit_pl.evaluation.protocol import METRICS
-from maskgit_pl.evaluation.tuning import Curves, Found, Trial, better, describe_decoding
 
 __all__ = ["Figure8", "as_markdown", "draw_curves"]
 

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from maskgit_pl.evaluation.published import EDITING, GENERATION, SCHEDULES
-from maskgit_pl.evaluation.tables import (
+from maskgit_pl.evaluation.bench.ledger import REAL
+from maskgit_pl.evaluation.paper.published import EDITING, GENERATION, SCHEDULES
+from maskgit_pl.evaluation.paper.tables import (
     FORMULAS,
-    REAL,
     ScheduleResult,
     agreement_with_paper,
     markdown_table,

@@ -7,15 +7,17 @@ carry some of them into the tokens beside them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from maskgit_pl.evaluation.published import Task
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pretrained import PretrainedTokenizer
 
-__all__ = ["edit", "hidden_pixels", "masked"]
+__all__ = ["Task", "edit", "hidden_pixels", "masked"]
+
+Task = Literal["outpaint-right", "inpaint-centre"]
 
 _GREY = 128
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from maskgit_pl.evaluation.drawing import LineEnd, name_lines, save_figure
-from maskgit_pl.evaluation.tables import ScheduleResult
+from maskgit_pl.evaluation.paper.tables import ScheduleResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,11 +7,9 @@ from typing import Any
 import pytest
 
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.evaluation import tuning
-from maskgit_pl.evaluation.comparison import every_selector
-from maskgit_pl.evaluation.drawing import spread
-from maskgit_pl.evaluation.metrics import Distances
-from maskgit_pl.evaluation.tuning import (
+from maskgit_pl.evaluation.decoders import tuning
+from maskgit_pl.evaluation.decoders.comparison import every_selector
+from maskgit_pl.evaluation.decoders.tuning import (
     Found,
     Ledger,
     SearchSpace,
@@ -25,7 +23,9 @@ from maskgit_pl.evaluation.tuning import (
     schedule_specs,
     search,
 )
-from maskgit_pl.evaluation.tuning_report import Figure8, as_markdown, draw_curves
+from maskgit_pl.evaluation.decoders.tuning_report import Figure8, as_markdown, draw_curves
+from maskgit_pl.evaluation.drawing import spread
+from maskgit_pl.evaluation.metrics import Distances
 from maskgit_pl.schedules import Pow, mask_schedules
 
 FID = "fid/classifier"

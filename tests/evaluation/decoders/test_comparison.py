@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.evaluation.comparison import (
+from maskgit_pl.evaluation.decoders.comparison import (
     Rows,
     as_csv,
     as_markdown,

@@ -13,19 +13,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from maskgit_pl.evaluation.ledger import Row, number, present
-from maskgit_pl.evaluation.published import (
+from maskgit_pl.evaluation.bench.held_out import Task
+from maskgit_pl.evaluation.bench.ledger import NUMBERS, REAL, Row, number, present
+from maskgit_pl.evaluation.paper.published import (
     CLASSIFIER_ON_REAL_IMAGES,
     EDITING,
     GENERATION,
     SCHEDULES,
     PublishedGeneration,
-    Task,
 )
 from maskgit_pl.schedules import MaskSchedule
 
 __all__ = [
-    "NUMBERS",
     "Page",
     "ScheduleResult",
     "agreement_with_paper",
@@ -47,18 +46,6 @@ FORMULAS = {  # Table 3's gamma(r), as it prints them; exp and log as released
 TASKS: dict[Task, str] = {
     "outpaint-right": "outpainting, the right 50 %",
     "inpaint-centre": "inpainting, the centre 50 % x 50 %",
-}
-REAL = "real images"
-NUMBERS = {  # column of the ledger -> heading, factor, digits
-    "fid": ("FID", 1, 2),
-    "sfid": ("sFID", 1, 2),
-    "kid": ("KID x 1000", 1000, 2),
-    "is": ("IS", 1, 2),
-    "precision": ("precision", 1, 3),
-    "recall": ("recall", 1, 3),
-    "density": ("density", 1, 3),
-    "coverage": ("coverage", 1, 3),
-    "class_agreement": ("class agreement %", 100, 1),
 }
 
 

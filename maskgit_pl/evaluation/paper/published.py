@@ -8,7 +8,8 @@ theirs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+
+from maskgit_pl.evaluation.bench.held_out import Task
 
 __all__ = [
     "CLASSIFIER_ON_REAL_IMAGES",
@@ -18,10 +19,7 @@ __all__ = [
     "PublishedEditing",
     "PublishedGeneration",
     "PublishedSchedule",
-    "Task",
 ]
-
-Task = Literal["outpaint-right", "inpaint-centre"]
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 
 from maskgit_pl.decoding import DecodingConfig, DecodingStep, SequentialDecoder, decode_classes, decode_in_order
+from maskgit_pl.evaluation.bench.ledger import Ledger, Row
 from maskgit_pl.evaluation.drawing import LineEnd, name_lines, save_figure
-from maskgit_pl.evaluation.ledger import Ledger, Row
 from maskgit_pl.networks.causal import CausalTransformer
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.schedules import mask_schedules

@@ -13,9 +13,22 @@ from pathlib import Path
 
 from maskgit_pl.files import write_atomically
 
-__all__ = ["Ledger", "Row", "number", "present"]
+__all__ = ["NUMBERS", "REAL", "Ledger", "Row", "number", "present"]
 
 Row = dict[str, str]
+
+REAL = "real images"  # the model of a row that real images were measured for
+NUMBERS = {  # column -> heading, factor, digits
+    "fid": ("FID", 1, 2),
+    "sfid": ("sFID", 1, 2),
+    "kid": ("KID x 1000", 1000, 2),
+    "is": ("IS", 1, 2),
+    "precision": ("precision", 1, 3),
+    "recall": ("recall", 1, 3),
+    "density": ("density", 1, 3),
+    "coverage": ("coverage", 1, 3),
+    "class_agreement": ("class agreement %", 100, 1),
+}
 
 
 class Ledger:

@@ -20,7 +20,7 @@ import torch
 
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation.classifier import Classifier
-from maskgit_pl.evaluation.comparison import Spec, describe, plain, same_decoding, with_steps
+from maskgit_pl.evaluation.decoders.comparison import Spec, describe, plain, same_decoding, with_steps
 from maskgit_pl.evaluation.protocol import METRICS, Protocol, RealImages, measure_decoding
 from maskgit_pl.files import write_atomically
 from maskgit_pl.guidance import guidance_schedules

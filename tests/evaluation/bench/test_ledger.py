@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from maskgit_pl.evaluation.ledger import Ledger, number, present
+from maskgit_pl.evaluation.bench.ledger import Ledger, number, present
 
 KEY = ("model", "seed")
 

@@ -1,0 +1,1 @@
+"""Measures a model once and remembers: its images, the rows of the ledger, the report."""
