@@ -18,7 +18,7 @@ from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median, quantiles
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from lightning.pytorch import Trainer
@@ -38,6 +38,8 @@ from maskgit_pl.shards.index import find_shards, index_shards
 from maskgit_pl.training.ema import update_ema
 from maskgit_pl.training.environment import describe_environment
 from maskgit_pl.training.guards import clip_gradients
+
+Callbacks = Literal["ours", "none"]
 
 TARGET = 1.0  # ms a step
 _WARM_UP = 20  # steps that do not count
@@ -204,6 +206,7 @@ class Measured:
     """Milliseconds of a step, by one clock.
 
     Attributes:
+        callbacks: Which the Trainer has: ``ours``, or ``none``, for what Lightning's loop takes by itself.
         clock: ``wall``, or ``cpu``: the processor's time for this process.
         bare: Median of the bare loop.
         trainer: Median under the Trainer, of steps that log nothing.
@@ -216,6 +219,7 @@ class Measured:
         same_weights: Whether both have the same weights at the end, to the last bit.
     """
 
+    callbacks: Callbacks
     clock: str
     bare: float
     trainer: float
@@ -231,7 +235,7 @@ class Measured:
         return {key: f"{value:.2f}" if isinstance(value, float) else str(value) for key, value in asdict(self).items()}
 
 
-def measure(task: Task, *, profile: Path | None = None) -> list[Measured]:
+def measure(task: Task, *, callbacks: Callbacks = "ours", profile: Path | None = None) -> list[Measured]:
     """Trains both side by side; a row for each clock."""
     watch = None if profile is None else cProfile.Profile()
     with tempfile.TemporaryDirectory() as made:
@@ -239,6 +243,8 @@ def measure(task: Task, *, profile: Path | None = None) -> list[Measured]:
         write_data(folder, task)
         cli, other = build_run(folder, task), build_run(folder, task)
         other.model.load_state_dict(cli.model.state_dict())
+        if callbacks == "none":
+            cli.trainer.callbacks = []
         loader = Interleaved(cli.trainer, _with_trainer(cli), BareLoop(other.model, task), watch)
         cli.datamodule.train_dataloader = lambda: loader
         with redirect_stdout(io.StringIO()):
@@ -249,7 +255,7 @@ def measure(task: Task, *, profile: Path | None = None) -> list[Measured]:
             watch.disable()
             watch.dump_stats(str(profile))
     same = _same(cli.model, other.model)
-    return [_summary(task, loader, number, same=same) for number in range(len(Clock._fields))]
+    return [_summary(task, loader, callbacks, number, same=same) for number in range(len(Clock._fields))]
 
 
 def _with_trainer(cli: StageCLI) -> Iterable[Batch]:
@@ -259,13 +265,14 @@ def _with_trainer(cli: StageCLI) -> Iterable[Batch]:
     return loader
 
 
-def _summary(task: Task, loader: Interleaved, clock: int, *, same: bool) -> Measured:
+def _summary(task: Task, loader: Interleaved, callbacks: Callbacks, clock: int, *, same: bool) -> Measured:
     counted = {step: times for step, times in loader.times.items() if step > _WARM_UP}
     apart = {step: theirs[clock] - bare[clock] for step, (theirs, bare) in counted.items()}
     overhead = median(each for step, each in apart.items() if step % task.log_every)
     logging = median(each for step, each in apart.items() if step % task.log_every == 0) - overhead
     theirs, bare = zip(*((theirs[clock], bare[clock]) for step, (theirs, bare) in counted.items()), strict=True)
     return Measured(
+        callbacks=callbacks,
         clock=Clock._fields[clock],
         bare=median(bare),
         trainer=median(theirs),
@@ -276,6 +283,10 @@ def _summary(task: Task, loader: Interleaved, clock: int, *, same: bool) -> Meas
         steps=len(counted),
         same_weights=same,
     )
+
+
+def _added(measured: Iterable[Measured], callbacks: str, clock: str) -> float:
+    return median(one.added for one in measured if (one.callbacks, one.clock) == (callbacks, clock))
 
 
 def _same(module: nn.Module, other: nn.Module) -> bool:
@@ -296,13 +307,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     task = Task(args.steps, args.width, args.depth, args.batch, args.log_every)
     print(f"{processor()}, {args.threads} threads, torch {torch.__version__}, {task.steps} steps a run")
-    measured = [row for _ in range(args.repeats) for row in measure(task, profile=args.profile)]
+    measured = [
+        row
+        for _ in range(args.repeats)
+        for callbacks in get_args(Callbacks)
+        for row in measure(task, callbacks=callbacks, profile=args.profile if callbacks == "ours" else None)
+    ]
     print("\n" + markdown_table([one.row() for one in measured]))
-    added = {clock: median(one.added for one in measured if one.clock == clock) for clock in Clock._fields}
-    print(
-        f"\nThe Trainer adds {added['wall']:.2f} ms a step, {added['cpu']:.2f} ms of them the processor's; "
-        f"target: {TARGET:.0f} ms"
-    )
+    wall, cpu, alone = (_added(measured, *row) for row in (("ours", "wall"), ("ours", "cpu"), ("none", "wall")))
+    print(f"\nThe Trainer adds {wall:.2f} ms a step, {cpu:.2f} ms of them the processor's; target: {TARGET:.0f} ms")
+    print(f"Lightning's loop without a callback adds {alone:.2f} ms")
     if args.json:
         report = {
             "environment": {**describe_environment(), "processor": processor()},

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -305,18 +306,21 @@ class TokenModel(LightningModule):
 
     def _log_training(self, loss: Tensor) -> None:
         """One dict every ``log_every_n_steps`` steps; the bins' sums are those of this rank."""
-        count, summed_loss, summed_hits = self._binned.unbind(1)
-        metrics = {"train/loss": loss, "train/accuracy": summed_hits.sum() / count.sum()}
-        for number in range(NUM_BINS):
-            name = f"{self.binned_by}-{number / NUM_BINS:.2f}-{(number + 1) / NUM_BINS:.2f}"
-            metrics[f"train/loss/{name}"] = summed_loss[number] / count[number]
-            metrics[f"train/accuracy/{name}"] = summed_hits[number] / count[number]
+        value, *sums = torch.cat([loss.reshape(1), self._binned.flatten()]).tolist()  # one wait for the device
         self._binned = torch.zeros_like(self._binned)
+        bins = list(zip(sums[::3], sums[1::3], sums[2::3], strict=True))
+        accuracy = sum(hits for *_, hits in bins) / sum(count for count, *_ in bins)
+        metrics = {"train/loss": value, "train/accuracy": accuracy}
+        for number, (count, summed_loss, hits) in enumerate(bins):
+            if count:
+                name = f"{self.binned_by}-{number / NUM_BINS:.2f}-{(number + 1) / NUM_BINS:.2f}"
+                metrics[f"train/loss/{name}"] = summed_loss / count
+                metrics[f"train/accuracy/{name}"] = hits / count
         self.log("train/loss", loss, prog_bar=True, logger=False)
         if self.logger is not None:
+            finite = {name: each for name, each in metrics.items() if math.isfinite(each)}
             rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-            plain = {name: float(value) for name, value in metrics.items() if bool(torch.isfinite(value))}
-            self.logger.log_metrics({**plain, "learning-rate": rate}, step=self.trainer.global_step + 1)
+            self.logger.log_metrics({**finite, "learning-rate": rate}, step=self.trainer.global_step + 1)
 
 
 def _check_guidance(config: TransformerConfig, decoding: DecodingConfig) -> None:
