@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, cast, overload
@@ -36,9 +36,9 @@ from maskgit_pl.pipeline.options import (
     as_output,
     check_options,
     class_ids,
-    seed_list,
     with_settings,
 )
+from maskgit_pl.pipeline.requests import Edit, Request, rows_by_first_step, slices
 from maskgit_pl.pipeline.sharing import check_hub_id, find_folder, upload
 from maskgit_pl.pretrained import (
     PretrainedTokenizer,
@@ -303,7 +303,7 @@ class MaskGIT:
                 setting.
         """
         check_options(options, GenerateOptions, output_type)
-        run = _Request.of(self, classes, options)
+        run = self._request(classes, options)
         parts = [self._images(self._decode(run, rows), run.callback) for rows in run.parts()]
         return as_output(output_type, torch.cat(parts))
 
@@ -347,8 +347,8 @@ class MaskGIT:
         """
         self.transformer.schedule_for("inpaint")
         check_options(options, EditOptions, output_type)
-        run = _Request.of(self, [None] if classes is None else classes, options)
-        edits = self._edits(image, mask, count=len(run.labels), options=options)
+        run = self._request([None] if classes is None else classes, options)
+        edits = Edit.all_of(image, mask, count=len(run.labels), tokenizer=self.tokenizer, options=options)
         tokens = self._encode(torch.stack([edit.original for edit in edits]), run.batch_size)
         if len(edits) < len(run.labels):  # one image and one mask for all
             edits, tokens = edits * len(run.labels), tokens.expand(len(run.labels), -1)
@@ -357,7 +357,7 @@ class MaskGIT:
         )
         results = torch.empty(len(run.labels), *edits[0].original.shape, dtype=torch.uint8)
         first_steps = [editing.first_step(edit.unknown, num_steps=run.decoding.num_steps) for edit in edits]
-        for first_step, rows in _batches(first_steps, run.batch_size):
+        for first_step, rows in rows_by_first_step(first_steps, run.batch_size):
             steps = self._decode(run, rows, tokens=tokens[rows], first_step=first_step)
             for row, edited in zip(rows, self._images(steps, run.callback), strict=True):
                 results[row] = editing.composite(edits[row].original, edited, edits[row].weight)
@@ -452,7 +452,7 @@ class MaskGIT:
         """
         self.transformer.schedule_for("outpaint")
         check_options(options, EditOptions, output_type)
-        run = _Request.of(self, [None] if classes is None else classes, options)
+        run = self._request([None] if classes is None else classes, options)
         config = self.tokenizer.network.config
         pixels = editing.image_pixels(image, channels=config.in_channels)
         added = editing.Margins(left, right, up, down)
@@ -501,7 +501,7 @@ class MaskGIT:
         """
         self.transformer.schedule_for("panorama")
         check_options(options, GenerateOptions, output_type)
-        run = _Request.of(self, classes, options)
+        run = self._request(classes, options)
         size, factor = self.tokenizer.image_size, self.tokenizer.network.config.downsampling_factor
         height = size if height is None else height
         editing.check_canvas(height, width, factor=factor, least=size)
@@ -516,7 +516,7 @@ class MaskGIT:
         ``training.pictures.decode_images(pipe.tokenizer, step.tokens)`` is the image at a step.
         """
         check_options(settings, GenerateOptions, "pil")
-        run = _Request.of(self, classes, {"seed": seed, **settings})
+        run = self._request(classes, {"seed": seed, **settings})
         return self._decode(run, range(len(run.labels)))
 
     def class_ids(self, classes: Classes) -> list[int]:
@@ -549,8 +549,11 @@ class MaskGIT:
             decoding.decoder(schedule).plan([num_tokens], num_tokens)
         decoding.scales()
 
+    def _request(self, classes: Classes, options: Mapping[str, Any]) -> Request:
+        return Request.of(classes, options, class_ids=self.class_ids, decoding=self.decoding)
+
     def _decode(
-        self, run: _Request, rows: Sequence[int], *, tokens: Tensor | None = None, first_step: int = 0
+        self, run: Request, rows: Sequence[int], *, tokens: Tensor | None = None, first_step: int = 0
     ) -> Iterator[DecodingStep]:
         """Decodes some of what was asked for; ``tokens`` (len(rows), N) int64 to begin from."""
         network = self.transformer.network
@@ -585,7 +588,7 @@ class MaskGIT:
             refresh=run.decoding.refresh,
         )
 
-    def _fill(self, run: _Request, tokens: Tensor, unknown: Tensor, overlap: float) -> Tensor:
+    def _fill(self, run: Request, tokens: Tensor, unknown: Tensor, overlap: float) -> Tensor:
         """Fills a canvas window by window.
 
         Args:
@@ -633,7 +636,7 @@ class MaskGIT:
         like = next(network.parameters())
         with torch.no_grad():
             tokens = [
-                network.encode(to_unit_range(images[part]).to(like)).cpu() for part in _parts(len(images), batch_size)
+                network.encode(to_unit_range(images[part]).to(like)).cpu() for part in slices(len(images), batch_size)
             ]
         return torch.cat(tokens)
 
@@ -653,117 +656,3 @@ class MaskGIT:
         grid = rearrange(tokens, "1 (h w) -> h w", h=rows)
         left, right, up, down = (side // factor for side in around.sides)
         return grid[up : rows - down, left : columns - right]
-
-    def _edits(
-        self,
-        image: ImageLike | Sequence[ImageLike],
-        mask: MaskLike | Sequence[MaskLike],
-        *,
-        count: int,
-        options: EditOptions,
-    ) -> list[_Edit]:
-        """What ``inpaint`` is asked to do: one edit for all ``count`` results, or one for each."""
-        dilation, fit, blend = options.get("dilation", 1), options.get("fit", False), options.get("blend")
-        radius = editing.seam_radius(self.tokenizer.image_size) if blend is None else blend
-        images, masks = _listed("image", image, count), _listed("mask", mask, count)
-        number = max(len(images), len(masks))
-        config, size = self.tokenizer.network.config, self.tokenizer.image_size
-        edits = []
-        for place in range(number):
-            given, given_mask = images[place % len(images)], masks[place % len(masks)]
-            name = f"image {given}" if isinstance(given, str | Path) else f"image {place}" if number > 1 else "image"
-            pixels = editing.image_pixels(given, channels=config.in_channels, name=name)
-            wanted = editing.mask_pixels(given_mask, name=f"mask of {name}")
-            pixels, wanted = editing.fitted(pixels, wanted, image_size=size, fit=fit, name=name)
-            unknown = editing.token_mask(wanted, factor=config.downsampling_factor, dilation=dilation)
-            region = editing.pixel_region(unknown, factor=config.downsampling_factor, height=size, width=size)
-            edits.append(_Edit(pixels, unknown, editing.seam(region, radius=radius)))
-        return edits
-
-
-@dataclass(frozen=True)
-class _Request:
-    """What was asked for, checked.
-
-    Attributes:
-        labels: Label of each result.
-        seeds: Its seed, in [0, 2**32).
-        negative_labels: What guidance pushes it away from; None is "no class".
-        decoding: How all of them are decoded.
-        batch_size: Results decoded at a time.
-        callback: Called after each step of each batch.
-    """
-
-    labels: list[int]
-    seeds: list[int]
-    negative_labels: list[int] | None
-    decoding: DecodingConfig
-    batch_size: int
-    callback: StepCallback | None
-
-    @classmethod
-    def of(cls, pipe: MaskGIT, classes: Classes, options: Mapping[str, Any]) -> _Request:
-        """Reads the options; errors as of ``MaskGIT.generate``."""
-        labels = pipe.class_ids(classes)
-        negative = options.get("negative_classes")
-        if negative is not None:
-            negative = [negative] * len(labels) if isinstance(negative, int | str) else list(negative)
-            if len(negative) != len(labels):
-                raise ValueError(
-                    f"negative_classes: one, or one for each of the {len(labels)} classes, is needed, got "
-                    f"{len(negative)}"
-                )
-        return cls(
-            labels,
-            seed_list(options.get("seed", 0), len(labels)),
-            None if negative is None else pipe.class_ids(negative),
-            with_settings(pipe.decoding, options),
-            options.get("batch_size", 64),
-            options.get("callback"),
-        )
-
-    def parts(self) -> list[list[int]]:
-        """The results, batch by batch."""
-        count = len(self.labels)
-        return [list(range(first, min(first + self.batch_size, count))) for first in range(0, count, self.batch_size)]
-
-    def with_seeds(self, rows: Sequence[int], seeds: list[int]) -> _Request:
-        """The same for some of the results, with other seeds."""
-        negative = None if self.negative_labels is None else [self.negative_labels[row] for row in rows]
-        return replace(self, labels=[self.labels[row] for row in rows], seeds=seeds, negative_labels=negative)
-
-
-@dataclass(frozen=True)
-class _Edit:
-    """One image to be edited.
-
-    Attributes:
-        original: (C, H, W) uint8.
-        unknown: (h, w) bool: tokens to be found anew.
-        weight: (H, W) float32 in [0, 1]: how much of the edited image each pixel shows.
-    """
-
-    original: Tensor
-    unknown: Tensor
-    weight: Tensor
-
-
-def _listed(name: str, given: ImageLike | Sequence[ImageLike], count: int) -> list[ImageLike]:
-    """One image or mask for all results, or one for each of the ``count``, as a list."""
-    if not isinstance(given, list | tuple):
-        return [cast("ImageLike", given)]
-    if len(given) not in (1, count):
-        raise ValueError(f"{name}: one, or one for each of the {count} classes, is needed, got {len(given)}")
-    return list(given)
-
-
-def _parts(count: int, size: int) -> Iterator[slice]:
-    return (slice(first, first + size) for first in range(0, count, size))
-
-
-def _batches(first_steps: Sequence[int], batch_size: int) -> Iterator[tuple[int, list[int]]]:
-    """Rows that are decoded together, with the step at which they begin."""
-    for first_step in sorted(set(first_steps)):
-        rows = [row for row, own in enumerate(first_steps) if own == first_step]
-        for part in _parts(len(rows), batch_size):
-            yield first_step, rows[part]
