@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 T = TypeVar("T")
 Factory = TypeVar("Factory", bound=Callable[..., Any])
 
-__all__ = ["Registry", "nearest"]
+__all__ = ["Registry", "describe", "nearest"]
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
@@ -29,6 +29,14 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}known: {', '.join(known) or 'none'}"
+
+
+def describe(spec: str | Mapping[str, Any] | None) -> str:
+    """What ``Registry.build`` takes, in a few words: ``remdm (eta 0.4)``."""
+    if spec is None or isinstance(spec, str):
+        return str(spec)
+    arguments = ", ".join(f"{key} {value}" for key, value in spec.items() if key != "name")
+    return f"{spec.get('name')} ({arguments})" if arguments else str(spec.get("name"))
 
 
 class Registry(Generic[T]):
@@ -84,6 +92,16 @@ class Registry(Generic[T]):
         if self._check is not None:
             self._check(name, made)
         return made
+
+    def build_all(self) -> dict[str, T]:
+        """Everything that needs no argument, by name."""
+        built = {}
+        for name in self.names():
+            try:
+                built[name] = self.build(name)
+            except TypeError:  # it has an argument without a default
+                continue
+        return built
 
     def _parse(self, spec: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         if isinstance(spec, str):

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from maskgit_pl import registry as registry_module
 from maskgit_pl.guidance import GuidanceSchedule, guidance_schedules
-from maskgit_pl.registry import Registry, nearest
+from maskgit_pl.registry import Registry, describe, nearest
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
 
 ARGUMENTS = {"pow": {"exponent": 3.0}}  # what a name needs beyond its defaults
@@ -58,6 +58,21 @@ def test_an_unknown_name_answers_with_the_nearest_and_the_list(chairs):
         chairs.build("plane")
     assert nearest("zzz", ["b", "a"]) == "known: a, b"
     assert nearest("zzz", []) == "known: none"
+
+
+def test_all_that_needs_no_argument_is_built_by_name(chairs):
+    @chairs.register("bespoke")
+    def bespoke(legs: int) -> Chair:
+        return Chair(legs)
+
+    chairs.register("stool")(lambda: Chair(3))
+    assert chairs.build_all() == {"plain": Chair(4), "stool": Chair(3)}
+
+
+def test_specs_are_told_in_a_few_words():
+    assert describe("halton") == describe({"name": "halton"}) == "halton"
+    assert describe(None) == "None"
+    assert describe({"name": "remdm", "strategy": "loop", "eta": 0.4}) == "remdm (strategy loop, eta 0.4)"
 
 
 @pytest.mark.parametrize("spec", [{}, {"legs": 3}, {"name": 3}])

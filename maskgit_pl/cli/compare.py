@@ -77,7 +77,8 @@ def run(args: argparse.Namespace) -> int:
     wanted = None if args.selectors == "all" else decoding_specs("--selectors", args.selectors)
     guidance = None if args.guidance is None else decoding_spec("--guidance", args.guidance)
     folders = find_run(args)
-    from maskgit_pl.evaluation.decoders.comparison import contenders, with_steps
+    from maskgit_pl.evaluation.decoders.comparison import contenders
+    from maskgit_pl.evaluation.decodings import with_steps
     from maskgit_pl.evaluation.protocol import Protocol, check_decoding
 
     protocol = Protocol(args.num_images, seed=args.seed, batch_size=args.batch)

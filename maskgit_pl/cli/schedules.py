@@ -96,17 +96,12 @@ def plot(schedules: dict[str, MaskSchedule], path: Path, *, num_tokens: int) -> 
 
 
 def _schedules(wanted: list[str] | None) -> dict[str, MaskSchedule]:
+    from maskgit_pl.registry import describe
     from maskgit_pl.schedules import mask_schedules
 
     if wanted is not None:
-        return {_label(spec): mask_schedules.build(spec) for spec in map(_spec, wanted)}
-    built = {}
-    for name in mask_schedules.names():
-        try:
-            built[name] = mask_schedules.build(name)
-        except TypeError:  # it has an argument without a default
-            continue
-    return built
+        return {describe(spec): mask_schedules.build(spec) for spec in map(_spec, wanted)}
+    return mask_schedules.build_all()
 
 
 def _spec(word: str) -> str | dict[str, Any]:
@@ -117,10 +112,3 @@ def _spec(word: str) -> str | dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"--schedule {word}: a name or a JSON mapping is needed ({error})") from error
     return spec
-
-
-def _label(spec: str | dict[str, Any]) -> str:
-    if isinstance(spec, str):
-        return spec
-    arguments = ", ".join(f"{key} {value}" for key, value in spec.items() if key != "name")
-    return f"{spec.get('name')} ({arguments})"

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from maskgit_pl.cli.measuring import Judge, RunFolders
     from maskgit_pl.data import ShardData
     from maskgit_pl.decoding import DecodingConfig
-    from maskgit_pl.evaluation.decoders.tuning import Found, Meter, SearchSpace, Trial
-    from maskgit_pl.evaluation.decoders.tuning_report import Figure8
+    from maskgit_pl.evaluation.decoders.schedule_curves import Figure8
+    from maskgit_pl.evaluation.decoders.search_space import SearchSpace
+    from maskgit_pl.evaluation.decoders.tuning import Found, Meter, Trial
     from maskgit_pl.pipeline import MaskGIT
 
 __all__ = ["add_parser", "run"]
@@ -83,7 +84,8 @@ def run(args: argparse.Namespace) -> int:
     wanted = None if args.selectors == "all" else decoding_specs("--selectors", args.selectors)
     _check_numbers(args)
     folders = find_run(args)
-    from maskgit_pl.evaluation.decoders.tuning import check_search, key_of
+    from maskgit_pl.evaluation.decoders.search_space import check_search
+    from maskgit_pl.evaluation.decoders.tuning import key_of
 
     key_of(args.metric)
     check_search(args.search)
@@ -120,7 +122,7 @@ def _check_images(args: argparse.Namespace, data: ShardData) -> None:
 
 def _space(pipe: MaskGIT, wanted: list[Any] | None, numbers: tuple[int, ...] | None) -> SearchSpace:
     from maskgit_pl.evaluation.decoders.comparison import every_selector
-    from maskgit_pl.evaluation.decoders.tuning import SearchSpace
+    from maskgit_pl.evaluation.decoders.search_space import SearchSpace
     from maskgit_pl.evaluation.protocol import check_decoding
 
     num_tokens = pipe.tokenizer.grid[0] * pipe.tokenizer.grid[1]
@@ -140,7 +142,7 @@ def _print_trials(space: SearchSpace, args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from maskgit_pl.evaluation.decoders.tuning import describe_decoding
+    from maskgit_pl.evaluation.decodings import describe_decoding
 
     table = Table(title=f"what would be tried, {args.num_images} images each")
     table.add_column("trial", justify="right")
@@ -156,8 +158,10 @@ def _print_trials(space: SearchSpace, args: argparse.Namespace) -> None:
 def _tune(
     folders: RunFolders, pipe: MaskGIT, data: ShardData, space: SearchSpace, args: argparse.Namespace, *, out: Path
 ) -> None:
-    from maskgit_pl.evaluation.decoders.tuning import Ledger, Meter, key_of
-    from maskgit_pl.evaluation.decoders.tuning_report import as_markdown, draw_curves
+    from maskgit_pl.evaluation.decoders.schedule_curves import draw_curves
+    from maskgit_pl.evaluation.decoders.trials import Ledger
+    from maskgit_pl.evaluation.decoders.tuning import Meter, key_of
+    from maskgit_pl.evaluation.decoders.tuning_report import as_markdown
     from maskgit_pl.files import write_atomically
 
     key = key_of(args.metric)
@@ -189,7 +193,8 @@ def _tune(
 def _search(
     meter: Meter, space: SearchSpace, args: argparse.Namespace, key: str, bars: Bars, *, current: DecodingConfig
 ) -> Found:
-    from maskgit_pl.evaluation.decoders.tuning import describe_decoding, search
+    from maskgit_pl.evaluation.decoders.tuning import search
+    from maskgit_pl.evaluation.decodings import describe_decoding
 
     advance = bars("trials", args.trials + 4)  # and the confirmation
 
@@ -217,7 +222,7 @@ def _print_found(found: Found, key: str) -> None:
     from rich.table import Table
 
     from maskgit_pl.evaluation.decoders.comparison import in_two_lines
-    from maskgit_pl.evaluation.decoders.tuning import describe_decoding
+    from maskgit_pl.evaluation.decodings import describe_decoding
 
     table = Table(title=f"measured again with fresh noise, {found.num_images} images each", box=SIMPLE, padding=0)
     for column in ("trial", "decoding", key, "agreement %", "diversity", "ms an image"):
@@ -267,14 +272,14 @@ def _write_recipe(
 def _figure(
     pipe: MaskGIT, meter: Meter, found: Found, args: argparse.Namespace, key: str, bars: Bars
 ) -> Figure8 | None:
-    from maskgit_pl.evaluation.decoders.tuning import (
-        describe_decoding,
+    from maskgit_pl.evaluation.decoders.schedule_curves import (
+        Figure8,
         following,
         plot_steps,
         schedule_curves,
         schedule_specs,
     )
-    from maskgit_pl.evaluation.decoders.tuning_report import Figure8
+    from maskgit_pl.evaluation.decodings import describe_decoding
 
     num_tokens, num_images = pipe.tokenizer.grid[0] * pipe.tokenizer.grid[1], args.plot_images or args.num_images
     trial = following(found, key)

@@ -10,7 +10,7 @@ import datetime
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from maskgit_pl.evaluation.bench.generation import Generated, forget, generate
 from maskgit_pl.evaluation.bench.held_out import Task, edit, masked
 from maskgit_pl.evaluation.bench.ledger import REAL, Ledger, Row
 from maskgit_pl.evaluation.cas import CASConfig, classification_accuracy
+from maskgit_pl.evaluation.decodings import as_key
 from maskgit_pl.evaluation.distances import distances
 from maskgit_pl.evaluation.features import Extractor, ImageFeatures, extract, own_image_batches
 from maskgit_pl.evaluation.likelihood import ImageLikelihood, exact_nll, masked_nll, negative_elbo, real_tokens
@@ -34,7 +35,7 @@ from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pretrained import fingerprint
 from maskgit_pl.training.environment import describe_environment, device_name
 
-__all__ = ["CLASSIFIER", "Bars", "Bench", "Judge", "Subject", "describe_decoding"]
+__all__ = ["CLASSIFIER", "Bars", "Bench", "Judge", "Subject"]
 
 Bars = Callable[[str, int], Callable[[int], Any]]
 
@@ -138,15 +139,6 @@ class Judge:
         return {"diversity": diversity(features.pooled, labels, real.pooled, self.labels)}
 
 
-def describe_decoding(decoding: DecodingConfig) -> str:
-    """What decides a decoding, as JSON without what is as usual."""
-    usual = {field.name: field.default for field in fields(DecodingConfig)}
-    given = {name: value for name, value in asdict(decoding).items() if value != usual[name]}
-    return json.dumps(
-        {"token_selector": decoding.token_selector, "guidance": decoding.guidance, **given}, sort_keys=True
-    )
-
-
 class Bench:
     """Measures, and remembers.
 
@@ -238,7 +230,7 @@ class Bench:
         )
 
     def _file(self, subject: Subject, decoding: DecodingConfig, num_images: int, seed: int) -> Path:
-        said = json.dumps([subject.identity["transformer"], describe_decoding(decoding), num_images, seed])
+        said = json.dumps([subject.identity["transformer"], as_key(decoding), num_images, seed])
         return subject.folder / f"samples-{hashlib.sha256(said.encode()).hexdigest()[:12]}.npz"
 
     def real(self, *, num_images: int, networks: Sequence[str]) -> dict[str, Row]:
@@ -363,7 +355,7 @@ class Bench:
         return {**of, **data}
 
     def _of(self, subject: Subject, num_images: int, seed: int, decoding: DecodingConfig) -> dict[str, Any]:
-        said = {"num_steps": decoding.num_steps, "decoding": describe_decoding(decoding)}
+        said = {"num_steps": decoding.num_steps, "decoding": as_key(decoding)}
         return {**self._on(subject), "num_images": num_images, "seed": seed, **said}
 
 

@@ -11,7 +11,7 @@ import io
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,8 +21,10 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.evaluation.decodings import Spec, plain, same_decoding
 from maskgit_pl.files import write_atomically
 from maskgit_pl.pipeline import MaskGIT
+from maskgit_pl.registry import describe
 from maskgit_pl.selectors import Remasking, token_selectors
 from maskgit_pl.training.pictures import image_grid
 
@@ -33,17 +35,11 @@ __all__ = [
     "as_markdown",
     "as_table",
     "contenders",
-    "describe",
     "every_selector",
     "in_two_lines",
-    "plain",
-    "same_decoding",
     "selector_sheet",
     "sheet_steps",
-    "with_steps",
 ]
-
-Spec = str | dict[str, Any]
 
 _FORMAT, _VERSION = "maskgit_pl.comparison", 1
 _VARIANTS: dict[str, list[dict[str, Any]]] = {"remdm": [{"strategy": name} for name in get_args(Remasking)]}
@@ -112,33 +108,6 @@ def every_selector() -> list[tuple[str, Spec]]:
                 continue
             specs.append((" ".join([name, *map(str, arguments.values())]), spec))
     return specs
-
-
-def describe(spec: Spec | None) -> str:
-    """A registry spec in a few words: ``remdm (eta 0.4)``."""
-    if spec is None or isinstance(spec, str):
-        return str(spec)
-    arguments = ", ".join(f"{key} {value}" for key, value in spec.items() if key != "name")
-    return f"{spec.get('name')} ({arguments})" if arguments else str(spec.get("name"))
-
-
-def with_steps(decoding: DecodingConfig, num_steps: int) -> DecodingConfig:
-    """The same decoding in another number of steps, without a list of tokens per step, which is one of T numbers."""
-    return replace(decoding, num_steps=num_steps, tokens_per_step=None)
-
-
-def plain(decoding: DecodingConfig) -> dict[str, Any]:
-    """A decoding as JSON gives it back, so that two can be compared."""
-    values: dict[str, Any] = json.loads(json.dumps(asdict(decoding)))
-    return values
-
-
-def same_decoding(values: Mapping[str, Any], decoding: DecodingConfig) -> bool:
-    """Whether plain values, which an older version may have written without newer fields, say that decoding."""
-    try:
-        return plain(DecodingConfig(**values)) == plain(decoding)
-    except (TypeError, ValueError):  # fields or values that are no more
-        return False
 
 
 class Rows:

@@ -7,10 +7,11 @@ from typing import Any
 
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation.bench.bench import Bench, Subject
-from maskgit_pl.evaluation.decoders.comparison import with_steps
+from maskgit_pl.evaluation.decodings import with_steps
 from maskgit_pl.evaluation.paper.published import SCHEDULES
 from maskgit_pl.evaluation.paper.tables import ScheduleResult
 from maskgit_pl.pretrained import read_config
+from maskgit_pl.registry import describe
 
 __all__ = ["STEPS", "ablate", "check_budgets", "decoding_at", "most_steps", "schedule_of"]
 
@@ -33,9 +34,7 @@ def schedule_of(subject: Subject) -> str:
         raise ValueError(
             f"run {subject.run}: a model with a mask schedule is needed, got a sequential one; leave it out"
         )
-    if isinstance(spec, str):
-        return spec
-    return f"{spec['name']} ({', '.join(f'{key} {value}' for key, value in spec.items() if key != 'name')})"
+    return describe(spec)
 
 
 def check_budgets(configs: Mapping[str, Mapping[str, Any]]) -> None:

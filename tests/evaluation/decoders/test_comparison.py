@@ -15,12 +15,9 @@ from maskgit_pl.evaluation.decoders.comparison import (
     as_markdown,
     as_table,
     contenders,
-    describe,
     every_selector,
-    same_decoding,
     selector_sheet,
     sheet_steps,
-    with_steps,
 )
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.selectors import token_selectors
@@ -75,10 +72,6 @@ def test_unknown_selectors_and_the_same_one_twice_are_refused() -> None:
         contenders([{"name": "margin", "eta": 1}], OWN)
 
 
-def test_other_steps_leave_a_list_of_tokens_out() -> None:
-    assert with_steps(DecodingConfig(2, tokens_per_step=(1, 15)), 3) == DecodingConfig(3)
-
-
 def test_rows_come_back_from_their_file(tmp_path: Path) -> None:
     filled(tmp_path / "deep" / "comparison.json")
     again = Rows(tmp_path / "deep" / "comparison.json", PROTOCOL, CONTEXT)
@@ -87,13 +80,6 @@ def test_rows_come_back_from_their_file(tmp_path: Path) -> None:
     assert (row["fid/classifier"], row["milliseconds_per_image"], row["commit"]) == (3.0, 10.0, "abc")
     assert again.find(DecodingConfig(8, "halton")) is None
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["comparison.json"]
-
-
-def test_a_decoding_of_an_older_version_is_known_and_one_of_another_is_not() -> None:
-    assert same_decoding(
-        {"num_steps": 4, "sampling_temperature": [1.2, 0.8]}, DecodingConfig(4, sampling_temperature=(1.2, 0.8))
-    )
-    assert not same_decoding({"num_steps": 4, "gone": 1}, DecodingConfig(4))
 
 
 def test_rows_of_another_protocol_are_kept_aside(tmp_path: Path, caplog) -> None:
@@ -149,8 +135,3 @@ def test_a_column_of_the_sheet_has_one_class_and_one_noise(tiny_pretrained: Path
     assert torch.equal(made[0], pipe.generate([0, 1, 2], decoding=DecodingConfig(2), seed=5, output_type="pt"))
     assert picture.width > 3 * 84
     assert picture.height > 3 * 84
-
-
-def test_specs_are_told_in_a_few_words() -> None:
-    assert describe("halton") == describe({"name": "halton"}) == "halton"
-    assert describe({"name": "remdm", "strategy": "loop", "eta": 0.4}) == "remdm (strategy loop, eta 0.4)"
