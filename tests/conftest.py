@@ -10,7 +10,7 @@ import torch
 
 from maskgit_pl.decoding import DecodingConfig, SequentialDecoding
 from maskgit_pl.networks.causal import build_transformer
-from maskgit_pl.networks.transformer import Attention, TransformerConfig
+from maskgit_pl.networks.transformer import Attention, Transformer, TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pretrained import fingerprint, save_tokenizer, save_transformer
 from maskgit_pl.shards.images import encode_png
@@ -46,6 +46,20 @@ def flags(tree: dict, path: str = "") -> list[str]:
     return found
 
 
+def peaked(network: Transformer) -> Transformer:
+    """The network with predictions far from uniform, so that classes and guidance show."""
+    for parameter in network.parameters():
+        parameter.data.mul_(4)
+    return network
+
+
+def random_transformer(config: TransformerConfig) -> Transformer:
+    """Random weights of seed 0, peaked and frozen, of the kind that the configuration names."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return peaked(build_transformer(config)).eval().requires_grad_(False)
+
+
 def save_tiny_pretrained(
     folder: Path,
     *,
@@ -62,9 +76,7 @@ def save_tiny_pretrained(
         )
         tokenizer = VQGAN(vqgan)
         config = TransformerConfig(16, 3, (4, 4), 16, 1, 2, 32, class_dropout=class_dropout, attention=attention)
-        transformer = build_transformer(config)
-        for parameter in transformer.parameters():  # far from uniform predictions, so that classes and guidance show
-            parameter.data.mul_(4)
+        transformer = peaked(build_transformer(config))
     save_tokenizer(folder / "tokenizer", vqgan, tokenizer.state_dict(), image_size=8)
     guidance = {"name": "linear", "scale": 1.0} if class_dropout else "constant"
     causal = attention == "causal"

@@ -3,29 +3,17 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, Trainer
 
 from maskgit_pl.autoregressive import AutoregressiveModel
-from maskgit_pl.data import ShardData
 from maskgit_pl.decoding import DecodingConfig, SequentialDecoding
 from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.pretrained import load_transformer
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_complete
-from maskgit_pl.training.checkpoints import Checkpoints
 from maskgit_pl.training.optimizers import LearningRate
+from tests.short_runs import data, fit
 
 CONFIG = TransformerConfig(16, 3, (4, 4), width=16, depth=2, num_heads=2, mlp_width=32, dropout=0.1, attention="causal")
-
-
-class Recorder(Callback):
-    """Keeps what each step gave: loss bits."""
-
-    def __init__(self):
-        self.losses = []
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        self.losses.append(float(outputs["loss"]).hex())
 
 
 def model(pretrained, **options) -> AutoregressiveModel:
@@ -36,24 +24,10 @@ def model(pretrained, **options) -> AutoregressiveModel:
     )
 
 
-def fit(module, shards, *, steps, folder, resume=None, every=100, **options) -> list[str]:
-    data = ShardData(
-        str(shards), source="images", image_size=8, in_channels=1, global_batch=8,
-        max_batch_per_device=8 // options.get("accumulate_grad_batches", 1), validation_batch=8,
-    )  # fmt: skip
-    seen = Recorder()
-    trainer = Trainer(
-        max_steps=steps, max_epochs=-1, accelerator="cpu", logger=False, plugins=[FolderCheckpointIO()],
-        callbacks=[seen, Checkpoints(folder, every_n_steps=every)], enable_progress_bar=False,
-        enable_model_summary=False, use_distributed_sampler=False, **options,
-    )  # fmt: skip
-    trainer.fit(module, datamodule=data, ckpt_path=resume)
-    return seen.losses
-
-
 def test_a_model_learns_and_exports_its_average(tiny_shards, tiny_pretrained, tmp_path):
     module = model(tiny_pretrained, decoding=SequentialDecoding("linear", 0.5))
-    losses = [float.fromhex(loss) for loss in fit(module, tiny_shards, steps=50, folder=tmp_path / "checkpoints")]
+    seen = fit(module, data(tiny_shards), steps=50, folder=tmp_path / "checkpoints")
+    losses = [float.fromhex(loss) for loss in seen.losses]
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
     assert module.trainer.callback_metrics["val/loss"] < losses[0]
     module.export(tmp_path, class_names=("a", "b", "c"))
@@ -78,11 +52,11 @@ def test_the_loss_is_the_mean_cross_entropy_of_all_tokens(tiny_pretrained):
 
 
 def test_a_resumed_run_equals_a_straight_one_to_the_last_bit(tiny_shards, tiny_pretrained, tmp_path):
-    straight = fit(model(tiny_pretrained), tiny_shards, steps=12, folder=tmp_path / "a")
-    first = fit(model(tiny_pretrained), tiny_shards, steps=7, folder=tmp_path / "b")
+    straight = fit(model(tiny_pretrained), data(tiny_shards), steps=12, folder=tmp_path / "a")
+    first = fit(model(tiny_pretrained), data(tiny_shards), steps=7, folder=tmp_path / "b")
     resume = newest_complete(tmp_path / "b")
-    second = fit(model(tiny_pretrained), tiny_shards, steps=12, folder=tmp_path / "b", resume=resume)
-    assert first + second == straight
+    second = fit(model(tiny_pretrained), data(tiny_shards), steps=12, folder=tmp_path / "b", resume=resume)
+    assert first.losses + second.losses == straight.losses
     ends = [FolderCheckpointIO().load_checkpoint(newest_complete(tmp_path / run)) for run in "ab"]
     for name, tensor in ends[0]["state_dict"].items():
         assert torch.equal(tensor, ends[1]["state_dict"][name]), name
@@ -90,13 +64,14 @@ def test_a_resumed_run_equals_a_straight_one_to_the_last_bit(tiny_shards, tiny_p
 
 def test_accumulation_hardly_changes_the_loss(tiny_shards, tiny_pretrained, tmp_path):
     network = replace(CONFIG, dropout=0.0)
-    whole = fit(model(tiny_pretrained, network=network), tiny_shards, steps=4, folder=tmp_path / "a")
+    whole = fit(model(tiny_pretrained, network=network), data(tiny_shards), steps=4, folder=tmp_path / "a")
     parts = fit(
-        model(tiny_pretrained, network=network), tiny_shards, steps=4, folder=tmp_path / "b", accumulate_grad_batches=2
-    )
-    halves = [float.fromhex(loss) for loss in parts]
+        model(tiny_pretrained, network=network), data(tiny_shards, max_batch_per_device=4), steps=4,
+        folder=tmp_path / "b", accumulate_grad_batches=2,
+    )  # fmt: skip
+    halves = [float.fromhex(loss) for loss in parts.losses]
     means = [a + b for a, b in zip(halves[::2], halves[1::2], strict=True)]  # Lightning divides by 2
-    assert means == pytest.approx([float.fromhex(loss) for loss in whole], rel=1e-5)
+    assert means == pytest.approx([float.fromhex(loss) for loss in whole.losses], rel=1e-5)
 
 
 def test_what_is_logged_is_sorted_by_the_place_in_raster_order(tiny_pretrained):

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from maskgit_pl.decoding import ClassPredictor, DecodingConfig, GuidedPredictor, SeededNoise
-from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
+from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.schedules import mask_schedules
 from maskgit_pl.selectors import token_selectors
+from tests.conftest import random_transformer
 
 GRID, NUM_STEPS = (4, 4), 6
 WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique")
@@ -23,18 +24,9 @@ FIRST = torch.tensor([1, 2]), torch.tensor([0, 1])  # seeds and labels
 OTHERS = torch.tensor([7, 8]), torch.tensor([2, 0])
 
 
-def network() -> MaskedTransformer:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        made = MaskedTransformer(TransformerConfig(16, 3, GRID, 16, 2, 2, 32)).eval().requires_grad_(False)
-        for parameter in made.parameters():
-            parameter.data.mul_(4)
-    return made
-
-
 def whole_run(selector: str, *, guided: bool = True, num_steps: int = NUM_STEPS) -> Callable[[Tensor, Tensor], Tensor]:
     """Tokens (B, N) of seeds (B,) and labels (B,)."""
-    made = network()
+    made = random_transformer(TransformerConfig(16, 3, GRID, 16, 2, 2, 32))
     config = DecodingConfig(num_steps, selector, {"name": "linear", "scale": 2.0 * guided})
     decoder, mask = config.decoder(mask_schedules.build("cosine")), made.config.mask_token_id
 

@@ -3,30 +3,18 @@ from itertools import chain
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
 
-from maskgit_pl.data import ShardData, to_unit_range, tokenize
+from maskgit_pl.data import to_unit_range, tokenize
 from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.pretrained import load_tokenizer, load_transformer
 from maskgit_pl.schedules import mask_schedules
 from maskgit_pl.token_model import check_fit
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_complete
-from maskgit_pl.training.checkpoints import Checkpoints
 from maskgit_pl.training.optimizers import LearningRate
+from tests.short_runs import data, fit
 
 CONFIG = TransformerConfig(16, 3, (4, 4), width=16, depth=2, num_heads=2, mlp_width=32, dropout=0.1)
-
-
-class Recorder(Callback):
-    """Keeps what each step saw and gave: sample ids, loss bits."""
-
-    def __init__(self):
-        self.ids, self.losses = [], []
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        self.ids.append(batch.index.tolist())
-        self.losses.append(float(outputs["loss"]).hex())
 
 
 def model(pretrained, **options) -> MaskedTokenModel:
@@ -35,23 +23,6 @@ def model(pretrained, **options) -> MaskedTokenModel:
     return MaskedTokenModel(
         options.pop("network", CONFIG), LearningRate(1e-2), str(pretrained / "tokenizer"), **options
     )
-
-
-def data(shards, store=None, **options) -> ShardData:
-    source = "images" if store is None else "tokens"
-    sizes = {"image_size": 8, "in_channels": 1, "global_batch": 8, "max_batch_per_device": 8, "validation_batch": 8}
-    return ShardData(str(shards), source=source, token_store=store and str(store), **{**sizes, **options})
-
-
-def fit(module, source, *, steps, folder, resume=None, every=100, **options) -> Recorder:
-    seen = Recorder()
-    trainer = Trainer(
-        max_steps=steps, max_epochs=-1, accelerator="cpu", logger=False, plugins=[FolderCheckpointIO()],
-        callbacks=[seen, Checkpoints(folder, every_n_steps=every)], enable_progress_bar=False,
-        enable_model_summary=False, use_distributed_sampler=False, **options,
-    )  # fmt: skip
-    trainer.fit(module, datamodule=source, ckpt_path=resume)
-    return seen
 
 
 @pytest.fixture(scope="module")

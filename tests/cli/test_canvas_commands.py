@@ -11,20 +11,11 @@ from PIL import Image
 
 from maskgit_pl.cli import main
 from maskgit_pl.pipeline import MaskGIT
+from tests.cli.commands import pixels
 
 
 def call(*words: object) -> int:
     return main([*map(str, words), "--device", "cpu"])
-
-
-def pixels(height: int = 8, width: int = 8) -> torch.Tensor:
-    return torch.randint(0, 256, (height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture
-def image(tmp_path: Path) -> Path:
-    Image.fromarray(pixels().numpy()).save(tmp_path / "image.png")
-    return tmp_path / "image.png"
 
 
 def read(folder: Path) -> np.ndarray:

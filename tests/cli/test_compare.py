@@ -1,7 +1,4 @@
-import argparse
 import json
-import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,29 +6,14 @@ from PIL import Image
 
 from maskgit_pl.cli import compare, main
 from maskgit_pl.cli.measuring import decoding_spec, decoding_specs, step_numbers
-from maskgit_pl.evaluation import classifier, protocol
-from maskgit_pl.evaluation.classifier import ClassifierConfig
+from maskgit_pl.evaluation import protocol
+from tests.cli.commands import call_command
 
-
-@pytest.fixture
-def run_folder(tiny_pretrained: Path, tmp_path: Path) -> Path:
-    shutil.copytree(tiny_pretrained, tmp_path / "run" / "pretrained")
-    return tmp_path / "run"
-
-
-@pytest.fixture(autouse=True)
-def _quick_judge(monkeypatch: pytest.MonkeyPatch) -> None:
-    quick = replace(ClassifierConfig(), width=4, max_steps=3, batch=20)
-    plain = classifier.obtain_classifier
-    monkeypatch.setattr(classifier, "obtain_classifier", lambda *args, **options: plain(*args, config=quick, **options))
+pytestmark = pytest.mark.usefixtures("quick_judge")
 
 
 def call(*words: object) -> int:
-    parser = argparse.ArgumentParser()
-    compare.add_parser(parser.add_subparsers())
-    args = parser.parse_args(["compare", *map(str, words), "--device", "cpu"])
-    code: int = args.run(args)
-    return code
+    return call_command(compare, *words, "--device", "cpu")
 
 
 def test_measures_every_selector_and_a_second_run_measures_nothing(

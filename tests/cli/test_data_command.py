@@ -1,4 +1,3 @@
-import argparse
 import io
 import subprocess
 import sys
@@ -8,14 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from maskgit_pl.cli.data import add_parser, run
+from maskgit_pl.cli import data
 from maskgit_pl.shards.manifest import read_manifest_summary
+from tests.cli.commands import call_command
 
 
 def call(*words) -> int:
-    parser = argparse.ArgumentParser()
-    add_parser(parser.add_subparsers())
-    return run(parser.parse_args(["data", *map(str, words)]))
+    return call_command(data, *words)
 
 
 @pytest.fixture

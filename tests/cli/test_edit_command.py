@@ -1,33 +1,18 @@
-import argparse
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from maskgit_pl.cli import edit, main
 from maskgit_pl.pipeline import MaskGIT
+from tests.cli.commands import call_command, pixels
 
 
 def call(*words: object) -> int:
-    parser = argparse.ArgumentParser()
-    edit.add_parser(parser.add_subparsers())
-    args = parser.parse_args(["edit", *map(str, words), "--device", "cpu"])
-    code: int = args.run(args)
-    return code
-
-
-def pixels(height: int = 8, width: int = 8) -> torch.Tensor:
-    return torch.randint(0, 256, (height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture
-def image(tmp_path: Path) -> Path:
-    Image.fromarray(pixels().numpy()).save(tmp_path / "image.png")
-    return tmp_path / "image.png"
+    return call_command(edit, *words, "--device", "cpu")
 
 
 def read(path: Path) -> np.ndarray:

@@ -1,54 +1,22 @@
-import argparse
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from maskgit_pl.cli import evaluate
-from maskgit_pl.data import ShardData
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.evaluation import classifier
 from maskgit_pl.evaluation.bench import bench
-from maskgit_pl.evaluation.classifier import ClassifierConfig
 from maskgit_pl.pretrained import save_decoding
-
-
-@pytest.fixture
-def run_folder(tiny_pretrained: Path, tmp_path: Path) -> Path:
-    shutil.copytree(tiny_pretrained, tmp_path / "run" / "pretrained")
-    return tmp_path / "run"
-
-
-@pytest.fixture
-def quick_judge(monkeypatch: pytest.MonkeyPatch) -> None:
-    quick = replace(ClassifierConfig(), width=4, max_steps=3, batch=20)
-    plain = classifier.obtain_classifier
-    monkeypatch.setattr(classifier, "obtain_classifier", lambda *args, **options: plain(*args, config=quick, **options))
-
-
-@pytest.fixture(scope="module")
-def judge(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A classifier that was trained before, for a moment."""
-    data = ShardData(str(tiny_shards), image_size=8, in_channels=1)
-    data.setup()
-    folder = tmp_path_factory.mktemp("judge")
-    classifier.obtain_classifier(folder, data, config=replace(ClassifierConfig(), width=4, max_steps=3, batch=20))
-    return folder
+from tests.cli.commands import call_command
 
 
 def call(*words: object) -> int:
-    parser = argparse.ArgumentParser()
-    evaluate.add_parser(parser.add_subparsers())
-    args = parser.parse_args(["evaluate", "--device", "cpu", "--features", "classifier", *map(str, words)])
-    code: int = args.run(args)
-    return code
+    return call_command(evaluate, "--device", "cpu", "--features", "classifier", *words)
 
 
 @pytest.mark.usefixtures("quick_judge")

@@ -1,7 +1,6 @@
 import argparse
 import csv
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,23 +8,12 @@ import yaml
 from PIL import Image
 
 from maskgit_pl.cli import ablation, paper
-from maskgit_pl.data import ShardData
 from maskgit_pl.evaluation import cas
 from maskgit_pl.evaluation.bench import bench
-from maskgit_pl.evaluation.classifier import ClassifierConfig, obtain_classifier
 from maskgit_pl.pretrained import read_config
 from tests.conftest import flags, save_tiny_pretrained
 
 TINY = Path(__file__).parents[1] / "tiny"
-
-
-@pytest.fixture(scope="module")
-def judge(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    data = ShardData(str(tiny_shards), image_size=8, in_channels=1)
-    data.setup()
-    folder = tmp_path_factory.mktemp("judge")
-    obtain_classifier(folder, data, config=replace(ClassifierConfig(), width=4, max_steps=3, batch=20))
-    return folder
 
 
 @pytest.fixture

@@ -14,14 +14,11 @@ from maskgit_pl.cli.model import pretrained_folder
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.pipeline import MaskGIT, model
 from maskgit_pl.pipeline.options import with_settings
+from tests.cli.commands import call_command
 
 
 def call(*words: object) -> int:
-    parser = argparse.ArgumentParser()
-    sample.add_parser(parser.add_subparsers())
-    args = parser.parse_args(["sample", *map(str, words), "--device", "cpu"])
-    code: int = args.run(args)
-    return code
+    return call_command(sample, *words, "--device", "cpu")
 
 
 def test_writes_a_picture_single_files_and_an_animation(tiny_pretrained: Path, tmp_path: Path, capsys) -> None:

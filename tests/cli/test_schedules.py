@@ -1,4 +1,3 @@
-import argparse
 from pathlib import Path
 
 import pytest
@@ -6,14 +5,11 @@ from PIL import Image
 
 from maskgit_pl.cli import schedules
 from maskgit_pl.schedules import mask_schedules
+from tests.cli.commands import call_command
 
 
 def call(*words: str) -> int:
-    parser = argparse.ArgumentParser()
-    schedules.add_parser(parser.add_subparsers())
-    args = parser.parse_args(["schedules", *words])
-    code: int = args.run(args)
-    return code
+    return call_command(schedules, *words)
 
 
 def test_every_schedule_that_needs_no_argument_has_a_row(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,41 +1,23 @@
-import argparse
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from maskgit_pl.cli import main, tune
-from maskgit_pl.evaluation import classifier
-from maskgit_pl.evaluation.classifier import ClassifierConfig
 from maskgit_pl.evaluation.decoders import tuning
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pretrained import fingerprint, read_decoding
+from tests.cli.commands import call_command
 
 FID = "fid/classifier"
 
-
-@pytest.fixture
-def run_folder(tiny_pretrained: Path, tmp_path: Path) -> Path:
-    shutil.copytree(tiny_pretrained, tmp_path / "run" / "pretrained")
-    return tmp_path / "run"
-
-
-@pytest.fixture(autouse=True)
-def _quick_judge(monkeypatch: pytest.MonkeyPatch) -> None:
-    quick = replace(ClassifierConfig(), width=4, max_steps=3, batch=20)
-    plain = classifier.obtain_classifier
-    monkeypatch.setattr(classifier, "obtain_classifier", lambda *args, **options: plain(*args, config=quick, **options))
+pytestmark = pytest.mark.usefixtures("quick_judge")
 
 
 def call(*words: object) -> int:
-    parser = argparse.ArgumentParser()
-    tune.add_parser(parser.add_subparsers())
-    args = parser.parse_args(["tune", *map(str, words), "--device", "cpu"])
-    code: int = args.run(args)
-    return code
+    return call_command(tune, *words, "--device", "cpu")
 
 
 def lines(folder: Path) -> list[dict]:

@@ -8,6 +8,7 @@ from torch import Tensor
 from maskgit_pl.decoding import CodeSampling, DecodingConfig, SequentialDecoder, SequentialDecoding, decode_in_order
 from maskgit_pl.networks.causal import CausalTransformer
 from maskgit_pl.networks.transformer import TransformerConfig
+from tests.conftest import random_transformer
 
 CONFIG = TransformerConfig(16, 3, (3, 4), width=32, depth=2, num_heads=4, mlp_width=64, attention="causal")
 N, K, NULL = CONFIG.num_tokens, CONFIG.num_codes, CONFIG.null_label
@@ -16,12 +17,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def network() -> CausalTransformer:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        made = CausalTransformer(CONFIG).eval().requires_grad_(False)
-        for parameter in made.parameters():
-            parameter.mul_(4)
-    return made
+    return random_transformer(CONFIG)
 
 
 def successor(tokens: Tensor) -> Tensor:

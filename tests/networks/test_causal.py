@@ -7,6 +7,7 @@ from torch import Tensor
 from maskgit_pl.networks.causal import CausalTransformer, build_transformer
 from maskgit_pl.networks.int8 import quantized
 from maskgit_pl.networks.transformer import KeyValues, MaskedTransformer, TransformerConfig
+from tests.conftest import random_transformer
 
 CONFIG = TransformerConfig(16, 3, (4, 4), width=32, depth=2, num_heads=4, mlp_width=64, attention="causal")
 N, K = CONFIG.num_tokens, CONFIG.num_codes
@@ -14,12 +15,7 @@ N, K = CONFIG.num_tokens, CONFIG.num_codes
 
 @pytest.fixture(scope="module")
 def network() -> CausalTransformer:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        made = CausalTransformer(CONFIG).eval().requires_grad_(False)
-        for parameter in made.parameters():
-            parameter.mul_(4)
-    return made
+    return random_transformer(CONFIG)
 
 
 @pytest.fixture(scope="module")

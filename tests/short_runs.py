@@ -1,0 +1,49 @@
+"""Short runs of stage 2 in this process: the tiny data, a fit, and what each step saw and gave."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from maskgit_pl.data import ShardData
+from maskgit_pl.training.checkpoint_files import FolderCheckpointIO
+from maskgit_pl.training.checkpoints import Checkpoints
+
+
+class Recorder(Callback):
+    """Keeps what each step saw and gave: sample ids, loss bits."""
+
+    def __init__(self):
+        self.ids, self.losses = [], []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.ids.append(batch.index.tolist())
+        self.losses.append(float(outputs["loss"]).hex())
+
+
+def data(shards: Path, store: Path | None = None, **options: Any) -> ShardData:
+    """Global batches of 8 of the tiny images, or of their tokens in a store."""
+    source = "images" if store is None else "tokens"
+    sizes = {"image_size": 8, "in_channels": 1, "global_batch": 8, "max_batch_per_device": 8, "validation_batch": 8}
+    return ShardData(str(shards), source=source, token_store=store and str(store), **{**sizes, **options})
+
+
+def fit(
+    module: LightningModule,
+    source: ShardData,
+    *,
+    steps: int,
+    folder: Path,
+    resume: Path | None = None,
+    every: int = 100,
+    **options: Any,
+) -> Recorder:
+    """Trains up to a step, with checkpoints in a folder; ``options`` are the Trainer's."""
+    seen = Recorder()
+    trainer = Trainer(
+        max_steps=steps, max_epochs=-1, accelerator="cpu", logger=False, plugins=[FolderCheckpointIO()],
+        callbacks=[seen, Checkpoints(folder, every_n_steps=every)], enable_progress_bar=False,
+        enable_model_summary=False, use_distributed_sampler=False, **options,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=source, ckpt_path=resume)
+    return seen
