@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,9 @@ from maskgit_pl.cli.measuring import (
     add_run_arguments,
     decoding_spec,
     decoding_specs,
+    default_steps,
     find_run,
+    flag_words,
     open_data,
     open_model,
     plain_protocol,
@@ -86,9 +87,8 @@ def run(args: argparse.Namespace) -> int:
     pipe.transformer.schedule_for("compare")
     base = _with_guidance(pipe, guidance)
     work = []
-    for number in sorted(
-        numbers or _default_steps(pipe)
-    ):  # the quick ones first: what was measured when a person looks is of use
+    # the quick ones first: what was measured when a person looks is of use
+    for number in sorted(numbers or default_steps(pipe, _STEPS)):
         for contender in contenders(wanted, pipe.decoding.token_selector):
             decoding = with_steps(_with_selector(base, contender), number)
             check_decoding(pipe, decoding)
@@ -97,11 +97,6 @@ def run(args: argparse.Namespace) -> int:
     protocol.labels(data.num_classes)  # refuses too few images before the classifier is trained
     _compare(folders, pipe, data, protocol, work, out=args.out or folders.home / "comparison", command=_command(args))
     return 0
-
-
-def _default_steps(pipe: MaskGIT) -> tuple[int, ...]:
-    num_tokens = pipe.tokenizer.grid[0] * pipe.tokenizer.grid[1]
-    return tuple(number for number in _STEPS if number <= num_tokens) or (num_tokens,)
 
 
 def _with_guidance(pipe: MaskGIT, guidance: Any) -> DecodingConfig:
@@ -204,6 +199,5 @@ def _write_sheet(pipe: MaskGIT, rows: Rows, protocol: Protocol, path: Path, bars
 def _command(args: argparse.Namespace) -> str:
     """What makes the same comparison again."""
     words = ["maskgit compare", str(args.folder), f"--num-images {args.num_images} --seed {args.seed}"]
-    given = {"selectors": None if args.selectors == "all" else args.selectors, "num-steps": args.num_steps}
-    given |= {"guidance": args.guidance}
-    return " ".join(words + [f"--{name} {shlex.quote(value)}" for name, value in given.items() if value is not None])
+    given = {"selectors": None if args.selectors == "all" else args.selectors, "num_steps": args.num_steps}
+    return " ".join([*words, *flag_words({**given, "guidance": args.guidance})])

@@ -11,6 +11,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from maskgit_pl.cli.model import check_at_least
+
 if TYPE_CHECKING:
     from maskgit_pl.decoding import DecodingConfig
     from maskgit_pl.pipeline import DecodingSettings
@@ -76,15 +78,7 @@ def decoding_settings(args: argparse.Namespace) -> DecodingSettings:
 def _check_numbers(args: argparse.Namespace) -> None:
     if not 0 <= args.seed < _SEEDS:
         raise ValueError(f"--seed: a number in [0, 2**32) is needed, got {args.seed}")
-    for flag, value, least in (
-        ("--num-steps", args.num_steps, 1),
-        ("--guidance", args.guidance, 0),
-        ("--temperature", args.temperature, 0),
-        ("--top-k", args.top_k, 1),
-        ("--context-cache", args.context_cache, 1),
-    ):
-        if value is not None and not least <= value < math.inf:
-            raise ValueError(f"{flag}: at least {least} is needed, got {value}")
+    check_at_least(args, num_steps=1, guidance=0, temperature=0, top_k=1, context_cache=1)
     if args.top_p is not None and not 0 < args.top_p <= 1:
         raise ValueError(f"--top-p: a number in (0, 1] is needed, got {args.top_p}")
 

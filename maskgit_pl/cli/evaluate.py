@@ -19,6 +19,7 @@ from maskgit_pl.cli.measuring import (
     open_model,
     progress_bars,
 )
+from maskgit_pl.cli.model import check_at_least
 from maskgit_pl.cli.showing import write_gif
 
 if TYPE_CHECKING:
@@ -77,9 +78,7 @@ def run(args: argparse.Namespace) -> int:
         FileNotFoundError: No such run or data.
         ValueError: The data are not the model's, an unknown network, or a number out of range.
     """
-    for flag, least in (("num_samples", 1), ("likelihood_samples", 2), ("batch", 1)):
-        if getattr(args, flag) < least:
-            raise ValueError(f"--{flag.replace('_', '-')}: at least {least} is needed, got {getattr(args, flag)}")
+    check_at_least(args, num_samples=1, likelihood_samples=2, batch=1)
     specs = feature_specs(args.features)
     folders = find_run(args)
     from maskgit_pl.evaluation.protocol import Protocol, check_decoding
@@ -119,15 +118,7 @@ def _evaluate(
         _begin_anew(folders.evaluation)
     barrier()
     with progress_bars(shown=first) as bars:
-        judges = open_judges(
-            specs,
-            data,
-            classifier=folders.judge,
-            kept=folders.real,
-            reference=args.reference,
-            device=pipe.device,
-            bars=bars,
-        )
+        judges = open_judges(specs, data, folders, reference=args.reference, device=pipe.device, bars=bars)
         rebuilt = _reconstruction(pipe, data, judges if args.reference is None else {}, lpips, bars)
         bench = Bench(
             data,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from maskgit_pl.cli.decoding import add_decoding_arguments, decoding_settings
-from maskgit_pl.cli.model import add_model_argument, class_of, model_source, open_pipe
+from maskgit_pl.cli.model import add_model_argument, check_at_least, class_of, model_source, open_pipe
 from maskgit_pl.cli.showing import add_showing_arguments, recorded_steps, write_decoding, write_images
 
 if TYPE_CHECKING:
@@ -141,10 +141,7 @@ def _checked(args: argparse.Namespace) -> list[int] | None:
     if (args.box is None) == (args.mask is None):
         got = "neither" if args.box is None else "both"
         raise ValueError(f"--box, --mask: one of the two is needed, got {got}; they say what to generate")
-    if args.variants < 1:
-        raise ValueError(f"--variants: at least 1 is needed, got {args.variants}")
-    if args.dilation < 0:
-        raise ValueError(f"--dilation: at least 0 is needed, got {args.dilation}")
+    check_at_least(args, variants=1, dilation=0)
     box = None if args.box is None else _box(args.box)
     image = read_header("image", args.image)
     if box is not None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,23 +32,24 @@ __all__ = [
     "RunFolders",
     "add_feature_arguments",
     "add_run_arguments",
+    "decoding_spec",
+    "decoding_specs",
+    "default_steps",
     "feature_specs",
     "find_run",
+    "flag_words",
     "open_data",
     "open_judges",
     "open_model",
     "plain_protocol",
     "progress_bars",
     "ready",
+    "step_numbers",
     "trained_classifier",
 ]
 
 Bars: TypeAlias = Callable[[str, int], Callable[[int], Any]]
 FEATURES = "classifier,lite0"
-_SECONDS_BETWEEN_LINES = 15.0
-_SHOWN_BARS = 10  # finished ones go where there are more
-_SECONDS_BETWEEN_LINES = 15.0
-_SHOWN_BARS = 10  # finished ones go where there are more
 _SECONDS_BETWEEN_LINES = 15.0
 _SHOWN_BARS = 10  # finished ones go where there are more
 
@@ -135,6 +137,19 @@ def step_numbers(text: str, *, flag: str = "--num-steps") -> tuple[int, ...]:
     if not found:
         raise ValueError(f"{flag} {text!r}: at least one number is needed, such as 8")
     return tuple(dict.fromkeys(found))
+
+
+def default_steps(pipe: MaskGIT, usual: Sequence[int]) -> tuple[int, ...]:
+    """The usual T, as far as an image has tokens; all of its tokens where it has fewer than the least of them."""
+    num_tokens = pipe.tokenizer.grid[0] * pipe.tokenizer.grid[1]
+    return tuple(number for number in usual if number <= num_tokens) or (num_tokens,)
+
+
+def flag_words(given: Mapping[str, object]) -> list[str]:
+    """Flags as they are typed, for the line that says what makes a page again; those that are None are left out."""
+    return [
+        f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in given.items() if value is not None
+    ]
 
 
 def decoding_specs(flag: str, text: str) -> list[str | dict[str, Any]]:
@@ -284,9 +299,8 @@ def feature_specs(text: str) -> list[str | dict[str, Any]]:
 def open_judges(
     specs: Sequence[str | dict[str, Any]],
     data: ShardData,
+    folders: RunFolders,
     *,
-    classifier: Path,
-    kept: Path,
     reference: Path | None,
     device: torch.device,
     bars: Bars,
@@ -294,10 +308,10 @@ def open_judges(
     """Feature networks and what they say of the real images, each under its label.
 
     Args:
-        specs: As ``feature_specs`` gives them; ``classifier`` alone is the one that is kept in ``classifier``.
+        specs: As ``feature_specs`` gives them; ``classifier`` alone is the one of ``folders.judge``.
         data: The real images.
-        classifier: Where the classifier of the data is kept; it is trained where there is none.
-        kept: Where features of the real images are kept.
+        folders: Where the classifier of the data is kept, which is trained where there is none, and features of the
+            real images.
         reference: ADM's file of a data set in place of the val split; None for that.
         device: Where the networks work.
         bars: Progress.
@@ -311,16 +325,18 @@ def open_judges(
     from maskgit_pl.evaluation.reference import obtain_references, read_references, real_labels
     from maskgit_pl.networks.features import ClassifierSpec, parse_feature_network
 
-    parsed = [ClassifierSpec(str(classifier)) if spec == CLASSIFIER else parse_feature_network(spec) for spec in specs]
+    parsed = [
+        ClassifierSpec(str(folders.judge)) if spec == CLASSIFIER else parse_feature_network(spec) for spec in specs
+    ]
     if CLASSIFIER in specs:
-        trained_classifier(classifier, data, bars)
+        trained_classifier(folders.judge, data, bars)
     extractors = [Extractor.create(spec, device=device) for spec in parsed]
     names = ", ".join(extractor.label for extractor in extractors)
     on_images = bars(f"real images: {names}", data.summary.samples["val"])
     if reference is not None:
-        references = read_references(reference, extractors, folder=kept, on_images=on_images)
+        references = read_references(reference, extractors, folder=folders.real, on_images=on_images)
     else:
-        references = obtain_references(kept, data, extractors, on_images=on_images)
+        references = obtain_references(folders.real, data, extractors, on_images=on_images)
     labels = None if reference is not None else real_labels(data)
     return {each.label: Judge(each, references[each.label], labels) for each in extractors}
 

@@ -1,8 +1,12 @@
-"""What the commands that use a trained model have in common: where it is, how it is opened, what its classes are."""
+"""What the commands that use a trained model have in common.
+
+Where it is, how it is opened, what its classes are, and numbers that are refused before torch is imported.
+"""
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "add_model_argument",
+    "check_at_least",
     "class_of",
     "class_words",
     "default_device",
@@ -26,6 +31,22 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder", type=Path, metavar="RUN", help="run folder (runs/NAME), pretrained folder, or owner/name on the Hub"
     )
+
+
+def check_at_least(args: argparse.Namespace, **least: int) -> None:
+    """Refuses numbers that are too small, or not finite; None is a flag that was left out.
+
+    Args:
+        args: The flags.
+        least: By the name of the flag, such as ``num_steps=1`` for ``--num-steps``.
+
+    Raises:
+        ValueError: With the first of them.
+    """
+    for name, bound in least.items():
+        value = getattr(args, name)
+        if value is not None and not bound <= value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')}: at least {bound} is needed, got {value}")
 
 
 def model_source(folder: Path) -> Path:

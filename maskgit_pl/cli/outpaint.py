@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 from maskgit_pl.cli.decoding import decoding_settings
 from maskgit_pl.cli.inpaint import add_variant_arguments, label_of, read_header
-from maskgit_pl.cli.model import add_model_argument, model_source, open_pipe
+from maskgit_pl.cli.model import add_model_argument, check_at_least, model_source, open_pipe
 from maskgit_pl.cli.showing import recorded_steps, write_decoding, write_images
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from maskgit_pl.editing import Margins
 
-__all__ = ["add_parser", "run"]
+__all__ = ["add_overlap_argument", "add_parser", "check_overlap", "run"]
 
 _SIDES = ("left", "right", "up", "down")
 
@@ -39,6 +39,16 @@ def add_overlap_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overlap", type=float, default=0.5, metavar="S", help="share of a window that is known first (default: 0.5)"
     )
+
+
+def check_overlap(args: argparse.Namespace) -> None:
+    """Refuses a share that no window can have.
+
+    Raises:
+        ValueError: It is not in (0, 1).
+    """
+    if not 0 < args.overlap < 1:
+        raise ValueError(f"--overlap: a share in (0, 1) is needed, got {args.overlap}")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -99,12 +109,8 @@ def _checked(args: argparse.Namespace) -> Margins:
             raise ValueError(f"--{side}: at least 0 pixels are needed, got {pixels}")
     if not any(sides.values()):
         raise ValueError("--left, --right, --up, --down, --all: pixels to add are needed, got none")
-    if args.variants < 1:
-        raise ValueError(f"--variants: at least 1 is needed, got {args.variants}")
-    if args.dilation < 0:
-        raise ValueError(f"--dilation: at least 0 is needed, got {args.dilation}")
-    if not 0 < args.overlap < 1:
-        raise ValueError(f"--overlap: a share in (0, 1) is needed, got {args.overlap}")
+    check_at_least(args, variants=1, dilation=0)
+    check_overlap(args)
     read_header("image", args.image)
     from maskgit_pl.editing import Margins  # imports neither torch nor PIL
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 from maskgit_pl.cli.decoding import add_decoding_arguments, decoding_settings
 from maskgit_pl.cli.model import add_model_argument, class_words, model_source, open_pipe
-from maskgit_pl.cli.outpaint import add_overlap_argument
+from maskgit_pl.cli.outpaint import add_overlap_argument, check_overlap
 from maskgit_pl.cli.showing import add_showing_arguments, recorded_steps, write_decoding, write_images
 
 if TYPE_CHECKING:
@@ -43,8 +43,7 @@ def run(args: argparse.Namespace) -> int:
     """
     source = model_source(args.folder)
     settings = decoding_settings(args)
-    if not 0 < args.overlap < 1:
-        raise ValueError(f"--overlap: a share in (0, 1) is needed, got {args.overlap}")
+    check_overlap(args)
     from maskgit_pl.training.pictures import image_grid, save_png
 
     pipe = open_pipe(source, args)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,13 +15,14 @@ from maskgit_pl.cli.measuring import (
     add_feature_arguments,
     feature_specs,
     find_run,
+    flag_words,
     open_data,
     open_judges,
     open_model,
     progress_bars,
     step_numbers,
 )
-from maskgit_pl.cli.model import default_device
+from maskgit_pl.cli.model import check_at_least, default_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -135,9 +135,7 @@ def opened(args: argparse.Namespace) -> Iterator[Opened]:
         raise ValueError(
             f"{args.command}: one process measures it; `maskgit evaluate` is what several share, drop torchrun"
         )
-    for flag, least in (("num_samples", 2), ("batch", 1)):
-        if getattr(args, flag) < least:
-            raise ValueError(f"--{flag.replace('_', '-')}: at least {least} is needed, got {getattr(args, flag)}")
+    check_at_least(args, num_samples=2, batch=1)
     specs = feature_specs(args.features)
     folders = [find_run(argparse.Namespace(**{**vars(args), "folder": run})) for run in args.runs]
     from maskgit_pl.evaluation.bench.bench import Bench
@@ -158,15 +156,7 @@ def opened(args: argparse.Namespace) -> Iterator[Opened]:
             f"--num-samples: at least one for each of the {data.num_classes} classes is needed, got {args.num_samples}"
         )
     with progress_bars() as bars:
-        judges = open_judges(
-            specs,
-            data,
-            classifier=first.judge,
-            kept=first.real,
-            reference=args.reference,
-            device=subjects[0].pipe.device,
-            bars=bars,
-        )
+        judges = open_judges(specs, data, first, reference=args.reference, device=subjects[0].pipe.device, bars=bars)
         dataset = first.data.name
         bench = Bench(data, dataset=dataset, judges=judges, results=args.results, bars=bars, batch_size=args.batch)
         yield Opened(bench, subjects, args.results / dataset, list(judges))
@@ -181,14 +171,13 @@ def _subject(folders: RunFolders, args: argparse.Namespace) -> Subject:
 def command_line(args: argparse.Namespace) -> str:
     """What makes the same page again."""
     words = ["maskgit", args.command, *([str(args.number)] if "number" in args else []), *map(str, args.runs)]
-    usual = {"features": FEATURES, "num_samples": None, "seed": 0}
-    for name, default in usual.items():
-        value = getattr(args, name)
-        words += [] if value == default else [f"--{name.replace('_', '-')}", shlex.quote(str(value))]
-    for name in ("reference", "num_steps", "cas_model", "cas_samples"):
-        value = getattr(args, name, None)
-        words += [] if value is None else [f"--{name.replace('_', '-')}", shlex.quote(str(value))]
-    return " ".join(words)
+    given = {
+        "features": None if args.features == FEATURES else args.features,
+        "num_samples": args.num_samples,
+        "seed": args.seed or None,
+        **{name: getattr(args, name, None) for name in ("reference", "num_steps", "cas_model", "cas_samples")},
+    }
+    return " ".join([*words, *flag_words(given)])
 
 
 def write_page(page: Page, folder: Path, name: str, *, pictures: Sequence[str] = ()) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from maskgit_pl.cli.bulk import add_bulk_arguments, check_bulk, device_of_rank, generate_bulk
 from maskgit_pl.cli.decoding import add_decoding_arguments, decoding_settings
-from maskgit_pl.cli.model import add_model_argument, class_of, class_words, model_source, open_pipe
+from maskgit_pl.cli.model import add_model_argument, check_at_least, class_of, class_words, model_source, open_pipe
 from maskgit_pl.cli.showing import add_showing_arguments, write_decoding, write_images
 
 if TYPE_CHECKING:
@@ -54,8 +54,7 @@ def run(args: argparse.Namespace) -> int:
     source = model_source(args.folder)
     settings: dict[str, Any] = {**decoding_settings(args)}
     share = check_bulk(args)
-    if args.per_class is not None and args.per_class < 1:
-        raise ValueError(f"--per-class: at least 1 is needed, got {args.per_class}")
+    check_at_least(args, per_class=1)
     pipe = open_pipe(source, args, device=device_of_rank() if share else None)
     if args.negative_class is not None:
         (settings["negative_classes"],) = pipe.class_ids([class_of(args.negative_class, pipe.class_names)])

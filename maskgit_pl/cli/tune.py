@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,9 @@ from maskgit_pl.cli.measuring import (
     Bars,
     add_run_arguments,
     decoding_specs,
+    default_steps,
     find_run,
+    flag_words,
     open_data,
     open_model,
     plain_protocol,
@@ -19,6 +20,7 @@ from maskgit_pl.cli.measuring import (
     ready,
     step_numbers,
 )
+from maskgit_pl.cli.model import check_at_least
 
 if TYPE_CHECKING:
     from maskgit_pl.cli.measuring import Judge, RunFolders
@@ -102,10 +104,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    for name, least in (("trials", 1), ("num_images", 2), ("plot_images", 2), ("batch", 1)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')}: at least {least} is needed, got {value}")
+    check_at_least(args, trials=1, num_images=2, plot_images=2, batch=1)
     if args.seconds is not None and not args.seconds > 0:
         raise ValueError(f"--seconds: more than 0 is needed, got {args.seconds}")
     if not 0 <= args.seed < 2**31:
@@ -125,11 +124,10 @@ def _space(pipe: MaskGIT, wanted: list[Any] | None, numbers: tuple[int, ...] | N
     from maskgit_pl.evaluation.decoders.search_space import SearchSpace
     from maskgit_pl.evaluation.protocol import check_decoding
 
-    num_tokens = pipe.tokenizer.grid[0] * pipe.tokenizer.grid[1]
     space = SearchSpace(
         pipe.decoding,
         tuple(spec for _, spec in every_selector()) if wanted is None else tuple(wanted),
-        numbers or tuple(number for number in _STEPS if number <= num_tokens) or (num_tokens,),
+        numbers or default_steps(pipe, _STEPS),
         pipe.tokenizer.network.config.num_codes,
         guided=pipe.transformer.network.config.null_label is not None,
     )
@@ -312,9 +310,7 @@ def _command(args: argparse.Namespace) -> str:
     """What makes the same search again."""
     words = ["maskgit tune", str(args.folder), f"--trials {args.trials} --metric {args.metric}"]
     words += [f"--num-images {args.num_images} --seed {args.seed}"]
-    given = {"seconds": args.seconds, "num-steps": args.num_steps, "plot-images": args.plot_images}
+    given = {"seconds": args.seconds, "num_steps": args.num_steps, "plot_images": args.plot_images}
     given |= {"selectors": None if args.selectors == "all" else args.selectors}
     given |= {"search": None if args.search == "random" else args.search}
-    return " ".join(
-        words + [f"--{name} {shlex.quote(str(value))}" for name, value in given.items() if value is not None]
-    )
+    return " ".join([*words, *flag_words(given)])
