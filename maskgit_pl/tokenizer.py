@@ -251,11 +251,9 @@ class Tokenizer(LightningModule):
         """Refuses what this stage cannot train with, and moves the perceptual network to the device.
 
         Raises:
-            ValueError: A precision in which this would not train, or a decay without an end.
+            ValueError: A precision in which this would not train.
         """
         check_precision(self.trainer.precision)
-        if self.learning_rate.decay == "cosine" and self.trainer.max_steps < 1:
-            raise ValueError("learning rate decay 'cosine': trainer.max_steps must say where it ends, got none")
         for network in self._features:
             network.to(self.device)
 

@@ -19,6 +19,7 @@ from maskgit_pl.cli.leaving import leaving_together
 from maskgit_pl.cli.recipes import Plan, Stage, fitting_layer, is_causal, recipe_value
 from maskgit_pl.cli.stage_cli import StageCLI
 from maskgit_pl.data import ShardData, split_batch
+from maskgit_pl.files import write_atomically
 from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.pipeline.card import write_card
@@ -27,11 +28,14 @@ from maskgit_pl.shards.manifest import read_manifest_summary
 from maskgit_pl.token_model import TokenModel
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, SavedTensor, newest_complete, step_of
+from maskgit_pl.training.checkpoints import Checkpoints
 from maskgit_pl.training.environment import describe_environment
 
 __all__ = ["build", "export", "fit", "module_and_layers"]
 
 log = logging.getLogger(__name__)
+
+_EXPORTED = "exported.json"  # in the stage's folder: the step whose weights the run's pretrained folder has
 
 # What Lightning and torch say on every run of ours and nobody can act on.
 _EXPECTED_WARNINGS = (
@@ -61,6 +65,8 @@ def build(plan: Plan) -> StageCLI:
     words = [word for layer in layers for word in ("--config", layer)]
     cli = StageCLI(plan.stage, module_type, plan.stage_folder, [*words, *plan.overrides])
     module, data, trainer = cli.model, cli.datamodule, cli.trainer
+    if trainer.max_steps < 1:
+        raise ValueError(f"trainer.max_steps: at least 1 is needed, where the run ends, got {trainer.max_steps}")
     _, accumulation = split_batch(data.global_batch, data.max_batch_per_device, trainer.world_size)
     if isinstance(module, TokenModel):
         trainer.accumulate_grad_batches = accumulation
@@ -82,7 +88,7 @@ def fit(plan: Plan) -> int:
     cli = build(plan)
     module, data, trainer = cli.model, cli.datamodule, cli.trainer
     newest = newest_complete(plan.checkpoints)
-    if newest is not None and step_of(newest) >= trainer.max_steps and _exported(plan):
+    if newest is not None and step_of(newest) >= trainer.max_steps and _is_exported(plan, step_of(newest)):
         if trainer.is_global_zero:
             log.info("%s: finished at %s; nothing to do", plan.stage_folder, newest.name)
         return 0
@@ -92,9 +98,12 @@ def fit(plan: Plan) -> int:
     if trainer.is_global_zero:
         _write_papers(cli, plan)
         _introduce(cli, plan, newest)
+    assert isinstance(trainer.checkpoint_callback, Checkpoints)
+    trainer.checkpoint_callback.begins_from = newest
     with leaving_together(trainer):
         trainer.fit(module, datamodule=data, ckpt_path=newest)
-    _export(module, data, plan, plan.folder / "pretrained")
+        _export(module, data, plan, plan.folder / "pretrained", step=trainer.global_step)
+        trainer.strategy.barrier("exported")  # who starts the ranks soon ends those that are left behind another
     return 0
 
 
@@ -117,7 +126,7 @@ def export(plan: Plan, checkpoint: Path, out: Path) -> None:
 
     load_weights(module, FolderCheckpointIO().load_pieces(checkpoint, weights_alone)["state_dict"], checkpoint)
     log.info("%s: %s", plan.stage_folder, checkpoint.name)
-    _export(module, cli.datamodule, plan, out)
+    _export(module, cli.datamodule, plan, out, step=step_of(checkpoint))
 
 
 def _introduce(cli: StageCLI, plan: Plan, newest: Path | None) -> None:
@@ -199,11 +208,17 @@ def _check_classes(module: TokenModel, data: ShardData) -> None:
         )
 
 
-def _exported(plan: Plan) -> bool:
-    return (plan.folder / "pretrained" / plan.stage / "config.json").is_file()
+def _is_exported(plan: Plan, step: int) -> bool:
+    """Whether the run's own pretrained folder has the weights of a step, and not of one before it."""
+    try:
+        said: object = json.loads((plan.stage_folder / _EXPORTED).read_text())
+        return said == {"step": step, "sha256": fingerprint(plan.folder / "pretrained" / plan.stage)}
+    except (OSError, ValueError):
+        return False
 
 
-def _export(module: LightningModule, data: ShardData, plan: Plan, folder: Path) -> None:
+def _export(module: LightningModule, data: ShardData, plan: Plan, folder: Path, *, step: int) -> None:
+    """Writes the averaged weights; called on every rank."""
     if isinstance(module, Tokenizer):
         module.export(folder)
     elif isinstance(module, TokenModel):
@@ -213,6 +228,10 @@ def _export(module: LightningModule, data: ShardData, plan: Plan, folder: Path) 
             shutil.copytree(plan.tokenizer, own, dirs_exist_ok=True)  # a run's folder stands alone
         if module.global_rank == 0:
             _describe(folder)
+    if module.global_rank == 0 and folder == plan.folder / "pretrained":
+        said = {"step": step, "sha256": fingerprint(folder / plan.stage)}
+        with write_atomically(plan.stage_folder / _EXPORTED) as stream:
+            stream.write(json.dumps(said).encode())
     if module.global_rank == 0:
         log.info("exported %s", folder)
 

@@ -73,7 +73,7 @@ class StageCLI(LightningCLI):
             "--matmul_precision",
             type=Literal["highest", "high", "medium"],
             default="highest",
-            help="of float32 products: high is TF32 where the device has it",
+            help="of float32 products and convolutions: high is TF32 where the device has it",
         )
         parser.add_argument("--cpu_threads", type=int | None, default=None, help="threads on a processor")
         parser.link_arguments("data.seed", "model.seed")
@@ -109,6 +109,7 @@ class StageCLI(LightningCLI):
         if self.config["cpu_threads"] is not None:
             torch.set_num_threads(self.config["cpu_threads"])
         torch.set_float32_matmul_precision(self.config["matmul_precision"])
+        torch.backends.cudnn.allow_tf32 = self.config["matmul_precision"] != "highest"  # of convolutions
         self.settings = self._settings(self.config)
         newest = newest_complete(self.folder / "checkpoints")
         if newest is not None:

@@ -44,6 +44,7 @@ __all__ = [
     "rows_of",
     "settings_of",
     "step_of",
+    "together",
 ]
 
 _STATE, _MARKER = "state.json", "COMPLETE.json"
@@ -74,14 +75,14 @@ class FolderCheckpointIO(CheckpointIO):
         state = _split(checkpoint, "", tensors)
         rank, _ = _place()
         pieces = _own_pieces(tensors, rank)
-        sizes = _together(lambda: sum(rows.nbytes for rows, _ in pieces.values()))
+        sizes = together(lambda: sum(rows.nbytes for rows, _ in pieces.values()))
         writers = [each for each, size in enumerate(sizes) if size]
         try:
-            _together(lambda: _make_room(temporary, sum(sizes)) if rank == 0 else None)
-            written = _together(
+            together(lambda: _make_room(temporary, sum(sizes)) if rank == 0 else None)
+            written = together(
                 lambda: _write_tensors(temporary, pieces, writers.index(rank), len(writers)) if rank in writers else {}
             )
-            _together(lambda: _complete(temporary, target, state, written) if rank == 0 else None)
+            together(lambda: _complete(temporary, target, state, written) if rank == 0 else None)
         finally:
             if rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -109,7 +110,7 @@ class FolderCheckpointIO(CheckpointIO):
         folder = Path(path)
         rank, world_size = _place()
         files = _files(folder)
-        _together(lambda: _verify(folder, sorted(files)[rank::world_size], files))  # the ranks share the hashing
+        together(lambda: _verify(folder, sorted(files)[rank::world_size], files))  # the ranks share the hashing
         with _Pieces(folder, [name for name in sorted(files) if name != _STATE], rank) as pieces:
             state = json.loads((folder / _STATE).read_text())
             loaded: dict[str, Any] = _join(state, lambda key: read(key, SavedTensor(key, pieces)))
@@ -313,7 +314,13 @@ def _files(folder: Path) -> dict[str, Any]:
     """What the marker says of each file."""
     if not (folder / _MARKER).is_file():
         raise ValueError(f"checkpoint {folder}: incomplete, it has no {_MARKER}; give an older one or train again")
-    marker = json.loads((folder / _MARKER).read_text())
+    try:
+        marker = json.loads((folder / _MARKER).read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"checkpoint {folder}: {_MARKER} is not what was written ({error}); take the folder away to go on from an "
+            "older one"
+        ) from error
     if marker["version"] > _VERSION:
         raise ValueError(
             f"checkpoint {folder}: versions up to {_VERSION} are read, got {marker['version']}; "
@@ -338,7 +345,7 @@ def _place() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def _together(work: Callable[[], _Result]) -> list[_Result]:
+def together(work: Callable[[], _Result]) -> list[_Result]:
     """What each rank's work gave. An error of one is raised on all: a rank that went on alone would wait for ever.
 
     Raises:

@@ -22,6 +22,7 @@ from maskgit_pl.training.checkpoint_files import (
     complete_checkpoints,
     leftovers,
     step_of,
+    together,
 )
 
 __all__ = ["Checkpoints", "full_state"]
@@ -69,14 +70,29 @@ class Checkpoints(Checkpoint):
         self.keep_last = keep_last
         self.keep_every = keep_every
         self.settings = settings
-        self._saved_step = -1
+        self.begins_from: Path | None = None
+        self._tried_step = -1
         self._failures = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Holds the ranks to one checkpoint: a shared folder may look older from one machine than from another.
+
+        Raises:
+            ValueError: They would begin from different ones. On all ranks.
+        """
+        seen = together(lambda: self.begins_from and self.begins_from.name)
+        if len(set(seen)) > 1:
+            listed = ", ".join(f"rank {rank}: {name or 'none'}" for rank, name in enumerate(seen))
+            raise ValueError(
+                f"{self.folder}: one newest checkpoint for all ranks is needed, got {listed}; "
+                "it must be the same folder on every machine: see that it is, and repeat the command"
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lays restored optimiser states out as their parameters, and sweeps what a kill left half written."""
         for optimizer in trainer.optimizers:
             _lay_out(optimizer)
-        self._saved_step = trainer.global_step
+        self._tried_step = trainer.global_step
         if trainer.is_global_zero and self.folder.is_dir():
             for leftover in leftovers(self.folder):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -107,25 +123,25 @@ class Checkpoints(Checkpoint):
         self.save(trainer, last=True)
 
     def save(self, trainer: Trainer, *, last: bool = False) -> None:
-        """Saves the step that is done, if it is not saved yet; called on every rank.
+        """Saves the step that is done, if that was not tried yet; called on every rank.
 
         Args:
             trainer: In the middle of a fit.
-            last: Whether no later step can make good for a checkpoint that is not written.
+            last: Whether no later step can make good for a checkpoint that is not written; what failed is tried again.
 
         Raises:
             CannotWriteError: It cannot be written, and it is the last, or the third in a row. On all ranks.
         """
         step = trainer.global_step
-        if step <= self._saved_step:
+        if step <= self._tried_step and not (last and self._failures):  # micro-batches end without a step, too
             return
+        self._tried_step = step
         try:
             trainer.save_checkpoint(self.folder / f"step-{step:08d}")
         except OSError as error:
             self._failures += 1
             self._say_what_failed(trainer, error, last=last)
             return
-        self._saved_step = step
         self._failures = 0
         if trainer.is_global_zero:
             self._prune()

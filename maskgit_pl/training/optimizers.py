@@ -52,7 +52,13 @@ class LearningRate:
             raise ValueError(f"learning rate final_fraction: a number in [0, 1] is needed, got {self.final_fraction}")
 
     def factor(self, step: int, max_steps: int) -> float:
-        """Multiplier of the peak at a step (steps done before), in [0, 1]."""
+        """Multiplier of the peak at a step (steps done before), in [0, 1].
+
+        Raises:
+            ValueError: A decay without an end.
+        """
+        if self.decay == "cosine" and max_steps < 1:
+            raise ValueError(f"learning rate decay 'cosine': trainer.max_steps must say where it ends, got {max_steps}")
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         if self.decay == "constant":

@@ -1,15 +1,17 @@
 """A run goes on with the settings that it began with, or not at all."""
 
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 
 from maskgit_pl.cli import main
+from maskgit_pl.pretrained import fingerprint
 from maskgit_pl.shards.sources import open_source
 from maskgit_pl.shards.writer import make_shards
-from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_complete, settings_of
+from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_complete, settings_of, step_of
 from tests.conftest import flags, save_tiny_pretrained
 
 TINY = Path(__file__).parents[1] / "tiny"
@@ -132,6 +134,22 @@ def test_what_is_harmless_may_change(begun, go_on):
     )  # fmt: skip
     assert code == 0, said
     assert newest_complete(folder / "checkpoints").name == "step-00000003"
+
+
+def test_a_run_that_was_killed_before_its_export_is_not_finished(begun, go_on, tmp_path):
+    stage, _, folder = begun
+    exported, said_of_it = folder.parent / "pretrained" / stage, folder / "exported.json"
+    shutil.copytree(exported, tmp_path / stage)
+    shutil.copy(said_of_it, tmp_path)
+    longer = f"--trainer.max_steps={step_of(newest_complete(folder / 'checkpoints')) + 1}"
+    assert go_on(longer)[0] == 0
+    wanted = fingerprint(exported)
+    shutil.copytree(tmp_path / stage, exported, dirs_exist_ok=True)  # as it was before the longer run's export
+    shutil.copy(tmp_path / said_of_it.name, folder)
+    assert fingerprint(exported) != wanted
+    assert "exported " in go_on(longer)[1]
+    assert fingerprint(exported) == wanted
+    assert "nothing to do" in go_on(longer)[1]
 
 
 def test_a_checkpoint_without_settings_goes_on_and_says_so(begun, go_on):

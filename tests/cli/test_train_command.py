@@ -198,6 +198,7 @@ def test_the_only_tokenizer_of_the_data_set_is_taken_and_several_must_be_told_ap
         ("--model.mask_sched=square", ("key 'model.mask_sched'", "did you mean 'model.mask_schedule'")),
         ("--model.zzzzzz=1", ("key 'model.zzzzzz'", "recipes/transformer/base.yaml")),
         ("--trainer.max_steps=many", ("max_steps", "many")),
+        ("--trainer.max_steps=-1", ("trainer.max_steps: at least 1", "got -1")),
         ("--model.label_smoothing=a lot", ("label_smoothing", "a lot")),
         ("--model.learning_rate.peak=.nan", ("learning rate peak", "nan")),
         ("--model.mask_schedule=squar", ("unknown mask schedule 'squar'", "did you mean 'square'", "known: arccos")),
@@ -222,12 +223,16 @@ def test_a_wrong_flag_is_refused_before_anything_is_written(train, runs, flag, p
     assert not runs.exists()
 
 
-def test_products_are_rounded_as_the_recipe_says(train):
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_products_are_rounded_as_the_recipe_says(train, precision):
+    before = torch.backends.cudnn.allow_tf32
     try:
-        assert train("transformer", "--matmul_precision=high").code == 0
-        assert torch.get_float32_matmul_precision() == "high"
+        assert train("transformer", f"--matmul_precision={precision}").code == 0
+        assert torch.get_float32_matmul_precision() == precision
+        assert torch.backends.cudnn.allow_tf32 == (precision == "high")
     finally:
         torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def test_unknown_recipes_clusters_and_flags_of_other_commands_are_refused(train, maskgit):

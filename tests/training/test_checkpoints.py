@@ -1,7 +1,10 @@
 import json
+import logging
+import multiprocessing
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
@@ -59,6 +62,9 @@ def test_a_file_that_is_not_what_was_written_is_refused_by_name(tmp_path, name):
     (folder / name).write_bytes(content)
     with pytest.raises(ValueError, match=name):
         FolderCheckpointIO().load_checkpoint(folder)
+    (folder / "COMPLETE.json").write_text('{"version": 2, "fil')
+    with pytest.raises(ValueError, match=f"{folder}: COMPLETE.json is not what was written .*an older one"):
+        FolderCheckpointIO().load_checkpoint(folder)
     (folder / "COMPLETE.json").unlink()
     with pytest.raises(ValueError, match="incomplete"):
         FolderCheckpointIO().load_checkpoint(folder)
@@ -87,6 +93,54 @@ def test_training_keeps_the_newest_few_and_sweeps_leftovers(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000006", "step-00000007"]
     marker = json.loads((tmp_path / "step-00000007" / "COMPLETE.json").read_text())
     assert set(marker["files"]) == {"tensors-00000-of-00001.safetensors", "state.json"}
+
+
+def test_a_step_that_cannot_be_saved_is_tried_once_whatever_its_micro_batches(tmp_path, caplog):
+    (tmp_path / ".step-00000002.partial").touch()  # where a folder is to be made
+    trainer = Trainer(
+        max_steps=5, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        plugins=[FolderCheckpointIO()], callbacks=[Checkpoints(tmp_path, every_n_steps=2)], accumulate_grad_batches=4,
+    )  # fmt: skip
+    with caplog.at_level(logging.WARNING):
+        trainer.fit(Line(), torch.utils.data.DataLoader(torch.ones(40, 1)))
+    (said,) = [record.message for record in caplog.records if "cannot be written" in record.message]
+    assert "checkpoint of step 2: " in said
+    assert "the next is tried at step 4 (1 of 3 failures)" in said
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000004", "step-00000005"]
+
+
+def begin(rank: int, folder, name: str) -> None:
+    """One of two ranks, which begins from the checkpoint of that name."""
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+    checkpoints = Checkpoints(folder, every_n_steps=1)
+    checkpoints.begins_from = folder / name
+    try:
+        checkpoints.setup(Trainer(logger=False, accelerator="cpu"), Line(), "fit")
+        said = "begins"
+    except ValueError as error:
+        said = str(error)
+    (folder / f"{rank}.txt").write_text(said)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("other", ["step-00000001", "step-00000002"])
+def test_ranks_begin_from_the_same_checkpoint_or_not_at_all(tmp_path, other):
+    ranks = [
+        multiprocessing.get_context("spawn").Process(target=begin, args=(rank, tmp_path, name))
+        for rank, name in enumerate(("step-00000002", other))
+    ]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(60)
+    said = {(tmp_path / f"{rank}.txt").read_text() for rank in range(2)}
+    if other == "step-00000002":
+        assert said == {"begins"}
+    else:
+        (text,) = said
+        assert f"{tmp_path}: one newest checkpoint" in text
+        assert "got rank 0: step-00000002, rank 1: step-00000001" in text
 
 
 class Picture(LightningModule):
