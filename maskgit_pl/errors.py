@@ -15,6 +15,7 @@ __all__ = [
     "CannotWriteError",
     "DataBudgetError",
     "NonFiniteError",
+    "PeerError",
     "PreemptedError",
     "RunError",
     "exit_code_of",
@@ -36,7 +37,7 @@ class RunError(RuntimeError):
         on_all_ranks: Whether all ranks of a run end with it together, so that one of them says it for all.
     """
 
-    exit_code: ClassVar[int]
+    exit_code: int
     on_all_ranks: ClassVar[bool] = True
 
 
@@ -63,6 +64,21 @@ class NonFiniteError(RunError):
     """Losses or gradients are not finite, several steps in a row."""
 
     exit_code = 77
+
+
+class PeerError(RunError):
+    """Another rank ends the run.
+
+    Args:
+        exit_code: With which it ends.
+        text: Why.
+    """
+
+    on_all_ranks = False
+
+    def __init__(self, exit_code: int, text: str) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
 
 
 def exit_code_of(error: BaseException) -> int:

@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,9 @@ class Fault:
     """What befalls which rank, when.
 
     Args:
-        what: A signal to the process (to its group with ``to="group"``), what comes of the step, or of the run's disk.
-        step: Behind this step for signals; of this step (1 is the first) for losses and gradients.
+        what: A signal to the process (to its group with ``to="group"``), ten minutes of sleep, what comes of the step
+            (a loss, a gradient, an error), or of the run's disk.
+        step: Behind this step for signals and sleep; of this step (1 is the first) for losses, gradients and errors.
         where: At which moment a signal comes: before the first step, behind a step, in the validation, or the saving of
             the checkpoint, that comes at the step or after it.
         rank: None for all.
@@ -33,7 +35,7 @@ class Fault:
         to: Whom a signal goes to.
     """
 
-    what: signal.Signals | Literal["nan loss", "nan gradient", "full disk", "read-only disk"]
+    what: signal.Signals | Literal["nan loss", "nan gradient", "full disk", "read-only disk", "asleep"] | Exception
     step: int = 0
     where: Where = "step"
     rank: int | None = None
@@ -73,6 +75,8 @@ class Injection(Callback):
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         self._here(trainer, "step")
         for fault in self.poison:
+            if fault.what == "asleep" and trainer.global_step == fault.step:
+                time.sleep(600)
             if "disk" in str(fault.what) and trainer.is_global_zero:
                 folder = Path(trainer.default_root_dir)
                 if trainer.global_step == fault.step:
@@ -87,6 +91,9 @@ class Injection(Callback):
         self._here(trainer, "saving")
 
     def _hit(self, trainer: Trainer, loss: Tensor) -> Tensor:
+        for fault in self.poison:
+            if isinstance(fault.what, Exception) and self._falls(trainer, fault):
+                raise fault.what
         hits = any(fault.what == "nan loss" and self._falls(trainer, fault) for fault in self.poison)
         return loss * torch.nan if hits else loss
 

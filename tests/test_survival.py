@@ -26,6 +26,7 @@ from maskgit_pl.errors import (
     DataBudgetError,
     NonFiniteError,
     PreemptedError,
+    exit_code_of,
 )
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, complete_checkpoints, newest_complete, step_of
 from tests.conftest import flags, save_tiny_pretrained, save_uneven_shards
@@ -287,6 +288,38 @@ def test_a_rank_that_dies_is_named_by_the_others_within_30_seconds(bench, report
         assert took < 30
         said = line(texts[1 - rank], rf"rank {1 - rank}, step \d+: .*rank {rank}")
         report.add(8, f"SIGKILL to rank {rank}", INTERNAL_ERROR, said, f"the other rank ended {took:.0f} s later")
+
+
+def test_a_rank_that_dies_is_missed_by_one_that_is_in_no_collective(bench, report):
+    """As it is with NCCL, whose collectives wait for a rank that is gone."""
+    runs = bench.runs["transformer"]
+    ended: list[float] = []
+
+    def wait(processes) -> None:
+        processes[1].join()
+        ended.append(time.monotonic())
+
+    faults = [Fault("asleep", 4, rank=0), Fault(signal.SIGKILL, 4, rank=1)]
+    texts = runs.leg("missed", TWO, faults=faults, code=[INTERNAL_ERROR, KILLED], during=wait)
+    took = time.monotonic() - ended[0]
+    assert took < 30
+    said = line(texts[0], r"all ranks end, since one has: rank 1 \(.*\): its process has ended")
+    report.add(
+        8, "SIGKILL to rank 1 while rank 0 waits for something else", INTERNAL_ERROR, said, f"{took:.0f} s later"
+    )
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("error", [DataBudgetError("too many unreadable"), ValueError("no such thing")], ids=repr)
+def test_all_ranks_end_with_the_code_of_the_one_that_cannot_go_on(bench, report, error, rank):
+    runs = bench.runs["transformer"]
+    code, run = exit_code_of(error), f"alone{rank}-{exit_code_of(error)}"
+    texts = runs.leg(run, TWO, faults=[Fault(error, 4, rank=rank)], code=code)
+    assert "Traceback" not in texts[0] + texts[1]
+    assert line(texts[rank], "maskgit train: ") == f"maskgit train: {error}"
+    if rank == 1:
+        said = line(texts[0], f"all ranks end, since one has: rank 1, step 3: {type(error).__name__}: {error}")
+        report.add(8, f"{type(error).__name__} on rank 1 alone", code, said, "both ranks ended with this code")
 
 
 def test_a_rank_that_hangs_ends_the_run_with_all_stacks(bench, report):

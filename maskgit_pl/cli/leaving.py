@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Trainer
 
-from maskgit_pl.errors import USER_ERRORS, RunError, exit_code_of
+from maskgit_pl.errors import USER_ERRORS, PeerError, RunError, exit_code_of
 
 __all__ = ["leaving_together"]
 
@@ -22,25 +22,37 @@ def leaving_together(trainer: Trainer) -> Iterator[None]:
     """Where a fit ends with an error, has each process leave with its own exit code, and soon.
 
     Lightning's launcher kills the first process within 5 s of the end of another: the others let it go before them. An
-    error of one rank leaves the others in a collective, whose library may not come to an end: what is neither of the
-    user nor agreed on by all (a ``RunError``) ends the process at once. What all have agreed on, the first one says.
+    error of one rank leaves the others in a collective, and this one perhaps in the library's attempt to end it: the
+    process ends at once. What all have agreed on, and what another rank has said, the first one says for all.
     """
     try:
         yield
     except BaseException as error:
-        expected = isinstance(error, (*USER_ERRORS, RunError, KeyboardInterrupt))
-        if trainer.world_size > 1 and not expected:
-            traceback.print_exc()
+        agreed = error.on_all_ranks if isinstance(error, RunError) else not isinstance(error, Exception)
+        alone = trainer.world_size > 1 and not agreed
+        if alone:
+            _say(error, trainer)
         environment = getattr(trainer.strategy, "cluster_environment", None)
         if isinstance(environment, LightningEnvironment) and trainer.local_rank > 0:
             _wait_for_the_end_of(os.getppid())
-        if trainer.world_size > 1 and not expected:
+        if alone:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(exit_code_of(error))
-        if isinstance(error, RunError) and error.on_all_ranks and not trainer.is_global_zero:
+        if isinstance(error, RunError) and not trainer.is_global_zero:
             sys.exit(error.exit_code)
         raise
+
+
+def _say(error: BaseException, trainer: Trainer) -> None:
+    """As the command does where a process ends by itself."""
+    if isinstance(error, PeerError):
+        if trainer.is_global_zero:
+            sys.stderr.write(f"all ranks end, since one has: {error}\n")
+    elif isinstance(error, (*USER_ERRORS, RunError)):
+        sys.stderr.write(f"maskgit train: {error}\n")
+    else:
+        traceback.print_exc()
 
 
 def _wait_for_the_end_of(parent: int, seconds: float = 30.0) -> None:
