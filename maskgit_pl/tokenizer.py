@@ -65,6 +65,20 @@ class PerceptualConfig:
             raise ValueError(f"perceptual weight: a positive number is needed, got {self.weight}")
         feature_networks.build(self.network)
 
+    def create_network(self) -> nn.Module:
+        """Makes the frozen network.
+
+        Raises:
+            ValueError: Its weights cannot be read.
+        """
+        try:
+            return feature_networks.build(self.network).create()
+        except (ValueError, FileNotFoundError) as error:
+            raise ValueError(
+                f"model.perceptual.network: {error}; --model.perceptual.network.weights FILE names them, "
+                "--model.perceptual=null trains without"
+            ) from error
+
 
 @dataclass(frozen=True)
 class AdversarialConfig:
@@ -212,9 +226,7 @@ class Tokenizer(LightningModule):
             self.discriminator = _laid_out(opponent, self.memory_format)
             self.register_buffer("lecam_means", torch.zeros(2))  # moving averages of the real and the fake logits
         # In a tuple, so that a frozen pretrained network is no submodule and stays out of checkpoints.
-        self._features: tuple[nn.Module, ...] = (
-            () if perceptual is None else (feature_networks.build(perceptual.network).create(),)
-        )
+        self._features: tuple[nn.Module, ...] = () if perceptual is None else (perceptual.create_network(),)
 
         self.squared_error = MeanMetric()
         self.codebook_use = CodebookUse(network.num_codes)

@@ -120,6 +120,9 @@ other ranks the tokenizer has a fixed adversarial weight without LeCam (both are
 dropout. Sums over ranks round differently then: a feature between two codes may go to the other one, so that the
 codebook is left out there.
 
+All of it was on processors. On GPUs, samples, masks and dropout's seeds follow from seed and step just so; whether
+losses and weights repeat to the last bit depends on the libraries' kernels there, and has not been measured.
+
 Losses are compared as `float.hex`, samples by number and order, images, tokens and masks by hash, tensors by
 `torch.equal`.
 

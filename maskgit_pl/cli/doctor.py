@@ -52,7 +52,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="bytes a second of a device within a node (default: 100G), of a node's network ports between nodes (25G)",
     )  # fmt: skip
     world.add_argument(
-        "--net-port", type=_count, metavar="PORT", help="port of rank 0 (default: MASTER_PORT, or Slurm's)"
+        "--net-port", type=_port, metavar="PORT", help="port of rank 0 (default: MASTER_PORT, or Slurm's)"
     )
     parser.set_defaults(run=run, takes_overrides=True)
 
@@ -131,6 +131,12 @@ def _span(first: int, count: int) -> str:
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"a whole number of at least 1 is needed, got {text}")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 65536:
+        raise argparse.ArgumentTypeError(f"a port's number, 1 to 65535, is needed, got {text}")
     return int(text)
 
 

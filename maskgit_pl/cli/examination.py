@@ -33,7 +33,7 @@ from maskgit_pl.shards.manifest import DataSummary, load_manifest, read_manifest
 from maskgit_pl.token_model import TokenModel
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.checkpoint_files import complete_checkpoints, newest_complete, step_of
-from maskgit_pl.training.strategies import build_strategy, check_precision, check_strategy
+from maskgit_pl.training.strategies import build_strategy, check_accelerator, check_precision, check_strategy
 
 __all__ = ["Check", "Examination", "State", "examine"]
 
@@ -161,6 +161,11 @@ def _note_host(found: Examination) -> None:
     if not faults:
         job = environment.get("SLURM_JOB_ID")
         found.note("slurm", "not in a job" if job is None else f"job {job} has {found.nodes} x {found.devices} tasks")
+    with found.listing("network"):
+        _note_network(found, environment)
+
+
+def _note_network(found: Examination, environment: Mapping[str, str]) -> None:
     address, port = host.main_address(environment, nodes=found.nodes), host.main_port(environment)
     if address is None:
         found.note(
@@ -169,10 +174,6 @@ def _note_host(found: Examination) -> None:
             "MASTER_ADDR and MASTER_PORT on each",
             "warning",
         )
-        return
-    named = environment.get("MASTER_PORT")
-    if named is not None and not named.isdecimal():
-        found.note("network", f"MASTER_PORT: a port's number is needed, got {named!r}; export one above 1023", "FAIL")
         return
     faulty = host.port_fault(address, port) or host.interface_fault(environment)
     where = f"{address}, {'a free port' if port is None else f'port {port}'}"
@@ -289,6 +290,7 @@ def _note_strategy(found: Examination, plan: Plan) -> None:
     precision = str(recipe_value(plan.files, plan.overrides, "trainer.precision") or "32-true")
     with found.listing("strategy"):
         build_strategy(name)
+        check_accelerator(str(recipe_value(plan.files, plan.overrides, "trainer.accelerator") or "auto"))
         check_precision(precision)
         check_strategy(name, stage=plan.stage, ranks=found.ranks)
         found.note("strategy", f"{name}, {precision}, {_many(found.nodes, 'node')} x {_many(found.devices, 'device')}")

@@ -34,11 +34,26 @@ def main_address(environment: Mapping[str, str], *, nodes: int) -> str | None:
 
 
 def main_port(environment: Mapping[str, str]) -> int | None:
-    """The port of rank 0: MASTER_PORT, what Lightning makes of a Slurm job's number, or None: it takes a free one."""
-    if environment.get("MASTER_PORT", "").isdecimal():
-        return int(environment["MASTER_PORT"])
+    """The port of rank 0: MASTER_PORT, what Lightning makes of a Slurm job's number, or None: it takes a free one.
+
+    Raises:
+        ValueError: MASTER_PORT is no port, or SLURM_JOB_ID no number.
+    """
+    named = environment.get("MASTER_PORT")
+    if named is not None:
+        if not named.isdecimal() or not 0 < int(named) < 65536:
+            raise ValueError(
+                f"MASTER_PORT: a port's number, 1 to 65535, is needed, got {named!r}; export one above 1023"
+            )
+        return int(named)
     job = environment.get("SLURM_JOB_ID")
-    return None if job is None else int(job[-4:]) + 15000
+    if job is None:
+        return None
+    if not job.isdecimal():
+        raise ValueError(
+            f"SLURM_JOB_ID: the port follows from the job's number, got {job!r}; unset it outside of a job"
+        )
+    return int(job[-4:]) + 15000
 
 
 def port_fault(address: str, port: int | None) -> str | None:

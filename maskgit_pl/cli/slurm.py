@@ -7,13 +7,15 @@ can be typed.
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +35,15 @@ _VARIABLES = (
     "MASKGIT",
 )  # fmt: skip
 _OF_SLURM = {"--trainer.num_nodes": "--nodes", "--trainer.devices": "--devices"}
+_NODES, _TASKS = "--nodes of the command says it, and the batch is shared out by it", "--devices of the command says it"
+_NEEDED = {
+    "--nodes": _NODES, "-N": _NODES, "--ntasks": _TASKS, "-n": _TASKS, "--ntasks-per-node": _TASKS,
+    "--array": "several jobs would train one run", "-a": "several jobs would train one run",
+    "--comment": "the run's job is known by it in the queue",
+    "--export": "the job's script needs all variables that it is submitted with",
+    "--wrap": "the job is the script",
+}  # fmt: skip
+_TIME = re.compile(r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d(:\d\d)?)?|UNLIMITED|INFINITE", re.IGNORECASE)
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -64,7 +75,9 @@ def _add_job_arguments(parser: argparse.ArgumentParser) -> None:
     job.add_argument("--nodes", type=int, default=1, help="machines (default: 1)")
     job.add_argument("--devices", type=int, default=8, help="devices, and tasks, of each node (default: 8)")
     job.add_argument("--cpus", type=int, help="CPU cores of a task (default: 1 and one for each of data.num_workers)")
-    job.add_argument("--time", default="24:00:00", help="limit of each start, D-HH:MM:SS (default: 24:00:00)")
+    job.add_argument(
+        "--time", type=_time_limit, default="24:00:00", help="limit of each start, D-HH:MM:SS (default: 24:00:00)"
+    )
     job.add_argument("--partition", help="where it runs (default: the cluster's choice)")
     job.add_argument("--account", help="whose budget pays")
     job.add_argument("--qos", help="quality of service")
@@ -79,6 +92,14 @@ def _add_job_arguments(parser: argparse.ArgumentParser) -> None:
         "--program", help="maskgit on the nodes (default: this one; with --container, maskgit on the container's PATH)"
     )
     job.add_argument("--dry-run", action="store_true", help="check and print, submit nothing; needs no Slurm")
+
+
+def _time_limit(text: str) -> str:
+    if not _TIME.fullmatch(text):
+        raise argparse.ArgumentTypeError(
+            f"a time of Slurm is needed, such as 90 (minutes), 24:00:00 or 7-0, got {text}"
+        )
+    return text
 
 
 @dataclass(frozen=True)
@@ -153,7 +174,7 @@ def plan_submission(args: argparse.Namespace) -> tuple[Plan, Submission]:
     """The run that the command names, and the job that would train it; nothing is submitted.
 
     Raises:
-        ValueError: A number below 1, nodes or devices named for the Trainer as well, or words that no shell would take.
+        ValueError: A number below 1, what Slurm is told said in a second place, or words that no shell would take.
     """
     for flag, value in (("--nodes", args.nodes), ("--devices", args.devices), ("--cpus", args.cpus)):
         if value is not None and value < 1:
@@ -165,26 +186,73 @@ def plan_submission(args: argparse.Namespace) -> tuple[Plan, Submission]:
                 f"flag {flag}: Slurm says it to the tasks, got a second place; use {_OF_SLURM[flag]} alone"
             )
     plan = plan_run(args)
+    more = _more_of_sbatch(args.sbatch)
     log_file = plan.stage_folder / "slurm-%j.log"
     identity = f"maskgit {plan.stage_folder.resolve()}"
     options = (
         "--parsable", "--export=ALL", f"--job-name={plan.folder.name}-{plan.stage}", f"--comment={identity}",
         "--dependency=singleton", f"--output={log_file}", f"--nodes={args.nodes}", f"--ntasks-per-node={args.devices}",
-        *_resources(plan, args),
-        *_words("--sbatch", args.sbatch),
+        *_resources(plan, args, more),
+        *more,
     )  # fmt: skip
     script = recipes_folder() / "slurm" / "train.sbatch"
-    return plan, Submission(options, script, tuple(plan.overrides), _variables(plan, args), identity, log_file)
+    # A task that sees no GPU must not go on without: `auto` would train on the processor, for days.
+    named = recipe_value(plan.files, plan.overrides, "trainer.accelerator")
+    words = [*(["--trainer.accelerator=gpu"] if named in (None, "auto") else []), *plan.overrides]
+    return plan, Submission(options, script, tuple(words), _variables(plan, args), identity, log_file)
 
 
-def _resources(plan: Plan, args: argparse.Namespace) -> list[str]:
+def _resources(plan: Plan, args: argparse.Namespace, more: Sequence[str]) -> list[str]:
     accelerator = recipe_value(plan.files, plan.overrides, "trainer.accelerator")
-    workers = recipe_value(plan.files, plan.overrides, "data.num_workers") or 0
-    threads = recipe_value(plan.files, plan.overrides, "cpu_threads") or 1
-    found = [] if accelerator == "cpu" else [f"--gpus-per-node={args.devices}"]
+    workers, threads = _whole(plan, "data.num_workers", least=0), _whole(plan, "cpu_threads", least=1)
+    found = [] if accelerator == "cpu" or _names_gpus(more) else [f"--gpus-per-node={args.devices}"]
     found += [f"--cpus-per-task={args.cpus or max(1 + workers, threads)}", f"--time={args.time}"]
     named = ("partition", "account", "qos", "constraint")
     return [*found, *(f"--{name}={value}" for name in named if (value := getattr(args, name)))]
+
+
+def _whole(plan: Plan, key: str, *, least: int) -> int:
+    """A whole number of the recipe; ``least`` where it says nothing."""
+    value = recipe_value(plan.files, plan.overrides, key)
+    if value is None:
+        return least
+    if type(value) is not int or value < least:
+        raise ValueError(f"{key}: a whole number of at least {least} is needed, got {value!r}")
+    return value
+
+
+def _more_of_sbatch(text: str) -> list[str]:
+    """The words of --sbatch.
+
+    Raises:
+        ValueError: No words of a shell, or an option that the command itself needs.
+    """
+    words = _words("--sbatch", text)
+    for flag, _ in _options(words):
+        if flag in _NEEDED:
+            raise ValueError(f"--sbatch {flag}: {_NEEDED[flag]}; leave it out of --sbatch")
+    return words
+
+
+def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Words of ``sbatch`` as options and their values, ``-N2`` as ``-N`` and ``2``."""
+    for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            yield flag, value if equals else following
+        elif word.startswith("-"):
+            yield word[:2], word[2:] or following
+
+
+def _names_gpus(words: Sequence[str]) -> bool:
+    """Whether words of ``sbatch`` say themselves which GPUs the job gets.
+
+    Of two ways of asking, sbatch takes both, and hands both on to srun: a count of 0 in one leaves the tasks without.
+    """
+    return any(
+        flag == "-G" or flag.startswith("--gpus") or (flag == "--gres" and ("gpu" in value or value == "none"))
+        for flag, value in _options(words)
+    )
 
 
 def _variables(plan: Plan, args: argparse.Namespace) -> dict[str, str]:
@@ -262,7 +330,9 @@ def _check(plan: Plan, nodes: int, devices: int) -> str:
     log.info("%s: is checked as training will, some seconds ...", plan.stage_folder)
     from maskgit_pl.cli.fit import build  # lightning and torch take seconds to import
     from maskgit_pl.training.checkpoint_files import newest_complete, step_of
+    from maskgit_pl.training.strategies import check_accelerator
 
+    check_accelerator(str(recipe_value(plan.files, plan.overrides, "trainer.accelerator") or "auto"))
     here = ["--trainer.accelerator=cpu", f"--trainer.num_nodes={nodes}", f"--trainer.devices={devices}"]
     cli = build(replace(plan, overrides=[*plan.overrides, *here]))
     data = cli.datamodule

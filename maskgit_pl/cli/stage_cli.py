@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from maskgit_pl.cli.recipes import Stage
 from maskgit_pl.data import ShardData, StreamConfig
@@ -31,7 +32,7 @@ from maskgit_pl.training.logs import RunLogger
 from maskgit_pl.training.pictures import ReconstructionPictures, SamplePictures
 from maskgit_pl.training.progress import ProgressLines
 from maskgit_pl.training.recipe import changes, fixed_settings
-from maskgit_pl.training.strategies import build_strategy, check_precision, check_strategy
+from maskgit_pl.training.strategies import build_strategy, check_accelerator, check_precision, check_strategy
 from maskgit_pl.training.watchdog import Watchdog
 
 __all__ = ["StageCLI"]
@@ -106,8 +107,13 @@ class StageCLI(LightningCLI):
         Raises:
             ValueError: A run that is to go on as another one.
         """
-        if self.config["cpu_threads"] is not None:
-            torch.set_num_threads(self.config["cpu_threads"])
+        threads = self.config["cpu_threads"]
+        if threads is not None:
+            if threads < 1:
+                raise ValueError(
+                    f"cpu_threads: at least 1 is needed, or null for as many as torch takes, got {threads}"
+                )
+            torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(self.config["matmul_precision"])
         torch.backends.cudnn.allow_tf32 = self.config["matmul_precision"] != "highest"  # of convolutions
         self.settings = self._settings(self.config)
@@ -144,9 +150,13 @@ class StageCLI(LightningCLI):
         """The Trainer of the recipe, with our callbacks, checkpoint format and strategies.
 
         Raises:
-            ValueError: A strategy or precision in which the stage does not train.
+            ValueError: A strategy or precision in which the stage does not train, or devices that are not there.
         """
         config = self._get(self.config_init, "trainer", default={})
+        check_accelerator(config["accelerator"])
+        check_precision(
+            str(config["precision"])
+        )  # as it is written: on a processor, Lightning reads float16 as bfloat16
         ours = {
             "strategy": build_strategy(config["strategy"]),
             "profiler": _NoProfiler(),
@@ -159,9 +169,11 @@ class StageCLI(LightningCLI):
             "check_val_every_n_epoch": None,
             "enable_checkpointing": True,
         }
-        trainer = self._instantiate_trainer({**config, **ours, **kwargs}, self._our_callbacks())
+        try:
+            trainer = self._instantiate_trainer({**config, **ours, **kwargs}, self._our_callbacks())
+        except (MisconfigurationException, ModuleNotFoundError) as error:
+            raise ValueError(_cannot_be_had(config, error)) from error
         check_strategy(config["strategy"], stage=self.stage, ranks=trainer.world_size)
-        check_precision(trainer.precision)
         # Lightning's handler of SIGTERM talks to other ranks, and each micro-batch begins with a question to the first
         # one, for which the device is waited for. Signals set a flag here; ranks vote once a step (training.guards).
         trainer._signal_connector.register_signal_handlers = _nothing  # type: ignore[method-assign]  # its own
@@ -185,6 +197,15 @@ class StageCLI(LightningCLI):
         else:
             pictures = SamplePictures(self.folder, class_names=self.datamodule.class_names)
         return [*guards, checkpoints, progress, pictures, UnreadableReport(self.folder)]
+
+
+def _cannot_be_had(config: Any, error: Exception) -> str:
+    said = " ".join(str(error).split()).rstrip(".")
+    return (
+        f"trainer: accelerator {config['accelerator']!r} with devices {config['devices']!r} cannot be had here, got: "
+        f"{said}; name others by --trainer.accelerator (auto: whichever there is) and --trainer.devices, or go where "
+        "there are such devices and a torch that is built for them"
+    )
 
 
 def _nothing() -> None:

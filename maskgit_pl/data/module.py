@@ -80,6 +80,10 @@ class ShardData(LightningDataModule):
         check_crop(crop)
         check_budget(unreadable_budget)
         check_window(shuffle_window)
+        if num_workers < 0:
+            raise ValueError(
+                f"data.num_workers: at least 0 is needed (0: the training process reads), got {num_workers}"
+            )
         if source not in ("images", "tokens", "stream"):
             raise ValueError(f"data.source: images, tokens or stream is needed, got {source!r}")
         if source == "stream":

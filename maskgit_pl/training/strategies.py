@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -23,7 +24,15 @@ from torch.optim import Optimizer
 from maskgit_pl.registry import nearest
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, SavedTensor, rows_of
 
-__all__ = ["PRECISIONS", "STRATEGIES", "build_strategy", "check_precision", "check_strategy", "shard_blocks"]
+__all__ = [
+    "PRECISIONS",
+    "STRATEGIES",
+    "build_strategy",
+    "check_accelerator",
+    "check_precision",
+    "check_strategy",
+    "shard_blocks",
+]
 
 PRECISIONS = ("32-true", "bf16-mixed")
 """Those in which both stages train, as Lightning names them."""
@@ -147,6 +156,17 @@ def check_strategy(name: str, *, stage: str, ranks: int) -> None:
             f"trainer.strategy 'auto': it is for one device, got {ranks} ranks; use --cluster ddp or fsdp "
             "(make: CLUSTER=)"
         )
+
+
+def check_accelerator(name: str) -> None:
+    """Refuses a name that Lightning has no accelerator for; whether this machine has one is not asked.
+
+    Raises:
+        ValueError: Unknown name.
+    """
+    known = ("auto", "gpu", *AcceleratorRegistry.available_accelerators())
+    if name not in known:
+        raise ValueError(f"trainer.accelerator {name!r}: {nearest(name, known)}")
 
 
 def check_precision(name: str) -> None:

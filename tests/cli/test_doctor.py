@@ -94,6 +94,7 @@ def test_what_is_missing_stands_in_one_list(doctor, tmp_path):
     fails(answer, "batch", "2 ranks must share it evenly, got 5")
     fails(answer, "strategy", "trainer.precision", "16-mixed")
     assert "5 of" in answer[1]
+    fails(doctor("tokenizer", "--trainer.accelerator=gpus"), "strategy", "trainer.accelerator 'gpus'", "gpu")
 
 
 @pytest.mark.parametrize("with_data", [True, False])
@@ -134,7 +135,7 @@ def test_data_that_was_cut_off_is_named(doctor, tiny_shards, tmp_path):
 def test_a_perceptual_network_without_weights_leaves_the_rest_examined(doctor):
     network = "{network: {name: timm, model: resnet18, weights: no-such-file}, weight: 0.1}"
     answer = doctor("tokenizer", f"--model.perceptual={network}")
-    fails(answer, "recipe", "an existing file is needed, got no-such-file")
+    fails(answer, "recipe", "an existing file is needed, got no-such-file", "--model.perceptual.network.weights FILE")
     assert "without the perceptual network" in answer[1]
     assert "1 of" in answer[1]
 
@@ -156,8 +157,12 @@ def test_a_port_in_use_is_named_with_a_free_one(doctor, monkeypatch):
         monkeypatch.setenv("MASTER_PORT", str(port))
         fails(doctor("tokenizer"), "network", f"MASTER_PORT {port}")
     assert doctor("tokenizer")[0] == 0
-    monkeypatch.setenv("MASTER_PORT", "http")
-    fails(doctor("tokenizer"), "network", "got 'http'")
+    for named in ("http", "99999", "0"):
+        monkeypatch.setenv("MASTER_PORT", named)
+        fails(doctor("tokenizer"), "network", f"got '{named}'", "1 to 65535")
+    monkeypatch.delenv("MASTER_PORT")
+    monkeypatch.setenv("SLURM_JOB_ID", "abc")
+    fails(doctor("tokenizer"), "network", "SLURM_JOB_ID", "got 'abc'")
 
 
 def test_names_that_lead_nowhere(doctor, monkeypatch):

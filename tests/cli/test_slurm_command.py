@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 import yaml
 
 from maskgit_pl.cli import main
@@ -74,6 +75,29 @@ def test_devices_are_gpus_unless_the_recipe_says_otherwise_and_loaders_get_cores
     assert {"--gpus-per-node=2", "--ntasks-per-node=2", "--cpus-per-task=4"} <= set(command_of(answer))
 
 
+@pytest.mark.parametrize(
+    "words", ["--gres=gpu:a100:8", "--mem=0 --gres gpu:8", "-G 16", "-G16", "--gpus=16", "--gpus-per-task=1"]
+)
+def test_gpus_are_asked_for_in_one_way(submit, words):
+    command = command_of(submit("tokenizer", "--trainer.accelerator=gpu", f"--sbatch={words}", "--dry-run"))
+    assert not any(word.startswith("--gpus-per-node") for word in command)
+    assert shlex.split(words)[-1] in command
+    other = submit("tokenizer", "--trainer.accelerator=gpu", "--sbatch=--gres=lscratch:100", "--dry-run")
+    assert "--gpus-per-node=1" in command_of(other)
+
+
+def test_a_task_that_sees_no_gpu_ends_unless_the_accelerator_is_named(submit, tiny_shards, tmp_path, capsys):
+    ask = ["tokenizer", "--data", str(tiny_shards), "--runs", str(tmp_path / "runs"), "--run=one"]
+    assert main(["slurm", "submit", *ask, "--nodes=1", "--devices=1", "--dry-run"]) == 0
+    words = command_of(Answer(0, *capsys.readouterr()))
+    given = words[words.index("recipes/slurm/train.sbatch") + 1 :]
+    assert given == ["--trainer.accelerator=gpu"]
+    if not torch.cuda.is_available():
+        assert main(["train", *ask, *given]) == 2
+        assert "trainer: accelerator 'gpu'" in capsys.readouterr().err
+    assert "--trainer.accelerator=gpu" not in command_of(submit("tokenizer", "--dry-run"))  # its recipe says cpu
+
+
 def test_a_container_is_words_before_the_program_on_its_path(submit):
     answer = submit(
         "tokenizer", "--container=apptainer exec --nv 'my image.sif'", "--srun=--cpu-bind=cores", "--dry-run"
@@ -103,7 +127,18 @@ def test_without_slurm_nothing_can_be_submitted(submit):
         ("tokenizer", "--trainer.max_step=4", ("trainer.max_step", "trainer.max_steps")),
         ("tokenizer", "--recipe=cosin", ("cosin", "cosine")),
         ("tokenizer", "--data=nowhere", ("data nowhere", "--data")),
+        ("tokenizer", "--trainer.accelerator=gpus", ("trainer.accelerator 'gpus'", "gpu")),
+        ("tokenizer", "--trainer.precision=16-mixed", ("trainer.precision", "bf16-mixed", "got 16-mixed")),
+        ("tokenizer", "--data.num_workers=-1", ("data.num_workers", "at least 0", "got -1")),
+        ("tokenizer", "--data.num_workers=many", ("data.num_workers", "whole number", "got 'many'")),
+        ("tokenizer", "--cpu_threads=some", ("cpu_threads", "whole number", "got 'some'")),
+        ("tokenizer", "--cpu_threads=0", ("cpu_threads", "at least 1", "got 0")),
         ("tokenizer", "--sbatch='--mem", ("--sbatch", "quotes")),
+        ("tokenizer", "--sbatch=--mem=0 --nodes=4", ("--sbatch --nodes", "leave it out")),
+        ("tokenizer", "--sbatch=-N4", ("--sbatch -N", "--nodes of the command")),
+        ("tokenizer", "--sbatch=--ntasks 8", ("--sbatch --ntasks", "--devices of the command")),
+        ("tokenizer", "--sbatch=--array=1-4", ("--sbatch --array", "one run")),
+        ("tokenizer", "--time=tomorrow", ("--time", "24:00:00", "got tomorrow")),
         ("transformer", "--tokenizer=nowhere", ("tokenizer nowhere", "config.json")),
         ("transformer", "--data.source=tokens", ("token store", "make tokenize")),
         ("transformer", "--model.mask_schedule=cosin", ("cosin", "cosine")),

@@ -150,7 +150,9 @@ def test_jobs_that_a_higher_partition_preempts_end_as_those_that_nothing_disturb
 
 def test_signals_to_a_job_and_to_one_task_without_scontrol_in_the_container(site: Site) -> None:
     cluster = site.cluster
-    cluster.transcript.title("Signals: to all tasks, and to one; in the tasks' namespace there is no scontrol")
+    cluster.transcript.title(
+        "Signals: to all tasks, to the batch script, and to one task; in the tasks' namespace there is no scontrol"
+    )
     container = """unshare --mount bash -c 'mount --bind /dev/null "$(type -P scontrol)" && exec "$@"' bash"""
     run = site.run("signalled", "transformer ddp", f"--container={container}", "--program=.venv/bin/maskgit")
     printed = run.submit()
@@ -166,15 +168,16 @@ def test_signals_to_a_job_and_to_one_task_without_scontrol_in_the_container(site
     cluster.run(f"scancel --signal=USR1 {run.number}")  # before they can have imported anything
     cluster.wait_until(lambda: run.restarts == 1, "the job goes back into the queue", run.number)
     run.wait_beyond(run.step)
-    cluster.run(f"scancel --signal=USR1 {run.number}")
-    cluster.wait_until(lambda: run.restarts == 2, "the job goes back into the queue", run.number)
-    run.wait_beyond(run.step)
+    for restarts, words in enumerate(("", "--batch ", "--full "), start=2):  # the tasks, the script, both
+        cluster.run(f"scancel {words}--signal=USR1 {run.number}")
+        cluster.wait_until(lambda count=restarts: run.restarts == count, "back in the queue", run.number)  # type: ignore[misc]
+        run.wait_beyond(run.step)
     (task,) = (pid for pid, each in cluster.processes(run.number, "node2").items() if each.get("SLURM_PROCID") == "1")
     cluster.transcript.said("kill -TERM of the task on node2")
     os.kill(task, signal.SIGTERM)
     run.finish()
-    assert run.restarts == 3
-    assert run.log.count("back into the queue") == 3
+    assert run.restarts == 5
+    assert run.log.count("back into the queue") == 5
     cluster.wait_for_end(site.straight["transformer ddp"].number)
     assert_equal(run, site.straight["transformer ddp"])
 
