@@ -2,7 +2,8 @@
 
 A collective does not tell: gloo raises when a rank is gone, NCCL waits. So each rank leaves a beat in the store through
 which they found each other, says there why it ends, and holds a connection to the next rank, which breaks when that
-process ends. The watchdog uses it.
+process ends. One that is broken while its rank still beats, or a store that a new connection reaches, is the network's
+fault, and nobody's end; nor is silence alone: a process may be stopped for a while. The watchdog uses it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from datetime import timedelta
 from typing import Literal, NamedTuple
 
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch does not list it
+from torch.distributed.distributed_c10d import PrefixStore
 
 from maskgit_pl.errors import INTERNAL_ERROR
 
@@ -24,7 +27,14 @@ __all__ = ["Ending", "Peers"]
 
 _SILENCE = 3.5  # seconds in which a rank that lives beats at least twice
 _PATIENCE = 8  # beats between a broken connection and the end: what the rank has to say of it comes before
-_TOLD = "maskgit_pl/told"
+_CALLS = 5  # of the next rank; where a firewall lets none through, its end shows in other ways
+_ALIVE = (
+    ("TCP_KEEPIDLE", 10),
+    ("TCP_KEEPINTVL", 5),
+    ("TCP_KEEPCNT", 6),
+)  # seconds: a machine without power says nothing
+_SHOWN = 4  # beats within a silence
+_TOLD = "told"
 
 
 class Ending(NamedTuple):
@@ -50,34 +60,34 @@ class Peers:
     """
 
     def __init__(self, rank: int, world_size: int) -> None:
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        # A connection of its own: the one of the process group may be waiting for something.
-        connect = dist.TCPStore  # type: ignore[attr-defined]  # torch does not list it
-        self._store = connect(address, port, is_master=False, timeout=timedelta(seconds=10))
+        self._place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self._store = _open_store(*self._place)
         self._lock = threading.Lock()
         self._rank = rank
-        self._beat_keys = [f"maskgit_pl/beat/{each}" for each in range(world_size)]
+        self._beat_keys = [f"beat/{each}" for each in range(world_size)]
         self._name = f"rank {rank} ({socket.gethostname()}, process {os.getpid()})"
         self._count = 0
         self._unanswered = 0  # beats in a row that nobody took
         self._next = (rank + 1) % world_size
         self._line: socket.socket | None = None  # to the next rank
-        self._broken = 0  # beats since it broke
+        self._calls = _CALLS  # that are left
+        self._last_beat = b""  # of the next rank, when it was looked at
+        self._still = 0  # how often in a row it was the same
         self._door = _open_door()  # nobody is let in: the kernel holds the connection as long as this process lives
         self.beat()
-        self._store.set(_door_key(rank), f"{_own_address(address, port)} {self._door.getsockname()[1]}")
+        self._store.set(_door_key(rank), f"{_own_address(*self._place)} {self._door.getsockname()[1]}")
 
     def beat(self) -> Ending | None:
         """Shows that this rank lives; why it must end, if it must. About once a second."""
-        self._count += 1
         try:
             with self._lock:
-                self._store.set(self._beat_keys[self._rank], f"{self._name} {self._count}")
+                self._show()
                 self._unanswered = 0
                 told = self._told()
                 return told if told is not None else self._look_at_the_next()
         except dist.DistNetworkError:
             self._unanswered += 1
+            self._find_store()
         except RuntimeError:  # slow to answer
             pass
         return self._without_store() if self._unanswered > _PATIENCE else None
@@ -97,8 +107,9 @@ class Peers:
 
     def leave(self) -> None:
         """Takes leave: this rank ends as the others do, each by itself, and is missed by none."""
-        with contextlib.suppress(RuntimeError), self._lock:
-            self._store.set(_left_key(self._rank), "")
+        with self._lock:
+            with contextlib.suppress(RuntimeError):
+                self._store.set(_left_key(self._rank), "")
             self._door.close()
             if self._line is not None:
                 self._line.close()
@@ -106,7 +117,10 @@ class Peers:
     def silent(self) -> str:
         """Which ranks do not beat, as a text; takes some seconds."""
         before = self._beats()
-        time.sleep(_SILENCE)
+        for _ in range(_SHOWN):  # the others may be asking the same
+            time.sleep(_SILENCE / _SHOWN)
+            with contextlib.suppress(RuntimeError), self._lock:
+                self._show()
         after = self._beats()
         if before is None or after is None:
             return self._without_store().text
@@ -120,33 +134,55 @@ class Peers:
     def _told(self) -> Ending | None:
         return Ending(*json.loads(self._store.get(_TOLD))) if self._store.check([_TOLD]) else None
 
-    def _look_at_the_next(self) -> Ending | None:
-        """Whether the next rank's process has ended without a word."""
-        if self._line is None:
-            self._line = self._call_the_next()
-        if self._line is None or not _is_broken(self._line) or self._store.check([_left_key(self._next)]):
-            return None
-        self._broken += 1
-        if self._broken <= _PATIENCE:
-            return None
-        name = self._store.get(self._beat_keys[self._next]).decode().rpartition(" ")[0]
-        return Ending(INTERNAL_ERROR, "rank", f"{name}: its process has ended")
+    def _show(self) -> None:
+        self._count += 1
+        self._store.set(self._beat_keys[self._rank], f"{self._name} {self._count}")
 
-    def _call_the_next(self) -> socket.socket | None:
-        """A connection to the next rank, if it listens already and can be reached."""
-        if not self._store.check([_door_key(self._next)]):
+    def _find_store(self) -> None:
+        """Connects anew, if somebody listens there."""
+        with contextlib.suppress(OSError, RuntimeError):
+            socket.create_connection(self._place, timeout=1).close()  # the store itself would try for long
+            store = _open_store(*self._place)
+            with self._lock:
+                self._store = store
+
+    def _look_at_the_next(self) -> Ending | None:
+        """Whether the next rank's process has ended without a word: its connection is broken, and it beats no more."""
+        if self._line is not None and not _is_broken(self._line):
             return None
-        host, _, port = self._store.get(_door_key(self._next)).decode().rpartition(" ")
-        with contextlib.suppress(OSError):
-            line = socket.create_connection((host, int(port)), timeout=2)
-            line.setblocking(False)
-            return line
-        return None
+        if self._line is None and self._calls == 0:
+            return None
+        if not self._store.check([_door_key(self._next)]):  # it has not begun
+            return None
+        beat = self._store.get(self._beat_keys[self._next])
+        if beat != self._last_beat:
+            self._last_beat, self._still = beat, 0
+            self._call_the_next()
+            return None
+        self._still += 1
+        if self._line is None or self._still <= _PATIENCE or self._store.check([_left_key(self._next)]):
+            return None
+        return Ending(INTERNAL_ERROR, "rank", f"{beat.decode().rpartition(' ')[0]}: its process has ended")
+
+    def _call_the_next(self) -> None:
+        """Connects to the next rank; a connection that was broken stays where no other can be had."""
+        broken, self._line = self._line, None
+        if self._calls > 0:
+            self._calls -= 1
+            host, _, port = self._store.get(_door_key(self._next)).decode().rpartition(" ")
+            try:
+                self._line = _connect(host, int(port))
+            except OSError:
+                self._line, broken = broken, None
+        if broken is not None:
+            broken.close()
 
     def _beats(self) -> list[str] | None:
         """The last beat of each rank; of one that has not begun yet, its number. None if the store does not answer."""
         try:
             with self._lock:
+                if self._store.check(self._beat_keys):
+                    return [beat.decode() for beat in self._store.multi_get(self._beat_keys)]
                 begun = [self._store.check([key]) for key in self._beat_keys]
                 return [
                     self._store.get(key).decode() if there else f"rank {rank} 0"
@@ -160,18 +196,35 @@ class Peers:
         return Ending(INTERNAL_ERROR, "rank", "rank 0, which keeps the store, no longer answers")
 
 
+def _open_store(address: str, port: int) -> PrefixStore:
+    """A connection of its own to the store of all: the process group's may be waiting for something."""
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store knows what was said before a restart
+    store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
+    return PrefixStore(f"maskgit_pl/{start}", store)
+
+
 def _door_key(rank: int) -> str:
-    return f"maskgit_pl/door/{rank}"
+    return f"door/{rank}"
 
 
 def _left_key(rank: int) -> str:
-    return f"maskgit_pl/left/{rank}"
+    return f"left/{rank}"
 
 
 def _open_door() -> socket.socket:
     if socket.has_dualstack_ipv6():
         return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
     return socket.create_server(("", 0))
+
+
+def _connect(host: str, port: int) -> socket.socket:
+    line = socket.create_connection((host, port), timeout=2)
+    line.setblocking(False)
+    line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _ALIVE:
+        if hasattr(socket, name):
+            line.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    return line
 
 
 def _own_address(address: str, port: int) -> str:

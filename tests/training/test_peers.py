@@ -1,9 +1,13 @@
 """Two ranks in processes of their own: what each knows of the other."""
 
+import contextlib
 import multiprocessing
 import os
 import re
 import signal
+import socket
+import struct
+import threading
 import time
 
 import pytest
@@ -18,8 +22,15 @@ def other(port: int, acts: str, ready) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     peers = Peers(1, 2)
     ready.set()
+    if acts == "hangs up":
+        line, _ = peers._door.accept()
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset, as firewalls send
+        line.close()
     if acts == "tells":
         peers.tell(Ending(DataBudgetError.exit_code, "rank", "rank 1: too many"))
+    elif acts == "asks":
+        while True:
+            peers.silent()
     elif acts == "leaves":
         peers.leave()
         os._exit(0)
@@ -77,6 +88,94 @@ def test_a_rank_whose_process_has_ended_is_missed_and_one_that_is_stopped_is_nam
     assert ending is not None
     assert ending.why == "rank"
     assert ending.text.endswith(f"process {process.pid}): its process has ended")
+
+
+@pytest.mark.slow
+def test_a_connection_that_breaks_while_the_rank_lives_is_made_again(begin):
+    peers, process = begin("hangs up")
+    assert beats(peers, 25) is None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    ending = beats(peers)
+    assert ending is not None
+    assert "its process has ended" in ending.text
+
+
+class Wire:
+    """A way to the store that can be cut.
+
+    Args:
+        port: Of the store.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._to, self._ends = port, []
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    @property
+    def port(self) -> int:
+        """Its near end."""
+        return self.listener.getsockname()[1]
+
+    def cut(self) -> None:
+        """Breaks all connections; new ones can be made."""
+        ends, self._ends = self._ends, []
+        for end in ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self.listener.accept()
+            except OSError:  # closed
+                return
+            far = socket.create_connection(("127.0.0.1", self._to))
+            self._ends += [near, far]
+            for one, other in ((near, far), (far, near)):
+                threading.Thread(target=self._carry, args=(one, other), daemon=True).start()
+
+    @staticmethod
+    def _carry(one: socket.socket, other: socket.socket) -> None:
+        with one, contextlib.suppress(OSError):  # cut
+            while data := one.recv(1 << 16):
+                other.sendall(data)
+            other.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.slow
+def test_a_store_that_is_cut_off_is_found_again_and_missed_when_it_is_gone(monkeypatch):
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    wire = Wire(store.port)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(wire.port))
+    one, other = Peers(0, 2), Peers(1, 2)
+    for _ in range(2):
+        wire.cut()
+        assert beats(one) is None
+    other.tell(Ending(76, "rank", "lost, since nobody answers"))  # cut off as well, and not told of it
+    assert beats(other) is None
+    other.tell(Ending(76, "rank", "heard"))
+    assert beats(one) == Ending(76, "rank", "heard")
+
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    again = Peers(0, 2)
+    assert beats(again) is None  # what was said is of the start before
+    wire.listener.shutdown(socket.SHUT_RDWR)
+    wire.listener.close()
+    wire.cut()
+    ending = beats(again)
+    assert ending is not None
+    assert "rank 0, which keeps the store" in ending.text
+    for peers in (one, other, again):
+        peers.leave()
+
+
+@pytest.mark.slow
+def test_ranks_that_ask_for_silence_at_once_hear_each_other(begin):
+    peers, _ = begin("asks")
+    assert [peers.silent() for _ in range(2)] == ["", ""]
 
 
 @pytest.mark.slow
