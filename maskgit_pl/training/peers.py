@@ -70,6 +70,7 @@ class Peers:
         self._unanswered = 0  # beats in a row that nobody took
         self._next = (rank + 1) % world_size
         self._line: socket.socket | None = None  # to the next rank
+        self._hung_up = False  # the last call found nobody at its other end
         self._calls = _CALLS  # that are left
         self._last_beat = b""  # of the next rank, when it was looked at
         self._still = 0  # how often in a row it was the same
@@ -150,8 +151,6 @@ class Peers:
         """Whether the next rank's process has ended without a word: its connection is broken, and it beats no more."""
         if self._line is not None and not _is_broken(self._line):
             return None
-        if self._line is None and self._calls == 0:
-            return None
         if not self._store.check([_door_key(self._next)]):  # it has not begun
             return None
         beat = self._store.get(self._beat_keys[self._next])
@@ -160,22 +159,25 @@ class Peers:
             self._call_the_next()
             return None
         self._still += 1
-        if self._line is None or self._still <= _PATIENCE or self._store.check([_left_key(self._next)]):
+        broken = self._line is not None or self._hung_up
+        if not broken or self._still <= _PATIENCE or self._store.check([_left_key(self._next)]):
             return None
         return Ending(INTERNAL_ERROR, "rank", f"{beat.decode().rpartition(' ')[0]}: its process has ended")
 
     def _call_the_next(self) -> None:
-        """Connects to the next rank; a connection that was broken stays where no other can be had."""
-        broken, self._line = self._line, None
+        """Connects to the next rank, if it can be reached."""
+        was_connected = self._line is not None
+        if self._line is not None:
+            self._line.close()
+            self._line = None
+        self._hung_up = False
         if self._calls > 0:
             self._calls -= 1
             host, _, port = self._store.get(_door_key(self._next)).decode().rpartition(" ")
             try:
                 self._line = _connect(host, int(port))
-            except OSError:
-                self._line, broken = broken, None
-        if broken is not None:
-            broken.close()
+            except OSError as error:
+                self._hung_up = was_connected or isinstance(error, ConnectionRefusedError)
 
     def _beats(self) -> list[str] | None:
         """The last beat of each rank; of one that has not begun yet, its number. None if the store does not answer."""

@@ -31,6 +31,10 @@ def other(port: int, acts: str, ready) -> None:
     elif acts == "asks":
         while True:
             peers.silent()
+    elif acts == "waits":
+        time.sleep(600)
+    elif acts == "dies":
+        os._exit(0)
     elif acts == "leaves":
         peers.leave()
         os._exit(0)
@@ -88,6 +92,19 @@ def test_a_rank_whose_process_has_ended_is_missed_and_one_that_is_stopped_is_nam
     assert ending is not None
     assert ending.why == "rank"
     assert ending.text.endswith(f"process {process.pid}): its process has ended")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("acts", ["waits", "dies"])
+def test_a_rank_that_has_beaten_once_is_missed(begin, acts):
+    peers, process = begin(acts)
+    if acts == "waits":
+        assert beats(peers) is None
+        process.kill()
+    process.join()
+    ending = beats(peers)
+    assert ending is not None
+    assert "its process has ended" in ending.text
 
 
 @pytest.mark.slow
