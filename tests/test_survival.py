@@ -322,23 +322,53 @@ def test_all_ranks_end_with_the_code_of_the_one_that_cannot_go_on(bench, report,
         report.add(8, f"{type(error).__name__} on rank 1 alone", code, said, "both ranks ended with this code")
 
 
-def test_a_rank_that_hangs_ends_the_run_with_all_stacks(bench, report):
+def test_no_rank_waits_for_one_that_cannot_export(bench, report):
     runs = bench.runs["transformer"]
-    folder = runs.folder / "hung" / "transformer"
+    blocked = runs.runs / "unexported" / "pretrained"
+    blocked.parent.mkdir()
+    blocked.write_text("no folder")
+    texts = runs.leg("unexported", TWO, code=BAD_INPUT)
+    said = line(texts[0], "maskgit train: .*pretrained")
+    report.add(8, "a file in the place of the exported folder", BAD_INPUT, said, "both ranks ended with this code")
+    blocked.unlink()
+    runs.leg("unexported", TWO)
+    assert (blocked / "transformer" / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("rank", "file", "named"),
+    [
+        (1, "stacks.txt", r"rank 1 \(.*\): not heard of"),
+        (0, "stacks-rank1.txt", "rank 0, which keeps the store, does not"),
+    ],
+)
+def test_a_rank_that_hangs_ends_the_run_with_all_stacks(bench, report, rank, file, named):
+    runs, other = bench.runs["transformer"], 1 - rank
 
     def wake_up(processes) -> None:
-        processes[0].join(60)
-        os.kill(processes[1].pid, signal.SIGCONT)
+        processes[other].join(60)
+        assert processes[other].exitcode == INTERNAL_ERROR
+        os.kill(processes[rank].pid, signal.SIGCONT)
 
-    fault = Fault(signal.SIGSTOP, 7, rank=1)
-    texts = runs.leg("hung", TWO, "--hang_seconds=3", faults=[fault], code=INTERNAL_ERROR, during=wake_up)
-    said = line(texts[0], "^hang, rank 0: training: nothing has gone on")
-    assert "rank 1 (" in said
-    stacks = (folder / "stacks.txt").read_text()
+    fault = Fault(signal.SIGSTOP, 7, rank=rank)
+    texts = runs.leg(f"hung{rank}", TWO, "--hang_seconds=3", faults=[fault], code=INTERNAL_ERROR, during=wake_up)
+    said = line(texts[other], f"^hang, rank {other}: training: nothing has gone on")
+    assert re.search(named, said)
+    stacks = (runs.folder / f"hung{rank}" / "transformer" / file).read_text()
     assert "training_step" in stacks or "backward" in stacks or "all_reduce" in stacks
-    report.add(
-        9, "SIGSTOP to rank 1, `--hang_seconds 3`", INTERNAL_ERROR, said, "`stacks.txt` has the stacks of all threads"
-    )
+    seen = f"`{file}` has the stacks of all threads"
+    report.add(9, f"SIGSTOP to rank {rank}, `--hang_seconds 3`", INTERNAL_ERROR, said, seen)
+
+
+def fill_stderr() -> None:
+    """What is printed goes to a disk without room."""
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+
+
+def test_a_hang_ends_a_run_that_cannot_say_so(bench, report):
+    runs, sleep = bench.runs["transformer"], Fault("asleep", 4)
+    runs.leg("mute", Topology(), "--hang_seconds=3", faults=[sleep], code=INTERNAL_ERROR, prepare=fill_stderr)
+    report.add(9, "a step that does not end, `2>/dev/full`, `--hang_seconds 3`", INTERNAL_ERROR, "", "ended")
 
 
 # Losses that are not finite

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import resource
 import shutil
 import sys
 import warnings
@@ -30,12 +31,14 @@ from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, SavedTensor, newest_complete, step_of
 from maskgit_pl.training.checkpoints import Checkpoints
 from maskgit_pl.training.environment import describe_environment
+from maskgit_pl.training.watchdog import Watchdog
 
 __all__ = ["build", "export", "fit", "module_and_layers"]
 
 log = logging.getLogger(__name__)
 
 _EXPORTED = "exported.json"  # in the stage's folder: the step whose weights the run's pretrained folder has
+_OPEN_FILES = 1 << 16
 
 # What Lightning and torch say on every run of ours and nobody can act on.
 _EXPECTED_WARNINGS = (
@@ -85,6 +88,7 @@ def fit(plan: Plan) -> int:
     Returns:
         0.
     """
+    _allow_open_files()
     cli = build(plan)
     module, data, trainer = cli.model, cli.datamodule, cli.trainer
     newest = newest_complete(plan.checkpoints)
@@ -100,11 +104,23 @@ def fit(plan: Plan) -> int:
         _introduce(cli, plan, newest)
     assert isinstance(trainer.checkpoint_callback, Checkpoints)
     trainer.checkpoint_callback.begins_from = newest
-    with leaving_together(trainer):
+    watchdog = next(each for each in trainer.callbacks if isinstance(each, Watchdog))  # type: ignore[attr-defined]  # Lightning's own
+    with leaving_together(trainer), watchdog.staying(trainer):
         trainer.fit(module, datamodule=data, ckpt_path=newest)
         _export(module, data, plan, plan.folder / "pretrained", step=trainer.global_step)
         trainer.strategy.barrier("exported")  # who starts the ranks soon ends those that are left behind another
     return 0
+
+
+def _allow_open_files() -> None:
+    """As many as the system lets a process have, up to what any run needs.
+
+    The first rank holds two connections to each other one, and a shell often allows 1024 files.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def export(plan: Plan, checkpoint: Path, out: Path) -> None:

@@ -39,6 +39,7 @@ _NODES, _TASKS = "--nodes of the command says it, and the batch is shared out by
 _NEEDED = {
     "--nodes": _NODES, "-N": _NODES, "--ntasks": _TASKS, "-n": _TASKS, "--ntasks-per-node": _TASKS,
     "--array": "several jobs would train one run", "-a": "several jobs would train one run",
+    "--chdir": "paths are those of this folder", "-D": "paths are those of this folder",
     "--comment": "the run's job is known by it in the queue",
     "--export": "the job's script needs all variables that it is submitted with",
     "--wrap": "the job is the script",
@@ -198,7 +199,7 @@ def plan_submission(args: argparse.Namespace) -> tuple[Plan, Submission]:
     script = recipes_folder() / "slurm" / "train.sbatch"
     # A task that sees no GPU must not go on without: `auto` would train on the processor, for days.
     named = recipe_value(plan.files, plan.overrides, "trainer.accelerator")
-    words = [*(["--trainer.accelerator=gpu"] if named in (None, "auto") else []), *plan.overrides]
+    words = [*plan.overrides, *(["--trainer.accelerator=gpu"] if named in (None, "auto") else [])]
     return plan, Submission(options, script, tuple(words), _variables(plan, args), identity, log_file)
 
 

@@ -147,9 +147,9 @@ class Checkpoints(Checkpoint):
             self._prune()
 
     def _say_what_failed(self, trainer: Trainer, error: OSError, *, last: bool) -> None:
-        step, kept = trainer.global_step, complete_checkpoints(self.folder)
+        step, kept = trainer.global_step, self._complete()
         text = f"checkpoint of step {step}: cannot be written: {error}; " + (
-            f"{kept[-1].name} stays" if kept else "there is no older one"
+            f"{kept[-1].name} stays" if kept else "no older one is seen"
         )
         if last or self._failures >= _MOST_FAILURES:
             why = "it was the last" if last else f"{self._failures} times in a row"
@@ -161,8 +161,16 @@ class Checkpoints(Checkpoint):
                 text, following, self._failures, _MOST_FAILURES,
             )  # fmt: skip
 
+    def _complete(self) -> list[Path]:
+        """The complete checkpoints; none where the folder cannot be read at the moment."""
+        try:
+            return complete_checkpoints(self.folder)
+        except OSError as error:
+            log.warning("%s: cannot be listed: %s", self.folder, error)
+            return []
+
     def _prune(self) -> None:
-        for old in complete_checkpoints(self.folder)[: -self.keep_last]:
+        for old in self._complete()[: -self.keep_last]:
             if self.keep_every is not None and step_of(old) % self.keep_every == 0:
                 continue
             try:

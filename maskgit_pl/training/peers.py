@@ -2,8 +2,8 @@
 
 A collective does not tell: gloo raises when a rank is gone, NCCL waits. So each rank leaves a beat in the store through
 which they found each other, says there why it ends, and holds a connection to the next rank, which breaks when that
-process ends. One that is broken while its rank still beats, or a store that a new connection reaches, is the network's
-fault, and nobody's end; nor is silence alone: a process may be stopped for a while. The watchdog uses it.
+process ends: the kernel says so, or refuses a new one. Whatever else befalls a connection is the network's fault and
+nobody's end, nor is silence: a process may be stopped for a while. The watchdog uses it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch does not list it
@@ -27,14 +28,13 @@ __all__ = ["Ending", "Peers"]
 
 _SILENCE = 3.5  # seconds in which a rank that lives beats at least twice
 _PATIENCE = 8  # beats between a broken connection and the end: what the rank has to say of it comes before
-_CALLS = 5  # of the next rank; where a firewall lets none through, its end shows in other ways
-_ALIVE = (
-    ("TCP_KEEPIDLE", 10),
-    ("TCP_KEEPINTVL", 5),
-    ("TCP_KEEPCNT", 6),
-)  # seconds: a machine without power says nothing
+_PAUSE = 20  # beats between calls of the next rank: a firewall may let none through
+_LONGEST = 5.0  # seconds: the store answers in milliseconds, or, while rank 0's process is stopped, not at all
 _SHOWN = 4  # beats within a silence
 _TOLD = "told"
+_STORE = "rank 0, which keeps the store,"
+
+T = TypeVar("T")
 
 
 class Ending(NamedTuple):
@@ -70,8 +70,8 @@ class Peers:
         self._unanswered = 0  # beats in a row that nobody took
         self._next = (rank + 1) % world_size
         self._line: socket.socket | None = None  # to the next rank
-        self._hung_up = False  # the last call found nobody at its other end
-        self._calls = _CALLS  # that are left
+        self._refused = False  # the last call
+        self._next_call = 0  # beats
         self._last_beat = b""  # of the next rank, when it was looked at
         self._still = 0  # how often in a row it was the same
         self._door = _open_door()  # nobody is let in: the kernel holds the connection as long as this process lives
@@ -79,7 +79,10 @@ class Peers:
         self._store.set(_door_key(rank), f"{_own_address(*self._place)} {self._door.getsockname()[1]}")
 
     def beat(self) -> Ending | None:
-        """Shows that this rank lives; why it must end, if it must. About once a second."""
+        """Shows that this rank lives; why it must end, if it must.
+
+        About once a second, in a thread of its own: while rank 0's process is stopped, it does not return.
+        """
         try:
             with self._lock:
                 self._show()
@@ -87,44 +90,34 @@ class Peers:
                 told = self._told()
                 return told if told is not None else self._look_at_the_next()
         except dist.DistNetworkError:
-            self._unanswered += 1
             self._find_store()
         except RuntimeError:  # slow to answer
             pass
-        return self._without_store() if self._unanswered > _PATIENCE else None
+        return Ending(INTERNAL_ERROR, "rank", f"{_STORE} has ended") if self._unanswered > _PATIENCE else None
 
     def told(self) -> Ending | None:
         """What a rank has said to all."""
-        try:
-            with self._lock:
-                return self._told()
-        except RuntimeError:
-            return None
+        return _in_time(self._locked(self._told))
 
     def tell(self, ending: Ending) -> None:
         """Says to all ranks why they end; who comes first is heard."""
-        with contextlib.suppress(RuntimeError), self._lock:
-            self._store.compare_set(_TOLD, "", json.dumps(ending))
+        _in_time(self._locked(lambda: self._store.compare_set(_TOLD, "", json.dumps(ending))))
 
     def leave(self) -> None:
         """Takes leave: this rank ends as the others do, each by itself, and is missed by none."""
-        with self._lock:
-            with contextlib.suppress(RuntimeError):
-                self._store.set(_left_key(self._rank), "")
-            self._door.close()
-            if self._line is not None:
-                self._line.close()
+        _in_time(self._locked(lambda: self._store.set(_left_key(self._rank), "")))
+        self._door.close()
+        self._hang_up()
 
     def silent(self) -> str:
         """Which ranks do not beat, as a text; takes some seconds."""
-        before = self._beats()
-        for _ in range(_SHOWN):  # the others may be asking the same
+        before = _in_time(self._locked(self._beats))
+        for _ in range(_SHOWN if before else 0):  # the others may be asking the same
             time.sleep(_SILENCE / _SHOWN)
-            with contextlib.suppress(RuntimeError), self._lock:
-                self._show()
-        after = self._beats()
+            _in_time(self._locked(self._show))
+        after = _in_time(self._locked(self._beats)) if before else None
         if before is None or after is None:
-            return self._without_store().text
+            return f"{_STORE} does not answer"
         silent = [
             new.rpartition(" ")[0]
             for rank, (old, new) in enumerate(zip(before, after, strict=True))
@@ -139,18 +132,33 @@ class Peers:
         self._count += 1
         self._store.set(self._beat_keys[self._rank], f"{self._name} {self._count}")
 
+    def _locked(self, ask: Callable[[], T]) -> Callable[[], T | None]:
+        def locked() -> T | None:
+            with contextlib.suppress(RuntimeError), self._lock:
+                return ask()
+            return None
+
+        return locked
+
     def _find_store(self) -> None:
         """Connects anew, if somebody listens there."""
-        with contextlib.suppress(OSError, RuntimeError):
+        try:
             socket.create_connection(self._place, timeout=1).close()  # the store itself would try for long
             store = _open_store(*self._place)
             with self._lock:
                 self._store = store
+        except ConnectionRefusedError:
+            self._unanswered += 1
+        except (OSError, RuntimeError):  # no way there at the moment
+            pass
 
     def _look_at_the_next(self) -> Ending | None:
-        """Whether the next rank's process has ended without a word: its connection is broken, and it beats no more."""
-        if self._line is not None and not _is_broken(self._line):
+        """Whether the next rank's process has ended without a word: its kernel says so, and it beats no more."""
+        end = "lost" if self._line is None else _other_end(self._line)
+        if end == "held":
             return None
+        if end == "lost":
+            self._hang_up()
         if not self._store.check([_door_key(self._next)]):  # it has not begun
             return None
         beat = self._store.get(self._beat_keys[self._next])
@@ -159,43 +167,46 @@ class Peers:
             self._call_the_next()
             return None
         self._still += 1
-        broken = self._line is not None or self._hung_up
-        if not broken or self._still <= _PATIENCE or self._store.check([_left_key(self._next)]):
+        ended = end == "closed" or self._refused
+        if not ended or self._still <= _PATIENCE or self._store.check([_left_key(self._next)]):
             return None
         return Ending(INTERNAL_ERROR, "rank", f"{beat.decode().rpartition(' ')[0]}: its process has ended")
 
     def _call_the_next(self) -> None:
-        """Connects to the next rank, if it can be reached."""
-        was_connected = self._line is not None
+        """Connects to the next rank, if it can be reached, and was not called a short while ago."""
+        if self._count < self._next_call:
+            return
+        self._hang_up()
+        self._next_call, self._refused = self._count + _PAUSE, False
+        host, _, port = self._store.get(_door_key(self._next)).decode().rpartition(" ")
+        try:
+            self._line = _connect(host, int(port))
+        except OSError as error:
+            self._refused = isinstance(error, ConnectionRefusedError)
+
+    def _hang_up(self) -> None:
         if self._line is not None:
             self._line.close()
             self._line = None
-        self._hung_up = False
-        if self._calls > 0:
-            self._calls -= 1
-            host, _, port = self._store.get(_door_key(self._next)).decode().rpartition(" ")
-            try:
-                self._line = _connect(host, int(port))
-            except OSError as error:
-                self._hung_up = was_connected or isinstance(error, ConnectionRefusedError)
 
-    def _beats(self) -> list[str] | None:
-        """The last beat of each rank; of one that has not begun yet, its number. None if the store does not answer."""
-        try:
-            with self._lock:
-                if self._store.check(self._beat_keys):
-                    return [beat.decode() for beat in self._store.multi_get(self._beat_keys)]
-                begun = [self._store.check([key]) for key in self._beat_keys]
-                return [
-                    self._store.get(key).decode() if there else f"rank {rank} 0"
-                    for rank, (key, there) in enumerate(zip(self._beat_keys, begun, strict=True))
-                ]
-        except RuntimeError:
-            return None
+    def _beats(self) -> list[str]:
+        """The last beat of each rank; of one that has not begun yet, its number."""
+        if self._store.check(self._beat_keys):
+            return [beat.decode() for beat in self._store.multi_get(self._beat_keys)]
+        begun = [self._store.check([key]) for key in self._beat_keys]
+        return [
+            self._store.get(key).decode() if there else f"rank {rank} 0"
+            for rank, (key, there) in enumerate(zip(self._beat_keys, begun, strict=True))
+        ]
 
-    @staticmethod
-    def _without_store() -> Ending:
-        return Ending(INTERNAL_ERROR, "rank", "rank 0, which keeps the store, no longer answers")
+
+def _in_time(ask: Callable[[], T]) -> T | None:
+    """What comes of it, or None if nothing does for long: the store's own limit does not hold on all its ways."""
+    answer: list[T] = []
+    thread = threading.Thread(target=lambda: answer.append(ask()), name="store", daemon=True)
+    thread.start()
+    thread.join(_LONGEST)
+    return answer[0] if answer else None
 
 
 def _open_store(address: str, port: int) -> PrefixStore:
@@ -222,10 +233,9 @@ def _open_door() -> socket.socket:
 def _connect(host: str, port: int) -> socket.socket:
     line = socket.create_connection((host, port), timeout=2)
     line.setblocking(False)
-    line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in _ALIVE:
-        if hasattr(socket, name):
-            line.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # of what is silent, firewalls forget the way
+    if hasattr(socket, "TCP_KEEPIDLE"):
+        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
     return line
 
 
@@ -238,11 +248,13 @@ def _own_address(address: str, port: int) -> str:
     return address if own.startswith("127.") or own == "::1" else own  # the first machine, by the name that all know
 
 
-def _is_broken(line: socket.socket) -> bool:
-    """Whether the other side's process has ended; it sends nothing before."""
+def _other_end(line: socket.socket) -> Literal["held", "closed", "lost"]:
+    """What is known of a connection's other side, which sends nothing as long as its process lives."""
     try:
-        return line.recv(1) == b""
+        return "closed" if line.recv(1) == b"" else "held"
     except BlockingIOError:
-        return False
-    except OSError:
-        return True
+        return "held"
+    except ConnectionResetError:
+        return "closed"
+    except OSError:  # no way there at the moment
+        return "lost"

@@ -1,6 +1,6 @@
 """Ends a run that hangs, and says which rank it waits for.
 
-A thread beside the training loop looks once a second whether micro-batches go on, and whether the other ranks live (see
+A thread beside the training loop looks once a second whether micro-batches go on. Another hears of the other ranks (see
 ``peers``): where one is gone or has an error of its own, all end, with its exit code.
 """
 
@@ -15,6 +15,8 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +61,10 @@ class Watchdog(Callback):
         self._ticks = 0  # since something went on
         self._phase = "set-up"
         self._step = 0
+        self._stays = False
         self._done = threading.Event()
         self._peers: Peers | None = None
+        self._heard: Ending | None = None
 
     @property
     def limit(self) -> float:
@@ -70,10 +74,23 @@ class Watchdog(Callback):
         return _SLOW * self.seconds
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            self._peers = Peers(dist.get_rank(), dist.get_world_size())
         self._progress("set-up", trainer)
         threading.Thread(target=self._watch, args=(trainer,), name="watchdog", daemon=True).start()
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            self._peers = Peers(dist.get_rank(), dist.get_world_size())
+            threading.Thread(target=self._listen, args=(trainer, self._peers), name="peers", daemon=True).start()
+
+    @contextmanager
+    def staying(self, trainer: Trainer) -> Iterator[None]:
+        """Inside, the watch goes on when the fit has ended: over what all ranks do with its result."""
+        self._stays = True
+        try:
+            yield
+        except BaseException as error:
+            if not self._done.is_set():
+                self._part(trainer, error)
+            raise
+        self._leave()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         now = time.monotonic()
@@ -82,6 +99,9 @@ class Watchdog(Callback):
         self._last = now
         self._progress("training", trainer)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._progress("validation", trainer)
+
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self._progress("validation", trainer)
 
@@ -89,9 +109,9 @@ class Watchdog(Callback):
         self._progress("saving", trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._done.set()
-        if self._peers is not None:
-            self._peers.leave()
+        self._progress("the end", trainer)
+        if not self._stays:
+            self._leave()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Tells the other ranks of an error that is this one's alone.
@@ -99,16 +119,24 @@ class Watchdog(Callback):
         Raises:
             PeerError: It comes of an error that another rank has told of.
         """
-        agreed = exception.on_all_ranks if isinstance(exception, RunError) else not isinstance(exception, Exception)
-        if self._peers is not None and agreed:
+        self._part(trainer, exception)
+
+    def _leave(self) -> None:
+        self._done.set()
+        if self._peers is not None:
             self._peers.leave()
+
+    def _part(self, trainer: Trainer, exception: BaseException) -> None:
+        agreed = exception.on_all_ranks if isinstance(exception, RunError) else not isinstance(exception, Exception)
+        if agreed:
+            self._leave()
         else:
             self._explain(trainer, exception)
         self._done.set()
 
     def _explain(self, trainer: Trainer, exception: BaseException) -> None:
         lost = isinstance(exception, RuntimeError) and not isinstance(exception, RunError)  # as of a collective
-        told = self._peers.told() if self._peers is not None and lost else None
+        told = (self._heard or self._peers.told()) if self._peers is not None and lost else None
         if told is not None:
             self._done.set()
             raise PeerError(told.code, told.text) from exception
@@ -128,11 +156,16 @@ class Watchdog(Callback):
     def _watch(self, trainer: Trainer) -> None:
         while not self._done.wait(_TICK):
             self._ticks += 1
-            ending = None if self._peers is None else self._peers.beat()
-            if ending is None and self._ticks * _TICK > self.limit:
+            if self._ticks * _TICK > self.limit:
                 ending = self._hang(trainer)
-            if ending is not None:
-                self._end(trainer, ending)
+                if self._ticks * _TICK > self.limit:  # nor has it gone on meanwhile
+                    self._end(trainer, ending)
+
+    def _listen(self, trainer: Trainer, peers: Peers) -> None:
+        while not self._done.wait(_TICK):
+            self._heard = peers.beat()
+            if self._heard is not None:
+                self._end(trainer, self._heard)
 
     def _hang(self, trainer: Trainer) -> Ending:
         text = (
@@ -144,6 +177,13 @@ class Watchdog(Callback):
 
     def _end(self, trainer: Trainer, ending: Ending) -> None:
         """Says why, here and to the other ranks, and leaves."""
+        try:
+            self._say(trainer, ending)
+            time.sleep(_HEARD)
+        finally:  # stderr may lie on a full disk, or lead to a process that is gone
+            os._exit(ending.code)
+
+    def _say(self, trainer: Trainer, ending: Ending) -> None:
         rank = trainer.global_rank
         speaks = rank == 0 or self._peers is None or self._peers.told() is None
         if self._peers is not None:
@@ -158,8 +198,6 @@ class Watchdog(Callback):
         elif speaks:
             sys.stderr.write(f"all ranks end, since one has: {ending.text}\n")
         sys.stderr.flush()
-        time.sleep(_HEARD)
-        os._exit(ending.code)
 
     def _who_is_gone(self, trainer: Trainer) -> str:
         """Which other ranks no longer live, as far as can be told; empty if none is missed."""

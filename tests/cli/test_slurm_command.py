@@ -96,6 +96,7 @@ def test_a_task_that_sees_no_gpu_ends_unless_the_accelerator_is_named(submit, ti
         assert main(["train", *ask, *given]) == 2
         assert "trainer: accelerator 'gpu'" in capsys.readouterr().err
     assert "--trainer.accelerator=gpu" not in command_of(submit("tokenizer", "--dry-run"))  # its recipe says cpu
+    assert command_of(submit("tokenizer", "--trainer.accelerator=auto", "--dry-run"))[-1] == "--trainer.accelerator=gpu"
 
 
 def test_a_container_is_words_before_the_program_on_its_path(submit):
@@ -137,6 +138,7 @@ def test_without_slurm_nothing_can_be_submitted(submit):
         ("tokenizer", "--sbatch=--mem=0 --nodes=4", ("--sbatch --nodes", "leave it out")),
         ("tokenizer", "--sbatch=-N4", ("--sbatch -N", "--nodes of the command")),
         ("tokenizer", "--sbatch=--ntasks 8", ("--sbatch --ntasks", "--devices of the command")),
+        ("tokenizer", "--sbatch=-D elsewhere", ("--sbatch -D", "this folder")),
         ("tokenizer", "--sbatch=--array=1-4", ("--sbatch --array", "one run")),
         ("tokenizer", "--time=tomorrow", ("--time", "24:00:00", "got tomorrow")),
         ("transformer", "--tokenizer=nowhere", ("tokenizer nowhere", "config.json")),

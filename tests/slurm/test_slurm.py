@@ -182,6 +182,22 @@ def test_signals_to_a_job_and_to_one_task_without_scontrol_in_the_container(site
     assert_equal(run, site.straight["transformer ddp"])
 
 
+def test_a_job_that_is_cancelled_stays_away_and_its_run_goes_on_by_hand(site: Site) -> None:
+    cluster, run = site.cluster, site.run("cancelled", "transformer ddp")
+    cluster.transcript.title("A job that is cancelled")
+    run.submit()
+    run.wait_beyond(0)
+    cluster.run(f"scancel {run.number}")
+    run.finish(state="CANCELLED")
+    assert run.restarts == 0
+    assert re.search(r"cancelled, saved at step \d+", run.log), run.log
+    run.submit()
+    run.finish()
+    assert "going on from step-" in run.log
+    cluster.wait_for_end(site.straight["transformer ddp"].number)
+    assert_equal(run, site.straight["transformer ddp"])
+
+
 def test_a_job_whose_node_answers_no_more_goes_on_when_there_is_one(site: Site) -> None:
     cluster, run = site.cluster, site.run("node-failure", "transformer ddp")
     cluster.transcript.title("A node that answers no more")
