@@ -2,6 +2,7 @@
 
 import json
 import logging
+import resource
 import shutil
 import subprocess
 import sys
@@ -107,6 +108,18 @@ def test_a_finished_run_is_left_alone_and_more_steps_go_on(train, runs, stage):
     assert "going on from step-00000001" in longer.out
     assert newest_complete(checkpoints).name == "step-00000003"
     assert FolderCheckpointIO().load_checkpoint(newest_complete(checkpoints))["global_step"] == 3
+
+
+def test_a_run_may_open_more_files_than_a_shell_allows(train, runs):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    low = min(soft, 512)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (low, hard))
+    try:
+        assert train("tokenizer").code == 0
+        allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert allowed > low or low == hard
 
 
 def test_a_run_writes_what_it_was_and_where_it_ran(train, runs, tiny_pretrained):

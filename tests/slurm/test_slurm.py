@@ -190,7 +190,7 @@ def test_a_job_that_is_cancelled_stays_away_and_its_run_goes_on_by_hand(site: Si
     cluster.run(f"scancel {run.number}")
     run.finish(state="CANCELLED")
     assert run.restarts == 0
-    assert re.search(r"cancelled, saved at step \d+", run.log), run.log
+    assert re.search(r"saved at step \d+; Slurm ends the job", run.log), run.log
     run.submit()
     run.finish()
     assert "going on from step-" in run.log

@@ -5,9 +5,10 @@ import multiprocessing
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
+from maskgit_pl.errors import CannotWriteError
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_complete
 from maskgit_pl.training.checkpoints import Checkpoints
 
@@ -107,6 +108,22 @@ def test_a_step_that_cannot_be_saved_is_tried_once_whatever_its_micro_batches(tm
     assert "checkpoint of step 2: " in said
     assert "the next is tried at step 4 (1 of 3 failures)" in said
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000004", "step-00000005"]
+
+
+def test_a_folder_that_cannot_even_be_listed_has_three_tries_as_well(tmp_path, caplog):
+    checkpoints = Checkpoints(tmp_path, every_n_steps=2)
+
+    class Unplug(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            checkpoints.folder = tmp_path / ("x" * 300)  # any question about it is an OSError
+
+    trainer = Trainer(
+        max_steps=9, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        plugins=[FolderCheckpointIO()], callbacks=[checkpoints, Unplug()],
+    )  # fmt: skip
+    with caplog.at_level(logging.WARNING), pytest.raises(CannotWriteError, match=r"step 6: .*3 times in a row"):
+        trainer.fit(Line(), torch.utils.data.DataLoader(torch.ones(20, 1)))
+    assert sum("cannot be listed" in record.message for record in caplog.records) == 3
 
 
 def begin(rank: int, folder, name: str) -> None:
