@@ -368,7 +368,13 @@ def fill_stderr() -> None:
 def test_a_hang_ends_a_run_that_cannot_say_so(bench, report):
     runs, sleep = bench.runs["transformer"], Fault("asleep", 4)
     runs.leg("mute", Topology(), "--hang_seconds=3", faults=[sleep], code=INTERNAL_ERROR, prepare=fill_stderr)
-    report.add(9, "a step that does not end, `2>/dev/full`, `--hang_seconds 3`", INTERNAL_ERROR, "", "ended")
+    report.add(
+        9,
+        "a step that does not end, `2>/dev/full`, `--hang_seconds 3`",
+        INTERNAL_ERROR,
+        "nothing can be printed",
+        "ended",
+    )
 
 
 # Losses that are not finite
