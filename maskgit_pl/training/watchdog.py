@@ -35,6 +35,7 @@ _FACTOR = 20  # times the median step
 _FEW = 5  # steps before a median counts
 _SLOW = 18  # what has no median (set-up, validation, saving) may take so many times the shortest limit: half an hour
 _HEARD = 3.0  # seconds after which the others have heard why all end, and written their stacks
+_LAST_WORDS = 30.0  # seconds that they may take
 _POLLS = 20  # of processes that may just have ended, within a tick
 
 
@@ -177,11 +178,12 @@ class Watchdog(Callback):
 
     def _end(self, trainer: Trainer, ending: Ending) -> None:
         """Says why, here and to the other ranks, and leaves."""
-        try:
-            self._say(trainer, ending)
-            time.sleep(_HEARD)
-        finally:  # stderr may lie on a full disk, or lead to a process that is gone
-            os._exit(ending.code)
+        # stderr may lie on a full disk, or lead to a process that is gone or reads no more.
+        saying = threading.Thread(target=self._say, args=(trainer, ending), name="last words", daemon=True)
+        saying.start()
+        saying.join(_LAST_WORDS)
+        time.sleep(_HEARD)
+        os._exit(ending.code)
 
     def _say(self, trainer: Trainer, ending: Ending) -> None:
         rank = trainer.global_rank
