@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -110,8 +111,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.traceback:
             raise
         code = exit_code_of(error)
-        if code == INTERNAL_ERROR:
-            traceback.print_exc()
-        else:
-            print(f"maskgit {args.command}: {error}", file=sys.stderr)
+        text = traceback.format_exc() if code == INTERNAL_ERROR else f"maskgit {args.command}: {error}\n"
+        try:
+            sys.stderr.write(text)
+        except OSError:  # a full disk, or nobody who reads: Python would end with a code of its own
+            sys.stderr = io.StringIO()
     return code

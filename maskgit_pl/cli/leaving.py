@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -31,13 +32,15 @@ def leaving_together(trainer: Trainer) -> Iterator[None]:
         agreed = error.on_all_ranks if isinstance(error, RunError) else not isinstance(error, Exception)
         alone = trainer.world_size > 1 and not agreed
         if alone:
-            _say(error, trainer)
+            with contextlib.suppress(OSError):  # where nothing can be printed, the exit code still can be given
+                _say(error, trainer)
         environment = getattr(trainer.strategy, "cluster_environment", None)
         if isinstance(environment, LightningEnvironment) and trainer.local_rank > 0:
             _wait_for_the_end_of(os.getppid())
         if alone:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError):
+                    stream.flush()
             os._exit(exit_code_of(error))
         if isinstance(error, RunError) and not trainer.is_global_zero:
             sys.exit(error.exit_code)

@@ -28,7 +28,7 @@ __all__ = ["Ending", "Peers"]
 
 _SILENCE = 3.5  # seconds in which a rank that lives beats at least twice
 _PATIENCE = 8  # beats between a broken connection and the end: what the rank has to say of it comes before
-_PAUSE = 20  # beats between calls of the next rank: a firewall may let none through
+_PAUSE = 20  # beats between calls of the next rank: a firewall may let none through, or answer for it
 _LONGEST = 5.0  # seconds: the store answers in milliseconds, or, while rank 0's process is stopped, not at all
 _SHOWN = 4  # beats within a silence
 _TOLD = "told"
@@ -71,6 +71,7 @@ class Peers:
         self._next = (rank + 1) % world_size
         self._line: socket.socket | None = None  # to the next rank
         self._refused = False  # the last call
+        self._is_walled = False  # calls are refused though it lives
         self._next_call = 0  # beats
         self._last_beat = b""  # of the next rank, when it was looked at
         self._still = 0  # how often in a row it was the same
@@ -105,9 +106,7 @@ class Peers:
 
     def leave(self) -> None:
         """Takes leave: this rank ends as the others do, each by itself, and is missed by none."""
-        _in_time(self._locked(lambda: self._store.set(_left_key(self._rank), "")))
-        self._door.close()
-        self._hang_up()
+        _in_time(self._locked(self._leave))
 
     def silent(self) -> str:
         """Which ranks do not beat, as a text; takes some seconds."""
@@ -124,6 +123,13 @@ class Peers:
             if old == new and rank != self._rank
         ]
         return f"{', '.join(silent)}: not heard of for {_SILENCE} s" if silent else ""
+
+    def _leave(self) -> None:
+        try:
+            self._store.set(_left_key(self._rank), "")
+        finally:
+            self._door.close()
+            self._hang_up()
 
     def _told(self) -> Ending | None:
         return Ending(*json.loads(self._store.get(_TOLD))) if self._store.check([_TOLD]) else None
@@ -150,7 +156,7 @@ class Peers:
         except ConnectionRefusedError:
             self._unanswered += 1
         except (OSError, RuntimeError):  # no way there at the moment
-            pass
+            self._unanswered = 0
 
     def _look_at_the_next(self) -> Ending | None:
         """Whether the next rank's process has ended without a word: its kernel says so, and it beats no more."""
@@ -163,24 +169,27 @@ class Peers:
             return None
         beat = self._store.get(self._beat_keys[self._next])
         if beat != self._last_beat:
+            self._is_walled = self._is_walled or self._refused
             self._last_beat, self._still = beat, 0
-            self._call_the_next()
+            if self._count >= self._next_call:
+                self._call_the_next()
             return None
         self._still += 1
-        ended = end == "closed" or self._refused
-        if not ended or self._still <= _PATIENCE or self._store.check([_left_key(self._next)]):
+        over = self._still - _PATIENCE - 1
+        if over < 0 or over % _PAUSE or self._store.check([_left_key(self._next)]):
+            return None
+        self._call_the_next()  # its kernel knows
+        if not self._refused or self._is_walled:
             return None
         return Ending(INTERNAL_ERROR, "rank", f"{beat.decode().rpartition(' ')[0]}: its process has ended")
 
     def _call_the_next(self) -> None:
-        """Connects to the next rank, if it can be reached, and was not called a short while ago."""
-        if self._count < self._next_call:
-            return
+        """Connects to the next rank, if it can be reached."""
         self._hang_up()
         self._next_call, self._refused = self._count + _PAUSE, False
         host, _, port = self._store.get(_door_key(self._next)).decode().rpartition(" ")
         try:
-            self._line = _connect(host, int(port))
+            self._line, self._still = _connect(host, int(port)), 0
         except OSError as error:
             self._refused = isinstance(error, ConnectionRefusedError)
 
@@ -231,7 +240,7 @@ def _open_door() -> socket.socket:
 
 
 def _connect(host: str, port: int) -> socket.socket:
-    line = socket.create_connection((host, port), timeout=2)
+    line = socket.create_connection((host, port), timeout=1)
     line.setblocking(False)
     line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # of what is silent, firewalls forget the way
     if hasattr(socket, "TCP_KEEPIDLE"):

@@ -7,13 +7,13 @@ A thread beside the training loop looks once a second whether micro-batches go o
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import logging
 import os
 import statistics
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -159,13 +159,13 @@ class Watchdog(Callback):
             self._ticks += 1
             if self._ticks * _TICK > self.limit:
                 ending = self._hang(trainer)
-                if self._ticks * _TICK > self.limit:  # nor has it gone on meanwhile
+                if self._ticks * _TICK > self.limit and not self._done.is_set():  # nor has it gone on meanwhile
                     self._end(trainer, ending)
 
     def _listen(self, trainer: Trainer, peers: Peers) -> None:
         while not self._done.wait(_TICK):
             self._heard = peers.beat()
-            if self._heard is not None:
+            if self._heard is not None and not self._done.is_set():
                 self._end(trainer, self._heard)
 
     def _hang(self, trainer: Trainer) -> Ending:
@@ -193,10 +193,10 @@ class Watchdog(Callback):
         # Not through logging, whose lock the main thread may hold.
         if ending.why == "hang":
             path = self.folder / ("stacks.txt" if rank == 0 else f"stacks-rank{rank}.txt")
-            with contextlib.suppress(OSError), path.open("w") as file:  # a full disk must not keep the hang alive
-                faulthandler.dump_traceback(file)
-            sys.stderr.write(f"hang, rank {rank}: {ending.text}; stacks: {path}\n")
-            faulthandler.dump_traceback()
+            stacks = _stacks()
+            with contextlib.suppress(OSError):  # a full disk must not keep the hang alive
+                path.write_text(stacks)
+            sys.stderr.write(f"hang, rank {rank}: {ending.text}; stacks: {path}\n{stacks}")
         elif speaks:
             sys.stderr.write(f"all ranks end, since one has: {ending.text}\n")
         sys.stderr.flush()
@@ -212,3 +212,12 @@ class Watchdog(Callback):
                 )
             time.sleep(_TICK / _POLLS)  # its connections are closed a moment before it has ended
         return "" if self._peers is None else self._peers.silent()
+
+
+def _stacks() -> str:
+    """Where each thread is. faulthandler would write to what may be read no more, and hold all threads meanwhile."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    return "".join(
+        f"Thread {names.get(number, number)}:\n{''.join(traceback.format_stack(frame))}\n"
+        for number, frame in sys._current_frames().items()
+    )

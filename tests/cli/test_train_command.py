@@ -256,6 +256,12 @@ def test_unknown_recipes_clusters_and_flags_of_other_commands_are_refused(train,
     assert "unrecognized arguments: --batch-siz" in unknown.error
 
 
+def test_a_command_that_cannot_print_ends_with_its_own_code():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "maskgit_pl", "train", "tokenizer", "--data", "nowhere"]
+        assert subprocess.run(command, stderr=full, check=False).returncode == 2
+
+
 def test_help_answers_in_a_second_without_torch():
     code = (
         "import sys; from maskgit_pl.cli import main\n"

@@ -22,6 +22,8 @@ def other(port: int, acts: str, ready) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     peers = Peers(1, 2)
     ready.set()
+    if acts == "is walled":
+        peers._door.close()  # whoever calls is refused, as by a firewall
     if acts == "hangs up":
         line, _ = peers._door.accept()
         line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset, as firewalls send
@@ -111,11 +113,22 @@ def test_a_rank_that_has_beaten_once_is_missed(begin, acts):
 def test_a_connection_that_breaks_while_the_rank_lives_is_made_again(begin):
     peers, process = begin("hangs up")
     assert beats(peers, 25) is None
+    os.kill(process.pid, signal.SIGSTOP)
+    assert beats(peers) is None
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     ending = beats(peers)
     assert ending is not None
     assert "its process has ended" in ending.text
+
+
+@pytest.mark.slow
+def test_a_firewall_that_refuses_connections_is_not_the_end_of_a_rank_that_stands_still(begin):
+    peers, process = begin("is walled")
+    while not peers._is_walled:
+        assert beats(peers, 1) is None
+    os.kill(process.pid, signal.SIGSTOP)
+    assert beats(peers, 35) is None
 
 
 class Wire:
