@@ -29,9 +29,7 @@ from maskgit_pl.shards.manifest import read_manifest_summary
 from maskgit_pl.token_model import TokenModel
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, SavedTensor, newest_complete, step_of
-from maskgit_pl.training.checkpoints import Checkpoints
 from maskgit_pl.training.environment import describe_environment
-from maskgit_pl.training.watchdog import Watchdog
 
 __all__ = ["build", "export", "fit", "module_and_layers"]
 
@@ -102,10 +100,8 @@ def fit(plan: Plan) -> int:
     if trainer.is_global_zero:
         _write_papers(cli, plan)
         _introduce(cli, plan, newest)
-    assert isinstance(trainer.checkpoint_callback, Checkpoints)
-    trainer.checkpoint_callback.begins_from = newest
-    watchdog = next(each for each in trainer.callbacks if isinstance(each, Watchdog))  # type: ignore[attr-defined]  # Lightning's own
-    with leaving_together(trainer), watchdog.staying(trainer):
+    cli.checkpoints.begins_from = newest
+    with leaving_together(trainer), cli.watchdog.staying(trainer):
         trainer.fit(module, datamodule=data, ckpt_path=newest)
         _export(module, data, plan, plan.folder / "pretrained", step=trainer.global_step)
         trainer.strategy.barrier("exported")  # who starts the ranks soon ends those that are left behind another

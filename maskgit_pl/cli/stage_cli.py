@@ -95,7 +95,8 @@ class StageCLI(LightningCLI):
             unknown = re.search(r"unrecognized arguments: --([\w.]+)|[Kk]ey \"?'?([\w.]+)\"?'? is not expected", text)
             if unknown is None:
                 raise ValueError(text) from error
-            keys = [key for key in parser.get_defaults(skip_validation=True).keys() if "." in key]  # noqa: SIM118  # no dict
+            values = parser.get_defaults(skip_validation=True)
+            keys = [key for key in values.keys() if "." in key]  # noqa: SIM118  # a Namespace has nested keys here alone
             name = unknown.group(1) or unknown.group(2)
             close = difflib.get_close_matches(name, keys, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"recipes/{self.stage}/base.yaml shows the keys"
@@ -182,21 +183,22 @@ class StageCLI(LightningCLI):
 
     def _our_callbacks(self) -> list[Callback]:
         config = self.config_init
-        checkpoints = Checkpoints(
+        self.checkpoints = Checkpoints(
             self.folder / "checkpoints",
             every_n_steps=config["checkpoint_every"],
             keep_last=config["keep_last"],
             keep_every=config["keep_every"],
             settings=self.settings,
         )
-        guards = [Guard(self.folder, checkpoints), Watchdog(self.folder, seconds=config["hang_seconds"])]
+        self.watchdog = Watchdog(self.folder, seconds=config["hang_seconds"])
         progress: Callback = RichProgressBar() if sys.stdout.isatty() else ProgressLines()
         pictures: Callback
         if self.stage == "tokenizer":
             pictures = ReconstructionPictures(self.folder)
         else:
             pictures = SamplePictures(self.folder, class_names=self.datamodule.class_names)
-        return [*guards, checkpoints, progress, pictures, UnreadableReport(self.folder)]
+        guard, unreadable = Guard(self.folder, self.checkpoints), UnreadableReport(self.folder)
+        return [guard, self.watchdog, self.checkpoints, progress, pictures, unreadable]
 
 
 def _cannot_be_had(config: Any, error: Exception) -> str:

@@ -80,6 +80,15 @@ def beats(peers: Peers, count: int = 15) -> Ending | None:
     return None
 
 
+def assert_missed(peers: Peers, process) -> None:
+    """The process has been killed, or kills itself, and the other rank comes to know of it."""
+    process.join()
+    ending = beats(peers)
+    assert ending is not None
+    assert ending.why == "rank"
+    assert ending.text.endswith(f"process {process.pid}): its process has ended")
+
+
 @pytest.mark.slow
 def test_a_rank_whose_process_has_ended_is_missed_and_one_that_is_stopped_is_named(begin):
     peers, process = begin("lives")
@@ -88,12 +97,8 @@ def test_a_rank_whose_process_has_ended_is_missed_and_one_that_is_stopped_is_nam
     os.kill(process.pid, signal.SIGSTOP)
     assert beats(peers) is None  # it may go on
     assert re.fullmatch(rf"rank 1 \(.*, process {process.pid}\): not heard of for .* s", peers.silent())
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    ending = beats(peers)
-    assert ending is not None
-    assert ending.why == "rank"
-    assert ending.text.endswith(f"process {process.pid}): its process has ended")
+    process.kill()
+    assert_missed(peers, process)
 
 
 @pytest.mark.slow
@@ -103,10 +108,7 @@ def test_a_rank_that_has_beaten_once_is_missed(begin, acts):
     if acts == "waits":
         assert beats(peers) is None
         process.kill()
-    process.join()
-    ending = beats(peers)
-    assert ending is not None
-    assert "its process has ended" in ending.text
+    assert_missed(peers, process)
 
 
 @pytest.mark.slow
@@ -115,11 +117,8 @@ def test_a_connection_that_breaks_while_the_rank_lives_is_made_again(begin):
     assert beats(peers, 25) is None
     os.kill(process.pid, signal.SIGSTOP)
     assert beats(peers) is None
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    ending = beats(peers)
-    assert ending is not None
-    assert "its process has ended" in ending.text
+    process.kill()
+    assert_missed(peers, process)
 
 
 @pytest.mark.slow
