@@ -1,14 +1,18 @@
-"""Files that are either whole or not there, and their sizes for people."""
+"""Files that are written whole or not at all, JSON from strangers, and sizes in bytes for people."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-__all__ = ["size_text", "write_atomically"]
+__all__ = ["read_json", "size_text", "write_atomically"]
+
+MAX_JSON_BYTES = 1_000_000
 
 
 @contextmanager
@@ -23,6 +27,56 @@ def write_atomically(path: Path) -> Iterator[IO[bytes]]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def read_json(file: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """Reads a JSON file that a stranger may have written.
+
+    Args:
+        file: The file. Its root must be a mapping.
+        max_bytes: Size above which it is not read.
+
+    Returns:
+        Plain values. Numbers are finite.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not a regular file, larger than ``max_bytes``, not UTF-8, not JSON, nested too deep, not a
+            mapping, has a key twice, or holds NaN or infinity. The message is one line that names the file.
+    """
+    if file.exists() and not file.is_file():  # a FIFO would be waited for
+        raise ValueError(f"{file} must be a regular file")
+    size = file.stat().st_size
+    if size > max_bytes:
+        raise ValueError(f"{file} must have at most {size_text(max_bytes)}, got {size_text(size)}")
+    try:
+        content = json.loads(
+            file.read_bytes(),
+            object_pairs_hook=_unique_keys,
+            parse_constant=_finite_float,
+            parse_float=_finite_float,
+        )
+    except RecursionError as error:
+        raise ValueError(f"{file} is nested too deep") from error
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise ValueError(f"{file} is not JSON that can be read: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a mapping, got a {type(content).__name__}")
+    return content
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("a key stands twice in one mapping")
+    return content
+
+
+def _finite_float(word: str) -> float:
+    number = float(word)
+    if not math.isfinite(number):
+        raise ValueError(f"numbers must be finite, got {word[:20]}")
+    return number
 
 
 def size_text(count: float) -> str:

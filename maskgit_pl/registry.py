@@ -7,10 +7,11 @@ when it is built, so that a broken plug-in is refused by name before time is spe
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
+
+from maskgit_pl.checks import did_you_mean
 
 T = TypeVar("T")
 Factory = TypeVar("Factory", bound=Callable[..., Any])
@@ -26,8 +27,7 @@ def nearest(name: str, choices: Iterable[str]) -> str:
         choices: What would have been accepted.
     """
     known = sorted(choices)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}? " if close else ""
+    hint = f"{did_you_mean(name, known)} ".lstrip()
     return f"{hint}known: {', '.join(known) or 'none'}"
 
 

@@ -1,0 +1,203 @@
+"""Checks of values that a user or a file gave, with one grammar for every message: ``NAME must RULE, got VALUE``.
+
+Used by dataclasses in ``__post_init__`` and by everything that reads a file that a stranger may have written.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import MISSING, Field, fields
+from difflib import get_close_matches
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+__all__ = [
+    "build_dataclass",
+    "check_choice",
+    "check_integer",
+    "check_keys",
+    "check_number",
+    "did_you_mean",
+    "is_of_type",
+    "shorten",
+]
+
+T = TypeVar("T")
+
+_MAX_SHOWN = 80  # characters of a value in a message
+
+
+def shorten(value: object) -> str:
+    """Returns ``repr(value)``, at most 80 characters long, with control characters escaped."""
+    if isinstance(value, list | tuple | dict | set) and len(value) > _MAX_SHOWN:
+        return f"a {type(value).__name__} of {len(value)}"
+    try:
+        text = repr(value[: _MAX_SHOWN + 1] if isinstance(value, str | bytes) else value)
+    except (ValueError, RecursionError):  # an integer of over 4,300 digits; a structure nested too deep
+        return f"a {type(value).__name__} that is too large to print"
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
+
+
+def did_you_mean(name: str, choices: Collection[str]) -> str:
+    """Returns ``"did you mean 'x'?"`` for the choice closest to ``name``, or an empty string if none is close."""
+    close = get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else ""
+
+
+def check_integer(name: str, value: object, interval: str) -> int:
+    """Checks that ``value`` is an integer in ``interval``.
+
+    Args:
+        name: Name of the value, as the user knows it.
+        value: The value. A bool is not an integer.
+        interval: In mathematical notation, such as ``"[1, 1024]"`` or ``"[0, inf)"``.
+
+    Returns:
+        ``value``.
+
+    Raises:
+        ValueError: if ``value`` is not an integer or not in ``interval``.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not _contains(interval, value):
+        raise ValueError(f"{name} must be an integer in {interval}, got {shorten(value)}")
+    return value
+
+
+def check_number(name: str, value: object, interval: str) -> float:
+    """Checks that ``value`` is a finite number in ``interval``.
+
+    Args:
+        name: Name of the value, as the user knows it.
+        value: An int or a float. A bool is not a number.
+        interval: In mathematical notation, such as ``"[0, 1)"`` or ``"(0, inf)"``.
+
+    Returns:
+        ``value``.
+
+    Raises:
+        ValueError: if ``value`` is not a number, not finite, or not in ``interval``.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value):
+        raise ValueError(f"{name} must be a finite number in {interval}, got {shorten(value)}")
+    if not _contains(interval, value):
+        raise ValueError(f"{name} must be a number in {interval}, got {shorten(value)}")
+    return value
+
+
+def check_choice(name: str, value: object, choices: Collection[str]) -> str:
+    """Checks that ``value`` is one of ``choices``.
+
+    Returns:
+        ``value``.
+
+    Raises:
+        ValueError: if it is none of them. The message lists the choices and names the closest.
+    """
+    if not isinstance(value, str) or value not in choices:
+        hint = did_you_mean(value, choices) if isinstance(value, str) else ""
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {shorten(value)}; {hint}".removesuffix("; "))
+    return value
+
+
+def check_keys(where: str, given: Collection[str], *, known: Collection[str], required: Collection[str] = ()) -> None:
+    """Checks the keys of a mapping that a file holds.
+
+    Args:
+        where: File and key of the mapping, for the message.
+        given: Keys of the mapping.
+        known: Keys that may be there.
+        required: Keys that must be there.
+
+    Raises:
+        ValueError: if a key is unknown (the message names the closest known key) or a required key is missing.
+    """
+    for key in given:
+        if key not in known:
+            hint = f"{did_you_mean(str(key), known)} ".lstrip()
+            raise ValueError(f"{where}: unknown key {shorten(key)}: {hint}known keys: {', '.join(sorted(known))}")
+    for key in required:
+        if key not in given:
+            raise ValueError(f"{where}: the key {key!r} is missing")
+
+
+def build_dataclass(kind: type[T], values: object, where: str) -> T:
+    """Builds a dataclass from the plain values of a file, after checking its keys and the types of its values.
+
+    Args:
+        kind: A dataclass. Its ``__post_init__`` checks ranges.
+        values: What the file holds. JSON lists are accepted for tuples.
+        where: File and key of ``values``, for the message.
+
+    Raises:
+        ValueError: if ``values`` is not a mapping, has unknown or missing keys or values of another type, or if
+            ``kind`` refuses a value. The message begins with ``where``.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where} must be a mapping, got {shorten(values)}")
+    own: dict[str, Field[Any]] = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]  # a dataclass
+    required = [n for n, field in own.items() if field.default is MISSING and field.default_factory is MISSING]
+    check_keys(where, values, known=own, required=required)
+    hints = get_type_hints(kind)
+    for key, value in values.items():
+        if not is_of_type(value, hints[key]):
+            raise ValueError(f"{where}.{key} must be {_type_name(hints[key])}, got {shorten(value)}")
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def is_of_type(value: object, annotation: Any) -> bool:
+    """Returns whether a plain value fits an annotation: a list fits a tuple, an int fits a float, a bool only bool.
+
+    Args:
+        value: Of JSON or YAML: None, bool, int, float, str, list or dict with such values.
+        annotation: Of plain types, ``Literal``, unions, tuples, sequences and mappings of them.
+    """
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if annotation is Any:
+        return True
+    if annotation is None or annotation is type(None):
+        return value is None
+    if origin is Literal:
+        return any(value == choice and type(value) is type(choice) for choice in arguments)
+    if origin in (Union, types.UnionType):
+        return any(is_of_type(value, each) for each in arguments)
+    if origin is tuple and arguments[-1:] != (Ellipsis,):
+        if not isinstance(value, list | tuple) or len(value) != len(arguments):
+            return False
+        return all(map(is_of_type, value, arguments))
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        key, item = arguments
+        return isinstance(value, Mapping) and all(is_of_type(k, key) and is_of_type(v, item) for k, v in value.items())
+    if isinstance(origin, type) and issubclass(origin, Sequence):
+        return isinstance(value, list | tuple) and all(is_of_type(each, arguments[0]) for each in value)
+    if isinstance(value, bool):
+        return annotation is bool
+    return isinstance(value, int | float if annotation is float else annotation)
+
+
+def _type_name(annotation: Any) -> str:
+    if get_origin(annotation) in (Union, types.UnionType):
+        return " or ".join(_type_name(each) for each in get_args(annotation))
+    if get_origin(annotation) is Literal:
+        return "one of " + ", ".join(map(repr, get_args(annotation)))
+    names = {int: "an integer", float: "a number", str: "a string", bool: "true or false", type(None): "null"}
+    kind = get_origin(annotation) or annotation
+    if isinstance(kind, type) and issubclass(kind, Mapping):
+        return "a mapping"
+    if isinstance(kind, type) and issubclass(kind, tuple | Sequence) and kind is not str:
+        return "a list of " + " and ".join(_type_name(each) for each in get_args(annotation) if each is not Ellipsis)
+    return names.get(kind, str(kind))
+
+
+def _is_finite(value: int | float) -> bool:
+    return isinstance(value, int) or math.isfinite(value)
+
+
+def _contains(interval: str, value: int | float) -> bool:
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = low < value if interval[0] == "(" else low <= value
+    below = value < high if interval[-1] == ")" else value <= high
+    return above and below

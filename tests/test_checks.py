@@ -1,0 +1,111 @@
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pytest
+
+from maskgit_pl.checks import (
+    build_dataclass,
+    check_choice,
+    check_integer,
+    check_keys,
+    check_number,
+    is_of_type,
+    shorten,
+)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    depth: int
+    rate: float = 0.0
+    kind: Literal["a", "b"] = "a"
+    spec: str | Mapping[str, Any] = "x"
+    grid: tuple[int, int] = (1, 1)
+    names: tuple[str, ...] = ()
+    top_k: int | None = None
+
+    def __post_init__(self) -> None:
+        check_integer("depth", self.depth, "[1, 8]")
+
+
+@pytest.mark.parametrize("value", [0, 9, 1.0, True, "1", None, pytest.param(10**5000, id="huge")])
+def test_an_integer_outside_its_interval_is_refused_by_name(value: object) -> None:
+    with pytest.raises(ValueError, match=r"^depth must be an integer in \[1, 8\], got .{1,90}$"):
+        check_integer("depth", value, "[1, 8]")
+
+
+@pytest.mark.parametrize(
+    "value", [math.nan, math.inf, -math.inf, 1.0, -0.1, "0", False, None, pytest.param(10**400, id="huge")]
+)
+def test_a_number_outside_its_interval_is_refused_by_name(value: object) -> None:
+    with pytest.raises(ValueError, match=r"^decay must be a (finite )?number in \[0, 1\), got .{1,90}$"):
+        check_number("decay", value, "[0, 1)")
+
+
+@pytest.mark.parametrize("value", [0, 0.0, 0.5, 1 - 2**-53])
+def test_ends_of_an_interval_belong_to_it_as_the_notation_says(value: float) -> None:
+    assert check_number("decay", value, "[0, 1)") == value
+
+
+def test_a_choice_is_answered_with_the_list_and_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"kind must be one of left, right, got 'rigth'; did you mean 'right'\?"):
+        check_choice("kind", "rigth", ("left", "right"))
+
+
+def test_keys_are_named_when_unknown_or_missing() -> None:
+    with pytest.raises(ValueError, match=r"f\.json: unknown key 'dept': did you mean 'depth'\? known keys: depth"):
+        check_keys("f.json", {"dept"}, known=["depth"])
+    with pytest.raises(ValueError, match=r"f\.json: the key 'depth' is missing"):
+        check_keys("f.json", {}, known=["depth"], required=["depth"])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [],
+        {},
+        {"depth": "1"},
+        {"depth": 9},
+        {"depth": True},
+        {"depth": 1, "rate": "x"},
+        {"depth": 1, "kind": "c"},
+        {"depth": 1, "spec": 3},
+        {"depth": 1, "spec": {3: 1}},
+        {"depth": 1, "grid": [1, 2, 3]},
+        {"depth": 1, "grid": 7},
+        {"depth": 1, "names": ["a", 1]},
+        {"depth": 1, "names": "ab"},
+        {"depth": 1, "top_k": 1.5},
+        {"depth": 1, "deep": 1},
+    ],
+)
+def test_values_of_the_wrong_type_are_refused_with_file_and_key(values: Any) -> None:
+    with pytest.raises(ValueError, match=r"^config.json[:. ]"):
+        build_dataclass(Sizes, values, "config.json")
+
+
+def test_values_of_the_right_type_are_taken() -> None:
+    values = {"depth": 2, "rate": 1, "kind": "b", "spec": {"name": "x"}, "grid": [7, 7], "names": ["a"], "top_k": None}
+    assert build_dataclass(Sizes, values, "config.json") == Sizes(**values)  # type: ignore[arg-type]  # lists for tuples
+
+
+def test_an_integer_is_a_number_and_a_bool_is_neither() -> None:
+    assert is_of_type(1, float)
+    assert not is_of_type(True, float)
+    assert not is_of_type(True, int)
+    assert not is_of_type(1, bool)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["x" * 10**6, [1] * 10**6, {i: i for i in range(1000)}, pytest.param(10**5000, id="huge"), b"\0" * 1000],
+    ids=["str", "list", "dict", "int", "bytes"],
+)
+def test_no_value_fills_a_message(value: object) -> None:
+    assert len(shorten(value)) < 120
+
+
+def test_control_and_bidi_characters_are_escaped() -> None:
+    assert shorten("\x1b[31m\u202e") == "'\\x1b[31m\\u202e'"
