@@ -1,6 +1,7 @@
 """Errors that end a command with an exit code of their own.
 
-0 done, 2 bad input, 70 internal error or hang, 74 cannot write, 75 preempted, 76 data budget exceeded, 77 not finite.
+0 done, 2 bad input, 70 internal error or hang, 74 cannot write, 75 preempted, 76 data budget exceeded or
+data changed while a run reads it, 77 not finite.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ __all__ = [
     "USER_ERRORS",
     "CannotWriteError",
     "DataBudgetError",
+    "DataChangedError",
+    "DataWorkerError",
     "NonFiniteError",
     "PeerError",
     "PreemptedError",
@@ -57,6 +60,20 @@ class DataBudgetError(RunError):
     """More images cannot be read than the budget allows."""
 
     exit_code = 76
+    on_all_ranks = False
+
+
+class DataChangedError(RunError):
+    """A shard, an index or a token store that a run reads was cut, replaced or removed meanwhile."""
+
+    exit_code = 76
+    on_all_ranks = False
+
+
+class DataWorkerError(RunError):
+    """A process that loads data was killed."""
+
+    exit_code = INTERNAL_ERROR
     on_all_ranks = False
 
 

@@ -7,7 +7,6 @@ its own. What would lose samples in silence is refused, all of it in one list, o
 from __future__ import annotations
 
 import base64
-import hashlib
 import itertools
 import json
 import os
@@ -21,7 +20,16 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from maskgit_pl.shards.manifest import INDEX_DTYPE, ImageRange, Manifest, Shard, Split, joined, save_manifest
+from maskgit_pl.shards.manifest import (
+    INDEX_DTYPE,
+    ImageRange,
+    Manifest,
+    Shard,
+    Split,
+    index_sha256,
+    joined,
+    save_manifest,
+)
 from maskgit_pl.shards.parallel import run_jobs
 from maskgit_pl.shards.walk import NO_LABEL, Fault, Labels, ShardWalk, counted, walk_shard
 
@@ -208,7 +216,7 @@ def _manifest(
     shards = tuple(Shard(name, walk.bytes, len(walk.rows), walk.sha256) for name, walk in walks.items())
     images = joined([walk.images for walk in walks.values() if walk.images is not None])
     left_out = _total({fault: found.count for fault, found in walk.faults.items()} for walk in walks.values())
-    digest = hashlib.sha256(rows.tobytes()).hexdigest()
+    digest = index_sha256(rows)
     return Manifest(folder, split, shards, tuple(classes), images, digest, labels, left_out), rows
 
 

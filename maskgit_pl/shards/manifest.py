@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
@@ -23,7 +24,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from maskgit_pl.files import write_atomically
+from maskgit_pl.checks import build_dataclass, check_integer, check_keys, is_of_type, shorten
+from maskgit_pl.files import read_json, write_atomically
+from maskgit_pl.shards.safe_open import map_array, open_regular
 from maskgit_pl.shards.tar import BLOCK, header_size
 
 __all__ = [
@@ -35,6 +38,7 @@ __all__ = [
     "Split",
     "check_shards",
     "data_fingerprint",
+    "index_sha256",
     "joined",
     "load_manifest",
     "load_manifests",
@@ -45,18 +49,38 @@ __all__ = [
 
 Split = Literal["train", "val"]
 FORMAT = 1
+_MAX_MANIFEST_BYTES = 2**28  # a million shards
+_MAX_SIDE = 2**26  # of an image; it has at most 64 million pixels
+_ROWS = 2**20  # of an index that are compared at a time
 # offset and size of the image's bytes inside the tar, so that one pread fetches it
 INDEX_DTYPE = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("label", "<i4")])
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar: its path inside the data folder, its length, its samples and the sha256 of the whole file."""
+    """One tar.
+
+    Args:
+        name: Path inside the data folder.
+        bytes: Length.
+        samples: Samples in it.
+        sha256: Of the whole file, in hex.
+
+    Raises:
+        ValueError: if a value is out of range, or the name leaves the folder.
+    """
 
     name: str
     bytes: int
     samples: int
     sha256: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not _is_inside(self.name):
+            raise ValueError(f"name must be that of a file inside the data folder, got {shorten(self.name)}")
+        check_integer("bytes", self.bytes, "[0, 1125899906842624]")  # 1 PiB
+        check_integer("samples", self.samples, "[0, 4294967296]")
+        _check_sha256("sha256", self.sha256)
 
 
 @dataclass(frozen=True)
@@ -103,16 +127,18 @@ class Manifest:
         return hashlib.sha256(_canonical(_as_json(self)).encode()).hexdigest()
 
     def index(self) -> npt.NDArray[np.void]:
-        """The rows of the index, (samples,) INDEX_DTYPE, memory-mapped.
+        """The rows of the index, (samples,) INDEX_DTYPE, memory-mapped; their number and type are checked.
 
         Raises:
-            ValueError: The file does not belong to this manifest.
+            ValueError: if the file cannot be read or has other rows.
         """
         path = self.folder / f"{self.split}.npy"
         try:
-            rows: npt.NDArray[np.void] = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, EOFError, ValueError) as error:
-            raise ValueError(f"index {path}: cannot be read ({error}); {_way_out(self.folder)}") from error
+            rows: npt.NDArray[np.void] = map_array(path)
+        except FileNotFoundError as error:
+            raise ValueError(f"index {path}: cannot be read ({error.strerror}); {_way_out(self.folder)}") from error
+        except ValueError as error:
+            raise ValueError(f"index {error}; {_way_out(self.folder)}") from error
         if rows.dtype != INDEX_DTYPE or rows.shape != (self.samples,):
             raise ValueError(
                 f"index {path}: {self.samples} rows of {INDEX_DTYPE} are needed, got {rows.shape} of {rows.dtype}; "
@@ -215,12 +241,13 @@ def load_manifests(folder: str | Path, splits: Sequence[Split] = ("train", "val"
 
 
 def check_shards(*manifests: Manifest) -> None:
-    """Compare the shards on disk with their manifests: length, and headers of the first and the last image.
+    """Compares what is on disk with the manifests: the whole index; length, first and last header of each shard.
 
     ``maskgit data verify`` reads everything; this is what there is time for before each run.
 
     Raises:
-        ValueError: Names every shard that is missing, cannot be read, has another length or another header.
+        ValueError: if an index is not the one that its manifest names, or a shard is missing, cannot be read, or has
+            another length or another header. The message names every such shard.
     """
     faults = [fault for manifest in manifests for fault in _faults(manifest)]
     if faults:
@@ -241,8 +268,43 @@ def save_manifest(manifest: Manifest, rows: npt.NDArray[np.void]) -> None:
         file.write((json.dumps(_as_json(manifest), indent=1) + "\n").encode())
 
 
+def index_sha256(rows: npt.NDArray[np.void]) -> str:
+    """Returns the sha256 of the rows of an index, in hex; a mapped index is not copied into memory."""
+    return hashlib.sha256(np.ascontiguousarray(rows).view(np.uint8).data).hexdigest()
+
+
+def _check_index(manifest: Manifest, rows: npt.NDArray[np.void]) -> None:
+    """Compares the rows with the manifest: their hash, and the place of each image inside its shard.
+
+    Raises:
+        ValueError: if they are not the rows that the manifest names.
+    """
+    path, way_out = manifest.folder / f"{manifest.split}.npy", _way_out(manifest.folder)
+    actual = index_sha256(rows)
+    if actual != manifest.index_sha256:
+        raise ValueError(
+            f"index {path}: changed since it was made: sha256 {manifest.index_sha256[:12]} expected, got "
+            f"{actual[:12]}; {way_out}"
+        )
+    lengths = np.array([shard.bytes for shard in manifest.shards], np.uint64)
+    for start in range(0, len(rows), _ROWS):
+        block = rows[start : start + _ROWS]
+        shard, offset, size = block["shard"], block["offset"], block["size"]
+        bad = (shard >= len(lengths)) | (offset < BLOCK)
+        # a difference, since a sum might overflow
+        bad |= offset > lengths[np.minimum(shard, len(lengths) - 1)]
+        bad |= size > lengths[np.minimum(shard, len(lengths) - 1)] - np.where(bad, 0, offset)
+        if bad.any():
+            row = int(bad.argmax())
+            raise ValueError(
+                f"index {path}: row {start + row} must name bytes of one of {len(lengths)} shards, got "
+                f"{block[row]}; {way_out}"
+            )
+
+
 def _faults(manifest: Manifest) -> Iterator[str]:
     rows, end = manifest.index(), 0
+    _check_index(manifest, rows)
     for shard in manifest.shards:
         start, end = end, end + shard.samples
         fault = _fault(manifest.folder / shard.name, shard, rows[start:end])
@@ -252,18 +314,27 @@ def _faults(manifest: Manifest) -> Iterator[str]:
 
 def _fault(path: Path, shard: Shard, rows: npt.NDArray[np.void]) -> str | None:
     try:
-        with open(path, "rb") as file:
-            actual = os.fstat(file.fileno()).st_size
-            if actual != shard.bytes:
-                return f"{shard.bytes} bytes expected, {actual} found"
-            for offset, size in _ends(rows):
-                found = header_size(os.pread(file.fileno(), BLOCK, offset))
-                if found is None or size not in (None, found):
-                    length = "" if size is None else f" of {size} bytes"
-                    actual_length = "none" if found is None else f"one of {found} bytes"
-                    return f"a member{length} expected at byte {offset}, {actual_length} found; changed after indexing"
+        descriptor = open_regular(path)
     except OSError as error:
         return f"{shard.bytes} bytes expected, {error.strerror}"
+    try:
+        return _fault_of(descriptor, shard, rows)
+    except OSError as error:
+        return f"{shard.bytes} bytes expected, {error.strerror}"
+    finally:
+        os.close(descriptor)
+
+
+def _fault_of(descriptor: int, shard: Shard, rows: npt.NDArray[np.void]) -> str | None:
+    actual = os.fstat(descriptor).st_size
+    if actual != shard.bytes:
+        return f"{shard.bytes} bytes expected, {actual} found"
+    for offset, size in _ends(rows):
+        found = header_size(os.pread(descriptor, BLOCK, offset))
+        if found is None or size not in (None, found):
+            length = "" if size is None else f" of {size} bytes"
+            actual_length = "none" if found is None else f"one of {found} bytes"
+            return f"a member{length} expected at byte {offset}, {actual_length} found; changed after indexing"
     return None
 
 
@@ -291,33 +362,81 @@ def _as_json(manifest: Manifest) -> dict[str, Any]:
     }
 
 
+_REQUIRED = ("format", "classes", "images", "index_sha256", "shards")
+_KNOWN = (*_REQUIRED, "split", "samples", "labels", "left_out")
+
+
 def _from_json(path: Path, folder: Path, split: Split) -> Manifest:
     try:
-        content = json.loads(path.read_text())
-        if content["format"] != FORMAT:
-            raise ValueError(f"format {FORMAT} is needed, got {content['format']!r}")
-        images = content["images"]
-        height, width, channels = (tuple(map(int, images[name])) for name in ("height", "width", "channels"))
+        content = read_json(path, max_bytes=_MAX_MANIFEST_BYTES)
+        if content.get("format") != FORMAT:
+            raise ValueError(f"{path}: format must be {FORMAT}, got {shorten(content.get('format'))}")
+        check_keys(str(path), content, known=_KNOWN, required=_REQUIRED)
+        _check_types(path, content)
+        shards = tuple(_shard(fields, f"{path}: shards[{number}]") for number, fields in enumerate(content["shards"]))
+        samples = sum(shard.samples for shard in shards)
+        check_integer(f"{path}: samples of all shards", samples, "[1, 4294967296]")
+        for key, expected in (("split", split), ("samples", samples)):
+            if content.get(key, expected) != expected:
+                raise ValueError(f"{path}: {key} must be {expected!r}, got {shorten(content[key])}")
         return Manifest(
             folder=folder,
             split=split,
-            shards=tuple(_shard(fields) for fields in content["shards"]),
-            classes=tuple(map(str, content["classes"])),
-            images=ImageRange(height=(height[0], height[1]), width=(width[0], width[1]), channels=channels),
-            index_sha256=str(content["index_sha256"]),
-            labels=str(content.get("labels", "cls")),
-            left_out={str(fault): int(count) for fault, count in content.get("left_out", {}).items()},
+            shards=shards,
+            classes=tuple(content["classes"]),
+            images=_image_range(content["images"], f"{path}: images"),
+            index_sha256=_check_sha256(f"{path}: index_sha256", content["index_sha256"]),
+            labels=content.get("labels", "cls"),
+            left_out=content.get("left_out", {}),
         )
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise ValueError(f"manifest {path}: cannot be read ({error!r}); {_way_out(folder)}") from error
+    except ValueError as error:
+        raise ValueError(f"manifest {error}; {_way_out(folder)}") from error
 
 
-def _shard(fields: Mapping[str, Any]) -> Shard:
-    shard = Shard(**fields)
-    path = PurePosixPath(shard.name)
-    if path.is_absolute() or ".." in path.parts or path.name.startswith(".") or not shard.name.isprintable():
-        raise ValueError(f"shard name {shard.name!r}: a file inside the data folder is needed")
-    return Shard(name=shard.name, bytes=int(shard.bytes), samples=int(shard.samples), sha256=str(shard.sha256))
+def _check_types(path: Path, content: Mapping[str, Any]) -> None:
+    if not content["classes"] or not is_of_type(content["classes"], tuple[str, ...]):
+        raise ValueError(f"{path}: classes must be a list of names, got {shorten(content['classes'])}")
+    if not isinstance(content["shards"], list):
+        raise ValueError(f"{path}: shards must be a list, got {shorten(content['shards'])}")
+    labels, left_out = content.get("labels", "cls"), content.get("left_out", {})
+    if not isinstance(labels, str) or not re.fullmatch(r"cls|none|json:.+", labels):
+        raise ValueError(f"{path}: labels must be cls, json:FIELD or none, got {shorten(labels)}")
+    if not is_of_type(left_out, Mapping[str, int]):
+        raise ValueError(f"{path}: left_out must be a mapping of counts, got {shorten(left_out)}")
+
+
+def _shard(fields: object, where: str) -> Shard:
+    """Like ``build_dataclass``, which takes too long for many shards."""
+    if not isinstance(fields, dict):
+        raise ValueError(f"{where} must be a mapping, got {shorten(fields)}")
+    if fields.keys() != {"name", "bytes", "samples", "sha256"}:
+        names = ("name", "bytes", "samples", "sha256")
+        check_keys(where, fields, known=names, required=names)
+    try:
+        return Shard(**fields)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _image_range(fields: object, where: str) -> ImageRange:
+    made = build_dataclass(ImageRange, fields, where)
+    for name, (low, high) in (("height", made.height), ("width", made.width)):
+        check_integer(f"{where}.{name}", low, f"[1, {_MAX_SIDE}]")
+        check_integer(f"{where}.{name}", high, f"[{low}, {_MAX_SIDE}]")
+    if not made.channels or not set(made.channels) <= {1, 3, 4}:
+        raise ValueError(f"{where}.channels must be some of 1, 3 and 4, got {shorten(made.channels)}")
+    return ImageRange(*(tuple(sizes) for sizes in (made.height, made.width, made.channels)))  # type: ignore[arg-type]
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return not (path.is_absolute() or ".." in path.parts or path.name.startswith(".")) and name.isprintable()
+
+
+def _check_sha256(name: str, value: object) -> str:
+    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
+        raise ValueError(f"{name} must be a sha256 of 64 hex digits, got {shorten(value)}")
+    return value
 
 
 def joined(ranges: Sequence[ImageRange]) -> ImageRange:

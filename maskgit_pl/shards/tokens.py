@@ -6,9 +6,11 @@ A store is a folder::
                         of sample i
     train-labels.npy    (n,) int64
     val-...             the same, with one view
-    store.json          grid, codes, views, and the hashes of the tokenizer and of the data; written last
+    store.json          grid, codes, views, the fingerprints of the tokenizer and of the data, and the sha256 of each
+                        array's file; written last
 
-A store made by another tokenizer, or from other data, is refused. While a store is made, its parts lie in a hidden
+A store made by another tokenizer or from other data, or one whose arrays have changed, is refused. Stores of format 1
+have no sha256; of them, only shapes and ranges can be checked. While a store is made, its parts lie in a hidden
 folder beside the arrays, one file each, under the hash of what is made: several processes write without locks, and
 after a kill only what was in work is lost. Used by ``maskgit tokenize`` and ``data/``.
 """
@@ -22,19 +24,37 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
 
+from maskgit_pl.checks import build_dataclass, check_choice, check_integer, check_keys, shorten
+from maskgit_pl.errors import DataChangedError
+from maskgit_pl.files import read_json
 from maskgit_pl.shards.manifest import Split
+from maskgit_pl.shards.safe_open import file_sha256, is_whole, map_array
 
-__all__ = ["Part", "StoreDescription", "StoreParts", "TokenReader", "is_complete", "open_store", "read_description"]
+__all__ = [
+    "BadArray",
+    "Part",
+    "StoreDescription",
+    "StoreParts",
+    "TokenReader",
+    "is_complete",
+    "is_store",
+    "open_store",
+    "read_description",
+]
 
-FORMAT = 1
+FORMAT = 2
+_FORMATS = (1, FORMAT)
+_FORMAT_OF_PARTS = 1  # parts that an older version has begun are continued
+_MAX_DESCRIPTION_BYTES = 2**25  # most of it class names
 _DESCRIPTION = "store.json"
+_VALUES = 2**22  # of an array that are compared at a time
 Tokens = npt.NDArray[np.unsignedinteger[Any]]  # of StoreDescription.dtype
 _WAY_OUT = "make it again with `make tokenize` (or `maskgit tokenize`)"
 
@@ -54,6 +74,11 @@ class StoreDescription:
         crops: Crops of each training image: the central one, then random ones.
         flip: Whether each crop is there mirrored too.
         precision: In which the tokenizer computed, ``"float32"`` or ``"bfloat16"``.
+        sha256: Of the file of each array, by its name: ``{"train-tokens": hex, ...}``; empty in stores of format 1. It
+            does not count when descriptions are compared.
+
+    Raises:
+        ValueError: if a number is out of range.
     """
 
     grid: tuple[int, int]
@@ -66,6 +91,23 @@ class StoreDescription:
     crops: int = 1
     flip: bool = False
     precision: str = "float32"
+    sha256: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        for side in self.grid:
+            check_integer("grid", side, "[1, 4096]")
+        check_integer("num_codes", self.num_codes, "[1, 4294967296]")
+        check_integer("image_size", self.image_size, "[1, 65536]")
+        check_integer("crops", self.crops, "[1, 65536]")
+        check_choice("precision", self.precision, ("float32", "bfloat16"))
+        check_keys("samples", self.samples, known=get_args(Split))
+        for split, count in self.samples.items():
+            check_integer(f"samples.{split}", count, "[1, 4294967296]")
+        if not self.samples or not self.classes:
+            raise ValueError("samples and classes must not be empty")
+        if self.sha256:
+            names = [path.stem for split in self.samples for path in _paths(Path(), split)]
+            check_keys("sha256", self.sha256, known=names, required=names)
 
     @property
     def num_tokens(self) -> int:
@@ -119,18 +161,29 @@ class TokenReader:
             views: Which view of each sample, in [0, self.views): one number or (B,) int64; 0 is the image itself.
 
         Returns:
-            Tokens (B, N) int64 in [0, num_codes), labels (B,) int64.
+            Tokens (B, N) int64 in [0, num_codes), labels (B,) int64 in [0, num_classes).
+
+        Raises:
+            DataChangedError: if an array was cut or changed after it was opened.
         """
         tokens, labels = self.arrays()
+        if not (is_whole(tokens) and is_whole(labels)):
+            raise self._changed("a file was cut")
         # take() gathers whole rows, 1.3 times as fast as indexing; to int64 while the rows are in the cache
-        return tokens.take(indices * self.views + views, axis=0).astype(np.int64), labels[indices]
+        codes, classes = tokens.take(indices * self.views + views, axis=0), labels[indices]
+        if codes.max(initial=0) >= self.description.num_codes:
+            raise self._changed(f"tokens must be in [0, {self.description.num_codes}), got {codes.max()}")
+        if classes.view(np.uint64).max(initial=0) >= len(self.description.classes):  # one pass; -1 is 2^64 - 1
+            outside = int(classes[_outside(classes, len(self.description.classes))][0])
+            raise self._changed(f"labels must be in [0, {len(self.description.classes)}), got {outside}")
+        return codes.astype(np.int64), classes
 
     def arrays(self) -> tuple[Tokens, npt.NDArray[np.int64]]:
         """Tokens (n V, N) and labels (n,), mapped at first use in each process.
 
         Raises:
-            FileNotFoundError: One is missing.
-            ValueError: They cannot be read, or do not fit the description.
+            FileNotFoundError: if one is missing.
+            ValueError: if one cannot be read, or does not fit the description.
         """
         if self._arrays is None:
             tokens, labels = (self._map(path) for path in _paths(self.folder, self.split))
@@ -144,43 +197,97 @@ class TokenReader:
             self._arrays = tokens, labels
         return self._arrays
 
+    def bad_arrays(self) -> Iterator[BadArray]:
+        """Reads all of both arrays and compares ranges and hashes.
+
+        Raises:
+            FileNotFoundError: if one is missing.
+            ValueError: if one cannot be read, or does not fit the description.
+        """
+        limits = (self.description.num_codes, len(self.description.classes))
+        for path, array, limit in zip(_paths(self.folder, self.split), self.arrays(), limits, strict=True):
+            outside = _first_outside(array, limit)
+            if outside is not None:
+                row, value = outside
+                yield BadArray(path.name, f"values in [0, {limit})", f"{value} in row {row}", "out of range")
+                continue
+            expected = self.description.sha256.get(path.stem)
+            actual = None if expected is None else self._sha256(path)
+            if expected is not None and expected != actual:
+                yield BadArray(
+                    path.name, f"sha256 {expected[:12]}", f"sha256 {actual:.12}", "changed since it was made"
+                )
+
+    def _sha256(self, path: Path) -> str:
+        try:
+            return file_sha256(path)
+        except OSError as error:
+            raise ValueError(f"token store {path}: cannot be read ({error.strerror}); {_WAY_OUT}") from error
+
     def _map(self, path: Path) -> npt.NDArray[Any]:
         try:
-            array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+            return map_array(path)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"token store {path}: not there; {_WAY_OUT}") from error
-        except (OSError, EOFError, ValueError) as error:
-            raise ValueError(f"token store {path}: cannot be read ({error}); {_WAY_OUT}") from error
-        return array
+        except ValueError as error:
+            raise ValueError(f"token store {error}; {_WAY_OUT}") from error
+
+    def _changed(self, what: str) -> DataChangedError:
+        return DataChangedError(
+            f"token store {self.folder}, {self.split}: changed while it is read: {what}; `maskgit data verify "
+            f"{self.folder}` names the file; {_WAY_OUT}"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_arrays": None}
+
+
+class BadArray(NamedTuple):
+    """An array of a store that is not what the description says."""
+
+    name: str
+    expected: str
+    actual: str
+    reason: str
+
+
+def is_store(folder: str | Path) -> bool:
+    """Returns whether a folder is a finished token store."""
+    return (Path(folder) / _DESCRIPTION).exists()
 
 
 def read_description(folder: str | Path) -> StoreDescription:
     """The description of a finished store.
 
     Raises:
-        FileNotFoundError: There is none, or it is not finished.
-        ValueError: It cannot be read.
+        FileNotFoundError: if there is none, or it is not finished.
+        ValueError: if it cannot be read, or a value is missing, of another type or out of range.
     """
     path = Path(folder) / _DESCRIPTION
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"token store {folder}: none there, or not finished; {_WAY_OUT}")
     try:
-        content = json.loads(path.read_text())
-        if content.pop("format") != FORMAT:
-            raise ValueError(f"format {FORMAT} is needed")
-        height, width = content["grid"]
-        return StoreDescription(**{**content, "grid": (height, width), "classes": tuple(content["classes"])})
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"token store {path}: cannot be read ({error!r}); {_WAY_OUT}") from error
+        content = read_json(path, max_bytes=_MAX_DESCRIPTION_BYTES)
+        version = content.pop("format", None)
+        if version not in _FORMATS:
+            raise ValueError(f"{path}: format must be one of {_FORMATS}, got {shorten(version)}")
+        if (version == 1) == ("sha256" in content):
+            raise ValueError(f"{path}: the key 'sha256' must be there in format {FORMAT}, and only there")
+        made = build_dataclass(StoreDescription, content, str(path))
+        if version != 1 and not made.sha256:
+            raise ValueError(f"{path}: sha256 must not be empty")
+    except ValueError as error:
+        raise ValueError(f"token store {error}; {_WAY_OUT}") from error
+    return replace(made, grid=(made.grid[0], made.grid[1]), classes=tuple(made.classes))
 
 
 def open_store(
     folder: str | Path, *, data: str | None, tokenizer: str | None = None, image_size: int | None = None
 ) -> dict[Split, TokenReader]:
-    """Open every split of a finished store, if it belongs to this data and tokenizer.
+    """Opens every split of a finished store, if it belongs to this data and tokenizer.
+
+    All of it is read once, since a changed code or label that is still in range would not be noticed later: 0.5 to 1 s
+    a GB. Readers compare the ranges of each batch again.
 
     Args:
         folder: The store.
@@ -189,8 +296,9 @@ def open_store(
         image_size: Side of the images it must have been made from; None takes any.
 
     Raises:
-        FileNotFoundError: No finished store, or an array is missing.
-        ValueError: The store is of other data, of another tokenizer or of another image size, or an array is damaged.
+        FileNotFoundError: if there is no finished store, or an array is missing.
+        ValueError: if the store is of other data, of another tokenizer or of another image size, or an array is
+            damaged: of another shape or type, with a value out of range, or changed since it was made.
     """
     description = read_description(folder)
     pairs = (
@@ -207,7 +315,11 @@ def open_store(
         raise ValueError(f"token store {folder}: {'; '.join(foreign)}; {_WAY_OUT}")
     readers = {split: TokenReader(Path(folder), split, description) for split in description.samples}
     for reader in readers.values():
-        reader.arrays()
+        for bad in reader.bad_arrays():
+            raise ValueError(
+                f"token store {Path(folder) / bad.name}: {bad.reason}: {bad.expected} expected, got {bad.actual}; "
+                f"{_WAY_OUT}"
+            )
     return readers
 
 
@@ -252,7 +364,8 @@ class StoreParts:
         self.folder = Path(folder)
         self.description = description
         self.part_samples = part_samples
-        key = hashlib.sha256(json.dumps([_as_json(description), part_samples], sort_keys=True).encode()).hexdigest()
+        content = [_as_json(description, version=_FORMAT_OF_PARTS), part_samples]
+        key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         self._parts = self.folder / f".parts-{key[:16]}"
         self._parts.mkdir(parents=True, exist_ok=True)
         for other in self.folder.glob(".parts-*"):
@@ -280,18 +393,17 @@ class StoreParts:
         Args:
             part: One of ``parts()``.
             tokens: (stop - start, mirrors, N) integers in [0, num_codes).
-            labels: (stop - start,) int64.
+            labels: (stop - start,) int64 in [0, num_classes).
 
         Raises:
-            ValueError: Another shape, or a code out of range.
+            ValueError: if a shape is another, or a code or a label is out of range.
         """
-        shape, codes = self._shape(part), self.description.num_codes
+        shape = self._shape(part)
         if tokens.shape != shape or labels.shape != shape[:1]:
             raise ValueError(
                 f"tokens of {part}: {shape} and labels {shape[:1]} are needed, got {tokens.shape}, {labels.shape}"
             )
-        if tokens.size and not 0 <= tokens.min() <= tokens.max() < codes:
-            raise ValueError(f"tokens: codes in [0, {codes}) are needed, got {tokens.min()} to {tokens.max()}")
+        self._check_ranges(tokens, labels)
         with self._replaced(self._path(part)) as file:
             np.save(file, tokens.astype(self.description.dtype), allow_pickle=False)
             np.save(file, labels.astype(np.int64), allow_pickle=False)
@@ -312,8 +424,10 @@ class StoreParts:
                 return is_complete(self.folder, self.description)
             for split in self.description.samples:
                 self._join(split)
+            paths = [path for split in self.description.samples for path in _paths(self.folder, split)]
+            described = _as_json(self.description) | {"sha256": {path.stem: file_sha256(path) for path in paths}}
             with self._replaced(self.folder / _DESCRIPTION) as file:
-                file.write((json.dumps(_as_json(self.description), indent=1) + "\n").encode())
+                file.write((json.dumps(described, indent=1) + "\n").encode())
         except FileNotFoundError:
             if not is_complete(self.folder, self.description):
                 raise
@@ -356,6 +470,9 @@ class StoreParts:
                 tokens, labels = np.load(file, allow_pickle=False), np.load(file, allow_pickle=False)
             if tokens.shape != self._shape(part) or tokens.dtype != self.description.dtype:
                 raise ValueError(f"{self._shape(part)} expected, got {tokens.shape} of {tokens.dtype}")
+            if labels.shape != tokens.shape[:1] or labels.dtype != np.int64:
+                raise ValueError(f"{tokens.shape[:1]} labels expected, got {labels.shape} of {labels.dtype}")
+            self._check_ranges(tokens, labels)
         except (EOFError, ValueError) as error:
             path.unlink(missing_ok=True)
             raise ValueError(
@@ -363,6 +480,12 @@ class StoreParts:
                 "run the same command again to make it"
             ) from error
         return tokens, labels
+
+    def _check_ranges(self, tokens: npt.NDArray[Any], labels: npt.NDArray[Any]) -> None:
+        ranges = (("tokens", tokens, self.description.num_codes), ("labels", labels, len(self.description.classes)))
+        for name, values, limit in ranges:
+            if _outside(values, limit).any():
+                raise ValueError(f"{name} must be in [0, {limit}), got {values.min()} to {values.max()}")
 
     def _shape(self, part: Part) -> tuple[int, int, int]:
         return part.stop - part.start, self.description.mirrors_of(part.split), self.description.num_tokens
@@ -400,6 +523,23 @@ def _paths(folder: Path, split: Split) -> tuple[Path, Path]:
     return folder / f"{split}-tokens.npy", folder / f"{split}-labels.npy"
 
 
-def _as_json(description: StoreDescription) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **asdict(description)}))
+def _first_outside(array: npt.NDArray[Any], limit: int) -> tuple[int, int] | None:
+    """The first row of (n,) or (n, N) integers with a value that is not in [0, limit), and that value."""
+    step = max(1, _VALUES // max(1, array[:1].size))
+    for start in range(0, len(array), step):
+        block = array[start : start + step]
+        if block.max() >= limit or block.min() < 0:
+            outside = _outside(block, limit).reshape(len(block), -1)
+            row = int(outside.any(axis=1).argmax())
+            return start + row, int(block.reshape(len(block), -1)[row][outside[row]][0])
+    return None
+
+
+def _outside(values: npt.NDArray[Any], limit: int) -> npt.NDArray[np.bool_]:
+    return (values < 0) | (values >= limit)
+
+
+def _as_json(description: StoreDescription, *, version: int = FORMAT) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(json.dumps({"format": version, **asdict(description)}))
+    del content["sha256"]
     return content

@@ -1,11 +1,10 @@
-"""Whether a data folder still is what its manifests say: everything is read and computed again.
+"""Checks that a data folder or a token store still is what its description says: all bytes are read again.
 
 Used by ``maskgit data verify``. The check before each run reads lengths and two headers a shard; this reads all bytes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,15 +15,17 @@ import numpy as np
 import numpy.typing as npt
 
 from maskgit_pl.shards.images import UnreadableImageError, decode_image
-from maskgit_pl.shards.manifest import Manifest, Shard, Split, joined, load_manifest, splits_of
+from maskgit_pl.shards.manifest import Manifest, Shard, Split, index_sha256, joined, load_manifest, splits_of
 from maskgit_pl.shards.parallel import run_jobs
+from maskgit_pl.shards.safe_open import open_regular
+from maskgit_pl.shards.tokens import TokenReader, read_description
 from maskgit_pl.shards.walk import Labels, ShardWalk, walk_shard
 
-__all__ = ["BadFile", "Verified", "verify_shards"]
+__all__ = ["BadFile", "Verified", "VerifiedStore", "verify_shards", "verify_store"]
 
 
 class BadFile(NamedTuple):
-    """A file of a data folder that is not what the manifest says."""
+    """A file of a data folder or of a token store that is not what its description says."""
 
     name: str
     expected: str
@@ -40,6 +41,37 @@ class Verified:
     samples: int
     bytes: int
     bad: tuple[BadFile, ...]
+
+
+@dataclass(frozen=True)
+class VerifiedStore:
+    """What of a token store was read, whether it names hashes to compare with, and what of it is bad."""
+
+    rows: int
+    bytes: int
+    has_hashes: bool
+    bad: tuple[BadFile, ...]
+
+
+def verify_store(folder: str | Path) -> VerifiedStore:
+    """Compares shapes, ranges and hashes of all arrays of a token store with its ``store.json``.
+
+    Raises:
+        FileNotFoundError: if there is no finished store.
+        ValueError: if ``store.json`` cannot be read.
+    """
+    description = read_description(folder)
+    rows, size, bad = 0, 0, list[BadFile]()
+    for split in description.samples:
+        reader = TokenReader(Path(folder), split, description)
+        try:
+            tokens, labels = reader.arrays()
+            bad += [BadFile(*array) for array in reader.bad_arrays()]
+        except (FileNotFoundError, ValueError) as error:
+            bad.append(BadFile(f"{split}-*.npy", "two arrays as described", "none that can be used", str(error)))
+            continue
+        rows, size = rows + len(tokens), size + tokens.nbytes + labels.nbytes
+    return VerifiedStore(rows, size, bool(description.sha256), tuple(bad))
 
 
 @dataclass(frozen=True)
@@ -87,7 +119,7 @@ def verify_shards(
 def _bad_index(manifest: Manifest) -> Iterator[BadFile]:
     name = f"{manifest.split}.npy"
     try:
-        actual = hashlib.sha256(manifest.index().tobytes()).hexdigest()
+        actual = index_sha256(manifest.index())
     except ValueError as error:
         yield BadFile(name, f"{manifest.samples} rows", "unreadable", str(error))
         return
@@ -156,7 +188,7 @@ def _wrong_row(manifest: Manifest, shard: Shard, number: int, rows: npt.NDArray[
 
 def _undecodable(path: Path, shard: Shard, rows: npt.NDArray[np.void]) -> BadFile | None:
     faults = []
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = open_regular(path)
     try:
         for _, offset, size, _ in rows.tolist():
             try:

@@ -7,7 +7,6 @@ keys and never paths; only images and labels are read, within bounds.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -22,6 +21,7 @@ import numpy.typing as npt
 
 from maskgit_pl.shards.images import ImageHeader, UnreadableImageError, read_header
 from maskgit_pl.shards.manifest import INDEX_DTYPE, ImageRange
+from maskgit_pl.shards.safe_open import hash_file, open_regular
 from maskgit_pl.shards.tar import BLOCK, DamagedTarError, Member, escaped, read_members
 
 __all__ = [
@@ -170,9 +170,9 @@ def walk_shard(path: Path, labels: Labels, *, lenient: bool = True) -> ShardWalk
             to be anything but a mistake, and faulty shards are not hashed.
 
     Raises:
-        OSError: The file cannot be opened or read.
+        OSError: if the file cannot be opened or read, or is not a regular file.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = open_regular(path)
     try:
         status = os.fstat(descriptor)
         walk = _Walk(descriptor, path.name, labels, lenient=lenient)
@@ -181,7 +181,7 @@ def walk_shard(path: Path, labels: Labels, *, lenient: bool = True) -> ShardWalk
             for member in read_members(descriptor):
                 walk.take(member)
             if walk.is_good or lenient:
-                digest = _sha256(descriptor)
+                digest = hash_file(descriptor)
         except DamagedTarError as error:
             damage = str(error)
         return walk.result(status, digest, damage)
@@ -390,11 +390,3 @@ def _member_fault(member: Member) -> str | None:
     if _UNSAFE.search(member.name):
         return BAD_NAME
     return None if member.kind == "file" else BAD_KIND
-
-
-def _sha256(descriptor: int) -> str:
-    digest, offset = hashlib.sha256(), 0
-    while block := os.pread(descriptor, 2**20, offset):
-        digest.update(block)
-        offset += len(block)
-    return digest.hexdigest()
