@@ -114,7 +114,7 @@ def test_stale_and_foreign_stores_are_refused(folder, store, tmp_path):
     with pytest.raises(ValueError, match=r"image size .*make tokenize"):
         data(folder, source="tokens", token_store=str(store), image_size=8)
     with pytest.raises(ValueError, match=r"tokenizer .*make tokenize"):
-        data(folder, source="tokens", token_store=str(store)).require_tokenizer("other")
+        data(folder, source="tokens", token_store=str(store)).require_tokenizer("other", grid=(4, 4), num_codes=16)
     samples = [Sample(encode_png(image(0)), "png", 0, "0")]
     for split in ("train", "val"):
         write_split(samples, tmp_path, split, shard_size=9, on_sample=lambda split: None)

@@ -33,7 +33,7 @@ from maskgit_pl.cli import (
     train_classifier,
     tune,
 )
-from maskgit_pl.errors import INTERNAL_ERROR, exit_code_of
+from maskgit_pl.errors import INTERNAL_ERROR, RunError, exit_code_of
 
 __all__ = ["build_parser", "main"]
 
@@ -111,7 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.traceback:
             raise
         code = exit_code_of(error)
-        text = traceback.format_exc() if code == INTERNAL_ERROR else f"maskgit {args.command}: {error}\n"
+        is_ours = code == INTERNAL_ERROR and not isinstance(error, RunError)
+        text = traceback.format_exc() if is_ours else f"maskgit {args.command}: {error}\n"
         try:
             sys.stderr.write(text)
         except OSError:  # a full disk, or nobody who reads: Python would end with a code of its own

@@ -83,9 +83,9 @@ def _add_index(commands: _Parsers[argparse.ArgumentParser]) -> None:
 
 def _add_verify(commands: _Parsers[argparse.ArgumentParser]) -> None:
     verify = commands.add_parser(
-        "verify", help="read everything again and name each shard that is bad", allow_abbrev=False
+        "verify", help="read all shards, or all of a token store, and name each file that is bad", allow_abbrev=False
     )
-    verify.add_argument("folder", type=Path, metavar="DIR", help="data folder")
+    verify.add_argument("folder", type=Path, metavar="DIR", help="data folder, or token store (runs/RUN/tokens)")
     verify.add_argument("--decode", action="store_true", help="decode every image too")
     _add_workers(verify)
 
@@ -179,8 +179,11 @@ def _index(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     from maskgit_pl.shards.manifest import load_manifest, splits_of
+    from maskgit_pl.shards.tokens import is_store
     from maskgit_pl.shards.verify import verify_shards
 
+    if is_store(args.folder):
+        return _verify_store(args.folder, decode=args.decode)
     splits = splits_of(args.folder) or ("train",)
     totals = {split: len(load_manifest(args.folder, split, check=False).shards) for split in splits}
     with _progress(totals, "shards") as advance:
@@ -191,15 +194,35 @@ def _verify(args: argparse.Namespace) -> int:
             on_shard=lambda split: advance(split, 1),
         )
     if found.bad:
-        table = "\n".join(_verdicts(found.bad))
-        files = "1 file is" if len(found.bad) == 1 else f"{len(found.bad)} files are"
-        raise ValueError(f"data {args.folder}: {files} not what the manifest says\n{table}")
+        raise ValueError(f"data {args.folder}: {_listed(found.bad, 'the manifest says')}")
     what = "hashes, headers, labels and images" if args.decode else "hashes, headers and labels"
     print(
         f"{args.folder}: {_shards(found.shards)}, {found.samples} samples, {size_text(found.bytes)}: {what} "
         "are as indexed"
     )
     return 0
+
+
+def _verify_store(folder: Path, *, decode: bool) -> int:
+    from maskgit_pl.shards.verify import verify_store
+
+    if decode:
+        raise ValueError(f"--decode must be left out for a token store, which has no images, got {folder}")
+    found = verify_store(folder)
+    if found.bad:
+        way_out = "make it again with `make tokenize` (or `maskgit tokenize`)"
+        raise ValueError(f"token store {folder}: {_listed(found.bad, 'store.json says')}\n{way_out}")
+    size = f"{folder}: {found.rows} rows, {size_text(found.bytes)}"
+    if found.has_hashes:
+        print(f"{size}: hashes and ranges are as written")
+    else:
+        print(f"{size}: all values are in range; an older version made this store without hashes to compare with")
+    return 0
+
+
+def _listed(bad: Sequence[BadFile], rule: str) -> str:
+    files = "1 file is" if len(bad) == 1 else f"{len(bad)} files are"
+    return "\n".join([f"{files} not what {rule}", *_verdicts(bad)])
 
 
 def _stats(args: argparse.Namespace) -> int:

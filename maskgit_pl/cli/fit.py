@@ -72,7 +72,8 @@ def build(plan: Plan) -> StageCLI:
     if isinstance(module, TokenModel):
         trainer.accumulate_grad_batches = accumulation
         _check_classes(module, data)
-        data.require_tokenizer(module.tokenizer.fingerprint)  # reading it refuses one that does not fit
+        tokenizer = module.tokenizer  # reading it refuses one that does not fit
+        data.require_tokenizer(tokenizer.fingerprint, grid=tokenizer.grid, num_codes=tokenizer.network.config.num_codes)
     else:
         module.accumulation = accumulation
     if isinstance(trainer.val_check_interval, int):  # steps for us, micro-batches for Lightning

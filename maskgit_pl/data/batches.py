@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -12,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from maskgit_pl.data.order import Order, Rows
+from maskgit_pl.errors import INTERNAL_ERROR, DataWorkerError, RunError, exit_code_of
 from maskgit_pl.interruption import shield_worker
 from maskgit_pl.randomness import random_bits, random_uniform
 from maskgit_pl.shards.images import Crop, UnreadableImageError, check_crop, decode_image, load_square_into
@@ -155,6 +159,64 @@ class TokenBatches(Dataset[Batch]):
         return (words % self.reader.views).numpy()
 
 
+class _Failure(NamedTuple):
+    """An error of a worker in the place of its batch."""
+
+    error: Exception
+
+
+class _Reporting(Dataset[Any]):
+    """A dataset in a worker, whose errors reach the training process as they are.
+
+    Torch would turn a user's error into one whose text is a traceback.
+    """
+
+    def __init__(self, dataset: Dataset[Batch]) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, positions: range) -> Batch | _Failure:
+        try:
+            return cast("Batch", self.dataset.__getitems__(positions))  # type: ignore[attr-defined]  # all of ours do
+        except Exception as error:
+            if _is_internal(error):
+                raise
+            return _Failure(error)
+
+
+def _is_internal(error: Exception) -> bool:
+    return not isinstance(error, RunError) and exit_code_of(error) == INTERNAL_ERROR
+
+
+class _NamingKilledWorkers:
+    """A handler of SIGCHLD around torch's, which raises its error wherever the training process is at that moment."""
+
+    def __init__(self, handler: Callable[[int, FrameType | None], Any]) -> None:
+        self.handler = handler
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        try:
+            self.handler(number, frame)
+        except RuntimeError as error:
+            raise _worker_error(error) from error
+
+    @classmethod
+    def install(cls) -> None:
+        """Takes the place of torch's handler, once there is one."""
+        handler = signal.getsignal(signal.SIGCHLD)
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main and callable(handler) and not isinstance(handler, cls):
+            signal.signal(signal.SIGCHLD, cls(handler))
+
+
+def _worker_error(error: RuntimeError) -> DataWorkerError:
+    reason = " ".join(str(error).split()).rstrip(".")
+    return DataWorkerError(
+        f"a process that loads data was killed, most likely because memory ran out ({reason}); use fewer of them "
+        "(data.num_workers, or --num-workers) or a smaller batch (data.max_batch_per_device, or --batch-size), then "
+        "run the same command again to resume"
+    )
+
+
 def _as_is(batch: Any) -> Any:
     """Collation of what is a batch already."""
     return batch
@@ -170,12 +232,25 @@ class StepLoader(DataLoader[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # any iterator serves
         batches = super().__iter__()  # here, not at the first next(): the sampler asks for the step now
-        return map(self._counted, batches)
+        if self.num_workers:
+            _NamingKilledWorkers.install()
+        return self._checked(batches)
 
-    def _counted(self, batch: Batch) -> Batch:
-        if self.unreadable is not None:
-            self.unreadable.add(batch.index.numpy(), batch.replacement.numpy())
-        return batch
+    def _checked(self, batches: Iterator[Batch | _Failure]) -> Iterator[Batch]:
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if isinstance(error, RunError) or not str(error).startswith("DataLoader worker"):
+                    raise
+                raise _worker_error(error) from error
+            if isinstance(batch, _Failure):
+                raise batch.error
+            if self.unreadable is not None:
+                self.unreadable.add(batch.index.numpy(), batch.replacement.numpy())
+            yield batch
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: the sampler asks the Trainer."""
@@ -203,7 +278,7 @@ def loader(
         unreadable_budget: Share of unreadable images that may be replaced; see ``UnreadableImages``. None by default.
     """
     made = StepLoader(
-        dataset,
+        _Reporting(dataset) if num_workers else dataset,
         batch_sampler=cast("Sampler[list[int]]", order),  # __getitems__ takes a range where others take a list
         num_workers=num_workers,
         collate_fn=_as_is,

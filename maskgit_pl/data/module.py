@@ -10,8 +10,10 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from maskgit_pl.checks import check_choice, check_integer, shorten
 from maskgit_pl.data.batches import Batch, ImageBatches, StepLoader, TokenBatches, loader
 from maskgit_pl.data.order import (
+    MOST_SAMPLES,
     GlobalOrder,
     OnceThrough,
     Order,
@@ -25,7 +27,7 @@ from maskgit_pl.data.stream import StreamBatches, StreamConfig, StreamOnce, chec
 from maskgit_pl.shards.images import Crop, check_crop
 from maskgit_pl.shards.manifest import DataSummary, Split, load_manifest, load_manifests, read_manifest_summary
 from maskgit_pl.shards.reader import ShardReader
-from maskgit_pl.shards.tokens import StoreDescription, TokenReader, open_store
+from maskgit_pl.shards.tokens import StoreDescription, TokenReader, check_origin, open_store
 from maskgit_pl.shards.unreadable import check_budget
 
 __all__ = ["ShardData"]
@@ -80,12 +82,17 @@ class ShardData(LightningDataModule):
         check_crop(crop)
         check_budget(unreadable_budget)
         check_window(shuffle_window)
-        if num_workers < 0:
-            raise ValueError(
-                f"data.num_workers: at least 0 is needed (0: the training process reads), got {num_workers}"
-            )
-        if source not in ("images", "tokens", "stream"):
-            raise ValueError(f"data.source: images, tokens or stream is needed, got {source!r}")
+        check_integer("data.image_size", image_size, "[1, 8192]")
+        check_integer("data.global_batch", global_batch, MOST_SAMPLES)
+        check_integer("data.max_batch_per_device", max_batch_per_device, MOST_SAMPLES)
+        check_integer("data.validation_batch", validation_batch, MOST_SAMPLES)
+        check_integer("data.num_workers", num_workers, "[0, 1024]")
+        check_integer("data.seed", seed, "[0, 4294967296)")
+        if validation_samples is not None:
+            check_integer("data.validation_samples", validation_samples, "[1, 4294967296]")
+        if in_channels not in (1, 3):
+            raise ValueError(f"data.in_channels must be 1 or 3, got {shorten(in_channels)}")
+        check_choice("data.source", source, ("images", "tokens", "stream"))
         if source == "stream":
             check_stream(stream, validation_samples)
         if source == "tokens" and token_store is None:
@@ -110,6 +117,7 @@ class ShardData(LightningDataModule):
         self.shuffle_window = shuffle_window
         self.stream = stream if source == "stream" else None
         self.unreadable_budget = unreadable_budget
+        self._readers: dict[Split, ShardReader] = {}
 
     @cached_property
     def summary(self) -> DataSummary:
@@ -130,32 +138,39 @@ class ShardData(LightningDataModule):
     @property
     def store(self) -> StoreDescription | None:
         """What the token store holds; None for source images."""
-        return None if self._tokens is None else self._tokens["train"].description
+        return None if self._tokens is None else next(iter(self._tokens.values())).description
 
     @property
     def steps_per_epoch(self) -> int:
         """Steps in which the stream goes through the train split once."""
         return math.ceil(self._train_samples / self.global_batch)
 
-    def require_tokenizer(self, fingerprint: str) -> None:
-        """Refuse a token store that another tokenizer made; nothing to do for source images.
+    def require_tokenizer(self, fingerprint: str, *, grid: tuple[int, int], num_codes: int) -> None:
+        """Checks that the token store was made by a tokenizer; source images has none.
+
+        Args:
+            fingerprint: Of the tokenizer.
+            grid: Its token grid.
+            num_codes: Its codebook size.
 
         Raises:
-            ValueError: It did; the text names both and the way out.
+            ValueError: if another tokenizer made it, or it has other tokens. The message names both and the way out.
         """
-        if self.token_store is not None:
-            open_store(self.token_store, data=None, tokenizer=fingerprint)
+        if self.store is not None:
+            check_origin(self.store, self.token_store, tokenizer=fingerprint, grid=grid, num_codes=num_codes)
 
     def setup(self, stage: str | None = None) -> None:
-        """Check every shard's length and ends, or whose the token store is, before the first step.
+        """Checks the index and every shard's length and ends, or the whole token store, before the first step.
 
         Raises:
-            FileNotFoundError: Data folder, manifest or store is missing.
-            ValueError: Shards are not what the manifest says, the store is of other data, or the batch does not divide.
+            FileNotFoundError: if data folder, manifest or store is missing.
+            ValueError: if shards are not what the manifest says, the store is of other data or damaged, or the batch
+                does not divide.
         """
         if self.source != "tokens":
-            for manifest in load_manifests(self.path, self._splits_of_folder).values():
-                _ = ShardReader(manifest).index  # refuses labels that are no class
+            for split, manifest in load_manifests(self.path, self._splits_of_folder).items():
+                self._readers[split] = ShardReader(manifest)
+                _ = self._readers[split].index  # refuses labels that are no class
         else:
             for split in self._splits_of_folder:
                 load_manifest(self.path, split, check=False)
@@ -189,9 +204,15 @@ class ShardData(LightningDataModule):
         """The dataset of a split: ``__getitems__(range of positions)`` gives a ``Batch``."""
         if self._tokens is not None:
             return TokenBatches(self._tokens[split], order, seed=self.seed)
-        reader = ShardReader(load_manifest(self.path, split))
+        if split not in self._readers:
+            self._readers[split] = ShardReader(load_manifest(self.path, split))
         return ImageBatches(
-            reader, order, image_size=self.image_size, in_channels=self.in_channels, crop=crop, seed=self.seed
+            self._readers[split],
+            order,
+            image_size=self.image_size,
+            in_channels=self.in_channels,
+            crop=crop,
+            seed=self.seed,
         )
 
     def _stream_batches(self, stream: StreamConfig) -> StreamBatches:
@@ -255,7 +276,13 @@ class ShardData(LightningDataModule):
     def _tokens(self) -> dict[Split, TokenReader] | None:
         if self.token_store is None:
             return None
-        return open_store(self.token_store, data=self.summary.fingerprint, image_size=self.image_size)
+        return open_store(
+            self.token_store,
+            data=self.summary.fingerprint,
+            image_size=self.image_size,
+            classes=self.summary.classes,
+            samples=self.summary.samples,
+        )
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Moves a batch as it is; Lightning would search it for what can be moved."""

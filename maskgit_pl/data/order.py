@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from maskgit_pl.checks import check_integer, shorten
 from maskgit_pl.randomness import permutation
 
 __all__ = [
+    "MOST_SAMPLES",
     "GlobalOrder",
     "OnceThrough",
     "Order",
@@ -31,6 +33,7 @@ __all__ = [
     "split_batch",
 ]
 
+MOST_SAMPLES = "[1, 16777216]"  # of a batch: 2**24
 _MOST_HELD = 2**20  # 8 MiB, at most two of them in each worker
 
 
@@ -46,11 +49,11 @@ def split_batch(global_batch: int, max_per_device: int, world_size: int) -> tupl
         (per_device, accumulation) with per_device * accumulation * world_size = global_batch.
 
     Raises:
-        ValueError: The ranks cannot share the batch evenly; the text names the nearest sizes that they can.
+        ValueError: if a size is out of range, or the ranks cannot share the batch evenly; the message names the
+            nearest sizes that they can.
     """
-    for name, value in (("global_batch", global_batch), ("max_batch_per_device", max_per_device)):
-        if value < 1:
-            raise ValueError(f"data.{name}: at least 1 is needed, got {value}")
+    check_integer("data.global_batch", global_batch, MOST_SAMPLES)
+    check_integer("data.max_batch_per_device", max_per_device, MOST_SAMPLES)
     if global_batch % world_size:
         below = global_batch // world_size * world_size
         choices = " or ".join(str(size) for size in (below, below + world_size) if size)
@@ -60,18 +63,21 @@ def split_batch(global_batch: int, max_per_device: int, world_size: int) -> tupl
             f"use {choices}, or keep it and run on {', '.join(devices)} ranks"
         )
     per_rank = global_batch // world_size
-    per_device = max(size for size in range(1, min(per_rank, max_per_device) + 1) if per_rank % size == 0)
+    low = [size for size in range(1, math.isqrt(per_rank) + 1) if per_rank % size == 0]
+    per_device = max(size for size in (*low, *(per_rank // size for size in low)) if size <= max_per_device)
     return per_device, per_rank // per_device
 
 
 def check_window(window: int | None) -> None:
-    """Refuses a window of no shards.
+    """Checks that a window has at least one shard.
 
     Raises:
-        ValueError: It is below 1.
+        ValueError: if it has not.
     """
-    if window is not None and window < 1:
-        raise ValueError(f"data.shuffle_window: at least 1 shard, or null for the whole split, is needed, got {window}")
+    if window is not None and (type(window) is not int or window < 1):
+        raise ValueError(
+            f"data.shuffle_window must be an integer >= 1, or null for the whole split, got {shorten(window)}"
+        )
 
 
 class Rows(NamedTuple):

@@ -31,12 +31,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
+from maskgit_pl.checks import check_integer, check_number
 from maskgit_pl.data.batches import Batch
 from maskgit_pl.randomness import permutation, random_uniform
+from maskgit_pl.shards.braces import MAX_NAMES, expand_braces
 from maskgit_pl.shards.images import Crop, Reason, UnreadableImageError, load_square
+from maskgit_pl.shards.safe_open import open_regular
 from maskgit_pl.shards.tar import BLOCK, escaped
 from maskgit_pl.shards.unreadable import Unreadable, UnreadableImages
-from maskgit_pl.shards.walk import BAD_IMAGE, Labels, ShardWalk, walk_shard
+from maskgit_pl.shards.walk import BAD_IMAGE, MAX_CLASSES, Labels, ShardWalk, walk_shard
 
 __all__ = ["StreamBatches", "StreamConfig", "StreamError", "StreamOnce", "check_stream"]
 
@@ -47,7 +50,6 @@ _SCHEMES = (
 )  # fmt: skip
 _CHUNK = 2**20
 _MAX_SHARD_BYTES = 64 * 2**30
-_MAX_URLS = 10**6
 _ENDLESS = 2**62
 
 
@@ -84,13 +86,12 @@ class StreamConfig:
     attempts: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("samples", "shuffle_buffer", "attempts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"data.stream.{name}: at least 1 is needed, got {getattr(self, name)}")
-        if not self.stall_seconds > 0:
-            raise ValueError(f"data.stream.stall_seconds: a positive number is needed, got {self.stall_seconds}")
-        if isinstance(self.classes, int) and self.classes < 1:
-            raise ValueError(f"data.stream.classes: at least 1 is needed, got {self.classes}")
+        check_integer("data.stream.samples", self.samples, "[1, 1099511627776]")
+        check_integer("data.stream.shuffle_buffer", self.shuffle_buffer, "[1, 16777216]")
+        check_integer("data.stream.attempts", self.attempts, "[1, 1000]")
+        check_number("data.stream.stall_seconds", self.stall_seconds, "(0, 1000000]")
+        if isinstance(self.classes, int):
+            check_integer("data.stream.classes", self.classes, f"[1, {MAX_CLASSES}]")
         Labels(self.labels)
         expand_urls("urls", self.urls)
         if self.validation_urls is not None:
@@ -127,18 +128,17 @@ def expand_urls(name: str, urls: str | Sequence[str]) -> list[str]:
     """Braces unfolded, each URL checked.
 
     Raises:
-        ValueError: None at all, or a kind of location that is not read.
+        ValueError: if there are none or too many, or one is a kind of location that is not read.
     """
-    from braceexpand import braceexpand
-
     patterns = [urls] if isinstance(urls, str) else list(urls)
-    for start, end in re.findall(r"(\d+)\.\.-?(\d+)", " ".join(patterns)):
-        if max(int(start), int(end)) > _MAX_URLS:  # braceexpand would hold the range in memory
-            raise ValueError(f"data.stream.{name}: at most {_MAX_URLS} shards are read, got {{{start}..{end}}}")
-    try:
-        found = [url for pattern in patterns for url in islice(braceexpand(pattern), _MAX_URLS)]
-    except ValueError as error:
-        raise ValueError(f"data.stream.{name}: braces that close are needed, got {patterns}") from error
+    found: list[str] = []
+    for pattern in patterns:
+        try:
+            found += expand_braces(pattern)
+        except ValueError as error:
+            raise ValueError(f"data.stream.{name}: {error}") from error
+        if len(found) > MAX_NAMES:
+            raise ValueError(f"data.stream.{name} must name at most {MAX_NAMES} shards, got more")
     if not found or not all(found):
         raise ValueError(f"data.stream.{name}: at least one URL is needed, got {patterns}")
     for url in found:
@@ -465,7 +465,7 @@ class _Fetcher:
         local = _local_path(url)
         if local is not None:
             try:
-                descriptor = os.open(local, os.O_RDONLY | os.O_CLOEXEC)
+                descriptor = open_regular(local)
             except OSError as error:
                 raise StreamError(f"stream {url}: cannot be read ({error.strerror})") from error
             return self._walked(url, descriptor)

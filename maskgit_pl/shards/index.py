@@ -7,7 +7,6 @@ its own. What would lose samples in silence is refused, all of it in one list, o
 from __future__ import annotations
 
 import base64
-import itertools
 import json
 import os
 import re
@@ -20,6 +19,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from maskgit_pl.shards.braces import expand_braces
 from maskgit_pl.shards.manifest import (
     INDEX_DTYPE,
     ImageRange,
@@ -37,11 +37,8 @@ __all__ = ["Indexed", "find_shards", "index_shards", "locate_shards", "split_sha
 
 PROGRESS = ".index.partial"
 UNLABELLED = "image"  # the one class of data without labels
-_MAX_SHARDS = 1_000_000
-_MAX_PATTERN = 4096  # characters
 _MAX_COUNTS_BYTES = 64 * 2**20  # of a file that says how many samples shards have
 _VAL, _TEST, _TRAIN = r"val|valid|validation", r"test", r"train|training"
-_RANGE = re.compile(r"(-?[0-9]+)\.\.(-?[0-9]+)")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 
@@ -85,7 +82,7 @@ def find_shards(folder: str | Path, pattern: str) -> list[Path]:
     """
     folder = Path(folder)
     found: set[Path] = set()
-    for one in _expand_braces(pattern):
+    for one in _expanded(pattern):
         if _URL.match(one) or "::" in one:
             raise ValueError(f"shard pattern {pattern!r}: local files are read, got {one!r}; fetch the shards first")
         if one.startswith(("/", "~")) or ".." in one.split("/"):
@@ -336,21 +333,11 @@ def _glob(folder: Path, pattern: str) -> list[Path]:
     return sorted(path for path in folder.glob(pattern) if not path.name.startswith(".") and not path.is_dir())
 
 
-def _expand_braces(pattern: str) -> list[str]:
-    from braceexpand import braceexpand
-
-    too_many = ValueError(f"shard pattern {pattern!r}: at most {_MAX_SHARDS} shards are read")
-    if len(pattern) > _MAX_PATTERN or any(
-        abs(int(end) - int(start)) > _MAX_SHARDS for start, end in _RANGE.findall(pattern)
-    ):
-        raise too_many  # before braceexpand holds the range in memory
+def _expanded(pattern: str) -> list[str]:
     try:
-        names = list(itertools.islice(braceexpand(pattern), _MAX_SHARDS + 1))
+        return expand_braces(pattern)
     except ValueError as error:
-        raise ValueError(f"shard pattern {pattern!r}: braces that do not close") from error
-    if len(names) > _MAX_SHARDS:
-        raise too_many
-    return names
+        raise ValueError(f"shard pattern: {error}") from error
 
 
 def _says(folder: Path, shard: Path, words: str) -> bool:
@@ -412,22 +399,27 @@ def _read_progress(path: Path, folder: Path, labels: Labels) -> dict[str, ShardW
         lines = _whole_lines(file)
         if next(lines, None) != _options(labels):
             return {}
-        return {line["name"]: walk for line in lines if (walk := _known_walk(folder, line)) is not None}
+        known = ((line, _known_walk(folder, line)) for line in lines)
+        return {line["name"]: walk for line, walk in known if walk is not None}
 
 
 def _whole_lines(file: IO[bytes]) -> Iterator[dict[str, Any]]:
     for line in file:
         try:
             yield json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
 
 
 def _known_walk(folder: Path, line: dict[str, Any]) -> ShardWalk | None:
     try:
-        status = os.stat(folder / line["name"])
-    except OSError:
+        return _walk_from_json(folder, line)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # gone, or not a line of ours: walked again
         return None
+
+
+def _walk_from_json(folder: Path, line: dict[str, Any]) -> ShardWalk | None:
+    status = os.stat(folder / line["name"])
     if (status.st_size, status.st_mtime_ns) != (line["bytes"], line["mtime_ns"]):
         return None
     images = line["images"]

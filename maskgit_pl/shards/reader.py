@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from maskgit_pl.errors import DataChangedError
 from maskgit_pl.shards.manifest import Manifest
+from maskgit_pl.shards.safe_open import is_whole, open_regular
+from maskgit_pl.shards.tar import BLOCK
 
 __all__ = ["ShardReader"]
 
 _MAX_OPEN = 64
-_HEADER = 512  # bytes of a tar's header block, which lies before the member's bytes
 _LISTED = 20  # samples named in an error
 
 
@@ -41,12 +43,15 @@ class ShardReader:
         """The manifest's rows, mapped at first use in each process.
 
         Raises:
-            ValueError: A label is no class; every such sample is named. On a device it would be an index error.
+            ValueError: if a label is no class; every such sample is named. On a device it would be an index error.
+            DataChangedError: if the file was cut after it was mapped.
         """
         if self._index is None:
             rows = self.manifest.index()
             self._check_labels(rows)
             self._index = rows
+        if not is_whole(self._index):
+            raise self._changed(f"{self.manifest.split}.npy", "the file was cut")
         return self._index
 
     def labels(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -58,14 +63,13 @@ class ShardReader:
         """The bytes of a sample's image file.
 
         Raises:
-            OSError: The shard cannot be read, or has become shorter than its manifest says.
+            DataChangedError: if the shard cannot be read, or is not the one that its manifest was made from.
         """
         shard, offset, size, _ = self.index[index].item()
-        data = os.pread(self._file(shard), size, offset)
+        data = self._pread(shard, size, offset)
         if len(data) != size:
-            raise OSError(
-                f"image {self.name(index)}: {size} bytes expected, got {len(data)}; has the shard been changed?"
-            )
+            fault = f"{size} bytes expected at byte {offset}, got {len(data)}"
+            raise self._changed(self.manifest.shards[shard].name, fault)
         return data
 
     def shard(self, index: int) -> str:
@@ -77,13 +81,20 @@ class ShardReader:
         return self._name(*self.index[index].item()[:2])
 
     def _name(self, shard: int, offset: int) -> str:
-        header = os.pread(self._file(shard), _HEADER, offset - _HEADER) if offset >= _HEADER else b""
+        header = self._pread(shard, BLOCK, offset - BLOCK) if offset >= BLOCK else b""
         member, magic, prefix = header[:100], header[257:262], header[345:500]
         if magic != b"ustar":
             return f"{self.manifest.shards[shard].name}:byte {offset}"
         parts = [part.split(b"\0")[0].decode(errors="replace") for part in (prefix, member)]
         shown = "/".join(part for part in parts if part)
         return f"{self.manifest.shards[shard].name}:" + "".join(c if c.isprintable() else "?" for c in shown)
+
+    def _changed(self, name: str, fault: str) -> DataChangedError:
+        folder = self.manifest.folder
+        return DataChangedError(
+            f"data {folder}: {name} was changed while it is read: {fault}; bring it back, or make the manifest again "
+            f"with `maskgit data index {folder}`; `maskgit data verify {folder}` names all such files"
+        )
 
     def _check_labels(self, rows: npt.NDArray[np.void]) -> None:
         labels, classes = rows["label"], len(self.manifest.classes)
@@ -103,10 +114,20 @@ class ShardReader:
         while self._files:
             os.close(self._files.popitem()[1])
 
+    def _pread(self, number: int, size: int, offset: int) -> bytes:
+        try:
+            return os.pread(self._file(number), size, offset)
+        except OSError as error:
+            raise self._changed(self.manifest.shards[number].name, str(error.strerror)) from error
+
     def _file(self, number: int) -> int:
         if number not in self._files:
-            path = self.manifest.folder / self.manifest.shards[number].name
-            self._files[number] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            shard = self.manifest.shards[number]
+            descriptor = open_regular(self.manifest.folder / shard.name)
+            if (length := os.fstat(descriptor).st_size) != shard.bytes:
+                os.close(descriptor)
+                raise self._changed(shard.name, f"{shard.bytes} bytes expected, got {length}")
+            self._files[number] = descriptor
             if len(self._files) > _MAX_OPEN:
                 os.close(self._files.popitem(last=False)[1])
         self._files.move_to_end(number)

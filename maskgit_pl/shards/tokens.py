@@ -43,6 +43,7 @@ __all__ = [
     "StoreDescription",
     "StoreParts",
     "TokenReader",
+    "check_origin",
     "is_complete",
     "is_store",
     "open_store",
@@ -281,9 +282,7 @@ def read_description(folder: str | Path) -> StoreDescription:
     return replace(made, grid=(made.grid[0], made.grid[1]), classes=tuple(made.classes))
 
 
-def open_store(
-    folder: str | Path, *, data: str | None, tokenizer: str | None = None, image_size: int | None = None
-) -> dict[Split, TokenReader]:
+def open_store(folder: str | Path, **origin: object) -> dict[Split, TokenReader]:
     """Opens every split of a finished store, if it belongs to this data and tokenizer.
 
     All of it is read once, since a changed code or label that is still in range would not be noticed later: 0.5 to 1 s
@@ -291,28 +290,15 @@ def open_store(
 
     Args:
         folder: The store.
-        data: Fingerprint of the data folder it must have been made from; None takes any.
-        tokenizer: Fingerprint of the tokenizer it must have been made with; None takes any.
-        image_size: Side of the images it must have been made from; None takes any.
+        origin: What it must have been made from; see ``check_origin``.
 
     Raises:
         FileNotFoundError: if there is no finished store, or an array is missing.
-        ValueError: if the store is of other data, of another tokenizer or of another image size, or an array is
-            damaged: of another shape or type, with a value out of range, or changed since it was made.
+        ValueError: if the store is of another origin, or an array is damaged: of another shape or type, with a value
+            out of range, or changed since it was made.
     """
     description = read_description(folder)
-    pairs = (
-        ("data", data, description.data),
-        ("tokenizer", tokenizer, description.tokenizer),
-        ("image size", image_size, description.image_size),
-    )
-    foreign = [
-        f"its {name} must be {str(wanted)[:12]}, got {str(found)[:12]}"
-        for name, wanted, found in pairs
-        if wanted is not None and wanted != found
-    ]
-    if foreign:
-        raise ValueError(f"token store {folder}: {'; '.join(foreign)}; {_WAY_OUT}")
+    check_origin(description, folder, **origin)
     readers = {split: TokenReader(Path(folder), split, description) for split in description.samples}
     for reader in readers.values():
         for bad in reader.bad_arrays():
@@ -330,6 +316,26 @@ def is_complete(folder: str | Path, description: StoreDescription) -> bool:
         return read_description(folder) == description
     except (FileNotFoundError, ValueError):
         return False
+
+
+def check_origin(description: StoreDescription, folder: str | Path | None, **origin: object) -> None:
+    """Checks what a store was made from.
+
+    Args:
+        description: Of the store.
+        folder: Its place, for the message.
+        origin: Fields of ``StoreDescription`` by their names, and the values that they must have; None takes any.
+
+    Raises:
+        ValueError: if the store has another value. The message names all such fields and the way out.
+    """
+    foreign = [
+        f"its {name.replace('_', ' ')} must be {_shown(wanted)}, got {_shown(getattr(description, name))}"
+        for name, wanted in origin.items()
+        if wanted is not None and wanted != getattr(description, name)
+    ]
+    if foreign:
+        raise ValueError(f"token store {folder}: {'; '.join(foreign)}; {_WAY_OUT}")
 
 
 class Part(NamedTuple):
@@ -521,6 +527,11 @@ def _sync_folder(folder: Path) -> None:
 
 def _paths(folder: Path, split: Split) -> tuple[Path, Path]:
     return folder / f"{split}-tokens.npy", folder / f"{split}-labels.npy"
+
+
+def _shown(value: object) -> str:
+    """Twelve digits of a fingerprint tell it from others."""
+    return value[:12] if isinstance(value, str) else shorten(value)
 
 
 def _first_outside(array: npt.NDArray[Any], limit: int) -> tuple[int, int] | None:

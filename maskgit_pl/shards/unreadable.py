@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from maskgit_pl.checks import check_number
 from maskgit_pl.errors import DataBudgetError
 from maskgit_pl.files import write_atomically
 from maskgit_pl.shards.images import Reason
@@ -155,13 +156,12 @@ class UnreadableImages:
 
 
 def check_budget(budget: float) -> None:
-    """Refuse a budget that is no share.
+    """Checks that a budget is a share.
 
     Raises:
-        ValueError: Not in [0, 1].
+        ValueError: if it is not in [0, 1].
     """
-    if not 0 <= budget <= 1:
-        raise ValueError(f"data.unreadable_budget: a share in [0, 1] is needed, got {budget}")
+    check_number("data.unreadable_budget", budget, "[0, 1]")
 
 
 def write_unreadable(path: Path, splits: dict[str, UnreadableImages]) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from maskgit_pl.data import GlobalOrder, OnceThrough, ShardData, ShuffledStream, SplitOrder, WindowedStream, split_batch
 from maskgit_pl.data.batches import loader
-from maskgit_pl.shards.manifest import INDEX_DTYPE
+from maskgit_pl.shards.manifest import INDEX_DTYPE, index_sha256
 from tests.conftest import save_uneven_shards
 
 NUM_TRAIN = 23
@@ -48,11 +48,23 @@ def test_split_batch_multiplies_to_the_global_batch(sizes, expected):
     assert expected[0] <= sizes[1]
 
 
+@pytest.mark.parametrize("global_batch", [2**24, 2**24 - 3, 16_777_213 // 7 * 7, 720_720])
+@pytest.mark.parametrize("max_per_device", [1, 2, 1000, 4097, 2**24])
+def test_split_batch_finds_the_largest_divisor_of_any_batch_at_once(global_batch, max_per_device):
+    start = time.perf_counter()
+    per_device, accumulation = split_batch(global_batch, max_per_device, 1)
+    assert time.perf_counter() - start < 0.1
+    assert per_device * accumulation == global_batch
+    assert per_device <= max_per_device
+    assert not any(global_batch % larger == 0 for larger in range(per_device + 1, min(max_per_device, 5000) + 1))
+
+
 def test_batch_that_ranks_cannot_share_is_refused_with_sizes_that_work():
     with pytest.raises(ValueError, match="use 99 or 102"):
         split_batch(100, 8, 3)
-    with pytest.raises(ValueError, match="at least 1"):
-        split_batch(8, 0, 1)
+    for sizes, name in (((8, 0, 1), "max_batch_per_device"), ((2**40, 2**40, 1), "global_batch")):
+        with pytest.raises(ValueError, match=rf"data\.{name} must be an integer in \[1, 16777216\], got"):
+            split_batch(*sizes)
 
 
 @pytest.mark.parametrize("most_held", [0, 100])
@@ -136,6 +148,26 @@ def test_a_window_is_so_many_shards_in_an_order_of_its_epoch():
     assert not any(epoch[:5].unique().numel() == 1 for epoch in epochs)  # samples are mixed over a window's shards
 
 
+def test_the_windows_of_an_epoch_are_permuted_differently_and_each_differently_in_another_epoch():
+    orders = [epoch.split(60) for epoch in stream((60,) * 8, 1)(range(2 * 480)).index.reshape(2, 480)]
+    within = [tuple((window % 60).tolist()) for epoch in orders for window in epoch]  # shards begin at multiples of 60
+    assert all(sorted(window) == list(range(60)) for window in within)
+    assert len(set(within)) == 16
+
+
+@pytest.mark.parametrize(("b", "A", "W"), [(4, 1, 1), (2, 3, 1), (3, 1, 4), (2, 3, 2)])  # as in the text
+@pytest.mark.parametrize("step", [0, 5, 1000])
+def test_positions_of_step_rank_and_micro_batch_follow_the_formula(b, A, W, step):  # noqa: N803
+    for rank in range(W):
+        order = GlobalOrder(
+            b * A * W, per_device=b, accumulation=A, world_size=W, rank=rank, current_step=lambda: step
+        )  # one step an epoch
+        assert list(order) == [
+            range(step * b * A * W + (micro * W + rank) * b, step * b * A * W + (micro * W + rank + 1) * b)
+            for micro in range(A)
+        ]
+
+
 @pytest.mark.parametrize(("size", "window"), [(200_000, None), (200_000, 3), (1_000_000, None)])
 def test_held_and_worked_out_orders_are_equal_at_a_size_where_it_matters(size, window):
     shards = tuple(itertools.chain(*[(9_999, 10_001)] * (size // 20_000)))
@@ -159,7 +191,7 @@ def test_windows_depend_on_the_seed_and_not_on_what_was_asked_before():
 
 @pytest.mark.parametrize("window", [0, -1])
 def test_a_window_of_no_shards_is_refused(window, tmp_path):
-    with pytest.raises(ValueError, match=rf"data\.shuffle_window: .*null.*got {window}"):
+    with pytest.raises(ValueError, match=rf"data\.shuffle_window must be .*null.*got {window}"):
         ShardData(str(tmp_path), shuffle_window=window)
 
 
@@ -228,7 +260,8 @@ def save_many(folder: Path, shards: int, each: int) -> None:
     rows = np.lib.format.open_memmap(folder / "train.npy", mode="w+", dtype=INDEX_DTYPE, shape=(shards * each,))
     rows[:] = row
     rows["shard"] = np.arange(shards, dtype=np.uint32).repeat(each)
-    (folder / "train.json").write_text(json.dumps({**manifest, "samples": shards * each, "shards": named}))
+    manifest |= {"samples": shards * each, "shards": named, "index_sha256": index_sha256(rows)}
+    (folder / "train.json").write_text(json.dumps(manifest))
 
 
 def held_memory() -> float:

@@ -295,7 +295,7 @@ def test_nothing_is_left_in_the_temporary_folder(web, tmp_path, monkeypatch):
         ("python://x", "python"),
         ([], "at least one"),
         ("", "at least one"),
-        ("x-{0..1.tar", "braces that close"),
+        ("x-{0..1.tar", "braces must close"),
         ("x-{0..99999999999}.tar", "at most"),
     ],
 )

@@ -160,7 +160,7 @@ def test_patterns_take_braces_and_refuse_paths_and_gaps(folder):
     for pattern in ("../*.tar", "/etc/*", "~/x.tar"):
         with pytest.raises(ValueError, match="not paths"):
             find_shards(folder, pattern)
-    with pytest.raises(ValueError, match="do not close"):
+    with pytest.raises(ValueError, match="braces must close"):
         find_shards(folder, "{a,b")
     with pytest.raises(ValueError, match="at most"):
         find_shards(folder, "{0..999999999999}.tar")

@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from maskgit_pl.errors import DataChangedError
 from maskgit_pl.shards.tokens import StoreDescription, StoreParts, TokenReader, is_complete, open_store
+from maskgit_pl.shards.verify import verify_store
 
 DESCRIPTION = StoreDescription((2, 3), 256, 28, "tokenizer", "data", ("a", "b"), {"train": 10, "val": 3})
 LABELS = np.arange(10) % 2
@@ -84,8 +86,9 @@ def test_store_of_before_there_were_views_opens(tmp_path):
     make(tmp_path)
     path = tmp_path / "store.json"
     fields = json.loads(path.read_text())
-    for later in ("crops", "flip", "precision"):
+    for later in ("crops", "flip", "precision", "sha256"):
         del fields[later]
+    fields["format"] = 1
     path.write_text(json.dumps(fields))
     assert open_store(tmp_path, data="data")["train"].description == DESCRIPTION
     assert is_complete(tmp_path, DESCRIPTION)
@@ -220,3 +223,161 @@ def test_reader_is_mapped_in_each_process_that_reads(tmp_path):
     assert isinstance(reader.arrays()[0], np.memmap)
     assert reader.__getstate__()["_arrays"] is None
     assert isinstance(reader, TokenReader)
+
+
+def overwrite(path: Path, row: int, value: int) -> None:
+    """Changes one value of an array on the disk."""
+    array = np.load(path, mmap_mode="r+")
+    array[row] = value
+    array.flush()
+
+
+def without_hashes(folder: Path) -> None:
+    """The store as format 1 was written."""
+    fields = json.loads((folder / "store.json").read_text())
+    del fields["sha256"]
+    (folder / "store.json").write_text(json.dumps({**fields, "format": 1}))
+
+
+# array, row, value, whether ranges alone find it
+DAMAGES = [
+    ("train-labels", 4, -1, True),
+    ("train-labels", 4, 2, True),
+    ("val-labels", 2, 2**40, True),
+    ("train-labels", 4, 1, False),
+    ("train-tokens", 7, 32767, True),
+    ("val-tokens", 0, 256, True),
+    ("train-tokens", 7, 71, False),
+]
+
+
+@pytest.mark.parametrize(("array", "row", "value", "out_of_range"), DAMAGES)
+@pytest.mark.parametrize("has_hashes", [True, False])
+def test_a_changed_value_is_refused_when_the_store_is_opened(tmp_path, array, row, value, out_of_range, has_hashes):
+    make(tmp_path)
+    if not has_hashes:
+        without_hashes(tmp_path)
+    overwrite(tmp_path / f"{array}.npy", row, value)
+    if not has_hashes and not out_of_range:
+        open_store(tmp_path, data="data")  # nothing to compare with
+        return
+    found = f"in row {row}" if out_of_range else "changed since it was made"
+    with pytest.raises(ValueError, match=rf"token store .*/{array}\.npy: .*{found}.*; make .* `maskgit tokenize`"):
+        open_store(tmp_path, data="data")
+    (bad,) = verify_store(tmp_path).bad
+    assert bad.name == f"{array}.npy"
+    assert found in f"{bad.actual} {bad.reason}"
+    assert not is_complete(tmp_path, DESCRIPTION)
+    assert make(tmp_path)  # the way out
+    assert not verify_store(tmp_path).bad
+
+
+def test_verify_names_every_bad_array_and_says_whether_there_are_hashes(tmp_path):
+    make(tmp_path)
+    verified = verify_store(tmp_path)
+    assert (verified.rows, verified.has_hashes, verified.bad) == (13, True, ())
+    overwrite(tmp_path / "train-labels.npy", 0, 1)
+    (tmp_path / "val-tokens.npy").unlink()
+    assert [bad.name for bad in verify_store(tmp_path).bad] == ["train-labels.npy", "val-*.npy"]
+    make(tmp_path)
+    without_hashes(tmp_path)
+    assert not verify_store(tmp_path).has_hashes
+
+
+@pytest.mark.parametrize(("array", "value"), [("labels", -1), ("labels", 2), ("labels", 2**40), ("tokens", 32767)])
+def test_a_value_that_leaves_its_range_while_the_store_is_read_ends_the_run_as_changed_data(tmp_path, array, value):
+    make(tmp_path)
+    reader = open_store(tmp_path, data="data")["train"]
+    overwrite(tmp_path / f"train-{array}.npy", 7, value)
+    reader.read(np.array([6]))
+    with pytest.raises(DataChangedError, match=rf"train: changed while .*{array} must be in \[0, .*got {value};"):
+        reader.read(np.array([6, 7]))
+
+
+@pytest.mark.parametrize("array", ["labels", "tokens"])
+def test_an_array_that_is_cut_while_it_is_read_ends_the_run_and_does_not_kill_it(tmp_path, array):
+    make(tmp_path)
+    reader = open_store(tmp_path, data="data")["train"]
+    os.truncate(tmp_path / f"train-{array}.npy", 130)
+    with pytest.raises(DataChangedError, match="a file was cut"):
+        reader.read(np.array([9]))
+
+
+def changed_fields(**fields):
+    return lambda content: content | fields
+
+
+def without(key: str):
+    return lambda content: {name: value for name, value in content.items() if name != key}
+
+
+HOSTILE = {
+    "format": changed_fields(format=3),
+    "format ": changed_fields(format=[[]]),
+    "grid": changed_fields(grid=[10**9, 10**9]),
+    "grid ": changed_fields(grid=[2, 3, 4]),
+    "grid  ": changed_fields(grid="23"),
+    "num_codes": changed_fields(num_codes=10**30),
+    "num_codes ": changed_fields(num_codes=True),
+    "image_size": changed_fields(image_size=-1),
+    "samples": changed_fields(samples={"train": 10**15, "val": 3}),
+    "samples ": changed_fields(samples={"train": "10", "val": 3}),
+    "samples  ": changed_fields(samples={"../x": 10}),
+    "samples   ": changed_fields(samples={}),
+    "classes": changed_fields(classes=[]),
+    "classes ": changed_fields(classes=[1, 2]),
+    "classes  ": changed_fields(classes={"a": 1}),
+    "crops": changed_fields(crops=10**9),
+    "flip": changed_fields(flip=1),
+    "precision": changed_fields(precision="int4"),
+    "tokenizer": changed_fields(tokenizer=None),
+    "data": without("data"),
+    "num_codes  ": without("num_codes"),
+    "sha256": without("sha256"),
+    "sha256 ": changed_fields(sha256={}),
+    "sha256  ": changed_fields(sha256={"train-tokens": "0"}),
+    "sha256   ": changed_fields(sha256=[1]),
+    "extra": changed_fields(extra=1),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_description_is_refused_in_one_line_with_file_and_key(tmp_path, case):
+    make(tmp_path)
+    path = tmp_path / "store.json"
+    path.write_text(json.dumps(HOSTILE[case](json.loads(path.read_text()))))
+    with pytest.raises(ValueError, match=rf"token store .*store\.json.*{case.strip()}.*; make it again") as caught:
+        open_store(tmp_path, data="data")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600 + 2 * len(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b"\xff\xfe", b'{"format":' + b"[" * 10**5, b'{"grid": NaN}'])
+def test_a_description_that_is_no_json_mapping_is_refused_in_one_line(tmp_path, content):
+    make(tmp_path)
+    (tmp_path / "store.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"token store .*store\.json.*; make it again") as caught:
+        open_store(tmp_path, data="data")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["store.json", "train-labels.npy", "val-tokens.npy"])
+def test_a_fifo_in_a_store_is_refused_and_not_waited_for(tmp_path, name):
+    make(tmp_path)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"token store .*{name}.*must be a regular file"):
+        open_store(tmp_path, data="data")
+
+
+def test_a_changed_part_is_not_joined(tmp_path):
+    make(tmp_path, share=slice(None, -1))
+    part = next(tmp_path.glob(".parts-*/train-0-0000000004.npy"))
+    part.write_bytes(part.read_bytes()[:-8] + b"\xff" * 8)  # a label of -1
+    with pytest.raises(ValueError, match=r"train-0-0000000004\.npy is damaged \(labels must be in \[0, 2\)"):
+        make(tmp_path)
+
+
+def test_parts_that_a_version_before_hashes_has_begun_are_continued(tmp_path):
+    StoreParts(tmp_path, DESCRIPTION, part_samples=4)
+    assert [path.name for path in tmp_path.iterdir()] == [".parts-a54f8b7335bf9989"]
