@@ -198,16 +198,16 @@ def data_fingerprint(folder: str | Path) -> str:
 
 
 def load_manifest(folder: str | Path, split: Split, *, check: bool = True) -> Manifest:
-    """Read a split's manifest and compare the shards on disk with it.
+    """Reads a split's manifest and compares what is on disk with it.
 
     Args:
         folder: The data folder.
         split: Which split.
-        check: Compare the length of every shard with the manifest's.
+        check: Whether to call ``check_shards``.
 
     Raises:
-        FileNotFoundError: No such folder or manifest.
-        ValueError: The manifest is not one, or shards are missing or have another length.
+        FileNotFoundError: if there is no such folder or manifest.
+        ValueError: if the manifest is not one, or index or shards are not what it says.
     """
     folder = Path(folder)
     path = folder / f"{split}.json"
@@ -216,7 +216,7 @@ def load_manifest(folder: str | Path, split: Split, *, check: bool = True) -> Ma
             f"data folder {folder}: there is none; make it with `maskgit data make SOURCE --out {folder}`, "
             "or fetch the default data with `python data/fashion_mnist.py`"
         )
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"data folder {folder}: no manifest {path.name}; {_way_out(folder)}")
     manifest = _from_json(path, folder, split)
     if check:

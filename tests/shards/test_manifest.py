@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -8,8 +9,15 @@ import pytest
 from PIL import Image
 
 from maskgit_pl.shards.index import find_shards, index_shards
-from maskgit_pl.shards.manifest import load_manifest, load_manifests, read_manifest_summary
+from maskgit_pl.shards.manifest import (
+    index_sha256,
+    load_manifest,
+    load_manifests,
+    read_manifest_summary,
+    save_manifest,
+)
 from maskgit_pl.shards.reader import ShardReader
+from maskgit_pl.shards.verify import verify_shards
 
 
 def test_every_sample_is_read_by_index(folder):
@@ -70,4 +78,128 @@ def test_damaged_index_is_refused_by_name(folder, data):
         load_manifests(folder)
     (folder / "train.npy").unlink()
     with pytest.raises(ValueError, match=r"index .*train\.npy: cannot be read"):
+        load_manifests(folder)
+
+
+INDEX_CHANGES = {
+    "label": ("label", 1),
+    "offset": ("offset", 2048 + 512),
+    "size": ("size", 1),
+    "shard": ("shard", 1),
+}
+
+
+@pytest.mark.parametrize("case", INDEX_CHANGES)
+def test_a_changed_index_is_refused_before_training_with_the_way_out(folder, case):
+    """Another label or another image of the same shard would train in silence."""
+    rows = np.load(folder / "train.npy", mmap_mode="r+")
+    field, value = INDEX_CHANGES[case]
+    assert rows[field][3] != value
+    rows[field][3] = value
+    rows.flush()
+    with pytest.raises(ValueError, match=r"index .*train\.npy: changed since it was made.*maskgit data index"):
+        load_manifests(folder)
+    assert verify_shards(folder).bad[0].name == "train.npy"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("shard", 2), ("shard", 2**32 - 1), ("offset", 0), ("offset", 2**64 - 1), ("offset", 2**40), ("size", 2**32 - 1)],
+)
+def test_an_index_whose_rows_lie_outside_the_shards_is_refused_though_its_hash_is_right(folder, field, value):
+    manifest = load_manifest(folder, "train")
+    rows = manifest.index().copy()
+    rows[field][7] = value
+    save_manifest(manifest, rows)
+    content = json.loads((folder / "train.json").read_text())
+    (folder / "train.json").write_text(json.dumps(content | {"index_sha256": index_sha256(rows)}))
+    with pytest.raises(
+        ValueError, match=r"train\.npy: row 7 must name bytes of one of 2 shards, got .*maskgit data index"
+    ):
+        load_manifest(folder, "train")
+
+
+def test_the_last_bytes_of_a_shard_are_inside_it(folder):
+    manifest = load_manifest(folder, "train")
+    rows = manifest.index().copy()
+    rows["size"][2] = manifest.shards[0].bytes - rows["offset"][2]
+    save_manifest(manifest, rows)
+    content = json.loads((folder / "train.json").read_text())
+    (folder / "train.json").write_text(json.dumps(content | {"index_sha256": index_sha256(rows)}))
+    load_manifest(folder, "train")
+
+
+def in_first_shard(**fields):
+    return lambda content: content | {"shards": [content["shards"][0] | fields, *content["shards"][1:]]}
+
+
+def in_images(**fields):
+    return lambda content: content | {"images": content["images"] | fields}
+
+
+def changed(**fields):
+    return lambda content: content | fields
+
+
+HOSTILE = {  # the key that the message names, and what is done to the manifest
+    "format": changed(format=2),
+    "format ": changed(format={}),
+    "split": changed(split="val"),
+    "samples": changed(samples=11),
+    "samples ": changed(shards=[]),
+    "classes": changed(classes=[]),
+    "classes ": changed(classes="abcde"),
+    "classes  ": changed(classes=[0, 1, 2, 3, 4]),
+    "index_sha256": changed(index_sha256=None),
+    "index_sha256 ": changed(index_sha256="0" * 63),
+    "labels": changed(labels=["cls"]),
+    "labels ": changed(labels="x"),
+    "left_out": changed(left_out=[1]),
+    "left_out ": changed(left_out={"a": "b"}),
+    "extra": changed(extra=0),
+    "shards": changed(shards={"a": 1}),
+    r"shards\[0\]": changed(shards=["train-000000.tar"]),
+    r"shards\[0\]: bytes": in_first_shard(bytes=2**60),
+    r"shards\[0\]: bytes ": in_first_shard(bytes=-1),
+    r"shards\[0\]: samples": in_first_shard(samples="6"),
+    r"shards\[0\]: samples ": in_first_shard(samples=10**18),
+    r"shards\[0\]: samples  ": in_first_shard(samples=6.0),
+    r"shards\[0\]: sha256": in_first_shard(sha256="../"),
+    r"shards\[0\]: name": in_first_shard(name=7),
+    r"shards\[0\]: unknown key 'more'": in_first_shard(more=1),
+    "images": changed(images=[]),
+    "images.height": in_images(height=[8]),
+    "images.height ": in_images(height=[9, 8]),
+    "images.width": in_images(width=[0, 8]),
+    "images.width ": in_images(width=[1, 2**40]),
+    "images.channels": in_images(channels=[]),
+    "images.channels ": in_images(channels=[2]),
+    "images.channels  ": in_images(channels=["1"]),
+}
+for missing in ("format", "classes", "images", "index_sha256", "shards"):
+    HOSTILE[f"{missing}   "] = lambda content, missing=missing: {k: v for k, v in content.items() if k != missing}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_manifest_is_refused_in_one_line_with_file_and_key(folder, case):
+    path = folder / "train.json"
+    path.write_text(json.dumps(HOSTILE[case](json.loads(path.read_text()))))
+    with pytest.raises(ValueError, match=rf"manifest .*train\.json.*{case.strip()}.*; make it with") as caught:
+        read_manifest_summary(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b"\xff", b'{"format":' + b"[" * 10**5, b'{"format": 1, "format": 1}'])
+def test_a_manifest_that_is_no_json_mapping_is_refused_in_one_line(folder, content):
+    (folder / "train.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"manifest .*train\.json.*; make it with") as caught:
+        read_manifest_summary(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["train-000000.tar", "train.npy", "train.json"])
+def test_a_fifo_in_a_data_folder_is_refused_and_not_waited_for(folder, name):
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(ValueError, match=rf"{name}.*must be a regular file"):
         load_manifests(folder)

@@ -1,6 +1,9 @@
+import os
+
 import pytest
 
 from maskgit_pl.data import ShardData
+from maskgit_pl.errors import DataChangedError
 from maskgit_pl.shards.manifest import load_manifest
 from maskgit_pl.shards.reader import ShardReader
 from tests.data_folders import save_data
@@ -29,3 +32,45 @@ def test_many_wrong_labels_are_counted_and_the_first_are_named(tmp_path):
     reader = ShardReader(load_manifest(save_data(tmp_path, {"train": [(b"", 7)] * 50}), "train"))
     with pytest.raises(ValueError, match=r"in 50 samples(.|\n)*and 30 more"):
         reader.labels([0])
+
+
+def cut(path):
+    os.truncate(path, 700)
+
+
+def replaced(path):
+    path.rename(path.with_suffix(".old"))
+    path.write_bytes(b"another file")
+
+
+def removed(path):
+    path.unlink()
+
+
+@pytest.mark.parametrize("change", [cut, replaced, removed])
+def test_a_shard_that_is_changed_while_it_is_read_is_named(tmp_path, change):
+    reader = ShardReader(load_manifest(save_data(tmp_path, {"train": [(b"image", 0)] * 12}), "train"))
+    reader.read(11)  # the second shard is open, the first is not
+    change(tmp_path / "train-000000.tar")
+    for _ in range(2):
+        with pytest.raises(DataChangedError, match=r"train-000000\.tar was changed while .*maskgit data verify"):
+            reader.read(3)
+    assert reader.read(11) == b"image"
+
+
+def test_an_open_shard_that_is_cut_is_named_and_one_that_is_removed_is_read_on(tmp_path):
+    reader = ShardReader(load_manifest(save_data(tmp_path, {"train": [(b"image", 0)] * 2}), "train"))
+    reader.read(0)
+    (tmp_path / "train-000000.tar").rename(tmp_path / "moved.tar")
+    assert reader.read(1) == b"image"
+    cut(tmp_path / "moved.tar")
+    with pytest.raises(DataChangedError, match=r"train-000000\.tar was changed .*5 bytes expected at byte 2\d+, got 0"):
+        reader.read(1)
+
+
+def test_an_index_that_is_cut_while_it_is_read_ends_the_run_and_does_not_kill_it(tmp_path):
+    reader = ShardReader(load_manifest(save_data(tmp_path, {"train": [(b"image", 0)] * 2}), "train"))
+    reader.read(0)
+    os.truncate(tmp_path / "train.npy", 100)
+    with pytest.raises(DataChangedError, match=r"train\.npy was changed .*the file was cut"):
+        reader.read(1)
