@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +28,7 @@ from maskgit_pl.shards.unreadable import IN_A_ROW, Unreadable, UnreadableImages
 __all__ = ["Batch", "ImageBatches", "StepLoader", "TokenBatches", "flip", "loader", "to_unit_range"]
 
 
+_SIGNAL_SECONDS = 1.0  # after which the signal that a process has ended has come
 _NONE_REPLACED = torch.tensor(-1)
 
 
@@ -187,8 +190,13 @@ def _is_internal(error: Exception) -> bool:
     return not isinstance(error, RunError) and exit_code_of(error) == INTERNAL_ERROR
 
 
-class _NamingKilledWorkers:
-    """A handler of SIGCHLD around torch's, which raises its error wherever the training process is at that moment."""
+class _KilledWorkers:
+    """A handler of SIGCHLD that keeps what torch's raises, until the next batch is asked for.
+
+    Torch raises it wherever the training process is at that moment, perhaps in code that makes another error of it.
+    """
+
+    error: ClassVar[RuntimeError | None] = None
 
     def __init__(self, handler: Callable[[int, FrameType | None], Any]) -> None:
         self.handler = handler
@@ -197,10 +205,10 @@ class _NamingKilledWorkers:
         try:
             self.handler(number, frame)
         except RuntimeError as error:
-            raise _worker_error(error) from error
+            _KilledWorkers.error = error
 
     @classmethod
-    def install(cls) -> None:
+    def watch(cls) -> None:
         """Takes the place of torch's handler, once there is one."""
         handler = signal.getsignal(signal.SIGCHLD)
         is_main = threading.current_thread() is threading.main_thread()
@@ -208,7 +216,25 @@ class _NamingKilledWorkers:
             signal.signal(signal.SIGCHLD, cls(handler))
 
 
-def _worker_error(error: RuntimeError) -> DataWorkerError:
+@contextmanager
+def _naming_killed_workers() -> Iterator[None]:
+    """Turns what torch says when a worker was killed into ``DataWorkerError``."""
+    try:
+        yield
+    except (RuntimeError, OSError, EOFError) as error:
+        if isinstance(error, RunError):
+            raise
+        if not str(error).startswith("DataLoader worker"):
+            deadline = time.monotonic() + _SIGNAL_SECONDS
+            while _KilledWorkers.error is None and time.monotonic() < deadline:
+                time.sleep(0.01)  # a connection that is gone is noticed before the signal
+        killed, _KilledWorkers.error = _KilledWorkers.error, None
+        if killed is None and not str(error).startswith("DataLoader worker"):
+            raise
+        raise _worker_error(killed or error) from error
+
+
+def _worker_error(error: Exception) -> DataWorkerError:
     reason = " ".join(str(error).split()).rstrip(".")
     return DataWorkerError(
         f"a process that loads data was killed, most likely because memory ran out ({reason}); use fewer of them "
@@ -231,23 +257,27 @@ class StepLoader(DataLoader[Batch]):
     unreadable: UnreadableImages | None = None
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # any iterator serves
-        batches = super().__iter__()  # here, not at the first next(): the sampler asks for the step now
-        if self.num_workers:
-            _NamingKilledWorkers.install()
-        return self._checked(batches)
+        if not self.num_workers:
+            return self._checked(super().__iter__())  # here, not at the first next(): the sampler asks for the step now
+        with _naming_killed_workers():
+            batches = super().__iter__()
+        _KilledWorkers.watch()
+        return self._checked(self._from_workers(batches))
 
-    def _checked(self, batches: Iterator[Batch | _Failure]) -> Iterator[Batch]:
+    def _from_workers(self, batches: Iterator[Batch | _Failure]) -> Iterator[Batch]:
         while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
+            with _naming_killed_workers():
+                if _KilledWorkers.error is not None:
+                    raise _KilledWorkers.error
+                batch = next(batches, None)
+            if batch is None:
                 return
-            except RuntimeError as error:
-                if isinstance(error, RunError) or not str(error).startswith("DataLoader worker"):
-                    raise
-                raise _worker_error(error) from error
             if isinstance(batch, _Failure):
                 raise batch.error
+            yield batch
+
+    def _checked(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
             if self.unreadable is not None:
                 self.unreadable.add(batch.index.numpy(), batch.replacement.numpy())
             yield batch
