@@ -1,4 +1,6 @@
+import json
 import logging
+import shutil
 import warnings
 
 import pytest
@@ -205,3 +207,40 @@ def test_resumed_training_goes_on_at_the_next_position(folder, tmp_path, stop, n
     second = fit(folder, 11, resume=str(path), **options)
     assert first == list(range(stop * 8))
     assert second == list(range(stop * 8, 88))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("global_batch", 2**40), ("global_batch", 0), ("global_batch", 8.0), ("max_batch_per_device", 0),
+        ("validation_batch", -1), ("validation_samples", 0), ("num_workers", -1), ("num_workers", 10**6), ("seed", -1),
+        ("seed", 2**32), ("image_size", 0), ("image_size", 10**9), ("in_channels", 2), ("in_channels", True),
+        ("shuffle_window", 0), ("shuffle_window", True), ("unreadable_budget", 2), ("unreadable_budget", "x"),
+        ("source", "image"),
+    ],
+)  # fmt: skip
+def test_a_setting_out_of_range_is_refused_before_anything_is_read(tmp_path, key, value):
+    with pytest.raises(ValueError, match=rf"^data\.{key} must .*, got {value!r}"):
+        ShardData(str(tmp_path), **{key: value})
+
+
+@pytest.mark.parametrize(("key", "value"), [("samples", {"train": 23}), ("classes", ["0", "1", "2", "3"])])
+def test_a_store_that_says_other_samples_or_classes_than_the_data_is_refused(folder, store, tmp_path, key, value):
+    shutil.copytree(store, tmp_path / "store")
+    path = tmp_path / "store" / "store.json"
+    content = json.loads(path.read_text())
+    content |= {
+        key: value,
+        "sha256": {f: h for f, h in content["sha256"].items() if key != "samples" or "val" not in f},
+    }
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"its {key} must be .*make tokenize"):
+        data(folder, source="tokens", token_store=str(tmp_path / "store"))
+
+
+@pytest.mark.parametrize(("key", "value"), [("grid", (1, 4)), ("num_codes", 512)])
+def test_a_store_of_other_tokens_than_the_tokenizers_is_refused(folder, store, key, value):
+    module, wanted = data(folder, source="tokens", token_store=str(store)), {"grid": (2, 2), "num_codes": 256}
+    module.require_tokenizer("me", **wanted)
+    with pytest.raises(ValueError, match=rf"its {key.replace('_', ' ')} must be .*make tokenize"):
+        module.require_tokenizer("me", **{**wanted, key: value})

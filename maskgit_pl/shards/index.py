@@ -54,7 +54,7 @@ def locate_shards(place: str) -> tuple[Path, list[Path]]:
         ValueError: A URL or a command, or nothing is there.
     """
     folder = Path(place)
-    if not folder.is_dir():
+    if not os.path.isdir(place):  # of a Path, it raises if the name is too long
         if _URL.match(place):
             kind = place.partition(":")[0]
             raise ValueError(f"shards {place!r}: local files are read, got {kind}:; fetch the shards first")

@@ -1,14 +1,18 @@
 import io
+import json
+import os
 import subprocess
 import sys
 import tarfile
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from maskgit_pl.cli import data
 from maskgit_pl.shards.manifest import read_manifest_summary
+from maskgit_pl.shards.tokens import StoreDescription, StoreParts
 from tests.cli.commands import call_command
 
 
@@ -208,3 +212,39 @@ def test_every_error_ends_with_code_2(tmp_path, capsys):
     ):
         assert main(["data", *map(str, words)]) == 2
         assert capsys.readouterr().err.startswith("maskgit data: ")
+
+
+def test_verify_of_a_token_store_names_file_row_and_rule(tmp_path, capsys):
+    description = StoreDescription((2, 2), 16, 8, "tokenizer", "data", ("a", "b"), {"train": 3, "val": 2})
+    parts = StoreParts(tmp_path, description, part_samples=8)
+    for part in parts.parts():
+        count = part.stop - part.start
+        parts.write(part, np.zeros((count, 1, 4), np.int64), np.zeros(count, np.int64))
+    parts.finish()
+    assert call("verify", tmp_path) == 0
+    assert capsys.readouterr().out == f"{tmp_path}: 5 rows, 80 bytes: hashes and ranges are as written\n"
+    np.save(tmp_path / "val-labels.npy", np.array([0, -1]))
+    with pytest.raises(
+        ValueError, match=r"1 file is not what store.json says\n.*\n *val-labels\.npy .*-1 in row 1 .*\nmake it again"
+    ):
+        call("verify", tmp_path)
+    with pytest.raises(ValueError, match="--decode must be left out"):
+        call("verify", tmp_path, "--decode")
+    np.save(tmp_path / "val-labels.npy", np.array([0, 1]))
+    fields = json.loads((tmp_path / "store.json").read_text())
+    del fields["sha256"]
+    (tmp_path / "store.json").write_text(json.dumps(fields | {"format": 1}))
+    assert call("verify", tmp_path) == 0
+    assert "without hashes to compare with" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", ["", "/*.tar", "/{00000..00002}.tar"])
+def test_a_fifo_among_the_tars_is_refused_and_not_waited_for(tmp_path, place):
+    folder = shards(tmp_path / "in", labelled)
+    call("index", folder)
+    (folder / "00001.tar").unlink()
+    os.mkfifo(folder / "00001.tar")
+    with pytest.raises(ValueError, match=r"00001\.tar: must be a regular file, got a FIFO"):
+        call("index", f"{folder}{place}")
+    with pytest.raises(ValueError, match=r"00001\.tar .*must be a regular file, got a FIFO"):
+        call("verify", folder)

@@ -1,6 +1,8 @@
 """Batches of images of which some cannot be read."""
 
 import io
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from PIL import Image
 
 from maskgit_pl.data import ShardData
 from maskgit_pl.data.batches import ImageBatches
-from maskgit_pl.errors import DataBudgetError
+from maskgit_pl.errors import DataBudgetError, DataChangedError, DataWorkerError
 from tests.data_folders import save_data
 
 NUM_TRAIN, NUM_VAL = 40, 6
@@ -134,3 +136,27 @@ def module_rows(positions: range):
     from maskgit_pl.data import OnceThrough
 
     return OnceThrough(NUM_VAL)(positions)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_error_of_a_worker_arrives_as_it_is(tmp_path, num_workers):
+    folder = save_data(tmp_path, {"train": [(jpeg(n), 0) for n in range(16)], "val": [(jpeg(0), 0)]})
+    loader = data(folder, num_workers=num_workers, global_batch=4, max_batch_per_device=4).train_dataloader()
+    os.truncate(folder / "train-000001.tar", 512)
+    with pytest.raises(
+        DataChangedError, match=r"^data .*: train-000001\.tar was changed while it is read.*$"
+    ) as caught:
+        list(loader)
+    assert "Traceback" not in str(caught.value)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["in an epoch", "between epochs"])
+def test_a_killed_worker_is_named_with_the_likely_cause_and_the_way_out(folder, again):
+    loader = data(folder, num_workers=2).train_dataloader()
+    batches = iter(loader)
+    next(batches)
+    if again:
+        assert len(list(batches)) == 4
+    os.kill(loader._iterator._workers[0].pid, signal.SIGKILL)
+    with pytest.raises(DataWorkerError, match=r"was killed, most likely because memory ran out .*data\.num_workers"):
+        list(loader if again else batches)

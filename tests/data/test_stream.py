@@ -4,6 +4,7 @@ import functools
 import http.server
 import io
 import itertools
+import os
 import pickle
 import socket
 import tarfile
@@ -319,3 +320,28 @@ def test_a_stream_without_its_urls_or_the_size_of_its_validation_is_refused():
         ShardData("x", source="stream")
     with pytest.raises(ValueError, match=r"data\.validation_samples: .* got none"):
         ShardData("x", source="stream", stream=StreamConfig("x.tar", samples=1, validation_urls="y.tar"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("samples", 0), ("samples", 2**50), ("shuffle_buffer", 0), ("shuffle_buffer", 2**40), ("attempts", 10**6),
+     ("stall_seconds", 0), ("stall_seconds", float("nan")), ("classes", 0), ("classes", 10**9)],
+)  # fmt: skip
+def test_a_setting_of_a_stream_out_of_range_is_refused(key, value):
+    with pytest.raises(ValueError, match=rf"^data\.stream\.{key} must be .*, got {value}"):
+        StreamConfig("x.tar", **{"samples": 1, key: value})
+
+
+def test_lists_of_urls_are_bounded_before_they_are_expanded():
+    with pytest.raises(
+        ValueError, match=r"^data\.stream\.urls: a pattern must name at most 1000000 shards, got 60000000 "
+    ):
+        StreamConfig("{" + ",".join(["{0..999999}"] * 60) + "}", samples=1)
+    with pytest.raises(ValueError, match=r"^data\.stream\.urls must name at most 1000000 shards"):
+        StreamConfig(["{1..600000}", "{1..600000}"], samples=1)
+
+
+def test_a_fifo_is_refused_and_not_waited_for(folder, tmp_path):
+    os.mkfifo(tmp_path / "x.tar")
+    with pytest.raises(StreamError, match=r"x\.tar: cannot be read \(must be a regular file"):
+        next(iter(data(folder, str(tmp_path / "x.tar")).train_dataloader()))

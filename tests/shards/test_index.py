@@ -350,3 +350,21 @@ def test_workers_end_when_the_command_is_killed(tars, tmp_path):
     assert not (tmp_path / "train.json").exists()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     assert sum(read_manifest_summary(tmp_path).samples.values()) == 8000
+
+
+@pytest.mark.parametrize("line", ["[1]", "7", '{"name": 7}', '{"name": "train-000000.tar", "bytes": -1}', "[" * 10**5])
+def test_a_damaged_list_of_what_an_interrupted_run_knew_is_not_used(folder, line):
+    before = load_manifest(folder, "train")
+    options = json.dumps({"format": 1, "labels": "cls", "classes": None})
+    (folder / ".index.partial").write_text(f"{options}\n{line}\n")
+    index_shards(folder, {"train": find_shards(folder, "train-*.tar")})
+    assert load_manifest(folder, "train") == before
+
+
+def test_a_line_without_its_rows_is_not_used(folder):
+    path = folder / "train-000000.tar"
+    status = path.stat()
+    known = {"name": path.name, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+    options = json.dumps({"format": 1, "labels": "cls", "classes": None})
+    (folder / ".index.partial").write_text(f"{options}\n{json.dumps(known)}\n")
+    assert index_shards(folder, {"train": find_shards(folder, "train-*.tar")}).manifests["train"].samples == 10

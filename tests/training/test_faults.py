@@ -1,7 +1,11 @@
 import json
 import logging
+import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +17,7 @@ from torch import nn
 
 from maskgit_pl.cli import main
 from maskgit_pl.data import ShardData
-from maskgit_pl.errors import DataBudgetError
+from maskgit_pl.errors import DataBudgetError, DataChangedError, DataWorkerError
 from maskgit_pl.shards.images import encode_png
 from maskgit_pl.training.faults import UnreadableReport
 from tests.data_folders import save_data
@@ -122,3 +126,60 @@ def test_a_rank_over_budget_ends_the_run_of_two(tmp_path):
     command = [sys.executable, "-m", "maskgit_pl", *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 76, done.stdout + done.stderr
+
+
+def children(process: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def answer_of_a_run_to(
+    fault: Callable[[subprocess.Popen[str], Path], None], tmp_path: Path, *more: str
+) -> tuple[int, list[str]]:
+    """Trains until the first checkpoint, then lets the fault happen; the exit code, and what was printed."""
+    folder = folder_with(tmp_path / "data", bad=set())
+    words = [*train_command(folder, tmp_path / "runs"), "--trainer.max_steps=1000000", "--checkpoint_every=20", *more]
+    command = [sys.executable, "-m", "maskgit_pl", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("runs/tiny/tokenizer/checkpoints/step-*/COMPLETE.json")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        fault(process, folder)
+        out, _ = process.communicate(timeout=120)
+    return process.returncode, out.splitlines()
+
+
+TWO_RANKS = ("--cluster", "ddp", "--trainer.devices=2")
+
+
+@pytest.mark.slow  # 15 s each, 30 s for two ranks
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="Linux alone tells the children of a process")
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("ranks", [(), TWO_RANKS], ids=["one rank", "two ranks"])
+def test_a_shard_that_is_cut_while_a_run_reads_it_ends_all_ranks_with_its_name(tmp_path, num_workers, ranks):
+    def cut(process: subprocess.Popen[str], folder: Path) -> None:
+        os.truncate(folder / "train-000001.tar", 700)
+
+    code, lines = answer_of_a_run_to(cut, tmp_path, f"--data.num_workers={num_workers}", *ranks)
+    assert code == DataChangedError.exit_code == 76, lines
+    assert any(
+        "maskgit train: data " in line and "train-000001.tar was changed while it is read" in line for line in lines
+    )
+    assert not any("Traceback" in line for line in lines)
+
+
+@pytest.mark.slow  # 15 s each, 30 s for two ranks
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="Linux alone tells the children of a process")
+@pytest.mark.parametrize("ranks", [(), TWO_RANKS], ids=["one rank", "two ranks"])
+def test_a_data_worker_that_is_killed_ends_the_run_with_one_line(tmp_path, ranks):
+    def kill(process: subprocess.Popen[str], folder: Path) -> None:
+        # a second rank is a child too, and has children
+        os.kill(next(child for child in children(process.pid) if not children(child)), signal.SIGKILL)
+
+    code, lines = answer_of_a_run_to(kill, tmp_path, "--data.num_workers=2", *ranks)
+    assert code == DataWorkerError.exit_code, lines
+    assert any(
+        "maskgit train: a process that loads data was killed, most likely because memory" in line for line in lines
+    )
+    assert not any("Traceback" in line for line in lines)
