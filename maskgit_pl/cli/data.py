@@ -85,7 +85,7 @@ def _add_verify(commands: _Parsers[argparse.ArgumentParser]) -> None:
     verify = commands.add_parser(
         "verify", help="read all shards, or all of a token store, and name each file that is bad", allow_abbrev=False
     )
-    verify.add_argument("folder", type=Path, metavar="DIR", help="data folder, or token store (runs/RUN/tokens)")
+    verify.add_argument("folder", type=Path, metavar="DIR", help="data folder, or token store")
     verify.add_argument("--decode", action="store_true", help="decode every image too")
     _add_workers(verify)
 

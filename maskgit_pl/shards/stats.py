@@ -57,9 +57,10 @@ def read_statistics(folder: str | Path) -> DataStatistics:
     """
     folder = Path(folder)
     summary = read_manifest_summary(folder)
-    manifests = {split: load_manifest(folder, split) for split in splits_of(folder)}
+    splits: dict[Split, None] = dict.fromkeys(("train", *splits_of(folder)))  # without train, an error says so
+    manifests = {split: load_manifest(folder, split) for split in splits}
     classes = {
-        split: np.bincount(manifest.index()["label"], minlength=summary.num_classes)
+        split: np.bincount(ShardReader(manifest).index["label"], minlength=summary.num_classes)
         for split, manifest in manifests.items()
     }
     sizes = _sizes(manifests["train"])

@@ -1,11 +1,13 @@
 import io
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from maskgit_pl.shards.index import index_shards
 from maskgit_pl.shards.manifest import load_manifest
 from maskgit_pl.shards.stats import images_of_classes, read_statistics
+from tests.data_folders import save_data
 
 
 def test_classes_and_sizes_are_counted(tars, tmp_path):
@@ -33,3 +35,15 @@ def test_first_images_of_each_class(folder):
     rows = list(images_of_classes(load_manifest(folder, "train"), [0, 4, 9], each=3))
     values = [[np.asarray(Image.open(io.BytesIO(data)))[0, 0] for data, _ in row] for row in rows]
     assert values == [[0, 5], [4, 9], []]
+
+
+def test_a_label_that_is_no_class_is_refused_and_not_counted_up_to(tmp_path):
+    folder = save_data(tmp_path, {"train": [(b"", 2**31 - 1)]})
+    with pytest.raises(ValueError, match=r"labels in \[0, 3\) are needed"):
+        read_statistics(folder)
+
+
+def test_a_folder_without_train_says_so(tmp_path):
+    folder = save_data(tmp_path, {"val": [(b"", 0)]})
+    with pytest.raises(FileNotFoundError, match=r"no manifest train\.json"):
+        read_statistics(folder)
