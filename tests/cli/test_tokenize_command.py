@@ -105,7 +105,7 @@ def test_the_place_is_told_or_torchruns_or_srunss_or_alone(environment):
         (("--crops", 0), "tokenize crops: at least 1 is needed, got 0"),
         (("--crops", 2), "tokenize crops: images that are not square are needed"),
         (("--part-samples", 0), "token store part: at least 1 sample is needed, got 0"),
-        (("--unreadable-budget", 2), "data.unreadable_budget: a share in [0, 1] is needed, got 2"),
+        (("--unreadable-budget", 2), "data.unreadable_budget must be a number in [0, 1], got 2"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_line(environment, tiny_shards, tiny_pretrained, tmp_path, capsys, more, part):
