@@ -6,11 +6,9 @@ import argparse
 import logging
 import os
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from maskgit_pl.cli.recipes import recipe_files, recipe_value
-from maskgit_pl.cli.train import add_run_arguments, find_tokenizer, run_folder
+from maskgit_pl.cli.train import add_run_arguments, find_recipe, find_shards, find_tokenizer, run_folder
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +29,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "tokenize",
         help="turn images into tokens, once",
         description="Turn images into tokens, once. The same command goes on with what was interrupted. Under torchrun "
-        "and srun the processes share the work; elsewhere --rank and --num-ranks say so.",
+        "and srun the processes share the work; elsewhere --rank and --num-ranks say so. Flags that set values of the "
+        "recipe are taken as by `maskgit train transformer`.",
         allow_abbrev=False,
     )
     add_run_arguments(parser)
@@ -53,7 +52,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--rank", type=int, help="which of the processes that share the work this is, from 0")
     parser.add_argument("--num-ranks", type=int, help="how many processes share the work")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, stage="transformer", takes_overrides=True)
 
 
 class Place(NamedTuple):
@@ -66,14 +65,14 @@ class Place(NamedTuple):
 
 def run(args: argparse.Namespace) -> int:
     """Writes ``runs/RUN/tokens``, if the recipe reads tokens; an interrupted one is gone on with."""
-    files = recipe_files("transformer", dataset=args.dataset, names=args.recipe.split(), cluster="cpu")
-    source = recipe_value(files, [], "data.source")
+    recipe = find_recipe(args)
+    source = recipe.get("data.source")
     if source != "tokens":
         log.info("data.source %s: stage 2 reads no tokens; nothing to do", source)
         return 0
     place = find_place(args.rank, args.num_ranks)
     folder = find_tokenizer(args)
-    shards = args.data or Path("data/shards") / args.dataset
+    shards = find_shards(args, recipe)
     import torch
 
     from maskgit_pl.data import to_unit_range, tokenize

@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 
 from maskgit_pl import interruption
-from maskgit_pl.cli.recipes import (
-    DEFAULT_DATASET,
-    Plan,
-    check_overrides,
-    is_causal,
-    read_yaml,
-    recipe_files,
-    recipe_value,
-)
+from maskgit_pl.cli.recipes import DEFAULT_DATASET, Layer, Plan, Recipe, read_run_config, read_yaml, recipe_files
 
 __all__ = [
     "add_parser",
     "add_run_arguments",
     "find_pretrained",
-    "find_recipes",
+    "find_recipe",
     "find_shards",
     "find_tokenizer",
     "plan_run",
@@ -43,15 +34,16 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("stage", choices=("tokenizer", "transformer"))
     add_run_arguments(parser)
-    parser.add_argument("--cluster", default="cpu", help="file of recipes/cluster (default: cpu)")
     parser.set_defaults(run=run, takes_overrides=True)
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that say which run this is and on which data."""
     parser.add_argument("--recipe", default="", help="names of recipe files, from left to right, in one word")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="repeat the run of this config.yaml as --run NAME")
     parser.add_argument("--dataset", default=DEFAULT_DATASET, help=f"name of the data set (default: {DEFAULT_DATASET})")
     parser.add_argument("--data", type=Path, help="its shards (default: data/shards/DATASET)")
+    parser.add_argument("--cluster", default="cpu", help="file of recipes/cluster (default: cpu)")
     parser.add_argument("--run", dest="run_name", help="name of the run folder (default: DATASET-RECIPE)")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders are (default: runs)")
     parser.add_argument("--tokenizer", type=Path, help="pretrained tokenizer folder (default: the run's own)")
@@ -70,54 +62,59 @@ def run(args: argparse.Namespace) -> int:
 
 
 def plan_run(args: argparse.Namespace) -> Plan:
-    """What a command's words name, checked as far as it can be without torch.
+    """Finds what a command's words name, checked as far as it can be without torch.
 
     Args:
         args: With ``stage``, those of ``add_run_arguments``, ``cluster`` and ``overrides``.
 
     Raises:
-        ValueError: A recipe or flag that cannot be.
-        FileNotFoundError: Data, recipe, tokenizer or pretrained folder that is not there.
+        ValueError: if a recipe or flag is wrong.
+        FileNotFoundError: if data, recipe, tokenizer or pretrained folder are not there.
     """
-    files = find_recipes(args)
+    recipe = find_recipe(args)
     return Plan(
-        args.stage,
-        files=files,
-        overrides=args.overrides,
-        shards=find_shards(args, files),
+        recipe,
+        shards=find_shards(args, recipe),
         folder=run_folder(args),
         tokenizer=find_tokenizer(args) if args.stage == "transformer" else None,
         pretrained=find_pretrained(args),
     )
 
 
-def find_recipes(args: argparse.Namespace) -> list[Path]:
-    """The recipe files of a run in merge order, read safely.
+def find_recipe(args: argparse.Namespace) -> Recipe:
+    """Reads the recipe of a run safely: its files and flags, or those of an earlier run with ``--config``.
 
     Raises:
-        ValueError: A recipe or flag that cannot be.
-        FileNotFoundError: A name that no recipe has.
+        ValueError: if a file or flag is wrong.
+        FileNotFoundError: if no recipe has a name.
     """
-    check_overrides(args.overrides)
-    files = recipe_files(args.stage, dataset=args.dataset, names=args.recipe.split(), cluster=args.cluster)
-    for file in files:
-        read_yaml(file)
-    is_causal(files, args.overrides)  # refuses flags that have no meaning then
-    return files
+    if args.config is None:
+        files = recipe_files(args.stage, dataset=args.dataset, names=args.recipe.split(), cluster=args.cluster)
+        return Recipe.read(args.stage, files, args.overrides)
+    if args.recipe or args.run_name is None:
+        raise ValueError("--config repeats a run with its recipe: leave --recipe out, and name the new run with --run")
+    if not args.config.is_file():
+        raise FileNotFoundError(f"--config {args.config}: no such file; runs have runs/RUN/{args.stage}/config.yaml")
+    layer = Layer(f"recipe {args.config}", read_run_config(args.config))
+    return Recipe.of(args.stage, [layer], args.overrides)
 
 
-def find_shards(args: argparse.Namespace, files: Sequence[Path]) -> Path:
-    """The data folder of a run; one that is not named need not be there where the recipe reads a stream.
+def find_shards(args: argparse.Namespace, recipe: Recipe) -> Path:
+    """Finds the data folder of a run; one that is not named need not be there where the recipe reads a stream.
 
     Raises:
-        FileNotFoundError: It is not there.
+        FileNotFoundError: if it is not there.
     """
-    shards = Path(args.data or _SHARDS / args.dataset)
-    streams = args.data is None and recipe_value(files, args.overrides, "data.source") == "stream"
-    if not shards.is_dir() and not streams:
+    named = args.data
+    if named is None and args.config is not None:
+        named = read_yaml(args.config)["data"].get("path")
+    shards = Path(named or _SHARDS / args.dataset)
+    if not shards.is_dir() and not (named is None and recipe.get("data.source") == "stream"):
+        script = Path("data") / f"{args.dataset.replace('-', '_')}.py"
+        made = f"`python {script}` or " if script.is_file() else ""
         raise FileNotFoundError(
-            f"data {shards}: no such folder; make it with `python data/{args.dataset.replace('-', '_')}.py` or "
-            f"`maskgit data make IMAGES --out {shards}`, or name another with --data (make: DATA=)"
+            f"data {shards}: no such folder; make it with {made}`maskgit data make IMAGES --out {shards}`, or name "
+            "another with --data (make: DATA=)"
         )
     return shards
 
