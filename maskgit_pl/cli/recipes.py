@@ -11,13 +11,14 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from maskgit_pl.checks import did_you_mean, shorten
+from maskgit_pl.checks import shorten
 from maskgit_pl.cli.recipe_schema import Kind, load_schema
 from maskgit_pl.registry import nearest
 from maskgit_pl.schema import Schema, describe, fits
@@ -423,8 +424,14 @@ def _check_tree(node: Any, schema: Schema, root: Schema, path: str = "") -> None
 def _unknown(key: str, root: Schema) -> str:
     if key in _REASONS:
         return f"{key} cannot be set: {_REASONS[key]}"
-    hint = did_you_mean(key, [name for name in _keys(root) if name not in _FOLLOWS])
-    return f"unknown key {key!r}: {hint or 'base.yaml of recipes/tokenizer and recipes/transformer shows the keys'}"
+    group, _, leaf = key.rpartition(".")
+    known = [name for name in _keys(root) if name not in _FOLLOWS]
+    beside = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == group}
+    close = [beside[each] for each in get_close_matches(leaf, beside, n=1)]
+    close += [name for name in known if name.rpartition(".")[2] == leaf]  # the right word in another group
+    if not close:
+        return f"unknown key {key!r}; base.yaml of recipes/tokenizer and recipes/transformer shows the keys"
+    return f"unknown key {key!r}: did you mean {close[0]!r}?"
 
 
 def _group(schema: Schema) -> Mapping[str, Schema] | None:
