@@ -9,7 +9,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from lightning.pytorch import LightningModule
@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
+from maskgit_pl.checks import check_choice, check_number
 from maskgit_pl.data import Batch, flip, to_unit_range
 from maskgit_pl.decoding import DecodingConfig, DecodingStep
 from maskgit_pl.losses import masked_cross_entropy
@@ -35,7 +36,7 @@ from maskgit_pl.training.checkpoints import full_state
 from maskgit_pl.training.ema import frozen_copy, update_ema
 from maskgit_pl.training.execution import ActivationCheckpointing, Compiled, prepare_blocks
 from maskgit_pl.training.guards import Guard, clip_gradients
-from maskgit_pl.training.optimizers import AdamWKind, LearningRate, build_adamw, parameter_groups
+from maskgit_pl.training.optimizers import AdamWKind, LearningRate, build_adamw, check_betas, parameter_groups
 from maskgit_pl.training.strategies import check_precision, shard_blocks
 
 __all__ = ["NUM_BINS", "TokenModel", "check_fit"]
@@ -66,7 +67,7 @@ class TokenModel(LightningModule):
         adamw: How the optimiser steps.
 
     Raises:
-        ValueError: Guidance without a null class, or an unknown word.
+        ValueError: if a number is out of range, a word is unknown, or guidance is set without a null class.
 
     Source: paper, training; learning rate, betas, decay and smoothing of the released configuration are its recipes'.
     """
@@ -95,6 +96,12 @@ class TokenModel(LightningModule):
         adamw: AdamWKind = "fused",
     ) -> None:
         super().__init__()
+        check_number("model.label_smoothing", label_smoothing, "[0, 1)")
+        check_choice("model.loss_vocabulary", loss_vocabulary, get_args(Vocabulary))
+        check_betas(betas)
+        check_number("model.weight_decay", weight_decay, "[0, 10]")
+        check_number("model.ema_decay", ema_decay, "[0, 1)")
+        check_number("model.flip_probability", flip_probability, "[0, 1]")
         self.config = transformer.config
         self.learning_rate = learning_rate
         self.tokenizer_folder = Path(tokenizer)
