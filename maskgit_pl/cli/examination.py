@@ -193,7 +193,7 @@ def _find(found: Examination, recipe: Recipe) -> tuple[Plan, DataSummary | None]
             summary = _read_data(found, plan.shards)
     if plan.stage == "transformer":
         with found.listing("tokenizer"):
-            tokenizer = find_tokenizer(args)
+            tokenizer = find_tokenizer(args, plan.shards)
             config = VQGANConfig(**read_config(tokenizer, "tokenizer")["network"])
             plan = replace(plan, tokenizer=tokenizer)
             found.note("tokenizer", f"{tokenizer}: {config.num_codes} codes")

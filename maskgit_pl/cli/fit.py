@@ -18,7 +18,7 @@ from torch import Tensor
 
 from maskgit_pl.cli.leaving import leaving_together
 from maskgit_pl.cli.recipes import Plan, Stage, merged
-from maskgit_pl.cli.stage_run import StageRun, written_config
+from maskgit_pl.cli.stage_run import StageRun, resolve, written_config
 from maskgit_pl.data import ShardData, split_batch
 from maskgit_pl.files import write_atomically
 from maskgit_pl.networks.vqgan import VQGANConfig
@@ -30,7 +30,7 @@ from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, SavedTensor, newest_complete, step_of
 from maskgit_pl.training.environment import describe_environment
 
-__all__ = ["build", "export", "fit", "resolved_tree"]
+__all__ = ["build", "config_text", "export", "fit", "resolved_tree"]
 
 log = logging.getLogger(__name__)
 
@@ -246,14 +246,22 @@ def _write_records(run: StageRun, plan: Plan) -> None:
     """Writes the resolved recipe and where it ran, so that a run can be understood and repeated."""
     folder = plan.stage_folder
     folder.mkdir(parents=True, exist_ok=True)
-    head = "# What this run was trained with; `maskgit train STAGE --config THIS_FILE --run NAME` repeats it.\n"
-    text = yaml.safe_dump(_plain(written_config(run.config)), sort_keys=False)
     with write_atomically(folder / "config.yaml") as stream:
-        stream.write((head + text).encode())
+        stream.write(_config_text(run.config).encode())
     environment = {"command": sys.argv, **describe_environment(), "world_size": run.trainer.world_size}
     if plan.pretrained is not None:
         environment["pretrained"] = {"folder": str(plan.pretrained), "sha256": fingerprint(plan.pretrained)}
     (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+
+
+def config_text(plan: Plan) -> str:
+    """Returns the complete recipe of a run as YAML, with the defaults of all keys; builds and reads nothing more."""
+    return _config_text(resolve(plan.recipe.kind, resolved_tree(plan)))
+
+
+def _config_text(config: dict[str, Any]) -> str:
+    head = "# The complete recipe of a run. To repeat it: maskgit train STAGE --config THIS_FILE --run NAME\n"
+    return head + str(yaml.safe_dump(_plain(written_config(config)), sort_keys=False))
 
 
 def _plain(value: Any) -> Any:

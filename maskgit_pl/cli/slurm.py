@@ -198,7 +198,8 @@ def plan_submission(args: argparse.Namespace) -> tuple[Plan, Submission]:
     script = recipes_folder() / "slurm" / "train.sbatch"
     # A task that sees no GPU must not go on without: `auto` would train on the processor, for days.
     named = plan.recipe.get("trainer.accelerator")
-    words = [*plan.recipe.words, *(["--trainer.accelerator=gpu"] if named in (None, "auto") else [])]
+    repeated = [] if args.config is None else [f"--config={args.config}"]
+    words = [*repeated, *plan.recipe.words, *(["--trainer.accelerator=gpu"] if named in (None, "auto") else [])]
     return plan, Submission(options, script, tuple(words), _variables(plan, args), identity, log_file)
 
 

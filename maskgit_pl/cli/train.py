@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import logging
 from pathlib import Path
 
 from maskgit_pl import interruption
 from maskgit_pl.cli.recipes import DEFAULT_DATASET, Layer, Plan, Recipe, read_run_config, read_yaml, recipe_files
+from maskgit_pl.registry import nearest
 
 __all__ = [
+    "SHARED_TOKENS",
     "add_parser",
     "add_run_arguments",
     "find_pretrained",
@@ -21,7 +24,11 @@ __all__ = [
     "run_folder",
 ]
 
+log = logging.getLogger(__name__)
+
 _SHARDS = Path("data/shards")
+SHARED_TOKENS = "tokens"
+"""Folder beside the runs that holds their token stores."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -34,6 +41,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("stage", choices=("tokenizer", "transformer"))
     add_run_arguments(parser)
+    parser.add_argument("--print-config", action="store_true", help="print the complete recipe of the run, and end")
     parser.set_defaults(run=run, takes_overrides=True)
 
 
@@ -56,8 +64,11 @@ def run(args: argparse.Namespace) -> int:
     """Checks what needs no torch, then trains."""
     with interruption.listening():
         plan = plan_run(args)
-        from maskgit_pl.cli.fit import fit  # lightning and torch take seconds to import
+        from maskgit_pl.cli.fit import config_text, fit  # lightning and torch take seconds to import
 
+        if args.print_config:
+            print(config_text(plan), end="")
+            return 0
         return fit(plan)
 
 
@@ -72,11 +83,12 @@ def plan_run(args: argparse.Namespace) -> Plan:
         FileNotFoundError: if data, recipe, tokenizer or pretrained folder are not there.
     """
     recipe = find_recipe(args)
+    shards = find_shards(args, recipe)
     return Plan(
         recipe,
-        shards=find_shards(args, recipe),
+        shards=shards,
         folder=run_folder(args),
-        tokenizer=find_tokenizer(args) if args.stage == "transformer" else None,
+        tokenizer=find_tokenizer(args, shards) if args.stage == "transformer" else None,
         pretrained=find_pretrained(args),
     )
 
@@ -120,39 +132,93 @@ def find_shards(args: argparse.Namespace, recipe: Recipe) -> Path:
 
 
 def run_folder(args: argparse.Namespace) -> Path:
-    """``runs/RUN``; RUN is DATASET-RECIPE unless named."""
-    runs = Path(args.runs)
-    return runs / (args.run_name or "-".join([args.dataset, *(args.recipe.split() or ["base"])]))
-
-
-def find_tokenizer(args: argparse.Namespace) -> Path:
-    """The tokenizer of stage 2: named, else the run's own, else of ``--pretrained``, else the data set's only one.
+    """Returns ``runs/RUN``; RUN is DATASET-RECIPE unless named.
 
     Raises:
-        FileNotFoundError: There is none.
-        ValueError: Other runs of this data set have several; one must be named.
+        ValueError: if the name is that of the folder of token stores.
     """
-    if args.tokenizer is not None:
-        if not (args.tokenizer / "config.json").is_file():
-            raise FileNotFoundError(
-                f"tokenizer {args.tokenizer}: no config.json there; a pretrained tokenizer is needed"
-            )
-        return Path(args.tokenizer)
+    if args.run_name == SHARED_TOKENS:
+        raise ValueError(f"--run {SHARED_TOKENS}: the folder holds the token stores of all runs; take another name")
+    return Path(args.runs) / (args.run_name or _default_name(args))
+
+
+def _default_name(args: argparse.Namespace) -> str:
+    return "-".join([args.dataset, *(args.recipe.split() or ["base"])])
+
+
+def find_tokenizer(args: argparse.Namespace, shards: Path) -> Path:
+    """Finds the tokenizer of stage 2: named, else the run's own, else of ``--pretrained``, else the data's only one.
+
+    Args:
+        args: A command's words.
+        shards: Data folder of the run.
+
+    Raises:
+        FileNotFoundError: if there is none, or the run that is named does not exist.
+        ValueError: if runs of these data have several; one must be named.
+    """
+    named = args.tokenizer
+    if named is None and args.config is not None:
+        named = Path(str(read_yaml(args.config)["model"].get("tokenizer")))
+    if named is not None:
+        return _checked_tokenizer(Path(named))
     own = run_folder(args) / "pretrained" / "tokenizer"
     if (own / "config.json").is_file():
         return own
     if args.pretrained is not None and (args.pretrained / "tokenizer" / "config.json").is_file():
         return Path(args.pretrained) / "tokenizer"
-    others = sorted(Path(args.runs).glob(f"{args.dataset}-*/pretrained/tokenizer/config.json"))
-    distinct = {_digest(file.parent / "model.safetensors"): file.parent for file in others}
-    if not distinct:
+    _refuse_unknown_run(args)
+    found = _tokenizers_of(shards, Path(args.runs))
+    if not found:
         raise FileNotFoundError(
-            f"tokenizer {own}: not there yet; `make train-tokenizer` makes it, TOKENIZER= names another"
+            f"tokenizer {own}: not there yet; `maskgit train tokenizer` (make: train-tokenizer) trains one, "
+            "--tokenizer (make: TOKENIZER=) names another"
         )
-    if len(distinct) > 1:
-        choices = ", ".join(str(path) for path in distinct.values())
-        raise ValueError(f"tokenizer {own}: not there, and several others are; name one with TOKENIZER=: {choices}")
-    return next(iter(distinct.values()))
+    if len(found) > 1:
+        choices = ", ".join(map(str, found))
+        raise ValueError(
+            f"tokenizer {own}: not there, and several others of these data are; name one with --tokenizer (make: "
+            f"TOKENIZER=): {choices}"
+        )
+    log.info("tokenizer: %s, the only one trained on %s", found[0], shards)
+    return found[0]
+
+
+def _checked_tokenizer(folder: Path) -> Path:
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"tokenizer {folder}: no config.json there; name a pretrained tokenizer folder")
+    if (folder / "tokenizer" / "config.json").is_file():
+        raise FileNotFoundError(f"tokenizer {folder}: it is a folder of both stages; did you mean {folder}/tokenizer?")
+    return folder
+
+
+def _refuse_unknown_run(args: argparse.Namespace) -> None:
+    """Refuses to start stage 2 of a run that was named and is not there: its name is more likely mistyped.
+
+    Raises:
+        FileNotFoundError: The nearest run is named.
+    """
+    folder = run_folder(args)
+    if args.run_name in (None, _default_name(args)) or folder.is_dir():
+        return
+    runs = [each.name for each in Path(args.runs).glob("*") if (each / "pretrained").is_dir()]
+    if not runs:
+        return
+    raise FileNotFoundError(
+        f"run {folder}: no such run: {nearest(folder.name, runs)}. To start it with another run's tokenizer, name that "
+        "with --tokenizer (make: TOKENIZER=)"
+    )
+
+
+def _tokenizers_of(shards: Path, runs: Path) -> list[Path]:
+    """The tokenizers that runs have trained on a data folder, those with the same weights once."""
+    found: dict[str, Path] = {}
+    for config in sorted(runs.glob("*/tokenizer/config.yaml")):
+        exported = config.parents[1] / "pretrained" / "tokenizer"
+        path = read_yaml(config).get("data", {}).get("path")
+        if (exported / "config.json").is_file() and path and Path(path).resolve() == shards.resolve():
+            found.setdefault(_digest(exported / "model.safetensors"), exported)
+    return list(found.values())
 
 
 def find_pretrained(args: argparse.Namespace) -> Path | None:

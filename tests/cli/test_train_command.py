@@ -194,15 +194,66 @@ def test_a_missing_tokenizer_is_answered_with_how_to_make_it(train, maskgit, run
     refused(train("transformer", "--tokenizer", nowhere), f"tokenizer {nowhere}: no config.json there")
 
 
-def test_the_only_tokenizer_of_the_data_set_is_taken_and_several_must_be_told_apart(train, runs):
-    first, second = (runs / f"fashion-mnist-{name}" / "pretrained" / "tokenizer" for name in ("first", "second"))
-    add_tokenizer(first, seed=1)
-    shutil.copytree(first, second)  # the same weights are no choice
-    assert train("transformer", named=False).code == 0
-    shutil.rmtree(second)
-    add_tokenizer(second, seed=2)
-    shutil.rmtree(runs / "one")
-    refused(train("transformer", named=False), "several others", "TOKENIZER=", str(first), str(second))
+@pytest.fixture
+def stage_two(maskgit, runs) -> Callable[..., Answer]:
+    """``maskgit train transformer`` on a data folder, without a tokenizer that is named."""
+
+    def call(shards: Path, *more: object) -> Answer:
+        tiny = flags(yaml.safe_load((TINY / "transformer.yaml").read_text()))
+        return maskgit("train", "transformer", "--data", shards, "--runs", runs, *tiny, *more)
+
+    return call
+
+
+def add_run(folder: Path, shards: Path, *, seed: int) -> Path:
+    """A run of stage 1 as training leaves it: the exported tokenizer, and the data in config.yaml."""
+    add_tokenizer(folder / "pretrained" / "tokenizer", seed=seed)
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "config.yaml").write_text(f"data: {{path: {shards}}}\n")
+    return folder / "pretrained" / "tokenizer"
+
+
+def test_the_only_tokenizer_of_the_data_is_taken_and_told_and_several_must_be_named(stage_two, runs, tiny_shards):
+    first = add_run(runs / "any-name", tiny_shards, seed=1)
+    add_run(runs / "fashion-mnist-of-other-data", tiny_shards.parent / "elsewhere", seed=3)
+    shutil.copytree(runs / "any-name", runs / "copy")  # the same weights are no choice
+    taken = stage_two(tiny_shards)
+    assert taken.code == 0, taken
+    assert f"tokenizer: {first}, the only one trained on {tiny_shards}" in taken.out
+    second = add_run(runs / "second", tiny_shards, seed=2)
+    refused(stage_two(tiny_shards, "--recipe", "log"), "several others", "TOKENIZER=", str(first), str(second))
+
+
+def test_a_mistyped_run_starts_nothing(stage_two, maskgit, runs, tiny_shards):
+    add_run(runs / "clothes", tiny_shards, seed=1)
+    before = files(runs)
+    refused(stage_two(tiny_shards, "--run", "cloths"), f"run {runs / 'cloths'}: no such run: did you mean 'clothes'?")
+    answer = maskgit("tokenize", "--data", tiny_shards, "--runs", runs, "--run", "cloths")
+    refused(answer, "did you mean 'clothes'?", "--tokenizer")
+    assert files(runs) == before
+
+
+def test_a_run_is_repeated_from_its_config(train, maskgit, runs, tiny_shards):
+    assert train("transformer", "--recipe=square", "--data.seed=5").code == 0
+    config = runs / "one" / "transformer" / "config.yaml"
+    words = ("train", "transformer", "--runs", runs, "--run", "two", "--config", config)
+    assert maskgit(*words).code == 0
+    again = runs / "two" / "transformer" / "config.yaml"
+    assert again.read_text().replace("/two/", "/one/") == config.read_text()
+    weights = [fingerprint(runs / name / "pretrained" / "transformer") for name in ("one", "two")]
+    assert weights[0] == weights[1]
+    refused(maskgit(*words, "--recipe", "log"), "leave --recipe out")
+    refused(maskgit(*words[:-1], "nowhere.yaml"), "--config nowhere.yaml: no such file")
+    refused(maskgit("train", "tokenizer", "--runs", runs, "--run", "two", "--config", config), "unknown key")
+
+
+def test_the_complete_recipe_is_printed_and_nothing_is_trained(train, runs):
+    answer = train("transformer", "--recipe=square", "--print-config")
+    assert answer.code == 0
+    printed = yaml.safe_load(answer.out)
+    assert printed["model"]["mask_schedule"] == "square"
+    assert printed["trainer"]["gradient_clip_algorithm"] is None
+    assert not runs.exists()
 
 
 @pytest.mark.parametrize(
