@@ -208,7 +208,8 @@ class TokenModel(LightningModule):
         labels = self._drop_classes(batch)
         loss, token_loss, hits = self._losses(self.transformer, tokens, labels, mask, smoothing=self.label_smoothing)
         self._collect(mask, token_loss, hits)
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # set late
+        is_last = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0  # micro-batch of its step
+        if is_last and (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # set late
             self._log_training(loss.detach())
         return loss
 
@@ -222,7 +223,9 @@ class TokenModel(LightningModule):
     def on_validation_epoch_end(self) -> None:
         metrics = {"val/loss": self._validation_loss, "val/accuracy": self._validation_accuracy}
         values = {name: metric.compute() for name, metric in metrics.items()}  # over all ranks
-        self.log_dict(values, prog_bar=True, sync_dist=True)
+        self.log_dict(values, prog_bar=True, logger=False, sync_dist=True)
+        if not self.trainer.sanity_checking:  # Lightning's own entries stand one step before the pictures
+            self._log_metrics({name: float(value) for name, value in values.items()}, self.trainer.global_step)
         for metric in metrics.values():
             metric.reset()
 
@@ -324,10 +327,14 @@ class TokenModel(LightningModule):
                 metrics[f"train/loss/{name}"] = summed_loss / count
                 metrics[f"train/accuracy/{name}"] = hits / count
         self.log("train/loss", loss, prog_bar=True, logger=False)
-        if self.logger is not None:
-            finite = {name: each for name, each in metrics.items() if math.isfinite(each)}
-            rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-            self.logger.log_metrics({**finite, "learning-rate": rate}, step=self.trainer.global_step + 1)
+        finite = {name: each for name, each in metrics.items() if math.isfinite(each)}
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self._log_metrics({**finite, "learning-rate": rate}, self.trainer.global_step + 1)
+
+    def _log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        """Writes metrics to all loggers, on the axis of steps that are done."""
+        for logger in self.loggers:
+            logger.log_metrics(metrics, step=step)
 
 
 def _check_guidance(config: TransformerConfig, decoding: DecodingConfig) -> None:

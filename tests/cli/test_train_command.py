@@ -14,6 +14,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from maskgit_pl.cli import fit, main
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
@@ -186,10 +187,12 @@ def test_missing_data_is_answered_with_how_to_make_it(train, runs, tmp_path):
     assert not runs.exists()
 
 
-def test_a_missing_tokenizer_is_answered_with_how_to_make_it(train, maskgit, runs, tmp_path):
+def test_a_missing_tokenizer_is_answered_with_how_to_make_it(train, maskgit, runs, tmp_path, tiny_shards):
     own = runs / "one" / "pretrained" / "tokenizer"
-    refused(train("transformer", named=False), f"tokenizer {own}: not there yet", "make train-tokenizer", "TOKENIZER=")
-    refused(maskgit("tokenize", "--runs", runs, "--run", "one"), f"tokenizer {own}: not there yet")
+    refused(train("transformer", named=False), f"tokenizer {own}: not there yet", "make: train-tokenizer", "TOKENIZER=")
+    refused(
+        maskgit("tokenize", "--data", tiny_shards, "--runs", runs, "--run", "one"), f"tokenizer {own}: not there yet"
+    )
     nowhere = tmp_path / "nowhere"
     refused(train("transformer", "--tokenizer", nowhere), f"tokenizer {nowhere}: no config.json there")
 
@@ -327,3 +330,15 @@ def test_help_answers_in_a_second_without_torch():
         assert done.returncode == 0, done.stderr
         assert "train a stage by recipe" in done.stdout
     assert min(times) < 1
+
+
+@pytest.mark.parametrize(("stage", "names"), [("tokenizer", "val/psnr"), ("transformer", "val/loss")])
+def test_validation_curves_and_pictures_stand_at_the_same_steps(train, runs, stage, names):
+    steps = ("--trainer.max_steps=4", "--trainer.val_check_interval=2", "--trainer.log_every_n_steps=2")
+    assert train(stage, *steps).code == 0
+    events = EventAccumulator(str(runs / "one" / stage))
+    events.Reload()
+    for name in (names, "train/loss" if stage == "transformer" else "train/reconstruction"):
+        assert [each.step for each in events.Scalars(name)] == [2, 4], name
+    for picture in events.Tags()["images"]:
+        assert {each.step for each in events.Images(picture)} <= {2, 4}
