@@ -22,7 +22,7 @@ def test_a_single_step_counts_as_the_last():
 @pytest.mark.parametrize("scale", [-0.5, float("nan"), float("inf")])
 @pytest.mark.parametrize("name", guidance_schedules.names())
 def test_a_scale_without_meaning_is_refused(name, scale):
-    with pytest.raises(ValueError, match=rf"guidance schedule '{name}': scales must be finite and >= 0"):
+    with pytest.raises(ValueError, match=rf"guidance schedule '{name}': scale must be a .*number in \[0, 10000\]"):
         guidance_schedules.build({"name": name, "scale": scale})
 
 
@@ -44,12 +44,9 @@ def test_interval_guides_within_its_bounds_alone():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"name": "power-cosine", "power": 0.0}, "power-cosine: power must be positive and finite, got 0.0"),
-        (
-            {"name": "interval", "start": 0.8, "stop": 0.2},
-            "interval: 0 <= start <= stop <= 1 is needed, got 0.8 and 0.2",
-        ),
-        ({"name": "interval", "stop": 1.5}, "interval: 0 <= start <= stop <= 1"),
+        ({"name": "power-cosine", "power": 0.0}, r"'power-cosine': power must be a number in \[0.001, 1000\], got 0.0"),
+        ({"name": "interval", "start": 0.8, "stop": 0.2}, r"'interval': stop must be a number in \[0.8, 1\], got 0.2"),
+        ({"name": "interval", "stop": 1.5}, r"'interval': stop must be a number in \[0.25, 1\], got 1.5"),
     ],
 )
 def test_numbers_out_of_range_are_refused(spec, message):

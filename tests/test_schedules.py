@@ -86,12 +86,12 @@ def test_cosine_and_arccos_mask_two_over_pi_on_average(name):
 
 @pytest.mark.parametrize("exponent", [0.0, -1.0, float("inf"), float("nan")])
 def test_an_exponent_without_meaning_is_refused(exponent):
-    with pytest.raises(ValueError, match="mask schedule pow: the exponent must be positive and finite"):
+    with pytest.raises(ValueError, match=r"mask schedule 'pow': exponent must be a .*number in \[0.001, 1000\]"):
         mask_schedules.build({"name": "pow", "exponent": exponent})
 
 
 def test_pow_needs_an_exponent_and_the_named_powers_take_none():
-    with pytest.raises(TypeError, match=r"mask schedule 'pow': .*exponent"):
+    with pytest.raises(ValueError, match=r"mask schedule 'pow': the key 'exponent' is missing"):
         mask_schedules.build("pow")
-    with pytest.raises(TypeError, match=r"mask schedule 'square': .*exponent"):
+    with pytest.raises(ValueError, match=r"mask schedule 'square': unknown key 'exponent'"):
         mask_schedules.build({"name": "square", "exponent": 4.0})

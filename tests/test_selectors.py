@@ -342,15 +342,15 @@ def test_remdm_by_confidence_doubts_codes_that_were_unlikely_more():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"name": "confidence", "choice_temperature": -0.1}, "confidence: choice_temperature must be >= 0"),
-        ({"name": "confidence", "choice_temperature": float("nan")}, "confidence: choice_temperature must be >= 0"),
-        ({"name": "margin", "choice_temperature": -1.0}, "margin: choice_temperature must be >= 0"),
-        ({"name": "moment", "choice_temperature": float("inf")}, "moment: choice_temperature must be >= 0 and finite"),
-        ({"name": "entropy", "gamma": -1.0}, "entropy: gamma must be >= 0"),
-        ({"name": "halton", "seed": -1}, r"halton: seed must be in \[0, 2\*\*32\)"),
-        ({"name": "remdm", "strategy": "lop"}, "remdm: strategy 'lop': did you mean 'loop'"),
-        ({"name": "remdm", "eta": 1.5}, r"remdm: eta must be in \[0, 1\], got 1.5"),
-        ({"name": "remdm", "start": 0.9, "stop": 0.5}, "remdm: 0 < start < stop < 1"),
+        ({"name": "confidence", "choice_temperature": -0.1}, r"'confidence': choice_temperature must be a number in \[0,"),
+        ({"name": "confidence", "choice_temperature": float("nan")}, "'confidence': choice_temperature .* finite"),
+        ({"name": "margin", "choice_temperature": -1.0}, r"'margin': choice_temperature must be a number in \[0,"),
+        ({"name": "moment", "choice_temperature": float("inf")}, "'moment': choice_temperature must be a finite"),
+        ({"name": "entropy", "gamma": -1.0}, r"'entropy': gamma must be a number in \[0, inf\), got -1.0"),
+        ({"name": "halton", "seed": -1}, r"'halton': seed must be an integer in \[0, 4294967295\], got -1"),
+        ({"name": "remdm", "strategy": "lop"}, "'remdm'.strategy must be one of 'cap', .* got 'lop'"),
+        ({"name": "remdm", "eta": 1.5}, r"'remdm': eta must be a number in \[0, 1\], got 1.5"),
+        ({"name": "remdm", "start": 0.9, "stop": 0.5}, r"'remdm': stop must be a number in \(0.9, 1\), got 0.5"),
     ],
 )
 def test_numbers_out_of_range_are_refused(spec, message):

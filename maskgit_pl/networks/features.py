@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from maskgit_pl.checks import shorten
 from maskgit_pl.networks.feature_output import SPATIAL_NUMBERS, FeatureOutput
 from maskgit_pl.networks.weight_file import load_weights, read_weights
 from maskgit_pl.registry import Registry, nearest
@@ -66,7 +67,9 @@ def _check_spec(name: str, spec: FeatureNetworkSpec) -> None:
     for attribute, kind in (("label", str), ("knows_classes", bool)):
         found = getattr(spec, attribute, None)
         if not isinstance(found, kind):
-            raise ValueError(f"feature network {name!r}: {attribute} must be a {kind.__name__}, got {found!r}")
+            raise ValueError(f"feature network {name!r}: {attribute} must be a {kind.__name__}, got {shorten(found)}")
+    if not callable(getattr(spec, "create", None)):
+        raise ValueError(f"feature network {name!r}: it must have a method create(), got {shorten(spec)}")
 
 
 feature_networks: Registry[FeatureNetworkSpec] = Registry(

@@ -99,13 +99,9 @@ def contenders(wanted: Sequence[Spec] | None, own: Spec) -> list[Contender]:
 def every_selector() -> list[tuple[str, Spec]]:
     """Labels and specs of every registered selector that needs no argument, ``remdm`` with each strategy."""
     specs: list[tuple[str, Spec]] = []
-    for name in token_selectors.names():
+    for name in token_selectors.build_all():
         for arguments in _VARIANTS.get(name, [{}]):
             spec: Spec = {"name": name, **arguments} if arguments else name
-            try:
-                token_selectors.build(spec)
-            except TypeError:  # it has an argument without a default
-                continue
             specs.append((" ".join([name, *map(str, arguments.values())]), spec))
     return specs
 

@@ -1,0 +1,69 @@
+"""Text of strangers, such as class names, made safe for terminals, pictures, Markdown, HTML and code.
+
+A data set, a pretrained folder or a plug-in brings its own words. They are kept as they are and escaped where they are
+shown, so that no name is refused and none can forge a heading, a link, a table cell or a line of the terminal.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import unicodedata
+
+__all__ = ["html_text", "markdown", "plain_label", "printable", "python_string"]
+
+_MAX_SHOWN = 200  # characters of one text
+_AS_ENTITY = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "&#124;"}
+_SPECIAL = re.compile(
+    r"[&<>|\\`*~$#!{}\[\]]"  # emphasis, code, links, images, HTML, tables, mathematics, headings, templates
+    r"|(?<![^\W_])_|_(?![^\W_])"  # underscores, but for those inside a word
+    r"|:(?=//)|(?<=www)\.|@"  # addresses that GitHub's Markdown makes links
+    r"|^[-+=]|(?<=^\d)[.)]|(?<=^\d\d)[.)]",  # lists and underlined headings
+    re.IGNORECASE,
+)
+
+
+def printable(text: object, *, limit: int | None = _MAX_SHOWN) -> str:
+    r"""Returns one line without control characters, for terminals, logs and error messages.
+
+    Spaces of all kinds become a space. Control characters, line breaks, bidirectional and zero-width formatting, and
+    characters that Unicode does not assign are written as Python escapes (``\x1b``).
+
+    Args:
+        text: Anything; its ``str``.
+        limit: Characters of ``text`` that are shown; None for all. Longer texts end in ``...``.
+    """
+    full = str(text)
+    shown = full if limit is None else full[:limit]
+    line = "".join(map(_printable_character, shown))
+    return line if len(shown) == len(full) else f"{line}..."
+
+
+def _printable_character(character: str) -> str:
+    if character.isprintable():
+        return character
+    if unicodedata.category(character) == "Zs":
+        return " "
+    return repr(character)[1:-1]
+
+
+def markdown(text: object) -> str:
+    """Returns Markdown that renders as ``printable(text)`` in a paragraph, heading or table cell, never as markup."""
+    line = " ".join(printable(text).split())
+    return _SPECIAL.sub(lambda found: _AS_ENTITY.get(found[0], f"\\{found[0]}"), line)
+
+
+def html_text(text: object) -> str:
+    """Returns HTML that renders as ``printable(text)``, for text and for attribute values in quotes."""
+    return html.escape(printable(text))
+
+
+def python_string(text: str) -> str:
+    """Returns a Python literal in double quotes, of printable characters, that evaluates to ``text``."""
+    return printable(json.dumps(text, ensure_ascii=False), limit=None)
+
+
+def plain_label(text: object) -> str:
+    r"""Returns a label for matplotlib that shows ``printable(text)``: no ``$...$`` mathematics, nothing left out."""
+    return printable(text).replace("$", r"\$")
