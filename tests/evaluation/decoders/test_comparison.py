@@ -68,7 +68,7 @@ def test_unknown_selectors_and_the_same_one_twice_are_refused() -> None:
         contenders(["confidnce"], OWN)
     with pytest.raises(ValueError, match="token selector margin: once is enough"):
         contenders(["margin", "halton", "margin"], OWN)
-    with pytest.raises(TypeError, match="eta"):
+    with pytest.raises(ValueError, match="unknown key 'eta'"):
         contenders([{"name": "margin", "eta": 1}], OWN)
 
 
