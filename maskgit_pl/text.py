@@ -6,12 +6,11 @@ shown, so that no name is refused and none can forge a heading, a link, a table 
 
 from __future__ import annotations
 
-import html
 import json
 import re
 import unicodedata
 
-__all__ = ["html_text", "markdown", "plain_label", "printable", "python_string"]
+__all__ = ["code_span", "markdown", "plain_label", "printable", "python_string"]
 
 _MAX_SHOWN = 200  # characters of one text
 _AS_ENTITY = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "&#124;"}
@@ -19,9 +18,10 @@ _SPECIAL = re.compile(
     r"[&<>|\\`*~$#!{}\[\]]"  # emphasis, code, links, images, HTML, tables, mathematics, headings, templates
     r"|(?<![^\W_])_|_(?![^\W_])"  # underscores, but for those inside a word
     r"|:(?=//)|(?<=www)\.|@"  # addresses that GitHub's Markdown makes links
-    r"|^[-+=]|(?<=^\d)[.)]|(?<=^\d\d)[.)]",  # lists and underlined headings
+    r"|(?<!\S)[-+=]",  # lists and underlined headings, wherever a line may be broken
     re.IGNORECASE,
 )
+_NUMBERED = re.compile(r"(?<!\S)(\d{1,9})([.)])(?!\S)")
 
 
 def printable(text: object, *, limit: int | None = _MAX_SHOWN) -> str:
@@ -51,12 +51,14 @@ def _printable_character(character: str) -> str:
 def markdown(text: object) -> str:
     """Returns Markdown that renders as ``printable(text)`` in a paragraph, heading or table cell, never as markup."""
     line = " ".join(printable(text).split())
-    return _SPECIAL.sub(lambda found: _AS_ENTITY.get(found[0], f"\\{found[0]}"), line)
+    escaped = _SPECIAL.sub(lambda found: _AS_ENTITY.get(found[0], f"\\{found[0]}"), line)
+    return _NUMBERED.sub(r"\1\\\2", escaped)
 
 
-def html_text(text: object) -> str:
-    """Returns HTML that renders as ``printable(text)``, for text and for attribute values in quotes."""
-    return html.escape(printable(text))
+def code_span(text: object) -> str:
+    """Returns ``text`` as Markdown code; as ``markdown(text)`` where it holds what ends a code span or a table cell."""
+    line = " ".join(printable(text).split())
+    return markdown(line) if not line or set("`|\\") & set(line) else f"`{line}`"
 
 
 def python_string(text: str) -> str:
