@@ -1,4 +1,4 @@
-"""Text of strangers, such as class names, made safe for terminals, pictures, Markdown, HTML and code.
+"""Text of strangers, such as class names, made safe for terminals, pictures, Markdown and code.
 
 A data set, a pretrained folder or a plug-in brings its own words. They are kept as they are and escaped where they are
 shown, so that no name is refused and none can forge a heading, a link, a table cell or a line of the terminal.
@@ -7,10 +7,11 @@ shown, so that no name is refused and none can forge a heading, a link, a table 
 from __future__ import annotations
 
 import json
+import logging
 import re
 import unicodedata
 
-__all__ = ["code_span", "markdown", "plain_label", "printable", "python_string"]
+__all__ = ["PrintableFormatter", "code_span", "markdown", "plain_label", "printable", "python_string"]
 
 _MAX_SHOWN = 200  # characters of one text
 _AS_ENTITY = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "&#124;"}
@@ -40,6 +41,14 @@ def printable(text: object, *, limit: int | None = _MAX_SHOWN) -> str:
     return line if len(shown) == len(full) else f"{line}..."
 
 
+class PrintableFormatter(logging.Formatter):
+    """A formatter of log records that makes each line printable, so that no name controls the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Returns the lines of the record, each ``printable``."""
+        return "\n".join(printable(line, limit=None) for line in super().format(record).split("\n"))
+
+
 def _printable_character(character: str) -> str:
     if character.isprintable():
         return character
@@ -67,5 +76,9 @@ def python_string(text: str) -> str:
 
 
 def plain_label(text: object) -> str:
-    r"""Returns a label for matplotlib that shows ``printable(text)``: no ``$...$`` mathematics, nothing left out."""
-    return printable(text).replace("$", r"\$")
+    r"""Returns a label for matplotlib that shows ``printable(text)``, without ``$...$`` as mathematics.
+
+    A label that begins with an underscore would be left out of a legend; a space goes before it.
+    """
+    label = printable(text).replace("$", r"\$")
+    return f" {label}" if label.startswith("_") else label
