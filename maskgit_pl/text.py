@@ -14,6 +14,7 @@ import unicodedata
 __all__ = ["PrintableFormatter", "code_span", "markdown", "plain_label", "printable", "python_string"]
 
 _MAX_SHOWN = 200  # characters of one text
+_MAX_LABEL = 60  # longer ones leave no room for the axes
 _AS_ENTITY = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "&#124;"}
 _SPECIAL = re.compile(
     r"[&<>|\\`*~$#!{}\[\]]"  # emphasis, code, links, images, HTML, tables, mathematics, headings, templates
@@ -76,9 +77,9 @@ def python_string(text: str) -> str:
 
 
 def plain_label(text: object) -> str:
-    r"""Returns a label for matplotlib that shows ``printable(text)``, without ``$...$`` as mathematics.
+    r"""Returns a label for matplotlib: at most 60 characters of ``printable(text)``, no ``$...$`` as mathematics.
 
     A label that begins with an underscore would be left out of a legend; a space goes before it.
     """
-    label = printable(text).replace("$", r"\$")
+    label = printable(text, limit=_MAX_LABEL).replace("$", r"\$")
     return f" {label}" if label.startswith("_") else label
