@@ -297,7 +297,7 @@ class EntropyBounded(TokenSelector):
     gamma: float = 6.0
 
     def __post_init__(self) -> None:
-        check_number("gamma", self.gamma, "[0, inf)")
+        check_number("gamma", self.gamma, "[0, 1000000]")
 
     def __call__(self, candidates: Candidates) -> Tensor:
         return -candidates.entropies

@@ -1,17 +1,19 @@
+import math
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import pytest
 import torch
 from torch import Tensor
 
-from maskgit_pl.guidance import GuidanceSchedule, guidance_schedules
+from maskgit_pl.decoding import ParallelDecoder, SeededNoise
+from maskgit_pl.guidance import GuidanceSchedule, guidance_scales, guidance_schedules
 from maskgit_pl.networks.features import feature_networks
 from maskgit_pl.networks.quantizers import quantizers
 from maskgit_pl.registry import PluginError, Registry, describe, nearest
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
-from maskgit_pl.selectors import token_selectors
+from maskgit_pl.selectors import TokenSelector, token_selectors
 from tests.installed_packages import install
 
 ARGUMENTS = {"pow": {"exponent": 3.0}}  # what a name needs beyond its defaults
@@ -272,3 +274,61 @@ def test_contract_guidance_scales_are_finite_and_not_negative(name):
     schedule = guidance_schedules.build(name)
     scales = [schedule(step / 100) for step in range(101)]
     assert all(0 <= scale < float("inf") for scale in scales)
+
+
+STRANGE = (
+    float("nan"), float("inf"), -float("inf"), -1, -1e300, -1e-320, 0, 0.0, 1e-320, 1e-12, 0.5, 1, 1.0, 2, 1e12, 1e308,
+    10**30, 10**400, True, False, "1", "nan", None, [1.0], {"a": 1}, "x" * 1000, "two\nlines",
+)  # fmt: skip
+FIELDS = [
+    (registry, name, field.name)
+    for registry in REGISTRIES
+    for name in registry.names()
+    if isinstance(registry._factories.get(name), type)
+    for field in fields(registry._factories[name])
+    if field.init
+]
+
+
+def works(made: object) -> bool:
+    """Whether an object of any registry gives finite numbers."""
+    if isinstance(made, MaskSchedule):
+        return bool(made(torch.rand(100), 256).isfinite().all())
+    if isinstance(made, GuidanceSchedule):
+        return all(math.isfinite(scale) for scale in guidance_scales(made, 7))
+    if isinstance(made, TokenSelector):
+        decoder = ParallelDecoder(mask_schedules.build("cosine"), made, num_steps=4)
+        tokens = torch.full((2, 16), 5)
+        logits = torch.randn(2, 16, 5, generator=torch.Generator().manual_seed(0))
+        noise = SeededNoise(torch.arange(2), 16)
+        *_, last = decoder.steps(
+            lambda tokens, positions, newly_known: logits.gather(1, positions.unsqueeze(-1).expand(-1, -1, 5)),
+            tokens, noise, mask_token_id=5, grid=(4, 4),
+        )  # fmt: skip
+        return bool((last.tokens < 5).all())
+    if hasattr(made, "label"):
+        return isinstance(made.label, str)  # a feature network reads files when it is made
+    quantizer = made.create(num_codes=4, code_width=2)
+    for step in range(3):
+        output = quantizer(torch.randn(1, 2, 3, 3, generator=torch.Generator().manual_seed(step)))
+        quantizer.update([output.tokens], [output.features], seed=0, step=step)
+    return bool(output.loss.isfinite() and quantizer.codebook.isfinite().all())
+
+
+@pytest.mark.parametrize(("registry", "name", "field"), FIELDS, ids=lambda part: getattr(part, "kind", str(part)))
+def test_every_value_of_every_argument_is_refused_by_name_or_works(registry, name, field):
+    own = registry._factories[name].__annotations__
+    others = {key: given for key, given in {"weights": "x", "model": "resnet18", "folder": "z"}.items() if key in own}
+    refused = []
+    for value in STRANGE:
+        try:
+            made = registry.build({"name": name, **others, field: value})
+        except ValueError as error:
+            refused.append(str(error))
+        else:
+            assert works(made), value
+    assert refused
+    for text in refused:
+        assert re.match(rf"{registry.kind} '{name}'[.: ]+{field} must be ", text), text
+        assert text.isprintable()
+        assert len(text) < 400
