@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -44,6 +45,16 @@ def test_ratios_outside_the_released_clip_are_clipped():
     ratio = torch.tensor([-1.0, 0.0, 2.0])
     assert num_masked(ratio, 256, rounding="ceil").tolist() == [1, 1, 256]
     assert num_masked(ratio, 256, rounding="floor").tolist() == [0, 0, 256]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("num_tokens", [2, 3, 49, 256, 1000])
+def test_counts_are_one_float32_product_that_is_rounded_once(dtype, num_tokens):
+    ratio = torch.linspace(-0.1, 1.1, 997, dtype=dtype)
+    product = np.clip(ratio.float().numpy(), np.float32(1e-6), np.float32(1)) * np.float32(num_tokens)
+    assert product.dtype == np.float32
+    assert num_masked(ratio, num_tokens, rounding="ceil").tolist() == np.ceil(product).tolist()
+    assert num_masked(ratio, num_tokens, rounding="floor").tolist() == np.floor(product).tolist()
 
 
 def test_the_number_of_tokens_may_differ_by_row():

@@ -286,6 +286,29 @@ def test_moment_is_what_confidence_tends_to():
     torch.testing.assert_close(kept["confidence"], kept["moment"], atol=0.02, rtol=0)
 
 
+@pytest.mark.parametrize(("progress", "expected"), [(0.25, [-0.559438, -1.974353]), (0.75, [-1.259438, -0.774353])])
+def test_margin_by_hand(progress, expected):
+    log_probs = torch.tensor([[[0.5, 0.2, 0.3], [0.04, 0.06, 0.9]]]).log()
+    gumbel = torch.tensor([[0.7, -1.2]])
+    given = Candidates(log_probs, torch.tensor([[1, 0]]), torch.tensor([[0, 1]]), gumbel, progress)
+    scores = token_selectors.build({"name": "margin", "choice_temperature": 2.0})(given)
+    torch.testing.assert_close(scores, torch.tensor([expected]), atol=1e-5, rtol=0)  # log(0.2) and log(0.84), noise
+
+
+@pytest.mark.parametrize(
+    ("strategy", "early", "late"),  # of 10 decided tokens, with 6 and with 2 to be masked: sigma_max 0.6 and 0.2
+    [("cap", 3, 2), ("rescale", 2, 1), ("confidence", 2, 1), ("loop", 3, 0)],
+)
+def test_remdm_by_hand(strategy, early, late):
+    selector = token_selectors.build({"name": "remdm", "strategy": strategy, "eta": 0.3})
+    assert selector.num_remasked(decided=10, planned=6, progress=0.45) == early
+    assert selector.num_remasked(decided=10, planned=2, progress=0.95) == late
+    assert selector.num_remasked(decided=0, planned=6, progress=0.5) == 0
+    progress = torch.tensor([0.225, 0.45, 0.5, 0.95, 0.975, 1.0])
+    looped = torch.tensor([0.45, 0.9, 0.9, 0.9, 0.95, 1.0])
+    torch.testing.assert_close(selector.schedule_progress(progress), looped if strategy == "loop" else progress)
+
+
 def test_remdm_masks_decided_tokens_again_as_many_as_its_strategy_says():
     def again(spec: dict) -> list[int]:
         steps = run(torch.full((1, NUM_TOKENS), MASK), decoder({"name": "remdm", **spec}))
