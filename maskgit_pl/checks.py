@@ -42,7 +42,7 @@ def shorten(value: object) -> str:
 
 def did_you_mean(name: str, choices: Collection[str]) -> str:
     """Returns ``"did you mean 'x'?"`` for the choice closest to ``name``, or an empty string if none is close."""
-    close = get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    close = get_close_matches(name, list(choices), n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else ""
 
 
