@@ -17,6 +17,7 @@ import torch
 import yaml
 from torch import nn
 
+from maskgit_pl.checks import shorten
 from maskgit_pl.files import write_atomically
 from maskgit_pl.networks.causal import build_transformer
 from maskgit_pl.networks.transformer import TransformerConfig
@@ -139,7 +140,7 @@ def write_card(
     content = describe_folder(folder)
     content["license"] = license or known.get("license")
     content["run"] = (
-        known.get("run") if run is None else describe_run(run, tokenizer=content["fingerprints"]["tokenizer"])
+        _checked(known.get("run")) if run is None else describe_run(run, tokenizer=content["fingerprints"]["tokenizer"])
     )
     for file, text in (
         ("config.json", json.dumps(content, indent=2) + "\n"),
@@ -230,6 +231,24 @@ def describe_run(run: Path, *, tokenizer: str) -> dict[str, Any]:
     check_run(run)
     stages = {stage: _stage(run / stage) for stage in _STAGES}
     return {"name": run.resolve().name, **stages, "measured": _measured(run / "evaluation.json", tokenizer)}
+
+
+def _checked(run: Any) -> Mapping[str, Any] | None:
+    """Returns what an older ``config.json`` says of a run, if it is of the form of ``describe_run``.
+
+    Raises:
+        ValueError: if it is of another form.
+    """
+
+    def has(tree: Any, **kinds: type) -> bool:
+        return isinstance(tree, Mapping) and all(isinstance(tree.get(key), kind) for key, kind in kinds.items())
+
+    if run is None:
+        return None
+    good = has(run, name=str) and all(has(run.get(s), recipe=list, settings=dict, environment=dict) for s in _STAGES)
+    if not good or (run.get("measured") is not None and not has(run["measured"], protocol=dict, figures=dict)):
+        raise ValueError(f"config.json: run must be as save_pretrained writes it, got {shorten(run)}; leave it out")
+    return {**run, "measured": run.get("measured")}
 
 
 def _stage(folder: Path) -> dict[str, Any]:
@@ -366,13 +385,13 @@ def _run(content: Mapping[str, Any]) -> list[str]:
     if not run:
         return []
     lines = ["## Training", "", "| | tokenizer | transformer |", "|---|---|---|"]
-    lines += _row("recipe", [" ".join(run[stage]["recipe"]) or None for stage in _STAGES])
+    lines += _row("recipe", [run[stage]["recipe"] or None for stage in _STAGES])
     for part, keys in (("settings", _SETTINGS), ("environment", _VERSIONS)):
         for key in keys:
             lines += _row(key, [run[stage][part].get(key) for stage in _STAGES])
     measured = run["measured"]
     if measured:
-        how = _shown({**measured["protocol"], "device": measured["device"]})
+        how = _shown({**measured["protocol"], "device": measured.get("device")})
         lines += ["", "## Measured", "", f"By `maskgit evaluate`: {how}.", "", "| figure | value |", "|---|---|"]
         lines += [f"| {markdown(key)} | {_shown(value)} |" for key, value in measured["figures"].items()]
     return [*lines, ""]

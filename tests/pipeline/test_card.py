@@ -243,3 +243,17 @@ def test_no_word_of_a_stranger_becomes_markup_or_metadata(shared: tuple[Path, di
     example = re.search(r"```python\n(.*?)\n```\n", body, re.DOTALL)
     assert example is not None
     assert ast.dump(ast.parse(example[1])).count("Call(") == 3  # from_pretrained, generate, save
+
+
+@pytest.mark.parametrize(
+    "run",
+    ["x", [], 3, {}, {"name": "x"}, {"name": 3}, {"name": "x", "tokenizer": {}, "transformer": {}}, {"measured": {}}],
+    ids=str,
+)
+def test_facts_of_another_form_are_refused(shared: tuple[Path, dict], run: object) -> None:
+    folder, facts = shared
+    with pytest.raises(ValueError, match=r"config.json: run must be as save_pretrained writes it, got"):
+        write_card(folder, known={"run": run})
+    if isinstance(run, dict):
+        with pytest.raises(ValueError, match=r"config.json: run must be"):
+            write_card(folder, known={"run": {**facts, "measured": {"protocol": 3}, **run}})
