@@ -15,6 +15,7 @@ FLOORS = {  # a file or a folder -> its floor; a folder's files stand on its flo
     "interruption": 0,
     "files": 0,
     "registry": 0,
+    "text": 0,
     "randomness": 0,
     "schedules": 1,
     "selectors": 1,

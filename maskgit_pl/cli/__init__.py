@@ -34,6 +34,7 @@ from maskgit_pl.cli import (
     tune,
 )
 from maskgit_pl.errors import INTERNAL_ERROR, exit_code_of
+from maskgit_pl.text import PrintableFormatter
 
 __all__ = ["build_parser", "main"]
 
@@ -80,7 +81,7 @@ def _log_to_terminal() -> None:
     ours = logging.getLogger("maskgit_pl")
     if not ours.handlers:
         handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(PrintableFormatter("%(message)s"))
         ours.addHandler(handler)
     ours.setLevel(logging.INFO)
     ours.propagate = False

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from maskgit_pl.files import size_text
+from maskgit_pl.text import printable
 
 if TYPE_CHECKING:
     from maskgit_pl.shards.index import Indexed
@@ -304,11 +305,11 @@ def _report_left_out(indexed: Indexed) -> None:
 
     for split, manifest in indexed.manifests.items():
         for fault, count in manifest.left_out.items():
-            print(f"  {split}: left out: {count} {fault}")
+            print(f"  {split}: left out: {count} {printable(fault)}")
         if indexed.ignored[split]:
             print(f"  {split}: members not read: {counted(indexed.ignored[split])}")
     for note in indexed.notes:
-        print(f"  {note}")
+        print(f"  {printable(note, limit=None)}")
 
 
 def _verdicts(bad: Sequence[BadFile]) -> Iterator[str]:
@@ -325,7 +326,7 @@ def _statistics_lines(folder: Path, statistics: DataStatistics) -> Iterator[str]
         total = size_text(sum(shard.bytes for shard in manifest.shards))
         yield f"{folder}: {split}: {manifest.samples} samples in {_shards(len(manifest.shards))}, {total}"
         for fault, count in manifest.left_out.items():
-            yield f"  left out: {count} {fault}"
+            yield f"  left out: {count} {printable(fault)}"
     yield ""
     yield from _class_table(statistics)
     yield ""
