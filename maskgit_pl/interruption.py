@@ -2,6 +2,8 @@
 
 A handler that saved or talked to other ranks would do so in the middle of whatever runs: ranks that are not in step
 wait for each other for ever. ``training.guards.Guard`` asks for the flag after each step, of all ranks at once.
+
+A second Ctrl-C ends the process at once, with exit code 130. The disk is then as after a kill: what is on it is whole.
 """
 
 from __future__ import annotations
@@ -10,13 +12,16 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
+
+from maskgit_pl.errors import INTERRUPTED
 
 __all__ = ["SIGNALS", "is_requested", "listening", "shield_worker"]
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
-_CTRL_C = b"\nstopping behind this step, and saving; Ctrl-C again stops at once\n"
+_CTRL_C = b"\nstopping after this step, and saving; Ctrl-C again stops at once, with exit code 130\n"
+_CTRL_C_AGAIN = b"\nstopped at once; the same command resumes from the last checkpoint\n"
 
 
 class _Flag:
@@ -71,5 +76,16 @@ def _set_flag(number: int, frame: FrameType | None) -> None:
         return
     _Flag.is_set = True
     if number == signal.SIGINT:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.write(2, _CTRL_C)
+        signal.signal(signal.SIGINT, _stop_at_once)
+        _write(_CTRL_C)
+
+
+def _stop_at_once(number: int, frame: FrameType | None) -> None:
+    if os.getpid() == _Flag.process:
+        _write(_CTRL_C_AGAIN)
+        os._exit(INTERRUPTED)
+
+
+def _write(text: bytes) -> None:
+    with suppress(OSError):  # stderr may be full, or lead to a process that is gone
+        os.write(2, text)

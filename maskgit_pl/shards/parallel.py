@@ -10,7 +10,9 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
+
+from maskgit_pl.errors import is_user_error
 
 __all__ = ["available_cores", "run_jobs"]
 
@@ -55,9 +57,18 @@ def run_jobs(
     try:
         waiting = {pool.submit(_call, function, job): job for job in jobs}
         for future in as_completed(waiting):
-            yield waiting.pop(future), future.result()
+            result = future.result()
+            if isinstance(result, _Refusal):
+                raise result.error
+            yield waiting.pop(future), result
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+class _Refusal(NamedTuple):
+    """Bad input that a worker has met; where it was raised is known only there."""
+
+    error: Exception
 
 
 def _begin(shared: Any) -> None:
@@ -75,5 +86,10 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _call(function: Callable[[Any, Job], Result], job: Job) -> Result:
-    return function(_shared, job)
+def _call(function: Callable[[Any, Job], Result], job: Job) -> Result | _Refusal:
+    try:
+        return function(_shared, job)
+    except Exception as error:
+        if is_user_error(error):
+            return _Refusal(error)
+        raise
