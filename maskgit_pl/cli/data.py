@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maskgit_pl.files import size_text
+from maskgit_pl.files import locked, size_text
 
 if TYPE_CHECKING:
     from maskgit_pl.shards.index import Indexed
@@ -126,7 +126,7 @@ def make(
     from maskgit_pl.shards.manifest import read_manifest_summary
     from maskgit_pl.shards.writer import make_shards
 
-    with _progress(source.counts, "samples") as advance:
+    with locked(out, way_out="give another --out"), _progress(source.counts, "samples") as advance:
         made = make_shards(
             source,
             out,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from maskgit_pl.cli.recipes import recipe_files, recipe_value
 from maskgit_pl.cli.train import add_run_arguments, find_tokenizer, run_folder
+from maskgit_pl.files import locked
 
 if TYPE_CHECKING:
     import torch
@@ -89,7 +90,8 @@ def run(args: argparse.Namespace) -> int:
             return network.encode(to_unit_range(images.to(device, non_blocking=True)))
 
     store = run_folder(args) / "tokens"
-    with _Report(place) as report, torch.inference_mode():
+    lock = locked(store, way_out="name another run (--run)", rank=place.rank)
+    with lock, _Report(place) as report, torch.inference_mode():
         outcome = tokenize(
             shards,
             store,
