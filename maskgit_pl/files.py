@@ -8,9 +8,7 @@ import json
 import logging
 import math
 import os
-import shlex
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -49,7 +47,7 @@ def locked(target: Path, *, way_out: str, rank: int | None = None) -> Iterator[N
     it when the process ends, however it ends, so that a lock of a killed job never blocks its restart. It holds between
     the nodes of a cluster on NFS, on GPFS, and on Lustre mounted with ``flock``. On a file system without locks a
     warning is logged. Where no lock file can be made, nothing is locked: the target cannot be replaced there either.
-    What the lock file says (process, host, time, command) is only for the message.
+    What the lock file says (process, host, time) is only for the message.
 
     Args:
         target: The file or folder; it need not exist.
@@ -121,7 +119,7 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 def _own_name() -> str:
     since = time.strftime("%Y-%m-%d %H:%M:%S")
-    return f"process {os.getpid()} on {socket.gethostname()} since {since} ({shlex.join(sys.argv)[:200]})"
+    return f"process {os.getpid()} on {socket.gethostname()} since {since}"
 
 
 def _leave_locks_to_parent() -> None:

@@ -3,7 +3,7 @@
 | stdout or stderr | what happens |
 |---|---|
 | closed: ``>&-`` | what would be printed is dropped; the command does its work and ends with its own exit code |
-| read no more, as by ``head`` | the same |
+| read no more: ``head``, a terminal that was closed | the same |
 | on a full disk | the same; stderr says so once, and exit code 0 becomes 74 if results were lost, not only log lines |
 
 A training must survive its terminal, and a command that lists something is done before anyone could stop it.
@@ -60,13 +60,14 @@ class _Sink(io.FileIO):
     def __init__(self, number: int) -> None:
         super().__init__(number, "w", closefd=False)
         self.has_lost = False
+        self._gone = (errno.EPIPE, errno.EIO) if self.isatty() else (errno.EPIPE,)  # what a closed terminal answers
 
     def write(self, data: Buffer, /) -> int:
         """Writes what can be written."""
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno != errno.EPIPE:
+            if error.errno not in self._gone:
                 self.has_lost = True
                 self._say(error)
             return memoryview(data).nbytes

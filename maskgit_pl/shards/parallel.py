@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -54,13 +55,22 @@ def run_jobs(
     # spawned, since a fork of a process with threads (torch's, the progress bar's) may hang
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(shared,))
+    others = set(multiprocessing.active_children())
     try:
-        waiting = {pool.submit(_call, function, job): job for job in jobs}
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit it: Ctrl-C is not theirs
+        try:
+            waiting = {pool.submit(_call, function, job): job for job in jobs}
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         for future in as_completed(waiting):
             result = future.result()
             if isinstance(result, _Refusal):
                 raise result.error
             yield waiting.pop(future), result
+    except (KeyboardInterrupt, GeneratorExit):
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.terminate()  # nobody waits for what it does
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
