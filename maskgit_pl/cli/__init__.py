@@ -69,6 +69,10 @@ _ENDS_A_COMMAND = ("maskgit_pl", "jsonargparse")  # packages that may call sys.e
 
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of the console script, every command in it."""
+    return _parser_and_commands()[0]
+
+
+def _parser_and_commands() -> tuple[argparse.ArgumentParser, list[str]]:
     parser = argparse.ArgumentParser(
         prog="maskgit",
         description="MaskGIT: train a tokenizer and a masked token transformer, generate images in a few steps.",
@@ -79,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in _COMMANDS:
         command.add_parser(commands)
-    return parser
+    return parser, list(commands.choices)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,8 +125,7 @@ def _log_to(stream: TextIO) -> None:
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
-    parser = build_parser()
-    known = [command.__name__.rpartition(".")[2].replace("_", "-") for command in _COMMANDS]
+    parser, known = _parser_and_commands()
     name = next((word for word in words if not word.startswith("-")), None)
     if name is not None and name not in known:
         hint = f"{did_you_mean(name, known)} ".lstrip()
@@ -130,6 +133,9 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     if not words:
         parser.print_help()
         parser.exit()
+    for word in words:
+        if word.startswith("-") and word.endswith("=--"):  # argparse makes an empty list of it
+            parser.exit(BAD_INPUT, f"maskgit: {word.removesuffix('=--')} must have a value, got '--'\n")
     args, rest = parser.parse_known_args([word for word in words if word != "--traceback"])
     if rest and not getattr(args, "takes_overrides", False):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

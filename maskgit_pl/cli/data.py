@@ -224,7 +224,11 @@ def _class_names(given: str | None) -> list[str] | None:
             text = file.read(_MAX_NAMES_BYTES + 1)
         if len(text) > _MAX_NAMES_BYTES:
             raise ValueError(f"class names {given}: at most {_MAX_NAMES_BYTES} bytes are read")
-        names = [line.strip() for line in text.decode().splitlines() if line.strip()]
+        try:
+            lines = text.decode().splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"class names {given} must be UTF-8 text, one name a line: {error}") from error
+        names = [line.strip() for line in lines if line.strip()]
     else:
         names = [name.strip() for name in given.split(",")]
     doubled = [name for name, count in Counter(names).items() if count > 1]
