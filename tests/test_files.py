@@ -1,16 +1,12 @@
 import errno
 import os
-import signal
 import socket
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from maskgit_pl.files import locked, read_json
+from tests.holding import holder
 
 
 @pytest.mark.parametrize(
@@ -52,33 +48,6 @@ def test_a_missing_file_is_a_missing_file(tmp_path: Path) -> None:
 def test_plain_values_are_read(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"a": [1, 2.5, null, "x"]}')
     assert read_json(tmp_path / "config.json") == {"a": [1, 2.5, None, "x"]}
-
-
-HOLD = """
-import os, sys, time
-from pathlib import Path
-from maskgit_pl.files import locked
-with locked(Path(sys.argv[1]), way_out="wait"):
-    if sys.argv[2] == "fork" and os.fork() == 0:
-        time.sleep(30)
-        os._exit(0)
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
-@contextmanager
-def holder(target: Path, how: str = "plain") -> Iterator[subprocess.Popen[str]]:
-    """Another process that holds a lock, until its stdin is closed."""
-    words = [sys.executable, "-c", HOLD, str(target), how]
-    with subprocess.Popen(
-        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
-        yield process
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_a_target_that_another_process_holds_is_refused_by_its_number_and_host(tmp_path: Path) -> None:
