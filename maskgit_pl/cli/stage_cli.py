@@ -172,7 +172,7 @@ class StageCLI(LightningCLI):
         }
         try:
             trainer = self._instantiate_trainer({**config, **ours, **kwargs}, self._our_callbacks())
-        except (MisconfigurationException, ModuleNotFoundError) as error:
+        except (MisconfigurationException, ModuleNotFoundError, TypeError, ValueError) as error:  # Lightning's own
             raise ValueError(_cannot_be_had(config, error)) from error
         check_strategy(config["strategy"], stage=self.stage, ranks=trainer.world_size)
         # Lightning's handler of SIGTERM talks to other ranks, and each micro-batch begins with a question to the first

@@ -225,6 +225,8 @@ def test_the_only_tokenizer_of_the_data_set_is_taken_and_several_must_be_told_ap
         ("--data.global_batch=0", ("global_batch", "0")),
         ("--trainer.devices=2", ("trainer.strategy 'auto'", "got 2 ranks", "--cluster ddp")),
         ("--matmul_precision=low", ("matmul_precision", "low")),
+        ("--trainer.devices=-1", ("trainer: ", "devices -1")),
+        ("--trainer.num_nodes=0", ("trainer: ", "num_nodes")),
         ("--hang_seconds=0", ("hang_seconds", "positive")),
         ("--keep_every=7", ("keep_every: a multiple of checkpoint_every 500",)),
         ("--config=other.yaml", ("flag '--config=other.yaml'",)),
