@@ -64,9 +64,6 @@ _COMMANDS = (
 )
 
 
-_ENDS_A_COMMAND = ("maskgit_pl", "jsonargparse")  # packages that may call sys.exit, such as for --print_config
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of the console script, every command in it."""
     return _parser_and_commands()[0]
@@ -152,7 +149,7 @@ def _run(args: argparse.Namespace) -> int:
         return code
     except SystemExit as stop:
         culprit = _who_exits(stop.__traceback__)
-        if culprit in _ENDS_A_COMMAND:
+        if culprit == "maskgit_pl":
             return int(stop.code or 0)
         if isinstance(stop.__context__, KeyboardInterrupt):  # what Lightning makes of it
             error: BaseException = stop.__context__
