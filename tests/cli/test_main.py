@@ -80,13 +80,6 @@ def test_a_plug_in_cannot_end_a_command_in_silence(capsys, monkeypatch, code):
     assert "was called by plugin, which may not end a command" in error
 
 
-def test_print_config_may_end_a_command(capsys, tiny_shards, tmp_path):
-    words = ("train", "tokenizer", "--data", str(tiny_shards), "--runs", str(tmp_path), "--print_config")
-    code, out, error = answer(capsys, *words)
-    assert (code, error) == (0, "")
-    assert "max_steps" in out
-
-
 @pytest.mark.parametrize(
     "error", [TypeError("list indices must be integers"), KeyError("key"), ValueError("of a library")]
 )
