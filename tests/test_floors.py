@@ -174,7 +174,7 @@ def forbidden(module: str) -> Iterator[str]:
 
 def test_the_package_is_read():
     assert {"registry", "shards/index", "cli/recipes", "networks/transformer"} <= set(MODULES)
-    assert own("masking") == {"randomness", "schedules"}
+    assert own("masking") == {"checks", "randomness", "schedules"}
     assert "torch" in {name.split(".")[0] for name in imported("randomness")}
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maskgit_pl.files import size_text
+from maskgit_pl.files import locked, size_text
 from maskgit_pl.text import printable
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def make(
     from maskgit_pl.shards.manifest import read_manifest_summary
     from maskgit_pl.shards.writer import make_shards
 
-    with _progress(source.counts, "samples") as advance:
+    with locked(out, way_out="give another --out"), _progress(source.counts, "samples") as advance:
         made = make_shards(
             source,
             out,
@@ -225,7 +225,11 @@ def _class_names(given: str | None) -> list[str] | None:
             text = file.read(_MAX_NAMES_BYTES + 1)
         if len(text) > _MAX_NAMES_BYTES:
             raise ValueError(f"class names {given}: at most {_MAX_NAMES_BYTES} bytes are read")
-        names = [line.strip() for line in text.decode().splitlines() if line.strip()]
+        try:
+            lines = text.decode().splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"class names {given} must be UTF-8 text, one name a line: {error}") from error
+        names = [line.strip() for line in lines if line.strip()]
     else:
         names = [name.strip() for name in given.split(",")]
     doubled = [name for name, count in Counter(names).items() if count > 1]

@@ -21,7 +21,7 @@ from maskgit_pl.cli.recipes import Plan, Recipe, merged
 from maskgit_pl.cli.stage_run import StageRun
 from maskgit_pl.cli.train import find_pretrained, find_recipe, find_shards, find_tokenizer, run_folder
 from maskgit_pl.data import split_batch
-from maskgit_pl.errors import USER_ERRORS
+from maskgit_pl.errors import is_user_error
 from maskgit_pl.estimates.run import CARDS, StepTime, kept_checkpoints, step_time
 from maskgit_pl.estimates.sharding import Strategy
 from maskgit_pl.estimates.transformer import Precision
@@ -103,7 +103,9 @@ class Examination:
         """Has an error that is for the user become a failure of the list."""
         try:
             yield
-        except USER_ERRORS as error:
+        except Exception as error:
+            if not is_user_error(error):
+                raise
             self.note(name, str(error), "FAIL")
 
 
@@ -232,7 +234,9 @@ def _build(found: Examination, plan: Plan) -> StageRun | None:
         if plan.stage == "tokenizer":  # most often the perceptual network's file: the rest can be examined without it
             try:
                 cli = _recipe_only(replace(plan, recipe=plan.recipe.with_flags(["--model.perceptual=null"])))
-            except USER_ERRORS:
+            except Exception as error:
+                if not is_user_error(error):
+                    raise
                 return None
             found.note("memory", "calculated without the perceptual network", "warning")
             return cli

@@ -8,6 +8,7 @@ import resource
 import shutil
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from maskgit_pl.cli.leaving import leaving_together
 from maskgit_pl.cli.recipes import Plan, Stage, merged
 from maskgit_pl.cli.stage_run import StageRun, resolve, written_config
 from maskgit_pl.data import ShardData, split_batch
-from maskgit_pl.files import write_atomically
+from maskgit_pl.files import locked, write_atomically
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.pipeline.card import write_card
 from maskgit_pl.pretrained import fingerprint, load_weights, read_config
@@ -90,12 +91,21 @@ def fit(plan: Plan) -> int:
     """
     _allow_open_files()
     run = build(plan)
-    module, data, trainer = run.model, run.datamodule, run.trainer
+    trainer = run.trainer
     newest = newest_complete(plan.checkpoints)
     if newest is not None and step_of(newest) >= trainer.max_steps and _is_exported(plan, step_of(newest)):
         if trainer.is_global_zero:
             log.info("%s: finished at %s; nothing to do", plan.stage_folder, newest.name)
         return 0
+    with locked(plan.stage_folder, way_out="train another run (--run)") if trainer.is_global_zero else nullcontext():
+        _fit(run, plan)
+    return 0
+
+
+def _fit(run: StageRun, plan: Plan) -> None:
+    """Trains on from the newest checkpoint, and exports; rank 0 holds the lock of the stage's folder."""
+    module, data, trainer = run.model, run.datamodule, run.trainer
+    newest = newest_complete(plan.checkpoints)
     if plan.pretrained is not None and newest is None:
         assert isinstance(module, Tokenizer | TokenModel)
         module.start_from(plan.pretrained)
@@ -107,7 +117,6 @@ def fit(plan: Plan) -> int:
         trainer.fit(module, datamodule=data, ckpt_path=newest)
         _export(module, data, plan, plan.folder / "pretrained", step=trainer.global_step)
         trainer.strategy.barrier("exported")  # who starts the ranks soon ends those that are left behind another
-    return 0
 
 
 def _allow_open_files() -> None:

@@ -23,6 +23,7 @@ from maskgit_pl.cli.recipe_schema import Parameter, RunSettings, TrainerSettings
 from maskgit_pl.cli.recipes import Recipe, Stage
 from maskgit_pl.data import ShardData
 from maskgit_pl.data.stream import check_stream
+from maskgit_pl.errors import is_user_error
 from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.pretrained import fingerprint
 from maskgit_pl.tokenizer import Tokenizer
@@ -116,7 +117,9 @@ class StageRun:
         }
         try:
             trainer = Trainer(**{**asdict(given), **ours}, callbacks=self._our_callbacks())
-        except (MisconfigurationException, ModuleNotFoundError) as error:
+        except (MisconfigurationException, ModuleNotFoundError, TypeError, ValueError) as error:
+            if is_user_error(error):
+                raise
             raise ValueError(_cannot_be_had(given, error)) from error
         check_strategy(given.strategy, stage=self.stage, ranks=trainer.world_size)
         # Lightning's handler of SIGTERM talks to other ranks, and each micro-batch begins with a question to the first

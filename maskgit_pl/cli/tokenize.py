@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from maskgit_pl.cli.train import SHARED_TOKENS, add_run_arguments, find_recipe, find_shards, find_tokenizer, run_folder
+from maskgit_pl.files import locked
 
 if TYPE_CHECKING:
     import torch
@@ -96,7 +97,8 @@ def run(args: argparse.Namespace) -> int:
         with torch.autocast(device.type, torch.bfloat16, enabled=description.precision == "bfloat16"):
             return network.encode(to_unit_range(images.to(device, non_blocking=True)))
 
-    with _Report(place) as report, torch.inference_mode():
+    lock = locked(store, way_out="name another run (--run)", rank=place.rank)
+    with lock, _Report(place) as report, torch.inference_mode():
         outcome = tokenize(
             shards,
             store,

@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from maskgit_pl.cli import data
+from maskgit_pl.cli import data, main
 from maskgit_pl.shards.manifest import read_manifest_summary
 from tests.cli.commands import call_command
+from tests.conftest import save_uneven_shards
 
 
 def call(*words) -> int:
@@ -148,6 +149,16 @@ def test_index_leaves_out_and_counts_only_when_asked(tmp_path, capsys):
     call("index", folder, "--no-labels")
     assert read_manifest_summary(folder).samples == {"train": 10, "val": 5}
     assert read_manifest_summary(folder).classes == ("image",)
+
+
+def test_what_a_library_refuses_is_bad_input_too(tmp_path, capsys):
+    save_uneven_shards(tmp_path / "shards", (1, 2))
+    (tmp_path / "names.txt").write_bytes(b"\xff\xfe")
+    assert main(["data", "index", str(tmp_path / "shards"), "--class-names", str(tmp_path / "names.txt")]) == 2
+    assert "names.txt must be UTF-8 text, one name a line" in capsys.readouterr().err
+    for pattern in ("", "**x"):
+        assert main(["data", "index", str(tmp_path / "shards"), "--train", pattern]) == 2
+        assert f"shard pattern {pattern!r} must be a glob" in capsys.readouterr().err
 
 
 def test_class_names_are_checked(tmp_path):

@@ -279,6 +279,8 @@ def test_the_complete_recipe_is_printed_and_nothing_is_trained(train, runs):
         ("--data.global_batch=0", ("global_batch", "0")),
         ("--trainer.devices=2", ("trainer.strategy 'auto'", "got 2 ranks", "--cluster ddp")),
         ("--matmul_precision=low", ("matmul_precision", "low")),
+        ("--trainer.devices=-1", ("trainer: ", "devices -1")),
+        ("--trainer.num_nodes=0", ("num_nodes",)),
         ("--hang_seconds=0", ("hang_seconds must be a number in (0, 1e9], got 0",)),
         ("--keep_every=7", ("keep_every: a multiple of checkpoint_every 500",)),
         ("--config=other.yaml", ("--config other.yaml: no such file",)),
