@@ -19,6 +19,7 @@ __all__ = [
     "check_keys",
     "check_number",
     "did_you_mean",
+    "escape",
     "is_of_type",
     "shorten",
 ]
@@ -37,6 +38,11 @@ def shorten(value: object) -> str:
     except (ValueError, RecursionError):  # an integer of over 4,300 digits; a structure nested too deep
         return f"a {type(value).__name__} that is too large to print"
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
+
+
+def escape(text: str) -> str:
+    """Returns ``text`` with control, bidirectional and undecodable characters escaped, as ``repr`` does."""
+    return repr(text)[1:-1]
 
 
 def did_you_mean(name: str, choices: Collection[str]) -> str:

@@ -16,9 +16,11 @@ from maskgit_pl.shards.images import (
     decode_image,
     encode_png,
     fit_square,
+    from_pil,
     load_square,
     read_header,
 )
+from tests.hostile_images import chunk, png, zeros
 
 RED = (200, 30, 40)
 
@@ -129,6 +131,61 @@ def test_sixteen_bit_colour_keeps_its_upper_byte():
     assert decode_image(data, channels=3, name="x")[:, 4, 4].tolist() == [0xC8, 0x1E, 0x28]
 
 
+def packed(values: list[int], depth: int) -> bytes:
+    """One row of a PNG: no filter, then the values, the first in the highest bits."""
+    bits = "".join(format(value, f"0{depth}b") for value in values)
+    bits = bits.ljust(-(-len(bits) // 8) * 8, "0")
+    return b"\0" + int(bits, 2).to_bytes(len(bits) // 8, "big")
+
+
+def colour_key(depth: int, colour: int) -> tuple[bytes, list[int]]:
+    """A PNG of four pixels whose second is transparent, and what the others are in RGB's first channel."""
+    top = 2**depth - 1
+    kept = [0, top, top - 1]  # the transparent value is next to the first: it differs in the lowest bit alone
+    clear = 1
+    shown = [value * 255 // top if depth <= 8 else value >> 8 for value in kept]
+    words = [kept[0], clear, *kept[1:]]
+    if depth == 1:
+        words, shown = [0, 1, 0, 0], [0, 0, 0]
+    if colour in (0, 3):
+        values, chunk = words, struct.pack(">H", clear)
+    elif colour == 2:
+        values = [each for value in words for each in (value, 0, top)]
+        chunk = struct.pack(">HHH", clear, 0, top)
+    else:  # alpha of its own
+        grey = colour == 4
+        values = [e for n, value in enumerate(words) for e in ([value] * (1 if grey else 3) + [0 if n == 1 else top])]
+        chunk = b""
+    chunks = {"tRNS": chunk} if chunk else {}
+    if colour == 3:
+        palette = [word * 255 // top for word in range(top + 1)]
+        chunks = {"PLTE": bytes(each for value in palette for each in (value, 0, 255)), "tRNS": b"\xff\x00"}
+    return png(4, 1, zlib.compress(packed(values, depth)), depth=depth, colour=colour, **chunks), shown
+
+
+PNG_KINDS = [(depth, 0) for depth in (1, 2, 4, 8, 16)] + [(depth, 3) for depth in (1, 2, 4, 8)]
+PNG_KINDS += [(depth, colour) for colour in (2, 4, 6) for depth in (8, 16)]
+
+
+@pytest.mark.parametrize(("depth", "colour"), PNG_KINDS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_transparent_pixel_of_every_kind_of_png_is_white_and_no_other(depth, colour, channels):
+    data, shown = colour_key(depth, colour)
+    image = decode_image(data, channels=channels, name="x")[:, 0]  # (C, 4)
+    assert image[:, 1].tolist() == [255] * channels
+    if channels == 3 or colour not in (2, 3):
+        assert image[0, [0, 2, 3]].tolist() == shown
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    turned = data.replace(chunk(b"IEND", b""), chunk(b"eXIf", exif.tobytes()[6:]) + chunk(b"IEND", b""))
+    assert torch.equal(decode_image(turned, channels=channels, name="x")[:, 0], image.flip(1))
+
+
+def test_a_sixteen_bit_picture_of_pil_keeps_its_transparency():
+    picture = Image.open(io.BytesIO(colour_key(16, 0)[0]))
+    assert from_pil(picture, channels=1)[0, 0].tolist() == [0, 255, 255, 0xFF]
+
+
 @pytest.mark.parametrize("shape", [(1, 60000), (60000, 1)])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_a_strip_of_one_pixel_is_decoded(kind, shape):
@@ -142,23 +199,6 @@ def test_of_several_pictures_in_a_jpeg_the_first_is_the_photo():
     data = save(Image.new("RGB", (8, 8), RED), "MPO", save_all=True, append_images=[Image.new("RGB", (8, 8))])
     assert (decode_image(data, channels=3, name="x")[:, 4, 4].int() - torch.tensor(RED)).abs().max() <= 6
     assert read_header(data, name="x").format == "JPEG"
-
-
-def png(width: int, height: int, pixels: bytes, *, depth: int = 8, colour: int = 2, **chunks: bytes) -> bytes:
-    """A PNG by hand: what its header says and what its pixels are need not agree."""
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    parts = {"IHDR": header, **chunks, "IDAT": pixels, "IEND": b""}
-    words = [name.encode() + content for name, content in parts.items()]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(word) - 4) + word + struct.pack(">I", zlib.crc32(word)) for word in words
-    )
-
-
-def zeros(count: int) -> bytes:
-    """So many zero bytes, compressed a piece at a time."""
-    packer = zlib.compressobj(1)
-    pieces = [packer.compress(bytes(min(2**20, count - done))) for done in range(0, count, 2**20)]
-    return b"".join(pieces) + packer.flush()
 
 
 def frames(kind: str) -> bytes:
