@@ -100,22 +100,34 @@ def many_segments(marker: int, content: bytes, count: int) -> bytes:
     return b"\xff\xd8" + segment(marker, content) * count + saved("JPEG")[2:]
 
 
-# What each maker makes, and what is said of it. All are refused before a pixel is decoded.
-REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
-    "empty.png": (lambda: b"", "is empty"),
-    "page.jpg": (lambda: b"<html>", "must be a JPEG, PNG or WebP file, got one that begins with b'<html>'"),
-    "scans.jpg": (lambda: many_scans(4000, 800), "must have at most 100 JPEG scans"),
-    "segments.jpg": (lambda: many_segments(0xEF, b"", 10**6), "no pixels after 2000 segments"),
-    "exif.jpg": (lambda: many_segments(0xE1, b"Exif\0\0" + bytes(2**16 - 10), 600), "33.6 MB before its pixels"),
-    "filler.jpg": (lambda: b"\xff\xd8" + b"\xff" * 10**7 + saved("JPEG")[2:], "bytes between its segments"),
-    "large.jpg": (large_jpeg, "must have at most 64000000 pixels, got"),
-    "large.png": (lambda: png(13000, 13000, zeros(13000 * 13001), colour=0), "64000000 pixels, got 169000000"),
-    "large.webp": (large_webp, "must have at most 64000000 pixels, got 268402689"),
-    "chunks.png": (lambda: many_chunks(b"teSt", 10**6), "must have at most 100000 PNG chunks"),
-    "texts.png": (lambda: many_chunks(b"tEXt", 300), "and 256 without pixels"),
-    "animated.png": (lambda: saved("PNG", frames=300), "must be a still image, got 300 frames"),
-    "animated.webp": (lambda: saved("WEBP", frames=300), "must be a still image, got"),
-}
+# What is made, the reason for which it is counted, and what is said of it. All are refused before a pixel is decoded.
+REFUSED: dict[str, tuple[Callable[[], bytes], str, str]] = {
+    "empty.jpg": (lambda: b"", "empty", "is empty"),
+    "page.jpg": (lambda: b"<html>404 Not Found</html>", "not an image", "one that begins with b'<html>40'"),
+    "drawing.jpg": (lambda: b'<?xml version="1.0"?><svg width="9"/>', "not an image", "must be a JPEG, PNG or WebP"),
+    "still.gif": (lambda: saved("GIF"), "not an image", "must be a JPEG, PNG or WebP file"),
+    "animated.gif": (lambda: saved("GIF", frames=2), "not an image", "must be a JPEG, PNG or WebP file"),
+    "photo.bmp": (lambda: saved("BMP"), "not an image", "must be a JPEG, PNG or WebP file"),
+    "animated.png": (lambda: saved("PNG", frames=300), "animated", "must be a still image, got 300 frames"),
+    "animated.webp": (lambda: saved("WEBP", frames=300), "animated", "must be a still image, got"),
+    "large.jpg": (large_jpeg, "too large", "must have at most 64000000 pixels, got"),
+    "large.png": (
+        lambda: png(9000, 9000, zeros(9000 * 9001), colour=0), "too large", "64000000 pixels, got 9000 x 9000"
+    ),
+    "large.webp": (large_webp, "too large", "must have at most 64000000 pixels, got 268402689"),
+    "scans.jpg": (lambda: many_scans(4000, 800), "too large", "must have at most 100 JPEG scans"),
+    "segments.jpg": (lambda: many_segments(0xEF, b"", 10**5), "damaged", "no pixels after 2000 segments"),
+    "exif.jpg": (
+        lambda: many_segments(0xE1, b"Exif\0\0" + bytes(2**16 - 10), 600), "too large", "33.6 MB before its pixels"
+    ),
+    "filler.jpg": (
+        lambda: b"\xff\xd8" + b"\xff" * 2 * 10**6 + saved("JPEG")[2:], "damaged", "over 1000 bytes between its segments"
+    ),
+    "chunks.png": (lambda: many_chunks(b"IDAT", 120_000), "too large", "must have at most 100000 PNG chunks"),
+    "texts.png": (lambda: many_chunks(b"tEXt", 300), "too large", "and 256 without pixels"),
+    "signature.png": (lambda: PNG, "damaged", "its header cannot be read"),
+    "two-bytes.jpg": (lambda: b"\xff\xd8\xff", "damaged", "no pixels after 0 segments"),
+}  # fmt: skip
 
 
 def write_refused(folder: Path, name: str) -> Path:

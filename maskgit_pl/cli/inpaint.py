@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from maskgit_pl.checks import escape
 from maskgit_pl.cli.decoding import add_decoding_arguments, decoding_settings
 from maskgit_pl.cli.model import add_model_argument, check_at_least, class_of, model_source, open_pipe
 from maskgit_pl.cli.showing import add_showing_arguments, recorded_steps, write_decoding, write_images
@@ -167,9 +168,10 @@ def read_header(kind: str, path: Path) -> ImageHeader:
     """
     from maskgit_pl.shards import images
 
-    if not path.is_file():
-        raise FileNotFoundError(f"{kind} {path}: no such file; name a JPEG, PNG or WebP file")
-    return images.read_header(path.read_bytes(), name=str(path))
+    name = escape(str(path))
+    if not path.exists():
+        raise FileNotFoundError(f"{kind} {name}: no such file; name a JPEG, PNG or WebP file")
+    return images.read_header(images.read_image_file(path, name=name), name=name)
 
 
 def _box(text: str) -> list[int]:

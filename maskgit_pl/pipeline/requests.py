@@ -10,6 +10,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from maskgit_pl import editing
+from maskgit_pl.checks import escape
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.editing import ImageLike, MaskLike
 from maskgit_pl.pipeline.options import Classes, EditOptions, StepCallback, seed_list, with_settings
@@ -120,7 +121,8 @@ class Edit:
         edits = []
         for place in range(number):
             given, given_mask = images[place % len(images)], masks[place % len(masks)]
-            name = f"image {given}" if isinstance(given, str | Path) else f"image {place}" if number > 1 else "image"
+            of_place = f"image {place}" if number > 1 else "image"
+            name = f"image {escape(str(given))}" if isinstance(given, str | Path) else of_place
             pixels = editing.image_pixels(given, channels=config.in_channels, name=name)
             wanted = editing.mask_pixels(given_mask, name=f"mask of {name}")
             pixels, wanted = editing.fitted(pixels, wanted, image_size=size, fit=fit, name=name)

@@ -123,7 +123,8 @@ def read_image_file(path: str | Path, *, name: str) -> bytes:
         first = file.read(12)  # the magic bytes
         if _kind_of_fault(first) != "damaged":
             raise _refusal(first, name)
-        return first + file.read(MAX_IMAGE_BYTES)
+        file.seek(0)
+        return file.read(status.st_size)
 
 
 def read_header(data: bytes, *, name: str) -> ImageHeader:
@@ -195,7 +196,7 @@ def decode_image(data: bytes, *, channels: int, name: str) -> Tensor:
     image = _open(data, name)
     if b"tRNS" in chunks and data[25] in (0, 2):
         return _decode_colour_key(data, image, channels, name)
-    return _decode_with_pil(image, channels, name)
+    return from_pil(image, channels=channels, name=name)
 
 
 def load_square(data: bytes, *, image_size: int, channels: int, crop: tuple[float, float] | None, name: str) -> Tensor:
@@ -265,20 +266,28 @@ def fit_square(image: Tensor, *, image_size: int, crop: tuple[float, float] | No
     return square if side == image_size else _resize(square, image_size)
 
 
-def from_pil(image: Image.Image, *, channels: int) -> Tensor:
-    """A PIL picture's pixels, upright; 16-bit grey scaled, alpha laid over white.
+def from_pil(image: Image.Image, *, channels: int, name: str) -> Tensor:
+    """Returns a PIL picture's pixels, upright; 16-bit grey scaled, alpha laid over white.
 
     Args:
         image: Of any mode.
         channels: 1 for grey (luma of ITU-R 601), 3 for RGB.
+        name: What to call the picture in an error.
 
     Returns:
         (channels, H, W) uint8.
+
+    Raises:
+        UnreadableImageError: if it has more than 64 million pixels, or its file cannot be decoded.
     """
     import torch
 
-    image.load()  # EXIF may lie behind a PNG's pixels
-    converted = _to_eight_bits(_upright(image)).convert("L" if channels == 1 else "RGB")
+    _check_size(image.height, image.width, name)
+    try:
+        image.load()  # EXIF may lie behind a PNG's pixels
+        converted = _to_eight_bits(_upright(image)).convert("L" if channels == 1 else "RGB")
+    except _PIL_ERRORS as error:
+        raise _undecodable(name, error) from error
     pixels = _as_array(converted)  # (H, W) or (H, W, 3)
     return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1).contiguous()
 
@@ -386,7 +395,7 @@ def _decode_colour_key(data: bytes, opened: Image.Image, channels: int, name: st
         opened.load()  # EXIF may lie behind the pixels
     except _PIL_ERRORS as error:
         raise _undecodable(name, error) from error
-    return from_pil(_transposed(picture, _orientation(opened)), channels=channels)
+    return from_pil(_transposed(picture, _orientation(opened)), channels=channels, name=name)
 
 
 def _decode_by_libpng(data: bytes, mode: Any, name: str) -> Tensor:
@@ -619,13 +628,6 @@ def _transposed(image: Image.Image, orientation: int) -> Image.Image:
         8: Transpose.ROTATE_90,
     }
     return image if orientation == 1 else image.transpose(undoing[orientation])
-
-
-def _decode_with_pil(image: Image.Image, channels: int, name: str) -> Tensor:
-    try:
-        return from_pil(image, channels=channels)
-    except _PIL_ERRORS as error:
-        raise _undecodable(name, error) from error
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
