@@ -158,11 +158,14 @@ def check_whole(data: bytes, *, name: str) -> None:
         UnreadableImageError: if a part is missing or, in PNG, damaged.
     """
     if data.startswith(_PNG):
-        last = None
-        for last in _png_chunks(data):
-            if last.name[:1].isupper() and not last.is_intact(data):
-                raise UnreadableImageError(f"image {name} is damaged in its {escape(last.name.decode('latin1'))} chunk")
-        whole = last is not None and last.name == b"IEND"
+        whole = False
+        for chunk in _png_chunks(data):
+            if chunk.end + 4 > len(data):
+                break
+            if chunk.name[:1].isupper() and not chunk.is_intact(data):
+                part = escape(chunk.name.decode("latin1"))
+                raise UnreadableImageError(f"image {name} is damaged in its {part} chunk")
+            whole = chunk.name == b"IEND"
     elif data.startswith(_JPEG):
         whole = any(marker.code == _END_OF_IMAGE for marker in _jpeg_markers(data))
     else:
@@ -321,16 +324,16 @@ def _resize(square: Tensor, side: int) -> Tensor:
 
 
 class _Chunk(NamedTuple):
-    """A part of a PNG: where its content begins, and how long that is."""
+    """A part of a PNG: its name, and where its content begins and ends; a checksum follows."""
 
     name: bytes
     start: int
-    length: int
+    end: int
 
     def is_intact(self, data: bytes) -> bool:
-        """Whether the checksum behind the content is there and right."""
-        end = self.start + self.length
-        return zlib.crc32(memoryview(data)[self.start - 4 : end]) == int.from_bytes(data[end : end + 4], "big")
+        """Whether the checksum is right."""
+        stated = int.from_bytes(data[self.end : self.end + 4], "big")
+        return zlib.crc32(memoryview(data)[self.start - 4 : self.end]) == stated
 
 
 def _png_chunks(data: bytes) -> Iterator[_Chunk]:
@@ -338,7 +341,7 @@ def _png_chunks(data: bytes) -> Iterator[_Chunk]:
     place = len(_PNG)
     while place + 8 <= len(data):
         length, name = struct.unpack_from(">I4s", data, place)
-        yield _Chunk(name, place + 8, length)
+        yield _Chunk(name, place + 8, place + 8 + length)
         if name == b"IEND":
             return
         place += 12 + length
@@ -382,7 +385,7 @@ def _decode_colour_key(data: bytes, opened: Image.Image, channels: int, name: st
 
     pixels = _decode_by_libpng(data, ImageReadMode.UNCHANGED, name).numpy()  # (1 or 3, H, W) uint8 or uint16
     depth, top = data[24], 2 ** data[24] - 1
-    key = next(data[part.start : part.start + part.length] for part in _png_chunks(data) if part.name == b"tRNS")
+    key = next(data[chunk.start : chunk.end] for chunk in _png_chunks(data) if chunk.name == b"tRNS")
     if len(key) != 2 * len(pixels):
         raise UnreadableImageError(f"image {name} is damaged: its transparent colour has {len(key)} bytes")
     values = (np.frombuffer(key, ">u2") & top) * (255 // top or 1)  # (1 or 3,); libpng scales what is below 8 bits

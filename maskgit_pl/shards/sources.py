@@ -188,7 +188,7 @@ def _list_files(folder: Path, classes: Sequence[str], left_out: _LeftOut) -> lis
         label = labels.get(relative.split("/")[0])
         if path.is_dir():
             if path.is_symlink():
-                left_out.setdefault("links to folders, which are not followed", []).append(relative)
+                left_out.setdefault("symbolic links to folders, which are not followed", []).append(relative)
         elif "/" not in relative:
             left_out.setdefault("outside the class folders", []).append(relative)
         elif label is not None and path.suffix[1:].lower() not in IMAGE_EXTENSIONS:
