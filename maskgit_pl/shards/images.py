@@ -67,6 +67,7 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8\xff"
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # of a JPEG, with a segment after it; and its end
 _SCAN, _END_OF_IMAGE, _APP1 = 0xDA, 0xD9, 0xE1
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # the segments that state the size and the coding
 _ORIENTATION = 0x0112  # EXIF tag: 1 upright, 2 to 8 turned or mirrored; from 5 on height and width change places
 _MOST_SCRATCH = 2**24  # bytes; larger images get memory of their own
 _of_thread = threading.local()
@@ -493,7 +494,8 @@ def _check_jpeg(data: bytes, name: str) -> None:
         )
     if before - 2 - sum(marker.end - marker.start for marker in head[:-1]) > _MAX_FILLER:
         raise UnreadableImageError(f"image {name} is damaged: over {_MAX_FILLER} bytes between its segments")
-    if data.count(b"\xff\xda") > MAX_SCANS:  # as many scans at most; the bytes may also stand in a segment
+    # as many scans at most: these bytes may also stand in a segment; where one scan is all, libjpeg allows no other
+    if _has_more_scans(data, head) and data.count(b"\xff\xda") > MAX_SCANS:
         codes = [marker.code for marker in _jpeg_markers(data)]
         if codes.count(_SCAN) > MAX_SCANS or codes[-1] != _END_OF_IMAGE:
             raise UnreadableImageError(
@@ -501,9 +503,24 @@ def _check_jpeg(data: bytes, name: str) -> None:
             )
 
 
+def _has_more_scans(data: bytes, head: list[_Marker]) -> bool:
+    """Whether the first scan of a JPEG leaves something to others: bits, coefficients or colours."""
+    frames = [marker for marker in head if marker.code in _FRAMES]
+    if len(frames) != 1 or frames[0].code > 0xC1:  # not baseline
+        return True
+    scan, frame = head[-1].start + 4, frames[0].start + 9  # where the numbers of colours stand
+    return data[scan : scan + 1] != data[frame : frame + 1]
+
+
 def _may_be_turned(jpeg: bytes) -> bool:
     """Whether a JPEG has a segment of EXIF or XMP before its pixels."""
-    return any(marker.code == _APP1 for marker in _jpeg_head(jpeg))
+    place = 2
+    while place + 4 <= len(jpeg) and jpeg[place] == 0xFF:
+        marker = jpeg[place + 1]
+        if marker in (_APP1, _SCAN):
+            return marker == _APP1
+        place += 1 if marker == 0xFF else 2 + int.from_bytes(jpeg[place + 2 : place + 4], "big")  # 0xFF may fill
+    return False
 
 
 def _decode_jpeg(data: bytes, channels: int, name: str, *, buffer: npt.NDArray[np.uint8] | None = None) -> Tensor:

@@ -1,3 +1,4 @@
+import contextlib
 import io
 import json
 import re
@@ -237,6 +238,27 @@ def test_every_cut_of_an_image_is_found_without_decoding_it(kind, progressive):
     for length in (*range(12, len(data), 37), len(data) - 1):
         with pytest.raises(UnreadableImageError, match=rf"x is cut off after {length} bytes"):
             check_whole(data[:length], name="x")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_bytes_that_were_cut_or_changed_give_an_image_or_the_one_error(kind, progressive):
+    generator, data = np.random.default_rng(0), save(Image.fromarray(noise(9, 9, 3)), kind, progressive=progressive)
+    spoilt = [data[:length] for length in range(0, len(data), 1 + len(data) // 150)]
+    for _ in range(150):
+        changed = bytearray(data)
+        for place in generator.integers(0, len(data), 3):
+            changed[place] = int(generator.choice([0, 1, 0xD8, 0xD9, 0xDA, 0xFF, generator.integers(256)]))
+        spoilt.append(bytes(changed))
+    read = (
+        lambda data: read_header(data, name="x"),
+        lambda data: decode_image(data, channels=3, name="x"),
+        lambda data: check_whole(data, name="x"),
+    )
+    for bad in spoilt:
+        for each in read:
+            with contextlib.suppress(UnreadableImageError):
+                each(bad)
 
 
 def test_a_png_that_is_damaged_in_its_pixels_is_found_without_decoding_it():
