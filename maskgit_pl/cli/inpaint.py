@@ -168,9 +168,10 @@ def read_header(kind: str, path: Path) -> ImageHeader:
     """
     from maskgit_pl.shards import images
 
-    if not path.is_file():
-        raise FileNotFoundError(f"{kind} {path}: no such file; name a JPEG, PNG or WebP file")
-    return images.read_header(path.read_bytes(), name=str(path))
+    name = printable(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{kind} {name}: no such file; name a JPEG, PNG or WebP file")
+    return images.read_header(images.read_image_file(path, name=name), name=name)
 
 
 def _box(text: str) -> list[int]:

@@ -38,6 +38,31 @@ def test_make_then_make_again_then_index_agree(tree, tmp_path, capsys):
     assert read_manifest_summary(out) == made
 
 
+def test_make_says_what_it_left_out_and_stats_says_it_again(tree, tmp_path, capsys):
+    (tree / "cat" / "a.gif").write_bytes(b"GIF89a")
+    (tree / "loose.png").write_bytes(b"x")
+    whole = (tree / "cat" / "1.png").read_bytes()
+    (tree / "dog" / "cut.png").write_bytes(whole[:60])
+    (tree / "dog" / "empty.png").write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=r"2 of 42 images cannot be read:\n.*\n.*\nreplace .* with --lenient$"
+    ) as caught:
+        call("make", tree, "--out", tmp_path / "out")
+    assert f"image {tree}/dog/cut.png is cut off after 60 bytes" in str(caught.value)
+    assert f"image {tree}/dog/empty.png is empty" in str(caught.value)
+    said = [
+        "  left out: 1 .gif (cat/a.gif)",
+        "  left out: 1 outside the class folders (loose.png)",
+        "  left out: 2 images that cannot be read, listed in left_out.txt",
+    ]
+    for _ in range(2):
+        assert call("make", tree, "--out", tmp_path / "out", "--lenient") == 0
+        assert capsys.readouterr().out.splitlines()[1:] == said
+    call("stats", tmp_path / "out")
+    assert said[-1] in capsys.readouterr().out.splitlines()
+    assert sum(read_manifest_summary(tmp_path / "out").samples.values()) == 40
+
+
 def test_index_of_foreign_names_numbers_the_classes(tree, tmp_path):
     call("make", tree, "--out", tmp_path / "out")
     for split in ("train", "val"):
