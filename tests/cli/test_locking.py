@@ -40,7 +40,8 @@ def test_a_run_that_is_trained(tiny_shards, tmp_path, capsys):
 def test_a_token_store_that_is_made_by_the_same_rank(tiny_shards, tiny_pretrained, tmp_path, capsys):
     where = [f"--data={tiny_shards}", f"--runs={tmp_path}", "--run=one", f"--tokenizer={tiny_pretrained / 'tokenizer'}"]
     words = ["tokenize", *where, "--part-samples=10"]
-    store = tmp_path / "one" / "tokens"
+    assert main([*words, "--rank=1", "--num-ranks=3"]) == 0
+    (store,) = (tmp_path / "tokens").iterdir()
     with holder(store, rank=0):
         assert main([*words, "--rank=1", "--num-ranks=2"]) == 0  # it shares the work
     is_refused([*words, "--rank=0", "--num-ranks=2"], store, capsys, rank=0)
