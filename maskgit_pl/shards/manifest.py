@@ -24,7 +24,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from maskgit_pl.checks import build_dataclass, check_integer, check_keys, is_of_type, shorten
+from maskgit_pl.checks import build_dataclass, check_integer, check_keys, shorten
 from maskgit_pl.files import read_json, write_atomically
 from maskgit_pl.shards.safe_open import map_array, open_regular
 from maskgit_pl.shards.tar import BLOCK, header_size
@@ -36,6 +36,7 @@ __all__ = [
     "Manifest",
     "Shard",
     "Split",
+    "check_sha256",
     "check_shards",
     "data_fingerprint",
     "index_sha256",
@@ -80,7 +81,7 @@ class Shard:
             raise ValueError(f"name must be that of a file inside the data folder, got {shorten(self.name)}")
         check_integer("bytes", self.bytes, "[0, 1125899906842624]")  # 1 PiB
         check_integer("samples", self.samples, "[0, 4294967296]")
-        _check_sha256("sha256", self.sha256)
+        check_sha256("sha256", self.sha256)
 
 
 @dataclass(frozen=True)
@@ -385,7 +386,7 @@ def _from_json(path: Path, folder: Path, split: Split) -> Manifest:
             shards=shards,
             classes=tuple(content["classes"]),
             images=_image_range(content["images"], f"{path}: images"),
-            index_sha256=_check_sha256(f"{path}: index_sha256", content["index_sha256"]),
+            index_sha256=check_sha256(f"{path}: index_sha256", content["index_sha256"]),
             labels=content.get("labels", "cls"),
             left_out=content.get("left_out", {}),
         )
@@ -394,15 +395,18 @@ def _from_json(path: Path, folder: Path, split: Split) -> Manifest:
 
 
 def _check_types(path: Path, content: Mapping[str, Any]) -> None:
-    if not content["classes"] or not is_of_type(content["classes"], tuple[str, ...]):
-        raise ValueError(f"{path}: classes must be a list of names, got {shorten(content['classes'])}")
+    classes = content["classes"]
+    if not classes or not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError(f"{path}: classes must be a list of names, got {shorten(classes)}")
     if not isinstance(content["shards"], list):
         raise ValueError(f"{path}: shards must be a list, got {shorten(content['shards'])}")
     labels, left_out = content.get("labels", "cls"), content.get("left_out", {})
     if not isinstance(labels, str) or not re.fullmatch(r"cls|none|json:.+", labels):
         raise ValueError(f"{path}: labels must be cls, json:FIELD or none, got {shorten(labels)}")
-    if not is_of_type(left_out, Mapping[str, int]):
+    if not isinstance(left_out, dict):
         raise ValueError(f"{path}: left_out must be a mapping of counts, got {shorten(left_out)}")
+    for fault, count in left_out.items():
+        check_integer(f"{path}: left_out[{shorten(fault)}]", count, "[0, 4294967296]")
 
 
 def _shard(fields: object, where: str) -> Shard:
@@ -433,7 +437,12 @@ def _is_inside(name: str) -> bool:
     return not (path.is_absolute() or ".." in path.parts or path.name.startswith(".")) and name.isprintable()
 
 
-def _check_sha256(name: str, value: object) -> str:
+def check_sha256(name: str, value: object) -> str:
+    """Checks that ``value`` is a sha256 in hex, and returns it.
+
+    Raises:
+        ValueError: if it is not.
+    """
     if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
         raise ValueError(f"{name} must be a sha256 of 64 hex digits, got {shorten(value)}")
     return value

@@ -34,7 +34,7 @@ import numpy.typing as npt
 from maskgit_pl.checks import build_dataclass, check_choice, check_integer, check_keys, shorten
 from maskgit_pl.errors import DataChangedError
 from maskgit_pl.files import read_json
-from maskgit_pl.shards.manifest import Split
+from maskgit_pl.shards.manifest import Split, check_sha256
 from maskgit_pl.shards.safe_open import file_sha256, is_whole, map_array
 
 __all__ = [
@@ -109,6 +109,8 @@ class StoreDescription:
         if self.sha256:
             names = [path.stem for split in self.samples for path in _paths(Path(), split)]
             check_keys("sha256", self.sha256, known=names, required=names)
+            for name in names:
+                check_sha256(f"sha256.{name}", self.sha256[name])
 
     @property
     def num_tokens(self) -> int:

@@ -337,6 +337,7 @@ HOSTILE = {
     "sha256 ": changed_fields(sha256={}),
     "sha256  ": changed_fields(sha256={"train-tokens": "0"}),
     "sha256   ": changed_fields(sha256=[1]),
+    "sha256    ": changed_fields(sha256=dict.fromkeys(("train-tokens", "train-labels", "val-tokens", "val-labels"), 7)),
     "extra": changed_fields(extra=1),
 }
 
