@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
-from collections.abc import Iterator
+import shutil
+import stat
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-__all__ = ["read_json", "size_text", "write_atomically"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["parse_json", "read_json", "size_text", "sync", "write_atomically", "write_tensors"]
 
 MAX_JSON_BYTES = 1_000_000
 
@@ -27,6 +33,47 @@ def write_atomically(path: Path) -> Iterator[IO[bytes]]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file, whole or not at all, and waits until it is on disk.
+
+    safetensors leaves a file of mode 0600 whatever the umask is; this one has the permissions of any new file.
+
+    Args:
+        file: Replaced if it is there.
+        tensors: Contiguous, on the CPU.
+        metadata: Of the file's header.
+
+    Raises:
+        OSError: if the disk is full or the folder is not writable. Nothing is left behind.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        partial.touch()
+        mode = stat.S_IMODE(partial.stat().st_mode)
+        save_file(dict(tensors), partial, metadata=None if metadata is None else dict(metadata))
+        partial.chmod(mode)
+        sync(partial)
+        os.replace(partial, file)
+    except SafetensorError as error:  # whatever the system said
+        needed, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(file.parent).free
+        code = errno.ENOSPC if free < needed else errno.EIO
+        raise OSError(code, f"{error}; it needs {size_text(needed)}, {size_text(free)} are free", str(file)) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_json(file: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
@@ -49,19 +96,32 @@ def read_json(file: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     size = file.stat().st_size
     if size > max_bytes:
         raise ValueError(f"{file} must have at most {size_text(max_bytes)}, got {size_text(size)}")
+    return parse_json(file.read_bytes(), str(file))
+
+
+def parse_json(text: bytes | str, where: str) -> dict[str, Any]:
+    """Parses JSON that a stranger may have written.
+
+    Args:
+        text: UTF-8.
+        where: Name of the file, for the message.
+
+    Raises:
+        ValueError: as ``read_json``, for what the text says.
+    """
     try:
         content = json.loads(
-            file.read_bytes(),
+            text,
             object_pairs_hook=_unique_keys,
             parse_constant=_finite_float,
             parse_float=_finite_float,
         )
     except RecursionError as error:
-        raise ValueError(f"{file} is nested too deep") from error
+        raise ValueError(f"{where} is nested too deep") from error
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise ValueError(f"{file} is not JSON that can be read: {' '.join(str(error).split())[:200]}") from error
+        raise ValueError(f"{where} is not JSON that can be read: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold a mapping, got a {type(content).__name__}")
+        raise ValueError(f"{where} must hold a mapping, got a {type(content).__name__}")
     return content
 
 

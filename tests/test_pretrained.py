@@ -142,7 +142,7 @@ def test_a_folder_holds_tensors_and_plain_json_alone(saved):
 @pytest.mark.parametrize("kind", ["tokenizer", "transformer"])
 def test_a_folder_of_the_other_kind_is_refused_by_its_file(saved, kind):
     other = "transformer" if kind == "tokenizer" else "tokenizer"
-    with pytest.raises(ValueError, match=rf"{other}/config\.json: format 'maskgit_pl\.{kind}' is needed, got"):
+    with pytest.raises(ValueError, match=rf"{other}/config\.json: format must be 'maskgit_pl\.{kind}', got"):
         LOADERS[kind](saved / other)
 
 
@@ -155,7 +155,7 @@ def test_a_missing_folder_is_named(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["tokenizer", "transformer"])
 def test_missing_weights_are_named(saved, kind):
     (saved / kind / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=rf"{kind}: no model\.safetensors there"):
+    with pytest.raises(FileNotFoundError, match=rf"weights .*{kind}/model\.safetensors: no such file"):
         LOADERS[kind](saved / kind)
 
 
@@ -172,7 +172,7 @@ def test_weights_of_another_size_are_refused_by_their_file(saved):
     config = read_config(saved / "transformer", "transformer")["network"]
     edit(saved / "transformer", network={**config, "num_classes": 3})
     with pytest.raises(
-        ValueError, match=r"weights .*/transformer: they do not fit the network's sizes: .*words\.weight"
+        ValueError, match=r"transformer/config\.json: class_names must be a list of 3 strings"
     ):
         load_transformer(saved / "transformer")
 
@@ -182,7 +182,7 @@ def test_weights_of_another_size_are_refused_by_their_file(saved):
 )
 def test_an_unknown_key_is_refused_by_its_file(saved, kind, part):
     edit(saved / kind, **{part: {**read_config(saved / kind, kind)[part], "colour": "red"}})
-    with pytest.raises(ValueError, match=rf"{kind}/config\.json: unknown keys \['colour'\]"):
+    with pytest.raises(ValueError, match=rf"{kind}/config\.json: {part}: unknown key 'colour'"):
         LOADERS[kind](saved / kind)
 
 
@@ -194,7 +194,7 @@ def test_an_unknown_schedule_answers_with_the_nearest(saved):
 
 def test_a_newer_format_is_refused(saved):
     edit(saved / "tokenizer", version=2)
-    with pytest.raises(ValueError, match=r"tokenizer/config\.json: version 1 is known, got 2; update maskgit_pl"):
+    with pytest.raises(ValueError, match=r"tokenizer/config\.json: version must be 1, got 2; update maskgit_pl"):
         load_tokenizer(saved / "tokenizer")
 
 
@@ -202,7 +202,7 @@ def test_a_newer_format_is_refused(saved):
 def test_a_broken_config_is_refused_by_its_file(saved, text):
     (saved / "tokenizer" / "config.json").write_text(text)
     with pytest.raises(
-        ValueError, match=r"tokenizer/config\.json: (not JSON|format 'maskgit_pl\.tokenizer' is needed)"
+        ValueError, match=r"tokenizer/config\.json (is not JSON that can be read|must hold a mapping)"
     ):
         load_tokenizer(saved / "tokenizer")
 
@@ -233,7 +233,7 @@ def test_a_write_that_fails_leaves_the_older_folder_and_nothing_else(saved, monk
     def fail(*given: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("maskgit_pl.pretrained.save_file", fail)
+    monkeypatch.setattr("maskgit_pl.pretrained.write_tensors", fail)
     with pytest.raises(OSError, match="no space left"):
         save_tokenizer(saved / "tokenizer", VQGAN_CONFIG, vqgan(seed=1).state_dict(), image_size=16)
     monkeypatch.undo()
@@ -316,13 +316,13 @@ def test_a_recipe_for_other_weights_is_used_with_a_warning(saved: Path, caplog) 
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"format": "other"}, "format 'maskgit_pl.decoding' is needed, got 'other'"),
-        ({"version": 2}, "version 1 is known, got 2"),
-        ({"decoding": {"steps": 8}}, r"unknown keys \['steps'\]"),
-        ({"decoding": [8]}, "'decoding' must be a mapping, got list"),
+        ({"format": "other"}, "format must be 'maskgit_pl.decoding', got 'other'"),
+        ({"version": 2}, "version must be 1, got 2"),
+        ({"decoding": {"steps": 8}}, "unknown key 'steps'"),
+        ({"decoding": [8]}, "decoding must be a mapping, got "),
         ({"decoding": {"token_selector": "confidnce"}}, "did you mean 'confidence'"),
         ({"decoding": {"guidance": {"name": "linear", "power": 2}}}, "power"),
-        ({"decoding": {"num_steps": 0}}, "num_steps: at least 1"),
+        ({"decoding": {"num_steps": 0}}, "num_steps must be an integer in"),
         ({"decoding": {"num_steps": "8"}}, "delete the file"),
         ({"decoding": {"top_p": 1.5}}, "top_p"),
         ({"decoding": {"token_selector": "raster", "context_cache": 2}}, "context_cache: a sequential model"),
@@ -338,5 +338,5 @@ def test_a_recipe_that_is_none_is_refused_by_name(saved: Path, changes: dict[str
 
 def test_a_recipe_that_is_no_json_is_refused_by_name(saved: Path) -> None:
     (saved / "decoding.json").write_bytes(b"{\xff")
-    with pytest.raises(ValueError, match=r"decoding .*decoding\.json: not JSON"):
+    with pytest.raises(ValueError, match=r"decoding\.json is not JSON that can be read"):
         read_decoding(saved)
