@@ -170,10 +170,12 @@ def test_truncated_weights_are_refused_by_their_file(saved, kind, kept):
 
 def test_weights_of_another_size_are_refused_by_their_file(saved):
     config = read_config(saved / "transformer", "transformer")["network"]
+    edit(saved / "transformer", network={**config, "num_codes": 17})
+    fault = r"they do not fit the network's sizes: .*words\.weight must have shape \(21, 16\), got \(20, 16\)"
+    with pytest.raises(ValueError, match=rf"weights .*/transformer/model\.safetensors: {fault}"):
+        load_transformer(saved / "transformer")
     edit(saved / "transformer", network={**config, "num_classes": 3})
-    with pytest.raises(
-        ValueError, match=r"transformer/config\.json: class_names must be a list of 3 strings"
-    ):
+    with pytest.raises(ValueError, match=r"config\.json: class_names must be a list of 3 strings"):
         load_transformer(saved / "transformer")
 
 
@@ -201,9 +203,7 @@ def test_a_newer_format_is_refused(saved):
 @pytest.mark.parametrize("text", ["{", "", "[]", '"text"'])
 def test_a_broken_config_is_refused_by_its_file(saved, text):
     (saved / "tokenizer" / "config.json").write_text(text)
-    with pytest.raises(
-        ValueError, match=r"tokenizer/config\.json (is not JSON that can be read|must hold a mapping)"
-    ):
+    with pytest.raises(ValueError, match=r"tokenizer/config\.json (is not JSON that can be read|must hold a mapping)"):
         load_tokenizer(saved / "tokenizer")
 
 

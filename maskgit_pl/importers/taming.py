@@ -143,14 +143,16 @@ def import_taming(file: Path, out: Path, *, image_size: int = 256) -> ImportedTo
     Raises:
         FileNotFoundError: No such file.
         FileExistsError: ``out`` is there.
-        ValueError: if it is not such a tokenizer, describes more than it holds, or its downsampling factor does not
-            divide the size.
+        ValueError: if it is not such a tokenizer, describes more than it holds, has numbers that are not finite, or its
+            downsampling factor does not divide the size.
     """
     check_out(out)
     contents, beside = _read(file)
     try:
         tensors, ignored = _network_tensors(contents)
         check_held(tensors, file.stat().st_size)
+        for name, tensor in tensors.items():
+            check_tensor(name, tensor)
         config = tokenizer_config(tensors)
         weights = tokenizer_weights(tensors, config)
     except ValueError as error:
@@ -227,8 +229,7 @@ def tokenizer_weights(tensors: Mapping[str, Tensor], config: VQGANConfig) -> dic
         config: Its sizes.
 
     Raises:
-        ValueError: if a tensor is missing, left over, of another shape than ``config`` asks for, or holds anything but
-            finite floating point numbers.
+        ValueError: if a tensor is missing, left over or of another shape than ``config`` asks for.
     """
     layout = layout_of(tensors)
     with torch.device("meta"):
@@ -245,7 +246,6 @@ def tokenizer_weights(tensors: Mapping[str, Tensor], config: VQGANConfig) -> dic
         if tensors[theirs[name]].shape != shape:
             got = tuple(tensors[theirs[name]].shape)
             raise ValueError(f"tensor {theirs[name]}: shape {tuple(shape)} is needed, got {got}")
-        check_tensor(theirs[name], tensors[theirs[name]])
     weights = {name: tensors[theirs[name]].float() for name in wanted}
     if layout.normalized_codes:
         weights["quantizer.codebook"] = F.normalize(weights["quantizer.codebook"], dim=1)
@@ -301,9 +301,9 @@ def _level_parts(name: str, config: VQGANConfig, layout: Layout, *, level: int, 
 def _read(file: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The state dict of a checkpoint and the names of what lies beside it."""
     kind = torch_file(file)
-    if kind == "safetensors":
-        return dict(read_tensors(file)), ()
     try:
+        if kind == "safetensors":
+            return dict(read_tensors(file)), ()
         if kind == "zip":
             with file.open("rb") as stream:
                 check_archive(stream, file.stat().st_size)

@@ -44,7 +44,7 @@ _LARGEST = {  # well above any network that exists: what is larger is a mistake,
     "width": 2**16,
     "depth": 1024,
     "num_heads": 1024,
-    "mlp_width": 2**18,
+    "mlp_width": 2**20,
 }
 _LAYER_NORM_EPS = 1e-12
 _INIT_STD = 0.02

@@ -291,8 +291,10 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], where: Path 
     """
     own = network.state_dict()
     for name, tensor in weights.items():
+        if name not in own:  # torch names it below
+            continue
         try:
-            if name not in own or own[name].is_floating_point():
+            if own[name].is_floating_point():
                 check_tensor(name, tensor)
             elif tensor.is_floating_point():
                 raise ValueError(f"tensor {_kind_rule(name, own[name])}, got {tensor.dtype}")

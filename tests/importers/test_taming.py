@@ -501,7 +501,9 @@ def test_a_missing_file_is_refused(tmp_path):
 @pytest.mark.parametrize("size", [15, 0, -16])
 def test_a_size_that_the_factor_does_not_divide_is_refused(size, tmp_path):
     file = save(reference("taming"), tmp_path / "a.ckpt")
-    with pytest.raises(ValueError, match=f"image size must be a positive multiple of the downsampling factor 2, got {size}"):
+    with pytest.raises(
+        ValueError, match=f"image size must be a positive multiple of the downsampling factor 2, got {size}"
+    ):
         import_taming(file, tmp_path / "out", image_size=size)
     assert not (tmp_path / "out").exists()
 

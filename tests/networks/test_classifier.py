@@ -125,5 +125,5 @@ def test_folders_of_something_else_are_refused(tmp_path):
             load_classifier(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="weights .*model.safetensors: no such file"):
+    with pytest.raises(FileNotFoundError, match=r"weights .*model\.safetensors: no such file"):
         load_classifier(tmp_path)

@@ -198,7 +198,7 @@ def test_inception_s_weights_are_looked_for_where_it_is_said(tmp_path, monkeypat
 
 def test_weights_of_another_network_do_not_fit_inception(weights):
     sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
-    with pytest.raises(ValueError, match="feature network 'inception' .* do not fit"):
+    with pytest.raises(ValueError, match=r"feature network 'inception' .* do not fit"):
         InceptionSpec(str(weights), sha256).create()
 
 
