@@ -129,11 +129,11 @@ def check_fit(network: nn.Module, header: Mapping[str, TensorInfo], where: str) 
     """
     own = network.state_dict()
     missing = [f"{name} is missing" for name in own if name not in header]
-    unknown = [f"{name} has no place in the network" for name in header if name not in own]
+    unknown = [f"{shorten(name)} has no place in the network" for name in header if name not in own]
     other = [
-        f"{name} must have shape {tuple(own[name].shape)}, got {info.shape}"
-        for name, info in header.items()
-        if name in own and info.shape != tuple(own[name].shape)
+        f"{name} must have shape {tuple(tensor.shape)}, got {header[name].shape}"
+        for name, tensor in own.items()
+        if name in header and header[name].shape != tuple(tensor.shape)
     ]
     found = [*other, *missing, *unknown]
     if found:
@@ -213,8 +213,9 @@ def check_archive(stream: IO[bytes], size: int) -> None:
             entries = archive.infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
         raise ValueError(f"the zip archive is damaged ({error})") from error
-    packed = next((entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED), None)
-    if packed is not None:
+    compressed = [entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
+    if compressed:
+        packed = max(compressed, key=lambda entry: entry.file_size)
         raise ValueError(
             f"entries of the archive must not be compressed, got {shorten(packed.filename)} of "
             f"{size_text(packed.file_size)} in {size_text(packed.compress_size)}"
