@@ -6,11 +6,12 @@ Used by dataclasses in ``__post_init__`` and by everything that reads a file tha
 from __future__ import annotations
 
 import math
-import types
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, Field, fields
 from difflib import get_close_matches
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_type_hints
+
+from maskgit_pl.schema import describe, fits, schema_of
 
 __all__ = [
     "build_dataclass",
@@ -19,7 +20,6 @@ __all__ = [
     "check_keys",
     "check_number",
     "did_you_mean",
-    "is_of_type",
     "shorten",
 ]
 
@@ -41,7 +41,7 @@ def shorten(value: object) -> str:
 
 def did_you_mean(name: str, choices: Collection[str]) -> str:
     """Returns ``"did you mean 'x'?"`` for the choice closest to ``name``, or an empty string if none is close."""
-    close = get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    close = get_close_matches(name, list(choices), n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else ""
 
 
@@ -140,56 +140,13 @@ def build_dataclass(kind: type[T], values: object, where: str) -> T:
     check_keys(where, values, known=own, required=required)
     hints = get_type_hints(kind)
     for key, value in values.items():
-        if not is_of_type(value, hints[key]):
-            raise ValueError(f"{where}.{key} must be {_type_name(hints[key])}, got {shorten(value)}")
+        schema = schema_of(hints[key])
+        if not fits(value, schema):
+            raise ValueError(f"{where}.{key} must be {describe(schema)}, got {shorten(value)}")
     try:
         return kind(**values)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-
-
-def is_of_type(value: object, annotation: Any) -> bool:
-    """Returns whether a plain value fits an annotation: a list fits a tuple, an int fits a float, a bool only bool.
-
-    Args:
-        value: Of JSON or YAML: None, bool, int, float, str, list or dict with such values.
-        annotation: Of plain types, ``Literal``, unions, tuples, sequences and mappings of them.
-    """
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if annotation is Any:
-        return True
-    if annotation is None or annotation is type(None):
-        return value is None
-    if origin is Literal:
-        return any(value == choice and type(value) is type(choice) for choice in arguments)
-    if origin in (Union, types.UnionType):
-        return any(is_of_type(value, each) for each in arguments)
-    if origin is tuple and arguments[-1:] != (Ellipsis,):
-        if not isinstance(value, list | tuple) or len(value) != len(arguments):
-            return False
-        return all(map(is_of_type, value, arguments))
-    if isinstance(origin, type) and issubclass(origin, Mapping):
-        key, item = arguments
-        return isinstance(value, Mapping) and all(is_of_type(k, key) and is_of_type(v, item) for k, v in value.items())
-    if isinstance(origin, type) and issubclass(origin, Sequence):
-        return isinstance(value, list | tuple) and all(is_of_type(each, arguments[0]) for each in value)
-    if isinstance(value, bool):
-        return annotation is bool
-    return isinstance(value, int | float if annotation is float else annotation)
-
-
-def _type_name(annotation: Any) -> str:
-    if get_origin(annotation) in (Union, types.UnionType):
-        return " or ".join(_type_name(each) for each in get_args(annotation))
-    if get_origin(annotation) is Literal:
-        return "one of " + ", ".join(map(repr, get_args(annotation)))
-    names = {int: "an integer", float: "a number", str: "a string", bool: "true or false", type(None): "null"}
-    kind = get_origin(annotation) or annotation
-    if isinstance(kind, type) and issubclass(kind, Mapping):
-        return "a mapping"
-    if isinstance(kind, type) and issubclass(kind, tuple | Sequence) and kind is not str:
-        return "a list of " + " and ".join(_type_name(each) for each in get_args(annotation) if each is not Ellipsis)
-    return names.get(kind, str(kind))
 
 
 def _is_finite(value: int | float) -> bool:

@@ -11,7 +11,6 @@ from maskgit_pl.checks import (
     check_integer,
     check_keys,
     check_number,
-    is_of_type,
     shorten,
 )
 
@@ -89,13 +88,6 @@ def test_values_of_the_wrong_type_are_refused_with_file_and_key(values: Any) -> 
 def test_values_of_the_right_type_are_taken() -> None:
     values = {"depth": 2, "rate": 1, "kind": "b", "spec": {"name": "x"}, "grid": [7, 7], "names": ["a"], "top_k": None}
     assert build_dataclass(Sizes, values, "config.json") == Sizes(**values)  # type: ignore[arg-type]  # lists for tuples
-
-
-def test_an_integer_is_a_number_and_a_bool_is_neither() -> None:
-    assert is_of_type(1, float)
-    assert not is_of_type(True, float)
-    assert not is_of_type(True, int)
-    assert not is_of_type(1, bool)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maskgit_pl.cli.recipes import STAGES, Plan, Stage, read_yaml
+from maskgit_pl.cli.recipes import STAGES, Layer, Plan, Recipe, Stage, read_run_config, read_yaml
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -94,4 +94,5 @@ def _plan(folder: Path, stage: Stage, data: Path | None, out: Path) -> Plan:
                 "tokenizer` if the run trained it"
             )
         words.append(f"--model.tokenizer={tokenizer}")
-    return Plan(stage, [config], words, shards, folder, tokenizer)
+    recipe = Recipe.of(stage, [Layer(f"recipe {config}", read_run_config(config))], words)
+    return Plan(recipe, shards, folder, tokenizer)

@@ -1,0 +1,107 @@
+"""JSON Schema of annotations of plain types, and the check of plain values against it.
+
+Used for what files hold: recipes, config.json, decoding.json. Imports nothing heavy, so that a wrong key is answered at
+once. The schemas are JSON Schema 2020-12, which editors understand.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+__all__ = ["Schema", "describe", "fits", "schema_of"]
+
+Schema = dict[str, Any]
+
+_TYPES: dict[Any, str] = {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null"}
+_NAMES = {
+    "integer": "an integer",
+    "number": "a number",
+    "string": "a string",
+    "boolean": "true or false",
+    "null": "null",
+    "object": "a mapping",
+}
+
+
+def schema_of(annotation: Any) -> Schema:
+    """Returns the JSON Schema of an annotation.
+
+    Args:
+        annotation: Of plain types, dataclasses, ``Literal``, unions, tuples, sequences, mappings, ``Any``.
+
+    Raises:
+        TypeError: if the annotation is of none of these.
+    """
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if annotation is Any:
+        return {}
+    if annotation is None:
+        annotation = type(None)
+    if annotation in _TYPES:
+        return {"type": _TYPES[annotation]}
+    if isinstance(annotation, type) and is_dataclass(annotation):
+        hints = get_type_hints(annotation)
+        properties = {field.name: schema_of(hints[field.name]) for field in fields(annotation) if field.init}
+        return {"type": "object", "properties": properties, "additionalProperties": False}
+    if origin is Literal:
+        return {"enum": list(arguments)}
+    if origin in (Union, types.UnionType):
+        return {"anyOf": [schema_of(each) for each in arguments]}
+    if origin is tuple and arguments[-1:] != (Ellipsis,):
+        return {"type": "array", "prefixItems": [schema_of(each) for each in arguments], **_length(len(arguments))}
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return {"type": "object"}
+    if isinstance(origin, type) and issubclass(origin, Sequence):
+        return {"type": "array", "items": schema_of(arguments[0])}
+    raise TypeError(f"{annotation} has no JSON Schema here")
+
+
+def _length(count: int) -> Schema:
+    return {"minItems": count, "maxItems": count}
+
+
+def fits(value: object, schema: Schema) -> bool:
+    """Returns whether a plain value fits a schema of ``schema_of``; keys of mappings are not compared.
+
+    An integer fits ``number``, a tuple fits ``array``, and a bool fits only ``boolean``.
+    """
+    if "anyOf" in schema:
+        return any(fits(value, each) for each in schema["anyOf"])
+    if "enum" in schema:
+        return any(value == choice and type(value) is type(choice) for choice in schema["enum"])
+    if schema.get("type") == "array":
+        if not isinstance(value, list | tuple):
+            return False
+        if "prefixItems" in schema:
+            return len(value) == len(schema["prefixItems"]) and all(map(fits, value, schema["prefixItems"]))
+        return all(fits(each, schema["items"]) for each in value)
+    match schema.get("type"):
+        case "integer":
+            return isinstance(value, int) and not isinstance(value, bool)
+        case "number":
+            return isinstance(value, int | float) and not isinstance(value, bool)
+        case "string":
+            return isinstance(value, str)
+        case "boolean":
+            return isinstance(value, bool)
+        case "null":
+            return value is None
+        case "object":
+            return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+    return True
+
+
+def describe(schema: Schema) -> str:
+    """Returns what a schema accepts, in words, such as ``"an integer or null"``."""
+    if "anyOf" in schema:
+        return " or ".join(describe(each) for each in schema["anyOf"])
+    if "enum" in schema:
+        return " or ".join(repr(each) if isinstance(each, str) else str(each).lower() for each in schema["enum"])
+    if "prefixItems" in schema:
+        return "a list of " + " and ".join(describe(each) for each in schema["prefixItems"])
+    if schema.get("type") == "array":
+        return f"a list of items that are each {describe(schema['items'])}"
+    return _NAMES.get(schema.get("type", ""), "any value")
