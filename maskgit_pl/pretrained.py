@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from maskgit_pl.checks import build_dataclass, check_integer, check_keys, is_of_type, shorten
+from maskgit_pl.checks import build_dataclass, check_class_names, check_integer, check_keys, shorten
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.files import read_json, sync, write_atomically, write_tensors
 from maskgit_pl.networks.causal import CausalTransformer, build_transformer
@@ -405,7 +405,7 @@ def _transformer(content: Mapping[str, Any], folder: Path) -> _TransformerConfig
         network,
         _mask_schedule(content["mask_schedule"], network.attention, file),
         _checked_decoding(content["decoding"], f"{file}: decoding"),
-        _class_names(content["class_names"], network.num_classes, file),
+        check_class_names(f"{file}: class_names", content["class_names"], network.num_classes),
         _text(content["tokenizer_fingerprint"], f"{file}: tokenizer_fingerprint"),
     )
 
@@ -420,14 +420,6 @@ def _mask_schedule(spec: Any, attention: str, file: Path) -> MaskSchedule | None
         return None if spec is None else mask_schedules.build(spec)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from error
-
-
-def _class_names(names: Any, num_classes: int, file: Path) -> tuple[str, ...]:
-    if not is_of_type(names, list[str]) or len(names) != num_classes:
-        raise ValueError(
-            f"{file}: class_names must be a list of {num_classes} strings, one for each class, got {shorten(names)}"
-        )
-    return tuple(names)
 
 
 def _text(value: Any, where: str) -> str:

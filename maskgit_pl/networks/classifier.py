@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskgit_pl.checks import build_dataclass, check_integer, check_keys, is_of_type, shorten
+from maskgit_pl.checks import build_dataclass, check_class_names, check_integer, check_keys, shorten
 from maskgit_pl.files import read_json
 from maskgit_pl.networks.feature_output import FeatureOutput
 from maskgit_pl.networks.weight_file import check_fit, load_weights, read_header, read_tensors
@@ -210,10 +210,7 @@ def _read_config(folder: Path) -> tuple[ClassifierSizes, tuple[str, ...]]:
     where = f"classifier {file}"
     check_keys(where, config, known=config, required=("network", "class_names"))
     sizes = build_dataclass(ClassifierSizes, config["network"], f"{where}: network")
-    names = config["class_names"]
-    if not is_of_type(names, list[str]) or len(names) != sizes.num_classes:
-        raise ValueError(f"{where}: class_names must be a list of {sizes.num_classes} strings, got {shorten(names)}")
-    return sizes, tuple(names)
+    return sizes, check_class_names(f"{where}: class_names", config["class_names"], sizes.num_classes)
 
 
 def _prepared(images: Tensor, *, channels: int, side: int) -> Tensor:
