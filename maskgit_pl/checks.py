@@ -17,6 +17,7 @@ from maskgit_pl.schema import Schema, describe, fits, schema_of
 __all__ = [
     "build_dataclass",
     "check_choice",
+    "check_class_names",
     "check_integer",
     "check_keys",
     "check_number",
@@ -120,6 +121,25 @@ def check_keys(where: str, given: Collection[str], *, known: Collection[str], re
     for key in required:
         if key not in given:
             raise ValueError(f"{where}: the key {key!r} is missing")
+
+
+def check_class_names(where: str, names: object, num_classes: int) -> tuple[str, ...]:
+    """Checks the names of the classes that a file holds.
+
+    Args:
+        where: File and key, for the message.
+        names: A list of strings.
+        num_classes: How many there must be.
+
+    Returns:
+        ``names``.
+
+    Raises:
+        ValueError: if they are anything else.
+    """
+    if not isinstance(names, list | tuple) or len(names) != num_classes or not all(isinstance(n, str) for n in names):
+        raise ValueError(f"{where} must be a list of {num_classes} strings, one for each class, got {shorten(names)}")
+    return tuple(names)
 
 
 def build_dataclass(kind: type[T], values: object, where: str) -> T:

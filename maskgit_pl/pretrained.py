@@ -13,20 +13,20 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from maskgit_pl.checks import build_dataclass, check_class_names, check_integer, check_keys, shorten
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.files import write_atomically
+from maskgit_pl.files import read_json, sync, write_atomically, write_tensors
 from maskgit_pl.networks.causal import CausalTransformer, build_transformer
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
+from maskgit_pl.networks.weight_file import check_fit, check_tensor, load_weights, read_header, read_tensors
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
 
 __all__ = [
@@ -46,12 +46,12 @@ __all__ = [
 ]
 
 Kind = Literal["tokenizer", "transformer", "pipeline"]
-Config = TypeVar("Config")
 Network = TypeVar("Network", bound=nn.Module)
 _VERSION = 1
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 _DECODING, _DECODING_FORMAT = "decoding.json", "maskgit_pl.decoding"
-_ERROR_LENGTH = 400  # torch lists every name that differs
+_MAX_CONFIG_BYTES = 8_000_000  # 100,000 classes with names of 80 letters
+_LARGEST_IMAGE = 8192
 _log = logging.getLogger(__name__)
 
 
@@ -151,85 +151,58 @@ def load_tokenizer(folder: Path | str) -> PretrainedTokenizer:
     """Reads a tokenizer folder.
 
     Raises:
-        FileNotFoundError: No such folder, or a file is missing.
-        ValueError: Not a tokenizer, or weights that do not fit its configuration.
+        FileNotFoundError: if there is no such folder, or a file is missing.
+        ValueError: if it is not a tokenizer, a value is out of range, or the weights do not fit the configuration or
+            are not finite.
     """
     folder = Path(folder)
-    config = read_config(folder, "tokenizer")
-    sizes = _dataclass(VQGANConfig, config["network"], folder)
-    network = _read_network(lambda: VQGAN(sizes), folder)
-    return PretrainedTokenizer(network, int(config["image_size"]), fingerprint(folder))
+    config = _tokenizer(read_config(folder, "tokenizer"), folder)
+    network = _read_network(lambda: VQGAN(config.network), folder, num_blocks=config.network.num_blocks)
+    return PretrainedTokenizer(network, config.image_size, fingerprint(folder))
 
 
 def load_transformer(folder: Path | str) -> PretrainedTransformer:
     """Reads a transformer folder.
 
     Raises:
-        FileNotFoundError: No such folder, or a file is missing.
-        ValueError: Not a transformer, an unknown schedule, one where it does not belong, or weights that do not fit its
-            configuration.
+        FileNotFoundError: if there is no such folder, or a file is missing.
+        ValueError: if it is not a transformer, a value is out of range or unknown, or the weights do not fit the
+            configuration or are not finite.
     """
     folder = Path(folder)
-    config = read_config(folder, "transformer")
-    sizes = _dataclass(TransformerConfig, config["network"], folder)
-    spec = config["mask_schedule"]
-    if (spec is None) != (sizes.attention == "causal"):
-        raise ValueError(
-            f"{folder / _CONFIG}: bidirectional attention goes with a mask schedule and causal attention without, got "
-            f"{sizes.attention} and {spec!r}"
-        )
+    config = _transformer(read_config(folder, "transformer"), folder)
     return PretrainedTransformer(
-        _read_network(lambda: build_transformer(sizes), folder),
-        None if spec is None else mask_schedules.build(spec),
-        _dataclass(DecodingConfig, config["decoding"], folder),
-        tuple(config["class_names"]),
-        config["tokenizer_fingerprint"],
+        _read_network(lambda: build_transformer(config.network), folder, num_blocks=config.network.depth),
+        config.mask_schedule,
+        config.decoding,
+        config.class_names,
+        config.tokenizer_fingerprint,
     )
 
 
 def read_config(folder: Path | str, kind: Kind) -> dict[str, Any]:
-    """The configuration of a pretrained folder, checked to be of that kind.
+    """Reads the configuration of a pretrained folder; that of a tokenizer or a transformer is checked as a whole.
+
+    Returns:
+        The plain values of the file.
 
     Raises:
-        FileNotFoundError: No such folder or file.
-        ValueError: Not JSON, another kind, or a newer format.
+        FileNotFoundError: if there is no such folder or file.
+        ValueError: if it is not JSON, of another kind or of a newer format, or if a value is not one that the kind has.
     """
-    file = Path(folder) / _CONFIG
-    if not file.is_file():
+    folder = Path(folder)
+    file = folder / _CONFIG
+    if not file.exists():
         raise FileNotFoundError(
             f"{kind} {folder}: no {_CONFIG} there; a folder that training or an import wrote is needed"
         )
-    try:
-        config = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{kind} {file}: not JSON ({error})") from error
-    expected = f"maskgit_pl.{kind}"
-    if not isinstance(config, dict) or config.get("format") != expected:
-        found = config.get("format") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"{kind} {file}: format {expected!r} is needed, got {found!r}")
-    if config.get("version") != _VERSION:
-        raise ValueError(f"{kind} {file}: version {_VERSION} is known, got {config.get('version')}; update maskgit_pl")
+    config = read_json(file, max_bytes=_MAX_CONFIG_BYTES)
+    _check_format(config, file, f"maskgit_pl.{kind}", thing=kind)
+    if kind == "tokenizer":
+        _tokenizer(config, folder)
+    elif kind == "transformer":
+        _transformer(config, folder)
     return config
-
-
-def load_weights(network: nn.Module, weights: Mapping[str, Tensor], folder: Path, *, assign: bool = False) -> None:
-    """Puts the weights of a pretrained folder into a network.
-
-    Args:
-        network: Of the same sizes.
-        weights: Its state dict.
-        folder: Where they come from, for the error.
-        assign: Whether the network takes these very tensors instead of their values.
-
-    Raises:
-        ValueError: They are of another network; the text names the first names or shapes that differ.
-    """
-    try:
-        network.load_state_dict(weights, assign=assign)
-    except RuntimeError as error:
-        text = " ".join(str(error).split())
-        shown = text if len(text) <= _ERROR_LENGTH else f"{text[:_ERROR_LENGTH]} ..."
-        raise ValueError(f"weights {folder}: they do not fit the network's sizes: {shown}") from error
 
 
 def weights_for(config: TransformerConfig, pretrained: PretrainedTransformer) -> dict[str, Tensor]:
@@ -360,50 +333,123 @@ def load_decoding(file: Path | str) -> DecodingConfig:
 
 
 def _decoding_file(file: Path) -> tuple[dict[str, Any], DecodingConfig]:
-    """The content of a recipe's file, and the recipe."""
-    try:
-        content = json.loads(file.read_text())
-    except ValueError as error:  # text that is no UTF-8 too
-        raise ValueError(f"decoding {file}: not JSON ({error})") from error
-    found = content.get("format") if isinstance(content, dict) else type(content).__name__
-    if found != _DECODING_FORMAT:
-        raise ValueError(f"decoding {file}: format {_DECODING_FORMAT!r} is needed, got {found!r}")
-    if content.get("version") != _VERSION:
-        raise ValueError(f"decoding {file}: version {_VERSION} is known, got {content.get('version')}")
-    return content, _checked_decoding(content.get("decoding"), file)
+    """Returns the content of a recipe's file, and the recipe."""
+    content = read_json(file)
+    _check_format(content, file, _DECODING_FORMAT, thing="decoding")
+    check_keys(f"decoding {file}", content, known=content, required=("decoding",))
+    return content, _checked_decoding(content["decoding"], f"decoding {file}: decoding")
 
 
-def _checked_decoding(values: Any, file: Path) -> DecodingConfig:
-    if not isinstance(values, dict):
-        raise ValueError(f"decoding {file}: 'decoding' must be a mapping, got {type(values).__name__}")
-    known = {field.name for field in fields(DecodingConfig)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise ValueError(f"decoding {file}: unknown keys {unknown}; known: {sorted(known)}")
+def _checked_decoding(values: Any, where: str) -> DecodingConfig:
+    decoding = build_dataclass(DecodingConfig, values, where)
     try:
-        decoding = DecodingConfig(**values)
         if decoding.is_sequential:
             decoding.sequential_decoder(decoding.num_steps)
         else:
             decoding.decoder(mask_schedules.build("cosine"))  # any schedule: names and numbers are what is checked
         decoding.scales()
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"decoding {file}: {error}") from error
+    except (
+        TypeError,
+        ValueError,
+        ArithmeticError,
+    ) as error:  # TypeError: of a registered name's arguments
+        raise ValueError(f"{where}: {error}") from error
     return decoding
 
 
+def _check_format(content: Mapping[str, Any], file: Path, expected: str, *, thing: str) -> None:
+    found, version = content.get("format"), content.get("version")
+    if found != expected:
+        raise ValueError(f"{thing} {file}: format must be {expected!r}, got {shorten(found)}")
+    if version != _VERSION or isinstance(version, bool):
+        raise ValueError(f"{thing} {file}: version must be {_VERSION}, got {shorten(version)}; update maskgit_pl")
+
+
+@dataclass(frozen=True)
+class _TokenizerConfig:
+    """The content of a tokenizer's ``config.json``."""
+
+    network: VQGANConfig
+    image_size: int
+
+
+def _tokenizer(content: Mapping[str, Any], folder: Path) -> _TokenizerConfig:
+    file = folder / _CONFIG
+    check_keys(str(file), content, known=content, required=("network", "image_size"))
+    try:
+        network = build_dataclass(VQGANConfig, content["network"], "network")
+        size = check_integer("image_size", content["image_size"], f"[1, {_LARGEST_IMAGE}]")
+        network.grid(size)
+    except (TypeError, ValueError, ArithmeticError) as error:  # TypeError: a quantizer does not take its arguments
+        raise ValueError(f"{file}: {error}") from error
+    return _TokenizerConfig(network, size)
+
+
+@dataclass(frozen=True)
+class _TransformerConfig:
+    """The content of a transformer's ``config.json``."""
+
+    network: TransformerConfig
+    mask_schedule: MaskSchedule | None
+    decoding: DecodingConfig
+    class_names: tuple[str, ...]
+    tokenizer_fingerprint: str
+
+
+def _transformer(content: Mapping[str, Any], folder: Path) -> _TransformerConfig:
+    file = folder / _CONFIG
+    names = ("network", "mask_schedule", "decoding", "class_names", "tokenizer_fingerprint")
+    check_keys(str(file), content, known=content, required=names)
+    network = build_dataclass(TransformerConfig, content["network"], f"{file}: network")
+    return _TransformerConfig(
+        network,
+        _mask_schedule(content["mask_schedule"], network.attention, file),
+        _checked_decoding(content["decoding"], f"{file}: decoding"),
+        check_class_names(f"{file}: class_names", content["class_names"], network.num_classes),
+        _text(content["tokenizer_fingerprint"], f"{file}: tokenizer_fingerprint"),
+    )
+
+
+def _mask_schedule(spec: Any, attention: str, file: Path) -> MaskSchedule | None:
+    if (spec is None) != (attention == "causal"):
+        raise ValueError(
+            f"{file}: bidirectional attention goes with a mask schedule and causal attention without, got "
+            f"{attention} and {shorten(spec)}"
+        )
+    try:
+        return None if spec is None else mask_schedules.build(spec)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{where} must be a string, got {shorten(value)}")
+    return value
+
+
 def _save(folder: Path, kind: Kind, weights: Mapping[str, Tensor], config: dict[str, Any]) -> None:
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    for name, tensor in tensors.items():
+        try:
+            if tensor.is_floating_point():
+                check_tensor(name, tensor)
+        except ValueError as error:
+            raise ValueError(f"{kind} {folder} is not written: {error}") from error
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh, old = (folder.with_name(f".{folder.name}.{state}-{os.getpid()}") for state in ("partial", "old"))
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
     try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, fresh / _WEIGHTS)
+        write_tensors(fresh / _WEIGHTS, tensors)
         content = {"format": f"maskgit_pl.{kind}", "version": _VERSION, **config}
-        (fresh / _CONFIG).write_text(json.dumps(content, indent=2) + "\n")
+        with write_atomically(fresh / _CONFIG) as stream:
+            stream.write((json.dumps(content, indent=2) + "\n").encode())
+        sync(fresh)
         if folder.exists():
             folder.rename(old)
         fresh.rename(folder)
+        sync(folder.parent)
     finally:
         if old.exists() and not folder.exists():  # the swap failed halfway
             old.rename(folder)
@@ -411,28 +457,32 @@ def _save(folder: Path, kind: Kind, weights: Mapping[str, Tensor], config: dict[
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _read_network(build: Callable[[], Network], folder: Path) -> Network:
-    """A network with a folder's weights, frozen. Built without memory: drawing first weights would take longer."""
+def _read_network(build: Callable[[], Network], folder: Path, *, num_blocks: int) -> Network:
+    """Returns a network with a folder's weights, frozen.
+
+    1. The header of the file is read. A network with more blocks than it has tensors is refused before it is built.
+    2. The network is built without memory, which is also quicker than drawing first weights, and its names and shapes
+       are compared with the header.
+    3. The tensors are read and checked.
+
+    Args:
+        build: Makes the network.
+        folder: With ``model.safetensors``.
+        num_blocks: Blocks of the network, each of at least one tensor.
+    """
     file = folder / _WEIGHTS
-    if not file.is_file():
-        raise FileNotFoundError(f"{folder}: no {_WEIGHTS} there")
-    try:
-        weights = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"weights {file}: not safetensors, or not whole ({error}); copy or make it again") from error
-    with torch.device("meta"):
+    header = read_header(file)  # 1
+    if num_blocks > len(header):
+        raise ValueError(
+            f"{folder / _CONFIG}: network of {num_blocks} blocks must fit {_WEIGHTS}, which holds {len(header)} tensors"
+        )
+    with torch.device("meta"):  # 2
         network = build()
+    check_fit(network, header, f"weights {file}")
     types = {name: tensor.dtype for name, tensor in network.state_dict().items()}
-    load_weights(network, {name: w.to(types.get(name, w.dtype)) for name, w in weights.items()}, folder, assign=True)
+    weights = {name: tensor.to(types[name]) for name, tensor in read_tensors(file).items()}  # 3
+    load_weights(network, weights, file, assign=True)
     empty = [name for name, tensor in (*network.named_parameters(), *network.named_buffers()) if tensor.is_meta]
     if empty:
         raise TypeError(f"network of {folder}: tensors outside of its state dict cannot be read, got {empty}")
     return network.requires_grad_(False).eval()
-
-
-def _dataclass(kind: type[Config], values: Mapping[str, Any], folder: Path) -> Config:
-    known = {field.name for field in fields(kind)}  # type: ignore[arg-type]  # every Config here is a dataclass
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise ValueError(f"{folder / _CONFIG}: unknown keys {unknown} for {kind.__name__}; known: {sorted(known)}")
-    return kind(**values)

@@ -11,7 +11,7 @@ from pathlib import Path
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from maskgit_pl.files import locked
+from maskgit_pl.locks import locked
 rank = int(sys.argv[3]) if sys.argv[3:] else None
 with locked(Path(sys.argv[1]), way_out="wait", rank=rank):
     if sys.argv[2] == "fork" and os.fork() == 0:

@@ -14,6 +14,7 @@ FLOORS = {  # a file or a folder -> its floor; a folder's files stand on its flo
     "schema": 0,
     "interruption": 0,
     "files": 0,
+    "locks": 0,
     "registry": 0,
     "text": 0,
     "randomness": 0,

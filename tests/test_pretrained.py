@@ -1,6 +1,12 @@
 import json
 import logging
+import math
+import os
+import resource
 import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -8,9 +14,11 @@ import torch
 from torch import Tensor
 
 from maskgit_pl.decoding import DecodingConfig, SequentialDecoding
+from maskgit_pl.files import write_tensors
 from maskgit_pl.networks.causal import CausalTransformer
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
+from maskgit_pl.networks.weight_file import read_tensors
 from maskgit_pl.pretrained import (
     fingerprint,
     load_tokenizer,
@@ -58,6 +66,18 @@ def saved(tmp_path: Path) -> Path:
 
 def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@contextmanager
+def bounded_memory(count: int) -> Iterator[None]:
+    """Refuses to give the process more than ``count`` bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + count, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 def edit(folder: Path, **changes: object) -> None:
@@ -142,7 +162,7 @@ def test_a_folder_holds_tensors_and_plain_json_alone(saved):
 @pytest.mark.parametrize("kind", ["tokenizer", "transformer"])
 def test_a_folder_of_the_other_kind_is_refused_by_its_file(saved, kind):
     other = "transformer" if kind == "tokenizer" else "tokenizer"
-    with pytest.raises(ValueError, match=rf"{other}/config\.json: format 'maskgit_pl\.{kind}' is needed, got"):
+    with pytest.raises(ValueError, match=rf"{other}/config\.json: format must be 'maskgit_pl\.{kind}', got"):
         LOADERS[kind](saved / other)
 
 
@@ -155,7 +175,7 @@ def test_a_missing_folder_is_named(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["tokenizer", "transformer"])
 def test_missing_weights_are_named(saved, kind):
     (saved / kind / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=rf"{kind}: no model\.safetensors there"):
+    with pytest.raises(FileNotFoundError, match=rf"weights .*{kind}/model\.safetensors: no such file"):
         LOADERS[kind](saved / kind)
 
 
@@ -170,10 +190,12 @@ def test_truncated_weights_are_refused_by_their_file(saved, kind, kept):
 
 def test_weights_of_another_size_are_refused_by_their_file(saved):
     config = read_config(saved / "transformer", "transformer")["network"]
+    edit(saved / "transformer", network={**config, "num_codes": 17})
+    fault = r"they do not fit the network's sizes: .*words\.weight must have shape \(21, 16\), got \(20, 16\)"
+    with pytest.raises(ValueError, match=rf"weights .*/transformer/model\.safetensors: {fault}"):
+        load_transformer(saved / "transformer")
     edit(saved / "transformer", network={**config, "num_classes": 3})
-    with pytest.raises(
-        ValueError, match=r"weights .*/transformer: they do not fit the network's sizes: .*words\.weight"
-    ):
+    with pytest.raises(ValueError, match=r"config\.json: class_names must be a list of 3 strings"):
         load_transformer(saved / "transformer")
 
 
@@ -182,7 +204,7 @@ def test_weights_of_another_size_are_refused_by_their_file(saved):
 )
 def test_an_unknown_key_is_refused_by_its_file(saved, kind, part):
     edit(saved / kind, **{part: {**read_config(saved / kind, kind)[part], "colour": "red"}})
-    with pytest.raises(ValueError, match=rf"{kind}/config\.json: unknown keys \['colour'\]"):
+    with pytest.raises(ValueError, match=rf"{kind}/config\.json: {part}: unknown key 'colour'"):
         LOADERS[kind](saved / kind)
 
 
@@ -194,16 +216,14 @@ def test_an_unknown_schedule_answers_with_the_nearest(saved):
 
 def test_a_newer_format_is_refused(saved):
     edit(saved / "tokenizer", version=2)
-    with pytest.raises(ValueError, match=r"tokenizer/config\.json: version 1 is known, got 2; update maskgit_pl"):
+    with pytest.raises(ValueError, match=r"tokenizer/config\.json: version must be 1, got 2; update maskgit_pl"):
         load_tokenizer(saved / "tokenizer")
 
 
 @pytest.mark.parametrize("text", ["{", "", "[]", '"text"'])
 def test_a_broken_config_is_refused_by_its_file(saved, text):
     (saved / "tokenizer" / "config.json").write_text(text)
-    with pytest.raises(
-        ValueError, match=r"tokenizer/config\.json: (not JSON|format 'maskgit_pl\.tokenizer' is needed)"
-    ):
+    with pytest.raises(ValueError, match=r"tokenizer/config\.json (is not JSON that can be read|must hold a mapping)"):
         load_tokenizer(saved / "tokenizer")
 
 
@@ -233,7 +253,7 @@ def test_a_write_that_fails_leaves_the_older_folder_and_nothing_else(saved, monk
     def fail(*given: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("maskgit_pl.pretrained.save_file", fail)
+    monkeypatch.setattr("maskgit_pl.pretrained.write_tensors", fail)
     with pytest.raises(OSError, match="no space left"):
         save_tokenizer(saved / "tokenizer", VQGAN_CONFIG, vqgan(seed=1).state_dict(), image_size=16)
     monkeypatch.undo()
@@ -264,6 +284,62 @@ def test_leftovers_of_a_killed_write_do_not_stand_in_the_way(tmp_path, monkeypat
     save_tokenizer(tmp_path / "tokenizer", VQGAN_CONFIG, vqgan().state_dict(), image_size=8)
     assert load_tokenizer(tmp_path / "tokenizer").image_size == 8
     assert not left.exists()
+
+
+def edit_weights(folder: Path, name: str, tensor: Tensor) -> None:
+    file = folder / "model.safetensors"
+    write_tensors(file, {**read_tensors(file), name: tensor})
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("tokenizer", "quantizer.counts"), ("transformer", "blocks.0.mlp_hidden.bias")]
+)
+def test_weights_that_are_not_finite_floating_point_numbers_are_refused_by_file_and_tensor(saved, kind, name):
+    where = rf"weights .*{kind}/model\.safetensors: tensor '{name}' must"
+    for dtype, bad in ((torch.float32, math.nan), (torch.float16, math.inf), (torch.float64, 1e300)):
+        edit_weights(saved / kind, name, torch.full((32 if kind == "transformer" else 16,), bad, dtype=dtype))
+        with pytest.raises(ValueError, match=rf"{where} hold finite numbers, got"):
+            LOADERS[kind](saved / kind)
+    edit_weights(saved / kind, name, torch.ones(32 if kind == "transformer" else 16, dtype=torch.int64))
+    with pytest.raises(ValueError, match=rf"{where} be floating point .*, got I64"):
+        LOADERS[kind](saved / kind)
+
+
+def test_weights_that_are_not_finite_are_not_exported_and_the_older_folder_stays(saved):
+    weights = vqgan(seed=1).state_dict()
+    weights["encoder.head.weight"][0] = math.nan
+    with pytest.raises(ValueError, match=r"tokenizer .* is not written: tensor 'encoder\.head\.weight' .* diverged"):
+        save_tokenizer(saved / "tokenizer", VQGAN_CONFIG, weights, image_size=8)
+    assert equal(load_tokenizer(saved / "tokenizer").network.state_dict(), vqgan().state_dict())
+    assert sorted(path.name for path in saved.iterdir()) == ["tokenizer", "transformer"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "rule"),
+    [
+        ("transformer", {"depth": 1000}, "network of 1000 blocks must fit model.safetensors, which holds 21 tensors"),
+        ("transformer", {"width": 2**16, "mlp_width": 2**20}, "words.weight must have shape .20, 65536., got .20, 16."),
+        ("tokenizer", {"blocks_per_level": 64, "middle_blocks": 64}, "network of 192 blocks must fit"),
+        ("tokenizer", {"channels": 16384, "groups": 1}, "encoder.stem.weight must have shape .16384, 1, 3, 3., got"),
+    ],
+)
+def test_sizes_that_the_weights_do_not_have_are_refused_before_a_network_has_memory(saved, kind, sizes, rule):
+    edit(saved / kind, network={**read_config(saved / kind, kind)["network"], **sizes})
+    with bounded_memory(200_000_000), pytest.raises(ValueError, match=rf"{saved / kind}/.*{rule}"):
+        LOADERS[kind](saved / kind)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_exports_have_the_permissions_of_any_new_file(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        save_both(tmp_path / "pretrained")
+        save_decoding(tmp_path / "pretrained", DECODING)
+    finally:
+        os.umask(before)
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "pretrained").rglob("*")}
+    assert len(modes) == 7
+    assert all(mode == (0o777 if path.is_dir() else 0o666) & ~mask for path, mode in modes.items())
 
 
 def test_a_folder_can_be_moved(saved, tmp_path):
@@ -316,13 +392,13 @@ def test_a_recipe_for_other_weights_is_used_with_a_warning(saved: Path, caplog) 
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"format": "other"}, "format 'maskgit_pl.decoding' is needed, got 'other'"),
-        ({"version": 2}, "version 1 is known, got 2"),
-        ({"decoding": {"steps": 8}}, r"unknown keys \['steps'\]"),
-        ({"decoding": [8]}, "'decoding' must be a mapping, got list"),
+        ({"format": "other"}, "format must be 'maskgit_pl.decoding', got 'other'"),
+        ({"version": 2}, "version must be 1, got 2"),
+        ({"decoding": {"steps": 8}}, "unknown key 'steps'"),
+        ({"decoding": [8]}, "decoding must be a mapping, got "),
         ({"decoding": {"token_selector": "confidnce"}}, "did you mean 'confidence'"),
         ({"decoding": {"guidance": {"name": "linear", "power": 2}}}, "power"),
-        ({"decoding": {"num_steps": 0}}, "num_steps: at least 1"),
+        ({"decoding": {"num_steps": 0}}, "num_steps must be an integer in"),
         ({"decoding": {"num_steps": "8"}}, "delete the file"),
         ({"decoding": {"top_p": 1.5}}, "top_p"),
         ({"decoding": {"token_selector": "raster", "context_cache": 2}}, "context_cache: a sequential model"),
@@ -338,5 +414,5 @@ def test_a_recipe_that_is_none_is_refused_by_name(saved: Path, changes: dict[str
 
 def test_a_recipe_that_is_no_json_is_refused_by_name(saved: Path) -> None:
     (saved / "decoding.json").write_bytes(b"{\xff")
-    with pytest.raises(ValueError, match=r"decoding .*decoding\.json: not JSON"):
+    with pytest.raises(ValueError, match=r"decoding\.json is not JSON that can be read"):
         read_decoding(saved)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from maskgit_pl.files import locked
+from maskgit_pl.locks import locked
 
 if TYPE_CHECKING:
     from maskgit_pl.pipeline import MaskGIT

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maskgit_pl.files import locked, size_text
+from maskgit_pl.files import size_text
+from maskgit_pl.locks import locked
 from maskgit_pl.text import printable
 
 if TYPE_CHECKING:

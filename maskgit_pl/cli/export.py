@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from maskgit_pl.cli.recipes import STAGES, Layer, Plan, Recipe, Stage, read_run_config, read_yaml
-from maskgit_pl.files import locked
+from maskgit_pl.locks import locked
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

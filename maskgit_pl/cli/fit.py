@@ -21,7 +21,8 @@ from maskgit_pl.cli.leaving import leaving_together
 from maskgit_pl.cli.recipes import Plan, Stage, merged
 from maskgit_pl.cli.stage_run import StageRun, resolve, written_config
 from maskgit_pl.data import ShardData, split_batch
-from maskgit_pl.files import locked, write_atomically
+from maskgit_pl.files import write_atomically
+from maskgit_pl.locks import locked
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.pipeline.card import write_card
 from maskgit_pl.pretrained import fingerprint, load_weights, read_config

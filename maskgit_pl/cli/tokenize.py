@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from maskgit_pl.cli.train import SHARED_TOKENS, add_run_arguments, find_recipe, find_shards, find_tokenizer, run_folder
-from maskgit_pl.files import locked
+from maskgit_pl.locks import locked
 
 if TYPE_CHECKING:
     import torch

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from maskgit_pl.checks import check_integer
 from maskgit_pl.decoding.decoder import ParallelDecoder
 from maskgit_pl.decoding.sampling import CodeSampling, Temperature
 from maskgit_pl.decoding.sequential import SequentialDecoder
@@ -14,6 +15,7 @@ from maskgit_pl.selectors import token_selectors
 
 __all__ = ["RASTER", "DecodingConfig", "SequentialDecoding"]
 
+_MOST_STEPS = 2**16  # as many as the tokens of the largest grid
 RASTER = "raster"
 """What stands in the place of a token selector's name where a sequential model decodes: its order."""
 
@@ -23,7 +25,7 @@ class DecodingConfig:
     """How images are decoded, in plain values, as a recipe and a pretrained folder hold it.
 
     Args:
-        num_steps: T.
+        num_steps: T, in [1, 65536].
         token_selector: Name or mapping of a registered token selector; ``raster`` for a sequential model.
         guidance: Name or mapping of a registered guidance schedule.
         sampling_temperature: As of ``CodeSampling``: a number, or one for the first and one for the last step.
@@ -36,7 +38,7 @@ class DecodingConfig:
             for the time that was measured.
 
     Raises:
-        ValueError: ``tokens_per_step`` of another length than ``num_steps``, or ``context_cache`` below 1.
+        ValueError: if a number is out of range, or ``tokens_per_step`` has another length than ``num_steps``.
     """
 
     num_steps: int = 8
@@ -52,8 +54,8 @@ class DecodingConfig:
     def __post_init__(self) -> None:
         if isinstance(self.sampling_temperature, list):  # as JSON has it
             object.__setattr__(self, "sampling_temperature", tuple(self.sampling_temperature))
-        if self.context_cache < 1:
-            raise ValueError(f"context_cache: at least 1, which is exact, is needed, got {self.context_cache}")
+        for name in ("num_steps", "context_cache"):
+            check_integer(name, getattr(self, name), f"[1, {_MOST_STEPS}]")
         if self.tokens_per_step is not None:
             object.__setattr__(self, "tokens_per_step", tuple(self.tokens_per_step))
             if len(self.tokens_per_step) != self.num_steps:

@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
@@ -33,9 +32,10 @@ from maskgit_pl.data import Batch, ShardData, ShuffledStream, flip
 from maskgit_pl.data.batches import loader
 from maskgit_pl.data.order import Order
 from maskgit_pl.evaluation.ranks import rank_and_world
-from maskgit_pl.files import write_atomically
+from maskgit_pl.files import read_json, write_atomically, write_tensors
 from maskgit_pl.networks.classifier import (
     CONFIG_FILE,
+    MAX_CONFIG_BYTES,
     SMALL,
     WEIGHT_FILE,
     ClassifierSizes,
@@ -43,6 +43,7 @@ from maskgit_pl.networks.classifier import (
     describe_classifier,
 )
 from maskgit_pl.networks.feature_output import FeatureOutput
+from maskgit_pl.networks.weight_file import load_weights, read_tensors
 
 __all__ = [
     "Accuracy",
@@ -272,7 +273,7 @@ def obtain_classifier(
         On the CPU, in evaluation mode.
 
     Raises:
-        ValueError: timm has no such network.
+        ValueError: if timm has no such network, or the weights that were kept are damaged.
     """
     rank, world_size = rank_and_world()
     if rank == 0 and not is_trained(folder, data, config):
@@ -281,7 +282,7 @@ def obtain_classifier(
     if world_size > 1:
         dist.barrier()
     classifier = _new(data, config)
-    classifier.network.load_state_dict(load_file(folder / WEIGHT_FILE))
+    load_weights(classifier.network, read_tensors(folder / WEIGHT_FILE), folder / WEIGHT_FILE)
     return classifier.eval()
 
 
@@ -401,7 +402,7 @@ def _key(data: ShardData, config: ClassifierConfig) -> dict[str, Any]:
 
 def _read_key(folder: Path) -> Any:
     try:
-        return json.loads((folder / CONFIG_FILE).read_text())
+        return read_json(folder / CONFIG_FILE, max_bytes=MAX_CONFIG_BYTES)
     except (FileNotFoundError, ValueError):
         return None
 
@@ -410,7 +411,7 @@ def _save(folder: Path, classifier: Classifier, key: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_FILE).unlink(missing_ok=True)  # no key from here to the end, so half of it is never read
     weights = {name: tensor.cpu().contiguous() for name, tensor in classifier.network.state_dict().items()}
-    save_file(weights, folder / WEIGHT_FILE)
+    write_tensors(folder / WEIGHT_FILE, weights)
     with write_atomically(folder / CONFIG_FILE) as file:
         file.write((json.dumps(key, indent=2) + "\n").encode())
 

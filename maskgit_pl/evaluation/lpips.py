@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.functional.image.lpips import _NoTrainLpips
 
-from maskgit_pl.networks.weight_file import read_weights
+from maskgit_pl.networks.weight_file import load_weights, read_weights
 from maskgit_pl.registry import nearest
 
 __all__ = ["LPIPS", "load_lpips"]
@@ -86,7 +86,7 @@ def load_lpips(text: str, *, sha256: str | None = None, device: torch.device | s
     wanted = {key: _name_in_file(key) for key in parameters}
     if any(name not in state or state[name].shape != parameters[key].shape for key, name in wanted.items()):
         raise ValueError(f"lpips {backbone!r} weights: torchvision's {name} is needed, got {place} with other tensors")
-    network.net.load_state_dict({key: state[name] for key, name in wanted.items()})
+    load_weights(network.net, {key: state[name] for key, name in wanted.items()}, f"lpips {backbone!r} {place}")
     return LPIPS(backbone, network).eval().to(device)
 
 

@@ -13,6 +13,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -253,24 +254,28 @@ def import_jax(
     log.info("%s: written; next: maskgit sample %s --classes 0,%d", out, out, config.num_classes - 1)
 
 
-def _read(path: Path) -> dict[str, Array]:
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Says in each refusal which file it is about."""
     try:
-        return parameters(read_flax(path))
+        yield
     except ValueError as error:
         text = str(error)
         raise ValueError(text if str(path) in text else f"{path}: {text}") from error
 
 
 def _read_tokenizer(path: Path) -> tuple[VQGANConfig, dict[str, Tensor]]:
-    arrays = _read(path)
-    config = tokenizer_config(arrays)
-    return config, _carried_over(arrays, list(_tokenizer_rules(config)), "tokenizer")
+    with _named(path):
+        arrays = parameters(read_flax(path))
+        config = tokenizer_config(arrays)
+        return config, _carried_over(arrays, list(_tokenizer_rules(config)), "tokenizer")
 
 
 def _read_transformer(path: Path, vqgan: VQGANConfig) -> tuple[TransformerConfig, dict[str, Tensor]]:
-    arrays = _read(path)
-    config = transformer_config(arrays, num_codes=vqgan.num_codes)
-    return config, _carried_over(arrays, list(_transformer_rules(config)), "transformer")
+    with _named(path):
+        arrays = parameters(read_flax(path))
+        config = transformer_config(arrays, num_codes=vqgan.num_codes)
+        return config, _carried_over(arrays, list(_transformer_rules(config)), "transformer")
 
 
 def _image_size(config: TransformerConfig, vqgan: VQGANConfig, wanted: int | None) -> int:

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor
 
 from maskgit_pl.importers.files import check_out, torch_file, whole_folder
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
+from maskgit_pl.networks.weight_file import check_archive, check_held, check_tensor, read_tensors
 from maskgit_pl.pretrained import save_tokenizer
 
 __all__ = ["ImportedTokenizer", "Layout", "import_taming", "layout_of", "tokenizer_config", "tokenizer_weights"]
@@ -143,12 +143,16 @@ def import_taming(file: Path, out: Path, *, image_size: int = 256) -> ImportedTo
     Raises:
         FileNotFoundError: No such file.
         FileExistsError: ``out`` is there.
-        ValueError: Not such a tokenizer, or a size that its downsampling factor does not divide.
+        ValueError: if it is not such a tokenizer, describes more than it holds, has numbers that are not finite, or its
+            downsampling factor does not divide the size.
     """
     check_out(out)
     contents, beside = _read(file)
     try:
         tensors, ignored = _network_tensors(contents)
+        check_held(tensors, file.stat().st_size)
+        for name, tensor in tensors.items():
+            check_tensor(name, tensor)
         config = tokenizer_config(tensors)
         weights = tokenizer_weights(tensors, config)
     except ValueError as error:
@@ -225,7 +229,7 @@ def tokenizer_weights(tensors: Mapping[str, Tensor], config: VQGANConfig) -> dic
         config: Its sizes.
 
     Raises:
-        ValueError: A tensor is missing, left over or of another shape than ``config`` asks for.
+        ValueError: if a tensor is missing, left over or of another shape than ``config`` asks for.
     """
     layout = layout_of(tensors)
     with torch.device("meta"):
@@ -299,7 +303,10 @@ def _read(file: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     kind = torch_file(file)
     try:
         if kind == "safetensors":
-            return dict(load_file(file)), ()
+            return dict(read_tensors(file)), ()
+        if kind == "zip":
+            with file.open("rb") as stream:
+                check_archive(stream, file.stat().st_size)
         content = _load_tensors(file, mmap=kind == "zip")
     except pickle.UnpicklingError as error:
         raise ValueError(_refusal(file, str(error))) from error

@@ -6,9 +6,7 @@
 from __future__ import annotations
 
 import difflib
-import json
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from maskgit_pl.checks import build_dataclass, check_class_names, check_integer, check_keys, shorten
+from maskgit_pl.files import read_json
 from maskgit_pl.networks.feature_output import FeatureOutput
-from maskgit_pl.networks.weight_file import load_weights
+from maskgit_pl.networks.weight_file import check_fit, load_weights, read_header, read_tensors
 
 __all__ = [
     "CONFIG_FILE",
+    "MAX_CONFIG_BYTES",
     "SMALL",
     "WEIGHT_FILE",
     "ClassifierSizes",
@@ -38,6 +39,9 @@ __all__ = [
 SMALL = "small"
 WEIGHT_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 _FORMAT, _VERSION = "maskgit_pl.classifier", 1
+MAX_CONFIG_BYTES = 8_000_000  # 100,000 classes with names of 80 letters
+_LARGEST = {"in_channels": 1024, "image_size": 1024, "num_classes": 100_000, "width": 4096}
+_LONGEST_NAME = 80  # letters that are compared with timm's names
 _SMALLEST_MAP = 4  # pixels along an edge of the small network's last feature map, at most
 _MEAN, _DEVIATION = 0.5, 0.25  # of pixels in [0, 1]; near those of most data
 
@@ -64,9 +68,8 @@ class ClassifierSizes:
     width: int = 24
 
     def __post_init__(self) -> None:
-        for name in ("in_channels", "image_size", "num_classes", "width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"classifier {name}: at least 1 is needed, got {getattr(self, name)}")
+        for name, most in _LARGEST.items():
+            check_integer(f"classifier {name}", getattr(self, name), f"[1, {most}]")
         check_model(self.model)
 
 
@@ -78,9 +81,9 @@ def check_model(name: str) -> None:
     """
     if name == SMALL or timm.is_model(name):
         return
-    close = difflib.get_close_matches(name, [SMALL, *timm.list_models()], n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name[:_LONGEST_NAME], [SMALL, *timm.list_models()], n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() lists all"
-    raise ValueError(f"classifier model: {SMALL!r} or a name that timm knows is needed, got {name!r}; {hint}")
+    raise ValueError(f"classifier model: {SMALL!r} or a name that timm knows is needed, got {shorten(name)}; {hint}")
 
 
 class SmallClassifier(nn.Module):
@@ -181,35 +184,33 @@ def load_classifier(folder: Path) -> FrozenClassifier:
         folder: With ``config.json`` and ``model.safetensors``, e.g. ``runs/RUN/classifier``.
 
     Raises:
-        ValueError: A file is missing, of another kind or of another version, or the weights do not fit.
+        FileNotFoundError: if there are no weights.
+        ValueError: if a file is missing, of another kind or of another version, a value is out of range, or the weights
+            do not fit or are not finite.
     """
-    config = _read_config(folder)
-    try:
-        network = create_classifier(ClassifierSizes(**config["network"]))
-        class_names = tuple(config["class_names"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"classifier {folder / CONFIG_FILE}: {error}; train it anew") from error
-    load_weights(network, folder / WEIGHT_FILE, thing=f"classifier {folder}")
+    sizes, class_names = _read_config(folder)
+    weights = folder / WEIGHT_FILE
+    with torch.device("meta"):  # without memory, for the file may hold less than its configuration says
+        check_fit(create_classifier(sizes), read_header(weights), f"weights {weights}")
+    network = create_classifier(sizes)
+    load_weights(network, read_tensors(weights), weights)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch: untyped overload
     return FrozenClassifier(network, class_names)
 
 
-def _read_config(folder: Path) -> Mapping[str, Any]:
+def _read_config(folder: Path) -> tuple[ClassifierSizes, tuple[str, ...]]:
     file = folder / CONFIG_FILE
-    if not file.is_file():
+    if not file.exists():
         raise ValueError(f"classifier {folder}: no {CONFIG_FILE} there; `maskgit train-classifier` makes such a folder")
-    try:
-        config = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"classifier {file}: not JSON ({error}); train it anew") from error
-    found = (config.get("format"), config.get("version")) if isinstance(config, dict) else (None, None)
-    if found != (_FORMAT, _VERSION):
-        raise ValueError(
-            f"classifier {file}: format {_FORMAT!r}, version {_VERSION}, is needed, got {found[0]!r}, {found[1]!r}; "
-            "train it anew"
-        )
-    assert isinstance(config, dict)
-    return config
+    config = read_json(file, max_bytes=MAX_CONFIG_BYTES)
+    for key, expected in (("format", _FORMAT), ("version", _VERSION)):
+        found = config.get(key)
+        if found != expected or isinstance(found, bool):
+            raise ValueError(f"classifier {file}: {key} must be {expected!r}, got {shorten(found)}; train it anew")
+    where = f"classifier {file}"
+    check_keys(where, config, known=config, required=("network", "class_names"))
+    sizes = build_dataclass(ClassifierSizes, config["network"], f"{where}: network")
+    return sizes, check_class_names(f"{where}: class_names", config["class_names"], sizes.num_classes)
 
 
 def _prepared(images: Tensor, *, channels: int, side: int) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from maskgit_pl.checks import check_integer, shorten
 from maskgit_pl.networks.feature_output import SPATIAL_NUMBERS, FeatureOutput
-from maskgit_pl.networks.weight_file import load_weights, read_weights
+from maskgit_pl.networks.weight_file import load_weight_file, load_weights, read_weights
 from maskgit_pl.registry import Registry, nearest
 
 __all__ = [
@@ -182,7 +182,7 @@ class InceptionSpec:
         from maskgit_pl.networks.inception import Inception
 
         network = Inception()
-        load_weights(network, self.path, thing="feature network 'inception'", sha256=self.sha256)
+        load_weight_file(network, self.path, thing="feature network 'inception'", sha256=self.sha256)
         return network
 
 
@@ -224,7 +224,7 @@ class TimmSpec:
             ValueError: The file is missing or does not fit the model.
         """
         model = timm.create_model(self.model, pretrained=False)
-        load_weights(model, Path(self.weights), thing="feature network 'timm'")
+        load_weight_file(model, Path(self.weights), thing="feature network 'timm'")
         return _with_normalisation(model, self.size)
 
 
@@ -254,9 +254,11 @@ class Lite0Spec:
             ValueError: The package is not installed.
         """
         model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-        values = list(read_weights(_lite0_file(), thing="feature network 'lite0'").values())
-        names = model.state_dict().keys()
-        model.load_state_dict(dict(zip(names, values, strict=True)))  # other names, same order and shapes
+        file, thing = _lite0_file(), "feature network 'lite0'"
+        values, names = list(read_weights(file, thing=thing).values()), list(model.state_dict())
+        if len(values) != len(names):
+            raise ValueError(f"{thing} {file}: {len(names)} tensors are needed, got {len(values)}; install it again")
+        load_weights(model, dict(zip(names, values, strict=True)), f"{thing} {file}")  # other names, same order
         return _with_normalisation(model, self.size)
 
 

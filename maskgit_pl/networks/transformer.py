@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from maskgit_pl.registry import nearest
+from maskgit_pl.checks import check_choice, check_integer, check_number, shorten
 
 __all__ = [
+    "LARGEST_GRID",
     "Attention",
     "Block",
     "ContextCache",
@@ -34,6 +35,17 @@ __all__ = [
 Attention = Literal["bidirectional", "causal"]
 Vocabulary = Literal["codes", "all"]
 
+LARGEST_GRID = 256
+"""Rows or columns of a token grid, at most: 65,536 tokens, 256 times those of a released image."""
+
+_LARGEST = {  # well above any network that exists: what is larger is a mistake, or meant to fill the memory
+    "num_codes": 2**24,
+    "num_classes": 100_000,
+    "width": 2**16,
+    "depth": 1024,
+    "num_heads": 1024,
+    "mlp_width": 2**20,
+}
 _LAYER_NORM_EPS = 1e-12
 _INIT_STD = 0.02
 
@@ -56,7 +68,7 @@ class TransformerConfig:
         attention: What a token sees: all others, or those before it in raster order. Both have the same weights.
 
     Raises:
-        ValueError: A size out of range, or another attention.
+        ValueError: if a size is out of range, or there is no such attention.
     """
 
     num_codes: int
@@ -72,24 +84,17 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", tuple(self.grid))
-        sizes = {
-            name: getattr(self, name)
-            for name in ("num_codes", "num_classes", "width", "depth", "num_heads", "mlp_width")
-        }
-        for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"transformer {name}: at least 1 is needed, got {value}")
-        if len(self.grid) != 2 or min(self.grid) < 1:
-            raise ValueError(f"transformer grid: two positive numbers (rows, columns) are needed, got {self.grid}")
+        for name, most in _LARGEST.items():
+            check_integer(f"transformer {name}", getattr(self, name), f"[1, {most}]")
+        if len(self.grid) != 2:
+            raise ValueError(f"transformer grid must be two numbers (rows, columns), got {shorten(self.grid)}")
+        for side in self.grid:
+            check_integer("transformer grid", side, f"[1, {LARGEST_GRID}]")
         if self.width % self.num_heads:
-            raise ValueError(f"transformer width: a multiple of num_heads {self.num_heads} is needed, got {self.width}")
+            raise ValueError(f"transformer width must be a multiple of num_heads {self.num_heads}, got {self.width}")
         for name in ("dropout", "class_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"transformer {name}: a number in [0, 1) is needed, got {getattr(self, name)}")
-        if self.attention not in get_args(Attention):
-            raise ValueError(
-                f"transformer attention {self.attention!r}: {nearest(self.attention, get_args(Attention))}"
-            )
+            check_number(f"transformer {name}", getattr(self, name), "[0, 1)")
+        check_choice("transformer attention", self.attention, get_args(Attention))
 
     @property
     def num_tokens(self) -> int:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from maskgit_pl.checks import check_choice, check_integer, check_number, shorten
 from maskgit_pl.networks.quantizers import quantizers
 
 __all__ = ["Activation", "Downsampling", "Layout", "VQGANConfig"]
@@ -15,6 +16,17 @@ Downsampling = Literal["average", "strided"]
 Activation = Literal["swish", "relu"]
 Layout = Literal["maskgit", "taming"]
 
+_RANGES = {  # well beyond any network that exists: what is larger is a mistake, or meant to fill the memory
+    "in_channels": "[1, 1024]",
+    "channels": "[1, 16384]",
+    "blocks_per_level": "[1, 64]",
+    "middle_blocks": "[0, 64]",
+    "groups": "[1, 16384]",
+    "num_codes": "[2, 16777216]",
+    "code_width": "[1, 65536]",
+    "patch_size": "[1, 64]",
+}
+_MOST_LEVELS = 12  # the resolution is halved 11 times
 _FIXED_BY_TAMING = ("middle_blocks", "downsampling", "activation", "patch_size")
 _OF_TAMING_ALONE = ("attention_levels", "latent_width")
 
@@ -47,7 +59,7 @@ class VQGANConfig:
         latent_width: Channels between the last 3x3 and the 1x1 convolution before the codes; ``taming`` needs it.
 
     Raises:
-        ValueError: A size is not positive, a width is not divisible by ``groups``, the quantizer is unknown, or the
+        ValueError: if a size is out of range, a width is not divisible by ``groups``, the quantizer is unknown, or the
             layout does not have what is asked for.
 
     Source: released code, config and modules of the 256 and 512 px tokenizer; ``taming``: CompVis/taming-transformers,
@@ -76,23 +88,21 @@ class VQGANConfig:
         object.__setattr__(self, "attention_levels", tuple(self.attention_levels))
         self._check_sizes()
         self._check_layout()
-        if self.downsampling not in ("average", "strided"):
-            raise ValueError(f"network downsampling: 'average' or 'strided' is needed, got {self.downsampling!r}")
-        if self.activation not in ("swish", "relu"):
-            raise ValueError(f"network activation: 'swish' or 'relu' is needed, got {self.activation!r}")
-        if not 0 < self.initial_scale < math.inf:
-            raise ValueError(f"network initial_scale: a positive number is needed, got {self.initial_scale}")
+        check_choice("network downsampling", self.downsampling, get_args(Downsampling))
+        check_choice("network activation", self.activation, get_args(Activation))
+        check_number("network initial_scale", self.initial_scale, "(0, 1000]")
         quantizers.build(self.quantizer)
 
     def _check_sizes(self) -> None:
-        names = ("in_channels", "channels", "blocks_per_level", "groups", "code_width", "patch_size")
-        least = {**dict.fromkeys(names, 1), "middle_blocks": 0, "num_codes": 2}
-        for name, smallest in least.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < smallest:
-                raise ValueError(f"network {name}: an integer of at least {smallest} is needed, got {value!r}")
-        if not self.multipliers or any(not isinstance(m, int) or m < 1 for m in self.multipliers):
-            raise ValueError(f"network multipliers: positive integers, one a level, are needed, got {self.multipliers}")
+        for name, interval in _RANGES.items():
+            check_integer(f"network {name}", getattr(self, name), interval)
+        if not 1 <= len(self.multipliers) <= _MOST_LEVELS:
+            raise ValueError(
+                f"network multipliers must be 1 to {_MOST_LEVELS} integers, one a level, got "
+                f"{shorten(self.multipliers)}"
+            )
+        for multiplier in self.multipliers:
+            check_integer("network multipliers", multiplier, "[1, 1024]")
         for width in self.widths:
             if width % self.groups:
                 raise ValueError(
@@ -101,35 +111,36 @@ class VQGANConfig:
                 )
 
     def _check_layout(self) -> None:
-        if self.layout not in ("maskgit", "taming"):
-            raise ValueError(f"network layout: 'maskgit' or 'taming' is needed, got {self.layout!r}")
+        check_choice("network layout", self.layout, get_args(Layout))
         others = _FIXED_BY_TAMING if self.layout == "taming" else _OF_TAMING_ALONE
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name in others and value != field.default:
                 raise ValueError(
-                    f"network {field.name}: layout {self.layout!r} allows {field.default!r} alone, got {value!r}; "
+                    f"network {field.name} must be {field.default!r} in layout {self.layout!r}, got {shorten(value)}; "
                     "leave it out or change the layout"
                 )
         if self.layout == "taming":
             self._check_taming()
 
     def _check_taming(self) -> None:
-        if not isinstance(self.latent_width, int) or self.latent_width < 1:
-            raise ValueError(
-                f"network latent_width: layout 'taming' needs an integer of at least 1, got {self.latent_width!r}"
-            )
+        check_integer("network latent_width of layout 'taming'", self.latent_width, "[1, 65536]")
         levels, known = self.attention_levels, range(len(self.multipliers))
         if len(set(levels)) < len(levels) or any(level not in known for level in levels):
             raise ValueError(
                 f"network attention_levels: different levels out of {list(known)} are needed, 0 being full resolution, "
-                f"got {list(levels)}"
+                f"got {shorten(list(levels))}"
             )
 
     @property
     def widths(self) -> tuple[int, ...]:
         """Channels of each level, from full resolution down."""
         return tuple(self.channels * multiplier for multiplier in self.multipliers)
+
+    @property
+    def num_blocks(self) -> int:
+        """Residual blocks of the encoder, of which each has several tensors."""
+        return len(self.multipliers) * self.blocks_per_level + self.middle_blocks
 
     @property
     def downsampling_factor(self) -> int:
@@ -143,8 +154,8 @@ class VQGANConfig:
             image_size: Edge of a square image, or (height, width), in pixels.
 
         Raises:
-            ValueError: The size is not a positive multiple of ``patch_size`` or, in layout ``taming``, of the
-                downsampling factor: what its strides leave over would be lost.
+            ValueError: if the size is not a positive multiple of ``patch_size`` or, in layout ``taming``, of
+                the downsampling factor: what its strides leave over would be lost.
         """
         name, unit = (
             ("the downsampling factor", self.downsampling_factor)
@@ -154,5 +165,5 @@ class VQGANConfig:
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         for size in (height, width):
             if size < 1 or size % unit:
-                raise ValueError(f"image size: a positive multiple of {name} {unit} is needed, got {size}")
+                raise ValueError(f"image size must be a positive multiple of {name} {unit}, got {size}")
         return -(-height // self.downsampling_factor), -(-width // self.downsampling_factor)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,12 +27,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 from lightning.pytorch.plugins.io import CheckpointIO
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from maskgit_pl.files import size_text
+from maskgit_pl.checks import check_integer, check_keys, shorten
+from maskgit_pl.files import parse_json, read_json, size_text, sync, write_atomically, write_tensors
+from maskgit_pl.networks.weight_file import open_tensors
 
 __all__ = [
     "SETTINGS",
@@ -51,6 +51,12 @@ _STATE, _MARKER = "state.json", "COMPLETE.json"
 _VERSION = 2  # 1: one file ``tensors.safetensors``
 SETTINGS = "maskgit_pl.settings"
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
+_FORMAT = "maskgit_pl.checkpoint"
+_FILE_NAME = re.compile(r"state\.json|tensors(-\d{5,}-of-\d{5,})?\.safetensors")
+_MAX_STATE_BYTES = 16_000_000  # a stage of 1,000 tensors has 600 kB
+_MAX_DEPTH = 32  # of plain values inside one another; Lightning's have 10
+_MAX_ROWS = 2**40
+_NOT_FINITE = ("nan", "inf", "-inf")
 _FIRST_ROWS = "first_rows"  # in the header of a tensor file: name -> the row at which its piece begins
 
 _Result = TypeVar("_Result")
@@ -112,9 +118,7 @@ class FolderCheckpointIO(CheckpointIO):
         files = _files(folder)
         together(lambda: _verify(folder, sorted(files)[rank::world_size], files))  # the ranks share the hashing
         with _Pieces(folder, [name for name in sorted(files) if name != _STATE], rank) as pieces:
-            state = json.loads((folder / _STATE).read_text())
-            loaded: dict[str, Any] = _join(state, lambda key: read(key, SavedTensor(key, pieces)))
-        return loaded
+            return _state(folder, lambda key: read(key, SavedTensor(key, pieces)))
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Deletes a checkpoint; its marker goes first, so that half a checkpoint is never taken for a whole one."""
@@ -153,9 +157,10 @@ def settings_of(folder: Path) -> dict[str, Any] | None:
         ValueError: The file is not what was written.
     """
     _verify(folder, [_STATE], _files(folder))
-    settings = dict(json.loads((folder / _STATE).read_text())["items"]).get(SETTINGS)
-    made: dict[str, Any] | None = None if settings is None else _join(settings, _no_tensor)
-    return made
+    settings = _state(folder, lambda _: None).get(SETTINGS)
+    if settings is not None and not isinstance(settings, dict):
+        raise ValueError(f"checkpoint {folder}: {SETTINGS} must be a mapping, got {shorten(settings)}")
+    return settings
 
 
 @dataclass(frozen=True)
@@ -172,14 +177,25 @@ class SavedTensor:
 
     @property
     def is_scalar(self) -> bool:
-        """Whether it has no dimensions."""
-        return not next(self.pieces.of(self.key)).shape
+        """Whether it has no dimensions.
+
+        Raises:
+            ValueError: if the files do not hold it.
+        """
+        first = next(self.pieces.of(self.key), None)
+        if first is None:
+            raise ValueError(self._not_whole)
+        return not first.shape
 
     def whole(self) -> Tensor:
         """All of it, on the CPU."""
         if self.is_scalar:
             return next(self.pieces.of(self.key)).read(None)
-        return self.rows(0, max(piece.end for piece in self.pieces.of(self.key)))
+        found = list(self.pieces.of(self.key))
+        end = max(piece.end for piece in found)
+        if end > sum(piece.shape[0] for piece in found):  # before memory for all rows is taken
+            raise ValueError(self._not_whole)
+        return self.rows(0, end)
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of its first dimension, on the CPU.
@@ -200,8 +216,12 @@ class SavedTensor:
             made[first - start : last - start] = rows
             missing -= last - first
         if made is None or missing:
-            raise ValueError(f"checkpoint {self.pieces.folder}: {self.key} is not whole; go on from an older one")
+            raise ValueError(self._not_whole)
         return made
+
+    @property
+    def _not_whole(self) -> str:
+        return f"checkpoint {self.pieces.folder}: {shorten(self.key)} is not whole; go on from an older one"
 
 
 class _Piece(NamedTuple):
@@ -239,9 +259,8 @@ class _Pieces:
     def of(self, key: str) -> Iterator[_Piece]:
         for name in self._names:
             if name not in self._open:
-                file = self._files.enter_context(safe_open(self.folder / name, framework="pt"))
-                starts = json.loads((file.metadata() or {}).get(_FIRST_ROWS, "{}"))
-                self._open[name] = file, set(file.keys()), starts
+                file = self._files.enter_context(open_tensors(self.folder / name))
+                self._open[name] = file, set(file.keys()), _first_rows(file.metadata(), self.folder / name)
             file, keys, starts = self._open[name]
             if key in keys:
                 yield _Piece(file, key, starts.get(key, 0), file.get_slice(key).get_shape())
@@ -280,54 +299,95 @@ def _write_tensors(folder: Path, pieces: Mapping[str, tuple[Tensor, int]], numbe
     file = folder / f"tensors-{number:05d}-of-{count:05d}.safetensors"
     tensors = {key: rows.detach().cpu().contiguous().clone() for key, (rows, _) in pieces.items()}
     starts = {key: start for key, (_, start) in pieces.items() if start}
-    try:
-        save_file(tensors, file, metadata={_FIRST_ROWS: json.dumps(starts)})
-    except SafetensorError as error:  # whatever the system said
-        needed = sum(tensor.nbytes for tensor in tensors.values())
-        free = shutil.disk_usage(file.parent).free
-        raise OSError(
-            errno.EIO, f"{error}; it needs {size_text(needed)}, {size_text(free)} are free", str(file)
-        ) from error
+    write_tensors(file, tensors, metadata={_FIRST_ROWS: json.dumps(starts)})
     return {file.name: _described(file)}
 
 
 def _complete(temporary: Path, target: Path, state: Any, written: Sequence[Mapping[str, Any]]) -> None:
-    (temporary / _STATE).write_text(json.dumps(state))
+    with write_atomically(temporary / _STATE) as stream:
+        stream.write(json.dumps(state).encode())
     files = {name: said for each in written for name, said in each.items()}
     files[_STATE] = _described(temporary / _STATE)
-    marker = {"format": "maskgit_pl.checkpoint", "version": _VERSION, "files": files}
-    (temporary / _MARKER).write_text(json.dumps(marker))
-    _sync(temporary / _MARKER)
-    _sync(temporary)
+    with write_atomically(temporary / _MARKER) as stream:
+        stream.write(json.dumps({"format": _FORMAT, "version": _VERSION, "files": files}).encode())
+    sync(temporary)
     if target.exists():
         FolderCheckpointIO().remove_checkpoint(target)
     temporary.rename(target)
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def _described(file: Path) -> dict[str, Any]:
-    _sync(file)
     return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
 
 
 def _files(folder: Path) -> dict[str, Any]:
-    """What the marker says of each file."""
+    """Returns what the marker says of each file.
+
+    Raises:
+        ValueError: if there is no marker, or it is not one of a known version.
+    """
+    where = f"checkpoint {folder}: {_MARKER}"
     if not (folder / _MARKER).is_file():
         raise ValueError(f"checkpoint {folder}: incomplete, it has no {_MARKER}; give an older one or train again")
     try:
-        marker = json.loads((folder / _MARKER).read_text())
+        marker = read_json(folder / _MARKER)
     except ValueError as error:
         raise ValueError(
-            f"checkpoint {folder}: {_MARKER} is not what was written ({error}); take the folder away to go on from an "
-            "older one"
+            f"{where} is not what was written ({error}); take the folder away to go on from an older one"
         ) from error
+    check_keys(where, marker, known=marker, required=("format", "version", "files"))
+    if marker["format"] != _FORMAT:
+        raise ValueError(f"{where}: format must be {_FORMAT!r}, got {shorten(marker['format'])}")
+    check_integer(f"{where}: version", marker["version"], "[1, inf)")
     if marker["version"] > _VERSION:
         raise ValueError(
-            f"checkpoint {folder}: versions up to {_VERSION} are read, got {marker['version']}; "
+            f"{where}: version must be at most {_VERSION}, got {shorten(marker['version'])}; "
             "a newer maskgit_pl wrote it: install that one"
         )
-    files: dict[str, Any] = marker["files"]
+    files = marker["files"]
+    if not isinstance(files, dict) or _STATE not in files:
+        raise ValueError(f"{where}: files must be a mapping with {_STATE}, got {shorten(files)}")
+    for name, said in files.items():
+        _check_file(name, said, where)
     return files
+
+
+def _check_file(name: str, said: Any, where: str) -> None:
+    """Refuses a file of a marker that is elsewhere, or described by something else than its size and hash."""
+    if not _FILE_NAME.fullmatch(name):
+        raise ValueError(f"{where}: files must be {_STATE} and tensors*.safetensors, got {shorten(name)}")
+    if not isinstance(said, dict):
+        raise ValueError(f"{where}: {name} must be a mapping, got {shorten(said)}")
+    check_keys(f"{where}: {name}", said, known=said, required=("bytes", "sha256"))
+    check_integer(f"{where}: {name}.bytes", said["bytes"], "[0, inf)")
+
+
+def _state(folder: Path, read: Callable[[str], Any]) -> dict[str, Any]:
+    """Returns the plain values of a checkpoint, with what ``read`` gives in place of each tensor.
+
+    Raises:
+        ValueError: if the file is not JSON, or of another form than ``_split`` gives.
+    """
+    file = folder / _STATE
+    try:
+        state = _join(read_json(file, max_bytes=_MAX_STATE_BYTES), read)
+    except _FormError as error:
+        raise ValueError(f"checkpoint {file}: {error}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"checkpoint {file} must hold a mapping, got {shorten(state)}")
+    for name in ("epoch", "global_step"):
+        check_integer(f"checkpoint {file}: {name}", state.get(name, 0), "[0, 1e15]")
+    return state
+
+
+def _first_rows(metadata: Mapping[str, str] | None, file: Path) -> dict[str, int]:
+    """Returns the row at which each tensor's piece begins, as the header of a tensor file says it."""
+    where = f"checkpoint {file}: {_FIRST_ROWS}"
+    starts = parse_json((metadata or {}).get(_FIRST_ROWS, "{}"), where)
+    return {
+        name: check_integer(f"{where} of {shorten(name)}", row, f"[0, {_MAX_ROWS}]") for name, row in starts.items()
+    }
 
 
 def _verify(folder: Path, names: Sequence[str], files: Mapping[str, Any]) -> None:
@@ -377,6 +437,8 @@ def _split(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, list | tuple):
         kind = "list" if isinstance(value, list) else "tuple"
         return {kind: [_split(item, f"{key}/{i}", tensors) for i, item in enumerate(value)]}
+    if isinstance(value, float) and not math.isfinite(value):  # JSON has no word for it
+        return {"float": str(value)}
     return _plain(value, key)
 
 
@@ -386,20 +448,43 @@ def _plain(value: Any, key: str) -> Any:
     raise TypeError(f"checkpoint {key or '/'}: tensors and plain values only, got {type(value).__name__}")
 
 
-def _join(node: Any, read: Callable[[str], Tensor]) -> Any:
+class _FormError(ValueError):
+    """Values that ``_split`` does not give."""
+
+
+def _join(node: Any, read: Callable[[str], Any], depth: int = 0) -> Any:
+    """Undoes ``_split``."""
     if not isinstance(node, dict):
+        if isinstance(node, list):
+            raise _FormError("a list must stand in a mapping that says what it is")
         return node
-    ((kind, content),) = node.items()
-    if kind == "tensor":
-        return read(content)
+    if depth > _MAX_DEPTH:
+        raise _FormError(f"values must be nested at most {_MAX_DEPTH} deep")
+    kind, content = next(iter(node.items()), ("", None))
+    if len(node) != 1 or kind not in ("tensor", "float", "items", "list", "tuple"):
+        kinds = "tensor, float, items, list, tuple"
+        raise _FormError(f"a mapping must have one of the keys {kinds}, got {shorten(list(node))}")
+    if kind in ("tensor", "float"):
+        if not isinstance(content, str) or (kind == "float" and content not in _NOT_FINITE):
+            raise _FormError(f"a {kind} must be a string, got {shorten(content)}")
+        return read(content) if kind == "tensor" else float(content)
+    if not isinstance(content, list):
+        raise _FormError(f"{kind} must be a list, got {shorten(content)}")
     if kind == "items":
-        return {key: _join(item, read) for key, item in content}
-    made: Iterator[Any] = (_join(item, read) for item in content)
+        return _joined_items(content, read, depth)
+    made: Iterator[Any] = (_join(item, read, depth + 1) for item in content)
     return list(made) if kind == "list" else tuple(made)
 
 
-def _no_tensor(key: str) -> Tensor:
-    raise AssertionError(f"{key} is a tensor among settings")
+def _joined_items(content: list[Any], read: Callable[[str], Any], depth: int) -> dict[Any, Any]:
+    made: dict[Any, Any] = {}
+    for pair in content:
+        if not isinstance(pair, list) or len(pair) != 2 or isinstance(pair[0], list | dict):
+            raise _FormError(f"items must be pairs of a key and a value, got {shorten(pair)}")
+        if pair[0] in made:
+            raise _FormError(f"a key must stand once in a mapping, got {shorten(pair[0])} again")
+        made[pair[0]] = _join(pair[1], read, depth + 1)
+    return made
 
 
 def _sha256(file: Path) -> str:
@@ -408,11 +493,3 @@ def _sha256(file: Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.optim import Optimizer
 
+from maskgit_pl.checks import check_integer, shorten
 from maskgit_pl.errors import CannotWriteError
 from maskgit_pl.training.checkpoint_files import (
     SETTINGS,
@@ -106,10 +107,12 @@ class Checkpoints(Checkpoint):
 
         Lightning ends a step when the micro-batches of the epoch are a multiple of the accumulation: with the counts of
         another accumulation, steps would end within a global batch.
+
+        Raises:
+            ValueError: if the checkpoint does not say how many micro-batches are done.
         """
         accumulation = getattr(pl_module, "accumulation", trainer.accumulate_grad_batches)  # stage 1 has its own
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        total, current = progress["total"], progress["current"]
+        total, current = _batch_progress(checkpoint, str(trainer.ckpt_path))
         before = total["ready"] // max(1, checkpoint["global_step"])
         for counts in (total, current) if before else ():
             added = counts["ready"] // before * accumulation - counts["ready"]
@@ -177,6 +180,22 @@ class Checkpoints(Checkpoint):
                 FolderCheckpointIO().remove_checkpoint(old)
             except OSError as error:
                 log.warning("checkpoint %s: cannot be removed: %s", old, error)
+
+
+def _batch_progress(checkpoint: Mapping[str, Any], where: str) -> tuple[dict[str, int], dict[str, int]]:
+    """Returns Lightning's counts of micro-batches, in all and of the epoch."""
+    node: Any = checkpoint
+    for name in ("loops", "fit_loop", "epoch_loop.batch_progress"):
+        node = node.get(name) if isinstance(node, dict) else None
+    total, current = (node.get(name) if isinstance(node, dict) else None for name in ("total", "current"))
+    for counts in (total, current):
+        if not isinstance(counts, dict) or "ready" not in counts:
+            raise ValueError(f"checkpoint {where}: micro-batches must be counted, got {shorten(counts)}")
+        for name, count in counts.items():
+            check_integer(f"checkpoint {where}: micro-batches {name}", count, "[0, 1e15]")
+    assert isinstance(total, dict)
+    assert isinstance(current, dict)
+    return total, current
 
 
 @torch.no_grad()

@@ -1,4 +1,6 @@
 import json
+import os
+import stat
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +19,9 @@ from maskgit_pl.evaluation.classifier import (
     obtain_classifier,
     train_classifier,
 )
+from maskgit_pl.files import write_tensors
 from maskgit_pl.networks.classifier import load_classifier
+from maskgit_pl.networks.weight_file import read_tensors
 
 QUICK = ClassifierConfig(width=8, max_steps=250, batch=20)
 
@@ -53,6 +57,26 @@ def test_learns_to_tell_brightness_on_held_out_images(data: ShardData) -> None:
     assert accuracy.top1 > 0.9
     assert accuracy.top5 == 1  # of three classes
     assert accuracy.images == 24
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_a_kept_classifier_has_the_permissions_of_any_new_file(data: ShardData, tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        obtain_classifier(tmp_path / "made", data, config=ClassifierConfig(width=4, max_steps=1, batch=20))
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "made").iterdir()}
+    assert modes == dict.fromkeys(("config.json", "model.safetensors"), 0o666 & ~mask)
+
+
+def test_a_kept_classifier_that_is_not_finite_is_refused_by_tensor(data: ShardData, tmp_path: Path) -> None:
+    config = ClassifierConfig(width=4, max_steps=1, batch=20)
+    obtain_classifier(tmp_path, data, config=config)
+    file = tmp_path / "model.safetensors"
+    write_tensors(file, {**read_tensors(file), "head.bias": torch.tensor([0.0, float("inf"), 0.0])})
+    with pytest.raises(ValueError, match=r"model\.safetensors: tensor 'head\.bias' must hold finite numbers, got inf"):
+        obtain_classifier(tmp_path, data, config=config)
 
 
 def test_training_is_repeatable(data: ShardData) -> None:

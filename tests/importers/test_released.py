@@ -448,7 +448,7 @@ def test_a_wrong_size_is_refused_in_one_line(size, tmp_path):
 
 
 def test_a_tokenizer_alone_needs_a_positive_size(tmp_path):
-    with pytest.raises(ValueError, match="image size: a positive multiple"):
+    with pytest.raises(ValueError, match="image size must be a positive multiple"):
         import_jax(TOKENIZER, tmp_path / "out", image_size=0)
     assert list(tmp_path.iterdir()) == []
 

@@ -1,6 +1,7 @@
 """Tokenizers in both layouts come out as they go in: the same tokens, the same images, every size read off the file."""
 
 import argparse
+import math
 import os
 import sys
 from dataclasses import replace
@@ -348,6 +349,8 @@ def test_a_hostile_file_runs_nothing(old, tmp_path):
 
 # What is refused
 
+CODEBOOK = "quantize.embedding.weight"
+
 
 def damaged(change):
     """Writes a taming checkpoint after ``change`` of its tensors."""
@@ -422,6 +425,18 @@ REFUSED = {
     "gumbel": (
         damaged(lambda weights: renamed(weights, "quantize.embedding.weight", "quantize.embed.weight")),
         r"quantize\.embed\.weight: a Gumbel-softmax tokenizer",
+    ),
+    "codebook that repeats one number": (  # 4 GB in 1 MB
+        damaged(lambda weights: weights.update({CODEBOOK: torch.ones(1).expand(1 << 22, 256)})),
+        r"quantize\.embedding\.weight' must be held by the file, got one of 4\.29 GB that repeats 4 bytes",
+    ),
+    "codebook not finite": (
+        damaged(lambda weights: weights[CODEBOOK][3].fill_(math.nan)),
+        r"quantize\.embedding\.weight' must hold finite numbers, got nan",
+    ),
+    "codebook of integers": (
+        damaged(lambda weights: weights.update({CODEBOOK: weights[CODEBOOK].long()})),
+        r"quantize\.embedding\.weight' must be floating point .*, got torch\.int64",
     ),
     "no codebook": (
         damaged(lambda weights: weights.pop("quantize.embedding.weight")),
@@ -501,7 +516,9 @@ def test_a_missing_file_is_refused(tmp_path):
 @pytest.mark.parametrize("size", [15, 0, -16])
 def test_a_size_that_the_factor_does_not_divide_is_refused(size, tmp_path):
     file = save(reference("taming"), tmp_path / "a.ckpt")
-    with pytest.raises(ValueError, match=f"image size: a positive multiple of the downsampling factor 2 .* got {size}"):
+    with pytest.raises(
+        ValueError, match=f"image size must be a positive multiple of the downsampling factor 2, got {size}"
+    ):
         import_taming(file, tmp_path / "out", image_size=size)
     assert not (tmp_path / "out").exists()
 

@@ -1,11 +1,13 @@
 """The classifiers of the data set at hand: any size, any colour, and what is read back is what was kept."""
 
 import json
+import math
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from maskgit_pl.networks.classifier import (
     SMALL,
@@ -69,7 +71,7 @@ def test_unknown_networks_are_answered_with_the_nearest():
         ClassifierSizes(1, 28, 10, "smal")
     with pytest.raises(ValueError, match=r"timm\.list_models"):
         ClassifierSizes(1, 28, 10, "§§§")
-    with pytest.raises(ValueError, match="image_size: at least 1"):
+    with pytest.raises(ValueError, match="image_size must be an integer in"):
         ClassifierSizes(1, 0, 10)
 
 
@@ -107,23 +109,41 @@ def test_images_of_another_size_are_resized(tmp_path):
     assert load_classifier(tmp_path)(images(1, 20)).logits.shape == (2, 3)
 
 
+def test_weights_and_sizes_of_a_stranger_are_refused_by_file(tmp_path):
+    kept(tmp_path, ClassifierSizes(1, 8, 3, width=4))
+    file, config = tmp_path / "model.safetensors", json.loads((tmp_path / "config.json").read_text())
+    good = load_file(file)
+    save_file({**good, "head.bias": torch.tensor([0.0, math.nan, 0.0])}, file)
+    with pytest.raises(ValueError, match=r"model\.safetensors: tensor 'head\.bias' must hold finite numbers, got nan"):
+        load_classifier(tmp_path)
+    save_file({**good, "head.bias": torch.ones(3, dtype=torch.int32)}, file)
+    with pytest.raises(ValueError, match=r"tensor 'head\.bias' must be floating point .*, got I32"):
+        load_classifier(tmp_path)
+    large = {**config["network"], "model": "vit_giant_patch14_224"}  # 4 GB of weights, were it built
+    (tmp_path / "config.json").write_text(json.dumps({**config, "network": large}))
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="do not fit"):
+        load_classifier(tmp_path)
+    assert time.monotonic() - start < 10
+
+
 def test_folders_of_something_else_are_refused(tmp_path):
     with pytest.raises(ValueError, match="maskgit train-classifier"):
         load_classifier(tmp_path)
     kept(tmp_path, ClassifierSizes(1, 8, 3, width=4))
     config = json.loads((tmp_path / "config.json").read_text())
     for broken, match in (
-        ("{", "not JSON"),
-        ("[]", "train it anew"),
-        (json.dumps({"width": 24, "seed": 0}), "format 'maskgit_pl.classifier'"),
-        (json.dumps({**config, "version": 2}), "version 1"),
+        ("{", "not JSON that can be read"),
+        ("[]", "must hold a mapping"),
+        (json.dumps({"width": 24, "seed": 0}), "format must be 'maskgit_pl.classifier', got None; train it anew"),
+        (json.dumps({**config, "version": 2}), "version must be 1, got 2"),
         (json.dumps({**config, "network": {**config["network"], "depth": 3}}), "depth"),
-        (json.dumps({**config, "network": {**config["network"], "width": 8}}), "does not fit"),
+        (json.dumps({**config, "network": {**config["network"], "width": 8}}), "do not fit"),
     ):
         (tmp_path / "config.json").write_text(broken)
         with pytest.raises(ValueError, match=match):
             load_classifier(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="weights"):
+    with pytest.raises(FileNotFoundError, match=r"weights .*model\.safetensors: no such file"):
         load_classifier(tmp_path)

@@ -130,7 +130,7 @@ def test_decoding_is_given_as_a_recipe_or_as_its_file(tiny_pretrained: Path, tmp
 def test_a_config_of_something_else_is_refused(tmp_path: Path) -> None:
     folder = save_tiny_pretrained(tmp_path)
     (folder / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(ValueError, match=r"format 'maskgit_pl\.pipeline' is needed, got None"):
+    with pytest.raises(ValueError, match=r"format must be 'maskgit_pl\.pipeline', got None"):
         MaskGIT.from_pretrained(folder)
 
 

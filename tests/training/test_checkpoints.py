@@ -1,6 +1,10 @@
+import hashlib
 import json
 import logging
 import multiprocessing
+import os
+import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +13,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from maskgit_pl.errors import CannotWriteError
-from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_complete
+from maskgit_pl.files import write_tensors
+from maskgit_pl.training.checkpoint_files import (
+    FolderCheckpointIO,
+    complete_checkpoints,
+    leftovers,
+    newest_complete,
+    settings_of,
+)
 from maskgit_pl.training.checkpoints import Checkpoints
 
 STATE = {
@@ -71,6 +82,122 @@ def test_a_file_that_is_not_what_was_written_is_refused_by_name(tmp_path, name):
         FolderCheckpointIO().load_checkpoint(folder)
 
 
+def hashed_anew(folder):
+    """Makes the marker say what the files are, as someone who wants them read would."""
+    marker = json.loads((folder / "COMPLETE.json").read_text())
+    for name in marker["files"]:
+        content = (folder / name).read_bytes()
+        marker["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "COMPLETE.json").write_text(json.dumps(marker))
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"version": 3}, "version must be at most 2, got 3; a newer maskgit_pl wrote it: install that one"),
+        ({"version": 0}, r"version must be an integer in \[1, inf\), got 0"),
+        ({"version": "2"}, r"version must be an integer in \[1, inf\), got '2'"),
+        ({"format": "other"}, "format must be 'maskgit_pl.checkpoint', got 'other'"),
+        (
+            {"files": {"../elsewhere": {"bytes": 0, "sha256": ""}, "state.json": {}}},
+            r"files must be .*'\.\./elsewhere'",
+        ),
+        ({"files": {}}, "files must be a mapping with state.json"),
+    ],
+)
+def test_a_marker_of_another_version_or_form_is_refused_by_file(tmp_path, changes, rule):
+    file = save(tmp_path / "step-00000003") / "COMPLETE.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    for read in (FolderCheckpointIO().load_checkpoint, settings_of):
+        with pytest.raises(ValueError, match=f"checkpoint {file.parent}: COMPLETE.json: {rule}"):
+            read(file.parent)
+
+
+def test_rows_that_no_file_holds_are_refused_before_memory_is_taken(tmp_path):
+    folder = save(tmp_path / "step-00000003", {"weight": torch.ones(4, 1000)})
+    (file,) = folder.glob("*.safetensors")
+    write_tensors(file, {"/weight": torch.ones(4, 1000)}, metadata={"first_rows": json.dumps({"/weight": 2**30})})
+    hashed_anew(folder)  # 4 TB of rows before those that it has
+    with pytest.raises(ValueError, match="'/weight' is not whole; go on from an older one"):
+        FolderCheckpointIO().load_checkpoint(folder)
+
+
+def test_numbers_that_json_has_no_word_for_come_back(tmp_path):
+    state = {"best": float("inf"), "worst": [float("-inf"), float("nan")]}
+    back = FolderCheckpointIO().load_checkpoint(save(tmp_path / "step-00000003", state))
+    assert str(back) == str(state)
+
+
+def test_every_file_is_on_disk_before_the_marker_and_all_names_before_the_checkpoint_has_its_own(tmp_path, monkeypatch):
+    events = []
+    fsync, rename, replace = os.fsync, Path.rename, os.replace
+
+    def spy(descriptor):
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        events.append(("sync", path.name.partition(".partial")[0].lstrip(".").partition(".json")[0]))
+        fsync(descriptor)
+
+    def spy_on_rename(self, target):
+        events.append(("rename", target.name))
+        return rename(self, target)
+
+    def spy_on_replace(source, target):
+        events.append(("rename", Path(target).name))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    monkeypatch.setattr(Path, "rename", spy_on_rename)
+    monkeypatch.setattr(os, "replace", spy_on_replace)
+    save(tmp_path / "step-00000003")
+    tensors = "tensors-00000-of-00001.safetensors"
+    synced = [name for kind, name in events if kind == "sync"]
+    assert [name.removesuffix(f".{os.getpid()}") for name in synced] == [
+        tensors, "state", "COMPLETE", "step-00000003", tmp_path.name,
+    ]  # fmt: skip
+    renamed = [name for kind, name in events if kind == "rename"]
+    assert renamed == [tensors, "state.json", "COMPLETE.json", "step-00000003"]
+    order = [kind for kind, _ in events]
+    assert order == ["sync", "rename", "sync", "rename", "sync", "rename", "sync", "rename", "sync"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_a_checkpoint_has_the_permissions_of_any_new_file(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        folder = save(tmp_path / "step-00000003")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o777 & ~mask
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o666 & ~mask}
+
+
+def test_what_a_kill_left_half_written_or_half_removed_is_never_taken_and_listed_as_such(tmp_path):
+    whole = save(tmp_path / "step-00000010")
+    removed = save(tmp_path / "step-00000020")
+    (removed / "COMPLETE.json").unlink()  # the first thing that a removal does
+    emptied = tmp_path / "step-00000030"
+    emptied.mkdir()
+    partial = tmp_path / ".step-00000040.partial"
+    partial.mkdir()
+    (tmp_path / "step-of-mine").mkdir()
+    assert complete_checkpoints(tmp_path) == [whole]
+    assert set(leftovers(tmp_path)) == {removed, emptied, partial}
+    assert FolderCheckpointIO().load_checkpoint(save(emptied))["loops"] == STATE["loops"]  # its place can be taken
+
+
+def test_a_removal_that_is_cut_short_leaves_no_complete_checkpoint(tmp_path, monkeypatch):
+    folder = save(tmp_path / "step-00000010")
+
+    def cut(path, **_):
+        raise OSError("killed")
+
+    monkeypatch.setattr("maskgit_pl.training.checkpoint_files.shutil.rmtree", cut)
+    with pytest.raises(OSError, match="killed"):
+        FolderCheckpointIO().remove_checkpoint(folder)
+    assert complete_checkpoints(tmp_path) == []
+    assert leftovers(tmp_path) == [folder]
+
+
 class Line(LightningModule):
     def __init__(self):
         super().__init__()
@@ -84,8 +211,8 @@ class Line(LightningModule):
 
 
 def test_training_keeps_the_newest_few_and_sweeps_leftovers(tmp_path):
-    leftover = tmp_path / ".step-00000001.partial-99"
-    leftover.mkdir()
+    (tmp_path / ".step-00000001.partial-99").mkdir()
+    (save(tmp_path / "step-00000003") / "COMPLETE.json").unlink()  # its removal was cut short
     trainer = Trainer(
         max_steps=7, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
         plugins=[FolderCheckpointIO()], callbacks=[Checkpoints(tmp_path, every_n_steps=2, keep_last=2)],
@@ -124,6 +251,33 @@ def test_a_folder_that_cannot_even_be_listed_has_three_tries_as_well(tmp_path, c
     with caplog.at_level(logging.WARNING), pytest.raises(CannotWriteError, match=r"step 6: .*3 times in a row"):
         trainer.fit(Line(), torch.utils.data.DataLoader(torch.ones(20, 1)))
     assert sum("cannot be listed" in record.message for record in caplog.records) == 3
+
+
+class Unwritable(FolderCheckpointIO):
+    """A disk that is full at some steps."""
+
+    def __init__(self, *steps):
+        self.steps = steps
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        if checkpoint["global_step"] in self.steps:
+            raise OSError("no space left")
+        super().save_checkpoint(checkpoint, path, storage_options)
+
+
+def fit_on(disk, folder, *, steps=6):
+    trainer = Trainer(
+        max_steps=steps, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        plugins=[disk], callbacks=[Checkpoints(folder, every_n_steps=1)],
+    )  # fmt: skip
+    trainer.fit(Line(), torch.utils.data.DataLoader(torch.ones(20, 1)))
+
+
+def test_three_failed_saves_end_a_run_in_a_row_and_not_in_all(tmp_path):
+    fit_on(Unwritable(1, 2, 4, 5), tmp_path / "four in all")
+    assert newest_complete(tmp_path / "four in all").name == "step-00000006"
+    with pytest.raises(CannotWriteError, match=r"step 4: .*step-00000001 stays; 3 times in a row"):
+        fit_on(Unwritable(2, 3, 4), tmp_path / "three in a row")
 
 
 def begin(rank: int, folder, name: str) -> None:

@@ -1,0 +1,244 @@
+"""Every JSON file that the package writes beside weights, mutated key by key: it loads, or is refused in one line."""
+
+import copy
+import hashlib
+import json
+import resource
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.files import write_tensors
+from maskgit_pl.networks.classifier import ClassifierSizes, create_classifier, describe_classifier, load_classifier
+from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
+from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
+from maskgit_pl.pretrained import (
+    load_tokenizer,
+    load_transformer,
+    read_decoding,
+    save_decoding,
+    save_tokenizer,
+    save_transformer,
+)
+from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, settings_of
+
+SECONDS, MEMORY = 10, 500_000_000  # of a load, at most; a load of what is here takes 10 ms and 1 MB
+LARGE = {  # what stands in a file in place of a word, for json is slow to write it
+    "@deep@": "[" * 100_000 + "]" * 100_000,
+    "@string@": '"' + "x" * 100_000 + '"',
+    "@list@": "[" + "0," * 99_999 + "0]",
+}
+VALUES = (
+    *LARGE, "text", 2**40, 10**9, 10**400, -1, 0.5, 1e300, float("nan"), float("inf"), True, None, [], {},
+    {"name": "x"}, {"name": ["x"]},
+)  # fmt: skip
+
+
+def paths(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Every key of every mapping, and the first items of every list."""
+    keys = node if isinstance(node, dict) else range(min(len(node), 8)) if isinstance(node, list) else ()
+    for key in keys:
+        yield (*path, key)
+        yield from paths(node[key], (*path, key))
+
+
+def mutants(content: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What is changed, and the text of the changed file."""
+    for path in paths(content):
+        for value in ("@delete@", "@twice@", *VALUES):
+            changed = copy.deepcopy(content)
+            *above, key = path
+            parent: Any = changed
+            for name in above:
+                parent = parent[name]
+            if value == "@delete@":
+                del parent[key]
+            elif value == "@twice@":
+                if not isinstance(parent, dict):
+                    continue
+                parent["@twice@"] = 0
+            else:
+                parent[key] = value
+            text = json.dumps(changed).replace('"@twice@"', json.dumps(str(key)))
+            if isinstance(value, str) and value in LARGE:
+                text = text.replace(f'"{value}"', LARGE[value])
+            yield f"{path}: {str(value)[:20]}", text
+    yield "root: list", "[]"
+    yield "root: empty", ""
+    yield "root: binary", "\x00\x01"
+    yield "root: large", " " * 20_000_000 + "{}"
+
+
+@contextmanager
+def bounded() -> Iterator[None]:
+    """Ends what takes too long, and refuses memory beyond the bound."""
+
+    def stop(*_: object) -> None:
+        raise AssertionError(f"it took more than {SECONDS} s")
+
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before, limits = signal.signal(signal.SIGALRM, stop), resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, limits[1]))
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+        signal.signal(signal.SIGALRM, before)
+
+
+def outcome(load: Callable[[], Any], file: Path, changed: str) -> Any:
+    """What a load gives; None where it is refused as it should be."""
+    try:
+        with bounded():
+            return load()
+    except (ValueError, FileNotFoundError) as error:
+        text = str(error)
+        assert str(file.parent) in text, f"{changed}: the file is not named: {text[:300]}"
+        assert "\n" not in text, f"{changed}: several lines: {text[:300]}"
+        return None
+    except Exception as error:
+        raise AssertionError(f"{changed}: {type(error).__name__}: {str(error)[:300]}") from error
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def tokenizer(folder: Path) -> tuple[Path, Callable[[], Any]]:
+    config = VQGANConfig(1, channels=4, multipliers=(1, 1), blocks_per_level=1, groups=2, num_codes=8, code_width=4)
+    save_tokenizer(folder, config, VQGAN(config).state_dict(), image_size=8)
+    return folder / "config.json", lambda: load_tokenizer(folder).network.state_dict()
+
+
+def transformer(folder: Path) -> tuple[Path, Callable[[], Any]]:
+    config = TransformerConfig(8, 2, (4, 4), 8, 1, 2, 8)
+    save_transformer(
+        folder,
+        config,
+        MaskedTransformer(config).state_dict(),
+        mask_schedule={"name": "pow", "exponent": 2.5},
+        decoding=DecodingConfig(
+            2,
+            {"name": "confidence", "choice_temperature": 2.0},
+            {"name": "linear", "scale": 1.0},
+            (1.0, 0.5),
+            4,
+            0.9,
+            (4, 12),
+            {"name": "pow", "exponent": 3.0},
+        ),
+        class_names=("cat", "dog"),
+        tokenizer_fingerprint="0" * 64,
+    )
+    return folder / "config.json", lambda: load_transformer(folder).network.state_dict()
+
+
+def decoding(folder: Path) -> tuple[Path, Callable[[], Any]]:
+    transformer(folder / "transformer")
+    selector = {"name": "remdm", "strategy": "loop", "eta": 0.2}
+    save_decoding(folder, DecodingConfig(2, selector, {"name": "interval", "scale": 1.0}), tuned={"metric": "fid"})
+
+    def load() -> dict[str, Tensor]:
+        recipe = read_decoding(folder)
+        assert recipe is not None
+        return {"scales": torch.zeros(len(recipe.scales()))}
+
+    return folder / "decoding.json", load
+
+
+def classifier(folder: Path) -> tuple[Path, Callable[[], Any]]:
+    sizes = ClassifierSizes(1, 8, 2, width=4)
+    folder.mkdir(parents=True)
+    write_tensors(folder / "model.safetensors", create_classifier(sizes).state_dict())
+    (folder / "config.json").write_text(json.dumps(describe_classifier(sizes, ("cat", "dog"))))
+    return folder / "config.json", lambda: load_classifier(folder).state_dict()
+
+
+def checkpoint(folder: Path) -> Path:
+    state = {
+        "epoch": 0,
+        "global_step": 3,
+        "state_dict": {"weight": torch.arange(6.0).reshape(2, 3), "scale": torch.tensor(2.0)},
+        "loops": [{"done": 3}],
+        "maskgit_pl.settings": {"data.seed": 0, "model.betas": (0.9, 0.96)},
+        "worst": float("inf"),
+    }
+    FolderCheckpointIO().save_checkpoint(state, folder)
+    return folder
+
+
+def read_checkpoint(folder: Path) -> dict[str, Tensor]:
+    settings_of(folder)
+    state = FolderCheckpointIO().load_checkpoint(folder)
+    return {name: state["state_dict"][name] for name in ("weight", "scale")} if "state_dict" in state else {}
+
+
+def marker(folder: Path) -> tuple[Path, Callable[[], Any]]:
+    checkpoint(folder)
+    return folder / "COMPLETE.json", lambda: read_checkpoint(folder)
+
+
+def hashed_anew(folder: Path) -> None:
+    """Makes the marker say what the files are, as someone who wants them read would."""
+    said = json.loads((folder / "COMPLETE.json").read_text())
+    for name in said["files"]:
+        content = (folder / name).read_bytes()
+        said["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "COMPLETE.json").write_text(json.dumps(said))
+
+
+def state(folder: Path) -> tuple[Path, Callable[[], Any]]:
+    checkpoint(folder)
+
+    def load() -> Any:
+        hashed_anew(folder)
+        try:
+            return read_checkpoint(folder)
+        except (KeyError, TypeError, AttributeError):  # values in other places: they are plain, and Lightning judges
+            return {}
+
+    return folder / "state.json", load
+
+
+FILES = (tokenizer, transformer, decoding, classifier, marker, state)
+
+
+@pytest.mark.parametrize("make", FILES)
+def test_a_file_with_one_key_changed_loads_the_same_weights_or_is_refused_in_one_line(tmp_path, make):
+    file, load = make(tmp_path / "folder")
+    expected, good = load(), file.read_text()
+    refused = tried = 0
+    for changed, text in mutants(json.loads(good)):
+        file.write_text(text)
+        found = outcome(load, file, changed)
+        tried += 1
+        refused += found is None
+        if found is not None and make is not state:
+            assert equal(found, expected) or make is decoding, f"{changed}: other weights"
+    assert tried > 100
+    assert refused > tried / 4
+    file.write_text(good)
+    assert equal(load(), expected)
+
+
+@pytest.mark.parametrize("make", [tokenizer, transformer, classifier, marker])
+def test_weights_with_one_byte_of_the_header_changed_load_or_are_refused_in_one_line(tmp_path, make):
+    _, load = make(tmp_path / "folder")
+    (file,) = (tmp_path / "folder").glob("*.safetensors")
+    good = file.read_bytes()
+    length = 8 + int.from_bytes(good[:8], "little")
+    for place in {*range(16), *range(16, length, max(1, length // 80))}:
+        for byte in (0x31, 0xFF):
+            file.write_bytes(good[:place] + bytes([byte]) + good[place + 1 :])
+            if make is marker:
+                hashed_anew(file.parent)
+            outcome(load, file, f"byte {place}: {byte}")
