@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["read_json", "size_text", "write_atomically"]
+__all__ = ["parse_json", "read_json", "size_text", "write_atomically"]
 
 MAX_JSON_BYTES = 1_000_000
 
@@ -49,19 +49,32 @@ def read_json(file: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     size = file.stat().st_size
     if size > max_bytes:
         raise ValueError(f"{file} must have at most {size_text(max_bytes)}, got {size_text(size)}")
+    return parse_json(file.read_bytes(), str(file))
+
+
+def parse_json(text: bytes | str, where: str) -> dict[str, Any]:
+    """Returns the mapping that JSON of a stranger holds, such as a line of a file; see ``read_json``.
+
+    Args:
+        text: The JSON, of bounded length.
+        where: File and line, for the message.
+
+    Raises:
+        ValueError: as ``read_json``. The message is one line that begins with ``where``.
+    """
     try:
         content = json.loads(
-            file.read_bytes(),
+            text,
             object_pairs_hook=_unique_keys,
             parse_constant=_finite_float,
             parse_float=_finite_float,
         )
     except RecursionError as error:
-        raise ValueError(f"{file} is nested too deep") from error
+        raise ValueError(f"{where} is nested too deep") from error
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise ValueError(f"{file} is not JSON that can be read: {' '.join(str(error).split())[:200]}") from error
+        raise ValueError(f"{where} is not JSON that can be read: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold a mapping, got a {type(content).__name__}")
+        raise ValueError(f"{where} must hold a mapping, got a {type(content).__name__}")
     return content
 
 

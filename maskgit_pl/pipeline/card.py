@@ -55,7 +55,7 @@ _SETTINGS = (
     "model.label_smoothing",
 )
 _VERSIONS = ("maskgit_pl", "commit", "python", "torch", "lightning", "accelerators", "world_size")
-_PROTOCOL = ("num_images", "num_steps", "seed", "split")
+_PROTOCOL = ("num_images", "num_steps", "seed", "split", "reference")
 _NOT_FIGURES = ("protocol", "model", "environment")  # sections of evaluation.json that say how, not how well
 _NAMES_SHOWN = 20
 
