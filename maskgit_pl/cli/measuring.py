@@ -49,6 +49,7 @@ __all__ = [
     "open_model",
     "plain_protocol",
     "progress_bars",
+    "read_own_recipe",
     "ready",
     "step_numbers",
     "trained_classifier",
@@ -450,6 +451,24 @@ class _Lines:
         self.told, self.done_before = now, self.done
 
 
+def read_own_recipe(file: Path) -> dict[str, Any]:
+    """Returns what a run's ``config.yaml`` says, in plain values; nothing where it is not there.
+
+    Raises:
+        ValueError: if it is no recipe. The message is one line.
+    """
+    from maskgit_pl.cli.recipes import read_yaml
+
+    if not file.is_file():
+        return {}
+    try:
+        return read_yaml(file)
+    except RecursionError as error:
+        raise ValueError(f"recipe {file} is nested too deep") from error
+    except ValueError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
 def _trained_on(home: Path) -> Path:
     """The data folder that stands in the run's own configuration.
 
@@ -458,12 +477,10 @@ def _trained_on(home: Path) -> Path:
     """
     for stage in ("transformer", "tokenizer"):
         file = home / stage / "config.yaml"
-        if file.is_file():
-            from maskgit_pl.cli.recipes import recipe_value
-
-            path = recipe_value([file], (), "data.path")
-            if path is not None and not isinstance(path, str):
-                raise ValueError(f"{file}: data.path must be a string, got {shorten(path)}")
-            if path:
-                return Path(path)
+        data = read_own_recipe(file).get("data") or {}
+        path = data.get("path") if isinstance(data, dict) else data
+        if path is not None and not isinstance(path, str):
+            raise ValueError(f"{file}: data.path must be a string, got {shorten(path)}")
+        if path:
+            return Path(path)
     raise FileNotFoundError(f"run {home}: it does not say what data it was trained on; name them with --data")

@@ -24,6 +24,7 @@ from maskgit_pl.cli.measuring import (
     open_judges,
     open_model,
     progress_bars,
+    read_own_recipe,
     step_numbers,
 )
 from maskgit_pl.cli.model import check_at_least, default_device, pretrained_folder
@@ -333,13 +334,11 @@ def measured_schedules(made: Opened, args: argparse.Namespace, numbers: Sequence
     Raises:
         ValueError: Runs that were not trained alike, two of one schedule, or no T that can be.
     """
-    from maskgit_pl.cli.recipes import read_yaml
     from maskgit_pl.evaluation.paper.ablation import STEPS, ablate, check_budgets
 
-    configs = {}
-    for subject in made.subjects:
-        file = subject.folder.parent / "transformer" / "config.yaml"
-        configs[subject.run] = read_yaml(file) if file.is_file() else {}
+    configs = {
+        subject.run: read_own_recipe(subject.folder.parent / "transformer" / "config.yaml") for subject in made.subjects
+    }
     check_budgets(configs)
     steps = STEPS if numbers is None else numbers
     return ablate(

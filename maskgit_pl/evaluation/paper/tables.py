@@ -135,8 +135,8 @@ def _milliseconds(row: Mapping[str, str]) -> str:
 def _provenance(rows: Sequence[Row]) -> list[str]:
     """Returns on what, against what, by which networks and by which code the rows were measured."""
     said = []
-    for title, name in (("data", "dataset"), ("data fingerprint", "data"), ("split", "split"), ("commit", "commit"),
-                        ("date", "date"), ("device", "device")):  # fmt: skip
+    for title, name in (("data", "dataset"), ("data fingerprint", "data"), ("commit", "commit"), ("date", "date"),
+                        ("device", "device")):  # fmt: skip
         values = dict.fromkeys(row.get(name, "")[:12] if name == "commit" else row.get(name, "") for row in rows)
         said.append(f"{title} {', '.join(value for value in values if value)}")
     compared = _named(rows, reference_name, "reference")
@@ -167,7 +167,7 @@ def digest_text(row: Mapping[str, str], name: str) -> str:
 
 def reference_name(row: Mapping[str, str]) -> str:
     """Returns what the images of a row were compared with: a split, or a file."""
-    return row.get("reference_file") or f"{row.get('split') or 'val'} split"
+    return row.get("reference_file") or f"the {row.get('split') or 'val'} split"
 
 
 def _against(rows: Sequence[Row]) -> str:

@@ -79,12 +79,12 @@ def test_pages_say_what_was_compared_with_and_what_judged() -> None:
         "transformer": "b" * 16,
     }
     file = {"split": "", "reference_file": "imagenet.npz", "real_images": ""}
-    for changes, compared in (({}, "500 real ones of val split"), (file, "the statistics of imagenet.npz")):
+    for changes, compared in (({}, "500 real ones of the val split"), (file, "the statistics of imagenet.npz")):
         tasks = [row("MaskGIT", "lite0", fid=1.0, task="outpaint-right", **{**digests, **changes})]
         for page in (table_1(tasks, [], command="x").markdown, table_2(tasks, command="x").markdown):
             said = " ".join(page.split())
             assert f"against {compared}" in said
-            assert f"Reference: {changes.get('reference_file', 'val split')} 01234567." in said
+            assert f"Reference: {changes.get('reference_file', 'the val split')} 01234567." in said
             assert "judge: lite0 fedcba98." in said
             assert "`run-a` tokenizer aaaaaaaa, transformer bbbbbbbb." in said
     old = " ".join(table_2([row("MaskGIT", "lite0", fid=1.0, task="outpaint-right")], command="x").markdown.split())
