@@ -116,6 +116,7 @@ class Judge:
         return {
             "network": self.extractor.label,
             "judge": short(self.extractor.digest),
+            "knows_classes": self.extractor.knows_classes,
             "real_images": "" if features is None else len(features),
             "reference_file": origin.file,
             "reference": short(origin.digest),
@@ -195,9 +196,9 @@ class Bench:
             file = results / f"{kind}.csv"
             return Ledger(file, tuple(key), digests=("config", *digests), results=numbers, writes=first)
 
-        judged = ("network", "real_images")
-        self._samples = ledger("samples", (*on, *how, *judged), ("judge", "reference"), _SAYS)
-        self._editing = ledger("editing", (*on, *how, "task", "model", *judged), ("judge", "reference"), _SAYS)
+        judged, by = ("network", "real_images"), ("judge", "knows_classes", "reference")
+        self._samples = ledger("samples", (*on, *how, *judged), by, _SAYS)
+        self._editing = ledger("editing", (*on, *how, "task", "model", *judged), by, _SAYS)
         self._likelihood = ledger("likelihood", (*on, "draws"), (), ())
         trained = ("classifier", "training_images", "training_steps", "classifier_seed")
         self._cas = ledger("cas", (*on, *how, *trained), ("training",), ("top1", "top5"))

@@ -32,6 +32,7 @@ class Case:
     data: str = "shoes"
     image_size: int = 8
     judge_seed: int = 0
+    knows_classes: bool = True
     reference: str = "val"
     reference_images: int | None = None
     weights: int = 0
@@ -48,6 +49,7 @@ CHANGES: dict[str, list[Any]] = {  # by the part, what it may become
     "data": ["hats"],
     "image_size": [4],
     "judge_seed": [1],
+    "knows_classes": [False],
     "reference": ["train", "a.npz", "b.npz"],
     "reference_images": [10],
     "weights": [1],
@@ -90,15 +92,16 @@ def measure(kind: str, case: Case, folder: Path, results: Path) -> Row:
     """The row of a measurement, made or found by a bench of its own, as another command would."""
     data = ShardData(str(folder / case.data), image_size=case.image_size, in_channels=1, validation_batch=10)
     data.setup()
+    judge = few(seed=case.judge_seed, knows_classes=case.knows_classes)
     if case.reference.endswith(".npz"):  # of three channels
         found = read_references(folder / case.reference, [few(channels=3)])
     else:
         how = {"split": case.reference, "num_images": case.reference_images}
-        found = obtain_references(folder / "kept", data, [few(seed=case.judge_seed)], **how)
+        found = obtain_references(folder / "kept", data, [judge], **how)
     bench = Bench(
         data,
         dataset=case.data,
-        judges={"classifier": Judge(few(seed=case.judge_seed), found["classifier"])},
+        judges={"classifier": Judge(judge, found["classifier"])},
         results=results,
         bars=lambda title, total: lambda count: None,
     )
@@ -134,7 +137,7 @@ def score_of_real(bench: Bench, subject: Subject, case: Case) -> Row:
     return bench.cas(None, None, case.cas, num_images=case.num_images, seed=case.seed)
 
 
-JUDGED = ("data", "judge_seed", "reference", "reference_images", "num_images")
+JUDGED = ("data", "judge_seed", "knows_classes", "reference", "reference_images", "num_images")
 MODEL = ("weights", "config", "seed")
 KINDS: dict[str, tuple[Callable[[Bench, Subject, Case], Row], str, set[str]]] = {  # the file, and what decides a row
     "samples": (samples, "samples.csv", {*JUDGED, *MODEL, "decoding"}),
