@@ -53,8 +53,8 @@ doctor: $(STAMP) ## Check a run before it is started: STAGE=transformer RECIPE=p
 train-tokenizer: $(STAMP) ## Stage 1: train the VQGAN on DATA (go on with the run if there is one)
 	@$(BIN)/maskgit train tokenizer $(OF_RUN) --cluster $(CLUSTER) $(ARGS)
 
-tokenize: $(STAMP) ## Turn the images of DATA into tokens, once
-	@$(BIN)/maskgit tokenize $(OF_RUN)
+tokenize: $(STAMP) ## Turn the images of DATA into tokens, once; all runs with the same tokenizer and data share them
+	@$(BIN)/maskgit tokenize $(OF_RUN) --cluster $(CLUSTER) $(ARGS)
 
 train-transformer: tokenize ## Stage 2: train the transformer, e.g. RECIPE=cosine CLUSTER=ddp
 	@$(BIN)/maskgit train transformer $(OF_RUN) --cluster $(CLUSTER) $(ARGS)

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from webdataset import TarWriter
 
 from maskgit_pl.cli.fit import build
-from maskgit_pl.cli.recipes import Plan, recipes_folder
-from maskgit_pl.cli.stage_cli import StageCLI
+from maskgit_pl.cli.recipes import Plan, Recipe, recipes_folder
+from maskgit_pl.cli.stage_run import StageRun
 from maskgit_pl.data import Batch, to_unit_range, tokenize
 from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
@@ -99,11 +99,12 @@ def write_data(folder: Path, task: Task) -> None:
     )
 
 
-def build_run(folder: Path, task: Task) -> StageCLI:
+def build_run(folder: Path, task: Task) -> StageRun:
     """What ``maskgit train transformer`` builds: module, data, and the Trainer with everything of ours."""
     recipes = recipes_folder()
     files = [recipes / "transformer" / "base.yaml", recipes / "cluster" / "cpu.yaml"]
-    plan = Plan("transformer", files, task.words(), folder / "shards", folder / "run", folder / "tokenizer")
+    recipe = Recipe.read("transformer", files, task.words())
+    plan = Plan(recipe, folder / "shards", folder / "run", folder / "tokenizer")
     with redirect_stdout(io.StringIO()):  # a log, and no terminal: a line now and then in place of a bar
         return build(plan)
 
@@ -258,7 +259,7 @@ def measure(task: Task, *, callbacks: Callbacks = "ours", profile: Path | None =
     return [_summary(task, loader, callbacks, number, same=same) for number in range(len(Clock._fields))]
 
 
-def _with_trainer(cli: StageCLI) -> Iterable[Batch]:
+def _with_trainer(cli: StageRun) -> Iterable[Batch]:
     """The data module's own loader; it asks the Trainer for its place when it is iterated."""
     cli.datamodule.trainer = cli.trainer
     loader: Iterable[Batch] = cli.datamodule.train_dataloader()

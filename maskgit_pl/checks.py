@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, Field, fields
 from difflib import get_close_matches
 from typing import Any, TypeVar, get_type_hints
 
-from maskgit_pl.schema import describe, fits, schema_of
+from maskgit_pl.schema import Schema, describe, fits, schema_of
 
 __all__ = [
     "build_dataclass",
@@ -41,7 +42,7 @@ def shorten(value: object) -> str:
 
 def did_you_mean(name: str, choices: Collection[str]) -> str:
     """Returns ``"did you mean 'x'?"`` for the choice closest to ``name``, or an empty string if none is close."""
-    close = get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    close = get_close_matches(name, list(choices), n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else ""
 
 
@@ -135,18 +136,36 @@ def build_dataclass(kind: type[T], values: object, where: str) -> T:
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{where} must be a mapping, got {shorten(values)}")
-    own: dict[str, Field[Any]] = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]  # a dataclass
+    own: dict[str, Field[Any]] = {field.name: field for field in fields(kind) if field.init}  # type: ignore[arg-type]
     required = [n for n, field in own.items() if field.default is MISSING and field.default_factory is MISSING]
     check_keys(where, values, known=own, required=required)
-    hints = get_type_hints(kind)
+    schemas = _schemas(kind)
     for key, value in values.items():
-        schema = schema_of(hints[key])
+        schema = schemas.get(key, {})
         if not fits(value, schema):
-            raise ValueError(f"{where}.{key} must be {describe(schema)}, got {shorten(value)}")
+            raise ValueError(f"{where}.{key} must be {describe(schema)}, got {shorten(value)}{_hint(value, schema)}")
     try:
         return kind(**values)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def _schemas(kind: type) -> dict[str, Schema]:
+    """Schemas of the annotations that are plain types; classes of other packages may have others, and check them."""
+    try:
+        hints = get_type_hints(kind)
+    except NameError:  # names that are imported for type checkers alone
+        return {}
+    schemas = {}
+    for name, hint in hints.items():
+        with suppress(TypeError):
+            schemas[name] = schema_of(hint)
+    return schemas
+
+
+def _hint(value: object, schema: Schema) -> str:
+    close = did_you_mean(value, [str(choice) for choice in schema.get("enum", ())]) if isinstance(value, str) else ""
+    return f"; {close}" if close else ""
 
 
 def _is_finite(value: int | float) -> bool:

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union
 
 from einops import rearrange, reduce, repeat
 
+from maskgit_pl.text import printable
+
 if TYPE_CHECKING:
     import numpy.typing as npt
     from PIL import Image
@@ -360,18 +362,19 @@ def image_pixels(image: ImageLike, *, channels: int, name: str = "image") -> Ten
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: Not an image, or not uint8 pixels of such a shape.
+        ValueError: Not an image, too large to be read, or not uint8 pixels of such a shape.
     """
     from PIL import Image
 
-    from maskgit_pl.shards.images import decode_image, from_pil
+    from maskgit_pl.shards.images import decode_image, from_pil, read_image_file
 
     if isinstance(image, str | Path):
-        if not Path(image).is_file():
-            raise FileNotFoundError(f"image {image}: no such file; name a JPEG, PNG or WebP file")
-        return decode_image(Path(image).read_bytes(), channels=channels, name=str(image))
+        shown = printable(image)
+        if not Path(image).exists():
+            raise FileNotFoundError(f"image {shown}: no such file; name a JPEG, PNG or WebP file")
+        return decode_image(read_image_file(image, name=shown), channels=channels, name=shown)
     picture = image if isinstance(image, Image.Image) else Image.fromarray(_pixels(image, name))
-    return from_pil(picture, channels=channels)
+    return from_pil(picture, channels=channels, name=f"({name})")
 
 
 def mask_pixels(mask: MaskLike, *, name: str = "mask") -> Tensor:

@@ -1,31 +1,53 @@
-"""Errors that end a command with an exit code of their own.
+"""Errors that end a command, their exit codes, and what is printed of them.
 
-0 done, 2 bad input, 70 internal error or hang, 74 cannot write, 75 preempted, 76 data budget exceeded, 77 not finite.
+| exit code | meaning |
+|---|---|
+| 0 | done |
+| 2 | bad input: one line that says what is wrong and the way out |
+| 70 | a fault of ours, of a library or of a plug-in (with a traceback), or a hang |
+| 74 | cannot write: checkpoints, or what a command prints as its result (stdout on a full disk) |
+| 75 | stopped by a signal or one Ctrl-C, and saved: the same command resumes the run |
+| 76 | data budget exceeded |
+| 77 | losses or gradients are not finite |
+| 130 | ended at once by Ctrl-C: the second one in training, the first one in every other command |
+
+Bad input is told from a fault of ours by where an error was raised. A ``ValueError`` is bad input if a ``raise``
+statement of this package raised it: its text was written for the user. One that comes out of a library or of an
+expression is a fault, as is every ``TypeError``, ``KeyError``, ``IndexError`` and ``AttributeError``. So where a user's
+input can make a library raise a ``ValueError``, the caller of the library catches it and raises one of ours. A file
+that is not there, is there already, is a folder, or may not be read or written is bad input wherever it is opened.
 """
 
 from __future__ import annotations
 
+import dis
 import errno
+import traceback
 from typing import ClassVar
+
+from maskgit_pl.text import printable
 
 __all__ = [
     "BAD_INPUT",
     "INTERNAL_ERROR",
-    "USER_ERRORS",
+    "INTERRUPTED",
     "CannotWriteError",
     "DataBudgetError",
     "NonFiniteError",
     "PeerError",
     "PreemptedError",
     "RunError",
+    "describe_error",
     "exit_code_of",
+    "is_user_error",
 ]
 
 BAD_INPUT = 2
 INTERNAL_ERROR = 70
-USER_ERRORS = (ValueError, TypeError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
-"""What a wrong value or file is answered with; their text is for the user, and the exit code is BAD_INPUT."""
+INTERRUPTED = 130
 
+_FILE_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+_BAD_NAMES = (errno.ENAMETOOLONG, errno.ELOOP)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -81,12 +103,53 @@ class PeerError(RunError):
         self.exit_code = exit_code
 
 
+def is_user_error(error: BaseException) -> bool:
+    """Returns whether an error that was caught is bad input, with a text for the user; see the module's docstring."""
+    if isinstance(error, ValueError):
+        return _is_raised_by_us(error)
+    return isinstance(error, _FILE_ERRORS) or (isinstance(error, OSError) and error.errno in _BAD_NAMES)
+
+
 def exit_code_of(error: BaseException) -> int:
-    """The exit code of a command that ends with an error."""
+    """Returns the exit code of a command that ends with an error that was caught."""
     if isinstance(error, RunError):
         return error.exit_code
-    if isinstance(error, USER_ERRORS):
+    if is_user_error(error):
         return BAD_INPUT
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         return CannotWriteError.exit_code
-    return INTERNAL_ERROR
+    return INTERRUPTED if isinstance(error, KeyboardInterrupt) else INTERNAL_ERROR
+
+
+def describe_error(error: BaseException, command: str, *, with_traceback: bool = False) -> str:
+    """Returns what a command prints on stderr when it ends with an error.
+
+    Args:
+        error: The error that was caught.
+        command: The command's words up to its name, such as ``"maskgit train"``.
+        with_traceback: True prints the traceback of every error. That of an internal error is always printed.
+
+    Returns:
+        Lines that end with a newline: the last one is for the user.
+    """
+    stack = "".join(traceback.format_exception(error))
+    if exit_code_of(error) == INTERNAL_ERROR:
+        kind = type(error).__name__
+        return (
+            f"{stack}{command}: {kind}: this is a fault of maskgit_pl or of a library, not of your input; please "
+            "report it with the traceback above and the output of `maskgit --version`\n"
+        )
+    text = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+    lines = "\n".join(printable(line, limit=None) for line in text.split("\n"))  # names of strangers may be in it
+    return f"{stack if with_traceback else ''}{command}: {lines}\n"
+
+
+def _is_raised_by_us(error: BaseException) -> bool:
+    """Returns whether a ``raise`` statement of this package raised an error."""
+    place = error.__traceback__
+    if place is None:
+        return False
+    while place.tb_next is not None:
+        place = place.tb_next
+    package = str(place.tb_frame.f_globals.get("__name__")).partition(".")[0]
+    return package == __package__ and place.tb_frame.f_code.co_code[place.tb_lasti] == dis.opmap["RAISE_VARARGS"]

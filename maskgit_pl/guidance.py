@@ -11,9 +11,14 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+from maskgit_pl.checks import check_number
 from maskgit_pl.registry import Registry
 
 __all__ = ["GuidanceSchedule", "guidance_scales", "guidance_schedules"]
+
+
+_SCALES = "[0, 10000]"  # so that guided logits are finite
+_CHECKED_POINTS = 257
 
 
 class GuidanceSchedule(ABC):
@@ -25,15 +30,14 @@ class GuidanceSchedule(ABC):
 
 
 def check_guidance_schedule(name: str, schedule: GuidanceSchedule) -> None:
-    """Refuses, by name, a schedule whose scales are not finite and at least 0.
+    """Refuses, by name, a schedule with a scale outside of [0, 10000] at one of 257 positions from 0 to 1.
 
     Raises:
         ValueError: With the name, the rule and what was seen.
     """
-    for position in (0.0, 0.25, 0.5, 0.75, 1.0):
-        scale = schedule(position)
-        if not (math.isfinite(scale) and scale >= 0):
-            raise ValueError(f"guidance schedule {name!r}: scales must be finite and >= 0, got {scale} at {position}")
+    for point in range(_CHECKED_POINTS):
+        position = point / (_CHECKED_POINTS - 1)
+        check_number(f"guidance schedule {name!r}: the scale at position {position:g}", schedule(position), _SCALES)
 
 
 def guidance_scales(schedule: GuidanceSchedule, num_steps: int) -> tuple[float, ...]:
@@ -52,10 +56,13 @@ class Constant(GuidanceSchedule):
     """The same scale at every step.
 
     Args:
-        scale: At least 0.
+        scale: In [0, 10000].
     """
 
     scale: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_number("scale", self.scale, _SCALES)
 
     def __call__(self, position: float) -> float:
         return self.scale
@@ -67,12 +74,15 @@ class Linear(GuidanceSchedule):
     """From 0 at the first step to ``scale`` at the last: variety first, then the class.
 
     Args:
-        scale: At least 0.
+        scale: In [0, 10000].
 
     Source: MUSE, arXiv:2301.00704; xyfJASON/maskgit-pytorch.
     """
 
     scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_number("scale", self.scale, _SCALES)
 
     def __call__(self, position: float) -> float:
         return self.scale * position
@@ -84,11 +94,11 @@ class PowerCosine(GuidanceSchedule):
     """scale (1 - cos(pi position^power)) / 2: from 0 to ``scale``, the later the larger ``power``.
 
     Args:
-        scale: At least 0.
-        power: Positive.
+        scale: In [0, 10000].
+        power: In [0.001, 1000].
 
     Raises:
-        ValueError: The power is not positive.
+        ValueError: if a number is out of range.
 
     Source: MDT, arXiv:2303.14389; TiTok, arXiv:2406.07550.
     """
@@ -97,8 +107,8 @@ class PowerCosine(GuidanceSchedule):
     power: float = 4.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.power < math.inf:
-            raise ValueError(f"guidance schedule power-cosine: power must be positive and finite, got {self.power}")
+        check_number("scale", self.scale, _SCALES)
+        check_number("power", self.power, "[0.001, 1000]")
 
     def __call__(self, position: float) -> float:
         return self.scale * (1 - math.cos(math.pi * position**self.power)) / 2
@@ -110,12 +120,15 @@ class Cosine(GuidanceSchedule):
     """scale (1 - cos(pi position)) / 2: power-cosine with power 1.
 
     Args:
-        scale: At least 0.
+        scale: In [0, 10000].
 
     Source: MaskBit, arXiv:2409.16211.
     """
 
     scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_number("scale", self.scale, _SCALES)
 
     def __call__(self, position: float) -> float:
         return PowerCosine(self.scale, power=1.0)(position)
@@ -127,12 +140,12 @@ class Interval(GuidanceSchedule):
     """``scale`` from position ``start`` to position ``stop``, both included; elsewhere none, which costs nothing.
 
     Args:
-        scale: At least 0.
+        scale: In [0, 10000].
         start: In [0, 1].
         stop: In [start, 1].
 
     Raises:
-        ValueError: Not an interval within [0, 1].
+        ValueError: if a number is out of range.
 
     Source: Kynkäänniemi et al., arXiv:2404.07724.
     """
@@ -142,10 +155,9 @@ class Interval(GuidanceSchedule):
     stop: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.start <= self.stop <= 1:
-            raise ValueError(
-                f"guidance schedule interval: 0 <= start <= stop <= 1 is needed, got {self.start} and {self.stop}"
-            )
+        check_number("scale", self.scale, _SCALES)
+        check_number("start", self.start, "[0, 1]")
+        check_number("stop", self.stop, f"[{self.start}, 1]")
 
     def __call__(self, position: float) -> float:
         return self.scale if self.start <= position <= self.stop else 0.0
@@ -162,7 +174,7 @@ class ColumnNormalised(Linear):
     ``constant`` is the rising scale that the same analysis finds best, which is ``linear``.
 
     Args:
-        scale: At least 0, reached at the last step.
+        scale: In [0, 10000], reached at the last step.
 
     Source: Rojas et al., arXiv:2507.08965.
     """

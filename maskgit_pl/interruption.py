@@ -2,6 +2,9 @@
 
 A handler that saved or talked to other ranks would do so in the middle of whatever runs: ranks that are not in step
 wait for each other for ever. ``training.guards.Guard`` asks for the flag after each step, of all ranks at once.
+
+A second Ctrl-C ends the process at once, with exit code 130, from a thread of its own: a handler would wait for a main
+thread that waits for other ranks. The disk is then as after a kill: what is on it is whole.
 """
 
 from __future__ import annotations
@@ -10,13 +13,16 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
+
+from maskgit_pl.errors import INTERRUPTED
 
 __all__ = ["SIGNALS", "is_requested", "listening", "shield_worker"]
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
-_CTRL_C = b"\nstopping behind this step, and saving; Ctrl-C again stops at once\n"
+_CTRL_C = b"\nstopping after this step, and saving; Ctrl-C again stops at once, with exit code 130\n"
+_CTRL_C_AGAIN = b"\nstopped at once; the same command resumes from the last checkpoint\n"
 
 
 class _Flag:
@@ -31,12 +37,18 @@ def listening() -> Iterator[None]:
     """Meanwhile the signals set the flag. Entered before anything slow is imported, so that none kills the process."""
     _Flag.process, _Flag.is_set = os.getpid(), False
     before = {number: signal.signal(number, _set_flag) for number in SIGNALS}
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    told_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=_count_ctrl_c, args=(reader,), name="Ctrl-C", daemon=True).start()
     # A job's script may start its tasks with signals blocked: one that came too early comes now, and one that comes
     # when all is done does not spoil the exit code.
     blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
         yield
     finally:
+        signal.set_wakeup_fd(told_before)
+        os.close(writer)  # ends the thread
         for number, handler in before.items() if not _Flag.is_set else ():  # one more must not spoil the exit code
             if number not in blocked:
                 signal.signal(number, handler)
@@ -67,9 +79,27 @@ def shield_worker(worker: int) -> None:
 
 
 def _set_flag(number: int, frame: FrameType | None) -> None:
-    if os.getpid() != _Flag.process:
-        return
-    _Flag.is_set = True
-    if number == signal.SIGINT:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.write(2, _CTRL_C)
+    if os.getpid() == _Flag.process:
+        _Flag.is_set = True
+
+
+def _count_ctrl_c(reader: int) -> None:
+    """Says what a Ctrl-C does, and ends the process at the second; signals are written to a pipe when they come."""
+    presses = 0
+    while numbers := os.read(reader, 64):
+        for _ in range(numbers.count(signal.SIGINT)):
+            presses += 1
+            with suppress(OSError):  # stderr may be full, or lead to a process that is gone
+                os.write(2, _CTRL_C if presses == 1 else _CTRL_C_AGAIN)
+            if presses > 1:
+                os._exit(INTERRUPTED)
+    os.close(reader)
+
+
+def _leave_signals_to_parent() -> None:
+    """Has a forked process not write its signals to the parent's pipe."""
+    if _Flag.process not in (-1, os.getpid()):
+        signal.set_wakeup_fd(-1)
+
+
+os.register_at_fork(after_in_child=_leave_signals_to_parent)

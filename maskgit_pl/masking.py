@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from maskgit_pl.checks import check_number
 from maskgit_pl.randomness import random_bits, random_uniform
 from maskgit_pl.schedules import MaskSchedule, num_masked
 
@@ -54,8 +55,7 @@ class MaskSampler:
     min_mask_ratio: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.min_mask_ratio <= 1:
-            raise ValueError(f"min_mask_ratio: a number in [0, 1] is needed, got {self.min_mask_ratio}")
+        check_number("min_mask_ratio", self.min_mask_ratio, "[0, 1]")
 
     def ratio(self, num_tokens: int, *, index: Tensor, epoch: Tensor, position: Tensor, global_batch: int) -> Tensor:
         """Mask ratios (B,) float32 in [0, 1]; arguments as of ``mask``."""

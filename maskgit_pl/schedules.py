@@ -23,6 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from maskgit_pl.checks import check_number
 from maskgit_pl.registry import Registry
 
 __all__ = ["MaskSchedule", "Rounding", "check_mask_schedule", "mask_schedules", "num_masked"]
@@ -140,14 +141,13 @@ class Pow(MaskSchedule):
     """1 - r^exponent. Source: paper, Table 3 (the released code names them ``pow2``, ``pow3``, ``pow0.5``).
 
     Args:
-        exponent: Positive; above 1 concave (more tokens stay masked for longer), below 1 convex.
+        exponent: In [0.001, 1000]; above 1 concave (more tokens stay masked for longer), below 1 convex.
     """
 
     exponent: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.exponent < math.inf:
-            raise ValueError(f"mask schedule pow: the exponent must be positive and finite, got {self.exponent}")
+        check_number("exponent", self.exponent, "[0.001, 1000]")
 
     def __call__(self, progress: Tensor, num_tokens: int) -> Tensor:
         return 1 - progress.pow(self.exponent)

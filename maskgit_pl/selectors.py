@@ -7,7 +7,6 @@ again that earlier steps decided, or decide itself how many to keep. Used by ``d
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -16,8 +15,9 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from maskgit_pl.checks import check_choice, check_integer, check_number, shorten
 from maskgit_pl.randomness import random_bits
-from maskgit_pl.registry import Registry, nearest
+from maskgit_pl.registry import Registry
 
 __all__ = ["Candidates", "Decided", "TokenSelector", "halton_order", "token_selectors"]
 
@@ -122,18 +122,40 @@ class TokenSelector(ABC):
         raise TypeError(f"token selector {type(self).__name__}: without follows_schedule it needs num_kept()")
 
 
-token_selectors: Registry[TokenSelector] = Registry("token selector", "maskgit_pl.token_selectors")
+_TEMPERATURES = "[0, 1000000]"  # times Gumbel noise of at most about 17, finite in float32
 
 
-def _check(selector: str, **numbers: float) -> None:
-    """Refuses numbers that are negative or not finite, by name.
+def check_token_selector(name: str, selector: TokenSelector) -> None:
+    """Refuses a selector whose scores or sharpness are unusable, by name.
+
+    Scores must be (B, M) float tensors of finite numbers and the sharpness finite and positive, at the first, a middle
+    and the last of 8 steps on a grid of 2 x 2 tokens.
 
     Raises:
-        ValueError: With the selector, the argument, the rule and what was given.
+        ValueError: With the name, the rule and what was seen.
     """
-    for name, value in numbers.items():
-        if not 0 <= value < math.inf:
-            raise ValueError(f"token selector {selector}: {name} must be >= 0 and finite, got {value}")
+    if not isinstance(selector, TokenSelector):
+        raise ValueError(f"token selector {name!r}: it must be a TokenSelector, got {shorten(selector)}")
+    for progress in (1 / 8, 1 / 2, 1.0):
+        log_probs = torch.linspace(-3, 3, 24).view(2, 4, 3).log_softmax(-1)
+        positions = torch.arange(4).expand(2, 4)
+        gumbel = torch.linspace(-2, 8, 8).view(2, 4)
+        candidates = Candidates(log_probs, log_probs.argmin(-1), positions, gumbel, progress, grid=(2, 2))
+        scores, sharpness = selector(candidates), selector.sharpness(progress)
+        if not isinstance(scores, Tensor) or scores.shape != (2, 4) or not scores.is_floating_point():
+            raise ValueError(f"token selector {name!r}: scores must be a float tensor (B, M), got {_seen(scores)}")
+        if not scores.isfinite().all():
+            raise ValueError(f"token selector {name!r}: scores must be finite (at progress {progress:g})")
+        check_number(f"token selector {name!r}: sharpness at progress {progress:g}", sharpness, "(0, inf)")
+
+
+def _seen(value: object) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else shorten(value)
+
+
+token_selectors: Registry[TokenSelector] = Registry(
+    "token selector", "maskgit_pl.token_selectors", check=check_token_selector
+)
 
 
 @token_selectors.register("confidence")
@@ -150,7 +172,7 @@ class Confidence(TokenSelector):
     choice_temperature: float = 4.5
 
     def __post_init__(self) -> None:
-        _check("confidence", choice_temperature=self.choice_temperature)
+        check_number("choice_temperature", self.choice_temperature, _TEMPERATURES)
 
     def __call__(self, candidates: Candidates) -> Tensor:
         noise_scale = self.choice_temperature * (1 - candidates.progress)
@@ -183,8 +205,8 @@ class Halton(TokenSelector):
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.seed is not None and not 0 <= self.seed < 2**32:
-            raise ValueError(f"token selector halton: seed must be in [0, 2**32) or left out, got {self.seed}")
+        if self.seed is not None:
+            check_integer("seed", self.seed, f"[0, {2**32 - 1}]")
 
     def __call__(self, candidates: Candidates) -> Tensor:
         if candidates.grid is None:
@@ -241,7 +263,7 @@ class Margin(TokenSelector):
     choice_temperature: float = 4.5
 
     def __post_init__(self) -> None:
-        _check("margin", choice_temperature=self.choice_temperature)
+        check_number("choice_temperature", self.choice_temperature, _TEMPERATURES)
 
     def __call__(self, candidates: Candidates) -> Tensor:
         first, second = _two_likeliest(candidates.log_probs)
@@ -275,7 +297,7 @@ class EntropyBounded(TokenSelector):
     gamma: float = 6.0
 
     def __post_init__(self) -> None:
-        _check("entropy", gamma=self.gamma)
+        check_number("gamma", self.gamma, "[0, 1000000]")
 
     def __call__(self, candidates: Candidates) -> Tensor:
         return -candidates.entropies
@@ -304,7 +326,7 @@ class Moment(TokenSelector):
     choice_temperature: float = 4.5
 
     def __post_init__(self) -> None:
-        _check("moment", choice_temperature=self.choice_temperature)
+        check_number("choice_temperature", self.choice_temperature, _TEMPERATURES)
 
     def _exponent(self, progress: float) -> float:
         return 1 + 1 / max(self.choice_temperature * (1 - progress), 1e-4)
@@ -360,17 +382,11 @@ class ReMDM(Confidence):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.strategy not in get_args(Remasking):
-            raise ValueError(
-                f"token selector remdm: strategy {self.strategy!r}: {nearest(self.strategy, get_args(Remasking))}"
-            )
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"token selector remdm: eta must be in [0, 1], got {self.eta}")
-        if not (0 < self.start < self.stop < 1 and 0 < self.hold < 1):
-            raise ValueError(
-                "token selector remdm: 0 < start < stop < 1 and 0 < hold < 1 are needed, got "
-                f"{self.start}, {self.stop} and {self.hold}"
-            )
+        check_choice("strategy", self.strategy, get_args(Remasking))
+        check_number("eta", self.eta, "[0, 1]")
+        check_number("start", self.start, "(0, 1)")
+        check_number("stop", self.stop, f"({self.start}, 1)")
+        check_number("hold", self.hold, "(0, 1)")
 
     def schedule_progress(self, progress: Tensor) -> Tensor:
         if self.strategy != "loop":

@@ -9,7 +9,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from lightning.pytorch import LightningModule
@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
+from maskgit_pl.checks import check_choice, check_number
 from maskgit_pl.data import Batch, flip, to_unit_range
 from maskgit_pl.decoding import DecodingConfig, DecodingStep
 from maskgit_pl.losses import masked_cross_entropy
@@ -35,7 +36,7 @@ from maskgit_pl.training.checkpoints import full_state
 from maskgit_pl.training.ema import frozen_copy, update_ema
 from maskgit_pl.training.execution import ActivationCheckpointing, Compiled, prepare_blocks
 from maskgit_pl.training.guards import Guard, clip_gradients
-from maskgit_pl.training.optimizers import AdamWKind, LearningRate, build_adamw, parameter_groups
+from maskgit_pl.training.optimizers import AdamWKind, LearningRate, build_adamw, check_betas, parameter_groups
 from maskgit_pl.training.strategies import check_precision, shard_blocks
 
 __all__ = ["NUM_BINS", "TokenModel", "check_fit"]
@@ -66,7 +67,7 @@ class TokenModel(LightningModule):
         adamw: How the optimiser steps.
 
     Raises:
-        ValueError: Guidance without a null class, or an unknown word.
+        ValueError: if a number is out of range, a word is unknown, or guidance is set without a null class.
 
     Source: paper, training; learning rate, betas, decay and smoothing of the released configuration are its recipes'.
     """
@@ -95,6 +96,12 @@ class TokenModel(LightningModule):
         adamw: AdamWKind = "fused",
     ) -> None:
         super().__init__()
+        check_number("model.label_smoothing", label_smoothing, "[0, 1)")
+        check_choice("model.loss_vocabulary", loss_vocabulary, get_args(Vocabulary))
+        check_betas(betas)
+        check_number("model.weight_decay", weight_decay, "[0, 10]")
+        check_number("model.ema_decay", ema_decay, "[0, 1)")
+        check_number("model.flip_probability", flip_probability, "[0, 1]")
         self.config = transformer.config
         self.learning_rate = learning_rate
         self.tokenizer_folder = Path(tokenizer)
@@ -201,7 +208,8 @@ class TokenModel(LightningModule):
         labels = self._drop_classes(batch)
         loss, token_loss, hits = self._losses(self.transformer, tokens, labels, mask, smoothing=self.label_smoothing)
         self._collect(mask, token_loss, hits)
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # set late
+        is_last = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0  # micro-batch of its step
+        if is_last and (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # set late
             self._log_training(loss.detach())
         return loss
 
@@ -215,7 +223,9 @@ class TokenModel(LightningModule):
     def on_validation_epoch_end(self) -> None:
         metrics = {"val/loss": self._validation_loss, "val/accuracy": self._validation_accuracy}
         values = {name: metric.compute() for name, metric in metrics.items()}  # over all ranks
-        self.log_dict(values, prog_bar=True, sync_dist=True)
+        self.log_dict(values, prog_bar=True, logger=False, sync_dist=True)
+        if not self.trainer.sanity_checking:  # Lightning's own entries stand one step before the pictures
+            self._log_metrics({name: float(value) for name, value in values.items()}, self.trainer.global_step)
         for metric in metrics.values():
             metric.reset()
 
@@ -317,10 +327,14 @@ class TokenModel(LightningModule):
                 metrics[f"train/loss/{name}"] = summed_loss / count
                 metrics[f"train/accuracy/{name}"] = hits / count
         self.log("train/loss", loss, prog_bar=True, logger=False)
-        if self.logger is not None:
-            finite = {name: each for name, each in metrics.items() if math.isfinite(each)}
-            rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-            self.logger.log_metrics({**finite, "learning-rate": rate}, step=self.trainer.global_step + 1)
+        finite = {name: each for name, each in metrics.items() if math.isfinite(each)}
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self._log_metrics({**finite, "learning-rate": rate}, self.trainer.global_step + 1)
+
+    def _log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        """Writes metrics to all loggers, on the axis of steps that are done."""
+        for logger in self.loggers:
+            logger.log_metrics(metrics, step=step)
 
 
 def _check_guidance(config: TransformerConfig, decoding: DecodingConfig) -> None:

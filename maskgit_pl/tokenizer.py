@@ -8,7 +8,6 @@ twice for the adaptive weight.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
 from maskgit_pl import losses
+from maskgit_pl.checks import check_integer, check_number
 from maskgit_pl.data import Batch, flip, to_unit_range
 from maskgit_pl.networks.discriminator import Discriminator, DiscriminatorConfig
 from maskgit_pl.networks.features import FeatureOutput, feature_networks
@@ -32,7 +32,7 @@ from maskgit_pl.pretrained import load_tokenizer, load_weights, save_tokenizer
 from maskgit_pl.training.ema import frozen_copy, update_ema
 from maskgit_pl.training.execution import ActivationCheckpointing, prepare_blocks
 from maskgit_pl.training.guards import Guard, clip_gradients
-from maskgit_pl.training.optimizers import AdamWKind, LearningRate, build_adamw, parameter_groups
+from maskgit_pl.training.optimizers import AdamWKind, LearningRate, build_adamw, check_betas, parameter_groups
 from maskgit_pl.training.strategies import check_precision
 
 __all__ = ["AdversarialConfig", "CodebookUse", "PerceptualConfig", "Tokenizer"]
@@ -61,8 +61,7 @@ class PerceptualConfig:
     output: Literal["logits", "features"] = "logits"
 
     def __post_init__(self) -> None:
-        if not 0 < self.weight < math.inf:
-            raise ValueError(f"perceptual weight: a positive number is needed, got {self.weight}")
+        check_number("perceptual weight", self.weight, "(0, 1e6]")
         feature_networks.build(self.network)
 
     def create_network(self) -> nn.Module:
@@ -109,12 +108,10 @@ class AdversarialConfig:
     lecam_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        least = {"weight": 0.0, "start_step": 0, "r1_cost": 0.0, "r1_every": 1, "lecam_weight": 0.0}
-        for name, smallest in least.items():
-            if not smallest <= getattr(self, name) < math.inf:
-                raise ValueError(
-                    f"adversarial {name}: a number of at least {smallest} is needed, got {getattr(self, name)}"
-                )
+        for name in ("weight", "r1_cost", "lecam_weight"):
+            check_number(f"adversarial {name}", getattr(self, name), "[0, 1e6]")
+        check_integer("adversarial start_step", self.start_step, "[0, inf)")
+        check_integer("adversarial r1_every", self.r1_every, "[1, inf)")
 
 
 class CodebookUse(Metric):
@@ -197,7 +194,6 @@ class Tokenizer(LightningModule):
         adamw: AdamWKind = "fused",
     ) -> None:
         super().__init__()
-        _check_numbers(gradient_clip, ema_decay, flip_probability, accumulation)
         self.automatic_optimization = False
         self.image_size = image_size
         self.learning_rate = learning_rate
@@ -211,6 +207,7 @@ class Tokenizer(LightningModule):
         self.flip_probability = flip_probability
         self.seed = seed
         self.accumulation = accumulation
+        _check_numbers(self)
         self.memory_format = torch.channels_last if memory_format == "channels_last" else torch.contiguous_format
 
         self.adamw: AdamWKind = adamw
@@ -543,12 +540,12 @@ def _as_bytes(images: Tensor) -> Tensor:
     return scaled.round().to(torch.uint8).cpu()
 
 
-def _check_numbers(gradient_clip: float | None, ema_decay: float, flip_probability: float, accumulation: int) -> None:
-    if gradient_clip is not None and not 0 < gradient_clip < math.inf:
-        raise ValueError(f"tokenizer gradient_clip: a positive number or null is needed, got {gradient_clip}")
-    if not 0 <= ema_decay < 1:
-        raise ValueError(f"tokenizer ema_decay: a number in [0, 1) is needed, got {ema_decay}")
-    if not 0 <= flip_probability <= 1:
-        raise ValueError(f"tokenizer flip_probability: a number in [0, 1] is needed, got {flip_probability}")
-    if accumulation < 1:
-        raise ValueError(f"tokenizer accumulation: at least 1 is needed, got {accumulation}")
+def _check_numbers(module: Tokenizer) -> None:
+    check_integer("model.image_size", module.image_size, "[1, 16384]")
+    check_betas(module.betas)
+    check_number("model.weight_decay", module.weight_decay, "[0, 10]")
+    check_number("model.ema_decay", module.ema_decay, "[0, 1)")
+    check_number("model.flip_probability", module.flip_probability, "[0, 1]")
+    check_integer("model.accumulation", module.accumulation, "[1, inf)")
+    if module.gradient_clip is not None:
+        check_number("model.gradient_clip", module.gradient_clip, "(0, inf)")

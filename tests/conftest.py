@@ -148,3 +148,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for name, counts in counted.items():
         agreeing, total = (sum(column) for column in zip(*counts, strict=True))
         terminalreporter.write_line(f"{name}: {agreeing} of {total} arrays agree")
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder on the path for ``installed_packages.install``."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(str(folder))
+    return folder

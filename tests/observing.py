@@ -122,11 +122,11 @@ def _run(
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     from maskgit_pl.cli import main
-    from maskgit_pl.cli.stage_cli import StageCLI
+    from maskgit_pl.cli.stage_run import StageRun
 
-    own = StageCLI._our_callbacks
+    own = StageRun._our_callbacks
     more = [Observer(file), Injection(faults)]
-    StageCLI._our_callbacks = lambda cli: [*own(cli), *more]  # type: ignore[method-assign]
+    StageRun._our_callbacks = lambda run: [*own(run), *more]  # type: ignore[method-assign]
     if prepare is not None:
         prepare()
     sys.argv = ["maskgit", *words]

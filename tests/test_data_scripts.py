@@ -1,5 +1,6 @@
 import gzip
 import importlib.util
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,18 @@ def test_fashion_mnist_refuses_files_that_are_not_the_known_ones(fashion, tmp_pa
     with pytest.raises(ValueError, match="train-labels-idx1-ubyte: missing"):
         fashion.convert(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_fashion_mnist_unpacks_no_more_than_the_known_files_have(fashion, tmp_path, monkeypatch):
+    monkeypatch.setattr(fashion, "LARGEST", 2**20)
+    with gzip.open(tmp_path / "train-images-idx3-ubyte.gz", "wb", compresslevel=1) as file:
+        for _ in range(64):
+            file.write(bytes(2**20))
+    tracemalloc.start()
+    assert fashion.fault_of(tmp_path, "train-images-idx3-ubyte") == "wrong checksum"
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**23
 
 
 def test_fashion_mnist_without_any_source_names_the_ways_out(fashion, tmp_path, monkeypatch):

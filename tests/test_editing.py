@@ -1,3 +1,5 @@
+import io
+import re
 import subprocess
 import sys
 
@@ -19,6 +21,7 @@ from maskgit_pl.editing import (
     seam_radius,
     token_mask,
 )
+from tests.hostile_images import REFUSED, SPECIAL, write_refused
 
 
 def mask_of(*rows: str) -> torch.Tensor:
@@ -218,8 +221,33 @@ def test_files_that_are_no_image_are_named(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere\.png: no such file"):
         image_pixels(tmp_path / "nowhere.png", channels=3)
     (tmp_path / "text.png").write_text("not an image")
-    with pytest.raises(ValueError, match=r"text\.png: a JPEG, PNG or WebP"):
+    with pytest.raises(ValueError, match=r"text\.png must be a JPEG, PNG or WebP file"):
         image_pixels(tmp_path / "text.png", channels=3)
+
+
+@pytest.mark.parametrize("read", [image_pixels, mask_pixels])
+@pytest.mark.parametrize("make", SPECIAL, ids=lambda make: make.__name__)
+def test_what_has_no_end_is_refused_before_it_is_read(make, read, tmp_path) -> None:
+    options = {"channels": 3} if read is image_pixels else {}
+    with pytest.raises(ValueError, match=f"image .*{make.__name__}.png {SPECIAL[make]}"):
+        read(make(tmp_path), **options)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_no_hostile_image_is_opened(name, tmp_path) -> None:
+    path = write_refused(tmp_path, name)
+    for read in (lambda: image_pixels(path, channels=1), lambda: mask_pixels(path)):
+        with pytest.raises(ValueError, match=re.escape(name) + ".*" + re.escape(REFUSED[name][2])):
+            read()
+
+
+def test_pictures_of_pil_that_are_too_large_or_damaged_are_refused(tmp_path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.jpg")
+    data = (tmp_path / "a.jpg").read_bytes()
+    with pytest.raises(ValueError, match=r"image \(mask\) cannot be decoded: image file is truncated"):
+        mask_pixels(Image.open(io.BytesIO(data[:-20])))
+    with pytest.raises(ValueError, match=r"image \(image 2\) must have at most 64000000 pixels, got 8001 x 8000"):
+        image_pixels(Image.new("1", (8001, 8000)), channels=3, name="image 2")
 
 
 def test_every_form_of_a_mask_is_the_same_mask(tmp_path) -> None:

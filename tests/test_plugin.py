@@ -40,7 +40,8 @@ class Broken(MaskSchedule):
 DIST_INFO = {
     "METADATA": "Metadata-Version: 2.1\nName: sine-schedule\nVersion: 1.0\n",
     "WHEEL": "Wheel-Version: 1.0\nGenerator: by hand\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-    "entry_points.txt": "[maskgit_pl.mask_schedules]\nsine = sine_schedule:Sine\nbroken = sine_schedule:Broken\n",
+    "entry_points.txt": "[maskgit_pl.mask_schedules]\nsine = sine_schedule:Sine\nbroken = sine_schedule:Broken\n"
+    "missing = sine_schedule:Missing\nleaving = leaving_schedule:Leaving\n",
 }
 
 
@@ -49,7 +50,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory with recipes of its own, and ``site`` with the plug-in as pip installs it."""
     folder = tmp_path_factory.mktemp("plugin")
     wheel = folder / "sine_schedule-1.0-py3-none-any.whl"
-    files = {"sine_schedule.py": SCHEDULES, **{f"sine_schedule-1.0.dist-info/{n}": t for n, t in DIST_INFO.items()}}
+    modules = {"sine_schedule.py": SCHEDULES, "leaving_schedule.py": "import sys\n\nsys.exit(3)\n"}
+    files = {**modules, **{f"sine_schedule-1.0.dist-info/{n}": t for n, t in DIST_INFO.items()}}
     record = "sine_schedule-1.0.dist-info/RECORD"
     with zipfile.ZipFile(wheel, "w") as archive:
         for name, text in files.items():
@@ -112,3 +114,26 @@ def test_the_table_of_schedules_shows_it(workplace):
     done = maskgit(workplace, "schedules", "--schedule", "sine", "--num-tokens", 16, "--num-steps", 4)
     assert done.returncode == 0, done.stderr
     assert "sine" in done.stdout
+
+
+def test_the_table_of_schedules_names_the_broken_ones_in_one_line_each(workplace):
+    done = maskgit(workplace, "schedules", "--num-tokens", 16, "--num-steps", 4)
+    assert done.returncode == 0, done.stdout + done.stderr
+    package = "announced by package sine-schedule"
+    for said in (
+        f"'broken': its values must be finite (at 2 tokens); {package} (sine_schedule:Broken)",
+        f"'leaving' cannot be loaded: SystemExit: 3; {package} (leaving_schedule:Leaving)",
+        "'missing' cannot be loaded: AttributeError: module 'sine_schedule' has no attribute 'Missing'; "
+        f"{package} (sine_schedule:Missing)",
+    ):
+        assert f"mask schedule {said}\n" in done.stdout
+    for name in ("sine", "cosine", "log"):
+        assert f"│ {name} " in done.stdout
+
+
+@pytest.mark.parametrize("name", ["missing", "leaving"])
+def test_a_plugin_that_cannot_be_loaded_is_answered_in_one_line(workplace, name):
+    done = maskgit(workplace, "schedules", "--schedule", name)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.startswith(f"maskgit schedules: mask schedule '{name}' cannot be loaded: ")
+    assert done.stderr.count("\n") == 1

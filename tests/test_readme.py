@@ -53,7 +53,6 @@ def test_the_first_example_takes_three_lines():
 @pytest.mark.slow
 def test_the_examples_run_one_after_the_other(tmp_path: Path):
     save_small_model(tmp_path / "runs/fashion-mnist-cosine/pretrained")
-    Image.linear_gradient("L").resize((28, 28)).point(lambda value: 255 * (value > 128)).save(tmp_path / "mask.png")
     code = "\n".join(BLOCKS)
     ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr

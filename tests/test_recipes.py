@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from maskgit_pl.cli.fit import fit
-from maskgit_pl.cli.recipes import Plan, read_yaml
+from maskgit_pl.cli.recipes import Plan, Recipe, merged, read_yaml
 from maskgit_pl.networks.causal import CausalTransformer, build_transformer
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
@@ -25,16 +25,6 @@ PARAMETERS = {
     ("transformer", "paper-512"): 173_047_017,
 }
 BELOW = {"paper-512": ["paper-256"]}  # what a recipe says it is laid over
-
-
-def merge(trees) -> dict:
-    """Later over earlier, mapping by mapping, as the parser does it."""
-    merged: dict = {}
-    for tree in trees:
-        for key, value in tree.items():
-            nested = isinstance(value, dict) and isinstance(merged.get(key), dict) and "name" not in value
-            merged[key] = merge([merged[key], value]) if nested else value
-    return merged
 
 
 def layers(stage: str, name: str) -> list[Path]:
@@ -66,7 +56,7 @@ def test_every_number_of_a_paper_recipe_has_its_source(stage, name):
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_a_transformer_recipe_builds_at_full_size(name):
-    tree = merge(map(read_yaml, layers("transformer", name)))
+    tree = merged(map(read_yaml, layers("transformer", name)))
     sizes = {"num_codes": 256, "num_classes": 10, "grid": (7, 7), **tree["model"]["network"]}
     with torch.device("meta"):
         network = build_transformer(TransformerConfig(**sizes))
@@ -76,7 +66,7 @@ def test_a_transformer_recipe_builds_at_full_size(name):
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_a_tokenizer_recipe_builds_at_full_size(name):
-    tree = merge(map(read_yaml, layers("tokenizer", name)))
+    tree = merged(map(read_yaml, layers("tokenizer", name)))
     with torch.device("meta"):
         network = VQGAN(VQGANConfig(tree["data"]["in_channels"], **tree["model"]["network"]))
     count = sum(parameter.numel() for parameter in network.parameters())
@@ -88,14 +78,14 @@ def test_a_tokenizer_recipe_builds_at_full_size(name):
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_a_tokenizer_recipe_trains_a_step(name, tiny_shards, tmp_path):
     files = [*layers("tokenizer", name), RECIPES / "cluster" / "cpu.yaml", TINY / "tokenizer.yaml"]
-    assert fit(Plan("tokenizer", files, [], tiny_shards, tmp_path)) == 0
+    assert fit(Plan(Recipe.read("tokenizer", files), tiny_shards, tmp_path)) == 0
     assert load_tokenizer(tmp_path / "pretrained" / "tokenizer").image_size == 8
     assert (tmp_path / "tokenizer" / "reconstructions.png").is_file()
 
 
 @pytest.mark.parametrize("names", [["paper-256", "autoregressive"], ["paper-256", "paper-512", "autoregressive"]])
 def test_the_sequential_baseline_of_the_paper_has_the_size_of_its_model(names):
-    tree = merge(read_yaml(RECIPES / "transformer" / f"{name}.yaml") for name in ("base", *names))
+    tree = merged(read_yaml(RECIPES / "transformer" / f"{name}.yaml") for name in ("base", *names))
     with torch.device("meta"):
         network = build_transformer(TransformerConfig(**tree["model"]["network"]))
     assert type(network) is CausalTransformer
@@ -109,7 +99,7 @@ def test_the_sequential_baseline_is_laid_over_any_recipe(tiny_shards, tiny_pretr
     files += [RECIPES / "cluster" / "cpu.yaml", TINY / "transformer.yaml"]
     tokenizer = tiny_pretrained / "tokenizer"
     with caplog.at_level("INFO", logger="maskgit_pl"):
-        fit(Plan("transformer", files, [], tiny_shards, tmp_path, tokenizer))
+        fit(Plan(Recipe.read("transformer", files), tiny_shards, tmp_path, tokenizer))
     assert "log.yaml: causal attention has no use for model.mask_schedule" in caplog.text
     config = yaml.safe_load((tmp_path / "transformer" / "config.yaml").read_text())["model"]
     assert (config["label_smoothing"], config["network"]["attention"]) == (0.1, "causal")
@@ -121,7 +111,7 @@ def test_the_sequential_baseline_is_laid_over_any_recipe(tiny_shards, tiny_pretr
 def test_a_transformer_recipe_trains_a_step(name, tiny_shards, tiny_pretrained, tmp_path):
     files = [*layers("transformer", name), RECIPES / "cluster" / "cpu.yaml", TINY / "transformer.yaml"]
     tokenizer = tiny_pretrained / "tokenizer"
-    assert fit(Plan("transformer", files, [], tiny_shards, tmp_path, tokenizer)) == 0
+    assert fit(Plan(Recipe.read("transformer", files), tiny_shards, tmp_path, tokenizer)) == 0
     model = load_transformer(tmp_path / "pretrained" / "transformer")
     if name == "autoregressive":
         assert (model.mask_schedule, model.network.config.attention) == (None, "causal")

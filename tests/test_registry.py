@@ -1,13 +1,20 @@
-from dataclasses import dataclass
+import math
+import re
+import sys
+from dataclasses import dataclass, fields
 
 import pytest
 import torch
 from torch import Tensor
 
-from maskgit_pl import registry as registry_module
-from maskgit_pl.guidance import GuidanceSchedule, guidance_schedules
-from maskgit_pl.registry import Registry, describe, nearest
+from maskgit_pl.decoding import ParallelDecoder, SeededNoise
+from maskgit_pl.guidance import GuidanceSchedule, guidance_scales, guidance_schedules
+from maskgit_pl.networks.features import feature_networks
+from maskgit_pl.networks.quantizers import quantizers
+from maskgit_pl.registry import PluginError, Registry, describe, nearest
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
+from maskgit_pl.selectors import TokenSelector, token_selectors
+from tests.installed_packages import install
 
 ARGUMENTS = {"pow": {"exponent": 3.0}}  # what a name needs beyond its defaults
 
@@ -17,26 +24,11 @@ class Chair:
     legs: int = 4
 
 
-@dataclass(frozen=True)
-class EntryPoint:
-    """What importlib.metadata gives of an installed package."""
-
-    name: str
-    value: str
-
-    def load(self) -> type[Chair]:
-        return Chair
-
-
 @pytest.fixture
 def chairs() -> Registry[Chair]:
     made: Registry[Chair] = Registry("chair", "maskgit_pl.tests.chairs")
     made.register("plain")(Chair)
     return made
-
-
-def announce(monkeypatch: pytest.MonkeyPatch, *points: EntryPoint) -> None:
-    monkeypatch.setattr(registry_module, "entry_points", lambda group: points)
 
 
 def test_builds_from_a_name_and_from_a_mapping(chairs):
@@ -82,13 +74,17 @@ def test_a_mapping_without_a_name_is_refused(chairs, spec):
 
 
 def test_a_spec_that_is_neither_name_nor_mapping_is_refused(chairs):
-    with pytest.raises(TypeError, match="a name or a mapping with a name is needed, got list"):
+    with pytest.raises(TypeError, match=r"chair must be a name or a mapping with the key 'name', got \['plain'\]"):
         chairs.build(["plain"])
 
 
 def test_unknown_arguments_are_refused_with_the_name(chairs):
-    with pytest.raises(TypeError, match=r"chair 'plain': .*arms.*given \['arms'\]"):
-        chairs.build({"name": "plain", "arms": 2})
+    with pytest.raises(ValueError, match="chair 'plain': unknown key 'leg': did you mean 'legs'"):
+        chairs.build({"name": "plain", "leg": 2})
+    chairs.register("bespoke")(lambda legs: Chair(legs))
+    for arguments in ({}, {"arms": 2}, {3: 2}):
+        with pytest.raises(ValueError, match=r"chair 'bespoke': .*; given \["):
+            chairs.build({"name": "bespoke", **arguments})
 
 
 def test_every_object_is_checked_when_it_is_built():
@@ -103,16 +99,100 @@ def test_every_object_is_checked_when_it_is_built():
         checked.build({"name": "plain", "legs": 2})
 
 
-def test_entry_points_of_other_packages_are_listed_and_built(chairs, monkeypatch):
-    announce(monkeypatch, EntryPoint("folding", "other:Folding"))
+def test_plugins_are_listed_without_being_loaded_and_built(chairs, site):
+    source = "from tests.test_registry import Chair\nprint('loaded')"
+    install(
+        site,
+        name="folding-chairs",
+        entry_points=f"[{chairs.group}]\nfolding = loads:Chair\n",
+        modules={"loads": source},
+    )
     assert chairs.names() == ["folding", "plain"]
+    assert "loads" not in sys.modules
     assert chairs.build({"name": "folding", "legs": 5}) == Chair(5)
+    assert chairs.build_all() == {"folding": Chair(4), "plain": Chair(4)}
 
 
-def test_a_name_that_two_packages_announce_is_refused(chairs, monkeypatch):
-    announce(monkeypatch, EntryPoint("folding", "one:Folding"), EntryPoint("folding", "two:Folding"))
-    with pytest.raises(ValueError, match=r"'folding': announced twice, by one:Folding and two:Folding"):
-        chairs.names()
+def test_what_a_plugin_prints_does_not_mix_with_the_output_of_a_command(chairs, site, capsys):
+    source = (
+        "from tests.test_registry import Chair\nprint('noise')\ndef talk():\n    print('more')\n    return Chair()\n"
+    )
+    install(site, name="talks", entry_points=f"[{chairs.group}]\ntalks = talks:talk\n", modules={"talks": source})
+    assert chairs.build("talks") == Chair(4)
+    assert capsys.readouterr() == ("", "noise\nmore\n")
+
+
+def test_a_name_that_two_packages_announce_is_refused_and_the_others_stay(chairs, site, caplog):
+    for name in ("one", "two"):
+        install(site, name=name, entry_points=f"[{chairs.group}]\nfolding = {name}:Folding\n", modules={})
+    text = r"chair 'folding' cannot be loaded: .*announced twice.*package (one|two) \(.*\) and package (one|two) \("
+    with pytest.raises(PluginError, match=text):
+        chairs.build("folding")
+    assert chairs.build_all() == {"plain": Chair(4)}
+    assert "announced twice" in caplog.text
+
+
+def test_a_plugin_does_not_replace_what_is_built_in(chairs, site, caplog):
+    source = "from tests.test_registry import Chair\ndef plain():\n    return Chair(1)\n"
+    install(
+        site, name="replaces", entry_points=f"[{chairs.group}]\nplain = replaces:plain\n", modules={"replaces": source}
+    )
+    assert chairs.build_all() == {"plain": Chair(4)}
+    assert "chair 'plain': the name is taken" in caplog.text
+    assert "package replaces (replaces:plain)" in caplog.text
+
+
+def test_entry_points_that_cannot_be_parsed_leave_the_others_usable(chairs, site, caplog):
+    install(site, name="unparsable", entry_points=f"[{chairs.group}]\nno equals sign\n", modules={})
+    assert chairs.names() == ["plain"]
+    assert "unparsable-1.0.dist-info: the entry points cannot be read" in caplog.text
+
+
+FAULTS = {  # module, and what is said of it
+    "no-module": (None, "cannot be loaded: ModuleNotFoundError: No module named"),
+    "no-attribute": ("", "cannot be loaded: AttributeError: module 'faulty[0-9]*' has no attribute 'made'"),
+    "syntax": ("def made(:", "cannot be loaded: File .* SyntaxError"),
+    "exception": (
+        "raise RuntimeError('first line\\nsecond \\x1b[31m')",
+        r"cannot be loaded: RuntimeError: first line second \\x1b",
+    ),
+    "exit": ("import sys\nsys.exit(3)", "cannot be loaded: SystemExit: 3"),
+    "base-exception": ("class Odd(BaseException): pass\nraise Odd()", "cannot be loaded: faulty[0-9]*.Odd"),
+    "unprintable": (
+        "class Odd(Exception):\n    def __str__(self): return 1 / 0\nraise Odd()",
+        "cannot be loaded: faulty[0-9]*.Odd: <exception str.. failed>",
+    ),
+    "not-callable": ("made = 5", "cannot be loaded: TypeError: the entry point must name a class or a function, got 5"),
+    "factory-raises": ("def made(): raise KeyError('x')", "cannot be built: KeyError: 'x'"),
+    "factory-exits": ("def made(): raise SystemExit", "cannot be built: SystemExit"),
+    "wrong-type": ("def made(): return 5", ".*5|'int' object is not callable"),
+}
+REGISTRIES = (mask_schedules, token_selectors, guidance_schedules, quantizers, feature_networks)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("registry", REGISTRIES, ids=lambda registry: registry.kind)
+def test_a_broken_plugin_is_named_with_its_package_and_leaves_all_other_names_usable(
+    registry, fault, site, monkeypatch, caplog
+):
+    before = set(registry.build_all())
+    source, text = FAULTS[fault]
+    module = f"faulty{len(FAULTS) * REGISTRIES.index(registry) + list(FAULTS).index(fault)}"  # imported once
+    install(
+        site,
+        name="faulty-package",
+        entry_points=f"[{registry.group}]\nbroken = {module}:made\n",
+        modules={} if source is None else {module: source},
+    )
+    monkeypatch.setattr(registry, "_loaded", {})
+    expected = rf"{registry.kind} 'broken'[: ]+{text}.*; announced by package faulty-package \({module}:made\)$"
+    for _ in range(2):
+        with pytest.raises(PluginError, match=expected) as raised:
+            registry.build("broken")
+        assert str(raised.value).isprintable()
+    assert "broken" in registry.names()
+    assert set(registry.build_all()) == before
+    assert re.search(expected, caplog.messages[-1])
 
 
 @pytest.mark.parametrize(
@@ -160,7 +240,9 @@ def test_a_broken_guidance_schedule_is_refused_by_name(monkeypatch, scale):
             return scale if position == 1 else 0.0
 
     monkeypatch.setitem(guidance_schedules._factories, "broken", Broken)
-    with pytest.raises(ValueError, match=r"guidance schedule 'broken': scales must be finite and >= 0"):
+    with pytest.raises(
+        ValueError, match=r"guidance schedule 'broken': the scale at position 1 must be .* in \[0, 10000\], got"
+    ):
         guidance_schedules.build("broken")
 
 
@@ -192,3 +274,61 @@ def test_contract_guidance_scales_are_finite_and_not_negative(name):
     schedule = guidance_schedules.build(name)
     scales = [schedule(step / 100) for step in range(101)]
     assert all(0 <= scale < float("inf") for scale in scales)
+
+
+STRANGE = (
+    float("nan"), float("inf"), -float("inf"), -1, -1e300, -1e-320, 0, 0.0, 1e-320, 1e-12, 0.5, 1, 1.0, 2, 1e12, 1e308,
+    10**30, 10**400, True, False, "1", "nan", None, [1.0], {"a": 1}, "x" * 1000, "two\nlines",
+)  # fmt: skip
+FIELDS = [
+    (registry, name, field.name)
+    for registry in REGISTRIES
+    for name in registry.names()
+    if isinstance(registry._factories.get(name), type)
+    for field in fields(registry._factories[name])
+    if field.init
+]
+
+
+def works(made: object) -> bool:
+    """Whether an object of any registry gives finite numbers."""
+    if isinstance(made, MaskSchedule):
+        return bool(made(torch.rand(100), 256).isfinite().all())
+    if isinstance(made, GuidanceSchedule):
+        return all(math.isfinite(scale) for scale in guidance_scales(made, 7))
+    if isinstance(made, TokenSelector):
+        decoder = ParallelDecoder(mask_schedules.build("cosine"), made, num_steps=4)
+        tokens = torch.full((2, 16), 5)
+        logits = torch.randn(2, 16, 5, generator=torch.Generator().manual_seed(0))
+        noise = SeededNoise(torch.arange(2), 16)
+        *_, last = decoder.steps(
+            lambda tokens, positions, newly_known: logits.gather(1, positions.unsqueeze(-1).expand(-1, -1, 5)),
+            tokens, noise, mask_token_id=5, grid=(4, 4),
+        )  # fmt: skip
+        return bool((last.tokens < 5).all())
+    if hasattr(made, "label"):
+        return isinstance(made.label, str)  # a feature network reads files when it is made
+    quantizer = made.create(num_codes=4, code_width=2)
+    for step in range(3):
+        output = quantizer(torch.randn(1, 2, 3, 3, generator=torch.Generator().manual_seed(step)))
+        quantizer.update([output.tokens], [output.features], seed=0, step=step)
+    return bool(output.loss.isfinite() and quantizer.codebook.isfinite().all())
+
+
+@pytest.mark.parametrize(("registry", "name", "field"), FIELDS, ids=lambda part: getattr(part, "kind", str(part)))
+def test_every_value_of_every_argument_is_refused_by_name_or_works(registry, name, field):
+    own = registry._factories[name].__annotations__
+    others = {key: given for key, given in {"weights": "x", "model": "resnet18", "folder": "z"}.items() if key in own}
+    refused = []
+    for value in STRANGE:
+        try:
+            made = registry.build({"name": name, **others, field: value})
+        except ValueError as error:
+            refused.append(str(error))
+        else:
+            assert works(made), value
+    assert refused
+    for text in refused:
+        assert re.match(rf"{registry.kind} '{name}'[.: ]+{field} must be ", text), text
+        assert text.isprintable()
+        assert len(text) < 400

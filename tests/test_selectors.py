@@ -286,6 +286,29 @@ def test_moment_is_what_confidence_tends_to():
     torch.testing.assert_close(kept["confidence"], kept["moment"], atol=0.02, rtol=0)
 
 
+@pytest.mark.parametrize(("progress", "expected"), [(0.25, [-0.559438, -1.974353]), (0.75, [-1.259438, -0.774353])])
+def test_margin_by_hand(progress, expected):
+    log_probs = torch.tensor([[[0.5, 0.2, 0.3], [0.04, 0.06, 0.9]]]).log()
+    gumbel = torch.tensor([[0.7, -1.2]])
+    given = Candidates(log_probs, torch.tensor([[1, 0]]), torch.tensor([[0, 1]]), gumbel, progress)
+    scores = token_selectors.build({"name": "margin", "choice_temperature": 2.0})(given)
+    torch.testing.assert_close(scores, torch.tensor([expected]), atol=1e-5, rtol=0)  # log(0.2) and log(0.84), noise
+
+
+@pytest.mark.parametrize(
+    ("strategy", "early", "late"),  # of 10 decided tokens, with 6 and with 2 to be masked: sigma_max 0.6 and 0.2
+    [("cap", 3, 2), ("rescale", 2, 1), ("confidence", 2, 1), ("loop", 3, 0)],
+)
+def test_remdm_by_hand(strategy, early, late):
+    selector = token_selectors.build({"name": "remdm", "strategy": strategy, "eta": 0.3})
+    assert selector.num_remasked(decided=10, planned=6, progress=0.45) == early
+    assert selector.num_remasked(decided=10, planned=2, progress=0.95) == late
+    assert selector.num_remasked(decided=0, planned=6, progress=0.5) == 0
+    progress = torch.tensor([0.225, 0.45, 0.5, 0.95, 0.975, 1.0])
+    looped = torch.tensor([0.45, 0.9, 0.9, 0.9, 0.95, 1.0])
+    torch.testing.assert_close(selector.schedule_progress(progress), looped if strategy == "loop" else progress)
+
+
 def test_remdm_masks_decided_tokens_again_as_many_as_its_strategy_says():
     def again(spec: dict) -> list[int]:
         steps = run(torch.full((1, NUM_TOKENS), MASK), decoder({"name": "remdm", **spec}))
@@ -342,15 +365,18 @@ def test_remdm_by_confidence_doubts_codes_that_were_unlikely_more():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"name": "confidence", "choice_temperature": -0.1}, "confidence: choice_temperature must be >= 0"),
-        ({"name": "confidence", "choice_temperature": float("nan")}, "confidence: choice_temperature must be >= 0"),
-        ({"name": "margin", "choice_temperature": -1.0}, "margin: choice_temperature must be >= 0"),
-        ({"name": "moment", "choice_temperature": float("inf")}, "moment: choice_temperature must be >= 0 and finite"),
-        ({"name": "entropy", "gamma": -1.0}, "entropy: gamma must be >= 0"),
-        ({"name": "halton", "seed": -1}, r"halton: seed must be in \[0, 2\*\*32\)"),
-        ({"name": "remdm", "strategy": "lop"}, "remdm: strategy 'lop': did you mean 'loop'"),
-        ({"name": "remdm", "eta": 1.5}, r"remdm: eta must be in \[0, 1\], got 1.5"),
-        ({"name": "remdm", "start": 0.9, "stop": 0.5}, "remdm: 0 < start < stop < 1"),
+        (
+            {"name": "confidence", "choice_temperature": -0.1},
+            r"'confidence': choice_temperature must be a number in \[0,",
+        ),
+        ({"name": "confidence", "choice_temperature": float("nan")}, "'confidence': choice_temperature .* finite"),
+        ({"name": "margin", "choice_temperature": -1.0}, r"'margin': choice_temperature must be a number in \[0,"),
+        ({"name": "moment", "choice_temperature": float("inf")}, "'moment': choice_temperature must be a finite"),
+        ({"name": "entropy", "gamma": -1.0}, r"'entropy': gamma must be a number in \[0, 1000000\], got -1.0"),
+        ({"name": "halton", "seed": -1}, r"'halton': seed must be an integer in \[0, 4294967295\], got -1"),
+        ({"name": "remdm", "strategy": "lop"}, "'remdm'.strategy must be 'cap' or .* got 'lop'; did you mean 'loop'"),
+        ({"name": "remdm", "eta": 1.5}, r"'remdm': eta must be a number in \[0, 1\], got 1.5"),
+        ({"name": "remdm", "start": 0.9, "stop": 0.5}, r"'remdm': stop must be a number in \(0.9, 1\), got 0.5"),
     ],
 )
 def test_numbers_out_of_range_are_refused(spec, message):

@@ -167,7 +167,7 @@ def test_a_run_does_not_go_on_as_another_one(bench, report):
     before = {path: path.stat().st_mtime_ns for path in (runs.folder / "another").rglob("*")}
     changed = ("--model.network.depth=2", "--data.seed=7", "--model.mask_schedule=square")
     texts = runs.leg("another", TWO, *changed, code=BAD_INPUT)
-    said = line(texts[0], "it goes on from step-00000002 and keeps its settings")
+    said = line(texts[0], "cannot resume from step-00000002 with other settings")
     assert all(word in said for word in ("depth 1 -> 2", "seed 0 -> 7", "cosine -> square"))
     assert before == {path: path.stat().st_mtime_ns for path in (runs.folder / "another").rglob("*")}
     report.add(12, f"`{' '.join(changed)}` when it goes on", BAD_INPUT, said, "nothing written")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import io
 import logging
 import os
 import sys
-import traceback
 import warnings
 from collections.abc import Sequence
+from types import TracebackType
+from typing import TextIO
 
+from maskgit_pl import __version__
+from maskgit_pl.checks import did_you_mean, shorten
 from maskgit_pl.cli import (
     ablation,
     compare,
@@ -33,7 +35,9 @@ from maskgit_pl.cli import (
     train_classifier,
     tune,
 )
-from maskgit_pl.errors import INTERNAL_ERROR, exit_code_of
+from maskgit_pl.cli.terminal import Terminal
+from maskgit_pl.errors import BAD_INPUT, CannotWriteError, describe_error, exit_code_of
+from maskgit_pl.text import PrintableFormatter
 
 __all__ = ["build_parser", "main"]
 
@@ -62,58 +66,107 @@ _COMMANDS = (
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the console script, every command in it."""
+    """Returns the parser of the console script, every command in it."""
+    return _parser_and_commands()[0]
+
+
+def _parser_and_commands() -> tuple[argparse.ArgumentParser, list[str]]:
     parser = argparse.ArgumentParser(
         prog="maskgit",
         description="MaskGIT: train a tokenizer and a masked token transformer, generate images in a few steps.",
         allow_abbrev=False,
     )
-    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    parser.add_argument("--version", action="version", version=f"maskgit_pl {__version__}")
+    parser.add_argument("--traceback", action="store_true", help="print the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in _COMMANDS:
         command.add_parser(commands)
-    return parser
-
-
-def _log_to_terminal() -> None:
-    """Our own messages, plain; other libraries' handlers are left alone."""
-    ours = logging.getLogger("maskgit_pl")
-    if not ours.handlers:
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        ours.addHandler(handler)
-    ours.setLevel(logging.INFO)
-    ours.propagate = False
+    return parser, list(commands.choices)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Args:
-        argv: Words after ``maskgit``; those of the process by default.
+        argv: Words after ``maskgit``; those of the process by default. Without words, the help is printed.
 
     Returns:
-        Exit code: 0 done, 2 bad input, 70 internal error, or that of a ``RunError``; argparse exits with 2 itself.
+        Exit code of the process; ``maskgit_pl.errors`` lists them.
+
+    Raises:
+        SystemExit: by argparse: 0 after ``--help`` and ``--version``, 2 after words that it does not know.
     """
     # Threads that spin for work starve each other where other programs run too: a training step on two busy cores took
     # 1.8 s with spinning threads and 0.1 s with waiting ones. Read when torch is imported, which happens in a command.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     warnings.filterwarnings("ignore", message=".*`srun` command is available")  # Lightning's, on a login node
-    _log_to_terminal()
-    parser = build_parser()
-    args, rest = parser.parse_known_args(argv)
+    terminal = Terminal()
+    _log_to(terminal.log)
+    try:
+        code = _run(_parse(sys.argv[1:] if argv is None else argv))
+    except SystemExit as stop:  # argparse's own
+        if not stop.code and terminal.has_lost_results():
+            raise SystemExit(CannotWriteError.exit_code) from stop
+        raise
+    return code or (CannotWriteError.exit_code if terminal.has_lost_results() else 0)
+
+
+def _log_to(stream: TextIO) -> None:
+    """Prints our own messages, plain; other libraries' handlers are left alone."""
+    ours = logging.getLogger("maskgit_pl")
+    if not ours.handlers:
+        handler = logging.StreamHandler(stream)
+        handler.setFormatter(PrintableFormatter("%(message)s"))
+        ours.addHandler(handler)
+    ours.setLevel(logging.INFO)
+    ours.propagate = False
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    parser, known = _parser_and_commands()
+    name = next((word for word in words if not word.startswith("-")), None)
+    if name is not None and name not in known:
+        hint = f"{did_you_mean(name, known)} ".lstrip()
+        parser.exit(BAD_INPUT, f"maskgit: unknown command {shorten(name)}: {hint}commands: {', '.join(known)}\n")
+    if not words:
+        parser.print_help()
+        parser.exit()
+    for word in words:
+        if word.startswith("-") and word.endswith("=--"):  # argparse makes an empty list of it
+            parser.exit(BAD_INPUT, f"maskgit: {word.removesuffix('=--')} must have a value, got '--'\n")
+    args, rest = parser.parse_known_args([word for word in words if word != "--traceback"])
     if rest and not getattr(args, "takes_overrides", False):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.overrides = rest
+    args.traceback = "--traceback" in words
+    return args
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Runs the command that was parsed, and prints what it ends with if that is an error."""
+    command = f"maskgit {args.command}"
     try:
         code: int = args.run(args)
-    except Exception as error:
-        if args.traceback:
-            raise
-        code = exit_code_of(error)
-        text = traceback.format_exc() if code == INTERNAL_ERROR else f"maskgit {args.command}: {error}\n"
-        try:
-            sys.stderr.write(text)
-        except OSError:  # a full disk, or nobody who reads: Python would end with a code of its own
-            sys.stderr = io.StringIO()
-    return code
+        return code
+    except SystemExit as stop:
+        culprit = _who_exits(stop.__traceback__)
+        if culprit == "maskgit_pl":
+            return int(stop.code or 0)
+        if isinstance(stop.__context__, KeyboardInterrupt):  # what Lightning makes of it
+            error: BaseException = stop.__context__
+        else:
+            error = RuntimeError(f"sys.exit({stop.code!r}) was called by {culprit}, which may not end a command")
+            error.__cause__ = stop
+    except (Exception, KeyboardInterrupt) as caught:
+        error = caught
+    sys.stderr.write(describe_error(error, command, with_traceback=args.traceback))
+    return exit_code_of(error)
+
+
+def _who_exits(place: TracebackType | None) -> str:
+    """Returns the package whose code called ``sys.exit``, or had argparse call it."""
+    packages = ["maskgit_pl"]
+    while place is not None:
+        packages.append(str(place.tb_frame.f_globals.get("__name__")).partition(".")[0])
+        place = place.tb_next
+    return next(package for package in reversed(packages) if package != "argparse")

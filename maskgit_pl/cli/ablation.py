@@ -9,7 +9,7 @@ from pathlib import Path
 
 from maskgit_pl.cli.measuring import step_numbers
 from maskgit_pl.cli.paper import add_measuring_arguments, measured_schedules, opened, write_schedules
-from maskgit_pl.cli.recipes import DEFAULT_DATASET, check_overrides, recipe_files
+from maskgit_pl.cli.recipes import DEFAULT_DATASET, Recipe, recipe_files
 from maskgit_pl.errors import PreemptedError
 
 __all__ = ["add_parser", "run"]
@@ -48,9 +48,10 @@ def run(args: argparse.Namespace) -> int:
     """
     schedules = [name.strip() for name in args.schedules.split(",") if name.strip()]
     numbers = None if args.num_steps is None else step_numbers(args.num_steps)
-    check_overrides(args.overrides)
-    for name in schedules:  # each name before the first hour is spent
-        recipe_files("transformer", dataset=args.dataset, names=[*args.recipe.split(), name], cluster=args.cluster)
+    for name in schedules:  # each recipe before the first hour is spent
+        names = [*args.recipe.split(), name]
+        files = recipe_files("transformer", dataset=args.dataset, names=names, cluster=args.cluster)
+        Recipe.read("transformer", files, args.overrides)
     args.runs = [_train(name, place, len(schedules), args) for place, name in enumerate(schedules)]
     with opened(args) as made:
         write_schedules(made, measured_schedules(made, args, numbers), args, _command(args))

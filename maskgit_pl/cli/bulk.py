@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from maskgit_pl.files import locked
+
 if TYPE_CHECKING:
     from maskgit_pl.pipeline import MaskGIT
 
@@ -117,7 +119,8 @@ def generate_bulk(
     from maskgit_pl.pipeline.bulk import generate_many
 
     of_decoding = {name: value for name, value in settings.items() if name != "negative_classes"}
-    with _progress() as (on_start, on_images):
+    lock = locked(args.out, way_out="name another --out", rank=rank)
+    with lock, _progress() as (on_start, on_images):
         result = generate_many(
             pipe,
             args.out,

@@ -1,4 +1,4 @@
-"""``maskgit data``: make shards from images, index shards that are there, verify them, show what they hold.
+"""``maskgit data``: make shards from images, index shards that are there, verify them, count what they hold.
 
 Imported to build the parser, so torch, PIL and webdataset are imported by the commands alone.
 """
@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maskgit_pl.files import size_text
+from maskgit_pl.files import locked, size_text
+from maskgit_pl.text import printable
 
 if TYPE_CHECKING:
     from maskgit_pl.shards.index import Indexed
@@ -34,7 +35,7 @@ _MAX_NAMES_BYTES = 2**24
 
 def add_parser(subparsers: _Parsers[argparse.ArgumentParser]) -> None:
     """Add ``data make``, ``data index``, ``data verify`` and ``data stats``."""
-    parser = subparsers.add_parser("data", help="make, index, verify and show shards", allow_abbrev=False)
+    parser = subparsers.add_parser("data", help="make, index, verify and count shards of images", allow_abbrev=False)
     parser.set_defaults(run=run)
     commands = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
     for add in (_add_make, _add_index, _add_verify, _add_stats):
@@ -59,6 +60,7 @@ def _add_make(commands: _Parsers[argparse.ArgumentParser]) -> None:
     make.add_argument(
         "--label-field", default="label", metavar="NAME", help="parquet column of the class numbers (default label)"
     )
+    make.add_argument("--lenient", action="store_true", help="leave out images that cannot be read, and list them")
     _add_class_names(make, "where the source has none")
     _add_workers(make)
 
@@ -120,22 +122,31 @@ def run(args: argparse.Namespace) -> int:
 
 
 def make(
-    source: Source, out: Path, *, size: int | None = None, shard_size: int = 10_000, workers: int | None = 1
+    source: Source,
+    out: Path,
+    *,
+    size: int | None = None,
+    shard_size: int = 10_000,
+    lenient: bool = False,
+    workers: int | None = 1,
 ) -> None:
     """Make a data folder with a progress bar, and say what it holds; the scripts in ``data/`` end here too."""
     from maskgit_pl.shards.manifest import read_manifest_summary
     from maskgit_pl.shards.writer import make_shards
 
-    with _progress(source.counts, "samples") as advance:
+    with locked(out, way_out="give another --out"), _progress(source.counts, "samples") as advance:
         made = make_shards(
             source,
             out,
             size=size,
             shard_size=shard_size,
+            lenient=lenient,
             workers=_workers(workers, work=sum(source.counts.values()) / 5_000),
             on_samples=advance,
         )
     _report(out, read_manifest_summary(out), "made" if made else "there already, nothing to do")
+    for line in [*source.left_out, *_unreadable(out)]:
+        print(f"  left out: {line}")
 
 
 def _make(args: argparse.Namespace) -> int:
@@ -147,8 +158,24 @@ def _make(args: argparse.Namespace) -> int:
         val_fraction=args.val_fraction,
         label_field=args.label_field,
     )
-    make(source, args.out, size=args.size, shard_size=args.shard_size, workers=args.workers)
+    make(
+        source,
+        args.out,
+        size=args.size,
+        shard_size=args.shard_size,
+        lenient=args.lenient,
+        workers=args.workers,
+    )
     return 0
+
+
+def _unreadable(folder: Path) -> Iterator[str]:
+    """A line on the images that ``make --lenient`` left out, if there are any."""
+    from maskgit_pl.shards.writer import LEFT_OUT
+
+    if (folder / LEFT_OUT).is_file():
+        with open(folder / LEFT_OUT, "rb") as file:
+            yield f"{sum(1 for _ in file)} images that cannot be read, listed in {LEFT_OUT}"
 
 
 def _index(args: argparse.Namespace) -> int:
@@ -224,7 +251,11 @@ def _class_names(given: str | None) -> list[str] | None:
             text = file.read(_MAX_NAMES_BYTES + 1)
         if len(text) > _MAX_NAMES_BYTES:
             raise ValueError(f"class names {given}: at most {_MAX_NAMES_BYTES} bytes are read")
-        names = [line.strip() for line in text.decode().splitlines() if line.strip()]
+        try:
+            lines = text.decode().splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"class names {given} must be UTF-8 text, one name a line: {error}") from error
+        names = [line.strip() for line in lines if line.strip()]
     else:
         names = [name.strip() for name in given.split(",")]
     doubled = [name for name, count in Counter(names).items() if count > 1]
@@ -304,11 +335,11 @@ def _report_left_out(indexed: Indexed) -> None:
 
     for split, manifest in indexed.manifests.items():
         for fault, count in manifest.left_out.items():
-            print(f"  {split}: left out: {count} {fault}")
+            print(f"  {split}: left out: {count} {printable(fault)}")
         if indexed.ignored[split]:
             print(f"  {split}: members not read: {counted(indexed.ignored[split])}")
     for note in indexed.notes:
-        print(f"  {note}")
+        print(f"  {printable(note, limit=None)}")
 
 
 def _verdicts(bad: Sequence[BadFile]) -> Iterator[str]:
@@ -325,7 +356,9 @@ def _statistics_lines(folder: Path, statistics: DataStatistics) -> Iterator[str]
         total = size_text(sum(shard.bytes for shard in manifest.shards))
         yield f"{folder}: {split}: {manifest.samples} samples in {_shards(len(manifest.shards))}, {total}"
         for fault, count in manifest.left_out.items():
-            yield f"  left out: {count} {fault}"
+            yield f"  left out: {count} {printable(fault)}"
+    for line in _unreadable(folder):
+        yield f"  left out: {printable(line)}"
     yield ""
     yield from _class_table(statistics)
     yield ""

@@ -43,7 +43,10 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tokens-per-step", metavar="A,B,...", help="how many tokens each step decides")
     group.add_argument("--mask-schedule", metavar="NAME", help="in place of the one of the training")
     group.add_argument(
-        "--context-cache", type=int, metavar="N", help="look at all tokens every N steps alone; approximate above 1"
+        "--context-cache",
+        type=int,
+        metavar="N",
+        help="compute known tokens only every N steps; approximate above 1, saves about a tenth of the time with 4",
     )
     group.add_argument("--int8", action="store_true", help="a transformer of 8 bits, on a processor; approximate")
     group.add_argument(

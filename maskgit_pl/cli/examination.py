@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 
 from maskgit_pl.cli import fit, host
 from maskgit_pl.cli.costs import Costs, TokenizerCosts, TransformerCosts
-from maskgit_pl.cli.recipes import Plan, recipe_value
-from maskgit_pl.cli.stage_cli import StageCLI
-from maskgit_pl.cli.train import find_pretrained, find_recipes, find_shards, find_tokenizer, run_folder
+from maskgit_pl.cli.recipes import Plan, Recipe, merged
+from maskgit_pl.cli.stage_run import StageRun
+from maskgit_pl.cli.train import find_pretrained, find_recipe, find_shards, find_tokenizer, run_folder
 from maskgit_pl.data import split_batch
-from maskgit_pl.errors import USER_ERRORS
+from maskgit_pl.errors import is_user_error
 from maskgit_pl.estimates.run import CARDS, StepTime, kept_checkpoints, step_time
 from maskgit_pl.estimates.sharding import Strategy
 from maskgit_pl.estimates.transformer import Precision
@@ -104,7 +103,9 @@ class Examination:
         """Has an error that is for the user become a failure of the list."""
         try:
             yield
-        except USER_ERRORS as error:
+        except Exception as error:
+            if not is_user_error(error):
+                raise
             self.note(name, str(error), "FAIL")
 
 
@@ -115,21 +116,21 @@ def examine(args: argparse.Namespace) -> Examination:
         args: The command's words.
     """
     found = Examination(args)
-    files: list[Path] = []
+    recipe: Recipe | None = None
     with found.listing("recipe"):
-        files = find_recipes(args)
-    _note_world(found, files)
+        recipe = find_recipe(args)
+    _note_world(found, recipe)
     _note_host(found)
-    if not files:
+    if recipe is None:
         return found
-    plan, summary = _find(found, files)
+    plan, summary = _find(found, recipe)
     _note_strategy(found, plan)
     cli = _build(found, plan)
     if cli is None:
         return found
-    config = cli.config.as_dict()
-    if isinstance(cli, _Recipe) and all(check.name != "recipe" for check in found.checks):
-        found.note("recipe", f"{_names(files)}: keys, types and names are right")
+    config = cli.config
+    if all(check.name != "recipe" for check in found.checks):
+        found.note("recipe", f"{recipe.names}: keys, types and names are right")
     _note_batch(found, config, summary)
     _note_going_on(found, plan, config)
     costs = _costs(found, plan, cli, config)
@@ -142,13 +143,13 @@ def examine(args: argparse.Namespace) -> Examination:
 # Where it runs
 
 
-def _note_world(found: Examination, files: Sequence[Path]) -> None:
+def _note_world(found: Examination, recipe: Recipe | None) -> None:
     def of_recipe(key: str) -> int:
-        value = recipe_value(files, found.args.overrides, f"trainer.{key}")
-        return value if isinstance(value, int) and value > 0 else max(1, torch.cuda.device_count() if files else 1)
+        value = None if recipe is None else recipe.get(f"trainer.{key}")
+        return value if isinstance(value, int) and value > 0 else max(1, torch.cuda.device_count() if recipe else 1)
 
-    found.nodes = found.args.nodes or (of_recipe("num_nodes") if files else 1)
-    found.devices = found.args.devices or (of_recipe("devices") if files else 1)
+    found.nodes = found.args.nodes or of_recipe("num_nodes")
+    found.devices = found.args.devices or of_recipe("devices")
 
 
 def _note_host(found: Examination) -> None:
@@ -183,20 +184,18 @@ def _note_network(found: Examination, environment: Mapping[str, str]) -> None:
 # What it reads
 
 
-def _find(found: Examination, files: list[Path]) -> tuple[Plan, DataSummary | None]:
+def _find(found: Examination, recipe: Recipe) -> tuple[Plan, DataSummary | None]:
     """The run's pieces, each missing one in the list; what is missing stands in the plan as where it would be."""
-    args, streams = found.args, recipe_value(files, found.args.overrides, "data.source") == "stream"
-    plan = Plan(
-        args.stage, files=files, overrides=args.overrides, shards=Path(args.data or ""), folder=run_folder(args)
-    )
+    args, streams = found.args, recipe.get("data.source") == "stream"
+    plan = Plan(recipe, shards=Path(args.data or ""), folder=run_folder(args))
     summary = None
     with found.listing("data"):
-        plan = replace(plan, shards=find_shards(args, files))
+        plan = replace(plan, shards=find_shards(args, recipe))
         if not streams:
             summary = _read_data(found, plan.shards)
     if plan.stage == "transformer":
         with found.listing("tokenizer"):
-            tokenizer = find_tokenizer(args)
+            tokenizer = find_tokenizer(args, plan.shards)
             config = VQGANConfig(**read_config(tokenizer, "tokenizer")["network"])
             plan = replace(plan, tokenizer=tokenizer)
             found.note("tokenizer", f"{tokenizer}: {config.num_codes} codes")
@@ -217,50 +216,40 @@ def _read_data(found: Examination, shards: Path) -> DataSummary:
     return summary
 
 
-class _Recipe(StageCLI):
-    """A stage's module and data from its recipe alone: no Trainer, and nothing read that the recipe points at."""
-
-    def before_instantiate_classes(self) -> None:
-        """Asks neither the data nor an earlier run."""
-
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """None: nothing is trained."""
-        return cast("Trainer", None)
-
-
-def _build(found: Examination, plan: Plan) -> StageCLI | None:
+def _build(found: Examination, plan: Plan) -> StageRun | None:
     """The stage as training builds it, where its data and tokenizer are there; else, or if that fails, its recipe."""
     complete = not found.failures or {check.name for check in found.failures} <= {"slurm", "network", "strategy"}
     here = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto"]
-    plan = replace(plan, overrides=[*plan.overrides, *here])
+    plan = replace(plan, recipe=plan.recipe.with_flags(here))
     with _unattended():
         if complete:
             with found.listing("recipe"):
                 cli = fit.build(plan)
                 if cli.datamodule.source != "stream":
                     cli.datamodule.setup()
-                found.note("recipe", f"{_names(plan.files)}: module, data and tokenizer fit each other")
+                found.note("recipe", f"{plan.recipe.names}: module, data and tokenizer fit each other")
                 return cli
         with found.listing("recipe"):
-            return _recipe_alone(plan)
+            return _recipe_only(plan)
         if plan.stage == "tokenizer":  # most often the perceptual network's file: the rest can be examined without it
             try:
-                cli = _recipe_alone(replace(plan, overrides=[*plan.overrides, "--model.perceptual=null"]))
-            except USER_ERRORS:
+                cli = _recipe_only(replace(plan, recipe=plan.recipe.with_flags(["--model.perceptual=null"])))
+            except Exception as error:
+                if not is_user_error(error):
+                    raise
                 return None
             found.note("memory", "calculated without the perceptual network", "warning")
             return cli
     return None
 
 
-def _recipe_alone(plan: Plan) -> StageCLI:
-    module, layers = fit.module_and_layers(plan)
+def _recipe_only(plan: Plan) -> StageRun:
+    """Module and data of a recipe whose data or tokenizer are missing: no Trainer, and nothing read."""
     missing: dict[str, Any] = {"data": {"path": str(plan.shards), "token_store": str(plan.folder / "tokens")}}
     if plan.stage == "transformer":
         sizes: dict[str, Any] = {"num_codes": 1024, "num_classes": 1000, "grid": [16, 16]}
         missing["model"] = {"tokenizer": str(plan.tokenizer or "missing"), "network": sizes}
-    words = [word for layer in (json.dumps(missing), *layers) for word in ("--config", layer)]
-    return _Recipe(plan.stage, module, plan.stage_folder, [*words, *plan.overrides])
+    return StageRun(plan.recipe, merged([missing, plan.recipe.tree]), plan.stage_folder)
 
 
 @contextmanager
@@ -278,19 +267,15 @@ def _unattended() -> Iterator[None]:
         os.environ.update(hidden)
 
 
-def _names(files: Sequence[Path]) -> str:
-    return " + ".join(f"{file.parent.name}/{file.stem}" for file in files)
-
-
 # Whether it fits
 
 
 def _note_strategy(found: Examination, plan: Plan) -> None:
-    name = str(recipe_value(plan.files, plan.overrides, "trainer.strategy") or "auto")
-    precision = str(recipe_value(plan.files, plan.overrides, "trainer.precision") or "32-true")
+    name = str(plan.recipe.get("trainer.strategy") or "auto")
+    precision = str(plan.recipe.get("trainer.precision") or "32-true")
     with found.listing("strategy"):
         build_strategy(name)
-        check_accelerator(str(recipe_value(plan.files, plan.overrides, "trainer.accelerator") or "auto"))
+        check_accelerator(str(plan.recipe.get("trainer.accelerator") or "auto"))
         check_precision(precision)
         check_strategy(name, stage=plan.stage, ranks=found.ranks)
         found.note("strategy", f"{name}, {precision}, {_many(found.nodes, 'node')} x {_many(found.devices, 'device')}")
@@ -321,7 +306,7 @@ def _note_going_on(found: Examination, plan: Plan, config: Mapping[str, Any]) ->
         found.note("run", f"{plan.stage_folder}: goes on from {newest.name}")
 
 
-def _costs(found: Examination, plan: Plan, cli: StageCLI, config: Mapping[str, Any]) -> Costs:
+def _costs(found: Examination, plan: Plan, cli: StageRun, config: Mapping[str, Any]) -> Costs:
     precision: Precision = "bf16-mixed" if "16" in str(config["trainer"]["precision"]) else "32-true"
     checkpointing = config["model"].get("activation_checkpointing", "none")
     module: LightningModule = cli.model

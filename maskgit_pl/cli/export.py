@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maskgit_pl.cli.recipes import STAGES, Plan, Stage, read_yaml
+from maskgit_pl.cli.recipes import STAGES, Layer, Plan, Recipe, Stage, read_run_config, read_yaml
+from maskgit_pl.files import locked
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,8 +62,9 @@ def run(args: argparse.Namespace) -> int:
         chosen.append(found[max(found) if args.step is None else args.step])
     from maskgit_pl.cli.fit import export
 
-    for plan, checkpoint in zip(plans, chosen, strict=True):
-        export(plan, checkpoint, out)
+    with locked(out, way_out="give another --out"):
+        for plan, checkpoint in zip(plans, chosen, strict=True):
+            export(plan, checkpoint, out)
     return 0
 
 
@@ -94,4 +96,5 @@ def _plan(folder: Path, stage: Stage, data: Path | None, out: Path) -> Plan:
                 "tokenizer` if the run trained it"
             )
         words.append(f"--model.tokenizer={tokenizer}")
-    return Plan(stage, [config], words, shards, folder, tokenizer)
+    recipe = Recipe.of(stage, [Layer(f"recipe {config}", read_run_config(config))], words)
+    return Plan(recipe, shards, folder, tokenizer)

@@ -8,20 +8,20 @@ import resource
 import shutil
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from maskgit_pl.autoregressive import AutoregressiveModel
 from maskgit_pl.cli.leaving import leaving_together
-from maskgit_pl.cli.recipes import Plan, Stage, fitting_layer, is_causal, recipe_value
-from maskgit_pl.cli.stage_cli import StageCLI
+from maskgit_pl.cli.recipes import Plan, Stage, merged
+from maskgit_pl.cli.stage_run import StageRun, resolve, written_config
 from maskgit_pl.data import ShardData, split_batch
-from maskgit_pl.files import write_atomically
-from maskgit_pl.mvtm import MaskedTokenModel
+from maskgit_pl.files import locked, write_atomically
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.pipeline.card import write_card
 from maskgit_pl.pretrained import fingerprint, load_weights, read_config
@@ -31,7 +31,7 @@ from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, SavedTensor, newest_complete, step_of
 from maskgit_pl.training.environment import describe_environment
 
-__all__ = ["build", "export", "fit", "module_and_layers"]
+__all__ = ["build", "config_text", "export", "fit", "resolved_tree"]
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,6 @@ _OPEN_FILES = 1 << 16
 
 # What Lightning and torch say on every run of ours and nobody can act on.
 _EXPECTED_WARNINGS = (
-    "LightningCLI's args parameter is intended to run from within Python",  # the console script has read argv
     r"Found \d+ module\(s\) in eval mode at the start of training",  # the averaged copies
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own call
     "The '.*_dataloader' does not have many workers",  # num_workers is the recipe's choice
@@ -49,35 +48,39 @@ _EXPECTED_WARNINGS = (
 )
 
 
-def build(plan: Plan) -> StageCLI:
-    """Module, data and Trainer of a run, with its global batch shared out over the devices; nothing is trained.
+def build(plan: Plan) -> StageRun:
+    """Builds module, data and Trainer of a run, its global batch divided among the devices. Nothing is trained.
 
     Raises:
-        ValueError: A recipe that cannot be, data or a tokenizer that do not fit, or a run that would become another.
+        ValueError: if the recipe is wrong, data or tokenizer do not fit, or the run would resume with other settings.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its tips and device lists
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=f".*{message}")
-    torch.manual_seed(0)  # initial weights; every other chance is a function of the recipe's seed
-    module_type, recipes = module_and_layers(plan)
-    layers = [json.dumps(_found_values(plan)), *recipes]
-    if plan.pretrained is not None:
-        layers.append(json.dumps(_pretrained_values(plan.stage, plan.pretrained)))
-    words = [word for layer in layers for word in ("--config", layer)]
-    cli = StageCLI(plan.stage, module_type, plan.stage_folder, [*words, *plan.overrides])
-    module, data, trainer = cli.model, cli.datamodule, cli.trainer
+    torch.manual_seed(0)  # initial weights; every other random number is a function of the recipe's seed
+    run = StageRun(plan.recipe, resolved_tree(plan), plan.stage_folder)
+    run.add_trainer()
+    module, data, trainer = run.model, run.datamodule, run.trainer
     if trainer.max_steps < 1:
-        raise ValueError(f"trainer.max_steps: at least 1 is needed, where the run ends, got {trainer.max_steps}")
+        raise ValueError(f"trainer.max_steps must be >= 1, got {trainer.max_steps}; it is where the run ends")
     _, accumulation = split_batch(data.global_batch, data.max_batch_per_device, trainer.world_size)
     if isinstance(module, TokenModel):
         trainer.accumulate_grad_batches = accumulation
         _check_classes(module, data)
         data.require_tokenizer(module.tokenizer.fingerprint)  # reading it refuses one that does not fit
     else:
+        assert isinstance(module, Tokenizer)
         module.accumulation = accumulation
     if isinstance(trainer.val_check_interval, int):  # steps for us, micro-batches for Lightning
         trainer.val_check_interval *= accumulation
-    return cli
+    return run
+
+
+def resolved_tree(plan: Plan) -> dict[str, Any]:
+    """Returns all values of a run: what data and tokenizer say, then the recipe's, pretrained sizes and flags."""
+    pretrained = {} if plan.pretrained is None else _pretrained_values(plan.stage, plan.pretrained)
+    files = [layer.tree for layer in plan.recipe.files]
+    return merged([_found_values(plan), *files, pretrained, *(layer.tree for layer in plan.recipe.flags)])
 
 
 def fit(plan: Plan) -> int:
@@ -87,25 +90,33 @@ def fit(plan: Plan) -> int:
         0.
     """
     _allow_open_files()
-    cli = build(plan)
-    module, data, trainer = cli.model, cli.datamodule, cli.trainer
+    run = build(plan)
+    trainer = run.trainer
     newest = newest_complete(plan.checkpoints)
     if newest is not None and step_of(newest) >= trainer.max_steps and _is_exported(plan, step_of(newest)):
         if trainer.is_global_zero:
             log.info("%s: finished at %s; nothing to do", plan.stage_folder, newest.name)
         return 0
+    with locked(plan.stage_folder, way_out="train another run (--run)") if trainer.is_global_zero else nullcontext():
+        _fit(run, plan)
+    return 0
+
+
+def _fit(run: StageRun, plan: Plan) -> None:
+    """Trains on from the newest checkpoint, and exports; rank 0 holds the lock of the stage's folder."""
+    module, data, trainer = run.model, run.datamodule, run.trainer
+    newest = newest_complete(plan.checkpoints)
     if plan.pretrained is not None and newest is None:
         assert isinstance(module, Tokenizer | TokenModel)
         module.start_from(plan.pretrained)
     if trainer.is_global_zero:
-        _write_papers(cli, plan)
-        _introduce(cli, plan, newest)
-    cli.checkpoints.begins_from = newest
-    with leaving_together(trainer), cli.watchdog.staying(trainer):
+        _write_records(run, plan)
+        _introduce(run, plan, newest)
+    run.checkpoints.begins_from = newest
+    with leaving_together(trainer), run.watchdog.staying(trainer):
         trainer.fit(module, datamodule=data, ckpt_path=newest)
         _export(module, data, plan, plan.folder / "pretrained", step=trainer.global_step)
         trainer.strategy.barrier("exported")  # who starts the ranks soon ends those that are left behind another
-    return 0
 
 
 def _allow_open_files() -> None:
@@ -130,46 +141,30 @@ def export(plan: Plan, checkpoint: Path, out: Path) -> None:
     Raises:
         ValueError: The checkpoint is not whole.
     """
-    cli = build(plan)
-    module = cli.model
+    run = build(plan)
+    module = run.model
 
     def weights_alone(key: str, saved: SavedTensor) -> Tensor:
         return saved.whole() if key.startswith("/state_dict/") else torch.empty(0)
 
     load_weights(module, FolderCheckpointIO().load_pieces(checkpoint, weights_alone)["state_dict"], checkpoint)
     log.info("%s: %s", plan.stage_folder, checkpoint.name)
-    _export(module, cli.datamodule, plan, out, step=step_of(checkpoint))
+    _export(module, run.datamodule, plan, out, step=step_of(checkpoint))
 
 
-def _introduce(cli: StageCLI, plan: Plan, newest: Path | None) -> None:
+def _introduce(run: StageRun, plan: Plan, newest: Path | None) -> None:
     """Says what begins, and what of the recipes has no meaning in it."""
     if plan.pretrained is not None and newest is None:
         log.info("%s: begins from the weights of %s", plan.stage_folder, plan.pretrained)
-    for file, keys in _left_out(plan).items():
-        log.info("%s: causal attention has no use for %s", file, ", ".join(keys))
-    data, ranks = cli.datamodule, cli.trainer.world_size
+    for origin, keys in plan.recipe.left_out.items():
+        log.info("%s: causal attention has no use for %s", origin, ", ".join(keys))
+    data, ranks = run.datamodule, run.trainer.world_size
     per_device, accumulation = split_batch(data.global_batch, data.max_batch_per_device, ranks)
     log.info(
         "%s: global batch %d = %d ranks x %d accumulated x %d a device%s",
         plan.stage_folder, data.global_batch, ranks, accumulation, per_device,
         f"; going on from {newest.name}" if newest else "",
     )  # fmt: skip
-
-
-def module_and_layers(plan: Plan) -> tuple[type[LightningModule], list[str]]:
-    """What the recipes train, and the layers of its configuration that they are."""
-    if plan.stage == "tokenizer":
-        return Tokenizer, [str(file) for file in plan.files]
-    if is_causal(plan.files, plan.overrides):
-        return AutoregressiveModel, [json.dumps(fitting_layer(file)[0]) for file in plan.files]
-    return MaskedTokenModel, [str(file) for file in plan.files]
-
-
-def _left_out(plan: Plan) -> dict[Path, list[str]]:
-    """Keys of each recipe that have no meaning under causal attention."""
-    if plan.stage == "tokenizer" or not is_causal(plan.files, plan.overrides):
-        return {}
-    return {file: keys for file in plan.files if (keys := fitting_layer(file)[1])}
 
 
 def _found_values(plan: Plan) -> dict[str, Any]:
@@ -194,8 +189,8 @@ def _found_values(plan: Plan) -> dict[str, Any]:
 
 def _num_classes(plan: Plan) -> int:
     """Of the stream, if it says; else of the data folder."""
-    if recipe_value(plan.files, plan.overrides, "data.source") == "stream":
-        classes = recipe_value(plan.files, plan.overrides, "data.stream.classes")
+    if plan.recipe.get("data.source") == "stream":
+        classes = plan.recipe.get("data.stream.classes")
         if classes is not None:
             return classes if isinstance(classes, int) else len(classes)
     return read_manifest_summary(plan.shards).num_classes
@@ -256,12 +251,30 @@ def _describe(folder: Path) -> None:
         log.warning("%s: no model card (%s: %s)", folder, type(error).__name__, error)
 
 
-def _write_papers(cli: StageCLI, plan: Plan) -> None:
-    """The resolved configuration and where it ran, so that a run can be told and repeated."""
+def _write_records(run: StageRun, plan: Plan) -> None:
+    """Writes the resolved recipe and where it ran, so that a run can be understood and repeated."""
     folder = plan.stage_folder
     folder.mkdir(parents=True, exist_ok=True)
-    cli.parser.save(cli.config, folder / "config.yaml", overwrite=True, skip_validation=True)
-    environment = {"command": sys.argv, **describe_environment(), "world_size": cli.trainer.world_size}
+    with write_atomically(folder / "config.yaml") as stream:
+        stream.write(_config_text(run.config).encode())
+    environment = {"command": sys.argv, **describe_environment(), "world_size": run.trainer.world_size}
     if plan.pretrained is not None:
         environment["pretrained"] = {"folder": str(plan.pretrained), "sha256": fingerprint(plan.pretrained)}
     (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+
+
+def config_text(plan: Plan) -> str:
+    """Returns the complete recipe of a run as YAML, with the defaults of all keys; builds and reads nothing more."""
+    return _config_text(resolve(plan.recipe.kind, resolved_tree(plan)))
+
+
+def _config_text(config: dict[str, Any]) -> str:
+    head = "# The complete recipe of a run. To repeat it: maskgit train STAGE --config THIS_FILE --run NAME\n"
+    return head + str(yaml.safe_dump(_plain(written_config(config)), sort_keys=False))
+
+
+def _plain(value: Any) -> Any:
+    """A tree with lists in place of tuples, as YAML holds it."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 from maskgit_pl.cli.decoding import add_decoding_arguments, decoding_settings
 from maskgit_pl.cli.model import add_model_argument, check_at_least, class_of, model_source, open_pipe
 from maskgit_pl.cli.showing import add_showing_arguments, recorded_steps, write_decoding, write_images
+from maskgit_pl.text import printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -133,7 +134,7 @@ def label_of(pipe: MaskGIT, word: str | None) -> tuple[int | None, str]:
         pipe.class_ids([None])
         return None, "no class"
     (label,) = pipe.class_ids([class_of(word, pipe.class_names)])
-    return label, f"class {pipe.class_names[label]}"
+    return label, f"class {printable(pipe.class_names[label])}"
 
 
 def _checked(args: argparse.Namespace) -> list[int] | None:
@@ -167,9 +168,10 @@ def read_header(kind: str, path: Path) -> ImageHeader:
     """
     from maskgit_pl.shards import images
 
-    if not path.is_file():
-        raise FileNotFoundError(f"{kind} {path}: no such file; name a JPEG, PNG or WebP file")
-    return images.read_header(path.read_bytes(), name=str(path))
+    name = printable(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{kind} {name}: no such file; name a JPEG, PNG or WebP file")
+    return images.read_header(images.read_image_file(path, name=name), name=name)
 
 
 def _box(text: str) -> list[int]:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Trainer
 
-from maskgit_pl.errors import USER_ERRORS, PeerError, RunError, exit_code_of
+from maskgit_pl.errors import PeerError, RunError, describe_error, exit_code_of
 
 __all__ = ["leaving_together"]
 
@@ -32,15 +30,13 @@ def leaving_together(trainer: Trainer) -> Iterator[None]:
         agreed = error.on_all_ranks if isinstance(error, RunError) else not isinstance(error, Exception)
         alone = trainer.world_size > 1 and not agreed
         if alone:
-            with contextlib.suppress(OSError):  # where nothing can be printed, the exit code still can be given
-                _say(error, trainer)
+            _say(error, trainer)
         environment = getattr(trainer.strategy, "cluster_environment", None)
         if isinstance(environment, LightningEnvironment) and trainer.local_rank > 0:
             _wait_for_the_end_of(os.getppid())
         if alone:
             for stream in (sys.stdout, sys.stderr):
-                with contextlib.suppress(OSError):
-                    stream.flush()
+                stream.flush()
             os._exit(exit_code_of(error))
         if isinstance(error, RunError) and not trainer.is_global_zero:
             sys.exit(error.exit_code)
@@ -52,10 +48,8 @@ def _say(error: BaseException, trainer: Trainer) -> None:
     if isinstance(error, PeerError):
         if trainer.is_global_zero:
             sys.stderr.write(f"all ranks end, since one has: {error}\n")
-    elif isinstance(error, (*USER_ERRORS, RunError)):
-        sys.stderr.write(f"maskgit train: {error}\n")
     else:
-        traceback.print_exc()
+        sys.stderr.write(describe_error(error, "maskgit train"))
 
 
 def _wait_for_the_end_of(parent: int, seconds: float = 30.0) -> None:

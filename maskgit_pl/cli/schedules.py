@@ -37,7 +37,10 @@ def run(args: argparse.Namespace) -> int:
         ValueError: An unknown schedule, or more steps than tokens.
     """
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
+
+    from maskgit_pl.text import printable
 
     schedules = _schedules(args.schedule)
     table = Table(title=f"tokens known after each of {args.num_steps} steps, of {args.num_tokens}")
@@ -46,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         table.add_column(str(step), justify="right")
     for name, schedule in schedules.items():
         kept = kept_after_each_step(schedule, num_tokens=args.num_tokens, num_steps=args.num_steps)
-        table.add_row(name, *map(str, kept))
+        table.add_row(escape(printable(name)), *map(str, kept))
     Console().print(table)
     if args.plot is not None:
         plot(schedules, args.plot, num_tokens=args.num_tokens)
@@ -78,6 +81,8 @@ def plot(schedules: dict[str, MaskSchedule], path: Path, *, num_tokens: int) -> 
     import torch
     from matplotlib.figure import Figure
 
+    from maskgit_pl.text import plain_label
+
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
     progress = torch.linspace(0, 1, 513)
@@ -85,7 +90,7 @@ def plot(schedules: dict[str, MaskSchedule], path: Path, *, num_tokens: int) -> 
     # In the legend as on the page: what stays masked longest stands at the top.
     for number, name in enumerate(sorted(ratios, key=lambda name: -float(ratios[name].mean()))):
         style = ("solid", "dashed", "dashdot")[number // 10 % 3]  # ten colours, then the next line style
-        axes.plot(progress.numpy(), ratios[name].numpy(), label=name, linestyle=style, linewidth=1.8)
+        axes.plot(progress.numpy(), ratios[name].numpy(), label=plain_label(name), linestyle=style, linewidth=1.8)
     axes.set(xlabel="progress t / T", ylabel="mask ratio", xlim=(0, 1), ylim=(0, 1.02))
     axes.set_title(f"mask schedules, {num_tokens} tokens")
     axes.grid(alpha=0.3)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from maskgit_pl.cli.recipes import Plan, recipe_value, recipes_folder
+from maskgit_pl.cli.recipes import Plan, recipes_folder
 from maskgit_pl.cli.train import add_run_arguments, plan_run
 
 __all__ = ["Submission", "add_parser", "plan_submission", "run_submit"]
@@ -65,9 +65,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     submit.add_argument("stage", choices=("tokenizer", "transformer"))
     add_run_arguments(submit)
-    submit.add_argument("--cluster", default="ddp", help="file of recipes/cluster: ddp (default) or fsdp")
     _add_job_arguments(submit)
-    submit.set_defaults(run=run_submit, takes_overrides=True)
+    submit.set_defaults(run=run_submit, takes_overrides=True, cluster="ddp")
 
 
 def _add_job_arguments(parser: argparse.ArgumentParser) -> None:
@@ -198,13 +197,14 @@ def plan_submission(args: argparse.Namespace) -> tuple[Plan, Submission]:
     )  # fmt: skip
     script = recipes_folder() / "slurm" / "train.sbatch"
     # A task that sees no GPU must not go on without: `auto` would train on the processor, for days.
-    named = recipe_value(plan.files, plan.overrides, "trainer.accelerator")
-    words = [*plan.overrides, *(["--trainer.accelerator=gpu"] if named in (None, "auto") else [])]
+    named = plan.recipe.get("trainer.accelerator")
+    repeated = [] if args.config is None else [f"--config={args.config}"]
+    words = [*repeated, *plan.recipe.words, *(["--trainer.accelerator=gpu"] if named in (None, "auto") else [])]
     return plan, Submission(options, script, tuple(words), _variables(plan, args), identity, log_file)
 
 
 def _resources(plan: Plan, args: argparse.Namespace, more: Sequence[str]) -> list[str]:
-    accelerator = recipe_value(plan.files, plan.overrides, "trainer.accelerator")
+    accelerator = plan.recipe.get("trainer.accelerator")
     workers, threads = _whole(plan, "data.num_workers", least=0), _whole(plan, "cpu_threads", least=1)
     found = [] if accelerator == "cpu" or _names_gpus(more) else [f"--gpus-per-node={args.devices}"]
     found += [f"--cpus-per-task={args.cpus or max(1 + workers, threads)}", f"--time={args.time}"]
@@ -214,7 +214,7 @@ def _resources(plan: Plan, args: argparse.Namespace, more: Sequence[str]) -> lis
 
 def _whole(plan: Plan, key: str, *, least: int) -> int:
     """A whole number of the recipe; ``least`` where it says nothing."""
-    value = recipe_value(plan.files, plan.overrides, key)
+    value = plan.recipe.get(key)
     if value is None:
         return least
     if type(value) is not int or value < least:
@@ -333,13 +333,13 @@ def _check(plan: Plan, nodes: int, devices: int) -> str:
     from maskgit_pl.training.checkpoint_files import newest_complete, step_of
     from maskgit_pl.training.strategies import check_accelerator
 
-    check_accelerator(str(recipe_value(plan.files, plan.overrides, "trainer.accelerator") or "auto"))
+    check_accelerator(str(plan.recipe.get("trainer.accelerator") or "auto"))
     here = ["--trainer.accelerator=cpu", f"--trainer.num_nodes={nodes}", f"--trainer.devices={devices}"]
-    cli = build(replace(plan, overrides=[*plan.overrides, *here]))
-    data = cli.datamodule
+    run = build(replace(plan, recipe=plan.recipe.with_flags(here)))
+    data = run.datamodule
     if data.source != "stream":
         data.setup()
-    newest, steps = newest_complete(plan.checkpoints), cli.trainer.max_steps
+    newest, steps = newest_complete(plan.checkpoints), run.trainer.max_steps
     begins = "from the start" if newest is None else f"going on from {newest.name}"
     if newest is not None and step_of(newest) >= steps:
         begins = "which are done: the job will look whether they are exported, and end"

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import logging
 import os
 import time
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from maskgit_pl.cli.recipes import recipe_files, recipe_value
-from maskgit_pl.cli.train import add_run_arguments, find_tokenizer, run_folder
+from maskgit_pl.cli.train import SHARED_TOKENS, add_run_arguments, find_recipe, find_shards, find_tokenizer, run_folder
+from maskgit_pl.files import locked
 
 if TYPE_CHECKING:
     import torch
     from rich.progress import Progress, TaskID
     from torch import Tensor
+
+    from maskgit_pl.pretrained import PretrainedTokenizer
+    from maskgit_pl.shards.tokens import StoreDescription
 
 __all__ = ["add_parser", "run"]
 
@@ -23,6 +30,7 @@ log = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LINES = 15.0
 _MOST_WORKERS = 8
+_VIEWS = ("crops", "flip", "precision")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -31,7 +39,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "tokenize",
         help="turn images into tokens, once",
         description="Turn images into tokens, once. The same command goes on with what was interrupted. Under torchrun "
-        "and srun the processes share the work; elsewhere --rank and --num-ranks say so.",
+        "and srun the processes share the work; elsewhere --rank and --num-ranks say so. Flags that set values of the "
+        "recipe are taken as by `maskgit train transformer`.",
         allow_abbrev=False,
     )
     add_run_arguments(parser)
@@ -40,11 +49,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--num-workers", type=int, help="processes that decode (default: none on a processor, at most 8 beside a GPU)"
     )
-    parser.add_argument("--crops", type=int, default=1, help="the central crop and random ones (default: 1)")
-    parser.add_argument("--flip", action="store_true", help="have each training image mirrored too")
-    parser.add_argument(
-        "--precision", choices=("float32", "bfloat16"), default="float32", help="of the tokenizer (default: float32)"
-    )
+    parser.add_argument("--crops", type=int, help="crops of each image, the central one first (default: 1)")
+    parser.add_argument("--flip", action="store_true", default=None, help="add a mirrored copy of each training image")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), help="of the tokenizer (default: float32)")
     parser.add_argument(
         "--part-samples", type=int, default=1024, help="images put on disk at a time: what a kill costs (default: 1024)"
     )
@@ -53,7 +60,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--rank", type=int, help="which of the processes that share the work this is, from 0")
     parser.add_argument("--num-ranks", type=int, help="how many processes share the work")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, stage="transformer", takes_overrides=True)
 
 
 class Place(NamedTuple):
@@ -65,31 +72,33 @@ class Place(NamedTuple):
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes ``runs/RUN/tokens``, if the recipe reads tokens; an interrupted one is gone on with."""
-    files = recipe_files("transformer", dataset=args.dataset, names=args.recipe.split(), cluster="cpu")
-    source = recipe_value(files, [], "data.source")
+    """Makes the token store of a run, if the recipe reads tokens; resumes an interrupted one."""
+    recipe = find_recipe(args)
+    source = recipe.get("data.source")
     if source != "tokens":
         log.info("data.source %s: stage 2 reads no tokens; nothing to do", source)
         return 0
     place = find_place(args.rank, args.num_ranks)
-    folder = find_tokenizer(args)
-    shards = args.data or Path("data/shards") / args.dataset
+    shards = find_shards(args, recipe)
+    folder = find_tokenizer(args, shards)
     import torch
 
     from maskgit_pl.data import to_unit_range, tokenize
     from maskgit_pl.pretrained import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
+    description = _description(args, shards, tokenizer)
+    store = _store(args, description)
     device = _device(args.device, place.local_rank)
     network = tokenizer.network.to(device)
     workers = _workers(device) if args.num_workers is None else args.num_workers
 
     def encode(images: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bfloat16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=description.precision == "bfloat16"):
             return network.encode(to_unit_range(images.to(device, non_blocking=True)))
 
-    store = run_folder(args) / "tokens"
-    with _Report(place) as report, torch.inference_mode():
+    lock = locked(store, way_out="name another run (--run)", rank=place.rank)
+    with lock, _Report(place) as report, torch.inference_mode():
         outcome = tokenize(
             shards,
             store,
@@ -99,9 +108,9 @@ def run(args: argparse.Namespace) -> int:
             tokenizer=tokenizer.fingerprint,
             image_size=tokenizer.image_size,
             in_channels=network.config.in_channels,
-            crops=args.crops,
-            flip=args.flip,
-            precision=args.precision,
+            crops=description.crops,
+            flip=description.flip,
+            precision=description.precision,
             batch_size=args.batch_size,
             part_samples=args.part_samples,
             num_workers=workers,
@@ -117,6 +126,48 @@ def run(args: argparse.Namespace) -> int:
     if outcome == "others at work":
         log.info("%s: the share of rank %d of %d is done; the last rank finishes", store, place.rank, place.num_ranks)
     return 0
+
+
+def _description(args: argparse.Namespace, shards: Path, tokenizer: PretrainedTokenizer) -> StoreDescription:
+    """Describes the store that is wanted. A run that has tokens keeps their crops unless flags name others."""
+    from maskgit_pl.data import describe_store
+    from maskgit_pl.shards.tokens import read_description
+
+    def described(**views: Any) -> StoreDescription:
+        return describe_store(
+            shards,
+            grid=tokenizer.grid,
+            num_codes=tokenizer.network.config.num_codes,
+            tokenizer=tokenizer.fingerprint,
+            image_size=tokenizer.image_size,
+            **views,
+        )
+
+    named = {name: getattr(args, name) for name in _VIEWS if getattr(args, name) is not None}
+    with suppress(FileNotFoundError, ValueError):  # none, or one that is made again
+        own = read_description(run_folder(args) / "tokens")
+        if not named and own == described(**{name: getattr(own, name) for name in _VIEWS}):
+            return own
+    return described(**named)
+
+
+def _store(args: argparse.Namespace, description: StoreDescription) -> Path:
+    """Returns the store's folder: one for all runs with this tokenizer and these data, linked from ``RUN/tokens``.
+
+    A store that lies in the run's own folder, as version 0.1.0 made it, stays there.
+    """
+    own = run_folder(args) / "tokens"
+    if own.is_dir() and not own.is_symlink():
+        return own
+    key = hashlib.sha256(json.dumps(asdict(description), sort_keys=True).encode()).hexdigest()[:16]
+    shared = Path(args.runs) / SHARED_TOKENS / key
+    shared.mkdir(parents=True, exist_ok=True)
+    own.parent.mkdir(parents=True, exist_ok=True)
+    link = own.with_name(f".tokens.{os.getpid()}")
+    link.unlink(missing_ok=True)
+    link.symlink_to(os.path.relpath(shared, own.parent), target_is_directory=True)
+    link.replace(own)  # ranks that come here at once make the same link
+    return shared
 
 
 def find_place(rank: int | None, num_ranks: int | None) -> Place:

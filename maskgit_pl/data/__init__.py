@@ -4,7 +4,7 @@ from maskgit_pl.data.batches import Batch, ImageBatches, TokenBatches, flip, to_
 from maskgit_pl.data.module import ShardData
 from maskgit_pl.data.order import GlobalOrder, OnceThrough, ShuffledStream, SplitOrder, WindowedStream, split_batch
 from maskgit_pl.data.stream import StreamConfig, StreamError
-from maskgit_pl.data.tokenizing import tokenize
+from maskgit_pl.data.tokenizing import describe_store, tokenize
 
 __all__ = [
     "Batch",
@@ -18,6 +18,7 @@ __all__ = [
     "StreamError",
     "TokenBatches",
     "WindowedStream",
+    "describe_store",
     "flip",
     "split_batch",
     "to_unit_range",

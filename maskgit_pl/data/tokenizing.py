@@ -18,10 +18,35 @@ from maskgit_pl.shards.manifest import ImageRange, Split, load_manifest, read_ma
 from maskgit_pl.shards.reader import ShardReader
 from maskgit_pl.shards.tokens import Part, StoreDescription, StoreParts, is_complete
 
-__all__ = ["PART_SAMPLES", "Outcome", "tokenize"]
+__all__ = ["PART_SAMPLES", "Outcome", "describe_store", "tokenize"]
 
 PART_SAMPLES = 1024
 Outcome = Literal["found", "made", "others at work"]
+
+
+def describe_store(
+    path: str | Path,
+    *,
+    grid: tuple[int, int],
+    num_codes: int,
+    tokenizer: str,
+    image_size: int,
+    crops: int = 1,
+    flip: bool = False,
+    precision: str = "float32",
+) -> StoreDescription:
+    """Describes the token store that ``tokenize`` makes with the same arguments.
+
+    Raises:
+        ValueError: if several crops are asked for and all images are square.
+    """
+    summary = read_manifest_summary(path)
+    if crops > 1:
+        _check_crops(summary.images)
+    samples = cast("dict[Split, int]", dict(summary.samples))
+    return StoreDescription(
+        grid, num_codes, image_size, tokenizer, summary.fingerprint, summary.classes, samples, crops, flip, precision
+    )
 
 
 def tokenize(
@@ -81,16 +106,19 @@ def tokenize(
     _check_counts(crops=crops, batch_size=batch_size, num_ranks=num_ranks)
     if not 0 <= rank < num_ranks:
         raise ValueError(f"tokenize rank: 0 to {num_ranks - 1} of {num_ranks} ranks is needed, got {rank}")
-    summary = read_manifest_summary(path)
-    if crops > 1:
-        _check_crops(summary.images)
-    samples = cast("dict[Split, int]", dict(summary.samples))
-    description = StoreDescription(
-        grid, num_codes, image_size, tokenizer, summary.fingerprint, summary.classes, samples, crops, flip, precision
+    description = describe_store(
+        path,
+        grid=grid,
+        num_codes=num_codes,
+        tokenizer=tokenizer,
+        image_size=image_size,
+        crops=crops,
+        flip=flip,
+        precision=precision,
     )
     if is_complete(store, description):
         return "found"
-    readers = {split: ShardReader(load_manifest(path, split)) for split in samples}
+    readers = {split: ShardReader(load_manifest(path, split)) for split in description.samples}
     reading = _Reading(image_size, in_channels, batch_size, num_workers, unreadable_budget)
     parts = StoreParts(store, description, part_samples=part_samples)
     share = parts.parts()[rank::num_ranks]

@@ -31,8 +31,9 @@ class DecodingConfig:
         top_p: As of ``CodeSampling``.
         tokens_per_step: How many tokens are decided in each step, in place of the mask schedule; T numbers.
         mask_schedule: Name or mapping of a mask schedule to decode with; None is the one of the training.
-        context_cache: Approximate and quicker above 1: all tokens are looked at again every so many steps alone, those
-            that are masked or just decided at each.
+        context_cache: 1 computes all tokens at each step and is exact. With more, each step computes the tokens that
+            are masked or just decided, and only every so many steps all of them: approximate; see ``CachedPredictor``
+            for the time that was measured.
 
     Raises:
         ValueError: ``tokens_per_step`` of another length than ``num_steps``, or ``context_cache`` below 1.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from maskgit_pl.files import write_atomically
+from maskgit_pl.text import plain_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,7 +51,7 @@ def name_lines(figure: Figure, axes: Axes, ends: Mapping[str, LineEnd], *, least
     for name, height in spread(heights, least=least).items():
         end = ends[name]
         axes.annotate(
-            end.label, end.point, (1.035, height), textcoords="axes fraction", color=end.colour,
+            plain_label(end.label), end.point, (1.035, height), textcoords="axes fraction", color=end.colour,
             fontsize=10 if end.bold else 9, fontweight="bold" if end.bold else "normal", va="center",
             annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": "#cccccc", "linewidth": 0.7, "shrinkA": 1, "shrinkB": 3},

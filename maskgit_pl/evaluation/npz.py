@@ -8,8 +8,10 @@ Source: openai/guided-diffusion, evaluations/README.md and evaluator.py.
 
 from __future__ import annotations
 
+import io
 import math
 import struct
+import tokenize
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -22,6 +24,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from maskgit_pl.files import size_text
+from maskgit_pl.text import printable
+
 __all__ = ["ArrayFile", "SampleFile", "open_samples"]
 
 # What reading a damaged file may raise.
@@ -30,7 +35,9 @@ _BROKEN = (
     OSError,
     EOFError,
     LookupError,
-    RuntimeError,  # encrypted
+    RuntimeError,  # encrypted; a RecursionError is one too
+    MemoryError,  # of Python's parser, which reads headers
+    tokenize.TokenError,  # of numpy's, which reads them if that fails
     SyntaxError,
     zipfile.BadZipFile,
     zlib.error,
@@ -41,6 +48,10 @@ _HEADERS = {
     (2, 0): np.lib.format.read_array_header_2_0,
 }
 _LOCAL_HEADER = 30  # bytes of a zip member's own header, before its name
+_MAX_HEADER = 2**16  # bytes of an array's header; numpy parses at most 10,000 of them
+_MAX_MEMBERS = 100  # arrays of a file
+_MAX_RATIO = 100  # a compressed array expands to so many times the file; images reach 10 ...
+_ALWAYS_EXPANDED = 2**26  # ... or to so many bytes
 
 
 class _RefusedError(ValueError):
@@ -75,13 +86,17 @@ class ArrayFile:
             raise ValueError(f"{thing} {path}: an existing .npz file is needed")
         try:
             with zipfile.ZipFile(self.path) as archive:
+                if len(archive.infolist()) > _MAX_MEMBERS:
+                    raise _RefusedError(
+                        f"{thing} {path} must have at most {_MAX_MEMBERS} arrays, got {len(archive.infolist())}"
+                    )
                 self._members = {
                     info.filename.removesuffix(".npy"): self._member(archive, info) for info in archive.infolist()
                 }
         except _RefusedError:
             raise
         except _BROKEN as error:
-            raise ValueError(f"{thing} {path}: no .npz file, or a damaged one: {error}") from error
+            raise ValueError(f"{thing} {path}: no .npz file, or a damaged one: {printable(error)}") from error
 
     def __contains__(self, name: str) -> bool:
         return name in self._members
@@ -93,7 +108,7 @@ class ArrayFile:
             ValueError: There is none of that name.
         """
         if name not in self._members:
-            held = ", ".join(sorted(self._members)) or "nothing"
+            held = ", ".join(printable(each) for each in sorted(self._members)) or "nothing"
             raise self.refusal(name, f"it is missing; the file holds {held}")
         return self._members[name].shape
 
@@ -119,7 +134,8 @@ class ArrayFile:
         if member.dtype != kinds if kinds == "uint8" else member.dtype.kind not in kinds:
             raise self.refusal(name, f"other numbers are needed, got {member.dtype}")
         try:
-            return self._mapped(member) if member.info.compress_type == zipfile.ZIP_STORED else self._loaded(name)
+            is_stored = member.info.compress_type == zipfile.ZIP_STORED
+            return self._mapped(member) if is_stored else self._expanded(member)
         except _BROKEN as error:
             raise self.refusal(name, f"it cannot be read: {error}") from error
 
@@ -133,7 +149,7 @@ class ArrayFile:
 
     def refusal(self, name: str, why: str) -> ValueError:
         """The error that names file and array."""
-        return _RefusedError(f"{self.thing} {self.path}: array {name!r}: {why}")
+        return _RefusedError(f"{self.thing} {printable(str(self.path))}: array {name!r}: {why}")
 
     def check(self) -> None:
         """Compares every array with its checksum.
@@ -151,7 +167,9 @@ class ArrayFile:
 
     def _member(self, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> _Member:
         name = info.filename.removesuffix(".npy")
-        with archive.open(info) as stream:
+        self._check_expansion(name, info)
+        with archive.open(info) as member:
+            stream = io.BytesIO(member.read(_MAX_HEADER))
             version = np.lib.format.read_magic(stream)
             if version not in _HEADERS:
                 raise self.refusal(name, f"plain numbers are needed, got format {version}")
@@ -162,6 +180,20 @@ class ArrayFile:
         if header + math.prod(shape) * dtype.itemsize != info.file_size:
             raise self.refusal(name, f"its size and its shape {shape} disagree; the file is damaged")
         return _Member(info, shape, fortran, dtype, header)
+
+    def _check_expansion(self, name: str, info: zipfile.ZipInfo) -> None:
+        """Refuses a member that is compressed in another way than numpy's, or that expands too much."""
+        if info.compress_type == zipfile.ZIP_STORED:
+            return
+        if info.compress_type != zipfile.ZIP_DEFLATED:
+            raise self.refusal(name, f"it must be stored or deflated, got compression type {info.compress_type}")
+        most = max(_ALWAYS_EXPANDED, _MAX_RATIO * self.path.stat().st_size)
+        if info.file_size > most:
+            raise self.refusal(
+                name,
+                f"it must expand to at most {size_text(most)}, got {size_text(info.file_size)}; save it with np.savez, "
+                "which does not compress",
+            )
 
     def _mapped(self, member: _Member) -> npt.NDArray[Any]:
         with open(self.path, "rb") as file:
@@ -174,10 +206,21 @@ class ArrayFile:
         order: Literal["C", "F"] = "F" if member.fortran else "C"
         return np.memmap(self.path, member.dtype, "r", offset, member.shape, order)
 
-    def _loaded(self, name: str) -> npt.NDArray[Any]:
-        with np.load(self.path, allow_pickle=False) as arrays:
-            loaded: npt.NDArray[Any] = arrays[name]
-        return loaded
+    def _expanded(self, member: _Member) -> npt.NDArray[Any]:
+        order: Literal["C", "F"] = "F" if member.fortran else "C"
+        size = math.prod(member.shape) * member.dtype.itemsize
+        with zipfile.ZipFile(self.path) as archive, archive.open(member.info) as stream:
+            stream.read(member.header)
+            content = bytearray(size)  # numpy's arrays may be written to
+            place = 0
+            while place < size:
+                part = stream.read(min(2**20, size - place))
+                if not part:
+                    raise EOFError("the file ends before it")
+                content[place : place + len(part)] = part
+                place += len(part)
+            stream.read(1)  # the end, where the checksum is compared
+        return np.frombuffer(content, member.dtype).reshape(member.shape, order=order)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from maskgit_pl.checks import check_choice, check_integer, check_number
+
 __all__ = ["Discriminator", "DiscriminatorConfig", "Pooling"]
 
 Pooling = Literal["blur", "average"]
@@ -39,16 +41,13 @@ class DiscriminatorConfig:
     pooling: Pooling = "blur"
 
     def __post_init__(self) -> None:
-        if not 0 < self.channel_multiplier < math.inf:
-            raise ValueError(
-                f"discriminator channel_multiplier: a positive number is needed, got {self.channel_multiplier}"
-            )
+        check_number("discriminator channel_multiplier", self.channel_multiplier, "(0, 16]")
+        check_choice("discriminator pooling", self.pooling, ("blur", "average"))
         if self.channels is not None:
             object.__setattr__(self, "channels", tuple(self.channels))
-            if not self.channels or min(self.channels) < 1:
-                raise ValueError(f"discriminator channels: positive integers are needed, got {self.channels}")
-        if self.pooling not in ("blur", "average"):
-            raise ValueError(f"discriminator pooling: 'blur' or 'average' is needed, got {self.pooling!r}")
+            check_integer("length of discriminator channels", len(self.channels), "[1, 16]")
+            for width in self.channels:
+                check_integer("discriminator channels", width, "[1, 8192]")
 
     def widths(self, image_size: int) -> tuple[int, ...]:
         """Channels at each resolution: the image's, then halved (rounded down) until it is at most 4.

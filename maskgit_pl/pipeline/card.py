@@ -17,11 +17,13 @@ import torch
 import yaml
 from torch import nn
 
+from maskgit_pl.checks import shorten
 from maskgit_pl.files import write_atomically
 from maskgit_pl.networks.causal import build_transformer
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pretrained import fingerprint, read_config, read_decoding
+from maskgit_pl.text import code_span, markdown, printable, python_string
 
 __all__ = [
     "Origin",
@@ -58,6 +60,7 @@ _VERSIONS = ("maskgit_pl", "commit", "python", "torch", "lightning", "accelerato
 _PROTOCOL = ("num_images", "num_steps", "seed", "split", "reference")
 _NOT_FIGURES = ("protocol", "model", "environment")  # sections of evaluation.json that say how, not how well
 _NAMES_SHOWN = 20
+_LONGEST_EXAMPLE = 80  # characters of a class name in the example
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ def write_card(
     content = describe_folder(folder)
     content["license"] = license or known.get("license")
     content["run"] = (
-        known.get("run") if run is None else describe_run(run, tokenizer=content["fingerprints"]["tokenizer"])
+        _checked(known.get("run")) if run is None else describe_run(run, tokenizer=content["fingerprints"]["tokenizer"])
     )
     for file, text in (
         ("config.json", json.dumps(content, indent=2) + "\n"),
@@ -230,6 +233,24 @@ def describe_run(run: Path, *, tokenizer: str) -> dict[str, Any]:
     return {"name": run.resolve().name, **stages, "measured": _measured(run / "evaluation.json", tokenizer)}
 
 
+def _checked(run: Any) -> Mapping[str, Any] | None:
+    """Returns what an older ``config.json`` says of a run, if it is of the form of ``describe_run``.
+
+    Raises:
+        ValueError: if it is of another form.
+    """
+
+    def has(tree: Any, **kinds: type) -> bool:
+        return isinstance(tree, Mapping) and all(isinstance(tree.get(key), kind) for key, kind in kinds.items())
+
+    if run is None:
+        return None
+    good = has(run, name=str) and all(has(run.get(s), recipe=list, settings=dict, environment=dict) for s in _STAGES)
+    if not good or (run.get("measured") is not None and not has(run["measured"], protocol=dict, figures=dict)):
+        raise ValueError(f"config.json: run must be as save_pretrained writes it, got {shorten(run)}; leave it out")
+    return {**run, "measured": run.get("measured")}
+
+
 def _stage(folder: Path) -> dict[str, Any]:
     """Settings, recipe and versions of a stage."""
     file = folder / "config.yaml"
@@ -291,12 +312,15 @@ def _words_after(flag: str, command: list[str]) -> list[str]:
 
 
 def model_card(folder: Path, content: Mapping[str, Any], *, name: str | None = None) -> str:
-    """The text of ``README.md``, YAML metadata first.
+    """Returns the text of ``README.md``, YAML metadata first.
+
+    Words that came with data or weights (class names, licence, names of runs and recipes) are escaped: they are shown
+    as they are, and are never markup or metadata keys.
 
     Args:
         folder: Whose classes it names.
         content: What ``config.json`` holds.
-        name: As of ``write_card``.
+        name: See ``write_card``.
     """
     classes: list[str] = read_config(folder / "transformer", "transformer")["class_names"]
     return "\n".join(
@@ -305,32 +329,31 @@ def model_card(folder: Path, content: Mapping[str, Any], *, name: str | None = N
 
 
 def _metadata(content: Mapping[str, Any]) -> list[str]:
+    from huggingface_hub import ModelCardData
+
     known = content.get("license")
-    return [
-        "---",
-        "library_name: maskgit_pl",
-        "pipeline_tag: unconditional-image-generation",  # the Hub has none for images of classes
-        f"license: {known}"
-        if known
-        else "# license: to be filled in by who knows it, of the weights and of their data",
-        "tags:",
-        *(f"- {tag}" for tag in ("maskgit", "vqgan", "masked-generative-transformer", "class-conditional")),
-        "---",
-        "",
-    ]
+    data = ModelCardData(
+        library_name="maskgit_pl",
+        pipeline_tag="unconditional-image-generation",  # the Hub has none for images of classes
+        license=printable(known) if known else None,
+        tags=["maskgit", "vqgan", "masked-generative-transformer", "class-conditional"],
+    )
+    missing = [] if known else ["# license: to be filled in by who knows it, of the weights and of their data"]
+    return ["---", *missing, data.to_yaml(), "---", ""]
 
 
 def _introduction(content: Mapping[str, Any], classes: list[str], name: str) -> list[str]:
     size, grid = content["image_size"], content["grid"]
-    title = (content.get("run") or {}).get("name", "MaskGIT")
+    title = markdown((content.get("run") or {}).get("name", "MaskGIT"))
     colour = "grey" if content["in_channels"] == 1 else "colour"
-    shown = ", ".join(classes[:_NAMES_SHOWN])
+    shown = ", ".join(markdown(each) for each in classes[:_NAMES_SHOWN])
     more = f" and {len(classes) - _NAMES_SHOWN} more" if len(classes) > _NAMES_SHOWN else ""
     parameters = content["parameters"]
     how = "tuned for these weights" if content["decoding_is_tuned"] else "as the model was exported"
     causal = content["attention"] == "causal"
     kind = "The sequential baseline of MaskGIT" if causal else "MaskGIT"
     steps = "one token after the other" if causal else f"in {content['decoding']['num_steps']} parallel steps"
+    example = python_string(classes[0]) if len(classes[0]) <= _LONGEST_EXAMPLE else "0"
     return [
         f"# {title}",
         "",
@@ -339,8 +362,8 @@ def _introduction(content: Mapping[str, Any], classes: list[str], name: str) -> 
         "",
         "```python",
         "from maskgit_pl import MaskGIT",
-        f'pipe = MaskGIT.from_pretrained("{name}")',
-        f'pipe.generate([{json.dumps(classes[0], ensure_ascii=False)}], seed=0)[0].save("image.png")',
+        f"pipe = MaskGIT.from_pretrained({python_string(name)})",
+        f'pipe.generate([{example}], seed=0)[0].save("image.png")',
         "```",
         "",
         "| what | |",
@@ -352,7 +375,7 @@ def _introduction(content: Mapping[str, Any], classes: list[str], name: str) -> 
         f"| attention | {content['attention']} |",
         *([] if causal else [f"| mask schedule | {_shown(content['mask_schedule'])} |"]),
         f"| decoding, {how} | {_shown(content['decoding'])} |",
-        *(f"| sha256, {stage} | `{content['fingerprints'][stage]}` |" for stage in _STAGES),
+        *(f"| sha256, {stage} | {code_span(content['fingerprints'][stage])} |" for stage in _STAGES),
         "",
     ]
 
@@ -362,15 +385,15 @@ def _run(content: Mapping[str, Any]) -> list[str]:
     if not run:
         return []
     lines = ["## Training", "", "| | tokenizer | transformer |", "|---|---|---|"]
-    lines += _row("recipe", [" ".join(run[stage]["recipe"]) or None for stage in _STAGES])
+    lines += _row("recipe", [run[stage]["recipe"] or None for stage in _STAGES])
     for part, keys in (("settings", _SETTINGS), ("environment", _VERSIONS)):
         for key in keys:
             lines += _row(key, [run[stage][part].get(key) for stage in _STAGES])
     measured = run["measured"]
     if measured:
-        how = _shown({**measured["protocol"], "device": measured["device"]})
+        how = _shown({**measured["protocol"], "device": measured.get("device")})
         lines += ["", "## Measured", "", f"By `maskgit evaluate`: {how}.", "", "| figure | value |", "|---|---|"]
-        lines += [f"| {key} | {_shown(value)} |" for key, value in measured["figures"].items()]
+        lines += [f"| {markdown(key)} | {_shown(value)} |" for key, value in measured["figures"].items()]
     return [*lines, ""]
 
 
@@ -381,12 +404,13 @@ def _row(title: str, values: list[Any]) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    """A value for people: four digits, a registered name before its arguments, nothing of what is not set."""
+    """Returns Markdown of a value: four digits, a registered name before its arguments, nothing of what is not set."""
     if isinstance(value, Mapping):
-        parts = [f"{key} {_shown(part)}" for key, part in value.items() if part is not None and key != "name"]
+        parts = [f"{markdown(key)} {_shown(part)}" for key, part in value.items() if part is not None and key != "name"]
         if "name" not in value:
             return ", ".join(parts)
-        return f"{value['name']} ({', '.join(parts)})" if parts else str(value["name"])
+        name = markdown(value["name"])
+        return f"{name} ({', '.join(parts)})" if parts else name
     if isinstance(value, list | tuple):
         return " ".join(map(_shown, value))
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else markdown(value)

@@ -57,7 +57,7 @@ class DecodingSettings(TypedDict, total=False):
         top_p: Only the likeliest codes that make up this probability are drawn, in (0, 1].
         tokens_per_step: How many tokens each step decides; T numbers that sum to the number of tokens.
         mask_schedule: Name or mapping of a mask schedule in place of the one of the training.
-        context_cache: Approximate: only every so many steps all tokens are looked at again; 1 is exact.
+        context_cache: 1 is exact; above, known tokens are computed only every so many steps, which is approximate.
     """
 
     decoding: DecodingConfig | None

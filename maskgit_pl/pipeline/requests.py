@@ -14,6 +14,7 @@ from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.editing import ImageLike, MaskLike
 from maskgit_pl.pipeline.options import Classes, EditOptions, StepCallback, seed_list, with_settings
 from maskgit_pl.pretrained import PretrainedTokenizer
+from maskgit_pl.text import printable
 
 __all__ = ["Edit", "Request", "rows_by_first_step", "slices"]
 
@@ -120,7 +121,8 @@ class Edit:
         edits = []
         for place in range(number):
             given, given_mask = images[place % len(images)], masks[place % len(masks)]
-            name = f"image {given}" if isinstance(given, str | Path) else f"image {place}" if number > 1 else "image"
+            of_place = f"image {place}" if number > 1 else "image"
+            name = f"image {printable(str(given))}" if isinstance(given, str | Path) else of_place
             pixels = editing.image_pixels(given, channels=config.in_channels, name=name)
             wanted = editing.mask_pixels(given_mask, name=f"mask of {name}")
             pixels, wanted = editing.fitted(pixels, wanted, image_size=size, fit=fit, name=name)

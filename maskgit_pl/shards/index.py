@@ -325,7 +325,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _glob(folder: Path, pattern: str) -> list[Path]:
-    return sorted(path for path in folder.glob(pattern) if not path.name.startswith(".") and not path.is_dir())
+    try:
+        found = list(folder.glob(pattern))
+    except ValueError as error:
+        raise ValueError(f"shard pattern {pattern!r} must be a glob: {error}") from error
+    return sorted(path for path in found if not path.name.startswith(".") and not path.is_dir())
 
 
 def _expand_braces(pattern: str) -> list[str]:

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
+
+from maskgit_pl.errors import is_user_error
 
 __all__ = ["available_cores", "run_jobs"]
 
@@ -52,12 +55,30 @@ def run_jobs(
     # spawned, since a fork of a process with threads (torch's, the progress bar's) may hang
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(shared,))
+    others = set(multiprocessing.active_children())
     try:
-        waiting = {pool.submit(_call, function, job): job for job in jobs}
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit it: Ctrl-C is not theirs
+        try:
+            waiting = {pool.submit(_call, function, job): job for job in jobs}
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         for future in as_completed(waiting):
-            yield waiting.pop(future), future.result()
+            result = future.result()
+            if isinstance(result, _Refusal):
+                raise result.error
+            yield waiting.pop(future), result
+    except (KeyboardInterrupt, GeneratorExit):
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.terminate()  # nobody waits for what it does
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+class _Refusal(NamedTuple):
+    """Bad input that a worker has met; where it was raised is known only there."""
+
+    error: Exception
 
 
 def _begin(shared: Any) -> None:
@@ -75,5 +96,10 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _call(function: Callable[[Any, Job], Result], job: Job) -> Result:
-    return function(_shared, job)
+def _call(function: Callable[[Any, Job], Result], job: Job) -> Result | _Refusal:
+    try:
+        return function(_shared, job)
+    except Exception as error:
+        if is_user_error(error):
+            return _Refusal(error)
+        raise

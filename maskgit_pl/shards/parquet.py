@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from maskgit_pl.shards.images import read_header
+from maskgit_pl.files import size_text
+from maskgit_pl.shards.images import MAX_IMAGE_BYTES, UnreadableImageError
 from maskgit_pl.shards.manifest import Split
-from maskgit_pl.shards.samples import EXTENSIONS, Sample, check_val_fraction, is_val
+from maskgit_pl.shards.parquet_pages import largest_page
+from maskgit_pl.shards.samples import Sample, UnreadableSample, check_val_fraction, is_val, read_sample
 from maskgit_pl.shards.walk import MAX_CLASSES
+from maskgit_pl.text import printable
 
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
@@ -28,7 +33,11 @@ __all__ = ["ParquetFolder"]
 
 _SPLIT_NAMES: tuple[tuple[Split, str], ...] = (("train", "train"), ("val", "validation|valid|val"), ("val", "test"))
 _IMAGE_COLUMNS = ("image", "img")
-_ROWS_AT_ONCE = 64  # of images, so that memory stays small whatever the row groups are
+_ROWS_AT_ONCE = 64  # of images, so that memory stays small whatever the row groups are ...
+_BYTES_AT_ONCE = 2**28  # ... and whatever the pages are: each row may be the whole of a page once more
+_MAX_PAGE_BYTES = 2**29  # when it is expanded; writers end a page after about 1 MB
+_MAX_FOOTER_BYTES = 2**25
+_MAX_ROWS = 2**25  # of all files
 
 
 class ParquetFolder:
@@ -54,6 +63,9 @@ class ParquetFolder:
         self.label_field = label_field
         self._paths, of_split = _files_of_splits(folder)
         opened = [_open(path) for path in self._paths]
+        count = sum(file.metadata.num_rows for file in opened)
+        if count > _MAX_ROWS:
+            raise ValueError(f"source {printable(folder)} must have at most {_MAX_ROWS} rows, got {count}")
         self.image_field = _image_column(opened[0], self._paths[0])
         self.classes = _class_names(opened, self._paths, label_field, classes)
         self._labels = [
@@ -64,7 +76,7 @@ class ParquetFolder:
         self._rows = self._split_rows(of_split, val_fraction)
         for split, rows in self._rows.items():
             if not len(rows):
-                raise ValueError(f"source {folder}: the {split} split has no rows")
+                raise ValueError(f"source {printable(folder)}: the {split} split has no rows")
 
     @property
     def counts(self) -> dict[Split, int]:
@@ -87,15 +99,20 @@ class ParquetFolder:
             "rows": rows,
         }
 
-    def samples(self, split: Split, places: range) -> Iterator[Sample]:
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """A line for each parquet file that is of no split."""
+        found = {*self.folder.glob("*.parquet"), *self.folder.glob("*/*.parquet")} - {*self._paths}
+        return tuple(f"parquet file {printable(str(path.relative_to(self.folder)))}" for path in sorted(found))
+
+    def samples(self, split: Split, places: range) -> Iterator[Sample | UnreadableSample]:
         """Rows of a split, a few in memory at a time."""
         wanted = self._rows[split][places.start : places.stop]
         for number in np.unique(wanted[:, 0]):
             path, labels = self._paths[number], self._labels[number]
-            for row, data in _read_images(path, self.image_field, wanted[wanted[:, 0] == number, 1]):
-                name = f"{path.relative_to(self.folder)}:row {row}"
-                header = read_header(data, name=name)
-                yield Sample(data, EXTENSIONS[header.format], int(labels[row]), name)
+            for row, value in _read_images(path, self.image_field, wanted[wanted[:, 0] == number, 1]):
+                name = f"{printable(str(path.relative_to(self.folder)))}: row {row}"
+                yield read_sample(partial(_image_bytes, value, name), label=int(labels[row]), name=name)
 
     def _split_rows(self, of_split: dict[Split, list[int]], val_fraction: float) -> dict[Split, npt.NDArray[np.int64]]:
         """(n, 2) int64, file and row of each sample of each split."""
@@ -127,7 +144,8 @@ def _files_of_splits(folder: Path) -> tuple[list[Path], dict[Split, list[int]]]:
     if "train" not in found:
         found["train"] = [path for path in paths if path not in found.get("val", ())]
     if not found["train"]:
-        raise ValueError(f"source {folder}: no file is train, got {', '.join(path.name for path in paths[:5])}")
+        names = _listed([path.name for path in paths])
+        raise ValueError(f"source {printable(folder)}: no file is train, got {names}")
     used = [path for split in ("train", "val") for path in found.get(split, ())]
     return used, {split: [used.index(path) for path in of_split] for split, of_split in found.items()}
 
@@ -136,27 +154,77 @@ def _open(path: Path) -> ParquetFile:
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
-        raise ValueError(f'parquet file {path}: pyarrow is needed; pip install "maskgit_pl[parquet]"') from error
+        raise ValueError(f'{_called(path)}: pyarrow is needed; pip install "maskgit_pl[parquet]"') from error
+    if not path.is_file():
+        raise ValueError(f"{_called(path)} must be a regular file")
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - 8))
+        end = file.read(8)
+    footer = int.from_bytes(end[:4], "little")
+    if end[4:] == b"PAR1" and footer > _MAX_FOOTER_BYTES:
+        most = size_text(_MAX_FOOTER_BYTES)
+        raise ValueError(f"{_called(path)} must have a footer of at most {most}, got {size_text(footer)}")
     try:
-        return ParquetFile(path)
+        return ParquetFile(path, buffer_size=2**20)  # else it reads the column of a row group at once
     except (OSError, ValueError) as error:
-        raise ValueError(f"parquet file {path}: cannot be read ({error})") from error
+        raise ValueError(f"{_called(path)}: cannot be read ({_first_line(error)})") from error
+
+
+def _called(path: Path) -> str:
+    return f"parquet file {printable(path)}"
+
+
+def _first_line(error: Exception) -> str:
+    return printable((str(error).splitlines() or [""])[0][:200])
+
+
+def _check_pages(file: ParquetFile, path: Path, group: int, column: str) -> int:
+    """Checks what the pages of a column expand to.
+
+    Returns:
+        Bytes of the largest page.
+
+    Raises:
+        ValueError: if that is too much, or a page is damaged.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    largest = 0
+    try:
+        chunks = file.metadata.row_group(group)
+        for number in range(chunks.num_columns):
+            chunk = chunks.column(number)
+            if chunk.path_in_schema in (column, f"{column}.bytes"):
+                starts = (chunk.dictionary_page_offset, chunk.data_page_offset)
+                start = min(offset for offset in starts if offset)
+                largest = max(largest, largest_page(descriptor, start, chunk.total_compressed_size))
+    except ValueError as error:
+        raise ValueError(f"{_called(path)}: row group {group}: {error}") from error
+    finally:
+        os.close(descriptor)
+    if largest > _MAX_PAGE_BYTES:
+        limit = f"pages of at most {size_text(_MAX_PAGE_BYTES)}"
+        raise ValueError(f"{_called(path)}: row group {group} must have {limit}, got {size_text(largest)}")
+    return largest
 
 
 def _image_column(file: ParquetFile, path: Path) -> str:
     import pyarrow as pa
 
     def holds_bytes(kind: Any) -> bool:
-        if pa.types.is_struct(kind):
-            return kind.get_field_index("bytes") >= 0 and holds_bytes(kind.field("bytes").type)
+        if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+            kind = kind.field("bytes").type
         return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
     schema = file.schema_arrow
     found = [field.name for field in schema if holds_bytes(field.type)]
     chosen = [name for name in _IMAGE_COLUMNS if name in found] or found
     if not chosen:
-        raise ValueError(f"parquet file {path}: a column of image bytes is needed, got {', '.join(schema.names)}")
+        raise ValueError(f"{_called(path)}: a column of image bytes is needed, got {_listed(schema.names)}")
     return str(chosen[0])
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join([printable(name) for name in names[:20]] + ["..."] * (len(names) > 20))
 
 
 def _class_names(
@@ -167,9 +235,9 @@ def _class_names(
     first = found[paths[0]]
     for path, names in found.items():
         if names != first:
-            raise ValueError(f"parquet file {path}: its class names are not those of {paths[0].name}")
+            raise ValueError(f"{_called(path)}: its class names are not those of {printable(paths[0].name)}")
     if first and given is not None and tuple(given) != first:
-        raise ValueError(f"class names: the files have their own ({', '.join(first[:3])} ...), so none can be given")
+        raise ValueError(f"class names: the files have their own ({_listed(first[:3])} ...), so none can be given")
     return first or tuple(given or ())
 
 
@@ -188,28 +256,30 @@ def _read_labels(file: ParquetFile, path: Path, label_field: str, classes: Seque
 
     schema = file.schema_arrow
     if label_field not in schema.names:
-        names = ", ".join(schema.names)
-        raise ValueError(f"parquet file {path}: no column {label_field!r}, got {names}; name it with --label-field")
+        names = _listed(schema.names)
+        raise ValueError(f"{_called(path)}: no column {label_field!r}, got {names}; name it with --label-field")
     if not pa.types.is_integer(schema.field(label_field).type):
         kind = schema.field(label_field).type
-        raise ValueError(f"parquet file {path}: column {label_field!r} must hold class numbers, got {kind}")
+        raise ValueError(f"{_called(path)}: column {label_field!r} must hold class numbers, got {kind}")
+    for group in range(file.num_row_groups):
+        _check_pages(file, path, group, label_field)
     try:
         column = file.read(columns=[label_field]).column(label_field)
     except (OSError, ValueError) as error:
-        raise ValueError(f"parquet file {path}: cannot be read ({error})") from error
+        raise ValueError(f"{_called(path)}: cannot be read ({_first_line(error)})") from error
     if column.null_count:
-        raise ValueError(f"parquet file {path}: {column.null_count} rows have no {label_field!r}")
+        raise ValueError(f"{_called(path)}: {column.null_count} rows have no {label_field!r}")
     labels: npt.NDArray[np.int64] = column.to_numpy().astype(np.int64)
     most = len(classes) or MAX_CLASSES
     bad = np.flatnonzero((labels < 0) | (labels >= most))
     if len(bad):
         value = labels[bad[0]]
-        raise ValueError(f"parquet file {path}: row {bad[0]}: a class below {most} is needed, got {value}")
+        raise ValueError(f"{_called(path)}: row {bad[0]}: a class below {most} is needed, got {value}")
     return labels
 
 
-def _read_images(path: Path, image_field: str, rows: npt.NDArray[np.int64]) -> Iterator[tuple[int, bytes]]:
-    """Bytes of the images in some rows, which rise; row groups without any are passed over."""
+def _read_images(path: Path, image_field: str, rows: npt.NDArray[np.int64]) -> Iterator[tuple[int, Any]]:
+    """Values of the images in some rows, which rise; row groups without any are passed over."""
     file = _open(path)
     start = 0
     for group in range(file.num_row_groups):
@@ -222,21 +292,31 @@ def _read_images(path: Path, image_field: str, rows: npt.NDArray[np.int64]) -> I
 
 def _read_group(
     file: ParquetFile, path: Path, image_field: str, group: int, start: int, wanted: set[int]
-) -> Iterator[tuple[int, bytes]]:
+) -> Iterator[tuple[int, Any]]:
+    largest = _check_pages(file, path, group, image_field)
+    rows_at_once = min(_ROWS_AT_ONCE, 1 + _BYTES_AT_ONCE // max(1, largest))
     row = start
     try:
-        for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=[image_field]):
+        for batch in file.iter_batches(rows_at_once, row_groups=[group], columns=[image_field]):
             for value in batch.column(0):
                 if row in wanted:
-                    image = value.as_py()
-                    yield row, _image_bytes(image, f"parquet file {path}: row {row}")
+                    yield row, value
                 row += 1
     except OSError as error:
-        raise ValueError(f"parquet file {path}: row group {group} cannot be read ({error})") from error
+        raise ValueError(f"{_called(path)}: row group {group} cannot be read ({_first_line(error)})") from error
 
 
-def _image_bytes(image: Any, name: str) -> bytes:
-    data = image.get("bytes") if isinstance(image, dict) else image
-    if not isinstance(data, bytes):
-        raise ValueError(f"{name}: the image's bytes are needed, got none (a path is not followed)")
+def _image_bytes(value: Any, name: str) -> bytes:
+    """The bytes of an image, which pyarrow holds, or which are in a struct."""
+    import pyarrow as pa
+
+    if pa.types.is_struct(value.type) and value.is_valid:
+        value = value["bytes"]
+    if not value.is_valid:
+        raise UnreadableImageError(f"{name}: the image's bytes are needed, got none (a path is not followed)")
+    size = value.as_buffer().size
+    if size > MAX_IMAGE_BYTES:
+        most = size_text(MAX_IMAGE_BYTES)
+        raise UnreadableImageError(f"image {name} must have at most {most}, got {size_text(size)}", reason="too large")
+    data: bytes = value.as_py()
     return data

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from maskgit_pl.shards.images import UnreadableImageError, check_whole, read_header
 from maskgit_pl.shards.manifest import Split
 
-__all__ = ["EXTENSIONS", "Sample", "Source", "check_val_fraction", "is_val"]
+__all__ = ["EXTENSIONS", "Sample", "Source", "UnreadableSample", "check_val_fraction", "is_val", "read_sample"]
 
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # by what a file is, not by what it is called
 
@@ -20,6 +21,12 @@ class Sample(NamedTuple):
     extension: str
     label: int
     name: str
+
+
+class UnreadableSample(NamedTuple):
+    """An image that cannot be read, in the place of its sample: one line that names it and says why."""
+
+    error: str
 
 
 class Source(Protocol):
@@ -36,8 +43,31 @@ class Source(Protocol):
     def describe(self) -> dict[str, Any]:
         """Plain values that change when the samples would."""
 
-    def samples(self, split: Split, places: range) -> Iterator[Sample]:
+    @property
+    def left_out(self) -> Sequence[str]:
+        """Lines that say which files of the source are no samples."""
+
+    def samples(self, split: Split, places: range) -> Iterator[Sample | UnreadableSample]:
         """The samples at some places of a split, whose order is always the same."""
+
+
+def read_sample(read: Callable[[], bytes], *, label: int, name: str) -> Sample | UnreadableSample:
+    """Makes a sample of an image file whose header can be read and that is not cut off.
+
+    Args:
+        read: Gives the file's bytes.
+        label: Label of the sample.
+        name: What errors call it.
+    """
+    try:
+        data = read()
+        header = read_header(data, name=name)
+        check_whole(data, name=name)
+    except UnreadableImageError as error:
+        return UnreadableSample(str(error))
+    except OSError as error:
+        return UnreadableSample(f"image {name} cannot be read: {error.strerror}")
+    return Sample(data, EXTENSIONS[header.format], label, name)
 
 
 def check_val_fraction(fraction: float) -> None:

@@ -9,23 +9,31 @@ from __future__ import annotations
 import gzip
 import hashlib
 import math
+import os
+import unicodedata
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from maskgit_pl.shards.images import encode_png, read_header
+from maskgit_pl.files import size_text
+from maskgit_pl.shards.images import encode_png, read_image_file
 from maskgit_pl.shards.manifest import Split
-from maskgit_pl.shards.samples import EXTENSIONS, Sample, Source, check_val_fraction, is_val
+from maskgit_pl.shards.samples import Sample, Source, UnreadableSample, check_val_fraction, is_val, read_sample
 from maskgit_pl.shards.walk import IMAGE_EXTENSIONS
+from maskgit_pl.text import printable
 
 __all__ = ["IdxFiles", "ImageFolder", "Sample", "Source", "open_source"]
 
 _VAL_FOLDERS = ("val", "valid", "validation", "test")
 _IDX_SPLITS: dict[Split, tuple[str, ...]] = {"train": ("train",), "val": ("t10k", "test", "val")}
+_MAX_IDX_BYTES = 2**30  # of a file when it is unpacked; EMNIST's largest has 640 MB
+_NAMES_LISTED = 3  # of files that are left out
 
 
 def open_source(
@@ -45,7 +53,7 @@ def open_source(
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise FileNotFoundError(f"source {folder}: no such folder")
+        raise FileNotFoundError(f"source {printable(folder)}: no such folder")
     if any(folder.glob("*-images*idx3*")):
         return IdxFiles(folder, classes=classes)
     if any(folder.glob("*.parquet")) or any(folder.glob("*/*.parquet")):
@@ -53,8 +61,13 @@ def open_source(
 
         return ParquetFolder(folder, classes=classes, val_fraction=val_fraction, label_field=label_field)
     if classes is not None:
-        raise ValueError(f"source {folder}: class names are the names of its sub-folders, so none can be given")
+        raise ValueError(
+            f"source {printable(folder)}: class names are the names of its sub-folders, so none can be given"
+        )
     return ImageFolder(folder, val_fraction=val_fraction)
+
+
+_LeftOut = dict[str, list[str]]  # names of files that are no samples, by what they are
 
 
 class _File(NamedTuple):
@@ -83,14 +96,14 @@ class ImageFolder:
         self.classes: tuple[str, ...]
         val = next((folder / name for name in _VAL_FOLDERS if (folder / name).is_dir()), None)
         if (folder / "train").is_dir() and val is not None:
-            self.classes, self._files = _read_split_tree(folder, val)
+            self.classes, self._files, self._left_out = _read_split_tree(folder, val)
             self._split_by = f"{folder.name}/{val.name}"
         else:
-            self.classes, self._files = _read_plain_tree(folder, val_fraction)
+            self.classes, self._files, self._left_out = _read_plain_tree(folder, val_fraction)
             self._split_by = f"hash, {val_fraction}"
         for split, files in self._files.items():
             if not files:
-                raise ValueError(f"source {folder}: the {split} split has no files ({self._split_by})")
+                raise ValueError(f"source {printable(folder)}: the {split} split has no files ({self._split_by})")
 
     @property
     def counts(self) -> dict[Split, int]:
@@ -105,12 +118,16 @@ class ImageFolder:
             "files": {split: self._digest(files) for split, files in self._files.items()},
         }
 
-    def samples(self, split: Split, places: range) -> Iterator[Sample]:
-        """Files of a split in the order of their hashes; each is checked to be an image by its header."""
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Lines that count and name the files that are no images of a class."""
+        return tuple(_count_and_names(kind, names) for kind, names in sorted(self._left_out.items()))
+
+    def samples(self, split: Split, places: range) -> Iterator[Sample | UnreadableSample]:
+        """Files of a split in the order of their hashes; each is checked to be a whole image without decoding it."""
         for file in self._files[split][places.start : places.stop]:
-            data = file.path.read_bytes()
-            header = read_header(data, name=str(file.path))
-            yield Sample(data, EXTENSIONS[header.format], file.label, str(file.path))
+            name = printable(file.path)
+            yield read_sample(partial(read_image_file, file.path, name=name), label=file.label, name=name)
 
     def _digest(self, files: list[_File]) -> str:
         digest = hashlib.sha256()
@@ -119,39 +136,73 @@ class ImageFolder:
         return digest.hexdigest()
 
 
-def _read_split_tree(folder: Path, val: Path) -> tuple[tuple[str, ...], dict[Split, list[_File]]]:
+def _count_and_names(kind: str, names: Sequence[str]) -> str:
+    listed = [printable(name) for name in names[:_NAMES_LISTED]] + ["..."] * (len(names) > _NAMES_LISTED)
+    return f"{len(names)} {printable(kind)} ({', '.join(listed)})"
+
+
+def _read_split_tree(folder: Path, val: Path) -> tuple[tuple[str, ...], dict[Split, list[_File]], _LeftOut]:
     classes = _class_names(folder / "train")
     unknown = sorted(set(_class_names(val)) - set(classes))
     if unknown:
-        raise ValueError(f"source {folder}: classes of {val.name}/ that train/ lacks: {', '.join(unknown)}")
-    return classes, {"train": _list_files(folder / "train", classes), "val": _list_files(val, classes)}
+        names = ", ".join(map(printable, unknown))
+        raise ValueError(f"source {printable(folder)}: classes of {val.name}/ that train/ lacks: {names}")
+    beside = sorted(path.name for path in folder.iterdir() if path.name not in ("train", val.name))
+    left_out: _LeftOut = {"beside the folders of the splits": beside} if beside else {}
+    train, held_out = (_list_files(part, classes, left_out) for part in (folder / "train", val))
+    return classes, {"train": train, "val": held_out}, left_out
 
 
-def _read_plain_tree(folder: Path, val_fraction: float) -> tuple[tuple[str, ...], dict[Split, list[_File]]]:
+def _read_plain_tree(folder: Path, val_fraction: float) -> tuple[tuple[str, ...], dict[Split, list[_File]], _LeftOut]:
     classes = _class_names(folder)
-    files = _list_files(folder, classes)
-    return classes, {
+    left_out: _LeftOut = {}
+    files = _list_files(folder, classes, left_out)
+    splits: dict[Split, list[_File]] = {
         "train": [file for file in files if not is_val(file.digest, val_fraction)],
         "val": [file for file in files if is_val(file.digest, val_fraction)],
     }
+    return classes, splits, left_out
 
 
 def _class_names(folder: Path) -> tuple[str, ...]:
     names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    shown = printable(folder)
     if not names:
-        raise ValueError(f"source {folder}: one sub-folder a class is needed, got none; see data/README.md")
+        count = sum(path.suffix[1:].lower() in IMAGE_EXTENSIONS for path in folder.iterdir())
+        raise ValueError(
+            f"source {shown} must have one sub-folder per class, got {count} images and no sub-folder; to train "
+            f"without classes, move the images into one sub-folder such as {shown}/image"
+        )
+    for name in names:
+        if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):
+            raise ValueError(
+                f"source {shown}: a class folder must have a UTF-8 name on one line, got '{printable(name)}'"
+            )
     return tuple(names)
 
 
-def _list_files(folder: Path, classes: Sequence[str]) -> list[_File]:
+def _list_files(folder: Path, classes: Sequence[str], left_out: _LeftOut) -> list[_File]:
+    """The images of a split; notes the names of all other files."""
     files = []
+    labels = {name: label for label, name in enumerate(classes)}
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder).as_posix()
-        if path.suffix[1:].lower() in IMAGE_EXTENSIONS and path.is_file() and relative.split("/")[0] in classes:
-            label = classes.index(relative.split("/")[0])
-            files.append(_File(path, label, hashlib.sha256(relative.encode()).digest()))
+        label = labels.get(relative.split("/")[0])
+        if path.is_dir():
+            if path.is_symlink():
+                left_out.setdefault("symbolic links to folders, which are not followed", []).append(relative)
+        elif "/" not in relative:
+            left_out.setdefault("outside the class folders", []).append(relative)
+        elif label is not None and path.suffix[1:].lower() not in IMAGE_EXTENSIONS:
+            left_out.setdefault(path.suffix.lower() or "without an ending", []).append(relative)
+        elif label is not None and not path.is_file():
+            left_out.setdefault("that are no regular files", []).append(relative)
+        elif label is not None:  # else in a hidden folder
+            files.append(_File(path, label, hashlib.sha256(os.fsencode(relative)).digest()))
     if not files:
-        raise ValueError(f"source {folder}: no {', '.join(IMAGE_EXTENSIONS)} files in its class folders")
+        kinds = ", ".join(f".{extension}" for extension in IMAGE_EXTENSIONS)
+        got = ", ".join(_count_and_names(kind, names) for kind, names in left_out.items()) or "none"
+        raise ValueError(f"source {printable(folder)} must hold {kinds} files in its class folders, got {got}")
     return sorted(files, key=lambda file: file.digest)
 
 
@@ -165,8 +216,11 @@ class IdxFiles:
         classes: Class names; without, the labels' numbers.
 
     Raises:
-        ValueError: A file is missing, is not IDX, or has another length than its header says.
+        ValueError: A file is missing, is not IDX, is larger than 1 GiB unpacked, or has another length than its header
+            says.
     """
+
+    left_out: tuple[str, ...] = ()
 
     def __init__(self, folder: Path, *, classes: Sequence[str] | None = None) -> None:
         self.folder = folder
@@ -174,7 +228,7 @@ class IdxFiles:
         largest = max(int(split.labels.max()) for split in self._splits.values())
         self.classes = tuple(classes) if classes is not None else tuple(str(label) for label in range(largest + 1))
         if largest >= len(self.classes):
-            raise ValueError(f"source {folder}: {len(self.classes)} class names, but labels up to {largest}")
+            raise ValueError(f"source {printable(folder)}: {len(self.classes)} class names, but labels up to {largest}")
 
     @property
     def counts(self) -> dict[Split, int]:
@@ -209,32 +263,47 @@ class _IdxSplit:
 
 
 def _read_idx_split(folder: Path, split: Split) -> _IdxSplit:
-    image_bytes, label_bytes = (_read_idx_file(folder, split, kind) for kind in ("images*idx3", "labels*idx1"))
-    images = _parse_idx(image_bytes, dimensions=3, name=f"{folder}, {split} images")
-    labels = _parse_idx(label_bytes, dimensions=1, name=f"{folder}, {split} labels")
-    if len(images) != len(labels) or not len(labels):
-        raise ValueError(f"source {folder}: {split} has {len(images)} images and {len(labels)} labels")
-    return _IdxSplit(images, labels, hashlib.sha256(image_bytes + label_bytes).hexdigest())
+    digest = hashlib.sha256()
+    images = _read_idx(_find_idx(folder, split, "images*idx3"), 3, digest)
+    labels = _read_idx(_find_idx(folder, split, "labels*idx1"), 1, digest)
+    if len(images) != len(labels):
+        raise ValueError(f"source {printable(folder)}: {split} has {len(images)} images and {len(labels)} labels")
+    return _IdxSplit(images, labels, digest.hexdigest())
 
 
-def _read_idx_file(folder: Path, split: Split, kind: str) -> bytes:
+def _find_idx(folder: Path, split: Split, kind: str) -> Path:
     patterns = [f"*{name}-{kind}*" for name in _IDX_SPLITS[split]]
-    found = sorted(path for pattern in patterns for path in folder.glob(pattern))
+    found = sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
     if not found:
-        raise ValueError(f"source {folder}: no file {' or '.join(patterns)} for the {split} split")
-    data = found[0].read_bytes()
-    try:
-        return gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-    except (OSError, EOFError) as error:
-        raise ValueError(f"file {found[0]}: not a whole gzip file ({error})") from error
+        shown = printable(folder)
+        raise ValueError(f"source {shown}: no file {' or '.join(patterns)} for the {split} split")
+    return found[0]
 
 
-def _parse_idx(data: bytes, *, dimensions: int, name: str) -> npt.NDArray[np.uint8]:
-    """IDX: two zero bytes, type 8 (uint8), number of dimensions, each as big-endian uint32, then the values."""
-    start = 4 + 4 * dimensions
-    if data[:4] != bytes((0, 0, 8, dimensions)) or len(data) < start:
-        raise ValueError(f"IDX file {name}: {dimensions} dimensions of bytes are needed, the file opens {data[:4]!r}")
-    shape = tuple(int(size) for size in np.frombuffer(data, ">u4", count=dimensions, offset=4))
-    if len(data) != start + math.prod(shape):
-        raise ValueError(f"IDX file {name}: {start + math.prod(shape)} bytes expected for {shape}, got {len(data)}")
-    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+def _read_idx(path: Path, dimensions: int, digest: Any) -> npt.NDArray[np.uint8]:
+    """Reads an IDX file, plain or gzipped, as far as its header says and no further; adds its bytes to a digest.
+
+    IDX: two zero bytes, type 8 (uint8), number of dimensions, each as big-endian uint32, then the values.
+    """
+    name = f"IDX file {printable(path)}"
+    with open(path, "rb") as raw:
+        is_packed = raw.read(2) == b"\x1f\x8b"
+        raw.seek(0)
+        stream: IO[bytes] = gzip.GzipFile(fileobj=raw) if is_packed else raw  # type: ignore[assignment]  # reads bytes
+        try:
+            header = stream.read(4 + 4 * dimensions)
+            if header[:4] != bytes((0, 0, 8, dimensions)) or len(header) < 4 + 4 * dimensions:
+                raise ValueError(f"{name} must hold bytes in {dimensions} dimensions, it begins with {header[:4]!r}")
+            shape = tuple(int(size) for size in np.frombuffer(header, ">u4", offset=4))
+            count = math.prod(shape)
+            if not 0 < count <= _MAX_IDX_BYTES:
+                raise ValueError(f"{name} must hold 1 to {size_text(_MAX_IDX_BYTES)}, its header says {shape}")
+            values = stream.read(count + 1)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{name} is not a whole gzip file: {error}") from error
+    if len(values) != count:
+        got = "more" if len(values) > count else str(len(values))
+        raise ValueError(f"{name} must hold the {count} values of {shape}, got {got}")
+    digest.update(header)
+    digest.update(values)
+    return np.frombuffer(values, np.uint8).reshape(shape)

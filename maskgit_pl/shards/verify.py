@@ -15,9 +15,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from maskgit_pl.shards.images import UnreadableImageError, decode_image
+from maskgit_pl.shards.images import UnreadableImageError, check_whole, decode_image
 from maskgit_pl.shards.manifest import Manifest, Shard, Split, joined, load_manifest, splits_of
 from maskgit_pl.shards.parallel import run_jobs
+from maskgit_pl.shards.tar import BLOCK, escaped
 from maskgit_pl.shards.walk import Labels, ShardWalk, walk_shard
 
 __all__ = ["BadFile", "Verified", "verify_shards"]
@@ -119,8 +120,8 @@ def _verify_shard(task: _Task, job: tuple[Split, int]) -> tuple[BadFile | None, 
     except OSError as error:
         return BadFile(shard.name, f"{shard.bytes} bytes", "none", str(error.strerror)), None
     fault = _difference(manifest, shard, number, walk)
-    if fault is None and task.decode:
-        fault = _undecodable(path, shard, walk.rows)
+    if fault is None:
+        fault = _bad_images(path, shard, walk.rows, decode=task.decode)
     return fault, walk
 
 
@@ -154,13 +155,19 @@ def _wrong_row(manifest: Manifest, shard: Shard, number: int, rows: npt.NDArray[
     return BadFile(shard.name, str(stated[row]), str(actual[row]), where)
 
 
-def _undecodable(path: Path, shard: Shard, rows: npt.NDArray[np.void]) -> BadFile | None:
+def _bad_images(path: Path, shard: Shard, rows: npt.NDArray[np.void], *, decode: bool) -> BadFile | None:
+    """Images that are cut off or, if they are decoded, damaged in any way that can be found."""
     faults = []
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         for _, offset, size, _ in rows.tolist():
+            data = os.pread(descriptor, size, offset)
+            member = os.pread(descriptor, 100, offset - BLOCK).rstrip(b"\0").decode("utf-8", "surrogateescape")
+            name = f"{shard.name}:{escaped(member)}"
             try:
-                decode_image(os.pread(descriptor, size, offset), channels=3, name=f"{shard.name} at byte {offset}")
+                check_whole(data, name=name)
+                if decode:
+                    decode_image(data, channels=3, name=name)
             except UnreadableImageError as error:
                 faults.append(str(error))
     finally:
@@ -168,7 +175,7 @@ def _undecodable(path: Path, shard: Shard, rows: npt.NDArray[np.void]) -> BadFil
     if not faults:
         return None
     whole = shard.samples - len(faults)
-    return BadFile(shard.name, f"{shard.samples} images", f"{whole} images", f"undecodable; {faults[0]}")
+    return BadFile(shard.name, f"{shard.samples} images", f"{whole} images", f"unreadable; {faults[0]}")
 
 
 def _short(digest: str) -> str:

@@ -10,21 +10,25 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from maskgit_pl.checks import check_integer
 from maskgit_pl.files import write_atomically
-from maskgit_pl.shards.images import decode_image, encode_png, fit_square, read_header
+from maskgit_pl.shards.images import UnreadableImageError, decode_image, encode_png, fit_square, read_header
 from maskgit_pl.shards.index import find_shards, index_shards
 from maskgit_pl.shards.manifest import Split, load_manifest, splits_of
 from maskgit_pl.shards.parallel import run_jobs
-from maskgit_pl.shards.samples import Sample, Source
+from maskgit_pl.shards.samples import Sample, Source, UnreadableSample
+from maskgit_pl.text import printable
 
-__all__ = ["RECORD", "is_made_from", "make_shards", "write_split"]
+__all__ = ["LEFT_OUT", "RECORD", "is_made_from", "make_shards", "write_split"]
 
 RECORD = "made_from.json"
+LEFT_OUT = "left_out.txt"  # a line for each image that could not be read
+_LISTED = 20  # of those, in an error
 
 
 def make_shards(
@@ -33,6 +37,7 @@ def make_shards(
     *,
     size: int | None = None,
     shard_size: int = 10_000,
+    lenient: bool = False,
     workers: int = 1,
     on_samples: Callable[[Split, int], object] = lambda split, count: None,
 ) -> bool:
@@ -43,6 +48,7 @@ def make_shards(
         folder: The data folder to make.
         size: Crop to the central square and resize to this side; None keeps every file's bytes.
         shard_size: Samples a shard, at most.
+        lenient: Leave out images that cannot be read, and list them in ``left_out.txt``, instead of refusing them.
         workers: Processes, a shard each at a time; they make no difference to the result.
         on_samples: Told the split and how many more of its samples are done (for a progress bar).
 
@@ -50,23 +56,24 @@ def make_shards(
         False if the folder already holds this very data, True if it was written.
 
     Raises:
-        ValueError: The folder holds something else, or a sample is not an image that we read.
+        ValueError: The folder holds something else, or, unless ``lenient``, images cannot be read: all are named.
     """
     folder = Path(folder)
     for name, value in (("size", size), ("shard size", shard_size), ("workers", workers)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: at least 1 is needed, got {value}")
+        check_integer(name, 1 if value is None else value, "[1, inf)")
     record = describe(source, size=size, shard_size=shard_size)
     if is_made_from(folder, record):
         return False
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(
-            f"data folder {folder}: it holds something else than what was asked for (see its {RECORD}); "
+            f"data folder {printable(folder)}: it holds something else than what was asked for (see its {RECORD}); "
             "give another --out, or remove it"
         )
     partial = _partial_folder(folder, record)
     try:
-        _write_missing(_Plan(source, partial, size, shard_size), workers=workers, on_samples=on_samples)
+        plan = _Plan(source, partial, size, shard_size)
+        _write_missing(plan, workers=workers, on_samples=on_samples)
+        _list_left_out(plan, lenient=lenient)
         shards = {split: find_shards(partial, f"{split}-*.tar") for split in source.counts}
         index_shards(partial, shards, classes=source.classes, workers=workers)
     except ValueError:  # the source has to change, and nothing of this can be used then
@@ -144,6 +151,14 @@ class _Plan:
         """Of a shard that is whole."""
         return self.folder / f"{split}-{shard:06d}.tar"
 
+    def left_out_path(self, split: Split, shard: int) -> Path:
+        """Of the list of a shard's images that cannot be read, until all shards are made."""
+        return self.folder / f".left-out-{split}-{shard:06d}"
+
+    def shards(self, split: Split) -> range:
+        """Numbers of a split's shards."""
+        return range(-(-self.source.counts[split] // self.shard_size))
+
 
 def _partial_folder(folder: Path, record: dict[str, Any]) -> Path:
     """Where the folder is built; what an interrupted run of the same command left there is kept."""
@@ -167,8 +182,8 @@ def _read_record(folder: Path) -> Any:
 
 def _write_missing(plan: _Plan, *, workers: int, on_samples: Callable[[Split, int], object]) -> None:
     jobs: list[tuple[Split, int]] = []
-    for split, count in plan.source.counts.items():
-        for shard in range(-(-count // plan.shard_size)):
+    for split in plan.source.counts:
+        for shard in plan.shards(split):
             if plan.path(split, shard).exists():
                 on_samples(split, len(plan.places(split, shard)))
             else:
@@ -186,10 +201,8 @@ def _write_shard(
 ) -> None:
     """One shard; it takes its name when it is whole and on the disk."""
     split, shard = job
-    samples: Iterable[Sample] = plan.source.samples(split, plan.places(split, shard))
-    if plan.size is not None:
-        side = plan.size
-        samples = (_resized(sample, side) for sample in samples)
+    left_out: list[UnreadableSample] = []
+    samples = _readable(plan, split, shard, left_out, on_sample=on_sample)
     writing = plan.folder / f".writing-{split}-{shard:06d}-{os.getpid()}"
     writing.mkdir()
     try:
@@ -197,17 +210,73 @@ def _write_shard(
         (path,) = writing.iterdir()
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-        os.replace(path, plan.path(split, shard))
+        if left_out:
+            with write_atomically(plan.left_out_path(split, shard)) as file:
+                file.write("".join(f"{sample.error}\n" for sample in left_out).encode())
+        if len(left_out) < len(plan.places(split, shard)):
+            os.replace(path, plan.path(split, shard))
     finally:
         shutil.rmtree(writing, ignore_errors=True)
 
 
-def _resized(sample: Sample, size: int) -> Sample:
+def _readable(
+    plan: _Plan,
+    split: Split,
+    shard: int,
+    left_out: list[UnreadableSample],
+    *,
+    on_sample: Callable[[Split], object],
+) -> Iterator[Sample]:
+    """The samples of a shard, resized if they are to be; the rest is added to a list."""
+    for sample in plan.source.samples(split, plan.places(split, shard)):
+        made = sample if isinstance(sample, UnreadableSample) or plan.size is None else _resized(sample, plan.size)
+        if isinstance(made, Sample):
+            yield made
+        else:
+            left_out.append(made)
+            on_sample(split)
+
+
+def _list_left_out(plan: _Plan, *, lenient: bool) -> None:
+    """Joins the lists of all shards into one.
+
+    Raises:
+        ValueError: if there are any and ``lenient`` is false, or if a split has no other images.
+    """
+    source, lines = plan.source, list[str]()
+    for split, count in source.counts.items():
+        paths = [plan.left_out_path(split, shard) for shard in plan.shards(split)]
+        found = [line for path in paths if path.exists() for line in path.read_text().splitlines()]
+        lines += found
+        if len(found) == count:
+            raise ValueError(f"none of the {count} images of {split} can be read:\n{_listed(found)}")
+    if not lines:
+        return
+    if not lenient:
+        raise ValueError(
+            f"{len(lines)} of {sum(source.counts.values())} images cannot be read:\n{_listed(lines)}\n"
+            "replace or remove them, or leave them out with --lenient"
+        )
+    with write_atomically(plan.folder / LEFT_OUT) as file:
+        file.write("".join(f"{line}\n" for line in lines).encode())
+    for path in plan.folder.glob(".left-out-*"):
+        path.unlink()
+
+
+def _listed(lines: list[str]) -> str:
+    more = [f"... and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
+    return "\n".join(f"  {line}" for line in [*lines[:_LISTED], *more])
+
+
+def _resized(sample: Sample, size: int) -> Sample | UnreadableSample:
     """A sample whose image is a square of that side; JPEG stays JPEG (quality 95), everything else becomes PNG."""
     header = read_header(sample.data, name=sample.name)
     if header.height == header.width == size:
         return sample
-    image = decode_image(sample.data, channels=1 if header.channels == 1 else 3, name=sample.name)
+    try:
+        image = decode_image(sample.data, channels=1 if header.channels == 1 else 3, name=sample.name)
+    except UnreadableImageError as error:
+        return UnreadableSample(str(error))
     square = fit_square(image, image_size=size, crop=None)
     if header.format == "JPEG":
         return sample._replace(data=_encode_jpeg(square))

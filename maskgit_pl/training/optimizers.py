@@ -9,9 +9,10 @@ from typing import Any, Literal, get_args
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
+from maskgit_pl.checks import check_choice, check_integer, check_number
 from maskgit_pl.registry import nearest
 
-__all__ = ["AdamWKind", "LearningRate", "build_adamw", "parameter_groups"]
+__all__ = ["AdamWKind", "LearningRate", "build_adamw", "check_betas", "parameter_groups"]
 
 AdamWKind = Literal["fused", "foreach", "for-loop"]
 """How AdamW steps: all parameters in one kernel, one kernel an operation, or parameter by parameter."""
@@ -42,14 +43,10 @@ class LearningRate:
     final_fraction: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.peak < math.inf:
-            raise ValueError(f"learning rate peak: a positive number is needed, got {self.peak}")
-        if self.warmup_steps < 0:
-            raise ValueError(f"learning rate warmup_steps: at least 0 is needed, got {self.warmup_steps}")
-        if self.decay not in ("constant", "cosine"):
-            raise ValueError(f"learning rate decay: 'constant' or 'cosine' is needed, got {self.decay!r}")
-        if not 0 <= self.final_fraction <= 1:
-            raise ValueError(f"learning rate final_fraction: a number in [0, 1] is needed, got {self.final_fraction}")
+        check_number("learning_rate.peak", self.peak, "(0, 10]")
+        check_integer("learning_rate.warmup_steps", self.warmup_steps, "[0, 9e18]")
+        check_choice("learning_rate.decay", self.decay, ("constant", "cosine"))
+        check_number("learning_rate.final_fraction", self.final_fraction, "[0, 1]")
 
     def factor(self, step: int, max_steps: int) -> float:
         """Multiplier of the peak at a step (steps done before), in [0, 1].
@@ -65,6 +62,16 @@ class LearningRate:
             return 1.0
         progress = min(1.0, (step - self.warmup_steps) / max(1, max_steps - self.warmup_steps))
         return self.final_fraction + (1 - self.final_fraction) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def check_betas(betas: tuple[float, float]) -> None:
+    """Checks the decays of Adam's two moments.
+
+    Raises:
+        ValueError: if one is not in [0, 1).
+    """
+    for beta in betas:
+        check_number("model.betas", beta, "[0, 1)")
 
 
 def parameter_groups(module: nn.Module, weight_decay: float, *, prefix: str = "") -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from maskgit_pl.decoding import DecodingStep
 from maskgit_pl.pretrained import PretrainedTokenizer
+from maskgit_pl.text import printable
 from maskgit_pl.training.logs import RunLogger
 
 __all__ = [
@@ -348,6 +349,7 @@ def _lay_out(
 ) -> Image.Image:
     """Tiles of one size in raster order, captions to the left and above."""
     font = ImageFont.load_default(_FONT_SIZE)
+    row_captions, column_captions = (list(map(printable, texts)) for texts in (row_captions, column_captions))
     width, height = tiles[0].size
     left = _MARGIN + math.ceil(max((font.getlength(text) + _MARGIN for text in row_captions), default=0))
     top = _MARGIN + (_FONT_SIZE + _MARGIN if column_captions else 0)
@@ -375,7 +377,7 @@ def _shortened(text: str, width: int, font: Any) -> str:
 
 
 def _titled(picture: Image.Image, title: str) -> Image.Image:
-    font = ImageFont.load_default(_FONT_SIZE)
+    font, title = ImageFont.load_default(_FONT_SIZE), printable(title)
     height = _FONT_SIZE + _MARGIN
     width = max(picture.width, math.ceil(font.getlength(title)) + 2 * _MARGIN)
     page = Image.new("RGB", (width, picture.height + height), _PAPER)

@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from maskgit_pl.cli import data
+from maskgit_pl.cli import data, main
 from maskgit_pl.shards.manifest import read_manifest_summary
 from tests.cli.commands import call_command
+from tests.conftest import save_uneven_shards
 
 
 def call(*words) -> int:
@@ -35,6 +36,31 @@ def test_make_then_make_again_then_index_agree(tree, tmp_path, capsys):
     assert "nothing to do" in capsys.readouterr().out
     call("index", out, "--class-names", "cat,dog")
     assert read_manifest_summary(out) == made
+
+
+def test_make_says_what_it_left_out_and_stats_says_it_again(tree, tmp_path, capsys):
+    (tree / "cat" / "a.gif").write_bytes(b"GIF89a")
+    (tree / "loose.png").write_bytes(b"x")
+    whole = (tree / "cat" / "1.png").read_bytes()
+    (tree / "dog" / "cut.png").write_bytes(whole[:60])
+    (tree / "dog" / "empty.png").write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=r"2 of 42 images cannot be read:\n.*\n.*\nreplace .* with --lenient$"
+    ) as caught:
+        call("make", tree, "--out", tmp_path / "out")
+    assert f"image {tree}/dog/cut.png is cut off after 60 bytes" in str(caught.value)
+    assert f"image {tree}/dog/empty.png is empty" in str(caught.value)
+    said = [
+        "  left out: 1 .gif (cat/a.gif)",
+        "  left out: 1 outside the class folders (loose.png)",
+        "  left out: 2 images that cannot be read, listed in left_out.txt",
+    ]
+    for _ in range(2):
+        assert call("make", tree, "--out", tmp_path / "out", "--lenient") == 0
+        assert capsys.readouterr().out.splitlines()[1:] == said
+    call("stats", tmp_path / "out")
+    assert said[-1] in capsys.readouterr().out.splitlines()
+    assert sum(read_manifest_summary(tmp_path / "out").samples.values()) == 40
 
 
 def test_index_of_foreign_names_numbers_the_classes(tree, tmp_path):
@@ -148,6 +174,16 @@ def test_index_leaves_out_and_counts_only_when_asked(tmp_path, capsys):
     call("index", folder, "--no-labels")
     assert read_manifest_summary(folder).samples == {"train": 10, "val": 5}
     assert read_manifest_summary(folder).classes == ("image",)
+
+
+def test_what_a_library_refuses_is_bad_input_too(tmp_path, capsys):
+    save_uneven_shards(tmp_path / "shards", (1, 2))
+    (tmp_path / "names.txt").write_bytes(b"\xff\xfe")
+    assert main(["data", "index", str(tmp_path / "shards"), "--class-names", str(tmp_path / "names.txt")]) == 2
+    assert "names.txt must be UTF-8 text, one name a line" in capsys.readouterr().err
+    for pattern in ("", "**x"):
+        assert main(["data", "index", str(tmp_path / "shards"), "--train", pattern]) == 2
+        assert f"shard pattern {pattern!r} must be a glob" in capsys.readouterr().err
 
 
 def test_class_names_are_checked(tmp_path):

@@ -103,7 +103,7 @@ def test_a_larger_image_is_cut_where_asked(tiny_pretrained: Path, tmp_path: Path
         (["--class", "1", "--box", "0,0,4,2", "--dilation", "-1"], "--dilation: at least 0"),
         (["--class", "1", "--mask", "SMALL"], "small.png: the image's 8 x 8 pixels are needed, got 4 x 6"),
         (["--class", "1", "--mask", "NOWHERE"], "nowhere.png: no such file"),
-        (["--class", "1", "--mask", "TEXT"], "text.png: a JPEG, PNG or WebP"),
+        (["--class", "1", "--mask", "TEXT"], "text.png must be a JPEG, PNG or WebP file"),
         (["--class", "1", "--mask", "BLACK"], "something to generate is needed, got none"),
         (["--class", "Trousers", "--box", "0,0,4,2"], "class 'Trousers': did you mean 'Trouser'"),
         (["--class", "17", "--box", "0,0,4,2"], "class 17: a number in [0, 3)"),
@@ -128,11 +128,11 @@ def test_bad_input_is_answered_in_one_line(
 
 def test_an_image_that_is_none_is_answered_in_one_line(tiny_pretrained: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "text.png").write_text("not an image")
-    for name, message in (("nowhere.png", "no such file"), ("text.png", "a JPEG, PNG or WebP")):
+    for name, message in (("nowhere.png", ": no such file"), ("text.png", " must be a JPEG, PNG or WebP")):
         words = ["edit", tiny_pretrained, tmp_path / name, "--box", "0,0,4,2", "--class", "1"]
         assert main([str(word) for word in words]) == 2
         shown = capsys.readouterr().err
-        assert f"{name}: {message}" in shown
+        assert f"{name}{message}" in shown
         assert shown.count("\n") == 1
 
 

@@ -84,9 +84,9 @@ def test_settings_that_would_make_another_run_are_refused_with_the_list(begun, g
     assert code == 2
     assert len(said.splitlines()) == 1
     for part in (
-        f"run {folder}: it goes on from step-00000001 and keeps its settings",
+        f"run {folder} cannot resume from step-00000001 with other settings: ",
         f"model.network.{change}", "data.seed 0 -> 7", "data.global_batch 4 -> 8", "data.shuffle_window None -> 2",
-        "set them back", "--run", "--pretrained",
+        "Restore them", "--run", "--pretrained",
     ):  # fmt: skip
         assert part in said
     assert "max_steps" not in said
@@ -119,7 +119,7 @@ def test_another_tokenizer_is_refused_and_the_same_one_elsewhere_is_not(begun, g
     other = save_tiny_pretrained(tmp_path / "other", seed=3) / "tokenizer"
     code, said = go_on(f"--tokenizer={other}")
     assert code == 2
-    assert ": it goes on from step-00000001 and keeps its settings, got tokenizer " in said
+    assert " cannot resume from step-00000001 with other settings: tokenizer " in said
 
 
 def test_what_is_harmless_may_change(begun, go_on):

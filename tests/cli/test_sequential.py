@@ -64,7 +64,7 @@ def test_a_run_trains_goes_on_and_keeps_its_kind(train, call, tmp_path):
     assert "| attention | causal |" in (tmp_path / "one" / "pretrained" / "README.md").read_text()
     refused(
         train("--trainer.max_steps=3", "--model.network.attention=bidirectional"),
-        "it goes on from step-00000002 and keeps its settings",
+        "cannot resume from step-00000002 with other settings: ",
         "model.network.attention causal -> bidirectional",
     )
 
@@ -74,7 +74,7 @@ def test_a_run_trains_goes_on_and_keeps_its_kind(train, call, tmp_path):
     [
         ("--model.mask_schedule=log", ("flag --model.mask_schedule: with causal attention",)),
         ("--model.decoding.num_steps=4", ("flag --model.decoding.num_steps: with causal attention",)),
-        ("--model.decoding.num_step=4", ("key 'model.decoding.num_step': no recipe has it",)),
+        ("--model.decoding.num_step=4", ("unknown key 'model.decoding.num_step'", "recipes/transformer")),
         ("--model.network.attention=casual", ("casual", "causal")),
         ("--model.label_smoothin=0", ("key 'model.label_smoothin'", "did you mean 'model.label_smoothing'")),
     ],

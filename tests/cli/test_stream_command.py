@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from maskgit_pl.cli import main
-from maskgit_pl.cli.recipes import recipe_value
+from maskgit_pl.cli.recipes import Recipe
 from maskgit_pl.training.checkpoint_files import newest_complete
 from tests.conftest import flags, save_uneven_shards
 
@@ -95,10 +95,9 @@ def test_the_value_of_a_key_is_the_last_that_files_and_flags_give(tmp_path):
     files = [tmp_path / "one.yaml", tmp_path / "two.yaml"]
     files[0].write_text("data: {source: tokens, stream: {classes: 3}}\n")
     files[1].write_text("data: {source: images}\n")
-    assert recipe_value(files, [], "data.source") == "images"
-    assert recipe_value(files, ["--data.source=stream"], "data.source") == "stream"
-    assert recipe_value(files, ["--data.source", "stream", "--x"], "data.source") == "stream"
-    assert recipe_value(files, ["--data.sources=stream"], "data.source") == "images"
-    assert recipe_value(files, ["--data.stream.classes=[a, b]"], "data.stream.classes") == ["a", "b"]
-    assert recipe_value(files, [], "data.stream.classes") == 3
-    assert recipe_value(files, [], "data.stream.classes.x") is None
+    assert Recipe.read("transformer", files, []).get("data.source") == "images"
+    assert Recipe.read("transformer", files, ["--data.source=stream"]).get("data.source") == "stream"
+    assert Recipe.read("transformer", files, ["--data.source", "stream"]).get("data.source") == "stream"
+    assert Recipe.read("transformer", files, ["--data.stream.classes=[a, b]"]).get("data.stream.classes") == ["a", "b"]
+    assert Recipe.read("transformer", files, []).get("data.stream.classes") == 3
+    assert Recipe.read("transformer", files, []).get("data.stream.classes.x") is None

@@ -126,5 +126,7 @@ def test_lines_tell_speed_and_rest_where_there_is_no_terminal(
         assert main(words(tiny_shards, tiny_pretrained / "tokenizer", tmp_path, "--precision", "bfloat16")) == 0
     lines = "\n".join(caplog.messages)
     assert re.search(r"^tokens of train: 120/120  \d+ images/s  0 s left$", lines, re.MULTILINE)
-    assert re.search(r"^\S+tokens: 144 images in [\d.]+ s, \d+ images/s$", lines, re.MULTILINE)  # 60 x 2 and 24
+    assert re.search(
+        r"^\S+tokens/[0-9a-f]{16}: 144 images in [\d.]+ s, \d+ images/s$", lines, re.MULTILINE
+    )  # 60 x 2 and 24
     assert '"precision": "bfloat16"' in (tmp_path / "one" / "tokens" / "store.json").read_text()

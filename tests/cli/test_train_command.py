@@ -14,6 +14,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from maskgit_pl.cli import fit, main
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
@@ -186,34 +187,87 @@ def test_missing_data_is_answered_with_how_to_make_it(train, runs, tmp_path):
     assert not runs.exists()
 
 
-def test_a_missing_tokenizer_is_answered_with_how_to_make_it(train, maskgit, runs, tmp_path):
+def test_a_missing_tokenizer_is_answered_with_how_to_make_it(train, maskgit, runs, tmp_path, tiny_shards):
     own = runs / "one" / "pretrained" / "tokenizer"
-    refused(train("transformer", named=False), f"tokenizer {own}: not there yet", "make train-tokenizer", "TOKENIZER=")
-    refused(maskgit("tokenize", "--runs", runs, "--run", "one"), f"tokenizer {own}: not there yet")
+    refused(train("transformer", named=False), f"tokenizer {own}: not there yet", "make: train-tokenizer", "TOKENIZER=")
+    refused(
+        maskgit("tokenize", "--data", tiny_shards, "--runs", runs, "--run", "one"), f"tokenizer {own}: not there yet"
+    )
     nowhere = tmp_path / "nowhere"
     refused(train("transformer", "--tokenizer", nowhere), f"tokenizer {nowhere}: no config.json there")
 
 
-def test_the_only_tokenizer_of_the_data_set_is_taken_and_several_must_be_told_apart(train, runs):
-    first, second = (runs / f"fashion-mnist-{name}" / "pretrained" / "tokenizer" for name in ("first", "second"))
-    add_tokenizer(first, seed=1)
-    shutil.copytree(first, second)  # the same weights are no choice
-    assert train("transformer", named=False).code == 0
-    shutil.rmtree(second)
-    add_tokenizer(second, seed=2)
-    shutil.rmtree(runs / "one")
-    refused(train("transformer", named=False), "several others", "TOKENIZER=", str(first), str(second))
+@pytest.fixture
+def stage_two(maskgit, runs) -> Callable[..., Answer]:
+    """``maskgit train transformer`` on a data folder, without a tokenizer that is named."""
+
+    def call(shards: Path, *more: object) -> Answer:
+        tiny = flags(yaml.safe_load((TINY / "transformer.yaml").read_text()))
+        return maskgit("train", "transformer", "--data", shards, "--runs", runs, *tiny, *more)
+
+    return call
+
+
+def add_run(folder: Path, shards: Path, *, seed: int) -> Path:
+    """A run of stage 1 as training leaves it: the exported tokenizer, and the data in config.yaml."""
+    add_tokenizer(folder / "pretrained" / "tokenizer", seed=seed)
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "config.yaml").write_text(f"data: {{path: {shards}}}\n")
+    return folder / "pretrained" / "tokenizer"
+
+
+def test_the_only_tokenizer_of_the_data_is_taken_and_told_and_several_must_be_named(stage_two, runs, tiny_shards):
+    first = add_run(runs / "any-name", tiny_shards, seed=1)
+    add_run(runs / "fashion-mnist-of-other-data", tiny_shards.parent / "elsewhere", seed=3)
+    shutil.copytree(runs / "any-name", runs / "copy")  # the same weights are no choice
+    taken = stage_two(tiny_shards)
+    assert taken.code == 0, taken
+    assert f"tokenizer: {first}, the only one trained on {tiny_shards}" in taken.out
+    second = add_run(runs / "second", tiny_shards, seed=2)
+    refused(stage_two(tiny_shards, "--recipe", "log"), "several others", "TOKENIZER=", str(first), str(second))
+
+
+def test_a_mistyped_run_starts_nothing(stage_two, maskgit, runs, tiny_shards):
+    add_run(runs / "clothes", tiny_shards, seed=1)
+    before = files(runs)
+    refused(stage_two(tiny_shards, "--run", "cloths"), f"run {runs / 'cloths'}: no such run: did you mean 'clothes'?")
+    answer = maskgit("tokenize", "--data", tiny_shards, "--runs", runs, "--run", "cloths")
+    refused(answer, "did you mean 'clothes'?", "--tokenizer")
+    assert files(runs) == before
+
+
+def test_a_run_is_repeated_from_its_config(train, maskgit, runs, tiny_shards):
+    assert train("transformer", "--recipe=square", "--data.seed=5").code == 0
+    config = runs / "one" / "transformer" / "config.yaml"
+    words = ("train", "transformer", "--runs", runs, "--run", "two", "--config", config)
+    assert maskgit(*words).code == 0
+    again = runs / "two" / "transformer" / "config.yaml"
+    assert again.read_text().replace("/two/", "/one/") == config.read_text()
+    weights = [fingerprint(runs / name / "pretrained" / "transformer") for name in ("one", "two")]
+    assert weights[0] == weights[1]
+    refused(maskgit(*words, "--recipe", "log"), "leave --recipe out")
+    refused(maskgit(*words[:-1], "nowhere.yaml"), "--config nowhere.yaml: no such file")
+    refused(maskgit("train", "tokenizer", "--runs", runs, "--run", "two", "--config", config), "unknown key")
+
+
+def test_the_complete_recipe_is_printed_and_nothing_is_trained(train, runs):
+    answer = train("transformer", "--recipe=square", "--print-config")
+    assert answer.code == 0
+    printed = yaml.safe_load(answer.out)
+    assert printed["model"]["mask_schedule"] == "square"
+    assert printed["trainer"]["gradient_clip_algorithm"] is None
+    assert not runs.exists()
 
 
 @pytest.mark.parametrize(
     ("flag", "parts"),
     [
         ("--model.mask_sched=square", ("key 'model.mask_sched'", "did you mean 'model.mask_schedule'")),
-        ("--model.zzzzzz=1", ("key 'model.zzzzzz'", "recipes/transformer/base.yaml")),
+        ("--model.zzzzzz=1", ("unknown key 'model.zzzzzz'", "recipes/transformer")),
         ("--trainer.max_steps=many", ("max_steps", "many")),
-        ("--trainer.max_steps=-1", ("trainer.max_steps: at least 1", "got -1")),
+        ("--trainer.max_steps=-1", ("trainer.max_steps must be >= 1", "got -1")),
         ("--model.label_smoothing=a lot", ("label_smoothing", "a lot")),
-        ("--model.learning_rate.peak=.nan", ("learning rate peak", "nan")),
+        ("--model.learning_rate.peak=.nan", ("model.learning_rate.peak must be finite", "nan")),
         ("--model.mask_schedule=squar", ("unknown mask schedule 'squar'", "did you mean 'square'", "known: arccos")),
         ("--model.mask_schedule={name: pow, exponent: -1}", ("pow", "exponent", "-1")),
         ("--model.network.num_classes=4", ("num_classes", "has 3 classes", "got 4")),
@@ -225,10 +279,12 @@ def test_the_only_tokenizer_of_the_data_set_is_taken_and_several_must_be_told_ap
         ("--data.global_batch=0", ("global_batch", "0")),
         ("--trainer.devices=2", ("trainer.strategy 'auto'", "got 2 ranks", "--cluster ddp")),
         ("--matmul_precision=low", ("matmul_precision", "low")),
-        ("--hang_seconds=0", ("hang_seconds", "positive")),
+        ("--trainer.devices=-1", ("trainer: ", "devices -1")),
+        ("--trainer.num_nodes=0", ("num_nodes",)),
+        ("--hang_seconds=0", ("hang_seconds must be a number in (0, 1e9], got 0",)),
         ("--keep_every=7", ("keep_every: a multiple of checkpoint_every 500",)),
-        ("--config=other.yaml", ("flag '--config=other.yaml'",)),
-        ("--trainer.callbacks=x.Y", ("flag '--trainer.callbacks=x.Y'",)),
+        ("--config=other.yaml", ("--config other.yaml: no such file",)),
+        ("--trainer.callbacks=x.Y", ("trainer.callbacks cannot be set: recipes name registered things",)),
     ],
 )
 def test_a_wrong_flag_is_refused_before_anything_is_written(train, runs, flag, parts):
@@ -253,7 +309,7 @@ def test_unknown_recipes_clusters_and_flags_of_other_commands_are_refused(train,
     refused(train("transformer", "--cluster=dpp"), "did you mean 'ddp'")
     unknown = maskgit("tokenize", "--batch-siz", "4")
     assert unknown.code == 2
-    assert "unrecognized arguments: --batch-siz" in unknown.error
+    assert "unrecognized argument '--batch-siz'" in unknown.error
 
 
 def test_a_command_that_cannot_print_ends_with_its_own_code():
@@ -276,3 +332,15 @@ def test_help_answers_in_a_second_without_torch():
         assert done.returncode == 0, done.stderr
         assert "train a stage by recipe" in done.stdout
     assert min(times) < 1
+
+
+@pytest.mark.parametrize(("stage", "names"), [("tokenizer", "val/psnr"), ("transformer", "val/loss")])
+def test_validation_curves_and_pictures_stand_at_the_same_steps(train, runs, stage, names):
+    steps = ("--trainer.max_steps=4", "--trainer.val_check_interval=2", "--trainer.log_every_n_steps=2")
+    assert train(stage, *steps).code == 0
+    events = EventAccumulator(str(runs / "one" / stage))
+    events.Reload()
+    for name in (names, "train/loss" if stage == "transformer" else "train/reconstruction"):
+        assert [each.step for each in events.Scalars(name)] == [2, 4], name
+    for picture in events.Tags()["images"]:
+        assert {each.step for each in events.Images(picture)} <= {2, 4}

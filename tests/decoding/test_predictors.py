@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -69,6 +71,17 @@ def test_with_a_full_pass_at_each_call_the_cache_is_exact(network, scales):
     for made, exact in zip(decoded(network, scales=scales, refresh=1), decoded(network, scales=scales), strict=True):
         assert torch.equal(made.tokens, exact.tokens)
         assert torch.equal(made.confidence, exact.confidence)
+
+
+@pytest.mark.parametrize("strategy", ["cap", "rescale", "confidence", "loop"])
+@pytest.mark.parametrize("scales", GUIDANCE[1:], ids=["all", "on and off"])
+def test_tokens_that_remdm_masks_again_are_computed_anew_in_a_full_pass(network, strategy, scales):
+    selector = {"name": "remdm", "strategy": strategy, "eta": 0.6, "start": 0.3, "stop": 0.8, "hold": 0.6}
+    exact = decoded(network, scales=scales, selector=selector)
+    assert any((late.still_masked & ~early.still_masked).any() for early, late in pairwise(exact))
+    for made, expected in zip(decoded(network, scales=scales, selector=selector, refresh=1), exact, strict=True):
+        assert torch.equal(made.tokens, expected.tokens)
+        assert torch.equal(made.confidence, expected.confidence)
 
 
 @pytest.mark.parametrize("selector", token_selectors.names())

@@ -1,4 +1,7 @@
 import io
+import struct
+import tracemalloc
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -84,6 +87,71 @@ def test_a_header_that_lies_about_its_size_is_refused_without_memory(tmp_path: P
         archive.writestr("arr_0.npy", header.getvalue() + bytes(100))
     with pytest.raises(ValueError, match="its size and its shape"):
         open_samples(tmp_path / "samples.npz")
+
+
+def array_header(shape: tuple[int, ...]) -> bytes:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return header.getvalue()
+
+
+def npz(*members: bytes, compression: int = zipfile.ZIP_DEFLATED, name: str = "arr_0.npy") -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", compression) as archive:
+        for member in members:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of names that come twice
+                archive.writestr(name, member)
+    return content.getvalue()
+
+
+def zeros_that_are_said() -> bytes:
+    return npz(array_header((2**25, 1, 1, 3)) + bytes(3 * 2**25))
+
+
+def zeros_that_are_not_said() -> bytes:
+    header = array_header((10**5, 1, 1, 3))
+    member = header + bytes(2**25)
+    return npz(member).replace(struct.pack("<I", len(member)), struct.pack("<I", len(header) + 3 * 10**5))
+
+
+def nested_header(text: bytes) -> bytes:
+    return npz(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text)
+
+
+HOSTILE = {
+    "zeros that are said": (zeros_that_are_said, "it must expand to at most 67.1 MB, got 101 MB; save it with"),
+    "zeros that are not said": (zeros_that_are_not_said, "it cannot be read: .*CRC"),
+    "header of a gibibyte": (
+        lambda: npz(b"\x93NUMPY\x02\x00" + struct.pack("<I", 2**30) + bytes(2**24)), "damaged one: EOF"
+    ),
+    "parentheses": (lambda: nested_header(b"(" * 9_000), "damaged one"),
+    "minus signs": (lambda: nested_header(b"-" * 9_000 + b"1"), "damaged one"),
+    "lzma": (lambda: npz(array_header((1, 1, 1, 3)) + bytes(3), compression=zipfile.ZIP_LZMA), "stored or deflated"),
+    "many arrays": (lambda: npz(*[array_header((3,)) + bytes(3)] * 101), "must have at most 100 arrays, got 101"),
+    "another name": (lambda: npz(array_header((3,)) + bytes(3), name="\x1b[31m\n"), r"holds \\x1b\[31m\\n"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_small_files_that_expand_are_refused_in_one_line_without_memory(tmp_path: Path, name: str) -> None:
+    make, match = HOSTILE[name]
+    (tmp_path / "samples.npz").write_bytes(make())
+    assert (tmp_path / "samples.npz").stat().st_size < 500_000
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=rf"samples \S+samples\.npz.*{match}") as caught:
+            open_samples(tmp_path / "samples.npz")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert "\n" not in str(caught.value)
+    assert peak < 20 * 2**20
+
+
+def test_of_two_arrays_of_one_name_the_one_that_was_checked_is_read(tmp_path: Path) -> None:
+    (tmp_path / "samples.npz").write_bytes(npz(*(array_header((1, 1, 1, 3)) + bytes([value] * 3) for value in (1, 2))))
+    assert open_samples(tmp_path / "samples.npz").images.ravel().tolist() == [2, 2, 2]
 
 
 def test_what_is_no_such_file_is_refused(tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ def test_another_file_than_inception_s_is_refused_before_anything_is_read(tmp_pa
     with pytest.raises(ValueError, match="no file of tensors alone"):
         InceptionSpec(str(file), sha256).create()
     assert not (tmp_path / "canary").exists()
-    with pytest.raises(ValueError, match="at least 8 hexadecimal digits"):
+    with pytest.raises(ValueError, match="sha256 must be 8 to 64 hexadecimal digits"):
         InceptionSpec(str(file), "")
 
 

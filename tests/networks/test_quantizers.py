@@ -113,6 +113,19 @@ def test_dead_codes_restart_from_outputs_of_the_batch():
     assert len(quantizer.nearest(features()).unique()) > 4
 
 
+@pytest.mark.parametrize("restart_below", [0.0, 1e-45, 1e-8, 0.05])
+@pytest.mark.parametrize("decay", [0.0, 0.3, 0.5])
+@pytest.mark.parametrize("mean", [0.3, 1e4])
+def test_codes_that_are_never_used_stay_means_of_features(mean, decay, restart_below):
+    torch.manual_seed(0)
+    quantizer = EMAQuantizerSpec(decay=decay, restart_below=restart_below).create(num_codes=32, code_width=2)
+    for step in range(180):
+        part = mean * (1 + 0.01 * features(batch=1, width=2, seed=step)[..., :1].tanh())  # 3 features for 32 codes
+        output = quantizer(part)
+        quantizer.update([output.tokens], [output.features], seed=0, step=step)
+        assert 0.98 * mean < quantizer.codebook.min() <= quantizer.codebook.max() < 1.02 * mean, step
+
+
 def test_restarts_depend_on_seed_and_step_and_not_on_torchs_generator():
     def codebook(seed, step, torch_seed):
         torch.manual_seed(1)

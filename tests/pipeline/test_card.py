@@ -1,5 +1,6 @@
 """What a folder says of itself stands in its files and in the run's, and nowhere else."""
 
+import ast
 import json
 import re
 import shutil
@@ -8,11 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.card import refresh_card, write_card
 from maskgit_pl.pretrained import fingerprint
+from maskgit_pl.text import printable
 from tests.conftest import save_tiny_pretrained
+from tests.hostile_words import HOSTILE
+from tests.test_text import structure
 
 COMMAND = [
     "maskgit",
@@ -188,3 +193,67 @@ def test_a_folder_outside_of_a_run_has_no_card_to_refresh(tmp_path: Path) -> Non
     save_tiny_pretrained(tmp_path / "alone")
     refresh_card(tmp_path / "alone")
     assert not (tmp_path / "alone" / "README.md").exists()
+
+
+def replaced(tree: object, word: str) -> object:
+    """The tree with a word in the place of every string, and as the name of every figure."""
+    if isinstance(tree, dict):
+        keys = [f"{word} {key}" if "/" in key else key for key in tree]
+        return {key: replaced(value, word) for key, value in zip(keys, tree.values(), strict=True)}
+    if isinstance(tree, list):
+        return [replaced(value, word) for value in tree]
+    return word if isinstance(tree, str) else tree
+
+
+def card_of(folder: Path, facts: dict, word: str) -> tuple[dict, str]:
+    """Metadata and body of the card of a folder whose every word is one."""
+    file = folder / "transformer" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "class_names": [word, f"{word} 2", f"{word} 3"]}))
+    write_card(folder, known={"license": word, "run": replaced(facts, word)}, name=word)
+    card = (folder / "README.md").read_text()
+    front, body = card.removeprefix("---\n").split("\n---\n", 1)
+    parsed = ModelCard(card, ignore_metadata_errors=False)
+    assert parsed.text.strip() == body.strip()
+    assert parsed.data.to_dict() == {key: value for key, value in yaml.safe_load(front).items() if value is not None}
+    return yaml.safe_load(front), body
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    """A folder outside of a run, and what is known of its run."""
+    run = save_run(tmp_path_factory.mktemp("run") / "flowers")
+    folder = save_tiny_pretrained(tmp_path_factory.mktemp("shared"))
+    return folder, write_card(run / "pretrained")["run"]
+
+
+@pytest.mark.parametrize("word", HOSTILE, ids=lambda word: ascii(word[:30]))
+def test_no_word_of_a_stranger_becomes_markup_or_metadata(shared: tuple[Path, dict], word: str) -> None:
+    folder, facts = shared
+    plain_front, plain_body = card_of(folder, facts, "name")
+    front, body = card_of(folder, facts, word)
+    assert front.keys() - {"license"} == plain_front.keys() - {"license"}
+    assert {key: front[key] for key in front if key != "license"} == {
+        key: plain_front[key] for key in plain_front if key != "license"
+    }
+    assert front.get("license") == (printable(word) or None)
+    assert all(line.isprintable() for line in body.split("\n"))
+    if word.strip():
+        assert structure(body) == structure(plain_body)
+    example = re.search(r"```python\n(.*?)\n```\n", body, re.DOTALL)
+    assert example is not None
+    assert ast.dump(ast.parse(example[1])).count("Call(") == 3  # from_pretrained, generate, save
+
+
+@pytest.mark.parametrize(
+    "run",
+    ["x", [], 3, {}, {"name": "x"}, {"name": 3}, {"name": "x", "tokenizer": {}, "transformer": {}}, {"measured": {}}],
+    ids=str,
+)
+def test_facts_of_another_form_are_refused(shared: tuple[Path, dict], run: object) -> None:
+    folder, facts = shared
+    with pytest.raises(ValueError, match=r"config.json: run must be as save_pretrained writes it, got"):
+        write_card(folder, known={"run": run})
+    if isinstance(run, dict):
+        with pytest.raises(ValueError, match=r"config.json: run must be"):
+            write_card(folder, known={"run": {**facts, "measured": {"protocol": 3}, **run}})

@@ -111,3 +111,104 @@ def test_without_pyarrow_the_way_to_install_it_is_named(tars, tmp_path, monkeypa
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ValueError, match=r'pip install "maskgit_pl\[parquet\]"'):
         open_source(tmp_path)
+
+
+def varint(value: int) -> bytes:
+    """Zigzag, seven bits a byte, as Thrift writes integers."""
+    value <<= 1
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def zeros(path, *, dictionary=True, size=2**21):
+    """64 rows whose images are the same zeros: zstd and the dictionary make 300 bytes of them."""
+    table = pa.table({"image": pa.array([bytes(size)] * 64, pa.binary()), "label": [0] * 64})
+    pq.write_table(
+        table,
+        path,
+        compression="zstd",
+        use_dictionary=dictionary,
+        dictionary_pagesize_limit=2**30,
+        data_page_size=2**30,
+    )
+    return path
+
+
+def large_dictionary(path):
+    return zeros(path)
+
+
+def large_page(path):
+    return zeros(path, dictionary=False)
+
+
+def large_page_that_the_footer_denies(path):
+    zeros(path, dictionary=False)
+    size = varint(pq.ParquetFile(path).metadata.row_group(0).column(0).total_uncompressed_size)
+    data = path.read_bytes()
+    start = data.rindex(size)
+    path.write_bytes(data[:start] + bytes([0x80] * (len(size) - 1)) + b"\0" + data[start + len(size) :])
+    assert pq.ParquetFile(path).metadata.row_group(0).column(0).total_uncompressed_size == 0
+    return path
+
+
+def damaged_page_header(path):
+    zeros(path)
+    data = path.read_bytes()
+    path.write_bytes(data[:4] + bytes(8) + data[12:])
+    return path
+
+
+def large_footer(path):
+    path.write_bytes(b"PAR1" + (2**30).to_bytes(4, "little") + b"PAR1")
+    return path
+
+
+def many_rows(path):
+    pq.write_table(pa.table({"image": pa.nulls(2**25 + 1, pa.binary()), "label": pa.nulls(2**25 + 1, pa.int8())}), path)
+    return path
+
+
+def unending(path):
+    path.symlink_to("/dev/zero")
+    return path
+
+
+HOSTILE = {
+    large_dictionary: "row group 0 must have pages of at most 1.05 MB, got 2.1 MB",
+    large_page: "row group 0 must have pages of at most 1.05 MB, got 134 MB",
+    large_page_that_the_footer_denies: "row group 0 must have pages of at most 1.05 MB, got 134 MB",
+    damaged_page_header: "row group 0: damaged page header at byte 4",
+    large_footer: "must have a footer of at most 33.6 MB, got 1.07 GB",
+    unending: "must be a regular file",
+}
+
+
+@pytest.mark.parametrize("make", HOSTILE, ids=lambda make: make.__name__)
+def test_small_files_that_expand_are_refused_in_one_line(make, tars, tmp_path, monkeypatch):
+    monkeypatch.setattr("maskgit_pl.shards.parquet._MAX_PAGE_BYTES", 2**20)
+    path = make(tmp_path / "train.parquet")
+    assert path.is_symlink() or path.stat().st_size < 50_000
+    write(tars, tmp_path / "validation.parquet", 0, 3, struct=False, names=None)
+    with pytest.raises(ValueError, match=f"parquet file .*train.parquet.*{HOSTILE[make]}") as caught:
+        make_shards(open_source(tmp_path), tmp_path / "out")
+    assert "\n" not in str(caught.value)
+
+
+def test_rows_that_repeat_one_large_image_are_read_few_at_a_time(tars, tmp_path, monkeypatch):
+    monkeypatch.setattr("maskgit_pl.shards.parquet._BYTES_AT_ONCE", 2**21)
+    write(tars, tmp_path / "validation.parquet", 0, 3, struct=False, names=None)
+    zeros(tmp_path / "train.parquet")
+    before = pa.total_allocated_bytes()
+    held = [pa.total_allocated_bytes() - before for _ in open_source(tmp_path).samples("train", range(64))]
+    assert len(held) == 64
+    assert max(held) < 16 * 2**20  # 64 of them have 128 MiB
+
+
+def test_more_rows_than_can_be_numbered_are_refused(tmp_path):
+    many_rows(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match="must have at most 33554432 rows, got 33554433"):
+        open_source(tmp_path)

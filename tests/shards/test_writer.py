@@ -1,8 +1,11 @@
 import gzip
+import os
+import shutil
 import subprocess
 import sys
 import tarfile
 import time
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -16,7 +19,7 @@ from maskgit_pl.shards.images import decode_image
 from maskgit_pl.shards.manifest import load_manifest, read_manifest_summary
 from maskgit_pl.shards.reader import ShardReader
 from maskgit_pl.shards.sources import IdxFiles, ImageFolder, open_source
-from maskgit_pl.shards.writer import RECORD, make_shards
+from maskgit_pl.shards.writer import LEFT_OUT, RECORD, make_shards
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:
@@ -239,8 +242,169 @@ def test_bad_sources_are_refused_by_name(idx, tree, tmp_path):
     assert not (tmp_path / ".out.partial").exists()  # nothing of it can be used once the source is mended
     path = idx / "train-labels-idx1-ubyte"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"train labels: 20 bytes expected.*got 19"):
+    with pytest.raises(ValueError, match=r"train-labels-idx1-ubyte must hold the 12 values of \(12,\), got 11"):
         open_source(idx)
     path.unlink()
     with pytest.raises(ValueError, match="no file"):
         open_source(idx)
+
+
+def spoil(tree: Path) -> dict[str, str]:
+    """Puts bad images into a tree; what is to be said of each."""
+    whole = (tree / "cat" / "1.png").read_bytes()
+    bad = {
+        "cat/empty.png": (b"", "is empty"),
+        "cat/text.jpg": (b"hello world", "must be a JPEG, PNG or WebP file, got one that begins with b'hello wo'"),
+        "dog/cut.png": (whole[:60], "is cut off after 60 bytes"),
+        "dog/cut.jpeg": ((tree / "dog" / "2.jpeg").read_bytes()[:-2], "is cut off after"),
+        "cat/-rf \n\x1b[31m\u202e.png": (b"x", "must be a JPEG"),
+        "cat/" + os.fsdecode(b"caf\xe9.png"): (b"x", "must be a JPEG"),
+    }
+    for name, (data, _) in bad.items():
+        (tree / name).write_bytes(data)
+    return {name: f"image {tree}/{repr(name)[1:-1]} {text}" for name, (_, text) in bad.items()}
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])  # 2: processes import torch
+def test_all_bad_images_are_named_at_once_each_on_a_line(tree, tmp_path, workers):
+    said = spoil(tree)
+    with pytest.raises(ValueError, match=f"{len(said)} of 66 images cannot be read") as caught:
+        make_shards(ImageFolder(tree), tmp_path / "out", shard_size=20, workers=workers)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == len(said) + 2
+    for text in said.values():
+        assert any(line.startswith(f"  {text}") for line in lines), text
+    assert lines[-1] == "replace or remove them, or leave them out with --lenient"
+    assert not (tmp_path / "out").exists()
+
+
+def test_lenient_leaves_bad_images_out_and_lists_them_also_after_a_kill(tree, tmp_path):
+    make_shards(ImageFolder(tree, val_fraction=0.3), tmp_path / "good")
+    said = spoil(tree)
+
+    def interrupt(split, count):
+        if split == "val":
+            raise KeyboardInterrupt
+
+    source = ImageFolder(tree, val_fraction=0.3)
+    with pytest.raises(KeyboardInterrupt):
+        make_shards(source, tmp_path / "out", shard_size=7, lenient=True, on_samples=interrupt)
+    counted = Counter()
+    make_shards(
+        source,
+        tmp_path / "out",
+        shard_size=7,
+        lenient=True,
+        on_samples=lambda split, count: counted.update({split: count}),
+    )
+    assert dict(counted) == source.counts
+    listed = (tmp_path / "out" / LEFT_OUT).read_text().splitlines()
+    assert len(listed) == len(said)
+    assert all(any(line.startswith(text) for line in listed) for text in said.values())
+    assert not list((tmp_path / "out").glob(".left-out-*"))
+    good, made = (read_manifest_summary(tmp_path / name) for name in ("good", "out"))
+    assert made.samples == good.samples
+    assert not make_shards(source, tmp_path / "out", shard_size=7)
+
+
+def test_damage_that_only_resizing_meets_is_listed_too(tree, tmp_path):
+    path = tree / "dog" / "noise.jpeg"
+    Image.effect_noise((64, 64), 90).save(path)
+    data = bytearray(path.read_bytes())
+    data[-300:-200] = bytes(100)
+    path.write_bytes(data)
+    assert make_shards(ImageFolder(tree), tmp_path / "as-it-is")
+    with pytest.raises(ValueError, match=r"1 of 61 images cannot be read:\n  image .*noise\.jpeg cannot be decoded: "):
+        make_shards(ImageFolder(tree), tmp_path / "out", size=4)
+    assert make_shards(ImageFolder(tree), tmp_path / "out", size=4, lenient=True)
+
+
+def test_a_split_without_a_readable_image_is_refused(tree, tmp_path):
+    for split, part in (("train", "cat"), ("val", "dog")):
+        (tmp_path / "both" / split).mkdir(parents=True)
+        (tree / part).rename(tmp_path / "both" / split / "thing")
+    for path in (tmp_path / "both" / "val").rglob("*.jpeg"):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"none of the 30 images of val can be read:\n  image .* is empty"):
+        make_shards(ImageFolder(tmp_path / "both"), tmp_path / "out", lenient=True)
+
+
+def test_files_that_are_no_images_of_a_class_are_counted_and_named(tree):
+    for name in (
+        "cat/a.gif",
+        "cat/b.GIF",
+        "dog/c.gif",
+        "dog/d.gif",
+        "dog/Thumbs.db",
+        "cat/README",
+        "loose.png",
+        "x\n.md",
+    ):
+        (tree / name).write_bytes(b"x")
+    os.mkfifo(tree / "dog" / "fifo.png")
+    (tree / "alias").symlink_to(tree / "cat")
+    (tree / ".git").mkdir()
+    (tree / ".git" / "a.png").write_bytes(b"x")
+    source = ImageFolder(tree)
+    assert source.left_out == (
+        "1 .db (dog/Thumbs.db)",
+        "4 .gif (cat/a.gif, cat/b.GIF, dog/c.gif, ...)",
+        "2 outside the class folders (loose.png, x\\n.md)",
+        "1 symbolic links to folders, which are not followed (alias)",
+        "1 that are no regular files (dog/fifo.png)",
+        "1 without an ending (cat/README)",
+    )
+    assert sum(source.counts.values()) == 60
+
+
+def test_a_flat_folder_is_told_how_to_do_without_classes(tree):
+    shutil.rmtree(tree / "cat" / "more")
+    with pytest.raises(ValueError, match=r"one sub-folder per class, got 29 images.*move the images into.*cat/image"):
+        open_source(tree / "cat")
+
+
+def test_a_class_folder_whose_name_is_no_line_of_text_is_refused(tree):
+    (tree / "a\nb").mkdir()
+    with pytest.raises(ValueError, match=r"must have a UTF-8 name on one line, got 'a\\nb'$"):
+        ImageFolder(tree)
+
+
+def idx_header(*shape: int) -> bytes:
+    return bytes((0, 0, 8, len(shape))) + b"".join(size.to_bytes(4, "big") for size in shape)
+
+
+HOSTILE_IDX = {
+    "its header is small": (lambda: idx_header(5, 6, 7) + bytes(2**24), r"the 210 values of \(5, 6, 7\), got more"),
+    "its header is large": (lambda: idx_header(2**31, 6, 7), r"must hold 1 to 1.07 GB, its header says \(2147483648,"),
+    "its header is empty": (lambda: idx_header(5, 0, 7), r"must hold 1 to 1.07 GB, its header says \(5, 0, 7\)"),
+    "it is short": (lambda: idx_header(5, 6, 7) + bytes(9), r"the 210 values of \(5, 6, 7\), got 9"),
+    "it is no header": (lambda: b"\0\0\x0d\3" + bytes(2**24), "must hold bytes in 3 dimensions"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_IDX)
+@pytest.mark.parametrize("packed", [True, False])
+def test_no_more_of_an_idx_file_is_unpacked_than_its_header_says(idx, name, packed):
+    make, text = HOSTILE_IDX[name]
+    for path in idx.glob("t10k-images*"):
+        path.unlink()
+    path = idx / f"t10k-images-idx3-ubyte{'.gz' if packed else ''}"
+    path.write_bytes(gzip.compress(make(), 1) if packed else make())
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=rf"IDX file \S+t10k-images-idx3-ubyte\S* .*{text}") as caught:
+        open_source(idx)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20
+    assert "\n" not in str(caught.value)
+
+
+def test_a_gzip_file_that_is_cut_or_damaged_is_named(idx):
+    path = idx / "t10k-images-idx3-ubyte.gz"
+    data = path.read_bytes()
+    for spoilt in (data[:-9], data[:20] + b"\xff\xff\xff" + data[23:]):
+        path.write_bytes(spoilt)
+        with pytest.raises(
+            ValueError, match=r"IDX file \S+t10k-images-idx3-ubyte.gz (is not a whole gzip file|must hold)"
+        ):
+            open_source(idx)

@@ -134,13 +134,13 @@ def test_a_run_that_ends_within_its_warm_up_is_no_error():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"peak": 0.0}, "learning rate peak: a positive number is needed, got 0.0"),
-        ({"peak": float("inf")}, "learning rate peak: a positive number is needed, got inf"),
-        ({"peak": float("nan")}, "learning rate peak"),
-        ({"warmup_steps": -1}, "learning rate warmup_steps: at least 0 is needed, got -1"),
-        ({"final_fraction": 1.5}, r"learning rate final_fraction: a number in \[0, 1\] is needed, got 1.5"),
-        ({"final_fraction": -0.1}, "learning rate final_fraction"),
-        ({"decay": "linear"}, "learning rate decay: 'constant' or 'cosine' is needed, got 'linear'"),
+        ({"peak": 0.0}, r"learning_rate.peak must be a number in \(0, 10\], got 0.0"),
+        ({"peak": float("inf")}, r"learning_rate.peak must be a finite number in \(0, 10\], got inf"),
+        ({"peak": float("nan")}, "learning_rate.peak"),
+        ({"warmup_steps": -1}, "learning_rate.warmup_steps must be an integer in .*, got -1"),
+        ({"final_fraction": 1.5}, r"learning_rate.final_fraction must be a number in \[0, 1\], got 1.5"),
+        ({"final_fraction": -0.1}, "learning_rate.final_fraction"),
+        ({"decay": "linear"}, "learning_rate.decay must be one of constant, cosine, got 'linear'"),
     ],
     ids=str,
 )

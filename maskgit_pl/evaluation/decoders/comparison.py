@@ -19,6 +19,7 @@ from typing import Any, get_args
 import torch
 from PIL import Image
 from rich.box import SIMPLE
+from rich.markup import escape
 from rich.table import Table
 
 from maskgit_pl.checks import build_dataclass, check_integer, check_keys, check_number, shorten
@@ -29,6 +30,7 @@ from maskgit_pl.files import read_json, write_atomically
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.registry import describe
 from maskgit_pl.selectors import Remasking, token_selectors
+from maskgit_pl.text import markdown, printable
 from maskgit_pl.training.pictures import image_grid
 
 __all__ = [
@@ -103,13 +105,9 @@ def contenders(wanted: Sequence[Spec] | None, own: Spec) -> list[Contender]:
 def every_selector() -> list[tuple[str, Spec]]:
     """Labels and specs of every registered selector that needs no argument, ``remdm`` with each strategy."""
     specs: list[tuple[str, Spec]] = []
-    for name in token_selectors.names():
+    for name in token_selectors.build_all():
         for arguments in _VARIANTS.get(name, [{}]):
             spec: Spec = {"name": name, **arguments} if arguments else name
-            try:
-                token_selectors.build(spec)
-            except TypeError:  # it has an argument without a default
-                continue
             specs.append((" ".join([name, *map(str, arguments.values())]), spec))
     return specs
 
@@ -256,7 +254,7 @@ def as_table(content: Mapping[str, Any]) -> Table:
             for key, (_, factor, digits) in _COLUMNS.items()
         ]
         last = number + 1 == len(rows) or rows[number + 1]["num_steps"] != row["num_steps"]
-        table.add_row(str(row["num_steps"]), row["selector"], *cells, end_section=last)
+        table.add_row(str(row["num_steps"]), escape(printable(row["selector"])), *cells, end_section=last)
     table.add_row("", "real images", *_real_cells(content))
     return table
 
@@ -268,7 +266,7 @@ def as_markdown(content: Mapping[str, Any], *, command: str) -> str:
         content: What ``comparison.json`` holds.
         command: What makes it again.
     """
-    lines = ["# Token selectors", "", f"    {command}", "", *_how(content), ""]
+    lines = ["# Token selectors", "", f"    {printable(command, limit=None)}", "", *_how(content), ""]
     steps = sheet_steps(content["rows"])
     lines += ["![one row a selector, one column a class](selectors.png)", ""]
     lines += [f"`selectors.png`: T = {steps}, a row a selector, a column a class, the same noise in each column.", ""]
@@ -281,6 +279,7 @@ def _how(content: Mapping[str, Any]) -> list[str]:
     """What a reader must know to read the numbers."""
     protocol, real = content["protocol"], content["real"]
     count, floor = protocol["num_images"], real["real_against_real"]
+    schedule, device = markdown(protocol["mask_schedule"]), markdown(protocol["device"])
     return [
         f"{count} images a row, spread evenly over the classes, seed {protocol['seed']}: image i of every row has the",
         "same noise. The judge is the data set's own classifier, which is right on",
@@ -289,15 +288,19 @@ def _how(content: Mapping[str, Any]) -> list[str]:
         f"they compare with one another at {count} images alone. In the last line {floor['images']} real training",
         "images take the place of generated ones. Least distance of each T in bold. A class agreement above that of",
         "real images says that images are more typical than real ones, which low diversity goes with. Mask schedule",
-        f"as trained: {protocol['mask_schedule']}. Decoding of each row, commits and environment: `comparison.json`.",
+        f"as trained: {schedule}. Decoding of each row, commits and environment: `comparison.json`.",
         *_weights(protocol),
-        f"Times are wall clock on one machine ({content['environment']['cpus']} cores, device {protocol['device']}).",
+        f"Times are wall clock on one machine ({content['environment']['cpus']} cores, device {device}).",
     ]
 
 
 def _weights(protocol: Mapping[str, Any]) -> list[str]:
     """Returns the first digits of what was measured and of what judged; files of older versions do not say all."""
-    digests = [f"{name} {protocol[name][:8]}" for name in ("tokenizer", "transformer", "judge") if name in protocol]
+    digests = [
+        f"{name} {markdown(str(protocol[name])[:8])}"
+        for name in ("tokenizer", "transformer", "judge")
+        if name in protocol
+    ]
     return [f"First digits of the weights' sha256: {', '.join(digests)}."] if digests else []
 
 
@@ -309,7 +312,7 @@ def _distance_lines(content: Mapping[str, Any]) -> list[str]:
     for label in dict.fromkeys(row["selector"] for row in rows):
         own = {row["num_steps"]: row for row in rows if row["selector"] == label}
         cells = [_bold(own[number], rows, "fid/classifier") if number in own else "" for number in numbers]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        lines.append(f"| {markdown(label)} | " + " | ".join(cells) + " |")
     cells = [f"{floor['fid/classifier']:.2f}"] * len(numbers)
     return [*lines, f"| real images, {floor['images']} | " + " | ".join(cells) + " |"]
 
@@ -320,7 +323,7 @@ def _lines(content: Mapping[str, Any]) -> list[str]:
     lines.append("|---:|---|" + "---:|" * len(_COLUMNS))
     for row in rows:
         cells = " | ".join(_bold(row, rows, key) for key in _COLUMNS)
-        lines.append(f"| {row['num_steps']} | {row['selector']} | {cells} |")
+        lines.append(f"| {row['num_steps']} | {markdown(row['selector'])} | {cells} |")
     return [*lines, "| | real images | " + " | ".join(_real_cells(content)) + " |"]
 
 

@@ -17,6 +17,7 @@ from maskgit_pl.evaluation.drawing import LineEnd, name_lines, save_figure
 from maskgit_pl.evaluation.protocol import METRICS
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
 from maskgit_pl.selectors import token_selectors
+from maskgit_pl.text import plain_label
 
 __all__ = ["Curves", "Figure8", "draw_curves", "following", "plot_steps", "schedule_curves", "schedule_specs"]
 
@@ -164,7 +165,7 @@ def _finish(axes: Any, figure: Figure8, key: str) -> None:
     name, at, value = figure.best(key)
     axes.plot([at], [value], marker="*", markersize=17, color=_MARKED, markeredgecolor="white", zorder=5)
     axes.annotate(
-        f"best: {name}, T = {at}\n{shown(key, value)}", (at, value), (0, 14 if METRICS[key] else -14),
+        f"best: {plain_label(name)}, T = {at}\n{shown(key, value)}", (at, value), (0, 14 if METRICS[key] else -14),
         textcoords="offset points", color=_MARKED, fontsize=9.5, ha="center",
         va="bottom" if METRICS[key] else "top", zorder=5,
     )  # fmt: skip
@@ -172,7 +173,11 @@ def _finish(axes: Any, figure: Figure8, key: str) -> None:
     axes.minorticks_off()
     axes.set_xlabel("decoding steps T")
     axes.set_ylabel(f"{key} of {figure.num_images} images ({direction(key)})")
-    axes.set_title(f"one model, trained with {figure.trained}, decoded by every mask schedule", fontsize=11, loc="left")
+    axes.set_title(
+        f"one model, trained with {plain_label(figure.trained)}, decoded by every mask schedule",
+        fontsize=11,
+        loc="left",
+    )
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(y=0.14)

@@ -9,6 +9,7 @@ from maskgit_pl.evaluation.decoders.schedule_curves import Figure8
 from maskgit_pl.evaluation.decoders.tuning import Found, Trial, direction, ranked, shown
 from maskgit_pl.evaluation.decodings import describe_decoding, plain
 from maskgit_pl.evaluation.metrics import Distances
+from maskgit_pl.text import code_span, markdown, printable
 
 __all__ = ["as_markdown"]
 
@@ -35,7 +36,14 @@ def as_markdown(
         num_images: Images of a trial.
         figure: Where it was drawn.
     """
-    lines = ["# A way to decode", "", f"    {command}", "", *_how(found, key, floor, accuracy, num_images), ""]
+    lines = [
+        "# A way to decode",
+        "",
+        f"    {printable(command, limit=None)}",
+        "",
+        *_how(found, key, floor, accuracy, num_images),
+        "",
+    ]
     lines += ["## Measured again", "", *_trial_lines(found.confirmed, found.winner, key), "", _verdict(found, key), ""]
     if found.winner.number:
         lines += ["```json", json.dumps(plain(found.winner.decoding), indent=2), "```", ""]
@@ -71,7 +79,7 @@ def _trial_lines(trials: Sequence[Trial], winner: Trial | None, key: str) -> lis
     for trial in trials:
         cells = [shown(name, trial.numbers[name]) for name in columns]
         cells.append(f"{1000 * trial.numbers['seconds_per_image']:.1f}")
-        row = [str(trial.number), describe_decoding(trial.decoding), *cells]
+        row = [str(trial.number), markdown(describe_decoding(trial.decoding)), *cells]
         if winner is not None and trial.number == winner.number:
             row = [f"**{cell}**" for cell in row]
         lines.append("| " + " | ".join(row) + " |")
@@ -87,14 +95,14 @@ def _figure_lines(figure: Figure8, key: str) -> list[str]:
         f"![{key} against the number of steps for each mask schedule](tuning.png)",
         "",
         f"{key} ({direction(key)}) of {figure.num_images} images a point, the same noise for all: one model, trained",
-        f"with `{figure.trained}`, decoded by each schedule with: {figure.decoding}.",
-        f"Best: {name} at T = {at}, {shown(key, value)}.",
+        f"with {code_span(figure.trained)}, decoded by each schedule with: {markdown(figure.decoding)}.",
+        f"Best: {markdown(name)} at T = {at}, {shown(key, value)}.",
         "",
         "| mask schedule | " + " | ".join(f"T = {number}" for number in steps) + " |",
         "|---|" + "---:|" * len(steps),
     ]
     for schedule, line in figure.curves.items():
-        label = f"{schedule} (trained)" if schedule == figure.trained else schedule
+        label = f"{markdown(schedule)} (trained)" if schedule == figure.trained else markdown(schedule)
         cells = [
             f"**{shown(key, line[number][key])}**"
             if (schedule, number) == (name, at)

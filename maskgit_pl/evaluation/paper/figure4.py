@@ -26,6 +26,7 @@ from maskgit_pl.networks.causal import CausalTransformer
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.pretrained import read_config
 from maskgit_pl.schedules import mask_schedules
+from maskgit_pl.text import markdown, plain_label, printable
 from maskgit_pl.training.environment import describe_environment, device_name
 
 if TYPE_CHECKING:
@@ -324,7 +325,8 @@ def _finish(axes: Axes, timings: Sequence[Timing]) -> None:
     first = timings[0]
     axes.set_title("Figure 4: one token after the other, against MaskGIT", fontsize=12, loc="left", pad=36)
     axes.annotate(
-        f"{first.network}; batch 1, {first.dtype}\n{first.device}, torch {first.torch}", (0, 1), (0, 5),
+        f"{plain_label(first.network)}; batch 1, {plain_label(first.dtype)}\n"
+        f"{plain_label(first.device)}, torch {plain_label(first.torch)}", (0, 1), (0, 5),
         xycoords="axes fraction", textcoords="offset points", fontsize=9, color=_INK, va="bottom", linespacing=1.4,
     )  # fmt: skip
     axes.grid(alpha=0.25)
@@ -344,7 +346,7 @@ def as_markdown(timings: Sequence[Timing], command: str) -> str:
     page = [
         "# Figure 4: sequential decoding against MaskGIT",
         "",
-        f"    {command}",
+        f"    {printable(command, limit=None)}",
         "",
         "![time of an image against its number of tokens](figure-4.png)",
         "",
@@ -352,7 +354,8 @@ def as_markdown(timings: Sequence[Timing], command: str) -> str:
             "What an image takes the transformer, batch 1, without guidance and tokenizer: the median of n runs, which",
             "took turns. Both are the same network with random weights, under a causal mask or none; MaskGIT decodes",
             "by the cosine schedule, the most confident tokens first, and computes its first step too.",
-            f"{first.network}, {first.dtype}, on {first.device}, torch {first.torch}.",
+            f"{markdown(first.network)}, {markdown(first.dtype)}, on {markdown(first.device)}, torch",
+            f"{markdown(first.torch)}.",
         ),
         "",
         f"| N | T of MaskGIT | {' | '.join(_METHODS)} | KV cache / MaskGIT | no cache / MaskGIT |",

@@ -11,6 +11,7 @@ import torch
 
 from maskgit_pl.evaluation.drawing import LineEnd, name_lines, save_figure
 from maskgit_pl.evaluation.paper.tables import ScheduleResult
+from maskgit_pl.text import plain_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -86,7 +87,7 @@ def _draw_schedules(axes: Axes, figure: Figure8, colours: Mapping[str, str]) -> 
     progress = torch.linspace(0, 1, _POINTS)
     for result in figure.results:
         ratio = result.mask_schedule(progress, figure.num_tokens).clamp(0, 1)
-        axes.plot(progress, ratio, color=colours[result.schedule], linewidth=1.8, label=result.schedule)
+        axes.plot(progress, ratio, color=colours[result.schedule], linewidth=1.8, label=plain_label(result.schedule))
     axes.set_xlabel("progress r = t / T")
     axes.set_ylabel("mask ratio gamma(r)")
     axes.set_title(f"mask schedules, N = {figure.num_tokens} tokens", fontsize=11, loc="left")
@@ -121,4 +122,6 @@ def _draw_quality(axes: Axes, figure: Figure8, colours: Mapping[str, str]) -> No
     axes.minorticks_off()
     axes.set_xlabel("decoding steps T")
     axes.set_ylabel(f"{figure.metric} of {figure.num_images} images (lower is better)")
-    axes.set_title(f"{figure.dataset}: a model for each schedule, stars at its best T", fontsize=11, loc="left")
+    axes.set_title(
+        f"{plain_label(figure.dataset)}: a model for each schedule, stars at its best T", fontsize=11, loc="left"
+    )

@@ -23,6 +23,7 @@ from maskgit_pl.evaluation.paper.published import (
     PublishedGeneration,
 )
 from maskgit_pl.schedules import MaskSchedule
+from maskgit_pl.text import code_span, markdown, printable
 
 __all__ = [
     "Page",
@@ -119,7 +120,7 @@ def _cell(row: Mapping[str, str], name: str) -> str:
 
 
 def _code(text: str) -> str:
-    return f"`{text}`" if text else ""
+    return code_span(text) if text else ""
 
 
 def _millions(row: Mapping[str, str]) -> str:
@@ -138,9 +139,9 @@ def _provenance(rows: Sequence[Row]) -> list[str]:
     for title, name in (("data", "dataset"), ("data fingerprint", "data"), ("commit", "commit"), ("date", "date"),
                         ("device", "device")):  # fmt: skip
         values = dict.fromkeys(row.get(name, "")[:12] if name == "commit" else row.get(name, "") for row in rows)
-        said.append(f"{title} {', '.join(value for value in values if value)}")
+        said.append(f"{title} {', '.join(markdown(value) for value in values if value)}")
     compared = _named(rows, reference_name, "reference")
-    judges = _named(rows, lambda row: row.get("network", ""), "judge")
+    judges = _named(rows, lambda row: markdown(row.get("network", "")), "judge")
     models = dict.fromkeys(
         f"{_code(row['run'])} tokenizer {digest_text(row, 'tokenizer')}, transformer {digest_text(row, 'transformer')}"
         for row in rows
@@ -162,18 +163,18 @@ def _named(rows: Sequence[Row], name: Callable[[Row], str], digest: str) -> str:
 
 def digest_text(row: Mapping[str, str], name: str) -> str:
     """Returns the first digits of a digest, or that a row of an older version does not say."""
-    return row.get(name, "")[:_SHOWN_DIGITS] or "not recorded"
+    return markdown(row.get(name, "")[:_SHOWN_DIGITS]) or "not recorded"
 
 
 def reference_name(row: Mapping[str, str]) -> str:
     """Returns what the images of a row were compared with: a split, or a file."""
-    return row.get("reference_file") or f"the {row.get('split') or 'val'} split"
+    return markdown(row.get("reference_file") or f"the {row.get('split') or 'val'} split")
 
 
 def _against(rows: Sequence[Row]) -> str:
     """Returns how many real images of what the rows compare with."""
     found = dict.fromkeys(
-        f"{row['real_images']} real ones of {reference_name(row)}"
+        f"{markdown(row['real_images'])} real ones of {reference_name(row)}"
         if row.get("real_images")
         else f"the statistics of {reference_name(row)}"
         for row in rows
@@ -182,7 +183,7 @@ def _against(rows: Sequence[Row]) -> str:
 
 
 def _explain(rows: Sequence[Row]) -> list[str]:
-    counts = ", ".join(dict.fromkeys(row["num_images"] for row in rows))
+    counts = ", ".join(dict.fromkeys(markdown(row["num_images"]) for row in rows))
     return paragraph(
         f"{counts} images of each model, spread evenly over the classes, against {_against(rows)}. The last line of",
         "each table has as many real training images in place of generated ones: what FID",
@@ -200,10 +201,17 @@ def table_1(samples: Sequence[Row], cas: Sequence[Row], *, command: str) -> Page
         cas: Rows of ``cas.csv``.
         command: What makes the page again.
     """
-    lines = ["# Table 1: class-conditional generation", "", f"    {command}", "", *_explain(samples), ""]
+    lines = [
+        "# Table 1: class-conditional generation",
+        "",
+        f"    {printable(command, limit=None)}",
+        "",
+        *_explain(samples),
+        "",
+    ]
     for network in dict.fromkeys(row["network"] for row in samples):
         own = [row for row in samples if row["network"] == network]
-        lines += [f"## In the features of {network}", "", *_generation_lines(own), ""]
+        lines += [f"## In the features of {markdown(network)}", "", *_generation_lines(own), ""]
     if cas:
         lines += ["## Classification accuracy score", "", *_cas_lines(cas), ""]
     lines += [*_provenance(samples), "", "## Published", "", *_published_generation()]
@@ -211,7 +219,7 @@ def table_1(samples: Sequence[Row], cas: Sequence[Row], *, command: str) -> Page
 
 
 def _generation_lines(rows: Sequence[Row]) -> list[str]:
-    network = rows[0]["network"]
+    network = markdown(rows[0]["network"])
     shown = [name for name in NUMBERS if present(rows, name)]
     named = ("fid", "sfid", "kid", "is", "precision", "recall", "density", "coverage")
     headings = [f"{NUMBERS[name][0]} ({network})" if name in named[:4] else NUMBERS[name][0] for name in shown]
@@ -219,8 +227,8 @@ def _generation_lines(rows: Sequence[Row]) -> list[str]:
     return markdown_table(
         ["model", "run", *headings, "parameters", "steps", "ms an image"],
         [
-            [row["model"], _code(row["run"]), *(_cell(row, name) for name in shown),
-             _millions(row), row["num_steps"], _milliseconds(row)]
+            [markdown(row["model"]), _code(row["run"]), *(_cell(row, name) for name in shown),
+             _millions(row), markdown(row["num_steps"]), _milliseconds(row)]
             for row in models
         ],
         left=2,
@@ -230,11 +238,12 @@ def _generation_lines(rows: Sequence[Row]) -> list[str]:
 def _cas_lines(rows: Sequence[Row]) -> list[str]:
     first = rows[0]
     lines = paragraph(
-        f"A {first['classifier']} trained on images of one kind alone ({first['training_images']} of them,",
-        f"{first['training_steps']} steps), tested on the {first['real_images']} real val images.",
+        f"A {markdown(first['classifier'])} trained on images of one kind alone",
+        f"({markdown(first['training_images'])} of them, {markdown(first['training_steps'])} steps), tested on the",
+        f"{markdown(first['real_images'])} real val images.",
     )
     cells = [
-        [f"{row['model']} {_code(row['run'])}".strip(),
+        [f"{markdown(row['model'])} {_code(row['run'])}".strip(),
          *(f"{100 * float(row[name]):.2f}" for name in ("top1", "top5"))] for row in rows
     ]  # fmt: skip
     return [*lines, "", *markdown_table(["trained on images of", "top-1 %", "top-5 %"], cells)]
@@ -263,7 +272,7 @@ def table_2(rows: Sequence[Row], *, command: str) -> Page:
         rows: Rows of ``editing.csv``.
         command: What makes the page again.
     """
-    lines = ["# Table 2: outpainting and inpainting", "", f"    {command}", ""]
+    lines = ["# Table 2: outpainting and inpainting", "", f"    {printable(command, limit=None)}", ""]
     lines += paragraph(
         "Each held-out image is edited once: its class and what stays visible are given, the rest is generated and",
         f"pasted in. The results are measured against {_against(rows)}. `unedited` are the same images as they are,",
@@ -283,8 +292,8 @@ def _editing_lines(rows: Sequence[Row]) -> list[str]:
     return markdown_table(
         ["result", "run", "network", *(NUMBERS[name][0] for name in shown), "images", "steps"],
         [
-            [row["model"], _code(row["run"]), row["network"], *(_cell(row, name) for name in shown),
-             row["num_images"], row["num_steps"]]
+            [markdown(row["model"]), _code(row["run"]), markdown(row["network"]), *(_cell(row, name) for name in shown),
+             markdown(row["num_images"]), markdown(row["num_steps"])]
             for row in rows
         ],
         left=3,
@@ -314,15 +323,15 @@ def table_3(results: Sequence[ScheduleResult], *, command: str) -> Page:
     any_row = next(iter(results[0].fresh.values()))
     rows = [row for result in results for row in result.fresh.values()]
     fids = {result.schedule: float(result.fresh[networks[0]]["fid"]) for result in results}
-    lines = ["# Table 3: mask schedules", "", f"    {command}", ""]
+    lines = ["# Table 3: mask schedules", "", f"    {printable(command, limit=None)}", ""]
     steps = ", ".join(map(str, sorted(results[0].curve)))
     lines += paragraph(
         "Each schedule has a model of its own, trained with it under the same budget and decoded with it, without",
-        f"guidance, at T in {{{steps}}}. The best T is the one of the least fid/{networks[0]}; the numbers beside it",
-        f"are measured again with fresh noise ({any_row['num_images']} images), which took no part in the choice. NLL",
-        "is the mean negative log-likelihood of masked tokens under the schedule's own masks, in nats, as the paper's:",
-        "it falls where fewer tokens are masked, whatever the model knows. The bound is the order-agnostic ELBO in",
-        "bits a token, which means the same for every schedule (lower is better).",
+        f"guidance, at T in {{{steps}}}. The best T is the one of the least fid/{markdown(networks[0])}; the numbers",
+        f"beside it are measured again with fresh noise ({any_row['num_images']} images), which took no part in the",
+        "choice. NLL is the mean negative log-likelihood of masked tokens under the schedule's own masks, in nats, as",
+        "the paper's: it falls where fewer tokens are masked, whatever the model knows. The bound is the",
+        "order-agnostic ELBO in bits a token, which means the same for every schedule (lower is better).",
     )
     lines += ["", *_schedule_lines(results, networks), "", *agreement_with_paper(fids, networks[0]), ""]
     lines += _provenance(rows)
@@ -332,12 +341,12 @@ def table_3(results: Sequence[ScheduleResult], *, command: str) -> Page:
 def _schedule_lines(results: Sequence[ScheduleResult], networks: Sequence[str]) -> list[str]:
     published = {row.schedule: row for row in SCHEDULES}
     scored = [network for network in networks if present([result.fresh[network] for result in results], "is")]
-    headings = ["schedule", "gamma(r)", "best T", *(f"FID ({name})" for name in networks)]
-    headings += [*(f"IS ({name})" for name in scored), "NLL", "bound, bits", "paper: T", "FID", "IS", "NLL"]
+    headings = ["schedule", "gamma(r)", "best T", *(f"FID ({markdown(name)})" for name in networks)]
+    headings += [*(f"IS ({markdown(name)})" for name in scored), "NLL", "bound, bits", "paper: T", "FID", "IS", "NLL"]
     cells = []
     for result in results:
         likelihood, known = result.likelihood, published.get(result.schedule)
-        row = [f"`{result.schedule}`", FORMULAS.get(result.schedule, ""), str(result.best_steps)]
+        row = [code_span(result.schedule), FORMULAS.get(result.schedule, ""), str(result.best_steps)]
         row += [_cell(result.fresh[name], "fid") for name in networks]
         row += [_cell(result.fresh[name], "is") for name in scored]
         row += [_with_error(likelihood, "masked_nll"), _with_error(likelihood, "elbo_bits_per_token")]
@@ -368,7 +377,7 @@ def agreement_with_paper(fids: Mapping[str, float], network: str) -> list[str]:
     agreeing = sum(fids[better] < fids[worse] for better, worse in pairs)
     verdict = "holds here" if ours == theirs else "does not hold here"
     return paragraph(
-        f"**The paper's order {verdict}.** By FID it is {' < '.join(theirs)}; by our fid/{network} it is",
+        f"**The paper's order {verdict}.** By FID it is {' < '.join(theirs)}; by our fid/{markdown(network)} it is",
         f"{' < '.join(f'{name} {fids[name]:.2f}' for name in ours)}. {agreeing} of {len(pairs)} pairs are in the",
         "paper's order (half of them would be by chance). One training and one set of noise a schedule: what is close",
         "is no ranking.",

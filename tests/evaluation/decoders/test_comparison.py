@@ -21,6 +21,8 @@ from maskgit_pl.evaluation.decoders.comparison import (
 )
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.selectors import token_selectors
+from tests.hostile_words import HOSTILE
+from tests.test_text import structure
 
 OWN = {"name": "confidence", "choice_temperature": 9.0}
 PROTOCOL = {"num_images": 12, "seed": 0, "mask_schedule": "Cosine()", "device": "cpu"}
@@ -68,7 +70,7 @@ def test_unknown_selectors_and_the_same_one_twice_are_refused() -> None:
         contenders(["confidnce"], OWN)
     with pytest.raises(ValueError, match="token selector margin: once is enough"):
         contenders(["margin", "halton", "margin"], OWN)
-    with pytest.raises(TypeError, match="eta"):
+    with pytest.raises(ValueError, match="unknown key 'eta'"):
         contenders([{"name": "margin", "eta": 1}], OWN)
 
 
@@ -165,6 +167,19 @@ def test_tables_show_every_row_and_the_least_distance_of_each_t_in_bold(tmp_path
     assert json.loads(read[0]["decoding"])["token_selector"] == "random"
     assert as_table(content).row_count == 5
     Console(file=io.StringIO()).print(as_table(content))
+
+
+@pytest.mark.parametrize("word", [word for word in HOSTILE if word.strip()], ids=lambda word: ascii(word[:30]))
+def test_no_name_of_a_selector_becomes_markup(tmp_path: Path, word: str) -> None:
+    def page(name: str) -> list[str]:
+        content = dict(filled(tmp_path / "comparison.json").content)
+        content["rows"] = [{**row, "selector": name} for row in content["rows"][:1]]
+        Console(file=io.StringIO()).print(as_table(content))
+        text = as_markdown(content, command=name)
+        assert all(line.isprintable() for line in text.split("\n"))
+        return structure(text)
+
+    assert page(word) == page("name")
 
 
 def test_the_sheet_shows_the_number_of_steps_nearest_to_eight() -> None:

@@ -17,6 +17,8 @@ from maskgit_pl.evaluation.paper.tables import (
     table_3,
 )
 from maskgit_pl.schedules import mask_schedules
+from tests.hostile_words import HOSTILE
+from tests.test_text import structure
 
 
 def row(model: str, network: str, **numbers: object) -> dict[str, str]:
@@ -133,3 +135,22 @@ def test_the_formulas_that_are_printed_are_the_schedules(name: str) -> None:
 def test_a_table_has_as_many_cells_everywhere() -> None:
     lines = markdown_table(["a", "b", "c"], [["x", "1", "2"]], left=1)
     assert lines == ["| a | b | c |", "|---|---:|---:|", "| x | 1 | 2 |"]
+
+
+def pages(word: str) -> list[str]:
+    """Every table, with a word in the place of all words of its rows."""
+    words = dict.fromkeys(("model", "run", "network", "commit", "dataset", "data", "split", "date", "device"), word)
+    rows = [{**row("", ""), **words, "fid": "1.5", "task": task} for task in ("outpaint-right", "inpaint-centre")]
+    cas = {**rows[0], "classifier": word, "training_images": "5", "training_steps": "4", "top1": "0.8", "top5": "0.9"}
+    likelihood = {"masked_nll": "3.5", "masked_nll_error": "0.01", "elbo_bits_per_token": "5.25"}
+    found = ScheduleResult(word, word, 8, {8: 1.0}, {word: rows[0]}, likelihood, mask_schedules.build("cosine"))
+    made = table_1(rows, [cas], command=word), table_2(rows, command=word), table_3([found], command=word)
+    return [page.markdown for page in made]
+
+
+@pytest.mark.parametrize("word", [word for word in HOSTILE if word.strip()], ids=lambda word: ascii(word[:30]))
+def test_no_word_of_the_ledger_becomes_markup(word: str) -> None:
+    for page, plain in zip(pages(word), pages("name"), strict=True):
+        of_page, of_plain = ([each for each in structure(text) if each != "code_inline"] for text in (page, plain))
+        assert of_page == of_plain
+        assert all(line.isprintable() for line in page.split("\n"))

@@ -1,0 +1,109 @@
+"""Measures what `context_cache` saves in CPU seconds, in a small trained model and in one of the released size.
+
+    python benchmarks/context_cache.py --run runs/fashion-mnist-cosine
+
+Each round decodes with every value in turn. Printed are the least CPU seconds an image and the median over the rounds
+of the ratio to `context_cache` 1 in the same round, with the share of tokens that stay the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from measuring import markdown_table, processor
+from torch import Tensor
+
+from maskgit_pl.decoding import DecodingConfig, decode_classes
+from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
+from maskgit_pl.pretrained import load_transformer
+from maskgit_pl.schedules import mask_schedules
+from maskgit_pl.training.environment import describe_environment
+
+_VALUES = (1, 2, 4)
+_STEPS = 8
+
+
+def decode(network: MaskedTransformer, *, context_cache: int, batch: int, guidance: float) -> tuple[Tensor, float]:
+    """Decodes a batch, always with the same classes and noise.
+
+    Returns:
+        Tokens (B, N), and the CPU seconds that they took.
+    """
+    config = network.config
+    decoding = DecodingConfig(_STEPS, guidance={"name": "constant", "scale": guidance}, context_cache=context_cache)
+    start = time.process_time()
+    *_, last = decode_classes(
+        network,
+        [seed % config.num_classes for seed in range(batch)],
+        list(range(batch)),
+        decoder=decoding.decoder(mask_schedules.build("cosine")),
+        scales=decoding.scales(),
+        grid=config.grid,
+        mask_token_id=config.mask_token_id,
+        null_label=config.null_label,
+        device=torch.device("cpu"),
+        refresh=decoding.refresh,
+    )
+    return last.tokens, time.process_time() - start
+
+
+def measure(network: MaskedTransformer, *, name: str, batch: int, guidance: float, rounds: int) -> list[dict[str, Any]]:
+    """Rows of one model, one for each value, measured in turn after a round that is not counted."""
+    seconds: dict[int, list[float]] = {value: [] for value in _VALUES}
+    tokens: dict[int, Tensor] = {}
+    for number in range(rounds + 1):
+        for value in _VALUES:
+            tokens[value], spent = decode(network, context_cache=value, batch=batch, guidance=guidance)
+            if number:
+                seconds[value].append(spent)
+    ratios = {value: [own / exact for own, exact in zip(seconds[value], seconds[1], strict=True)] for value in _VALUES}
+    return [
+        {
+            "model": name,
+            "guidance": guidance,
+            "batch": batch,
+            "context_cache": value,
+            "n": rounds,
+            "CPU s an image": f"{min(seconds[value]) / batch:.3g}",
+            "time / exact": f"{median(ratios[value]):.2f}",
+            "same tokens": f"{(tokens[value] == tokens[1]).float().mean():.1%}",
+        }
+        for value in _VALUES
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Reads the flags, measures, prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--run", type=Path, metavar="RUN", help="a trained run (default: the released size alone)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=16, help="images at once of the trained run")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
+    if args.run is not None:
+        network = load_transformer(args.run / "pretrained" / "transformer").network
+        if not isinstance(network, MaskedTransformer):
+            raise ValueError(
+                f"--run {args.run}: a sequential model has no context cache; name one that decodes in parallel"
+            )
+        for guidance in (0.0, 1.0):
+            rows += measure(network, name=args.run.name, batch=args.batch, guidance=guidance, rounds=args.rounds)
+    released = MaskedTransformer(TransformerConfig(1024, 1000, (16, 16))).eval().requires_grad_(False)
+    rows += measure(released, name="released size, random weights", batch=1, guidance=0.0, rounds=args.rounds)
+    print(f"{processor()}, 1 thread, float32, torch {torch.__version__}, {_STEPS} steps")
+    print(markdown_table(rows))
+    if args.json is not None:
+        args.json.write_text(json.dumps({"rows": rows, "environment": describe_environment()}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

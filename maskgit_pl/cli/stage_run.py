@@ -1,0 +1,268 @@
+"""Module, data and Trainer of a stage, built from the values of its recipe."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import MISSING, asdict, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.profilers import PassThroughProfiler
+
+from maskgit_pl.autoregressive import AutoregressiveModel
+from maskgit_pl.checks import build_dataclass
+from maskgit_pl.cli.recipe_schema import Parameter, RunSettings, TrainerSettings, parameters_of
+from maskgit_pl.cli.recipes import Recipe, Stage
+from maskgit_pl.data import ShardData
+from maskgit_pl.data.stream import check_stream
+from maskgit_pl.errors import is_user_error
+from maskgit_pl.mvtm import MaskedTokenModel
+from maskgit_pl.pretrained import fingerprint
+from maskgit_pl.tokenizer import Tokenizer
+from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_complete, settings_of
+from maskgit_pl.training.checkpoints import Checkpoints
+from maskgit_pl.training.faults import UnreadableReport
+from maskgit_pl.training.guards import Guard
+from maskgit_pl.training.logs import RunLogger
+from maskgit_pl.training.pictures import ReconstructionPictures, SamplePictures
+from maskgit_pl.training.progress import ProgressLines
+from maskgit_pl.training.recipe import changes, fixed_settings
+from maskgit_pl.training.strategies import build_strategy, check_accelerator, check_precision, check_strategy
+from maskgit_pl.training.watchdog import Watchdog
+
+__all__ = ["MODULES", "StageRun", "resolve", "written_config"]
+
+log = logging.getLogger(__name__)
+
+MODULES: dict[str, type[LightningModule]] = {
+    "tokenizer": Tokenizer,
+    "transformer": MaskedTokenModel,
+    "autoregressive": AutoregressiveModel,
+}
+"""What each kind of recipe trains."""
+
+
+class StageRun:
+    """A stage of a run: its module and data from a recipe; with ``add_trainer``, its Trainer.
+
+    Args:
+        recipe: Says which stage and which module.
+        tree: All values: the recipe's, and what the data and the tokenizer at hand say.
+        folder: ``runs/RUN/STAGE``.
+
+    Attributes:
+        config: ``tree`` with the default of every key that it leaves out.
+
+    Raises:
+        ValueError: if a value is missing or out of range, or names something unknown. The message names the key.
+    """
+
+    trainer: Trainer
+
+    def __init__(self, recipe: Recipe, tree: Mapping[str, Any], folder: Path) -> None:
+        self.stage: Stage = recipe.stage
+        self.kind = recipe.kind
+        self.folder = folder
+        self.config = resolve(recipe.kind, tree)
+        run = {name: value for name, value in self.config.items() if name not in ("data", "model", "trainer")}
+        self.run = build_dataclass(RunSettings, run, "recipe")
+        self.settings = build_dataclass(TrainerSettings, self.config["trainer"], "trainer")
+        self._set_precision()
+        self.datamodule = ShardData(**_arguments(ShardData, self.config["data"], "data"))
+        module = MODULES[recipe.kind]
+        self.model = module(**_arguments(module, self.config["model"], "model"))
+
+    def _set_precision(self) -> None:
+        """Sets what must be set before anything computes."""
+        if self.run.cpu_threads is not None:
+            torch.set_num_threads(self.run.cpu_threads)
+        torch.set_float32_matmul_precision(self.run.matmul_precision)
+        torch.backends.cudnn.allow_tf32 = self.run.matmul_precision != "highest"  # of convolutions
+
+    def add_trainer(self) -> None:
+        """Builds the Trainer, with our callbacks, checkpoint format and strategies.
+
+        Raises:
+            ValueError: if the run resumes with other settings than it was started with, the stage does not train under
+                the strategy or in the precision, or the devices are not there.
+        """
+        self.fixed = self._fixed_settings()
+        newest = newest_complete(self.folder / "checkpoints")
+        if newest is not None:
+            self._check_resumes(newest)
+        given = self.settings
+        check_accelerator(given.accelerator)
+        check_precision(given.precision)  # as it is written: on a CPU, Lightning reads float16 as bfloat16
+        if self.stage == "tokenizer" and given.gradient_clip_val is not None:
+            raise ValueError("trainer.gradient_clip_val cannot be set for the tokenizer: set model.gradient_clip")
+        ours = {
+            "strategy": build_strategy(given.strategy),
+            "profiler": _NoProfiler(),
+            "logger": RunLogger(self.folder, name="", version=""),
+            "plugins": [FolderCheckpointIO()],
+            "default_root_dir": self.folder,
+            "use_distributed_sampler": False,  # the data module shares the global order out itself
+            "enable_model_summary": False,
+            "max_epochs": -1,
+            "check_val_every_n_epoch": None,
+            "enable_checkpointing": True,
+        }
+        try:
+            trainer = Trainer(**{**asdict(given), **ours}, callbacks=self._our_callbacks())
+        except (MisconfigurationException, ModuleNotFoundError, TypeError, ValueError) as error:
+            if is_user_error(error):
+                raise
+            raise ValueError(_cannot_be_had(given, error)) from error
+        check_strategy(given.strategy, stage=self.stage, ranks=trainer.world_size)
+        # Lightning's handler of SIGTERM talks to other ranks, and each micro-batch begins with a question to the first
+        # one, for which the device is waited for. Signals set a flag here; ranks vote once a step (training.guards).
+        trainer._signal_connector.register_signal_handlers = _nothing  # type: ignore[method-assign]  # its own
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]  # its own
+        self.trainer = trainer
+
+    def _fixed_settings(self) -> dict[str, Any]:
+        data = self.datamodule
+        if data.source == "stream":
+            identity = check_stream(data.stream, data.validation_samples).fingerprint
+        else:
+            identity = data.summary.fingerprint
+        tokenizer = fingerprint(Path(self.config["model"]["tokenizer"])) if self.stage == "transformer" else None
+        return fixed_settings(self.config, data=identity, tokenizer=tokenizer)
+
+    def _check_resumes(self, checkpoint: Path) -> None:
+        """Refuses to resume from a checkpoint with settings that would make it another run."""
+        known = settings_of(checkpoint)
+        if known is None:
+            log.warning("%s: it does not say with which settings it was made; they are not compared", checkpoint)
+            return
+        defaults = fixed_settings(resolve(self.kind, {}), data="", tokenizer="")
+        changed = changes(known, self.fixed, defaults)
+        if changed:
+            raise ValueError(
+                f"run {self.folder} cannot resume from {checkpoint.name} with other settings: {', '.join(changed)}. "
+                "Restore them, or start a new run (--run, make: RUN=), from these weights if you like (--pretrained, "
+                "make: PRETRAINED=)"
+            )
+
+    def _our_callbacks(self) -> list[Callback]:
+        self.checkpoints = Checkpoints(
+            self.folder / "checkpoints",
+            every_n_steps=self.run.checkpoint_every,
+            keep_last=self.run.keep_last,
+            keep_every=self.run.keep_every,
+            settings=self.fixed,
+        )
+        self.watchdog = Watchdog(self.folder, seconds=self.run.hang_seconds)
+        progress: Callback = RichProgressBar() if sys.stdout.isatty() else ProgressLines()
+        pictures: Callback
+        if self.stage == "tokenizer":
+            pictures = ReconstructionPictures(self.folder)
+        else:
+            pictures = SamplePictures(self.folder, class_names=self.datamodule.class_names)
+        guard, unreadable = Guard(self.folder, self.checkpoints), UnreadableReport(self.folder)
+        return [guard, self.watchdog, self.checkpoints, progress, pictures, unreadable]
+
+
+def resolve(kind: str, tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a tree with the default of every key that it leaves out, and with the keys that follow others.
+
+    Args:
+        kind: Of recipe, a key of ``MODULES``.
+        tree: Checked values of a recipe.
+    """
+    groups = {"data": parameters_of(ShardData), "model": parameters_of(MODULES[kind])}
+    config = {name: _resolve_group(known, tree.get(name, {})) for name, known in groups.items()}
+    for name, defaults in (("trainer", TrainerSettings()), (None, RunSettings())):
+        given = tree.get(name, {}) if name else {key: tree[key] for key in asdict(defaults) if key in tree}
+        values = {**asdict(defaults), **given}
+        config |= {name: values} if name else values
+    if "seed" in config["data"]:
+        config["model"]["seed"] = config["data"]["seed"]
+    if kind == "tokenizer":
+        config["model"]["image_size"] = config["data"]["image_size"]
+        config["model"]["network"]["in_channels"] = config["data"]["in_channels"]
+    return config
+
+
+def _resolve_group(known: Mapping[str, Parameter], given: Mapping[str, Any]) -> dict[str, Any]:
+    found = {}
+    for name, parameter in known.items():
+        value = given.get(name, parameter.default)
+        kind = _dataclass_in(parameter.annotation)
+        if value is MISSING and kind is None:
+            continue
+        if kind is not None and value is not None:
+            value = _resolve_group(parameters_of(kind), {} if value is MISSING else value)
+        found[name] = value
+    return found
+
+
+def written_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a resolved tree as config.yaml holds it: a recipe again, without the keys that follow others."""
+    model = {key: value for key, value in config["model"].items() if key not in ("seed", "image_size", "accumulation")}
+    if "in_channels" in model["network"]:
+        model["network"] = {key: value for key, value in model["network"].items() if key != "in_channels"}
+    return {**config, "model": model}
+
+
+def _arguments(kind: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Arguments of a class, its dataclasses built from their mappings.
+
+    Raises:
+        ValueError: One is missing, or a dataclass refuses a value; the key is named.
+    """
+    found = {}
+    for name, parameter in parameters_of(kind).items():
+        if name not in values:
+            raise ValueError(f"{where}.{name} must be set by the recipe")
+        found[name] = _built(values[name], parameter.annotation, f"{where}.{name}")
+    return found
+
+
+def _built(value: Any, annotation: Any, where: str) -> Any:
+    kind = _dataclass_in(annotation)
+    if kind is None or value is None:
+        return tuple(value) if isinstance(value, list) and get_origin(annotation) is tuple else value
+    values = _arguments(kind, value, where)
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _dataclass_in(annotation: Any) -> type[Any] | None:
+    """The dataclass that an annotation names, optional or not."""
+    options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    found = [each for each in options if isinstance(each, type) and is_dataclass(each)]
+    return found[0] if found else None
+
+
+def _cannot_be_had(given: TrainerSettings, error: Exception) -> str:
+    said = " ".join(str(error).split()).rstrip(".")
+    return (
+        f"trainer: accelerator {given.accelerator!r} with devices {given.devices!r} is not available on this machine "
+        f"({said}); choose others with --trainer.accelerator (auto takes what there is) and --trainer.devices, or use "
+        "a machine that has them, with a torch that is built for them"
+    )
+
+
+def _nothing() -> None:
+    pass
+
+
+class _NoProfiler(PassThroughProfiler):
+    """Lightning's own enters a generator at each of some 50 places of a step."""
+
+    _NOTHING = nullcontext()
+
+    def profile(self, action_name: str) -> Any:
+        """A context that does nothing, always the same one."""
+        return self._NOTHING

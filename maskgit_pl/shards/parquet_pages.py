@@ -1,0 +1,90 @@
+"""Page headers of a parquet file, so that a page that expands a thousandfold is refused before pyarrow expands it.
+
+The footer states sizes too, but nothing holds a file to them. A page header is a Thrift struct in the compact protocol;
+of its fields, 2 is the length of the page's content when it is expanded, and 3 its length in the file.
+
+Source: apache/parquet-format, ``parquet.thrift``; apache/thrift, ``thrift-compact-protocol.md``.
+"""
+
+from __future__ import annotations
+
+import os
+
+__all__ = ["largest_page"]
+
+_WINDOW = 2**14  # bytes of a header that are read; statistics in it have at most 8 kB
+_BOOLEANS, _BYTE, _INTEGERS, _DOUBLE, _BINARY, _STRUCT = (1, 2), 3, (4, 5, 6), 7, 8, 12
+_MAX_DEPTH = 4  # of structs in a header
+
+
+def largest_page(descriptor: int, start: int, length: int) -> int:
+    """Returns the largest number of bytes that a page of a column chunk expands to.
+
+    Args:
+        descriptor: Of the open file.
+        start: Offset of the chunk's first page.
+        length: Bytes of the chunk in the file.
+
+    Raises:
+        ValueError: if a header is damaged or a page is longer than the chunk.
+    """
+    place, end, largest = start, start + length, 0
+    while place < end:
+        reader = _Reader(os.pread(descriptor, min(_WINDOW, end - place), place))
+        try:
+            fields = reader.read_struct(_MAX_DEPTH)
+            expanded, stored = fields[2], fields[3]
+        except (IndexError, KeyError) as error:
+            raise ValueError(f"damaged page header at byte {place}") from error
+        place += reader.place + stored
+        if expanded < 0 or stored < 0 or place > end:
+            raise ValueError(f"damaged page of {stored} bytes before byte {place}")
+        largest = max(largest, expanded)
+    return largest
+
+
+class _Reader:
+    """Reads Thrift's compact protocol from the bytes of a header."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.place = 0
+
+    def read_struct(self, depth: int) -> dict[int, int]:
+        """Returns the integer fields of a struct by their numbers and passes over the others."""
+        fields, number = dict[int, int](), 0
+        while (head := self._byte()) != 0:
+            kind = head & 0x0F
+            number = number + (head >> 4) if head >> 4 else _signed(self._varint())
+            if kind in _INTEGERS:
+                fields[number] = _signed(self._varint())
+            else:
+                self._skip(kind, depth)
+        return fields
+
+    def _skip(self, kind: int, depth: int) -> None:
+        if kind == _STRUCT and depth:
+            self.read_struct(depth - 1)
+        elif kind in (_BYTE, _DOUBLE, _BINARY):
+            length = {_BYTE: 1, _DOUBLE: 8}.get(kind) or self._varint()
+            self.place += length
+        elif kind not in _BOOLEANS:
+            raise KeyError(kind)  # no page header has lists or maps
+
+    def _varint(self) -> int:
+        value = 0
+        for shift in range(0, 64, 7):
+            byte = self._byte()
+            value |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                return value
+        raise KeyError("a varint has at most 10 bytes")
+
+    def _byte(self) -> int:
+        byte = self.data[self.place]
+        self.place += 1
+        return byte
+
+
+def _signed(value: int) -> int:
+    return value >> 1 ^ -(value & 1)

@@ -1,0 +1,141 @@
+"""Recipes and flags that try to run code: a generator of them, and a canary that none may wake."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from maskgit_pl.cli.fit import build
+from maskgit_pl.cli.recipes import Layer, Plan, Recipe, read_yaml
+from tests.conftest import flags
+
+TINY = Path(__file__).parents[1] / "tiny"
+CANARY = "canary_module"
+GROUPS = {  # where something that is no plain value could be built
+    "tokenizer": [
+        "trainer", "trainer.callbacks", "trainer.logger", "trainer.strategy", "trainer.accelerator", "trainer.plugins",
+        "trainer.profiler", "trainer.precision", "trainer.devices", "model", "model.network", "model.network.quantizer",
+        "model.learning_rate", "model.perceptual", "model.perceptual.network", "model.adversarial",
+        "model.adversarial.discriminator", "data", "data.stream", "data.path", "config", "seed_everything", "optimizer",
+        "lr_scheduler",
+    ],
+    "transformer": [
+        "trainer", "trainer.callbacks", "trainer.strategy", "trainer.accelerator", "model", "model.network",
+        "model.learning_rate", "model.mask_schedule", "model.decoding", "model.decoding.token_selector",
+        "model.decoding.guidance", "model.decoding.mask_schedule", "model.tokenizer", "data", "data.stream",
+        "data.token_store", "data.stream.urls",
+    ],
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Attack:
+    """A recipe, or a flag in its place.
+
+    Attributes:
+        key: Where it strikes.
+        value: What stands there.
+        as_flag: Whether it comes as ``--key=value``.
+    """
+
+    key: str
+    value: Any
+    as_flag: bool
+
+    def words(self) -> list[str]:
+        text = self.value if isinstance(self.value, str) else json.dumps(self.value)
+        return [f"--{self.key}={text}"] if self.as_flag else []
+
+    def tree(self) -> dict[str, Any]:
+        if self.as_flag:
+            return {}
+        tree: Any = self.value
+        for part in reversed(self.key.split(".")):
+            tree = {part: tree}
+        return tree
+
+
+def payloads(inner: Path) -> Iterator[Any]:
+    """Values that a parser of classes, of nested documents or of files would follow to the canary."""
+    classes = [f"{CANARY}.Callback", "lightning.pytorch.callbacks.LambdaCallback", f"{CANARY}"]
+    specs: list[dict[str, Any]] = [{"class_path": name} for name in classes]
+    specs += [{"class_path": classes[1], "init_args": {"on_fit_start": "os._exit"}}]
+    specs += [{"name": "cosine", "class_path": classes[0]}, {"name": classes[0]}, {"name": {"class_path": classes[0]}}]
+    for spec in specs:
+        nested = [spec, [spec], {"callbacks": spec}, {"strategy": json.dumps(spec)}, {"x": [{"y": spec}]}]
+        for each in nested:
+            yield each
+            yield json.dumps(each)
+            yield json.dumps(json.dumps(each))
+            yield yaml.safe_dump(each)
+    yield from classes
+    yield from (str(inner), f"@{inner}", {"config": str(inner)}, [str(inner)], f"file://{inner}")
+    yield from (f"!!python/name:{CANARY}.wake", f"!!python/object/apply:{CANARY}.wake []", f"__import__('{CANARY}')")
+    yield from (f"${{{CANARY}}}", f"{{{{ {CANARY} }}}}", f"${{env:{CANARY}}}", "&a [*a]", "{<<: {class_path: x}}")
+
+
+def attacks(stage: str, inner: Path) -> Iterator[Attack]:
+    """Each payload at each place, in a file and as a flag."""
+    for key, value, as_flag in itertools.product(GROUPS[stage], payloads(inner), (False, True)):
+        yield Attack(key, value, as_flag)
+
+
+@pytest.fixture
+def awake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], bool]:
+    """Whether a module that only an attack imports was imported, or one of its functions called."""
+    canary = tmp_path / "awake"
+    (tmp_path / f"{CANARY}.py").write_text(
+        f"import pathlib\nimport lightning.pytorch as pl\ndef wake(*a, **k): pathlib.Path({str(canary)!r}).touch()\n"
+        "wake()\nclass Callback(pl.Callback):\n    def __init__(self, *a, **k): wake()\n"
+    )
+    spec = f"class_path: {CANARY}.Callback"
+    (tmp_path / "inner.yaml").write_text(f"callbacks: {{{spec}}}\n{spec}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, CANARY, raising=False)
+    return lambda: canary.exists() or CANARY in sys.modules
+
+
+def refused_or_read(stage: Any, base: Layer, file: Path, words: list[str]) -> Recipe | None:
+    try:
+        return Recipe.of(stage, [base, Layer("recipe", read_yaml(file))], words)
+    except ValueError as error:
+        if len(str(error).splitlines()) != 1:
+            raise AssertionError(f"an answer of one line is wanted, got {error}") from error
+    return None
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
+@pytest.mark.parametrize("every", [47, pytest.param(7, marks=pytest.mark.slow)])
+def test_no_recipe_and_no_flag_runs_code(
+    every: int, stage: Any, tmp_path: Path, awake: Callable[[], bool], tiny_shards: Path, tiny_pretrained: Path
+) -> None:
+    """Every attack is refused in one line, or is data that the run reads as such, and wakes nothing."""
+    tried = taken = 0
+    file = tmp_path / "recipe.yaml"
+    base = Layer("base", read_yaml(TINY.parents[1] / f"recipes/{stage}/base.yaml"))
+    tokenizer = tiny_pretrained / "tokenizer" if stage == "transformer" else None
+    for attack in itertools.islice(attacks(stage, tmp_path / "inner.yaml"), 0, None, every):
+        tried += 1
+        file.write_text(yaml.safe_dump(attack.tree()))
+        recipe = refused_or_read(stage, base, file, attack.words())
+        assert not awake(), attack
+        if recipe is None:
+            continue
+        taken += 1
+        tiny = flags(yaml.safe_load((TINY / f"{stage}.yaml").read_text()))
+        tiny = [word for word in tiny if not attack.key.startswith(word[2:].partition("=")[0])]
+        with suppress(ValueError, OSError):
+            build(Plan(recipe.with_flags(tiny), tiny_shards, tmp_path / "run", tokenizer))
+        assert not awake(), attack
+    print(f"{stage}: {tried} recipes and flags tried, {tried - taken} refused when read, {taken} when built, none ran")
+    assert tried > 1000 // every

@@ -1,0 +1,138 @@
+"""The console script itself: what it answers without a command, to a wrong one, and to what ends a command."""
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from maskgit_pl import __version__
+from maskgit_pl.cli import main, schedules
+
+
+def answer(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr."""
+    try:
+        code = main(words)
+    except SystemExit as stop:  # argparse's own
+        code = int(stop.code or 0)
+    return code, *capsys.readouterr()
+
+
+def test_no_words_print_the_help(capsys):
+    assert answer(capsys) == answer(capsys, "--help")
+
+
+def test_the_version_is_told(capsys):
+    assert answer(capsys, "--version") == (0, f"maskgit_pl {__version__}\n", "")
+
+
+def test_an_unknown_command_is_answered_with_the_nearest_in_one_line(capsys):
+    code, out, error = answer(capsys, "sampel", "runs/x")
+    assert (code, out) == (2, "")
+    assert error.startswith("maskgit: unknown command 'sampel': did you mean 'sample'? commands: data, ")
+    assert len(error.splitlines()) == 1
+
+
+def test_every_command_is_known(capsys):
+    for command in ("table", "figure", "train-classifier", "data"):
+        assert answer(capsys, command, "--help")[0] == 0
+
+
+def test_a_value_that_argparse_drops_is_refused(capsys):
+    assert answer(capsys, "schedules", "--num-steps=--") == (
+        2,
+        "",
+        "maskgit: --num-steps must have a value, got '--'\n",
+    )
+
+
+@pytest.mark.parametrize("words", [("--traceback", "sample", "/nope"), ("sample", "--traceback", "/nope")])
+def test_a_traceback_is_printed_wherever_its_flag_stands(capsys, words):
+    code, _, error = answer(capsys, *words)
+    assert code == 2
+    assert error.startswith("Traceback")
+    assert error.splitlines()[-1].startswith("maskgit sample: run /nope: no such folder")
+
+
+def exits(code: str) -> object:
+    """A function of a package named ``plugin``."""
+    space = {"__name__": "plugin.module"}
+    exec(code, space)
+    return space["run"]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import sys\ndef run(args): sys.exit(0)",
+        "import sys\ndef run(args): sys.exit('gone')",
+        "import argparse\ndef run(args): argparse.ArgumentParser().parse_args(['--help'])",
+        "def run(args): raise SystemExit",
+    ],
+)
+def test_a_plug_in_cannot_end_a_command_in_silence(capsys, monkeypatch, code):
+    monkeypatch.setattr(schedules, "run", exits(code))
+    code, _, error = answer(capsys, "schedules")
+    assert code == 70
+    assert "was called by plugin, which may not end a command" in error
+
+
+@pytest.mark.parametrize(
+    "error", [TypeError("list indices must be integers"), KeyError("key"), ValueError("of a library")]
+)
+def test_a_fault_of_ours_is_no_bad_input(capsys, monkeypatch, error):
+    def run(args: argparse.Namespace) -> int:
+        raise error
+
+    monkeypatch.setattr(schedules, "run", run)
+    code, _, text = answer(capsys, "schedules")
+    assert code == 70
+    assert text.startswith("Traceback")
+    assert "maskgit schedules: " in text.splitlines()[-1]
+    assert "fault of maskgit_pl" in text.splitlines()[-1]
+
+
+def test_ctrl_c_ends_a_command_with_one_line_and_130(capsys, monkeypatch):
+    def run(args: argparse.Namespace) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(schedules, "run", run)
+    assert answer(capsys, "schedules") == (130, "", "maskgit schedules: interrupted\n")
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_data_make_and_its_workers_with_one_line(tmp_path: Path):
+    make_images(tmp_path / "images")
+    words = ("data", "make", tmp_path / "images", "--out", tmp_path / "made", "--workers", "2", "--shard-size", "50")
+    with subprocess.Popen(
+        [sys.executable, "-m", "maskgit_pl", *map(str, words)],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        wait_for(lambda: list((tmp_path / ".made.partial").glob("*")))
+        subprocess.run(["kill", "-INT", "--", f"-{process.pid}"], check=True)
+        assert process.communicate()[1] == "maskgit data: interrupted\n"
+    assert process.returncode == 130
+    assert not (tmp_path / "made").exists()
+
+
+def make_images(folder: Path) -> None:
+    """Two classes of images, many of them."""
+    from PIL import Image
+
+    for name in ("a", "b"):
+        (folder / name).mkdir(parents=True)
+        for number in range(2000):
+            Image.new("L", (8, 8), number % 256).save(folder / name / f"{number}.png")
+
+
+def wait_for(found, seconds: float = 60.0) -> None:
+    """Until something is there."""
+    begun = time.monotonic()
+    while not found():
+        assert time.monotonic() - begun < seconds
+        time.sleep(0.02)

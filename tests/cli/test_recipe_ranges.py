@@ -1,0 +1,107 @@
+"""Numbers of a recipe that make no sense are refused by name, whatever key they stand under."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from maskgit_pl.cli.fit import resolved_tree
+from maskgit_pl.cli.recipe_schema import load_schema
+from maskgit_pl.cli.recipes import Plan, Recipe
+from maskgit_pl.cli.stage_run import StageRun
+from maskgit_pl.schema import fits
+
+TINY = Path(__file__).parents[1] / "tiny"
+RECIPES = TINY.parents[1] / "recipes"
+# Every number key, and the values of HOSTILE that it takes with a meaning.
+HOSTILE = [-1, 0, -0.5, 1.5, 2**40, 2**70, 1e300, -1e300]
+ANY_COUNT = {0, 2**40}  # steps and the like: a number that is never reached
+STEPS = {2**40}
+TAKEN: dict[str, set[float]] = {
+    "data.seed": {0},
+    "data.num_workers": {0},
+    "data.unreadable_budget": {0},
+    "data.stream.shuffle_buffer": ANY_COUNT,
+    "trainer.max_steps": {-1, 0, 2**40},  # -1 is Lightning's for none; a run must have one
+    "trainer.devices": {-1, 0},
+    "trainer.limit_val_batches": ANY_COUNT,
+    "trainer.num_sanity_val_steps": {-1, 0, 2**40},
+    "trainer.val_check_interval": STEPS,
+    "trainer.log_every_n_steps": STEPS,
+    "trainer.gradient_clip_val": {1.5, 2**40, 2**70, 1e300},
+    "model.gradient_clip": {1.5, 2**40, 2**70, 1e300},
+    "model.learning_rate.peak": {1.5},
+    "model.learning_rate.warmup_steps": ANY_COUNT,
+    "model.learning_rate.final_fraction": {0},
+    "model.weight_decay": {0, 1.5},
+    "model.ema_decay": {0},
+    "model.label_smoothing": {0},
+    "model.flip_probability": {0},
+    "model.min_mask_ratio": {0},
+    "checkpoint_every": STEPS,
+    "keep_every": STEPS,
+    "hang_seconds": {1.5},
+}
+
+
+def number_keys(schema: dict[str, Any], path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    for key, each in schema.get("properties", {}).items():
+        where = f"{path}.{key}" if path else key
+        if any("properties" in option for option in each.get("anyOf", ())):
+            continue  # an optional group: its numbers are the dataclass's own tests
+        if "properties" in each:
+            yield from number_keys(each, where)
+        elif fits(1, each) and each:
+            yield where, each
+
+
+KEYS = {
+    (stage, key): schema
+    for stage in ("tokenizer", "transformer")
+    for key, schema in number_keys(load_schema(stage))  # type: ignore[arg-type]  # a stage is a kind
+    if key not in ("model.seed", "model.image_size", "model.accumulation", "model.network.in_channels")
+}
+OWN = [(stage, key) for stage, key in KEYS if key in TAKEN]
+
+
+def read(stage: Any, word: str) -> Recipe:
+    files = [RECIPES / stage / "base.yaml", TINY / f"{stage}.yaml"]
+    return Recipe.read(stage, files, [word])
+
+
+def built(stage: Any, word: str, shards: Path, folder: Path, tokenizer: Path | None) -> StageRun:
+    plan = Plan(read(stage, word), shards, folder, tokenizer)
+    return StageRun(plan.recipe, resolved_tree(plan), folder)
+
+
+@pytest.mark.parametrize(("stage", "key"), OWN)
+def test_a_number_without_a_meaning_is_refused_by_its_key(
+    stage: Any, key: str, tiny_shards: Path, tiny_pretrained: Path, tmp_path: Path
+) -> None:
+    tokenizer = tiny_pretrained / "tokenizer" if stage == "transformer" else None
+    for value in HOSTILE:
+        if value in TAKEN[key] or not fits(value, KEYS[stage, key]):
+            continue
+        with pytest.raises(ValueError, match=key.rpartition(".")[2]) as caught:
+            built(stage, f"--{key}={json.dumps(value)}", tiny_shards, tmp_path, tokenizer)
+        assert "\n" not in str(caught.value)
+
+
+def test_every_number_of_a_recipe_is_in_the_table_or_checked_where_it_is_built() -> None:
+    """A new key of the modules or the Trainer must say which numbers it takes."""
+    elsewhere = ("model.network.", "model.decoding.", "data.")
+    missing = {key for _, key in KEYS if key not in TAKEN and not key.startswith(elsewhere)}
+    assert missing == {"trainer.num_nodes", "keep_last", "cpu_threads"}
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "1e999"])
+def test_no_number_of_a_recipe_is_non_finite(stage: Any, value: str) -> None:
+    for each, key in KEYS:
+        if each == stage and not fits("word", KEYS[each, key]):
+            with pytest.raises(ValueError, match="must be"):
+                read(stage, f"--{key}={value}")

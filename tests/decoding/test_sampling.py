@@ -1,0 +1,51 @@
+"""How codes are drawn from logits, by hand."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from maskgit_pl.decoding.sampling import CodeSampling
+
+
+class Recording:
+    """Noise that remembers the logits that codes are drawn from."""
+
+    def draw(self, logits: Tensor, positions: Tensor, step: int) -> Tensor:
+        self.logits = logits
+        return logits.argmax(-1)
+
+    def gumbel(self, positions: Tensor, step: int) -> Tensor:
+        return torch.zeros(positions.shape)
+
+
+def drawn_from(sampling: CodeSampling, probabilities: list[float], **options: float) -> Tensor:
+    """The probabilities (K,) that a code is drawn from."""
+    noise, logits = Recording(), torch.tensor([[probabilities]]).log()
+    sampling.draw(logits, noise, torch.zeros(1, 1, dtype=torch.int64), step=0, **{"position": 0.0, **options})
+    return noise.logits.softmax(-1)[0, 0]
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"),
+    [(1e-6, 1), (0.4999, 1), (0.5, 1), (0.5001, 2), (0.75, 2), (0.7501, 3), (0.875, 3), (0.8751, 4), (1.0, 4)],
+)
+def test_top_p_keeps_the_fewest_codes_whose_probabilities_sum_to_it(top_p: float, kept: int) -> None:
+    probabilities = drawn_from(CodeSampling(top_p=top_p), [0.125, 0.5, 0.125, 0.25])  # exact in float32
+    assert int((probabilities > 0).sum()) == kept
+    assert probabilities.argmax() == 1
+
+
+def test_the_temperature_comes_before_top_p() -> None:
+    given = [0.6, 0.3, 0.1]
+    assert (drawn_from(CodeSampling(top_p=0.55), given) > 0).tolist() == [True, False, False]
+    # The square roots, of a temperature of 2, are in the ratio 0.473 : 0.334 : 0.193: one code has less than 0.55.
+    made = drawn_from(CodeSampling(2.0, top_p=0.55), given)
+    torch.testing.assert_close(made, torch.tensor([0.5858, 0.4142, 0.0]), atol=1e-4, rtol=0)
+    sharpened = drawn_from(CodeSampling(2.0, top_p=0.55), given, sharpness=2.0)  # takes the temperature back
+    assert sharpened.tolist() == [1.0, 0.0, 0.0]
+
+
+def test_the_temperature_goes_linearly_from_the_first_to_the_last_step() -> None:
+    for position, temperature in ((0.0, 2.0), (0.5, 1.25), (1.0, 0.5)):
+        made = drawn_from(CodeSampling((2.0, 0.5)), [0.8, 0.2], position=position)
+        assert made[0] / made[1] == pytest.approx(4 ** (1 / temperature), rel=1e-5)

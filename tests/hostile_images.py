@@ -1,0 +1,165 @@
+"""Files that are small on the disk and cost whoever opens them without care much memory or time; one maker each."""
+
+import io
+import os
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+from PIL import Image
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def png(width: int, height: int, pixels: bytes, *, depth: int = 8, colour: int = 2, **chunks: bytes) -> bytes:
+    """A PNG by hand: what its header says and what its pixels are need not agree."""
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    return PNG + b"".join(
+        chunk(name.encode(), content)
+        for name, content in {"IHDR": header, **chunks, "IDAT": pixels, "IEND": b""}.items()
+    )
+
+
+def chunk(name: bytes, content: bytes) -> bytes:
+    """A chunk of a PNG, with its checksum."""
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def zeros(count: int) -> bytes:
+    """So many zero bytes, compressed a piece at a time."""
+    packer = zlib.compressobj(1)
+    pieces = [packer.compress(bytes(min(2**20, count - done))) for done in range(0, count, 2**20)]
+    return b"".join(pieces) + packer.flush()
+
+
+def saved(kind: str, *, frames: int = 1, size: tuple[int, int] = (8, 8), **options) -> bytes:
+    """What Pillow writes."""
+    pictures = [Image.new("RGB", size, (number % 256, 9, 9)) for number in range(frames)]
+    buffer = io.BytesIO()
+    pictures[0].save(
+        buffer, kind, **({"save_all": True, "append_images": pictures[1:]} if frames > 1 else {}), **options
+    )
+    return buffer.getvalue()
+
+
+def segment(marker: int, content: bytes) -> bytes:
+    """A segment of a JPEG."""
+    return bytes((0xFF, marker)) + struct.pack(">H", 2 + len(content)) + content
+
+
+def many_scans(side: int, scans: int) -> bytes:
+    """A correct progressive JPEG, grey, with one scan for each bit of each coefficient, up to ``scans``.
+
+    Every code word is one bit: the only DC symbol is "no difference", the only AC symbol "32,767 blocks of zeros".
+    """
+    blocks = (-(-side // 8)) ** 2
+    header = b"\xff\xd8" + segment(0xDB, b"\0" + bytes([1]) * 64)
+    header += segment(0xC2, struct.pack(">BHHB", 8, side, side, 1) + bytes((1, 0x11, 0)))
+    one_code = bytes((1, *[0] * 15))
+    header += segment(0xC4, b"\x00" + one_code + b"\x00") + segment(0xC4, b"\x10" + one_code + b"\xe0")
+    out = [header, segment(0xDA, bytes((1, 1, 0x00, 0, 0, 0x00))), bytes(-(-blocks // 8))]
+    runs = -(-blocks // 32767)
+    bits = ("0" + "1" * 14) * (runs - 1) + "0" * 15  # the last run may be longer than what is left
+    data = bytes(int(bits[place : place + 8].ljust(8, "1"), 2) for place in range(0, len(bits), 8))
+    data = data.replace(b"\xff", b"\xff\x00")
+    made = 1
+    for low in range(13, -1, -1):
+        for place in range(1, 64):
+            if made < scans:
+                approximation = (0 if low == 13 else low + 1) << 4 | low
+                out += [segment(0xDA, bytes((1, 1, 0x00, place, place, approximation))), data]
+                made += 1
+    return b"".join(out) + b"\xff\xd9"
+
+
+def large_jpeg() -> bytes:
+    """A JPEG whose header says 65,000 x 65,000."""
+    data = bytearray(saved("JPEG", progressive=True))
+    place = data.index(b"\xff\xc2") + 5
+    data[place : place + 4] = struct.pack(">HH", 65000, 65000)
+    return bytes(data)
+
+
+def large_webp() -> bytes:
+    """A WebP whose header says 16,383 x 16,383: 14 bits each, 10 bytes into the VP8 chunk."""
+    data = bytearray(saved("WEBP"))
+    place = data.index(b"VP8 ") + 14
+    data[place : place + 4] = struct.pack("<HH", 16383, 16383)
+    return bytes(data)
+
+
+def many_chunks(name: bytes, count: int) -> bytes:
+    """A PNG with so many empty chunks before its pixels."""
+    data = png(8, 8, zeros(200))
+    return data[:33] + chunk(name, b"") * count + data[33:]
+
+
+def many_segments(marker: int, content: bytes, count: int) -> bytes:
+    """A JPEG with so many segments before its pixels."""
+    return b"\xff\xd8" + segment(marker, content) * count + saved("JPEG")[2:]
+
+
+# What is made, the reason for which it is counted, and what is said of it. All are refused before a pixel is decoded.
+REFUSED: dict[str, tuple[Callable[[], bytes], str, str]] = {
+    "empty.jpg": (lambda: b"", "empty", "is empty"),
+    "page.jpg": (lambda: b"<html>404 Not Found</html>", "not an image", "one that begins with b'<html>40'"),
+    "drawing.jpg": (lambda: b'<?xml version="1.0"?><svg width="9"/>', "not an image", "must be a JPEG, PNG or WebP"),
+    "still.gif": (lambda: saved("GIF"), "not an image", "must be a JPEG, PNG or WebP file"),
+    "animated.gif": (lambda: saved("GIF", frames=2), "not an image", "must be a JPEG, PNG or WebP file"),
+    "photo.bmp": (lambda: saved("BMP"), "not an image", "must be a JPEG, PNG or WebP file"),
+    "animated.png": (lambda: saved("PNG", frames=300), "animated", "must be a still image, got 300 frames"),
+    "animated.webp": (lambda: saved("WEBP", frames=300), "animated", "must be a still image, got"),
+    "large.jpg": (large_jpeg, "too large", "must have at most 64000000 pixels, got"),
+    "large.png": (
+        lambda: png(9000, 9000, zeros(9000 * 9001), colour=0), "too large", "64000000 pixels, got 9000 x 9000"
+    ),
+    "large.webp": (large_webp, "too large", "must have at most 64000000 pixels, got 268402689"),
+    "scans.jpg": (lambda: many_scans(4000, 800), "too large", "must have at most 100 JPEG scans"),
+    "segments.jpg": (lambda: many_segments(0xEF, b"", 10**5), "damaged", "no pixels after 2000 segments"),
+    "exif.jpg": (
+        lambda: many_segments(0xE1, b"Exif\0\0" + bytes(2**16 - 10), 600), "too large", "33.6 MB before its pixels"
+    ),
+    "filler.jpg": (
+        lambda: b"\xff\xd8" + b"\xff" * 2 * 10**6 + saved("JPEG")[2:], "damaged", "over 1000 bytes between its segments"
+    ),
+    "chunks.png": (lambda: many_chunks(b"IDAT", 120_000), "too large", "must have at most 100000 PNG chunks"),
+    "texts.png": (lambda: many_chunks(b"tEXt", 300), "too large", "and 256 without pixels"),
+    "signature.png": (lambda: PNG, "damaged", "its header cannot be read"),
+    "two-bytes.jpg": (lambda: b"\xff\xd8\xff", "damaged", "no pixels after 0 segments"),
+}  # fmt: skip
+
+
+def write_refused(folder: Path, name: str) -> Path:
+    """A file of the table."""
+    path = folder / name
+    path.write_bytes(REFUSED[name][0]())
+    return path
+
+
+def sparse(folder: Path) -> Path:
+    """The first bytes of a PNG, and 2 GB that take no room on the disk."""
+    path = folder / "sparse.png"
+    path.write_bytes(saved("PNG"))
+    os.truncate(path, 2 * 10**9)
+    return path
+
+
+def fifo(folder: Path) -> Path:
+    """What waits for ever for whoever opens it."""
+    os.mkfifo(folder / "fifo.png")
+    return folder / "fifo.png"
+
+
+def endless(folder: Path) -> Path:
+    """A link to a device without an end."""
+    (folder / "endless.png").symlink_to("/dev/zero")
+    return folder / "endless.png"
+
+
+# Refused before they are read.
+SPECIAL = {
+    sparse: "must have at most 268 MB, got 2 GB",
+    fifo: "must be a regular file",
+    endless: "must be a regular file",
+}

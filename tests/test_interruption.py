@@ -1,0 +1,73 @@
+"""Signals to a process that listens, as it runs and as it waits for something that does not come."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+LISTEN = """
+import os, sys, time
+from maskgit_pl import interruption
+with interruption.listening():
+    own = os.getpid()
+    child = os.fork()  # as a process that loads data
+    if child == 0:
+        while os.getppid() == own:
+            time.sleep(0.02)
+        os._exit(0)
+    print("listens", flush=True)
+    if sys.argv[1] == "blocked":
+        os.waitpid(child, 0)  # taken up again after each signal
+    while not interruption.is_requested():
+        time.sleep(0.01)
+    time.sleep(float(sys.argv[2]))
+sys.exit(75)
+"""
+
+
+def send(*times: float, state: str = "runs", saving: float = 0.0) -> tuple[int, list[str]]:
+    """Ctrl-C to the whole group, so many times after pauses; exit code and lines of stderr."""
+    with subprocess.Popen(
+        [sys.executable, "-c", LISTEN, state, str(saving)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "listens\n"
+        for pause in times:
+            time.sleep(pause)
+            subprocess.run(["kill", "-INT", "--", f"-{process.pid}"], check=True)
+        _, error = process.communicate()
+    return process.returncode, [line for line in error.splitlines() if line]
+
+
+FIRST = "stopping after this step, and saving; Ctrl-C again stops at once, with exit code 130"
+SECOND = "stopped at once; the same command resumes from the last checkpoint"
+
+
+def test_one_ctrl_c_sets_the_flag_also_if_workers_get_it_too():
+    assert send(0) == (75, [FIRST])
+
+
+@pytest.mark.parametrize("state", ["runs", "blocked"])
+def test_a_second_ctrl_c_ends_at_once_with_130(state):
+    begun = time.monotonic()
+    assert send(0, 0.2, state=state, saving=2.5) == (130, [FIRST, SECOND])
+    assert time.monotonic() - begun < 2.5
+
+
+def test_after_listening_ctrl_c_means_what_it_meant_before():
+    code = """
+import os, signal, sys
+from maskgit_pl import interruption
+with interruption.listening():
+    pass
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except KeyboardInterrupt:
+    sys.exit(3)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 3

@@ -1,0 +1,140 @@
+"""The README's commands, in order: each is one that the parsers take, and what needs no hours is run as it stands."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from maskgit_pl.cli import build_parser
+from maskgit_pl.cli.recipes import Recipe, recipe_files
+from tests.test_readme import README, ROOT, save_small_model
+
+# Commands that are not run here: the files that they read are not in the repository, or they take longer than a test.
+PARSED_ONLY = {
+    "import-jax": "reads weights that others released",
+    "import-taming": "reads weights that others released",
+    "table": "measures whole runs",
+    "tune": "measures whole runs",
+    "compare": "measures whole runs",
+    "evaluate": "measures whole runs",
+    "ablation": "trains seven models",
+    "train": "trains",
+    "tokenize": "comes before training",
+    "slurm": "needs a cluster",
+    "doctor": "has its own tests",
+    "data": "reads a data set",
+    "train-classifier": "trains",
+}
+OTHER_DATA = ("pretrained/imagenet256", "data/shards/mine", "runs/RUN")
+MAKE_ONLY = ("demo", "test", "benchmark", "help", "test-slurm")
+
+
+def blocks() -> list[str]:
+    """Indented shell blocks, their continued lines joined."""
+    text = README.replace("\\\n", " ")
+    return [line[4:] for line in text.splitlines() if re.match(r"    (make|\.venv/bin/maskgit) ", line)]
+
+
+def words(line: str) -> list[str]:
+    return shlex.split(line, comments=True)
+
+
+def maskgit_commands(line: str) -> list[list[str]]:
+    """The ``maskgit`` commands of a line, those that ``make`` would run included."""
+    own = words(line)
+    if own[0] != "make":
+        return [own[1:]]
+    if own[1] in MAKE_ONLY:
+        return []
+    shown = subprocess.run(
+        ["make", "--no-print-directory", "-n", *own[1:]], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.replace("\\\n", " ")
+    found = [words(each) for each in shown.splitlines() if "/bin/maskgit " in each]
+    return [each[1:] for each in found if each[0].endswith("bin/maskgit")]
+
+
+def test_the_readme_has_commands() -> None:
+    assert len(blocks()) > 25
+
+
+@pytest.mark.parametrize("line", blocks())
+def test_a_command_of_the_readme_is_one_that_there_is(line: str) -> None:
+    parser = build_parser()
+    if line.startswith("make"):
+        target = words(line)[1]
+        assert re.search(rf"^{re.escape(target)}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
+    for command in maskgit_commands(line):
+        args, rest = parser.parse_known_args(command)
+        assert not rest or getattr(args, "takes_overrides", False), rest
+        if rest and args.command in ("train", "tokenize"):
+            files = recipe_files(args.stage, dataset=args.dataset, names=args.recipe.split(), cluster=args.cluster)
+            Recipe.read(args.stage, files, rest)
+
+
+@pytest.mark.slow
+def test_what_takes_seconds_is_run_in_order(tmp_path: Path) -> None:
+    """In a folder that has a small model in the place of the demo's run; the Python blocks run where they stand."""
+    save_small_model(tmp_path / "runs/fashion-mnist-cosine/pretrained")
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    program = tmp_path / ".venv/bin/maskgit"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m maskgit_pl "$@"\n')
+    program.chmod(0o755)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ran = 0
+    pattern = r"```python\n(.*?)```|^    ((?:make|\.venv/bin/maskgit) [^\n]*)$"
+    python: list[str] = []
+    for found in re.finditer(pattern, README.replace("\\\n", " "), re.DOTALL | re.MULTILINE):
+        block, line = found.groups()
+        if block is not None:
+            if "pipe" not in block:
+                continue
+            python.append(block)
+            command = [
+                sys.executable,
+                "-c",
+                "\n".join(python),
+            ]  # later blocks know earlier names
+        else:
+            if any(each in line for each in OTHER_DATA) or "--num-images 50000" in line:
+                continue
+            commands = maskgit_commands(line)
+            if not commands or any(each[0] in PARSED_ONLY for each in commands):
+                continue
+            (own,) = commands
+            command = [str(program), *own]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{line or block}\n{done.stdout}{done.stderr}"
+        ran += 1
+    assert ran >= 9
+    for made in ("sneaker.png", "others.png", "boot.png", "boot.gif", "wide.png", "bags.png", "schedules.png"):
+        assert (tmp_path / made).is_file(), made
+
+
+@pytest.mark.slow
+def test_the_plug_in_of_the_readme_installs_as_printed(tmp_path: Path) -> None:
+    """Built and installed with pip into a folder of its own, without the network, and known by name at once."""
+    code = re.search(r"```python\n# sine_schedule\.py\n(.*?)```", README, re.DOTALL)
+    project = re.search(r"```toml\n# pyproject\.toml\n(.*?)```", README, re.DOTALL)
+    assert code is not None
+    assert project is not None
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "sine_schedule.py").write_text(code[1])
+    (package / "pyproject.toml").write_text(project[1])
+    target = tmp_path / "site"
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(package)]
+    done = subprocess.run(install, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(target)])}
+    ask = [sys.executable, "-m", "maskgit_pl", "schedules", "--schedule", "sine"]
+    told = subprocess.run(ask, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert told.returncode == 0, told.stderr
+    assert "sine" in told.stdout
+    shutil.rmtree(target)
