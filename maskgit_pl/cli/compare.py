@@ -131,7 +131,7 @@ def _compare(
         judge = ready(folders, pipe, data, bars, num_images=len(protocol.labels(data.num_classes)))
         rows = Rows(
             out / "comparison.json",
-            plain_protocol(folders, pipe, data, batch_size=protocol.batch_size)
+            plain_protocol(folders, pipe, data, judge, batch_size=protocol.batch_size)
             | {"num_images": len(protocol.labels(data.num_classes)), "seed": protocol.seed},
             {"real": _real(judge), "environment": describe_environment()},
         )

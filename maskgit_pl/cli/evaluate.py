@@ -10,8 +10,12 @@ from typing import TYPE_CHECKING, Any
 from maskgit_pl.cli.bulk import device_of_rank
 from maskgit_pl.cli.measuring import (
     RunFolders,
+    add_cas_arguments,
     add_feature_arguments,
     add_run_arguments,
+    add_worker_argument,
+    cas_config,
+    check_cas_arguments,
     feature_specs,
     find_run,
     open_data,
@@ -59,8 +63,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--likelihood-samples", type=int, default=2000, metavar="N",
                         help="real images whose likelihood is measured (default: 2000)")  # fmt: skip
     parser.add_argument("--cas", action="store_true", help="also measure the classification accuracy score")
-    parser.add_argument("--cas-model", metavar="NAME", help="its timm network (default: resnet50, or resnet18 below 64 "
-                        "pixels)")  # fmt: skip
+    add_cas_arguments(parser)
+    add_worker_argument(parser)
     parser.add_argument("--resume", action="store_true", help="keep what a stopped evaluation has measured")
     parser.add_argument(
         "--out",
@@ -78,7 +82,8 @@ def run(args: argparse.Namespace) -> int:
         FileNotFoundError: No such run or data.
         ValueError: The data are not the model's, an unknown network, or a number out of range.
     """
-    check_at_least(args, num_samples=1, likelihood_samples=2, batch=1)
+    check_at_least(args, num_samples=1, likelihood_samples=2, batch=1, num_workers=0)
+    check_cas_arguments(args)
     specs = feature_specs(args.features)
     folders = find_run(args)
     from maskgit_pl.evaluation.protocol import Protocol, check_decoding
@@ -90,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
         pipe = open_model(folders, args)
         decoding = pipe.decoding_with(num_steps=args.num_steps)
         check_decoding(pipe, decoding)
-        data = open_data(folders, pipe)
+        data = open_data(folders, pipe, num_workers=args.num_workers)
         Protocol(args.num_samples).labels(data.num_classes)  # refuses too few images before the classifier is trained
         _evaluate(folders, pipe, data, decoding, specs, args)
     return 0
@@ -127,6 +132,7 @@ def _evaluate(
             results=folders.evaluation,
             bars=bars,
             batch_size=args.batch,
+            device=pipe.device,
         )
         barrier()  # all have read the ledger before one of them writes to it
         subject = Subject(folders.home.name, pipe, folders.pretrained, folders.evaluation)
@@ -153,7 +159,7 @@ def _measure(
         ways["without_guidance"] = subject.pipe.decoding_with(decoding=decoding, guidance_scale=0)
     how = {"num_images": args.num_samples, "networks": list(bench.judges)}
     return as_report(
-        subject.pipe,
+        subject,
         bench.data,
         decoding=decoding,
         num_images=args.num_samples,
@@ -163,7 +169,7 @@ def _measure(
         floor=bench.real(**how),
         reconstruction=rebuilt,
         likelihood=bench.likelihood(subject, num_images=args.likelihood_samples, draws=4),
-        cas=_accuracies(bench, subject, decoding, args) if args.cas else {},
+        cas=_accuracies(bench, subject, decoding, args) if args.cas and args.cas_model != "none" else {},
     )
 
 
@@ -192,9 +198,7 @@ def _reconstruction(
 
 
 def _accuracies(bench: Bench, subject: Subject, decoding: DecodingConfig, args: argparse.Namespace) -> dict[str, Any]:
-    from maskgit_pl.evaluation.cas import default_config
-
-    config = default_config(bench.data.image_size, model=args.cas_model)
+    config = cas_config(bench.data.image_size, args)
     how = {"num_images": args.num_samples, "seed": args.seed}
     return {
         "generated_images": bench.cas(subject, decoding, config, **how),

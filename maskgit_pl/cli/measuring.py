@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from maskgit_pl.cli.model import default_device, pretrained_folder
+from maskgit_pl.checks import check_number, shorten
+from maskgit_pl.cli.model import check_at_least, default_device, pretrained_folder
 
 if TYPE_CHECKING:
     import torch
 
     from maskgit_pl.data import ShardData
     from maskgit_pl.evaluation.bench.bench import Judge as FeatureJudge
+    from maskgit_pl.evaluation.cas import CASConfig
     from maskgit_pl.evaluation.classifier import Classifier
     from maskgit_pl.evaluation.metrics import Distances
     from maskgit_pl.evaluation.protocol import RealImages
@@ -30,8 +32,12 @@ __all__ = [
     "Bars",
     "Judge",
     "RunFolders",
+    "add_cas_arguments",
     "add_feature_arguments",
     "add_run_arguments",
+    "add_worker_argument",
+    "cas_config",
+    "check_cas_arguments",
     "decoding_spec",
     "decoding_specs",
     "default_steps",
@@ -43,6 +49,7 @@ __all__ = [
     "open_model",
     "plain_protocol",
     "progress_bars",
+    "read_own_recipe",
     "ready",
     "step_numbers",
     "trained_classifier",
@@ -119,6 +126,47 @@ def add_feature_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_cas_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the training of the classification accuracy score, as far as the paper's scale."""
+    parser.add_argument("--cas-model", metavar="NAME", help="timm network of the classification accuracy score, or "
+                        "none to leave it out (default: resnet50, or resnet18 below 64 pixels)")  # fmt: skip
+    parser.add_argument("--cas-steps", type=int, metavar="N", help="its training steps (default: 500)")
+    parser.add_argument("--cas-batch", type=int, metavar="N", help="images of a step (default: 64)")
+    parser.add_argument("--cas-learning-rate", type=float, metavar="X", help="its peak (default: 1e-3)")
+    parser.add_argument("--cas-precision", choices=("32-true", "bf16-mixed"), help="(default: 32-true)")
+
+
+def add_worker_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds the number of processes that read."""
+    parser.add_argument("--num-workers", type=int, default=0, metavar="N",
+                        help="processes that read real images and those of CAS (default: 0)")  # fmt: skip
+
+
+def check_cas_arguments(args: argparse.Namespace) -> None:
+    """Refuses numbers out of range before anything is loaded.
+
+    Raises:
+        ValueError: with the first of them.
+    """
+    check_at_least(args, cas_steps=1, cas_batch=2)
+    if args.cas_learning_rate is not None:
+        check_number("--cas-learning-rate", args.cas_learning_rate, "(0, inf)")
+
+
+def cas_config(image_size: int, args: argparse.Namespace) -> CASConfig:
+    """Returns what the flags of ``add_cas_arguments`` say, and the defaults of images of a size."""
+    from maskgit_pl.evaluation.cas import default_config
+
+    return default_config(
+        image_size,
+        model=args.cas_model,
+        max_steps=args.cas_steps,
+        batch=args.cas_batch,
+        peak_rate=args.cas_learning_rate,
+        precision=args.cas_precision,
+    )
+
+
 def step_numbers(text: str, *, flag: str = "--num-steps") -> tuple[int, ...]:
     """Numbers of steps, or others that a flag takes: ``4,8,16``, ``4-16``, or both; each once, in the order given.
 
@@ -188,11 +236,10 @@ def decoding_spec(flag: str, text: str) -> Any:
 
     try:
         spec = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
+        why = " ".join(str(error).split())
         raise ValueError(
-            f"{flag} {text}: a name or a mapping such as '{{name: remdm, eta: 0.4}}' is needed ({error})".replace(
-                "\n", " "
-            )
+            f"{flag} {shorten(text)}: a name or a mapping such as '{{name: remdm, eta: 0.4}}' is needed ({why})"
         ) from error
     if not isinstance(spec, str | dict | int | float) or isinstance(spec, bool):
         raise ValueError(
@@ -223,8 +270,13 @@ def open_model(folders: RunFolders, args: argparse.Namespace) -> MaskGIT:
     return MaskGIT.from_pretrained(folders.pretrained).to(args.device or default_device())
 
 
-def open_data(folders: RunFolders, pipe: MaskGIT) -> ShardData:
+def open_data(folders: RunFolders, pipe: MaskGIT, *, num_workers: int = 0) -> ShardData:
     """The images that a model is measured on.
+
+    Args:
+        folders: Where they are.
+        pipe: The model.
+        num_workers: Processes that read them.
 
     Raises:
         ValueError: Their classes are not the model's.
@@ -237,30 +289,30 @@ def open_data(folders: RunFolders, pipe: MaskGIT) -> ShardData:
         image_size=pipe.tokenizer.image_size,
         in_channels=pipe.tokenizer.network.config.in_channels,
         validation_batch=200,
+        num_workers=num_workers,
     )
     data.setup()
     check_data(pipe, data)
     return data
 
 
-def plain_protocol(folders: RunFolders, pipe: MaskGIT, data: ShardData, *, batch_size: int) -> dict[str, Any]:
+def plain_protocol(
+    folders: RunFolders, pipe: MaskGIT, data: ShardData, judge: Judge, *, batch_size: int
+) -> dict[str, Any]:
     """What decides numbers beside decoding, number of images and seed, in plain values."""
-    from dataclasses import asdict
-
-    from maskgit_pl.evaluation.classifier import ClassifierConfig
+    from maskgit_pl.evaluation.digests import model_digests
     from maskgit_pl.evaluation.protocol import Protocol
-    from maskgit_pl.pretrained import fingerprint
+    from maskgit_pl.networks.features import weights_digest
 
     return {
-        "transformer": fingerprint(folders.pretrained / "transformer"),
-        "tokenizer": pipe.tokenizer.fingerprint,
+        **model_digests(pipe, folders.pretrained),
+        "judge": weights_digest(judge.classifier.network),
         "mask_schedule": repr(pipe.transformer.mask_schedule),
         "data": data.summary.fingerprint,
         "split": "val",
         "diversity_per_class": Protocol().diversity_per_class,
         "batch_size": batch_size,
         "device": str(pipe.device),
-        "classifier": asdict(ClassifierConfig()),
     }
 
 
@@ -399,6 +451,24 @@ class _Lines:
         self.told, self.done_before = now, self.done
 
 
+def read_own_recipe(file: Path) -> dict[str, Any]:
+    """Returns what a run's ``config.yaml`` says, in plain values; nothing where it is not there.
+
+    Raises:
+        ValueError: if it is no recipe. The message is one line.
+    """
+    from maskgit_pl.cli.recipes import read_yaml
+
+    if not file.is_file():
+        return {}
+    try:
+        return read_yaml(file)
+    except RecursionError as error:
+        raise ValueError(f"recipe {file} is nested too deep") from error
+    except ValueError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
 def _trained_on(home: Path) -> Path:
     """The data folder that stands in the run's own configuration.
 
@@ -407,10 +477,10 @@ def _trained_on(home: Path) -> Path:
     """
     for stage in ("transformer", "tokenizer"):
         file = home / stage / "config.yaml"
-        if file.is_file():
-            import yaml
-
-            path = (yaml.safe_load(file.read_text()) or {}).get("data", {}).get("path")
-            if path:
-                return Path(path)
+        data = read_own_recipe(file).get("data") or {}
+        path = data.get("path") if isinstance(data, dict) else data
+        if path is not None and not isinstance(path, str):
+            raise ValueError(f"{file}: data.path must be a string, got {shorten(path)}")
+        if path:
+            return Path(path)
     raise FileNotFoundError(f"run {home}: it does not say what data it was trained on; name them with --data")

@@ -12,7 +12,11 @@ from typing import TYPE_CHECKING
 from maskgit_pl.cli.measuring import (
     FEATURES,
     RunFolders,
+    add_cas_arguments,
     add_feature_arguments,
+    add_worker_argument,
+    cas_config,
+    check_cas_arguments,
     feature_specs,
     find_run,
     flag_words,
@@ -20,15 +24,17 @@ from maskgit_pl.cli.measuring import (
     open_judges,
     open_model,
     progress_bars,
+    read_own_recipe,
     step_numbers,
 )
-from maskgit_pl.cli.model import check_at_least, default_device
+from maskgit_pl.cli.model import check_at_least, default_device, pretrained_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from maskgit_pl.evaluation.bench.bench import Bench, Subject
     from maskgit_pl.evaluation.paper.tables import Page, ScheduleResult
+    from maskgit_pl.networks.transformer import TransformerConfig
 
 __all__ = [
     "Opened",
@@ -42,6 +48,8 @@ __all__ = [
 
 _SHOWN_CLASSES, _SHOWN_EDITS = 10, 12
 _NUM_TOKENS = "16,64,256,1024"
+_CAS = ("cas_model", "cas_samples", "cas_steps", "cas_batch", "cas_learning_rate", "cas_precision")
+_SIZES = ("depth", "width", "num_heads", "mlp_width", "num_codes")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -57,8 +65,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     table.add_argument("number", type=int, choices=(1, 2, 3), help="of the table")
     _add_runs(table)
     add_measuring_arguments(table)
-    table.add_argument("--cas-model", metavar="NAME", help="timm network of the classification accuracy score of Table "
-                       "1, or none (default: resnet50, or resnet18 below 64 pixels)")  # fmt: skip
+    add_cas_arguments(table)
     table.add_argument(
         "--cas-samples", type=int, metavar="N", help="images it is trained on (default: as --num-samples)"
     )
@@ -69,7 +76,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "figure",
         help="the paper's Figure 4 or 8 with our measurements",
         description="Draw a figure of the paper. 4: time of an image, sequential decoding against MaskGIT, by the "
-        "number of tokens (needs no run). 8: mask schedules, and quality against T, a run for each.",
+        "number of tokens, in networks of random weights; a run gives its sizes. 8: mask schedules, and quality "
+        "against T, a run for each.",
         allow_abbrev=False,
     )
     figure.add_argument("number", type=int, choices=(4, 8), help="of the figure")
@@ -78,6 +86,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     figure.add_argument("--num-steps", metavar="T,...", help="of Figure 8 (default: 2,3,4,6,8,12,16,24, up to N/2)")
     figure.add_argument("--num-tokens", metavar="N,...", default=_NUM_TOKENS, help="of Figure 4 (default: "
                         "16,64,256,1024)")  # fmt: skip
+    for name in _SIZES:
+        figure.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help="of Figure 4's transformer "
+                            "(default: the run's, or one small enough for a CPU)")  # fmt: skip
     figure.set_defaults(run=run_figure)
 
 
@@ -105,6 +116,7 @@ def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--classifier", type=Path, metavar="DIR", help="where the judge is kept (default: runs/DATA-classifier/small)"
     )
+    add_worker_argument(parser)
 
 
 class Opened:
@@ -135,7 +147,7 @@ def opened(args: argparse.Namespace) -> Iterator[Opened]:
         raise ValueError(
             f"{args.command}: one process measures it; `maskgit evaluate` is what several share, drop torchrun"
         )
-    check_at_least(args, num_samples=2, batch=1)
+    check_at_least(args, num_samples=2, batch=1, num_workers=0)
     specs = feature_specs(args.features)
     folders = [find_run(argparse.Namespace(**{**vars(args), "folder": run})) for run in args.runs]
     from maskgit_pl.evaluation.bench.bench import Bench
@@ -143,7 +155,7 @@ def opened(args: argparse.Namespace) -> Iterator[Opened]:
 
     subjects = [_subject(each, args) for each in folders]
     first = folders[0]
-    data = open_data(first, subjects[0].pipe)
+    data = open_data(first, subjects[0].pipe, num_workers=args.num_workers)
     for subject in subjects[1:]:
         check_data(subject.pipe, data)
         if subject.pipe.tokenizer.image_size != data.image_size:
@@ -156,9 +168,17 @@ def opened(args: argparse.Namespace) -> Iterator[Opened]:
             f"--num-samples: at least one for each of the {data.num_classes} classes is needed, got {args.num_samples}"
         )
     with progress_bars() as bars:
-        judges = open_judges(specs, data, first, reference=args.reference, device=subjects[0].pipe.device, bars=bars)
-        dataset = first.data.name
-        bench = Bench(data, dataset=dataset, judges=judges, results=args.results, bars=bars, batch_size=args.batch)
+        device, dataset = subjects[0].pipe.device, first.data.name
+        judges = open_judges(specs, data, first, reference=args.reference, device=device, bars=bars)
+        bench = Bench(
+            data,
+            dataset=dataset,
+            judges=judges,
+            results=args.results,
+            bars=bars,
+            batch_size=args.batch,
+            device=device,
+        )
         yield Opened(bench, subjects, args.results / dataset, list(judges))
 
 
@@ -175,7 +195,7 @@ def command_line(args: argparse.Namespace) -> str:
         "features": None if args.features == FEATURES else args.features,
         "num_samples": args.num_samples,
         "seed": args.seed or None,
-        **{name: getattr(args, name, None) for name in ("reference", "num_steps", "cas_model", "cas_samples")},
+        **{name: getattr(args, name, None) for name in ("reference", "num_steps", *_CAS)},
     }
     return " ".join([*words, *flag_words(given)])
 
@@ -213,6 +233,8 @@ def run_table(args: argparse.Namespace) -> int:
         ValueError: As of ``opened``, or runs that do not belong into that table.
     """
     numbers = None if args.num_steps is None else step_numbers(args.num_steps)
+    check_at_least(args, cas_samples=1)
+    check_cas_arguments(args)
     with opened(args) as made:
         if args.number == 3:
             results = measured_schedules(made, args, numbers)
@@ -243,9 +265,7 @@ def _accuracies(made: Opened, args: argparse.Namespace) -> list[dict[str, str]]:
     """Rows of the classification accuracy score: of each model, and of as many real images."""
     if args.cas_model == "none":
         return []
-    from maskgit_pl.evaluation.cas import default_config
-
-    config = default_config(made.bench.data.image_size, model=args.cas_model)
+    config = cas_config(made.bench.data.image_size, args)
     count = args.cas_samples or args.num_samples
     count = min(count, made.bench.data.summary.samples["train"])
     rows = [
@@ -314,14 +334,11 @@ def measured_schedules(made: Opened, args: argparse.Namespace, numbers: Sequence
     Raises:
         ValueError: Runs that were not trained alike, two of one schedule, or no T that can be.
     """
-    import yaml
-
     from maskgit_pl.evaluation.paper.ablation import STEPS, ablate, check_budgets
 
-    configs = {}
-    for subject in made.subjects:
-        file = subject.folder.parent / "transformer" / "config.yaml"
-        configs[subject.run] = (yaml.safe_load(file.read_text()) or {}) if file.is_file() else {}
+    configs = {
+        subject.run: read_own_recipe(subject.folder.parent / "transformer" / "config.yaml") for subject in made.subjects
+    }
     check_budgets(configs)
     steps = STEPS if numbers is None else numbers
     return ablate(
@@ -365,26 +382,41 @@ def run_figure(args: argparse.Namespace) -> int:
 
 
 def _figure_4(args: argparse.Namespace) -> int:
-    """Times the decoders, and draws; needs neither a run nor data.
+    """Times the decoders, and draws; needs no data, and of a run its sizes alone.
 
     Raises:
-        ValueError: A run is named, or a number of tokens that is no square.
+        ValueError: if several runs are named, a size is out of range, or a number of tokens is no square.
     """
-    if args.runs:
-        raise ValueError(f"figure 4 {args.runs[0]}: random weights are timed; leave the run out")
+    if len(args.runs) > 1:
+        raise ValueError(f"figure 4 must have at most one run, whose sizes are timed, got {len(args.runs)}")
     numbers = step_numbers(args.num_tokens, flag="--num-tokens")
+    check_at_least(args, **dict.fromkeys(_SIZES, 1))
     from dataclasses import asdict
 
     from maskgit_pl.evaluation.paper.figure4 import as_markdown, draw, measure
     from maskgit_pl.evaluation.paper.tables import Page, as_csv
 
-    device = args.device or default_device()
+    sizes, device = _timed_sizes(args), args.device or default_device()
     with progress_bars() as bars:
         bar = bars("figure 4: points", 3 * len(numbers))
-        timings = measure(args.results / "timing.csv", num_tokens=numbers, device=device, on_point=lambda _: bar(1))
+        timings = measure(
+            args.results / "timing.csv", sizes=sizes, num_tokens=numbers, device=device, on_point=lambda _: bar(1)
+        )
     args.results.mkdir(parents=True, exist_ok=True)
     draw(timings, args.results / "figure-4.png")
-    words = ["maskgit figure 4", *([] if args.num_tokens == _NUM_TOKENS else [f"--num-tokens {args.num_tokens}"])]
+    given = {"num_tokens": None if args.num_tokens == _NUM_TOKENS else args.num_tokens}
+    given |= {name: getattr(args, name) for name in (*_SIZES, "device")}
+    words = ["maskgit figure 4", *map(str, args.runs), *flag_words(given)]
     page = Page(as_markdown(timings, " ".join(words)), as_csv([asdict(timing) for timing in timings]))
     write_page(page, args.results, "figure-4", pictures=["figure-4.png"])
     return 0
+
+
+def _timed_sizes(args: argparse.Namespace) -> TransformerConfig:
+    """Returns the sizes of the flags, of the run, or the usual ones, in this order."""
+    from dataclasses import replace
+
+    from maskgit_pl.evaluation.paper.figure4 import SIZES, sizes_of
+
+    sizes = sizes_of(pretrained_folder(args.runs[0]) / "transformer") if args.runs else SIZES
+    return replace(sizes, **{name: getattr(args, name) for name in _SIZES if getattr(args, name) is not None})

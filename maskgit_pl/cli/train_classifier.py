@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from maskgit_pl.checks import check_integer, check_number
 from maskgit_pl.cli.measuring import progress_bars
 from maskgit_pl.cli.model import default_device
 
@@ -54,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
         FileNotFoundError: No such data folder.
         ValueError: Images of several sizes without ``--image-size``, an unknown network, or a number out of range.
     """
+    _check_numbers(args)
     size = _image_size(args)  # before anything heavy is loaded
     from maskgit_pl.networks.classifier import check_model
 
@@ -73,6 +75,16 @@ def run(args: argparse.Namespace) -> int:
     top5 = f", top-5 {accuracy.top5:.2%}" if data.num_classes > 5 else ""
     print(f"  top-1 {accuracy.top1:.2%}{top5}")
     return 0
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    bounds = {"steps": "[1, inf)", "batch": "[2, inf)", "image_size": "[1, inf)", "num_workers": "[0, inf)"}
+    for name, interval in bounds.items():
+        if getattr(args, name) is not None:
+            check_integer(f"--{name.replace('_', '-')}", getattr(args, name), interval)
+    if args.learning_rate is not None:
+        check_number("--learning-rate", args.learning_rate, "(0, inf)")
+    check_number("--flip", args.flip, "[0, 1]")
 
 
 def _training(args: argparse.Namespace) -> ClassifierConfig:
@@ -99,8 +111,6 @@ def _image_size(args: argparse.Namespace) -> int:
         raise ValueError(
             f"data {args.data}: edges of {sizes[0]} to {sizes[-1]} pixels; say the one to train at with --image-size"
         )
-    if size < 1:
-        raise ValueError(f"--image-size: at least 1 is needed, got {size}")
     return size
 
 

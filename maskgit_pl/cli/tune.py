@@ -163,10 +163,10 @@ def _tune(
     from maskgit_pl.files import write_atomically
 
     key = key_of(args.metric)
-    ledger = Ledger(out / "trials.jsonl", plain_protocol(folders, pipe, data, batch_size=args.batch))
-    space = space.resumed(ledger, trials=args.trials, seed=args.seed, how=args.search)
     with progress_bars() as bars:
         judge = ready(folders, pipe, data, bars, num_images=2 * args.num_images)
+        ledger = Ledger(out / "trials.jsonl", plain_protocol(folders, pipe, data, judge, batch_size=args.batch))
+        space = space.resumed(ledger, trials=args.trials, seed=args.seed, how=args.search)
         meter = Meter(pipe, judge.classifier, judge.real, ledger, batch_size=args.batch)
         found = _search(meter, space, args, key, bars, current=pipe.decoding)
         _print_found(found, key)

@@ -20,7 +20,7 @@ from maskgit_pl.data import ShardData
 from maskgit_pl.evaluation.classifier import (
     Accuracy,
     ClassifierConfig,
-    ImagesInMemory,
+    TrainingImages,
     measure_accuracy,
     train_classifier,
 )
@@ -37,7 +37,8 @@ class CASConfig(ClassifierConfig):
 
     The network is the paper's, the training a short one for thousands of images, with AdamW and one cycle of the
     learning rate: two minutes of one processor core with resnet18 and grey images of 28 pixels. For the paper's 1.2
-    million images set ``max_steps`` to some 90 epochs, ``batch`` to 256 and ``precision`` to bf16-mixed.
+    million images set ``max_steps`` to some 90 epochs (450,000 steps of 256), ``batch`` to 256 and ``precision`` to
+    bf16-mixed.
     """
 
     model: str = "resnet50"
@@ -47,34 +48,35 @@ class CASConfig(ClassifierConfig):
     weight_decay: float = 0.05
 
 
-def default_config(image_size: int, *, model: str | None = None, seed: int = 0) -> CASConfig:
-    """What suits images of a size.
+def default_config(image_size: int, *, model: str | None = None, seed: int = 0, **given: Any) -> CASConfig:
+    """Returns what suits images of a size.
 
     Args:
         image_size: Edge in pixels.
         model: In place of resnet50, and of resnet18 for images below 64 pixels.
         seed: Of weights and order.
+        given: Fields of ``CASConfig`` in place of its defaults; those that are None are left as they are.
     """
-    return CASConfig(model=model or ("resnet18" if image_size < _SMALL_IMAGES else "resnet50"), seed=seed)
+    model = model or ("resnet18" if image_size < _SMALL_IMAGES else "resnet50")
+    return CASConfig(model=model, seed=seed, **{name: value for name, value in given.items() if value is not None})
 
 
 def classification_accuracy(
-    images: Tensor,
-    labels: Tensor,
+    source: TrainingImages | Tensor,
     data: ShardData,
     config: CASConfig = CASConfig(),  # frozen
     *,
     on_step: Callable[[], object] = lambda: None,
     device: str | None = None,
 ) -> Accuracy:
-    """Trains a classifier on images alone and tests it on the real val split.
+    """Trains a classifier on some images and tests it on the real val split.
 
     A function of the images, their order, the data and ``config`` on the same machine; of several ranks the first one
-    trains, and all get its numbers.
+    trains, and all get its numbers. Images are read as they are needed: memory does not grow with their number.
 
     Args:
-        images: (n, C, H, H) uint8 of the data's size; C is the data's, or 3 where grey ones were repeated.
-        labels: (n,) int64: their classes; for generated images those asked for.
+        source: Images of the data's size and channels, those generated with the classes asked for; or (n,) int64, the
+            numbers of real ones in the train split.
         data: The real images.
         config: Network and training.
         on_step: Called after each training step, for a progress bar.
@@ -84,28 +86,26 @@ def classification_accuracy(
         On all images of the val split.
 
     Raises:
-        ValueError: Images of another size or colour, a class that the data do not have, or an unknown network.
+        ValueError: if images have another size or colour, or the network is unknown.
     """
-    source = _training_images(images, labels, data)
     rank, world_size = rank_and_world()
     numbers = torch.zeros(3, dtype=torch.float64)
+    images = source if isinstance(source, TrainingImages) else None
+    expected = (data.in_channels, data.image_size, data.image_size)
+    if images is not None and images.shape != expected:
+        raise ValueError(f"CAS images must be those of the data, {expected}, got {images.shape}")
     if rank == 0:
-        classifier = train_classifier(source, config=config, on_step=on_step, device=device)
+        classifier = train_classifier(
+            images or data,
+            chosen=source if isinstance(source, Tensor) else None,
+            num_workers=data.num_workers,
+            config=config,
+            on_step=on_step,
+            device=device,
+        )
         accuracy = measure_accuracy(classifier.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), data)
         numbers = torch.tensor([accuracy.top1, accuracy.top5, accuracy.images], dtype=torch.float64)
     if world_size > 1:
         dist.broadcast(numbers, src=0)
     top1, top5, count = numbers.tolist()
     return Accuracy(top1, top5, int(count))
-
-
-def _training_images(images: Tensor, labels: Tensor, data: ShardData) -> ImagesInMemory:
-    if images.ndim == 4 and images.shape[1] == 3 and data.in_channels == 1:
-        images = images[:, :1]
-    expected: tuple[Any, ...] = (data.in_channels, data.image_size, data.image_size)
-    if tuple(images.shape[1:]) != expected:
-        raise ValueError(
-            f"CAS images: those of the data, {expected[0]} x {expected[1]} x {expected[1]}, are needed, got "
-            f"{tuple(images.shape)}"
-        )
-    return ImagesInMemory(images, labels, data.class_names)

@@ -1,8 +1,8 @@
 """The classifier of the data set at hand, which judges generated images: trained on the real training images, and kept.
 
 A classifier of the data set itself says more about small images than one of ImageNet. The small network takes half a
-minute on two CPU cores, and is kept beside the run, keyed by its data. The same training serves ``cas``, on images that
-are in memory.
+minute on two CPU cores, and is kept beside the run, keyed by its data. The same training serves ``cas``, on other
+images; all are read as they are needed.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import Dataset, Sampler
 
+from maskgit_pl.checks import check_integer, check_number
 from maskgit_pl.data import Batch, ShardData, ShuffledStream, flip
 from maskgit_pl.data.batches import loader
-from maskgit_pl.data.order import Order
+from maskgit_pl.data.order import Order, Rows
 from maskgit_pl.evaluation.ranks import rank_and_world
 from maskgit_pl.files import read_json, write_atomically, write_tensors
 from maskgit_pl.networks.classifier import (
@@ -49,8 +50,8 @@ __all__ = [
     "Accuracy",
     "Classifier",
     "ClassifierConfig",
-    "ImagesInMemory",
     "Judgement",
+    "TrainingImages",
     "default_training",
     "is_trained",
     "measure_accuracy",
@@ -94,13 +95,10 @@ class ClassifierConfig:
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
 
     def __post_init__(self) -> None:
-        for name, least in (("max_steps", 1), ("batch", 2)):  # BatchNorm needs two
-            if getattr(self, name) < least:
-                raise ValueError(f"classifier {name}: at least {least} is needed, got {getattr(self, name)}")
-        if self.peak_rate <= 0:
-            raise ValueError(f"classifier peak_rate: more than 0 is needed, got {self.peak_rate}")
-        if not 0 <= self.flip_probability <= 1:
-            raise ValueError(f"classifier flip_probability: 0 to 1 is needed, got {self.flip_probability}")
+        check_integer("classifier max_steps", self.max_steps, "[1, inf)")
+        check_integer("classifier batch", self.batch, "[2, inf)")  # BatchNorm needs two
+        check_number("classifier peak_rate", self.peak_rate, "(0, inf)")
+        check_number("classifier flip_probability", self.flip_probability, "[0, 1]")
 
 
 def default_training(model: str) -> ClassifierConfig:
@@ -142,52 +140,72 @@ class Accuracy:
     @classmethod
     def of(cls, logits: Tensor, labels: Tensor) -> Accuracy:
         """Of logits (n, classes) and labels (n,) int64, n at least 1."""
-        likeliest = logits.topk(min(_OFTEN_RIGHT, logits.shape[1]), dim=1).indices
-        right = likeliest == labels.unsqueeze(1)
-        return cls(float(right[:, 0].double().mean()), float(right.any(1).double().mean()), len(labels))
+        return cls.of_hits(_hits(logits, labels), len(labels))
+
+    @classmethod
+    def of_hits(cls, hits: Tensor, images: int) -> Accuracy:
+        """Of (2,) int64: how many images were right, and how many were among the 5 likeliest."""
+        top1, top5 = (hits.double() / images).tolist()
+        return cls(top1, top5, images)
 
 
 @dataclass(frozen=True)
-class ImagesInMemory:
-    """Images that a classifier is trained on in place of a data folder's.
+class TrainingImages:
+    """Images that a classifier is trained on in place of a data folder's, read as they are needed.
 
     Args:
-        images: (n, C, H, H) uint8.
+        take: Reads images by their numbers: (b,) int64 -> (b, C, H, H) uint8.
+        shape: C, H, H.
         labels: (n,) int64.
         class_names: One for each class, whether there are images of it or not.
 
     Raises:
-        ValueError: Images that are none, or as many labels as images are not there.
+        ValueError: if the images are not square, there are none, or a label is not in [0, classes).
     """
 
-    images: Tensor
+    take: Callable[[Tensor], Tensor]
+    shape: tuple[int, ...]
     labels: Tensor
     class_names: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        shape = tuple(self.images.shape)
-        if (
-            self.images.dtype != torch.uint8
-            or len(shape) != 4
-            or shape[2] != shape[3]
-            or self.labels.shape != shape[:1]
-        ):
+        if len(self.shape) != 3 or self.shape[1] != self.shape[2]:
+            raise ValueError(f"images must be (C, H, H), got {self.shape}")
+        most = len(self.class_names) - 1
+        if not len(self.labels) or not 0 <= int(self.labels.min()) <= int(self.labels.max()) <= most:
+            raise ValueError(f"images must be at least one, of classes 0 to {most}")
+
+    @classmethod
+    def of(cls, images: Tensor, labels: Tensor, class_names: tuple[str, ...]) -> TrainingImages:
+        """Returns images that are in memory: (n, C, H, H) uint8, with a label for each."""
+        if images.dtype != torch.uint8 or labels.shape != images.shape[:1]:
             raise ValueError(
-                "images: (n, C, H, H) uint8 with a label for each are needed, got "
-                f"{shape} {self.images.dtype} and {tuple(self.labels.shape)} labels"
+                f"images must be uint8 with a label for each, got {images.dtype}, {tuple(images.shape)} and "
+                f"{tuple(labels.shape)} labels"
             )
-        if not len(self.images) or not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.class_names):
-            raise ValueError(f"images: at least one, of classes 0 to {len(self.class_names) - 1}, is needed")
+        return cls(images.__getitem__, tuple(images.shape[1:]), labels, class_names)
 
 
-class _BatchesInMemory(Dataset[Batch]):
-    def __init__(self, source: ImagesInMemory, order: Order) -> None:
+class _TakenBatches(Dataset[Batch]):
+    def __init__(self, source: TrainingImages, order: Order) -> None:
         self.source = source
         self.order = order
 
     def __getitems__(self, positions: range) -> Batch:
         rows = self.order(positions)
-        return Batch(self.source.images[rows.index], self.source.labels[rows.index], *rows)
+        return Batch(self.source.take(rows.index), self.source.labels[rows.index], *rows)
+
+
+@dataclass(frozen=True)
+class _Selected:
+    """An order over some samples of a split: position p is sample ``chosen[order(p)]``."""
+
+    order: Order
+    chosen: Tensor
+
+    def __call__(self, positions: range) -> Rows:
+        rows = self.order(positions)
+        return rows._replace(index=self.chosen[rows.index])
 
 
 class Classifier(LightningModule):
@@ -292,16 +310,20 @@ def is_trained(folder: Path, data: ShardData, config: ClassifierConfig) -> bool:
 
 
 def train_classifier(
-    data: ShardData | ImagesInMemory,
+    data: ShardData | TrainingImages,
     *,
+    chosen: Tensor | None = None,
+    num_workers: int | None = None,
     config: ClassifierConfig = ClassifierConfig(),  # frozen
     on_step: OnStep = lambda: None,
     device: str | None = None,
 ) -> Classifier:
-    """Trains on the train split, or on images in memory; equal for equal data and configuration on the same machine.
+    """Trains on the train split, or on other images; equal for equal data and configuration on the same machine.
 
     Args:
         data: Real images, or others.
+        chosen: (n,) int64: numbers of the samples of the train split to train on; None is all.
+        num_workers: Processes that read; None is as many as the data say, 0 for others.
         config: Network and training.
         on_step: Called after each training step, for a progress bar.
         device: cpu, cuda, cuda:1, mps ...; None for a GPU if there is one.
@@ -314,10 +336,11 @@ def train_classifier(
     """
     classifier = _new(data, config)
     steps = [range(step * config.batch, (step + 1) * config.batch) for step in range(config.max_steps)]
+    own_workers = data.num_workers if isinstance(data, ShardData) else 0
     batches = loader(
-        _training_batches(data, config.seed),
+        _training_batches(data, config.seed, chosen),
         cast("Sampler[range]", steps),
-        num_workers=data.num_workers if isinstance(data, ShardData) else 0,
+        num_workers=own_workers if num_workers is None else num_workers,
         unreadable_budget=data.unreadable_budget if isinstance(data, ShardData) else 0.0,
     )
     with _quiet_lightning(), _threads(config.model):
@@ -348,15 +371,22 @@ def measure_accuracy(
         data: The real images.
         on_images: Told how many more are done, for a progress bar.
     """
-    logits, labels = [], []
+    right, count = torch.zeros(2, dtype=torch.int64), 0  # top-1, top-5
     with _threads(classifier.config.model):
         for batch in data.val_dataloader():
-            judgement = classifier.judge(batch.content[batch.valid])
+            judgement, labels = classifier.judge(batch.content[batch.valid]), batch.labels[batch.valid]
             assert judgement.logits is not None
-            logits.append(judgement.logits)
-            labels.append(batch.labels[batch.valid])
-            on_images(len(labels[-1]))
-    return Accuracy.of(torch.cat(logits), torch.cat(labels))
+            if len(labels):
+                right += _hits(judgement.logits, labels)
+            count += len(labels)
+            on_images(len(labels))
+    return Accuracy.of_hits(right, count)
+
+
+def _hits(logits: Tensor, labels: Tensor) -> Tensor:
+    """Returns (2,) int64: how many labels are the likeliest class, and among the 5 likeliest."""
+    hit = logits.topk(min(_OFTEN_RIGHT, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
+    return torch.stack([hit[:, 0].sum(), hit.any(1).sum()])
 
 
 class _OnStep(Callback):
@@ -367,11 +397,11 @@ class _OnStep(Callback):
         self.on_step()
 
 
-def _new(data: ShardData | ImagesInMemory, config: ClassifierConfig) -> Classifier:
+def _new(data: ShardData | TrainingImages, config: ClassifierConfig) -> Classifier:
     if isinstance(data, ShardData):
         channels, side, classes = data.in_channels, data.image_size, data.num_classes
     else:
-        channels, side, classes = *data.images.shape[1:3], len(data.class_names)
+        channels, side, classes = data.shape[0], data.shape[1], len(data.class_names)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         classifier = Classifier(channels, side, classes, config)
@@ -379,10 +409,12 @@ def _new(data: ShardData | ImagesInMemory, config: ClassifierConfig) -> Classifi
     return classifier
 
 
-def _training_batches(data: ShardData | ImagesInMemory, seed: int) -> Dataset[Batch]:
-    if isinstance(data, ImagesInMemory):
-        return _BatchesInMemory(data, ShuffledStream(len(data.images), seed))
-    return data.batches("train", ShuffledStream(data.summary.samples["train"], seed))
+def _training_batches(data: ShardData | TrainingImages, seed: int, chosen: Tensor | None) -> Dataset[Batch]:
+    if isinstance(data, TrainingImages):
+        return _TakenBatches(data, ShuffledStream(len(data.labels), seed))
+    if chosen is None:
+        return data.batches("train", ShuffledStream(data.summary.samples["train"], seed))
+    return data.batches("train", _Selected(ShuffledStream(len(chosen), seed), chosen))
 
 
 def _on_device(name: str | None) -> dict[str, Any]:

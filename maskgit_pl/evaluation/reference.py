@@ -20,6 +20,7 @@ from torch.utils.data import Sampler
 
 from maskgit_pl.data import Batch, OnceThrough, ShardData, ShuffledStream
 from maskgit_pl.data.batches import ImageBatches, loader
+from maskgit_pl.evaluation.digests import digest_of, short
 from maskgit_pl.evaluation.features import Extractor, ImageFeatures, extract, own_batches, own_image_batches
 from maskgit_pl.evaluation.npz import ArrayFile, open_samples
 from maskgit_pl.evaluation.ranks import rank_and_world
@@ -28,6 +29,7 @@ from maskgit_pl.shards.manifest import Split, load_manifest
 from maskgit_pl.shards.reader import ShardReader
 
 __all__ = [
+    "Origin",
     "Reference",
     "Statistics",
     "obtain_references",
@@ -71,6 +73,26 @@ class Statistics:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """The images or statistics that a reference was made from.
+
+    Args:
+        digest: sha256, hexadecimal: of a file, or of what decides the pixels of a split.
+        split: Name of the split; empty for a file.
+        file: Name of the file; empty for a split.
+    """
+
+    digest: str
+    split: str = ""
+    file: str = ""
+
+    @classmethod
+    def of_split(cls, data: ShardData, split: Split, *, num_images: int | None = None) -> Origin:
+        """Returns the origin of a split's first ``num_images`` images, or of all of them."""
+        return cls(digest_of(_split_key(data, split, num_images)), split=split)
+
+
+@dataclass(frozen=True)
 class Reference:
     """Real images as one network sees them.
 
@@ -79,12 +101,14 @@ class Reference:
         pooled: Statistics of the pooled features.
         spatial: Of the spatial ones; None where there are none.
         features: Pooled features and logits themselves; None where statistics are all that is known.
+        origin: The images they are of; None where nobody asks, as for features of an experiment.
     """
 
     label: str
     pooled: Statistics
     spatial: Statistics | None
     features: ImageFeatures | None
+    origin: Origin | None = None
 
     @classmethod
     def of(cls, features: ImageFeatures) -> Reference:
@@ -184,19 +208,14 @@ def obtain_references(
     Raises:
         ValueError: There are fewer than two images, or the data are tokens.
     """
-    key = {
-        "data": data.summary.fingerprint,
-        "split": split,
-        "num_images": num_images,
-        "image_size": data.image_size,
-        "in_channels": data.in_channels,
-    }
+    key = _split_key(data, split, num_images)
     keys = {extractor.label: {**key, **_identity(extractor)} for extractor in extractors}
 
     def features(missing: Sequence[Extractor]) -> dict[str, ImageFeatures]:
         return real_features(data, split, missing, num_images=num_images, on_images=on_images)
 
-    return _obtain(folder, keys, extractors, features)
+    origin = Origin.of_split(data, split, num_images=num_images)
+    return _with_origin(_obtain(folder, keys, extractors, features), origin)
 
 
 def read_references(
@@ -223,6 +242,7 @@ def read_references(
         ValueError: The file is missing, foreign or damaged, or does not hold what a network needs.
     """
     file = ArrayFile(path, thing="reference")
+    origin = Origin(_digest(file.path), file=file.path.name)
     statistics = _foreign_statistics(file)
     if "arr_0" not in file:
         if statistics is None:
@@ -233,19 +253,34 @@ def read_references(
                     "arr_0",
                     f"images are needed for the network {extractor.label!r}, got the statistics of inception alone",
                 )
-        return {extractor.label: statistics for extractor in extractors}
+        return _with_origin({extractor.label: statistics for extractor in extractors}, origin)
     samples = open_samples(file)
-    key = {"data": None if folder is None else _digest(file.path), "split": "file"}
+    key = {"data": origin.digest, "split": "file"}
     keys = {extractor.label: {**key, **_identity(extractor)} for extractor in extractors}
 
     def features(missing: Sequence[Extractor]) -> dict[str, ImageFeatures]:
         return extract(missing, own_image_batches(samples.read, len(samples)), on_images=on_images)
 
-    made = _obtain(folder, keys, extractors, features)
+    made = _with_origin(_obtain(folder, keys, extractors, features), origin)
     if statistics is None or "inception" not in made:
         return made
     spatial = statistics.spatial if statistics.spatial is not None else made["inception"].spatial
     return {**made, "inception": replace(made["inception"], pooled=statistics.pooled, spatial=spatial)}
+
+
+def _split_key(data: ShardData, split: Split, num_images: int | None) -> dict[str, Any]:
+    """Returns what decides the pixels of a split's images."""
+    return {
+        "data": data.summary.fingerprint,
+        "split": split,
+        "num_images": num_images,
+        "image_size": data.image_size,
+        "in_channels": data.in_channels,
+    }
+
+
+def _with_origin(references: Mapping[str, Reference], origin: Origin) -> dict[str, Reference]:
+    return {label: replace(reference, origin=origin) for label, reference in references.items()}
 
 
 def _identity(extractor: Extractor) -> dict[str, Any]:
@@ -278,8 +313,8 @@ def _on_every_rank(here: bool) -> bool:
 
 
 def _place(folder: Path, key: Mapping[str, Any]) -> Path:
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    return folder / f"{key['split']}-{re.sub('[^A-Za-z0-9_.]+', '-', key['network'])}-{digest[:16]}.npz"
+    network = re.sub("[^A-Za-z0-9_.]+", "-", key["network"])
+    return folder / f"{key['split']}-{network}-{short(digest_of(key))}.npz"
 
 
 def _described(key: Mapping[str, Any]) -> str:

@@ -106,6 +106,9 @@ class SmallClassifier(nn.Module):
         self.features = nn.Sequential(nn.PixelUnshuffle(2), *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(widths[-1], sizes.num_classes)
 
+    def extra_repr(self) -> str:
+        return f"side={self.sizes.image_size}"
+
     def forward(self, images: Tensor) -> FeatureOutput:
         """(B, 1 or 3, H, W), uint8 or float in [0, 1] -> features (B, F) and logits (B, classes)."""
         x = _prepared(images, channels=self.sizes.in_channels, side=self.sizes.image_size)
@@ -132,6 +135,9 @@ class TimmClassifier(nn.Module):
         )
         self.model: nn.Module = model
         self.side = sizes.image_size if _takes(model, sizes) else int(model.pretrained_cfg["input_size"][-1])
+
+    def extra_repr(self) -> str:
+        return f"side={self.side}"
 
     def forward(self, images: Tensor) -> FeatureOutput:
         """(B, 1 or 3, H, W), uint8 or float in [0, 1] -> features (B, F) and logits (B, classes)."""

@@ -57,7 +57,7 @@ _SETTINGS = (
     "model.label_smoothing",
 )
 _VERSIONS = ("maskgit_pl", "commit", "python", "torch", "lightning", "accelerators", "world_size")
-_PROTOCOL = ("num_images", "num_steps", "seed", "split")
+_PROTOCOL = ("num_images", "num_steps", "seed", "split", "reference")
 _NOT_FIGURES = ("protocol", "model", "environment")  # sections of evaluation.json that say how, not how well
 _NAMES_SHOWN = 20
 _LONGEST_EXAMPLE = 80  # characters of a class name in the example

@@ -1,13 +1,17 @@
 import argparse
 import csv
+import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from maskgit_pl.cli import ablation, paper
+from maskgit_pl.cli import ablation, main, paper
 from maskgit_pl.evaluation import cas
 from maskgit_pl.evaluation.bench import bench
 from maskgit_pl.pretrained import read_config
@@ -69,6 +73,91 @@ def test_table_1_is_measured_once_and_written_with_the_paper_s_rows(
     monkeypatch.setattr(bench, "generate", lambda *_, **__: pytest.fail("measured again"))
     assert call("table", *words) == 0
     assert rows(tmp_path / "results" / "samples.csv") == measured
+
+
+def test_reference_files_of_as_many_images_are_told_apart(
+    runs: list[Path], tiny_shards: Path, judge: Path, tmp_path: Path
+) -> None:
+    pages = []
+    for name, brightness in (("dark", 60), ("bright", 250)):
+        generator = np.random.default_rng(0)
+        images = generator.integers(0, brightness, (20, 8, 8, 1), dtype=np.uint8).repeat(3, -1)
+        np.savez(tmp_path / f"{name}.npz", arr_0=images)
+        words = ["--reference", tmp_path / f"{name}.npz", "--cas-model", "none"]
+        call("table", 1, runs[0], *common(tiny_shards, judge, tmp_path / "results"), *words)
+        pages.append((tmp_path / "results" / "shards" / "table-1.md").read_text())
+    for start in ("| MaskGIT | `shoes-square`", "| real images"):
+        found = [next(line for line in page.splitlines() if line.startswith(start)) for page in pages]
+        assert found[0] != found[1]
+    measured = rows(tmp_path / "results" / "samples.csv")
+    assert [row["reference_file"] for row in measured] == ["dark.npz", "dark.npz", "bright.npz", "bright.npz"]
+    assert {row["split"] for row in measured} == {""}
+    assert "against 20 real ones of dark.npz" in " ".join(pages[0].split())
+    assert all(row["reference"][:8] in pages[1] for row in measured[2:])
+
+
+def test_real_images_are_judged_anew_by_another_classifier(
+    runs: list[Path], tiny_shards: Path, judge: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(judge, tmp_path / "other")
+    weights = load_file(judge / "model.safetensors")
+    torch.manual_seed(0)
+    other = {name: torch.randn_like(each) if name.endswith("weight") else each for name, each in weights.items()}
+    save_file(other, tmp_path / "other" / "model.safetensors")
+    for folder in (judge, tmp_path / "other", judge):
+        call("table", 1, runs[0], *common(tiny_shards, folder, tmp_path / "results"), "--cas-model", "none")
+    real = [row for row in rows(tmp_path / "results" / "samples.csv") if row["model"] == "real images"]
+    assert len(real) == 2
+    assert real[0]["judge"] != real[1]["judge"]
+    assert real[0]["fid"] != real[1]["fid"]
+
+
+def test_the_training_of_cas_is_set_by_flags_and_kept_apart(
+    runs: list[Path], tiny_shards: Path, judge: Path, tmp_path: Path
+) -> None:
+    how = [*common(tiny_shards, judge, tmp_path / "results"), "--cas-model", "small", "--cas-steps", 3]
+    for flags_of_one in (["--cas-batch", 6], ["--cas-batch", 6], ["--cas-batch", 5, "--cas-precision", "bf16-mixed"]):
+        call("table", 1, runs[0], *how, *flags_of_one)
+    measured = rows(tmp_path / "results" / "cas.csv")
+    assert [json.loads(row["training"])["batch"] for row in measured] == [6, 6, 5, 5]
+    assert [row["training_steps"] for row in measured] == ["3"] * 4
+    page = (tmp_path / "results" / "shards" / "table-1.md").read_text()
+    assert "--cas-steps 3 --cas-batch 5 --cas-precision bf16-mixed" in page
+    for words, match in ((("--cas-batch", 1), "--cas-batch"), (("--cas-learning-rate", "nan"), "--cas-learning-rate")):
+        with pytest.raises(ValueError, match=match):
+            call("table", 1, runs[0], *how, *words)
+
+
+def test_figure_4_times_the_sizes_of_a_run_or_of_flags(runs: list[Path], tmp_path: Path) -> None:
+    how = ["--results", tmp_path, "--device", "cpu", "--num-tokens", "4"]
+    call("figure", 4, runs[0], *how)
+    call("figure", 4, *how, "--depth", 1, "--width", 16, "--num-heads", 2, "--mlp-width", 8, "--num-codes", 32)
+    networks = {row["network"] for row in rows(tmp_path / "timing.csv")}
+    assert networks == {
+        "1 layers x 16, MLP 32, 2 heads, 16 codes, 3 classes",
+        "1 layers x 16, MLP 8, 2 heads, 32 codes, 1000 classes",
+    }
+    page = (tmp_path / "figure-4.md").read_text()
+    assert "maskgit figure 4 --num-tokens 4 --depth 1 --width 16" in page
+    assert "--device cpu" in page
+    assert f"torch {torch.__version__}" in page
+    for words, match in (
+        ([*runs], "figure 4 must have at most one run"),
+        (["--depth", 0], "--depth: at least 1"),
+        (["--width", 17], "num_heads"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            call("figure", 4, *words, *how)
+
+
+@pytest.mark.parametrize("text", ["[1]", "data: [1]", "data: {path: 3}", "a: &a [*a]", "x: " + "[" * 5000])
+def test_a_run_s_own_recipe_of_a_stranger_is_refused_in_one_line(runs: list[Path], text: str, capsys) -> None:
+    (runs[0] / "transformer").mkdir()
+    (runs[0] / "transformer" / "config.yaml").write_text(text)
+    assert main(["table", "1", str(runs[0]), "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert "shoes-square" in error
+    assert error.count("\n") == 1
 
 
 def test_the_classification_accuracy_score_stands_beside_that_of_real_images(

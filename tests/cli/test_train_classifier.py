@@ -42,11 +42,13 @@ def test_a_network_of_timm_goes_where_the_data_say(tiny_shards, tmp_path, monkey
     ("words", "said"),
     [
         (("--model", "resnt18"), "did you mean"),
-        (("--steps", "0"), "max_steps: at least 1"),
-        (("--batch", "1"), "batch: at least 2"),
-        (("--learning-rate", "0"), "peak_rate: more than 0"),
-        (("--flip", "2"), "flip_probability: 0 to 1"),
-        (("--image-size", "0"), "--image-size: at least 1"),
+        (("--steps", "0"), "--steps must be an integer in [1, inf), got 0"),
+        (("--batch", "1"), "--batch must be an integer in [2, inf), got 1"),
+        (("--learning-rate", "0"), "--learning-rate must be a number in (0, inf), got 0"),
+        (("--learning-rate", "nan"), "--learning-rate must be a finite number in (0, inf), got nan"),
+        (("--flip", "2"), "--flip must be a number in [0, 1], got 2"),
+        (("--image-size", "0"), "--image-size must be an integer in [1, inf), got 0"),
+        (("--num-workers", "-1"), "--num-workers must be an integer in [0, inf), got -1"),
     ],
 )
 def test_what_cannot_be_trained_is_said_in_one_line(tiny_shards, capsys, words, said):

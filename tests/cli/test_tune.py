@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from maskgit_pl.cli import main, tune
 from maskgit_pl.evaluation.decoders import tuning
@@ -140,5 +141,19 @@ def test_a_ledger_of_other_weights_is_refused(run_folder: Path, tiny_shards: Pat
     call(*words)
     file = run_folder / "tuning" / "trials.jsonl"
     file.write_text(file.read_text().replace(fingerprint(run_folder / "pretrained" / "transformer"), "0" * 64))
-    with pytest.raises(ValueError, match="measured with another transformer; name another --out"):
+    with pytest.raises(ValueError, match=r"measured with another transformer, or .*; name another --out"):
         call(*words)
+
+
+def test_a_ledger_of_another_judge_is_refused(
+    run_folder: Path, tiny_shards: Path, judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (run_folder, "--data", tiny_shards, "--num-images", 6, "--trials", 1, "--no-plot")
+    call(*words, "--classifier", tmp_path / "judge")
+    call(*words, "--classifier", judge)  # of the same weights, in another folder
+    assert len(lines(run_folder)) == 2
+    weights = load_file(tmp_path / "judge" / "model.safetensors")
+    name = next(iter(weights))
+    save_file({**weights, name: weights[name] + 1}, tmp_path / "judge" / "model.safetensors")
+    with pytest.raises(ValueError, match="measured with another judge, or it does not say with which"):
+        call(*words, "--classifier", tmp_path / "judge")

@@ -1,6 +1,9 @@
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -8,8 +11,10 @@ from torch import Tensor
 from maskgit_pl.data import OnceThrough, ShardData
 from maskgit_pl.evaluation import cas as module
 from maskgit_pl.evaluation import classifier
+from maskgit_pl.evaluation.bench.generation import Generated
 from maskgit_pl.evaluation.cas import CASConfig, classification_accuracy, default_config
-from maskgit_pl.evaluation.classifier import Accuracy
+from maskgit_pl.evaluation.classifier import Accuracy, TrainingImages
+from maskgit_pl.evaluation.npz import open_samples
 
 QUICK = CASConfig(model="small", width=8, max_steps=150, batch=20, peak_rate=4e-3)
 
@@ -25,6 +30,10 @@ def data(tiny_shards: Path) -> ShardData:
     return opened(tiny_shards)
 
 
+def taught(images: Tensor, labels: Tensor, data: ShardData) -> TrainingImages:
+    return TrainingImages.of(images, labels, data.class_names)
+
+
 def real(data: ShardData) -> tuple[Tensor, Tensor]:
     """All train images: classes that their brightness tells apart."""
     batch = data.batches("train", OnceThrough(60)).__getitems__(range(60))
@@ -33,7 +42,7 @@ def real(data: ShardData) -> tuple[Tensor, Tensor]:
 
 def test_separable_images_teach_everything(data: ShardData) -> None:
     steps: list[int] = []
-    accuracy = classification_accuracy(*real(data), data, QUICK, on_step=lambda: steps.append(1))
+    accuracy = classification_accuracy(taught(*real(data), data), data, QUICK, on_step=lambda: steps.append(1))
     assert accuracy.top1 == accuracy.top5 == 1
     assert accuracy.images == 24
     assert len(steps) == QUICK.max_steps
@@ -43,7 +52,7 @@ def test_shuffled_labels_teach_nothing(data: ShardData) -> None:
     images, labels = real(data)
     scores = [
         classification_accuracy(
-            images, labels[torch.randperm(60, generator=torch.Generator().manual_seed(seed))], data, QUICK
+            taught(images, labels[torch.randperm(60, generator=torch.Generator().manual_seed(seed))], data), data, QUICK
         ).top1
         for seed in range(3)
     ]
@@ -53,24 +62,74 @@ def test_shuffled_labels_teach_nothing(data: ShardData) -> None:
 def test_permuted_labels_teach_the_permutation(data: ShardData) -> None:
     images, labels = real(data)
     permuted = torch.tensor([1, 2, 0])[labels]
-    assert classification_accuracy(images, permuted, data, QUICK).top1 == 0
+    assert classification_accuracy(taught(images, permuted, data), data, QUICK).top1 == 0
     back = torch.tensor([2, 0, 1])[permuted]
-    assert classification_accuracy(images, back, data, QUICK).top1 == 1
+    assert classification_accuracy(taught(images, back, data), data, QUICK).top1 == 1
 
 
 def test_a_class_that_was_not_generated_is_not_known(data: ShardData) -> None:
     images, labels = real(data)
-    accuracy = classification_accuracy(images[labels < 2], labels[labels < 2], data, QUICK)
+    accuracy = classification_accuracy(taught(images[labels < 2], labels[labels < 2], data), data, QUICK)
     assert accuracy.top1 == pytest.approx(2 / 3)
 
 
 def test_the_score_is_a_function_of_images_and_seed(data: ShardData) -> None:
     config = replace(QUICK, max_steps=4)
     images, labels = real(data)
-    first, second = (classification_accuracy(images, labels, data, config) for _ in range(2))
+    first, second = (classification_accuracy(taught(images, labels, data), data, config) for _ in range(2))
     assert first == second
-    grey_in_three_channels = images.expand(-1, 3, -1, -1)
-    assert classification_accuracy(grey_in_three_channels, labels, data, config) == first
+
+
+def test_real_images_are_chosen_by_their_numbers_in_the_train_split(data: ShardData) -> None:
+    images, labels = real(data)
+    chosen = torch.randperm(60, generator=torch.Generator().manual_seed(0))[:40]
+    config = replace(QUICK, max_steps=20)
+    by_number = classification_accuracy(chosen, data, config)
+    assert by_number == classification_accuracy(taught(images[chosen], labels[chosen], data), data, config)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
+    """Peak memory of a process that reads a file in random order, of two sizes."""
+    peaks = []
+    for count in (1000, 6000):
+        file = tmp_path / f"{count}.npz"
+        np.savez(file, arr_0=np.zeros((count, 64, 64, 3), np.uint8), arr_1=np.zeros(count, np.int64))
+        done = subprocess.run([sys.executable, "-c", READ, file], capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout))
+    assert peaks[1] - peaks[0] < 20_000  # kB; the images are 61 MB more
+
+
+READ = """
+import resource, sys
+import torch
+from maskgit_pl.evaluation.bench.generation import Generated
+from maskgit_pl.evaluation.npz import open_samples
+
+file = open_samples(sys.argv[1])
+images = Generated(file, 3, file.labels, None)
+for rows in torch.randperm(len(images)).split(64):
+    assert images.take(rows).shape == (len(rows), 3, 64, 64)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_generated_images_are_taken_in_any_order(tmp_path: Path, channels) -> None:
+    pixels = torch.randint(0, 256, (9, channels, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    as_saved = pixels.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
+    for save in (np.savez, np.savez_compressed):
+        save(tmp_path / "a.npz", arr_0=as_saved, arr_1=np.arange(9))
+        file = open_samples(tmp_path / "a.npz")
+        made = Generated(file, channels, file.labels, None)
+        assert made.shape == (channels, 8, 8)
+        order = torch.tensor([8, 0, 3, 3])
+        assert torch.equal(made.take(order), pixels[order])
+
+
+def test_flags_lay_over_what_suits_the_size() -> None:
+    config = default_config(256, max_steps=450_000, batch=256, precision="bf16-mixed", peak_rate=None)
+    assert config == CASConfig(model="resnet50", max_steps=450_000, batch=256, precision="bf16-mixed")
 
 
 def test_small_images_are_for_the_smaller_network() -> None:
@@ -81,17 +140,20 @@ def test_small_images_are_for_the_smaller_network() -> None:
 
 def test_a_network_of_timm_is_tested_too(data: ShardData, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(classifier, "_cores", lambda: 1)
-    accuracy = classification_accuracy(*real(data), data, replace(default_config(8), max_steps=3, batch=4))
+    accuracy = classification_accuracy(
+        taught(*real(data), data), data, replace(default_config(8), max_steps=3, batch=4)
+    )
     assert 0 <= accuracy.top1 <= accuracy.top5 == 1
 
 
 @pytest.mark.parametrize(
     ("shape", "label", "match"),
-    [((4, 1, 9, 9), 0, "1 x 8 x 8"), ((4, 2, 8, 8), 0, "1 x 8 x 8"), ((4, 1, 8, 8), 3, "classes 0 to 2")],
+    [((4, 1, 9, 9), 0, r"\(1, 8, 8\)"), ((4, 2, 8, 8), 0, r"\(1, 8, 8\)"), ((4, 1, 8, 8), 3, "classes 0 to 2")],
 )
 def test_images_that_are_not_the_datas_are_refused(data: ShardData, shape, label, match) -> None:
+    images = torch.zeros(shape, dtype=torch.uint8)
     with pytest.raises(ValueError, match=match):
-        classification_accuracy(torch.zeros(shape, dtype=torch.uint8), torch.full((4,), label), data, QUICK)
+        classification_accuracy(taught(images, torch.full((4,), label), data), data, QUICK)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -107,8 +169,8 @@ def test_the_first_rank_trains_and_all_have_its_score(data: ShardData, monkeypat
     monkeypatch.setattr(module.dist, "broadcast", broadcast)
     steps: list[int] = []
     config = replace(QUICK, max_steps=3)
-    assert classification_accuracy(*real(data), data, config, on_step=lambda: steps.append(1)) == Accuracy(
-        0.25, 0.75, 24
-    )
+    assert classification_accuracy(
+        taught(*real(data), data), data, config, on_step=lambda: steps.append(1)
+    ) == Accuracy(0.25, 0.75, 24)
     assert len(steps) == (0 if rank else 3)
     assert sent[0][2] == (0 if rank else 24)

@@ -13,7 +13,7 @@ from maskgit_pl.evaluation.classifier import (
     Accuracy,
     Classifier,
     ClassifierConfig,
-    ImagesInMemory,
+    TrainingImages,
     is_trained,
     measure_accuracy,
     obtain_classifier,
@@ -33,14 +33,14 @@ def data(tiny_shards: Path) -> ShardData:
     return data
 
 
-def in_memory(data: ShardData, *, count: int = 60) -> ImagesInMemory:
+def in_memory(data: ShardData, *, count: int = 60) -> TrainingImages:
     batch = data.batches("train", OnceThrough(60)).__getitems__(range(count))
-    return ImagesInMemory(batch.content, batch.labels, data.class_names)
+    return TrainingImages.of(batch.content, batch.labels, data.class_names)
 
 
 def test_judges_in_batches(data: ShardData) -> None:
     judge = Classifier(1, 8, 5, ClassifierConfig(width=4))
-    images = in_memory(data, count=3).images
+    images = in_memory(data).take(torch.arange(3))
     judgement = judge.judge(images, batch_size=2)
     assert judgement.classes.shape == (3,)
     assert torch.equal(judgement.classes, judgement.logits.argmax(1))
@@ -119,11 +119,20 @@ def test_a_classifier_of_an_older_kind_is_trained_again(data: ShardData, tmp_pat
     assert not is_trained(tmp_path, data, replace(config, model="resnet18"))
 
 
-def test_images_in_memory_teach_what_those_of_the_folder_do(data: ShardData) -> None:
+def test_images_teach_the_same_wherever_they_are_read_from(data: ShardData) -> None:
     config = ClassifierConfig(width=4, max_steps=5, batch=20, flip_probability=0.5)
-    first, second = (train_classifier(source, config=config).state_dict() for source in (data, in_memory(data)))
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), name
+    made = [train_classifier(source, config=config) for source in (data, in_memory(data))]
+    made.append(train_classifier(data, chosen=torch.arange(60), config=config))
+    for name, tensor in made[0].state_dict().items():
+        assert all(torch.equal(tensor, other.state_dict()[name]) for other in made[1:]), name
+
+
+def test_only_the_chosen_images_teach(data: ShardData) -> None:
+    config = ClassifierConfig(width=8, max_steps=150, batch=20)
+    labels = data.batches("train", OnceThrough(60)).__getitems__(range(60)).labels
+    judge = train_classifier(data, chosen=(labels != 1).nonzero()[:, 0], config=config)
+    batch = data.batches("val", OnceThrough(24)).__getitems__(range(24))
+    assert set(judge.judge(batch.content).classes.tolist()) == {0, 2}
 
 
 def test_flips_and_seeds_make_another_classifier(data: ShardData) -> None:
@@ -145,6 +154,25 @@ def test_a_network_of_timm_is_trained_and_kept_alike(data: ShardData, tmp_path: 
     torch.testing.assert_close(load_classifier(tmp_path)(batch.content).logits, trained(batch.content).logits)
 
 
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"max_steps": 0}, r"classifier max_steps must be an integer in \[1, inf\), got 0"),
+        ({"batch": 1}, "classifier batch must be an integer"),
+        ({"peak_rate": float("nan")}, "classifier peak_rate must be a finite number"),
+        ({"flip_probability": 1.5}, "classifier flip_probability must be a number in"),
+    ],
+)
+def test_numbers_of_the_training_are_bounded(changes: dict, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        ClassifierConfig(**changes)
+
+
+def test_a_key_of_a_stranger_that_is_nested_deep_is_no_key(data: ShardData, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"a": ' + "[" * 100_000)
+    assert not is_trained(tmp_path, data, QUICK)
+
+
 def test_accuracy_counts_the_likeliest_and_the_five_likeliest() -> None:
     logits = torch.eye(8)[[0, 1, 2, 3]] + torch.arange(8, 0, -1) / 100  # after the first: 0, 1, 2, 3, 4 ...
     accuracy = Accuracy.of(logits, torch.tensor([0, 0, 4, 7]))
@@ -155,7 +183,7 @@ def test_accuracy_counts_the_likeliest_and_the_five_likeliest() -> None:
     ("images", "labels", "match"),
     [
         (torch.zeros(2, 1, 8, 8), [0, 1], "uint8"),
-        (torch.zeros(2, 1, 8, 9, dtype=torch.uint8), [0, 1], "H, H"),
+        (torch.zeros(2, 1, 8, 9, dtype=torch.uint8), [0, 1], r"\(C, H, H\)"),
         (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), [0], "a label for each"),
         (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), [0, 2], "classes 0 to 1"),
         (torch.zeros(0, 1, 8, 8, dtype=torch.uint8), [], "at least one"),
@@ -163,4 +191,4 @@ def test_accuracy_counts_the_likeliest_and_the_five_likeliest() -> None:
 )
 def test_images_that_cannot_be_learnt_from_are_refused(images, labels, match) -> None:
     with pytest.raises(ValueError, match=match):
-        ImagesInMemory(images, torch.tensor(labels, dtype=torch.int64), ("a", "b"))
+        TrainingImages.of(images, torch.tensor(labels, dtype=torch.int64), ("a", "b"))

@@ -9,6 +9,7 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 
+from maskgit_pl.evaluation import distances as module
 from maskgit_pl.evaluation.distances import (
     density_coverage,
     distances,
@@ -89,6 +90,51 @@ def test_kernel_distance_is_torch_fidelity_s() -> None:
     made, real = normal(60, 0, scale=1.2), normal(60, 1)  # one subset is all of them
     theirs = kid_features_to_metric(made, real, kid_subsets=1, kid_subset_size=60, verbose=False)
     assert kernel_distance(made, real)[0] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-9)
+
+
+def discrepancy(made: torch.Tensor, real: torch.Tensor) -> float:
+    """The unbiased squared maximum mean discrepancy with the cubic kernel, by hand."""
+
+    def kernel(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return (left @ right.T / left.shape[1] + 1) ** 3
+
+    def off_diagonal(matrix: torch.Tensor) -> torch.Tensor:
+        count = len(matrix)
+        return (matrix.sum() - matrix.trace()) / (count * (count - 1))
+
+    own = off_diagonal(kernel(made, made)) + off_diagonal(kernel(real, real))
+    return float(own - 2 * kernel(made, real).mean())
+
+
+@pytest.mark.parametrize("counts", [(30, 41), (41, 30)])
+def test_kernel_distance_is_mean_and_deviation_over_subsets_of_both(monkeypatch: pytest.MonkeyPatch, counts) -> None:
+    monkeypatch.setattr(module, "_KID_SUBSETS", 7)
+    monkeypatch.setattr(module, "_KID_SUBSET_SIZE", 20)
+    made, real = normal(counts[0], 0).double(), normal(counts[1], 1).double()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        drawn = [(torch.randperm(len(real))[:20], torch.randperm(len(made))[:20]) for _ in range(7)]
+    values = torch.tensor([discrepancy(made[ours], real[theirs]) for theirs, ours in drawn], dtype=torch.float64)
+    mean, deviation = kernel_distance(made, real)
+    assert mean == pytest.approx(float(values.mean()), rel=1e-9)
+    assert deviation == pytest.approx(float(values.std(correction=0)), rel=1e-9)
+    assert deviation > 0
+
+
+@pytest.mark.parametrize(("counts", "size"), [((1500, 2000), 1000), ((2000, 300), 300), ((200, 3000), 200)])
+def test_kernel_distance_takes_fifty_subsets_of_a_thousand_or_of_all(
+    monkeypatch: pytest.MonkeyPatch, counts, size
+) -> None:
+    asked: list[dict] = []
+
+    def ask(network: torch.nn.Module, **how: object) -> None:
+        asked.append(how)
+        raise InterruptedError
+
+    monkeypatch.setattr(module, "KernelInceptionDistance", ask)
+    with pytest.raises(InterruptedError):
+        kernel_distance(normal(counts[0], 0), normal(counts[1], 1))
+    assert (asked[0]["subsets"], asked[0]["subset_size"]) == (50, size)
 
 
 def as_dealt(count: int) -> torch.Tensor:

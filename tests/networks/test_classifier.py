@@ -16,7 +16,7 @@ from maskgit_pl.networks.classifier import (
     describe_classifier,
     load_classifier,
 )
-from maskgit_pl.networks.features import feature_networks
+from maskgit_pl.networks.features import feature_networks, weights_digest
 
 NAMES = ("bag", "boot", "coat")
 
@@ -147,3 +147,10 @@ def test_folders_of_something_else_are_refused(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"weights .*model\.safetensors: no such file"):
         load_classifier(tmp_path)
+
+
+@pytest.mark.parametrize("model", ["small", "resnet18"])
+def test_weights_that_see_images_of_another_size_have_another_digest(model: str) -> None:
+    one, other = (create_classifier(ClassifierSizes(1, size, 3, model, 4)) for size in (28, 27))
+    other.load_state_dict(one.state_dict())
+    assert weights_digest(one) != weights_digest(other)

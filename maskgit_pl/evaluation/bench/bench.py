@@ -1,16 +1,16 @@
 """What every model of a table is measured with: the data, the networks that judge, and the ledger that remembers.
 
-A number is measured once. What decides it is the key of its row: the weights, the data, the network, the decoding, how
-many images and which seed; the commit, the date and the device stand beside it.
+A number is measured once. What decides it is the key of its row: the model's weights and configuration, the data, the
+weights of the network that judges, the reference it compares with, the decoding, how many images and which seed; the
+commit, the date and the device stand beside it.
 """
 
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,27 +19,28 @@ import torch
 from torch import Tensor, nn
 
 from maskgit_pl.data import OnceThrough, ShardData, ShuffledStream
+from maskgit_pl.data.order import Order
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation.bench.generation import Generated, forget, generate
 from maskgit_pl.evaluation.bench.held_out import Task, edit, masked
 from maskgit_pl.evaluation.bench.ledger import REAL, Ledger, Row
 from maskgit_pl.evaluation.cas import CASConfig, classification_accuracy
+from maskgit_pl.evaluation.classifier import TrainingImages
 from maskgit_pl.evaluation.decodings import as_key
+from maskgit_pl.evaluation.digests import digest_of, model_digests, short
 from maskgit_pl.evaluation.distances import distances
 from maskgit_pl.evaluation.features import Extractor, ImageFeatures, extract, own_image_batches
 from maskgit_pl.evaluation.likelihood import ImageLikelihood, exact_nll, masked_nll, negative_elbo, real_tokens
 from maskgit_pl.evaluation.metrics import class_agreement, diversity
 from maskgit_pl.evaluation.ranks import rank_and_world
-from maskgit_pl.evaluation.reference import Reference
+from maskgit_pl.evaluation.reference import Origin, Reference
 from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.pretrained import fingerprint
 from maskgit_pl.training.environment import describe_environment, device_name
 
 __all__ = ["CLASSIFIER", "Bars", "Bench", "Judge", "Subject"]
 
 Bars = Callable[[str, int], Callable[[int], Any]]
 
-_DIGITS = 16  # of fingerprints: enough to tell weights and data apart
 _MODEL = ("dataset", "data", "split", "tokenizer", "transformer")  # what a number is of
 _FLOOR_BATCH = 200
 CLASSIFIER = "classifier"
@@ -77,12 +78,13 @@ class Subject:
             "run": self.run,
             "mask_schedule": "" if pipe.transformer.mask_schedule is None else repr(pipe.transformer.mask_schedule),
             "parameters": sum(each.numel() for network in networks for each in network.parameters()),
-            "tokenizer": pipe.tokenizer.fingerprint[:_DIGITS],
-            "transformer": fingerprint(self.pretrained / "transformer")[:_DIGITS],
+            **{name: short(digest) for name, digest in model_digests(pipe, self.pretrained).items()},
         }
 
 
 _NOTHING = {"model": REAL, "run": "", "mask_schedule": "", "parameters": None, "tokenizer": "", "transformer": ""}
+_OWN_COLUMNS = ("model", "max_steps", "seed")  # of the classifier of CAS
+_SAYS = ("fid", "num_images")  # what a network says of images, at least
 
 
 @dataclass(frozen=True)
@@ -91,13 +93,34 @@ class Judge:
 
     Args:
         extractor: The network, on the device where it works.
-        reference: The val split.
+        reference: The val split, or what stands in its place.
         labels: (m,) int64: its classes; None where they are not known.
+
+    Raises:
+        ValueError: if the reference does not say what it was made from.
     """
 
     extractor: Extractor
     reference: Reference
     labels: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.reference.origin is None:
+            raise ValueError(f"reference of {self.extractor.label}: must have an origin, which its rows are found by")
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The columns that say which network judged and what it compared with."""
+        features, origin = self.reference.features, self.reference.origin
+        assert origin is not None
+        return {
+            "network": self.extractor.label,
+            "judge": short(self.extractor.digest),
+            "knows_classes": self.extractor.knows_classes,
+            "real_images": "" if features is None else len(features),
+            "reference_file": origin.file,
+            "reference": short(origin.digest),
+        }
 
     @property
     def accuracy(self) -> float | None:
@@ -149,6 +172,7 @@ class Bench:
         results: Where the ledger is: ``samples.csv``, ``likelihood.csv``, ``cas.csv``, ``editing.csv``.
         bars: Progress.
         batch_size: Images at a time; changes the time alone.
+        device: Where the judges are, and where the classifier of CAS is trained.
     """
 
     def __init__(
@@ -160,22 +184,24 @@ class Bench:
         results: Path,
         bars: Bars,
         batch_size: int = 100,
+        device: torch.device | str = "cpu",
     ) -> None:
+        self.device = torch.device(device)
         self.data, self.dataset, self.judges, self.bars, self.batch_size = data, dataset, judges, bars, batch_size
         self._commit = describe_environment()["commit"]  # of the code that runs, not of what is committed later
         first = rank_and_world()[0] == 0
-        on = (*_MODEL, "num_images", "seed")
-        how = ("num_steps", "decoding")
-        self._samples = Ledger(results / "samples.csv", (*on, *how, "network", "real_images"), writes=first)
-        self._likelihood = Ledger(results / "likelihood.csv", (*on, "draws"), writes=first)
-        self._cas = Ledger(
-            results / "cas.csv",
-            (*on, *how, "classifier", "training_images", "training_steps", "classifier_seed"),
-            writes=first,
-        )
-        self._editing = Ledger(
-            results / "editing.csv", (*on, *how, "task", "model", "network", "real_images"), writes=first
-        )
+        on, how = (*_MODEL, "num_images", "seed"), ("num_steps", "decoding")
+
+        def ledger(kind: str, key: Sequence[str], digests: tuple[str, ...], numbers: tuple[str, ...]) -> Ledger:
+            file = results / f"{kind}.csv"
+            return Ledger(file, tuple(key), digests=("config", *digests), results=numbers, writes=first)
+
+        judged, by = ("network", "real_images"), ("judge", "knows_classes", "reference")
+        self._samples = ledger("samples", (*on, *how, *judged), by, _SAYS)
+        self._editing = ledger("editing", (*on, *how, "task", "model", *judged), by, _SAYS)
+        self._likelihood = ledger("likelihood", (*on, "draws"), (), ())
+        trained = ("classifier", "training_images", "training_steps", "classifier_seed")
+        self._cas = ledger("cas", (*on, *how, *trained), ("training",), ("top1", "top5"))
 
     def samples(
         self,
@@ -201,7 +227,7 @@ class Bench:
             A row for each network.
         """
         keys = self._of(subject, num_images, seed, decoding)
-        rows = {label: self._samples.find(**keys, **self._judged(label)) for label in networks}
+        rows = {label: self._samples.find(**keys | self._judged(label)) for label in networks}
         missing = [label for label, row in rows.items() if row is None]
         if missing:
             title = f"{subject.run}: {num_images} images, T = {decoding.num_steps}"
@@ -209,7 +235,7 @@ class Bench:
             for label in missing:
                 numbers = self._say(label, made.read, made.labels)
                 seconds = {"seconds_per_image": made.seconds_per_image}
-                row = {**keys, **self._judged(label), **numbers, **seconds, **self._measured(subject)}
+                row = {**keys, **self._judged(label), **numbers, **seconds, **self._measured()}
                 rows[label] = self._samples.add(row)
             if not keep:
                 forget(self._file(subject, decoding, num_images, seed))
@@ -230,28 +256,27 @@ class Bench:
         )
 
     def _file(self, subject: Subject, decoding: DecodingConfig, num_images: int, seed: int) -> Path:
-        said = json.dumps([subject.identity["transformer"], as_key(decoding), num_images, seed])
-        return subject.folder / f"samples-{hashlib.sha256(said.encode()).hexdigest()[:12]}.npz"
+        model = {name: subject.identity[name] for name in ("tokenizer", "transformer", "config")}
+        return subject.folder / f"samples-{short(digest_of([model, as_key(decoding), num_images, seed]))}.npz"
 
     def real(self, *, num_images: int, networks: Sequence[str]) -> dict[str, Row]:
         """What networks say of as many real train images, drawn at random: the floor of every distance."""
         count = min(num_images, self.data.summary.samples["train"])
         keys = {**self._on(None), "num_images": count, "seed": 0, "num_steps": "", "decoding": ""}
-        rows = {label: self._samples.find(**keys, **self._judged(label)) for label in networks}
+        rows = {label: self._samples.find(**keys | self._judged(label)) for label in networks}
         missing = [label for label, row in rows.items() if row is None]
         if missing:
             images, labels = self.real_images("train", count)
             for label in missing:
                 numbers = self._say(label, _reader(images), labels)
-                rows[label] = self._samples.add({**keys, **self._judged(label), **numbers, **self._measured(None)})
+                rows[label] = self._samples.add({**keys, **self._judged(label), **numbers, **self._measured()})
         return {label: row for label, row in rows.items() if row is not None}
 
     @lru_cache(maxsize=2)  # noqa: B019  # a bench lives as long as its command
     def real_images(self, split: str, count: int) -> tuple[Tensor, Tensor]:
         """So many images of a split, drawn at random, always the same ones: (n, C, H, W) uint8 and labels (n,)."""
         samples = self.data.summary.samples[split]
-        order = OnceThrough(samples) if count >= samples else ShuffledStream(samples, seed=0)
-        batches = self.data.batches(split, order)  # type: ignore[arg-type]  # train or val
+        batches = self.data.batches(split, self._order(split, count))  # type: ignore[arg-type]  # train or val
         count = min(count, samples)
         parts = [
             batches.__getitems__(range(first, min(first + _FLOOR_BATCH, count)))
@@ -259,14 +284,20 @@ class Bench:
         ]
         return torch.cat([part.content for part in parts]), torch.cat([part.labels for part in parts])
 
+    def _order(self, split: str, count: int) -> Order:
+        samples = self.data.summary.samples[split]
+        return OnceThrough(samples) if count >= samples else ShuffledStream(samples, seed=0)
+
+    def _drawn(self, split: str, count: int) -> Tensor:
+        """The numbers (count,) int64 of ``real_images`` in their split."""
+        return self._order(split, count)(range(min(count, self.data.summary.samples[split]))).index
+
     def likelihood(self, subject: Subject, *, num_images: int, draws: int, seed: int = 0) -> Row:
         """Masked negative log-likelihood and the order-agnostic bound; the exact one of a sequential model."""
         count = min(num_images, self.data.summary.samples["val"])
         keys = {**self._on(subject), "num_images": count, "seed": seed, "draws": draws}
         row = self._likelihood.find(**keys)
-        return row or self._likelihood.add(
-            {**keys, **self._nll(subject, count, draws, seed), **self._measured(subject)}
-        )
+        return row or self._likelihood.add({**keys, **self._nll(subject, count, draws, seed), **self._measured()})
 
     def _nll(self, subject: Subject, count: int, draws: int, seed: int) -> dict[str, float]:
         transformer = subject.pipe.transformer
@@ -291,27 +322,29 @@ class Bench:
         self, subject: Subject | None, decoding: DecodingConfig | None, config: CASConfig, *, num_images: int, seed: int
     ) -> Row:
         """Classification accuracy score; of real train images where there is no model."""
+        of = self._on(subject) | {"num_images": num_images, "seed": seed, "num_steps": "", "decoding": ""}
+        training = {name: value for name, value in asdict(config).items() if name not in _OWN_COLUMNS}
         keys = {
-            **(self._of(subject, num_images, seed, decoding) if subject is not None and decoding is not None else
-               {**self._on(None), "num_images": num_images, "seed": seed, "num_steps": "", "decoding": ""}),
+            **(of if subject is None or decoding is None else self._of(subject, num_images, seed, decoding)),
             "classifier": config.model, "training_images": num_images, "training_steps": config.max_steps,
-            "classifier_seed": config.seed,
+            "classifier_seed": config.seed, "training": json.dumps(training, sort_keys=True),
         }  # fmt: skip
         row = self._cas.find(**keys)
         if row is not None:
             return row
         name = REAL if subject is None else subject.run
+        source: TrainingImages | Tensor
         if subject is None or decoding is None:
-            images, labels = self.real_images("train", num_images)
+            source = self._drawn("train", num_images)
         else:
             made = self.generated(
                 subject, decoding, num_images=num_images, seed=seed, title=f"{name}: {num_images} images for CAS"
             )
-            images, labels = made.read(range(len(made))), made.labels
+            source = TrainingImages(made.take, made.shape, made.labels, self.data.class_names)
         bar = self.bars(f"CAS: {config.model} on {name}", config.max_steps)
-        found = classification_accuracy(images, labels, self.data, config, on_step=lambda: bar(1))
+        found = classification_accuracy(source, self.data, config, on_step=lambda: bar(1), device=str(self.device))
         numbers = {"top1": found.top1, "top5": found.top5, "real_images": found.images}
-        return self._cas.add({**keys, **numbers, **self._measured(subject)})
+        return self._cas.add({**keys, **numbers, **self._measured()})
 
     def editing(
         self, subject: Subject, task: Task, *, num_images: int, seed: int, networks: Sequence[str]
@@ -323,11 +356,11 @@ class Bench:
         for kind in (EDITED, MASKED, UNEDITED):
             keys = self._of(subject, count, seed, decoding) | {"task": task, "model": kind}
             for label in networks:
-                row = self._editing.find(**keys, **self._judged(label))
+                row = self._editing.find(**keys, **self.judges[label].columns)
                 if row is None:
                     images = images or self._edited(subject, task, count, seed)
                     numbers = self._say(label, _reader(images[kind]), self.real_images("val", count)[1])
-                    row = self._editing.add({**keys, **self._judged(label), **numbers, **self._measured(subject)})
+                    row = self._editing.add({**keys, **self.judges[label].columns, **numbers, **self._measured()})
                 rows.append(row)
         return rows
 
@@ -341,18 +374,22 @@ class Bench:
         bar = self.bars(f"features of {label}", len(labels))
         return self.judges[label](read, len(labels), labels, on_images=bar)
 
-    def _measured(self, subject: Subject | None) -> dict[str, Any]:
-        device = torch.device("cpu") if subject is None else subject.pipe.device
-        return {"commit": self._commit, "date": datetime.date.today().isoformat(), "device": device_name(device)}
+    def _measured(self) -> dict[str, Any]:
+        date = datetime.date.today().isoformat()
+        return {"commit": self._commit, "date": date, "device": device_name(self.device)}
 
     def _judged(self, label: str) -> dict[str, Any]:
-        features = self.judges[label].reference.features
-        return {"network": label, "real_images": "" if features is None else len(features)}
+        """The judge's columns, and the split that it compares with, which a file stands in place of."""
+        origin = self.judges[label].reference.origin
+        assert origin is not None
+        return {**self.judges[label].columns, "split": origin.split}
 
     def _on(self, subject: Subject | None) -> dict[str, Any]:
-        of = _NOTHING if subject is None else subject.identity
-        data = {"dataset": self.dataset, "data": self.data.summary.fingerprint[:_DIGITS], "split": "val"}
-        return {**of, **data}
+        if subject is None:  # real images are decided by their size alone
+            of = {**_NOTHING, "config": short(Origin.of_split(self.data, "train").digest)}
+        else:
+            of = subject.identity
+        return {**of, "dataset": self.dataset, "data": short(self.data.summary.fingerprint), "split": "val"}
 
     def _of(self, subject: Subject, num_images: int, seed: int, decoding: DecodingConfig) -> dict[str, Any]:
         said = {"num_steps": decoding.num_steps, "decoding": as_key(decoding)}

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+import torch
+from einops import rearrange
 from torch import Tensor
 
 from maskgit_pl.decoding import DecodingConfig
@@ -44,6 +47,29 @@ class Generated:
     def read(self, rows: range) -> Tensor:
         """Some images: (b, C, H, W) uint8."""
         return self.file.read(rows, channels=self.channels)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """C, H, W of an image."""
+        return (self.channels, *self.file.images.shape[1:3])
+
+    def take(self, rows: Tensor) -> Tensor:
+        """Reads the images of any numbers (b,) int64: (b, C, H, W) uint8.
+
+        They are read from the file, not from its mapping: pages of a mapping count as memory of this process for as
+        long as the system leaves them there.
+        """
+        images = self.file.images
+        if not isinstance(images, np.memmap):  # a compressed file is in memory already
+            found = np.array(images[rows.numpy()])
+        else:
+            found = np.empty((len(rows), *images.shape[1:]), np.uint8)
+            with open(self.file.path, "rb", buffering=0) as file:
+                for place, row in zip(found, rows.tolist(), strict=True):
+                    file.seek(images.offset + row * place.nbytes)
+                    if file.readinto(place.data) != place.nbytes:
+                        raise ValueError(f"samples {self.file.path} must not be cut while it is read")
+        return rearrange(torch.from_numpy(found), "b h w c -> b c h w")[:, : self.channels]
 
 
 def generate(

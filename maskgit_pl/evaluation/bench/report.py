@@ -13,7 +13,7 @@ from torch import nn
 
 from maskgit_pl.data import ShardData
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.evaluation.bench.bench import CLASSIFIER, Judge
+from maskgit_pl.evaluation.bench.bench import CLASSIFIER, Judge, Subject
 from maskgit_pl.evaluation.bench.ledger import NUMBERS, Row, number
 from maskgit_pl.evaluation.metrics import Reconstruction
 from maskgit_pl.files import write_atomically
@@ -29,7 +29,7 @@ _BY_NETWORK = (
 
 
 def as_report(
-    pipe: MaskGIT,
+    subject: Subject,
     data: ShardData,
     *,
     decoding: DecodingConfig,
@@ -45,7 +45,7 @@ def as_report(
     """All numbers, in plain values; those of a network's features are named after it, as in ``fid/lite0``.
 
     Args:
-        pipe: The model.
+        subject: The model.
         data: The real images.
         decoding: How it decoded.
         num_images: Images of a row.
@@ -58,7 +58,7 @@ def as_report(
         cas: Rows of the classification accuracy score, by what the classifier was trained on; empty where it was not
             measured.
     """
-    classifier = judges.get(CLASSIFIER)
+    classifier, pipe = judges.get(CLASSIFIER), subject.pipe
     report = {
         "protocol": {
             "num_images": num_images,
@@ -66,6 +66,7 @@ def as_report(
             "seed": seed,
             "data": data.summary.fingerprint,
             "split": "val",
+            "reference": _reference(judges),
             "mask_schedule": repr(pipe.transformer.mask_schedule),
             "decoding": asdict(decoding),
             "features": {label: _network(judge) for label, judge in judges.items()},
@@ -74,7 +75,7 @@ def as_report(
         "samples": {name: _numbers(rows) for name, rows in samples.items()},
         "real_against_real": {**_numbers(floor), "images": int(next(iter(floor.values()))["num_images"])},
         "likelihood": {name: float(cell) for name, cell in likelihood.items() if cell and _is_likelihood(name)},
-        "model": _sizes(pipe),
+        "model": _sizes(pipe) | {f"{name}_digest": subject.identity[name] for name in ("transformer", "config")},
         "environment": {**describe_environment(), "device": str(pipe.device)},
     }
     if classifier is not None and classifier.accuracy is not None and classifier.labels is not None:
@@ -89,7 +90,19 @@ def as_report(
 
 def _network(judge: Judge) -> dict[str, Any]:
     features = judge.reference.features
-    return {"weights": judge.extractor.digest, "real_images": None if features is None else len(features)}
+    origin = judge.reference.origin
+    assert origin is not None  # a judge has one
+    return {
+        "weights": judge.extractor.digest,
+        "real_images": None if features is None else len(features),
+        "reference": origin.digest,
+    }
+
+
+def _reference(judges: Mapping[str, Judge]) -> str:
+    """Returns what generated images were compared with: a split's or a file's name."""
+    origins = [judge.reference.origin for judge in judges.values()]
+    return ", ".join(dict.fromkeys(origin.file or f"{origin.split} split" for origin in origins if origin is not None))
 
 
 def _numbers(rows: Mapping[str, Row]) -> dict[str, float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,9 +22,11 @@ from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
+from maskgit_pl.checks import build_dataclass, check_integer, check_keys, check_number, shorten
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation.decodings import Spec, plain, same_decoding
-from maskgit_pl.files import write_atomically
+from maskgit_pl.evaluation.digests import differing
+from maskgit_pl.files import read_json, write_atomically
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.registry import describe
 from maskgit_pl.selectors import Remasking, token_selectors
@@ -44,6 +47,7 @@ __all__ = [
 ]
 
 _FORMAT, _VERSION = "maskgit_pl.comparison", 1
+_MAX_BYTES = 16_000_000
 _VARIANTS: dict[str, list[dict[str, Any]]] = {"remdm": [{"strategy": name} for name in get_args(Remasking)]}
 _SHOWN_CLASSES, _SHEET_STEPS = 10, 8
 _COLUMNS = {  # key of a row -> heading, factor, digits
@@ -113,12 +117,12 @@ class Rows:
 
     Args:
         file: ``comparison.json``.
-        protocol: What decides the numbers beside the decoding, in plain values. A file with another one is kept as
-            ``comparison.json.old`` and begun anew.
+        protocol: What decides the numbers beside the decoding, in plain values. A file with another one, or one that
+            does not say all of it, is kept as ``comparison.json.old``, ``.old2`` and so on, and begun anew.
         context: What else the file tells: the numbers of real images, the environment.
 
     Raises:
-        ValueError: The file is not one of this format.
+        ValueError: if the file is not one of this format, or a row of it is none.
     """
 
     def __init__(self, file: Path, protocol: Mapping[str, Any], context: Mapping[str, Any]) -> None:
@@ -130,15 +134,17 @@ class Rows:
             **context,
             "rows": [],
         }
-        if not file.is_file():
+        if not file.exists():
             return
         before = _read(file)
-        if before["protocol"] == self.content["protocol"]:
+        changed = differing(before["protocol"], self.content["protocol"])
+        if not changed:
+            for place, row in enumerate(before["rows"]):
+                _check_row(f"comparison {file}: rows[{place}]", row)
             self.content["rows"] = before["rows"]
             return
-        old = file.with_name(f"{file.name}.old")
+        old = _free_name(file)
         file.replace(old)
-        changed = [key for key, value in self.content["protocol"].items() if before["protocol"].get(key) != value]
         _log.info("%s: measured under another protocol (%s), kept as %s", file, ", ".join(changed), old.name)
 
     @property
@@ -172,15 +178,35 @@ class Rows:
             stream.write((json.dumps(self.content, indent=2) + "\n").encode())
 
 
+def _free_name(file: Path) -> Path:
+    """Returns the first of ``NAME.old``, ``NAME.old2`` ... that is not there."""
+    names = (file.with_name(f"{file.name}.old{number if number > 1 else ''}") for number in itertools.count(1))
+    return next(name for name in names if not name.exists())
+
+
 def _read(file: Path) -> dict[str, Any]:
-    way_out = "move it away, or name another folder with --out"
     try:
-        content = json.loads(file.read_text())
+        content = read_json(file, max_bytes=_MAX_BYTES)
+        if (content.get("format"), content.get("version")) != (_FORMAT, _VERSION):
+            raise ValueError(f"{file} must be of the format {_FORMAT} {_VERSION}")
+        if not isinstance(content.get("protocol"), dict) or not isinstance(content.get("rows"), list):
+            raise ValueError(f"{file} must have a mapping 'protocol' and a list 'rows'")
     except ValueError as error:
-        raise ValueError(f"comparison {file}: not JSON ({error}); {way_out}") from error
-    if not isinstance(content, dict) or (content.get("format"), content.get("version")) != (_FORMAT, _VERSION):
-        raise ValueError(f"comparison {file}: not of the format {_FORMAT} {_VERSION}; {way_out}")
+        raise ValueError(f"comparison {error}; move it away, or name another folder with --out") from error
     return content
+
+
+def _check_row(where: str, row: Any) -> None:
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} must be a mapping, got {shorten(row)}")
+    required = ("selector", "num_steps", "decoding", *_COLUMNS)
+    check_keys(where, row, known=[*row, *required], required=required)
+    if not isinstance(row["selector"], str):
+        raise ValueError(f"{where}.selector must be a string, got {shorten(row['selector'])}")
+    check_integer(f"{where}.num_steps", row["num_steps"], "[1, inf)")
+    for name in _COLUMNS:
+        check_number(f"{where}.{name}", row[name], "(-inf, inf)")
+    build_dataclass(DecodingConfig, row["decoding"], f"{where}.decoding")
 
 
 def sheet_steps(rows: Sequence[Mapping[str, Any]]) -> int:
@@ -263,8 +289,19 @@ def _how(content: Mapping[str, Any]) -> list[str]:
         "images take the place of generated ones. Least distance of each T in bold. A class agreement above that of",
         "real images says that images are more typical than real ones, which low diversity goes with. Mask schedule",
         f"as trained: {schedule}. Decoding of each row, commits and environment: `comparison.json`.",
+        *_weights(protocol),
         f"Times are wall clock on one machine ({content['environment']['cpus']} cores, device {device}).",
     ]
+
+
+def _weights(protocol: Mapping[str, Any]) -> list[str]:
+    """Returns the first digits of what was measured and of what judged; files of older versions do not say all."""
+    digests = [
+        f"{name} {markdown(str(protocol[name])[:8])}"
+        for name in ("tokenizer", "transformer", "judge")
+        if name in protocol
+    ]
+    return [f"First digits of the weights' sha256: {', '.join(digests)}."] if digests else []
 
 
 def _distance_lines(content: Mapping[str, Any]) -> list[str]:

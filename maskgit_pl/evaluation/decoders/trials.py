@@ -12,14 +12,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from maskgit_pl.checks import build_dataclass, check_integer, check_keys, check_number, shorten
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation.decodings import plain, same_decoding
-from maskgit_pl.files import write_atomically
+from maskgit_pl.evaluation.digests import differing
+from maskgit_pl.evaluation.protocol import METRICS
+from maskgit_pl.files import parse_json, size_text, write_atomically
 from maskgit_pl.training.environment import describe_environment
 
 __all__ = ["Ledger"]
 
 _FORMAT, _VERSION = "maskgit_pl.trials", 1
+_MAX_LINE, _MAX_BYTES = 1_000_000, 100_000_000
 _log = logging.getLogger(__name__)
 
 
@@ -31,14 +35,15 @@ class Ledger:
         protocol: What decides the numbers beside decoding, number of images and seed, in plain values.
 
     Raises:
-        ValueError: The file is not a ledger, a line of it is none, or it has another protocol.
+        ValueError: if the file is not a ledger, a line of it is none, or it has another protocol. The message names
+            the file and the line.
     """
 
     def __init__(self, file: Path, protocol: Mapping[str, Any]) -> None:
         self.file = file
         self._lines: list[dict[str, Any]] = []
         self._head = {"format": _FORMAT, "version": _VERSION, "protocol": json.loads(json.dumps(protocol))}
-        if file.is_file():
+        if file.exists():
             self._read()
         else:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -47,8 +52,8 @@ class Ledger:
     def first(self) -> DecodingConfig | None:
         """The decoding that was measured first: what trial 0 was; None where there is none yet, or it is no more."""
         try:
-            return DecodingConfig(**self._lines[0]["decoding"]) if self._lines else None
-        except (TypeError, ValueError):
+            return build_dataclass(DecodingConfig, self._lines[0]["decoding"], "trial 0") if self._lines else None
+        except ValueError:
             return None
 
     def find(self, decoding: DecodingConfig, *, num_images: int, seed: int) -> dict[str, Any] | None:
@@ -88,29 +93,63 @@ class Ledger:
             os.fsync(stream.fileno())
 
     def _read(self) -> None:
-        text = self.file.read_text()
-        whole, newline, rest = text.rpartition("\n")
-        if not newline and json.dumps(self._head).startswith(rest):  # it was cut off in its first line
+        lines, rest = self._split()
+        if not lines and json.dumps(self._head).encode().startswith(rest):  # it was cut off in its first line
             self.file.unlink()
             self._append(self._head)
             return
-        head, *lines = [self._parsed(line, place) for place, line in enumerate(whole.splitlines(), start=1)] or [None]
-        if not isinstance(head, dict) or (head.get("format"), head.get("version")) != (_FORMAT, _VERSION):
-            raise ValueError(f"ledger {self.file}: not of the format {_FORMAT} {_VERSION}; name another --out")
-        protocol = self._head["protocol"]
-        changed = [key for key in protocol if head["protocol"].get(key) != protocol[key]]
+        where = f"ledger {self.file}: line"
+        try:
+            head, *trials = [parse_json(line, f"{where} {place}") for place, line in enumerate(lines, start=1)] or [{}]
+            if (head.get("format"), head.get("version")) != (_FORMAT, _VERSION):
+                raise ValueError(f"ledger {self.file}: must be of the format {_FORMAT} {_VERSION}")
+            if not isinstance(head.get("protocol"), dict):
+                raise ValueError(f"{where} 1 must have a mapping 'protocol'")
+            for place, line in enumerate(trials, start=2):
+                _check_line(f"{where} {place}", line)
+        except ValueError as error:
+            raise ValueError(f"{error}; name another --out, or move the file away") from error
+        changed = differing(head["protocol"], self._head["protocol"])
         if changed:
             raise ValueError(
-                f"ledger {self.file}: measured with another {', '.join(changed)}; name another --out, or move it away"
+                f"ledger {self.file}: measured with another {', '.join(changed)}, or it does not say with which; name "
+                "another --out, or move it away"
             )
-        self._lines = lines
+        self._lines = trials
         if rest:
             _log.info("%s: its last line was cut off and is measured again", self.file)
             with write_atomically(self.file) as stream:
-                stream.write((whole + newline).encode())
+                stream.writelines(line + b"\n" for line in lines)
 
-    def _parsed(self, line: str, place: int) -> Any:
-        try:
-            return json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"ledger {self.file}: line {place} is not JSON ({error}); name another --out") from error
+    def _split(self) -> tuple[list[bytes], bytes]:
+        """Returns the whole lines, and what follows the last one."""
+        if not self.file.is_file() or self.file.stat().st_size > _MAX_BYTES:
+            raise ValueError(
+                f"ledger {self.file} must be a regular file of at most {size_text(_MAX_BYTES)}; name another --out"
+            )
+        lines: list[bytes] = []
+        with self.file.open("rb") as stream:
+            while line := stream.readline(_MAX_LINE):
+                if not line.endswith(b"\n"):
+                    if len(line) == _MAX_LINE:
+                        raise ValueError(
+                            f"ledger {self.file}: line {len(lines) + 1} must have at most {size_text(_MAX_LINE)}; name "
+                            "another --out, or move the file away"
+                        )
+                    return lines, line
+                lines.append(line[:-1])
+        return lines, b""
+
+
+def _check_line(where: str, line: Mapping[str, Any]) -> None:
+    required = ("num_images", "seed", "decoding", "numbers")
+    check_keys(where, line, known=[*line, *required], required=required)
+    check_integer(f"{where}: num_images", line["num_images"], "[1, inf)")
+    check_integer(f"{where}: seed", line["seed"], "[0, inf)")
+    numbers = line["numbers"]
+    for name in ("decoding", "numbers"):
+        if not isinstance(line[name], dict):
+            raise ValueError(f"{where}: {name} must be a mapping, got {shorten(line[name])}")
+    check_keys(f"{where}: numbers", numbers, known=[*numbers, *METRICS], required=[*METRICS, "seconds_per_image"])
+    for name, value in numbers.items():
+        check_number(f"{where}: numbers.{name}", value, "(-inf, inf)")

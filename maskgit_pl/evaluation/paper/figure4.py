@@ -17,11 +17,14 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
+from maskgit_pl.checks import build_dataclass
 from maskgit_pl.decoding import DecodingConfig, DecodingStep, SequentialDecoder, decode_classes, decode_in_order
 from maskgit_pl.evaluation.bench.ledger import Ledger, Row
 from maskgit_pl.evaluation.drawing import LineEnd, name_lines, save_figure
+from maskgit_pl.evaluation.paper.tables import paragraph
 from maskgit_pl.networks.causal import CausalTransformer
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
+from maskgit_pl.pretrained import read_config
 from maskgit_pl.schedules import mask_schedules
 from maskgit_pl.text import markdown, plain_label, printable
 from maskgit_pl.training.environment import describe_environment, device_name
@@ -29,7 +32,7 @@ from maskgit_pl.training.environment import describe_environment, device_name
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["NUM_TOKENS", "SIZES", "Method", "Timing", "as_markdown", "draw", "measure"]
+__all__ = ["NUM_TOKENS", "SIZES", "Method", "Timing", "as_markdown", "draw", "measure", "sizes_of"]
 
 Method = Literal["MaskGIT", "sequential, KV cache", "sequential, no cache"]
 _METHODS: tuple[Method, ...] = get_args(Method)
@@ -38,12 +41,21 @@ SIZES = TransformerConfig(1024, 1000, (16, 16), width=256, depth=8, num_heads=8,
 """Small enough for a processor: 1,024 tokens without a cache take it minutes."""
 NUM_TOKENS = (16, 64, 256, 1024)
 
-_KEY = ("method", "num_tokens", "num_steps", "network", "device")
+_KEY = ("method", "num_tokens", "num_steps", "network", "device", "torch")
+_LATER = ("dtype", "kind")  # which ledgers of older versions lack
 _SECONDS, _MOST = 10.0, 15  # of the runs of a point, unless one takes longer; runs of a point
 _WARM_UP = 8  # tokens
 _COLOURS = {"MaskGIT": "#0d7d6c", "sequential, KV cache": "#d98b1f", "sequential, no cache": "#c0392b"}
 _TICKS = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000]
 _INK = "#444444"
+_EXPLANATIONS = {  # by the kind of the device
+    "cpu": "The paper's 30 to 64 times are a GPU's, which computes the tokens of an image in about the time of one; on "
+    "a CPU, as here, time goes with the work, of which a cache saves the most.",
+    "cuda": "This is a GPU, as in the paper, whose figure says 30 to 64 times. As long as the tokens of an image do "
+    "not fill it, a step of all tokens takes about as long as a step of one, and the factor nears N / T; beyond, time "
+    "goes with the work.",
+}
+_OTHER_DEVICE = "The paper's 30 to 64 times are a GPU's."
 _STRIP = 0.2  # of the axes' height
 
 
@@ -59,7 +71,10 @@ class Timing:
         least: Of the quickest run.
         runs: How many.
         network: Its sizes, in words.
-        device: In words.
+        device: In words: the name of the GPU, or of the CPU with its threads.
+        torch: Its version.
+        dtype: Of weights and products.
+        kind: Of the device: cpu, cuda ...
     """
 
     method: Method
@@ -70,6 +85,19 @@ class Timing:
     runs: int
     network: str
     device: str
+    torch: str
+    dtype: str
+    kind: str
+
+
+def sizes_of(folder: Path) -> TransformerConfig:
+    """Returns the sizes of a transformer, from the folder that it was saved to.
+
+    Raises:
+        ValueError: if its config.json is not one of a transformer.
+    """
+    config = read_config(folder, "transformer")
+    return build_dataclass(TransformerConfig, config.get("network"), f"{folder / 'config.json'}: network")
 
 
 def measure(
@@ -100,7 +128,8 @@ def measure(
     for count in num_tokens:
         if count < 1 or math.isqrt(count) ** 2 != count:
             raise ValueError(f"num_tokens: squares are needed, such as 16 or 256, got {count}")
-    ledger, device = Ledger(file, _KEY), torch.device(device)
+    ledger = Ledger(file, _KEY, digests=_LATER, results=("seconds_per_image", "least", "runs"))
+    device = torch.device(device)
     timings = []
     for count in sorted(set(num_tokens)):
         points = {method: _point(method, count, sizes, device) for method in _METHODS}
@@ -118,10 +147,20 @@ def measure(
 def _point(method: Method, num_tokens: int, sizes: TransformerConfig, device: torch.device) -> dict[str, Any]:
     """What says which point it is."""
     network = (
-        f"{sizes.depth} layers x {sizes.width}, MLP {sizes.mlp_width}, {sizes.num_heads} heads, {sizes.num_codes} codes"
+        f"{sizes.depth} layers x {sizes.width}, MLP {sizes.mlp_width}, {sizes.num_heads} heads, "
+        f"{sizes.num_codes} codes, {sizes.num_classes} classes"
     )
-    steps = _steps(num_tokens) if method == "MaskGIT" else num_tokens
-    return dict(zip(_KEY, (method, num_tokens, steps, network, device_name(device)), strict=True))
+    matmul = torch.get_float32_matmul_precision()
+    return {
+        "method": method,
+        "num_tokens": num_tokens,
+        "num_steps": _steps(num_tokens) if method == "MaskGIT" else num_tokens,
+        "network": network,
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "dtype": "float32" if matmul == "highest" else f"float32, matmul precision {matmul}",
+        "kind": device.type,
+    }
 
 
 def _steps(num_tokens: int) -> int:
@@ -130,9 +169,8 @@ def _steps(num_tokens: int) -> int:
 
 
 def _numbers(seconds: Sequence[float]) -> dict[str, Any]:
-    environment = describe_environment()
-    kept = {name: environment[name] for name in ("torch", "commit")}
-    return {"seconds_per_image": median(seconds), "least": min(seconds), "runs": len(seconds), **kept}
+    commit = describe_environment()["commit"]
+    return {"seconds_per_image": median(seconds), "least": min(seconds), "runs": len(seconds), "commit": commit}
 
 
 def _timing(ledger: Ledger, point: dict[str, Any]) -> Timing:
@@ -287,7 +325,8 @@ def _finish(axes: Axes, timings: Sequence[Timing]) -> None:
     first = timings[0]
     axes.set_title("Figure 4: one token after the other, against MaskGIT", fontsize=12, loc="left", pad=36)
     axes.annotate(
-        f"{plain_label(first.network)}; batch 1, float32\n{plain_label(first.device)}", (0, 1), (0, 5),
+        f"{plain_label(first.network)}; batch 1, {plain_label(first.dtype)}\n"
+        f"{plain_label(first.device)}, torch {plain_label(first.torch)}", (0, 1), (0, 5),
         xycoords="axes fraction", textcoords="offset points", fontsize=9, color=_INK, va="bottom", linespacing=1.4,
     )  # fmt: skip
     axes.grid(alpha=0.25)
@@ -311,10 +350,13 @@ def as_markdown(timings: Sequence[Timing], command: str) -> str:
         "",
         "![time of an image against its number of tokens](figure-4.png)",
         "",
-        "What an image takes the transformer, batch 1, without guidance and tokenizer: the median of n runs, which",
-        "took turns. Both are the same network with random weights, under a causal mask or none; MaskGIT decodes by",
-        "the cosine schedule, the most confident tokens first, and computes its first step too.",
-        f"{markdown(first.network)}, float32, on {markdown(first.device)}.",
+        *paragraph(
+            "What an image takes the transformer, batch 1, without guidance and tokenizer: the median of n runs, which",
+            "took turns. Both are the same network with random weights, under a causal mask or none; MaskGIT decodes",
+            "by the cosine schedule, the most confident tokens first, and computes its first step too.",
+            f"{markdown(first.network)}, {markdown(first.dtype)}, on {markdown(first.device)}, torch",
+            f"{markdown(first.torch)}.",
+        ),
         "",
         f"| N | T of MaskGIT | {' | '.join(_METHODS)} | KV cache / MaskGIT | no cache / MaskGIT |",
         "|---:|---:|---:|---:|---:|---:|---:|",
@@ -325,16 +367,11 @@ def as_markdown(timings: Sequence[Timing], command: str) -> str:
         factors = [f"{_factor(timing, lines)}" for timing in here[1:]]
         page.append(f"| {' | '.join([str(count), str(here[0].num_steps), *cells, *factors])} |")
     largest = [_factor(lines[method][counts[-1]], lines) for method in _METHODS[1:]]
-    return "\n".join(
-        [
-            *page,
-            "",
-            f"At N = {counts[-1]} a sequential image takes {largest[0]} times as long as MaskGIT's with a cache and",
-            f"{largest[1]} times without. The paper's 30 to 64 times are a GPU's, which computes the tokens of an",
-            "image in about the time of one; on a processor time goes with the work, of which a cache saves the most.",
-            "",
-        ]
+    said = paragraph(
+        f"At N = {counts[-1]} a sequential image takes {largest[0]} times as long as MaskGIT's with a cache and",
+        f"{largest[1]} times without. {_EXPLANATIONS.get(first.kind, _OTHER_DEVICE)}",
     )
+    return "\n".join([*page, "", *said, ""])
 
 
 def _seconds_text(timing: Timing) -> str:

@@ -1,8 +1,8 @@
 """The tables of the paper, as data: what stands beside our rows.
 
-Source: Chang et al., MaskGIT, CVPR 2022, arXiv:2202.04200, Tables 1 to 3. All numbers are on ImageNet (Table 2:
-Places2) in the features of Inception, from 50,000 images; they compare with ours only where data, network and count are
-theirs.
+Source: Chang et al., MaskGIT, CVPR 2022, arXiv:2202.04200, Tables 1 to 3. Tables 1 and 3 are on ImageNet, from 50,000
+images; Table 2 is on Places2. All numbers are in the features of Inception; they compare with ours only where data,
+network and count are theirs.
 """
 
 from __future__ import annotations
@@ -58,14 +58,16 @@ class PublishedEditing:
     Args:
         task: Outpainting to the right by 50 %, or inpainting the centre of 50 % x 50 %.
         model: Its name.
+        size: Edge of the images, in pixels.
         fid: Frechet distance.
-        inception_score: None where it is not known here.
+        inception_score: Inception score.
     """
 
     task: Task
     model: str
+    size: int
     fid: float
-    inception_score: float | None = None
+    inception_score: float
 
 
 @dataclass(frozen=True)
@@ -103,17 +105,16 @@ GENERATION = (
 )
 CLASSIFIER_ON_REAL_IMAGES = (76.6, 93.1)  # top-1 and top-5 of the classifier that was trained on real images
 EDITING = (
-    PublishedEditing("outpaint-right", "Boundless", 35.02),
-    PublishedEditing("outpaint-right", "Boundless (second figure)", 33.02),
-    PublishedEditing("outpaint-right", "In&Out", 23.57),
-    PublishedEditing("outpaint-right", "InfinityGAN", 10.60),
-    PublishedEditing("outpaint-right", "Boundless TF", 7.80),
-    PublishedEditing("outpaint-right", "MaskGIT", 6.78, 11.69),
-    PublishedEditing("inpaint-centre", "DeepFill", 11.51),
-    PublishedEditing("inpaint-centre", "ICT", 13.63),
-    PublishedEditing("inpaint-centre", "HiFill", 16.60),
-    PublishedEditing("inpaint-centre", "CoModGAN", 7.13),
-    PublishedEditing("inpaint-centre", "MaskGIT", 7.92, 22.95),
+    PublishedEditing("outpaint-right", "Boundless (from prior work)", 256, 35.02, 6.15),
+    PublishedEditing("outpaint-right", "In&Out (from prior work)", 256, 23.57, 7.18),
+    PublishedEditing("outpaint-right", "InfinityGAN", 256, 10.60, 5.57),
+    PublishedEditing("outpaint-right", "Boundless, TFHub model", 256, 7.80, 5.99),
+    PublishedEditing("outpaint-right", "MaskGIT", 512, 6.78, 11.69),
+    PublishedEditing("inpaint-centre", "DeepFill", 256, 11.51, 22.55),
+    PublishedEditing("inpaint-centre", "ICT (trained on a subset of Places2)", 256, 13.63, 17.70),
+    PublishedEditing("inpaint-centre", "HiFill", 512, 16.60, 19.93),
+    PublishedEditing("inpaint-centre", "CoModGAN", 512, 7.13, 21.82),
+    PublishedEditing("inpaint-centre", "MaskGIT", 512, 7.92, 22.95),
 )
 SCHEDULES = (
     PublishedSchedule("exp", 8, 7.89, 156.3, 4.83),

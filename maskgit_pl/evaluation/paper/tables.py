@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -48,6 +48,9 @@ TASKS: dict[Task, str] = {
     "outpaint-right": "outpainting, the right 50 %",
     "inpaint-centre": "inpainting, the centre 50 % x 50 %",
 }
+
+
+_SHOWN_DIGITS = 8
 
 
 @dataclass(frozen=True)
@@ -131,21 +134,59 @@ def _milliseconds(row: Mapping[str, str]) -> str:
 
 
 def _provenance(rows: Sequence[Row]) -> list[str]:
-    """On what and by which code the rows were measured."""
+    """Returns on what, against what, by which networks and by which code the rows were measured."""
     said = []
-    for title, name in (("data", "dataset"), ("data fingerprint", "data"), ("split", "split"), ("commit", "commit"),
-                        ("date", "date"), ("device", "device")):  # fmt: skip
+    for title, name in (("data", "dataset"), ("data fingerprint", "data"), ("commit", "commit"), ("date", "date"),
+                        ("device", "device")):  # fmt: skip
         values = dict.fromkeys(row.get(name, "")[:12] if name == "commit" else row.get(name, "") for row in rows)
         said.append(f"{title} {', '.join(markdown(value) for value in values if value)}")
-    return paragraph(f"Measured on: {'; '.join(said)}. Every row with its decoding is in the ledger.")
+    compared = _named(rows, reference_name, "reference")
+    judges = _named(rows, lambda row: markdown(row.get("network", "")), "judge")
+    models = dict.fromkeys(
+        f"{_code(row['run'])} tokenizer {digest_text(row, 'tokenizer')}, transformer {digest_text(row, 'transformer')}"
+        for row in rows
+        if row.get("run")
+    )
+    return [
+        *paragraph(f"Measured on: {'; '.join(said)}. Every row with its decoding is in the ledger."),
+        "",
+        *paragraph(
+            f"First digits of sha256. Reference: {compared}. Weights of the networks that judge: {judges}. Weights of",
+            f"the models: {'; '.join(models) or 'none'}.",
+        ),
+    ]
+
+
+def _named(rows: Sequence[Row], name: Callable[[Row], str], digest: str) -> str:
+    return ", ".join(dict.fromkeys(f"{name(row)} {digest_text(row, digest)}" for row in rows))
+
+
+def digest_text(row: Mapping[str, str], name: str) -> str:
+    """Returns the first digits of a digest, or that a row of an older version does not say."""
+    return markdown(row.get(name, "")[:_SHOWN_DIGITS]) or "not recorded"
+
+
+def reference_name(row: Mapping[str, str]) -> str:
+    """Returns what the images of a row were compared with: a split, or a file."""
+    return markdown(row.get("reference_file") or f"the {row.get('split') or 'val'} split")
+
+
+def _against(rows: Sequence[Row]) -> str:
+    """Returns how many real images of what the rows compare with."""
+    found = dict.fromkeys(
+        f"{markdown(row['real_images'])} real ones of {reference_name(row)}"
+        if row.get("real_images")
+        else f"the statistics of {reference_name(row)}"
+        for row in rows
+    )
+    return " and ".join(found)
 
 
 def _explain(rows: Sequence[Row]) -> list[str]:
     counts = ", ".join(dict.fromkeys(markdown(row["num_images"]) for row in rows))
-    references = ", ".join(dict.fromkeys(markdown(row["real_images"]) for row in rows if row.get("real_images")))
     return paragraph(
-        f"{counts} images of each model, spread evenly over the classes, against {references} real ones of the val",
-        "split. The last line of each table has as many real training images in place of generated ones: what FID",
+        f"{counts} images of each model, spread evenly over the classes, against {_against(rows)}. The last line of",
+        "each table has as many real training images in place of generated ones: what FID",
         "comes to at this number of images where nothing is wrong. FID falls with the number of images and is of one",
         "network's features: it compares with no number of another count, network or data set. KID has no such bias.",
         "IS comes from a network that knows the classes alone.",
@@ -234,7 +275,7 @@ def table_2(rows: Sequence[Row], *, command: str) -> Page:
     lines = ["# Table 2: outpainting and inpainting", "", f"    {printable(command, limit=None)}", ""]
     lines += paragraph(
         "Each held-out image is edited once: its class and what stays visible are given, the rest is generated and",
-        "pasted in. The results are measured against the real val images. `unedited` are the same images as they are,",
+        f"pasted in. The results are measured against {_against(rows)}. `unedited` are the same images as they are,",
         "`masked` with grey in place of what is to be generated: between the two lies what there is to win. What is",
         "hidden are whole tokens: the right half rounded up, the centre down (of 7 x 7 tokens 4 columns, and 3 x 3).",
     )
@@ -261,11 +302,11 @@ def _editing_lines(rows: Sequence[Row]) -> list[str]:
 
 def _published_editing(task: Task) -> list[str]:
     cells = [
-        [row.model, f"{row.fid:.2f}", "" if row.inception_score is None else f"{row.inception_score:.2f}"]
+        [row.model, str(row.size), f"{row.fid:.2f}", f"{row.inception_score:.2f}"]
         for row in EDITING
         if row.task == task
     ]
-    headings = ["published, Places2 at 512 px", "FID (inception)", "IS (inception)"]
+    headings = ["published, Places2", "size", "FID (inception)", "IS (inception)"]
     return markdown_table(headings, cells)
 
 
@@ -350,5 +391,6 @@ def _flat(result: ScheduleResult, networks: Sequence[str]) -> dict[str, object]:
         flat |= {f"{name}/{network}": row[name] for name in NUMBERS if row.get(name)}
     flat |= {name: cell for name, cell in result.likelihood.items() if "nll" in name or "elbo" in name}
     flat |= {f"fid/{networks[0]} at T = {steps}": value for steps, value in sorted(result.curve.items())}
-    kept = ("num_images", "parameters", "commit", "date", "dataset", "data", "transformer", "tokenizer")
+    kept = ("num_images", "parameters", "commit", "date", "dataset", "data", "transformer", "tokenizer", "config",
+            "judge", "reference")  # fmt: skip
     return flat | {name: result.fresh[networks[0]].get(name, "") for name in kept}

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,55 @@ def test_a_file_of_something_else_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"samples\.csv: columns \['seed'\] are missing"):
         Ledger(tmp_path / "samples.csv", KEY)
     (tmp_path / "samples.csv").write_text("model,seed,fid\na,1\n")
-    with pytest.raises(ValueError, match="line 2 has not as many cells"):
+    with pytest.raises(ValueError, match="line 2 must have as many cells"):
         Ledger(tmp_path / "samples.csv", KEY)
     with pytest.raises(ValueError, match=r"\['seed'\] missing"):
         Ledger(tmp_path / "other.csv", KEY).add({"model": "a"})
+
+
+def test_a_row_without_a_digest_stays_and_is_never_found(tmp_path: Path) -> None:
+    file = tmp_path / "samples.csv"
+    Ledger(file, KEY).add({"model": "a", "seed": 1, "fid": 1.0})
+    ledger = Ledger(file, KEY, digests=("judge",))
+    assert ledger.find(model="a", seed=1, judge="0f") is None
+    ledger.add({"model": "a", "seed": 1, "judge": "0f", "fid": 2.0})
+    again = Ledger(file, KEY, digests=("judge",))
+    assert [row["fid"] for row in again.rows] == ["1.0", "2.0"]
+    assert again.find(model="a", seed=1, judge="0f")["fid"] == "2.0"
+    with pytest.raises(AssertionError, match="an empty digest"):
+        again.find(model="a", seed=1, judge="")
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("a,1,many", "line 2 column fid must be a finite number, got 'many'"),
+        ("a,1,nan", "line 2 column fid must be a finite number"),
+        ("a,1,", "line 2 must have a number in column fid"),
+        ('a,1,"1', "line 2 must be a row of UTF-8 text"),
+        (f"{'a' * 200_000},1,1", "line 2 must be a row of UTF-8 text, got field larger"),
+        ("a,1,\udcff", "line .* must be a row of UTF-8 text"),
+    ],
+)
+def test_a_line_of_a_stranger_is_refused_by_file_and_number(tmp_path: Path, text: str, match: str) -> None:
+    file = tmp_path / "samples.csv"
+    file.write_bytes(f"model,seed,fid\n{text}\n".encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=match) as caught:
+        Ledger(file, KEY, results=("fid",))
+    assert "samples.csv" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_counts_are_digits(tmp_path: Path) -> None:
+    file = tmp_path / "samples.csv"
+    for count in ("1.5", "-1", "1" * 5000, "\u0663"):
+        file.write_text(f"model,seed,num_images\na,1,{count}\n", encoding="utf-8")
+        with pytest.raises(ValueError, match="column num_images must be a finite number"):
+            Ledger(file, KEY)
+
+
+def test_a_folder_or_a_fifo_is_no_ledger(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "samples.csv")
+    for file in (tmp_path, tmp_path / "samples.csv"):
+        with pytest.raises(ValueError, match="must be a regular file"):
+            Ledger(file, KEY)

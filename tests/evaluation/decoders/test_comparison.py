@@ -93,12 +93,65 @@ def test_rows_of_another_protocol_are_kept_aside(tmp_path: Path, caplog) -> None
     assert len(json.loads((tmp_path / "comparison.json.old").read_text())["rows"]) == 4
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"format": "other"}'])
+def test_nothing_is_lost_where_the_protocol_changes_often(tmp_path: Path) -> None:
+    file = tmp_path / "comparison.json"
+    for seed in range(4):
+        rows = Rows(file, {**PROTOCOL, "seed": seed}, CONTEXT)
+        rows.add("random", DecodingConfig(4, "random"), numbers(seed), commit=None)
+    kept = [json.loads((tmp_path / f"comparison.json.old{each}").read_text()) for each in ("", "2", "3")]
+    assert [content["rows"][0]["fid/classifier"] for content in kept] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", PROTOCOL)
+def test_a_protocol_that_does_not_say_everything_is_another_one(tmp_path: Path, name: str) -> None:
+    less = {key: value for key, value in PROTOCOL.items() if key != name}
+    Rows(tmp_path / "comparison.json", less, CONTEXT).save()
+    Rows(tmp_path / "comparison.json", PROTOCOL, CONTEXT)
+    assert (tmp_path / "comparison.json.old").exists()
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+HEAD = '{"format": "maskgit_pl.comparison", "version": 1, '
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"format": "other"}',
+        f'{{"a": {DEEP}}}',
+        f"{HEAD}}}",
+        f'{HEAD}"protocol": [], "rows": []}}',
+        f'{HEAD}"protocol": {{}}, "rows": {{}}}}',
+    ],
+)
 def test_a_file_of_something_else_is_refused_and_kept(tmp_path: Path, text: str) -> None:
     (tmp_path / "comparison.json").write_text(text)
-    with pytest.raises(ValueError, match=r"comparison .*comparison\.json: not .*--out"):
+    with pytest.raises(ValueError, match=r"comparison .*comparison\.json .*--out"):
         Rows(tmp_path / "comparison.json", PROTOCOL, CONTEXT)
     assert (tmp_path / "comparison.json").read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (None, r"rows\[1\] must be a mapping"),
+        ({"selector": 3}, r"rows\[1\]\.selector must be a string"),
+        ({"num_steps": "8"}, r"rows\[1\]\.num_steps must be an integer"),
+        ({"diversity": "much"}, r"rows\[1\]\.diversity must be a finite number"),
+        ({"decoding": [1]}, r"rows\[1\]\.decoding must be a mapping"),
+        ({"decoding": {"num_steps": "8"}}, r"rows\[1\]\.decoding\.num_steps must be an integer"),
+        ({"decoding": {"steps": 8}}, r"rows\[1\]\.decoding: unknown key 'steps'"),
+    ],
+)
+def test_a_row_of_a_stranger_is_refused_by_place_and_key(tmp_path: Path, change: dict | None, match: str) -> None:
+    file = tmp_path / "comparison.json"
+    content = filled(file).content
+    content["rows"][1] = None if change is None else content["rows"][1] | change
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=match):
+        Rows(file, PROTOCOL, CONTEXT)
 
 
 def test_tables_show_every_row_and_the_least_distance_of_each_t_in_bold(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def _few_runs(monkeypatch):
 def timings() -> list[Timing]:
     seconds = {16: (0.012, 0.018, 0.022), 256: (0.08, 0.4, 2.0), 1024: (0.9, 3.0, 150.0)}
     return [
-        Timing(method, count, count, value, value, 9, "8 layers x 256", "a machine")
+        Timing(method, count, count, value, value, 9, "8 layers x 256", "a machine", "2.13.0", "float32", "cpu")
         for count, values in seconds.items()
         for method, value in zip(METHODS, values, strict=True)
     ]
@@ -39,7 +39,8 @@ def test_every_method_is_timed_at_every_n_and_a_second_call_measures_nothing(tmp
     assert sorted(told, key=made.index) == made
     assert [timing.num_steps for timing in made] == [4, 4, 4, 8, 16, 16]
     assert all(0 < timing.least <= timing.seconds and timing.runs == 2 for timing in made)
-    assert made[0].network == "1 layers x 16, MLP 32, 2 heads, 16 codes"
+    assert made[0].network == "1 layers x 16, MLP 32, 2 heads, 16 codes, 3 classes"
+    assert (made[0].torch, made[0].dtype, made[0].kind) == (torch.__version__, "float32", "cpu")
     monkeypatch.setattr(figure4, "_decoders", lambda *given: pytest.fail("measured again"))
     again = []
     assert measure(file, sizes=TINY, num_tokens=(4, 16), on_point=again.append) == again == made
@@ -90,8 +91,53 @@ def test_the_figure_has_the_three_lines_and_the_page_their_factors(timings, tmp_
     page = as_markdown(timings, "maskgit figure 4")
     assert "    maskgit figure 4\n" in page
     assert "| 256 | 256 | 80 ms (n = 9) | 400 ms (n = 9) | 2 s (n = 9) | 5.0 | 25 |" in page
-    assert "At N = 1024 a sequential image takes 3.3 times as long as MaskGIT's with a cache and" in page
-    assert "167 times without. The paper's 30 to 64 times are a GPU's" in page
+    said = " ".join(page.split())
+    assert "At N = 1024 a sequential image takes 3.3 times as long as MaskGIT's with a cache and 167 times" in said
+
+
+def test_the_page_explains_the_device_that_was_timed(timings):
+    pages = {
+        kind: " ".join(as_markdown([replace(each, kind=kind) for each in timings], "x").split())
+        for kind in ("cpu", "cuda", "mps")
+    }
+    assert "on a machine, torch 2.13.0" in pages["cpu"]
+    assert "on a CPU, as here" in pages["cpu"]
+    assert "This is a GPU, as in the paper" in pages["cuda"]
+    assert "CPU" not in pages["cuda"] + pages["mps"]
+
+
+@pytest.mark.parametrize("changed", ["torch", "dtype", "device", "network"])
+def test_a_point_of_another_machine_version_or_network_is_measured_anew(tmp_path, changed):
+    file = tmp_path / "timing.csv"
+    measure(file, sizes=TINY, num_tokens=(4,))
+    rows = list(csv.DictReader(file.read_text().splitlines()))
+    with file.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, rows[0])
+        writer.writeheader()
+        writer.writerows([{**row, changed: "another"} for row in rows])
+    measure(file, sizes=TINY, num_tokens=(4,))
+    assert len(file.read_text().splitlines()) == 7
+
+
+def test_points_of_an_older_version_stay_and_are_not_reused(tmp_path):
+    file = tmp_path / "timing.csv"
+    measure(file, sizes=TINY, num_tokens=(4,))
+    rows = list(csv.DictReader(file.read_text().splitlines()))
+    names = [name for name in rows[0] if name not in ("dtype", "kind")]
+    with file.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, names, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    measure(file, sizes=TINY, num_tokens=(4,))
+    again = list(csv.DictReader(file.read_text().splitlines()))
+    assert [row["seconds_per_image"] for row in again[:3]] == [row["seconds_per_image"] for row in rows]
+    assert [row["kind"] for row in again] == [""] * 3 + ["cpu"] * 3
+
+
+def test_the_sizes_of_a_pretrained_transformer_are_timed(tiny_pretrained, tmp_path):
+    assert figure4.sizes_of(tiny_pretrained / "transformer") == TransformerConfig(
+        16, 3, (4, 4), 16, 1, 2, 32, class_dropout=0.1
+    )
 
 
 @pytest.mark.parametrize("count", [0, -4, 2, 50])

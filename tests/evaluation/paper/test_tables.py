@@ -70,7 +70,27 @@ def test_every_published_row_is_printed() -> None:
     tasks = [row("MaskGIT", "lite0", fid=1.0, task=task) for task in ("outpaint-right", "inpaint-centre")]
     page = table_2(tasks, command="x").markdown
     for edited in EDITING:
-        assert f"| {edited.model} | {edited.fid:.2f} |" in page
+        assert f"| {edited.model} | {edited.size} | {edited.fid:.2f} | {edited.inception_score:.2f} |" in page
+
+
+def test_pages_say_what_was_compared_with_and_what_judged() -> None:
+    digests = {
+        "reference": "0123456789abcdef",
+        "judge": "fedcba9876543210",
+        "tokenizer": "aa" * 8,
+        "transformer": "b" * 16,
+    }
+    file = {"split": "", "reference_file": "imagenet.npz", "real_images": ""}
+    for changes, compared in (({}, "500 real ones of the val split"), (file, "the statistics of imagenet.npz")):
+        tasks = [row("MaskGIT", "lite0", fid=1.0, task="outpaint-right", **{**digests, **changes})]
+        for page in (table_1(tasks, [], command="x").markdown, table_2(tasks, command="x").markdown):
+            said = " ".join(page.split())
+            assert f"against {compared}" in said
+            assert f"Reference: {changes.get('reference_file', 'the val split')} 01234567." in said
+            assert "judge: lite0 fedcba98." in said
+            assert "`run-a` tokenizer aaaaaaaa, transformer bbbbbbbb." in said
+    old = " ".join(table_2([row("MaskGIT", "lite0", fid=1.0, task="outpaint-right")], command="x").markdown.split())
+    assert "judge: lite0 not recorded." in old
 
 
 def test_table_3_shows_ours_beside_the_paper_s_in_the_paper_s_order() -> None:
