@@ -102,7 +102,7 @@ def test_the_place_is_told_or_torchruns_or_srunss_or_alone(environment):
     [
         (("--rank", 0), "--rank and --num-ranks: both are needed"),
         (("--rank", 2, "--num-ranks", 2), "--rank: 0 to 1 is needed with --num-ranks 2, got 2"),
-        (("--crops", 0), "tokenize crops: at least 1 is needed, got 0"),
+        (("--crops", 0), "crops must be an integer in [1, 65536], got 0"),
         (("--crops", 2), "tokenize crops: images that are not square are needed"),
         (("--part-samples", 0), "token store part: at least 1 sample is needed, got 0"),
         (("--unreadable-budget", 2), "data.unreadable_budget must be a number in [0, 1], got 2"),
@@ -121,7 +121,7 @@ def test_lines_tell_speed_and_rest_where_there_is_no_terminal(
 ):
     environment.setattr("maskgit_pl.cli.tokenize._SECONDS_BETWEEN_LINES", 0.0)
     environment.setattr(logging.getLogger("maskgit_pl"), "propagate", True)
-    environment.setattr("maskgit_pl.cli._log_to_terminal", lambda: None)
+    environment.setattr("maskgit_pl.cli._log_to", lambda stream: None)
     with caplog.at_level(logging.INFO, "maskgit_pl"):
         assert main(words(tiny_shards, tiny_pretrained / "tokenizer", tmp_path, "--precision", "bfloat16")) == 0
     lines = "\n".join(caplog.messages)
@@ -130,3 +130,19 @@ def test_lines_tell_speed_and_rest_where_there_is_no_terminal(
         r"^\S+tokens/[0-9a-f]{16}: 144 images in [\d.]+ s, \d+ images/s$", lines, re.MULTILINE
     )  # 60 x 2 and 24
     assert '"precision": "bfloat16"' in (tmp_path / "one" / "tokens" / "store.json").read_text()
+
+
+def test_the_same_command_finds_the_finished_store_and_a_damaged_one_is_made_again(
+    environment, tiny_shards, tiny_pretrained, tmp_path
+):
+    arguments = [word for word in words(tiny_shards, tiny_pretrained / "tokenizer", tmp_path) if word != "--flip"]
+    assert main(arguments) == 0
+    labels = tmp_path / "one" / "tokens" / "train-labels.npy"
+    before, made = labels.read_bytes(), labels.stat().st_mtime_ns
+    assert main(arguments) == 0
+    assert len(list((tmp_path / "tokens").iterdir())) == 1
+    assert labels.stat().st_mtime_ns == made
+    labels.write_bytes(before[:-8] + bytes(8))
+    assert labels.read_bytes() != before
+    assert main(arguments) == 0
+    assert labels.read_bytes() == before
