@@ -126,7 +126,7 @@ Of the faults that are numbered here, resuming itself (3, 4, 5) is in `exactness
 | {INTERNAL_ERROR} | internal error, or a hang |
 | {CANNOT_WRITE} | cannot write |
 | {PREEMPTED} | preempted: the same command goes on |
-| {DataBudgetError.exit_code} | data budget exceeded |
+| {DataBudgetError.exit_code} | data budget exceeded, or data that changed while a run read them |
 | {NOT_FINITE} | not finite |
 
 | fault | injected | exit code | what was printed | checked |
