@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "maskgit_pl"
 FLOORS = {  # a file or a folder -> its floor; a folder's files stand on its floor
     "errors": 0,
     "checks": 0,
+    "devices": 0,
     "interruption": 0,
     "files": 0,
     "registry": 0,
