@@ -22,7 +22,7 @@ from maskgit_pl.cli.measuring import (
     progress_bars,
     step_numbers,
 )
-from maskgit_pl.cli.model import check_at_least, default_device
+from maskgit_pl.cli.model import add_device_argument, check_at_least, device_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,7 +101,7 @@ def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the first image; image i has seed + i (default: 0)")
     parser.add_argument("--batch", type=int, default=100, metavar="N", help="images at a time (default: 100)")
-    parser.add_argument("--device", help="cpu, cuda, mps ... (default: a GPU if there is one)")
+    add_device_argument(parser)
     parser.add_argument(
         "--classifier", type=Path, metavar="DIR", help="where the judge is kept (default: runs/DATA-classifier/small)"
     )
@@ -373,12 +373,12 @@ def _figure_4(args: argparse.Namespace) -> int:
     if args.runs:
         raise ValueError(f"figure 4 {args.runs[0]}: random weights are timed; leave the run out")
     numbers = step_numbers(args.num_tokens, flag="--num-tokens")
+    device = device_of(args)
     from dataclasses import asdict
 
     from maskgit_pl.evaluation.paper.figure4 import as_markdown, draw, measure
     from maskgit_pl.evaluation.paper.tables import Page, as_csv
 
-    device = args.device or default_device()
     with progress_bars() as bars:
         bar = bars("figure 4: points", 3 * len(numbers))
         timings = measure(args.results / "timing.csv", num_tokens=numbers, device=device, on_point=lambda _: bar(1))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from maskgit_pl.decoding.classes import decode_classes
     from maskgit_pl.decoding.config import RASTER, DecodingConfig, SequentialDecoding
     from maskgit_pl.decoding.decoder import DecodingStep, ParallelDecoder
+    from maskgit_pl.decoding.limits import check_parallel
     from maskgit_pl.decoding.noise import Noise, SeededNoise
     from maskgit_pl.decoding.predictors import (
         CachedPredictor,
@@ -52,6 +53,7 @@ __all__ = [
     "SeededNoise",
     "SequentialDecoder",
     "SequentialDecoding",
+    "check_parallel",
     "class_predictor",
     "decode_classes",
     "decode_in_order",
@@ -61,6 +63,7 @@ _NAMES = {
     "classes": ("decode_classes",),
     "config": ("RASTER", "DecodingConfig", "SequentialDecoding"),
     "decoder": ("DecodingStep", "ParallelDecoder"),
+    "limits": ("check_parallel",),
     "noise": ("Noise", "SeededNoise"),
     "predictors": (
         "CachedPredictor",

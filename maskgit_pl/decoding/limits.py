@@ -6,10 +6,46 @@ Used by ``ParallelDecoder``, and by ``DecodingConfig.check``, which refuses a wr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from maskgit_pl.selectors import TokenSelector
+if TYPE_CHECKING:
+    from maskgit_pl.selectors import TokenSelector
 
-__all__ = ["check_num_steps", "check_token_counts", "check_token_sum"]
+__all__ = ["check_guidance", "check_num_steps", "check_parallel", "check_token_counts", "check_token_sum"]
+
+
+def check_guidance(scales: Sequence[float], *, pushes_away: bool) -> None:
+    """Refuses guidance where there is no class to push images away from.
+
+    Args:
+        scales: Guidance scale of each step.
+        pushes_away: Whether the model has a null class, or negative classes are named.
+
+    Raises:
+        ValueError: if any scale is positive and ``pushes_away`` is False.
+    """
+    if not pushes_away and any(scale > 0 for scale in scales):
+        raise ValueError(
+            "guidance: this model has no null class (it was trained with class_dropout 0); use scale 0, or name "
+            "negative classes"
+        )
+
+
+def check_parallel(task: str, *, sequential: bool) -> None:
+    """Refuses a sequential model for a task that fills masked tokens in any order.
+
+    Args:
+        task: What is to be done, for the error.
+        sequential: Whether the model draws one token after the other.
+
+    Raises:
+        ValueError: if it does.
+    """
+    if sequential:
+        raise ValueError(
+            f"{task}: a model with bidirectional attention is needed, which fills masked tokens in any order, got a "
+            "sequential one, which draws whole images from their first token on; take another run"
+        )
 
 
 def check_num_steps(num_steps: int, num_tokens: int | None = None) -> None:

@@ -292,6 +292,7 @@ class MaskGIT:
             self.decoding,
             tokenizer.image_size,
             tokenizer.network.config.downsampling_factor,
+            tokenizer.network.config.in_channels,
         )
 
     @property

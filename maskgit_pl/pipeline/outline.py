@@ -12,6 +12,8 @@ from pathlib import Path
 from typing_extensions import Unpack
 
 from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.decoding.limits import check_parallel
+from maskgit_pl.decoding.recipe_file import read_recipe
 from maskgit_pl.files import read_json
 from maskgit_pl.pipeline.options import (
     Classes,
@@ -37,6 +39,7 @@ class Outline:
         decoding: How images are decoded unless a request says otherwise.
         image_size: Height and width of the model's images, in pixels.
         token_size: Pixels along an edge of a token.
+        channels: 1 for grey images, 3 for RGB.
     """
 
     class_names: tuple[str, ...]
@@ -46,6 +49,7 @@ class Outline:
     decoding: DecodingConfig
     image_size: int
     token_size: int
+    channels: int
 
     @classmethod
     def read(cls, folder: Path) -> Outline | None:
@@ -60,7 +64,6 @@ class Outline:
         try:
             tokenizer, transformer = (read_json(folder / part / "config.json") for part in ("tokenizer", "transformer"))
             tuned = folder / "decoding.json"
-            decoding = (read_json(tuned) if tuned.is_file() else transformer)["decoding"]
             network = transformer["network"]
             rows, columns = network["grid"]
             return cls(
@@ -68,9 +71,10 @@ class Outline:
                 network["num_classes"] if network["class_dropout"] > 0 else None,
                 rows * columns,
                 network["attention"] == "causal",
-                DecodingConfig(**decoding),
+                read_recipe(tuned) if tuned.is_file() else DecodingConfig(**transformer["decoding"]),
                 tokenizer["image_size"],
                 tokenizer["network"]["patch_size"] * 2 ** (len(tokenizer["network"]["multipliers"]) - 1),
+                tokenizer["network"]["in_channels"],
             )
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -87,6 +91,10 @@ class Outline:
         """
         check_options(settings, GenerateOptions, "pil")
         return with_settings(self.decoding, settings)
+
+    def check_parallel(self, task: str) -> None:
+        """Refuses a sequential model for a task; errors as of ``decoding.limits.check_parallel``."""
+        check_parallel(task, sequential=self.sequential)
 
     def check_decoding(self, decoding: DecodingConfig) -> None:
         """Refuses a way of decoding that the model cannot follow; errors as of ``DecodingConfig.check``."""

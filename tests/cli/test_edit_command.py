@@ -92,9 +92,9 @@ def test_a_larger_image_is_cut_where_asked(tiny_pretrained: Path, tmp_path: Path
     [
         (["--class", "1"], "--box, --mask: one of the two is needed, got neither"),
         (["--class", "1", "--box", "0,0,1,1", "--mask", "m.png"], "--box, --mask: one of the two is needed, got both"),
-        (["--class", "1", "--box", "0,0,1"], "--box 0,0,1: four whole numbers"),
-        (["--class", "1", "--box", "0,0,1,x"], "--box 0,0,1,x: four whole numbers"),
-        (["--class", "1", "--box", "0,0,1.5,2"], "--box 0,0,1.5,2: four whole numbers"),
+        (["--class", "1", "--box", "0,0,1"], "--box must be left,top,right,bottom in whole pixels or in percent, got 0,0,1;"),
+        (["--class", "1", "--box", "0,0,1,x"], "--box must be left,top,right,bottom in whole pixels or in percent, got 0,0,1,x;"),
+        (["--class", "1", "--box", "0,0,1.5,2"], "--box must be left,top,right,bottom in whole pixels or in percent, got 0,0,1.5,2;"),
         (["--class", "1", "--box", "0,0,9,2"], "box 0,0,9,2: it must lie within the image"),
         (["--class", "1", "--box=-1,0,4,2"], "box -1,0,4,2: it must lie within the image"),
         (["--class", "1", "--box", "4,0,0,2"], "box 4,0,0,2: left < right is needed"),
@@ -107,8 +107,8 @@ def test_a_larger_image_is_cut_where_asked(tiny_pretrained: Path, tmp_path: Path
         (["--class", "1", "--mask", "BLACK"], "something to generate is needed, got none"),
         (["--class", "Trousers", "--box", "0,0,4,2"], "class 'Trousers': did you mean 'Trouser'"),
         (["--class", "17", "--box", "0,0,4,2"], "class 17: a number in [0, 3)"),
-        (["--class", "1", "--box", "0,0,4,2", "--steps", "17"], "num_steps: at most the 16 tokens"),
-        (["--class", "1", "--box", "0,0,4,2", "--batch", "0"], "batch_size: at least 1"),
+        (["--class", "1", "--box", "0,0,4,2", "--steps", "17"], "--num-steps: at most the 16 tokens"),
+        (["--class", "1", "--box", "0,0,4,2", "--batch", "0"], "--batch: at least 1"),
     ],
 )
 def test_bad_input_is_answered_in_one_line(
