@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from maskgit_pl.cli.measuring import step_numbers
+from maskgit_pl.cli.model import device_of
 from maskgit_pl.cli.paper import add_measuring_arguments, measured_schedules, opened, write_schedules
 from maskgit_pl.cli.recipes import DEFAULT_DATASET, check_overrides, recipe_files
 from maskgit_pl.errors import PreemptedError
@@ -49,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
     schedules = [name.strip() for name in args.schedules.split(",") if name.strip()]
     numbers = None if args.num_steps is None else step_numbers(args.num_steps)
     check_overrides(args.overrides)
+    if args.device is not None:  # before the first hour is spent, like the names
+        device_of(args)
     for name in schedules:  # each name before the first hour is spent
         recipe_files("transformer", dataset=args.dataset, names=[*args.recipe.split(), name], cluster=args.cluster)
     args.runs = [_train(name, place, len(schedules), args) for place, name in enumerate(schedules)]

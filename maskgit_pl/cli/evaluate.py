@@ -20,6 +20,7 @@ from maskgit_pl.cli.measuring import (
     progress_bars,
 )
 from maskgit_pl.cli.model import check_at_least
+from maskgit_pl.cli.outputs import check_outputs
 from maskgit_pl.cli.showing import write_gif
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
         ValueError: The data are not the model's, an unknown network, or a number out of range.
     """
     check_at_least(args, num_samples=1, likelihood_samples=2, batch=1)
+    check_outputs(args, out=".json")
     specs = feature_specs(args.features)
     folders = find_run(args)
     from maskgit_pl.evaluation.protocol import Protocol, check_decoding

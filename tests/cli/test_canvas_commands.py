@@ -93,7 +93,10 @@ def test_an_edit_shows_how_it_was_decoded(tiny_pretrained: Path, image: Path, tm
         (["outpaint", "RUN", "IMAGE", "--right", "4", "--overlap", "1"], "--overlap: a share in (0, 1) is needed"),
         (["outpaint", "RUN", "IMAGE", "--right", "4", "--variants", "0"], "--variants: at least 1"),
         (["outpaint", "RUN", "nowhere.png", "--right", "4"], "image nowhere.png: no such file"),
-        (["outpaint", "RUN", "IMAGE", "--right", "3"], "--right: a multiple of the 2 pixels of a token is needed, got 3"),
+        (
+            ["outpaint", "RUN", "IMAGE", "--right", "3"],
+            "--right: a multiple of the 2 pixels of a token is needed, got 3",
+        ),
         (["inpaint", "RUN", "IMAGE"], "--box, --mask: one of the two is needed, got neither"),
         (["panorama", "RUN", "--width", "6"], "--width: at least the 8 pixels of the model's images are needed, got 6"),
         (["panorama", "RUN", "--width", "20", "--classes", "Trousers"], "class 'Trousers': did you mean 'Trouser'"),
