@@ -54,7 +54,7 @@ from maskgit_pl.pretrained import (
     save_transformer,
 )
 from maskgit_pl.randomness import random_bits
-from maskgit_pl.training.pictures import decode_images
+from maskgit_pl.training.pictures import decode_images, images_at_once
 
 __all__ = ["MaskGIT"]
 
@@ -672,7 +672,8 @@ class MaskGIT:
         like = next(network.parameters())
         with torch.no_grad():
             tokens = [
-                network.encode(to_unit_range(images[part]).to(like)).cpu() for part in slices(len(images), batch_size)
+                network.encode(to_unit_range(images[part]).to(like)).cpu()
+                for part in slices(len(images), min(batch_size, images_at_once(*images.shape[-2:])))
             ]
         return torch.cat(tokens)
 
