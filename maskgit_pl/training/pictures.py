@@ -147,10 +147,10 @@ def decode_images(tokenizer: PretrainedTokenizer, tokens: Tensor, *, grid: tuple
     size = None if grid is not None and grid != tokenizer.grid else tokenizer.image_size
     rows, columns = grid or tokenizer.grid
     factor = tokenizer.network.config.downsampling_factor
-    decoded = []
+    count, decoded = images_at_once(rows * factor, columns * factor), []
     with torch.inference_mode():
-        for part in tokens.split(images_at_once(rows * factor, columns * factor)):
-            images = tokenizer.network.decode(part, (rows, columns))[..., :size, :size]
+        for first in range(0, len(tokens), count):
+            images = tokenizer.network.decode(tokens[first : first + count], (rows, columns))[..., :size, :size]
             decoded.append((images.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu())
         return torch.cat(decoded)
 
