@@ -91,12 +91,9 @@ def check_settings(
         TypeError: if a part does not take its arguments.
         ValueError: if a name is unknown, a number is out of range, or the model has no class to push away from.
     """
-    from maskgit_pl.decoding.limits import check_guidance
-
     with naming_flags(args):
         decoding = outline.decoding_with(**settings)
-        check_guidance(decoding.scales(), pushes_away=pushes_away or outline.null_label is not None)
-        outline.check_decoding(decoding)
+        outline.check_decoding(decoding, pushes_away=pushes_away or outline.null_label is not None)
 
 
 def _check_numbers(args: argparse.Namespace) -> None:

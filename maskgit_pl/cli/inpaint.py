@@ -51,7 +51,9 @@ def add_region_arguments(parser: argparse.ArgumentParser, *, class_required: boo
     add_variant_arguments(parser, class_required=class_required, dilation=1)
 
 
-def add_variant_arguments(parser: argparse.ArgumentParser, *, class_required: bool, dilation: int) -> None:
+def add_variant_arguments(
+    parser: argparse.ArgumentParser, *, class_required: bool, dilation: int, out: str = "edited.png"
+) -> None:
     """Adds the flags that all commands have which change an image."""
     parser.add_argument(
         "--class",
@@ -75,7 +77,9 @@ def add_variant_arguments(parser: argparse.ArgumentParser, *, class_required: bo
         help=f"tokens by which the region grows (default: {dilation})",
     )
     add_decoding_arguments(parser)
-    parser.add_argument("--out", type=Path, default=Path("edited.png"), metavar="FILE.png", help="all in one picture")
+    parser.add_argument(
+        "--out", type=Path, default=Path(out), metavar="FILE.png", help=f"all in one picture (default: {out})"
+    )
     parser.add_argument("--images", type=Path, metavar="DIR", help="also write each variant into a file of its own")
     add_showing_arguments(parser)
 

@@ -32,8 +32,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         parser.add_argument(f"--{side}", type=int, default=0, metavar="PIXELS", help="to add on this side")
     parser.add_argument("--all", type=int, metavar="PIXELS", help="to add on each side that is not named")
     add_overlap_argument(parser)
-    add_variant_arguments(parser, class_required=False, dilation=0)
-    parser.set_defaults(run=run, out=Path("outpainted.png"))
+    add_variant_arguments(parser, class_required=False, dilation=0, out="outpainted.png")
+    parser.set_defaults(run=run)
 
 
 def add_overlap_argument(parser: argparse.ArgumentParser) -> None:

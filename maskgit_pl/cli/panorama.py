@@ -29,7 +29,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--height", type=int, metavar="PIXELS", help="of each image (default: the model's)")
     add_overlap_argument(parser)
     add_decoding_arguments(parser)
-    parser.add_argument("--out", type=Path, default=Path("panorama.png"), metavar="FILE.png", help="all in one picture")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("panorama.png"),
+        metavar="FILE.png",
+        help="all in one picture (default: panorama.png)",
+    )
     parser.add_argument("--images", type=Path, metavar="DIR", help="also write each image into a file of its own")
     add_showing_arguments(parser)
     parser.set_defaults(run=run)

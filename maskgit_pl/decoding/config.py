@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from maskgit_pl.decoding.limits import check_num_steps, check_token_counts, check_token_sum
+from maskgit_pl.decoding.limits import check_guidance, check_num_steps, check_token_counts, check_token_sum
 from maskgit_pl.decoding.sampling import CodeSampling, Temperature
 from maskgit_pl.guidance import guidance_scales, guidance_schedules
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
@@ -101,28 +101,30 @@ class DecodingConfig:
 
         return SequentialDecoder(num_tokens, self._sampling())
 
-    def check(self, num_tokens: int, *, sequential: bool) -> None:
+    def check(self, num_tokens: int, *, sequential: bool, pushes_away: bool = True) -> None:
         """Refuses what a model cannot follow; imports torch only for a mask schedule, and only as the last check.
 
         Args:
             num_tokens: N, tokens of an image.
             sequential: Whether the model draws one token after the other.
+            pushes_away: Whether there is a class that guidance can push away from.
 
         Raises:
-            TypeError: A part does not take its arguments.
-            ValueError: An unknown name, a number out of range, or what a sequential model cannot follow.
+            TypeError: if a part does not take its arguments.
+            ValueError: if a name is unknown, a number is out of range, a sequential model cannot follow, or guidance
+                has no class to push away from.
         """
         self._sampling()
         if sequential:
             self._check_sequential(num_tokens)
-            self.scales()
+            check_guidance(self.scales(), pushes_away=pushes_away)
             return
         check_num_steps(self.num_steps, num_tokens)
         selector = token_selectors.build(self.token_selector)
         if self.tokens_per_step is not None:
             check_token_counts(self.tokens_per_step, self.num_steps, selector)
             check_token_sum(self.tokens_per_step, num_tokens)
-        self.scales()
+        check_guidance(self.scales(), pushes_away=pushes_away)
         if self.mask_schedule is not None:
             mask_schedules.build(self.mask_schedule)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from typing_extensions import Unpack
 
+from maskgit_pl.checks import build_dataclass, check_integer
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.limits import check_parallel
 from maskgit_pl.decoding.recipe_file import read_recipe
@@ -64,17 +65,17 @@ class Outline:
         try:
             tokenizer, transformer = (read_json(folder / part / "config.json") for part in ("tokenizer", "transformer"))
             tuned = folder / "decoding.json"
-            network = transformer["network"]
-            rows, columns = network["grid"]
+            network, vqgan = transformer["network"], tokenizer["network"]
+            rows, columns = (_size(number) for number in network["grid"])
             return cls(
-                tuple(transformer["class_names"]),
-                network["num_classes"] if network["class_dropout"] > 0 else None,
+                tuple(map(str, transformer["class_names"])),
+                _size(network["num_classes"]) if network["class_dropout"] > 0 else None,
                 rows * columns,
                 network["attention"] == "causal",
-                read_recipe(tuned) if tuned.is_file() else DecodingConfig(**transformer["decoding"]),
-                tokenizer["image_size"],
-                tokenizer["network"]["patch_size"] * 2 ** (len(tokenizer["network"]["multipliers"]) - 1),
-                tokenizer["network"]["in_channels"],
+                read_recipe(tuned) if tuned.is_file() else build_dataclass(DecodingConfig, transformer["decoding"], ""),
+                _size(tokenizer["image_size"]),
+                _size(vqgan["patch_size"]) * 2 ** (_size(len(vqgan["multipliers"])) - 1),
+                _size(vqgan["in_channels"]),
             )
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -96,6 +97,10 @@ class Outline:
         """Refuses a sequential model for a task; errors as of ``decoding.limits.check_parallel``."""
         check_parallel(task, sequential=self.sequential)
 
-    def check_decoding(self, decoding: DecodingConfig) -> None:
-        """Refuses a way of decoding that the model cannot follow; errors as of ``DecodingConfig.check``."""
-        decoding.check(self.num_tokens, sequential=self.sequential)
+    def check_decoding(self, decoding: DecodingConfig, *, pushes_away: bool = True) -> None:
+        """Refuses a way of decoding that the model cannot follow; see ``DecodingConfig.check``."""
+        decoding.check(self.num_tokens, sequential=self.sequential, pushes_away=pushes_away)
+
+
+def _size(value: object) -> int:
+    return check_integer("size", value, "[1, 65536]")

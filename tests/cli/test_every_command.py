@@ -162,6 +162,7 @@ NO_TORCH = [
     ["sample", RUN, "--mask-schedule", "cosin"],
     ["sample", RUN, "--guidance-schedule", "linea"],
     ["sample", RUN, "--steps", "17"],
+    ["sample", RUN, "--steps", "1000000000"],
     ["sample", RUN, "--top-p", "2"],
     ["sample", RUN, "--tokens-per-step", "1,2"],
     ["sample", RUN, "--batch", "0"],
