@@ -257,9 +257,9 @@ class MaskGIT:
         Raises:
             ValueError: if there is no such device here, or the transformer is in int8.
         """
-        device = check_device(device)
-        if device.type != "cpu" or dtype is not None:
+        if str(device) != "cpu" or dtype is not None:
             self._refuse_int8("moved or cast")
+        device = check_device(device)
         for network in (self.tokenizer.network, self.transformer.network):
             network.to(device=device, dtype=dtype)
         self._first_step.clear()
