@@ -101,11 +101,14 @@ def test_bad_input_is_refused_and_nothing_written(
         (["--tokens-per-step", "1,x"], "--tokens-per-step 1,x: whole numbers of at least 1"),
         (["--tokens-per-step", "0,16"], "--tokens-per-step 0,16: whole numbers of at least 1"),
         (["--decoding", "nowhere.json"], "--decoding nowhere.json: no such file"),
+        (["--decoding", "other.json"], "`maskgit tune RUN` writes such a file, RUN/pretrained/decoding.json"),
     ],
 )
 def test_what_flags_say_is_refused_in_one_line(
     words: list[str], message: str, tiny_pretrained: Path, tmp_path: Path, capsys
 ) -> None:
+    (tmp_path / "other.json").write_text('{"steps": 8}')
+    words = [str(tmp_path / word) if word == "other.json" else word for word in words]
     assert main(["sample", str(tiny_pretrained), *words, "--out", str(tmp_path / "samples.png")]) == 2
     shown = capsys.readouterr().err
     assert message in shown
