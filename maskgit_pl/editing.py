@@ -33,6 +33,7 @@ __all__ = [
     "box_mask",
     "check_box",
     "check_canvas",
+    "check_fits",
     "check_overlap",
     "composite",
     "first_step",
@@ -402,6 +403,26 @@ def mask_pixels(mask: MaskLike, *, name: str = "mask") -> Tensor:
     return made
 
 
+def check_fits(height: int, width: int, *, image_size: int, fit: bool, name: str = "image") -> None:
+    """Refuses an image of another size than the model's, unless it is to be fitted.
+
+    Args:
+        height: H of the image.
+        width: W of the image.
+        image_size: Height and width that are needed.
+        fit: As of ``fitted``.
+        name: What to call the image in an error.
+
+    Raises:
+        ValueError: if the sizes differ and ``fit`` is False.
+    """
+    if not fit and (height, width) != (image_size, image_size):
+        raise ValueError(
+            f"{name}: the model's {image_size} x {image_size} pixels are needed, got {width} x {height}; fit=True "
+            "(--fit) cuts out the middle and resizes it"
+        )
+
+
 def fitted(image: Tensor, mask: Tensor, *, image_size: int, fit: bool, name: str = "image") -> tuple[Tensor, Tensor]:
     """An image and its mask at the size of the model.
 
@@ -428,11 +449,7 @@ def fitted(image: Tensor, mask: Tensor, *, image_size: int, fit: bool, name: str
         raise ValueError(
             f"mask of {name}: the image's {width} x {height} pixels are needed, got {mask.shape[1]} x {mask.shape[0]}"
         )
-    if not fit and (height, width) != (image_size, image_size):
-        raise ValueError(
-            f"{name}: the model's {image_size} x {image_size} pixels are needed, got {width} x {height}; fit=True "
-            "(--fit) cuts out the middle and resizes it"
-        )
+    check_fits(height, width, image_size=image_size, fit=fit, name=name)
     if not bool(mask.any()):
         raise ValueError(f"mask of {name}: something to generate is needed, got none; paint it white, or name a box")
     square = fit_square(mask[None].to(image.dtype), image_size=min(height, width), crop=None)

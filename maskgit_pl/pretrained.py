@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from maskgit_pl.checks import build_dataclass, check_class_names, check_integer, check_keys, shorten
-from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.decoding import DecodingConfig, check_parallel
 from maskgit_pl.files import read_json, sync, write_atomically, write_tensors
 from maskgit_pl.networks.causal import CausalTransformer, build_transformer
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
@@ -102,11 +102,8 @@ class PretrainedTransformer:
         Raises:
             ValueError: A sequential model.
         """
-        if self.mask_schedule is None:
-            raise ValueError(
-                f"{task}: a model with bidirectional attention is needed, which fills masked tokens in any order, got "
-                "a sequential one, which draws whole images from their first token on; take another run"
-            )
+        check_parallel(task, sequential=self.mask_schedule is None)
+        assert self.mask_schedule is not None
         return self.mask_schedule
 
 

@@ -2,7 +2,8 @@
 
 One object serves training (``masking.MaskSampler`` draws its mask ratios from it) and inference
 (``decoding.ParallelDecoder`` reads from it how many tokens stay masked after each step), so the two cannot disagree.
-Rounding happens in one place, ``num_masked``.
+Rounding happens in one place, ``num_masked``. torch is imported by the functions that need it, so that the command line
+refuses an unknown name at once.
 
 A schedule of your own is a frozen dataclass under a name::
 
@@ -18,13 +19,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from maskgit_pl.checks import check_number
 from maskgit_pl.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["MaskSchedule", "Rounding", "check_mask_schedule", "mask_schedules", "num_masked"]
 
@@ -70,11 +71,11 @@ def num_masked(ratio: Tensor, num_tokens: int | Tensor, *, rounding: Rounding) -
 
     Source: paper, section on mask scheduling (ceil); google-research/maskgit, ``parallel_decode.py`` (floor).
     """
-    scaled = ratio.to(torch.float32).clamp(_MIN_RATIO, 1.0) * num_tokens
+    scaled = ratio.float().clamp(_MIN_RATIO, 1.0) * num_tokens
     if rounding == "ceil":
-        return scaled.ceil().to(torch.int64)
+        return scaled.ceil().long()
     if rounding == "floor":
-        return scaled.floor().to(torch.int64)
+        return scaled.floor().long()
     raise ValueError(f"rounding: 'ceil' or 'floor' is needed, got {rounding!r}")
 
 
@@ -87,6 +88,8 @@ def check_mask_schedule(name: str, schedule: MaskSchedule) -> None:
     Raises:
         ValueError: With the name, the rule and what was seen.
     """
+    import torch
+
     progress = torch.linspace(0.0, 1.0, _CHECKED_POINTS)
     for num_tokens in _CHECKED_NUM_TOKENS:
         try:
@@ -99,6 +102,8 @@ def check_mask_schedule(name: str, schedule: MaskSchedule) -> None:
 
 
 def _broken_rule(ratio: object, progress: Tensor, *, tolerance: float) -> str | None:
+    from torch import Tensor
+
     if not isinstance(ratio, Tensor) or ratio.shape != progress.shape or not ratio.is_floating_point():
         seen = f"{ratio.dtype} {tuple(ratio.shape)}" if isinstance(ratio, Tensor) else type(ratio).__name__
         return f"it must return a float tensor in the shape of progress {tuple(progress.shape)}, got {seen}"
@@ -123,7 +128,7 @@ class Cosine(MaskSchedule):
     """cos(pi r / 2): the paper's best. Source: paper, Table 3."""
 
     def __call__(self, progress: Tensor, num_tokens: int) -> Tensor:
-        return torch.cos(progress * (math.pi / 2)).clamp(0.0, 1.0)
+        return (progress * (math.pi / 2)).cos().clamp(0.0, 1.0)
 
 
 @mask_schedules.register("arccos")
@@ -132,7 +137,7 @@ class Arccos(MaskSchedule):
     """2 / pi acos(r): the mean of cosine, less spread. Source: Halton-MaskGIT, TiTok, MaskBit."""
 
     def __call__(self, progress: Tensor, num_tokens: int) -> Tensor:
-        return torch.acos(progress) * (2 / math.pi)
+        return progress.acos() * (2 / math.pi)
 
 
 @mask_schedules.register("pow")
@@ -191,7 +196,7 @@ class Exponential(MaskSchedule):
     """1 - 2^(-log2(N) (1 - r)). Source: paper, Table 3 (exponential); formula of the released code."""
 
     def __call__(self, progress: Tensor, num_tokens: int) -> Tensor:
-        return 1 - torch.exp2(-math.log2(num_tokens) * (1 - progress))
+        return 1 - (-math.log2(num_tokens) * (1 - progress)).exp2()
 
 
 @mask_schedules.register("log")
@@ -200,4 +205,4 @@ class Logarithmic(MaskSchedule):
     """-log2(r) / log2(N). Source: paper, Table 3 (logarithmic); formula of the released code."""
 
     def __call__(self, progress: Tensor, num_tokens: int) -> Tensor:
-        return (-torch.log2(progress) / math.log2(num_tokens)).clamp(0.0, 1.0)
+        return (-progress.log2() / math.log2(num_tokens)).clamp(0.0, 1.0)

@@ -2,22 +2,24 @@
 
 The mask schedule says how many stay masked, the selector says which: it gives each candidate a score, and the
 candidates with the lowest scores are masked again. A selector may also sharpen what codes are drawn from, mask tokens
-again that earlier steps decided, or decide itself how many to keep. Used by ``decoding.ParallelDecoder``.
+again that earlier steps decided, or decide itself how many to keep. Used by ``decoding.ParallelDecoder``. torch is
+imported by the functions that need it, so that the command line refuses an unknown name at once.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import ClassVar, Literal, get_args
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from maskgit_pl.checks import check_choice, check_integer, check_number, shorten
-from maskgit_pl.randomness import random_bits
 from maskgit_pl.registry import Registry
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 __all__ = ["Candidates", "Decided", "TokenSelector", "halton_order", "token_selectors"]
 
@@ -176,7 +178,7 @@ class Confidence(TokenSelector):
 
     def __call__(self, candidates: Candidates) -> Tensor:
         noise_scale = self.choice_temperature * (1 - candidates.progress)
-        return torch.add(candidates.drawn_log_probs, candidates.gumbel, alpha=noise_scale)
+        return candidates.drawn_log_probs.add(candidates.gumbel, alpha=noise_scale)
 
 
 @token_selectors.register("random")
@@ -220,6 +222,10 @@ class Halton(TokenSelector):
 @lru_cache(maxsize=16)
 def _halton_ranks(grid: tuple[int, int], seed: int | None, device: torch.device) -> Tensor:
     """(N,) float32: when each position's turn comes."""
+    import torch
+
+    from maskgit_pl.randomness import random_bits
+
     order = torch.tensor(halton_order(grid))
     if seed is not None:
         order = order.roll(int(random_bits("halton", seed=seed, index=0)) % len(order))
@@ -268,14 +274,14 @@ class Margin(TokenSelector):
     def __call__(self, candidates: Candidates) -> Tensor:
         first, second = _two_likeliest(candidates.log_probs)
         noise_scale = self.choice_temperature * (1 - candidates.progress)
-        return torch.add((first - second).clamp(min=1e-20).log(), candidates.gumbel, alpha=noise_scale)
+        return (first - second).clamp(min=1e-20).log().add(candidates.gumbel, alpha=noise_scale)
 
 
 def _two_likeliest(log_probs: Tensor) -> tuple[Tensor, Tensor]:
     """Probabilities (B, M) of the likeliest and the second likeliest code; the second is 0 where there is one code."""
     likeliest = log_probs.topk(min(2, log_probs.shape[-1]), dim=-1).values.exp()
     first = likeliest[..., 0]
-    return first, likeliest[..., 1] if likeliest.shape[-1] > 1 else torch.zeros_like(first)
+    return first, likeliest[..., 1] if likeliest.shape[-1] > 1 else first.new_zeros(first.shape)
 
 
 @token_selectors.register("entropy")
@@ -303,7 +309,7 @@ class EntropyBounded(TokenSelector):
         return -candidates.entropies
 
     def num_kept(self, candidates: Candidates, scores: Tensor, valid: Tensor) -> Tensor:
-        ordered = (-scores).masked_fill(~valid, torch.inf).sort(dim=1).values
+        ordered = (-scores).masked_fill(~valid, math.inf).sort(dim=1).values
         spent = ordered.cumsum(1) - ordered  # the largest entropy, the last one's, is free
         return ((spent <= self.gamma) & ordered.isfinite()).sum(1)
 
@@ -393,7 +399,7 @@ class ReMDM(Confidence):
             return progress
         rising = progress / self.start * self.hold
         ending = self.hold + (progress - self.stop) / (1 - self.stop) * (1 - self.hold)
-        return torch.where(progress < self.start, rising, ending.clamp(min=self.hold)).clamp(max=1.0)
+        return rising.where(progress < self.start, ending.clamp(min=self.hold)).clamp(max=1.0)
 
     def num_remasked(self, *, decided: int, planned: int, progress: float) -> int:
         if decided == 0:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -256,9 +257,18 @@ class TokenModel(LightningModule):
             network.load_state_dict(weights)
 
     def export(self, folder: Path, *, class_names: tuple[str, ...]) -> None:
-        """Writes ``folder/transformer`` from the averaged weights; called on every rank, rank 0 writes."""
-        weights = full_state(self.averaged_network)
+        """Writes what ``MaskGIT.from_pretrained`` reads; called on every rank, rank 0 writes.
+
+        The averaged weights go to ``folder/transformer``, and with them goes the tokenizer whose tokens they know.
+
+        Args:
+            folder: Where ``transformer`` and ``tokenizer`` go.
+            class_names: One for each class.
+        """
+        weights, own = full_state(self.averaged_network), folder / "tokenizer"
         if self.global_rank == 0:
+            if self.tokenizer_folder.resolve() != own.resolve():
+                shutil.copytree(self.tokenizer_folder, own, dirs_exist_ok=True)
             save_transformer(
                 folder / "transformer",
                 self.config,

@@ -12,6 +12,7 @@ FLOORS = {  # a file or a folder -> its floor; a folder's files stand on its flo
     "errors": 0,
     "checks": 0,
     "schema": 0,
+    "devices": 0,
     "interruption": 0,
     "files": 0,
     "locks": 0,

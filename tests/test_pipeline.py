@@ -46,6 +46,30 @@ def test_names_and_ids_name_the_same_classes(pipe) -> None:
     assert torch.equal(images(pipe, ["Trouser"]), images(pipe, [2]))
 
 
+@pytest.mark.parametrize("one", ["Trouser", 2, np.int64(2)])
+def test_one_class_is_one_image_in_a_list(pipe, one) -> None:
+    made = pipe.generate(one)
+    assert [np.asarray(picture).tolist() for picture in made] == [np.asarray(pipe.generate([2])[0]).tolist()]
+    assert pipe.inpaint(picture(), box_pixels(), classes=one, output_type="pt").shape == (1, 1, 8, 8)
+
+
+def test_classes_may_be_an_array(pipe) -> None:
+    for classes in (np.array([0, 2]), torch.tensor([0, 2])):
+        assert pipe.class_ids(classes) == [0, 2]
+
+
+def test_a_pipeline_says_in_one_line_what_it_is(pipe) -> None:
+    sizes = "3 classes, grey images of 8 x 8 pixels, 4 x 4 tokens of 16 codes, 4 steps, on cpu"
+    assert repr(pipe) == f"MaskGIT({sizes})"
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "cdua", torch.device("cuda", 99), "meta"])
+def test_a_device_that_is_not_here_is_refused_before_anything_moves(pipe, device) -> None:
+    with pytest.raises(ValueError, match=rf"device must be one of cpu.*, got '{device}'"):
+        pipe.to(device)
+    assert pipe.device.type == "cpu"
+
+
 def test_output_types_hold_the_same_pixels(pipe) -> None:
     tensor = images(pipe, [0, 1])
     assert tensor.dtype == torch.uint8
@@ -109,7 +133,10 @@ def test_missing_folders_are_named(tmp_path) -> None:
         ([-1], ValueError, "class -1"),
         ([True], TypeError, "class True"),
         ([1.5], TypeError, "class 1.5"),
-        ("Trouser", TypeError, r"write \['Trouser'\]"),
+        ("Trousers", ValueError, "class 'Trousers': did you mean 'Trouser'"),
+        (3, ValueError, r"class 3: a number in \[0, 3\)"),
+        (True, TypeError, "class True"),
+        (1.5, TypeError, "classes: numbers or names are needed, got 1.5"),
         ([], ValueError, "at least one"),
     ],
 )

@@ -310,7 +310,9 @@ def test_a_rank_that_dies_is_missed_by_one_that_is_in_no_collective(bench, repor
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("error", [DataBudgetError("too many unreadable"), FileNotFoundError("no such thing")], ids=repr)
+@pytest.mark.parametrize(
+    "error", [DataBudgetError("too many unreadable"), FileNotFoundError("no such thing")], ids=repr
+)
 def test_all_ranks_end_with_the_code_of_the_one_that_cannot_go_on(bench, report, error, rank):
     runs = bench.runs["transformer"]
     code, run = exit_code_of(error), f"alone{rank}-{exit_code_of(error)}"

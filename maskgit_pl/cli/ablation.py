@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from maskgit_pl.cli.measuring import step_numbers
+from maskgit_pl.cli.model import device_of
 from maskgit_pl.cli.paper import add_measuring_arguments, measured_schedules, opened, write_schedules
 from maskgit_pl.cli.recipes import DEFAULT_DATASET, Recipe, recipe_files
 from maskgit_pl.errors import PreemptedError
@@ -48,7 +49,9 @@ def run(args: argparse.Namespace) -> int:
     """
     schedules = [name.strip() for name in args.schedules.split(",") if name.strip()]
     numbers = None if args.num_steps is None else step_numbers(args.num_steps)
-    for name in schedules:  # each recipe before the first hour is spent
+    if args.device is not None:  # before the first hour is spent, like the recipes
+        device_of(args)
+    for name in schedules:
         names = [*args.recipe.split(), name]
         files = recipe_files("transformer", dataset=args.dataset, names=names, cluster=args.cluster)
         Recipe.read("transformer", files, args.overrides)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from maskgit_pl.cli.model import check_at_least
+from maskgit_pl.cli.outputs import made_folder
 from maskgit_pl.locks import locked
 
 if TYPE_CHECKING:
@@ -55,9 +57,7 @@ def check_bulk(args: argparse.Namespace, environment: Mapping[str, str] = os.env
     for flag in ("per_class", "images", "gif", "filmstrip"):
         if getattr(args, flag) is not None:
             raise ValueError(f"--{flag.replace('_', '-')}: it does not go with --num-images; leave one of them out")
-    for flag, value in (("num-images", args.num_images), ("part-size", args.part_size), ("batch", args.batch)):
-        if value < 1:
-            raise ValueError(f"--{flag}: at least 1 is needed, got {value}")
+    check_at_least(args, num_images=1, part_size=1)
     if args.out is None or args.out.suffix != ".npz":
         raise ValueError(f"--out: a file that ends in .npz is needed with --num-images, got {args.out}")
     if args.seed + args.num_images > _SEEDS:
@@ -118,6 +118,7 @@ def generate_bulk(
     """
     from maskgit_pl.pipeline.bulk import generate_many
 
+    made_folder(args.out.parent)
     of_decoding = {name: value for name, value in settings.items() if name != "negative_classes"}
     lock = locked(args.out, way_out="name another --out", rank=rank)
     with lock, _progress() as (on_start, on_images):

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from maskgit_pl.cli.outputs import check_outputs
 from maskgit_pl.files import size_text
 from maskgit_pl.locks import locked
 from maskgit_pl.text import printable
@@ -36,7 +37,9 @@ _MAX_NAMES_BYTES = 2**24
 
 def add_parser(subparsers: _Parsers[argparse.ArgumentParser]) -> None:
     """Add ``data make``, ``data index``, ``data verify`` and ``data stats``."""
-    parser = subparsers.add_parser("data", help="make, index, verify and count shards of images", allow_abbrev=False)
+    parser = subparsers.add_parser(
+        "data", help="make, index and verify shards, and show what is in them", allow_abbrev=False
+    )
     parser.set_defaults(run=run)
     commands = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
     for add in (_add_make, _add_index, _add_verify, _add_stats):
@@ -256,8 +259,7 @@ def _listed(bad: Sequence[BadFile], rule: str) -> str:
 def _stats(args: argparse.Namespace) -> int:
     from maskgit_pl.shards.stats import read_statistics
 
-    if args.out is not None and args.out.suffix.lower() != ".png":
-        raise ValueError(f"sheet {args.out}: a .png file is written, give such a name")
+    check_outputs(args, out=".png")
     statistics = read_statistics(args.folder)
     print("\n".join(_statistics_lines(args.folder, statistics)))
     if args.out is not None:

@@ -11,13 +11,14 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from maskgit_pl.cli.model import check_at_least
+from maskgit_pl.cli.model import add_device_argument, check_at_least, naming_flags
 
 if TYPE_CHECKING:
     from maskgit_pl.decoding import DecodingConfig
     from maskgit_pl.pipeline import DecodingSettings
+    from maskgit_pl.pipeline.outline import Outline
 
-__all__ = ["add_decoding_arguments", "decoding_settings"]
+__all__ = ["add_decoding_arguments", "check_settings", "decoding_settings"]
 
 _SEEDS = 2**32
 
@@ -26,7 +27,7 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that say how to decode; what is left out is the model's own."""
     parser.add_argument("--seed", type=int, default=0, help="of the first image; image i has seed + i (default: 0)")
     parser.add_argument("--batch", type=int, default=100, metavar="N", help="images at a time (default: 100)")
-    parser.add_argument("--device", default=None, help="cpu, cuda, mps ... (default: a GPU if there is one)")
+    add_device_argument(parser)
     group = parser.add_argument_group("decoding", "what is left out is the model's own")
     group.add_argument("--num-steps", "--steps", type=int, metavar="T", help="decoding steps")
     group.add_argument("--guidance", type=float, metavar="S", help="guidance scale; 0 is none")
@@ -55,7 +56,7 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def decoding_settings(args: argparse.Namespace) -> DecodingSettings:
-    """What the flags of ``add_decoding_arguments`` say; imports torch for ``--decoding`` alone.
+    """What the flags of ``add_decoding_arguments`` say.
 
     Raises:
         FileNotFoundError: No such ``--decoding`` file.
@@ -78,10 +79,30 @@ def decoding_settings(args: argparse.Namespace) -> DecodingSettings:
     }
 
 
+def check_settings(
+    args: argparse.Namespace, settings: DecodingSettings, outline: Outline, *, pushes_away: bool = False
+) -> None:
+    """Refuses a way of decoding that the model cannot follow, the last check before torch is needed.
+
+    Args:
+        args: The flags.
+        settings: What ``decoding_settings`` made of them.
+        outline: Of the model.
+        pushes_away: Whether negative classes are named.
+
+    Raises:
+        TypeError: if a part does not take its arguments.
+        ValueError: if a name is unknown, a number is out of range, or the model has no class to push away from.
+    """
+    with naming_flags(args):
+        decoding = outline.decoding_with(**settings)
+        outline.check_decoding(decoding, pushes_away=pushes_away or outline.null_label is not None)
+
+
 def _check_numbers(args: argparse.Namespace) -> None:
     if not 0 <= args.seed < _SEEDS:
         raise ValueError(f"--seed: a number in [0, 2**32) is needed, got {args.seed}")
-    check_at_least(args, num_steps=1, guidance=0, temperature=0, top_k=1, context_cache=1)
+    check_at_least(args, batch=1, num_steps=1, guidance=0, temperature=0, top_k=1, context_cache=1)
     if args.top_p is not None and not 0 < args.top_p <= 1:
         raise ValueError(f"--top-p: a number in (0, 1] is needed, got {args.top_p}")
 
@@ -134,6 +155,6 @@ def _decoding(file: Path | None) -> DecodingConfig | None:
         return None
     if not file.is_file():
         raise FileNotFoundError(f"--decoding {file}: no such file; `maskgit tune` writes RUN/pretrained/decoding.json")
-    from maskgit_pl.pretrained import load_decoding
+    from maskgit_pl.decoding.recipe_file import read_recipe
 
-    return load_decoding(file)
+    return read_recipe(file)

@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from maskgit_pl.cli.examination import Examination
+    from maskgit_pl.cli.examination import Check, Examination
 
 __all__ = ["add_parser", "run"]
 
 _CARDS = ("a100-40", "a100-80", "h100", "h200", "l40s", "rtx4090")
 _FACTORS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
 _SHOWN = 16  # ranks of the map one by one; beyond, node by node
+_STATE, _NAME, _VALUE = 7, 10, 17  # letters of the longest: warning, pretrained, traffic of a step
 _COLOURS = {"ok": "green", "warning": "yellow", "FAIL": "bold red"}
 
 
@@ -57,15 +58,18 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Checks everything and prints it, what fails at the end; 2 if something does."""
+    """Prints each check as it is made, what follows, and again what fails; 2 if something does."""
     from rich.console import Console
 
-    examination = importlib.import_module("maskgit_pl.cli.examination")  # torch and lightning take seconds to import
     console = Console(highlight=False, soft_wrap=True)
-    found: Examination = examination.examine(args)
-    good = [check for check in found.checks if check.state == "ok"]
-    doubtful = [check for check in found.checks if check.state == "warning"]
-    _list(console, [(check.state, check.name, check.text) for check in (*good, *doubtful)])
+    _say(console, f"Checking a {args.stage} run; a large model can take half a minute.")
+    examination = importlib.import_module("maskgit_pl.cli.examination")  # torch and lightning take seconds to import
+
+    def on_check(check: Check) -> None:
+        _list(console, [(check.state, check.name, check.text)], widths=(_STATE, _NAME))
+        console.file.flush()
+
+    found: Examination = examination.examine(args, on_check=on_check)
     if found.batch is not None:
         per_device, micro_batches = found.batch
         console.print(
@@ -73,10 +77,11 @@ def run(args: argparse.Namespace) -> int:
             f"{micro_batches} on each rank:"
         )
         console.print(_world_map(found))
-    _list(console, [("", name, text) for name, text in found.values])
+    _list(console, [("", name, text) for name, text in found.values], widths=(0, _VALUE))
     if found.failures:
         console.print()
-        _list(console, [(check.state, check.name, check.text) for check in found.failures])
+        failures = [(check.state, check.name, check.text) for check in found.failures]
+        _list(console, failures, widths=(_STATE, _NAME))
         console.print(f"{len(found.failures)} of {len(found.checks)} checks fail.", style=_COLOURS["FAIL"])
         return BAD_INPUT
     console.print(
@@ -85,12 +90,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _list(console: Console, rows: Sequence[tuple[str, str, str]]) -> None:
-    """State, name and text side by side; long texts go on below themselves."""
+def _say(console: Console, text: str) -> None:
+    console.print(text)
+    console.file.flush()
+
+
+def _list(console: Console, rows: Sequence[tuple[str, str, str]], *, widths: tuple[int, int]) -> None:
+    """State, name and text side by side, in columns of these widths; long texts go on below themselves."""
     from rich.text import Text
 
     width = console.width if console.is_terminal else 120
-    states, names = (max((len(row[column]) for row in rows), default=0) for column in (0, 1))
+    states, names = widths
     indent = (states + 2 if states else 0) + names + 2
     for state, name, text in rows:
         lines = textwrap.wrap(text, max(40, width - indent), break_long_words=False, break_on_hyphens=False)

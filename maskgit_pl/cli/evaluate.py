@@ -24,6 +24,7 @@ from maskgit_pl.cli.measuring import (
     progress_bars,
 )
 from maskgit_pl.cli.model import check_at_least
+from maskgit_pl.cli.outputs import check_outputs
 from maskgit_pl.cli.showing import write_gif
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
         ValueError: The data are not the model's, an unknown network, or a number out of range.
     """
     check_at_least(args, num_samples=1, likelihood_samples=2, batch=1, num_workers=0)
+    check_outputs(args, out=".json")
     check_cas_arguments(args)
     specs = feature_specs(args.features)
     folders = find_run(args)

@@ -6,7 +6,7 @@ import argparse
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule
+from torch.overrides import TorchFunctionMode
 
 from maskgit_pl.cli import fit, host
 from maskgit_pl.cli.costs import Costs, TokenizerCosts, TransformerCosts
@@ -72,6 +73,7 @@ class Examination:
         batch: Samples of a micro-batch and micro-batches of a step on each rank, if the global batch divides.
         global_batch: Of the recipe.
         values: Lines of what follows from the recipe: name and text.
+        on_check: Called with each check as soon as it is made.
     """
 
     args: argparse.Namespace
@@ -82,6 +84,7 @@ class Examination:
     batch: tuple[int, int] | None = None
     global_batch: int = 0
     values: list[tuple[str, str]] = field(default_factory=list)
+    on_check: Callable[[Check], object] = lambda check: None
 
     @property
     def ranks(self) -> int:
@@ -97,6 +100,7 @@ class Examination:
         """Adds a check, unless the same failure stands there already."""
         if state != "FAIL" or all(check.text != text for check in self.checks):
             self.checks.append(Check(name, state, text))
+            self.on_check(self.checks[-1])
 
     @contextmanager
     def listing(self, name: str) -> Iterator[None]:
@@ -109,13 +113,14 @@ class Examination:
             self.note(name, str(error), "FAIL")
 
 
-def examine(args: argparse.Namespace) -> Examination:
+def examine(args: argparse.Namespace, *, on_check: Callable[[Check], object]) -> Examination:
     """Runs every check; nothing is trained or written, and no GPU is needed.
 
     Args:
         args: The command's words.
+        on_check: Called with each check as soon as it is made: a large model takes half a minute.
     """
-    found = Examination(args)
+    found = Examination(args, on_check=on_check)
     recipe: Recipe | None = None
     with found.listing("recipe"):
         recipe = find_recipe(args)
@@ -216,12 +221,24 @@ def _read_data(found: Examination, shards: Path) -> DataSummary:
     return summary
 
 
+class _ZeroWeights(TorchFunctionMode):
+    """Inside, layers begin with zeros: to draw the first weights of a large model takes half a minute."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Calls ``func``, or fills its tensor with zeros where it would draw."""
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "").endswith(("normal_", "uniform_")):  # a tensor's method, or of torch.nn.init
+            with torch.no_grad():
+                return (args[0] if args else kwargs["tensor"]).zero_()
+        return func(*args, **kwargs)
+
+
 def _build(found: Examination, plan: Plan) -> StageRun | None:
     """The stage as training builds it, where its data and tokenizer are there; else, or if that fails, its recipe."""
     complete = not found.failures or {check.name for check in found.failures} <= {"slurm", "network", "strategy"}
     here = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto"]
     plan = replace(plan, recipe=plan.recipe.with_flags(here))
-    with _unattended():
+    with _unattended(), _ZeroWeights():
         if complete:
             with found.listing("recipe"):
                 cli = fit.build(plan)

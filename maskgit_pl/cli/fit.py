@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import resource
-import shutil
 import sys
 import warnings
 from contextlib import nullcontext
@@ -232,9 +231,6 @@ def _export(module: LightningModule, data: ShardData, plan: Plan, folder: Path, 
         module.export(folder)
     elif isinstance(module, TokenModel):
         module.export(folder, class_names=data.class_names)
-        own = folder / "tokenizer"
-        if module.global_rank == 0 and plan.tokenizer is not None and plan.tokenizer.resolve() != own.resolve():
-            shutil.copytree(plan.tokenizer, own, dirs_exist_ok=True)  # a run's folder stands alone
         if module.global_rank == 0:
             _describe(folder)
     if module.global_rank == 0 and folder == plan.folder / "pretrained":

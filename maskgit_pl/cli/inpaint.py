@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import re
+from fractions import Fraction
+from math import ceil, floor
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from maskgit_pl.cli.decoding import add_decoding_arguments, decoding_settings
-from maskgit_pl.cli.model import add_model_argument, check_at_least, class_of, model_source, open_pipe
-from maskgit_pl.cli.showing import add_showing_arguments, recorded_steps, write_decoding, write_images
+from maskgit_pl.cli.decoding import add_decoding_arguments, check_settings, decoding_settings
+from maskgit_pl.cli.model import add_model_argument, check_at_least, class_of, find_model, naming_flags, open_pipe
+from maskgit_pl.cli.outputs import check_outputs
+from maskgit_pl.cli.showing import add_showing_arguments, recorded_steps, write_decoding, write_images, write_picture
 from maskgit_pl.text import printable
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from maskgit_pl.pipeline import MaskGIT
+    from maskgit_pl.pipeline.outline import Outline
     from maskgit_pl.shards.images import ImageHeader
 
 __all__ = ["add_parser", "add_region_arguments", "add_variant_arguments", "label_of", "read_header", "run"]
+
+_EDGE = re.compile(r"(?P<number>-?[0-9]{1,9}(\.[0-9]{1,9})?)(?P<percent>%)?")  # of a box
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -31,7 +37,12 @@ def add_region_arguments(parser: argparse.ArgumentParser, *, class_required: boo
     """Adds the flags that say which part of an image is generated anew, and as what."""
     add_model_argument(parser)
     parser.add_argument("image", type=Path, metavar="IMAGE", help="JPEG, PNG or WebP file")
-    parser.add_argument("--box", metavar="L,T,R,B", help="what to generate: left,top,right,bottom in pixels of IMAGE")
+    parser.add_argument(
+        "--box",
+        metavar="L,T,R,B",
+        help="what to generate: left,top,right,bottom in pixels of IMAGE as it is (before --fit), or in percent of its "
+        "width and height, such as 10%%,20%%,60%%,80%%",
+    )
     parser.add_argument(
         "--mask", type=Path, metavar="FILE.png", help="or: a picture of IMAGE's size, white where to generate"
     )
@@ -41,7 +52,9 @@ def add_region_arguments(parser: argparse.ArgumentParser, *, class_required: boo
     add_variant_arguments(parser, class_required=class_required, dilation=1)
 
 
-def add_variant_arguments(parser: argparse.ArgumentParser, *, class_required: bool, dilation: int) -> None:
+def add_variant_arguments(
+    parser: argparse.ArgumentParser, *, class_required: bool, dilation: int, out: str = "edited.png"
+) -> None:
     """Adds the flags that all commands have which change an image."""
     parser.add_argument(
         "--class",
@@ -65,7 +78,9 @@ def add_variant_arguments(parser: argparse.ArgumentParser, *, class_required: bo
         help=f"tokens by which the region grows (default: {dilation})",
     )
     add_decoding_arguments(parser)
-    parser.add_argument("--out", type=Path, default=Path("edited.png"), metavar="FILE.png", help="all in one picture")
+    parser.add_argument(
+        "--out", type=Path, default=Path(out), metavar="FILE.png", help=f"all in one picture (default: {out})"
+    )
     parser.add_argument("--images", type=Path, metavar="DIR", help="also write each variant into a file of its own")
     add_showing_arguments(parser)
 
@@ -77,19 +92,23 @@ def run(args: argparse.Namespace) -> int:
         FileNotFoundError: No such run, image or mask.
         ValueError: Not an image, a wrong box or mask, an unknown class, or a number out of range.
     """
-    source = model_source(args.folder)
-    box = _checked(args)
     settings = decoding_settings(args)
+    header, box = _checked(args)
+    folder, outline = find_model(args)
+    label, class_name = label_of(outline, args.class_)
     from maskgit_pl import editing
-    from maskgit_pl.training.pictures import edit_sheet, save_png
 
-    pipe = open_pipe(source, args)
-    label, class_name = label_of(pipe, args.class_)
-    tokenizer, name = pipe.tokenizer.network.config, f"image {args.image}"
-    image = editing.image_pixels(args.image, channels=tokenizer.in_channels)
+    size, factor, name = outline.image_size, outline.token_size, f"image {args.image}"
+    editing.check_fits(header.height, header.width, image_size=size, fit=args.fit, name=name)
+    outline.check_parallel("inpaint")
+    check_settings(args, settings, outline)
+    from maskgit_pl.training.pictures import edit_sheet
+
+    image = editing.image_pixels(args.image, channels=outline.channels)
     height, width = image.shape[-2:]
     mask = editing.mask_pixels(args.mask) if box is None else editing.box_mask(box, height=height, width=width)
-    image, mask = editing.fitted(image, mask, image_size=pipe.tokenizer.image_size, fit=args.fit, name=name)
+    image, mask = editing.fitted(image, mask, image_size=size, fit=args.fit, name=name)
+    pipe = open_pipe(folder, args)
     captions = [f"seed {args.seed + number}" for number in range(args.variants)]
     with recorded_steps("inpainting", args) as (after_step, steps):
         edited = pipe.inpaint(
@@ -105,17 +124,17 @@ def run(args: argparse.Namespace) -> int:
             **settings,
         )
     variants = cast("Tensor", edited)  # as "pt" says
-    unknown = editing.token_mask(mask, factor=tokenizer.downsampling_factor, dilation=args.dilation)
+    unknown = editing.token_mask(mask, factor=factor, dilation=args.dilation)
     height, width = mask.shape
     sheet = edit_sheet(
         image,
         variants,
         mask=mask,
-        region=editing.pixel_region(unknown, factor=tokenizer.downsampling_factor, height=height, width=width),
+        region=editing.pixel_region(unknown, factor=factor, height=height, width=width),
         title=f"{args.image.name}: {class_name}",
         captions=captions,
     )
-    save_png(sheet, args.out)
+    write_picture(sheet, args.out)
     tokens = f"{int(unknown.sum())} of {unknown.numel()} tokens"
     print(f"{args.out}: {len(variants)} variants of {class_name}, {tokens} generated")
     if args.images is not None:
@@ -124,31 +143,34 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def label_of(pipe: MaskGIT, word: str | None) -> tuple[int | None, str]:
+def label_of(outline: Outline, word: str | None) -> tuple[int | None, str]:
     """The class that ``--class`` names, and what to call it; None is no class.
 
     Raises:
         ValueError: An unknown class, or no class of a model that was trained without that.
     """
     if word is None:
-        pipe.class_ids([None])
+        outline.class_ids([None])
         return None, "no class"
-    (label,) = pipe.class_ids([class_of(word, pipe.class_names)])
-    return label, f"class {printable(pipe.class_names[label])}"
+    (label,) = outline.class_ids([class_of(word, outline.class_names)])
+    return label, f"class {printable(outline.class_names[label])}"
 
 
-def _checked(args: argparse.Namespace) -> list[int] | None:
-    """Refuses what can be refused before torch is imported; the box, if there is one."""
+def _checked(args: argparse.Namespace) -> tuple[ImageHeader, list[int] | None]:
+    """Refuses what can be refused without the model; the image's header, and the box in pixels if there is one."""
     if (args.box is None) == (args.mask is None):
         got = "neither" if args.box is None else "both"
         raise ValueError(f"--box, --mask: one of the two is needed, got {got}; they say what to generate")
     check_at_least(args, variants=1, dilation=0)
-    box = None if args.box is None else _box(args.box)
+    check_outputs(args)
+    box = None
     image = read_header("image", args.image)
-    if box is not None:
+    if args.box is not None:
         from maskgit_pl.editing import check_box
 
-        check_box(box, height=image.height, width=image.width)
+        box = _box(args.box, height=image.height, width=image.width)
+        with naming_flags(args):
+            check_box(box, height=image.height, width=image.width)
     else:
         mask = read_header("mask", args.mask)
         if (mask.height, mask.width) != (image.height, image.width):
@@ -156,7 +178,7 @@ def _checked(args: argparse.Namespace) -> list[int] | None:
                 f"mask {args.mask}: the image's {image.width} x {image.height} pixels are needed, got "
                 f"{mask.width} x {mask.height}; resize the mask"
             )
-    return box
+    return image, box
 
 
 def read_header(kind: str, path: Path) -> ImageHeader:
@@ -174,8 +196,18 @@ def read_header(kind: str, path: Path) -> ImageHeader:
     return images.read_header(images.read_image_file(path, name=name), name=name)
 
 
-def _box(text: str) -> list[int]:
-    words = [word.strip() for word in text.split(",")]
-    if len(words) != 4 or not all(word.removeprefix("-").isdecimal() for word in words):
-        raise ValueError(f"--box {text}: four whole numbers left,top,right,bottom are needed, such as 0,0,14,28")
-    return [int(word) for word in words]
+def _box(text: str, *, height: int, width: int) -> list[int]:
+    """The pixels of ``--box``. Of percentages, left and top are rounded down and right and bottom up."""
+    edges = [_EDGE.fullmatch(word.strip()) for word in text.split(",")]
+    box = []
+    for edge, length, to_pixels in zip(edges, (width, height, width, height), (floor, floor, ceil, ceil), strict=False):
+        if edge is None or (edge["percent"] is None and "." in edge["number"]):
+            break
+        number = edge["number"]
+        box.append(int(number) if edge["percent"] is None else to_pixels(Fraction(number) * length / 100))
+    if len(edges) != 4 or len(box) != 4:
+        raise ValueError(
+            f"--box must be left,top,right,bottom in whole pixels or in percent, got {text}; write such as 0,0,14,28 "
+            "or 10%,20%,60%,80%"
+        )
+    return box

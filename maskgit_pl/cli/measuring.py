@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from maskgit_pl.checks import check_number, shorten
-from maskgit_pl.cli.model import check_at_least, default_device, pretrained_folder
+from maskgit_pl.cli.model import add_device_argument, check_at_least, device_of
 
 if TYPE_CHECKING:
     import torch
@@ -106,7 +106,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, metavar="DIR", help="data folder (default: what the run was trained on)")
     parser.add_argument("--seed", type=int, default=0, help="of the first image; image i has seed + i (default: 0)")
     parser.add_argument("--batch", type=int, default=100, metavar="N", help="images at a time (default: 100)")
-    parser.add_argument("--device", help="cpu, cuda, mps ... (default: a GPU if there is one)")
+    add_device_argument(parser)
     parser.add_argument(
         "--classifier", type=Path, metavar="DIR", help="where the judge is kept (default: runs/DATA-classifier/small)"
     )
@@ -254,7 +254,9 @@ def find_run(args: argparse.Namespace) -> RunFolders:
     Raises:
         FileNotFoundError: No such run or data, or the run does not say what it was trained on.
     """
-    pretrained = pretrained_folder(args.folder)
+    from maskgit_pl.pipeline.sharing import local_folder
+
+    pretrained = local_folder(args.folder)
     home = pretrained.parent if pretrained.name == "pretrained" else pretrained
     path = args.data or _trained_on(home)
     if not path.is_dir():
@@ -265,9 +267,10 @@ def find_run(args: argparse.Namespace) -> RunFolders:
 
 def open_model(folders: RunFolders, args: argparse.Namespace) -> MaskGIT:
     """The model, on the device that the flags name."""
+    device = device_of(args)
     from maskgit_pl.pipeline import MaskGIT
 
-    return MaskGIT.from_pretrained(folders.pretrained).to(args.device or default_device())
+    return MaskGIT.from_pretrained(folders.pretrained).to(device)
 
 
 def open_data(folders: RunFolders, pipe: MaskGIT, *, num_workers: int = 0) -> ShardData:

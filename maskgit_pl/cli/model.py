@@ -1,29 +1,38 @@
 """What the commands that use a trained model have in common.
 
-Where it is, how it is opened, what its classes are, and numbers that are refused before torch is imported.
+Where it is, what can be known of it without torch, how it is opened, and numbers that are refused before that.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from maskgit_pl.pipeline import MaskGIT
+    from maskgit_pl.pipeline.outline import Outline
 
 __all__ = [
+    "add_device_argument",
     "add_model_argument",
     "check_at_least",
     "class_of",
     "class_words",
     "default_device",
-    "model_source",
+    "device_of",
+    "find_model",
+    "naming_flags",
     "open_pipe",
-    "pretrained_folder",
+    "read_outline",
 ]
+
+# Settings of ``MaskGIT`` whose flags have other names.
+_FLAGS = {"batch_size": "--batch", "choice_temperature": "--temperature", "token_selector": "--selector"}
 
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +40,11 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder", type=Path, metavar="RUN", help="run folder (runs/NAME), pretrained folder, or owner/name on the Hub"
     )
+
+
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag that ``device_of`` reads."""
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps ... (default: a GPU if there is one)")
 
 
 def check_at_least(args: argparse.Namespace, **least: int) -> None:
@@ -49,45 +63,89 @@ def check_at_least(args: argparse.Namespace, **least: int) -> None:
             raise ValueError(f"--{name.replace('_', '-')}: at least {bound} is needed, got {value}")
 
 
-def model_source(folder: Path) -> Path:
-    """What ``MaskGIT.from_pretrained`` takes: a folder that holds a model, or the words ``owner/name``.
-
-    Raises:
-        FileNotFoundError: As of ``pretrained_folder``.
-    """
-    reads_as_hub_id = len(folder.parts) == 2 and not folder.is_absolute() and not folder.parent.is_dir()
-    return folder if reads_as_hub_id else pretrained_folder(folder)
-
-
-def pretrained_folder(folder: Path) -> Path:
-    """The folder with ``tokenizer/`` and ``transformer/``: ``RUN/pretrained``, or the folder itself.
-
-    Raises:
-        FileNotFoundError: Neither holds both; the text says what is missing and what makes it.
-    """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"run {folder}: no such folder; train one with `make demo`, or name another")
-    found = folder / "pretrained" if (folder / "pretrained").is_dir() else folder
-    for part in ("tokenizer", "transformer"):
-        if not (found / part / "config.json").is_file():
-            raise FileNotFoundError(
-                f"run {folder}: no {part} in {found}; `maskgit train {part}` makes it when it has finished"
-            )
-    return found
-
-
-def open_pipe(source: Path, args: argparse.Namespace, *, device: str | None = None) -> MaskGIT:
-    """The model on the device that ``--device`` names, with a transformer of 8 bits where ``--int8`` asks for it.
+@contextmanager
+def naming_flags(args: argparse.Namespace) -> Iterator[None]:
+    """Has an error that begins with the name of a setting (``num_steps: ...``) begin with its flag instead.
 
     Args:
-        source: As of ``model_source``.
+        args: The flags.
+
+    Raises:
+        TypeError: What is raised inside, in the words of the command line.
+        ValueError: Likewise.
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        name = re.split(r"[^a-z_]", str(error), maxsplit=1)[0]
+        flag = _FLAGS.get(name, f"--{name.replace('_', '-')}" if name in args else name)
+        text = flag + str(error).removeprefix(name)
+        raise (TypeError if isinstance(error, TypeError) else ValueError)(text) from error
+
+
+def find_model(args: argparse.Namespace) -> tuple[Path, Outline]:
+    """Finds the model that the command names, and reads what its requests are checked by, without torch.
+
+    Returns:
+        The folder with ``tokenizer/`` and ``transformer/``, and its outline.
+
+    Raises:
+        FileNotFoundError: if there is no such run, or a stage of it is missing.
+        ValueError: if a file of it is not as it must be.
+    """
+    from maskgit_pl.pipeline.sharing import find_folder
+
+    folder = find_folder(args.folder)
+    return folder, read_outline(folder)
+
+
+def read_outline(folder: Path) -> Outline:
+    """Reads what requests to a model are checked by.
+
+    Args:
+        folder: The folder with ``tokenizer/`` and ``transformer/``.
+
+    Raises:
+        ValueError: if a file of it is not as it must be.
+    """
+    from maskgit_pl.pipeline.outline import Outline
+
+    outline = Outline.read(folder)
+    if outline is None:  # loading the model says what is wrong with it
+        from maskgit_pl.pipeline import MaskGIT
+
+        return MaskGIT.from_pretrained(folder).outline
+    return outline
+
+
+def device_of(args: argparse.Namespace, *, default: str | None = None) -> str:
+    """Returns the device that ``--device`` names, checked to be there; the default, or a GPU if there is one.
+
+    Raises:
+        ValueError: if there is no such device.
+    """
+    if args.device is None:
+        return default or default_device()
+    from maskgit_pl.devices import check_device
+
+    return str(check_device(args.device, name="--device"))
+
+
+def open_pipe(folder: Path, args: argparse.Namespace, *, device: str | None = None) -> MaskGIT:
+    """Loads the model to the device that ``--device`` names, with a transformer of 8 bits where ``--int8`` asks for it.
+
+    Args:
+        folder: The folder with ``tokenizer/`` and ``transformer/``.
         args: The flags of ``decoding.add_decoding_arguments``.
         device: In place of the usual one, where ``--device`` does not say.
+
+    Raises:
+        ValueError: if there is no such device, or a file of the folder is not as it must be.
     """
+    place = device_of(args, default="cpu" if args.int8 else device)
     from maskgit_pl.pipeline import MaskGIT
 
-    usual = "cpu" if args.int8 else device or default_device()
-    pipe = MaskGIT.from_pretrained(source).to(args.device or usual)
+    pipe = MaskGIT.from_pretrained(folder).to(place)
     return pipe.quantized() if args.int8 else pipe
 
 
@@ -100,7 +158,7 @@ def default_device() -> str:
 
 def class_of(word: str, names: Sequence[str]) -> int | str:
     """The class that a word of the command line names: by its name if there is such a one, else by its number."""
-    return int(word) if word not in names and word.lstrip("-").isdigit() else word
+    return int(word) if word not in names and re.fullmatch(r"-?[0-9]{1,18}", word) else word
 
 
 def class_words(text: str, names: Sequence[str]) -> list[int | str]:

@@ -6,15 +6,17 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from maskgit_pl.cli.decoding import decoding_settings
+from maskgit_pl.cli.decoding import check_settings, decoding_settings
 from maskgit_pl.cli.inpaint import add_variant_arguments, label_of, read_header
-from maskgit_pl.cli.model import add_model_argument, check_at_least, model_source, open_pipe
-from maskgit_pl.cli.showing import recorded_steps, write_decoding, write_images
+from maskgit_pl.cli.model import add_model_argument, check_at_least, find_model, naming_flags, open_pipe
+from maskgit_pl.cli.outputs import check_outputs
+from maskgit_pl.cli.showing import recorded_steps, write_decoding, write_images, write_picture
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from maskgit_pl.editing import Margins
+    from maskgit_pl.shards.images import ImageHeader
 
 __all__ = ["add_overlap_argument", "add_parser", "check_overlap", "run"]
 
@@ -30,8 +32,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         parser.add_argument(f"--{side}", type=int, default=0, metavar="PIXELS", help="to add on this side")
     parser.add_argument("--all", type=int, metavar="PIXELS", help="to add on each side that is not named")
     add_overlap_argument(parser)
-    add_variant_arguments(parser, class_required=False, dilation=0)
-    parser.set_defaults(run=run, out=Path("outpainted.png"))
+    add_variant_arguments(parser, class_required=False, dilation=0, out="outpainted.png")
+    parser.set_defaults(run=run)
 
 
 def add_overlap_argument(parser: argparse.ArgumentParser) -> None:
@@ -58,16 +60,19 @@ def run(args: argparse.Namespace) -> int:
         FileNotFoundError: No such run or image.
         ValueError: Not an image, sizes that are no whole tokens, an unknown class, or a number out of range.
     """
-    source = model_source(args.folder)
-    added = _checked(args)
     settings = decoding_settings(args)
+    header, added = _checked(args)
+    folder, outline = find_model(args)
+    label, class_name = label_of(outline, args.class_)
+    with naming_flags(args):
+        added.check((header.height, header.width), factor=outline.token_size, least=outline.image_size)
+    outline.check_parallel("outpaint")
+    check_settings(args, settings, outline)
     from maskgit_pl import editing
-    from maskgit_pl.training.pictures import edit_sheet, save_png
+    from maskgit_pl.training.pictures import edit_sheet
 
-    pipe = open_pipe(source, args)
-    label, class_name = label_of(pipe, args.class_)
-    config = pipe.tokenizer.network.config
-    image = editing.image_pixels(args.image, channels=config.in_channels)
+    image = editing.image_pixels(args.image, channels=outline.channels)
+    pipe = open_pipe(folder, args)
     captions = [f"seed {args.seed + number}" for number in range(args.variants)]
     with recorded_steps("outpainting", args) as (after_step, steps):
         made = pipe.outpaint(
@@ -92,17 +97,17 @@ def run(args: argparse.Namespace) -> int:
     page = edit_sheet(
         added.padded(image, size=1), variants, mask=outside, region=outside, title=title, captions=captions
     )
-    save_png(page, args.out)
+    write_picture(page, args.out)
     height, width = variants.shape[-2:]
     print(f"{args.out}: {len(variants)} variants of {class_name}, {width} x {height} pixels")
     if args.images is not None:
         write_images(variants, [label] * len(variants), args.images, seed=args.seed)
-    write_decoding(pipe, steps, args, captions=captions, grid=config.grid((height, width)))
+    write_decoding(pipe, steps, args, captions=captions, grid=pipe.tokenizer.network.config.grid((height, width)))
     return 0
 
 
-def _checked(args: argparse.Namespace) -> Margins:
-    """Refuses what can be refused before torch is imported; the pixels of each side."""
+def _checked(args: argparse.Namespace) -> tuple[ImageHeader, Margins]:
+    """Refuses what can be refused without the model; the image's header, and the pixels of each side."""
     sides = {side: getattr(args, side) or (args.all or 0) for side in _SIDES}
     for side, pixels in sides.items():
         if pixels < 0:
@@ -111,7 +116,7 @@ def _checked(args: argparse.Namespace) -> Margins:
         raise ValueError("--left, --right, --up, --down, --all: pixels to add are needed, got none")
     check_at_least(args, variants=1, dilation=0)
     check_overlap(args)
-    read_header("image", args.image)
+    check_outputs(args)
     from maskgit_pl.editing import Margins  # imports neither torch nor PIL
 
-    return Margins(**sides)
+    return read_header("image", args.image), Margins(**sides)

@@ -27,7 +27,7 @@ from maskgit_pl.cli.measuring import (
     read_own_recipe,
     step_numbers,
 )
-from maskgit_pl.cli.model import check_at_least, default_device, pretrained_folder
+from maskgit_pl.cli.model import add_device_argument, check_at_least, device_of, local_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,7 +112,7 @@ def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the first image; image i has seed + i (default: 0)")
     parser.add_argument("--batch", type=int, default=100, metavar="N", help="images at a time (default: 100)")
-    parser.add_argument("--device", help="cpu, cuda, mps ... (default: a GPU if there is one)")
+    add_device_argument(parser)
     parser.add_argument(
         "--classifier", type=Path, metavar="DIR", help="where the judge is kept (default: runs/DATA-classifier/small)"
     )
@@ -391,12 +391,13 @@ def _figure_4(args: argparse.Namespace) -> int:
         raise ValueError(f"figure 4 must have at most one run, whose sizes are timed, got {len(args.runs)}")
     numbers = step_numbers(args.num_tokens, flag="--num-tokens")
     check_at_least(args, **dict.fromkeys(_SIZES, 1))
+    device = device_of(args)
     from dataclasses import asdict
 
     from maskgit_pl.evaluation.paper.figure4 import as_markdown, draw, measure
     from maskgit_pl.evaluation.paper.tables import Page, as_csv
 
-    sizes, device = _timed_sizes(args), args.device or default_device()
+    sizes = _timed_sizes(args)
     with progress_bars() as bars:
         bar = bars("figure 4: points", 3 * len(numbers))
         timings = measure(
@@ -418,5 +419,5 @@ def _timed_sizes(args: argparse.Namespace) -> TransformerConfig:
 
     from maskgit_pl.evaluation.paper.figure4 import SIZES, sizes_of
 
-    sizes = sizes_of(pretrained_folder(args.runs[0]) / "transformer") if args.runs else SIZES
+    sizes = sizes_of(local_folder(args.runs[0]) / "transformer") if args.runs else SIZES
     return replace(sizes, **{name: getattr(args, name) for name in _SIZES if getattr(args, name) is not None})

@@ -7,19 +7,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maskgit_pl.cli.bulk import add_bulk_arguments, check_bulk, device_of_rank, generate_bulk
-from maskgit_pl.cli.decoding import add_decoding_arguments, decoding_settings
-from maskgit_pl.cli.model import add_model_argument, check_at_least, class_of, class_words, model_source, open_pipe
-from maskgit_pl.cli.showing import add_showing_arguments, write_decoding, write_images
+from maskgit_pl.cli.decoding import add_decoding_arguments, check_settings, decoding_settings
+from maskgit_pl.cli.model import add_model_argument, check_at_least, class_of, class_words, find_model, open_pipe
+from maskgit_pl.cli.outputs import check_outputs
+from maskgit_pl.cli.showing import add_showing_arguments, write_decoding, write_images, write_picture
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from maskgit_pl.pipeline import MaskGIT
+    from maskgit_pl.pipeline.outline import Outline
 
 __all__ = ["add_parser", "run"]
 
 _PER_CLASS = 8
 _ANIMATED = 4  # images side by side in an animation
+_OUT = Path("samples.png")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -51,32 +54,48 @@ def run(args: argparse.Namespace) -> int:
         FileNotFoundError: No such run.
         ValueError: An unknown class or a number out of range.
     """
-    source = model_source(args.folder)
-    settings: dict[str, Any] = {**decoding_settings(args)}
+    decoding = decoding_settings(args)
     share = check_bulk(args)
     check_at_least(args, per_class=1)
-    pipe = open_pipe(source, args, device=device_of_rank() if share else None)
-    if args.negative_class is not None:
-        (settings["negative_classes"],) = pipe.class_ids([class_of(args.negative_class, pipe.class_names)])
-    if share is not None:
-        everything = args.classes == "all" and "all" not in pipe.class_names
-        words = range(len(pipe.class_names)) if everything else class_words(args.classes, pipe.class_names)
-        generate_bulk(pipe, pipe.class_ids(words), args, settings, rank=share[0], world_size=share[1])
+    if share is None:
+        args.out = args.out or _OUT
+        check_outputs(args)
     else:
-        _write(pipe, pipe.class_ids(class_words(args.classes, pipe.class_names)), args, settings)
+        check_outputs(args, out=".npz")
+    folder, outline = find_model(args)
+    classes, negative = _labels(args, outline)
+    check_settings(args, decoding, outline, pushes_away=negative is not None)
+    settings: dict[str, Any] = {**decoding}
+    if negative is not None:
+        settings["negative_classes"] = negative
+    pipe = open_pipe(folder, args, device=device_of_rank() if share else None)
+    if share is not None:
+        generate_bulk(pipe, classes, args, settings, rank=share[0], world_size=share[1])
+    else:
+        _write(pipe, classes, args, settings)
     return 0
+
+
+def _labels(args: argparse.Namespace, outline: Outline) -> tuple[list[int], int | None]:
+    """The labels of ``--classes``, and that of ``--negative-class``."""
+    names = outline.class_names
+    everything = args.num_images is not None and args.classes == "all" and "all" not in names
+    classes = outline.class_ids(range(len(names)) if everything else class_words(args.classes, names))
+    if args.negative_class is None:
+        return classes, None
+    return classes, outline.class_ids([class_of(args.negative_class, names)])[0]
 
 
 def _write(pipe: MaskGIT, classes: list[int], args: argparse.Namespace, settings: dict[str, Any]) -> None:
     """Generates ``--per-class`` images of each class and writes what was asked for."""
-    from maskgit_pl.training.pictures import image_grid, save_png
+    from maskgit_pl.training.pictures import image_grid
 
-    per_class, out = args.per_class or _PER_CLASS, args.out or Path("samples.png")
+    per_class = args.per_class or _PER_CLASS
     labels = [label for label in classes for _ in range(per_class)]
     images = _generate(pipe, labels, args, settings)
     names = [pipe.class_names[label] for label in classes]
-    save_png(image_grid(images, columns=per_class, row_captions=names), out)
-    print(f"{out}: {len(images)} images of {len(classes)} classes, {_num_steps(pipe, settings)} steps each")
+    write_picture(image_grid(images, columns=per_class, row_captions=names), args.out)
+    print(f"{args.out}: {len(images)} images of {len(classes)} classes, {_num_steps(pipe, settings)} steps each")
     if args.images is not None:
         write_images(images, labels, args.images, seed=args.seed)
     if args.gif is not None or args.filmstrip is not None:
@@ -89,7 +108,7 @@ def _write(pipe: MaskGIT, classes: list[int], args: argparse.Namespace, settings
 def _generate(pipe: MaskGIT, labels: list[int], args: argparse.Namespace, settings: dict[str, Any]) -> Tensor:
     from rich.progress import Progress
 
-    batches = -(-len(labels) // args.batch) if args.batch > 0 else 0  # generate refuses a batch below 1
+    batches = -(-len(labels) // args.batch)
     with Progress(transient=True) as progress:
         bar = progress.add_task("sampling", total=batches * _num_steps(pipe, settings))
         return pipe.generate(

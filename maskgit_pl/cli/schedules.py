@@ -7,6 +7,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from maskgit_pl.cli.model import check_at_least, naming_flags
+from maskgit_pl.cli.outputs import check_outputs, made_folder
+
 if TYPE_CHECKING:
     from maskgit_pl.schedules import MaskSchedule
 
@@ -36,6 +39,12 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: An unknown schedule, or more steps than tokens.
     """
+    check_at_least(args, num_tokens=1, num_steps=1)
+    check_outputs(args, plot=".png")
+    from maskgit_pl.decoding.limits import check_num_steps
+
+    with naming_flags(args):
+        check_num_steps(args.num_steps, args.num_tokens)
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -52,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
         table.add_row(escape(printable(name)), *map(str, kept))
     Console().print(table)
     if args.plot is not None:
+        made_folder(args.plot.parent)
         plot(schedules, args.plot, num_tokens=args.num_tokens)
         print(f"{args.plot}: mask ratio of {len(schedules)} schedules")
     return 0

@@ -9,7 +9,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from maskgit_pl.cli.outputs import made_folder
+
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor
 
     from maskgit_pl.decoding import DecodingStep
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
 
     _AfterStep: TypeAlias = Callable[[DecodingStep], None]
 
-__all__ = ["add_showing_arguments", "recorded_steps", "write_decoding", "write_gif", "write_images"]
+__all__ = ["add_showing_arguments", "recorded_steps", "write_decoding", "write_gif", "write_images", "write_picture"]
 
 _SHOWN = 4  # images side by side in an animation
 _FRAME, _ANIMATION, _SHORTEST = 600, 9600, 40  # milliseconds: of a frame, of all of them at most, of a frame at least
@@ -77,7 +80,7 @@ def write_decoding(
     """
     if not steps:
         return
-    from maskgit_pl.training.pictures import decode_images, decoding_filmstrip, save_png, shown_steps
+    from maskgit_pl.training.pictures import decode_images, decoding_filmstrip, shown_steps
 
     grid = grid or pipe.tokenizer.grid
     if args.gif is not None:
@@ -86,7 +89,7 @@ def write_decoding(
     if args.filmstrip is not None:
         shown = shown_steps(steps, "filmstrip")
         images = [decode_images(pipe.tokenizer, step.tokens[:1], grid=grid) for step in shown]
-        save_png(decoding_filmstrip(shown, images, grid=grid), args.filmstrip)
+        write_picture(decoding_filmstrip(shown, images, grid=grid), args.filmstrip)
         print(f"{args.filmstrip}: how the first of them is decoded")
 
 
@@ -100,13 +103,23 @@ def write_gif(
     images = [decode_images(pipe.tokenizer, step.tokens, grid=grid) for step in shown]
     captions = captions[: len(images[0])]
     frames = decoding_frames(shown, images, grid=grid, captions=captions, num_steps=len(steps))
+    made_folder(path.parent)
     save_gif(frames, path, milliseconds=max(_SHORTEST, min(_FRAME, _ANIMATION // len(frames))))
+
+
+def write_picture(picture: Image.Image, path: Path) -> None:
+    """Writes a PNG; a folder that is not there is made, and named."""
+    from maskgit_pl.training.pictures import save_png
+
+    made_folder(path.parent)
+    save_png(picture, path)
 
 
 def write_images(images: Tensor, labels: Sequence[int | None], folder: Path, *, seed: int) -> None:
     """Writes each image into a file that its class and seed name; arguments as of ``image_grid`` and ``generate``."""
     from maskgit_pl.training.pictures import save_png, to_pil
 
+    made_folder(folder)
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):
         name = "no-class" if label is None else f"class-{label:04d}"
         save_png(to_pil(image), folder / f"{name}-seed-{seed + number:06d}.png")

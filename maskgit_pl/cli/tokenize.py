@@ -83,13 +83,13 @@ def run(args: argparse.Namespace) -> int:
     folder = find_tokenizer(args, shards)
     import torch
 
+    device = _device(args.device, place.local_rank)
     from maskgit_pl.data import to_unit_range, tokenize
     from maskgit_pl.pretrained import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
     description = _description(args, shards, tokenizer)
     store = _store(args, description)
-    device = _device(args.device, place.local_rank)
     network = tokenizer.network.to(device)
     workers = _workers(device) if args.num_workers is None else args.num_workers
 
@@ -194,8 +194,10 @@ def _device(name: str, local_rank: int) -> torch.device:
     """The device by name; the processes of a machine take its accelerators in turn."""
     import torch
 
+    from maskgit_pl.devices import check_device
+
     if name != "auto":
-        return torch.device(name)
+        return check_device(name, name="--device")
     if not torch.accelerator.is_available():
         return torch.device("cpu")
     accelerator = torch.accelerator.current_accelerator()

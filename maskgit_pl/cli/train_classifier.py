@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from maskgit_pl.checks import check_integer, check_number
 from maskgit_pl.cli.measuring import progress_bars
-from maskgit_pl.cli.model import default_device
+from maskgit_pl.cli.model import add_device_argument, device_of
 
 if TYPE_CHECKING:
     from maskgit_pl.data import ShardData
@@ -43,7 +43,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--image-size", type=int, metavar="PIXELS", help="edge (default: that of the images)")
     parser.add_argument("--num-workers", type=int, default=0, metavar="N", help="processes that read (default: 0)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and flips (default: 0)")
-    parser.add_argument("--device", help="cpu, cuda, mps ... (default: a GPU if there is one)")
+    add_device_argument(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="(default: runs/DATA-classifier/NAME)")
     parser.set_defaults(run=run)
 
@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
     """
     _check_numbers(args)
     size = _image_size(args)  # before anything heavy is loaded
+    device = device_of(args)
     from maskgit_pl.networks.classifier import check_model
 
     check_model(args.model)
@@ -65,7 +66,6 @@ def run(args: argparse.Namespace) -> int:
     from maskgit_pl.evaluation.classifier import is_trained, measure_accuracy, obtain_classifier
 
     found = is_trained(folder, data, config)
-    device = args.device or default_device()
     with progress_bars() as bars:
         advance = bars(f"training {args.model}", config.max_steps)
         classifier = obtain_classifier(folder, data, config=config, on_step=lambda: advance(1), device=device)

@@ -8,23 +8,30 @@ step and caches live in predictors that wrap one another. ``SequentialDecoder`` 
 Source: paper, section on iterative decoding; google-research/maskgit, ``parallel_decode.py``.
 """
 
-from maskgit_pl.decoding.classes import decode_classes
-from maskgit_pl.decoding.config import RASTER, DecodingConfig, SequentialDecoding
-from maskgit_pl.decoding.decoder import DecodingStep, ParallelDecoder
-from maskgit_pl.decoding.noise import Noise, SeededNoise
-from maskgit_pl.decoding.predictors import (
-    CachedPredictor,
-    CachingNetwork,
-    ClassPredictor,
-    ConditionalNetwork,
-    FirstStepLogits,
-    FirstStepPredictor,
-    GuidedPredictor,
-    Predictor,
-    class_predictor,
-)
-from maskgit_pl.decoding.sampling import CodeSampling
-from maskgit_pl.decoding.sequential import ClassNextPredictor, NextPredictor, SequentialDecoder, decode_in_order
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from maskgit_pl.decoding.classes import decode_classes
+    from maskgit_pl.decoding.config import RASTER, DecodingConfig, SequentialDecoding
+    from maskgit_pl.decoding.decoder import DecodingStep, ParallelDecoder
+    from maskgit_pl.decoding.limits import check_parallel
+    from maskgit_pl.decoding.noise import Noise, SeededNoise
+    from maskgit_pl.decoding.predictors import (
+        CachedPredictor,
+        CachingNetwork,
+        ClassPredictor,
+        ConditionalNetwork,
+        FirstStepLogits,
+        FirstStepPredictor,
+        GuidedPredictor,
+        Predictor,
+        class_predictor,
+    )
+    from maskgit_pl.decoding.sampling import CodeSampling
+    from maskgit_pl.decoding.sequential import ClassNextPredictor, NextPredictor, SequentialDecoder, decode_in_order
 
 __all__ = [
     "RASTER",
@@ -46,7 +53,37 @@ __all__ = [
     "SeededNoise",
     "SequentialDecoder",
     "SequentialDecoding",
+    "check_parallel",
     "class_predictor",
     "decode_classes",
     "decode_in_order",
 ]
+
+_NAMES = {
+    "classes": ("decode_classes",),
+    "config": ("RASTER", "DecodingConfig", "SequentialDecoding"),
+    "decoder": ("DecodingStep", "ParallelDecoder"),
+    "limits": ("check_parallel",),
+    "noise": ("Noise", "SeededNoise"),
+    "predictors": (
+        "CachedPredictor",
+        "CachingNetwork",
+        "ClassPredictor",
+        "ConditionalNetwork",
+        "FirstStepLogits",
+        "FirstStepPredictor",
+        "GuidedPredictor",
+        "Predictor",
+        "class_predictor",
+    ),
+    "sampling": ("CodeSampling",),
+    "sequential": ("ClassNextPredictor", "NextPredictor", "SequentialDecoder", "decode_in_order"),
+}
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a name when it is first used: ``DecodingConfig`` needs no torch, and the command line checks with it."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from maskgit_pl.checks import check_integer
-from maskgit_pl.decoding.decoder import ParallelDecoder
+from maskgit_pl.decoding.limits import check_guidance, check_num_steps, check_token_counts, check_token_sum
 from maskgit_pl.decoding.sampling import CodeSampling, Temperature
-from maskgit_pl.decoding.sequential import SequentialDecoder
 from maskgit_pl.guidance import guidance_scales, guidance_schedules
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
 from maskgit_pl.selectors import token_selectors
+
+if TYPE_CHECKING:
+    from maskgit_pl.decoding.decoder import ParallelDecoder
+    from maskgit_pl.decoding.sequential import SequentialDecoder
 
 __all__ = ["RASTER", "DecodingConfig", "SequentialDecoding"]
 
@@ -77,11 +80,13 @@ class DecodingConfig:
         """
         if mask_schedule is None:
             raise ValueError("mask_schedule: a model that decodes in parallel is needed, got a sequential one")
+        from maskgit_pl.decoding.decoder import ParallelDecoder
+
         return ParallelDecoder(
             mask_schedule if self.mask_schedule is None else mask_schedules.build(self.mask_schedule),
             token_selectors.build(self.token_selector),
             num_steps=self.num_steps,
-            sampling=CodeSampling(self.sampling_temperature, self.top_k, self.top_p),
+            sampling=self._sampling(),
             tokens_per_step=self.tokens_per_step,
         )
 
@@ -94,6 +99,42 @@ class DecodingConfig:
         Raises:
             ValueError: A setting that a sequential model cannot follow, or a number out of range.
         """
+        self._check_sequential(num_tokens)
+        from maskgit_pl.decoding.sequential import SequentialDecoder
+
+        return SequentialDecoder(num_tokens, self._sampling())
+
+    def check(self, num_tokens: int, *, sequential: bool, pushes_away: bool = True) -> None:
+        """Refuses what a model cannot follow; imports torch only for a mask schedule, and only as the last check.
+
+        Args:
+            num_tokens: N, tokens of an image.
+            sequential: Whether the model draws one token after the other.
+            pushes_away: Whether there is a class that guidance can push away from.
+
+        Raises:
+            TypeError: if a part does not take its arguments.
+            ValueError: if a name is unknown, a number is out of range, a sequential model cannot follow, or guidance
+                has no class to push away from.
+        """
+        self._sampling()
+        if sequential:
+            self._check_sequential(num_tokens)
+            check_guidance(self.scales(), pushes_away=pushes_away)
+            return
+        check_num_steps(self.num_steps, num_tokens)
+        selector = token_selectors.build(self.token_selector)
+        if self.tokens_per_step is not None:
+            check_token_counts(self.tokens_per_step, self.num_steps, selector)
+            check_token_sum(self.tokens_per_step, num_tokens)
+        check_guidance(self.scales(), pushes_away=pushes_away)
+        if self.mask_schedule is not None:
+            mask_schedules.build(self.mask_schedule)
+
+    def _sampling(self) -> CodeSampling:
+        return CodeSampling(self.sampling_temperature, self.top_k, self.top_p)
+
+    def _check_sequential(self, num_tokens: int) -> None:
         for name, value in _OF_SEQUENTIAL.items():
             if getattr(self, name) != value:
                 raise ValueError(
@@ -105,7 +146,6 @@ class DecodingConfig:
                 f"num_steps: a sequential model takes one step for each of the {num_tokens} tokens of an image, got "
                 f"{self.num_steps}; leave it out, or take a model with bidirectional attention"
             )
-        return SequentialDecoder(num_tokens, CodeSampling(self.sampling_temperature, self.top_k, self.top_p))
 
     @property
     def refresh(self) -> int | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from maskgit_pl.decoding.limits import check_num_steps, check_token_counts, check_token_sum
 from maskgit_pl.decoding.noise import Noise
 from maskgit_pl.decoding.predictors import Predictor
 from maskgit_pl.decoding.sampling import CodeSampling
@@ -87,19 +88,9 @@ class ParallelDecoder:
     tokens_per_step: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.num_steps < 1:
-            raise ValueError(f"num_steps: at least 1 is needed, got {self.num_steps}")
-        if self.tokens_per_step is None:
-            return
-        if not self.token_selector.follows_schedule:
-            name = type(self.token_selector).__name__
-            raise ValueError(
-                f"tokens_per_step: token selector {name} decides itself how many to keep; leave the list out"
-            )
-        if len(self.tokens_per_step) != self.num_steps or min(self.tokens_per_step) < 1:
-            raise ValueError(
-                f"tokens_per_step: {self.num_steps} numbers of at least 1 are needed, got {list(self.tokens_per_step)}"
-            )
+        check_num_steps(self.num_steps)
+        if self.tokens_per_step is not None:
+            check_token_counts(self.tokens_per_step, self.num_steps, self.token_selector)
 
     def masked_counts(self, at_start: Sequence[int], num_tokens: int, *, first_step: int = 0) -> list[list[int]]:
         """How many tokens of each row are masked before each step, and after the last (0).
@@ -121,8 +112,7 @@ class ParallelDecoder:
 
     def plan(self, at_start: Sequence[int], num_tokens: int, *, first_step: int = 0) -> list[StepCounts]:
         """The counts of each step; arguments and errors as of ``masked_counts``."""
-        if self.num_steps > num_tokens:
-            raise ValueError(f"num_steps: at most the {num_tokens} tokens of an image, got {self.num_steps}")
+        check_num_steps(self.num_steps, num_tokens)
         if not 0 <= first_step < self.num_steps:
             raise ValueError(f"first_step: a step in [0, {self.num_steps}) is needed, got {first_step}")
         planned = self._planned(at_start, num_tokens)
@@ -138,11 +128,7 @@ class ParallelDecoder:
     def _planned(self, at_start: Sequence[int], num_tokens: int) -> list[list[int]]:
         """What the schedule, or the list in its place, wants masked after each step of each row."""
         if self.tokens_per_step is not None:
-            if sum(self.tokens_per_step) != num_tokens:
-                raise ValueError(
-                    f"tokens_per_step: numbers that sum to the {num_tokens} tokens of an image are needed, got "
-                    f"{sum(self.tokens_per_step)}"
-                )
+            check_token_sum(self.tokens_per_step, num_tokens)
             left = [num_tokens - sum(self.tokens_per_step[: step + 1]) for step in range(self.num_steps)]
             return [[unknown * rest // num_tokens for unknown in at_start] for rest in left]
         progress = torch.arange(1, self.num_steps + 1, dtype=torch.float32) / self.num_steps

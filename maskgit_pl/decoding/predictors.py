@@ -14,6 +14,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from maskgit_pl.decoding.limits import check_guidance
 from maskgit_pl.networks.transformer import ContextCache
 
 __all__ = [
@@ -266,12 +267,7 @@ def class_predictor(
     asking: Callable[[ConditionalNetwork, Tensor], Predictor] = ClassPredictor
     if refresh is not None:
         asking = partial(CachedPredictor, refresh=refresh)
-    is_guided = any(scale > 0 for scale in scales)
-    if is_guided and negative_labels is None:
-        raise ValueError(
-            "guidance: this model has no null class (it was trained with class_dropout 0); use scale 0, or name "
-            "negative classes"
-        )
+    check_guidance(scales, pushes_away=negative_labels is not None)
 
     def over(of_calls: Sequence[float]) -> Predictor:
         rows = torch.tensor(list(labels), device=device)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from maskgit_pl.decoding.noise import Noise
+    from maskgit_pl.decoding.noise import Noise
 
 __all__ = ["CodeSampling", "Temperature"]
 
@@ -87,11 +88,11 @@ class CodeSampling:
         """Logits (..., K) with -inf for the codes that may not be drawn; the likeliest one always may."""
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             least = logits.topk(self.top_k, dim=-1).values[..., -1:]
-            logits = logits.masked_fill(logits < least, -torch.inf)
+            logits = logits.masked_fill(logits < least, -math.inf)
         if self.top_p is not None and self.top_p < 1:
             ordered, codes = logits.sort(dim=-1, descending=True)
             likelier = ordered.softmax(-1).cumsum(-1).roll(1, -1)  # probability of all likelier codes
             likelier[..., 0] = 0
-            ordered = ordered.masked_fill(likelier >= self.top_p, -torch.inf)
-            logits = torch.empty_like(logits).scatter_(-1, codes, ordered)
+            ordered = ordered.masked_fill(likelier >= self.top_p, -math.inf)
+            logits = ordered.scatter(-1, codes, ordered)
         return logits

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from maskgit_pl.decoding.decoder import DecodingStep
+from maskgit_pl.decoding.limits import check_guidance
 from maskgit_pl.decoding.noise import Noise, SeededNoise
 from maskgit_pl.decoding.predictors import guided
 from maskgit_pl.decoding.sampling import CodeSampling
@@ -115,11 +116,7 @@ class ClassNextPredictor:
     ) -> None:
         self.network = network
         self.scales = scales if any(scale > 0 for scale in scales) else ()
-        if self.scales and negative_labels is None:
-            raise ValueError(
-                "guidance: this model has no null class (it was trained with class_dropout 0); use scale 0, or name "
-                "negative classes"
-            )
+        check_guidance(self.scales, pushes_away=negative_labels is not None)
         self.labels = torch.cat([labels, negative_labels]) if self.scales and negative_labels is not None else labels
         self._cache = network.new_cache() if cache else None
 

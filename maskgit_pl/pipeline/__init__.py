@@ -1,9 +1,24 @@
 """From a pretrained folder to images: ``MaskGIT``.
 
-Used by the commands that generate and measure, in notebooks and by other programs.
+Used by the commands that generate and measure, in notebooks and by other programs. ``MaskGIT`` is imported when it is
+first used: what the command line checks before needs no torch.
 """
 
-from maskgit_pl.pipeline.model import MaskGIT
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from maskgit_pl.pipeline.options import Classes, DecodingSettings, EditOptions, GenerateOptions, OutputType, Seeds
 
+if TYPE_CHECKING:
+    from maskgit_pl.pipeline.model import MaskGIT
+
 __all__ = ["Classes", "DecodingSettings", "EditOptions", "GenerateOptions", "MaskGIT", "OutputType", "Seeds"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "MaskGIT":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from maskgit_pl.pipeline.model import MaskGIT
+
+    return MaskGIT

@@ -19,6 +19,7 @@ from typing_extensions import Unpack
 from maskgit_pl import editing
 from maskgit_pl.data import to_unit_range
 from maskgit_pl.decoding import DecodingConfig, DecodingStep, FirstStepLogits, decode_classes, decode_in_order
+from maskgit_pl.devices import check_device
 from maskgit_pl.editing import Box, ImageLike, MaskLike
 from maskgit_pl.networks import int8
 from maskgit_pl.networks.causal import CausalTransformer
@@ -35,9 +36,8 @@ from maskgit_pl.pipeline.options import (
     StepCallback,
     as_output,
     check_options,
-    class_ids,
-    with_settings,
 )
+from maskgit_pl.pipeline.outline import Outline
 from maskgit_pl.pipeline.requests import Edit, Request, rows_by_first_step, slices
 from maskgit_pl.pipeline.sharing import check_hub_id, find_folder, upload
 from maskgit_pl.pretrained import (
@@ -54,7 +54,7 @@ from maskgit_pl.pretrained import (
     save_transformer,
 )
 from maskgit_pl.randomness import random_bits
-from maskgit_pl.training.pictures import decode_images
+from maskgit_pl.training.pictures import decode_images, images_at_once
 
 __all__ = ["MaskGIT"]
 
@@ -64,7 +64,7 @@ class MaskGIT:
 
     Example::
 
-        pipe = MaskGIT.from_pretrained("runs/demo/pretrained")
+        pipe = MaskGIT.from_pretrained("runs/demo")
         images = pipe.generate(["Sneaker", "Bag", 0], num_steps=8, seed=0)
         images[0].save("sneaker.png")
 
@@ -114,10 +114,11 @@ class MaskGIT:
         token: str | bool | None = None,
         decoding: DecodingConfig | Path | str | None = None,
     ) -> MaskGIT:
-        """Reads a folder with the sub-folders ``tokenizer`` and ``transformer``, or a repository of the Hub.
+        """Reads the model of a run, a folder with ``tokenizer`` and ``transformer``, or a repository of the Hub.
 
         Args:
-            path_or_hub_id: The folder, or ``owner/name``; nothing of what is fetched is executed.
+            path_or_hub_id: A run folder (``runs/RUN``), a pretrained folder, or ``owner/name``; nothing of what is
+                fetched is executed.
             revision: As of ``sharing.find_folder``, like the next three; for repositories alone.
             cache_dir: Likewise.
             local_files_only: Likewise.
@@ -244,9 +245,21 @@ class MaskGIT:
             raise ValueError(f"pipeline in int8: it cannot be {what}; take the one that quantized() was called on")
 
     def to(self, device: torch.device | str, *, dtype: torch.dtype | None = None) -> MaskGIT:
-        """Moves both networks, and casts them where a ``dtype`` is given; returns itself."""
-        if torch.device(device).type != "cpu" or dtype is not None:
+        """Moves both networks, and casts them where a ``dtype`` is given.
+
+        Args:
+            device: Such as ``cpu``, ``cuda`` or ``cuda:1``.
+            dtype: Such as ``torch.bfloat16``; None keeps the type.
+
+        Returns:
+            The pipeline itself.
+
+        Raises:
+            ValueError: if there is no such device here, or the transformer is in int8.
+        """
+        if str(device) != "cpu" or dtype is not None:
             self._refuse_int8("moved or cast")
+        device = check_device(device)
         for network in (self.tokenizer.network, self.transformer.network):
             network.to(device=device, dtype=dtype)
         self._first_step.clear()
@@ -256,6 +269,31 @@ class MaskGIT:
     def device(self) -> torch.device:
         """Where the networks are."""
         return next(self.transformer.network.parameters()).device
+
+    def __repr__(self) -> str:
+        """Returns what the model is, in one line."""
+        tokenizer, transformer = self.tokenizer.network.config, self.transformer.network.config
+        size, (rows, columns) = self.tokenizer.image_size, transformer.grid
+        colours = "grey" if tokenizer.in_channels == 1 else "RGB"
+        return (
+            f"MaskGIT({len(self.class_names)} classes, {colours} images of {size} x {size} pixels, {rows} x {columns} "
+            f"tokens of {tokenizer.num_codes} codes, {self.decoding.num_steps} steps, on {self.device})"
+        )
+
+    @property
+    def outline(self) -> Outline:
+        """Classes, sizes and decoding of the model: what a request is checked by."""
+        config, tokenizer = self.transformer.network.config, self.tokenizer
+        return Outline(
+            self.class_names,
+            config.null_label,
+            config.num_tokens,
+            isinstance(self.transformer.network, CausalTransformer),
+            self.decoding,
+            tokenizer.image_size,
+            tokenizer.network.config.downsampling_factor,
+            tokenizer.network.config.in_channels,
+        )
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -292,7 +330,8 @@ class MaskGIT:
         which order or how many at a time.
 
         Args:
-            classes: Ids in [0, number of classes) or names; None is "no class", where the model was trained with it.
+            classes: Ids in [0, number of classes) or names, in a list or a single one; None in a list is "no class",
+                where the model was trained with it.
             output_type: ``"pil"``: grey or RGB pictures; ``"pt"``: (n, C, H, W) uint8 on the CPU; ``"np"``:
                 (n, H, W, C) uint8.
             options: ``num_steps``, ``guidance_scale``, ``seed``, ``callback`` ...; see ``GenerateOptions``.
@@ -521,7 +560,7 @@ class MaskGIT:
 
     def class_ids(self, classes: Classes) -> list[int]:
         """Labels of classes given by id or by name; None is "no class"; errors as of ``generate``."""
-        return class_ids(classes, self.class_names, null_label=self.transformer.network.config.null_label)
+        return self.outline.class_ids(classes)
 
     def decoding_with(self, **settings: Unpack[DecodingSettings]) -> DecodingConfig:
         """The model's own way of decoding, with some settings replaced.
@@ -529,8 +568,7 @@ class MaskGIT:
         Raises:
             TypeError: There is no such setting.
         """
-        check_options(settings, GenerateOptions, "pil")
-        return with_settings(self.decoding, settings)
+        return self.outline.decoding_with(**settings)
 
     def check_decoding(self, decoding: DecodingConfig) -> None:
         """Refuses, before time is spent, a way of decoding that the model cannot follow.
@@ -542,12 +580,10 @@ class MaskGIT:
             ValueError: An unknown name, a number out of range, more steps than tokens, or what a sequential model
                 cannot follow.
         """
+        self.outline.check_decoding(decoding)
         num_tokens, schedule = self.transformer.network.config.num_tokens, self.transformer.mask_schedule
-        if schedule is None:
-            decoding.sequential_decoder(num_tokens)
-        else:
-            decoding.decoder(schedule).plan([num_tokens], num_tokens)
-        decoding.scales()
+        if schedule is not None:
+            decoding.decoder(schedule).plan([num_tokens], num_tokens)  # a plug-in may refuse its counts
 
     def _request(self, classes: Classes, options: Mapping[str, Any]) -> Request:
         return Request.of(classes, options, class_ids=self.class_ids, decoding=self.decoding)
@@ -636,7 +672,8 @@ class MaskGIT:
         like = next(network.parameters())
         with torch.no_grad():
             tokens = [
-                network.encode(to_unit_range(images[part]).to(like)).cpu() for part in slices(len(images), batch_size)
+                network.encode(to_unit_range(images[part]).to(like)).cpu()
+                for part in slices(len(images), min(batch_size, images_at_once(*images.shape[-2:])))
             ]
         return torch.cat(tokens)
 

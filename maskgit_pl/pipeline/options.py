@@ -1,21 +1,28 @@
-"""What may be said of a generation or an edit: names, types, and the checks that come before any work."""
+"""What may be said of a generation or an edit: names, types, and the checks that come before any work.
+
+torch is imported by ``as_output`` alone: the command line makes the same checks before it loads anything.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias, TypedDict, get_args
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, Union, get_args
 
-import numpy as np
-import numpy.typing as npt
 from einops import rearrange
-from PIL import Image
-from torch import Tensor
 
-from maskgit_pl.decoding import DecodingConfig, DecodingStep
+from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.registry import nearest
-from maskgit_pl.training.pictures import to_pil
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from PIL import Image
+    from torch import Tensor
+
+    from maskgit_pl.decoding import DecodingStep
 
 __all__ = [
     "Classes",
@@ -34,10 +41,10 @@ __all__ = [
 ]
 
 OutputType = Literal["pil", "pt", "np"]
-Images: TypeAlias = list[Image.Image] | Tensor | npt.NDArray[np.uint8]
-Classes: TypeAlias = Sequence[int | str | None]
+Images: TypeAlias = Union[list["Image.Image"], "Tensor", "npt.NDArray[np.uint8]"]
+Classes: TypeAlias = int | str | Sequence[int | str | None]
 Seeds: TypeAlias = int | Sequence[int]
-StepCallback: TypeAlias = Callable[[DecodingStep], object]
+StepCallback: TypeAlias = Callable[["DecodingStep"], object]
 
 _FEW_NAMES = 20  # up to so many an error lists all of them
 
@@ -172,16 +179,19 @@ def class_ids(classes: Classes, names: Sequence[str], *, null_label: int | None)
     """Labels of classes given by id or by name, or None for "no class".
 
     Args:
-        classes: What was asked for.
+        classes: What was asked for: a list, or one id or name.
         names: Of all classes.
         null_label: What stands for "no class"; None where the model has none.
 
     Raises:
         ValueError: None given, unknown, a name of several classes, or "no class" of a model that has no such row.
-        TypeError: Not a list of numbers and names.
+        TypeError: Neither a number, a name nor a list of them.
     """
-    if isinstance(classes, int | str):
-        raise TypeError(f"classes: a list is needed, got {classes!r}; write [{classes!r}]")
+    if isinstance(classes, str | Integral):  # numpy's integers too
+        classes = [classes]
+    if not isinstance(classes, Iterable):
+        raise TypeError(f"classes: numbers or names are needed, got {classes!r}")
+    classes = list(classes)
     if len(classes) == 0:
         raise ValueError("classes: at least one is needed, got none")
     return [_class_id(wanted, names, null_label) for wanted in classes]
@@ -217,6 +227,8 @@ def _class_called(wanted: str, names: Sequence[str]) -> int:
 
 def as_output(output_type: OutputType, images: Tensor) -> Images:
     """(n, C, H, W) uint8 in the form that was asked for."""
+    from maskgit_pl.training.pictures import to_pil
+
     if output_type == "pt":
         return images
     if output_type == "np":

@@ -1,4 +1,4 @@
-"""Pretrained folders on the Hugging Face Hub: found and fetched by ``owner/name``, and put there.
+"""Where a pretrained folder is: in a run, by itself, or on the Hugging Face Hub, from where it is fetched.
 
 ``ModelHubMixin`` does not fit: it reads the arguments of ``__init__`` and writes them into a ``config.json`` of its
 own, and the arguments of a pipeline are networks. ``snapshot_download`` and ``upload_folder`` are all that is needed.
@@ -7,16 +7,19 @@ What is fetched is read as data and never executed.
 
 from __future__ import annotations
 
+import os
 import re
+from difflib import get_close_matches
 from pathlib import Path
 
-__all__ = ["check_hub_id", "find_folder", "upload"]
+__all__ = ["check_hub_id", "find_folder", "local_folder", "upload"]
 
 _READ = tuple(
     f"{stage}/{file}" for stage in ("tokenizer", "transformer") for file in ("config.json", "model.safetensors")
 )
 _FILES = (*_READ, "config.json", "decoding.json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_OUR_FOLDERS = ("runs", "pretrained")  # what begins with one of them is a path, whether it is there or not
 
 
 def find_folder(
@@ -27,30 +30,68 @@ def find_folder(
     local_files_only: bool = False,
     token: str | bool | None = None,
 ) -> Path:
-    """A pretrained folder on this machine; what is not there and looks like ``owner/name`` is fetched from the Hub.
+    """Finds a pretrained folder on this machine; what is not there and reads ``owner/name`` is fetched from the Hub.
 
     Args:
-        path_or_hub_id: A folder, or an id of the Hub.
+        path_or_hub_id: A run folder, a pretrained folder, or an id of the Hub.
         revision: Branch, tag or commit on the Hub; its main branch by default.
         cache_dir: Where fetched files are kept; the Hub's own cache by default.
         local_files_only: Whether to look in the cache alone.
         token: For repositories that are not public; True is the one that was logged in with.
 
+    Returns:
+        The folder with ``tokenizer/`` and ``transformer/``.
+
     Raises:
-        FileNotFoundError: No such folder, and no such repository, or none that can be reached.
-        ValueError: A repository that holds something else.
+        FileNotFoundError: if there is no such folder and no such repository, or none that can be reached.
+        ValueError: if a repository holds something else.
     """
-    folder = Path(path_or_hub_id)
-    if folder.is_dir():
-        return folder
-    if not _is_hub_id(str(path_or_hub_id)):
-        raise FileNotFoundError(f"pretrained {folder}: no such folder; training writes runs/RUN/pretrained")
-    return _fetch(str(path_or_hub_id), revision, cache_dir, local_files_only, token)
+    if not Path(path_or_hub_id).is_dir() and _is_hub_id(str(path_or_hub_id)):
+        return _fetch(str(path_or_hub_id), revision, cache_dir, local_files_only, token)
+    return local_folder(path_or_hub_id)
+
+
+def local_folder(path: Path | str) -> Path:
+    """Finds the pretrained folder of a run, or takes the folder itself.
+
+    Args:
+        path: A run folder (``runs/RUN``) or a pretrained folder.
+
+    Returns:
+        The folder with ``tokenizer/`` and ``transformer/``.
+
+    Raises:
+        FileNotFoundError: if there is no such folder (the message names the nearest one), or a stage is missing.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        hint = _nearest_folder(folder)
+        way_out = f"did you mean {hint}?" if hint else "train one with `make demo`, or name another"
+        raise FileNotFoundError(f"run {folder}: no such folder; {way_out}")
+    found = folder / "pretrained" if (folder / "pretrained").is_dir() else folder
+    for part in ("tokenizer", "transformer"):
+        if not (found / part / "config.json").is_file():
+            raise FileNotFoundError(
+                f"run {folder}: no {part} in {found}; `maskgit train {part}` makes it when it has finished"
+            )
+    return found
+
+
+def _nearest_folder(folder: Path) -> Path | None:
+    """Returns the existing folder that is most like a missing one: a neighbour of its first part that is missing."""
+    missing = next(part for part in (*reversed(folder.parents), folder) if not part.is_dir())
+    try:
+        neighbours = [entry.name for entry in os.scandir(missing.parent) if entry.is_dir()]
+    except OSError:  # a folder that may not be read
+        return None
+    close = get_close_matches(missing.name, neighbours, n=1, cutoff=0.5)
+    return missing.with_name(close[0]) if close else None
 
 
 def _is_hub_id(text: str) -> bool:
-    """Whether it reads ``owner/name``; with a folder ``owner`` here, a path is what was meant."""
-    return _HUB_ID.fullmatch(text) is not None and not Path(text).parent.is_dir()
+    """Returns whether a text reads ``owner/name``; with a folder ``owner`` here, or one of ours, it is a path."""
+    owner = Path(text).parent
+    return _HUB_ID.fullmatch(text) is not None and str(owner) not in _OUR_FOLDERS and not owner.is_dir()
 
 
 def _fetch(

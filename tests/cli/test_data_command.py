@@ -230,7 +230,7 @@ def test_stats_prints_a_table_and_draws_a_sheet(tmp_path, capsys):
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.mode == "RGB"
         assert len(sheet.getcolors(10**6)) > 8
-    with pytest.raises(ValueError, match=r"a \.png file"):
+    with pytest.raises(ValueError, match=r"--out must end in \.png, got"):
         call("stats", folder, "--out", tmp_path / "sheet.jpg")
 
 

@@ -1,6 +1,7 @@
 """``maskgit doctor``: each check against the fault that it is for, really there."""
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -8,12 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from maskgit_pl.cli import host, main
+from maskgit_pl.cli import examination, host, main
 from maskgit_pl.cli.doctor import _size
+from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
+from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from tests.conftest import flags
 
+SMALL = VQGANConfig(1, channels=8, multipliers=(1, 1), blocks_per_level=1, groups=2, num_codes=16, code_width=4)
 TINY = Path(__file__).parents[1] / "tiny"
 JOB = {
     "SLURM_JOB_ID": "70001",
@@ -65,6 +70,33 @@ def test_a_run_that_can_start_passes_and_nothing_is_written(doctor, stage, tmp_p
     assert "for 1 step" in text
     assert "samples/s" in text
     assert not (tmp_path / "runs").exists()
+
+
+def test_each_check_is_printed_before_the_next_is_made(doctor, monkeypatch, capsys):
+    printed = []
+    for slow in ("_build", "_costs"):
+        original = getattr(examination, slow)
+
+        def recorded(*args, original=original):
+            printed.append(" ".join(capsys.readouterr().out.split()))
+            return original(*args)
+
+        monkeypatch.setattr(examination, slow, recorded)
+    assert doctor("transformer")[0] == 0
+    before_build, before_costs = printed
+    assert before_build.startswith("Checking a transformer run;")
+    assert re.search(r"ok slurm .* ok network .* ok data .* ok tokenizer .* ok strategy ", before_build)
+    assert re.search(r"ok recipe .* ok batch .* ok run ", before_costs)
+
+
+@pytest.mark.parametrize("network", [MaskedTransformer(TransformerConfig(16, 3, (4, 4), 16, 1, 2, 32)), VQGAN(SMALL)])
+def test_a_large_network_is_built_without_drawing_its_weights(network):
+    with torch.random.fork_rng(), examination._ZeroWeights():
+        before = torch.get_rng_state()
+        made = type(network)(network.config)
+        assert torch.equal(torch.get_rng_state(), before)
+    shapes = [{name: tensor.shape for name, tensor in each.state_dict().items()} for each in (made, network)]
+    assert shapes[0] == shapes[1]
 
 
 def test_a_batch_that_does_not_divide_is_answered_with_what_does(doctor):

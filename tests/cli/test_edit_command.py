@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskgit_pl.cli import edit, main
+from maskgit_pl.cli import edit, inpaint, main
 from maskgit_pl.pipeline import MaskGIT
 from tests.cli.commands import call_command, pixels
 
@@ -88,13 +88,50 @@ def test_a_larger_image_is_cut_where_asked(tiny_pretrained: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
+    ("text", "box"),
+    [
+        ("10%,20%,60%,80%", [2, 2, 12, 10]),  # of 20 x 12 pixels; outwards to whole pixels
+        ("0%, 0%, 50%, 100%", [0, 0, 10, 12]),
+        ("12.5%,0,50%,7", [2, 0, 10, 7]),
+        ("99.9%,0,100%,1", [19, 0, 20, 1]),
+        ("1,2,3,4", [1, 2, 3, 4]),
+        ("-1,0,120%,4", [-1, 0, 24, 4]),  # which the check of boxes refuses
+    ],
+)
+def test_a_box_is_in_pixels_or_in_percent_of_the_image(text: str, box: list[int]) -> None:
+    assert inpaint._box(text, height=12, width=20) == box
+
+
+def test_a_box_is_that_of_the_image_before_it_is_fitted(tiny_pretrained: Path, tmp_path: Path) -> None:
+    Image.fromarray(pixels(40, 80).numpy()).save(tmp_path / "photo.png")
+    for name, box in (("pixels", "30,10,50,30"), ("percent", "37.5%,25%,62.5%,75%")):
+        words = ["--box", box, "--fit", "--class", "1", "--variants", 1, "--images", tmp_path / name]
+        assert call(tiny_pretrained, tmp_path / "photo.png", *words, "--out", tmp_path / f"{name}.png") == 0
+    page = read(tmp_path / "pixels.png")
+    assert (page == read(tmp_path / "percent.png")).all()
+    masked = page[page.shape[0] - 8 - 88 : page.shape[0] - 8][5::11, 8 + 88 + 4 + 5 : 8 + 88 + 4 + 88 : 11]
+    edge = (masked == (230, 90, 20)).all(-1)
+    assert np.argwhere(edge).min(0).tolist() == [2, 2]  # of the middle 40 x 40 pixels, from 10,10 to 30,30 of 8 x 8
+    assert np.argwhere(edge).max(0).tolist() == [5, 5]
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--class", "1"], "--box, --mask: one of the two is needed, got neither"),
         (["--class", "1", "--box", "0,0,1,1", "--mask", "m.png"], "--box, --mask: one of the two is needed, got both"),
-        (["--class", "1", "--box", "0,0,1"], "--box 0,0,1: four whole numbers"),
-        (["--class", "1", "--box", "0,0,1,x"], "--box 0,0,1,x: four whole numbers"),
-        (["--class", "1", "--box", "0,0,1.5,2"], "--box 0,0,1.5,2: four whole numbers"),
+        (
+            ["--class", "1", "--box", "0,0,1"],
+            "--box must be left,top,right,bottom in whole pixels or in percent, got 0,0,1;",
+        ),
+        (
+            ["--class", "1", "--box", "0,0,1,x"],
+            "--box must be left,top,right,bottom in whole pixels or in percent, got 0,0,1,x;",
+        ),
+        (
+            ["--class", "1", "--box", "0,0,1.5,2"],
+            "--box must be left,top,right,bottom in whole pixels or in percent, got 0,0,1.5,2;",
+        ),
         (["--class", "1", "--box", "0,0,9,2"], "box 0,0,9,2: it must lie within the image"),
         (["--class", "1", "--box=-1,0,4,2"], "box -1,0,4,2: it must lie within the image"),
         (["--class", "1", "--box", "4,0,0,2"], "box 4,0,0,2: left < right is needed"),
@@ -107,8 +144,8 @@ def test_a_larger_image_is_cut_where_asked(tiny_pretrained: Path, tmp_path: Path
         (["--class", "1", "--mask", "BLACK"], "something to generate is needed, got none"),
         (["--class", "Trousers", "--box", "0,0,4,2"], "class 'Trousers': did you mean 'Trouser'"),
         (["--class", "17", "--box", "0,0,4,2"], "class 17: a number in [0, 3)"),
-        (["--class", "1", "--box", "0,0,4,2", "--steps", "17"], "num_steps: at most the 16 tokens"),
-        (["--class", "1", "--box", "0,0,4,2", "--batch", "0"], "batch_size: at least 1"),
+        (["--class", "1", "--box", "0,0,4,2", "--steps", "17"], "--num-steps: at most the 16 tokens"),
+        (["--class", "1", "--box", "0,0,4,2", "--batch", "0"], "--batch: at least 1"),
     ],
 )
 def test_bad_input_is_answered_in_one_line(

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from maskgit_pl.cli import bulk, main, sample
-from maskgit_pl.cli.model import pretrained_folder
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.pipeline import MaskGIT, model
+from maskgit_pl.pipeline import MaskGIT, sharing
 from maskgit_pl.pipeline.options import with_settings
+from maskgit_pl.pipeline.sharing import local_folder
 from tests.cli.commands import call_command
 
 
@@ -43,8 +43,8 @@ def test_writes_a_picture_single_files_and_an_animation(tiny_pretrained: Path, t
 
 
 def test_a_run_folder_stands_for_its_pretrained_folder(tiny_pretrained: Path, tmp_path: Path) -> None:
-    assert pretrained_folder(tiny_pretrained.parent) == tiny_pretrained
-    assert pretrained_folder(tiny_pretrained) == tiny_pretrained
+    assert local_folder(tiny_pretrained.parent) == tiny_pretrained
+    assert local_folder(tiny_pretrained) == tiny_pretrained
     assert call(tiny_pretrained.parent, "--per-class", 1, "--out", tmp_path / "all.png") == 0
     with Image.open(tmp_path / "all.png") as picture:
         assert picture.height == 8 + 3 * 88 + 2 * 4 + 8  # all three classes, 8 px shown as 88
@@ -69,9 +69,9 @@ def test_what_is_missing_is_named(tiny_pretrained: Path, tmp_path: Path) -> None
         (["--selector", "confidnce"], "unknown token selector 'confidnce': did you mean 'confidence'"),
         (["--mask-schedule", "cosin"], "unknown mask schedule 'cosin': did you mean 'cosine'"),
         (["--guidance-schedule", "linea"], "unknown guidance schedule 'linea': did you mean 'linear'"),
-        (["--tokens-per-step", "1,2"], "tokens_per_step: numbers that sum to the 16 tokens"),
-        (["--tokens-per-step", "8,8", "--steps", "3"], "tokens_per_step: a number for each of the 3 steps"),
-        (["--batch", "0"], "batch_size: at least 1"),
+        (["--tokens-per-step", "1,2"], "--tokens-per-step: numbers that sum to the 16 tokens"),
+        (["--tokens-per-step", "8,8", "--steps", "3"], "--tokens-per-step: a number for each of the 3 steps"),
+        (["--batch", "0"], "--batch: at least 1"),
     ],
 )
 def test_bad_input_is_refused_and_nothing_written(
@@ -101,11 +101,14 @@ def test_bad_input_is_refused_and_nothing_written(
         (["--tokens-per-step", "1,x"], "--tokens-per-step 1,x: whole numbers of at least 1"),
         (["--tokens-per-step", "0,16"], "--tokens-per-step 0,16: whole numbers of at least 1"),
         (["--decoding", "nowhere.json"], "--decoding nowhere.json: no such file"),
+        (["--decoding", "other.json"], "`maskgit tune RUN` writes such a file, RUN/pretrained/decoding.json"),
     ],
 )
 def test_what_flags_say_is_refused_in_one_line(
     words: list[str], message: str, tiny_pretrained: Path, tmp_path: Path, capsys
 ) -> None:
+    (tmp_path / "other.json").write_text('{"steps": 8}')
+    words = [str(tmp_path / word) if word == "other.json" else word for word in words]
     assert main(["sample", str(tiny_pretrained), *words, "--out", str(tmp_path / "samples.png")]) == 2
     shown = capsys.readouterr().err
     assert message in shown
@@ -265,7 +268,7 @@ def test_progress_is_told_in_lines_with_the_time_left(capsys, monkeypatch) -> No
 
 def test_a_model_of_the_hub_is_named_by_its_id(tiny_pretrained: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(model, "find_folder", lambda name, **options: {"owner/name": tiny_pretrained}[str(name)])
+    monkeypatch.setattr(sharing, "_fetch", lambda name, *options: {"owner/name": tiny_pretrained}[name])
     assert call("owner/name", "--per-class", 1) == 0
     (tmp_path / "runs").mkdir()
     for path in ("runs/nowhere", "nowhere"):

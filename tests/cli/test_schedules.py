@@ -50,7 +50,7 @@ def test_the_plot_is_a_png(tmp_path: Path) -> None:
     [
         (["--schedule", "cosin"], "did you mean 'cosine'"),
         (["--schedule", "{name"], "a name or a JSON mapping"),
-        (["--num-tokens", "4"], "num_steps: at most the 4 tokens"),
+        (["--num-tokens", "4"], "--num-steps: at most the 4 tokens"),
     ],
 )
 def test_bad_input_is_refused(words: list[str], message: str) -> None:

@@ -1,6 +1,7 @@
 """Folders and repositories: what is found, what is fetched, what is told of it. No network."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,12 @@ import pytest
 import torch
 
 from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.mvtm import MaskedTokenModel
+from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.pipeline import MaskGIT, model, sharing
 from maskgit_pl.pretrained import read_decoding, save_decoding
-from tests.conftest import save_tiny_pretrained
+from maskgit_pl.training.optimizers import LearningRate
+from tests.conftest import CLASSES, save_tiny_pretrained
 
 TUNED = DecodingConfig(3, "margin", sampling_temperature=(1.2, 0.7))
 
@@ -33,8 +37,49 @@ def test_a_folder_that_is_not_there_is_told_as_one(tmp_path: Path, monkeypatch) 
         "~/name",
         "a//b",
     ):
-        with pytest.raises(FileNotFoundError, match="no such folder; training writes runs/RUN/pretrained"):
+        with pytest.raises(FileNotFoundError, match="no such folder; train one with `make demo`, or name another"):
             sharing.find_folder(path)
+
+
+@pytest.mark.parametrize("missing", ["runs/one-cosine", "pretrained/places512"])
+def test_our_own_folders_are_paths_whether_they_are_there_or_not(missing: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"run {missing}: no such folder; train one"):
+        MaskGIT.from_pretrained(missing)
+
+
+@pytest.mark.parametrize(
+    ("missing", "nearest"),
+    [
+        ("runs/one-cosin", "runs/one-cosine"),
+        ("run/one-cosine", None),
+        ("./run/one-cosine", "runs"),
+        ("runs/one-cosin/pretrained", "runs/one-cosine"),
+        ("runs/one-cosine/pretraned", "runs/one-cosine/pretrained"),
+        ("runs/xyz", None),
+    ],
+)
+def test_a_mistyped_folder_is_answered_with_the_nearest(
+    missing: str, nearest: str | None, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "one-cosine" / "pretrained").mkdir(parents=True)
+    (tmp_path / "data").mkdir()
+    with pytest.raises(FileNotFoundError) as caught:
+        sharing.find_folder(missing, cache_dir=tmp_path / "cache", local_files_only=True)
+    assert (f"did you mean {nearest}?" in str(caught.value)) == (nearest is not None)
+
+
+def test_a_run_folder_is_read_like_its_pretrained_folder(tiny_pretrained: Path) -> None:
+    assert tiny_pretrained.name == "pretrained"
+    pipe = MaskGIT.from_pretrained(tiny_pretrained.parent)
+    assert torch.equal(images(pipe), images(MaskGIT.from_pretrained(tiny_pretrained)))
+
+
+def test_a_stage_that_is_missing_is_named_with_what_makes_it(tiny_pretrained: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_pretrained / "tokenizer", tmp_path / "one" / "pretrained" / "tokenizer")
+    with pytest.raises(FileNotFoundError, match=r"no transformer in .*; `maskgit train transformer` makes it"):
+        MaskGIT.from_pretrained(tmp_path / "one")
 
 
 def test_a_repository_that_is_not_in_the_cache_is_told_in_one_line(tmp_path: Path, monkeypatch) -> None:
@@ -72,7 +117,7 @@ def test_a_repository_in_the_cache_is_read_like_a_folder(tiny_pretrained: Path, 
     pipe = MaskGIT.from_pretrained("owner/name", cache_dir=tmp_path / "cache", local_files_only=True)
     assert torch.equal(images(pipe), images(MaskGIT.from_pretrained(tiny_pretrained)))
     (tmp_path / "owner" / "name").mkdir(parents=True)  # a folder of that name comes first
-    with pytest.raises(FileNotFoundError, match="tokenizer owner/name/tokenizer"):
+    with pytest.raises(FileNotFoundError, match="run owner/name: no tokenizer in owner/name"):
         MaskGIT.from_pretrained("owner/name", cache_dir=tmp_path / "cache", local_files_only=True)
 
 
@@ -97,6 +142,24 @@ def test_a_saved_pipeline_stands_alone(tiny_pretrained: Path, tmp_path: Path) ->
     ]  # fmt: skip
     assert torch.equal(images(MaskGIT.from_pretrained(tmp_path / "copy")), images(pipe))
     assert not (tiny_pretrained / "config.json").exists()  # such a folder, an older one, is read as before
+
+
+def test_an_exported_model_is_read_with_its_tokenizer(tiny_pretrained: Path, tmp_path: Path) -> None:
+    network = TransformerConfig(16, 3, (4, 4), 16, 1, 2, 32)
+    model = MaskedTokenModel(network, LearningRate(1e-3), str(tiny_pretrained / "tokenizer"))
+    for _ in range(2):  # the second time over the first
+        model.export(tmp_path / "out", class_names=CLASSES)
+        pipe = MaskGIT.from_pretrained(tmp_path / "out")
+    assert pipe.class_names == CLASSES
+    assert pipe.tokenizer.fingerprint == MaskGIT.from_pretrained(tiny_pretrained).tokenizer.fingerprint
+    assert len(pipe.generate("Trouser", num_steps=2)) == 1
+
+
+def test_a_model_exported_beside_its_tokenizer_leaves_it_as_it_is(tiny_pretrained: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_pretrained / "tokenizer", tmp_path / "tokenizer")
+    network = TransformerConfig(16, 3, (4, 4), 16, 1, 2, 32)
+    MaskedTokenModel(network, LearningRate(1e-3), str(tmp_path / "tokenizer")).export(tmp_path, class_names=CLASSES)
+    assert len(MaskGIT.from_pretrained(tmp_path).generate(0, num_steps=2)) == 1
 
 
 def test_a_tuned_way_of_decoding_goes_with_the_weights(tmp_path: Path, caplog) -> None:

@@ -9,6 +9,7 @@ from PIL import Image
 from maskgit_pl.decoding import DecodingStep
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pretrained import PretrainedTokenizer
+from maskgit_pl.training import pictures
 from maskgit_pl.training.logs import RunLogger
 from maskgit_pl.training.pictures import (
     ReconstructionPictures,
@@ -17,6 +18,7 @@ from maskgit_pl.training.pictures import (
     decoding_filmstrip,
     decoding_frames,
     image_grid,
+    images_at_once,
     reconstruction_grid,
     save_gif,
     save_png,
@@ -230,3 +232,22 @@ def test_nothing_is_drawn_in_the_sanity_check(tmp_path) -> None:
         callback.on_validation_end(trainer(tmp_path, sanity=True), model)
     assert model.asked == []
     assert list(tmp_path.glob("*.png")) == []
+
+
+@pytest.mark.parametrize(("size", "count"), [((256, 256), 16), ((512, 512), 4), ((28, 28), 1337), ((4096, 4096), 1)])
+def test_the_pixels_that_are_decoded_at_once_are_bounded(size, count):
+    assert images_at_once(*size) == count
+
+
+def test_decoding_in_parts_gives_the_same_pictures(monkeypatch):
+    config = VQGANConfig(1, channels=8, multipliers=(1, 1), blocks_per_level=1, groups=2, num_codes=16, code_width=4)
+    tokenizer = PretrainedTokenizer(VQGAN(config).eval(), 8, "")
+    tokens = torch.randint(0, 16, (7, 16), generator=torch.Generator().manual_seed(0))
+    whole, parts, decode = decode_images(tokenizer, tokens), [], tokenizer.network.decode
+    monkeypatch.setattr(pictures, "_MOST_PIXELS", 3 * 8 * 8)
+    monkeypatch.setattr(tokenizer.network, "decode", lambda part, grid: parts.append(len(part)) or decode(part, grid))
+    made = decode_images(tokenizer, tokens)
+    assert parts == [3, 3, 1]
+    assert (made.int() - whole.int()).abs().max() <= 1  # rounding to bytes
+    assert decode_images(tokenizer, tokens[:, :8], grid=(2, 4)).shape == (7, 1, 4, 8)
+    assert parts[3:] == [6, 1]

@@ -1,0 +1,106 @@
+"""What must be known of a model to check a request: classes, sizes, and how it decodes.
+
+``MaskGIT`` knows it from its networks. The command line reads it from the JSON files of a pretrained folder, without
+torch, and so refuses an unknown class or too many steps before it loads anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from typing_extensions import Unpack
+
+from maskgit_pl.checks import build_dataclass, check_integer
+from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.decoding.limits import check_parallel
+from maskgit_pl.decoding.recipe_file import read_recipe
+from maskgit_pl.files import read_json
+from maskgit_pl.pipeline.options import (
+    Classes,
+    DecodingSettings,
+    GenerateOptions,
+    check_options,
+    class_ids,
+    with_settings,
+)
+
+__all__ = ["Outline"]
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a request to a model is checked by.
+
+    Args:
+        class_names: One for each class.
+        null_label: The label of "no class"; None for a model without it.
+        num_tokens: N, tokens of an image.
+        sequential: Whether the model draws one token after the other.
+        decoding: How images are decoded unless a request says otherwise.
+        image_size: Height and width of the model's images, in pixels.
+        token_size: Pixels along an edge of a token.
+        channels: 1 for grey images, 3 for RGB.
+    """
+
+    class_names: tuple[str, ...]
+    null_label: int | None
+    num_tokens: int
+    sequential: bool
+    decoding: DecodingConfig
+    image_size: int
+    token_size: int
+    channels: int
+
+    @classmethod
+    def read(cls, folder: Path) -> Outline | None:
+        """Reads the outline of a pretrained folder.
+
+        Args:
+            folder: The folder with ``tokenizer/`` and ``transformer/``.
+
+        Returns:
+            The outline, or None if a file is not as it must be: ``MaskGIT.from_pretrained`` says what is wrong with it.
+        """
+        try:
+            tokenizer, transformer = (read_json(folder / part / "config.json") for part in ("tokenizer", "transformer"))
+            tuned = folder / "decoding.json"
+            network, vqgan = transformer["network"], tokenizer["network"]
+            rows, columns = (_size(number) for number in network["grid"])
+            return cls(
+                tuple(map(str, transformer["class_names"])),
+                _size(network["num_classes"]) if network["class_dropout"] > 0 else None,
+                rows * columns,
+                network["attention"] == "causal",
+                read_recipe(tuned) if tuned.is_file() else build_dataclass(DecodingConfig, transformer["decoding"], ""),
+                _size(tokenizer["image_size"]),
+                _size(vqgan["patch_size"]) * 2 ** (_size(len(vqgan["multipliers"])) - 1),
+                _size(vqgan["in_channels"]),
+            )
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def class_ids(self, classes: Classes) -> list[int]:
+        """Returns the labels of classes given by id or by name; errors as of ``options.class_ids``."""
+        return class_ids(classes, self.class_names, null_label=self.null_label)
+
+    def decoding_with(self, **settings: Unpack[DecodingSettings]) -> DecodingConfig:
+        """Returns the model's own way of decoding, with some settings replaced.
+
+        Raises:
+            TypeError: if there is no such setting.
+        """
+        check_options(settings, GenerateOptions, "pil")
+        return with_settings(self.decoding, settings)
+
+    def check_parallel(self, task: str) -> None:
+        """Refuses a sequential model for a task; errors as of ``decoding.limits.check_parallel``."""
+        check_parallel(task, sequential=self.sequential)
+
+    def check_decoding(self, decoding: DecodingConfig, *, pushes_away: bool = True) -> None:
+        """Refuses a way of decoding that the model cannot follow; see ``DecodingConfig.check``."""
+        decoding.check(self.num_tokens, sequential=self.sequential, pushes_away=pushes_away)
+
+
+def _size(value: object) -> int:
+    return check_integer("size", value, "[1, 65536]")

@@ -1,0 +1,45 @@
+"""What can be named as a device, with and without an accelerator."""
+
+import pytest
+import torch
+
+from maskgit_pl.devices import check_device, device_names
+
+
+def accelerators(monkeypatch: pytest.MonkeyPatch, kind: str | None, count: int = 0) -> None:
+    """As if torch found ``count`` accelerators of a kind."""
+    device = None if kind is None else torch.device(kind)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: device)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "names"),
+    [
+        (None, 0, ["cpu"]),
+        ("cuda", 0, ["cpu"]),  # torch is built for it, and finds none
+        ("mps", 1, ["cpu", "mps", "mps:0"]),
+        ("cuda", 2, ["cpu", "cuda", "cuda:0", "cuda:1"]),
+    ],
+)
+def test_names_are_those_of_the_devices_that_are_there(monkeypatch, kind, count, names):
+    accelerators(monkeypatch, kind, count)
+    assert device_names() == names
+    for name in names:
+        assert check_device(name) == torch.device(name)
+        assert check_device(torch.device(name)) == torch.device(name)
+
+
+@pytest.mark.parametrize("name", ["cuda:2", "mps", "cdua", "", "cuda:x", "cuda0", "meta"])
+def test_another_name_is_answered_with_those_that_there_are(monkeypatch, name):
+    accelerators(monkeypatch, "cuda", 2)
+    with pytest.raises(ValueError, match=r"--device must be one of cpu, cuda, cuda:0, cuda:1, got") as caught:
+        check_device(name, name="--device")
+    assert "finds no GPU" not in str(caught.value)
+
+
+def test_where_there_is_no_gpu_the_answer_says_so(monkeypatch):
+    accelerators(monkeypatch, None)
+    with pytest.raises(ValueError, match=r"device must be one of cpu, got 'cuda'.*\(torch .* finds no GPU here\)"):
+        check_device("cuda")
