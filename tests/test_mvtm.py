@@ -3,6 +3,7 @@ from itertools import chain
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
 
 from maskgit_pl.data import to_unit_range, tokenize
 from maskgit_pl.mvtm import MaskedTokenModel
@@ -79,6 +80,66 @@ def test_accumulation_changes_no_sample_and_hardly_the_loss(tiny_shards, tiny_pr
     halves = [float.fromhex(loss) for loss in parts.losses]
     means = [2 * (a + b) / 2 for a, b in zip(halves[::2], halves[1::2], strict=True)]  # Lightning divides by 2
     assert means == pytest.approx([float.fromhex(loss) for loss in whole.losses], rel=1e-5)
+
+
+def averages_by_hand(weights, decay):
+    """The average after each step, of the weights before and after each step."""
+    average, found = weights[0], []
+    for step, new in enumerate(weights[1:], start=1):
+        kept = min(decay, step / (9 + step))  # 1/10, 2/11, 3/12 ...
+        average = kept * average + (1 - kept) * new
+        found.append(average)
+    return found
+
+
+class Weights(Callback):
+    """Keeps one weight and its average, before the first step and after each."""
+
+    def __init__(self):
+        self.trained, self.averaged = [], []
+
+    def on_train_start(self, trainer, module):
+        self.trained.append(module.transformer.words.weight.detach().clone())
+
+    def on_train_batch_end(self, trainer, module, *_):
+        self.on_train_start(trainer, module)
+        self.averaged.append(module.ema_network.words.weight.clone())
+
+
+def test_the_average_follows_its_ramp_from_the_first_step_on(tiny_shards, tiny_pretrained, store, tmp_path):
+    seen = Weights()
+    fit(model(tiny_pretrained, ema_decay=0.2), data(tiny_shards, store), steps=5, folder=tmp_path, callbacks=[seen])
+    for kept, wanted in zip(seen.averaged, averages_by_hand(seen.trained, 0.2), strict=True):
+        torch.testing.assert_close(kept, wanted)
+
+
+def validate(module, source):
+    """What a validation logs."""
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, use_distributed_sampler=False)
+    (values,) = trainer.validate(module, datamodule=source, verbose=False)
+    return values
+
+
+def test_rows_that_fill_up_the_last_validation_batch_count_nothing(tiny_shards, tiny_pretrained, store):
+    whole, padded = (data(tiny_shards, store, validation_batch=size, validation_samples=10) for size in (5, 8))
+    module = model(tiny_pretrained)
+    assert validate(module, padded) == pytest.approx(validate(module, whole), rel=1e-6)
+
+
+def test_validation_asks_the_averaged_network_about_masked_tokens(tiny_shards, tiny_pretrained, store):
+    module, source = model(tiny_pretrained, label_smoothing=0.3), data(tiny_shards, store, validation_samples=8)
+    module.ema_network.words.weight.mul_(3)  # now another network than the trained one
+    values = validate(module, source)
+    (batch,) = source.val_dataloader()
+    mask = module.mask_sampler.mask(
+        16, index=batch.index, epoch=batch.epoch, position=batch.position, global_batch=source.global_batch
+    )
+    seen = batch.content.masked_fill(mask, CONFIG.mask_token_id)
+    with torch.no_grad():
+        logits = module.ema_network.eval()(seen, batch.labels, mask, vocabulary="all")
+    loss = torch.nn.functional.cross_entropy(logits, batch.content[mask])
+    hits = (logits.argmax(-1) == batch.content[mask]).float().mean()
+    assert values == pytest.approx({"val/loss": float(loss), "val/accuracy": float(hits)}, rel=1e-5)
 
 
 def test_one_schedule_object_serves_masks_and_decoding(tiny_pretrained):

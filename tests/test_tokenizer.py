@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader, IterableDataset
 
 from maskgit_pl import losses
@@ -180,6 +181,29 @@ def test_the_ema_network_follows_and_validation_uses_it():
     used = tokens.unique()
     assert trainer.callback_metrics["val/psnr"].item() == pytest.approx(-10 * error.log10().item(), abs=1e-3)
     assert trainer.callback_metrics["val/codebook_usage"].item() == pytest.approx(len(used) / 16)
+
+
+class Weights(Callback):
+    """Keeps the trained and the averaged network's numbers, before the first step and after each."""
+
+    def __init__(self):
+        self.trained, self.averaged = [], []
+
+    def on_train_start(self, trainer, module):
+        self.trained.append(parameters_to_vector(module.network.parameters()).detach())
+        self.averaged.append(parameters_to_vector(module.ema_network.parameters()).clone())
+
+    def on_train_batch_end(self, trainer, module, *_):
+        self.on_train_start(trainer, module)
+
+
+def test_the_average_follows_its_ramp_from_the_first_step_on():
+    seen = Weights()
+    fit(tokenizer(ema_decay=0.2), max_steps=4, callbacks=[seen])
+    average = seen.averaged[0]
+    for kept, new, got in zip((1 / 10, 2 / 11, 0.2, 0.2), seen.trained[1:], seen.averaged[1:], strict=True):
+        average = kept * average + (1 - kept) * new
+        torch.testing.assert_close(got, average)
 
 
 def test_it_learns_and_keeps_pictures():

@@ -113,6 +113,33 @@ def test_dead_codes_restart_from_outputs_of_the_batch():
     assert len(quantizer.nearest(features()).unique()) > 4
 
 
+def test_a_restarted_code_that_wins_features_stays_and_follows_them():
+    torch.manual_seed(0)
+    quantizer = EMAQuantizerSpec(decay=0.8, restart_below=0.3).create(num_codes=8, code_width=6)
+    output = quantizer(features())
+    quantizer.update([output.tokens], [output.features], seed=0, step=0)  # all codes are new
+    restarted, fresh = quantizer.codebook.clone(), 2 * 0.3 * 60 / 8
+    output = quantizer(features())
+    one_hot = F.one_hot(output.tokens.flatten(), 8).float()
+    counts = 0.8 * fresh + 0.2 * one_hot.sum(0)
+    follows = (0.8 * fresh * restarted + 0.2 * one_hot.t() @ rows_of(features())) / counts.unsqueeze(1)
+    quantizer.update([output.tokens], [output.features], seed=0, step=1)
+    torch.testing.assert_close(quantizer.codebook, follows)
+    torch.testing.assert_close(quantizer.counts, counts)
+
+
+def test_a_restarted_code_that_wins_nothing_is_restarted_again():
+    quantizer = EMAQuantizerSpec(decay=0.4, restart_below=0.3).create(num_codes=2, code_width=6)
+    quantizer.counts.copy_(torch.tensor([60.0, 0.0]))
+    quantizer.codebook[1] = 100.0
+    output = quantizer(features())
+    seen = set()
+    for step in range(4):
+        quantizer.update([torch.zeros_like(output.tokens)], [output.features], seed=0, step=step)
+        seen.add(tuple(quantizer.codebook[1].tolist()))
+    assert len(seen) == 4
+
+
 def test_restarts_depend_on_seed_and_step_and_not_on_torchs_generator():
     def codebook(seed, step, torch_seed):
         torch.manual_seed(1)
@@ -133,6 +160,18 @@ def test_the_entropy_loss_is_lowest_when_sure_and_even(kind):
     sure_and_collapsed = entropy_loss(50 * torch.eye(8)[:1].expand(8, 8), temperature=1.0, kind=kind)
     assert sure_and_even.item() == pytest.approx(-torch.tensor(8.0).log().item(), abs=1e-3)
     assert sure_and_collapsed.item() == pytest.approx(0.0, abs=1e-3)
+
+
+def test_the_gradient_of_one_hot_assignments_is_that_of_the_soft_ones():
+    affinity = torch.randn(6, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    entropy_loss(affinity, temperature=0.7, kind="argmax").backward()
+    flat = affinity.detach() / 0.7
+    soft, log_soft, hard = flat.softmax(-1), flat.log_softmax(-1), F.one_hot(flat.argmax(-1), 5).float()
+    mean = hard.mean(0)
+    to_assignment = ((mean + 1e-5).log() + mean / (mean + 1e-5) - log_soft) / 6
+    by_assignment = soft * (to_assignment - (soft * to_assignment).sum(-1, keepdim=True))
+    by_logarithm = (soft - hard) / 6
+    torch.testing.assert_close(affinity.grad, (by_assignment + by_logarithm) / 0.7)
 
 
 @pytest.mark.parametrize(
