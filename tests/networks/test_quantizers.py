@@ -79,6 +79,20 @@ def test_the_gradient_quantizers_loss_is_its_three_parts():
     torch.testing.assert_close(quantizer(features()).loss, 2.5 * error + 0.3 * entropy)
 
 
+def test_the_encoder_is_drawn_by_the_commitment_and_the_codes_by_their_own_weight():
+    spec = GradientQuantizerSpec(commitment=0.5, codebook_weight=2.0, entropy_weight=0.0)
+    quantizer = spec.create(num_codes=8, code_width=6)
+    inputs = features().requires_grad_()
+    output = quantizer(inputs)
+    output.loss.backward()
+    difference = (quantizer.lookup(output.tokens).flatten(0, 1) - rows_of(inputs)).detach()  # (M, D), codes - features
+    pull = 2 * difference / difference.numel()
+    torch.testing.assert_close(rows_of(inputs.grad), -0.5 * pull)
+    torch.testing.assert_close(
+        quantizer.codebook.grad, torch.zeros(8, 6).index_add(0, output.tokens.flatten(), 2.0 * pull)
+    )
+
+
 def test_codes_start_uniform_within_the_released_bound():
     codebook = GradientQuantizerSpec().create(num_codes=1024, code_width=64).codebook
     assert 0.053 < codebook.abs().max().item() <= (3 / 1024) ** 0.5
