@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Literal
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPOSITORY))
+if str(REPOSITORY) not in sys.path:  # processes that a test starts import this file again, and have the copy first
+    sys.path.insert(0, str(REPOSITORY))
 
 import pytest  # noqa: E402
 

@@ -219,6 +219,11 @@ def ema_codebook(parts):
     return quantizer.codebook
 
 
+def test_micro_batches_teach_the_codes_what_the_whole_batch_does():
+    whole = features(batch=8)
+    torch.testing.assert_close(ema_codebook(whole.chunk(4)), ema_codebook([whole]))
+
+
 def in_two_processes(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
