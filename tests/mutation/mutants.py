@@ -342,7 +342,11 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
         ("self.conv2(self.activation(self.norm2(hidden)))", "self.conv2(self.norm2(self.activation(hidden)))"),
         ("(0, width % 2, 0, height % 2)", "(width % 2, 0, height % 2, 0)"),
-        ("count_include_pad=False", "count_include_pad=True"),
+        (
+            "count_include_pad=False",
+            "count_include_pad=True",
+            "there is no padding, and pixels beyond the edge are never counted",
+        ),
         ("nn.AvgPool2d(2, ceil_mode=True", "nn.AvgPool2d(2, ceil_mode=False"),
         ("mul_(config.initial_scale)", "mul_(1.0)"),
         ("[..., : images.shape[-2], : images.shape[-1]]", ""),

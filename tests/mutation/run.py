@@ -1,6 +1,6 @@
 """Breaks the package in one place after the other and runs the quick tests each time: they must notice.
 
-    python tests/mutation/run.py [--only TEXT] [--jobs N] [--whole-suite]
+    python tests/mutation/run.py [--only TEXT ...] [--jobs N] [--whole-suite]
 
 1. Every mutation of ``mutants.py`` must fit: its old text stands exactly once in its file.
 2. The tests that it names must pass on the package as it is.
@@ -25,6 +25,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -84,6 +85,7 @@ class Job:
             code = 3
             try:
                 os.setsid()
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 code = _child(self)
             except BaseException:
                 traceback.print_exc()
@@ -98,16 +100,17 @@ class Job:
         pid, _ = os.waitpid(self.pid, os.WNOHANG)
         if pid == 0 and seconds < self.limit:
             return False
-        for number in (signal.SIGTERM, signal.SIGKILL):  # also what the tests have left
-            try:
-                os.killpg(self.pid, number)
-            except ProcessLookupError:
-                break
-        if pid == 0:
-            os.waitpid(self.pid, 0)
         self.result = self._read(seconds, is_over=pid == 0)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.stop(is_running=pid == 0)
         return True
+
+    def stop(self, *, is_running: bool = True) -> None:
+        """Ends the process, with what its tests have started, and removes its folder."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        if is_running:
+            os.waitpid(self.pid, 0)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _read(self, seconds: float, *, is_over: bool) -> Result:
         said, output = self.folder / "said.json", self.folder / "output.txt"
@@ -162,14 +165,18 @@ class _FirstFailure:
 def run_all(jobs: Sequence[Job], at_once: int) -> Iterator[Job]:
     """Runs jobs, so many at once; gives each when it is done."""
     waiting, running = list(reversed(jobs)), []
-    while waiting or running:
-        while waiting and len(running) < at_once:
-            running.append(waiting.pop())
-            running[-1].start()
-        time.sleep(0.05)
-        done = [job for job in running if job.poll()]
-        running = [job for job in running if job not in done]
-        yield from done
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                running.append(waiting.pop())
+                running[-1].start()
+            time.sleep(0.05)
+            done = [job for job in running if job.poll()]
+            running = [job for job in running if job not in done]
+            yield from done
+    finally:
+        for job in running:
+            job.stop()
 
 
 def check_whole(mutants: Sequence[Mutant], at_once: int) -> dict[str, float]:
@@ -231,16 +238,17 @@ def verdict(results: dict[Mutant, Result]) -> int:
 def main() -> int:
     """Runs what the command line asks for."""
     parser = argparse.ArgumentParser(description="Do the quick tests notice faults? See tests/mutation/mutants.py.")
-    parser.add_argument("--only", default="", help="mutations whose name contains this text")
+    parser.add_argument("--only", nargs="+", default=[""], help="mutations whose name contains one of these texts")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="mutations at once (default: the cores)")
     parser.add_argument("--whole-suite", action="store_true", help="ask all quick tests about what survives")
     args = parser.parse_args()
     wrong = [text for mutant in MUTANTS if (text := mutant.misfit(REPOSITORY))]
     if wrong:
         raise SystemExit("\n".join(wrong))
-    chosen = [mutant for mutant in MUTANTS if args.only in mutant.name]
+    chosen = [mutant for mutant in MUTANTS if any(text in mutant.name for text in args.only)]
     if not chosen:
-        raise SystemExit(f"--only {args.only!r}: no mutation has it in its name")
+        raise SystemExit(f"--only must be part of the name of a mutation, got {' '.join(args.only)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs is ended
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     os.chdir(REPOSITORY)
     began = time.monotonic()
