@@ -388,7 +388,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     *_of(
         "data/batches.py",
-        "data/test_batches test_data",
+        "data/test_batches test_data data/test_tokenizing",
         ("epoch=epoch)[:, 0] < probability", "epoch=epoch)[:, 0] > probability"),
         ("images.flip(-1), images", "images.flip(-2), images"),
         ('"flip", seed=seed, index=index, epoch=epoch', '"flip", seed=seed, index=index, epoch=0'),
