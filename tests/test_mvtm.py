@@ -195,6 +195,12 @@ def test_the_first_step_by_hand(tiny_shards, tiny_pretrained, store, tmp_path):
     assert seen.gradients == [None] * len(seen.gradients)
 
 
+def test_tokens_are_binned_by_the_share_of_their_row_that_is_masked(tiny_pretrained):
+    counts = torch.tensor([1, 4, 5, 8, 12, 16])
+    mask = torch.arange(16) < counts.unsqueeze(1)
+    assert model(tiny_pretrained)._bins(mask).tolist() == [0] * 5 + [1] * 13 + [2] * 12 + [3] * 16
+
+
 class Seeds(Callback):
     """Keeps what torch's generator was seeded with for each micro-batch."""
 

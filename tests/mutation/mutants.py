@@ -533,7 +533,7 @@ MUTANTS: tuple[Mutant, ...] = (
             'word = random_bits("dropout", seed=self.seed, index=place)',
         ),
         ("if self.training and self.flip_probability > 0:", "if self.flip_probability > 0:"),
-        ("weights = full_state(self.averaged_network)", "weights = full_state(self.transformer)"),
+        ("full_state(self.averaged_network)", "full_state(self.transformer)"),
         ("if wanted != has:", "if wanted == has:"),
         ("decay=self.ema_decay, step=step)", "decay=self.ema_decay, step=10**9)"),
         ("smoothing=self.label_smoothing)", "smoothing=0.0)"),
