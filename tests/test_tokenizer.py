@@ -213,6 +213,14 @@ def test_the_means_of_the_logits_move_slowly():
     torch.testing.assert_close(module.lecam_means, 0.001 * logits, rtol=1e-3, atol=1e-7)
 
 
+def test_the_codes_learn_from_the_micro_batches_of_each_step():
+    module, begins = tokenizer(accumulation=2, seed=5), tokenizer()
+    fit(module, max_steps=1)
+    outputs = [begins.network(batch_of(slots).content / 255).quantized for slots in (range(4), range(4, 8))]
+    begins.network.quantizer.update([o.tokens for o in outputs], [o.features for o in outputs], seed=5, step=0)
+    torch.testing.assert_close(module.network.quantizer.codebook, begins.network.quantizer.codebook)
+
+
 def test_bytes_become_floats_and_the_same_bytes_again():
     values = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
     assert torch.equal(_as_bytes(to_unit_range(values)), values)
