@@ -252,6 +252,8 @@ def test_the_ema_network_follows_and_validation_uses_it():
     used = tokens.unique()
     assert trainer.callback_metrics["val/psnr"].item() == pytest.approx(-10 * error.log10().item(), abs=1e-3)
     assert trainer.callback_metrics["val/codebook_usage"].item() == pytest.approx(len(used) / 16)
+    shares = torch.bincount(tokens.flatten(), minlength=16) / tokens.numel()
+    assert trainer.callback_metrics["val/perplexity"].item() == pytest.approx(torch.special.entr(shares).sum().exp())
 
 
 class Weights(Callback):
