@@ -33,7 +33,7 @@ class Mutant:
     @property
     def name(self) -> str:
         """File and change on one line."""
-        old, new = (" ".join(text.split()) for text in (self.old, self.new))
+        old, new = (" ".join(text.split()) or "nothing" for text in (self.old, self.new))
         return f"{self.file.removeprefix('maskgit_pl/')}: {old}  =>  {new}"
 
     def misfit(self, repository: Path) -> str:
@@ -555,7 +555,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *_of(
         "tokenizer.py",
         "test_tokenizer training/test_guards",
-        ("+ 1 == self.accumulation", "+ 2 == self.accumulation"),
+        ("+ 1 == self.accumulation", "+ 1 == min(2, self.accumulation)"),
         ("self.manual_backward(propagated / self.accumulation)", "self.manual_backward(propagated)"),
         ("self.manual_backward(discriminator_loss / self.accumulation)", "self.manual_backward(discriminator_loss)"),
         (".sum() + output.quantized.loss", ".sum()"),
