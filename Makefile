@@ -31,7 +31,7 @@ WORKERS ?= auto
 OF_RUN = --dataset $(DATASET) --data $(DATA) --recipe "$(RECIPE)" --run "$(RUN)" $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)") $(if $(PRETRAINED),--pretrained "$(PRETRAINED)")
 MACHINES = $(if $(NODES),--nodes $(NODES)) $(if $(DEVICES),--devices $(DEVICES))
 
-.PHONY: doctor help install data train-tokenizer tokenize train-transformer submit-tokenizer submit-transformer sample evaluate compare tune train-classifier ablation edit benchmark demo demo-short test test-slurm lint format clean
+.PHONY: doctor help install data train-tokenizer tokenize train-transformer submit-tokenizer submit-transformer sample evaluate compare tune train-classifier ablation edit benchmark demo demo-short test mutants test-slurm lint format clean
 
 help: ## Print every target
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -109,6 +109,9 @@ benchmark: $(STAMP) ## Measure ours against the alternatives: NAME=stage2_step (
 
 test: $(STAMP) ## Run the tests (quick ones alone: ARGS="-m 'not slow'")
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal $(ARGS)
+
+mutants: $(STAMP) ## Break the package in one place after the other: do the quick tests notice? ARGS="--only masking.py"
+	@$(BIN)/python tests/mutation/run.py $(ARGS)
 
 AS_ROOT = $(if $(filter 0,$(shell id -u)),,sudo --non-interactive)
 SLURM_INSTALL = $(AS_ROOT) apt-get -qq update && $(AS_ROOT) apt-get -qq install --yes --no-install-recommends slurmctld slurmd slurm-client >/dev/null

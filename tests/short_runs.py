@@ -1,5 +1,6 @@
 """Short runs of stage 2 in this process: the tiny data, a fit, and what each step saw and gave."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,14 @@ def fit(
     folder: Path,
     resume: Path | None = None,
     every: int = 100,
+    callbacks: Sequence[Callback] = (),
     **options: Any,
 ) -> Recorder:
     """Trains up to a step, with checkpoints in a folder; ``options`` are the Trainer's."""
     seen = Recorder()
     trainer = Trainer(
         max_steps=steps, max_epochs=-1, accelerator="cpu", logger=False, plugins=[FolderCheckpointIO()],
-        callbacks=[seen, Checkpoints(folder, every_n_steps=every)], enable_progress_bar=False,
+        callbacks=[seen, Checkpoints(folder, every_n_steps=every), *callbacks], enable_progress_bar=False,
         enable_model_summary=False, use_distributed_sampler=False, **options,
     )  # fmt: skip
     trainer.fit(module, datamodule=source, ckpt_path=resume)

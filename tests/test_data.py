@@ -147,6 +147,15 @@ def test_flip_depends_on_the_sample_not_on_the_batch():
     assert not torch.equal(flip(images, probability=0.5, seed=1, index=index, epoch=epoch + 1), flipped)
 
 
+@pytest.mark.parametrize(
+    ("probability", "least", "most"), [(0.0, 0, 0), (0.1, 5, 40), (0.9, 160, 195), (1.0, 200, 200)]
+)
+def test_the_share_of_mirrored_images_is_the_probability(probability, least, most):
+    images, index = torch.arange(200 * 2).reshape(200, 1, 1, 2), torch.arange(200)
+    flipped = flip(images, probability=probability, seed=1, index=index, epoch=torch.zeros_like(index))
+    assert least <= int((flipped != images).flatten(1).any(1).sum()) <= most
+
+
 def test_unit_range_maps_0_and_255_to_the_ends():
     assert to_unit_range(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [0.0, 1.0]
 

@@ -348,6 +348,9 @@ def test_noise_belongs_to_image_step_and_position():
     asked = torch.tensor([[9, 2], [2, 15]])
     assert torch.equal(noise.gumbel(asked, step=3), every.gather(1, asked))  # whatever else is asked
     assert torch.equal(SeededNoise(torch.tensor([5]), 16).gumbel(asked[1:], step=3), every[1:].gather(1, asked[1:]))
+    logits = LOGITS[:16].expand(2, -1, -1)
+    codes = noise.draw(logits, torch.arange(16).repeat(2, 1), step=3)
+    assert torch.equal(noise.draw(logits[0][asked], asked, step=3), codes.gather(1, asked))
     assert every.unique().numel() == 32
     assert not torch.isin(noise.gumbel(torch.arange(16).repeat(2, 1), step=4), every).any()
 
@@ -433,7 +436,11 @@ def decoded(
     ]
 
 
-@pytest.mark.parametrize("scales", [(0.0,) * 5, (2.0,) * 5, (0.0, 1.0, 2.0, 3.0, 4.0)], ids=["none", "all", "rising"])
+@pytest.mark.parametrize(
+    "scales",
+    [(0.0,) * 5, (2.0,) * 5, (0.0, 1.0, 2.0, 3.0, 4.0), (4.0, 3.0, 2.0, 1.0, 0.0)],
+    ids=["none", "all", "rising", "falling"],
+)
 def test_sharing_the_first_step_changes_no_token_and_saves_rows(scales):
     labels, seeds = [2, 0, 2, 2, 0], [5, 6, 7, 8, 9]
     network = Network()
@@ -472,6 +479,40 @@ def test_known_tokens_at_the_start_leave_the_first_step_alone():
     network = Network()
     decoded([0, 0], [1, 2], network=network, tokens=partly_known([16, 9]))
     assert network.labels[0] == [0, 0]
+
+
+def test_a_late_start_takes_the_later_scales_and_steps():
+    scales, tokens = (4.0, 3.0, 2.0, 1.0, 0.5), partly_known([9, 5])
+    late = decoded([2, 0], [5, 6], scales=scales, tokens=tokens, first_step=2)
+    predictor = class_predictor(Network(), [2, 0], device=CPU, negative_labels=[3, 3], scales=scales[2:])
+    noise = SeededNoise(torch.tensor([5, 6]), 16)
+    expected = list(decoder(5).steps(predictor, tokens, noise, mask_token_id=MASK, first_step=2))
+    assert len(late) == len(expected) == 3
+    assert all(torch.equal(step, wanted.tokens) for step, wanted in zip(late, expected, strict=True))
+
+
+def test_named_negative_classes_take_the_place_of_the_null_class():
+    network = Network()
+    decoded([2, 0], [5, 6], scales=(1.0,) * 5, network=network, negative_labels=[1, 2])
+    assert network.labels == [[0, 1, 2], *[[2, 0, 1, 2]] * 4]
+
+
+def test_selectors_are_told_the_grid_and_a_refresh_needs_a_network_that_caches():
+    @dataclass(frozen=True)
+    class Spy(TokenSelector):
+        grids: list[tuple[int, int] | None] = field(default_factory=list)
+
+        def __call__(self, candidates: Candidates) -> Tensor:
+            self.grids.append(candidates.grid)
+            return candidates.gumbel
+
+    spy = Spy()
+    options = {"scales": (0.0,) * 2, "mask_token_id": MASK, "null_label": 3, "device": CPU, "grid": (2, 8)}
+    made = ParallelDecoder(mask_schedules.build("cosine"), spy, num_steps=2)
+    list(decode_classes(Network(), [0], [1], decoder=made, **options))
+    assert spy.grids == [(2, 8)] * 2
+    with pytest.raises(TypeError, match="refresh: a network that keeps keys and values"):
+        list(decode_classes(Network(), [0], [1], decoder=made, refresh=2, **options))
 
 
 def test_a_batch_of_four_is_four_batches_of_one():

@@ -124,6 +124,12 @@ def test_the_same_sample_is_masked_otherwise_in_another_epoch():
     assert (masks[0] != masks[1]).any(1).float().mean() > 0.9
 
 
+def test_the_mask_ratio_changes_with_the_epoch_within_its_stratum():
+    progress = [1 - sampler("linear").ratio(49, **batch(0, epoch=epoch)) for epoch in (0, 1)]
+    assert (progress[0] != progress[1]).all()
+    assert torch.equal(*((each * GLOBAL_BATCH).floor().clamp(max=GLOBAL_BATCH - 1) for each in progress))
+
+
 def test_the_positions_change_with_the_epoch_at_equal_counts():
     half = [MaskSampler(HALF, 3).mask(49, **batch(0, epoch=epoch)) for epoch in (0, 1)]
     assert half[0].sum(1).tolist() == half[1].sum(1).tolist() == [25] * GLOBAL_BATCH

@@ -1,17 +1,26 @@
+import csv
+from copy import deepcopy
 from dataclasses import replace
 from itertools import chain
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import CSVLogger
+from torch.nn.functional import cross_entropy
 
-from maskgit_pl.data import to_unit_range, tokenize
+from maskgit_pl.data import Batch, to_unit_range, tokenize
+from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.masking import MaskSampler
 from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.pretrained import load_tokenizer, load_transformer
+from maskgit_pl.randomness import random_uniform
 from maskgit_pl.schedules import mask_schedules
 from maskgit_pl.token_model import check_fit
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_complete
 from maskgit_pl.training.optimizers import LearningRate
+from tests.conftest import peaked
 from tests.short_runs import data, fit
 
 CONFIG = TransformerConfig(16, 3, (4, 4), width=16, depth=2, num_heads=2, mlp_width=32, dropout=0.1)
@@ -81,6 +90,177 @@ def test_accumulation_changes_no_sample_and_hardly_the_loss(tiny_shards, tiny_pr
     assert means == pytest.approx([float.fromhex(loss) for loss in whole.losses], rel=1e-5)
 
 
+def averages_by_hand(weights, decay):
+    """The average after each step, of the weights before and after each step."""
+    average, found = weights[0], []
+    for step, new in enumerate(weights[1:], start=1):
+        kept = min(decay, step / (9 + step))  # 1/10, 2/11, 3/12 ...
+        average = kept * average + (1 - kept) * new
+        found.append(average)
+    return found
+
+
+class Weights(Callback):
+    """Keeps one weight and its average, before the first step and after each."""
+
+    def __init__(self):
+        self.trained, self.averaged = [], []
+
+    def on_train_start(self, trainer, module):
+        self.trained.append(module.transformer.words.weight.detach().clone())
+
+    def on_train_batch_end(self, trainer, module, *_):
+        self.on_train_start(trainer, module)
+        self.averaged.append(module.ema_network.words.weight.clone())
+
+
+def test_the_average_follows_its_ramp_from_the_first_step_on(tiny_shards, tiny_pretrained, store, tmp_path):
+    seen = Weights()
+    fit(model(tiny_pretrained, ema_decay=0.2), data(tiny_shards, store), steps=5, folder=tmp_path, callbacks=[seen])
+    for kept, wanted in zip(seen.averaged, averages_by_hand(seen.trained, 0.2), strict=True):
+        torch.testing.assert_close(kept, wanted)
+
+
+def validate(module, source):
+    """What a validation logs."""
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, use_distributed_sampler=False)
+    (values,) = trainer.validate(module, datamodule=source, verbose=False)
+    return values
+
+
+def test_rows_that_fill_up_the_last_validation_batch_count_nothing(tiny_shards, tiny_pretrained, store):
+    whole, padded = (data(tiny_shards, store, validation_batch=size, validation_samples=10) for size in (5, 8))
+    module = model(tiny_pretrained)
+    assert validate(module, padded) == pytest.approx(validate(module, whole), rel=1e-6)
+
+
+def test_validation_asks_the_averaged_network_about_masked_tokens(tiny_shards, tiny_pretrained, store):
+    module, source = model(tiny_pretrained, label_smoothing=0.3), data(tiny_shards, store, validation_samples=8)
+    module.ema_network.words.weight.mul_(3)  # now another network than the trained one
+    values = validate(module, source)
+    (batch,) = source.val_dataloader()
+    mask = module.mask_sampler.mask(
+        16, index=batch.index, epoch=batch.epoch, position=batch.position, global_batch=source.global_batch
+    )
+    seen = batch.content.masked_fill(mask, CONFIG.mask_token_id)
+    with torch.no_grad():
+        logits = module.ema_network.eval()(seen, batch.labels, mask, vocabulary="all")
+    loss = cross_entropy(logits, batch.content[mask])
+    hits = (logits.argmax(-1) == batch.content[mask]).float().mean()
+    assert values == pytest.approx({"val/loss": float(loss), "val/accuracy": float(hits)}, rel=1e-5)
+
+
+class FirstStep(Callback):
+    """Keeps the network as it begins, the first batch, and what was left of the gradients."""
+
+    def on_train_start(self, trainer, module):
+        self.network = deepcopy(module.transformer)
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.batch = batch
+
+    def on_train_batch_end(self, trainer, module, *_):
+        self.gradients = [parameter.grad for parameter in module.parameters()]
+
+
+def test_the_first_step_by_hand(tiny_shards, tiny_pretrained, store, tmp_path):
+    network = replace(CONFIG, dropout=0.0, class_dropout=0.5)
+    module, seen = model(tiny_pretrained, network=network, label_smoothing=0.3), FirstStep()
+    peaked(module.transformer)  # so that classes show
+    logger = CSVLogger(tmp_path, name="", version="")
+    trainer = Trainer(
+        max_steps=1, accelerator="cpu", logger=logger, callbacks=[seen], log_every_n_steps=1, limit_val_batches=0,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        use_distributed_sampler=False,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data(tiny_shards, store))
+    index, epoch, position = seen.batch.index, seen.batch.epoch, seen.batch.position
+    mask = module.mask_sampler.mask(16, index=index, epoch=epoch, position=position, global_batch=8)
+    dropped = random_uniform("class-dropout", seed=0, index=index, epoch=epoch)[:, 0] < 0.5
+    assert 0 < dropped.sum() < 8
+    labels, tokens = seen.batch.labels.masked_fill(dropped, 3), seen.batch.content
+    with torch.no_grad():
+        logits = seen.network(tokens.masked_fill(mask, module.config.mask_token_id), labels, vocabulary="all")
+    rows = [cross_entropy(logits[row][mask[row]], tokens[row][mask[row]], label_smoothing=0.3) for row in range(8)]
+    with (tmp_path / "metrics.csv").open() as file:
+        logged = {name: float(value) for name, value in next(csv.DictReader(file)).items()}
+    assert logged["train/loss"] == pytest.approx(float(torch.stack(rows).mean()), rel=1e-5)
+    each = cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(8, 16)
+    quarter = (mask.float().mean(1) * 4).ceil().long() - 1
+    for number in quarter.unique().tolist():
+        chosen = mask & (quarter == number).unsqueeze(1)
+        name = f"train/loss/mask-ratio-{number / 4:.2f}-{(number + 1) / 4:.2f}"
+        assert logged[name] == pytest.approx(float(each[chosen].mean()), rel=1e-5)
+    assert logged["step"] == 1
+    assert seen.gradients == [None] * len(seen.gradients)
+
+
+def test_tokens_are_binned_by_the_share_of_their_row_that_is_masked(tiny_pretrained):
+    counts = torch.tensor([1, 4, 5, 8, 12, 16])
+    mask = torch.arange(16) < counts.unsqueeze(1)
+    assert model(tiny_pretrained)._bins(mask).tolist() == [0] * 5 + [1] * 13 + [2] * 12 + [3] * 16
+
+
+class Seeds(Callback):
+    """Keeps what torch's generator was seeded with for each micro-batch."""
+
+    def __init__(self):
+        self.seeds = []
+
+    def on_before_backward(self, trainer, module, loss):
+        self.seeds.append(torch.initial_seed())
+
+
+def test_dropout_is_seeded_anew_for_each_micro_batch_whatever_was_drawn_before(
+    tiny_shards, tiny_pretrained, store, tmp_path
+):
+    runs = []
+    for torch_seed in (1, 2):
+        seen, source = Seeds(), data(tiny_shards, store, max_batch_per_device=4)
+        module = model(tiny_pretrained)
+        torch.manual_seed(torch_seed)
+        options = {"steps": 3, "folder": tmp_path / str(torch_seed), "accumulate_grad_batches": 2}
+        fit(module, source, callbacks=[seen], **options)
+        runs.append(seen.seeds)
+    assert runs[0] == runs[1]
+    assert len(set(runs[0])) == 6
+
+
+def test_images_are_mirrored_in_training_alone(tiny_shards, tiny_pretrained):
+    module, source = model(tiny_pretrained, flip_probability=1.0), data(tiny_shards)
+    source.setup()
+    batch = next(iter(source.train_dataloader()))
+    mirrored = module._tokens(batch._replace(content=batch.content.flip(-1)))
+    assert torch.equal(
+        module.eval()._tokens(batch._replace(content=batch.content.flip(-1))), module.train()._tokens(batch)
+    )
+    assert torch.equal(mirrored, module.eval()._tokens(batch))
+    assert not torch.equal(mirrored, module.train()._tokens(batch))
+
+
+def test_the_trained_and_the_averaged_network_begin_from_pretrained_weights(tiny_pretrained):
+    module = model(tiny_pretrained, network=replace(CONFIG, depth=1))
+    module.start_from(tiny_pretrained / "transformer")
+    wanted = load_transformer(tiny_pretrained / "transformer").network.state_dict()
+    for network in (module.transformer, module.ema_network):
+        for name, value in network.state_dict().items():
+            assert torch.equal(value, wanted[name]), name
+
+
+def test_the_sampler_has_the_seed_and_the_bound_of_the_recipe(tiny_pretrained):
+    module = model(tiny_pretrained, seed=5, min_mask_ratio=0.3)
+    assert module.mask_sampler == MaskSampler(module.mask_schedule, 5, 0.3)
+
+
+def test_more_steps_than_tokens_and_guidance_without_a_null_class_are_refused_at_once(tiny_pretrained):
+    with pytest.raises(ValueError, match=r"num_steps.* 17"):
+        model(tiny_pretrained, decoding=DecodingConfig(num_steps=17))
+    without = replace(CONFIG, class_dropout=0.0)
+    model(tiny_pretrained, network=without)
+    with pytest.raises(ValueError, match="guidance: it needs a null class"):
+        model(tiny_pretrained, network=without, decoding=DecodingConfig(guidance={"name": "linear", "scale": 1.0}))
+
+
 def test_one_schedule_object_serves_masks_and_decoding(tiny_pretrained):
     module = model(tiny_pretrained, mask_schedule="square")
     assert module.mask_sampler.mask_schedule is module.decoder.mask_schedule is module.mask_schedule
@@ -90,12 +270,12 @@ def test_one_schedule_object_serves_masks_and_decoding(tiny_pretrained):
 def test_class_dropout_replaces_its_share_by_the_null_class(tiny_pretrained):
     module = model(tiny_pretrained, network=replace(CONFIG, class_dropout=0.25))
     index = torch.arange(4000)
-    from maskgit_pl.data import Batch
-
     batch = Batch(index, torch.zeros_like(index), index, torch.zeros_like(index), index, index >= 0)
     dropped = module._drop_classes(batch) == CONFIG.num_classes
     assert float(dropped.float().mean()) == pytest.approx(0.25, abs=0.03)
     assert torch.equal(dropped, module._drop_classes(batch) == CONFIG.num_classes)
+    later = module._drop_classes(batch._replace(epoch=batch.epoch + 1)) == CONFIG.num_classes
+    assert not torch.equal(later, dropped)
 
 
 def test_samples_depend_on_the_seed_alone(tiny_pretrained):

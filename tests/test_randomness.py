@@ -302,3 +302,11 @@ def test_neighbours_do_not_stay_neighbours():
 def test_the_same_order_on_every_call():
     calls = [permutation(torch.arange(1000), 1000, stream="order", seed=5, epoch=1) for _ in range(2)]
     assert calls[0].tolist() == calls[1].tolist()
+
+
+def test_the_numbers_of_a_stream_are_those_of_every_release():
+    """Another number would give old seeds other images, and runs that resume another order and other masks."""
+    bits = random_bits("mask", seed=7, index=torch.tensor([0, 123456]), epoch=3, count=3)
+    assert bits.tolist() == [[3644639273, 1743582939, 1145433179], [3400180048, 2187572194, 3111504892]]
+    for size, places in ((1000, [605, 434, 517]), (2**31, [597668899, 667551515, 481592527])):
+        assert permutation(torch.arange(3), size, stream="order", seed=7, epoch=2).tolist() == places

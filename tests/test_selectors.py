@@ -1,8 +1,9 @@
 """The contract that every registered token selector holds, then what makes each different."""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import ClassVar
 
 import pytest
 import torch
@@ -397,3 +398,60 @@ def test_a_selector_of_ones_own_needs_one_method_and_is_told_what_else_it_lacks(
         Own().num_kept(candidates(), candidates().gumbel, candidates().gumbel > 0)
     with pytest.raises(TypeError, match=r"Own: it masks decided tokens again, and needs doubts"):
         Own().doubts(Decided(torch.ones(1, 1), torch.ones(1, 1), 0.5))
+
+
+@dataclass(frozen=True)
+class Greedy(TokenSelector):
+    """Keeps by chance, remembers its noise, and asks for all decided tokens to be masked again, and for more."""
+
+    noises: list[Tensor] = field(default_factory=list)
+
+    def __call__(self, candidates: Candidates) -> Tensor:
+        self.noises.append(candidates.gumbel)
+        return candidates.gumbel
+
+    def num_remasked(self, *, decided: int, planned: int, progress: float) -> int:
+        return 10**6
+
+    def doubts(self, decided: Decided) -> Tensor:
+        self.noises.append(decided.gumbel)
+        return decided.gumbel
+
+
+def test_no_more_is_masked_again_than_was_decided_and_every_step_decides_something():
+    made = ParallelDecoder(mask_schedules.build("cosine"), Greedy(), num_steps=6)
+    tokens, before = partly_known(MIXED), None
+    plan = made.plan(MIXED, NUM_TOKENS)
+    for step, counts in zip(run(tokens, made), plan, strict=True):
+        for row, unknown in enumerate(MIXED):
+            assert 0 <= counts.remasked[row] <= unknown - counts.before[row]
+            assert counts.after[row] <= max(0, unknown - 1) or unknown == 1
+        again = step.still_masked & ~(step.was_masked if before is None else before.still_masked)
+        assert again.sum(1).tolist() == counts.remasked
+        before = step
+
+
+def test_every_step_has_noise_of_its_own_for_what_is_kept_and_what_is_doubted():
+    selector, noise = Greedy(), SeededNoise(torch.arange(1), NUM_TOKENS)
+    run(torch.full((1, NUM_TOKENS), MASK), ParallelDecoder(mask_schedules.build("cosine"), selector, num_steps=4))
+    everywhere = torch.arange(NUM_TOKENS)[None]
+    kept, (doubted, *_) = selector.noises[:2], selector.noises[2:]
+    assert torch.equal(kept[0], noise.gumbel(everywhere, 0))
+    assert torch.isin(kept[1], noise.gumbel(everywhere, 1)).all()
+    assert torch.equal(doubted, noise.gumbel(everywhere, 1))
+
+
+def test_a_selector_that_would_keep_none_keeps_one():
+    @dataclass(frozen=True)
+    class Reluctant(TokenSelector):
+        follows_schedule: ClassVar[bool] = False
+
+        def __call__(self, candidates: Candidates) -> Tensor:
+            return candidates.gumbel
+
+        def num_kept(self, candidates: Candidates, scores: Tensor, valid: Tensor) -> Tensor:
+            return torch.zeros(len(scores), dtype=torch.int64)
+
+    made = ParallelDecoder(mask_schedules.build("cosine"), Reluctant(), num_steps=5)
+    counts = [int(step.still_masked.sum()) for step in run(torch.full((1, NUM_TOKENS), MASK), made)]
+    assert counts == [23, 22, 21, 20, 0]

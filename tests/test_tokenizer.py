@@ -3,20 +3,22 @@
 import os
 import socket
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader, IterableDataset
 
 from maskgit_pl import losses
-from maskgit_pl.data import Batch
+from maskgit_pl.data import Batch, to_unit_range
 from maskgit_pl.networks.discriminator import DiscriminatorConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
-from maskgit_pl.tokenizer import AdversarialConfig, CodebookUse, PerceptualConfig, Tokenizer
+from maskgit_pl.tokenizer import AdversarialConfig, CodebookUse, PerceptualConfig, Tokenizer, _as_bytes
 from maskgit_pl.training.optimizers import LearningRate
 from maskgit_pl.training.strategies import build_strategy
 
@@ -155,6 +157,76 @@ def test_accumulation_gives_the_same_weights_as_the_whole_batch_whenever_it_is_v
     torch.testing.assert_close(values_of(parts), values_of(whole), rtol=1e-4, atol=2e-5)
 
 
+class Steps(Callback):
+    """Keeps the gradients and the learning rate with which each optimiser steps."""
+
+    def on_train_start(self, trainer, module):
+        self.gradients = [[] for _ in trainer.optimizers]
+        self.rates = [[] for _ in trainer.optimizers]
+        for number, optimizer in enumerate(trainer.optimizers):
+            optimizer.register_step_pre_hook(partial(self.keep, number))
+
+    def keep(self, number, optimizer, *_):
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.gradients[number].append(torch.cat([each.grad.flatten() for each in parameters]))
+        self.rates[number].append(optimizer.param_groups[0]["lr"])
+
+
+def stepped(*, max_steps=1, **changes):
+    seen = Steps()
+    fit(tokenizer(adversarial=ADVERSARIAL, **changes), max_steps=max_steps, callbacks=[seen])
+    return seen
+
+
+def test_micro_batches_give_both_networks_the_gradients_of_the_whole_batch():
+    for whole, parts in zip(stepped().gradients, stepped(accumulation=4).gradients, strict=True):
+        torch.testing.assert_close(parts[0], whole[0], rtol=1e-4, atol=1e-6)
+
+
+def test_the_gradients_of_each_network_are_clipped_apart():
+    for free, clipped in zip(stepped().gradients, stepped(gradient_clip=1e-3).gradients, strict=True):
+        assert free[0].norm() > 1e-3
+        torch.testing.assert_close(clipped[0], free[0] * 1e-3 / free[0].norm(), rtol=1e-3, atol=1e-9)
+
+
+def test_both_optimisers_follow_the_learning_rate():
+    rate = LearningRate(1e-3, warmup_steps=2, decay="cosine")
+    expected = [1e-3 * rate.factor(step, 5) for step in range(5)]
+    assert stepped(max_steps=5, learning_rate=rate).rates == [pytest.approx(expected)] * 2
+
+
+def test_the_r1_penalty_comes_every_so_many_steps_times_as_much(added_gradients):
+    images, found = batch_of(range(8)).content / 255, []
+    for every in (1, 4):
+        module = tokenizer(adversarial=replace(ADVERSARIAL, r1_every=every, r1_cost=10.0 / every))
+        added_gradients(module, images)
+        found.append(module.discriminator.head.weight.grad)
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_the_means_of_the_logits_move_slowly():
+    module = tokenizer(adversarial=replace(ADVERSARIAL, lecam_weight=0.1))
+    images = batch_of(range(8)).content / 255
+    with torch.no_grad():
+        logits = torch.stack([module.discriminator(each).mean() for each in (images, module.network(images)[0])])
+    fit(module, max_steps=1)
+    torch.testing.assert_close(module.lecam_means, 0.001 * logits, rtol=1e-3, atol=1e-7)
+
+
+def test_the_codes_learn_from_the_micro_batches_of_each_step():
+    module, begins = tokenizer(accumulation=2, seed=5), tokenizer()
+    fit(module, max_steps=1)
+    outputs = [begins.network(batch_of(slots).content / 255).quantized for slots in (range(4), range(4, 8))]
+    begins.network.quantizer.update([o.tokens for o in outputs], [o.features for o in outputs], seed=5, step=0)
+    torch.testing.assert_close(module.network.quantizer.codebook, begins.network.quantizer.codebook)
+
+
+def test_bytes_become_floats_and_the_same_bytes_again():
+    values = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+    assert torch.equal(_as_bytes(to_unit_range(values)), values)
+    assert _as_bytes(torch.tensor([[[[0.5]]]])).item() == 128
+
+
 def test_the_discriminator_stays_as_it_is_until_its_start():
     early, late = (tokenizer(adversarial=replace(ADVERSARIAL, start_step=step)) for step in (2, 3))
     initial = values_of(late.discriminator)
@@ -180,6 +252,31 @@ def test_the_ema_network_follows_and_validation_uses_it():
     used = tokens.unique()
     assert trainer.callback_metrics["val/psnr"].item() == pytest.approx(-10 * error.log10().item(), abs=1e-3)
     assert trainer.callback_metrics["val/codebook_usage"].item() == pytest.approx(len(used) / 16)
+    shares = torch.bincount(tokens.flatten(), minlength=16) / tokens.numel()
+    assert trainer.callback_metrics["val/perplexity"].item() == pytest.approx(torch.special.entr(shares).sum().exp())
+
+
+class Weights(Callback):
+    """Keeps the trained and the averaged network's numbers, before the first step and after each."""
+
+    def __init__(self):
+        self.trained, self.averaged = [], []
+
+    def on_train_start(self, trainer, module):
+        self.trained.append(parameters_to_vector(module.network.parameters()).detach())
+        self.averaged.append(parameters_to_vector(module.ema_network.parameters()).clone())
+
+    def on_train_batch_end(self, trainer, module, *_):
+        self.on_train_start(trainer, module)
+
+
+def test_the_average_follows_its_ramp_from_the_first_step_on():
+    seen = Weights()
+    fit(tokenizer(ema_decay=0.2), max_steps=4, callbacks=[seen])
+    average = seen.averaged[0]
+    for kept, new, got in zip((1 / 10, 2 / 11, 0.2, 0.2), seen.trained[1:], seen.averaged[1:], strict=True):
+        average = kept * average + (1 - kept) * new
+        torch.testing.assert_close(got, average)
 
 
 def test_it_learns_and_keeps_pictures():
@@ -218,6 +315,14 @@ def test_a_perceptual_network_reaches_the_generator_and_stays_out_of_the_checkpo
     assert trainer.callback_metrics["train/perceptual"] > 0
     assert not torch.equal(values_of(module.network), values_of(plain.network))
     assert module.state_dict().keys() == plain.state_dict().keys()
+    images, image = batch_of(range(8)).content / 255, torch.rand(8, 1, 16, 16, requires_grad=True)
+    module = tokenizer(perceptual=PerceptualConfig(spec, weight=1e5))  # random features hardly differ
+    gradient, metrics = module._similarity_gradient(image, images)
+    wanted, got = (module._features[0](each).logits for each in (images, image))
+    perceptual = F.mse_loss(got, wanted.detach())
+    torch.testing.assert_close(metrics["perceptual"], perceptual)
+    total = F.mse_loss(image, images) + 1e5 * perceptual
+    torch.testing.assert_close(gradient, torch.autograd.grad(total, image)[0])
 
 
 def test_codebook_use_counts_codes_and_leaves_padding_out():

@@ -27,7 +27,7 @@ from maskgit_pl.cli.measuring import (
     read_own_recipe,
     step_numbers,
 )
-from maskgit_pl.cli.model import add_device_argument, check_at_least, device_of, local_folder
+from maskgit_pl.cli.model import add_device_argument, check_at_least, device_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -418,6 +418,7 @@ def _timed_sizes(args: argparse.Namespace) -> TransformerConfig:
     from dataclasses import replace
 
     from maskgit_pl.evaluation.paper.figure4 import SIZES, sizes_of
+    from maskgit_pl.pipeline.sharing import local_folder
 
     sizes = sizes_of(local_folder(args.runs[0]) / "transformer") if args.runs else SIZES
     return replace(sizes, **{name: getattr(args, name) for name in _SIZES if getattr(args, name) is not None})

@@ -124,6 +124,7 @@ def test_validation_covers_each_sample_once_with_equal_batches(world_size, num_s
     valid = torch.cat([r.index[r.valid] for r in rows])
     assert sorted(valid.tolist()) == list(range(num_samples))
     assert all(int(r.index.max()) < num_samples for r in rows)
+    assert OnceThrough(3)(range(1, 6)).index.tolist() == [1, 2, 2, 2, 2]
 
 
 @pytest.mark.parametrize("shards", [(1, 7, 100), (5,), (3, 0, 5, 1, 0), (4,) * 9, (0, 0, 2)])

@@ -156,6 +156,8 @@ def test_an_epoch_shows_one_view_by_seed_sample_and_epoch_alone(folder, views):
     first = shown(0, 0)
     assert first == shown(9, 0)  # another order, the same views
     assert first != shown(0, 1)
+    for sample in range(NUM_TRAIN):
+        assert len({first[sample, epoch] for epoch in range(20)}) > 1  # one view in all epochs by chance: below 1e-6
     counts = np.bincount(list(first.values()), minlength=6)
     assert counts.min() > 20  # of 460; equal crops count for the first of them
 

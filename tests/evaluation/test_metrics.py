@@ -163,6 +163,7 @@ def test_diversity_looks_within_classes_and_takes_as_many_of_both() -> None:
     assert diversity(apart, labels, apart * 2, labels) == pytest.approx(0.5)
     many = torch.tensor([[0.0], [2.0], [500.0]])  # the third real image of class 0 has no generated one beside it
     assert diversity(apart[:2], labels[:2], many, torch.zeros(3, dtype=torch.int64)) == pytest.approx(0.5)
+    assert diversity(many, torch.zeros(3, dtype=torch.int64), apart[:2], labels[:2]) == pytest.approx(2.0)
 
 
 def test_diversity_without_pairs_is_refused() -> None:

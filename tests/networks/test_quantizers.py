@@ -79,6 +79,20 @@ def test_the_gradient_quantizers_loss_is_its_three_parts():
     torch.testing.assert_close(quantizer(features()).loss, 2.5 * error + 0.3 * entropy)
 
 
+def test_the_encoder_is_drawn_by_the_commitment_and_the_codes_by_their_own_weight():
+    spec = GradientQuantizerSpec(commitment=0.5, codebook_weight=2.0, entropy_weight=0.0)
+    quantizer = spec.create(num_codes=8, code_width=6)
+    inputs = features().requires_grad_()
+    output = quantizer(inputs)
+    output.loss.backward()
+    difference = (quantizer.lookup(output.tokens).flatten(0, 1) - rows_of(inputs)).detach()  # (M, D), codes - features
+    pull = 2 * difference / difference.numel()
+    torch.testing.assert_close(rows_of(inputs.grad), -0.5 * pull)
+    torch.testing.assert_close(
+        quantizer.codebook.grad, torch.zeros(8, 6).index_add(0, output.tokens.flatten(), 2.0 * pull)
+    )
+
+
 def test_codes_start_uniform_within_the_released_bound():
     codebook = GradientQuantizerSpec().create(num_codes=1024, code_width=64).codebook
     assert 0.053 < codebook.abs().max().item() <= (3 / 1024) ** 0.5
@@ -126,6 +140,33 @@ def test_codes_that_are_never_used_stay_means_of_features(mean, decay, restart_b
         assert 0.98 * mean < quantizer.codebook.min() <= quantizer.codebook.max() < 1.02 * mean, step
 
 
+def test_a_restarted_code_that_wins_features_stays_and_follows_them():
+    torch.manual_seed(0)
+    quantizer = EMAQuantizerSpec(decay=0.8, restart_below=0.3).create(num_codes=8, code_width=6)
+    output = quantizer(features())
+    quantizer.update([output.tokens], [output.features], seed=0, step=0)  # all codes are new
+    restarted, fresh = quantizer.codebook.clone(), 2 * 0.3 * 60 / 8
+    output = quantizer(features())
+    one_hot = F.one_hot(output.tokens.flatten(), 8).float()
+    counts = 0.8 * fresh + 0.2 * one_hot.sum(0)
+    follows = (0.8 * fresh * restarted + 0.2 * one_hot.t() @ rows_of(features())) / counts.unsqueeze(1)
+    quantizer.update([output.tokens], [output.features], seed=0, step=1)
+    torch.testing.assert_close(quantizer.codebook, follows)
+    torch.testing.assert_close(quantizer.counts, counts)
+
+
+def test_a_restarted_code_that_wins_nothing_is_restarted_again():
+    quantizer = EMAQuantizerSpec(decay=0.4, restart_below=0.3).create(num_codes=2, code_width=6)
+    quantizer.counts.copy_(torch.tensor([60.0, 0.0]))
+    quantizer.codebook[1] = 100.0
+    output = quantizer(features())
+    seen = set()
+    for step in range(4):
+        quantizer.update([torch.zeros_like(output.tokens)], [output.features], seed=0, step=step)
+        seen.add(tuple(quantizer.codebook[1].tolist()))
+    assert len(seen) == 4
+
+
 def test_restarts_depend_on_seed_and_step_and_not_on_torchs_generator():
     def codebook(seed, step, torch_seed):
         torch.manual_seed(1)
@@ -146,6 +187,18 @@ def test_the_entropy_loss_is_lowest_when_sure_and_even(kind):
     sure_and_collapsed = entropy_loss(50 * torch.eye(8)[:1].expand(8, 8), temperature=1.0, kind=kind)
     assert sure_and_even.item() == pytest.approx(-torch.tensor(8.0).log().item(), abs=1e-3)
     assert sure_and_collapsed.item() == pytest.approx(0.0, abs=1e-3)
+
+
+def test_the_gradient_of_one_hot_assignments_is_that_of_the_soft_ones():
+    affinity = torch.randn(6, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    entropy_loss(affinity, temperature=0.7, kind="argmax").backward()
+    flat = affinity.detach() / 0.7
+    soft, log_soft, hard = flat.softmax(-1), flat.log_softmax(-1), F.one_hot(flat.argmax(-1), 5).float()
+    mean = hard.mean(0)
+    to_assignment = ((mean + 1e-5).log() + mean / (mean + 1e-5) - log_soft) / 6
+    by_assignment = soft * (to_assignment - (soft * to_assignment).sum(-1, keepdim=True))
+    by_logarithm = (soft - hard) / 6
+    torch.testing.assert_close(affinity.grad, (by_assignment + by_logarithm) / 0.7)
 
 
 @pytest.mark.parametrize(
@@ -177,6 +230,11 @@ def ema_codebook(parts):
         outputs = [quantizer(part + step) for part in parts]
         quantizer.update([o.tokens for o in outputs], [o.features for o in outputs], seed=0, step=step)
     return quantizer.codebook
+
+
+def test_micro_batches_teach_the_codes_what_the_whole_batch_does():
+    whole = features(batch=8)
+    torch.testing.assert_close(ema_codebook(whole.chunk(4)), ema_codebook([whole]))
 
 
 def in_two_processes(rank, folder):

@@ -201,6 +201,15 @@ def test_the_strided_convolution_of_taming_pads_right_and_bottom():
     torch.testing.assert_close(layer(x), F.conv2d(wide, layer.conv.weight, layer.conv.bias, stride=2))
 
 
+def test_the_initial_scale_multiplies_every_convolution_and_nothing_else():
+    states = []
+    for scale in (1.0, 0.5):
+        torch.manual_seed(0)
+        states.append(VQGAN(small(initial_scale=scale)).state_dict())
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value * (0.5 if value.ndim == 4 else 1.0), msg=name)
+
+
 def test_the_names_of_the_released_layout_are_as_they_were():
     names = "\n".join(f"{name} {tuple(value.shape)}" for name, value in VQGAN(small()).state_dict().items())
     assert hashlib.sha256(names.encode()).hexdigest()[:16] == "b60b8a4db2c06fdd"

@@ -198,6 +198,14 @@ def test_a_removal_that_is_cut_short_leaves_no_complete_checkpoint(tmp_path, mon
     assert leftovers(tmp_path) == [folder]
 
 
+@pytest.mark.parametrize("name", ["tensors-00000-of-00001.safetensors", "state.json"])
+def test_a_file_that_is_missing_is_refused_by_name(tmp_path, name):
+    folder = save(tmp_path / "step-00000003")
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=name):
+        FolderCheckpointIO().load_checkpoint(folder)
+
+
 class Line(LightningModule):
     def __init__(self):
         super().__init__()
@@ -235,6 +243,27 @@ def test_a_step_that_cannot_be_saved_is_tried_once_whatever_its_micro_batches(tm
     assert "checkpoint of step 2: " in said
     assert "the next is tried at step 4 (1 of 3 failures)" in said
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000004", "step-00000005"]
+
+
+def test_every_so_many_steps_a_checkpoint_stays_for_good(tmp_path):
+    checkpoints = Checkpoints(tmp_path, every_n_steps=1, keep_last=1, keep_every=3)
+    trainer = Trainer(
+        max_steps=8, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        plugins=[FolderCheckpointIO()], callbacks=[checkpoints],
+    )  # fmt: skip
+    trainer.fit(Line(), torch.utils.data.DataLoader(torch.ones(20, 1)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000006", "step-00000008"]
+
+
+def test_the_last_step_is_tried_again_at_the_end_and_its_failure_is_an_error(tmp_path, caplog):
+    (tmp_path / ".step-00000004.partial").touch()  # where a folder is to be made
+    trainer = Trainer(
+        max_steps=4, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        plugins=[FolderCheckpointIO()], callbacks=[Checkpoints(tmp_path, every_n_steps=2)],
+    )  # fmt: skip
+    with caplog.at_level(logging.WARNING), pytest.raises(CannotWriteError, match="checkpoint of step 4"):
+        trainer.fit(Line(), torch.utils.data.DataLoader(torch.ones(20, 1)))
+    assert sum("checkpoint of step 4" in record.message for record in caplog.records) == 1
 
 
 def test_a_folder_that_cannot_even_be_listed_has_three_tries_as_well(tmp_path, caplog):

@@ -103,6 +103,20 @@ def test_another_kind_of_adamw_is_refused_with_those_that_are_known():
         build_adamw([], LearningRate(0.1), (0.9, 0.96), "fuse")
 
 
+def test_adamw_has_the_peak_and_the_betas_of_the_recipe():
+    (group,) = build_adamw(
+        [{"params": [nn.Parameter(torch.zeros(1))]}], LearningRate(0.3), (0.8, 0.9), "fused"
+    ).param_groups
+    assert (group["lr"], group["betas"]) == (0.3, (0.8, 0.9))
+
+
+@pytest.mark.parametrize("max_steps", [0, -1])
+def test_a_cosine_needs_its_end_and_a_constant_rate_does_not(max_steps):
+    assert LearningRate(0.1).factor(0, max_steps) == 1.0
+    with pytest.raises(ValueError, match=rf"decay 'cosine'.*max_steps.* got {max_steps}"):
+        LearningRate(0.1, decay="cosine").factor(0, max_steps)
+
+
 def test_the_warm_up_rises_in_equal_steps_to_the_peak_and_never_starts_at_0():
     rate = LearningRate(1e-4, warmup_steps=4)
     assert [rate.factor(step, 100) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]

@@ -1,4 +1,16 @@
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from maskgit_pl.cli.fit import build
+from maskgit_pl.cli.recipes import Plan
+from maskgit_pl.tokenizer import AdversarialConfig, PerceptualConfig
 from maskgit_pl.training.recipe import changes, fixed_settings
+
+RECIPES, TINY = Path(__file__).parents[2] / "recipes", Path(__file__).parents[1] / "tiny"
 
 CONFIG = {
     "model": {
@@ -69,3 +81,49 @@ def test_a_key_that_is_younger_than_the_checkpoint_had_its_default():
     assert changes({}, {"model.new": 3}, {"model.new": 3}) == []
     assert changes({}, {"model.new": 4}, {"model.new": 3}) == ["model.new 3 -> 4"]
     assert changes({"model.old": 1}, {}, {}) == ["model.old 1 -> None"]
+
+
+FREE = {
+    "tokenizer": {
+        "accumulation", "activation_checkpointing", "adamw", "learning_rate.decay", "learning_rate.final_fraction",
+        "learning_rate.warmup_steps", "memory_format", "seed", "perceptual.network.weights",
+    },
+    "transformer": {
+        "activation_checkpointing", "adamw", "compiled", "decoding", "learning_rate.decay",
+        "learning_rate.final_fraction", "learning_rate.warmup_steps", "seed", "tokenizer",
+    },
+}  # fmt: skip
+"""Every key of the model that may change while a run goes on; ``data.seed`` holds for both seeds."""
+
+
+def each_changed(tree: dict, path: str = "") -> Iterator[tuple[str, dict]]:
+    """Every key of a tree, also within what is named by a mapping, and the tree with that key changed."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            for key, changed in each_changed(value, f"{path}{name}."):
+                yield key, {**tree, name: changed}
+        else:
+            yield f"{path}{name}", {**tree, name: "another" if isinstance(value, str) else [value, 1]}
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
+@pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
+def test_every_key_of_a_resolved_model_is_refused_but_those_that_are_free(
+    stage, tiny_shards, tiny_pretrained, tmp_path
+):
+    files = [RECIPES / stage / "base.yaml", RECIPES / "cluster" / "cpu.yaml", TINY / f"{stage}.yaml"]
+    tokenizer = tiny_pretrained / "tokenizer" if stage == "transformer" else None
+    cli = build(Plan(stage, files, [], tiny_shards, tmp_path, tokenizer))
+    config = cli.config.as_dict()
+    if stage == "tokenizer":  # the groups that the recipe leaves out
+        perceptual = PerceptualConfig({"name": "timm", "model": "resnet50", "weights": "here.pth"})
+        config["model"] |= {"adversarial": asdict(AdversarialConfig()), "perceptual": asdict(perceptual)}
+    known = {name: cli.settings.get(name) for name in ("data", "tokenizer")}
+    before = json.loads(json.dumps(fixed_settings(config, **known)))
+    free = set()
+    for key, model in each_changed(config["model"]):
+        found = changes(before, fixed_settings({**config, "model": model}, **known), {})
+        assert all(f"model.{key}".startswith(change.split()[0]) for change in found)
+        if not found:
+            free.add("decoding" if key.startswith("decoding.") else key)
+    assert free == FREE[stage]

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from maskgit_pl.training.strategies import _POLICIES, PRECISIONS, build_strategy, check_precision
+from maskgit_pl.training.strategies import _POLICIES, PRECISIONS, build_strategy, check_precision, check_strategy
 
 
 def test_weights_are_gathered_in_bfloat16_and_gradients_summed_in_float32_where_the_precision_is_mixed():
@@ -27,3 +27,18 @@ def test_others_are_refused_with_those_that_train(name):
 def test_an_unknown_strategy_is_answered_with_the_nearest():
     with pytest.raises(ValueError, match=r"trainer\.strategy 'fsdp2': did you mean 'fsdp'"):
         build_strategy("fsdp2")
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
+def test_several_ranks_need_a_strategy_and_one_does_not(stage):
+    check_strategy("auto", stage=stage, ranks=1)
+    check_strategy("ddp", stage=stage, ranks=2)
+    with pytest.raises(ValueError, match=r"trainer\.strategy 'auto'.* got 2 ranks"):
+        check_strategy("auto", stage=stage, ranks=2)
+
+
+def test_the_tokenizer_is_not_sharded_on_any_number_of_ranks():
+    check_strategy("fsdp", stage="transformer", ranks=2)
+    for ranks in (1, 2):
+        with pytest.raises(ValueError, match=r"trainer\.strategy 'fsdp'.*use --cluster ddp"):
+            check_strategy("fsdp", stage="tokenizer", ranks=ranks)

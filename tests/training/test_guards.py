@@ -1,0 +1,166 @@
+"""Both stages in one process: an update that is not finite changes nothing, and only several in a row end the run."""
+
+import json
+import logging
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from maskgit_pl import interruption
+from maskgit_pl.data import ShardData
+from maskgit_pl.errors import NonFiniteError, PreemptedError
+from maskgit_pl.mvtm import MaskedTokenModel
+from maskgit_pl.networks.discriminator import DiscriminatorConfig
+from maskgit_pl.networks.transformer import TransformerConfig
+from maskgit_pl.networks.vqgan import VQGANConfig
+from maskgit_pl.tokenizer import AdversarialConfig, Tokenizer
+from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, complete_checkpoints
+from maskgit_pl.training.checkpoints import Checkpoints
+from maskgit_pl.training.guards import Guard, clip_gradients
+from maskgit_pl.training.optimizers import LearningRate
+from tests.injection import Fault, Injection
+
+
+class History(Callback):
+    """Keeps what every step leaves: weights with their averages, optimizer states, and the loss of stage 2."""
+
+    def __init__(self) -> None:
+        self.states: list[list[Tensor]] = []
+        self.losses: list[float] = []
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._keep(trainer, module)
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: object, *_: object) -> None:
+        self._keep(trainer, module)
+        if outputs:
+            self.losses.append(float(outputs["loss"]))
+
+    def _keep(self, trainer: Trainer, module: LightningModule) -> None:
+        moments = [value for made in trainer.optimizers for state in made.state.values() for value in state.values()]
+        self.states.append([value.clone() for value in [*module.state_dict().values(), *moments]])
+
+    def changed(self, step: int) -> bool:
+        """Whether step ``step``, counted from 1, changed anything at all."""
+        before, after = self.states[step - 1 : step + 1]
+        return len(before) != len(after) or not all(map(torch.equal, before, after))
+
+
+@pytest.fixture(params=["tokenizer", "transformer"])
+def module(request, tiny_pretrained) -> LightningModule:
+    torch.manual_seed(0)
+    if request.param == "transformer":
+        config = TransformerConfig(16, 3, (4, 4), width=16, depth=1, num_heads=2, mlp_width=32)
+        return MaskedTokenModel(config, LearningRate(1e-2), str(tiny_pretrained / "tokenizer"), ema_decay=0.9)
+    network = VQGANConfig(
+        1, channels=8, multipliers=(1,), blocks_per_level=1, middle_blocks=0, groups=4, num_codes=16, code_width=4,
+        patch_size=2, quantizer="ema",
+    )  # fmt: skip
+    adversarial = AdversarialConfig(DiscriminatorConfig(channel_multiplier=1 / 64), lecam_weight=0.1)
+    rate = LearningRate(1e-3)
+    return Tokenizer(network, image_size=8, learning_rate=rate, adversarial=adversarial, ema_decay=0.9)
+
+
+@pytest.fixture
+def fit(module, tiny_shards, tmp_path):
+    """Trains with faults, guarded; gives what each step left."""
+
+    def run(*faults: Fault, steps: int, more: tuple[Callback, ...] = ()) -> History:
+        data = ShardData(
+            str(tiny_shards), image_size=8, in_channels=1, global_batch=8, max_batch_per_device=8, validation_batch=8
+        )
+        seen, checkpoints = History(), Checkpoints(tmp_path / "checkpoints", every_n_steps=100)
+        trainer = Trainer(
+            max_steps=steps, max_epochs=-1, accelerator="cpu", logger=False, plugins=[FolderCheckpointIO()],
+            callbacks=[seen, Guard(tmp_path, checkpoints), checkpoints, Injection(faults), *more],
+            enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+            default_root_dir=tmp_path, limit_val_batches=0,
+        )  # fmt: skip
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+        trainer.fit(module, datamodule=data)
+        return seen
+
+    return run
+
+
+@pytest.mark.parametrize("what", ["nan gradient", "nan loss"])
+def test_a_step_that_is_not_finite_leaves_weights_averages_codes_and_moments_as_they_are(fit, what):
+    seen = fit(Fault(what, step=3), steps=4)
+    assert [seen.changed(step) for step in (1, 2, 3, 4)] == [True, True, False, True]
+    assert all(value.isfinite().all() for value in seen.states[-1])
+    assert torch.tensor(seen.losses).isfinite().all() == (what == "nan gradient" or not seen.losses)
+
+
+def test_three_in_a_row_are_skipped_however_many_there_are_in_all(fit, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, logger="maskgit_pl"):
+        seen = fit(Fault("nan gradient", step=1, times=3), Fault("nan gradient", step=5, times=3), steps=8)
+    assert [seen.changed(step) for step in range(1, 9)] == [False, False, False, True] * 2
+    assert [record.args[1] for record in caplog.records if "is not finite" in record.message] == [1, 2, 3, 1, 2, 3]
+    assert not (tmp_path / "nonfinite.json").exists()
+
+
+def test_the_fourth_in_a_row_ends_the_run_with_the_samples_of_all_four(fit, tmp_path, module):
+    weights = [value.clone() for value in module.state_dict().values()]
+    with pytest.raises(NonFiniteError, match="step 3: a gradient is not finite, 4 steps in a row"):
+        fit(Fault("nan gradient", step=1, times=9), steps=8)
+    assert all(map(torch.equal, module.state_dict().values(), weights))
+    listed = json.loads((tmp_path / "nonfinite.json").read_text())
+    assert [entry["step"] for entry in listed] == [0, 1, 2, 3]
+    samples = [number for entry in listed for number in entry["samples"]]
+    assert len(set(samples)) == 32
+    assert all(value != "nan" for entry in listed for value in entry["losses"])
+    assert all("nan" in entry["gradient_norms"] for entry in listed)
+
+
+@pytest.fixture
+def listening() -> Iterator[None]:
+    """Signals set the flag, and do again what they did before when the test ends."""
+    before = {number: signal.getsignal(number) for number in interruption.SIGNALS}
+    with interruption.listening():
+        yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    with interruption.listening():  # lowers the flag
+        pass
+
+
+class Signal(Callback):
+    """Asks this process to stop, in the middle of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Trainer, *_: object) -> None:
+        if trainer.global_step + 1 == self.step:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+
+@pytest.mark.usefixtures("listening")
+def test_a_signal_saves_the_step_that_is_under_way_and_stops(fit, tmp_path):
+    with pytest.raises(PreemptedError, match="saved step 2"):
+        fit(steps=5, more=(Signal(step=2),))
+    assert [folder.name for folder in complete_checkpoints(tmp_path / "checkpoints")] == ["step-00000002"]
+
+
+def gradients(*values: list[float]) -> tuple[torch.optim.Optimizer, list[nn.Parameter]]:
+    parameters = [nn.Parameter(torch.zeros(2)) for _ in values]
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.grad = torch.tensor(value)
+    return torch.optim.SGD([*parameters, nn.Parameter(torch.zeros(3))], lr=1.0), parameters
+
+
+@pytest.mark.parametrize(("max_norm", "scale"), [(None, 1.0), (26.0, 1.0), (6.5, 0.5)])
+def test_gradients_above_the_norm_are_scaled_down_to_it_together(max_norm, scale):
+    optimizer, parameters = gradients([3.0, 4.0], [0.0, 12.0])
+    assert clip_gradients(optimizer, max_norm).item() == pytest.approx(13.0)
+    torch.testing.assert_close(parameters[0].grad, torch.tensor([3.0, 4.0]) * scale)
+    torch.testing.assert_close(parameters[1].grad, torch.tensor([0.0, 12.0]) * scale)
+
+
+def test_the_norm_of_a_gradient_that_is_not_finite_is_not_finite():
+    assert not clip_gradients(gradients([3.0, float("inf")])[0], 1.0).isfinite()
