@@ -138,13 +138,15 @@ def check_token_selector(name: str, selector: TokenSelector) -> None:
     """
     if not isinstance(selector, TokenSelector):
         raise ValueError(f"token selector {name!r}: it must be a TokenSelector, got {shorten(selector)}")
+    import torch
+
     for progress in (1 / 8, 1 / 2, 1.0):
         log_probs = torch.linspace(-3, 3, 24).view(2, 4, 3).log_softmax(-1)
         positions = torch.arange(4).expand(2, 4)
         gumbel = torch.linspace(-2, 8, 8).view(2, 4)
         candidates = Candidates(log_probs, log_probs.argmin(-1), positions, gumbel, progress, grid=(2, 2))
         scores, sharpness = selector(candidates), selector.sharpness(progress)
-        if not isinstance(scores, Tensor) or scores.shape != (2, 4) or not scores.is_floating_point():
+        if not isinstance(scores, torch.Tensor) or scores.shape != (2, 4) or not scores.is_floating_point():
             raise ValueError(f"token selector {name!r}: scores must be a float tensor (B, M), got {_seen(scores)}")
         if not scores.isfinite().all():
             raise ValueError(f"token selector {name!r}: scores must be finite (at progress {progress:g})")
@@ -152,6 +154,8 @@ def check_token_selector(name: str, selector: TokenSelector) -> None:
 
 
 def _seen(value: object) -> str:
+    from torch import Tensor
+
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else shorten(value)
 
 

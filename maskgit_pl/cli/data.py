@@ -174,7 +174,7 @@ def _make(args: argparse.Namespace) -> int:
 
 
 def _unreadable(folder: Path) -> Iterator[str]:
-    """A line on the images that ``make --lenient`` left out, if there are any."""
+    """A line on the images that ``data make --lenient`` left out, if there are any."""
     from maskgit_pl.shards.writer import LEFT_OUT
 
     if (folder / LEFT_OUT).is_file():

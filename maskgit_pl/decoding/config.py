@@ -105,7 +105,7 @@ class DecodingConfig:
         return SequentialDecoder(num_tokens, self._sampling())
 
     def check(self, num_tokens: int, *, sequential: bool, pushes_away: bool = True) -> None:
-        """Refuses what a model cannot follow; imports torch only for a mask schedule, and only as the last check.
+        """Refuses what a model cannot follow; unknown names and wrong numbers come first, before torch is imported.
 
         Args:
             num_tokens: N, tokens of an image.
@@ -123,13 +123,15 @@ class DecodingConfig:
             check_guidance(self.scales(), pushes_away=pushes_away)
             return
         check_num_steps(self.num_steps, num_tokens)
+        if self.tokens_per_step is not None:
+            check_token_sum(self.tokens_per_step, num_tokens)
+        check_guidance(self.scales(), pushes_away=pushes_away)
+        # what is built below is tried, which needs torch
+        if self.mask_schedule is not None:
+            mask_schedules.build(self.mask_schedule)
         selector = token_selectors.build(self.token_selector)
         if self.tokens_per_step is not None:
             check_token_counts(self.tokens_per_step, self.num_steps, selector)
-            check_token_sum(self.tokens_per_step, num_tokens)
-        check_guidance(self.scales(), pushes_away=pushes_away)
-        if self.mask_schedule is not None:
-            mask_schedules.build(self.mask_schedule)
 
     def _sampling(self) -> CodeSampling:
         return CodeSampling(self.sampling_temperature, self.top_k, self.top_p)
