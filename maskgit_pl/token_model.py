@@ -14,6 +14,7 @@ from typing import Any, get_args
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.optim import Optimizer
@@ -209,8 +210,8 @@ class TokenModel(LightningModule):
         labels = self._drop_classes(batch)
         loss, token_loss, hits = self._losses(self.transformer, tokens, labels, mask, smoothing=self.label_smoothing)
         self._collect(mask, token_loss, hits)
-        is_last = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0  # micro-batch of its step
-        if is_last and (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # set late
+        is_logged = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]  # set late
+        if is_logged and (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:  # the step's last micro-batch
             self._log_training(loss.detach())
         return loss
 
@@ -224,8 +225,9 @@ class TokenModel(LightningModule):
     def on_validation_epoch_end(self) -> None:
         metrics = {"val/loss": self._validation_loss, "val/accuracy": self._validation_accuracy}
         values = {name: metric.compute() for name, metric in metrics.items()}  # over all ranks
-        self.log_dict(values, prog_bar=True, logger=False, sync_dist=True)
-        if not self.trainer.sanity_checking:  # Lightning's own entries stand one step before the pictures
+        is_fitting = self.trainer.state.fn == TrainerFn.FITTING
+        self.log_dict(values, prog_bar=True, logger=False if is_fitting else None, sync_dist=True)
+        if is_fitting and not self.trainer.sanity_checking:  # Lightning would log a step before the pictures
             self._log_metrics({name: float(value) for name, value in values.items()}, self.trainer.global_step)
         for metric in metrics.values():
             metric.reset()

@@ -14,9 +14,13 @@ from pathlib import Path
 from maskgit_pl.locks import locked
 rank = int(sys.argv[3]) if sys.argv[3:] else None
 with locked(Path(sys.argv[1]), way_out="wait", rank=rank):
-    if sys.argv[2] == "fork" and os.fork() == 0:
-        time.sleep(30)
-        os._exit(0)
+    if sys.argv[2] == "fork":
+        ready, started = os.pipe()
+        if os.fork() == 0:
+            os.write(started, b"x")
+            time.sleep(30)
+            os._exit(0)
+        os.read(ready, 1)
     print("held", flush=True)
     sys.stdin.read()
 """

@@ -98,7 +98,7 @@ def test_dropout_is_of_training_alone(network, tokens):
 
 
 def test_another_attention_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"transformer attention 'casual': did you mean 'causal'\?"):
+    with pytest.raises(ValueError, match=r"attention must be one of .*, got 'casual'; did you mean 'causal'\?"):
         dataclasses.replace(CONFIG, attention="casual")
     with pytest.raises(ValueError, match="MaskedTransformer has 'bidirectional', got 'causal'"):
         MaskedTransformer(CONFIG)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from maskgit_pl.cli.fit import build
-from maskgit_pl.cli.recipes import Plan
+from maskgit_pl.cli.recipes import Plan, Recipe
 from maskgit_pl.tokenizer import AdversarialConfig, PerceptualConfig
 from maskgit_pl.training.recipe import changes, fixed_settings
 
@@ -106,19 +106,18 @@ def each_changed(tree: dict, path: str = "") -> Iterator[tuple[str, dict]]:
             yield f"{path}{name}", {**tree, name: "another" if isinstance(value, str) else [value, 1]}
 
 
-@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
 @pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
 def test_every_key_of_a_resolved_model_is_refused_but_those_that_are_free(
     stage, tiny_shards, tiny_pretrained, tmp_path
 ):
     files = [RECIPES / stage / "base.yaml", RECIPES / "cluster" / "cpu.yaml", TINY / f"{stage}.yaml"]
     tokenizer = tiny_pretrained / "tokenizer" if stage == "transformer" else None
-    cli = build(Plan(stage, files, [], tiny_shards, tmp_path, tokenizer))
-    config = cli.config.as_dict()
+    run = build(Plan(Recipe.read(stage, files), tiny_shards, tmp_path, tokenizer))
+    config = run.config
     if stage == "tokenizer":  # the groups that the recipe leaves out
         perceptual = PerceptualConfig({"name": "timm", "model": "resnet50", "weights": "here.pth"})
         config["model"] |= {"adversarial": asdict(AdversarialConfig()), "perceptual": asdict(perceptual)}
-    known = {name: cli.settings.get(name) for name in ("data", "tokenizer")}
+    known = {name: run.fixed.get(name) for name in ("data", "tokenizer")}
     before = json.loads(json.dumps(fixed_settings(config, **known)))
     free = set()
     for key, model in each_changed(config["model"]):
