@@ -60,7 +60,7 @@ class TrainerSettings:
     """
 
     accelerator: str = "auto"
-    strategy: str = "auto"
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     devices: int | str | list[int] = "auto"
     num_nodes: int = 1
     precision: str = "32-true"

@@ -51,7 +51,7 @@ _FOLLOWS = {  # keys of a module that other keys decide
     "model.accumulation": "data.global_batch and data.max_batch_per_device",
 }
 _CODE = "recipes name registered things, never classes"
-_STEPS = "runs are counted in steps: set trainer.max_steps"
+_STEPS = "runs are counted in steps; set trainer.max_steps"
 _REASONS = {  # keys that Lightning's users look for, and why no recipe has them
     **{key: f"it follows {other}" for key, other in _FOLLOWS.items()},
     "trainer.max_epochs": _STEPS,
@@ -399,7 +399,8 @@ def _check_layer(layer: Layer, schema: Schema) -> None:
     try:
         _check_tree(layer.tree, schema, schema)
     except ValueError as error:
-        raise ValueError(f"{layer.origin}: {error}") from error
+        is_named = layer.origin.startswith("flag --") and str(error).startswith(layer.origin[7:])
+        raise ValueError(f"flag --{error}" if is_named else f"{layer.origin}: {error}") from error
 
 
 def _check_tree(node: Any, schema: Schema, root: Schema, path: str = "") -> None:

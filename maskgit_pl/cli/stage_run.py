@@ -25,7 +25,7 @@ from maskgit_pl.data import ShardData
 from maskgit_pl.data.stream import check_stream
 from maskgit_pl.errors import is_user_error
 from maskgit_pl.mvtm import MaskedTokenModel
-from maskgit_pl.pretrained import fingerprint
+from maskgit_pl.pretrained import fingerprint, read_config
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_complete, settings_of
 from maskgit_pl.training.checkpoints import Checkpoints
@@ -134,7 +134,11 @@ class StageRun:
             identity = check_stream(data.stream, data.validation_samples).fingerprint
         else:
             identity = data.summary.fingerprint
-        tokenizer = fingerprint(Path(self.config["model"]["tokenizer"])) if self.stage == "transformer" else None
+        tokenizer = None
+        if self.stage == "transformer":
+            folder = Path(self.config["model"]["tokenizer"])
+            read_config(folder, "tokenizer")  # refuses what is none
+            tokenizer = fingerprint(folder)
         return fixed_settings(self.config, data=identity, tokenizer=tokenizer)
 
     def _check_resumes(self, checkpoint: Path) -> None:

@@ -93,12 +93,16 @@ UNKNOWN = [
     ("model: {network: {width: wide}}", "model.network.width must be an integer, got 'wide'"),
     ("model: {network: {depth: true}}", "model.network.depth must be an integer, got True"),
     ("model: {betas: [0.9]}", "model.betas must be a list of a number and a number, got [0.9]"),
-    ("trainer: {max_epochs: 3}", "trainer.max_epochs cannot be set: runs are counted in steps: set trainer.max_steps"),
+    ("trainer: {max_epochs: 3}", "trainer.max_epochs cannot be set: runs are counted in steps; set trainer.max_steps"),
     ("trainer: {logger: true}", "trainer.logger cannot be set: recipes name registered things, never classes"),
     ("trainer: {default_root_dir: x}", "trainer.default_root_dir cannot be set: use --runs and --run"),
     ("model: {seed: 3}", "model.seed cannot be set: it follows data.seed"),
     ("trainer: inner.yaml", "trainer must be a mapping, got 'inner.yaml'"),
     ("chekpoint_every: 3", "unknown key 'chekpoint_every': did you mean 'checkpoint_every'?"),
+    (
+        "trainer: {strategy: '{class_path: m.C}'}",
+        "trainer.strategy must be 'auto' or 'ddp' or 'fsdp', got '{class_path",
+    ),
     ("model: {loss_vocabulary: some}", "model.loss_vocabulary must be 'codes' or 'all', got 'some'"),
 ]
 
@@ -118,7 +122,7 @@ def test_a_flag_is_answered_as_a_file_is(tmp_path, text, answer):
     while isinstance(value, dict):
         (inner, value) = next(iter(value.items()))
         key = key if key.endswith(inner) else f"{key}.{inner}"
-    with pytest.raises(ValueError, match=rf"^flag --{key}: ") as caught:
+    with pytest.raises(ValueError, match=rf"^flag --{key}[: ]") as caught:
         read(tmp_path, "{}", [f"--{key}={json.dumps(value)}"])
     assert answer in str(caught.value)
 
