@@ -8,6 +8,7 @@ import yaml
 
 from maskgit_pl.cli.recipe_schema import build_schema, load_schema
 from maskgit_pl.cli.recipes import Recipe, merged, read_run_config, read_yaml, recipe_files
+from maskgit_pl.cli.stage_run import StageRun
 
 
 def write(folder, text):
@@ -241,3 +242,9 @@ def test_config_yaml_of_a_run_is_a_recipe_without_its_paths(tmp_path):
     }
     with pytest.raises(ValueError, match=r"must be config\.yaml of a run"):
         read_run_config(write(tmp_path, "model: {}"))
+
+
+def test_a_value_that_nothing_says_is_named(tmp_path):
+    recipe = read(tmp_path, "model: {learning_rate: {warmup_steps: 3}}", stage="tokenizer")
+    with pytest.raises(ValueError, match=r"^model\.learning_rate\.peak must be set by the recipe$"):
+        StageRun(recipe, merged([{"data": {"path": "nowhere"}}, recipe.tree]), tmp_path)

@@ -146,3 +146,34 @@ def test_the_same_command_finds_the_finished_store_and_a_damaged_one_is_made_aga
     assert labels.read_bytes() != before
     assert main(arguments) == 0
     assert labels.read_bytes() == before
+
+
+def test_runs_with_the_same_tokenizer_and_data_share_their_tokens(environment, tiny_shards, tiny_pretrained, tmp_path):
+    def run(name: str, *more: str) -> Path:
+        own = [word for word in words(tiny_shards, tiny_pretrained / "tokenizer", tmp_path) if word != "--flip"]
+        own[own.index("one")] = name
+        assert main([*own, *more]) == 0
+        return tmp_path / name / "tokens"
+
+    first = run("first")
+    made = (first / "train-tokens.npy").stat().st_mtime_ns
+    second = run("second")
+    assert first.resolve() == second.resolve() == tmp_path / "tokens" / first.resolve().name
+    assert (second / "train-tokens.npy").stat().st_mtime_ns == made
+    mirrored = run("mirrored", "--flip")
+    assert mirrored.resolve() != first.resolve()
+    assert run("mirrored").resolve() == mirrored.resolve()  # a run keeps its mirrors unless it is told otherwise
+
+
+def test_a_store_in_the_run_s_own_folder_stays_there(environment, tiny_shards, tiny_pretrained, tmp_path):
+    own = tmp_path / "one" / "tokens"
+    own.mkdir(parents=True)
+    assert main(words(tiny_shards, tiny_pretrained / "tokenizer", tmp_path)) == 0
+    assert (own / "store.json").is_file()
+    assert not (tmp_path / "tokens").exists()
+
+
+def test_a_recipe_that_reads_images_makes_no_tokens(environment, tiny_shards, tiny_pretrained, tmp_path, capsys):
+    assert main(words(tiny_shards, tiny_pretrained / "tokenizer", tmp_path, "--data.source=images")) == 0
+    assert "data.source images: stage 2 reads no tokens; nothing to do" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
