@@ -64,7 +64,7 @@ def test_the_examples_run_one_after_the_other(tmp_path: Path):
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.splitlines()[0])
 def test_the_examples_name_the_demos_run(block: str):
     for path in re.findall(r'"(runs/[^"]+)"', block):
-        assert path == "runs/fashion-mnist-cosine/pretrained"
+        assert path == "runs/fashion-mnist-cosine"
 
 
 def section(title: str) -> str:
