@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from maskgit_pl.checks import build_dataclass, check_class_names, check_integer, check_keys, shorten
-from maskgit_pl.decoding import DecodingConfig, check_parallel
+from maskgit_pl.decoding import RECIPE_FORMAT, DecodingConfig, check_parallel, read_recipe
 from maskgit_pl.files import read_json, sync, write_atomically, write_tensors
 from maskgit_pl.networks.causal import CausalTransformer, build_transformer
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
@@ -49,7 +49,7 @@ Kind = Literal["tokenizer", "transformer", "pipeline"]
 Network = TypeVar("Network", bound=nn.Module)
 _VERSION = 1
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
-_DECODING, _DECODING_FORMAT = "decoding.json", "maskgit_pl.decoding"
+_DECODING = "decoding.json"
 _MAX_CONFIG_BYTES = 8_000_000  # 100,000 classes with names of 80 letters
 _LARGEST_IMAGE = 8192
 _log = logging.getLogger(__name__)
@@ -273,7 +273,7 @@ def save_decoding(
     """
     file = Path(folder) / _DECODING
     content = {
-        "format": _DECODING_FORMAT,
+        "format": RECIPE_FORMAT,
         "version": _VERSION,
         "decoding": asdict(decoding),
         "transformer": fingerprint(file.parent / "transformer"),
@@ -331,25 +331,18 @@ def load_decoding(file: Path | str) -> DecodingConfig:
 
 def _decoding_file(file: Path) -> tuple[dict[str, Any], DecodingConfig]:
     """Returns the content of a recipe's file, and the recipe."""
-    content = read_json(file)
-    _check_format(content, file, _DECODING_FORMAT, thing="decoding")
-    check_keys(f"decoding {file}", content, known=content, required=("decoding",))
-    return content, _checked_decoding(content["decoding"], f"decoding {file}: decoding")
+    decoding, content = read_recipe(file)
+    return content, _checked_decoding(decoding, f"decoding {file}: decoding")
 
 
-def _checked_decoding(values: Any, where: str) -> DecodingConfig:
-    decoding = build_dataclass(DecodingConfig, values, where)
+def _checked_decoding(decoding: DecodingConfig, where: str) -> DecodingConfig:
     try:
         if decoding.is_sequential:
             decoding.sequential_decoder(decoding.num_steps)
         else:
             decoding.decoder(mask_schedules.build("cosine"))  # any schedule: names and numbers are what is checked
         decoding.scales()
-    except (
-        TypeError,
-        ValueError,
-        ArithmeticError,
-    ) as error:  # TypeError: of a registered name's arguments
+    except (ValueError, ArithmeticError) as error:
         raise ValueError(f"{where}: {error}") from error
     return decoding
 
@@ -377,7 +370,7 @@ def _tokenizer(content: Mapping[str, Any], folder: Path) -> _TokenizerConfig:
         network = build_dataclass(VQGANConfig, content["network"], "network")
         size = check_integer("image_size", content["image_size"], f"[1, {_LARGEST_IMAGE}]")
         network.grid(size)
-    except (TypeError, ValueError, ArithmeticError) as error:  # TypeError: a quantizer does not take its arguments
+    except (ValueError, ArithmeticError) as error:
         raise ValueError(f"{file}: {error}") from error
     return _TokenizerConfig(network, size)
 
@@ -398,10 +391,11 @@ def _transformer(content: Mapping[str, Any], folder: Path) -> _TransformerConfig
     names = ("network", "mask_schedule", "decoding", "class_names", "tokenizer_fingerprint")
     check_keys(str(file), content, known=content, required=names)
     network = build_dataclass(TransformerConfig, content["network"], f"{file}: network")
+    decoding = build_dataclass(DecodingConfig, content["decoding"], f"{file}: decoding")
     return _TransformerConfig(
         network,
         _mask_schedule(content["mask_schedule"], network.attention, file),
-        _checked_decoding(content["decoding"], f"{file}: decoding"),
+        _checked_decoding(decoding, f"{file}: decoding"),
         check_class_names(f"{file}: class_names", content["class_names"], network.num_classes),
         _text(content["tokenizer_fingerprint"], f"{file}: tokenizer_fingerprint"),
     )
@@ -415,7 +409,7 @@ def _mask_schedule(spec: Any, attention: str, file: Path) -> MaskSchedule | None
         )
     try:
         return None if spec is None else mask_schedules.build(spec)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 
 

@@ -106,9 +106,8 @@ class Registry(Generic[T]):
             spec: A name, or a mapping with the key ``name`` and the factory's arguments.
 
         Raises:
-            TypeError: if the spec is neither.
-            ValueError: if the name is unknown or missing, an argument is unknown, missing, of another type or out of
-                range, or the object breaks its contract.
+            ValueError: if the spec is neither, the name is unknown or missing, an argument is unknown, missing, of
+                another type or out of range, or the object breaks its contract.
             PluginError: if the name is a plug-in's and its code raises anything or exits.
         """
         name, arguments = self._parse(spec)
@@ -138,7 +137,7 @@ class Registry(Generic[T]):
         if isinstance(spec, str):
             return spec, {}
         if not isinstance(spec, Mapping):
-            raise TypeError(f"{self.kind} must be a name or a mapping with the key 'name', got {shorten(spec)}")
+            raise ValueError(f"{self.kind} must be a name or a mapping with the key 'name', got {shorten(spec)}")
         arguments = dict(spec)
         name = arguments.pop("name", None)
         if not isinstance(name, str):

@@ -392,8 +392,8 @@ def test_a_recipe_for_other_weights_is_used_with_a_warning(saved: Path, caplog) 
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"format": "other"}, "format must be 'maskgit_pl.decoding', got 'other'"),
-        ({"version": 2}, "version must be 1, got 2"),
+        ({"format": "other"}, "format must be 'maskgit_pl.decoding', version 1, got 'other'"),
+        ({"version": 2}, "got 'maskgit_pl.decoding', version 2"),
         ({"decoding": {"steps": 8}}, "unknown key 'steps'"),
         ({"decoding": [8]}, "decoding must be a mapping, got "),
         ({"decoding": {"token_selector": "confidnce"}}, "did you mean 'confidence'"),

@@ -74,7 +74,7 @@ def test_a_mapping_without_a_name_is_refused(chairs, spec):
 
 
 def test_a_spec_that_is_neither_name_nor_mapping_is_refused(chairs):
-    with pytest.raises(TypeError, match=r"chair must be a name or a mapping with the key 'name', got \['plain'\]"):
+    with pytest.raises(ValueError, match=r"chair must be a name or a mapping with the key 'name', got \['plain'\]"):
         chairs.build(["plain"])
 
 

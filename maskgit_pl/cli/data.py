@@ -399,9 +399,8 @@ def _statistics_lines(folder: Path, statistics: DataStatistics) -> Iterator[str]
 
 
 def _class_table(statistics: DataStatistics) -> Iterator[str]:
-    from maskgit_pl.shards.tar import escaped
 
-    names, splits = [escaped(name) for name in statistics.summary.classes], list(statistics.classes)
+    names, splits = [printable(name) for name in statistics.summary.classes], list(statistics.classes)
     width = max(map(len, ["class", *names]))
     digits = {split: max(len(split), len(str(statistics.classes[split].max()))) for split in splits}
     yield "  ".join(["label", "class".ljust(width), *(split.rjust(digits[split]) for split in splits)])

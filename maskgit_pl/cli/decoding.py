@@ -157,4 +157,4 @@ def _decoding(file: Path | None) -> DecodingConfig | None:
         raise FileNotFoundError(f"--decoding {file}: no such file; `maskgit tune` writes RUN/pretrained/decoding.json")
     from maskgit_pl.decoding.recipe_file import read_recipe
 
-    return read_recipe(file)
+    return read_recipe(file)[0]

@@ -37,9 +37,10 @@ from maskgit_pl.randomness import permutation, random_uniform
 from maskgit_pl.shards.braces import MAX_NAMES, expand_braces
 from maskgit_pl.shards.images import Crop, Reason, UnreadableImageError, load_square
 from maskgit_pl.shards.safe_open import open_regular
-from maskgit_pl.shards.tar import BLOCK, escaped
+from maskgit_pl.shards.tar import BLOCK
 from maskgit_pl.shards.unreadable import Unreadable, UnreadableImages
 from maskgit_pl.shards.walk import BAD_IMAGE, MAX_CLASSES, Labels, ShardWalk, walk_shard
+from maskgit_pl.text import printable
 
 __all__ = ["StreamBatches", "StreamConfig", "StreamError", "StreamOnce", "check_stream"]
 
@@ -400,7 +401,7 @@ class _Shard(NamedTuple):
             for _, offset, size, label in self.walk.rows.tolist():
                 data = os.pread(self.descriptor, size, offset)
                 header = os.pread(self.descriptor, 100, offset - BLOCK)
-                member = escaped(header.partition(b"\0")[0].decode("utf-8", "surrogateescape"))
+                member = printable(header.partition(b"\0")[0].decode("utf-8", "surrogateescape"))
                 yield _Sample(data, label, self.url, f"{self.url}:{member}", self.epoch)
         finally:
             os.close(self.descriptor)

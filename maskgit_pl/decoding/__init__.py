@@ -30,11 +30,13 @@ if TYPE_CHECKING:
         Predictor,
         class_predictor,
     )
+    from maskgit_pl.decoding.recipe_file import RECIPE_FORMAT, read_recipe
     from maskgit_pl.decoding.sampling import CodeSampling
     from maskgit_pl.decoding.sequential import ClassNextPredictor, NextPredictor, SequentialDecoder, decode_in_order
 
 __all__ = [
     "RASTER",
+    "RECIPE_FORMAT",
     "CachedPredictor",
     "CachingNetwork",
     "ClassNextPredictor",
@@ -57,6 +59,7 @@ __all__ = [
     "class_predictor",
     "decode_classes",
     "decode_in_order",
+    "read_recipe",
 ]
 
 _NAMES = {
@@ -76,6 +79,7 @@ _NAMES = {
         "Predictor",
         "class_predictor",
     ),
+    "recipe_file": ("RECIPE_FORMAT", "read_recipe"),
     "sampling": ("CodeSampling",),
     "sequential": ("ClassNextPredictor", "NextPredictor", "SequentialDecoder", "decode_in_order"),
 }

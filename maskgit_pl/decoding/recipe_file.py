@@ -6,32 +6,36 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from maskgit_pl.checks import build_dataclass, check_keys, shorten
 from maskgit_pl.decoding.config import DecodingConfig
 from maskgit_pl.files import read_json
 
-__all__ = ["read_recipe"]
+__all__ = ["RECIPE_FORMAT", "read_recipe"]
 
-_FORMAT, _VERSION = "maskgit_pl.decoding", 1
+RECIPE_FORMAT, _VERSION = "maskgit_pl.decoding", 1
 
 
-def read_recipe(file: Path) -> DecodingConfig:
+def read_recipe(file: Path) -> tuple[DecodingConfig, dict[str, Any]]:
     """Reads how a model is decoded.
 
     Args:
         file: A ``decoding.json``.
+
+    Returns:
+        The decoding, whose names and ranges are checked when a decoder is built, and all that the file holds.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is not JSON, of another format or version, or has unknown keys or values of another type.
     """
     content = read_json(file)
-    if (content.get("format"), content.get("version")) != (_FORMAT, _VERSION):
+    if (content.get("format"), content.get("version")) != (RECIPE_FORMAT, _VERSION):
         found = f"{shorten(content.get('format'))}, version {shorten(content.get('version'))}"
         raise ValueError(
-            f"decoding {file}: format must be {_FORMAT!r}, version {_VERSION}, got {found}; `maskgit tune RUN` writes "
-            "such a file, RUN/pretrained/decoding.json"
+            f"decoding {file}: format must be {RECIPE_FORMAT!r}, version {_VERSION}, got {found}; `maskgit tune RUN` "
+            "writes such a file, RUN/pretrained/decoding.json"
         )
     check_keys(f"decoding {file}", content, known=content, required=("decoding",))
-    return build_dataclass(DecodingConfig, content["decoding"], f"decoding {file}: decoding")
+    return build_dataclass(DecodingConfig, content["decoding"], f"decoding {file}: decoding"), content

@@ -72,7 +72,9 @@ class Outline:
                 _size(network["num_classes"]) if network["class_dropout"] > 0 else None,
                 rows * columns,
                 network["attention"] == "causal",
-                read_recipe(tuned) if tuned.is_file() else build_dataclass(DecodingConfig, transformer["decoding"], ""),
+                read_recipe(tuned)[0]
+                if tuned.is_file()
+                else build_dataclass(DecodingConfig, transformer["decoding"], ""),
                 _size(tokenizer["image_size"]),
                 _size(vqgan["patch_size"]) * 2 ** (_size(len(vqgan["multipliers"])) - 1),
                 _size(vqgan["in_channels"]),

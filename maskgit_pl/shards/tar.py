@@ -13,13 +13,14 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-__all__ = ["BLOCK", "DamagedTarError", "Member", "escaped", "header_size", "read_members"]
+from maskgit_pl.text import printable
+
+__all__ = ["BLOCK", "DamagedTarError", "Member", "header_size", "read_members"]
 
 BLOCK = 512
 _END = bytes(2 * BLOCK)  # a tar ends with two blocks of zeros
 _WINDOW = 128 * BLOCK
 _MAX_EXTENDED_BYTES = 2**20  # of a long name or a pax header; a path has at most 4096
-_MAX_SHOWN = 120  # characters of a name in a message
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _KINDS: Mapping[bytes, Literal["file", "folder", "link", "device"]] = {
     b"0": "file", b"\0": "file", b"7": "file", b"5": "folder", b"1": "link", b"2": "link",
@@ -63,7 +64,9 @@ def read_members(descriptor: int) -> Iterator[Member]:
             offset += BLOCK + _padded(size)
             continue
         if kind_byte == b"S":
-            raise DamagedTarError(f"sparse member {escaped(name)} at byte {offset}; make the tar without sparse files")
+            raise DamagedTarError(
+                f"sparse member {printable(name)} at byte {offset}; make the tar without sparse files"
+            )
         if extended:
             name = _text(extended[b"path"]) if b"path" in extended else name
             size = _pax_size(extended[b"size"], offset) if b"size" in extended else size
@@ -82,12 +85,6 @@ def header_size(block: bytes) -> int | None:
     if len(block) != BLOCK or not _is_header(block, sum(block)):
         return None
     return _size(block)
-
-
-def escaped(name: str) -> str:
-    """A member's name as it may be shown: control characters and bytes that are no text escaped, not too long."""
-    shown = repr(name)[1:-1]
-    return shown if len(shown) <= _MAX_SHOWN else f"{shown[:_MAX_SHOWN]}..."
 
 
 class _Window:
@@ -128,7 +125,7 @@ class _Window:
         held = self.length - offset - BLOCK
         if size > held:
             stated = f"{size} bytes declared, the file ends after {held}"
-            raise DamagedTarError(f"cut off in member {escaped(name)} at byte {offset}: {stated}")
+            raise DamagedTarError(f"cut off in member {printable(name)} at byte {offset}: {stated}")
 
     def require_end(self, offset: int) -> None:
         """After the last member come zeros alone, two blocks at least."""
@@ -174,7 +171,7 @@ def _size(header: bytes) -> int:
     try:
         return _number(header[124:136])
     except ValueError as error:
-        raise DamagedTarError(f"member {escaped(_name(header))}: its length is no number") from error
+        raise DamagedTarError(f"member {printable(_name(header))}: its length is no number") from error
 
 
 def _number(field: bytes) -> int:

@@ -18,9 +18,10 @@ from maskgit_pl.shards.images import UnreadableImageError, check_whole, decode_i
 from maskgit_pl.shards.manifest import Manifest, Shard, Split, index_sha256, joined, load_manifest, splits_of
 from maskgit_pl.shards.parallel import run_jobs
 from maskgit_pl.shards.safe_open import open_regular
-from maskgit_pl.shards.tar import BLOCK, escaped
+from maskgit_pl.shards.tar import BLOCK
 from maskgit_pl.shards.tokens import TokenReader, read_description
 from maskgit_pl.shards.walk import Labels, ShardWalk, walk_shard
+from maskgit_pl.text import printable
 
 __all__ = ["BadFile", "Verified", "VerifiedStore", "verify_shards", "verify_store"]
 
@@ -195,7 +196,7 @@ def _bad_images(path: Path, shard: Shard, rows: npt.NDArray[np.void], *, decode:
         for _, offset, size, _ in rows.tolist():
             data = os.pread(descriptor, size, offset)
             member = os.pread(descriptor, 100, offset - BLOCK).rstrip(b"\0").decode("utf-8", "surrogateescape")
-            name = f"{shard.name}:{escaped(member)}"
+            name = f"{shard.name}:{printable(member)}"
             try:
                 check_whole(data, name=name)
                 if decode:

@@ -22,7 +22,8 @@ import numpy.typing as npt
 from maskgit_pl.shards.images import ImageHeader, UnreadableImageError, read_header
 from maskgit_pl.shards.manifest import INDEX_DTYPE, ImageRange
 from maskgit_pl.shards.safe_open import hash_file, open_regular
-from maskgit_pl.shards.tar import BLOCK, DamagedTarError, Member, escaped, read_members
+from maskgit_pl.shards.tar import BLOCK, DamagedTarError, Member, read_members
+from maskgit_pl.text import printable
 
 __all__ = [
     "IMAGE_EXTENSIONS",
@@ -106,7 +107,7 @@ class Labels:
 
 def counted(ignored: Mapping[str, int]) -> str:
     """Members by extension, the most frequent ones, as they may be shown."""
-    listed = [f"{count} {escaped(extension)}" for extension, count in Counter(ignored).most_common(5)]
+    listed = [f"{count} {printable(extension)}" for extension, count in Counter(ignored).most_common(5)]
     return ", ".join(listed + [f"{len(ignored) - 5} more kinds"] * (len(ignored) > 5))
 
 
@@ -321,7 +322,7 @@ class _Walk:
             sample.faults = (0 if has_label else _BIT[NO_LABEL]) | (0 if sample.offset >= 0 else _BIT[NO_IMAGE])
         self.num_faulty += sample.faults != 0
         if self.num_faulty > _MAX_FAULTY and not self.lenient:
-            first = next(iter(self.first.values()), escaped(sample.key))
+            first = next(iter(self.first.values()), printable(sample.key))
             raise DamagedTarError(f"more than {_MAX_FAULTY} samples with a fault (first {first})")
         key = hash(sample.key)
         self.runs.extend((key, sample.place, sample.offset, sample.size, sample.label, sample.shape, sample.faults))
@@ -333,7 +334,7 @@ class _Walk:
             self.first[fault] = called if not reason else reason if called in reason else f"{called}: {reason}"
 
     def _called(self, member: Member) -> str:
-        return f"{self.shard}:{escaped(member.name)}"
+        return f"{self.shard}:{printable(member.name)}"
 
     def _mark_repeated(
         self, keys: npt.NDArray[np.int64], bits: npt.NDArray[np.int64], runs: npt.NDArray[np.int64]
@@ -367,7 +368,7 @@ class _Walk:
     def _called_at(self, place: int) -> str:
         """A sample's first member by its header, which lies before its payload."""
         name = os.pread(self.descriptor, 100, place - BLOCK).partition(b"\0")[0]
-        return f"{self.shard}:{escaped(name.decode('utf-8', 'surrogateescape'))}"
+        return f"{self.shard}:{printable(name.decode('utf-8', 'surrogateescape'))}"
 
 
 def _packed(header: ImageHeader) -> int:
