@@ -154,7 +154,7 @@ def kill_in_saving(folder: Path, number: int) -> None:
                 sys.stderr.write(f"killed at {event} {os.fspath(given[0])}\n")
                 sys.stderr.flush()
                 os.kill(os.getpid(), signal.SIGKILL)
-        begun[0] = begun[0] or (event == "os.rename" and str(folder) in os.fspath(given[0]))
+        begun[0] = begun[0] or (event == "os.rename" and Path(os.fspath(given[1])).parent == folder)
 
     sys.addaudithook(look)
 

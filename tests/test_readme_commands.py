@@ -25,6 +25,7 @@ PARSED_ONLY = {
     "compare": "measures whole runs",
     "evaluate": "measures whole runs",
     "ablation": "trains seven models",
+    "figure": "times decoding for minutes",
     "train": "trains",
     "tokenize": "comes before training",
     "slurm": "needs a cluster",

@@ -103,7 +103,8 @@ def test_the_sequential_baseline_is_laid_over_any_recipe(tiny_shards, tiny_pretr
     assert "log.yaml: causal attention has no use for model.mask_schedule" in caplog.text
     config = yaml.safe_load((tmp_path / "transformer" / "config.yaml").read_text())["model"]
     assert (config["label_smoothing"], config["network"]["attention"]) == (0.1, "causal")
-    assert config["decoding"] == {"guidance": "constant", "sampling_temperature": 1.0}
+    plain = {"guidance": "constant", "sampling_temperature": 1.0, "top_k": None, "top_p": None}
+    assert config["decoding"] == plain
 
 
 @pytest.mark.slow
