@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from maskgit_pl.cli.measuring import (
     Bars,
     add_run_arguments,
+    check_wanted,
     decoding_spec,
     decoding_specs,
     default_steps,
@@ -21,6 +22,7 @@ from maskgit_pl.cli.measuring import (
     ready,
     step_numbers,
 )
+from maskgit_pl.cli.model import naming_flags
 
 if TYPE_CHECKING:
     from maskgit_pl.cli.measuring import Judge, RunFolders
@@ -78,13 +80,14 @@ def run(args: argparse.Namespace) -> int:
     wanted = None if args.selectors == "all" else decoding_specs("--selectors", args.selectors)
     guidance = None if args.guidance is None else decoding_spec("--guidance", args.guidance)
     folders = find_run(args)
+    with naming_flags(args):
+        check_wanted(folders, "compare", numbers=numbers, selectors=wanted)
     from maskgit_pl.evaluation.decoders.comparison import contenders
     from maskgit_pl.evaluation.decodings import with_steps
     from maskgit_pl.evaluation.protocol import Protocol, check_decoding
 
     protocol = Protocol(args.num_images, seed=args.seed, batch_size=args.batch)
     pipe = open_model(folders, args)
-    pipe.transformer.schedule_for("compare")
     base = _with_guidance(pipe, guidance)
     work = []
     # the quick ones first: what was measured when a person looks is of use

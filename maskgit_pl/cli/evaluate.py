@@ -23,7 +23,7 @@ from maskgit_pl.cli.measuring import (
     open_model,
     progress_bars,
 )
-from maskgit_pl.cli.model import check_at_least
+from maskgit_pl.cli.model import check_at_least, naming_flags, read_outline
 from maskgit_pl.cli.outputs import check_outputs
 from maskgit_pl.cli.showing import write_gif
 
@@ -88,6 +88,9 @@ def run(args: argparse.Namespace) -> int:
     check_cas_arguments(args)
     specs = feature_specs(args.features)
     folders = find_run(args)
+    with naming_flags(args):
+        outline = read_outline(folders.pretrained)
+        outline.check_decoding(outline.decoding_with(num_steps=args.num_steps))
     from maskgit_pl.evaluation.protocol import Protocol, check_decoding
     from maskgit_pl.evaluation.ranks import process_group
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from maskgit_pl.checks import check_number, shorten
-from maskgit_pl.cli.model import add_device_argument, check_at_least, device_of
+from maskgit_pl.cli.model import add_device_argument, check_at_least, device_of, read_outline
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +38,7 @@ __all__ = [
     "add_worker_argument",
     "cas_config",
     "check_cas_arguments",
+    "check_wanted",
     "decoding_spec",
     "decoding_specs",
     "default_steps",
@@ -263,6 +264,31 @@ def find_run(args: argparse.Namespace) -> RunFolders:
         raise FileNotFoundError(f"data {path}: no such folder; name one with --data")
     real = home.absolute().parent / f"{path.absolute().name}-classifier"  # one judge for all runs of the data
     return RunFolders(pretrained, home, path, args.classifier or real / "small", real)
+
+
+def check_wanted(
+    folders: RunFolders, task: str, *, numbers: Sequence[int] | None, selectors: Sequence[Any] | None
+) -> None:
+    """Checks what is to be compared with the outline of the model, before torch is imported and weights are read.
+
+    Args:
+        folders: Those of the run.
+        task: What the command does, for the error.
+        numbers: Numbers of steps, of ``--num-steps``.
+        selectors: Names and mappings of token selectors, of ``--selectors``.
+
+    Raises:
+        ValueError: if the model is sequential, has fewer tokens than steps, or a selector is unknown.
+    """
+    from maskgit_pl.decoding.limits import check_num_steps
+    from maskgit_pl.selectors import token_selectors
+
+    outline = read_outline(folders.pretrained)
+    outline.check_parallel(task)
+    for number in numbers or ():
+        check_num_steps(number, outline.num_tokens)
+    for spec in selectors or ():
+        token_selectors.build(spec)
 
 
 def open_model(folders: RunFolders, args: argparse.Namespace) -> MaskGIT:

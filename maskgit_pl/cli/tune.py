@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from maskgit_pl.cli.measuring import (
     Bars,
     add_run_arguments,
+    check_wanted,
     decoding_specs,
     default_steps,
     find_run,
@@ -20,7 +21,7 @@ from maskgit_pl.cli.measuring import (
     ready,
     step_numbers,
 )
-from maskgit_pl.cli.model import check_at_least
+from maskgit_pl.cli.model import check_at_least, naming_flags
 
 if TYPE_CHECKING:
     from maskgit_pl.cli.measuring import Judge, RunFolders
@@ -86,13 +87,14 @@ def run(args: argparse.Namespace) -> int:
     wanted = None if args.selectors == "all" else decoding_specs("--selectors", args.selectors)
     _check_numbers(args)
     folders = find_run(args)
+    with naming_flags(args):
+        check_wanted(folders, "tune", numbers=numbers, selectors=wanted)
     from maskgit_pl.evaluation.decoders.search_space import check_search
     from maskgit_pl.evaluation.decoders.tuning import key_of
 
     key_of(args.metric)
     check_search(args.search)
     pipe = open_model(folders, args)
-    pipe.transformer.schedule_for("tune")
     space = _space(pipe, wanted, numbers)
     if args.dry_run:
         _print_trials(space, args)

@@ -183,15 +183,23 @@ NO_TORCH = [
     ["schedules", "--schedule", "cosin"],
     ["schedules", "--num-steps", "300"],
     ["schedules", "--plot", "x.xyz"],
+    ["evaluate", RUN, "--data", DATA, "--num-steps", "17"],
+    ["compare", RUN, "--data", DATA, "--num-steps", "4,17"],
+    ["compare", RUN, "--data", DATA, "--selectors", "remdn"],
+    ["tune", RUN, "--data", DATA, "--num-steps", "17"],
+    ["tune", RUN, "--data", DATA, "--selectors", "remdn"],
 ]
 
 
-def test_what_needs_no_weights_is_refused_without_torch(tiny_pretrained: Path, image: Path, tmp_path: Path) -> None:
+def test_what_needs_no_weights_is_refused_without_torch(
+    tiny_pretrained: Path, tiny_shards: Path, image: Path, tmp_path: Path
+) -> None:
     from PIL import Image
 
     Image.new("L", (12, 12)).save(tmp_path / "large.png")
     (tmp_path / "other.json").write_text('{"steps": 8}')
     places = {RUN: tiny_pretrained, IMAGE: image, "OTHER": tmp_path / "other.json", "LARGE": tmp_path / "large.png"}
+    places[DATA] = tiny_shards
     commands = [
         [str(places.get(word, word)).replace(RUN, str(tiny_pretrained)) for word in words] for words in NO_TORCH
     ]
