@@ -96,10 +96,25 @@ def _count_ctrl_c(reader: int) -> None:
     os.close(reader)
 
 
+_fork = threading.local()  # the signal mask from before a fork, in the thread that forks
+
+
+def _hold_signals() -> None:
+    """Holds signals back over a fork: until it is set up, the new process would write its own to this one's pipe."""
+    is_listening = _Flag.process == os.getpid()
+    _fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if is_listening else None
+
+
+def _release_signals() -> None:
+    if _fork.mask is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, _fork.mask)
+
+
 def _leave_signals_to_parent() -> None:
     """Has a forked process not write its signals to the parent's pipe."""
-    if _Flag.process not in (-1, os.getpid()):
+    if _fork.mask is not None:
         signal.set_wakeup_fd(-1)
+    _release_signals()
 
 
-os.register_at_fork(after_in_child=_leave_signals_to_parent)
+os.register_at_fork(before=_hold_signals, after_in_parent=_release_signals, after_in_child=_leave_signals_to_parent)

@@ -52,6 +52,24 @@ def test_one_ctrl_c_sets_the_flag_also_if_workers_get_it_too():
     assert send(0) == (75, [FIRST])
 
 
+def test_signals_to_a_process_that_is_being_forked_are_not_the_parents():
+    """The new process gets one before it is set up; it is its own."""
+    code = """
+import os, signal, sys, time
+os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGINT))  # those registered first run first
+from maskgit_pl import interruption
+with interruption.listening():
+    for _ in range(20):
+        if os.fork() == 0:
+            os._exit(0)
+        os.wait()
+    time.sleep(0.2)
+    sys.exit(int(interruption.is_requested()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("state", ["runs", "blocked"])
 def test_a_second_ctrl_c_ends_at_once_with_130(state):
     begun = time.monotonic()

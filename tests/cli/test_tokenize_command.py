@@ -173,7 +173,10 @@ def test_a_store_in_the_run_s_own_folder_stays_there(environment, tiny_shards, t
     assert not (tmp_path / "tokens").exists()
 
 
-def test_a_recipe_that_reads_images_makes_no_tokens(environment, tiny_shards, tiny_pretrained, tmp_path, capsys):
-    assert main(words(tiny_shards, tiny_pretrained / "tokenizer", tmp_path, "--data.source=images")) == 0
-    assert "data.source images: stage 2 reads no tokens; nothing to do" in capsys.readouterr().out
+def test_a_recipe_that_reads_images_makes_no_tokens(environment, tiny_shards, tiny_pretrained, tmp_path, caplog):
+    environment.setattr(logging.getLogger("maskgit_pl"), "propagate", True)
+    environment.setattr("maskgit_pl.cli._log_to", lambda stream: None)
+    with caplog.at_level(logging.INFO, "maskgit_pl"):
+        assert main(words(tiny_shards, tiny_pretrained / "tokenizer", tmp_path, "--data.source=images")) == 0
+    assert "data.source images: stage 2 reads no tokens; nothing to do" in caplog.messages
     assert list(tmp_path.iterdir()) == []
