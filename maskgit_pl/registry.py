@@ -197,7 +197,7 @@ class Registry(Generic[T]):
             raise PluginError(f"{text}; announced by {' and '.join(map(str, announced))}") from error
 
     def _plugins(self) -> dict[str, list[_Plugin]]:
-        """What installed packages announce, by name; a name that is registered here is not theirs to take."""
+        """Returns the entry points of installed packages by name, without names that are registered here."""
         found: dict[str, list[_Plugin]] = {}
         for plugin in _announced(self.group):
             name = plugin.point.name

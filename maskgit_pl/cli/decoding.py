@@ -56,7 +56,7 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def decoding_settings(args: argparse.Namespace) -> DecodingSettings:
-    """What the flags of ``add_decoding_arguments`` say.
+    """Reads the flags of ``add_decoding_arguments``.
 
     Raises:
         FileNotFoundError: No such ``--decoding`` file.

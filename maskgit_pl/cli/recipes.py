@@ -131,7 +131,7 @@ class Recipe:
 
     @classmethod
     def of(cls, stage: Stage, files: Sequence[Layer], words: Sequence[str] = ()) -> Recipe:
-        """As ``read``, from layers in place of files."""
+        """Checks and merges layers that are read already; see ``read``."""
         kind = _kind(stage, files, words)
         left_out: dict[str, list[str]] = {}
         if kind == "autoregressive":
@@ -445,7 +445,7 @@ def _group(schema: Schema) -> Mapping[str, Schema] | None:
 
 
 def _takes_spec(schema: Schema) -> bool:
-    """Whether a value names a registered thing, or spells it out as a mapping."""
+    """Returns whether a value names a registered thing, or spells it out as a mapping."""
     return any(each.get("type") == "object" and "properties" not in each for each in schema.get("anyOf", (schema,)))
 
 

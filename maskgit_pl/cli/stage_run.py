@@ -47,7 +47,7 @@ MODULES: dict[str, type[LightningModule]] = {
     "transformer": MaskedTokenModel,
     "autoregressive": AutoregressiveModel,
 }
-"""What each kind of recipe trains."""
+"""The module that each kind of recipe trains."""
 
 
 class StageRun:

@@ -1,4 +1,4 @@
-"""How many steps an image can take, and how many tokens each of them may decide.
+"""Limits of the number of decoding steps, and of the tokens that each of them may decide.
 
 Used by ``ParallelDecoder``, and by ``DecodingConfig.check``, which refuses a wrong number without importing torch.
 """

@@ -144,7 +144,7 @@ class Accuracy:
 
     @classmethod
     def of_hits(cls, hits: Tensor, images: int) -> Accuracy:
-        """Of (2,) int64: how many images were right, and how many were among the 5 likeliest."""
+        """(2,) int64: images that were right, and images whose class was among the 5 likeliest."""
         top1, top5 = (hits.double() / images).tolist()
         return cls(top1, top5, images)
 

@@ -60,7 +60,7 @@ _UNREADABLE = (  # what the loaders raise on a file that is damaged or hostile
 
 
 class TensorInfo(NamedTuple):
-    """What the header of a safetensors file says of a tensor.
+    """A tensor as the header of a safetensors file describes it.
 
     Attributes:
         dtype: In the words of the format, e.g. ``F32``.

@@ -1,4 +1,4 @@
-"""What may be said of a generation or an edit: names, types, and the checks that come before any work.
+"""Settings of a generation or an edit: names, types, and the checks that come before any work.
 
 torch is imported by ``as_output`` alone: the command line makes the same checks before it loads anything.
 """

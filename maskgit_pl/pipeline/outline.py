@@ -1,4 +1,4 @@
-"""What must be known of a model to check a request: classes, sizes, and how it decodes.
+"""The facts of a model by which a request is checked: classes, sizes, and how it decodes.
 
 ``MaskGIT`` knows it from its networks. The command line reads it from the JSON files of a pretrained folder, without
 torch, and so refuses an unknown class or too many steps before it loads anything.
@@ -30,7 +30,7 @@ __all__ = ["Outline"]
 
 @dataclass(frozen=True)
 class Outline:
-    """What a request to a model is checked by.
+    """The facts of a model by which a request is checked.
 
     Args:
         class_names: One for each class.

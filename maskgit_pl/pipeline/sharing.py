@@ -1,4 +1,4 @@
-"""Where a pretrained folder is: in a run, by itself, or on the Hugging Face Hub, from where it is fetched.
+"""Finds a pretrained folder: in a run, by itself, or on the Hugging Face Hub, from where it is fetched.
 
 ``ModelHubMixin`` does not fit: it reads the arguments of ``__init__`` and writes them into a ``config.json`` of its
 own, and the arguments of a pipeline are networks. ``snapshot_download`` and ``upload_folder`` are all that is needed.

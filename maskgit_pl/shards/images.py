@@ -332,7 +332,7 @@ class _Chunk(NamedTuple):
     end: int
 
     def is_intact(self, data: bytes) -> bool:
-        """Whether the checksum is right."""
+        """True if the checksum is right."""
         stated = int.from_bytes(data[self.end : self.end + 4], "big")
         return zlib.crc32(memoryview(data)[self.start - 4 : self.end]) == stated
 
@@ -504,7 +504,7 @@ def _check_jpeg(data: bytes, name: str) -> None:
 
 
 def _has_more_scans(data: bytes, head: list[_Marker]) -> bool:
-    """Whether the first scan of a JPEG leaves something to others: bits, coefficients or colours."""
+    """Returns whether the first scan of a JPEG leaves something to others: bits, coefficients or colours."""
     frames = [marker for marker in head if marker.code in _FRAMES]
     if len(frames) != 1 or frames[0].code > 0xC1:  # not baseline
         return True
@@ -596,13 +596,13 @@ def _undecodable(name: str, error: Exception) -> UnreadableImageError:
 
 
 def _first_words(error: Exception) -> str:
-    """What an error of another package says, on one line and without its place in C++."""
+    """Returns the text of another package's error in one line, without its place in C++."""
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     return printable(_SOURCE_LINE.sub("", first)[:200])
 
 
 def _kind_of_fault(data: bytes) -> Reason:
-    """What is wrong with bytes that cannot be opened, by the first 12 of them."""
+    """Says what is wrong with bytes that cannot be opened, by the first 12 of them."""
     if not data:
         return "empty"
     ours = data.startswith((_JPEG, _PNG)) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")

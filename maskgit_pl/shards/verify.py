@@ -47,7 +47,7 @@ class Verified:
 
 @dataclass(frozen=True)
 class VerifiedStore:
-    """What of a token store was read, whether it names hashes to compare with, and what of it is bad."""
+    """The result of reading a token store: its files, whether it has hashes, and what is bad."""
 
     rows: int
     bytes: int

@@ -152,7 +152,7 @@ class _Plan:
         return self.folder / f"{split}-{shard:06d}.tar"
 
     def left_out_path(self, split: Split, shard: int) -> Path:
-        """Of the list of a shard's images that cannot be read, until all shards are made."""
+        """Returns the path of the list of a shard's unreadable images, until all shards are made."""
         return self.folder / f".left-out-{split}-{shard:06d}"
 
     def shards(self, split: Split) -> range:

@@ -177,7 +177,7 @@ class SavedTensor:
 
     @property
     def is_scalar(self) -> bool:
-        """Whether it has no dimensions.
+        """True if it has no dimensions.
 
         Raises:
             ValueError: if the files do not hold it.

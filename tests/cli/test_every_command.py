@@ -1,4 +1,4 @@
-"""What holds for every command alike: devices, output files, and what texts say of commands."""
+"""Rules that hold for every command: devices, output files, and the commands that texts name."""
 
 import argparse
 import ast
@@ -231,7 +231,7 @@ def texts() -> Iterator[tuple[str, str]]:
 
 
 def named(tool: str) -> set[tuple[str, str]]:
-    """What stands in backticks after the name of a tool, and where."""
+    """Returns what stands in backticks after the name of a tool, and where."""
     found = ((where, each) for where, text in texts() for each in re.findall(rf"`{tool} ([^`]+)`", text))
     return {(where, " ".join(each.split())) for where, each in found}
 
