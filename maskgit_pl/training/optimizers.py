@@ -43,7 +43,7 @@ class LearningRate:
     final_fraction: float = 0.0
 
     def __post_init__(self) -> None:
-        check_number("learning_rate.peak", self.peak, "(0, 10]")
+        check_number("learning_rate.peak", self.peak, "(0, inf)")
         check_integer("learning_rate.warmup_steps", self.warmup_steps, "[0, 9e18]")
         check_choice("learning_rate.decay", self.decay, ("constant", "cosine"))
         check_number("learning_rate.final_fraction", self.final_fraction, "[0, 1]")

@@ -34,7 +34,7 @@ TAKEN: dict[str, set[float]] = {
     "trainer.log_every_n_steps": STEPS,
     "trainer.gradient_clip_val": {1.5, 2**40, 2**70, 1e300},
     "model.gradient_clip": {1.5, 2**40, 2**70, 1e300},
-    "model.learning_rate.peak": {1.5},
+    "model.learning_rate.peak": {1.5, 2**40, 2**70, 1e300},
     "model.learning_rate.warmup_steps": ANY_COUNT,
     "model.learning_rate.final_fraction": {0},
     "model.weight_decay": {0, 1.5},
