@@ -115,7 +115,7 @@ def refused_or_read(stage: Any, base: Layer, file: Path, words: list[str]) -> Re
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
-@pytest.mark.parametrize("every", [47, pytest.param(23, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [97, pytest.param(23, marks=pytest.mark.slow)])
 def test_no_recipe_and_no_flag_runs_code(
     every: int, stage: Any, tmp_path: Path, awake: Callable[[], bool], tiny_shards: Path, tiny_pretrained: Path
 ) -> None:
