@@ -156,7 +156,8 @@ def build_dataclass(kind: type[T], values: object, where: str) -> T:
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{where} must be a mapping, got {shorten(values)}")
-    own: dict[str, Field[Any]] = {field.name: field for field in fields(kind) if field.init}  # type: ignore[arg-type]
+    every = fields(kind)  # type: ignore[arg-type]  # a dataclass, which a type variable cannot say
+    own: dict[str, Field[Any]] = {field.name: field for field in every if field.init}
     required = [n for n, field in own.items() if field.default is MISSING and field.default_factory is MISSING]
     check_keys(where, values, known=own, required=required)
     schemas = _schemas(kind)
