@@ -41,17 +41,17 @@ def listening() -> Iterator[None]:
     os.set_blocking(writer, False)
     told_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=_count_ctrl_c, args=(reader,), name="Ctrl-C", daemon=True).start()
-    # A job's script may start its tasks with signals blocked: one that came too early comes now, and one that comes
-    # when all is done does not spoil the exit code.
+    # A job's script may start its tasks with signals blocked: one that came too early comes now.
     blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
         yield
     finally:
         signal.set_wakeup_fd(told_before)
         os.close(writer)  # ends the thread
-        for number, handler in before.items() if not _Flag.is_set else ():  # one more must not spoil the exit code
-            if number not in blocked:
-                signal.signal(number, handler)
+        # A signal that arrives when all is done must not change the exit code: as the interpreter ends, it gives a
+        # signal with a Python handler its default action back, which kills. An ignored signal stays ignored.
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_IGN if _Flag.is_set or number in blocked else handler)
 
 
 def is_requested() -> bool:

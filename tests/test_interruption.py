@@ -1,5 +1,6 @@
 """Signals to a process that listens, as it runs and as it waits for something that does not come."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -89,3 +90,27 @@ except KeyboardInterrupt:
     sys.exit(3)
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 3
+
+
+@pytest.mark.parametrize(("way", "code"), [("a job's script blocked them", 0), ("it was asked to stop", 75)])
+def test_signals_until_the_process_is_gone_do_not_change_the_exit_code(way, code):
+    """The interpreter takes a while to end, and Slurm sends its signal when the time comes, not when it suits."""
+    listen = """
+import os, signal, sys
+from maskgit_pl import interruption
+if sys.argv[1] == "0":
+    signal.pthread_sigmask(signal.SIG_BLOCK, interruption.SIGNALS)
+with interruption.listening():
+    if sys.argv[1] == "75":
+        os.kill(os.getpid(), signal.SIGUSR1)
+objects = [[number] for number in range(1_000_000)]  # to be freed at the end
+print("done", flush=True)
+sys.exit(int(sys.argv[1]))
+"""
+    with subprocess.Popen([sys.executable, "-c", listen, str(code)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "done\n", way
+        while process.poll() is None:
+            process.send_signal(signal.SIGUSR1)
+            process.send_signal(signal.SIGTERM)
+    assert process.returncode == code
