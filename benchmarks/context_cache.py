@@ -23,8 +23,8 @@ from torch import Tensor
 from maskgit_pl.decoding import DecodingConfig, decode_classes
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.pretrained import load_transformer
+from maskgit_pl.provenance import describe_environment
 from maskgit_pl.schedules import mask_schedules
-from maskgit_pl.training.environment import describe_environment
 
 _VALUES = (1, 2, 4)
 _STEPS = 8

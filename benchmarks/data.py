@@ -26,13 +26,14 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from maskgit_pl.data import GlobalOrder, ImageBatches, ShuffledStream, TokenBatches, to_unit_range
+from maskgit_pl.data import GlobalOrder, ImageBatches, ShuffledStream, TokenBatches
 from maskgit_pl.data.batches import loader
+from maskgit_pl.imaging import to_unit_range
+from maskgit_pl.provenance import describe_environment
 from maskgit_pl.shards.index import find_shards, index_shards
 from maskgit_pl.shards.manifest import load_manifest
 from maskgit_pl.shards.reader import ShardReader
 from maskgit_pl.shards.tokens import StoreDescription, StoreParts, TokenReader, open_store
-from maskgit_pl.training.environment import describe_environment
 
 _SIDE = 256  # of the images that a model gets
 _SOURCES = {"256 x 256": (256, 256), "500 x 375": (500, 375)}  # width and height as stored

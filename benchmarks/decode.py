@@ -28,15 +28,15 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from maskgit_pl.cli.measuring import find_run, open_data
 from maskgit_pl.decoding import FirstStepLogits, ParallelDecoder, SequentialDecoder, decode_classes, decode_in_order
+from maskgit_pl.decoding.guidance import guidance_scales, guidance_schedules
+from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.evaluation.classifier import obtain_classifier
-from maskgit_pl.guidance import guidance_scales, guidance_schedules
 from maskgit_pl.networks.causal import CausalTransformer
 from maskgit_pl.networks.int8 import quantized
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.pipeline import MaskGIT
+from maskgit_pl.provenance import describe_environment
 from maskgit_pl.schedules import mask_schedules
-from maskgit_pl.selectors import token_selectors
-from maskgit_pl.training.environment import describe_environment
 
 Decode = Callable[[], Tensor]
 """Decodes a batch and gives its tokens (B, N)."""

@@ -24,10 +24,10 @@ from typing import TypeVar
 import torch
 from measuring import markdown_table, processor
 
+from maskgit_pl.imaging import image_grid, save_png
 from maskgit_pl.importers.released import import_jax
 from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.training.environment import describe_environment
-from maskgit_pl.training.pictures import image_grid, save_png
+from maskgit_pl.provenance import describe_environment
 
 _RECIPE = Path(__file__).parents[1] / "tests" / "golden" / "recipe.py"
 _SEED = "31"

@@ -23,15 +23,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from maskgit_pl.estimates.collectives import CountedCollectives
+from benchmarks.collectives import CountedCollectives
 from maskgit_pl.estimates.run import step_time
 from maskgit_pl.estimates.sharding import FLOAT, HALF, Group, Strategy, Traffic, ddp_traffic, fsdp_traffic, group_of
 from maskgit_pl.estimates.transformer import Precision, block_group, mean_masked, root_group, step_flops
 from maskgit_pl.networks.discriminator import Discriminator, DiscriminatorConfig
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
+from maskgit_pl.provenance import describe_environment
 from maskgit_pl.schedules import mask_schedules
-from maskgit_pl.training.environment import describe_environment
 from maskgit_pl.training.strategies import shard_blocks
 
 PAPER = TransformerConfig(1024, 1000, (16, 16), class_dropout=0.0)

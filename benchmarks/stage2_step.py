@@ -30,8 +30,8 @@ from maskgit_pl.data import Batch
 from maskgit_pl.masking import MaskSampler
 from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
+from maskgit_pl.provenance import describe_environment
 from maskgit_pl.schedules import mask_schedules
-from maskgit_pl.training.environment import describe_environment
 from maskgit_pl.training.optimizers import LearningRate
 
 Precision = Literal["fp32", "bf16"]

@@ -26,17 +26,18 @@ from measuring import markdown_table, processor
 from torch import Tensor, nn
 from webdataset import TarWriter
 
-from maskgit_pl.cli.fit import build
-from maskgit_pl.cli.recipes import Plan, Recipe, recipes_folder
-from maskgit_pl.cli.stage_run import StageRun
-from maskgit_pl.data import Batch, to_unit_range, tokenize
+from maskgit_pl.data import Batch, tokenize
+from maskgit_pl.imaging import to_unit_range
 from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pretrained import load_tokenizer, save_tokenizer
+from maskgit_pl.provenance import describe_environment
+from maskgit_pl.runs.build import StageRun
+from maskgit_pl.runs.fitting import build
+from maskgit_pl.runs.recipe import Plan, Recipe, recipes_folder
 from maskgit_pl.shards.images import encode_png
 from maskgit_pl.shards.index import find_shards, index_shards
 from maskgit_pl.training.ema import update_ema
-from maskgit_pl.training.environment import describe_environment
 from maskgit_pl.training.guards import clip_gradients
 
 Callbacks = Literal["ours", "none"]

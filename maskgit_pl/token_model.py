@@ -22,8 +22,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
 from maskgit_pl.checks import check_choice, check_number
-from maskgit_pl.data import Batch, flip, to_unit_range
+from maskgit_pl.data import Batch, flip
 from maskgit_pl.decoding import DecodingConfig, DecodingStep
+from maskgit_pl.imaging import to_unit_range
 from maskgit_pl.losses import masked_cross_entropy
 from maskgit_pl.networks.transformer import Transformer, TransformerConfig, Vocabulary
 from maskgit_pl.pretrained import (

@@ -24,7 +24,8 @@ from torchmetrics import MeanMetric, Metric
 
 from maskgit_pl import losses
 from maskgit_pl.checks import check_integer, check_number
-from maskgit_pl.data import Batch, flip, to_unit_range
+from maskgit_pl.data import Batch, flip
+from maskgit_pl.imaging import to_unit_range
 from maskgit_pl.networks.discriminator import Discriminator, DiscriminatorConfig
 from maskgit_pl.networks.features import FeatureOutput, feature_networks
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig

@@ -122,7 +122,7 @@ def _run(
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     from maskgit_pl.cli import main
-    from maskgit_pl.cli.stage_run import StageRun
+    from maskgit_pl.runs.build import StageRun
 
     own = StageRun._our_callbacks
     more = [Observer(file), Injection(faults)]
@@ -198,7 +198,7 @@ class Runs:
         self.given = list(words)
         self.global_batch = global_batch
         self.processes = multiprocessing.get_context("forkserver")
-        self.processes.set_forkserver_preload(["maskgit_pl.cli.fit"])
+        self.processes.set_forkserver_preload(["maskgit_pl.runs.fitting"])
 
     def words(self, name: str, topology: Topology, *more: str) -> list[str]:
         """The command of a run."""

@@ -8,13 +8,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from maskgit_pl.data import (
-    ShardData,
-    ShuffledStream,
-    flip,
-    to_unit_range,
-    tokenize,
-)
+from maskgit_pl.data import ShardData, ShuffledStream, flip, tokenize
+from maskgit_pl.imaging import to_unit_range
 from maskgit_pl.shards.images import encode_png
 from maskgit_pl.shards.index import find_shards, index_shards
 from maskgit_pl.shards.sources import Sample

@@ -20,8 +20,8 @@ from maskgit_pl.decoding import (
     decode_classes,
 )
 from maskgit_pl.decoding.predictors import guided
+from maskgit_pl.decoding.selectors import Candidates, Confidence, Random, TokenSelector
 from maskgit_pl.schedules import mask_schedules
-from maskgit_pl.selectors import Candidates, Confidence, Random, TokenSelector
 
 NUM_CODES, MASK = 7, 7
 CPU = torch.device("cpu")

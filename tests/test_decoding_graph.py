@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from maskgit_pl.decoding import ClassPredictor, DecodingConfig, GuidedPredictor, SeededNoise
+from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.schedules import mask_schedules
-from maskgit_pl.selectors import token_selectors
 from tests.conftest import random_transformer
 
 GRID, NUM_STEPS = (4, 4), 6

@@ -18,10 +18,10 @@ FLOORS = {  # a file or a folder -> its floor; a folder's files stand on its flo
     "locks": 0,
     "registry": 0,
     "text": 0,
+    "provenance": 0,
+    "distributed": 0,
     "randomness": 0,
     "schedules": 1,
-    "selectors": 1,
-    "guidance": 1,
     "networks": 1,
     "masking": 2,
     "decoding": 2,
@@ -29,15 +29,17 @@ FLOORS = {  # a file or a folder -> its floor; a folder's files stand on its flo
     "shards": 2,
     "pretrained": 2,
     "editing": 3,
-    "data": 3,
+    "imaging": 3,
+    "data": 4,
     "estimates": 3,
-    "training": 3,
-    "tokenizer": 4,
+    "training": 4,
+    "tokenizer": 5,
     "token_model": 5,
     "mvtm": 5,
     "autoregressive": 6,
     "pipeline": 7,
     "importers": 7,
+    "runs": 8,
     "evaluation": 8,  # it measures what the pipeline generates
     "cli": 9,
     "web": 9,
@@ -170,12 +172,12 @@ def forbidden(module: str) -> Iterator[str]:
             yield f"shell={off['shell']} (line {node.lineno})"
         if name in ("yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load", "yaml.unsafe_load_all"):
             plain = name == "yaml.load" and (off.get("Loader") or ast.unparse(node.args[-1])) == "_PlainLoader"
-            if not (plain and module == "cli/recipes"):
-                yield f"{name} other than with the plain loader of cli/recipes (line {node.lineno})"
+            if not (plain and module == "runs/recipe"):
+                yield f"{name} other than with the plain loader of runs/recipe (line {node.lineno})"
 
 
 def test_the_package_is_read():
-    assert {"registry", "shards/index", "cli/recipes", "networks/transformer"} <= set(MODULES)
+    assert {"registry", "shards/index", "runs/recipe", "networks/transformer"} <= set(MODULES)
     assert own("masking") == {"checks", "randomness", "schedules"}
     assert "torch" in {name.split(".")[0] for name in imported("randomness")}
 
@@ -233,7 +235,7 @@ def test_the_root_package_imports_nothing_of_its_own_when_it_is_imported():
         "subprocess.run(command, shell=True)",
         "yaml.load(text, Loader=yaml.Loader)",
         "yaml.load(text, yaml.Loader)",
-        "yaml.load(text, Loader=_PlainLoader)",  # elsewhere than in cli/recipes
+        "yaml.load(text, Loader=_PlainLoader)",  # elsewhere than in runs/recipe
         "yaml.unsafe_load(text)",
     ],
 )
@@ -271,7 +273,7 @@ def test_the_check_of_floors_finds_what_it_is_for(monkeypatch):
 
 def test_the_check_of_inner_folders_finds_what_it_is_for(monkeypatch):
     monkeypatch.setattr(
-        f"{__name__}.own", lambda module: {"evaluation/bench/ledger", "evaluation/ranks", "pipeline/model"}
+        f"{__name__}.own", lambda module: {"evaluation/bench/ledger", "evaluation/metrics", "pipeline/model"}
     )
     assert backwards("evaluation/metrics", INNER[0]) == [("evaluation/metrics", "evaluation/bench/ledger")]
     assert backwards("evaluation/paper/tables", INNER[0]) == []

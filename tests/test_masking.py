@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from maskgit_pl.decoding import ParallelDecoder, SeededNoise
+from maskgit_pl.decoding.selectors import Confidence
 from maskgit_pl.masking import MaskSampler
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
-from maskgit_pl.selectors import Confidence
 
 GLOBAL_BATCH = 64
 

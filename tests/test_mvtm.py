@@ -9,8 +9,9 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from torch.nn.functional import cross_entropy
 
-from maskgit_pl.data import Batch, to_unit_range, tokenize
+from maskgit_pl.data import Batch, tokenize
 from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.imaging import to_unit_range
 from maskgit_pl.masking import MaskSampler
 from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.transformer import TransformerConfig

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from maskgit_pl.cli import build_parser
-from maskgit_pl.cli.recipes import Recipe, recipe_files
+from maskgit_pl.runs.recipe import Recipe, recipe_files
 from tests.test_readme import README, ROOT, save_small_model
 
 # Commands that are not run here: the files that they read are not in the repository, or they take longer than a test.

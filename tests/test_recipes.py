@@ -7,12 +7,12 @@ import pytest
 import torch
 import yaml
 
-from maskgit_pl.cli.fit import fit
-from maskgit_pl.cli.recipes import Plan, Recipe, merged, read_yaml
 from maskgit_pl.networks.causal import CausalTransformer, build_transformer
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pretrained import load_tokenizer, load_transformer
+from maskgit_pl.runs.fitting import fit
+from maskgit_pl.runs.recipe import Plan, Recipe, merged, read_yaml
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 TINY = Path(__file__).parent / "tiny"

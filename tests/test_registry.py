@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from maskgit_pl.decoding import ParallelDecoder, SeededNoise
-from maskgit_pl.guidance import GuidanceSchedule, guidance_scales, guidance_schedules
+from maskgit_pl.decoding.guidance import GuidanceSchedule, guidance_scales, guidance_schedules
+from maskgit_pl.decoding.selectors import TokenSelector, token_selectors
 from maskgit_pl.networks.features import feature_networks
 from maskgit_pl.networks.quantizers import quantizers
 from maskgit_pl.registry import PluginError, Registry, describe, nearest
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
-from maskgit_pl.selectors import TokenSelector, token_selectors
 from tests.installed_packages import install
 
 ARGUMENTS = {"pow": {"exponent": 3.0}}  # what a name needs beyond its defaults

@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from maskgit_pl.decoding import ParallelDecoder
+from maskgit_pl.decoding.selectors import Confidence
 from maskgit_pl.schedules import mask_schedules, num_masked
-from maskgit_pl.selectors import Confidence
 
 
 def counts(spec: object, num_steps: int, num_tokens: int) -> list[int]:

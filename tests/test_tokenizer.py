@@ -15,7 +15,8 @@ from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader, IterableDataset
 
 from maskgit_pl import losses
-from maskgit_pl.data import Batch, to_unit_range
+from maskgit_pl.data import Batch
+from maskgit_pl.imaging import to_unit_range
 from maskgit_pl.networks.discriminator import DiscriminatorConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.tokenizer import AdversarialConfig, CodebookUse, PerceptualConfig, Tokenizer, _as_bytes

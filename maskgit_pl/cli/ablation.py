@@ -10,8 +10,8 @@ from pathlib import Path
 from maskgit_pl.cli.measuring import step_numbers
 from maskgit_pl.cli.model import device_of
 from maskgit_pl.cli.paper import add_measuring_arguments, measured_schedules, opened, write_schedules
-from maskgit_pl.cli.recipes import DEFAULT_DATASET, Recipe, recipe_files
 from maskgit_pl.errors import PreemptedError
+from maskgit_pl.runs.recipe import DEFAULT_DATASET, Recipe, recipe_files
 
 __all__ = ["add_parser", "run"]
 

@@ -128,7 +128,7 @@ def _compare(
 
     from maskgit_pl.evaluation.decoders.comparison import Rows, as_csv, as_markdown, as_table
     from maskgit_pl.files import write_atomically
-    from maskgit_pl.training.environment import describe_environment
+    from maskgit_pl.provenance import describe_environment
 
     with progress_bars() as bars:
         judge = ready(folders, pipe, data, bars, num_images=len(protocol.labels(data.num_classes)))
@@ -161,7 +161,7 @@ def _measure(
     bars: Bars,
 ) -> None:
     from maskgit_pl.evaluation.protocol import measure_decoding
-    from maskgit_pl.training.environment import describe_environment
+    from maskgit_pl.provenance import describe_environment
 
     commit = describe_environment()["commit"]
     batches = -(-len(protocol.labels(len(pipe.class_names))) // protocol.batch_size)
@@ -191,7 +191,7 @@ def _real(judge: Judge) -> dict[str, Any]:
 def _write_sheet(pipe: MaskGIT, rows: Rows, protocol: Protocol, path: Path, bars: Bars) -> None:
     from maskgit_pl.decoding import DecodingConfig
     from maskgit_pl.evaluation.decoders.comparison import selector_sheet, sheet_steps
-    from maskgit_pl.training.pictures import save_png
+    from maskgit_pl.imaging import save_png
 
     number = sheet_steps(rows.rows)
     decodings = {row["selector"]: DecodingConfig(**row["decoding"]) for row in rows.rows if row["num_steps"] == number}

@@ -426,9 +426,9 @@ def _draw_sheet(statistics: DataStatistics, out: Path) -> None:
     import numpy as np
     import torch
 
+    from maskgit_pl.imaging import image_grid, save_png
     from maskgit_pl.shards.images import load_square
     from maskgit_pl.shards.stats import images_of_classes
-    from maskgit_pl.training.pictures import image_grid, save_png
 
     summary = statistics.summary
     side = min(_SHEET_SIDE, summary.images.height[0], summary.images.width[0])

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from maskgit_pl.cli.examination import Check, Examination
+    from maskgit_pl.runs.preflight_checks import Check, Examination
 
 __all__ = ["add_parser", "run"]
 
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
     console = Console(highlight=False, soft_wrap=True)
     _say(console, f"Checking a {args.stage} run; a large model can take half a minute.")
-    examination = importlib.import_module("maskgit_pl.cli.examination")  # torch and lightning take seconds to import
+    examination = importlib.import_module("maskgit_pl.runs.preflight_checks")  # imports torch and lightning: seconds
 
     def on_check(check: Check) -> None:
         _list(console, [(check.state, check.name, check.text)], widths=(_STATE, _NAME))

@@ -91,8 +91,8 @@ def run(args: argparse.Namespace) -> int:
     with naming_flags(args):
         outline = read_outline(folders.pretrained)
         outline.check_decoding(outline.decoding_with(num_steps=args.num_steps))
+    from maskgit_pl.distributed import process_group
     from maskgit_pl.evaluation.protocol import Protocol, check_decoding
-    from maskgit_pl.evaluation.ranks import process_group
 
     with process_group() as several:
         if several and args.device is None:
@@ -116,10 +116,10 @@ def _evaluate(
 ) -> None:
     from rich.console import Console
 
+    from maskgit_pl.distributed import barrier, rank_and_world
     from maskgit_pl.evaluation.bench.bench import Bench, Subject
     from maskgit_pl.evaluation.bench.report import as_table, save_report
     from maskgit_pl.evaluation.lpips import load_lpips
-    from maskgit_pl.evaluation.ranks import barrier, rank_and_world
     from maskgit_pl.pipeline.card import refresh_card
 
     lpips = None if args.lpips is None else load_lpips(args.lpips, device=pipe.device)
@@ -216,8 +216,7 @@ def _write_pictures(
 ) -> None:
     import torch
 
-    from maskgit_pl.data import to_unit_range
-    from maskgit_pl.training.pictures import decode_images, image_grid, reconstruction_grid, save_png
+    from maskgit_pl.imaging import image_grid, reconstruction_grid, save_png, to_unit_range
 
     data, pipe = bench.data, subject.pipe
     classes = sorted({number * data.num_classes // _SHOWN_CLASSES for number in range(_SHOWN_CLASSES)})
@@ -233,7 +232,7 @@ def _write_pictures(
     originals = bench.real_images("val", _SHOWN_PAIRS)[0]
     with torch.inference_mode():
         tokens = pipe.tokenizer.network.encode(to_unit_range(originals.to(pipe.device)))
-    save_png(reconstruction_grid(originals, decode_images(pipe.tokenizer, tokens)), folder / "reconstructions.png")
+    save_png(reconstruction_grid(originals, pipe.tokenizer.decode(tokens)), folder / "reconstructions.png")
 
     shown = classes[:_ANIMATED]
     seeds = [seed + number for number in range(len(shown))]

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maskgit_pl.cli.recipes import STAGES, Layer, Plan, Recipe, Stage, read_run_config, read_yaml
 from maskgit_pl.locks import locked
+from maskgit_pl.runs.recipe import STAGES, Layer, Plan, Recipe, Stage, read_run_config, read_yaml
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
             wanted = "a complete one" if args.step is None else f"step {args.step}"
             raise FileNotFoundError(f"{plan.checkpoints}: {wanted} is needed, complete are: {there}")
         chosen.append(found[max(found) if args.step is None else args.step])
-    from maskgit_pl.cli.fit import export
+    from maskgit_pl.runs.fitting import export
 
     with locked(out, way_out="give another --out"):
         for plan, checkpoint in zip(plans, chosen, strict=True):

@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     editing.check_fits(header.height, header.width, image_size=size, fit=args.fit, name=name)
     outline.check_parallel("inpaint")
     check_settings(args, settings, outline)
-    from maskgit_pl.training.pictures import edit_sheet
+    from maskgit_pl.imaging import edit_sheet
 
     image = editing.image_pixels(args.image, channels=outline.channels)
     height, width = image.shape[-2:]

@@ -281,7 +281,7 @@ def check_wanted(
         ValueError: if the model is sequential, has fewer tokens than steps, or a selector is unknown.
     """
     from maskgit_pl.decoding.limits import check_num_steps
-    from maskgit_pl.selectors import token_selectors
+    from maskgit_pl.decoding.selectors import token_selectors
 
     outline = read_outline(folders.pretrained)
     outline.check_parallel(task)
@@ -486,7 +486,7 @@ def read_own_recipe(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: if it is no recipe. The message is one line.
     """
-    from maskgit_pl.cli.recipes import read_yaml
+    from maskgit_pl.runs.recipe import read_yaml
 
     if not file.is_file():
         return {}

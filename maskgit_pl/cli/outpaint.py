@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     outline.check_parallel("outpaint")
     check_settings(args, settings, outline)
     from maskgit_pl import editing
-    from maskgit_pl.training.pictures import edit_sheet
+    from maskgit_pl.imaging import edit_sheet
 
     image = editing.image_pixels(args.image, channels=outline.channels)
     pipe = open_pipe(folder, args)

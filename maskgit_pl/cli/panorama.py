@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         check_canvas(args.height or size, args.width, factor=outline.token_size, least=size)
     outline.check_parallel("panorama")
     check_settings(args, settings, outline)
-    from maskgit_pl.training.pictures import image_grid
+    from maskgit_pl.imaging import image_grid
 
     pipe = open_pipe(folder, args)
     with recorded_steps("panorama", args) as (after_step, steps):

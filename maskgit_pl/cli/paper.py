@@ -279,7 +279,7 @@ def _write_sheet(made: Opened, seed: int, path: Path) -> None:
     """A row a model and one of real images, a column a class."""
     import torch
 
-    from maskgit_pl.training.pictures import image_grid, save_png
+    from maskgit_pl.imaging import image_grid, save_png
 
     data = made.bench.data
     shown = min(data.num_classes, _SHOWN_CLASSES)
@@ -305,7 +305,7 @@ def _table_2(made: Opened, args: argparse.Namespace) -> None:
 
     from maskgit_pl.evaluation.bench.held_out import edit, masked
     from maskgit_pl.evaluation.paper.tables import TASKS, table_2
-    from maskgit_pl.training.pictures import image_grid, save_png
+    from maskgit_pl.imaging import image_grid, save_png
 
     rows = [
         row

@@ -88,7 +88,7 @@ def _labels(args: argparse.Namespace, outline: Outline) -> tuple[list[int], int 
 
 def _write(pipe: MaskGIT, classes: list[int], args: argparse.Namespace, settings: dict[str, Any]) -> None:
     """Generates ``--per-class`` images of each class and writes what was asked for."""
-    from maskgit_pl.training.pictures import image_grid
+    from maskgit_pl.imaging import image_grid
 
     per_class = args.per_class or _PER_CLASS
     labels = [label for label in classes for _ in range(per_class)]

@@ -74,7 +74,7 @@ def kept_after_each_step(schedule: MaskSchedule, *, num_tokens: int, num_steps: 
         ValueError: Fewer than one step, or more steps than tokens.
     """
     from maskgit_pl.decoding import ParallelDecoder
-    from maskgit_pl.selectors import token_selectors
+    from maskgit_pl.decoding.selectors import token_selectors
 
     decoder = ParallelDecoder(schedule, token_selectors.build("confidence"), num_steps=num_steps)
     return [num_tokens - masked for (masked,) in decoder.masked_counts([num_tokens], num_tokens)[1:]]

@@ -80,7 +80,7 @@ def write_decoding(
     """
     if not steps:
         return
-    from maskgit_pl.training.pictures import decode_images, decoding_filmstrip, shown_steps
+    from maskgit_pl.imaging import decoding_filmstrip, shown_steps
 
     grid = grid or pipe.tokenizer.grid
     if args.gif is not None:
@@ -88,7 +88,7 @@ def write_decoding(
         print(f"{args.gif}: how {len(steps[0].tokens)} of them are decoded")
     if args.filmstrip is not None:
         shown = shown_steps(steps, "filmstrip")
-        images = [decode_images(pipe.tokenizer, step.tokens[:1], grid=grid) for step in shown]
+        images = [pipe.tokenizer.decode(step.tokens[:1], grid=grid) for step in shown]
         write_picture(decoding_filmstrip(shown, images, grid=grid), args.filmstrip)
         print(f"{args.filmstrip}: how the first of them is decoded")
 
@@ -97,10 +97,10 @@ def write_gif(
     pipe: MaskGIT, steps: Sequence[DecodingStep], path: Path, *, captions: Sequence[str], grid: tuple[int, int]
 ) -> None:
     """Writes an animation of a decoding; arguments as of ``write_decoding``."""
-    from maskgit_pl.training.pictures import decode_images, decoding_frames, save_gif, shown_steps
+    from maskgit_pl.imaging import decoding_frames, save_gif, shown_steps
 
     shown = shown_steps(steps, "animation")
-    images = [decode_images(pipe.tokenizer, step.tokens, grid=grid) for step in shown]
+    images = [pipe.tokenizer.decode(step.tokens, grid=grid) for step in shown]
     captions = captions[: len(images[0])]
     frames = decoding_frames(shown, images, grid=grid, captions=captions, num_steps=len(steps))
     made_folder(path.parent)
@@ -109,7 +109,7 @@ def write_gif(
 
 def write_picture(picture: Image.Image, path: Path) -> None:
     """Writes a PNG; a folder that is not there is made, and named."""
-    from maskgit_pl.training.pictures import save_png
+    from maskgit_pl.imaging import save_png
 
     made_folder(path.parent)
     save_png(picture, path)
@@ -117,7 +117,7 @@ def write_picture(picture: Image.Image, path: Path) -> None:
 
 def write_images(images: Tensor, labels: Sequence[int | None], folder: Path, *, seed: int) -> None:
     """Writes each image into a file that its class and seed name; arguments as of ``image_grid`` and ``generate``."""
-    from maskgit_pl.training.pictures import save_png, to_pil
+    from maskgit_pl.imaging import save_png, to_pil
 
     made_folder(folder)
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):

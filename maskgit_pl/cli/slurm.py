@@ -20,8 +20,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from maskgit_pl.cli.recipes import Plan, recipes_folder
 from maskgit_pl.cli.train import add_run_arguments, plan_run
+from maskgit_pl.runs.recipe import Plan, recipes_folder
 
 __all__ = ["Submission", "add_parser", "plan_submission", "run_submit"]
 
@@ -329,7 +329,7 @@ def _check(plan: Plan, nodes: int, devices: int) -> str:
         FileNotFoundError: Something that it reads is missing.
     """
     log.info("%s: is checked as training will, some seconds ...", plan.stage_folder)
-    from maskgit_pl.cli.fit import build  # lightning and torch take seconds to import
+    from maskgit_pl.runs.fitting import build  # lightning and torch take seconds to import
     from maskgit_pl.training.checkpoint_files import newest_complete, step_of
     from maskgit_pl.training.strategies import check_accelerator
 

@@ -84,7 +84,8 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     device = _device(args.device, place.local_rank)
-    from maskgit_pl.data import to_unit_range, tokenize
+    from maskgit_pl.data import tokenize
+    from maskgit_pl.imaging import to_unit_range
     from maskgit_pl.pretrained import load_tokenizer
 
     tokenizer = load_tokenizer(folder)

@@ -8,8 +8,8 @@ import logging
 from pathlib import Path
 
 from maskgit_pl import interruption
-from maskgit_pl.cli.recipes import DEFAULT_DATASET, Layer, Plan, Recipe, read_run_config, read_yaml, recipe_files
 from maskgit_pl.registry import nearest
+from maskgit_pl.runs.recipe import DEFAULT_DATASET, Layer, Plan, Recipe, read_run_config, read_yaml, recipe_files
 
 __all__ = [
     "SHARED_TOKENS",
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     """Checks what needs no torch, then trains."""
     with interruption.listening():
         plan = plan_run(args)
-        from maskgit_pl.cli.fit import config_text, fit  # lightning and torch take seconds to import
+        from maskgit_pl.runs.fitting import config_text, fit  # lightning and torch take seconds to import
 
         if args.print_config:
             print(config_text(plan), end="")

@@ -246,7 +246,7 @@ def _write_recipe(
 ) -> None:
     from maskgit_pl.pipeline.card import refresh_card
     from maskgit_pl.pretrained import save_decoding
-    from maskgit_pl.training.environment import describe_environment
+    from maskgit_pl.provenance import describe_environment
 
     if found.winner.decoding == pipe.decoding:
         print(f"the model is decoded in the best way of {len(found.trials)} trials already: nothing is changed")

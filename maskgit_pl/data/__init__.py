@@ -1,6 +1,6 @@
 """Batches for training and validation, from shards of images or from a token store."""
 
-from maskgit_pl.data.batches import Batch, ImageBatches, TokenBatches, flip, to_unit_range
+from maskgit_pl.data.batches import Batch, ImageBatches, TokenBatches, flip
 from maskgit_pl.data.module import ShardData
 from maskgit_pl.data.order import GlobalOrder, OnceThrough, ShuffledStream, SplitOrder, WindowedStream, split_batch
 from maskgit_pl.data.stream import StreamConfig, StreamError
@@ -21,6 +21,5 @@ __all__ = [
     "describe_store",
     "flip",
     "split_batch",
-    "to_unit_range",
     "tokenize",
 ]

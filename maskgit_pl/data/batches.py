@@ -25,7 +25,7 @@ from maskgit_pl.shards.reader import ShardReader
 from maskgit_pl.shards.tokens import TokenReader
 from maskgit_pl.shards.unreadable import IN_A_ROW, Unreadable, UnreadableImages
 
-__all__ = ["Batch", "ImageBatches", "StepLoader", "TokenBatches", "flip", "loader", "to_unit_range"]
+__all__ = ["Batch", "ImageBatches", "StepLoader", "TokenBatches", "flip", "loader"]
 
 
 _SIGNAL_SECONDS = 1.0  # after which the signal that a process has ended has come
@@ -336,8 +336,3 @@ def flip(images: Tensor, *, probability: float, seed: int, index: Tensor, epoch:
     """
     chosen = random_uniform("flip", seed=seed, index=index, epoch=epoch)[:, 0] < probability
     return torch.where(chosen.to(images.device)[:, None, None, None], images.flip(-1), images)
-
-
-def to_unit_range(images: Tensor) -> Tensor:
-    """Uint8 pixels in [0, 255] -> float32 in [0, 1]."""
-    return images.to(torch.float32) / 255

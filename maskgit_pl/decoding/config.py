@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from maskgit_pl.checks import check_integer
+from maskgit_pl.decoding.guidance import guidance_scales, guidance_schedules
 from maskgit_pl.decoding.limits import check_guidance, check_num_steps, check_token_counts, check_token_sum
 from maskgit_pl.decoding.sampling import CodeSampling, Temperature
-from maskgit_pl.guidance import guidance_scales, guidance_schedules
+from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
-from maskgit_pl.selectors import token_selectors
 
 if TYPE_CHECKING:
     from maskgit_pl.decoding.decoder import ParallelDecoder

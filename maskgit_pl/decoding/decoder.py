@@ -12,8 +12,8 @@ from maskgit_pl.decoding.limits import check_num_steps, check_token_counts, chec
 from maskgit_pl.decoding.noise import Noise
 from maskgit_pl.decoding.predictors import Predictor
 from maskgit_pl.decoding.sampling import CodeSampling
+from maskgit_pl.decoding.selectors import Candidates, Decided, TokenSelector
 from maskgit_pl.schedules import MaskSchedule, num_masked
-from maskgit_pl.selectors import Candidates, Decided, TokenSelector
 
 __all__ = ["DecodingStep", "ParallelDecoder", "StepCounts"]
 

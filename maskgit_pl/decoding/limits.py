@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from maskgit_pl.selectors import TokenSelector
+    from maskgit_pl.decoding.selectors import TokenSelector
 
 __all__ = ["check_guidance", "check_num_steps", "check_parallel", "check_token_counts", "check_token_sum"]
 

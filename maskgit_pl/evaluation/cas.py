@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from maskgit_pl.data import ShardData
+from maskgit_pl.distributed import rank_and_world
 from maskgit_pl.evaluation.classifier import (
     Accuracy,
     ClassifierConfig,
@@ -24,7 +25,6 @@ from maskgit_pl.evaluation.classifier import (
     measure_accuracy,
     train_classifier,
 )
-from maskgit_pl.evaluation.ranks import rank_and_world
 
 __all__ = ["CASConfig", "classification_accuracy", "default_config"]
 

@@ -32,7 +32,7 @@ from maskgit_pl.checks import check_integer, check_number
 from maskgit_pl.data import Batch, ShardData, ShuffledStream, flip
 from maskgit_pl.data.batches import loader
 from maskgit_pl.data.order import Order, Rows
-from maskgit_pl.evaluation.ranks import rank_and_world
+from maskgit_pl.distributed import rank_and_world
 from maskgit_pl.files import read_json, write_atomically, write_tensors
 from maskgit_pl.networks.classifier import (
     CONFIG_FILE,

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from maskgit_pl.evaluation.ranks import gather_rows, own_rows, rank_and_world
+from maskgit_pl.distributed import gather_rows, own_rows, rank_and_world
 from maskgit_pl.networks.features import FeatureNetworkSpec, FeatureOutput, parse_feature_network, weights_digest
 
 __all__ = [

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from maskgit_pl.data import OnceThrough, ShardData, ShuffledStream, to_unit_range
+from maskgit_pl.data import OnceThrough, ShardData, ShuffledStream
 from maskgit_pl.data.batches import loader
-from maskgit_pl.evaluation.ranks import gather_rows, own_rows
+from maskgit_pl.distributed import gather_rows, own_rows
+from maskgit_pl.imaging import to_unit_range
 from maskgit_pl.masking import MaskSampler, random_mask
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.randomness import random_bits

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from maskgit_pl.data import Batch, to_unit_range
+from maskgit_pl.data import Batch
+from maskgit_pl.distributed import gather_rows
 from maskgit_pl.evaluation.distances import frechet_distance, kernel_distance
 from maskgit_pl.evaluation.features import Extractor, FeatureCollector
 from maskgit_pl.evaluation.lpips import LPIPS
-from maskgit_pl.evaluation.ranks import gather_rows
 from maskgit_pl.evaluation.reference import Reference, Statistics
+from maskgit_pl.imaging import to_unit_range
 from maskgit_pl.pretrained import PretrainedTokenizer
 from maskgit_pl.tokenizer import CodebookUse
 

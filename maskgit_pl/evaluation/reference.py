@@ -20,10 +20,10 @@ from torch.utils.data import Sampler
 
 from maskgit_pl.data import Batch, OnceThrough, ShardData, ShuffledStream
 from maskgit_pl.data.batches import ImageBatches, loader
+from maskgit_pl.distributed import rank_and_world
 from maskgit_pl.evaluation.digests import digest_of, short
 from maskgit_pl.evaluation.features import Extractor, ImageFeatures, extract, own_batches, own_image_batches
 from maskgit_pl.evaluation.npz import ArrayFile, open_samples
-from maskgit_pl.evaluation.ranks import rank_and_world
 from maskgit_pl.files import write_atomically
 from maskgit_pl.shards.manifest import Split, load_manifest
 from maskgit_pl.shards.reader import ShardReader

@@ -17,10 +17,10 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from maskgit_pl import editing
-from maskgit_pl.data import to_unit_range
 from maskgit_pl.decoding import DecodingConfig, DecodingStep, FirstStepLogits, decode_classes, decode_in_order
 from maskgit_pl.devices import check_device
 from maskgit_pl.editing import Box, ImageLike, MaskLike
+from maskgit_pl.imaging import to_unit_range
 from maskgit_pl.networks import int8
 from maskgit_pl.networks.causal import CausalTransformer
 from maskgit_pl.pipeline.canvas import Canvas
@@ -44,6 +44,7 @@ from maskgit_pl.pretrained import (
     PretrainedTokenizer,
     PretrainedTransformer,
     fingerprint,
+    images_at_once,
     load_decoding,
     load_tokenizer,
     load_transformer,
@@ -54,7 +55,6 @@ from maskgit_pl.pretrained import (
     save_transformer,
 )
 from maskgit_pl.randomness import random_bits
-from maskgit_pl.training.pictures import decode_images, images_at_once
 
 __all__ = ["MaskGIT"]
 
@@ -552,7 +552,7 @@ class MaskGIT:
     ) -> Iterator[DecodingStep]:
         """The decoding steps of one batch, for pictures of them; arguments as of ``generate``.
 
-        ``training.pictures.decode_images(pipe.tokenizer, step.tokens)`` is the image at a step.
+        ``training.image_callbacks.pipe.tokenizer.decode(step.tokens)`` is the image at a step.
         """
         check_options(settings, GenerateOptions, "pil")
         run = self._request(classes, {"seed": seed, **settings})
@@ -654,9 +654,7 @@ class MaskGIT:
                     if run.callback is not None:
                         run.callback(on_canvas)
                 canvas.keep(window, step)
-            filled.append(
-                decode_images(self.tokenizer, canvas.tokens.flatten(1), grid=(unknown.shape[0], unknown.shape[1]))
-            )
+            filled.append(self.tokenizer.decode(canvas.tokens.flatten(1), grid=(unknown.shape[0], unknown.shape[1])))
         return torch.cat(filled)
 
     def _images(self, steps: Iterator[DecodingStep], callback: StepCallback | None) -> Tensor:
@@ -664,7 +662,7 @@ class MaskGIT:
         for step in steps:
             if callback is not None:
                 callback(step)
-        return decode_images(self.tokenizer, step.tokens)
+        return self.tokenizer.decode(step.tokens)
 
     def _encode(self, images: Tensor, batch_size: int) -> Tensor:
         """(n, C, H, W) uint8 -> tokens (n, N) int64 on the CPU."""

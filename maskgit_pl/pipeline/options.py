@@ -227,7 +227,7 @@ def _class_called(wanted: str, names: Sequence[str]) -> int:
 
 def as_output(output_type: OutputType, images: Tensor) -> Images:
     """(n, C, H, W) uint8 in the form that was asked for."""
-    from maskgit_pl.training.pictures import to_pil
+    from maskgit_pl.imaging import to_pil
 
     if output_type == "pt":
         return images

@@ -12,10 +12,12 @@ import pytest
 import torch
 import yaml
 
-from maskgit_pl.cli import examination, host, main
+from maskgit_pl.cli import main
 from maskgit_pl.cli.doctor import _size
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
+from maskgit_pl.runs import host
+from maskgit_pl.runs import preflight_checks as examination
 from tests.conftest import flags
 
 SMALL = VQGANConfig(1, channels=8, multipliers=(1, 1), blocks_per_level=1, groups=2, num_codes=16, code_width=4)

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from maskgit_pl.cli import main
-from maskgit_pl.cli.recipes import Recipe
+from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.training.checkpoint_files import newest_complete
 from tests.conftest import flags, save_uneven_shards
 

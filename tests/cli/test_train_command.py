@@ -16,9 +16,10 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from maskgit_pl.cli import fit, main
+from maskgit_pl.cli import main
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pretrained import fingerprint, save_tokenizer
+from maskgit_pl.runs import fitting as fit
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_complete
 from tests.conftest import flags
 

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from maskgit_pl.decoding import CachedPredictor, ClassPredictor, FirstStepLogits, ParallelDecoder, decode_classes
 from maskgit_pl.decoding.predictors import class_predictor
+from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.networks.transformer import ContextCache, MaskedTransformer, TransformerConfig
 from maskgit_pl.schedules import mask_schedules
-from maskgit_pl.selectors import token_selectors
 
 CONFIG = TransformerConfig(16, 3, (4, 4), width=32, depth=3, num_heads=4, mlp_width=64)
 MASK, NULL = CONFIG.mask_token_id, 3

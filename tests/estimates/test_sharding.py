@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from maskgit_pl.estimates.collectives import CountedCollectives
+from benchmarks.collectives import CountedCollectives
 from maskgit_pl.estimates.sharding import FLOAT, HALF, Group, all_reduce_bytes, ddp_traffic, fsdp_traffic, group_of
 from maskgit_pl.estimates.transformer import block_group, root_group
 from maskgit_pl.networks.causal import build_transformer

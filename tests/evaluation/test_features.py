@@ -60,7 +60,7 @@ def test_several_networks_see_the_same_images_once() -> None:
 def test_whole_batches_are_dealt_to_ranks_by_number(monkeypatch) -> None:
     shares = []
     for rank in range(2):
-        monkeypatch.setattr("maskgit_pl.evaluation.ranks.rank_and_world", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr("maskgit_pl.distributed.rank_and_world", lambda rank=rank: (rank, 2))
         shares.append(list(own_batches(23, batch_size=5)))
     assert shares == [[range(5), range(10, 15), range(20, 23)], [range(5, 10), range(15, 20)]]
 

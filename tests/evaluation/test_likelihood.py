@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from maskgit_pl.data import OnceThrough, ShardData, to_unit_range
+from maskgit_pl.data import OnceThrough, ShardData
 from maskgit_pl.evaluation.likelihood import (
     Estimate,
     ImageLikelihood,
@@ -17,6 +17,7 @@ from maskgit_pl.evaluation.likelihood import (
     negative_elbo,
     real_tokens,
 )
+from maskgit_pl.imaging import to_unit_range
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.schedules import mask_schedules, num_masked

@@ -26,7 +26,6 @@ from maskgit_pl.pretrained import fingerprint, load_tokenizer
 from maskgit_pl.token_model import check_fit
 from maskgit_pl.tokenizer import AdversarialConfig, Tokenizer
 from maskgit_pl.training.optimizers import LearningRate
-from maskgit_pl.training.pictures import decode_images
 
 SMALL = {"ch": 32, "mult": (1, 2), "blocks": 1, "attention": (1,), "z": 12, "codes": 32, "width": 4}
 FULL = {"ch": 128, "mult": (1, 1, 2, 2, 4), "blocks": 2, "attention": (4,), "z": 256}
@@ -587,4 +586,4 @@ def test_stage_2_trains_on_an_imported_tokenizer(layout, tiny_shards, tmp_path):
     trainer.fit(module, datamodule=ShardData(str(tiny_shards), source="images", **sizes))
     assert trainer.global_step == 2
     last = list(module.sample([0, 2], seeds=[0, 1]))[-1]
-    assert decode_images(module.tokenizer, last.tokens).shape == (2, 3, 8, 8)
+    assert module.tokenizer.decode(last.tokens).shape == (2, 3, 8, 8)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from maskgit_pl.data import OnceThrough, ShardData, ShuffledStream
 from maskgit_pl.data.order import Order
 from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.distributed import rank_and_world
 from maskgit_pl.evaluation.bench.generation import Generated, forget, generate
 from maskgit_pl.evaluation.bench.held_out import Task, edit, masked
 from maskgit_pl.evaluation.bench.ledger import REAL, Ledger, Row
@@ -32,10 +33,9 @@ from maskgit_pl.evaluation.distances import distances
 from maskgit_pl.evaluation.features import Extractor, ImageFeatures, extract, own_image_batches
 from maskgit_pl.evaluation.likelihood import ImageLikelihood, exact_nll, masked_nll, negative_elbo, real_tokens
 from maskgit_pl.evaluation.metrics import class_agreement, diversity
-from maskgit_pl.evaluation.ranks import rank_and_world
 from maskgit_pl.evaluation.reference import Origin, Reference
 from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.training.environment import describe_environment, device_name
+from maskgit_pl.provenance import describe_environment, device_name
 
 __all__ = ["CLASSIFIER", "Bars", "Bench", "Judge", "Subject"]
 

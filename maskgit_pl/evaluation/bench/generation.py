@@ -15,8 +15,8 @@ from einops import rearrange
 from torch import Tensor
 
 from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.distributed import barrier, rank_and_world
 from maskgit_pl.evaluation.npz import SampleFile, open_samples
-from maskgit_pl.evaluation.ranks import barrier, rank_and_world
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.bulk import generate_many
 

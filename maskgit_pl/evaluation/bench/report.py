@@ -18,7 +18,7 @@ from maskgit_pl.evaluation.bench.ledger import NUMBERS, Row, number
 from maskgit_pl.evaluation.metrics import Reconstruction
 from maskgit_pl.files import write_atomically
 from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.training.environment import describe_environment
+from maskgit_pl.provenance import describe_environment
 
 __all__ = ["as_report", "as_table", "save_report"]
 

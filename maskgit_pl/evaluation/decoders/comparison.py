@@ -24,14 +24,14 @@ from rich.table import Table
 
 from maskgit_pl.checks import build_dataclass, check_integer, check_keys, check_number, shorten
 from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.decoding.selectors import Remasking, token_selectors
 from maskgit_pl.evaluation.decodings import Spec, plain, same_decoding
 from maskgit_pl.evaluation.digests import differing
 from maskgit_pl.files import read_json, write_atomically
+from maskgit_pl.imaging import image_grid
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.registry import describe
-from maskgit_pl.selectors import Remasking, token_selectors
 from maskgit_pl.text import markdown, printable
-from maskgit_pl.training.pictures import image_grid
 
 __all__ = [
     "Contender",

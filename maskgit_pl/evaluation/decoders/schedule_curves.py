@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.evaluation.decoders.tuning import Found, Meter, Trial, better, direction, ranked, shown
 from maskgit_pl.evaluation.decodings import Spec, with_steps
 from maskgit_pl.evaluation.drawing import LineEnd, name_lines, save_figure
 from maskgit_pl.evaluation.protocol import METRICS
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
-from maskgit_pl.selectors import token_selectors
 from maskgit_pl.text import plain_label
 
 __all__ = ["Curves", "Figure8", "draw_curves", "following", "plot_steps", "schedule_curves", "schedule_specs"]

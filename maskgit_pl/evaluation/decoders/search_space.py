@@ -9,12 +9,12 @@ from typing import Any, Literal, get_args
 import torch
 
 from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.decoding.guidance import guidance_schedules
+from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.evaluation.decoders.trials import Ledger
 from maskgit_pl.evaluation.decodings import Spec, with_steps
-from maskgit_pl.guidance import guidance_schedules
 from maskgit_pl.randomness import permutation, random_uniform
 from maskgit_pl.registry import nearest
-from maskgit_pl.selectors import token_selectors
 
 __all__ = ["Search", "SearchSpace", "check_search"]
 

@@ -18,7 +18,7 @@ from maskgit_pl.evaluation.decodings import plain, same_decoding
 from maskgit_pl.evaluation.digests import differing
 from maskgit_pl.evaluation.protocol import METRICS
 from maskgit_pl.files import parse_json, size_text, write_atomically
-from maskgit_pl.training.environment import describe_environment
+from maskgit_pl.provenance import describe_environment
 
 __all__ = ["Ledger"]
 

@@ -25,9 +25,9 @@ from maskgit_pl.evaluation.paper.tables import paragraph
 from maskgit_pl.networks.causal import CausalTransformer
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.pretrained import read_config
+from maskgit_pl.provenance import describe_environment, device_name
 from maskgit_pl.schedules import mask_schedules
 from maskgit_pl.text import markdown, plain_label, printable
-from maskgit_pl.training.environment import describe_environment, device_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

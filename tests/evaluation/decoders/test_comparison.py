@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.evaluation.decoders.comparison import (
     Rows,
     as_csv,
@@ -20,7 +21,6 @@ from maskgit_pl.evaluation.decoders.comparison import (
     sheet_steps,
 )
 from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.selectors import token_selectors
 from tests.hostile_words import HOSTILE
 from tests.test_text import structure
 

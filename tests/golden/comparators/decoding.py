@@ -15,8 +15,8 @@ from comparators.folder import Folder
 from comparators.schedules import released_mask_len, released_ratio, schedule_of
 from comparators.transformer import everywhere, load_transformer, our_tokens
 from maskgit_pl.decoding import ClassPredictor, DecodingStep, ParallelDecoder, Predictor
+from maskgit_pl.decoding.selectors import Confidence
 from maskgit_pl.networks.transformer import MaskedTransformer
-from maskgit_pl.selectors import Confidence
 
 __all__ = ["compare_decoding"]
 

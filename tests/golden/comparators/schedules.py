@@ -12,8 +12,8 @@ from torch import Tensor
 from comparators.comparison import Comparison, close, equal, given
 from comparators.folder import Folder
 from maskgit_pl.decoding import ParallelDecoder
+from maskgit_pl.decoding.selectors import Confidence
 from maskgit_pl.schedules import MaskSchedule, mask_schedules, num_masked
-from maskgit_pl.selectors import Confidence
 
 __all__ = ["compare_schedules", "released_mask_len", "released_ratio", "schedule_of"]
 

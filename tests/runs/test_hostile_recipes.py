@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from maskgit_pl.cli.fit import build
-from maskgit_pl.cli.recipes import Layer, Plan, Recipe, read_yaml
+from maskgit_pl.runs.fitting import build
+from maskgit_pl.runs.recipe import Layer, Plan, Recipe, read_yaml
 from tests.conftest import flags
 
 TINY = Path(__file__).parents[1] / "tiny"

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from maskgit_pl.cli.fit import build
-from maskgit_pl.cli.recipes import Plan, Recipe
+from maskgit_pl.runs.fitting import build
+from maskgit_pl.runs.recipe import Plan, Recipe
+from maskgit_pl.runs.resume_check import changes, fixed_settings
 from maskgit_pl.tokenizer import AdversarialConfig, PerceptualConfig
-from maskgit_pl.training.recipe import changes, fixed_settings
 
 RECIPES, TINY = Path(__file__).parents[2] / "recipes", Path(__file__).parents[1] / "tiny"
 

@@ -14,7 +14,7 @@ import pytest
 import torch.distributed as dist
 
 from maskgit_pl.errors import DataBudgetError
-from maskgit_pl.training.peers import Ending, Peers
+from maskgit_pl.runs.heartbeat import Ending, Peers
 
 
 def other(port: int, acts: str, ready) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from maskgit_pl.cli.fit import resolved_tree
-from maskgit_pl.cli.recipe_schema import load_schema
-from maskgit_pl.cli.recipes import Plan, Recipe
-from maskgit_pl.cli.stage_run import StageRun
+from maskgit_pl.runs.build import StageRun
+from maskgit_pl.runs.fitting import resolved_tree
+from maskgit_pl.runs.recipe import Plan, Recipe
+from maskgit_pl.runs.recipe_schema import load_schema
 from maskgit_pl.schema import fits
 
 TINY = Path(__file__).parents[1] / "tiny"

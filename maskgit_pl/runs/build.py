@@ -19,8 +19,8 @@ from lightning.pytorch.profilers import PassThroughProfiler
 
 from maskgit_pl.autoregressive import AutoregressiveModel
 from maskgit_pl.checks import build_dataclass
-from maskgit_pl.cli.recipe_schema import Parameter, RunSettings, TrainerSettings, parameters_of
-from maskgit_pl.cli.recipes import Recipe, Stage
+from maskgit_pl.runs.recipe_schema import Parameter, RunSettings, TrainerSettings, parameters_of
+from maskgit_pl.runs.recipe import Recipe, Stage
 from maskgit_pl.data import ShardData
 from maskgit_pl.data.stream import check_stream
 from maskgit_pl.errors import is_user_error
@@ -32,11 +32,11 @@ from maskgit_pl.training.checkpoints import Checkpoints
 from maskgit_pl.training.faults import UnreadableReport
 from maskgit_pl.training.guards import Guard
 from maskgit_pl.training.logs import RunLogger
-from maskgit_pl.training.pictures import ReconstructionPictures, SamplePictures
+from maskgit_pl.training.image_callbacks import ReconstructionPictures, SamplePictures
 from maskgit_pl.training.progress import ProgressLines
-from maskgit_pl.training.recipe import changes, fixed_settings
+from maskgit_pl.runs.resume_check import changes, fixed_settings
 from maskgit_pl.training.strategies import build_strategy, check_accelerator, check_precision, check_strategy
-from maskgit_pl.training.watchdog import Watchdog
+from maskgit_pl.runs.watchdog import Watchdog
 
 __all__ = ["MODULES", "StageRun", "resolve", "written_config"]
 

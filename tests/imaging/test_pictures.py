@@ -6,24 +6,21 @@ import pytest
 import torch
 from PIL import Image
 
+from maskgit_pl import pretrained
 from maskgit_pl.decoding import DecodingStep
-from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
-from maskgit_pl.pretrained import PretrainedTokenizer
-from maskgit_pl.training import pictures
-from maskgit_pl.training.logs import RunLogger
-from maskgit_pl.training.pictures import (
-    ReconstructionPictures,
-    SamplePictures,
-    decode_images,
+from maskgit_pl.imaging import (
     decoding_filmstrip,
     decoding_frames,
     image_grid,
-    images_at_once,
     reconstruction_grid,
     save_gif,
     save_png,
     shown_steps,
 )
+from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
+from maskgit_pl.pretrained import PretrainedTokenizer, images_at_once
+from maskgit_pl.training.image_callbacks import ReconstructionPictures, SamplePictures
+from maskgit_pl.training.logs import RunLogger
 
 GREY = (176, 176, 176)
 
@@ -174,7 +171,7 @@ def tiny_tokenizer() -> PretrainedTokenizer:
 def test_decoded_images_are_cut_to_the_image_size_and_clipped() -> None:
     tokenizer = tiny_tokenizer()  # 14 px need a grid of 4 x 4, which covers 16 px
     tokens = torch.arange(16).remainder(8).expand(3, 16)
-    images = decode_images(tokenizer, tokens)
+    images = tokenizer.decode(tokens)
     assert images.shape == (3, 1, 14, 14)
     with torch.no_grad():
         exact = tokenizer.network.decode(tokens, (4, 4))[..., :14, :14].clamp(0, 1) * 255
@@ -243,11 +240,11 @@ def test_decoding_in_parts_gives_the_same_pictures(monkeypatch):
     config = VQGANConfig(1, channels=8, multipliers=(1, 1), blocks_per_level=1, groups=2, num_codes=16, code_width=4)
     tokenizer = PretrainedTokenizer(VQGAN(config).eval(), 8, "")
     tokens = torch.randint(0, 16, (7, 16), generator=torch.Generator().manual_seed(0))
-    whole, parts, decode = decode_images(tokenizer, tokens), [], tokenizer.network.decode
-    monkeypatch.setattr(pictures, "_MOST_PIXELS", 3 * 8 * 8)
+    whole, parts, decode = tokenizer.decode(tokens), [], tokenizer.network.decode
+    monkeypatch.setattr(pretrained, "_MOST_PIXELS", 3 * 8 * 8)
     monkeypatch.setattr(tokenizer.network, "decode", lambda part, grid: parts.append(len(part)) or decode(part, grid))
-    made = decode_images(tokenizer, tokens)
+    made = tokenizer.decode(tokens)
     assert parts == [3, 3, 1]
     assert (made.int() - whole.int()).abs().max() <= 1  # rounding to bytes
-    assert decode_images(tokenizer, tokens[:, :8], grid=(2, 4)).shape == (7, 1, 4, 8)
+    assert tokenizer.decode(tokens[:, :8], grid=(2, 4)).shape == (7, 1, 4, 8)
     assert parts[3:] == [6, 1]

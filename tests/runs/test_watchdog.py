@@ -4,7 +4,7 @@ import time
 
 from lightning.pytorch import LightningModule, Trainer
 
-from maskgit_pl.training.watchdog import Watchdog
+from maskgit_pl.runs.watchdog import Watchdog
 
 
 def test_what_has_no_median_has_more_time_from_its_start(tmp_path):

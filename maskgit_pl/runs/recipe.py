@@ -19,7 +19,7 @@ from typing import Any, Literal
 import yaml
 
 from maskgit_pl.checks import shorten
-from maskgit_pl.cli.recipe_schema import Kind, load_schema
+from maskgit_pl.runs.recipe_schema import Kind, load_schema
 from maskgit_pl.registry import nearest
 from maskgit_pl.schema import Schema, describe, fits
 

@@ -7,12 +7,12 @@ import torch
 import yaml
 
 from maskgit_pl.cli import main
-from maskgit_pl.cli.costs import TokenizerCosts, TransformerCosts, _micro_batch
 from maskgit_pl.estimates.replay import LiveBytes, replay
 from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.discriminator import DiscriminatorConfig
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
+from maskgit_pl.runs.costs import TokenizerCosts, TransformerCosts, _micro_batch
 from maskgit_pl.tokenizer import AdversarialConfig, Tokenizer
 from maskgit_pl.training.checkpoint_files import newest_complete
 from maskgit_pl.training.optimizers import LearningRate

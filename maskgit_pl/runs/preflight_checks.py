@@ -16,10 +16,11 @@ import torch
 from lightning.pytorch import LightningModule
 from torch.overrides import TorchFunctionMode
 
-from maskgit_pl.cli import fit, host
-from maskgit_pl.cli.costs import Costs, TokenizerCosts, TransformerCosts
-from maskgit_pl.cli.recipes import Plan, Recipe, merged
-from maskgit_pl.cli.stage_run import StageRun
+from maskgit_pl.runs import fitting as fit
+from maskgit_pl.runs import host
+from maskgit_pl.runs.costs import Costs, TokenizerCosts, TransformerCosts
+from maskgit_pl.runs.recipe import Plan, Recipe, merged
+from maskgit_pl.runs.build import StageRun
 from maskgit_pl.cli.train import find_pretrained, find_recipe, find_shards, find_tokenizer, run_folder
 from maskgit_pl.data import split_batch
 from maskgit_pl.errors import is_user_error

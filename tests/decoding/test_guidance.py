@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from maskgit_pl.guidance import GuidanceSchedule, guidance_scales, guidance_schedules
+from maskgit_pl.decoding.guidance import GuidanceSchedule, guidance_scales, guidance_schedules
 
 
 def test_constant_is_the_same_at_every_step_and_no_guidance_by_default():

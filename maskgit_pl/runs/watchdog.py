@@ -24,7 +24,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from maskgit_pl.errors import INTERNAL_ERROR, PeerError, RunError, exit_code_of
-from maskgit_pl.training.peers import Ending, Peers
+from maskgit_pl.runs.heartbeat import Ending, Peers
 
 __all__ = ["Watchdog"]
 

@@ -6,9 +6,9 @@ import time
 import pytest
 import yaml
 
-from maskgit_pl.cli.recipe_schema import build_schema, load_schema
-from maskgit_pl.cli.recipes import Recipe, merged, read_run_config, read_yaml, recipe_files
-from maskgit_pl.cli.stage_run import StageRun
+from maskgit_pl.runs.build import StageRun
+from maskgit_pl.runs.recipe import Recipe, merged, read_run_config, read_yaml, recipe_files
+from maskgit_pl.runs.recipe_schema import build_schema, load_schema
 
 
 def write(folder, text):

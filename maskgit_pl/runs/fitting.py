@@ -16,9 +16,9 @@ import yaml
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from maskgit_pl.cli.leaving import leaving_together
-from maskgit_pl.cli.recipes import Plan, Stage, merged
-from maskgit_pl.cli.stage_run import StageRun, resolve, written_config
+from maskgit_pl.runs.process_exit import leaving_together
+from maskgit_pl.runs.recipe import Plan, Stage, merged
+from maskgit_pl.runs.build import StageRun, resolve, written_config
 from maskgit_pl.data import ShardData, split_batch
 from maskgit_pl.files import write_atomically
 from maskgit_pl.locks import locked
@@ -29,7 +29,7 @@ from maskgit_pl.shards.manifest import read_manifest_summary
 from maskgit_pl.token_model import TokenModel
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, SavedTensor, newest_complete, step_of
-from maskgit_pl.training.environment import describe_environment
+from maskgit_pl.provenance import describe_environment
 
 __all__ = ["build", "config_text", "export", "fit", "resolved_tree"]
 

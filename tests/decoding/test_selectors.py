@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from maskgit_pl.decoding import DecodingConfig, DecodingStep, ParallelDecoder, SeededNoise
+from maskgit_pl.decoding.selectors import Candidates, Confidence, Decided, TokenSelector, halton_order, token_selectors
 from maskgit_pl.schedules import mask_schedules
-from maskgit_pl.selectors import Candidates, Confidence, Decided, TokenSelector, halton_order, token_selectors
 
 NUM_CODES, MASK, GRID = 7, 7, (3, 8)
 NUM_TOKENS = math.prod(GRID)

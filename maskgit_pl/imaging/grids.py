@@ -1,0 +1,133 @@
+"""Grids of images, sheets of edits, and the files that they are written to."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from maskgit_pl.imaging.layout import COMFORTABLE, MASKED, NEW, add_title, enlarge, lay_out, scale_to
+
+__all__ = ["edit_sheet", "image_grid", "reconstruction_grid", "save_gif", "save_png"]
+
+
+def image_grid(
+    images: Tensor,
+    *,
+    columns: int,
+    row_captions: Sequence[str] = (),
+    column_captions: Sequence[str] = (),
+    scale: int | None = None,
+) -> Image.Image:
+    """Lays images out in rows, enlarged without smoothing so that a person sees their pixels.
+
+    Args:
+        images: (n, C, H, W) uint8, C = 1 or 3, n at least 1; the last row may be short.
+        columns: Images of a row.
+        row_captions: Written left of the rows; empty for none.
+        column_captions: Written above the columns; empty for none.
+        scale: Times as large; None enlarges small images to about 84 px.
+
+    Raises:
+        ValueError: No images, fewer than one column, or more captions than rows or columns.
+    """
+    rows = _checked_rows(images, columns, row_captions, column_captions)
+    scale = scale_to(images, COMFORTABLE) if scale is None else scale
+    tiles = [enlarge(image, scale) for image in images]
+    return lay_out(tiles, rows=rows, columns=columns, row_captions=row_captions, column_captions=column_captions)
+
+
+def reconstruction_grid(originals: Tensor, reconstructions: Tensor, *, columns: int = 8) -> Image.Image:
+    """Rows of originals, each above the row of their reconstructions.
+
+    Args:
+        originals: (n, C, H, W) uint8.
+        reconstructions: The same shape.
+        columns: Images of a row.
+    """
+    columns = min(columns, len(originals))
+    starts = range(0, len(originals) // columns * columns, columns)  # whole rows alone
+    rows = [part[start : start + columns] for start in starts for part in (originals, reconstructions)]
+    return image_grid(torch.cat(rows), columns=columns, row_captions=["original", "reconstruction"] * len(starts))
+
+
+def edit_sheet(
+    original: Tensor, variants: Tensor, *, mask: Tensor, region: Tensor, title: str, captions: Sequence[str]
+) -> Image.Image:
+    """An edit in one row: the original, the original with the region grey and the mask outlined, the variants.
+
+    Args:
+        original: (C, H, W) uint8, C = 1 or 3.
+        variants: (n, C, H, W) uint8.
+        mask: (H, W) bool: what was asked for.
+        region: (H, W) bool: what was generated, the mask and its surroundings.
+        title: Written above.
+        captions: One for each variant.
+    """
+    colour = original.expand(3, -1, -1)
+    edge = _outline(mask)
+    masked = colour.clone()
+    for part, value in ((region, MASKED), (edge, NEW)):
+        masked = torch.tensor(value, dtype=torch.uint8)[:, None, None].where(part, masked)
+    images = torch.cat([torch.stack([colour, masked]), variants.expand(-1, 3, -1, -1)])
+    page = image_grid(images, columns=len(images), column_captions=["original", "masked", *captions])
+    return add_title(page, title)
+
+
+def save_png(picture: Image.Image, path: Path) -> None:
+    """Writes a PNG under a temporary name first, so that a viewer never meets half of it."""
+    _save(path, lambda partial: picture.save(partial, format="PNG"))
+
+
+def save_gif(frames: Sequence[Image.Image], path: Path, *, milliseconds: int = 600, last: int = 2400) -> None:
+    """Writes frames as a GIF that goes round for ever.
+
+    Args:
+        frames: At least one, all of one size.
+        path: The file.
+        milliseconds: How long a frame stays.
+        last: How long the last one stays.
+    """
+    durations = [milliseconds] * (len(frames) - 1) + [last]
+    first, *rest = [frame.quantize(128) for frame in frames]
+    _save(
+        path,
+        lambda partial: first.save(
+            partial, format="GIF", save_all=True, append_images=rest, duration=durations, loop=0, disposal=1
+        ),
+    )
+
+
+def _checked_rows(images: Tensor, columns: int, row_captions: Sequence[str], column_captions: Sequence[str]) -> int:
+    if images.ndim != 4 or images.dtype != torch.uint8 or len(images) == 0:
+        raise ValueError(f"images: (n, C, H, W) uint8 with n >= 1 are needed, got {tuple(images.shape)} {images.dtype}")
+    if columns < 1:
+        raise ValueError(f"columns: at least 1 is needed, got {columns}")
+    rows = math.ceil(len(images) / columns)
+    for name, captions, most in (("row", row_captions, rows), ("column", column_captions, columns)):
+        if len(captions) > most:
+            raise ValueError(f"{name}_captions: at most {most}, one a {name}, are needed, got {len(captions)}")
+    return rows
+
+
+def _outline(mask: Tensor) -> Tensor:
+    """(H, W) bool: the masked pixels that have a neighbour outside; beyond the border is outside too."""
+    outside = F.pad(mask.logical_not()[None].float(), (1, 1, 1, 1), value=1.0)
+    return mask & (F.max_pool2d(outside, 3, stride=1)[0] > 0)
+
+
+def _save(path: Path, write: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        write(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

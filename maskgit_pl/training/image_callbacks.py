@@ -1,0 +1,97 @@
+"""Pictures that are written after each validation, beside the checkpoints and into TensorBoard."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol, cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from PIL import Image
+from torch import Tensor
+
+from maskgit_pl.decoding import DecodingStep
+from maskgit_pl.imaging import image_grid, reconstruction_grid, save_png
+from maskgit_pl.pretrained import PretrainedTokenizer
+from maskgit_pl.training.logs import RunLogger
+
+__all__ = ["ReconstructionPictures", "SamplePictures"]
+
+log = logging.getLogger(__name__)
+
+_MOST_CLASSES, _MOST_OF_A_CLASS = 10, 8
+_MOST_PAIRS = 16
+
+
+class ReconstructionPictures(Callback):
+    """Writes ``reconstructions.png`` after each validation of stage 1.
+
+    Args:
+        folder: Where to.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        pair = cast("_Reconstructs", pl_module).reconstructions()
+        if pair is not None:
+            originals, reconstructions = (part[:_MOST_PAIRS] for part in pair)
+            _publish(reconstruction_grid(originals, reconstructions), self.folder, "reconstructions", trainer)
+
+
+class SamplePictures(Callback):
+    """Writes ``samples.png`` after each validation of stage 2: the same classes and seeds every time.
+
+    Every rank samples, so that sharded networks stay in step; rank 0 decodes and writes.
+
+    Args:
+        folder: Where to.
+        class_names: All classes; at most 10 of them, evenly spread, are shown.
+        images_per_class: At most 8.
+        seed: Of the first image; image i has seed + i.
+    """
+
+    def __init__(self, folder: Path, *, class_names: Sequence[str], images_per_class: int = 8, seed: int = 0) -> None:
+        self.folder = folder
+        shown = min(len(class_names), _MOST_CLASSES)
+        self.classes = [number * len(class_names) // shown for number in range(shown)]
+        self.captions = [class_names[label] for label in self.classes]
+        self.images_per_class = min(images_per_class, _MOST_OF_A_CLASS)
+        self.labels = [label for label in self.classes for _ in range(self.images_per_class)]
+        self.seeds = [seed + number for number in range(len(self.labels))]
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        model = cast("_Samples", pl_module)
+        *_, last = model.sample(self.labels, self.seeds)  # to the end, on every rank
+        if trainer.is_global_zero:
+            images = model.tokenizer.decode(last.tokens)
+            picture = image_grid(images, columns=self.images_per_class, row_captions=self.captions)
+            _publish(picture, self.folder, "samples", trainer)
+
+
+class _Reconstructs(Protocol):
+    def reconstructions(self) -> tuple[Tensor, Tensor] | None: ...
+
+
+class _Samples(Protocol):
+    @property
+    def tokenizer(self) -> PretrainedTokenizer: ...
+
+    def sample(self, labels: Sequence[int], seeds: Sequence[int]) -> Iterator[DecodingStep]: ...
+
+
+def _publish(picture: Image.Image, folder: Path, name: str, trainer: Trainer) -> None:
+    """Training does not depend on it."""
+    try:
+        save_png(picture, folder / f"{name}.png")
+    except OSError as error:
+        log.warning("%s: cannot be written: %s; training goes on", folder / f"{name}.png", error)
+    for logger in trainer.loggers:
+        if isinstance(logger, RunLogger):
+            logger.log_picture(name, picture, trainer.global_step)
