@@ -18,6 +18,7 @@ from torch import Tensor
 from maskgit_pl.decoding.decoder import DecodingStep
 from maskgit_pl.decoding.limits import check_guidance
 from maskgit_pl.decoding.noise import Noise, SeededNoise
+from maskgit_pl.decoding.plan import step_progress
 from maskgit_pl.decoding.predictors import ConditionalModel, guided
 from maskgit_pl.decoding.sampling import CodeSampling
 from maskgit_pl.networks.causal import CausalTransformer
@@ -70,23 +71,18 @@ class SequentialDecoder:
         shape = batch_size, self.num_tokens
         tokens = torch.zeros(shape, dtype=torch.int64, device=device)
         confidence = torch.zeros(shape, device=device)
-        place = torch.arange(self.num_tokens, device=device).expand(shape)
-        scores = -place.float()
+        positions = torch.arange(self.num_tokens, device=device).expand(shape)
+        scores = -positions.float()
         for step in range(self.num_tokens):
             logits = predictor(tokens[:, :step]).float().unsqueeze(1)  # (B, 1, K)
-            here = place[:, step : step + 1]
-            drawn = self.sampling.draw(
-                logits,
-                noise,
-                here,
-                step=0,
-                position=step / (self.num_tokens - 1) if self.num_tokens > 1 else 1.0,
-            )
-            sure = logits.softmax(-1).gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
-            tokens, confidence = tokens.scatter(1, here, drawn), confidence.scatter(1, here, sure)
-            was_masked = place >= step
+            current = positions[:, step : step + 1]  # (B, 1)
+            progress = step_progress(step, self.num_tokens)
+            drawn = self.sampling.draw(logits, noise, current, step=0, progress=progress)  # (B, 1)
+            probability = logits.softmax(-1).gather(-1, drawn.unsqueeze(-1)).squeeze(-1)  # (B, 1)
+            tokens, confidence = tokens.scatter(1, current, drawn), confidence.scatter(1, current, probability)
+            was_masked = positions >= step
             yield DecodingStep(
-                step, tokens, was_masked, place > step, scores.masked_fill(~was_masked, torch.inf), confidence
+                step, tokens, was_masked, positions > step, scores.masked_fill(~was_masked, torch.inf), confidence
             )
 
 
