@@ -71,12 +71,12 @@ class ParallelDecoder:
         mask_schedule: The schedule object that the mask sampler holds.
         token_selector: Which tokens to keep.
         num_steps: T, at least 1 and at most the number of tokens.
-        sampling: How codes are drawn from logits.
-        tokens_per_step: How many tokens are decided in each step, in place of the mask schedule: T numbers of at least
-            1 that sum to the number of tokens. Where fewer are masked at the start, in proportion, rounded down.
+        sampling: Temperature and truncation of the logits that codes are drawn from.
+        tokens_per_step: Number of tokens that each step decides, in place of the mask schedule: T numbers of at least
+            1 that sum to the number of tokens. If fewer are masked at the start, in proportion, rounded down.
 
     Raises:
-        ValueError: A number out of range.
+        ValueError: if a number is out of range.
     """
 
     mask_schedule: MaskSchedule
@@ -91,7 +91,7 @@ class ParallelDecoder:
             check_token_counts(self.tokens_per_step, self.num_steps, self.token_selector)
 
     def masked_counts(self, at_start: Sequence[int], num_tokens: int, *, first_step: int = 0) -> list[list[int]]:
-        """How many tokens of each row are masked before each step, and after the last (0).
+        """Returns how many tokens of each row are masked before each step, and after the last (0).
 
         Args:
             at_start: Masked tokens of each row at the start.
@@ -99,17 +99,18 @@ class ParallelDecoder:
             first_step: Step to begin at (editing begins late), in [0, num_steps).
 
         Returns:
-            num_steps - first_step + 1 lists of one count a row. Where the selector decides how many to keep, the most
+            num_steps - first_step + 1 lists of one count a row. If the selector decides how many to keep, the most
             that can be masked.
 
         Raises:
-            ValueError: More steps than tokens, ``first_step`` out of range, or ``tokens_per_step`` of another sum.
+            ValueError: if there are more steps than tokens, ``first_step`` is out of range, or ``tokens_per_step`` has
+                another sum.
         """
         plan = self.plan(at_start, num_tokens, first_step=first_step)
         return [plan[0].before, *(counts.after for counts in plan)]
 
     def plan(self, at_start: Sequence[int], num_tokens: int, *, first_step: int = 0) -> list[StepCounts]:
-        """The counts of each step; arguments and errors as in ``masked_counts``."""
+        """Returns the counts of each step; arguments and errors as in ``masked_counts``."""
         check_num_steps(self.num_steps, num_tokens)
         if not 0 <= first_step < self.num_steps:
             raise ValueError(f"first_step: a step in [0, {self.num_steps}) is needed, got {first_step}")
@@ -135,13 +136,13 @@ class ParallelDecoder:
         """Decodes, one step at a time.
 
         Args:
-            predictor: Where logits come from.
-            tokens: (B, N) int64: known codes, and ``mask_token_id`` where they are to be found.
-            noise: Where chance comes from.
+            predictor: Gives the logits.
+            tokens: (B, N) int64: known codes, and ``mask_token_id`` at unknown positions.
+            noise: Source of the random numbers.
             mask_token_id: The id that marks an unknown token.
             first_step: Step to begin at, in [0, num_steps).
             grid: Rows and columns of tokens, for selectors that look at places.
-            num_masked: Masked tokens of each row, where the caller knows them; else the device is asked, which waits.
+            num_masked: Masked tokens of each row, if the caller knows them; None asks the device, and waits.
 
         Yields:
             A ``DecodingStep`` for each step; known tokens never change. Nothing, where nothing is masked. A selector
@@ -156,7 +157,7 @@ class ParallelDecoder:
     def decode(
         self, predictor: Predictor, tokens: Tensor, noise: Noise, *, mask_token_id: int, first_step: int = 0
     ) -> Tensor:
-        """The tokens (B, N) int64 in [0, K) that ``steps`` ends with; arguments as there."""
+        """Returns the tokens (B, N) int64 in [0, K) that ``steps`` ends with; arguments as there."""
         last = tokens
         for step in self.steps(predictor, tokens, noise, mask_token_id=mask_token_id, first_step=first_step):
             last = step.tokens
@@ -228,7 +229,7 @@ class _Run:
                 self._mask_decided(counts.remasked, step)
             self.masked = self.tokens == self.mask_token_id
             yield DecodingStep(step, all_drawn, was_masked, self.masked, scores_by_position, self.confidence)
-            # What the next step asks for: the columns are sorted, so that the masked ones come first already.
+            # For the next step: the columns are in order of score, so the masked positions come first.
             newly_known = _decided_positions(num_masked, counts.undecided, positions)
             num_masked = counts.after
             positions = _masked_first(self.masked, num_masked) if has_remasked else positions[:, : max(num_masked)]
@@ -256,7 +257,7 @@ class _Run:
     def _selector_counts(
         self, candidates: Candidates, scores: Tensor, is_masked: Tensor | None, num_masked: list[int]
     ) -> StepCounts:
-        """What the selector decides, read from the device: the one wait of such a step."""
+        """Returns the counts that the selector decides, read from the device: the one wait of such a step."""
         valid = torch.ones_like(scores, dtype=torch.bool) if is_masked is None else is_masked
         kept: list[int] = self.selector.num_kept(candidates, scores, valid).tolist()
         return StepCounts.keeping(num_masked, kept)

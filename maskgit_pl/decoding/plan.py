@@ -1,4 +1,4 @@
-"""How many tokens each decoding step finds masked and leaves masked: arithmetic on the host, before the loop.
+"""The number of tokens that each decoding step finds masked and leaves masked: arithmetic on the host, before the loop.
 
 Of a row that starts with U unknown tokens, m are masked before step t of T. After the step
 
@@ -27,12 +27,12 @@ __all__ = ["StepCounts", "count_after", "listed_counts", "plan_steps", "schedule
 
 @dataclass(frozen=True)
 class StepCounts:
-    """How many tokens of each row a step finds masked, leaves masked, and masks again of those decided before it.
+    """The number of tokens of each row that are masked before and after a step, and masked again by it.
 
     Args:
         before: Masked before the step.
         after: Masked after it.
-        remasked: Of ``after``, decided before the step.
+        remasked: Those of ``after`` that earlier steps had decided.
     """
 
     before: list[int]
