@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import register_fsdp_forward_method
 
 from maskgit_pl.data import Batch
 from maskgit_pl.decoding import ConditionalModel, DecodingStep, SequentialDecoding, decode_in_order
@@ -50,16 +49,6 @@ class AutoregressiveModel(TokenModel):
         in_steps = decoding.of(network.num_tokens)
         super().__init__(CausalTransformer(network), learning_rate, tokenizer, decoding=in_steps, **shared)
         self.decoder = in_steps.sequential_decoder(network.num_tokens)
-
-    def configure_model(self) -> None:
-        """As of ``TokenModel``; sharded weights are gathered for the next token too."""
-        super().configure_model()
-        if self.device_mesh is None:
-            return
-        for network in self._networks():
-            register_fsdp_forward_method(network, "next_logits")
-            for block in network.blocks:
-                register_fsdp_forward_method(block, "extend")
 
     def _mask(self, batch: Batch) -> Tensor:
         return torch.ones(len(batch.index), self.config.num_tokens, dtype=torch.bool, device=batch.index.device)

@@ -308,7 +308,9 @@ class TokenModel(LightningModule):
         self, network: Transformer, tokens: Tensor, labels: Tensor, mask: Tensor, *, smoothing: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss (), and of each predicted token its negative log-likelihood and whether the likeliest code is right."""
-        logits = network(self._visible(tokens, mask), labels, mask, vocabulary=self.loss_vocabulary)  # (M, V)
+        logits = network.forward_masked(
+            self._visible(tokens, mask), labels, mask, vocabulary=self.loss_vocabulary
+        )  # (M, V)
         rows = mask.nonzero()[:, 0]
         targets = tokens[mask]
         loss, token_loss = masked_cross_entropy(logits, targets, rows, num_rows=len(tokens), label_smoothing=smoothing)

@@ -51,9 +51,9 @@ class Predictor(Protocol):
 
 
 class ConditionalNetwork(Protocol):
-    """The network that the predictors ask: codes' logits of some positions, given tokens and class rows."""
+    """The network that the predictors ask: logits of the codes at some positions, given tokens and labels."""
 
-    def __call__(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
+    def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
         """(B, N) int64 tokens, (B,) int64 labels, (B, M) int64 positions -> (B, M, K) float logits of the codes."""
 
 
@@ -61,10 +61,10 @@ class ConditionalNetwork(Protocol):
 class CachingNetwork(ConditionalNetwork, Protocol):
     """A network that can keep the keys and values of positions whose tokens stay as they are."""
 
-    def update(
+    def forward_cached(
         self, tokens: Tensor, labels: Tensor, positions: Tensor, newly_known: Tensor, *, cache: ContextCache
     ) -> Tensor:
-        """As ``networks.transformer.MaskedTransformer.update``."""
+        """See ``networks.transformer.MaskedTransformer.forward_cached``."""
 
 
 def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
@@ -85,7 +85,7 @@ class ClassPredictor:
     labels: Tensor
 
     def __call__(self, tokens: Tensor, positions: Tensor, newly_known: Tensor) -> Tensor:
-        return self.network(tokens, self.labels, positions)
+        return self.network.forward_at(tokens, self.labels, positions)
 
 
 class CachedPredictor:
@@ -104,14 +104,14 @@ class CachedPredictor:
 
     Raises:
         ValueError: if ``context_cache`` is out of range.
-        TypeError: if the network has no ``update``.
+        TypeError: if the network has no ``forward_cached``.
     """
 
     def __init__(self, network: ConditionalNetwork, labels: Tensor, *, context_cache: int = 4) -> None:
         check_integer("context_cache", context_cache, "[1, inf)")
         if not isinstance(network, CachingNetwork):
             raise TypeError(
-                "context_cache above 1 must have a network that keeps keys and values (a method `update`), got "
+                "context_cache above 1 must have a network that keeps keys and values (a method `forward_cached`), got "
                 f"{type(network).__name__}; set context_cache to 1 to decode exactly"
             )
         self.network = network
@@ -124,7 +124,7 @@ class CachedPredictor:
         if self._calls % self.context_cache == 0:
             self._cache = ContextCache()
         self._calls += 1
-        return self.network.update(tokens, self.labels, positions, newly_known, cache=self._cache)
+        return self.network.forward_cached(tokens, self.labels, positions, newly_known, cache=self._cache)
 
 
 class GuidedPredictor:
@@ -219,7 +219,7 @@ class FirstStepLogits:
         shape = len(labels), self.num_tokens
         tokens = torch.full(shape, self.mask_token_id, dtype=torch.int64, device=device)
         positions = torch.arange(self.num_tokens, device=device).expand(shape)
-        logits = self.network(tokens, torch.tensor(labels, device=device), positions)  # (classes, N, K)
+        logits = self.network.forward_at(tokens, torch.tensor(labels, device=device), positions)  # (classes, N, K)
         # A view would keep the memory of all classes for as long as one of them is kept.
         rows = [row.clone() for row in logits.unbind()] if len(labels) > 1 else logits.unbind()
         self._known.update(zip(labels, rows, strict=True))

@@ -16,7 +16,7 @@ from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -185,12 +185,15 @@ def check_precision(name: str) -> None:
 def shard_blocks(network: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, *, precision: str) -> None:
     """Shards a network over the ranks of a mesh: each block a group, and one of the rest.
 
+    Weights are gathered for ``forward``, and for the methods that a network or a block names in ``entry_points``.
+
     Args:
         network: Changed in place; its parameters stay float32.
         blocks: Of the network.
         mesh: One dimension.
         precision: One of ``PRECISIONS``.
     """
-    for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=_POLICIES[precision])
-    fully_shard(network, mesh=mesh, mp_policy=_POLICIES[precision])
+    for part in (*blocks, network):  # the root last, which takes the rest
+        fully_shard(part, mesh=mesh, mp_policy=_POLICIES[precision])
+        for method in getattr(part, "entry_points", ()):
+            register_fsdp_forward_method(part, method)
