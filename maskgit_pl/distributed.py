@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-__all__ = ["barrier", "gather_rows", "own_rows", "process_group", "rank_and_world"]
+__all__ = ["barrier", "gather_rows", "mean_over_ranks", "own_rows", "process_group", "rank_and_world"]
 
 _TIMEOUT = datetime.timedelta(days=7)  # one rank may train a classifier while the others wait
 
@@ -66,3 +66,12 @@ def gather_rows(rows: Tensor, index: Tensor) -> Tensor:
     if rank_and_world()[1] > 1:
         rows, index = (torch.cat(gather_all_tensors(part.contiguous())) for part in (rows, index))
     return rows[index.argsort()]
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """Computes the mean of a tensor over all ranks, without a gradient; ``value`` may be overwritten."""
+    world_size = rank_and_world()[1]
+    if world_size == 1:
+        return value
+    dist.all_reduce(value)
+    return value / world_size

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import MISSING, asdict, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
@@ -17,16 +18,18 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.profilers import PassThroughProfiler
 
-from maskgit_pl.autoregressive import AutoregressiveModel
+from maskgit_pl.autoregressive import AutoregressiveConfig, AutoregressiveModel
 from maskgit_pl.checks import build_dataclass
 from maskgit_pl.runs.recipe_schema import Parameter, RunSettings, TrainerSettings, parameters_of
 from maskgit_pl.runs.recipe import Recipe, Stage
 from maskgit_pl.data import ShardData
 from maskgit_pl.data.stream import check_stream
 from maskgit_pl.errors import is_user_error
-from maskgit_pl.mvtm import MaskedTokenModel
+from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
+from maskgit_pl.old_names import renamed_settings
 from maskgit_pl.pretrained import fingerprint, read_config
 from maskgit_pl.tokenizer import Tokenizer
+from maskgit_pl.tokenizer_config import TokenizerConfig
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_complete, settings_of
 from maskgit_pl.training.checkpoints import Checkpoints
 from maskgit_pl.training.faults import UnreadableReport
@@ -42,12 +45,12 @@ __all__ = ["MODULES", "StageRun", "resolve", "written_config"]
 
 log = logging.getLogger(__name__)
 
-MODULES: dict[str, type[LightningModule]] = {
-    "tokenizer": Tokenizer,
-    "transformer": MaskedTokenModel,
-    "autoregressive": AutoregressiveModel,
+MODULES: dict[str, tuple[type[Any], type[LightningModule]]] = {
+    "tokenizer": (TokenizerConfig, Tokenizer),
+    "transformer": (MaskedTokenConfig, MaskedTokenModel),
+    "autoregressive": (AutoregressiveConfig, AutoregressiveModel),
 }
-"""The module that each kind of recipe trains."""
+"""The module that each kind of recipe trains, after its configuration."""
 
 
 class StageRun:
@@ -77,8 +80,8 @@ class StageRun:
         self.settings = build_dataclass(TrainerSettings, self.config["trainer"], "trainer")
         self._set_precision()
         self.datamodule = ShardData(**_arguments(ShardData, self.config["data"], "data"))
-        module = MODULES[recipe.kind]
-        self.model = module(**_arguments(module, self.config["model"], "model"))
+        config, module = MODULES[recipe.kind]
+        self.model = module(_built(self.config["model"], config, "model"))
 
     def _set_precision(self) -> None:
         """Sets what must be set before anything computes."""
@@ -147,6 +150,7 @@ class StageRun:
         if known is None:
             log.warning("%s: it does not say with which settings it was made; they are not compared", checkpoint)
             return
+        known = renamed_settings(known, f"checkpoint {checkpoint}")
         defaults = fixed_settings(resolve(self.kind, {}), data="", tokenizer="")
         changed = changes(known, self.fixed, defaults)
         if changed:
@@ -182,14 +186,15 @@ def resolve(kind: str, tree: Mapping[str, Any]) -> dict[str, Any]:
         kind: Of recipe, a key of ``MODULES``.
         tree: Checked values of a recipe.
     """
-    groups = {"data": parameters_of(ShardData), "model": parameters_of(MODULES[kind])}
+    groups = {"data": parameters_of(ShardData), "model": parameters_of(MODULES[kind][0])}
     config = {name: _resolve_group(known, tree.get(name, {})) for name, known in groups.items()}
     for name, defaults in (("trainer", TrainerSettings()), (None, RunSettings())):
         given = tree.get(name, {}) if name else {key: tree[key] for key in asdict(defaults) if key in tree}
         values = {**asdict(defaults), **given}
         config |= {name: values} if name else values
-    if "seed" in config["data"]:
-        config["model"]["seed"] = config["data"]["seed"]
+    config["model"]["seed"] = config["data"]["seed"]
+    if kind == "transformer":
+        config["model"]["global_batch"] = config["data"]["global_batch"]
     if kind == "tokenizer":
         config["model"]["image_size"] = config["data"]["image_size"]
         config["model"]["network"]["in_channels"] = config["data"]["in_channels"]
@@ -211,7 +216,7 @@ def _resolve_group(known: Mapping[str, Parameter], given: Mapping[str, Any]) -> 
 
 def written_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a resolved tree as config.yaml holds it: a recipe again, without the keys that follow others."""
-    model = {key: value for key, value in config["model"].items() if key not in ("seed", "image_size", "accumulation")}
+    model = {key: value for key, value in config["model"].items() if key not in ("seed", "image_size", "global_batch")}
     if "in_channels" in model["network"]:
         model["network"] = {key: value for key, value in model["network"].items() if key != "in_channels"}
     return {**config, "model": model}
@@ -239,7 +244,9 @@ def _built(value: Any, annotation: Any, where: str) -> Any:
     try:
         return kind(**values)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        first = re.split(r"[.:\s]", str(error), maxsplit=1)[0]
+        between = "." if first in {each.name for each in fields(kind)} else ": "
+        raise ValueError(f"{where}{between}{error}") from error
 
 
 def _dataclass_in(annotation: Any) -> type[Any] | None:

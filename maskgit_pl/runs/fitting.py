@@ -209,9 +209,10 @@ def _pretrained_values(stage: Stage, pretrained: Path) -> dict[str, Any]:
 
 
 def _check_classes(module: TokenModel, data: ShardData) -> None:
-    if module.config.num_classes != data.num_classes:
+    num_classes = module.config.network.num_classes
+    if num_classes != data.num_classes:
         raise ValueError(
-            f"model.network.num_classes: {data.path} has {data.num_classes} classes, got {module.config.num_classes}; "
+            f"model.network.num_classes: {data.path} has {data.num_classes} classes, got {num_classes}; "
             "leave the key out or name other data"
         )
 

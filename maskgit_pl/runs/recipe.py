@@ -19,6 +19,7 @@ from typing import Any, Literal
 import yaml
 
 from maskgit_pl.checks import shorten
+from maskgit_pl.old_names import renamed_keys, renamed_tree
 from maskgit_pl.runs.recipe_schema import Kind, load_schema
 from maskgit_pl.registry import nearest
 from maskgit_pl.schema import Schema, describe, fits
@@ -48,6 +49,7 @@ _FOLLOWS = {  # keys of a module that other keys decide
     "model.seed": "data.seed",
     "model.image_size": "data.image_size",
     "model.network.in_channels": "data.in_channels",
+    "model.global_batch": "data.global_batch",
     "model.accumulation": "data.global_batch and data.max_batch_per_device",
 }
 _CODE = "recipes name registered things, never classes"
@@ -144,7 +146,9 @@ class Recipe:
     def with_flags(self, words: Sequence[str]) -> Recipe:
         """Returns the recipe with further flags, checked as in ``read``."""
         schema = load_schema(self.kind)
-        added = [_flag_layer(key, text, schema) for key, text in _flags(words)]
+        given = list(_flags(words))
+        keys = renamed_keys((key for key, _ in given), "flags")
+        added = [_flag_layer(key, text, schema) for key, (_, text) in zip(keys, given, strict=True)]
         for layer in added:
             if self.kind == "autoregressive":
                 _refuse_masking(layer)
@@ -275,11 +279,12 @@ _PlainLoader.add_implicit_resolver(  # YAML 1.2's floats: 1e-3 is a number, too
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """Reads a YAML file as plain values.
+    """Reads a YAML file as plain values; keys of version 0.1.0 get their new names.
 
     Raises:
         ValueError: if it is over 200 kB, not YAML, nested too deep, not a mapping, or holds an alias, a repeated key, a
-            number that is not finite, a value that is not plain, or a key that names code. The message is one line.
+            number that is not finite, a value that is not plain, a key that names code, or a key and its old name. The
+            message is one line.
     """
     if file.exists() and not file.is_file():  # a FIFO would be waited for
         raise ValueError(f"recipe {file} must be a regular file")
@@ -292,7 +297,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
         _check_plain(tree)
     except ValueError as error:
         raise ValueError(f"recipe {file}: {error}") from error
-    return tree or {}
+    return renamed_tree(tree or {}, f"recipe {file}")
 
 
 def read_run_config(file: Path) -> dict[str, Any]:
@@ -389,7 +394,8 @@ def _flag_layer(key: str, text: str, schema: Schema) -> Layer:
     for part in reversed(key.split(".")):
         tree = {part: tree}
     _check_plain(tree)
-    return Layer(f"flag --{key}", tree)
+    origin = f"flag --{key}"
+    return Layer(origin, renamed_tree(tree, origin))
 
 
 # Checking
