@@ -39,12 +39,12 @@ __all__ = [
     "check_shards",
     "data_fingerprint",
     "index_sha256",
-    "joined",
     "load_manifest",
     "load_manifests",
     "read_manifest_summary",
     "save_manifest",
     "splits_of",
+    "union",
 ]
 
 Split = Literal["train", "val"]
@@ -187,7 +187,7 @@ def read_manifest_summary(folder: str | Path) -> DataSummary:
     return DataSummary(
         classes=first.classes,
         samples={manifest.split: manifest.samples for manifest in manifests},
-        images=joined([manifest.images for manifest in manifests]),
+        images=union([manifest.images for manifest in manifests]),
         fingerprint=_joint_fingerprint(manifests),
     )
 
@@ -435,7 +435,7 @@ def _is_inside(name: str) -> bool:
     return not (path.is_absolute() or ".." in path.parts or path.name.startswith(".")) and name.isprintable()
 
 
-def joined(ranges: Sequence[ImageRange]) -> ImageRange:
+def union(ranges: Sequence[ImageRange]) -> ImageRange:
     """The range that holds all of some ranges, one at least."""
     return ImageRange(
         height=(min(r.height[0] for r in ranges), max(r.height[1] for r in ranges)),

@@ -23,7 +23,7 @@ from maskgit_pl.shards.images import MAX_IMAGE_BYTES, UnreadableImageError
 from maskgit_pl.shards.manifest import Split
 from maskgit_pl.shards.parquet_pages import largest_page
 from maskgit_pl.shards.samples import Sample, UnreadableSample, check_val_fraction, is_val, read_sample
-from maskgit_pl.shards.walk import MAX_CLASSES
+from maskgit_pl.shards.scan import MAX_CLASSES
 from maskgit_pl.text import printable
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from maskgit_pl.files import size_text
 from maskgit_pl.shards.images import encode_png, read_image_file
 from maskgit_pl.shards.manifest import Split
 from maskgit_pl.shards.samples import Sample, Source, UnreadableSample, check_val_fraction, is_val, read_sample
-from maskgit_pl.shards.walk import IMAGE_EXTENSIONS
+from maskgit_pl.shards.scan import IMAGE_EXTENSIONS
 from maskgit_pl.text import printable
 
 __all__ = ["IdxFiles", "ImageFolder", "Sample", "Source", "open_source"]
