@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from maskgit_pl.checks import build_dataclass, check_class_names, check_integer, check_keys, shorten
 from maskgit_pl.files import read_json
 from maskgit_pl.networks.feature_output import FeatureOutput
-from maskgit_pl.networks.weight_file import check_fit, load_weights, read_header, read_tensors
+from maskgit_pl.networks.weight_file import check_fit, load_weights, read_tensor_header, read_tensors
 
 __all__ = [
     "CONFIG_FILE",
@@ -197,7 +197,7 @@ def load_classifier(folder: Path) -> FrozenClassifier:
     sizes, class_names = _read_config(folder)
     weights = folder / WEIGHT_FILE
     with torch.device("meta"):  # without memory, for the file may hold less than its configuration says
-        check_fit(create_classifier(sizes), read_header(weights), f"weights {weights}")
+        check_fit(create_classifier(sizes), read_tensor_header(weights), f"weights {weights}")
     network = create_classifier(sizes)
     load_weights(network, read_tensors(weights), weights)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch: untyped overload

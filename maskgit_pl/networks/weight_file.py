@@ -33,7 +33,7 @@ __all__ = [
     "load_weight_file",
     "load_weights",
     "open_tensors",
-    "read_header",
+    "read_tensor_header",
     "read_tensors",
     "read_weights",
 ]
@@ -93,7 +93,7 @@ def open_tensors(file: Path) -> safe_open:
         raise ValueError(f"weights {file}: not safetensors, or not whole ({text}); copy or make it again") from error
 
 
-def read_header(file: Path) -> dict[str, TensorInfo]:
+def read_tensor_header(file: Path) -> dict[str, TensorInfo]:
     """Reads names, dtypes and shapes of a safetensors file, and no tensor.
 
     Raises:
@@ -121,7 +121,7 @@ def check_fit(network: nn.Module, header: Mapping[str, TensorInfo], where: str) 
 
     Args:
         network: May be on the device ``meta``.
-        header: As ``read_header`` gives it.
+        header: As ``read_tensor_header`` gives it.
         where: Name of the file, for the message.
 
     Raises:

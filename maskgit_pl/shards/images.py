@@ -46,8 +46,8 @@ __all__ = [
     "from_pil",
     "load_square",
     "load_square_into",
-    "read_header",
     "read_image_file",
+    "read_image_header",
 ]
 
 Crop = Literal["center", "random"]
@@ -128,7 +128,7 @@ def read_image_file(path: str | Path, *, name: str) -> bytes:
         return file.read(status.st_size)
 
 
-def read_header(data: bytes, *, name: str) -> ImageHeader:
+def read_image_header(data: bytes, *, name: str) -> ImageHeader:
     """Read format, size and channels without decoding a pixel.
 
     Args:
@@ -152,7 +152,7 @@ def check_whole(data: bytes, *, name: str) -> None:
     PNG is checked by its chunks and their checksums, JPEG by its end marker, WebP by the length that it states.
 
     Args:
-        data: The bytes of a file whose header ``read_header`` can read.
+        data: The bytes of a file whose header ``read_image_header`` can read.
         name: What to call the image in an error.
 
     Raises:
@@ -187,7 +187,7 @@ def decode_image(data: bytes, *, channels: int, name: str) -> Tensor:
         (channels, H, W) uint8, mostly channels-last in memory.
 
     Raises:
-        UnreadableImageError: As ``read_header``, or the pixels cannot be decoded. Damage is found in JPEG where its
+        UnreadableImageError: As ``read_image_header``, or the pixels cannot be decoded. Damage is found in JPEG where its
             code words break and in PNG by its checksums; WebP has none.
     """
     if channels not in (1, 3):
