@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from maskgit_pl.shards.images import UnreadableImageError, check_whole, read_image_header
+from maskgit_pl.shards.image_bytes import UnreadableImageError, check_whole
+from maskgit_pl.shards.images import read_image_header
 from maskgit_pl.shards.manifest import Split
 
 __all__ = ["EXTENSIONS", "Sample", "Source", "UnreadableSample", "check_val_fraction", "is_val", "read_sample"]

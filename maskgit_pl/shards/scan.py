@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from maskgit_pl.files import open_regular, sha256_of
-from maskgit_pl.shards.images import ImageHeader, UnreadableImageError, read_image_header
+from maskgit_pl.shards.image_bytes import MAX_IMAGE_BYTES, UnreadableImageError
+from maskgit_pl.shards.images import ImageHeader, read_image_header
 from maskgit_pl.shards.manifest import INDEX_DTYPE, ImageRange
 from maskgit_pl.shards.tar import BLOCK, DamagedTarError, Member, read_members
 from maskgit_pl.text import printable
@@ -39,7 +40,6 @@ __all__ = [
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_CLASSES = 100_000  # where no class names say how many there are
-_MAX_IMAGE_BYTES = 256 * 2**20  # no photo within the pixel limit needs more
 _MAX_LABEL_BYTES = 64
 _MAX_JSON_BYTES = 2**20
 _MAX_FAULTY = _MAX_IGNORED = 100_000
@@ -274,8 +274,8 @@ class _Scan:
             self._blame(TWO_IMAGES, member)
             return
         self.sample.offset, self.sample.size = member.offset, member.size
-        if not 0 < member.size <= _MAX_IMAGE_BYTES:
-            self._blame(BAD_IMAGE, member, f"1 to {_MAX_IMAGE_BYTES} bytes are read, got {member.size}")
+        if not 0 < member.size <= MAX_IMAGE_BYTES:
+            self._blame(BAD_IMAGE, member, f"1 to {MAX_IMAGE_BYTES} bytes are read, got {member.size}")
             return
         try:
             header = read_image_header(self._payload(member), name=self._called(member))

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from maskgit_pl.files import open_regular
-from maskgit_pl.shards.images import UnreadableImageError, check_whole, decode_image
+from maskgit_pl.shards.image_bytes import UnreadableImageError, check_whole
+from maskgit_pl.shards.images import decode_image
 from maskgit_pl.shards.manifest import Manifest, Shard, Split, index_sha256, load_manifest, splits_of, union
 from maskgit_pl.shards.parallel import run_jobs
 from maskgit_pl.shards.scan import Labels, ShardScan, scan_shard

@@ -17,7 +17,8 @@ from typing import Any
 
 from maskgit_pl.checks import check_integer
 from maskgit_pl.files import replace_folder, sync, write_text
-from maskgit_pl.shards.images import UnreadableImageError, decode_image, encode_png, fit_square, read_image_header
+from maskgit_pl.shards.image_bytes import UnreadableImageError
+from maskgit_pl.shards.images import decode_image, encode_png, fit_square, read_image_header
 from maskgit_pl.shards.index import find_shards, index_shards
 from maskgit_pl.shards.manifest import Split, load_manifest, splits_of
 from maskgit_pl.shards.parallel import run_jobs
