@@ -124,7 +124,8 @@ class Manifest:
     @property
     def fingerprint(self) -> str:
         """Sha256 over everything but the place of the folder, hex: equal for equal data."""
-        return hashlib.sha256(_canonical(_as_json(self)).encode()).hexdigest()
+        content = json.dumps(_as_json(self), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def index(self) -> npt.NDArray[np.void]:
         """The rows of the index, (samples,) INDEX_DTYPE, memory-mapped; their number and type are checked.
@@ -188,7 +189,7 @@ def read_manifest_summary(folder: str | Path) -> DataSummary:
         classes=first.classes,
         samples={manifest.split: manifest.samples for manifest in manifests},
         images=union([manifest.images for manifest in manifests]),
-        fingerprint=_joint_fingerprint(manifests),
+        fingerprint=hashlib.sha256("".join(manifest.fingerprint for manifest in manifests).encode()).hexdigest(),
     )
 
 
@@ -442,14 +443,6 @@ def union(ranges: Sequence[ImageRange]) -> ImageRange:
         width=(min(r.width[0] for r in ranges), max(r.width[1] for r in ranges)),
         channels=tuple(sorted({channel for r in ranges for channel in r.channels})),
     )
-
-
-def _joint_fingerprint(manifests: list[Manifest]) -> str:
-    return hashlib.sha256("".join(manifest.fingerprint for manifest in manifests).encode()).hexdigest()
-
-
-def _canonical(content: Mapping[str, Any]) -> str:
-    return json.dumps(content, sort_keys=True, separators=(",", ":"))
 
 
 def _way_out(folder: Path) -> str:

@@ -410,6 +410,10 @@ MUTANTS: tuple[Mutant, ...] = (
         ("indices * self.views + views", "indices + views"),
         ("if self.num_codes <= 2**16", "if self.num_codes <= 2**17"),
         ('self.crops if split == "train" else 1', "self.crops"),
+    ),
+    *_of(
+        "shards/token_writer.py",
+        "shards/test_tokens",
         ("min(start + self.part_samples, count))", "start + self.part_samples)"),
         ("np.stack([tokens for tokens, _ in read], axis=1)", "np.stack([tokens for tokens, _ in read], axis=2)"),
     ),
