@@ -10,8 +10,8 @@ A store is a folder::
                         array's file; written last
 
 A store made by another tokenizer or from other data, or one whose arrays have changed, is refused. Stores of format 1
-have no sha256; of them, only shapes and ranges can be checked. This file reads stores, ``token_writer`` makes them. Used
-by ``maskgit tokenize`` and ``data/``.
+have no sha256; of them, only shapes and ranges can be checked. This file reads stores, ``token_writer`` makes them.
+Used by ``maskgit tokenize`` and ``data/``.
 """
 
 from __future__ import annotations

@@ -214,7 +214,7 @@ def test_wrong_rows_are_refused(tmp_path):
     for bad in (good[..., :5], good + 250, good - 1, good[:3]):
         with pytest.raises(ValueError, match="tokens"):
             parts.write(part, bad, LABELS[:4])
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match="part_samples must be an integer in"):
         StoreParts(tmp_path, DESCRIPTION, part_samples=0)
 
 
