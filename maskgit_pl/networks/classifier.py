@@ -15,6 +15,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from maskgit_pl.checks import build_dataclass, check_class_names, check_integer, check_keys, shorten
 from maskgit_pl.files import read_json
@@ -160,12 +161,13 @@ class FrozenClassifier(nn.Module):
         super().__init__()
         self.network = network
         self.class_names = class_names
-        self.requires_grad_(False)
+        self.requires_grad_(requires_grad=False)
         self.eval()
 
+    @override
     def train(self, mode: bool = True) -> FrozenClassifier:
         """Stays in evaluation mode."""
-        return super().train(False)
+        return super().train(mode=False)
 
     def forward(self, images: Tensor) -> FeatureOutput:
         """(B, 1 or 3, H, W), uint8 or float in [0, 1] -> features (B, F) and logits (B, classes)."""

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from typing_extensions import override
 
 from maskgit_pl.checks import check_integer, shorten
 from maskgit_pl.networks.feature_output import SPATIAL_NUMBERS, FeatureOutput
@@ -96,12 +97,13 @@ class FeatureNetwork(nn.Module):
         self.size = size
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
-        self.requires_grad_(False)
+        self.requires_grad_(requires_grad=False)
         self.eval()
 
+    @override
     def train(self, mode: bool = True) -> FeatureNetwork:
         """Stays in evaluation mode."""
-        return super().train(False)
+        return super().train(mode=False)
 
     def extra_repr(self) -> str:
         return f"size={self.size}"

@@ -21,7 +21,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 def frozen_copy(network: Network) -> Network:
     """A deep copy that is not trained and stays in evaluation mode."""
-    duplicate = copy.deepcopy(network).requires_grad_(False).eval()
+    duplicate = copy.deepcopy(network).requires_grad_(requires_grad=False).eval()
     duplicate.train = lambda mode=True: duplicate  # type: ignore[method-assign]  # Lightning calls train() on all
     return duplicate
 

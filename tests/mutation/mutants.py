@@ -445,7 +445,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ("1 - min(decay, (1 + step)", "1 - max(decay, (1 + step)"),
         ("kept.copy_(new)", "kept.lerp_(new.to(kept), weight) if kept.is_floating_point() else kept.copy_(new)"),
         ("duplicate.train = lambda mode=True: duplicate", "duplicate.trained = lambda mode=True: duplicate"),
-        (".requires_grad_(False).eval()", ".eval()"),
+        (".requires_grad_(requires_grad=False).eval()", ".eval()"),
         ("copy.deepcopy(network)", "network"),
     ),
     *_of(
@@ -500,16 +500,20 @@ MUTANTS: tuple[Mutant, ...] = (
         ("checkpoint[SETTINGS] = self.settings", "pass"),
     ),
     *_of(
-        "training/checkpoint_files.py",
+        "training/checkpoint_state.py",
         "training/test_checkpoints",
-        ('or sha256_of(file) != expected["sha256"]', ""),
-        ("default=None, key=step_of)", "default=None, key=lambda path: -step_of(path))"),
         ('kind = "list" if isinstance(value, list) else "tuple"', 'kind = "list"'),
-        ("and (path / _MARKER).is_file()]\n    return sorted", "]\n    return sorted"),
         (
             "raise TypeError(f\"checkpoint {key or '/'}",
             "return str(value)\n    raise TypeError(f\"checkpoint {key or '/'}",
         ),
+    ),
+    *_of(
+        "training/checkpoint_files.py",
+        "training/test_checkpoints",
+        ('or sha256_of(file) != expected["sha256"]', ""),
+        ("default=None, key=step_of)", "default=None, key=lambda path: -step_of(path))"),
+        ("and (path / _MARKER).is_file()]\n    return sorted", "]\n    return sorted"),
         ('if size != expected["bytes"] or', "if"),
     ),
     *_of(
