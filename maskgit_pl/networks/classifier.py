@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from maskgit_pl.checks import build_dataclass, check_class_names, check_integer, check_keys, shorten
 from maskgit_pl.files import read_json
-from maskgit_pl.networks.feature_output import FeatureOutput
+from maskgit_pl.networks.feature_network import FeatureOutput
 from maskgit_pl.networks.weight_file import check_fit, load_weights, read_tensor_header, read_tensors
 
 __all__ = [

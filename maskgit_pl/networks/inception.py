@@ -23,7 +23,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import (
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 from typing_extensions import override
 
-from maskgit_pl.networks.feature_output import FeatureOutput
+from maskgit_pl.networks.feature_network import FeatureOutput
 
 __all__ = ["Inception"]
 
