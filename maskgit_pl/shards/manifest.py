@@ -24,9 +24,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from maskgit_pl.checks import build_dataclass, check_integer, check_keys, shorten
-from maskgit_pl.files import read_json, write_atomically
-from maskgit_pl.shards.safe_open import map_array, open_regular
+from maskgit_pl.checks import build_dataclass, check_integer, check_keys, check_sha256, shorten
+from maskgit_pl.files import open_regular, read_json, write_atomically, write_text
+from maskgit_pl.shards.mapped_array import map_array
 from maskgit_pl.shards.tar import BLOCK, header_size
 
 __all__ = [
@@ -36,16 +36,15 @@ __all__ = [
     "Manifest",
     "Shard",
     "Split",
-    "check_sha256",
     "check_shards",
     "data_fingerprint",
     "index_sha256",
-    "joined",
     "load_manifest",
     "load_manifests",
     "read_manifest_summary",
     "save_manifest",
     "splits_of",
+    "union",
 ]
 
 Split = Literal["train", "val"]
@@ -125,7 +124,8 @@ class Manifest:
     @property
     def fingerprint(self) -> str:
         """Sha256 over everything but the place of the folder, hex: equal for equal data."""
-        return hashlib.sha256(_canonical(_as_json(self)).encode()).hexdigest()
+        content = json.dumps(_as_json(self), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def index(self) -> npt.NDArray[np.void]:
         """The rows of the index, (samples,) INDEX_DTYPE, memory-mapped; their number and type are checked.
@@ -188,8 +188,8 @@ def read_manifest_summary(folder: str | Path) -> DataSummary:
     return DataSummary(
         classes=first.classes,
         samples={manifest.split: manifest.samples for manifest in manifests},
-        images=joined([manifest.images for manifest in manifests]),
-        fingerprint=_joint_fingerprint(manifests),
+        images=union([manifest.images for manifest in manifests]),
+        fingerprint=hashlib.sha256("".join(manifest.fingerprint for manifest in manifests).encode()).hexdigest(),
     )
 
 
@@ -265,8 +265,7 @@ def save_manifest(manifest: Manifest, rows: npt.NDArray[np.void]) -> None:
     folder, split = manifest.folder, manifest.split
     with write_atomically(folder / f"{split}.npy") as file:
         np.save(file, rows, allow_pickle=False)
-    with write_atomically(folder / f"{split}.json") as file:
-        file.write((json.dumps(_as_json(manifest), indent=1) + "\n").encode())
+    write_text(folder / f"{split}.json", json.dumps(_as_json(manifest), indent=1) + "\n")
 
 
 def index_sha256(rows: npt.NDArray[np.void]) -> str:
@@ -437,32 +436,13 @@ def _is_inside(name: str) -> bool:
     return not (path.is_absolute() or ".." in path.parts or path.name.startswith(".")) and name.isprintable()
 
 
-def check_sha256(name: str, value: object) -> str:
-    """Checks that ``value`` is a sha256 in hex, and returns it.
-
-    Raises:
-        ValueError: if it is not.
-    """
-    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
-        raise ValueError(f"{name} must be a sha256 of 64 hex digits, got {shorten(value)}")
-    return value
-
-
-def joined(ranges: Sequence[ImageRange]) -> ImageRange:
+def union(ranges: Sequence[ImageRange]) -> ImageRange:
     """The range that holds all of some ranges, one at least."""
     return ImageRange(
         height=(min(r.height[0] for r in ranges), max(r.height[1] for r in ranges)),
         width=(min(r.width[0] for r in ranges), max(r.width[1] for r in ranges)),
         channels=tuple(sorted({channel for r in ranges for channel in r.channels})),
     )
-
-
-def _joint_fingerprint(manifests: list[Manifest]) -> str:
-    return hashlib.sha256("".join(manifest.fingerprint for manifest in manifests).encode()).hexdigest()
-
-
-def _canonical(content: Mapping[str, Any]) -> str:
-    return json.dumps(content, sort_keys=True, separators=(",", ":"))
 
 
 def _way_out(folder: Path) -> str:

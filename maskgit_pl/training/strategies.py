@@ -20,9 +20,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from maskgit_pl.registry import nearest
-from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, SavedTensor, rows_of
+from maskgit_pl.training.checkpoint_files import FolderCheckpointIO
+from maskgit_pl.training.checkpoint_tensors import SavedTensor, rows_of
 
 __all__ = [
     "PRECISIONS",
@@ -96,6 +98,7 @@ class FullyShardedDataParallel2(ModelParallelStrategy):
         """On every rank."""
         self.checkpoint_io.save_checkpoint(checkpoint, filepath)
 
+    @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Each rank reads its rows, whatever ranks wrote them."""
         assert self.lightning_module is not None
