@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     device = _device(args.device, place.local_rank)
-    from maskgit_pl.data import tokenize
+    from maskgit_pl.data import TokenizingConfig, tokenize
     from maskgit_pl.imaging import to_unit_range
     from maskgit_pl.pretrained import load_tokenizer
 
@@ -103,21 +103,17 @@ def run(args: argparse.Namespace) -> int:
         outcome = tokenize(
             shards,
             store,
+            description,
             encode=encode,
-            grid=tokenizer.grid,
-            num_codes=network.config.num_codes,
-            tokenizer=tokenizer.fingerprint,
-            image_size=tokenizer.image_size,
             in_channels=network.config.in_channels,
-            crops=description.crops,
-            flip=description.flip,
-            precision=description.precision,
-            batch_size=args.batch_size,
-            part_samples=args.part_samples,
-            num_workers=workers,
-            rank=place.rank,
-            num_ranks=place.num_ranks,
-            unreadable_budget=args.unreadable_budget,
+            config=TokenizingConfig(
+                batch_size=args.batch_size,
+                part_samples=args.part_samples,
+                num_workers=workers,
+                rank=place.rank,
+                num_ranks=place.num_ranks,
+                unreadable_budget=args.unreadable_budget,
+            ),
             on_rows=report.add,
         )
     if outcome == "found":

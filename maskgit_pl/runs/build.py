@@ -22,8 +22,8 @@ from maskgit_pl.autoregressive import AutoregressiveConfig, AutoregressiveModel
 from maskgit_pl.checks import build_dataclass
 from maskgit_pl.runs.recipe_schema import Parameter, RunSettings, TrainerSettings, parameters_of
 from maskgit_pl.runs.recipe import Recipe, Stage
-from maskgit_pl.data import ShardData
-from maskgit_pl.data.stream import check_stream
+from maskgit_pl.data import ShardData, ShardDataConfig
+from maskgit_pl.data.config import check_stream
 from maskgit_pl.errors import is_user_error
 from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
 from maskgit_pl.old_names import renamed_settings
@@ -79,7 +79,7 @@ class StageRun:
         self.run = build_dataclass(RunSettings, run, "recipe")
         self.settings = build_dataclass(TrainerSettings, self.config["trainer"], "trainer")
         self._set_precision()
-        self.datamodule = ShardData(**_arguments(ShardData, self.config["data"], "data"))
+        self.datamodule = ShardData(ShardDataConfig(**_arguments(ShardDataConfig, self.config["data"], "data")))
         config, module = MODULES[recipe.kind]
         self.model = module(_built(self.config["model"], config, "model"))
 
@@ -133,8 +133,8 @@ class StageRun:
 
     def _fixed_settings(self) -> dict[str, Any]:
         data = self.datamodule
-        if data.source == "stream":
-            identity = check_stream(data.stream, data.validation_samples).fingerprint
+        if data.config.source == "stream":
+            identity = check_stream(data.stream, data.config.validation_samples).fingerprint
         else:
             identity = data.summary.fingerprint
         tokenizer = None
@@ -186,7 +186,7 @@ def resolve(kind: str, tree: Mapping[str, Any]) -> dict[str, Any]:
         kind: Of recipe, a key of ``MODULES``.
         tree: Checked values of a recipe.
     """
-    groups = {"data": parameters_of(ShardData), "model": parameters_of(MODULES[kind][0])}
+    groups = {"data": parameters_of(ShardDataConfig), "model": parameters_of(MODULES[kind][0])}
     config = {name: _resolve_group(known, tree.get(name, {})) for name, known in groups.items()}
     for name, defaults in (("trainer", TrainerSettings()), (None, RunSettings())):
         given = tree.get(name, {}) if name else {key: tree[key] for key in asdict(defaults) if key in tree}

@@ -63,7 +63,7 @@ def build(plan: Plan) -> StageRun:
     module, data, trainer = run.model, run.datamodule, run.trainer
     if trainer.max_steps < 1:
         raise ValueError(f"trainer.max_steps must be >= 1, got {trainer.max_steps}; it is where the run ends")
-    _, accumulation = split_batch(data.global_batch, data.max_batch_per_device, trainer.world_size)
+    _, accumulation = split_batch(data.config.global_batch, data.config.max_batch_per_device, trainer.world_size)
     if isinstance(module, TokenModel):
         trainer.accumulate_grad_batches = accumulation
         _check_classes(module, data)
@@ -160,10 +160,10 @@ def _introduce(run: StageRun, plan: Plan, newest: Path | None) -> None:
     for origin, keys in plan.recipe.left_out.items():
         log.info("%s: causal attention has no use for %s", origin, ", ".join(keys))
     data, ranks = run.datamodule, run.trainer.world_size
-    per_device, accumulation = split_batch(data.global_batch, data.max_batch_per_device, ranks)
+    per_device, accumulation = split_batch(data.config.global_batch, data.config.max_batch_per_device, ranks)
     log.info(
         "%s: global batch %d = %d ranks x %d accumulated x %d a device%s",
-        plan.stage_folder, data.global_batch, ranks, accumulation, per_device,
+        plan.stage_folder, data.config.global_batch, ranks, accumulation, per_device,
         f"; going on from {newest.name}" if newest else "",
     )  # fmt: skip
 
@@ -212,7 +212,7 @@ def _check_classes(module: TokenModel, data: ShardData) -> None:
     num_classes = module.config.network.num_classes
     if num_classes != data.num_classes:
         raise ValueError(
-            f"model.network.num_classes: {data.path} has {data.num_classes} classes, got {num_classes}; "
+            f"model.network.num_classes: {data.config.path} has {data.num_classes} classes, got {num_classes}; "
             "leave the key out or name other data"
         )
 

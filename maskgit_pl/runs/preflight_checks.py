@@ -243,7 +243,7 @@ def _build(found: Examination, plan: Plan) -> StageRun | None:
         if complete:
             with found.listing("recipe"):
                 cli = fit.build(plan)
-                if cli.datamodule.source != "stream":
+                if cli.datamodule.config.source != "stream":
                     cli.datamodule.setup()
                 found.note("recipe", f"{plan.recipe.names}: module, data and tokenizer fit each other")
                 return cli

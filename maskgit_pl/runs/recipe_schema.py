@@ -163,12 +163,12 @@ def _plain(value: Any) -> Any:
 def build_schema(kind: Kind) -> Schema:
     """Derives the schema of a recipe from the configurations of module, data and settings. Imports torch."""
     from maskgit_pl.autoregressive import AutoregressiveConfig
-    from maskgit_pl.data import ShardData
+    from maskgit_pl.data import ShardDataConfig
     from maskgit_pl.mvtm import MaskedTokenConfig
     from maskgit_pl.tokenizer_config import TokenizerConfig
 
     models = {"tokenizer": TokenizerConfig, "transformer": MaskedTokenConfig, "autoregressive": AutoregressiveConfig}
-    groups = {name: _group_of(each) for name, each in (("data", ShardData), ("model", models[kind]))}
+    groups = {name: _group_of(each) for name, each in (("data", ShardDataConfig), ("model", models[kind]))}
     run = schema_of(RunSettings)
     properties = {**groups, "trainer": schema_of(TrainerSettings), **run["properties"]}
     return {
