@@ -142,7 +142,7 @@ def test_validation_asks_the_averaged_network_about_masked_tokens(tiny_shards, t
     values = validate(module, source)
     (batch,) = source.val_dataloader()
     mask = module.mask_sampler.mask(
-        16, index=batch.index, epoch=batch.epoch, position=batch.position, global_batch=source.global_batch
+        16, index=batch.index, epoch=batch.epoch, position=batch.position, global_batch=source.config.global_batch
     )
     seen = batch.content.masked_fill(mask, CONFIG.mask_token_id)
     with torch.no_grad():
