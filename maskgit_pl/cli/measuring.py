@@ -331,7 +331,7 @@ def plain_protocol(
     """What decides numbers beside decoding, number of images and seed, in plain values."""
     from maskgit_pl.evaluation.digests import model_digests
     from maskgit_pl.evaluation.protocol import Protocol
-    from maskgit_pl.networks.features import weights_digest
+    from maskgit_pl.networks.feature_network import weights_digest
 
     return {
         **model_digests(pipe, folders.pretrained),

@@ -16,13 +16,15 @@ from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from maskgit_pl.registry import nearest
-from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, SavedTensor, rows_of
+from maskgit_pl.training.checkpoint_files import FolderCheckpointIO
+from maskgit_pl.training.checkpoint_tensors import SavedTensor, rows_of
 
 __all__ = [
     "PRECISIONS",
@@ -96,6 +98,7 @@ class FullyShardedDataParallel2(ModelParallelStrategy):
         """On every rank."""
         self.checkpoint_io.save_checkpoint(checkpoint, filepath)
 
+    @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Each rank reads its rows, whatever ranks wrote them."""
         assert self.lightning_module is not None
@@ -185,12 +188,15 @@ def check_precision(name: str) -> None:
 def shard_blocks(network: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, *, precision: str) -> None:
     """Shards a network over the ranks of a mesh: each block a group, and one of the rest.
 
+    Weights are gathered for ``forward``, and for the methods that a network or a block names in ``entry_points``.
+
     Args:
         network: Changed in place; its parameters stay float32.
         blocks: Of the network.
         mesh: One dimension.
         precision: One of ``PRECISIONS``.
     """
-    for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=_POLICIES[precision])
-    fully_shard(network, mesh=mesh, mp_policy=_POLICIES[precision])
+    for part in (*blocks, network):  # the root last, which takes the rest
+        fully_shard(part, mesh=mesh, mp_policy=_POLICIES[precision])
+        for method in getattr(part, "entry_points", ()):
+            register_fsdp_forward_method(part, method)
