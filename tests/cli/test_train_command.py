@@ -345,3 +345,25 @@ def test_validation_curves_and_pictures_stand_at_the_same_steps(train, runs, sta
         assert [each.step for each in events.Scalars(name)] == [2, 4], name
     for picture in events.Tags()["images"]:
         assert {each.step for each in events.Images(picture)} <= {2, 4}
+
+
+def test_each_recipe_file_is_parsed_once(train, maskgit, runs, monkeypatch):
+    texts, load = [], yaml.load
+
+    def counted(text: str, Loader: type[yaml.SafeLoader]) -> object:  # noqa: N803  # PyYAML's name
+        texts.append(text)
+        return load(text, Loader=Loader)
+
+    def counts(files: list[Path]) -> list[int]:
+        return [texts.count(file.read_text()) for file in files]
+
+    folder = Path(__file__).parents[2] / "recipes"
+    assert train("transformer").code == 0
+    config = runs / "one" / "transformer" / "config.yaml"
+    monkeypatch.setattr(yaml, "load", counted)
+    assert train("transformer", "--recipe=paper-256 log", "--run=two", "--model.network.depth=1").code == 0
+    names = ("transformer/base", "transformer/paper-256", "transformer/log", "cluster/cpu")
+    assert counts([folder / f"{name}.yaml" for name in names]) == [1, 1, 1, 1]
+    texts.clear()
+    assert maskgit("train", "transformer", "--runs", runs, "--run", "three", "--config", config).code == 0
+    assert counts([config]) == [1]
