@@ -268,7 +268,7 @@ def test_the_complete_recipe_is_printed_and_nothing_is_trained(train, runs):
         ("--trainer.max_steps=many", ("max_steps", "many")),
         ("--trainer.max_steps=-1", ("trainer.max_steps must be >= 1", "got -1")),
         ("--model.label_smoothing=a lot", ("label_smoothing", "a lot")),
-        ("--model.learning_rate.peak=.nan", ("model.learning_rate.peak must be finite", "nan")),
+        ("--model.optimizer.learning_rate.peak=.nan", ("model.optimizer.learning_rate.peak must be finite", "nan")),
         ("--model.mask_schedule=squar", ("unknown mask schedule 'squar'", "did you mean 'square'", "known: arccos")),
         ("--model.mask_schedule={name: pow, exponent: -1}", ("pow", "exponent", "-1")),
         ("--model.network.num_classes=4", ("num_classes", "has 3 classes", "got 4")),
