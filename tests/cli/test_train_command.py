@@ -293,6 +293,30 @@ def test_a_wrong_flag_is_refused_before_anything_is_written(train, runs, flag, p
     assert not runs.exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        ("train transformer --recipe cosin", "did you mean 'cosine'"),
+        ("train transformer --model.zzzzzz=1", "unknown key 'model.zzzzzz'"),
+        ("train tokenizer --data nowhere", "data nowhere: no such folder"),
+        ("train tokenizer --data nowhere --print-config", "data nowhere: no such folder"),
+        ("train tokenizer --data . --pretrained nowhere", "pretrained nowhere: no tokenizer/config.json"),
+        ("train transformer --config nowhere.yaml --run two", "--config nowhere.yaml: no such file"),
+        ("tokenize --data . --tokenizer nowhere", "tokenizer nowhere: no config.json there"),
+        ("export nowhere", "run nowhere: no stage with checkpoints"),
+    ],
+)
+def test_what_is_wrong_is_answered_without_torch(words, part):
+    code = (
+        "import sys; from maskgit_pl.cli import main; code = main(sys.argv[1:]); "
+        "sys.exit(90 if 'torch' in sys.modules else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert part in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize("precision", ["highest", "high"])
 def test_products_are_rounded_as_the_recipe_says(train, precision):
     before = torch.backends.cudnn.allow_tf32
