@@ -60,7 +60,7 @@ def test_both_stages_train_in_one_process_and_a_second_call_finds_them_finished(
     trained = FolderCheckpointIO().load_checkpoint(where["run"] / "transformer/checkpoints/step-00000002")["state_dict"]
     for name, tensor in load_transformer(out / "transformer").network.state_dict().items():
         assert torch.equal(tensor, trained[f"ema_network.{name}"])
-    with pytest.raises(FileExistsError, match="is there already"):
+    with pytest.raises(FileExistsError, match="exists; replace it"):
         runs.export(where["run"], stage="transformer")
 
 
