@@ -43,7 +43,7 @@ from maskgit_pl.networks.classifier import (
     create_classifier,
     describe_classifier,
 )
-from maskgit_pl.networks.feature_output import FeatureOutput
+from maskgit_pl.networks.feature_network import FeatureOutput
 from maskgit_pl.networks.weight_file import load_weights, read_tensors
 
 __all__ = [
