@@ -1,4 +1,4 @@
-"""What a run is, in Python: ``Recipe`` reads one, ``fit`` trains it, and what the command line does takes one call.
+"""Runs from Python: ``Recipe`` reads what a run is, ``fit`` trains it; each command of the command line is one call.
 
 ::
 
