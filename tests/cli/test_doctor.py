@@ -16,7 +16,6 @@ from maskgit_pl.cli import main
 from maskgit_pl.cli.doctor import _size
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
-from maskgit_pl.runs import host
 from maskgit_pl.runs import preflight_checks as examination
 from tests.conftest import flags
 
@@ -193,7 +192,7 @@ def test_a_port_in_use_is_named_with_a_free_one(doctor, monkeypatch):
     assert doctor("tokenizer")[0] == 0
     for named in ("http", "99999", "0"):
         monkeypatch.setenv("MASTER_PORT", named)
-        fails(doctor("tokenizer"), "network", f"got '{named}'", "1 to 65535")
+        fails(doctor("tokenizer"), "network", f"got '{named}'", "[1, 65535]")
     monkeypatch.delenv("MASTER_PORT")
     monkeypatch.setenv("SLURM_JOB_ID", "abc")
     fails(doctor("tokenizer"), "network", "SLURM_JOB_ID", "got 'abc'")
@@ -220,30 +219,8 @@ def test_slurm_variables_that_contradict_the_run(doctor, monkeypatch, variable, 
     words = ("tokenizer", "--cluster", "ddp", "--nodes", "2", "--devices", "2")
     assert doctor(*words)[0] == 0
     monkeypatch.setenv(variable, value)
-    fails(doctor(*words), "slurm", variable, f"is needed, got {value}", flag)
+    fails(doctor(*words), "slurm", variable, f"got {value}", flag)
     assert os.environ["SLURM_NNODES"]  # hidden while the run was built, and back
-
-
-def test_slurm_needs_the_tasks_of_a_node():
-    job = {name: value for name, value in JOB.items() if name != "SLURM_NTASKS_PER_NODE"}
-    (fault,) = host.slurm_faults(job, nodes=2, devices=2)
-    assert "--ntasks-per-node=2" in fault
-    assert host.slurm_faults({}, nodes=2, devices=2) == []
-
-
-@pytest.mark.parametrize(
-    ("environment", "nodes", "address", "port"),
-    [
-        ({}, 1, "127.0.0.1", None),
-        ({}, 2, None, None),
-        ({"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "gpu[03-07,9],other"}, 2, "gpu03", 18456),
-        ({"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "a1,b2", "MASTER_PORT": "77"}, 2, "a1", 77),
-        ({"MASTER_ADDR": "here", "MASTER_PORT": "29500"}, 2, "here", 29500),
-    ],
-)
-def test_where_rank_0_listens(environment, nodes, address, port):
-    assert host.main_address(environment, nodes=nodes) == address
-    assert host.main_port(environment) == port
 
 
 @pytest.fixture
