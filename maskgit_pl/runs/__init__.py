@@ -17,16 +17,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from maskgit_pl.runs.fitting import fit
+    from maskgit_pl.runs.machines import Machines
     from maskgit_pl.runs.plan import Plan, plan_run
+    from maskgit_pl.runs.preflight_checks import preflight
+    from maskgit_pl.runs.preflight_report import Preflight
     from maskgit_pl.runs.recipe import Recipe
     from maskgit_pl.runs.stage import FitResult
 
-__all__ = ["FitResult", "Plan", "Recipe", "fit", "plan_run"]
+__all__ = ["FitResult", "Machines", "Plan", "Preflight", "Recipe", "fit", "plan_run", "preflight"]
 
 # No module has the name of something here: importing it would put it in that thing's place.
 _HOMES = {
     "FitResult": "stage",
+    "Machines": "machines",
     "Plan": "plan",
+    "Preflight": "preflight_report",
     "Recipe": "recipe",
     "fit": "fitting",
     "plan_run": "plan",
