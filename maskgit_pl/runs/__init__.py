@@ -16,6 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from maskgit_pl.runs.exporting import export
     from maskgit_pl.runs.fitting import fit
     from maskgit_pl.runs.machines import Machines
     from maskgit_pl.runs.plan import Plan, plan_run
@@ -23,8 +24,21 @@ if TYPE_CHECKING:
     from maskgit_pl.runs.preflight_report import Preflight
     from maskgit_pl.runs.recipe import Recipe
     from maskgit_pl.runs.stage import FitResult
+    from maskgit_pl.runs.tokenizing import TokenizeOptions, tokenize
 
-__all__ = ["FitResult", "Machines", "Plan", "Preflight", "Recipe", "fit", "plan_run", "preflight"]
+__all__ = [
+    "FitResult",
+    "Machines",
+    "Plan",
+    "Preflight",
+    "Recipe",
+    "TokenizeOptions",
+    "export",
+    "fit",
+    "plan_run",
+    "preflight",
+    "tokenize",
+]
 
 # No module has the name of something here: importing it would put it in that thing's place.
 _HOMES = {
@@ -33,9 +47,12 @@ _HOMES = {
     "Plan": "plan",
     "Preflight": "preflight_report",
     "Recipe": "recipe",
+    "TokenizeOptions": "tokenizing",
+    "export": "exporting",
     "fit": "fitting",
     "plan_run": "plan",
     "preflight": "preflight_checks",
+    "tokenize": "tokenizing",
 }
 
 

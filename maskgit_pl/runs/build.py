@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -21,6 +22,7 @@ from maskgit_pl.checks import build_dataclass
 from maskgit_pl.data import ShardData, split_batch
 from maskgit_pl.data.stream import check_stream
 from maskgit_pl.errors import is_user_error
+from maskgit_pl.old_names import renamed_settings
 from maskgit_pl.pretrained import fingerprint, read_config
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.recipe import Recipe
@@ -84,9 +86,10 @@ def build(plan: Plan) -> StageRun:
 
 
 def _check_classes(module: TokenModel, data: ShardData) -> None:
-    if module.config.num_classes != data.num_classes:
+    num_classes = module.config.network.num_classes
+    if num_classes != data.num_classes:
         raise ValueError(
-            f"model.network.num_classes: {data.path} has {data.num_classes} classes, got {module.config.num_classes}; "
+            f"model.network.num_classes: {data.path} has {data.num_classes} classes, got {num_classes}; "
             "leave the key out or name other data"
         )
 
@@ -118,8 +121,8 @@ class StageRun:
         self.settings = build_dataclass(TrainerSettings, self.config["trainer"], "trainer")
         self._set_precision()
         self.datamodule = ShardData(**_arguments(ShardData, self.config["data"], "data"))
-        module = MODULES[recipe.kind]
-        self.model = module(**_arguments(module, self.config["model"], "model"))
+        config, module = MODULES[recipe.kind]
+        self.model = module(_built(self.config["model"], config, "model"))
 
     def _set_precision(self) -> None:
         """Sets what must be set before anything computes."""
@@ -188,6 +191,7 @@ class StageRun:
         if known is None:
             log.warning("%s: it does not say with which settings it was made; they are not compared", checkpoint)
             return
+        known = renamed_settings(known, f"checkpoint {checkpoint}")
         defaults = fixed_settings(resolve(self.kind, {}), data="", tokenizer="")
         changed = changes(known, self.fixed, defaults)
         if changed:
@@ -238,7 +242,9 @@ def _built(value: Any, annotation: Any, where: str) -> Any:
     try:
         return kind(**values)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        first = re.split(r"[.:\s]", str(error), maxsplit=1)[0]
+        between = "." if first in {each.name for each in fields(kind)} else ": "
+        raise ValueError(f"{where}{between}{error}") from error
 
 
 def _cannot_be_had(given: TrainerSettings, error: Exception) -> str:

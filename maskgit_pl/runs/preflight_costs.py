@@ -193,7 +193,7 @@ class CostChecks:
         return StepCosts(useful, executed, traffic, time)
 
     def _describe(self, shares: Shares | None, step: StepCosts | None) -> Iterator[tuple[str, str]]:
-        rate = self._config["model"]["learning_rate"]
+        rate = self._config["model"]["optimizer"]["learning_rate"]
         yield "parameters", f"{self._costs.trained:,} trained"
         yield (
             "learning rate",

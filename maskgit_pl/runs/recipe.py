@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from maskgit_pl.old_names import renamed_keys
 from maskgit_pl.runs.flags import Overrides, flag_layer, flag_words, split_flags
 from maskgit_pl.runs.layers import Layer, merged, take_out, value_at
 from maskgit_pl.runs.recipe_checks import check_layer
@@ -133,7 +134,9 @@ class Recipe:
     def with_overrides(self, overrides: Overrides) -> Recipe:
         """Returns the recipe with further values on top, checked as in ``read``."""
         schema, words = load_schema(self.kind), flag_words(overrides)
-        added = [flag_layer(key, text, schema) for key, text in split_flags(words)]
+        given = list(split_flags(words))
+        keys = renamed_keys((key for key, _ in given), "flags")
+        added = [flag_layer(key, text, schema) for key, (_, text) in zip(keys, given, strict=True)]
         for layer in added:
             if self.kind == "autoregressive":
                 _refuse_masking(layer)

@@ -11,9 +11,9 @@ from typing import Any, Union, get_args, get_origin
 import yaml
 from lightning.pytorch import LightningModule
 
-from maskgit_pl.autoregressive import AutoregressiveModel
+from maskgit_pl.autoregressive import AutoregressiveConfig, AutoregressiveModel
 from maskgit_pl.data import ShardData
-from maskgit_pl.mvtm import MaskedTokenModel
+from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.pretrained import read_config
 from maskgit_pl.runs.layers import merged
@@ -22,15 +22,16 @@ from maskgit_pl.runs.recipe_files import Stage
 from maskgit_pl.runs.recipe_schema import Parameter, RunSettings, TrainerSettings, parameters_of
 from maskgit_pl.shards.manifest import read_manifest_summary
 from maskgit_pl.tokenizer import Tokenizer
+from maskgit_pl.tokenizer_config import TokenizerConfig
 
 __all__ = ["MODULES", "config_text", "config_text_of", "dataclass_in", "resolve", "resolved_tree"]
 
-MODULES: dict[str, type[LightningModule]] = {
-    "tokenizer": Tokenizer,
-    "transformer": MaskedTokenModel,
-    "autoregressive": AutoregressiveModel,
+MODULES: dict[str, tuple[type[Any], type[LightningModule]]] = {
+    "tokenizer": (TokenizerConfig, Tokenizer),
+    "transformer": (MaskedTokenConfig, MaskedTokenModel),
+    "autoregressive": (AutoregressiveConfig, AutoregressiveModel),
 }
-"""The module that each kind of recipe trains."""
+"""The module that each kind of recipe trains, after its configuration."""
 
 
 def resolved_tree(plan: Plan) -> dict[str, Any]:
@@ -86,14 +87,15 @@ def resolve(kind: str, tree: Mapping[str, Any]) -> dict[str, Any]:
         kind: Of recipe, a key of ``MODULES``.
         tree: Checked values of a recipe.
     """
-    groups = {"data": parameters_of(ShardData), "model": parameters_of(MODULES[kind])}
+    groups = {"data": parameters_of(ShardData), "model": parameters_of(MODULES[kind][0])}
     config = {name: _resolve_group(known, tree.get(name, {})) for name, known in groups.items()}
     for name, defaults in (("trainer", TrainerSettings()), (None, RunSettings())):
         given = tree.get(name, {}) if name else {key: tree[key] for key in asdict(defaults) if key in tree}
         values = {**asdict(defaults), **given}
         config |= {name: values} if name else values
-    if "seed" in config["data"]:
-        config["model"]["seed"] = config["data"]["seed"]
+    config["model"]["seed"] = config["data"]["seed"]
+    if kind == "transformer":
+        config["model"]["global_batch"] = config["data"]["global_batch"]
     if kind == "tokenizer":
         config["model"]["image_size"] = config["data"]["image_size"]
         config["model"]["network"]["in_channels"] = config["data"]["in_channels"]
@@ -115,7 +117,7 @@ def _resolve_group(known: Mapping[str, Parameter], given: Mapping[str, Any]) -> 
 
 def _written_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The tree without the keys that follow others."""
-    model = {key: value for key, value in config["model"].items() if key not in ("seed", "image_size", "accumulation")}
+    model = {key: value for key, value in config["model"].items() if key not in ("seed", "image_size", "global_batch")}
     if "in_channels" in model["network"]:
         model["network"] = {key: value for key, value in model["network"].items() if key != "in_channels"}
     return {**config, "model": model}
