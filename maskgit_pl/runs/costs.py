@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from types import SimpleNamespace
-from typing import cast
 
 import torch
-from lightning.pytorch import Trainer
-from torch import Tensor, nn
+from torch import nn
 
 from maskgit_pl.data import Batch
 from maskgit_pl.estimates.replay import Replay, replay, without_content
@@ -33,6 +29,7 @@ from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.token_model import TokenModel
 from maskgit_pl.tokenizer import Tokenizer
+from maskgit_pl.tokenizer_config import AdversarialConfig, TokenizerConfig
 
 __all__ = ["Costs", "TokenizerCosts", "TransformerCosts"]
 
@@ -202,14 +199,14 @@ class TokenizerCosts(Costs):
 
     @cached_property
     def _replay(self) -> Replay:
-        module = self.module
-        networks = [*self._networks, *self._frozen]
+        config, networks = self.module.config, [*self._networks, *self._frozen]
         with without_content(*networks), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for parameter in (parameter for network in networks for parameter in network.parameters()):
                 if parameter.requires_grad:
                     parameter.grad = torch.empty_like(parameter)
-            return replay(_micro_batch(module), networks, precision=self.precision)
+            batch, step = _one_image(config), _first_full_step(config.adversarial)
+            return replay(lambda: self.module.replay_step(batch, step=step), networks, precision=self.precision)
 
     def memory(self, per_device: int) -> Memory:
         blocks, root = self.groups
@@ -236,30 +233,12 @@ class TokenizerCosts(Costs):
         return ddp_traffic([*blocks, root], self.ranks, buffers=buffers, micro_batches=micro_batches)
 
 
-def _micro_batch(module: Tokenizer) -> Callable[[], None]:
-    """A micro-batch of one image that is not the last of its step, with every loss that the recipe has."""
-    channels, edge = module.config.network.in_channels, module.config.image_size
-    images = torch.empty(1, channels, edge, edge, dtype=torch.uint8)
+def _one_image(config: TokenizerConfig) -> Batch:
+    images = torch.empty(1, config.network.in_channels, config.image_size, config.image_size, dtype=torch.uint8)
     numbers = torch.zeros(1, dtype=torch.int64)
-    batch = Batch(images, numbers, numbers, numbers, numbers, numbers == 0)
-    trainer = SimpleNamespace(
-        global_step=_first_full_step(module), world_size=1, strategy=SimpleNamespace(backward=_backward)
-    )
-
-    def step() -> None:
-        module.trainer = cast("Trainer", trainer)  # held weakly
-        module.accumulation, module.config = 2, replace(module.config, flip_probability=0.0)
-        module._pending = type(module._pending)()
-        module.training_step(batch, 0)
-
-    return step
+    return Batch(images, numbers, numbers, numbers, numbers, numbers == 0)
 
 
-def _first_full_step(module: Tokenizer) -> int:
-    """A step with a discriminator and its penalty."""
-    config = module.config.adversarial
+def _first_full_step(config: AdversarialConfig | None) -> int:
+    """Returns the first step with a discriminator and its R1 penalty; no step needs more."""
     return 0 if config is None else -(-config.start_step // config.r1_every) * config.r1_every
-
-
-def _backward(loss: Tensor, *_: object) -> None:
-    loss.backward()  # type: ignore[no-untyped-call]  # torch: untyped
