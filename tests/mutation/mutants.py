@@ -154,7 +154,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     *_of(
         "decoding/decoder.py",
-        "test_decoding decoding/test_selectors",
+        "decoding/test_decoder decoding/test_selectors",
         ("scores = scores.where(is_masked, torch.inf)", "scores = scores.where(is_masked, -torch.inf)"),
         ("drawn = drawn.where(is_masked, self.tokens.gather(1, positions))", "pass"),
         ("probability = probability.where(is_masked, self.confidence.gather(1, positions))", "pass"),
@@ -179,7 +179,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     *_of(
         "decoding/plan.py",
-        "decoding/test_plan test_decoding decoding/test_selectors decoding/test_guidance",
+        "decoding/test_plan decoding/test_decoder decoding/test_selectors decoding/test_guidance",
         ("if step == num_steps - 1:", "if step == num_steps:"),
         ("least = max(1, remasked)", "least = remasked"),
         ("most = masked - 1 + remasked", "most = masked + remasked"),
@@ -193,7 +193,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     *_of(
         "decoding/sampling.py",
-        "test_decoding",
+        "decoding/test_sampling",
         ("first + (last - first) * progress", "last + (first - last) * progress"),
         ("if temperature == 0:", "if temperature < 0:"),
         ("factor = sharpness / temperature", "factor = sharpness * temperature"),
@@ -205,7 +205,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     *_of(
         "decoding/noise.py",
-        "test_decoding",
+        "decoding/test_noise",
         ("* cumulative[..., -1:]", "* 1.0", "a softmax sums to 1 but for rounding"),
         ("first = step - step % self.steps_at_once", "first = 0"),
         ("epoch=steps,", "epoch=steps * 0,"),
@@ -223,7 +223,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     *_of(
         "decoding/predictors.py",
-        "test_decoding decoding/test_predictors",
+        "decoding/test_classes decoding/test_predictors",
         ("conditional.float(), 1 + scale)", "conditional.float(), scale)"),
         ("if self._calls % self.context_cache == 0:", "if self._calls == 0:"),
         ("torch.cat([labels, negative_labels])", "torch.cat([negative_labels, labels])"),
@@ -248,7 +248,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     *_of(
         "decoding/classes.py",
-        "test_decoding test_editing",
+        "decoding/test_classes test_editing",
         ("scales=scales[first_step:]", "scales=scales"),
         ("        first_step=first_step,\n", ""),
         ("seeds_here, model.num_tokens", "seeds_here * 0, model.num_tokens"),
@@ -398,7 +398,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     *_of(
         "data/batches.py",
-        "data/test_batches test_data data/test_tokenizing",
+        "data/test_batches data/test_module data/test_tokenizing",
         ("epoch=epoch)[:, 0] < probability", "epoch=epoch)[:, 0] > probability"),
         ("images.flip(-1), images", "images.flip(-2), images"),
         ('"flip", seed=seed, index=index, epoch=epoch', '"flip", seed=seed, index=index, epoch=0'),
@@ -411,7 +411,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     *_of(
         "imaging/pixels.py",
-        "test_data",
+        "data/test_module",
         ("images.to(torch.float32) / 255", "images.to(torch.float32) / 256"),
     ),
     *_of(

@@ -1,0 +1,45 @@
+"""Decoders and predictors of a few lines, which the tests of decoding share."""
+
+import torch
+from torch import Tensor
+
+from maskgit_pl.decoding import (
+    DecodingStep,
+    ParallelDecoder,
+    SeededNoise,
+)
+from maskgit_pl.decoding.selectors import Confidence
+from maskgit_pl.schedules import mask_schedules
+
+NUM_CODES, MASK = 7, 7
+CPU = torch.device("cpu")
+LOGITS = torch.randn(64, NUM_CODES, generator=torch.Generator().manual_seed(0))
+
+
+def fake_predictor(tokens: Tensor, positions: Tensor, newly_known: Tensor) -> Tensor:
+    """Logits that depend on the position and on how many tokens are known."""
+    known = (tokens != MASK).sum(1, keepdim=True)
+    return LOGITS[(positions + known) % 64]
+
+
+def decoder(num_steps: int = 5, *, schedule: str = "cosine", **options: object) -> ParallelDecoder:
+    return ParallelDecoder(mask_schedules.build(schedule), Confidence(), num_steps=num_steps, **options)
+
+
+def partly_known(unknown: list[int], num_tokens: int = 16) -> Tensor:
+    """One row a number: so many unknown tokens, spread about."""
+    chance = torch.Generator().manual_seed(1)
+    tokens = torch.randint(NUM_CODES, (len(unknown), num_tokens), generator=chance)
+    for row, count in enumerate(unknown):
+        tokens[row, torch.randperm(num_tokens, generator=chance)[:count]] = MASK
+    return tokens
+
+
+def run(
+    tokens: Tensor, made: ParallelDecoder, predictor: object = fake_predictor, **options: int
+) -> list[DecodingStep]:
+    noise = SeededNoise(torch.arange(len(tokens)), tokens.shape[1])
+    return list(made.steps(predictor, tokens, noise, mask_token_id=MASK, **options))
+
+
+MIXED = [16, 9, 3, 1, 0]  # unknown tokens of the rows
