@@ -154,7 +154,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     *_of(
         "decoding/decoder.py",
-        "decoding/test_decoder decoding/test_selectors",
+        "decoding/test_decoder decoding/test_sampling decoding/test_selectors",
         ("scores = scores.where(is_masked, torch.inf)", "scores = scores.where(is_masked, -torch.inf)"),
         ("drawn = drawn.where(is_masked, self.tokens.gather(1, positions))", "pass"),
         ("probability = probability.where(is_masked, self.confidence.gather(1, positions))", "pass"),
