@@ -96,7 +96,7 @@ def _fit(run: StageRun, plan: Plan) -> None:
         _write_records(run, plan)
         _log_start(run, plan, newest)
     run.checkpoints.begins_from = newest
-    with leaving_together(trainer), run.watchdog.staying(trainer):
+    with leaving_together(trainer), run.watchdog.watching_past_fit(trainer):
         trainer.fit(module, datamodule=data, ckpt_path=newest)
         _export(module, data, plan, plan.folder / "pretrained", step=trainer.global_step)
         trainer.strategy.barrier("exported")  # who starts the ranks soon ends those that are left behind another
