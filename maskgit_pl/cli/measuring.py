@@ -310,15 +310,17 @@ def open_data(folders: RunFolders, pipe: MaskGIT, *, num_workers: int = 0) -> Sh
     Raises:
         ValueError: Their classes are not the model's.
     """
-    from maskgit_pl.data import ShardData
+    from maskgit_pl.data import ShardData, ShardDataConfig
     from maskgit_pl.evaluation.protocol import check_data
 
     data = ShardData(
-        str(folders.data),
-        image_size=pipe.tokenizer.image_size,
-        in_channels=pipe.tokenizer.network.config.in_channels,
-        validation_batch=200,
-        num_workers=num_workers,
+        ShardDataConfig(
+            str(folders.data),
+            image_size=pipe.tokenizer.image_size,
+            in_channels=pipe.tokenizer.network.config.in_channels,
+            validation_batch=200,
+            num_workers=num_workers,
+        )
     )
     data.setup()
     check_data(pipe, data)
@@ -331,7 +333,7 @@ def plain_protocol(
     """What decides numbers beside decoding, number of images and seed, in plain values."""
     from maskgit_pl.evaluation.digests import model_digests
     from maskgit_pl.evaluation.protocol import Protocol
-    from maskgit_pl.networks.features import weights_digest
+    from maskgit_pl.networks.feature_network import weights_digest
 
     return {
         **model_digests(pipe, folders.pretrained),
@@ -486,12 +488,13 @@ def read_own_recipe(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: if it is no recipe. The message is one line.
     """
+    from maskgit_pl.old_names import renamed_tree
     from maskgit_pl.runs.safe_yaml import read_yaml
 
     if not file.is_file():
         return {}
     try:
-        return read_yaml(file)
+        return renamed_tree(read_yaml(file), f"recipe {file}")
     except RecursionError as error:
         raise ValueError(f"recipe {file} is nested too deep") from error
     except ValueError as error:

@@ -57,7 +57,7 @@ class Int8Linear(nn.Module):
 
 
 class Int8QueryKeyValue(nn.Module):
-    """As ``transformer.QueryKeyValue``, in two parts, for the block that computes queries of some positions alone.
+    """As ``transformer_block.QueryKeyValue``, in two parts, for the block that computes queries of some positions alone.
 
     Args:
         weight: (3 D, D) float.
@@ -103,4 +103,4 @@ def quantized(network: AnyTransformer) -> AnyTransformer:
             copy.set_submodule(name, made(module.weight, module.bias))
     weights = network.state_dict()
     copy.load_state_dict({name: weights[name].float().clone() for name in copy.state_dict()}, assign=True)
-    return copy.eval().requires_grad_(False)
+    return copy.eval().requires_grad_(requires_grad=False)

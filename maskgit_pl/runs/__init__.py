@@ -1,4 +1,4 @@
-"""What a run is, in Python: ``Recipe`` reads one, ``fit`` trains it, and what the command line does takes one call.
+"""Runs from Python: ``Recipe`` reads what a run is, ``fit`` trains it; each command of the command line is one call.
 
 ::
 
@@ -6,6 +6,8 @@
 
     recipe = runs.Recipe.read("tokenizer", overrides={"trainer.max_steps": 500})
     result = runs.fit(recipe, run="demo", data="data/shards/fashion-mnist")
+
+What the commands print goes to the logger ``maskgit_pl``; ``logging.basicConfig(level="INFO")`` shows it.
 
 The names are imported when they are first used; torch and Lightning when something is trained.
 """

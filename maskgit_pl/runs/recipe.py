@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from maskgit_pl.old_names import renamed_keys
+from maskgit_pl.old_names import renamed_keys, renamed_tree
 from maskgit_pl.runs.flags import Overrides, flag_layer, flag_words, split_flags
 from maskgit_pl.runs.layers import Layer, merged, take_out, value_at
 from maskgit_pl.runs.recipe_checks import check_layer
@@ -53,7 +53,7 @@ class Recipe:
         cluster: File of ``recipes/cluster``; empty where a run is repeated.
         config: Configuration of the run that is repeated, if one is.
         run_name: Default name of the run, ``DATASET-RECIPE``; None where a run is repeated.
-        paths: Where a run is repeated, the paths that it read, by their keys: ``data.path``, ``model.tokenizer``.
+        paths: Paths of the run that is repeated, by their keys ``data.path`` and ``model.tokenizer``; else empty.
     """
 
     stage: Stage
@@ -127,6 +127,7 @@ class Recipe:
     def from_layers(cls, stage: Stage, layers: Sequence[Layer], overrides: Overrides = ()) -> Recipe:
         """Checks and merges layers that are read already; see ``read``."""
         words = flag_words(overrides)
+        layers = [Layer(each.origin, renamed_tree(each.tree, each.origin)) for each in layers]
         kind = _kind(stage, layers, words)
         left_out: dict[str, list[str]] = {}
         if kind == "autoregressive":
@@ -166,7 +167,7 @@ class Recipe:
 
 
 def _kind(stage: Stage, files: Sequence[Layer], words: Sequence[str]) -> Kind:
-    """Which module the files and flags are for."""
+    """Returns the kind of module that files and flags are for."""
     attention = value_at(merged([layer.tree for layer in files]), "model.network.attention")
     for key, text in split_flags(words):
         if key == "model.network.attention":

@@ -141,15 +141,15 @@ def check_submission(submission: Submission) -> str:
     with without_launcher():
         run = build(replace(plan, recipe=plan.recipe.with_overrides(here)))
     data = run.datamodule
-    if data.source != "stream":
+    if data.config.source != "stream":
         data.setup()
     newest, steps = newest_complete(plan.checkpoints), run.trainer.max_steps
     start = "from the start" if newest is None else f"resuming from {newest.name}"
     if newest is not None and step_of(newest) >= steps:
         start = "which are done: the job will check that they are exported, and end"
     return (
-        f"{plan.stage_folder}: {job.nodes * job.devices} ranks share a global batch of {data.global_batch}; {steps} "
-        f"steps, {start}"
+        f"{plan.stage_folder}: {job.nodes * job.devices} ranks share a global batch of "
+        f"{data.config.global_batch}; {steps} steps, {start}"
     )
 
 

@@ -107,7 +107,7 @@ def test_a_finished_run_is_left_alone_and_more_steps_go_on(train, runs, stage):
 
     longer = train(stage, "--trainer.max_steps=3")
     assert longer.code == 0
-    assert "going on from step-00000001" in longer.out
+    assert "resuming from step-00000001" in longer.out
     assert newest_complete(checkpoints).name == "step-00000003"
     assert FolderCheckpointIO().load_checkpoint(newest_complete(checkpoints))["global_step"] == 3
 

@@ -9,7 +9,7 @@ from maskgit_pl.runs.safe_yaml import read_yaml
         ("a: &x [1, 1]\nb: [*x, *x]", "aliases are not allowed"),
         ("model: {mask_schedule: cosine}\nmodel: {}", "stands twice"),
         ("model:\n\tmask_schedule: cosine", "recipe.yaml"),
-        ("- 1\n- 2", "a mapping is needed"),
+        ("- 1\n- 2", "must be a mapping, got"),
         ("model: {class_path: os.system}", "model.class_path cannot be set"),
         ("trainer: {callbacks: [{class_path: a.B}]}", "trainer.callbacks.class_path cannot be set"),
         ("1: 2", "the key 1 is not a word"),
