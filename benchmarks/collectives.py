@@ -1,4 +1,7 @@
-"""Counts what a real step sends: the collectives of DDP and FSDP2, also on torch's ``fake`` backend."""
+"""Counts the bytes that a real step sends: the collectives of DDP and FSDP2, also on torch's ``fake`` backend.
+
+``scaling.py`` and the tests of ``maskgit_pl/estimates`` compare them with the formulas.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +27,11 @@ _KINDS = {
 
 
 class CountedCollectives(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch: untyped
-    """Sums the bytes of the collectives inside it: of each the whole, as one rank has it before or after.
+    """Sums the bytes of the collectives in its context, each with the size of the whole tensor.
 
     Attributes:
         sizes: Bytes by kind: ``all_reduce``, ``all_gather``, ``reduce_scatter``, ``broadcast``.
-        calls: How many by kind.
+        calls: Number of collectives by kind.
     """
 
     def __init__(self) -> None:
@@ -39,7 +42,7 @@ class CountedCollectives(TorchDispatchMode):  # type: ignore[no-untyped-call]  #
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Calls on, and notes a collective."""
+        """Calls ``func``, and counts it if it is a collective."""
         namespace, _, name = func.name().partition("::")
         if namespace == "c10d":
             kind = _KINDS.get(name.partition(".")[0])
@@ -50,11 +53,11 @@ class CountedCollectives(TorchDispatchMode):  # type: ignore[no-untyped-call]  #
         return func(*args, **(kwargs or {}))
 
     def follow(self, wrapped: DistributedDataParallel) -> None:
-        """Counts DDP's all-reduces, which no dispatch mode sees; they are not carried out any more."""
+        """Counts DDP's all-reduces, which no dispatch mode sees, in place of running them."""
         wrapped.register_comm_hook(self, lambda counted, bucket: _count_bucket(counted, bucket))
 
     def traffic(self, ranks: int) -> Traffic:
-        """What each of n ranks sends for them in a ring; a broadcast counts as its bytes."""
+        """Returns the bytes that each rank sends for the collectives in a ring; a broadcast counts with its size."""
         share = (ranks - 1) / ranks
         return Traffic(
             all_reduce=all_reduce_bytes(self.sizes["all_reduce"], ranks),

@@ -1,5 +1,5 @@
-"""What a run needs before it is started: memory, disk, arithmetic, traffic between ranks, data.
+"""Estimates of what a run needs: memory, disk space, FLOPs, traffic between ranks, time.
 
-Plain arithmetic on sizes, and for networks without a regular shape a replay of their step in which nothing is computed.
-``maskgit doctor`` and ``benchmarks/scaling.py`` use it; docs/scaling.md has the formulas in one place.
+Closed formulas of sizes, and for networks that have none a replay of their step in which nothing is computed.
+``runs.preflight`` and ``benchmarks/scaling.py`` use them; docs/scaling.md compares them with measurements.
 """

@@ -1,7 +1,7 @@
-"""A step run on tensors without content, which tells its highest memory and its arithmetic without computing anything.
+"""Runs a step on tensors without content, and counts its highest memory and its FLOPs; nothing is computed.
 
-For what has no regular shape: the networks of stage 1, whose step differentiates several losses at the image, one of
-them twice, and feature networks of others. bfloat16 is placed as autocast on a GPU places it.
+For networks that have no closed formula: those of stage 1, whose step differentiates several losses at the image, one
+of them twice, and feature networks of others. bfloat16 is used where autocast uses it on a GPU.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ __all__ = ["LiveBytes", "Replay", "replay", "without_content"]
 
 @dataclass(frozen=True)
 class Replay:
-    """What a step took.
+    """Memory and FLOPs of a step.
 
     Attributes:
-        peak: Bytes of all tensors that it made and that lived at the same time, at the highest point. Weights and
-            gradients that were there before are not in it; gradients that it makes are.
-        flops: Of its products, forward and backward.
-        casts: Bytes of bfloat16 copies of weights, in ``peak``: the one part that does not grow with the batch.
+        peak: Bytes of the tensors that the step made and that were alive at the same time, at the highest point.
+            Weights and gradients that existed before do not count; gradients that the step makes do.
+        flops: FLOPs of matrix products and convolutions, forward and backward.
+        casts: Bytes of bfloat16 copies of weights, a part of ``peak``: the only part that does not grow with the batch.
     """
 
     peak: int
@@ -42,15 +42,15 @@ class Replay:
     casts: int = 0
 
     def peak_of(self, times: int) -> int:
-        """``peak`` of so many times the batch."""
+        """Returns ``peak`` for a batch that is ``times`` as large."""
         return self.casts + times * (self.peak - self.casts)
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch: untyped
-    """Counts the bytes of tensors made inside it that are still held.
+    """Counts the bytes of tensors that are made in the context and still alive.
 
     Args:
-        known: Tensors that were there before.
+        known: Tensors that existed before and do not count.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
@@ -63,7 +63,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch: u
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Calls on, and notes what came back in new memory."""
+        """Calls ``func``, and counts the results that have memory of their own."""
         made = func(*args, **(kwargs or {}))
         tree_map_only(Tensor, self._see, made)
         return made
@@ -85,12 +85,12 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch: u
 
 
 def replay(step: Callable[[], object], networks: Iterable[nn.Module], *, precision: Precision = "32-true") -> Replay:
-    """Runs a step and counts; inside ``without_content`` nothing is computed.
+    """Runs a step and counts its memory and FLOPs; inside ``without_content`` nothing is computed.
 
     Args:
-        step: Forward and backward of a micro-batch.
-        networks: Whose weights and buffers were there before.
-        precision: Where bfloat16 stands.
+        step: Forward and backward pass of a micro-batch.
+        networks: Networks whose weights, buffers and gradients existed before.
+        precision: Precision of the Trainer.
     """
     owned = [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
     known = [*owned, *(tensor.grad for tensor in owned if tensor.grad is not None)]
@@ -113,7 +113,7 @@ class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch: u
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Calls on, and notes a product."""
+        """Calls ``func``, and counts it if it is a product."""
         made = func(*args, **(kwargs or {}))
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
@@ -123,10 +123,10 @@ class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch: u
 
 @contextmanager
 def without_content(*networks: nn.Module) -> Iterator[None]:
-    """Inside, tensors have sizes and no content; so have these networks' weights, inside and afterwards.
+    """Makes tensors of the context have sizes and no content; these networks' weights lose theirs for good.
 
     Args:
-        networks: Changed in place; they may be on the meta device.
+        networks: Networks, changed in place; they may be on the meta device.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         for network in networks:
@@ -143,20 +143,23 @@ _IN_FLOAT32 = {F.group_norm, F.layer_norm, F.softplus, F.mse_loss, F.l1_loss, F.
 
 
 class _AutocastOfGPU(TorchFunctionMode):
-    """``torch.autocast("cuda", torch.bfloat16)`` for tensors on a processor, which has a list of its own.
+    """Acts as ``torch.autocast("cuda", torch.bfloat16)`` for tensors on the CPU, whose own autocast has another list.
 
     Source: torch's documentation of automatic mixed precision, operators that autocast to float16 or to float32.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.casts: dict[int, Tensor] = {}  # of weights, as autocast keeps them until it ends
+        self.casts: dict[int, Tensor] = {}  # of weights: autocast keeps them until it ends
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Casts what goes into products and norms."""
+        """Casts the arguments of products and norms."""
         kwargs = kwargs or {}
+        if func in (Tensor.backward, torch.autograd.backward):
+            with self:  # off while it handles a call, and needed by blocks whose forward pass runs again
+                return _run_backward(args[0])
         if func in _IN_BFLOAT16:
             args, kwargs = tree_map_only(Tensor, self._half, (args, kwargs))
         elif func in _IN_FLOAT32:
@@ -171,6 +174,15 @@ class _AutocastOfGPU(TorchFunctionMode):
         if id(tensor) not in self.casts:
             self.casts[id(tensor)] = tensor.to(torch.bfloat16)
         return self.casts[id(tensor)]
+
+
+def _run_backward(losses: Tensor | tuple[Tensor, ...]) -> None:
+    """Calls autograd as ``loss.backward()`` does, which cannot be called while its own call is handled."""
+    losses = (losses,) if isinstance(losses, Tensor) else losses
+    ones = tuple(torch.ones_like(loss) for loss in losses)
+    engine = torch.autograd.Variable._execution_engine
+    keep_graph = create_graph = False
+    engine.run_backward(losses, ones, keep_graph, create_graph, (), allow_unreachable=True, accumulate_grad=True)
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Bytes of a rank's memory and of the disk, seconds of a step, data a second: from what the parts need to the whole."""
+"""Memory of a rank, checkpoints on disk and time of a step, from the estimates of their parts."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ __all__ = ["Memory", "StepTime", "checkpoint_bytes", "kept_checkpoints", "memory
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the fullest rank at the highest point of a step; the device's own context is not in it.
+    """Bytes on the rank that holds most, at the highest point of a step, without the device's own context.
 
     Attributes:
-        weights: Trained ones, this rank's part.
-        gradients: As many.
-        moments: AdamW's two, twice as many.
-        average: The moving average of the weights, as many where there is one.
-        frozen: Other networks' weights: tokenizer, perceptual network.
+        weights: Trained weights, this rank's part.
+        gradients: Gradients, as many bytes.
+        moments: AdamW's two moments, twice as many.
+        average: Moving average of the weights, as many if there is one.
+        frozen: Weights of networks that are not trained: tokenizer, perceptual network.
         gathered: Whole weights and gradients that FSDP2 holds for a moment.
         casts: bfloat16 copies of weights.
-        activations: What forward passes keep.
-        working: What comes on top for a moment.
+        activations: Tensors that the forward pass keeps for the backward pass.
+        working: Tensors that exist for a moment on top.
     """
 
     weights: int = 0
@@ -39,7 +39,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Bytes."""
+        """Sum of all parts."""
         return sum(getattr(self, field.name) for field in fields(self))
 
 
@@ -53,7 +53,7 @@ def memory_of(
     averaged: int | None = None,
     frozen: int = 0,
 ) -> Memory:
-    """The memory of a rank.
+    """Returns the memory of a rank.
 
     Each trained number takes 4 bytes as a weight, 4 as a gradient, 8 in AdamW's moments and 4 in the average: 20, whole
     under ``auto`` and ``ddp`` (whose buckets are the gradients themselves), in shards under ``fsdp``. FSDP2 then holds
@@ -65,10 +65,10 @@ def memory_of(
     Args:
         blocks: Groups that FSDP2 gathers one after the other.
         root: The rest.
-        activations: Of a micro-batch; copies of weights in it say that the precision is bf16-mixed.
-        strategy: How the ranks share.
-        ranks: n.
-        averaged: Numbers of the average; None: as many as are trained.
+        activations: Activations of a micro-batch; copies of weights in it mean that the precision is bf16-mixed.
+        strategy: Strategy of the Trainer.
+        ranks: Number of ranks.
+        averaged: Number of averaged parameters; None means all that are trained.
         frozen: Bytes of networks that are not trained.
     """
     groups = [*blocks, root]
@@ -93,31 +93,31 @@ def memory_of(
 
 
 def checkpoint_bytes(trained: int, *, averaged: int, others: int = 0, tensors: int = 0) -> int:
-    """Bytes of a checkpoint: 12 for each trained number (weight, two moments), 4 for each of the average.
+    """Returns the bytes of a checkpoint: 12 for each trained number (weight, two moments), 4 for each of the average.
 
-    Any strategy writes as much: under ``fsdp`` each rank its rows. On top come about 1,200 bytes a tensor: names in
-    the header and in ``state.json``, and its moments' step counts.
+    Every strategy writes as much: under ``fsdp`` each rank writes its rows. About 1,200 bytes per tensor come on top:
+    names in the header and in ``state.json``, and the step counts of its moments.
 
     Args:
-        trained: Numbers.
-        averaged: Numbers.
+        trained: Number of trained parameters.
+        averaged: Number of averaged parameters.
         others: Bytes of buffers.
-        tensors: Trained ones.
+        tensors: Number of trained tensors.
     """
     return 3 * FLOAT * trained + FLOAT * averaged + others + 1200 * tensors
 
 
 def kept_checkpoints(max_steps: int, *, every: int, keep_last: int, keep_every: int | None) -> int:
-    """Most checkpoints that a run has on disk at a time.
+    """Returns the largest number of checkpoints that a run has on disk at a time.
 
-    keep_last, one more while it is written, and those of steps that are multiples of keep_every and stay for good: all
-    up to the step at which the oldest of the newest stands.
+    These are the ``keep_last`` newest, one more while it is written, and all older ones whose step is a multiple of
+    ``keep_every``.
 
     Args:
-        max_steps: Steps of the run; the last of them has a checkpoint, whatever ``every`` is.
+        max_steps: Steps of the run; the last one has a checkpoint, whatever ``every`` is.
         every: Steps between checkpoints.
-        keep_last: Newest that stay.
-        keep_every: Steps whose checkpoints stay, or None.
+        keep_last: Number of newest checkpoints that are kept.
+        keep_every: Checkpoints of multiples of this step are kept; None for none.
     """
     steps = [*range(every, max_steps + 1, every)]
     if not steps or steps[-1] != max_steps:
@@ -132,8 +132,8 @@ class StepTime:
     """Seconds of a step.
 
     Attributes:
-        computing: FLOPs of a rank over what it reaches.
-        communicating: Bytes that a rank sends over its bandwidth.
+        computing: FLOPs of a rank, divided by the FLOP/s that it reaches.
+        communicating: Bytes that a rank sends, divided by its bandwidth.
     """
 
     computing: float
@@ -151,14 +151,14 @@ class StepTime:
 
 
 def step_time(flops: float, traffic: Traffic, *, ranks: int, rate: float, bandwidth: float) -> StepTime:
-    """A step's time from its work, its traffic and two assumptions.
+    """Returns the time of a step from its work, its traffic and two assumed rates.
 
     Args:
-        flops: Executed in a step by all ranks, recomputed ones among them.
-        traffic: Of a rank.
-        ranks: n.
-        rate: FLOP/s that a device reaches: its peak times the share of it that training reaches.
-        bandwidth: Bytes a second at the slowest place that the rings cross (NCCL's bus bandwidth): within a node what a
-            device sends; between nodes what all network ports of a node carry, since each ring leaves a node once.
+        flops: FLOPs that all ranks execute in a step, with recomputed ones.
+        traffic: Traffic of a rank.
+        ranks: Number of ranks.
+        rate: FLOP/s that a device reaches: its peak times the share that training reaches.
+        bandwidth: Bytes per second at the slowest place that the rings cross (NCCL's bus bandwidth): within a node what
+            a device sends; between nodes what all network ports of a node send, since each ring leaves a node once.
     """
     return StepTime(flops / ranks / rate, traffic.total / bandwidth)

@@ -1,4 +1,4 @@
-"""What lies on each rank and what travels between ranks in a step, under ``ddp`` and under ``fsdp`` (FSDP2)."""
+"""Parameters of each rank, and traffic between ranks in a step, under ``ddp`` and under ``fsdp`` (FSDP2)."""
 
 from __future__ import annotations
 
@@ -24,38 +24,38 @@ __all__ = [
 Strategy = Literal["auto", "ddp", "fsdp"]
 
 FLOAT = 4
-"""Bytes of a weight, a gradient, a moment: both precisions of the recipes keep them in float32."""
+"""Bytes of a weight, a gradient or a moment, which are float32 in both precisions."""
 HALF = 2
-"""Bytes of a bfloat16."""
+"""Bytes of a bfloat16 number."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Trained tensors that FSDP2 gathers and scatters in one collective: a block, or what is in no block (the root).
+    """Trained tensors that FSDP2 gathers and scatters in one collective: those of a block, or of no block (the root).
 
     Attributes:
-        shapes: Of each tensor; the first dimension is the one that is sharded.
+        shapes: Shape of each tensor; the first dimension is sharded.
     """
 
     shapes: tuple[tuple[int, ...], ...]
 
     @property
     def numel(self) -> int:
-        """Numbers in all tensors."""
+        """Number of parameters."""
         return sum(math.prod(shape) for shape in self.shapes)
 
     def shard(self, ranks: int, rank: int = 0) -> int:
-        """Numbers that lie on a rank; rank 0 has the most.
+        """Returns the number of parameters that a rank holds; rank 0 holds the most.
 
-        FSDP2 cuts each tensor along its rows, as ``torch.chunk``: with c = ceil(rows / n), rank r holds rows
-        [r c, (r + 1) c), as far as there are any. With more ranks than rows the last ranks hold none.
+        FSDP2 splits each tensor along its rows, as ``torch.chunk`` does: with c = ceil(rows / n), rank r holds the rows
+        [r c, (r + 1) c) that exist. With more ranks than rows the last ranks hold none.
         """
         return sum(_rows(shape[0], ranks, rank) * math.prod(shape[1:]) for shape in self.shapes)
 
     def padded(self, ranks: int) -> int:
-        """Numbers that a collective moves for this group, all ranks together: n times rank 0's shard.
+        """Returns the number of parameters that a collective moves over all ranks: n times rank 0's shard.
 
-        Collectives want equal parts: ranks with fewer rows send zeros for the rest. At 512 ranks a bias of 768 counts
+        Collectives need equal parts: ranks with fewer rows send zeros for the rest. With 512 ranks a bias of 768 counts
         as 1024.
         """
         return ranks * self.shard(ranks)
@@ -67,20 +67,20 @@ def _rows(rows: int, ranks: int, rank: int) -> int:
 
 
 def group_of(modules: Iterable[nn.Module]) -> Group:
-    """The trained tensors of modules, which may be on the meta device."""
+    """Returns the group of the trained tensors of modules, which may be on the meta device."""
     trained = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
     return Group(tuple(tuple(parameter.shape) for parameter in trained))
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that each rank sends in a step, of one global batch; it receives as many.
+    """Bytes that each rank sends in a step of one global batch; it receives as many.
 
     Attributes:
-        all_reduce: Gradients under DDP, and what ranks agree on.
+        all_reduce: Gradients under DDP.
         all_gather: Weights under FSDP2, forward and backward.
         reduce_scatter: Gradients under FSDP2.
-        broadcast: Buffers that DDP takes from rank 0 before each forward pass; only rank 0's tree sends them.
+        broadcast: Buffers that DDP takes from rank 0 before each forward pass; they are sent along a tree.
     """
 
     all_reduce: float = 0.0
@@ -90,26 +90,26 @@ class Traffic:
 
     @property
     def total(self) -> float:
-        """Bytes."""
+        """Sum of all collectives."""
         return self.all_reduce + self.all_gather + self.reduce_scatter + self.broadcast
 
 
 def all_reduce_bytes(size: float, ranks: int) -> float:
-    """Bytes that each of n ranks sends when they all-reduce ``size`` bytes in a ring: 2 (n - 1) / n size.
+    """Returns the bytes that each of n ranks sends to all-reduce ``size`` bytes in a ring: 2 (n - 1) / n size.
 
-    A reduce-scatter and an all-gather, each of n - 1 rounds in which every rank passes size / n on.
+    The ring is a reduce-scatter and an all-gather, each of n - 1 rounds in which every rank sends size / n.
     """
     return 2 * (ranks - 1) / ranks * size
 
 
 def ddp_traffic(groups: Sequence[Group], ranks: int, *, buffers: int = 0, micro_batches: int = 1) -> Traffic:
-    """DDP: gradients are all-reduced once a step, in the last micro-batch; buffers are broadcast before each.
+    """Returns the traffic of DDP: gradients are all-reduced once a step, buffers broadcast before each micro-batch.
 
     Args:
-        groups: All that is trained.
-        ranks: n.
-        buffers: Bytes of the buffers of what DDP wraps.
-        micro_batches: Forward passes of a step on each rank.
+        groups: All trained tensors.
+        ranks: Number of ranks.
+        buffers: Bytes of the buffers of the networks that DDP wraps.
+        micro_batches: Micro-batches of a step on each rank.
     """
     if ranks == 1:
         return Traffic()
@@ -120,19 +120,19 @@ def ddp_traffic(groups: Sequence[Group], ranks: int, *, buffers: int = 0, micro_
 def fsdp_traffic(
     blocks: Sequence[Group], root: Group, ranks: int, *, micro_batches: int = 1, weight: int = FLOAT
 ) -> Traffic:
-    """FSDP2: in each micro-batch a block is gathered twice and the root once, and each gradient is scattered once.
+    """Returns the traffic of FSDP2: in each micro-batch a block is gathered twice, the root once, gradients scattered.
 
-    A block's weights are given up after its forward pass and gathered again for its backward pass; the root's, the tied
-    word table among them, stay from the one to the other. In a ring, a collective over padded size s makes each rank
-    send (n - 1) / n s. Recomputing a block's activations gathers nothing more: its weights are there by then. Gradients
-    are scattered in every micro-batch, since Lightning suspends that for DDP alone.
+    A block's weights are freed after its forward pass and gathered again for its backward pass; the root's, with the
+    tied token embedding, are kept from one to the other. In a ring, each rank sends (n - 1) / n s for a collective of
+    padded size s. Recomputing a block's activations gathers nothing more, since its weights are gathered by then.
+    Gradients are scattered in every micro-batch: Lightning suspends that only for DDP.
 
     Args:
-        blocks: Each sharded as a group of its own.
+        blocks: Groups that are sharded one by one.
         root: The rest.
-        ranks: n.
-        micro_batches: Forward and backward passes of a step on each rank.
-        weight: Bytes in which a weight travels: ``HALF`` under bf16-mixed. Gradients travel in float32.
+        ranks: Number of ranks.
+        micro_batches: Micro-batches of a step on each rank.
+        weight: Bytes of a weight as it is sent: ``HALF`` under bf16-mixed. Gradients are sent in float32.
     """
     share = (ranks - 1) / ranks * micro_batches
     in_blocks = sum(block.padded(ranks) for block in blocks)

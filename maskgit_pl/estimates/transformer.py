@@ -1,8 +1,8 @@
-"""Sizes, memory and arithmetic of stage 2 as closed formulas of its configuration.
+"""Sizes, memory and FLOPs of stage 2 as closed formulas of its configuration.
 
-Letters: B images of a micro-batch, N tokens an image, S = N + 1 with the class (N under causal attention, where the
-last token is not read), R = B S rows, m masked tokens of the micro-batch, D width, F width of the feed-forward part,
-h heads, L blocks, V rows of the word table.
+Letters: B images of a micro-batch, N tokens per image, S = N + 1 with the class token (N under causal attention, where
+the last token is not read), R = B S rows, m masked tokens of the micro-batch, D embedding dimension, F dimension of the
+MLP, h heads, L blocks, V rows of the token embedding.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = [
 Precision = Literal["32-true", "bf16-mixed"]
 Checkpointing = Literal["none", "blocks"]
 
-_DROPPED = 1  # bytes that a dropped-out number leaves: a bool
+_DROPPED = 1  # bytes that dropout keeps for each number: a bool
 _STATISTICS = 2 * FLOAT  # mean and deviation of a row that a LayerNorm keeps
 
 
@@ -41,25 +41,25 @@ def _length(config: TransformerConfig) -> int:
 
 
 def block_group(config: TransformerConfig) -> Group:
-    """The tensors of a block: 4 D^2 + 2 D F of products, 9 D + F of biases and norms."""
+    """Returns the tensors of a block: 4 D^2 + 2 D F of matrices, 9 D + F of biases and norms."""
     d, f = config.width, config.mlp_width
     attention = ((3 * d, d), (3 * d,), (d, d), (d,), (d,), (d,))
     return Group((*attention, (f, d), (f,), (d, f), (d,), (d,), (d,)))
 
 
 def root_group(config: TransformerConfig) -> Group:
-    """The tensors in no block: the word table V D, which the head shares, positions S D, norms, the head's D^2."""
+    """Returns the tensors of no block: token embedding V D (tied to the head), positions S D, norms, the head's D^2."""
     d, v = config.width, config.vocabulary_size
     return Group(((v, d), (config.num_tokens + 1, d), (d,), (d,), (d, d), (d,), (d,), (d,), (v,)))
 
 
 def num_parameters(config: TransformerConfig) -> int:
-    """L (4 D^2 + 2 D F + 9 D + F) + (V + S) D + D^2 + 5 D + V."""
+    """Returns L (4 D^2 + 2 D F + 9 D + F) + (V + S) D + D^2 + 5 D + V."""
     return config.depth * block_group(config).numel + root_group(config).numel
 
 
 def mean_masked(schedule: MaskSchedule, num_tokens: int, *, min_mask_ratio: float = 0.0) -> float:
-    """Masked tokens of an image on average over training, where the ratio is gamma(u) with u uniform in [0, 1)."""
+    """Returns the mean number of masked tokens of an image in training: the ratio is gamma(u), u uniform in [0, 1)."""
     progress = (torch.arange(4096) + 0.5) / 4096
     ratios = schedule(progress, num_tokens).clamp(min=min_mask_ratio)
     return float(num_masked(ratios, num_tokens, rounding="ceil").double().mean())
@@ -67,12 +67,12 @@ def mean_masked(schedule: MaskSchedule, num_tokens: int, *, min_mask_ratio: floa
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of one micro-batch on a rank, beside weights and gradients.
+    """Bytes of one micro-batch on a rank, without weights and gradients.
 
     Attributes:
-        kept: What the forward pass leaves for the backward pass.
-        casts: bfloat16 copies of weights, which live as long.
-        working: What comes on top for a moment.
+        kept: Tensors that the forward pass keeps for the backward pass.
+        casts: bfloat16 copies of weights, which are kept as long.
+        working: Tensors that exist for a moment on top.
     """
 
     kept: int
@@ -81,7 +81,7 @@ class Activations:
 
     @property
     def total(self) -> int:
-        """Bytes at the highest point."""
+        """Sum of all parts, the bytes at the highest point."""
         return self.kept + self.casts + self.working
 
 
@@ -93,23 +93,23 @@ def transformer_activations(
     precision: Precision = "32-true",
     checkpointing: Checkpointing = "none",
 ) -> Activations:
-    """Activations of a training step on a GPU, where attention is fused and keeps no S x S matrix.
+    """Returns the activations of a training step on a GPU, where attention is fused and keeps no S x S matrix.
 
-    Kept are: of the embedding its sum for the norm; of each block what ``_block_kept`` lists; of the head, at masked
-    tokens alone, four rows of D and the logarithms of V probabilities. With ``blocks`` a block keeps its input alone,
-    and one block at a time is computed again in the backward pass. bf16-mixed also keeps a bfloat16 copy of every
-    matrix, except under FSDP2, which gathers weights in bfloat16 and gives them up after a block.
+    Kept are: the sum of the embeddings, for the norm; of each block what ``_block_kept`` lists; of the head, only at
+    masked tokens, four rows of D and the logarithms of V probabilities. With ``blocks`` a block keeps only its input,
+    and one block at a time is computed again in the backward pass. bf16-mixed also keeps a bfloat16 copy of each
+    matrix, except under FSDP2, which gathers weights in bfloat16 and frees them after a block.
 
-    Working is the larger of two moments: where the backward pass begins, the gradient of the logits, three times m V
-    numbers; within a block, when what the head kept is gone, the gradients of its feed-forward part, R F + 2 R D,
-    beside what has been computed again.
+    Working is the larger of two moments: at the start of the backward pass, the gradient of the logits, three times m V
+    numbers; within a block, when the tensors of the head are freed, the gradients of its MLP, R F + 2 R D, beside the
+    tensors that are computed again.
 
     Args:
-        config: Sizes.
+        config: Sizes of the network.
         batch: B.
-        masked: m; None takes all tokens, which no micro-batch exceeds.
-        precision: Of the Trainer.
-        checkpointing: What is computed again instead of kept.
+        masked: m; None takes all tokens, the most that there can be.
+        precision: Precision of the Trainer.
+        checkpointing: ``blocks`` computes blocks again instead of keeping their tensors.
     """
     rows, asked = batch * _length(config), batch * config.num_tokens if masked is None else masked
     wide, half = config.width, precision == "bf16-mixed"
@@ -134,13 +134,13 @@ def transformer_activations(
 
 
 def _block_kept(config: TransformerConfig, batch: int, asked: int, *, half: bool) -> int:
-    """Bytes that a block leaves for its backward pass.
+    """Returns the bytes that a block keeps for its backward pass.
 
-    Of all R rows: its input, queries, keys, values and what the heads gave, 5 D numbers, and the log-sum of each head's
-    exponentials, h float32. Of the rows that go on (all, or the masked ones in the last block): the input of both norms
-    and of the first feed-forward product, 3 D; F before and F after the GELU; in the last block a copy of what the
-    heads gave, D; of both dropouts a bool each, 2 D; the norms' statistics. bf16-mixed halves what products read and
-    write; the inputs of norms stay float32.
+    For all R rows: its input, queries, keys, values and the output of the heads, 5 D numbers, and the log-sum-exp of
+    each head, h float32. For the rows that the MLP sees (all, or the masked ones in the last block): the inputs of both
+    norms and of the first linear layer, 3 D; F before and F after the GELU; in the last block a copy of the output of
+    the heads, D; a bool for each of both dropouts, 2 D; the statistics of the norms. bf16-mixed halves what products
+    read and write; the inputs of norms stay float32.
     """
     rows = batch * _length(config)
     d, f, number = config.width, config.mlp_width, HALF if half else FLOAT
@@ -152,18 +152,18 @@ def _block_kept(config: TransformerConfig, batch: int, asked: int, *, half: bool
 
 
 def step_flops(config: TransformerConfig, *, images: int, masked: float) -> float:
-    """Useful FLOPs of forward and backward: those of the matrix products that are executed, recomputation left out.
+    """Returns the useful FLOPs of forward and backward pass: those of the matrix products, without recomputation.
 
-    A product costs 2 FLOPs for each weight and row that it sees, and twice as many backward: 6. The last block's
-    feed-forward part and the head see the masked rows alone. Attention is two products of S x S x D an image, 4 S^2 D
-    FLOPs, and twice as many backward.
+    A product costs 2 FLOPs for each weight and row that it sees, and twice as many backward: 6. The MLP of the last
+    block and the head see only the masked rows. Attention is two products of S x S x D per image, 4 S^2 D FLOPs, and
+    twice as many backward.
 
         6 R (L 4 D^2 - D^2 + (L - 1) 2 D F)  +  6 m (D^2 + 2 D F + D^2 + D V)  +  12 images L S^2 D
 
     Args:
-        config: Sizes.
-        images: Of the step, over all ranks.
-        masked: Masked tokens of all of them.
+        config: Sizes of the network.
+        images: Images of the step, over all ranks.
+        masked: Masked tokens of these images.
     """
     d, f, length = config.width, config.mlp_width, _length(config)
     rows = images * length
@@ -173,7 +173,7 @@ def step_flops(config: TransformerConfig, *, images: int, masked: float) -> floa
 
 
 def recomputed_flops(config: TransformerConfig, *, images: int, masked: float) -> float:
-    """FLOPs that ``activation_checkpointing: blocks`` adds: each block's forward pass once more."""
+    """Returns the FLOPs that ``activation_checkpointing: blocks`` adds: the forward pass of each block once more."""
     d, v = config.width, config.vocabulary_size
     head = 2 * masked * (d**2 + d * v)
     return step_flops(config, images=images, masked=masked) / 3 - head
