@@ -16,6 +16,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from maskgit_pl.checks import check_integer
+
 __all__ = ["gumbel", "permutation", "philox", "random_bits", "random_uniform", "stream_key"]
 
 _WORD = 0xFFFFFFFF
@@ -110,7 +112,7 @@ def random_bits(
         (B, count) int64, in [0, 2**32), on the device of the tensors given; (streams, B, count) for several names.
 
     Raises:
-        ValueError: A plain integer is out of range.
+        ValueError: if a plain integer is out of range.
     """
     parts = {"index": index, "epoch": epoch, "seed": seed}
     devices = [part.device for part in parts.values() if isinstance(part, Tensor)]
@@ -131,9 +133,7 @@ def random_bits(
 def _as_column(name: str, value: int | Tensor, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
         return value.to(device, torch.int64).reshape(*value.shape or (1,), 1)
-    if not 0 <= value <= _WORD:
-        raise ValueError(f"{name}: an integer in [0, 2**32) is needed, got {value}")
-    return torch.full((1, 1), value, device=device)
+    return torch.full((1, 1), check_integer(name, value, "[0, 2**32)"), device=device)
 
 
 def random_uniform(

@@ -84,7 +84,7 @@ def check_model(name: str) -> None:
         return
     close = difflib.get_close_matches(name[:_LONGEST_NAME], [SMALL, *timm.list_models()], n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() lists all"
-    raise ValueError(f"classifier model: {SMALL!r} or a name that timm knows is needed, got {shorten(name)}; {hint}")
+    raise ValueError(f"classifier model must be {SMALL!r} or a name that timm knows, got {shorten(name)}; {hint}")
 
 
 class SmallClassifier(nn.Module):

@@ -62,7 +62,7 @@ class DiscriminatorConfig:
             return tuple(max(1, round(self.channel_multiplier * _released_width(r))) for r in resolutions)
         if len(self.channels) != len(resolutions):
             raise ValueError(
-                f"discriminator channels: one width for each of the resolutions {resolutions} is needed, "
+                f"discriminator channels must have one width for each of the resolutions {resolutions}, "
                 f"got {len(self.channels)}: {self.channels}"
             )
         return self.channels

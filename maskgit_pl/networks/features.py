@@ -189,7 +189,7 @@ class Lite0Spec:
         file, thing = _lite0_file(), "feature network 'lite0'"
         values, names = list(read_weights(file, thing=thing).values()), list(model.state_dict())
         if len(values) != len(names):
-            raise ValueError(f"{thing} {file}: {len(names)} tensors are needed, got {len(values)}; install it again")
+            raise ValueError(f"{thing} {file} must hold {len(names)} tensors, got {len(values)}; install it again")
         load_weights(model, dict(zip(names, values, strict=True)), f"{thing} {file}")  # other names, same order
         return _with_normalisation(model, self.size)
 

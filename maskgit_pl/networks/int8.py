@@ -91,9 +91,9 @@ def quantized(network: AnyTransformer) -> AnyTransformer:
     """
     device = network.head_bias.device
     if device.type != "cpu":
-        raise ValueError(f"int8: a network on the processor is needed, got one on {device}; move it, or use bfloat16")
+        raise ValueError(f"int8: the network must be on the CPU, got one on {device}; move it, or use bfloat16")
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]  # torch: untyped
-        raise ValueError("int8: a torch built with oneDNN is needed, got one without; decode in float32")
+        raise ValueError("int8: torch must be built with oneDNN, got one without; decode in float32")
     with torch.device("meta"):
         copy = cast("AnyTransformer", build_transformer(network.config))
     last = f"blocks.{network.config.depth - 1}.query_key_value"

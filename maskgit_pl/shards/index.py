@@ -19,6 +19,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from maskgit_pl.checks import check_number
 from maskgit_pl.shards.braces import expand_braces
 from maskgit_pl.shards.manifest import (
     INDEX_DTYPE,
@@ -86,7 +87,7 @@ def find_shards(folder: str | Path, pattern: str) -> list[Path]:
         if _URL.match(one) or "::" in one:
             raise ValueError(f"shard pattern {pattern!r}: local files are read, got {one!r}; fetch the shards first")
         if one.startswith(("/", "~")) or ".." in one.split("/"):
-            raise ValueError(f"shard pattern {pattern!r}: files inside {folder} are needed, not paths out of it")
+            raise ValueError(f"shard pattern {pattern!r}: it must name files inside {folder}, not paths out of it")
         matches = _glob(folder, one)
         if not matches:
             raise ValueError(f"shard pattern {pattern!r}: nothing in {folder} matches {one!r}")
@@ -119,8 +120,7 @@ def split_shards(
         ValueError: A shard would be in both, or a split would be empty.
     """
     fraction = 0.1 if val_fraction is None else val_fraction
-    if not 0 < fraction < 1:
-        raise ValueError(f"val fraction: a number between 0 and 1 is needed, got {fraction}")
+    check_number("val fraction", fraction, "(0, 1)")
     train_shards = None if train is None else find_shards(folder, train)
     val_shards, how = (None, "") if val is None else (find_shards(folder, val), f"val is {val}")
     pool = shards if train_shards is None else train_shards

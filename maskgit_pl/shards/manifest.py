@@ -142,7 +142,7 @@ class Manifest:
             raise ValueError(f"index {error}; {_way_out(self.folder)}") from error
         if rows.dtype != INDEX_DTYPE or rows.shape != (self.samples,):
             raise ValueError(
-                f"index {path}: {self.samples} rows of {INDEX_DTYPE} are needed, got {rows.shape} of {rows.dtype}; "
+                f"index {path} must have {self.samples} rows of {INDEX_DTYPE}, got {rows.shape} of {rows.dtype}; "
                 f"{_way_out(self.folder)}"
             )
         return rows

@@ -105,13 +105,13 @@ class ShardReader:
         names = [f"{self._name(*row.item()[:2])}: {row['label']}" for row in rows[wrong[:_LISTED]]]
         listed = "\n  ".join([*names, f"... and {len(wrong) - _LISTED} more"] if len(wrong) > _LISTED else names)
         raise ValueError(
-            f"data {self.manifest.folder}, split {self.manifest.split}: labels in [0, {classes}) are needed, "
+            f"data {self.manifest.folder}, split {self.manifest.split}: labels must be in [0, {classes}), "
             f"got others in {len(wrong)} samples:\n  {listed}\n"
             f"mend them and make the index again with `maskgit data index {self.manifest.folder}`"
         )
 
     def close(self) -> None:
-        """Close every file; they open again when they are needed."""
+        """Closes every file; they open again when they are needed."""
         while self._files:
             os.close(self._files.popitem()[1])
 

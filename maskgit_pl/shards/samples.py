@@ -10,7 +10,7 @@ from maskgit_pl.shards.image_bytes import UnreadableImageError, check_whole
 from maskgit_pl.shards.images import read_image_header
 from maskgit_pl.shards.manifest import Split
 
-__all__ = ["EXTENSIONS", "Sample", "Source", "UnreadableSample", "check_val_fraction", "is_val", "read_sample"]
+__all__ = ["EXTENSIONS", "Sample", "Source", "UnreadableSample", "is_val", "read_sample"]
 
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # by what a file is, not by what it is called
 
@@ -69,16 +69,6 @@ def read_sample(read: Callable[[], bytes], *, label: int, name: str) -> Sample |
     except OSError as error:
         return UnreadableSample(f"image {name} cannot be read: {error.strerror}")
     return Sample(data, EXTENSIONS[header.format], label, name)
-
-
-def check_val_fraction(fraction: float) -> None:
-    """Refuse a share that is none.
-
-    Raises:
-        ValueError: Not between 0 and 1.
-    """
-    if not 0 < fraction < 1:
-        raise ValueError(f"val fraction: a number between 0 and 1 is needed, got {fraction}")
 
 
 def is_val(digest: bytes, fraction: float) -> bool:

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from maskgit_pl.checks import shorten
 from maskgit_pl.files import open_regular, sha256_of
 from maskgit_pl.shards.image_bytes import MAX_IMAGE_BYTES, UnreadableImageError
 from maskgit_pl.shards.images import ImageHeader, read_image_header
@@ -73,8 +74,8 @@ class Labels:
     classes: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.source not in ("cls", "none") and not re.fullmatch(r"json:.+", self.source):
-            raise ValueError(f"labels: cls, json:FIELD or none is needed, got {self.source!r}")
+        if not re.fullmatch(r"cls|none|json:.+", self.source):
+            raise ValueError(f"labels must be cls, json:FIELD or none, got {shorten(self.source)}")
 
     @property
     def extension(self) -> str | None:
@@ -93,7 +94,7 @@ class Labels:
         try:
             value = json.loads(data)[field_name]
         except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-            raise ValueError(f"label {name}: a JSON object with {field_name!r} is needed, got {data[:40]!r}") from error
+            raise ValueError(f"label {name} must be a JSON object with {field_name!r}, got {data[:40]!r}") from error
         if isinstance(value, str) and value in (self.classes or ()):
             return (self.classes or ()).index(value)
         if type(value) is not int:
@@ -119,10 +120,10 @@ def parse_label(data: bytes, *, name: str, num_classes: int | None = None) -> in
     """
     match = _LABEL.fullmatch(data)
     if match is None:
-        raise ValueError(f"label {name}: a decimal class number is needed, got {data[:40]!r}")
+        raise ValueError(f"label {name} must be a decimal class number, got {data[:40]!r}")
     label = int(match[1])
     if num_classes is not None and label >= num_classes:
-        raise ValueError(f"label {name}: a class below {num_classes} is needed, got {label}")
+        raise ValueError(f"label {name} must be a class below {num_classes}, got {label}")
     return label
 
 

@@ -21,11 +21,12 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from maskgit_pl.checks import check_number
 from maskgit_pl.files import size_text
 from maskgit_pl.shards.image_bytes import read_image_file
 from maskgit_pl.shards.images import encode_png
 from maskgit_pl.shards.manifest import Split
-from maskgit_pl.shards.samples import Sample, Source, UnreadableSample, check_val_fraction, is_val, read_sample
+from maskgit_pl.shards.samples import Sample, Source, UnreadableSample, is_val, read_sample
 from maskgit_pl.shards.scan import IMAGE_EXTENSIONS
 from maskgit_pl.text import printable
 
@@ -92,7 +93,7 @@ class ImageFolder:
     """
 
     def __init__(self, folder: Path, *, val_fraction: float = 0.1) -> None:
-        check_val_fraction(val_fraction)
+        check_number("val fraction", val_fraction, "(0, 1)")
         self.folder = folder
         self.classes: tuple[str, ...]
         val = next((folder / name for name in _VAL_FOLDERS if (folder / name).is_dir()), None)
