@@ -15,15 +15,15 @@ __all__ = ["changes", "fixed_settings"]
 _DATA = ("image_size", "in_channels", "crop", "global_batch", "seed", "shuffle_window")
 _TRAINER = ("gradient_clip_val", "gradient_clip_algorithm")
 _FREE_MODEL = {  # all other keys of the model are fixed
-    "model.accumulation",  # follows from the devices
     "model.activation_checkpointing",
-    "model.adamw",
     "model.compiled",
     "model.decoding",  # pictures and exports alone
-    "model.learning_rate.decay",
-    "model.learning_rate.final_fraction",
-    "model.learning_rate.warmup_steps",
+    "model.global_batch",  # data.global_batch
     "model.memory_format",
+    "model.optimizer.adamw",
+    "model.optimizer.learning_rate.decay",
+    "model.optimizer.learning_rate.final_fraction",
+    "model.optimizer.learning_rate.warmup_steps",
     "model.seed",  # data.seed
     "model.tokenizer",  # a folder; what lies in it counts
 }

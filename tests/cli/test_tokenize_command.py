@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from maskgit_pl.cli import main
-from maskgit_pl.cli.tokenize import Place, find_place
+from maskgit_pl.runs.tokenizing import Place, find_place
 
 VARIABLES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NTASKS"
@@ -119,13 +119,13 @@ def test_what_cannot_be_is_refused_in_a_line(environment, tiny_shards, tiny_pret
 def test_lines_tell_speed_and_rest_where_there_is_no_terminal(
     environment, tiny_shards, tiny_pretrained, tmp_path, caplog
 ):
-    environment.setattr("maskgit_pl.cli.tokenize._SECONDS_BETWEEN_LINES", 0.0)
+    environment.setattr("maskgit_pl.cli.progress._SECONDS_BETWEEN_LINES", 0.0)
     environment.setattr(logging.getLogger("maskgit_pl"), "propagate", True)
     environment.setattr("maskgit_pl.cli._log_to", lambda stream: None)
     with caplog.at_level(logging.INFO, "maskgit_pl"):
         assert main(words(tiny_shards, tiny_pretrained / "tokenizer", tmp_path, "--precision", "bfloat16")) == 0
     lines = "\n".join(caplog.messages)
-    assert re.search(r"^tokens of train: 120/120  \d+ images/s  0 s left$", lines, re.MULTILINE)
+    assert re.search(r"^tokens of train: 118 of 120 images, \d+ images/s, 0:00:00 left$", lines, re.MULTILINE)
     assert re.search(
         r"^\S+tokens/[0-9a-f]{16}: 144 images in [\d.]+ s, \d+ images/s$", lines, re.MULTILINE
     )  # 60 x 2 and 24

@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from maskgit_pl.cli import main
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pretrained import fingerprint, save_tokenizer
-from maskgit_pl.runs import fitting as fit
+from maskgit_pl.runs import stage as stage_module
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_complete
 from tests.conftest import flags
 
@@ -145,7 +145,7 @@ def test_a_fault_in_the_card_costs_no_export(train, runs, monkeypatch):
     def broken(folder: Path) -> None:
         raise RuntimeError("no card today")
 
-    monkeypatch.setattr(fit, "write_card", broken)
+    monkeypatch.setattr(stage_module, "write_card", broken)
     answer = train("transformer")
     assert answer.code == 0
     assert "no model card (RuntimeError: no card today)" in answer.out
@@ -268,7 +268,7 @@ def test_the_complete_recipe_is_printed_and_nothing_is_trained(train, runs):
         ("--trainer.max_steps=many", ("max_steps", "many")),
         ("--trainer.max_steps=-1", ("trainer.max_steps must be >= 1", "got -1")),
         ("--model.label_smoothing=a lot", ("label_smoothing", "a lot")),
-        ("--model.learning_rate.peak=.nan", ("model.learning_rate.peak must be finite", "nan")),
+        ("--model.optimizer.learning_rate.peak=.nan", ("model.optimizer.learning_rate.peak must be finite", "nan")),
         ("--model.mask_schedule=squar", ("unknown mask schedule 'squar'", "did you mean 'square'", "known: arccos")),
         ("--model.mask_schedule={name: pow, exponent: -1}", ("pow", "exponent", "-1")),
         ("--model.network.num_classes=4", ("num_classes", "has 3 classes", "got 4")),

@@ -7,8 +7,11 @@ import pytest
 import yaml
 
 from maskgit_pl.runs.build import StageRun
-from maskgit_pl.runs.recipe import Recipe, merged, read_run_config, read_yaml, recipe_files
+from maskgit_pl.runs.layers import merged
+from maskgit_pl.runs.recipe import Recipe
+from maskgit_pl.runs.recipe_files import read_run_config, recipe_files
 from maskgit_pl.runs.recipe_schema import build_schema, load_schema
+from maskgit_pl.runs.safe_yaml import read_yaml
 
 
 def write(folder, text):
@@ -86,14 +89,14 @@ def test_an_unsafe_recipe_is_refused_by_name(tmp_path, text, rule):
 
 
 def read(folder, text, words=(), stage="transformer"):
-    return Recipe.read(stage, [write(folder, text)], list(words))
+    return Recipe.from_files(stage, [write(folder, text)], list(words))
 
 
 UNKNOWN = [
     ("model: {mask_shedule: cosine}", "unknown key 'model.mask_shedule': did you mean 'model.mask_schedule'?"),
     ("model: {network: {width: wide}}", "model.network.width must be an integer, got 'wide'"),
     ("model: {network: {depth: true}}", "model.network.depth must be an integer, got True"),
-    ("model: {betas: [0.9]}", "model.betas must be a list of a number and a number, got [0.9]"),
+    ("model: {optimizer: {betas: [0.9]}}", "model.optimizer.betas must be a list of a number and a number, got [0.9]"),
     ("trainer: {max_epochs: 3}", "trainer.max_epochs cannot be set: runs are counted in steps; set trainer.max_steps"),
     ("trainer: {logger: true}", "trainer.logger cannot be set: recipes name registered things, never classes"),
     ("trainer: {default_root_dir: x}", "trainer.default_root_dir cannot be set: use --runs and --run"),
@@ -135,12 +138,12 @@ def test_a_flag_is_answered_as_a_file_is(tmp_path, text, answer):
         (["--model.tokenizer", "/data/logger/class_path"], "model.tokenizer", "/data/logger/class_path"),
         (["--data.path=123"], "data.path", "123"),
         (["--data.path=[a"], "data.path", "[a"),
-        (["--model.learning_rate.peak=1e-3"], "model.learning_rate.peak", 1e-3),
+        (["--model.optimizer.learning_rate.peak=1e-3"], "model.optimizer.learning_rate.peak", 1e-3),
         (["--model.mask_schedule={name: pow, exponent: 3}"], "model.mask_schedule", {"name": "pow", "exponent": 3}),
         (["--model.mask_schedule.exponent=3"], "model.mask_schedule", {"name": "cosine", "exponent": 3}),
         (["--trainer.devices=2"], "trainer.devices", 2),
         (["--trainer.devices=auto"], "trainer.devices", "auto"),
-        (["--model.betas=[0.9,0.99]"], "model.betas", [0.9, 0.99]),
+        (["--model.optimizer.betas=[0.9,0.99]"], "model.optimizer.betas", [0.9, 0.99]),
         (["--data.validation_samples=null"], "data.validation_samples", None),
         (["--data.seed=1", "--data.seed", "2"], "data.seed", 2),
     ],
@@ -235,16 +238,14 @@ def test_config_yaml_of_a_run_is_a_recipe_without_its_paths(tmp_path):
     model: {tokenizer: c, label_smoothing: 0.1}
     trainer: {max_steps: 5, use_distributed_sampler: true, fast_dev_run: false}
     """
-    assert read_run_config(write(tmp_path, text)) == {
-        "data": {"seed": 3},
-        "model": {"label_smoothing": 0.1},
-        "trainer": {"max_steps": 5},
-    }
+    tree, paths = read_run_config(write(tmp_path, text))
+    assert tree == {"data": {"seed": 3}, "model": {"label_smoothing": 0.1}, "trainer": {"max_steps": 5}}
+    assert paths == {"data.path": "a", "data.token_store": "b", "model.tokenizer": "c"}
     with pytest.raises(ValueError, match=r"must be config\.yaml of a run"):
         read_run_config(write(tmp_path, "model: {}"))
 
 
 def test_a_value_that_nothing_says_is_named(tmp_path):
-    recipe = read(tmp_path, "model: {learning_rate: {warmup_steps: 3}}", stage="tokenizer")
-    with pytest.raises(ValueError, match=r"^model\.learning_rate\.peak must be set by the recipe$"):
+    recipe = read(tmp_path, "model: {optimizer: {learning_rate: {warmup_steps: 3}}}", stage="tokenizer")
+    with pytest.raises(ValueError, match=r"^model\.optimizer\.learning_rate\.peak must be set by the recipe$"):
         StageRun(recipe, merged([{"data": {"path": "nowhere"}}, recipe.tree]), tmp_path)

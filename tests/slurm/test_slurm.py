@@ -245,7 +245,7 @@ def test_what_is_no_preemption_is_not_put_back(site: Site) -> None:
     shutil.copytree(cluster.work / "data/shards/tiny", cluster.work / "data/shards/moved")
     data = "--data=data/shards/moved"
     bad = site.run("bad-input", "transformer ddp", data, sbatch=f"--hold --nodelist={HERE}")
-    diverging = site.run("diverging", "transformer ddp", "--model.learning_rate.peak=1e30")
+    diverging = site.run("diverging", "transformer ddp", "--model.optimizer.learning_rate.peak=1e30")
     for run in (bad, diverging):
         run.submit()
     cluster.run("mv data/shards/moved data/shards/elsewhere")

@@ -46,7 +46,13 @@ def check_budgets(configs: Mapping[str, Mapping[str, Any]]) -> None:
     Raises:
         ValueError: With what differs.
     """
-    keys = ("trainer.max_steps", "data.global_batch", "model.network", "model.learning_rate", "model.label_smoothing")
+    keys = (
+        "trainer.max_steps",
+        "data.global_batch",
+        "model.network",
+        "model.optimizer.learning_rate",
+        "model.label_smoothing",
+    )
     for key in keys:
         values = {run: _value(config, key) for run, config in configs.items() if config}
         if len({repr(value) for value in values.values()}) > 1:
