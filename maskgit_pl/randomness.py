@@ -16,8 +16,6 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from maskgit_pl.checks import check_integer
-
 __all__ = ["gumbel", "permutation", "philox", "random_bits", "random_uniform", "stream_key"]
 
 _WORD = 0xFFFFFFFF
@@ -133,7 +131,9 @@ def random_bits(
 def _as_column(name: str, value: int | Tensor, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
         return value.to(device, torch.int64).reshape(*value.shape or (1,), 1)
-    return torch.full((1, 1), check_integer(name, value, "[0, 2**32)"), device=device)
+    if not 0 <= value <= _WORD:  # a NumPy integer may be given
+        raise ValueError(f"{name} must be an integer in [0, 2**32), got {value}")
+    return torch.full((1, 1), value, device=device)
 
 
 def random_uniform(

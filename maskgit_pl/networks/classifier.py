@@ -15,11 +15,10 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from typing_extensions import override
 
 from maskgit_pl.checks import build_dataclass, check_class_names, check_integer, check_keys, shorten
 from maskgit_pl.files import read_json
-from maskgit_pl.networks.feature_network import FeatureOutput
+from maskgit_pl.networks.feature_network import FeatureOutput, FrozenNetwork
 from maskgit_pl.networks.weight_file import check_fit, load_weights, read_tensor_header, read_tensors
 
 __all__ = [
@@ -149,7 +148,7 @@ class TimmClassifier(nn.Module):
         return FeatureOutput(features, model.get_classifier()(features))
 
 
-class FrozenClassifier(nn.Module):
+class FrozenClassifier(FrozenNetwork):
     """A trained classifier: it stays in evaluation mode, and gradients reach the images alone.
 
     Args:
@@ -161,13 +160,7 @@ class FrozenClassifier(nn.Module):
         super().__init__()
         self.network = network
         self.class_names = class_names
-        self.requires_grad_(requires_grad=False)
-        self.eval()
-
-    @override
-    def train(self, mode: bool = True) -> FrozenClassifier:
-        """Stays in evaluation mode."""
-        return super().train(mode=False)
+        self.freeze()
 
     def forward(self, images: Tensor) -> FeatureOutput:
         """(B, 1 or 3, H, W), uint8 or float in [0, 1] -> features (B, F) and logits (B, classes)."""

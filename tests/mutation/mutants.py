@@ -148,7 +148,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ("left ^ (_mix(right ^ key) & mask)", "left ^ (_mix(right) & mask)"),
         ("(block, index_, epoch_, seed_)", "(block, index_, seed_, seed_)"),
         ("keys[outside]", "keys[: int(outside.sum())]"),
-        ('"[0, 2**32)"', '"[0, inf)"'),
+        ("if not 0 <= value <= _WORD", "if not 0 <= value"),
         ('int.from_bytes(digest[:4], "little")', 'int.from_bytes(digest[:4], "big")'),
         ("* 0x846CA68B & _WORD", "* 0x846CA68D & _WORD"),
     ),
