@@ -48,7 +48,7 @@ _MEAN, _DEVIATION = 0.5, 0.25  # of pixels in [0, 1]; near those of most data
 
 @dataclass(frozen=True)
 class ClassifierSizes:
-    """What decides the layers of a classifier.
+    """The sizes that decide the layers of a classifier.
 
     Args:
         in_channels: Channels of an image: 1 for grey, 3 for colour.
@@ -169,12 +169,12 @@ class FrozenClassifier(FrozenNetwork):
 
 
 def create_classifier(sizes: ClassifierSizes) -> SmallClassifier | TimmClassifier:
-    """The network with random weights."""
+    """Makes the network with random weights."""
     return SmallClassifier(sizes) if sizes.model == SMALL else TimmClassifier(sizes)
 
 
 def describe_classifier(sizes: ClassifierSizes, class_names: tuple[str, ...]) -> dict[str, Any]:
-    """What ``config.json`` says so that the network can be read without the data it was trained on."""
+    """Returns what ``config.json`` says so that the network can be read without the data it was trained on."""
     return {"format": _FORMAT, "version": _VERSION, "network": asdict(sizes), "class_names": list(class_names)}
 
 
@@ -215,7 +215,7 @@ def _read_config(folder: Path) -> tuple[ClassifierSizes, tuple[str, ...]]:
 
 
 def _prepared(images: Tensor, *, channels: int, side: int) -> Tensor:
-    """What a network sees: of its channels, its size, and about zero mean and unit deviation."""
+    """Prepares images for a network: of its channels, its size, and about zero mean and unit deviation."""
     x = images.float() / 255 if images.dtype == torch.uint8 else images
     if x.shape[1] != channels:
         x = x.expand(-1, channels, -1, -1) if x.shape[1] == 1 else x.mean(1, keepdim=True)
@@ -226,7 +226,7 @@ def _prepared(images: Tensor, *, channels: int, side: int) -> Tensor:
 
 @torch.no_grad()
 def _takes(model: nn.Module, sizes: ClassifierSizes) -> bool:
-    """Whether a network runs on images of the data's size."""
+    """Returns whether a network runs on images of the data's size."""
     model.eval()
     try:
         model(torch.zeros(1, sizes.in_channels, sizes.image_size, sizes.image_size))

@@ -21,7 +21,7 @@ _SPATIAL_NUMBERS = 2023  # of ADM's evaluator: 7 channels x 17 x 17 places
 
 
 class FeatureOutput(NamedTuple):
-    """What a feature network gives.
+    """The output of a feature network.
 
     Attributes:
         features: (B, F) float, pooled, before the classifier.
@@ -89,7 +89,7 @@ class FeatureNetwork(FrozenNetwork):
 
 
 def _spatial(last: Tensor, *, channels_last: bool) -> Tensor | None:
-    """The first channels of the last map, as many as give at most 2023 numbers, channel fastest."""
+    """Returns the first channels of the last map, as many as give at most 2023 numbers, channel fastest."""
     if last.ndim != 4:  # tokens of a transformer
         return None
     last = last if channels_last else rearrange(last, "b c h w -> b h w c")

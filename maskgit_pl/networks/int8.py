@@ -57,7 +57,7 @@ class Int8Linear(nn.Module):
 
 
 class Int8QueryKeyValue(nn.Module):
-    """As ``transformer.QueryKeyValue``, in two parts, for the block that computes queries of some positions alone.
+    """A ``transformer.QueryKeyValue`` in two parts, for the block that computes queries of some positions only.
 
     Args:
         weight: (3 D, D) float.
@@ -79,7 +79,7 @@ AnyTransformer = TypeVar("AnyTransformer", bound=Transformer)
 
 
 def quantized(network: AnyTransformer) -> AnyTransformer:
-    """A copy of a network for inference, whose blocks compute with 8-bit linear layers; the network stays as it is.
+    """Copies a network for inference, whose blocks compute with 8-bit linear layers; the network stays as it is.
 
     The copy cannot be saved, copied or moved to another device.
 

@@ -1,4 +1,4 @@
-"""What lies beside the shards: one manifest a split, so that shards can be counted, checked and read by index.
+"""The manifest beside the shards, one a split, so that shards can be counted, checked and read by index.
 
 A data folder holds ordinary WebDataset tars and, for each split, two files::
 
@@ -128,7 +128,7 @@ class Manifest:
         return hashlib.sha256(content.encode()).hexdigest()
 
     def index(self) -> npt.NDArray[np.void]:
-        """The rows of the index, (samples,) INDEX_DTYPE, memory-mapped; their number and type are checked.
+        """Returns the rows of the index, (samples,) INDEX_DTYPE, memory-mapped; their number and type are checked.
 
         Raises:
             ValueError: if the file cannot be read or has other rows.
@@ -150,7 +150,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What a recipe or a command needs to know of a data folder before torch is imported."""
+    """The facts that a recipe or a command needs of a data folder before torch is imported."""
 
     classes: tuple[str, ...]
     samples: Mapping[str, int]
@@ -159,7 +159,7 @@ class DataSummary:
 
     @property
     def num_classes(self) -> int:
-        """How many classes the labels name."""
+        """The number of classes that the labels name."""
         return len(self.classes)
 
     @property
@@ -169,7 +169,7 @@ class DataSummary:
 
 
 def splits_of(folder: str | Path) -> tuple[Split, ...]:
-    """The splits that a data folder has a manifest of."""
+    """Returns the splits that a data folder has a manifest of."""
     return tuple(split for split in get_args(Split) if (Path(folder) / f"{split}.json").is_file())
 
 
@@ -194,7 +194,7 @@ def read_manifest_summary(folder: str | Path) -> DataSummary:
 
 
 def data_fingerprint(folder: str | Path) -> str:
-    """One hash for all splits of a data folder, sha256 in hex; token stores are keyed by it."""
+    """Returns one hash for all splits of a data folder, sha256 in hex; token stores are keyed by it."""
     return read_manifest_summary(folder).fingerprint
 
 
@@ -226,7 +226,7 @@ def load_manifest(folder: str | Path, split: Split, *, check: bool = True) -> Ma
 
 
 def load_manifests(folder: str | Path, splits: Sequence[Split] = ("train", "val")) -> dict[Split, Manifest]:
-    """Read the manifests of some splits and compare all their shards on disk with them.
+    """Reads the manifests of some splits and compares all their shards on disk with them.
 
     Args:
         folder: The data folder.
@@ -261,7 +261,7 @@ def check_shards(*manifests: Manifest) -> None:
 
 
 def save_manifest(manifest: Manifest, rows: npt.NDArray[np.void]) -> None:
-    """Write the split's two files, each under a temporary name first; the JSON last, since it makes the split valid."""
+    """Writes the split's two files, whole or not at all; the JSON last, since it makes the split valid."""
     folder, split = manifest.folder, manifest.split
     with write_atomically(folder / f"{split}.npy") as file:
         np.save(file, rows, allow_pickle=False)
@@ -409,7 +409,7 @@ def _check_types(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _shard(fields: object, where: str) -> Shard:
-    """Like ``build_dataclass``, which takes too long for many shards."""
+    """Builds a shard; ``build_dataclass`` takes too long for many shards."""
     if not isinstance(fields, dict):
         raise ValueError(f"{where} must be a mapping, got {shorten(fields)}")
     if fields.keys() != {"name", "bytes", "samples", "sha256"}:
@@ -437,7 +437,7 @@ def _is_inside(name: str) -> bool:
 
 
 def union(ranges: Sequence[ImageRange]) -> ImageRange:
-    """The range that holds all of some ranges, one at least."""
+    """Returns the range that holds all of some ranges, one at least."""
     return ImageRange(
         height=(min(r.height[0] for r in ranges), max(r.height[1] for r in ranges)),
         width=(min(r.width[0] for r in ranges), max(r.width[1] for r in ranges)),

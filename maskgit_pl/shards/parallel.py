@@ -99,7 +99,7 @@ def _begin(shared: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    """A pool whose owner was killed would wait for ever."""
+    """Ends a worker whose owner was killed, which would wait forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

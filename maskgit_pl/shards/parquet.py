@@ -116,7 +116,7 @@ class ParquetFolder:
                 yield read_sample(partial(_image_bytes, value, name), label=int(labels[row]), name=name)
 
     def _split_rows(self, of_split: dict[Split, list[int]], val_fraction: float) -> dict[Split, npt.NDArray[np.int64]]:
-        """(n, 2) int64, file and row of each sample of each split."""
+        """Returns (n, 2) int64, file and row of each sample of each split."""
         rows = {
             split: [(number, row) for number in numbers for row in range(len(self._labels[number]))]
             for split, numbers in of_split.items()
@@ -135,7 +135,7 @@ class ParquetFolder:
 
 
 def _files_of_splits(folder: Path) -> tuple[list[Path], dict[Split, list[int]]]:
-    """The files that are read, and which of them each split has."""
+    """Returns the files that are read, and which of them each split has."""
     paths = sorted(folder.glob("*.parquet")) or sorted(folder.glob("*/*.parquet"))
     found: dict[Split, list[Path]] = {}
     for split, words in _SPLIT_NAMES:
@@ -243,7 +243,7 @@ def _class_names(
 
 
 def _names_in_metadata(file: ParquetFile, label_field: str) -> tuple[str, ...]:
-    """``ClassLabel`` names, which the datasets package writes as JSON."""
+    """Reads ``ClassLabel`` names, which the datasets package writes as JSON."""
     try:
         metadata = json.loads((file.schema_arrow.metadata or {})[b"huggingface"])
         return tuple(map(str, metadata["info"]["features"][label_field]["names"]))
@@ -252,7 +252,7 @@ def _names_in_metadata(file: ParquetFile, label_field: str) -> tuple[str, ...]:
 
 
 def _read_labels(file: ParquetFile, path: Path, label_field: str, classes: Sequence[str]) -> npt.NDArray[np.int64]:
-    """(rows,) int64, each a class."""
+    """Reads labels, (rows,) int64, each a class."""
     import pyarrow as pa
 
     schema = file.schema_arrow
@@ -308,7 +308,7 @@ def _read_group(
 
 
 def _image_bytes(value: Any, name: str) -> bytes:
-    """The bytes of an image, which pyarrow holds, or which are in a struct."""
+    """Returns the bytes of an image, which pyarrow holds, or which are in a struct."""
     import pyarrow as pa
 
     if pa.types.is_struct(value.type) and value.is_valid:

@@ -61,7 +61,7 @@ class ShardReader:
         return labels
 
     def read(self, index: int) -> bytes:
-        """The bytes of a sample's image file.
+        """Reads the bytes of a sample's image file.
 
         Raises:
             DataChangedError: if the shard cannot be read, or is not the one that its manifest was made from.
@@ -74,11 +74,11 @@ class ShardReader:
         return data
 
     def shard(self, index: int) -> str:
-        """File name of the tar that holds a sample."""
+        """Returns the file name of the tar that holds a sample."""
         return self.manifest.shards[int(self.index["shard"][index])].name
 
     def name(self, index: int) -> str:
-        """What to call a sample in an error: ``SHARD:MEMBER``, the member's name read from the tar."""
+        """Returns the name of a sample for an error: ``SHARD:MEMBER``, the member's name read from the tar."""
         return self._name(*self.index[index].item()[:2])
 
     def _name(self, shard: int, offset: int) -> str:

@@ -1,4 +1,4 @@
-"""What a source of shards hands out, and what all sources share; see ``sources`` and ``parquet``."""
+"""The samples that a source of shards hands out, and what all sources share; see ``sources`` and ``parquet``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class UnreadableSample(NamedTuple):
 
 
 class Source(Protocol):
-    """What the writer needs of a source of samples."""
+    """A source of samples as the writer needs it."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -42,14 +42,14 @@ class Source(Protocol):
         """Samples of each split."""
 
     def describe(self) -> dict[str, Any]:
-        """Plain values that change when the samples would."""
+        """Returns plain values that change when the samples would."""
 
     @property
     def left_out(self) -> Sequence[str]:
         """Lines that say which files of the source are no samples."""
 
     def samples(self, split: Split, places: range) -> Iterator[Sample | UnreadableSample]:
-        """The samples at some places of a split, whose order is always the same."""
+        """Yields the samples at some places of a split, whose order is always the same."""
 
 
 def read_sample(read: Callable[[], bytes], *, label: int, name: str) -> Sample | UnreadableSample:
@@ -72,5 +72,5 @@ def read_sample(read: Callable[[], bytes], *, label: int, name: str) -> Sample |
 
 
 def is_val(digest: bytes, fraction: float) -> bool:
-    """Whether a sample is of the val split, by the last bytes of a hash of its name: new samples move no other."""
+    """Returns whether a sample is of the val split, by a hash of its name: new samples move no other."""
     return int.from_bytes(digest[-8:], "big") < math.ceil(fraction * 2**64)

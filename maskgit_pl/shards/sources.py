@@ -1,4 +1,4 @@
-"""What shards are made from: trees of image files with one folder a class, IDX files (the MNIST family), parquet files.
+"""The sources that shards are made from: trees of images with a folder a class, IDX files (the MNIST family), parquet.
 
 A source lists its splits, hands out samples one by one and describes itself, so that a second run of the same command
 knows that nothing is left to do.
@@ -41,7 +41,7 @@ _NAMES_LISTED = 3  # of files that are left out
 def open_source(
     path: str | Path, *, classes: Sequence[str] | None = None, val_fraction: float = 0.1, label_field: str = "label"
 ) -> Source:
-    """The source that a folder is: IDX or parquet files if it holds any, else a tree of images.
+    """Opens the source that a folder is: IDX or parquet files if it holds any, else a tree of images.
 
     Args:
         path: The folder.
@@ -184,7 +184,7 @@ def _class_names(folder: Path) -> tuple[str, ...]:
 
 
 def _list_files(folder: Path, classes: Sequence[str], left_out: _LeftOut) -> list[_File]:
-    """The images of a split; notes the names of all other files."""
+    """Lists the images of a split; notes the names of all other files."""
     files = []
     labels = {name: label for label, name in enumerate(classes)}
     for path in sorted(folder.rglob("*")):

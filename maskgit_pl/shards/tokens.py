@@ -57,7 +57,7 @@ WAY_OUT = "make it again with `make tokenize` (or `maskgit tokenize`)"
 
 @dataclass(frozen=True)
 class StoreDescription:
-    """What a store holds and what it was made from.
+    """The description of a store: what it holds and what it was made from.
 
     Args:
         grid: Height and width of the token grid.
@@ -341,7 +341,7 @@ def array_paths(folder: Path, split: Split) -> tuple[Path, Path]:
 
 
 def _shown(value: object) -> str:
-    """Twelve digits of a fingerprint tell it from others."""
+    """Shows a value for a message; twelve digits of a fingerprint tell it from others."""
     return value[:12] if isinstance(value, str) else shorten(value)
 
 
