@@ -190,7 +190,7 @@ def permutation(
 
 
 def _feistel(value: Tensor, half: int, keys: Tensor) -> Tensor:
-    """Makes one pass of the network: (M,) int64 in [0, 4**half), keys (M, rounds) -> same range; a bijection per key."""
+    """Makes one pass of the network: (M,) int64 in [0, 4**half), keys (M, rounds) -> same range; bijective."""
     mask = (1 << half) - 1
     left, right = value >> half, value & mask
     for key in keys.unbind(1):
