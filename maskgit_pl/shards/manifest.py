@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,9 +24,10 @@ import numpy as np
 import numpy.typing as npt
 
 from maskgit_pl.checks import build_dataclass, check_integer, check_keys, check_sha256, shorten
-from maskgit_pl.files import open_regular, read_json, write_atomically, write_text
+from maskgit_pl.files import read_json, write_atomically, write_text
 from maskgit_pl.shards.mapped_array import map_array
-from maskgit_pl.shards.tar import BLOCK, header_size
+from maskgit_pl.shards.quick_check import find_fault
+from maskgit_pl.shards.tar import BLOCK
 
 __all__ = [
     "INDEX_DTYPE",
@@ -307,42 +307,9 @@ def _faults(manifest: Manifest) -> Iterator[str]:
     _check_index(manifest, rows)
     for shard in manifest.shards:
         start, end = end, end + shard.samples
-        fault = _fault(manifest.folder / shard.name, shard, rows[start:end])
+        fault = find_fault(manifest.folder / shard.name, shard.bytes, rows[start:end])
         if fault is not None:
             yield f"{shard.name}: {fault}"
-
-
-def _fault(path: Path, shard: Shard, rows: npt.NDArray[np.void]) -> str | None:
-    try:
-        descriptor = open_regular(path)
-    except OSError as error:
-        return f"{shard.bytes} bytes expected, {error.strerror}"
-    try:
-        return _fault_of(descriptor, shard, rows)
-    except OSError as error:
-        return f"{shard.bytes} bytes expected, {error.strerror}"
-    finally:
-        os.close(descriptor)
-
-
-def _fault_of(descriptor: int, shard: Shard, rows: npt.NDArray[np.void]) -> str | None:
-    actual = os.fstat(descriptor).st_size
-    if actual != shard.bytes:
-        return f"{shard.bytes} bytes expected, {actual} found"
-    for offset, size in _ends(rows):
-        found = header_size(os.pread(descriptor, BLOCK, offset))
-        if found is None or size not in (None, found):
-            length = "" if size is None else f" of {size} bytes"
-            actual_length = "none" if found is None else f"one of {found} bytes"
-            return f"a member{length} expected at byte {offset}, {actual_length} found; changed after indexing"
-    return None
-
-
-def _ends(rows: npt.NDArray[np.void]) -> Iterator[tuple[int, int | None]]:
-    """Places of member headers, and the payload's length where the index knows it: the first, first and last image."""
-    yield 0, None
-    for row in rows[[0, -1]] if len(rows) else ():
-        yield int(row["offset"]) - BLOCK, int(row["size"])
 
 
 def _as_json(manifest: Manifest) -> dict[str, Any]:
