@@ -55,7 +55,7 @@ def _fault_of(descriptor: int, size: int, rows: npt.NDArray[np.void]) -> str | N
 
 
 def _ends(rows: npt.NDArray[np.void]) -> Iterator[tuple[int, int | None]]:
-    """Yields places of headers, of the first member and of the first and last image, with the lengths that are known."""
+    """Yields places of headers, of the first member and of the first and last image, with lengths where known."""
     yield 0, None
     for row in rows[[0, -1]] if len(rows) else ():
         yield int(row["offset"]) - BLOCK, int(row["size"])

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from maskgit_pl.checks import check_number
 from maskgit_pl.errors import DataBudgetError
-from maskgit_pl.files import write_atomically
+from maskgit_pl.files import write_text
 from maskgit_pl.shards.image_bytes import Reason
 
 __all__ = [
@@ -167,6 +167,5 @@ def check_budget(budget: float) -> None:
 def write_unreadable(path: Path, splits: dict[str, UnreadableImages]) -> None:
     """Writes counts and lists of splits as JSON, replacing the file when all of it is on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with write_atomically(path) as file:
-        content = {name: images.as_json() for name, images in splits.items()}
-        file.write((json.dumps(content, indent=1) + "\n").encode())
+    content = {name: images.as_json() for name, images in splits.items()}
+    write_text(path, json.dumps(content, indent=1) + "\n")
