@@ -9,34 +9,46 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from maskgit_pl.autoregressive import AutoregressiveModel
+    from maskgit_pl.autoregressive import AutoregressiveConfig, AutoregressiveModel
     from maskgit_pl.decoding import ParallelDecoder, SequentialDecoder
     from maskgit_pl.masking import MaskSampler
-    from maskgit_pl.mvtm import MaskedTokenModel
+    from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
     from maskgit_pl.pipeline import MaskGIT
     from maskgit_pl.schedules import mask_schedules
     from maskgit_pl.tokenizer import Tokenizer
+    from maskgit_pl.tokenizer_config import TokenizerConfig
+    from maskgit_pl.training.optimizers import LearningRate, OptimizerConfig
 
 __version__ = "0.1.0"
 __all__ = [
+    "AutoregressiveConfig",
     "AutoregressiveModel",
+    "LearningRate",
     "MaskGIT",
     "MaskSampler",
+    "MaskedTokenConfig",
     "MaskedTokenModel",
+    "OptimizerConfig",
     "ParallelDecoder",
     "SequentialDecoder",
     "Tokenizer",
+    "TokenizerConfig",
     "mask_schedules",
 ]
 
 _HOMES = {
+    "AutoregressiveConfig": "autoregressive",
     "AutoregressiveModel": "autoregressive",
+    "LearningRate": "training.optimizers",
     "MaskGIT": "pipeline",
     "MaskSampler": "masking",
+    "MaskedTokenConfig": "mvtm",
     "MaskedTokenModel": "mvtm",
+    "OptimizerConfig": "training.optimizers",
     "ParallelDecoder": "decoding",
     "SequentialDecoder": "decoding",
     "Tokenizer": "tokenizer",
+    "TokenizerConfig": "tokenizer_config",
     "mask_schedules": "schedules",
 }
 

@@ -48,7 +48,7 @@ def export(
     stages = _stages(folder, stage)
     for each in stages:
         if (out / each).exists() and not replace:
-            raise FileExistsError(f"{out / each}: is there already; --replace writes it anew, --out elsewhere")
+            raise FileExistsError(f"{out / each} exists; replace it with --replace, or write elsewhere with --out")
     plans = [_plan(folder, each, data, out) for each in stages]
     chosen = [_checkpoint(plan, step) for plan in plans]
     from maskgit_pl.runs.stage import export_checkpoint  # lightning and torch take seconds to import
@@ -90,16 +90,12 @@ def _plan(folder: Path, stage: Stage, data: str | Path | None, out: Path) -> Pla
 
 
 def _checkpoint(plan: Plan, step: int | None) -> Path:
-    """The complete checkpoint of a step, or the newest.
-
-    Raises:
-        FileNotFoundError: There is none; those that there are are named.
-    """
+    """Returns the complete checkpoint of a step, or the newest."""
     from maskgit_pl.training.checkpoint_files import complete_checkpoints, step_of
 
     found = {step_of(path): path for path in complete_checkpoints(plan.checkpoints)}
     if not found or step not in {None, *found}:
         there = ", ".join(map(str, found)) or "none"
-        wanted = "a complete one" if step is None else f"step {step}"
-        raise FileNotFoundError(f"{plan.checkpoints}: {wanted} is needed, complete are: {there}")
+        wanted = "a complete checkpoint" if step is None else f"a complete checkpoint of step {step}"
+        raise FileNotFoundError(f"{plan.checkpoints} must hold {wanted}, got steps: {there}; name one with --step")
     return found[max(found) if step is None else step]

@@ -1,4 +1,4 @@
-"""Which folders a run reads and writes: those that were named, and those that follow from its recipe.
+"""Finds the folders that a run reads and writes: those that are named, and those that follow from its recipe.
 
 Everything is found and checked as far as it can be without torch, so that a wrong name is answered at once.
 """
@@ -203,7 +203,7 @@ def _checked_tokenizer(folder: Path) -> Path:
 
 
 def _refuse_unknown_run(folder: Path) -> None:
-    """Refuses to start stage 2 of a run that was named and is not there: its name is more likely mistyped.
+    """Refuses to start stage 2 of a run that was named and does not exist: its name is probably mistyped.
 
     Raises:
         FileNotFoundError: The nearest run is named.

@@ -50,7 +50,7 @@ class Recipe:
         left_out: Keys of each file that were dropped, since they have no meaning under causal attention.
         dataset: Name of the data set.
         run_name: Default name of the run, ``DATASET-RECIPE``; None where a run is repeated.
-        paths: Where a run is repeated, the paths that it read, by their keys: ``data.path``, ``model.tokenizer``.
+        paths: Paths of the run that is repeated, by their keys ``data.path`` and ``model.tokenizer``; else empty.
     """
 
     stage: Stage
@@ -160,7 +160,7 @@ class Recipe:
 
 
 def _kind(stage: Stage, files: Sequence[Layer], words: Sequence[str]) -> Kind:
-    """Which module the files and flags are for."""
+    """Returns the kind of module that files and flags are for."""
     attention = value_at(merged([layer.tree for layer in files]), "model.network.attention")
     for key, text in split_flags(words):
         if key == "model.network.attention":

@@ -1,4 +1,4 @@
-"""Checks of a recipe's keys and types against the schema of its kind, and why some keys of Lightning have no place."""
+"""Checks a recipe's keys and types against the schema of its kind, and explains why some keys cannot be set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""YAML files and words read as plain values: numbers, words, lists and mappings, never a class or another file."""
+"""Reads YAML as plain values: numbers, words, lists and mappings; no value can name a class or another file."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
     try:
         tree = parse_yaml(file.read_text(encoding="utf-8"))
         if tree is not None and not isinstance(tree, dict):
-            raise ValueError(f"a mapping is needed, got {shorten(tree)}")
+            raise ValueError(f"it must be a mapping, got {shorten(tree)}")
         check_plain(tree)
     except ValueError as error:
         raise ValueError(f"recipe {file}: {error}") from error
@@ -67,7 +67,11 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str) -> Any:
-    """Parses YAML; all that can go wrong is a ValueError of one line."""
+    """Parses YAML.
+
+    Raises:
+        ValueError: whatever is wrong. The message is one line.
+    """
     try:
         return yaml.load(text, Loader=_PlainLoader)  # a SafeLoader
     except yaml.YAMLError as error:
@@ -81,10 +85,16 @@ def parse_yaml(text: str) -> Any:
 
 
 def check_plain(node: Any, path: str = "", depth: int = 0) -> None:
-    """Refuses what is not plain data: other types, numbers that are not finite, keys that name code.
+    """Checks that a tree is plain data.
+
+    Args:
+        node: Tree, or a part of it.
+        path: Dotted key of the part, for messages.
+        depth: Nesting depth of the part.
 
     Raises:
-        ValueError: The key is named.
+        ValueError: if it is nested too deep, or holds another type, a number that is not finite, or a key that names
+            code. The message names the key.
     """
     if depth > _MAX_DEPTH:
         raise ValueError(f"{path[:80]}: it is nested too deep")

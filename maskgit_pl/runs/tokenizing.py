@@ -42,7 +42,7 @@ class Place(NamedTuple):
 
     Attributes:
         rank: Its number, from 0.
-        num_ranks: How many they are.
+        num_ranks: Number of processes.
         local_rank: Its number among those on its machine.
     """
 
@@ -53,7 +53,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenizeOptions:
-    """How a token store is made.
+    """Options of making a token store.
 
     Args:
         crops: Crops of each training image, the central one first. None: as in the tokens that the run has, else 1.
@@ -95,7 +95,7 @@ def tokenize(
         data: Data folder; see ``fit``.
         tokenizer: Pretrained tokenizer folder; see ``fit``.
         pretrained: Pretrained folder of both stages that has the tokenizer, if ``tokenizer`` names none.
-        options: How the store is made.
+        options: Options of making it.
         place: Which of the processes that share the work this is. Default: ``find_place()``.
         on_rows: Called with the split, how many more rows are done (first those of an earlier run) and how many this
             process has to do of that split.
@@ -127,16 +127,16 @@ def tokenize(
 
 
 def find_place(rank: int | None = None, num_ranks: int | None = None) -> Place:
-    """Finds the place of this process: as it is told, else by torchrun's variables, else by srun's, else alone.
+    """Finds the place of this process: the one that is given, else that of torchrun, else of srun, else a single one.
 
     Raises:
         ValueError: if one of the two numbers is given without the other, or there is no such rank.
     """
     if (rank is None) != (num_ranks is None):
-        raise ValueError(f"--rank and --num-ranks: both are needed, or none, got {rank} and {num_ranks}")
+        raise ValueError(f"--rank and --num-ranks must be given together, got {rank} and {num_ranks}")
     if rank is not None and num_ranks is not None:
         if not 0 <= rank < num_ranks:
-            raise ValueError(f"--rank: 0 to {num_ranks - 1} is needed with --num-ranks {num_ranks}, got {rank}")
+            raise ValueError(f"--rank must be in [0, {num_ranks - 1}] with --num-ranks {num_ranks}, got {rank}")
         return Place(rank, num_ranks, rank)
     for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")):
         if all(name in os.environ for name in names):
@@ -263,7 +263,7 @@ def _encoder(tokenizer: PretrainedTokenizer, device: torch.device, precision: st
 
 
 def _device(name: str, local_rank: int) -> torch.device:
-    """The device by name; the processes of a machine take its accelerators in turn."""
+    """Returns the device of a name; the processes of a machine take its accelerators in turn."""
     import torch
 
     from maskgit_pl.devices import check_device
@@ -278,7 +278,7 @@ def _device(name: str, local_rank: int) -> torch.device:
 
 
 def _num_workers(device: torch.device) -> int:
-    """Where the CPU encodes, it has nothing left for decoding beside it."""
+    """Returns how many processes decode: none where the CPU encodes, which they would slow down."""
     if device.type == "cpu":
         return 0
     return min(_MOST_WORKERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)

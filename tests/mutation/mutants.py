@@ -578,8 +578,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "tokenizer.py",
         "test_tokenizer training/test_guards",
         ("+ 1 == self.accumulation", "+ 1 == min(2, self.accumulation)"),
-        ("self.manual_backward(propagated / self.accumulation)", "self.manual_backward(propagated)"),
-        ("self.manual_backward(discriminator_loss / self.accumulation)", "self.manual_backward(discriminator_loss)"),
+        ("backward(propagated / self.accumulation)", "backward(propagated)"),
+        ("backward(discriminator_loss / self.accumulation)", "backward(discriminator_loss)"),
         (".sum() + output.quantized.loss", ".sum()"),
         ("1 - _LECAM_DECAY", "_LECAM_DECAY"),
         (
