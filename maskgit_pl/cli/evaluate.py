@@ -203,7 +203,7 @@ def _reconstruction(
 
 
 def _accuracies(bench: Bench, subject: Subject, decoding: DecodingConfig, args: argparse.Namespace) -> dict[str, Any]:
-    config = cas_config(bench.data.image_size, args)
+    config = cas_config(bench.data.config.image_size, args)
     how = {"num_images": args.num_samples, "seed": args.seed}
     return {
         "generated_images": bench.cas(subject, decoding, config, **how),

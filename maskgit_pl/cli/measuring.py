@@ -310,15 +310,17 @@ def open_data(folders: RunFolders, pipe: MaskGIT, *, num_workers: int = 0) -> Sh
     Raises:
         ValueError: Their classes are not the model's.
     """
-    from maskgit_pl.data import ShardData
+    from maskgit_pl.data import ShardData, ShardDataConfig
     from maskgit_pl.evaluation.protocol import check_data
 
     data = ShardData(
-        str(folders.data),
-        image_size=pipe.tokenizer.image_size,
-        in_channels=pipe.tokenizer.network.config.in_channels,
-        validation_batch=200,
-        num_workers=num_workers,
+        ShardDataConfig(
+            str(folders.data),
+            image_size=pipe.tokenizer.image_size,
+            in_channels=pipe.tokenizer.network.config.in_channels,
+            validation_batch=200,
+            num_workers=num_workers,
+        )
     )
     data.setup()
     check_data(pipe, data)

@@ -158,9 +158,9 @@ def opened(args: argparse.Namespace) -> Iterator[Opened]:
     data = open_data(first, subjects[0].pipe, num_workers=args.num_workers)
     for subject in subjects[1:]:
         check_data(subject.pipe, data)
-        if subject.pipe.tokenizer.image_size != data.image_size:
+        if subject.pipe.tokenizer.image_size != data.config.image_size:
             raise ValueError(
-                f"run {subject.run}: images of the first run's {data.image_size} pixels are needed, got "
+                f"run {subject.run}: images of the first run's {data.config.image_size} pixels are needed, got "
                 f"{subject.pipe.tokenizer.image_size}; make a table of its own"
             )
     if args.num_samples < data.num_classes:
@@ -265,7 +265,7 @@ def _accuracies(made: Opened, args: argparse.Namespace) -> list[dict[str, str]]:
     """Rows of the classification accuracy score: of each model, and of as many real images."""
     if args.cas_model == "none":
         return []
-    config = cas_config(made.bench.data.image_size, args)
+    config = cas_config(made.bench.data.config.image_size, args)
     count = args.cas_samples or args.num_samples
     count = min(count, made.bench.data.summary.samples["train"])
     rows = [

@@ -339,14 +339,15 @@ def _check(plan: Plan, nodes: int, devices: int) -> str:
     here = ["--trainer.accelerator=cpu", f"--trainer.num_nodes={nodes}", f"--trainer.devices={devices}"]
     run = build(replace(plan, recipe=plan.recipe.with_overrides(here)))
     data = run.datamodule
-    if data.source != "stream":
+    if data.config.source != "stream":
         data.setup()
     newest, steps = newest_complete(plan.checkpoints), run.trainer.max_steps
     begins = "from the start" if newest is None else f"going on from {newest.name}"
     if newest is not None and step_of(newest) >= steps:
         begins = "which are done: the job will look whether they are exported, and end"
     ranks = nodes * devices
-    return f"{plan.stage_folder}: {ranks} ranks share a global batch of {data.global_batch}; {steps} steps, {begins}"
+    batch = data.config.global_batch
+    return f"{plan.stage_folder}: {ranks} ranks share a global batch of {batch}; {steps} steps, {begins}"
 
 
 def _submit(plan: Plan, submission: Submission) -> str:

@@ -115,15 +115,17 @@ def _image_size(args: argparse.Namespace) -> int:
 
 
 def _open_data(args: argparse.Namespace, size: int) -> ShardData:
-    from maskgit_pl.data import ShardData
+    from maskgit_pl.data import ShardData, ShardDataConfig
     from maskgit_pl.shards.manifest import read_manifest_summary
 
     data = ShardData(
-        str(args.data),
-        image_size=size,
-        in_channels=read_manifest_summary(args.data).channels,
-        validation_batch=200,
-        num_workers=args.num_workers,
+        ShardDataConfig(
+            str(args.data),
+            image_size=size,
+            in_channels=read_manifest_summary(args.data).channels,
+            validation_batch=200,
+            num_workers=args.num_workers,
+        )
     )
     data.setup()
     return data

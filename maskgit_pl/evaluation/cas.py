@@ -91,14 +91,14 @@ def classification_accuracy(
     rank, world_size = rank_and_world()
     numbers = torch.zeros(3, dtype=torch.float64)
     images = source if isinstance(source, TrainingImages) else None
-    expected = (data.in_channels, data.image_size, data.image_size)
+    expected = (data.config.in_channels, data.config.image_size, data.config.image_size)
     if images is not None and images.shape != expected:
         raise ValueError(f"CAS images must be those of the data, {expected}, got {images.shape}")
     if rank == 0:
         classifier = train_classifier(
             images or data,
             chosen=source if isinstance(source, Tensor) else None,
-            num_workers=data.num_workers,
+            num_workers=data.config.num_workers,
             config=config,
             on_step=on_step,
             device=device,

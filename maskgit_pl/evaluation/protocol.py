@@ -140,7 +140,7 @@ def check_data(pipe: MaskGIT, data: ShardData) -> None:
     """
     if data.class_names != pipe.class_names:
         raise ValueError(
-            f"data {data.path}: the classes must be the model's {list(pipe.class_names[:10])}, "
+            f"data {data.config.path}: the classes must be the model's {list(pipe.class_names[:10])}, "
             f"got {list(data.class_names[:10])}; name the data it was trained on with --data"
         )
 

@@ -46,7 +46,7 @@ def build_to_examine(plan: Plan, checks: CheckList, *, is_complete: bool) -> Sta
         if is_complete:
             with checks.catching("recipe"):
                 run = build(plan)
-                if run.datamodule.source != "stream":
+                if run.datamodule.config.source != "stream":
                     run.datamodule.setup()
                 checks.add("recipe", f"{plan.recipe.title}: module, data and tokenizer fit each other")
                 return run

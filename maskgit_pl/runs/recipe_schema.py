@@ -7,7 +7,6 @@ signatures.
 
 from __future__ import annotations
 
-import inspect
 import json
 from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass
 from functools import cache
@@ -142,14 +141,9 @@ class Parameter:
 
 
 def parameters_of(kind: type) -> dict[str, Parameter]:
-    """Returns the fields of a dataclass, or the arguments of another class, by name."""
-    if is_dataclass(kind):
-        hints = get_type_hints(kind)
-        return {each.name: Parameter(hints[each.name], _plain(_field_default(each))) for each in fields(kind)}
-    hints = get_type_hints(vars(kind)["__init__"])
-    arguments = inspect.signature(kind).parameters.items()
-    defaults = {name: MISSING if each.default is each.empty else _plain(each.default) for name, each in arguments}
-    return {name: Parameter(hints[name], default) for name, default in defaults.items()}
+    """Returns the fields of a dataclass by name."""
+    hints = get_type_hints(kind)
+    return {each.name: Parameter(hints[each.name], _plain(_field_default(each))) for each in fields(kind)}
 
 
 def _field_default(field: Field[Any]) -> Any:
@@ -163,12 +157,12 @@ def _plain(value: Any) -> Any:
 def build_schema(kind: Kind) -> Schema:
     """Derives the schema of a recipe from the configurations of module, data and settings. Imports torch."""
     from maskgit_pl.autoregressive import AutoregressiveConfig
-    from maskgit_pl.data import ShardData
+    from maskgit_pl.data import ShardDataConfig
     from maskgit_pl.mvtm import MaskedTokenConfig
     from maskgit_pl.tokenizer_config import TokenizerConfig
 
     models = {"tokenizer": TokenizerConfig, "transformer": MaskedTokenConfig, "autoregressive": AutoregressiveConfig}
-    groups = {name: _group_of(each) for name, each in (("data", ShardData), ("model", models[kind]))}
+    groups = {name: schema_of(each) for name, each in (("data", ShardDataConfig), ("model", models[kind]))}
     run = schema_of(RunSettings)
     properties = {**groups, "trainer": schema_of(TrainerSettings), **run["properties"]}
     return {
@@ -177,11 +171,6 @@ def build_schema(kind: Kind) -> Schema:
         **run,
         "properties": properties,
     }
-
-
-def _group_of(kind: type) -> Schema:
-    properties = {name: schema_of(each.annotation) for name, each in parameters_of(kind).items()}
-    return {"type": "object", "properties": properties, "additionalProperties": False}
 
 
 @cache

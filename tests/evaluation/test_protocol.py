@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskgit_pl.data import ShardData
+from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation.classifier import Classifier, ClassifierConfig, Judgement
 from maskgit_pl.evaluation.metrics import FeatureDistances
@@ -28,7 +28,7 @@ def pipe(tiny_pretrained: Path) -> MaskGIT:
 
 @pytest.fixture(scope="module")
 def data(tiny_shards: Path) -> ShardData:
-    data = ShardData(str(tiny_shards), image_size=8, in_channels=1, validation_batch=10)
+    data = ShardData(ShardDataConfig(str(tiny_shards), image_size=8, in_channels=1, validation_batch=10))
     data.setup()
     return data
 

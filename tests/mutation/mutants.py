@@ -400,7 +400,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ('"flip", seed=seed, index=index, epoch=epoch', '"flip", seed=seed, index=index, epoch=0'),
         ("shown = (rows.index + passed_over) % count", "shown = rows.index"),
         ("number = (index + passed_over) % count", "number = index"),
-        ('"crop", seed=self.seed, index=rows.index, epoch=rows.epoch', '"crop", seed=self.seed, index=rows.index'),
+        ('"crop", seed=seed, index=rows.index, epoch=rows.epoch', '"crop", seed=seed, index=rows.index'),
         ('"view", seed=self.seed, index=rows.index, epoch=rows.epoch', '"view", seed=self.seed, index=rows.index'),
         ("(words % self.reader.views)", "(words % 2)"),
         ("self.unreadable.add(batch.index.numpy(), batch.replacement.numpy())", "pass"),

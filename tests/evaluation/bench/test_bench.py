@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from maskgit_pl.data import ShardData
+from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation.bench import bench as module
 from maskgit_pl.evaluation.bench.bench import Bench, Judge, Subject
@@ -90,7 +90,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
 
 def measure(kind: str, case: Case, folder: Path, results: Path) -> Row:
     """The row of a measurement, made or found by a bench of its own, as another command would."""
-    data = ShardData(str(folder / case.data), image_size=case.image_size, in_channels=1, validation_batch=10)
+    data = ShardData(
+        ShardDataConfig(str(folder / case.data), image_size=case.image_size, in_channels=1, validation_batch=10)
+    )
     data.setup()
     judge = few(seed=case.judge_seed, knows_classes=case.knows_classes)
     if case.reference.endswith(".npz"):  # of three channels
