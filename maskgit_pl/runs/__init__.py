@@ -7,6 +7,8 @@
     recipe = runs.Recipe.read("tokenizer", overrides={"trainer.max_steps": 500})
     result = runs.fit(recipe, run="demo", data="data/shards/fashion-mnist")
 
+What the commands print goes to the logger ``maskgit_pl``; ``logging.basicConfig(level="INFO")`` shows it.
+
 The names are imported when they are first used; torch and Lightning when something is trained.
 """
 
@@ -18,40 +20,50 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from maskgit_pl.runs.exporting import export
     from maskgit_pl.runs.fitting import fit
+    from maskgit_pl.runs.job_options import JobOptions
     from maskgit_pl.runs.machines import Machines
     from maskgit_pl.runs.plan import Plan, plan_run
     from maskgit_pl.runs.preflight_checks import preflight
     from maskgit_pl.runs.preflight_report import Preflight
     from maskgit_pl.runs.recipe import Recipe
+    from maskgit_pl.runs.slurm import Submission, plan_submission, submit
     from maskgit_pl.runs.stage import FitResult
     from maskgit_pl.runs.tokenizing import TokenizeOptions, tokenize
 
 __all__ = [
     "FitResult",
+    "JobOptions",
     "Machines",
     "Plan",
     "Preflight",
     "Recipe",
+    "Submission",
     "TokenizeOptions",
     "export",
     "fit",
     "plan_run",
+    "plan_submission",
     "preflight",
+    "submit",
     "tokenize",
 ]
 
 # No module has the name of something here: importing it would put it in that thing's place.
 _HOMES = {
     "FitResult": "stage",
+    "JobOptions": "job_options",
     "Machines": "machines",
     "Plan": "plan",
     "Preflight": "preflight_report",
     "Recipe": "recipe",
+    "Submission": "slurm",
     "TokenizeOptions": "tokenizing",
     "export": "exporting",
     "fit": "fitting",
     "plan_run": "plan",
+    "plan_submission": "slurm",
     "preflight": "preflight_checks",
+    "submit": "slurm",
     "tokenize": "tokenizing",
 }
 

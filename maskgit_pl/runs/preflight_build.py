@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,13 +13,13 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from maskgit_pl.runs.build import StageRun, build
+from maskgit_pl.runs.launcher import without_launcher
 from maskgit_pl.runs.layers import merged
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.preflight_report import CheckList
 
 __all__ = ["build_to_examine"]
 
-_LAUNCHERS = ("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "TORCHELASTIC_")
 _ON_ONE_CPU = ("--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto")
 
 
@@ -42,7 +41,7 @@ def build_to_examine(plan: Plan, checks: CheckList, *, is_complete: bool) -> Sta
         The stage, with zeros for weights; None if none of the ways succeeds.
     """
     plan = replace(plan, recipe=plan.recipe.with_overrides(_ON_ONE_CPU))
-    with _without_launcher(), _unchanged_torch(), _ZeroWeights():
+    with without_launcher(), _unchanged_torch(), _ZeroWeights():
         if is_complete:
             with checks.catching("recipe"):
                 run = build(plan)
@@ -81,18 +80,6 @@ class _ZeroWeights(TorchFunctionMode):
             with torch.no_grad():
                 return (args[0] if args else kwargs["tensor"]).zero_()
         return func(*args, **kwargs)
-
-
-@contextmanager
-def _without_launcher() -> Iterator[None]:
-    """Hides the launcher that may have started this process, so that Lightning does not take it for a rank."""
-    hidden = {name: value for name, value in os.environ.items() if name.startswith(_LAUNCHERS)}
-    for name in hidden:
-        del os.environ[name]
-    try:
-        yield
-    finally:
-        os.environ.update(hidden)
 
 
 @contextmanager
