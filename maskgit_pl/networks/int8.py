@@ -57,7 +57,7 @@ class Int8Linear(nn.Module):
 
 
 class Int8QueryKeyValue(nn.Module):
-    """A ``transformer.QueryKeyValue`` in two parts, for the block that computes queries of some positions only.
+    """A ``transformer_block.QueryKeyValue`` in two parts, for the block that computes queries of some positions only.
 
     Args:
         weight: (3 D, D) float.

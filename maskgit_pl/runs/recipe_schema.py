@@ -1,8 +1,8 @@
-"""JSON Schemas of the recipes: every key with its type, derived from the signatures of what a recipe builds.
+"""JSON Schemas of the recipes: every key with its type, derived from the dataclasses that a recipe builds.
 
 The schemas are files, so that a wrong key is refused without importing torch, and so that editors can check and
 complete recipes (``# yaml-language-server: $schema=...``). ``write_schemas`` makes them; a test compares them with the
-signatures.
+dataclasses.
 """
 
 from __future__ import annotations
@@ -129,11 +129,11 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class Parameter:
-    """An argument that a recipe sets.
+    """A field of a configuration that a recipe sets.
 
     Args:
-        annotation: Its type.
-        default: Its default as plain values; ``dataclasses.MISSING`` where it has none.
+        annotation: Type of the field.
+        default: Default as plain values; ``dataclasses.MISSING`` where there is none.
     """
 
     annotation: Any
@@ -181,7 +181,7 @@ def load_schema(kind: Kind) -> Schema:
 
 
 def write_schemas() -> None:
-    """Writes the schemas of all kinds, after a signature has changed."""
+    """Writes the schemas of all kinds, after a configuration has changed."""
     _FOLDER.mkdir(exist_ok=True)
     for kind in _KINDS:
         (_FOLDER / f"{kind}.json").write_text(json.dumps(build_schema(kind), indent=1) + "\n")

@@ -148,8 +148,8 @@ def check_submission(submission: Submission) -> str:
     if newest is not None and step_of(newest) >= steps:
         start = "which are done: the job will check that they are exported, and end"
     return (
-        f"{plan.stage_folder}: {job.nodes * job.devices} ranks share a global batch of {data.config.global_batch}; "
-        f"{steps} steps, {start}"
+        f"{plan.stage_folder}: {job.nodes * job.devices} ranks share a global batch of "
+        f"{data.config.global_batch}; {steps} steps, {start}"
     )
 
 
