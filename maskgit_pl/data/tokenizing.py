@@ -82,9 +82,8 @@ def describe_store(
         precision: Precision in which the tokenizer computes; noted in the store.
 
     Raises:
-        ValueError: if ``crops`` is below 1, or several crops are asked for and all images are square.
+        ValueError: if a number is out of range, or several crops are asked for and all images are square.
     """
-    check_integer("tokenize crops", crops, "[1, inf)")
     summary = read_manifest_summary(path)
     if crops > 1:
         _check_crops(summary.images)
