@@ -33,7 +33,7 @@ _NONE_REPLACED = torch.tensor(-1)
 
 
 class Batch(NamedTuple):
-    """What one rank gets for one micro-batch.
+    """The samples of one rank for one micro-batch.
 
     Args:
         content: Images (B, C, H, W) uint8, or tokens (B, N) int64.
@@ -42,8 +42,8 @@ class Batch(NamedTuple):
         epoch: (B,) int64, how often the stream had gone through the split before.
         position: (B,) int64, place in the stream: step * global batch + slot.
         valid: (B,) bool; False for a row that only fills up the last validation batch.
-        replacement: (B,) int64, the sample that is shown, with its label, because ``index`` cannot be read; -1 where
-            the sample itself is shown. Whatever is drawn at random for a sample goes by ``index``.
+        replacement: (B,) int64, the sample that is shown, with its label, because ``index`` cannot be read; -1 if the
+            sample itself is shown. All that is drawn at random for a sample depends on ``index``.
     """
 
     content: Tensor
@@ -86,7 +86,7 @@ class ImageBatches(Dataset[Batch]):
         self.seed = seed
 
     def __getitems__(self, positions: range) -> Batch:
-        """The batch at some positions; content is (B, in_channels, image_size, image_size) uint8, channels-last."""
+        """Returns the batch at some positions; content is (B, C, image_size, image_size) uint8, channels-last."""
         rows = self.order(positions)
         side, count = self.image_size, len(self.reader)
         content = torch.empty((len(positions), side, side, self.in_channels), dtype=torch.uint8).permute(0, 3, 1, 2)
@@ -102,7 +102,7 @@ class ImageBatches(Dataset[Batch]):
         return Batch(content, labels, *rows, replacement=shown.masked_fill(passed_over == 0, -1))
 
     def explain(self, index: int) -> Unreadable:
-        """What is wrong with an image that could not be read; reads it again."""
+        """Reads an image that could not be read once more and returns what is wrong with it."""
         name = self.reader.name(index)
         try:
             decode_image(self.reader.read(index), channels=self.in_channels, name=name)
@@ -152,14 +152,14 @@ class TokenBatches(Dataset[Batch]):
         self.seed = seed
 
     def __getitems__(self, positions: range) -> Batch:
-        """The batch at some positions; content is (B, N) int64."""
+        """Returns the batch at some positions; content is (B, N) int64."""
         rows = self.order(positions)
         tokens, labels = self.reader.read(rows.index.numpy(), self._views(rows))
         none_replaced = torch.full_like(rows.index, -1)
         return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), *rows, replacement=none_replaced)
 
     def _views(self, rows: Rows) -> npt.NDArray[np.int64] | int:
-        """A function of (seed, index, epoch) alone; view 0 where there is no other."""
+        """Returns the view of each row, a function of (seed, index, epoch); 0 if there is only one."""
         if self.reader.views == 1:
             return 0
         words = random_bits("view", seed=self.seed, index=rows.index, epoch=rows.epoch)[:, 0]
@@ -308,7 +308,7 @@ def loader(
         dataset: Of images or tokens; ``__getitems__(range)`` gives a batch.
         order: The ranges of positions.
         num_workers: Processes that read; 0 reads in this one.
-        pin_memory: As of ``DataLoader``.
+        pin_memory: See ``torch.utils.data.DataLoader``.
         unreadable_budget: Share of unreadable images that may be replaced; see ``UnreadableImages``. None by default.
     """
     made = StepLoader(
@@ -326,7 +326,7 @@ def loader(
 
 
 def flip(images: Tensor, *, probability: float, seed: int, index: Tensor, epoch: Tensor) -> Tensor:
-    """Mirror a share of the images, left to right; which ones depends on (seed, index, epoch) alone.
+    """Mirrors a share of the images, left to right; which ones depends only on (seed, index, epoch).
 
     Args:
         images: (B, C, H, W), any type, any device.

@@ -58,12 +58,12 @@ class ShardData(StepDataModule):
 
     @property
     def num_classes(self) -> int:
-        """How many classes the labels name."""
+        """Number of classes."""
         return len(self.class_names)
 
     @property
     def store(self) -> StoreDescription | None:
-        """What the token store holds; None for source images."""
+        """Description of the token store; None for other sources."""
         return None if self._tokens is None else next(iter(self._tokens.values())).description
 
     @property
@@ -138,7 +138,7 @@ class ShardData(StepDataModule):
         return self._loader(self.batches("val", OnceThrough(samples)), order)
 
     def batches(self, split: Split, order: Order, *, crop: Crop = "center") -> ImageBatches | TokenBatches:
-        """The dataset of a split: ``__getitems__(range of positions)`` gives a ``Batch``."""
+        """Returns the dataset of a split: ``__getitems__(range of positions)`` gives a ``Batch``."""
         if self._tokens is not None:
             return TokenBatches(self._tokens[split], order, seed=self.config.seed)
         if split not in self._readers:

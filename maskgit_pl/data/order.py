@@ -2,7 +2,7 @@
 
 Position p of the endless training stream lies in epoch ``p // n`` and is sample ``permutation(p % n)``; step s takes
 positions [s G, (s + 1) G) for a global batch G. Ranks, workers and accumulation only share out that range. A split may
-have up to 2**32 samples: any position is worked out alone, from (seed, epoch) and, for windows, the shards' lengths.
+have up to 2**32 samples: each position is computed by itself, from (seed, epoch) and, for windows, shard lengths.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _MOST_HELD = 2**20  # 8 MiB, at most two of them in each worker
 
 
 def split_batch(global_batch: int, max_per_device: int, world_size: int) -> tuple[int, int]:
-    """The largest micro-batch that fits a device, and how many of them make a step.
+    """Returns the largest micro-batch that fits a device, and how many of them make a step.
 
     Args:
         global_batch: Samples of a step, over all ranks.
@@ -90,10 +90,10 @@ class Rows(NamedTuple):
 
 
 class Order(Protocol):
-    """How positions become samples."""
+    """The samples at the positions of a stream."""
 
     def __call__(self, positions: range) -> Rows:
-        """The samples at some positions."""
+        """Returns the samples at some positions."""
 
 
 @dataclass(frozen=True)
@@ -125,11 +125,11 @@ class WindowedStream:
     """The endless training stream for disks that are slow to seek: few shards are read at a time.
 
     In each epoch the shards come in another order; every ``window`` consecutive ones of that order are a window, and
-    its samples are permuted. Each sample comes once an epoch; a position is a function of (seed, epoch, place) alone.
+    its samples are permuted. Each sample comes once an epoch; a position depends only on (seed, epoch, place).
 
     What it costs: a step sees samples of one window, two at its border, instead of the whole split. Where shards hold
     a random mixture, the batches are as good as with ``ShuffledStream``; where they are sorted (one class a shard), a
-    batch has the classes of ``window`` shards alone, and consecutive batches resemble each other until it ends.
+    batch has only the classes of ``window`` shards, and consecutive batches resemble each other until it ends.
 
     Args:
         shard_samples: Samples of each shard, in the order in which samples are numbered.
@@ -190,7 +190,7 @@ class _Layout(NamedTuple):
 
 
 def _rows(positions: range, num_samples: int, samples: Callable[[Tensor, int], Tensor]) -> Rows:
-    """The rows at some positions; ``samples(places, epoch)`` are the samples at rising places of one epoch."""
+    """Returns the rows at some positions; ``samples(places, epoch)`` are the samples at rising places of one epoch."""
     position = torch.arange(positions.start, positions.stop)
     index, epoch = torch.empty_like(position), torch.empty_like(position)
     # Numbers, not tensors, up to here: a batch of tokens takes less time to read than ten operations on its rows.

@@ -1,4 +1,4 @@
-"""The base of our data modules: their place in the data is the Trainer's step, so a run that resumes is in place."""
+"""The base of our data modules. Their place in the data is the Trainer's step, so a resumed run continues there."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class StreamBatches(Dataset[Batch]):
 
     * order: it depends on the number of ranks and workers, and within an epoch of ``samples`` a sample may come twice
       or not at all, as workers go through shards of different sizes at the same pace;
-    * resuming: a resumed run begins another order of shards, drawn from (seed, step); samples are not gone on with;
+    * resuming: a resumed run begins another order of shards, drawn from (seed, step), at its beginning;
     * shards fewer than workers: several workers then read the same ones, in other orders.
 
     Unreadable images are passed over, and each worker ends the run when it has met more than the budget allows.
@@ -151,7 +151,7 @@ class StreamBatches(Dataset[Batch]):
 class StreamOnce(Dataset[Batch]):
     """Validation batches from shards in their order: position i is sample i, each once over all ranks and workers.
 
-    Every worker of every rank reads the shards up to its last sample and decodes its own samples alone.
+    Every worker of every rank reads the shards up to its last sample and decodes only its own samples.
 
     Args:
         config: The shards and sizes; ``stream.validation_urls`` are read.
