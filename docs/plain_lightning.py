@@ -26,12 +26,12 @@ optimizer = mg.OptimizerConfig(mg.LearningRate(3e-3, warmup_steps=10), betas=(0.
 
 vqgan = VQGANConfig(1, channels=16, multipliers=(1, 1), blocks_per_level=1, groups=4, num_codes=32, code_width=8)
 tokenizer = mg.Tokenizer(mg.TokenizerConfig(vqgan, image_size=16, optimizer=optimizer, ema_decay=0.9))
-Trainer(max_steps=100, default_root_dir=folder).fit(tokenizer, data)
+Trainer(max_steps=60, default_root_dir=folder).fit(tokenizer, data)
 tokenizer.export(folder)  # FOLDER/tokenizer
 
 network = TransformerConfig(32, 2, tokenizer.grid, width=32, depth=2, num_heads=2, mlp_width=64)
 config = mg.MaskedTokenConfig(network, optimizer, str(folder / "tokenizer"), global_batch=batch, ema_decay=0.9)
 model = mg.MaskedTokenModel(config)
-Trainer(max_steps=100, default_root_dir=folder).fit(model, data)
+Trainer(max_steps=60, default_root_dir=folder).fit(model, data)
 model.export(folder, class_names=("horizontal", "vertical"))  # FOLDER/transformer
 mg.MaskGIT.from_pretrained(folder).generate("vertical", seed=0)[0].save(folder / "vertical.png")

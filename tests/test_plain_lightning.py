@@ -1,0 +1,68 @@
+"""Both stages train with a Trainer as Lightning makes it, without callbacks, loggers, plugins or strategies of ours."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import LightningModule, Trainer
+from PIL import Image
+
+from maskgit_pl import MaskGIT
+from maskgit_pl.networks.transformer import TransformerConfig
+from maskgit_pl.networks.vqgan import VQGANConfig
+from tests.modules import autoregressive_model, masked_model, tokenizer_model
+from tests.short_runs import data
+
+EXAMPLE = Path(__file__).parents[1] / "docs" / "plain_lightning.py"
+
+
+@pytest.mark.slow  # 15 s, on a busy machine 80
+def test_the_example_is_short_trains_both_stages_and_draws_an_image(tmp_path):
+    assert len(EXAMPLE.read_text().splitlines()) <= 40
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, EXAMPLE, tmp_path], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    pipe = MaskGIT.from_pretrained(tmp_path)
+    assert pipe.class_names == ("horizontal", "vertical")
+    with Image.open(tmp_path / "vertical.png") as image:
+        assert image.size == (16, 16)
+    assert len(list(tmp_path.glob("lightning_logs/version_*/checkpoints/*.ckpt"))) == 2  # Lightning's own
+
+
+def module_of(kind: str, pretrained: Path) -> LightningModule:
+    torch.manual_seed(0)
+    if kind == "tokenizer":
+        network = VQGANConfig(
+            1, channels=8, multipliers=(1,), blocks_per_level=1, middle_blocks=0, groups=4, num_codes=16, code_width=4,
+            patch_size=2, quantizer="ema",
+        )  # fmt: skip
+        return tokenizer_model(network, image_size=8)
+    attention = "causal" if kind == "autoregressive" else "bidirectional"
+    network = TransformerConfig(
+        16, 3, (4, 4), width=16, depth=1, num_heads=2, mlp_width=32, dropout=0.1, attention=attention
+    )
+    model = autoregressive_model if kind == "autoregressive" else masked_model
+    return model(network, pretrained / "tokenizer")
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "transformer", "autoregressive"])
+def test_lightnings_own_checkpoint_resumes_to_the_same_weights(kind, tiny_shards, tiny_pretrained, tmp_path):
+    def trained(steps: int, resume: Path | None = None) -> dict[str, torch.Tensor]:
+        module = module_of(kind, tiny_pretrained)
+        trainer = Trainer(
+            max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, limit_val_batches=1,
+        )  # fmt: skip
+        trainer.fit(module, datamodule=data(tiny_shards), ckpt_path=resume)
+        trainer.save_checkpoint(tmp_path / f"{steps}.ckpt")
+        return module.state_dict()
+
+    part, straight = trained(5), trained(8)
+    resumed = trained(8, tmp_path / "5.ckpt")
+    assert all(torch.equal(value, resumed[name]) for name, value in straight.items())
+    assert not all(torch.equal(value, part[name]) for name, value in straight.items())
