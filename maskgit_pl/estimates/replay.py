@@ -157,6 +157,9 @@ class _AutocastOfGPU(TorchFunctionMode):
     ) -> Any:
         """Casts what goes into products and norms."""
         kwargs = kwargs or {}
+        if func in (Tensor.backward, torch.autograd.backward):
+            with self:  # off while it handles a call, and needed by blocks whose forward pass runs again
+                return _run_backward(args[0])
         if func in _IN_BFLOAT16:
             args, kwargs = tree_map_only(Tensor, self._half, (args, kwargs))
         elif func in _IN_FLOAT32:
@@ -171,6 +174,14 @@ class _AutocastOfGPU(TorchFunctionMode):
         if id(tensor) not in self.casts:
             self.casts[id(tensor)] = tensor.to(torch.bfloat16)
         return self.casts[id(tensor)]
+
+
+def _run_backward(losses: Tensor | tuple[Tensor, ...]) -> None:
+    """Calls autograd as ``loss.backward()`` does, which cannot be called while its own call is handled."""
+    losses = (losses,) if isinstance(losses, Tensor) else losses
+    ones = tuple(torch.ones_like(loss) for loss in losses)
+    engine = torch.autograd.Variable._execution_engine
+    engine.run_backward(losses, ones, False, False, (), allow_unreachable=True, accumulate_grad=True)  # noqa: FBT003 - torch's, by position
 
 
 def _whole(tensor: Tensor) -> Tensor:

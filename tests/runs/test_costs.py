@@ -47,6 +47,20 @@ def test_a_replay_is_the_real_step_of_stage_1(weight_rule, checkpointing):
     )
 
 
+@pytest.mark.parametrize("weight_rule", ["fixed", "adaptive"])
+def test_blocks_run_again_in_bfloat16_too(weight_rule):
+    config = AdversarialConfig(OPPONENT.discriminator, weight_rule=weight_rule)
+    none, blocks = (
+        TokenizerCosts(
+            "ddp", 8, "bf16-mixed", each, module=tokenizer(adversarial=config, activation_checkpointing=each)
+        )
+        for each in ("none", "blocks")
+    )
+    assert blocks.memory(1).activations < none.memory(1).activations
+    assert blocks.memory(1).casts == none.memory(1).casts
+    assert blocks.flops(1)[0] > none.flops(1)[0]
+
+
 @pytest.mark.parametrize(("start", "every", "full"), [(0, 1, 0), (3, 2, 4), (4, 4, 4), (5, 4, 8)])
 def test_the_replayed_step_has_every_loss(start, every, full):
     config = AdversarialConfig(start_step=start, r1_every=every)
