@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         for guidance in (0.0, 1.0):
             rows += measure(network, name=args.run.name, batch=args.batch, guidance=guidance, rounds=args.rounds)
-    released = MaskedTransformer(TransformerConfig(1024, 1000, (16, 16))).eval().requires_grad_(False)
+    released = MaskedTransformer(TransformerConfig(1024, 1000, (16, 16))).eval().requires_grad_(requires_grad=False)
     rows += measure(released, name="released size, random weights", batch=1, guidance=0.0, rounds=args.rounds)
     print(f"{processor()}, 1 thread, float32, torch {torch.__version__}, {_STEPS} steps")
     print(markdown_table(rows))

@@ -152,7 +152,7 @@ def causal(network: MaskedTransformer) -> CausalTransformer:
     with torch.device("meta"):
         made = CausalTransformer(replace(network.config, attention="causal"))
     made.load_state_dict(network.state_dict(), assign=True)
-    return made.eval().requires_grad_(False)
+    return made.eval().requires_grad_(requires_grad=False)
 
 
 class _NoTokenizer(nn.Module):
@@ -356,7 +356,7 @@ class Measured:
 def contenders(task: Task) -> dict[str, Callable[[], Decode]]:
     """All decoders by name, each made when it is called; ours and the sequential ones share their weights."""
     torch.manual_seed(0)
-    network = MaskedTransformer(network_config(task)).eval().requires_grad_(False)
+    network = MaskedTransformer(network_config(task)).eval().requires_grad_(requires_grad=False)
     exact = partial(Ours, network, task)
     return {
         "ours": exact,

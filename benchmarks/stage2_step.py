@@ -161,7 +161,7 @@ class Plain:
     ) -> None:
         self.network, self.loss, self.task, self.precision = network, loss, task, precision
         self.batch = task.data()
-        self.average = copy.deepcopy(network).requires_grad_(False)
+        self.average = copy.deepcopy(network).requires_grad_(requires_grad=False)
         self.optimizer = AdamW(network.parameters(), _RATE, betas=_BETAS, weight_decay=_WEIGHT_DECAY)
 
     def __call__(self, watch: Stopwatch) -> Tensor:

@@ -231,4 +231,5 @@ def _contains(interval: str, value: int | float) -> bool:
 
 def _end(word: str) -> float:
     base, _, exponent = word.partition("**")
-    return float(base) ** float(exponent or 1)
+    end: float = float(base) ** float(exponent or 1)
+    return end

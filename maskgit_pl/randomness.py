@@ -28,7 +28,7 @@ _FEISTEL_ROUNDS = 6
 def philox(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10: four 32-bit words from a 128-bit counter and a 64-bit key.
+    """Computes Philox4x32-10: four 32-bit words from a 128-bit counter and a 64-bit key.
 
     Args:
         counter: Four int64 tensors of one shape, values in [0, 2**32).
@@ -42,7 +42,7 @@ def philox(
 
 
 def _philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], keys: Sequence[tuple[int, int]]) -> Tensor:
-    """(keys, ..., 4): ``philox`` of one counter under several keys, in few kernels, none of which waits for the host.
+    """Computes ``philox`` of one counter under several keys, (keys, ..., 4), in few kernels that do not wait.
 
     c0 goes into the next c2 and c2 into the next c0, so a round leaves its pairs in the other order: rounds begin in
     turn from (c0, c2), (c3, c1) and from (c2, c0), (c1, c3). Constants lie in three rows (a, b, a), of which the former
@@ -62,14 +62,14 @@ def _philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], keys: Sequence[tuple
 
 
 def _philox_round(even: Tensor, odd: Tensor, multipliers: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Both multiplications at once, written twice (p, q), (p, q), so that (q, p) is a view."""
+    """Computes both multiplications at once, written twice (p, q), (p, q), so that (q, p) is a view."""
     products = even * multipliers  # (2 copies, 2, keys, ...), modulo 2**64, signed
     even = (products[0] >> 32).bitwise_xor_(odd).bitwise_xor_(key).bitwise_and_(_WORD)
     return even, products.flatten(0, 1)[1:3]  # whose upper halves are masked away where they are used
 
 
 def _round_keys(keys: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
-    """(rounds, 3 keys) int64: second, first, again second word of all keys; made there, so that nothing is copied."""
+    """Makes (rounds, 3 keys) int64 on the device: second, first, again second word of all keys."""
     rows = [
         torch.arange(key[word], key[word] + _ROUNDS * _WEYL[word], _WEYL[word], device=device)
         for word in (1, 0, 1)
@@ -80,7 +80,7 @@ def _round_keys(keys: Sequence[tuple[int, int]], device: torch.device) -> Tensor
 
 @cache
 def stream_key(stream: str) -> tuple[int, int]:
-    """The Philox key of a stream: the first 64 bits of the BLAKE2b hash of its name."""
+    """Returns the Philox key of a stream: the first 64 bits of the BLAKE2b hash of its name."""
     digest = hashlib.blake2b(stream.encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
@@ -93,7 +93,7 @@ def random_bits(
     epoch: int | Tensor = 0,
     count: int = 1,
 ) -> Tensor:
-    """``count`` random words for each (seed, index, epoch) of a stream, or of several streams at once.
+    """Returns ``count`` random words for each (seed, index, epoch) of a stream, or of several streams at once.
 
     Rows are the shape to which seed, index and epoch broadcast, (1,) for plain integers: seeds (B, 1) and epochs (T,)
     give (B, T, count). One call for many rows and streams costs as many kernels as one for a single row.
@@ -110,7 +110,7 @@ def random_bits(
         (B, count) int64, in [0, 2**32), on the device of the tensors given; (streams, B, count) for several names.
 
     Raises:
-        ValueError: A plain integer is out of range.
+        ValueError: if a plain integer is out of range.
     """
     parts = {"index": index, "epoch": epoch, "seed": seed}
     devices = [part.device for part in parts.values() if isinstance(part, Tensor)]
@@ -131,8 +131,8 @@ def random_bits(
 def _as_column(name: str, value: int | Tensor, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
         return value.to(device, torch.int64).reshape(*value.shape or (1,), 1)
-    if not 0 <= value <= _WORD:
-        raise ValueError(f"{name}: an integer in [0, 2**32) is needed, got {value}")
+    if not 0 <= value <= _WORD:  # a NumPy integer may be given
+        raise ValueError(f"{name} must be an integer in [0, 2**32), got {value}")
     return torch.full((1, 1), value, device=device)
 
 
@@ -144,7 +144,7 @@ def random_uniform(
     epoch: int | Tensor = 0,
     count: int = 1,
 ) -> Tensor:
-    """Uniform numbers with 24 bits, never 0 and never 1, so that their logarithms are finite.
+    """Returns uniform numbers with 24 bits, never 0 and never 1, so that their logarithms are finite.
 
     Args and shape as ``random_bits``.
 
@@ -156,14 +156,14 @@ def random_uniform(
 
 
 def gumbel(uniform: Tensor) -> Tensor:
-    """Standard Gumbel noise, -log(-log(u)), float32; finite for the numbers of ``random_uniform``."""
+    """Returns standard Gumbel noise, -log(-log(u)), float32; finite for the numbers of ``random_uniform``."""
     return -torch.log(-torch.log(uniform))
 
 
 def permutation(
     positions: Tensor, size: int, *, stream: str, seed: int, index: int = 0, epoch: int | Tensor = 0
 ) -> Tensor:
-    """Where a pseudo-random bijection of range(size) sends some positions, without holding the others.
+    """Computes where a pseudo-random bijection of range(size) sends some positions, without holding the others.
 
     A Feistel network over the next even number of bits, walked until the value falls into range (cycle walking): memory
     and time grow with the positions asked for, not with ``size``.
@@ -190,7 +190,7 @@ def permutation(
 
 
 def _feistel(value: Tensor, half: int, keys: Tensor) -> Tensor:
-    """One pass of the network: (M,) int64 in [0, 4**half), keys (M, rounds) -> that range; bijective for equal keys."""
+    """Makes one pass of the network: (M,) int64 in [0, 4**half), keys (M, rounds) -> same range; bijective."""
     mask = (1 << half) - 1
     left, right = value >> half, value & mask
     for key in keys.unbind(1):
@@ -199,7 +199,7 @@ def _feistel(value: Tensor, half: int, keys: Tensor) -> Tensor:
 
 
 def _mix(word: Tensor) -> Tensor:
-    """A bijection of 32-bit words in which every input bit moves every output bit about half of the time.
+    """Applies a bijection of 32-bit words in which every input bit moves every output bit about half of the time.
 
     Source: C. Wellons, hash prospector, "lowbias32".
     """

@@ -45,7 +45,7 @@ class _Plugin(NamedTuple):
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """The sentence that helps after an unknown name: the closest choice, then all of them.
+    """Returns the sentence that helps after an unknown name: the closest choice, then all of them.
 
     Args:
         name: What the user wrote.
@@ -57,7 +57,7 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 
 
 def describe(spec: str | Mapping[str, Any] | None) -> str:
-    """What ``Registry.build`` takes, in a few words: ``remdm (eta 0.4)``."""
+    """Returns what ``Registry.build`` takes in a few words: ``remdm (eta 0.4)``."""
     if spec is None or isinstance(spec, str):
         return str(spec)
     arguments = ", ".join(f"{key} {value}" for key, value in spec.items() if key != "name")

@@ -7,7 +7,7 @@ once. The schemas are JSON Schema 2020-12, which editors understand.
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -23,6 +23,14 @@ _NAMES = {
     "boolean": "true or false",
     "null": "null",
     "object": "a mapping",
+}
+_FITS: dict[str, Callable[[object], bool]] = {
+    "integer": lambda value: isinstance(value, int) and not isinstance(value, bool),
+    "number": lambda value: isinstance(value, int | float) and not isinstance(value, bool),
+    "string": lambda value: isinstance(value, str),
+    "boolean": lambda value: isinstance(value, bool),
+    "null": lambda value: value is None,
+    "object": lambda value: isinstance(value, Mapping) and all(isinstance(key, str) for key in value),
 }
 
 
@@ -73,25 +81,14 @@ def fits(value: object, schema: Schema) -> bool:
     if "enum" in schema:
         return any(value == choice and type(value) is type(choice) for choice in schema["enum"])
     if schema.get("type") == "array":
-        if not isinstance(value, list | tuple):
-            return False
-        if "prefixItems" in schema:
-            return len(value) == len(schema["prefixItems"]) and all(map(fits, value, schema["prefixItems"]))
-        return all(fits(each, schema["items"]) for each in value)
-    match schema.get("type"):
-        case "integer":
-            return isinstance(value, int) and not isinstance(value, bool)
-        case "number":
-            return isinstance(value, int | float) and not isinstance(value, bool)
-        case "string":
-            return isinstance(value, str)
-        case "boolean":
-            return isinstance(value, bool)
-        case "null":
-            return value is None
-        case "object":
-            return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
-    return True
+        return isinstance(value, list | tuple) and _items_fit(value, schema)
+    return "type" not in schema or _FITS[schema["type"]](value)
+
+
+def _items_fit(values: Sequence[object], schema: Schema) -> bool:
+    if "prefixItems" in schema:
+        return len(values) == len(schema["prefixItems"]) and all(map(fits, values, schema["prefixItems"]))
+    return all(fits(each, schema["items"]) for each in values)
 
 
 def describe(schema: Schema) -> str:

@@ -156,27 +156,41 @@ def called(node: ast.Call) -> str:
 def forbidden(module: str) -> Iterator[str]:
     """What the source never does, with its line."""
     for node in ast.walk(tree(module)):
-        if not isinstance(node, ast.Call):
-            continue
-        name = called(node)
-        last = name.rpartition(".")[2]
-        off = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-        if name in ("eval", "exec", "os.system", "os.popen", "__import__") or last in ("Unpickler",):
-            yield f"{name} (line {node.lineno})"
-        if last in ("load", "loads") and ("pickle" in name or name.startswith(("marshal.", "dill.", "joblib."))):
-            yield f"{name} (line {node.lineno})"
-        if name.endswith("torch.load") and off.get("weights_only") != "True":
-            yield f"torch.load without weights_only=True (line {node.lineno})"
-        if off.get("weights_only", "True") != "True":
-            yield f"weights_only={off['weights_only']} (line {node.lineno})"
-        if off.get("allow_pickle", "False") != "False":
-            yield f"allow_pickle={off['allow_pickle']} (line {node.lineno})"
-        if off.get("shell", "False") != "False":
-            yield f"shell={off['shell']} (line {node.lineno})"
-        if name in ("yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load", "yaml.unsafe_load_all"):
-            plain = name == "yaml.load" and (off.get("Loader") or ast.unparse(node.args[-1])) == "_PlainLoader"
-            if not (plain and module == "runs/safe_yaml"):
-                yield f"{name} other than with the plain loader of runs/safe_yaml (line {node.lineno})"
+        if isinstance(node, ast.Call):
+            named = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            for what in (
+                *forbidden_names(called(node)),
+                *forbidden_options(named),
+                *forbidden_loads(module, node, named),
+            ):
+                yield f"{what} (line {node.lineno})"
+
+
+def forbidden_names(name: str) -> Iterator[str]:
+    """A call that runs what it is given, by its name."""
+    last = name.rpartition(".")[2]
+    if name in ("eval", "exec", "os.system", "os.popen", "__import__") or last == "Unpickler":
+        yield name
+    if last in ("load", "loads") and ("pickle" in name or name.startswith(("marshal.", "dill.", "joblib."))):
+        yield name
+
+
+def forbidden_options(named: dict[str | None, str]) -> Iterator[str]:
+    """An option that opens a way to run something."""
+    for option, safe in (("weights_only", "True"), ("allow_pickle", "False"), ("shell", "False")):
+        if named.get(option, safe) != safe:
+            yield f"{option}={named[option]}"
+
+
+def forbidden_loads(module: str, node: ast.Call, named: dict[str | None, str]) -> Iterator[str]:
+    """A loader that makes objects unless it is told not to."""
+    name = called(node)
+    if name.endswith("torch.load") and named.get("weights_only") != "True":
+        yield "torch.load without weights_only=True"
+    if name in ("yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load", "yaml.unsafe_load_all"):
+        plain = name == "yaml.load" and (named.get("Loader") or ast.unparse(node.args[-1])) == "_PlainLoader"
+        if not (plain and module == "runs/safe_yaml"):
+            yield f"{name} other than with the plain loader of runs/safe_yaml"
 
 
 def test_the_package_is_read():

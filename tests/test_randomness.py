@@ -108,7 +108,7 @@ def test_many_rows_and_streams_take_hardly_more_kernels_than_one():
 @pytest.mark.parametrize("value", [-1, 2**32])
 def test_an_integer_out_of_range_is_refused(name, value):
     arguments = {"seed": 0, "index": 0, "epoch": 0, name: value}
-    with pytest.raises(ValueError, match=rf"{name}: an integer in \[0, 2\*\*32\) is needed, got {value}"):
+    with pytest.raises(ValueError, match=rf"{name} must be an integer in \[0, 2\*\*32\), got {value}"):
         random_bits("s", **arguments)
     assert random_bits("s", **{**arguments, name: 2**32 - 1}).shape == (1, 1)
 

@@ -27,7 +27,7 @@ _SHOWN_BARS = 10  # finished ones go where there are more
 
 
 class Bars(Protocol):
-    """What makes a bar."""
+    """A function that makes a bar."""
 
     def __call__(self, title: str, total: int, *, done: int = 0, unit: str = "") -> Callable[[int], None]:
         """Makes the bar of one piece of work.

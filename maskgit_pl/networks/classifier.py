@@ -15,11 +15,10 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from typing_extensions import override
 
 from maskgit_pl.checks import build_dataclass, check_class_names, check_integer, check_keys, shorten
 from maskgit_pl.files import read_json
-from maskgit_pl.networks.feature_network import FeatureOutput
+from maskgit_pl.networks.feature_network import FeatureOutput, FrozenNetwork
 from maskgit_pl.networks.weight_file import check_fit, load_weights, read_tensor_header, read_tensors
 
 __all__ = [
@@ -49,7 +48,7 @@ _MEAN, _DEVIATION = 0.5, 0.25  # of pixels in [0, 1]; near those of most data
 
 @dataclass(frozen=True)
 class ClassifierSizes:
-    """What decides the layers of a classifier.
+    """The sizes that decide the layers of a classifier.
 
     Args:
         in_channels: Channels of an image: 1 for grey, 3 for colour.
@@ -84,7 +83,7 @@ def check_model(name: str) -> None:
         return
     close = difflib.get_close_matches(name[:_LONGEST_NAME], [SMALL, *timm.list_models()], n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() lists all"
-    raise ValueError(f"classifier model: {SMALL!r} or a name that timm knows is needed, got {shorten(name)}; {hint}")
+    raise ValueError(f"classifier model must be {SMALL!r} or a name that timm knows, got {shorten(name)}; {hint}")
 
 
 class SmallClassifier(nn.Module):
@@ -149,7 +148,7 @@ class TimmClassifier(nn.Module):
         return FeatureOutput(features, model.get_classifier()(features))
 
 
-class FrozenClassifier(nn.Module):
+class FrozenClassifier(FrozenNetwork):
     """A trained classifier: it stays in evaluation mode, and gradients reach the images alone.
 
     Args:
@@ -161,13 +160,7 @@ class FrozenClassifier(nn.Module):
         super().__init__()
         self.network = network
         self.class_names = class_names
-        self.requires_grad_(requires_grad=False)
-        self.eval()
-
-    @override
-    def train(self, mode: bool = True) -> FrozenClassifier:
-        """Stays in evaluation mode."""
-        return super().train(mode=False)
+        self.freeze()
 
     def forward(self, images: Tensor) -> FeatureOutput:
         """(B, 1 or 3, H, W), uint8 or float in [0, 1] -> features (B, F) and logits (B, classes)."""
@@ -176,12 +169,12 @@ class FrozenClassifier(nn.Module):
 
 
 def create_classifier(sizes: ClassifierSizes) -> SmallClassifier | TimmClassifier:
-    """The network with random weights."""
+    """Makes the network with random weights."""
     return SmallClassifier(sizes) if sizes.model == SMALL else TimmClassifier(sizes)
 
 
 def describe_classifier(sizes: ClassifierSizes, class_names: tuple[str, ...]) -> dict[str, Any]:
-    """What ``config.json`` says so that the network can be read without the data it was trained on."""
+    """Returns what ``config.json`` says so that the network can be read without the data it was trained on."""
     return {"format": _FORMAT, "version": _VERSION, "network": asdict(sizes), "class_names": list(class_names)}
 
 
@@ -222,7 +215,7 @@ def _read_config(folder: Path) -> tuple[ClassifierSizes, tuple[str, ...]]:
 
 
 def _prepared(images: Tensor, *, channels: int, side: int) -> Tensor:
-    """What a network sees: of its channels, its size, and about zero mean and unit deviation."""
+    """Prepares images for a network: of its channels, its size, and about zero mean and unit deviation."""
     x = images.float() / 255 if images.dtype == torch.uint8 else images
     if x.shape[1] != channels:
         x = x.expand(-1, channels, -1, -1) if x.shape[1] == 1 else x.mean(1, keepdim=True)
@@ -233,7 +226,7 @@ def _prepared(images: Tensor, *, channels: int, side: int) -> Tensor:
 
 @torch.no_grad()
 def _takes(model: nn.Module, sizes: ClassifierSizes) -> bool:
-    """Whether a network runs on images of the data's size."""
+    """Returns whether a network runs on images of the data's size."""
     model.eval()
     try:
         model(torch.zeros(1, sizes.in_channels, sizes.image_size, sizes.image_size))

@@ -32,14 +32,14 @@ class Upsample(nn.Module):
 
 
 def group_norm(channels: int, groups: int) -> nn.GroupNorm:
-    """GroupNorm with the epsilon of the released weights."""
+    """Makes a GroupNorm with the epsilon of the released weights."""
     return nn.GroupNorm(groups, channels, eps=_NORM_EPSILON)
 
 
 def conv(
     in_channels: int, out_channels: int, kernel: int, *, bias: bool, stride: int = 1, padding: int | None = None
 ) -> nn.Conv2d:
-    """A convolution with flax's initial values: truncated LeCun normal, bias 0. Source: released code."""
+    """Makes a convolution with flax's initial values: truncated LeCun normal, bias 0. Source: released code."""
     pad = kernel // 2 if padding is None else padding
     layer = nn.Conv2d(in_channels, out_channels, kernel, stride=stride, padding=pad, bias=bias)
     deviation = math.sqrt(1 / (in_channels * kernel**2)) / 0.87962566103423978  # undoes the truncation at 2 deviations

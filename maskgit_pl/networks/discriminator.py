@@ -62,7 +62,7 @@ class DiscriminatorConfig:
             return tuple(max(1, round(self.channel_multiplier * _released_width(r))) for r in resolutions)
         if len(self.channels) != len(resolutions):
             raise ValueError(
-                f"discriminator channels: one width for each of the resolutions {resolutions} is needed, "
+                f"discriminator channels must have one width for each of the resolutions {resolutions}, "
                 f"got {len(self.channels)}: {self.channels}"
             )
         return self.channels
@@ -140,13 +140,13 @@ class Discriminator(nn.Module):
 
 
 def _released_width(resolution: int) -> int:
-    """512 up to 32 px, 256 at 64, 128 at 128 ... Source: released code."""
+    """Returns 512 up to 32 px, 256 at 64, 128 at 128 ... Source: released code."""
     edge = 1 << max(0, resolution - 1).bit_length()
     return min(512, 16384 // edge)
 
 
 def _xavier(layer: _Layer) -> _Layer:
-    """Xavier uniform weights and bias 0. Source: released code."""
+    """Draws Xavier uniform weights and sets biases to 0. Source: released code."""
     nn.init.xavier_uniform_(layer.weight)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)

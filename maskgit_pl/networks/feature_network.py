@@ -11,17 +11,17 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from maskgit_pl.networks.weight_file import tensors_digest
 
-__all__ = ["FeatureNetwork", "FeatureOutput", "weights_digest"]
+__all__ = ["FeatureNetwork", "FeatureOutput", "FrozenNetwork", "weights_digest"]
 
 _SPATIAL_NUMBERS = 2023  # of ADM's evaluator: 7 channels x 17 x 17 places
 
 
 class FeatureOutput(NamedTuple):
-    """What a feature network gives.
+    """The output of a feature network.
 
     Attributes:
         features: (B, F) float, pooled, before the classifier.
@@ -35,7 +35,21 @@ class FeatureOutput(NamedTuple):
     spatial: Tensor | None = None
 
 
-class FeatureNetwork(nn.Module):
+class FrozenNetwork(nn.Module):
+    """A network that is never trained: its weights take no gradients, and it stays in evaluation mode."""
+
+    def freeze(self) -> None:
+        """Ends ``__init__``, once all modules are there."""
+        self.requires_grad_(requires_grad=False)
+        self.eval()
+
+    @override
+    def train(self, mode: bool = True) -> Self:
+        """Stays in evaluation mode."""
+        return super().train(mode=False)
+
+
+class FeatureNetwork(FrozenNetwork):
     """A frozen timm classifier with its input normalisation; gradients reach the images.
 
     Args:
@@ -54,13 +68,7 @@ class FeatureNetwork(nn.Module):
         self.size = size
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
-        self.requires_grad_(requires_grad=False)
-        self.eval()
-
-    @override
-    def train(self, mode: bool = True) -> FeatureNetwork:
-        """Stays in evaluation mode."""
-        return super().train(mode=False)
+        self.freeze()
 
     def extra_repr(self) -> str:
         return f"size={self.size}"
@@ -81,7 +89,7 @@ class FeatureNetwork(nn.Module):
 
 
 def _spatial(last: Tensor, *, channels_last: bool) -> Tensor | None:
-    """The first channels of the last map, as many as give at most 2023 numbers, channel fastest."""
+    """Returns the first channels of the last map, as many as give at most 2023 numbers, channel fastest."""
     if last.ndim != 4:  # tokens of a transformer
         return None
     last = last if channels_last else rearrange(last, "b c h w -> b h w c")

@@ -40,7 +40,7 @@ _INCEPTION_VARIABLE = "MASKGIT_INCEPTION"
 
 
 class FeatureNetworkSpec(Protocol):
-    """What a registered feature network is in a recipe: a frozen dataclass that makes the module."""
+    """A registered feature network as a recipe has it: a frozen dataclass that makes the module."""
 
     @property
     def label(self) -> str:
@@ -49,7 +49,7 @@ class FeatureNetworkSpec(Protocol):
 
     @property
     def knows_classes(self) -> bool:
-        """Whether its logits mean something on the images measured, so that an inception score of them does."""
+        """True if its logits mean something on the images measured, so that an inception score of them does."""
         ...
 
     def create(self) -> nn.Module:
@@ -96,7 +96,7 @@ class InceptionSpec:
 
     @property
     def path(self) -> Path:
-        """Where the weights are looked for."""
+        """The path at which the weights are looked for."""
         named = self.weights or os.environ.get(_INCEPTION_VARIABLE)
         return Path(named) if named else Path.home() / ".cache" / "maskgit_pl" / _INCEPTION_FILE
 
@@ -189,7 +189,7 @@ class Lite0Spec:
         file, thing = _lite0_file(), "feature network 'lite0'"
         values, names = list(read_weights(file, thing=thing).values()), list(model.state_dict())
         if len(values) != len(names):
-            raise ValueError(f"{thing} {file}: {len(names)} tensors are needed, got {len(values)}; install it again")
+            raise ValueError(f"{thing} {file} must hold {len(names)} tensors, got {len(values)}; install it again")
         load_weights(model, dict(zip(names, values, strict=True)), f"{thing} {file}")  # other names, same order
         return _with_normalisation(model, self.size)
 
@@ -227,7 +227,7 @@ _WRITTEN = {
 
 
 def parse_feature_network(text: str | Mapping[str, Any]) -> FeatureNetworkSpec:
-    """The feature network that a command's argument names.
+    """Builds the feature network that a command's argument names.
 
     Args:
         text: ``lite0``, ``inception``, ``inception=FILE``, ``timm:MODEL=FILE``, ``classifier=FOLDER``, any registered

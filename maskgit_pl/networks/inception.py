@@ -21,9 +21,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import (
     InceptionE_2,
 )
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
-from typing_extensions import override
 
-from maskgit_pl.networks.feature_network import FeatureOutput
+from maskgit_pl.networks.feature_network import FeatureOutput, FrozenNetwork
 
 __all__ = ["Inception"]
 
@@ -31,7 +30,7 @@ _SIZE = 299
 _SPATIAL_LAYER, _SPATIAL_CHANNELS = "Mixed_6d", 7
 
 
-class Inception(nn.Sequential):
+class Inception(FrozenNetwork, nn.Sequential):
     """InceptionV3 as TensorFlow's graph of 2015-12-05 has it, frozen; gradients reach the images.
 
     features are the 2048 numbers of the last pooling, logits the 1008 without bias that IS is defined by, and spatial
@@ -68,13 +67,7 @@ class Inception(nn.Sequential):
                 fc=nn.Linear(2048, 1008),
             )
         )
-        self.requires_grad_(requires_grad=False)
-        self.eval()
-
-    @override
-    def train(self, mode: bool = True) -> Inception:
-        """Stays in evaluation mode."""
-        return super().train(mode=False)
+        self.freeze()
 
     def forward(self, images: Tensor) -> FeatureOutput:
         """(B, 1 or 3, H, W), uint8 or float in [0, 1] -> features (B, 2048), logits (B, 1008), spatial (B, 2023)."""

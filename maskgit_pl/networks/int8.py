@@ -57,7 +57,7 @@ class Int8Linear(nn.Module):
 
 
 class Int8QueryKeyValue(nn.Module):
-    """As ``transformer_block.QueryKeyValue``, in two parts, for the block that computes queries of some positions alone.
+    """A ``transformer_block.QueryKeyValue`` in two parts, for the block that computes queries of some positions only.
 
     Args:
         weight: (3 D, D) float.
@@ -79,7 +79,7 @@ AnyTransformer = TypeVar("AnyTransformer", bound=Transformer)
 
 
 def quantized(network: AnyTransformer) -> AnyTransformer:
-    """A copy of a network for inference, whose blocks compute with 8-bit linear layers; the network stays as it is.
+    """Copies a network for inference, whose blocks compute with 8-bit linear layers; the network stays as it is.
 
     The copy cannot be saved, copied or moved to another device.
 
@@ -91,9 +91,9 @@ def quantized(network: AnyTransformer) -> AnyTransformer:
     """
     device = network.head_bias.device
     if device.type != "cpu":
-        raise ValueError(f"int8: a network on the processor is needed, got one on {device}; move it, or use bfloat16")
+        raise ValueError(f"int8: the network must be on the CPU, got one on {device}; move it, or use bfloat16")
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]  # torch: untyped
-        raise ValueError("int8: a torch built with oneDNN is needed, got one without; decode in float32")
+        raise ValueError("int8: torch must be built with oneDNN, got one without; decode in float32")
     with torch.device("meta"):
         copy = cast("AnyTransformer", build_transformer(network.config))
     last = f"blocks.{network.config.depth - 1}.query_key_value"

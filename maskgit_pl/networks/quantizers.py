@@ -43,7 +43,7 @@ _LEAST_COUNT = 1e-12  # smaller counts and sums lose their digits, so that their
 
 
 class QuantizerOutput(NamedTuple):
-    """What a quantizer gives in training.
+    """The output of a quantizer in training.
 
     Attributes:
         quantized: (B, D, h, w) float32 codes; the gradient passes to ``features`` unchanged (straight-through).
@@ -59,7 +59,7 @@ class QuantizerOutput(NamedTuple):
 
 
 class QuantizerSpec(Protocol):
-    """What a registered quantizer is in a recipe: a frozen dataclass that makes the module."""
+    """A registered quantizer as a recipe has it: a frozen dataclass that makes the module."""
 
     def create(self, *, num_codes: int, code_width: int) -> Quantizer:
         """Makes the quantizer of K = ``num_codes`` codes of width D = ``code_width``."""
@@ -99,7 +99,7 @@ class Quantizer(nn.Module):
         self.code_width = code_width
 
     def distances(self, rows: Tensor) -> Tensor:
-        """Squared distances |a|^2 - 2 a b + |b|^2 of (M, D) rows to all codes: (M, K) float32.
+        """Computes squared distances |a|^2 - 2 a b + |b|^2 of (M, D) rows to all codes: (M, K) float32.
 
         Source: released code, vector quantizer.
         """
@@ -109,7 +109,7 @@ class Quantizer(nn.Module):
             return products + rows.square().sum(1, keepdim=True)
 
     def nearest(self, features: Tensor) -> Tensor:
-        """The nearest code of each place; the lowest id where two are equally near.
+        """Returns the nearest code of each place; the lowest id where two are equally near.
 
         Args:
             features: (B, D, h, w) float.
@@ -121,7 +121,7 @@ class Quantizer(nn.Module):
         return tokens.view(features.shape[0], -1)
 
     def lookup(self, tokens: Tensor) -> Tensor:
-        """The codes of int64 tokens in [0, K) of any shape: (..., D) float32."""
+        """Returns the codes of int64 tokens in [0, K) of any shape: (..., D) float32."""
         return F.embedding(tokens, self.codebook)
 
     @abstractmethod
@@ -306,7 +306,7 @@ class EMAQuantizerSpec:
 
 
 def entropy_loss(affinity: Tensor, *, temperature: float, kind: EntropyKind = "softmax") -> Tensor:
-    """Mean entropy of each row's assignment minus the entropy of the mean assignment.
+    """Computes the mean entropy of each row's assignment minus the entropy of the mean assignment.
 
     mean_m H(p_m) - H(mean_m p_m), p = softmax(affinity / temperature): low when each row is sure and all codes are
     used. The mean assignment is that of the global micro-batch: all-reduced, with its gradient, over the process group.
@@ -333,7 +333,7 @@ def entropy_loss(affinity: Tensor, *, temperature: float, kind: EntropyKind = "s
 
 
 def _nearest_and_entropy(quantizer: Quantizer, rows: Tensor, entropy: Entropy) -> tuple[Tensor, Tensor]:
-    """(M,) nearest codes and the weighted entropy loss; without the loss, the distances need no graph."""
+    """Returns (M,) nearest codes and the weighted entropy loss; without the loss, the distances need no graph."""
     with torch.set_grad_enabled(torch.is_grad_enabled() and entropy.weight > 0):
         distances = quantizer.distances(rows)
     tokens = distances.argmin(1)
@@ -350,18 +350,18 @@ def _output(features: Tensor, rows: Tensor, codes: Tensor, tokens: Tensor, loss:
 
 
 def _rows(features: Tensor) -> Tensor:
-    """(B, D, h, w) -> (B h w, D); free of a copy in channels-last memory."""
+    """Reshapes (B, D, h, w) -> (B h w, D); free of a copy in channels-last memory."""
     return rearrange(features, "b d h w -> (b h w) d")
 
 
 def _initial_codes(num_codes: int, code_width: int) -> Tensor:
-    """Uniform in +-sqrt(3 / K): variance 1 / K. Source: released code (variance scaling, fan-in K)."""
+    """Draws uniform in +-sqrt(3 / K): variance 1 / K. Source: released code (variance scaling, fan-in K)."""
     bound = math.sqrt(3.0 / num_codes)
     return torch.empty(num_codes, code_width).uniform_(-bound, bound)
 
 
 def _code_statistics(tokens: Tensor, rows: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
-    """How many rows each code has in the global batch, (K,), and their sum, (K, D)."""
+    """Returns the number of rows of each code in the global batch, (K,), and their sum, (K, D)."""
     statistics = rows.new_zeros(num_codes, rows.shape[1] + 1)
     statistics[:, :-1].index_add_(0, tokens, rows)
     statistics[:, -1] = torch.bincount(tokens, minlength=num_codes)
@@ -370,7 +370,7 @@ def _code_statistics(tokens: Tensor, rows: Tensor, num_codes: int) -> tuple[Tens
 
 
 def _global_choice(rows: Tensor, micro_batches: int, count: int, *, seed: int, step: int) -> Tensor:
-    """``count`` rows of the global batch, equal on every rank and for every split into ranks and micro-batches.
+    """Draws ``count`` rows of the global batch, equal on every rank and for every split into ranks and micro-batches.
 
     Row j of micro-batch a on rank r is row (a W + r) M + j of the global batch (the slots of the training stream); each
     rank gives those of the chosen rows that it holds.

@@ -145,7 +145,7 @@ def _encoder_blocks(config: VQGANConfig) -> Iterator[nn.Module]:
 
 
 def _decoder_blocks(config: VQGANConfig) -> Iterator[nn.Module]:
-    """The middle, then levels up to full resolution, an upsampling between two levels."""
+    """Yields the middle, then levels up to full resolution, an upsampling between two levels."""
     width = config.widths[-1]
     yield from _middle(width, config)
     for level, out in reversed(list(enumerate(config.widths))):

@@ -23,7 +23,7 @@ __all__ = ["VQGAN", "Activation", "Decoder", "Downsampling", "Encoder", "Layout"
 
 
 class VQGANOutput(NamedTuple):
-    """What the network gives in training.
+    """The output of the network in training.
 
     Attributes:
         reconstruction: (B, C, H, W) float, not clipped.
@@ -201,7 +201,7 @@ def _encoder_blocks(config: VQGANConfig) -> Iterator[nn.Module]:
 
 
 def _decoder_blocks(config: VQGANConfig) -> Iterator[nn.Module]:
-    """The middle blocks, then levels up to full resolution, an upsampling between two levels."""
+    """Yields the middle blocks, then levels up to full resolution, an upsampling between two levels."""
     width = config.widths[-1]
     for _ in range(config.middle_blocks):
         yield ResidualBlock(width, width, config)

@@ -128,7 +128,7 @@ class VQGANConfig:
         levels, known = self.attention_levels, range(len(self.multipliers))
         if len(set(levels)) < len(levels) or any(level not in known for level in levels):
             raise ValueError(
-                f"network attention_levels: different levels out of {list(known)} are needed, 0 being full resolution, "
+                f"network attention_levels must be different levels out of {list(known)}, 0 being full resolution, "
                 f"got {shorten(list(levels))}"
             )
 

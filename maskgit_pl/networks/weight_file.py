@@ -242,12 +242,12 @@ def read_weights(path: Path, *, thing: str, sha256: str = "") -> Mapping[str, Te
             tensors that it does not hold.
     """
     if not path.is_file():
-        raise ValueError(f"{thing} weights: an existing file is needed, got {path}")
+        raise ValueError(f"{thing} weights must be an existing file, got {path}")
     content = path.read_bytes()  # once: what is checked is what is read
     found = hashlib.sha256(content).hexdigest()
     if not found.startswith(sha256):
         raise ValueError(
-            f"{thing} weights: a file whose sha256 begins with {sha256} is needed, got {path} with {found[:16]}...; "
+            f"{thing} weights must be a file whose sha256 begins with {sha256}, got {path} with {found[:16]}...; "
             "it was not loaded: download it again"
         )
     try:
@@ -255,7 +255,7 @@ def read_weights(path: Path, *, thing: str, sha256: str = "") -> Mapping[str, Te
     except _UNREADABLE as error:
         raise ValueError(f"{thing} weights: {path} is no file of tensors alone: {_first_line(error)}") from error
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{thing} weights: tensors by name are needed, got {path} with something else")
+        raise ValueError(f"{thing} weights must be tensors by name, got {path} with something else")
     try:
         check_held(state, len(content))
     except ValueError as error:

@@ -31,9 +31,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from maskgit_pl.distributed import rank_and_world
 from maskgit_pl.errors import INTERNAL_ERROR, PeerError, RunError, exit_code_of
 from maskgit_pl.runs.heartbeat import Ending, Peers
 
@@ -91,8 +91,9 @@ class Watchdog(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._note_progress("set-up", trainer)
         threading.Thread(target=self._watch_progress, args=(trainer,), name="watchdog", daemon=True).start()
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            self._peers = Peers(dist.get_rank(), dist.get_world_size())
+        rank, world_size = rank_and_world()
+        if world_size > 1:
+            self._peers = Peers(rank, world_size)
             threading.Thread(
                 target=self._watch_peers, args=(trainer, self._peers), name="heartbeat", daemon=True
             ).start()

@@ -74,7 +74,7 @@ def _steps(first: int, last: int, step: str | None) -> int:
 
 
 def _marks(pattern: str) -> Iterator[tuple[int, str, int]]:
-    """Each brace and comma that no backslash precedes: its place, itself, and how many braces are open behind it."""
+    """Yields braces and commas that no backslash precedes: place, mark, and the number of braces open after it."""
     depth, place = 0, 0
     while place < len(pattern):
         mark = pattern[place]

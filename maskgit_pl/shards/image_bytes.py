@@ -1,4 +1,4 @@
-"""What the bytes of an image file say before anything is decoded: its kind, its parts, and whether it is whole.
+"""The bytes of an image file before anything is decoded: its kind, its parts, and whether it is whole.
 
 A stranger may have written the file: bytes, chunks of a PNG, segments and scans of a JPEG are counted here, so that
 none takes minutes or gigabytes to open. Used by ``images``, which decodes, and by what only looks at files.
@@ -165,7 +165,7 @@ class _Chunk(NamedTuple):
     end: int
 
     def is_intact(self, data: bytes) -> bool:
-        """True if the checksum is right."""
+        """Returns whether the checksum is right."""
         stated = int.from_bytes(data[self.end : self.end + 4], "big")
         return zlib.crc32(memoryview(data)[self.start - 4 : self.end]) == stated
 

@@ -71,7 +71,7 @@ _SOURCE_LINE = re.compile(r"^.*\.cpp:\d+, ")  # how torchvision's errors begin
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """What an image says of itself: format, size in pixels as shown (after EXIF rotation), channels 1, 3 or 4."""
+    """The header of an image: format, size in pixels as shown (after EXIF rotation), channels 1, 3 or 4."""
 
     format: str
     height: int
@@ -80,7 +80,7 @@ class ImageHeader:
 
 
 def read_image_header(data: bytes, *, name: str) -> ImageHeader:
-    """Read format, size and channels without decoding a pixel.
+    """Reads format, size and channels without decoding a pixel.
 
     Args:
         data: The whole file's bytes.
@@ -98,7 +98,7 @@ def read_image_header(data: bytes, *, name: str) -> ImageHeader:
 
 
 def decode_image(data: bytes, *, channels: int, name: str) -> Tensor:
-    """Decode an image, upright.
+    """Decodes an image, upright.
 
     Args:
         data: The whole file's bytes.
@@ -126,7 +126,7 @@ def decode_image(data: bytes, *, channels: int, name: str) -> Tensor:
 
 
 def load_square(data: bytes, *, image_size: int, channels: int, crop: tuple[float, float] | None, name: str) -> Tensor:
-    """Decode, crop to a square and resize.
+    """Decodes, crops to a square and resizes.
 
     Args:
         data: The whole file's bytes.
@@ -149,7 +149,7 @@ def load_square(data: bytes, *, image_size: int, channels: int, crop: tuple[floa
 
 
 def load_square_into(out: Tensor, data: bytes, *, crop: tuple[float, float] | None, name: str) -> None:
-    """Decode, crop to a square and resize into memory that is there, such as a row of a batch.
+    """Decodes, crops to a square and resizes into memory that is there, such as a row of a batch.
 
     Args:
         out: (1 or 3, side, side) uint8, where the result goes; quickest if it lies channels-last.
@@ -170,7 +170,7 @@ def load_square_into(out: Tensor, data: bytes, *, crop: tuple[float, float] | No
 
 
 def fit_square(image: Tensor, *, image_size: int, crop: tuple[float, float] | None) -> Tensor:
-    """Cut the largest square out of an image and resize it; an image that fits is returned as it is.
+    """Cuts the largest square out of an image and resizes it; an image that fits is returned as it is.
 
     Cropping first is the usual "resize the short side, then crop" without resizing what is thrown away.
 
@@ -229,7 +229,7 @@ def check_crop(crop: str) -> None:
 
 
 def encode_png(image: Tensor) -> bytes:
-    """(1 or 3, H, W) uint8 -> PNG bytes, the same for the same pixels."""
+    """Encodes (1 or 3, H, W) uint8 as PNG; equal pixels give equal bytes."""
     from torchvision.io import encode_png as encode
 
     data: bytes = encode(image).numpy().tobytes()
@@ -237,7 +237,7 @@ def encode_png(image: Tensor) -> bytes:
 
 
 def _resize(square: Tensor, side: int) -> Tensor:
-    """Channels-last, as it was decoded: resampling planes apart takes twice as long."""
+    """Resizes channels-last, as it was decoded: resampling planes apart takes twice as long."""
     import torch
 
     batch = square[None].contiguous(memory_format=torch.channels_last)
@@ -253,7 +253,7 @@ def _decode_png(data: bytes, channels: int, name: str) -> Tensor:
 
 
 def _decode_colour_key(data: bytes, opened: Image.Image, channels: int, name: str) -> Tensor:
-    """A grey or RGB PNG of which one value is transparent; PIL compares that value at another depth than the file's."""
+    """Decodes a grey or RGB PNG of which one value is transparent, which PIL compares at another depth."""
     import numpy as np
     from PIL import Image
     from torchvision.io import ImageReadMode
@@ -289,7 +289,7 @@ def _decode_by_libpng(data: bytes, mode: Any, name: str) -> Tensor:
 
 
 def _plain_jpeg_size(data: bytes, name: str) -> tuple[int, int] | None:
-    """Height and width, as stored, of a grey or colour JPEG; None for anything else. Takes 2 microseconds.
+    """Returns height and width, as stored, of a grey or colour JPEG; None for anything else. Takes 2 microseconds.
 
     Raises:
         UnreadableImageError: It is too large.
@@ -308,7 +308,7 @@ def _plain_jpeg_size(data: bytes, name: str) -> tuple[int, int] | None:
 
 
 def _scratch(size: int) -> npt.NDArray[np.uint8] | None:
-    """Memory of this thread to decode into; new memory for each image costs a fifth of the time, in page faults."""
+    """Returns memory of this thread to decode into; new memory for each image costs a fifth of the time."""
     import numpy as np
 
     if size > _MOST_SCRATCH:
@@ -320,7 +320,7 @@ def _scratch(size: int) -> npt.NDArray[np.uint8] | None:
 
 
 def _decode_jpeg(data: bytes, channels: int, name: str, *, buffer: npt.NDArray[np.uint8] | None = None) -> Tensor:
-    """(channels, H, W) uint8; in ``buffer``, unless that is None or the image is turned or becomes grey."""
+    """Returns (channels, H, W) uint8, in ``buffer`` unless that is None or the image is turned or becomes grey."""
     import simplejpeg
     import torch
     from PIL import Image
@@ -338,7 +338,7 @@ def _decode_jpeg(data: bytes, channels: int, name: str, *, buffer: npt.NDArray[n
 
 
 def _open(data: bytes, name: str) -> Image.Image:
-    """PIL's lazy open: reads the header alone."""
+    """Opens an image with PIL, which reads only the header."""
     if kind_of_fault(data) != "damaged":
         raise image_error(data, name)
     if data.startswith(PNG_MAGIC):
@@ -388,7 +388,7 @@ def _turned(pixels: npt.NDArray[np.uint8], orientation: int) -> npt.NDArray[np.u
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey scaled (PIL alone would clip it), transparency laid over white; other modes as they are."""
+    """Scales 16-bit grey, which PIL would clip, and lays transparency over white; other modes stay as they are."""
     from PIL import Image
 
     if image.mode.startswith("I"):

@@ -19,6 +19,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from maskgit_pl.checks import check_number
 from maskgit_pl.shards.braces import expand_braces
 from maskgit_pl.shards.manifest import (
     INDEX_DTYPE,
@@ -43,7 +44,7 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 
 def locate_shards(place: str) -> tuple[Path, list[Path]]:
-    """The data folder and all its shards.
+    """Returns the data folder and all its shards.
 
     Args:
         place: A folder, whose tars are taken, or those of its sub-folders; or a glob or brace expression of tars, such
@@ -71,7 +72,7 @@ def locate_shards(place: str) -> tuple[Path, list[Path]]:
 
 
 def find_shards(folder: str | Path, pattern: str) -> list[Path]:
-    """The tars that a pattern names inside a folder, sorted.
+    """Returns the tars that a pattern names inside a folder, sorted.
 
     Args:
         folder: The data folder.
@@ -86,7 +87,7 @@ def find_shards(folder: str | Path, pattern: str) -> list[Path]:
         if _URL.match(one) or "::" in one:
             raise ValueError(f"shard pattern {pattern!r}: local files are read, got {one!r}; fetch the shards first")
         if one.startswith(("/", "~")) or ".." in one.split("/"):
-            raise ValueError(f"shard pattern {pattern!r}: files inside {folder} are needed, not paths out of it")
+            raise ValueError(f"shard pattern {pattern!r}: it must name files inside {folder}, not paths out of it")
         matches = _glob(folder, one)
         if not matches:
             raise ValueError(f"shard pattern {pattern!r}: nothing in {folder} matches {one!r}")
@@ -102,7 +103,7 @@ def split_shards(
     val: str | None = None,
     val_fraction: float | None = None,
 ) -> tuple[dict[Split, list[Path]], str]:
-    """Decide which shards are train and which val.
+    """Decides which shards are train and which val.
 
     Args:
         folder: The data folder.
@@ -119,8 +120,7 @@ def split_shards(
         ValueError: A shard would be in both, or a split would be empty.
     """
     fraction = 0.1 if val_fraction is None else val_fraction
-    if not 0 < fraction < 1:
-        raise ValueError(f"val fraction: a number between 0 and 1 is needed, got {fraction}")
+    check_number("val fraction", fraction, "(0, 1)")
     train_shards = None if train is None else find_shards(folder, train)
     val_shards, how = (None, "") if val is None else (find_shards(folder, val), f"val is {val}")
     pool = shards if train_shards is None else train_shards
@@ -140,7 +140,7 @@ def split_shards(
 
 @dataclass(frozen=True)
 class Indexed:
-    """What indexing made of a data folder: manifests, and what stands in the tars but not in them, by split."""
+    """The result of indexing a data folder: manifests, and what stands in the tars but not in them, by split."""
 
     manifests: dict[Split, Manifest]
     ignored: dict[Split, dict[str, int]]
@@ -157,7 +157,7 @@ def index_shards(
     workers: int = 1,
     on_shard: Callable[[Split], object] = lambda split: None,
 ) -> Indexed:
-    """Walk the shards of every split and write their manifests beside them.
+    """Reads the shards of every split and writes their manifests beside them.
 
     An interrupted run goes on: what is known of a shard stays in ``.index.partial`` until all are done, under its name,
     length and time of change.
@@ -257,7 +257,7 @@ def _scan_named(shared: tuple[Path, Labels, bool], name: str) -> ShardScan:
 def _refuse(
     folder: Path, scans: Mapping[str, ShardScan], miscounts: Iterable[tuple[str, str]], *, lenient: bool, labels: str
 ) -> None:
-    """One list of all that is wrong."""
+    """Raises one list of all that is wrong."""
     faults: dict[str, list[str]] = {}
     for name, scan in scans.items():
         if scan.damage:
@@ -306,7 +306,7 @@ def _miscounts(
 
 
 def _wrong_total(folder: Path, scans: Mapping[str, ShardScan]) -> list[tuple[str, str]]:
-    """Of all shards of the folder, in ``__len__``; it says nothing of some of them."""
+    """Compares the total with ``__len__``, which speaks of all shards of the folder and says nothing of some."""
     path = folder / "__len__"
     if not path.is_file() or {folder / name for name in scans} != set(_glob(folder, "*.tar")):
         return []
@@ -345,7 +345,7 @@ def _expanded(pattern: str) -> list[str]:
 
 
 def _says(folder: Path, shard: Path, words: str) -> bool:
-    """Whether a shard's path in the folder has one of the words between its letters."""
+    """Returns whether a shard's path in the folder has one of the words between its letters."""
     return bool(re.search(rf"(?<![a-z])({words})(?![a-z])", shard.relative_to(folder).as_posix().lower()))
 
 
@@ -396,7 +396,7 @@ def _scan_as_json(scan: ShardScan) -> dict[str, Any]:
 
 
 def _read_progress(path: Path, folder: Path, labels: Labels) -> dict[str, ShardScan]:
-    """What an interrupted run with the same options knew of shards that have not changed since."""
+    """Reads what an interrupted run with the same options knew of shards that have not changed since."""
     if not path.is_file():
         return {}
     with open(path, "rb") as file:

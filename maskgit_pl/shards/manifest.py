@@ -1,4 +1,4 @@
-"""What lies beside the shards: one manifest a split, so that shards can be counted, checked and read by index.
+"""The manifest beside the shards, one a split, so that shards can be counted, checked and read by index.
 
 A data folder holds ordinary WebDataset tars and, for each split, two files::
 
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,9 +24,10 @@ import numpy as np
 import numpy.typing as npt
 
 from maskgit_pl.checks import build_dataclass, check_integer, check_keys, check_sha256, shorten
-from maskgit_pl.files import open_regular, read_json, write_atomically, write_text
+from maskgit_pl.files import read_json, write_atomically, write_text
 from maskgit_pl.shards.mapped_array import map_array
-from maskgit_pl.shards.tar import BLOCK, header_size
+from maskgit_pl.shards.quick_check import find_fault
+from maskgit_pl.shards.tar import BLOCK
 
 __all__ = [
     "INDEX_DTYPE",
@@ -128,7 +128,7 @@ class Manifest:
         return hashlib.sha256(content.encode()).hexdigest()
 
     def index(self) -> npt.NDArray[np.void]:
-        """The rows of the index, (samples,) INDEX_DTYPE, memory-mapped; their number and type are checked.
+        """Returns the rows of the index, (samples,) INDEX_DTYPE, memory-mapped; their number and type are checked.
 
         Raises:
             ValueError: if the file cannot be read or has other rows.
@@ -142,7 +142,7 @@ class Manifest:
             raise ValueError(f"index {error}; {_way_out(self.folder)}") from error
         if rows.dtype != INDEX_DTYPE or rows.shape != (self.samples,):
             raise ValueError(
-                f"index {path}: {self.samples} rows of {INDEX_DTYPE} are needed, got {rows.shape} of {rows.dtype}; "
+                f"index {path} must have {self.samples} rows of {INDEX_DTYPE}, got {rows.shape} of {rows.dtype}; "
                 f"{_way_out(self.folder)}"
             )
         return rows
@@ -150,7 +150,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What a recipe or a command needs to know of a data folder before torch is imported."""
+    """The facts that a recipe or a command needs of a data folder before torch is imported."""
 
     classes: tuple[str, ...]
     samples: Mapping[str, int]
@@ -159,7 +159,7 @@ class DataSummary:
 
     @property
     def num_classes(self) -> int:
-        """How many classes the labels name."""
+        """The number of classes that the labels name."""
         return len(self.classes)
 
     @property
@@ -169,7 +169,7 @@ class DataSummary:
 
 
 def splits_of(folder: str | Path) -> tuple[Split, ...]:
-    """The splits that a data folder has a manifest of."""
+    """Returns the splits that a data folder has a manifest of."""
     return tuple(split for split in get_args(Split) if (Path(folder) / f"{split}.json").is_file())
 
 
@@ -194,7 +194,7 @@ def read_manifest_summary(folder: str | Path) -> DataSummary:
 
 
 def data_fingerprint(folder: str | Path) -> str:
-    """One hash for all splits of a data folder, sha256 in hex; token stores are keyed by it."""
+    """Returns one hash for all splits of a data folder, sha256 in hex; token stores are keyed by it."""
     return read_manifest_summary(folder).fingerprint
 
 
@@ -226,7 +226,7 @@ def load_manifest(folder: str | Path, split: Split, *, check: bool = True) -> Ma
 
 
 def load_manifests(folder: str | Path, splits: Sequence[Split] = ("train", "val")) -> dict[Split, Manifest]:
-    """Read the manifests of some splits and compare all their shards on disk with them.
+    """Reads the manifests of some splits and compares all their shards on disk with them.
 
     Args:
         folder: The data folder.
@@ -261,7 +261,7 @@ def check_shards(*manifests: Manifest) -> None:
 
 
 def save_manifest(manifest: Manifest, rows: npt.NDArray[np.void]) -> None:
-    """Write the split's two files, each under a temporary name first; the JSON last, since it makes the split valid."""
+    """Writes the split's two files, whole or not at all; the JSON last, since it makes the split valid."""
     folder, split = manifest.folder, manifest.split
     with write_atomically(folder / f"{split}.npy") as file:
         np.save(file, rows, allow_pickle=False)
@@ -307,42 +307,9 @@ def _faults(manifest: Manifest) -> Iterator[str]:
     _check_index(manifest, rows)
     for shard in manifest.shards:
         start, end = end, end + shard.samples
-        fault = _fault(manifest.folder / shard.name, shard, rows[start:end])
+        fault = find_fault(manifest.folder / shard.name, shard.bytes, rows[start:end])
         if fault is not None:
             yield f"{shard.name}: {fault}"
-
-
-def _fault(path: Path, shard: Shard, rows: npt.NDArray[np.void]) -> str | None:
-    try:
-        descriptor = open_regular(path)
-    except OSError as error:
-        return f"{shard.bytes} bytes expected, {error.strerror}"
-    try:
-        return _fault_of(descriptor, shard, rows)
-    except OSError as error:
-        return f"{shard.bytes} bytes expected, {error.strerror}"
-    finally:
-        os.close(descriptor)
-
-
-def _fault_of(descriptor: int, shard: Shard, rows: npt.NDArray[np.void]) -> str | None:
-    actual = os.fstat(descriptor).st_size
-    if actual != shard.bytes:
-        return f"{shard.bytes} bytes expected, {actual} found"
-    for offset, size in _ends(rows):
-        found = header_size(os.pread(descriptor, BLOCK, offset))
-        if found is None or size not in (None, found):
-            length = "" if size is None else f" of {size} bytes"
-            actual_length = "none" if found is None else f"one of {found} bytes"
-            return f"a member{length} expected at byte {offset}, {actual_length} found; changed after indexing"
-    return None
-
-
-def _ends(rows: npt.NDArray[np.void]) -> Iterator[tuple[int, int | None]]:
-    """Places of member headers, and the payload's length where the index knows it: the first, first and last image."""
-    yield 0, None
-    for row in rows[[0, -1]] if len(rows) else ():
-        yield int(row["offset"]) - BLOCK, int(row["size"])
 
 
 def _as_json(manifest: Manifest) -> dict[str, Any]:
@@ -409,7 +376,7 @@ def _check_types(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _shard(fields: object, where: str) -> Shard:
-    """Like ``build_dataclass``, which takes too long for many shards."""
+    """Builds a shard; ``build_dataclass`` takes too long for many shards."""
     if not isinstance(fields, dict):
         raise ValueError(f"{where} must be a mapping, got {shorten(fields)}")
     if fields.keys() != {"name", "bytes", "samples", "sha256"}:
@@ -437,7 +404,7 @@ def _is_inside(name: str) -> bool:
 
 
 def union(ranges: Sequence[ImageRange]) -> ImageRange:
-    """The range that holds all of some ranges, one at least."""
+    """Returns the range that holds all of some ranges, one at least."""
     return ImageRange(
         height=(min(r.height[0] for r in ranges), max(r.height[1] for r in ranges)),
         width=(min(r.width[0] for r in ranges), max(r.width[1] for r in ranges)),

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any, NamedTuple, TypeVar
 
+from maskgit_pl.checks import check_integer
 from maskgit_pl.errors import is_user_error
 
-__all__ = ["available_cores", "run_jobs"]
+__all__ = ["available_cores", "choose_workers", "run_jobs"]
 
 Shared = TypeVar("Shared")
 Job = TypeVar("Job")
@@ -24,14 +25,24 @@ _shared: Any = None  # in a worker: what all jobs have in common, sent once
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def choose_workers(given: int | None, *, work: float) -> int:
+    """Returns the number of processes: as asked for, else one a core as far as there is work.
+
+    Args:
+        given: What is asked for; None for nothing.
+        work: In units that take one process some 10 seconds.
+    """
+    return min(available_cores(), 1 + int(work)) if given is None else given
 
 
 def run_jobs(
     function: Callable[[Shared, Job], Result], shared: Shared, jobs: Sequence[Job], *, workers: int
 ) -> Iterator[tuple[Job, Result]]:
-    """Call ``function(shared, job)`` for every job.
+    """Calls ``function(shared, job)`` for every job.
 
     Args:
         function: Of a module's top level, as are the types of its arguments.
@@ -43,10 +54,9 @@ def run_jobs(
         (job, result) in the order in which they are done.
 
     Raises:
-        ValueError: No workers.
+        ValueError: if ``workers`` is not an integer of at least 1.
     """
-    if workers < 1:
-        raise ValueError(f"workers: at least 1 is needed, got {workers}")
+    check_integer("workers", workers, "[1, inf)")
     workers = min(workers, len(jobs))
     if workers <= 1:
         for job in jobs:
@@ -89,7 +99,7 @@ def _begin(shared: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    """A pool whose owner was killed would wait for ever."""
+    """Ends a worker whose owner was killed, which would wait forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

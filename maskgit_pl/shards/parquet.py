@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from maskgit_pl.checks import check_number
 from maskgit_pl.files import size_text
 from maskgit_pl.shards.image_bytes import MAX_IMAGE_BYTES, UnreadableImageError
 from maskgit_pl.shards.manifest import Split
 from maskgit_pl.shards.parquet_pages import largest_page
-from maskgit_pl.shards.samples import Sample, UnreadableSample, check_val_fraction, is_val, read_sample
+from maskgit_pl.shards.samples import Sample, UnreadableSample, is_val, read_sample
 from maskgit_pl.shards.scan import MAX_CLASSES
 from maskgit_pl.text import printable
 
@@ -58,7 +59,7 @@ class ParquetFolder:
     def __init__(
         self, folder: Path, *, classes: Sequence[str] | None, val_fraction: float = 0.1, label_field: str = "label"
     ) -> None:
-        check_val_fraction(val_fraction)
+        check_number("val fraction", val_fraction, "(0, 1)")
         self.folder = folder
         self.label_field = label_field
         self._paths, of_split = _files_of_splits(folder)
@@ -115,7 +116,7 @@ class ParquetFolder:
                 yield read_sample(partial(_image_bytes, value, name), label=int(labels[row]), name=name)
 
     def _split_rows(self, of_split: dict[Split, list[int]], val_fraction: float) -> dict[Split, npt.NDArray[np.int64]]:
-        """(n, 2) int64, file and row of each sample of each split."""
+        """Returns (n, 2) int64, file and row of each sample of each split."""
         rows = {
             split: [(number, row) for number in numbers for row in range(len(self._labels[number]))]
             for split, numbers in of_split.items()
@@ -134,7 +135,7 @@ class ParquetFolder:
 
 
 def _files_of_splits(folder: Path) -> tuple[list[Path], dict[Split, list[int]]]:
-    """The files that are read, and which of them each split has."""
+    """Returns the files that are read, and which of them each split has."""
     paths = sorted(folder.glob("*.parquet")) or sorted(folder.glob("*/*.parquet"))
     found: dict[Split, list[Path]] = {}
     for split, words in _SPLIT_NAMES:
@@ -219,7 +220,7 @@ def _image_column(file: ParquetFile, path: Path) -> str:
     found = [field.name for field in schema if holds_bytes(field.type)]
     chosen = [name for name in _IMAGE_COLUMNS if name in found] or found
     if not chosen:
-        raise ValueError(f"{_called(path)}: a column of image bytes is needed, got {_listed(schema.names)}")
+        raise ValueError(f"{_called(path)}: one column must hold image bytes, got {_listed(schema.names)}")
     return str(chosen[0])
 
 
@@ -242,7 +243,7 @@ def _class_names(
 
 
 def _names_in_metadata(file: ParquetFile, label_field: str) -> tuple[str, ...]:
-    """``ClassLabel`` names, which the datasets package writes as JSON."""
+    """Reads ``ClassLabel`` names, which the datasets package writes as JSON."""
     try:
         metadata = json.loads((file.schema_arrow.metadata or {})[b"huggingface"])
         return tuple(map(str, metadata["info"]["features"][label_field]["names"]))
@@ -251,7 +252,7 @@ def _names_in_metadata(file: ParquetFile, label_field: str) -> tuple[str, ...]:
 
 
 def _read_labels(file: ParquetFile, path: Path, label_field: str, classes: Sequence[str]) -> npt.NDArray[np.int64]:
-    """(rows,) int64, each a class."""
+    """Reads labels, (rows,) int64, each a class."""
     import pyarrow as pa
 
     schema = file.schema_arrow
@@ -274,7 +275,7 @@ def _read_labels(file: ParquetFile, path: Path, label_field: str, classes: Seque
     bad = np.flatnonzero((labels < 0) | (labels >= most))
     if len(bad):
         value = labels[bad[0]]
-        raise ValueError(f"{_called(path)}: row {bad[0]}: a class below {most} is needed, got {value}")
+        raise ValueError(f"{_called(path)}: row {bad[0]}: the class must be below {most}, got {value}")
     return labels
 
 
@@ -307,13 +308,13 @@ def _read_group(
 
 
 def _image_bytes(value: Any, name: str) -> bytes:
-    """The bytes of an image, which pyarrow holds, or which are in a struct."""
+    """Returns the bytes of an image, which pyarrow holds, or which are in a struct."""
     import pyarrow as pa
 
     if pa.types.is_struct(value.type) and value.is_valid:
         value = value["bytes"]
     if not value.is_valid:
-        raise UnreadableImageError(f"{name}: the image's bytes are needed, got none (a path is not followed)")
+        raise UnreadableImageError(f"{name}: the image must be there as bytes, got none (a path is not followed)")
     size = value.as_buffer().size
     if size > MAX_IMAGE_BYTES:
         most = size_text(MAX_IMAGE_BYTES)

@@ -61,7 +61,7 @@ class ShardReader:
         return labels
 
     def read(self, index: int) -> bytes:
-        """The bytes of a sample's image file.
+        """Reads the bytes of a sample's image file.
 
         Raises:
             DataChangedError: if the shard cannot be read, or is not the one that its manifest was made from.
@@ -74,11 +74,11 @@ class ShardReader:
         return data
 
     def shard(self, index: int) -> str:
-        """File name of the tar that holds a sample."""
+        """Returns the file name of the tar that holds a sample."""
         return self.manifest.shards[int(self.index["shard"][index])].name
 
     def name(self, index: int) -> str:
-        """What to call a sample in an error: ``SHARD:MEMBER``, the member's name read from the tar."""
+        """Returns the name of a sample for an error: ``SHARD:MEMBER``, the member's name read from the tar."""
         return self._name(*self.index[index].item()[:2])
 
     def _name(self, shard: int, offset: int) -> str:
@@ -105,13 +105,13 @@ class ShardReader:
         names = [f"{self._name(*row.item()[:2])}: {row['label']}" for row in rows[wrong[:_LISTED]]]
         listed = "\n  ".join([*names, f"... and {len(wrong) - _LISTED} more"] if len(wrong) > _LISTED else names)
         raise ValueError(
-            f"data {self.manifest.folder}, split {self.manifest.split}: labels in [0, {classes}) are needed, "
+            f"data {self.manifest.folder}, split {self.manifest.split}: labels must be in [0, {classes}), "
             f"got others in {len(wrong)} samples:\n  {listed}\n"
             f"mend them and make the index again with `maskgit data index {self.manifest.folder}`"
         )
 
     def close(self) -> None:
-        """Close every file; they open again when they are needed."""
+        """Closes every file; they open again when they are needed."""
         while self._files:
             os.close(self._files.popitem()[1])
 

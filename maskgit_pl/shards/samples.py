@@ -1,4 +1,4 @@
-"""What a source of shards hands out, and what all sources share; see ``sources`` and ``parquet``."""
+"""The samples that a source of shards hands out, and what all sources share; see ``sources`` and ``parquet``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from maskgit_pl.shards.image_bytes import UnreadableImageError, check_whole
 from maskgit_pl.shards.images import read_image_header
 from maskgit_pl.shards.manifest import Split
 
-__all__ = ["EXTENSIONS", "Sample", "Source", "UnreadableSample", "check_val_fraction", "is_val", "read_sample"]
+__all__ = ["EXTENSIONS", "Sample", "Source", "UnreadableSample", "is_val", "read_sample"]
 
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # by what a file is, not by what it is called
 
@@ -31,7 +31,7 @@ class UnreadableSample(NamedTuple):
 
 
 class Source(Protocol):
-    """What the writer needs of a source of samples."""
+    """A source of samples as the writer needs it."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -42,14 +42,14 @@ class Source(Protocol):
         """Samples of each split."""
 
     def describe(self) -> dict[str, Any]:
-        """Plain values that change when the samples would."""
+        """Returns plain values that change when the samples would."""
 
     @property
     def left_out(self) -> Sequence[str]:
         """Lines that say which files of the source are no samples."""
 
     def samples(self, split: Split, places: range) -> Iterator[Sample | UnreadableSample]:
-        """The samples at some places of a split, whose order is always the same."""
+        """Yields the samples at some places of a split, whose order is always the same."""
 
 
 def read_sample(read: Callable[[], bytes], *, label: int, name: str) -> Sample | UnreadableSample:
@@ -71,16 +71,6 @@ def read_sample(read: Callable[[], bytes], *, label: int, name: str) -> Sample |
     return Sample(data, EXTENSIONS[header.format], label, name)
 
 
-def check_val_fraction(fraction: float) -> None:
-    """Refuse a share that is none.
-
-    Raises:
-        ValueError: Not between 0 and 1.
-    """
-    if not 0 < fraction < 1:
-        raise ValueError(f"val fraction: a number between 0 and 1 is needed, got {fraction}")
-
-
 def is_val(digest: bytes, fraction: float) -> bool:
-    """Whether a sample is of the val split, by the last bytes of a hash of its name: new samples move no other."""
+    """Returns whether a sample is of the val split, by a hash of its name: new samples move no other."""
     return int.from_bytes(digest[-8:], "big") < math.ceil(fraction * 2**64)

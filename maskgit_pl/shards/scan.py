@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from maskgit_pl.checks import shorten
 from maskgit_pl.files import open_regular, sha256_of
 from maskgit_pl.shards.image_bytes import MAX_IMAGE_BYTES, UnreadableImageError
 from maskgit_pl.shards.images import ImageHeader, read_image_header
@@ -61,7 +62,7 @@ _BIT = {fault: 1 << number for number, fault in enumerate(_FAULTS)}
 
 @dataclass(frozen=True)
 class Labels:
-    """Where labels come from.
+    """The source of labels.
 
     Args:
         source: ``"cls"``: a ``.cls`` member with a decimal class number. ``"json:FIELD"``: that field of the ``.json``
@@ -73,16 +74,16 @@ class Labels:
     classes: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.source not in ("cls", "none") and not re.fullmatch(r"json:.+", self.source):
-            raise ValueError(f"labels: cls, json:FIELD or none is needed, got {self.source!r}")
+        if not re.fullmatch(r"cls|none|json:.+", self.source):
+            raise ValueError(f"labels must be cls, json:FIELD or none, got {shorten(self.source)}")
 
     @property
     def extension(self) -> str | None:
-        """Of the members that hold labels; None without labels."""
+        """The extension of the members that hold labels; None without labels."""
         return None if self.source == "none" else self.source.partition(":")[0]
 
     def read(self, data: bytes, *, name: str) -> int:
-        """A label member's bytes -> class number.
+        """Reads a class number from a label member's bytes.
 
         Raises:
             ValueError: It holds no class; ``name`` says where.
@@ -93,7 +94,7 @@ class Labels:
         try:
             value = json.loads(data)[field_name]
         except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-            raise ValueError(f"label {name}: a JSON object with {field_name!r} is needed, got {data[:40]!r}") from error
+            raise ValueError(f"label {name} must be a JSON object with {field_name!r}, got {data[:40]!r}") from error
         if isinstance(value, str) and value in (self.classes or ()):
             return (self.classes or ()).index(value)
         if type(value) is not int:
@@ -112,17 +113,17 @@ def format_counts(ignored: Mapping[str, int]) -> str:
 
 
 def parse_label(data: bytes, *, name: str, num_classes: int | None = None) -> int:
-    """A class number from the bytes of a ``.cls`` member; ``int()`` would take ``1_000`` and ``-1``.
+    """Reads a class number from the bytes of a ``.cls`` member; ``int()`` would take ``1_000`` and ``-1``.
 
     Raises:
         ValueError: Not a decimal number, or not below ``num_classes``; ``name`` says where.
     """
     match = _LABEL.fullmatch(data)
     if match is None:
-        raise ValueError(f"label {name}: a decimal class number is needed, got {data[:40]!r}")
+        raise ValueError(f"label {name} must be a decimal class number, got {data[:40]!r}")
     label = int(match[1])
     if num_classes is not None and label >= num_classes:
-        raise ValueError(f"label {name}: a class below {num_classes} is needed, got {label}")
+        raise ValueError(f"label {name} must be a class below {num_classes}, got {label}")
     return label
 
 
@@ -207,7 +208,7 @@ class _Sample:
 
 
 class _Scan:
-    """What is gathered member by member; a tar may have millions, so this is where time and memory go."""
+    """The samples gathered member by member; a tar may have millions, so this is where time and memory go."""
 
     def __init__(self, descriptor: int, shard: str, labels: Labels, *, lenient: bool) -> None:
         self.descriptor, self.shard, self.labels, self.lenient = descriptor, shard, labels, lenient
@@ -220,7 +221,7 @@ class _Scan:
         self.num_faulty = self.num_ignored = 0
 
     def take(self, member: Member) -> None:
-        """One member after the other."""
+        """Takes one member after the other."""
         if member.kind == "folder":
             return
         match = _NAME.fullmatch(member.name)
@@ -241,12 +242,12 @@ class _Scan:
 
     @property
     def is_good(self) -> bool:
-        """Whether there are samples and nothing is known against them, once there is no more member."""
+        """True if there are samples without a fault, once there is no more member."""
         self._finish()
         return bool(self.runs) and not self.num_faulty
 
     def result(self, status: os.stat_result, digest: str, damage: str) -> ShardScan:
-        """What was found, once there is no more member."""
+        """Returns what was found, once there is no more member."""
         if not damage:
             self._finish()
         # not a copy, which a million samples would be worth avoiding; NumPy takes no empty buffer
@@ -301,7 +302,7 @@ class _Scan:
         return os.pread(self.descriptor, member.size, member.offset)
 
     def _finish(self) -> None:
-        """Close the sample that is open."""
+        """Closes the sample that is open."""
         sample = self.sample
         if sample.place < 0:
             return
@@ -366,13 +367,13 @@ class _Scan:
         return found
 
     def _called_at(self, place: int) -> str:
-        """A sample's first member by its header, which lies before its payload."""
+        """Names a sample by its first member's header, which lies before its payload."""
         name = os.pread(self.descriptor, 100, place - BLOCK).partition(b"\0")[0]
         return f"{self.shard}:{printable(name.decode('utf-8', 'surrogateescape'))}"
 
 
 def _packed(header: ImageHeader) -> int:
-    """Height, width and channels in one number; a side of 64 million pixels has 26 bits."""
+    """Packs height, width and channels into one number; a side of 64 million pixels has 26 bits."""
     return header.height << 30 | header.width << 3 | header.channels
 
 

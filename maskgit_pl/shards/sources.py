@@ -1,4 +1,4 @@
-"""What shards are made from: trees of image files with one folder a class, IDX files (the MNIST family), parquet files.
+"""The sources that shards are made from: trees of images with a folder a class, IDX files (the MNIST family), parquet.
 
 A source lists its splits, hands out samples one by one and describes itself, so that a second run of the same command
 knows that nothing is left to do.
@@ -21,11 +21,12 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from maskgit_pl.checks import check_number
 from maskgit_pl.files import size_text
 from maskgit_pl.shards.image_bytes import read_image_file
 from maskgit_pl.shards.images import encode_png
 from maskgit_pl.shards.manifest import Split
-from maskgit_pl.shards.samples import Sample, Source, UnreadableSample, check_val_fraction, is_val, read_sample
+from maskgit_pl.shards.samples import Sample, Source, UnreadableSample, is_val, read_sample
 from maskgit_pl.shards.scan import IMAGE_EXTENSIONS
 from maskgit_pl.text import printable
 
@@ -40,7 +41,7 @@ _NAMES_LISTED = 3  # of files that are left out
 def open_source(
     path: str | Path, *, classes: Sequence[str] | None = None, val_fraction: float = 0.1, label_field: str = "label"
 ) -> Source:
-    """The source that a folder is: IDX or parquet files if it holds any, else a tree of images.
+    """Opens the source that a folder is: IDX or parquet files if it holds any, else a tree of images.
 
     Args:
         path: The folder.
@@ -92,7 +93,7 @@ class ImageFolder:
     """
 
     def __init__(self, folder: Path, *, val_fraction: float = 0.1) -> None:
-        check_val_fraction(val_fraction)
+        check_number("val fraction", val_fraction, "(0, 1)")
         self.folder = folder
         self.classes: tuple[str, ...]
         val = next((folder / name for name in _VAL_FOLDERS if (folder / name).is_dir()), None)
@@ -183,7 +184,7 @@ def _class_names(folder: Path) -> tuple[str, ...]:
 
 
 def _list_files(folder: Path, classes: Sequence[str], left_out: _LeftOut) -> list[_File]:
-    """The images of a split; notes the names of all other files."""
+    """Lists the images of a split; notes the names of all other files."""
     files = []
     labels = {name: label for label, name in enumerate(classes)}
     for path in sorted(folder.rglob("*")):

@@ -1,4 +1,4 @@
-"""What a data folder holds, in numbers and in a few images a class; used by ``maskgit data stats``."""
+"""The content of a data folder in numbers and in a few images a class; used by ``maskgit data stats``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HEADERS = 2_000  # of images that are read for their sizes, spread evenly over t
 
 
 class SizeCount(NamedTuple):
-    """How many images have a short side in [low, high] pixels."""
+    """The number of images with a short side in [low, high] pixels."""
 
     low: int
     high: int
@@ -29,7 +29,7 @@ class SizeCount(NamedTuple):
 
 @dataclass(frozen=True)
 class DataStatistics:
-    """What a data folder holds.
+    """The content of a data folder in numbers.
 
     Args:
         summary: Class names, samples of the splits, range of the image sizes.
@@ -49,7 +49,7 @@ class DataStatistics:
 
 
 def read_statistics(folder: str | Path) -> DataStatistics:
-    """Count classes by the index, and read the sizes of up to 2,000 images of train.
+    """Counts classes by the index, and reads the sizes of up to 2,000 images of train.
 
     Raises:
         FileNotFoundError: No such folder or manifest.
@@ -69,7 +69,7 @@ def read_statistics(folder: str | Path) -> DataStatistics:
 
 
 def images_of_classes(manifest: Manifest, labels: list[int], *, each: int) -> Iterator[list[tuple[bytes, str]]]:
-    """For each label the bytes and names of its first images, at most ``each``."""
+    """Yields for each label the bytes and names of its first images, at most ``each``."""
     reader = ShardReader(manifest)
     of_sample = np.asarray(reader.index["label"])
     for label in labels:
@@ -79,7 +79,7 @@ def images_of_classes(manifest: Manifest, labels: list[int], *, each: int) -> It
 
 
 def _sizes(manifest: Manifest) -> npt.NDArray[np.int64]:
-    """(n, 2) int64 heights and widths of images that are spread evenly over the split."""
+    """Returns (n, 2) int64 heights and widths of images that are spread evenly over the split."""
     reader = ShardReader(manifest)
     indices = np.unique(np.linspace(0, len(reader) - 1, min(HEADERS, len(reader))).round().astype(int)).tolist()
     headers = [read_image_header(reader.read(index), name=reader.name(index)) for index in indices]

@@ -42,7 +42,7 @@ class Member(NamedTuple):
 
 
 def read_members(descriptor: int) -> Iterator[Member]:
-    """Every member of a tar, by its headers alone.
+    """Yields every member of a tar, by its headers alone.
 
     Args:
         descriptor: Of the open file; its position is not used.
@@ -81,7 +81,7 @@ def read_members(descriptor: int) -> Iterator[Member]:
 
 
 def header_size(block: bytes) -> int | None:
-    """The payload's length that a member header states; None if the 512 bytes are no header."""
+    """Returns the payload's length that a member header states; None if the 512 bytes are no header."""
     if len(block) != BLOCK or not _is_header(block, sum(block)):
         return None
     return _size(block)
@@ -98,7 +98,7 @@ class _Window:
             raise DamagedTarError("empty file")
 
     def block(self, offset: int) -> bytes | None:
-        """The header at an offset; None for the zeros that end a tar."""
+        """Reads the header at an offset; None for the zeros that end a tar."""
         if offset + BLOCK > self.length:
             where = "the end of the archive is missing" if offset >= self.length else "in a member header"
             raise DamagedTarError(f"cut off at byte {self.length}, {where}")
@@ -114,21 +114,21 @@ class _Window:
         return block
 
     def payload(self, offset: int, size: int, *, most: int, name: str) -> bytes:
-        """What follows the header at an offset."""
+        """Reads what follows the header at an offset."""
         if size > most:
             raise DamagedTarError(f"extended header of {size} bytes at byte {offset}; at most {most} are read")
         self.require(offset, size, name=name)
         return os.pread(self.descriptor, size, offset + BLOCK)
 
     def require(self, offset: int, size: int, *, name: str) -> None:
-        """Refuse a member that is longer than the file."""
+        """Refuses a member that is longer than the file."""
         held = self.length - offset - BLOCK
         if size > held:
             stated = f"{size} bytes declared, the file ends after {held}"
             raise DamagedTarError(f"cut off in member {printable(name)} at byte {offset}: {stated}")
 
     def require_end(self, offset: int) -> None:
-        """After the last member come zeros alone, two blocks at least."""
+        """Checks that only zeros follow the last member, two blocks at least."""
         if self.length - offset < len(_END):
             raise DamagedTarError(f"cut off at byte {self.length}, the end of the archive is missing")
         zeros = bytes(2**20)
@@ -158,7 +158,7 @@ class _Window:
 
 
 def _is_header(block: bytes, total: int) -> bool:
-    """Whether the checksum is right: the sum of all bytes with its own field taken as spaces."""
+    """Returns whether the checksum is right: the sum of all bytes with its own field taken as spaces."""
     field = block[148:156]
     try:
         stated = _number(field)
@@ -175,7 +175,7 @@ def _size(header: bytes) -> int:
 
 
 def _number(field: bytes) -> int:
-    """Octal digits, or, with the first bit set, GNU's base 256."""
+    """Reads octal digits or, with the first bit set, GNU's base 256."""
     if field[0] & 0x80:
         number = int.from_bytes(bytes((field[0] & 0x7F,)) + field[1:], "big")
         if field[0] & 0x40:

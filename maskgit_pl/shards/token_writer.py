@@ -38,7 +38,7 @@ _FORMAT_OF_PARTS = 1  # parts that an older version has begun are continued
 
 
 class Part(NamedTuple):
-    """What one process encodes at a time and a kill may cost: one crop of the samples [start, stop) of a split."""
+    """The work of one process at a time, which a kill may cost: one crop of the samples [start, stop) of a split."""
 
     split: Split
     crop: int

@@ -31,6 +31,8 @@ from maskgit_pl.shards.manifest import Split
 from maskgit_pl.shards.mapped_array import is_whole, map_array
 
 __all__ = [
+    "DESCRIPTION_FILE",
+    "WAY_OUT",
     "BadArray",
     "StoreDescription",
     "TokenReader",
@@ -50,12 +52,12 @@ _MAX_DESCRIPTION_BYTES = 2**25  # most of it class names
 DESCRIPTION_FILE = "store.json"
 _VALUES = 2**22  # of an array that are compared at a time
 Tokens = npt.NDArray[np.unsignedinteger[Any]]  # of StoreDescription.dtype
-_WAY_OUT = "make it again with `make tokenize` (or `maskgit tokenize`)"
+WAY_OUT = "make it again with `make tokenize` (or `maskgit tokenize`)"
 
 
 @dataclass(frozen=True)
 class StoreDescription:
-    """What a store holds and what it was made from.
+    """The description of a store: what it holds and what it was made from.
 
     Args:
         grid: Height and width of the token grid.
@@ -188,7 +190,7 @@ class TokenReader:
             expected = (rows, self.description.dtype, (len(self),), np.dtype(np.int64))
             if found != expected:
                 raise ValueError(
-                    f"token store {self.folder}, {self.split}: {expected} expected, got {found}; {_WAY_OUT}"
+                    f"token store {self.folder}, {self.split}: {expected} expected, got {found}; {WAY_OUT}"
                 )
             self._arrays = tokens, labels
         return self._arrays
@@ -218,20 +220,20 @@ class TokenReader:
         try:
             return sha256_of(path)
         except OSError as error:
-            raise ValueError(f"token store {path}: cannot be read ({error.strerror}); {_WAY_OUT}") from error
+            raise ValueError(f"token store {path}: cannot be read ({error.strerror}); {WAY_OUT}") from error
 
     def _map(self, path: Path) -> npt.NDArray[Any]:
         try:
             return map_array(path)
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"token store {path}: not there; {_WAY_OUT}") from error
+            raise FileNotFoundError(f"token store {path}: not there; {WAY_OUT}") from error
         except ValueError as error:
-            raise ValueError(f"token store {error}; {_WAY_OUT}") from error
+            raise ValueError(f"token store {error}; {WAY_OUT}") from error
 
     def _changed(self, what: str) -> DataChangedError:
         return DataChangedError(
             f"token store {self.folder}, {self.split}: changed while it is read: {what}; `maskgit data verify "
-            f"{self.folder}` names the file; {_WAY_OUT}"
+            f"{self.folder}` names the file; {WAY_OUT}"
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -261,7 +263,7 @@ def read_description(folder: str | Path) -> StoreDescription:
     """
     path = Path(folder) / DESCRIPTION_FILE
     if not path.exists():
-        raise FileNotFoundError(f"token store {folder}: none there, or not finished; {_WAY_OUT}")
+        raise FileNotFoundError(f"token store {folder}: none there, or not finished; {WAY_OUT}")
     try:
         content = read_json(path, max_bytes=_MAX_DESCRIPTION_BYTES)
         version = content.pop("format", None)
@@ -273,7 +275,7 @@ def read_description(folder: str | Path) -> StoreDescription:
         if version != 1 and not made.sha256:
             raise ValueError(f"{path}: sha256 must not be empty")
     except ValueError as error:
-        raise ValueError(f"token store {error}; {_WAY_OUT}") from error
+        raise ValueError(f"token store {error}; {WAY_OUT}") from error
     return replace(made, grid=(made.grid[0], made.grid[1]), classes=tuple(made.classes))
 
 
@@ -299,7 +301,7 @@ def open_store(folder: str | Path, **origin: object) -> dict[Split, TokenReader]
         for bad in reader.bad_arrays():
             raise ValueError(
                 f"token store {Path(folder) / bad.name}: {bad.reason}: {bad.expected} expected, got {bad.actual}; "
-                f"{_WAY_OUT}"
+                f"{WAY_OUT}"
             )
     return readers
 
@@ -330,7 +332,7 @@ def check_origin(description: StoreDescription, folder: str | Path | None, **ori
         if wanted is not None and wanted != getattr(description, name)
     ]
     if foreign:
-        raise ValueError(f"token store {folder}: {'; '.join(foreign)}; {_WAY_OUT}")
+        raise ValueError(f"token store {folder}: {'; '.join(foreign)}; {WAY_OUT}")
 
 
 def array_paths(folder: Path, split: Split) -> tuple[Path, Path]:
@@ -339,7 +341,7 @@ def array_paths(folder: Path, split: Split) -> tuple[Path, Path]:
 
 
 def _shown(value: object) -> str:
-    """Twelve digits of a fingerprint tell it from others."""
+    """Shows a value for a message; twelve digits of a fingerprint tell it from others."""
     return value[:12] if isinstance(value, str) else shorten(value)
 
 

@@ -1,4 +1,4 @@
-"""What becomes of images that cannot be read while they are needed: counted, listed, and too many end the run.
+"""Images that cannot be read while they are needed: they are counted and listed, and too many end the run.
 
 An unreadable image is replaced by the next of its split (index + 1 modulo n, again and again), with that one's label.
 Which one is shown is thus a function of the data and the index: equal on every rank and worker and after a resume. The
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from maskgit_pl.checks import check_number
 from maskgit_pl.errors import DataBudgetError
-from maskgit_pl.files import write_atomically
+from maskgit_pl.files import write_text
 from maskgit_pl.shards.image_bytes import Reason
 
 __all__ = [
@@ -77,11 +77,11 @@ class UnreadableImages:
 
     @property
     def count(self) -> int:
-        """How often a sample was replaced or could not be; a sample met in two epochs counts twice."""
+        """The number of times that a sample was replaced or could not be; a sample met in two epochs counts twice."""
         return sum(self.times.values())
 
     def add(self, index: npt.NDArray[np.int64], replacement: npt.NDArray[np.int64]) -> None:
-        """Count a batch.
+        """Counts a batch.
 
         Args:
             index: (B,) int64, the samples that were asked for.
@@ -165,8 +165,7 @@ def check_budget(budget: float) -> None:
 
 
 def write_unreadable(path: Path, splits: dict[str, UnreadableImages]) -> None:
-    """Write counts and lists of splits as JSON, replacing the file when all of it is on disk."""
+    """Writes counts and lists of splits as JSON, replacing the file when all of it is on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with write_atomically(path) as file:
-        content = {name: images.as_json() for name, images in splits.items()}
-        file.write((json.dumps(content, indent=1) + "\n").encode())
+    content = {name: images.as_json() for name, images in splits.items()}
+    write_text(path, json.dumps(content, indent=1) + "\n")

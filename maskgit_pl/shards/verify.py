@@ -38,7 +38,7 @@ class BadFile(NamedTuple):
 
 @dataclass(frozen=True)
 class Verified:
-    """What was read, and what of it is bad."""
+    """The result of reading shards: how much there is, and what of it is bad."""
 
     shards: int
     samples: int
@@ -90,7 +90,7 @@ def verify_shards(
     workers: int = 1,
     on_shard: Callable[[Split], object] = lambda split: None,
 ) -> Verified:
-    """Compare lengths, hashes, headers, places and labels of all shards with the manifests.
+    """Compares lengths, hashes, headers, places and labels of all shards with the manifests.
 
     Args:
         folder: The data folder.
@@ -133,7 +133,7 @@ def _bad_index(manifest: Manifest) -> Iterator[BadFile]:
 def _bad_summary(
     manifests: dict[Split, Manifest], scans: Sequence[ShardScan | None], jobs: Sequence[tuple[Split, int]]
 ) -> Iterator[BadFile]:
-    """Image sizes as the manifest sums them up."""
+    """Compares image sizes with the manifest's range of them."""
     for split, manifest in manifests.items():
         ranges = [
             scan.images

@@ -42,7 +42,7 @@ def make_shards(
     workers: int = 1,
     on_samples: Callable[[Split, int], object] = lambda split, count: None,
 ) -> bool:
-    """Write a data folder.
+    """Writes a data folder.
 
     Args:
         source: Where the samples come from.
@@ -85,12 +85,12 @@ def make_shards(
 
 
 def describe(source: Source, *, size: int | None = None, shard_size: int = 10_000) -> dict[str, Any]:
-    """What decides the content of a data folder, as plain JSON values."""
+    """Returns what decides the content of a data folder in plain JSON values."""
     return {"source": source.describe(), "size": size, "shard_size": shard_size}
 
 
 def is_made_from(folder: str | Path, record: dict[str, Any]) -> bool:
-    """Whether a folder holds whole shards that were made from this record.
+    """Returns whether a folder holds whole shards that were made from this record.
 
     Raises:
         ValueError: It was, but shards have been changed or lost since.
@@ -111,7 +111,7 @@ def write_split(
     on_sample: Callable[[Split], object] = lambda split: None,
     first_shard: int = 0,
 ) -> None:
-    """Write ``SPLIT-%06d.tar`` shards; keys count the samples, so that they are safe names and keep the order."""
+    """Writes ``SPLIT-%06d.tar`` shards; keys count the samples, so that they are safe names and keep the order."""
     from webdataset import ShardWriter
 
     # One owner and time for all members: the same samples give the same bytes, hence the same fingerprint.
@@ -134,7 +134,7 @@ def write_split(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What all shards of a data folder have in common."""
+    """The settings that all shards of a data folder have in common."""
 
     source: Source
     folder: Path
@@ -147,7 +147,7 @@ class _Plan:
         return range(start, min(start + self.shard_size, self.source.counts[split]))
 
     def path(self, split: Split, shard: int) -> Path:
-        """Of a shard that is whole."""
+        """Returns the path of a shard that is whole."""
         return self.folder / f"{split}-{shard:06d}.tar"
 
     def left_out_path(self, split: Split, shard: int) -> Path:
@@ -160,7 +160,7 @@ class _Plan:
 
 
 def _partial_folder(folder: Path, record: dict[str, Any]) -> Path:
-    """Where the folder is built; what an interrupted run of the same command left there is kept."""
+    """Returns the folder that is built; what an interrupted run of the same command left there is kept."""
     partial = folder.with_name(f".{folder.name}.partial")
     if _read_record(partial) != record:
         shutil.rmtree(partial, ignore_errors=True)
@@ -197,7 +197,7 @@ def _write_missing(plan: _Plan, *, workers: int, on_samples: Callable[[Split, in
 def _write_shard(
     plan: _Plan, job: tuple[Split, int], *, on_sample: Callable[[Split], object] = lambda split: None
 ) -> None:
-    """One shard; it takes its name when it is whole and on the disk."""
+    """Writes one shard; it takes its name when it is whole and on the disk."""
     split, shard = job
     left_out: list[UnreadableSample] = []
     samples = _readable(plan, split, shard, left_out, on_sample=on_sample)
@@ -223,7 +223,7 @@ def _readable(
     *,
     on_sample: Callable[[Split], object],
 ) -> Iterator[Sample]:
-    """The samples of a shard, resized if they are to be; the rest is added to a list."""
+    """Yields the samples of a shard, resized if they are to be; the rest is added to a list."""
     for sample in plan.source.samples(split, plan.places(split, shard)):
         made = sample if isinstance(sample, UnreadableSample) or plan.size is None else _resized(sample, plan.size)
         if isinstance(made, Sample):
@@ -264,7 +264,7 @@ def _listed(lines: list[str]) -> str:
 
 
 def _resized(sample: Sample, size: int) -> Sample | UnreadableSample:
-    """A sample whose image is a square of that side; JPEG stays JPEG (quality 95), everything else becomes PNG."""
+    """Makes a sample's image a square of that side; JPEG stays JPEG (quality 95), everything else becomes PNG."""
     header = read_image_header(sample.data, name=sample.name)
     if header.height == header.width == size:
         return sample

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from maskgit_pl import interruption
+from maskgit_pl.distributed import rank_and_world
 from maskgit_pl.errors import NonFiniteError, PreemptedError
 from maskgit_pl.training.checkpoints import Checkpoints
 
@@ -141,8 +142,9 @@ class _Verdict(NamedTuple):
 def _vote(device: torch.device, *, losses: Sequence[Tensor] = (), norms: Sequence[Tensor] = ()) -> _Verdict:
     """Exchanges one tensor between the ranks; every rank calls it at the same place."""
     stops = interruption.is_requested()
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        worst = _is_any_not_finite(losses, device) * (1 + dist.get_rank())
+    rank, world_size = rank_and_world()
+    if world_size > 1:
+        worst = _is_any_not_finite(losses, device) * (1 + rank)
         ballot = torch.stack([torch.tensor(float(stops), device=device), _is_any_not_finite(norms, device), worst])
         dist.all_reduce(ballot, dist.ReduceOp.MAX)
         stopped, norm, worst_rank = ballot.tolist()

@@ -196,7 +196,7 @@ def test_class_names_are_checked(tmp_path):
     for names in ("a,,b", "a,a", ","):
         with pytest.raises(ValueError, match="class names: each once and none empty"):
             call("index", folder, "--class-names", names)
-    with pytest.raises(ValueError, match="below 1 is needed, got 1"):
+    with pytest.raises(ValueError, match="must be a class below 1, got 1"):
         call("index", folder, "--class-names", "a")
 
 

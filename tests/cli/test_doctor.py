@@ -180,7 +180,7 @@ def test_data_that_was_cut_off_is_named(doctor, tiny_shards, tmp_path):
 def test_a_perceptual_network_without_weights_leaves_the_rest_examined(doctor):
     network = "{network: {name: timm, model: resnet18, weights: no-such-file}, weight: 0.1}"
     answer = doctor("tokenizer", f"--model.perceptual={network}")
-    fails(answer, "recipe", "an existing file is needed, got no-such-file", "--model.perceptual.network.weights FILE")
+    fails(answer, "recipe", "must be an existing file, got no-such-file", "--model.perceptual.network.weights FILE")
     assert "without the perceptual network" in answer[1]
     assert "1 of" in answer[1]
 

@@ -42,7 +42,7 @@ def test_no_other_file_is_called_lpips(backbone, monkeypatch, tmp_path: Path) ->
     name, _, file, _ = backbone
     with monkeypatch.context() as patch:
         patch.setattr(torch, "load", lambda *args, **options: pytest.fail("loaded"))
-        with pytest.raises(ValueError, match=rf"lpips '{name}' weights: a file whose sha256 begins with"):
+        with pytest.raises(ValueError, match=rf"lpips '{name}' weights must be a file whose sha256 begins with"):
             load_lpips(f"{name}={file}")
     torch.save({"features.0.weight": torch.zeros(3)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="with other tensors"):

@@ -102,11 +102,11 @@ def test_an_output_without_weights_is_its_bias():
 def test_a_network_elsewhere_is_refused():
     with torch.device("meta"):
         network = MaskedTransformer(CONFIG)
-    with pytest.raises(ValueError, match="int8: a network on the processor is needed, got one on meta"):
+    with pytest.raises(ValueError, match="int8: the network must be on the CPU, got one on meta"):
         quantized(network)
 
 
 def test_a_torch_without_8_bit_products_is_refused(monkeypatch, networks):
     monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: False)
-    with pytest.raises(ValueError, match="int8: a torch built with oneDNN is needed"):
+    with pytest.raises(ValueError, match="int8: torch must be built with oneDNN"):
         quantized(networks[0])

@@ -70,8 +70,8 @@ def test_other_columns_and_names_of_ones_own(tars, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"labels": [0, 3, 1]}, r"row 1: a class below 3 is needed, got 3"),
-        ({"labels": [0, -1, 1]}, r"row 1: a class below 3 is needed, got -1"),
+        ({"labels": [0, 3, 1]}, r"row 1: the class must be below 3, got 3"),
+        ({"labels": [0, -1, 1]}, r"row 1: the class must be below 3, got -1"),
         ({"labels": [0, None, 1]}, r"1 rows have no 'label'"),
         ({"labels": ["a", "b", "c"]}, r"must hold class numbers, got string"),
         ({"names": ["a", "b"]}, r"class names are not those of"),
@@ -90,12 +90,12 @@ def test_files_that_are_no_parquet_or_hold_only_paths_are_refused(tars, tmp_path
         open_source(tmp_path)
     table = pa.table({"label": [0, 1]})
     pq.write_table(table, tmp_path / "train.parquet")
-    with pytest.raises(ValueError, match="a column of image bytes is needed, got label"):
+    with pytest.raises(ValueError, match="one column must hold image bytes, got label"):
         open_source(tmp_path)
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     rows = pa.array([{"bytes": None, "path": "/etc/passwd"}] * 40, kind)
     pq.write_table(pa.table({"image": rows, "label": [0] * 40}), tmp_path / "train.parquet")
-    with pytest.raises(ValueError, match=r"train\.parquet: row \d+: the image's bytes are needed"):
+    with pytest.raises(ValueError, match=r"train\.parquet: row \d+: the image must be there as bytes"):
         make_shards(open_source(tmp_path, val_fraction=0.5), tmp_path / "out")
 
 

@@ -23,7 +23,7 @@ def test_a_label_that_is_no_class_is_refused_by_name_before_training(tmp_path, s
     splits = {"train": samples, "val": samples}
     folder = save_data(tmp_path, {**splits, split: [*samples, (b"", label)]})
     with pytest.raises(
-        ValueError, match=rf"labels in \[0, 3\) are needed.*\n.*{split}-000000.tar:00000003.jpg: {label}\n"
+        ValueError, match=rf"labels must be in \[0, 3\), got others.*\n.*{split}-000000.tar:00000003.jpg: {label}\n"
     ):
         ShardData(ShardDataConfig(str(folder), global_batch=2)).setup()
 

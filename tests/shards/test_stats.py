@@ -39,7 +39,7 @@ def test_first_images_of_each_class(folder):
 
 def test_a_label_that_is_no_class_is_refused_and_not_counted_up_to(tmp_path):
     folder = save_data(tmp_path, {"train": [(b"", 2**31 - 1)]})
-    with pytest.raises(ValueError, match=r"labels in \[0, 3\) are needed"):
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 3\)"):
         read_statistics(folder)
 
 

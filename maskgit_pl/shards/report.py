@@ -1,0 +1,152 @@
+"""Lines for people that tell what a data folder holds and what is wrong with it. Printed by ``maskgit data``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from maskgit_pl.files import size_text
+from maskgit_pl.shards.manifest import DataSummary, Split
+from maskgit_pl.shards.scan import format_counts
+from maskgit_pl.shards.writer import LEFT_OUT
+from maskgit_pl.text import printable
+
+if TYPE_CHECKING:
+    from maskgit_pl.shards.index import Indexed
+    from maskgit_pl.shards.stats import DataStatistics
+    from maskgit_pl.shards.verify import BadFile, Verified, VerifiedStore
+
+__all__ = [
+    "count_shards",
+    "describe_bad_files",
+    "describe_data",
+    "describe_store",
+    "describe_verified",
+    "index_lines",
+    "statistics_lines",
+    "unreadable_lines",
+]
+
+_COLOURS = {1: "grey", 3: "RGB", 4: "with alpha"}  # by channels
+_LONGEST_BAR = 40  # characters
+
+
+def count_shards(count: int) -> str:
+    """Returns ``1 shard`` or ``12 shards``."""
+    return "1 shard" if count == 1 else f"{count} shards"
+
+
+def describe_data(folder: Path, summary: DataSummary, done: str) -> str:
+    """Returns a line on the samples, classes and images of a data folder.
+
+    Args:
+        folder: The data folder.
+        summary: Of its manifests.
+        done: What was done with it, such as ``"indexed"``.
+    """
+    heights, widths = summary.images.height, summary.images.width
+    counts = ", ".join(f"{count} {split}" for split, count in summary.samples.items())
+    size = " x ".join(str(low) if low == high else f"{low}-{high}" for low, high in (heights, widths))
+    colour = "grey" if summary.channels == 1 else "colour"
+    classes = "1 class" if summary.num_classes == 1 else f"{summary.num_classes} classes"
+    return f"{folder}: {done}: {counts}; {classes}; {size} pixels, {colour}"
+
+
+def unreadable_lines(folder: Path) -> Iterator[str]:
+    """Yields a line on the images that ``maskgit data make --lenient`` left out, if there are any."""
+    if (folder / LEFT_OUT).is_file():
+        with open(folder / LEFT_OUT, "rb") as file:
+            yield f"{sum(1 for _ in file)} images that cannot be read, listed in {LEFT_OUT}"
+
+
+def index_lines(folder: Path, shards: Mapping[Split, Sequence[Path]], how: str, indexed: Indexed) -> Iterator[str]:
+    """Yields lines on what ``index_shards`` has found.
+
+    Args:
+        folder: The data folder.
+        shards: Of each split.
+        how: How the splits were chosen.
+        indexed: What was found.
+    """
+    for split, paths in shards.items():
+        names = [path.relative_to(folder).as_posix() for path in paths]
+        yield f"  {split}: {count_shards(len(names))}, {names[0] if len(names) == 1 else f'{names[0]} ... {names[-1]}'}"
+    yield f"  {how}"
+    for split, manifest in indexed.manifests.items():
+        yield from (f"  {split}: left out: {count} {printable(fault)}" for fault, count in manifest.left_out.items())
+        if indexed.ignored[split]:
+            yield f"  {split}: members not read: {format_counts(indexed.ignored[split])}"
+    yield from (f"  {printable(note, limit=None)}" for note in indexed.notes)
+
+
+def describe_bad_files(bad: Sequence[BadFile], source: str) -> str:
+    """Returns a table of files that are not what their description says.
+
+    Args:
+        bad: At least one.
+        source: What describes them, such as ``"the manifest"``.
+    """
+    rows = [("file", "expected", "found", "reason"), *bad]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = ["  ".join([*map(str.ljust, row[:3], widths), row[3]]) for row in rows]
+    files = "1 file is" if len(bad) == 1 else f"{len(bad)} files are"
+    return "\n  ".join([f"{files} not what {source} says", *lines])
+
+
+def describe_verified(folder: Path, found: Verified, *, decoded: bool) -> str:
+    """Returns a line on shards that are as their manifests say."""
+    what = "hashes, headers, labels and images" if decoded else "hashes, headers and labels"
+    amount = f"{count_shards(found.shards)}, {found.samples} samples, {size_text(found.bytes)}"
+    return f"{folder}: {amount}: {what} are as indexed"
+
+
+def describe_store(folder: Path, found: VerifiedStore) -> str:
+    """Returns a line on a token store that is as its description says."""
+    size = f"{folder}: {found.rows} rows, {size_text(found.bytes)}"
+    if found.has_hashes:
+        return f"{size}: hashes and ranges are as written"
+    return f"{size}: all values are in range; an older version made this store without hashes to compare with"
+
+
+def statistics_lines(folder: Path, statistics: DataStatistics) -> Iterator[str]:
+    """Yields lines on splits, classes and sizes of a data folder."""
+    for split, manifest in statistics.manifests.items():
+        total = size_text(sum(shard.bytes for shard in manifest.shards))
+        yield f"{folder}: {split}: {manifest.samples} samples in {count_shards(len(manifest.shards))}, {total}"
+        yield from (f"  left out: {count} {printable(fault)}" for fault, count in manifest.left_out.items())
+    yield from (f"  left out: {printable(line)}" for line in unreadable_lines(folder))
+    yield ""
+    yield from _class_table(statistics)
+    yield ""
+    yield from _size_lines(statistics)
+
+
+def _class_table(statistics: DataStatistics) -> Iterator[str]:
+    names, splits = [printable(name) for name in statistics.summary.classes], list(statistics.classes)
+    width = max(map(len, ["class", *names]))
+    digits = {split: max(len(split), len(str(statistics.classes[split].max()))) for split in splits}
+    yield "  ".join(["label", "class".ljust(width), *(split.rjust(digits[split]) for split in splits)])
+    for label, name in enumerate(names):
+        counts = (str(statistics.classes[split][label]).rjust(digits[split]) for split in splits)
+        yield "  ".join([str(label).rjust(5), name.ljust(width), *counts])
+
+
+def _size_lines(statistics: DataStatistics) -> Iterator[str]:
+    heights, widths = statistics.summary.images.height, statistics.summary.images.width
+    channels = ", ".join(_COLOURS[channel] for channel in statistics.summary.images.channels)
+    if heights[0] == heights[1] and widths[0] == widths[1]:
+        yield f"all images {heights[0]} x {widths[0]} pixels (height x width), {channels}"
+        return
+    median = " x ".join(map(str, statistics.medians))
+    smallest, largest = (f"{heights[end]} x {widths[end]}" for end in (0, 1))
+    yield f"height x width: smallest {smallest}, median {median}, largest {largest} pixels; {channels}"
+    bars = statistics.short_sides
+    if len(bars) < 2:
+        return
+    yield f"shorter side in pixels, {statistics.measured} images of train:"
+    most = max(bar.images for bar in bars)
+    spans = [f"{bar.low}-{bar.high}" if bar.low < bar.high else str(bar.low) for bar in bars]
+    for span, bar in zip(spans, bars, strict=True):
+        stroke = "#" * -(-_LONGEST_BAR * bar.images // most)
+        yield f"  {span.rjust(max(map(len, spans)))}  {stroke} {bar.images}".rstrip()
