@@ -47,7 +47,13 @@ def find_folder(
         ValueError: if a repository holds something else.
     """
     if not Path(path_or_hub_id).is_dir() and _is_hub_id(str(path_or_hub_id)):
-        return _fetch(str(path_or_hub_id), revision, cache_dir, local_files_only, token)
+        return _fetch(
+            str(path_or_hub_id),
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            token=token,
+        )
     return local_folder(path_or_hub_id)
 
 
@@ -95,7 +101,12 @@ def _is_hub_id(text: str) -> bool:
 
 
 def _fetch(
-    hub_id: str, revision: str | None, cache_dir: Path | str | None, local_files_only: bool, token: str | bool | None
+    hub_id: str,
+    *,
+    revision: str | None,
+    cache_dir: Path | str | None,
+    local_files_only: bool,
+    token: str | bool | None,
 ) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (

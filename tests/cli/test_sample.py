@@ -268,7 +268,7 @@ def test_progress_is_told_in_lines_with_the_time_left(capsys, monkeypatch) -> No
 
 def test_a_model_of_the_hub_is_named_by_its_id(tiny_pretrained: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sharing, "_fetch", lambda name, *options: {"owner/name": tiny_pretrained}[name])
+    monkeypatch.setattr(sharing, "_fetch", lambda name, **options: {"owner/name": tiny_pretrained}[name])
     assert call("owner/name", "--per-class", 1) == 0
     (tmp_path / "runs").mkdir()
     for path in ("runs/nowhere", "nowhere"):
