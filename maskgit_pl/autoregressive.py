@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from maskgit_pl.data import Batch
-from maskgit_pl.decoding import DecodingStep, SequentialDecoding, decode_in_order
+from maskgit_pl.decoding import ConditionalModel, DecodingStep, SequentialDecoding, decode_in_order
 from maskgit_pl.networks.causal import CausalTransformer
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.token_model import NUM_BINS, TokenModel
@@ -74,11 +74,9 @@ class AutoregressiveModel(TokenModel):
 
     def _decode(self, labels: Sequence[int], seeds: Sequence[int]) -> Iterator[DecodingStep]:
         return decode_in_order(
-            cast("CausalTransformer", self.averaged_network),
+            ConditionalModel.of(cast("CausalTransformer", self.averaged_network), self.device),
             labels,
             seeds,
             decoder=self.decoder,
             scales=self.decoding.scales(),
-            null_label=self.config.null_label,
-            device=self.device,
         )

@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
 from maskgit_pl.data import Batch
-from maskgit_pl.decoding import DecodingConfig, DecodingStep, decode_classes
+from maskgit_pl.decoding import ConditionalModel, DecodingConfig, DecodingStep, decode_classes
 from maskgit_pl.masking import MaskSampler
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.schedules import mask_schedules
@@ -78,13 +78,9 @@ class MaskedTokenModel(TokenModel):
 
     def _decode(self, labels: Sequence[int], seeds: Sequence[int]) -> Iterator[DecodingStep]:
         return decode_classes(
-            self.averaged_network,
+            ConditionalModel.of(cast("MaskedTransformer", self.averaged_network), self.device),
             labels,
             seeds,
             decoder=self.decoder,
             scales=self.decoding.scales(),
-            grid=self.config.grid,
-            mask_token_id=self.config.mask_token_id,
-            null_label=self.config.null_label,
-            device=self.device,
         )

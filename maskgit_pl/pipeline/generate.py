@@ -12,7 +12,14 @@ from PIL import Image
 from torch import Tensor
 from typing_extensions import Self
 
-from maskgit_pl.decoding import DecodingConfig, DecodingStep, FirstStepLogits, decode_classes, decode_in_order
+from maskgit_pl.decoding import (
+    ConditionalModel,
+    DecodingConfig,
+    DecodingStep,
+    FirstStepLogits,
+    decode_classes,
+    decode_in_order,
+)
 from maskgit_pl.devices import check_device
 from maskgit_pl.networks.causal import CausalTransformer
 from maskgit_pl.networks.int8 import Int8Linear
@@ -203,34 +210,32 @@ class Generator:
     ) -> Iterator[DecodingStep]:
         """Decodes some of the results; ``tokens`` (len(rows), N) int64 to start from."""
         network, part = self.transformer.network, request.part(rows)
-        config = network.config
+        scales, negative_labels = part.decoding.scales(), part.negative_labels
         if isinstance(network, CausalTransformer):
             assert tokens is None
             return decode_in_order(
-                network,
+                ConditionalModel.of(network, self.device),
                 part.labels,
                 part.seeds,
-                decoder=part.decoding.sequential_decoder(config.num_tokens),
-                scales=part.decoding.scales(),
-                null_label=config.null_label,
-                device=self.device,
-                negative_labels=part.negative_labels,
+                decoder=part.decoding.sequential_decoder(network.config.num_tokens),
+                scales=scales,
+                negative_labels=negative_labels,
             )
-        return decode_classes(
+        model = ConditionalModel.of(
             network,
+            self.device,
+            first_step_logits=self._first_step,
+            context_cache=part.decoding.context_cache,
+        )
+        return decode_classes(
+            model,
             part.labels,
             part.seeds,
             decoder=part.decoding.decoder(self.transformer.mask_schedule),
-            scales=part.decoding.scales(),
-            grid=config.grid,
-            mask_token_id=config.mask_token_id,
-            null_label=config.null_label,
-            device=self.device,
-            negative_labels=part.negative_labels,
+            scales=scales,
+            negative_labels=negative_labels,
             tokens=tokens,
             first_step=first_step,
-            first_step_logits=self._first_step,
-            refresh=part.decoding.refresh,
         )
 
     def _images(self, steps: Iterator[DecodingStep], callback: StepCallback | None) -> Tensor:

@@ -20,6 +20,7 @@ from maskgit_pl.registry import nearest
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+    from _typeshed import DataclassInstance
     from PIL import Image
     from torch import Tensor
 
@@ -44,7 +45,7 @@ OutputType = Literal["pil", "pt", "np"]
 Images: TypeAlias = Union[list["Image.Image"], "Tensor", "npt.NDArray[np.uint8]"]
 Seeds: TypeAlias = int | Sequence[int]
 StepCallback: TypeAlias = Callable[["DecodingStep"], object]
-Options = TypeVar("Options", bound="GenerateOptions | Any")
+Options = TypeVar("Options", bound="DataclassInstance")
 
 # Settings that replace one argument of a plug-in: name -> (field of DecodingConfig, argument, range).
 _ARGUMENTS = {
