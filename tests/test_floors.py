@@ -27,7 +27,7 @@ FLOORS = {  # a file or a folder -> its floor; a folder's files stand on its flo
     "decoding": 2,
     "losses": 2,
     "shards": 2,
-    "pretrained": 2,
+    "pretrained": 3,
     "editing": 3,
     "imaging": 3,
     "data": 4,

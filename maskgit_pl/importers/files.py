@@ -1,16 +1,13 @@
-"""What is asked of an import's files and of the folder that it writes, before anything heavy is imported."""
+"""Checks of the files that an import reads and of the folder that it writes, before anything heavy is imported."""
 
 from __future__ import annotations
 
-import os
-import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["Format", "check_out", "flax_file", "torch_file", "whole_folder"]
+__all__ = ["Format", "check_out", "flax_file", "torch_file"]
 
 Format = Literal["msgpack", "pickle", "safetensors", "zip"]
 
@@ -68,26 +65,6 @@ def check_out(folder: Path) -> None:
     above = next(path for path in folder.absolute().parents if path.exists())
     if not above.is_dir():
         raise NotADirectoryError(f"import {folder}: a folder is needed above it, got the file {above}")
-
-
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """Gives a folder to write to, which becomes ``folder`` at the end; after an error nothing is there.
-
-    Args:
-        folder: Checked by ``check_out``.
-
-    Yields:
-        An empty folder beside it.
-    """
-    fresh = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    try:
-        yield fresh
-        fresh.rename(folder)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def _format(path: Path, accepted: Sequence[Format], needed: str) -> Format:

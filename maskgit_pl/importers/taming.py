@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskgit_pl.importers.files import check_out, torch_file, whole_folder
+from maskgit_pl.files import write_folder
+from maskgit_pl.importers.files import check_out, torch_file
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.networks.weight_file import check_archive, check_held, check_tensor, read_tensors
 from maskgit_pl.pretrained import save_tokenizer
@@ -158,7 +159,7 @@ def import_taming(file: Path, out: Path, *, image_size: int = 256) -> ImportedTo
     except ValueError as error:
         raise ValueError(f"checkpoint {file}: {error}") from error
     config.grid(image_size)
-    with whole_folder(out) as fresh:
+    with write_folder(out) as fresh:
         save_tokenizer(fresh / "tokenizer", config, weights, image_size=image_size)
     count = sum(tensor.numel() for tensor in weights.values())
     return ImportedTokenizer(out / "tokenizer", layout_of(tensors).name, config, count, (*beside, *ignored))
