@@ -73,9 +73,9 @@ class Margins:
         Returns:
             (..., H + up + down, W + left + right) elements.
         """
-        from torch.nn import functional
+        import torch.nn.functional as F
 
-        return functional.pad(image, [side // size for side in self.sides], mode=mode)
+        return F.pad(image, [side // size for side in self.sides], mode=mode)
 
 
 def check_canvas(height: int, width: int, *, factor: int, least: int) -> None:

@@ -134,7 +134,7 @@ def fitted(image: Tensor, mask: Tensor, *, image_size: int, fit: bool, name: str
     Raises:
         ValueError: The two sizes differ, another size without ``fit``, or a mask that is False everywhere.
     """
-    from torch.nn import functional
+    import torch.nn.functional as F
 
     from maskgit_pl.shards.images import fit_square
 
@@ -147,7 +147,7 @@ def fitted(image: Tensor, mask: Tensor, *, image_size: int, fit: bool, name: str
     if not bool(mask.any()):
         raise ValueError(f"mask of {name}: something to generate is needed, got none; paint it white, or name a box")
     square = fit_square(mask[None].to(image.dtype), image_size=min(height, width), crop=None)
-    cut = functional.adaptive_max_pool2d(square.float(), image_size)[0] > 0
+    cut = F.adaptive_max_pool2d(square.float(), image_size)[0] > 0
     if not bool(cut.any()):
         raise ValueError(f"mask of {name}: all of it lies outside the square in the middle; crop the image yourself")
     return fit_square(image, image_size=image_size, crop=None), cut

@@ -122,15 +122,15 @@ def token_mask(mask: Tensor, *, factor: int, dilation: int = 0) -> Tensor:
     Source: released code: the box in tokens, and one more on each side. It rounds a box's position and size down, so
     that a box between tokens may lose its last pixels; here none is lost.
     """
-    from torch.nn import functional
+    import torch.nn.functional as F
 
     if dilation < 0:
         raise ValueError(f"dilation: at least 0 tokens are needed, got {dilation}")
     bottom, right = -mask.shape[0] % factor, -mask.shape[1] % factor  # what the last tokens cover beyond the image
-    whole = functional.pad(mask.float(), (0, right, 0, bottom))
+    whole = F.pad(mask.float(), (0, right, 0, bottom))
     tokens = reduce(whole, "(h fh) (w fw) -> 1 h w", "max", fh=factor, fw=factor)
     if dilation > 0:
-        tokens = functional.max_pool2d(tokens, 2 * dilation + 1, stride=1, padding=dilation)
+        tokens = F.max_pool2d(tokens, 2 * dilation + 1, stride=1, padding=dilation)
     return tokens[0] > 0
 
 

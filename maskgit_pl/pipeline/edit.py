@@ -11,7 +11,6 @@ from torch import Tensor
 
 from maskgit_pl import editing
 from maskgit_pl.editing import Box, ImageLike, Margins, MaskLike
-from maskgit_pl.imaging import to_unit_range
 from maskgit_pl.pipeline.canvas import Canvas
 from maskgit_pl.pipeline.classes import Classes
 from maskgit_pl.pipeline.generate import Generator
@@ -24,8 +23,7 @@ from maskgit_pl.pipeline.options import (
     check_output_type,
     read_options,
 )
-from maskgit_pl.pipeline.requests import Edit, Request, rows_by_first_step, slices
-from maskgit_pl.pretrained import images_at_once
+from maskgit_pl.pipeline.requests import Edit, Request, rows_by_first_step
 from maskgit_pl.randomness import random_bits
 
 __all__ = ["Editor"]
@@ -77,7 +75,8 @@ class Editor(Generator):
         read, request = self._edit_request(classes, output_type, options)
         count, config = len(request.labels), self.transformer.network.config
         edits = Edit.all_of(image, mask, count=count, tokenizer=self.tokenizer, options=read)
-        tokens = self._encode(torch.stack([edit.original for edit in edits]), request.batch_size)
+        originals = torch.stack([edit.original for edit in edits])
+        tokens = self.tokenizer.encode(originals, batch_size=request.batch_size)
         if len(edits) < count:  # one image and one mask for all
             edits, tokens = edits * count, tokens.expand(count, -1)
         unknown = torch.stack([edit.unknown.flatten() for edit in edits])
@@ -272,17 +271,6 @@ class Editor(Generator):
             filled.append(self.tokenizer.decode(canvas.tokens.flatten(1), grid=(unknown.shape[0], unknown.shape[1])))
         return torch.cat(filled)
 
-    def _encode(self, images: Tensor, batch_size: int) -> Tensor:
-        """(n, C, H, W) uint8 -> tokens (n, N) int64 on the CPU."""
-        network = self.tokenizer.network
-        like = next(network.parameters())
-        with torch.no_grad():
-            tokens = [
-                network.encode(to_unit_range(images[part]).to(like)).cpu()
-                for part in slices(len(images), min(batch_size, images_at_once(*images.shape[-2:])))
-            ]
-        return torch.cat(tokens)
-
     def _encode_within(self, pixels: Tensor, added: Margins) -> Tensor:
         """Encodes an image that is to be extended: (C, H, W) uint8 -> tokens (h, w) int64 on the CPU.
 
@@ -293,7 +281,7 @@ class Editor(Generator):
         factor = config.downsampling_factor
         around = added.at_most(self.tokenizer.image_size // 2 // factor * factor)
         repeated = around.padded(pixels.float(), size=1, mode="replicate").to(pixels.dtype)
-        tokens = self._encode(repeated[None], 1)
+        tokens = self.tokenizer.encode(repeated[None])
         rows, columns = config.grid((repeated.shape[-2], repeated.shape[-1]))
         grid = rearrange(tokens, "1 (h w) -> h w", h=rows)
         left, right, up, down = (side // factor for side in around.sides)

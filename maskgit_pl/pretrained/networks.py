@@ -37,6 +37,22 @@ class PretrainedTokenizer:
         """Rows and columns of tokens of an image of ``image_size``."""
         return self.network.config.grid(self.image_size)
 
+    def encode(self, images: Tensor, *, batch_size: int | None = None) -> Tensor:
+        """Encodes images to tokens, as many at a time as ``images_at_once`` says, on the network's device.
+
+        Args:
+            images: (n, C, H, W) uint8.
+            batch_size: At most so many at a time.
+
+        Returns:
+            (n, N) int64 on the CPU, in [0, K).
+        """
+        like = next(self.network.parameters())
+        count = min(batch_size or len(images), images_at_once(*images.shape[-2:]))
+        with torch.no_grad():
+            pixels = ((part.to(torch.float32) / 255).to(like) for part in images.split(count))
+            return torch.cat([self.network.encode(part).cpu() for part in pixels])
+
     def decode(self, tokens: Tensor, *, grid: tuple[int, int] | None = None) -> Tensor:
         """Decodes tokens to images, as many at a time as ``images_at_once`` says, on the network's device.
 
