@@ -15,6 +15,7 @@ FLOORS = {  # a file or a folder -> its floor; a folder's files stand on its flo
     "devices": 0,
     "interruption": 0,
     "files": 0,
+    "launcher": 0,
     "locks": 0,
     "registry": 0,
     "text": 0,

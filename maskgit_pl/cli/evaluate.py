@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from maskgit_pl.cli.bulk import device_of_rank
 from maskgit_pl.cli.measuring import (
     RunFolders,
     add_cas_arguments,
@@ -25,7 +24,7 @@ from maskgit_pl.cli.measuring import (
 )
 from maskgit_pl.cli.model import check_at_least, naming_flags, read_outline
 from maskgit_pl.cli.outputs import check_outputs
-from maskgit_pl.cli.showing import write_gif
+from maskgit_pl.launcher import local_rank
 
 if TYPE_CHECKING:
     from maskgit_pl.cli.measuring import Bars
@@ -91,12 +90,13 @@ def run(args: argparse.Namespace) -> int:
     with naming_flags(args):
         outline = read_outline(folders.pretrained)
         outline.check_decoding(outline.decoding_with(num_steps=args.num_steps))
+    from maskgit_pl.devices import default_device
     from maskgit_pl.distributed import process_group
     from maskgit_pl.evaluation.protocol import Protocol, check_decoding
 
     with process_group() as several:
         if several and args.device is None:
-            args.device = device_of_rank()
+            args.device = default_device(local_rank=local_rank())
         pipe = open_model(folders, args)
         decoding = pipe.decoding_with(num_steps=args.num_steps)
         check_decoding(pipe, decoding)
@@ -216,7 +216,7 @@ def _write_pictures(
 ) -> None:
     import torch
 
-    from maskgit_pl.imaging import image_grid, reconstruction_grid, save_png, to_unit_range
+    from maskgit_pl.imaging import image_grid, reconstruction_grid, save_animation, save_png
 
     data, pipe = bench.data, subject.pipe
     classes = sorted({number * data.num_classes // _SHOWN_CLASSES for number in range(_SHOWN_CLASSES)})
@@ -230,12 +230,11 @@ def _write_pictures(
     save_png(grid, folder / "samples.png")
 
     originals = bench.real_images("val", _SHOWN_PAIRS)[0]
-    with torch.inference_mode():
-        tokens = pipe.tokenizer.network.encode(to_unit_range(originals.to(pipe.device)))
-    save_png(reconstruction_grid(originals, pipe.tokenizer.decode(tokens)), folder / "reconstructions.png")
+    reconstructions = pipe.tokenizer.decode(pipe.tokenizer.encode(originals))
+    save_png(reconstruction_grid(originals, reconstructions), folder / "reconstructions.png")
 
     shown = classes[:_ANIMATED]
     seeds = [seed + number for number in range(len(shown))]
     steps = list(pipe.steps(shown, seed=seeds, decoding=decoding))
     captions = [pipe.class_names[label] for label in shown]
-    write_gif(pipe, steps, folder / "decoding.gif", captions=captions, grid=pipe.tokenizer.grid)
+    save_animation(steps, pipe.tokenizer.decode, folder / "decoding.gif", grid=pipe.tokenizer.grid, captions=captions)

@@ -28,14 +28,14 @@ class DecodingConfig:
     """How images are decoded, in plain values, as a recipe and a pretrained folder hold it.
 
     Args:
-        num_steps: T, in [1, 65536].
+        num_steps: Number of decoding steps T, in [1, 65536].
         token_selector: Name or mapping of a registered token selector; ``raster`` for a sequential model.
         guidance: Name or mapping of a registered guidance schedule.
-        sampling_temperature: As of ``CodeSampling``: a number, or one for the first and one for the last step.
-        top_k: As of ``CodeSampling``.
-        top_p: As of ``CodeSampling``.
-        tokens_per_step: How many tokens are decided in each step, in place of the mask schedule; T numbers.
-        mask_schedule: Name or mapping of a mask schedule to decode with; None is the one of the training.
+        sampling_temperature: Temperature of the codes drawn, at least 0; two numbers go from the first to the last step.
+        top_k: Number of likeliest codes that are drawn from, at least 1; None is all.
+        top_p: Probability of the likeliest codes that are drawn from, in (0, 1]; None is all codes.
+        tokens_per_step: Number of tokens decided in each of the T steps, in place of the mask schedule.
+        mask_schedule: Name or mapping of a registered mask schedule to decode with; None is that of the training.
         context_cache: 1 computes all tokens at each step and is exact. With more, each step computes the tokens that
             are masked or just decided, and only every so many steps all of them: approximate; see ``CachedPredictor``
             for the time that was measured.

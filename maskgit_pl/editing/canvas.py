@@ -113,7 +113,7 @@ def check_overlap(overlap: float) -> None:
         ValueError: Not in (0, 1).
     """
     if not 0 < overlap < 1:
-        raise ValueError(f"overlap: a share in (0, 1) of a window is needed, got {overlap}")
+        raise ValueError(f"overlap: a share in (0, 1) is needed, got {overlap}")
 
 
 @dataclass(frozen=True)

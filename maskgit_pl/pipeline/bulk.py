@@ -101,6 +101,7 @@ def generate_many(
     own = range(bulk.rank, plan.num_parts, bulk.world_size)
     missing = [part for part in own if not work.has(part)]
     found, to_make = (sum(len(plan.rows(part)) for part in parts) for parts in (set(own) - set(missing), missing))
+    _log.info("%s: sampling %d images, %d of them are there", file, found + to_make, found)
     if on_start is not None:
         on_start(found + to_make, found)
     for part in missing:  # 2

@@ -15,7 +15,6 @@ __all__ = ["Classes", "class_ids", "parse_class", "parse_classes"]
 Classes: TypeAlias = int | str | Sequence[int | str | None]
 
 _MAX_LISTED = 20  # with more classes, an error lists only the nearest names
-_MAX_SHOWN = 10  # classes that ``all`` stands for
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 
 
@@ -47,7 +46,7 @@ def parse_class(word: str, names: Sequence[str]) -> int | str:
     return int(word) if word not in names and _INTEGER.fullmatch(word) else word
 
 
-def parse_classes(text: str, names: Sequence[str], *, max_shown: int = _MAX_SHOWN) -> list[int | str]:
+def parse_classes(text: str, names: Sequence[str], *, max_shown: int) -> list[int | str]:
     """Returns the classes that a list with commas names; ``all`` is at most ``max_shown``, evenly spread."""
     if text == "all" and text not in names:
         shown = min(len(names), max_shown)

@@ -15,8 +15,9 @@ from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.limits import check_parallel
 from maskgit_pl.decoding.recipe_file import read_recipe
 from maskgit_pl.files import read_json
-from maskgit_pl.pipeline.classes import Classes, class_ids
+from maskgit_pl.pipeline.classes import Classes, class_ids, parse_class, parse_classes
 from maskgit_pl.pipeline.options import replace_settings
+from maskgit_pl.text import printable
 
 __all__ = ["Outline"]
 
@@ -78,6 +79,28 @@ class Outline:
     def class_ids(self, classes: Classes) -> list[int]:
         """Returns the labels of classes given by id or by name; errors as of ``classes.class_ids``."""
         return class_ids(classes, self.class_names, null_label=self.null_label)
+
+    def parse_class(self, word: str | None) -> int | None:
+        """Returns the label of the class that a word of a command line names; None is "no class", and stays None.
+
+        Raises:
+            ValueError: if it is unknown, or the model was trained without "no class".
+        """
+        (label,) = self.class_ids([None if word is None else parse_class(word, self.class_names)])
+        return None if word is None else label
+
+    def parse_classes(self, text: str, *, max_shown: int = 10) -> list[int]:
+        """Returns the labels that a list with commas names; errors as of ``class_ids``.
+
+        Args:
+            text: Indices or names; ``all`` is at most ``max_shown`` classes, evenly spread.
+            max_shown: See ``text``.
+        """
+        return self.class_ids(parse_classes(text, self.class_names, max_shown=max_shown))
+
+    def describe_class(self, label: int | None) -> str:
+        """Returns the words for a label: ``class NAME``, or ``no class``."""
+        return "no class" if label is None else f"class {printable(self.class_names[label])}"
 
     def decoding_with(self, **settings: Any) -> DecodingConfig:
         """Returns the model's own way of decoding with some settings replaced; see ``options.replace_settings``."""

@@ -273,7 +273,7 @@ def start(folder: Path, out: Path, *words: object) -> subprocess.Popen:
     for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
         environment.pop(name, None)
     return subprocess.Popen(
-        [*map(str, command), "--batch", "7", "--device", "cpu", *map(str, words)],
+        [*map(str, command), "--batch-size", "7", "--device", "cpu", *map(str, words)],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
