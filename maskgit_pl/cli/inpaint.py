@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from maskgit_pl.cli.decoding import add_decoding_arguments, check_seed_and_batch, read_decoding
 from maskgit_pl.cli.model import add_model_argument, check_at_least, find_model, naming_flags, open_pipe
@@ -173,9 +173,10 @@ def run(args: argparse.Namespace) -> int:
     image, mask = editing.fitted(image, mask, image_size=size, fit=args.fit, name=name)
     pipe = open_pipe(folder, args)
     with recorded_steps("inpainting", is_recording=wants_decoding(args)) as (after_step, steps):
-        variants = pipe.inpaint(
+        made = pipe.inpaint(
             image, mask, output_type="pt", callback=after_step, decoding=decoding, **edit_options(args, label)
         )
+    variants = cast("Tensor", made)  # as "pt" says
     unknown = editing.token_mask(mask, factor=outline.token_size, dilation=args.dilation)
     region = editing.pixel_region(unknown, factor=outline.token_size, height=size, width=size)
     title = f"{args.image.name}: {outline.describe_class(label)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from maskgit_pl.cli.decoding import read_decoding
 from maskgit_pl.cli.inpaint import add_variant_arguments, captions, check_variants, edit_options, write_variants
@@ -12,6 +12,8 @@ from maskgit_pl.cli.model import add_model_argument, find_model, naming_flags, o
 from maskgit_pl.cli.outputs import recorded_steps, wants_decoding
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from maskgit_pl.editing import Margins
 
 __all__ = ["add_overlap_argument", "add_parser", "check_overlap_flag", "run"]
@@ -76,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     pipe = open_pipe(folder, args)
     sides = dict(zip(_SIDES, added.sides, strict=True))
     with recorded_steps("outpainting", is_recording=wants_decoding(args)) as (after_step, steps):
-        variants = pipe.outpaint(
+        made = pipe.outpaint(
             image,
             **sides,
             overlap=args.overlap,
@@ -85,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
             decoding=decoding,
             **edit_options(args, label),
         )
+    variants = cast("Tensor", made)  # as "pt" says
     outside, original = added.outside(header.height, header.width), added.padded(image, size=1)
     title = f"{args.image.name}: {outline.describe_class(label)}"
     sheet = edit_sheet(original, variants, mask=outside, region=outside, title=title, captions=captions(args))

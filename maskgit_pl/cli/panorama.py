@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from maskgit_pl.cli.decoding import add_decoding_arguments, check_seed_and_batch, read_decoding
 from maskgit_pl.cli.model import add_classes_argument, add_model_argument, find_model, naming_flags, open_pipe
@@ -17,6 +18,9 @@ from maskgit_pl.cli.outputs import (
     write_images,
     write_picture,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["add_parser", "run"]
 
@@ -59,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
     pipe = open_pipe(folder, args)
     with recorded_steps("panorama", is_recording=wants_decoding(args)) as (after_step, steps):
-        images = pipe.panorama(
+        made = pipe.panorama(
             labels,
             args.width,
             height=height,
@@ -70,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
             callback=after_step,
             decoding=decoding,
         )
+    images = cast("Tensor", made)  # as "pt" says
     names = [outline.class_names[label] for label in labels]
     scale = max(1, _COMFORTABLE // height)
     write_picture(image_grid(images, columns=1, row_captions=names, scale=scale), args.out)

@@ -49,9 +49,12 @@ class PretrainedTokenizer:
         """
         like = next(self.network.parameters())
         count = min(batch_size or len(images), images_at_once(*images.shape[-2:]))
+        tokens = []
         with torch.no_grad():
-            pixels = ((part.to(torch.float32) / 255).to(like) for part in images.split(count))
-            return torch.cat([self.network.encode(part).cpu() for part in pixels])
+            for first in range(0, len(images), count):
+                pixels = images[first : first + count].to(torch.float32) / 255
+                tokens.append(self.network.encode(pixels.to(like)).cpu())
+            return torch.cat(tokens)
 
     def decode(self, tokens: Tensor, *, grid: tuple[int, int] | None = None) -> Tensor:
         """Decodes tokens to images, as many at a time as ``images_at_once`` says, on the network's device.
