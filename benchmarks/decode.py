@@ -30,7 +30,7 @@ from maskgit_pl.cli.measuring import find_run, open_data
 from maskgit_pl.decoding import FirstStepLogits, ParallelDecoder, SequentialDecoder, decode_classes, decode_in_order
 from maskgit_pl.decoding.guidance import guidance_scales, guidance_schedules
 from maskgit_pl.decoding.selectors import token_selectors
-from maskgit_pl.evaluation.classifier import obtain_classifier
+from maskgit_pl.evaluation.classifier_training import obtain_classifier
 from maskgit_pl.networks.causal import CausalTransformer
 from maskgit_pl.networks.int8 import quantized
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
@@ -458,7 +458,7 @@ def on_trained(run: Path, names: Sequence[str], *, num_images: int) -> dict[str,
         )
         tokens = torch.cat(kept)
         exact = tokens if exact is None else exact
-        agreement = (classifier.judge(images).classes == torch.tensor(labels)).float().mean()
+        agreement = (classifier.predict(images).logits.argmax(1) == torch.tensor(labels)).float().mean()
         found[name] = Trained(float((tokens == exact).float().mean()), float(agreement))
     return found | {f"{name}, class seen": found[name] for name in found if f"{name}, class seen" in names}
 

@@ -79,6 +79,8 @@ def naming_flags(args: argparse.Namespace) -> Iterator[None]:
     except (TypeError, ValueError) as error:
         name = re.split(r"[^a-z_]", str(error), maxsplit=1)[0]
         flag = _FLAGS.get(name, f"--{name.replace('_', '-')}" if name in args else name)
+        if flag == name:  # it is of something else, and stays as it was raised
+            raise
         text = flag + str(error).removeprefix(name)
         raise (TypeError if isinstance(error, TypeError) else ValueError)(text) from error
 

@@ -12,6 +12,7 @@ from maskgit_pl.data import OnceThrough, ShardData
 from maskgit_pl.evaluation.likelihood import (
     Estimate,
     ImageLikelihood,
+    MaskDraws,
     exact_nll,
     masked_nll,
     negative_elbo,
@@ -87,7 +88,7 @@ def no_labels(tokens: Tensor) -> Tensor:
 
 
 def bound_of(table: Table, tokens: Tensor, *, draws: int = 4, seed: int = 0) -> Estimate:
-    return negative_elbo(table, tokens, no_labels(tokens), mask_token_id=MASK, draws=draws, seed=seed).nats
+    return negative_elbo(table, tokens, no_labels(tokens), mask_token_id=MASK, draws=MaskDraws(draws, seed)).nats
 
 
 @pytest.mark.parametrize(("num_tokens", "num_codes"), [(3, 2), (4, 3)])
@@ -123,7 +124,7 @@ def test_draws_of_each_count_equally_often_are_exact_where_only_the_count_matter
         return torch.stack([right, 1 - right], dim=1).log()  # every token is code 0
 
     tokens = torch.zeros(5, 4, dtype=torch.int64)
-    result = negative_elbo(network, tokens, no_labels(tokens), mask_token_id=MASK, draws=8)
+    result = negative_elbo(network, tokens, no_labels(tokens), mask_token_id=MASK, draws=MaskDraws(8))
     assert result.nats.mean == pytest.approx(float(costs.sum()), abs=1e-5)
     assert result.nats.standard_error < 1e-6
 
@@ -210,7 +211,7 @@ def test_what_cannot_be_measured_is_refused(tokens, labels, draws, match):
             torch.zeros(tokens, dtype=torch.int64),
             torch.zeros(labels, dtype=torch.int64),
             mask_token_id=MASK,
-            draws=draws,
+            draws=MaskDraws(draws),
         )
 
 
@@ -234,7 +235,7 @@ def measured(folder: Path, shards: Path) -> list[Estimate]:
     data = ShardData(str(shards), image_size=8, in_channels=1)
     tokens, labels = real_tokens(pipe, data, limit=23, batch_size=4)
     network = pipe.transformer.network
-    options = {"mask_token_id": network.config.mask_token_id, "draws": 2, "batch_size": 5}
+    options = {"mask_token_id": network.config.mask_token_id, "draws": MaskDraws(2), "batch_size": 5}
     return [
         masked_nll(network, tokens, labels, mask_schedule=pipe.transformer.mask_schedule, **options),
         negative_elbo(network, tokens, labels, **options).nats,

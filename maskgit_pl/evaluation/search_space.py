@@ -1,22 +1,20 @@
-"""What a search for a better way to decode draws from, and what its trial i is: a function of (seed, i)."""
+"""The decodings that a search draws from; trial i is a function of (seed, i)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.guidance import guidance_schedules
 from maskgit_pl.decoding.selectors import token_selectors
-from maskgit_pl.evaluation.decoders.trials import Ledger
 from maskgit_pl.evaluation.decodings import Spec, with_steps
 from maskgit_pl.randomness import permutation, random_uniform
-from maskgit_pl.registry import nearest
 
-__all__ = ["Search", "SearchSpace", "check_search"]
+__all__ = ["Search", "SearchSpace"]
 
 Search = Literal["random", "grid"]
 
@@ -28,19 +26,9 @@ _RANGES: dict[str, tuple[float, float, tuple[float, ...]]] = {
 }
 
 
-def check_search(how: str) -> None:
-    """Refuses an unknown search.
-
-    Raises:
-        ValueError: With the known ones.
-    """
-    if how not in get_args(Search):
-        raise ValueError(f"--search {how!r}: {nearest(how, get_args(Search))}")
-
-
 @dataclass(frozen=True)
 class SearchSpace:
-    """What a search draws from: token selector and its arguments, temperature, truncation, guidance and T.
+    """The decodings of a search: token selector and its arguments, temperature, truncation, guidance and T.
 
     Args:
         own: The model's own decoding: trial 0, and what is not searched.
@@ -57,37 +45,44 @@ class SearchSpace:
     guided: bool
 
     def trial(self, number: int, *, seed: int, how: Search = "random") -> DecodingConfig | None:
-        """The decoding of a trial, a function of its number and the seed; None beyond the end of a grid."""
+        """Returns the decoding of a trial, a function of its number and the seed; None beyond the end of a grid."""
         if number == 0:
             return self.own
         return self._drawn(number, seed) if how == "random" else self._of_grid(number - 1, seed)
 
-    def resumed(self, ledger: Ledger, *, trials: int, seed: int, how: Search = "random") -> SearchSpace:
-        """The space of a search that goes on after it has written its recipe.
+    def resumed(
+        self, begun: Iterable[DecodingConfig], *, trials: int, seed: int, how: Search = "random"
+    ) -> SearchSpace:
+        """Returns the space of a search that is resumed after it has written its recipe.
 
         The model's own decoding is then one of the trials, and trial 0 stays what it was when the search began.
+
+        Args:
+            begun: Decodings that searches of the model began with.
+            trials: Number of trials.
+            seed: Of the trials.
+            how: Random draws or a grid.
         """
-        first = ledger.first()
-        if first is None:
-            return self
-        space = replace(self, own=first)
-        written = any(space.trial(number, seed=seed, how=how) == self.own for number in range(1, trials))
-        return space if written else self
+        for first in begun:
+            space = replace(self, own=first)
+            if any(space.trial(number, seed=seed, how=how) == self.own for number in range(1, trials)):
+                return space
+        return self
 
     def corners(self) -> Iterator[DecodingConfig]:
-        """Decodings that hold every selector and every T, for a check before any work."""
+        """Yields decodings that hold every selector and every T, for a check before any work."""
         yield self.own
         for selector in self.selectors:
             for num_steps in self.num_steps:
                 yield self._decoding(num_steps, selector, self.own.guidance, 1.0)
 
     def _drawn(self, number: int, seed: int) -> DecodingConfig:
-        chance = _Chance(random_uniform("tuning", seed=seed, index=number, count=32)[0].tolist())
-        selector = self._selector(chance)
-        guidance = self._guidance(chance)
-        top_k, top_p = _truncation(chance, self.num_codes)
+        sampler = _TrialSampler(random_uniform("tuning", seed=seed, index=number, count=32)[0].tolist())
+        selector = self._selector(sampler)
+        guidance = self._guidance(sampler)
+        top_k, top_p = _truncation(sampler, self.num_codes)
         return self._decoding(
-            chance.one_of(self.num_steps), selector, guidance, _temperature(chance), top_k=top_k, top_p=top_p
+            sampler.one_of(self.num_steps), selector, guidance, _temperature(sampler), top_k=top_k, top_p=top_p
         )
 
     def _decoding(
@@ -109,21 +104,21 @@ class SearchSpace:
             top_p=top_p,
         )
 
-    def _selector(self, chance: _Chance) -> Spec:
-        spec = chance.one_of(self.selectors)
-        drawn = {name: chance.log_between(*_RANGES[name][:2]) for name in _free_arguments(spec)}
+    def _selector(self, sampler: _TrialSampler) -> Spec:
+        spec = sampler.one_of(self.selectors)
+        drawn = {name: sampler.log_between(*_RANGES[name][:2]) for name in _free_arguments(spec)}
         return _with(spec, drawn)
 
-    def _guidance(self, chance: _Chance) -> Spec:
-        name, scale, start = chance.one_of(_scaled_schedules()), chance.between(0.1, 3.0), chance.between(0.0, 0.6)
+    def _guidance(self, sampler: _TrialSampler) -> Spec:
+        name, scale, start = sampler.one_of(_scaled_schedules()), sampler.between(0.1, 3.0), sampler.between(0.0, 0.6)
         if not self.guided:
             return self.own.guidance
-        if chance.number() < 1 / 8:
+        if sampler.number() < 1 / 8:
             return {"name": "constant", "scale": 0.0}
         return {"name": name, "scale": scale, **({"start": start} if name == "interval" else {})}
 
     def _of_grid(self, place: int, seed: int) -> DecodingConfig | None:
-        """Places of the grid in an order that any budget covers evenly."""
+        """Returns a place of the grid, in an order that any budget covers evenly."""
         grid = list(self._grid())
         if place >= len(grid):
             return None
@@ -139,8 +134,8 @@ class SearchSpace:
                         yield self._decoding(num_steps, selector, scales, temperature)
 
 
-class _Chance:
-    """Uniform numbers of one trial, taken one after the other and turned into choices."""
+class _TrialSampler:
+    """Turns the uniform numbers of one trial into choices, one after the other."""
 
     def __init__(self, numbers: Sequence[float]) -> None:
         self._numbers = iter(numbers)
@@ -162,22 +157,26 @@ def _rounded(value: float) -> float:
     return float(f"{value:.3g}")  # what a person can read and write
 
 
-def _temperature(chance: _Chance) -> float | tuple[float, float]:
-    kind = chance.one_of(("one", "constant", "annealed"))
-    constant, first, last = chance.between(0.6, 1.3), chance.between(0.8, 1.6), chance.between(0.3, 1.0)
+def _temperature(sampler: _TrialSampler) -> float | tuple[float, float]:
+    kind = sampler.one_of(("one", "constant", "annealed"))
+    constant, first, last = sampler.between(0.6, 1.3), sampler.between(0.8, 1.6), sampler.between(0.3, 1.0)
     if kind == "annealed":
         return first, last
     return constant if kind == "constant" else 1.0
 
 
-def _truncation(chance: _Chance, num_codes: int) -> tuple[int | None, float | None]:
-    kind, share, top_p = chance.one_of(("none", "none", "top_k", "top_p")), chance.number(), chance.between(0.8, 0.99)
+def _truncation(sampler: _TrialSampler, num_codes: int) -> tuple[int | None, float | None]:
+    kind, share, top_p = (
+        sampler.one_of(("none", "none", "top_k", "top_p")),
+        sampler.number(),
+        sampler.between(0.8, 0.99),
+    )
     top_k = round(4 * (num_codes / 4) ** share) if num_codes > 4 else None
     return (top_k if kind == "top_k" else None), (top_p if kind == "top_p" else None)
 
 
 def _free_arguments(spec: Spec) -> list[str]:
-    """The arguments of a selector that are searched and that its mapping does not fix."""
+    """Returns the arguments of a selector that are searched and that its mapping does not fix."""
     fixed = () if isinstance(spec, str) else spec
     made = token_selectors.build(spec)
     return [name for name in _RANGES if name in _names_of_fields(made) and name not in fixed]

@@ -7,14 +7,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.decoding import DecodingConfig, DecodingStep
 from maskgit_pl.distributed import barrier, rank_and_world
 from maskgit_pl.evaluation.npz import SampleFile, open_samples
 from maskgit_pl.pipeline import MaskGIT
@@ -34,18 +34,21 @@ class Generated:
         channels: 1 or 3.
         labels: (n,) int64: the classes asked for, class by class.
         seconds_per_image: Wall clock of one rank, tokens and pixels; None where the images were there already.
+        steps_taken: Steps in which an image still had masked tokens, the mean over this rank's images: T unless the
+            token selector may end early. None where the images were there already, or the model is sequential.
     """
 
     file: SampleFile
     channels: Literal[1, 3]
     labels: Tensor
     seconds_per_image: float | None
+    steps_taken: float | None = None
 
     def __len__(self) -> int:
         return len(self.file)
 
     def read(self, rows: range) -> Tensor:
-        """Some images: (b, C, H, W) uint8."""
+        """Reads images: (b, C, H, W) uint8."""
         return self.file.read(rows, channels=self.channels)
 
     @property
@@ -98,6 +101,13 @@ def generate(
         FileExistsError: The file holds something else.
     """
     rank, world_size = rank_and_world()
+    taken = 0
+
+    def count_steps(step: DecodingStep) -> None:
+        nonlocal taken
+        taken += int(step.was_masked.any(1).sum())
+
+    settings: Any = {"decoding": decoding, "callback": count_steps}  # the callback passes through to ``generate``
     start = time.perf_counter()
     result = generate_many(
         pipe,
@@ -110,14 +120,16 @@ def generate(
         world_size=world_size,
         on_start=lambda count, found: on_images(found),
         on_images=on_images,
-        decoding=decoding,
+        **settings,
     )
     seconds = time.perf_counter() - start
     barrier()  # the last one to finish its share has put the file together
     samples = open_samples(file)
     assert samples.labels is not None  # generate_many writes them
     channels: Literal[1, 3] = 1 if pipe.tokenizer.network.config.in_channels == 1 else 3
-    return Generated(samples, channels, samples.labels, seconds / result.made if result.made else None)
+    if not result.made:
+        return Generated(samples, channels, samples.labels, None)
+    return Generated(samples, channels, samples.labels, seconds / result.made, taken / result.made)
 
 
 def forget(file: Path) -> None:
