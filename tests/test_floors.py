@@ -46,7 +46,7 @@ FLOORS = {  # a file or a folder -> its floor; a folder's files stand on its flo
     "__main__": 10,
 }
 INNER = (  # folders inside a folder, and that folder first: each knows those before it, never those behind
-    ("evaluation", "evaluation/bench", "evaluation/decoders", "evaluation/paper"),
+    ("evaluation", "evaluation/bench", "evaluation/decoders", "evaluation/reports"),
 )
 LIGHTNING_FROM = 3
 MODULES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py"))
@@ -276,7 +276,7 @@ def test_the_check_of_inner_folders_finds_what_it_is_for(monkeypatch):
         f"{__name__}.own", lambda module: {"evaluation/bench/ledger", "evaluation/metrics", "pipeline/model"}
     )
     assert backwards("evaluation/metrics", INNER[0]) == [("evaluation/metrics", "evaluation/bench/ledger")]
-    assert backwards("evaluation/paper/tables", INNER[0]) == []
+    assert backwards("evaluation/reports/tables", INNER[0]) == []
 
 
 def test_the_check_of_circles_finds_one(monkeypatch):

@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from maskgit_pl.evaluation.paper.figure8 import Figure8, draw
-from maskgit_pl.evaluation.paper.tables import ScheduleResult
+from maskgit_pl.evaluation.reports.figure8 import Figure8, draw
+from maskgit_pl.evaluation.reports.tables import ScheduleResult
 from maskgit_pl.schedules import mask_schedules
 
 

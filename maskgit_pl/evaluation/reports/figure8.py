@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from maskgit_pl.evaluation.drawing import LineEnd, name_lines, save_figure
-from maskgit_pl.evaluation.paper.tables import ScheduleResult
+from maskgit_pl.evaluation.reports.tables import ScheduleResult
 from maskgit_pl.text import plain_label
 
 if TYPE_CHECKING:
