@@ -348,13 +348,14 @@ def measured_schedules(made: Opened, args: argparse.Namespace, numbers: Sequence
 
 def write_schedules(made: Opened, results: Sequence[ScheduleResult], args: argparse.Namespace, command: str) -> None:
     """Writes Table 3 and Figure 8, which belong together."""
-    from maskgit_pl.evaluation.reports.figure8 import Figure8, draw
+    from maskgit_pl.evaluation.reports.schedule_figures import schedule_figure
     from maskgit_pl.evaluation.reports.tables import table_3
+    from maskgit_pl.files import write_atomically
 
     metric = f"fid/{made.networks[0]}"
     floor = made.bench.real(num_images=args.num_samples, networks=made.networks[:1])[made.networks[0]]
     made.pages.mkdir(parents=True, exist_ok=True)
-    figure = Figure8(
+    figure = schedule_figure(
         results,
         num_tokens=made.subjects[0].pipe.transformer.network.config.num_tokens,
         metric=metric,
@@ -362,7 +363,8 @@ def write_schedules(made: Opened, results: Sequence[ScheduleResult], args: argpa
         floor=float(floor["fid"]),
         dataset=made.bench.dataset,
     )
-    draw(figure, made.pages / "figure-8.png")
+    with write_atomically(made.pages / "figure-8.png") as stream:
+        stream.write(figure)
     write_page(table_3(results, command=command), made.pages, "table-3", pictures=["figure-8.png"])
 
 

@@ -220,8 +220,8 @@ def _decoders(
     side, steps = math.isqrt(num_tokens), _steps(num_tokens)
     config = replace(sizes, grid=(side, side), attention="bidirectional")
     with torch.random.fork_rng(devices=[]), device:
-        masked = MaskedTransformer(config).eval().requires_grad_(False)
-        causal = CausalTransformer(replace(config, attention="causal")).eval().requires_grad_(False)
+        masked = MaskedTransformer(config).eval().requires_grad_(requires_grad=False)
+        causal = CausalTransformer(replace(config, attention="causal")).eval().requires_grad_(requires_grad=False)
     causal.load_state_dict(masked.state_dict())
     in_order = partial(
         decode_in_order,
