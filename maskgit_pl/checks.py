@@ -6,6 +6,7 @@ Used by dataclasses in ``__post_init__`` and by everything that reads a file tha
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, Field, fields
@@ -21,6 +22,8 @@ __all__ = [
     "check_integer",
     "check_keys",
     "check_number",
+    "check_seed",
+    "check_sha256",
     "did_you_mean",
     "shorten",
 ]
@@ -53,7 +56,7 @@ def check_integer(name: str, value: object, interval: str) -> int:
     Args:
         name: Name of the value, as the user knows it.
         value: The value. A bool is not an integer.
-        interval: In mathematical notation, such as ``"[1, 1024]"`` or ``"[0, inf)"``.
+        interval: In mathematical notation, such as ``"[1, 1024]"``, ``"[0, inf)"`` or ``"[0, 2**32)"``.
 
     Returns:
         ``value``.
@@ -84,6 +87,32 @@ def check_number(name: str, value: object, interval: str) -> float:
         raise ValueError(f"{name} must be a finite number in {interval}, got {shorten(value)}")
     if not _contains(interval, value):
         raise ValueError(f"{name} must be a number in {interval}, got {shorten(value)}")
+    return value
+
+
+def check_seed(name: str, value: object) -> int:
+    """Checks that ``value`` is a seed: an integer in [0, 2**32).
+
+    Returns:
+        ``value``.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    return check_integer(name, value, "[0, 2**32)")
+
+
+def check_sha256(name: str, value: object) -> str:
+    """Checks that ``value`` is a sha256 in hex.
+
+    Returns:
+        ``value``.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
+        raise ValueError(f"{name} must be a sha256 of 64 hex digits, got {shorten(value)}")
     return value
 
 
@@ -194,7 +223,12 @@ def _is_finite(value: int | float) -> bool:
 
 
 def _contains(interval: str, value: int | float) -> bool:
-    low, high = (float(end) for end in interval[1:-1].split(","))
+    low, high = (_end(word) for word in interval[1:-1].split(","))
     above = low < value if interval[0] == "(" else low <= value
     below = value < high if interval[-1] == ")" else value <= high
     return above and below
+
+
+def _end(word: str) -> float:
+    base, _, exponent = word.partition("**")
+    return float(base) ** float(exponent or 1)

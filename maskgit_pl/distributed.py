@@ -1,28 +1,39 @@
-"""Several processes that measure together: each takes a share of the rows, and all see the same whole.
+"""Several processes that work together: who this one is, and what all of them agree on.
 
-What is measured a row at a time is gathered and put into the order of the rows before anything is summed, so a number
-is the same to the last bit on any number of ranks.
+Without a process group each function is that of a single process, so callers need not ask whether there is one. What is
+measured a row at a time is gathered and put into the order of the rows before anything is summed, so a number is the
+same to the last bit on any number of ranks.
 """
 
 from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torchmetrics.utilities.distributed import gather_all_tensors
 
-__all__ = ["barrier", "gather_rows", "own_rows", "process_group", "rank_and_world"]
+__all__ = [
+    "barrier",
+    "gather_rows",
+    "mean_over_ranks",
+    "on_all_ranks",
+    "own_rows",
+    "process_group",
+    "rank_and_world",
+    "sum_over_ranks",
+]
 
 _TIMEOUT = datetime.timedelta(days=7)  # one rank may train a classifier while the others wait
+_Result = TypeVar("_Result")
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This process's rank and the number of ranks; (0, 1) outside of a process group."""
+    """Returns this process's rank and the number of ranks; (0, 1) outside of a process group."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
@@ -42,19 +53,88 @@ def process_group() -> Iterator[bool]:
 
 
 def barrier() -> None:
-    """Waits for the other ranks; alone, does nothing."""
+    """Waits for the other ranks, if there are any."""
     if rank_and_world()[1] > 1:
         dist.barrier()
 
 
+def on_all_ranks(work: Callable[[], _Result]) -> list[_Result]:
+    """Calls a function on each rank and returns the results of all, in the order of the ranks.
+
+    An error of one rank is raised on all: a rank that continued alone would wait for the others forever.
+
+    Args:
+        work: Called once on each rank. What it returns is pickled where there are several.
+
+    Raises:
+        OSError: the one that the first rank raised that failed.
+        ValueError: the same.
+    """
+    world_size = rank_and_world()[1]
+    if world_size == 1:
+        return [work()]
+    outcome: tuple[_Result | None, OSError | ValueError | None]
+    try:
+        outcome = work(), None
+    except (OSError, ValueError) as error:
+        outcome = None, error
+    outcomes: list[Any] = [None] * world_size
+    dist.all_gather_object(outcomes, outcome)
+    for _, failure in outcomes:
+        if failure is not None:
+            raise failure
+    return [result for result, _ in outcomes]
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """Returns the sum of a tensor over the ranks, differentiable; the tensor itself for a single process.
+
+    Args:
+        value: Of the same shape on each rank; it is not changed.
+    """
+    if rank_and_world()[1] == 1:
+        return value
+    total: Tensor = _SumOverRanks.apply(value)  # type: ignore[no-untyped-call]  # torch: untyped
+    return total
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """Returns the mean of a tensor over the ranks, differentiable; the tensor itself for a single process.
+
+    Args:
+        value: Of the same shape on each rank; it is not changed.
+    """
+    world_size = rank_and_world()[1]
+    return value if world_size == 1 else sum_over_ranks(value) / world_size
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum over the ranks; its gradient is the sum over the ranks of what the loss of each asks for.
+
+    torch's own ``distributed.nn.functional.all_reduce`` does the same and is deprecated without a public successor.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total
+
+
 def own_rows(count: int) -> range:
-    """The rows of ``count`` that this rank measures: rank, rank + world size, ..."""
+    """Returns the rows of ``count`` that this rank measures: rank, rank + world size, ..."""
     rank, world_size = rank_and_world()
     return range(rank, count, world_size)
 
 
 def gather_rows(rows: Tensor, index: Tensor) -> Tensor:
-    """The rows of all ranks in the order of their index, the same on each rank.
+    """Returns the rows of all ranks in the order of their index, the same on each rank.
 
     Args:
         rows: (n, ...) of this rank, on the CPU, n at least 0.
@@ -64,5 +144,7 @@ def gather_rows(rows: Tensor, index: Tensor) -> Tensor:
         (sum of n, ...), sorted by index.
     """
     if rank_and_world()[1] > 1:
+        from torchmetrics.utilities.distributed import gather_all_tensors  # inference needs no torchmetrics
+
         rows, index = (torch.cat(gather_all_tensors(part.contiguous())) for part in (rows, index))
     return rows[index.argsort()]

@@ -1,13 +1,19 @@
-"""Files that are written whole or not at all, tensors and JSON from strangers, and sizes in bytes for people."""
+"""Files and folders that are written whole or not at all, hashes, JSON from strangers, and sizes in bytes for people.
+
+Used wherever something is kept on disk: a reader never finds half a file, or half a folder, under its name.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import hashlib
 import json
 import math
 import os
 import shutil
 import stat
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,15 +22,36 @@ from typing import IO, TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["parse_json", "read_json", "size_text", "sync", "write_atomically", "write_tensors"]
+__all__ = [
+    "open_regular",
+    "parse_json",
+    "read_json",
+    "replace_folder",
+    "sha256_of",
+    "size_text",
+    "sync",
+    "write_atomically",
+    "write_folder",
+    "write_tensors",
+    "write_text",
+]
 
 MAX_JSON_BYTES = 1_000_000
+_BLOCK = 2**20  # bytes that are hashed at a time
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of renameat2(2)
 
 
 @contextmanager
-def write_atomically(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write bytes to; it takes its name when all is written, and leaves nothing behind otherwise."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+def write_atomically(path: Path, *, partial_in: Path | None = None) -> Iterator[IO[bytes]]:
+    """Opens a file to write bytes to, which takes its name when all of it is on disk.
+
+    After an error nothing is left, and what was there under that name is as it was.
+
+    Args:
+        path: The file; replaced if it is there.
+        partial_in: Folder of the same file system that holds the file until it is whole. None: that of ``path``.
+    """
+    partial = (partial_in or path.parent) / f".{path.name}.{uuid.uuid4().hex}.partial"  # no other host's either
     try:
         with open(partial, "wb") as file:
             yield file
@@ -33,6 +60,75 @@ def write_atomically(path: Path) -> Iterator[IO[bytes]]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file of UTF-8 text, whole or not at all; see ``write_atomically``."""
+    with write_atomically(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def write_folder(folder: Path) -> Iterator[Path]:
+    """Gives an empty folder to write to, which takes the place of ``folder`` when all of it is on disk.
+
+    After an error nothing is left, and what was there under that name is as it was.
+
+    Args:
+        folder: Replaced if it is there. Folders above it are made.
+
+    Yields:
+        A folder beside it.
+    """
+    fresh = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    try:
+        yield fresh
+        for path in fresh.rglob("*"):
+            sync(path)
+        replace_folder(fresh, folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def replace_folder(fresh: Path, folder: Path) -> None:
+    """Gives a folder the name of another one, which is removed. A kill leaves one of the two whole under that name.
+
+    Where the file system cannot exchange two names (NFS cannot), a kill between two renames leaves neither under it:
+    the new folder keeps its old name, and the old one lies in ``.NAME.old-PID``.
+
+    Args:
+        fresh: The new folder, whose files are on disk.
+        folder: The name that it takes, on the same file system.
+
+    Raises:
+        OSError: if it cannot be renamed. What was there under that name is there again.
+    """
+    sync(fresh)
+    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+    if not folder.exists():
+        fresh.rename(folder)
+    elif _exchange(fresh, folder):
+        old = fresh
+    else:
+        folder.rename(old)
+        try:
+            fresh.rename(folder)
+        except OSError:
+            old.rename(folder)
+            raise
+    sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchanges two names in one step. False, and nothing has happened, where the system has no such call."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)  # of Linux; Python has no name for it
+    if rename is None:
+        return False
+    failed: int = rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
+    return not failed
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None) -> None:
@@ -51,7 +147,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, metadata: Mappin
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    partial = file.with_name(f".{file.name}.{uuid.uuid4().hex}.partial")
     try:
         partial.touch()
         mode = stat.S_IMODE(partial.stat().st_mode)
@@ -74,6 +170,49 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def open_regular(path: str | Path) -> int:
+    """Opens a file to read it.
+
+    Args:
+        path: A regular file, or a link to one.
+
+    Returns:
+        The descriptor; the caller closes it.
+
+    Raises:
+        OSError: if it cannot be opened or is not a regular file.
+    """
+    # O_NONBLOCK: opening a FIFO would wait for a writer. It has no effect on regular files.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return descriptor
+    os.close(descriptor)
+    number, kind = (errno.EISDIR, "a folder") if stat.S_ISDIR(mode) else (errno.EINVAL, "a FIFO, a socket or a device")
+    raise OSError(number, f"must be a regular file, got {kind}", str(path))
+
+
+def sha256_of(file: str | Path | int) -> str:
+    """Returns the sha256 of a file in hex, read a block at a time.
+
+    Args:
+        file: Path of a regular file, or the descriptor of an open one, whose position is neither used nor changed.
+
+    Raises:
+        OSError: if it cannot be read, or is not a regular file.
+    """
+    descriptor = file if isinstance(file, int) else open_regular(file)
+    try:
+        digest, offset = hashlib.sha256(), 0
+        while block := os.pread(descriptor, _BLOCK, offset):
+            digest.update(block)
+            offset += len(block)
+        return digest.hexdigest()
+    finally:
+        if not isinstance(file, int):
+            os.close(descriptor)
 
 
 def read_json(file: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from maskgit_pl.checks import (
     check_integer,
     check_keys,
     check_number,
+    check_seed,
+    check_sha256,
     shorten,
 )
 
@@ -46,6 +48,20 @@ def test_a_number_outside_its_interval_is_refused_by_name(value: object) -> None
 @pytest.mark.parametrize("value", [0, 0.0, 0.5, 1 - 2**-53])
 def test_ends_of_an_interval_belong_to_it_as_the_notation_says(value: float) -> None:
     assert check_number("decay", value, "[0, 1)") == value
+
+
+@pytest.mark.parametrize("value", [-1, 2**32, 0.0, True, None, "1"])
+def test_a_seed_is_an_integer_of_32_bits(value: object) -> None:
+    assert [check_seed("seed", each) for each in (0, 2**32 - 1)] == [0, 2**32 - 1]
+    with pytest.raises(ValueError, match=r"^--seed must be an integer in \[0, 2\*\*32\), got"):
+        check_seed("--seed", value)
+
+
+@pytest.mark.parametrize("value", ["0" * 63, "0" * 65, "G" * 64, "A" * 64, None, 1])
+def test_a_sha256_has_64_hex_digits(value: object) -> None:
+    assert check_sha256("hash", "0a" * 32) == "0a" * 32
+    with pytest.raises(ValueError, match=r"^hash must be a sha256 of 64 hex digits, got"):
+        check_sha256("hash", value)
 
 
 def test_a_choice_is_answered_with_the_list_and_the_nearest() -> None:

@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import os
 import stat
 from pathlib import Path
@@ -8,7 +9,16 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from maskgit_pl.files import read_json, write_atomically, write_tensors
+from maskgit_pl import files
+from maskgit_pl.files import (
+    read_json,
+    replace_folder,
+    sha256_of,
+    write_atomically,
+    write_folder,
+    write_tensors,
+    write_text,
+)
 
 
 @pytest.mark.parametrize(
@@ -82,3 +92,119 @@ def test_tensors_that_cannot_be_written_leave_the_older_file_and_nothing_else(tm
         assert caught.value.errno == code
     assert list(tmp_path.iterdir()) == [file]
     assert file.read_bytes() == before
+
+
+def test_a_file_is_there_when_all_is_written_and_never_half(tmp_path: Path) -> None:
+    file, elsewhere = tmp_path / "file", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    write_text(file, "grün")
+    with write_atomically(file, partial_in=elsewhere) as stream:
+        stream.write(b"new")
+        assert file.read_bytes() == "grün".encode()
+        assert len(list(elsewhere.iterdir())) == 1
+        assert len(list(tmp_path.iterdir())) == 2
+    assert file.read_bytes() == b"new"
+    with pytest.raises(TypeError), write_atomically(file) as stream:
+        stream.writelines([b"newer", None])
+    assert file.read_bytes() == b"new"
+    assert {path.name for path in tmp_path.rglob("*")} == {"file", "elsewhere"}
+
+
+@pytest.fixture(params=["one step", "two steps"])
+def swap(request, monkeypatch) -> str:
+    """How a folder takes the place of another one: in one step, or in two where the file system can do no other."""
+    if request.param == "two steps":
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    return request.param
+
+
+def test_a_folder_takes_its_place_when_all_of_it_is_on_disk(tmp_path: Path, monkeypatch, swap: str) -> None:
+    folder, synced = tmp_path / "above" / "folder", []
+    fsync = os.fsync
+
+    def spy(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    for text in ("old", "new"):
+        with write_folder(folder) as fresh:
+            assert fresh.parent == folder.parent
+            (fresh / "inner").mkdir()
+            (fresh / "inner" / "file").write_text(text)
+            assert not folder.exists() or (folder / "inner" / "file").read_text() == "old"
+        assert (folder / "inner" / "file").read_text() == text
+        assert list(folder.parent.iterdir()) == [folder]
+        assert synced == ["inner", "file", fresh.name, "above"]
+        synced.clear()
+
+
+def test_a_folder_that_is_not_finished_leaves_the_older_one_and_nothing_else(tmp_path: Path, swap: str) -> None:
+    folder = tmp_path / "folder"
+    with write_folder(folder) as fresh:
+        write_text(fresh / "file", "old")
+    with pytest.raises(FileNotFoundError), write_folder(folder) as fresh:
+        write_text(fresh / "missing" / "file", "new")
+    assert (folder / "file").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_swap_that_fails_leaves_the_older_folder(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    rename, folder = Path.rename, tmp_path / "folder"
+    with write_folder(folder) as fresh:
+        write_text(fresh / "file", "old")
+
+    def fail_on_the_fresh(self: Path, target: Path) -> Path:
+        if "partial" in self.name:
+            raise OSError("gone")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_on_the_fresh)
+    with pytest.raises(OSError, match="gone"), write_folder(folder) as fresh:
+        write_text(fresh / "file", "new")
+    assert (folder / "file").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_folder_takes_the_place_of_an_empty_one_and_a_leftover_of_a_kill_is_no_part_of_it(
+    tmp_path: Path, monkeypatch, swap: str
+) -> None:
+    monkeypatch.setattr(os, "getpid", lambda: 17)
+    folder, left = tmp_path / "folder", tmp_path / ".folder.partial-17"
+    folder.mkdir()
+    left.mkdir()
+    write_text(left / "half", "")
+    with write_folder(folder) as fresh:
+        write_text(fresh / "file", "new")
+    assert {path.name for path in tmp_path.rglob("*")} == {"folder", "file"}
+
+
+@pytest.mark.skipif(not hasattr(os, "O_TMPFILE"), reason="Linux exchanges two names")
+def test_no_moment_of_a_replacement_is_without_a_whole_folder(tmp_path: Path, monkeypatch) -> None:
+    folder, fresh = tmp_path / "folder", tmp_path / "fresh"
+    for each in (folder, fresh):
+        each.mkdir()
+        write_text(each / "file", each.name)
+    monkeypatch.setattr(Path, "rename", None)  # the only other way
+    replace_folder(fresh, folder)
+    assert (folder / "file").read_text() == "fresh"
+
+
+def test_a_hash_is_that_of_the_whole_file_by_name_or_descriptor(tmp_path: Path) -> None:
+    content = os.urandom(3 * 2**20 + 1)
+    (tmp_path / "file").write_bytes(content)
+    (tmp_path / "link").symlink_to("file")
+    expected = hashlib.sha256(content).hexdigest()
+    assert sha256_of(tmp_path / "file") == sha256_of(str(tmp_path / "link")) == expected
+    with open(tmp_path / "file", "rb") as file:
+        file.seek(5)
+        assert sha256_of(file.fileno()) == expected
+        assert file.tell() == 5
+
+
+def test_what_is_no_regular_file_has_no_hash_and_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for path, kind in ((tmp_path / "fifo", "a FIFO"), (tmp_path, "a folder")):
+        with pytest.raises(OSError, match=f"must be a regular file, got {kind}"):
+            sha256_of(path)

@@ -33,10 +33,10 @@ from torch.utils.data import Dataset, get_worker_info
 
 from maskgit_pl.checks import check_integer, check_number
 from maskgit_pl.data.batches import Batch
+from maskgit_pl.files import open_regular
 from maskgit_pl.randomness import permutation, random_uniform
 from maskgit_pl.shards.braces import MAX_NAMES, expand_braces
 from maskgit_pl.shards.images import Crop, Reason, UnreadableImageError, load_square
-from maskgit_pl.shards.safe_open import open_regular
 from maskgit_pl.shards.tar import BLOCK
 from maskgit_pl.shards.unreadable import Unreadable, UnreadableImages
 from maskgit_pl.shards.walk import BAD_IMAGE, MAX_CLASSES, Labels, ShardWalk, walk_shard

@@ -11,15 +11,15 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from maskgit_pl.checks import check_choice, check_number, shorten
+from maskgit_pl.distributed import mean_over_ranks, rank_and_world, sum_over_ranks
 from maskgit_pl.randomness import random_bits
 from maskgit_pl.registry import Registry
 
@@ -327,7 +327,7 @@ def entropy_loss(affinity: Tensor, *, temperature: float, kind: EntropyKind = "s
     if kind == "argmax":
         one_hot = F.one_hot(flat.argmax(-1), flat.shape[-1]).to(flat.dtype)
         probabilities = one_hot + (probabilities - probabilities.detach())
-    mean = _global_mean(probabilities.mean(0))
+    mean = mean_over_ranks(probabilities.mean(0))
     mean_entropy = -(mean * (mean + 1e-5).log()).sum()
     return -(probabilities * log_probabilities).sum(-1).mean() - mean_entropy
 
@@ -365,8 +365,7 @@ def _code_statistics(tokens: Tensor, rows: Tensor, num_codes: int) -> tuple[Tens
     statistics = rows.new_zeros(num_codes, rows.shape[1] + 1)
     statistics[:, :-1].index_add_(0, tokens, rows)
     statistics[:, -1] = torch.bincount(tokens, minlength=num_codes)
-    if _world_size() > 1:
-        dist.all_reduce(statistics)
+    statistics = sum_over_ranks(statistics)
     return statistics[:, -1].clone(), statistics[:, :-1]
 
 
@@ -376,47 +375,12 @@ def _global_choice(rows: Tensor, micro_batches: int, count: int, *, seed: int, s
     Row j of micro-batch a on rank r is row (a W + r) M + j of the global batch (the slots of the training stream); each
     rank gives those of the chosen rows that it holds.
     """
-    ranks, rank, size = _world_size(), dist.get_rank() if _world_size() > 1 else 0, rows.shape[0] // micro_batches
+    (rank, ranks), size = rank_and_world(), rows.shape[0] // micro_batches
     total = rows.shape[0] * ranks
     chosen = random_bits("restart", seed=seed, index=0, epoch=step, count=count)[0] % total
     micro_batch, owner, row = chosen // (size * ranks), chosen // size % ranks, chosen % size
     local = rows[(micro_batch * size + row).to(rows.device)]  # (count, D)
-    if ranks == 1:
-        return local
-    local = local * (owner == rank).to(local).unsqueeze(1)
-    dist.all_reduce(local)
-    return local
-
-
-def _global_mean(value: Tensor) -> Tensor:
-    """Mean of a tensor over the process group, differentiable; the tensor itself without one."""
-    if _world_size() == 1:
-        return value
-    total: Tensor = _SumOverRanks.apply(value)  # type: ignore[no-untyped-call]  # torch: untyped
-    return total / _world_size()
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """Sum over the process group; its gradient is the sum over the group of what each rank's loss asks for.
-
-    torch's own ``distributed.nn.functional.all_reduce`` does the same and is deprecated without a public successor.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
-        total = value.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        total = gradient.clone()
-        dist.all_reduce(total)
-        return total
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return local if ranks == 1 else sum_over_ranks(local * (owner == rank).to(local).unsqueeze(1))
 
 
 def _check_losses(spec: GradientQuantizerSpec | EMAQuantizerSpec) -> None:

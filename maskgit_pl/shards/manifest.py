@@ -24,9 +24,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from maskgit_pl.checks import build_dataclass, check_integer, check_keys, shorten
-from maskgit_pl.files import read_json, write_atomically
-from maskgit_pl.shards.safe_open import map_array, open_regular
+from maskgit_pl.checks import build_dataclass, check_integer, check_keys, check_sha256, shorten
+from maskgit_pl.files import open_regular, read_json, write_atomically, write_text
+from maskgit_pl.shards.mapped_array import map_array
 from maskgit_pl.shards.tar import BLOCK, header_size
 
 __all__ = [
@@ -36,7 +36,6 @@ __all__ = [
     "Manifest",
     "Shard",
     "Split",
-    "check_sha256",
     "check_shards",
     "data_fingerprint",
     "index_sha256",
@@ -265,8 +264,7 @@ def save_manifest(manifest: Manifest, rows: npt.NDArray[np.void]) -> None:
     folder, split = manifest.folder, manifest.split
     with write_atomically(folder / f"{split}.npy") as file:
         np.save(file, rows, allow_pickle=False)
-    with write_atomically(folder / f"{split}.json") as file:
-        file.write((json.dumps(_as_json(manifest), indent=1) + "\n").encode())
+    write_text(folder / f"{split}.json", json.dumps(_as_json(manifest), indent=1) + "\n")
 
 
 def index_sha256(rows: npt.NDArray[np.void]) -> str:
@@ -435,17 +433,6 @@ def _image_range(fields: object, where: str) -> ImageRange:
 def _is_inside(name: str) -> bool:
     path = PurePosixPath(name)
     return not (path.is_absolute() or ".." in path.parts or path.name.startswith(".")) and name.isprintable()
-
-
-def check_sha256(name: str, value: object) -> str:
-    """Checks that ``value`` is a sha256 in hex, and returns it.
-
-    Raises:
-        ValueError: if it is not.
-    """
-    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
-        raise ValueError(f"{name} must be a sha256 of 64 hex digits, got {shorten(value)}")
-    return value
 
 
 def joined(ranges: Sequence[ImageRange]) -> ImageRange:

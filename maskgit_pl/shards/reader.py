@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from maskgit_pl.errors import DataChangedError
+from maskgit_pl.files import open_regular
 from maskgit_pl.shards.manifest import Manifest
-from maskgit_pl.shards.safe_open import is_whole, open_regular
+from maskgit_pl.shards.mapped_array import is_whole
 from maskgit_pl.shards.tar import BLOCK
 
 __all__ = ["ShardReader"]

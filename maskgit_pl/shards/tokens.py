@@ -19,9 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -31,11 +29,11 @@ from typing import IO, Any, NamedTuple, get_args
 import numpy as np
 import numpy.typing as npt
 
-from maskgit_pl.checks import build_dataclass, check_choice, check_integer, check_keys, shorten
+from maskgit_pl.checks import build_dataclass, check_choice, check_integer, check_keys, check_sha256, shorten
 from maskgit_pl.errors import DataChangedError
-from maskgit_pl.files import read_json
-from maskgit_pl.shards.manifest import Split, check_sha256
-from maskgit_pl.shards.safe_open import file_sha256, is_whole, map_array
+from maskgit_pl.files import read_json, sha256_of, sync, write_atomically
+from maskgit_pl.shards.manifest import Split
+from maskgit_pl.shards.mapped_array import is_whole, map_array
 
 __all__ = [
     "BadArray",
@@ -223,7 +221,7 @@ class TokenReader:
 
     def _sha256(self, path: Path) -> str:
         try:
-            return file_sha256(path)
+            return sha256_of(path)
         except OSError as error:
             raise ValueError(f"token store {path}: cannot be read ({error.strerror}); {_WAY_OUT}") from error
 
@@ -433,7 +431,7 @@ class StoreParts:
             for split in self.description.samples:
                 self._join(split)
             paths = [path for split in self.description.samples for path in _paths(self.folder, split)]
-            described = _as_json(self.description) | {"sha256": {path.stem: file_sha256(path) for path in paths}}
+            described = _as_json(self.description) | {"sha256": {path.stem: sha256_of(path) for path in paths}}
             with self._replaced(self.folder / _DESCRIPTION) as file:
                 file.write((json.dumps(described, indent=1) + "\n").encode())
         except FileNotFoundError:
@@ -504,27 +502,14 @@ class StoreParts:
     @contextmanager
     def _replaced(self, path: Path) -> Iterator[IO[bytes]]:
         """A file that takes its name when all of it is on disk; what a kill leaves goes with the parts."""
-        partial = self._parts / f"{path.name}.{uuid.uuid4().hex}.partial"
-        with open(partial, "wb") as file:
+        with write_atomically(path, partial_in=self._parts) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        _sync_folder(path.parent)
+        sync(path.parent)  # before a rename that counts on it
 
 
 def _write_header(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
     fields = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, fields)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Put a rename on disk, before one that counts on it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _paths(folder: Path, split: Split) -> tuple[Path, Path]:

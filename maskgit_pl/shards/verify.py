@@ -14,10 +14,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from maskgit_pl.files import open_regular
 from maskgit_pl.shards.images import UnreadableImageError, check_whole, decode_image
 from maskgit_pl.shards.manifest import Manifest, Shard, Split, index_sha256, joined, load_manifest, splits_of
 from maskgit_pl.shards.parallel import run_jobs
-from maskgit_pl.shards.safe_open import open_regular
 from maskgit_pl.shards.tar import BLOCK
 from maskgit_pl.shards.tokens import TokenReader, read_description
 from maskgit_pl.shards.walk import Labels, ShardWalk, walk_shard

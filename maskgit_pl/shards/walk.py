@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from maskgit_pl.files import open_regular, sha256_of
 from maskgit_pl.shards.images import ImageHeader, UnreadableImageError, read_header
 from maskgit_pl.shards.manifest import INDEX_DTYPE, ImageRange
-from maskgit_pl.shards.safe_open import hash_file, open_regular
 from maskgit_pl.shards.tar import BLOCK, DamagedTarError, Member, read_members
 from maskgit_pl.text import printable
 
@@ -182,7 +182,7 @@ def walk_shard(path: Path, labels: Labels, *, lenient: bool = True) -> ShardWalk
             for member in read_members(descriptor):
                 walk.take(member)
             if walk.is_good or lenient:
-                digest = hash_file(descriptor)
+                digest = sha256_of(descriptor)
         except DamagedTarError as error:
             damage = str(error)
         return walk.result(status, digest, damage)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from maskgit_pl.checks import check_integer
-from maskgit_pl.files import write_atomically
+from maskgit_pl.files import replace_folder, sync, write_text
 from maskgit_pl.shards.images import UnreadableImageError, decode_image, encode_png, fit_square, read_header
 from maskgit_pl.shards.index import find_shards, index_shards
 from maskgit_pl.shards.manifest import Split, load_manifest, splits_of
@@ -79,9 +79,7 @@ def make_shards(
     except ValueError:  # the source has to change, and nothing of this can be used then
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    if folder.is_dir():
-        folder.rmdir()
-    os.replace(partial, folder)
+    replace_folder(partial, folder)
     return True
 
 
@@ -166,8 +164,7 @@ def _partial_folder(folder: Path, record: dict[str, Any]) -> Path:
     if _read_record(partial) != record:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        with write_atomically(partial / RECORD) as file:
-            file.write((json.dumps(record, indent=1) + "\n").encode())
+        write_text(partial / RECORD, json.dumps(record, indent=1) + "\n")
     for left in partial.glob(".writing-*"):
         shutil.rmtree(left, ignore_errors=True)
     return partial
@@ -208,11 +205,9 @@ def _write_shard(
     try:
         write_split(samples, writing, split, shard_size=plan.shard_size, on_sample=on_sample, first_shard=shard)
         (path,) = writing.iterdir()
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
+        sync(path)
         if left_out:
-            with write_atomically(plan.left_out_path(split, shard)) as file:
-                file.write("".join(f"{sample.error}\n" for sample in left_out).encode())
+            write_text(plan.left_out_path(split, shard), "".join(f"{sample.error}\n" for sample in left_out))
         if len(left_out) < len(plan.places(split, shard)):
             os.replace(path, plan.path(split, shard))
     finally:
@@ -257,8 +252,7 @@ def _list_left_out(plan: _Plan, *, lenient: bool) -> None:
             f"{len(lines)} of {sum(source.counts.values())} images cannot be read:\n{_listed(lines)}\n"
             "replace or remove them, or leave them out with --lenient"
         )
-    with write_atomically(plan.folder / LEFT_OUT) as file:
-        file.write("".join(f"{line}\n" for line in lines).encode())
+    write_text(plan.folder / LEFT_OUT, "".join(f"{line}\n" for line in lines))
     for path in plan.folder.glob(".left-out-*"):
         path.unlink()
 

@@ -14,7 +14,6 @@ in its tensor stands in the header of its file.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import math
 import re
@@ -23,15 +22,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-import torch.distributed as dist
 from lightning.pytorch.plugins.io import CheckpointIO
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from maskgit_pl.checks import check_integer, check_keys, shorten
-from maskgit_pl.files import parse_json, read_json, size_text, sync, write_atomically, write_tensors
+from maskgit_pl.distributed import on_all_ranks, rank_and_world
+from maskgit_pl.files import parse_json, read_json, replace_folder, sha256_of, size_text, write_tensors, write_text
 from maskgit_pl.networks.weight_file import open_tensors
 
 __all__ = [
@@ -44,7 +43,6 @@ __all__ = [
     "rows_of",
     "settings_of",
     "step_of",
-    "together",
 ]
 
 _STATE, _MARKER = "state.json", "COMPLETE.json"
@@ -58,8 +56,6 @@ _MAX_DEPTH = 32  # of plain values inside one another; Lightning's have 10
 _MAX_ROWS = 2**40
 _NOT_FINITE = ("nan", "inf", "-inf")
 _FIRST_ROWS = "first_rows"  # in the header of a tensor file: name -> the row at which its piece begins
-
-_Result = TypeVar("_Result")
 
 
 class FolderCheckpointIO(CheckpointIO):
@@ -79,16 +75,16 @@ class FolderCheckpointIO(CheckpointIO):
         temporary = target.with_name(f".{target.name}.partial")
         tensors: dict[str, Tensor] = {}
         state = _split(checkpoint, "", tensors)
-        rank, _ = _place()
+        rank, _ = rank_and_world()
         pieces = _own_pieces(tensors, rank)
-        sizes = together(lambda: sum(rows.nbytes for rows, _ in pieces.values()))
+        sizes = on_all_ranks(lambda: sum(rows.nbytes for rows, _ in pieces.values()))
         writers = [each for each, size in enumerate(sizes) if size]
         try:
-            together(lambda: _make_room(temporary, sum(sizes)) if rank == 0 else None)
-            written = together(
+            on_all_ranks(lambda: _make_room(temporary, sum(sizes)) if rank == 0 else None)
+            written = on_all_ranks(
                 lambda: _write_tensors(temporary, pieces, writers.index(rank), len(writers)) if rank in writers else {}
             )
-            together(lambda: _complete(temporary, target, state, written) if rank == 0 else None)
+            on_all_ranks(lambda: _complete(temporary, target, state, written) if rank == 0 else None)
         finally:
             if rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -114,9 +110,9 @@ class FolderCheckpointIO(CheckpointIO):
             ValueError: The folder is incomplete or a file is not what was written.
         """
         folder = Path(path)
-        rank, world_size = _place()
+        rank, world_size = rank_and_world()
         files = _files(folder)
-        together(lambda: _verify(folder, sorted(files)[rank::world_size], files))  # the ranks share the hashing
+        on_all_ranks(lambda: _verify(folder, sorted(files)[rank::world_size], files))  # the ranks share the hashing
         with _Pieces(folder, [name for name in sorted(files) if name != _STATE], rank) as pieces:
             return _state(folder, lambda key: read(key, SavedTensor(key, pieces)))
 
@@ -142,7 +138,7 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 def leftovers(folder: Path) -> list[Path]:
     """What lies half written or half removed in a ``checkpoints`` folder."""
     torn = [path for path in folder.glob("step-*") if _STEP_FOLDER.fullmatch(path.name) and path.is_dir()]
-    return [*folder.glob(".step-*.partial*"), *(path for path in torn if not (path / _MARKER).exists())]
+    return [*folder.glob(".step-*"), *(path for path in torn if not (path / _MARKER).exists())]
 
 
 def step_of(checkpoint: Path) -> int:
@@ -304,21 +300,15 @@ def _write_tensors(folder: Path, pieces: Mapping[str, tuple[Tensor, int]], numbe
 
 
 def _complete(temporary: Path, target: Path, state: Any, written: Sequence[Mapping[str, Any]]) -> None:
-    with write_atomically(temporary / _STATE) as stream:
-        stream.write(json.dumps(state).encode())
+    write_text(temporary / _STATE, json.dumps(state))
     files = {name: said for each in written for name, said in each.items()}
     files[_STATE] = _described(temporary / _STATE)
-    with write_atomically(temporary / _MARKER) as stream:
-        stream.write(json.dumps({"format": _FORMAT, "version": _VERSION, "files": files}).encode())
-    sync(temporary)
-    if target.exists():
-        FolderCheckpointIO().remove_checkpoint(target)
-    temporary.rename(target)
-    sync(target.parent)
+    write_text(temporary / _MARKER, json.dumps({"format": _FORMAT, "version": _VERSION, "files": files}))
+    replace_folder(temporary, target)
 
 
 def _described(file: Path) -> dict[str, Any]:
-    return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+    return {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
 
 
 def _files(folder: Path) -> dict[str, Any]:
@@ -394,37 +384,10 @@ def _verify(folder: Path, names: Sequence[str], files: Mapping[str, Any]) -> Non
     for name in names:
         file, expected = folder / name, files[name]
         size = file.stat().st_size if file.is_file() else None
-        if size != expected["bytes"] or _sha256(file) != expected["sha256"]:
+        if size != expected["bytes"] or sha256_of(file) != expected["sha256"]:
             raise ValueError(
                 f"checkpoint {folder}: {name} is not what was written; remove the folder to go on from an older one"
             )
-
-
-def _place() -> tuple[int, int]:
-    """Rank and world size."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def together(work: Callable[[], _Result]) -> list[_Result]:
-    """What each rank's work gave. An error of one is raised on all: a rank that went on alone would wait for ever.
-
-    Raises:
-        OSError: As raised by the first rank that failed.
-        ValueError: Likewise.
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [work()]
-    outcome: tuple[_Result | None, OSError | ValueError | None]
-    try:
-        outcome = work(), None
-    except (OSError, ValueError) as error:
-        outcome = None, error
-    outcomes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, outcome)
-    for _, failure in outcomes:
-        if failure is not None:
-            raise failure
-    return [result for result, _ in outcomes]
 
 
 def _split(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
@@ -485,11 +448,3 @@ def _joined_items(content: list[Any], read: Callable[[str], Any], depth: int) ->
             raise _FormError(f"a key must stand once in a mapping, got {shorten(pair[0])} again")
         made[pair[0]] = _join(pair[1], read, depth + 1)
     return made
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.optim import Optimizer
 
 from maskgit_pl.checks import check_integer, shorten
+from maskgit_pl.distributed import on_all_ranks
 from maskgit_pl.errors import CannotWriteError
 from maskgit_pl.training.checkpoint_files import (
     SETTINGS,
@@ -23,7 +24,6 @@ from maskgit_pl.training.checkpoint_files import (
     complete_checkpoints,
     leftovers,
     step_of,
-    together,
 )
 
 __all__ = ["Checkpoints", "full_state"]
@@ -81,7 +81,7 @@ class Checkpoints(Checkpoint):
         Raises:
             ValueError: They would begin from different ones. On all ranks.
         """
-        seen = together(lambda: self.begins_from and self.begins_from.name)
+        seen = on_all_ranks(lambda: self.begins_from and self.begins_from.name)
         if len(set(seen)) > 1:
             listed = ", ".join(f"rank {rank}: {name or 'none'}" for rank, name in enumerate(seen))
             raise ValueError(

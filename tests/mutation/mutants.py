@@ -130,7 +130,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ("(mean + 1e-5).log()", "(mean + 1e-2).log()"),
         ("flatten(0, -2) / temperature", "flatten(0, -2) * temperature"),
         (".sum(-1).mean() - mean_entropy", ".sum(-1).mean() + mean_entropy"),
-        ("_global_mean(probabilities.mean(0))", "probabilities.mean(0)"),
+        ("mean_over_ranks(probabilities.mean(0))", "probabilities.mean(0)"),
         ("bound = math.sqrt(3.0 / num_codes)", "bound = math.sqrt(1.0 / num_codes)"),
         ("local * (owner == rank).to(local).unsqueeze(1)", "local / ranks"),
     ),
@@ -498,7 +498,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *_of(
         "training/checkpoint_files.py",
         "training/test_checkpoints",
-        ('or _sha256(file) != expected["sha256"]', ""),
+        ('or sha256_of(file) != expected["sha256"]', ""),
         ("default=None, key=step_of)", "default=None, key=lambda path: -step_of(path))"),
         ('kind = "list" if isinstance(value, list) else "tuple"', 'kind = "list"'),
         ("and (path / _MARKER).is_file()]\n    return sorted", "]\n    return sorted"),

@@ -1,0 +1,107 @@
+"""Progress of long work: bars on a terminal, a line now and then in a log.
+
+Used by every command that makes, reads or measures something for longer than a few seconds; a training run has
+``maskgit_pl.training.progress``. Lines go to the log, not to what a command prints as its result.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+__all__ = ["Bars", "progress_bars"]
+
+log = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_LINES = 15.0
+_SECONDS_BETWEEN_UPDATES = 0.1  # of a bar; an update costs more than a small image
+_SHOWN_BARS = 10  # finished ones go where there are more
+
+
+class Bars(Protocol):
+    """What makes a bar."""
+
+    def __call__(self, title: str, total: int, *, done: int = 0, unit: str = "") -> Callable[[int], None]:
+        """Makes the bar of one piece of work.
+
+        Args:
+            title: What is done.
+            total: How much there is to do.
+            done: How much of it was done before; it does not count for the speed.
+            unit: What is counted, such as ``"images"``.
+
+        Returns:
+            What is to be called with each amount that is done.
+        """
+        ...
+
+
+@contextmanager
+def progress_bars(*, shown: bool = True) -> Iterator[Bars]:
+    """Yields what makes bars; both bars and lines tell the speed and the time left.
+
+    Args:
+        shown: False on all ranks but one.
+    """
+    if not shown:
+        yield lambda title, total, *, done=0, unit="": lambda count: None
+    elif not sys.stdout.isatty():
+        yield _Lines
+    else:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        speed = TextColumn("{task.fields[speed]}")
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), speed, TimeRemainingColumn())
+        with Progress(*columns, transient=True, speed_estimate_period=300) as progress:
+            yield lambda title, total, *, done=0, unit="": _Bar(progress, title, total, done=done, unit=unit)
+
+
+class _Bar:
+    """A bar of rich, which is updated a few times a second."""
+
+    def __init__(self, progress: Progress, title: str, total: int, *, done: int, unit: str) -> None:
+        self.progress, self.total, self.done, self.unit = progress, total, done, unit
+        self.task = progress.add_task(title, total=total, completed=done, speed="")
+        self.updated = 0.0
+
+    def __call__(self, count: int) -> None:
+        self.done += count
+        now = time.monotonic()
+        if now - self.updated < _SECONDS_BETWEEN_UPDATES and self.done < self.total:
+            return
+        self.updated = now
+        task = self.progress.tasks[self.task]
+        self.progress.update(self.task, completed=self.done, speed=_speed(task.speed or 0.0, self.unit))
+        self.progress.update(self.task, visible=not task.finished or len(self.progress.tasks) < _SHOWN_BARS)
+
+
+class _Lines:
+    """Lines of a log; speed and time left follow the pace since the line before."""
+
+    def __init__(self, title: str, total: int, *, done: int = 0, unit: str = "") -> None:
+        self.title, self.total, self.done, self.unit = title, total, done, unit
+        self.told, self.done_before = time.monotonic(), done
+
+    def __call__(self, count: int) -> None:
+        self.done += count
+        now, made = time.monotonic(), self.done - self.done_before
+        if now - self.told < _SECONDS_BETWEEN_LINES or not made:
+            return
+        speed = made / max(now - self.told, 1e-9)
+        left = datetime.timedelta(seconds=round((self.total - self.done) / speed))
+        amount = f"{self.done} of {self.total} {self.unit}".rstrip()
+        log.info("%s: %s, %s, %s left", self.title, amount, _speed(speed, self.unit), left)
+        self.told, self.done_before = now, self.done
+
+
+def _speed(speed: float, unit: str) -> str:
+    """Returns ``0.50 images/s``, ``37 images/s`` or, without a unit, ``37/s``."""
+    return f"{speed:.{2 if speed < 10 else 0}f} {unit}".rstrip() + "/s"
