@@ -32,9 +32,10 @@ from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pretrained import load_tokenizer, save_tokenizer
 from maskgit_pl.provenance import describe_environment
-from maskgit_pl.runs.build import StageRun
-from maskgit_pl.runs.fitting import build
-from maskgit_pl.runs.recipe import Plan, Recipe, recipes_folder
+from maskgit_pl.runs.build import StageRun, build
+from maskgit_pl.runs.plan import Plan
+from maskgit_pl.runs.recipe import Recipe
+from maskgit_pl.runs.recipe_files import recipes_folder
 from maskgit_pl.shards.images import encode_png
 from maskgit_pl.shards.index import find_shards, index_shards
 from maskgit_pl.training.ema import update_ema
@@ -104,7 +105,7 @@ def build_run(folder: Path, task: Task) -> StageRun:
     """What ``maskgit train transformer`` builds: module, data, and the Trainer with everything of ours."""
     recipes = recipes_folder()
     files = [recipes / "transformer" / "base.yaml", recipes / "cluster" / "cpu.yaml"]
-    recipe = Recipe.read("transformer", files, task.words())
+    recipe = Recipe.from_files("transformer", files, task.words())
     plan = Plan(recipe, folder / "shards", folder / "run", folder / "tokenizer")
     with redirect_stdout(io.StringIO()):  # a log, and no terminal: a line now and then in place of a bar
         return build(plan)

@@ -19,7 +19,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, distributions
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
-from maskgit_pl.checks import build_dataclass, did_you_mean, shorten
+from maskgit_pl.checks import build_dataclass, check_keys, did_you_mean, shorten
 from maskgit_pl.text import printable
 
 T = TypeVar("T")
@@ -151,9 +151,11 @@ class Registry(Generic[T]):
         if isinstance(factory, type) and is_dataclass(factory):
             made = cast(T, build_dataclass(factory, arguments, where))
         else:
+            signature = inspect.signature(factory)
             try:
-                inspect.signature(factory).bind(**arguments)
+                signature.bind(**arguments)
             except TypeError as error:
+                check_keys(where, arguments, known=signature.parameters)
                 raise ValueError(f"{where}: {error}; given {shorten(sorted(map(str, arguments)))}") from error
             made = factory(**arguments)
         if self._check is not None:

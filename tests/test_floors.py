@@ -46,7 +46,7 @@ FLOORS = {  # a file or a folder -> its floor; a folder's files stand on its flo
     "__main__": 11,
 }
 INNER = (  # folders inside a folder, and that folder first: each knows those before it, never those behind
-    ("evaluation", "evaluation/paper"),
+    ("evaluation", "evaluation/reports"),
 )
 LIGHTNING_FROM = 3
 MODULES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py"))
@@ -172,8 +172,8 @@ def forbidden(module: str) -> Iterator[str]:
             yield f"shell={off['shell']} (line {node.lineno})"
         if name in ("yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load", "yaml.unsafe_load_all"):
             plain = name == "yaml.load" and (off.get("Loader") or ast.unparse(node.args[-1])) == "_PlainLoader"
-            if not (plain and module == "runs/recipe"):
-                yield f"{name} other than with the plain loader of runs/recipe (line {node.lineno})"
+            if not (plain and module == "runs/safe_yaml"):
+                yield f"{name} other than with the plain loader of runs/safe_yaml (line {node.lineno})"
 
 
 def test_the_package_is_read():
@@ -235,7 +235,7 @@ def test_the_root_package_imports_nothing_of_its_own_when_it_is_imported():
         "subprocess.run(command, shell=True)",
         "yaml.load(text, Loader=yaml.Loader)",
         "yaml.load(text, yaml.Loader)",
-        "yaml.load(text, Loader=_PlainLoader)",  # elsewhere than in runs/recipe
+        "yaml.load(text, Loader=_PlainLoader)",  # elsewhere than in runs/safe_yaml
         "yaml.unsafe_load(text)",
     ],
 )
@@ -273,10 +273,10 @@ def test_the_check_of_floors_finds_what_it_is_for(monkeypatch):
 
 def test_the_check_of_inner_folders_finds_what_it_is_for(monkeypatch):
     monkeypatch.setattr(
-        f"{__name__}.own", lambda module: {"evaluation/paper/tables", "evaluation/metrics", "pipeline/model"}
+        f"{__name__}.own", lambda module: {"evaluation/reports/tables", "evaluation/metrics", "pipeline/model"}
     )
-    assert backwards("evaluation/metrics", INNER[0]) == [("evaluation/metrics", "evaluation/paper/tables")]
-    assert backwards("evaluation/paper/tables", INNER[0]) == []
+    assert backwards("evaluation/metrics", INNER[0]) == [("evaluation/metrics", "evaluation/reports/tables")]
+    assert backwards("evaluation/reports/tables", INNER[0]) == []
 
 
 def test_the_check_of_circles_finds_one(monkeypatch):

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from maskgit_pl.evaluation.bench.ledger import REAL, Row
-from maskgit_pl.evaluation.paper import figure4
-from maskgit_pl.evaluation.paper.figure4 import Timing
-from maskgit_pl.evaluation.paper.tables import Page, ScheduleResult, as_csv, table_1, table_2, table_3
+from maskgit_pl.evaluation.reports import figure4
+from maskgit_pl.evaluation.reports.figure4 import Timing
+from maskgit_pl.evaluation.reports.tables import Page, ScheduleResult, as_csv, table_1, table_2, table_3
 from maskgit_pl.schedules import mask_schedules
 
 RESULTS = Path(__file__).parents[1] / "results"

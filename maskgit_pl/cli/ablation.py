@@ -11,7 +11,8 @@ from maskgit_pl.cli.measuring import step_numbers
 from maskgit_pl.cli.model import device_of
 from maskgit_pl.cli.paper import add_measuring_arguments, measured_schedules, opened, write_schedules
 from maskgit_pl.errors import PreemptedError
-from maskgit_pl.runs.recipe import DEFAULT_DATASET, Recipe, recipe_files
+from maskgit_pl.runs.recipe import Recipe
+from maskgit_pl.runs.recipe_files import DEFAULT_DATASET
 
 __all__ = ["add_parser", "run"]
 
@@ -53,8 +54,7 @@ def run(args: argparse.Namespace) -> int:
         device_of(args)
     for name in schedules:
         names = [*args.recipe.split(), name]
-        files = recipe_files("transformer", dataset=args.dataset, names=names, cluster=args.cluster)
-        Recipe.read("transformer", files, args.overrides)
+        Recipe.read("transformer", names=names, dataset=args.dataset, cluster=args.cluster, overrides=args.overrides)
     args.runs = [_train(name, place, len(schedules), args) for place, name in enumerate(schedules)]
     with opened(args) as made:
         write_schedules(made, measured_schedules(made, args, numbers), args, _command(args))

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from maskgit_pl.locks import locked
-from maskgit_pl.runs.recipe import STAGES, Layer, Plan, Recipe, Stage, read_run_config, read_yaml
+from maskgit_pl.runs.plan import Plan
+from maskgit_pl.runs.recipe import Recipe
+from maskgit_pl.runs.recipe_files import STAGES, Stage
+from maskgit_pl.runs.safe_yaml import read_yaml
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,11 +63,11 @@ def run(args: argparse.Namespace) -> int:
             wanted = "a complete one" if args.step is None else f"step {args.step}"
             raise FileNotFoundError(f"{plan.checkpoints}: {wanted} is needed, complete are: {there}")
         chosen.append(found[max(found) if args.step is None else args.step])
-    from maskgit_pl.runs.fitting import export
+    from maskgit_pl.runs.stage import export_checkpoint
 
     with locked(out, way_out="give another --out"):
         for plan, checkpoint in zip(plans, chosen, strict=True):
-            export(plan, checkpoint, out)
+            export_checkpoint(plan, checkpoint, out)
     return 0
 
 
@@ -96,5 +99,5 @@ def _plan(folder: Path, stage: Stage, data: Path | None, out: Path) -> Plan:
                 "tokenizer` if the run trained it"
             )
         words.append(f"--model.tokenizer={tokenizer}")
-    recipe = Recipe.of(stage, [Layer(f"recipe {config}", read_run_config(config))], words)
+    recipe = Recipe.from_run(stage, config, words)
     return Plan(recipe, shards, folder, tokenizer)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from maskgit_pl.evaluation.bench.bench import Bench, Subject
-    from maskgit_pl.evaluation.paper.tables import Page, ScheduleResult
+    from maskgit_pl.evaluation.reports.tables import Page, ScheduleResult
     from maskgit_pl.networks.transformer import TransformerConfig
 
 __all__ = [
@@ -247,7 +247,7 @@ def run_table(args: argparse.Namespace) -> int:
 
 
 def _table_1(made: Opened, args: argparse.Namespace) -> None:
-    from maskgit_pl.evaluation.paper.tables import table_1
+    from maskgit_pl.evaluation.reports.tables import table_1
 
     bench, on = made.bench, {"num_images": args.num_samples, "networks": made.networks}
     rows = [
@@ -304,7 +304,7 @@ def _table_2(made: Opened, args: argparse.Namespace) -> None:
     import torch
 
     from maskgit_pl.evaluation.bench.held_out import edit, masked
-    from maskgit_pl.evaluation.paper.tables import TASKS, table_2
+    from maskgit_pl.evaluation.reports.tables import TASKS, table_2
     from maskgit_pl.imaging import image_grid, save_png
 
     rows = [
@@ -334,7 +334,7 @@ def measured_schedules(made: Opened, args: argparse.Namespace, numbers: Sequence
     Raises:
         ValueError: Runs that were not trained alike, two of one schedule, or no T that can be.
     """
-    from maskgit_pl.evaluation.paper.ablation import STEPS, ablate, check_budgets
+    from maskgit_pl.evaluation.reports.ablation import STEPS, ablate, check_budgets
 
     configs = {
         subject.run: read_own_recipe(subject.folder.parent / "transformer" / "config.yaml") for subject in made.subjects
@@ -348,13 +348,14 @@ def measured_schedules(made: Opened, args: argparse.Namespace, numbers: Sequence
 
 def write_schedules(made: Opened, results: Sequence[ScheduleResult], args: argparse.Namespace, command: str) -> None:
     """Writes Table 3 and Figure 8, which belong together."""
-    from maskgit_pl.evaluation.paper.figure8 import Figure8, draw
-    from maskgit_pl.evaluation.paper.tables import table_3
+    from maskgit_pl.evaluation.reports.schedule_figures import schedule_figure
+    from maskgit_pl.evaluation.reports.tables import table_3
+    from maskgit_pl.files import write_atomically
 
     metric = f"fid/{made.networks[0]}"
     floor = made.bench.real(num_images=args.num_samples, networks=made.networks[:1])[made.networks[0]]
     made.pages.mkdir(parents=True, exist_ok=True)
-    figure = Figure8(
+    figure = schedule_figure(
         results,
         num_tokens=made.subjects[0].pipe.transformer.network.config.num_tokens,
         metric=metric,
@@ -362,7 +363,8 @@ def write_schedules(made: Opened, results: Sequence[ScheduleResult], args: argpa
         floor=float(floor["fid"]),
         dataset=made.bench.dataset,
     )
-    draw(figure, made.pages / "figure-8.png")
+    with write_atomically(made.pages / "figure-8.png") as stream:
+        stream.write(figure)
     write_page(table_3(results, command=command), made.pages, "table-3", pictures=["figure-8.png"])
 
 
@@ -394,8 +396,8 @@ def _figure_4(args: argparse.Namespace) -> int:
     device = device_of(args)
     from dataclasses import asdict
 
-    from maskgit_pl.evaluation.paper.figure4 import as_markdown, draw, measure
-    from maskgit_pl.evaluation.paper.tables import Page, as_csv
+    from maskgit_pl.evaluation.reports.figure4 import as_markdown, draw, measure
+    from maskgit_pl.evaluation.reports.tables import Page, as_csv
 
     sizes = _timed_sizes(args)
     with progress_bars() as bars:
@@ -417,7 +419,7 @@ def _timed_sizes(args: argparse.Namespace) -> TransformerConfig:
     """Returns the sizes of the flags, of the run, or the usual ones, in this order."""
     from dataclasses import replace
 
-    from maskgit_pl.evaluation.paper.figure4 import SIZES, sizes_of
+    from maskgit_pl.evaluation.reports.figure4 import SIZES, sizes_of
     from maskgit_pl.pipeline.sharing import local_folder
 
     sizes = sizes_of(local_folder(args.runs[0]) / "transformer") if args.runs else SIZES

@@ -13,8 +13,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from maskgit_pl.cli.train import SHARED_TOKENS, add_run_arguments, find_recipe, find_shards, find_tokenizer, run_folder
+from maskgit_pl.cli.run_flags import add_run_arguments, folders_of, read_recipe
 from maskgit_pl.locks import locked
+from maskgit_pl.runs.plan import SHARED_TOKENS, find_data, find_run, find_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -73,14 +74,17 @@ class Place(NamedTuple):
 
 def run(args: argparse.Namespace) -> int:
     """Makes the token store of a run, if the recipe reads tokens; resumes an interrupted one."""
-    recipe = find_recipe(args)
+    recipe = read_recipe(args)
     source = recipe.get("data.source")
     if source != "tokens":
         log.info("data.source %s: stage 2 reads no tokens; nothing to do", source)
         return 0
     place = find_place(args.rank, args.num_ranks)
-    shards = find_shards(args, recipe)
-    folder = find_tokenizer(args, shards)
+    named = folders_of(args, recipe)
+    shards, run_folder = find_data(recipe, args.data), find_run(recipe, named["run"])
+    folder = find_tokenizer(
+        recipe, folder=run_folder, shards=shards, tokenizer=args.tokenizer, pretrained=args.pretrained
+    )
     import torch
 
     device = _device(args.device, place.local_rank)
@@ -89,8 +93,8 @@ def run(args: argparse.Namespace) -> int:
     from maskgit_pl.pretrained import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
-    description = _description(args, shards, tokenizer)
-    store = _store(args, description)
+    description = _description(args, run_folder, shards, tokenizer)
+    store = _store(run_folder, description)
     network = tokenizer.network.to(device)
     workers = _workers(device) if args.num_workers is None else args.num_workers
 
@@ -129,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _description(args: argparse.Namespace, shards: Path, tokenizer: PretrainedTokenizer) -> StoreDescription:
+def _description(args: argparse.Namespace, run: Path, shards: Path, tokenizer: PretrainedTokenizer) -> StoreDescription:
     """Describes the store that is wanted. A run that has tokens keeps their crops unless flags name others."""
     from maskgit_pl.data import describe_store
     from maskgit_pl.shards.tokens import read_description
@@ -146,24 +150,24 @@ def _description(args: argparse.Namespace, shards: Path, tokenizer: PretrainedTo
 
     named = {name: getattr(args, name) for name in _VIEWS if getattr(args, name) is not None}
     with suppress(FileNotFoundError, ValueError):  # none, or one that is made again
-        own = read_description(run_folder(args) / "tokens")
+        own = read_description(run / "tokens")
         if not named and own == described(**{name: getattr(own, name) for name in _VIEWS}):
             return own
     return described(**named)
 
 
-def _store(args: argparse.Namespace, description: StoreDescription) -> Path:
+def _store(run: Path, description: StoreDescription) -> Path:
     """Returns the store's folder: one for all runs with this tokenizer and these data, linked from ``RUN/tokens``.
 
     A store that lies in the run's own folder, as version 0.1.0 made it, stays there.
     """
-    own = run_folder(args) / "tokens"
+    own = run / "tokens"
     if own.is_dir() and not own.is_symlink():
         return own
     fields = asdict(description)
     del fields["sha256"]  # of a finished store, which may be the run's own
     key = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
-    shared = Path(args.runs) / SHARED_TOKENS / key
+    shared = run.parent / SHARED_TOKENS / key
     shared.mkdir(parents=True, exist_ok=True)
     own.parent.mkdir(parents=True, exist_ok=True)
     link = own.with_name(f".tokens.{os.getpid()}")

@@ -184,7 +184,7 @@ class Comparison:
         """
         lines = ["# Token selectors", "", f"    {printable(command, limit=None)}", "", *self._explanation(), ""]
         lines += ["![one row a selector, one column a class](selectors.png)", ""]
-        lines += [f"`selectors.png`: T = {self.sheet_steps}, a row a selector, a column a class and its noise."]
+        lines += [f"`selectors.png`: T = {self.sheet_steps}, a row a selector, a column a class."]
         lines += ["", "## fid/classifier by number of steps T (lower is better)", "", *self._distance_lines(), ""]
         lines += ["## Everything", "", *self._lines()]
         return "\n".join(lines) + "\n"
@@ -198,8 +198,9 @@ class Comparison:
             f"{self.accuracy:.1%} of the real val images. FID and KID are Frechet and kernel distance from all",
             f"{self.counts['val']} real val images in that classifier's features, not in those of Inception; they",
             f"compare with one another at {count} images only. In the last line {self.counts['train']} real training",
-            "images take the place of generated ones. Least distance of each T in bold. A class agreement above that of",
-            "real images says that images are more typical than real ones, which low diversity goes with. Mask schedule:",
+            "images take the place of generated ones. Least distance of each T in bold. A class agreement above that",
+            "of real images says that images are more typical than real ones, which low diversity goes with.",
+            "Mask schedule as trained:",
             f"{markdown(self.model['mask_schedule'])}. Decoding, commit and device of each row: `ledger.jsonl`.",
             f"First digits of the weights' sha256: tokenizer {model['tokenizer']}, transformer {model['transformer']},",
             f"classifier {model['judge']}. Times are wall clock on one machine ({markdown(self.model['device'])}).",

@@ -315,7 +315,7 @@ def read_own_recipe(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: if it is no recipe. The message is one line.
     """
-    from maskgit_pl.runs.recipe import read_yaml
+    from maskgit_pl.runs.safe_yaml import read_yaml
 
     if not file.is_file():
         return {}

@@ -24,7 +24,8 @@ from maskgit_pl.imaging import to_unit_range
 from maskgit_pl.networks import int8
 from maskgit_pl.networks.causal import CausalTransformer
 from maskgit_pl.pipeline.canvas import Canvas
-from maskgit_pl.pipeline.card import Origin, check_run, fingerprints, write_card
+from maskgit_pl.pipeline.card import write_card
+from maskgit_pl.pipeline.description import Origin, check_run, fingerprints
 from maskgit_pl.pipeline.options import (
     Classes,
     DecodingSettings,

@@ -4,50 +4,91 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import MISSING, asdict, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, get_origin
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.profilers import PassThroughProfiler
 
-from maskgit_pl.autoregressive import AutoregressiveModel
 from maskgit_pl.checks import build_dataclass
-from maskgit_pl.runs.recipe_schema import Parameter, RunSettings, TrainerSettings, parameters_of
-from maskgit_pl.runs.recipe import Recipe, Stage
-from maskgit_pl.data import ShardData
+from maskgit_pl.data import ShardData, split_batch
 from maskgit_pl.data.stream import check_stream
 from maskgit_pl.errors import is_user_error
-from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.pretrained import fingerprint, read_config
+from maskgit_pl.runs.plan import Plan
+from maskgit_pl.runs.recipe import Recipe
+from maskgit_pl.runs.recipe_files import Stage
+from maskgit_pl.runs.recipe_schema import RunSettings, TrainerSettings, parameters_of
+from maskgit_pl.runs.resolve import MODULES, dataclass_in, resolve, resolved_tree
+from maskgit_pl.runs.resume_check import changes, fixed_settings
+from maskgit_pl.runs.watchdog import Watchdog
+from maskgit_pl.token_model import TokenModel
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_complete, settings_of
 from maskgit_pl.training.checkpoints import Checkpoints
 from maskgit_pl.training.faults import UnreadableReport
 from maskgit_pl.training.guards import Guard
-from maskgit_pl.training.logs import RunLogger
 from maskgit_pl.training.image_callbacks import ReconstructionPictures, SamplePictures
+from maskgit_pl.training.logs import RunLogger
 from maskgit_pl.training.progress import ProgressLines
-from maskgit_pl.runs.resume_check import changes, fixed_settings
 from maskgit_pl.training.strategies import build_strategy, check_accelerator, check_precision, check_strategy
-from maskgit_pl.runs.watchdog import Watchdog
 
-__all__ = ["MODULES", "StageRun", "resolve", "written_config"]
+__all__ = ["StageRun", "build"]
 
 log = logging.getLogger(__name__)
 
-MODULES: dict[str, type[LightningModule]] = {
-    "tokenizer": Tokenizer,
-    "transformer": MaskedTokenModel,
-    "autoregressive": AutoregressiveModel,
-}
-"""The module that each kind of recipe trains."""
+# What Lightning and torch say on every run of ours and nobody can act on.
+_EXPECTED_WARNINGS = (
+    r"Found \d+ module\(s\) in eval mode at the start of training",  # the averaged copies
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own call
+    "The '.*_dataloader' does not have many workers",  # num_workers is the recipe's choice
+    "The number of training batches .* is smaller than the logging interval",  # ours counts steps, over epochs
+    "Checkpoint directory .* exists and is not empty",  # a run that goes on
+)
+
+
+def build(plan: Plan) -> StageRun:
+    """Builds module, data and Trainer of a run, its global batch divided among the devices. Nothing is trained.
+
+    Raises:
+        ValueError: if the recipe is wrong, data or tokenizer do not fit, or the run would resume with other settings.
+    """
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its tips and device lists
+    for message in _EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=f".*{message}")
+    torch.manual_seed(0)  # initial weights; every other random number is a function of the recipe's seed
+    run = StageRun(plan.recipe, resolved_tree(plan), plan.stage_folder)
+    run.add_trainer()
+    module, data, trainer = run.model, run.datamodule, run.trainer
+    if trainer.max_steps < 1:
+        raise ValueError(f"trainer.max_steps must be >= 1, got {trainer.max_steps}; it is where the run ends")
+    _, accumulation = split_batch(data.global_batch, data.max_batch_per_device, trainer.world_size)
+    if isinstance(module, TokenModel):
+        trainer.accumulate_grad_batches = accumulation
+        _check_classes(module, data)
+        tokenizer = module.tokenizer  # reading it refuses one that does not fit
+        data.require_tokenizer(tokenizer.fingerprint, grid=tokenizer.grid, num_codes=tokenizer.network.config.num_codes)
+    else:
+        assert isinstance(module, Tokenizer)
+        module.accumulation = accumulation
+    if isinstance(trainer.val_check_interval, int):  # steps for us, micro-batches for Lightning
+        trainer.val_check_interval *= accumulation
+    return run
+
+
+def _check_classes(module: TokenModel, data: ShardData) -> None:
+    if module.config.num_classes != data.num_classes:
+        raise ValueError(
+            f"model.network.num_classes: {data.path} has {data.num_classes} classes, got {module.config.num_classes}; "
+            "leave the key out or name other data"
+        )
 
 
 class StageRun:
@@ -175,48 +216,6 @@ class StageRun:
         return [guard, self.watchdog, self.checkpoints, progress, pictures, unreadable]
 
 
-def resolve(kind: str, tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a tree with the default of every key that it leaves out, and with the keys that follow others.
-
-    Args:
-        kind: Of recipe, a key of ``MODULES``.
-        tree: Checked values of a recipe.
-    """
-    groups = {"data": parameters_of(ShardData), "model": parameters_of(MODULES[kind])}
-    config = {name: _resolve_group(known, tree.get(name, {})) for name, known in groups.items()}
-    for name, defaults in (("trainer", TrainerSettings()), (None, RunSettings())):
-        given = tree.get(name, {}) if name else {key: tree[key] for key in asdict(defaults) if key in tree}
-        values = {**asdict(defaults), **given}
-        config |= {name: values} if name else values
-    if "seed" in config["data"]:
-        config["model"]["seed"] = config["data"]["seed"]
-    if kind == "tokenizer":
-        config["model"]["image_size"] = config["data"]["image_size"]
-        config["model"]["network"]["in_channels"] = config["data"]["in_channels"]
-    return config
-
-
-def _resolve_group(known: Mapping[str, Parameter], given: Mapping[str, Any]) -> dict[str, Any]:
-    found = {}
-    for name, parameter in known.items():
-        value = given.get(name, parameter.default)
-        kind = _dataclass_in(parameter.annotation)
-        if value is MISSING and kind is None:
-            continue
-        if kind is not None and value is not None:
-            value = _resolve_group(parameters_of(kind), {} if value is MISSING else value)
-        found[name] = value
-    return found
-
-
-def written_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a resolved tree as config.yaml holds it: a recipe again, without the keys that follow others."""
-    model = {key: value for key, value in config["model"].items() if key not in ("seed", "image_size", "accumulation")}
-    if "in_channels" in model["network"]:
-        model["network"] = {key: value for key, value in model["network"].items() if key != "in_channels"}
-    return {**config, "model": model}
-
-
 def _arguments(kind: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Arguments of a class, its dataclasses built from their mappings.
 
@@ -232,7 +231,7 @@ def _arguments(kind: type, values: Mapping[str, Any], where: str) -> dict[str, A
 
 
 def _built(value: Any, annotation: Any, where: str) -> Any:
-    kind = _dataclass_in(annotation)
+    kind = dataclass_in(annotation)
     if kind is None or value is None:
         return tuple(value) if isinstance(value, list) and get_origin(annotation) is tuple else value
     values = _arguments(kind, value, where)
@@ -240,13 +239,6 @@ def _built(value: Any, annotation: Any, where: str) -> Any:
         return kind(**values)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-
-
-def _dataclass_in(annotation: Any) -> type[Any] | None:
-    """The dataclass that an annotation names, optional or not."""
-    options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-    found = [each for each in options if isinstance(each, type) and is_dataclass(each)]
-    return found[0] if found else None
 
 
 def _cannot_be_had(given: TrainerSettings, error: Exception) -> str:

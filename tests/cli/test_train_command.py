@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from maskgit_pl.cli import main
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pretrained import fingerprint, save_tokenizer
-from maskgit_pl.runs import fitting as fit
+from maskgit_pl.runs import stage as stage_module
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_complete
 from tests.conftest import flags
 
@@ -145,7 +145,7 @@ def test_a_fault_in_the_card_costs_no_export(train, runs, monkeypatch):
     def broken(folder: Path) -> None:
         raise RuntimeError("no card today")
 
-    monkeypatch.setattr(fit, "write_card", broken)
+    monkeypatch.setattr(stage_module, "write_card", broken)
     answer = train("transformer")
     assert answer.code == 0
     assert "no model card (RuntimeError: no card today)" in answer.out

@@ -64,7 +64,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ("1 - progress.pow(self.exponent)", "(1 - progress).pow(self.exponent)"),
         ("-math.log2(num_tokens) * (1 - progress)", "-math.log2(num_tokens + 1) * (1 - progress)"),
         ("/ math.log2(num_tokens))", "/ math.log(num_tokens))"),
-        ("exponent: float = field(default=2.0, init=False)", "exponent: float = field(default=2.5, init=False)"),
+        ('("square", 2.0)', '("square", 2.5)'),
         ("_MIN_RATIO = 1e-6", "_MIN_RATIO = 1e-2"),
         ("clamp(_MIN_RATIO, 1.0)", "clamp(_MIN_RATIO, 2.0)"),
         ("scaled.ceil()", "scaled.round()"),

@@ -7,8 +7,11 @@ import pytest
 import yaml
 
 from maskgit_pl.runs.build import StageRun
-from maskgit_pl.runs.recipe import Recipe, merged, read_run_config, read_yaml, recipe_files
+from maskgit_pl.runs.layers import merged
+from maskgit_pl.runs.recipe import Recipe
+from maskgit_pl.runs.recipe_files import read_run_config, recipe_files
 from maskgit_pl.runs.recipe_schema import build_schema, load_schema
+from maskgit_pl.runs.safe_yaml import read_yaml
 
 
 def write(folder, text):
@@ -86,7 +89,7 @@ def test_an_unsafe_recipe_is_refused_by_name(tmp_path, text, rule):
 
 
 def read(folder, text, words=(), stage="transformer"):
-    return Recipe.read(stage, [write(folder, text)], list(words))
+    return Recipe.from_files(stage, [write(folder, text)], list(words))
 
 
 UNKNOWN = [
@@ -235,11 +238,9 @@ def test_config_yaml_of_a_run_is_a_recipe_without_its_paths(tmp_path):
     model: {tokenizer: c, label_smoothing: 0.1}
     trainer: {max_steps: 5, use_distributed_sampler: true, fast_dev_run: false}
     """
-    assert read_run_config(write(tmp_path, text)) == {
-        "data": {"seed": 3},
-        "model": {"label_smoothing": 0.1},
-        "trainer": {"max_steps": 5},
-    }
+    tree, paths = read_run_config(write(tmp_path, text))
+    assert tree == {"data": {"seed": 3}, "model": {"label_smoothing": 0.1}, "trainer": {"max_steps": 5}}
+    assert paths == {"data.path": "a", "data.token_store": "b", "model.tokenizer": "c"}
     with pytest.raises(ValueError, match=r"must be config\.yaml of a run"):
         read_run_config(write(tmp_path, "model: {}"))
 

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from maskgit_pl.runs.build import StageRun
-from maskgit_pl.runs.fitting import resolved_tree
-from maskgit_pl.runs.recipe import Plan, Recipe
+from maskgit_pl.runs.plan import Plan
+from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.recipe_schema import load_schema
+from maskgit_pl.runs.resolve import resolved_tree
 from maskgit_pl.schema import fits
 
 TINY = Path(__file__).parents[1] / "tiny"
@@ -70,7 +71,7 @@ OWN = [(stage, key) for stage, key in KEYS if key in TAKEN]
 
 def read(stage: Any, word: str) -> Recipe:
     files = [RECIPES / stage / "base.yaml", TINY / f"{stage}.yaml"]
-    return Recipe.read(stage, files, [word])
+    return Recipe.from_files(stage, files, [word])
 
 
 def built(stage: Any, word: str, shards: Path, folder: Path, tokenizer: Path | None) -> StageRun:

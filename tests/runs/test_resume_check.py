@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from maskgit_pl.runs.fitting import build
-from maskgit_pl.runs.recipe import Plan, Recipe
+from maskgit_pl.runs.build import build
+from maskgit_pl.runs.plan import Plan
+from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.resume_check import changes, fixed_settings
 from maskgit_pl.tokenizer import AdversarialConfig, PerceptualConfig
 
@@ -112,7 +113,7 @@ def test_every_key_of_a_resolved_model_is_refused_but_those_that_are_free(
 ):
     files = [RECIPES / stage / "base.yaml", RECIPES / "cluster" / "cpu.yaml", TINY / f"{stage}.yaml"]
     tokenizer = tiny_pretrained / "tokenizer" if stage == "transformer" else None
-    run = build(Plan(Recipe.read(stage, files), tiny_shards, tmp_path, tokenizer))
+    run = build(Plan(Recipe.from_files(stage, files), tiny_shards, tmp_path, tokenizer))
     config = run.config
     if stage == "tokenizer":  # the groups that the recipe leaves out
         perceptual = PerceptualConfig({"name": "timm", "model": "resnet50", "weights": "here.pth"})

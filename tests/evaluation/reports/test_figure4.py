@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from maskgit_pl.decoding import DecodingStep
-from maskgit_pl.evaluation.paper import figure4
-from maskgit_pl.evaluation.paper.figure4 import Timing, as_markdown, draw, measure
+from maskgit_pl.evaluation.reports import figure4
+from maskgit_pl.evaluation.reports.figure4 import Timing, as_markdown, draw, measure
 from maskgit_pl.networks.transformer import TransformerConfig
 
 TINY = TransformerConfig(16, 3, (4, 4), width=16, depth=1, num_heads=2, mlp_width=32)

@@ -15,7 +15,7 @@ from itertools import combinations
 
 from maskgit_pl.evaluation.bench.held_out import Task
 from maskgit_pl.evaluation.bench.ledger import NUMBERS, REAL, Row, number, present
-from maskgit_pl.evaluation.paper.published import (
+from maskgit_pl.evaluation.reports.published import (
     CLASSIFIER_ON_REAL_IMAGES,
     EDITING,
     GENERATION,

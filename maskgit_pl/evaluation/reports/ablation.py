@@ -8,8 +8,8 @@ from typing import Any
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation.bench.bench import Bench, Subject
 from maskgit_pl.evaluation.decodings import with_steps
-from maskgit_pl.evaluation.paper.published import SCHEDULES
-from maskgit_pl.evaluation.paper.tables import ScheduleResult
+from maskgit_pl.evaluation.reports.published import SCHEDULES
+from maskgit_pl.evaluation.reports.tables import ScheduleResult
 from maskgit_pl.pretrained import read_config
 from maskgit_pl.registry import describe
 

@@ -21,7 +21,7 @@ from maskgit_pl.checks import build_dataclass
 from maskgit_pl.decoding import DecodingConfig, DecodingStep, SequentialDecoder, decode_classes, decode_in_order
 from maskgit_pl.evaluation.bench.ledger import Ledger, Row
 from maskgit_pl.evaluation.drawing import LineEnd, name_lines, save_figure
-from maskgit_pl.evaluation.paper.tables import paragraph
+from maskgit_pl.evaluation.reports.tables import paragraph
 from maskgit_pl.networks.causal import CausalTransformer
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.pretrained import read_config
@@ -220,8 +220,8 @@ def _decoders(
     side, steps = math.isqrt(num_tokens), _steps(num_tokens)
     config = replace(sizes, grid=(side, side), attention="bidirectional")
     with torch.random.fork_rng(devices=[]), device:
-        masked = MaskedTransformer(config).eval().requires_grad_(False)
-        causal = CausalTransformer(replace(config, attention="causal")).eval().requires_grad_(False)
+        masked = MaskedTransformer(config).eval().requires_grad_(requires_grad=False)
+        causal = CausalTransformer(replace(config, attention="causal")).eval().requires_grad_(requires_grad=False)
     causal.load_state_dict(masked.state_dict())
     in_order = partial(
         decode_in_order,

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from maskgit_pl.evaluation.bench.ledger import REAL
-from maskgit_pl.evaluation.paper.published import EDITING, GENERATION, SCHEDULES
-from maskgit_pl.evaluation.paper.tables import (
+from maskgit_pl.evaluation.reports.published import EDITING, GENERATION, SCHEDULES
+from maskgit_pl.evaluation.reports.tables import (
     FORMULAS,
     ScheduleResult,
     agreement_with_paper,

@@ -1,0 +1,40 @@
+"""What a run is, in Python: ``Recipe`` reads one, ``fit`` trains it, and what the command line does takes one call.
+
+::
+
+    from maskgit_pl import runs
+
+    recipe = runs.Recipe.read("tokenizer", overrides={"trainer.max_steps": 500})
+    result = runs.fit(recipe, run="demo", data="data/shards/fashion-mnist")
+
+The names are imported when they are first used; torch and Lightning when something is trained.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from maskgit_pl.runs.fitting import fit
+    from maskgit_pl.runs.plan import Plan, plan_run
+    from maskgit_pl.runs.recipe import Recipe
+    from maskgit_pl.runs.stage import FitResult
+
+__all__ = ["FitResult", "Plan", "Recipe", "fit", "plan_run"]
+
+# No module has the name of something here: importing it would put it in that thing's place.
+_HOMES = {
+    "FitResult": "stage",
+    "Plan": "plan",
+    "Recipe": "recipe",
+    "fit": "fitting",
+    "plan_run": "plan",
+    "preflight": "preflight_checks",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
