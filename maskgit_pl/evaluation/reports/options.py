@@ -82,7 +82,7 @@ class TimingOptions:
     """
 
     num_tokens: Sequence[int] = NUM_TOKENS
-    sizes: Mapping[str, int] = field(default_factory=dict)
+    sizes: Mapping[str, Any] = field(default_factory=dict)
     results: Path = Path("results")
     device: str | None = None
 
