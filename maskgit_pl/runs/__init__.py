@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from maskgit_pl.runs.fitting import fit
     from maskgit_pl.runs.plan import Plan, plan_run
     from maskgit_pl.runs.recipe import Recipe
+    from maskgit_pl.runs.schedule_runs import train_schedules
     from maskgit_pl.runs.stage import FitResult
 
-__all__ = ["FitResult", "Plan", "Recipe", "fit", "plan_run"]
+__all__ = ["FitResult", "Plan", "Recipe", "fit", "plan_run", "train_schedules"]
 
 # No module has the name of something here: importing it would put it in that thing's place.
 _HOMES = {
@@ -31,6 +32,7 @@ _HOMES = {
     "fit": "fitting",
     "plan_run": "plan",
     "preflight": "preflight_checks",
+    "train_schedules": "schedule_runs",
 }
 
 
