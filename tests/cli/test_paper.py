@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from maskgit_pl.evaluation.bench import bench
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from maskgit_pl.cli import ablation, main, paper
 from maskgit_pl.evaluation import cas
-from maskgit_pl.evaluation.bench import bench
 from maskgit_pl.pretrained import read_config
 from tests.conftest import flags, save_tiny_pretrained
 

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-
 from maskgit_pl.evaluation.bench.ledger import REAL
+
 from maskgit_pl.evaluation.reports.published import EDITING, GENERATION, SCHEDULES
 from maskgit_pl.evaluation.reports.tables import (
     FORMULAS,
