@@ -78,7 +78,7 @@ def plot_floor(axes: Axes, floor: float, label: str) -> None:
         floor: In the units of the axes.
         label: Written above the line.
     """
-    near = floor > min(float(min(line.get_ydata())) for line in axes.lines) / _FAR
+    near = floor > axes.dataLim.ymin / _FAR
     if near:
         axes.axhline(floor, color=_REAL, linestyle=(0, (4, 3)), linewidth=1.2, zorder=1)
     place = axes.get_yaxis_transform() if near else axes.transAxes

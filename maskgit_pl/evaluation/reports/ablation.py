@@ -3,51 +3,75 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.evaluation.bench.bench import Bench, Subject
 from maskgit_pl.evaluation.decodings import with_steps
+from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
+from maskgit_pl.evaluation.ledger import Row
 from maskgit_pl.evaluation.reports.published import SCHEDULES
-from maskgit_pl.evaluation.reports.tables import ScheduleResult
 from maskgit_pl.pretrained import read_config
 from maskgit_pl.registry import describe
+from maskgit_pl.schedules import MaskSchedule
 
-__all__ = ["STEPS", "ablate", "check_budgets", "decoding_at", "most_steps", "schedule_of"]
+__all__ = ["STEPS", "ScheduleResult", "ablate", "check_budgets", "decoding_at", "most_steps", "schedule_of"]
 
 STEPS = (2, 3, 4, 6, 8, 12, 16, 24)
+_DRAWS = 4  # masks of an image for likelihoods
+_BUDGET = ("trainer.max_steps", "data.global_batch", "model.network", "model.learning_rate", "model.label_smoothing")
+
+
+@dataclass(frozen=True)
+class ScheduleResult:
+    """The quality of the model that was trained with one mask schedule.
+
+    Args:
+        schedule: The registered name.
+        run: Name of the run.
+        best_steps: The T whose images came nearest to real ones.
+        curve: Distance at each T.
+        fresh: By network: the row of samples at ``best_steps``, with noise that took no part in the choice.
+        likelihood: The row of likelihoods.
+        mask_schedule: The schedule itself.
+    """
+
+    schedule: str
+    run: str
+    best_steps: int
+    curve: Mapping[int, float]
+    fresh: Mapping[str, Row]
+    likelihood: Row
+    mask_schedule: MaskSchedule
 
 
 def most_steps(num_tokens: int) -> int:
-    """The largest T of an ablation: half as many as there are tokens, since then steps decide two tokens and fewer."""
+    """Returns the largest T of an ablation: half the number of tokens, above which a step decides less than two."""
     return max(2, num_tokens // 2)
 
 
-def schedule_of(subject: Subject) -> str:
-    """The registered name of a model's mask schedule, or its spec in words where it has arguments.
+def schedule_of(model: EvaluatedModel) -> str:
+    """Returns the registered name of a model's mask schedule, or its spec in words where it has arguments.
 
     Raises:
-        ValueError: A sequential model.
+        ValueError: if the model is sequential.
     """
-    spec: Any = read_config(subject.pretrained / "transformer", "transformer")["mask_schedule"]
+    spec: Any = read_config(model.pretrained / "transformer", "transformer")["mask_schedule"]
     if spec is None:
-        raise ValueError(
-            f"run {subject.run}: a model with a mask schedule is needed, got a sequential one; leave it out"
-        )
+        raise ValueError(f"run {model.run}: a model with a mask schedule is needed, got a sequential one; leave it out")
     return describe(spec)
 
 
 def check_budgets(configs: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuses runs that were not trained alike: schedules compare under equal budgets alone.
+    """Refuses runs that were not trained alike: schedules compare under equal budgets only.
 
     Args:
-        configs: By run: its transformer's resolved recipe; an empty one says nothing.
+        configs: By run: its transformer's complete recipe; an empty one says nothing.
 
     Raises:
-        ValueError: With what differs.
+        ValueError: with what differs.
     """
-    keys = ("trainer.max_steps", "data.global_batch", "model.network", "model.learning_rate", "model.label_smoothing")
-    for key in keys:
+    for key in _BUDGET:
         values = {run: _value(config, key) for run, config in configs.items() if config}
         if len({repr(value) for value in values.values()}) > 1:
             said = ", ".join(f"{run} {value}" for run, value in values.items())
@@ -63,77 +87,63 @@ def _value(config: Mapping[str, Any], path: str) -> Any:
     return node
 
 
-def decoding_at(subject: Subject, num_steps: int) -> DecodingConfig:
-    """How a model of the ablation decodes: as it was exported, without guidance, which the paper does not have."""
-    return with_steps(
-        subject.pipe.decoding_with(decoding=subject.pipe.transformer.decoding, guidance_scale=0), num_steps
-    )
+def decoding_at(model: EvaluatedModel, num_steps: int) -> DecodingConfig:
+    """Returns how a model of the ablation decodes: as exported, but without guidance, which the paper does not have."""
+    return with_steps(model.pipe.decoding_with(decoding=model.pipe.transformer.decoding, guidance_scale=0), num_steps)
 
 
 def ablate(
-    bench: Bench,
-    subjects: Sequence[Subject],
+    evaluator: Evaluator,
+    models: Sequence[EvaluatedModel],
     *,
     steps: Sequence[int] = STEPS,
     num_images: int = 1000,
     seed: int = 0,
-    networks: Sequence[str],
-    draws: int = 4,
 ) -> list[ScheduleResult]:
     """Measures a model for each schedule.
 
-    The best T is found on the first images; what is reported of it is measured on those that follow them.
+    1. The best T is the one of the least FID of the first network, on the first ``num_images`` images.
+    2. All networks measure the best T again on the images that follow them.
+    3. Likelihoods are of twice as many real images.
 
     Args:
-        bench: Measures, and remembers.
-        subjects: Models that differ in their mask schedule alone.
+        evaluator: Measures, and remembers.
+        models: Models that differ only in their mask schedule.
         steps: The T; those above half of the number of tokens are left out.
-        num_images: Images of a point; likelihoods are of twice as many real ones.
-        seed: Of the first one.
-        networks: Labels of the judges; the first one's FID chooses T.
-        draws: Masks of an image for likelihoods.
+        num_images: Images of a point.
+        seed: Of the first image.
+
+    Returns:
+        A result for each model, in the order of the paper's table.
 
     Raises:
-        ValueError: No T is left, two models of one schedule, or a sequential one.
+        ValueError: if no T is left, two models are of one schedule, or one is sequential.
     """
-    names = [schedule_of(subject) for subject in subjects]
+    names = [schedule_of(model) for model in models]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"runs: one for each mask schedule is needed, got several of {', '.join(twice)}")
-    most = most_steps(subjects[0].pipe.transformer.network.config.num_tokens)
+    most = most_steps(models[0].pipe.transformer.network.config.num_tokens)
     wanted = sorted({number for number in steps if number <= most})
     if not wanted:
         raise ValueError(f"--num-steps: a number of at most {most}, half of the tokens, is needed, got {list(steps)}")
     order = [row.schedule for row in SCHEDULES]
-    pairs = sorted(zip(names, subjects, strict=True), key=lambda pair: order.index(pair[0]) if pair[0] in order else 99)
-    return [
-        _measure(bench, name, subject, wanted, num_images=num_images, seed=seed, networks=networks, draws=draws)
-        for name, subject in pairs
-    ]
+    pairs = sorted(zip(names, models, strict=True), key=lambda pair: order.index(pair[0]) if pair[0] in order else 99)
+    return [_ablate_one(evaluator, name, model, wanted, num_images=num_images, seed=seed) for name, model in pairs]
 
 
-def _measure(
-    bench: Bench,
-    name: str,
-    subject: Subject,
-    steps: Sequence[int],
-    *,
-    num_images: int,
-    seed: int,
-    networks: Sequence[str],
-    draws: int,
+def _ablate_one(
+    evaluator: Evaluator, name: str, model: EvaluatedModel, steps: Sequence[int], *, num_images: int, seed: int
 ) -> ScheduleResult:
+    first, *_ = evaluator.networks
     curve = {}
     for number in steps:
-        of_step = bench.samples(
-            subject, decoding_at(subject, number), num_images=num_images, seed=seed, networks=networks[:1]
-        )
-        curve[number] = float(of_step[networks[0]]["fid"])
+        decoding = decoding_at(model, number)
+        rows = evaluator.samples(model, decoding, num_images=num_images, seed=seed, networks=[first])
+        curve[number] = float(rows[first]["fid"])
     best = min(curve, key=lambda number: curve[number])
-    fresh = bench.samples(
-        subject, decoding_at(subject, best), num_images=num_images, seed=seed + num_images, networks=networks
-    )
-    likelihood = bench.likelihood(subject, num_images=2 * num_images, draws=draws)
-    schedule = subject.pipe.transformer.mask_schedule
+    fresh = evaluator.samples(model, decoding_at(model, best), num_images=num_images, seed=seed + num_images)
+    likelihood = evaluator.likelihood(model, num_images=2 * num_images, draws=_DRAWS)
+    schedule = model.pipe.transformer.mask_schedule
     assert schedule is not None  # schedule_of has refused a sequential model
-    return ScheduleResult(name, subject.run, best, curve, fresh, likelihood, schedule)
+    return ScheduleResult(name, model.run, best, curve, fresh, likelihood, schedule)

@@ -19,7 +19,7 @@ from maskgit_pl.text import plain_label
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from maskgit_pl.evaluation.reports.tables import ScheduleResult
+    from maskgit_pl.evaluation.reports.ablation import ScheduleResult
 
 __all__ = ["known_after_each_step", "schedule_figure", "schedule_plot"]
 

@@ -1,4 +1,4 @@
-"""The paper's tables with our rows in them: Markdown and CSV from the rows of the results ledger.
+"""The paper's tables with our rows in them: pages from the rows of the ledger.
 
 Our numbers are named after the network whose features they are of, and stand in tables of their own: those of another
 network, other data or another number of images compare with nothing in the paper's.
@@ -6,15 +6,15 @@ network, other data or another number of images compare with nothing in the pape
 
 from __future__ import annotations
 
-import csv
-import io
-import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
+from typing import Any
 
-from maskgit_pl.evaluation.bench.held_out import Task
-from maskgit_pl.evaluation.bench.ledger import NUMBERS, REAL, Row, number, present
+from maskgit_pl.evaluation.held_out import Task
+from maskgit_pl.evaluation.ledger import REAL, Row, number, present
+from maskgit_pl.evaluation.metric_names import METRICS, NETWORK_METRICS, format_value, metric_name, title
+from maskgit_pl.evaluation.reports.ablation import ScheduleResult
+from maskgit_pl.evaluation.reports.pages import Page, code_cell, heading, markdown_table, paragraph
 from maskgit_pl.evaluation.reports.published import (
     CLASSIFIER_ON_REAL_IMAGES,
     EDITING,
@@ -22,18 +22,9 @@ from maskgit_pl.evaluation.reports.published import (
     SCHEDULES,
     PublishedGeneration,
 )
-from maskgit_pl.schedules import MaskSchedule
-from maskgit_pl.text import code_span, markdown, printable
+from maskgit_pl.text import code_span, markdown
 
-__all__ = [
-    "Page",
-    "ScheduleResult",
-    "agreement_with_paper",
-    "markdown_table",
-    "table_1",
-    "table_2",
-    "table_3",
-]
+__all__ = ["FORMULAS", "TASKS", "agreement_with_paper", "editing_page", "generation_page", "schedule_page"]
 
 FORMULAS = {  # Table 3's gamma(r), as it prints them; exp and log as released
     "exp": "1 - 2^(-log2(N) (1 - r))",
@@ -50,100 +41,62 @@ TASKS: dict[Task, str] = {
 }
 
 
+_METRICS = (*NETWORK_METRICS, "class_agreement")
+_NAMED_AFTER_NETWORK = ("fid", "sfid", "kid", "is")
 _SHOWN_DIGITS = 8
 
 
-@dataclass(frozen=True)
-class Page:
-    """A table as it is written.
+def generation_page(samples: Sequence[Row], cas: Sequence[Row], *, command: str) -> Page:
+    """Returns Table 1: class-conditional generation.
 
     Args:
-        markdown: The page, our rows beside the published ones.
-        csv: Our rows, unrounded.
+        samples: Rows of generated images, and those of real images.
+        cas: Rows of the classification accuracy score; empty leaves it out.
+        command: The command that makes the page again.
     """
-
-    markdown: str
-    csv: str
-
-
-@dataclass(frozen=True)
-class ScheduleResult:
-    """What an ablation found of one mask schedule.
-
-    Args:
-        schedule: The registered name.
-        run: Of the model that was trained with it.
-        best_steps: The T whose images came nearest to real ones.
-        curve: Distance at each T.
-        fresh: By network: the row of ``samples.csv`` at ``best_steps``, with noise that took no part in the choice.
-        likelihood: The row of ``likelihood.csv``.
-        mask_schedule: The schedule itself.
-    """
-
-    schedule: str
-    run: str
-    best_steps: int
-    curve: Mapping[int, float]
-    fresh: Mapping[str, Row]
-    likelihood: Row
-    mask_schedule: MaskSchedule
+    lines = [*heading("Table 1: class-conditional generation", command), *_explain(samples), ""]
+    for network in dict.fromkeys(row["network"] for row in samples):
+        own = [row for row in samples if row["network"] == network]
+        lines += [f"## In the features of {markdown(network)}", "", *_generation_lines(own), ""]
+    if cas:
+        lines += ["## Classification accuracy score", "", *_cas_lines(cas), ""]
+    lines += [*_provenance(samples), "", "## Published", "", *_published_generation()]
+    return _page("table-1", lines, [*samples, *cas], picture="table-1.png")
 
 
-def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> list[str]:
-    """The lines of a table whose first ``left`` columns hold words and whose others hold numbers."""
-    lines = [_line(headings), "|" + "---|" * left + "---:|" * (len(headings) - left)]
-    return [*lines, *map(_line, rows)]
+def _page(name: str, lines: Sequence[str], rows: Sequence[Mapping[str, Any]], *, picture: str) -> Page:
+    shown = f"![{picture.removesuffix('.png')}]({picture})"
+    return Page(name, "\n".join([*lines, "", shown, ""]), rows)
 
 
-def paragraph(*sentences: str) -> list[str]:
-    """Sentences as lines of the width that Markdown files have here."""
-    return textwrap.wrap(" ".join(sentences), 118, break_long_words=False, break_on_hyphens=False)
+def _cell(row: Mapping[str, Any], name: str) -> str:
+    """Returns a number as tables show it; an empty cell where there is none."""
+    value = number(row, name)
+    return "" if value is None else format_value(name, value)
 
 
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def _word(row: Mapping[str, Any], name: str) -> str:
+    """Returns Markdown of a word or count of a row; an empty one where there is none."""
+    value = row.get(name)
+    return "" if value is None else markdown(value)
 
 
-def as_csv(rows: Sequence[Mapping[str, object]]) -> str:
-    """Rows for a spreadsheet, with every column that one of them has."""
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, list(dict.fromkeys(name for row in rows for name in row)), restval="",
-                            lineterminator="\n")  # fmt: skip
-    writer.writeheader()
-    writer.writerows(rows)
-    return stream.getvalue()
-
-
-def _cell(row: Mapping[str, str], name: str) -> str:
-    value, (_, factor, digits) = number(row, name), NUMBERS[name]
-    return "" if value is None else f"{value * factor:.{digits}f}"
-
-
-def _code(text: str) -> str:
-    return code_span(text) if text else ""
-
-
-def _millions(row: Mapping[str, str]) -> str:
+def _millions(row: Mapping[str, Any]) -> str:
     value = number(row, "parameters")
     return "" if value is None else f"{value / 1e6:.2f}M"
-
-
-def _milliseconds(row: Mapping[str, str]) -> str:
-    value = number(row, "seconds_per_image")
-    return "" if value is None else f"{1000 * value:.1f}"
 
 
 def _provenance(rows: Sequence[Row]) -> list[str]:
     """Returns on what, against what, by which networks and by which code the rows were measured."""
     said = []
-    for title, name in (("data", "dataset"), ("data fingerprint", "data"), ("commit", "commit"), ("date", "date"),
-                        ("device", "device")):  # fmt: skip
-        values = dict.fromkeys(row.get(name, "")[:12] if name == "commit" else row.get(name, "") for row in rows)
-        said.append(f"{title} {', '.join(markdown(value) for value in values if value)}")
-    compared = _named(rows, reference_name, "reference")
-    judges = _named(rows, lambda row: markdown(row.get("network", "")), "judge")
+    for name, column in (("data", "dataset"), ("data fingerprint", "data"), ("commit", "commit"), ("date", "date"),
+                         ("device", "device")):  # fmt: skip
+        values = dict.fromkeys(str(row.get(column) or "")[: 12 if column == "commit" else None] for row in rows)
+        said.append(f"{name} {', '.join(markdown(value) for value in values if value)}")
+    compared = _named(rows, _reference_name, "reference")
+    judges = _named(rows, lambda row: _word(row, "network"), "judge")
     models = dict.fromkeys(
-        f"{_code(row['run'])} tokenizer {digest_text(row, 'tokenizer')}, transformer {digest_text(row, 'transformer')}"
+        f"{code_cell(row['run'])} tokenizer {_digest(row, 'tokenizer')}, transformer {_digest(row, 'transformer')}"
         for row in rows
         if row.get("run")
     )
@@ -158,32 +111,32 @@ def _provenance(rows: Sequence[Row]) -> list[str]:
 
 
 def _named(rows: Sequence[Row], name: Callable[[Row], str], digest: str) -> str:
-    return ", ".join(dict.fromkeys(f"{name(row)} {digest_text(row, digest)}" for row in rows))
+    return ", ".join(dict.fromkeys(f"{name(row)} {_digest(row, digest)}" for row in rows))
 
 
-def digest_text(row: Mapping[str, str], name: str) -> str:
-    """Returns the first digits of a digest, or that a row of an older version does not say."""
-    return markdown(row.get(name, "")[:_SHOWN_DIGITS]) or "not recorded"
+def _digest(row: Mapping[str, Any], name: str) -> str:
+    """Returns the first digits of a digest; rows of older versions may lack it."""
+    return markdown(str(row.get(name) or "")[:_SHOWN_DIGITS]) or "not recorded"
 
 
-def reference_name(row: Mapping[str, str]) -> str:
-    """Returns what the images of a row were compared with: a split, or a file."""
+def _reference_name(row: Mapping[str, Any]) -> str:
+    """Returns the split or the file that the images of a row were compared with."""
     return markdown(row.get("reference_file") or f"the {row.get('split') or 'val'} split")
 
 
 def _against(rows: Sequence[Row]) -> str:
-    """Returns how many real images of what the rows compare with."""
+    """Returns the number of real images that the rows compare with, and their source."""
     found = dict.fromkeys(
-        f"{markdown(row['real_images'])} real ones of {reference_name(row)}"
+        f"{_word(row, 'real_images')} real ones of {_reference_name(row)}"
         if row.get("real_images")
-        else f"the statistics of {reference_name(row)}"
+        else f"the statistics of {_reference_name(row)}"
         for row in rows
     )
     return " and ".join(found)
 
 
 def _explain(rows: Sequence[Row]) -> list[str]:
-    counts = ", ".join(dict.fromkeys(markdown(row["num_images"]) for row in rows))
+    counts = ", ".join(dict.fromkeys(_word(row, "num_images") for row in rows))
     return paragraph(
         f"{counts} images of each model, spread evenly over the classes, against {_against(rows)}. The last line of",
         "each table has as many real training images in place of generated ones: what FID",
@@ -193,42 +146,16 @@ def _explain(rows: Sequence[Row]) -> list[str]:
     )
 
 
-def table_1(samples: Sequence[Row], cas: Sequence[Row], *, command: str) -> Page:
-    """Class-conditional generation.
-
-    Args:
-        samples: Rows of ``samples.csv``, the real images' among them.
-        cas: Rows of ``cas.csv``.
-        command: What makes the page again.
-    """
-    lines = [
-        "# Table 1: class-conditional generation",
-        "",
-        f"    {printable(command, limit=None)}",
-        "",
-        *_explain(samples),
-        "",
-    ]
-    for network in dict.fromkeys(row["network"] for row in samples):
-        own = [row for row in samples if row["network"] == network]
-        lines += [f"## In the features of {markdown(network)}", "", *_generation_lines(own), ""]
-    if cas:
-        lines += ["## Classification accuracy score", "", *_cas_lines(cas), ""]
-    lines += [*_provenance(samples), "", "## Published", "", *_published_generation()]
-    return Page("\n".join(lines) + "\n", as_csv([*samples, *cas]))
-
-
 def _generation_lines(rows: Sequence[Row]) -> list[str]:
-    network = markdown(rows[0]["network"])
-    shown = [name for name in NUMBERS if present(rows, name)]
-    named = ("fid", "sfid", "kid", "is", "precision", "recall", "density", "coverage")
-    headings = [f"{NUMBERS[name][0]} ({network})" if name in named[:4] else NUMBERS[name][0] for name in shown]
+    network = str(rows[0]["network"])
+    shown = [name for name in _METRICS if present(rows, name)]
+    headings = [markdown(title(metric_name(name, network) if name in _NAMED_AFTER_NETWORK else name)) for name in shown]
     models = [row for row in rows if row["model"] != REAL] + [row for row in rows if row["model"] == REAL]
     return markdown_table(
         ["model", "run", *headings, "parameters", "steps", "ms an image"],
         [
-            [markdown(row["model"]), _code(row["run"]), *(_cell(row, name) for name in shown),
-             _millions(row), markdown(row["num_steps"]), _milliseconds(row)]
+            [_word(row, "model"), code_cell(row["run"]), *(_cell(row, name) for name in shown), _millions(row),
+             _word(row, "num_steps"), _cell(row, "seconds_per_image")]
             for row in models
         ],
         left=2,
@@ -238,12 +165,12 @@ def _generation_lines(rows: Sequence[Row]) -> list[str]:
 def _cas_lines(rows: Sequence[Row]) -> list[str]:
     first = rows[0]
     lines = paragraph(
-        f"A {markdown(first['classifier'])} trained on images of one kind alone",
-        f"({markdown(first['training_images'])} of them, {markdown(first['training_steps'])} steps), tested on the",
-        f"{markdown(first['real_images'])} real val images.",
+        f"A {_word(first, 'classifier')} trained on images of one kind alone",
+        f"({_word(first, 'training_images')} of them, {_word(first, 'training_steps')} steps), tested on the",
+        f"{_word(first, 'real_images')} real val images.",
     )
     cells = [
-        [f"{markdown(row['model'])} {_code(row['run'])}".strip(),
+        [f"{_word(row, 'model')} {code_cell(row['run'])}".strip(),
          *(f"{100 * float(row[name]):.2f}" for name in ("top1", "top5"))] for row in rows
     ]  # fmt: skip
     return [*lines, "", *markdown_table(["trained on images of", "top-1 %", "top-5 %"], cells)]
@@ -265,14 +192,14 @@ def _published_generation() -> list[str]:
     return lines + markdown_table(headings, [*map(cells, GENERATION), real])
 
 
-def table_2(rows: Sequence[Row], *, command: str) -> Page:
-    """Outpainting and inpainting of held-out images.
+def editing_page(rows: Sequence[Row], *, command: str) -> Page:
+    """Returns Table 2: outpainting and inpainting of held-out images.
 
     Args:
-        rows: Rows of ``editing.csv``.
-        command: What makes the page again.
+        rows: Rows of edited images.
+        command: The command that makes the page again.
     """
-    lines = ["# Table 2: outpainting and inpainting", "", f"    {printable(command, limit=None)}", ""]
+    lines = [*heading("Table 2: outpainting and inpainting", command)]
     lines += paragraph(
         "Each held-out image is edited once: its class and what stays visible are given, the rest is generated and",
         f"pasted in. The results are measured against {_against(rows)}. `unedited` are the same images as they are,",
@@ -280,20 +207,20 @@ def table_2(rows: Sequence[Row], *, command: str) -> Page:
         "hidden are whole tokens: the right half rounded up, the centre down (of 7 x 7 tokens 4 columns, and 3 x 3).",
     )
     lines += [""]
-    for task, title in TASKS.items():
+    for task, name in TASKS.items():
         own = [row for row in rows if row["task"] == task]
         if own:
-            lines += [f"## {title[0].upper()}{title[1:]}", "", *_editing_lines(own), "", *_published_editing(task), ""]
-    return Page("\n".join([*lines, *_provenance(rows)]) + "\n", as_csv(rows))
+            lines += [f"## {name[0].upper()}{name[1:]}", "", *_editing_lines(own), "", *_published_editing(task), ""]
+    return _page("table-2", [*lines, *_provenance(rows)], rows, picture="table-2.png")
 
 
 def _editing_lines(rows: Sequence[Row]) -> list[str]:
-    shown = [name for name in NUMBERS if present(rows, name)]
+    shown = [name for name in _METRICS if present(rows, name)]
     return markdown_table(
-        ["result", "run", "network", *(NUMBERS[name][0] for name in shown), "images", "steps"],
+        ["result", "run", "network", *(METRICS[name].title for name in shown), "images", "steps"],
         [
-            [markdown(row["model"]), _code(row["run"]), markdown(row["network"]), *(_cell(row, name) for name in shown),
-             markdown(row["num_images"]), markdown(row["num_steps"])]
+            [_word(row, "model"), code_cell(row["run"]), _word(row, "network"), *(_cell(row, name) for name in shown),
+             _word(row, "num_images"), _word(row, "num_steps")]
             for row in rows
         ],
         left=3,
@@ -310,12 +237,12 @@ def _published_editing(task: Task) -> list[str]:
     return markdown_table(headings, cells)
 
 
-def table_3(results: Sequence[ScheduleResult], *, command: str) -> Page:
-    """Mask schedules, each trained and decoded with its own.
+def schedule_page(results: Sequence[ScheduleResult], *, command: str) -> Page:
+    """Returns Table 3: mask schedules, each trained and decoded with its own.
 
     Args:
         results: One for each schedule.
-        command: What makes the page again.
+        command: The command that makes the page again.
     """
     networks = list(dict.fromkeys(network for result in results for network in result.fresh))
     order = [row.schedule for row in SCHEDULES]
@@ -323,7 +250,7 @@ def table_3(results: Sequence[ScheduleResult], *, command: str) -> Page:
     any_row = next(iter(results[0].fresh.values()))
     rows = [row for result in results for row in result.fresh.values()]
     fids = {result.schedule: float(result.fresh[networks[0]]["fid"]) for result in results}
-    lines = ["# Table 3: mask schedules", "", f"    {printable(command, limit=None)}", ""]
+    lines = heading("Table 3: mask schedules", command)
     steps = ", ".join(map(str, sorted(results[0].curve)))
     lines += paragraph(
         "Each schedule has a model of its own, trained with it under the same budget and decoded with it, without",
@@ -334,8 +261,8 @@ def table_3(results: Sequence[ScheduleResult], *, command: str) -> Page:
         "order-agnostic ELBO in bits a token, which means the same for every schedule (lower is better).",
     )
     lines += ["", *_schedule_lines(results, networks), "", *agreement_with_paper(fids, networks[0]), ""]
-    lines += _provenance(rows)
-    return Page("\n".join(lines) + "\n", as_csv([_flat(result, networks) for result in results]))
+    flat = [_flat(result, networks) for result in results]
+    return _page("table-3", [*lines, *_provenance(rows)], flat, picture="figure-8.png")
 
 
 def _schedule_lines(results: Sequence[ScheduleResult], networks: Sequence[str]) -> list[str]:
@@ -356,13 +283,13 @@ def _schedule_lines(results: Sequence[ScheduleResult], networks: Sequence[str]) 
     return markdown_table(headings, cells, left=2)
 
 
-def _with_error(row: Mapping[str, str], name: str) -> str:
+def _with_error(row: Mapping[str, Any], name: str) -> str:
     value, error = number(row, name), number(row, f"{name}_error")
     return "" if value is None else f"{value:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
 def agreement_with_paper(fids: Mapping[str, float], network: str) -> list[str]:
-    """Whether the paper's order of schedules holds, in words.
+    """Returns in words whether the paper's order of schedules holds.
 
     Args:
         fids: Ours, by schedule.
@@ -388,7 +315,7 @@ def _flat(result: ScheduleResult, networks: Sequence[str]) -> dict[str, object]:
     flat: dict[str, object] = {"schedule": result.schedule, "run": result.run, "best_steps": result.best_steps}
     for network in networks:
         row = result.fresh[network]
-        flat |= {f"{name}/{network}": row[name] for name in NUMBERS if row.get(name)}
+        flat |= {f"{name}/{network}": row[name] for name in _METRICS if present([row], name)}
     flat |= {name: cell for name, cell in result.likelihood.items() if "nll" in name or "elbo" in name}
     flat |= {f"fid/{networks[0]} at T = {steps}": value for steps, value in sorted(result.curve.items())}
     kept = ("num_images", "parameters", "commit", "date", "dataset", "data", "transformer", "tokenizer", "config",

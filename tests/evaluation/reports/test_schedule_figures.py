@@ -4,8 +4,8 @@ from itertools import pairwise
 import pytest
 from PIL import Image
 
+from maskgit_pl.evaluation.reports.ablation import ScheduleResult
 from maskgit_pl.evaluation.reports.schedule_figures import known_after_each_step, schedule_figure, schedule_plot
-from maskgit_pl.evaluation.reports.tables import ScheduleResult
 from maskgit_pl.schedules import mask_schedules
 
 

@@ -4,28 +4,27 @@ import math
 
 import pytest
 import torch
-from maskgit_pl.evaluation.bench.ledger import REAL
 
+from maskgit_pl.evaluation.ledger import REAL
+from maskgit_pl.evaluation.reports.ablation import ScheduleResult
 from maskgit_pl.evaluation.reports.published import EDITING, GENERATION, SCHEDULES
 from maskgit_pl.evaluation.reports.tables import (
     FORMULAS,
-    ScheduleResult,
     agreement_with_paper,
-    markdown_table,
-    table_1,
-    table_2,
-    table_3,
+    editing_page,
+    generation_page,
+    schedule_page,
 )
 from maskgit_pl.schedules import mask_schedules
 from tests.hostile_words import HOSTILE
 from tests.test_text import structure
 
 
-def row(model: str, network: str, **numbers: object) -> dict[str, str]:
+def row(model: str, network: str, **numbers: object) -> dict[str, object]:
     common = {"run": "" if model == REAL else "run-a", "num_images": 100, "real_images": 500, "num_steps": 8,
               "parameters": 850_000, "seconds_per_image": 0.015, "commit": "a" * 40, "dataset": "shoes", "data": "f00",
               "split": "val", "date": "2026-01-02", "device": "cpu"}  # fmt: skip
-    return {name: str(value) for name, value in {**common, "model": model, "network": network, **numbers}.items()}
+    return {**common, "model": model, "network": network, **numbers}
 
 
 def cells(page: str, start: str) -> list[str]:
@@ -34,7 +33,7 @@ def cells(page: str, start: str) -> list[str]:
 
 
 def result(schedule: str, fid: float, *, best: int = 8) -> ScheduleResult:
-    likelihood = {"masked_nll": "3.5", "masked_nll_error": "0.01", "elbo_bits_per_token": "5.25"}
+    likelihood = {"masked_nll": 3.5, "masked_nll_error": 0.01, "elbo_bits_per_token": 5.25}
     fresh = {
         "classifier": row("MaskGIT", "classifier", fid=fid, **{"is": 6.0}),
         "lite0": row("MaskGIT", "lite0", fid=90),
@@ -44,11 +43,11 @@ def result(schedule: str, fid: float, *, best: int = 8) -> ScheduleResult:
 
 
 def test_numbers_stand_under_their_network_and_never_beside_another_s() -> None:
-    page = table_1(
+    page = generation_page(
         [row("MaskGIT", "classifier", fid=1.234, **{"is": 5.5}), row(REAL, "classifier", fid=0.1, **{"is": 9.0}),
          row("MaskGIT", "lite0", fid=77.7), row(REAL, "lite0", fid=66.6)],
-        [{**row("MaskGIT", ""), "classifier": "resnet18", "training_images": "5000", "training_steps": "400",
-          "top1": "0.8", "top5": "0.99"}],
+        [{**row("MaskGIT", ""), "classifier": "resnet18", "training_images": 5000, "training_steps": 400,
+          "top1": 0.8, "top5": 0.99}],
         command="maskgit table 1 runs/a",
     )  # fmt: skip
     first, second = page.markdown.split("## In the features of ")[1:]
@@ -64,11 +63,11 @@ def test_numbers_stand_under_their_network_and_never_beside_another_s() -> None:
 
 
 def test_every_published_row_is_printed() -> None:
-    page = table_1([row("MaskGIT", "lite0", fid=1.0)], [], command="x").markdown
+    page = generation_page([row("MaskGIT", "lite0", fid=1.0)], [], command="x").markdown
     for published in GENERATION:
         assert f"| {published.model} | {published.size} | {published.fid:.2f} |" in page
     tasks = [row("MaskGIT", "lite0", fid=1.0, task=task) for task in ("outpaint-right", "inpaint-centre")]
-    page = table_2(tasks, command="x").markdown
+    page = editing_page(tasks, command="x").markdown
     for edited in EDITING:
         assert f"| {edited.model} | {edited.size} | {edited.fid:.2f} | {edited.inception_score:.2f} |" in page
 
@@ -80,21 +79,23 @@ def test_pages_say_what_was_compared_with_and_what_judged() -> None:
         "tokenizer": "aa" * 8,
         "transformer": "b" * 16,
     }
-    file = {"split": "", "reference_file": "imagenet.npz", "real_images": ""}
+    file = {"split": "", "reference_file": "imagenet.npz", "real_images": None}
     for changes, compared in (({}, "500 real ones of the val split"), (file, "the statistics of imagenet.npz")):
         tasks = [row("MaskGIT", "lite0", fid=1.0, task="outpaint-right", **{**digests, **changes})]
-        for page in (table_1(tasks, [], command="x").markdown, table_2(tasks, command="x").markdown):
+        for page in (generation_page(tasks, [], command="x").markdown, editing_page(tasks, command="x").markdown):
             said = " ".join(page.split())
             assert f"against {compared}" in said
             assert f"Reference: {changes.get('reference_file', 'the val split')} 01234567." in said
             assert "judge: lite0 fedcba98." in said
             assert "`run-a` tokenizer aaaaaaaa, transformer bbbbbbbb." in said
-    old = " ".join(table_2([row("MaskGIT", "lite0", fid=1.0, task="outpaint-right")], command="x").markdown.split())
+    old = " ".join(
+        editing_page([row("MaskGIT", "lite0", fid=1.0, task="outpaint-right")], command="x").markdown.split()
+    )
     assert "judge: lite0 not recorded." in old
 
 
 def test_table_3_shows_ours_beside_the_paper_s_in_the_paper_s_order() -> None:
-    page = table_3([result("log", 9.0, best=24), result("cosine", 2.0)], command="maskgit ablation").markdown
+    page = schedule_page([result("log", 9.0, best=24), result("cosine", 2.0)], command="maskgit ablation").markdown
     assert page.index("| `cosine`") < page.index("| `log`")
     assert cells(page, "| `cosine`") == [
         "`cosine`", "cos(pi r / 2)", "8", "2.00", "90.00", "6.00", "3.500 ± 0.010", "5.250", "10", "6.06", "181.5",
@@ -103,9 +104,9 @@ def test_table_3_shows_ours_beside_the_paper_s_in_the_paper_s_order() -> None:
 
 
 def test_a_schedule_that_the_paper_does_not_have_gets_a_row_too() -> None:
-    page = table_3([result("cosine", 2.0), result("sine", 3.0)], command="x").markdown
+    page = schedule_page([result("cosine", 2.0), result("sine", 3.0)], command="x").markdown
     assert cells(page, "| `sine`")[-4:] == ["", "", "", ""]
-    read = list(csv.DictReader(io.StringIO(table_3([result("sine", 3.0)], command="x").csv)))
+    read = list(csv.DictReader(io.StringIO(schedule_page([result("sine", 3.0)], command="x").csv)))
     assert read[0]["fid/classifier at T = 4"] == "4.0"
 
 
@@ -132,19 +133,18 @@ def test_the_formulas_that_are_printed_are_the_schedules(name: str) -> None:
         assert float(ratio) == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_table_has_as_many_cells_everywhere() -> None:
-    lines = markdown_table(["a", "b", "c"], [["x", "1", "2"]], left=1)
-    assert lines == ["| a | b | c |", "|---|---:|---:|", "| x | 1 | 2 |"]
-
-
 def pages(word: str) -> list[str]:
     """Every table, with a word in the place of all words of its rows."""
     words = dict.fromkeys(("model", "run", "network", "commit", "dataset", "data", "split", "date", "device"), word)
-    rows = [{**row("", ""), **words, "fid": "1.5", "task": task} for task in ("outpaint-right", "inpaint-centre")]
-    cas = {**rows[0], "classifier": word, "training_images": "5", "training_steps": "4", "top1": "0.8", "top5": "0.9"}
-    likelihood = {"masked_nll": "3.5", "masked_nll_error": "0.01", "elbo_bits_per_token": "5.25"}
+    rows = [{**row("", ""), **words, "fid": 1.5, "task": task} for task in ("outpaint-right", "inpaint-centre")]
+    cas = {**rows[0], "classifier": word, "training_images": 5, "training_steps": 4, "top1": 0.8, "top5": 0.9}
+    likelihood = {"masked_nll": 3.5, "masked_nll_error": 0.01, "elbo_bits_per_token": 5.25}
     found = ScheduleResult(word, word, 8, {8: 1.0}, {word: rows[0]}, likelihood, mask_schedules.build("cosine"))
-    made = table_1(rows, [cas], command=word), table_2(rows, command=word), table_3([found], command=word)
+    made = (
+        generation_page(rows, [cas], command=word),
+        editing_page(rows, command=word),
+        schedule_page([found], command=word),
+    )
     return [page.markdown for page in made]
 
 
