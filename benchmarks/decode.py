@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from maskgit_pl.cli.measuring import find_run, open_data
 from maskgit_pl.decoding import FirstStepLogits, ParallelDecoder, SequentialDecoder, decode_classes, decode_in_order
 from maskgit_pl.decoding.guidance import guidance_scales, guidance_schedules
 from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.evaluation.classifier_training import obtain_classifier
+from maskgit_pl.evaluation.run_folders import find_run, open_data
 from maskgit_pl.networks.causal import CausalTransformer
 from maskgit_pl.networks.int8 import quantized
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
@@ -438,7 +438,7 @@ class Trained:
 
 def on_trained(run: Path, names: Sequence[str], *, num_images: int) -> dict[str, Trained]:
     """Decodes images of a trained run in each of our modes, without guidance, and judges them."""
-    folders = find_run(argparse.Namespace(folder=run, data=None, classifier=None))
+    folders = find_run(run)
     pipe = MaskGIT.from_pretrained(folders.pretrained)
     classifier = obtain_classifier(folders.judge, open_data(folders, pipe))
     labels = [number * len(pipe.class_names) // num_images for number in range(num_images)]

@@ -143,8 +143,11 @@ class Comparison:
 
     def is_best(self, result: MeasuredSelector, name: str) -> bool:
         """Returns whether a result has the least distance of its T; of other numbers more is not always better."""
-        values = [other.numbers[name] for other in self.results if other.num_steps == result.num_steps]
-        return name in _DISTANCES and result.numbers[name] == min(values)
+        if name not in _DISTANCES:
+            return False
+        return result.numbers[name] == min(
+            each.numbers[name] for each in self.results if each.num_steps == result.num_steps
+        )
 
     def real_cells(self) -> list[str]:
         """Returns the cells of real images."""
@@ -184,7 +187,7 @@ class Comparison:
         """
         lines = ["# Token selectors", "", f"    {printable(command, limit=None)}", "", *self._explanation(), ""]
         lines += ["![one row a selector, one column a class](selectors.png)", ""]
-        lines += [f"`selectors.png`: T = {self.sheet_steps}, a row a selector, a column a class."]
+        lines += [f"`selectors.png`: T = {self.sheet_steps}, one row a selector, one column a class."]
         lines += ["", "## fid/classifier by number of steps T (lower is better)", "", *self._distance_lines(), ""]
         lines += ["## Everything", "", *self._lines()]
         return "\n".join(lines) + "\n"
@@ -193,8 +196,8 @@ class Comparison:
         count = self.num_images
         model = {name: markdown(str(value)[:8]) for name, value in self.model.items()}
         return [
-            f"{count} images a row, spread evenly over the classes, seed {self.seed}: image i of every row has the same",
-            "noise. The network that measures is the data set's own classifier, which is right on",
+            f"{count} images a row, spread evenly over the classes, seed {self.seed}: image i of every row has the",
+            "same noise. The network that measures is the data set's own classifier, which is right on",
             f"{self.accuracy:.1%} of the real val images. FID and KID are Frechet and kernel distance from all",
             f"{self.counts['val']} real val images in that classifier's features, not in those of Inception; they",
             f"compare with one another at {count} images only. In the last line {self.counts['train']} real training",

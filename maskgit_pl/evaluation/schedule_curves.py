@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.evaluation.decodings import Spec, describe_decoding, with_steps
-from maskgit_pl.evaluation.drawing import LineEnd, name_lines, save_figure
+from maskgit_pl.evaluation.drawing import LineEnd, name_lines, plot_by_steps, plot_floor, save_figure
 from maskgit_pl.evaluation.metric_names import direction, format_value, is_better, metric_of, title
 from maskgit_pl.evaluation.progress import Bars, no_bars
 from maskgit_pl.evaluation.tuning import Measure, SearchResult, Trial, ranked
@@ -28,7 +28,7 @@ __all__ = ["Curves", "ScheduleCurves", "draw_curves", "following", "measure_curv
 Curves = Mapping[str, Mapping[int, Mapping[str, float]]]
 
 _PLOT_STEPS = (2, 3, 4, 6, 8, 12, 16, 24)
-_MARKED, _TRAINED, _REAL = "#d1460f", "#14427a", "#3a7d44"
+_MARKED, _TRAINED = "#d1460f", "#14427a"
 _log = logging.getLogger(__name__)
 _OTHERS = ("#c58b3a", "#6d9a5c", "#a0709f", "#5aa0a3", "#b3605b", "#8a8a8a", "#9a8c4f", "#7f86c4")
 
@@ -132,21 +132,10 @@ def draw_curves(figure: ScheduleCurves, path: Path, *, metric: str, floor: float
 
     page = Figure(figsize=(8.4, 5.2), layout="constrained")
     axes = page.subplots()
-    axes.set_xscale("log", base=2)
-    values = [numbers[metric] for line in figure.curves.values() for numbers in line.values()]
-    if min(values) > 0 and max(values) > 4 * min(values):
-        axes.set_yscale("log")
-    for name, line in figure.curves.items():
-        own = name == figure.trained
-        axes.plot(
-            list(line), [numbers[metric] for numbers in line.values()],
-            color=_colour(figure, name), linewidth=3 if own else 1.4, zorder=3 if own else 2,
-            marker="o", markersize=5.5 if own else 3,
-        )  # fmt: skip
+    values = {name: {at: numbers[metric] for at, numbers in line.items()} for name, line in figure.curves.items()}
+    plot_by_steps(axes, values, {name: _colour(figure, name) for name in values}, front=figure.trained)
     if floor is not None:
-        axes.axhline(floor, color=_REAL, linestyle=(0, (4, 3)), linewidth=1.2, zorder=1)
-        text = f"real images: {format_value(metric, floor, more_digits=1)}"
-        axes.text(0.01, floor, text, transform=axes.get_yaxis_transform(), color=_REAL, fontsize=9, va="bottom")
+        plot_floor(axes, floor, f"real images: {format_value(metric, floor, more_digits=1)}")
     _finish(axes, figure, metric)
     name_lines(page, axes, {name: _end(figure, name, metric) for name in figure.curves})
     save_figure(page, path)
@@ -165,7 +154,6 @@ def _colour(figure: ScheduleCurves, name: str) -> str:
 
 
 def _finish(axes: Any, figure: ScheduleCurves, metric: str) -> None:
-    steps = sorted({number for line in figure.curves.values() for number in line})
     name, at, value = figure.best(metric)
     up = metric_of(metric).higher_is_better
     axes.plot([at], [value], marker="*", markersize=17, color=_MARKED, markeredgecolor="white", zorder=5)
@@ -175,15 +163,10 @@ def _finish(axes: Any, figure: ScheduleCurves, metric: str) -> None:
         textcoords="offset points", color=_MARKED, fontsize=9.5, ha="center",
         va="bottom" if up else "top", zorder=5,
     )  # fmt: skip
-    axes.set_xticks(steps, [str(number) for number in steps])
-    axes.minorticks_off()
-    axes.set_xlabel("decoding steps T")
     axes.set_ylabel(f"{title(metric)} of {figure.num_images} images ({direction(metric)})")
     axes.set_title(
         f"one model, trained with {plain_label(figure.trained)}, decoded by every mask schedule",
         fontsize=11,
         loc="left",
     )
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.margins(y=0.14)

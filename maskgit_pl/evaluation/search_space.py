@@ -58,7 +58,7 @@ class SearchSpace:
         The model's own decoding is then one of the trials, and trial 0 stays what it was when the search began.
 
         Args:
-            begun: Decodings that searches of the model began with.
+            begun: Decodings that searches of the model began with, the latest first.
             trials: Number of trials.
             seed: Of the trials.
             how: Random draws or a grid.

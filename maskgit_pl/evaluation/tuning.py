@@ -253,7 +253,7 @@ def tune(
     count = even_count(num_images, images.num_classes)
     points = even_count(options.plot_images or num_images, images.num_classes, name="plot_images")
     evaluator, model = open_evaluator(folders, pipe, images, options=options, out=out, bars=bars)
-    begun = _first_trials(evaluator, model)
+    begun = _first_trials(evaluator, model, options.seed)
     space = space.resumed(begun, trials=trials, seed=options.seed, how=options.search)
 
     def measure(decoding: DecodingConfig, num_images: int, seed: int, purpose: str) -> Mapping[str, float]:
@@ -312,12 +312,12 @@ def _open(run: Path | str, data: Path | None, options: TuningOptions) -> tuple[R
     return folders, pipe, space
 
 
-def _first_trials(evaluator: Evaluator, model: EvaluatedModel) -> Iterator[DecodingConfig]:
-    """Yields the decodings that searches of this model began with, those of other versions left out."""
-    for row in evaluator.ledger.rows("samples"):
+def _first_trials(evaluator: Evaluator, model: EvaluatedModel, seed: int) -> Iterator[DecodingConfig]:
+    """Yields the decodings that searches of this model and seed began with, the latest first."""
+    for row in reversed(evaluator.ledger.rows("samples")):
         same_model = all(row.get(name) == model.identity[name] for name in ("tokenizer", "transformer", "config"))
-        if same_model and row.get("purpose") == "trial 0":
-            with suppress(ValueError, TypeError):
+        if same_model and (row.get("purpose"), row.get("seed")) == ("trial 0", seed):
+            with suppress(ValueError, TypeError):  # of another version
                 yield build_dataclass(DecodingConfig, row["decoding"], "trial 0")
 
 

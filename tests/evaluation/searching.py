@@ -1,18 +1,16 @@
-"""What the tests of a search share: a space, a meter without a model, and numbers that it gives."""
-
-from typing import Any
+"""Parts that the tests of a search share: a space, a measure without a model, and numbers that it gives."""
 
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.evaluation.decoders.comparison import every_selector
-from maskgit_pl.evaluation.decoders.schedule_curves import Curves, Figure8
-from maskgit_pl.evaluation.decoders.search_space import SearchSpace
+from maskgit_pl.evaluation.comparison import every_selector
+from maskgit_pl.evaluation.schedule_curves import Curves, ScheduleCurves
+from maskgit_pl.evaluation.search_space import SearchSpace
 
 FID = "fid/classifier"
 OWN = DecodingConfig(4, guidance={"name": "linear", "scale": 1.0})
 SPACE = SearchSpace(OWN, tuple(spec for _, spec in every_selector()), (2, 4, 8), 256, guided=True)
 
 
-def numbers(fid: float) -> dict[str, Any]:
+def numbers(fid: float) -> dict[str, float]:
     return {
         "class_agreement": 0.5,
         "diversity": 0.8,
@@ -23,15 +21,14 @@ def numbers(fid: float) -> dict[str, Any]:
     }
 
 
-class FakeMeter:
+class FakeMeasure:
     """A quality that depends on the guidance scale and, where the images are few, on luck."""
 
     def __init__(self, luck: float = 0.0) -> None:
         self.calls: list[tuple[DecodingConfig, int, int]] = []
         self.luck = luck
-        self.measured = 0
 
-    def __call__(self, decoding: DecodingConfig, *, num_images: int, seed: int, purpose: str) -> dict[str, Any]:
+    def __call__(self, decoding: DecodingConfig, num_images: int, seed: int, purpose: str) -> dict[str, float]:
         self.calls.append((decoding, num_images, seed))
         scale = decoding.guidance["scale"] if isinstance(decoding.guidance, dict) else 0.0
         lucky = self.luck if len(self.calls) % 3 == 0 and seed < 1000 else 0.0
@@ -42,4 +39,6 @@ def curves(values: dict[str, list[float]]) -> Curves:
     return {name: {2 * (i + 1): numbers(value) for i, value in enumerate(line)} for name, line in values.items()}
 
 
-FIGURE = Figure8(curves({"cosine": [3.0, 2.0], "linear": [9.0, 8.0], "log": [40.0, 2.01]}), "cosine", "halton", 10)
+CURVES = ScheduleCurves(
+    curves({"cosine": [3.0, 2.0], "linear": [9.0, 8.0], "log": [40.0, 2.01]}), "cosine", "halton", 10
+)

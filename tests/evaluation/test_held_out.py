@@ -5,7 +5,7 @@ from typing import get_args
 import pytest
 import torch
 
-from maskgit_pl.evaluation.bench.held_out import Task, edit, hidden_pixels, masked
+from maskgit_pl.evaluation.held_out import Task, edit, hidden_pixels, masked
 from maskgit_pl.pipeline import MaskGIT
 
 TASKS = get_args(Task)

@@ -148,7 +148,7 @@ def test_masked_nll_is_the_mean_over_the_schedules_masks(name):
     share = num_masked(schedule(progress, 3), 3, rounding="ceil").bincount(minlength=4).double() / 20_000
     exact = sum(float(share[count]) * table.mean_nll_of([1, 0, 1], count) for count in (1, 2, 3))
     tokens = torch.tensor([[1, 0, 1]]).expand(200, -1)
-    options = {"mask_schedule": schedule, "mask_token_id": MASK, "draws": 3}
+    options = {"mask_schedule": schedule, "mask_token_id": MASK, "draws": MaskDraws(3)}
     estimate = masked_nll(table, tokens, no_labels(tokens), **options)
     assert abs(estimate.mean - exact) < 4 * estimate.standard_error + 1e-4
 

@@ -1,14 +1,10 @@
 import json
 from dataclasses import asdict, replace
-from pathlib import Path
-
-import pytest
 
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.evaluation.decoders.search_space import SearchSpace, check_search
-from maskgit_pl.evaluation.decoders.trials import Ledger
+from maskgit_pl.evaluation.search_space import SearchSpace
 from maskgit_pl.schedules import mask_schedules
-from tests.evaluation.decoders.searching import OWN, SPACE, numbers
+from tests.evaluation.searching import OWN, SPACE
 
 
 def test_trials_are_a_function_of_seed_and_number() -> None:
@@ -60,17 +56,11 @@ def test_a_grid_visits_each_place_once_and_ends() -> None:
     assert made[:-1] != [space.trial(number, seed=1, how="grid") for number in range(1, size + 1)]
 
 
-def test_a_search_that_wrote_its_recipe_goes_on_from_where_it_began(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "trials.jsonl", {})
-    assert SPACE.resumed(ledger, trials=12, seed=0) == SPACE
-    ledger.add(OWN, numbers(2.0), num_images=10, seed=0, purpose="trial 0")
+def test_a_search_that_wrote_its_recipe_goes_on_from_where_it_began() -> None:
+    assert SPACE.resumed([], trials=12, seed=0) == SPACE
+    begun = [OWN, DecodingConfig(3)]  # this search, and an older one
     tuned = replace(SPACE, own=SPACE.trial(5, seed=0))
-    assert tuned.resumed(ledger, trials=12, seed=0) == SPACE
-    assert tuned.resumed(ledger, trials=5, seed=0) == tuned  # trial 5 is none of these
+    assert tuned.resumed(begun, trials=12, seed=0) == SPACE
+    assert tuned.resumed(begun, trials=5, seed=0) == tuned  # trial 5 is none of these
     foreign = replace(SPACE, own=DecodingConfig(3))
-    assert foreign.resumed(ledger, trials=12, seed=0) == foreign
-
-
-def test_names_of_searches_are_checked() -> None:
-    with pytest.raises(ValueError, match="--search 'gird': did you mean 'grid'"):
-        check_search("gird")
+    assert foreign.resumed([OWN], trials=12, seed=0) == foreign
