@@ -32,9 +32,10 @@ from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pretrained import load_tokenizer, save_tokenizer
 from maskgit_pl.provenance import describe_environment
-from maskgit_pl.runs.build import StageRun
-from maskgit_pl.runs.fitting import build
-from maskgit_pl.runs.recipe import Plan, Recipe, recipes_folder
+from maskgit_pl.runs.build import StageRun, build
+from maskgit_pl.runs.plan import Plan
+from maskgit_pl.runs.recipe import Recipe
+from maskgit_pl.runs.recipe_files import recipes_folder
 from maskgit_pl.shards.images import encode_png
 from maskgit_pl.shards.index import find_shards, index_shards
 from maskgit_pl.training.ema import update_ema
@@ -104,7 +105,7 @@ def build_run(folder: Path, task: Task) -> StageRun:
     """What ``maskgit train transformer`` builds: module, data, and the Trainer with everything of ours."""
     recipes = recipes_folder()
     files = [recipes / "transformer" / "base.yaml", recipes / "cluster" / "cpu.yaml"]
-    recipe = Recipe.read("transformer", files, task.words())
+    recipe = Recipe.from_files("transformer", files, task.words())
     plan = Plan(recipe, folder / "shards", folder / "run", folder / "tokenizer")
     with redirect_stdout(io.StringIO()):  # a log, and no terminal: a line now and then in place of a bar
         return build(plan)
@@ -114,14 +115,9 @@ def build_run(folder: Path, task: Task) -> StageRun:
 class _Run:
     """What the module asks of its Trainer."""
 
-    global_batch: int
     max_steps: int
     global_step: int = 0
     log_every_n_steps: int = 1_000_001
-
-    @property
-    def datamodule(self) -> _Run:
-        return self
 
 
 class BareLoop:
@@ -129,7 +125,7 @@ class BareLoop:
 
     def __init__(self, module: MaskedTokenModel, task: Task) -> None:
         self.module = module
-        self.run = _Run(task.batch, task.steps)  # the module holds it weakly
+        self.run = _Run(task.steps)  # the module holds it weakly
         self.module.trainer = self.run  # type: ignore[assignment]  # in the Trainer's place
         configured = module.configure_optimizers()
         self.optimizer, self.scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
@@ -143,7 +139,7 @@ class BareLoop:
         self.optimizer.zero_grad()
         self.scheduler.step()
         assert self.module.ema_network is not None
-        decay, step = self.module.ema_decay, self.run.global_step
+        decay, step = self.module.config.ema_decay, self.run.global_step
         update_ema(self.module.ema_network, self.module.transformer, decay=decay, step=step)
         self.run.global_step += 1
         return loss.detach()

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from maskgit_pl.checks import check_number
@@ -158,36 +159,12 @@ class Pow(MaskSchedule):
         return 1 - progress.pow(self.exponent)
 
 
-@mask_schedules.register("linear")
-@dataclass(frozen=True)
-class Linear(Pow):
-    """1 - r. Source: paper, Table 3."""
-
-    exponent: float = field(default=1.0, init=False)
+def _power(exponent: float) -> Callable[[], Pow]:
+    return lambda: Pow(exponent)
 
 
-@mask_schedules.register("square")
-@dataclass(frozen=True)
-class Square(Pow):
-    """1 - r^2. Source: paper, Table 3."""
-
-    exponent: float = field(default=2.0, init=False)
-
-
-@mask_schedules.register("cubic")
-@dataclass(frozen=True)
-class Cubic(Pow):
-    """1 - r^3. Source: paper, Table 3."""
-
-    exponent: float = field(default=3.0, init=False)
-
-
-@mask_schedules.register("sqrt")
-@dataclass(frozen=True)
-class Sqrt(Pow):
-    """1 - r^0.5. Source: paper, Table 3."""
-
-    exponent: float = field(default=0.5, init=False)
+for _name, _exponent in (("linear", 1.0), ("square", 2.0), ("cubic", 3.0), ("sqrt", 0.5)):  # paper, Table 3
+    mask_schedules.register(_name)(_power(_exponent))
 
 
 @mask_schedules.register("exp")

@@ -198,7 +198,7 @@ class Runs:
         self.given = list(words)
         self.global_batch = global_batch
         self.processes = multiprocessing.get_context("forkserver")
-        self.processes.set_forkserver_preload(["maskgit_pl.runs.fitting"])
+        self.processes.set_forkserver_preload(["maskgit_pl.runs.stage"])
 
     def words(self, name: str, topology: Topology, *more: str) -> list[str]:
         """The command of a run."""

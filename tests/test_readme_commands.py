@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from maskgit_pl.cli import build_parser
-from maskgit_pl.runs.recipe import Recipe, recipe_files
+from maskgit_pl.runs.recipe import Recipe
 from tests.test_readme import README, ROOT, save_small_model
 
 # Commands that are not run here: the files that they read are not in the repository, or they take longer than a test.
@@ -75,8 +75,7 @@ def test_a_command_of_the_readme_is_one_that_there_is(line: str) -> None:
         args, rest = parser.parse_known_args(command)
         assert not rest or getattr(args, "takes_overrides", False), rest
         if rest and args.command in ("train", "tokenize"):
-            files = recipe_files(args.stage, dataset=args.dataset, names=args.recipe.split(), cluster=args.cluster)
-            Recipe.read(args.stage, files, rest)
+            Recipe.read(args.stage, names=args.recipe, dataset=args.dataset, cluster=args.cluster, overrides=rest)
 
 
 @pytest.mark.slow

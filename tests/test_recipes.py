@@ -11,8 +11,11 @@ from maskgit_pl.networks.causal import CausalTransformer, build_transformer
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pretrained import load_tokenizer, load_transformer
-from maskgit_pl.runs.fitting import fit
-from maskgit_pl.runs.recipe import Plan, Recipe, merged, read_yaml
+from maskgit_pl.runs.layers import merged
+from maskgit_pl.runs.plan import Plan
+from maskgit_pl.runs.recipe import Recipe
+from maskgit_pl.runs.safe_yaml import read_yaml
+from maskgit_pl.runs.stage import fit_stage
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 TINY = Path(__file__).parent / "tiny"
@@ -78,7 +81,7 @@ def test_a_tokenizer_recipe_builds_at_full_size(name):
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_a_tokenizer_recipe_trains_a_step(name, tiny_shards, tmp_path):
     files = [*layers("tokenizer", name), RECIPES / "cluster" / "cpu.yaml", TINY / "tokenizer.yaml"]
-    assert fit(Plan(Recipe.read("tokenizer", files), tiny_shards, tmp_path)) == 0
+    assert fit_stage(Plan(Recipe.from_files("tokenizer", files), tiny_shards, tmp_path)).step == 1
     assert load_tokenizer(tmp_path / "pretrained" / "tokenizer").image_size == 8
     assert (tmp_path / "tokenizer" / "reconstructions.png").is_file()
 
@@ -99,7 +102,7 @@ def test_the_sequential_baseline_is_laid_over_any_recipe(tiny_shards, tiny_pretr
     files += [RECIPES / "cluster" / "cpu.yaml", TINY / "transformer.yaml"]
     tokenizer = tiny_pretrained / "tokenizer"
     with caplog.at_level("INFO", logger="maskgit_pl"):
-        fit(Plan(Recipe.read("transformer", files), tiny_shards, tmp_path, tokenizer))
+        fit_stage(Plan(Recipe.from_files("transformer", files), tiny_shards, tmp_path, tokenizer))
     assert "log.yaml: causal attention has no use for model.mask_schedule" in caplog.text
     config = yaml.safe_load((tmp_path / "transformer" / "config.yaml").read_text())["model"]
     assert (config["label_smoothing"], config["network"]["attention"]) == (0.1, "causal")
@@ -112,7 +115,7 @@ def test_the_sequential_baseline_is_laid_over_any_recipe(tiny_shards, tiny_pretr
 def test_a_transformer_recipe_trains_a_step(name, tiny_shards, tiny_pretrained, tmp_path):
     files = [*layers("transformer", name), RECIPES / "cluster" / "cpu.yaml", TINY / "transformer.yaml"]
     tokenizer = tiny_pretrained / "tokenizer"
-    assert fit(Plan(Recipe.read("transformer", files), tiny_shards, tmp_path, tokenizer)) == 0
+    assert fit_stage(Plan(Recipe.from_files("transformer", files), tiny_shards, tmp_path, tokenizer)).step == 1
     model = load_transformer(tmp_path / "pretrained" / "transformer")
     if name == "autoregressive":
         assert (model.mask_schedule, model.network.config.attention) == (None, "causal")

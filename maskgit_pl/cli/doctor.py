@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from maskgit_pl.cli.train import add_run_arguments
+from maskgit_pl.cli.run_flags import add_run_arguments
 from maskgit_pl.errors import BAD_INPUT
 
 if TYPE_CHECKING:

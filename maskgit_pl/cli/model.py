@@ -77,8 +77,9 @@ def naming_flags(args: argparse.Namespace) -> Iterator[None]:
         yield
     except (TypeError, ValueError) as error:
         name = re.split(r"[^a-z_]", str(error), maxsplit=1)[0]
-        flag = f"--{name.replace('_', '-')}" if name in args else name
-        text = flag + str(error).removeprefix(name)
+        if name not in args:  # it is of something else, and stays as it was raised
+            raise
+        text = f"--{name.replace('_', '-')}" + str(error).removeprefix(name)
         raise (TypeError if isinstance(error, TypeError) else ValueError)(text) from error
 
 

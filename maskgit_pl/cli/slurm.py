@@ -20,8 +20,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from maskgit_pl.cli.train import add_run_arguments, plan_run
-from maskgit_pl.runs.recipe import Plan, recipes_folder
+from maskgit_pl.cli.run_flags import add_run_arguments, folders_of, read_recipe
+from maskgit_pl.runs.plan import Plan, plan_run
+from maskgit_pl.runs.recipe_files import recipes_folder
 
 __all__ = ["Submission", "add_parser", "plan_submission", "run_submit"]
 
@@ -185,7 +186,8 @@ def plan_submission(args: argparse.Namespace) -> tuple[Plan, Submission]:
             raise ValueError(
                 f"flag {flag}: Slurm says it to the tasks, got a second place; use {_OF_SLURM[flag]} alone"
             )
-    plan = plan_run(args)
+    recipe = read_recipe(args)
+    plan = plan_run(recipe, **folders_of(args, recipe))
     more = _more_of_sbatch(args.sbatch)
     log_file = plan.stage_folder / "slurm-%j.log"
     identity = f"maskgit {plan.stage_folder.resolve()}"
@@ -329,13 +331,13 @@ def _check(plan: Plan, nodes: int, devices: int) -> str:
         FileNotFoundError: Something that it reads is missing.
     """
     log.info("%s: is checked as training will, some seconds ...", plan.stage_folder)
-    from maskgit_pl.runs.fitting import build  # lightning and torch take seconds to import
+    from maskgit_pl.runs.build import build  # lightning and torch take seconds to import
     from maskgit_pl.training.checkpoint_files import newest_complete, step_of
     from maskgit_pl.training.strategies import check_accelerator
 
     check_accelerator(str(plan.recipe.get("trainer.accelerator") or "auto"))
     here = ["--trainer.accelerator=cpu", f"--trainer.num_nodes={nodes}", f"--trainer.devices={devices}"]
-    run = build(replace(plan, recipe=plan.recipe.with_flags(here)))
+    run = build(replace(plan, recipe=plan.recipe.with_overrides(here)))
     data = run.datamodule
     if data.source != "stream":
         data.setup()

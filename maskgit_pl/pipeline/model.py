@@ -10,7 +10,8 @@ from typing import Any
 
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.networks import int8
-from maskgit_pl.pipeline.card import Origin, check_run, fingerprints, write_card
+from maskgit_pl.pipeline.card import write_card
+from maskgit_pl.pipeline.description import Origin, check_run, fingerprints
 from maskgit_pl.pipeline.edit import Editor
 from maskgit_pl.pipeline.sharing import check_hub_id, find_folder, upload
 from maskgit_pl.pretrained import (

@@ -1,65 +1,117 @@
-"""Module, data and Trainer of a stage, built from the values of its recipe."""
+"""Builds module, data and Trainer of a stage from the values of its recipe."""
 
 from __future__ import annotations
 
 import logging
+import re
 import sys
+import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import MISSING, asdict, is_dataclass
+from dataclasses import asdict, fields
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, get_origin
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.profilers import PassThroughProfiler
 
-from maskgit_pl.autoregressive import AutoregressiveModel
 from maskgit_pl.checks import build_dataclass
-from maskgit_pl.runs.recipe_schema import Parameter, RunSettings, TrainerSettings, parameters_of
-from maskgit_pl.runs.recipe import Recipe, Stage
-from maskgit_pl.data import ShardData
+from maskgit_pl.data import ShardData, split_batch
 from maskgit_pl.data.stream import check_stream
 from maskgit_pl.errors import is_user_error
-from maskgit_pl.mvtm import MaskedTokenModel
+from maskgit_pl.old_names import renamed_settings
 from maskgit_pl.pretrained import fingerprint, read_config
+from maskgit_pl.runs.plan import Plan
+from maskgit_pl.runs.recipe import Recipe
+from maskgit_pl.runs.recipe_files import Stage
+from maskgit_pl.runs.recipe_schema import RunSettings, TrainerSettings, parameters_of
+from maskgit_pl.runs.resolve import MODULES, dataclass_in, resolve, resolved_tree
+from maskgit_pl.runs.resume_check import changes, fixed_settings
+from maskgit_pl.runs.watchdog import Watchdog
+from maskgit_pl.token_model import TokenModel
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_complete, settings_of
 from maskgit_pl.training.checkpoints import Checkpoints
 from maskgit_pl.training.faults import UnreadableReport
 from maskgit_pl.training.guards import Guard
-from maskgit_pl.training.logs import RunLogger
 from maskgit_pl.training.image_callbacks import ReconstructionPictures, SamplePictures
+from maskgit_pl.training.logs import RunLogger
 from maskgit_pl.training.progress import ProgressLines
-from maskgit_pl.runs.resume_check import changes, fixed_settings
 from maskgit_pl.training.strategies import build_strategy, check_accelerator, check_precision, check_strategy
-from maskgit_pl.runs.watchdog import Watchdog
 
-__all__ = ["MODULES", "StageRun", "resolve", "written_config"]
+__all__ = ["StageRun", "build"]
 
 log = logging.getLogger(__name__)
 
-MODULES: dict[str, type[LightningModule]] = {
-    "tokenizer": Tokenizer,
-    "transformer": MaskedTokenModel,
-    "autoregressive": AutoregressiveModel,
-}
-"""The module that each kind of recipe trains."""
+# Warnings of Lightning and torch that every run of ours gets and nobody can act on.
+_EXPECTED_WARNINGS = (
+    r"Found \d+ module\(s\) in eval mode at the start of training",  # the averaged copies
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own call
+    "The '.*_dataloader' does not have many workers",  # num_workers is the recipe's choice
+    "The number of training batches .* is smaller than the logging interval",  # ours counts steps, over epochs
+    "Checkpoint directory .* exists and is not empty",  # a run that resumes
+)
+
+
+def build(plan: Plan) -> StageRun:
+    """Builds module, data and Trainer of a run, its global batch divided among the devices. Nothing is trained.
+
+    Raises:
+        ValueError: if the recipe is wrong, data or tokenizer do not fit, or the run would resume with other settings.
+    """
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its tips and device lists
+    for message in _EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=f".*{message}")
+    torch.manual_seed(0)  # initial weights; every other random number is a function of the recipe's seed
+    run = StageRun(plan.recipe, resolved_tree(plan), plan.stage_folder)
+    run.add_trainer()
+    module, data, trainer = run.model, run.datamodule, run.trainer
+    if trainer.max_steps < 1:
+        raise ValueError(f"trainer.max_steps must be >= 1, got {trainer.max_steps}; it is where the run ends")
+    _, accumulation = split_batch(data.global_batch, data.max_batch_per_device, trainer.world_size)
+    if isinstance(module, TokenModel):
+        trainer.accumulate_grad_batches = accumulation
+        _check_classes(module, data)
+        tokenizer = module.tokenizer  # reading it refuses one that does not fit
+        data.require_tokenizer(tokenizer.fingerprint, grid=tokenizer.grid, num_codes=tokenizer.network.config.num_codes)
+    else:
+        assert isinstance(module, Tokenizer)
+        module.accumulation = accumulation
+    if isinstance(trainer.val_check_interval, int):  # steps for us, micro-batches for Lightning
+        trainer.val_check_interval *= accumulation
+    return run
+
+
+def _check_classes(module: TokenModel, data: ShardData) -> None:
+    num_classes = module.config.network.num_classes
+    if num_classes != data.num_classes:
+        raise ValueError(
+            f"model.network.num_classes: {data.path} has {data.num_classes} classes, got {num_classes}; "
+            "leave the key out or name other data"
+        )
 
 
 class StageRun:
-    """A stage of a run: its module and data from a recipe; with ``add_trainer``, its Trainer.
+    """A stage of a run: its module and data from a recipe; after ``add_trainer``, its Trainer.
 
     Args:
-        recipe: Says which stage and which module.
-        tree: All values: the recipe's, and what the data and the tokenizer at hand say.
+        recipe: Recipe; it decides the stage and the module.
+        tree: All values, see ``resolved_tree``.
         folder: ``runs/RUN/STAGE``.
 
     Attributes:
         config: ``tree`` with the default of every key that it leaves out.
+        run: Settings of checkpoints, watchdog and precision.
+        settings: Settings of the Trainer.
+        datamodule: Data of the stage.
+        model: Module of the stage.
+        trainer: After ``add_trainer``: the Trainer.
+        fixed: After ``add_trainer``: the settings that must not change when the run resumes.
+        checkpoints: After ``add_trainer``: what writes checkpoints.
+        watchdog: After ``add_trainer``: what ends a run that hangs.
 
     Raises:
         ValueError: if a value is missing or out of range, or names something unknown. The message names the key.
@@ -77,11 +129,11 @@ class StageRun:
         self.settings = build_dataclass(TrainerSettings, self.config["trainer"], "trainer")
         self._set_precision()
         self.datamodule = ShardData(**_arguments(ShardData, self.config["data"], "data"))
-        module = MODULES[recipe.kind]
-        self.model = module(**_arguments(module, self.config["model"], "model"))
+        config, module = MODULES[recipe.kind]
+        self.model = module(_built(self.config["model"], config, "model"))
 
     def _set_precision(self) -> None:
-        """Sets what must be set before anything computes."""
+        """Sets threads and precision of torch, before anything computes."""
         if self.run.cpu_threads is not None:
             torch.set_num_threads(self.run.cpu_threads)
         torch.set_float32_matmul_precision(self.run.matmul_precision)
@@ -120,12 +172,12 @@ class StageRun:
         except (MisconfigurationException, ModuleNotFoundError, TypeError, ValueError) as error:
             if is_user_error(error):
                 raise
-            raise ValueError(_cannot_be_had(given, error)) from error
+            raise ValueError(_missing_devices(given, error)) from error
         check_strategy(given.strategy, stage=self.stage, ranks=trainer.world_size)
         # Lightning's handler of SIGTERM talks to other ranks, and each micro-batch begins with a question to the first
         # one, for which the device is waited for. Signals set a flag here; ranks vote once a step (training.guards).
-        trainer._signal_connector.register_signal_handlers = _nothing  # type: ignore[method-assign]  # its own
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]  # its own
+        trainer._signal_connector.register_signal_handlers = _do_nothing  # type: ignore[method-assign]  # its own
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _do_nothing  # type: ignore[method-assign]  # its own
         self.trainer = trainer
 
     def _fixed_settings(self) -> dict[str, Any]:
@@ -142,11 +194,12 @@ class StageRun:
         return fixed_settings(self.config, data=identity, tokenizer=tokenizer)
 
     def _check_resumes(self, checkpoint: Path) -> None:
-        """Refuses to resume from a checkpoint with settings that would make it another run."""
+        """Raises ValueError if settings have changed that must not change when a run resumes."""
         known = settings_of(checkpoint)
         if known is None:
             log.warning("%s: it does not say with which settings it was made; they are not compared", checkpoint)
             return
+        known = renamed_settings(known, f"checkpoint {checkpoint}")
         defaults = fixed_settings(resolve(self.kind, {}), data="", tokenizer="")
         changed = changes(known, self.fixed, defaults)
         if changed:
@@ -175,53 +228,11 @@ class StageRun:
         return [guard, self.watchdog, self.checkpoints, progress, pictures, unreadable]
 
 
-def resolve(kind: str, tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a tree with the default of every key that it leaves out, and with the keys that follow others.
-
-    Args:
-        kind: Of recipe, a key of ``MODULES``.
-        tree: Checked values of a recipe.
-    """
-    groups = {"data": parameters_of(ShardData), "model": parameters_of(MODULES[kind])}
-    config = {name: _resolve_group(known, tree.get(name, {})) for name, known in groups.items()}
-    for name, defaults in (("trainer", TrainerSettings()), (None, RunSettings())):
-        given = tree.get(name, {}) if name else {key: tree[key] for key in asdict(defaults) if key in tree}
-        values = {**asdict(defaults), **given}
-        config |= {name: values} if name else values
-    if "seed" in config["data"]:
-        config["model"]["seed"] = config["data"]["seed"]
-    if kind == "tokenizer":
-        config["model"]["image_size"] = config["data"]["image_size"]
-        config["model"]["network"]["in_channels"] = config["data"]["in_channels"]
-    return config
-
-
-def _resolve_group(known: Mapping[str, Parameter], given: Mapping[str, Any]) -> dict[str, Any]:
-    found = {}
-    for name, parameter in known.items():
-        value = given.get(name, parameter.default)
-        kind = _dataclass_in(parameter.annotation)
-        if value is MISSING and kind is None:
-            continue
-        if kind is not None and value is not None:
-            value = _resolve_group(parameters_of(kind), {} if value is MISSING else value)
-        found[name] = value
-    return found
-
-
-def written_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a resolved tree as config.yaml holds it: a recipe again, without the keys that follow others."""
-    model = {key: value for key, value in config["model"].items() if key not in ("seed", "image_size", "accumulation")}
-    if "in_channels" in model["network"]:
-        model["network"] = {key: value for key, value in model["network"].items() if key != "in_channels"}
-    return {**config, "model": model}
-
-
 def _arguments(kind: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Arguments of a class, its dataclasses built from their mappings.
+    """Returns the arguments of a class, its dataclasses built from their mappings.
 
     Raises:
-        ValueError: One is missing, or a dataclass refuses a value; the key is named.
+        ValueError: if one is missing, or a dataclass refuses a value. The message names the key.
     """
     found = {}
     for name, parameter in parameters_of(kind).items():
@@ -232,24 +243,19 @@ def _arguments(kind: type, values: Mapping[str, Any], where: str) -> dict[str, A
 
 
 def _built(value: Any, annotation: Any, where: str) -> Any:
-    kind = _dataclass_in(annotation)
+    kind = dataclass_in(annotation)
     if kind is None or value is None:
         return tuple(value) if isinstance(value, list) and get_origin(annotation) is tuple else value
     values = _arguments(kind, value, where)
     try:
         return kind(**values)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        first = re.split(r"[.:\s]", str(error), maxsplit=1)[0]
+        between = "." if first in {each.name for each in fields(kind)} else ": "
+        raise ValueError(f"{where}{between}{error}") from error
 
 
-def _dataclass_in(annotation: Any) -> type[Any] | None:
-    """The dataclass that an annotation names, optional or not."""
-    options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-    found = [each for each in options if isinstance(each, type) and is_dataclass(each)]
-    return found[0] if found else None
-
-
-def _cannot_be_had(given: TrainerSettings, error: Exception) -> str:
+def _missing_devices(given: TrainerSettings, error: Exception) -> str:
     said = " ".join(str(error).split()).rstrip(".")
     return (
         f"trainer: accelerator {given.accelerator!r} with devices {given.devices!r} is not available on this machine "
@@ -258,15 +264,15 @@ def _cannot_be_had(given: TrainerSettings, error: Exception) -> str:
     )
 
 
-def _nothing() -> None:
+def _do_nothing() -> None:
     pass
 
 
 class _NoProfiler(PassThroughProfiler):
-    """Lightning's own enters a generator at each of some 50 places of a step."""
+    """A profiler that costs nothing; Lightning's enters a generator at each of some 50 places of a step."""
 
     _NOTHING = nullcontext()
 
     def profile(self, action_name: str) -> Any:
-        """A context that does nothing, always the same one."""
+        """Returns a context that does nothing, always the same one."""
         return self._NOTHING

@@ -16,12 +16,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch.overrides import TorchFunctionMode
 
-from maskgit_pl.runs import fitting as fit
-from maskgit_pl.runs import host
-from maskgit_pl.runs.costs import Costs, TokenizerCosts, TransformerCosts
-from maskgit_pl.runs.recipe import Plan, Recipe, merged
-from maskgit_pl.runs.build import StageRun
-from maskgit_pl.cli.train import find_pretrained, find_recipe, find_shards, find_tokenizer, run_folder
+from maskgit_pl.cli.run_flags import folders_of, read_recipe
 from maskgit_pl.data import split_batch
 from maskgit_pl.errors import is_user_error
 from maskgit_pl.estimates.run import CARDS, StepTime, kept_checkpoints, step_time
@@ -30,6 +25,12 @@ from maskgit_pl.estimates.transformer import Precision
 from maskgit_pl.files import size_text
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.pretrained import read_config
+from maskgit_pl.runs import host
+from maskgit_pl.runs.build import StageRun, build
+from maskgit_pl.runs.costs import Costs, TokenizerCosts, TransformerCosts
+from maskgit_pl.runs.layers import merged
+from maskgit_pl.runs.plan import Plan, find_data, find_pretrained, find_run, find_tokenizer
+from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.shards.manifest import DataSummary, load_manifest, read_manifest_summary
 from maskgit_pl.token_model import TokenModel
 from maskgit_pl.tokenizer import Tokenizer
@@ -124,7 +125,7 @@ def examine(args: argparse.Namespace, *, on_check: Callable[[Check], object]) ->
     found = Examination(args, on_check=on_check)
     recipe: Recipe | None = None
     with found.listing("recipe"):
-        recipe = find_recipe(args)
+        recipe = read_recipe(args)
     _note_world(found, recipe)
     _note_host(found)
     if recipe is None:
@@ -136,7 +137,7 @@ def examine(args: argparse.Namespace, *, on_check: Callable[[Check], object]) ->
         return found
     config = cli.config
     if all(check.name != "recipe" for check in found.checks):
-        found.note("recipe", f"{recipe.names}: keys, types and names are right")
+        found.note("recipe", f"{recipe.title}: keys, types and names are right")
     _note_batch(found, config, summary)
     _note_going_on(found, plan, config)
     costs = _costs(found, plan, cli, config)
@@ -193,20 +194,27 @@ def _note_network(found: Examination, environment: Mapping[str, str]) -> None:
 def _find(found: Examination, recipe: Recipe) -> tuple[Plan, DataSummary | None]:
     """The run's pieces, each missing one in the list; what is missing stands in the plan as where it would be."""
     args, streams = found.args, recipe.get("data.source") == "stream"
-    plan = Plan(recipe, shards=Path(args.data or ""), folder=run_folder(args))
+    named = folders_of(args, recipe)
+    plan = Plan(recipe, shards=Path(args.data or ""), folder=find_run(recipe, named["run"]))
     summary = None
     with found.listing("data"):
-        plan = replace(plan, shards=find_shards(args, recipe))
+        plan = replace(plan, shards=find_data(recipe, named["data"]))
         if not streams:
             summary = _read_data(found, plan.shards)
     if plan.stage == "transformer":
         with found.listing("tokenizer"):
-            tokenizer = find_tokenizer(args, plan.shards)
+            tokenizer = find_tokenizer(
+                recipe,
+                folder=plan.folder,
+                shards=plan.shards,
+                tokenizer=named["tokenizer"],
+                pretrained=named["pretrained"],
+            )
             config = VQGANConfig(**read_config(tokenizer, "tokenizer")["network"])
             plan = replace(plan, tokenizer=tokenizer)
             found.note("tokenizer", f"{tokenizer}: {config.num_codes} codes")
     with found.listing("pretrained"):
-        plan = replace(plan, pretrained=find_pretrained(args))
+        plan = replace(plan, pretrained=find_pretrained(plan.stage, named["pretrained"]))
     return plan, summary
 
 
@@ -238,20 +246,20 @@ def _build(found: Examination, plan: Plan) -> StageRun | None:
     """The stage as training builds it, where its data and tokenizer are there; else, or if that fails, its recipe."""
     complete = not found.failures or {check.name for check in found.failures} <= {"slurm", "network", "strategy"}
     here = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto"]
-    plan = replace(plan, recipe=plan.recipe.with_flags(here))
+    plan = replace(plan, recipe=plan.recipe.with_overrides(here))
     with _unattended(), _ZeroWeights():
         if complete:
             with found.listing("recipe"):
-                cli = fit.build(plan)
+                cli = build(plan)
                 if cli.datamodule.source != "stream":
                     cli.datamodule.setup()
-                found.note("recipe", f"{plan.recipe.names}: module, data and tokenizer fit each other")
+                found.note("recipe", f"{plan.recipe.title}: module, data and tokenizer fit each other")
                 return cli
         with found.listing("recipe"):
             return _recipe_only(plan)
         if plan.stage == "tokenizer":  # most often the perceptual network's file: the rest can be examined without it
             try:
-                cli = _recipe_only(replace(plan, recipe=plan.recipe.with_flags(["--model.perceptual=null"])))
+                cli = _recipe_only(replace(plan, recipe=plan.recipe.with_overrides(["--model.perceptual=null"])))
             except Exception as error:
                 if not is_user_error(error):
                     raise
@@ -419,7 +427,7 @@ def _note_disk(found: Examination, plan: Plan, costs: Costs, config: Mapping[str
 def _note_values(
     found: Examination, plan: Plan, costs: Costs, config: Mapping[str, Any], summary: DataSummary | None
 ) -> None:
-    rate, steps = config["model"]["learning_rate"], config["trainer"]["max_steps"]
+    rate, steps = config["model"]["optimizer"]["learning_rate"], config["trainer"]["max_steps"]
     values = found.values
     values.append(("parameters", f"{costs.trained:,} trained"))
     values.append(

@@ -95,9 +95,10 @@ def test_the_value_of_a_key_is_the_last_that_files_and_flags_give(tmp_path):
     files = [tmp_path / "one.yaml", tmp_path / "two.yaml"]
     files[0].write_text("data: {source: tokens, stream: {classes: 3}}\n")
     files[1].write_text("data: {source: images}\n")
-    assert Recipe.read("transformer", files, []).get("data.source") == "images"
-    assert Recipe.read("transformer", files, ["--data.source=stream"]).get("data.source") == "stream"
-    assert Recipe.read("transformer", files, ["--data.source", "stream"]).get("data.source") == "stream"
-    assert Recipe.read("transformer", files, ["--data.stream.classes=[a, b]"]).get("data.stream.classes") == ["a", "b"]
-    assert Recipe.read("transformer", files, []).get("data.stream.classes") == 3
-    assert Recipe.read("transformer", files, []).get("data.stream.classes.x") is None
+    assert Recipe.from_files("transformer", files, []).get("data.source") == "images"
+    assert Recipe.from_files("transformer", files, ["--data.source=stream"]).get("data.source") == "stream"
+    assert Recipe.from_files("transformer", files, ["--data.source", "stream"]).get("data.source") == "stream"
+    words = ["--data.stream.classes=[a, b]"]
+    assert Recipe.from_files("transformer", files, words).get("data.stream.classes") == ["a", "b"]
+    assert Recipe.from_files("transformer", files, []).get("data.stream.classes") == 3
+    assert Recipe.from_files("transformer", files, []).get("data.stream.classes.x") is None

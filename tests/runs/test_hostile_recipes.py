@@ -14,8 +14,11 @@ from typing import Any
 import pytest
 import yaml
 
-from maskgit_pl.runs.fitting import build
-from maskgit_pl.runs.recipe import Layer, Plan, Recipe, read_yaml
+from maskgit_pl.runs.build import build
+from maskgit_pl.runs.layers import Layer
+from maskgit_pl.runs.plan import Plan
+from maskgit_pl.runs.recipe import Recipe
+from maskgit_pl.runs.safe_yaml import read_yaml
 from tests.conftest import flags
 
 TINY = Path(__file__).parents[1] / "tiny"
@@ -24,13 +27,13 @@ GROUPS = {  # where something that is no plain value could be built
     "tokenizer": [
         "trainer", "trainer.callbacks", "trainer.logger", "trainer.strategy", "trainer.accelerator", "trainer.plugins",
         "trainer.profiler", "trainer.precision", "trainer.devices", "model", "model.network", "model.network.quantizer",
-        "model.learning_rate", "model.perceptual", "model.perceptual.network", "model.adversarial",
+        "model.optimizer", "model.optimizer.learning_rate", "model.learning_rate", "model.perceptual", "model.perceptual.network", "model.adversarial",
         "model.adversarial.discriminator", "data", "data.stream", "data.path", "config", "seed_everything", "optimizer",
         "lr_scheduler",
     ],
     "transformer": [
         "trainer", "trainer.callbacks", "trainer.strategy", "trainer.accelerator", "model", "model.network",
-        "model.learning_rate", "model.mask_schedule", "model.decoding", "model.decoding.token_selector",
+        "model.optimizer", "model.optimizer.learning_rate", "model.betas", "model.mask_schedule", "model.decoding", "model.decoding.token_selector",
         "model.decoding.guidance", "model.decoding.mask_schedule", "model.tokenizer", "data", "data.stream",
         "data.token_store", "data.stream.urls",
     ],
@@ -107,7 +110,7 @@ def awake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], bool]
 
 def refused_or_read(stage: Any, base: Layer, file: Path, words: list[str]) -> Recipe | None:
     try:
-        return Recipe.of(stage, [base, Layer("recipe", read_yaml(file))], words)
+        return Recipe.from_layers(stage, [base, Layer("recipe", read_yaml(file))], words)
     except ValueError as error:
         if len(str(error).splitlines()) != 1:
             raise AssertionError(f"an answer of one line is wanted, got {error}") from error
@@ -135,7 +138,7 @@ def test_no_recipe_and_no_flag_runs_code(
         tiny = flags(yaml.safe_load((TINY / f"{stage}.yaml").read_text()))
         tiny = [word for word in tiny if not attack.key.startswith(word[2:].partition("=")[0])]
         with suppress(ValueError, OSError):
-            build(Plan(recipe.with_flags(tiny), tiny_shards, tmp_path / "run", tokenizer))
+            build(Plan(recipe.with_overrides(tiny), tiny_shards, tmp_path / "run", tokenizer))
         assert not awake(), attack
     print(f"{stage}: {tried} recipes and flags tried, {tried - taken} refused when read, {taken} when built, none ran")
     assert tried > 1000 // every

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from maskgit_pl.runs.build import StageRun
-from maskgit_pl.runs.fitting import resolved_tree
-from maskgit_pl.runs.recipe import Plan, Recipe
+from maskgit_pl.runs.plan import Plan
+from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.recipe_schema import load_schema
+from maskgit_pl.runs.resolve import resolved_tree
 from maskgit_pl.schema import fits
 
 TINY = Path(__file__).parents[1] / "tiny"
@@ -34,10 +35,10 @@ TAKEN: dict[str, set[float]] = {
     "trainer.log_every_n_steps": STEPS,
     "trainer.gradient_clip_val": {1.5, 2**40, 2**70, 1e300},
     "model.gradient_clip": {1.5, 2**40, 2**70, 1e300},
-    "model.learning_rate.peak": {1.5, 2**40, 2**70, 1e300},
-    "model.learning_rate.warmup_steps": ANY_COUNT,
-    "model.learning_rate.final_fraction": {0},
-    "model.weight_decay": {0, 1.5},
+    "model.optimizer.learning_rate.peak": {1.5, 2**40, 2**70, 1e300},
+    "model.optimizer.learning_rate.warmup_steps": ANY_COUNT,
+    "model.optimizer.learning_rate.final_fraction": {0},
+    "model.optimizer.weight_decay": {0, 1.5},
     "model.ema_decay": {0},
     "model.label_smoothing": {0},
     "model.flip_probability": {0},
@@ -63,14 +64,14 @@ KEYS = {
     (stage, key): schema
     for stage in ("tokenizer", "transformer")
     for key, schema in number_keys(load_schema(stage))  # type: ignore[arg-type]  # a stage is a kind
-    if key not in ("model.seed", "model.image_size", "model.accumulation", "model.network.in_channels")
+    if key not in ("model.seed", "model.image_size", "model.global_batch", "model.network.in_channels")
 }
 OWN = [(stage, key) for stage, key in KEYS if key in TAKEN]
 
 
 def read(stage: Any, word: str) -> Recipe:
     files = [RECIPES / stage / "base.yaml", TINY / f"{stage}.yaml"]
-    return Recipe.read(stage, files, [word])
+    return Recipe.from_files(stage, files, [word])
 
 
 def built(stage: Any, word: str, shards: Path, folder: Path, tokenizer: Path | None) -> StageRun:

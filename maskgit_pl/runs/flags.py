@@ -1,0 +1,72 @@
+"""Flags that set single values of a recipe, ``--KEY=VALUE`` with dotted keys."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from maskgit_pl.checks import shorten
+from maskgit_pl.old_names import renamed_tree
+from maskgit_pl.runs.layers import Layer
+from maskgit_pl.runs.recipe_checks import schema_at
+from maskgit_pl.runs.safe_yaml import check_plain, parse_yaml
+from maskgit_pl.schema import Schema, fits
+
+__all__ = ["Overrides", "flag_layer", "flag_words", "split_flags"]
+
+Overrides = Sequence[str] | Mapping[str, Any]
+"""Single values of a recipe: flags, or dotted keys with their values."""
+
+
+def flag_words(overrides: Overrides) -> tuple[str, ...]:
+    """Returns overrides as flags; a value in Python becomes its JSON, which is YAML."""
+    if isinstance(overrides, Mapping):
+        return tuple(f"--{key}={json.dumps(value, default=str)}" for key, value in overrides.items())
+    return tuple(overrides)
+
+
+def split_flags(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Splits words into the dotted key and the text of each flag.
+
+    Raises:
+        ValueError: if a word is not a flag, or a flag has no value.
+    """
+    waiting = list(reversed(words))
+    while waiting:
+        word = waiting.pop()
+        if not re.fullmatch(r"--[A-Za-z_][\w.]*(=.*)?", word, re.DOTALL):
+            raise ValueError(f"unrecognized argument {shorten(word)}; a value of a recipe is set by --KEY=VALUE")
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            if not waiting or waiting[-1].startswith("--"):
+                raise ValueError(f"flag --{key} must have a value")
+            text = waiting.pop()
+        yield key, text
+
+
+def flag_layer(key: str, text: str, schema: Schema) -> Layer:
+    """Returns the layer of one flag.
+
+    Text is YAML where the key takes what it means, and the text itself otherwise: a path such as ``[a`` is a path.
+
+    Raises:
+        ValueError: if the text is not a safe value.
+    """
+    own = schema_at(schema, key.split("."))
+    try:
+        value = parse_yaml(text)
+        check_plain(value, key)
+    except ValueError:
+        if own is None or not fits(text, own):
+            raise
+        value = text
+    if own is not None and not fits(value, own) and fits(text, own):
+        value = text
+    tree: Any = value
+    for part in reversed(key.split(".")):
+        tree = {part: tree}
+    check_plain(tree)
+    origin = f"flag --{key}"
+    return Layer(origin, renamed_tree(tree, origin))

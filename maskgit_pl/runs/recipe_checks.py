@@ -1,0 +1,120 @@
+"""Checks a recipe's keys and types against the schema of its kind, and explains why some keys cannot be set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from maskgit_pl.checks import shorten
+from maskgit_pl.runs.layers import Layer
+from maskgit_pl.runs.safe_yaml import NO_CODE
+from maskgit_pl.schema import Schema, describe, fits
+
+__all__ = ["FOLLOWS", "check_layer", "schema_at"]
+
+FOLLOWS = {  # keys of a module that other keys decide
+    "model.seed": "data.seed",
+    "model.image_size": "data.image_size",
+    "model.network.in_channels": "data.in_channels",
+    "model.global_batch": "data.global_batch",
+    "model.accumulation": "data.global_batch and data.max_batch_per_device",
+}
+_STEPS = "runs are counted in steps; set trainer.max_steps"
+_REASONS = {  # keys that Lightning's users look for, and why no recipe has them
+    **{key: f"it follows {other}" for key, other in FOLLOWS.items()},
+    "trainer.max_epochs": _STEPS,
+    "trainer.min_epochs": _STEPS,
+    "trainer.min_steps": _STEPS,
+    "trainer.fast_dev_run": _STEPS,
+    "trainer.max_time": "end a run with SIGTERM or the job's time limit: it saves, and the same command resumes it",
+    "trainer.check_val_every_n_epoch": "set trainer.val_check_interval, in steps",
+    "trainer.accumulate_grad_batches": "it follows data.global_batch and data.max_batch_per_device",
+    "trainer.default_root_dir": "use --runs and --run (make: RUN=)",
+    "trainer.enable_checkpointing": "set checkpoint_every, keep_last and keep_every",
+    "trainer.use_distributed_sampler": "the data module shares the samples out over the ranks",
+    "trainer.logger": f"{NO_CODE}; runs log to TensorBoard, and other loggers take a Trainer of your own in Python",
+    "trainer.callbacks": f"{NO_CODE}; callbacks take a Trainer of your own in Python",
+    "trainer.plugins": f"{NO_CODE}; plugins take a Trainer of your own in Python",
+    "trainer.profiler": f"{NO_CODE}; a profiler takes a Trainer of your own in Python",
+}
+
+
+def check_layer(layer: Layer, schema: Schema) -> None:
+    """Compares keys and types of a layer with a schema.
+
+    Raises:
+        ValueError: if a key is unknown or cannot be set, or has a value of another type. The message names the layer's
+            origin, the key, and the nearest known one.
+    """
+    try:
+        _check_tree(layer.tree, schema, schema)
+    except ValueError as error:
+        is_named = layer.origin.startswith("flag --") and str(error).startswith(layer.origin[7:])
+        raise ValueError(f"flag --{error}" if is_named else f"{layer.origin}: {error}") from error
+
+
+def _check_tree(node: Any, schema: Schema, root: Schema, path: str = "") -> None:
+    """Compares keys and types of a tree with a schema.
+
+    Raises:
+        ValueError: An unknown key, with the nearest; or a value of another type.
+    """
+    group = _group(schema)
+    if isinstance(node, dict) and group is not None:
+        for key, value in node.items():
+            where = f"{path}.{key}" if path else key
+            if where in FOLLOWS or key not in group:
+                raise ValueError(_unknown(where, root))
+            _check_tree(value, group[key], root, where)
+    elif isinstance(node, dict) and "name" not in node and _takes_spec(schema):
+        return  # further arguments of what an earlier layer names
+    elif not fits(node, schema):
+        raise ValueError(f"{path} must be {describe(schema)}, got {shorten(node)}")
+
+
+def _unknown(key: str, root: Schema) -> str:
+    if key in _REASONS:
+        return f"{key} cannot be set: {_REASONS[key]}"
+    group, _, leaf = key.rpartition(".")
+    known = [name for name in _keys(root) if name not in FOLLOWS]
+    beside = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == group}
+    close = [beside[each] for each in get_close_matches(leaf, beside, n=1)]
+    close += [name for name in known if name.rpartition(".")[2] == leaf]  # the right word in another group
+    if not close:
+        return f"unknown key {key!r}; base.yaml of recipes/tokenizer and recipes/transformer shows the keys"
+    return f"unknown key {key!r}: did you mean {close[0]!r}?"
+
+
+def _group(schema: Schema) -> Mapping[str, Schema] | None:
+    """The properties of a group of keys, optional groups included; None for a value."""
+    for each in (schema, *schema.get("anyOf", ())):
+        if "properties" in each:
+            properties: Mapping[str, Schema] = each["properties"]
+            return properties
+    return None
+
+
+def _takes_spec(schema: Schema) -> bool:
+    """Returns whether a value names a registered thing, or spells it out as a mapping."""
+    return any(each.get("type") == "object" and "properties" not in each for each in schema.get("anyOf", (schema,)))
+
+
+def schema_at(schema: Schema, parts: Sequence[str]) -> Schema | None:
+    """Returns the schema of a key; None for an unknown one; ``{}`` for arguments of what is named."""
+    for part in parts:
+        group = _group(schema)
+        if group is None:
+            return {} if _takes_spec(schema) else None
+        if part not in group:
+            return None
+        schema = group[part]
+    return schema
+
+
+def _keys(schema: Schema, path: str = "") -> Iterator[str]:
+    """Dotted keys of all values."""
+    for key, each in (_group(schema) or {}).items():
+        where = f"{path}.{key}" if path else key
+        yield where
+        yield from _keys(each, where)

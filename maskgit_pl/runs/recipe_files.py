@@ -1,0 +1,97 @@
+"""Finds the files that make up a recipe, and reads what an earlier run wrote as a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from maskgit_pl.registry import nearest
+from maskgit_pl.runs.layers import take_out, value_at
+from maskgit_pl.runs.recipe_checks import FOLLOWS
+from maskgit_pl.runs.recipe_schema import load_schema
+from maskgit_pl.runs.safe_yaml import read_yaml
+
+__all__ = ["DEFAULT_DATASET", "STAGES", "RunConfig", "Stage", "read_run_config", "recipe_files", "recipes_folder"]
+
+Stage = Literal["tokenizer", "transformer"]
+
+STAGES: tuple[Stage, ...] = ("tokenizer", "transformer")
+DEFAULT_DATASET = "fashion-mnist"
+_PATHS = ("data.path", "data.token_store", "model.tokenizer")
+
+
+class RunConfig(NamedTuple):
+    """The content of ``config.yaml`` of a run.
+
+    Attributes:
+        tree: A recipe: no paths, which a command names, and no derived keys.
+        paths: The paths by their dotted keys, ``data.path`` and others; those that it has.
+    """
+
+    tree: dict[str, Any]
+    paths: dict[str, str]
+
+
+def recipes_folder() -> Path:
+    """Returns ``recipes/`` of the working directory, else the copy that was installed with the package.
+
+    Raises:
+        FileNotFoundError: if neither is there.
+    """
+    candidates = (Path("recipes"), Path(__file__).parents[2] / "recipes", Path(__file__).parents[1] / "recipes")
+    for folder in candidates:
+        if (folder / "transformer" / "base.yaml").is_file():
+            return folder
+    raise FileNotFoundError("recipes: no folder recipes/ here; run from the repository, or reinstall maskgit_pl")
+
+
+def recipe_files(stage: Stage, *, dataset: str, names: Iterable[str], cluster: str) -> list[Path]:
+    """Finds the files of a run in merge order.
+
+    Args:
+        stage: Stage whose recipes are taken.
+        dataset: Its file is ``<dataset>.yaml``; without one, ``own-images.yaml``. The default data set's is the base.
+        names: RECIPE, from left to right. A name must be a recipe of some stage; this stage takes those it has.
+        cluster: A file of ``recipes/cluster``.
+
+    Raises:
+        FileNotFoundError: if no stage has a recipe of a name. The message lists the names and the closest one.
+    """
+    folder = recipes_folder()
+    files = [folder / stage / "base.yaml"]
+    if dataset != DEFAULT_DATASET:
+        own = folder / stage / f"{dataset}.yaml"
+        files.append(own if own.is_file() else folder / stage / "own-images.yaml")
+    for name in names:
+        homes = [each for each in STAGES if (folder / each / f"{name}.yaml").is_file()]
+        if not homes:
+            known = {file.stem for each in STAGES for file in (folder / each).glob("*.yaml")}
+            raise FileNotFoundError(f"recipe {name!r}: no such file in {folder}: {nearest(name, known)}")
+        if stage in homes:
+            files.append(folder / stage / f"{name}.yaml")
+    on = folder / "cluster" / f"{cluster}.yaml"
+    if not on.is_file():
+        known = {file.stem for file in on.parent.glob("*.yaml")}
+        raise FileNotFoundError(f"cluster {cluster!r}: no such file in {on.parent}: {nearest(cluster, known)}")
+    return [*files, on]
+
+
+def read_run_config(file: Path) -> RunConfig:
+    """Reads ``config.yaml`` of a run.
+
+    Files of version 0.1.0 hold all settings of Lightning's Trainer; those that no recipe has are dropped.
+
+    Raises:
+        ValueError: as ``read_yaml``, or if it is not the configuration of a run.
+    """
+    tree = read_yaml(file)
+    if not all(isinstance(tree.get(group), dict) for group in ("data", "model", "trainer")):
+        raise ValueError(f"{file} must be config.yaml of a run, with the keys data, model and trainer")
+    known = load_schema("tokenizer")["properties"]["trainer"]["properties"]
+    tree["trainer"] = {key: value for key, value in tree["trainer"].items() if key in known}
+    tree.pop("seed_everything", None)
+    paths = {key: str(path) for key in _PATHS if (path := value_at(tree, key)) is not None}
+    for key in (*FOLLOWS, *_PATHS):
+        take_out(tree, key)
+    return RunConfig(tree, paths)

@@ -1,0 +1,155 @@
+"""The values of a run: those of its recipe, those that data and tokenizer decide, and the default of every other key.
+
+Order, later over earlier: data and tokenizer, recipe files, sizes of pretrained weights, flags; then defaults for what
+is left out, and keys that follow others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+from lightning.pytorch import LightningModule
+
+from maskgit_pl.autoregressive import AutoregressiveConfig, AutoregressiveModel
+from maskgit_pl.data import ShardData
+from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
+from maskgit_pl.networks.vqgan import VQGANConfig
+from maskgit_pl.pretrained import read_config
+from maskgit_pl.runs.layers import merged
+from maskgit_pl.runs.plan import Plan
+from maskgit_pl.runs.recipe_files import Stage
+from maskgit_pl.runs.recipe_schema import Parameter, RunSettings, TrainerSettings, parameters_of
+from maskgit_pl.shards.manifest import read_manifest_summary
+from maskgit_pl.tokenizer import Tokenizer
+from maskgit_pl.tokenizer_config import TokenizerConfig
+
+__all__ = ["MODULES", "config_text", "config_text_of", "dataclass_in", "resolve", "resolved_tree"]
+
+MODULES: dict[str, tuple[type[Any], type[LightningModule]]] = {
+    "tokenizer": (TokenizerConfig, Tokenizer),
+    "transformer": (MaskedTokenConfig, MaskedTokenModel),
+    "autoregressive": (AutoregressiveConfig, AutoregressiveModel),
+}
+"""The module that each kind of recipe trains, after its configuration."""
+
+
+def resolved_tree(plan: Plan) -> dict[str, Any]:
+    """Merges all values of a run; keys that nothing decides are left out, see ``resolve``."""
+    pretrained = {} if plan.pretrained is None else _values_of_pretrained(plan.stage, plan.pretrained)
+    return merged([_values_of_data_and_tokenizer(plan), plan.recipe.base, pretrained, *plan.recipe.flags])
+
+
+def _values_of_data_and_tokenizer(plan: Plan) -> dict[str, Any]:
+    """Values that a recipe leaves out, since data and tokenizer decide them."""
+    if plan.tokenizer is None:
+        return {"data": {"path": str(plan.shards)}}
+    config = read_config(plan.tokenizer, "tokenizer")
+    grid = VQGANConfig(**config["network"]).grid(config["image_size"])
+    data: dict[str, Any] = {
+        "path": str(plan.shards),
+        "image_size": config["image_size"],
+        "in_channels": config["network"]["in_channels"],
+        "token_store": str(plan.folder / "tokens"),
+    }
+    network = {
+        "num_codes": config["network"]["num_codes"],
+        "num_classes": _num_classes(plan),
+        "grid": list(grid),
+    }
+    return {"data": data, "model": {"tokenizer": str(plan.tokenizer), "network": network}}
+
+
+def _num_classes(plan: Plan) -> int:
+    """The number of classes of the stream, if the recipe says it, else of the data folder."""
+    if plan.recipe.get("data.source") == "stream":
+        classes = plan.recipe.get("data.stream.classes")
+        if classes is not None:
+            return classes if isinstance(classes, int) else len(classes)
+    return read_manifest_summary(plan.shards).num_classes
+
+
+def _values_of_pretrained(stage: Stage, pretrained: Path) -> dict[str, Any]:
+    """Sizes of the weights that a run begins from; they win over those of recipe files."""
+    config = read_config(pretrained, stage)
+    if stage == "tokenizer":
+        network = dict(config["network"])
+        data = {"image_size": config["image_size"], "in_channels": network.pop("in_channels")}
+        return {"data": data, "model": {"network": network}}
+    network = {name: config["network"][name] for name in ("width", "depth", "num_heads", "mlp_width")}
+    return {"model": {"network": network}}
+
+
+def resolve(kind: str, tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a tree with the default of every key that it leaves out, and with the keys that follow others.
+
+    Args:
+        kind: Kind of recipe, a key of ``MODULES``.
+        tree: Checked values of a recipe.
+
+    Returns:
+        Groups ``data``, ``model`` and ``trainer``, and the keys of ``RunSettings``.
+    """
+    groups = {"data": parameters_of(ShardData), "model": parameters_of(MODULES[kind][0])}
+    config = {name: _resolve_group(known, tree.get(name, {})) for name, known in groups.items()}
+    for name, defaults in (("trainer", TrainerSettings()), (None, RunSettings())):
+        given = tree.get(name, {}) if name else {key: tree[key] for key in asdict(defaults) if key in tree}
+        values = {**asdict(defaults), **given}
+        config |= {name: values} if name else values
+    config["model"]["seed"] = config["data"]["seed"]
+    if kind == "transformer":
+        config["model"]["global_batch"] = config["data"]["global_batch"]
+    if kind == "tokenizer":
+        config["model"]["image_size"] = config["data"]["image_size"]
+        config["model"]["network"]["in_channels"] = config["data"]["in_channels"]
+    return config
+
+
+def _resolve_group(known: Mapping[str, Parameter], given: Mapping[str, Any]) -> dict[str, Any]:
+    found = {}
+    for name, parameter in known.items():
+        value = given.get(name, parameter.default)
+        kind = dataclass_in(parameter.annotation)
+        if value is MISSING and kind is None:
+            continue
+        if kind is not None and value is not None:
+            value = _resolve_group(parameters_of(kind), {} if value is MISSING else value)
+        found[name] = value
+    return found
+
+
+def _written_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree without the keys that follow others."""
+    model = {key: value for key, value in config["model"].items() if key not in ("seed", "image_size", "global_batch")}
+    if "in_channels" in model["network"]:
+        model["network"] = {key: value for key, value in model["network"].items() if key != "in_channels"}
+    return {**config, "model": model}
+
+
+def dataclass_in(annotation: Any) -> type[Any] | None:
+    """Returns the dataclass that an annotation names, optional or not."""
+    options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    found = [each for each in options if isinstance(each, type) and is_dataclass(each)]
+    return found[0] if found else None
+
+
+def config_text(plan: Plan) -> str:
+    """Returns the complete recipe of a run as YAML, with the defaults of all keys; nothing is built."""
+    return config_text_of(resolve(plan.recipe.kind, resolved_tree(plan)))
+
+
+def config_text_of(config: Mapping[str, Any]) -> str:
+    """Returns a resolved tree as the text of ``config.yaml``: a recipe again."""
+    head = "# The complete recipe of a run. To repeat it: maskgit train STAGE --config THIS_FILE --run NAME\n"
+    return head + str(yaml.safe_dump(_plain(_written_config(config)), sort_keys=False))
+
+
+def _plain(value: Any) -> Any:
+    """A tree with lists in place of tuples, as YAML holds it."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,115 @@
+"""Reads YAML as plain values: numbers, words, lists and mappings; no value can name a class or another file."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from maskgit_pl.checks import shorten
+from maskgit_pl.old_names import renamed_tree
+
+__all__ = ["NO_CODE", "check_plain", "parse_yaml", "read_yaml"]
+
+NO_CODE = "recipes name registered things, never classes"
+_MAX_BYTES = 200_000  # PyYAML reads about 200 kB a second
+_MAX_DEPTH = 16
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """SafeLoader without aliases (a few bytes can unfold to gigabytes) and without repeated keys."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            event = self.peek_event()  # type: ignore[no-untyped-call]  # PyYAML is untyped
+            raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed in recipes", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002  # PyYAML's
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            fault = "is not a word" if not isinstance(key, str) else "stands twice" if key in seen else None
+            if fault is not None:
+                text = f"the key {shorten(key)} {fault}"
+                raise yaml.constructor.ConstructorError(None, None, text, key_node.start_mark)
+            seen.add(key)
+        made: dict[Any, Any] = super().construct_mapping(node, deep=deep)
+        return made
+
+
+_PlainLoader.add_implicit_resolver(  # YAML 1.2's floats: 1e-3 is a number, too
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """Reads a YAML file as plain values; keys of version 0.1.0 get their new names.
+
+    Raises:
+        ValueError: if it is over 200 kB, not YAML, nested too deep, not a mapping, or holds an alias, a repeated key, a
+            number that is not finite, a value that is not plain, a key that names code, or a key and its old name. The
+            message is one line.
+    """
+    if file.exists() and not file.is_file():  # a FIFO would be waited for
+        raise ValueError(f"recipe {file} must be a regular file")
+    if file.stat().st_size > _MAX_BYTES:
+        raise ValueError(f"recipe {file} must have at most {_MAX_BYTES} bytes, got {file.stat().st_size}")
+    try:
+        tree = parse_yaml(file.read_text(encoding="utf-8"))
+        if tree is not None and not isinstance(tree, dict):
+            raise ValueError(f"it must be a mapping, got {shorten(tree)}")
+        check_plain(tree)
+    except ValueError as error:
+        raise ValueError(f"recipe {file}: {error}") from error
+    return renamed_tree(tree or {}, f"recipe {file}")
+
+
+def parse_yaml(text: str) -> Any:
+    """Parses YAML.
+
+    Raises:
+        ValueError: whatever is wrong. The message is one line.
+    """
+    try:
+        return yaml.load(text, Loader=_PlainLoader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
+        raise ValueError(f"{place}{getattr(error, 'problem', None) or ' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+    except (UnicodeError, OverflowError) as error:
+        raise ValueError(str(error)) from error
+
+
+def check_plain(node: Any, path: str = "", depth: int = 0) -> None:
+    """Checks that a tree is plain data.
+
+    Args:
+        node: Tree, or a part of it.
+        path: Dotted key of the part, for messages.
+        depth: Nesting depth of the part.
+
+    Raises:
+        ValueError: if it is nested too deep, or holds another type, a number that is not finite, or a key that names
+            code. The message names the key.
+    """
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"{path[:80]}: it is nested too deep")
+    if isinstance(node, dict):
+        for key, value in node.items():
+            where = f"{path}.{key}" if path else str(key)
+            if key in ("class_path", "init_args"):
+                raise ValueError(f"{where} cannot be set: {NO_CODE}")
+            check_plain(value, where, depth + 1)
+    elif isinstance(node, list):
+        for item in node:
+            check_plain(item, path, depth + 1)
+    elif isinstance(node, float) and not math.isfinite(node):
+        raise ValueError(f"{path} must be finite, got {node}")
+    elif not isinstance(node, str | int | float | bool | None):
+        raise ValueError(f"{path} must be a number, a word, a list or a mapping, got {shorten(node)}; quote it")

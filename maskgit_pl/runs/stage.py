@@ -1,0 +1,195 @@
+"""Trains a stage of a run that is planned, and exports it as a pretrained folder.
+
+``runs.fit`` and ``runs.export`` import it when they have found what they need: torch and Lightning take seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import sys
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from maskgit_pl.data import ShardData, split_batch
+from maskgit_pl.files import write_atomically
+from maskgit_pl.locks import locked
+from maskgit_pl.pipeline.card import write_card
+from maskgit_pl.pretrained import fingerprint, load_weights
+from maskgit_pl.provenance import describe_environment
+from maskgit_pl.runs.build import StageRun, build
+from maskgit_pl.runs.plan import Plan
+from maskgit_pl.runs.process_exit import leaving_together
+from maskgit_pl.runs.resolve import config_text_of
+from maskgit_pl.token_model import TokenModel
+from maskgit_pl.tokenizer import Tokenizer
+from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, SavedTensor, newest_complete, step_of
+
+__all__ = ["FitResult", "export_checkpoint", "fit_stage"]
+
+log = logging.getLogger(__name__)
+
+_EXPORTED = "exported.json"  # in the stage's folder: the step whose weights the run's pretrained folder has
+_OPEN_FILES = 1 << 16
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """The result of a fit.
+
+    Args:
+        folder: ``runs/RUN``.
+        step: Step whose weights are exported.
+        was_finished: Whether the run was finished before, so that nothing was trained.
+        metrics: Last validation metrics by name, ``val/...``; empty where none was computed.
+    """
+
+    folder: Path
+    step: int
+    was_finished: bool = False
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def pretrained(self) -> Path:
+        """Pretrained folder of the run: what it has exported, for ``MaskGIT.from_pretrained``."""
+        return self.folder / "pretrained"
+
+
+def fit_stage(plan: Plan) -> FitResult:
+    """Trains a stage and exports it; a finished run is left as it is.
+
+    Raises:
+        ValueError: if the recipe is wrong, data or tokenizer do not fit, the run would resume with other settings, or
+            another process trains it.
+        RunError: if training ends early: stopped by a signal, data that cannot be read, a full disk, losses that are
+            not finite.
+    """
+    _allow_open_files()
+    run = build(plan)
+    trainer = run.trainer
+    newest = newest_complete(plan.checkpoints)
+    if newest is not None and step_of(newest) >= trainer.max_steps and _is_exported(plan, step_of(newest)):
+        if trainer.is_global_zero:
+            log.info("%s: finished at %s; nothing to do", plan.stage_folder, newest.name)
+        return FitResult(plan.folder, step_of(newest), was_finished=True)
+    with locked(plan.stage_folder, way_out="train another run (--run)") if trainer.is_global_zero else nullcontext():
+        _fit(run, plan)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+    return FitResult(plan.folder, trainer.global_step, metrics=metrics)
+
+
+def _fit(run: StageRun, plan: Plan) -> None:
+    """Trains from the newest checkpoint to the last step, and exports; rank 0 holds the lock of the stage's folder."""
+    module, data, trainer = run.model, run.datamodule, run.trainer
+    newest = newest_complete(plan.checkpoints)
+    if plan.pretrained is not None and newest is None:
+        assert isinstance(module, Tokenizer | TokenModel)
+        module.start_from(plan.pretrained)
+    if trainer.is_global_zero:
+        _write_records(run, plan)
+        _log_start(run, plan, newest)
+    run.checkpoints.begins_from = newest
+    with leaving_together(trainer), run.watchdog.staying(trainer):
+        trainer.fit(module, datamodule=data, ckpt_path=newest)
+        _export(module, data, plan, plan.folder / "pretrained", step=trainer.global_step)
+        trainer.strategy.barrier("exported")  # who starts the ranks soon ends those that are left behind another
+
+
+def _allow_open_files() -> None:
+    """Raises the limit of open files as far as the system allows, up to what any run needs.
+
+    Rank 0 holds two connections to each other rank, and a shell often allows 1024 files.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def export_checkpoint(plan: Plan, checkpoint: Path, out: Path) -> None:
+    """Writes the averaged weights of a checkpoint as training does at its end.
+
+    Args:
+        plan: A plan of one process on a CPU.
+        checkpoint: A checkpoint of the run, written by any number of ranks.
+        out: Pretrained folder.
+
+    Raises:
+        ValueError: if the checkpoint is not whole.
+    """
+    run = build(plan)
+    module = run.model
+
+    def only_weights(key: str, saved: SavedTensor) -> Tensor:
+        return saved.whole() if key.startswith("/state_dict/") else torch.empty(0)
+
+    load_weights(module, FolderCheckpointIO().load_pieces(checkpoint, only_weights)["state_dict"], checkpoint)
+    log.info("%s: %s", plan.stage_folder, checkpoint.name)
+    _export(module, run.datamodule, plan, out, step=step_of(checkpoint))
+
+
+def _log_start(run: StageRun, plan: Plan, newest: Path | None) -> None:
+    """Logs from where the run starts, its batch, and which keys of its recipe have no meaning for it."""
+    if plan.pretrained is not None and newest is None:
+        log.info("%s: starts from the weights of %s", plan.stage_folder, plan.pretrained)
+    for origin, keys in plan.recipe.left_out.items():
+        log.info("%s: causal attention has no use for %s", origin, ", ".join(keys))
+    data, ranks = run.datamodule, run.trainer.world_size
+    per_device, accumulation = split_batch(data.global_batch, data.max_batch_per_device, ranks)
+    log.info(
+        "%s: global batch %d = %d ranks x %d accumulated x %d a device%s",
+        plan.stage_folder, data.global_batch, ranks, accumulation, per_device,
+        f"; resuming from {newest.name}" if newest else "",
+    )  # fmt: skip
+
+
+def _is_exported(plan: Plan, step: int) -> bool:
+    """Returns whether the run's own pretrained folder has the weights of a step, and not of an earlier one."""
+    try:
+        said: object = json.loads((plan.stage_folder / _EXPORTED).read_text())
+        return said == {"step": step, "sha256": fingerprint(plan.folder / "pretrained" / plan.stage)}
+    except (OSError, ValueError):
+        return False
+
+
+def _export(module: LightningModule, data: ShardData, plan: Plan, folder: Path, *, step: int) -> None:
+    """Writes the averaged weights; called on every rank."""
+    if isinstance(module, Tokenizer):
+        module.export(folder)
+    elif isinstance(module, TokenModel):
+        module.export(folder, class_names=data.class_names)
+        if module.global_rank == 0:
+            _describe(folder)
+    if module.global_rank == 0 and folder == plan.folder / "pretrained":
+        said = {"step": step, "sha256": fingerprint(folder / plan.stage)}
+        with write_atomically(plan.stage_folder / _EXPORTED) as stream:
+            stream.write(json.dumps(said).encode())
+    if module.global_rank == 0:
+        log.info("exported %s", folder)
+
+
+def _describe(folder: Path) -> None:
+    """Writes the model card beside both stages; its errors do not end the run, whose weights are exported."""
+    try:
+        write_card(folder)
+    except Exception as error:
+        log.warning("%s: no model card (%s: %s)", folder, type(error).__name__, error)
+
+
+def _write_records(run: StageRun, plan: Plan) -> None:
+    """Writes the resolved recipe and where it ran, so that a run can be understood and repeated."""
+    folder = plan.stage_folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with write_atomically(folder / "config.yaml") as stream:
+        stream.write(config_text_of(run.config).encode())
+    environment = {"command": sys.argv, **describe_environment(), "world_size": run.trainer.world_size}
+    if plan.pretrained is not None:
+        environment["pretrained"] = {"folder": str(plan.pretrained), "sha256": fingerprint(plan.pretrained)}
+    (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
