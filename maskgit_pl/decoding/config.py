@@ -31,7 +31,7 @@ class DecodingConfig:
         num_steps: Number of decoding steps T, in [1, 65536].
         token_selector: Name or mapping of a registered token selector; ``raster`` for a sequential model.
         guidance: Name or mapping of a registered guidance schedule.
-        sampling_temperature: Temperature of the codes drawn, at least 0; two numbers go from the first to the last step.
+        sampling_temperature: Temperature of the codes drawn, at least 0; two numbers go from first to last step.
         top_k: Number of likeliest codes that are drawn from, at least 1; None is all.
         top_p: Probability of the likeliest codes that are drawn from, in (0, 1]; None is all codes.
         tokens_per_step: Number of tokens decided in each of the T steps, in place of the mask schedule.
