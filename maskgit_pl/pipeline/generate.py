@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
 from typing_extensions import Self
 
@@ -37,6 +34,11 @@ from maskgit_pl.pipeline.options import (
 from maskgit_pl.pipeline.outline import Outline
 from maskgit_pl.pipeline.requests import Request
 from maskgit_pl.pretrained import PretrainedTokenizer, PretrainedTransformer
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from PIL import Image
 
 __all__ = ["Generator"]
 
