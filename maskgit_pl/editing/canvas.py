@@ -28,12 +28,12 @@ class Margins:
         """Refuses what cannot be added to an image.
 
         Args:
-            size: (H, W) of the image.
+            size: Height and width (H, W) of the image.
             factor: Pixels along an edge of a token.
             least: Height and width that the result has at least: those of the model's images.
 
         Raises:
-            ValueError: Negative, nothing at all, no whole tokens, or a result that is too small.
+            ValueError: if a side is negative, all are 0, a size is not whole tokens, or the result is too small.
         """
         sides = asdict(self)
         for name, value in sides.items():
@@ -46,7 +46,7 @@ class Margins:
         check_canvas(size[0] + self.up + self.down, size[1] + self.left + self.right, factor=factor, least=least)
 
     def outside(self, height: int, width: int) -> Tensor:
-        """(H + up + down, W + left + right) bool: False where the image (H, W) lies."""
+        """Returns (H + up + down, W + left + right) bool: False where the image (H, W) lies."""
         import torch
 
         mask = torch.ones(height + self.up + self.down, width + self.left + self.right, dtype=torch.bool)
@@ -55,11 +55,11 @@ class Margins:
 
     @property
     def sides(self) -> tuple[int, int, int, int]:
-        """(left, right, up, down)."""
+        """The four numbers of pixels: (left, right, up, down)."""
         return self.left, self.right, self.up, self.down
 
     def at_most(self, pixels: int) -> Margins:
-        """The same sides, none wider than ``pixels``."""
+        """Returns the same sides, none wider than ``pixels``."""
         return Margins(*(min(side, pixels) for side in self.sides))
 
     def padded(self, image: Tensor, *, size: int, mode: Literal["constant", "replicate"] = "constant") -> Tensor:
@@ -68,7 +68,7 @@ class Margins:
         Args:
             image: (C, H, W), or (H, W) in mode ``constant``, of any type; of float type in mode ``replicate``.
             size: Pixels along an edge of its elements.
-            mode: 0 outside, or the image's last elements again.
+            mode: ``constant`` is 0 outside, ``replicate`` repeats the last elements.
 
         Returns:
             (..., H + up + down, W + left + right) elements.
@@ -88,7 +88,7 @@ def check_canvas(height: int, width: int, *, factor: int, least: int) -> None:
         least: Height and width of the model's images.
 
     Raises:
-        ValueError: With the rule and the nearest sizes.
+        ValueError: if it is. The message names the nearest sizes.
     """
     for name, value in (("height", height), ("width", width)):
         if value < least:
@@ -107,10 +107,10 @@ def _check_whole_tokens(name: str, value: int, factor: int) -> None:
 
 
 def check_overlap(overlap: float) -> None:
-    """Refuses a share that is none.
+    """Checks a share of a window.
 
     Raises:
-        ValueError: Not in (0, 1).
+        ValueError: if it is not in (0, 1).
     """
     if not 0 < overlap < 1:
         raise ValueError(f"overlap: a share in (0, 1) is needed, got {overlap}")
@@ -123,7 +123,7 @@ class Window:
     Args:
         top: First row.
         left: First column.
-        unknown: (h, w) bool: what is to be decoded in it.
+        unknown: (h, w) bool: the tokens to decode in it.
     """
 
     top: int
@@ -132,11 +132,11 @@ class Window:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(h, w)."""
+        """Rows and columns (h, w)."""
         return self.unknown.shape[0], self.unknown.shape[1]
 
     def square(self, values: Tensor) -> Tensor:
-        """(B, h w) -> (B, h, w)."""
+        """Reshapes (B, h w) to (B, h, w)."""
         return rearrange(values, "b (h w) -> b h w", h=self.size[0])
 
     @property
@@ -147,13 +147,13 @@ class Window:
 
 
 def windows(unknown: Tensor, *, size: tuple[int, int], overlap: float) -> Iterator[Window]:
-    """The windows that fill a canvas, one after the other.
+    """Yields the windows that fill a canvas, one after the other.
 
-    Each is, of those that see enough that is known, one with most that is not; of several the first in raster order.
-    Enough is ``overlap`` of a window, or the most that any window has.
+    A window is chosen among those with enough known tokens: the one with the most unknown tokens, of several the first
+    in raster order. Enough is ``overlap`` of a window, or the most that any window has.
 
     Args:
-        unknown: (R, C) bool: what is to be decoded; at least one window in size.
+        unknown: (R, C) bool: the tokens to decode; at least one window in size.
         size: (h, w) of a window.
         overlap: In (0, 1).
 
@@ -162,7 +162,7 @@ def windows(unknown: Tensor, *, size: tuple[int, int], overlap: float) -> Iterat
     """
     left = unknown.clone()
     while bool(left.any()):
-        # (R - h + 1, C - w + 1): what each window has to do
+        # (R - h + 1, C - w + 1): unknown tokens of each window
         counts = left.float().unfold(0, size[0], 1).unfold(1, size[1], 1).sum((-1, -2))
         known = (size[0] * size[1] - counts).masked_fill(counts == 0, -1)
         enough = min(math.ceil(overlap * size[0] * size[1]), int(known.max()))

@@ -44,7 +44,7 @@ def read_image_header(path: Path, *, name: str = "image") -> ImageHeader:
 
 
 def image_pixels(image: ImageLike, *, channels: int, name: str = "image") -> Tensor:
-    """An image as the tokenizer sees it: upright, grey or RGB, alpha laid over white.
+    """Reads an image as the tokenizer sees it: upright, grey or RGB, alpha laid over white.
 
     Args:
         image: A JPEG, PNG or WebP file; a PIL picture; uint8 pixels as a tensor (C, H, W) or an array (H, W) or
@@ -56,8 +56,8 @@ def image_pixels(image: ImageLike, *, channels: int, name: str = "image") -> Ten
         (channels, H, W) uint8.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: Not an image, too large to be read, or not uint8 pixels of such a shape.
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not an image, too large to be read, or not uint8 pixels of such a shape.
     """
     from PIL import Image
 
@@ -73,7 +73,7 @@ def image_pixels(image: ImageLike, *, channels: int, name: str = "image") -> Ten
 
 
 def mask_pixels(mask: MaskLike, *, name: str = "mask") -> Tensor:
-    """A mask as (H, W) bool, True = to be generated.
+    """Reads a mask as (H, W) bool, True = to be generated.
 
     Args:
         mask: A file or PIL picture, white where pixels are to be generated (from grey value 128 on); or a bool tensor
@@ -81,8 +81,8 @@ def mask_pixels(mask: MaskLike, *, name: str = "mask") -> Tensor:
         name: What to call it in an error where it is no file.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: Not an image, or an array that is not (H, W) bool.
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not an image, or an array that is not (H, W) bool.
     """
     import torch
     from PIL import Image
@@ -104,7 +104,7 @@ def check_fits(height: int, width: int, *, image_size: int, fit: bool, name: str
         height: H of the image.
         width: W of the image.
         image_size: Height and width that are needed.
-        fit: As of ``fitted``.
+        fit: True allows another size; see ``fitted``.
         name: What to call the image in an error.
 
     Raises:
@@ -118,13 +118,13 @@ def check_fits(height: int, width: int, *, image_size: int, fit: bool, name: str
 
 
 def fitted(image: Tensor, mask: Tensor, *, image_size: int, fit: bool, name: str = "image") -> tuple[Tensor, Tensor]:
-    """An image and its mask at the size of the model.
+    """Returns an image and its mask at the size of the model.
 
     Args:
         image: (C, H, W) uint8.
         mask: (H, W) bool.
         image_size: Height and width that are needed.
-        fit: Whether to cut the largest square out of the middle of both and to resize it.
+        fit: True cuts the largest square out of the middle of both and resizes it.
         name: What to call the image in an error.
 
     Returns:
@@ -132,7 +132,7 @@ def fitted(image: Tensor, mask: Tensor, *, image_size: int, fit: bool, name: str
         those that it stands for is.
 
     Raises:
-        ValueError: The two sizes differ, another size without ``fit``, or a mask that is False everywhere.
+        ValueError: if the two sizes differ, they are not the model's without ``fit``, or the mask is False everywhere.
     """
     import torch.nn.functional as F
 
@@ -154,7 +154,7 @@ def fitted(image: Tensor, mask: Tensor, *, image_size: int, fit: bool, name: str
 
 
 def _pixels(image: Tensor | npt.NDArray[Any], name: str) -> npt.NDArray[Any]:
-    """Tensor (C, H, W) or array (H, W) or (H, W, C) -> array (H, W) or (H, W, C > 1), checked."""
+    """Converts a tensor (C, H, W) or array (H, W) or (H, W, C) to an array (H, W) or (H, W, C > 1), checked."""
     import numpy as np
     from torch import Tensor
 

@@ -45,8 +45,8 @@ def check_box(box: Box, *, height: int, width: int) -> None:
         width: W of the image.
 
     Raises:
-        ValueError: Not four numbers, empty, reversed, or not within the image.
-        TypeError: Not whole numbers.
+        ValueError: if it is not four numbers, empty, reversed, or not within the image.
+        TypeError: if a number is not whole.
     """
     shown = ",".join(map(str, box))
     if len(box) != 4:
@@ -95,7 +95,7 @@ def parse_box(text: str, *, height: int, width: int) -> list[int]:
 
 
 def box_mask(box: Box, *, height: int, width: int) -> Tensor:
-    """The pixels of a box: (H, W) bool; arguments and errors as of ``check_box``."""
+    """Returns the pixels of a box: (H, W) bool; arguments and errors as ``check_box``."""
     import torch
 
     check_box(box, height=height, width=width)
@@ -106,7 +106,7 @@ def box_mask(box: Box, *, height: int, width: int) -> Tensor:
 
 
 def token_mask(mask: Tensor, *, factor: int, dilation: int = 0) -> Tensor:
-    """The tokens to be found anew: those of which any pixel is masked, and their neighbours.
+    """Returns the tokens to be generated again: those with any masked pixel, and their neighbours.
 
     Args:
         mask: (H, W) bool, True = to be generated.
@@ -117,7 +117,7 @@ def token_mask(mask: Tensor, *, factor: int, dilation: int = 0) -> Tensor:
         (h, w) bool with h = ceil(H / factor), w = ceil(W / factor).
 
     Raises:
-        ValueError: ``dilation`` is negative.
+        ValueError: if ``dilation`` is negative.
 
     Source: released code: the box in tokens, and one more on each side. It rounds a box's position and size down, so
     that a box between tokens may lose its last pixels; here none is lost.
@@ -135,14 +135,14 @@ def token_mask(mask: Tensor, *, factor: int, dilation: int = 0) -> Tensor:
 
 
 def pixel_region(tokens: Tensor, *, factor: int, height: int, width: int) -> Tensor:
-    """The pixels that tokens cover: (h, w) bool -> (H, W) bool; other arguments as of ``token_mask``."""
+    """Returns the pixels that tokens cover: (h, w) bool -> (H, W) bool; other arguments as ``token_mask``."""
     return repeat(tokens, "h w -> (h fh) (w fw)", fh=factor, fw=factor)[:height, :width]
 
 
 def first_step(tokens: Tensor, *, num_steps: int) -> int:
-    """The decoding step at which an edit begins: floor(T / 6), or 0 where nothing is known.
+    """Returns the decoding step at which an edit starts: floor(T / 6), or 0 if nothing is known.
 
-    The first steps of a generation decide few tokens, for lack of context; an edit has its context from the start.
+    The first steps of a generation decide few tokens because they lack context; an edit has it from the start.
 
     Args:
         tokens: Token mask, bool of any shape.
@@ -154,12 +154,12 @@ def first_step(tokens: Tensor, *, num_steps: int) -> int:
 
 
 def seam_radius(image_size: int) -> float:
-    """The released blur of the seam in pixels, image_size / 16 - 1 and at least 0: about one token of the paper's."""
+    """Returns the released blur of the seam in pixels, max(0, image_size / 16 - 1): about one token of the paper's."""
     return max(0.0, image_size / 16 - 1)
 
 
 def seam(region: Tensor, *, radius: float) -> Tensor:
-    """How much of the edited image each pixel shows: the region, blurred.
+    """Returns the share of the edited image in each pixel: the region, blurred.
 
     Args:
         region: (H, W) bool.
@@ -169,7 +169,7 @@ def seam(region: Tensor, *, radius: float) -> Tensor:
         (H, W) float32 in [0, 1].
 
     Raises:
-        ValueError: The radius is negative or not finite.
+        ValueError: if the radius is negative or not finite.
     """
     import numpy as np
     import torch
@@ -188,7 +188,7 @@ def composite(original: Tensor, edited: Tensor, weight: Tensor) -> Tensor:
 
     Args:
         original: (C, H, W) uint8.
-        edited: The same shape.
+        edited: (C, H, W) uint8.
         weight: (H, W) float32 in [0, 1] of ``seam``: 0 leaves the original's value, bit by bit, and 1 takes the other.
 
     Returns:

@@ -49,7 +49,7 @@ def reconstruction_grid(originals: Tensor, reconstructions: Tensor, *, columns: 
 
     Args:
         originals: (n, C, H, W) uint8.
-        reconstructions: The same shape.
+        reconstructions: (n, C, H, W) uint8.
         columns: Images of a row.
     """
     columns = min(columns, len(originals))
@@ -131,6 +131,6 @@ def _checked_rows(images: Tensor, columns: int, row_captions: Sequence[str], col
 
 
 def _outline(mask: Tensor) -> Tensor:
-    """(H, W) bool: the masked pixels that have a neighbour outside; beyond the border is outside too."""
+    """Returns (H, W) bool: the masked pixels with a neighbour outside; beyond the border is outside too."""
     outside = F.pad(mask.logical_not()[None].float(), (1, 1, 1, 1), value=1.0)
     return mask & (F.max_pool2d(outside, 3, stride=1)[0] > 0)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["Format", "check_out", "flax_file", "torch_file"]
+__all__ = ["Format", "check_out", "flax_file", "read_class_names", "torch_file"]
 
 Format = Literal["msgpack", "pickle", "safetensors", "zip"]
 
@@ -28,24 +28,24 @@ _BEGINNINGS: tuple[tuple[str, str, Callable[[bytes], bool]], ...] = (  # format,
 
 
 def flax_file(path: Path) -> None:
-    """Refuses what is no file of flax's msgpack, told by its first bytes.
+    """Refuses a file that is not flax's msgpack, as its first bytes show.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: A folder, an empty file, or one of another format.
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is a folder, an empty file, or one of another format.
     """
     _format(path, ("msgpack",), "a file of flax's msgpack, of some 200 or 700 MB as released,")
 
 
 def torch_file(path: Path) -> Format:
-    """The format of a checkpoint, told by its first bytes.
+    """Returns the format of a checkpoint, as its first bytes show.
 
     Returns:
         ``zip``: what torch.save writes; ``pickle``: what it wrote before version 1.6; ``safetensors``.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: A folder, an empty file, one of another format, or a zip archive that is cut off.
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is a folder, an empty file, one of another format, or a zip archive that is cut off.
     """
     return _format(path, ("zip", "pickle", "safetensors"), "a file of torch.save or of safetensors")
 
@@ -54,8 +54,8 @@ def check_out(folder: Path) -> None:
     """Refuses to write where something stands already: transformers were trained on what it holds.
 
     Raises:
-        FileExistsError: It is there, and not an empty folder.
-        NotADirectoryError: It would lie in a file.
+        FileExistsError: if it is there, and not an empty folder.
+        NotADirectoryError: if it would lie in a file.
     """
     empty = folder.is_dir() and not any(folder.iterdir())
     if folder.is_symlink() or (folder.exists() and not empty):
@@ -65,6 +65,21 @@ def check_out(folder: Path) -> None:
     above = next(path for path in folder.absolute().parents if path.exists())
     if not above.is_dir():
         raise NotADirectoryError(f"import {folder}: a folder is needed above it, got the file {above}")
+
+
+def read_class_names(path: Path) -> list[str]:
+    """Reads names of classes, one a line.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not UTF-8.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"class names {path}: no such file; one name a line is needed")
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"class names {path}: a text in UTF-8, one name a line, is needed ({error})") from error
 
 
 def _format(path: Path, accepted: Sequence[Format], needed: str) -> Format:

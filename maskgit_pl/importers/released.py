@@ -53,10 +53,10 @@ def import_jax(
         class_names: One for each class. By default ImageNet's where there are 1000, else numbers.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: A file of another kind, damaged, or not of this size; parts that do not belong together; a wrong
-            number of names.
-        FileExistsError: ``out`` is there.
+        FileNotFoundError: if there is no such file.
+        ValueError: if a file is of another kind, damaged, or not of this size, parts do not belong together, or the
+            number of names is wrong.
+        FileExistsError: if ``out`` is there.
     """
     check_out(out)
     for path in (tokenizer, transformer):
@@ -89,7 +89,7 @@ def import_jax(
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Says in each refusal which file it is about."""
+    """Makes each ValueError name the file."""
     try:
         yield
     except ValueError as error:
@@ -112,7 +112,7 @@ def _read_transformer(path: Path, vqgan: VQGANConfig) -> tuple[TransformerConfig
 
 
 def _image_size(config: TransformerConfig, vqgan: VQGANConfig, wanted: int | None) -> int:
-    """Edge of the images in px, as the transformer's grid says."""
+    """Returns the edge of the images in px, as the transformer's grid says."""
     size = config.grid[0] * vqgan.downsampling_factor
     if wanted is not None and wanted != size:
         raise ValueError(
@@ -146,7 +146,7 @@ def _class_names(given: Sequence[str] | None, num_classes: int) -> tuple[str, ..
 
 
 def _imagenet_names() -> tuple[str, ...]:
-    """The first name of each class of ILSVRC 2012, in the order of its synset ids."""
+    """Returns the first name of each class of ILSVRC 2012, in the order of its synset ids."""
     from timm.data.imagenet_info import ImageNetInfo
 
     info = ImageNetInfo()
@@ -154,7 +154,7 @@ def _imagenet_names() -> tuple[str, ...]:
 
 
 def _write_tokenizer(out: Path, config: VQGANConfig, weights: Mapping[str, Tensor], size: int) -> None:
-    """A folder with a tokenizer alone."""
+    """Writes a folder with only a tokenizer."""
     config.grid(size)  # refuses a size that is not positive
     with write_folder(out) as fresh:
         save_tokenizer(fresh / "tokenizer", config, weights, image_size=size)

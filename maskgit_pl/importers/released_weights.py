@@ -64,10 +64,10 @@ _HEADS = "heads head_width -> (heads head_width)"
 
 
 def parameters(arrays: Arrays) -> dict[str, Array]:
-    """The collection ``params`` of a checkpoint, without the prefix; others are named in the log.
+    """Returns the collection ``params`` of a checkpoint without the prefix; others are named in the log.
 
     Raises:
-        ValueError: There is none.
+        ValueError: if there is none.
     """
     found = {name.removeprefix(_PARAMS): array for name, array in arrays.items() if name.startswith(_PARAMS)}
     others = sorted({name.partition("/")[0] for name in arrays if not name.startswith(_PARAMS)})
@@ -79,17 +79,17 @@ def parameters(arrays: Arrays) -> dict[str, Array]:
 
 
 def transformer_config(arrays: Arrays, *, num_codes: int) -> TransformerConfig:
-    """Sizes of a transformer, read off its arrays.
+    """Reads the sizes of a transformer off its arrays.
 
     Args:
         arrays: As ``parameters`` gives them.
-        num_codes: K, of the tokenizer that it belongs to.
+        num_codes: K of its tokenizer.
 
     Returns:
         The sizes; dropout is the released 0.1, and there is no null class.
 
     Raises:
-        ValueError: Not a transformer of the released code, not of this tokenizer, or of a grid that is not square.
+        ValueError: if it is not a transformer of the released code, not of this tokenizer, or its grid is not square.
     """
     _check_kind(arrays, "transformer")
     words, width = _shape(arrays, _MARKS["transformer"], axes=2)
@@ -122,7 +122,7 @@ def transformer_config(arrays: Arrays, *, num_codes: int) -> TransformerConfig:
 
 
 def transformer_weights(arrays: Arrays, config: TransformerConfig) -> dict[str, Tensor]:
-    """Weights, or gradients, of a transformer under our names.
+    """Returns weights, or gradients, of a transformer under our names.
 
     Args:
         arrays: As ``parameters`` gives them.
@@ -132,7 +132,7 @@ def transformer_weights(arrays: Arrays, config: TransformerConfig) -> dict[str, 
         State dict of a ``MaskedTransformer`` of ``config``: float32 copies.
 
     Raises:
-        ValueError: An array is missing, left over, of another shape, or holds what is not a finite number.
+        ValueError: if an array is missing, left over, of another shape, or holds what is not a finite number.
     """
     return _carried_over(dict(arrays), list(_transformer_rules(config)), "transformer")
 
@@ -140,15 +140,15 @@ def transformer_weights(arrays: Arrays, config: TransformerConfig) -> dict[str, 
 def tokenizer_config(
     arrays: Arrays, *, activation: Activation = "swish", quantizer: str | Mapping[str, Any] = "gradient"
 ) -> VQGANConfig:
-    """Sizes of a tokenizer, read off its arrays.
+    """Reads the sizes of a tokenizer off its arrays.
 
     Args:
         arrays: As ``parameters`` gives them.
-        activation: Of its blocks; the arrays do not show it.
-        quantizer: As of ``VQGANConfig``, with no state beside the codebook.
+        activation: Activation of its blocks; the arrays do not show it.
+        quantizer: Name or mapping of a quantizer with no state beside the codebook.
 
     Raises:
-        ValueError: Not a tokenizer of the released code, or with blocks that do not make levels.
+        ValueError: if it is not a tokenizer of the released code, or its blocks do not make levels.
     """
     _check_kind(arrays, "tokenizer")
     _, _, in_channels, channels = _shape(arrays, "encoder/Conv_0/kernel", axes=4)
@@ -180,7 +180,7 @@ def tokenizer_config(
 
 
 def tokenizer_weights(arrays: Arrays, config: VQGANConfig) -> dict[str, Tensor]:
-    """Weights, or gradients, of a tokenizer under our names; as ``transformer_weights``, for a ``VQGAN``."""
+    """Returns weights, or gradients, of a tokenizer under our names; see ``transformer_weights``."""
     return _carried_over(dict(arrays), list(_tokenizer_rules(config)), "tokenizer")
 
 
@@ -224,7 +224,7 @@ def _tokenizer_rules(config: VQGANConfig) -> Iterator[_Rule]:
 
 
 def _module_rules(module: nn.Module, ours: str, theirs: str) -> Iterator[_Rule]:
-    """The rules of what is inside; flax numbers modules of a kind in the order in which their parent makes them."""
+    """Yields the rules of the modules inside; flax numbers those of a kind in the order of their creation."""
     numbers: Counter[str] = Counter()
     for name, child in _children(module, ours):
         kind = _KINDS[type(child)]
@@ -239,7 +239,7 @@ def _module_rules(module: nn.Module, ours: str, theirs: str) -> Iterator[_Rule]:
 
 
 def _children(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """Modules of the kinds that flax has; through those that it has not."""
+    """Yields modules of the kinds that flax has, also those inside of other kinds."""
     for part, child in module.named_children():
         if type(child) in _KINDS:
             yield f"{name}.{part}", child
@@ -265,7 +265,7 @@ def _norm_rules(ours: str, theirs: str, width: int) -> Iterator[_Rule]:
 
 
 def _carried_over(arrays: dict[str, Array], rules: Sequence[_Rule], kind: str) -> dict[str, Tensor]:
-    """Tensors by the rules; takes the arrays out one by one, so that a large file is not held twice."""
+    """Returns tensors by the rules; takes the arrays out one by one, so that a large file is not held twice."""
     shapes = {name: rule.shape for rule in rules for name in rule.theirs}
     differences = {
         "missing": [name for name in shapes if name not in arrays],
@@ -315,12 +315,12 @@ def _shape(arrays: Arrays, name: str, *, axes: int) -> tuple[int, ...]:
 
 
 def _count(arrays: Arrays, prefix: str) -> int:
-    """How many ``PREFIX0``, ``PREFIX1``, ... there are."""
+    """Returns the number of names ``PREFIX0``, ``PREFIX1``, ..."""
     return len({name.removeprefix(prefix).partition("/")[0] for name in arrays if name.startswith(prefix)})
 
 
 def _some(names: Iterable[str]) -> str:
-    """The first few in natural order, and how many more there are."""
+    """Returns the first few names in natural order, and the number of the others."""
     ordered = sorted(names, key=_natural)
     more = f" and {len(ordered) - _SHOWN} more" if len(ordered) > _SHOWN else ""
     return f"{', '.join(name[:_SHOWN_LETTERS] for name in ordered[:_SHOWN]) or 'nothing'}{more}"

@@ -1,4 +1,4 @@
-"""Thousands of images into one file, in parts that several processes share and that a killed run goes on from.
+"""Thousands of images in one file, made in parts that several processes share and that a killed run resumes from.
 
 Every image is a function of its index: image i has seed + i and the class that its place among all images gives it. So
 parts can be made in any order, by any process, again and again. The file is what evaluators of class-conditional models
@@ -41,13 +41,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BulkResult:
-    """What a call of ``generate_many`` did.
+    """The result of a call of ``generate_many``.
 
     Attributes:
         file: The file.
-        made: Images that this call generated.
-        found: Images of this process's share that were there before.
-        missing_parts: Parts that other processes are still to make; 0 where the file is complete.
+        made: Number of images that this call generated.
+        found: Number of images of this process's share that were there before.
+        missing_parts: Number of parts that other processes have yet to make; 0 if the file is complete.
     """
 
     file: Path
@@ -111,11 +111,11 @@ def generate_many(
 
 
 def finished(file: Path, plan: BulkPlan) -> bool:
-    """Whether a file is there and holds the images of a plan.
+    """Returns whether a file is there and holds the images of a plan.
 
     Raises:
-        FileExistsError: Something else is there.
-        ValueError: Images of another plan.
+        FileExistsError: if something else is there.
+        ValueError: if it holds images of another plan.
     """
     if not file.exists():
         return False
@@ -153,7 +153,7 @@ def _plan(pipe: MaskGIT, options: BulkOptions, decoding: DecodingConfig) -> Bulk
 
 
 def _digest(network: nn.Module) -> str:
-    """sha256 of a network's weights as they are, in whatever type."""
+    """Returns the sha256 of a network's weights in their own type."""
     digest = hashlib.sha256()
     for name, tensor in _weights(network):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -194,7 +194,7 @@ def _images(
 
 
 def _class(pipe: MaskGIT, label: int) -> int | None:
-    """A label as ``generate`` takes it: the null class is None."""
+    """Returns a label as ``generate`` takes it: the null class is None."""
     return None if label == len(pipe.class_names) else label
 
 
@@ -209,10 +209,10 @@ class _Work:
         return self.folder / f"part-{part:06d}.npz"
 
     def begin(self) -> None:
-        """Makes the folder, or finds in it the plan that is to be followed.
+        """Makes the folder, or checks that it holds parts of the same plan.
 
         Raises:
-            ValueError: Another plan, too little space, or no folder that can be written to.
+            ValueError: if it holds another plan, there is too little space, or it cannot be written to.
         """
         self._check_space()
         try:
@@ -231,7 +231,7 @@ class _Work:
         check_same(self.folder, known, self.plan)
 
     def _check_space(self) -> None:
-        """Room for the parts that are missing and for the file; parts go when the file is there."""
+        """Checks the room for the missing parts and the file; parts are removed when the file is there."""
         plan = self.plan
         place = next(parent for parent in (self.folder, *self.folder.absolute().parents) if parent.is_dir())
         missing = sum(len(plan.rows(part)) for part in range(plan.num_parts) if not self.part(part).exists())
@@ -245,7 +245,7 @@ class _Work:
             )
 
     def has(self, part: int) -> bool:
-        """Whether a part is there, whole, and one of this plan."""
+        """Returns whether a part is there, whole, and one of this plan."""
         path = self.part(part)
         if not path.exists():
             return False
@@ -264,7 +264,7 @@ class _Work:
             np.savez(stream, images=images, labels=labels, plan=np.array(self.plan.digest))
 
     def finish(self) -> int:
-        """Puts the file together once all parts are there, and takes them away; how many are missing.
+        """Puts the file together once all parts are there, and removes them; returns the number of missing parts.
 
         Two processes that do so at once write the same bytes; the slower one finds that nothing is left to do.
         """
@@ -286,7 +286,7 @@ class _Work:
         whole.replace(self.file)
 
     def _write(self, stream: IO[bytes]) -> None:
-        """Part by part, so that it takes the memory of one."""
+        """Writes part by part, so that it takes the memory of one."""
         plan = self.plan
         labels = np.array([plan.label(row) for row in range(plan.count)], dtype=np.int64)
         header = {"descr": "|u1", "fortran_order": False, "shape": (plan.count, *plan.image[:2], _CHANNELS)}

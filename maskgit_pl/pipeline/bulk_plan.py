@@ -1,4 +1,4 @@
-"""What ``generate_many`` is asked for, and the plan of all images that each part and the file carry."""
+"""Options of ``generate_many``, and the plan of all images, which each part and the file carry."""
 
 from __future__ import annotations
 
@@ -61,22 +61,22 @@ class BulkOptions:
 
 @dataclass(frozen=True)
 class BulkPlan:
-    """What all images are, so that a part is never taken for one of other images.
+    """A description of all images, so that a part is never taken for one of other images.
 
     Args:
-        count: Images, at least 1.
-        seed: Of the first one.
+        count: Number of images, at least 1.
+        seed: Seed of the first image.
         part_size: Images of a part, at least 1; the last one may have fewer.
         classes: Labels, each at most once; the images are spread over them evenly, class by class.
         negative_class: The label that guidance pushes away from; None is "no class".
-        decoding: As ``DecodingConfig`` in plain values.
-        mask_schedule: That of the model.
+        decoding: ``DecodingConfig`` in plain values.
+        mask_schedule: Mask schedule of the model.
         image: Height, width and channels.
-        tokenizer: Digest of its weights.
-        transformer: Likewise.
+        tokenizer: Digest of the tokenizer's weights.
+        transformer: Digest of the transformer's weights.
 
     Raises:
-        ValueError: A number out of range.
+        ValueError: if a class is named twice, or there are too many for the file.
     """
 
     count: int
@@ -103,12 +103,12 @@ class BulkPlan:
 
     @property
     def digest(self) -> str:
-        """Names the plan in each of its parts."""
+        """The sha256 that stands in each of the parts."""
         return hashlib.sha256(self.text).hexdigest()
 
     @property
     def num_parts(self) -> int:
-        """Parts of the whole."""
+        """Number of parts."""
         return -(-self.count // self.part_size)
 
     @property
@@ -117,16 +117,16 @@ class BulkPlan:
         return self.image[0] * self.image[1] * self.image[2]
 
     def rows(self, part: int) -> range:
-        """The images of a part."""
+        """Returns the numbers of the images of a part."""
         return range(part * self.part_size, min((part + 1) * self.part_size, self.count))
 
     def label(self, row: int) -> int:
-        """The class of an image."""
+        """Returns the label of an image."""
         return self.classes[row * len(self.classes) // self.count]
 
 
 def read_plan(text: bytes) -> dict[str, Any] | None:
-    """A plan of this version; None where it is something else."""
+    """Parses a plan of this version; None if it is something else."""
     try:
         content = json.loads(text)
     except ValueError:
@@ -136,10 +136,10 @@ def read_plan(text: bytes) -> dict[str, Any] | None:
 
 
 def check_same(place: Path, known: Mapping[str, Any], plan: BulkPlan) -> None:
-    """Refuses to go on with other images.
+    """Refuses to mix images of two plans.
 
     Raises:
-        ValueError: What differs, as ``key old -> new``.
+        ValueError: if they differ. The message lists each difference as ``key old -> new``.
     """
     old, new = dict(_flat(known)), dict(_flat(json.loads(plan.text)))
     changed = [f"{key} {_short(old.get(key))} -> {_short(new.get(key))}" for key in sorted({*old, *new})

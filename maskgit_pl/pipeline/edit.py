@@ -59,8 +59,8 @@ class Editor(Generator):
                 (H, W) bool.
             classes: Class of each result, an index or a name; None is one result of "no class", for models trained
                 with it.
-            output_type: As of ``generate``.
-            options: As of ``generate``, and ``dilation``, ``blend`` and ``fit`` of ``EditOptions``. Of T steps the
+            output_type: See ``generate``.
+            options: Those of ``generate``, and ``dilation``, ``blend`` and ``fit`` of ``EditOptions``. Of T steps the
                 first floor(T / 6) are left out, except for a full mask.
 
         Raises:
@@ -112,8 +112,8 @@ class Editor(Generator):
             region: (left, top, right, bottom) in pixels of the image, or a mask as of ``inpaint``.
             class_: Index or name.
             variants: Number of results; variant i has seed + i.
-            output_type: As of ``generate``.
-            options: As of ``inpaint``.
+            output_type: See ``generate``.
+            options: See ``inpaint``.
 
         Raises:
             ValueError: if the box is empty or not within the image, or as ``inpaint``.
@@ -161,11 +161,11 @@ class Editor(Generator):
             right: As ``left``.
             up: As ``left``.
             down: As ``left``.
-            classes: As of ``inpaint``.
+            classes: See ``inpaint``.
             overlap: Share of a window that is known before it is decoded, in (0, 1), as far as there is that much.
-            output_type: As of ``generate``.
-            options: As of ``inpaint`` without ``fit``; ``dilation``, 0 by default, says how many of the image's tokens
-                along the border are decoded again. With ``blend=0`` all pixels of the image stay.
+            output_type: See ``generate``.
+            options: Those of ``inpaint`` without ``fit``; ``dilation``, 0 by default, is the number of the image's
+                tokens along the border that are decoded again. With ``blend=0`` all pixels of the image stay.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -207,12 +207,12 @@ class Editor(Generator):
             pipe.panorama(["coast"], width=2048)[0].save("coast.png")
 
         Args:
-            classes: As of ``generate``.
+            classes: See ``generate``.
             width: In pixels; a multiple of a token's edge, at least the model's image size.
             height: In pixels, as ``width``; the model's image size by default.
-            overlap: As of ``outpaint``.
-            output_type: As of ``generate``.
-            options: As of ``generate``.
+            overlap: See ``outpaint``.
+            output_type: See ``generate``.
+            options: See ``generate``.
 
         Raises:
             ValueError: if sizes are not whole tokens or too small, a class is unknown, or a number is out of range.
@@ -245,7 +245,7 @@ class Editor(Generator):
             request: Labels, seeds and decoding.
             tokens: (R, C) int64, any value where ``unknown``.
             unknown: (R, C) bool.
-            overlap: As of ``outpaint``.
+            overlap: See ``outpaint``.
 
         Returns:
             (n, C, H, W) uint8: an image for each result.

@@ -159,8 +159,8 @@ class MaskGIT(Editor):
             hub_id: ``owner/name``; it is made if it does not exist.
             private: True makes a new repository private; None is the owner's default.
             token: Token of the owner; the one that was logged in with by default.
-            run: As of ``save_pretrained``.
-            license: As of ``save_pretrained``.
+            run: See ``save_pretrained``.
+            license: See ``save_pretrained``.
 
         Returns:
             The repository's address.

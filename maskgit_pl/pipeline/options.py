@@ -122,7 +122,7 @@ def read_options(kind: type[Options], given: Mapping[str, Any], own: DecodingCon
 def replace_settings(own: DecodingConfig, settings: Mapping[str, Any]) -> DecodingConfig:
     """Returns a way of decoding with some settings replaced.
 
-    A ``tokens_per_step`` alone also says ``num_steps``; another ``num_steps`` alone puts a list of ``own`` aside.
+    ``tokens_per_step`` without ``num_steps`` sets both; another ``num_steps`` without ``tokens_per_step`` removes a list.
 
     Args:
         own: What is replaced.

@@ -22,7 +22,7 @@ __all__ = ["Edit", "Request", "rows_by_first_step", "slices"]
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be decoded.
+    """A decoding to be made.
 
     Attributes:
         labels: Label of each result.

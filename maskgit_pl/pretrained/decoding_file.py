@@ -84,7 +84,7 @@ def read_decoding(folder: Path | str) -> DecodingConfig | None:
 
 
 def load_decoding(file: Path | str) -> DecodingConfig:
-    """Reads a file in the form of ``decoding.json``, wherever it lies and whatever it was tuned for.
+    """Reads a file in the form of ``decoding.json``, of any place and tuned for any weights.
 
     Raises:
         FileNotFoundError: if there is no such file.

@@ -44,7 +44,7 @@ def weights_for(config: TransformerConfig, pretrained: PretrainedTransformer) ->
 
 
 def _fit_rows(table: Tensor, old: TransformerConfig, new: TransformerConfig) -> Tensor:
-    """(old vocabulary, ...) -> (new vocabulary, ...)."""
+    """Converts rows (old vocabulary, ...) to (new vocabulary, ...)."""
     codes, classes = table[: old.num_codes], table[old.num_codes : old.num_codes + old.num_classes]
     mean = classes.mean(0, keepdim=True)
     if new.num_classes != old.num_classes:

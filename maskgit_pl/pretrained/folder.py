@@ -37,7 +37,7 @@ def save_tokenizer(folder: Path, config: VQGANConfig, weights: Mapping[str, Tens
 
     Args:
         folder: E.g. ``runs/RUN/pretrained/tokenizer``.
-        config: Sizes.
+        config: Sizes of the network.
         weights: State dict of a ``VQGAN``.
         image_size: Height and width that it was trained on, in pixels.
     """
@@ -54,7 +54,7 @@ def save_transformer(
     class_names: tuple[str, ...],
     tokenizer_fingerprint: str,
 ) -> None:
-    """Writes a transformer folder; arguments as of ``PretrainedTransformer``, the schedule as a recipe names it."""
+    """Writes a transformer folder; see ``PretrainedTransformer``; the schedule as a recipe names it."""
     _save(
         folder,
         "transformer",
