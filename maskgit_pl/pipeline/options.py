@@ -122,7 +122,7 @@ def read_options(kind: type[Options], given: Mapping[str, Any], own: DecodingCon
 def replace_settings(own: DecodingConfig, settings: Mapping[str, Any]) -> DecodingConfig:
     """Returns a way of decoding with some settings replaced.
 
-    ``tokens_per_step`` without ``num_steps`` sets both; another ``num_steps`` without ``tokens_per_step`` removes a list.
+    ``tokens_per_step`` without ``num_steps`` sets both; another ``num_steps`` without a list removes that of ``own``.
 
     Args:
         own: What is replaced.
