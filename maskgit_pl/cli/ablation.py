@@ -6,7 +6,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from maskgit_pl.cli.model import device_of
+from maskgit_pl.cli.model import device_of, naming_flags
 from maskgit_pl.cli.paper import add_measuring_arguments, report_options, show, wanted_steps
 from maskgit_pl.cli.progress import progress_bars
 from maskgit_pl.evaluation import reports
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         data=args.data,
         tokenizer=args.tokenizer,
     )
-    with progress_bars() as bars:
+    with naming_flags(args), progress_bars() as bars:
         page = reports.table_3(runs, options, num_steps=steps, command=_command(args), bars=bars)
     show(page)
     return 0

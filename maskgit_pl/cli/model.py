@@ -78,7 +78,8 @@ def naming_flags(args: argparse.Namespace) -> Iterator[None]:
         yield
     except (TypeError, ValueError) as error:
         name = re.split(r"[^a-z_]", str(error), maxsplit=1)[0]
-        flag = _FLAGS.get(name, f"--{name.replace('_', '-')}" if name in args else name)
+        is_flag = name in args and not callable(getattr(args, name))  # ``run`` is the command itself
+        flag = _FLAGS.get(name, f"--{name.replace('_', '-')}" if is_flag else name)
         if flag == name:  # it is of something else, and stays as it was raised
             raise
         text = flag + str(error).removeprefix(name)

@@ -16,7 +16,7 @@ from maskgit_pl.cli.evaluation_flags import (
     measuring_flags,
     step_numbers,
 )
-from maskgit_pl.cli.model import add_device_argument, check_at_least
+from maskgit_pl.cli.model import add_device_argument, check_at_least, naming_flags
 from maskgit_pl.cli.progress import progress_bars
 from maskgit_pl.evaluation import reports
 
@@ -144,7 +144,7 @@ def run_table(args: argparse.Namespace) -> int:
 
     cas = None if args.cas_model == "none" else CASOptions(**how)
     options = report_options(args, cas=cas, cas_samples=args.cas_samples)
-    with progress_bars() as bars:
+    with naming_flags(args), progress_bars() as bars:
         if args.number == 1:
             page = reports.table_1(args.runs, options, bars=bars)
         elif args.number == 2:
@@ -163,7 +163,7 @@ def run_figure(args: argparse.Namespace) -> int:
     """
     if args.number == 8:
         steps, options = wanted_steps(args), report_options(args)
-        with progress_bars() as bars:
+        with naming_flags(args), progress_bars() as bars:
             page = reports.figure_8(args.runs, options, num_steps=steps, bars=bars)
     else:
         if len(args.runs) > 1:
@@ -172,7 +172,7 @@ def run_figure(args: argparse.Namespace) -> int:
         check_at_least(args, **dict.fromkeys(_SIZES, 1))
         sizes = {name: getattr(args, name) for name in _SIZES if getattr(args, name) is not None}
         timed = reports.TimingOptions(numbers, sizes, args.results, args.device)
-        with progress_bars() as bars:
+        with naming_flags(args), progress_bars() as bars:
             page = reports.figure_4(next(iter(args.runs), None), timed, bars=bars)
     show(page)
     return 0
