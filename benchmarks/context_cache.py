@@ -20,7 +20,7 @@ import torch
 from measuring import markdown_table, processor
 from torch import Tensor
 
-from maskgit_pl.decoding import DecodingConfig, decode_classes
+from maskgit_pl.decoding import ConditionalModel, DecodingConfig, decode_classes
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.pretrained import load_transformer
 from maskgit_pl.provenance import describe_environment
@@ -36,20 +36,14 @@ def decode(network: MaskedTransformer, *, context_cache: int, batch: int, guidan
     Returns:
         Tokens (B, N), and the CPU seconds that they took.
     """
-    config = network.config
-    decoding = DecodingConfig(_STEPS, guidance={"name": "constant", "scale": guidance}, context_cache=context_cache)
+    decoding = DecodingConfig(_STEPS, guidance={"name": "constant", "scale": guidance})
     start = time.process_time()
     *_, last = decode_classes(
-        network,
-        [seed % config.num_classes for seed in range(batch)],
+        ConditionalModel.of(network, torch.device("cpu"), context_cache=context_cache),
+        [seed % network.config.num_classes for seed in range(batch)],
         list(range(batch)),
         decoder=decoding.decoder(mask_schedules.build("cosine")),
         scales=decoding.scales(),
-        grid=config.grid,
-        mask_token_id=config.mask_token_id,
-        null_label=config.null_label,
-        device=torch.device("cpu"),
-        refresh=decoding.refresh,
     )
     return last.tokens, time.process_time() - start
 

@@ -26,7 +26,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from maskgit_pl.decoding import FirstStepLogits, ParallelDecoder, SequentialDecoder, decode_classes, decode_in_order
+from maskgit_pl.decoding import (
+    ConditionalModel,
+    FirstStepLogits,
+    ParallelDecoder,
+    SequentialDecoder,
+    decode_classes,
+    decode_in_order,
+)
 from maskgit_pl.decoding.guidance import guidance_scales, guidance_schedules
 from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.evaluation.classifier_training import obtain_classifier
@@ -42,7 +49,7 @@ Decode = Callable[[], Tensor]
 """Decodes a batch and gives its tokens (B, N)."""
 
 _STEPS = 8
-_REFRESH = 4
+_CONTEXT_CACHE = 4
 _CPU = torch.device("cpu")
 _MUSE, _AMUSED = "muse-maskgit-pytorch", "diffusers aMUSEd"
 _PEERS = {_MUSE: "muse_maskgit_pytorch", _AMUSED: "diffusers"}
@@ -72,7 +79,7 @@ class Ours:
         task: Its sizes and the batch.
         hit: Whether the classes' first step is there from an earlier run.
         guidance: Guidance schedule.
-        refresh: As of ``CachedPredictor``.
+        context_cache: As in ``CachedPredictor``.
     """
 
     def __init__(
@@ -82,9 +89,9 @@ class Ours:
         *,
         hit: bool = False,
         guidance: dict[str, Any] | str = "constant",
-        refresh: int | None = None,
+        context_cache: int = 1,
     ) -> None:
-        self.network, self.hit, self.refresh = network, hit, refresh
+        self.network, self.hit = network, hit
         self.config = network.config
         self.decoder = ParallelDecoder(
             mask_schedules.build("cosine"), token_selectors.build("confidence"), num_steps=_STEPS
@@ -93,6 +100,7 @@ class Ours:
         self.first = FirstStepLogits(
             network, num_tokens=self.config.num_tokens, mask_token_id=self.config.mask_token_id, max_labels=1001
         )
+        self.model = ConditionalModel.of(network, _CPU, first_step_logits=self.first, context_cache=context_cache)
         self.seeds = list(range(task.batch))
         self.labels = [seed % task.num_classes for seed in self.seeds]
         if hit:
@@ -102,17 +110,11 @@ class Ours:
         if not self.hit:
             self.first.clear()
         *_, last = decode_classes(
-            self.network,
+            self.model,
             self.labels,
             self.seeds,
             decoder=self.decoder,
             scales=self.scales,
-            grid=self.config.grid,
-            mask_token_id=self.config.mask_token_id,
-            null_label=self.config.null_label,
-            device=_CPU,
-            first_step_logits=self.first,
-            refresh=self.refresh,
         )
         return last.tokens
 
@@ -135,13 +137,11 @@ class Sequential:
 
     def __call__(self) -> Tensor:
         *_, last = decode_in_order(
-            self.network,
+            ConditionalModel.of(self.network, self.network.head_bias.device),
             self.labels,
             self.seeds,
             decoder=SequentialDecoder(self.num_tokens),
             scales=[0.0] * self.num_tokens,
-            null_label=self.network.config.null_label,
-            device=self.network.head_bias.device,
             cache=self.cache,
         )
         return last.tokens
@@ -364,8 +364,8 @@ def contenders(task: Task) -> dict[str, Callable[[], Decode]]:
         "ours, guided": partial(exact, guidance={"name": "linear", "scale": 3.0}),
         "ours, int8": lambda: Ours(quantized(network), task),
         "ours, int8, class seen": lambda: Ours(quantized(network), task, hit=True),
-        "ours, context kept": partial(exact, refresh=_REFRESH),
-        "ours, context kept, class seen": partial(exact, refresh=_REFRESH, hit=True),
+        "ours, context kept": partial(exact, context_cache=_CONTEXT_CACHE),
+        "ours, context kept, class seen": partial(exact, context_cache=_CONTEXT_CACHE, hit=True),
         "ours, bf16": lambda: Ours(copy.deepcopy(network).to(torch.bfloat16), task),
         _MUSE: lambda: muse(task),
         _AMUSED: lambda: amused(task),
@@ -453,7 +453,7 @@ def on_trained(run: Path, names: Sequence[str], *, num_images: int) -> dict[str,
             labels,
             output_type="pt",
             guidance_scale=0.0,
-            context_cache=_REFRESH if name == "ours, context kept" else 1,
+            context_cache=_CONTEXT_CACHE if name == "ours, context kept" else 1,
             callback=lambda step, kept=kept: None if bool(step.still_masked.any()) else kept.append(step.tokens),
         )
         tokens = torch.cat(kept)

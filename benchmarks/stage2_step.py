@@ -28,11 +28,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from maskgit_pl.data import Batch
 from maskgit_pl.masking import MaskSampler
-from maskgit_pl.mvtm import MaskedTokenModel
+from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.provenance import describe_environment
 from maskgit_pl.schedules import mask_schedules
-from maskgit_pl.training.optimizers import LearningRate
+from maskgit_pl.training.optimizers import LearningRate, OptimizerConfig
 
 Precision = Literal["fp32", "bf16"]
 
@@ -95,14 +95,9 @@ class Contender(Protocol):
 class _Run:
     """What the module asks of its Trainer."""
 
-    global_batch: int
     global_step: int = 1
     max_steps: int = 1_000_000
     log_every_n_steps: int = 1_000_001
-
-    @property
-    def datamodule(self) -> _Run:
-        return self
 
 
 class Ours:
@@ -110,11 +105,16 @@ class Ours:
 
     def __init__(self, task: Task, precision: Precision) -> None:
         self.batch, self.precision = task.data(), precision
-        self.module = MaskedTokenModel(
-            task.network, LearningRate(_RATE), "", betas=_BETAS, weight_decay=_WEIGHT_DECAY,
-            label_smoothing=_SMOOTHING, ema_decay=_EMA_DECAY,
-        )  # fmt: skip
-        self.run = _Run(task.batch)  # the module holds it weakly
+        config = MaskedTokenConfig(
+            task.network,
+            OptimizerConfig(LearningRate(_RATE), _BETAS, _WEIGHT_DECAY),
+            tokenizer="",
+            label_smoothing=_SMOOTHING,
+            ema_decay=_EMA_DECAY,
+            global_batch=task.batch,
+        )
+        self.module = MaskedTokenModel(config)
+        self.run = _Run()  # the module holds it weakly
         self.module.trainer = self.run  # type: ignore[assignment]  # in the Trainer's place
         self.optimizer = self.module.configure_optimizers()["optimizer"]
         self.optimizer.register_step_post_hook(lambda *_: self.watch.mark("optimiser"))

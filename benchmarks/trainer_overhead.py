@@ -115,14 +115,9 @@ def build_run(folder: Path, task: Task) -> StageRun:
 class _Run:
     """What the module asks of its Trainer."""
 
-    global_batch: int
     max_steps: int
     global_step: int = 0
     log_every_n_steps: int = 1_000_001
-
-    @property
-    def datamodule(self) -> _Run:
-        return self
 
 
 class BareLoop:
@@ -130,7 +125,7 @@ class BareLoop:
 
     def __init__(self, module: MaskedTokenModel, task: Task) -> None:
         self.module = module
-        self.run = _Run(task.batch, task.steps)  # the module holds it weakly
+        self.run = _Run(task.steps)  # the module holds it weakly
         self.module.trainer = self.run  # type: ignore[assignment]  # in the Trainer's place
         configured = module.configure_optimizers()
         self.optimizer, self.scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
@@ -144,7 +139,7 @@ class BareLoop:
         self.optimizer.zero_grad()
         self.scheduler.step()
         assert self.module.ema_network is not None
-        decay, step = self.module.ema_decay, self.run.global_step
+        decay, step = self.module.config.ema_decay, self.run.global_step
         update_ema(self.module.ema_network, self.module.transformer, decay=decay, step=step)
         self.run.global_step += 1
         return loss.detach()

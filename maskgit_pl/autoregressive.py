@@ -1,4 +1,4 @@
-"""The sequential baseline: the same transformer under a causal mask learns to predict the next token.
+"""The autoregressive baseline: the same transformer under a causal mask learns to predict the next token.
 
 Source: paper, Table 1 (VQGAN*: "the same setup as MaskGIT") and Figure 4; Esser et al., arXiv:2012.09841.
 """
@@ -6,53 +6,68 @@ Source: paper, Table 1 (VQGAN*: "the same setup as MaskGIT") and Figure 4; Esser
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from dataclasses import KW_ONLY, dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from maskgit_pl.data import Batch
-from maskgit_pl.decoding import DecodingStep, SequentialDecoding, decode_in_order
+from maskgit_pl.decoding import ConditionalModel, DecodingStep, SequentialDecoding, decode_in_order
 from maskgit_pl.networks.causal import CausalTransformer
-from maskgit_pl.networks.transformer import TransformerConfig
-from maskgit_pl.token_model import NUM_BINS, TokenModel
-from maskgit_pl.training.optimizers import LearningRate
+from maskgit_pl.token_model import NUM_BINS, TokenModel, TokenModelConfig, check_decoding
 
-__all__ = ["AutoregressiveModel"]
+__all__ = ["AutoregressiveConfig", "AutoregressiveModel"]
+
+
+@dataclass(frozen=True)
+class AutoregressiveConfig(TokenModelConfig):
+    """The configuration of ``AutoregressiveModel``.
+
+    Args:
+        network: Sizes of the transformer, with causal attention.
+        optimizer: AdamW and its learning rate.
+        tokenizer: Pretrained tokenizer folder.
+        label_smoothing: Label smoothing of the training loss, in [0, 1).
+        loss_vocabulary: Rows of the token table over which the loss's softmax runs: ``all``, or only the ``codes``.
+        ema_decay: Decay of the averaged weights that sample and are evaluated and exported, in [0, 1); 0 for none.
+        flip_probability: Probability of a horizontal flip where images are encoded on the fly, in [0, 1].
+        seed: Seed of class dropout, flips and dropout, in [0, 2**32).
+        activation_checkpointing: ``blocks`` saves memory: the blocks run again in the backward pass.
+        compiled: ``blocks`` compiles the blocks of the trained network with ``torch.compile``.
+        decoding: How sample pictures, and later users of the exported model, decode.
+
+    Raises:
+        ValueError: if a number is out of range, a name is unknown, or guidance is set without a null class.
+    """
+
+    _: KW_ONLY
+    decoding: SequentialDecoding = SequentialDecoding()  # noqa: RUF009  # frozen
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_decoding(self.decoding.of(self.network.num_tokens), self.network)
 
 
 class AutoregressiveModel(TokenModel):
     """Trains a ``CausalTransformer``: the loss is the mean cross-entropy of all tokens, each given those before it.
 
     Args:
-        network: Sizes of the transformer, with causal attention.
-        learning_rate: As of ``TokenModel``.
-        tokenizer: As of ``TokenModel``.
-        decoding: How sample pictures, and later users of the exported model, decode.
-        shared: As of ``TokenModel``.
-
-    Raises:
-        ValueError: Bidirectional attention, an unknown name, or guidance without a null class.
+        config: Network, optimiser, tokenizer and loss.
     """
 
+    config: AutoregressiveConfig
     binned_by = "position"
 
-    def __init__(
-        self,
-        network: TransformerConfig,
-        learning_rate: LearningRate,
-        tokenizer: str,
-        *,
-        decoding: SequentialDecoding = SequentialDecoding(),  # noqa: B008  # frozen
-        **shared: Any,
-    ) -> None:
-        in_steps = decoding.of(network.num_tokens)
-        super().__init__(CausalTransformer(network), learning_rate, tokenizer, decoding=in_steps, **shared)
-        self.decoder = in_steps.sequential_decoder(network.num_tokens)
+    def __init__(self, config: AutoregressiveConfig) -> None:
+        num_tokens = config.network.num_tokens
+        in_steps = config.decoding.of(num_tokens)
+        super().__init__(config, CausalTransformer(config.network), in_steps)
+        self.decoder = in_steps.sequential_decoder(num_tokens)
 
     def configure_model(self) -> None:
-        """As of ``TokenModel``; sharded weights are gathered for the next token too."""
+        """Shards as ``TokenModel`` does, and gathers sharded weights for the next token too."""
         super().configure_model()
         if self.device_mesh is None:
             return
@@ -62,23 +77,21 @@ class AutoregressiveModel(TokenModel):
                 register_fsdp_forward_method(block, "extend")
 
     def _mask(self, batch: Batch) -> Tensor:
-        return torch.ones(len(batch.index), self.config.num_tokens, dtype=torch.bool, device=batch.index.device)
+        return torch.ones(len(batch.index), self.config.network.num_tokens, dtype=torch.bool, device=batch.index.device)
 
     def _visible(self, tokens: Tensor, mask: Tensor) -> Tensor:
         return tokens  # the causal mask hides what is to be predicted
 
     def _bins(self, mask: Tensor) -> Tensor:
-        """By the token's place in raster order."""
+        """Groups tokens by their place in raster order."""
         of_place = torch.arange(mask.shape[1], device=mask.device) * NUM_BINS // mask.shape[1]
         return of_place.expand_as(mask)[mask]
 
     def _decode(self, labels: Sequence[int], seeds: Sequence[int]) -> Iterator[DecodingStep]:
         return decode_in_order(
-            cast("CausalTransformer", self.averaged_network),
+            ConditionalModel.of(cast("CausalTransformer", self.averaged_network), self.device),
             labels,
             seeds,
             decoder=self.decoder,
             scales=self.decoding.scales(),
-            null_label=self.config.null_label,
-            device=self.device,
         )

@@ -3,8 +3,9 @@
 A handler that saved or talked to other ranks would do so in the middle of whatever runs: ranks that are not in step
 wait for each other for ever. ``training.guards.Guard`` asks for the flag after each step, of all ranks at once.
 
-A second Ctrl-C ends the process at once, with exit code 130, from a thread of its own: a handler would wait for a main
-thread that waits for other ranks. The disk is then as after a kill: what is on it is whole.
+A second Ctrl-C ends a command at once, with exit code 130, from a thread of its own: a handler would wait for a main
+thread that waits for other ranks. In a notebook it raises KeyboardInterrupt. The disk is then as after a kill: what is
+on it is whole.
 """
 
 from __future__ import annotations
@@ -13,45 +14,74 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from types import FrameType
+from typing import Literal
 
 from maskgit_pl.errors import INTERRUPTED
 
 __all__ = ["SIGNALS", "is_requested", "listening", "shield_worker"]
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+_CTRL_C_ONCE = b"\nstopping after this step, and saving; Ctrl-C again stops at once\n"
 _CTRL_C = b"\nstopping after this step, and saving; Ctrl-C again stops at once, with exit code 130\n"
 _CTRL_C_AGAIN = b"\nstopped at once; the same command resumes from the last checkpoint\n"
 
 
 class _Flag:
-    """Whether this process was asked; processes that it forks, such as those that load data, go on."""
+    """Whether this process was asked to stop; processes that it forks, such as those that load data, go on."""
 
-    process = -1
+    process = -1  # the one that listens
     is_set = False
+    presses = 0  # of Ctrl-C
+    may_raise = False
 
 
 @contextmanager
-def listening() -> Iterator[None]:
-    """Meanwhile the signals set the flag. Entered before anything slow is imported, so that none kills the process."""
-    _Flag.process, _Flag.is_set = os.getpid(), False
+def listening(*, until: Literal["return", "exit"] = "return") -> Iterator[None]:
+    """Has the signals set the flag meanwhile. Entered before anything slow is imported, so that none kills the process.
+
+    Inside another ``listening``, and in a thread other than the main one, it changes nothing.
+
+    Args:
+        until: What comes afterwards. ``"return"``: the caller goes on, such as a notebook. A second Ctrl-C raises
+            KeyboardInterrupt, and the handlers are restored. ``"exit"``: the process ends. A second Ctrl-C ends it at
+            once, and when a signal has come, further ones are ignored.
+    """
+    if _Flag.process == os.getpid() or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _Flag.process, _Flag.is_set, _Flag.presses, _Flag.may_raise = os.getpid(), False, 0, until == "return"
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     before = {number: signal.signal(number, _set_flag) for number in SIGNALS}
+    try:
+        with _ending_at_second_ctrl_c() if until == "exit" else nullcontext():
+            # A job's script may start its tasks with signals blocked: one that came too early comes now.
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            yield
+    finally:
+        # A signal that arrives when all is done must not change the exit code: as the interpreter ends, it gives a
+        # signal with a Python handler its default action back, which kills. An ignored signal stays ignored.
+        for number, handler in before.items():
+            is_ignored = until == "exit" and (_Flag.is_set or number in blocked)
+            signal.signal(number, signal.SIG_IGN if is_ignored else handler)
+        if until == "return":
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        _Flag.process, _Flag.is_set = -1, False
+
+
+@contextmanager
+def _ending_at_second_ctrl_c() -> Iterator[None]:
+    """Has a thread count Ctrl-C: a handler would wait for a main thread that waits for other ranks."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     told_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=_count_ctrl_c, args=(reader,), name="Ctrl-C", daemon=True).start()
-    # A job's script may start its tasks with signals blocked: one that came too early comes now.
-    blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
         yield
     finally:
         signal.set_wakeup_fd(told_before)
         os.close(writer)  # ends the thread
-        # A signal that arrives when all is done must not change the exit code: as the interpreter ends, it gives a
-        # signal with a Python handler its default action back, which kills. An ignored signal stays ignored.
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_IGN if _Flag.is_set or number in blocked else handler)
 
 
 def is_requested() -> bool:
@@ -79,8 +109,15 @@ def shield_worker(worker: int) -> None:
 
 
 def _set_flag(number: int, frame: FrameType | None) -> None:
-    if os.getpid() == _Flag.process:
-        _Flag.is_set = True
+    if os.getpid() != _Flag.process:
+        return
+    _Flag.is_set = True
+    if number == signal.SIGINT and _Flag.may_raise:
+        _Flag.presses += 1
+        if _Flag.presses > 1:
+            raise KeyboardInterrupt
+        with suppress(OSError):  # stderr may be closed
+            os.write(2, _CTRL_C_ONCE)
 
 
 def _count_ctrl_c(reader: int) -> None:

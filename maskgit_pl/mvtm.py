@@ -1,90 +1,109 @@
 """Stage 2: masked visual token modeling. The transformer learns to predict masked tokens from the visible ones.
 
-``MaskedTokenModel`` owns the mask schedule and hands the one object to its ``MaskSampler`` and its ``ParallelDecoder``.
+``MaskedTokenModel`` owns the mask schedule and hands the same object to ``MaskSampler`` and ``ParallelDecoder``.
+``token_model`` lists the steps of training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, cast
 
 from torch import Tensor
 
+from maskgit_pl.checks import check_integer, check_number
 from maskgit_pl.data import Batch
-from maskgit_pl.decoding import DecodingConfig, DecodingStep, decode_classes
+from maskgit_pl.decoding import ConditionalModel, DecodingConfig, DecodingStep, decode_classes
 from maskgit_pl.masking import MaskSampler
-from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
+from maskgit_pl.networks.transformer import MaskedTransformer
 from maskgit_pl.schedules import mask_schedules
-from maskgit_pl.token_model import NUM_BINS, TokenModel
-from maskgit_pl.training.optimizers import LearningRate
+from maskgit_pl.token_model import NUM_BINS, TokenModel, TokenModelConfig, check_decoding
 
-__all__ = ["MaskedTokenModel"]
+__all__ = ["MaskedTokenConfig", "MaskedTokenModel"]
+
+
+@dataclass(frozen=True)
+class MaskedTokenConfig(TokenModelConfig):
+    """The configuration of ``MaskedTokenModel``.
+
+    Args:
+        network: Sizes of the transformer, with bidirectional attention.
+        optimizer: AdamW and its learning rate.
+        tokenizer: Pretrained tokenizer folder.
+        label_smoothing: Label smoothing of the training loss, in [0, 1).
+        loss_vocabulary: Rows of the token table over which the loss's softmax runs: ``all``, or only the ``codes``.
+        ema_decay: Decay of the averaged weights that sample and are evaluated and exported, in [0, 1); 0 for none.
+        flip_probability: Probability of a horizontal flip where images are encoded on the fly, in [0, 1].
+        seed: Seed of masks, class dropout, flips and dropout, in [0, 2**32).
+        activation_checkpointing: ``blocks`` saves memory: the blocks run again in the backward pass.
+        compiled: ``blocks`` compiles the blocks of the trained network with ``torch.compile``.
+        global_batch: Samples of one step over all ranks and micro-batches. The mask ratios of a global batch are
+            stratified; see ``MaskSampler``.
+        mask_schedule: Name or mapping of a registered mask schedule, for training and decoding.
+        min_mask_ratio: Lower bound of the mask ratio in training, in [0, 1].
+        decoding: How sample pictures, and later users of the exported model, decode.
+
+    Raises:
+        ValueError: if a number is out of range, a name is unknown, there are more decoding steps than tokens, or
+            guidance is set without a null class.
+    """
+
+    _: KW_ONLY
+    global_batch: int
+    mask_schedule: str | dict[str, Any] = "cosine"
+    min_mask_ratio: float = 0.0
+    decoding: DecodingConfig = DecodingConfig()  # noqa: RUF009  # frozen
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer("global_batch", self.global_batch, "[1, 4294967296]")
+        mask_schedules.build(self.mask_schedule)
+        check_number("min_mask_ratio", self.min_mask_ratio, "[0, 1]")
+        check_decoding(self.decoding, self.network)
 
 
 class MaskedTokenModel(TokenModel):
     """Trains a ``MaskedTransformer`` to predict masked tokens.
 
     Args:
-        network: Sizes of the transformer.
-        learning_rate: As of ``TokenModel``.
-        tokenizer: As of ``TokenModel``.
-        mask_schedule: Name or mapping of a registered mask schedule, for training and decoding alike.
-        decoding: How sample pictures, and later users of the exported model, decode.
-        min_mask_ratio: Lower bound of the mask ratio in training, in [0, 1].
-        shared: As of ``TokenModel``.
-
-    Raises:
-        ValueError: More decoding steps than tokens, an unknown name, or guidance without a null class.
+        config: Network, mask schedule, optimiser, tokenizer and loss.
 
     Source: paper, training objective.
     """
 
+    config: MaskedTokenConfig
     binned_by = "mask-ratio"
 
-    def __init__(
-        self,
-        network: TransformerConfig,
-        learning_rate: LearningRate,
-        tokenizer: str,
-        *,
-        mask_schedule: str | dict[str, Any] = "cosine",
-        decoding: DecodingConfig = DecodingConfig(),  # noqa: B008  # frozen
-        min_mask_ratio: float = 0.0,
-        **shared: Any,
-    ) -> None:
-        super().__init__(MaskedTransformer(network), learning_rate, tokenizer, decoding=decoding, **shared)
-        self.mask_schedule_spec = mask_schedule
-        self.mask_schedule = mask_schedules.build(mask_schedule)
-        self.mask_sampler = MaskSampler(self.mask_schedule, self.seed, min_mask_ratio)
-        self.decoder = decoding.decoder(self.mask_schedule)
-        self.decoder.masked_counts([network.num_tokens], network.num_tokens)  # refuses too many steps
+    def __init__(self, config: MaskedTokenConfig) -> None:
+        super().__init__(config, MaskedTransformer(config.network), config.decoding)
+        self.mask_schedule_spec = config.mask_schedule
+        self.mask_schedule = mask_schedules.build(config.mask_schedule)
+        self.mask_sampler = MaskSampler(self.mask_schedule, config.seed, config.min_mask_ratio)
+        self.decoder = config.decoding.decoder(self.mask_schedule)
 
     def _mask(self, batch: Batch) -> Tensor:
         return self.mask_sampler.mask(
-            self.config.num_tokens,
+            self.config.network.num_tokens,
             index=batch.index,
             epoch=batch.epoch,
             position=batch.position,
-            global_batch=self.trainer.datamodule.global_batch,  # type: ignore[attr-defined]  # set by fit(datamodule=)
+            global_batch=self.config.global_batch,
         )
 
     def _visible(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        return tokens.masked_fill(mask, self.config.mask_token_id)
+        return tokens.masked_fill(mask, self.config.network.mask_token_id)
 
     def _bins(self, mask: Tensor) -> Tensor:
-        """By the mask ratio of the token's row."""
+        """Groups tokens by the mask ratio of their row."""
         of_row = ((mask.float().mean(1) * NUM_BINS).ceil().long() - 1).clamp(0, NUM_BINS - 1)
         return of_row.unsqueeze(1).expand_as(mask)[mask]
 
     def _decode(self, labels: Sequence[int], seeds: Sequence[int]) -> Iterator[DecodingStep]:
         return decode_classes(
-            self.averaged_network,
+            ConditionalModel.of(cast("MaskedTransformer", self.averaged_network), self.device),
             labels,
             seeds,
             decoder=self.decoder,
             scales=self.decoding.scales(),
-            grid=self.config.grid,
-            mask_token_id=self.config.mask_token_id,
-            null_label=self.config.null_label,
-            device=self.device,
         )

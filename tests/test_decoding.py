@@ -1,6 +1,6 @@
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from maskgit_pl.decoding import (
     ClassPredictor,
     CodeSampling,
+    ConditionalModel,
     DecodingConfig,
     DecodingStep,
     FirstStepLogits,
@@ -409,6 +410,10 @@ def test_the_plain_predictor_makes_one_forward_with_the_classes():
     assert network.labels == [[1, 0]] * 2
 
 
+def model(network: Network, *, null_label: int | None = 3, **options: object) -> ConditionalModel:
+    return ConditionalModel(network, (4, 4), MASK, null_label, CPU, **options)
+
+
 def decoded(
     labels: list[int],
     seeds: list[int],
@@ -421,16 +426,11 @@ def decoded(
     return [
         step.tokens
         for step in decode_classes(
-            network or Network(),
+            model(network or Network(), first_step_logits=kept),
             labels,
             seeds,
             decoder=decoder(len(scales)),
             scales=scales,
-            grid=(4, 4),
-            mask_token_id=MASK,
-            null_label=3,
-            device=CPU,
-            first_step_logits=kept,
             **options,
         )
     ]
@@ -445,7 +445,7 @@ def test_sharing_the_first_step_changes_no_token_and_saves_rows(scales):
     labels, seeds = [2, 0, 2, 2, 0], [5, 6, 7, 8, 9]
     network = Network()
     shared = decoded(labels, seeds, scales=scales, network=network)
-    everything = class_predictor(Network(), labels, device=CPU, negative_labels=[3] * 5, scales=scales)
+    everything = class_predictor(model(Network()), labels, scales=scales)
     assert not isinstance(everything, FirstStepPredictor)
     tokens = torch.full((5, 16), MASK)
     plain = decoder(5).steps(everything, tokens, SeededNoise(torch.tensor(seeds), 16), mask_token_id=MASK)
@@ -484,7 +484,7 @@ def test_known_tokens_at_the_start_leave_the_first_step_alone():
 def test_a_late_start_takes_the_later_scales_and_steps():
     scales, tokens = (4.0, 3.0, 2.0, 1.0, 0.5), partly_known([9, 5])
     late = decoded([2, 0], [5, 6], scales=scales, tokens=tokens, first_step=2)
-    predictor = class_predictor(Network(), [2, 0], device=CPU, negative_labels=[3, 3], scales=scales[2:])
+    predictor = class_predictor(model(Network()), [2, 0], scales=scales[2:])
     noise = SeededNoise(torch.tensor([5, 6]), 16)
     expected = list(decoder(5).steps(predictor, tokens, noise, mask_token_id=MASK, first_step=2))
     assert len(late) == len(expected) == 3
@@ -497,7 +497,7 @@ def test_named_negative_classes_take_the_place_of_the_null_class():
     assert network.labels == [[0, 1, 2], *[[2, 0, 1, 2]] * 4]
 
 
-def test_selectors_are_told_the_grid_and_a_refresh_needs_a_network_that_caches():
+def test_selectors_are_told_the_grid_and_a_context_cache_needs_a_network_that_caches():
     @dataclass(frozen=True)
     class Spy(TokenSelector):
         grids: list[tuple[int, int] | None] = field(default_factory=list)
@@ -507,12 +507,12 @@ def test_selectors_are_told_the_grid_and_a_refresh_needs_a_network_that_caches()
             return candidates.gumbel
 
     spy = Spy()
-    options = {"scales": (0.0,) * 2, "mask_token_id": MASK, "null_label": 3, "device": CPU, "grid": (2, 8)}
+    oblong = replace(model(Network()), grid=(2, 8))
     made = ParallelDecoder(mask_schedules.build("cosine"), spy, num_steps=2)
-    list(decode_classes(Network(), [0], [1], decoder=made, **options))
+    list(decode_classes(oblong, [0], [1], decoder=made, scales=(0.0,) * 2))
     assert spy.grids == [(2, 8)] * 2
-    with pytest.raises(TypeError, match="refresh: a network that keeps keys and values"):
-        list(decode_classes(Network(), [0], [1], decoder=made, refresh=2, **options))
+    with pytest.raises(TypeError, match="context_cache above 1 must have a network that keeps keys and values"):
+        list(decode_classes(replace(oblong, context_cache=2), [0], [1], decoder=made, scales=(0.0,) * 2))
 
 
 def test_a_batch_of_four_is_four_batches_of_one():
@@ -531,13 +531,13 @@ def test_the_same_seed_gives_the_same_image_and_another_seed_another():
 
 def test_guidance_without_a_null_class_is_refused_and_scale_0_is_not():
     with pytest.raises(ValueError, match="guidance: this model has no null class"):
-        class_predictor(Network(), [0], device=CPU, scales=[0.0, 1.0])
-    assert isinstance(class_predictor(Network(), [0], device=CPU, scales=[0.0, 0.0]), ClassPredictor)
+        class_predictor(model(Network(), null_label=None), [0], scales=[0.0, 1.0])
+    assert isinstance(class_predictor(model(Network(), null_label=None), [0], scales=[0.0, 0.0]), ClassPredictor)
 
 
 def test_guidance_may_push_away_from_another_class_without_a_null_class():
     network = Network()
-    made = class_predictor(network, [0, 2], device=CPU, negative_labels=[1, 1], scales=[1.5])(*ONE)
+    made = class_predictor(model(network, null_label=None), [0, 2], negative_labels=[1, 1], scales=[1.5])(*ONE)
     conditional, other = (Network()(ONE[0], torch.tensor(labels), ONE[1]) for labels in ([0, 2], [1, 1]))
     torch.testing.assert_close(made, 2.5 * conditional - 1.5 * other)
     assert network.labels == [[0, 2, 1, 1]]

@@ -20,8 +20,7 @@ from torch.utils.data import DataLoader
 
 from maskgit_pl.data import Batch
 from maskgit_pl.importers.released import transformer_weights
-from maskgit_pl.mvtm import MaskedTokenModel
-from maskgit_pl.training.optimizers import LearningRate
+from tests.modules import masked_model
 
 GOLDEN = Folder(Path(__file__).parent / "golden")
 ELSEWHERE = os.environ.get("MASKGIT_GOLDEN_DIR")  # another folder of the same layout
@@ -131,7 +130,7 @@ def test_a_training_step_has_the_recorded_loss_and_gradients(micro_batch, tmp_pa
     arrays, network = GOLDEN.arrays("transformer_n16.npz"), load_transformer(GOLDEN, "n16")
     config = replace(network.config, dropout=0.0, class_dropout=0.0)
     data = RecordedBatch(arrays, config.num_codes, micro_batch)
-    module = MaskedTokenModel(config, LearningRate(1e-4), str(tmp_path), label_smoothing=0.1, loss_vocabulary="all")
+    module = masked_model(config, tmp_path, label_smoothing=0.1, loss_vocabulary="all", global_batch=data.global_batch)
     module.transformer.load_state_dict(network.state_dict())
     module.mask_sampler = RecordedMasks(data.masks)
     seen = Seen()

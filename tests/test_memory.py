@@ -11,10 +11,10 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from maskgit_pl.data import Batch, ShardData
-from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.training.faults import UnreadableReport
 from maskgit_pl.training.optimizers import LearningRate
+from tests.modules import masked_model
 
 STEPS, WARM_UP, EVERY = 2000, 550, 50
 MOST = 1024  # kB of growth in 100 steps
@@ -51,7 +51,7 @@ def test_memory_and_open_files_stay_level_over_2000_steps(tiny_shards, tiny_pret
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.manual_seed(0)
     network = TransformerConfig(16, 3, (4, 4), 16, 1, 2, 32, dropout=0.0)
-    module = MaskedTokenModel(network, LearningRate(1e-4), str(tiny_pretrained / "tokenizer"))
+    module = masked_model(network, tiny_pretrained / "tokenizer", rate=LearningRate(1e-4), global_batch=2)
     data = ShardData(
         str(tiny_shards), image_size=8, in_channels=1, global_batch=2, max_batch_per_device=2, validation_batch=8,
         validation_samples=8, num_workers=num_workers,

@@ -22,6 +22,7 @@ from maskgit_pl.token_model import check_fit
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_complete
 from maskgit_pl.training.optimizers import LearningRate
 from tests.conftest import peaked
+from tests.modules import masked_model
 from tests.short_runs import data, fit
 
 CONFIG = TransformerConfig(16, 3, (4, 4), width=16, depth=2, num_heads=2, mlp_width=32, dropout=0.1)
@@ -30,9 +31,7 @@ CONFIG = TransformerConfig(16, 3, (4, 4), width=16, depth=2, num_heads=2, mlp_wi
 def model(pretrained, **options) -> MaskedTokenModel:
     torch.manual_seed(0)
     options = {"ema_decay": 0.9, **options}
-    return MaskedTokenModel(
-        options.pop("network", CONFIG), LearningRate(1e-2), str(pretrained / "tokenizer"), **options
-    )
+    return masked_model(options.pop("network", CONFIG), pretrained / "tokenizer", rate=LearningRate(1e-2), **options)
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +180,7 @@ def test_the_first_step_by_hand(tiny_shards, tiny_pretrained, store, tmp_path):
     assert 0 < dropped.sum() < 8
     labels, tokens = seen.batch.labels.masked_fill(dropped, 3), seen.batch.content
     with torch.no_grad():
-        logits = seen.network(tokens.masked_fill(mask, module.config.mask_token_id), labels, vocabulary="all")
+        logits = seen.network(tokens.masked_fill(mask, module.config.network.mask_token_id), labels, vocabulary="all")
     rows = [cross_entropy(logits[row][mask[row]], tokens[row][mask[row]], label_smoothing=0.3) for row in range(8)]
     with (tmp_path / "metrics.csv").open() as file:
         logged = {name: float(value) for name, value in next(csv.DictReader(file)).items()}

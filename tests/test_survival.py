@@ -151,7 +151,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(bench, report, stage):
     assert runs.newest("killed-at-7").name == "step-00000006"
     (text, _) = runs.leg("killed-at-7", TWO, "--trainer.max_steps=8")
     bench.ends_as_the_straight_run(stage, "killed-at-7", TWO)
-    said = line(text, "going on from step-00000006")
+    said = line(text, "resuming from step-00000006")
     report.add(
         1,
         f"{stage}: SIGKILL to both ranks behind step 7, a checkpoint every 3",

@@ -19,9 +19,12 @@ from maskgit_pl.data import Batch
 from maskgit_pl.imaging import to_unit_range
 from maskgit_pl.networks.discriminator import DiscriminatorConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
-from maskgit_pl.tokenizer import AdversarialConfig, CodebookUse, PerceptualConfig, Tokenizer, _as_bytes
+from maskgit_pl.tokenizer import CodebookUse, Tokenizer, _as_bytes
+from maskgit_pl.tokenizer_config import AdversarialConfig, PerceptualConfig
+from maskgit_pl.tokenizer_losses import gradient_at
 from maskgit_pl.training.optimizers import LearningRate
 from maskgit_pl.training.strategies import build_strategy
+from tests.modules import tokenizer_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -40,8 +43,8 @@ GLOBAL_BATCH = 8
 
 def tokenizer(**changes):
     torch.manual_seed(0)
-    settings = {"image_size": 16, "learning_rate": LearningRate(1e-3), "ema_decay": 0.9, **changes}
-    return Tokenizer(settings.pop("network", NETWORK), **settings)
+    settings = {"network": NETWORK, "image_size": 16, "ema_decay": 0.9, **changes}
+    return tokenizer_model(settings.pop("network"), **settings)
 
 
 def pictures(index):
@@ -193,7 +196,7 @@ def test_the_gradients_of_each_network_are_clipped_apart():
 def test_both_optimisers_follow_the_learning_rate():
     rate = LearningRate(1e-3, warmup_steps=2, decay="cosine")
     expected = [1e-3 * rate.factor(step, 5) for step in range(5)]
-    assert stepped(max_steps=5, learning_rate=rate).rates == [pytest.approx(expected)] * 2
+    assert stepped(max_steps=5, rate=rate).rates == [pytest.approx(expected)] * 2
 
 
 def test_the_r1_penalty_comes_every_so_many_steps_times_as_much(added_gradients):
@@ -281,7 +284,7 @@ def test_the_average_follows_its_ramp_from_the_first_step_on():
 
 
 def test_it_learns_and_keeps_pictures():
-    module = tokenizer(learning_rate=LearningRate(5e-3, warmup_steps=5, decay="cosine"))
+    module = tokenizer(rate=LearningRate(5e-3, warmup_steps=5, decay="cosine"))
     assert module.reconstructions() is None
     first = fit(module, max_steps=1).callback_metrics["val/psnr"]
     trainer = fit(module, max_steps=80)
@@ -318,8 +321,9 @@ def test_a_perceptual_network_reaches_the_generator_and_stays_out_of_the_checkpo
     assert module.state_dict().keys() == plain.state_dict().keys()
     images, image = batch_of(range(8)).content / 255, torch.rand(8, 1, 16, 16, requires_grad=True)
     module = tokenizer(perceptual=PerceptualConfig(spec, weight=1e5))  # random features hardly differ
-    gradient, metrics = module._similarity_gradient(image, images)
-    wanted, got = (module._features[0](each).logits for each in (images, image))
+    loss, metrics = module.similarity_loss(image, images)
+    gradient = gradient_at(image, loss)
+    wanted, got = (module.similarity_loss.network(each).logits for each in (images, image))
     perceptual = F.mse_loss(got, wanted.detach())
     torch.testing.assert_close(metrics["perceptual"], perceptual)
     total = F.mse_loss(image, images) + 1e5 * perceptual
@@ -357,7 +361,7 @@ def test_weights_in_16_bits_are_refused(precision):
 def test_an_endless_cosine_is_refused():
     with pytest.raises(ValueError, match="max_steps"):
         fit(
-            tokenizer(learning_rate=LearningRate(1e-3, decay="cosine")),
+            tokenizer(rate=LearningRate(1e-3, decay="cosine")),
             max_steps=-1,
             max_epochs=1,
             val_check_interval=1,

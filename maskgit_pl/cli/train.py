@@ -28,7 +28,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Trains, or prints the recipe."""
-    with interruption.listening():
+    with interruption.listening(until="exit"):
         recipe = read_recipe(args)
         folders = folders_of(args, recipe)
         if args.print_config:

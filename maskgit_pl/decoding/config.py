@@ -149,11 +149,6 @@ class DecodingConfig:
                 f"{self.num_steps}; leave it out, or take a model with bidirectional attention"
             )
 
-    @property
-    def refresh(self) -> int | None:
-        """What ``decode_classes`` is told of the context cache; None is exact."""
-        return self.context_cache if self.context_cache > 1 else None
-
     def scales(self) -> tuple[float, ...]:
         """Guidance scale of each step."""
         return guidance_scales(guidance_schedules.build(self.guidance), self.num_steps)

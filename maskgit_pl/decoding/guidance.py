@@ -46,7 +46,10 @@ def guidance_scales(schedule: GuidanceSchedule, num_steps: int) -> tuple[float, 
 
 
 guidance_schedules: Registry[GuidanceSchedule] = Registry(
-    "guidance schedule", "maskgit_pl.guidance_schedules", check=check_guidance_schedule
+    "guidance schedule",
+    "maskgit_pl.guidance_schedules",
+    check=check_guidance_schedule,
+    renamed={"column-normalised": "linear"},  # of 0.1.0, which computed the same
 )
 
 

@@ -9,18 +9,20 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, runtime_checkable
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from maskgit_pl.checks import check_integer
 from maskgit_pl.decoding.limits import check_guidance
-from maskgit_pl.networks.transformer import ContextCache
+from maskgit_pl.networks.transformer import ContextCache, Transformer
 
 __all__ = [
     "CachedPredictor",
     "CachingNetwork",
     "ClassPredictor",
+    "ConditionalModel",
     "ConditionalNetwork",
     "FirstStepLogits",
     "FirstStepPredictor",
@@ -87,40 +89,39 @@ class ClassPredictor:
 
 
 class CachedPredictor:
-    """Keeps keys and values of what was known before; approximate, except with ``refresh`` 1.
+    """Keeps keys and values of what was known before; approximate, except with ``context_cache`` 1.
 
     A call computes the masked positions and those that became known since the last call; known tokens keep the keys and
-    values that they had when more of the others were masked. Every ``refresh``-th call computes everything, the first
-    one too. It saves little: decoding in 8 steps on one CPU thread took 0.88 (49 tokens, width 128) and 0.90 of the
-    exact time (256 tokens, width 768) with 4, and 0.91 and 0.98 with 2; a third to two fifths of a trained model's
+    values that they had when more of the others were masked. Every ``context_cache``-th call computes everything, the
+    first one too. It saves little: decoding in 8 steps on one CPU thread took 0.88 (49 tokens, width 128) and 0.90 of
+    the exact time (256 tokens, width 768) with 4, and 0.91 and 0.98 with 2; a third to two fifths of a trained model's
     tokens changed (``benchmarks/context_cache.py``).
 
     Args:
         network: Usually a ``networks.transformer.MaskedTransformer``.
         labels: (B,) int64: class of each image, or the null class.
-        refresh: Calls from one full pass to the next, at least 1.
+        context_cache: Calls from one full pass to the next, at least 1.
 
     Raises:
-        ValueError: ``refresh`` out of range.
-        TypeError: The network has no ``update``.
+        ValueError: if ``context_cache`` is out of range.
+        TypeError: if the network has no ``update``.
     """
 
-    def __init__(self, network: ConditionalNetwork, labels: Tensor, *, refresh: int = 4) -> None:
-        if refresh < 1:
-            raise ValueError(f"refresh: at least 1 call is needed, got {refresh}")
+    def __init__(self, network: ConditionalNetwork, labels: Tensor, *, context_cache: int = 4) -> None:
+        check_integer("context_cache", context_cache, "[1, inf)")
         if not isinstance(network, CachingNetwork):
             raise TypeError(
-                f"refresh: a network that keeps keys and values (a method `update`) is needed, got "
-                f"{type(network).__name__}; leave refresh out to decode exactly"
+                "context_cache above 1 must have a network that keeps keys and values (a method `update`), got "
+                f"{type(network).__name__}; set context_cache to 1 to decode exactly"
             )
         self.network = network
         self.labels = labels
-        self.refresh = refresh
+        self.context_cache = context_cache
         self._calls = 0
         self._cache = ContextCache()
 
     def __call__(self, tokens: Tensor, positions: Tensor, newly_known: Tensor) -> Tensor:
-        if self._calls % self.refresh == 0:
+        if self._calls % self.context_cache == 0:
             self._cache = ContextCache()
         self._calls += 1
         return self.network.update(tokens, self.labels, positions, newly_known, cache=self._cache)
@@ -239,48 +240,98 @@ class FirstStepPredictor:
         return logits  # every position is masked, and asked for in raster order
 
 
-def class_predictor(
-    network: ConditionalNetwork,
-    labels: Sequence[int],
-    *,
-    device: torch.device,
-    negative_labels: Sequence[int] | None = None,
-    scales: Sequence[float] = (),
-    first_step: FirstStepLogits | None = None,
-    refresh: int | None = None,
-) -> Predictor:
-    """The predictor of a class-conditional run, put together from the parts above.
+NetworkT = TypeVar("NetworkT", covariant=True)
+TransformerT = TypeVar("TransformerT", bound=Transformer)
+
+
+@dataclass(frozen=True)
+class ConditionalModel(Generic[NetworkT]):
+    """A class-conditional network and what decoding must know of it. ``of`` reads most of it from the network.
 
     Args:
-        network: As of ``ClassPredictor``.
-        labels: Class of each image.
+        network: Gives the logits: a ``ConditionalNetwork``, or a ``CausalTransformer`` for ``decode_in_order``.
+        grid: Rows and columns of tokens; N is their product.
+        mask_token_id: The id that marks an unknown token.
+        null_label: The label that stands for "no class"; None if the network has none.
         device: Where the network is.
-        negative_labels: The class that each image is pushed away from; None where there is none.
+        first_step_logits: Keeps the first step's logits of a class from run to run; None computes them once a batch.
+        context_cache: Calls from one full pass to the next, as in ``CachedPredictor``; 1 is exact.
+    """
+
+    network: NetworkT
+    grid: tuple[int, int]
+    mask_token_id: int
+    null_label: int | None
+    device: torch.device
+    first_step_logits: FirstStepLogits | None = None
+    context_cache: int = 1
+
+    @staticmethod
+    def of(
+        network: TransformerT,
+        device: torch.device,
+        *,
+        first_step_logits: FirstStepLogits | None = None,
+        context_cache: int = 1,
+    ) -> ConditionalModel[TransformerT]:
+        """Returns the model of a ``Transformer``, whose configuration holds the grid and the ids."""
+        config = network.config
+        return ConditionalModel(
+            network, config.grid, config.mask_token_id, config.null_label, device, first_step_logits, context_cache
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """N, tokens of an image."""
+        return self.grid[0] * self.grid[1]
+
+    def negative_labels(self, given: Sequence[int] | None, count: int) -> Sequence[int] | None:
+        """Returns the ``count`` classes that guidance pushes away from: those given, else the null class, or None."""
+        return [self.null_label] * count if given is None and self.null_label is not None else given
+
+
+def class_predictor(
+    model: ConditionalModel[ConditionalNetwork],
+    labels: Sequence[int],
+    *,
+    negative_labels: Sequence[int] | None = None,
+    scales: Sequence[float] = (),
+    all_masked: bool = False,
+) -> Predictor:
+    """Returns the predictor of a class-conditional run, put together from the parts above.
+
+    Args:
+        model: The network; its ``context_cache`` above 1 makes the predictor approximate.
+        labels: Class of each image.
+        negative_labels: The class that each image is pushed away from; None is the null class.
         scales: Guidance scale of each call; empty for no guidance.
-        first_step: Where the first call's logits come from; None where not every token starts masked.
-        refresh: As of ``CachedPredictor``, approximate; None computes everything at each call.
+        all_masked: Every token starts masked, so that the first call's logits depend on the class alone and are shared.
 
     Raises:
-        ValueError: Guidance without a class to be pushed away from, or ``refresh`` out of range.
-        TypeError: ``refresh`` with a network that cannot keep keys and values.
+        ValueError: if there is guidance but no class to push away from, or ``context_cache`` is out of range.
+        TypeError: if ``context_cache`` is above 1 and the network cannot keep keys and values.
     """
     asking: Callable[[ConditionalNetwork, Tensor], Predictor] = ClassPredictor
-    if refresh is not None:
-        asking = partial(CachedPredictor, refresh=refresh)
+    if model.context_cache != 1:
+        asking = partial(CachedPredictor, context_cache=model.context_cache)
+    negative_labels = model.negative_labels(negative_labels, len(labels))
     check_guidance(scales, pushes_away=negative_labels is not None)
 
     def over(of_calls: Sequence[float]) -> Predictor:
-        rows = torch.tensor(list(labels), device=device)
+        rows = torch.tensor(list(labels), device=model.device)
         if negative_labels is None or not any(scale > 0 for scale in of_calls):
-            return asking(network, rows)
-        negative = torch.tensor(list(negative_labels), device=device)
-        return GuidedPredictor(network, rows, negative_labels=negative, scales=of_calls, asking=asking)
+            return asking(model.network, rows)
+        negative = torch.tensor(list(negative_labels), device=model.device)
+        return GuidedPredictor(model.network, rows, negative_labels=negative, scales=of_calls, asking=asking)
 
-    if first_step is None:
+    if not all_masked:
         return over(scales)
+    first_step = model.first_step_logits or FirstStepLogits(
+        model.network, num_tokens=model.num_tokens, mask_token_id=model.mask_token_id
+    )
     if negative_labels is not None and scales and scales[0] > 0:
-        conditional, unconditional = first_step([*labels, *negative_labels], device=device).chunk(2)
+        conditional, unconditional = first_step([*labels, *negative_labels], device=model.device).chunk(2)
         logits = guided(conditional, unconditional, scales[0])
     else:
-        logits = first_step(labels, device=device)
+        logits = first_step(labels, device=model.device)
     return FirstStepPredictor(logits, over(scales[1:]))

@@ -18,7 +18,7 @@ from torch import Tensor
 from maskgit_pl.decoding.decoder import DecodingStep
 from maskgit_pl.decoding.limits import check_guidance
 from maskgit_pl.decoding.noise import Noise, SeededNoise
-from maskgit_pl.decoding.predictors import guided
+from maskgit_pl.decoding.predictors import ConditionalModel, guided
 from maskgit_pl.decoding.sampling import CodeSampling
 from maskgit_pl.networks.causal import CausalTransformer
 
@@ -129,45 +129,40 @@ class ClassNextPredictor:
 
 
 def decode_in_order(
-    network: CausalTransformer,
+    model: ConditionalModel[CausalTransformer],
     labels: Sequence[int],
     seeds: Sequence[int],
     *,
     decoder: SequentialDecoder,
     scales: Sequence[float],
-    null_label: int | None,
-    device: torch.device,
     negative_labels: Sequence[int] | None = None,
     cache: bool = True,
 ) -> Iterator[DecodingStep]:
-    """Decodes one image for each label, from nothing but its class and its seed: ``decode_classes`` in raster order.
+    """Decodes one image for each label, from its class and its seed only: ``decode_classes`` in raster order.
 
     Args:
-        network: As of ``ClassNextPredictor``.
+        model: The causal network and its null label.
         labels: Class of each image, or the null class.
         seeds: Seed of each image, in [0, 2**32): its noise does not depend on the rest of the batch.
-        decoder: The steps.
+        decoder: The number of tokens, and how codes are drawn.
         scales: Guidance scale of each step.
-        null_label: The class row that stands for "no class"; None where the network has none.
-        device: Where the network is.
         negative_labels: The class that guidance pushes each image away from; None is the null class.
-        cache: As of ``ClassNextPredictor``.
+        cache: Keep keys and values from token to token, as in ``ClassNextPredictor``.
 
     Returns:
         The steps, one by one.
 
     Raises:
-        ValueError: As of ``ClassNextPredictor``.
+        ValueError: if there is guidance, the network has no null class, and no negative classes are named.
     """
-    if negative_labels is None and null_label is not None:
-        negative_labels = [null_label] * len(labels)
+    negative_labels = model.negative_labels(negative_labels, len(labels))
     predictor = ClassNextPredictor(
-        network,
-        torch.tensor(list(labels), device=device),
-        negative_labels=None if negative_labels is None else torch.tensor(list(negative_labels), device=device),
+        model.network,
+        torch.tensor(list(labels), device=model.device),
+        negative_labels=None if negative_labels is None else torch.tensor(list(negative_labels), device=model.device),
         scales=scales,
         cache=cache,
     )
-    seeds_here = torch.tensor(list(seeds), dtype=torch.int64, device=device)
+    seeds_here = torch.tensor(list(seeds), dtype=torch.int64, device=model.device)
     noise = SeededNoise(seeds_here, decoder.num_tokens, steps_at_once=1)
-    return decoder.steps(predictor, noise, batch_size=len(labels), device=device)
+    return decoder.steps(predictor, noise, batch_size=len(labels), device=model.device)

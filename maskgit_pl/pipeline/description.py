@@ -19,6 +19,7 @@ from maskgit_pl.checks import shorten
 from maskgit_pl.networks.causal import build_transformer
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
+from maskgit_pl.old_names import renamed_tree
 from maskgit_pl.pretrained import fingerprint, read_config, read_decoding
 
 __all__ = [
@@ -43,8 +44,8 @@ SETTINGS = (
     "data.global_batch",
     "data.crop",
     "data.seed",
-    "model.learning_rate",
-    "model.weight_decay",
+    "model.optimizer.learning_rate",
+    "model.optimizer.weight_decay",
     "model.ema_decay",
     "model.flip_probability",
     "model.reconstruction_loss",
@@ -191,7 +192,8 @@ def check_run_facts(run: Any) -> Mapping[str, Any] | None:
 def _stage(folder: Path) -> dict[str, Any]:
     """Returns recipe, settings and versions of a stage."""
     file = folder / "config.yaml"
-    recipe = (yaml.safe_load(file.read_text()) or {}) if file.is_file() else {}
+    recipe = yaml.safe_load(file.read_text()) if file.is_file() else None
+    recipe = renamed_tree(recipe, f"recipe {file}") if isinstance(recipe, dict) else {}
     values = {key: _value(recipe, key) for key in SETTINGS}
     if values["data.path"] is not None:  # the card does not publish paths of that machine
         values["data.path"] = Path(values["data.path"]).name

@@ -17,7 +17,14 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from maskgit_pl import editing
-from maskgit_pl.decoding import DecodingConfig, DecodingStep, FirstStepLogits, decode_classes, decode_in_order
+from maskgit_pl.decoding import (
+    ConditionalModel,
+    DecodingConfig,
+    DecodingStep,
+    FirstStepLogits,
+    decode_classes,
+    decode_in_order,
+)
 from maskgit_pl.devices import check_device
 from maskgit_pl.editing import Box, ImageLike, MaskLike
 from maskgit_pl.imaging import to_unit_range
@@ -594,35 +601,29 @@ class MaskGIT:
     ) -> Iterator[DecodingStep]:
         """Decodes some of what was asked for; ``tokens`` (len(rows), N) int64 to begin from."""
         network = self.transformer.network
-        config, labels, seeds = network.config, [run.labels[row] for row in rows], [run.seeds[row] for row in rows]
+        labels, seeds = [run.labels[row] for row in rows], [run.seeds[row] for row in rows]
         negative = None if run.negative_labels is None else [run.negative_labels[row] for row in rows]
         if isinstance(network, CausalTransformer):
             assert tokens is None
             return decode_in_order(
-                network,
+                ConditionalModel.of(network, self.device),
                 labels,
                 seeds,
-                decoder=run.decoding.sequential_decoder(config.num_tokens),
+                decoder=run.decoding.sequential_decoder(network.config.num_tokens),
                 scales=run.decoding.scales(),
-                null_label=config.null_label,
-                device=self.device,
                 negative_labels=negative,
             )
         return decode_classes(
-            network,
+            ConditionalModel.of(
+                network, self.device, first_step_logits=self._first_step, context_cache=run.decoding.context_cache
+            ),
             labels,
             seeds,
             decoder=run.decoding.decoder(self.transformer.mask_schedule),
             scales=run.decoding.scales(),
-            grid=config.grid,
-            mask_token_id=config.mask_token_id,
-            null_label=config.null_label,
-            device=self.device,
             negative_labels=negative,
             tokens=tokens,
             first_step=first_step,
-            first_step_logits=self._first_step,
-            refresh=run.decoding.refresh,
         )
 
     def _fill(self, run: Request, tokens: Tensor, unknown: Tensor, overlap: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a run is, in Python: ``Recipe`` reads one, ``fit`` trains it, and what the command line does takes one call.
+"""Runs from Python: ``Recipe`` reads what a run is, ``fit`` trains it; each command of the command line is one call.
 
 ::
 
@@ -16,21 +16,38 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from maskgit_pl.runs.exporting import export
     from maskgit_pl.runs.fitting import fit
     from maskgit_pl.runs.plan import Plan, plan_run
     from maskgit_pl.runs.recipe import Recipe
+    from maskgit_pl.runs.schedule_runs import train_schedules
     from maskgit_pl.runs.stage import FitResult
+    from maskgit_pl.runs.tokenizing import TokenizeOptions, tokenize
 
-__all__ = ["FitResult", "Plan", "Recipe", "fit", "plan_run"]
+__all__ = [
+    "FitResult",
+    "Plan",
+    "Recipe",
+    "TokenizeOptions",
+    "export",
+    "fit",
+    "plan_run",
+    "tokenize",
+    "train_schedules",
+]
 
 # No module has the name of something here: importing it would put it in that thing's place.
 _HOMES = {
     "FitResult": "stage",
     "Plan": "plan",
     "Recipe": "recipe",
+    "TokenizeOptions": "tokenizing",
+    "export": "exporting",
     "fit": "fitting",
     "plan_run": "plan",
     "preflight": "preflight_checks",
+    "tokenize": "tokenizing",
+    "train_schedules": "schedule_runs",
 }
 
 

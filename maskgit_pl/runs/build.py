@@ -1,13 +1,14 @@
-"""Module, data and Trainer of a stage, built from the values of its recipe."""
+"""Builds module, data and Trainer of a stage from the values of its recipe."""
 
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -21,6 +22,7 @@ from maskgit_pl.checks import build_dataclass
 from maskgit_pl.data import ShardData, split_batch
 from maskgit_pl.data.stream import check_stream
 from maskgit_pl.errors import is_user_error
+from maskgit_pl.old_names import renamed_settings
 from maskgit_pl.pretrained import fingerprint, read_config
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.recipe import Recipe
@@ -44,13 +46,13 @@ __all__ = ["StageRun", "build"]
 
 log = logging.getLogger(__name__)
 
-# What Lightning and torch say on every run of ours and nobody can act on.
+# Warnings of Lightning and torch that every run of ours gets and nobody can act on.
 _EXPECTED_WARNINGS = (
     r"Found \d+ module\(s\) in eval mode at the start of training",  # the averaged copies
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own call
     "The '.*_dataloader' does not have many workers",  # num_workers is the recipe's choice
     "The number of training batches .* is smaller than the logging interval",  # ours counts steps, over epochs
-    "Checkpoint directory .* exists and is not empty",  # a run that goes on
+    "Checkpoint directory .* exists and is not empty",  # a run that resumes
 )
 
 
@@ -84,23 +86,32 @@ def build(plan: Plan) -> StageRun:
 
 
 def _check_classes(module: TokenModel, data: ShardData) -> None:
-    if module.config.num_classes != data.num_classes:
+    num_classes = module.config.network.num_classes
+    if num_classes != data.num_classes:
         raise ValueError(
-            f"model.network.num_classes: {data.path} has {data.num_classes} classes, got {module.config.num_classes}; "
+            f"model.network.num_classes: {data.path} has {data.num_classes} classes, got {num_classes}; "
             "leave the key out or name other data"
         )
 
 
 class StageRun:
-    """A stage of a run: its module and data from a recipe; with ``add_trainer``, its Trainer.
+    """A stage of a run: its module and data from a recipe; after ``add_trainer``, its Trainer.
 
     Args:
-        recipe: Says which stage and which module.
-        tree: All values: the recipe's, and what the data and the tokenizer at hand say.
+        recipe: Recipe; it decides the stage and the module.
+        tree: All values, see ``resolved_tree``.
         folder: ``runs/RUN/STAGE``.
 
     Attributes:
         config: ``tree`` with the default of every key that it leaves out.
+        run: Settings of checkpoints, watchdog and precision.
+        settings: Settings of the Trainer.
+        datamodule: Data of the stage.
+        model: Module of the stage.
+        trainer: After ``add_trainer``: the Trainer.
+        fixed: After ``add_trainer``: the settings that must not change when the run resumes.
+        checkpoints: After ``add_trainer``: what writes checkpoints.
+        watchdog: After ``add_trainer``: what ends a run that hangs.
 
     Raises:
         ValueError: if a value is missing or out of range, or names something unknown. The message names the key.
@@ -118,11 +129,11 @@ class StageRun:
         self.settings = build_dataclass(TrainerSettings, self.config["trainer"], "trainer")
         self._set_precision()
         self.datamodule = ShardData(**_arguments(ShardData, self.config["data"], "data"))
-        module = MODULES[recipe.kind]
-        self.model = module(**_arguments(module, self.config["model"], "model"))
+        config, module = MODULES[recipe.kind]
+        self.model = module(_built(self.config["model"], config, "model"))
 
     def _set_precision(self) -> None:
-        """Sets what must be set before anything computes."""
+        """Sets threads and precision of torch, before anything computes."""
         if self.run.cpu_threads is not None:
             torch.set_num_threads(self.run.cpu_threads)
         torch.set_float32_matmul_precision(self.run.matmul_precision)
@@ -161,12 +172,12 @@ class StageRun:
         except (MisconfigurationException, ModuleNotFoundError, TypeError, ValueError) as error:
             if is_user_error(error):
                 raise
-            raise ValueError(_cannot_be_had(given, error)) from error
+            raise ValueError(_missing_devices(given, error)) from error
         check_strategy(given.strategy, stage=self.stage, ranks=trainer.world_size)
         # Lightning's handler of SIGTERM talks to other ranks, and each micro-batch begins with a question to the first
         # one, for which the device is waited for. Signals set a flag here; ranks vote once a step (training.guards).
-        trainer._signal_connector.register_signal_handlers = _nothing  # type: ignore[method-assign]  # its own
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]  # its own
+        trainer._signal_connector.register_signal_handlers = _do_nothing  # type: ignore[method-assign]  # its own
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _do_nothing  # type: ignore[method-assign]  # its own
         self.trainer = trainer
 
     def _fixed_settings(self) -> dict[str, Any]:
@@ -183,11 +194,12 @@ class StageRun:
         return fixed_settings(self.config, data=identity, tokenizer=tokenizer)
 
     def _check_resumes(self, checkpoint: Path) -> None:
-        """Refuses to resume from a checkpoint with settings that would make it another run."""
+        """Raises ValueError if settings have changed that must not change when a run resumes."""
         known = settings_of(checkpoint)
         if known is None:
             log.warning("%s: it does not say with which settings it was made; they are not compared", checkpoint)
             return
+        known = renamed_settings(known, f"checkpoint {checkpoint}")
         defaults = fixed_settings(resolve(self.kind, {}), data="", tokenizer="")
         changed = changes(known, self.fixed, defaults)
         if changed:
@@ -217,10 +229,10 @@ class StageRun:
 
 
 def _arguments(kind: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Arguments of a class, its dataclasses built from their mappings.
+    """Returns the arguments of a class, its dataclasses built from their mappings.
 
     Raises:
-        ValueError: One is missing, or a dataclass refuses a value; the key is named.
+        ValueError: if one is missing, or a dataclass refuses a value. The message names the key.
     """
     found = {}
     for name, parameter in parameters_of(kind).items():
@@ -238,10 +250,12 @@ def _built(value: Any, annotation: Any, where: str) -> Any:
     try:
         return kind(**values)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        first = re.split(r"[.:\s]", str(error), maxsplit=1)[0]
+        between = "." if first in {each.name for each in fields(kind)} else ": "
+        raise ValueError(f"{where}{between}{error}") from error
 
 
-def _cannot_be_had(given: TrainerSettings, error: Exception) -> str:
+def _missing_devices(given: TrainerSettings, error: Exception) -> str:
     said = " ".join(str(error).split()).rstrip(".")
     return (
         f"trainer: accelerator {given.accelerator!r} with devices {given.devices!r} is not available on this machine "
@@ -250,15 +264,15 @@ def _cannot_be_had(given: TrainerSettings, error: Exception) -> str:
     )
 
 
-def _nothing() -> None:
+def _do_nothing() -> None:
     pass
 
 
 class _NoProfiler(PassThroughProfiler):
-    """Lightning's own enters a generator at each of some 50 places of a step."""
+    """A profiler that costs nothing; Lightning's enters a generator at each of some 50 places of a step."""
 
     _NOTHING = nullcontext()
 
     def profile(self, action_name: str) -> Any:
-        """A context that does nothing, always the same one."""
+        """Returns a context that does nothing, always the same one."""
         return self._NOTHING

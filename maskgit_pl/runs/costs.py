@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import SimpleNamespace
 from typing import cast
@@ -118,12 +118,12 @@ class TransformerCosts(Costs):
 
     @property
     def groups(self) -> tuple[list[Group], Group]:
-        config = self._model.config
+        config = self._model.config.network
         return [block_group(config)] * config.depth, root_group(config)
 
     @property
     def averaged(self) -> int:
-        return self.trained if self._model.ema_decay > 0 else 0
+        return self.trained if self._model.config.ema_decay > 0 else 0
 
     @cached_property
     def _encoding(self) -> tuple[int, Replay]:
@@ -141,7 +141,7 @@ class TransformerCosts(Costs):
     def activations(self, per_device: int) -> Activations:
         """Of a micro-batch whose tokens are all masked: none needs more."""
         made = transformer_activations(
-            self._model.config, batch=per_device, precision=self.precision, checkpointing=self.checkpointing
+            self._model.config.network, batch=per_device, precision=self.precision, checkpointing=self.checkpointing
         )
         encoding = self._encoding[1].peak_of(per_device) if self.encodes else 0  # is over before the network begins
         return Activations(made.kept, made.casts, max(made.working, encoding - made.kept))
@@ -154,10 +154,10 @@ class TransformerCosts(Costs):
         )  # fmt: skip
 
     def flops(self, global_batch: int) -> tuple[float, float]:
-        config, module = self._model.config, self._model
+        config, module = self._model.config.network, self._model
         share = float(config.num_tokens)
         if isinstance(module, MaskedTokenModel):
-            ratio = module.mask_sampler.min_mask_ratio
+            ratio = module.config.min_mask_ratio
             share = mean_masked(module.mask_schedule, config.num_tokens, min_mask_ratio=ratio)
         masked = share * global_batch
         encoding = self._encoding[1].flops * global_batch if self.encodes else 0
@@ -205,10 +205,15 @@ class TokenizerCosts(Costs):
     def averaged(self) -> int:
         return sum(parameter.numel() for parameter in self._model.ema_network.parameters())
 
+    @property
+    def _frozen(self) -> list[nn.Module]:
+        perceptual = self._model.similarity_loss.network
+        return [] if perceptual is None else [perceptual]
+
     @cached_property
     def _replay(self) -> Replay:
         module = self._model
-        networks = [*self._networks, *module._features]
+        networks = [*self._networks, *self._frozen]
         with without_content(*networks), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for parameter in (parameter for network in networks for parameter in network.parameters()):
@@ -221,7 +226,7 @@ class TokenizerCosts(Costs):
         casts = self._replay.casts
         activations = Activations(self._replay.peak_of(per_device) - casts, casts, 0)
         buffers = sum(buffer.nbytes for network in self._networks for buffer in network.buffers())
-        frozen = sum(tensor.nbytes for network in self._model._features for tensor in network.parameters())
+        frozen = sum(tensor.nbytes for network in self._frozen for tensor in network.parameters())
         return memory_of(
             blocks, root, activations, strategy=self.strategy, ranks=self.ranks,
             averaged=self.averaged, frozen=frozen + 2 * buffers,
@@ -243,7 +248,7 @@ class TokenizerCosts(Costs):
 
 def _micro_batch(module: Tokenizer) -> Callable[[], None]:
     """A micro-batch of one image that is not the last of its step, with every loss that the recipe has."""
-    channels, edge = module.network.config.in_channels, module.image_size
+    channels, edge = module.config.network.in_channels, module.config.image_size
     images = torch.empty(1, channels, edge, edge, dtype=torch.uint8)
     numbers = torch.zeros(1, dtype=torch.int64)
     batch = Batch(images, numbers, numbers, numbers, numbers, numbers == 0)
@@ -253,7 +258,7 @@ def _micro_batch(module: Tokenizer) -> Callable[[], None]:
 
     def step() -> None:
         module.trainer = cast("Trainer", trainer)  # held weakly
-        module.accumulation, module.flip_probability = 2, 0.0
+        module.accumulation, module.config = 2, replace(module.config, flip_probability=0.0)
         module._pending = type(module._pending)()
         module.training_step(batch, 0)
 
@@ -262,7 +267,7 @@ def _micro_batch(module: Tokenizer) -> Callable[[], None]:
 
 def _first_full_step(module: Tokenizer) -> int:
     """A step with a discriminator and its penalty."""
-    config = module.adversarial
+    config = module.config.adversarial
     return 0 if config is None else -(-config.start_step // config.r1_every) * config.r1_every
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from maskgit_pl.checks import shorten
+from maskgit_pl.old_names import renamed_tree
 from maskgit_pl.runs.layers import Layer
 from maskgit_pl.runs.recipe_checks import schema_at
 from maskgit_pl.runs.safe_yaml import check_plain, parse_yaml
@@ -67,4 +68,5 @@ def flag_layer(key: str, text: str, schema: Schema) -> Layer:
     for part in reversed(key.split(".")):
         tree = {part: tree}
     check_plain(tree)
-    return Layer(f"flag --{key}", tree)
+    origin = f"flag --{key}"
+    return Layer(origin, renamed_tree(tree, origin))

@@ -1,16 +1,16 @@
-"""Which folders a run reads and writes: those that were named, and those that follow from its recipe.
+"""Finds the folders that a run reads and writes: those that are named, and those that follow from its recipe.
 
 Everything is found and checked as far as it can be without torch, so that a wrong name is answered at once.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from maskgit_pl.files import sha256_of
 from maskgit_pl.registry import nearest
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.recipe_files import Stage
@@ -23,6 +23,7 @@ __all__ = [
     "find_pretrained",
     "find_run",
     "find_tokenizer",
+    "folder_of",
     "plan_run",
 ]
 
@@ -109,10 +110,15 @@ def find_run(recipe: Recipe, run: str | Path | None = None) -> Path:
     named = recipe.run_name if run is None else run
     if named is None:
         raise ValueError("a run that repeats another one must have a name of its own; name it with --run")
-    folder = Path(named) if isinstance(named, Path) or os.sep in named else _RUNS / named
+    folder = folder_of(named)
     if folder.name == SHARED_TOKENS:
         raise ValueError(f"--run {SHARED_TOKENS}: the folder holds the token stores of all runs; take another name")
     return folder
+
+
+def folder_of(run: str | Path) -> Path:
+    """Returns the folder of a run: ``runs/NAME`` for a name; a ``Path`` or a word with a slash is the folder itself."""
+    return Path(run) if isinstance(run, Path) or os.sep in run else _RUNS / run
 
 
 def find_data(recipe: Recipe, data: str | Path | None = None) -> Path:
@@ -197,7 +203,7 @@ def _checked_tokenizer(folder: Path) -> Path:
 
 
 def _refuse_unknown_run(folder: Path) -> None:
-    """Refuses to start stage 2 of a run that was named and is not there: its name is more likely mistyped.
+    """Refuses to start stage 2 of a run that was named and does not exist: its name is probably mistyped.
 
     Raises:
         FileNotFoundError: The nearest run is named.
@@ -218,12 +224,8 @@ def _tokenizers_of(shards: Path, runs: Path) -> list[Path]:
         exported = config.parents[1] / "pretrained" / "tokenizer"
         path = read_yaml(config).get("data", {}).get("path")
         if (exported / "config.json").is_file() and path and Path(path).resolve() == shards.resolve():
-            found.setdefault(_digest(exported / "model.safetensors"), exported)
+            found.setdefault(sha256_of(exported / "model.safetensors"), exported)
     return list(found.values())
-
-
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def find_pretrained(stage: Stage, pretrained: str | Path | None) -> Path | None:

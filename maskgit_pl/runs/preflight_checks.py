@@ -427,7 +427,7 @@ def _note_disk(found: Examination, plan: Plan, costs: Costs, config: Mapping[str
 def _note_values(
     found: Examination, plan: Plan, costs: Costs, config: Mapping[str, Any], summary: DataSummary | None
 ) -> None:
-    rate, steps = config["model"]["learning_rate"], config["trainer"]["max_steps"]
+    rate, steps = config["model"]["optimizer"]["learning_rate"], config["trainer"]["max_steps"]
     values = found.values
     values.append(("parameters", f"{costs.trained:,} trained"))
     values.append(

@@ -1,4 +1,14 @@
-"""How the processes of a run end: each with its own exit code, and none waiting for another that is gone."""
+"""Ends the processes of a run when a fit raises: each with its own exit code, none waiting for one that is gone.
+
+1. What all ranks have agreed on (a signal, losses that are not finite) is raised on rank 0; the others exit silently
+   with its exit code.
+2. An error of one rank leaves the others in a collective, and this one perhaps in the library's attempt to end it: the
+   process prints the error and exits at once. The watchdog of the others hears of it and ends them.
+3. Processes that Lightning's launcher has started exit before the first one: the launcher kills the first process
+   within 5 s of the end of another.
+
+A run of one process raises, and does nothing else: a notebook keeps its kernel.
+"""
 
 from __future__ import annotations
 
@@ -18,33 +28,35 @@ __all__ = ["leaving_together"]
 
 @contextmanager
 def leaving_together(trainer: Trainer) -> Iterator[None]:
-    """Where a fit ends with an error, has each process leave with its own exit code, and soon.
+    """Has each of several processes exit with its own exit code when the fit inside raises an error.
 
-    Lightning's launcher kills the first process within 5 s of the end of another: the others let it go before them. An
-    error of one rank leaves the others in a collective, and this one perhaps in the library's attempt to end it: the
-    process ends at once. What all have agreed on, and what another rank has said, the first one says for all.
+    Args:
+        trainer: Says which process this is, and who started it.
+
+    Raises:
+        BaseException: the error itself, in a run of one process, and on rank 0 where all ranks agree on it.
     """
     try:
         yield
     except BaseException as error:
         agreed = error.on_all_ranks if isinstance(error, RunError) else not isinstance(error, Exception)
-        alone = trainer.world_size > 1 and not agreed
-        if alone:
-            _say(error, trainer)
+        is_alone = trainer.world_size > 1 and not agreed  # the other ranks know nothing of it
+        if is_alone:
+            _print_error(error, trainer)
         environment = getattr(trainer.strategy, "cluster_environment", None)
         if isinstance(environment, LightningEnvironment) and trainer.local_rank > 0:
-            _wait_for_the_end_of(os.getppid())
-        if alone:
+            _wait_for_end_of(os.getppid())  # 3.
+        if is_alone:  # 2.
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()
             os._exit(exit_code_of(error))
-        if isinstance(error, RunError) and not trainer.is_global_zero:
+        if isinstance(error, RunError) and not trainer.is_global_zero:  # 1.
             sys.exit(error.exit_code)
         raise
 
 
-def _say(error: BaseException, trainer: Trainer) -> None:
-    """As the command does where a process ends by itself."""
+def _print_error(error: BaseException, trainer: Trainer) -> None:
+    """Prints an error as the command does; what another rank has told is printed once, by rank 0."""
     if isinstance(error, PeerError):
         if trainer.is_global_zero:
             sys.stderr.write(f"all ranks end, since one has: {error}\n")
@@ -52,7 +64,7 @@ def _say(error: BaseException, trainer: Trainer) -> None:
         sys.stderr.write(describe_error(error, "maskgit train"))
 
 
-def _wait_for_the_end_of(parent: int, seconds: float = 30.0) -> None:
+def _wait_for_end_of(parent: int, *, seconds: float = 30.0) -> None:
     begun = time.monotonic()
     while os.getppid() == parent and time.monotonic() - begun < seconds:
         time.sleep(0.05)

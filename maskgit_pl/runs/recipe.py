@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from maskgit_pl.old_names import renamed_keys
 from maskgit_pl.runs.flags import Overrides, flag_layer, flag_words, split_flags
 from maskgit_pl.runs.layers import Layer, merged, take_out, value_at
 from maskgit_pl.runs.recipe_checks import check_layer
@@ -49,7 +50,7 @@ class Recipe:
         left_out: Keys of each file that were dropped, since they have no meaning under causal attention.
         dataset: Name of the data set.
         run_name: Default name of the run, ``DATASET-RECIPE``; None where a run is repeated.
-        paths: Where a run is repeated, the paths that it read, by their keys: ``data.path``, ``model.tokenizer``.
+        paths: Paths of the run that is repeated, by their keys ``data.path`` and ``model.tokenizer``; else empty.
     """
 
     stage: Stage
@@ -133,7 +134,9 @@ class Recipe:
     def with_overrides(self, overrides: Overrides) -> Recipe:
         """Returns the recipe with further values on top, checked as in ``read``."""
         schema, words = load_schema(self.kind), flag_words(overrides)
-        added = [flag_layer(key, text, schema) for key, text in split_flags(words)]
+        given = list(split_flags(words))
+        keys = renamed_keys((key for key, _ in given), "flags")
+        added = [flag_layer(key, text, schema) for key, (_, text) in zip(keys, given, strict=True)]
         for layer in added:
             if self.kind == "autoregressive":
                 _refuse_masking(layer)
@@ -156,7 +159,7 @@ class Recipe:
 
 
 def _kind(stage: Stage, files: Sequence[Layer], words: Sequence[str]) -> Kind:
-    """Which module the files and flags are for."""
+    """Returns the kind of module that files and flags are for."""
     attention = value_at(merged([layer.tree for layer in files]), "model.network.attention")
     for key, text in split_flags(words):
         if key == "model.network.attention":

@@ -1,4 +1,4 @@
-"""Checks of a recipe's keys and types against the schema of its kind, and why some keys of Lightning have no place."""
+"""Checks a recipe's keys and types against the schema of its kind, and explains why some keys cannot be set."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ FOLLOWS = {  # keys of a module that other keys decide
     "model.seed": "data.seed",
     "model.image_size": "data.image_size",
     "model.network.in_channels": "data.in_channels",
+    "model.global_batch": "data.global_batch",
     "model.accumulation": "data.global_batch and data.max_batch_per_device",
 }
 _STEPS = "runs are counted in steps; set trainer.max_steps"

@@ -1,4 +1,4 @@
-"""Where recipe files are, and which of them make up a run."""
+"""Finds the files that make up a recipe, and reads what an earlier run wrote as a recipe."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PATHS = ("data.path", "data.token_store", "model.tokenizer")
 
 
 class RunConfig(NamedTuple):
-    """What ``config.yaml`` of a run says.
+    """The content of ``config.yaml`` of a run.
 
     Attributes:
         tree: A recipe: no paths, which a command names, and no derived keys.

@@ -142,29 +142,14 @@ class Parameter:
 
 
 def parameters_of(kind: type) -> dict[str, Parameter]:
-    """Returns the arguments of a class by name.
-
-    Arguments that a subclass hands on as ``**shared`` are the keyword-only ones of its base class.
-    """
+    """Returns the fields of a dataclass, or the arguments of another class, by name."""
     if is_dataclass(kind):
         hints = get_type_hints(kind)
         return {each.name: Parameter(hints[each.name], _plain(_field_default(each))) for each in fields(kind)}
-    found: dict[str, Parameter] = {}
-    inherited = False
-    for base in kind.__mro__:
-        if "__init__" not in vars(base):
-            continue
-        signature, hints = inspect.signature(vars(base)["__init__"]), get_type_hints(vars(base)["__init__"])
-        own = list(signature.parameters.values())[1:]
-        for parameter in own:
-            by_name = parameter.kind is parameter.KEYWORD_ONLY
-            if by_name or (not inherited and parameter.kind is not parameter.VAR_KEYWORD):
-                default = MISSING if parameter.default is parameter.empty else _plain(parameter.default)
-                found.setdefault(parameter.name, Parameter(hints[parameter.name], default))
-        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in own):
-            break
-        inherited = True
-    return found
+    hints = get_type_hints(kind.__init__)
+    arguments = inspect.signature(kind).parameters.items()
+    defaults = {name: MISSING if each.default is each.empty else _plain(each.default) for name, each in arguments}
+    return {name: Parameter(hints[name], default) for name, default in defaults.items()}
 
 
 def _field_default(field: Field[Any]) -> Any:
@@ -176,14 +161,14 @@ def _plain(value: Any) -> Any:
 
 
 def build_schema(kind: Kind) -> Schema:
-    """Derives the schema of a recipe from the signatures of module, data and settings. Imports torch."""
-    from maskgit_pl.autoregressive import AutoregressiveModel
+    """Derives the schema of a recipe from the configurations of module, data and settings. Imports torch."""
+    from maskgit_pl.autoregressive import AutoregressiveConfig
     from maskgit_pl.data import ShardData
-    from maskgit_pl.mvtm import MaskedTokenModel
-    from maskgit_pl.tokenizer import Tokenizer
+    from maskgit_pl.mvtm import MaskedTokenConfig
+    from maskgit_pl.tokenizer_config import TokenizerConfig
 
-    module = {"tokenizer": Tokenizer, "transformer": MaskedTokenModel, "autoregressive": AutoregressiveModel}[kind]
-    groups = {name: _group_of(each) for name, each in (("data", ShardData), ("model", module))}
+    models = {"tokenizer": TokenizerConfig, "transformer": MaskedTokenConfig, "autoregressive": AutoregressiveConfig}
+    groups = {name: _group_of(each) for name, each in (("data", ShardData), ("model", models[kind]))}
     run = schema_of(RunSettings)
     properties = {**groups, "trainer": schema_of(TrainerSettings), **run["properties"]}
     return {

@@ -1,4 +1,8 @@
-"""All values of a run: those of its recipe, those that data and tokenizer say, and the default of every other key."""
+"""The values of a run: those of its recipe, those that data and tokenizer decide, and the default of every other key.
+
+Order, later over earlier: data and tokenizer, recipe files, sizes of pretrained weights, flags; then defaults for what
+is left out, and keys that follow others.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,9 @@ from typing import Any, Union, get_args, get_origin
 import yaml
 from lightning.pytorch import LightningModule
 
-from maskgit_pl.autoregressive import AutoregressiveModel
+from maskgit_pl.autoregressive import AutoregressiveConfig, AutoregressiveModel
 from maskgit_pl.data import ShardData
-from maskgit_pl.mvtm import MaskedTokenModel
+from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.pretrained import read_config
 from maskgit_pl.runs.layers import merged
@@ -22,25 +26,26 @@ from maskgit_pl.runs.recipe_files import Stage
 from maskgit_pl.runs.recipe_schema import Parameter, RunSettings, TrainerSettings, parameters_of
 from maskgit_pl.shards.manifest import read_manifest_summary
 from maskgit_pl.tokenizer import Tokenizer
+from maskgit_pl.tokenizer_config import TokenizerConfig
 
 __all__ = ["MODULES", "config_text", "config_text_of", "dataclass_in", "resolve", "resolved_tree"]
 
-MODULES: dict[str, type[LightningModule]] = {
-    "tokenizer": Tokenizer,
-    "transformer": MaskedTokenModel,
-    "autoregressive": AutoregressiveModel,
+MODULES: dict[str, tuple[type[Any], type[LightningModule]]] = {
+    "tokenizer": (TokenizerConfig, Tokenizer),
+    "transformer": (MaskedTokenConfig, MaskedTokenModel),
+    "autoregressive": (AutoregressiveConfig, AutoregressiveModel),
 }
-"""The module that each kind of recipe trains."""
+"""The module that each kind of recipe trains, after its configuration."""
 
 
 def resolved_tree(plan: Plan) -> dict[str, Any]:
-    """Returns all values of a run: what data and tokenizer say, then the recipe's, pretrained sizes and flags."""
-    pretrained = {} if plan.pretrained is None else _pretrained_values(plan.stage, plan.pretrained)
-    return merged([_found_values(plan), plan.recipe.base, pretrained, *plan.recipe.flags])
+    """Merges all values of a run; keys that nothing decides are left out, see ``resolve``."""
+    pretrained = {} if plan.pretrained is None else _values_of_pretrained(plan.stage, plan.pretrained)
+    return merged([_values_of_data_and_tokenizer(plan), plan.recipe.base, pretrained, *plan.recipe.flags])
 
 
-def _found_values(plan: Plan) -> dict[str, Any]:
-    """What a recipe need not say, since the data and the tokenizer at hand say it."""
+def _values_of_data_and_tokenizer(plan: Plan) -> dict[str, Any]:
+    """Values that a recipe leaves out, since data and tokenizer decide them."""
     if plan.tokenizer is None:
         return {"data": {"path": str(plan.shards)}}
     config = read_config(plan.tokenizer, "tokenizer")
@@ -60,7 +65,7 @@ def _found_values(plan: Plan) -> dict[str, Any]:
 
 
 def _num_classes(plan: Plan) -> int:
-    """Of the stream, if it says; else of the data folder."""
+    """The number of classes of the stream, if the recipe says it, else of the data folder."""
     if plan.recipe.get("data.source") == "stream":
         classes = plan.recipe.get("data.stream.classes")
         if classes is not None:
@@ -68,8 +73,8 @@ def _num_classes(plan: Plan) -> int:
     return read_manifest_summary(plan.shards).num_classes
 
 
-def _pretrained_values(stage: Stage, pretrained: Path) -> dict[str, Any]:
-    """What a run takes from the weights that it begins from: their sizes lie above the recipes'."""
+def _values_of_pretrained(stage: Stage, pretrained: Path) -> dict[str, Any]:
+    """Sizes of the weights that a run begins from; they win over those of recipe files."""
     config = read_config(pretrained, stage)
     if stage == "tokenizer":
         network = dict(config["network"])
@@ -83,17 +88,21 @@ def resolve(kind: str, tree: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a tree with the default of every key that it leaves out, and with the keys that follow others.
 
     Args:
-        kind: Of recipe, a key of ``MODULES``.
+        kind: Kind of recipe, a key of ``MODULES``.
         tree: Checked values of a recipe.
+
+    Returns:
+        Groups ``data``, ``model`` and ``trainer``, and the keys of ``RunSettings``.
     """
-    groups = {"data": parameters_of(ShardData), "model": parameters_of(MODULES[kind])}
+    groups = {"data": parameters_of(ShardData), "model": parameters_of(MODULES[kind][0])}
     config = {name: _resolve_group(known, tree.get(name, {})) for name, known in groups.items()}
     for name, defaults in (("trainer", TrainerSettings()), (None, RunSettings())):
         given = tree.get(name, {}) if name else {key: tree[key] for key in asdict(defaults) if key in tree}
         values = {**asdict(defaults), **given}
         config |= {name: values} if name else values
-    if "seed" in config["data"]:
-        config["model"]["seed"] = config["data"]["seed"]
+    config["model"]["seed"] = config["data"]["seed"]
+    if kind == "transformer":
+        config["model"]["global_batch"] = config["data"]["global_batch"]
     if kind == "tokenizer":
         config["model"]["image_size"] = config["data"]["image_size"]
         config["model"]["network"]["in_channels"] = config["data"]["in_channels"]
@@ -115,7 +124,7 @@ def _resolve_group(known: Mapping[str, Parameter], given: Mapping[str, Any]) -> 
 
 def _written_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The tree without the keys that follow others."""
-    model = {key: value for key, value in config["model"].items() if key not in ("seed", "image_size", "accumulation")}
+    model = {key: value for key, value in config["model"].items() if key not in ("seed", "image_size", "global_batch")}
     if "in_channels" in model["network"]:
         model["network"] = {key: value for key, value in model["network"].items() if key != "in_channels"}
     return {**config, "model": model}
@@ -129,7 +138,7 @@ def dataclass_in(annotation: Any) -> type[Any] | None:
 
 
 def config_text(plan: Plan) -> str:
-    """Returns the complete recipe of a run as YAML, with the defaults of all keys; builds and reads nothing more."""
+    """Returns the complete recipe of a run as YAML, with the defaults of all keys; nothing is built."""
     return config_text_of(resolve(plan.recipe.kind, resolved_tree(plan)))
 
 

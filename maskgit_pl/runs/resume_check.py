@@ -1,8 +1,8 @@
-"""What of a recipe may change while a run goes on, and what would make it another run.
+"""Settings of a recipe that must not change when a run resumes.
 
-A checkpoint carries the settings that decide what is learned from what. A run that goes on compares them with its own
+A checkpoint carries the settings that decide what is learned from what. A run that resumes compares them with its own
 before it trains; everything else (steps, logging, validation, devices, workers, micro-batch, precision, how blocks and
-optimiser are executed) may change.
+optimizer are executed) may change.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ __all__ = ["changes", "fixed_settings"]
 _DATA = ("image_size", "in_channels", "crop", "global_batch", "seed", "shuffle_window")
 _TRAINER = ("gradient_clip_val", "gradient_clip_algorithm")
 _FREE_MODEL = {  # all other keys of the model are fixed
-    "model.accumulation",  # follows from the devices
     "model.activation_checkpointing",
-    "model.adamw",
     "model.compiled",
-    "model.decoding",  # pictures and exports alone
-    "model.learning_rate.decay",
-    "model.learning_rate.final_fraction",
-    "model.learning_rate.warmup_steps",
+    "model.decoding",  # only pictures and exports
+    "model.global_batch",  # data.global_batch
     "model.memory_format",
+    "model.optimizer.adamw",
+    "model.optimizer.learning_rate.decay",
+    "model.optimizer.learning_rate.final_fraction",
+    "model.optimizer.learning_rate.warmup_steps",
     "model.seed",  # data.seed
     "model.tokenizer",  # a folder; what lies in it counts
 }
 
 
 def fixed_settings(config: Mapping[str, Any], *, data: str, tokenizer: str | None = None) -> dict[str, Any]:
-    """The settings that a run keeps, as plain values under their dotted keys.
+    """Returns the settings that a run keeps, as plain values under their dotted keys.
 
-    Betas, decay and the peak of the learning rate are among them since the optimiser's state brings them along: a
-    changed one would be overlooked.
+    Betas, decay and the peak of the learning rate are among them since the optimizer's state restores them: a changed
+    one would have no effect.
 
     Args:
         config: The resolved recipe: ``model``, ``data`` and ``trainer``.
@@ -52,12 +52,12 @@ def fixed_settings(config: Mapping[str, Any], *, data: str, tokenizer: str | Non
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
-    """Which settings differ: ``key old -> new``, sorted by key; hashes by their first 12 digits.
+    """Lists the settings that differ, as ``key old -> new``, sorted by key; hashes by their first 12 digits.
 
     Args:
-        old: What a checkpoint carries.
-        new: What the run has now.
-        defaults: Values of keys that the checkpoint does not know, since it is older than they are.
+        old: Settings of a checkpoint.
+        new: Settings of the run.
+        defaults: Values of keys that the checkpoint does not have, since it is older than they are.
     """
     pairs = [(key, old.get(key, defaults.get(key)), new.get(key)) for key in sorted({*old, *new})]
     return [f"{key} {_short(key, was)} -> {_short(key, now)}" for key, was, now in pairs if was != now]
@@ -77,7 +77,7 @@ def _flat(node: Mapping[str, Any], path: str) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON gives it back; a weight file may lie elsewhere."""
+    """A value as JSON restores it; without the paths of weight files, which may lie elsewhere."""
     if isinstance(value, Mapping):
         return {name: _plain(item) for name, item in value.items() if name != "weights"}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

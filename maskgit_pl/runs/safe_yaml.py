@@ -1,4 +1,4 @@
-"""YAML files and words read as plain values: numbers, words, lists and mappings, never a class or another file."""
+"""Reads YAML as plain values: numbers, words, lists and mappings; no value can name a class or another file."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from maskgit_pl.checks import shorten
+from maskgit_pl.old_names import renamed_tree
 
 __all__ = ["NO_CODE", "check_plain", "parse_yaml", "read_yaml"]
 
@@ -46,11 +47,12 @@ _PlainLoader.add_implicit_resolver(  # YAML 1.2's floats: 1e-3 is a number, too
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """Reads a YAML file as plain values.
+    """Reads a YAML file as plain values; keys of version 0.1.0 get their new names.
 
     Raises:
         ValueError: if it is over 200 kB, not YAML, nested too deep, not a mapping, or holds an alias, a repeated key, a
-            number that is not finite, a value that is not plain, or a key that names code. The message is one line.
+            number that is not finite, a value that is not plain, a key that names code, or a key and its old name. The
+            message is one line.
     """
     if file.exists() and not file.is_file():  # a FIFO would be waited for
         raise ValueError(f"recipe {file} must be a regular file")
@@ -59,15 +61,19 @@ def read_yaml(file: Path) -> dict[str, Any]:
     try:
         tree = parse_yaml(file.read_text(encoding="utf-8"))
         if tree is not None and not isinstance(tree, dict):
-            raise ValueError(f"a mapping is needed, got {shorten(tree)}")
+            raise ValueError(f"it must be a mapping, got {shorten(tree)}")
         check_plain(tree)
     except ValueError as error:
         raise ValueError(f"recipe {file}: {error}") from error
-    return tree or {}
+    return renamed_tree(tree or {}, f"recipe {file}")
 
 
 def parse_yaml(text: str) -> Any:
-    """Parses YAML; all that can go wrong is a ValueError of one line."""
+    """Parses YAML.
+
+    Raises:
+        ValueError: whatever is wrong. The message is one line.
+    """
     try:
         return yaml.load(text, Loader=_PlainLoader)  # a SafeLoader
     except yaml.YAMLError as error:
@@ -81,10 +87,16 @@ def parse_yaml(text: str) -> Any:
 
 
 def check_plain(node: Any, path: str = "", depth: int = 0) -> None:
-    """Refuses what is not plain data: other types, numbers that are not finite, keys that name code.
+    """Checks that a tree is plain data.
+
+    Args:
+        node: Tree, or a part of it.
+        path: Dotted key of the part, for messages.
+        depth: Nesting depth of the part.
 
     Raises:
-        ValueError: The key is named.
+        ValueError: if it is nested too deep, or holds another type, a number that is not finite, or a key that names
+            code. The message names the key.
     """
     if depth > _MAX_DEPTH:
         raise ValueError(f"{path[:80]}: it is nested too deep")

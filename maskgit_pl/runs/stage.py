@@ -1,4 +1,7 @@
-"""Trains a stage of a run that is planned, and exports it as a pretrained folder."""
+"""Trains a stage of a run that is planned, and exports it as a pretrained folder.
+
+``runs.fit`` and ``runs.export`` import it when they have found what they need: torch and Lightning take seconds.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ _OPEN_FILES = 1 << 16
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a fit leaves behind.
+    """The result of a fit.
 
     Args:
         folder: ``runs/RUN``.
@@ -83,7 +86,7 @@ def fit_stage(plan: Plan) -> FitResult:
 
 
 def _fit(run: StageRun, plan: Plan) -> None:
-    """Trains on from the newest checkpoint, and exports; rank 0 holds the lock of the stage's folder."""
+    """Trains from the newest checkpoint to the last step, and exports; rank 0 holds the lock of the stage's folder."""
     module, data, trainer = run.model, run.datamodule, run.trainer
     newest = newest_complete(plan.checkpoints)
     if plan.pretrained is not None and newest is None:
@@ -91,7 +94,7 @@ def _fit(run: StageRun, plan: Plan) -> None:
         module.start_from(plan.pretrained)
     if trainer.is_global_zero:
         _write_records(run, plan)
-        _introduce(run, plan, newest)
+        _log_start(run, plan, newest)
     run.checkpoints.begins_from = newest
     with leaving_together(trainer), run.watchdog.staying(trainer):
         trainer.fit(module, datamodule=data, ckpt_path=newest)
@@ -100,9 +103,9 @@ def _fit(run: StageRun, plan: Plan) -> None:
 
 
 def _allow_open_files() -> None:
-    """As many as the system lets a process have, up to what any run needs.
+    """Raises the limit of open files as far as the system allows, up to what any run needs.
 
-    The first rank holds two connections to each other one, and a shell often allows 1024 files.
+    Rank 0 holds two connections to each other rank, and a shell often allows 1024 files.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
@@ -114,28 +117,28 @@ def export_checkpoint(plan: Plan, checkpoint: Path, out: Path) -> None:
     """Writes the averaged weights of a checkpoint as training does at its end.
 
     Args:
-        plan: Of one process.
-        checkpoint: Of the run, by any number of ranks.
+        plan: A plan of one process on a CPU.
+        checkpoint: A checkpoint of the run, written by any number of ranks.
         out: Pretrained folder.
 
     Raises:
-        ValueError: The checkpoint is not whole.
+        ValueError: if the checkpoint is not whole.
     """
     run = build(plan)
     module = run.model
 
-    def weights_alone(key: str, saved: SavedTensor) -> Tensor:
+    def only_weights(key: str, saved: SavedTensor) -> Tensor:
         return saved.whole() if key.startswith("/state_dict/") else torch.empty(0)
 
-    load_weights(module, FolderCheckpointIO().load_pieces(checkpoint, weights_alone)["state_dict"], checkpoint)
+    load_weights(module, FolderCheckpointIO().load_pieces(checkpoint, only_weights)["state_dict"], checkpoint)
     log.info("%s: %s", plan.stage_folder, checkpoint.name)
     _export(module, run.datamodule, plan, out, step=step_of(checkpoint))
 
 
-def _introduce(run: StageRun, plan: Plan, newest: Path | None) -> None:
-    """Says what begins, and what of the recipes has no meaning in it."""
+def _log_start(run: StageRun, plan: Plan, newest: Path | None) -> None:
+    """Logs from where the run starts, its batch, and which keys of its recipe have no meaning for it."""
     if plan.pretrained is not None and newest is None:
-        log.info("%s: begins from the weights of %s", plan.stage_folder, plan.pretrained)
+        log.info("%s: starts from the weights of %s", plan.stage_folder, plan.pretrained)
     for origin, keys in plan.recipe.left_out.items():
         log.info("%s: causal attention has no use for %s", origin, ", ".join(keys))
     data, ranks = run.datamodule, run.trainer.world_size
@@ -143,12 +146,12 @@ def _introduce(run: StageRun, plan: Plan, newest: Path | None) -> None:
     log.info(
         "%s: global batch %d = %d ranks x %d accumulated x %d a device%s",
         plan.stage_folder, data.global_batch, ranks, accumulation, per_device,
-        f"; going on from {newest.name}" if newest else "",
+        f"; resuming from {newest.name}" if newest else "",
     )  # fmt: skip
 
 
 def _is_exported(plan: Plan, step: int) -> bool:
-    """Whether the run's own pretrained folder has the weights of a step, and not of one before it."""
+    """Returns whether the run's own pretrained folder has the weights of a step, and not of an earlier one."""
     try:
         said: object = json.loads((plan.stage_folder / _EXPORTED).read_text())
         return said == {"step": step, "sha256": fingerprint(plan.folder / "pretrained" / plan.stage)}
@@ -173,7 +176,7 @@ def _export(module: LightningModule, data: ShardData, plan: Plan, folder: Path, 
 
 
 def _describe(folder: Path) -> None:
-    """Writes the model card beside both stages; the weights are exported, and no fault of a text may end the run."""
+    """Writes the model card beside both stages; its errors do not end the run, whose weights are exported."""
     try:
         write_card(folder)
     except Exception as error:

@@ -1,7 +1,7 @@
-"""The exponential moving average of a network's weights, kept as a frozen copy beside it.
+"""The exponential moving average of a network's weights, kept as a frozen copy of the network.
 
-A copy that is a submodule is sharded, moved and saved as the rest of a LightningModule is. Evaluation, sample pictures
-and exports use it.
+The copy is a submodule, so that it is sharded, moved and saved as the rest of a LightningModule is. Evaluation, sample
+pictures and exports use it.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def frozen_copy(network: Network) -> Network:
-    """A deep copy that is not trained and stays in evaluation mode."""
-    duplicate = copy.deepcopy(network).requires_grad_(False).eval()
+    """Returns a deep copy that is not trained and stays in evaluation mode."""
+    duplicate = copy.deepcopy(network).requires_grad_(requires_grad=False).eval()
     duplicate.train = lambda mode=True: duplicate  # type: ignore[method-assign]  # Lightning calls train() on all
     return duplicate
 
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, source: nn.Module, *, decay: float, step: int) -> None:
-    """Ema <- d ema + (1 - d) source, with d = min(decay, (1 + step) / (10 + step)); buffers are copied.
+    """Updates the average: ema <- d ema + (1 - d) source, with d = min(decay, (1 + step) / (10 + step)).
 
-    Works on the local shards of sharded parameters.
+    Buffers are copied. Works on the local shards of sharded parameters.
 
     Args:
-        ema: What ``frozen_copy`` made of ``source``.
+        ema: The average, made by ``frozen_copy`` from ``source``.
         source: The trained network.
-        decay: In [0, 1).
-        step: Steps done before; the ramp lets early averages forget the initial weights.
+        decay: Upper bound of d, in [0, 1).
+        step: Number of steps before this one. The ramp makes early averages forget the initial weights.
     """
     _reshard(ema)
     weight = 1 - min(decay, (1 + step) / (10 + step))
@@ -47,7 +47,7 @@ def update_ema(ema: nn.Module, source: nn.Module, *, decay: float, step: int) ->
 
 
 def _reshard(network: nn.Module) -> None:
-    """After a forward without a backward, as in validation, FSDP2 leaves the root's parameters whole."""
+    """Shards the root's parameters again, which FSDP2 leaves whole after a forward without a backward (validation)."""
     for module in network.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -1,20 +1,18 @@
-"""How a network's blocks are executed in training: what they keep for the backward pass, and who runs their kernels.
+"""Execution of a network's blocks in training: activation checkpointing and ``torch.compile``.
 
-Neither changes what is learned. Both replace the blocks' ``forward`` in place: names in a state dict stay as they are,
-and the hooks with which DDP and FSDP2 follow a block stay outside, neither compiled nor run a second time.
+Neither changes what is learned. Both replace the blocks' ``forward`` in place: the names in a state dict stay as they
+are, and the hooks with which DDP and FSDP2 follow a block stay outside, neither compiled nor run a second time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-
-from maskgit_pl.registry import nearest
 
 __all__ = ["ActivationCheckpointing", "Compiled", "prepare_blocks"]
 
@@ -28,26 +26,17 @@ def prepare_blocks(
     activation_checkpointing: ActivationCheckpointing = "none",
     compiled: Compiled = "none",
 ) -> None:
-    """Has blocks run as a recipe says; called once, before they are sharded, on the network that is trained alone.
+    """Sets how blocks are executed; called once on the trained network only, before it is sharded.
 
     Args:
-        blocks: Whose ``forward`` gets tensors and gives one.
-        activation_checkpointing: ``blocks``: each keeps its inputs alone for the backward pass, which runs it again,
-            with the same dropout. Losses and gradients are the same to the last bit.
-        compiled: ``blocks``: each is compiled when it first runs, by ``torch.compile``; products and sums are rounded
-            in another order then, and dropout draws other numbers.
-
-    Raises:
-        ValueError: Another word.
+        blocks: Modules whose ``forward`` takes tensors and returns one.
+        activation_checkpointing: ``blocks`` keeps only the inputs of each block for the backward pass, which runs the
+            block again, with the same dropout. Losses and gradients are bit-exact.
+        compiled: ``blocks`` compiles each block with ``torch.compile`` when it first runs. Products and sums are then
+            rounded in a different order, and dropout draws other numbers.
     """
-    for name, value, words in (
-        ("activation_checkpointing", activation_checkpointing, get_args(ActivationCheckpointing)),
-        ("compiled", compiled, get_args(Compiled)),
-    ):
-        if value not in words:
-            raise ValueError(f"model.{name} {value!r}: {nearest(value, words)}")
     for block in blocks:
         if compiled == "blocks":
             block.forward = torch.compile(block.forward)
-        if activation_checkpointing == "blocks":  # around the compiled one: the other way round nothing is compiled
+        if activation_checkpointing == "blocks":  # around the compiled forward: the other way round compiles nothing
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)

@@ -1,4 +1,4 @@
-"""The optimiser, its parameter groups and its learning rate, which both stages use."""
+"""The optimiser, its parameter groups and its learning rate. Both stages use them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from maskgit_pl.checks import check_choice, check_integer, check_number
-from maskgit_pl.registry import nearest
 
-__all__ = ["AdamWKind", "LearningRate", "build_adamw", "check_betas", "parameter_groups"]
+__all__ = ["AdamWKind", "LearningRate", "OptimizerConfig", "build_adamw", "parameter_groups"]
 
 AdamWKind = Literal["fused", "foreach", "for-loop"]
-"""How AdamW steps: all parameters in one kernel, one kernel an operation, or parameter by parameter."""
+"""Implementations of AdamW: one kernel for all parameters, one kernel for each operation, or a loop over parameters."""
 
 _DECAYED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -24,17 +23,17 @@ _DECAYED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class LearningRate:
     """Linear warm-up to a peak, then constant or a half cosine down.
 
-    The rates are those of the recipe's global batch. More devices or micro-batches share the same batch out, so nothing
-    is ever rescaled by their number; whoever changes ``data.global_batch`` chooses the peak that goes with it.
+    The rates are those of one global batch. Devices and micro-batches divide the global batch, so the rate is not
+    rescaled by their number; with another ``data.global_batch``, choose another peak.
 
     Args:
         peak: Highest learning rate, positive.
-        warmup_steps: Steps from 0 to the peak.
-        decay: What follows the warm-up.
-        final_fraction: Where a cosine decay ends, as a fraction of the peak, in [0, 1].
+        warmup_steps: Steps from 0 to the peak, at least 0.
+        decay: ``constant`` keeps the peak after the warm-up; ``cosine`` falls to ``final_fraction`` at the last step.
+        final_fraction: Learning rate at the end of a cosine decay, as a fraction of the peak, in [0, 1].
 
     Raises:
-        ValueError: A number out of range, or an unknown decay.
+        ValueError: if a number is out of range or the decay is unknown.
     """
 
     peak: float
@@ -43,19 +42,23 @@ class LearningRate:
     final_fraction: float = 0.0
 
     def __post_init__(self) -> None:
-        check_number("learning_rate.peak", self.peak, "(0, inf)")
-        check_integer("learning_rate.warmup_steps", self.warmup_steps, "[0, 9e18]")
-        check_choice("learning_rate.decay", self.decay, ("constant", "cosine"))
-        check_number("learning_rate.final_fraction", self.final_fraction, "[0, 1]")
+        check_number("peak", self.peak, "(0, inf)")
+        check_integer("warmup_steps", self.warmup_steps, "[0, 9e18]")
+        check_choice("decay", self.decay, ("constant", "cosine"))
+        check_number("final_fraction", self.final_fraction, "[0, 1]")
 
     def factor(self, step: int, max_steps: int) -> float:
-        """Multiplier of the peak at a step (steps done before), in [0, 1].
+        """Computes the multiplier of the peak, in [0, 1].
+
+        Args:
+            step: Number of steps before this one.
+            max_steps: Steps of the whole run.
 
         Raises:
-            ValueError: A decay without an end.
+            ValueError: if the decay is ``cosine`` and ``max_steps`` is below 1.
         """
         if self.decay == "cosine" and max_steps < 1:
-            raise ValueError(f"learning rate decay 'cosine': trainer.max_steps must say where it ends, got {max_steps}")
+            raise ValueError(f"learning_rate.decay 'cosine': trainer.max_steps must be >= 1, got {max_steps}")
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         if self.decay == "constant":
@@ -64,26 +67,45 @@ class LearningRate:
         return self.final_fraction + (1 - self.final_fraction) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def check_betas(betas: tuple[float, float]) -> None:
-    """Checks the decays of Adam's two moments.
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its learning rate.
+
+    Args:
+        learning_rate: Peak, warm-up and decay.
+        betas: Decay rates of the first and the second moment, each in [0, 1).
+        weight_decay: Weight decay of Linear and Conv weights, in [0, 10]; see ``parameter_groups``.
+        adamw: Implementation of the step. All compute the same, and round sums in a different order.
 
     Raises:
-        ValueError: if one is not in [0, 1).
+        ValueError: if a number is out of range or the implementation is unknown.
     """
-    for beta in betas:
-        check_number("model.betas", beta, "[0, 1)")
+
+    learning_rate: LearningRate
+    betas: tuple[float, float]
+    weight_decay: float
+    adamw: AdamWKind = "fused"
+
+    def __post_init__(self) -> None:
+        for beta in self.betas:
+            check_number("betas", beta, "[0, 1)")
+        check_number("weight_decay", self.weight_decay, "[0, 10]")
+        check_choice("adamw", self.adamw, get_args(AdamWKind))
 
 
 def parameter_groups(module: nn.Module, weight_decay: float, *, prefix: str = "") -> list[dict[str, Any]]:
-    """Two groups: weights of Linear and Conv layers, which decay, and everything else, which does not.
+    """Divides parameters into weights of Linear and Conv layers, which decay, and all others, which do not.
 
-    Embeddings, tied tables, positions, codebooks, norms and biases stand in the second. Frozen parameters in none. The
-    parameters carry their names, so that an optimiser's state can be told apart in a checkpoint.
+    Embeddings, tied tables, positions, codebooks, norms and biases are in the second group; frozen parameters are in
+    neither. The parameters carry their names, which identify an optimiser's state in a checkpoint.
 
     Args:
-        module: What is trained.
-        weight_decay: Of the first group.
-        prefix: What stands before the module's parameter names in the LightningModule, e.g. ``"transformer."``.
+        module: The network that is trained.
+        weight_decay: Weight decay of the first group.
+        prefix: Prefix of the parameter names in the LightningModule, such as ``"transformer."``.
+
+    Returns:
+        Two parameter groups as ``torch.optim`` takes them.
 
     Source: the released configuration decays kernels only.
     """
@@ -95,28 +117,22 @@ def parameter_groups(module: nn.Module, weight_decay: float, *, prefix: str = ""
     ]
 
 
-def build_adamw(groups: list[dict[str, Any]], rate: LearningRate, betas: tuple[float, float], kind: AdamWKind) -> AdamW:
-    """AdamW over parameter groups, at the peak of the learning rate.
+def build_adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> AdamW:
+    """Builds AdamW over parameter groups, at the peak of the learning rate.
 
-    A state that is loaded keeps this kind, whatever kind wrote it.
+    A state that is loaded keeps this implementation, whichever implementation wrote it.
 
     Args:
-        groups: Of ``parameter_groups``.
-        rate: Its peak.
-        betas: Decays of both moments.
-        kind: All compute the same; sums are rounded in another order.
-
-    Raises:
-        ValueError: Another kind.
+        groups: Parameter groups, see ``parameter_groups``.
+        config: Betas, peak and implementation; the groups hold the weight decay.
     """
-    if kind not in get_args(AdamWKind):
-        raise ValueError(f"model.adamw {kind!r}: {nearest(kind, get_args(AdamWKind))}")
-    optimizer = AdamW(groups, lr=rate.peak, betas=betas, fused=kind == "fused", foreach=kind == "foreach")
+    fused, foreach = config.adamw == "fused", config.adamw == "foreach"
+    optimizer = AdamW(groups, lr=config.learning_rate.peak, betas=config.betas, fused=fused, foreach=foreach)
     optimizer.register_load_state_dict_pre_hook(_keep_kind)
     return optimizer
 
 
 def _keep_kind(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """A state dict whose groups have the optimiser's own kind."""
+    """Returns a state dict whose groups have the optimiser's own implementation."""
     kind = {name: optimizer.param_groups[0][name] for name in ("fused", "foreach")}
     return {**state, "param_groups": [{**group, **kind} for group in state["param_groups"]]}

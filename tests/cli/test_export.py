@@ -79,7 +79,7 @@ def test_what_is_there_is_replaced_only_when_asked_for(run, tmp_path, capsys):
     copy = shutil.copytree(run, tmp_path / "copy")
     before = content(copy / "pretrained")
     assert main(["export", str(copy), "--step=2"]) == 2
-    assert "is there already; --replace" in capsys.readouterr().err
+    assert "exists; replace it with --replace" in capsys.readouterr().err
     assert content(copy / "pretrained") == before
     assert main(["export", str(copy), "--step=2", "--stage=tokenizer", "--replace"]) == 0
     assert content(copy / "pretrained") != before
@@ -88,7 +88,7 @@ def test_what_is_there_is_replaced_only_when_asked_for(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "match"),
     [
-        (["--step=3"], "step 3 is needed, complete are: 2, 4"),
+        (["--step=3"], "must hold a complete checkpoint of step 3, got steps: 2, 4"),
         (["--data=/nowhere"], "data /nowhere, of"),
     ],
 )

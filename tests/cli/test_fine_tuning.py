@@ -15,7 +15,8 @@ from tests.conftest import flags, save_tiny_pretrained
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TINY = Path(__file__).parents[1] / "tiny"
-STILL = ("--model.learning_rate.peak=1e-30", "--model.learning_rate.warmup_steps=0")  # a step that moves nothing
+# A step that moves nothing.
+STILL = ("--model.optimizer.learning_rate.peak=1e-30", "--model.optimizer.learning_rate.warmup_steps=0")
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ def test_a_transformer_goes_on_with_the_tokenizer_that_it_knows(train, tiny_pret
 def test_a_run_that_has_begun_goes_on_from_its_own_weights(train, tiny_pretrained, tmp_path):
     train("tokenizer", "--pretrained", tiny_pretrained)
     first = weights(tmp_path / "runs" / "tuned" / "pretrained" / "tokenizer")
-    still = "--model.learning_rate.warmup_steps=1000000000"  # a run that goes on keeps its peak
+    still = "--model.optimizer.learning_rate.warmup_steps=1000000000"  # a run that goes on keeps its peak
     assert train("tokenizer", "--pretrained", tiny_pretrained, still, "--trainer.max_steps=2") == 0
     second = weights(tmp_path / "runs" / "tuned" / "pretrained" / "tokenizer")
     given = weights(tiny_pretrained / "tokenizer")

@@ -58,7 +58,7 @@ SIZES = {
 }
 LEARNING = {
     "tokenizer": [
-        ("--model.learning_rate.peak=0.5", "model.learning_rate.peak 0.004 -> 0.5"),
+        ("--model.optimizer.learning_rate.peak=0.5", "model.optimizer.learning_rate.peak 0.004 -> 0.5"),
         ("--model.reconstruction_loss=l1", "model.reconstruction_loss l2 -> l1"),
         ("--model.adversarial={}", "model.adversarial.weight None -> 0.1"),
         ("--model.network.quantizer=gradient", "model.network.quantizer {'name': 'ema'"),
@@ -68,7 +68,7 @@ LEARNING = {
         ("--model.network.depth=2", "model.network.depth 1 -> 2"),
         ("--model.network.class_dropout=0.2", "model.network.class_dropout 0.1 -> 0.2"),
         ("--trainer.gradient_clip_val=2.0", "trainer.gradient_clip_val 1.0 -> 2.0"),
-        ("--model.betas=[0.9,0.99]", "model.betas [0.9, 0.96] -> [0.9, 0.99]"),
+        ("--model.optimizer.betas=[0.9,0.99]", "model.optimizer.betas [0.9, 0.96] -> [0.9, 0.99]"),
     ],
 }
 
@@ -125,11 +125,13 @@ def test_another_tokenizer_is_refused_and_the_same_one_elsewhere_is_not(begun, g
 def test_what_is_harmless_may_change(begun, go_on):
     stage, _, folder = begun
     decoding = ["--model.decoding.num_steps=3"] if stage == "transformer" else ["--model.memory_format=contiguous"]
-    executed = ["--model.activation_checkpointing=blocks", "--model.adamw=for-loop", "--matmul_precision=high"]
+    executed = [
+        "--model.activation_checkpointing=blocks", "--model.optimizer.adamw=for-loop", "--matmul_precision=high",
+    ]  # fmt: skip
     code, said = go_on(
         "--trainer.max_steps=3", "--trainer.log_every_n_steps=2", "--trainer.val_check_interval=2",
         "--data.validation_batch=4", "--data.validation_samples=4", "--data.num_workers=2",
-        "--data.max_batch_per_device=1", "--checkpoint_every=2", "--model.learning_rate.warmup_steps=2",
+        "--data.max_batch_per_device=1", "--checkpoint_every=2", "--model.optimizer.learning_rate.warmup_steps=2",
         *decoding, *executed,
     )  # fmt: skip
     assert code == 0, said

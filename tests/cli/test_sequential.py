@@ -57,7 +57,7 @@ def test_a_run_trains_goes_on_and_keeps_its_kind(train, call, tmp_path):
     assert code == 0, said
     assert "base.yaml: causal attention has no use for model.mask_schedule, model.min_mask_ratio" in said
     code, said = train("--trainer.max_steps=2")
-    assert "going on from step-00000001" in said
+    assert "resuming from step-00000001" in said
     assert newest_complete(tmp_path / "one" / "transformer" / "checkpoints").name == "step-00000002"
     exported = load_transformer(tmp_path / "one" / "pretrained" / "transformer")
     assert exported.mask_schedule is None

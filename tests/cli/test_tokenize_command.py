@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from maskgit_pl.cli import main
-from maskgit_pl.cli.tokenize import Place, find_place
 
 VARIABLES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NTASKS"
@@ -83,25 +82,11 @@ def test_two_processes_share_the_work_and_the_last_one_finishes(tiny_shards, tin
     assert content(tmp_path / "one" / "tokens") == expected
 
 
-def test_the_place_is_told_or_torchruns_or_srunss_or_alone(environment):
-    assert find_place(None, None) == Place(0, 1, 0)
-    environment.setenv("SLURM_PROCID", "0")
-    environment.setenv("SLURM_NTASKS", "8")  # sbatch without srun: one process for all
-    assert find_place(None, None) == Place(0, 1, 0)
-    for name, value in (("SLURM_STEP_NUM_TASKS", "8"), ("SLURM_PROCID", "5"), ("SLURM_LOCALID", "1")):
-        environment.setenv(name, value)
-    assert find_place(None, None) == Place(5, 8, 1)
-    for name, value in (("WORLD_SIZE", "4"), ("RANK", "3"), ("LOCAL_RANK", "0")):
-        environment.setenv(name, value)
-    assert find_place(None, None) == Place(3, 4, 0)
-    assert find_place(1, 2) == Place(1, 2, 1)
-
-
 @pytest.mark.parametrize(
     ("more", "part"),
     [
-        (("--rank", 0), "--rank and --num-ranks: both are needed"),
-        (("--rank", 2, "--num-ranks", 2), "--rank: 0 to 1 is needed with --num-ranks 2, got 2"),
+        (("--rank", 0), "--rank and --num-ranks must be given together"),
+        (("--rank", 2, "--num-ranks", 2), "--rank must be in [0, 1] with --num-ranks 2, got 2"),
         (("--crops", 0), "crops must be an integer in [1, 65536], got 0"),
         (("--crops", 2), "tokenize crops: images that are not square are needed"),
         (("--part-samples", 0), "token store part: at least 1 sample is needed, got 0"),
@@ -119,13 +104,13 @@ def test_what_cannot_be_is_refused_in_a_line(environment, tiny_shards, tiny_pret
 def test_lines_tell_speed_and_rest_where_there_is_no_terminal(
     environment, tiny_shards, tiny_pretrained, tmp_path, caplog
 ):
-    environment.setattr("maskgit_pl.cli.tokenize._SECONDS_BETWEEN_LINES", 0.0)
+    environment.setattr("maskgit_pl.cli.progress._SECONDS_BETWEEN_LINES", 0.0)
     environment.setattr(logging.getLogger("maskgit_pl"), "propagate", True)
     environment.setattr("maskgit_pl.cli._log_to", lambda stream: None)
     with caplog.at_level(logging.INFO, "maskgit_pl"):
         assert main(words(tiny_shards, tiny_pretrained / "tokenizer", tmp_path, "--precision", "bfloat16")) == 0
     lines = "\n".join(caplog.messages)
-    assert re.search(r"^tokens of train: 120/120  \d+ images/s  0 s left$", lines, re.MULTILINE)
+    assert re.search(r"^tokens of train: 118 of 120 images, \d+ images/s, 0:00:00 left$", lines, re.MULTILINE)
     assert re.search(
         r"^\S+tokens/[0-9a-f]{16}: 144 images in [\d.]+ s, \d+ images/s$", lines, re.MULTILINE
     )  # 60 x 2 and 24

@@ -107,7 +107,7 @@ def test_a_finished_run_is_left_alone_and_more_steps_go_on(train, runs, stage):
 
     longer = train(stage, "--trainer.max_steps=3")
     assert longer.code == 0
-    assert "going on from step-00000001" in longer.out
+    assert "resuming from step-00000001" in longer.out
     assert newest_complete(checkpoints).name == "step-00000003"
     assert FolderCheckpointIO().load_checkpoint(newest_complete(checkpoints))["global_step"] == 3
 
@@ -268,7 +268,7 @@ def test_the_complete_recipe_is_printed_and_nothing_is_trained(train, runs):
         ("--trainer.max_steps=many", ("max_steps", "many")),
         ("--trainer.max_steps=-1", ("trainer.max_steps must be >= 1", "got -1")),
         ("--model.label_smoothing=a lot", ("label_smoothing", "a lot")),
-        ("--model.learning_rate.peak=.nan", ("model.learning_rate.peak must be finite", "nan")),
+        ("--model.optimizer.learning_rate.peak=.nan", ("model.optimizer.learning_rate.peak must be finite", "nan")),
         ("--model.mask_schedule=squar", ("unknown mask schedule 'squar'", "did you mean 'square'", "known: arccos")),
         ("--model.mask_schedule={name: pow, exponent: -1}", ("pow", "exponent", "-1")),
         ("--model.network.num_classes=4", ("num_classes", "has 3 classes", "got 4")),
@@ -291,6 +291,30 @@ def test_the_complete_recipe_is_printed_and_nothing_is_trained(train, runs):
 def test_a_wrong_flag_is_refused_before_anything_is_written(train, runs, flag, parts):
     refused(train("transformer", flag), *parts)
     assert not runs.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        ("train transformer --recipe cosin", "did you mean 'cosine'"),
+        ("train transformer --model.zzzzzz=1", "unknown key 'model.zzzzzz'"),
+        ("train tokenizer --data nowhere", "data nowhere: no such folder"),
+        ("train tokenizer --data nowhere --print-config", "data nowhere: no such folder"),
+        ("train tokenizer --data . --pretrained nowhere", "pretrained nowhere: no tokenizer/config.json"),
+        ("train transformer --config nowhere.yaml --run two", "--config nowhere.yaml: no such file"),
+        ("tokenize --data . --tokenizer nowhere", "tokenizer nowhere: no config.json there"),
+        ("export nowhere", "run nowhere: no stage with checkpoints"),
+    ],
+)
+def test_what_is_wrong_is_answered_without_torch(words, part):
+    code = (
+        "import sys; from maskgit_pl.cli import main; code = main(sys.argv[1:]); "
+        "sys.exit(90 if 'torch' in sys.modules else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert part in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("precision", ["highest", "high"])
@@ -345,3 +369,25 @@ def test_validation_curves_and_pictures_stand_at_the_same_steps(train, runs, sta
         assert [each.step for each in events.Scalars(name)] == [2, 4], name
     for picture in events.Tags()["images"]:
         assert {each.step for each in events.Images(picture)} <= {2, 4}
+
+
+def test_each_recipe_file_is_parsed_once(train, maskgit, runs, monkeypatch):
+    texts, load = [], yaml.load
+
+    def counted(text: str, Loader: type[yaml.SafeLoader]) -> object:  # noqa: N803  # PyYAML's name
+        texts.append(text)
+        return load(text, Loader=Loader)
+
+    def counts(files: list[Path]) -> list[int]:
+        return [texts.count(file.read_text()) for file in files]
+
+    folder = Path(__file__).parents[2] / "recipes"
+    assert train("transformer").code == 0
+    config = runs / "one" / "transformer" / "config.yaml"
+    monkeypatch.setattr(yaml, "load", counted)
+    assert train("transformer", "--recipe=paper-256 log", "--run=two", "--model.network.depth=1").code == 0
+    names = ("transformer/base", "transformer/paper-256", "transformer/log", "cluster/cpu")
+    assert counts([folder / f"{name}.yaml" for name in names]) == [1, 1, 1, 1]
+    texts.clear()
+    assert maskgit("train", "transformer", "--runs", runs, "--run", "three", "--config", config).code == 0
+    assert counts([config]) == [1]

@@ -1,10 +1,18 @@
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
 
-from maskgit_pl.decoding import CachedPredictor, ClassPredictor, FirstStepLogits, ParallelDecoder, decode_classes
+from maskgit_pl.decoding import (
+    CachedPredictor,
+    ClassPredictor,
+    ConditionalModel,
+    ParallelDecoder,
+    decode_classes,
+    predictors,
+)
 from maskgit_pl.decoding.predictors import class_predictor
 from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.networks.transformer import ContextCache, MaskedTransformer, TransformerConfig
@@ -48,27 +56,35 @@ class Recording:
         return self.network.update(tokens, labels, positions, newly_known, cache=cache)
 
 
-def decoded(network, *, scales=GUIDANCE[0], selector="confidence", **options):
+def model(network, context_cache: int) -> ConditionalModel:
+    return ConditionalModel(network, (4, 4), MASK, NULL, CPU, context_cache=context_cache)
+
+
+def decoded(network, *, scales=GUIDANCE[0], selector="confidence", context_cache=1):
     decoder = ParallelDecoder(mask_schedules.build("cosine"), token_selectors.build(selector), num_steps=STEPS)
     return list(
         decode_classes(
-            network,
+            model(network, context_cache),
             [0, 2, 1],
             [5, 6, 7],
             decoder=decoder,
             scales=scales,
-            grid=(4, 4),
-            mask_token_id=MASK,
-            null_label=NULL,
-            device=CPU,
-            **options,
         )
     )
 
 
+def decoded_in_full_passes(network, **options):
+    """As ``decoded``, by predictors that could keep keys and values, and compute all of them at each call."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(predictors, "ClassPredictor", partial(CachedPredictor, context_cache=1))
+        return decoded(network, **options)
+
+
 @pytest.mark.parametrize("scales", GUIDANCE, ids=["none", "all", "on and off"])
 def test_with_a_full_pass_at_each_call_the_cache_is_exact(network, scales):
-    for made, exact in zip(decoded(network, scales=scales, refresh=1), decoded(network, scales=scales), strict=True):
+    for made, exact in zip(
+        decoded_in_full_passes(network, scales=scales), decoded(network, scales=scales), strict=True
+    ):
         assert torch.equal(made.tokens, exact.tokens)
         assert torch.equal(made.confidence, exact.confidence)
 
@@ -79,14 +95,14 @@ def test_tokens_that_remdm_masks_again_are_computed_anew_in_a_full_pass(network,
     selector = {"name": "remdm", "strategy": strategy, "eta": 0.6, "start": 0.3, "stop": 0.8, "hold": 0.6}
     exact = decoded(network, scales=scales, selector=selector)
     assert any((late.still_masked & ~early.still_masked).any() for early, late in pairwise(exact))
-    for made, expected in zip(decoded(network, scales=scales, selector=selector, refresh=1), exact, strict=True):
+    for made, expected in zip(decoded_in_full_passes(network, scales=scales, selector=selector), exact, strict=True):
         assert torch.equal(made.tokens, expected.tokens)
         assert torch.equal(made.confidence, expected.confidence)
 
 
 @pytest.mark.parametrize("selector", token_selectors.names())
 def test_every_selector_decodes_with_a_cache_and_mostly_the_same_tokens(network, selector):
-    made, exact = (decoded(network, selector=selector, refresh=refresh) for refresh in (3, None))
+    made, exact = (decoded(network, selector=selector, context_cache=calls) for calls in (3, 1))
     assert torch.equal(made[0].tokens, exact[0].tokens)
     assert ((made[-1].tokens >= 0) & (made[-1].tokens < 16)).all()
     assert torch.equal(made[1].tokens, exact[1].tokens)  # the first call of the cache computes everything
@@ -94,7 +110,7 @@ def test_every_selector_decodes_with_a_cache_and_mostly_the_same_tokens(network,
 
 def test_a_call_computes_what_is_masked_and_what_became_known_since_the_last_one(network):
     recording = Recording(network)
-    steps = decoded(recording, refresh=3)
+    steps = decoded(recording, context_cache=3)
     full = [call for call, (_, count) in enumerate(recording.calls) if count == -1]
     assert full == [0, 1, 4]  # the first step's shared logits, then every third call
     for call, step in enumerate(steps[1:], start=1):
@@ -107,7 +123,7 @@ def test_a_call_computes_what_is_masked_and_what_became_known_since_the_last_one
 def test_guidance_keeps_both_halves_and_begins_anew_where_a_half_was_left_out(network):
     recording = Recording(network)
     scales = (2.0, 2.0, 2.0, 0.0, 0.0, 2.0)
-    decoded(recording, scales=scales, refresh=10)
+    decoded(recording, scales=scales, context_cache=10)
     assert [rows for rows, _ in recording.calls] == [4, 6, 6, 3, 3, 6]  # classes and the null class, then the steps
     assert [count == -1 for _, count in recording.calls] == [True, True, False, True, False, True]
 
@@ -116,7 +132,7 @@ def test_tokens_of_known_positions_are_not_looked_at_again_before_the_next_full_
     tokens = torch.arange(16).remainder(16).unsqueeze(0)
     tokens[0, :6] = MASK
     labels, positions, none = torch.tensor([1]), torch.arange(6).unsqueeze(0), torch.empty(1, 0, dtype=torch.int64)
-    cached = CachedPredictor(network, labels, refresh=2)
+    cached = CachedPredictor(network, labels, context_cache=2)
     exact = ClassPredictor(network, labels)
     assert torch.equal(cached(tokens, positions, none), exact(tokens, positions, none))
     changed = tokens.clone()
@@ -125,11 +141,10 @@ def test_tokens_of_known_positions_are_not_looked_at_again_before_the_next_full_
     torch.testing.assert_close(cached(changed, positions, none), exact(changed, positions, none))
 
 
-def test_a_network_without_a_cache_and_a_refresh_of_0_are_refused(network):
-    with pytest.raises(TypeError, match=r"refresh: a network that keeps keys and values .* is needed, got function"):
-        class_predictor(lambda tokens, labels, positions: tokens, [0], device=CPU, refresh=4)
-    with pytest.raises(ValueError, match="refresh: at least 1 call is needed, got 0"):
-        class_predictor(network, [0], device=CPU, refresh=0)
-    first = FirstStepLogits(network, num_tokens=16, mask_token_id=MASK)
-    assert isinstance(class_predictor(network, [0], device=CPU, refresh=4), CachedPredictor)
-    assert class_predictor(network, [0], device=CPU, refresh=4, first_step=first).rest.refresh == 4
+def test_a_network_without_a_cache_and_a_context_cache_of_0_are_refused(network):
+    with pytest.raises(TypeError, match=r"context_cache above 1 must have a network that keeps .*, got function"):
+        class_predictor(model(lambda tokens, labels, positions: tokens, 4), [0])
+    with pytest.raises(ValueError, match=r"context_cache must be an integer in \[1, inf\), got 0"):
+        class_predictor(model(network, 0), [0])
+    assert isinstance(class_predictor(model(network, 4), [0]), CachedPredictor)
+    assert class_predictor(model(network, 4), [0], all_masked=True).rest.context_cache == 4

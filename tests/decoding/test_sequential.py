@@ -5,7 +5,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskgit_pl.decoding import CodeSampling, DecodingConfig, SequentialDecoder, SequentialDecoding, decode_in_order
+from maskgit_pl.decoding import (
+    CodeSampling,
+    ConditionalModel,
+    DecodingConfig,
+    SequentialDecoder,
+    SequentialDecoding,
+    decode_in_order,
+)
 from maskgit_pl.networks.causal import CausalTransformer
 from maskgit_pl.networks.transformer import TransformerConfig
 from tests.conftest import random_transformer
@@ -37,10 +44,10 @@ class Recorded:
         return positions % logits.shape[-1]
 
 
-def run(network, labels, seeds, *, scales=(0.0,) * N, sampling=None, **options) -> Tensor:
+def run(network, labels, seeds, *, scales=(0.0,) * N, sampling=None, null_label=NULL, **options) -> Tensor:
     decoder = SequentialDecoder(N, sampling or CodeSampling())
-    options = {"null_label": NULL, "device": CPU, **options}
-    *_, last = decode_in_order(network, labels, seeds, decoder=decoder, scales=scales, **options)
+    model = dataclasses.replace(ConditionalModel.of(network, CPU), null_label=null_label)
+    *_, last = decode_in_order(model, labels, seeds, decoder=decoder, scales=scales, **options)
     return last.tokens
 
 

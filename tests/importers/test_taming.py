@@ -18,14 +18,14 @@ from maskgit_pl.data import Batch, ShardData
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.importers.files import torch_file
 from maskgit_pl.importers.taming import import_taming, layout_of, tokenizer_config, tokenizer_weights
-from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.discriminator import DiscriminatorConfig
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.pretrained import fingerprint, load_tokenizer
 from maskgit_pl.token_model import check_fit
-from maskgit_pl.tokenizer import AdversarialConfig, Tokenizer
+from maskgit_pl.tokenizer_config import AdversarialConfig
 from maskgit_pl.training.optimizers import LearningRate
+from tests.modules import masked_model, tokenizer_model
 
 SMALL = {"ch": 32, "mult": (1, 2), "blocks": 1, "attention": (1,), "z": 12, "codes": 32, "width": 4}
 FULL = {"ch": 128, "mult": (1, 1, 2, 2, 4), "blocks": 2, "attention": (4,), "z": 256}
@@ -555,9 +555,9 @@ def test_training_goes_on_from_an_imported_tokenizer(layout, memory_format, tmp_
     adversarial = AdversarialConfig(
         DiscriminatorConfig(channel_multiplier=1 / 64), loss="hinge", weight_rule="adaptive", r1_cost=0
     )
-    module = Tokenizer(
-        start.config, image_size=16, learning_rate=LearningRate(1e-4), adversarial=adversarial,
-        memory_format=memory_format, ema_decay=0.0,
+    module = tokenizer_model(
+        start.config, image_size=16, rate=LearningRate(1e-4), adversarial=adversarial, memory_format=memory_format,
+        ema_decay=0.0,
     )  # fmt: skip
     module.network.load_state_dict(start.state_dict())
     module.ema_network.load_state_dict(start.state_dict())
@@ -580,7 +580,7 @@ def test_stage_2_trains_on_an_imported_tokenizer(layout, tiny_shards, tmp_path):
     check_fit(config, load_tokenizer(folder))
     with pytest.raises(ValueError, match="num_codes"):
         check_fit(replace(config, num_codes=16), load_tokenizer(folder))
-    module = MaskedTokenModel(config, LearningRate(1e-3), str(folder), decoding=DecodingConfig(num_steps=4))
+    module = masked_model(config, folder, decoding=DecodingConfig(num_steps=4))
     sizes = {"image_size": 8, "global_batch": 8, "max_batch_per_device": 8, "validation_batch": 8}
     trainer = trainer_of_two_steps(use_distributed_sampler=False)
     trainer.fit(module, datamodule=ShardData(str(tiny_shards), source="images", **sizes))

@@ -41,7 +41,7 @@ def save_run(folder: Path) -> Path:
     recipe = {
         "trainer": {"max_steps": 4321, "devices": 1},
         "data": {"path": "/home/someone/flowers", "global_batch": 96, "seed": 5},
-        "model": {"learning_rate": {"peak": 0.00123, "warmup_steps": 77}, "ema_decay": 0.987},
+        "model": {"optimizer": {"learning_rate": {"peak": 0.00123, "warmup_steps": 77}}, "ema_decay": 0.987},
     }
     (folder / "transformer" / "config.yaml").write_text(yaml.safe_dump(recipe))
     environment = {"command": COMMAND, "maskgit_pl": "0.1.0", "commit": "c0ffee", "torch": "2.99.1", "cpus": 64}
@@ -77,7 +77,7 @@ def test_a_card_says_what_the_runs_files_say(run: Path) -> None:
         "| recipe |  | paper log |",
         "| trainer.max_steps |  | 4321 |",
         "| data.path |  | flowers |",
-        "| model.learning_rate |  | peak 0.00123, warmup_steps 77 |",
+        "| model.optimizer.learning_rate |  | peak 0.00123, warmup_steps 77 |",
         "| commit |  | c0ffee |",
         "| reconstruction.psnr_db | 23.46 |",
         "| samples.exported.fid/classifier | 12.35 |",

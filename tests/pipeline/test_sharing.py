@@ -10,12 +10,11 @@ import pytest
 import torch
 
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.pipeline import MaskGIT, model, sharing
 from maskgit_pl.pretrained import read_decoding, save_decoding
-from maskgit_pl.training.optimizers import LearningRate
 from tests.conftest import CLASSES, save_tiny_pretrained
+from tests.modules import masked_model
 
 TUNED = DecodingConfig(3, "margin", sampling_temperature=(1.2, 0.7))
 
@@ -146,7 +145,7 @@ def test_a_saved_pipeline_stands_alone(tiny_pretrained: Path, tmp_path: Path) ->
 
 def test_an_exported_model_is_read_with_its_tokenizer(tiny_pretrained: Path, tmp_path: Path) -> None:
     network = TransformerConfig(16, 3, (4, 4), 16, 1, 2, 32)
-    model = MaskedTokenModel(network, LearningRate(1e-3), str(tiny_pretrained / "tokenizer"))
+    model = masked_model(network, tiny_pretrained / "tokenizer")
     for _ in range(2):  # the second time over the first
         model.export(tmp_path / "out", class_names=CLASSES)
         pipe = MaskGIT.from_pretrained(tmp_path / "out")
@@ -158,7 +157,7 @@ def test_an_exported_model_is_read_with_its_tokenizer(tiny_pretrained: Path, tmp
 def test_a_model_exported_beside_its_tokenizer_leaves_it_as_it_is(tiny_pretrained: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_pretrained / "tokenizer", tmp_path / "tokenizer")
     network = TransformerConfig(16, 3, (4, 4), 16, 1, 2, 32)
-    MaskedTokenModel(network, LearningRate(1e-3), str(tmp_path / "tokenizer")).export(tmp_path, class_names=CLASSES)
+    masked_model(network, tmp_path / "tokenizer").export(tmp_path, class_names=CLASSES)
     assert len(MaskGIT.from_pretrained(tmp_path).generate(0, num_steps=2)) == 1
 
 

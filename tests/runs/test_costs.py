@@ -8,24 +8,22 @@ import yaml
 
 from maskgit_pl.cli import main
 from maskgit_pl.estimates.replay import LiveBytes, replay
-from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.discriminator import DiscriminatorConfig
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.runs.costs import TokenizerCosts, TransformerCosts, _micro_batch
-from maskgit_pl.tokenizer import AdversarialConfig, Tokenizer
+from maskgit_pl.tokenizer_config import AdversarialConfig
 from maskgit_pl.training.checkpoint_files import newest_complete
-from maskgit_pl.training.optimizers import LearningRate
 from tests.conftest import flags
+from tests.modules import masked_model, tokenizer_model
 
 TINY = Path(__file__).parents[1] / "tiny"
-RATE = LearningRate(1e-3)
 VQGAN = VQGANConfig(1, channels=32, multipliers=(1, 2), blocks_per_level=1, groups=8, num_codes=16, code_width=8)
 OPPONENT = AdversarialConfig(DiscriminatorConfig(channel_multiplier=1 / 8), start_step=3, r1_every=2, lecam_weight=0.1)
 
 
 def tokenizer(**more):
-    return Tokenizer(VQGAN, image_size=16, learning_rate=RATE, **more)
+    return tokenizer_model(VQGAN, image_size=16, **more)
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "blocks"])
@@ -76,7 +74,7 @@ def test_the_size_of_a_checkpoint_of_stage_1(tmp_path, tiny_shards):
         1, channels=32, multipliers=(1, 2), blocks_per_level=1, middle_blocks=1, groups=8, num_codes=16, code_width=4,
         quantizer="ema",
     )  # fmt: skip
-    module = Tokenizer(config, image_size=8, learning_rate=RATE, adversarial=OPPONENT)
+    module = tokenizer_model(config, image_size=8, adversarial=OPPONENT)
     assert TokenizerCosts("ddp", 1, module=module).checkpoint() == pytest.approx(size, rel=0.02)
 
 
@@ -85,12 +83,12 @@ def test_the_size_of_a_checkpoint_of_stage_2(tmp_path, tiny_shards, tiny_pretrai
     named = ["--tokenizer", str(tiny_pretrained / "tokenizer")]
     size = train("transformer", tmp_path, tiny_shards, *named, *sizes)
     config = TransformerConfig(16, 3, (4, 4), width=64, depth=3, num_heads=2, mlp_width=256)
-    module = MaskedTokenModel(config, RATE, "", ema_decay=0.9)
+    module = masked_model(config, "", ema_decay=0.9)
     assert TransformerCosts("fsdp", 8, module=module).checkpoint() == pytest.approx(size, rel=0.02)
 
 
 def test_encoding_on_the_fly_costs_memory_and_work():
-    module = MaskedTokenModel(TransformerConfig(16, 3, (8, 8), width=16, depth=1, num_heads=2, mlp_width=32), RATE, "")
+    module = masked_model(TransformerConfig(16, 3, (8, 8), width=16, depth=1, num_heads=2, mlp_width=32), "")
     alone = TransformerCosts("ddp", 2, module=module)
     encodes = TransformerCosts("ddp", 2, module=module, tokenizer=(VQGAN, 16), encodes=True)
     assert encodes.memory(4).frozen > alone.memory(4).frozen == 0
@@ -99,7 +97,7 @@ def test_encoding_on_the_fly_costs_memory_and_work():
 
 
 def test_checkpointing_computes_blocks_again_and_saves_memory():
-    module = MaskedTokenModel(TransformerConfig(16, 3, (8, 8), width=64, depth=8, num_heads=2, mlp_width=256), RATE, "")
+    module = masked_model(TransformerConfig(16, 3, (8, 8), width=64, depth=8, num_heads=2, mlp_width=256), "")
     none, blocks = (TransformerCosts("ddp", 2, checkpointing=each, module=module) for each in ("none", "blocks"))
     assert blocks.memory(8).total < none.memory(8).total / 2
     useful, executed = blocks.flops(8)

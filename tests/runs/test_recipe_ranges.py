@@ -35,10 +35,10 @@ TAKEN: dict[str, set[float]] = {
     "trainer.log_every_n_steps": STEPS,
     "trainer.gradient_clip_val": {1.5, 2**40, 2**70, 1e300},
     "model.gradient_clip": {1.5, 2**40, 2**70, 1e300},
-    "model.learning_rate.peak": {1.5, 2**40, 2**70, 1e300},
-    "model.learning_rate.warmup_steps": ANY_COUNT,
-    "model.learning_rate.final_fraction": {0},
-    "model.weight_decay": {0, 1.5},
+    "model.optimizer.learning_rate.peak": {1.5, 2**40, 2**70, 1e300},
+    "model.optimizer.learning_rate.warmup_steps": ANY_COUNT,
+    "model.optimizer.learning_rate.final_fraction": {0},
+    "model.optimizer.weight_decay": {0, 1.5},
     "model.ema_decay": {0},
     "model.label_smoothing": {0},
     "model.flip_probability": {0},
@@ -64,7 +64,7 @@ KEYS = {
     (stage, key): schema
     for stage in ("tokenizer", "transformer")
     for key, schema in number_keys(load_schema(stage))  # type: ignore[arg-type]  # a stage is a kind
-    if key not in ("model.seed", "model.image_size", "model.accumulation", "model.network.in_channels")
+    if key not in ("model.seed", "model.image_size", "model.global_batch", "model.network.in_channels")
 }
 OWN = [(stage, key) for stage, key in KEYS if key in TAKEN]
 

@@ -9,17 +9,16 @@ from maskgit_pl.runs.build import build
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.resume_check import changes, fixed_settings
-from maskgit_pl.tokenizer import AdversarialConfig, PerceptualConfig
+from maskgit_pl.tokenizer_config import AdversarialConfig, PerceptualConfig
 
 RECIPES, TINY = Path(__file__).parents[2] / "recipes", Path(__file__).parents[1] / "tiny"
 
 CONFIG = {
     "model": {
         "network": {"width": 8, "quantizer": {"name": "ema", "decay": 0.9}},
-        "learning_rate": {"peak": 0.1, "warmup_steps": 5},
+        "optimizer": {"learning_rate": {"peak": 0.1, "warmup_steps": 5}, "betas": (0.9, 0.99), "adamw": "fused"},
         "perceptual": {"network": {"name": "timm", "model": "m", "weights": "here.pth"}, "weight": 0.1},
         "adversarial": None,
-        "betas": (0.9, 0.99),
         "decoding": {"num_steps": 8},
         "tokenizer": "folder",
         "seed": 0,
@@ -47,11 +46,11 @@ def test_what_decides_what_is_learned_is_kept_and_nothing_else():
         "tokenizer": "b" * 64,
         "model.network.width": 8,
         "model.network.quantizer": {"name": "ema", "decay": 0.9},
-        "model.learning_rate.peak": 0.1,
+        "model.optimizer.learning_rate.peak": 0.1,
         "model.perceptual.network": {"name": "timm", "model": "m"},
         "model.perceptual.weight": 0.1,
+        "model.optimizer.betas": [0.9, 0.99],
         "model.adversarial": None,
-        "model.betas": [0.9, 0.99],
         "data.image_size": 8,
         "data.in_channels": 1,
         "data.crop": "c",
@@ -64,15 +63,17 @@ def test_what_decides_what_is_learned_is_kept_and_nothing_else():
 
 
 def test_how_a_run_is_executed_may_change():
-    free = {"activation_checkpointing": "blocks", "compiled": "blocks", "adamw": "foreach", "accumulation": 3}
+    optimizer = {**CONFIG["model"]["optimizer"], "adamw": "foreach"}
+    free = {"activation_checkpointing": "blocks", "compiled": "blocks", "optimizer": optimizer}
     assert settings(**free) == settings()
 
 
 def test_changes_are_listed_by_key_and_hashes_are_short():
-    other = {**settings(adversarial={"weight": 0.5}, betas=(0.9, 0.9)), "tokenizer": "c" * 64}
+    optimizer = {**CONFIG["model"]["optimizer"], "betas": (0.9, 0.9)}
+    other = {**settings(adversarial={"weight": 0.5}, optimizer=optimizer), "tokenizer": "c" * 64}
     assert changes(settings(), other, {}) == [
         "model.adversarial.weight None -> 0.5",
-        "model.betas [0.9, 0.99] -> [0.9, 0.9]",
+        "model.optimizer.betas [0.9, 0.99] -> [0.9, 0.9]",
         "tokenizer bbbbbbbbbbbb -> cccccccccccc",
     ]
     assert changes(settings(), settings(), {}) == []
@@ -86,12 +87,14 @@ def test_a_key_that_is_younger_than_the_checkpoint_had_its_default():
 
 FREE = {
     "tokenizer": {
-        "accumulation", "activation_checkpointing", "adamw", "learning_rate.decay", "learning_rate.final_fraction",
-        "learning_rate.warmup_steps", "memory_format", "seed", "perceptual.network.weights",
+        "activation_checkpointing", "memory_format", "optimizer.adamw", "optimizer.learning_rate.decay",
+        "optimizer.learning_rate.final_fraction", "optimizer.learning_rate.warmup_steps", "perceptual.network.weights",
+        "seed",
     },
     "transformer": {
-        "activation_checkpointing", "adamw", "compiled", "decoding", "learning_rate.decay",
-        "learning_rate.final_fraction", "learning_rate.warmup_steps", "seed", "tokenizer",
+        "activation_checkpointing", "compiled", "decoding", "global_batch", "optimizer.adamw",
+        "optimizer.learning_rate.decay", "optimizer.learning_rate.final_fraction",
+        "optimizer.learning_rate.warmup_steps", "seed", "tokenizer",
     },
 }  # fmt: skip
 """Every key of the model that may change while a run goes on; ``data.seed`` holds for both seeds."""

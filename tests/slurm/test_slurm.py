@@ -143,7 +143,7 @@ def test_jobs_that_a_higher_partition_preempts_end_as_those_that_nothing_disturb
         run.show_log()
         assert run.restarts >= 1
         assert re.search(r"saved at step \d+, to go back into the queue", run.log), run.log
-        assert "going on from step-" in run.log
+        assert "resuming from step-" in run.log
         cluster.wait_for_end(site.straight[kind].number)
         assert_equal(run, site.straight[kind])
 
@@ -193,7 +193,7 @@ def test_a_job_that_is_cancelled_stays_away_and_its_run_goes_on_by_hand(site: Si
     assert re.search(r"saved at step \d+; Slurm ends the job", run.log), run.log
     run.submit()
     run.finish()
-    assert "going on from step-" in run.log
+    assert "resuming from step-" in run.log
     cluster.wait_for_end(site.straight["transformer ddp"].number)
     assert_equal(run, site.straight["transformer ddp"])
 
@@ -213,7 +213,7 @@ def test_a_job_whose_node_answers_no_more_goes_on_when_there_is_one(site: Site) 
     run.finish()
     assert run.restarts == 1
     assert "back into the queue" not in run.log
-    assert "going on from step-" in run.log
+    assert "resuming from step-" in run.log
     cluster.wait_for_end(site.straight["transformer ddp"].number)
     assert_equal(run, site.straight["transformer ddp"])
 
@@ -245,7 +245,7 @@ def test_what_is_no_preemption_is_not_put_back(site: Site) -> None:
     shutil.copytree(cluster.work / "data/shards/tiny", cluster.work / "data/shards/moved")
     data = "--data=data/shards/moved"
     bad = site.run("bad-input", "transformer ddp", data, sbatch=f"--hold --nodelist={HERE}")
-    diverging = site.run("diverging", "transformer ddp", "--model.learning_rate.peak=1e30")
+    diverging = site.run("diverging", "transformer ddp", "--model.optimizer.learning_rate.peak=1e30")
     for run in (bad, diverging):
         run.submit()
     cluster.run("mv data/shards/moved data/shards/elsewhere")

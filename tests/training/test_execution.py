@@ -91,9 +91,3 @@ def test_compiled_blocks_give_nearly_the_same_and_keep_their_names():
             torch.testing.assert_close(others[name], gradient, rtol=1e-5, atol=1e-5, msg=name)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
     assert list(other.state_dict()) == list(network.state_dict())
-
-
-@pytest.mark.parametrize("name", ["activation_checkpointing", "compiled"])
-def test_another_word_is_refused_with_those_that_are_known(name):
-    with pytest.raises(ValueError, match=rf"model\.{name} 'block': did you mean 'blocks'\? known: blocks, none"):
-        prepare_blocks([], **{name: "block"})

@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from maskgit_pl import interruption
 from maskgit_pl.data import ShardData
 from maskgit_pl.errors import NonFiniteError, PreemptedError
-from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.discriminator import DiscriminatorConfig
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
-from maskgit_pl.tokenizer import AdversarialConfig, Tokenizer
+from maskgit_pl.tokenizer_config import AdversarialConfig
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, complete_checkpoints
 from maskgit_pl.training.checkpoints import Checkpoints
 from maskgit_pl.training.guards import Guard, clip_gradients
 from maskgit_pl.training.optimizers import LearningRate
 from tests.injection import Fault, Injection
+from tests.modules import masked_model, tokenizer_model
 
 
 class History(Callback):
@@ -56,14 +56,13 @@ def module(request, tiny_pretrained) -> LightningModule:
     torch.manual_seed(0)
     if request.param == "transformer":
         config = TransformerConfig(16, 3, (4, 4), width=16, depth=1, num_heads=2, mlp_width=32)
-        return MaskedTokenModel(config, LearningRate(1e-2), str(tiny_pretrained / "tokenizer"), ema_decay=0.9)
+        return masked_model(config, tiny_pretrained / "tokenizer", rate=LearningRate(1e-2), ema_decay=0.9)
     network = VQGANConfig(
         1, channels=8, multipliers=(1,), blocks_per_level=1, middle_blocks=0, groups=4, num_codes=16, code_width=4,
         patch_size=2, quantizer="ema",
     )  # fmt: skip
     adversarial = AdversarialConfig(DiscriminatorConfig(channel_multiplier=1 / 64), lecam_weight=0.1)
-    rate = LearningRate(1e-3)
-    return Tokenizer(network, image_size=8, learning_rate=rate, adversarial=adversarial, ema_decay=0.9)
+    return tokenizer_model(network, image_size=8, adversarial=adversarial, ema_decay=0.9)
 
 
 @pytest.fixture

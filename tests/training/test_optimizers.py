@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
-from maskgit_pl.training.optimizers import LearningRate, build_adamw, parameter_groups
+from maskgit_pl.training.optimizers import LearningRate, OptimizerConfig, build_adamw, parameter_groups
 
 
 class Model(nn.Module):
@@ -68,7 +68,7 @@ def steps(kind: str, state: dict | None = None) -> tuple[Model, torch.optim.Adam
     """Three steps with gradients that depend on the step."""
     torch.manual_seed(0)
     model = Model()
-    optimizer = build_adamw(parameter_groups(model, 0.1), LearningRate(0.1), (0.9, 0.96), kind)
+    optimizer = build_adamw(parameter_groups(model, 0.1), OptimizerConfig(LearningRate(0.1), (0.9, 0.96), 0.1, kind))
     if state is not None:
         optimizer.load_state_dict(state)
     for step in range(3):
@@ -98,14 +98,28 @@ def test_an_optimizer_goes_on_with_another_kinds_state_and_keeps_its_own_kind(ki
 
 def test_another_kind_of_adamw_is_refused_with_those_that_are_known():
     with pytest.raises(
-        ValueError, match=r"model\.adamw 'fuse': did you mean 'fused'\? known: for-loop, foreach, fused"
+        ValueError, match="adamw must be one of fused, foreach, for-loop, got 'fuse'; did you mean 'fused'"
     ):
-        build_adamw([], LearningRate(0.1), (0.9, 0.96), "fuse")
+        OptimizerConfig(LearningRate(0.1), (0.9, 0.96), 0.1, "fuse")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"betas": (0.9, 1.0)}, r"^betas must be a number in \[0, 1\), got 1.0"),
+        ({"betas": (-0.1, 0.9)}, r"^betas must be a number in \[0, 1\), got -0.1"),
+        ({"weight_decay": -1.0}, r"^weight_decay must be a number in \[0, 10\], got -1.0"),
+    ],
+    ids=str,
+)
+def test_a_number_of_the_optimizer_out_of_range_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        OptimizerConfig(**{"learning_rate": LearningRate(0.1), "betas": (0.9, 0.96), "weight_decay": 0.0, **changes})
 
 
 def test_adamw_has_the_peak_and_the_betas_of_the_recipe():
     (group,) = build_adamw(
-        [{"params": [nn.Parameter(torch.zeros(1))]}], LearningRate(0.3), (0.8, 0.9), "fused"
+        [{"params": [nn.Parameter(torch.zeros(1))]}], OptimizerConfig(LearningRate(0.3), (0.8, 0.9), 0.0)
     ).param_groups
     assert (group["lr"], group["betas"]) == (0.3, (0.8, 0.9))
 
@@ -148,13 +162,13 @@ def test_a_run_that_ends_within_its_warm_up_is_no_error():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"peak": 0.0}, r"learning_rate.peak must be a number in \(0, inf\), got 0.0"),
-        ({"peak": float("inf")}, r"learning_rate.peak must be a finite number in \(0, inf\), got inf"),
-        ({"peak": float("nan")}, "learning_rate.peak"),
-        ({"warmup_steps": -1}, "learning_rate.warmup_steps must be an integer in .*, got -1"),
-        ({"final_fraction": 1.5}, r"learning_rate.final_fraction must be a number in \[0, 1\], got 1.5"),
-        ({"final_fraction": -0.1}, "learning_rate.final_fraction"),
-        ({"decay": "linear"}, "learning_rate.decay must be one of constant, cosine, got 'linear'"),
+        ({"peak": 0.0}, r"^peak must be a number in \(0, inf\), got 0.0"),
+        ({"peak": float("inf")}, r"^peak must be a finite number in \(0, inf\), got inf"),
+        ({"peak": float("nan")}, "^peak"),
+        ({"warmup_steps": -1}, "^warmup_steps must be an integer in .*, got -1"),
+        ({"final_fraction": 1.5}, r"^final_fraction must be a number in \[0, 1\], got 1.5"),
+        ({"final_fraction": -0.1}, "^final_fraction"),
+        ({"decay": "linear"}, "^decay must be one of constant, cosine, got 'linear'"),
     ],
     ids=str,
 )

@@ -19,7 +19,13 @@ __all__ = ["STEPS", "ScheduleResult", "ablate", "check_budgets", "decoding_at", 
 
 STEPS = (2, 3, 4, 6, 8, 12, 16, 24)
 _DRAWS = 4  # masks of an image for likelihoods
-_BUDGET = ("trainer.max_steps", "data.global_batch", "model.network", "model.learning_rate", "model.label_smoothing")
+_BUDGET = (
+    "trainer.max_steps",
+    "data.global_batch",
+    "model.network",
+    "model.optimizer.learning_rate",
+    "model.label_smoothing",
+)
 
 
 @dataclass(frozen=True)

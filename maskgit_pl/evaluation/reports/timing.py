@@ -19,7 +19,14 @@ from typing import Any, Literal, get_args
 import torch
 
 from maskgit_pl.checks import build_dataclass
-from maskgit_pl.decoding import DecodingConfig, DecodingStep, SequentialDecoder, decode_classes, decode_in_order
+from maskgit_pl.decoding import (
+    ConditionalModel,
+    DecodingConfig,
+    DecodingStep,
+    SequentialDecoder,
+    decode_classes,
+    decode_in_order,
+)
 from maskgit_pl.evaluation.ledger import Ledger
 from maskgit_pl.evaluation.reports.options import NUM_TOKENS
 from maskgit_pl.networks.causal import CausalTransformer
@@ -207,25 +214,19 @@ def _decoders(
     causal.load_state_dict(masked.state_dict())
     in_order = partial(
         decode_in_order,
-        causal,
+        ConditionalModel.of(causal, device),
         [0],
         [0],
         decoder=SequentialDecoder(num_tokens),
         scales=[0.0] * num_tokens,
-        null_label=None,
-        device=device,
     )
     in_parallel = partial(
         decode_classes,
-        masked,
+        ConditionalModel.of(masked, device),
         [0],
         [0],
         decoder=DecodingConfig(steps).decoder(mask_schedules.build("cosine")),
         scales=[0.0] * steps,
-        grid=(side, side),
-        mask_token_id=config.mask_token_id,
-        null_label=None,
-        device=device,
     )
     return {
         "MaskGIT": in_parallel,

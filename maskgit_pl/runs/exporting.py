@@ -1,0 +1,101 @@
+"""``runs.export``: a checkpoint of a run as a pretrained folder, whatever ranks wrote it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from maskgit_pl.locks import locked
+from maskgit_pl.runs.plan import Plan, folder_of
+from maskgit_pl.runs.recipe import Recipe
+from maskgit_pl.runs.recipe_files import STAGES, Stage
+
+__all__ = ["export"]
+
+# The run's own settings, except that one process of this machine reads them.
+_HERE = ("--trainer.accelerator=cpu", "--trainer.strategy=auto", "--trainer.devices=1", "--trainer.num_nodes=1")
+
+
+def export(
+    run: str | Path,
+    *,
+    stage: Stage | None = None,
+    step: int | None = None,
+    data: str | Path | None = None,
+    out: str | Path | None = None,
+    replace: bool = False,
+) -> Path:
+    """Writes the averaged weights of a checkpoint as a pretrained folder, as training does at its end.
+
+    Args:
+        run: A name in ``runs/``, or a folder.
+        stage: Only this stage. Default: each that has a checkpoint.
+        step: Step of the checkpoint. Default: the newest.
+        data: The run's data folder, if it lies elsewhere now.
+        out: Pretrained folder. Default: ``RUN/pretrained``.
+        replace: Whether to replace what an earlier export wrote.
+
+    Returns:
+        The pretrained folder.
+
+    Raises:
+        FileNotFoundError: if run, stage, checkpoint, data or tokenizer are not there.
+        FileExistsError: if the folder holds an export, and ``replace`` is False.
+        ValueError: if a checkpoint is not whole, or another process writes the folder.
+    """
+    folder = folder_of(run)
+    out = folder / "pretrained" if out is None else Path(out)
+    stages = _stages(folder, stage)
+    for each in stages:
+        if (out / each).exists() and not replace:
+            raise FileExistsError(f"{out / each} exists; replace it with --replace, or write elsewhere with --out")
+    plans = [_plan(folder, each, data, out) for each in stages]
+    chosen = [_checkpoint(plan, step) for plan in plans]
+    from maskgit_pl.runs.stage import export_checkpoint  # lightning and torch take seconds to import
+
+    with locked(out, way_out="give another --out"):
+        for plan, checkpoint in zip(plans, chosen, strict=True):
+            export_checkpoint(plan, checkpoint, out)
+    return out
+
+
+def _stages(folder: Path, named: Stage | None) -> Sequence[Stage]:
+    """The stage that is named, or those that were trained, the tokenizer first."""
+    stages = [named] if named else [stage for stage in STAGES if (folder / stage / "checkpoints").is_dir()]
+    for stage in stages:
+        if not (folder / stage / "config.yaml").is_file():
+            raise FileNotFoundError(f"run {folder}: training wrote no {stage}/config.yaml there; name a run folder")
+    if not stages:
+        raise FileNotFoundError(f"run {folder}: no stage with checkpoints there; name a run folder, such as runs/NAME")
+    return stages
+
+
+def _plan(folder: Path, stage: Stage, data: str | Path | None, out: Path) -> Plan:
+    """The stage as it was trained, but by one process; its data and tokenizer may lie elsewhere now."""
+    config = folder / stage / "config.yaml"
+    recipe = Recipe.from_run(stage, config, _HERE)
+    shards = Path(data or recipe.paths["data.path"])
+    if recipe.get("data.stream") is None and not shards.is_dir():
+        raise FileNotFoundError(f"data {shards}, of {config}: no such folder; name where it lies now with --data")
+    tokenizer = None
+    if stage == "transformer":
+        places = [Path(recipe.paths["model.tokenizer"]), folder / "pretrained" / "tokenizer", out / "tokenizer"]
+        tokenizer = next((place for place in places if (place / "config.json").is_file()), None)
+        if tokenizer is None:
+            raise FileNotFoundError(
+                f"tokenizer {places[0]}, of {config}: not there; copy it back, or `maskgit export {folder} --stage "
+                "tokenizer` if the run trained it"
+            )
+    return Plan(recipe, shards, folder, tokenizer)
+
+
+def _checkpoint(plan: Plan, step: int | None) -> Path:
+    """Returns the complete checkpoint of a step, or the newest."""
+    from maskgit_pl.training.checkpoint_files import complete_checkpoints, step_of
+
+    found = {step_of(path): path for path in complete_checkpoints(plan.checkpoints)}
+    if not found or step not in {None, *found}:
+        there = ", ".join(map(str, found)) or "none"
+        wanted = "a complete checkpoint" if step is None else f"a complete checkpoint of step {step}"
+        raise FileNotFoundError(f"{plan.checkpoints} must hold {wanted}, got steps: {there}; name one with --step")
+    return found[max(found) if step is None else step]

@@ -1,0 +1,151 @@
+"""Configuration of stage 1: the VQGAN, its losses, and how it is trained. ``tokenizer.Tokenizer`` takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from torch import nn
+
+from maskgit_pl.checks import check_choice, check_integer, check_number
+from maskgit_pl.losses import AdversarialLoss, ReconstructionLoss
+from maskgit_pl.networks.discriminator import DiscriminatorConfig
+from maskgit_pl.networks.features import feature_networks
+from maskgit_pl.networks.vqgan import VQGANConfig
+from maskgit_pl.training.execution import ActivationCheckpointing
+from maskgit_pl.training.optimizers import OptimizerConfig
+
+__all__ = ["AdversarialConfig", "MemoryFormat", "PerceptualConfig", "TokenizerConfig"]
+
+MemoryFormat = Literal["contiguous", "channels_last"]
+
+
+@dataclass(frozen=True)
+class PerceptualConfig:
+    """The perceptual loss: weight x mean squared difference of a pretrained network's outputs.
+
+    Args:
+        network: Name or mapping of a registered feature network.
+        weight: Factor of the loss, in (0, 1e6].
+        output: Output that is compared: the classifier's ``logits`` (released configuration) or the pooled
+            ``features``.
+
+    Raises:
+        ValueError: if the weight is out of range, or the network is unknown.
+
+    Source: released configuration: ResNet-50 logits at 224 px, 0.1.
+    """
+
+    network: str | Mapping[str, Any]
+    weight: float = 0.1
+    output: Literal["logits", "features"] = "logits"
+
+    def __post_init__(self) -> None:
+        check_number("perceptual weight", self.weight, "(0, 1e6]")
+        feature_networks.build(self.network)
+
+    def create_network(self) -> nn.Module:
+        """Makes the frozen network.
+
+        Raises:
+            ValueError: if its weights cannot be read.
+        """
+        try:
+            return feature_networks.build(self.network).create()
+        except (ValueError, FileNotFoundError) as error:
+            raise ValueError(
+                f"model.perceptual.network: {error}; --model.perceptual.network.weights FILE names them, "
+                "--model.perceptual=null trains without"
+            ) from error
+
+
+@dataclass(frozen=True)
+class AdversarialConfig:
+    """The adversarial loss and its discriminator. The defaults are those of the released configuration.
+
+    Args:
+        discriminator: Sizes of the discriminator.
+        loss: ``non-saturating`` or ``hinge``.
+        weight: Factor of the generator's loss, in [0, 1e6].
+        weight_rule: ``fixed`` takes ``weight`` as it is. ``adaptive`` multiplies it by |gradient of the other losses| /
+            |gradient of the adversarial loss| at the decoder's last layer, over the micro-batch of all ranks.
+        start_step: First step with a discriminator; before it, neither network has an adversarial loss.
+        r1_cost: Factor of the R1 penalty on real images, in [0, 1e6].
+        r1_every: Steps between R1 penalties, at least 1; each is multiplied by it.
+        lecam_weight: Factor of the LeCam regularisation, in [0, 1e6].
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    loss: AdversarialLoss = "non-saturating"
+    weight: float = 0.1
+    weight_rule: Literal["fixed", "adaptive"] = "fixed"
+    start_step: int = 0
+    r1_cost: float = 10.0
+    r1_every: int = 1
+    lecam_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "r1_cost", "lecam_weight"):
+            check_number(f"adversarial {name}", getattr(self, name), "[0, 1e6]")
+        check_integer("adversarial start_step", self.start_step, "[0, inf)")
+        check_integer("adversarial r1_every", self.r1_every, "[1, inf)")
+
+    def has_started(self, step: int) -> bool:
+        """Returns whether the networks have an adversarial loss at a step."""
+        return step >= self.start_step
+
+    def has_r1_penalty(self, step: int) -> bool:
+        """Returns whether the discriminator's loss has the R1 penalty at a step."""
+        return self.r1_cost > 0 and step % self.r1_every == 0
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """The configuration of ``Tokenizer``: network, losses, optimiser and how it is executed.
+
+    Args:
+        network: Sizes of the VQGAN.
+        image_size: Side of the square images in pixels, in [1, 16384].
+        optimizer: AdamW of the generator; the discriminator has one of the same configuration.
+        reconstruction_loss: ``l2`` (released configuration) or ``l1``, with weight 1.
+        perceptual: The perceptual loss; None for none.
+        adversarial: The adversarial loss and its discriminator; None for none.
+        gradient_clip: Largest gradient norm of each network; None clips nothing.
+        ema_decay: Decay of the averaged weights that are evaluated and exported, in [0, 1).
+        flip_probability: Probability that a training image is mirrored left to right, in [0, 1].
+        seed: Seed of flips and of the restarts of dead codes, in [0, 2**32).
+        memory_format: Layout of images and convolution weights; ``channels_last`` is faster on most GPUs.
+        activation_checkpointing: ``blocks`` saves memory: the blocks of encoder and decoder run again in the backward
+            pass.
+
+    Raises:
+        ValueError: if a number is out of range or a word is unknown.
+    """
+
+    network: VQGANConfig
+    image_size: int
+    optimizer: OptimizerConfig
+    reconstruction_loss: ReconstructionLoss = "l2"
+    perceptual: PerceptualConfig | None = None
+    adversarial: AdversarialConfig | None = None
+    gradient_clip: float | None = None
+    ema_decay: float = 0.999
+    flip_probability: float = 0.0
+    seed: int = 0
+    memory_format: MemoryFormat = "contiguous"
+    activation_checkpointing: ActivationCheckpointing = "none"
+
+    def __post_init__(self) -> None:
+        check_integer("image_size", self.image_size, "[1, 16384]")
+        check_choice("reconstruction_loss", self.reconstruction_loss, get_args(ReconstructionLoss))
+        check_number("ema_decay", self.ema_decay, "[0, 1)")
+        check_number("flip_probability", self.flip_probability, "[0, 1]")
+        check_integer("seed", self.seed, "[0, 4294967296)")
+        check_choice("memory_format", self.memory_format, get_args(MemoryFormat))
+        check_choice("activation_checkpointing", self.activation_checkpointing, get_args(ActivationCheckpointing))
+        if self.gradient_clip is not None:
+            check_number("gradient_clip", self.gradient_clip, "(0, inf)")

@@ -1,0 +1,149 @@
+"""The losses of stage 1 at the reconstructed image, and their gradients there.
+
+``Tokenizer`` adds the gradients of the generator's losses at the reconstruction and propagates the sum once through the
+network; the discriminator's loss keeps its graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from maskgit_pl import losses
+from maskgit_pl.distributed import mean_over_ranks
+from maskgit_pl.networks.features import FeatureOutput
+from maskgit_pl.tokenizer_config import AdversarialConfig, PerceptualConfig
+
+__all__ = ["AdversarialStep", "SimilarityLoss", "gradient_at"]
+
+
+class SimilarityLoss:
+    """The weighted sum of reconstruction loss and perceptual loss.
+
+    No ``nn.Module``: the frozen perceptual network is no part of a LightningModule and stays out of checkpoints.
+
+    Args:
+        reconstruction_loss: ``l2`` or ``l1``.
+        perceptual: The perceptual loss; None for none.
+
+    Raises:
+        ValueError: if the weights of the perceptual network cannot be read.
+    """
+
+    def __init__(self, reconstruction_loss: losses.ReconstructionLoss, perceptual: PerceptualConfig | None) -> None:
+        self.reconstruction_loss = reconstruction_loss
+        self.perceptual = perceptual
+        self.network: nn.Module | None = None if perceptual is None else perceptual.create_network()
+
+    def __call__(self, reconstruction: Tensor, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Computes the loss.
+
+        Args:
+            reconstruction: (B, C, H, W) float in [0, 1].
+            images: (B, C, H, W) float32 in [0, 1].
+
+        Returns:
+            Scalar float32 with a graph, and its detached parts by name.
+        """
+        total = losses.reconstruction_loss(reconstruction, images, kind=self.reconstruction_loss)
+        metrics = {"reconstruction": total.detach()}
+        if self.perceptual is not None and self.network is not None:
+            with torch.no_grad():
+                wanted: FeatureOutput = self.network(images)
+            got: FeatureOutput = self.network(reconstruction)
+            output = self.perceptual.output
+            perceptual = F.mse_loss(getattr(got, output).float(), getattr(wanted, output).float())
+            metrics["perceptual"] = perceptual.detach()
+            total = total + self.perceptual.weight * perceptual
+        return total, metrics
+
+
+@dataclass
+class AdversarialStep:
+    """The adversarial losses of one micro-batch.
+
+    Both networks' gradients are taken at the weights before the step, so that one forward of the discriminator over the
+    reconstructions serves both losses, and accumulation does not change the result.
+
+    Args:
+        config: Losses and their weights.
+        real: (B, C, H, W) real images; they require a gradient where the R1 penalty is due.
+        real_logits: (B, 1) logits of ``real``.
+        fake_logits: (B, 1) logits of the reconstructions.
+
+    Attributes:
+        metrics: Detached scalars by name, filled by the methods.
+    """
+
+    config: AdversarialConfig
+    real: Tensor
+    real_logits: Tensor
+    fake_logits: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def mean_logits(self) -> Tensor:
+        """The mean real and fake logit, (2,) float32, detached."""
+        return torch.stack([self.real_logits.mean(), self.fake_logits.mean()]).detach().float()
+
+    def generator_gradient(
+        self, image: Tensor, *, reconstruction: Tensor, similarity: Tensor, last_layer: Tensor
+    ) -> Tensor:
+        """Computes the weighted gradient of the generator's adversarial loss.
+
+        Args:
+            image: (B, C, H, W), the detached reconstruction that ``fake_logits`` were computed from.
+            reconstruction: (B, C, H, W), the reconstruction with the generator's graph.
+            similarity: (B, C, H, W) float32, gradient of the other losses at ``image``.
+            last_layer: Weight of the decoder's last layer.
+
+        Returns:
+            (B, C, H, W) float32.
+        """
+        loss = losses.generator_loss(self.fake_logits, kind=self.config.loss)
+        gradient = gradient_at(image, loss, retain_graph=True)
+        weight = torch.tensor(self.config.weight, device=gradient.device)
+        if self.config.weight_rule == "adaptive":
+            # Only the last layer's backward pass runs, once for each of the two gradients.
+            both = torch.stack(
+                [
+                    torch.autograd.grad(reconstruction, last_layer, part.to(reconstruction.dtype), retain_graph=True)[0]
+                    for part in (similarity, gradient)
+                ]
+            )
+            similarity_part, adversarial_part = mean_over_ranks(both)
+            weight = weight * losses.adaptive_weight(similarity_part, adversarial_part)
+        self.metrics |= {"generator": loss.detach(), "adversarial_weight": weight}
+        return weight * gradient
+
+    def discriminator_loss(self, lecam_means: Tensor) -> Tensor:
+        """Computes the discriminator's loss with its penalties.
+
+        Args:
+            lecam_means: (2,) float32, moving averages of the real and the fake logits.
+
+        Returns:
+            Scalar float32 with a graph.
+        """
+        config = self.config
+        loss = losses.discriminator_loss(self.real_logits, self.fake_logits, kind=config.loss)
+        self.metrics["discriminator"] = loss.detach()
+        if self.real.requires_grad:
+            penalty = losses.r1_penalty(self.real_logits, self.real)
+            self.metrics["r1"] = penalty.detach()
+            loss = loss + config.r1_cost * config.r1_every * penalty
+        if config.lecam_weight > 0:
+            real_mean, fake_mean = lecam_means.clone()
+            lecam = losses.lecam_loss(self.real_logits, self.fake_logits, real_mean=real_mean, fake_mean=fake_mean)
+            self.metrics["lecam"] = lecam.detach()
+            loss = loss + config.lecam_weight * lecam
+        return loss
+
+
+def gradient_at(image: Tensor, loss: Tensor, *, retain_graph: bool = False) -> Tensor:
+    """Returns the gradient of a scalar loss at an image, in float32."""
+    (gradient,) = torch.autograd.grad(loss, image, retain_graph=retain_graph)
+    return gradient.float()

@@ -1,0 +1,40 @@
+"""LightningModules of both stages as the tests build them: small networks, the released betas and weight decay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from maskgit_pl.autoregressive import AutoregressiveConfig, AutoregressiveModel
+from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
+from maskgit_pl.networks.transformer import TransformerConfig
+from maskgit_pl.networks.vqgan import VQGANConfig
+from maskgit_pl.tokenizer import Tokenizer
+from maskgit_pl.tokenizer_config import TokenizerConfig
+from maskgit_pl.training.optimizers import LearningRate, OptimizerConfig
+
+RATE = LearningRate(1e-3)
+
+
+def tokenizer_model(
+    network: VQGANConfig, *, rate: LearningRate = RATE, accumulation: int = 1, **options: Any
+) -> Tokenizer:
+    """A module of stage 1; ``options`` are fields of ``TokenizerConfig``."""
+    optimizer = OptimizerConfig(rate, betas=(0.0, 0.99), weight_decay=0.0)
+    return Tokenizer(TokenizerConfig(network=network, optimizer=optimizer, **options), accumulation=accumulation)
+
+
+def masked_model(
+    network: TransformerConfig, tokenizer: Path | str, *, rate: LearningRate = RATE, **options: Any
+) -> MaskedTokenModel:
+    """A module of stage 2; ``options`` are fields of ``MaskedTokenConfig``."""
+    optimizer = OptimizerConfig(rate, betas=(0.9, 0.96), weight_decay=0.045)
+    return MaskedTokenModel(MaskedTokenConfig(network, optimizer, str(tokenizer), **{"global_batch": 8, **options}))
+
+
+def autoregressive_model(
+    network: TransformerConfig, tokenizer: Path | str, *, rate: LearningRate = RATE, **options: Any
+) -> AutoregressiveModel:
+    """A module of the baseline; ``options`` are fields of ``AutoregressiveConfig``."""
+    optimizer = OptimizerConfig(rate, betas=(0.9, 0.96), weight_decay=0.045)
+    return AutoregressiveModel(AutoregressiveConfig(network, optimizer, str(tokenizer), **options))

@@ -1,0 +1,112 @@
+"""Runs from Python: both stages in one process, what the calls give back, and what they leave behind."""
+
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Trainer
+
+from maskgit_pl import MaskGIT, interruption, runs
+from maskgit_pl.errors import PreemptedError
+from maskgit_pl.pretrained import fingerprint, load_transformer
+from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_complete
+from maskgit_pl.training.guards import Guard
+
+TINY = Path(__file__).parents[1] / "tiny"
+
+
+def recipe(stage: str, **overrides: object) -> runs.Recipe:
+    """The tiny recipe of a stage; ``a__b`` stands for ``a.b``."""
+    tiny = yaml.safe_load((TINY / f"{stage}.yaml").read_text())
+    more = {key.replace("__", "."): value for key, value in overrides.items()}
+    return runs.Recipe.read(stage, overrides=flat(tiny) | more)
+
+
+def flat(tree: dict, path: str = "") -> dict:
+    found = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
+    return found
+
+
+def test_both_stages_train_in_one_process_and_a_second_call_finds_them_finished(tiny_shards, tmp_path):
+    where = {"run": tmp_path / "runs" / "one", "data": tiny_shards}
+    handlers = [signal.getsignal(number) for number in interruption.SIGNALS]
+    first = runs.fit(recipe("tokenizer"), **where)
+    assert (first.folder, first.step, first.was_finished) == (where["run"], 1, False)
+    assert first.metrics["val/psnr"] > 0
+
+    second_recipe = recipe("transformer", trainer__max_steps=4, checkpoint_every=2)
+    second = runs.fit(second_recipe, **where)  # with the tokenizer that the run has now
+    assert (second.step, second.was_finished) == (4, False)
+    assert second.metrics["val/loss"] > 0
+    assert second.pretrained == first.pretrained == where["run"] / "pretrained"
+    (image,) = MaskGIT.from_pretrained(second.pretrained).generate([0], num_steps=2, seed=0)
+    assert image.size == (8, 8)
+
+    weights = fingerprint(second.pretrained / "transformer")
+    for stage, step in ((recipe("tokenizer"), 1), (second_recipe, 4)):
+        again = runs.fit(stage, **where)
+        assert (again.step, again.was_finished, again.metrics) == (step, True, {})
+    assert fingerprint(second.pretrained / "transformer") == weights
+    assert [signal.getsignal(number) for number in interruption.SIGNALS] == handlers
+
+    out = runs.export(where["run"], stage="transformer", step=2, out=tmp_path / "older")
+    assert out == tmp_path / "older"
+    trained = FolderCheckpointIO().load_checkpoint(where["run"] / "transformer/checkpoints/step-00000002")["state_dict"]
+    for name, tensor in load_transformer(out / "transformer").network.state_dict().items():
+        assert torch.equal(tensor, trained[f"ema_network.{name}"])
+    with pytest.raises(FileExistsError, match="exists; replace it"):
+        runs.export(where["run"], stage="transformer")
+
+
+def test_tokens_are_made_and_read(tiny_shards, tiny_pretrained, tmp_path):
+    where = {"run": tmp_path / "one", "data": tiny_shards, "tokenizer": tiny_pretrained / "tokenizer"}
+    assert runs.tokenize(recipe("transformer"), **where) is None
+    reads_tokens, told = recipe("transformer", data__source="tokens"), Counter()
+    options = runs.TokenizeOptions(flip=True, batch_size=4)
+    store = runs.tokenize(
+        reads_tokens, **where, options=options, on_rows=lambda split, rows, total: told.update({split: rows})
+    )
+    assert store.parent == tmp_path / "tokens"
+    assert store == (tmp_path / "one" / "tokens").resolve()
+    assert told == {"train": 120, "val": 24}
+    assert runs.fit(reads_tokens, **where).step == 1
+
+
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_raises_and_the_same_call_resumes(tiny_shards, tmp_path, monkeypatch, presses):
+    own = Guard.on_train_batch_end
+
+    def on_train_batch_end(guard: Guard, trainer: Trainer, *more: object) -> None:
+        if trainer.global_step == 3:
+            for _ in range(presses):
+                os.kill(os.getpid(), signal.SIGINT)
+        own(guard, trainer, *more)
+
+    long = recipe("tokenizer", trainer__max_steps=5, checkpoint_every=2)
+    where = {"run": tmp_path / "one", "data": tiny_shards}
+    handlers = [signal.getsignal(number) for number in interruption.SIGNALS]
+    with monkeypatch.context() as patch:
+        patch.setattr(Guard, "on_train_batch_end", on_train_batch_end)
+        with pytest.raises(PreemptedError if presses == 1 else KeyboardInterrupt):
+            runs.fit(long, **where)
+    assert [signal.getsignal(number) for number in interruption.SIGNALS] == handlers
+    newest = newest_complete(tmp_path / "one" / "tokenizer" / "checkpoints")
+    assert newest.name == ("step-00000003" if presses == 1 else "step-00000002")
+    assert runs.fit(long, **where).step == 5
+
+
+def test_a_run_is_named_in_runs_or_by_its_folder(tiny_shards, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = recipe("tokenizer")
+    folders = [
+        runs.plan_run(tokenizer, run=run, data=tiny_shards).folder for run in (None, "one", "a/one", Path("one"))
+    ]
+    assert folders == [Path("runs/fashion-mnist-base"), Path("runs/one"), Path("a/one"), Path("one")]
+    with pytest.raises(ValueError, match="holds the token stores of all runs"):
+        runs.plan_run(tokenizer, run="tokens", data=tiny_shards)

@@ -1,0 +1,78 @@
+"""Folders of a run that are found; those of whole commands are tried in tests/cli/test_train_command.py."""
+
+from pathlib import Path
+
+import pytest
+
+from maskgit_pl.runs.plan import find_data, find_pretrained, find_run, find_tokenizer, plan_run
+from maskgit_pl.runs.recipe import Recipe
+
+CONFIG = "data: {{path: {data}, source: {source}, stream: {{urls: [a], classes: 3}}}}\nmodel: {{}}\ntrainer: {{}}\n"
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    return Recipe.read("transformer")
+
+
+def repeated(folder: Path, **values: object) -> Recipe:
+    """The recipe of an earlier run."""
+    (folder / "config.yaml").write_text(CONFIG.format(**values))
+    return Recipe.from_run("transformer", folder / "config.yaml")
+
+
+def test_the_data_are_the_named_ones_else_those_of_the_repeated_run_else_the_data_sets(tmp_path, recipe, monkeypatch):
+    for name in ("named", "own", "data/shards/fashion-mnist"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    again = repeated(tmp_path, data="own", source="images")
+    assert find_data(again, "named") == Path("named")
+    assert find_data(again) == Path("own")
+    assert find_data(recipe) == Path("data/shards/fashion-mnist")
+
+
+def test_a_stream_needs_no_folder_unless_it_is_named(tmp_path):
+    again = repeated(tmp_path, data="gone", source="stream")
+    assert find_data(again) == Path("gone")
+    with pytest.raises(FileNotFoundError, match="data elsewhere: no such folder"):
+        find_data(again, "elsewhere")
+    with pytest.raises(FileNotFoundError, match="data gone: no such folder"):
+        find_data(repeated(tmp_path, data="gone", source="images"))
+
+
+def test_a_repeated_run_must_have_a_name(tmp_path):
+    with pytest.raises(ValueError, match="must have a name of its own"):
+        find_run(repeated(tmp_path, data="a", source="images"))
+
+
+def test_the_tokenizer_is_the_named_one_else_the_runs_else_that_of_the_weights(tiny_pretrained, tmp_path, recipe):
+    where = {"folder": tmp_path / "one", "shards": tmp_path}
+    with pytest.raises(FileNotFoundError, match="not there yet"):
+        find_tokenizer(recipe, **where)
+    of_weights = find_tokenizer(recipe, **where, pretrained=tiny_pretrained)
+    assert of_weights == tiny_pretrained / "tokenizer"
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "pretrained").symlink_to(tiny_pretrained)
+    assert find_tokenizer(recipe, **where, pretrained=tiny_pretrained) == tmp_path / "one" / "pretrained" / "tokenizer"
+    assert find_tokenizer(recipe, **where, tokenizer=of_weights) == of_weights
+    with pytest.raises(FileNotFoundError, match="a folder of both stages; did you mean"):
+        find_tokenizer(recipe, **where, tokenizer=both_stages(tmp_path, tiny_pretrained))
+
+
+def both_stages(folder: Path, pretrained: Path) -> Path:
+    """A folder with a config.json and a tokenizer in it."""
+    (folder / "both").mkdir()
+    (folder / "both" / "tokenizer").symlink_to(pretrained / "tokenizer")
+    (folder / "both" / "config.json").write_text("{}")
+    return folder / "both"
+
+
+def test_a_plan_holds_the_folders_of_its_stage(tiny_shards, tiny_pretrained, tmp_path, recipe):
+    plan = plan_run(recipe, run=tmp_path / "one", data=tiny_shards, pretrained=tiny_pretrained)
+    assert (plan.stage_folder, plan.checkpoints) == (
+        tmp_path / "one" / "transformer",
+        tmp_path / "one" / "transformer" / "checkpoints",
+    )
+    assert (plan.tokenizer, plan.pretrained) == (tiny_pretrained / "tokenizer", tiny_pretrained / "transformer")
+    assert plan_run(Recipe.read("tokenizer"), run="one", data=tiny_shards).tokenizer is None
+    assert find_pretrained("tokenizer", None) is None

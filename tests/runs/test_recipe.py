@@ -1,0 +1,181 @@
+import json
+
+import pytest
+import yaml
+
+from maskgit_pl.runs.build import StageRun
+from maskgit_pl.runs.layers import merged
+from maskgit_pl.runs.recipe import Recipe
+
+
+def write(folder, text):
+    file = folder / "recipe.yaml"
+    file.write_text(text)
+    return file
+
+
+def read(folder, text, words=(), stage="transformer"):
+    return Recipe.from_files(stage, [write(folder, text)], list(words))
+
+
+UNKNOWN = [
+    ("model: {mask_shedule: cosine}", "unknown key 'model.mask_shedule': did you mean 'model.mask_schedule'?"),
+    ("model: {network: {width: wide}}", "model.network.width must be an integer, got 'wide'"),
+    ("model: {network: {depth: true}}", "model.network.depth must be an integer, got True"),
+    ("model: {optimizer: {betas: [0.9]}}", "model.optimizer.betas must be a list of a number and a number, got [0.9]"),
+    ("trainer: {max_epochs: 3}", "trainer.max_epochs cannot be set: runs are counted in steps; set trainer.max_steps"),
+    ("trainer: {logger: true}", "trainer.logger cannot be set: recipes name registered things, never classes"),
+    ("trainer: {default_root_dir: x}", "trainer.default_root_dir cannot be set: use --runs and --run"),
+    ("model: {seed: 3}", "model.seed cannot be set: it follows data.seed"),
+    ("trainer: inner.yaml", "trainer must be a mapping, got 'inner.yaml'"),
+    ("chekpoint_every: 3", "unknown key 'chekpoint_every': did you mean 'checkpoint_every'?"),
+    (
+        "trainer: {strategy: '{class_path: m.C}'}",
+        "trainer.strategy must be 'auto' or 'ddp' or 'fsdp', got '{class_path",
+    ),
+    ("model: {loss_vocabulary: some}", "model.loss_vocabulary must be 'codes' or 'all', got 'some'"),
+]
+
+
+@pytest.mark.parametrize(("text", "answer"), UNKNOWN)
+def test_a_wrong_key_or_type_is_answered_with_the_file_the_key_and_the_way_out(tmp_path, text, answer):
+    with pytest.raises(ValueError, match=r"^recipe .*recipe\.yaml: ") as caught:
+        read(tmp_path, text)
+    assert answer in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "answer"), UNKNOWN)
+def test_a_flag_is_answered_as_a_file_is(tmp_path, text, answer):
+    ((group, value),) = yaml.safe_load(text).items()
+    key, value = (group, value) if not isinstance(value, dict) else (f"{group}.{next(iter(value))}", value)
+    while isinstance(value, dict):
+        (inner, value) = next(iter(value.items()))
+        key = key if key.endswith(inner) else f"{key}.{inner}"
+    with pytest.raises(ValueError, match=rf"^flag --{key}[: ]") as caught:
+        read(tmp_path, "{}", [f"--{key}={json.dumps(value)}"])
+    assert answer in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "value"),
+    [
+        (["--data.path=/data/plugins/callbacks"], "data.path", "/data/plugins/callbacks"),
+        (["--model.tokenizer", "/data/logger/class_path"], "model.tokenizer", "/data/logger/class_path"),
+        (["--data.path=123"], "data.path", "123"),
+        (["--data.path=[a"], "data.path", "[a"),
+        (["--model.optimizer.learning_rate.peak=1e-3"], "model.optimizer.learning_rate.peak", 1e-3),
+        (["--model.mask_schedule={name: pow, exponent: 3}"], "model.mask_schedule", {"name": "pow", "exponent": 3}),
+        (["--model.mask_schedule.exponent=3"], "model.mask_schedule", {"name": "cosine", "exponent": 3}),
+        (["--trainer.devices=2"], "trainer.devices", 2),
+        (["--trainer.devices=auto"], "trainer.devices", "auto"),
+        (["--model.optimizer.betas=[0.9,0.99]"], "model.optimizer.betas", [0.9, 0.99]),
+        (["--data.validation_samples=null"], "data.validation_samples", None),
+        (["--data.seed=1", "--data.seed", "2"], "data.seed", 2),
+    ],
+)
+def test_a_flag_means_what_its_key_takes(tmp_path, words, key, value):
+    recipe = read(tmp_path, "model: {mask_schedule: cosine}\ndata: {validation_samples: 4}", words)
+    assert recipe.get(key) == value
+    assert type(recipe.get(key)) is type(value)
+
+
+@pytest.mark.parametrize("words", [["cosine"], ["--model.mask_schedule"], ["--data.seed", "--x=1"], ["-x=1"], ["--=3"]])
+def test_a_word_that_is_no_flag_or_has_no_value_is_refused(tmp_path, words):
+    with pytest.raises(ValueError, match=r"unrecognized argument|must have a value"):
+        read(tmp_path, "{}", words)
+
+
+CAUSAL = "model: {network: {attention: causal}}"
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "kind"),
+    [
+        (CAUSAL, [], "autoregressive"),
+        (CAUSAL, ["--model.network.attention=bidirectional", "--model.mask_schedule=log"], "transformer"),
+        ("{}", ["--model.network.attention", "causal", "--model.label_smoothing=0"], "autoregressive"),
+        ("{}", ["--model.mask_schedule=log"], "transformer"),
+    ],
+)
+def test_the_baseline_is_what_the_merged_recipe_says(tmp_path, text, words, kind):
+    assert read(tmp_path, text, words).kind == kind
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--model.mask_schedule=log",
+        "--model.mask_schedule.exponent=3",
+        "--model.min_mask_ratio=0.5",
+        "--model.decoding.num_steps=8",
+        "--model.decoding.token_selector.choice_temperature=1",
+        "--model.decoding.tokens_per_step=[1]",
+        "--model.decoding.mask_schedule=log",
+        "--model.decoding.context_cache=2",
+    ],
+)
+def test_a_flag_that_the_baseline_has_no_use_for_is_refused(tmp_path, flag):
+    with pytest.raises(
+        ValueError, match=f"flag {flag.partition('=')[0]}: with causal attention .*; leave the flag out"
+    ):
+        read(tmp_path, CAUSAL, ["--data.seed=1", flag])
+
+
+def test_a_layer_is_left_without_what_the_baseline_has_no_use_for(tmp_path):
+    text = """
+    data: {seed: 1}
+    model:
+      network: {attention: causal}
+      mask_schedule: {name: pow, exponent: 3}
+      decoding: {num_steps: 8, guidance: linear, token_selector: random}
+    """
+    recipe = read(tmp_path, text)
+    network = {"attention": "causal"}
+    assert recipe.tree == {"data": {"seed": 1}, "model": {"network": network, "decoding": {"guidance": "linear"}}}
+    (keys,) = recipe.left_out.values()
+    assert keys == ["model.mask_schedule", "model.decoding.num_steps", "model.decoding.token_selector"]
+
+
+def test_a_value_that_nothing_says_is_named(tmp_path):
+    recipe = read(tmp_path, "model: {optimizer: {learning_rate: {warmup_steps: 3}}}", stage="tokenizer")
+    with pytest.raises(ValueError, match=r"^model\.optimizer\.learning_rate\.peak must be set by the recipe$"):
+        StageRun(recipe, merged([{"data": {"path": "nowhere"}}, recipe.tree]), tmp_path)
+
+
+def test_a_recipe_is_read_by_the_names_of_its_files():
+    recipe = Recipe.read("transformer", names="paper-256 log", dataset="holidays", overrides={"data.seed": 3})
+    assert recipe.title == (
+        "transformer/base + transformer/own-images + transformer/paper-256 + transformer/log + cluster/cpu"
+    )
+    assert (recipe.dataset, recipe.run_name) == ("holidays", "holidays-paper-256-log")
+    assert recipe.get("model.mask_schedule") == "log"
+    assert Recipe.read("transformer", names=["paper-256", "log"], dataset="holidays").base == recipe.base
+    assert Recipe.read("tokenizer").run_name == "fashion-mnist-base"
+
+
+def test_values_from_python_mean_what_flags_mean(tmp_path):
+    values = {
+        "data.path": tmp_path,
+        "data.seed": 2,
+        "model.optimizer.betas": (0.9, 0.99),
+        "model.mask_schedule": {"name": "pow", "exponent": 1e-3},
+        "data.validation_samples": None,
+        "data.num_workers": 0,
+        "data.stream": {"urls": ["'a'", "#b: c"], "classes": 3},
+    }
+    recipe = Recipe.from_files("transformer", [], values)
+    expected = {**values, "data.path": str(tmp_path), "model.optimizer.betas": [0.9, 0.99]}
+    assert {key: recipe.get(key) for key in values} == expected
+    assert Recipe.from_files("transformer", [], recipe.words).tree == recipe.tree
+    causal = Recipe.from_files("transformer", [], {"model.network.attention": "causal"})
+    assert causal.kind == "autoregressive"
+    with pytest.raises(ValueError, match=r"^flag --data\.seed must be an integer, got 'NaN'$"):
+        Recipe.from_files("transformer", [], {"data.seed": float("nan")})
+
+
+def test_further_values_win(tmp_path):
+    recipe = read(tmp_path, "data: {seed: 1}", ["--data.seed=2"])
+    later = recipe.with_overrides({"data.seed": 3})
+    assert (recipe.get("data.seed"), later.get("data.seed")) == (2, 3)
+    assert later.words == ("--data.seed=2", "--data.seed=3")
