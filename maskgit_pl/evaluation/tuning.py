@@ -124,6 +124,8 @@ class SearchResult:
         metric: Name of the metric of the search.
         folder: Where the page and the figure are.
         figure: Whether there is a figure.
+        recipe: ``decoding.json`` of the winner; None where the model is decoded in this way already.
+        old_recipe: Where the one before is kept, if there was one.
         measured: Number of measurements that were made, those of the ledger not counted.
     """
 
@@ -135,6 +137,8 @@ class SearchResult:
     metric: str
     folder: Path = Path()
     figure: bool = False
+    recipe: Path | None = None
+    old_recipe: Path | None = None
     measured: int = 0
 
     @property
@@ -268,7 +272,7 @@ def tune(
 
     plan = SearchPlan(name, trials, count, options, current=pipe.decoding)
     result = search(measure, space, plan, on_trial=on_trial)
-    _write_recipe(folders, pipe, evaluator, result, options)
+    result = _with_recipe(folders, pipe, evaluator, result, options)
     page = _Page(out or folders.home / "tuning", _command(run, trials, metric, num_images, options), points, options)
     figure = _write_page(evaluator, pipe, measure, result, page)
     return replace(result, folder=page.folder, figure=figure is not None, measured=evaluator.measured)
@@ -321,18 +325,16 @@ def _first_trials(evaluator: Evaluator, model: EvaluatedModel, seed: int) -> Ite
                 yield build_dataclass(DecodingConfig, row["decoding"], "trial 0")
 
 
-def _write_recipe(
+def _with_recipe(
     folders: RunFolders, pipe: MaskGIT, evaluator: Evaluator, result: SearchResult, options: TuningOptions
-) -> None:
+) -> SearchResult:
     """Writes the winner beside the weights, where it is another decoding than the model's own."""
     from maskgit_pl.pipeline.card import refresh_card
     from maskgit_pl.pretrained import save_decoding
     from maskgit_pl.provenance import describe_environment
 
     if result.winner.decoding == pipe.decoding:
-        count = len(result.trials)
-        _log.info("the model is decoded in the best way of %d trials already: nothing is changed", count)
-        return
+        return result
     tuned = {
         "metric": result.metric,
         "value": result.winner.numbers[result.metric],
@@ -347,8 +349,7 @@ def _write_recipe(
     }
     old = save_decoding(folders.pretrained, result.winner.decoding, tuned=tuned)
     refresh_card(folders.pretrained)
-    kept = f"; the one before is kept as {old.name}" if old is not None else ""
-    _log.info("%s: how this model is decoded from now on%s", folders.pretrained / "decoding.json", kept)
+    return replace(result, recipe=folders.pretrained / "decoding.json", old_recipe=old)
 
 
 @dataclass(frozen=True)

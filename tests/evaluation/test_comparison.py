@@ -88,7 +88,7 @@ def test_tables_show_every_row_and_the_least_distance_of_each_t_in_bold() -> Non
 def test_a_time_that_is_not_known_is_an_empty_cell() -> None:
     row = replace(ROWS[0], numbers={name: value for name, value in numbers(1.0).items() if "seconds" not in name})
     made = replace(COMPARISON, results=(row,))
-    assert made.markdown("").count("|  |") == 1
+    assert "| 4.0 |  |" in made.markdown("")
     assert made.table().row_count == 2
     (read,) = csv.DictReader(io.StringIO(made.csv()))
     assert read["seconds_per_image"] == ""
