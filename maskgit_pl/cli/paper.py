@@ -21,7 +21,8 @@ from maskgit_pl.cli.progress import progress_bars
 from maskgit_pl.evaluation import reports
 
 if TYPE_CHECKING:
-    from maskgit_pl.evaluation.reports import Page, ReportOptions
+    from maskgit_pl.evaluation.pages import Page
+    from maskgit_pl.evaluation.reports import ReportOptions
 
 __all__ = ["add_measuring_arguments", "add_parser", "report_options", "show", "wanted_steps"]
 

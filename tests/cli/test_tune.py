@@ -159,7 +159,7 @@ def test_rows_of_other_weights_or_another_classifier_are_not_reused(
 
 def test_out_has_a_ledger_of_its_own(run_folder: Path, tiny_shards: Path, tmp_path: Path) -> None:
     call(run_folder, "--data", tiny_shards, "--num-images", 6, "--trials", 1, "--no-plot", "--out", tmp_path / "out")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"ledger.jsonl", "tuning.md"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"ledger.jsonl", "tuning.csv", "tuning.md"}
     assert [path.name for path in run_folder.iterdir()] == ["pretrained"]
 
 

@@ -18,10 +18,10 @@ from torch import Tensor
 from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
 from maskgit_pl.evaluation.held_out import edit, masked
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
+from maskgit_pl.evaluation.pages import Page
 from maskgit_pl.evaluation.progress import Bars
 from maskgit_pl.evaluation.reports.ablation import STEPS, ablate, check_budgets
 from maskgit_pl.evaluation.reports.options import ReportOptions
-from maskgit_pl.evaluation.reports.pages import Page
 from maskgit_pl.evaluation.reports.schedule_figures import schedule_figure
 from maskgit_pl.evaluation.reports.tables import TASKS, editing_page, generation_page, schedule_page
 from maskgit_pl.evaluation.run_folders import (
