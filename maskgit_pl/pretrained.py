@@ -26,7 +26,7 @@ from maskgit_pl.files import read_json, sync, write_atomically, write_tensors
 from maskgit_pl.networks.causal import CausalTransformer, build_transformer
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
-from maskgit_pl.networks.weight_file import check_fit, check_tensor, load_weights, read_header, read_tensors
+from maskgit_pl.networks.weight_file import check_fit, check_tensor, load_weights, read_tensor_header, read_tensors
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
 
 __all__ = [
@@ -492,7 +492,7 @@ def _read_network(build: Callable[[], Network], folder: Path, *, num_blocks: int
         num_blocks: Blocks of the network, each of at least one tensor.
     """
     file = folder / _WEIGHTS
-    header = read_header(file)  # 1
+    header = read_tensor_header(file)  # 1
     if num_blocks > len(header):
         raise ValueError(
             f"{folder / _CONFIG}: network of {num_blocks} blocks must fit {_WEIGHTS}, which holds {len(header)} tensors"

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, Trainer
 
 from maskgit_pl.data import Batch, ShardData
 from maskgit_pl.networks.transformer import TransformerConfig
-from maskgit_pl.training.faults import UnreadableReport
+from maskgit_pl.training.unreadable_report import UnreadableReport
 from maskgit_pl.training.optimizers import LearningRate
 from tests.modules import masked_model
 

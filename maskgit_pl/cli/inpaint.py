@@ -193,7 +193,7 @@ def read_header(kind: str, path: Path) -> ImageHeader:
     name = printable(path)
     if not path.exists():
         raise FileNotFoundError(f"{kind} {name}: no such file; name a JPEG, PNG or WebP file")
-    return images.read_header(images.read_image_file(path, name=name), name=name)
+    return images.read_image_header(images.read_image_file(path, name=name), name=name)
 
 
 def _box(text: str, *, height: int, width: int) -> list[int]:

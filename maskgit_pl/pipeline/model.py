@@ -19,6 +19,7 @@ from typing_extensions import Unpack
 from maskgit_pl import editing
 from maskgit_pl.decoding import (
     ConditionalModel,
+    ConditionalNetwork,
     DecodingConfig,
     DecodingStep,
     FirstStepLogits,
@@ -108,7 +109,9 @@ class MaskGIT:
         self._origin = Origin()
         config = transformer.network.config
         self._first_step = FirstStepLogits(
-            transformer.network, num_tokens=config.num_tokens, mask_token_id=config.mask_token_id
+            cast("ConditionalNetwork", transformer.network),  # a sequential model does not use it
+            num_tokens=config.num_tokens,
+            mask_token_id=config.mask_token_id,
         )
 
     @classmethod
