@@ -33,7 +33,8 @@ from maskgit_pl.provenance import describe_environment
 from maskgit_pl.shards.index import find_shards, index_shards
 from maskgit_pl.shards.manifest import load_manifest
 from maskgit_pl.shards.reader import ShardReader
-from maskgit_pl.shards.tokens import StoreDescription, StoreParts, TokenReader, open_store
+from maskgit_pl.shards.token_writer import StoreParts
+from maskgit_pl.shards.tokens import StoreDescription, TokenReader, open_store
 
 _SIDE = 256  # of the images that a model gets
 _SOURCES = {"256 x 256": (256, 256), "500 x 375": (500, 375)}  # width and height as stored

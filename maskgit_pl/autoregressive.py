@@ -11,7 +11,6 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import register_fsdp_forward_method
 
 from maskgit_pl.data import Batch
 from maskgit_pl.decoding import ConditionalModel, DecodingStep, SequentialDecoding, decode_in_order
@@ -65,16 +64,6 @@ class AutoregressiveModel(TokenModel):
         in_steps = config.decoding.of(num_tokens)
         super().__init__(config, CausalTransformer(config.network), in_steps)
         self.decoder = in_steps.sequential_decoder(num_tokens)
-
-    def configure_model(self) -> None:
-        """Shards as ``TokenModel`` does, and gathers sharded weights for the next token too."""
-        super().configure_model()
-        if self.device_mesh is None:
-            return
-        for network in self._networks():
-            register_fsdp_forward_method(network, "next_logits")
-            for block in network.blocks:
-                register_fsdp_forward_method(block, "extend")
 
     def _mask(self, batch: Batch) -> Tensor:
         return torch.ones(len(batch.index), self.config.network.num_tokens, dtype=torch.bool, device=batch.index.device)

@@ -1,4 +1,4 @@
-"""Losses of both stages as pure functions, computed in float32."""
+"""The losses of both stages as pure functions, computed in float32."""
 
 from __future__ import annotations
 
@@ -30,9 +30,11 @@ ReconstructionLoss = Literal["l2", "l1"]
 def masked_cross_entropy(
     logits: Tensor, targets: Tensor, rows: Tensor, *, num_rows: int, label_smoothing: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy at masked positions: mean over rows of (sum over the row's masked tokens / their count).
+    """Computes the cross-entropy at masked positions.
 
-    The mean over rows, not over tokens, makes the loss of a global batch equal for every split into ranks and
+    loss = mean over rows of (sum over the row's masked tokens / their count)
+
+    The mean over rows, not over tokens, makes the loss of a global batch equal for every division into ranks and
     micro-batches. A row without a masked token adds 0 to the sum and still counts in the mean.
 
     Args:
@@ -58,13 +60,13 @@ def masked_cross_entropy(
 
 
 def reconstruction_loss(reconstruction: Tensor, images: Tensor, *, kind: ReconstructionLoss) -> Tensor:
-    """Mean squared (``l2``, released) or absolute (``l1``) difference of images in [0, 1]: scalar float32."""
+    """Computes the mean squared (``l2``, released) or absolute (``l1``) difference of images: scalar float32."""
     difference = reconstruction.float() - images.float()
     return difference.square().mean() if kind == "l2" else difference.abs().mean()
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, *, kind: AdversarialLoss) -> Tensor:
-    """What the discriminator minimises, from (B, 1) logits: scalar float32.
+    """Computes the loss of the discriminator from (B, 1) logits: scalar float32.
 
     hinge: mean max(0, 1 - real) + mean max(0, 1 + fake); non-saturating: mean softplus(-real) + mean softplus(fake).
 
@@ -77,7 +79,9 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, *, kind: Advers
 
 
 def generator_loss(fake_logits: Tensor, *, kind: AdversarialLoss) -> Tensor:
-    """What the generator minimises, from (B, 1) logits: -mean fake (hinge) or mean softplus(-fake); scalar float32.
+    """Computes the adversarial loss of the generator from (B, 1) logits: scalar float32.
+
+    hinge: -mean fake; non-saturating: mean softplus(-fake).
 
     Source: released code, ``losses.py``.
     """
@@ -86,7 +90,7 @@ def generator_loss(fake_logits: Tensor, *, kind: AdversarialLoss) -> Tensor:
 
 
 def r1_penalty(real_logits: Tensor, images: Tensor) -> Tensor:
-    """Mean over the batch of the squared norm of the logits' gradient at real images, without the factor 1/2.
+    """Computes the mean over the batch of the squared norm of the logits' gradient at real images, without 1/2.
 
     Args:
         real_logits: (B, 1), computed from ``images``.
@@ -102,7 +106,7 @@ def r1_penalty(real_logits: Tensor, images: Tensor) -> Tensor:
 
 
 def lecam_loss(real_logits: Tensor, fake_logits: Tensor, *, real_mean: Tensor, fake_mean: Tensor) -> Tensor:
-    """Holds logits near the running mean of the other side: scalar float32.
+    """Computes the LeCam regularisation, which holds logits near the mean of the other side: scalar float32.
 
     mean max(0, real - fake_mean)^2 + mean max(0, real_mean - fake)^2
 
@@ -110,7 +114,7 @@ def lecam_loss(real_logits: Tensor, fake_logits: Tensor, *, real_mean: Tensor, f
         real_logits: (B, 1) of real images.
         fake_logits: (B, 1) of reconstructions.
         real_mean: Scalar, moving average of the real logits.
-        fake_mean: Scalar, moving average of the other.
+        fake_mean: Scalar, moving average of the logits of reconstructions.
 
     Source: Tseng et al., arXiv:2104.03310, as in the MAGVIT code.
     """
@@ -119,7 +123,11 @@ def lecam_loss(real_logits: Tensor, fake_logits: Tensor, *, real_mean: Tensor, f
 
 
 def adaptive_weight(reconstruction_gradient: Tensor, adversarial_gradient: Tensor) -> Tensor:
-    """|reconstruction gradient| / (|adversarial gradient| + 1e-4) at the last layer, in [0, 1e4]: scalar float32.
+    """Computes |reconstruction gradient| / (|adversarial gradient| + 1e-4), clamped to [0, 1e4]: scalar float32.
+
+    Args:
+        reconstruction_gradient: Gradient of the other losses at the decoder's last layer.
+        adversarial_gradient: Gradient of the adversarial loss there, of the same shape.
 
     Source: Esser et al., arXiv:2012.09841, eq. 7, with the constants of its code.
     """

@@ -1,4 +1,4 @@
-"""MaskSampler: what a training example hides, by the mask schedule that decoding follows too."""
+"""MaskSampler: draws the masks of training from the mask schedule that decoding follows too."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["MaskSampler", "random_mask"]
 
 
 def random_mask(count: Tensor, num_tokens: int, *, seed: int, index: Tensor, epoch: Tensor | int = 0) -> Tensor:
-    """Masks of so many positions each, every set of them equally likely; a function of (seed, index, epoch) alone.
+    """Draws masks with a given number of positions, uniformly, as a function of (seed, index, epoch) only.
 
     Args:
-        count: (B,) int64 in [0, num_tokens]: masked positions of each row.
+        count: (B,) int64 in [0, num_tokens], number of masked positions of each row.
         num_tokens: N, tokens of an image.
-        seed: In [0, 2**32).
+        seed: Seed in [0, 2**32).
         index: (B,) int64, sample index.
-        epoch: (B,) int64 or an integer: other epochs give other masks.
+        epoch: (B,) int64 or an integer; each epoch gives other masks.
 
     Returns:
         (B, N) bool, True = masked.
@@ -37,15 +37,18 @@ def random_mask(count: Tensor, num_tokens: int, *, seed: int, index: Tensor, epo
 class MaskSampler:
     """Draws the masks of masked visual token modeling.
 
-    For each sample: ratio = max(gamma(u), min_mask_ratio), ceil(ratio N) positions masked, uniformly chosen. The u of a
-    global batch are stratified, u = (pi(slot) + v) / B with pi a permutation for each step and v uniform: each is
-    uniform on [0, 1), together they cover it evenly, which takes variance out of the gradient. All of it depends on
-    (seed, sample, epoch, position) alone, so it is the same for any number of ranks.
+    For each sample: ratio = max(gamma(u), min_mask_ratio), and ceil(ratio N) positions, uniformly chosen, are masked.
+    The u of a global batch are stratified: u = (pi(slot) + v) / B, with pi a permutation for each step and v uniform.
+    Each u is uniform on [0, 1), and together they cover it evenly, which lowers the variance of the gradient. The masks
+    depend only on (seed, sample, epoch, position), so they are the same for any number of ranks.
 
     Args:
-        mask_schedule: The schedule object that the decoder holds.
-        seed: In [0, 2**32).
-        min_mask_ratio: Lower bound of the ratio, a maximum without rescaling, in [0, 1].
+        mask_schedule: The schedule object that the decoder holds too.
+        seed: Seed in [0, 2**32).
+        min_mask_ratio: Lower bound of the ratio in [0, 1]; a maximum, without rescaling.
+
+    Raises:
+        ValueError: if ``min_mask_ratio`` is out of range.
 
     Source: paper, training objective; MAGVIT code for ``min_mask_ratio``.
     """
@@ -58,21 +61,21 @@ class MaskSampler:
         check_number("min_mask_ratio", self.min_mask_ratio, "[0, 1]")
 
     def ratio(self, num_tokens: int, *, index: Tensor, epoch: Tensor, position: Tensor, global_batch: int) -> Tensor:
-        """Mask ratios (B,) float32 in [0, 1]; arguments as of ``mask``."""
+        """Draws mask ratios, (B,) float32 in [0, 1]; ``mask`` describes the arguments."""
         stratum = self._stratum(position, global_batch)
         jitter = random_uniform("mask-ratio", seed=self.seed, index=index, epoch=epoch)[:, 0]
         progress = ((stratum + jitter) / global_batch).clamp(max=1.0)
         return self.mask_schedule(progress, num_tokens).clamp(min=self.min_mask_ratio)
 
     def _stratum(self, position: Tensor, global_batch: int) -> Tensor:
-        """pi(slot) (B,) int64: the rank of a slot's random key among those of its step's global batch."""
+        """Returns pi(slot), (B,) int64: the place of a slot's random key in the order of its global batch's keys."""
         step, slot = position // global_batch, position % global_batch
         words = random_bits("mask-ratio/stratum", seed=self.seed, index=0, epoch=step, count=global_batch)
         keys = words * global_batch + torch.arange(global_batch, device=words.device)  # (B, G), no two alike
         return (keys < keys.gather(1, slot.unsqueeze(1))).sum(1)
 
     def mask(self, num_tokens: int, *, index: Tensor, epoch: Tensor, position: Tensor, global_batch: int) -> Tensor:
-        """The masks of a batch.
+        """Draws the masks of a batch.
 
         Args:
             num_tokens: N, tokens of an image.

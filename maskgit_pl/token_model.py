@@ -321,7 +321,8 @@ class TokenModel(LightningModule):
         self, network: Transformer, tokens: Tensor, labels: Tensor, mask: Tensor, *, smoothing: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Computes the loss (), and of each predicted token the negative log-likelihood (M,) and a hit (M,), 0 or 1."""
-        logits = network(self._visible(tokens, mask), labels, mask, vocabulary=self.config.loss_vocabulary)  # (M, V)
+        vocabulary = self.config.loss_vocabulary
+        logits = network.forward_masked(self._visible(tokens, mask), labels, mask, vocabulary=vocabulary)  # (M, V)
         rows = mask.nonzero()[:, 0]
         targets = tokens[mask]
         loss, token_loss = masked_cross_entropy(logits, targets, rows, num_rows=len(tokens), label_smoothing=smoothing)

@@ -200,7 +200,7 @@ class Tokenizer(LightningModule):
             if adversarial.config.lecam_weight > 0:
                 self._pending.logits.append(adversarial.mean_logits)
             metrics |= adversarial.metrics
-        # 4. The gradient of this sum is what is propagated: d(reconstruction . gradient) = gradient . d(reconstruction).
+        # 4. The gradient of this sum is the propagated one, since d(reconstruction . g) = g . d(reconstruction).
         propagated = (output.reconstruction.float() * gradient).sum() + output.quantized.loss
         self.manual_backward(propagated / self.accumulation)
         if discriminator_loss is not None:

@@ -373,7 +373,7 @@ class Network:
 
     labels: list[list[int]] = field(default_factory=list)
 
-    def __call__(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
+    def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
         self.labels.append(labels.tolist())
         known = (tokens.sum(1, keepdim=True) * 5) % 64
         return LOGITS[(positions + known) % 64] + 2 * LOGITS[labels + 50].unsqueeze(1)
@@ -384,8 +384,8 @@ ONE = (torch.full((2, 4), MASK), torch.tensor([[0, 3], [1, 2]]), torch.empty(2, 
 
 def test_guided_logits_are_the_formula_worked_out_by_hand():
     network = Network()
-    conditional = network(ONE[0], torch.tensor([0, 2]), ONE[1])
-    unconditional = network(ONE[0], torch.tensor([3, 3]), ONE[1])
+    conditional = network.forward_at(ONE[0], torch.tensor([0, 2]), ONE[1])
+    unconditional = network.forward_at(ONE[0], torch.tensor([3, 3]), ONE[1])
     guided = GuidedPredictor(network, torch.tensor([0, 2]), negative_labels=torch.tensor([3, 3]), scales=[1.5])(*ONE)
     torch.testing.assert_close(guided, 2.5 * conditional - 1.5 * unconditional)
     assert network.labels[2:] == [[0, 2, 3, 3]]  # one batched forward
@@ -398,14 +398,14 @@ def test_guidance_of_scale_0_makes_one_conditional_forward():
     )
     made = [predictor(*ONE) for _ in range(3)]
     assert network.labels == [[0, 2], [0, 2, 3, 3], [0, 2]]
-    assert torch.equal(made[0], network(ONE[0], torch.tensor([0, 2]), ONE[1]))
+    assert torch.equal(made[0], network.forward_at(ONE[0], torch.tensor([0, 2]), ONE[1]))
     assert not torch.equal(made[1], made[0])
 
 
 def test_the_plain_predictor_makes_one_forward_with_the_classes():
     network = Network()
     assert torch.equal(
-        ClassPredictor(network, torch.tensor([1, 0]))(*ONE), network(ONE[0], torch.tensor([1, 0]), ONE[1])
+        ClassPredictor(network, torch.tensor([1, 0]))(*ONE), network.forward_at(ONE[0], torch.tensor([1, 0]), ONE[1])
     )
     assert network.labels == [[1, 0]] * 2
 
@@ -465,7 +465,8 @@ def test_the_first_step_of_a_class_is_computed_once_for_all_runs_until_it_is_cle
     assert network.labels.count([0, 2]) == 1
     kept([1], device=CPU)  # the third class takes the place of the one that was asked for longest ago
     assert torch.equal(
-        kept([0], device=CPU), Network()(torch.full((1, 16), MASK), torch.tensor([0]), torch.arange(16)[None])
+        kept([0], device=CPU),
+        Network().forward_at(torch.full((1, 16), MASK), torch.tensor([0]), torch.arange(16)[None]),
     )
     assert network.labels[-1] == [1]
     kept([2], device=CPU)
@@ -538,7 +539,7 @@ def test_guidance_without_a_null_class_is_refused_and_scale_0_is_not():
 def test_guidance_may_push_away_from_another_class_without_a_null_class():
     network = Network()
     made = class_predictor(model(network, null_label=None), [0, 2], negative_labels=[1, 1], scales=[1.5])(*ONE)
-    conditional, other = (Network()(ONE[0], torch.tensor(labels), ONE[1]) for labels in ([0, 2], [1, 1]))
+    conditional, other = (Network().forward_at(ONE[0], torch.tensor(labels), ONE[1]) for labels in ([0, 2], [1, 1]))
     torch.testing.assert_close(made, 2.5 * conditional - 1.5 * other)
     assert network.labels == [[0, 2, 1, 1]]
 

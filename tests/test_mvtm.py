@@ -144,7 +144,7 @@ def test_validation_asks_the_averaged_network_about_masked_tokens(tiny_shards, t
     )
     seen = batch.content.masked_fill(mask, CONFIG.mask_token_id)
     with torch.no_grad():
-        logits = module.ema_network.eval()(seen, batch.labels, mask, vocabulary="all")
+        logits = module.ema_network.eval().forward_masked(seen, batch.labels, mask, vocabulary="all")
     loss = cross_entropy(logits, batch.content[mask])
     hits = (logits.argmax(-1) == batch.content[mask]).float().mean()
     assert values == pytest.approx({"val/loss": float(loss), "val/accuracy": float(hits)}, rel=1e-5)

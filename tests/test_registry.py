@@ -243,7 +243,7 @@ def test_a_broken_guidance_schedule_is_refused_by_name(monkeypatch, scale):
 
     monkeypatch.setitem(guidance_schedules._factories, "broken", Broken)
     with pytest.raises(
-        ValueError, match=r"guidance schedule 'broken': the scale at position 1 must be .* in \[0, 10000\], got"
+        ValueError, match=r"guidance schedule 'broken': the scale at progress 1 must be .* in \[0, 10000\], got"
     ):
         guidance_schedules.build("broken")
 

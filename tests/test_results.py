@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from maskgit_pl.evaluation.ledger import REAL, Ledger, Row
-from maskgit_pl.evaluation.reports import Page
+from maskgit_pl.evaluation.pages import Page
 from maskgit_pl.evaluation.reports.ablation import ScheduleResult
 from maskgit_pl.evaluation.reports.tables import editing_page, generation_page, schedule_page
 from maskgit_pl.evaluation.reports.timing import METHODS, Timing, timing_of

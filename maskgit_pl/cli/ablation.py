@@ -6,8 +6,8 @@ import argparse
 import shlex
 from pathlib import Path
 
-from maskgit_pl.cli.model import device_of
-from maskgit_pl.cli.paper import add_measuring_arguments, report_options, show, wanted_steps
+from maskgit_pl.cli.model import device_of, naming_flags
+from maskgit_pl.cli.paper import add_report_arguments, report_options, show, wanted_steps
 from maskgit_pl.cli.progress import progress_bars
 from maskgit_pl.evaluation import reports
 from maskgit_pl.evaluation.command_line import command_line
@@ -29,7 +29,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "Further flags set single values of the recipes, e.g. --trainer.max_steps 2000.",
         allow_abbrev=False,
     )
-    add_measuring_arguments(parser)
+    add_report_arguments(parser)
     parser.add_argument("--schedules", default=_SCHEDULES, metavar="A,B,...",
                         help=f"recipes, one for each schedule (default: {_SCHEDULES})")  # fmt: skip
     parser.add_argument("--recipe", default="", help="recipes that stand before the schedule's, in one word")
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         data=args.data,
         tokenizer=args.tokenizer,
     )
-    with progress_bars() as bars:
+    with naming_flags(args), progress_bars() as bars:
         page = reports.table_3(runs, options, num_steps=steps, command=_command(args), bars=bars)
     show(page)
     return 0

@@ -357,13 +357,13 @@ def _report_splits(folder: Path, shards: Mapping[Split, Sequence[Path]], how: st
 
 
 def _report_left_out(indexed: Indexed) -> None:
-    from maskgit_pl.shards.walk import counted
+    from maskgit_pl.shards.scan import format_counts
 
     for split, manifest in indexed.manifests.items():
         for fault, count in manifest.left_out.items():
             print(f"  {split}: left out: {count} {printable(fault)}")
         if indexed.ignored[split]:
-            print(f"  {split}: members not read: {counted(indexed.ignored[split])}")
+            print(f"  {split}: members not read: {format_counts(indexed.ignored[split])}")
     for note in indexed.notes:
         print(f"  {printable(note, limit=None)}")
 

@@ -13,6 +13,7 @@ __all__ = [
     "FEATURES",
     "add_cas_arguments",
     "add_feature_arguments",
+    "add_measuring_arguments",
     "add_run_arguments",
     "add_worker_argument",
     "cas_flags",
@@ -27,8 +28,13 @@ FEATURES = "classifier,lite0"
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the run, and the flags that say what it is measured on and where."""
+    """Adds the run that is measured, and the flags of ``add_measuring_arguments``."""
     parser.add_argument("folder", type=Path, metavar="RUN", help="run folder (runs/NAME) or pretrained folder")
+    add_measuring_arguments(parser)
+
+
+def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say what runs are measured on and where."""
     parser.add_argument("--data", type=Path, metavar="DIR", help="data folder (default: what the run was trained on)")
     parser.add_argument("--seed", type=int, default=0, help="of the first image; image i has seed + i (default: 0)")
     parser.add_argument("--batch", type=int, default=100, metavar="N", help="images at a time (default: 100)")
@@ -39,7 +45,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measuring_flags(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the fields of ``evaluation.MeasuringOptions`` that the flags of ``add_run_arguments`` give."""
+    """Returns the fields of ``evaluation.MeasuringOptions`` that the flags of ``add_measuring_arguments`` give."""
     return {"seed": args.seed, "batch_size": args.batch, "device": args.device, "classifier": args.classifier}
 
 

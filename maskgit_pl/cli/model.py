@@ -77,7 +77,8 @@ def naming_flags(args: argparse.Namespace) -> Iterator[None]:
         yield
     except (TypeError, ValueError) as error:
         name = re.split(r"[^a-z_]", str(error), maxsplit=1)[0]
-        if name not in args:  # it is of something else, and stays as it was raised
+        is_flag = name in args and not callable(getattr(args, name))  # ``run`` is the command itself
+        if not is_flag:  # the error is of something else, and stays as it was raised
             raise
         text = f"--{name.replace('_', '-')}" + str(error).removeprefix(name)
         raise (TypeError if isinstance(error, TypeError) else ValueError)(text) from error

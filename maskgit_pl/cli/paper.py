@@ -10,20 +10,22 @@ from typing import TYPE_CHECKING, Any
 from maskgit_pl.cli.evaluation_flags import (
     add_cas_arguments,
     add_feature_arguments,
+    add_measuring_arguments,
     add_worker_argument,
     cas_flags,
     feature_specs,
     measuring_flags,
     step_numbers,
 )
-from maskgit_pl.cli.model import add_device_argument, check_at_least
+from maskgit_pl.cli.model import check_at_least, naming_flags
 from maskgit_pl.cli.progress import progress_bars
 from maskgit_pl.evaluation import reports
 
 if TYPE_CHECKING:
-    from maskgit_pl.evaluation.reports import Page, ReportOptions
+    from maskgit_pl.evaluation.pages import Page
+    from maskgit_pl.evaluation.reports import ReportOptions
 
-__all__ = ["add_measuring_arguments", "add_parser", "report_options", "show", "wanted_steps"]
+__all__ = ["add_parser", "add_report_arguments", "report_options", "show", "wanted_steps"]
 
 _NUM_TOKENS = "16,64,256,1024"
 _SIZES = ("depth", "width", "num_heads", "mlp_width", "num_codes")
@@ -41,7 +43,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     table.add_argument("number", type=int, choices=(1, 2, 3), help="of the table")
     _add_runs(table)
-    add_measuring_arguments(table)
+    add_report_arguments(table)
     add_cas_arguments(table)
     table.add_argument(
         "--cas-samples", type=int, metavar="N", help="images it is trained on (default: as --num-samples)"
@@ -59,7 +61,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     figure.add_argument("number", type=int, choices=(4, 8), help="of the figure")
     _add_runs(figure)
-    add_measuring_arguments(figure)
+    add_report_arguments(figure)
     figure.add_argument("--num-steps", metavar="T,...", help="of Figure 8 (default: 2,3,4,6,8,12,16,24, up to N/2)")
     figure.add_argument("--num-tokens", metavar="N,...", default=_NUM_TOKENS, help="of Figure 4 (default: "
                         f"{_NUM_TOKENS})")  # fmt: skip
@@ -75,9 +77,9 @@ def _add_runs(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
+def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that ``report_options`` reads."""
-    parser.add_argument("--data", type=Path, metavar="DIR", help="data folder (default: what the first was trained on)")
+    add_measuring_arguments(parser)
     parser.add_argument("--num-samples", type=int, default=1000, metavar="N", help="images a row (default: 1000)")
     add_feature_arguments(parser)
     parser.add_argument(
@@ -87,17 +89,11 @@ def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="ledger and pages; what is in the ledger is not measured again (default: results)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the first image; image i has seed + i (default: 0)")
-    parser.add_argument("--batch", type=int, default=100, metavar="N", help="images at a time (default: 100)")
-    add_device_argument(parser)
-    parser.add_argument(
-        "--classifier", type=Path, metavar="DIR", help="where the judge is kept (default: runs/DATA-classifier/small)"
-    )
     add_worker_argument(parser)
 
 
 def report_options(args: argparse.Namespace, **beside: Any) -> ReportOptions:
-    """Returns the options that the flags of ``add_measuring_arguments`` give.
+    """Returns the options that the flags of ``add_report_arguments`` give.
 
     Args:
         args: The flags.
@@ -144,7 +140,7 @@ def run_table(args: argparse.Namespace) -> int:
 
     cas = None if args.cas_model == "none" else CASOptions(**how)
     options = report_options(args, cas=cas, cas_samples=args.cas_samples)
-    with progress_bars() as bars:
+    with naming_flags(args), progress_bars() as bars:
         if args.number == 1:
             page = reports.table_1(args.runs, options, bars=bars)
         elif args.number == 2:
@@ -163,7 +159,7 @@ def run_figure(args: argparse.Namespace) -> int:
     """
     if args.number == 8:
         steps, options = wanted_steps(args), report_options(args)
-        with progress_bars() as bars:
+        with naming_flags(args), progress_bars() as bars:
             page = reports.figure_8(args.runs, options, num_steps=steps, bars=bars)
     else:
         if len(args.runs) > 1:
@@ -172,7 +168,7 @@ def run_figure(args: argparse.Namespace) -> int:
         check_at_least(args, **dict.fromkeys(_SIZES, 1))
         sizes = {name: getattr(args, name) for name in _SIZES if getattr(args, name) is not None}
         timed = reports.TimingOptions(numbers, sizes, args.results, args.device)
-        with progress_bars() as bars:
+        with naming_flags(args), progress_bars() as bars:
             page = reports.figure_4(next(iter(args.runs), None), timed, bars=bars)
     show(page)
     return 0

@@ -103,7 +103,12 @@ def run(args: argparse.Namespace) -> int:
     from maskgit_pl.evaluation.tuning_report import as_table
 
     Console().print(as_table(result))
-    print(f"{result.folder}: {result.measured} measured now; tuning.md" + (" and tuning.png" if result.figure else ""))
+    if result.recipe is None:
+        print(f"the model is decoded in the best way of {len(result.trials)} trials already: nothing is changed")
+    else:
+        kept = f"; the one before is kept as {result.old_recipe.name}" if result.old_recipe is not None else ""
+        print(f"{result.recipe}: how this model is decoded from now on{kept}")
+    print(f"{result.folder}: {result.measured} measured now; tuning.md, tuning.csv" + (", tuning.png" if result.figure else ""))
     return 0
 
 

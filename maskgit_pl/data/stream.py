@@ -37,9 +37,9 @@ from maskgit_pl.files import open_regular
 from maskgit_pl.randomness import permutation, random_uniform
 from maskgit_pl.shards.braces import MAX_NAMES, expand_braces
 from maskgit_pl.shards.images import Crop, Reason, UnreadableImageError, load_square
+from maskgit_pl.shards.scan import BAD_IMAGE, MAX_CLASSES, Labels, ShardScan, scan_shard
 from maskgit_pl.shards.tar import BLOCK
 from maskgit_pl.shards.unreadable import Unreadable, UnreadableImages
-from maskgit_pl.shards.walk import BAD_IMAGE, MAX_CLASSES, Labels, ShardWalk, walk_shard
 from maskgit_pl.text import printable
 
 __all__ = ["StreamBatches", "StreamConfig", "StreamError", "StreamOnce", "check_stream"]
@@ -393,7 +393,7 @@ class _Shard(NamedTuple):
     url: str
     descriptor: int
     epoch: int
-    walk: ShardWalk
+    walk: ShardScan
 
     def samples(self) -> Iterator[_Sample]:
         """Its whole samples, in their order."""
@@ -430,17 +430,17 @@ class _Fetcher:
             following = self._begin()
             yield _Shard(url, descriptor, epoch, walk)
 
-    def _begin(self) -> tuple[str, int, Future[tuple[int, ShardWalk]]] | None:
+    def _begin(self) -> tuple[str, int, Future[tuple[int, ShardScan]]] | None:
         """Begin to fetch the next shard in a thread that ends with the process, whatever it waits for."""
         url, epoch = next(self.urls, (None, 0))
         if url is None:
             return None
-        future: Future[tuple[int, ShardWalk]] = Future()
+        future: Future[tuple[int, ShardScan]] = Future()
         self._alive = time.monotonic()
         Thread(target=self._fetch, args=(url, future), daemon=True).start()
         return url, epoch, future
 
-    def _awaited(self, url: str, coming: Future[tuple[int, ShardWalk]]) -> tuple[int, ShardWalk]:
+    def _awaited(self, url: str, coming: Future[tuple[int, ShardScan]]) -> tuple[int, ShardScan]:
         """What was fetched.
 
         Raises:
@@ -456,13 +456,13 @@ class _Fetcher:
                         f"stream {url}: nothing came for {patience:g} s (data.stream.stall_seconds)"
                     ) from None
 
-    def _fetch(self, url: str, future: Future[tuple[int, ShardWalk]]) -> None:
+    def _fetch(self, url: str, future: Future[tuple[int, ShardScan]]) -> None:
         try:
             future.set_result(self._shard(url))
         except Exception as error:
             future.set_exception(error)
 
-    def _shard(self, url: str) -> tuple[int, ShardWalk]:
+    def _shard(self, url: str) -> tuple[int, ShardScan]:
         local = _local_path(url)
         if local is not None:
             try:
@@ -511,7 +511,7 @@ class _Fetcher:
                     raise StreamError(f"stream {url}: at most {_MAX_SHARD_BYTES} bytes a shard are read")
         file.flush()
 
-    def _walked(self, url: str, descriptor: int) -> tuple[int, ShardWalk]:
+    def _walked(self, url: str, descriptor: int) -> tuple[int, ShardScan]:
         """The open file and what it holds.
 
         Raises:
@@ -519,7 +519,7 @@ class _Fetcher:
         """
         path = Path(f"/dev/fd/{descriptor}")
         try:
-            walk = walk_shard(path, self.labels)
+            walk = scan_shard(path, self.labels)
             if walk.damage:
                 raise StreamError(f"stream {url}: a whole, uncompressed tar is needed, got: {walk.damage}")
             wrong = [

@@ -16,7 +16,8 @@ from maskgit_pl.data.batches import Batch, ImageBatches, loader
 from maskgit_pl.data.order import Rows
 from maskgit_pl.shards.manifest import ImageRange, Split, load_manifest, read_manifest_summary
 from maskgit_pl.shards.reader import ShardReader
-from maskgit_pl.shards.tokens import Part, StoreDescription, StoreParts, is_complete
+from maskgit_pl.shards.token_writer import Part, StoreParts
+from maskgit_pl.shards.tokens import StoreDescription, is_complete
 
 __all__ = ["PART_SAMPLES", "Outcome", "describe_store", "tokenize"]
 

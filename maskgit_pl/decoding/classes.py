@@ -1,4 +1,7 @@
-"""Class-conditional decoding: from labels and seeds to tokens. What the pipeline and the training module run."""
+"""Class-conditional decoding: from labels and seeds to tokens.
+
+Used by the pipeline, and by ``mvtm.MaskedTokenModel`` for its sample images.
+"""
 
 from __future__ import annotations
 

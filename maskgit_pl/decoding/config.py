@@ -1,4 +1,4 @@
-"""How images are decoded, in plain values: what a recipe, a pretrained folder and a tuned recipe hold."""
+"""Decoding settings in plain values, as a recipe, a pretrained folder and ``decoding.json`` hold them."""
 
 from __future__ import annotations
 
@@ -20,25 +20,24 @@ __all__ = ["RASTER", "DecodingConfig", "SequentialDecoding"]
 
 _MOST_STEPS = 2**16  # as many as the tokens of the largest grid
 RASTER = "raster"
-"""What stands in the place of a token selector's name where a sequential model decodes: its order."""
+"""The ``token_selector`` of a sequential model: no registered selector, but raster order."""
 
 
 @dataclass(frozen=True)
 class DecodingConfig:
-    """How images are decoded, in plain values, as a recipe and a pretrained folder hold it.
+    """Decoding settings in plain values, as a recipe and a pretrained folder hold them.
 
     Args:
-        num_steps: Number of decoding steps T, in [1, 65536].
+        num_steps: T, in [1, 65536].
         token_selector: Name or mapping of a registered token selector; ``raster`` for a sequential model.
         guidance: Name or mapping of a registered guidance schedule.
-        sampling_temperature: Temperature of the codes drawn, at least 0; two numbers go from first to last step.
-        top_k: Number of likeliest codes that are drawn from, at least 1; None is all.
-        top_p: Probability of the likeliest codes that are drawn from, in (0, 1]; None is all codes.
-        tokens_per_step: Number of tokens decided in each of the T steps, in place of the mask schedule.
-        mask_schedule: Name or mapping of a registered mask schedule to decode with; None is that of the training.
-        context_cache: 1 computes all tokens at each step and is exact. With more, each step computes the tokens that
-            are masked or just decided, and only every so many steps all of them: approximate; see ``CachedPredictor``
-            for the time that was measured.
+        sampling_temperature: Divides the logits, at least 0: a number, or one for the first and one for the last step.
+        top_k: Draw from the ``top_k`` likeliest codes; None draws from all.
+        top_p: Draw from the fewest codes whose probabilities sum to ``top_p``, in (0, 1]; None draws from all.
+        tokens_per_step: Number of tokens that each step decides, in place of the mask schedule; T numbers.
+        mask_schedule: Name or mapping of a mask schedule to decode with; None is the one of the training.
+        context_cache: Recompute the keys and values of all tokens only every ``context_cache`` steps, in [1, 65536].
+            1 is exact; above 1 is faster and approximate. See ``CachedPredictor`` for measured times.
 
     Raises:
         ValueError: if a number is out of range, or ``tokens_per_step`` has another length than ``num_steps``.
@@ -69,14 +68,14 @@ class DecodingConfig:
 
     @property
     def is_sequential(self) -> bool:
-        """Whether it is one of a sequential model."""
+        """True if these are the settings of a sequential model."""
         return self.token_selector == RASTER
 
     def decoder(self, mask_schedule: MaskSchedule | None) -> ParallelDecoder:
-        """The decoder that follows ``mask_schedule``, or the schedule named here.
+        """Builds the decoder that follows ``mask_schedule``, or the schedule named here.
 
         Raises:
-            ValueError: An unknown name or a number out of range, or the ``mask_schedule`` None of a sequential model.
+            ValueError: if a name is unknown, a number is out of range, or ``mask_schedule`` is None.
         """
         if mask_schedule is None:
             raise ValueError("mask_schedule: a model that decodes in parallel is needed, got a sequential one")
@@ -91,13 +90,13 @@ class DecodingConfig:
         )
 
     def sequential_decoder(self, num_tokens: int) -> SequentialDecoder:
-        """The decoder of a sequential model.
+        """Builds the decoder of a sequential model.
 
         Args:
             num_tokens: N, tokens of an image.
 
         Raises:
-            ValueError: A setting that a sequential model cannot follow, or a number out of range.
+            ValueError: if a sequential model cannot follow a setting, or a number is out of range.
         """
         self._check_sequential(num_tokens)
         from maskgit_pl.decoding.sequential import SequentialDecoder
@@ -109,8 +108,8 @@ class DecodingConfig:
 
         Args:
             num_tokens: N, tokens of an image.
-            sequential: Whether the model draws one token after the other.
-            pushes_away: Whether there is a class that guidance can push away from.
+            sequential: The model draws one token after the other.
+            pushes_away: There is a class that guidance can push away from.
 
         Raises:
             TypeError: if a part does not take its arguments.
@@ -150,7 +149,7 @@ class DecodingConfig:
             )
 
     def scales(self) -> tuple[float, ...]:
-        """Guidance scale of each step."""
+        """Returns the guidance scale of each step."""
         return guidance_scales(guidance_schedules.build(self.guidance), self.num_steps)
 
 
@@ -159,13 +158,13 @@ _OF_SEQUENTIAL = {"token_selector": RASTER, "mask_schedule": None, "tokens_per_s
 
 @dataclass(frozen=True)
 class SequentialDecoding:
-    """How a sequential model's images are decoded, in plain values, as its recipe holds it.
+    """Decoding settings of a sequential model in plain values, as its recipe holds them.
 
     Args:
-        guidance: As of ``DecodingConfig``.
-        sampling_temperature: Likewise.
-        top_k: Likewise.
-        top_p: Likewise.
+        guidance: Name or mapping of a registered guidance schedule.
+        sampling_temperature: Divides the logits, at least 0: a number, or one for the first and one for the last token.
+        top_k: Draw from the ``top_k`` likeliest codes; None draws from all.
+        top_p: Draw from the fewest codes whose probabilities sum to ``top_p``, in (0, 1]; None draws from all.
     """
 
     guidance: str | dict[str, Any] = "constant"
@@ -174,7 +173,7 @@ class SequentialDecoding:
     top_p: float | None = None
 
     def of(self, num_tokens: int) -> DecodingConfig:
-        """The same for images of so many tokens, as a pretrained folder holds it."""
+        """Returns the settings for images of ``num_tokens`` tokens, as a pretrained folder holds them."""
         return DecodingConfig(
             num_tokens,
             RASTER,

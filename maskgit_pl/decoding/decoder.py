@@ -1,4 +1,21 @@
-"""The decoder: draws every masked token, keeps some, masks the rest again, until none is left."""
+"""The parallel decoder of MaskGIT: draws every masked token, keeps the surest, masks the others again, T times over.
+
+Each of the T steps does, for all images of the batch at once:
+
+    1. Predict. Ask the predictor for logits (B, M, K) at the positions that are masked.
+    2. Draw. Draw a code for each of these positions.
+    3. Score. The token selector scores the draws: the higher, the surer a draw is kept.
+    4. Count. The mask schedule says how many tokens stay masked (``plan``), or the selector does.
+    5. Mask again. The draws with the lowest scores become mask tokens again. A selector may also mask tokens again
+       that earlier steps decided.
+
+The last step keeps all of its draws: they are the result.
+
+Shapes: B images, N tokens of an image, K codes, M masked tokens of the image that has the most. The other images are
+padded to M with known positions, whose codes, confidence and order never change.
+
+Source: paper, section on iterative decoding; google-research/maskgit, ``parallel_decode.py``.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +27,13 @@ from torch import Tensor
 
 from maskgit_pl.decoding.limits import check_num_steps, check_token_counts, check_token_sum
 from maskgit_pl.decoding.noise import Noise
+from maskgit_pl.decoding.plan import StepCounts, listed_counts, plan_steps, scheduled_counts, step_progress
 from maskgit_pl.decoding.predictors import Predictor
 from maskgit_pl.decoding.sampling import CodeSampling
 from maskgit_pl.decoding.selectors import Candidates, Decided, TokenSelector
-from maskgit_pl.schedules import MaskSchedule, num_masked
+from maskgit_pl.schedules import MaskSchedule
 
-__all__ = ["DecodingStep", "ParallelDecoder", "StepCounts"]
+__all__ = ["DecodingStep", "ParallelDecoder"]
 
 
 @dataclass(frozen=True)
@@ -41,26 +59,6 @@ class DecodingStep:
 
 
 @dataclass(frozen=True)
-class StepCounts:
-    """How many tokens of each row a step finds masked, leaves masked, and masks again of those decided before it.
-
-    Args:
-        before: Masked before the step.
-        after: Masked after it.
-        remasked: Of ``after``, decided before the step.
-    """
-
-    before: list[int]
-    after: list[int]
-    remasked: list[int]
-
-    @property
-    def undecided(self) -> list[int]:
-        """Drawn in the step and masked again at once."""
-        return [after - again for after, again in zip(self.after, self.remasked, strict=True)]
-
-
-@dataclass(frozen=True)
 class ParallelDecoder:
     """Fills masked tokens in ``num_steps`` parallel steps.
 
@@ -73,12 +71,12 @@ class ParallelDecoder:
         mask_schedule: The schedule object that the mask sampler holds.
         token_selector: Which tokens to keep.
         num_steps: T, at least 1 and at most the number of tokens.
-        sampling: How codes are drawn from logits.
-        tokens_per_step: How many tokens are decided in each step, in place of the mask schedule: T numbers of at least
-            1 that sum to the number of tokens. Where fewer are masked at the start, in proportion, rounded down.
+        sampling: Temperature and truncation of the logits that codes are drawn from.
+        tokens_per_step: Number of tokens that each step decides, in place of the mask schedule: T numbers of at least
+            1 that sum to the number of tokens. If fewer are masked at the start, in proportion, rounded down.
 
     Raises:
-        ValueError: A number out of range.
+        ValueError: if a number is out of range.
     """
 
     mask_schedule: MaskSchedule
@@ -93,7 +91,7 @@ class ParallelDecoder:
             check_token_counts(self.tokens_per_step, self.num_steps, self.token_selector)
 
     def masked_counts(self, at_start: Sequence[int], num_tokens: int, *, first_step: int = 0) -> list[list[int]]:
-        """How many tokens of each row are masked before each step, and after the last (0).
+        """Returns how many tokens of each row are masked before each step, and after the last (0).
 
         Args:
             at_start: Masked tokens of each row at the start.
@@ -101,55 +99,27 @@ class ParallelDecoder:
             first_step: Step to begin at (editing begins late), in [0, num_steps).
 
         Returns:
-            num_steps - first_step + 1 lists of one count a row. Where the selector decides how many to keep, the most
+            num_steps - first_step + 1 lists of one count a row. If the selector decides how many to keep, the most
             that can be masked.
 
         Raises:
-            ValueError: More steps than tokens, ``first_step`` out of range, or ``tokens_per_step`` of another sum.
+            ValueError: if there are more steps than tokens, ``first_step`` is out of range, or ``tokens_per_step`` has
+                another sum.
         """
         plan = self.plan(at_start, num_tokens, first_step=first_step)
         return [plan[0].before, *(counts.after for counts in plan)]
 
     def plan(self, at_start: Sequence[int], num_tokens: int, *, first_step: int = 0) -> list[StepCounts]:
-        """The counts of each step; arguments and errors as of ``masked_counts``."""
+        """Returns the counts of each step; arguments and errors as in ``masked_counts``."""
         check_num_steps(self.num_steps, num_tokens)
         if not 0 <= first_step < self.num_steps:
             raise ValueError(f"first_step: a step in [0, {self.num_steps}) is needed, got {first_step}")
-        planned = self._planned(at_start, num_tokens)
-        steps, before = [], list(at_start)
-        for step in range(first_step, self.num_steps):
-            rows = zip(at_start, before, planned[step], strict=True)
-            both = [self._row(step, unknown, masked, wanted) for unknown, masked, wanted in rows]
-            after, remasked = ([row[part] for row in both] for part in (0, 1))
-            steps.append(StepCounts(before, after, remasked))
-            before = after
-        return steps
-
-    def _planned(self, at_start: Sequence[int], num_tokens: int) -> list[list[int]]:
-        """What the schedule, or the list in its place, wants masked after each step of each row."""
-        if self.tokens_per_step is not None:
+        if self.tokens_per_step is None:
+            planned = scheduled_counts(self.mask_schedule, self.token_selector, self.num_steps, at_start, num_tokens)
+        else:
             check_token_sum(self.tokens_per_step, num_tokens)
-            left = [num_tokens - sum(self.tokens_per_step[: step + 1]) for step in range(self.num_steps)]
-            return [[unknown * rest // num_tokens for unknown in at_start] for rest in left]
-        progress = torch.arange(1, self.num_steps + 1, dtype=torch.float32) / self.num_steps
-        progress = self.token_selector.schedule_progress(progress)
-        ratios = self.mask_schedule(progress, num_tokens)  # on the host, in float32, before the loop
-        counts: list[list[int]] = num_masked(
-            ratios.unsqueeze(1), torch.tensor(list(at_start)), rounding="floor"
-        ).tolist()  # (T, B)
-        return counts
-
-    def _row(self, step: int, unknown: int, masked: int, planned: int) -> tuple[int, int]:
-        """Of one row: masked after a step, and how many of these were decided before."""
-        if step == self.num_steps - 1:
-            return 0, 0
-        decided = unknown - masked
-        remasked = self.token_selector.num_remasked(
-            decided=decided, planned=planned, progress=(step + 1) / self.num_steps
-        )
-        remasked = max(0, min(remasked, decided, unknown - 1))
-        after = min(masked, max(1, remasked, min(masked - 1 + remasked, planned)))
-        return after, min(remasked, after)
+            planned = listed_counts(self.tokens_per_step, at_start, num_tokens)
+        return plan_steps(at_start, planned, self.token_selector.num_remasked, first_step=first_step)
 
     @torch.no_grad()
     def steps(
@@ -166,13 +136,13 @@ class ParallelDecoder:
         """Decodes, one step at a time.
 
         Args:
-            predictor: Where logits come from.
-            tokens: (B, N) int64: known codes, and ``mask_token_id`` where they are to be found.
-            noise: Where chance comes from.
+            predictor: Gives the logits.
+            tokens: (B, N) int64: known codes, and ``mask_token_id`` at unknown positions.
+            noise: Source of the random numbers.
             mask_token_id: The id that marks an unknown token.
             first_step: Step to begin at, in [0, num_steps).
             grid: Rows and columns of tokens, for selectors that look at places.
-            num_masked: Masked tokens of each row, where the caller knows them; else the device is asked, which waits.
+            num_masked: Masked tokens of each row, if the caller knows them; None asks the device, and waits.
 
         Yields:
             A ``DecodingStep`` for each step; known tokens never change. Nothing, where nothing is masked. A selector
@@ -187,7 +157,7 @@ class ParallelDecoder:
     def decode(
         self, predictor: Predictor, tokens: Tensor, noise: Noise, *, mask_token_id: int, first_step: int = 0
     ) -> Tensor:
-        """The tokens (B, N) int64 in [0, K) that ``steps`` ends with; arguments as there."""
+        """Returns the tokens (B, N) int64 in [0, K) that ``steps`` ends with; arguments as there."""
         last = tokens
         for step in self.steps(predictor, tokens, noise, mask_token_id=mask_token_id, first_step=first_step):
             last = step.tokens
@@ -195,7 +165,15 @@ class ParallelDecoder:
 
 
 class _Run:
-    """The state of one decoding run; arguments as of ``ParallelDecoder.steps``."""
+    """The state of one decoding run; arguments as in ``ParallelDecoder.steps``.
+
+    Attributes:
+        tokens: (B, N) int64: codes, and ``mask_token_id`` where ``masked``.
+        masked: (B, N) bool.
+        unknown: (B, N) bool: masked at the start. Other tokens were given and are never masked.
+        confidence: (B, N) float32: the probability that each code had when it was last drawn; 1 for given codes.
+        no_scores: (B, N) float32: +inf, the score of a position that no step has drawn.
+    """
 
     def __init__(
         self,
@@ -211,51 +189,60 @@ class _Run:
         self.selector, self.sampling, self.num_steps = decoder.token_selector, decoder.sampling, decoder.num_steps
         self.predictor, self.noise = predictor, noise
         self.mask_token_id, self.grid = mask_token_id, grid
-        self.tokens, self.masked = tokens, masked
-        self.unknown = masked  # at the start: what may ever be masked
+        self.tokens, self.masked, self.unknown = tokens, masked, masked
         self.confidence = torch.ones(tokens.shape, device=tokens.device)
-        self.surest = torch.full_like(self.confidence, torch.inf)
+        self.no_scores = torch.full_like(self.confidence, torch.inf)
 
     def steps(self, plan: Sequence[StepCounts], first_step: int) -> Iterator[DecodingStep]:
-        """Follows the plan, or the selector where it decides itself how many to keep."""
-        before = plan[0].before
-        positions = _masked_first(self.masked, before)
-        newly_known = positions[:, :0]
+        """Follows the plan, or the selector if it decides itself how many to keep."""
+        num_masked = plan[0].before
+        positions = _masked_first(self.masked, num_masked)  # (B, M)
+        newly_known = positions[:, :0]  # (B, 0): no step has decided anything
         for step, counts in enumerate(plan, start=first_step):
-            if max(before) == 0:
+            if max(num_masked) == 0:
                 return
-            logits = self.predictor(self.tokens, positions, newly_known).float()
-            valid = _valid(before, positions)
-            candidates = self._candidates(logits, positions, step)
-            scores, drawn, sure = self.selector(candidates), candidates.tokens, candidates.drawn_log_probs.exp()
-            if valid is not None:
-                scores = scores.where(valid, torch.inf)
-                drawn = drawn.where(valid, self.tokens.gather(1, positions))
-                sure = sure.where(valid, self.confidence.gather(1, positions))
+            # 1. Predict.
+            logits = self.predictor(self.tokens, positions, newly_known).float()  # (B, M, K)
+            # 2. Draw.
+            candidates = self._draw(logits, positions, step)
+            drawn, probability = candidates.tokens, candidates.drawn_log_probs.exp()  # (B, M)
+            # 3. Score.
+            scores = self.selector(candidates)  # (B, M)
+            is_masked = _columns_in_use(num_masked, positions)  # (B, M), None if no row is padded
+            if is_masked is not None:  # padding keeps code and confidence; +inf sorts it behind what is masked
+                scores = scores.where(is_masked, torch.inf)
+                drawn = drawn.where(is_masked, self.tokens.gather(1, positions))
+                probability = probability.where(is_masked, self.confidence.gather(1, positions))
+            self.confidence = self.confidence.scatter(1, positions, probability)
+            scores_by_position = self.no_scores.scatter(1, positions, scores)  # (B, N)
+            # 4. Count.
             if not self.selector.follows_schedule and step < self.num_steps - 1:
-                counts = self._own_counts(candidates, scores, valid, before)  # the plan is a bound
-            self.confidence = self.confidence.scatter(1, positions, sure)
-            everywhere = self.surest.scatter(1, positions, scores)
-            ranks = scores.argsort(dim=1, stable=True)  # least sure first; padding last
-            full = self.tokens.scatter(1, positions, drawn)
-            positions, was_masked, again = positions.gather(1, ranks), self.masked, max(counts.remasked) > 0
-            self.tokens = _masked_at(full, positions, counts.undecided, self.mask_token_id)
-            if again:
-                self._mask_again(counts.remasked, step)
+                counts = self._selector_counts(candidates, scores, is_masked, num_masked)  # the plan is a bound
+            # 5. Mask again: columns in order of score, the least sure first and padding last.
+            order = scores.argsort(dim=1, stable=True)
+            positions = positions.gather(1, order)
+            all_drawn = self.tokens.scatter(1, candidates.positions, drawn)  # (B, N)
+            was_masked = self.masked
+            self.tokens = _mask_first(all_drawn, positions, counts.undecided, self.mask_token_id)
+            has_remasked = max(counts.remasked) > 0
+            if has_remasked:
+                self._mask_decided(counts.remasked, step)
             self.masked = self.tokens == self.mask_token_id
-            yield DecodingStep(step, full, was_masked, self.masked, everywhere, self.confidence)
-            newly_known = _between(before, counts.undecided, positions)
-            before = counts.after
-            positions = _masked_first(self.masked, before) if again else positions[:, : max(before)]
+            yield DecodingStep(step, all_drawn, was_masked, self.masked, scores_by_position, self.confidence)
+            # For the next step: the columns are in order of score, so the masked positions come first.
+            newly_known = _decided_positions(num_masked, counts.undecided, positions)
+            num_masked = counts.after
+            positions = _masked_first(self.masked, num_masked) if has_remasked else positions[:, : max(num_masked)]
 
-    def _candidates(self, logits: Tensor, positions: Tensor, step: int) -> Candidates:
+    def _draw(self, logits: Tensor, positions: Tensor, step: int) -> Candidates:
+        """Draws a code for each of ``positions`` (B, M) from ``logits`` (B, M, K)."""
         progress = (step + 1) / self.num_steps
         drawn = self.sampling.draw(
             logits,
             self.noise,
             positions,
             step=step,
-            position=step / (self.num_steps - 1) if self.num_steps > 1 else 1.0,
+            progress=step_progress(step, self.num_steps),
             sharpness=self.selector.sharpness(progress),
         )
         return Candidates(
@@ -267,28 +254,27 @@ class _Run:
             grid=self.grid,
         )
 
-    def _own_counts(
-        self, candidates: Candidates, scores: Tensor, valid: Tensor | None, before: list[int]
+    def _selector_counts(
+        self, candidates: Candidates, scores: Tensor, is_masked: Tensor | None, num_masked: list[int]
     ) -> StepCounts:
-        """What the selector decides, read from the device: the one wait of such a step."""
-        unmasked = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
-        kept: list[int] = self.selector.num_kept(candidates, scores, unmasked).tolist()
-        after = [max(0, masked - max(1, count)) for masked, count in zip(before, kept, strict=True)]
-        return StepCounts(before, after, [0] * len(after))
+        """Returns the counts that the selector decides, read from the device: the one wait of such a step."""
+        valid = torch.ones_like(scores, dtype=torch.bool) if is_masked is None else is_masked
+        kept: list[int] = self.selector.num_kept(candidates, scores, valid).tolist()
+        return StepCounts.keeping(num_masked, kept)
 
-    def _mask_again(self, counts: list[int], step: int) -> None:
-        """Masks tokens that were decided in earlier steps: of each row as many as said, the most doubtful first."""
-        decided = self.unknown & ~self.masked
-        everywhere = torch.arange(decided.shape[1], device=decided.device).expand_as(decided)
+    def _mask_decided(self, counts: list[int], step: int) -> None:
+        """Masks ``counts[b]`` tokens of row b again that earlier steps decided, the most doubtful first."""
+        is_decided = self.unknown & ~self.masked  # (B, N); what this step drew is not among them
+        every_position = torch.arange(is_decided.shape[1], device=is_decided.device).expand_as(is_decided)
         doubts = self.selector.doubts(
             Decided(
                 confidence=self.confidence,
-                gumbel=self.noise.gumbel(everywhere, step),
+                gumbel=self.noise.gumbel(every_position, step),
                 progress=(step + 1) / self.num_steps,
             )
-        )
-        order = doubts.masked_fill(~decided, -torch.inf).argsort(dim=1, descending=True, stable=True)
-        self.tokens = _masked_at(self.tokens, order, counts, self.mask_token_id)
+        )  # (B, N)
+        order = doubts.masked_fill(~is_decided, -torch.inf).argsort(dim=1, descending=True, stable=True)
+        self.tokens = _mask_first(self.tokens, order, counts, self.mask_token_id)
 
 
 def _masked_first(masked: Tensor, counts: list[int]) -> Tensor:
@@ -299,30 +285,31 @@ def _masked_first(masked: Tensor, counts: list[int]) -> Tensor:
     return masked.logical_not().argsort(dim=1, stable=True)[:, : max(counts)]
 
 
-def _valid(counts: list[int], positions: Tensor) -> Tensor | None:
-    """(B, M) bool: the first counts[b] of row b, the rest being padding; None where there is no padding."""
-    return None if min(counts) == positions.shape[1] else _first(counts, positions)
+def _columns_in_use(counts: list[int], positions: Tensor) -> Tensor | None:
+    """(B, M) bool: the first counts[b] columns of row b, the rest being padding; None if there is no padding."""
+    return None if min(counts) == positions.shape[1] else _first_columns(counts, positions)
 
 
-def _first(counts: list[int], like: Tensor) -> Tensor:
-    """(B, M) bool in the shape of ``like``: the first counts[b] of row b."""
+def _first_columns(counts: list[int], like: Tensor) -> Tensor:
+    """(B, M) bool in the shape of ``like``: the first counts[b] columns of row b."""
     limit = torch.tensor(counts).to(like.device, non_blocking=True)
     return torch.arange(like.shape[1], device=like.device) < limit.unsqueeze(1)
 
 
-def _masked_at(tokens: Tensor, positions: Tensor, counts: list[int], mask_token_id: int) -> Tensor:
-    """The tokens (B, N), masked at the first counts[b] positions of row b."""
+def _mask_first(tokens: Tensor, positions: Tensor, counts: list[int], mask_token_id: int) -> Tensor:
+    """Masks tokens (B, N) at the first counts[b] positions of row b."""
     if min(counts) == max(counts):  # the usual case, without a transfer to the device
         return tokens.scatter(1, positions[:, : counts[0]], mask_token_id)
-    kept = tokens.gather(1, positions).masked_fill(_first(counts, positions), mask_token_id)
+    kept = tokens.gather(1, positions).masked_fill(_first_columns(counts, positions), mask_token_id)
     return tokens.scatter(1, positions, kept)
 
 
-def _between(before: list[int], after: list[int], positions: Tensor) -> Tensor:
-    """(B, P): the positions from after[b] to before[b] of each row, padded with later ones, which are known too."""
+def _decided_positions(before: list[int], after: list[int], positions: Tensor) -> Tensor:
+    """(B, P): columns after[b] to before[b] of each row, padded with later ones, which are known too."""
     decided = max(b - a for b, a in zip(before, after, strict=True))
     if min(after) == max(after):
         return positions[:, after[0] : after[0] + decided]
     start = torch.tensor(after).to(positions.device, non_blocking=True).unsqueeze(1)
+    # a row that decided fewer, at the right end of the columns, repeats its last position
     columns = (start + torch.arange(decided, device=positions.device)).clamp(max=positions.shape[1] - 1)
     return positions.gather(1, columns)

@@ -1,4 +1,4 @@
-"""Guidance schedules: how strongly the class pulls at which decoding step.
+"""Guidance schedules: the scale of classifier-free guidance as a function of the decoding step.
 
 Convention: guided = conditional + scale (conditional - unconditional), on logits. Scale 0 is no guidance, and costs no
 second forward; diffusers, TiTok and others count from 1 (their scale s is 1 + ours). A softmax follows, so the guided
@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from maskgit_pl.checks import check_number
+from maskgit_pl.decoding.plan import step_progress
 from maskgit_pl.registry import Registry
 
 __all__ = ["GuidanceSchedule", "guidance_scales", "guidance_schedules"]
@@ -22,27 +23,27 @@ _CHECKED_POINTS = 257
 
 
 class GuidanceSchedule(ABC):
-    """Scale as a function of where decoding stands. Subclasses are frozen dataclasses."""
+    """A scale as a function of the progress of decoding. Subclasses are frozen dataclasses."""
 
     @abstractmethod
-    def __call__(self, position: float) -> float:
-        """The scale at a step: ``position`` is 0 at the first step and 1 at the last."""
+    def __call__(self, progress: float) -> float:
+        """Returns the scale at a step; ``progress`` is 0 at the first step and 1 at the last."""
 
 
 def check_guidance_schedule(name: str, schedule: GuidanceSchedule) -> None:
-    """Refuses, by name, a schedule with a scale outside of [0, 10000] at one of 257 positions from 0 to 1.
+    """Refuses, by name, a schedule with a scale outside of [0, 10000] at one of 257 values of progress from 0 to 1.
 
     Raises:
         ValueError: With the name, the rule and what was seen.
     """
     for point in range(_CHECKED_POINTS):
-        position = point / (_CHECKED_POINTS - 1)
-        check_number(f"guidance schedule {name!r}: the scale at position {position:g}", schedule(position), _SCALES)
+        progress = point / (_CHECKED_POINTS - 1)
+        check_number(f"guidance schedule {name!r}: the scale at progress {progress:g}", schedule(progress), _SCALES)
 
 
 def guidance_scales(schedule: GuidanceSchedule, num_steps: int) -> tuple[float, ...]:
-    """The scale of each of ``num_steps`` decoding steps; a single step is both first and last, and counts as last."""
-    return tuple(schedule(step / (num_steps - 1) if num_steps > 1 else 1.0) for step in range(num_steps))
+    """Returns the scale of each of ``num_steps`` decoding steps; a single step counts as the last."""
+    return tuple(schedule(step_progress(step, num_steps)) for step in range(num_steps))
 
 
 guidance_schedules: Registry[GuidanceSchedule] = Registry(
@@ -67,7 +68,7 @@ class Constant(GuidanceSchedule):
     def __post_init__(self) -> None:
         check_number("scale", self.scale, _SCALES)
 
-    def __call__(self, position: float) -> float:
+    def __call__(self, progress: float) -> float:
         return self.scale
 
 
@@ -87,14 +88,14 @@ class Linear(GuidanceSchedule):
     def __post_init__(self) -> None:
         check_number("scale", self.scale, _SCALES)
 
-    def __call__(self, position: float) -> float:
-        return self.scale * position
+    def __call__(self, progress: float) -> float:
+        return self.scale * progress
 
 
 @guidance_schedules.register("power-cosine")
 @dataclass(frozen=True)
 class PowerCosine(GuidanceSchedule):
-    """scale (1 - cos(pi position^power)) / 2: from 0 to ``scale``, the later the larger ``power``.
+    """scale (1 - cos(pi progress^power)) / 2: from 0 to ``scale``, the later the larger ``power``.
 
     Args:
         scale: In [0, 10000].
@@ -113,14 +114,14 @@ class PowerCosine(GuidanceSchedule):
         check_number("scale", self.scale, _SCALES)
         check_number("power", self.power, "[0.001, 1000]")
 
-    def __call__(self, position: float) -> float:
-        return self.scale * (1 - math.cos(math.pi * position**self.power)) / 2
+    def __call__(self, progress: float) -> float:
+        return self.scale * (1 - math.cos(math.pi * progress**self.power)) / 2
 
 
 @guidance_schedules.register("cosine")
 @dataclass(frozen=True)
 class Cosine(GuidanceSchedule):
-    """scale (1 - cos(pi position)) / 2: power-cosine with power 1.
+    """scale (1 - cos(pi progress)) / 2: power-cosine with power 1.
 
     Args:
         scale: In [0, 10000].
@@ -133,14 +134,14 @@ class Cosine(GuidanceSchedule):
     def __post_init__(self) -> None:
         check_number("scale", self.scale, _SCALES)
 
-    def __call__(self, position: float) -> float:
-        return PowerCosine(self.scale, power=1.0)(position)
+    def __call__(self, progress: float) -> float:
+        return PowerCosine(self.scale, power=1.0)(progress)
 
 
 @guidance_schedules.register("interval")
 @dataclass(frozen=True)
 class Interval(GuidanceSchedule):
-    """``scale`` from position ``start`` to position ``stop``, both included; elsewhere none, which costs nothing.
+    """``scale`` from progress ``start`` to progress ``stop``, both included; elsewhere none, which costs nothing.
 
     Args:
         scale: In [0, 10000].
@@ -162,5 +163,5 @@ class Interval(GuidanceSchedule):
         check_number("start", self.start, "[0, 1]")
         check_number("stop", self.stop, f"[{self.start}, 1]")
 
-    def __call__(self, position: float) -> float:
-        return self.scale if self.start <= position <= self.stop else 0.0
+    def __call__(self, progress: float) -> float:
+        return self.scale if self.start <= progress <= self.stop else 0.0

@@ -19,7 +19,7 @@ def check_guidance(scales: Sequence[float], *, pushes_away: bool) -> None:
 
     Args:
         scales: Guidance scale of each step.
-        pushes_away: Whether the model has a null class, or negative classes are named.
+        pushes_away: The model has a null class, or negative classes are named.
 
     Raises:
         ValueError: if any scale is positive and ``pushes_away`` is False.
@@ -35,11 +35,11 @@ def check_parallel(task: str, *, sequential: bool) -> None:
     """Refuses a sequential model for a task that fills masked tokens in any order.
 
     Args:
-        task: What is to be done, for the error.
-        sequential: Whether the model draws one token after the other.
+        task: Name of the task, for the error.
+        sequential: The model draws one token after the other.
 
     Raises:
-        ValueError: if it does.
+        ValueError: if the model is sequential.
     """
     if sequential:
         raise ValueError(
@@ -53,7 +53,7 @@ def check_num_steps(num_steps: int, num_tokens: int | None = None) -> None:
 
     Args:
         num_steps: T.
-        num_tokens: N, tokens of an image; None where it is not known yet.
+        num_tokens: N, tokens of an image; None if it is not known yet.
 
     Raises:
         ValueError: if ``num_steps`` is below 1 or above ``num_tokens``.
@@ -68,7 +68,7 @@ def check_token_counts(tokens_per_step: Sequence[int], num_steps: int, selector:
     """Refuses a list of token counts that does not go with the steps and the selector.
 
     Args:
-        tokens_per_step: How many tokens each step decides.
+        tokens_per_step: Number of tokens that each step decides.
         num_steps: T.
         selector: Which tokens are kept.
 
@@ -88,7 +88,7 @@ def check_token_sum(tokens_per_step: Sequence[int], num_tokens: int) -> None:
     """Refuses a list of token counts that does not sum to the tokens of an image.
 
     Args:
-        tokens_per_step: How many tokens each step decides.
+        tokens_per_step: Number of tokens that each step decides.
         num_tokens: N.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Where a decoding run takes its chance from: noise that belongs to the image, or that a test has recorded."""
+"""Sources of randomness for decoding: noise seeded per image, or recorded by a test."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ __all__ = ["Noise", "SeededNoise"]
 
 
 class Noise(Protocol):
-    """Where a decoding run takes its chance from."""
+    """A source of the random numbers of a decoding run."""
 
     def draw(self, logits: Tensor, positions: Tensor, step: int) -> Tensor:
-        """Codes (B, M) int64 drawn from softmax(logits), logits (B, M, K) float32, at ``positions`` of ``step``."""
+        """Draws codes (B, M) int64 from softmax(logits), logits (B, M, K) float32, at ``positions`` of ``step``."""
 
     def gumbel(self, positions: Tensor, step: int) -> Tensor:
-        """Standard Gumbel noise (B, M) float32 for the choice of tokens at ``positions`` of ``step``."""
+        """Returns standard Gumbel noise (B, M) float32 for the choice of tokens at ``positions`` of ``step``."""
 
 
 @dataclass(frozen=True)
 class SeededNoise:
-    """Noise that belongs to the image: a function of (its seed, step, position), whatever else is in the batch.
+    """Noise seeded per image: a function of (its seed, step, position), whatever else is in the batch.
 
     Args:
         seeds: (B,) int64, in [0, 2**32), one for each image.
         num_tokens: N, tokens of an image.
-        steps_at_once: How many steps' numbers are made together, when the first of them is asked for; at least 1. It
-            changes no number: a run of 8 steps launches an eighth of the kernels.
+        steps_at_once: Number of steps whose numbers are made together, when the first of them is asked for; at least
+            1. It changes no number: a run of 8 steps launches an eighth of the kernels.
     """
 
     seeds: Tensor
@@ -40,13 +40,13 @@ class SeededNoise:
     _made: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def draw(self, logits: Tensor, positions: Tensor, step: int) -> Tensor:
-        """Inverse-CDF sampling from one uniform number a position."""
+        """Draws codes by inverse CDF from one uniform number a position."""
         cumulative = logits.softmax(-1).cumsum(-1)
         threshold = self._codes(positions, step).unsqueeze(-1) * cumulative[..., -1:]
         return torch.searchsorted(cumulative, threshold).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
     def gumbel(self, positions: Tensor, step: int) -> Tensor:
-        """Gumbel noise from one uniform number a position."""
+        """Returns Gumbel noise from one uniform number a position."""
         first = self._first(step)
         return self._made[first][1][:, step - first].gather(1, positions)
 

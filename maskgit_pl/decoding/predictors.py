@@ -1,4 +1,4 @@
-"""Predictors: where the decoder's logits come from. Guidance, caches, the sharing of the first step wrap one another.
+"""Predictors: the source of the decoder's logits. Guidance, caches and the sharing of the first step wrap one another.
 
 Source of guidance: Ho and Salimans, arXiv:2207.12598; of its use with masked tokens: Muse, arXiv:2301.00704.
 """
@@ -51,9 +51,9 @@ class Predictor(Protocol):
 
 
 class ConditionalNetwork(Protocol):
-    """The network that the predictors ask: codes' logits of some positions, given tokens and class rows."""
+    """The network that the predictors ask: logits of the codes at some positions, given tokens and labels."""
 
-    def __call__(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
+    def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
         """(B, N) int64 tokens, (B,) int64 labels, (B, M) int64 positions -> (B, M, K) float logits of the codes."""
 
 
@@ -61,10 +61,10 @@ class ConditionalNetwork(Protocol):
 class CachingNetwork(ConditionalNetwork, Protocol):
     """A network that can keep the keys and values of positions whose tokens stay as they are."""
 
-    def update(
+    def forward_cached(
         self, tokens: Tensor, labels: Tensor, positions: Tensor, newly_known: Tensor, *, cache: ContextCache
     ) -> Tensor:
-        """As ``networks.transformer.MaskedTransformer.update``."""
+        """See ``networks.transformer.MaskedTransformer.forward_cached``."""
 
 
 def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
@@ -85,7 +85,7 @@ class ClassPredictor:
     labels: Tensor
 
     def __call__(self, tokens: Tensor, positions: Tensor, newly_known: Tensor) -> Tensor:
-        return self.network(tokens, self.labels, positions)
+        return self.network.forward_at(tokens, self.labels, positions)
 
 
 class CachedPredictor:
@@ -104,14 +104,14 @@ class CachedPredictor:
 
     Raises:
         ValueError: if ``context_cache`` is out of range.
-        TypeError: if the network has no ``update``.
+        TypeError: if the network has no ``forward_cached``.
     """
 
     def __init__(self, network: ConditionalNetwork, labels: Tensor, *, context_cache: int = 4) -> None:
         check_integer("context_cache", context_cache, "[1, inf)")
         if not isinstance(network, CachingNetwork):
             raise TypeError(
-                "context_cache above 1 must have a network that keeps keys and values (a method `update`), got "
+                "context_cache above 1 must have a network that keeps keys and values (a method `forward_cached`), got "
                 f"{type(network).__name__}; set context_cache to 1 to decode exactly"
             )
         self.network = network
@@ -124,20 +124,20 @@ class CachedPredictor:
         if self._calls % self.context_cache == 0:
             self._cache = ContextCache()
         self._calls += 1
-        return self.network.update(tokens, self.labels, positions, newly_known, cache=self._cache)
+        return self.network.forward_cached(tokens, self.labels, positions, newly_known, cache=self._cache)
 
 
 class GuidedPredictor:
-    """Classifier-free guidance, as ``guided`` has it, in one batched forward.
+    """Classifier-free guidance (``guided``) in one batched forward.
 
-    Where the scale is 0 only the conditional half runs.
+    If the scale of a call is 0, only the conditional half runs.
 
     Args:
-        network: As of ``ClassPredictor``.
+        network: Usually a ``networks.transformer.MaskedTransformer``.
         labels: (B,) int64, class of each image.
         negative_labels: (B,) int64, the class that each image is pushed away from: the null class, or another one.
         scales: The scale of each call, in order (``guidance.guidance_scales``, from the first step on).
-        asking: Makes the predictor that asks the network for the rows of some labels.
+        build_predictor: Makes the predictor that asks the network for the rows of some labels.
     """
 
     def __init__(
@@ -147,40 +147,41 @@ class GuidedPredictor:
         *,
         negative_labels: Tensor,
         scales: Sequence[float],
-        asking: Callable[[ConditionalNetwork, Tensor], Predictor] = ClassPredictor,
+        build_predictor: Callable[[ConditionalNetwork, Tensor], Predictor] = ClassPredictor,
     ) -> None:
         self.network = network
         self.labels = labels
-        self.both_labels = torch.cat([labels, negative_labels])
-        self.asking = asking
+        self.both_labels = torch.cat([labels, negative_labels])  # (2 B,)
+        self.build_predictor = build_predictor
         self._scales = iter(scales)
-        self._copies, self._predictor = 0, asking(network, labels)
+        self._copies, self._predictor = 0, build_predictor(network, labels)
 
     def __call__(self, tokens: Tensor, positions: Tensor, newly_known: Tensor) -> Tensor:
         scale = next(self._scales)
-        predictor = self._over(1 if scale == 0 else 2)
+        predictor = self._predictor_of(1 if scale == 0 else 2)
         if scale == 0:
             return predictor(tokens, positions, newly_known)
-        both = predictor(tokens.repeat(2, 1), positions.repeat(2, 1), newly_known.repeat(2, 1))
-        conditional, unconditional = both.chunk(2)
+        # Both halves have the same tokens and differ in their labels: (2 B, M, K), the conditional half first.
+        logits = predictor(tokens.repeat(2, 1), positions.repeat(2, 1), newly_known.repeat(2, 1))
+        conditional, unconditional = logits.chunk(2)
         return guided(conditional, unconditional, scale)
 
-    def _over(self, copies: int) -> Predictor:
-        """The predictor of one or both halves; a new one where the last call was of the other kind."""
+    def _predictor_of(self, copies: int) -> Predictor:
+        """Returns the predictor of one or both halves; a new one, with empty caches, if the number has changed."""
         if copies != self._copies:
             self._copies = copies
-            self._predictor = self.asking(self.network, self.labels if copies == 1 else self.both_labels)
+            self._predictor = self.build_predictor(self.network, self.labels if copies == 1 else self.both_labels)
         return self._predictor
 
 
 class FirstStepLogits:
-    """The logits of the first step: it sees only mask tokens, so they depend on the class alone. Exact.
+    """The logits of the first step, which sees only mask tokens: they depend on the class only. Exact.
 
-    Each class is computed once, for as long as it is among the last ``max_labels`` that were asked for. Whoever changes
-    the network's weights, device or type calls ``clear``.
+    Each class is computed once, for as long as it is among the last ``max_labels`` that were asked for. A caller that
+    changes the network's weights, device or type calls ``clear``.
 
     Args:
-        network: As of ``ClassPredictor``.
+        network: Usually a ``networks.transformer.MaskedTransformer``.
         num_tokens: N, tokens of an image.
         mask_token_id: The id that marks an unknown token.
         max_labels: Classes kept, at least 1; each takes N K numbers.
@@ -193,14 +194,17 @@ class FirstStepLogits:
         self.num_tokens = num_tokens
         self.mask_token_id = mask_token_id
         self.max_labels = max_labels
-        self._known: OrderedDict[int, Tensor] = OrderedDict()
+        self._known: OrderedDict[int, Tensor] = OrderedDict()  # label -> (N, K), the one asked for last at the end
 
     def __call__(self, labels: Sequence[int], *, device: torch.device) -> Tensor:
-        """Logits (B, N, K) of B labels, those of all positions in raster order, on the network's ``device``."""
+        """Returns logits (B, N, K) of B labels, at all positions in raster order, on the network's ``device``."""
+        # 1. Compute what is not kept, each class once, in an order that does not depend on the batch's.
         missing = sorted(set(labels) - set(self._known))
         if missing:
             self._compute(missing, device)
+        # 2. Collect the rows before anything is forgotten: a batch may have more classes than are kept.
         rows = [self._known[label] for label in labels]
+        # 3. Forget the classes that were asked for longest ago.
         for label in dict.fromkeys(labels):
             self._known.move_to_end(label)
         while len(self._known) > self.max_labels:
@@ -215,14 +219,14 @@ class FirstStepLogits:
         shape = len(labels), self.num_tokens
         tokens = torch.full(shape, self.mask_token_id, dtype=torch.int64, device=device)
         positions = torch.arange(self.num_tokens, device=device).expand(shape)
-        logits = self.network(tokens, torch.tensor(labels, device=device), positions)
-        # copies of their own, so that what is forgotten gives its memory back
+        logits = self.network.forward_at(tokens, torch.tensor(labels, device=device), positions)  # (classes, N, K)
+        # A view would keep the memory of all classes for as long as one of them is kept.
         rows = [row.clone() for row in logits.unbind()] if len(labels) > 1 else logits.unbind()
         self._known.update(zip(labels, rows, strict=True))
 
 
 class FirstStepPredictor:
-    """Takes the first call's logits from ``FirstStepLogits``; right only where every token starts masked.
+    """Takes the first call's logits from ``FirstStepLogits``; right only if every token starts masked.
 
     Args:
         logits: (B, N, K) of the first step, guidance included.
@@ -236,7 +240,7 @@ class FirstStepPredictor:
     def __call__(self, tokens: Tensor, positions: Tensor, newly_known: Tensor) -> Tensor:
         if self.logits is None:
             return self.rest(tokens, positions, newly_known)
-        logits, self.logits = self.logits, None
+        logits, self.logits = self.logits, None  # frees N K numbers an image after the first step
         return logits  # every position is masked, and asked for in raster order
 
 
@@ -253,7 +257,7 @@ class ConditionalModel(Generic[NetworkT]):
         grid: Rows and columns of tokens; N is their product.
         mask_token_id: The id that marks an unknown token.
         null_label: The label that stands for "no class"; None if the network has none.
-        device: Where the network is.
+        device: Device of the network.
         first_step_logits: Keeps the first step's logits of a class from run to run; None computes them once a batch.
         context_cache: Calls from one full pass to the next, as in ``CachedPredictor``; 1 is exact.
     """
@@ -311,21 +315,23 @@ def class_predictor(
         ValueError: if there is guidance but no class to push away from, or ``context_cache`` is out of range.
         TypeError: if ``context_cache`` is above 1 and the network cannot keep keys and values.
     """
-    asking: Callable[[ConditionalNetwork, Tensor], Predictor] = ClassPredictor
+    build_predictor: Callable[[ConditionalNetwork, Tensor], Predictor] = ClassPredictor
     if model.context_cache != 1:
-        asking = partial(CachedPredictor, context_cache=model.context_cache)
+        build_predictor = partial(CachedPredictor, context_cache=model.context_cache)
     negative_labels = model.negative_labels(negative_labels, len(labels))
     check_guidance(scales, pushes_away=negative_labels is not None)
 
-    def over(of_calls: Sequence[float]) -> Predictor:
-        rows = torch.tensor(list(labels), device=model.device)
-        if negative_labels is None or not any(scale > 0 for scale in of_calls):
-            return asking(model.network, rows)
+    def for_calls(scales: Sequence[float]) -> Predictor:
+        positive = torch.tensor(list(labels), device=model.device)
+        if negative_labels is None or not any(scale > 0 for scale in scales):
+            return build_predictor(model.network, positive)
         negative = torch.tensor(list(negative_labels), device=model.device)
-        return GuidedPredictor(model.network, rows, negative_labels=negative, scales=of_calls, asking=asking)
+        return GuidedPredictor(
+            model.network, positive, negative_labels=negative, scales=scales, build_predictor=build_predictor
+        )
 
     if not all_masked:
-        return over(scales)
+        return for_calls(scales)
     first_step = model.first_step_logits or FirstStepLogits(
         model.network, num_tokens=model.num_tokens, mask_token_id=model.mask_token_id
     )
@@ -334,4 +340,4 @@ def class_predictor(
         logits = guided(conditional, unconditional, scales[0])
     else:
         logits = first_step(labels, device=model.device)
-    return FirstStepPredictor(logits, over(scales[1:]))
+    return FirstStepPredictor(logits, for_calls(scales[1:]))

@@ -1,4 +1,4 @@
-"""How codes are drawn from logits: temperature, constant or annealed, and truncation to the likeliest codes."""
+"""Sampling of codes from logits: temperature, constant or annealed, and truncation to the likeliest codes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ Temperature = float | tuple[float, float]
 
 @dataclass(frozen=True)
 class CodeSampling:
-    """What is done to logits before codes are drawn from their softmax.
+    """Temperature and truncation, applied to logits before codes are drawn from their softmax.
 
-    First they are divided by the temperature, then all but the likeliest codes are taken away: the ``top_k`` likeliest,
-    and of these the fewest whose probabilities sum to ``top_p``. Which tokens are kept is judged by the logits as
-    they were.
+    Logits are divided by the temperature; then only the ``top_k`` likeliest codes are left, and of these the fewest
+    whose probabilities sum to ``top_p``. Token selectors judge the logits as they were before.
 
     Args:
         temperature: At least 0; 0 takes the likeliest code. A pair goes from the first to the last step, linearly.
@@ -30,7 +29,7 @@ class CodeSampling:
         top_p: In (0, 1]; None keeps all codes.
 
     Raises:
-        ValueError: A number out of range.
+        ValueError: if a number is out of range.
 
     Source: temperature annealing: MaskBit, arXiv:2409.16211; top-p: Holtzman et al., arXiv:1904.09751.
     """
@@ -40,8 +39,8 @@ class CodeSampling:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        both = self.temperature if isinstance(self.temperature, tuple | list) else (self.temperature,) * 2
-        if len(both) != 2 or not all(0 <= value < math.inf for value in both):
+        pair = self.temperature if isinstance(self.temperature, tuple | list) else (self.temperature,) * 2
+        if len(pair) != 2 or not all(0 <= value < math.inf for value in pair):
             raise ValueError(
                 "sampling_temperature: a number of at least 0, or two of them for the first and the last step, is "
                 f"needed, got {self.temperature}"
@@ -51,41 +50,41 @@ class CodeSampling:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: a number in (0, 1] is needed, got {self.top_p}; leave it out to keep all")
 
-    def temperature_at(self, position: float) -> float:
-        """The temperature at a step: ``position`` is 0 at the first step and 1 at the last."""
+    def temperature_at(self, progress: float) -> float:
+        """Returns the temperature at a step; ``progress`` is 0 at the first step and 1 at the last."""
         if isinstance(self.temperature, tuple | list):
             first, last = self.temperature
-            return first + (last - first) * position
+            return first + (last - first) * progress
         return self.temperature
 
     def draw(
         self,
         logits: Tensor,
         noise: Noise,
-        places: Tensor,
+        positions: Tensor,
         *,
         step: int,
-        position: float,
+        progress: float,
         sharpness: float = 1.0,
     ) -> Tensor:
-        """Codes (B, M) int64 of logits (B, M, K) float32.
+        """Draws codes (B, M) int64 from logits (B, M, K) float32.
 
         Args:
             logits: As the network gave them.
-            noise: Where chance comes from.
-            places: (B, M) int64 in [0, N): the tokens that are drawn, for ``noise``.
-            step: Likewise.
-            position: As of ``temperature_at``.
-            sharpness: Factor of the logits beside the temperature.
+            noise: Source of the random numbers.
+            positions: (B, M) int64 in [0, N): the tokens that are drawn, for ``noise``.
+            step: The step, for ``noise``.
+            progress: 0 at the first step and 1 at the last.
+            sharpness: Factor of the logits beside the temperature, positive.
         """
-        temperature = self.temperature_at(position)
+        temperature = self.temperature_at(progress)
         if temperature == 0:
             return logits.argmax(-1)
         factor = sharpness / temperature
-        return noise.draw(self.truncated(logits if factor == 1 else logits * factor), places, step)
+        return noise.draw(self.truncated(logits if factor == 1 else logits * factor), positions, step)
 
     def truncated(self, logits: Tensor) -> Tensor:
-        """Logits (..., K) with -inf for the codes that may not be drawn; the likeliest one always may."""
+        """Returns logits (..., K) with -inf for the codes that may not be drawn; the likeliest one always may."""
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             least = logits.topk(self.top_k, dim=-1).values[..., -1:]
             logits = logits.masked_fill(logits < least, -math.inf)

@@ -26,7 +26,7 @@ __all__ = ["Candidates", "Decided", "TokenSelector", "halton_order", "token_sele
 
 @dataclass(frozen=True)
 class Candidates:
-    """What one decoding step drew, for a selector to judge. M positions a row, padded rows included.
+    """The draws of one decoding step, for a selector to score. M positions a row, padding included.
 
     Args:
         log_probs: (B, M, K) float32, log-softmax of the logits at temperature 1.
@@ -34,7 +34,7 @@ class Candidates:
         positions: (B, M) int64, in [0, N): where they would go.
         gumbel: (B, M) float32, standard Gumbel noise that belongs to the image, the step and the position.
         progress: (t + 1) / T, in (0, 1].
-        grid: Rows and columns of tokens; None where whoever decodes did not say.
+        grid: Rows and columns of tokens; None if not given.
     """
 
     log_probs: Tensor
@@ -57,12 +57,13 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Decided:
-    """What earlier steps decided, for a selector to doubt. All N positions of a row, those without a say included.
+    """The tokens that earlier steps decided, for a selector to doubt. All N positions of a row.
 
     Args:
-        confidence: (B, N) float32, in [0, 1]: the probability that each code had when it was drawn.
+        confidence: (B, N) float32, in [0, 1]: the probability that each code had when it was drawn. Undecided positions
+            are ignored.
         gumbel: (B, N) float32, standard Gumbel noise that belongs to the image, the step and the position.
-        progress: As of ``Candidates``.
+        progress: (t + 1) / T, in (0, 1].
     """
 
     confidence: Tensor
@@ -76,46 +77,46 @@ class TokenSelector(ABC):
     One method is enough. The others are for selectors that go beyond an order; their defaults do nothing.
 
     Attributes:
-        follows_schedule: Whether the mask schedule says how many stay masked. A selector that decides itself
-            (``num_kept``) says False: its counts depend on the data, so that each step waits for the device.
+        follows_schedule: True if the mask schedule says how many stay masked. False for a selector that decides itself
+            (``num_kept``): its counts depend on the data, so each step waits for the device.
     """
 
     follows_schedule: ClassVar[bool] = True
 
     @abstractmethod
     def __call__(self, candidates: Candidates) -> Tensor:
-        """(B, M) float32, finite: the higher, the surer it is kept."""
+        """Returns scores (B, M) float32, finite: the higher, the surer a token is kept."""
 
     def sharpness(self, progress: float) -> float:
-        """What logits are multiplied by before codes are drawn in the step that ends at ``progress``; positive."""
+        """Returns the positive factor of the logits that codes are drawn from, for the step ending at ``progress``."""
         return 1.0
 
     def schedule_progress(self, progress: Tensor) -> Tensor:
-        """Where on the mask schedule the steps stand: (T,) float32 in (0, 1], never falling -> the same."""
+        """Returns where on the mask schedule each step ends: (T,) float32 in (0, 1], not decreasing -> the same."""
         return progress
 
     def num_remasked(self, *, decided: int, planned: int, progress: float) -> int:
-        """How many tokens of a row are masked again that earlier steps decided.
+        """Returns how many tokens of a row are masked again that earlier steps decided.
 
         Asked on the host before the loop; the decoder keeps it within what is decided.
 
         Args:
             decided: Tokens of the row that earlier steps decided.
             planned: Tokens that the schedule wants masked after the step.
-            progress: As of ``Candidates``.
+            progress: (t + 1) / T, in (0, 1].
         """
         return 0
 
     def doubts(self, decided: Decided) -> Tensor:
-        """(B, N) float32, finite: of the tokens decided before, the highest are masked again."""
+        """Returns doubts (B, N) float32, finite: of the tokens decided before, the highest are masked again."""
         raise TypeError(f"token selector {type(self).__name__}: it masks decided tokens again, and needs doubts()")
 
     def num_kept(self, candidates: Candidates, scores: Tensor, valid: Tensor) -> Tensor:
-        """How many of each row are kept, where the selector does not follow the schedule.
+        """Returns how many of each row are kept, if the selector does not follow the schedule.
 
         Args:
-            candidates: What was drawn.
-            scores: (B, M) float32, this selector's.
+            candidates: The draws.
+            scores: (B, M) float32, this selector's scores.
             valid: (B, M) bool: False where a position only pads its row.
 
         Returns:
@@ -262,10 +263,10 @@ def _radical_inverse(number: int, base: int) -> float:
 class Margin(TokenSelector):
     """log(p1 - p2) + choice_temperature (1 - progress) Gumbel, with p1 and p2 the two likeliest codes' probabilities.
 
-    Judges the place, not the code drawn: where one code stands out, whatever is drawn there is kept.
+    It scores the position, not the code drawn: where one code stands out, any draw is kept.
 
     Args:
-        choice_temperature: As of ``confidence``; the source has none (0).
+        choice_temperature: Scale of the Gumbel noise, not negative; the source has none (0).
 
     Source: top probability margin of Kim et al., arXiv:2502.06768.
     """
@@ -328,7 +329,7 @@ class Moment(TokenSelector):
     last step nothing is left to choose, and codes come from p, as the released rule's do.
 
     Args:
-        choice_temperature: As of ``confidence``.
+        choice_temperature: Scale of the Gumbel noise, not negative.
 
     Source: Hayakawa et al., arXiv:2510.04525.
     """
@@ -371,7 +372,7 @@ class ReMDM(Confidence):
     before the loop.
 
     Args:
-        choice_temperature: As of ``confidence``.
+        choice_temperature: Scale of the Gumbel noise, not negative.
         strategy: One of the four.
         eta: In [0, 1]: how much is masked again.
         start: Progress at which the loop begins, in (0, 1).

@@ -1,7 +1,7 @@
 """Sequential decoding: one token a step in raster order, as a causal network was trained. The paper's baseline.
 
 ``SequentialDecoder`` is to a causal network what ``ParallelDecoder`` is to a bidirectional one: it knows no network,
-asks a predictor for logits, and gives the same ``DecodingStep``; pictures and measurements need not know which it was.
+asks a predictor for logits, and gives the same ``DecodingStep``; callers need not know which of the two it was.
 
 Source: paper, Table 1 (VQGAN*) and Figure 4.
 """
@@ -18,6 +18,7 @@ from torch import Tensor
 from maskgit_pl.decoding.decoder import DecodingStep
 from maskgit_pl.decoding.limits import check_guidance
 from maskgit_pl.decoding.noise import Noise, SeededNoise
+from maskgit_pl.decoding.plan import step_progress
 from maskgit_pl.decoding.predictors import ConditionalModel, guided
 from maskgit_pl.decoding.sampling import CodeSampling
 from maskgit_pl.networks.causal import CausalTransformer
@@ -38,10 +39,10 @@ class SequentialDecoder:
 
     Args:
         num_tokens: Tokens to draw: N steps.
-        sampling: How codes are drawn from logits.
+        sampling: Temperature and truncation of the logits that codes are drawn from.
 
     Raises:
-        ValueError: Fewer than one token.
+        ValueError: if ``num_tokens`` is below 1.
     """
 
     num_tokens: int
@@ -58,10 +59,10 @@ class SequentialDecoder:
         """Decodes, one token at a time.
 
         Args:
-            predictor: Where logits come from.
-            noise: Where chance comes from; each token is drawn once, so all of it is that of step 0.
+            predictor: Gives the logits.
+            noise: Source of the random numbers; each token is drawn once, so all are those of step 0.
             batch_size: B, images.
-            device: Where the predictor's logits are.
+            device: Device of the predictor's logits.
 
         Yields:
             A ``DecodingStep`` for each token. Codes and confidence are 0 where nothing is drawn yet; the scores are
@@ -70,23 +71,18 @@ class SequentialDecoder:
         shape = batch_size, self.num_tokens
         tokens = torch.zeros(shape, dtype=torch.int64, device=device)
         confidence = torch.zeros(shape, device=device)
-        place = torch.arange(self.num_tokens, device=device).expand(shape)
-        scores = -place.float()
+        positions = torch.arange(self.num_tokens, device=device).expand(shape)
+        scores = -positions.float()
         for step in range(self.num_tokens):
             logits = predictor(tokens[:, :step]).float().unsqueeze(1)  # (B, 1, K)
-            here = place[:, step : step + 1]
-            drawn = self.sampling.draw(
-                logits,
-                noise,
-                here,
-                step=0,
-                position=step / (self.num_tokens - 1) if self.num_tokens > 1 else 1.0,
-            )
-            sure = logits.softmax(-1).gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
-            tokens, confidence = tokens.scatter(1, here, drawn), confidence.scatter(1, here, sure)
-            was_masked = place >= step
+            current = positions[:, step : step + 1]  # (B, 1)
+            progress = step_progress(step, self.num_tokens)
+            drawn = self.sampling.draw(logits, noise, current, step=0, progress=progress)  # (B, 1)
+            probability = logits.softmax(-1).gather(-1, drawn.unsqueeze(-1)).squeeze(-1)  # (B, 1)
+            tokens, confidence = tokens.scatter(1, current, drawn), confidence.scatter(1, current, probability)
+            was_masked = positions >= step
             yield DecodingStep(
-                step, tokens, was_masked, place > step, scores.masked_fill(~was_masked, torch.inf), confidence
+                step, tokens, was_masked, positions > step, scores.masked_fill(~was_masked, torch.inf), confidence
             )
 
 
@@ -98,11 +94,11 @@ class ClassNextPredictor:
         labels: (B,) int64: class of each image, or the null class.
         negative_labels: (B,) int64: the class that each image is pushed away from; None where there is none.
         scales: Guidance scale of each step, in order; empty for no guidance.
-        cache: Whether keys and values are kept from token to token. Without, all are computed again for each token: the
-            same up to rounding, and slower the longer the sequence; for measurements.
+        cache: Keep keys and values from token to token. False computes all of them again for each token: the same up
+            to rounding, and slower the longer the sequence; for measurements.
 
     Raises:
-        ValueError: Guidance without a class to be pushed away from.
+        ValueError: if there is guidance but no class to push away from.
     """
 
     def __init__(

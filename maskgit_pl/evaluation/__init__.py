@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from maskgit_pl.evaluation.comparison import Comparison, ComparisonOptions, compare
     from maskgit_pl.evaluation.data_classifier import ClassifierOptions, train_classifier
+    from maskgit_pl.evaluation.decoding_search import SearchResult
     from maskgit_pl.evaluation.evaluation_report import Report
     from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
     from maskgit_pl.evaluation.ledger import Ledger
     from maskgit_pl.evaluation.model_evaluation import CASOptions, EvaluationOptions, evaluate
-    from maskgit_pl.evaluation.tuning import SearchResult, TuningOptions, plan_trials, tune
+    from maskgit_pl.evaluation.pages import Page
+    from maskgit_pl.evaluation.tuning import TuningOptions, plan_trials, tune
 
 __all__ = [
     "CASOptions",
@@ -27,6 +29,7 @@ __all__ = [
     "EvaluationOptions",
     "Evaluator",
     "Ledger",
+    "Page",
     "Report",
     "SearchResult",
     "TuningOptions",
@@ -46,8 +49,9 @@ _HOMES = {
     "EvaluationOptions": "model_evaluation",
     "Evaluator": "evaluator",
     "Ledger": "ledger",
+    "Page": "pages",
     "Report": "evaluation_report",
-    "SearchResult": "tuning",
+    "SearchResult": "decoding_search",
     "TuningOptions": "tuning",
     "compare": "comparison",
     "evaluate": "model_evaluation",

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from maskgit_pl.checks import check_integer, check_number
 from maskgit_pl.data import Batch, flip
 from maskgit_pl.networks.classifier import SMALL, ClassifierSizes, create_classifier
-from maskgit_pl.networks.feature_output import FeatureOutput
+from maskgit_pl.networks.feature_network import FeatureOutput
 
 __all__ = ["Accuracy", "Classifier", "ClassifierConfig", "count_hits", "default_training"]
 

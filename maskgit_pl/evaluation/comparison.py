@@ -6,10 +6,13 @@ import torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
+
+from rich.markup import escape
 
 from maskgit_pl.checks import check_integer
 from maskgit_pl.decoding import DecodingConfig
@@ -17,8 +20,8 @@ from maskgit_pl.decoding.limits import check_num_steps
 from maskgit_pl.decoding.selectors import Remasking, token_selectors
 from maskgit_pl.evaluation.command_line import command_line
 from maskgit_pl.evaluation.decodings import Spec, changed_fields, with_steps
-from maskgit_pl.evaluation.ledger import as_csv
 from maskgit_pl.evaluation.metric_names import format_value, title
+from maskgit_pl.evaluation.pages import Page, heading, markdown_table, paragraph, terminal_table
 from maskgit_pl.evaluation.progress import Bars, no_bars
 from maskgit_pl.evaluation.run_folders import (
     MeasuringOptions,
@@ -31,7 +34,6 @@ from maskgit_pl.evaluation.run_folders import (
     open_model,
     read_outline,
 )
-from maskgit_pl.files import write_atomically
 from maskgit_pl.registry import describe
 from maskgit_pl.text import markdown, printable
 
@@ -51,7 +53,6 @@ __all__ = [
     "every_selector",
     "selector_sheet",
     "selector_variants",
-    "two_lines",
 ]
 
 _STEPS = (4, 8, 16, 32)
@@ -59,6 +60,7 @@ _VARIANTS: dict[str, list[dict[str, Any]]] = {"remdm": [{"strategy": name} for n
 _SHOWN_CLASSES, _SHEET_STEPS = 10, 8
 _DISTANCES = ("fid/classifier", "kid/classifier")
 _COLUMNS = ("class_agreement", *_DISTANCES, "diversity", "steps_taken", "seconds_per_image")
+_HEADINGS = ("T", "token selector", *map(title, _COLUMNS))
 
 
 @dataclass(frozen=True)
@@ -149,111 +151,82 @@ class Comparison:
             each.numbers[name] for each in self.results if each.num_steps == result.num_steps
         )
 
-    def real_cells(self) -> list[str]:
-        """Returns the cells of real images."""
-        values = {"diversity": 1.0, **self.real, "class_agreement": self.accuracy}
-        return [format_value(name, values[name]) if name in values else "" for name in _COLUMNS]
-
     def table(self) -> Table:
-        """Returns the rows for a terminal, the best of each number of steps in bold."""
-        from rich.box import SIMPLE
-        from rich.markup import escape
-        from rich.table import Table
-
-        table = Table(
-            title=f"{self.num_images} images each, seed {self.seed}, the same noise for all", box=SIMPLE, padding=0
+        """Returns the rows for a terminal, the least distances of each number of steps in bold."""
+        above = f"{self.num_images} images each, seed {self.seed}, the same noise for all"
+        return terminal_table(
+            above, _HEADINGS, self._cells(lambda text: escape(printable(text)), "[bold]{}[/]"), left=2
         )
-        table.add_column("T", justify="right")
-        table.add_column("token\nselector")
-        for name in _COLUMNS:
-            table.add_column(two_lines(title(name)), justify="right")
-        rows = self.ordered
-        for place, row in enumerate(rows):
-            cells = [_cell(row, name) for name in _COLUMNS]
-            shown = [
-                f"[bold]{cell}[/]" if self.is_best(row, name) else cell
-                for name, cell in zip(_COLUMNS, cells, strict=True)
-            ]
-            last = place + 1 == len(rows) or rows[place + 1].num_steps != row.num_steps
-            table.add_row(str(row.num_steps), escape(printable(row.label)), *shown, end_section=last)
-        table.add_row("", "real images", *self.real_cells())
-        return table
 
-    def markdown(self, command: str) -> str:
+    def page(self, command: str) -> Page:
         """Returns the rows as a page: how they were made, a table of the distances, and a table of everything.
 
         Args:
             command: What makes it again.
         """
-        lines = ["# Token selectors", "", f"    {printable(command, limit=None)}", "", *self._explanation(), ""]
+        lines = [*heading("Token selectors", command), *self._explanation(), ""]
         lines += ["![one row a selector, one column a class](selectors.png)", ""]
-        lines += [f"`selectors.png`: T = {self.sheet_steps}, one row a selector, one column a class."]
-        lines += ["", "## fid/classifier by number of steps T (lower is better)", "", *self._distance_lines(), ""]
-        lines += ["## Everything", "", *self._lines()]
-        return "\n".join(lines) + "\n"
+        lines += [f"`selectors.png`: T = {self.sheet_steps}, one row a selector, one column a class and its noise.", ""]
+        lines += ["## fid/classifier by number of steps T (lower is better)", "", *self._distance_lines(), ""]
+        rows = [row for row in self._cells(markdown, "**{}**") if row]
+        lines += ["## Everything", "", *markdown_table(_HEADINGS, rows, left=2)]
+        values = [
+            {
+                "selector": row.label,
+                "num_steps": row.num_steps,
+                **{name: row.numbers.get(name) for name in _COLUMNS},
+                "decoding": changed_fields(row.decoding),
+            }
+            for row in self.ordered
+        ]
+        return Page("comparison", "\n".join(lines) + "\n", values, folder=self.folder)
+
+    def _cells(self, word: Callable[[str], str], bold: str) -> Iterator[list[str]]:
+        """Yields the cells of each row, an empty row after each number of steps, and those of real images.
+
+        Args:
+            word: Makes markup of a label.
+            bold: Marks the least distance of each number of steps.
+        """
+        for steps, rows in groupby(self.ordered, key=lambda row: row.num_steps):
+            for row in rows:
+                yield [str(steps), word(row.label), *(self._cell(row, name, bold) for name in _COLUMNS)]
+            yield []
+        real = {"diversity": 1.0, **self.real, "class_agreement": self.accuracy}
+        yield ["", "real images", *(format_value(name, real[name]) if name in real else "" for name in _COLUMNS)]
+
+    def _cell(self, row: MeasuredSelector, name: str, bold: str) -> str:
+        if name not in row.numbers:
+            return ""
+        cell = format_value(name, row.numbers[name])
+        return bold.format(cell) if self.is_best(row, name) else cell
 
     def _explanation(self) -> list[str]:
         count = self.num_images
         model = {name: markdown(str(value)[:8]) for name, value in self.model.items()}
-        return [
-            f"{count} images a row, spread evenly over the classes, seed {self.seed}: image i of every row has the",
-            "same noise. The network that measures is the data set's own classifier, which is right on",
+        return paragraph(
+            f"{count} images a row, spread evenly over the classes, seed {self.seed}: image i of every row has the same",
+            "noise. The network that measures is the data set's own classifier, which is right on",
             f"{self.accuracy:.1%} of the real val images. FID and KID are Frechet and kernel distance from all",
             f"{self.counts['val']} real val images in that classifier's features, not in those of Inception; they",
             f"compare with one another at {count} images only. In the last line {self.counts['train']} real training",
             "images take the place of generated ones. Least distance of each T in bold. A class agreement above that",
             "of real images says that images are more typical than real ones, which low diversity goes with.",
-            "Mask schedule as trained:",
-            f"{markdown(self.model['mask_schedule'])}. Decoding, commit and device of each row: `ledger.jsonl`.",
-            f"First digits of the weights' sha256: tokenizer {model['tokenizer']}, transformer {model['transformer']},",
-            f"classifier {model['judge']}. Times are wall clock on one machine ({markdown(self.model['device'])}).",
-        ]
+            f"Mask schedule as trained: {markdown(self.model['mask_schedule'])}. Decoding, commit and device of each",
+            "row: `ledger.jsonl`. First digits of the weights' sha256:",
+            f"tokenizer {model['tokenizer']}, transformer {model['transformer']}, classifier {model['judge']}.",
+            f"Times are wall clock on one machine ({markdown(self.model['device'])}).",
+        )
 
     def _distance_lines(self) -> list[str]:
         numbers = sorted({row.num_steps for row in self.results})
-        lines = ["| token selector | " + " | ".join(f"T = {number}" for number in numbers) + " |"]
-        lines.append("|---|" + "---:|" * len(numbers))
-        for label in dict.fromkeys(row.label for row in self.results):
-            own = {row.num_steps: row for row in self.results if row.label == label}
-            cells = [self._bold(own[number], "fid/classifier") if number in own else "" for number in numbers]
-            lines.append(f"| {markdown(label)} | " + " | ".join(cells) + " |")
-        cells = [format_value("fid/classifier", self.real["fid/classifier"])] * len(numbers)
-        return [*lines, f"| real images, {self.counts['train']} | " + " | ".join(cells) + " |"]
-
-    def _lines(self) -> list[str]:
-        lines = ["| T | token selector | " + " | ".join(map(title, _COLUMNS)) + " |"]
-        lines.append("|---:|---|" + "---:|" * len(_COLUMNS))
-        for row in self.ordered:
-            cells = " | ".join(self._bold(row, name) for name in _COLUMNS)
-            lines.append(f"| {row.num_steps} | {markdown(row.label)} | {cells} |")
-        return [*lines, "| | real images | " + " | ".join(self.real_cells()) + " |"]
-
-    def _bold(self, row: MeasuredSelector, name: str) -> str:
-        cell = _cell(row, name)
-        return f"**{cell}**" if self.is_best(row, name) else cell
-
-    def csv(self) -> str:
-        """Returns the rows for a spreadsheet, unrounded; the decoding as JSON."""
-        return as_csv(
-            [
-                {
-                    "selector": row.label,
-                    "num_steps": row.num_steps,
-                    **{name: row.numbers.get(name) for name in _COLUMNS},
-                    "decoding": changed_fields(row.decoding),
-                }
-                for row in self.ordered
-            ]
-        )
-
-
-def _cell(row: MeasuredSelector, name: str) -> str:
-    return format_value(name, row.numbers[name]) if name in row.numbers else ""
-
-
-def two_lines(heading: str) -> str:
-    """Breaks a heading, which leaves room for others in a terminal of 80 columns."""
-    return "\n".join(heading.rsplit(" ", 1))
+        cells: dict[str, dict[int, str]] = {}
+        for row in self.results:
+            cells.setdefault(row.label, {})[row.num_steps] = self._cell(row, "fid/classifier", "**{}**")
+        rows = [[markdown(label), *(own.get(number, "") for number in numbers)] for label, own in cells.items()]
+        floor = format_value("fid/classifier", self.real["fid/classifier"])
+        rows += [[f"real images, {self.counts['train']}", *[floor] * len(numbers)]]
+        return markdown_table(["token selector", *(f"T = {number}" for number in numbers)], rows)
 
 
 def compare(
@@ -362,9 +335,7 @@ def _write(comparison: Comparison, pipe: MaskGIT, command: str, bars: Bars) -> N
     shown = {each.label: each.decoding for each in comparison.results if each.num_steps == comparison.sheet_steps}
     advance = bars("sheet of images", len(shown))
     save_png(selector_sheet(pipe, shown, seed=comparison.seed, on_row=lambda: advance(1)), out / "selectors.png")
-    for name, text in (("comparison.md", comparison.markdown(command)), ("comparison.csv", comparison.csv())):
-        with write_atomically(out / name) as stream:
-            stream.write(text.encode())
+    comparison.page(command).write()
 
 
 def _command(

@@ -139,7 +139,9 @@ def _config(model: str, options: ClassifierOptions) -> ClassifierConfig:
 def _image_size(data: Path | str, sizes: list[int], wanted: int | None) -> int:
     """Returns the edge that was asked for, or that all images have."""
     if wanted is None and len(sizes) > 1:
-        raise ValueError(f"image_size must be given for data {data}, whose edges have {sizes[0]} to {sizes[-1]} pixels")
+        raise ValueError(
+            f"image_size must be given for data {data}, whose images have edges of {sizes[0]} to {sizes[-1]} pixels"
+        )
     return sizes[0] if wanted is None else wanted
 
 

@@ -24,13 +24,13 @@ _FAR = 3  # times below the least value: a line there would leave half of the pa
 
 @dataclass(frozen=True)
 class LineEnd:
-    """Where a line ends, and what it is called there.
+    """The right end of a line, and the name that is written there.
 
     Args:
-        label: Its name.
+        label: Name of the line.
         point: In the units of the axes.
         colour: Of the name.
-        bold: Whether it stands out.
+        bold: True for the line that stands out.
     """
 
     label: str
@@ -92,7 +92,7 @@ def name_lines(figure: Figure, axes: Axes, ends: Mapping[str, LineEnd], *, least
         figure: Everything else must be drawn already.
         axes: Where the lines are.
         ends: By any name.
-        least: How far apart names are, as a share of the axes' height.
+        least: Least distance of two names, as a share of the axes' height.
     """
     figure.draw_without_rendering()  # ends of lines have their places from here on
     to_axes = axes.transData + axes.transAxes.inverted()
@@ -122,9 +122,9 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def spread(heights: Mapping[str, float], *, least: float) -> dict[str, float]:
-    """Heights moved apart to at least ``least`` from one another, in their order and as little as that takes.
+    """Moves heights apart to at least ``least`` from one another, in their order and as little as possible.
 
-    Neighbours that are too close become a group around the middle of what they want.
+    Neighbours that are too close become a group around the mean of their heights.
     """
     names = sorted(heights, key=lambda name: heights[name])
     groups: list[list[str]] = []

@@ -229,8 +229,8 @@ class Evaluator:
             "on_images": bar,
         }
         schedule = transformer.mask_schedule
-        part = masked_nll(transformer.network, tokens, labels, mask_schedule=schedule, **how)
-        bound = negative_elbo(transformer.network, tokens, labels, **how)
+        part = masked_nll(transformer.network.forward_masked, tokens, labels, mask_schedule=schedule, **how)
+        bound = negative_elbo(transformer.network.forward_masked, tokens, labels, **how)
         return {"masked_nll": part.mean, "masked_nll_error": part.standard_error, **_bits("elbo", bound)}
 
     def cas(

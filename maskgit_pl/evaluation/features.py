@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from maskgit_pl.distributed import gather_rows, own_rows, rank_and_world
-from maskgit_pl.networks.features import FeatureNetworkSpec, FeatureOutput, parse_feature_network, weights_digest
+from maskgit_pl.networks.feature_network import FeatureOutput, weights_digest
+from maskgit_pl.networks.features import FeatureNetworkSpec, parse_feature_network
 
 __all__ = [
     "BATCH_SIZE",

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maskgit_pl.decoding.selectors import token_selectors
+from maskgit_pl.evaluation.decoding_search import Measure, SearchResult, Trial, ranked
 from maskgit_pl.evaluation.decodings import Spec, describe_decoding, with_steps
 from maskgit_pl.evaluation.drawing import LineEnd, name_lines, plot_by_steps, plot_floor, save_figure
 from maskgit_pl.evaluation.metric_names import direction, format_value, is_better, metric_of, title
 from maskgit_pl.evaluation.progress import Bars, no_bars
-from maskgit_pl.evaluation.tuning import Measure, SearchResult, Trial, ranked
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
 from maskgit_pl.text import plain_label
 

@@ -1,27 +1,24 @@
-"""The search for a better way to decode one model: a plain search, measured on held-out data, kept in the ledger.
+"""Searches for a better way to decode a run's model, writes it beside the weights, and draws what was found.
 
-Trial 0 is the model's own decoding; ``search_space`` says what the others are. The best trials are measured once more
-with fresh noise and twice the images, the model's own decoding among them, and the best of those wins, so that luck
-does not. Importing this file does not import torch.
+Importing this file does not import torch.
 """
 
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal
 
 from maskgit_pl.checks import build_dataclass, check_choice, check_integer, check_number
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.limits import check_num_steps
 from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.evaluation.command_line import command_line
+from maskgit_pl.evaluation.decoding_search import FINALISTS, Measure, SearchPlan, SearchResult, Trial, search
 from maskgit_pl.evaluation.decodings import Spec, describe_decoding
-from maskgit_pl.evaluation.metric_names import is_better, metric_of
 from maskgit_pl.evaluation.progress import Bars, no_bars
 from maskgit_pl.evaluation.run_folders import (
     MeasuringOptions,
@@ -35,7 +32,6 @@ from maskgit_pl.evaluation.run_folders import (
     open_model,
     read_outline,
 )
-from maskgit_pl.files import write_atomically
 
 if TYPE_CHECKING:
     from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
@@ -43,27 +39,11 @@ if TYPE_CHECKING:
     from maskgit_pl.evaluation.search_space import SearchSpace
     from maskgit_pl.pipeline import MaskGIT
 
-__all__ = [
-    "METRIC_NAMES",
-    "Measure",
-    "SearchPlan",
-    "SearchResult",
-    "Trial",
-    "TuningOptions",
-    "plan_trials",
-    "ranked",
-    "search",
-    "tune",
-]
+__all__ = ["METRIC_NAMES", "TuningOptions", "plan_trials", "tune"]
 
 METRIC_NAMES = {"fid": "fid/classifier", "kid": "kid/classifier", "agreement": "class_agreement"}
 _STEPS = (4, 6, 8, 12, 16)
-_FINALISTS = 3
-_FRESH = 1_000_000  # how far the seeds of the second measurement lie from those of the trials
 _log = logging.getLogger(__name__)
-
-Measure: TypeAlias = Callable[[DecodingConfig, int, int, str], Mapping[str, float]]
-# (decoding, num_images, seed, purpose) -> numbers by name
 
 
 @dataclass(frozen=True)
@@ -94,124 +74,6 @@ class TuningOptions(MeasuringOptions):
             check_number("seconds", self.seconds, "(0, inf)")
         if self.plot_images is not None:
             check_integer("plot_images", self.plot_images, "[2, inf)")
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A decoding and its numbers.
-
-    Args:
-        number: 0 is the model's own.
-        decoding: How its images were decoded.
-        numbers: By name, such as ``fid/classifier``.
-    """
-
-    number: int
-    decoding: DecodingConfig
-    numbers: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """The result of a search.
-
-    Args:
-        trials: All trials, in order.
-        confirmed: The model's own decoding and the best trials, measured again with fresh noise; trial 0 first.
-        winner: The best of ``confirmed``.
-        num_images: Images of each of ``confirmed``.
-        seed: Of their first image.
-        metric: Name of the metric of the search.
-        folder: Where the page and the figure are.
-        figure: Whether there is a figure.
-        measured: Number of measurements that were made, those of the ledger not counted.
-    """
-
-    trials: tuple[Trial, ...]
-    confirmed: tuple[Trial, ...]
-    winner: Trial
-    num_images: int
-    seed: int
-    metric: str
-    folder: Path = Path()
-    figure: bool = False
-    measured: int = 0
-
-    @property
-    def before(self) -> Trial:
-        """The model's own decoding, measured again."""
-        return self.confirmed[0]
-
-
-def ranked(trials: Sequence[Trial], metric: str) -> list[Trial]:
-    """Returns trials by a metric, the best first."""
-    sign = -1 if metric_of(metric).higher_is_better else 1
-    return sorted(trials, key=lambda trial: sign * trial.numbers[metric])
-
-
-@dataclass(frozen=True)
-class SearchPlan:
-    """The budget of a search.
-
-    Args:
-        metric: Name of the metric, such as ``fid/classifier``.
-        trials: At most so many, trial 0 included.
-        num_images: Images of a trial; twice as many confirm.
-        options: Seed, of the trials and of their first image: all trials have the same noise; the search; seconds.
-        current: How the model is decoded now, where that is one of the trials: it is measured again with the best.
-    """
-
-    metric: str
-    trials: int
-    num_images: int
-    options: TuningOptions = TuningOptions()  # frozen
-    current: DecodingConfig | None = None
-
-
-def search(
-    measure: Measure,
-    space: SearchSpace,
-    plan: SearchPlan,
-    *,
-    on_trial: Callable[[Trial], object] = lambda trial: None,
-) -> SearchResult:
-    """Tries decodings, measures the best again, and returns the best of those.
-
-    Args:
-        measure: Measures a decoding with a number of images and a seed.
-        space: Decodings that are tried.
-        plan: Metric and budget.
-        on_trial: Called after each trial and each confirmation.
-    """
-    metric, num_images, options = plan.metric, plan.num_images, plan.options
-    start, made = time.monotonic(), list[Trial]()
-    for number in range(plan.trials):
-        decoding = space.trial(number, seed=options.seed, how=options.search)
-        late = options.seconds is not None and time.monotonic() - start >= options.seconds
-        if decoding is None or (made and late):
-            break
-        made.append(Trial(number, decoding, measure(decoding, num_images, options.seed, f"trial {number}")))
-        on_trial(made[-1])
-    confirmed, seed = [], options.seed + _FRESH
-    for trial in _finalists(made, metric, plan.current):
-        purpose = f"confirmation of trial {trial.number}"
-        confirmed.append(replace(trial, numbers=measure(trial.decoding, 2 * num_images, seed, purpose)))
-        on_trial(confirmed[-1])
-    winner = confirmed[0]
-    for trial in confirmed[1:]:
-        winner = trial if is_better(metric, trial.numbers[metric], winner.numbers[metric]) else winner
-    return SearchResult(tuple(made), tuple(confirmed), winner, 2 * num_images, seed, metric)
-
-
-def _finalists(made: Sequence[Trial], metric: str, current: DecodingConfig | None) -> list[Trial]:
-    """Returns trial 0, the trial that is in use, and the best others, no decoding twice."""
-    others = ranked(made[1:], metric)
-    chosen = [made[0], *(trial for trial in others if trial.decoding == current)][:2]
-    most = len(chosen) + _FINALISTS - sum(trial in others[:_FINALISTS] for trial in chosen)
-    for trial in others:
-        if len(chosen) < most and all(trial.decoding != other.decoding for other in chosen):
-            chosen.append(trial)
-    return chosen
 
 
 def tune(
@@ -259,16 +121,16 @@ def tune(
     def measure(decoding: DecodingConfig, num_images: int, seed: int, purpose: str) -> Mapping[str, float]:
         return numbers_of(evaluator.samples(model, decoding, num_images=num_images, seed=seed, purpose=purpose))
 
-    advance = bars("trials", trials + _FINALISTS + 1)  # and the confirmation
+    advance = bars("trials", trials + FINALISTS + 1)  # and the confirmation
 
     def on_trial(trial: Trial) -> None:
         advance(1)
         value = trial.numbers[name]
         _log.info("trial %3d  %s %8.4f  %s", trial.number, name, value, describe_decoding(trial.decoding))
 
-    plan = SearchPlan(name, trials, count, options, current=pipe.decoding)
+    plan = SearchPlan(name, trials, count, options.seed, options.search, options.seconds, current=pipe.decoding)
     result = search(measure, space, plan, on_trial=on_trial)
-    _write_recipe(folders, pipe, evaluator, result, options)
+    result = _with_recipe(folders, pipe, evaluator, result, options)
     page = _Page(out or folders.home / "tuning", _command(run, trials, metric, num_images, options), points, options)
     figure = _write_page(evaluator, pipe, measure, result, page)
     return replace(result, folder=page.folder, figure=figure is not None, measured=evaluator.measured)
@@ -321,18 +183,16 @@ def _first_trials(evaluator: Evaluator, model: EvaluatedModel, seed: int) -> Ite
                 yield build_dataclass(DecodingConfig, row["decoding"], "trial 0")
 
 
-def _write_recipe(
+def _with_recipe(
     folders: RunFolders, pipe: MaskGIT, evaluator: Evaluator, result: SearchResult, options: TuningOptions
-) -> None:
+) -> SearchResult:
     """Writes the winner beside the weights, where it is another decoding than the model's own."""
     from maskgit_pl.pipeline.card import refresh_card
     from maskgit_pl.pretrained import save_decoding
     from maskgit_pl.provenance import describe_environment
 
     if result.winner.decoding == pipe.decoding:
-        count = len(result.trials)
-        _log.info("the model is decoded in the best way of %d trials already: nothing is changed", count)
-        return
+        return result
     tuned = {
         "metric": result.metric,
         "value": result.winner.numbers[result.metric],
@@ -347,8 +207,7 @@ def _write_recipe(
     }
     old = save_decoding(folders.pretrained, result.winner.decoding, tuned=tuned)
     refresh_card(folders.pretrained)
-    kept = f"; the one before is kept as {old.name}" if old is not None else ""
-    _log.info("%s: how this model is decoded from now on%s", folders.pretrained / "decoding.json", kept)
+    return replace(result, recipe=folders.pretrained / "decoding.json", old_recipe=old)
 
 
 @dataclass(frozen=True)
@@ -368,10 +227,10 @@ def _write_page(
     result: SearchResult,
     page: _Page,
 ) -> ScheduleCurves | None:
-    """Writes ``tuning.md``, and ``tuning.png`` where it is asked for and a trial follows a mask schedule."""
+    """Writes ``tuning.md`` and ``tuning.csv``, and ``tuning.png`` where it is asked for and a trial follows a mask schedule."""
     from maskgit_pl.evaluation.evaluator import numbers_of
     from maskgit_pl.evaluation.schedule_curves import draw_curves, measure_curves
-    from maskgit_pl.evaluation.tuning_report import RealNumbers, as_markdown
+    from maskgit_pl.evaluation.tuning_report import RealNumbers, as_page
 
     (network,) = evaluator.networks.values()
     assert network.accuracy is not None
@@ -386,10 +245,7 @@ def _write_page(
     if page.options.plot:
         seed = page.options.seed
         figure = measure_curves(measure, pipe, result, num_images=page.plot_images, seed=seed, bars=evaluator.bars)
-    page.folder.mkdir(parents=True, exist_ok=True)
-    text = as_markdown(result, real(result.num_images), command=page.command, figure=figure)
-    with write_atomically(page.folder / "tuning.md") as stream:
-        stream.write(text.encode())
+    as_page(result, real(result.num_images), command=page.command, figure=figure).write(page.folder)
     if figure is not None:
         floor = real(figure.num_images).numbers[result.metric]
         draw_curves(figure, page.folder / "tuning.png", metric=result.metric, floor=floor)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from maskgit_pl.networks.transformer import (
     Block,
-    KeyValues,
+    KVCache,
     MaskedTransformer,
     Transformer,
     TransformerConfig,
@@ -28,46 +28,56 @@ __all__ = ["CausalTransformer", "build_transformer"]
 class CausalTransformer(Transformer):
     """Predicts the code of each token from the class and the tokens before it, in raster order.
 
-    The sequence is [class, x_1 .. x_{N-1}], and what it gives at each place is the token after it. Weights, their names
-    and their number are those of ``MaskedTransformer``; the mask token's row and the last position are never asked for.
+    The sequence is [class, x_1 .. x_{N-1}], and the output at each position predicts the token after it. Weights, their
+    names and their number are those of ``MaskedTransformer``; the mask token's row and the last position are not used.
 
     Args:
         config: Sizes.
 
     Raises:
-        ValueError: Bidirectional attention.
+        ValueError: if the attention is bidirectional.
     """
 
     attention = "causal"
+    entry_points = ("forward_masked", "next_logits")
 
-    def forward(
-        self, tokens: Tensor, labels: Tensor, positions: Tensor | None = None, *, vocabulary: Vocabulary = "codes"
-    ) -> Tensor:
-        """Logits of tokens, each from those before it; all of an image's in one pass.
+    def forward(self, tokens: Tensor, labels: Tensor, *, vocabulary: Vocabulary = "codes") -> Tensor:
+        """Returns the logits of all tokens of an image in one pass, each from those before it.
 
         Args:
             tokens: (B, N) int64 in [0, K).
             labels: (B,) int64 in [0, num_classes), or ``null_label``.
-            positions: None for all tokens; (B, N) bool for those that are True, in raster order row after row. The head
-                runs at these alone.
             vocabulary: Columns: the K codes, or all rows of the word table.
 
         Returns:
-            (B, N, V) or (number of True, V) float.
+            (B, N, V) float.
         """
-        x = self._embed(self._sequence(tokens[:, :-1], labels))
-        for block in self.blocks:
-            x = block(x)
-        return self._head(x if positions is None else x[positions], vocabulary)
+        return self._head(self._hidden(tokens, labels), vocabulary)
 
-    def next_logits(self, tokens: Tensor, labels: Tensor, *, cache: Sequence[KeyValues] | None = None) -> Tensor:
-        """Logits of the token that follows.
+    def forward_masked(
+        self, tokens: Tensor, labels: Tensor, mask: Tensor, *, vocabulary: Vocabulary = "codes"
+    ) -> Tensor:
+        """Returns the logits of the tokens where ``mask`` is True. The head runs at no others.
+
+        Args:
+            tokens: (B, N) int64 in [0, K).
+            labels: (B,) int64 in [0, num_classes), or ``null_label``.
+            mask: (B, N) bool.
+            vocabulary: Columns: the K codes, or all rows of the word table.
+
+        Returns:
+            (number of True, V) float, in raster order, row after row.
+        """
+        return self._head(self._hidden(tokens, labels)[mask], vocabulary)
+
+    def next_logits(self, tokens: Tensor, labels: Tensor, *, cache: Sequence[KVCache] | None = None) -> Tensor:
+        """Returns the logits of the token that follows.
 
         Args:
             tokens: (B, t) int64 in [0, K): the tokens before it, t in [0, N).
-            labels: As of ``forward``.
-            cache: Of ``new_cache``, kept from the call with one token less and changed in place; new in the first call.
-                None computes everything at each call.
+            labels: (B,) int64 in [0, num_classes), or ``null_label``.
+            cache: Made by ``new_cache`` for the first call, then kept from the call with one token less; changed in
+                place. None computes everything at each call.
 
         Returns:
             (B, K) float: logits of the codes.
@@ -76,14 +86,21 @@ class CausalTransformer(Transformer):
         first = cache[0].num_rows if cache is not None else 0
         x = self._embed(self._sequence(tokens, labels)[:, first:], first=first)
         for number, block in enumerate(blocks):
-            x = block(x) if cache is None else block.extend(x, cache[number])
+            x = block(x) if cache is None else block.forward_next(x, cache[number])
         return self._head(x[:, -1], "codes")
 
-    def new_cache(self) -> list[KeyValues]:
-        """Room for the keys and values of each block, for one run of ``next_logits``."""
-        return [KeyValues(self.config.num_tokens) for _ in self.blocks]
+    def new_cache(self) -> list[KVCache]:
+        """Returns an empty cache for each block, for one run of ``next_logits``."""
+        return [KVCache(self.config.num_tokens) for _ in self.blocks]
+
+    def _hidden(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """Returns the input (B, N, D) of the head."""
+        x = self._embed(self._sequence(tokens[:, :-1], labels))
+        for block in self.blocks:
+            x = block(x)
+        return x
 
 
 def build_transformer(config: TransformerConfig) -> MaskedTransformer | CausalTransformer:
-    """The transformer whose attention a configuration names, with first weights."""
+    """Builds the transformer whose attention a configuration names, with first weights."""
     return CausalTransformer(config) if config.attention == "causal" else MaskedTransformer(config)

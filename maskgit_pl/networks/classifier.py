@@ -15,11 +15,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from maskgit_pl.checks import build_dataclass, check_class_names, check_integer, check_keys, shorten
 from maskgit_pl.files import read_json
-from maskgit_pl.networks.feature_output import FeatureOutput
-from maskgit_pl.networks.weight_file import check_fit, load_weights, read_header, read_tensors
+from maskgit_pl.networks.feature_network import FeatureOutput
+from maskgit_pl.networks.weight_file import check_fit, load_weights, read_tensor_header, read_tensors
 
 __all__ = [
     "CONFIG_FILE",
@@ -160,12 +161,13 @@ class FrozenClassifier(nn.Module):
         super().__init__()
         self.network = network
         self.class_names = class_names
-        self.requires_grad_(False)
+        self.requires_grad_(requires_grad=False)
         self.eval()
 
+    @override
     def train(self, mode: bool = True) -> FrozenClassifier:
         """Stays in evaluation mode."""
-        return super().train(False)
+        return super().train(mode=False)
 
     def forward(self, images: Tensor) -> FeatureOutput:
         """(B, 1 or 3, H, W), uint8 or float in [0, 1] -> features (B, F) and logits (B, classes)."""
@@ -197,7 +199,7 @@ def load_classifier(folder: Path) -> FrozenClassifier:
     sizes, class_names = _read_config(folder)
     weights = folder / WEIGHT_FILE
     with torch.device("meta"):  # without memory, for the file may hold less than its configuration says
-        check_fit(create_classifier(sizes), read_header(weights), f"weights {weights}")
+        check_fit(create_classifier(sizes), read_tensor_header(weights), f"weights {weights}")
     network = create_classifier(sizes)
     load_weights(network, read_tensors(weights), weights)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch: untyped overload

@@ -6,7 +6,6 @@ a classifier of the data set itself.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -16,19 +15,15 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import timm
-import torch
-import torch.nn.functional as F
-from einops import rearrange
-from torch import Tensor, nn
+from torch import nn
 
 from maskgit_pl.checks import check_integer, shorten
-from maskgit_pl.networks.feature_output import SPATIAL_NUMBERS, FeatureOutput
+from maskgit_pl.networks.feature_network import FeatureNetwork, FeatureOutput
 from maskgit_pl.networks.weight_file import load_weight_file, load_weights, read_weights
 from maskgit_pl.registry import Registry, nearest
 
 __all__ = [
     "ClassifierSpec",
-    "FeatureNetwork",
     "FeatureNetworkSpec",
     "FeatureOutput",
     "InceptionSpec",
@@ -36,7 +31,6 @@ __all__ = [
     "TimmSpec",
     "feature_networks",
     "parse_feature_network",
-    "weights_digest",
 ]
 
 _INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -75,68 +69,6 @@ def _check_spec(name: str, spec: FeatureNetworkSpec) -> None:
 feature_networks: Registry[FeatureNetworkSpec] = Registry(
     "feature network", "maskgit_pl.feature_networks", check=_check_spec
 )
-
-
-class FeatureNetwork(nn.Module):
-    """A frozen timm classifier with its input normalisation; gradients reach the images.
-
-    Args:
-        model: A timm model with ``forward_features``, ``forward_head`` and ``get_classifier``.
-        size: Edge in pixels to which images are resized.
-        mean: Of each colour of the input the model was trained on.
-        std: Standard deviation of the same.
-    """
-
-    mean: Tensor  # (1, 3, 1, 1)
-    std: Tensor  # (1, 3, 1, 1)
-
-    def __init__(self, model: nn.Module, *, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        super().__init__()
-        self.model = model
-        self.size = size
-        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
-        self.requires_grad_(False)
-        self.eval()
-
-    def train(self, mode: bool = True) -> FeatureNetwork:
-        """Stays in evaluation mode."""
-        return super().train(False)
-
-    def extra_repr(self) -> str:
-        return f"size={self.size}"
-
-    def forward(self, images: Tensor) -> FeatureOutput:
-        """(B, 1 or 3, H, W), uint8 or float in [0, 1] -> features, logits and the last map's first channels.
-
-        Grey images are repeated to three colours.
-        """
-        x = images.float() / 255 if images.dtype == torch.uint8 else images
-        x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
-        x = F.interpolate(x, size=(self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
-        model: Any = self.model  # timm's methods, which nn.Module's type does not have
-        last = model.forward_features((x - self.mean) / self.std)
-        features = model.forward_head(last, pre_logits=True)
-        channels_last = getattr(model, "output_fmt", None) == "NHWC"
-        return FeatureOutput(features, model.get_classifier()(features), _spatial(last, channels_last=channels_last))
-
-
-def _spatial(last: Tensor, *, channels_last: bool) -> Tensor | None:
-    """The first channels of the last map, as many as give at most 2023 numbers, channel fastest."""
-    if last.ndim != 4:  # tokens of a transformer
-        return None
-    last = last if channels_last else rearrange(last, "b c h w -> b h w c")
-    channels = SPATIAL_NUMBERS // (last.shape[1] * last.shape[2])
-    return last[..., :channels].flatten(1) if channels else None
-
-
-def weights_digest(network: nn.Module) -> str:
-    """Sha256 of a network's layers, weights and constants: features of one are never taken for another's."""
-    digest = hashlib.sha256(repr(network).encode())
-    for name, tensor in sorted([*network.named_parameters(), *network.named_buffers()]):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 @feature_networks.register("inception")

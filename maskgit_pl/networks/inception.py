@@ -21,8 +21,9 @@ from torch_fidelity.feature_extractor_inceptionv3 import (
     InceptionE_2,
 )
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+from typing_extensions import override
 
-from maskgit_pl.networks.feature_output import FeatureOutput
+from maskgit_pl.networks.feature_network import FeatureOutput
 
 __all__ = ["Inception"]
 
@@ -67,12 +68,13 @@ class Inception(nn.Sequential):
                 fc=nn.Linear(2048, 1008),
             )
         )
-        self.requires_grad_(False)
+        self.requires_grad_(requires_grad=False)
         self.eval()
 
+    @override
     def train(self, mode: bool = True) -> Inception:
         """Stays in evaluation mode."""
-        return super().train(False)
+        return super().train(mode=False)
 
     def forward(self, images: Tensor) -> FeatureOutput:
         """(B, 1 or 3, H, W), uint8 or float in [0, 1] -> features (B, 2048), logits (B, 1008), spatial (B, 2023)."""

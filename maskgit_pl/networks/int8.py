@@ -103,4 +103,4 @@ def quantized(network: AnyTransformer) -> AnyTransformer:
             copy.set_submodule(name, made(module.weight, module.bias))
     weights = network.state_dict()
     copy.load_state_dict({name: weights[name].float().clone() for name in copy.state_dict()}, assign=True)
-    return copy.eval().requires_grad_(False)
+    return copy.eval().requires_grad_(requires_grad=False)

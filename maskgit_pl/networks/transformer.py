@@ -1,16 +1,19 @@
 """The bidirectional transformer of MaskGIT: a post-norm BERT over a class token and the image's tokens.
 
-Used by ``mvtm.MaskedTokenModel`` in training and, through ``decoding.ClassPredictor``, in decoding. ``Transformer`` and
-``Block`` are what it shares with its twin under a causal mask, ``networks.causal``.
+``MaskedTransformer.forward_masked`` is what ``mvtm.MaskedTokenModel`` trains, ``forward_at`` and ``forward_cached`` are
+what the predictors of ``decoding`` ask. ``Transformer`` and ``Block`` are shared with ``networks.causal``.
+
+Shapes: B images, N tokens, S = 1 + N positions of the sequence (the class first), D embedding dimension, V columns.
 
 Source: paper, implementation details; google-research/maskgit, ``maskgit_transformer.py``.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, cast, get_args
+from typing import ClassVar, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +27,7 @@ __all__ = [
     "Attention",
     "Block",
     "ContextCache",
-    "KeyValues",
+    "KVCache",
     "MaskedTransformer",
     "QueryKeyValue",
     "Transformer",
@@ -65,7 +68,8 @@ class TransformerConfig:
         dropout: Of embeddings, attention probabilities and both outputs of a block, in [0, 1).
         class_dropout: Share of training samples whose class is replaced by the null class, in [0, 1). Above 0 the
             vocabulary has a null class, and guidance is possible.
-        attention: What a token sees: all others, or those before it in raster order. Both have the same weights.
+        attention: ``bidirectional``, a token sees all others, or ``causal``, those before it in raster order. Both have
+            the same weights.
 
     Raises:
         ValueError: if a size is out of range, or there is no such attention.
@@ -138,20 +142,20 @@ class QueryKeyValue(nn.Linear):
 
 @dataclass
 class ContextCache:
-    """Keys and values that a network has computed for a sequence, layer by layer, for ``MaskedTransformer.update``.
+    """Keys and values that a network has computed for a sequence, for ``MaskedTransformer.forward_cached``.
 
     Args:
-        key_values: A layer's keys, then values (B, 1 + N, 2 D), in order; empty before the first pass.
+        key_values: Of each block, keys and then values (B, S, 2 D); empty before the first pass.
     """
 
     key_values: list[Tensor] = field(default_factory=list)
 
 
-class KeyValues:
+class KVCache:
     """Keys and values that a causal block has computed, row after row.
 
     Args:
-        capacity: Rows that there will be at most; their memory is taken at once.
+        capacity: Largest number of rows; their memory is taken at once.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -160,7 +164,7 @@ class KeyValues:
         self._rows: Tensor | None = None
 
     def extend(self, new: Tensor) -> Tensor:
-        """Keeps the next R rows, (2, B, heads, R, D / heads), and gives all of them, (2, B, heads, S, D / heads)."""
+        """Keeps the next R rows, (2, B, heads, R, D / heads), and returns all of them, (2, B, heads, S, D / heads)."""
         if self._rows is None:
             self._rows = new.new_empty(*new.shape[:3], self.capacity, new.shape[4])
         first, self.num_rows = self.num_rows, self.num_rows + new.shape[3]
@@ -172,8 +176,13 @@ class Block(nn.Module):
     """Post-norm attention and feed-forward: x = LN(x + f(x)), twice.
 
     Args:
-        config: Sizes, and whether a position sees those after it.
+        config: Sizes, and the attention.
+
+    Attributes:
+        entry_points: Methods that a network calls besides ``forward``; under FSDP they gather the weights too.
     """
+
+    entry_points: ClassVar[tuple[str, ...]] = ("forward_with_kv", "forward_next", "forward_cached")
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -187,75 +196,83 @@ class Block(nn.Module):
         self.mlp_output = nn.Linear(config.mlp_width, config.width)
         self.mlp_norm = nn.LayerNorm(config.width, eps=_LAYER_NORM_EPS)
 
-    def forward(self, x: Tensor, asked: Tensor | None = None) -> Tensor:
-        """(B, S, D) -> (B, S, D), or ``_at(result, asked)`` without the work for the other positions."""
-        if asked is not None and asked.dtype != torch.bool:  # as many in each row: queries of no others are needed
-            return self.remember(x, asked)[0]
-        return self._attend(x, *self._heads(self.query_key_value(x), 3), asked=asked, is_causal=self.is_causal)
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, S, D) -> (B, S, D); with ``mask`` (B, S) bool only the rows where it is True, (M, D)."""
+        query, key, value = self._heads(self.query_key_value(x), 3)
+        attended = self._attend(query, key, value, is_causal=self.is_causal)
+        if mask is not None:
+            x, attended = x[mask], attended[mask]
+        return self._add_and_feed_forward(x, attended)
 
-    def extend(self, x: Tensor, seen: KeyValues) -> Tensor:
-        """``forward`` of a causal block at rows that follow those that were seen, which it keeps for later ones.
+    def forward_with_kv(self, x: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Returns ``forward`` with the keys and values that it has computed.
+
+        Args:
+            x: (B, S, D).
+            positions: (B, M) int64 in [0, S): compute queries, and results, at these only; None for all.
+
+        Returns:
+            (B, S or M, D), and keys and then values of all positions (B, S, 2 D).
+        """
+        assert not self.is_causal
+        if positions is None:
+            projected = self.query_key_value(x)  # (B, S, 3 D)
+            query, key, value = self._heads(projected, 3)
+            return self._add_and_feed_forward(x, self._attend(query, key, value)), projected[..., x.shape[-1] :]
+        rows, key_value = _gather_rows(x, positions), self.query_key_value.key_value(x)
+        (query,) = self._heads(self.query_key_value.query(rows), 1)
+        key, value = self._heads(key_value, 2)
+        return self._add_and_feed_forward(rows, self._attend(query, key, value)), key_value
+
+    def forward_next(self, x: Tensor, cache: KVCache) -> Tensor:
+        """``forward`` of a causal block at the rows that follow those in the cache, which keeps them for later ones.
 
         Args:
             x: (B, R, D): the block's input at the next R rows; one row, or the first rows.
-            seen: Changed in place.
+            cache: Changed in place.
 
         Returns:
             (B, R, D).
         """
         assert self.is_causal
-        assert x.shape[1] == 1 or seen.num_rows == 0  # what several later rows may see would need a mask
+        assert x.shape[1] == 1 or cache.num_rows == 0  # several later rows would need a mask
         heads = self._heads(self.query_key_value(x), 3)
-        return self._attend(x, heads[0], *seen.extend(heads[1:]), is_causal=x.shape[1] > 1)
+        key, value = cache.extend(heads[1:])
+        return self._add_and_feed_forward(x, self._attend(heads[0], key, value, is_causal=x.shape[1] > 1))
 
-    def remember(self, x: Tensor, asked: Tensor | None) -> tuple[Tensor, Tensor]:
-        """``forward``, all positions or those ``asked`` (B, M) int64, and the keys and values (B, S, 2 D) of all."""
-        assert not self.is_causal
-        if asked is None:
-            projected = self.query_key_value(x)
-            return self._attend(x, *self._heads(projected, 3)), projected[..., x.shape[-1] :]
-        at_asked, key_value = _at(x, asked), self.query_key_value.key_value(x)
-        query = self._heads(self.query_key_value.query(at_asked), 1)
-        return self._attend(at_asked, *query, *self._heads(key_value, 2)), key_value
-
-    def update(self, x: Tensor, places: Tensor, key_value: Tensor, *, num_asked: int | None = None) -> Tensor:
-        """``forward`` at some places, which attend to all; their keys and values take their old ones' places.
+    def forward_cached(
+        self, x: Tensor, positions: Tensor, key_value: Tensor, *, num_queries: int | None = None
+    ) -> Tensor:
+        """``forward`` at some positions, which attend to all; their new keys and values replace the old ones.
 
         Args:
-            x: (B, R, D): the block's input at ``places``.
-            places: (B, R) int64 in [0, S).
+            x: (B, R, D): the block's input at ``positions``.
+            positions: (B, R) int64 in [0, S).
             key_value: (B, S, 2 D), changed in place.
-            num_asked: Results wanted, those of the first places; None for all.
+            num_queries: Results wanted, those of the first positions; None for all.
 
         Returns:
-            (B, num_asked or R, D).
+            (B, num_queries or R, D).
         """
         query, new = self.query_key_value(x).split([x.shape[-1], key_value.shape[-1]], dim=-1)
-        key_value.scatter_(1, places.unsqueeze(-1).expand_as(new), new)
-        query = self._heads(query[:, :num_asked], 1)
-        return self._attend(x[:, :num_asked], *query, *self._heads(key_value, 2))
+        key_value.scatter_(1, positions.unsqueeze(-1).expand_as(new), new)
+        (query,) = self._heads(query[:, :num_queries], 1)
+        key, value = self._heads(key_value, 2)
+        return self._add_and_feed_forward(x[:, :num_queries], self._attend(query, key, value))
 
     def _heads(self, x: Tensor, parts: int) -> Tensor:
         """(B, S, parts D) -> (parts, B, heads, S, D / heads)."""
         return rearrange(x, "b s (parts heads d) -> parts b heads s d", parts=parts, heads=self.num_heads)
 
-    def _attend(
-        self,
-        x: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        asked: Tensor | None = None,
-        is_causal: bool = False,
-    ) -> Tensor:
-        """Input (B, M, D) and what its heads attend to -> (B, M, D), or the rows where ``asked`` (B, M) is True."""
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool = False) -> Tensor:
+        """Queries (B, heads, M, D / heads), keys and values (B, heads, S, D / heads) -> (B, M, D)."""
         attended = F.scaled_dot_product_attention(
             query, key, value, dropout_p=self.dropout if self.training else 0.0, is_causal=is_causal
         )
-        attended = rearrange(attended, "b heads m d -> b m (heads d)")
-        if asked is not None:
-            x, attended = _at(x, asked), _at(attended, asked)
+        return rearrange(attended, "b heads m d -> b m (heads d)")
+
+    def _add_and_feed_forward(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Input (..., D) and what its heads attended to (..., D) -> the block's output (..., D)."""
         x = self.attention_norm(x + F.dropout(self.attention_output(attended), self.dropout, self.training))
         hidden = self.mlp_output(F.gelu(self.mlp_hidden(x), approximate="tanh"))
         normed: Tensor = self.mlp_norm(x + F.dropout(hidden, self.dropout, self.training))
@@ -263,7 +280,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """What both transformers are made of: tables, blocks and a head that is tied to the word table.
+    """The base of both transformers: tables, blocks and a head that is tied to the word table.
 
     The sequence is [class, tokens in raster order]. All weights start from a normal truncated to two standard
     deviations, times 0.02; biases from 0.
@@ -271,11 +288,22 @@ class Transformer(nn.Module):
     Args:
         config: Sizes.
 
+    Attributes:
+        attention: The attention that the class computes.
+        entry_points: Methods that are called besides ``forward``; under FSDP they gather the weights too.
+
     Raises:
-        ValueError: The attention is another class's.
+        ValueError: if the configuration names the other attention.
     """
 
-    attention: Attention
+    attention: ClassVar[Attention]
+    entry_points: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def forward_masked(
+        self, tokens: Tensor, labels: Tensor, mask: Tensor, *, vocabulary: Vocabulary = "codes"
+    ) -> Tensor:
+        """Returns the logits (number of True, V) of the tokens where ``mask`` (B, N) bool is True: what is trained."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -313,84 +341,113 @@ class Transformer(nn.Module):
 class MaskedTransformer(Transformer):
     """Predicts the codes of masked tokens from the visible ones and the class.
 
+    All methods take tokens (B, N) int64, codes in [0, K) or ``mask_token_id``, and labels (B,) int64 in
+    [0, num_classes), or ``null_label``.
+
     Args:
         config: Sizes.
 
     Raises:
-        ValueError: Causal attention.
+        ValueError: if the attention is causal.
     """
 
     attention = "bidirectional"
+    entry_points = ("forward_masked", "forward_at", "forward_cached")
 
-    def forward(
-        self, tokens: Tensor, labels: Tensor, positions: Tensor | None = None, *, vocabulary: Vocabulary = "codes"
-    ) -> Tensor:
-        """Logits where they are asked for; the head runs nowhere else.
+    def forward(self, tokens: Tensor, labels: Tensor, *, vocabulary: Vocabulary = "codes") -> Tensor:
+        """Returns the logits of all tokens.
 
         Args:
-            tokens: (B, N) int64: codes in [0, K), or ``mask_token_id``.
-            labels: (B,) int64 in [0, num_classes), or ``null_label``.
-            positions: None for all tokens; (B, M) int64 in [0, N) for M a row; (B, N) bool for those that are True, in
-                raster order row after row. The last block runs at these alone, once it has attended to all.
+            tokens: (B, N) int64.
+            labels: (B,) int64.
             vocabulary: Columns: the K codes, or all rows of the word table.
 
         Returns:
-            (B, N, V), (B, M, V) or (number of True, V) float.
+            (B, N, V) float.
         """
-        x = self._embed(self._sequence(tokens, labels))
-        for block in self.blocks[:-1]:
-            x = block(x)
-        x = self.blocks[-1](x, _after_class(positions))
-        return self._head(x[:, 1:] if positions is None else x, vocabulary)
+        x = self.blocks[-1](self._hidden(tokens, labels))
+        return self._head(x[:, 1:], vocabulary)
 
-    def update(
-        self, tokens: Tensor, labels: Tensor, positions: Tensor, newly_known: Tensor, *, cache: ContextCache
+    def forward_masked(
+        self, tokens: Tensor, labels: Tensor, mask: Tensor, *, vocabulary: Vocabulary = "codes"
     ) -> Tensor:
-        """Logits at ``positions``; keys and values elsewhere are those of earlier calls. Approximate, for inference.
-
-        Tokens that stay as they are keep the keys and values that were computed when more of the others were masked;
-        the class's are computed anew, for they see all tokens. With an empty cache everything is computed: the result
-        is ``forward``'s, and fills the cache.
+        """Returns the logits of the tokens where ``mask`` is True. The head and the last MLP run at no others.
 
         Args:
-            tokens: As of ``forward``.
-            labels: As of ``forward``.
+            tokens: (B, N) int64.
+            labels: (B,) int64.
+            mask: (B, N) bool.
+            vocabulary: Columns: the K codes, or all rows of the word table.
+
+        Returns:
+            (number of True, V) float, in raster order, row after row.
+        """
+        after_class = F.pad(mask, (1, 0))  # (B, 1 + N): the class is not asked for
+        return self._head(self.blocks[-1](self._hidden(tokens, labels), after_class), vocabulary)
+
+    def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
+        """Returns the logits at M positions of each image. The head and the last block's queries run at no others.
+
+        Args:
+            tokens: (B, N) int64.
+            labels: (B,) int64.
             positions: (B, M) int64 in [0, N).
-            newly_known: (B, P) int64 in [0, N): also computed anew, for their tokens are others than at the last call.
-            cache: What earlier calls of this run have left; changed in place.
+
+        Returns:
+            (B, M, K) float: logits of the codes.
+        """
+        last = cast("Block", self.blocks[-1])
+        x, _ = last.forward_with_kv(self._hidden(tokens, labels), positions + 1)  # after the class
+        return self._head(x, "codes")
+
+    def forward_cached(
+        self, tokens: Tensor, labels: Tensor, positions: Tensor, newly_known: Tensor, *, cache: ContextCache
+    ) -> Tensor:
+        """Returns ``forward_at`` with the keys and values of earlier calls elsewhere. Approximate, for inference.
+
+        1. With an empty cache, compute everything: the result is that of ``forward_at``, and fills the cache.
+        2. Else compute the positions that are asked for, those whose tokens are new, and the class, which sees all
+           tokens. All others keep the keys and values of the call in which more tokens were masked.
+
+        Args:
+            tokens: (B, N) int64.
+            labels: (B,) int64.
+            positions: (B, M) int64 in [0, N).
+            newly_known: (B, P) int64 in [0, N): positions whose tokens have changed since the last call.
+            cache: Left by earlier calls of this run; changed in place.
 
         Returns:
             (B, M, K) float: logits of the codes.
         """
         blocks = cast("Sequence[Block]", self.blocks)
+        # 1. Everything; the last block only needs the queries that are asked for.
         if not cache.key_values:
             x = self._embed(self._sequence(tokens, labels))
             for block in blocks:
-                x, key_value = block.remember(x, positions + 1 if block is blocks[-1] else None)
+                x, key_value = block.forward_with_kv(x, positions + 1 if block is blocks[-1] else None)
                 cache.key_values.append(key_value)
             return self._head(x, "codes")
-        class_place = torch.zeros_like(positions[:, :1])
-        places = torch.cat(
-            [positions + 1, newly_known + 1, class_place], dim=1
-        )  # (B, M + P + 1), those asked for first
-        x = self.embedding_norm(self.words(self._sequence(tokens, labels).gather(1, places)) + self.positions(places))
+        # 2. Some positions (B, M + P + 1) of the sequence, those asked for first, so that the last block stops at them.
+        class_position = torch.zeros_like(positions[:, :1])
+        computed = torch.cat([positions + 1, newly_known + 1, class_position], dim=1)
+        rows = self._sequence(tokens, labels).gather(1, computed)
+        x = self.embedding_norm(self.words(rows) + self.positions(computed))  # no dropout: for inference
         for block, key_value in zip(blocks, cache.key_values, strict=True):
-            x = block.update(x, places, key_value, num_asked=positions.shape[1] if block is blocks[-1] else None)
+            num_queries = positions.shape[1] if block is blocks[-1] else None
+            x = block.forward_cached(x, computed, key_value, num_queries=num_queries)
         return self._head(x, "codes")
 
+    def _hidden(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """Returns the input (B, S, D) of the last block."""
+        x = self._embed(self._sequence(tokens, labels))
+        for block in self.blocks[:-1]:
+            x = block(x)
+        return x
 
-def _after_class(positions: Tensor | None) -> Tensor | None:
-    """Positions among the tokens as positions of the sequence, where the class stands first."""
-    if positions is None:
-        return None
-    return F.pad(positions, (1, 0)) if positions.dtype == torch.bool else positions + 1
 
-
-def _at(x: Tensor, asked: Tensor) -> Tensor:
-    """Rows of x (B, S, D): (M, D) where ``asked`` (B, S) bool is True, or (B, M, D) at ``asked`` (B, M) int64."""
-    if asked.dtype == torch.bool:
-        return x[asked]
-    return x.gather(1, asked.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+def _gather_rows(x: Tensor, positions: Tensor) -> Tensor:
+    """Rows (B, M, D) of x (B, S, D) at ``positions`` (B, M) int64."""
+    return x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
 def _initialise(module: nn.Module) -> None:

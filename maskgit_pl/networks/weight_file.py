@@ -12,7 +12,7 @@ import math
 import pickle
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -33,9 +33,10 @@ __all__ = [
     "load_weight_file",
     "load_weights",
     "open_tensors",
-    "read_header",
+    "read_tensor_header",
     "read_tensors",
     "read_weights",
+    "tensors_digest",
 ]
 
 _MAX_HEADER_BYTES = 8_000_000  # some 60,000 tensors; safetensors itself takes 100 MB, which need 1 GB to parse
@@ -93,7 +94,7 @@ def open_tensors(file: Path) -> safe_open:
         raise ValueError(f"weights {file}: not safetensors, or not whole ({text}); copy or make it again") from error
 
 
-def read_header(file: Path) -> dict[str, TensorInfo]:
+def read_tensor_header(file: Path) -> dict[str, TensorInfo]:
     """Reads names, dtypes and shapes of a safetensors file, and no tensor.
 
     Raises:
@@ -121,7 +122,7 @@ def check_fit(network: nn.Module, header: Mapping[str, TensorInfo], where: str) 
 
     Args:
         network: May be on the device ``meta``.
-        header: As ``read_header`` gives it.
+        header: As ``read_tensor_header`` gives it.
         where: Name of the file, for the message.
 
     Raises:
@@ -307,6 +308,20 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], where: Path 
         text = " ".join(str(error).split())
         shown = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
         raise ValueError(f"weights {where}: they do not fit the network's sizes: {shown}") from error
+
+
+def tensors_digest(named: Iterable[tuple[str, Tensor]], *, prefix: str = "") -> str:
+    """Returns the sha256, in hex, of tensors as they are: their names, types, shapes and bytes, in the order given.
+
+    Args:
+        named: Names and tensors, on any device.
+        prefix: What else decides the digest.
+    """
+    digest = hashlib.sha256(prefix.encode())
+    for name, tensor in named:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _parse(content: bytes, *, is_safetensors: bool) -> object:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from PIL import Image
 
+    from maskgit_pl.decoding import ConditionalNetwork
+
 __all__ = ["Generator"]
 
 
@@ -73,7 +75,9 @@ class Generator:
         self._decoding = decoding
         config = transformer.network.config
         self._first_step = FirstStepLogits(
-            transformer.network, num_tokens=config.num_tokens, mask_token_id=config.mask_token_id
+            cast("ConditionalNetwork", transformer.network),  # an autoregressive model does not use it
+            num_tokens=config.num_tokens,
+            mask_token_id=config.mask_token_id,
         )
 
     @property

@@ -17,7 +17,7 @@ from maskgit_pl.files import read_json, sha256_of, write_folder, write_tensors, 
 from maskgit_pl.networks.causal import build_transformer
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
-from maskgit_pl.networks.weight_file import check_fit, check_tensor, load_weights, read_header, read_tensors
+from maskgit_pl.networks.weight_file import check_fit, check_tensor, load_weights, read_tensor_header, read_tensors
 from maskgit_pl.pretrained.decoding_file import WEIGHTS_FILE, checked_decoding
 from maskgit_pl.pretrained.networks import PretrainedTokenizer, PretrainedTransformer
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
@@ -232,7 +232,7 @@ def _read_network(build: Callable[[], Network], folder: Path, *, num_blocks: int
         num_blocks: Blocks of the network, each of at least one tensor.
     """
     file = folder / WEIGHTS_FILE
-    header = read_header(file)  # 1
+    header = read_tensor_header(file)  # 1
     if num_blocks > len(header):
         raise ValueError(
             f"{folder / _CONFIG}: network of {num_blocks} blocks must fit {WEIGHTS_FILE}, which holds {len(header)} "

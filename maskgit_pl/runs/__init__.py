@@ -7,6 +7,8 @@
     recipe = runs.Recipe.read("tokenizer", overrides={"trainer.max_steps": 500})
     result = runs.fit(recipe, run="demo", data="data/shards/fashion-mnist")
 
+What the commands print goes to the logger ``maskgit_pl``; ``logging.basicConfig(level="INFO")`` shows it.
+
 The names are imported when they are first used; torch and Lightning when something is trained.
 """
 

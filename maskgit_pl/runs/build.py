@@ -35,12 +35,12 @@ from maskgit_pl.token_model import TokenModel
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_complete, settings_of
 from maskgit_pl.training.checkpoints import Checkpoints
-from maskgit_pl.training.faults import UnreadableReport
 from maskgit_pl.training.guards import Guard
 from maskgit_pl.training.image_callbacks import ReconstructionPictures, SamplePictures
 from maskgit_pl.training.logs import RunLogger
 from maskgit_pl.training.progress import ProgressLines
 from maskgit_pl.training.strategies import build_strategy, check_accelerator, check_precision, check_strategy
+from maskgit_pl.training.unreadable_report import UnreadableReport
 
 __all__ = ["StageRun", "build"]
 

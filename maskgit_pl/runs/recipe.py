@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from maskgit_pl.old_names import renamed_keys
+from maskgit_pl.old_names import renamed_keys, renamed_tree
 from maskgit_pl.runs.flags import Overrides, flag_layer, flag_words, split_flags
 from maskgit_pl.runs.layers import Layer, merged, take_out, value_at
 from maskgit_pl.runs.recipe_checks import check_layer
@@ -120,6 +120,7 @@ class Recipe:
     def from_layers(cls, stage: Stage, layers: Sequence[Layer], overrides: Overrides = ()) -> Recipe:
         """Checks and merges layers that are read already; see ``read``."""
         words = flag_words(overrides)
+        layers = [Layer(each.origin, renamed_tree(each.tree, each.origin)) for each in layers]
         kind = _kind(stage, layers, words)
         left_out: dict[str, list[str]] = {}
         if kind == "autoregressive":

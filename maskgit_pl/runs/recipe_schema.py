@@ -146,7 +146,7 @@ def parameters_of(kind: type) -> dict[str, Parameter]:
     if is_dataclass(kind):
         hints = get_type_hints(kind)
         return {each.name: Parameter(hints[each.name], _plain(_field_default(each))) for each in fields(kind)}
-    hints = get_type_hints(kind.__init__)
+    hints = get_type_hints(vars(kind)["__init__"])
     arguments = inspect.signature(kind).parameters.items()
     defaults = {name: MISSING if each.default is each.empty else _plain(each.default) for name, each in arguments}
     return {name: Parameter(hints[name], default) for name, default in defaults.items()}

@@ -35,7 +35,7 @@ MODULES: dict[str, tuple[type[Any], type[LightningModule]]] = {
     "transformer": (MaskedTokenConfig, MaskedTokenModel),
     "autoregressive": (AutoregressiveConfig, AutoregressiveModel),
 }
-"""The module that each kind of recipe trains, after its configuration."""
+"""The configuration of each kind of recipe, and the module that is trained."""
 
 
 def resolved_tree(plan: Plan) -> dict[str, Any]:

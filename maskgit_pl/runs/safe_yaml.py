@@ -10,7 +10,6 @@ from typing import Any
 import yaml
 
 from maskgit_pl.checks import shorten
-from maskgit_pl.old_names import renamed_tree
 
 __all__ = ["NO_CODE", "check_plain", "parse_yaml", "read_yaml"]
 
@@ -47,12 +46,11 @@ _PlainLoader.add_implicit_resolver(  # YAML 1.2's floats: 1e-3 is a number, too
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """Reads a YAML file as plain values; keys of version 0.1.0 get their new names.
+    """Reads a YAML file as plain values.
 
     Raises:
         ValueError: if it is over 200 kB, not YAML, nested too deep, not a mapping, or holds an alias, a repeated key, a
-            number that is not finite, a value that is not plain, a key that names code, or a key and its old name. The
-            message is one line.
+            number that is not finite, a value that is not plain, or a key that names code. The message is one line.
     """
     if file.exists() and not file.is_file():  # a FIFO would be waited for
         raise ValueError(f"recipe {file} must be a regular file")
@@ -65,7 +63,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
         check_plain(tree)
     except ValueError as error:
         raise ValueError(f"recipe {file}: {error}") from error
-    return renamed_tree(tree or {}, f"recipe {file}")
+    return tree or {}
 
 
 def parse_yaml(text: str) -> Any:

@@ -6,26 +6,37 @@ Plain 8-bit PNG goes through torchvision, 2.5 times faster than PIL on 28 x 28; 
 go through PIL, which converts them rightly. Resampling is bicubic (a = -0.5) and antialiased, from full resolution:
 decoding at a fraction of the size would make the pixels depend on how the size divides.
 
-A stranger may have written the file: pixels, bytes, scans of a JPEG and parts of a file are counted before anything is
-decoded.
+A stranger may have written the file: its parts are counted before anything is decoded, see ``image_bytes``.
 """
 
 from __future__ import annotations
 
 import io
 import re
-import stat
-import struct
 import threading
 import warnings
-import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from maskgit_pl.files import size_text
+from maskgit_pl.checks import check_choice
+from maskgit_pl.shards.image_bytes import (
+    JPEG_MAGIC,
+    MAX_PIXELS,
+    PNG_MAGIC,
+    Reason,
+    UnreadableImageError,
+    check_jpeg,
+    check_png,
+    check_size,
+    check_whole,
+    image_error,
+    is_plain_png,
+    kind_of_fault,
+    may_be_turned,
+    png_chunks,
+    read_image_file,
+)
+from maskgit_pl.shards.orientation import PIL_ERRORS, apply_orientation, find_orientation
 from maskgit_pl.text import printable
 
 if TYPE_CHECKING:
@@ -46,48 +57,16 @@ __all__ = [
     "from_pil",
     "load_square",
     "load_square_into",
-    "read_header",
     "read_image_file",
+    "read_image_header",
 ]
 
 Crop = Literal["center", "random"]
 FORMATS = ("JPEG", "PNG", "WEBP")
-MAX_PIXELS = 64 * 10**6
-MAX_IMAGE_BYTES = 256 * 2**20  # no photo within the pixel limit needs more
-MAX_SCANS = 100  # of a JPEG; a progressive one has about 10, and each costs time for all pixels
-_MAX_CHUNKS = 100_000  # of a PNG; a file of the largest size has 32,768 of 8 kB ...
-_MAX_OTHER_CHUNKS = 256  # ... and these, that hold no pixels; libpng may print a line for each
-_PIXEL_CHUNKS = (b"IDAT", b"fcTL", b"fdAT")
-_MAX_SEGMENTS = 2_000  # of a JPEG before its pixels, which hold at most ...
-_MAX_METADATA = 32 * 2**20  # ... so many bytes: profiles, EXIF, depth maps of phones
-_MAX_FILLER = 1_000  # bytes between those segments
-_MAX_MARKERS = 20_000  # of a JPEG, with those between its scans
 _CHANNELS = {"1": 1, "L": 1, "I;16": 1, "I": 1, "LA": 4, "PA": 4, "RGBA": 4}  # every other mode becomes RGB
-_PNG = b"\x89PNG\r\n\x1a\n"
-_JPEG = b"\xff\xd8\xff"
-_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # of a JPEG, with a segment after it; and its end
-_SCAN, _END_OF_IMAGE, _APP1 = 0xDA, 0xD9, 0xE1
-_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # the segments that state the size and the coding
-_ORIENTATION = 0x0112  # EXIF tag: 1 upright, 2 to 8 turned or mirrored; from 5 on height and width change places
 _MOST_SCRATCH = 2**24  # bytes; larger images get memory of their own
 _of_thread = threading.local()
-# What PIL raises on files that are damaged or hostile.
-_PIL_ERRORS = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, struct.error)
 _SOURCE_LINE = re.compile(r"^.*\.cpp:\d+, ")  # how torchvision's errors begin
-Reason = Literal["empty", "not an image", "animated", "too large", "damaged"]
-
-
-class UnreadableImageError(ValueError):
-    """The bytes are not an image that we read.
-
-    Args:
-        text: What to tell a person.
-        reason: The kind of fault, for counting.
-    """
-
-    def __init__(self, text: str, *, reason: Reason = "damaged") -> None:
-        super().__init__(text)
-        self.reason: Reason = reason
 
 
 @dataclass(frozen=True)
@@ -100,35 +79,7 @@ class ImageHeader:
     channels: int
 
 
-def read_image_file(path: str | Path, *, name: str) -> bytes:
-    """Reads an image file, after a look at its kind, its length and its first bytes.
-
-    Args:
-        path: The file.
-        name: What to call it in an error.
-
-    Returns:
-        The whole file's bytes.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        UnreadableImageError: if it is no regular file, empty, larger than 256 MiB, or begins as no JPEG, PNG or WebP.
-    """
-    status = Path(path).stat()
-    if not stat.S_ISREG(status.st_mode):  # a FIFO would be waited for
-        raise UnreadableImageError(f"image {name} must be a regular file", reason="not an image")
-    if status.st_size > MAX_IMAGE_BYTES:
-        most, size = size_text(MAX_IMAGE_BYTES), size_text(status.st_size)
-        raise UnreadableImageError(f"image {name} must have at most {most}, got {size}", reason="too large")
-    with open(path, "rb") as file:
-        first = file.read(12)  # the magic bytes
-        if _kind_of_fault(first) != "damaged":
-            raise _refusal(first, name)
-        file.seek(0)
-        return file.read(status.st_size)
-
-
-def read_header(data: bytes, *, name: str) -> ImageHeader:
+def read_image_header(data: bytes, *, name: str) -> ImageHeader:
     """Read format, size and channels without decoding a pixel.
 
     Args:
@@ -140,39 +91,10 @@ def read_header(data: bytes, *, name: str) -> ImageHeader:
     """
     image = _open(data, name)
     width, height = image.size
-    if _orientation(image) >= 5:
+    if find_orientation(image) >= 5:
         width, height = height, width
     kind = "JPEG" if image.format == "MPO" else str(image.format)
     return ImageHeader(kind, height, width, _CHANNELS.get(image.mode, 3))
-
-
-def check_whole(data: bytes, *, name: str) -> None:
-    """Checks that an image is not cut off, without decoding it.
-
-    PNG is checked by its chunks and their checksums, JPEG by its end marker, WebP by the length that it states.
-
-    Args:
-        data: The bytes of a file whose header ``read_header`` can read.
-        name: What to call the image in an error.
-
-    Raises:
-        UnreadableImageError: if a part is missing or, in PNG, damaged.
-    """
-    if data.startswith(_PNG):
-        whole = False
-        for chunk in _png_chunks(data):
-            if chunk.end + 4 > len(data):
-                break
-            if chunk.name[:1].isupper() and not chunk.is_intact(data):
-                part = printable(chunk.name.decode("latin1"))
-                raise UnreadableImageError(f"image {name} is damaged in its {part} chunk")
-            whole = chunk.name == b"IEND"
-    elif data.startswith(_JPEG):
-        whole = any(marker.code == _END_OF_IMAGE for marker in _jpeg_markers(data))
-    else:
-        whole = len(data) >= 8 + int.from_bytes(data[4:8], "little")
-    if not whole:
-        raise UnreadableImageError(f"image {name} is cut off after {len(data)} bytes")
 
 
 def decode_image(data: bytes, *, channels: int, name: str) -> Tensor:
@@ -187,13 +109,13 @@ def decode_image(data: bytes, *, channels: int, name: str) -> Tensor:
         (channels, H, W) uint8, mostly channels-last in memory.
 
     Raises:
-        UnreadableImageError: As ``read_header``, or the pixels cannot be decoded. Damage is found in JPEG where its
-            code words break and in PNG by its checksums; WebP has none.
+        UnreadableImageError: as ``read_image_header``, or if the pixels cannot be decoded. Damage is found in JPEG
+            where its code words break and in PNG by its checksums; WebP has none.
     """
     if channels not in (1, 3):
-        raise ValueError(f"in_channels: 1 (grey) or 3 (RGB) is needed, got {channels}")
-    chunks = _check_png(data, name) if data.startswith(_PNG) else frozenset()
-    if _is_plain_png(data, chunks, channels):
+        raise ValueError(f"in_channels must be 1 (grey) or 3 (RGB), got {channels}")
+    chunks = check_png(data, name) if data.startswith(PNG_MAGIC) else frozenset()
+    if is_plain_png(data, chunks, channels):
         return _decode_png(data, channels, name)
     if _plain_jpeg_size(data, name) is not None:
         return _decode_jpeg(data, channels, name)
@@ -286,24 +208,24 @@ def from_pil(image: Image.Image, *, channels: int, name: str) -> Tensor:
     """
     import torch
 
-    _check_size(image.height, image.width, name)
+    check_size(image.height, image.width, name)
     try:
         image.load()  # EXIF may lie behind a PNG's pixels
-        converted = _to_eight_bits(_upright(image)).convert("L" if channels == 1 else "RGB")
-    except _PIL_ERRORS as error:
+        upright = apply_orientation(image, find_orientation(image))
+        converted = _to_eight_bits(upright).convert("L" if channels == 1 else "RGB")
+    except PIL_ERRORS as error:
         raise _undecodable(name, error) from error
     pixels = _as_array(converted)  # (H, W) or (H, W, 3)
     return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1).contiguous()
 
 
 def check_crop(crop: str) -> None:
-    """Refuse a crop that there is not.
+    """Checks that there is such a crop.
 
     Raises:
-        ValueError: Names the choices.
+        ValueError: if there is none. The message names the choices.
     """
-    if crop not in get_args(Crop):
-        raise ValueError(f"crop: one of {', '.join(get_args(Crop))} is needed, got {crop!r}")
+    check_choice("crop", crop, get_args(Crop))
 
 
 def encode_png(image: Tensor) -> bytes:
@@ -324,54 +246,6 @@ def _resize(square: Tensor, side: int) -> Tensor:
     return resized
 
 
-class _Chunk(NamedTuple):
-    """A part of a PNG: its name, and where its content begins and ends; a checksum follows."""
-
-    name: bytes
-    start: int
-    end: int
-
-    def is_intact(self, data: bytes) -> bool:
-        """True if the checksum is right."""
-        stated = int.from_bytes(data[self.end : self.end + 4], "big")
-        return zlib.crc32(memoryview(data)[self.start - 4 : self.end]) == stated
-
-
-def _png_chunks(data: bytes) -> Iterator[_Chunk]:
-    """The chunks of a PNG whose names and lengths are there, up to the one that ends it."""
-    place = len(_PNG)
-    while place + 8 <= len(data):
-        length, name = struct.unpack_from(">I4s", data, place)
-        yield _Chunk(name, place + 8, place + 8 + length)
-        if name == b"IEND":
-            return
-        place += 12 + length
-
-
-def _check_png(data: bytes, name: str) -> frozenset[bytes]:
-    """Refuses a PNG of so many chunks that it takes minutes to read them.
-
-    Returns:
-        Names of its chunks.
-    """
-    chunks = [chunk.name for chunk in islice(_png_chunks(data), _MAX_CHUNKS + 1)]
-    others = len(chunks) - sum(map(chunks.count, _PIXEL_CHUNKS))
-    if len(chunks) > _MAX_CHUNKS or others > _MAX_OTHER_CHUNKS:
-        limits = f"{_MAX_CHUNKS} PNG chunks and {_MAX_OTHER_CHUNKS} without pixels"
-        raise UnreadableImageError(f"image {name} must have at most {limits}, got more", reason="too large")
-    return frozenset(chunks)
-
-
-def _is_plain_png(data: bytes, chunks: frozenset[bytes], channels: int) -> bool:
-    """An 8-bit grey or RGB PNG within the pixel limit, with no transparency, animation or rotation, by its chunks."""
-    if len(data) < 33 or data[12:16] != b"IHDR":
-        return False
-    width, height, depth, colour = struct.unpack(">IIBB", data[16:26])
-    odd = not chunks.isdisjoint((b"tRNS", b"acTL", b"eXIf")) or b"tiff:Orientation" in data
-    fits = 0 < width * height <= MAX_PIXELS
-    return depth == 8 and fits and not odd and (colour == 0 or (colour == 2 and channels == 3))
-
-
 def _decode_png(data: bytes, channels: int, name: str) -> Tensor:
     from torchvision.io import ImageReadMode
 
@@ -386,7 +260,7 @@ def _decode_colour_key(data: bytes, opened: Image.Image, channels: int, name: st
 
     pixels = _decode_by_libpng(data, ImageReadMode.UNCHANGED, name).numpy()  # (1 or 3, H, W) uint8 or uint16
     depth, top = data[24], 2 ** data[24] - 1
-    key = next(data[chunk.start : chunk.end] for chunk in _png_chunks(data) if chunk.name == b"tRNS")
+    key = next(data[chunk.start : chunk.end] for chunk in png_chunks(data) if chunk.name == b"tRNS")
     if len(key) != 2 * len(pixels):
         raise UnreadableImageError(f"image {name} is damaged: its transparent colour has {len(key)} bytes")
     values = (np.frombuffer(key, ">u2") & top) * (255 // top or 1)  # (1 or 3,); libpng scales what is below 8 bits
@@ -397,9 +271,9 @@ def _decode_colour_key(data: bytes, opened: Image.Image, channels: int, name: st
     picture = planes[0] if len(planes) == 1 else Image.merge("RGB", planes)
     try:
         opened.load()  # EXIF may lie behind the pixels
-    except _PIL_ERRORS as error:
+    except PIL_ERRORS as error:
         raise _undecodable(name, error) from error
-    return from_pil(_transposed(picture, _orientation(opened)), channels=channels, name=name)
+    return from_pil(apply_orientation(picture, find_orientation(opened)), channels=channels, name=name)
 
 
 def _decode_by_libpng(data: bytes, mode: Any, name: str) -> Tensor:
@@ -420,16 +294,16 @@ def _plain_jpeg_size(data: bytes, name: str) -> tuple[int, int] | None:
     Raises:
         UnreadableImageError: It is too large.
     """
-    if data[:3] != _JPEG:
+    if data[:3] != JPEG_MAGIC:
         return None
-    _check_jpeg(data, name)
+    check_jpeg(data, name)
     import simplejpeg
 
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:  # damaged, or a layout that is rare: PIL says
         return None
-    _check_size(height, width, name)
+    check_size(height, width, name)
     return (height, width) if colours in ("Gray", "RGB", "YCbCr") else None
 
 
@@ -445,84 +319,6 @@ def _scratch(size: int) -> npt.NDArray[np.uint8] | None:
     return buffer
 
 
-class _Marker(NamedTuple):
-    """A marker of a JPEG: its code, where it begins, and where the segment after it ends."""
-
-    code: int
-    start: int
-    end: int
-
-
-def _jpeg_markers(data: bytes) -> Iterator[_Marker]:
-    """The markers of a JPEG that have a segment, as libjpeg finds them, and the one that ends the image."""
-    place = 2
-    for _ in range(_MAX_MARKERS):
-        if (found := _MARKER.search(data, place)) is None:
-            return
-        code, place = data[found.end() - 1], found.end()
-        if code != _END_OF_IMAGE:
-            place += int.from_bytes(data[place : place + 2], "big")
-        yield _Marker(code, found.start(), place)
-        if code == _END_OF_IMAGE:
-            return
-
-
-def _jpeg_head(data: bytes) -> list[_Marker]:
-    """The markers of a JPEG up to the first that begins pixels."""
-    head = []
-    for marker in islice(_jpeg_markers(data), _MAX_SEGMENTS):
-        head.append(marker)
-        if marker.code == _SCAN:
-            break
-    return head
-
-
-def _check_jpeg(data: bytes, name: str) -> None:
-    """Refuses a JPEG that would take minutes to open or to decode.
-
-    Raises:
-        UnreadableImageError: if there are no pixels behind a bounded number of segments, or more than 100 scans.
-    """
-    head = _jpeg_head(data)
-    if not head or head[-1].code != _SCAN:
-        raise UnreadableImageError(f"image {name} is damaged: no pixels after {len(head)} segments")
-    before = head[-1].start
-    if before > _MAX_METADATA:
-        most = size_text(_MAX_METADATA)
-        raise UnreadableImageError(
-            f"image {name} must have at most {most} before its pixels, got {size_text(before)}", reason="too large"
-        )
-    if before - 2 - sum(marker.end - marker.start for marker in head[:-1]) > _MAX_FILLER:
-        raise UnreadableImageError(f"image {name} is damaged: over {_MAX_FILLER} bytes between its segments")
-    # as many scans at most: these bytes may also stand in a segment; where one scan is all, libjpeg allows no other
-    if _has_more_scans(data, head) and data.count(b"\xff\xda") > MAX_SCANS:
-        codes = [marker.code for marker in _jpeg_markers(data)]
-        if codes.count(_SCAN) > MAX_SCANS or codes[-1] != _END_OF_IMAGE:
-            raise UnreadableImageError(
-                f"image {name} must have at most {MAX_SCANS} JPEG scans, got more", reason="too large"
-            )
-
-
-def _has_more_scans(data: bytes, head: list[_Marker]) -> bool:
-    """Returns whether the first scan of a JPEG leaves something to others: bits, coefficients or colours."""
-    frames = [marker for marker in head if marker.code in _FRAMES]
-    if len(frames) != 1 or frames[0].code > 0xC1:  # not baseline
-        return True
-    scan, frame = head[-1].start + 4, frames[0].start + 9  # where the numbers of colours stand
-    return data[scan : scan + 1] != data[frame : frame + 1]
-
-
-def _may_be_turned(jpeg: bytes) -> bool:
-    """Whether a JPEG has a segment of EXIF or XMP before its pixels."""
-    place = 2
-    while place + 4 <= len(jpeg) and jpeg[place] == 0xFF:
-        marker = jpeg[place + 1]
-        if marker in (_APP1, _SCAN):
-            return marker == _APP1
-        place += 1 if marker == 0xFF else 2 + int.from_bytes(jpeg[place + 2 : place + 4], "big")  # 0xFF may fill
-    return False
-
-
 def _decode_jpeg(data: bytes, channels: int, name: str, *, buffer: npt.NDArray[np.uint8] | None = None) -> Tensor:
     """(channels, H, W) uint8; in ``buffer``, unless that is None or the image is turned or becomes grey."""
     import simplejpeg
@@ -534,28 +330,21 @@ def _decode_jpeg(data: bytes, channels: int, name: str, *, buffer: npt.NDArray[n
         pixels = simplejpeg.decode_jpeg(data, "RGB", buffer=buffer)
     except ValueError as error:
         raise _undecodable(name, error) from error
-    if _may_be_turned(data):
-        pixels = _turned(pixels, _orientation(_open(data, name)))
+    if may_be_turned(data):
+        pixels = _turned(pixels, find_orientation(_open(data, name)))
     if channels == 1:
         pixels = _as_array(Image.fromarray(pixels).convert("L"))[..., None]
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def _check_size(height: int, width: int, name: str) -> None:
-    if width * height > MAX_PIXELS:
-        raise UnreadableImageError(
-            f"image {name} must have at most {MAX_PIXELS} pixels, got {width} x {height}", reason="too large"
-        )
-
-
 def _open(data: bytes, name: str) -> Image.Image:
     """PIL's lazy open: reads the header alone."""
-    if _kind_of_fault(data) != "damaged":
-        raise _refusal(data, name)
-    if data.startswith(_PNG):
-        _check_png(data, name)
-    elif data.startswith(_JPEG):
-        _check_jpeg(data, name)
+    if kind_of_fault(data) != "damaged":
+        raise image_error(data, name)
+    if data.startswith(PNG_MAGIC):
+        check_png(data, name)
+    elif data.startswith(JPEG_MAGIC):
+        check_jpeg(data, name)
     from PIL import Image, UnidentifiedImageError
 
     bombs = (Image.DecompressionBombWarning, Image.DecompressionBombError)
@@ -569,26 +358,14 @@ def _open(data: bytes, name: str) -> Image.Image:
         got = re.sub(r"\D*(\d+).*", r"\1", str(error))  # "Image size (N pixels) exceeds ..."
         text = f"image {name} must have at most {MAX_PIXELS} pixels, got {got}"
         raise UnreadableImageError(text, reason="too large") from error
-    except _PIL_ERRORS as error:
+    except PIL_ERRORS as error:
         why = "its header cannot be read" if isinstance(error, UnidentifiedImageError) else _first_words(error)
-        raise _refusal(data, name, why) from error
+        raise image_error(data, name, why) from error
     width, height = image.size
-    _check_size(height, width, name)
+    check_size(height, width, name)
     if frames > 1 and image.format != "MPO":  # a JPEG with further pictures behind it; the first is the photo
         raise UnreadableImageError(f"image {name} must be a still image, got {frames} frames", reason="animated")
     return image
-
-
-def _refusal(data: bytes, name: str, why: str = "") -> UnreadableImageError:
-    """The error of bytes that are no image of ours, by the first of them."""
-    reason = _kind_of_fault(data)
-    if reason == "empty":
-        text = f"image {name} is empty"
-    elif reason == "not an image":
-        text = f"image {name} must be a JPEG, PNG or WebP file, got one that begins with {data[:8]!r}"
-    else:
-        text = f"image {name} is damaged: {why}"
-    return UnreadableImageError(text, reason=reason)
 
 
 def _undecodable(name: str, error: Exception) -> UnreadableImageError:
@@ -601,53 +378,13 @@ def _first_words(error: Exception) -> str:
     return printable(_SOURCE_LINE.sub("", first)[:200])
 
 
-def _kind_of_fault(data: bytes) -> Reason:
-    """Says what is wrong with bytes that cannot be opened, by the first 12 of them."""
-    if not data:
-        return "empty"
-    ours = data.startswith((_JPEG, _PNG)) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
-    return "damaged" if ours else "not an image"
-
-
-def _orientation(image: Image.Image) -> int:
-    """EXIF's 1 to 8, found without decoding; 1 where EXIF is missing or spoilt."""
-    if image.format == "PNG" and not {"exif", "xmp"} & image.info.keys():
-        return 1  # getexif would decode the pixels to look behind them
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            value = image.getexif().get(_ORIENTATION, 1)
-    except _PIL_ERRORS:
-        return 1
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    return _transposed(image, _orientation(image))
-
-
 def _turned(pixels: npt.NDArray[np.uint8], orientation: int) -> npt.NDArray[np.uint8]:
     from PIL import Image
 
     if orientation == 1:
         return pixels
-    turned: npt.NDArray[np.uint8] = _as_array(_transposed(Image.fromarray(pixels), orientation))
+    turned: npt.NDArray[np.uint8] = _as_array(apply_orientation(Image.fromarray(pixels), orientation))
     return turned
-
-
-def _transposed(image: Image.Image, orientation: int) -> Image.Image:
-    from PIL.Image import Transpose
-
-    undoing = {
-        2: Transpose.FLIP_LEFT_RIGHT,
-        3: Transpose.ROTATE_180,
-        4: Transpose.FLIP_TOP_BOTTOM,
-        5: Transpose.TRANSPOSE,
-        6: Transpose.ROTATE_270,
-        7: Transpose.TRANSVERSE,
-        8: Transpose.ROTATE_90,
-    }
-    return image if orientation == 1 else image.transpose(undoing[orientation])
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:

@@ -27,11 +27,11 @@ from maskgit_pl.shards.manifest import (
     Shard,
     Split,
     index_sha256,
-    joined,
     save_manifest,
+    union,
 )
 from maskgit_pl.shards.parallel import run_jobs
-from maskgit_pl.shards.walk import NO_LABEL, Fault, Labels, ShardWalk, counted, walk_shard
+from maskgit_pl.shards.scan import NO_LABEL, Fault, Labels, ShardScan, format_counts, scan_shard
 
 __all__ = ["Indexed", "find_shards", "index_shards", "locate_shards", "split_shards"]
 
@@ -166,7 +166,7 @@ def index_shards(
         folder: Where the shards lie and the manifests go.
         shards: The tars of each split, in the order in which samples are to be numbered.
         classes: Class names; without, the labels' own numbers up to the largest.
-        labels: Where labels come from: ``"cls"``, ``"json:FIELD"`` or ``"none"``; see ``walk.Labels``.
+        labels: Where labels come from: ``"cls"``, ``"json:FIELD"`` or ``"none"``; see ``scan.Labels``.
         lenient: Leave out samples with a fault instead of refusing them.
         workers: Processes; they make no difference to the result.
         on_shard: Told the split of each shard that is done (for a progress bar).
@@ -179,20 +179,20 @@ def index_shards(
         classes = _only_class(classes)
     options = Labels(labels, None if classes is None else tuple(classes))
     names = {split: [path.relative_to(folder).as_posix() for path in paths] for split, paths in shards.items()}
-    walks, progress = _walk_all(folder, names, options, lenient=lenient, workers=workers, on_shard=on_shard)
-    miscounts = _miscounts(folder, names, walks)
-    _refuse(folder, walks, [] if lenient else miscounts, lenient=lenient, labels=labels)
+    scans, progress = _scan_all(folder, names, options, lenient=lenient, workers=workers, on_shard=on_shard)
+    miscounts = _miscounts(folder, names, scans)
+    _refuse(folder, scans, [] if lenient else miscounts, lenient=lenient, labels=labels)
     if classes is None:
-        largest = max((int(walk.rows["label"].max()) for walk in walks.values() if len(walk.rows)), default=0)
+        largest = max((int(scan.rows["label"].max()) for scan in scans.values() if len(scan.rows)), default=0)
         classes = [str(label) for label in range(largest + 1)]
     made = {
-        split: _manifest(folder, split, {name: walks[name] for name in of_split}, classes, labels)
+        split: _manifest(folder, split, {name: scans[name] for name in of_split}, classes, labels)
         for split, of_split in names.items()
     }
     for manifest, rows in made.values():
         save_manifest(manifest, rows)
     progress.unlink(missing_ok=True)
-    ignored = {split: _total(walks[name].ignored for name in of_split) for split, of_split in names.items()}
+    ignored = {split: _total(scans[name].ignored for name in of_split) for split, of_split in names.items()}
     manifests = {split: manifest for split, (manifest, _) in made.items()}
     return Indexed(manifests, ignored, tuple(f"{name}: {fault}" for name, fault in miscounts))
 
@@ -204,20 +204,20 @@ def _only_class(classes: Sequence[str] | None) -> Sequence[str]:
 
 
 def _manifest(
-    folder: Path, split: Split, walks: Mapping[str, ShardWalk], classes: Sequence[str], labels: str
+    folder: Path, split: Split, scans: Mapping[str, ShardScan], classes: Sequence[str], labels: str
 ) -> tuple[Manifest, npt.NDArray[np.void]]:
-    rows = np.concatenate([walk.rows for walk in walks.values()])
+    rows = np.concatenate([scan.rows for scan in scans.values()])
     if not len(rows):
-        raise ValueError(f"data {folder}, split {split}: no whole sample in {len(walks)} shards")
-    rows["shard"] = np.repeat(np.arange(len(walks)), [len(walk.rows) for walk in walks.values()])
-    shards = tuple(Shard(name, walk.bytes, len(walk.rows), walk.sha256) for name, walk in walks.items())
-    images = joined([walk.images for walk in walks.values() if walk.images is not None])
-    left_out = _total({fault: found.count for fault, found in walk.faults.items()} for walk in walks.values())
+        raise ValueError(f"data {folder}, split {split}: no whole sample in {len(scans)} shards")
+    rows["shard"] = np.repeat(np.arange(len(scans)), [len(scan.rows) for scan in scans.values()])
+    shards = tuple(Shard(name, scan.bytes, len(scan.rows), scan.sha256) for name, scan in scans.items())
+    images = union([scan.images for scan in scans.values() if scan.images is not None])
+    left_out = _total({fault: found.count for fault, found in scan.faults.items()} for scan in scans.values())
     digest = index_sha256(rows)
     return Manifest(folder, split, shards, tuple(classes), images, digest, labels, left_out), rows
 
 
-def _walk_all(
+def _scan_all(
     folder: Path,
     names: Mapping[Split, Sequence[str]],
     labels: Labels,
@@ -225,47 +225,47 @@ def _walk_all(
     lenient: bool,
     workers: int,
     on_shard: Callable[[Split], object],
-) -> tuple[dict[str, ShardWalk], Path]:
+) -> tuple[dict[str, ShardScan], Path]:
     path = folder / PROGRESS
     known = _read_progress(path, folder, labels)
     split_of = {name: split for split, of_split in names.items() for name in of_split}
-    walks = {name: known[name] for name in split_of if name in known}
-    for name in walks:
+    scans = {name: known[name] for name in split_of if name in known}
+    for name in scans:
         on_shard(split_of[name])
-    jobs = [name for name in split_of if name not in walks]
+    jobs = [name for name in split_of if name not in scans]
     with open(path, "ab" if known else "wb") as file:
         if known:
             file.write(b"\n")  # the last line may be half
         else:
             _write_line(file, _options(labels))
-        for name, walk in run_jobs(_walk_named, (folder, labels, lenient), jobs, workers=workers):
-            walks[name] = walk
-            if walk.sha256:
-                _write_line(file, {"name": name, **_walk_as_json(walk)})
+        for name, scan in run_jobs(_scan_named, (folder, labels, lenient), jobs, workers=workers):
+            scans[name] = scan
+            if scan.sha256:
+                _write_line(file, {"name": name, **_scan_as_json(scan)})
             on_shard(split_of[name])
-    return {name: walks[name] for name in split_of}, path
+    return {name: scans[name] for name in split_of}, path
 
 
-def _walk_named(shared: tuple[Path, Labels, bool], name: str) -> ShardWalk:
+def _scan_named(shared: tuple[Path, Labels, bool], name: str) -> ShardScan:
     folder, labels, lenient = shared
     try:
-        return walk_shard(folder / name, labels, lenient=lenient)
+        return scan_shard(folder / name, labels, lenient=lenient)
     except OSError as error:
-        return ShardWalk(0, 0, "", np.zeros(0, INDEX_DTYPE), None, 0, {}, {}, damage=str(error.strerror))
+        return ShardScan(0, 0, "", np.zeros(0, INDEX_DTYPE), None, 0, {}, {}, damage=str(error.strerror))
 
 
 def _refuse(
-    folder: Path, walks: Mapping[str, ShardWalk], miscounts: Iterable[tuple[str, str]], *, lenient: bool, labels: str
+    folder: Path, scans: Mapping[str, ShardScan], miscounts: Iterable[tuple[str, str]], *, lenient: bool, labels: str
 ) -> None:
     """One list of all that is wrong."""
     faults: dict[str, list[str]] = {}
-    for name, walk in walks.items():
-        if walk.damage:
-            faults[name] = [walk.damage]
+    for name, scan in scans.items():
+        if scan.damage:
+            faults[name] = [scan.damage]
         elif not lenient:
-            faults[name] = [f"{found.count} {fault} (first {found.first})" for fault, found in walk.faults.items()]
-        if not (walk.damage or walk.num_keys or walk.faults):
-            seen = f"only {counted(walk.ignored)}" if walk.ignored else "no members"
+            faults[name] = [f"{found.count} {fault} (first {found.first})" for fault, found in scan.faults.items()]
+        if not (scan.damage or scan.num_keys or scan.faults):
+            seen = f"only {format_counts(scan.ignored)}" if scan.ignored else "no members"
             faults.setdefault(name, []).append(f"no image samples, {seen}")
     for name, fault in miscounts:
         faults.setdefault(name, []).append(fault)
@@ -273,24 +273,24 @@ def _refuse(
     if not listed:
         return
     way_out = "bring damaged tars back"
-    if not lenient and any(walk.faults for walk in walks.values()):
+    if not lenient and any(scan.faults for scan in scans.values()):
         way_out += "; --lenient leaves samples with a fault out and counts them"
-    if labels == "cls" and any(NO_LABEL in walk.faults for walk in walks.values()):
+    if labels == "cls" and any(NO_LABEL in scan.faults for scan in scans.values()):
         way_out += "; labels: --label-field NAME reads them from .json, --no-labels does without"
     lines = "\n  ".join(listed)
-    raise ValueError(f"data {folder}: {len(listed)} of {len(walks)} shards are refused:\n  {lines}\n{way_out}")
+    raise ValueError(f"data {folder}: {len(listed)} of {len(scans)} shards are refused:\n  {lines}\n{way_out}")
 
 
 def _miscounts(
-    folder: Path, names: Mapping[Split, Sequence[str]], walks: Mapping[str, ShardWalk]
+    folder: Path, names: Mapping[Split, Sequence[str]], scans: Mapping[str, ShardScan]
 ) -> list[tuple[str, str]]:
     """Shards whose samples are not as many as a file beside them says: open_clip's and img2dataset's."""
     found = []
-    for parent in sorted({(folder / name).parent for name in walks}):
+    for parent in sorted({(folder / name).parent for name in scans}):
         sizes = _read_json(parent / "sizes.json")
-        for name, walk in walks.items():
+        for name, scan in scans.items():
             path = folder / name
-            if path.parent != parent or walk.damage:
+            if path.parent != parent or scan.damage:
                 continue
             stats = _read_json(parent / f"{path.stem}_stats.json")
             stated = {
@@ -298,21 +298,21 @@ def _miscounts(
                 f"{path.stem}_stats.json": stats.get("successes"),
             }
             found += [
-                (name, f"{walk.num_keys} samples, {file} says {count!r:.20}")
+                (name, f"{scan.num_keys} samples, {file} says {count!r:.20}")
                 for file, count in stated.items()
-                if count is not None and count != walk.num_keys
+                if count is not None and count != scan.num_keys
             ]
-    return found + _wrong_total(folder, walks)
+    return found + _wrong_total(folder, scans)
 
 
-def _wrong_total(folder: Path, walks: Mapping[str, ShardWalk]) -> list[tuple[str, str]]:
+def _wrong_total(folder: Path, scans: Mapping[str, ShardScan]) -> list[tuple[str, str]]:
     """Of all shards of the folder, in ``__len__``; it says nothing of some of them."""
     path = folder / "__len__"
-    if not path.is_file() or {folder / name for name in walks} != set(_glob(folder, "*.tar")):
+    if not path.is_file() or {folder / name for name in scans} != set(_glob(folder, "*.tar")):
         return []
     with open(path, "rb") as file:
         stated = file.read(32).strip()
-    total = sum(walk.num_keys for walk in walks.values())
+    total = sum(scan.num_keys for scan in scans.values())
     return (
         [] if stated == str(total).encode() else [("__len__", f"it says {stated!r}, the shards have {total} samples")]
     )
@@ -391,11 +391,11 @@ def _write_line(file: IO[bytes], content: Mapping[str, Any]) -> None:
     file.flush()
 
 
-def _walk_as_json(walk: ShardWalk) -> dict[str, Any]:
-    return asdict(walk) | {"rows": base64.b64encode(walk.rows.tobytes()).decode()}
+def _scan_as_json(scan: ShardScan) -> dict[str, Any]:
+    return asdict(scan) | {"rows": base64.b64encode(scan.rows.tobytes()).decode()}
 
 
-def _read_progress(path: Path, folder: Path, labels: Labels) -> dict[str, ShardWalk]:
+def _read_progress(path: Path, folder: Path, labels: Labels) -> dict[str, ShardScan]:
     """What an interrupted run with the same options knew of shards that have not changed since."""
     if not path.is_file():
         return {}
@@ -403,8 +403,8 @@ def _read_progress(path: Path, folder: Path, labels: Labels) -> dict[str, ShardW
         lines = _whole_lines(file)
         if next(lines, None) != _options(labels):
             return {}
-        known = ((line, _known_walk(folder, line)) for line in lines)
-        return {line["name"]: walk for line, walk in known if walk is not None}
+        known = ((line, _known_scan(folder, line)) for line in lines)
+        return {line["name"]: scan for line, scan in known if scan is not None}
 
 
 def _whole_lines(file: IO[bytes]) -> Iterator[dict[str, Any]]:
@@ -415,19 +415,19 @@ def _whole_lines(file: IO[bytes]) -> Iterator[dict[str, Any]]:
             continue
 
 
-def _known_walk(folder: Path, line: dict[str, Any]) -> ShardWalk | None:
+def _known_scan(folder: Path, line: dict[str, Any]) -> ShardScan | None:
     try:
-        return _walk_from_json(folder, line)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # gone, or not a line of ours: walked again
+        return _scan_from_json(folder, line)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # gone, or not a line of ours: read again
         return None
 
 
-def _walk_from_json(folder: Path, line: dict[str, Any]) -> ShardWalk | None:
+def _scan_from_json(folder: Path, line: dict[str, Any]) -> ShardScan | None:
     status = os.stat(folder / line["name"])
     if (status.st_size, status.st_mtime_ns) != (line["bytes"], line["mtime_ns"]):
         return None
     images = line["images"]
-    return ShardWalk(
+    return ShardScan(
         bytes=line["bytes"],
         mtime_ns=line["mtime_ns"],
         sha256=line["sha256"],

@@ -39,12 +39,12 @@ __all__ = [
     "check_shards",
     "data_fingerprint",
     "index_sha256",
-    "joined",
     "load_manifest",
     "load_manifests",
     "read_manifest_summary",
     "save_manifest",
     "splits_of",
+    "union",
 ]
 
 Split = Literal["train", "val"]
@@ -124,7 +124,8 @@ class Manifest:
     @property
     def fingerprint(self) -> str:
         """Sha256 over everything but the place of the folder, hex: equal for equal data."""
-        return hashlib.sha256(_canonical(_as_json(self)).encode()).hexdigest()
+        content = json.dumps(_as_json(self), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def index(self) -> npt.NDArray[np.void]:
         """The rows of the index, (samples,) INDEX_DTYPE, memory-mapped; their number and type are checked.
@@ -187,8 +188,8 @@ def read_manifest_summary(folder: str | Path) -> DataSummary:
     return DataSummary(
         classes=first.classes,
         samples={manifest.split: manifest.samples for manifest in manifests},
-        images=joined([manifest.images for manifest in manifests]),
-        fingerprint=_joint_fingerprint(manifests),
+        images=union([manifest.images for manifest in manifests]),
+        fingerprint=hashlib.sha256("".join(manifest.fingerprint for manifest in manifests).encode()).hexdigest(),
     )
 
 
@@ -435,21 +436,13 @@ def _is_inside(name: str) -> bool:
     return not (path.is_absolute() or ".." in path.parts or path.name.startswith(".")) and name.isprintable()
 
 
-def joined(ranges: Sequence[ImageRange]) -> ImageRange:
+def union(ranges: Sequence[ImageRange]) -> ImageRange:
     """The range that holds all of some ranges, one at least."""
     return ImageRange(
         height=(min(r.height[0] for r in ranges), max(r.height[1] for r in ranges)),
         width=(min(r.width[0] for r in ranges), max(r.width[1] for r in ranges)),
         channels=tuple(sorted({channel for r in ranges for channel in r.channels})),
     )
-
-
-def _joint_fingerprint(manifests: list[Manifest]) -> str:
-    return hashlib.sha256("".join(manifest.fingerprint for manifest in manifests).encode()).hexdigest()
-
-
-def _canonical(content: Mapping[str, Any]) -> str:
-    return json.dumps(content, sort_keys=True, separators=(",", ":"))
 
 
 def _way_out(folder: Path) -> str:

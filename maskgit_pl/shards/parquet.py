@@ -19,11 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from maskgit_pl.files import size_text
-from maskgit_pl.shards.images import MAX_IMAGE_BYTES, UnreadableImageError
+from maskgit_pl.shards.image_bytes import MAX_IMAGE_BYTES, UnreadableImageError
 from maskgit_pl.shards.manifest import Split
 from maskgit_pl.shards.parquet_pages import largest_page
 from maskgit_pl.shards.samples import Sample, UnreadableSample, check_val_fraction, is_val, read_sample
-from maskgit_pl.shards.walk import MAX_CLASSES
+from maskgit_pl.shards.scan import MAX_CLASSES
 from maskgit_pl.text import printable
 
 if TYPE_CHECKING:

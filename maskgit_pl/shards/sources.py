@@ -22,10 +22,11 @@ import numpy as np
 import numpy.typing as npt
 
 from maskgit_pl.files import size_text
-from maskgit_pl.shards.images import encode_png, read_image_file
+from maskgit_pl.shards.image_bytes import read_image_file
+from maskgit_pl.shards.images import encode_png
 from maskgit_pl.shards.manifest import Split
 from maskgit_pl.shards.samples import Sample, Source, UnreadableSample, check_val_fraction, is_val, read_sample
-from maskgit_pl.shards.walk import IMAGE_EXTENSIONS
+from maskgit_pl.shards.scan import IMAGE_EXTENSIONS
 from maskgit_pl.text import printable
 
 __all__ = ["IdxFiles", "ImageFolder", "Sample", "Source", "open_source"]

@@ -10,49 +10,44 @@ A store is a folder::
                         array's file; written last
 
 A store made by another tokenizer or from other data, or one whose arrays have changed, is refused. Stores of format 1
-have no sha256; of them, only shapes and ranges can be checked. While a store is made, its parts lie in a hidden
-folder beside the arrays, one file each, under the hash of what is made: several processes write without locks, and
-after a kill only what was in work is lost. Used by ``maskgit tokenize`` and ``data/``.
+have no sha256; of them, only shapes and ranges can be checked. This file reads stores, ``token_writer`` makes them.
+Used by ``maskgit tokenize`` and ``data/``.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from maskgit_pl.checks import build_dataclass, check_choice, check_integer, check_keys, check_sha256, shorten
 from maskgit_pl.errors import DataChangedError
-from maskgit_pl.files import read_json, sha256_of, sync, write_atomically
+from maskgit_pl.files import read_json, sha256_of
 from maskgit_pl.shards.manifest import Split
 from maskgit_pl.shards.mapped_array import is_whole, map_array
 
 __all__ = [
     "BadArray",
-    "Part",
     "StoreDescription",
-    "StoreParts",
     "TokenReader",
+    "Tokens",
+    "array_paths",
     "check_origin",
     "is_complete",
     "is_store",
     "open_store",
+    "outside_range",
     "read_description",
 ]
 
 FORMAT = 2
 _FORMATS = (1, FORMAT)
-_FORMAT_OF_PARTS = 1  # parts that an older version has begun are continued
 _MAX_DESCRIPTION_BYTES = 2**25  # most of it class names
-_DESCRIPTION = "store.json"
+DESCRIPTION_FILE = "store.json"
 _VALUES = 2**22  # of an array that are compared at a time
 Tokens = npt.NDArray[np.unsignedinteger[Any]]  # of StoreDescription.dtype
 _WAY_OUT = "make it again with `make tokenize` (or `maskgit tokenize`)"
@@ -105,7 +100,7 @@ class StoreDescription:
         if not self.samples or not self.classes:
             raise ValueError("samples and classes must not be empty")
         if self.sha256:
-            names = [path.stem for split in self.samples for path in _paths(Path(), split)]
+            names = [path.stem for split in self.samples for path in array_paths(Path(), split)]
             check_keys("sha256", self.sha256, known=names, required=names)
             for name in names:
                 check_sha256(f"sha256.{name}", self.sha256[name])
@@ -155,7 +150,7 @@ class TokenReader:
     def read(
         self, indices: npt.NDArray[np.int64], views: npt.NDArray[np.int64] | int = 0
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Tokens and labels of samples.
+        """Returns tokens and labels of samples.
 
         Args:
             indices: (B,) int64 in [0, len(self)).
@@ -175,19 +170,19 @@ class TokenReader:
         if codes.max(initial=0) >= self.description.num_codes:
             raise self._changed(f"tokens must be in [0, {self.description.num_codes}), got {codes.max()}")
         if classes.view(np.uint64).max(initial=0) >= len(self.description.classes):  # one pass; -1 is 2^64 - 1
-            outside = int(classes[_outside(classes, len(self.description.classes))][0])
+            outside = int(classes[outside_range(classes, len(self.description.classes))][0])
             raise self._changed(f"labels must be in [0, {len(self.description.classes)}), got {outside}")
         return codes.astype(np.int64), classes
 
     def arrays(self) -> tuple[Tokens, npt.NDArray[np.int64]]:
-        """Tokens (n V, N) and labels (n,), mapped at first use in each process.
+        """Returns tokens (n V, N) and labels (n,), mapped at first use in each process.
 
         Raises:
             FileNotFoundError: if one is missing.
             ValueError: if one cannot be read, or does not fit the description.
         """
         if self._arrays is None:
-            tokens, labels = (self._map(path) for path in _paths(self.folder, self.split))
+            tokens, labels = (self._map(path) for path in array_paths(self.folder, self.split))
             found = (tokens.shape, tokens.dtype, labels.shape, labels.dtype)
             rows = (len(self) * self.views, self.description.num_tokens)
             expected = (rows, self.description.dtype, (len(self),), np.dtype(np.int64))
@@ -206,7 +201,7 @@ class TokenReader:
             ValueError: if one cannot be read, or does not fit the description.
         """
         limits = (self.description.num_codes, len(self.description.classes))
-        for path, array, limit in zip(_paths(self.folder, self.split), self.arrays(), limits, strict=True):
+        for path, array, limit in zip(array_paths(self.folder, self.split), self.arrays(), limits, strict=True):
             outside = _first_outside(array, limit)
             if outside is not None:
                 row, value = outside
@@ -254,17 +249,17 @@ class BadArray(NamedTuple):
 
 def is_store(folder: str | Path) -> bool:
     """Returns whether a folder is a finished token store."""
-    return (Path(folder) / _DESCRIPTION).exists()
+    return (Path(folder) / DESCRIPTION_FILE).exists()
 
 
 def read_description(folder: str | Path) -> StoreDescription:
-    """The description of a finished store.
+    """Reads the description of a finished store.
 
     Raises:
         FileNotFoundError: if there is none, or it is not finished.
         ValueError: if it cannot be read, or a value is missing, of another type or out of range.
     """
-    path = Path(folder) / _DESCRIPTION
+    path = Path(folder) / DESCRIPTION_FILE
     if not path.exists():
         raise FileNotFoundError(f"token store {folder}: none there, or not finished; {_WAY_OUT}")
     try:
@@ -310,7 +305,7 @@ def open_store(folder: str | Path, **origin: object) -> dict[Split, TokenReader]
 
 
 def is_complete(folder: str | Path, description: StoreDescription) -> bool:
-    """Whether a finished store of exactly this description, its arrays whole, lies in the folder."""
+    """Returns whether a finished store of exactly this description, its arrays whole, lies in the folder."""
     try:
         open_store(folder, data=None)
         return read_description(folder) == description
@@ -338,181 +333,8 @@ def check_origin(description: StoreDescription, folder: str | Path | None, **ori
         raise ValueError(f"token store {folder}: {'; '.join(foreign)}; {_WAY_OUT}")
 
 
-class Part(NamedTuple):
-    """What one process encodes at a time and a kill may cost: one crop of the samples [start, stop) of a split."""
-
-    split: Split
-    crop: int
-    start: int
-    stop: int
-
-
-class StoreParts:
-    """A store in the making.
-
-    Every part is a file of its own, complete once it has its name; so processes that divide the parts among themselves
-    need no locks, and another process goes on where one was killed. ``finish`` joins the parts. What is made does not
-    depend on who made which part, nor on how often it was interrupted.
-
-    Args:
-        folder: The store, made if missing. A finished store of another description is taken back: its ``store.json``
-            goes first.
-        description: What the store will hold; parts of another description are removed.
-        part_samples: Samples of a part, at least 1; parts of another size are not gone on with.
-
-    Raises:
-        ValueError: A part of no samples.
-    """
-
-    def __init__(self, folder: str | Path, description: StoreDescription, *, part_samples: int) -> None:
-        if part_samples < 1:
-            raise ValueError(f"token store part: at least 1 sample is needed, got {part_samples}")
-        self.folder = Path(folder)
-        self.description = description
-        self.part_samples = part_samples
-        content = [_as_json(description, version=_FORMAT_OF_PARTS), part_samples]
-        key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-        self._parts = self.folder / f".parts-{key[:16]}"
-        self._parts.mkdir(parents=True, exist_ok=True)
-        for other in self.folder.glob(".parts-*"):
-            if other != self._parts:
-                shutil.rmtree(other, ignore_errors=True)
-        if not self._is_described():  # here and not in finish(), where another process may have just written it
-            (self.folder / _DESCRIPTION).unlink(missing_ok=True)
-
-    def parts(self) -> list[Part]:
-        """All parts of all splits."""
-        return [
-            Part(split, crop, start, min(start + self.part_samples, count))
-            for split, count in self.description.samples.items()
-            for crop in range(self.description.crops_of(split))
-            for start in range(0, count, self.part_samples)
-        ]
-
-    def is_done(self, part: Part) -> bool:
-        """Whether a process has written it."""
-        return self._path(part).is_file()
-
-    def write(self, part: Part, tokens: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> None:
-        """Put a part on disk.
-
-        Args:
-            part: One of ``parts()``.
-            tokens: (stop - start, mirrors, N) integers in [0, num_codes).
-            labels: (stop - start,) int64 in [0, num_classes).
-
-        Raises:
-            ValueError: if a shape is another, or a code or a label is out of range.
-        """
-        shape = self._shape(part)
-        if tokens.shape != shape or labels.shape != shape[:1]:
-            raise ValueError(
-                f"tokens of {part}: {shape} and labels {shape[:1]} are needed, got {tokens.shape}, {labels.shape}"
-            )
-        self._check_ranges(tokens, labels)
-        with self._replaced(self._path(part)) as file:
-            np.save(file, tokens.astype(self.description.dtype), allow_pickle=False)
-            np.save(file, labels.astype(np.int64), allow_pickle=False)
-
-    def finish(self) -> bool:
-        """Join the parts into the store, if all are there.
-
-        Two processes that come here at once write the same bytes; the one that is later finds the store finished.
-
-        Returns:
-            Whether the store is finished.
-
-        Raises:
-            ValueError: A part cannot be read; it is removed, so that the next run makes it again.
-        """
-        try:
-            if not all(self.is_done(part) for part in self.parts()):
-                return is_complete(self.folder, self.description)
-            for split in self.description.samples:
-                self._join(split)
-            paths = [path for split in self.description.samples for path in _paths(self.folder, split)]
-            described = _as_json(self.description) | {"sha256": {path.stem: sha256_of(path) for path in paths}}
-            with self._replaced(self.folder / _DESCRIPTION) as file:
-                file.write((json.dumps(described, indent=1) + "\n").encode())
-        except FileNotFoundError:
-            if not is_complete(self.folder, self.description):
-                raise
-        finally:
-            if is_complete(self.folder, self.description):
-                shutil.rmtree(self._parts, ignore_errors=True)
-        return True
-
-    def _is_described(self) -> bool:
-        try:
-            return read_description(self.folder) == self.description
-        except (FileNotFoundError, ValueError):
-            return False
-
-    def _join(self, split: Split) -> None:
-        """Write a split's two arrays, a part's samples at a time."""
-        count, views = self.description.samples[split], self.description.views(split)
-        starts = [part.start for part in self.parts() if part.split == split and part.crop == 0]
-        tokens_path, labels_path = _paths(self.folder, split)
-        with self._replaced(tokens_path) as file:
-            _write_header(file, (count * views, self.description.num_tokens), self.description.dtype)
-            for start in starts:
-                file.write(self._rows(split, start)[0].tobytes())
-        with self._replaced(labels_path) as file:
-            _write_header(file, (count,), np.dtype(np.int64))
-            for start in starts:
-                file.write(self._rows(split, start)[1].tobytes())
-
-    def _rows(self, split: Split, start: int) -> tuple[Tokens, npt.NDArray[np.int64]]:
-        """Tokens (samples, crops, mirrors, N) and labels (samples,) of a part's samples, over all crops."""
-        stop = min(start + self.part_samples, self.description.samples[split])
-        parts = [Part(split, crop, start, stop) for crop in range(self.description.crops_of(split))]
-        read = [self._read(part) for part in parts]
-        return np.stack([tokens for tokens, _ in read], axis=1), read[0][1]
-
-    def _read(self, part: Part) -> tuple[Tokens, npt.NDArray[np.int64]]:
-        path = self._path(part)
-        try:
-            with open(path, "rb") as file:
-                tokens, labels = np.load(file, allow_pickle=False), np.load(file, allow_pickle=False)
-            if tokens.shape != self._shape(part) or tokens.dtype != self.description.dtype:
-                raise ValueError(f"{self._shape(part)} expected, got {tokens.shape} of {tokens.dtype}")
-            if labels.shape != tokens.shape[:1] or labels.dtype != np.int64:
-                raise ValueError(f"{tokens.shape[:1]} labels expected, got {labels.shape} of {labels.dtype}")
-            self._check_ranges(tokens, labels)
-        except (EOFError, ValueError) as error:
-            path.unlink(missing_ok=True)
-            raise ValueError(
-                f"token store {self.folder}: its part {path.name} is damaged ({error}) and was removed; "
-                "run the same command again to make it"
-            ) from error
-        return tokens, labels
-
-    def _check_ranges(self, tokens: npt.NDArray[Any], labels: npt.NDArray[Any]) -> None:
-        ranges = (("tokens", tokens, self.description.num_codes), ("labels", labels, len(self.description.classes)))
-        for name, values, limit in ranges:
-            if _outside(values, limit).any():
-                raise ValueError(f"{name} must be in [0, {limit}), got {values.min()} to {values.max()}")
-
-    def _shape(self, part: Part) -> tuple[int, int, int]:
-        return part.stop - part.start, self.description.mirrors_of(part.split), self.description.num_tokens
-
-    def _path(self, part: Part) -> Path:
-        return self._parts / f"{part.split}-{part.crop}-{part.start:010d}.npy"
-
-    @contextmanager
-    def _replaced(self, path: Path) -> Iterator[IO[bytes]]:
-        """A file that takes its name when all of it is on disk; what a kill leaves goes with the parts."""
-        with write_atomically(path, partial_in=self._parts) as file:
-            yield file
-        sync(path.parent)  # before a rename that counts on it
-
-
-def _write_header(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-    fields = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, fields)
-
-
-def _paths(folder: Path, split: Split) -> tuple[Path, Path]:
+def array_paths(folder: Path, split: Split) -> tuple[Path, Path]:
+    """Returns the paths of a split's tokens and labels."""
     return folder / f"{split}-tokens.npy", folder / f"{split}-labels.npy"
 
 
@@ -522,22 +344,17 @@ def _shown(value: object) -> str:
 
 
 def _first_outside(array: npt.NDArray[Any], limit: int) -> tuple[int, int] | None:
-    """The first row of (n,) or (n, N) integers with a value that is not in [0, limit), and that value."""
+    """Returns the first row of (n,) or (n, N) integers with a value that is not in [0, limit), and that value."""
     step = max(1, _VALUES // max(1, array[:1].size))
     for start in range(0, len(array), step):
         block = array[start : start + step]
         if block.max() >= limit or block.min() < 0:
-            outside = _outside(block, limit).reshape(len(block), -1)
+            outside = outside_range(block, limit).reshape(len(block), -1)
             row = int(outside.any(axis=1).argmax())
             return start + row, int(block.reshape(len(block), -1)[row][outside[row]][0])
     return None
 
 
-def _outside(values: npt.NDArray[Any], limit: int) -> npt.NDArray[np.bool_]:
+def outside_range(values: npt.NDArray[Any], limit: int) -> npt.NDArray[np.bool_]:
+    """Returns which of some integers are not in [0, limit)."""
     return (values < 0) | (values >= limit)
-
-
-def _as_json(description: StoreDescription, *, version: int = FORMAT) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(json.dumps({"format": version, **asdict(description)}))
-    del content["sha256"]
-    return content

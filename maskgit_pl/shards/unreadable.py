@@ -19,7 +19,7 @@ import numpy.typing as npt
 from maskgit_pl.checks import check_number
 from maskgit_pl.errors import DataBudgetError
 from maskgit_pl.files import write_atomically
-from maskgit_pl.shards.images import Reason
+from maskgit_pl.shards.image_bytes import Reason
 
 __all__ = [
     "ALWAYS_ALLOWED",

@@ -15,12 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from maskgit_pl.files import open_regular
-from maskgit_pl.shards.images import UnreadableImageError, check_whole, decode_image
-from maskgit_pl.shards.manifest import Manifest, Shard, Split, index_sha256, joined, load_manifest, splits_of
+from maskgit_pl.shards.image_bytes import UnreadableImageError, check_whole
+from maskgit_pl.shards.images import decode_image
+from maskgit_pl.shards.manifest import Manifest, Shard, Split, index_sha256, load_manifest, splits_of, union
 from maskgit_pl.shards.parallel import run_jobs
+from maskgit_pl.shards.scan import Labels, ShardScan, scan_shard
 from maskgit_pl.shards.tar import BLOCK
 from maskgit_pl.shards.tokens import TokenReader, read_description
-from maskgit_pl.shards.walk import Labels, ShardWalk, walk_shard
 from maskgit_pl.text import printable
 
 __all__ = ["BadFile", "Verified", "VerifiedStore", "verify_shards", "verify_store"]
@@ -105,7 +106,7 @@ def verify_shards(
     manifests = {split: load_manifest(folder, split, check=False) for split in splits_of(folder) or ("train",)}
     bad = {split: list(_bad_index(manifest)) for split, manifest in manifests.items()}
     jobs = [(split, number) for split, manifest in manifests.items() for number in range(len(manifest.shards))]
-    found: dict[tuple[Split, int], tuple[BadFile | None, ShardWalk | None]] = {}
+    found: dict[tuple[Split, int], tuple[BadFile | None, ShardScan | None]] = {}
     for job, result in run_jobs(_verify_shard, _Task(manifests, decode), jobs, workers=workers):
         found[job] = result
         on_shard(job[0])
@@ -130,46 +131,46 @@ def _bad_index(manifest: Manifest) -> Iterator[BadFile]:
 
 
 def _bad_summary(
-    manifests: dict[Split, Manifest], walks: Sequence[ShardWalk | None], jobs: Sequence[tuple[Split, int]]
+    manifests: dict[Split, Manifest], scans: Sequence[ShardScan | None], jobs: Sequence[tuple[Split, int]]
 ) -> Iterator[BadFile]:
     """Image sizes as the manifest sums them up."""
     for split, manifest in manifests.items():
         ranges = [
-            walk.images
-            for (of_split, _), walk in zip(jobs, walks, strict=True)
-            if of_split == split and walk is not None and walk.images is not None
+            scan.images
+            for (of_split, _), scan in zip(jobs, scans, strict=True)
+            if of_split == split and scan is not None and scan.images is not None
         ]
-        actual = joined(ranges)
+        actual = union(ranges)
         if actual != manifest.images:
             yield BadFile(f"{split}.json", str(manifest.images), str(actual), "image sizes are not those of the shards")
 
 
-def _verify_shard(task: _Task, job: tuple[Split, int]) -> tuple[BadFile | None, ShardWalk | None]:
+def _verify_shard(task: _Task, job: tuple[Split, int]) -> tuple[BadFile | None, ShardScan | None]:
     split, number = job
     manifest = task.manifests[split]
     shard, path = manifest.shards[number], manifest.folder / manifest.shards[number].name
     try:
-        walk = walk_shard(path, Labels(manifest.labels, manifest.classes))
+        scan = scan_shard(path, Labels(manifest.labels, manifest.classes))
     except OSError as error:
         return BadFile(shard.name, f"{shard.bytes} bytes", "none", str(error.strerror)), None
-    fault = _difference(manifest, shard, number, walk)
+    fault = _difference(manifest, shard, number, scan)
     if fault is None:
-        fault = _bad_images(path, shard, walk.rows, decode=task.decode)
-    return fault, walk
+        fault = _bad_images(path, shard, scan.rows, decode=task.decode)
+    return fault, scan
 
 
-def _difference(manifest: Manifest, shard: Shard, number: int, walk: ShardWalk) -> BadFile | None:
-    if walk.bytes != shard.bytes:
-        reason = walk.damage or ("shorter" if walk.bytes < shard.bytes else "longer") + " than when it was indexed"
-        return BadFile(shard.name, f"{shard.bytes} bytes", f"{walk.bytes} bytes", reason)
-    if walk.damage:
-        return BadFile(shard.name, "a whole tar", "damaged", walk.damage)
-    if walk.sha256 != shard.sha256:
-        what = "its samples too" if len(walk.rows) != shard.samples else "of the same length"
-        return BadFile(shard.name, _short(shard.sha256), _short(walk.sha256), f"changed after indexing, {what}")
-    if len(walk.rows) != shard.samples:
-        return BadFile(shard.name, f"{shard.samples} samples", f"{len(walk.rows)} samples", "the manifest is wrong")
-    return _wrong_row(manifest, shard, number, walk.rows)
+def _difference(manifest: Manifest, shard: Shard, number: int, scan: ShardScan) -> BadFile | None:
+    if scan.bytes != shard.bytes:
+        reason = scan.damage or ("shorter" if scan.bytes < shard.bytes else "longer") + " than when it was indexed"
+        return BadFile(shard.name, f"{shard.bytes} bytes", f"{scan.bytes} bytes", reason)
+    if scan.damage:
+        return BadFile(shard.name, "a whole tar", "damaged", scan.damage)
+    if scan.sha256 != shard.sha256:
+        what = "its samples too" if len(scan.rows) != shard.samples else "of the same length"
+        return BadFile(shard.name, _short(shard.sha256), _short(scan.sha256), f"changed after indexing, {what}")
+    if len(scan.rows) != shard.samples:
+        return BadFile(shard.name, f"{shard.samples} samples", f"{len(scan.rows)} samples", "the manifest is wrong")
+    return _wrong_row(manifest, shard, number, scan.rows)
 
 
 def _wrong_row(manifest: Manifest, shard: Shard, number: int, rows: npt.NDArray[np.void]) -> BadFile | None:

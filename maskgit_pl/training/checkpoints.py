@@ -1,4 +1,4 @@
-"""When a run is saved, which checkpoints stay, and what happens when one cannot be written."""
+"""The callback that saves a run: at which steps, which checkpoints it keeps, and what follows a failed write."""
 
 from __future__ import annotations
 
@@ -36,15 +36,17 @@ _MOST_FAILURES = 3
 class Checkpoints(Checkpoint):
     """Saves every ``every_n_steps`` global batches and at the end of training, and keeps the newest few.
 
-    A checkpoint that cannot be written leaves those that are there as they are, and training goes on; the third in a
-    row ends the run.
+    If a checkpoint cannot be written, the older ones stay and training goes on; the third failure in a row ends it.
 
     Args:
         folder: The ``checkpoints`` folder of the run.
-        every_n_steps: At least 1.
-        keep_last: How many complete checkpoints stay, at least 1.
-        keep_every: Those of steps that are a multiple of it stay for good; None keeps the newest alone.
-        settings: What a checkpoint says of the run that it belongs to: plain values.
+        every_n_steps: Steps between checkpoints, at least 1.
+        keep_last: Number of newest checkpoints that are kept, at least 1.
+        keep_every: Checkpoints of steps that are a multiple of it are kept for good; None keeps only the newest.
+        settings: Settings of the run, plain values, saved with each checkpoint.
+
+    Raises:
+        ValueError: if a number is below 1, or ``keep_every`` is not a multiple of ``every_n_steps``.
     """
 
     def __init__(
@@ -76,10 +78,10 @@ class Checkpoints(Checkpoint):
         self._failures = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Holds the ranks to one checkpoint: a shared folder may look older from one machine than from another.
+        """Checks that all ranks resume from the same checkpoint: a shared folder may look older from one machine.
 
         Raises:
-            ValueError: They would begin from different ones. On all ranks.
+            ValueError: if they would resume from different ones. Raised on all ranks.
         """
         seen = on_all_ranks(lambda: self.begins_from and self.begins_from.name)
         if len(set(seen)) > 1:
@@ -90,7 +92,7 @@ class Checkpoints(Checkpoint):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lays restored optimiser states out as their parameters, and sweeps what a kill left half written."""
+        """Gives restored optimiser states the layout of their parameters, and removes half-written checkpoints."""
         for optimizer in trainer.optimizers:
             _lay_out(optimizer)
         self._tried_step = trainer.global_step
@@ -103,7 +105,7 @@ class Checkpoints(Checkpoint):
             self.save(trainer)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Counts the micro-batches that are done as those of this run, which may cut a step into more or fewer.
+        """Converts the counts of micro-batches to the accumulation of this run.
 
         Lightning ends a step when the micro-batches of the epoch are a multiple of the accumulation: with the counts of
         another accumulation, steps would end within a global batch.
@@ -126,14 +128,15 @@ class Checkpoints(Checkpoint):
         self.save(trainer, last=True)
 
     def save(self, trainer: Trainer, *, last: bool = False) -> None:
-        """Saves the step that is done, if that was not tried yet; called on every rank.
+        """Saves the current step, if that was not tried yet; called on every rank.
 
         Args:
-            trainer: In the middle of a fit.
-            last: Whether no later step can make good for a checkpoint that is not written; what failed is tried again.
+            trainer: The Trainer, in the middle of a fit.
+            last: True at the end of a run: a step whose write failed is tried again, and another failure ends the run.
 
         Raises:
-            CannotWriteError: It cannot be written, and it is the last, or the third in a row. On all ranks.
+            CannotWriteError: if the checkpoint cannot be written, and it is the last one or the third failure in a row.
+                Raised on all ranks.
         """
         step = trainer.global_step
         if step <= self._tried_step and not (last and self._failures):  # micro-batches end without a step, too
@@ -165,7 +168,7 @@ class Checkpoints(Checkpoint):
             )  # fmt: skip
 
     def _complete(self) -> list[Path]:
-        """The complete checkpoints; none where the folder cannot be read at the moment."""
+        """Returns the complete checkpoints; none if the folder cannot be read."""
         try:
             return complete_checkpoints(self.folder)
         except OSError as error:
@@ -200,7 +203,7 @@ def _batch_progress(checkpoint: Mapping[str, Any], where: str) -> tuple[dict[str
 
 @torch.no_grad()
 def _lay_out(optimizer: Optimizer) -> None:
-    """A fused step pairs parameters and moments by their place in memory, whatever their strides are."""
+    """Gives moments the strides of their parameters: a fused step pairs them by their place in memory."""
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
@@ -208,6 +211,6 @@ def _lay_out(optimizer: Optimizer) -> None:
 
 
 def full_state(module: torch.nn.Module) -> dict[str, Tensor]:
-    """The whole state dict of a module on the CPU, assembled where it is sharded (empty on other ranks then)."""
+    """Returns the state dict of a module on the CPU; of a sharded one, all of it on rank 0 and nothing on others."""
     state = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}

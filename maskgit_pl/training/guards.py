@@ -1,7 +1,11 @@
-"""What all ranks decide together after each step: whether its update counts, and whether the run stops.
+"""Decisions that all ranks take together after each step: whether its update counts, and whether the run stops.
 
-One small tensor a step is exchanged. Every rank then knows the same and does the same: an update with a loss or a
-gradient that is not finite is skipped by all, and a signal to any of them stops all behind the same step, saved.
+1. Each rank keeps the losses and sample ids of the micro-batches of a step.
+2. When the step's gradients are complete, the module passes their norms to ``Guard.skips_update``.
+3. The ranks exchange one tensor: stop requested, norm not finite, rank whose loss is not finite (all-reduce, maximum).
+4. If a loss or a norm of any rank is not finite, no rank updates its weights. The fourth such step in a row ends the
+   run; each rank writes the samples of these steps first.
+5. If a signal has reached any rank, all ranks save the step when its batch ends, and stop.
 """
 
 from __future__ import annotations
@@ -31,19 +35,20 @@ _MOST_IN_A_ROW = 3
 
 
 class Guard(Callback):
-    """Holds the votes of a run. A module asks it (``skips_update``) when its gradients are whole, before it steps.
+    """Skips updates that are not finite, and stops the run after a signal; the module calls ``skips_update``.
 
     Args:
-        folder: Of the stage; ``nonfinite.json`` (``nonfinite-rank1.json`` ...) lists what a run that ends had seen.
-        checkpoints: Save the run when it is to stop.
+        folder: Folder of the stage; ``nonfinite.json`` (``nonfinite-rank1.json`` ...) lists the samples of the steps
+            that ended a run.
+        checkpoints: Saves the run before it stops.
     """
 
     def __init__(self, folder: Path, checkpoints: Checkpoints) -> None:
         self.folder = folder
         self.checkpoints = checkpoints
         self._losses: list[Tensor] = []
-        self._samples: list[Tensor] = []  # of the micro-batches of this step
-        self._skipped: list[dict[str, Any]] = []  # of the steps in a row that did not count
+        self._samples: list[Tensor] = []  # ids in the micro-batches of this step
+        self._skipped: list[dict[str, Any]] = []  # the last steps in a row whose update was skipped
         self._stops = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -56,14 +61,15 @@ class Guard(Callback):
         self._losses.append(loss.detach())
 
     def skips_update(self, trainer: Trainer, gradient_norms: Sequence[Tensor]) -> bool:
-        """Whether no rank may step: a loss or a gradient of this step is not finite, on this rank or another.
+        """Returns whether this step's update is skipped on all ranks; called on every rank, once a step.
 
         Args:
-            trainer: In the middle of a step; called on every rank, once a step.
-            gradient_norms: () each, of all that is trained; see ``clip_gradients``.
+            trainer: The Trainer, in the middle of a step.
+            gradient_norms: Scalars, gradient norm of each optimiser's parameters; see ``clip_gradients``.
 
         Raises:
-            NonFiniteError: More than 3 steps in a row; the samples of each are written down first. On all ranks.
+            NonFiniteError: if more than 3 updates in a row are skipped. Raised on all ranks, after the samples of each
+                step are written.
         """
         verdict = _vote(trainer.strategy.root_device, losses=self._losses, norms=gradient_norms)
         self._stops = verdict.stops
@@ -119,12 +125,12 @@ class Guard(Callback):
 
 
 class _Verdict(NamedTuple):
-    """What the ranks have agreed on.
+    """The decision of all ranks.
 
     Attributes:
-        stops: Whether any was asked to stop.
-        skips: Whether any had a loss or a gradient that is not finite.
-        worst_rank: The highest rank whose loss is not finite; None if all are.
+        stops: True if any rank was asked to stop.
+        skips: True if any rank had a loss or a gradient that is not finite.
+        worst_rank: The highest rank whose loss is not finite; None if all losses are finite.
     """
 
     stops: bool
@@ -133,7 +139,7 @@ class _Verdict(NamedTuple):
 
 
 def _vote(device: torch.device, *, losses: Sequence[Tensor] = (), norms: Sequence[Tensor] = ()) -> _Verdict:
-    """Asks all ranks; each calls it at the same place."""
+    """Exchanges one tensor between the ranks; every rank calls it at the same place."""
     stops = interruption.is_requested()
     if dist.is_initialized() and dist.get_world_size() > 1:
         worst = _is_any_not_finite(losses, device) * (1 + dist.get_rank())
@@ -148,21 +154,21 @@ def _vote(device: torch.device, *, losses: Sequence[Tensor] = (), norms: Sequenc
 
 
 def _is_any_not_finite(values: Sequence[Tensor], device: torch.device) -> Tensor:
-    """() float32 of 0 or 1."""
+    """Returns a scalar float32, 1 if any value is not finite."""
     if not values:
         return torch.zeros((), device=device)
     return 1 - torch.stack(list(values)).isfinite().all().float()
 
 
 def clip_gradients(optimizer: Optimizer, max_norm: float | None) -> Tensor:
-    """Scales gradients down to a norm, if they are above it.
+    """Scales the gradients of an optimiser's parameters down to a norm, if theirs is larger.
 
     Args:
-        optimizer: Whose parameters; those without a gradient count nothing.
-        max_norm: Largest L2 norm of all of them together; None leaves them as they are.
+        optimizer: The optimiser; parameters without a gradient are left out.
+        max_norm: Largest L2 norm of all gradients together; None only computes the norm.
 
     Returns:
-        () float: the norm before, over all shards; not finite if any gradient is not.
+        Scalar float: the norm before scaling, over all shards; not finite if any gradient is not finite.
     """
     parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
     trained = [parameter for parameter in parameters if parameter.grad is not None]

@@ -1,4 +1,4 @@
-"""Pictures that are written after each validation, beside the checkpoints and into TensorBoard."""
+"""Callbacks that write pictures after each validation, to the stage's folder and to TensorBoard."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ReconstructionPictures(Callback):
     """Writes ``reconstructions.png`` after each validation of stage 1.
 
     Args:
-        folder: Where to.
+        folder: Folder of the stage.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -46,13 +46,13 @@ class ReconstructionPictures(Callback):
 class SamplePictures(Callback):
     """Writes ``samples.png`` after each validation of stage 2: the same classes and seeds every time.
 
-    Every rank samples, so that sharded networks stay in step; rank 0 decodes and writes.
+    Every rank samples, since sharded networks need the same number of forwards on each rank; rank 0 decodes and writes.
 
     Args:
-        folder: Where to.
-        class_names: All classes; at most 10 of them, evenly spread, are shown.
-        images_per_class: At most 8.
-        seed: Of the first image; image i has seed + i.
+        folder: Folder of the stage.
+        class_names: Names of all classes; at most 10 of them, evenly spread, are shown.
+        images_per_class: Images of each class, at most 8.
+        seed: Seed of the first image; image i has seed + i.
     """
 
     def __init__(self, folder: Path, *, class_names: Sequence[str], images_per_class: int = 8, seed: int = 0) -> None:
@@ -87,7 +87,7 @@ class _Samples(Protocol):
 
 
 def _publish(picture: Image.Image, folder: Path, name: str, trainer: Trainer) -> None:
-    """Training does not depend on it."""
+    """Writes a picture; what cannot be written is left out, with a warning."""
     try:
         save_png(picture, folder / f"{name}.png")
     except OSError as error:

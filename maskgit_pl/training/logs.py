@@ -1,4 +1,4 @@
-"""TensorBoard's curves and pictures of a run, which training does not depend on."""
+"""The TensorBoard logger of a run; training goes on if it cannot write."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PAUSE = 60.0  # seconds after a failure in which nothing is tried
 
 
 class RunLogger(TensorBoardLogger):
-    """Lightning's logger, except that what cannot be written is left out, with a word, and training goes on."""
+    """Lightning's TensorBoard logger, except that what cannot be written is left out, with a warning."""
 
     _paused_until = 0.0
 
@@ -30,7 +30,7 @@ class RunLogger(TensorBoardLogger):
 
     @rank_zero_only
     def log_picture(self, name: str, picture: Image.Image, step: int) -> None:
-        """Shows a picture under a name."""
+        """Writes a picture at a step."""
         self._try(lambda: self.experiment.add_image(name, np.asarray(picture), step, dataformats="HWC"))
 
     @rank_zero_only

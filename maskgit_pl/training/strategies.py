@@ -1,7 +1,7 @@
-"""How a run spreads over devices: ``auto`` (one device), ``ddp`` and ``fsdp``, by name in a recipe.
+"""Strategies for several devices: ``auto`` (one device), ``ddp`` and ``fsdp``, by name in a recipe.
 
-Lightning's strategies with three differences: DDP wraps the two networks of stage 1 apart, so that no search for unused
-parameters is needed; FSDP2 reads and writes the same checkpoint folders as DDP; both count on batches that the data
+Lightning's strategies with three differences: DDP wraps the two networks of stage 1 separately, so that no search for
+unused parameters is needed; FSDP2 reads and writes the same checkpoint folders as DDP; both take batches that the data
 module has already divided.
 """
 
@@ -16,13 +16,15 @@ from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from maskgit_pl.registry import nearest
-from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, SavedTensor, rows_of
+from maskgit_pl.training.checkpoint_files import FolderCheckpointIO
+from maskgit_pl.training.checkpoint_tensors import SavedTensor, rows_of
 
 __all__ = [
     "PRECISIONS",
@@ -35,14 +37,14 @@ __all__ = [
 ]
 
 PRECISIONS = ("32-true", "bf16-mixed")
-"""Those in which both stages train, as Lightning names them."""
+"""Precisions in which both stages train, as Lightning names them."""
 
 _POLICIES = {
     "32-true": MixedPrecisionPolicy(),
     # Lightning's bf16-mixed is autocast, which chooses the precision of each operation: products in bfloat16, norms and
-    # the loss in float32 where the device's autocast says so. The policy is about what lies and travels: blocks are
-    # gathered in bfloat16, half the bytes, so that autocast has no weight left to cast, and gradients are summed in
-    # float32. What passes from block to block is autocast's alone.
+    # the loss in float32 where the device's autocast says so. The policy decides what is gathered and reduced: blocks
+    # are gathered in bfloat16, half the bytes, so that autocast has no weight left to cast, and gradients are summed in
+    # float32. Activation dtypes between blocks are left to autocast.
     "bf16-mixed": MixedPrecisionPolicy(
         param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
     ),
@@ -63,7 +65,7 @@ class NetworksDDP(DDPStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
-        """On every rank: all know then whether it is written."""
+        """Saves on every rank, so that all ranks know whether the checkpoint is written."""
         self.checkpoint_io.save_checkpoint(checkpoint, filepath)
 
     def _wrap(self, network: nn.Module) -> nn.Module:
@@ -71,33 +73,34 @@ class NetworksDDP(DDPStrategy):
 
 
 class FullyShardedDataParallel2(ModelParallelStrategy):
-    """FSDP2 (``fully_shard``) over all ranks; each writes and reads its own rows of a checkpoint."""
+    """FSDP2 (``fully_shard``) over all ranks; each rank writes and reads its own rows of a checkpoint."""
 
     checkpoint_io: FolderCheckpointIO
 
     def setup_environment(self) -> None:
-        """Shards over every rank of every node: the world is known only now."""
+        """Sets the sizes of the device mesh, all ranks of all nodes, which are known only now."""
         self._tensor_parallel_size = 1
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """This rank's shards."""
+        """Returns this rank's shards."""
         assert self.lightning_module is not None
         return self.lightning_module.state_dict()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """This rank's shards, numbered as those of a run without shards."""
+        """Returns this rank's shards, numbered as in a run without shards."""
         return getattr(optimizer, "_optimizer", optimizer).state_dict()  # Lightning's wrapper, or torch's own
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
-        """On every rank."""
+        """Saves on every rank; each writes its own rows."""
         self.checkpoint_io.save_checkpoint(checkpoint, filepath)
 
+    @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Each rank reads its rows, whatever ranks wrote them."""
+        """Reads this rank's rows, whatever ranks wrote them."""
         assert self.lightning_module is not None
         own = {f"/state_dict/{name}": value for name, value in self.lightning_module.state_dict().items()}
         for place, optimizer in enumerate(self.optimizers):
@@ -105,7 +108,7 @@ class FullyShardedDataParallel2(ModelParallelStrategy):
             own |= {f"/optimizer_states/{place}/state/{number}": value for number, value in enumerate(parameters)}
 
         def read(key: str, saved: SavedTensor) -> Tensor:
-            like = own.get(key, own.get(key.rpartition("/")[0]))  # a moment lies as its parameter does
+            like = own.get(key, own.get(key.rpartition("/")[0]))  # a moment is laid out as its parameter
             return saved.whole() if like is None or saved.is_scalar else _rows_like(like, saved)
 
         checkpoint = self.checkpoint_io.load_pieces(self.broadcast(checkpoint_path), read)
@@ -116,7 +119,7 @@ class FullyShardedDataParallel2(ModelParallelStrategy):
 
 
 def _rows_like(tensor: Tensor, saved: SavedTensor) -> Tensor:
-    """A saved tensor laid out over ranks and devices as another one."""
+    """Returns a saved tensor with the layout of another one over ranks and devices."""
     if not isinstance(tensor, DTensor):
         return saved.whole()
     rows = saved.rows(*rows_of(tensor)).to(tensor.device)
@@ -127,10 +130,10 @@ STRATEGIES = ("auto", "ddp", "fsdp")
 
 
 def build_strategy(name: str) -> str | Strategy:
-    """The strategy that a recipe names.
+    """Builds the strategy that a recipe names.
 
     Raises:
-        ValueError: Unknown name.
+        ValueError: if the name is unknown.
     """
     if name == "auto":
         return name
@@ -142,10 +145,11 @@ def build_strategy(name: str) -> str | Strategy:
 
 
 def check_strategy(name: str, *, stage: str, ranks: int) -> None:
-    """Refuses a strategy that a stage, or a number of ranks, does not train under.
+    """Checks that a stage trains under a strategy and on a number of ranks.
 
     Raises:
-        ValueError: FSDP2 for stage 1, whose two networks train under DDP, or several ranks without a strategy.
+        ValueError: if FSDP2 is set for stage 1, whose two networks train under DDP, or there are several ranks without
+            a strategy.
     """
     if stage == "tokenizer" and name == "fsdp":
         raise ValueError(
@@ -159,10 +163,10 @@ def check_strategy(name: str, *, stage: str, ranks: int) -> None:
 
 
 def check_accelerator(name: str) -> None:
-    """Refuses a name that Lightning has no accelerator for; whether this machine has one is not asked.
+    """Checks that Lightning has an accelerator of a name; this machine need not have one.
 
     Raises:
-        ValueError: Unknown name.
+        ValueError: if the name is unknown.
     """
     known = ("auto", "gpu", *AcceleratorRegistry.available_accelerators())
     if name not in known:
@@ -170,10 +174,10 @@ def check_accelerator(name: str) -> None:
 
 
 def check_precision(name: str) -> None:
-    """Refuses what would not train.
+    """Checks that both stages train in a precision.
 
     Raises:
-        ValueError: Weights in 16 bits, or float16.
+        ValueError: if weights would have 16 bits, or activations were float16.
     """
     if name not in PRECISIONS:
         raise ValueError(
@@ -183,14 +187,17 @@ def check_precision(name: str) -> None:
 
 
 def shard_blocks(network: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, *, precision: str) -> None:
-    """Shards a network over the ranks of a mesh: each block a group, and one of the rest.
+    """Shards a network over the ranks of a mesh: each block is a group, and all other parameters are one group.
+
+    Weights are gathered for ``forward``, and for the methods that a network or a block names in ``entry_points``.
 
     Args:
-        network: Changed in place; its parameters stay float32.
-        blocks: Of the network.
-        mesh: One dimension.
+        network: The network, changed in place; its parameters stay float32.
+        blocks: Blocks of the network.
+        mesh: Device mesh of one dimension.
         precision: One of ``PRECISIONS``.
     """
-    for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=_POLICIES[precision])
-    fully_shard(network, mesh=mesh, mp_policy=_POLICIES[precision])
+    for part in (*blocks, network):  # the root last, which takes the rest
+        fully_shard(part, mesh=mesh, mp_policy=_POLICIES[precision])
+        for method in getattr(part, "entry_points", ()):
+            register_fsdp_forward_method(part, method)

@@ -94,7 +94,7 @@ def test_a_run_that_was_stopped_goes_on_and_finds_what_an_unbroken_one_finds(
         (("--guidance", "-1"), "scale must be a number in [0, 10000], got -1.0"),
         (("--guidance", "{name: linear, scal: 1}"), "scal"),
         (("--num-images", "5"), "at least 2 for each of the 3 classes"),
-        (("--batch", "0"), "batch_size: at least 1"),
+        (("--batch", "0"), "--batch: at least 1 is needed, got 0"),
         (("--data", "nowhere"), "no such folder"),
     ],
 )

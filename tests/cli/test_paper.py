@@ -223,9 +223,9 @@ def test_what_is_wrong_is_said_before_anything_is_measured(
     shutil.copytree(runs[0], runs[0].with_name("again"))
     with pytest.raises(ValueError, match="one for each mask schedule is needed"):
         call("table", 3, runs[0], runs[0].with_name("again"), *how)
-    with pytest.raises(ValueError, match="a number of at most 8, half of the tokens"):
+    with pytest.raises(ValueError, match="--num-steps: a number of at most 8, half of the tokens"):
         call("table", 3, *runs, *how, "--num-steps", "12")
-    with pytest.raises(ValueError, match="num_samples: at least one for each of the 3 classes"):
+    with pytest.raises(ValueError, match="--num-samples: at least one for each of the 3 classes"):
         call("table", 1, *runs, *how, "--num-samples", 2)
     with pytest.raises(FileNotFoundError, match="recipe 'cosin'"):
         call("ablation", "--schedules", "square,cosin")

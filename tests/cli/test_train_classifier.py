@@ -66,4 +66,4 @@ def test_images_of_several_sizes_need_one(tiny_shards, monkeypatch, capsys):
     plain = manifest.read_manifest_summary(tiny_shards)
     monkeypatch.setattr(manifest, "read_manifest_summary", lambda folder: replace(plain, images=varied))
     assert call(tiny_shards) == 2
-    assert "edges of 8 to 20 pixels; say the one to train at with --image-size" in capsys.readouterr().err
+    assert "--image-size must be given for data" in capsys.readouterr().err

@@ -7,10 +7,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from maskgit_pl.cli import compare, main, tune
+from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation import evaluator
 from maskgit_pl.evaluation.ledger import Ledger, Row
 from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.pretrained import fingerprint, read_decoding
+from maskgit_pl.pretrained import fingerprint, read_decoding, save_decoding
 from tests.cli.commands import call_command
 
 FID = "fid/classifier"
@@ -113,8 +114,8 @@ def test_a_dry_run_prints_the_trials_and_touches_nothing(run_folder: Path, tiny_
     ("words", "match"),
     [
         (("--trials", "0"), "--trials: at least 1 is needed, got 0"),
-        (("--seconds", "0"), "--seconds must be a finite number in (0, inf)"),
-        (("--seconds", "nan"), "--seconds must be a finite number in (0, inf)"),
+        (("--seconds", "0"), "--seconds must be a"),
+        (("--seconds", "nan"), "--seconds must be a"),
         (("--metric", "fdi"), "did you mean 'fid'"),
         (("--search", "bayes"), "--search must be one of random, grid, got 'bayes'"),
         (("--num-steps", "4-17"), "--num-steps: at most the 16 tokens of an image, got 17"),
@@ -158,12 +159,13 @@ def test_rows_of_other_weights_or_another_classifier_are_not_reused(
 
 def test_out_has_a_ledger_of_its_own(run_folder: Path, tiny_shards: Path, tmp_path: Path) -> None:
     call(run_folder, "--data", tiny_shards, "--num-images", 6, "--trials", 1, "--no-plot", "--out", tmp_path / "out")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"ledger.jsonl", "tuning.md"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"ledger.jsonl", "tuning.csv", "tuning.md"}
     assert [path.name for path in run_folder.iterdir()] == ["pretrained"]
 
 
 def test_compare_finds_what_tune_has_measured(run_folder: Path, tiny_shards: Path, capsys) -> None:
     words = (run_folder, "--data", tiny_shards, "--num-images", 6, "--device", "cpu")
+    save_decoding(run_folder / "pretrained", DecodingConfig(4, "halton"))
     call_command(tune, *words, "--trials", 1, "--no-plot")
-    call_command(compare, *words, "--num-steps", 4, "--selectors", "confidence")  # as exported
+    call_command(compare, *words, "--num-steps", 4, "--selectors", "halton")
     assert "0 rows measured, 1 known before" in capsys.readouterr().out

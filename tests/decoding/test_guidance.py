@@ -35,11 +35,11 @@ def test_a_scale_without_meaning_is_refused(name, scale):
 @pytest.mark.parametrize("scale", [-1e-6, float("nan"), float("inf"), 10_001.0])
 def test_a_schedule_that_is_broken_in_the_middle_alone_is_refused(monkeypatch, scale):
     class Broken(GuidanceSchedule):
-        def __call__(self, position: float) -> float:
-            return scale if 0.3 < position < 0.31 else 1.0
+        def __call__(self, progress: float) -> float:
+            return scale if 0.3 < progress < 0.31 else 1.0
 
     monkeypatch.setitem(guidance_schedules._factories, "broken", Broken)
-    with pytest.raises(ValueError, match=r"'broken': the scale at position 0.30.* must be a .*number in"):
+    with pytest.raises(ValueError, match=r"'broken': the scale at progress 0.30.* must be a .*number in"):
         guidance_schedules.build("broken")
 
 

@@ -43,17 +43,17 @@ class Recording:
         self.calls: list[tuple[int, int]] = []
         self.computed: list[Tensor] = []
 
-    def __call__(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
+    def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
         self.calls.append((len(tokens), -1))
-        return self.network(tokens, labels, positions)
+        return self.network.forward_at(tokens, labels, positions)
 
-    def update(
+    def forward_cached(
         self, tokens: Tensor, labels: Tensor, positions: Tensor, newly_known: Tensor, *, cache: ContextCache
     ) -> Tensor:
         anew = torch.cat([positions, newly_known], dim=1)
         self.calls.append((len(tokens), anew.shape[1] if cache.key_values else -1))
         self.computed.append(anew)
-        return self.network.update(tokens, labels, positions, newly_known, cache=cache)
+        return self.network.forward_cached(tokens, labels, positions, newly_known, cache=cache)
 
 
 def model(network, context_cache: int) -> ConditionalModel:

@@ -21,7 +21,7 @@ class Recording:
 def drawn_from(sampling: CodeSampling, probabilities: list[float], **options: float) -> Tensor:
     """The probabilities (K,) that a code is drawn from."""
     noise, logits = Recording(), torch.tensor([[probabilities]]).log()
-    sampling.draw(logits, noise, torch.zeros(1, 1, dtype=torch.int64), step=0, **{"position": 0.0, **options})
+    sampling.draw(logits, noise, torch.zeros(1, 1, dtype=torch.int64), step=0, **{"progress": 0.0, **options})
     return noise.logits.softmax(-1)[0, 0]
 
 
@@ -46,6 +46,6 @@ def test_the_temperature_comes_before_top_p() -> None:
 
 
 def test_the_temperature_goes_linearly_from_the_first_to_the_last_step() -> None:
-    for position, temperature in ((0.0, 2.0), (0.5, 1.25), (1.0, 0.5)):
-        made = drawn_from(CodeSampling((2.0, 0.5)), [0.8, 0.2], position=position)
+    for progress, temperature in ((0.0, 2.0), (0.5, 1.25), (1.0, 0.5)):
+        made = drawn_from(CodeSampling((2.0, 0.5)), [0.8, 0.2], progress=progress)
         assert made[0] / made[1] == pytest.approx(4 ** (1 / temperature), rel=1e-5)

@@ -62,7 +62,7 @@ def batch_of(config):
 
 
 def forward(network, tokens, labels, mask):
-    logits = network(tokens, labels, mask, vocabulary="all")
+    logits = network.forward_masked(tokens, labels, mask, vocabulary="all")
     rows = mask.nonzero()[:, 0]
     return masked_cross_entropy(logits, tokens[mask], rows, num_rows=BATCH, label_smoothing=0.1)[0]
 

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import pytest
 
 from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.evaluation.decoding_search import SearchResult, Trial
 from maskgit_pl.evaluation.schedule_curves import (
     draw_curves,
     following,
@@ -11,7 +12,6 @@ from maskgit_pl.evaluation.schedule_curves import (
     plot_steps,
     schedule_specs,
 )
-from maskgit_pl.evaluation.tuning import SearchResult, Trial
 from maskgit_pl.schedules import Pow, mask_schedules
 from tests.evaluation.searching import CURVES, FID, OWN, FakeMeasure, numbers
 

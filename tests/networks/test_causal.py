@@ -6,7 +6,7 @@ from torch import Tensor
 
 from maskgit_pl.networks.causal import CausalTransformer, build_transformer
 from maskgit_pl.networks.int8 import quantized
-from maskgit_pl.networks.transformer import KeyValues, MaskedTransformer, TransformerConfig
+from maskgit_pl.networks.transformer import KVCache, MaskedTransformer, TransformerConfig
 from tests.conftest import random_transformer
 
 CONFIG = TransformerConfig(16, 3, (4, 4), width=32, depth=2, num_heads=4, mlp_width=64, attention="causal")
@@ -48,10 +48,10 @@ def test_the_class_changes_all_logits(network, tokens):
 
 
 def test_logits_of_some_tokens_are_those_of_the_full_forward(network, tokens):
-    asked = torch.rand(3, N, generator=torch.Generator().manual_seed(2)) < 0.5
+    mask = torch.rand(3, N, generator=torch.Generator().manual_seed(2)) < 0.5
     full = network(tokens, LABELS, vocabulary="all")
     assert full.shape == (3, N, CONFIG.vocabulary_size)
-    torch.testing.assert_close(network(tokens, LABELS, asked, vocabulary="all"), full[asked])
+    torch.testing.assert_close(network.forward_masked(tokens, LABELS, mask, vocabulary="all"), full[mask])
     torch.testing.assert_close(network(tokens, LABELS), full[..., :K])
 
 
@@ -74,7 +74,7 @@ def test_a_cache_may_begin_with_several_tokens_and_goes_on_with_one_each(network
 
 def test_keys_and_values_are_kept_in_place():
     rows = torch.randn(2, 3, 4, 5, 8)
-    kept = KeyValues(5)
+    kept = KVCache(5)
     first = kept.extend(rows[:, :, :, :2])
     whole = kept.extend(rows[:, :, :, 2:])
     assert torch.equal(whole, rows)

@@ -16,7 +16,8 @@ from maskgit_pl.networks.classifier import (
     describe_classifier,
     load_classifier,
 )
-from maskgit_pl.networks.features import feature_networks, weights_digest
+from maskgit_pl.networks.feature_network import weights_digest
+from maskgit_pl.networks.features import feature_networks
 
 NAMES = ("bag", "boot", "coat")
 

@@ -12,15 +12,14 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from maskgit_pl.networks import classifier as classifier_module
 from maskgit_pl.networks import features as features_module
+from maskgit_pl.networks.feature_network import FeatureNetwork, weights_digest
 from maskgit_pl.networks.features import (
     ClassifierSpec,
-    FeatureNetwork,
     InceptionSpec,
     Lite0Spec,
     TimmSpec,
     feature_networks,
     parse_feature_network,
-    weights_digest,
 )
 from tests.inception import save_inception
 

@@ -39,11 +39,11 @@ def test_logits_of_some_positions_are_nearly_those_of_the_full_forward(networks)
     _, network = networks
     positions = torch.tensor([[0, 11, 63]] * 4)
     full = network(*inputs())
-    some = network(*inputs(), positions)
+    some = network.forward_at(*inputs(), positions)
     expected = full.gather(1, positions.unsqueeze(-1).expand(-1, -1, 64))
     assert (some - expected).norm() < 0.01 * expected.norm()
     none = torch.empty(4, 0, dtype=torch.int64)
-    assert torch.equal(network.update(*inputs(), positions, none, cache=ContextCache()), some)
+    assert torch.equal(network.forward_cached(*inputs(), positions, none, cache=ContextCache()), some)
 
 
 def test_the_network_stays_as_it_is_and_shares_nothing_with_its_copy(networks):

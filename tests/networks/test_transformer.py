@@ -76,7 +76,7 @@ def test_logits_of_some_positions_are_those_of_the_full_forward(depth):
     full = made(*inputs())
     positions = torch.tensor([[0, 11, 5], [3, 2, 1], [7, 7, 0], [10, 4, 9]])
     expected = full.gather(1, positions.unsqueeze(-1).expand(-1, -1, 16))
-    torch.testing.assert_close(made(*inputs(), positions), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(made.forward_at(*inputs(), positions), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("vocabulary", ["codes", "all"])
@@ -85,7 +85,9 @@ def test_logits_at_a_mask_are_those_of_the_full_forward_in_raster_order(vocabula
     mask = inputs()[0] == SMALL.mask_token_id
     full = made(*inputs(), vocabulary=vocabulary)
     assert 0 < mask.sum() < mask.numel()
-    torch.testing.assert_close(made(*inputs(), mask, vocabulary=vocabulary), full[mask], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        made.forward_masked(*inputs(), mask, vocabulary=vocabulary), full[mask], rtol=1e-5, atol=1e-5
+    )
 
 
 @contextmanager
@@ -111,7 +113,7 @@ def test_the_last_block_computes_queries_and_what_follows_where_it_is_asked_alon
     whole = last.query
     last.query = lambda x: queries.append(x) or whole(x)
     with rows_seen(made.blocks[-1]) as seen, rows_seen(made.blocks[0]) as before:
-        made(*inputs(), positions)
+        made.forward_at(*inputs(), positions)
     assert [x.shape for x in queries] == [(4, 3, 32)]
     assert set(seen.values()) == {3}
     assert set(before.values()) == {13}
@@ -125,7 +127,9 @@ def test_the_first_update_of_a_cache_is_the_forward_to_the_last_bit(depth):
     made = network(dataclasses.replace(SMALL, depth=depth))
     positions = torch.tensor([[0, 11, 5], [3, 2, 1], [7, 7, 0], [10, 4, 9]])
     cache = ContextCache()
-    assert torch.equal(made.update(*inputs(), positions, NO_POSITIONS, cache=cache), made(*inputs(), positions))
+    assert torch.equal(
+        made.forward_cached(*inputs(), positions, NO_POSITIONS, cache=cache), made.forward_at(*inputs(), positions)
+    )
     assert [key_value.shape for key_value in cache.key_values] == [(4, 13, 64)] * depth
 
 
@@ -135,9 +139,9 @@ def test_an_update_of_every_position_is_exact():
     tokens, labels = inputs()
     everywhere = torch.arange(12).repeat(4, 1)
     cache = ContextCache()
-    made.update(tokens, labels, everywhere, NO_POSITIONS, cache=cache)
+    made.forward_cached(tokens, labels, everywhere, NO_POSITIONS, cache=cache)
     other = (tokens + 1) % 16
-    updated = made.update(other, labels, everywhere[:, :5], everywhere[:, 5:], cache=cache)
+    updated = made.forward_cached(other, labels, everywhere[:, :5], everywhere[:, 5:], cache=cache)
     torch.testing.assert_close(updated, made(other, labels)[:, :5], rtol=1e-5, atol=1e-5)
 
 
@@ -146,12 +150,12 @@ def test_an_update_computes_what_is_asked_and_what_became_known_and_nothing_else
     made = network()
     tokens, labels = inputs()
     cache = ContextCache()
-    made.update(tokens, labels, torch.arange(12).repeat(4, 1), NO_POSITIONS, cache=cache)
+    made.forward_cached(tokens, labels, torch.arange(12).repeat(4, 1), NO_POSITIONS, cache=cache)
     before = [key_value.clone() for key_value in cache.key_values]
     asked, newly_known = torch.tensor([[3, 1]] * 4), torch.tensor([[7, 10, 10]] * 4)  # padded with one of its own
     changed = tokens.scatter(1, newly_known, 5).scatter(1, torch.full((4, 1), 11), 6)  # 11 is not announced
     with rows_seen(made.blocks[0]) as seen, rows_seen(made.blocks[-1]) as last:
-        logits = made.update(changed, labels, asked, newly_known, cache=cache)
+        logits = made.forward_cached(changed, labels, asked, newly_known, cache=cache)
     assert logits.shape == (4, 2, 16)
     assert set(seen.values()) == {6}  # and the class
     assert set(last.values()) == {2}

@@ -16,7 +16,7 @@ from maskgit_pl.networks.weight_file import (
     check_tensor,
     load_weight_file,
     load_weights,
-    read_header,
+    read_tensor_header,
     read_tensors,
     read_weights,
 )
@@ -63,7 +63,7 @@ def header_of(length: int, shown: bytes = b"") -> bytes:
     return struct.pack("<Q", length) + shown.ljust(length)
 
 
-@pytest.mark.parametrize("read", [read_header, read_tensors, lambda file: read_weights(file, thing="judge")])
+@pytest.mark.parametrize("read", [read_tensor_header, read_tensors, lambda file: read_weights(file, thing="judge")])
 def test_a_large_header_is_refused_before_it_is_parsed(tmp_path, read, monkeypatch):
     file = tmp_path / "model.safetensors"
     file.write_bytes(header_of(9_000_000, b"{}"))
@@ -75,7 +75,7 @@ def test_a_large_header_is_refused_before_it_is_parsed(tmp_path, read, monkeypat
 
 def test_a_header_gives_names_kinds_and_shapes(tmp_path):
     write_tensors(tmp_path / "a.safetensors", {"half": torch.ones(2, 3).half(), "one": torch.tensor(1)})
-    assert read_header(tmp_path / "a.safetensors") == {"half": ("F16", (2, 3)), "one": ("I64", ())}
+    assert read_tensor_header(tmp_path / "a.safetensors") == {"half": ("F16", (2, 3)), "one": ("I64", ())}
 
 
 def test_tensors_that_a_file_does_not_hold_are_refused(tmp_path):

@@ -15,6 +15,7 @@ from maskgit_pl.errors import PreemptedError
 from maskgit_pl.pretrained import fingerprint, load_transformer
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_complete
 from maskgit_pl.training.guards import Guard
+from tests.holding import holder
 
 TINY = Path(__file__).parents[1] / "tiny"
 
@@ -54,6 +55,11 @@ def test_both_stages_train_in_one_process_and_a_second_call_finds_them_finished(
         assert (again.step, again.was_finished, again.metrics) == (step, True, {})
     assert fingerprint(second.pretrained / "transformer") == weights
     assert [signal.getsignal(number) for number in interruption.SIGNALS] == handlers
+
+    with pytest.raises(ValueError, match=r"cannot resume from step-00000001 .* data\.seed 0 -> 7"):
+        runs.fit(recipe("tokenizer", data__seed=7), **where)
+    with holder(where["run"] / "tokenizer"), pytest.raises(ValueError, match="is in use by process"):
+        runs.fit(recipe("tokenizer", trainer__max_steps=2), **where)
 
     out = runs.export(where["run"], stage="transformer", step=2, out=tmp_path / "older")
     assert out == tmp_path / "older"

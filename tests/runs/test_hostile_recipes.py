@@ -27,13 +27,15 @@ GROUPS = {  # where something that is no plain value could be built
     "tokenizer": [
         "trainer", "trainer.callbacks", "trainer.logger", "trainer.strategy", "trainer.accelerator", "trainer.plugins",
         "trainer.profiler", "trainer.precision", "trainer.devices", "model", "model.network", "model.network.quantizer",
-        "model.optimizer", "model.optimizer.learning_rate", "model.learning_rate", "model.perceptual", "model.perceptual.network", "model.adversarial",
+        "model.optimizer", "model.optimizer.learning_rate", "model.learning_rate", "model.perceptual",
+        "model.perceptual.network", "model.adversarial",
         "model.adversarial.discriminator", "data", "data.stream", "data.path", "config", "seed_everything", "optimizer",
         "lr_scheduler",
     ],
     "transformer": [
         "trainer", "trainer.callbacks", "trainer.strategy", "trainer.accelerator", "model", "model.network",
-        "model.optimizer", "model.optimizer.learning_rate", "model.betas", "model.mask_schedule", "model.decoding", "model.decoding.token_selector",
+        "model.optimizer", "model.optimizer.learning_rate", "model.betas", "model.mask_schedule", "model.decoding",
+        "model.decoding.token_selector",
         "model.decoding.guidance", "model.decoding.mask_schedule", "model.tokenizer", "data", "data.stream",
         "data.token_store", "data.stream.urls",
     ],

@@ -15,7 +15,7 @@ from PIL import Image
 from maskgit_pl.shards.index import PROGRESS, find_shards, index_shards, locate_shards, split_shards
 from maskgit_pl.shards.manifest import load_manifest, read_manifest_summary
 from maskgit_pl.shards.reader import ShardReader
-from maskgit_pl.shards.walk import parse_label
+from maskgit_pl.shards.scan import parse_label
 
 
 def index_one(path, **options):
@@ -300,12 +300,12 @@ def test_an_interrupted_run_goes_on_with_the_shards_that_are_left(tars, tmp_path
         if len(walked) == 2:
             raise KeyboardInterrupt
         walked.append(path.name)
-        return walk_shard(path, labels)
+        return scan_shard(path, labels)
 
     from maskgit_pl.shards import index
-    from maskgit_pl.shards.walk import walk_shard
+    from maskgit_pl.shards.scan import scan_shard
 
-    monkeypatch.setattr(index, "walk_shard", interrupted)
+    monkeypatch.setattr(index, "scan_shard", interrupted)
     with pytest.raises(KeyboardInterrupt):
         index_shards(tmp_path, {"train": shards})
     with open(tmp_path / PROGRESS, "ab") as file:
@@ -313,7 +313,7 @@ def test_an_interrupted_run_goes_on_with_the_shards_that_are_left(tars, tmp_path
     os.utime(shards[1], (1, 1))  # this one has changed since
     again = []
     monkeypatch.setattr(
-        index, "walk_shard", lambda path, labels, **rest: again.append(path.name) or walk_shard(path, labels)
+        index, "scan_shard", lambda path, labels, **rest: again.append(path.name) or scan_shard(path, labels)
     )
     index_shards(tmp_path, {"train": shards})
     assert (walked, again) == (["0.tar", "1.tar"], ["1.tar", "2.tar", "3.tar"])

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from maskgit_pl.errors import DataChangedError
-from maskgit_pl.shards.tokens import StoreDescription, StoreParts, TokenReader, is_complete, open_store
+from maskgit_pl.shards.token_writer import StoreParts
+from maskgit_pl.shards.tokens import StoreDescription, TokenReader, is_complete, open_store
 from maskgit_pl.shards.verify import verify_store
 
 DESCRIPTION = StoreDescription((2, 3), 256, 28, "tokenizer", "data", ("a", "b"), {"train": 10, "val": 3})
@@ -213,7 +214,7 @@ def test_wrong_rows_are_refused(tmp_path):
     for bad in (good[..., :5], good + 250, good - 1, good[:3]):
         with pytest.raises(ValueError, match="tokens"):
             parts.write(part, bad, LABELS[:4])
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match="part_samples must be an integer in"):
         StoreParts(tmp_path, DESCRIPTION, part_samples=0)
 
 

@@ -119,7 +119,7 @@ def test_rows_that_no_file_holds_are_refused_before_memory_is_taken(tmp_path):
     (file,) = folder.glob("*.safetensors")
     write_tensors(file, {"/weight": torch.ones(4, 1000)}, metadata={"first_rows": json.dumps({"/weight": 2**30})})
     hashed_anew(folder)  # 4 TB of rows before those that it has
-    with pytest.raises(ValueError, match="'/weight' is not whole; go on from an older one"):
+    with pytest.raises(ValueError, match="'/weight' is not whole; resume from an older one"):
         FolderCheckpointIO().load_checkpoint(folder)
 
 

@@ -18,13 +18,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from maskgit_pl.evaluation.reports.api import figure_4, figure_8, table_1, table_2, table_3
     from maskgit_pl.evaluation.reports.options import ReportOptions, TimingOptions
-    from maskgit_pl.evaluation.reports.pages import Page
 
-__all__ = ["Page", "ReportOptions", "TimingOptions", "figure_4", "figure_8", "table_1", "table_2", "table_3"]
+__all__ = ["ReportOptions", "TimingOptions", "figure_4", "figure_8", "table_1", "table_2", "table_3"]
 
 # No module has the name of something here: importing it would put it in that thing's place.
 _HOMES = {
-    "Page": "pages",
     "ReportOptions": "options",
     "TimingOptions": "options",
     "figure_4": "api",

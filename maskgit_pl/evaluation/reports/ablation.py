@@ -128,11 +128,11 @@ def ablate(
     names = [schedule_of(model) for model in models]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"runs: one for each mask schedule is needed, got several of {', '.join(twice)}")
+        raise ValueError(f"run folders: one for each mask schedule is needed, got several of {', '.join(twice)}")
     most = most_steps(models[0].pipe.transformer.network.config.num_tokens)
     wanted = sorted({number for number in steps if number <= most})
     if not wanted:
-        raise ValueError(f"--num-steps: a number of at most {most}, half of the tokens, is needed, got {list(steps)}")
+        raise ValueError(f"num_steps: a number of at most {most}, half of the tokens, is needed, got {list(steps)}")
     order = [row.schedule for row in SCHEDULES]
     pairs = sorted(zip(names, models, strict=True), key=lambda pair: order.index(pair[0]) if pair[0] in order else 99)
     return [_ablate_one(evaluator, name, model, wanted, num_images=num_images, seed=seed) for name, model in pairs]

@@ -17,8 +17,8 @@ from maskgit_pl.evaluation.reports.options import ReportOptions, TimingOptions
 from maskgit_pl.evaluation.run_folders import find_run
 
 if TYPE_CHECKING:
+    from maskgit_pl.evaluation.pages import Page
     from maskgit_pl.evaluation.reports.measured_pages import OpenedModels
-    from maskgit_pl.evaluation.reports.pages import Page
 
 __all__ = ["figure_4", "figure_8", "table_1", "table_2", "table_3"]
 

@@ -9,7 +9,6 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -18,10 +17,10 @@ from torch import Tensor
 from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
 from maskgit_pl.evaluation.held_out import edit, masked
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
+from maskgit_pl.evaluation.pages import Page
 from maskgit_pl.evaluation.progress import Bars
 from maskgit_pl.evaluation.reports.ablation import STEPS, ablate, check_budgets
 from maskgit_pl.evaluation.reports.options import ReportOptions
-from maskgit_pl.evaluation.reports.pages import Page
 from maskgit_pl.evaluation.reports.schedule_figures import schedule_figure
 from maskgit_pl.evaluation.reports.tables import TASKS, editing_page, generation_page, schedule_page
 from maskgit_pl.evaluation.run_folders import (
@@ -33,7 +32,6 @@ from maskgit_pl.evaluation.run_folders import (
     read_own_recipe,
 )
 from maskgit_pl.imaging import image_grid
-from maskgit_pl.old_names import renamed_tree
 
 __all__ = ["OpenedModels", "measure_editing", "measure_generation", "measure_schedules", "open_models"]
 
@@ -202,7 +200,7 @@ def measure_schedules(opened: OpenedModels, *, num_steps: Sequence[int] | None, 
         ValueError: if runs were not trained alike, two are of one schedule, or no T is left.
     """
     evaluator, options, models = opened.evaluator, opened.options, opened.models
-    check_budgets({each.run: _own_recipe(each) for each in models})
+    check_budgets({each.run: read_own_recipe(each.folder.parent / "transformer" / "config.yaml") for each in models})
     results = ablate(evaluator, models, steps=num_steps or STEPS, num_images=options.num_samples, seed=options.seed)
     first = opened.networks[0]
     floor = evaluator.real(num_images=options.num_samples, networks=[first])[first]
@@ -216,9 +214,3 @@ def measure_schedules(opened: OpenedModels, *, num_steps: Sequence[int] | None, 
     )
     page = schedule_page(results, command=command)
     return replace(page, folder=opened.folder, pictures={"figure-8.png": figure})
-
-
-def _own_recipe(model: EvaluatedModel) -> dict[str, Any]:
-    """Returns the complete recipe of a model's run; nothing where it is not there."""
-    file = model.folder.parent / "transformer" / "config.yaml"
-    return renamed_tree(read_own_recipe(file), f"recipe {file}")

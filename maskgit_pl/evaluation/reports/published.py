@@ -1,4 +1,4 @@
-"""The tables of the paper, as data: what stands beside our rows.
+"""The rows of the paper's tables, which stand beside ours.
 
 Source: Chang et al., MaskGIT, CVPR 2022, arXiv:2202.04200, Tables 1 to 3. Tables 1 and 3 are on ImageNet, from 50,000
 images; Table 2 is on Places2. All numbers are in the features of Inception; they compare with ours only where data,
@@ -27,16 +27,16 @@ class PublishedGeneration:
     """A row of Table 1.
 
     Args:
-        model: Its name.
+        model: Name of the model.
         size: Edge of the images, in pixels.
         fid: Frechet distance.
         inception_score: As printed; None where the table has none.
-        precision: Of Kynkaanniemi et al.
-        recall: Likewise.
-        parameters: As printed.
-        steps: Forward passes an image.
-        cas_top1: Classification accuracy score, in per cent.
-        cas_top5: Likewise.
+        precision: Precision of Kynkaanniemi et al.; None where the table has none.
+        recall: Recall of Kynkaanniemi et al.; None where the table has none.
+        parameters: Number of parameters, as printed.
+        steps: Forward passes an image, as printed.
+        cas_top1: Classification accuracy score, top 1 in per cent; None where the table has none.
+        cas_top5: Classification accuracy score, top 5 in per cent; None where the table has none.
     """
 
     model: str
@@ -57,7 +57,7 @@ class PublishedEditing:
 
     Args:
         task: Outpainting to the right by 50 %, or inpainting the centre of 50 % x 50 %.
-        model: Its name.
+        model: Name of the model.
         size: Edge of the images, in pixels.
         fid: Frechet distance.
         inception_score: Inception score.

@@ -13,8 +13,8 @@ from typing import Any
 from maskgit_pl.evaluation.held_out import Task
 from maskgit_pl.evaluation.ledger import REAL, Row, number, present
 from maskgit_pl.evaluation.metric_names import METRICS, NETWORK_METRICS, format_value, metric_name, title
+from maskgit_pl.evaluation.pages import Page, code_cell, heading, markdown_table, paragraph
 from maskgit_pl.evaluation.reports.ablation import ScheduleResult
-from maskgit_pl.evaluation.reports.pages import Page, code_cell, heading, markdown_table, paragraph
 from maskgit_pl.evaluation.reports.published import (
     CLASSIFIER_ON_REAL_IMAGES,
     EDITING,

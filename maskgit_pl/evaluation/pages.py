@@ -6,13 +6,16 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from maskgit_pl.evaluation.ledger import as_csv
 from maskgit_pl.files import write_atomically
 from maskgit_pl.text import code_span, printable
 
-__all__ = ["Page", "code_cell", "heading", "markdown_table", "paragraph"]
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["Page", "code_cell", "heading", "markdown_table", "paragraph", "terminal_table"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,26 @@ def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, le
     """Returns the lines of a table whose first ``left`` columns hold words and whose others hold numbers."""
     lines = [_line(headings), "|" + "---|" * left + "---:|" * (len(headings) - left)]
     return [*lines, *map(_line, rows)]
+
+
+def terminal_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> Table:
+    """Returns the table of ``markdown_table`` for a terminal of 80 columns.
+
+    Args:
+        title: Line above it.
+        headings: One for each column; the last word stands in a second line.
+        rows: Cells, in Rich's markup; an empty row ends a section.
+        left: Number of first columns that hold words.
+    """
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    table = Table(title=title, box=SIMPLE, padding=0)
+    for place, text in enumerate(headings):
+        table.add_column("\n".join(text.rsplit(" ", 1)), justify="left" if place < left else "right")
+    for row in rows:
+        table.add_row(*row) if row else table.add_section()
+    return table
 
 
 def paragraph(*sentences: str) -> list[str]:

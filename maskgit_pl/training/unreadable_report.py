@@ -1,4 +1,4 @@
-"""What went wrong with the data while a run trained: logged, told at the end, and left in the run's folder."""
+"""The report of images that could not be read in training: logged, summed up at the end, and listed in a file."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ log = logging.getLogger(__name__)
 
 
 class UnreadableReport(Callback):
-    """Tells which images could not be read.
+    """Reports which images could not be read.
 
     ``data/unreadable`` in the logger counts them on rank 0, at the Trainer's logging interval. At the end, or when the
     run fails, a line sums up and ``unreadable.json`` (``unreadable-rank1.json`` ... on other ranks) lists each image of
     the train and val split with its reason. Counts begin with the process.
 
     Args:
-        folder: Of the stage.
+        folder: Folder of the stage.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -64,13 +64,13 @@ class UnreadableReport(Callback):
 
 
 def _counters(trainer: Trainer) -> dict[str, UnreadableImages]:
-    """What each split's loader has counted."""
+    """Returns the counts of each split's loader."""
     loaders = {"train": trainer.train_dataloader, "val": trainer.val_dataloaders}
     found = {split: getattr(loader, "unreadable", None) for split, loader in loaders.items()}
     return {split: images for split, images in found.items() if isinstance(images, UnreadableImages)}
 
 
 def _listed(counts: dict[str, int], most: int = 5) -> str:
-    """``train-000000.tar 3, train-000004.tar 1``, the first few."""
+    """Formats the first few counts: ``train-000000.tar 3, train-000004.tar 1``."""
     items: Iterable[tuple[str, int]] = list(counts.items())[:most]
     return ", ".join(f"{name} {count}" for name, count in items) + (", ..." if len(counts) > most else "")

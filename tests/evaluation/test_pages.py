@@ -1,7 +1,6 @@
 from pathlib import Path
 
-from maskgit_pl.evaluation.reports import Page
-from maskgit_pl.evaluation.reports.pages import markdown_table
+from maskgit_pl.evaluation.pages import Page, markdown_table
 
 
 def test_a_table_has_as_many_cells_everywhere() -> None:

@@ -19,7 +19,7 @@ from maskgit_pl.cli import main
 from maskgit_pl.data import ShardData
 from maskgit_pl.errors import DataBudgetError, DataChangedError, DataWorkerError
 from maskgit_pl.shards.images import encode_png
-from maskgit_pl.training.faults import UnreadableReport
+from maskgit_pl.training.unreadable_report import UnreadableReport
 from tests.data_folders import save_data
 
 TINY = Path(__file__).parents[1] / "tiny"

@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from maskgit_pl.files import open_regular, sha256_of
-from maskgit_pl.shards.images import ImageHeader, UnreadableImageError, read_header
+from maskgit_pl.shards.image_bytes import MAX_IMAGE_BYTES, UnreadableImageError
+from maskgit_pl.shards.images import ImageHeader, read_image_header
 from maskgit_pl.shards.manifest import INDEX_DTYPE, ImageRange
 from maskgit_pl.shards.tar import BLOCK, DamagedTarError, Member, read_members
 from maskgit_pl.text import printable
@@ -31,15 +32,14 @@ __all__ = [
     "NO_LABEL",
     "Fault",
     "Labels",
-    "ShardWalk",
-    "counted",
+    "ShardScan",
+    "format_counts",
     "parse_label",
-    "walk_shard",
+    "scan_shard",
 ]
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_CLASSES = 100_000  # where no class names say how many there are
-_MAX_IMAGE_BYTES = 256 * 2**20  # no photo within the pixel limit needs more
 _MAX_LABEL_BYTES = 64
 _MAX_JSON_BYTES = 2**20
 _MAX_FAULTY = _MAX_IGNORED = 100_000
@@ -105,8 +105,8 @@ class Labels:
         return MAX_CLASSES if self.classes is None else len(self.classes)
 
 
-def counted(ignored: Mapping[str, int]) -> str:
-    """Members by extension, the most frequent ones, as they may be shown."""
+def format_counts(ignored: Mapping[str, int]) -> str:
+    """Returns how many members have which extension, the most frequent ones, as they may be shown."""
     listed = [f"{count} {printable(extension)}" for extension, count in Counter(ignored).most_common(5)]
     return ", ".join(listed + [f"{len(ignored) - 5} more kinds"] * (len(ignored) > 5))
 
@@ -135,8 +135,8 @@ class Fault:
 
 
 @dataclass(frozen=True)
-class ShardWalk:
-    """What a walk over one tar found.
+class ShardScan:
+    """The result of reading one tar.
 
     Args:
         bytes: Length of the file.
@@ -161,13 +161,13 @@ class ShardWalk:
     damage: str = ""
 
 
-def walk_shard(path: Path, labels: Labels, *, lenient: bool = True) -> ShardWalk:
-    """Walk a tar, read its labels and image headers, hash it.
+def scan_shard(path: Path, labels: Labels, *, lenient: bool = True) -> ShardScan:
+    """Reads a tar: its labels, its image headers, its hash.
 
     Args:
         path: The tar.
         labels: Where labels come from.
-        lenient: Samples with a fault are left out. If they are to be refused, the walk ends where they are too many
+        lenient: Samples with a fault are left out. If they are to be refused, the scan ends where they are too many
             to be anything but a mistake, and faulty shards are not hashed.
 
     Raises:
@@ -176,16 +176,16 @@ def walk_shard(path: Path, labels: Labels, *, lenient: bool = True) -> ShardWalk
     descriptor = open_regular(path)
     try:
         status = os.fstat(descriptor)
-        walk = _Walk(descriptor, path.name, labels, lenient=lenient)
+        scan = _Scan(descriptor, path.name, labels, lenient=lenient)
         damage, digest = "", ""
         try:
             for member in read_members(descriptor):
-                walk.take(member)
-            if walk.is_good or lenient:
+                scan.take(member)
+            if scan.is_good or lenient:
                 digest = sha256_of(descriptor)
         except DamagedTarError as error:
             damage = str(error)
-        return walk.result(status, digest, damage)
+        return scan.result(status, digest, damage)
     finally:
         os.close(descriptor)
 
@@ -206,7 +206,7 @@ class _Sample:
         self.other: list[str] = []  # extensions of members that are neither image nor label
 
 
-class _Walk:
+class _Scan:
     """What is gathered member by member; a tar may have millions, so this is where time and memory go."""
 
     def __init__(self, descriptor: int, shard: str, labels: Labels, *, lenient: bool) -> None:
@@ -245,7 +245,7 @@ class _Walk:
         self._finish()
         return bool(self.runs) and not self.num_faulty
 
-    def result(self, status: os.stat_result, digest: str, damage: str) -> ShardWalk:
+    def result(self, status: os.stat_result, digest: str, damage: str) -> ShardScan:
         """What was found, once there is no more member."""
         if not damage:
             self._finish()
@@ -257,7 +257,7 @@ class _Walk:
         rows = np.zeros(int(whole.sum()), INDEX_DTYPE)
         for name, column in (("offset", offsets), ("size", sizes), ("label", labels)):
             rows[name] = column[whole]
-        return ShardWalk(
+        return ShardScan(
             bytes=status.st_size,
             mtime_ns=status.st_mtime_ns,
             sha256=digest,
@@ -274,11 +274,11 @@ class _Walk:
             self._blame(TWO_IMAGES, member)
             return
         self.sample.offset, self.sample.size = member.offset, member.size
-        if not 0 < member.size <= _MAX_IMAGE_BYTES:
-            self._blame(BAD_IMAGE, member, f"1 to {_MAX_IMAGE_BYTES} bytes are read, got {member.size}")
+        if not 0 < member.size <= MAX_IMAGE_BYTES:
+            self._blame(BAD_IMAGE, member, f"1 to {MAX_IMAGE_BYTES} bytes are read, got {member.size}")
             return
         try:
-            header = read_header(self._payload(member), name=self._called(member))
+            header = read_image_header(self._payload(member), name=self._called(member))
         except UnreadableImageError as error:
             self._blame(BAD_IMAGE, member, str(error))
         else:
@@ -313,7 +313,7 @@ class _Walk:
                 self.ignored[f".{extension}"] += 1
                 self.num_ignored += 1
         if self.num_ignored > _MAX_IGNORED:
-            raise DamagedTarError(f"more than {_MAX_IGNORED} members that are no images: {counted(self.ignored)}")
+            raise DamagedTarError(f"more than {_MAX_IGNORED} members that are no images: {format_counts(self.ignored)}")
         if not is_sample:
             return
         if self.label_extension is None:

@@ -1,0 +1,216 @@
+"""A token store in the making: parts that several processes write without locks, joined when all are there.
+
+While a store is made, its parts lie in a hidden folder beside the arrays, one file each, under the hash of what is
+made: after a kill only what was in work is lost. Used by ``data.tokenizing``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from maskgit_pl.checks import check_integer
+from maskgit_pl.files import sha256_of, sync, write_atomically
+from maskgit_pl.shards.manifest import Split
+from maskgit_pl.shards.tokens import (
+    DESCRIPTION_FILE,
+    FORMAT,
+    StoreDescription,
+    Tokens,
+    array_paths,
+    is_complete,
+    outside_range,
+    read_description,
+)
+
+__all__ = ["Part", "StoreParts"]
+
+_FORMAT_OF_PARTS = 1  # parts that an older version has begun are continued
+
+
+class Part(NamedTuple):
+    """What one process encodes at a time and a kill may cost: one crop of the samples [start, stop) of a split."""
+
+    split: Split
+    crop: int
+    start: int
+    stop: int
+
+
+class StoreParts:
+    """A store in the making.
+
+    Every part is a file of its own, complete once it has its name; so processes that divide the parts among themselves
+    need no locks, and another process goes on where one was killed. ``finish`` joins the parts. What is made does not
+    depend on who made which part, nor on how often it was interrupted.
+
+    Args:
+        folder: The store, made if missing. A finished store of another description is taken back: its ``store.json``
+            goes first.
+        description: What the store will hold; parts of another description are removed.
+        part_samples: Samples of a part, at least 1; parts of another size are not gone on with.
+
+    Raises:
+        ValueError: if ``part_samples`` is not an integer of at least 1.
+    """
+
+    def __init__(self, folder: str | Path, description: StoreDescription, *, part_samples: int) -> None:
+        check_integer("part_samples", part_samples, "[1, inf)")
+        self.folder = Path(folder)
+        self.description = description
+        self.part_samples = part_samples
+        content = [_as_json(description, version=_FORMAT_OF_PARTS), part_samples]
+        key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        self._parts = self.folder / f".parts-{key[:16]}"
+        self._parts.mkdir(parents=True, exist_ok=True)
+        for other in self.folder.glob(".parts-*"):
+            if other != self._parts:
+                shutil.rmtree(other, ignore_errors=True)
+        if not self._is_described():  # here and not in finish(), where another process may have just written it
+            (self.folder / DESCRIPTION_FILE).unlink(missing_ok=True)
+
+    def parts(self) -> list[Part]:
+        """Returns all parts of all splits."""
+        return [
+            Part(split, crop, start, min(start + self.part_samples, count))
+            for split, count in self.description.samples.items()
+            for crop in range(self.description.crops_of(split))
+            for start in range(0, count, self.part_samples)
+        ]
+
+    def is_done(self, part: Part) -> bool:
+        """Returns whether a process has written it."""
+        return self._path(part).is_file()
+
+    def write(self, part: Part, tokens: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> None:
+        """Puts a part on disk.
+
+        Args:
+            part: One of ``parts()``.
+            tokens: (stop - start, mirrors, N) integers in [0, num_codes).
+            labels: (stop - start,) int64 in [0, num_classes).
+
+        Raises:
+            ValueError: if a shape is another, or a code or a label is out of range.
+        """
+        shape = self._shape(part)
+        if tokens.shape != shape or labels.shape != shape[:1]:
+            raise ValueError(
+                f"tokens of {part} must be {shape} and labels {shape[:1]}, got {tokens.shape} and {labels.shape}"
+            )
+        self._check_ranges(tokens, labels)
+        with self._replaced(self._path(part)) as file:
+            np.save(file, tokens.astype(self.description.dtype), allow_pickle=False)
+            np.save(file, labels.astype(np.int64), allow_pickle=False)
+
+    def finish(self) -> bool:
+        """Joins the parts into the store, if all are there.
+
+        Two processes that come here at once write the same bytes; the one that is later finds the store finished.
+
+        Returns:
+            Whether the store is finished.
+
+        Raises:
+            ValueError: A part cannot be read; it is removed, so that the next run makes it again.
+        """
+        try:
+            if not all(self.is_done(part) for part in self.parts()):
+                return is_complete(self.folder, self.description)
+            for split in self.description.samples:
+                self._join(split)
+            paths = [path for split in self.description.samples for path in array_paths(self.folder, split)]
+            described = _as_json(self.description) | {"sha256": {path.stem: sha256_of(path) for path in paths}}
+            with self._replaced(self.folder / DESCRIPTION_FILE) as file:
+                file.write((json.dumps(described, indent=1) + "\n").encode())
+        except FileNotFoundError:
+            if not is_complete(self.folder, self.description):
+                raise
+        finally:
+            if is_complete(self.folder, self.description):
+                shutil.rmtree(self._parts, ignore_errors=True)
+        return True
+
+    def _is_described(self) -> bool:
+        try:
+            return read_description(self.folder) == self.description
+        except (FileNotFoundError, ValueError):
+            return False
+
+    def _join(self, split: Split) -> None:
+        """Writes a split's two arrays, a part's samples at a time."""
+        count, views = self.description.samples[split], self.description.views(split)
+        starts = [part.start for part in self.parts() if part.split == split and part.crop == 0]
+        tokens_path, labels_path = array_paths(self.folder, split)
+        with self._replaced(tokens_path) as file:
+            _write_header(file, (count * views, self.description.num_tokens), self.description.dtype)
+            for start in starts:
+                file.write(self._rows(split, start)[0].tobytes())
+        with self._replaced(labels_path) as file:
+            _write_header(file, (count,), np.dtype(np.int64))
+            for start in starts:
+                file.write(self._rows(split, start)[1].tobytes())
+
+    def _rows(self, split: Split, start: int) -> tuple[Tokens, npt.NDArray[np.int64]]:
+        """Returns tokens (samples, crops, mirrors, N) and labels (samples,) of a part's samples, over all crops."""
+        stop = min(start + self.part_samples, self.description.samples[split])
+        parts = [Part(split, crop, start, stop) for crop in range(self.description.crops_of(split))]
+        read = [self._read(part) for part in parts]
+        return np.stack([tokens for tokens, _ in read], axis=1), read[0][1]
+
+    def _read(self, part: Part) -> tuple[Tokens, npt.NDArray[np.int64]]:
+        path = self._path(part)
+        try:
+            with open(path, "rb") as file:
+                tokens, labels = np.load(file, allow_pickle=False), np.load(file, allow_pickle=False)
+            if tokens.shape != self._shape(part) or tokens.dtype != self.description.dtype:
+                raise ValueError(f"{self._shape(part)} expected, got {tokens.shape} of {tokens.dtype}")
+            if labels.shape != tokens.shape[:1] or labels.dtype != np.int64:
+                raise ValueError(f"{tokens.shape[:1]} labels expected, got {labels.shape} of {labels.dtype}")
+            self._check_ranges(tokens, labels)
+        except (EOFError, ValueError) as error:
+            path.unlink(missing_ok=True)
+            raise ValueError(
+                f"token store {self.folder}: its part {path.name} is damaged ({error}) and was removed; "
+                "run the same command again to make it"
+            ) from error
+        return tokens, labels
+
+    def _check_ranges(self, tokens: npt.NDArray[Any], labels: npt.NDArray[Any]) -> None:
+        ranges = (("tokens", tokens, self.description.num_codes), ("labels", labels, len(self.description.classes)))
+        for name, values, limit in ranges:
+            if outside_range(values, limit).any():
+                raise ValueError(f"{name} must be in [0, {limit}), got {values.min()} to {values.max()}")
+
+    def _shape(self, part: Part) -> tuple[int, int, int]:
+        return part.stop - part.start, self.description.mirrors_of(part.split), self.description.num_tokens
+
+    def _path(self, part: Part) -> Path:
+        return self._parts / f"{part.split}-{part.crop}-{part.start:010d}.npy"
+
+    @contextmanager
+    def _replaced(self, path: Path) -> Iterator[IO[bytes]]:
+        """Gives a file that takes its name when all of it is on disk; what a kill leaves goes with the parts."""
+        with write_atomically(path, partial_in=self._parts) as file:
+            yield file
+        sync(path.parent)  # before a rename that counts on it
+
+
+def _write_header(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    fields = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, fields)
+
+
+def _as_json(description: StoreDescription, *, version: int = FORMAT) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(json.dumps({"format": version, **asdict(description)}))
+    del content["sha256"]
+    return content

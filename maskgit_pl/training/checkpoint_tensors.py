@@ -1,0 +1,154 @@
+"""The tensors of a checkpoint, which each rank writes and reads in its own rows. Used by ``checkpoint_files``.
+
+Where a piece lies in its tensor stands in the header of its file; any number of ranks reads what any other has written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from maskgit_pl.checks import check_integer, shorten
+from maskgit_pl.files import parse_json
+from maskgit_pl.networks.weight_file import open_tensors
+
+__all__ = ["FIRST_ROWS", "SavedTensor", "TensorPieces", "own_pieces", "rows_of"]
+
+_MAX_ROWS = 2**40
+FIRST_ROWS = "first_rows"  # in the header of a tensor file: name -> the row at which its piece begins
+
+
+@dataclass(frozen=True)
+class SavedTensor:
+    """A tensor of a checkpoint, whole or in pieces, of which any rows can be read.
+
+    Attributes:
+        key: Its place in the checkpoint.
+        pieces: Of all tensors.
+    """
+
+    key: str
+    pieces: TensorPieces
+
+    @property
+    def is_scalar(self) -> bool:
+        """True if it has no dimensions.
+
+        Raises:
+            ValueError: if the files do not hold it.
+        """
+        first = next(self.pieces.of(self.key), None)
+        if first is None:
+            raise ValueError(self._not_whole)
+        return not first.shape
+
+    def whole(self) -> Tensor:
+        """Reads all of it, to the CPU."""
+        if self.is_scalar:
+            return next(self.pieces.of(self.key)).read(None)
+        found = list(self.pieces.of(self.key))
+        end = max(piece.end for piece in found)
+        if end > sum(piece.shape[0] for piece in found):  # before memory for all rows is taken
+            raise ValueError(self._not_whole)
+        return self.rows(0, end)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Reads rows [start, stop) of its first dimension, to the CPU.
+
+        Raises:
+            ValueError: if the files do not hold all of them.
+        """
+        made: Tensor | None = None
+        missing = stop - start
+        for piece in self.pieces.of(self.key):
+            first, last = max(start, piece.start), min(stop, piece.end)
+            if first > last or (first == last and missing):
+                continue
+            rows = piece.read(slice(first - piece.start, last - piece.start))
+            if last - first == stop - start:
+                return rows
+            made = rows.new_empty(stop - start, *piece.shape[1:]) if made is None else made
+            made[first - start : last - start] = rows
+            missing -= last - first
+        if made is None or missing:
+            raise ValueError(self._not_whole)
+        return made
+
+    @property
+    def _not_whole(self) -> str:
+        return f"checkpoint {self.pieces.folder}: {shorten(self.key)} is not whole; resume from an older one"
+
+
+class _Piece(NamedTuple):
+    """Rows of a tensor in an open file."""
+
+    file: Any  # of safetensors
+    key: str
+    start: int
+    shape: list[int]
+
+    @property
+    def end(self) -> int:
+        return self.start + self.shape[0]
+
+    def read(self, rows: slice | None) -> Tensor:
+        made: Tensor = self.file.get_tensor(self.key) if rows is None else self.file.get_slice(self.key)[rows]
+        return made
+
+
+class TensorPieces:
+    """The tensor files of a checkpoint, opened when they are asked for, this rank's own first."""
+
+    def __init__(self, folder: Path, names: Sequence[str], rank: int) -> None:
+        self.folder = folder
+        self._names = [*names[rank : rank + 1], *names[:rank], *names[rank + 1 :]]
+        self._open: dict[str, tuple[Any, set[str], dict[str, int]]] = {}
+        self._files = ExitStack()
+
+    def __enter__(self) -> TensorPieces:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.close()
+
+    def of(self, key: str) -> Iterator[_Piece]:
+        for name in self._names:
+            if name not in self._open:
+                file = self._files.enter_context(open_tensors(self.folder / name))
+                self._open[name] = file, set(file.keys()), _first_rows(file.metadata(), self.folder / name)
+            file, keys, starts = self._open[name]
+            if key in keys:
+                yield _Piece(file, key, starts.get(key, 0), file.get_slice(key).get_shape())
+
+
+def rows_of(tensor: DTensor) -> tuple[int, int]:
+    """Returns the first row and the end of this rank's rows of a tensor that is sharded along its first dimension."""
+    (chunk,) = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]  # torch has no types for it
+    assert chunk.sizes[1:] == tensor.shape[1:]
+    return chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]
+
+
+def own_pieces(tensors: Mapping[str, Tensor], rank: int) -> dict[str, tuple[Tensor, int]]:
+    """Returns what this rank writes and the row where each begins: its rows of sharded tensors; rank 0 the rest too."""
+    pieces: dict[str, tuple[Tensor, int]] = {}
+    for key, tensor in tensors.items():
+        if isinstance(tensor, DTensor):
+            pieces[key] = tensor.to_local(), rows_of(tensor)[0]
+        elif rank == 0:
+            pieces[key] = tensor, 0
+    return pieces
+
+
+def _first_rows(metadata: Mapping[str, str] | None, file: Path) -> dict[str, int]:
+    """Returns the row at which each tensor's piece begins, as the header of a tensor file says it."""
+    where = f"checkpoint {file}: {FIRST_ROWS}"
+    starts = parse_json((metadata or {}).get(FIRST_ROWS, "{}"), where)
+    return {
+        name: check_integer(f"{where} of {shorten(name)}", row, f"[0, {_MAX_ROWS}]") for name, row in starts.items()
+    }

@@ -1,0 +1,39 @@
+"""What ``maskgit_pl.runs`` offers, and what it costs to import."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from maskgit_pl import runs
+
+
+@pytest.mark.parametrize("name", runs.__all__)
+def test_a_name_is_there_and_is_documented(name):
+    assert getattr(runs, name).__doc__
+    assert getattr(runs, name).__name__ == name
+
+
+def test_no_module_has_the_name_of_a_public_thing():
+    """Importing it would put it in that thing's place."""
+    modules = {path.stem for path in Path(runs.__file__).parent.glob("*.py")}
+    assert modules.isdisjoint(runs._HOMES)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="has no attribute 'fitt'"):
+        runs.fitt  # noqa: B018  # the access is what is tried
+
+
+def test_a_recipe_is_read_and_a_wrong_call_is_refused_without_torch():
+    code = """
+import sys
+from maskgit_pl import runs
+recipe = runs.Recipe.read("tokenizer", overrides={"data.seed": 3})
+try:
+    runs.fit(recipe, data="nowhere")
+except FileNotFoundError:
+    sys.exit(90 if {"torch", "lightning"} & set(sys.modules) else 0)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

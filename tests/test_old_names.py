@@ -1,0 +1,133 @@
+"""Names of version 0.1.0 are read wherever they may stand, and said once; no key has two names at a time."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import yaml
+from maskgit_pl.cli.measuring import read_own_recipe
+
+from maskgit_pl import old_names
+from maskgit_pl.old_names import renamed_keys, renamed_settings, renamed_tree
+from maskgit_pl.runs.recipe import Recipe
+from maskgit_pl.runs.recipe_schema import load_schema
+from maskgit_pl.training.checkpoint_files import settings_of
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+CHECKPOINTS = Path(__file__).parent / "checkpoints" / "v0.1.0"
+OLD = {"learning_rate": {"peak": 0.5, "warmup_steps": 3}, "betas": [0.8, 0.9], "weight_decay": 0.02, "adamw": "foreach"}
+
+
+@pytest.fixture(autouse=True)
+def _warns_again():
+    old_names._warn_once.cache_clear()
+
+
+def said(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == old_names.__name__]
+
+
+def test_a_tree_moves_to_the_new_names_and_the_old_one_stays_as_it_is(caplog):
+    tree = {"model": {"ema_decay": 0.9, **OLD}, "keep_last": 2}
+    before = json.dumps(tree)
+    assert renamed_tree(tree, "recipe a.yaml") == {"model": {"ema_decay": 0.9, "optimizer": OLD}, "keep_last": 2}
+    assert json.dumps(tree) == before
+    renamed_tree(tree, "recipe a.yaml")  # read again
+    assert said(caplog) == [
+        "recipe a.yaml: model.learning_rate is now called model.optimizer.learning_rate, "
+        "model.betas is now called model.optimizer.betas, "
+        "model.weight_decay is now called model.optimizer.weight_decay, "
+        "model.adamw is now called model.optimizer.adamw"
+    ]
+
+
+@pytest.mark.parametrize(
+    "tree", [{}, {"model": None}, {"model": "word"}, {"model": {"optimizer": OLD}}, {"data": {"betas": [1]}}], ids=str
+)
+def test_a_tree_without_old_names_is_as_it_was_and_nothing_is_said(tree, caplog):
+    assert renamed_tree(tree, "recipe") == tree
+    assert said(caplog) == []
+
+
+def test_new_and_old_names_of_different_settings_go_together():
+    tree = {"model": {"betas": [0.8, 0.9], "optimizer": {"adamw": "foreach"}}}
+    assert renamed_tree(tree, "recipe") == {"model": {"optimizer": {"betas": [0.8, 0.9], "adamw": "foreach"}}}
+
+
+@pytest.mark.parametrize("optimizer", [{"betas": [0.1, 0.2]}, None, "word"], ids=str)
+def test_a_setting_with_both_names_is_refused(optimizer):
+    with pytest.raises(
+        ValueError, match=r"^recipe a: model\.betas is the old name of model\.optimizer\.betas, and both"
+    ):
+        renamed_tree({"model": {"betas": [0.8, 0.9], "optimizer": optimizer}}, "recipe a")
+
+
+def test_dotted_keys_move_with_what_is_below_them():
+    keys = ["model.learning_rate.peak", "model.learning_rate", "model.learning_rates", "model.betas", "data.seed"]
+    assert renamed_keys(keys, "flags") == [
+        "model.optimizer.learning_rate.peak", "model.optimizer.learning_rate", "model.learning_rates",
+        "model.optimizer.betas", "data.seed",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"model\.learning_rate is the old name of model\.optimizer\.learning_rate"):
+        renamed_keys(["model.optimizer.learning_rate.peak", "model.learning_rate.warmup_steps"], "flags")
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
+def test_a_recipe_file_and_flags_of_version_0_1_0_are_read(stage, tmp_path, caplog):
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump({"model": OLD}))
+    flags = ["--model.learning_rate.peak=0.25", "--model.adamw", "for-loop"]
+    recipe = Recipe.from_files(stage, [RECIPES / stage / "base.yaml", file], flags)
+    assert recipe.get("model.optimizer") == {
+        "learning_rate": {"peak": 0.25, "warmup_steps": 3, "decay": "cosine"},
+        "betas": [0.8, 0.9], "weight_decay": 0.02, "adamw": "for-loop",
+    }  # fmt: skip
+    assert [line.split(": ")[0] for line in said(caplog)] == [f"recipe {file}", "flags"]
+    group = Recipe.from_files(stage, [RECIPES / stage / "base.yaml"], ["--model={betas: [0.1, 0.2]}"])
+    assert group.get("model.optimizer.betas") == [0.1, 0.2]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--model.betas=[0.1,0.2]", "--model.optimizer.betas=[0.3,0.4]"],
+        ["--model={betas: [0.1, 0.2], optimizer: {betas: [0.3, 0.4]}}"],
+    ],
+)
+def test_flags_with_both_names_are_refused(words):
+    with pytest.raises(
+        ValueError, match=r"model\.betas is the old name of model\.optimizer\.betas, and both are given"
+    ):
+        Recipe.from_files("transformer", [RECIPES / "transformer" / "base.yaml"], words)
+
+
+def test_a_wrong_value_under_an_old_name_is_answered_with_the_new_one():
+    with pytest.raises(
+        ValueError, match=r"model\.optimizer\.betas must be a list of a number and a number, got \[0.1\]"
+    ):
+        Recipe.from_files("transformer", [RECIPES / "transformer" / "base.yaml"], ["--model.betas=[0.1]"])
+
+
+def test_the_configuration_of_an_old_run_is_repeated_and_compared(tmp_path):
+    config = tmp_path / "config.yaml"
+    network = {"width": 16, "depth": 1, "num_heads": 2, "mlp_width": 32}
+    tree = {"data": {"path": "x", "global_batch": 4}, "model": {"network": network, **OLD}, "trainer": {"max_steps": 3}}
+    config.write_text(yaml.safe_dump(tree))
+    assert Recipe.from_run("transformer", config).get("model.optimizer") == OLD
+    assert read_own_recipe(config)["model"] == {"network": network, "optimizer": OLD}
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
+def test_settings_of_a_checkpoint_of_version_0_1_0_get_the_names_of_today(stage, caplog):
+    settings = settings_of(CHECKPOINTS / stage)
+    renamed = renamed_settings(settings, "checkpoint step-00000003")
+    assert list(renamed.values()) == list(settings.values())
+    assert {key for key in renamed if key not in settings} == {
+        "model.optimizer.learning_rate.peak", "model.optimizer.betas", "model.optimizer.weight_decay",
+    }  # fmt: skip
+    known = load_schema(stage)["properties"]["model"]["properties"]["optimizer"]["properties"]
+    assert {key.split(".")[2] for key in renamed if key.startswith("model.optimizer.")} <= set(known)
+    assert len(said(caplog)) == 1
+    with caplog.at_level(logging.WARNING):
+        assert renamed_settings(renamed, "checkpoint") == renamed
