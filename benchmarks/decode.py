@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from maskgit_pl.cli.measuring import find_run, open_data
 from maskgit_pl.decoding import (
     ConditionalModel,
     FirstStepLogits,
@@ -37,7 +36,8 @@ from maskgit_pl.decoding import (
 )
 from maskgit_pl.decoding.guidance import guidance_scales, guidance_schedules
 from maskgit_pl.decoding.selectors import token_selectors
-from maskgit_pl.evaluation.classifier import obtain_classifier
+from maskgit_pl.evaluation.classifier_training import obtain_classifier
+from maskgit_pl.evaluation.run_folders import find_run, open_data
 from maskgit_pl.networks.causal import CausalTransformer
 from maskgit_pl.networks.int8 import quantized
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
@@ -438,7 +438,7 @@ class Trained:
 
 def on_trained(run: Path, names: Sequence[str], *, num_images: int) -> dict[str, Trained]:
     """Decodes images of a trained run in each of our modes, without guidance, and judges them."""
-    folders = find_run(argparse.Namespace(folder=run, data=None, classifier=None))
+    folders = find_run(run)
     pipe = MaskGIT.from_pretrained(folders.pretrained)
     classifier = obtain_classifier(folders.judge, open_data(folders, pipe))
     labels = [number * len(pipe.class_names) // num_images for number in range(num_images)]
@@ -458,7 +458,7 @@ def on_trained(run: Path, names: Sequence[str], *, num_images: int) -> dict[str,
         )
         tokens = torch.cat(kept)
         exact = tokens if exact is None else exact
-        agreement = (classifier.judge(images).classes == torch.tensor(labels)).float().mean()
+        agreement = (classifier.predict(images).logits.argmax(1) == torch.tensor(labels)).float().mean()
         found[name] = Trained(float((tokens == exact).float().mean()), float(agreement))
     return found | {f"{name}, class seen": found[name] for name in found if f"{name}, class seen" in names}
 

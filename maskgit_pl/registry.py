@@ -17,9 +17,10 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import is_dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, distributions
+from types import MappingProxyType
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
-from maskgit_pl.checks import build_dataclass, did_you_mean, shorten
+from maskgit_pl.checks import build_dataclass, check_keys, did_you_mean, shorten
 from maskgit_pl.text import printable
 
 T = TypeVar("T")
@@ -71,12 +72,21 @@ class Registry(Generic[T]):
         kind: What the objects are, in the words of an error message, e.g. ``"mask schedule"``.
         group: Entry point group in which other packages announce factories, e.g. ``"maskgit_pl.mask_schedules"``.
         check: Called with the name and each new object; raises ``ValueError`` when the object breaks its contract.
+        renamed: Names that files of older versions may hold, with the names that took their place; not listed.
     """
 
-    def __init__(self, kind: str, group: str, *, check: Callable[[str, T], None] | None = None) -> None:
+    def __init__(
+        self,
+        kind: str,
+        group: str,
+        *,
+        check: Callable[[str, T], None] | None = None,
+        renamed: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.kind = kind
         self.group = group
         self._check = check
+        self._renamed = renamed
         self._factories: dict[str, Callable[..., T]] = {}
         self._loaded: dict[str, Callable[..., T] | PluginError] = {}  # by the name of the entry point
 
@@ -111,6 +121,7 @@ class Registry(Generic[T]):
             PluginError: if the name is a plug-in's and its code raises anything or exits.
         """
         name, arguments = self._parse(spec)
+        name = self._renamed.get(name, name)
         plugins = {} if name in self._factories and name not in self._loaded else self._plugins()
         if name in plugins:
             factory = self._load(name, plugins[name])
@@ -151,9 +162,11 @@ class Registry(Generic[T]):
         if isinstance(factory, type) and is_dataclass(factory):
             made = cast(T, build_dataclass(factory, arguments, where))
         else:
+            signature = inspect.signature(factory)
             try:
-                inspect.signature(factory).bind(**arguments)
+                signature.bind(**arguments)
             except TypeError as error:
+                check_keys(where, arguments, known=signature.parameters)
                 raise ValueError(f"{where}: {error}; given {shorten(sorted(map(str, arguments)))}") from error
             made = factory(**arguments)
         if self._check is not None:

@@ -1,4 +1,4 @@
-"""Mask schedules: what share of the tokens is masked at which progress. The heart of MaskGIT.
+"""Mask schedules: the share of tokens that is masked at each progress. The heart of MaskGIT.
 
 One object serves training (``masking.MaskSampler`` draws its mask ratios from it) and inference
 (``decoding.ParallelDecoder`` reads from it how many tokens stay masked after each step), so the two cannot disagree.
@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from maskgit_pl.checks import check_number
@@ -37,11 +38,11 @@ _MIN_RATIO = 1e-6  # released code: gamma is clipped to [1e-6, 1]
 
 
 class MaskSchedule(ABC):
-    """gamma: progress in [0, 1] -> mask ratio in [0, 1], falling from 1 to 0. Subclasses are frozen dataclasses."""
+    """A function of progress in [0, 1] to a mask ratio that falls from 1 to 0. Subclasses are frozen dataclasses."""
 
     @abstractmethod
     def __call__(self, progress: Tensor, num_tokens: int) -> Tensor:
-        """The mask ratio.
+        """Computes the mask ratio.
 
         Args:
             progress: Any shape, float32, in [0, 1]. Training draws it uniformly; decoding passes (t + 1) / T.
@@ -53,9 +54,9 @@ class MaskSchedule(ABC):
 
 
 def num_masked(ratio: Tensor, num_tokens: int | Tensor, *, rounding: Rounding) -> Tensor:
-    """How many of ``num_tokens`` a mask ratio masks: the only place where a ratio becomes a count.
+    """Counts the tokens that a mask ratio masks: the only place where a ratio becomes a count.
 
-    ceil or floor of clip(ratio, 1e-6, 1) * num_tokens, in float32 as in the released code (cos(pi / 3) is
+    count = ceil or floor of clip(ratio, 1e-6, 1) * num_tokens, in float32 as in the released code (cos(pi / 3) is
     0.49999997 there, so that 256 tokens give 127 under floor).
 
     Args:
@@ -67,7 +68,7 @@ def num_masked(ratio: Tensor, num_tokens: int | Tensor, *, rounding: Rounding) -
         int64, in [0, num_tokens].
 
     Raises:
-        ValueError: Unknown rounding.
+        ValueError: if the rounding is unknown.
 
     Source: paper, section on mask scheduling (ceil); google-research/maskgit, ``parallel_decode.py`` (floor).
     """
@@ -80,13 +81,13 @@ def num_masked(ratio: Tensor, num_tokens: int | Tensor, *, rounding: Rounding) -
 
 
 def check_mask_schedule(name: str, schedule: MaskSchedule) -> None:
-    """Refuses a schedule that is no mask schedule, by name.
+    """Checks that a schedule keeps the contract of mask schedules.
 
     At 2, 16, 49, 256 and 1024 tokens its values must be finite, in [0, 1], of the shape of progress, never rise, and
     go from 1 to 0 within 1 / num_tokens.
 
     Raises:
-        ValueError: With the name, the rule and what was seen.
+        ValueError: if it does not, with the name, the rule and what was seen.
     """
     import torch
 
@@ -158,36 +159,12 @@ class Pow(MaskSchedule):
         return 1 - progress.pow(self.exponent)
 
 
-@mask_schedules.register("linear")
-@dataclass(frozen=True)
-class Linear(Pow):
-    """1 - r. Source: paper, Table 3."""
-
-    exponent: float = field(default=1.0, init=False)
+def _power(exponent: float) -> Callable[[], Pow]:
+    return lambda: Pow(exponent)
 
 
-@mask_schedules.register("square")
-@dataclass(frozen=True)
-class Square(Pow):
-    """1 - r^2. Source: paper, Table 3."""
-
-    exponent: float = field(default=2.0, init=False)
-
-
-@mask_schedules.register("cubic")
-@dataclass(frozen=True)
-class Cubic(Pow):
-    """1 - r^3. Source: paper, Table 3."""
-
-    exponent: float = field(default=3.0, init=False)
-
-
-@mask_schedules.register("sqrt")
-@dataclass(frozen=True)
-class Sqrt(Pow):
-    """1 - r^0.5. Source: paper, Table 3."""
-
-    exponent: float = field(default=0.5, init=False)
+for _name, _exponent in (("linear", 1.0), ("square", 2.0), ("cubic", 3.0), ("sqrt", 0.5)):  # paper, Table 3
+    mask_schedules.register(_name)(_power(_exponent))
 
 
 @mask_schedules.register("exp")

@@ -1,29 +1,29 @@
-"""The pages that ``results/`` holds are those that the code makes of the rows beside them.
+"""The pages that ``results/`` holds are those that the code makes of the ledger beside them.
 
 ``python -m tests.test_results`` writes them anew, e.g. after a published number was corrected.
 """
 
-import csv
 import sys
-from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from maskgit_pl.evaluation.bench.ledger import REAL, Row
-from maskgit_pl.evaluation.paper import figure4
-from maskgit_pl.evaluation.paper.figure4 import Timing
-from maskgit_pl.evaluation.paper.tables import Page, ScheduleResult, as_csv, table_1, table_2, table_3
+from maskgit_pl.evaluation.ledger import REAL, Ledger, Row
+from maskgit_pl.evaluation.pages import Page
+from maskgit_pl.evaluation.reports.ablation import ScheduleResult
+from maskgit_pl.evaluation.reports.tables import editing_page, generation_page, schedule_page
+from maskgit_pl.evaluation.reports.timing import METHODS, Timing, timing_of
+from maskgit_pl.evaluation.reports.timing_page import timing_page
 from maskgit_pl.schedules import mask_schedules
 
 RESULTS = Path(__file__).parents[1] / "results"
 TABLES = RESULTS / "fashion-mnist"
+LEDGER = Ledger(RESULTS / "ledger.jsonl")
 
 
-def rows(kind: str, **wanted: str) -> list[Row]:
-    with (RESULTS / f"{kind}.csv").open(newline="") as stream:
-        found = list(csv.DictReader(stream))
-    return [row for row in found if all(row[name] == value for name, value in wanted.items())]
+def rows(measurement: str, **wanted: Any) -> list[Row]:
+    return [row for row in LEDGER.rows(measurement) if all(row[name] == value for name, value in wanted.items())]
 
 
 def command(file: Path) -> str:
@@ -31,61 +31,44 @@ def command(file: Path) -> str:
 
 
 def schedule_result(run: str) -> ScheduleResult:
-    first = rows("samples", run=run, seed="0", num_images="1000", network="classifier")
-    curve = {int(row["num_steps"]): float(row["fid"]) for row in first}
+    first = rows("samples", run=run, seed=0, num_images=1000, network="classifier")
+    curve = {row["num_steps"]: row["fid"] for row in first}
     best = min(curve, key=lambda steps: curve[steps])
-    fresh = {row["network"]: row for row in rows("samples", run=run, seed="1000", num_steps=str(best))}
+    fresh = {row["network"]: row for row in rows("samples", run=run, seed=1000, num_steps=best)}
     (likelihood,) = rows("likelihood", run=run)
     name = run.removeprefix("fashion-mnist-")
     return ScheduleResult(name, run, best, curve, fresh, likelihood, mask_schedules.build(name))
 
 
 def timings() -> list[Timing]:
-    names = [field.name for field in fields(Timing)]
-    made = []
-    for row in rows("timing"):
-        numbers = {"seconds": float(row["seconds_per_image"]), "least": float(row["least"]), "runs": int(row["runs"])}
-        counts = {name: int(row[name]) for name in ("num_tokens", "num_steps")}
-        made.append(Timing(**{name: row[name] for name in names if name in row} | numbers | counts))
-    order = list(figure4._METHODS)
-    return sorted(made, key=lambda timing: (timing.num_tokens, order.index(timing.method)))
+    made = [timing_of(row) for row in rows("timing")]
+    return sorted(made, key=lambda timing: (timing.num_tokens, METHODS.index(timing.method)))
 
 
 def page(name: str) -> Page:
+    said = command(PAGES[name] / f"{name}.md")
     if name == "table-1":
-        samples = rows("samples", num_images="2000")
-        models = sorted(samples, key=lambda row: row["model"] == REAL)
-        return table_1(models, rows("cas"), command=command(TABLES / "table-1.md"))
+        samples = rows("samples", num_images=2000)
+        return generation_page(sorted(samples, key=lambda row: row["model"] == REAL), rows("cas"), command=said)
     if name == "table-2":
-        return table_2(rows("editing"), command=command(TABLES / "table-2.md"))
+        return editing_page(rows("editing"), command=said)
     if name == "table-3":
-        results = [schedule_result(row["run"]) for row in rows("likelihood")]
-        return table_3(results, command=command(TABLES / "table-3.md"))
-    made = timings()
-    return Page(
-        figure4.as_markdown(made, command(RESULTS / "figure-4.md")), as_csv([asdict(timing) for timing in made])
-    )
+        return schedule_page([schedule_result(row["run"]) for row in rows("likelihood")], command=said)
+    return timing_page(timings(), command=said)
 
 
 PAGES = {"table-1": TABLES, "table-2": TABLES, "table-3": TABLES, "figure-4": RESULTS}
-PICTURES = {"table-1": "table-1", "table-2": "table-2", "table-3": "figure-8"}
-
-
-def texts(name: str) -> dict[Path, str]:
-    made, picture = page(name), PICTURES.get(name)
-    shown = "" if picture is None else f"\n![{picture}]({picture}.png)\n"
-    return {PAGES[name] / f"{name}.md": made.markdown + shown, PAGES[name] / f"{name}.csv": made.csv}
 
 
 @pytest.mark.parametrize("name", PAGES)
 def test_the_page_is_what_the_ledger_makes(name: str) -> None:
-    for file, text in texts(name).items():
+    made = page(name)
+    for ending, text in (("md", made.markdown), ("csv", made.csv)):
+        file = PAGES[name] / f"{name}.{ending}"
         assert file.read_text() == text, f"{file}: `python -m tests.test_results` writes it anew"
 
 
 if __name__ == "__main__":
-    for name in PAGES:
-        for file, text in texts(name).items():
-            file.write_text(text)
-    figure4.draw(timings(), RESULTS / "figure-4.png")
+    for name, folder in PAGES.items():
+        page(name).write(folder)
     sys.exit()

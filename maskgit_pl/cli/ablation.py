@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
+import shlex
 from pathlib import Path
 
-from maskgit_pl.cli.measuring import step_numbers
-from maskgit_pl.cli.model import device_of
-from maskgit_pl.cli.paper import add_measuring_arguments, measured_schedules, opened, write_schedules
-from maskgit_pl.errors import PreemptedError
-from maskgit_pl.runs.recipe import Recipe
+from maskgit_pl.cli.model import device_of, naming_flags
+from maskgit_pl.cli.paper import add_report_arguments, report_options, show, wanted_steps
+from maskgit_pl.cli.progress import progress_bars
+from maskgit_pl.evaluation import reports
+from maskgit_pl.evaluation.command_line import command_line
 from maskgit_pl.runs.recipe_files import DEFAULT_DATASET
+from maskgit_pl.runs.schedule_runs import PAPER_SCHEDULES, train_schedules
 
 __all__ = ["add_parser", "run"]
 
-_SCHEDULES = "exp,cubic,square,cosine,linear,sqrt,log"
+_SCHEDULES = ",".join(PAPER_SCHEDULES)
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -29,7 +29,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "Further flags set single values of the recipes, e.g. --trainer.max_steps 2000.",
         allow_abbrev=False,
     )
-    add_measuring_arguments(parser)
+    add_report_arguments(parser)
     parser.add_argument("--schedules", default=_SCHEDULES, metavar="A,B,...",
                         help=f"recipes, one for each schedule (default: {_SCHEDULES})")  # fmt: skip
     parser.add_argument("--recipe", default="", help="recipes that stand before the schedule's, in one word")
@@ -42,54 +42,33 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains what is missing, measures what is missing, and writes.
-
-    Raises:
-        FileNotFoundError: No such recipe, data or tokenizer.
-        ValueError: As of ``maskgit table``; or a training that failed.
-    """
-    schedules = [name.strip() for name in args.schedules.split(",") if name.strip()]
-    numbers = None if args.num_steps is None else step_numbers(args.num_steps)
+    """Trains what is missing, measures what is missing, and writes."""
+    steps, options = wanted_steps(args), report_options(args)
     if args.device is not None:  # before the first hour is spent, like the recipes
         device_of(args)
-    for name in schedules:
-        names = [*args.recipe.split(), name]
-        Recipe.read("transformer", names=names, dataset=args.dataset, cluster=args.cluster, overrides=args.overrides)
-    args.runs = [_train(name, place, len(schedules), args) for place, name in enumerate(schedules)]
-    with opened(args) as made:
-        write_schedules(made, measured_schedules(made, args, numbers), args, _command(args))
+    runs = train_schedules(
+        [name.strip() for name in args.schedules.split(",") if name.strip()],
+        names=args.recipe,
+        dataset=args.dataset,
+        cluster=args.cluster,
+        overrides=args.overrides,
+        runs=args.runs_folder,
+        data=args.data,
+        tokenizer=args.tokenizer,
+    )
+    with naming_flags(args), progress_bars() as bars:
+        page = reports.table_3(runs, options, num_steps=steps, command=_command(args), bars=bars)
+    show(page)
     return 0
 
 
-def _train(schedule: str, place: int, count: int, args: argparse.Namespace) -> Path:
-    """Trains a schedule's run, in a process of its own; a finished one says so at once.
-
-    Raises:
-        ValueError: It failed; it has said why.
-        PreemptedError: It was asked to stop.
-    """
-    recipe = " ".join([*args.recipe.split(), schedule])
-    name = "-".join([args.dataset, *recipe.split()])
-    words = ["--recipe", recipe, "--dataset", args.dataset, "--run", name, "--runs", str(args.runs_folder)]
-    words += [] if args.data is None else ["--data", str(args.data)]
-    words += [] if args.tokenizer is None else ["--tokenizer", str(args.tokenizer)]
-    print(f"ablation: {schedule}, {place + 1} of {count}", flush=True)
-    maskgit = [sys.executable, "-m", "maskgit_pl"]
-    train = ["train", "transformer", *words, "--cluster", args.cluster, *args.overrides]
-    for command in (["tokenize", *words], train):
-        code = subprocess.run([*maskgit, *command], check=False).returncode
-        if code == PreemptedError.exit_code:
-            raise PreemptedError(f"ablation {schedule}: asked to stop by a signal; the same command goes on from there")
-        if code != 0:
-            raise ValueError(f"ablation {schedule}: `maskgit {command[0]}` ended with {code}; the same command goes on")
-    return Path(args.runs_folder) / name
-
-
 def _command(args: argparse.Namespace) -> str:
-    """What makes the same ablation again."""
-    words = ["maskgit ablation", f"--dataset {args.dataset}"]
-    words += [] if args.schedules == _SCHEDULES else [f"--schedules {args.schedules}"]
-    words += [f"--recipe '{args.recipe}'"] if args.recipe else []
-    words += [f"--num-samples {args.num_samples}"]
-    words += [] if args.num_steps is None else [f"--num-steps {args.num_steps}"]
-    return " ".join([*words, *args.overrides])
+    """Returns the command that makes the same ablation again."""
+    flags = {
+        "dataset": args.dataset,
+        "schedules": None if args.schedules == _SCHEDULES else args.schedules,
+        "recipe": args.recipe or None,
+        "num_samples": args.num_samples,
+        "num_steps": args.num_steps,
+    }
+    return " ".join([command_line(["maskgit ablation"], flags), shlex.join(args.overrides)]).rstrip()

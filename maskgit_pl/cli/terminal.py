@@ -92,4 +92,4 @@ def _open_closed_files() -> None:
             os.fstat(number)
         except OSError:
             null = os.open(os.devnull, os.O_RDWR)  # the lowest free number: this one
-            os.set_inheritable(null, True)  # noqa: FBT003 - takes no keyword
+            os.set_inheritable(null, True)  # noqa: FBT003  # it takes no keywords

@@ -47,7 +47,10 @@ def guidance_scales(schedule: GuidanceSchedule, num_steps: int) -> tuple[float, 
 
 
 guidance_schedules: Registry[GuidanceSchedule] = Registry(
-    "guidance schedule", "maskgit_pl.guidance_schedules", check=check_guidance_schedule
+    "guidance schedule",
+    "maskgit_pl.guidance_schedules",
+    check=check_guidance_schedule,
+    renamed={"column-normalised": "linear"},  # of 0.1.0, which computed the same
 )
 
 
@@ -162,20 +165,3 @@ class Interval(GuidanceSchedule):
 
     def __call__(self, progress: float) -> float:
         return self.scale if self.start <= progress <= self.stop else 0.0
-
-
-@guidance_schedules.register("column-normalised")
-@dataclass(frozen=True)
-class ColumnNormalised(Linear):
-    """The guidance that theory recommends for masked tokens: normalised at each position, and weak before strong.
-
-    In continuous-time masked diffusion an unnormalised product p_c^(1 + scale) p_u^(-scale) also changes how fast
-    places are unmasked, too fast early on; dividing its column by Z mends that. Parallel decoding takes its speed from
-    the mask schedule and its codes from a softmax, so all guidance here is column-normalised: what this name adds to
-    ``constant`` is the rising scale that the same analysis finds best, which is ``linear``.
-
-    Args:
-        scale: In [0, 10000], reached at the last step.
-
-    Source: Rojas et al., arXiv:2507.08965.
-    """

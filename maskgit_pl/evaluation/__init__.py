@@ -1,1 +1,67 @@
-"""How good a trained model is: reconstruction, class agreement, diversity and speed."""
+"""Measures trained models: ``evaluate``, ``compare``, ``tune`` and ``train_classifier``.
+
+One ``Evaluator`` makes every measurement and keeps it in one ``Ledger``, which is not measured again. The public names
+are imported when they are first used: importing this package imports neither torch nor Lightning nor Matplotlib.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from maskgit_pl.evaluation.comparison import Comparison, ComparisonOptions, compare
+    from maskgit_pl.evaluation.data_classifier import ClassifierOptions, train_classifier
+    from maskgit_pl.evaluation.decoding_search import SearchResult
+    from maskgit_pl.evaluation.evaluation_report import Report
+    from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
+    from maskgit_pl.evaluation.ledger import Ledger
+    from maskgit_pl.evaluation.model_evaluation import CASOptions, EvaluationOptions, evaluate
+    from maskgit_pl.evaluation.pages import Page
+    from maskgit_pl.evaluation.tuning import TuningOptions, plan_trials, tune
+
+__all__ = [
+    "CASOptions",
+    "ClassifierOptions",
+    "Comparison",
+    "ComparisonOptions",
+    "EvaluatedModel",
+    "EvaluationOptions",
+    "Evaluator",
+    "Ledger",
+    "Page",
+    "Report",
+    "SearchResult",
+    "TuningOptions",
+    "compare",
+    "evaluate",
+    "plan_trials",
+    "train_classifier",
+    "tune",
+]
+
+_HOMES = {
+    "CASOptions": "model_evaluation",
+    "ClassifierOptions": "data_classifier",
+    "Comparison": "comparison",
+    "ComparisonOptions": "comparison",
+    "EvaluatedModel": "evaluator",
+    "EvaluationOptions": "model_evaluation",
+    "Evaluator": "evaluator",
+    "Ledger": "ledger",
+    "Page": "pages",
+    "Report": "evaluation_report",
+    "SearchResult": "decoding_search",
+    "TuningOptions": "tuning",
+    "compare": "comparison",
+    "evaluate": "model_evaluation",
+    "plan_trials": "tuning",
+    "train_classifier": "data_classifier",
+    "tune": "tuning",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -18,13 +18,8 @@ from torch import Tensor
 
 from maskgit_pl.data import ShardData
 from maskgit_pl.distributed import rank_and_world
-from maskgit_pl.evaluation.classifier import (
-    Accuracy,
-    ClassifierConfig,
-    TrainingImages,
-    measure_accuracy,
-    train_classifier,
-)
+from maskgit_pl.evaluation.classifier import Accuracy, ClassifierConfig
+from maskgit_pl.evaluation.classifier_training import TrainingImages, fit_classifier, measure_accuracy
 
 __all__ = ["CASConfig", "classification_accuracy", "default_config"]
 
@@ -49,13 +44,13 @@ class CASConfig(ClassifierConfig):
 
 
 def default_config(image_size: int, *, model: str | None = None, seed: int = 0, **given: Any) -> CASConfig:
-    """Returns what suits images of a size.
+    """Returns the network and training for images of a size.
 
     Args:
         image_size: Edge in pixels.
         model: In place of resnet50, and of resnet18 for images below 64 pixels.
         seed: Of weights and order.
-        given: Fields of ``CASConfig`` in place of its defaults; those that are None are left as they are.
+        given: Fields of ``CASConfig`` in place of its defaults; those that are None keep them.
     """
     model = model or ("resnet18" if image_size < _SMALL_IMAGES else "resnet50")
     return CASConfig(model=model, seed=seed, **{name: value for name, value in given.items() if value is not None})
@@ -79,8 +74,8 @@ def classification_accuracy(
             numbers of real ones in the train split.
         data: The real images.
         config: Network and training.
-        on_step: Called after each training step, for a progress bar.
-        device: As of ``train_classifier``.
+        on_step: Called after each training step.
+        device: See ``fit_classifier``.
 
     Returns:
         On all images of the val split.
@@ -95,7 +90,7 @@ def classification_accuracy(
     if images is not None and images.shape != expected:
         raise ValueError(f"CAS images must be those of the data, {expected}, got {images.shape}")
     if rank == 0:
-        classifier = train_classifier(
+        classifier = fit_classifier(
             images or data,
             chosen=source if isinstance(source, Tensor) else None,
             num_workers=data.config.num_workers,

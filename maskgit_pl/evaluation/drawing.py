@@ -1,7 +1,8 @@
-"""What the figures have in common: names at the ends of lines instead of a legend, and how a figure is saved."""
+"""Parts that figures share: quality against T, names at the ends of lines instead of a legend, and saving."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,26 +15,74 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["LineEnd", "name_lines", "save_figure", "spread"]
+__all__ = ["LineEnd", "name_lines", "plot_by_steps", "plot_floor", "png_of", "save_figure", "spread"]
 
 _LABEL_HEIGHT = 0.047  # of the axes: how far apart the names at the ends of lines are at least
+_REAL = "#3a7d44"
+_FAR = 3  # times below the least value: a line there would leave half of the panel empty
 
 
 @dataclass(frozen=True)
 class LineEnd:
-    """Where a line ends, and what it is called there.
+    """The right end of a line, and the name that is written there.
 
     Args:
-        label: Its name.
+        label: Name of the line.
         point: In the units of the axes.
         colour: Of the name.
-        bold: Whether it stands out.
+        bold: True for the line that stands out.
     """
 
     label: str
     point: tuple[float, float]
     colour: str
     bold: bool = False
+
+
+def plot_by_steps(
+    axes: Axes, curves: Mapping[str, Mapping[int, float]], colours: Mapping[str, str], *, front: str | None = None
+) -> None:
+    """Plots quality against the number of decoding steps, a line for each name.
+
+    Values that span more than a factor of 4 stand on a logarithmic axis.
+
+    Args:
+        axes: Empty axes.
+        curves: By name: the value at each T.
+        colours: By name.
+        front: Name of the line that stands out; None for none.
+    """
+    values = [value for curve in curves.values() for value in curve.values()]
+    axes.set_xscale("log", base=2)
+    if min(values) > 0 and max(values) > 4 * min(values):
+        axes.set_yscale("log")
+    for name, curve in curves.items():
+        steps, in_front = sorted(curve), name == front
+        axes.plot(
+            steps, [curve[step] for step in steps], color=colours[name], linewidth=3 if in_front else 1.5,
+            marker="o", markersize=5.5 if in_front else 3.5, zorder=3 if in_front else 2,
+        )  # fmt: skip
+    every = sorted({step for curve in curves.values() for step in curve})
+    axes.set_xticks(every, [str(step) for step in every])
+    axes.minorticks_off()
+    axes.set_xlabel("decoding steps T")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def plot_floor(axes: Axes, floor: float, label: str) -> None:
+    """Draws the value of real images as a dashed line; only its label where it lies far below all other lines.
+
+    Args:
+        axes: Axes of ``plot_by_steps``.
+        floor: In the units of the axes.
+        label: Written above the line.
+    """
+    near = floor > axes.dataLim.ymin / _FAR
+    if near:
+        axes.axhline(floor, color=_REAL, linestyle=(0, (4, 3)), linewidth=1.2, zorder=1)
+    place = axes.get_yaxis_transform() if near else axes.transAxes
+    axes.text(0.01, floor if near else 0.02, label, color=_REAL, transform=place, fontsize=9, va="bottom")
 
 
 def name_lines(figure: Figure, axes: Axes, ends: Mapping[str, LineEnd], *, least: float = _LABEL_HEIGHT) -> None:
@@ -43,7 +92,7 @@ def name_lines(figure: Figure, axes: Axes, ends: Mapping[str, LineEnd], *, least
         figure: Everything else must be drawn already.
         axes: Where the lines are.
         ends: By any name.
-        least: How far apart names are, as a share of the axes' height.
+        least: Least distance of two names, as a share of the axes' height.
     """
     figure.draw_without_rendering()  # ends of lines have their places from here on
     to_axes = axes.transData + axes.transAxes.inverted()
@@ -58,17 +107,24 @@ def name_lines(figure: Figure, axes: Axes, ends: Mapping[str, LineEnd], *, least
         )  # fmt: skip
 
 
+def png_of(figure: Figure) -> bytes:
+    """Returns a figure as a PNG file."""
+    stream = io.BytesIO()
+    figure.savefig(stream, dpi=150, format="png")
+    return stream.getvalue()
+
+
 def save_figure(figure: Figure, path: Path) -> None:
     """Writes a PNG, under a temporary name first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with write_atomically(path) as stream:
-        figure.savefig(stream, dpi=150, format="png")
+        stream.write(png_of(figure))
 
 
 def spread(heights: Mapping[str, float], *, least: float) -> dict[str, float]:
-    """Heights moved apart to at least ``least`` from one another, in their order and as little as that takes.
+    """Moves heights apart to at least ``least`` from one another, in their order and as little as possible.
 
-    Neighbours that are too close become a group around the middle of what they want.
+    Neighbours that are too close become a group around the mean of their heights.
     """
     names = sorted(heights, key=lambda name: heights[name])
     groups: list[list[str]] = []

@@ -26,12 +26,25 @@ from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.randomness import random_bits
 from maskgit_pl.schedules import MaskSchedule
 
-__all__ = ["Estimate", "ImageLikelihood", "exact_nll", "masked_nll", "negative_elbo", "real_tokens"]
+__all__ = ["Estimate", "ImageLikelihood", "MaskDraws", "exact_nll", "masked_nll", "negative_elbo", "real_tokens"]
 
 MaskedPredictor: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 CausalPredictor: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 OnImages: TypeAlias = Callable[[int], object]
 _WORDS = 2**32
+
+
+@dataclass(frozen=True)
+class MaskDraws:
+    """The masks that each image is measured with.
+
+    Args:
+        count: Masks of an image, at least 1.
+        seed: In [0, 2**32).
+    """
+
+    count: int = 4
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -89,8 +102,7 @@ def masked_nll(
     *,
     mask_schedule: MaskSchedule,
     mask_token_id: int,
-    draws: int = 4,
-    seed: int = 0,
+    draws: MaskDraws = MaskDraws(),  # frozen
     batch_size: int = 100,
     on_images: OnImages = lambda count: None,
 ) -> Estimate:
@@ -109,8 +121,7 @@ def masked_nll(
         labels: (n,) int64, likewise.
         mask_schedule: gamma, the model's own.
         mask_token_id: What stands at masked positions.
-        draws: Masks of an image.
-        seed: Of the masks, in [0, 2**32).
+        draws: Masks of an image, and their seed.
         batch_size: Images at a time; the same on all ranks.
         on_images: Told how many more this rank has done.
 
@@ -119,16 +130,16 @@ def masked_nll(
 
     Source: paper, Table 3 ("NLL") and the training objective; the released code's loss for the mean over rows.
     """
-    _check(tokens, labels, draws=draws, batch_size=batch_size)
-    sampler = MaskSampler(mask_schedule, seed)
+    _check(tokens, labels, draws=draws.count, batch_size=batch_size)
+    sampler = MaskSampler(mask_schedule, draws.seed)
 
     def mask(index: Tensor, draw: int) -> Tensor:
         draw_of_row = torch.full_like(index, draw)
-        place = {"index": index, "epoch": draw_of_row, "position": index * draws + draw_of_row}
-        return sampler.mask(tokens.shape[1], **place, global_batch=draws)
+        place = {"index": index, "epoch": draw_of_row, "position": index * draws.count + draw_of_row}
+        return sampler.mask(tokens.shape[1], **place, global_batch=draws.count)
 
     values = _mean_row_nll(
-        network, tokens, labels, mask, mask_token_id, draws=draws, batch_size=batch_size, on_images=on_images
+        network, tokens, labels, mask, mask_token_id, draws=draws.count, batch_size=batch_size, on_images=on_images
     )
     return Estimate.of(values)
 
@@ -139,8 +150,7 @@ def negative_elbo(
     labels: Tensor,
     *,
     mask_token_id: int,
-    draws: int = 4,
-    seed: int = 0,
+    draws: MaskDraws = MaskDraws(),  # frozen
     batch_size: int = 100,
     on_images: OnImages = lambda count: None,
 ) -> ImageLikelihood:
@@ -157,8 +167,7 @@ def negative_elbo(
         tokens: Likewise.
         labels: Likewise.
         mask_token_id: Likewise.
-        draws: Pairs (t, s) of an image; N and its multiples take each t equally often.
-        seed: Of the masks, in [0, 2**32).
+        draws: Pairs (t, s) of an image, and their seed; N and its multiples take each t equally often.
         batch_size: Images at a time; the same on all ranks.
         on_images: Told how many more this rank has done.
 
@@ -167,16 +176,16 @@ def negative_elbo(
 
     Source: Uria et al., arXiv:1310.1757; Hoogeboom et al., arXiv:2110.02037, eq. 4 and 5.
     """
-    _check(tokens, labels, draws=draws, batch_size=batch_size)
+    _check(tokens, labels, draws=draws.count, batch_size=batch_size)
     num_tokens = tokens.shape[1]
 
     def mask(index: Tensor, draw: int) -> Tensor:
-        word = random_bits("likelihood/masked", seed=seed, index=index, epoch=draw)[:, 0]
-        count = 1 + (draw * _WORDS + word) * num_tokens // (draws * _WORDS)  # (B,) in [1, N], by integers alone
-        return random_mask(count, num_tokens, seed=seed, index=index, epoch=draw)
+        word = random_bits("likelihood/masked", seed=draws.seed, index=index, epoch=draw)[:, 0]
+        count = 1 + (draw * _WORDS + word) * num_tokens // (draws.count * _WORDS)  # (B,) in [1, N], by integers alone
+        return random_mask(count, num_tokens, seed=draws.seed, index=index, epoch=draw)
 
     values = _mean_row_nll(
-        network, tokens, labels, mask, mask_token_id, draws=draws, batch_size=batch_size, on_images=on_images
+        network, tokens, labels, mask, mask_token_id, draws=draws.count, batch_size=batch_size, on_images=on_images
     )
     return ImageLikelihood(Estimate.of(num_tokens * values), num_tokens)
 

@@ -295,7 +295,7 @@ def _obtain(
 ) -> dict[str, Reference]:
     """What the folder holds, and the rest from one pass over the images."""
     found = {label: None if folder is None else _read(_place(folder, key), key) for label, key in keys.items()}
-    missing = [extractor for extractor in extractors if not _on_every_rank(found[extractor.label] is not None)]
+    missing = [extractor for extractor in extractors if not _on_every_rank(here=found[extractor.label] is not None)]
     made = {label: Reference.of(extracted) for label, extracted in features(missing).items()} if missing else {}
     if folder is not None and rank_and_world()[0] == 0:
         for label, reference in made.items():
@@ -304,7 +304,7 @@ def _obtain(
     return {label: made.get(label) or kept[label] for label in keys}
 
 
-def _on_every_rank(here: bool) -> bool:
+def _on_every_rank(*, here: bool) -> bool:
     if rank_and_world()[1] == 1:
         return here
     vote = torch.tensor(int(here))

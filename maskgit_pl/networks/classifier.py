@@ -1,6 +1,6 @@
 """Classifiers of the data set at hand: a small network, or any of timm's; what training keeps is read here again.
 
-``evaluation.classifier`` trains them; ``features.ClassifierSpec`` measures with them.
+``evaluation.classifier_training`` trains them; ``features.ClassifierSpec`` measures with them.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def describe_classifier(sizes: ClassifierSizes, class_names: tuple[str, ...]) ->
 
 
 def load_classifier(folder: Path) -> FrozenClassifier:
-    """Reads what ``maskgit train-classifier`` or ``evaluation.classifier.obtain_classifier`` has kept.
+    """Reads what ``maskgit train-classifier`` or ``evaluation.classifier_training.obtain_classifier`` has kept.
 
     Args:
         folder: With ``config.json`` and ``model.safetensors``, e.g. ``runs/RUN/classifier``.

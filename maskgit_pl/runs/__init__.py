@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from maskgit_pl.runs.preflight_checks import preflight
     from maskgit_pl.runs.preflight_report import Preflight
     from maskgit_pl.runs.recipe import Recipe
+    from maskgit_pl.runs.schedule_runs import train_schedules
     from maskgit_pl.runs.slurm import Submission, plan_submission, submit
     from maskgit_pl.runs.stage import FitResult
     from maskgit_pl.runs.tokenizing import TokenizeOptions, tokenize
@@ -46,6 +47,7 @@ __all__ = [
     "preflight",
     "submit",
     "tokenize",
+    "train_schedules",
 ]
 
 # No module has the name of something here: importing it would put it in that thing's place.
@@ -65,6 +67,7 @@ _HOMES = {
     "preflight": "preflight_checks",
     "submit": "slurm",
     "tokenize": "tokenizing",
+    "train_schedules": "schedule_runs",
 }
 
 

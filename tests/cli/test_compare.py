@@ -1,12 +1,13 @@
-import json
+import csv
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from maskgit_pl.cli import compare, main
-from maskgit_pl.cli.measuring import decoding_spec, decoding_specs, step_numbers
-from maskgit_pl.evaluation import protocol
+from maskgit_pl.cli.evaluation_flags import decoding_spec, decoding_specs, step_numbers
+from maskgit_pl.evaluation import evaluator
+from maskgit_pl.evaluation.ledger import Ledger, Row
 from tests.cli.commands import call_command
 
 pytestmark = pytest.mark.usefixtures("quick_judge")
@@ -16,30 +17,38 @@ def call(*words: object) -> int:
     return call_command(compare, *words, "--device", "cpu")
 
 
+def ledger(folder: Path) -> list[Row]:
+    """Rows of generated images, in the order of the file."""
+    return [row for row in Ledger(folder / "ledger.jsonl").rows("samples") if row["run"]]
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    with (folder / "comparison.csv").open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
 def test_measures_every_selector_and_a_second_run_measures_nothing(
     run_folder: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     words = (run_folder, "--data", tiny_shards, "--num-images", 6, "--num-steps", "2,3")
     assert call(*words) == 0
-    out = run_folder / "comparison"
-    content = json.loads((out / "comparison.json").read_text())
-    assert len(content["rows"]) == 2 * 10
-    assert [row["num_steps"] for row in content["rows"]] == [2] * 10 + [3] * 10
-    assert content["protocol"]["num_images"] == 6
-    assert content["real"]["real_against_real"]["images"] == 6
-    for row in content["rows"]:
+    out, rows = run_folder / "comparison", ledger(run_folder / "evaluation")
+    assert [row["num_steps"] for row in rows] == [2] * 10 + [3] * 10
+    for row in rows:
         assert 0 <= row["class_agreement"] <= 1
-        assert row["fid/classifier"] > 0
+        assert row["fid"] > 0
+        assert row["num_images"] == 6
         assert row["decoding"]["guidance"] == {"name": "linear", "scale": 1.0}  # the model's own
     assert (out / "comparison.md").read_text().startswith("# Token selectors\n\n    maskgit compare ")
-    assert len((out / "comparison.csv").read_text().splitlines()) == 21
+    assert {float(row["fid/classifier"]) for row in table(out)} == {row["fid"] for row in rows}
+    assert len(table(out)) == 20
     with Image.open(out / "selectors.png") as picture:
         assert picture.height > 10 * 84
     assert "20 rows measured, 0 known before" in capsys.readouterr().out
 
-    monkeypatch.setattr(protocol, "measure_decoding", lambda *args, **options: pytest.fail("measured again"))
+    monkeypatch.setattr(evaluator, "generate", lambda *args, **options: pytest.fail("measured again"))
     assert call(*words) == 0
-    assert json.loads((out / "comparison.json").read_text())["rows"] == content["rows"]
+    assert ledger(run_folder / "evaluation") == rows
     assert "0 rows measured, 20 known before" in capsys.readouterr().out
 
 
@@ -49,25 +58,25 @@ def test_a_run_that_was_stopped_goes_on_and_finds_what_an_unbroken_one_finds(
     words = (run_folder, "--data", tiny_shards, "--num-images", 6, "--num-steps", 2, "--guidance", "0.5")
     words = (*words, "--selectors", "halton, {name: remdm, eta: 0.4}, random")
     call(*words, "--out", run_folder / "whole")
-    plain, left = protocol.measure_decoding, [None]
+    plain, left = evaluator.generate, [None]
 
     def stops(*args: object, **options: object) -> object:
         left.pop()  # the second call has none
         return plain(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(protocol, "measure_decoding", stops)
+        patch.setattr(evaluator, "generate", stops)
         with pytest.raises(IndexError):
             call(*words, "--out", run_folder / "broken")
+    assert len(ledger(run_folder / "broken")) == 1
     call(*words, "--out", run_folder / "broken")
-    whole, broken = (
-        json.loads((run_folder / name / "comparison.json").read_text())["rows"] for name in ("whole", "broken")
-    )
+    whole, broken = (ledger(run_folder / name) for name in ("whole", "broken"))
     for row in whole + broken:
-        assert row.pop("milliseconds_per_image") > 0
+        assert row.pop("seconds_per_image") > 0
         assert row["decoding"]["guidance"] == {"name": "linear", "scale": 0.5}
-    assert [row["selector"] for row in whole] == ["halton", "remdm (eta 0.4)", "random"]
+    assert [row["purpose"] for row in whole] == ["selector halton", "selector remdm (eta 0.4)", "selector random"]
     assert whole == broken
+    assert {row["selector"] for row in table(run_folder / "broken")} == {"halton", "remdm (eta 0.4)", "random"}
 
 
 @pytest.mark.parametrize(
@@ -85,7 +94,7 @@ def test_a_run_that_was_stopped_goes_on_and_finds_what_an_unbroken_one_finds(
         (("--guidance", "-1"), "scale must be a number in [0, 10000], got -1.0"),
         (("--guidance", "{name: linear, scal: 1}"), "scal"),
         (("--num-images", "5"), "at least 2 for each of the 3 classes"),
-        (("--batch", "0"), "batch_size: at least 1"),
+        (("--batch", "0"), "--batch: at least 1 is needed, got 0"),
         (("--data", "nowhere"), "no such folder"),
     ],
 )
@@ -98,13 +107,12 @@ def test_wrong_input_ends_with_2_and_one_line_before_any_work(
     assert match in error
     assert error.count("\n") == 1
     assert not (run_folder.parent / "shards-classifier").exists()
-    assert not (run_folder / "comparison").exists()
+    assert [path.name for path in run_folder.iterdir()] == ["pretrained"]
 
 
 def test_numbers_of_steps_go_as_far_as_there_are_tokens(run_folder: Path, tiny_shards: Path) -> None:
     call(run_folder, "--data", tiny_shards, "--num-images", 6, "--selectors", "halton")
-    rows = json.loads((run_folder / "comparison" / "comparison.json").read_text())["rows"]
-    assert [row["num_steps"] for row in rows] == [4, 8, 16]
+    assert [row["num_steps"] for row in ledger(run_folder / "evaluation")] == [4, 8, 16]
 
 
 def test_numbers_of_steps_are_listed_or_ranges() -> None:

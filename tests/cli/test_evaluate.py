@@ -10,7 +10,7 @@ from PIL import Image
 
 from maskgit_pl.cli import evaluate
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.evaluation.bench import bench
+from maskgit_pl.evaluation import evaluator
 from maskgit_pl.pretrained import save_decoding
 from tests.cli.commands import call_command
 
@@ -38,7 +38,7 @@ def test_writes_numbers_pictures_and_a_classifier(run_folder: Path, tiny_shards:
         assert animation.n_frames == 4
     out = capsys.readouterr().out
     assert "class agreement" in out
-    assert "FID, classifier" in out
+    assert "FID (classifier)" in out
 
 
 @pytest.mark.usefixtures("quick_judge")
@@ -84,18 +84,20 @@ def test_an_evaluation_that_was_stopped_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(bench.Bench, "likelihood", stopped)
+        patch.setattr(evaluator.Evaluator, "likelihood", stopped)
         with pytest.raises(KeyboardInterrupt):
             call(*words)
-    kept = (run_folder / "evaluation" / "samples.csv").read_text()
+    ledger = run_folder / "evaluation" / "ledger.jsonl"
+    kept = ledger.read_text()
     images = {file: file.stat().st_mtime_ns for file in (run_folder / "evaluation").glob("samples-*.npz")}
     assert not (run_folder / "evaluation.json").exists()
     call(*words, "--resume")
-    assert (run_folder / "evaluation" / "samples.csv").read_text() == kept
+    assert ledger.read_text().startswith(kept)
+    assert len(ledger.read_text().splitlines()) == len(kept.splitlines()) + 1  # the likelihood
     assert {file: file.stat().st_mtime_ns for file in images} == images
     resumed = json.loads((run_folder / "evaluation.json").read_text())
     call(*words)  # anew
-    assert (run_folder / "evaluation" / "samples.csv").read_text() != kept  # other times
+    assert len(ledger.read_text().splitlines()) == 2 * (len(kept.splitlines()) + 1)  # nothing is lost
     anew = json.loads((run_folder / "evaluation.json").read_text())
     for report in (resumed, anew):
         for samples in report["samples"].values():
@@ -148,6 +150,6 @@ def test_missing_or_foreign_data_are_named(run_folder: Path, tmp_path: Path) -> 
 
 
 def test_too_few_images_are_refused_before_any_work(run_folder: Path, tiny_shards: Path) -> None:
-    with pytest.raises(ValueError, match="--num-images: at least 2 for each of the 3 classes"):
+    with pytest.raises(ValueError, match="--num-samples: at least 2 for each of the 3 classes"):
         call(run_folder, "--data", tiny_shards, "--num-images", 5)
     assert not (run_folder.parent / "shards-classifier").exists()

@@ -1,8 +1,7 @@
 import argparse
-import csv
-import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from maskgit_pl.cli import ablation, main, paper
-from maskgit_pl.evaluation import cas
-from maskgit_pl.evaluation.bench import bench
+from maskgit_pl.evaluation import cas, evaluator
+from maskgit_pl.evaluation.ledger import Ledger
 from maskgit_pl.pretrained import read_config
 from tests.conftest import flags, save_tiny_pretrained
 
@@ -50,9 +49,8 @@ def common(data: Path, judge: Path, results: Path) -> list[object]:
             "cpu"]  # fmt: skip
 
 
-def rows(file: Path) -> list[dict[str, str]]:
-    with file.open(newline="") as stream:
-        return list(csv.DictReader(stream))
+def rows(results: Path, measurement: str) -> list[dict[str, Any]]:
+    return Ledger(results / "ledger.jsonl").rows(measurement)
 
 
 def test_table_1_is_measured_once_and_written_with_the_paper_s_rows(
@@ -64,15 +62,15 @@ def test_table_1_is_measured_once_and_written_with_the_paper_s_rows(
     for text in ("`shoes-square`", "`shoes-cosine`", "real images", "BigGAN-deep", "maskgit table 1"):
         assert text in page
     assert "MaskGIT" in capsys.readouterr().out
-    measured = rows(tmp_path / "results" / "samples.csv")
+    measured = rows(tmp_path / "results", "samples")
     assert [row["run"] for row in measured] == ["shoes-square", "shoes-cosine", ""]
-    assert all(row["commit"] and row["date"] and row["num_images"] == "12" for row in measured)
+    assert all(row["commit"] and row["date"] and row["num_images"] == 12 for row in measured)
     with Image.open(tmp_path / "results" / "shards" / "table-1.png") as picture:
         assert picture.height > 100
 
-    monkeypatch.setattr(bench, "generate", lambda *_, **__: pytest.fail("measured again"))
+    monkeypatch.setattr(evaluator, "generate", lambda *_, **__: pytest.fail("measured again"))
     assert call("table", *words) == 0
-    assert rows(tmp_path / "results" / "samples.csv") == measured
+    assert rows(tmp_path / "results", "samples") == measured
 
 
 def test_reference_files_of_as_many_images_are_told_apart(
@@ -89,7 +87,7 @@ def test_reference_files_of_as_many_images_are_told_apart(
     for start in ("| MaskGIT | `shoes-square`", "| real images"):
         found = [next(line for line in page.splitlines() if line.startswith(start)) for page in pages]
         assert found[0] != found[1]
-    measured = rows(tmp_path / "results" / "samples.csv")
+    measured = rows(tmp_path / "results", "samples")
     assert [row["reference_file"] for row in measured] == ["dark.npz", "dark.npz", "bright.npz", "bright.npz"]
     assert {row["split"] for row in measured} == {""}
     assert "against 20 real ones of dark.npz" in " ".join(pages[0].split())
@@ -106,7 +104,7 @@ def test_real_images_are_judged_anew_by_another_classifier(
     save_file(other, tmp_path / "other" / "model.safetensors")
     for folder in (judge, tmp_path / "other", judge):
         call("table", 1, runs[0], *common(tiny_shards, folder, tmp_path / "results"), "--cas-model", "none")
-    real = [row for row in rows(tmp_path / "results" / "samples.csv") if row["model"] == "real images"]
+    real = [row for row in rows(tmp_path / "results", "samples") if row["model"] == "real images"]
     assert len(real) == 2
     assert real[0]["judge"] != real[1]["judge"]
     assert real[0]["fid"] != real[1]["fid"]
@@ -118,9 +116,9 @@ def test_the_training_of_cas_is_set_by_flags_and_kept_apart(
     how = [*common(tiny_shards, judge, tmp_path / "results"), "--cas-model", "small", "--cas-steps", 3]
     for flags_of_one in (["--cas-batch", 6], ["--cas-batch", 6], ["--cas-batch", 5, "--cas-precision", "bf16-mixed"]):
         call("table", 1, runs[0], *how, *flags_of_one)
-    measured = rows(tmp_path / "results" / "cas.csv")
-    assert [json.loads(row["training"])["batch"] for row in measured] == [6, 6, 5, 5]
-    assert [row["training_steps"] for row in measured] == ["3"] * 4
+    measured = rows(tmp_path / "results", "cas")
+    assert [row["training"]["batch"] for row in measured] == [6, 6, 5, 5]
+    assert [row["training_steps"] for row in measured] == [3] * 4
     page = (tmp_path / "results" / "shards" / "table-1.md").read_text()
     assert "--cas-steps 3 --cas-batch 5 --cas-precision bf16-mixed" in page
     for words, match in ((("--cas-batch", 1), "--cas-batch"), (("--cas-learning-rate", "nan"), "--cas-learning-rate")):
@@ -132,7 +130,7 @@ def test_figure_4_times_the_sizes_of_a_run_or_of_flags(runs: list[Path], tmp_pat
     how = ["--results", tmp_path, "--device", "cpu", "--num-tokens", "4"]
     call("figure", 4, runs[0], *how)
     call("figure", 4, *how, "--depth", 1, "--width", 16, "--num-heads", 2, "--mlp-width", 8, "--num-codes", 32)
-    networks = {row["network"] for row in rows(tmp_path / "timing.csv")}
+    networks = {row["network"] for row in rows(tmp_path, "timing")}
     assert networks == {
         "1 layers x 16, MLP 32, 2 heads, 16 codes, 3 classes",
         "1 layers x 16, MLP 8, 2 heads, 32 codes, 1000 classes",
@@ -167,7 +165,7 @@ def test_the_classification_accuracy_score_stands_beside_that_of_real_images(
     monkeypatch.setattr(cas, "default_config", lambda *_, **__: quick)
     how = [*common(tiny_shards, judge, tmp_path / "results"), "--cas-samples", 24]
     call("table", 1, runs[0], *how)
-    measured = rows(tmp_path / "results" / "cas.csv")
+    measured = rows(tmp_path / "results", "cas")
     assert [row["model"] for row in measured] == ["MaskGIT", "real images"]
     assert all(0 <= float(row["top1"]) <= float(row["top5"]) == 1 for row in measured)  # of 3 classes
     assert "Classification accuracy score" in (tmp_path / "results" / "shards" / "table-1.md").read_text()
@@ -175,7 +173,7 @@ def test_the_classification_accuracy_score_stands_beside_that_of_real_images(
 
 def test_table_2_edits_held_out_images(runs: list[Path], tiny_shards: Path, judge: Path, tmp_path: Path) -> None:
     call("table", 2, runs[0], *common(tiny_shards, judge, tmp_path / "results"))
-    measured = rows(tmp_path / "results" / "editing.csv")
+    measured = rows(tmp_path / "results", "editing")
     assert [(row["task"], row["model"]) for row in measured] == [
         (task, kind) for task in ("outpaint-right", "inpaint-centre") for kind in ("MaskGIT", "masked", "unedited")
     ]
@@ -192,24 +190,22 @@ def test_table_3_and_figure_8_choose_t_and_measure_it_again(
         (run / "transformer" / "config.yaml").write_text(yaml.safe_dump(config))
     how = [*common(tiny_shards, judge, tmp_path / "results"), "--num-steps", "2,4,16"]
     call("table", 3, *runs, *how)
-    measured = rows(tmp_path / "results" / "samples.csv")
+    measured = rows(tmp_path / "results", "samples")
     steps = [(row["run"], row["num_steps"], row["seed"]) for row in measured if row["run"]]
-    assert {each for each in steps if each[2] == "0"} == {
-        (run.name, number, "0")
+    assert {each for each in steps if each[2] == 0} == {
+        (run.name, number, 0)
         for run in runs
-        for number in ("2", "4")  # at most half of 16 tokens
+        for number in (2, 4)  # at most half of 16 tokens
     }
     for run in runs:
-        curve = {
-            row["num_steps"]: float(row["fid"]) for row in measured if row["run"] == run.name and row["seed"] == "0"
-        }
+        curve = {row["num_steps"]: row["fid"] for row in measured if row["run"] == run.name and row["seed"] == 0}
         best = min(curve, key=lambda number: curve[number])
-        assert (run.name, best, "12") in steps  # noise that took no part in the choice
+        assert (run.name, best, 12) in steps  # noise that took no part in the choice
     page = (tmp_path / "results" / "shards" / "table-3.md").read_text()
     assert "`cosine`" in page
     assert "`pow (exponent 2.0)`" in page
     assert (tmp_path / "results" / "shards" / "figure-8.png").is_file()
-    assert {row["run"] for row in rows(tmp_path / "results" / "likelihood.csv")} == {run.name for run in runs}
+    assert {row["run"] for row in rows(tmp_path / "results", "likelihood")} == {run.name for run in runs}
 
     (runs[0] / "transformer" / "config.yaml").write_text(yaml.safe_dump({**config, "trainer": {"max_steps": 50}}))
     with pytest.raises(ValueError, match=r"trainer\.max_steps: runs with the same value .* shoes-square 50"):
@@ -227,7 +223,7 @@ def test_what_is_wrong_is_said_before_anything_is_measured(
     shutil.copytree(runs[0], runs[0].with_name("again"))
     with pytest.raises(ValueError, match="one for each mask schedule is needed"):
         call("table", 3, runs[0], runs[0].with_name("again"), *how)
-    with pytest.raises(ValueError, match="a number of at most 8, half of the tokens"):
+    with pytest.raises(ValueError, match="--num-steps: a number of at most 8, half of the tokens"):
         call("table", 3, *runs, *how, "--num-steps", "12")
     with pytest.raises(ValueError, match="--num-samples: at least one for each of the 3 classes"):
         call("table", 1, *runs, *how, "--num-samples", 2)
@@ -257,9 +253,9 @@ def test_an_ablation_trains_measures_and_goes_on(
     page = (tmp_path / "results" / "shards" / "table-3.md").read_text()
     assert "maskgit ablation --dataset shoes --schedules cosine" in page
     assert page.count("shoes-") == page.count("`shoes-cosine` tokenizer") == 1  # where the weights are named
-    assert {row["run"] for row in rows(tmp_path / "results" / "samples.csv")} == {"shoes-cosine", ""}
-    measured = rows(tmp_path / "results" / "samples.csv")
+    assert {row["run"] for row in rows(tmp_path / "results", "samples")} == {"shoes-cosine", ""}
+    measured = rows(tmp_path / "results", "samples")
     capfd.readouterr()
     ablate()
     assert capfd.readouterr().out.count("nothing to do") == 1
-    assert rows(tmp_path / "results" / "samples.csv") == measured
+    assert rows(tmp_path / "results", "samples") == measured

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from maskgit_pl.cli import main
-from maskgit_pl.evaluation import classifier
+from maskgit_pl.evaluation import classifier_training
 from maskgit_pl.networks.classifier import load_classifier
 from maskgit_pl.shards import manifest
 from tests.conftest import CLASSES
@@ -33,7 +33,7 @@ def test_it_trains_once_and_says_how_good_it_is(tiny_shards, tmp_path, capsys):
 
 def test_a_network_of_timm_goes_where_the_data_say(tiny_shards, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(classifier, "_cores", lambda: 1)
+    monkeypatch.setattr(classifier_training, "_cores", lambda: 1)
     assert call(tiny_shards, "--model", "resnet10t", "--steps", "2", "--batch", "4", "--image-size", "16") == 0
     assert (tmp_path / "runs" / "shards-classifier" / "resnet10t" / "model.safetensors").is_file()
 
@@ -66,4 +66,4 @@ def test_images_of_several_sizes_need_one(tiny_shards, monkeypatch, capsys):
     plain = manifest.read_manifest_summary(tiny_shards)
     monkeypatch.setattr(manifest, "read_manifest_summary", lambda folder: replace(plain, images=varied))
     assert call(tiny_shards) == 2
-    assert "edges of 8 to 20 pixels; say the one to train at with --image-size" in capsys.readouterr().err
+    assert "--image-size must be given for data" in capsys.readouterr().err

@@ -6,10 +6,12 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from maskgit_pl.cli import main, tune
-from maskgit_pl.evaluation.decoders import tuning
+from maskgit_pl.cli import compare, main, tune
+from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.evaluation import evaluator
+from maskgit_pl.evaluation.ledger import Ledger, Row
 from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.pretrained import fingerprint, read_decoding
+from maskgit_pl.pretrained import fingerprint, read_decoding, save_decoding
 from tests.cli.commands import call_command
 
 FID = "fid/classifier"
@@ -21,8 +23,9 @@ def call(*words: object) -> int:
     return call_command(tune, *words, "--device", "cpu")
 
 
-def lines(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "tuning" / "trials.jsonl").read_text().splitlines()[1:]]
+def lines(folder: Path) -> list[Row]:
+    """Rows of generated images, in the order of the file."""
+    return [row for row in Ledger(folder / "evaluation" / "ledger.jsonl").rows("samples") if row["run"]]
 
 
 def test_writes_a_recipe_that_the_model_follows_from_then_on(run_folder: Path, tiny_shards: Path, capsys) -> None:
@@ -36,7 +39,7 @@ def test_writes_a_recipe_that_the_model_follows_from_then_on(run_folder: Path, t
     assert {line["num_images"] for line in confirmed} == {24}
 
     content = json.loads((run_folder / "pretrained" / "decoding.json").read_text())
-    values = [line["numbers"][FID] for line in confirmed]
+    values = [line["fid"] for line in confirmed]
     assert content["tuned"]["metric"] == FID
     assert content["tuned"]["before"] == values[0]
     assert content["tuned"]["value"] == min(values) < values[0]  # of seed 0
@@ -57,7 +60,7 @@ def test_a_second_run_measures_nothing_and_keeps_the_recipe(
     call(*words)
     recipe, measured = (run_folder / "pretrained" / "decoding.json").read_text(), lines(run_folder)
     assert read_decoding(run_folder / "pretrained") is not None  # the search ends with another trial 0 than it began
-    monkeypatch.setattr(tuning, "measure_decoding", lambda *args, **options: pytest.fail("measured again"))
+    monkeypatch.setattr(evaluator, "generate", lambda *args, **options: pytest.fail("measured again"))
     call(*words)
     assert lines(run_folder) == measured
     assert (run_folder / "pretrained" / "decoding.json").read_text() == recipe
@@ -70,21 +73,21 @@ def test_a_search_that_was_stopped_goes_on_to_the_same_recipe(
     shutil.copytree(run_folder, other)
     words = ("--data", tiny_shards, "--num-images", 6, "--trials", 4, "--num-steps", "2,3", "--no-plot")
     call(run_folder, *words)
-    plain, left = tuning.measure_decoding, [None] * 2
+    plain, left = evaluator.generate, [None] * 2
 
     def stops(*args: object, **options: object) -> object:
         left.pop()
         return plain(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tuning, "measure_decoding", stops)
+        patch.setattr(evaluator, "generate", stops)
         with pytest.raises(IndexError):
             call(other, *words)
     assert len(lines(other)) == 2
     call(other, *words)
     for one, two in zip(lines(run_folder), lines(other), strict=True):
         for line in (one, two):
-            del line["numbers"]["seconds_per_image"]
+            del line["seconds_per_image"], line["run"]
         assert one == two
     recipes = [folder / "pretrained" / "decoding.json" for folder in (run_folder, other)]
     assert recipes[0].exists() == recipes[1].exists()
@@ -111,17 +114,17 @@ def test_a_dry_run_prints_the_trials_and_touches_nothing(run_folder: Path, tiny_
     ("words", "match"),
     [
         (("--trials", "0"), "--trials: at least 1 is needed, got 0"),
-        (("--seconds", "0"), "--seconds: more than 0 is needed"),
-        (("--seconds", "nan"), "--seconds: more than 0 is needed"),
+        (("--seconds", "0"), "--seconds must be a"),
+        (("--seconds", "nan"), "--seconds must be a"),
         (("--metric", "fdi"), "did you mean 'fid'"),
-        (("--search", "bayes"), "--search 'bayes'"),
+        (("--search", "bayes"), "--search must be one of random, grid, got 'bayes'"),
         (("--num-steps", "4-17"), "--num-steps: at most the 16 tokens of an image, got 17"),
         (("--num-steps", "x"), "--num-steps x"),
         (("--selectors", "halton,margn"), "did you mean 'margin'"),
         (("--num-images", "5"), "at least 2 for each of the 3 classes"),
         (("--plot-images", "5"), "at least 2 for each of the 3 classes"),
         (("--plot-images", "0"), "--plot-images: at least 2"),
-        (("--seed", "-1"), "--seed: a number in [0, 2**31) is needed, got -1"),
+        (("--seed", "-1"), "--seed must be an integer in [0, 2147483647], got -1"),
         (("--data", "nowhere"), "no such folder"),
     ],
 )
@@ -136,17 +139,8 @@ def test_wrong_input_ends_with_2_and_one_line_before_any_work(
     assert [path.name for path in run_folder.iterdir()] == ["pretrained"]
 
 
-def test_a_ledger_of_other_weights_is_refused(run_folder: Path, tiny_shards: Path) -> None:
-    words = (run_folder, "--data", tiny_shards, "--num-images", 6, "--trials", 1, "--no-plot")
-    call(*words)
-    file = run_folder / "tuning" / "trials.jsonl"
-    file.write_text(file.read_text().replace(fingerprint(run_folder / "pretrained" / "transformer"), "0" * 64))
-    with pytest.raises(ValueError, match=r"measured with another transformer, or .*; name another --out"):
-        call(*words)
-
-
-def test_a_ledger_of_another_judge_is_refused(
-    run_folder: Path, tiny_shards: Path, judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_rows_of_other_weights_or_another_classifier_are_not_reused(
+    run_folder: Path, tiny_shards: Path, judge: Path, tmp_path: Path
 ) -> None:
     words = (run_folder, "--data", tiny_shards, "--num-images", 6, "--trials", 1, "--no-plot")
     call(*words, "--classifier", tmp_path / "judge")
@@ -155,5 +149,23 @@ def test_a_ledger_of_another_judge_is_refused(
     weights = load_file(tmp_path / "judge" / "model.safetensors")
     name = next(iter(weights))
     save_file({**weights, name: weights[name] + 1}, tmp_path / "judge" / "model.safetensors")
-    with pytest.raises(ValueError, match="measured with another judge, or it does not say with which"):
-        call(*words, "--classifier", tmp_path / "judge")
+    call(*words, "--classifier", tmp_path / "judge")
+    assert len(lines(run_folder)) == 4
+    file = run_folder / "evaluation" / "ledger.jsonl"
+    file.write_text(file.read_text().replace(fingerprint(run_folder / "pretrained" / "transformer")[:16], "0" * 16))
+    call(*words, "--classifier", judge)
+    assert len(lines(run_folder)) == 6
+
+
+def test_out_has_a_ledger_of_its_own(run_folder: Path, tiny_shards: Path, tmp_path: Path) -> None:
+    call(run_folder, "--data", tiny_shards, "--num-images", 6, "--trials", 1, "--no-plot", "--out", tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"ledger.jsonl", "tuning.csv", "tuning.md"}
+    assert [path.name for path in run_folder.iterdir()] == ["pretrained"]
+
+
+def test_compare_finds_what_tune_has_measured(run_folder: Path, tiny_shards: Path, capsys) -> None:
+    words = (run_folder, "--data", tiny_shards, "--num-images", 6, "--device", "cpu")
+    save_decoding(run_folder / "pretrained", DecodingConfig(4, "halton"))
+    call_command(tune, *words, "--trials", 1, "--no-plot")
+    call_command(compare, *words, "--num-steps", 4, "--selectors", "halton")
+    assert "0 rows measured, 1 known before" in capsys.readouterr().out

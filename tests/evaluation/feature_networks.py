@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from maskgit_pl.evaluation.features import Extractor
-from maskgit_pl.networks.features import FeatureOutput
+from maskgit_pl.networks.feature_network import FeatureOutput
 
 
 class Few(nn.Module):

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from maskgit_pl.data import OnceThrough, ShardData, ShardDataConfig
 from maskgit_pl.evaluation import cas as module
-from maskgit_pl.evaluation import classifier
-from maskgit_pl.evaluation.bench.generation import Generated
+from maskgit_pl.evaluation import classifier_training
 from maskgit_pl.evaluation.cas import CASConfig, classification_accuracy, default_config
-from maskgit_pl.evaluation.classifier import Accuracy, TrainingImages
+from maskgit_pl.evaluation.classifier import Accuracy
+from maskgit_pl.evaluation.classifier_training import TrainingImages
+from maskgit_pl.evaluation.generation import Generated
 from maskgit_pl.evaluation.npz import open_samples
 
 QUICK = CASConfig(model="small", width=8, max_steps=150, batch=20, peak_rate=4e-3)
@@ -103,7 +104,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
 READ = """
 import resource, sys
 import torch
-from maskgit_pl.evaluation.bench.generation import Generated
+from maskgit_pl.evaluation.generation import Generated
 from maskgit_pl.evaluation.npz import open_samples
 
 file = open_samples(sys.argv[1])
@@ -139,7 +140,7 @@ def test_small_images_are_for_the_smaller_network() -> None:
 
 
 def test_a_network_of_timm_is_tested_too(data: ShardData, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(classifier, "_cores", lambda: 1)
+    monkeypatch.setattr(classifier_training, "_cores", lambda: 1)
     accuracy = classification_accuracy(
         taught(*real(data), data), data, replace(default_config(8), max_steps=3, batch=4)
     )

@@ -8,16 +8,14 @@ import pytest
 import torch
 
 from maskgit_pl.data import OnceThrough, ShardData, ShardDataConfig
-from maskgit_pl.evaluation import classifier as module
-from maskgit_pl.evaluation.classifier import (
-    Accuracy,
-    Classifier,
-    ClassifierConfig,
+from maskgit_pl.evaluation import classifier_training as module
+from maskgit_pl.evaluation.classifier import Accuracy, Classifier, ClassifierConfig
+from maskgit_pl.evaluation.classifier_training import (
     TrainingImages,
+    fit_classifier,
     is_trained,
     measure_accuracy,
     obtain_classifier,
-    train_classifier,
 )
 from maskgit_pl.files import write_tensors
 from maskgit_pl.networks.classifier import load_classifier
@@ -38,20 +36,19 @@ def in_memory(data: ShardData, *, count: int = 60) -> TrainingImages:
     return TrainingImages.of(batch.content, batch.labels, data.class_names)
 
 
-def test_judges_in_batches(data: ShardData) -> None:
+def test_predicts_in_batches(data: ShardData) -> None:
     judge = Classifier(1, 8, 5, ClassifierConfig(width=4))
     images = in_memory(data).take(torch.arange(3))
-    judgement = judge.judge(images, batch_size=2)
-    assert judgement.classes.shape == (3,)
-    assert torch.equal(judgement.classes, judgement.logits.argmax(1))
-    torch.testing.assert_close(judgement.features, judge(images).features.detach())
+    output = judge.predict(images, batch_size=2)
+    assert output.logits.shape == (3, 5)
+    torch.testing.assert_close(output.features, judge(images).features.detach())
 
 
 def test_learns_to_tell_brightness_on_held_out_images(data: ShardData) -> None:
     steps: list[int] = []
-    judge = train_classifier(data, config=QUICK, on_step=lambda: steps.append(1))
+    judge = fit_classifier(data, config=QUICK, on_step=lambda: steps.append(1))
     batch = data.batches("val", OnceThrough(24)).__getitems__(range(24))
-    assert (judge.judge(batch.content).classes == batch.labels).float().mean() > 0.9
+    assert (judge.predict(batch.content).logits.argmax(1) == batch.labels).float().mean() > 0.9
     assert len(steps) == QUICK.max_steps
     accuracy = measure_accuracy(judge, data)
     assert accuracy.top1 > 0.9
@@ -80,7 +77,7 @@ def test_a_kept_classifier_that_is_not_finite_is_refused_by_tensor(data: ShardDa
 
 
 def test_training_is_repeatable(data: ShardData) -> None:
-    first, second = (train_classifier(data, config=ClassifierConfig(width=4, max_steps=5, batch=20)) for _ in range(2))
+    first, second = (fit_classifier(data, config=ClassifierConfig(width=4, max_steps=5, batch=20)) for _ in range(2))
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, second.state_dict()[name]), name
 
@@ -88,7 +85,7 @@ def test_training_is_repeatable(data: ShardData) -> None:
 def test_a_second_run_reads_what_the_first_one_kept(data: ShardData, tmp_path: Path, monkeypatch) -> None:
     first = obtain_classifier(tmp_path / "judge", data, config=QUICK)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "train_classifier", lambda *args, **options: pytest.fail("trained again"))
+        patch.setattr(module, "fit_classifier", lambda *args, **options: pytest.fail("trained again"))
         second = obtain_classifier(tmp_path / "judge", data, config=QUICK)
         assert is_trained(tmp_path / "judge", data, QUICK)
     batch = data.batches("val", OnceThrough(24)).__getitems__(range(24))
@@ -121,8 +118,8 @@ def test_a_classifier_of_an_older_kind_is_trained_again(data: ShardData, tmp_pat
 
 def test_images_teach_the_same_wherever_they_are_read_from(data: ShardData) -> None:
     config = ClassifierConfig(width=4, max_steps=5, batch=20, flip_probability=0.5)
-    made = [train_classifier(source, config=config) for source in (data, in_memory(data))]
-    made.append(train_classifier(data, chosen=torch.arange(60), config=config))
+    made = [fit_classifier(source, config=config) for source in (data, in_memory(data))]
+    made.append(fit_classifier(data, chosen=torch.arange(60), config=config))
     for name, tensor in made[0].state_dict().items():
         assert all(torch.equal(tensor, other.state_dict()[name]) for other in made[1:]), name
 
@@ -130,15 +127,15 @@ def test_images_teach_the_same_wherever_they_are_read_from(data: ShardData) -> N
 def test_only_the_chosen_images_teach(data: ShardData) -> None:
     config = ClassifierConfig(width=8, max_steps=150, batch=20)
     labels = data.batches("train", OnceThrough(60)).__getitems__(range(60)).labels
-    judge = train_classifier(data, chosen=(labels != 1).nonzero()[:, 0], config=config)
+    judge = fit_classifier(data, chosen=(labels != 1).nonzero()[:, 0], config=config)
     batch = data.batches("val", OnceThrough(24)).__getitems__(range(24))
-    assert set(judge.judge(batch.content).classes.tolist()) == {0, 2}
+    assert set(judge.predict(batch.content).logits.argmax(1).tolist()) == {0, 2}
 
 
 def test_flips_and_seeds_make_another_classifier(data: ShardData) -> None:
     config = ClassifierConfig(width=4, max_steps=2, batch=20)
     plain, flipped, seeded = (
-        train_classifier(in_memory(data), config=changed).network.head.weight
+        fit_classifier(in_memory(data), config=changed).network.head.weight
         for changed in (config, replace(config, flip_probability=0.5), replace(config, seed=1))
     )
     assert not torch.equal(plain, flipped)

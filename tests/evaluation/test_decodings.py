@@ -1,21 +1,18 @@
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.evaluation.decodings import as_key, describe_decoding, same_decoding, with_steps
+from maskgit_pl.evaluation.decodings import changed_fields, describe_decoding, with_steps
 
 
 def test_other_steps_leave_a_list_of_tokens_out() -> None:
     assert with_steps(DecodingConfig(2, tokens_per_step=(1, 15)), 3) == DecodingConfig(3)
 
 
-def test_a_decoding_of_an_older_version_is_known_and_one_of_another_is_not() -> None:
-    assert same_decoding(
-        {"num_steps": 4, "sampling_temperature": [1.2, 0.8]}, DecodingConfig(4, sampling_temperature=(1.2, 0.8))
-    )
-    assert not same_decoding({"num_steps": 4, "gone": 1}, DecodingConfig(4))
-
-
-def test_a_key_is_the_same_for_what_is_left_out_and_what_is_said_as_usual() -> None:
-    assert as_key(DecodingConfig()) == as_key(DecodingConfig(sampling_temperature=1.0, top_k=None))
-    assert as_key(DecodingConfig()) != as_key(DecodingConfig(sampling_temperature=0.9))
+def test_decodings_are_told_apart_by_what_is_not_the_default() -> None:
+    assert changed_fields(DecodingConfig()) == changed_fields(DecodingConfig(sampling_temperature=1.0, top_k=None))
+    assert changed_fields(DecodingConfig()) != changed_fields(DecodingConfig(sampling_temperature=0.9))
+    changed = changed_fields(DecodingConfig(4, sampling_temperature=(1.2, 0.8)))
+    assert changed["sampling_temperature"] == [1.2, 0.8]
+    assert set(changed) == {"num_steps", "token_selector", "guidance", "sampling_temperature"}
+    assert DecodingConfig(**changed).num_steps == 4
 
 
 def test_a_decoding_is_told_without_what_is_as_usual() -> None:

@@ -229,3 +229,48 @@ def test_measuring_leaves_torch_s_generator_alone() -> None:
     torch.manual_seed(3)
     inception_score(normal(40, 0))
     assert torch.equal(torch.rand(1), expected)
+
+
+def correlated(count: int, *, width: int = 6, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, width, generator=generator) @ torch.randn(width, width, generator=generator)
+
+
+def matrix_root(matrix: torch.Tensor) -> torch.Tensor:
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors @ values.clamp(min=0).sqrt().diag() @ vectors.T
+
+
+def test_fid_is_the_distance_of_two_gaussians() -> None:
+    real, made = correlated(400).double(), 1.5 * correlated(300, seed=1).double() + 0.3
+    one, other = torch.cov(real.T), torch.cov(made.T)
+    root = matrix_root(one)
+    expected = (real.mean(0) - made.mean(0)).square().sum() + (one + other).trace()
+    expected -= 2 * matrix_root(root @ other @ root).trace()
+    assert frechet_distance(Statistics.of(made), Statistics.of(real)) == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_kid_is_the_unbiased_discrepancy_of_the_cubic_kernel() -> None:
+    real, made = correlated(50).double(), correlated(50, seed=1).double()  # one subset is all of them
+
+    def kernel(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return (left @ right.T / 6 + 1) ** 3
+
+    off = ~torch.eye(50, dtype=torch.bool)
+    expected = kernel(real, real)[off].mean() + kernel(made, made)[off].mean() - 2 * kernel(real, made).mean()
+    mean, deviation = kernel_distance(made, real)
+    assert mean == pytest.approx(float(expected), rel=1e-9)
+    assert deviation == pytest.approx(0, abs=1e-9)
+
+
+def test_kid_of_two_sets_of_one_kind_is_about_nothing_and_does_not_fall_with_their_number() -> None:
+    def normal(count: int, seed: int) -> torch.Tensor:
+        return torch.randn(count, 6, generator=torch.Generator().manual_seed(seed))
+
+    real = normal(3000, 0)
+    sets = normal(100, 1), normal(2000, 2), normal(300, 3) * 2
+    few, many, other = (kernel_distance(made, real)[0] for made in sets)
+    assert max(abs(few), abs(many)) < other / 20
+    # a fid falls, which is why one stands beside a floor of as many images
+    few, many, _ = (frechet_distance(Statistics.of(made), Statistics.of(real)) for made in sets)
+    assert few > 3 * many

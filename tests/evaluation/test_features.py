@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from maskgit_pl.data import Batch, ShardData, ShardDataConfig
 from maskgit_pl.evaluation.distances import distances
 from maskgit_pl.evaluation.features import Extractor, extract, own_batches, own_image_batches
-from maskgit_pl.evaluation.metrics import reconstruction
+from maskgit_pl.evaluation.reconstruction import measure_reconstruction
 from maskgit_pl.evaluation.reference import Reference, obtain_references
 from maskgit_pl.networks.features import Lite0Spec
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
@@ -96,7 +96,7 @@ def measured(folder: Path, shards: Path) -> dict[str, Any]:
         image_size=8,
         grid=(4, 4),
     )
-    rebuilt = reconstruction(
+    rebuilt = measure_reconstruction(
         tokenizer,
         [Batch(content, *[index] * 4, torch.ones(len(index)).bool())
          for content, index in own_image_batches(read, 23, batch_size=5)],

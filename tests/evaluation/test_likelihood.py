@@ -12,6 +12,7 @@ from maskgit_pl.data import OnceThrough, ShardData, ShardDataConfig
 from maskgit_pl.evaluation.likelihood import (
     Estimate,
     ImageLikelihood,
+    MaskDraws,
     exact_nll,
     masked_nll,
     negative_elbo,
@@ -87,7 +88,7 @@ def no_labels(tokens: Tensor) -> Tensor:
 
 
 def bound_of(table: Table, tokens: Tensor, *, draws: int = 4, seed: int = 0) -> Estimate:
-    return negative_elbo(table, tokens, no_labels(tokens), mask_token_id=MASK, draws=draws, seed=seed).nats
+    return negative_elbo(table, tokens, no_labels(tokens), mask_token_id=MASK, draws=MaskDraws(draws, seed)).nats
 
 
 @pytest.mark.parametrize(("num_tokens", "num_codes"), [(3, 2), (4, 3)])
@@ -123,7 +124,7 @@ def test_draws_of_each_count_equally_often_are_exact_where_only_the_count_matter
         return torch.stack([right, 1 - right], dim=1).log()  # every token is code 0
 
     tokens = torch.zeros(5, 4, dtype=torch.int64)
-    result = negative_elbo(network, tokens, no_labels(tokens), mask_token_id=MASK, draws=8)
+    result = negative_elbo(network, tokens, no_labels(tokens), mask_token_id=MASK, draws=MaskDraws(8))
     assert result.nats.mean == pytest.approx(float(costs.sum()), abs=1e-5)
     assert result.nats.standard_error < 1e-6
 
@@ -147,7 +148,7 @@ def test_masked_nll_is_the_mean_over_the_schedules_masks(name):
     share = num_masked(schedule(progress, 3), 3, rounding="ceil").bincount(minlength=4).double() / 20_000
     exact = sum(float(share[count]) * table.mean_nll_of([1, 0, 1], count) for count in (1, 2, 3))
     tokens = torch.tensor([[1, 0, 1]]).expand(200, -1)
-    options = {"mask_schedule": schedule, "mask_token_id": MASK, "draws": 3}
+    options = {"mask_schedule": schedule, "mask_token_id": MASK, "draws": MaskDraws(3)}
     estimate = masked_nll(table, tokens, no_labels(tokens), **options)
     assert abs(estimate.mean - exact) < 4 * estimate.standard_error + 1e-4
 
@@ -210,7 +211,7 @@ def test_what_cannot_be_measured_is_refused(tokens, labels, draws, match):
             torch.zeros(tokens, dtype=torch.int64),
             torch.zeros(labels, dtype=torch.int64),
             mask_token_id=MASK,
-            draws=draws,
+            draws=MaskDraws(draws),
         )
 
 
@@ -234,7 +235,7 @@ def measured(folder: Path, shards: Path) -> list[Estimate]:
     data = ShardData(ShardDataConfig(str(shards), image_size=8, in_channels=1))
     tokens, labels = real_tokens(pipe, data, limit=23, batch_size=4)
     network = pipe.transformer.network
-    options = {"mask_token_id": network.config.mask_token_id, "draws": 2, "batch_size": 5}
+    options = {"mask_token_id": network.config.mask_token_id, "draws": MaskDraws(2), "batch_size": 5}
     return [
         masked_nll(network.forward_masked, tokens, labels, mask_schedule=pipe.transformer.mask_schedule, **options),
         negative_elbo(network.forward_masked, tokens, labels, **options).nats,

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -101,6 +102,35 @@ def test_no_number_of_a_card_is_invented(run: Path) -> None:
     known |= {len(pipe.class_names), *pipe.tokenizer.grid}
     assert numbers(body) - known == set()
     assert {4321, 96, 23.46} <= numbers(body)
+
+
+def test_figures_of_inception_have_the_name_that_the_hub_lists_and_others_that_of_their_network(run: Path) -> None:
+    metrics = json.loads((run / "evaluation.json").read_text())
+    metrics["samples"] = {
+        "exported_guidance": {
+            "fid/classifier": 1.5,
+            "fid/inception": 6.25,
+            "diversity": 0.8,
+            "kid/inception": math.nan,
+        },
+        "without_guidance": {"fid/inception": 9.0},
+    }
+    (run / "evaluation.json").write_text(json.dumps(metrics))
+    write_card(run / "pretrained")
+    data = ModelCard.load(run / "pretrained" / "README.md").data
+    assert data.model_name == "flowers-paper-log"
+    listed = {each.metric_type: each for each in data.eval_results}
+    assert {name: each.metric_value for name, each in listed.items()} == {"fid/classifier": 1.5, "fid": 6.25}
+    assert listed["fid"].metric_name == "fid of 1000 images in the features of inception"
+    assert (listed["fid"].dataset_name, listed["fid"].dataset_split) == ("flowers", "val")
+
+
+def test_figures_of_another_transformer_are_left_out(run: Path) -> None:
+    metrics = json.loads((run / "evaluation.json").read_text())
+    for digest, kept in ((fingerprint(run / "pretrained" / "transformer")[:16], True), ("0" * 16, False)):
+        metrics["model"]["transformer_digest"] = digest
+        (run / "evaluation.json").write_text(json.dumps(metrics))
+        assert (write_card(run / "pretrained")["run"]["measured"] is not None) == kept
 
 
 def test_without_a_run_a_card_says_nothing_of_training(tmp_path: Path) -> None:
@@ -243,6 +273,28 @@ def test_no_word_of_a_stranger_becomes_markup_or_metadata(shared: tuple[Path, di
     example = re.search(r"```python\n(.*?)\n```\n", body, re.DOTALL)
     assert example is not None
     assert ast.dump(ast.parse(example[1])).count("Call(") == 3  # from_pretrained, generate, save
+
+
+@pytest.mark.parametrize("word", HOSTILE, ids=lambda word: ascii(word[:30]))
+def test_figures_of_a_strangers_run_and_data_are_listed_under_their_printed_names(
+    shared: tuple[Path, dict], word: str
+) -> None:
+    folder, facts = shared
+    figures = {
+        "samples.exported.fid/inception": 3.0,
+        f"samples.exported.fid/{word}": 4.0,
+        "samples.exported.is/a": word,
+    }
+    write_card(
+        folder, known={"run": {**replaced(facts, word), "measured": {"protocol": {"split": word}, "figures": figures}}}
+    )
+    front = yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
+    (listed,) = front.pop("model-index")
+    assert set(front) == {"library_name", "pipeline_tag", "tags"}
+    assert listed["name"] == (printable(word) or "MaskGIT")
+    (result,) = [each for each in listed["results"] if each["metrics"][0]["type"] == "fid"]
+    assert result["metrics"][0]["value"] == 3.0
+    assert result["dataset"]["name"] == printable(word)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,421 @@
+"""Token selectors beside one another: every one at several numbers of steps, with the same noise for all.
+
+``compare`` measures what the ledger lacks, and writes the tables and a sheet of images. Importing this file does not
+import torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from rich.markup import escape
+
+from maskgit_pl.checks import check_integer
+from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.decoding.limits import check_num_steps
+from maskgit_pl.decoding.selectors import Remasking, token_selectors
+from maskgit_pl.evaluation.command_line import command_line
+from maskgit_pl.evaluation.decodings import Spec, changed_fields, with_steps
+from maskgit_pl.evaluation.metric_names import format_value, title
+from maskgit_pl.evaluation.pages import Page, heading, markdown_table, paragraph, terminal_table
+from maskgit_pl.evaluation.progress import Bars, no_bars
+from maskgit_pl.evaluation.run_folders import (
+    MeasuringOptions,
+    check_decoding,
+    default_steps,
+    even_count,
+    find_run,
+    open_data,
+    open_evaluator,
+    open_model,
+    read_outline,
+)
+from maskgit_pl.registry import describe
+from maskgit_pl.text import markdown, printable
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from rich.table import Table
+
+    from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
+    from maskgit_pl.pipeline import MaskGIT
+
+__all__ = [
+    "Comparison",
+    "ComparisonOptions",
+    "MeasuredSelector",
+    "SelectorVariant",
+    "compare",
+    "every_selector",
+    "selector_sheet",
+    "selector_variants",
+]
+
+_STEPS = (4, 8, 16, 32)
+_VARIANTS: dict[str, list[dict[str, Any]]] = {"remdm": [{"strategy": name} for name in get_args(Remasking)]}
+_SHOWN_CLASSES, _SHEET_STEPS = 10, 8
+_DISTANCES = ("fid/classifier", "kid/classifier")
+_COLUMNS = ("class_agreement", *_DISTANCES, "diversity", "steps_taken", "seconds_per_image")
+_HEADINGS = ("T", "token selector", *map(title, _COLUMNS))
+
+
+@dataclass(frozen=True)
+class ComparisonOptions(MeasuringOptions):
+    """Options of ``compare``; see ``MeasuringOptions`` for the others.
+
+    Args:
+        guidance: Scale, or name or mapping of a guidance schedule; None for the model's own.
+    """
+
+    guidance: float | Spec | None = None
+
+
+@dataclass(frozen=True)
+class SelectorVariant:
+    """A token selector under the name that tables show.
+
+    Args:
+        label: Its name, and what makes it different.
+        token_selector: Name or mapping.
+    """
+
+    label: str
+    token_selector: Spec
+
+
+@dataclass(frozen=True)
+class MeasuredSelector:
+    """A token selector at one number of steps.
+
+    Args:
+        label: See ``SelectorVariant``.
+        decoding: How its images were decoded.
+        numbers: By name, such as ``fid/classifier``.
+    """
+
+    label: str
+    decoding: DecodingConfig
+    numbers: Mapping[str, float]
+
+    @property
+    def num_steps(self) -> int:
+        """T."""
+        return self.decoding.num_steps
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Token selectors beside one another.
+
+    Args:
+        results: The selectors, at each T.
+        num_images: Images of each.
+        seed: Of the first image of each.
+        accuracy: Accuracy of the classifier on real images.
+        real: Numbers of real training images in place of generated ones.
+        counts: Number of real images: ``val``, which all distances are from, and ``train``, which ``real`` is of.
+        model: Columns of the ledger that say which model and classifier these are.
+        folder: Where the page, the CSV and the sheet are.
+        measured: Number of rows that were measured, not found in the ledger.
+    """
+
+    results: tuple[MeasuredSelector, ...]
+    num_images: int
+    seed: int
+    accuracy: float
+    real: Mapping[str, float]
+    counts: Mapping[str, int]
+    model: Mapping[str, Any]
+    folder: Path = Path()
+    measured: int = 0
+
+    @property
+    def ordered(self) -> list[MeasuredSelector]:
+        """The results by number of steps, the nearest to real images first."""
+        return sorted(self.results, key=lambda each: (each.num_steps, each.numbers["fid/classifier"]))
+
+    @property
+    def sheet_steps(self) -> int:
+        """The number of steps that the sheet of images shows: 8, or the nearest that was measured."""
+        return min((each.num_steps for each in self.results), key=lambda steps: (abs(steps - _SHEET_STEPS), steps))
+
+    def is_best(self, result: MeasuredSelector, name: str) -> bool:
+        """Returns whether a result has the least distance of its T; of other numbers more is not always better."""
+        if name not in _DISTANCES:
+            return False
+        return result.numbers[name] == min(
+            each.numbers[name] for each in self.results if each.num_steps == result.num_steps
+        )
+
+    def table(self) -> Table:
+        """Returns the rows for a terminal, the least distances of each number of steps in bold."""
+        above = f"{self.num_images} images each, seed {self.seed}, the same noise for all"
+        return terminal_table(
+            above, _HEADINGS, self._cells(lambda text: escape(printable(text)), "[bold]{}[/]"), left=2
+        )
+
+    def page(self, command: str) -> Page:
+        """Returns the rows as a page: how they were made, a table of the distances, and a table of everything.
+
+        Args:
+            command: What makes it again.
+        """
+        lines = [*heading("Token selectors", command), *self._explanation(), ""]
+        lines += ["![one row a selector, one column a class](selectors.png)", ""]
+        lines += [f"`selectors.png`: T = {self.sheet_steps}, one row a selector, one column a class and its noise.", ""]
+        lines += ["## fid/classifier by number of steps T (lower is better)", "", *self._distance_lines(), ""]
+        rows = [row for row in self._cells(markdown, "**{}**") if row]
+        lines += ["## Everything", "", *markdown_table(_HEADINGS, rows, left=2)]
+        values = [
+            {
+                "selector": row.label,
+                "num_steps": row.num_steps,
+                **{name: row.numbers.get(name) for name in _COLUMNS},
+                "decoding": changed_fields(row.decoding),
+            }
+            for row in self.ordered
+        ]
+        return Page("comparison", "\n".join(lines) + "\n", values, folder=self.folder)
+
+    def _cells(self, word: Callable[[str], str], bold: str) -> Iterator[list[str]]:
+        """Yields the cells of each row, an empty row after each number of steps, and those of real images.
+
+        Args:
+            word: Makes markup of a label.
+            bold: Marks the least distance of each number of steps.
+        """
+        for steps, rows in groupby(self.ordered, key=lambda row: row.num_steps):
+            for row in rows:
+                yield [str(steps), word(row.label), *(self._cell(row, name, bold) for name in _COLUMNS)]
+            yield []
+        real = {"diversity": 1.0, **self.real, "class_agreement": self.accuracy}
+        yield ["", "real images", *(format_value(name, real[name]) if name in real else "" for name in _COLUMNS)]
+
+    def _cell(self, row: MeasuredSelector, name: str, bold: str) -> str:
+        if name not in row.numbers:
+            return ""
+        cell = format_value(name, row.numbers[name])
+        return bold.format(cell) if self.is_best(row, name) else cell
+
+    def _explanation(self) -> list[str]:
+        count = self.num_images
+        model = {name: markdown(str(value)[:8]) for name, value in self.model.items()}
+        return paragraph(
+            f"{count} images a row, spread evenly over the classes, seed {self.seed}: image i of every row has the same",
+            "noise. The network that measures is the data set's own classifier, which is right on",
+            f"{self.accuracy:.1%} of the real val images. FID and KID are Frechet and kernel distance from all",
+            f"{self.counts['val']} real val images in that classifier's features, not in those of Inception; they",
+            f"compare with one another at {count} images only. In the last line {self.counts['train']} real training",
+            "images take the place of generated ones. Least distance of each T in bold. A class agreement above that",
+            "of real images says that images are more typical than real ones, which low diversity goes with.",
+            f"Mask schedule as trained: {markdown(self.model['mask_schedule'])}. Decoding, commit and device of each",
+            "row: `ledger.jsonl`. First digits of the weights' sha256:",
+            f"tokenizer {model['tokenizer']}, transformer {model['transformer']}, classifier {model['judge']}.",
+            f"Times are wall clock on one machine ({markdown(self.model['device'])}).",
+        )
+
+    def _distance_lines(self) -> list[str]:
+        numbers = sorted({row.num_steps for row in self.results})
+        cells: dict[str, dict[int, str]] = {}
+        for row in self.results:
+            cells.setdefault(row.label, {})[row.num_steps] = self._cell(row, "fid/classifier", "**{}**")
+        rows = [[markdown(label), *(own.get(number, "") for number in numbers)] for label, own in cells.items()]
+        floor = format_value("fid/classifier", self.real["fid/classifier"])
+        rows += [[f"real images, {self.counts['train']}", *[floor] * len(numbers)]]
+        return markdown_table(["token selector", *(f"T = {number}" for number in numbers)], rows)
+
+
+def compare(
+    run: Path | str,
+    *,
+    data: Path | None = None,
+    selectors: Sequence[Spec] | None = None,
+    num_steps: Sequence[int] | None = None,
+    num_images: int = 1000,
+    out: Path | None = None,
+    options: ComparisonOptions = ComparisonOptions(),  # frozen
+    bars: Bars = no_bars,
+) -> Comparison:
+    """Measures token selectors of one model with the same noise, and writes a page, a CSV and a sheet of images.
+
+    Args:
+        run: Run folder or pretrained folder.
+        data: Data folder; None for what the run was trained on.
+        selectors: Names and mappings; None for all, ``remdm`` with each strategy.
+        num_steps: Numbers of decoding steps; None for 4, 8, 16 and 32, as far as there are tokens.
+        num_images: Images of a row, at least 2 for each class.
+        out: Folder of the page; the ledger lies there too, and in ``RUN/evaluation`` where ``out`` is None.
+        options: Guidance, seed and others.
+        bars: Shows the progress.
+
+    Raises:
+        FileNotFoundError: if there is no such run or data.
+        TypeError: if a selector or a guidance schedule does not take its arguments.
+        ValueError: if a name is unknown, the model is autoregressive, the data are not the model's, or a number is out
+            of range.
+    """
+    check_integer("num_images", num_images, "[1, inf)")
+    folders = find_run(run, data=data, classifier=options.classifier)
+    outline = read_outline(folders)
+    outline.check_parallel("compare")
+    for number in num_steps or ():
+        check_num_steps(number, outline.num_tokens)
+    for spec in selectors or ():
+        token_selectors.build(spec)
+    pipe = open_model(folders, options.device)
+    # the quick ones first: what was measured when a person looks is of use
+    steps = sorted(num_steps or default_steps(outline.num_tokens, _STEPS))
+    work = _decodings(pipe, selector_variants(selectors, pipe.decoding.token_selector), steps, options.guidance)
+    images = open_data(folders, pipe, num_workers=options.num_workers)
+    count = even_count(num_images, images.num_classes)
+    evaluator, model = open_evaluator(folders, pipe, images, options=options, out=out, bars=bars)
+    comparison = _measure(evaluator, model, work, num_images=count, seed=options.seed)
+    comparison = replace(comparison, folder=out or folders.home / "comparison")
+    _write(comparison, pipe, _command(run, selectors, num_steps, num_images, options), bars)
+    return comparison
+
+
+def _decodings(
+    pipe: MaskGIT, variants: Sequence[SelectorVariant], steps: Sequence[int], guidance: float | Spec | None
+) -> list[tuple[str, DecodingConfig]]:
+    if isinstance(guidance, int | float):
+        base = pipe.decoding_with(guidance_scale=float(guidance))
+    else:
+        base = pipe.decoding_with(guidance=guidance)
+    work = []
+    for number in steps:
+        for variant in variants:
+            decoding = replace(with_steps(base, number), token_selector=variant.token_selector)
+            check_decoding(pipe, decoding)
+            work.append((variant.label, decoding))
+    return work
+
+
+def _measure(
+    evaluator: Evaluator,
+    model: EvaluatedModel,
+    work: Sequence[tuple[str, DecodingConfig]],
+    *,
+    num_images: int,
+    seed: int,
+) -> Comparison:
+    from maskgit_pl.evaluation.evaluator import numbers_of
+
+    real = evaluator.real(num_images=num_images)
+    before, results = evaluator.measured, []
+    advance = evaluator.bars("token selectors", len(work))
+    for label, decoding in work:
+        rows = evaluator.samples(model, decoding, num_images=num_images, seed=seed, purpose=f"selector {label}")
+        results.append(MeasuredSelector(label, decoding, numbers_of(rows)))
+        advance(1)
+    (network,) = evaluator.networks.values()
+    assert network.accuracy is not None
+    columns = {**model.identity, **rows[network.extractor.label]}
+    return Comparison(
+        tuple(results),
+        num_images,
+        seed,
+        network.accuracy,
+        numbers_of(real),
+        {"val": columns["real_images"], "train": real[network.extractor.label]["num_images"]},
+        columns,
+        measured=evaluator.measured - before,
+    )
+
+
+def _write(comparison: Comparison, pipe: MaskGIT, command: str, bars: Bars) -> None:
+    from maskgit_pl.imaging import save_png
+
+    out = comparison.folder
+    out.mkdir(parents=True, exist_ok=True)
+    shown = {each.label: each.decoding for each in comparison.results if each.num_steps == comparison.sheet_steps}
+    advance = bars("sheet of images", len(shown))
+    save_png(selector_sheet(pipe, shown, seed=comparison.seed, on_row=lambda: advance(1)), out / "selectors.png")
+    comparison.page(command).write()
+
+
+def _command(
+    run: Path | str,
+    selectors: Sequence[Spec] | None,
+    num_steps: Sequence[int] | None,
+    num_images: int,
+    options: ComparisonOptions,
+) -> str:
+    flags = {"num_images": num_images, "seed": options.seed, "selectors": selectors, "num_steps": num_steps}
+    return command_line(["maskgit compare", run], {**flags, "guidance": options.guidance})
+
+
+def selector_variants(wanted: Sequence[Spec] | None, own: Spec) -> list[SelectorVariant]:
+    """Returns the selectors that are compared.
+
+    A selector given by its name alone takes the choice temperature of the model's own selector, where both have one;
+    a mapping is taken as it is.
+
+    Args:
+        wanted: Names and mappings; None is every registered one that needs no argument, ``remdm`` with each strategy.
+        own: The model's own.
+
+    Raises:
+        TypeError: if a selector does not take its arguments.
+        ValueError: if a name is unknown, a number is out of range, or the same selector comes twice.
+    """
+    temperature = getattr(token_selectors.build(own), "choice_temperature", None)
+    specs = every_selector() if wanted is None else [(describe(spec), spec) for spec in wanted]
+    found: dict[str, SelectorVariant] = {}
+    for label, spec in specs:
+        if label in found:
+            raise ValueError(f"token selector {label}: once is enough, got it twice")
+        named = isinstance(spec, str) or wanted is None
+        has_one = hasattr(token_selectors.build(spec), "choice_temperature")
+        if named and has_one and temperature is not None:
+            spec = {**({"name": spec} if isinstance(spec, str) else spec), "choice_temperature": temperature}
+        found[label] = SelectorVariant(label, spec)
+    return list(found.values())
+
+
+def every_selector() -> list[tuple[str, Spec]]:
+    """Returns labels and specs of every registered selector that needs no argument, ``remdm`` with each strategy."""
+    specs: list[tuple[str, Spec]] = []
+    for name in token_selectors.build_all():
+        for arguments in _VARIANTS.get(name, [{}]):
+            spec: Spec = {"name": name, **arguments} if arguments else name
+            specs.append((" ".join([name, *map(str, arguments.values())]), spec))
+    return specs
+
+
+def selector_sheet(
+    pipe: MaskGIT,
+    decodings: Mapping[str, DecodingConfig],
+    *,
+    seed: int,
+    on_row: Callable[[], object] = lambda: None,
+) -> Image.Image:
+    """Draws one row a selector, one column a class; images of a column have the same seed, so the same noise.
+
+    Args:
+        pipe: The model.
+        decodings: By the caption of the row.
+        seed: Of the first column; column i has seed + i.
+        on_row: Called after each row.
+    """
+    import torch
+
+    from maskgit_pl.imaging import image_grid
+
+    names = pipe.class_names
+    shown = min(len(names), _SHOWN_CLASSES)
+    classes = [number * len(names) // shown for number in range(shown)]
+    images = []
+    for decoding in decodings.values():
+        images.append(pipe.generate(classes, decoding=decoding, seed=seed, output_type="pt"))
+        on_row()
+    return image_grid(
+        torch.cat(images),
+        columns=shown,
+        row_captions=list(decodings),
+        column_captions=[names[label] for label in classes],
+    )

@@ -1,1 +1,0 @@
-"""Ways of decoding one model: side by side, and the search for a better one."""

@@ -1,0 +1,52 @@
+"""The pictures of an evaluation: generated images class by class, reconstructions, and an animation of the decoding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.evaluation.evaluator import Evaluator
+from maskgit_pl.evaluation.generation import Generated
+from maskgit_pl.imaging import image_grid, reconstruction_grid, save_animation, save_png
+from maskgit_pl.pipeline import MaskGIT
+
+__all__ = ["write_pictures"]
+
+_SHOWN_CLASSES, _SHOWN_OF_A_CLASS, _SHOWN_PAIRS, _ANIMATED = 10, 8, 16, 4
+
+
+def write_pictures(
+    evaluator: Evaluator, pipe: MaskGIT, decoding: DecodingConfig, made: Generated, *, folder: Path, seed: int
+) -> None:
+    """Writes ``samples.png``, ``reconstructions.png`` and ``decoding.gif``.
+
+    Args:
+        evaluator: Gives real images.
+        pipe: The model.
+        decoding: How it decodes.
+        made: Generated images, class by class.
+        folder: Where the files go.
+        seed: Of the first image of the animation.
+    """
+    classes = sorted({number * len(pipe.class_names) // _SHOWN_CLASSES for number in range(_SHOWN_CLASSES)})
+    rows = []
+    for label in classes:
+        start = int((made.labels == label).nonzero()[0])
+        rows.append(made.read(range(start, min(start + _SHOWN_OF_A_CLASS, start + int((made.labels == label).sum())))))
+    least = min(len(row) for row in rows)
+    names = [pipe.class_names[label] for label in classes]
+    folder.mkdir(parents=True, exist_ok=True)
+    grid = image_grid(torch.cat([row[:least] for row in rows]), columns=least, row_captions=names)
+    save_png(grid, folder / "samples.png")
+
+    originals = evaluator.real_images("val", _SHOWN_PAIRS)[0]
+    reconstructions = pipe.tokenizer.decode(pipe.tokenizer.encode(originals))
+    save_png(reconstruction_grid(originals, reconstructions), folder / "reconstructions.png")
+
+    shown = classes[:_ANIMATED]
+    seeds = [seed + number for number in range(len(shown))]
+    steps = list(pipe.steps(shown, seed=seeds, decoding=decoding))
+    captions = [pipe.class_names[label] for label in shown]
+    save_animation(steps, pipe.tokenizer.decode, folder / "decoding.gif", grid=pipe.tokenizer.grid, captions=captions)

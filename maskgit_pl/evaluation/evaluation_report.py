@@ -1,0 +1,197 @@
+"""The report of an evaluation: ``evaluation.json`` with everything needed to repeat it, and a table for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, numbers_of
+from maskgit_pl.evaluation.feature_metrics import CLASSIFIER, FeatureMetrics
+from maskgit_pl.evaluation.ledger import Row
+from maskgit_pl.evaluation.metric_names import NETWORK_METRICS, format_value, metric_name, title
+from maskgit_pl.evaluation.reconstruction import Reconstruction
+from maskgit_pl.files import write_atomically
+from maskgit_pl.pipeline import MaskGIT
+from maskgit_pl.provenance import describe_environment
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["Measurements", "Report", "as_report"]
+
+_OF_IMAGES = ("class_agreement", "diversity", "seconds_per_image")  # what a report says of images
+_ESTIMATES = ("masked_nll", "elbo_", "exact_")
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """The measurements of a report.
+
+    Args:
+        decoding: How the model decoded.
+        num_images: Images of a row.
+        seed: Of the first.
+        samples: By how they were made, then by network: rows of the ledger.
+        real: By network: the row of as many real images.
+        reconstruction: Of the tokenizer.
+        likelihood: The row of the transformer.
+        cas: Rows of the classification accuracy score, by what the classifier was trained on; empty where it was not
+            measured.
+    """
+
+    decoding: DecodingConfig
+    num_images: int
+    seed: int
+    samples: Mapping[str, Mapping[str, Row]]
+    real: Mapping[str, Row]
+    reconstruction: Reconstruction
+    likelihood: Row
+    cas: Mapping[str, Row] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Report:
+    """All numbers of an evaluation, in plain values; those of a network's features are named after it (``fid/lite0``).
+
+    Args:
+        content: What ``evaluation.json`` holds.
+        file: That file; the first rank writes it.
+    """
+
+    content: Mapping[str, Any]
+    file: Path
+
+    def save(self) -> None:
+        """Writes the JSON file, under a temporary name first."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with write_atomically(self.file) as stream:
+            stream.write((json.dumps(self.content, indent=2) + "\n").encode())
+
+    def table(self) -> Table:
+        """Returns the numbers that people ask for first."""
+        from rich.table import Table
+
+        protocol, samples = self.content["protocol"], self.content["samples"]
+        columns = [*samples.values(), self.content["real_against_real"]]
+        table = Table(title=f"{protocol['num_images']} images, {protocol['num_steps']} steps, seed {protocol['seed']}")
+        table.add_column("")
+        for name in (*(name.replace("_", " ") for name in samples), "as many real"):
+            table.add_column(name, justify="right")
+        names = [
+            [*_OF_IMAGES],
+            *([metric_name(each, label) for each in NETWORK_METRICS] for label in protocol["features"]),
+        ]
+        for section in names:
+            shown = [name for name in section if any(name in column for column in columns)]
+            for name in shown:
+                cells = [format_value(name, column[name]) if name in column else "" for column in columns]
+                table.add_row(title(name), *cells, end_section=name == shown[-1])
+        _add_model(table, self.content)
+        return table
+
+
+def as_report(model: EvaluatedModel, evaluator: Evaluator, made: Measurements, file: Path) -> Report:
+    """Puts measurements together with everything needed to repeat them.
+
+    Args:
+        model: The model.
+        evaluator: What measured it.
+        made: The measurements.
+        file: Where the report goes.
+    """
+    networks, pipe, floor = evaluator.networks, model.pipe, next(iter(made.real.values()))
+    report = {
+        "protocol": {
+            "num_images": made.num_images,
+            "num_steps": made.decoding.num_steps,
+            "seed": made.seed,
+            "data": evaluator.data.summary.fingerprint,
+            "split": "val",
+            "reference": _reference(networks.values()),
+            "mask_schedule": repr(pipe.transformer.mask_schedule),
+            "decoding": asdict(made.decoding),
+            "features": {label: _network(network) for label, network in networks.items()},
+        },
+        "reconstruction": made.reconstruction.numbers(),
+        "samples": {name: _numbers(rows) for name, rows in made.samples.items()},
+        "real_against_real": {**_numbers(made.real), "images": floor["num_images"]},
+        "likelihood": {name: value for name, value in made.likelihood.items() if _is_likelihood(name)},
+        "model": _sizes(pipe) | {f"{name}_digest": model.identity[name] for name in ("transformer", "config")},
+        "environment": {**describe_environment(), "device": str(pipe.device)},
+    }
+    classifier = networks.get(CLASSIFIER)
+    if classifier is not None and classifier.accuracy is not None and classifier.labels is not None:
+        report["classifier"] = {
+            "accuracy_on_real_images": classifier.accuracy,
+            "real_images": len(classifier.labels),
+        }
+    if made.cas:
+        names = ("top1", "top5", "classifier", "training_images", "training_steps", "real_images")
+        report["classification_accuracy_score"] = {
+            trained_on: {name: row[name] for name in names} for trained_on, row in made.cas.items()
+        }
+    return Report(report, file)
+
+
+def _network(network: FeatureMetrics) -> dict[str, Any]:
+    features, origin = network.reference.features, network.reference.origin
+    assert origin is not None
+    return {
+        "weights": network.extractor.digest,
+        "real_images": None if features is None else len(features),
+        "reference": origin.digest,
+    }
+
+
+def _reference(networks: Iterable[FeatureMetrics]) -> str:
+    """Returns the names of what generated images were compared with: a split or a file."""
+    origins = [network.reference.origin for network in networks]
+    return ", ".join(dict.fromkeys(origin.file or f"{origin.split} split" for origin in origins if origin is not None))
+
+
+def _numbers(rows: Mapping[str, Row]) -> dict[str, float]:
+    return {name: value for name, value in numbers_of(rows).items() if name != "steps_taken"}
+
+
+def _is_likelihood(name: str) -> bool:
+    return name.startswith(_ESTIMATES) or name in ("num_images", "draws")
+
+
+def _add_model(table: Table, report: Mapping[str, Any]) -> None:
+    rebuilt, model, likelihood = report["reconstruction"], report["model"], report["likelihood"]
+    for name, row in report.get("classification_accuracy_score", {}).items():
+        table.add_row(f"CAS top-1, trained on {name.replace('_', ' ')}", f"{row['top1']:.1%}")
+    for name, text in (("masked_nll", "nats a masked token"), ("elbo_bits_per_token", "bits a token, at most"),
+                        ("exact_bits_per_token", "bits a token")):  # fmt: skip
+        if name in likelihood:
+            table.add_row(text, f"{likelihood[name]:.3f} ± {likelihood[f'{name}_error']:.3f}")
+    table.add_row(f"reconstruction PSNR, {rebuilt['images']} images", f"{rebuilt['psnr_db']:.2f} dB")
+    table.add_row("reconstruction SSIM", f"{rebuilt['ssim']:.3f}" if "ssim" in rebuilt else "")
+    for name, value in rebuilt.items():
+        if name.startswith(("rfid/", "lpips/")):
+            table.add_row(title(name), format_value(name, value))
+    table.add_row("codes used", f"{rebuilt['codebook_usage']:.1%} of {model['num_codes']}")
+    table.add_row("tokens of an image", " x ".join(map(str, model["grid"])))
+    parameters = (model["tokenizer_parameters"], model["transformer_parameters"])
+    table.add_row("parameters", " + ".join(f"{count / 1e6:.2f} M" for count in parameters))
+
+
+def _sizes(pipe: MaskGIT) -> dict[str, Any]:
+    def parameters(network: nn.Module) -> int:
+        return sum(parameter.numel() for parameter in network.parameters())
+
+    return {
+        "image_size": pipe.tokenizer.image_size,
+        "grid": list(pipe.tokenizer.grid),
+        "num_codes": pipe.tokenizer.network.config.num_codes,
+        "num_classes": len(pipe.class_names),
+        "tokenizer_parameters": parameters(pipe.tokenizer.network),
+        "transformer_parameters": parameters(pipe.transformer.network),
+        "tokenizer_fingerprint": pipe.tokenizer.fingerprint,
+    }

@@ -1,0 +1,359 @@
+"""The evaluator: measures a model once, and remembers.
+
+Used by ``evaluate``, ``compare``, ``tune``, ``table``, ``figure`` and ``ablation``. What decides a number is the key of
+its row in the ledger: the model's weights and configuration, the data, the weights of the network that measures, the
+reference it compares with, the decoding, the number of images and the seed. Commit, date and device stand beside it.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maskgit_pl.data import OnceThrough, ShardData, ShuffledStream
+from maskgit_pl.data.order import Order
+from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.evaluation.cas import CASConfig, classification_accuracy
+from maskgit_pl.evaluation.classifier_training import TrainingImages
+from maskgit_pl.evaluation.decodings import changed_fields
+from maskgit_pl.evaluation.digests import digest_of, model_digests, short
+from maskgit_pl.evaluation.feature_metrics import FeatureMetrics
+from maskgit_pl.evaluation.generation import Generated, forget, generate
+from maskgit_pl.evaluation.held_out import Task, edit, masked
+from maskgit_pl.evaluation.ledger import REAL, Ledger, Row, number
+from maskgit_pl.evaluation.likelihood import (
+    ImageLikelihood,
+    MaskDraws,
+    exact_nll,
+    masked_nll,
+    negative_elbo,
+    real_tokens,
+)
+from maskgit_pl.evaluation.metric_names import NETWORK_METRICS, metric_name
+from maskgit_pl.evaluation.progress import Bars, no_bars
+from maskgit_pl.evaluation.reference import Origin
+from maskgit_pl.pipeline import MaskGIT
+from maskgit_pl.provenance import describe_environment, device_name
+
+__all__ = ["EvaluatedModel", "Evaluator", "numbers_of"]
+
+_FLOOR_BATCH = 200
+_OWN_COLUMNS = ("model", "max_steps", "seed")  # of the classifier of CAS
+_NO_MODEL = {"model": REAL, "run": "", "mask_schedule": "", "parameters": None, "tokenizer": "", "transformer": ""}
+_NO_DECODING: dict[str, Any] = {"num_steps": None, "decoding": None}
+_DEVIATIONS = ("kid_deviation", "is_deviation")
+_OF_IMAGES = ("class_agreement", "diversity", "steps_taken", "seconds_per_image")  # not of one network's features
+EDITED, UNEDITED, MASKED = "MaskGIT", "unedited", "masked"
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """A model that is measured.
+
+    Args:
+        run: Name of its run.
+        pipe: The model.
+        pretrained: Where it was read from.
+        folder: ``RUN/evaluation``: where its images are kept.
+    """
+
+    run: str
+    pipe: MaskGIT
+    pretrained: Path
+    folder: Path
+
+    @property
+    def kind(self) -> str:
+        """The kind of model, as tables call it."""
+        return "MaskGIT" if self.pipe.transformer.mask_schedule is not None else "sequential"
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """The columns that say which model a row is of."""
+        pipe = self.pipe
+        networks: tuple[nn.Module, ...] = (pipe.tokenizer.network, pipe.transformer.network)
+        return {
+            "model": self.kind,
+            "run": self.run,
+            "mask_schedule": "" if pipe.transformer.mask_schedule is None else repr(pipe.transformer.mask_schedule),
+            "parameters": sum(each.numel() for network in networks for each in network.parameters()),
+            **{name: short(digest) for name, digest in model_digests(pipe, self.pretrained).items()},
+        }
+
+
+class Evaluator:
+    """Measures models on the same data with the same networks; what the ledger holds is not measured again.
+
+    Args:
+        data: The real images.
+        dataset: Name of the data, for people.
+        networks: Feature networks by label.
+        ledger: Holds the measurements.
+        bars: Shows the progress.
+        batch_size: Images at a time; changes the time alone.
+        device: Where the networks are, and where the classifier of CAS is trained.
+
+    Attributes:
+        measured: Number of measurements that were made, those of the ledger not counted.
+    """
+
+    def __init__(
+        self,
+        data: ShardData,
+        *,
+        dataset: str,
+        networks: Mapping[str, FeatureMetrics],
+        ledger: Ledger,
+        bars: Bars = no_bars,
+        batch_size: int = 100,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.data, self.dataset, self.networks, self.ledger = data, dataset, networks, ledger
+        self.bars, self.batch_size, self.device = bars, batch_size, torch.device(device)
+        self.measured = 0
+        self._commit = describe_environment()["commit"]  # of the code that runs, not of what is committed later
+
+    def samples(
+        self,
+        model: EvaluatedModel,
+        decoding: DecodingConfig,
+        *,
+        num_images: int,
+        seed: int,
+        networks: Sequence[str] | None = None,
+        keep: bool = False,
+        purpose: str | None = None,
+    ) -> dict[str, Row]:
+        """Measures generated images.
+
+        Args:
+            model: The model.
+            decoding: How it decodes.
+            num_images: Number of images, over all classes.
+            seed: Of the first image.
+            networks: Labels of the feature networks; None is all.
+            keep: Whether the images stay in their file, for what is measured on them next.
+            purpose: What a new row is for, which decides nothing.
+
+        Returns:
+            A row for each network.
+        """
+        keys = self._of(model, num_images, seed, decoding)
+        rows = self._found("samples", keys, networks)
+        missing = [label for label, row in rows.items() if row is None]
+        if missing:
+            title = f"{model.run}: {num_images} images, T = {decoding.num_steps}"
+            made = self.generated(model, decoding, num_images=num_images, seed=seed, title=title)
+            taken = {"steps_taken": made.steps_taken, "seconds_per_image": made.seconds_per_image}
+            said = {} if purpose is None else {"purpose": purpose}
+            for label in missing:
+                rows[label] = self._measure("samples", keys | said, label, made.read, made.labels, **taken)
+            if not keep:
+                forget(self._file(model, decoding, num_images, seed))
+        return {label: row for label, row in rows.items() if row is not None}
+
+    def generated(
+        self, model: EvaluatedModel, decoding: DecodingConfig, *, num_images: int, seed: int, title: str
+    ) -> Generated:
+        """Generates the images of a measurement, in a file of their own until ``forget``."""
+        return generate(
+            model.pipe,
+            self._file(model, decoding, num_images, seed),
+            decoding,
+            num_images=num_images,
+            seed=seed,
+            batch_size=self.batch_size,
+            on_images=self.bars(title, num_images),
+        )
+
+    def _file(self, model: EvaluatedModel, decoding: DecodingConfig, num_images: int, seed: int) -> Path:
+        digests = {name: model.identity[name] for name in ("tokenizer", "transformer", "config")}
+        return model.folder / f"samples-{short(digest_of([digests, changed_fields(decoding), num_images, seed]))}.npz"
+
+    def real(self, *, num_images: int, networks: Sequence[str] | None = None) -> dict[str, Row]:
+        """Measures as many real train images, drawn at random: the floor of every distance."""
+        count = min(num_images, self.data.summary.samples["train"])
+        keys = {**self._on(None), "num_images": count, "seed": 0, **_NO_DECODING}
+        rows = self._found("samples", keys, networks)
+        for label, row in rows.items():
+            if row is None:
+                images, labels = self.real_images("train", count)
+                rows[label] = self._measure("samples", keys, label, _reader(images), labels)
+        return {label: row for label, row in rows.items() if row is not None}
+
+    @lru_cache(maxsize=2)  # noqa: B019  # an evaluator lives as long as its command
+    def real_images(self, split: str, count: int) -> tuple[Tensor, Tensor]:
+        """Returns images of a split, drawn at random, always the same ones: (n, C, H, W) uint8 and labels (n,)."""
+        samples = self.data.summary.samples[split]
+        batches = self.data.batches(split, self._order(split, count))  # type: ignore[arg-type]  # train or val
+        count = min(count, samples)
+        parts = [
+            batches.__getitems__(range(first, min(first + _FLOOR_BATCH, count)))
+            for first in range(0, count, _FLOOR_BATCH)
+        ]
+        return torch.cat([part.content for part in parts]), torch.cat([part.labels for part in parts])
+
+    def _order(self, split: str, count: int) -> Order:
+        samples = self.data.summary.samples[split]
+        return OnceThrough(samples) if count >= samples else ShuffledStream(samples, seed=0)
+
+    def _drawn(self, split: str, count: int) -> Tensor:
+        """Returns the numbers (count,) int64 of ``real_images`` in their split."""
+        return self._order(split, count)(range(min(count, self.data.summary.samples[split]))).index
+
+    def likelihood(self, model: EvaluatedModel, *, num_images: int, draws: int, seed: int = 0) -> Row:
+        """Measures masked negative log-likelihood and the order-agnostic bound; of a sequential model the exact one."""
+        count = min(num_images, self.data.summary.samples["val"])
+        keys = {**self._on(model), "num_images": count, "seed": seed, "draws": draws}
+        row = self.ledger.find("likelihood", keys)
+        return row or self._add("likelihood", {**keys, **self._nll(model, count, draws, seed)})
+
+    def _nll(self, model: EvaluatedModel, count: int, draws: int, seed: int) -> dict[str, float]:
+        transformer = model.pipe.transformer
+        tokens, labels = real_tokens(model.pipe, self.data, limit=count, batch_size=self.batch_size)
+        bar = self.bars(f"{model.run}: likelihood", (1 if transformer.mask_schedule is None else 2) * count)
+        if transformer.mask_schedule is None:
+            exact = exact_nll(transformer.network, tokens, labels, batch_size=self.batch_size, on_images=bar)
+            return _bits("exact", exact)
+        how: dict[str, Any] = {
+            "mask_token_id": transformer.network.config.mask_token_id,
+            "draws": MaskDraws(draws, seed),
+            "batch_size": self.batch_size,
+            "on_images": bar,
+        }
+        schedule = transformer.mask_schedule
+        part = masked_nll(transformer.network.forward_masked, tokens, labels, mask_schedule=schedule, **how)
+        bound = negative_elbo(transformer.network.forward_masked, tokens, labels, **how)
+        return {"masked_nll": part.mean, "masked_nll_error": part.standard_error, **_bits("elbo", bound)}
+
+    def cas(
+        self,
+        model: EvaluatedModel | None,
+        decoding: DecodingConfig | None,
+        config: CASConfig,
+        *,
+        num_images: int,
+        seed: int,
+    ) -> Row:
+        """Measures the classification accuracy score; of real train images where there is no model."""
+        training = {name: value for name, value in asdict(config).items() if name not in _OWN_COLUMNS}
+        keys = {
+            **self._of(model, num_images, seed, decoding),
+            "classifier": config.model, "training_images": num_images, "training_steps": config.max_steps,
+            "classifier_seed": config.seed, "training": training,
+        }  # fmt: skip
+        row = self.ledger.find("cas", keys)
+        if row is not None:
+            return row
+        name = REAL if model is None else model.run
+        source: TrainingImages | Tensor
+        if model is None or decoding is None:
+            source = self._drawn("train", num_images)
+        else:
+            title = f"{name}: {num_images} images for CAS"
+            made = self.generated(model, decoding, num_images=num_images, seed=seed, title=title)
+            source = TrainingImages(made.take, made.shape, made.labels, self.data.class_names)
+        bar = self.bars(f"CAS: {config.model} on {name}", config.max_steps)
+        found = classification_accuracy(source, self.data, config, on_step=lambda: bar(1), device=str(self.device))
+        return self._add("cas", {**keys, "top1": found.top1, "top5": found.top5, "real_images": found.images})
+
+    def editing(
+        self, model: EvaluatedModel, task: Task, *, num_images: int, seed: int, networks: Sequence[str] | None = None
+    ) -> list[Row]:
+        """Measures held-out images edited, as they are, and with grey in place of what is hidden: a row a network."""
+        decoding, count = model.pipe.decoding, min(num_images, self.data.summary.samples["val"])
+        rows: list[Row] = []
+        images: dict[str, Tensor] = {}
+        for kind in (EDITED, MASKED, UNEDITED):
+            keys = self._of(model, count, seed, decoding) | {"task": task, "model": kind}
+            for label, row in self._found("editing", keys, networks).items():
+                if row is None:
+                    images = images or self._edited(model, task, count, seed)
+                    labels = self.real_images("val", count)[1]
+                    row = self._measure("editing", keys, label, _reader(images[kind]), labels)
+                rows.append(row)
+        return rows
+
+    def _edited(self, model: EvaluatedModel, task: Task, count: int, seed: int) -> dict[str, Tensor]:
+        originals, labels = self.real_images("val", count)
+        bar = self.bars(f"{model.run}: {task}", count)
+        edited = edit(task, model.pipe, originals, labels, seed=seed, batch_size=self.batch_size, on_images=bar)
+        return {EDITED: edited, MASKED: masked(task, model.pipe.tokenizer, originals), UNEDITED: originals}
+
+    def _found(self, kind: str, keys: Mapping[str, Any], networks: Sequence[str] | None) -> dict[str, Row | None]:
+        """Returns the rows of networks that the ledger holds, and None for the others."""
+        labels = self.networks if networks is None else networks
+        return {label: self.ledger.find(kind, {**keys, **self._judged(kind, label)}) for label in labels}
+
+    def _measure(
+        self,
+        kind: str,
+        keys: Mapping[str, Any],
+        label: str,
+        read: Callable[[range], Tensor],
+        labels: Tensor,
+        **beside: float | None,
+    ) -> Row:
+        bar = self.bars(f"features of {label}", len(labels))
+        numbers = self.networks[label](read, len(labels), labels, on_images=bar)
+        return self._add(kind, {**keys, **self._judged(kind, label), **numbers, **beside})
+
+    def _add(self, kind: str, row: Mapping[str, Any]) -> Row:
+        self.measured += 1
+        date = datetime.date.today().isoformat()
+        return self.ledger.add(kind, {**row, "commit": self._commit, "date": date, "device": device_name(self.device)})
+
+    def _judged(self, kind: str, label: str) -> dict[str, Any]:
+        """Returns the columns of a network, and the split that it compares with, which a file stands in place of."""
+        network = self.networks[label]
+        assert network.reference.origin is not None
+        split = {"split": network.reference.origin.split} if kind == "samples" else {}
+        return {**network.columns, **split}
+
+    def _on(self, model: EvaluatedModel | None) -> dict[str, Any]:
+        if model is None:  # real images are decided by their size alone
+            of = {**_NO_MODEL, "config": short(Origin.of_split(self.data, "train").digest)}
+        else:
+            of = model.identity
+        return {**of, "dataset": self.dataset, "data": short(self.data.summary.fingerprint), "split": "val"}
+
+    def _of(
+        self, model: EvaluatedModel | None, num_images: int, seed: int, decoding: DecodingConfig | None
+    ) -> dict[str, Any]:
+        said = _NO_DECODING
+        if model is not None and decoding is not None:
+            said = {"num_steps": decoding.num_steps, "decoding": changed_fields(decoding)}
+        return {**self._on(model), "num_images": num_images, "seed": seed, **said}
+
+
+def numbers_of(rows: Mapping[str, Row]) -> dict[str, float]:
+    """Returns the numbers of a measurement by their names, such as ``fid/classifier`` and ``diversity``.
+
+    Args:
+        rows: By network, as ``Evaluator.samples`` gives them.
+    """
+    found = {}
+    for label, row in rows.items():
+        for name in (*_OF_IMAGES, *NETWORK_METRICS, *_DEVIATIONS):
+            value = number(row, name)
+            if value is not None:
+                found[name if name in _OF_IMAGES else metric_name(name, label)] = value
+    return found
+
+
+def _bits(name: str, found: ImageLikelihood) -> dict[str, float]:
+    numbers: dict[str, float] = {}
+    for unit, estimate in (("bits_per_token", found.bits_per_token), ("bits_per_image", found.bits_per_image)):
+        numbers |= {f"{name}_{unit}": estimate.mean, f"{name}_{unit}_error": estimate.standard_error}
+    return numbers
+
+
+def _reader(images: Tensor) -> Callable[[range], Tensor]:
+    return lambda rows: images[rows.start : rows.stop]

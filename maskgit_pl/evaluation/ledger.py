@@ -1,0 +1,205 @@
+"""The ledger of measurements: a JSON Lines file that holds what was measured, how and on what.
+
+``evaluate``, ``compare``, ``tune``, ``table``, ``figure`` and ``ablation`` write and read it. Each line is one
+measurement in plain values, which ``pandas.read_json(file, lines=True)`` reads. It is appended as soon as it is
+measured, and what is there is not measured again. Lines are never changed: where the same thing is measured again, the
+last line counts.
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import io
+import json
+import logging
+import os
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any, TypeAlias
+
+from maskgit_pl.checks import check_integer, check_keys, check_number, shorten
+from maskgit_pl.files import parse_json, size_text
+
+__all__ = ["FILE_NAME", "KEYS", "REAL", "Ledger", "Row", "as_csv", "number", "present"]
+
+Row: TypeAlias = dict[str, Any]
+
+FILE_NAME = "ledger.jsonl"
+REAL = "real images"  # the model of a row that real images were measured for
+_MODEL = ("dataset", "data", "split", "tokenizer", "transformer", "config", "num_images", "seed")
+_DECODING = ("num_steps", "decoding")
+_NETWORK = ("network", "judge", "knows_classes", "real_images", "reference")
+KEYS = {  # kind of measurement -> columns that say what was measured, and on what
+    "samples": (*_MODEL, *_DECODING, *_NETWORK),
+    "editing": (*_MODEL, *_DECODING, *_NETWORK, "task", "model"),
+    "likelihood": (*_MODEL, "draws"),
+    "cas": (*_MODEL, *_DECODING, "classifier", "training_images", "training_steps", "classifier_seed", "training"),
+    "timing": ("method", "num_tokens", "network", "device", "torch", "dtype", "kind"),
+}
+_REQUIRED = {  # what a line cannot be shown without
+    "samples": ("num_images", "fid"),
+    "editing": ("num_images", "fid", "task", "model", "network"),
+    "likelihood": ("num_images",),
+    "cas": ("top1", "top5", "classifier", "training_images", "training_steps"),
+    "timing": (*KEYS["timing"], "num_steps", "seconds_per_image", "least", "runs"),
+}
+_COUNTS = ("parameters", "num_images", "real_images", "num_steps", "num_tokens", "seed", "draws", "training_images",
+           "training_steps", "classifier_seed", "runs")  # fmt: skip
+_NUMBERS = ("fid", "sfid", "kid", "kid_deviation", "is", "is_deviation", "precision", "recall", "density", "coverage",
+            "class_agreement", "diversity", "steps_taken", "seconds_per_image", "least", "top1", "top5")  # fmt: skip
+_ESTIMATES = ("masked_nll", "elbo_", "exact_")  # what such columns begin with
+_TYPES: dict[str, tuple[type, str]] = {  # of columns that are not text
+    "decoding": (dict, "a mapping"), "training": (dict, "a mapping"), "knows_classes": (bool, "true or false"),
+}  # fmt: skip
+_MAX_LINE, _MAX_BYTES = 1_000_000, 100_000_000
+_log = logging.getLogger(__name__)
+
+
+class Ledger:
+    """The measurements of a file, which is read once; what this process adds is found at once.
+
+    Args:
+        file: ``ledger.jsonl``; it appears with the first line. A last line that was cut off when a process was killed
+            is ignored, and removed before the next one is written.
+        writes: Whether this process writes the file; of several that measure together one does.
+        reuse: Whether lines that the file holds already are found; False measures everything anew.
+
+    Raises:
+        ValueError: if the file is not a ledger, or a line of it is not a measurement. The message names the line.
+    """
+
+    def __init__(self, file: Path, *, writes: bool = True, reuse: bool = True) -> None:
+        self.file, self.writes = file, writes
+        self._rows: list[Row] = list(self._read()) if file.exists() else []
+        self._first = 0 if reuse else len(self._rows)
+
+    def rows(self, measurement: str) -> list[Row]:
+        """Returns all rows of a kind of measurement, in the order of the file."""
+        return [row for row in self._rows if row["measurement"] == measurement]
+
+    def find(self, measurement: str, key: Mapping[str, object]) -> Row | None:
+        """Returns the last row of a measurement, or None.
+
+        A row of an older version that lacks a column of the key does not say enough to be found.
+
+        Args:
+            measurement: A key of ``KEYS``.
+            key: A value for each of its columns; others are not looked at.
+        """
+        wanted = _plain({name: key[name] for name in KEYS[measurement]})
+        for row in reversed(self._rows[self._first :]):
+            if row["measurement"] == measurement and all(name in row and row[name] == wanted[name] for name in wanted):
+                return row
+        return None
+
+    def add(self, measurement: str, row: Mapping[str, object]) -> Row:
+        """Appends a measurement, on the disk before it returns, and returns it as ``find`` does.
+
+        Args:
+            measurement: A key of ``KEYS``.
+            row: Values of its columns, and others.
+
+        Raises:
+            ValueError: if a column of the key is missing, or a value is not one of its column.
+        """
+        added = _plain({"measurement": measurement, **row})
+        check_keys(f"ledger {self.file}: row", added, known=added, required=KEYS[measurement])
+        _check_row(f"ledger {self.file}: row", added)
+        self._rows.append(added)
+        if self.writes:
+            self._append(json.dumps(added).encode() + b"\n")
+        return added
+
+    def _read(self) -> Iterator[Row]:
+        state = self.file.stat()
+        if not stat.S_ISREG(state.st_mode) or state.st_size > _MAX_BYTES:
+            raise ValueError(f"ledger {self.file} must be a regular file of at most {size_text(_MAX_BYTES)}")
+        with self.file.open("rb") as stream:
+            for place, line in enumerate(iter(lambda: stream.readline(_MAX_LINE), b""), start=1):
+                where = f"ledger {self.file}: line {place}"
+                if not line.endswith(b"\n"):
+                    if len(line) == _MAX_LINE:
+                        raise ValueError(f"{where} must have less than {size_text(_MAX_LINE)}; move the file away")
+                    _log.info("%s was cut off and is measured again", where)
+                    return
+                try:
+                    row = parse_json(line, where)
+                    _check_row(where, row)
+                except ValueError as error:
+                    raise ValueError(f"{error}; remove the line, or move the file away") from error
+                yield row
+
+    def _append(self, line: bytes) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a+b") as stream:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(stream, fcntl.LOCK_EX)
+            stream.truncate(_end_of_lines(stream))
+            stream.write(line)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+def _end_of_lines(stream: IO[bytes]) -> int:
+    """Returns the size of a file without a last line that was cut off."""
+    size = stream.seek(0, os.SEEK_END)
+    start = stream.seek(max(0, size - _MAX_LINE))
+    return start + stream.read().rfind(b"\n") + 1
+
+
+def _plain(values: Mapping[str, object]) -> Row:
+    """Returns values as JSON gives them back."""
+    row: Row = json.loads(json.dumps(values))
+    return row
+
+
+def _check_row(where: str, row: Mapping[str, Any]) -> None:
+    measurement = row.get("measurement")
+    if not isinstance(measurement, str) or measurement not in KEYS:
+        raise ValueError(f"{where}: measurement must be one of {', '.join(KEYS)}, got {shorten(measurement)}")
+    for name in _REQUIRED[measurement]:
+        if row.get(name) is None:
+            raise ValueError(f"{where}: {name} must have a value")
+    for name, value in row.items():
+        if value is not None:
+            _check_value(f"{where}: {name}", name, value)
+
+
+def _check_value(where: str, name: str, value: object) -> None:
+    if name in _COUNTS:
+        check_integer(where, value, "[0, 9223372036854775807]")
+    elif name in _NUMBERS or name.startswith(_ESTIMATES):
+        check_number(where, value, "(-inf, inf)")
+    else:
+        kind, text = _TYPES.get(name, (str, "a string"))
+        if not isinstance(value, kind):
+            raise ValueError(f"{where} must be {text}, got {shorten(value)}")
+
+
+def number(row: Mapping[str, Any], name: str) -> float | None:
+    """Returns a number of a row; None where there is none."""
+    value = row.get(name)
+    return None if value is None else float(value)
+
+
+def present(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
+    """Returns whether some row has a value in a column."""
+    return any(row.get(name) is not None for row in rows)
+
+
+def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns rows for a spreadsheet, unrounded, with every column that one of them has; mappings as JSON."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, names, restval="", lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: _cell(value) for name, value in row.items()})
+    return stream.getvalue()
+
+
+def _cell(value: object) -> object:
+    return json.dumps(value, sort_keys=True) if isinstance(value, Mapping) else value

@@ -1,0 +1,94 @@
+"""Names of metrics: the plain form that files and flags hold, and the titles that people read.
+
+A number of one network's features is named after the network, as in ``fid/classifier``: FIDs of two networks do not
+compare. Every ledger, report, table and figure takes its titles, factors and digits from here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = [
+    "METRICS",
+    "NETWORK_METRICS",
+    "Metric",
+    "direction",
+    "format_value",
+    "is_better",
+    "metric_name",
+    "metric_of",
+    "title",
+]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is shown.
+
+    Args:
+        title: Heading of a table.
+        factor: What a value is multiplied by.
+        digits: Decimals of the product.
+        higher_is_better: Direction in which images improve.
+    """
+
+    title: str
+    factor: float
+    digits: int
+    higher_is_better: bool
+
+
+_OF_A_NETWORK = {
+    "fid": Metric("FID", 1, 2, higher_is_better=False),
+    "sfid": Metric("sFID", 1, 2, higher_is_better=False),
+    "kid": Metric("KID x 1000", 1000, 2, higher_is_better=False),
+    "is": Metric("IS", 1, 2, higher_is_better=True),
+    "precision": Metric("precision", 1, 3, higher_is_better=True),
+    "recall": Metric("recall", 1, 3, higher_is_better=True),
+    "density": Metric("density", 1, 3, higher_is_better=True),
+    "coverage": Metric("coverage", 1, 3, higher_is_better=True),
+}
+_OF_IMAGES = {
+    "class_agreement": Metric("class agreement %", 100, 1, higher_is_better=True),
+    "diversity": Metric("diversity", 1, 2, higher_is_better=True),
+    "steps_taken": Metric("steps taken", 1, 1, higher_is_better=False),
+    "seconds_per_image": Metric("ms an image", 1000, 1, higher_is_better=False),
+}
+_OF_RECONSTRUCTIONS = {
+    "rfid": Metric("reconstruction FID", 1, 2, higher_is_better=False),
+    "lpips": Metric("LPIPS", 1, 2, higher_is_better=False),
+}
+METRICS = _OF_A_NETWORK | _OF_IMAGES | _OF_RECONSTRUCTIONS
+NETWORK_METRICS = tuple(_OF_A_NETWORK)
+
+
+def metric_name(metric: str, network: str) -> str:
+    """Returns the name of a metric in a network's features: ``fid/classifier``."""
+    return f"{metric}/{network}"
+
+
+def metric_of(name: str) -> Metric:
+    """Returns the metric that a name such as ``fid/classifier`` or ``diversity`` is of."""
+    return METRICS[name.partition("/")[0]]
+
+
+def title(name: str) -> str:
+    """Returns the heading of a name: ``FID (classifier)`` for ``fid/classifier``."""
+    network = name.partition("/")[2]
+    return metric_of(name).title + (f" ({network})" if network else "")
+
+
+def format_value(name: str, value: float, *, more_digits: int = 0) -> str:
+    """Returns a value as tables show it, with the factor that its title says."""
+    metric = metric_of(name)
+    return f"{value * metric.factor:.{metric.digits + more_digits}f}"
+
+
+def is_better(name: str, value: float, other: float) -> bool:
+    """Returns whether a value is better than another one of the same metric."""
+    return value > other if metric_of(name).higher_is_better else value < other
+
+
+def direction(name: str) -> str:
+    """Returns ``higher is better`` or ``lower is better``."""
+    return "higher is better" if metric_of(name).higher_is_better else "lower is better"

@@ -1,0 +1,224 @@
+"""The evaluation of a trained model: its numbers in the ledger and in ``evaluation.json``, and pictures beside them.
+
+Several processes that ``torchrun`` started share the work. Importing this file does not import torch.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from maskgit_pl.checks import check_integer
+from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
+from maskgit_pl.evaluation.progress import Bars, no_bars
+from maskgit_pl.evaluation.run_folders import (
+    MeasuringOptions,
+    RunFolders,
+    check_decoding,
+    even_count,
+    find_run,
+    open_data,
+    open_model,
+    open_networks,
+    read_outline,
+)
+
+if TYPE_CHECKING:
+    from maskgit_pl.decoding import DecodingConfig
+    from maskgit_pl.evaluation.cas import CASConfig
+    from maskgit_pl.evaluation.evaluation_report import Measurements, Report
+    from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
+    from maskgit_pl.evaluation.reconstruction import Reconstruction
+
+__all__ = ["FEATURES", "CASOptions", "EvaluationOptions", "evaluate"]
+
+FEATURES: tuple[str | dict[str, Any], ...] = ("classifier", "lite0")
+_DRAWS = 4
+
+
+@dataclass(frozen=True)
+class CASOptions:
+    """Training of the classification accuracy score; what is None is the default of ``cas.default_config``.
+
+    Args:
+        model: timm's name of the network.
+        max_steps: Training steps.
+        batch: Images of a step.
+        peak_rate: Learning rate at the peak.
+        precision: ``32-true`` or ``bf16-mixed``.
+    """
+
+    model: str | None = None
+    max_steps: int | None = None
+    batch: int | None = None
+    peak_rate: float | None = None
+    precision: str | None = None
+
+    def config(self, image_size: int) -> CASConfig:
+        """Returns the network and training for images of a size."""
+        from maskgit_pl.evaluation.cas import default_config
+
+        return default_config(image_size, **vars(self))
+
+
+@dataclass(frozen=True)
+class EvaluationOptions(MeasuringOptions):
+    """Options of ``evaluate``; see ``MeasuringOptions`` for the others.
+
+    Args:
+        num_steps: Decoding steps; None for the model's own.
+        reference: ADM's file of a data set in place of the val split.
+        lpips: ``vgg=FILE``: weights of a backbone (vgg, alex or squeeze) for LPIPS of the reconstructions.
+        likelihood_samples: Real images whose likelihood is measured.
+        cas: Training of the classification accuracy score; None leaves it out.
+        resume: Whether what the ledger holds is kept; otherwise everything is measured anew.
+    """
+
+    num_steps: int | None = None
+    reference: Path | None = None
+    lpips: str | None = None
+    likelihood_samples: int = 2000
+    cas: CASOptions | None = None
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer("likelihood_samples", self.likelihood_samples, "[2, inf)")
+
+
+def evaluate(
+    run: Path | str,
+    *,
+    data: Path | None = None,
+    num_samples: int = 1000,
+    features: Sequence[str | dict[str, Any]] = FEATURES,
+    out: Path | None = None,
+    options: EvaluationOptions = EvaluationOptions(),  # frozen
+    bars: Bars = no_bars,
+) -> Report:
+    """Measures a model, and writes the numbers and pictures of it.
+
+    Args:
+        run: Run folder or pretrained folder.
+        data: Data folder; None for what the run was trained on.
+        num_samples: Images generated, at least 2 for each class.
+        features: Feature networks: names or mappings, see ``networks.features.parse_feature_network``.
+        out: The JSON file; pictures go beside it. None for ``RUN/evaluation.json``.
+        options: Steps, reference, seed and others.
+        bars: Shows the progress.
+
+    Returns:
+        What the file holds.
+
+    Raises:
+        FileNotFoundError: if there is no such run or data.
+        TypeError: if a feature network does not take its arguments.
+        ValueError: if the data are not the model's, a network is unknown, or a number is out of range.
+    """
+    check_integer("num_samples", num_samples, "[1, inf)")
+    folders = find_run(run, data=data, classifier=options.classifier)
+    outline = read_outline(folders)
+    outline.check_decoding(outline.decoding_with(num_steps=options.num_steps))
+    from maskgit_pl.distributed import process_group, rank_and_world
+    from maskgit_pl.evaluation.evaluation_report import as_report
+
+    with process_group():
+        evaluator, model, rebuilt = _open(folders, num_samples, features, options, bars)
+        decoding = model.pipe.decoding_with(num_steps=options.num_steps)
+        file = out or folders.home / "evaluation.json"
+        report = as_report(model, evaluator, _measure(evaluator, model, decoding, num_samples, rebuilt, options), file)
+        title, count = f"{model.run}: pictures", num_samples
+        made = evaluator.generated(model, decoding, num_images=count, seed=options.seed, title=title)
+        if rank_and_world()[0] == 0:
+            from maskgit_pl.evaluation.evaluation_pictures import write_pictures
+            from maskgit_pl.pipeline.card import refresh_card
+
+            write_pictures(evaluator, model.pipe, decoding, made, folder=file.parent, seed=options.seed)
+            report.save()
+            refresh_card(folders.pretrained)
+    return report
+
+
+def _open(
+    folders: RunFolders,
+    num_samples: int,
+    features: Sequence[str | dict[str, Any]],
+    options: EvaluationOptions,
+    bars: Bars,
+) -> tuple[Evaluator, EvaluatedModel, Reconstruction]:
+    """Opens everything, and measures the reconstruction, which the ledger does not hold."""
+    from maskgit_pl.distributed import barrier, rank_and_world
+    from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
+    from maskgit_pl.evaluation.lpips import load_lpips
+    from maskgit_pl.evaluation.reconstruction import measure_reconstruction
+    from maskgit_pl.evaluation.reference import own_real_batches
+
+    pipe = open_model(folders, options.device)
+    check_decoding(pipe, pipe.decoding_with(num_steps=options.num_steps))
+    data = open_data(folders, pipe, num_workers=options.num_workers)
+    even_count(num_samples, data.num_classes, name="num_samples")
+    lpips = None if options.lpips is None else load_lpips(options.lpips, device=pipe.device)
+    first = rank_and_world()[0] == 0
+    if first and not options.resume:
+        _forget_images(folders.evaluation)
+    barrier()
+    networks = open_networks(features, data, folders, reference=options.reference, device=pipe.device, bars=bars)
+    compared = {} if options.reference is not None else networks  # of the val split
+    rebuilt = measure_reconstruction(
+        pipe.tokenizer,
+        own_real_batches(data, "val"),
+        extractors=[network.extractor for network in compared.values()],
+        references={label: network.reference for label, network in compared.items()},
+        lpips=lpips,
+        on_images=bars("reconstructing", data.summary.samples["val"]),
+    )
+    ledger = Ledger(folders.evaluation / FILE_NAME, writes=first, reuse=options.resume)
+    barrier()  # all have read the ledger before one of them writes to it
+    evaluator = Evaluator(
+        data,
+        dataset=folders.data.name,
+        networks=networks,
+        ledger=ledger,
+        bars=bars,
+        batch_size=options.batch_size,
+        device=pipe.device,
+    )
+    return evaluator, EvaluatedModel(folders.home.name, pipe, folders.pretrained, folders.evaluation), rebuilt
+
+
+def _forget_images(folder: Path) -> None:
+    """Takes away the images that an earlier evaluation has generated."""
+    for path in folder.glob("samples-*.npz"):
+        path.unlink()
+    for path in folder.glob("samples-*.npz.parts"):
+        shutil.rmtree(path)
+
+
+def _measure(
+    evaluator: Evaluator,
+    model: EvaluatedModel,
+    decoding: DecodingConfig,
+    num_samples: int,
+    rebuilt: Reconstruction,
+    options: EvaluationOptions,
+) -> Measurements:
+    """Measures generated images and the transformer."""
+    from maskgit_pl.evaluation.evaluation_report import Measurements
+
+    ways, seed = {"exported_guidance": decoding}, options.seed
+    if any(decoding.scales()):
+        ways["without_guidance"] = model.pipe.decoding_with(decoding=decoding, guidance_scale=0)
+    samples = {
+        name: evaluator.samples(model, way, num_images=num_samples, seed=seed, keep=True) for name, way in ways.items()
+    }
+    real = evaluator.real(num_images=num_samples)
+    likelihood = evaluator.likelihood(model, num_images=options.likelihood_samples, draws=_DRAWS)
+    cas: dict[str, Row] = {}
+    if options.cas is not None:
+        config = options.cas.config(evaluator.data.config.image_size)
+        cas["generated_images"] = evaluator.cas(model, decoding, config, num_images=num_samples, seed=seed)
+        cas["real_images"] = evaluator.cas(None, None, config, num_images=num_samples, seed=seed)
+    return Measurements(decoding, num_samples, seed, samples, real, rebuilt, likelihood, cas)

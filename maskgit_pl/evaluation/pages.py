@@ -1,0 +1,104 @@
+"""A report as it is written: Markdown, CSV and pictures. Parts of Markdown that all reports share."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from maskgit_pl.evaluation.ledger import as_csv
+from maskgit_pl.files import write_atomically
+from maskgit_pl.text import code_span, printable
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["Page", "code_cell", "heading", "markdown_table", "paragraph", "terminal_table"]
+
+
+@dataclass(frozen=True)
+class Page:
+    """A table or figure of the paper with our measurements.
+
+    Args:
+        name: File name without ending, such as ``table-1``.
+        markdown: The text, with the published rows beside ours.
+        rows: Our rows, unrounded.
+        pictures: PNG files by name.
+        folder: The folder that it belongs to, such as ``results/fashion-mnist``.
+    """
+
+    name: str
+    markdown: str
+    rows: Sequence[Mapping[str, Any]]
+    pictures: Mapping[str, bytes] = field(default_factory=dict)
+    folder: Path = Path()
+
+    @property
+    def csv(self) -> str:
+        """The rows as CSV, with every column that one of them has."""
+        return as_csv(self.rows)
+
+    def write(self, folder: Path | None = None) -> list[Path]:
+        """Writes ``NAME.md``, ``NAME.csv`` and the pictures.
+
+        Args:
+            folder: Where to; None for the page's own folder.
+
+        Returns:
+            The files.
+        """
+        folder = self.folder if folder is None else folder
+        folder.mkdir(parents=True, exist_ok=True)
+        contents = {f"{self.name}.md": self.markdown.encode(), f"{self.name}.csv": self.csv.encode(), **self.pictures}
+        for name, content in contents.items():
+            with write_atomically(folder / name) as stream:
+                stream.write(content)
+        return [folder / name for name in contents]
+
+
+def heading(title: str, command: str) -> list[str]:
+    """Returns the first lines of a page: its title, and the command that makes it again."""
+    return [f"# {title}", "", f"    {printable(command, limit=None)}", ""]
+
+
+def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> list[str]:
+    """Returns the lines of a table whose first ``left`` columns hold words and whose others hold numbers."""
+    lines = [_line(headings), "|" + "---|" * left + "---:|" * (len(headings) - left)]
+    return [*lines, *map(_line, rows)]
+
+
+def terminal_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> Table:
+    """Returns the table of ``markdown_table`` for a terminal of 80 columns.
+
+    Args:
+        title: Line above it.
+        headings: One for each column; the last word stands in a second line.
+        rows: Cells, in Rich's markup; an empty row ends a section.
+        left: Number of first columns that hold words.
+    """
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    table = Table(title=title, box=SIMPLE, padding=0)
+    for place, text in enumerate(headings):
+        table.add_column("\n".join(text.rsplit(" ", 1)), justify="left" if place < left else "right")
+    for row in rows:
+        table.add_row(*row) if row else table.add_section()
+    return table
+
+
+def paragraph(*sentences: str) -> list[str]:
+    """Returns sentences as lines of the width that Markdown files have here."""
+    return textwrap.wrap(" ".join(sentences), 118, break_long_words=False, break_on_hyphens=False)
+
+
+def code_cell(text: str) -> str:
+    """Returns a table cell that shows a text as code; an empty cell for an empty text."""
+    return code_span(text) if text else ""
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

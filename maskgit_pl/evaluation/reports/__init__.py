@@ -1,0 +1,39 @@
+"""The paper's tables and figures with our measurements, from Python as from the command line.
+
+::
+
+    from maskgit_pl.evaluation import reports
+
+    page = reports.table_1(["runs/fashion-mnist-cosine"], reports.ReportOptions(num_samples=2000))
+    page.write()                              # results/fashion-mnist/table-1.md, .csv and .png
+
+What the ledger lacks is measured. The names are imported when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from maskgit_pl.evaluation.reports.api import figure_4, figure_8, table_1, table_2, table_3
+    from maskgit_pl.evaluation.reports.options import ReportOptions, TimingOptions
+
+__all__ = ["ReportOptions", "TimingOptions", "figure_4", "figure_8", "table_1", "table_2", "table_3"]
+
+# No module has the name of something here: importing it would put it in that thing's place.
+_HOMES = {
+    "ReportOptions": "options",
+    "TimingOptions": "options",
+    "figure_4": "api",
+    "figure_8": "api",
+    "table_1": "api",
+    "table_2": "api",
+    "table_3": "api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

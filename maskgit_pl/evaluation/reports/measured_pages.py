@@ -1,0 +1,216 @@
+"""Tables 1 to 3 and Figure 8 of the paper, measured: what the ledger lacks is measured, the rest is read from it.
+
+``api`` opens runs with ``open_models`` and calls one of the functions below.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
+from maskgit_pl.evaluation.held_out import edit, masked
+from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
+from maskgit_pl.evaluation.pages import Page
+from maskgit_pl.evaluation.progress import Bars
+from maskgit_pl.evaluation.reports.ablation import STEPS, ablate, check_budgets
+from maskgit_pl.evaluation.reports.options import ReportOptions
+from maskgit_pl.evaluation.reports.schedule_figures import schedule_figure
+from maskgit_pl.evaluation.reports.tables import TASKS, editing_page, generation_page, schedule_page
+from maskgit_pl.evaluation.run_folders import (
+    RunFolders,
+    check_data,
+    open_data,
+    open_model,
+    open_networks,
+    read_own_recipe,
+)
+from maskgit_pl.imaging import image_grid
+
+__all__ = ["OpenedModels", "measure_editing", "measure_generation", "measure_schedules", "open_models"]
+
+_SHOWN_CLASSES, _SHOWN_EDITS = 10, 12
+
+
+@dataclass(frozen=True)
+class OpenedModels:
+    """Models of the same data, and what measures them.
+
+    Args:
+        evaluator: Measures on the data of the first model.
+        models: In the order of the runs.
+        options: Number of images, seed and folder.
+    """
+
+    evaluator: Evaluator
+    models: Sequence[EvaluatedModel]
+    options: ReportOptions
+
+    @property
+    def networks(self) -> list[str]:
+        """Labels of the feature networks, in the order of the options."""
+        return list(self.evaluator.networks)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the pages: ``results/DATASET``."""
+        return self.options.results / self.evaluator.dataset
+
+
+def open_models(folders: Sequence[RunFolders], options: ReportOptions, bars: Bars) -> OpenedModels:
+    """Opens models, data and feature networks.
+
+    Args:
+        folders: Those of each run; the data of the first one is used.
+        options: What is measured.
+        bars: Shows the progress.
+
+    Raises:
+        ValueError: if runs differ in classes or image size, a network is unknown, or there are too few images.
+    """
+    first = folders[0]
+    models = [
+        EvaluatedModel(each.home.name, open_model(each, options.device), each.pretrained, each.evaluation)
+        for each in folders
+    ]
+    data = open_data(first, models[0].pipe, num_workers=options.num_workers)
+    for model in models[1:]:
+        check_data(model.pipe, data)
+        if model.pipe.tokenizer.image_size != data.config.image_size:
+            raise ValueError(
+                f"run {model.run}: images of the first run's {data.config.image_size} pixels are needed, got "
+                f"{model.pipe.tokenizer.image_size}; make a table of its own"
+            )
+    if options.num_samples < data.num_classes:
+        raise ValueError(
+            f"num_samples: at least one for each of the {data.num_classes} classes is needed, got {options.num_samples}"
+        )
+    device = models[0].pipe.device
+    networks = open_networks(options.features, data, first, reference=options.reference, device=device, bars=bars)
+    evaluator = Evaluator(
+        data,
+        dataset=first.data.name,
+        networks=networks,
+        ledger=Ledger(options.results / FILE_NAME),
+        bars=bars,
+        batch_size=options.batch_size,
+        device=device,
+    )
+    return OpenedModels(evaluator, models, options)
+
+
+def measure_generation(opened: OpenedModels, *, command: str) -> Page:
+    """Measures Table 1: class-conditional generation.
+
+    Args:
+        opened: The models.
+        command: The command that makes the page again.
+    """
+    evaluator, count, seed = opened.evaluator, opened.options.num_samples, opened.options.seed
+    rows: list[Row] = []
+    for model in opened.models:
+        rows += evaluator.samples(model, model.pipe.decoding, num_images=count, seed=seed).values()
+    rows += evaluator.real(num_images=count).values()
+    page = generation_page(rows, _accuracy_scores(opened), command=command)
+    return replace(page, folder=opened.folder, pictures={"table-1.png": _png(_sheet(opened))})
+
+
+def _accuracy_scores(opened: OpenedModels) -> list[Row]:
+    """Returns the classification accuracy score of each model, and of as many real images."""
+    evaluator, options = opened.evaluator, opened.options
+    if options.cas is None:
+        return []
+    config = options.cas.config(evaluator.data.config.image_size)
+    count = min(options.cas_samples or options.num_samples, evaluator.data.summary.samples["train"])
+    return [
+        *(
+            evaluator.cas(each, each.pipe.decoding, config, num_images=count, seed=options.seed)
+            for each in opened.models
+        ),
+        evaluator.cas(None, None, config, num_images=count, seed=options.seed),
+    ]
+
+
+def _sheet(opened: OpenedModels) -> Image.Image:
+    """Returns a row of real images and a row of each model, a column a class."""
+    data, models = opened.evaluator.data, opened.models
+    shown = min(data.num_classes, _SHOWN_CLASSES)
+    classes = [number * data.num_classes // shown for number in range(shown)]
+    images, labels = opened.evaluator.real_images("val", 50 * data.num_classes)
+    rows = [torch.stack([_first_of(images, labels, label) for label in classes])]
+    for model in models:
+        rows.append(torch.as_tensor(model.pipe.generate(classes, seed=opened.options.seed, output_type="pt")))
+    captions = ["real images", *(f"{model.kind}, T = {model.pipe.decoding.num_steps}" for model in models)]
+    names = [data.class_names[label] for label in classes]
+    return image_grid(torch.cat(rows), columns=shown, row_captions=captions, column_captions=names)
+
+
+def _png(picture: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, format="PNG")
+    return stream.getvalue()
+
+
+def _first_of(images: Tensor, labels: Tensor, label: int) -> Tensor:
+    """Returns the first image of a class; a black one where there is none."""
+    found = (labels == label).nonzero()
+    return images[int(found[0])] if len(found) else torch.zeros_like(images[0])
+
+
+def measure_editing(opened: OpenedModels, *, command: str) -> Page:
+    """Measures Table 2: outpainting and inpainting of held-out images.
+
+    Args:
+        opened: The models; the picture shows the first one.
+        command: The command that makes the page again.
+    """
+    evaluator, options = opened.evaluator, opened.options
+    rows = [
+        row
+        for model in opened.models
+        for task in TASKS
+        for row in evaluator.editing(model, task, num_images=options.num_samples, seed=options.seed)
+    ]
+    pipe = opened.models[0].pipe
+    images, labels = evaluator.real_images("val", _SHOWN_EDITS)
+    shown, captions = [images], ["held out"]
+    for task in TASKS:
+        shown += [masked(task, pipe.tokenizer, images), edit(task, pipe, images, labels, seed=options.seed)]
+        captions += ["given", task]
+    sheet = image_grid(torch.cat(shown), columns=len(images), row_captions=captions)
+    page = editing_page(rows, command=command)
+    return replace(page, folder=opened.folder, pictures={"table-2.png": _png(sheet)})
+
+
+def measure_schedules(opened: OpenedModels, *, num_steps: Sequence[int] | None, command: str) -> Page:
+    """Measures Table 3 and Figure 8: mask schedules, a model for each.
+
+    Args:
+        opened: Models that differ in their mask schedule alone.
+        num_steps: The T; None for the usual ones. Those above half of the number of tokens are left out.
+        command: The command that makes the page again.
+
+    Raises:
+        ValueError: if runs were not trained alike, two are of one schedule, or no T is left.
+    """
+    evaluator, options, models = opened.evaluator, opened.options, opened.models
+    check_budgets({each.run: read_own_recipe(each.folder.parent / "transformer" / "config.yaml") for each in models})
+    results = ablate(evaluator, models, steps=num_steps or STEPS, num_images=options.num_samples, seed=options.seed)
+    first = opened.networks[0]
+    floor = evaluator.real(num_images=options.num_samples, networks=[first])[first]
+    figure = schedule_figure(
+        results,
+        num_tokens=models[0].pipe.transformer.network.config.num_tokens,
+        metric=f"fid/{first}",
+        num_images=options.num_samples,
+        floor=float(floor["fid"]),
+        dataset=evaluator.dataset,
+    )
+    page = schedule_page(results, command=command)
+    return replace(page, folder=opened.folder, pictures={"figure-8.png": figure})

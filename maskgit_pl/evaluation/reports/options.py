@@ -1,0 +1,92 @@
+"""The options of tables and figures. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from maskgit_pl.evaluation.model_evaluation import FEATURES, CASOptions
+from maskgit_pl.evaluation.run_folders import MeasuringOptions
+
+__all__ = ["NUM_TOKENS", "ReportOptions", "TimingOptions"]
+
+NUM_TOKENS = (16, 64, 256, 1024)  # paper, Figure 4
+
+
+@dataclass(frozen=True)
+class ReportOptions(MeasuringOptions):
+    """The options of a table: what is measured, on what, and where it is kept.
+
+    Args:
+        data: Data folder; None for what the first run was trained on.
+        num_samples: Images of a row, at least 2 and one for each class.
+        features: Feature networks, names or mappings; the first one chooses where there is something to choose.
+        reference: ADM's statistics or images in place of the val split; None for the split.
+        results: Folder of the ledger; pages are written to ``results/DATASET``.
+        cas: Training of the classification accuracy score of Table 1; None leaves the score out.
+        cas_samples: Images that it trains on; None for ``num_samples``.
+
+    The others are those of ``MeasuringOptions``.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    data: Path | None = None
+    num_samples: int = 1000
+    features: Sequence[str | dict[str, Any]] = FEATURES
+    reference: Path | None = None
+    results: Path = Path("results")
+    cas: CASOptions | None = field(default_factory=CASOptions)
+    cas_samples: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_samples < 2:
+            raise ValueError(f"num_samples: at least 2 is needed, got {self.num_samples}")
+
+    def flags(self) -> dict[str, object]:
+        """Returns the flags that decide the numbers of every table, None for those that have their default."""
+        return {
+            "features": None if tuple(self.features) == FEATURES else self.features,
+            "num_samples": self.num_samples,
+            "seed": self.seed or None,
+            "reference": self.reference,
+        }
+
+    def cas_flags(self) -> dict[str, object]:
+        """Returns the flags that decide the classification accuracy score, None for those that have their default."""
+        if self.cas is None:
+            return {"cas_model": "none"}
+        return {
+            "cas_model": self.cas.model,
+            "cas_samples": self.cas_samples,
+            "cas_steps": self.cas.max_steps,
+            "cas_batch": self.cas.batch,
+            "cas_learning_rate": self.cas.peak_rate,
+            "cas_precision": self.cas.precision,
+        }
+
+
+@dataclass(frozen=True)
+class TimingOptions:
+    """The options of Figure 4.
+
+    Args:
+        num_tokens: N of the points: squares.
+        sizes: Sizes of the transformer, such as ``{"depth": 8}``, in place of the run's, or of one that suits a CPU.
+        results: Folder of the ledger and of the page.
+        device: ``cpu``, ``cuda``, ``cuda:1`` ...; None for a GPU if there is one.
+    """
+
+    num_tokens: Sequence[int] = NUM_TOKENS
+    sizes: Mapping[str, Any] = field(default_factory=dict)
+    results: Path = Path("results")
+    device: str | None = None
+
+    def flags(self) -> dict[str, object]:
+        """Returns the flags that decide the numbers, None for those that have their default."""
+        points = None if tuple(self.num_tokens) == NUM_TOKENS else self.num_tokens
+        return {"num_tokens": points, **self.sizes, "device": self.device}

@@ -1,0 +1,154 @@
+"""Figures of mask schedules: the curves themselves, and the quality of the model that was trained with each.
+
+Both are the panels of the paper's Figure 8; ``maskgit schedules`` draws the first alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from maskgit_pl.decoding import ParallelDecoder
+from maskgit_pl.decoding.selectors import token_selectors
+from maskgit_pl.evaluation.drawing import LineEnd, name_lines, plot_by_steps, plot_floor, png_of
+from maskgit_pl.schedules import MaskSchedule
+from maskgit_pl.text import plain_label
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from maskgit_pl.evaluation.reports.ablation import ScheduleResult
+
+__all__ = ["known_after_each_step", "schedule_figure", "schedule_plot"]
+
+_COLOURS = {  # from those that decide late (concave) to those that decide early (convex)
+    "exp": "#5b2a86",
+    "cubic": "#3f51b5",
+    "square": "#2a7fb8",
+    "cosine": "#0d7d6c",
+    "linear": "#7a7a7a",
+    "sqrt": "#d98b1f",
+    "log": "#c0392b",
+}
+_OTHERS = ("#a0709f", "#6d9a5c", "#b3605b", "#8a7f4f")
+_POINTS = 513
+_TICKS = (0.5, 1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 300)
+
+
+def known_after_each_step(schedule: MaskSchedule, *, num_tokens: int, num_steps: int) -> list[int]:
+    """Counts the tokens of an image that are known after each decoding step.
+
+    Args:
+        schedule: Says how many are masked.
+        num_tokens: N.
+        num_steps: T, in [1, N].
+
+    Raises:
+        ValueError: if there are fewer than one step, or more steps than tokens.
+    """
+    decoder = ParallelDecoder(schedule, token_selectors.build("confidence"), num_steps=num_steps)
+    return [num_tokens - masked for (masked,) in decoder.masked_counts([num_tokens], num_tokens)[1:]]
+
+
+def schedule_plot(schedules: Mapping[str, MaskSchedule], *, num_tokens: int) -> bytes:
+    """Draws mask ratio against progress for every schedule.
+
+    Args:
+        schedules: By the name that the legend shows.
+        num_tokens: N, which some schedules depend on.
+
+    Returns:
+        A PNG.
+
+    Source: paper, Figure 8, left.
+    """
+    from matplotlib.figure import Figure
+
+    page = Figure(figsize=(6.4, 4.4), layout="constrained")
+    _plot_ratios(page.subplots(), schedules, num_tokens)
+    page.legend(loc="outside right center", frameon=False)
+    return png_of(page)
+
+
+def schedule_figure(
+    results: Sequence[ScheduleResult],
+    *,
+    num_tokens: int,
+    metric: str,
+    num_images: int,
+    floor: float | None,
+    dataset: str,
+) -> bytes:
+    """Draws the mask schedules, and beside them the quality of the model of each against T.
+
+    Args:
+        results: One for each schedule.
+        num_tokens: N, which ``log`` and ``exp`` depend on.
+        metric: Such as ``fid/classifier``.
+        num_images: Images of a point.
+        floor: The value of as many real images; None draws no line.
+        dataset: For the title.
+
+    Returns:
+        A PNG.
+
+    Source: paper, Figure 8.
+    """
+    from matplotlib.figure import Figure
+
+    page = Figure(figsize=(12.6, 5.2), layout="constrained")
+    left, right = page.subplots(1, 2, gridspec_kw={"wspace": 0.14})
+    _plot_ratios(left, {result.schedule: result.mask_schedule for result in results}, num_tokens)
+    left.legend(frameon=False, fontsize=9.5, loc="upper right", ncols=2)
+    colours = _colours(result.schedule for result in results)
+    _plot_quality(right, results, colours)
+    if floor is not None:
+        plot_floor(right, floor, f"as many real images: {floor:.2f}")
+    right.set_ylabel(f"{metric} of {num_images} images (lower is better)")
+    right.set_title(f"{plain_label(dataset)}: a model for each schedule, stars at its best T", fontsize=11, loc="left")
+    ends = {
+        result.schedule: LineEnd(
+            f"{result.schedule}, best T = {result.best_steps}",
+            (max(result.curve), result.curve[max(result.curve)]),
+            colours[result.schedule],
+        )
+        for result in results
+    }
+    name_lines(page, right, ends)
+    return png_of(page)
+
+
+def _colours(names: Iterable[str]) -> dict[str, str]:
+    """Returns a colour for each schedule; those that the paper does not have take turns."""
+    names = list(names)
+    others = iter(_OTHERS * (1 + len(names) // len(_OTHERS)))
+    return {name: _COLOURS.get(name) or next(others) for name in names}
+
+
+def _plot_ratios(axes: Axes, schedules: Mapping[str, MaskSchedule], num_tokens: int) -> None:
+    progress = torch.linspace(0, 1, _POINTS)
+    ratios = {name: schedule(progress, num_tokens).clamp(0, 1) for name, schedule in schedules.items()}
+    colours = _colours(ratios)
+    # In the legend as on the page: what stays masked longest stands at the top.
+    for number, name in enumerate(sorted(ratios, key=lambda name: -float(ratios[name].mean()))):
+        style = ("solid", "dashed", "dashdot")[number // 10 % 3]  # colours repeat, lines do not
+        axes.plot(progress.numpy(), ratios[name].numpy(), color=colours[name], label=plain_label(name), linestyle=style,
+                  linewidth=1.8)  # fmt: skip
+    axes.set(xlabel="progress r = t / T", ylabel="mask ratio gamma(r)", xlim=(0, 1), ylim=(0, 1.02))
+    axes.set_title(f"mask schedules, N = {num_tokens} tokens", fontsize=11, loc="left")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _plot_quality(axes: Axes, results: Sequence[ScheduleResult], colours: Mapping[str, str]) -> None:
+    plot_by_steps(axes, {result.schedule: result.curve for result in results}, colours)
+    values = [value for result in results for value in result.curve.values()]
+    if axes.get_yscale() == "log":
+        ticks = [tick for tick in _TICKS if min(values) / 1.3 <= tick <= max(values) * 1.3]
+        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+    for result in results:
+        axes.plot([result.best_steps], [result.curve[result.best_steps]], color=colours[result.schedule], marker="*",
+                  markersize=14, markeredgecolor="white", zorder=5)  # fmt: skip

@@ -1,0 +1,323 @@
+"""The paper's tables with our rows in them: pages from the rows of the ledger.
+
+Our numbers are named after the network whose features they are of, and stand in tables of their own: those of another
+network, other data or another number of images compare with nothing in the paper's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+from maskgit_pl.evaluation.held_out import Task
+from maskgit_pl.evaluation.ledger import REAL, Row, number, present
+from maskgit_pl.evaluation.metric_names import METRICS, NETWORK_METRICS, format_value, metric_name, title
+from maskgit_pl.evaluation.pages import Page, code_cell, heading, markdown_table, paragraph
+from maskgit_pl.evaluation.reports.ablation import ScheduleResult
+from maskgit_pl.evaluation.reports.published import (
+    CLASSIFIER_ON_REAL_IMAGES,
+    EDITING,
+    GENERATION,
+    SCHEDULES,
+    PublishedGeneration,
+)
+from maskgit_pl.text import code_span, markdown
+
+__all__ = ["FORMULAS", "TASKS", "agreement_with_paper", "editing_page", "generation_page", "schedule_page"]
+
+FORMULAS = {  # Table 3's gamma(r), as it prints them; exp and log as released
+    "exp": "1 - 2^(-log2(N) (1 - r))",
+    "cubic": "1 - r^3",
+    "square": "1 - r^2",
+    "cosine": "cos(pi r / 2)",
+    "linear": "1 - r",
+    "sqrt": "1 - r^0.5",
+    "log": "-log2(r) / log2(N)",
+}
+TASKS: dict[Task, str] = {
+    "outpaint-right": "outpainting, the right 50 %",
+    "inpaint-centre": "inpainting, the centre 50 % x 50 %",
+}
+
+
+_METRICS = (*NETWORK_METRICS, "class_agreement")
+_NAMED_AFTER_NETWORK = ("fid", "sfid", "kid", "is")
+_SHOWN_DIGITS = 8
+
+
+def generation_page(samples: Sequence[Row], cas: Sequence[Row], *, command: str) -> Page:
+    """Returns Table 1: class-conditional generation.
+
+    Args:
+        samples: Rows of generated images, and those of real images.
+        cas: Rows of the classification accuracy score; empty leaves it out.
+        command: The command that makes the page again.
+    """
+    lines = [*heading("Table 1: class-conditional generation", command), *_explain(samples), ""]
+    for network in dict.fromkeys(row["network"] for row in samples):
+        own = [row for row in samples if row["network"] == network]
+        lines += [f"## In the features of {markdown(network)}", "", *_generation_lines(own), ""]
+    if cas:
+        lines += ["## Classification accuracy score", "", *_cas_lines(cas), ""]
+    lines += [*_provenance(samples), "", "## Published", "", *_published_generation()]
+    return _page("table-1", lines, [*samples, *cas], picture="table-1.png")
+
+
+def _page(name: str, lines: Sequence[str], rows: Sequence[Mapping[str, Any]], *, picture: str) -> Page:
+    shown = f"![{picture.removesuffix('.png')}]({picture})"
+    return Page(name, "\n".join([*lines, "", shown, ""]), rows)
+
+
+def _cell(row: Mapping[str, Any], name: str) -> str:
+    """Returns a number as tables show it; an empty cell where there is none."""
+    value = number(row, name)
+    return "" if value is None else format_value(name, value)
+
+
+def _word(row: Mapping[str, Any], name: str) -> str:
+    """Returns Markdown of a word or count of a row; an empty one where there is none."""
+    value = row.get(name)
+    return "" if value is None else markdown(value)
+
+
+def _millions(row: Mapping[str, Any]) -> str:
+    value = number(row, "parameters")
+    return "" if value is None else f"{value / 1e6:.2f}M"
+
+
+def _provenance(rows: Sequence[Row]) -> list[str]:
+    """Returns on what, against what, by which networks and by which code the rows were measured."""
+    said = []
+    for name, column in (("data", "dataset"), ("data fingerprint", "data"), ("commit", "commit"), ("date", "date"),
+                         ("device", "device")):  # fmt: skip
+        values = dict.fromkeys(str(row.get(column) or "")[: 12 if column == "commit" else None] for row in rows)
+        said.append(f"{name} {', '.join(markdown(value) for value in values if value)}")
+    compared = _named(rows, _reference_name, "reference")
+    judges = _named(rows, lambda row: _word(row, "network"), "judge")
+    models = dict.fromkeys(
+        f"{code_cell(row['run'])} tokenizer {_digest(row, 'tokenizer')}, transformer {_digest(row, 'transformer')}"
+        for row in rows
+        if row.get("run")
+    )
+    return [
+        *paragraph(f"Measured on: {'; '.join(said)}. Every row with its decoding is in the ledger."),
+        "",
+        *paragraph(
+            f"First digits of sha256. Reference: {compared}. Weights of the networks that judge: {judges}. Weights of",
+            f"the models: {'; '.join(models) or 'none'}.",
+        ),
+    ]
+
+
+def _named(rows: Sequence[Row], name: Callable[[Row], str], digest: str) -> str:
+    return ", ".join(dict.fromkeys(f"{name(row)} {_digest(row, digest)}" for row in rows))
+
+
+def _digest(row: Mapping[str, Any], name: str) -> str:
+    """Returns the first digits of a digest; rows of older versions may lack it."""
+    return markdown(str(row.get(name) or "")[:_SHOWN_DIGITS]) or "not recorded"
+
+
+def _reference_name(row: Mapping[str, Any]) -> str:
+    """Returns the split or the file that the images of a row were compared with."""
+    return markdown(row.get("reference_file") or f"the {row.get('split') or 'val'} split")
+
+
+def _against(rows: Sequence[Row]) -> str:
+    """Returns the number of real images that the rows compare with, and their source."""
+    found = dict.fromkeys(
+        f"{_word(row, 'real_images')} real ones of {_reference_name(row)}"
+        if row.get("real_images")
+        else f"the statistics of {_reference_name(row)}"
+        for row in rows
+    )
+    return " and ".join(found)
+
+
+def _explain(rows: Sequence[Row]) -> list[str]:
+    counts = ", ".join(dict.fromkeys(_word(row, "num_images") for row in rows))
+    return paragraph(
+        f"{counts} images of each model, spread evenly over the classes, against {_against(rows)}. The last line of",
+        "each table has as many real training images in place of generated ones: what FID",
+        "comes to at this number of images where nothing is wrong. FID falls with the number of images and is of one",
+        "network's features: it compares with no number of another count, network or data set. KID has no such bias.",
+        "IS comes from a network that knows the classes alone.",
+    )
+
+
+def _generation_lines(rows: Sequence[Row]) -> list[str]:
+    network = str(rows[0]["network"])
+    shown = [name for name in _METRICS if present(rows, name)]
+    headings = [markdown(title(metric_name(name, network) if name in _NAMED_AFTER_NETWORK else name)) for name in shown]
+    models = [row for row in rows if row["model"] != REAL] + [row for row in rows if row["model"] == REAL]
+    return markdown_table(
+        ["model", "run", *headings, "parameters", "steps", "ms an image"],
+        [
+            [_word(row, "model"), code_cell(row["run"]), *(_cell(row, name) for name in shown), _millions(row),
+             _word(row, "num_steps"), _cell(row, "seconds_per_image")]
+            for row in models
+        ],
+        left=2,
+    )  # fmt: skip
+
+
+def _cas_lines(rows: Sequence[Row]) -> list[str]:
+    first = rows[0]
+    lines = paragraph(
+        f"A {_word(first, 'classifier')} trained on images of one kind alone",
+        f"({_word(first, 'training_images')} of them, {_word(first, 'training_steps')} steps), tested on the",
+        f"{_word(first, 'real_images')} real val images.",
+    )
+    cells = [
+        [f"{_word(row, 'model')} {code_cell(row['run'])}".strip(),
+         *(f"{100 * float(row[name]):.2f}" for name in ("top1", "top5"))] for row in rows
+    ]  # fmt: skip
+    return [*lines, "", *markdown_table(["trained on images of", "top-1 %", "top-5 %"], cells)]
+
+
+def _published_generation() -> list[str]:
+    def decimals(value: float | None) -> str:
+        return "" if value is None else f"{value:.2f}"
+
+    def cells(row: PublishedGeneration) -> list[str]:
+        quality = [decimals(row.fid), row.inception_score or "", decimals(row.precision), decimals(row.recall)]
+        cost = [row.parameters, row.steps]
+        return [row.model, str(row.size), *quality, *cost, decimals(row.cas_top1), decimals(row.cas_top5)]
+
+    real = ["classifier trained on real images", *[""] * 7, *map(str, CLASSIFIER_ON_REAL_IMAGES)]
+    headings = ["model", "size", "FID (inception)", "IS (inception)", "precision", "recall", "parameters", "steps",
+                "CAS top-1", "CAS top-5"]  # fmt: skip
+    lines = ["ImageNet, 50,000 images, Inception's features (arXiv:2202.04200, Table 1).", ""]
+    return lines + markdown_table(headings, [*map(cells, GENERATION), real])
+
+
+def editing_page(rows: Sequence[Row], *, command: str) -> Page:
+    """Returns Table 2: outpainting and inpainting of held-out images.
+
+    Args:
+        rows: Rows of edited images.
+        command: The command that makes the page again.
+    """
+    lines = [*heading("Table 2: outpainting and inpainting", command)]
+    lines += paragraph(
+        "Each held-out image is edited once: its class and what stays visible are given, the rest is generated and",
+        f"pasted in. The results are measured against {_against(rows)}. `unedited` are the same images as they are,",
+        "`masked` with grey in place of what is to be generated: between the two lies what there is to win. What is",
+        "hidden are whole tokens: the right half rounded up, the centre down (of 7 x 7 tokens 4 columns, and 3 x 3).",
+    )
+    lines += [""]
+    for task, name in TASKS.items():
+        own = [row for row in rows if row["task"] == task]
+        if own:
+            lines += [f"## {name[0].upper()}{name[1:]}", "", *_editing_lines(own), "", *_published_editing(task), ""]
+    return _page("table-2", [*lines, *_provenance(rows)], rows, picture="table-2.png")
+
+
+def _editing_lines(rows: Sequence[Row]) -> list[str]:
+    shown = [name for name in _METRICS if present(rows, name)]
+    return markdown_table(
+        ["result", "run", "network", *(METRICS[name].title for name in shown), "images", "steps"],
+        [
+            [_word(row, "model"), code_cell(row["run"]), _word(row, "network"), *(_cell(row, name) for name in shown),
+             _word(row, "num_images"), _word(row, "num_steps")]
+            for row in rows
+        ],
+        left=3,
+    )  # fmt: skip
+
+
+def _published_editing(task: Task) -> list[str]:
+    cells = [
+        [row.model, str(row.size), f"{row.fid:.2f}", f"{row.inception_score:.2f}"]
+        for row in EDITING
+        if row.task == task
+    ]
+    headings = ["published, Places2", "size", "FID (inception)", "IS (inception)"]
+    return markdown_table(headings, cells)
+
+
+def schedule_page(results: Sequence[ScheduleResult], *, command: str) -> Page:
+    """Returns Table 3: mask schedules, each trained and decoded with its own.
+
+    Args:
+        results: One for each schedule.
+        command: The command that makes the page again.
+    """
+    networks = list(dict.fromkeys(network for result in results for network in result.fresh))
+    order = [row.schedule for row in SCHEDULES]
+    results = sorted(results, key=lambda each: order.index(each.schedule) if each.schedule in order else len(order))
+    any_row = next(iter(results[0].fresh.values()))
+    rows = [row for result in results for row in result.fresh.values()]
+    fids = {result.schedule: float(result.fresh[networks[0]]["fid"]) for result in results}
+    lines = heading("Table 3: mask schedules", command)
+    steps = ", ".join(map(str, sorted(results[0].curve)))
+    lines += paragraph(
+        "Each schedule has a model of its own, trained with it under the same budget and decoded with it, without",
+        f"guidance, at T in {{{steps}}}. The best T is the one of the least fid/{markdown(networks[0])}; the numbers",
+        f"beside it are measured again with fresh noise ({any_row['num_images']} images), which took no part in the",
+        "choice. NLL is the mean negative log-likelihood of masked tokens under the schedule's own masks, in nats, as",
+        "the paper's: it falls where fewer tokens are masked, whatever the model knows. The bound is the",
+        "order-agnostic ELBO in bits a token, which means the same for every schedule (lower is better).",
+    )
+    lines += ["", *_schedule_lines(results, networks), "", *agreement_with_paper(fids, networks[0]), ""]
+    flat = [_flat(result, networks) for result in results]
+    return _page("table-3", [*lines, *_provenance(rows)], flat, picture="figure-8.png")
+
+
+def _schedule_lines(results: Sequence[ScheduleResult], networks: Sequence[str]) -> list[str]:
+    published = {row.schedule: row for row in SCHEDULES}
+    scored = [network for network in networks if present([result.fresh[network] for result in results], "is")]
+    headings = ["schedule", "gamma(r)", "best T", *(f"FID ({markdown(name)})" for name in networks)]
+    headings += [*(f"IS ({markdown(name)})" for name in scored), "NLL", "bound, bits", "paper: T", "FID", "IS", "NLL"]
+    cells = []
+    for result in results:
+        likelihood, known = result.likelihood, published.get(result.schedule)
+        row = [code_span(result.schedule), FORMULAS.get(result.schedule, ""), str(result.best_steps)]
+        row += [_cell(result.fresh[name], "fid") for name in networks]
+        row += [_cell(result.fresh[name], "is") for name in scored]
+        row += [_with_error(likelihood, "masked_nll"), _with_error(likelihood, "elbo_bits_per_token")]
+        if known is not None:
+            row += [str(known.best_steps), f"{known.fid:.2f}", f"{known.inception_score:.1f}", f"{known.nll:.2f}"]
+        cells.append(row + [""] * (len(headings) - len(row)))
+    return markdown_table(headings, cells, left=2)
+
+
+def _with_error(row: Mapping[str, Any], name: str) -> str:
+    value, error = number(row, name), number(row, f"{name}_error")
+    return "" if value is None else f"{value:.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+
+def agreement_with_paper(fids: Mapping[str, float], network: str) -> list[str]:
+    """Returns in words whether the paper's order of schedules holds.
+
+    Args:
+        fids: Ours, by schedule.
+        network: Whose features they are of.
+    """
+    paper = {row.schedule: row.fid for row in SCHEDULES if row.schedule in fids}
+    if len(paper) < 2:
+        return ["Fewer than two schedules of the paper were measured: nothing to say of its order."]
+    ours = sorted(paper, key=lambda name: fids[name])
+    theirs = sorted(paper, key=lambda name: paper[name])
+    pairs = list(combinations(theirs, 2))
+    agreeing = sum(fids[better] < fids[worse] for better, worse in pairs)
+    verdict = "holds here" if ours == theirs else "does not hold here"
+    return paragraph(
+        f"**The paper's order {verdict}.** By FID it is {' < '.join(theirs)}; by our fid/{markdown(network)} it is",
+        f"{' < '.join(f'{name} {fids[name]:.2f}' for name in ours)}. {agreeing} of {len(pairs)} pairs are in the",
+        "paper's order (half of them would be by chance). One training and one set of noise a schedule: what is close",
+        "is no ranking.",
+    )
+
+
+def _flat(result: ScheduleResult, networks: Sequence[str]) -> dict[str, object]:
+    flat: dict[str, object] = {"schedule": result.schedule, "run": result.run, "best_steps": result.best_steps}
+    for network in networks:
+        row = result.fresh[network]
+        flat |= {f"{name}/{network}": row[name] for name in _METRICS if present([row], name)}
+    flat |= {name: cell for name, cell in result.likelihood.items() if "nll" in name or "elbo" in name}
+    flat |= {f"fid/{networks[0]} at T = {steps}": value for steps, value in sorted(result.curve.items())}
+    kept = ("num_images", "parameters", "commit", "date", "dataset", "data", "transformer", "tokenizer", "config",
+            "judge", "reference")  # fmt: skip
+    return flat | {name: result.fresh[networks[0]].get(name, "") for name in kept}

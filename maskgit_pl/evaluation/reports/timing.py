@@ -1,0 +1,235 @@
+"""The time that an image takes the transformer: autoregressive decoding against MaskGIT, by the number of tokens.
+
+The networks have random weights, which take as long as trained ones, and there is no tokenizer. ``timing_page`` draws
+Figure 4 of the paper from it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal, get_args
+
+import torch
+
+from maskgit_pl.checks import build_dataclass
+from maskgit_pl.decoding import (
+    ConditionalModel,
+    DecodingConfig,
+    DecodingStep,
+    SequentialDecoder,
+    decode_classes,
+    decode_in_order,
+)
+from maskgit_pl.evaluation.ledger import Ledger
+from maskgit_pl.evaluation.reports.options import NUM_TOKENS
+from maskgit_pl.networks.causal import CausalTransformer
+from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
+from maskgit_pl.pretrained import read_config
+from maskgit_pl.provenance import describe_environment, device_name
+from maskgit_pl.schedules import mask_schedules
+
+__all__ = ["METHODS", "SIZES", "Method", "Timing", "measure_timings", "sizes_of", "timing_of"]
+
+Method = Literal["MaskGIT", "sequential, KV cache", "sequential, no cache"]
+METHODS: tuple[Method, ...] = get_args(Method)
+
+SIZES = TransformerConfig(1024, 1000, (16, 16), width=256, depth=8, num_heads=8, mlp_width=1024)
+"""Small enough for a CPU: 1,024 tokens without a cache take it minutes."""
+
+_SECONDS, _MOST = 10.0, 15  # of the runs of a point, unless one takes longer; runs of a point
+_WARM_UP = 8  # tokens
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The time of an image by one method at one number of tokens.
+
+    Args:
+        method: Way of decoding.
+        num_tokens: N.
+        num_steps: T, the number of forward passes.
+        seconds: Median of the runs.
+        least: Seconds of the quickest run.
+        runs: Number of runs.
+        network: Sizes of the network, in words.
+        device: Name of the GPU, or of the CPU with its threads.
+        torch: Version of torch.
+        dtype: Of weights and products.
+        kind: Of the device: ``cpu``, ``cuda`` ...
+    """
+
+    method: Method
+    num_tokens: int
+    num_steps: int
+    seconds: float
+    least: float
+    runs: int
+    network: str
+    device: str
+    torch: str
+    dtype: str
+    kind: str
+
+
+def sizes_of(folder: Path) -> TransformerConfig:
+    """Returns the sizes of a transformer, from the folder that it was saved to.
+
+    Raises:
+        ValueError: if its config.json is not one of a transformer.
+    """
+    config = read_config(folder, "transformer")
+    return build_dataclass(TransformerConfig, config.get("network"), f"{folder / 'config.json'}: network")
+
+
+def measure_timings(
+    ledger: Ledger,
+    *,
+    sizes: TransformerConfig = SIZES,
+    num_tokens: Sequence[int] = NUM_TOKENS,
+    device: torch.device | str = "cpu",
+    on_point: Callable[[Timing], object] = lambda timing: None,
+) -> list[Timing]:
+    """Times every method at every N, batch 1; what the ledger holds is not measured again.
+
+    The methods take turns, so that a machine that slows down slows all of them.
+
+    Args:
+        ledger: Gets each point as soon as it is measured.
+        sizes: Of the networks; each point has its own grid, each method its attention.
+        num_tokens: N of the points: squares.
+        device: Where the networks run.
+        on_point: Called with each point, measured or found.
+
+    Returns:
+        The points, by N and method.
+
+    Raises:
+        ValueError: if a number of tokens is not a square.
+    """
+    for count in num_tokens:
+        if count < 1 or math.isqrt(count) ** 2 != count:
+            raise ValueError(f"num_tokens: squares are needed, such as 16 or 256, got {count}")
+    device = torch.device(device)
+    timings = []
+    for count in sorted(set(num_tokens)):
+        points = {method: _point(method, count, sizes, device) for method in METHODS}
+        found = {method: ledger.find("timing", point) for method, point in points.items()}
+        missing = [method for method, row in found.items() if row is None]
+        for method, seconds in _measured(missing, sizes, count, device) if missing else ():
+            found[method] = ledger.add("timing", {**points[method], **_numbers(seconds)})
+            on_point(timing_of(found[method]))
+        for method, row in found.items():
+            timings.append(timing_of(row))
+            if method not in missing:
+                on_point(timings[-1])
+    return timings
+
+
+def timing_of(row: Mapping[str, Any] | None) -> Timing:
+    """Returns the point that a row of the ledger holds."""
+    assert row is not None  # it was found or added
+    values = {**row, "seconds": row["seconds_per_image"]}
+    return Timing(**{each.name: values[each.name] for each in fields(Timing)})
+
+
+def _point(method: Method, num_tokens: int, sizes: TransformerConfig, device: torch.device) -> dict[str, Any]:
+    """Returns the columns of the ledger that tell a point from others."""
+    network = (
+        f"{sizes.depth} layers x {sizes.width}, MLP {sizes.mlp_width}, {sizes.num_heads} heads, "
+        f"{sizes.num_codes} codes, {sizes.num_classes} classes"
+    )
+    matmul = torch.get_float32_matmul_precision()
+    return {
+        "method": method,
+        "num_tokens": num_tokens,
+        "num_steps": _steps(num_tokens) if method == "MaskGIT" else num_tokens,
+        "network": network,
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "dtype": "float32" if matmul == "highest" else f"float32, matmul precision {matmul}",
+        "kind": device.type,
+    }
+
+
+def _steps(num_tokens: int) -> int:
+    """Returns the T of MaskGIT: as in the paper, 12 at 1,024 tokens and 8 below."""
+    return min(num_tokens, 12 if num_tokens >= 1024 else 8)
+
+
+def _numbers(seconds: Sequence[float]) -> dict[str, Any]:
+    commit = describe_environment()["commit"]
+    return {"seconds_per_image": median(seconds), "least": min(seconds), "runs": len(seconds), "commit": commit}
+
+
+def _measured(
+    methods: Sequence[Method], sizes: TransformerConfig, num_tokens: int, device: torch.device
+) -> Iterator[tuple[Method, list[float]]]:
+    """Yields the seconds of each run of a method, as soon as it has enough of them."""
+    decoders = _decoders(sizes, num_tokens, device)
+    seconds: dict[Method, list[float]] = {method: [] for method in methods}
+    for method in methods:
+        for _ in zip(range(_WARM_UP), decoders[method](), strict=False):
+            pass
+    waiting = deque(methods)
+    while waiting:
+        method = waiting.popleft()
+        own = seconds[method]
+        own.append(_seconds(decoders[method], device))
+        if len(own) < _MOST and sum(own) + own[-1] <= _SECONDS:
+            waiting.append(method)
+        else:
+            yield method, own
+
+
+def _seconds(decode: Callable[[], Iterator[DecodingStep]], device: torch.device) -> float:
+    """Returns the seconds that a run takes."""
+    _wait(device)
+    start = time.perf_counter()
+    deque(decode(), maxlen=0)
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _decoders(
+    sizes: TransformerConfig, num_tokens: int, device: torch.device
+) -> dict[Method, Callable[[], Iterator[DecodingStep]]]:
+    """Returns the methods, without guidance; both networks have the same weights."""
+    side, steps = math.isqrt(num_tokens), _steps(num_tokens)
+    config = replace(sizes, grid=(side, side), attention="bidirectional")
+    with torch.random.fork_rng(devices=[]), device:
+        masked = MaskedTransformer(config).eval().requires_grad_(requires_grad=False)
+        causal = CausalTransformer(replace(config, attention="causal")).eval().requires_grad_(requires_grad=False)
+    causal.load_state_dict(masked.state_dict())
+    in_order = partial(
+        decode_in_order,
+        ConditionalModel.of(causal, device),
+        [0],
+        [0],
+        decoder=SequentialDecoder(num_tokens),
+        scales=[0.0] * num_tokens,
+    )
+    in_parallel = partial(
+        decode_classes,
+        ConditionalModel.of(masked, device),
+        [0],
+        [0],
+        decoder=DecodingConfig(steps).decoder(mask_schedules.build("cosine")),
+        scales=[0.0] * steps,
+    )
+    return {
+        "MaskGIT": in_parallel,
+        "sequential, KV cache": in_order,
+        "sequential, no cache": partial(in_order, cache=False),
+    }

@@ -1,0 +1,191 @@
+"""Figure 4 of the paper as a page: the time of an image by its number of tokens, with the factors to MaskGIT."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from maskgit_pl.devices import check_device
+from maskgit_pl.evaluation.drawing import LineEnd, name_lines, png_of
+from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
+from maskgit_pl.evaluation.pages import Page, heading, paragraph
+from maskgit_pl.evaluation.progress import Bars, no_bars
+from maskgit_pl.evaluation.reports.options import TimingOptions
+from maskgit_pl.evaluation.reports.timing import METHODS, SIZES, Method, Timing, measure_timings, sizes_of
+from maskgit_pl.text import markdown, plain_label
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["measure_figure_4", "timing_figure", "timing_page"]
+
+_COLOURS = {"MaskGIT": "#0d7d6c", "sequential, KV cache": "#d98b1f", "sequential, no cache": "#c0392b"}
+_TICKS = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000]
+_INK = "#444444"
+_EXPLANATIONS = {  # by the kind of the device
+    "cpu": "The paper's 30 to 64 times are a GPU's, which computes the tokens of an image in about the time of one; on "
+    "a CPU, as here, time goes with the work, of which a cache saves the most.",
+    "cuda": "This is a GPU, as in the paper, whose figure says 30 to 64 times. As long as the tokens of an image do "
+    "not fill it, a step of all tokens takes about as long as a step of one, and the factor nears N / T; beyond, time "
+    "goes with the work.",
+}
+_OTHER_DEVICE = "The paper's 30 to 64 times are a GPU's."
+_STRIP = 0.2  # of the axes' height
+
+
+def _by_method(timings: Sequence[Timing]) -> dict[Method, dict[int, Timing]]:
+    return {method: {timing.num_tokens: timing for timing in timings if timing.method == method} for method in METHODS}
+
+
+def measure_figure_4(folder: Path | None, options: TimingOptions, *, command: str, bars: Bars = no_bars) -> Page:
+    """Measures Figure 4: the times that the ledger lacks, with random weights.
+
+    Args:
+        folder: Transformer folder whose sizes are timed; None for sizes that suit a CPU.
+        options: What is timed, and where it is kept.
+        command: The command that makes the page again.
+        bars: Shows the progress.
+
+    Raises:
+        ValueError: if a size is out of range, a number of tokens is not a square, or there is no such device.
+    """
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    sizes = replace(SIZES if folder is None else sizes_of(folder), **options.sizes)
+    bar = bars("figure 4: points", len(METHODS) * len(options.num_tokens))
+    timings = measure_timings(
+        Ledger(options.results / FILE_NAME),
+        sizes=sizes,
+        num_tokens=options.num_tokens,
+        device=check_device(device),
+        on_point=lambda _: bar(1),
+    )
+    return timing_page(timings, command=command, folder=options.results)
+
+
+def timing_figure(timings: Sequence[Timing]) -> bytes:
+    """Draws seconds of an image against its tokens: a line for each method, with its factor to MaskGIT at each point.
+
+    Args:
+        timings: See ``measure_timings``.
+
+    Returns:
+        A PNG.
+
+    Source: paper, Figure 4.
+    """
+    from matplotlib.figure import Figure
+
+    page = Figure(figsize=(8.8, 5.4), layout="constrained")
+    axes = page.subplots()
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    lines = _by_method(timings)
+    for method, points in lines.items():
+        axes.plot(
+            list(points), [timing.seconds for timing in points.values()], color=_COLOURS[method],
+            linewidth=3 if method == "MaskGIT" else 1.8, marker="o", markersize=6 if method == "MaskGIT" else 4.5,
+            zorder=3 if method == "MaskGIT" else 2,
+        )  # fmt: skip
+    _finish(axes, timings)
+    _write_factors(axes, lines)
+    ends: dict[str, LineEnd] = {method: _end(method, points) for method, points in lines.items()}
+    name_lines(page, axes, ends, least=0.09)
+    return png_of(page)
+
+
+def _end(method: Method, points: dict[int, Timing]) -> LineEnd:
+    last = points[max(points)]
+    steps = sorted({point.num_steps for point in points.values()})
+    label = f"{method},\nT = {' and '.join(map(str, steps))}"
+    label = label if method == "MaskGIT" else method.replace(", ", ",\n")
+    return LineEnd(label, (last.num_tokens, last.seconds), _COLOURS[method], bold=method == "MaskGIT")
+
+
+def _write_factors(axes: Axes, lines: dict[Method, dict[int, Timing]]) -> None:
+    """Writes how many times as long as MaskGIT the others take: two lines of numbers below theirs."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(low * (low / high) ** _STRIP, high)  # room for them
+    place = axes.get_xaxis_transform()
+    for method, height in zip(METHODS[1:], (0.02, 0.075), strict=True):
+        for count, timing in lines[method].items():
+            axes.text(
+                count, height, f"{_factor(timing, lines)} x", transform=place, color=_COLOURS[method], fontsize=10.5,
+                fontweight="bold", ha="center", va="bottom",
+            )  # fmt: skip
+    axes.text(0.012, 0.15, "times as long as MaskGIT", transform=axes.transAxes, color=_INK, fontsize=9, va="center")
+
+
+def _factor(timing: Timing, lines: dict[Method, dict[int, Timing]]) -> str:
+    """Returns its time over MaskGIT's, two digits."""
+    factor = timing.seconds / lines["MaskGIT"][timing.num_tokens].seconds
+    return f"{factor:.1f}" if factor < 9.95 else f"{factor:.0f}"
+
+
+def _finish(axes: Axes, timings: Sequence[Timing]) -> None:
+    counts = sorted({timing.num_tokens for timing in timings})
+    seconds = [timing.seconds for timing in timings]
+    axes.set_xticks(counts, [f"{count}\n{math.isqrt(count)} x {math.isqrt(count)}" for count in counts])
+    shown = [tick for tick in _TICKS if min(seconds) / 2 <= tick <= max(seconds) * 2]
+    axes.set_yticks(shown, [f"{tick:g} s" if tick >= 1 else f"{1000 * tick:g} ms" for tick in shown])
+    axes.minorticks_off()
+    axes.set_xlabel("tokens of an image, N")
+    axes.set_ylabel("transformer, time of an image")
+    first = timings[0]
+    axes.set_title("Figure 4: one token after the other, against MaskGIT", fontsize=12, loc="left", pad=36)
+    axes.annotate(
+        f"{plain_label(first.network)}; batch 1, {plain_label(first.dtype)}\n"
+        f"{plain_label(first.device)}, torch {plain_label(first.torch)}", (0, 1), (0, 5),
+        xycoords="axes fraction", textcoords="offset points", fontsize=9, color=_INK, va="bottom", linespacing=1.4,
+    )  # fmt: skip
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.06, y=0.1)
+
+
+def timing_page(timings: Sequence[Timing], *, command: str, folder: Path = Path()) -> Page:
+    """Returns the points as a page: how they were measured, the figure, and a table with the factors.
+
+    Args:
+        timings: See ``measure_timings``.
+        command: The command that makes the page again.
+        folder: The folder of the page.
+    """
+    first, lines = timings[0], _by_method(timings)
+    counts = sorted({timing.num_tokens for timing in timings})
+    text = [
+        *heading("Figure 4: sequential decoding against MaskGIT", command),
+        "![time of an image against its number of tokens](figure-4.png)",
+        "",
+        *paragraph(
+            "What an image takes the transformer, batch 1, without guidance and tokenizer: the median of n runs, which",
+            "took turns. Both are the same network with random weights, under a causal mask or none; MaskGIT decodes",
+            "by the cosine schedule, the most confident tokens first, and computes its first step too.",
+            f"{markdown(first.network)}, {markdown(first.dtype)}, on {markdown(first.device)}, torch",
+            f"{markdown(first.torch)}.",
+        ),
+        "",
+        f"| N | T of MaskGIT | {' | '.join(METHODS)} | KV cache / MaskGIT | no cache / MaskGIT |",
+        "|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for count in counts:
+        here = [lines[method][count] for method in METHODS]
+        cells = [f"{_seconds_text(timing)} (n = {timing.runs})" for timing in here]
+        factors = [f"{_factor(timing, lines)}" for timing in here[1:]]
+        text.append(f"| {' | '.join([str(count), str(here[0].num_steps), *cells, *factors])} |")
+    largest = [_factor(lines[method][counts[-1]], lines) for method in METHODS[1:]]
+    said = paragraph(
+        f"At N = {counts[-1]} a sequential image takes {largest[0]} times as long as MaskGIT's with a cache and",
+        f"{largest[1]} times without. {_EXPLANATIONS.get(first.kind, _OTHER_DEVICE)}",
+    )
+    rows = [asdict(timing) for timing in timings]
+    pictures = {"figure-4.png": timing_figure(timings)}
+    return Page("figure-4", "\n".join([*text, "", *said, ""]), rows, pictures, folder)
+
+
+def _seconds_text(timing: Timing) -> str:
+    return f"{timing.seconds:.3g} s" if timing.seconds >= 1 else f"{1000 * timing.seconds:.3g} ms"

@@ -1,0 +1,172 @@
+"""The figure of a search: one model, decoded by every mask schedule, quality against T.
+
+Source: paper, Figure 8, right: one model for each schedule there, one model decoded by each schedule here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from maskgit_pl.decoding.selectors import token_selectors
+from maskgit_pl.evaluation.decoding_search import Measure, SearchResult, Trial, ranked
+from maskgit_pl.evaluation.decodings import Spec, describe_decoding, with_steps
+from maskgit_pl.evaluation.drawing import LineEnd, name_lines, plot_by_steps, plot_floor, save_figure
+from maskgit_pl.evaluation.metric_names import direction, format_value, is_better, metric_of, title
+from maskgit_pl.evaluation.progress import Bars, no_bars
+from maskgit_pl.schedules import MaskSchedule, mask_schedules
+from maskgit_pl.text import plain_label
+
+if TYPE_CHECKING:
+    from maskgit_pl.pipeline import MaskGIT
+
+__all__ = ["Curves", "ScheduleCurves", "draw_curves", "following", "measure_curves", "plot_steps", "schedule_specs"]
+
+Curves = Mapping[str, Mapping[int, Mapping[str, float]]]
+
+_PLOT_STEPS = (2, 3, 4, 6, 8, 12, 16, 24)
+_MARKED, _TRAINED = "#d1460f", "#14427a"
+_log = logging.getLogger(__name__)
+_OTHERS = ("#c58b3a", "#6d9a5c", "#a0709f", "#5aa0a3", "#b3605b", "#8a8a8a", "#9a8c4f", "#7f86c4")
+
+
+def following(result: SearchResult) -> Trial | None:
+    """Returns the best trial that follows a mask schedule; None where none does."""
+    for trial in (result.winner, *ranked(result.trials, result.metric)):
+        if token_selectors.build(trial.decoding.token_selector).follows_schedule:
+            return trial
+    return None
+
+
+def schedule_specs(trained: MaskSchedule) -> tuple[str, dict[str, Spec | None]]:
+    """Returns the name of the schedule of the training, and each registered one that needs no argument, by name.
+
+    None stands for the one of the training, under its ``repr`` where it is registered under no name.
+    """
+    built = mask_schedules.build_all()
+    own = next((name for name, schedule in built.items() if schedule == trained), repr(trained))
+    return own, {name: None if name == own else name for name in sorted({*built, own})}
+
+
+def plot_steps(num_tokens: int) -> tuple[int, ...]:
+    """Returns the T that schedules are drawn at: at most half as many as there are tokens."""
+    return tuple(number for number in _PLOT_STEPS if number <= max(2, num_tokens // 2))
+
+
+def measure_curves(
+    measure: Measure, pipe: MaskGIT, result: SearchResult, *, num_images: int, seed: int, bars: Bars = no_bars
+) -> ScheduleCurves | None:
+    """Measures the best decoding of a search at several T with each registered mask schedule that needs no argument.
+
+    Args:
+        measure: Measures a decoding.
+        pipe: The model.
+        result: The search.
+        num_images: Images of a point.
+        seed: Of the first image.
+        bars: Shows the progress.
+
+    Returns:
+        The curves, or None where no trial follows a mask schedule.
+
+    Source: paper, Figure 8, right: one model for each schedule there, one model decoded by each schedule here.
+    """
+    trial = following(result)
+    if trial is None:
+        _log.info("no trial follows a mask schedule: no figure is drawn")
+        return None
+    trained, specs = schedule_specs(pipe.transformer.schedule_for("tune"))
+    steps = plot_steps(pipe.tokenizer.grid[0] * pipe.tokenizer.grid[1])
+    advance = bars("mask schedules", len(specs) * sum(steps))
+    curves: dict[str, dict[int, Mapping[str, float]]] = {name: {} for name in specs}
+    for num_steps in steps:
+        for name, spec in specs.items():
+            point = replace(with_steps(trial.decoding, num_steps), mask_schedule=spec)
+            curves[name][num_steps] = measure(point, num_images, seed, f"mask schedule {name}, {num_steps} steps")
+            advance(num_steps)
+    return ScheduleCurves(curves, trained, describe_decoding(trial.decoding, steps=False), num_images)
+
+
+@dataclass(frozen=True)
+class ScheduleCurves:
+    """Quality against T for every mask schedule.
+
+    Args:
+        curves: By the schedule's name and T.
+        trained: Name of the schedule of the training.
+        decoding: In words: what all of them share.
+        num_images: Images of a point.
+    """
+
+    curves: Curves
+    trained: str
+    decoding: str
+    num_images: int
+
+    def best(self, metric: str) -> tuple[str, int, float]:
+        """Returns schedule, T and value of the best point."""
+        points = [
+            (name, steps, numbers[metric]) for name, line in self.curves.items() for steps, numbers in line.items()
+        ]
+        found = points[0]
+        for point in points[1:]:
+            found = point if is_better(metric, point[2], found[2]) else found
+        return found
+
+
+def draw_curves(figure: ScheduleCurves, path: Path, *, metric: str, floor: float | None) -> None:
+    """Draws the figure: a line a schedule, its name at the end, the schedule of the training in front.
+
+    Args:
+        figure: What was measured.
+        path: A PNG.
+        metric: Name of the metric, such as ``fid/classifier``.
+        floor: The value of real images; None for none.
+
+    Source: paper, Figure 8, right.
+    """
+    from matplotlib.figure import Figure
+
+    page = Figure(figsize=(8.4, 5.2), layout="constrained")
+    axes = page.subplots()
+    values = {name: {at: numbers[metric] for at, numbers in line.items()} for name, line in figure.curves.items()}
+    plot_by_steps(axes, values, {name: _colour(figure, name) for name in values}, front=figure.trained)
+    if floor is not None:
+        plot_floor(axes, floor, f"real images: {format_value(metric, floor, more_digits=1)}")
+    _finish(axes, figure, metric)
+    name_lines(page, axes, {name: _end(figure, name, metric) for name in figure.curves})
+    save_figure(page, path)
+
+
+def _end(figure: ScheduleCurves, name: str, metric: str) -> LineEnd:
+    steps, numbers = list(figure.curves[name].items())[-1]
+    own = name == figure.trained
+    label = f"{name} (trained)" if own else name
+    return LineEnd(label, (steps, numbers[metric]), _colour(figure, name), bold=own)
+
+
+def _colour(figure: ScheduleCurves, name: str) -> str:
+    others = [other for other in figure.curves if other != figure.trained]
+    return _TRAINED if name == figure.trained else _OTHERS[others.index(name) % len(_OTHERS)]
+
+
+def _finish(axes: Any, figure: ScheduleCurves, metric: str) -> None:
+    name, at, value = figure.best(metric)
+    up = metric_of(metric).higher_is_better
+    axes.plot([at], [value], marker="*", markersize=17, color=_MARKED, markeredgecolor="white", zorder=5)
+    label = f"best: {plain_label(name)}, T = {at}\n{format_value(metric, value, more_digits=1)}"
+    axes.annotate(
+        label, (at, value), (0, 14 if up else -14),
+        textcoords="offset points", color=_MARKED, fontsize=9.5, ha="center",
+        va="bottom" if up else "top", zorder=5,
+    )  # fmt: skip
+    axes.set_ylabel(f"{title(metric)} of {figure.num_images} images ({direction(metric)})")
+    axes.set_title(
+        f"one model, trained with {plain_label(figure.trained)}, decoded by every mask schedule",
+        fontsize=11,
+        loc="left",
+    )
+    axes.margins(y=0.14)

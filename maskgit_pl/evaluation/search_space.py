@@ -1,0 +1,203 @@
+"""The decodings that a search draws from; trial i is a function of (seed, i)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import torch
+
+from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.decoding.guidance import guidance_schedules
+from maskgit_pl.decoding.selectors import token_selectors
+from maskgit_pl.evaluation.decodings import Spec, with_steps
+from maskgit_pl.randomness import permutation, random_uniform
+
+__all__ = ["Search", "SearchSpace"]
+
+Search = Literal["random", "grid"]
+
+# Arguments of selectors that are searched, whatever the selector: from, to, and the values of a grid.
+_RANGES: dict[str, tuple[float, float, tuple[float, ...]]] = {
+    "choice_temperature": (1.0, 20.0, (2.0, 4.5, 9.0)),
+    "gamma": (1.0, 60.0, (3.0, 10.0, 30.0)),
+    "eta": (0.02, 0.5, (0.1, 0.3)),
+}
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """The decodings of a search: token selector and its arguments, temperature, truncation, guidance and T.
+
+    Args:
+        own: The model's own decoding: trial 0, and what is not searched.
+        selectors: Names and mappings; arguments that a mapping names stay as they are.
+        num_steps: T to choose from.
+        num_codes: K.
+        guided: Whether the model has a null class, without which there is no guidance.
+    """
+
+    own: DecodingConfig
+    selectors: tuple[Spec, ...]
+    num_steps: tuple[int, ...]
+    num_codes: int
+    guided: bool
+
+    def trial(self, number: int, *, seed: int, how: Search = "random") -> DecodingConfig | None:
+        """Returns the decoding of a trial, a function of its number and the seed; None beyond the end of a grid."""
+        if number == 0:
+            return self.own
+        return self._drawn(number, seed) if how == "random" else self._of_grid(number - 1, seed)
+
+    def resumed(
+        self, begun: Iterable[DecodingConfig], *, trials: int, seed: int, how: Search = "random"
+    ) -> SearchSpace:
+        """Returns the space of a search that is resumed after it has written its recipe.
+
+        The model's own decoding is then one of the trials, and trial 0 stays what it was when the search began.
+
+        Args:
+            begun: Decodings that searches of the model began with, the latest first.
+            trials: Number of trials.
+            seed: Of the trials.
+            how: Random draws or a grid.
+        """
+        for first in begun:
+            space = replace(self, own=first)
+            if any(space.trial(number, seed=seed, how=how) == self.own for number in range(1, trials)):
+                return space
+        return self
+
+    def corners(self) -> Iterator[DecodingConfig]:
+        """Yields decodings that hold every selector and every T, for a check before any work."""
+        yield self.own
+        for selector in self.selectors:
+            for num_steps in self.num_steps:
+                yield self._decoding(num_steps, selector, self.own.guidance, 1.0)
+
+    def _drawn(self, number: int, seed: int) -> DecodingConfig:
+        sampler = _TrialSampler(random_uniform("tuning", seed=seed, index=number, count=32)[0].tolist())
+        selector = self._selector(sampler)
+        guidance = self._guidance(sampler)
+        top_k, top_p = _truncation(sampler, self.num_codes)
+        return self._decoding(
+            sampler.one_of(self.num_steps), selector, guidance, _temperature(sampler), top_k=top_k, top_p=top_p
+        )
+
+    def _decoding(
+        self,
+        num_steps: int,
+        selector: Spec,
+        guidance: Spec,
+        temperature: float | tuple[float, float],
+        *,
+        top_k: int | None = None,
+        top_p: float | None = None,
+    ) -> DecodingConfig:
+        return replace(
+            with_steps(self.own, num_steps),
+            token_selector=selector,
+            guidance=guidance,
+            sampling_temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+        )
+
+    def _selector(self, sampler: _TrialSampler) -> Spec:
+        spec = sampler.one_of(self.selectors)
+        drawn = {name: sampler.log_between(*_RANGES[name][:2]) for name in _free_arguments(spec)}
+        return _with(spec, drawn)
+
+    def _guidance(self, sampler: _TrialSampler) -> Spec:
+        name, scale, start = sampler.one_of(_scaled_schedules()), sampler.between(0.1, 3.0), sampler.between(0.0, 0.6)
+        if not self.guided:
+            return self.own.guidance
+        if sampler.number() < 1 / 8:
+            return {"name": "constant", "scale": 0.0}
+        return {"name": name, "scale": scale, **({"start": start} if name == "interval" else {})}
+
+    def _of_grid(self, place: int, seed: int) -> DecodingConfig | None:
+        """Returns a place of the grid, in an order that any budget covers evenly."""
+        grid = list(self._grid())
+        if place >= len(grid):
+            return None
+        return grid[int(permutation(torch.tensor([place]), len(grid), stream="tuning/grid", seed=seed))]
+
+    def _grid(self) -> Iterator[DecodingConfig]:
+        guidance: list[Spec] = [{"name": "linear", "scale": scale} for scale in (0.0, 0.5, 1.0, 2.0)]
+        temperatures: list[float | tuple[float, float]] = [1.0, 0.8, (1.2, 0.6)]
+        for num_steps in self.num_steps:
+            for selector in (spec for each in self.selectors for spec in _grid_of(each)):
+                for scales in guidance if self.guided else [self.own.guidance]:
+                    for temperature in temperatures:
+                        yield self._decoding(num_steps, selector, scales, temperature)
+
+
+class _TrialSampler:
+    """Turns the uniform numbers of one trial into choices, one after the other."""
+
+    def __init__(self, numbers: Sequence[float]) -> None:
+        self._numbers = iter(numbers)
+
+    def number(self) -> float:
+        return next(self._numbers)
+
+    def one_of(self, options: Sequence[Any]) -> Any:
+        return options[int(self.number() * len(options))]
+
+    def between(self, low: float, high: float) -> float:
+        return _rounded(low + (high - low) * self.number())
+
+    def log_between(self, low: float, high: float) -> float:
+        return _rounded(low * (high / low) ** self.number())
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.3g}")  # what a person can read and write
+
+
+def _temperature(sampler: _TrialSampler) -> float | tuple[float, float]:
+    kind = sampler.one_of(("one", "constant", "annealed"))
+    constant, first, last = sampler.between(0.6, 1.3), sampler.between(0.8, 1.6), sampler.between(0.3, 1.0)
+    if kind == "annealed":
+        return first, last
+    return constant if kind == "constant" else 1.0
+
+
+def _truncation(sampler: _TrialSampler, num_codes: int) -> tuple[int | None, float | None]:
+    kind, share, top_p = (
+        sampler.one_of(("none", "none", "top_k", "top_p")),
+        sampler.number(),
+        sampler.between(0.8, 0.99),
+    )
+    top_k = round(4 * (num_codes / 4) ** share) if num_codes > 4 else None
+    return (top_k if kind == "top_k" else None), (top_p if kind == "top_p" else None)
+
+
+def _free_arguments(spec: Spec) -> list[str]:
+    """Returns the arguments of a selector that are searched and that its mapping does not fix."""
+    fixed = () if isinstance(spec, str) else spec
+    made = token_selectors.build(spec)
+    return [name for name in _RANGES if name in _names_of_fields(made) and name not in fixed]
+
+
+def _names_of_fields(made: Any) -> set[str]:
+    return {field.name for field in fields(made)} if hasattr(made, "__dataclass_fields__") else set()
+
+
+def _with(spec: Spec, arguments: Mapping[str, Any]) -> Spec:
+    if not arguments:
+        return spec
+    return {**({"name": spec} if isinstance(spec, str) else spec), **arguments}
+
+
+def _grid_of(spec: Spec) -> list[Spec]:
+    specs = [spec]
+    for name in _free_arguments(spec):
+        specs = [_with(each, {name: value}) for each in specs for value in _RANGES[name][2]]
+    return specs
+
+
+def _scaled_schedules() -> list[str]:
+    return [name for name, made in guidance_schedules.build_all().items() if "scale" in _names_of_fields(made)]

@@ -1,0 +1,260 @@
+"""Searches for a better way to decode a run's model, writes it beside the weights, and draws what was found.
+
+Importing this file does not import torch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from maskgit_pl.checks import build_dataclass, check_choice, check_integer, check_number
+from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.decoding.limits import check_num_steps
+from maskgit_pl.decoding.selectors import token_selectors
+from maskgit_pl.evaluation.command_line import command_line
+from maskgit_pl.evaluation.decoding_search import FINALISTS, Measure, SearchPlan, SearchResult, Trial, search
+from maskgit_pl.evaluation.decodings import Spec, describe_decoding
+from maskgit_pl.evaluation.progress import Bars, no_bars
+from maskgit_pl.evaluation.run_folders import (
+    MeasuringOptions,
+    RunFolders,
+    check_decoding,
+    default_steps,
+    even_count,
+    find_run,
+    open_data,
+    open_evaluator,
+    open_model,
+    read_outline,
+)
+
+if TYPE_CHECKING:
+    from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
+    from maskgit_pl.evaluation.schedule_curves import ScheduleCurves
+    from maskgit_pl.evaluation.search_space import SearchSpace
+    from maskgit_pl.pipeline import MaskGIT
+
+__all__ = ["METRIC_NAMES", "TuningOptions", "plan_trials", "tune"]
+
+METRIC_NAMES = {"fid": "fid/classifier", "kid": "kid/classifier", "agreement": "class_agreement"}
+_STEPS = (4, 6, 8, 12, 16)
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TuningOptions(MeasuringOptions):
+    """Options of ``tune``; see ``MeasuringOptions`` for the others.
+
+    Args:
+        search: Random draws or a grid.
+        num_steps: T to choose from; None for 4, 6, 8, 12 and 16, as far as there are tokens.
+        selectors: Names and mappings, whose arguments then stay; None for all.
+        seconds: No further trial begins after so many; None for no limit.
+        plot: Whether the figure of mask schedules is measured and drawn, which takes longer than the search.
+        plot_images: Images of a point of the figure; None for as many as of a trial.
+    """
+
+    search: Literal["random", "grid"] = "random"
+    num_steps: Sequence[int] | None = None
+    selectors: Sequence[Spec] | None = None
+    seconds: float | None = None
+    plot: bool = True
+    plot_images: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("search", self.search, ("random", "grid"))
+        check_integer("seed", self.seed, "[0, 2147483647]")
+        if self.seconds is not None:
+            check_number("seconds", self.seconds, "(0, inf)")
+        if self.plot_images is not None:
+            check_integer("plot_images", self.plot_images, "[2, inf)")
+
+
+def tune(
+    run: Path | str,
+    *,
+    data: Path | None = None,
+    trials: int = 40,
+    metric: str = "fid",
+    num_images: int = 500,
+    out: Path | None = None,
+    options: TuningOptions = TuningOptions(),  # frozen
+    bars: Bars = no_bars,
+) -> SearchResult:
+    """Searches for a better way to decode a model, and writes it beside the weights, with a page and a figure.
+
+    Args:
+        run: Run folder or pretrained folder.
+        data: Data folder; None for what the run was trained on.
+        trials: At most so many.
+        metric: ``fid``, ``kid`` (in the features of the data's own classifier) or ``agreement``.
+        num_images: Images of a trial, at least 2 for each class.
+        out: Folder of the page; the ledger lies there too, and in ``RUN/evaluation`` where ``out`` is None.
+        options: The search, the seed and others.
+        bars: Shows the progress.
+
+    Raises:
+        FileNotFoundError: if there is no such run or data.
+        TypeError: if a selector does not take its arguments.
+        ValueError: if a name is unknown, the model is autoregressive, the data are not the model's, or a number is out
+            of range.
+    """
+    name = METRIC_NAMES[check_choice("metric", metric, METRIC_NAMES)]
+    check_integer("trials", trials, "[1, inf)")
+    check_integer("num_images", num_images, "[2, inf)")
+    folders, pipe, space = _open(run, data, options)
+    from maskgit_pl.evaluation.evaluator import numbers_of
+
+    images = open_data(folders, pipe, num_workers=options.num_workers)
+    count = even_count(num_images, images.num_classes)
+    points = even_count(options.plot_images or num_images, images.num_classes, name="plot_images")
+    evaluator, model = open_evaluator(folders, pipe, images, options=options, out=out, bars=bars)
+    begun = _first_trials(evaluator, model, options.seed)
+    space = space.resumed(begun, trials=trials, seed=options.seed, how=options.search)
+
+    def measure(decoding: DecodingConfig, num_images: int, seed: int, purpose: str) -> Mapping[str, float]:
+        return numbers_of(evaluator.samples(model, decoding, num_images=num_images, seed=seed, purpose=purpose))
+
+    advance = bars("trials", trials + FINALISTS + 1)  # and the confirmation
+
+    def on_trial(trial: Trial) -> None:
+        advance(1)
+        value = trial.numbers[name]
+        _log.info("trial %3d  %s %8.4f  %s", trial.number, name, value, describe_decoding(trial.decoding))
+
+    plan = SearchPlan(name, trials, count, options.seed, options.search, options.seconds, current=pipe.decoding)
+    result = search(measure, space, plan, on_trial=on_trial)
+    result = _with_recipe(folders, pipe, evaluator, result, options)
+    page = _Page(out or folders.home / "tuning", _command(run, trials, metric, num_images, options), points, options)
+    figure = _write_page(evaluator, pipe, measure, result, page)
+    return replace(result, folder=page.folder, figure=figure is not None, measured=evaluator.measured)
+
+
+def plan_trials(
+    run: Path | str,
+    *,
+    data: Path | None = None,
+    trials: int = 40,
+    options: TuningOptions = TuningOptions(),  # frozen
+) -> list[DecodingConfig]:
+    """Returns the decodings that ``tune`` would try; arguments and errors are those of ``tune``."""
+    _, _, space = _open(run, data, options)
+    planned = (space.trial(number, seed=options.seed, how=options.search) for number in range(trials))
+    return [decoding for decoding in planned if decoding is not None]
+
+
+def _open(run: Path | str, data: Path | None, options: TuningOptions) -> tuple[RunFolders, MaskGIT, SearchSpace]:
+    """Opens the model and what is searched, after everything is refused that can be refused without torch."""
+    folders = find_run(run, data=data, classifier=options.classifier)
+    outline = read_outline(folders)
+    outline.check_parallel("tune")
+    for number in options.num_steps or ():
+        check_num_steps(number, outline.num_tokens)
+    for spec in options.selectors or ():
+        token_selectors.build(spec)
+    pipe = open_model(folders, options.device)
+    from maskgit_pl.evaluation.comparison import every_selector
+    from maskgit_pl.evaluation.search_space import SearchSpace
+
+    space = SearchSpace(
+        pipe.decoding,
+        tuple(options.selectors or (spec for _, spec in every_selector())),
+        tuple(options.num_steps or default_steps(outline.num_tokens, _STEPS)),
+        pipe.tokenizer.network.config.num_codes,
+        guided=pipe.transformer.network.config.null_label is not None,
+    )
+    for decoding in space.corners():
+        check_decoding(pipe, decoding)
+    return folders, pipe, space
+
+
+def _first_trials(evaluator: Evaluator, model: EvaluatedModel, seed: int) -> Iterator[DecodingConfig]:
+    """Yields the decodings that searches of this model and seed began with, the latest first."""
+    for row in reversed(evaluator.ledger.rows("samples")):
+        same_model = all(row.get(name) == model.identity[name] for name in ("tokenizer", "transformer", "config"))
+        if same_model and (row.get("purpose"), row.get("seed")) == ("trial 0", seed):
+            with suppress(ValueError, TypeError):  # of another version
+                yield build_dataclass(DecodingConfig, row["decoding"], "trial 0")
+
+
+def _with_recipe(
+    folders: RunFolders, pipe: MaskGIT, evaluator: Evaluator, result: SearchResult, options: TuningOptions
+) -> SearchResult:
+    """Writes the winner beside the weights, where it is another decoding than the model's own."""
+    from maskgit_pl.pipeline.card import refresh_card
+    from maskgit_pl.pretrained import save_decoding
+    from maskgit_pl.provenance import describe_environment
+
+    if result.winner.decoding == pipe.decoding:
+        return result
+    tuned = {
+        "metric": result.metric,
+        "value": result.winner.numbers[result.metric],
+        "before": result.before.numbers[result.metric],
+        "trials": len(result.trials),
+        "search": options.search,
+        "num_images": result.num_images,
+        "seed": result.seed,
+        "data": evaluator.data.summary.fingerprint,
+        "split": "val",
+        "commit": describe_environment()["commit"],
+    }
+    old = save_decoding(folders.pretrained, result.winner.decoding, tuned=tuned)
+    refresh_card(folders.pretrained)
+    return replace(result, recipe=folders.pretrained / "decoding.json", old_recipe=old)
+
+
+@dataclass(frozen=True)
+class _Page:
+    """Where the page of a search goes, and what it shows beside the search."""
+
+    folder: Path
+    command: str
+    plot_images: int
+    options: TuningOptions
+
+
+def _write_page(
+    evaluator: Evaluator,
+    pipe: MaskGIT,
+    measure: Measure,
+    result: SearchResult,
+    page: _Page,
+) -> ScheduleCurves | None:
+    """Writes ``tuning.md`` and ``tuning.csv``, and ``tuning.png`` where it is asked for and a trial follows a mask schedule."""
+    from maskgit_pl.evaluation.evaluator import numbers_of
+    from maskgit_pl.evaluation.schedule_curves import draw_curves, measure_curves
+    from maskgit_pl.evaluation.tuning_report import RealNumbers, as_page
+
+    (network,) = evaluator.networks.values()
+    assert network.accuracy is not None
+    accuracy = {"class_agreement": network.accuracy}
+
+    def real(num_images: int) -> RealNumbers:
+        rows = evaluator.real(num_images=num_images)
+        numbers = numbers_of(rows) | accuracy
+        return RealNumbers(numbers, rows[network.extractor.label]["num_images"])
+
+    figure = None
+    if page.options.plot:
+        seed = page.options.seed
+        figure = measure_curves(measure, pipe, result, num_images=page.plot_images, seed=seed, bars=evaluator.bars)
+    as_page(result, real(result.num_images), command=page.command, figure=figure).write(page.folder)
+    if figure is not None:
+        floor = real(figure.num_images).numbers[result.metric]
+        draw_curves(figure, page.folder / "tuning.png", metric=result.metric, floor=floor)
+    return figure
+
+
+def _command(run: Path | str, trials: int, metric: str, num_images: int, options: TuningOptions) -> str:
+    given = {"trials": trials, "metric": metric, "num_images": num_images, "seed": options.seed}
+    given |= {name: getattr(options, name) for name in ("seconds", "num_steps", "plot_images", "selectors")}
+    return command_line(
+        ["maskgit tune", run], given | {"search": None if options.search == "random" else options.search}
+    )

@@ -1,0 +1,254 @@
+"""The facts that a pretrained folder states in its top-level ``config.json``, gathered from its files and its run's.
+
+The model card (``card``) is drawn from them. Used by ``MaskGIT`` and by training when it exports.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from maskgit_pl.checks import shorten
+from maskgit_pl.networks.causal import build_transformer
+from maskgit_pl.networks.transformer import TransformerConfig
+from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
+from maskgit_pl.old_names import renamed_tree
+from maskgit_pl.pretrained import fingerprint, read_config, read_decoding
+
+__all__ = [
+    "SETTINGS",
+    "STAGES",
+    "VERSIONS",
+    "Origin",
+    "check_run",
+    "check_run_facts",
+    "describe_folder",
+    "describe_run",
+    "fingerprints",
+    "run_of",
+]
+
+STAGES = ("tokenizer", "transformer")
+# Keys of a run's complete recipe that a card shows. The others stand in config.yaml.
+SETTINGS = (
+    "trainer.max_steps",
+    "trainer.precision",
+    "data.path",
+    "data.global_batch",
+    "data.crop",
+    "data.seed",
+    "model.optimizer.learning_rate",
+    "model.optimizer.weight_decay",
+    "model.ema_decay",
+    "model.flip_probability",
+    "model.reconstruction_loss",
+    "model.mask_schedule",
+    "model.label_smoothing",
+)
+VERSIONS = ("maskgit_pl", "commit", "python", "torch", "lightning", "accelerators", "world_size")
+_PROTOCOL = ("num_images", "num_steps", "seed", "split", "reference")
+_NOT_FIGURES = ("protocol", "model", "environment")  # sections of evaluation.json that say how, not how well
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The folder that a pipeline was read from, with what it says beyond weights, for the folder that it is saved to.
+
+    Args:
+        folder: The folder; None for a pipeline that was built from networks.
+        known: Its ``config.json``; empty where it has none.
+        tuned: How its ``decoding.json`` was found; empty where it has none.
+    """
+
+    folder: Path | None = None
+    known: Mapping[str, Any] = field(default_factory=dict)
+    tuned: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, folder: Path, *, tuned: bool) -> Origin:
+        """Reads a folder; older folders have no ``config.json``.
+
+        Args:
+            folder: The folder.
+            tuned: True if the pipeline decodes by its ``decoding.json``.
+
+        Raises:
+            ValueError: if a file is not of its format.
+        """
+        known = read_config(folder, "pipeline") if (folder / "config.json").is_file() else {}
+        return cls(folder, known, (_json(folder / "decoding.json").get("tuned") or {}) if tuned else {})
+
+    def weights(self) -> dict[str, str]:
+        """Returns the folder's ``fingerprints``; empty without a folder, or after it was removed."""
+        there = self.folder is not None and all((self.folder / stage).is_dir() for stage in STAGES)
+        return fingerprints(self.folder) if self.folder is not None and there else {}
+
+    def facts(self, weights: Mapping[str, str]) -> Mapping[str, Any]:
+        """Returns the content of ``config.json`` if it is of exactly these weights; otherwise nothing."""
+        return self.known if self.known.get("fingerprints") == weights else {}
+
+    def run(self) -> Path | None:
+        """Returns the run that the folder lies in, or None."""
+        return None if self.folder is None else run_of(self.folder)
+
+
+def fingerprints(folder: Path) -> dict[str, str]:
+    """Returns the sha256, hexadecimal, of the weights of each stage."""
+    return {stage: fingerprint(folder / stage) for stage in STAGES}
+
+
+def run_of(folder: Path) -> Path | None:
+    """Returns the run folder of ``RUN/pretrained``; None for a pretrained folder elsewhere."""
+    return folder.parent if (folder.parent / "transformer" / "config.yaml").is_file() else None
+
+
+def describe_folder(folder: Path) -> dict[str, Any]:
+    """Describes a folder that has both stages, in plain values.
+
+    Raises:
+        FileNotFoundError: if a stage is missing.
+        ValueError: if a file is not of its format.
+    """
+    tokenizer, transformer = (read_config(folder / stage, stage) for stage in ("tokenizer", "transformer"))
+    sizes, network = VQGANConfig(**tokenizer["network"]), TransformerConfig(**transformer["network"])
+    tuned = read_decoding(folder)
+    return {
+        "format": "maskgit_pl.pipeline",
+        "version": 1,
+        "image_size": tokenizer["image_size"],
+        "in_channels": sizes.in_channels,
+        "grid": list(sizes.grid(tokenizer["image_size"])),
+        "num_codes": sizes.num_codes,
+        "num_classes": network.num_classes,
+        "class_dropout": network.class_dropout,
+        "parameters": {
+            "tokenizer": _parameters(lambda: VQGAN(sizes)),
+            "transformer": _parameters(lambda: build_transformer(network)),
+        },
+        "attention": network.attention,
+        "mask_schedule": transformer["mask_schedule"],
+        "decoding": transformer["decoding"] if tuned is None else asdict(tuned),
+        "decoding_is_tuned": tuned is not None,
+        "fingerprints": fingerprints(folder),
+    }
+
+
+def _parameters(build: Callable[[], nn.Module]) -> int:
+    with torch.device("meta"):  # shapes only, without memory
+        network = build()
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def check_run(run: Path) -> None:
+    """Checks that a run exists, before weights are written.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+    """
+    if not run.is_dir():
+        raise FileNotFoundError(f"run {run}: no such folder; name the one that training wrote, or leave it out")
+
+
+def describe_run(run: Path, *, weights: Mapping[str, str]) -> dict[str, Any]:
+    """Describes how a run's weights were trained and measured, from those of its files that exist.
+
+    Args:
+        run: ``runs/RUN``.
+        weights: ``fingerprints`` of the folder; figures that were measured with other weights are left out.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+    """
+    check_run(run)
+    stages = {stage: _stage(run / stage) for stage in STAGES}
+    return {"name": run.resolve().name, **stages, "measured": _measured(run / "evaluation.json", weights)}
+
+
+def check_run_facts(run: Any) -> Mapping[str, Any] | None:
+    """Returns what an older ``config.json`` says of a run, after checking that ``describe_run`` could have written it.
+
+    Raises:
+        ValueError: if it is of another form.
+    """
+
+    def has(tree: Any, **kinds: type) -> bool:
+        return isinstance(tree, Mapping) and all(isinstance(tree.get(key), kind) for key, kind in kinds.items())
+
+    if run is None:
+        return None
+    good = has(run, name=str) and all(has(run.get(s), recipe=list, settings=dict, environment=dict) for s in STAGES)
+    if not good or (run.get("measured") is not None and not has(run["measured"], protocol=dict, figures=dict)):
+        raise ValueError(f"config.json: run must be as save_pretrained writes it, got {shorten(run)}; leave it out")
+    return {**run, "measured": run.get("measured")}
+
+
+def _stage(folder: Path) -> dict[str, Any]:
+    """Returns recipe, settings and versions of a stage."""
+    import yaml  # only a run has a recipe; loading a model needs none
+
+    file = folder / "config.yaml"
+    recipe = yaml.safe_load(file.read_text()) if file.is_file() else None
+    recipe = renamed_tree(recipe, f"recipe {file}") if isinstance(recipe, dict) else {}
+    values = {key: _value(recipe, key) for key in SETTINGS}
+    if values["data.path"] is not None:  # the card does not publish paths of that machine
+        values["data.path"] = Path(values["data.path"]).name
+    environment = _json(folder / "environment.json")
+    return {
+        "recipe": _words_after("--recipe", environment.get("command", [])),
+        "settings": {key: value for key, value in values.items() if value is not None},
+        "environment": {key: environment[key] for key in VERSIONS if environment.get(key)},
+    }
+
+
+def _measured(file: Path, weights: Mapping[str, str]) -> dict[str, Any] | None:
+    metrics = _json(file)
+    model = metrics.get("model", {})
+    if model.get("tokenizer_fingerprint") != weights["tokenizer"]:
+        return None
+    if not weights["transformer"].startswith(model.get("transformer_digest", "")):  # older files do not say it
+        return None
+    figures = {key: value for key, value in metrics.items() if key not in _NOT_FIGURES}
+    protocol = metrics.get("protocol", {})
+    return {
+        "protocol": {key: protocol[key] for key in _PROTOCOL if key in protocol},
+        "device": metrics.get("environment", {}).get("device"),
+        "figures": dict(_figures(figures)),
+    }
+
+
+def _figures(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, float]]:
+    """Yields every number of a tree, under its path."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _figures(value, f"{path}{key}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{path}{key}", value
+
+
+def _value(tree: Any, path: str) -> Any:
+    for key in path.split("."):
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """Returns the mapping that a file holds; an empty one where there is no file."""
+    try:
+        content = json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON ({error})") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _words_after(flag: str, command: list[str]) -> list[str]:
+    """Returns the words that follow a flag of a command line, up to the next flag."""
+    command = [part for word in command for part in (word.split("=", 1) if word.startswith(f"{flag}=") else [word])]
+    words = command[command.index(flag) + 1 :] if flag in command else []
+    until = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))
+    return words[:until]

@@ -1,0 +1,82 @@
+"""A run for each mask schedule, under the same budget: what Table 3 and Figure 8 of the paper compare."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from maskgit_pl.errors import PreemptedError
+from maskgit_pl.runs.flags import Overrides, flag_words
+from maskgit_pl.runs.recipe import Recipe
+from maskgit_pl.runs.recipe_files import DEFAULT_DATASET
+
+__all__ = ["PAPER_SCHEDULES", "train_schedules"]
+
+log = logging.getLogger(__name__)
+
+PAPER_SCHEDULES = ("exp", "cubic", "square", "cosine", "linear", "sqrt", "log")  # paper, Table 3
+
+
+def train_schedules(
+    schedules: Sequence[str] = PAPER_SCHEDULES,
+    *,
+    names: str = "",
+    dataset: str = DEFAULT_DATASET,
+    cluster: str = "cpu",
+    overrides: Overrides = (),
+    runs: Path = Path("runs"),
+    data: Path | None = None,
+    tokenizer: Path | None = None,
+) -> list[Path]:
+    """Trains a transformer with each mask schedule, one after the other, each in a process of its own.
+
+    All recipes are read before the first run begins. A run that was finished before is not trained again.
+
+    Args:
+        schedules: Recipes, one for each schedule.
+        names: Recipes that stand before the schedule's, in one word.
+        dataset: Name of the data set.
+        cluster: A file of ``recipes/cluster``.
+        overrides: Values on top of every recipe; see ``Recipe.read``.
+        runs: Folder of the runs.
+        data: Data folder; None for the data set's.
+        tokenizer: Pretrained tokenizer folder; None for the data set's only one.
+
+    Returns:
+        The run folders, in the order of ``schedules``.
+
+    Raises:
+        FileNotFoundError: if there is no recipe of a name.
+        ValueError: if a recipe is wrong, or a training failed; it has said why.
+        PreemptedError: if a training was asked to stop by a signal.
+    """
+    words = flag_words(overrides)
+    recipes = {
+        schedule: Recipe.read(
+            "transformer", names=f"{names} {schedule}", dataset=dataset, cluster=cluster, overrides=words
+        )
+        for schedule in schedules
+    }
+    folders = ["--runs", str(runs)]
+    folders += [] if data is None else ["--data", str(data)]
+    folders += [] if tokenizer is None else ["--tokenizer", str(tokenizer)]
+    trained = []
+    for place, (schedule, recipe) in enumerate(recipes.items(), start=1):
+        name = str(recipe.run_name)
+        log.info("mask schedule %s, %d of %d: run %s", schedule, place, len(recipes), name)
+        run = ["--recipe", f"{names} {schedule}".strip(), "--dataset", dataset, "--run", name, *folders]
+        _maskgit(schedule, "tokenize", *run)
+        _maskgit(schedule, "train", "transformer", *run, "--cluster", cluster, *words)
+        trained.append(runs / name)
+    return trained
+
+
+def _maskgit(schedule: str, command: str, *words: str) -> None:
+    code = subprocess.run([sys.executable, "-m", "maskgit_pl", command, *words], check=False).returncode
+    if code == PreemptedError.exit_code:
+        raise PreemptedError(f"ablation {schedule}: asked to stop by a signal; the same command resumes it")
+    if code != 0:
+        raise ValueError(f"ablation {schedule}: `maskgit {command}` ended with {code}; the same command resumes it")

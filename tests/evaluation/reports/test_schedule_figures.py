@@ -1,0 +1,46 @@
+import io
+from itertools import pairwise
+
+import pytest
+from PIL import Image
+
+from maskgit_pl.evaluation.reports.ablation import ScheduleResult
+from maskgit_pl.evaluation.reports.schedule_figures import known_after_each_step, schedule_figure, schedule_plot
+from maskgit_pl.schedules import mask_schedules
+
+
+def figure(results: list[ScheduleResult], *, floor: float | None = None, dataset: str = "shoes") -> bytes:
+    return schedule_figure(
+        results, num_tokens=16, metric="fid/classifier", num_images=100, floor=floor, dataset=dataset
+    )
+
+
+@pytest.mark.parametrize("name", ["cosine", "log", "linear"])
+def test_known_tokens_rise_to_all(name: str) -> None:
+    known = known_after_each_step(mask_schedules.build(name), num_tokens=256, num_steps=8)
+    assert all(before < after for before, after in pairwise(known))
+    assert known[-1] == 256
+
+
+def test_counts_are_those_of_the_released_code() -> None:
+    known = known_after_each_step(mask_schedules.build("cosine"), num_tokens=256, num_steps=12)
+    assert 256 - known[7] == 127  # cos(pi / 3) is just under a half in float32
+
+
+@pytest.mark.parametrize("floor", [None, 0.1, 1.9])
+def test_the_figure_is_drawn_for_any_schedules_and_floor(floor: float | None) -> None:
+    results = [
+        ScheduleResult(name, name, 4, {2: start, 4: start / 2, 8: start / 1.5}, {}, {}, mask_schedules.build(name))
+        for name, start in (("cosine", 4.0), ("log", 30.0), ("arccos", 5.0))
+    ]
+    with Image.open(io.BytesIO(figure(results, floor=floor))) as picture:
+        assert picture.format == "PNG"
+        assert picture.width > 1.5 * picture.height
+
+
+def test_names_are_not_read_as_mathematics_and_none_is_left_out() -> None:
+    built = mask_schedules.build("cosine")
+    names = ["$x^{2$ $", "_hidden", "two\nlines" + 1000 * "x"]
+    results = [ScheduleResult(name, name, 4, {2: 2.0, 4: 1.0}, {}, {}, built) for name in names]
+    assert figure(results, dataset="$\\frac$")
+    assert schedule_plot(dict.fromkeys(names[:2], built), num_tokens=16)

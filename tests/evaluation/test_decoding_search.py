@@ -1,0 +1,61 @@
+from typing import Any
+
+from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.evaluation.decoding_search import SearchPlan, SearchResult, search
+from maskgit_pl.evaluation.search_space import SearchSpace
+from tests.evaluation.searching import FID, SPACE, FakeMeasure
+
+
+def run(
+    measure: FakeMeasure, space: SearchSpace = SPACE, *, metric: str = FID, current: Any = None, **options: Any
+) -> SearchResult:
+    return search(measure, space, SearchPlan(metric, 12, 10, **options, current=current))
+
+
+def test_the_best_are_confirmed_with_fresh_noise_and_twice_the_images_the_own_decoding_among_them() -> None:
+    measure = FakeMeasure()
+    found = run(measure)
+    assert len(found.trials) == 12
+    assert {call[1:] for call in measure.calls[:12]} == {(10, 0)}
+    assert {call[1:] for call in measure.calls[12:]} == {(20, 1_000_000)}
+    assert found.before.number == 0
+    ranked = sorted(found.trials[1:], key=lambda trial: trial.numbers[FID])
+    assert [trial.number for trial in found.confirmed[1:]] == [trial.number for trial in ranked[:3]]
+    assert found.winner.number == ranked[0].number
+
+
+def test_the_result_is_never_worse_than_the_own_decoding_where_it_was_confirmed() -> None:
+    best = DecodingConfig(4, guidance={"name": "constant", "scale": 0.0})
+    for seed in range(5):
+        space = SearchSpace(best, SPACE.selectors, (4,), 256, guided=True)
+        found = run(FakeMeasure(luck=5.0), space, seed=seed)
+        assert found.winner.numbers[FID] <= found.before.numbers[FID]
+    assert run(FakeMeasure(), SearchSpace(best, SPACE.selectors, (4,), 256, guided=True)).winner.numbers[FID] == 1
+
+
+def test_the_trial_that_is_in_use_is_confirmed_though_others_were_luckier() -> None:
+    found = run(FakeMeasure())
+    last = max(found.trials, key=lambda trial: trial.numbers[FID])
+    again = run(FakeMeasure(), current=last.decoding)
+    assert [trial.number for trial in again.confirmed] == [
+        0,
+        last.number,
+        *(each.number for each in found.confirmed[1:]),
+    ]
+    assert len(run(FakeMeasure(), current=found.winner.decoding).confirmed) == 4
+
+
+def test_more_is_better_where_the_metric_says_so() -> None:
+    class Agreement(FakeMeasure):
+        def __call__(self, decoding: DecodingConfig, *rest: Any) -> dict[str, float]:
+            measured = super().__call__(decoding, *rest)
+            return {**measured, "class_agreement": measured[FID]}
+
+    found = run(Agreement(), metric="class_agreement")
+    assert found.winner.numbers["class_agreement"] == max(trial.numbers["class_agreement"] for trial in found.trials)
+
+
+def test_a_budget_of_seconds_ends_the_trials_but_not_the_confirmation() -> None:
+    found = run(FakeMeasure(), seconds=1e-9)
+    assert [trial.number for trial in found.trials] == [0]
+    assert found.winner == found.before

@@ -1,0 +1,270 @@
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from maskgit_pl.data import ShardData, ShardDataConfig
+from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.evaluation import evaluator as module
+from maskgit_pl.evaluation import feature_metrics
+from maskgit_pl.evaluation.cas import CASConfig
+from maskgit_pl.evaluation.classifier import Accuracy
+from maskgit_pl.evaluation.distances import distances
+from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, numbers_of
+from maskgit_pl.evaluation.feature_metrics import FeatureMetrics
+from maskgit_pl.evaluation.features import extract
+from maskgit_pl.evaluation.ledger import Ledger, Row
+from maskgit_pl.evaluation.reference import Reference, obtain_references, read_references, real_labels
+from maskgit_pl.pipeline import MaskGIT
+from tests.conftest import save_tiny_pretrained, save_uneven_shards
+from tests.evaluation.feature_networks import few, pictures
+
+DECODING = DecodingConfig(2)
+QUICK = CASConfig(model="small", width=4, max_steps=2, batch=6)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A measurement, in the parts that may change."""
+
+    data: str = "shoes"
+    image_size: int = 8
+    judge_seed: int = 0
+    knows_classes: bool = True
+    reference: str = "val"
+    reference_images: int | None = None
+    weights: int = 0
+    config: str = ""
+    decoding: DecodingConfig = DECODING
+    num_images: int = 6
+    seed: int = 0
+    draws: int = 1
+    task: Any = "outpaint-right"
+    cas: CASConfig = QUICK
+
+
+CHANGES: dict[str, list[Any]] = {  # by the part, what it may become
+    "data": ["hats"],
+    "image_size": [4],
+    "judge_seed": [1],
+    "knows_classes": [False],
+    "reference": ["train", "a.npz", "b.npz"],
+    "reference_images": [10],
+    "weights": [1],
+    "config": ["num_heads", "mask_schedule", "class_names"],
+    "decoding": [DecodingConfig(3), DecodingConfig(2, "halton"), DecodingConfig(2, top_k=3)],
+    "num_images": [9],
+    "seed": [1],
+    "draws": [2],
+    "task": ["inpaint-centre"],
+    "cas": [replace(QUICK, max_steps=3), replace(QUICK, batch=5), replace(QUICK, peak_rate=0.5),
+            replace(QUICK, weight_decay=0.5), replace(QUICK, flip_probability=0.5), replace(QUICK, width=8),
+            replace(QUICK, precision="bf16-mixed"), replace(QUICK, seed=1)],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
+    """Models of other weights and configurations, other data, and two files of as many images."""
+    folder = tmp_path_factory.mktemp("evaluator")
+    (folder / "shoes").symlink_to(tiny_shards)
+    save_uneven_shards(folder / "hats", [30, 30], [24])
+    for seed in (0, 1):
+        save_tiny_pretrained(folder / f"model-{seed}", seed=seed)
+    changes: dict[str, Callable[[dict[str, Any]], object]] = {
+        "num_heads": lambda config: config["network"].update(num_heads=4),
+        "mask_schedule": lambda config: config.update(mask_schedule="cosine"),
+        "class_names": lambda config: config.update(class_names=config["class_names"][::-1]),
+    }
+    for name, change in changes.items():
+        file = save_tiny_pretrained(folder / f"model-0{name}") / "transformer" / "config.json"
+        config = json.loads(file.read_text())
+        change(config)
+        file.write_text(json.dumps(config))
+    for seed, name in enumerate(("a.npz", "b.npz")):
+        np.savez(folder / name, arr_0=pictures(24, seed=seed).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy())
+    return folder
+
+
+def measure(kind: str, case: Case, folder: Path, results: Path) -> Row:
+    """The row of a measurement, made or found by an evaluator of its own, as another command would."""
+    data = ShardData(
+        ShardDataConfig(str(folder / case.data), image_size=case.image_size, in_channels=1, validation_batch=10)
+    )
+    data.setup()
+    judge = few(seed=case.judge_seed, knows_classes=case.knows_classes)
+    if case.reference.endswith(".npz"):  # of three channels
+        found = read_references(folder / case.reference, [few(channels=3)])
+    else:
+        how = {"split": case.reference, "num_images": case.reference_images}
+        found = obtain_references(folder / "kept", data, [judge], **how)
+    networks = {"classifier": FeatureMetrics(judge, found["classifier"])}
+    evaluator = Evaluator(data, dataset=case.data, networks=networks, ledger=Ledger(results / "ledger.jsonl"))
+    pretrained = folder / f"model-{case.weights}{case.config}"
+    pipe = MaskGIT.from_pretrained(pretrained, decoding=case.decoding)
+    row: Row = KINDS[kind][0](evaluator, EvaluatedModel("run", pipe, pretrained, results / "images"), case)
+    return row
+
+
+def samples(evaluator: Evaluator, model: EvaluatedModel, case: Case) -> Row:
+    how = {"num_images": case.num_images, "seed": case.seed}
+    return evaluator.samples(model, case.decoding, **how)["classifier"]
+
+
+def real(evaluator: Evaluator, model: EvaluatedModel, case: Case) -> Row:
+    return evaluator.real(num_images=case.num_images)["classifier"]
+
+
+def editing(evaluator: Evaluator, model: EvaluatedModel, case: Case) -> Row:
+    how = {"num_images": case.num_images, "seed": case.seed}
+    return evaluator.editing(model, case.task, **how)[0]
+
+
+def likelihood(evaluator: Evaluator, model: EvaluatedModel, case: Case) -> Row:
+    return evaluator.likelihood(model, num_images=case.num_images, draws=case.draws, seed=case.seed)
+
+
+def score(evaluator: Evaluator, model: EvaluatedModel, case: Case) -> Row:
+    return evaluator.cas(model, case.decoding, case.cas, num_images=case.num_images, seed=case.seed)
+
+
+def score_of_real(evaluator: Evaluator, model: EvaluatedModel, case: Case) -> Row:
+    return evaluator.cas(None, None, case.cas, num_images=case.num_images, seed=case.seed)
+
+
+JUDGED = ("data", "judge_seed", "knows_classes", "reference", "reference_images", "num_images")
+MODEL = ("weights", "config", "seed")
+KINDS: dict[str, tuple[Callable[[Evaluator, EvaluatedModel, Case], Row], set[str]]] = {  # and what decides a row
+    "samples": (samples, {*JUDGED, *MODEL, "decoding"}),
+    "real images": (real, {*JUDGED, "image_size"}),
+    "editing": (editing, {*JUDGED, *MODEL, "decoding", "task"}),
+    "likelihood": (likelihood, {"data", "num_images", *MODEL, "draws"}),
+    "CAS": (score, {"data", "num_images", *MODEL, "decoding", "cas"}),
+    "CAS of real images": (score_of_real, {"data", "image_size", "num_images", "seed", "cas"}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_is_reused_where_nothing_changed_and_measured_anew_where_anything_did(
+    folder: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "classification_accuracy", lambda *_, **__: Accuracy(0.5, 1.0, 24))
+    monkeypatch.setattr(feature_metrics, "distances", lambda *_: {"fid": 1.0})  # keys do not depend on what comes out
+    monkeypatch.setattr(module, "describe_environment", lambda: {"commit": None})
+    decides = KINDS[kind][1]
+
+    def rows(case: Case) -> int:
+        measure(kind, case, folder, tmp_path)
+        return len((tmp_path / "ledger.jsonl").read_text().splitlines())
+
+    count, once = rows(Case()), rows(Case())
+    assert once == count
+    for name in (field.name for field in fields(Case)):
+        if name == "image_size" and name not in decides:  # that of the model
+            continue
+        for value in CHANGES[name]:
+            now = rows(replace(Case(), **{name: value}))
+            assert (now > count) == (name in decides), (name, value)
+            count = now
+    assert rows(Case()) == count
+
+
+def test_two_references_of_as_many_images_give_two_rows_that_name_them(folder: Path, tmp_path: Path) -> None:
+    first, second = (measure("samples", Case(reference=name), folder, tmp_path) for name in ("a.npz", "b.npz"))
+    assert first["real_images"] == second["real_images"] == 24
+    assert first["fid"] != second["fid"]
+    assert (first["split"], first["reference_file"], second["reference_file"]) == ("", "a.npz", "b.npz")
+    val = measure("samples", Case(), folder, tmp_path)
+    assert (val["split"], val["reference_file"]) == ("val", "")
+
+
+def test_a_reference_that_does_not_say_where_it_is_from_is_refused() -> None:
+    features = extract([few()], [(pictures(6), torch.arange(6))])["classifier"]
+    with pytest.raises(ValueError, match="reference of classifier: must have an origin"):
+        FeatureMetrics(few(), Reference.of(features))
+
+
+def test_shipped_rows_of_another_classifier_or_reference_are_not_reused(folder: Path, tmp_path: Path) -> None:
+    """A ledger that comes with a run: as many images, the same names, other weights or other real images."""
+    shipped = measure("samples", Case(judge_seed=1), folder, tmp_path)
+    other = measure("samples", Case(reference="train", reference_images=24), folder, tmp_path)
+    own = measure("samples", Case(), folder, tmp_path)
+    assert shipped["network"] == other["network"] == own["network"]
+    assert shipped["real_images"] == other["real_images"] == own["real_images"] == 24
+    assert len({row["fid"] for row in (shipped, other, own)}) == 3
+    assert len((tmp_path / "ledger.jsonl").read_text().splitlines()) == 3
+
+
+def opened(folder: Path, ledger: Ledger) -> tuple[Evaluator, EvaluatedModel]:
+    """An evaluator of the tiny data with labels, whose numbers are those of a classifier."""
+    data = ShardData(ShardDataConfig(str(folder / "shoes"), image_size=8, in_channels=1, validation_batch=10))
+    data.setup()
+    network = few()
+    reference = obtain_references(folder / "kept", data, [network])["classifier"]
+    networks = {"classifier": FeatureMetrics(network, reference, real_labels(data))}
+    pretrained = folder / "model-0"
+    evaluator = Evaluator(data, dataset="shoes", networks=networks, ledger=ledger)
+    return evaluator, EvaluatedModel("run", MaskGIT.from_pretrained(pretrained), pretrained, ledger.file.parent)
+
+
+def test_the_images_measured_are_those_that_the_seed_says(folder: Path, tmp_path: Path) -> None:
+    evaluator, model = opened(folder, Ledger(tmp_path / "ledger.jsonl"))
+    made = evaluator.generated(model, DECODING, num_images=12, seed=3, title="")
+    assert made.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    alone = model.pipe.generate(made.labels.tolist(), decoding=DECODING, seed=3, output_type="pt")
+    assert (made.read(range(12)).int() - alone.int()).abs().max() <= 1
+    assert made.steps_taken == 2
+
+
+def test_numbers_are_those_of_the_network_s_features(folder: Path, tmp_path: Path) -> None:
+    evaluator, model = opened(folder, Ledger(tmp_path / "ledger.jsonl"))
+    made = evaluator.generated(model, DECODING, num_images=12, seed=0, title="")
+    images = made.read(range(12))
+    numbers = numbers_of(evaluator.samples(model, DECODING, num_images=12, seed=0, purpose="a test"))
+    network = evaluator.networks["classifier"]
+    features = extract([network.extractor], [(images, torch.arange(12))])["classifier"]
+    expected = distances(features, network.reference)
+    for name in ("fid", "kid", "precision", "recall", "density", "coverage"):
+        assert numbers[f"{name}/classifier"] == expected[name]
+    agree = features.logits.argmax(1) == made.labels
+    assert numbers["class_agreement"] == float(agree.double().mean())
+    assert numbers["diversity"] > 0
+    assert evaluator.ledger.rows("samples")[0]["purpose"] == "a test"
+    assert not list(tmp_path.glob("*.npz"))  # forgotten
+
+
+def test_the_floor_is_the_distance_of_as_many_real_images(folder: Path, tmp_path: Path) -> None:
+    evaluator, _ = opened(folder, Ledger(tmp_path / "ledger.jsonl"))
+    floor, again, all_of_them = (evaluator.real(num_images=count)["classifier"] for count in (30, 30, 1000))
+    assert floor == again
+    assert (floor["num_images"], all_of_them["num_images"]) == (30, 60)  # there are 60
+    assert 0 < all_of_them["fid"] < floor["fid"]
+
+
+def test_a_selector_that_ends_early_takes_fewer_steps(folder: Path, tmp_path: Path) -> None:
+    evaluator, model = opened(folder, Ledger(tmp_path / "ledger.jsonl"))
+    decoding = DecodingConfig(8, {"name": "entropy", "gamma": 1000.0})
+    assert numbers_of(evaluator.samples(model, decoding, num_images=6, seed=0))["steps_taken"] == 1
+
+
+def test_what_is_measured_is_counted_and_a_second_evaluator_measures_nothing(folder: Path, tmp_path: Path) -> None:
+    counts = []
+    for _ in range(2):
+        evaluator, model = opened(folder, Ledger(tmp_path / "ledger.jsonl"))
+        evaluator.samples(model, DECODING, num_images=6, seed=0)
+        counts.append(evaluator.measured)
+    assert counts == [1, 0]
+    evaluator, model = opened(folder, Ledger(tmp_path / "ledger.jsonl", reuse=False))
+    evaluator.samples(model, DECODING, num_images=6, seed=0)
+    assert evaluator.measured == 1
+
+
+def test_of_several_ranks_one_writes(folder: Path, tmp_path: Path) -> None:
+    evaluator, model = opened(folder, Ledger(tmp_path / "ledger.jsonl", writes=False))
+    evaluator.samples(model, DECODING, num_images=6, seed=0)
+    assert not (tmp_path / "ledger.jsonl").exists()

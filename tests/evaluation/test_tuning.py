@@ -1,0 +1,13 @@
+import pytest
+
+from maskgit_pl.evaluation.tuning import TuningOptions, tune
+
+
+def test_what_cannot_be_is_refused_before_the_run_is_looked_for() -> None:
+    with pytest.raises(ValueError, match="metric must be one of fid, kid, agreement, got 'fdi'; did you mean 'fid'"):
+        tune("nowhere", metric="fdi")
+    with pytest.raises(ValueError, match="search must be one of random, grid, got 'gird'; did you mean 'grid'"):
+        TuningOptions(search="gird")
+    for name, value in (("seconds", 0), ("seconds", float("nan")), ("seed", -1), ("plot_images", 1)):
+        with pytest.raises(ValueError, match=f"^{name} must be"):
+            TuningOptions(**{name: value})
