@@ -1,7 +1,10 @@
 """What ``maskgit_pl.runs`` offers, and what it costs to import."""
 
+import inspect
+import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -24,6 +27,15 @@ def test_no_module_has_the_name_of_a_public_thing():
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="has no attribute 'fitt'"):
         runs.fitt  # noqa: B018  # the access is what is tried
+
+
+def test_the_readme_calls_what_there_is(monkeypatch):
+    calls, signature = [], inspect.signature(runs.fit)
+    monkeypatch.setattr(runs, "fit", lambda *args, **named: calls.append(signature.bind(*args, **named)), raising=False)
+    readme = (Path(runs.__file__).parents[2] / "README.md").read_text()
+    (block,) = re.findall(r"^    from maskgit_pl import runs\n(?:    .*\n)+", readme, re.MULTILINE)
+    exec(textwrap.dedent(block), {})
+    assert calls[0].args[0].get("trainer.max_steps") == 100_000
 
 
 def test_a_recipe_is_read_and_a_wrong_call_is_refused_without_torch():
