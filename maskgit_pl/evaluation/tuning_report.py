@@ -63,9 +63,8 @@ def as_page(result: SearchResult, real: RealNumbers, *, command: str, figure: Sc
 def as_table(result: SearchResult) -> Table:
     """Returns what was measured again, for a terminal."""
     above = f"measured again with fresh noise, {result.num_images} images each"
-    return terminal_table(
-        above, _headings(result), _rows(result, result.confirmed, terminal_word, "[bold]{}[/]"), left=2
-    )
+    rows = _rows(result, result.confirmed, terminal_word, "[bold]{}[/]")
+    return terminal_table(above, _headings(result), rows, left=2)
 
 
 def _headings(result: SearchResult) -> list[str]:
