@@ -12,8 +12,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from rich.markup import escape
-
 from maskgit_pl.checks import check_integer
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.limits import check_num_steps
@@ -21,7 +19,7 @@ from maskgit_pl.decoding.selectors import Remasking, token_selectors
 from maskgit_pl.evaluation.command_line import command_line
 from maskgit_pl.evaluation.decodings import Spec, changed_fields, with_steps
 from maskgit_pl.evaluation.metric_names import format_value, title
-from maskgit_pl.evaluation.pages import Page, heading, markdown_table, paragraph, terminal_table
+from maskgit_pl.evaluation.pages import Page, heading, markdown_table, paragraph, terminal_table, terminal_word
 from maskgit_pl.evaluation.progress import Bars, no_bars
 from maskgit_pl.evaluation.run_folders import (
     MeasuringOptions,
@@ -35,7 +33,7 @@ from maskgit_pl.evaluation.run_folders import (
     read_outline,
 )
 from maskgit_pl.registry import describe
-from maskgit_pl.text import markdown, printable
+from maskgit_pl.text import markdown
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -154,9 +152,7 @@ class Comparison:
     def table(self) -> Table:
         """Returns the rows for a terminal, the least distances of each number of steps in bold."""
         above = f"{self.num_images} images each, seed {self.seed}, the same noise for all"
-        return terminal_table(
-            above, _HEADINGS, self._cells(lambda text: escape(printable(text)), "[bold]{}[/]"), left=2
-        )
+        return terminal_table(above, _HEADINGS, self._cells(terminal_word, "[bold]{}[/]"), left=2)
 
     def page(self, command: str) -> Page:
         """Returns the rows as a page: how they were made, a table of the distances, and a table of everything.
@@ -205,8 +201,8 @@ class Comparison:
         count = self.num_images
         model = {name: markdown(str(value)[:8]) for name, value in self.model.items()}
         return paragraph(
-            f"{count} images a row, spread evenly over the classes, seed {self.seed}: image i of every row has the same",
-            "noise. The network that measures is the data set's own classifier, which is right on",
+            f"{count} images a row, spread evenly over the classes, seed {self.seed}: image i of every row has the",
+            "same noise. The network that measures is the data set's own classifier, which is right on",
             f"{self.accuracy:.1%} of the real val images. FID and KID are Frechet and kernel distance from all",
             f"{self.counts['val']} real val images in that classifier's features, not in those of Inception; they",
             f"compare with one another at {count} images only. In the last line {self.counts['train']} real training",

@@ -15,7 +15,7 @@ from maskgit_pl.text import code_span, printable
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["Page", "code_cell", "heading", "markdown_table", "paragraph", "terminal_table"]
+__all__ = ["Page", "code_cell", "heading", "markdown_table", "paragraph", "terminal_table", "terminal_word"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,13 @@ def terminal_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[
     for row in rows:
         table.add_row(*row) if row else table.add_section()
     return table
+
+
+def terminal_word(text: str) -> str:
+    """Returns a cell of ``terminal_table`` that shows a text as it is."""
+    from rich.markup import escape
+
+    return escape(printable(text))
 
 
 def paragraph(*sentences: str) -> list[str]:

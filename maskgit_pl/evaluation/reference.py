@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
@@ -14,17 +13,16 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Sampler
 
 from maskgit_pl.data import Batch, OnceThrough, ShardData, ShuffledStream
 from maskgit_pl.data.batches import ImageBatches, loader
-from maskgit_pl.distributed import rank_and_world
+from maskgit_pl.distributed import on_all_ranks, rank_and_world
 from maskgit_pl.evaluation.digests import digest_of, short
 from maskgit_pl.evaluation.features import Extractor, ImageFeatures, extract, own_batches, own_image_batches
 from maskgit_pl.evaluation.npz import ArrayFile, open_samples
-from maskgit_pl.files import write_atomically
+from maskgit_pl.files import sha256_of, write_atomically
 from maskgit_pl.shards.manifest import Split, load_manifest
 from maskgit_pl.shards.reader import ShardReader
 
@@ -242,7 +240,7 @@ def read_references(
         ValueError: The file is missing, foreign or damaged, or does not hold what a network needs.
     """
     file = ArrayFile(path, thing="reference")
-    origin = Origin(_digest(file.path), file=file.path.name)
+    origin = Origin(sha256_of(file.path), file=file.path.name)
     statistics = _foreign_statistics(file)
     if "arr_0" not in file:
         if statistics is None:
@@ -295,21 +293,14 @@ def _obtain(
 ) -> dict[str, Reference]:
     """What the folder holds, and the rest from one pass over the images."""
     found = {label: None if folder is None else _read(_place(folder, key), key) for label, key in keys.items()}
-    missing = [extractor for extractor in extractors if not _on_every_rank(here=found[extractor.label] is not None)]
+    here = on_all_ranks(lambda: [label for label, reference in found.items() if reference is not None])
+    missing = [extractor for extractor in extractors if not all(extractor.label in labels for labels in here)]
     made = {label: Reference.of(extracted) for label, extracted in features(missing).items()} if missing else {}
     if folder is not None and rank_and_world()[0] == 0:
         for label, reference in made.items():
             _write(_place(folder, keys[label]), keys[label], reference)
     kept = {label: reference for label, reference in found.items() if reference is not None}
     return {label: made.get(label) or kept[label] for label in keys}
-
-
-def _on_every_rank(*, here: bool) -> bool:
-    if rank_and_world()[1] == 1:
-        return here
-    vote = torch.tensor(int(here))
-    dist.all_reduce(vote, dist.ReduceOp.MIN)
-    return bool(vote)
 
 
 def _place(folder: Path, key: Mapping[str, Any]) -> Path:
@@ -387,11 +378,3 @@ def _tensor(file: ArrayFile, name: str, shape: tuple[int | None, ...], *, kinds:
     if not np.isfinite(array).all():
         raise file.refusal(name, "finite numbers are needed")
     return torch.from_numpy(array)
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()

@@ -222,9 +222,9 @@ def check_decoding(pipe: MaskGIT, decoding: DecodingConfig) -> None:
 def open_classifier(folders: RunFolders, data: ShardData, bars: Bars = no_bars) -> None:
     """Trains the classifier of the data where it is not kept yet."""
     from maskgit_pl.evaluation import classifier_training
-    from maskgit_pl.evaluation.classifier import ClassifierConfig
+    from maskgit_pl.evaluation.classifier_config import SMALL_TRAINING
 
-    train = bars("classifier: training", ClassifierConfig().max_steps)
+    train = bars("classifier: training", SMALL_TRAINING.max_steps)
     classifier_training.obtain_classifier(folders.judge, data, on_step=lambda: train(1))
 
 

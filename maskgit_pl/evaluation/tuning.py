@@ -227,7 +227,7 @@ def _write_page(
     result: SearchResult,
     page: _Page,
 ) -> ScheduleCurves | None:
-    """Writes ``tuning.md`` and ``tuning.csv``, and ``tuning.png`` where it is asked for and a trial follows a mask schedule."""
+    """Writes the page, and the figure where it is asked for and a trial follows a mask schedule."""
     from maskgit_pl.evaluation.evaluator import numbers_of
     from maskgit_pl.evaluation.schedule_curves import draw_curves, measure_curves
     from maskgit_pl.evaluation.tuning_report import RealNumbers, as_page
