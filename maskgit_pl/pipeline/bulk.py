@@ -9,7 +9,6 @@ Source of the layout: openai/guided-diffusion, ``classifier_sample.py`` and ``ev
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import shutil
@@ -27,6 +26,7 @@ from torch import nn
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.files import write_atomically
 from maskgit_pl.networks.int8 import Int8Linear
+from maskgit_pl.networks.weight_file import tensors_digest
 from maskgit_pl.pipeline.bulk_plan import BulkOptions, BulkPlan, check_same, read_plan
 from maskgit_pl.pipeline.model import MaskGIT
 from maskgit_pl.pipeline.options import read_options
@@ -147,18 +147,9 @@ def _plan(pipe: MaskGIT, options: BulkOptions, decoding: DecodingConfig) -> Bulk
         decoding=asdict(decoding),
         mask_schedule=repr(pipe.transformer.mask_schedule),
         image=(size, size, pipe.tokenizer.network.config.in_channels),
-        tokenizer=_digest(pipe.tokenizer.network),
-        transformer=_digest(pipe.transformer.network),
+        tokenizer=tensors_digest(_weights(pipe.tokenizer.network)),
+        transformer=tensors_digest(_weights(pipe.transformer.network)),
     )
-
-
-def _digest(network: nn.Module) -> str:
-    """Returns the sha256 of a network's weights in their own type."""
-    digest = hashlib.sha256()
-    for name, tensor in _weights(network):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _weights(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
