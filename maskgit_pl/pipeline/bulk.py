@@ -280,10 +280,8 @@ class _Work:
         return 0
 
     def _put_together(self) -> None:
-        whole = self.folder / f"whole-{os.getpid()}.npz"
-        with write_atomically(whole) as stream:
+        with write_atomically(self.file, partial_in=self.folder) as stream:
             self._write(stream)
-        whole.replace(self.file)
 
     def _write(self, stream: IO[bytes]) -> None:
         """Writes part by part, so that it takes the memory of one."""
