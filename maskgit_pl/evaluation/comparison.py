@@ -18,8 +18,17 @@ from maskgit_pl.decoding.limits import check_num_steps
 from maskgit_pl.decoding.selectors import Remasking, token_selectors
 from maskgit_pl.evaluation.command_line import command_line
 from maskgit_pl.evaluation.decodings import Spec, changed_fields, with_steps
+from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
 from maskgit_pl.evaluation.metric_names import format_value, title
-from maskgit_pl.evaluation.pages import Page, heading, markdown_table, paragraph, terminal_table, terminal_word
+from maskgit_pl.evaluation.pages import (
+    Page,
+    heading,
+    markdown_table,
+    paragraph,
+    picture_png,
+    terminal_table,
+    terminal_word,
+)
 from maskgit_pl.evaluation.progress import Bars, no_bars
 from maskgit_pl.evaluation.run_folders import (
     MeasuringOptions,
@@ -27,6 +36,7 @@ from maskgit_pl.evaluation.run_folders import (
     default_steps,
     even_count,
     find_run,
+    measured_model,
     open_data,
     open_evaluator,
     open_model,
@@ -268,10 +278,12 @@ def compare(
     work = _decodings(pipe, selector_variants(selectors, pipe.decoding.token_selector), steps, options.guidance)
     images = open_data(folders, pipe, num_workers=options.num_workers)
     count = even_count(num_images, images.num_classes)
-    evaluator, model = open_evaluator(folders, pipe, images, options=options, out=out, bars=bars)
+    model = measured_model(folders, pipe, out)
+    evaluator = open_evaluator(folders, pipe, images, Ledger(model.folder / FILE_NAME), options=options, bars=bars)
     comparison = _measure(evaluator, model, work, num_images=count, seed=options.seed)
     comparison = replace(comparison, folder=out or folders.home / "comparison")
-    _write(comparison, pipe, _command(run, selectors, num_steps, num_images, options), bars)
+    page = comparison.page(_command(run, selectors, num_steps, num_images, options))
+    replace(page, pictures={"selectors.png": _sheet(comparison, pipe, bars)}).write()
     return comparison
 
 
@@ -323,15 +335,11 @@ def _measure(
     )
 
 
-def _write(comparison: Comparison, pipe: MaskGIT, command: str, bars: Bars) -> None:
-    from maskgit_pl.imaging import save_png
-
-    out = comparison.folder
-    out.mkdir(parents=True, exist_ok=True)
+def _sheet(comparison: Comparison, pipe: MaskGIT, bars: Bars) -> bytes:
+    """Returns the sheet of images at one number of steps."""
     shown = {each.label: each.decoding for each in comparison.results if each.num_steps == comparison.sheet_steps}
     advance = bars("sheet of images", len(shown))
-    save_png(selector_sheet(pipe, shown, seed=comparison.seed, on_row=lambda: advance(1)), out / "selectors.png")
-    comparison.page(command).write()
+    return picture_png(selector_sheet(pipe, shown, seed=comparison.seed, on_row=lambda: advance(1)))
 
 
 def _command(

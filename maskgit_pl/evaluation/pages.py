@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,9 +14,19 @@ from maskgit_pl.files import write_atomically
 from maskgit_pl.text import code_span, printable
 
 if TYPE_CHECKING:
+    from PIL import Image
     from rich.table import Table
 
-__all__ = ["Page", "code_cell", "heading", "markdown_table", "paragraph", "terminal_table", "terminal_word"]
+__all__ = [
+    "Page",
+    "code_cell",
+    "heading",
+    "markdown_table",
+    "paragraph",
+    "picture_png",
+    "terminal_table",
+    "terminal_word",
+]
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,13 @@ class Page:
             with write_atomically(folder / name) as stream:
                 stream.write(content)
         return [folder / name for name in contents]
+
+
+def picture_png(picture: Image.Image) -> bytes:
+    """Returns a picture as a PNG file."""
+    stream = io.BytesIO()
+    picture.save(stream, format="PNG")
+    return stream.getvalue()
 
 
 def heading(title: str, command: str) -> list[str]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from maskgit_pl.data import Batch, OnceThrough, ShardData, ShuffledStream
+from maskgit_pl.data import Batch, OnceThrough, ShardData
 from maskgit_pl.data.batches import ImageBatches, loader
 from maskgit_pl.distributed import on_all_ranks, rank_and_world
 from maskgit_pl.evaluation.digests import digest_of, short
@@ -33,7 +33,6 @@ __all__ = [
     "obtain_references",
     "own_real_batches",
     "read_references",
-    "real_features",
     "real_labels",
 ]
 
@@ -119,23 +118,20 @@ class Reference:
         return cls(features.label, Statistics.of(features.pooled), spatial, replace(features, spatial=None))
 
 
-def own_real_batches(
-    data: ShardData, split: Split, *, num_images: int | None = None, shuffled: bool = False
-) -> Iterator[Batch]:
-    """This rank's batches of real images: whole batches, dealt out by their number.
+def own_real_batches(data: ShardData, split: Split, *, num_images: int | None = None) -> Iterator[Batch]:
+    """Yields this rank's batches of real images: whole batches, dealt out by their number.
 
     Args:
         data: The real images.
         split: Which of them.
-        num_images: So many, or all that there are; None is all.
-        shuffled: Drawn at random, always the same, instead of from the first one on.
+        num_images: The first so many, or all that there are; None is all.
 
     Raises:
-        ValueError: The data are tokens.
+        ValueError: if the data are tokens.
     """
     there = data.summary.samples[split]
     count = there if num_images is None else min(num_images, there)
-    dataset = data.batches(split, ShuffledStream(there, seed=0) if shuffled else OnceThrough(there))
+    dataset = data.batches(split, OnceThrough(there))
     if not isinstance(dataset, ImageBatches):
         raise ValueError(f"data {data.config.path}: images are needed to measure distances from, got tokens")
     yield from loader(
@@ -144,35 +140,6 @@ def own_real_batches(
         num_workers=data.config.num_workers,
         unreadable_budget=data.config.unreadable_budget,
     )
-
-
-def real_features(
-    data: ShardData,
-    split: Split,
-    extractors: Sequence[Extractor],
-    *,
-    num_images: int | None = None,
-    shuffled: bool = False,
-    on_images: Callable[[int], object] = lambda count: None,
-) -> dict[str, ImageFeatures]:
-    """What each network says about real images, e.g. as many shuffled ``train`` images as were generated.
-
-    Args:
-        data: As of ``own_real_batches``, like ``split``, ``num_images`` and ``shuffled``.
-        split: Which of them.
-        extractors: The networks.
-        num_images: So many, or all that there are; None is all.
-        shuffled: Drawn at random, always the same.
-        on_images: Told how many more are done, for a progress bar.
-
-    Returns:
-        By the networks' labels, the same on each rank.
-
-    Raises:
-        ValueError: The data are tokens.
-    """
-    batches = own_real_batches(data, split, num_images=num_images, shuffled=shuffled)
-    return extract(extractors, ((batch.content, batch.position) for batch in batches), on_images=on_images)
 
 
 def real_labels(data: ShardData, split: Split = "val") -> Tensor:
@@ -210,7 +177,8 @@ def obtain_references(
     keys = {extractor.label: {**key, **_identity(extractor)} for extractor in extractors}
 
     def features(missing: Sequence[Extractor]) -> dict[str, ImageFeatures]:
-        return real_features(data, split, missing, num_images=num_images, on_images=on_images)
+        batches = own_real_batches(data, split, num_images=num_images)
+        return extract(missing, ((batch.content, batch.position) for batch in batches), on_images=on_images)
 
     origin = Origin.of_split(data, split, num_images=num_images)
     return _with_origin(_obtain(folder, keys, extractors, features), origin)
