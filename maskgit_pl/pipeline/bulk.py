@@ -9,7 +9,6 @@ Source of the layout: openai/guided-diffusion, ``classifier_sample.py`` and ``ev
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import shutil
@@ -27,6 +26,7 @@ from torch import nn
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.files import write_atomically
 from maskgit_pl.networks.int8 import Int8Linear
+from maskgit_pl.networks.weight_file import tensors_digest
 from maskgit_pl.pipeline.bulk_plan import BulkOptions, BulkPlan, check_same, read_plan
 from maskgit_pl.pipeline.model import MaskGIT
 from maskgit_pl.pipeline.options import read_options
@@ -73,14 +73,14 @@ def generate_many(
     Example::
 
         pipe = MaskGIT.from_pretrained("runs/demo/pretrained")
-        generate_many(pipe, "samples.npz", count=50_000, num_steps=8)
+        generate_many(pipe, "samples.npz", num_images=50_000, num_steps=8)
 
     Args:
         pipe: The model.
         file: ``.npz``; it appears when it is complete.
         on_start: Called before the first image with the number of images of this process, and of those that are there.
         on_images: Called after each batch with the number of its images.
-        options: Fields of ``BulkOptions`` (``count`` is needed), and settings of decoding as of ``MaskGIT.generate``.
+        options: Fields of ``BulkOptions``, and settings of decoding as ``MaskGIT.generate`` takes them.
 
     Raises:
         ValueError: if a number is out of range, a class is unknown, parts or a file are of another plan, or there is
@@ -139,7 +139,7 @@ def _plan(pipe: MaskGIT, options: BulkOptions, decoding: DecodingConfig) -> Bulk
     pipe.check_decoding(decoding)
     size = pipe.tokenizer.image_size
     return BulkPlan(
-        count=options.count,
+        count=options.num_images,
         seed=options.seed,
         part_size=options.part_size,
         classes=tuple(labels),
@@ -147,18 +147,9 @@ def _plan(pipe: MaskGIT, options: BulkOptions, decoding: DecodingConfig) -> Bulk
         decoding=asdict(decoding),
         mask_schedule=repr(pipe.transformer.mask_schedule),
         image=(size, size, pipe.tokenizer.network.config.in_channels),
-        tokenizer=_digest(pipe.tokenizer.network),
-        transformer=_digest(pipe.transformer.network),
+        tokenizer=tensors_digest(_weights(pipe.tokenizer.network)),
+        transformer=tensors_digest(_weights(pipe.transformer.network)),
     )
-
-
-def _digest(network: nn.Module) -> str:
-    """Returns the sha256 of a network's weights in their own type."""
-    digest = hashlib.sha256()
-    for name, tensor in _weights(network):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _weights(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -280,10 +271,8 @@ class _Work:
         return 0
 
     def _put_together(self) -> None:
-        whole = self.folder / f"whole-{os.getpid()}.npz"
-        with write_atomically(whole) as stream:
+        with write_atomically(self.file, partial_in=self.folder) as stream:
             self._write(stream)
-        whole.replace(self.file)
 
     def _write(self, stream: IO[bytes]) -> None:
         """Writes part by part, so that it takes the memory of one."""

@@ -7,7 +7,7 @@ from PIL import Image
 
 from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.evaluation import classifier_training
-from maskgit_pl.evaluation.classifier import ClassifierConfig
+from maskgit_pl.evaluation.classifier_config import ClassifierConfig
 from tests.cli.commands import pixels
 
 QUICK = replace(ClassifierConfig(), width=4, max_steps=3, batch=20)

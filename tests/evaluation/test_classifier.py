@@ -9,7 +9,8 @@ import torch
 
 from maskgit_pl.data import OnceThrough, ShardData, ShardDataConfig
 from maskgit_pl.evaluation import classifier_training as module
-from maskgit_pl.evaluation.classifier import Accuracy, Classifier, ClassifierConfig
+from maskgit_pl.evaluation.classifier import Accuracy, Classifier
+from maskgit_pl.evaluation.classifier_config import ClassifierConfig
 from maskgit_pl.evaluation.classifier_training import (
     TrainingImages,
     fit_classifier,

@@ -7,7 +7,7 @@ import pytest
 
 from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.evaluation import CASOptions, reports
-from maskgit_pl.evaluation.classifier import ClassifierConfig
+from maskgit_pl.evaluation.classifier_config import ClassifierConfig
 from maskgit_pl.evaluation.classifier_training import obtain_classifier
 from tests.conftest import save_tiny_pretrained
 
