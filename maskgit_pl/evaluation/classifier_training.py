@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,6 +37,7 @@ from maskgit_pl.networks.classifier import (
     describe_classifier,
 )
 from maskgit_pl.networks.weight_file import load_weights, read_tensors
+from maskgit_pl.shards.parallel import available_cores
 
 __all__ = [
     "TrainingImages",
@@ -289,16 +289,11 @@ def _threads(model: str) -> Iterator[None]:
     Layers as small as the small network's gain nothing from more than one, and lose much beside other work.
     """
     before = torch.get_num_threads()
-    torch.set_num_threads(1 if model == SMALL else _cores())
+    torch.set_num_threads(1 if model == SMALL else available_cores())
     try:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _cores() -> int:
-    """Of the machine that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
