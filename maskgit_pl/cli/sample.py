@@ -5,10 +5,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from maskgit_pl.cli.decoding import add_decoding_arguments, check_seed_and_batch, read_decoding
-from maskgit_pl.cli.model import add_classes_argument, add_model_argument, check_at_least, find_model, open_pipe
+from maskgit_pl.cli.model import (
+    add_classes_argument,
+    add_model_argument,
+    check_at_least,
+    find_model,
+    naming_flags,
+    open_pipe,
+)
 from maskgit_pl.cli.outputs import (
     add_output_arguments,
     check_outputs,
@@ -33,7 +40,7 @@ __all__ = ["add_parser", "run"]
 _PER_CLASS = 8
 _ANIMATED = 4  # images side by side in an animation
 _OUT = Path("samples.png")
-_SEEDS = 2**32
+_BULK = ("num_images", "seed", "part_size", "batch_size", "rank", "world_size")  # flags of ``generate_many``
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -63,21 +70,19 @@ def run(args: argparse.Namespace) -> int:
         ValueError: if a class is unknown or a number is out of range.
     """
     check_seed_and_batch(args)
-    is_bulk = args.num_images is not None
-    if is_bulk:
-        _check_bulk(args)
-    else:
+    bulk = None if args.num_images is None else _bulk_options(args)
+    if bulk is None:
         _check_picture(args)
     folder, outline = find_model(args)
     labels, negative = _labels(args, outline)
     decoding = read_decoding(args, outline, pushes_away=negative is not None)
-    if is_bulk:
-        from maskgit_pl.devices import default_device
-
-        pipe = open_pipe(folder, args, device=default_device(local_rank=local_rank()))
-        _generate_bulk(pipe, labels, negative, decoding, args)
-    else:
+    if bulk is None:
         _generate_picture(open_pipe(folder, args), labels, negative, decoding, args)
+        return 0
+    from maskgit_pl.devices import default_device
+
+    pipe = open_pipe(folder, args, device=default_device(local_rank=local_rank()))
+    _generate_bulk(pipe, args.out, {**bulk, "classes": labels, "negative_class": negative, "decoding": decoding})
     return 0
 
 
@@ -91,8 +96,8 @@ def _check_picture(args: argparse.Namespace) -> None:
     check_outputs(args)
 
 
-def _check_bulk(args: argparse.Namespace) -> None:
-    """Checks the flags of many images, and sets ``--rank`` and ``--world-size`` if they were left out."""
+def _bulk_options(args: argparse.Namespace) -> dict[str, int]:
+    """Returns the options of ``generate_many`` that the flags say, checked."""
     for flag in ("per_class", "images", "gif", "filmstrip"):
         if getattr(args, flag) is not None:
             raise ValueError(f"--{flag.replace('_', '-')}: it does not go with --num-images; leave one of them out")
@@ -100,14 +105,15 @@ def _check_bulk(args: argparse.Namespace) -> None:
         raise ValueError("--rank, --world-size: both are needed, or neither, got one")
     if args.rank is None:
         args.rank, args.world_size = launched_rank()
-    check_at_least(args, num_images=1, part_size=1, world_size=1)
-    if not 0 <= args.rank < args.world_size:
-        raise ValueError(f"--rank: a number in [0, {args.world_size}) is needed, the world's size, got {args.rank}")
     if args.out is None or args.out.suffix != ".npz":
         raise ValueError(f"--out: a file that ends in .npz is needed with --num-images, got {args.out}")
-    if args.seed + args.num_images > _SEEDS:
-        raise ValueError(f"--seed: the last image has seed + N - 1, which must be below 2**32, got {args.seed}")
     check_outputs(args, out=".npz")
+    from maskgit_pl.pipeline.bulk_plan import BulkOptions
+
+    options = {name: getattr(args, name) for name in _BULK}
+    with naming_flags(args):
+        BulkOptions(**options)
+    return options
 
 
 def _labels(args: argparse.Namespace, outline: Outline) -> tuple[list[int], int | None]:
@@ -117,39 +123,30 @@ def _labels(args: argparse.Namespace, outline: Outline) -> tuple[list[int], int 
     return classes, None if args.negative_class is None else outline.parse_class(args.negative_class)
 
 
-def _generate_bulk(
-    pipe: MaskGIT, labels: list[int], negative: int | None, decoding: DecodingConfig, args: argparse.Namespace
-) -> None:
+def _generate_bulk(pipe: MaskGIT, out: Path, options: dict[str, Any]) -> None:
     """Generates this process's share, and the file once all are there; says what was done."""
     from maskgit_pl.pipeline.bulk import generate_many
 
     advance: list[Callable[[int], None]] = []  # of the bar, once it is known how many images there are
-    made_folder(args.out.parent)
-    lock = locked(args.out, way_out="name another --out", rank=args.rank)
+    made_folder(out.parent)
+    lock = locked(out, way_out="name another --out", rank=options["rank"])
     with lock, progress_bars() as bars:
         result = generate_many(
             pipe,
-            args.out,
+            out,
             on_start=lambda total, found: advance.append(bars("sampling", total, done=found, unit="images")),
             on_images=lambda count: advance[0](count),
-            count=args.num_images,
-            classes=labels,
-            seed=args.seed,
-            negative_class=negative,
-            part_size=args.part_size,
-            batch_size=args.batch_size,
-            rank=args.rank,
-            world_size=args.world_size,
-            decoding=decoding,
+            **options,
         )
+    count, classes = options["num_images"], len(options["classes"])
     if result.missing_parts:
-        who, count = f"rank {args.rank} of {args.world_size}", result.made + result.found
-        print(f"{args.out}: {who} has its {count} images; parts to come: {result.missing_parts}")
+        who = f"rank {options['rank']} of {options['world_size']}"
+        print(f"{out}: {who} has its {result.made + result.found} images; parts to come: {result.missing_parts}")
     elif result.made == 0:
-        print(f"{args.out}: complete with {args.num_images} images; nothing was to be made")
+        print(f"{out}: complete with {count} images; nothing was to be made")
     else:
-        of = f"{args.num_images} images of {len(labels)} classes, {decoding.num_steps} steps each"
-        print(f"{args.out}: {of}; {result.made} made now")
+        steps = options["decoding"].num_steps
+        print(f"{out}: {count} images of {classes} classes, {steps} steps each; {result.made} made now")
 
 
 def _generate_picture(

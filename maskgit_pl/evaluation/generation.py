@@ -112,7 +112,7 @@ def generate(
     result = generate_many(
         pipe,
         file,
-        count=num_images,
+        num_images=num_images,
         seed=seed,
         part_size=_PART,
         batch_size=batch_size,

@@ -73,14 +73,14 @@ def generate_many(
     Example::
 
         pipe = MaskGIT.from_pretrained("runs/demo/pretrained")
-        generate_many(pipe, "samples.npz", count=50_000, num_steps=8)
+        generate_many(pipe, "samples.npz", num_images=50_000, num_steps=8)
 
     Args:
         pipe: The model.
         file: ``.npz``; it appears when it is complete.
         on_start: Called before the first image with the number of images of this process, and of those that are there.
         on_images: Called after each batch with the number of its images.
-        options: Fields of ``BulkOptions`` (``count`` is needed), and settings of decoding as of ``MaskGIT.generate``.
+        options: Fields of ``BulkOptions``, and settings of decoding as ``MaskGIT.generate`` takes them.
 
     Raises:
         ValueError: if a number is out of range, a class is unknown, parts or a file are of another plan, or there is
@@ -139,7 +139,7 @@ def _plan(pipe: MaskGIT, options: BulkOptions, decoding: DecodingConfig) -> Bulk
     pipe.check_decoding(decoding)
     size = pipe.tokenizer.image_size
     return BulkPlan(
-        count=options.count,
+        count=options.num_images,
         seed=options.seed,
         part_size=options.part_size,
         classes=tuple(labels),
@@ -276,10 +276,8 @@ class _Work:
         return 0
 
     def _put_together(self) -> None:
-        whole = self.folder / f"whole-{os.getpid()}.npz"
-        with write_atomically(whole) as stream:
+        with write_atomically(self.file, partial_in=self.folder) as stream:
             self._write(stream)
-        whole.replace(self.file)
 
     def _write(self, stream: IO[bytes]) -> None:
         """Writes part by part, so that it takes the memory of one."""

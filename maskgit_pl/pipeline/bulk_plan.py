@@ -24,7 +24,7 @@ class BulkOptions:
     """Options of ``generate_many`` beside the settings of decoding.
 
     Args:
-        count: Images, at least 1.
+        num_images: Number of images, at least 1.
         classes: Indices or names, over which the images are spread evenly; all classes by default.
         seed: Seed of the first image; image i has seed + i.
         negative_class: Class that guidance pushes away from, an index or a name; by default "no class".
@@ -38,7 +38,7 @@ class BulkOptions:
         ValueError: if a number is out of range.
     """
 
-    count: int
+    num_images: int
     classes: Classes | None = None
     seed: int = 0
     negative_class: int | str | None = None
@@ -48,15 +48,14 @@ class BulkOptions:
     world_size: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("count", "part_size", "batch_size", "world_size"):
+        for name in ("num_images", "part_size", "batch_size", "world_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: at least 1 is needed, got {getattr(self, name)}")
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank: a number in [0, {self.world_size}) is needed, the world's size, got {self.rank}")
-        if self.seed < 0 or self.seed + self.count > _SEEDS:
-            raise ValueError(
-                f"seed: seeds in [0, 2**32) are needed, got {self.seed} to {self.seed + self.count - 1}; begin lower"
-            )
+        if self.seed < 0 or self.seed + self.num_images > _SEEDS:
+            last = self.seed + self.num_images - 1
+            raise ValueError(f"seed: seeds in [0, 2**32) are needed, got {self.seed} to {last}; begin lower")
 
 
 @dataclass(frozen=True)

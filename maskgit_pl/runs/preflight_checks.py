@@ -56,7 +56,7 @@ def preflight(
         on_check: Called with each check as soon as it is made: a large model takes half a minute.
 
     Raises:
-        ValueError: if the name of the run is reserved.
+        ValueError: if nothing names the run, or its name is reserved.
     """
     checks, machines = CheckList(on_check), machines or Machines()
     nodes, devices = machines.nodes or _nodes_of(recipe), machines.devices or _devices_of(recipe)

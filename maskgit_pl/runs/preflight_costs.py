@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -65,7 +65,7 @@ class CostChecks:
     @cached_property
     def _costs(self) -> Costs:
         name = str(self._plan.recipe.get("trainer.strategy"))
-        strategy: Strategy = name if name in ("ddp", "fsdp") else "auto"  # type: ignore[assignment]  # narrowed
+        strategy = cast("Strategy", name if name in ("ddp", "fsdp") else "auto")
         precision: Precision = "bf16-mixed" if "16" in self._precision else "32-true"
         checkpointing = self._config["model"].get("activation_checkpointing", "none")
         if isinstance(self._module, TokenModel):
@@ -107,10 +107,13 @@ class CostChecks:
             checks.add("memory", f"{self._describe_memory()}; {size_text(device)} are there{more}")
             return
         way_out = f"--data.max_batch_per_device={largest} fits" if largest else "not even one sample fits"
+        savings = self._savings()
+        if savings:
+            way_out = f"{way_out}; less memory: {', '.join(savings)}"
         checks.add(
             "memory",
             f"data.max_batch_per_device {most} must fit {size_text(limit)} of a device of {size_text(device)}, got "
-            f"{self._describe_memory()}; {'; less memory: '.join([way_out, *self._savings()])}",
+            f"{self._describe_memory()}; {way_out}",
             "error",
         )
 
@@ -132,7 +135,7 @@ class CostChecks:
         )
 
     def _savings(self) -> list[str]:
-        """Returns the flags that save memory beside a smaller micro-batch, as one text, if there are any."""
+        """Returns the flags that save memory, beside that of a smaller micro-batch."""
         costs, flags = self._costs, []
         if costs.checkpointing == "none":
             flags.append("--model.activation_checkpointing=blocks")
@@ -140,7 +143,7 @@ class CostChecks:
             flags.append("--trainer.precision=bf16-mixed")
         if costs.strategy == "ddp" and isinstance(costs, TransformerCosts):
             flags.append("--cluster fsdp")
-        return [", ".join(flags)] if flags else []
+        return flags
 
     # Disk
 

@@ -247,7 +247,7 @@ def test_a_rank_that_is_named_counts_more_than_the_environment(
         (["--num-images", "5", "--out", "a.npz", "--rank", "0", "--world-size", "0"], "--world-size: at least 1"),
         (["--num-images", "5", "--out", "a.npz", "--per-class", "3"], "--per-class: it does not go with --num-images"),
         (["--num-images", "5", "--out", "a.npz", "--gif", "a.gif"], "--gif: it does not go with --num-images"),
-        (["--num-images", "5", "--out", "a.npz", "--seed", str(2**32 - 4)], "--seed: the last image has seed + N - 1"),
+        (["--num-images", "5", "--out", "a.npz", "--seed", str(2**32 - 4)], "--seed: seeds in [0, 2**32) are needed"),
     ],
 )
 def test_wrong_words_for_many_images_are_refused_in_one_line(

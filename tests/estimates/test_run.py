@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from maskgit_pl.estimates.cards import CARDS
 from maskgit_pl.estimates.run import checkpoint_bytes, kept_checkpoints, memory_of, step_time
 from maskgit_pl.estimates.sharding import Group, Traffic
 from maskgit_pl.estimates.transformer import Activations
@@ -68,11 +67,6 @@ def test_kept_checkpoints_are_the_most_that_a_run_has_at_a_time(tmp_path, steps,
 def test_a_step_takes_its_work_and_its_traffic_hidden_or_not():
     time = step_time(8e12, Traffic(all_reduce=1e9), ranks=8, rate=1e12, bandwidth=1e9)
     assert (time.computing, time.communicating, time.least, time.most) == (1, 1, 1, 2)
-
-
-def test_a_cards_rate_is_that_of_the_precision():
-    card = CARDS["h100"]
-    assert card.rate("32-true") < card.rate("32-true", tensor_float32=True) < card.rate("bf16-mixed")
 
 
 def test_a_checkpoint_of_the_released_transformer():
