@@ -27,7 +27,7 @@ from maskgit_pl.data.order import Order, Rows
 from maskgit_pl.distributed import barrier, rank_and_world
 from maskgit_pl.evaluation.classifier import Accuracy, Classifier, count_hits
 from maskgit_pl.evaluation.classifier_config import SMALL_TRAINING, ClassifierConfig
-from maskgit_pl.files import read_json, write_atomically, write_tensors
+from maskgit_pl.files import read_json, write_tensors, write_text
 from maskgit_pl.networks.classifier import (
     CONFIG_FILE,
     MAX_CONFIG_BYTES,
@@ -278,8 +278,7 @@ def _save(folder: Path, classifier: Classifier, key: dict[str, Any]) -> None:
     (folder / CONFIG_FILE).unlink(missing_ok=True)  # no key from here to the end, so half of it is never read
     weights = {name: tensor.cpu().contiguous() for name, tensor in classifier.network.state_dict().items()}
     write_tensors(folder / WEIGHT_FILE, weights)
-    with write_atomically(folder / CONFIG_FILE) as file:
-        file.write((json.dumps(key, indent=2) + "\n").encode())
+    write_text(folder / CONFIG_FILE, json.dumps(key, indent=2) + "\n")
 
 
 @contextmanager
