@@ -35,7 +35,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
-from maskgit_pl.checks import check_choice, check_integer, check_number
+from maskgit_pl.checks import check_choice, check_number, check_seed
 from maskgit_pl.data import Batch, flip
 from maskgit_pl.decoding import DecodingConfig, DecodingStep
 from maskgit_pl.imaging import to_unit_range
@@ -83,7 +83,7 @@ class TokenModelConfig:
         check_choice("loss_vocabulary", self.loss_vocabulary, get_args(Vocabulary))
         check_number("ema_decay", self.ema_decay, "[0, 1)")
         check_number("flip_probability", self.flip_probability, "[0, 1]")
-        check_integer("seed", self.seed, "[0, 4294967296)")
+        check_seed("seed", self.seed)
         check_choice("activation_checkpointing", self.activation_checkpointing, get_args(ActivationCheckpointing))
         check_choice("compiled", self.compiled, get_args(Compiled))
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from maskgit_pl.checks import check_choice, check_integer, check_number
+from maskgit_pl.checks import check_choice, check_integer, check_number, check_seed
 from maskgit_pl.losses import AdversarialLoss, ReconstructionLoss
 from maskgit_pl.networks.discriminator import DiscriminatorConfig
 from maskgit_pl.networks.features import feature_networks
@@ -144,7 +144,7 @@ class TokenizerConfig:
         check_choice("reconstruction_loss", self.reconstruction_loss, get_args(ReconstructionLoss))
         check_number("ema_decay", self.ema_decay, "[0, 1)")
         check_number("flip_probability", self.flip_probability, "[0, 1]")
-        check_integer("seed", self.seed, "[0, 4294967296)")
+        check_seed("seed", self.seed)
         check_choice("memory_format", self.memory_format, get_args(MemoryFormat))
         check_choice("activation_checkpointing", self.activation_checkpointing, get_args(ActivationCheckpointing))
         if self.gradient_clip is not None:

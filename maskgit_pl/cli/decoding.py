@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
+from maskgit_pl.checks import check_seed
 from maskgit_pl.cli.model import add_device_argument, check_at_least, naming_flags
 from maskgit_pl.decoding.config import DecodingConfig
 from maskgit_pl.text import argument_docs
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["add_decoding_arguments", "check_seed_and_batch", "read_decoding"]
 
-_SEEDS = 2**32
 _ALIASES = {"num_steps": ("--steps",)}  # as the Makefile and the README call it
 _OF_PLUG_INS = {  # settings that replace one argument of a plug-in
     "guidance_scale": "Scale of the guidance schedule, at least 0; 0 is no guidance.",
@@ -52,8 +52,7 @@ def check_seed_and_batch(args: argparse.Namespace) -> None:
     Raises:
         ValueError: if a number is out of range.
     """
-    if not 0 <= args.seed < _SEEDS:
-        raise ValueError(f"--seed: a number in [0, 2**32) is needed, got {args.seed}")
+    check_seed("--seed", args.seed)
     check_at_least(args, batch_size=1)
 
 

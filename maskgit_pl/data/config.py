@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from maskgit_pl.checks import check_choice, check_integer, check_number, shorten
+from maskgit_pl.checks import check_choice, check_integer, check_number, check_seed, shorten
 from maskgit_pl.data.order import MOST_SAMPLES, check_window
 from maskgit_pl.shards.braces import MAX_NAMES, expand_braces
 from maskgit_pl.shards.images import Crop, check_crop
@@ -172,7 +172,7 @@ class ShardDataConfig:
         for name in ("global_batch", "max_batch_per_device", "validation_batch"):
             check_integer(f"data.{name}", getattr(self, name), MOST_SAMPLES)
         check_integer("data.num_workers", self.num_workers, "[0, 1024]")
-        check_integer("data.seed", self.seed, "[0, 4294967296)")
+        check_seed("data.seed", self.seed)
         if self.validation_samples is not None:
             check_integer("data.validation_samples", self.validation_samples, "[1, 4294967296]")
         if self.in_channels not in (1, 3):

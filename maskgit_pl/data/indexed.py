@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from maskgit_pl.checks import check_integer, shorten
+from maskgit_pl.checks import check_integer, check_seed, shorten
 from maskgit_pl.data.batches import Batch, draw_crops, loader
 from maskgit_pl.data.order import MOST_SAMPLES, GlobalOrder, OnceThrough, Order, ShuffledStream, SplitOrder
 from maskgit_pl.data.step_module import StepDataModule
@@ -120,7 +120,7 @@ class IndexedDataModule(StepDataModule):
         check_integer("accumulation", accumulation, MOST_SAMPLES)
         check_integer("validation_batch", validation_batch, MOST_SAMPLES)
         check_integer("num_workers", num_workers, "[0, 1024]")
-        check_integer("seed", seed, "[0, 4294967296)")
+        check_seed("seed", seed)
         self.train = replace(train, order=ShuffledStream(len(train), seed), seed=seed)
         self.validation = None if validation is None else replace(validation, order=None)
         self.global_batch = global_batch

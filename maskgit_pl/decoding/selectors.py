@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
-from maskgit_pl.checks import check_choice, check_integer, check_number, shorten
+from maskgit_pl.checks import check_choice, check_number, check_seed, shorten
 from maskgit_pl.registry import Registry
 
 if TYPE_CHECKING:
@@ -213,7 +213,7 @@ class Halton(TokenSelector):
 
     def __post_init__(self) -> None:
         if self.seed is not None:
-            check_integer("seed", self.seed, f"[0, {2**32 - 1}]")
+            check_seed("seed", self.seed)
 
     def __call__(self, candidates: Candidates) -> Tensor:
         if candidates.grid is None:

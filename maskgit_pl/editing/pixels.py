@@ -40,7 +40,7 @@ def read_image_header(path: Path, *, name: str = "image") -> ImageHeader:
     shown = printable(path)
     if not path.exists():
         raise FileNotFoundError(f"{name} {shown}: no such file; name a JPEG, PNG or WebP file")
-    return images.read_image_header(images.read_image_file(path, name=shown), name=shown)
+    return images.parse_image_header(images.read_image_file(path, name=shown), name=shown)
 
 
 def image_pixels(image: ImageLike, *, channels: int, name: str = "image") -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ from maskgit_pl.data.order import Order, Rows
 from maskgit_pl.distributed import barrier, rank_and_world
 from maskgit_pl.evaluation.classifier import Accuracy, Classifier, count_hits
 from maskgit_pl.evaluation.classifier_config import SMALL_TRAINING, ClassifierConfig
-from maskgit_pl.files import read_json, write_atomically, write_tensors
+from maskgit_pl.files import read_json, write_tensors, write_text
 from maskgit_pl.networks.classifier import (
     CONFIG_FILE,
     MAX_CONFIG_BYTES,
@@ -38,6 +37,7 @@ from maskgit_pl.networks.classifier import (
     describe_classifier,
 )
 from maskgit_pl.networks.weight_file import load_weights, read_tensors
+from maskgit_pl.shards.parallel import available_cores
 
 __all__ = [
     "TrainingImages",
@@ -278,8 +278,7 @@ def _save(folder: Path, classifier: Classifier, key: dict[str, Any]) -> None:
     (folder / CONFIG_FILE).unlink(missing_ok=True)  # no key from here to the end, so half of it is never read
     weights = {name: tensor.cpu().contiguous() for name, tensor in classifier.network.state_dict().items()}
     write_tensors(folder / WEIGHT_FILE, weights)
-    with write_atomically(folder / CONFIG_FILE) as file:
-        file.write((json.dumps(key, indent=2) + "\n").encode())
+    write_text(folder / CONFIG_FILE, json.dumps(key, indent=2) + "\n")
 
 
 @contextmanager
@@ -289,16 +288,11 @@ def _threads(model: str) -> Iterator[None]:
     Layers as small as the small network's gain nothing from more than one, and lose much beside other work.
     """
     before = torch.get_num_threads()
-    torch.set_num_threads(1 if model == SMALL else _cores())
+    torch.set_num_threads(1 if model == SMALL else available_cores())
     try:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _cores() -> int:
-    """Of the machine that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from maskgit_pl.evaluation.feature_metrics import CLASSIFIER, FeatureMetrics
 from maskgit_pl.evaluation.ledger import Row
 from maskgit_pl.evaluation.metric_names import NETWORK_METRICS, format_value, metric_name, title
 from maskgit_pl.evaluation.reconstruction import Reconstruction
-from maskgit_pl.files import write_atomically
+from maskgit_pl.files import write_text
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.provenance import describe_environment
 
@@ -70,8 +70,7 @@ class Report:
     def save(self) -> None:
         """Writes the JSON file, under a temporary name first."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        with write_atomically(self.file) as stream:
-            stream.write((json.dumps(self.content, indent=2) + "\n").encode())
+        write_text(self.file, json.dumps(self.content, indent=2) + "\n")
 
     def table(self) -> Table:
         """Returns the numbers that people ask for first."""

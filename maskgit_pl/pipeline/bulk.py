@@ -147,9 +147,14 @@ def _plan(pipe: MaskGIT, options: BulkOptions, decoding: DecodingConfig) -> Bulk
         decoding=asdict(decoding),
         mask_schedule=repr(pipe.transformer.mask_schedule),
         image=(size, size, pipe.tokenizer.network.config.in_channels),
-        tokenizer=tensors_digest(_weights(pipe.tokenizer.network)),
-        transformer=tensors_digest(_weights(pipe.transformer.network)),
+        tokenizer=_digest(pipe.tokenizer.network),
+        transformer=_digest(pipe.transformer.network),
     )
+
+
+def _digest(network: nn.Module) -> str:
+    """Returns the sha256 of a network's weights in their own type."""
+    return tensors_digest(_weights(network))
 
 
 def _weights(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from maskgit_pl.files import write_atomically
+from maskgit_pl.files import write_text
 from maskgit_pl.pipeline.description import (
     SETTINGS,
     STAGES,
@@ -77,8 +77,7 @@ def write_card(
         ("config.json", json.dumps(content, indent=2) + "\n"),
         ("README.md", model_card(folder, content, name=name)),
     ):
-        with write_atomically(folder / file) as stream:
-            stream.write(text.encode())
+        write_text(folder / file, text)
     return content
 
 

@@ -19,7 +19,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from maskgit_pl.data import ShardData, split_batch
-from maskgit_pl.files import write_atomically
+from maskgit_pl.files import write_text
 from maskgit_pl.locks import locked
 from maskgit_pl.pipeline.card import write_card
 from maskgit_pl.pretrained import fingerprint, load_weights
@@ -169,8 +169,7 @@ def _export(module: LightningModule, data: ShardData, plan: Plan, folder: Path, 
             _describe(folder)
     if module.global_rank == 0 and folder == plan.folder / "pretrained":
         said = {"step": step, "sha256": fingerprint(folder / plan.stage)}
-        with write_atomically(plan.stage_folder / _EXPORTED) as stream:
-            stream.write(json.dumps(said).encode())
+        write_text(plan.stage_folder / _EXPORTED, json.dumps(said))
     if module.global_rank == 0:
         log.info("exported %s", folder)
 
@@ -187,8 +186,7 @@ def _write_records(run: StageRun, plan: Plan) -> None:
     """Writes the resolved recipe and where it ran, so that a run can be understood and repeated."""
     folder = plan.stage_folder
     folder.mkdir(parents=True, exist_ok=True)
-    with write_atomically(folder / "config.yaml") as stream:
-        stream.write(config_text_of(run.config).encode())
+    write_text(folder / "config.yaml", config_text_of(run.config))
     environment = {"command": sys.argv, **describe_environment(), "world_size": run.trainer.world_size}
     if plan.pretrained is not None:
         environment["pretrained"] = {"folder": str(plan.pretrained), "sha256": fingerprint(plan.pretrained)}

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from maskgit_pl.locks import locked
 from maskgit_pl.runs.plan import SHARED_TOKENS, find_data, find_run, find_tokenizer
 from maskgit_pl.runs.recipe import Recipe
+from maskgit_pl.shards.parallel import available_cores
 
 if TYPE_CHECKING:
     import torch
@@ -278,4 +279,4 @@ def _num_workers(device: torch.device) -> int:
     """Returns how many processes decode: none where the CPU encodes, which they would slow down."""
     if device.type == "cpu":
         return 0
-    return min(_MOST_WORKERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return min(_MOST_WORKERS, available_cores())

@@ -102,7 +102,7 @@ def check_whole(data: bytes, *, name: str) -> None:
     PNG is checked by its chunks and their checksums, JPEG by its end marker, WebP by the length that it states.
 
     Args:
-        data: The bytes of a file whose header ``read_image_header`` can read.
+        data: The bytes of a file whose header ``parse_image_header`` can read.
         name: What to call the image in an error.
 
     Raises:

@@ -57,8 +57,8 @@ __all__ = [
     "from_pil",
     "load_square",
     "load_square_into",
+    "parse_image_header",
     "read_image_file",
-    "read_image_header",
 ]
 
 Crop = Literal["center", "random"]
@@ -79,7 +79,7 @@ class ImageHeader:
     channels: int
 
 
-def read_image_header(data: bytes, *, name: str) -> ImageHeader:
+def parse_image_header(data: bytes, *, name: str) -> ImageHeader:
     """Reads format, size and channels without decoding a pixel.
 
     Args:
@@ -109,7 +109,7 @@ def decode_image(data: bytes, *, channels: int, name: str) -> Tensor:
         (channels, H, W) uint8, mostly channels-last in memory.
 
     Raises:
-        UnreadableImageError: as ``read_image_header``, or if the pixels cannot be decoded. Damage is found in JPEG
+        UnreadableImageError: as ``parse_image_header``, or if the pixels cannot be decoded. Damage is found in JPEG
             where its code words break and in PNG by its checksums; WebP has none.
     """
     if channels not in (1, 3):

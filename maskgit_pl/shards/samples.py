@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from maskgit_pl.shards.image_bytes import UnreadableImageError, check_whole
-from maskgit_pl.shards.images import read_image_header
+from maskgit_pl.shards.images import parse_image_header
 from maskgit_pl.shards.manifest import Split
 
 __all__ = ["EXTENSIONS", "Sample", "Source", "UnreadableSample", "is_val", "read_sample"]
@@ -62,7 +62,7 @@ def read_sample(read: Callable[[], bytes], *, label: int, name: str) -> Sample |
     """
     try:
         data = read()
-        header = read_image_header(data, name=name)
+        header = parse_image_header(data, name=name)
         check_whole(data, name=name)
     except UnreadableImageError as error:
         return UnreadableSample(str(error))

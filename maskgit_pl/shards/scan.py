@@ -22,7 +22,7 @@ import numpy.typing as npt
 from maskgit_pl.checks import shorten
 from maskgit_pl.files import open_regular, sha256_of
 from maskgit_pl.shards.image_bytes import MAX_IMAGE_BYTES, UnreadableImageError
-from maskgit_pl.shards.images import ImageHeader, read_image_header
+from maskgit_pl.shards.images import ImageHeader, parse_image_header
 from maskgit_pl.shards.manifest import INDEX_DTYPE, ImageRange
 from maskgit_pl.shards.tar import BLOCK, DamagedTarError, Member, read_members
 from maskgit_pl.text import printable
@@ -279,7 +279,7 @@ class _Scan:
             self._blame(BAD_IMAGE, member, f"1 to {MAX_IMAGE_BYTES} bytes are read, got {member.size}")
             return
         try:
-            header = read_image_header(self._payload(member), name=self._called(member))
+            header = parse_image_header(self._payload(member), name=self._called(member))
         except UnreadableImageError as error:
             self._blame(BAD_IMAGE, member, str(error))
         else:

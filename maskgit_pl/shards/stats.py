@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from maskgit_pl.shards.images import read_image_header
+from maskgit_pl.shards.images import parse_image_header
 from maskgit_pl.shards.manifest import DataSummary, Manifest, Split, load_manifest, read_manifest_summary, splits_of
 from maskgit_pl.shards.reader import ShardReader
 
@@ -82,7 +82,7 @@ def _sizes(manifest: Manifest) -> npt.NDArray[np.int64]:
     """Returns (n, 2) int64 heights and widths of images that are spread evenly over the split."""
     reader = ShardReader(manifest)
     indices = np.unique(np.linspace(0, len(reader) - 1, min(HEADERS, len(reader))).round().astype(int)).tolist()
-    headers = [read_image_header(reader.read(index), name=reader.name(index)) for index in indices]
+    headers = [parse_image_header(reader.read(index), name=reader.name(index)) for index in indices]
     reader.close()
     return np.array([(header.height, header.width) for header in headers], np.int64)
 

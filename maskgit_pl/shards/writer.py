@@ -18,7 +18,7 @@ from typing import Any
 from maskgit_pl.checks import check_integer
 from maskgit_pl.files import replace_folder, sync, write_text
 from maskgit_pl.shards.image_bytes import UnreadableImageError
-from maskgit_pl.shards.images import decode_image, encode_png, fit_square, read_image_header
+from maskgit_pl.shards.images import decode_image, encode_png, fit_square, parse_image_header
 from maskgit_pl.shards.index import find_shards, index_shards
 from maskgit_pl.shards.manifest import Split, load_manifest, splits_of
 from maskgit_pl.shards.parallel import run_jobs
@@ -265,7 +265,7 @@ def _listed(lines: list[str]) -> str:
 
 def _resized(sample: Sample, size: int) -> Sample | UnreadableSample:
     """Makes a sample's image a square of that side; JPEG stays JPEG (quality 95), everything else becomes PNG."""
-    header = read_image_header(sample.data, name=sample.name)
+    header = parse_image_header(sample.data, name=sample.name)
     if header.height == header.width == size:
         return sample
     try:

@@ -99,7 +99,7 @@ def test_bad_input_is_refused_and_nothing_written(
         (["--top-k", "0"], "--top-k: at least 1 code is needed, got 0"),
         (["--top-p", "1.5"], "--top-p: a number in (0, 1] is needed, got 1.5"),
         (["--context-cache", "0"], "--context-cache must be an integer in [1, 65536], got 0"),
-        (["--seed", "-1"], "--seed: a number in [0, 2**32) is needed, got -1"),
+        (["--seed", "-1"], "--seed must be an integer in [0, 2**32), got -1"),
         (["--token-selector", '{"name": "remdm"'], '--token-selector {"name": "remdm": not JSON'),
         (["--token-selector", '{"eta": 0.1}'], "a mapping with a name is needed; write a name, or a mapping such as"),
         (["--mask-schedule", "[1]"], "--mask-schedule [1]: a mapping with a name is needed"),

@@ -13,7 +13,7 @@ MEASURE = r"""
 import json, re, sys, time
 from pathlib import Path
 from maskgit_pl.shards.index import index_shards
-from maskgit_pl.shards.images import read_image_header
+from maskgit_pl.shards.images import parse_image_header
 import PIL.JpegImagePlugin, PIL.PngImagePlugin, PIL.WebPImagePlugin
 def peak():  # of this process alone; getrusage's is inherited from whoever started it
     return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024

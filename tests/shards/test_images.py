@@ -22,8 +22,8 @@ from maskgit_pl.shards.images import (
     from_pil,
     load_square,
     load_square_into,
+    parse_image_header,
     read_image_file,
-    read_image_header,
 )
 from tests.hostile_images import REFUSED, SPECIAL, chunk, many_scans, png, sparse, write_refused, zeros
 
@@ -100,7 +100,7 @@ def test_exif_rotation_is_applied(kind, orientation, channels):
     exif[0x0112] = orientation
     data = save(Image.fromarray(quarters), kind, exif=exif.tobytes())
     expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("L" if channels == 1 else "RGB")
-    image, header = decode_image(data, channels=channels, name="x"), read_image_header(data, name="x")
+    image, header = decode_image(data, channels=channels, name="x"), parse_image_header(data, name="x")
     assert tuple(image.shape[-2:]) == (header.height, header.width) == ((32, 16) if orientation > 4 else (16, 32))
     assert np.array_equal(image.permute(1, 2, 0).squeeze(-1).numpy(), np.asarray(expected))
 
@@ -108,7 +108,7 @@ def test_exif_rotation_is_applied(kind, orientation, channels):
 def test_spoilt_exif_means_upright():
     data = save(Image.new("RGB", (16, 8), RED), "JPEG", exif=b"Exif\0\0MM\0*\0\0\xff\xff spoilt")
     assert decode_image(data, channels=3, name="x").shape == (3, 8, 16)
-    assert read_image_header(data, name="x").width == 16
+    assert parse_image_header(data, name="x").width == 16
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_a_strip_of_one_pixel_is_decoded(kind, shape):
 def test_of_several_pictures_in_a_jpeg_the_first_is_the_photo():
     data = save(Image.new("RGB", (8, 8), RED), "MPO", save_all=True, append_images=[Image.new("RGB", (8, 8))])
     assert (decode_image(data, channels=3, name="x")[:, 4, 4].int() - torch.tensor(RED)).abs().max() <= 6
-    assert read_image_header(data, name="x").format == "JPEG"
+    assert parse_image_header(data, name="x").format == "JPEG"
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -212,7 +212,7 @@ def test_what_is_no_still_image_of_ours_is_refused_by_name_and_reason(name):
     data, called = make(), f"shard.tar:{name}"
     for read in (
         lambda: decode_image(data, channels=3, name=called),
-        lambda: read_image_header(data, name=called),
+        lambda: parse_image_header(data, name=called),
         lambda: load_square(data, image_size=8, channels=1, crop=None, name=called),
         lambda: load_square_into(torch.empty(3, 8, 8, dtype=torch.uint8), data, crop=None, name=called),
     ):
@@ -251,7 +251,7 @@ def test_bytes_that_were_cut_or_changed_give_an_image_or_the_one_error(kind, pro
             changed[place] = int(generator.choice([0, 1, 0xD8, 0xD9, 0xDA, 0xFF, generator.integers(256)]))
         spoilt.append(bytes(changed))
     read = (
-        lambda data: read_image_header(data, name="x"),
+        lambda data: parse_image_header(data, name="x"),
         lambda data: decode_image(data, channels=3, name="x"),
         lambda data: check_whole(data, name="x"),
     )
