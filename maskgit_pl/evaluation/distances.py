@@ -7,6 +7,7 @@ and coverage are here. All of it in float64 on the CPU, with the same subsets ev
 from __future__ import annotations
 
 import warnings
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from maskgit_pl.evaluation.features import ImageFeatures
 from maskgit_pl.evaluation.reference import Reference, Statistics
 
 __all__ = [
+    "Metrics",
     "density_coverage",
     "distances",
     "frechet_distance",
@@ -29,7 +31,8 @@ __all__ = [
 
 _KID_SUBSETS, _KID_SUBSET_SIZE = 50, 1000
 _IS_SPLITS = 10
-_PRECISION_NEIGHBOURS, _DENSITY_NEIGHBOURS = 3, 5
+PRECISION_NEIGHBOURS, _DENSITY_NEIGHBOURS = 3, 5
+Metrics: TypeAlias = Literal["all", "fast"]
 _ROWS = 1000  # of a block of pairwise distances
 
 
@@ -44,12 +47,13 @@ class _Seen(nn.Module):
         return features
 
 
-def distances(generated: ImageFeatures, reference: Reference) -> dict[str, float]:
-    """Every number that the two allow.
+def distances(generated: ImageFeatures, reference: Reference, *, metrics: Metrics = "all") -> dict[str, float]:
+    """Computes every number that the two allow.
 
     Args:
         generated: Features of at least two images.
         reference: The real ones, of the same network.
+        metrics: ``"fast"`` leaves out the four that ask for the neighbours of every image.
 
     Returns:
         ``fid``; ``sfid`` where both have spatial features; ``kid``, ``kid_deviation``, and with enough images
@@ -71,7 +75,9 @@ def distances(generated: ImageFeatures, reference: Reference) -> dict[str, float
     if reference.features is not None:
         made, real = generated.pooled.double(), reference.features.pooled.double()
         numbers["kid"], numbers["kid_deviation"] = kernel_distance(made, real)
-        if min(len(made), len(real)) > _PRECISION_NEIGHBOURS:
+        if metrics == "fast":
+            return numbers
+        if min(len(made), len(real)) > PRECISION_NEIGHBOURS:
             numbers["precision"], numbers["recall"] = precision_recall(made, real)
         if len(real) > _DENSITY_NEIGHBOURS:
             numbers["density"], numbers["coverage"] = density_coverage(made, real)
@@ -156,7 +162,7 @@ def precision_recall(generated: Tensor, real: Tensor) -> tuple[float, float]:
     numbers = prc_features_to_metric(
         generated.double(),
         real.double(),
-        prc_neighborhood=_PRECISION_NEIGHBOURS,
+        prc_neighborhood=PRECISION_NEIGHBOURS,
         prc_batch_size=_ROWS,
         save_cpu_ram=True,
         verbose=False,
