@@ -84,7 +84,7 @@ def classification_accuracy(
         ValueError: if images have another size or colour, or the network is unknown.
     """
     images = source if isinstance(source, TrainingImages) else None
-    expected = (data.in_channels, data.image_size, data.image_size)
+    expected = (data.config.in_channels, data.config.image_size, data.config.image_size)
     if images is not None and images.shape != expected:
         raise ValueError(f"CAS images must be those of the data, {expected}, got {images.shape}")
 
@@ -94,7 +94,7 @@ def classification_accuracy(
         classifier = fit_classifier(
             images or data,
             chosen=source if isinstance(source, Tensor) else None,
-            num_workers=data.num_workers,
+            num_workers=data.config.num_workers,
             config=config,
             on_step=on_step,
             device=device,

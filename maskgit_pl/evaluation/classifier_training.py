@@ -175,12 +175,12 @@ def fit_classifier(
     """
     classifier = _new(data, config)
     steps = [range(step * config.batch, (step + 1) * config.batch) for step in range(config.max_steps)]
-    own_workers = data.num_workers if isinstance(data, ShardData) else 0
+    own_workers = data.config.num_workers if isinstance(data, ShardData) else 0
     batches = loader(
         _training_batches(data, config.seed, chosen),
         cast("Sampler[range]", steps),
         num_workers=own_workers if num_workers is None else num_workers,
-        unreadable_budget=data.unreadable_budget if isinstance(data, ShardData) else 0.0,
+        unreadable_budget=data.config.unreadable_budget if isinstance(data, ShardData) else 0.0,
     )
     with _quiet_lightning(), _threads(config.model):
         trainer = Trainer(
@@ -231,7 +231,7 @@ class _OnStep(Callback):
 
 def _new(data: ShardData | TrainingImages, config: ClassifierConfig) -> Classifier:
     if isinstance(data, ShardData):
-        channels, side, classes = data.in_channels, data.image_size, data.num_classes
+        channels, side, classes = data.config.in_channels, data.config.image_size, data.num_classes
     else:
         channels, side, classes = data.shape[0], data.shape[1], len(data.class_names)
     with torch.random.fork_rng():
@@ -259,7 +259,9 @@ def _on_device(name: str | None) -> dict[str, Any]:
 
 def _key(data: ShardData, config: ClassifierConfig) -> dict[str, Any]:
     """What ``config.json`` says: how to read the network, and what it was trained on and how."""
-    sizes = ClassifierSizes(data.in_channels, data.image_size, data.num_classes, config.model, config.width)
+    sizes = ClassifierSizes(
+        data.config.in_channels, data.config.image_size, data.num_classes, config.model, config.width
+    )
     described = describe_classifier(sizes, data.class_names)
     return {**described, "data": data.summary.fingerprint, "training": asdict(config)}
 

@@ -101,15 +101,17 @@ def _image_size(data: Path | str, sizes: list[int], wanted: int | None) -> int:
 
 
 def _open_data(folder: Path, size: int, num_workers: int) -> ShardData:
-    from maskgit_pl.data import ShardData
+    from maskgit_pl.data import ShardData, ShardDataConfig
     from maskgit_pl.shards.manifest import read_manifest_summary
 
     data = ShardData(
-        str(folder),
-        image_size=size,
-        in_channels=read_manifest_summary(folder).channels,
-        validation_batch=_VALIDATION_BATCH,
-        num_workers=num_workers,
+        ShardDataConfig(
+            str(folder),
+            image_size=size,
+            in_channels=read_manifest_summary(folder).channels,
+            validation_batch=_VALIDATION_BATCH,
+            num_workers=num_workers,
+        )
     )
     data.setup()
     return data

@@ -211,7 +211,7 @@ def _measure(
     likelihood = evaluator.likelihood(model, num_images=options.likelihood_samples, draws=_DRAWS)
     cas: dict[str, Row] = {}
     if options.cas is not None:
-        config = options.cas.config(evaluator.data.image_size)
+        config = options.cas.config(evaluator.data.config.image_size)
         cas["generated_images"] = evaluator.cas(model, decoding, config, num_images=num_samples, seed=seed)
         cas["real_images"] = evaluator.cas(None, None, config, num_images=num_samples, seed=seed)
     return Measurements(decoding, num_samples, seed, samples, real, rebuilt, likelihood, cas)

@@ -133,18 +133,18 @@ def own_real_batches(data: ShardData, split: Split, *, num_images: int | None = 
     count = there if num_images is None else min(num_images, there)
     dataset = data.batches(split, OnceThrough(there))
     if not isinstance(dataset, ImageBatches):
-        raise ValueError(f"data {data.path}: images are needed to measure distances from, got tokens")
+        raise ValueError(f"data {data.config.path}: images are needed to measure distances from, got tokens")
     yield from loader(
         dataset,
         cast("Sampler[range]", list(own_batches(count))),  # any iterable serves
-        num_workers=data.num_workers,
-        unreadable_budget=data.unreadable_budget,
+        num_workers=data.config.num_workers,
+        unreadable_budget=data.config.unreadable_budget,
     )
 
 
 def real_labels(data: ShardData, split: Split = "val") -> Tensor:
     """The classes (n,) int64 of a split's images, in their order; read from the index alone."""
-    reader = ShardReader(load_manifest(data.path, split))
+    reader = ShardReader(load_manifest(data.config.path, split))
     return torch.from_numpy(reader.labels(np.arange(len(reader))))
 
 
@@ -240,8 +240,8 @@ def _split_key(data: ShardData, split: Split, num_images: int | None) -> dict[st
         "data": data.summary.fingerprint,
         "split": split,
         "num_images": num_images,
-        "image_size": data.image_size,
-        "in_channels": data.in_channels,
+        "image_size": data.config.image_size,
+        "in_channels": data.config.in_channels,
     }
 
 

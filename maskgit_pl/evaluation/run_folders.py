@@ -177,14 +177,16 @@ def open_data(folders: RunFolders, pipe: MaskGIT, *, num_workers: int = 0) -> Sh
     Raises:
         ValueError: if their classes are not the model's.
     """
-    from maskgit_pl.data import ShardData
+    from maskgit_pl.data import ShardData, ShardDataConfig
 
     data = ShardData(
-        str(folders.data),
-        image_size=pipe.tokenizer.image_size,
-        in_channels=pipe.tokenizer.network.config.in_channels,
-        validation_batch=_VALIDATION_BATCH,
-        num_workers=num_workers,
+        ShardDataConfig(
+            str(folders.data),
+            image_size=pipe.tokenizer.image_size,
+            in_channels=pipe.tokenizer.network.config.in_channels,
+            validation_batch=_VALIDATION_BATCH,
+            num_workers=num_workers,
+        )
     )
     data.setup()
     check_data(pipe, data)
@@ -199,7 +201,7 @@ def check_data(pipe: MaskGIT, data: ShardData) -> None:
     """
     if data.class_names != pipe.class_names:
         raise ValueError(
-            f"data {data.path}: the classes must be the model's {list(pipe.class_names[:10])}, "
+            f"data {data.config.path}: the classes must be the model's {list(pipe.class_names[:10])}, "
             f"got {list(data.class_names[:10])}; name the data it was trained on with --data"
         )
 

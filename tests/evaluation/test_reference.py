@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from maskgit_pl.data import ShardData
+from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.evaluation import reference as module
 from maskgit_pl.evaluation.distances import distances
 from maskgit_pl.evaluation.features import extract, own_image_batches
@@ -22,7 +22,7 @@ from tests.evaluation.test_npz import Canary
 
 @pytest.fixture
 def data(tiny_shards: Path) -> ShardData:
-    return ShardData(str(tiny_shards), image_size=8, in_channels=1)
+    return ShardData(ShardDataConfig(str(tiny_shards), image_size=8, in_channels=1))
 
 
 def assert_same(one: Reference, other: Reference) -> None:

@@ -79,9 +79,9 @@ def open_models(folders: Sequence[RunFolders], options: ReportOptions, bars: Bar
     data = open_data(first, models[0].pipe, num_workers=options.num_workers)
     for model in models[1:]:
         check_data(model.pipe, data)
-        if model.pipe.tokenizer.image_size != data.image_size:
+        if model.pipe.tokenizer.image_size != data.config.image_size:
             raise ValueError(
-                f"run {model.run}: images of the first run's {data.image_size} pixels are needed, got "
+                f"run {model.run}: images of the first run's {data.config.image_size} pixels are needed, got "
                 f"{model.pipe.tokenizer.image_size}; make a table of its own"
             )
     if options.num_samples < data.num_classes:
@@ -122,7 +122,7 @@ def _accuracy_scores(opened: OpenedModels) -> list[Row]:
     evaluator, options = opened.evaluator, opened.options
     if options.cas is None:
         return []
-    config = options.cas.config(evaluator.data.image_size)
+    config = options.cas.config(evaluator.data.config.image_size)
     count = min(options.cas_samples or options.num_samples, evaluator.data.summary.samples["train"])
     return [
         *(
