@@ -61,7 +61,7 @@ def distances(generated: ImageFeatures, reference: Reference, *, metrics: Metric
         reference has features; ``is``, ``is_deviation`` where the generated ones have logits (20 or more).
 
     Raises:
-        ValueError: The two are of different networks, or of fewer than two images.
+        ValueError: if the two are of different networks, or there are fewer than two images.
     """
     if generated.label != reference.label:
         raise ValueError(
@@ -85,10 +85,10 @@ def distances(generated: ImageFeatures, reference: Reference, *, metrics: Metric
 
 
 def frechet_distance(generated: Statistics, real: Statistics) -> float:
-    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of means m and covariances S.
+    """Computes the Frechet distance |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of means m and covariances S.
 
     Raises:
-        ValueError: The two are of features of different widths.
+        ValueError: if the two are of features of different widths.
 
     Source: Heusel et al., arXiv:1706.08500; of spatial features (sFID): Nash et al., arXiv:2103.03841.
     """
@@ -101,7 +101,7 @@ def frechet_distance(generated: Statistics, real: Statistics) -> float:
 
 
 def kernel_distance(generated: Tensor, real: Tensor) -> tuple[float, float]:
-    """The unbiased squared maximum mean discrepancy with the kernel (x . y / D + 1)^3.
+    """Computes the unbiased squared maximum mean discrepancy with the kernel (x . y / D + 1)^3.
 
     Args:
         generated: (n, D), n at least 2.
@@ -127,7 +127,7 @@ def kernel_distance(generated: Tensor, real: Tensor) -> tuple[float, float]:
 
 
 def inception_score(logits: Tensor, *, splits: int = _IS_SPLITS) -> tuple[float, float]:
-    """exp(mean KL(p(y | x) || p(y))): images that each show one class clearly, and all classes between them.
+    """Computes exp(mean KL(p(y | x) || p(y))): high where each image shows one class clearly, and all show all.
 
     Args:
         logits: (n, C), n at least 2 ``splits``.
@@ -149,7 +149,7 @@ def inception_score(logits: Tensor, *, splits: int = _IS_SPLITS) -> tuple[float,
 
 
 def precision_recall(generated: Tensor, real: Tensor) -> tuple[float, float]:
-    """The share of generated images within the real ones' manifold, and the reverse.
+    """Computes the share of generated images within the real ones' manifold, and the reverse.
 
     A manifold is a ball around each image, as wide as the distance to its 3rd neighbour.
 
@@ -173,7 +173,7 @@ def precision_recall(generated: Tensor, real: Tensor) -> tuple[float, float]:
 def density_coverage(
     generated: Tensor, real: Tensor, *, num_neighbours: int = _DENSITY_NEIGHBOURS
 ) -> tuple[float, float]:
-    """How many real images' balls a generated one lies in, over k, and the share of balls that hold any.
+    """Counts the real images' balls that a generated one lies in, over k, and the share of balls that hold any.
 
     A ball is around each real image, as wide as the distance to its k-th neighbour; its surface is not in it. Both are
     about 1 for images of the same kind; density may exceed 1.

@@ -95,7 +95,7 @@ class FeatureMetrics:
         return numbers
 
     def _diversity(self, features: ImageFeatures, labels: Tensor) -> dict[str, float]:
-        """Beside the real images; nothing where too few images of a class are there."""
+        """Returns the diversity beside the real images; nothing where too few images of a class are there."""
         real = self.reference.features
         if real is None or self.labels is None or int(labels.bincount().max()) < 2:
             return {}
