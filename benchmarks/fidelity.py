@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torch_fidelity import calculate_metrics
 
-from maskgit_pl.data import ShardData
+from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.evaluation.distances import distances, inception_score, kernel_distance
 from maskgit_pl.evaluation.features import Extractor, ImageFeatures, extract, own_image_batches
 from maskgit_pl.evaluation.reference import Reference, own_real_batches
@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--weights", type=Path, help="Inception's published weight file (default: random weights)")
     args = parser.parse_args(argv)
     summary = read_manifest_summary(args.data)
-    data = ShardData(str(args.data), image_size=summary.images.height[0], in_channels=summary.channels)
+    data = ShardData(ShardDataConfig(str(args.data), image_size=summary.images.height[0], in_channels=summary.channels))
     data.setup()
     compared, seconds = compare(data, args.num_images, args.weights)
     kind = "random weights" if args.weights is None else args.weights.name

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from collectives import CountedCollectives
 from measuring import markdown_table
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from benchmarks.collectives import CountedCollectives
 from maskgit_pl.estimates.run import step_time
 from maskgit_pl.estimates.sharding import FLOAT, HALF, Group, Strategy, Traffic, ddp_traffic, fsdp_traffic, group_of
 from maskgit_pl.estimates.transformer import Precision, block_group, mean_masked, root_group, step_flops

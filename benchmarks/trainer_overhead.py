@@ -26,7 +26,7 @@ from measuring import markdown_table, processor
 from torch import Tensor, nn
 from webdataset import TarWriter
 
-from maskgit_pl.data import Batch, tokenize
+from maskgit_pl.data import Batch, describe_store, tokenize
 from maskgit_pl.imaging import to_unit_range
 from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
@@ -89,14 +89,18 @@ def write_data(folder: Path, task: Task) -> None:
     index_shards(folder / "shards", {split: find_shards(folder / "shards", f"{split}-*.tar") for split in splits})
     save_tokenizer(folder / "tokenizer", _TOKENIZER, VQGAN(_TOKENIZER).state_dict(), image_size=task.edge)
     tokenizer = load_tokenizer(folder / "tokenizer")
-    tokenize(
+    description = describe_store(
         folder / "shards",
-        folder / "run" / "tokens",
-        encode=lambda images: tokenizer.network.encode(to_unit_range(images)),
         grid=tokenizer.grid,
         num_codes=_TOKENIZER.num_codes,
         tokenizer=tokenizer.fingerprint,
         image_size=task.edge,
+    )
+    tokenize(
+        folder / "shards",
+        folder / "run" / "tokens",
+        description,
+        encode=lambda images: tokenizer.network.encode(to_unit_range(images)),
         in_channels=1,
     )
 

@@ -172,14 +172,32 @@ class Tokenizer(LightningModule):
         images = self._images(batch, flip_probability=self.config.flip_probability)  # 1
         is_last = len(self._pending.tokens) + 1 == self.accumulation
         with self._gradient_sync(is_last=is_last):
-            metrics = self._add_gradients(images)  # 2 to 4
+            metrics = self._add_gradients(images, step=self.global_step, backward=self.manual_backward)  # 2 to 4
         if not is_last:
             return
         self._step_optimizers()  # 5 to 7
         if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # set late
             self._record({f"train/{name}": value for name, value in metrics.items()}, bar="train/reconstruction")
 
-    def _add_gradients(self, images: Tensor) -> dict[str, Tensor]:
+    def replay_step(self, batch: Batch, *, step: int) -> dict[str, Tensor]:
+        """Adds the gradients of one micro-batch to both networks, without a Trainer and a step of the optimisers.
+
+        It computes what ``training_step`` does, images not mirrored: for estimates of memory and work.
+
+        Args:
+            batch: With (B, C, H, W) uint8 images.
+            step: Step of the training; the adversarial loss and the R1 penalty follow from it.
+
+        Returns:
+            Detached losses by name.
+        """
+        pending, self._pending = self._pending, _Pending()
+        images = self._images(batch, flip_probability=0.0)
+        metrics = self._add_gradients(images, step=step, backward=torch.autograd.backward)
+        self._pending = pending
+        return metrics
+
+    def _add_gradients(self, images: Tensor, *, step: int, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
         """Adds the gradients of one (B, C, H, W) micro-batch to both networks and returns its losses."""
         # 2. The generator, and its losses at the reconstructed image.
         output = self._call("network", images)
@@ -188,8 +206,8 @@ class Tokenizer(LightningModule):
         gradient = gradient_at(image, loss)
         # 3. The discriminator.
         discriminator_loss = None
-        if self._has_adversarial_loss():
-            adversarial = self._adversarial_step(images, image)
+        if self._has_adversarial_loss(step):
+            adversarial = self._adversarial_step(images, image, step)
             gradient = gradient + adversarial.generator_gradient(
                 image,
                 reconstruction=output.reconstruction,
@@ -202,22 +220,22 @@ class Tokenizer(LightningModule):
             metrics |= adversarial.metrics
         # 4. The gradient of this sum is the propagated one, since d(reconstruction . g) = g . d(reconstruction).
         propagated = (output.reconstruction.float() * gradient).sum() + output.quantized.loss
-        self.manual_backward(propagated / self.accumulation)
+        backward(propagated / self.accumulation)
         if discriminator_loss is not None:
-            self.manual_backward(discriminator_loss / self.accumulation)
+            backward(discriminator_loss / self.accumulation)
         self._pending.tokens.append(output.quantized.tokens)
         self._pending.features.append(output.quantized.features)
         return metrics | {"quantizer": output.quantized.loss.detach()}
 
-    def _has_adversarial_loss(self) -> bool:
-        return self.config.adversarial is not None and self.config.adversarial.has_started(self.global_step)
+    def _has_adversarial_loss(self, step: int) -> bool:
+        return self.config.adversarial is not None and self.config.adversarial.has_started(step)
 
-    def _adversarial_step(self, images: Tensor, image: Tensor) -> AdversarialStep:
+    def _adversarial_step(self, images: Tensor, image: Tensor, step: int) -> AdversarialStep:
         """Runs the discriminator over real images and reconstructions, (B, C, H, W) each."""
         config = self.config.adversarial
         assert config is not None
         assert self.discriminator is not None
-        real = images.detach().requires_grad_(config.has_r1_penalty(self.global_step))
+        real = images.detach().requires_grad_(config.has_r1_penalty(step))
         # The first call goes through the wrapper, which arms its gradient hooks; a second one would arm them twice. The
         # hooks fire when a parameter's whole gradient of the backward pass has come in, from both calls.
         real_logits = self._call("discriminator", real)
@@ -232,7 +250,7 @@ class Tokenizer(LightningModule):
         assert isinstance(generator, LightningOptimizer)
         stepping = [generator]
         # The discriminator first: the generator's step advances global_step, and with it whether the loss has started.
-        if self._has_adversarial_loss():
+        if self._has_adversarial_loss(step):
             stepping = [*rest, generator]
         self._set_learning_rate(step)
         # 5. Clip, and vote.

@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from maskgit_pl.data import ShardData
+from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO
 from maskgit_pl.training.checkpoints import Checkpoints
 
@@ -26,7 +26,9 @@ def data(shards: Path, store: Path | None = None, **options: Any) -> ShardData:
     """Global batches of 8 of the tiny images, or of their tokens in a store."""
     source = "images" if store is None else "tokens"
     sizes = {"image_size": 8, "in_channels": 1, "global_batch": 8, "max_batch_per_device": 8, "validation_batch": 8}
-    return ShardData(str(shards), source=source, token_store=store and str(store), **{**sizes, **options})
+    return ShardData(
+        ShardDataConfig(str(shards), source=source, token_store=store and str(store), **{**sizes, **options})
+    )
 
 
 def fit(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from maskgit_pl.data import ShardData
+from maskgit_pl.data import ShardData, ShardDataConfig
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -28,7 +28,7 @@ def fidelity():
 def test_all_of_it_is_torch_fidelity_s_from_the_images_on(fidelity, tiny_shards: Path, monkeypatch) -> None:
     # The same LAPACK routine; numpy's threads take ten times as long for it beside other work.
     monkeypatch.setattr(np.linalg, "eigvals", lambda matrix: torch.linalg.eigvals(torch.from_numpy(matrix)).numpy())
-    data = ShardData(str(tiny_shards), image_size=8, in_channels=1)
+    data = ShardData(ShardDataConfig(str(tiny_shards), image_size=8, in_channels=1))
     data.setup()
     compared, seconds = fidelity.compare(data, 20, None)
     assert [one.name for one in compared] == ["FID", "KID", "IS", "precision", "recall"]

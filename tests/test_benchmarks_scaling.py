@@ -25,7 +25,7 @@ def scaling():
         import scaling
 
         yield scaling
-        for name in ("scaling", "measuring"):
+        for name in ("scaling", "measuring", "collectives"):
             sys.modules.pop(name, None)
 
 

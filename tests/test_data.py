@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from maskgit_pl.data import ShardData, ShuffledStream, flip, tokenize
+from maskgit_pl.data import ShardData, ShardDataConfig, ShuffledStream, describe_store, flip, tokenize
 from maskgit_pl.imaging import to_unit_range
 from maskgit_pl.shards.images import encode_png
 from maskgit_pl.shards.index import find_shards, index_shards
@@ -41,14 +41,14 @@ def top_row(images: torch.Tensor) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def store(folder, tmp_path_factory):
     path = tmp_path_factory.mktemp("store")
-    sizes = {"grid": (2, 2), "num_codes": 256, "image_size": 4, "in_channels": 1}
-    assert tokenize(folder, path, encode=top_row, tokenizer="me", batch_size=4, **sizes) == "made"
+    description = describe_store(folder, grid=(2, 2), num_codes=256, tokenizer="me", image_size=4)
+    assert tokenize(folder, path, description, encode=top_row, in_channels=1) == "made"
     return path
 
 
 def data(folder, **options) -> ShardData:
     defaults = {"image_size": 4, "in_channels": 1, "global_batch": 8, "max_batch_per_device": 8, "validation_batch": 4}
-    module = ShardData(str(folder), **{**defaults, **options})
+    module = ShardData(ShardDataConfig(str(folder), **{**defaults, **options}))
     module.setup()
     return module
 
@@ -127,7 +127,7 @@ def test_stale_and_foreign_stores_are_refused(folder, store, tmp_path):
 )  # fmt: skip
 def test_arguments_that_contradict_each_other_are_refused(folder, options):
     with pytest.raises(ValueError, match=r"data\.|crop"):
-        ShardData(str(folder), **options)
+        ShardData(ShardDataConfig(str(folder), **options))
 
 
 def test_flip_depends_on_the_sample_not_on_the_batch():
@@ -225,7 +225,7 @@ def test_resumed_training_goes_on_at_the_next_position(folder, tmp_path, stop, n
 )  # fmt: skip
 def test_a_setting_out_of_range_is_refused_before_anything_is_read(tmp_path, key, value):
     with pytest.raises(ValueError, match=rf"^data\.{key} must .*, got {value!r}"):
-        ShardData(str(tmp_path), **{key: value})
+        ShardData(ShardDataConfig(str(tmp_path), **{key: value}))
 
 
 @pytest.mark.parametrize(("key", "value"), [("samples", {"train": 23}), ("classes", ["0", "1", "2", "3"])])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from maskgit_pl.data import Batch, ShardData
+from maskgit_pl.data import Batch, ShardData, ShardDataConfig
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.training.optimizers import LearningRate
 from maskgit_pl.training.unreadable_report import UnreadableReport
@@ -52,10 +52,10 @@ def test_memory_and_open_files_stay_level_over_2000_steps(tiny_shards, tiny_pret
     torch.manual_seed(0)
     network = TransformerConfig(16, 3, (4, 4), 16, 1, 2, 32, dropout=0.0)
     module = masked_model(network, tiny_pretrained / "tokenizer", rate=LearningRate(1e-4), global_batch=2)
-    data = ShardData(
+    data = ShardData(ShardDataConfig(
         str(tiny_shards), image_size=8, in_channels=1, global_batch=2, max_batch_per_device=2, validation_batch=8,
         validation_samples=8, num_workers=num_workers,
-    )  # fmt: skip
+    ))  # fmt: skip
     gauge = Gauge()
     trainer = Trainer(
         max_steps=STEPS, max_epochs=-1, accelerator="cpu", logger=False, callbacks=[gauge, UnreadableReport(tmp_path)],

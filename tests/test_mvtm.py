@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from torch.nn.functional import cross_entropy
 
-from maskgit_pl.data import Batch, tokenize
+from maskgit_pl.data import Batch, describe_store, tokenize
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.imaging import to_unit_range
 from maskgit_pl.masking import MaskSampler
@@ -38,10 +38,12 @@ def model(pretrained, **options) -> MaskedTokenModel:
 def store(tiny_shards, tiny_pretrained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokens")
     tokenizer = load_tokenizer(tiny_pretrained / "tokenizer")
-    tokenize(
-        tiny_shards, folder, encode=lambda images: tokenizer.network.encode(to_unit_range(images)), grid=(4, 4),
-        num_codes=16, tokenizer=tokenizer.fingerprint, image_size=8, in_channels=1,
-    )  # fmt: skip
+    description = describe_store(tiny_shards, grid=(4, 4), num_codes=16, tokenizer=tokenizer.fingerprint, image_size=8)
+
+    def encode(images: torch.Tensor) -> torch.Tensor:
+        return tokenizer.network.encode(to_unit_range(images))
+
+    tokenize(tiny_shards, folder, description, encode=encode, in_channels=1)
     return folder
 
 

@@ -68,6 +68,11 @@ def test_the_page_is_what_the_ledger_makes(name: str) -> None:
         assert file.read_text() == text, f"{file}: `python -m tests.test_results` writes it anew"
 
 
+@pytest.mark.parametrize("file", ["results/ledger.jsonl", "docs/decoding/ledger.jsonl"])
+def test_a_ledger_that_is_shipped_can_be_read(file: str) -> None:
+    assert len(Ledger(RESULTS.parent / file).rows("samples")) > 40
+
+
 if __name__ == "__main__":
     for name, folder in PAGES.items():
         page(name).write(folder)

@@ -19,7 +19,7 @@ from maskgit_pl.data import Batch
 from maskgit_pl.imaging import to_unit_range
 from maskgit_pl.networks.discriminator import DiscriminatorConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
-from maskgit_pl.tokenizer import CodebookUse, Tokenizer, _as_bytes
+from maskgit_pl.tokenizer import CodebookUse, _as_bytes
 from maskgit_pl.tokenizer_config import AdversarialConfig, PerceptualConfig
 from maskgit_pl.tokenizer_losses import gradient_at
 from maskgit_pl.training.optimizers import LearningRate
@@ -101,25 +101,14 @@ def values_of(module):
     return torch.cat([value.flatten().double() for value in module.state_dict().values()])
 
 
-@pytest.fixture
-def added_gradients(monkeypatch):
-    """Runs the module's gradients without a trainer."""
-
-    def run(module, images):
-        monkeypatch.setattr(Tokenizer, "manual_backward", lambda self, loss: loss.backward())
-        monkeypatch.setattr(Tokenizer, "global_step", 0)
-        return module._add_gradients(images)
-
-    return run
-
-
 @pytest.mark.parametrize("weight_rule", ["fixed", "adaptive"])
 @pytest.mark.parametrize("loss", ["hinge", "non-saturating"])
-def test_the_gradients_are_those_of_the_sum_of_losses(added_gradients, loss, weight_rule):
+def test_the_gradients_are_those_of_the_sum_of_losses(loss, weight_rule):
     config = replace(ADVERSARIAL, loss=loss, weight=0.3, weight_rule=weight_rule, lecam_weight=0.1)
     module = tokenizer(adversarial=config, network=replace(NETWORK, quantizer="gradient"))
-    images = batch_of(range(8)).content / 255
-    metrics = added_gradients(module, images)
+    batch = batch_of(range(8))
+    metrics = module.replay_step(batch, step=0)
+    images = batch.content / 255
     got = {name: parameter.grad.clone() for name, parameter in module.named_parameters() if parameter.requires_grad}
     module.zero_grad()
 
@@ -199,13 +188,23 @@ def test_both_optimisers_follow_the_learning_rate():
     assert stepped(max_steps=5, rate=rate).rates == [pytest.approx(expected)] * 2
 
 
-def test_the_r1_penalty_comes_every_so_many_steps_times_as_much(added_gradients):
-    images, found = batch_of(range(8)).content / 255, []
+def test_the_r1_penalty_comes_every_so_many_steps_times_as_much():
+    found = []
     for every in (1, 4):
         module = tokenizer(adversarial=replace(ADVERSARIAL, r1_every=every, r1_cost=10.0 / every))
-        added_gradients(module, images)
+        assert "r1" in module.replay_step(batch_of(range(8)), step=0)
         found.append(module.discriminator.head.weight.grad)
     torch.testing.assert_close(found[1], found[0])
+    assert ["r1" in module.replay_step(batch_of(range(8)), step=step) for step in (3, 4)] == [False, True]
+
+
+def test_a_replayed_step_leaves_the_step_that_is_being_accumulated_alone():
+    module = tokenizer(adversarial=replace(ADVERSARIAL, start_step=2, lecam_weight=0.1))
+    pending = module._pending
+    losses_before, losses_after = (module.replay_step(batch_of(range(4)), step=step) for step in (1, 2))
+    assert set(losses_after) - set(losses_before) >= {"generator", "discriminator", "lecam"}
+    assert module._pending is pending
+    assert (pending.tokens, pending.features, pending.logits) == ([], [], [])
 
 
 def test_the_means_of_the_logits_move_slowly():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
+from maskgit_pl.checks import check_integer, check_number
 from maskgit_pl.cli.model import add_device_argument, naming_flags
 from maskgit_pl.cli.progress import progress_bars
 
@@ -49,12 +51,26 @@ def run(args: argparse.Namespace) -> int:
         ValueError: if images have several sizes without ``--image-size``, the network is unknown, or a number is out of
             range.
     """
-    from maskgit_pl.evaluation import ClassifierOptions, train_classifier
+    for name, interval in (("steps", "[1, inf)"), ("batch", "[2, inf)")):
+        if getattr(args, name) is not None:
+            check_integer(f"--{name}", getattr(args, name), interval)
+    if args.learning_rate is not None:
+        check_number("--learning-rate", args.learning_rate, "(0, inf)")
+    check_number("--flip", args.flip, "[0, 1]")
+    from maskgit_pl.evaluation import train_classifier
+    from maskgit_pl.evaluation.classifier_config import default_training
 
-    names = ("steps", "batch", "learning_rate", "flip", "precision", "image_size", "num_workers", "seed", "device")
+    given = {"max_steps": args.steps, "batch": args.batch, "peak_rate": args.learning_rate}
+    config = replace(
+        default_training(args.model),
+        seed=args.seed,
+        flip_probability=args.flip,
+        precision=args.precision,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    where = {name: getattr(args, name) for name in ("image_size", "num_workers", "device", "out")}
     with naming_flags(args), progress_bars() as bars:
-        options = ClassifierOptions(**{name: getattr(args, name) for name in names})
-        made = train_classifier(args.data, model=args.model, out=args.out, options=options, bars=bars)
+        made = train_classifier(args.data, config=config, bars=bars, **where)
     accuracy = made.accuracy
     print(f"{made.folder}: {'there already' if made.was_there else 'trained'}; on {accuracy.images} real val images:")
     print(f"  top-1 {accuracy.top1:.2%}" + (f", top-5 {accuracy.top5:.2%}" if made.num_classes > 5 else ""))

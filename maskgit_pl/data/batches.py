@@ -25,7 +25,7 @@ from maskgit_pl.shards.reader import ShardReader
 from maskgit_pl.shards.tokens import TokenReader
 from maskgit_pl.shards.unreadable import IN_A_ROW, Unreadable, UnreadableImages
 
-__all__ = ["Batch", "ImageBatches", "StepLoader", "TokenBatches", "flip", "loader"]
+__all__ = ["Batch", "ImageBatches", "StepLoader", "TokenBatches", "draw_crops", "flip", "loader"]
 
 
 _SIGNAL_SECONDS = 1.0  # after which the signal that a process has ended has come
@@ -92,7 +92,9 @@ class ImageBatches(Dataset[Batch]):
         content = torch.empty((len(positions), side, side, self.in_channels), dtype=torch.uint8).permute(0, 3, 1, 2)
         tries = [
             self._load(content[row], index, crop)
-            for row, (index, crop) in enumerate(zip(rows.index.tolist(), self._crops(rows), strict=True))
+            for row, (index, crop) in enumerate(
+                zip(rows.index.tolist(), draw_crops(rows, self.crop, self.seed), strict=True)
+            )
         ]
         passed_over = torch.tensor(tries)
         shown = (rows.index + passed_over) % count
@@ -126,11 +128,13 @@ class ImageBatches(Dataset[Batch]):
         place.zero_()
         return most
 
-    def _crops(self, rows: Rows) -> Sequence[tuple[float, float] | None]:
-        if self.crop == "center":
-            return [None] * len(rows.index)
-        places = random_uniform("crop", seed=self.seed, index=rows.index, epoch=rows.epoch, count=2)
-        return [(top, left) for top, left in places.tolist()]
+
+def draw_crops(rows: Rows, crop: Crop, seed: int) -> Sequence[tuple[float, float] | None]:
+    """Returns the crop of each row: None for the centre, else (top, left) in (0, 1), from (seed, index, epoch)."""
+    if crop == "center":
+        return [None] * len(rows.index)
+    places = random_uniform("crop", seed=seed, index=rows.index, epoch=rows.epoch, count=2)
+    return [(top, left) for top, left in places.tolist()]
 
 
 class TokenBatches(Dataset[Batch]):

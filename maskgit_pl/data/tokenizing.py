@@ -1,4 +1,4 @@
-"""From a data folder to its token store, with a tokenizer that the caller brings."""
+"""Makes the token store of a data folder, with a tokenizer that the caller brings."""
 
 from __future__ import annotations
 
@@ -12,17 +12,50 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from maskgit_pl.checks import check_integer
 from maskgit_pl.data.batches import Batch, ImageBatches, loader
 from maskgit_pl.data.order import Rows
 from maskgit_pl.shards.manifest import ImageRange, Split, load_manifest, read_manifest_summary
 from maskgit_pl.shards.reader import ShardReader
 from maskgit_pl.shards.token_writer import Part, StoreParts
 from maskgit_pl.shards.tokens import StoreDescription, is_complete
+from maskgit_pl.shards.unreadable import check_budget
 
-__all__ = ["PART_SAMPLES", "Outcome", "describe_store", "tokenize"]
+__all__ = ["PART_SAMPLES", "Outcome", "TokenizingConfig", "describe_store", "tokenize"]
 
 PART_SAMPLES = 1024
 Outcome = Literal["found", "made", "others at work"]
+
+
+@dataclass(frozen=True)
+class TokenizingConfig:
+    """Execution of ``tokenize``: none of it changes a token.
+
+    Args:
+        batch_size: Images at a time.
+        part_samples: Images that are written to disk at a time: what a kill may cost.
+        num_workers: Processes that decode while this one encodes.
+        rank: Number of this process among those that share the work, from 0.
+        num_ranks: Processes that share the work; they need not run at the same time.
+        unreadable_budget: Share of unreadable images that may be replaced, as in training; see ``UnreadableImages``.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    batch_size: int = 256
+    part_samples: int = PART_SAMPLES
+    num_workers: int = 0
+    rank: int = 0
+    num_ranks: int = 1
+    unreadable_budget: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "part_samples", "num_ranks"):
+            check_integer(f"tokenize {name}", getattr(self, name), "[1, inf)")
+        check_integer("tokenize num_workers", self.num_workers, "[0, 1024]")
+        check_integer("tokenize rank", self.rank, f"[0, {self.num_ranks - 1}]")
+        check_budget(self.unreadable_budget)
 
 
 def describe_store(
@@ -36,11 +69,22 @@ def describe_store(
     flip: bool = False,
     precision: str = "float32",
 ) -> StoreDescription:
-    """Describes the token store that ``tokenize`` makes with the same arguments.
+    """Describes a token store of a data folder, for ``tokenize``.
+
+    Args:
+        path: The data folder.
+        grid: Height and width of the token grid.
+        num_codes: Codebook size.
+        tokenizer: Fingerprint of the tokenizer's weights.
+        image_size: Side of the images that the tokenizer encodes.
+        crops: Crops of each training image: the central one, then random ones.
+        flip: Store each training image mirrored too.
+        precision: Precision in which the tokenizer computes; noted in the store.
 
     Raises:
-        ValueError: if several crops are asked for and all images are square.
+        ValueError: if ``crops`` is below 1, or several crops are asked for and all images are square.
     """
+    check_integer("tokenize crops", crops, "[1, inf)")
     summary = read_manifest_summary(path)
     if crops > 1:
         _check_crops(summary.images)
@@ -53,114 +97,84 @@ def describe_store(
 def tokenize(
     path: str | Path,
     store: str | Path,
+    description: StoreDescription,
     *,
     encode: Callable[[Tensor], Tensor],
-    grid: tuple[int, int],
-    num_codes: int,
-    tokenizer: str,
-    image_size: int,
     in_channels: int,
-    crops: int = 1,
-    flip: bool = False,
-    precision: str = "float32",
-    batch_size: int = 256,
-    part_samples: int = PART_SAMPLES,
-    num_workers: int = 0,
-    rank: int = 0,
-    num_ranks: int = 1,
-    unreadable_budget: float = 0.0,
+    config: TokenizingConfig = TokenizingConfig(),  # frozen
     on_rows: Callable[[Split, int, int], object] = lambda split, rows, total: None,
 ) -> Outcome:
-    """Make the token store of a data folder; an interrupted one is gone on with.
+    """Makes the token store of a data folder, or resumes an interrupted one.
 
-    Batches are the same whoever encodes them, so that the store does not depend on ranks, workers or interruptions.
+    1. Each rank takes its share of the parts of the store, and leaves out those that are on disk.
+    2. It encodes the others batch by batch and writes each as a whole. Batches are the same whoever encodes them, so
+       the store does not depend on ranks, workers or interruptions.
+    3. The rank that finds all parts on disk joins them.
 
     Args:
         path: The data folder.
         store: The folder of the store.
-        encode: (B, C, H, W) uint8 images on the CPU -> (B, N) int64 tokens on any device.
-        grid: Height and width of the token grid.
-        num_codes: Codebook size.
-        tokenizer: Fingerprint of the tokenizer's weights.
-        image_size: Side of the images that ``encode`` is given.
-        in_channels: Their channels, 1 or 3.
-        crops: Crops of each training image: the central one, then random ones.
-        flip: Whether training images are there mirrored too.
-        precision: In which ``encode`` computes; noted in the store.
-        batch_size: Images at a time.
-        part_samples: Images that are put on disk at a time: what a kill may cost.
-        num_workers: Processes that decode while this one encodes.
-        rank: Which of the processes that share the work this is.
-        num_ranks: How many they are; they need not run at the same time.
-        unreadable_budget: Share of unreadable images that may be replaced, as in training; see ``UnreadableImages``.
-        on_rows: Told the split, how many more rows are done (first those of an earlier run) and how many this rank
-            has to do of that split.
+        description: The store, as ``describe_store`` describes it for this data folder.
+        encode: (B, in_channels, image_size, image_size) uint8 images on the CPU -> (B, N) int64 tokens on any device.
+        in_channels: Channels of the images that ``encode`` is given, 1 or 3.
+        config: Batches, processes and the budget of unreadable images.
+        on_rows: Called with the split, how many more rows are done (first those of an earlier run) and how many this
+            rank has to do of that split.
 
     Returns:
         ``"found"`` if this very store is there already; ``"made"`` if it is finished now; ``"others at work"`` if this
         rank has done its share and the last one to do so will finish.
 
     Raises:
-        ValueError: A number is out of range, several crops of square images, or shards are not what the manifest says.
-        DataBudgetError: Too many images cannot be read.
+        ValueError: if shards are not what the manifest says.
+        DataBudgetError: if too many images cannot be read.
     """
-    _check_counts(crops=crops, batch_size=batch_size, num_ranks=num_ranks)
-    if not 0 <= rank < num_ranks:
-        raise ValueError(f"tokenize rank: 0 to {num_ranks - 1} of {num_ranks} ranks is needed, got {rank}")
-    description = describe_store(
-        path,
-        grid=grid,
-        num_codes=num_codes,
-        tokenizer=tokenizer,
-        image_size=image_size,
-        crops=crops,
-        flip=flip,
-        precision=precision,
-    )
     if is_complete(store, description):
         return "found"
     readers = {split: ShardReader(load_manifest(path, split)) for split in description.samples}
-    reading = _Reading(image_size, in_channels, batch_size, num_workers, unreadable_budget)
-    parts = StoreParts(store, description, part_samples=part_samples)
-    share = parts.parts()[rank::num_ranks]
+    parts = StoreParts(store, description, part_samples=config.part_samples)
+    share = parts.parts()[config.rank :: config.num_ranks]
     for split, reader in readers.items():
+        reading = _Reading(reader, description.image_size, in_channels, config)
         mirrors = description.mirrors_of(split)
+        # 1. The parts that are left.
         own = [part for part in share if part.split == split]
         left = [part for part in own if not parts.is_done(part)]
-        total = _rows(own, mirrors)
-        on_rows(split, total - _rows(left, mirrors), total)
-        for part, batches in reading.by_part(reader, left):
+        total = _count_rows(own, mirrors)
+        on_rows(split, total - _count_rows(left, mirrors), total)
+        # 2. Encode and write them.
+        for part, batches in reading.by_part(left):
             encoded = []
             for batch in batches:
-                encoded.append((_encoded(batch.content, encode, mirrors), batch.labels))
+                encoded.append((_encode(batch.content, encode, mirrors), batch.labels))
                 on_rows(split, mirrors * len(batch.labels), total)
             tokens, labels = (torch.cat(column).numpy() for column in zip(*encoded, strict=True))
             parts.write(part, tokens, labels)
+    # 3. Join.
     return "made" if parts.finish() else "others at work"
 
 
 @dataclass(frozen=True)
 class _Reading:
-    """How images come to the encoder; see ``tokenize``."""
+    """The images of a split, in the batches that are encoded."""
 
+    reader: ShardReader
     image_size: int
     in_channels: int
-    batch_size: int
-    num_workers: int
-    unreadable_budget: float
+    config: TokenizingConfig
 
-    def by_part(self, reader: ShardReader, parts: Sequence[Part]) -> Iterator[tuple[Part, Iterator[Batch]]]:
-        """The batches of each part, crop by crop; those of one are taken before the next is asked for."""
+    def by_part(self, parts: Sequence[Part]) -> Iterator[tuple[Part, Iterator[Batch]]]:
+        """Yields the batches of each part, crop by crop; those of one are taken before the next is asked for."""
         for crop in sorted({part.crop for part in parts}):
-            order = _PartOrder([part for part in parts if part.crop == crop], self.batch_size)
-            batches = self._batches(reader, order, crop)
+            order = _PartOrder([part for part in parts if part.crop == crop], self.config.batch_size)
+            batches = self._batches(order, crop)
             for part in order.parts:
                 yield part, islice(batches, len(order.batches(part)))
 
-    def _batches(self, reader: ShardReader, order: _PartOrder, crop: int) -> Iterator[Batch]:
+    def _batches(self, order: _PartOrder, crop: int) -> Iterator[Batch]:
         images = ImageBatches(
-            reader,
-            _View(crop),
+            self.reader,
+            _CropOrder(crop),
             image_size=self.image_size,
             in_channels=self.in_channels,
             crop="random" if crop else "center",
@@ -169,21 +183,21 @@ class _Reading:
             loader(
                 images,
                 order,
-                num_workers=self.num_workers,
+                num_workers=self.config.num_workers,
                 pin_memory=torch.cuda.is_available(),
-                unreadable_budget=self.unreadable_budget,
+                unreadable_budget=self.config.unreadable_budget,
             )
         )
 
 
-class _View:
-    """Positions are samples; the epoch, from which the place of a random crop follows, is the number of the crop."""
+class _CropOrder:
+    """An order whose positions are samples. The epoch, which decides a random crop, is the number of the crop."""
 
     def __init__(self, crop: int) -> None:
         self.crop = crop
 
     def __call__(self, positions: range) -> Rows:
-        """The samples themselves."""
+        """Returns the samples themselves."""
         index = torch.arange(positions.start, positions.stop)
         return Rows(index, torch.full_like(index, self.crop), index, torch.ones_like(index, dtype=torch.bool))
 
@@ -207,14 +221,14 @@ class _PartOrder(Sampler[range]):
         return [range(start, min(start + self.batch_size, part.stop)) for start in starts]
 
 
-def _encoded(images: Tensor, encode: Callable[[Tensor], Tensor], mirrors: int) -> Tensor:
+def _encode(images: Tensor, encode: Callable[[Tensor], Tensor], mirrors: int) -> Tensor:
     """(B, C, H, W) uint8 -> (B, mirrors, N) int64 on the CPU."""
     views = [images, images.flip(-1)][:mirrors]
     return torch.stack([encode(view).cpu() for view in views], dim=1)
 
 
 def _check_crops(images: ImageRange) -> None:
-    """Several crops need images that are not square, as far as the smallest and largest sides say."""
+    """Refuses several crops of images that are all square, as far as the smallest and largest sides say."""
     if images.height == images.width and images.height[0] == images.height[1]:
         raise ValueError(
             "tokenize crops: images that are not square are needed for more than one, got "
@@ -223,11 +237,5 @@ def _check_crops(images: ImageRange) -> None:
         )
 
 
-def _rows(parts: Sequence[Part], mirrors: int) -> int:
+def _count_rows(parts: Sequence[Part], mirrors: int) -> int:
     return mirrors * sum(part.stop - part.start for part in parts)
-
-
-def _check_counts(**counts: int) -> None:
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"tokenize {name}: at least 1 is needed, got {value}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from maskgit_pl.estimates.sharding import FLOAT, HALF, Group, Strategy, Traffic
 from maskgit_pl.estimates.transformer import Activations
 
-__all__ = ["CARDS", "Card", "Memory", "StepTime", "checkpoint_bytes", "kept_checkpoints", "memory_of", "step_time"]
+__all__ = ["Memory", "StepTime", "checkpoint_bytes", "kept_checkpoints", "memory_of", "step_time"]
 
 
 @dataclass(frozen=True)
@@ -125,40 +125,6 @@ def kept_checkpoints(max_steps: int, *, every: int, keep_last: int, keep_every: 
     newest = steps[-(keep_last + 1) :]
     older = steps[: -(keep_last + 1)]
     return len(newest) + (0 if keep_every is None else sum(step % keep_every == 0 for step in older))
-
-
-@dataclass(frozen=True)
-class Card:
-    """A device as its maker describes it.
-
-    Attributes:
-        memory: Bytes.
-        float32: FLOP/s of float32 products outside tensor cores.
-        tensor_float32: FLOP/s of float32 products rounded to TF32 in tensor cores (``matmul_precision: high``).
-        bfloat16: FLOP/s of bfloat16 products in tensor cores, dense.
-    """
-
-    memory: float
-    float32: float
-    tensor_float32: float
-    bfloat16: float
-
-    def rate(self, precision: str, *, tensor_float32: bool = False) -> float:
-        """FLOP/s of the products of a Trainer's precision."""
-        if precision.startswith(("bf16", "16")):
-            return self.bfloat16
-        return self.tensor_float32 if tensor_float32 else self.float32
-
-
-CARDS = {
-    "a100-40": Card(40e9, 19.5e12, 156e12, 312e12),
-    "a100-80": Card(80e9, 19.5e12, 156e12, 312e12),
-    "h100": Card(80e9, 67e12, 495e12, 989e12),
-    "h200": Card(141e9, 67e12, 495e12, 989e12),
-    "l40s": Card(48e9, 91.6e12, 183e12, 362e12),
-    "rtx4090": Card(24e9, 82.6e12, 82.6e12, 165e12),
-}
-"""Dense rates. Source: NVIDIA's data sheets of the SXM cards and of the L40S, and its paper on the Ada architecture."""
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from maskgit_pl.evaluation.classifier_config import ClassifierConfig
     from maskgit_pl.evaluation.comparison import Comparison, ComparisonOptions, compare
-    from maskgit_pl.evaluation.data_classifier import ClassifierOptions, train_classifier
+    from maskgit_pl.evaluation.data_classifier import train_classifier
     from maskgit_pl.evaluation.decoding_search import SearchResult
     from maskgit_pl.evaluation.evaluation_report import Report
     from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CASOptions",
-    "ClassifierOptions",
+    "ClassifierConfig",
     "Comparison",
     "ComparisonOptions",
     "EvaluatedModel",
@@ -42,7 +43,7 @@ __all__ = [
 
 _HOMES = {
     "CASOptions": "model_evaluation",
-    "ClassifierOptions": "data_classifier",
+    "ClassifierConfig": "classifier_config",
     "Comparison": "comparison",
     "ComparisonOptions": "comparison",
     "EvaluatedModel": "evaluator",

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from maskgit_pl.data import ShardData
-from maskgit_pl.distributed import rank_and_world
-from maskgit_pl.evaluation.classifier import Accuracy, ClassifierConfig
+from maskgit_pl.distributed import on_all_ranks, rank_and_world
+from maskgit_pl.evaluation.classifier import Accuracy
+from maskgit_pl.evaluation.classifier_config import ClassifierConfig
 from maskgit_pl.evaluation.classifier_training import TrainingImages, fit_classifier, measure_accuracy
 
 __all__ = ["CASConfig", "classification_accuracy", "default_config"]
@@ -83,24 +83,24 @@ def classification_accuracy(
     Raises:
         ValueError: if images have another size or colour, or the network is unknown.
     """
-    rank, world_size = rank_and_world()
-    numbers = torch.zeros(3, dtype=torch.float64)
     images = source if isinstance(source, TrainingImages) else None
-    expected = (data.in_channels, data.image_size, data.image_size)
+    expected = (data.config.in_channels, data.config.image_size, data.config.image_size)
     if images is not None and images.shape != expected:
         raise ValueError(f"CAS images must be those of the data, {expected}, got {images.shape}")
-    if rank == 0:
+
+    def measured() -> Accuracy | None:
+        if rank_and_world()[0] != 0:
+            return None
         classifier = fit_classifier(
             images or data,
             chosen=source if isinstance(source, Tensor) else None,
-            num_workers=data.num_workers,
+            num_workers=data.config.num_workers,
             config=config,
             on_step=on_step,
             device=device,
         )
-        accuracy = measure_accuracy(classifier.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), data)
-        numbers = torch.tensor([accuracy.top1, accuracy.top5, accuracy.images], dtype=torch.float64)
-    if world_size > 1:
-        dist.broadcast(numbers, src=0)
-    top1, top5, count = numbers.tolist()
-    return Accuracy(top1, top5, int(count))
+        return measure_accuracy(classifier.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), data)
+
+    accuracy = on_all_ranks(measured)[0]
+    assert accuracy is not None  # the first rank measured it
+    return accuracy

@@ -1,4 +1,4 @@
-"""A classifier of the data at hand: its configuration, the module that trains it, and its accuracy.
+"""A classifier of the data at hand: the module that trains it, and its accuracy.
 
 A classifier of the data set itself says more about small images than one of ImageNet. ``classifier_training`` trains
 and keeps it; ``cas`` trains the same module on other images.
@@ -7,7 +7,6 @@ and keeps it; ``cas`` trains the same module on other images.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,59 +16,16 @@ from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 
-from maskgit_pl.checks import check_integer, check_number
 from maskgit_pl.data import Batch, flip
-from maskgit_pl.networks.classifier import SMALL, ClassifierSizes, create_classifier
+from maskgit_pl.evaluation.classifier_config import SMALL_TRAINING, ClassifierConfig
+from maskgit_pl.networks.classifier import ClassifierSizes, create_classifier
 from maskgit_pl.networks.feature_network import FeatureOutput
 
-__all__ = ["Accuracy", "Classifier", "ClassifierConfig", "count_hits", "default_training"]
+__all__ = ["Accuracy", "Classifier", "count_hits"]
 
 _OFTEN_RIGHT = 5  # of top-5
 _WARM_UP = 0.25  # share of the steps in which the learning rate rises
 _LEAST_CYCLE = 5  # steps; torch divides by zero where the rise is one step
-
-
-@dataclass(frozen=True)
-class ClassifierConfig:
-    """Network and training of the classifier.
-
-    Args:
-        width: Of the small network: channels of the first convolution.
-        max_steps: Training steps.
-        batch: Images of a step, at least 2.
-        peak_rate: Learning rate at the peak of the one-cycle schedule.
-        weight_decay: Of AdamW.
-        seed: Of weights, order and flips.
-        model: ``"small"``, or timm's name of a network, e.g. ``resnet18``.
-        flip_probability: Chance that a training image is mirrored, left to right; not for digits and letters.
-        precision: Lightning's word for the numbers that it computes in.
-
-    Raises:
-        ValueError: A number out of range.
-    """
-
-    width: int = 24
-    max_steps: int = 900
-    batch: int = 128
-    peak_rate: float = 4e-3
-    weight_decay: float = 0.02
-    seed: int = 0
-    model: str = SMALL
-    flip_probability: float = 0.0
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
-
-    def __post_init__(self) -> None:
-        check_integer("classifier max_steps", self.max_steps, "[1, inf)")
-        check_integer("classifier batch", self.batch, "[2, inf)")  # BatchNorm needs two
-        check_number("classifier peak_rate", self.peak_rate, "(0, inf)")
-        check_number("classifier flip_probability", self.flip_probability, "[0, 1]")
-
-
-def default_training(model: str) -> ClassifierConfig:
-    """Returns the training of a network from random weights; one of timm's takes smaller steps than the small one."""
-    if model == SMALL:
-        return ClassifierConfig()
-    return ClassifierConfig(model=model, max_steps=1000, batch=64, peak_rate=1e-3, weight_decay=0.05)
 
 
 @dataclass(frozen=True)
@@ -116,7 +72,7 @@ class Classifier(LightningModule):
         in_channels: int,
         image_size: int,
         num_classes: int,
-        config: ClassifierConfig = ClassifierConfig(),  # frozen
+        config: ClassifierConfig = SMALL_TRAINING,
     ) -> None:
         super().__init__()
         self.config = config

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import torch
-import torch.distributed as dist
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
@@ -26,8 +25,9 @@ from torch.utils.data import Dataset, Sampler
 from maskgit_pl.data import Batch, ShardData, ShuffledStream
 from maskgit_pl.data.batches import loader
 from maskgit_pl.data.order import Order, Rows
-from maskgit_pl.distributed import rank_and_world
-from maskgit_pl.evaluation.classifier import Accuracy, Classifier, ClassifierConfig, count_hits
+from maskgit_pl.distributed import barrier, rank_and_world
+from maskgit_pl.evaluation.classifier import Accuracy, Classifier, count_hits
+from maskgit_pl.evaluation.classifier_config import SMALL_TRAINING, ClassifierConfig
 from maskgit_pl.files import read_json, write_atomically, write_tensors
 from maskgit_pl.networks.classifier import (
     CONFIG_FILE,
@@ -48,7 +48,6 @@ __all__ = [
 ]
 
 OnStep: TypeAlias = Callable[[], object]
-_SMALL_TRAINING = ClassifierConfig()
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def obtain_classifier(
     folder: Path,
     data: ShardData,
     *,
-    config: ClassifierConfig = _SMALL_TRAINING,
+    config: ClassifierConfig = SMALL_TRAINING,
     on_step: OnStep = lambda: None,
     device: str | None = None,
 ) -> Classifier:
@@ -135,12 +134,10 @@ def obtain_classifier(
     Raises:
         ValueError: if timm has no such network, or the weights that were kept are damaged.
     """
-    rank, world_size = rank_and_world()
-    if rank == 0 and not is_trained(folder, data, config):
+    if rank_and_world()[0] == 0 and not is_trained(folder, data, config):
         classifier = fit_classifier(data, config=config, on_step=on_step, device=device)
         _save(folder, classifier, _key(data, config))
-    if world_size > 1:
-        dist.barrier()
+    barrier()
     classifier = _new(data, config)
     load_weights(classifier.network, read_tensors(folder / WEIGHT_FILE), folder / WEIGHT_FILE)
     return classifier.eval()
@@ -156,7 +153,7 @@ def fit_classifier(
     *,
     chosen: Tensor | None = None,
     num_workers: int | None = None,
-    config: ClassifierConfig = _SMALL_TRAINING,
+    config: ClassifierConfig = SMALL_TRAINING,
     on_step: OnStep = lambda: None,
     device: str | None = None,
 ) -> Classifier:
@@ -178,12 +175,12 @@ def fit_classifier(
     """
     classifier = _new(data, config)
     steps = [range(step * config.batch, (step + 1) * config.batch) for step in range(config.max_steps)]
-    own_workers = data.num_workers if isinstance(data, ShardData) else 0
+    own_workers = data.config.num_workers if isinstance(data, ShardData) else 0
     batches = loader(
         _training_batches(data, config.seed, chosen),
         cast("Sampler[range]", steps),
         num_workers=own_workers if num_workers is None else num_workers,
-        unreadable_budget=data.unreadable_budget if isinstance(data, ShardData) else 0.0,
+        unreadable_budget=data.config.unreadable_budget if isinstance(data, ShardData) else 0.0,
     )
     with _quiet_lightning(), _threads(config.model):
         trainer = Trainer(
@@ -234,7 +231,7 @@ class _OnStep(Callback):
 
 def _new(data: ShardData | TrainingImages, config: ClassifierConfig) -> Classifier:
     if isinstance(data, ShardData):
-        channels, side, classes = data.in_channels, data.image_size, data.num_classes
+        channels, side, classes = data.config.in_channels, data.config.image_size, data.num_classes
     else:
         channels, side, classes = data.shape[0], data.shape[1], len(data.class_names)
     with torch.random.fork_rng():
@@ -262,7 +259,9 @@ def _on_device(name: str | None) -> dict[str, Any]:
 
 def _key(data: ShardData, config: ClassifierConfig) -> dict[str, Any]:
     """What ``config.json`` says: how to read the network, and what it was trained on and how."""
-    sizes = ClassifierSizes(data.in_channels, data.image_size, data.num_classes, config.model, config.width)
+    sizes = ClassifierSizes(
+        data.config.in_channels, data.config.image_size, data.num_classes, config.model, config.width
+    )
     described = describe_classifier(sizes, data.class_names)
     return {**described, "data": data.summary.fingerprint, "training": asdict(config)}
 

@@ -12,16 +12,23 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from rich.markup import escape
-
 from maskgit_pl.checks import check_integer
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.limits import check_num_steps
 from maskgit_pl.decoding.selectors import Remasking, token_selectors
 from maskgit_pl.evaluation.command_line import command_line
 from maskgit_pl.evaluation.decodings import Spec, changed_fields, with_steps
+from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
 from maskgit_pl.evaluation.metric_names import format_value, title
-from maskgit_pl.evaluation.pages import Page, heading, markdown_table, paragraph, terminal_table
+from maskgit_pl.evaluation.pages import (
+    Page,
+    heading,
+    markdown_table,
+    paragraph,
+    picture_png,
+    terminal_table,
+    terminal_word,
+)
 from maskgit_pl.evaluation.progress import Bars, no_bars
 from maskgit_pl.evaluation.run_folders import (
     MeasuringOptions,
@@ -29,13 +36,14 @@ from maskgit_pl.evaluation.run_folders import (
     default_steps,
     even_count,
     find_run,
+    measured_model,
     open_data,
     open_evaluator,
     open_model,
     read_outline,
 )
 from maskgit_pl.registry import describe
-from maskgit_pl.text import markdown, printable
+from maskgit_pl.text import markdown
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -154,9 +162,7 @@ class Comparison:
     def table(self) -> Table:
         """Returns the rows for a terminal, the least distances of each number of steps in bold."""
         above = f"{self.num_images} images each, seed {self.seed}, the same noise for all"
-        return terminal_table(
-            above, _HEADINGS, self._cells(lambda text: escape(printable(text)), "[bold]{}[/]"), left=2
-        )
+        return terminal_table(above, _HEADINGS, self._cells(terminal_word, "[bold]{}[/]"), left=2)
 
     def page(self, command: str) -> Page:
         """Returns the rows as a page: how they were made, a table of the distances, and a table of everything.
@@ -205,8 +211,8 @@ class Comparison:
         count = self.num_images
         model = {name: markdown(str(value)[:8]) for name, value in self.model.items()}
         return paragraph(
-            f"{count} images a row, spread evenly over the classes, seed {self.seed}: image i of every row has the same",
-            "noise. The network that measures is the data set's own classifier, which is right on",
+            f"{count} images a row, spread evenly over the classes, seed {self.seed}: image i of every row has the",
+            "same noise. The network that measures is the data set's own classifier, which is right on",
             f"{self.accuracy:.1%} of the real val images. FID and KID are Frechet and kernel distance from all",
             f"{self.counts['val']} real val images in that classifier's features, not in those of Inception; they",
             f"compare with one another at {count} images only. In the last line {self.counts['train']} real training",
@@ -272,10 +278,12 @@ def compare(
     work = _decodings(pipe, selector_variants(selectors, pipe.decoding.token_selector), steps, options.guidance)
     images = open_data(folders, pipe, num_workers=options.num_workers)
     count = even_count(num_images, images.num_classes)
-    evaluator, model = open_evaluator(folders, pipe, images, options=options, out=out, bars=bars)
+    model = measured_model(folders, pipe, out)
+    evaluator = open_evaluator(folders, pipe, images, Ledger(model.folder / FILE_NAME), options=options, bars=bars)
     comparison = _measure(evaluator, model, work, num_images=count, seed=options.seed)
     comparison = replace(comparison, folder=out or folders.home / "comparison")
-    _write(comparison, pipe, _command(run, selectors, num_steps, num_images, options), bars)
+    page = comparison.page(_command(run, selectors, num_steps, num_images, options))
+    replace(page, pictures={"selectors.png": _sheet(comparison, pipe, bars)}).write()
     return comparison
 
 
@@ -327,15 +335,11 @@ def _measure(
     )
 
 
-def _write(comparison: Comparison, pipe: MaskGIT, command: str, bars: Bars) -> None:
-    from maskgit_pl.imaging import save_png
-
-    out = comparison.folder
-    out.mkdir(parents=True, exist_ok=True)
+def _sheet(comparison: Comparison, pipe: MaskGIT, bars: Bars) -> bytes:
+    """Returns the sheet of images at one number of steps."""
     shown = {each.label: each.decoding for each in comparison.results if each.num_steps == comparison.sheet_steps}
     advance = bars("sheet of images", len(shown))
-    save_png(selector_sheet(pipe, shown, seed=comparison.seed, on_row=lambda: advance(1)), out / "selectors.png")
-    comparison.page(command).write()
+    return picture_png(selector_sheet(pipe, shown, seed=comparison.seed, on_row=lambda: advance(1)))
 
 
 def _command(

@@ -1,13 +1,12 @@
 """Digests that tell measurements apart: of plain values, and of a model beyond its weights.
 
-Used for the keys of the ledger, of the search's trials, of a comparison and of kept references.
+Used for the keys of the ledger and of kept references.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pretrained import fingerprint
 
-__all__ = ["differing", "digest_of", "model_digests", "short"]
+__all__ = ["digest_of", "model_digests", "short"]
 
 _DIGITS = 16
 
@@ -28,12 +27,6 @@ def digest_of(values: Any) -> str:
 def short(digest: str) -> str:
     """Returns the first 16 digits, which files and rows are told apart by."""
     return digest[:_DIGITS]
-
-
-def differing(protocol: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Returns the keys that two protocols do not agree in, those that only one of them has among them."""
-    missing = object()
-    return sorted(key for key in {*protocol, *other} if protocol.get(key, missing) != other.get(key, missing))
 
 
 def model_digests(pipe: MaskGIT, pretrained: Path) -> dict[str, str]:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maskgit_pl.files import write_atomically
 from maskgit_pl.text import plain_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["LineEnd", "name_lines", "plot_by_steps", "plot_floor", "png_of", "save_figure", "spread"]
+__all__ = ["LineEnd", "name_lines", "plot_by_steps", "plot_floor", "png_of", "spread"]
 
 _LABEL_HEIGHT = 0.047  # of the axes: how far apart the names at the ends of lines are at least
 _REAL = "#3a7d44"
@@ -112,13 +110,6 @@ def png_of(figure: Figure) -> bytes:
     stream = io.BytesIO()
     figure.savefig(stream, dpi=150, format="png")
     return stream.getvalue()
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a PNG, under a temporary name first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with write_atomically(path) as stream:
-        stream.write(png_of(figure))
 
 
 def spread(heights: Mapping[str, float], *, least: float) -> dict[str, float]:

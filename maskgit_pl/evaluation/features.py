@@ -12,10 +12,9 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from maskgit_pl.distributed import gather_rows, own_rows, rank_and_world
+from maskgit_pl.distributed import gather_rows, on_all_ranks, own_rows
 from maskgit_pl.networks.feature_network import FeatureOutput, weights_digest
 from maskgit_pl.networks.features import FeatureNetworkSpec, parse_feature_network
 
@@ -131,9 +130,8 @@ class FeatureCollector:
         Raises:
             ValueError: No rank has any, or two images have the same number.
         """
-        widths = _agree(
-            [None if part is None else part.shape[1] for part in self._outputs[0]] if self._outputs else None
-        )
+        own = [None if part is None else part.shape[1] for part in self._outputs[0]] if self._outputs else None
+        widths = next((each for each in on_all_ranks(lambda: own) if each is not None), None)  # a rank may have none
         if widths is None:
             raise ValueError(f"features of {self.extractor.label}: at least one image is needed, got none")
         index = torch.cat([torch.empty(0, dtype=torch.int64), *self._index])
@@ -202,13 +200,3 @@ def own_image_batches(
     """
     for rows in own_batches(count, batch_size=batch_size):
         yield read(rows), torch.arange(rows.start, rows.stop)
-
-
-def _agree(own: list[int | None] | None) -> list[int | None] | None:
-    """The widths of a rank that has images, for those that have none."""
-    world_size = rank_and_world()[1]
-    if world_size == 1:
-        return own
-    found: list[list[int | None] | None] = [None] * world_size
-    dist.all_gather_object(found, own)
-    return next((widths for widths in found if widths is not None), None)

@@ -258,8 +258,8 @@ def real_tokens(
     batches = loader(
         data.batches("val", order),
         cast("Sampler[range]", mine),  # what is asked of it is to be gone through
-        num_workers=data.num_workers,
-        unreadable_budget=data.unreadable_budget,
+        num_workers=data.config.num_workers,
+        unreadable_budget=data.config.unreadable_budget,
     )
     for batch in batches:
         tokens.append(pipe.tokenizer.network.encode(to_unit_range(batch.content.to(pipe.device))).cpu())

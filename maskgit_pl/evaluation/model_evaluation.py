@@ -20,9 +20,10 @@ from maskgit_pl.evaluation.run_folders import (
     check_decoding,
     even_count,
     find_run,
+    measured_model,
     open_data,
+    open_evaluator,
     open_model,
-    open_networks,
     read_outline,
 )
 
@@ -151,7 +152,6 @@ def _open(
 ) -> tuple[Evaluator, EvaluatedModel, Reconstruction]:
     """Opens everything, and measures the reconstruction, which the ledger does not hold."""
     from maskgit_pl.distributed import barrier, rank_and_world
-    from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
     from maskgit_pl.evaluation.lpips import load_lpips
     from maskgit_pl.evaluation.reconstruction import measure_reconstruction
     from maskgit_pl.evaluation.reference import own_real_batches
@@ -165,8 +165,11 @@ def _open(
     if first and not options.resume:
         _forget_images(folders.evaluation)
     barrier()
-    networks = open_networks(features, data, folders, reference=options.reference, device=pipe.device, bars=bars)
-    compared = {} if options.reference is not None else networks  # of the val split
+    ledger = Ledger(folders.evaluation / FILE_NAME, writes=first, reuse=options.resume)
+    evaluator = open_evaluator(
+        folders, pipe, data, ledger, features=features, reference=options.reference, options=options, bars=bars
+    )
+    compared = {} if options.reference is not None else evaluator.networks  # of the val split
     rebuilt = measure_reconstruction(
         pipe.tokenizer,
         own_real_batches(data, "val"),
@@ -175,18 +178,8 @@ def _open(
         lpips=lpips,
         on_images=bars("reconstructing", data.summary.samples["val"]),
     )
-    ledger = Ledger(folders.evaluation / FILE_NAME, writes=first, reuse=options.resume)
     barrier()  # all have read the ledger before one of them writes to it
-    evaluator = Evaluator(
-        data,
-        dataset=folders.data.name,
-        networks=networks,
-        ledger=ledger,
-        bars=bars,
-        batch_size=options.batch_size,
-        device=pipe.device,
-    )
-    return evaluator, EvaluatedModel(folders.home.name, pipe, folders.pretrained, folders.evaluation), rebuilt
+    return evaluator, measured_model(folders, pipe), rebuilt
 
 
 def _forget_images(folder: Path) -> None:
@@ -218,7 +211,7 @@ def _measure(
     likelihood = evaluator.likelihood(model, num_images=options.likelihood_samples, draws=_DRAWS)
     cas: dict[str, Row] = {}
     if options.cas is not None:
-        config = options.cas.config(evaluator.data.image_size)
+        config = options.cas.config(evaluator.data.config.image_size)
         cas["generated_images"] = evaluator.cas(model, decoding, config, num_images=num_samples, seed=seed)
         cas["real_images"] = evaluator.cas(None, None, config, num_images=num_samples, seed=seed)
     return Measurements(decoding, num_samples, seed, samples, real, rebuilt, likelihood, cas)

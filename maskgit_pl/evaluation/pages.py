@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,9 +14,19 @@ from maskgit_pl.files import write_atomically
 from maskgit_pl.text import code_span, printable
 
 if TYPE_CHECKING:
+    from PIL import Image
     from rich.table import Table
 
-__all__ = ["Page", "code_cell", "heading", "markdown_table", "paragraph", "terminal_table"]
+__all__ = [
+    "Page",
+    "code_cell",
+    "heading",
+    "markdown_table",
+    "paragraph",
+    "picture_png",
+    "terminal_table",
+    "terminal_word",
+]
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,13 @@ class Page:
         return [folder / name for name in contents]
 
 
+def picture_png(picture: Image.Image) -> bytes:
+    """Returns a picture as a PNG file."""
+    stream = io.BytesIO()
+    picture.save(stream, format="PNG")
+    return stream.getvalue()
+
+
 def heading(title: str, command: str) -> list[str]:
     """Returns the first lines of a page: its title, and the command that makes it again."""
     return [f"# {title}", "", f"    {printable(command, limit=None)}", ""]
@@ -88,6 +106,13 @@ def terminal_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[
     for row in rows:
         table.add_row(*row) if row else table.add_section()
     return table
+
+
+def terminal_word(text: str) -> str:
+    """Returns a cell of ``terminal_table`` that shows a text as it is."""
+    from rich.markup import escape
+
+    return escape(printable(text))
 
 
 def paragraph(*sentences: str) -> list[str]:

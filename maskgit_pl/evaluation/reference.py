@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
@@ -14,17 +13,16 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from maskgit_pl.data import Batch, OnceThrough, ShardData, ShuffledStream
+from maskgit_pl.data import Batch, OnceThrough, ShardData
 from maskgit_pl.data.batches import ImageBatches, loader
-from maskgit_pl.distributed import rank_and_world
+from maskgit_pl.distributed import on_all_ranks, rank_and_world
 from maskgit_pl.evaluation.digests import digest_of, short
 from maskgit_pl.evaluation.features import Extractor, ImageFeatures, extract, own_batches, own_image_batches
 from maskgit_pl.evaluation.npz import ArrayFile, open_samples
-from maskgit_pl.files import write_atomically
+from maskgit_pl.files import sha256_of, write_atomically
 from maskgit_pl.shards.manifest import Split, load_manifest
 from maskgit_pl.shards.reader import ShardReader
 
@@ -35,7 +33,6 @@ __all__ = [
     "obtain_references",
     "own_real_batches",
     "read_references",
-    "real_features",
     "real_labels",
 ]
 
@@ -121,65 +118,33 @@ class Reference:
         return cls(features.label, Statistics.of(features.pooled), spatial, replace(features, spatial=None))
 
 
-def own_real_batches(
-    data: ShardData, split: Split, *, num_images: int | None = None, shuffled: bool = False
-) -> Iterator[Batch]:
-    """This rank's batches of real images: whole batches, dealt out by their number.
+def own_real_batches(data: ShardData, split: Split, *, num_images: int | None = None) -> Iterator[Batch]:
+    """Yields this rank's batches of real images: whole batches, dealt out by their number.
 
     Args:
         data: The real images.
         split: Which of them.
-        num_images: So many, or all that there are; None is all.
-        shuffled: Drawn at random, always the same, instead of from the first one on.
+        num_images: The first so many, or all that there are; None is all.
 
     Raises:
-        ValueError: The data are tokens.
+        ValueError: if the data are tokens.
     """
     there = data.summary.samples[split]
     count = there if num_images is None else min(num_images, there)
-    dataset = data.batches(split, ShuffledStream(there, seed=0) if shuffled else OnceThrough(there))
+    dataset = data.batches(split, OnceThrough(there))
     if not isinstance(dataset, ImageBatches):
-        raise ValueError(f"data {data.path}: images are needed to measure distances from, got tokens")
+        raise ValueError(f"data {data.config.path}: images are needed to measure distances from, got tokens")
     yield from loader(
         dataset,
         cast("Sampler[range]", list(own_batches(count))),  # any iterable serves
-        num_workers=data.num_workers,
-        unreadable_budget=data.unreadable_budget,
+        num_workers=data.config.num_workers,
+        unreadable_budget=data.config.unreadable_budget,
     )
-
-
-def real_features(
-    data: ShardData,
-    split: Split,
-    extractors: Sequence[Extractor],
-    *,
-    num_images: int | None = None,
-    shuffled: bool = False,
-    on_images: Callable[[int], object] = lambda count: None,
-) -> dict[str, ImageFeatures]:
-    """What each network says about real images, e.g. as many shuffled ``train`` images as were generated.
-
-    Args:
-        data: As of ``own_real_batches``, like ``split``, ``num_images`` and ``shuffled``.
-        split: Which of them.
-        extractors: The networks.
-        num_images: So many, or all that there are; None is all.
-        shuffled: Drawn at random, always the same.
-        on_images: Told how many more are done, for a progress bar.
-
-    Returns:
-        By the networks' labels, the same on each rank.
-
-    Raises:
-        ValueError: The data are tokens.
-    """
-    batches = own_real_batches(data, split, num_images=num_images, shuffled=shuffled)
-    return extract(extractors, ((batch.content, batch.position) for batch in batches), on_images=on_images)
 
 
 def real_labels(data: ShardData, split: Split = "val") -> Tensor:
     """The classes (n,) int64 of a split's images, in their order; read from the index alone."""
-    reader = ShardReader(load_manifest(data.path, split))
+    reader = ShardReader(load_manifest(data.config.path, split))
     return torch.from_numpy(reader.labels(np.arange(len(reader))))
 
 
@@ -212,7 +177,8 @@ def obtain_references(
     keys = {extractor.label: {**key, **_identity(extractor)} for extractor in extractors}
 
     def features(missing: Sequence[Extractor]) -> dict[str, ImageFeatures]:
-        return real_features(data, split, missing, num_images=num_images, on_images=on_images)
+        batches = own_real_batches(data, split, num_images=num_images)
+        return extract(missing, ((batch.content, batch.position) for batch in batches), on_images=on_images)
 
     origin = Origin.of_split(data, split, num_images=num_images)
     return _with_origin(_obtain(folder, keys, extractors, features), origin)
@@ -242,7 +208,7 @@ def read_references(
         ValueError: The file is missing, foreign or damaged, or does not hold what a network needs.
     """
     file = ArrayFile(path, thing="reference")
-    origin = Origin(_digest(file.path), file=file.path.name)
+    origin = Origin(sha256_of(file.path), file=file.path.name)
     statistics = _foreign_statistics(file)
     if "arr_0" not in file:
         if statistics is None:
@@ -274,8 +240,8 @@ def _split_key(data: ShardData, split: Split, num_images: int | None) -> dict[st
         "data": data.summary.fingerprint,
         "split": split,
         "num_images": num_images,
-        "image_size": data.image_size,
-        "in_channels": data.in_channels,
+        "image_size": data.config.image_size,
+        "in_channels": data.config.in_channels,
     }
 
 
@@ -295,21 +261,14 @@ def _obtain(
 ) -> dict[str, Reference]:
     """What the folder holds, and the rest from one pass over the images."""
     found = {label: None if folder is None else _read(_place(folder, key), key) for label, key in keys.items()}
-    missing = [extractor for extractor in extractors if not _on_every_rank(here=found[extractor.label] is not None)]
+    here = on_all_ranks(lambda: [label for label, reference in found.items() if reference is not None])
+    missing = [extractor for extractor in extractors if not all(extractor.label in labels for labels in here)]
     made = {label: Reference.of(extracted) for label, extracted in features(missing).items()} if missing else {}
     if folder is not None and rank_and_world()[0] == 0:
         for label, reference in made.items():
             _write(_place(folder, keys[label]), keys[label], reference)
     kept = {label: reference for label, reference in found.items() if reference is not None}
     return {label: made.get(label) or kept[label] for label in keys}
-
-
-def _on_every_rank(*, here: bool) -> bool:
-    if rank_and_world()[1] == 1:
-        return here
-    vote = torch.tensor(int(here))
-    dist.all_reduce(vote, dist.ReduceOp.MIN)
-    return bool(vote)
 
 
 def _place(folder: Path, key: Mapping[str, Any]) -> Path:
@@ -387,11 +346,3 @@ def _tensor(file: ArrayFile, name: str, shape: tuple[int | None, ...], *, kinds:
     if not np.isfinite(array).all():
         raise file.refusal(name, "finite numbers are needed")
     return torch.from_numpy(array)
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maskgit_pl.checks import shorten
-from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
 from maskgit_pl.evaluation.progress import Bars, no_bars
 
 if TYPE_CHECKING:
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from maskgit_pl.decoding import DecodingConfig
     from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
     from maskgit_pl.evaluation.feature_metrics import FeatureMetrics
+    from maskgit_pl.evaluation.ledger import Ledger
     from maskgit_pl.pipeline import MaskGIT
     from maskgit_pl.pipeline.outline import Outline
 
@@ -32,6 +32,7 @@ __all__ = [
     "default_steps",
     "even_count",
     "find_run",
+    "measured_model",
     "open_classifier",
     "open_data",
     "open_evaluator",
@@ -176,14 +177,16 @@ def open_data(folders: RunFolders, pipe: MaskGIT, *, num_workers: int = 0) -> Sh
     Raises:
         ValueError: if their classes are not the model's.
     """
-    from maskgit_pl.data import ShardData
+    from maskgit_pl.data import ShardData, ShardDataConfig
 
     data = ShardData(
-        str(folders.data),
-        image_size=pipe.tokenizer.image_size,
-        in_channels=pipe.tokenizer.network.config.in_channels,
-        validation_batch=_VALIDATION_BATCH,
-        num_workers=num_workers,
+        ShardDataConfig(
+            str(folders.data),
+            image_size=pipe.tokenizer.image_size,
+            in_channels=pipe.tokenizer.network.config.in_channels,
+            validation_batch=_VALIDATION_BATCH,
+            num_workers=num_workers,
+        )
     )
     data.setup()
     check_data(pipe, data)
@@ -198,7 +201,7 @@ def check_data(pipe: MaskGIT, data: ShardData) -> None:
     """
     if data.class_names != pipe.class_names:
         raise ValueError(
-            f"data {data.path}: the classes must be the model's {list(pipe.class_names[:10])}, "
+            f"data {data.config.path}: the classes must be the model's {list(pipe.class_names[:10])}, "
             f"got {list(data.class_names[:10])}; name the data it was trained on with --data"
         )
 
@@ -222,9 +225,9 @@ def check_decoding(pipe: MaskGIT, decoding: DecodingConfig) -> None:
 def open_classifier(folders: RunFolders, data: ShardData, bars: Bars = no_bars) -> None:
     """Trains the classifier of the data where it is not kept yet."""
     from maskgit_pl.evaluation import classifier_training
-    from maskgit_pl.evaluation.classifier import ClassifierConfig
+    from maskgit_pl.evaluation.classifier_config import SMALL_TRAINING
 
-    train = bars("classifier: training", ClassifierConfig().max_steps)
+    train = bars("classifier: training", SMALL_TRAINING.max_steps)
     classifier_training.obtain_classifier(folders.judge, data, on_step=lambda: train(1))
 
 
@@ -276,37 +279,44 @@ def open_evaluator(
     folders: RunFolders,
     pipe: MaskGIT,
     data: ShardData,
-    specs: Sequence[str | dict[str, Any]] = ("classifier",),
+    ledger: Ledger,
     *,
+    features: Sequence[str | dict[str, Any]] = ("classifier",),
+    reference: Path | None = None,
     options: MeasuringOptions = MeasuringOptions(),  # frozen
-    out: Path | None = None,
     bars: Bars = no_bars,
-) -> tuple[Evaluator, EvaluatedModel]:
-    """Opens the evaluator of one run, which compares with the val split.
+) -> Evaluator:
+    """Opens the evaluator of the runs of some data.
 
     Args:
-        folders: The run's folders.
-        pipe: The model.
+        folders: Folders of the first run.
+        pipe: Its model, whose device the feature networks are on.
         data: The real images.
-        specs: Feature networks, see ``open_networks``.
+        ledger: Holds the measurements.
+        features: Feature networks, see ``open_networks``.
+        reference: ADM's file of a data set in place of the val split; None for the split.
         options: Batch size.
-        out: Folder of the ledger and of the images; None for ``RUN/evaluation``.
         bars: Shows the progress.
     """
-    from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
+    from maskgit_pl.evaluation.evaluator import Evaluator
 
-    folder = out or folders.evaluation
-    networks = open_networks(specs, data, folders, device=pipe.device, bars=bars)
-    evaluator = Evaluator(
+    networks = open_networks(features, data, folders, reference=reference, device=pipe.device, bars=bars)
+    return Evaluator(
         data,
         dataset=folders.data.name,
         networks=networks,
-        ledger=Ledger(folder / FILE_NAME),
+        ledger=ledger,
         bars=bars,
         batch_size=options.batch_size,
         device=pipe.device,
     )
-    return evaluator, EvaluatedModel(folders.home.name, pipe, folders.pretrained, folder)
+
+
+def measured_model(folders: RunFolders, pipe: MaskGIT, folder: Path | None = None) -> EvaluatedModel:
+    """Returns a run's model as the evaluator takes it, with its images in ``folder``, or in ``RUN/evaluation``."""
+    from maskgit_pl.evaluation.evaluator import EvaluatedModel
+
+    return EvaluatedModel(folders.home.name, pipe, folders.pretrained, folder or folders.evaluation)
 
 
 def read_own_recipe(file: Path) -> dict[str, Any]:

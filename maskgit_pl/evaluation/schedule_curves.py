@@ -8,13 +8,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.evaluation.decoding_search import Measure, SearchResult, Trial, ranked
 from maskgit_pl.evaluation.decodings import Spec, describe_decoding, with_steps
-from maskgit_pl.evaluation.drawing import LineEnd, name_lines, plot_by_steps, plot_floor, save_figure
+from maskgit_pl.evaluation.drawing import LineEnd, name_lines, plot_by_steps, plot_floor, png_of
 from maskgit_pl.evaluation.metric_names import direction, format_value, is_better, metric_of, title
 from maskgit_pl.evaluation.progress import Bars, no_bars
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
@@ -23,7 +22,7 @@ from maskgit_pl.text import plain_label
 if TYPE_CHECKING:
     from maskgit_pl.pipeline import MaskGIT
 
-__all__ = ["Curves", "ScheduleCurves", "draw_curves", "following", "measure_curves", "plot_steps", "schedule_specs"]
+__all__ = ["Curves", "ScheduleCurves", "curves_png", "following", "measure_curves", "plot_steps", "schedule_specs"]
 
 Curves = Mapping[str, Mapping[int, Mapping[str, float]]]
 
@@ -117,12 +116,11 @@ class ScheduleCurves:
         return found
 
 
-def draw_curves(figure: ScheduleCurves, path: Path, *, metric: str, floor: float | None) -> None:
-    """Draws the figure: a line a schedule, its name at the end, the schedule of the training in front.
+def curves_png(figure: ScheduleCurves, *, metric: str, floor: float | None) -> bytes:
+    """Returns the figure as a PNG: a line a schedule, its name at the end, the schedule of the training in front.
 
     Args:
         figure: What was measured.
-        path: A PNG.
         metric: Name of the metric, such as ``fid/classifier``.
         floor: The value of real images; None for none.
 
@@ -138,7 +136,7 @@ def draw_curves(figure: ScheduleCurves, path: Path, *, metric: str, floor: float
         plot_floor(axes, floor, f"real images: {format_value(metric, floor, more_digits=1)}")
     _finish(axes, figure, metric)
     name_lines(page, axes, {name: _end(figure, name, metric) for name in figure.curves})
-    save_figure(page, path)
+    return png_of(page)
 
 
 def _end(figure: ScheduleCurves, name: str, metric: str) -> LineEnd:

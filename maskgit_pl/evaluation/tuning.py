@@ -19,6 +19,7 @@ from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.evaluation.command_line import command_line
 from maskgit_pl.evaluation.decoding_search import FINALISTS, Measure, SearchPlan, SearchResult, Trial, search
 from maskgit_pl.evaluation.decodings import Spec, describe_decoding
+from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
 from maskgit_pl.evaluation.progress import Bars, no_bars
 from maskgit_pl.evaluation.run_folders import (
     MeasuringOptions,
@@ -27,6 +28,7 @@ from maskgit_pl.evaluation.run_folders import (
     default_steps,
     even_count,
     find_run,
+    measured_model,
     open_data,
     open_evaluator,
     open_model,
@@ -35,7 +37,6 @@ from maskgit_pl.evaluation.run_folders import (
 
 if TYPE_CHECKING:
     from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
-    from maskgit_pl.evaluation.schedule_curves import ScheduleCurves
     from maskgit_pl.evaluation.search_space import SearchSpace
     from maskgit_pl.pipeline import MaskGIT
 
@@ -114,7 +115,8 @@ def tune(
     images = open_data(folders, pipe, num_workers=options.num_workers)
     count = even_count(num_images, images.num_classes)
     points = even_count(options.plot_images or num_images, images.num_classes, name="plot_images")
-    evaluator, model = open_evaluator(folders, pipe, images, options=options, out=out, bars=bars)
+    model = measured_model(folders, pipe, out)
+    evaluator = open_evaluator(folders, pipe, images, Ledger(model.folder / FILE_NAME), options=options, bars=bars)
     begun = _first_trials(evaluator, model, options.seed)
     space = space.resumed(begun, trials=trials, seed=options.seed, how=options.search)
 
@@ -133,7 +135,7 @@ def tune(
     result = _with_recipe(folders, pipe, evaluator, result, options)
     page = _Page(out or folders.home / "tuning", _command(run, trials, metric, num_images, options), points, options)
     figure = _write_page(evaluator, pipe, measure, result, page)
-    return replace(result, folder=page.folder, figure=figure is not None, measured=evaluator.measured)
+    return replace(result, folder=page.folder, figure=figure, measured=evaluator.measured)
 
 
 def plan_trials(
@@ -226,10 +228,10 @@ def _write_page(
     measure: Measure,
     result: SearchResult,
     page: _Page,
-) -> ScheduleCurves | None:
-    """Writes ``tuning.md`` and ``tuning.csv``, and ``tuning.png`` where it is asked for and a trial follows a mask schedule."""
+) -> bool:
+    """Writes the page, with the figure where it is asked for and a trial follows a mask schedule; returns whether."""
     from maskgit_pl.evaluation.evaluator import numbers_of
-    from maskgit_pl.evaluation.schedule_curves import draw_curves, measure_curves
+    from maskgit_pl.evaluation.schedule_curves import curves_png, measure_curves
     from maskgit_pl.evaluation.tuning_report import RealNumbers, as_page
 
     (network,) = evaluator.networks.values()
@@ -245,11 +247,12 @@ def _write_page(
     if page.options.plot:
         seed = page.options.seed
         figure = measure_curves(measure, pipe, result, num_images=page.plot_images, seed=seed, bars=evaluator.bars)
-    as_page(result, real(result.num_images), command=page.command, figure=figure).write(page.folder)
+    made = as_page(result, real(result.num_images), command=page.command, figure=figure)
     if figure is not None:
         floor = real(figure.num_images).numbers[result.metric]
-        draw_curves(figure, page.folder / "tuning.png", metric=result.metric, floor=floor)
-    return figure
+        made = replace(made, pictures={"tuning.png": curves_png(figure, metric=result.metric, floor=floor)})
+    made.write(page.folder)
+    return figure is not None
 
 
 def _command(run: Path | str, trials: int, metric: str, num_images: int, options: TuningOptions) -> str:

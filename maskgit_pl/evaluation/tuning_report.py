@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from maskgit_pl.evaluation.decoding_search import SearchResult, Trial, ranked
 from maskgit_pl.evaluation.decodings import changed_fields, describe_decoding, plain
 from maskgit_pl.evaluation.metric_names import direction, format_value, title
-from maskgit_pl.evaluation.pages import Page, heading, markdown_table, paragraph, terminal_table
+from maskgit_pl.evaluation.pages import Page, heading, markdown_table, paragraph, terminal_table, terminal_word
 from maskgit_pl.evaluation.schedule_curves import ScheduleCurves
 from maskgit_pl.text import code_span, markdown
 
@@ -47,17 +47,13 @@ def as_page(result: SearchResult, real: RealNumbers, *, command: str, figure: Sc
     """
     count = result.num_images // 2
     lines = [*heading("A way to decode", command), *_explanation(result, real, count), "", "## Measured again", ""]
-    lines += [
-        *markdown_table(_headings(result), _rows(result, result.confirmed, "**{}**"), left=2),
-        "",
-        _verdict(result),
-        "",
-    ]
+    lines += markdown_table(_headings(result), _rows(result, result.confirmed, markdown, "**{}**"), left=2)
+    lines += ["", _verdict(result), ""]
     if result.winner.number:
         lines += ["```json", json.dumps(plain(result.winner.decoding), indent=2), "```", ""]
     lines += [f"## The best of {len(result.trials)} trials, {count} images each", ""]
     best = ranked(result.trials, result.metric)[:_SHOWN_TRIALS]
-    lines += markdown_table(_headings(result), _rows(result, best), left=2)
+    lines += markdown_table(_headings(result), _rows(result, best, markdown), left=2)
     if figure is not None:
         lines += ["", *_figure_lines(figure, result.metric)]
     rows = [{"trial": each.number, **each.numbers, "decoding": changed_fields(each.decoding)} for each in result.trials]
@@ -67,7 +63,8 @@ def as_page(result: SearchResult, real: RealNumbers, *, command: str, figure: Sc
 def as_table(result: SearchResult) -> Table:
     """Returns what was measured again, for a terminal."""
     above = f"measured again with fresh noise, {result.num_images} images each"
-    return terminal_table(above, _headings(result), _rows(result, result.confirmed, "[bold]{}[/]"), left=2)
+    rows = _rows(result, result.confirmed, terminal_word, "[bold]{}[/]")
+    return terminal_table(above, _headings(result), rows, left=2)
 
 
 def _headings(result: SearchResult) -> list[str]:
@@ -79,16 +76,24 @@ def _columns(result: SearchResult) -> list[str]:
     return [result.metric, *(name for name in _COLUMNS if name != result.metric)]
 
 
-def _rows(result: SearchResult, trials: Sequence[Trial], bold: str | None = None) -> Iterator[list[str]]:
-    """Yields the cells of each trial; those of the winner in bold, where there is such a form."""
+def _rows(
+    result: SearchResult, trials: Sequence[Trial], word: Callable[[str], str], bold: str = "{}"
+) -> Iterator[list[str]]:
+    """Yields the cells of each trial.
+
+    Args:
+        result: The search.
+        trials: Those that are shown.
+        word: Makes markup of a decoding.
+        bold: Marks the cells of the winner.
+    """
     for trial in trials:
         cells = [
             format_value(name, trial.numbers[name], more_digits=1) if name in trial.numbers else ""
             for name in _columns(result)
         ]
-        row = [str(trial.number), markdown(describe_decoding(trial.decoding)), *cells]
-        wins = bold is not None and trial.number == result.winner.number
-        yield [bold.format(cell) for cell in row] if wins and bold is not None else row
+        form = bold if trial.number == result.winner.number else "{}"
+        yield [form.format(cell) for cell in (str(trial.number), word(describe_decoding(trial.decoding)), *cells)]
 
 
 def _explanation(result: SearchResult, real: RealNumbers, count: int) -> list[str]:

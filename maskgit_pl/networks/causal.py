@@ -14,13 +14,12 @@ from typing import cast
 from torch import Tensor
 
 from maskgit_pl.networks.transformer import (
-    Block,
-    KVCache,
     MaskedTransformer,
     Transformer,
     TransformerConfig,
     Vocabulary,
 )
+from maskgit_pl.networks.transformer_block import Block, KVCache
 
 __all__ = ["CausalTransformer", "build_transformer"]
 

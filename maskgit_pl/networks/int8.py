@@ -57,7 +57,7 @@ class Int8Linear(nn.Module):
 
 
 class Int8QueryKeyValue(nn.Module):
-    """As ``transformer.QueryKeyValue``, in two parts, for the block that computes queries of some positions alone.
+    """As ``transformer_block.QueryKeyValue``, in two parts, for the block that computes queries of some positions alone.
 
     Args:
         weight: (3 D, D) float.

@@ -20,20 +20,32 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from maskgit_pl.runs.exporting import export
     from maskgit_pl.runs.fitting import fit
+    from maskgit_pl.runs.job_options import JobOptions
+    from maskgit_pl.runs.machines import Machines
     from maskgit_pl.runs.plan import Plan, plan_run
+    from maskgit_pl.runs.preflight_checks import preflight
+    from maskgit_pl.runs.preflight_report import Preflight
     from maskgit_pl.runs.recipe import Recipe
     from maskgit_pl.runs.schedule_runs import train_schedules
+    from maskgit_pl.runs.slurm import Submission, plan_submission, submit
     from maskgit_pl.runs.stage import FitResult
     from maskgit_pl.runs.tokenizing import TokenizeOptions, tokenize
 
 __all__ = [
     "FitResult",
+    "JobOptions",
+    "Machines",
     "Plan",
+    "Preflight",
     "Recipe",
+    "Submission",
     "TokenizeOptions",
     "export",
     "fit",
     "plan_run",
+    "plan_submission",
+    "preflight",
+    "submit",
     "tokenize",
     "train_schedules",
 ]
@@ -41,13 +53,19 @@ __all__ = [
 # No module has the name of something here: importing it would put it in that thing's place.
 _HOMES = {
     "FitResult": "stage",
+    "JobOptions": "job_options",
+    "Machines": "machines",
     "Plan": "plan",
+    "Preflight": "preflight_report",
     "Recipe": "recipe",
+    "Submission": "slurm",
     "TokenizeOptions": "tokenizing",
     "export": "exporting",
     "fit": "fitting",
     "plan_run": "plan",
+    "plan_submission": "slurm",
     "preflight": "preflight_checks",
+    "submit": "slurm",
     "tokenize": "tokenizing",
     "train_schedules": "schedule_runs",
 }

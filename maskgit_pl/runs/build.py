@@ -19,8 +19,8 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.profilers import PassThroughProfiler
 
 from maskgit_pl.checks import build_dataclass
-from maskgit_pl.data import ShardData, split_batch
-from maskgit_pl.data.stream import check_stream
+from maskgit_pl.data import ShardData, ShardDataConfig, split_batch
+from maskgit_pl.data.config import check_stream
 from maskgit_pl.errors import is_user_error
 from maskgit_pl.old_names import renamed_settings
 from maskgit_pl.pretrained import fingerprint, read_config
@@ -71,7 +71,7 @@ def build(plan: Plan) -> StageRun:
     module, data, trainer = run.model, run.datamodule, run.trainer
     if trainer.max_steps < 1:
         raise ValueError(f"trainer.max_steps must be >= 1, got {trainer.max_steps}; it is where the run ends")
-    _, accumulation = split_batch(data.global_batch, data.max_batch_per_device, trainer.world_size)
+    _, accumulation = split_batch(data.config.global_batch, data.config.max_batch_per_device, trainer.world_size)
     if isinstance(module, TokenModel):
         trainer.accumulate_grad_batches = accumulation
         _check_classes(module, data)
@@ -89,7 +89,7 @@ def _check_classes(module: TokenModel, data: ShardData) -> None:
     num_classes = module.config.network.num_classes
     if num_classes != data.num_classes:
         raise ValueError(
-            f"model.network.num_classes: {data.path} has {data.num_classes} classes, got {num_classes}; "
+            f"model.network.num_classes: {data.config.path} has {data.num_classes} classes, got {num_classes}; "
             "leave the key out or name other data"
         )
 
@@ -128,7 +128,7 @@ class StageRun:
         self.run = build_dataclass(RunSettings, run, "recipe")
         self.settings = build_dataclass(TrainerSettings, self.config["trainer"], "trainer")
         self._set_precision()
-        self.datamodule = ShardData(**_arguments(ShardData, self.config["data"], "data"))
+        self.datamodule = ShardData(ShardDataConfig(**_arguments(ShardDataConfig, self.config["data"], "data")))
         config, module = MODULES[recipe.kind]
         self.model = module(_built(self.config["model"], config, "model"))
 
@@ -182,8 +182,8 @@ class StageRun:
 
     def _fixed_settings(self) -> dict[str, Any]:
         data = self.datamodule
-        if data.source == "stream":
-            identity = check_stream(data.stream, data.validation_samples).fingerprint
+        if data.config.source == "stream":
+            identity = check_stream(data.stream, data.config.validation_samples).fingerprint
         else:
             identity = data.summary.fingerprint
         tokenizer = None

@@ -1,18 +1,14 @@
-"""What a stage of a run costs a device, from the module that would be trained; ``maskgit doctor`` asks."""
+"""The memory, work, traffic and disk space of a stage, from the module that would be trained; ``preflight`` asks."""
 
 from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from types import SimpleNamespace
-from typing import cast
 
 import torch
-from lightning.pytorch import Trainer
-from torch import Tensor, nn
+from torch import nn
 
 from maskgit_pl.data import Batch
 from maskgit_pl.estimates.replay import Replay, replay, without_content
@@ -33,18 +29,19 @@ from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.token_model import TokenModel
 from maskgit_pl.tokenizer import Tokenizer
+from maskgit_pl.tokenizer_config import AdversarialConfig, TokenizerConfig
 
 __all__ = ["Costs", "TokenizerCosts", "TransformerCosts"]
 
 
 @dataclass
 class Costs:
-    """What a stage costs, whatever its recipe.
+    """The costs of a stage.
 
     Args:
-        strategy: How ranks share.
-        ranks: n.
-        precision: Of the Trainer.
+        strategy: Strategy of the Trainer.
+        ranks: Number of ranks.
+        precision: Precision of the Trainer.
         checkpointing: ``model.activation_checkpointing``.
     """
 
@@ -56,94 +53,89 @@ class Costs:
     @property
     @abstractmethod
     def groups(self) -> tuple[list[Group], Group]:
-        """What FSDP2 gathers one after the other, and the rest."""
+        """Groups that FSDP2 gathers one after the other, and the rest."""
 
     @property
     @abstractmethod
     def averaged(self) -> int:
-        """Numbers in the moving average of the weights."""
+        """Number of parameters in the moving average of the weights."""
 
     @abstractmethod
     def memory(self, per_device: int) -> Memory:
-        """Of a rank, with so many samples in a micro-batch."""
+        """Returns the memory of a rank with ``per_device`` samples in a micro-batch."""
 
     @abstractmethod
     def flops(self, global_batch: int) -> tuple[float, float]:
-        """Of a step over all ranks: useful ones, and executed ones."""
+        """Returns the FLOPs of a step over all ranks: the useful ones, and the executed ones."""
 
     @abstractmethod
     def checkpoint(self) -> int:
-        """Bytes of a checkpoint."""
+        """Returns the bytes of a checkpoint."""
 
     @abstractmethod
     def traffic(self, micro_batches: int) -> Traffic:
-        """Bytes that a rank sends in a step."""
+        """Returns the bytes that a rank sends in a step of ``micro_batches`` on each rank."""
 
     @property
     def trained(self) -> int:
-        """Numbers that are trained."""
+        """Number of trained parameters."""
         blocks, root = self.groups
         return sum(group.numel for group in (*blocks, root))
 
     @property
     def num_tensors(self) -> int:
-        """Tensors that are trained."""
+        """Number of trained tensors."""
         blocks, root = self.groups
         return sum(len(group.shapes) for group in (*blocks, root))
 
     def largest_batch(self, per_rank: int, limit: float) -> int | None:
-        """The largest micro-batch that divides a rank's samples of a step and needs at most ``limit`` bytes."""
+        """Returns the largest micro-batch that divides a rank's samples and fits ``limit`` bytes; None if none does."""
         divisors = (size for size in range(per_rank, 0, -1) if per_rank % size == 0)
         return next((size for size in divisors if self.memory(size).total <= limit), None)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TransformerCosts(Costs):
-    """Stage 2, by closed formulas.
+    """The costs of stage 2, by closed formulas.
 
     Args:
-        module: What would be trained.
-        tokenizer: Sizes of the tokenizer that encodes on the fly and its images' edge, if it is known.
-        encodes: Whether it encodes on the fly.
+        module: The module that would be trained.
+        tokenizer: Sizes of the tokenizer, and its image size in pixels, if they are known.
+        encodes: Whether images are encoded during training.
     """
 
-    module: TokenModel | None = None
+    module: TokenModel
     tokenizer: tuple[VQGANConfig, int] | None = None
     encodes: bool = False
 
     @property
-    def _model(self) -> TokenModel:
-        assert self.module is not None
-        return self.module
-
-    @property
     def groups(self) -> tuple[list[Group], Group]:
-        config = self._model.config.network
+        config = self.module.config.network
         return [block_group(config)] * config.depth, root_group(config)
 
     @property
     def averaged(self) -> int:
-        return self.trained if self._model.config.ema_decay > 0 else 0
+        return self.trained if self.module.config.ema_decay > 0 else 0
 
     @cached_property
     def _encoding(self) -> tuple[int, Replay]:
-        """Bytes of the frozen tokenizer's weights, and what it takes to encode an image."""
+        """Bytes of the frozen tokenizer's weights, and the replay of encoding one image."""
         if self.tokenizer is None:
             return 0, Replay(0, 0)
         config, size = self.tokenizer
         with torch.device("meta"):
-            network = VQGAN(config).requires_grad_(False)
+            network = VQGAN(config).requires_grad_(requires_grad=False)
         weights = sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
         with without_content(network):
             images = torch.empty(1, config.in_channels, size, size)
             return weights, replay(lambda: network.encode(images), [network], precision=self.precision)
 
     def activations(self, per_device: int) -> Activations:
-        """Of a micro-batch whose tokens are all masked: none needs more."""
+        """Returns the activations of a micro-batch whose tokens are all masked, the largest that there can be."""
         made = transformer_activations(
-            self._model.config.network, batch=per_device, precision=self.precision, checkpointing=self.checkpointing
+            self.module.config.network, batch=per_device, precision=self.precision, checkpointing=self.checkpointing
         )
-        encoding = self._encoding[1].peak_of(per_device) if self.encodes else 0  # is over before the network begins
+        encoding = self._encoding[1].peak_of(per_device) if self.encodes else 0  # ends before the network starts
         return Activations(made.kept, made.casts, max(made.working, encoding - made.kept))
 
     def memory(self, per_device: int) -> Memory:
@@ -154,7 +146,7 @@ class TransformerCosts(Costs):
         )  # fmt: skip
 
     def flops(self, global_batch: int) -> tuple[float, float]:
-        config, module = self._model.config.network, self._model
+        config, module = self.module.config.network, self.module
         share = float(config.num_tokens)
         if isinstance(module, MaskedTokenModel):
             ratio = module.config.min_mask_ratio
@@ -176,25 +168,20 @@ class TransformerCosts(Costs):
         return ddp_traffic([*blocks, root], self.ranks)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TokenizerCosts(Costs):
-    """Stage 1: its step is replayed without content for one image; more of them take as many times as much.
+    """The costs of stage 1, by a replay of its step with one image, without content; n images take n times as much.
 
     Args:
-        module: What would be trained; its networks lose their content.
+        module: The module that would be trained; its networks lose their content.
     """
 
-    module: Tokenizer | None = None
-
-    @property
-    def _model(self) -> Tokenizer:
-        assert self.module is not None
-        return self.module
+    module: Tokenizer
 
     @property
     def _networks(self) -> list[nn.Module]:
-        opponent = self._model.discriminator
-        return [self._model.network] if opponent is None else [self._model.network, opponent]
+        opponent = self.module.discriminator
+        return [self.module.network] if opponent is None else [self.module.network, opponent]
 
     @property
     def groups(self) -> tuple[list[Group], Group]:
@@ -203,23 +190,23 @@ class TokenizerCosts(Costs):
 
     @property
     def averaged(self) -> int:
-        return sum(parameter.numel() for parameter in self._model.ema_network.parameters())
+        return sum(parameter.numel() for parameter in self.module.ema_network.parameters())
 
     @property
     def _frozen(self) -> list[nn.Module]:
-        perceptual = self._model.similarity_loss.network
+        perceptual = self.module.similarity_loss.network
         return [] if perceptual is None else [perceptual]
 
     @cached_property
     def _replay(self) -> Replay:
-        module = self._model
-        networks = [*self._networks, *self._frozen]
+        config, networks = self.module.config, [*self._networks, *self._frozen]
         with without_content(*networks), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for parameter in (parameter for network in networks for parameter in network.parameters()):
                 if parameter.requires_grad:
                     parameter.grad = torch.empty_like(parameter)
-            return replay(_micro_batch(module), networks, precision=self.precision)
+            batch, step = _one_image(config), _first_full_step(config.adversarial)
+            return replay(lambda: self.module.replay_step(batch, step=step), networks, precision=self.precision)
 
     def memory(self, per_device: int) -> Memory:
         blocks, root = self.groups
@@ -237,7 +224,7 @@ class TokenizerCosts(Costs):
         return executed, executed
 
     def checkpoint(self) -> int:
-        buffers = sum(tensor.nbytes for tensor in self._model.network.buffers())
+        buffers = sum(tensor.nbytes for tensor in self.module.network.buffers())
         return checkpoint_bytes(self.trained, averaged=self.averaged, others=2 * buffers, tensors=self.num_tensors)
 
     def traffic(self, micro_batches: int) -> Traffic:
@@ -246,30 +233,12 @@ class TokenizerCosts(Costs):
         return ddp_traffic([*blocks, root], self.ranks, buffers=buffers, micro_batches=micro_batches)
 
 
-def _micro_batch(module: Tokenizer) -> Callable[[], None]:
-    """A micro-batch of one image that is not the last of its step, with every loss that the recipe has."""
-    channels, edge = module.config.network.in_channels, module.config.image_size
-    images = torch.empty(1, channels, edge, edge, dtype=torch.uint8)
+def _one_image(config: TokenizerConfig) -> Batch:
+    images = torch.empty(1, config.network.in_channels, config.image_size, config.image_size, dtype=torch.uint8)
     numbers = torch.zeros(1, dtype=torch.int64)
-    batch = Batch(images, numbers, numbers, numbers, numbers, numbers == 0)
-    trainer = SimpleNamespace(
-        global_step=_first_full_step(module), world_size=1, strategy=SimpleNamespace(backward=_backward)
-    )
-
-    def step() -> None:
-        module.trainer = cast("Trainer", trainer)  # held weakly
-        module.accumulation, module.config = 2, replace(module.config, flip_probability=0.0)
-        module._pending = type(module._pending)()
-        module.training_step(batch, 0)
-
-    return step
+    return Batch(images, numbers, numbers, numbers, numbers, numbers == 0)
 
 
-def _first_full_step(module: Tokenizer) -> int:
-    """A step with a discriminator and its penalty."""
-    config = module.config.adversarial
+def _first_full_step(config: AdversarialConfig | None) -> int:
+    """Returns the first step with a discriminator and its R1 penalty; no step needs more."""
     return 0 if config is None else -(-config.start_step // config.r1_every) * config.r1_every
-
-
-def _backward(loss: Tensor, *_: object) -> None:
-    loss.backward()  # type: ignore[no-untyped-call]  # torch: untyped

@@ -1,9 +1,24 @@
-"""What ranks know of one another beside the training: which of them live, and why one of them ends the run.
+"""Liveness of the ranks of a run, beside the collectives of the training: which ranks live, and why the run ends.
 
-A collective does not tell: gloo raises when a rank is gone, NCCL waits. So each rank leaves a beat in the store through
-which they found each other, says there why it ends, and holds a connection to the next rank, which breaks when that
-process ends: the kernel says so, or refuses a new one. Whatever else befalls a connection is the network's fault and
-nobody's end, nor is silence: a process may be stopped for a while. The watchdog uses it.
+A collective does not tell: gloo raises an error when a rank is gone, NCCL waits. ``Watchdog`` calls this module.
+
+The protocol, with keys in the TCP store of the process group, which rank 0 keeps:
+
+1. Each rank opens a listen socket, writes its first beat to ``beat/RANK`` and the socket's address to ``listen/RANK``.
+   It never accepts: the kernel completes a connection and holds it for as long as the process lives.
+2. About once a second, each rank writes its next beat, a counter, to ``beat/RANK``.
+3. It then reads ``ending``. What stands there ends this rank, too.
+4. It then checks the connection to the next rank, (rank + 1) modulo the number of ranks:
+   a. An open connection means that the process lives, even if it is stopped or silent.
+   b. A connection that broke, or was never made, says nothing: the network may be the reason. While the next rank still
+      beats, it lives, and from time to time this rank connects again.
+   c. If its beats have stopped, too, and it did not write ``left/RANK``, this rank connects again. A refusal comes from
+      the kernel of the next rank's machine and means that its process has ended, unless a firewall is known to refuse
+      connections to it: then a refusal came before while it still beat.
+5. If the connection to the store breaks, the rank connects again. If the address refuses for several beats in a row,
+   rank 0 has ended.
+6. A rank that ends with an error of its own writes it to ``ending``; the first one stays. A rank that ends as planned
+   writes ``left/RANK``.
 """
 
 from __future__ import annotations
@@ -26,12 +41,12 @@ from maskgit_pl.errors import INTERNAL_ERROR
 
 __all__ = ["Ending", "Peers"]
 
-_SILENCE = 3.5  # seconds in which a rank that lives beats at least twice
-_PATIENCE = 8  # beats between a broken connection and the end: what the rank has to say of it comes before
-_PAUSE = 20  # beats between calls of the next rank: a firewall may let none through, or answer for it
-_LONGEST = 5.0  # seconds: the store answers in milliseconds, or, while rank 0's process is stopped, not at all
-_SHOWN = 4  # beats within a silence
-_TOLD = "told"
+_SILENT_SECONDS = 3.5  # a rank that lives beats at least twice in them
+_SILENT_BEATS = 4  # of this rank within _SILENT_SECONDS
+_GRACE_BEATS = 8  # from a broken connection to the end of the run: what the other rank announces comes before
+_CONNECT_BEATS = 20  # between two attempts to connect to the next rank: a firewall may drop or answer them
+_STORE_SECONDS = 5.0  # the store answers in milliseconds, or, while rank 0's process is stopped, not at all
+_ENDING = "ending"
 _STORE = "rank 0, which keeps the store,"
 
 T = TypeVar("T")
@@ -41,80 +56,88 @@ class Ending(NamedTuple):
     """Why all ranks end.
 
     Attributes:
-        code: Their exit code.
-        why: ``hang`` where a rank waits in vain; ``rank`` where one has ended, or is about to.
+        code: Exit code of all ranks.
+        reason: ``hang`` if a rank waits in vain, ``rank`` if one has ended or is about to end.
         text: What is known.
     """
 
     code: int
-    why: Literal["hang", "rank"]
+    reason: Literal["hang", "rank"]
     text: str
 
 
 class Peers:
     """The other ranks, as seen from this one.
 
+    ``MASTER_ADDR`` and ``MASTER_PORT`` must name the store of the process group.
+
     Args:
         rank: This rank.
-        world_size: Of the run.
+        world_size: Number of ranks, at least 2.
     """
 
     def __init__(self, rank: int, world_size: int) -> None:
-        self._place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self._store = _open_store(*self._place)
-        self._lock = threading.Lock()
+        self._store_address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self._store = _open_store(*self._store_address)
+        self._lock = threading.Lock()  # a store's connection serves one request at a time
         self._rank = rank
         self._beat_keys = [f"beat/{each}" for each in range(world_size)]
         self._name = f"rank {rank} ({socket.gethostname()}, process {os.getpid()})"
-        self._count = 0
-        self._unanswered = 0  # beats in a row that nobody took
+        self._beats = 0  # of this rank
+        self._store_refusals = 0  # in a row
         self._next = (rank + 1) % world_size
-        self._line: socket.socket | None = None  # to the next rank
-        self._refused = False  # the last call
-        self._is_walled = False  # calls are refused though it lives
-        self._next_call = 0  # beats
-        self._last_beat = b""  # of the next rank, when it was looked at
-        self._still = 0  # how often in a row it was the same
-        self._door = _open_door()  # nobody is let in: the kernel holds the connection as long as this process lives
-        self.beat()
-        self._store.set(_door_key(rank), f"{_own_address(*self._place)} {self._door.getsockname()[1]}")
+        self._connection: socket.socket | None = None  # to the next rank
+        self._is_refused = False  # by the next rank's machine, at the last attempt to connect
+        self._is_firewalled = False  # connections to the next rank are refused though it lives
+        self._next_attempt = 0  # the beat before which this rank does not connect again
+        self._last_beat = b""  # of the next rank
+        self._unchanged = 0  # times in a row that it was the same
+        self._listen_socket = _open_listen_socket()
+        self._write_beat()  # step 1: before the address, so that whoever finds the address also finds a beat
+        self._store.set(
+            _listen_key(rank), f"{_own_address(*self._store_address)} {self._listen_socket.getsockname()[1]}"
+        )
 
     def beat(self) -> Ending | None:
-        """Shows that this rank lives; why it must end, if it must.
+        """Shows that this rank lives, and checks the store and the next rank.
 
-        About once a second, in a thread of its own: while rank 0's process is stopped, it does not return.
+        Must be called about once a second, in a thread of its own: it waits for as long as rank 0's process is stopped.
+
+        Returns:
+            Why this rank must end, or None.
         """
         try:
             with self._lock:
-                self._show()
-                self._unanswered = 0
-                told = self._told()
-                return told if told is not None else self._look_at_the_next()
+                self._write_beat()  # step 2
+                self._store_refusals = 0
+                ending = self._read_ending()  # step 3
+                return ending if ending is not None else self._check_next_rank()  # step 4
         except dist.DistNetworkError:
-            self._find_store()
-        except RuntimeError:  # slow to answer
+            self._reconnect_store()  # step 5
+        except RuntimeError:  # the store is slow to answer, which is no error
             pass
-        return Ending(INTERNAL_ERROR, "rank", f"{_STORE} has ended") if self._unanswered > _PATIENCE else None
+        is_gone = self._store_refusals > _GRACE_BEATS
+        return Ending(INTERNAL_ERROR, "rank", f"{_STORE} has ended") if is_gone else None
 
-    def told(self) -> Ending | None:
-        """What a rank has said to all."""
-        return _in_time(self._locked(self._told))
+    def announced(self) -> Ending | None:
+        """Returns what a rank has announced to all, if any."""
+        return _in_time(self._locked(self._read_ending))
 
-    def tell(self, ending: Ending) -> None:
-        """Says to all ranks why they end; who comes first is heard."""
-        _in_time(self._locked(lambda: self._store.compare_set(_TOLD, "", json.dumps(ending))))
+    def announce(self, ending: Ending) -> None:
+        """Announces to all ranks why they end; the first announcement stays."""
+        _in_time(self._locked(lambda: self._store.compare_set(_ENDING, "", json.dumps(ending))))
 
     def leave(self) -> None:
-        """Takes leave: this rank ends as the others do, each by itself, and is missed by none."""
+        """Ends the checks: this rank ends as planned, and no other rank takes it for lost."""
         _in_time(self._locked(self._leave))
 
-    def silent(self) -> str:
-        """Which ranks do not beat, as a text; takes some seconds."""
-        before = _in_time(self._locked(self._beats))
-        for _ in range(_SHOWN if before else 0):  # the others may be asking the same
-            time.sleep(_SILENCE / _SHOWN)
-            _in_time(self._locked(self._show))
-        after = _in_time(self._locked(self._beats)) if before else None
+    def describe_silent(self) -> str:
+        """Returns which ranks do not beat as a text, empty if all do; takes some seconds."""
+        before = _in_time(self._locked(self._read_beats))
+        for _ in range(_SILENT_BEATS if before else 0):  # beats meanwhile, since the others may be waiting here, too
+            time.sleep(_SILENT_SECONDS / _SILENT_BEATS)
+            _in_time(self._locked(self._write_beat))
+        after = _in_time(self._locked(self._read_beats)) if before else None
         if before is None or after is None:
             return f"{_STORE} does not answer"
         silent = [
@@ -122,23 +145,36 @@ class Peers:
             for rank, (old, new) in enumerate(zip(before, after, strict=True))
             if old == new and rank != self._rank
         ]
-        return f"{', '.join(silent)}: not heard of for {_SILENCE} s" if silent else ""
+        return f"{', '.join(silent)}: not heard of for {_SILENT_SECONDS} s" if silent else ""
 
     def _leave(self) -> None:
         try:
             self._store.set(_left_key(self._rank), "")
         finally:
-            self._door.close()
-            self._hang_up()
+            self._listen_socket.close()
+            self._close_connection()
 
-    def _told(self) -> Ending | None:
-        return Ending(*json.loads(self._store.get(_TOLD))) if self._store.check([_TOLD]) else None
+    def _read_ending(self) -> Ending | None:
+        return Ending(*json.loads(self._store.get(_ENDING))) if self._store.check([_ENDING]) else None
 
-    def _show(self) -> None:
-        self._count += 1
-        self._store.set(self._beat_keys[self._rank], f"{self._name} {self._count}")
+    def _write_beat(self) -> None:
+        self._beats += 1
+        self._store.set(self._beat_keys[self._rank], f"{self._name} {self._beats}")
+
+    def _read_beats(self) -> list[str]:
+        """Returns the last beat of each rank; of one that has not begun yet, its number and a 0."""
+        if self._store.check(self._beat_keys):
+            return [beat.decode() for beat in self._store.multi_get(self._beat_keys)]
+        # ``get`` would wait for a key that is not there.
+        has_begun = [self._store.check([key]) for key in self._beat_keys]
+        return [
+            self._store.get(key).decode() if begun else f"rank {rank} 0"
+            for rank, (key, begun) in enumerate(zip(self._beat_keys, has_begun, strict=True))
+        ]
 
     def _locked(self, ask: Callable[[], T]) -> Callable[[], T | None]:
+        """Returns ``ask`` under the lock; it gives None where the store does not answer."""
+
         def locked() -> T | None:
             with contextlib.suppress(RuntimeError), self._lock:
                 return ask()
@@ -146,124 +182,117 @@ class Peers:
 
         return locked
 
-    def _find_store(self) -> None:
-        """Connects anew, if somebody listens there."""
+    def _reconnect_store(self) -> None:
+        """Connects to the store again, or counts a refusal."""
         try:
-            socket.create_connection(self._place, timeout=1).close()  # the store itself would try for long
-            store = _open_store(*self._place)
+            # A plain connection first: the store itself would try for long where nobody listens.
+            socket.create_connection(self._store_address, timeout=1).close()
+            store = _open_store(*self._store_address)
             with self._lock:
                 self._store = store
         except ConnectionRefusedError:
-            self._unanswered += 1
-        except (OSError, RuntimeError):  # no way there at the moment
-            self._unanswered = 0
+            self._store_refusals += 1
+        except (OSError, RuntimeError):  # the network is down at the moment, which says nothing of rank 0
+            self._store_refusals = 0
 
-    def _look_at_the_next(self) -> Ending | None:
-        """Whether the next rank's process has ended without a word: its kernel says so, and it beats no more."""
-        end = "lost" if self._line is None else _other_end(self._line)
-        if end == "held":
+    def _check_next_rank(self) -> Ending | None:
+        """Returns an ending if the next rank's process has ended and announced nothing: step 4 of the protocol."""
+        state = "unreachable" if self._connection is None else _state_of(self._connection)
+        if state == "open":  # 4a
             return None
-        if end == "lost":
-            self._hang_up()
-        if not self._store.check([_door_key(self._next)]):  # it has not begun
+        if state == "unreachable":
+            self._close_connection()
+        if not self._store.check([_listen_key(self._next)]):  # it has not begun
             return None
         beat = self._store.get(self._beat_keys[self._next])
-        if beat != self._last_beat:
-            self._is_walled = self._is_walled or self._refused
-            self._last_beat, self._still = beat, 0
-            if self._count >= self._next_call:
-                self._call_the_next()
+        if beat != self._last_beat:  # 4b: it lives
+            # A refusal of a rank that has beaten since was not its kernel's word on a process that has ended.
+            self._is_firewalled = self._is_firewalled or self._is_refused
+            self._last_beat, self._unchanged = beat, 0
+            if self._beats >= self._next_attempt:
+                self._connect_to_next_rank()
             return None
-        self._still += 1
-        over = self._still - _PATIENCE - 1
-        if over < 0 or over % _PAUSE or self._store.check([_left_key(self._next)]):
+        self._unchanged += 1
+        late = self._unchanged - _GRACE_BEATS - 1
+        if late < 0 or late % _CONNECT_BEATS or self._store.check([_left_key(self._next)]):
             return None
-        self._call_the_next()  # its kernel knows
-        if not self._refused or self._is_walled:
+        self._connect_to_next_rank()  # 4c: the kernel of its machine knows whether the process lives
+        if not self._is_refused or self._is_firewalled:
             return None
         return Ending(INTERNAL_ERROR, "rank", f"{beat.decode().rpartition(' ')[0]}: its process has ended")
 
-    def _call_the_next(self) -> None:
-        """Connects to the next rank, if it can be reached."""
-        self._hang_up()
-        self._next_call, self._refused = self._count + _PAUSE, False
-        host, _, port = self._store.get(_door_key(self._next)).decode().rpartition(" ")
+    def _connect_to_next_rank(self) -> None:
+        """Connects to the listen socket of the next rank, if it can be reached."""
+        self._close_connection()
+        self._next_attempt, self._is_refused = self._beats + _CONNECT_BEATS, False
+        host, _, port = self._store.get(_listen_key(self._next)).decode().rpartition(" ")
         try:
-            self._line, self._still = _connect(host, int(port)), 0
+            self._connection, self._unchanged = _connect(host, int(port)), 0
         except OSError as error:
-            self._refused = isinstance(error, ConnectionRefusedError)
+            self._is_refused = isinstance(error, ConnectionRefusedError)
 
-    def _hang_up(self) -> None:
-        if self._line is not None:
-            self._line.close()
-            self._line = None
-
-    def _beats(self) -> list[str]:
-        """The last beat of each rank; of one that has not begun yet, its number."""
-        if self._store.check(self._beat_keys):
-            return [beat.decode() for beat in self._store.multi_get(self._beat_keys)]
-        begun = [self._store.check([key]) for key in self._beat_keys]
-        return [
-            self._store.get(key).decode() if there else f"rank {rank} 0"
-            for rank, (key, there) in enumerate(zip(self._beat_keys, begun, strict=True))
-        ]
+    def _close_connection(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
 
 
 def _in_time(ask: Callable[[], T]) -> T | None:
-    """What comes of it, or None if nothing does for long: the store's own limit does not hold on all its ways."""
+    """Returns what ``ask`` returns, or None after some seconds: the store's own time limit does not always hold."""
     answer: list[T] = []
     thread = threading.Thread(target=lambda: answer.append(ask()), name="store", daemon=True)
     thread.start()
-    thread.join(_LONGEST)
+    thread.join(_STORE_SECONDS)
     return answer[0] if answer else None
 
 
 def _open_store(address: str, port: int) -> PrefixStore:
-    """A connection of its own to the store of all: the process group's may be waiting for something."""
-    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store knows what was said before a restart
+    """Returns a connection of its own to the store: that of the process group may be waiting for something."""
+    # torchrun's store outlives a restart; what was announced before it must not end the new processes.
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
-    return PrefixStore(f"maskgit_pl/{start}", store)
+    return PrefixStore(f"maskgit_pl/{restart}", store)
 
 
-def _door_key(rank: int) -> str:
-    return f"door/{rank}"
+def _listen_key(rank: int) -> str:
+    return f"listen/{rank}"
 
 
 def _left_key(rank: int) -> str:
     return f"left/{rank}"
 
 
-def _open_door() -> socket.socket:
+def _open_listen_socket() -> socket.socket:
     if socket.has_dualstack_ipv6():
         return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
     return socket.create_server(("", 0))
 
 
 def _connect(host: str, port: int) -> socket.socket:
-    line = socket.create_connection((host, port), timeout=1)
-    line.setblocking(False)
-    line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # of what is silent, firewalls forget the way
+    connection = socket.create_connection((host, port), timeout=1)
+    connection.settimeout(0)  # a read returns at once
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # firewalls forget a connection that is silent
     if hasattr(socket, "TCP_KEEPIDLE"):
-        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
-    return line
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
+    return connection
 
 
 def _own_address(address: str, port: int) -> str:
-    """Where other machines find this one: the address from which it reaches the first."""
+    """Returns the address at which other machines find this one: the one from which it reaches rank 0's."""
     family, kind, _, _, target = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as probe:
-        probe.connect(target)  # sends nothing
+        probe.connect(target)  # of a datagram socket, which sends nothing
         own = str(probe.getsockname()[0])
-    return address if own.startswith("127.") or own == "::1" else own  # the first machine, by the name that all know
+    return address if own.startswith("127.") or own == "::1" else own  # rank 0's machine, by the name that all know
 
 
-def _other_end(line: socket.socket) -> Literal["held", "closed", "lost"]:
-    """What is known of a connection's other side, which sends nothing as long as its process lives."""
+def _state_of(connection: socket.socket) -> Literal["open", "closed", "unreachable"]:
+    """Returns the state of a connection whose other side sends nothing for as long as its process lives."""
     try:
-        return "closed" if line.recv(1) == b"" else "held"
-    except BlockingIOError:
-        return "held"
+        return "closed" if connection.recv(1) == b"" else "open"
+    except BlockingIOError:  # nothing to read
+        return "open"
     except ConnectionResetError:
         return "closed"
-    except OSError:  # no way there at the moment
-        return "lost"
+    except OSError:  # the network is down at the moment
+        return "unreachable"

@@ -48,7 +48,10 @@ class Recipe:
         words: The flags as they were given.
         files: The files in merge order, as messages name them.
         left_out: Keys of each file that were dropped, since they have no meaning under causal attention.
+        names: RECIPE, names of its files from left to right, without those that every recipe has.
         dataset: Name of the data set.
+        cluster: File of ``recipes/cluster``; empty where a run is repeated.
+        config: Configuration of the run that is repeated, if one is.
         run_name: Default name of the run, ``DATASET-RECIPE``; None where a run is repeated.
         paths: Paths of the run that is repeated, by their keys ``data.path`` and ``model.tokenizer``; else empty.
     """
@@ -60,7 +63,10 @@ class Recipe:
     words: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    names: tuple[str, ...] = ()
     dataset: str = DEFAULT_DATASET
+    cluster: str = ""
+    config: Path | None = None
     run_name: str | None = None
     paths: Mapping[str, str] = field(default_factory=dict)
 
@@ -91,7 +97,8 @@ class Recipe:
         names = names.split() if isinstance(names, str) else list(names)
         files = recipe_files(stage, dataset=dataset, names=names, cluster=cluster)
         recipe = cls.from_files(stage, files, overrides)
-        return replace(recipe, dataset=dataset, run_name="-".join([dataset, *(names or ["base"])]))
+        run_name = "-".join([dataset, *(names or ["base"])])
+        return replace(recipe, names=tuple(names), dataset=dataset, cluster=cluster, run_name=run_name)
 
     @classmethod
     def from_files(cls, stage: Stage, files: Iterable[Path], overrides: Overrides = ()) -> Recipe:
@@ -114,7 +121,7 @@ class Recipe:
         if not config.is_file():
             raise FileNotFoundError(f"--config {config}: no such file; runs have runs/RUN/{stage}/config.yaml")
         tree, paths = read_run_config(config)
-        return replace(cls.from_layers(stage, [Layer(f"recipe {config}", tree)], overrides), paths=paths)
+        return replace(cls.from_layers(stage, [Layer(f"recipe {config}", tree)], overrides), config=config, paths=paths)
 
     @classmethod
     def from_layers(cls, stage: Stage, layers: Sequence[Layer], overrides: Overrides = ()) -> Recipe:

@@ -1,13 +1,12 @@
-"""JSON Schemas of the recipes: every key with its type, derived from the signatures of what a recipe builds.
+"""JSON Schemas of the recipes: every key with its type, derived from the dataclasses that a recipe builds.
 
 The schemas are files, so that a wrong key is refused without importing torch, and so that editors can check and
 complete recipes (``# yaml-language-server: $schema=...``). ``write_schemas`` makes them; a test compares them with the
-signatures.
+dataclasses.
 """
 
 from __future__ import annotations
 
-import inspect
 import json
 from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass
 from functools import cache
@@ -130,11 +129,11 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class Parameter:
-    """An argument that a recipe sets.
+    """A field of a configuration that a recipe sets.
 
     Args:
-        annotation: Its type.
-        default: Its default as plain values; ``dataclasses.MISSING`` where it has none.
+        annotation: Type of the field.
+        default: Default as plain values; ``dataclasses.MISSING`` where there is none.
     """
 
     annotation: Any
@@ -142,14 +141,9 @@ class Parameter:
 
 
 def parameters_of(kind: type) -> dict[str, Parameter]:
-    """Returns the fields of a dataclass, or the arguments of another class, by name."""
-    if is_dataclass(kind):
-        hints = get_type_hints(kind)
-        return {each.name: Parameter(hints[each.name], _plain(_field_default(each))) for each in fields(kind)}
-    hints = get_type_hints(vars(kind)["__init__"])
-    arguments = inspect.signature(kind).parameters.items()
-    defaults = {name: MISSING if each.default is each.empty else _plain(each.default) for name, each in arguments}
-    return {name: Parameter(hints[name], default) for name, default in defaults.items()}
+    """Returns the fields of a dataclass by name."""
+    hints = get_type_hints(kind)
+    return {each.name: Parameter(hints[each.name], _plain(_field_default(each))) for each in fields(kind)}
 
 
 def _field_default(field: Field[Any]) -> Any:
@@ -163,12 +157,12 @@ def _plain(value: Any) -> Any:
 def build_schema(kind: Kind) -> Schema:
     """Derives the schema of a recipe from the configurations of module, data and settings. Imports torch."""
     from maskgit_pl.autoregressive import AutoregressiveConfig
-    from maskgit_pl.data import ShardData
+    from maskgit_pl.data import ShardDataConfig
     from maskgit_pl.mvtm import MaskedTokenConfig
     from maskgit_pl.tokenizer_config import TokenizerConfig
 
     models = {"tokenizer": TokenizerConfig, "transformer": MaskedTokenConfig, "autoregressive": AutoregressiveConfig}
-    groups = {name: _group_of(each) for name, each in (("data", ShardData), ("model", models[kind]))}
+    groups = {name: _group_of(each) for name, each in (("data", ShardDataConfig), ("model", models[kind]))}
     run = schema_of(RunSettings)
     properties = {**groups, "trainer": schema_of(TrainerSettings), **run["properties"]}
     return {
@@ -192,7 +186,7 @@ def load_schema(kind: Kind) -> Schema:
 
 
 def write_schemas() -> None:
-    """Writes the schemas of all kinds, after a signature has changed."""
+    """Writes the schemas of all kinds, after a configuration has changed."""
     _FOLDER.mkdir(exist_ok=True)
     for kind in _KINDS:
         (_FOLDER / f"{kind}.json").write_text(json.dumps(build_schema(kind), indent=1) + "\n")

@@ -16,7 +16,7 @@ import yaml
 from lightning.pytorch import LightningModule
 
 from maskgit_pl.autoregressive import AutoregressiveConfig, AutoregressiveModel
-from maskgit_pl.data import ShardData
+from maskgit_pl.data import ShardDataConfig
 from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.pretrained import read_config
@@ -94,7 +94,7 @@ def resolve(kind: str, tree: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         Groups ``data``, ``model`` and ``trainer``, and the keys of ``RunSettings``.
     """
-    groups = {"data": parameters_of(ShardData), "model": parameters_of(MODULES[kind][0])}
+    groups = {"data": parameters_of(ShardDataConfig), "model": parameters_of(MODULES[kind][0])}
     config = {name: _resolve_group(known, tree.get(name, {})) for name, known in groups.items()}
     for name, defaults in (("trainer", TrainerSettings()), (None, RunSettings())):
         given = tree.get(name, {}) if name else {key: tree[key] for key in asdict(defaults) if key in tree}

@@ -96,7 +96,7 @@ def _fit(run: StageRun, plan: Plan) -> None:
         _write_records(run, plan)
         _log_start(run, plan, newest)
     run.checkpoints.begins_from = newest
-    with leaving_together(trainer), run.watchdog.staying(trainer):
+    with leaving_together(trainer), run.watchdog.watching_past_fit(trainer):
         trainer.fit(module, datamodule=data, ckpt_path=newest)
         _export(module, data, plan, plan.folder / "pretrained", step=trainer.global_step)
         trainer.strategy.barrier("exported")  # who starts the ranks soon ends those that are left behind another
@@ -142,10 +142,10 @@ def _log_start(run: StageRun, plan: Plan, newest: Path | None) -> None:
     for origin, keys in plan.recipe.left_out.items():
         log.info("%s: causal attention has no use for %s", origin, ", ".join(keys))
     data, ranks = run.datamodule, run.trainer.world_size
-    per_device, accumulation = split_batch(data.global_batch, data.max_batch_per_device, ranks)
+    per_device, accumulation = split_batch(data.config.global_batch, data.config.max_batch_per_device, ranks)
     log.info(
         "%s: global batch %d = %d ranks x %d accumulated x %d a device%s",
-        plan.stage_folder, data.global_batch, ranks, accumulation, per_device,
+        plan.stage_folder, data.config.global_batch, ranks, accumulation, per_device,
         f"; resuming from {newest.name}" if newest else "",
     )  # fmt: skip
 

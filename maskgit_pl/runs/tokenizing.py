@@ -201,6 +201,7 @@ def _make(
     """Encodes this rank's share of the images, and tells how it went."""
     import torch
 
+    from maskgit_pl.data import TokenizingConfig
     from maskgit_pl.data import tokenize as make_store
 
     count, begun = _Count(on_rows), time.monotonic()
@@ -208,21 +209,17 @@ def _make(
         outcome = make_store(
             shards,
             store,
+            description,
             encode=_encoder(tokenizer, device, description.precision),
-            grid=tokenizer.grid,
-            num_codes=tokenizer.network.config.num_codes,
-            tokenizer=tokenizer.fingerprint,
-            image_size=tokenizer.image_size,
             in_channels=tokenizer.network.config.in_channels,
-            crops=description.crops,
-            flip=description.flip,
-            precision=description.precision,
-            batch_size=options.batch_size,
-            part_samples=options.part_samples,
-            num_workers=_num_workers(device) if options.num_workers is None else options.num_workers,
-            rank=place.rank,
-            num_ranks=place.num_ranks,
-            unreadable_budget=options.unreadable_budget,
+            config=TokenizingConfig(
+                batch_size=options.batch_size,
+                part_samples=options.part_samples,
+                num_workers=_num_workers(device) if options.num_workers is None else options.num_workers,
+                rank=place.rank,
+                num_ranks=place.num_ranks,
+                unreadable_budget=options.unreadable_budget,
+            ),
             on_rows=count,
         )
     if outcome == "found":

@@ -1,7 +1,18 @@
-"""Ends a run that hangs, and says which rank it waits for.
+"""Ends a run that hangs, and names the rank that it waits for.
 
-A thread beside the training loop looks once a second whether micro-batches go on. Another hears of the other ranks (see
-``peers``): where one is gone or has an error of its own, all end, with its exit code.
+Two threads run beside the training loop of each rank:
+
+1. The progress thread looks once a second whether a micro-batch, a validation batch or a checkpoint has been finished.
+   When none has for longer than the limit, it writes the stacks of all threads and ends the process.
+2. The heartbeat thread, with several ranks, calls ``Peers.beat`` once a second and ends the process when another rank
+   is gone or has announced an error.
+
+The main thread announces an error of this rank alone (``on_exception``). Whoever ends the process follows one order:
+
+a. announce to the other ranks why they end, so that they end with the same exit code;
+b. write the reason, and after a hang the stacks, to stderr and to the folder of the stage;
+c. wait until the other ranks have read the announcement: rank 0 keeps the store in which it stands;
+d. exit without cleaning up, which would wait for the collective that hangs.
 """
 
 from __future__ import annotations
@@ -30,179 +41,195 @@ __all__ = ["Watchdog"]
 
 log = logging.getLogger(__name__)
 
-_TICK = 1.0  # seconds
-_FACTOR = 20  # times the median step
-_FEW = 5  # steps before a median counts
-_SLOW = 18  # what has no median (set-up, validation, saving) may take so many times the shortest limit: half an hour
-_HEARD = 3.0  # seconds after which the others have heard why all end, and written their stacks
-_LAST_WORDS = 30.0  # seconds that they may take
-_POLLS = 20  # of processes that may just have ended, within a tick
+_TICK_SECONDS = 1.0
+_MEDIANS = 20  # a step may take so many times the median step
+_MIN_STEPS = 5  # before the median counts
+_OTHER_PHASES = 18  # set-up, validation and saving have no median: so many times the shortest limit, half an hour
+_DELIVERY_SECONDS = 3.0  # after which the other ranks have read why they end, and written their stacks
+_REPORT_SECONDS = 30.0  # that writing the reason and the stacks may take
+_POLLS = 20  # of child processes, within a tick
 
 
 class Watchdog(Callback):
-    """Ends the process with exit code 70 when nothing goes on for max(``seconds``, 20 x the median step).
+    """Ends the process with exit code 70 when nothing makes progress for max(``seconds``, 20 x the median step).
 
-    First the stacks of all threads are written to ``stacks.txt`` (``stacks-rank1.txt`` ...) in the run's folder and to
-    the log, on all ranks that still can. Time in which the process itself is stopped does not count.
+    The stacks of all threads are written first, to ``stacks.txt`` (``stacks-rank1.txt`` ...) in the folder of the stage
+    and to stderr, on all ranks that still can. Time in which the process itself is stopped does not count.
 
-    When another rank's process has ended, or ends with an error that is its alone, this one ends within some seconds.
+    When another rank's process has ended, or ends with an error of its own, this one ends within seconds, too.
 
     Args:
-        folder: Of the stage.
+        folder: Folder of the stage.
         seconds: The shortest limit, positive.
+
+    Raises:
+        ValueError: if ``seconds`` is not positive.
     """
 
     def __init__(self, folder: Path, *, seconds: float = 100.0) -> None:
         if not seconds > 0:
-            raise ValueError(f"hang_seconds: a positive number is needed, got {seconds}")
+            raise ValueError(f"hang_seconds must be > 0, got {seconds}")
         self.folder = folder
         self.seconds = seconds
-        self._durations: deque[float] = deque(maxlen=50)
-        self._last = time.monotonic()
-        self._ticks = 0  # since something went on
+        self._step_seconds: deque[float] = deque(maxlen=50)
+        self._last_batch_end = time.monotonic()
+        self._idle_ticks = 0  # ticks, not a clock: none passes while the process is stopped
         self._phase = "set-up"
         self._step = 0
-        self._stays = False
-        self._done = threading.Event()
+        self._outlives_fit = False
+        self._is_done = threading.Event()
         self._peers: Peers | None = None
-        self._heard: Ending | None = None
+        self._peers_ending: Ending | None = None
 
     @property
     def limit(self) -> float:
-        """Seconds without progress that end the run now."""
-        if self._phase == "training" and len(self._durations) >= _FEW:
-            return max(self.seconds, _FACTOR * statistics.median(self._durations))
-        return _SLOW * self.seconds
+        """Seconds without progress after which the run ends, in its present phase."""
+        if self._phase == "training" and len(self._step_seconds) >= _MIN_STEPS:
+            return max(self.seconds, _MEDIANS * statistics.median(self._step_seconds))
+        return _OTHER_PHASES * self.seconds
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._progress("set-up", trainer)
-        threading.Thread(target=self._watch, args=(trainer,), name="watchdog", daemon=True).start()
+        self._note_progress("set-up", trainer)
+        threading.Thread(target=self._watch_progress, args=(trainer,), name="watchdog", daemon=True).start()
         if dist.is_initialized() and dist.get_world_size() > 1:
             self._peers = Peers(dist.get_rank(), dist.get_world_size())
-            threading.Thread(target=self._listen, args=(trainer, self._peers), name="peers", daemon=True).start()
+            threading.Thread(
+                target=self._watch_peers, args=(trainer, self._peers), name="heartbeat", daemon=True
+            ).start()
 
     @contextmanager
-    def staying(self, trainer: Trainer) -> Iterator[None]:
-        """Inside, the watch goes on when the fit has ended: over what all ranks do with its result."""
-        self._stays = True
+    def watching_past_fit(self, trainer: Trainer) -> Iterator[None]:
+        """Keeps watching until the block ends instead of until the fit ends: all ranks export its result together."""
+        self._outlives_fit = True
         try:
             yield
         except BaseException as error:
-            if not self._done.is_set():
-                self._part(trainer, error)
+            if not self._is_done.is_set():
+                self._stop_with_error(trainer, error)
             raise
-        self._leave()
+        self._stop()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         now = time.monotonic()
         if self._phase == "training":
-            self._durations.append(now - self._last)
-        self._last = now
-        self._progress("training", trainer)
+            self._step_seconds.append(now - self._last_batch_end)
+        self._last_batch_end = now
+        self._note_progress("training", trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._progress("validation", trainer)
+        self._note_progress("validation", trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self._progress("validation", trainer)
+        self._note_progress("validation", trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._progress("saving", trainer)
+        self._note_progress("saving", trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._progress("the end", trainer)
-        if not self._stays:
-            self._leave()
+        self._note_progress("the end", trainer)
+        if not self._outlives_fit:
+            self._stop()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Tells the other ranks of an error that is this one's alone.
+        """Announces an error of this rank alone to the other ranks.
 
         Raises:
-            PeerError: It comes of an error that another rank has told of.
+            PeerError: if the error follows from one that another rank has announced.
         """
-        self._part(trainer, exception)
+        self._stop_with_error(trainer, exception)
 
-    def _leave(self) -> None:
-        self._done.set()
+    def _stop(self) -> None:
+        self._is_done.set()
         if self._peers is not None:
             self._peers.leave()
 
-    def _part(self, trainer: Trainer, exception: BaseException) -> None:
+    def _stop_with_error(self, trainer: Trainer, exception: BaseException) -> None:
         agreed = exception.on_all_ranks if isinstance(exception, RunError) else not isinstance(exception, Exception)
-        if agreed:
-            self._leave()
+        if agreed:  # the other ranks raise it, too
+            self._stop()
         else:
-            self._explain(trainer, exception)
-        self._done.set()
+            self._report_error(trainer, exception)
+        self._is_done.set()
 
-    def _explain(self, trainer: Trainer, exception: BaseException) -> None:
-        lost = isinstance(exception, RuntimeError) and not isinstance(exception, RunError)  # as of a collective
-        told = (self._heard or self._peers.told()) if self._peers is not None and lost else None
-        if told is not None:
-            self._done.set()
-            raise PeerError(told.code, told.text) from exception
+    def _report_error(self, trainer: Trainer, exception: BaseException) -> None:
+        """Announces an error of this rank, or finds the other rank that has caused it."""
+        # A collective raises RuntimeError when another rank is gone.
+        is_of_collective = isinstance(exception, RuntimeError) and not isinstance(exception, RunError)
+        ending = None
+        if self._peers is not None and is_of_collective:
+            ending = self._peers_ending or self._peers.announced()
+        if ending is not None:
+            self._is_done.set()
+            raise PeerError(ending.code, ending.text) from exception
         where = f"rank {trainer.global_rank}, step {trainer.global_step}"
-        gone = self._who_is_gone(trainer) if lost else ""  # beats go on meanwhile, so that none takes this one for gone
-        if gone:
-            log.error("%s: %s", where, gone)
+        # The heartbeat thread runs on while this waits, so that no rank takes this one for lost.
+        lost = self._describe_lost(trainer) if is_of_collective else ""
+        if lost:
+            log.error("%s: %s", where, lost)
         elif self._peers is not None:
             text = " ".join(f"{where}: {type(exception).__name__}: {exception}".split())
-            self._done.set()  # it is no news to this rank
-            self._peers.tell(Ending(exit_code_of(exception), "rank", text))
-            time.sleep(_HEARD)
+            self._is_done.set()  # before the announcement, which the heartbeat thread would read
+            self._peers.announce(Ending(exit_code_of(exception), "rank", text))
+            time.sleep(_DELIVERY_SECONDS)
 
-    def _progress(self, phase: str, trainer: Trainer) -> None:
-        self._phase, self._step, self._ticks = phase, trainer.global_step, 0
+    def _note_progress(self, phase: str, trainer: Trainer) -> None:
+        self._phase, self._step, self._idle_ticks = phase, trainer.global_step, 0
 
-    def _watch(self, trainer: Trainer) -> None:
-        while not self._done.wait(_TICK):
-            self._ticks += 1
-            if self._ticks * _TICK > self.limit:
-                ending = self._hang(trainer)
-                if self._ticks * _TICK > self.limit and not self._done.is_set():  # nor has it gone on meanwhile
-                    self._end(trainer, ending)
+    def _watch_progress(self, trainer: Trainer) -> None:
+        """Runs in the progress thread."""
+        while not self._is_done.wait(_TICK_SECONDS):
+            self._idle_ticks += 1
+            if self._is_over_limit():
+                ending = self._describe_hang(trainer)  # takes seconds, in which progress may come
+                if self._is_over_limit() and not self._is_done.is_set():
+                    self._end_process(trainer, ending)
 
-    def _listen(self, trainer: Trainer, peers: Peers) -> None:
-        while not self._done.wait(_TICK):
-            self._heard = peers.beat()
-            if self._heard is not None and not self._done.is_set():
-                self._end(trainer, self._heard)
+    def _is_over_limit(self) -> bool:
+        return self._idle_ticks * _TICK_SECONDS > self.limit
 
-    def _hang(self, trainer: Trainer) -> Ending:
+    def _watch_peers(self, trainer: Trainer, peers: Peers) -> None:
+        """Runs in the heartbeat thread."""
+        while not self._is_done.wait(_TICK_SECONDS):
+            self._peers_ending = peers.beat()
+            if self._peers_ending is not None and not self._is_done.is_set():
+                self._end_process(trainer, self._peers_ending)
+
+    def _describe_hang(self, trainer: Trainer) -> Ending:
         text = (
             f"{self._phase}: nothing has gone on for {self.limit:.0f} s after step {self._step} "
-            f"(the limit: {_FACTOR} x the median step, at least {self.seconds:.0f} s)"
+            f"(the limit: {_MEDIANS} x the median step, at least {self.seconds:.0f} s)"
         )
-        gone = self._who_is_gone(trainer)
-        return Ending(INTERNAL_ERROR, "hang", f"{text}; {gone}" if gone else text)
+        lost = self._describe_lost(trainer)
+        return Ending(INTERNAL_ERROR, "hang", f"{text}; {lost}" if lost else text)
 
-    def _end(self, trainer: Trainer, ending: Ending) -> None:
-        """Says why, here and to the other ranks, and leaves."""
-        # stderr may lie on a full disk, or lead to a process that is gone or reads no more.
-        saying = threading.Thread(target=self._say, args=(trainer, ending), name="last words", daemon=True)
-        saying.start()
-        saying.join(_LAST_WORDS)
-        time.sleep(_HEARD)
-        os._exit(ending.code)
+    def _end_process(self, trainer: Trainer, ending: Ending) -> None:
+        """Reports the reason here and to the other ranks, and ends the process: steps a to d of the module."""
+        # In a thread: stderr may lie on a full disk, or lead to a process that is gone or does not read.
+        reporting = threading.Thread(target=self._report_ending, args=(trainer, ending), name="report", daemon=True)
+        reporting.start()  # a, b
+        reporting.join(_REPORT_SECONDS)
+        time.sleep(_DELIVERY_SECONDS)  # c
+        os._exit(ending.code)  # d
 
-    def _say(self, trainer: Trainer, ending: Ending) -> None:
+    def _report_ending(self, trainer: Trainer, ending: Ending) -> None:
         rank = trainer.global_rank
-        speaks = rank == 0 or self._peers is None or self._peers.told() is None
+        # What another rank has announced is printed once, by rank 0; what this rank found out itself, by this rank.
+        prints = rank == 0 or self._peers is None or self._peers.announced() is None
         if self._peers is not None:
-            self._peers.tell(ending)
-        # Not through logging, whose lock the main thread may hold.
-        if ending.why == "hang":
+            self._peers.announce(ending)
+        # Not through logging: the main thread may hold its lock.
+        if ending.reason == "hang":
             path = self.folder / ("stacks.txt" if rank == 0 else f"stacks-rank{rank}.txt")
             stacks = _stacks()
-            with contextlib.suppress(OSError):  # a full disk must not keep the hang alive
+            with contextlib.suppress(OSError):  # a full disk must not keep the process alive
                 path.write_text(stacks)
             sys.stderr.write(f"hang, rank {rank}: {ending.text}; stacks: {path}\n{stacks}")
-        elif speaks:
+        elif prints:
             sys.stderr.write(f"all ranks end, since one has: {ending.text}\n")
         sys.stderr.flush()
 
-    def _who_is_gone(self, trainer: Trainer) -> str:
-        """Which other ranks no longer live, as far as can be told; empty if none is missed."""
+    def _describe_lost(self, trainer: Trainer) -> str:
+        """Returns which other ranks have ended or are silent, as far as is known; empty if none is."""
         children = getattr(trainer.strategy.launcher, "procs", [])  # of Lightning's own launcher, on this machine
         for _ in range(_POLLS if children else 0):
             ended = [(rank, child) for rank, child in enumerate(children, start=1) if child.poll() is not None]
@@ -210,12 +237,15 @@ class Watchdog(Callback):
                 return ", ".join(
                     f"rank {rank} (process {child.pid}) ended with {child.returncode}" for rank, child in ended
                 )
-            time.sleep(_TICK / _POLLS)  # its connections are closed a moment before it has ended
-        return "" if self._peers is None else self._peers.silent()
+            time.sleep(_TICK_SECONDS / _POLLS)  # connections of a process are closed a moment before it has ended
+        return "" if self._peers is None else self._peers.describe_silent()
 
 
 def _stacks() -> str:
-    """Where each thread is. faulthandler would write to what may be read no more, and hold all threads meanwhile."""
+    """Returns the stack of each thread.
+
+    faulthandler would write to a stream that may not be read any more, and stop all threads meanwhile.
+    """
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     return "".join(
         f"Thread {names.get(number, number)}:\n{''.join(traceback.format_stack(frame))}\n"

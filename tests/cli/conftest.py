@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from maskgit_pl.data import ShardData
+from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.evaluation import classifier_training
-from maskgit_pl.evaluation.classifier import ClassifierConfig
+from maskgit_pl.evaluation.classifier_config import ClassifierConfig
 from tests.cli.commands import pixels
 
 QUICK = replace(ClassifierConfig(), width=4, max_steps=3, batch=20)
@@ -32,7 +32,7 @@ def quick_judge(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def judge(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A classifier that was trained before, for a moment."""
-    data = ShardData(str(tiny_shards), image_size=8, in_channels=1)
+    data = ShardData(ShardDataConfig(str(tiny_shards), image_size=8, in_channels=1))
     data.setup()
     folder = tmp_path_factory.mktemp("judge")
     classifier_training.obtain_classifier(folder, data, config=QUICK)

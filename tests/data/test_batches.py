@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from maskgit_pl.data import ShardData
+from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.data.batches import ImageBatches
 from maskgit_pl.errors import DataBudgetError, DataChangedError, DataWorkerError
 from tests.data_folders import save_data
@@ -51,7 +51,7 @@ def folder(tmp_path_factory) -> Path:
 
 def data(folder: Path, **options) -> ShardData:
     defaults = {"image_size": 8, "global_batch": 8, "max_batch_per_device": 8, "validation_batch": 4}
-    module = ShardData(str(folder), **{**defaults, **options})
+    module = ShardData(ShardDataConfig(str(folder), **{**defaults, **options}))
     module.setup()
     return module
 
@@ -114,13 +114,14 @@ def test_a_split_without_a_readable_image_ends_with_the_list(tmp_path, num_worke
 
 
 def test_tokenizing_ends_at_an_unreadable_image_by_default(folder, tmp_path):
-    from maskgit_pl.data import tokenize
+    from maskgit_pl.data import TokenizingConfig, describe_store, tokenize
 
+    description = describe_store(folder, grid=(2, 4), num_codes=256, tokenizer="me", image_size=8)
+    config = TokenizingConfig(batch_size=4)
     with pytest.raises(DataBudgetError, match=r"train-000000.tar:00000003.jpg: damaged"):
         tokenize(
-            folder, tmp_path, encode=lambda images: images[:, 0, 0].long(), grid=(2, 4), num_codes=256,
-            tokenizer="me", image_size=8, in_channels=3, batch_size=4,
-        )  # fmt: skip
+            folder, tmp_path, description, encode=lambda images: images[:, 0, 0].long(), in_channels=3, config=config
+        )
 
 
 def test_batches_lie_channels_last_as_they_were_decoded(folder):

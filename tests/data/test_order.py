@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from maskgit_pl.data import GlobalOrder, OnceThrough, ShardData, ShuffledStream, SplitOrder, WindowedStream, split_batch
+from maskgit_pl.data import (
+    GlobalOrder,
+    OnceThrough,
+    ShardData,
+    ShardDataConfig,
+    ShuffledStream,
+    SplitOrder,
+    WindowedStream,
+    split_batch,
+)
 from maskgit_pl.data.batches import loader
 from maskgit_pl.shards.manifest import INDEX_DTYPE, index_sha256
 from tests.conftest import save_uneven_shards
@@ -33,7 +42,9 @@ def uneven(tmp_path_factory) -> Path:
 
 
 def uneven_data(folder: Path, **options) -> ShardData:
-    module = ShardData(str(folder), image_size=8, in_channels=1, global_batch=12, validation_batch=5, **options)
+    module = ShardData(
+        ShardDataConfig(str(folder), image_size=8, in_channels=1, global_batch=12, validation_batch=5, **options)
+    )
     module.setup()
     return module
 
@@ -193,7 +204,7 @@ def test_windows_depend_on_the_seed_and_not_on_what_was_asked_before():
 @pytest.mark.parametrize("window", [0, -1])
 def test_a_window_of_no_shards_is_refused(window, tmp_path):
     with pytest.raises(ValueError, match=rf"data\.shuffle_window must be .*null.*got {window}"):
-        ShardData(str(tmp_path), shuffle_window=window)
+        ShardData(ShardDataConfig(str(tmp_path), shuffle_window=window))
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")  # on fewer cores
@@ -277,7 +288,9 @@ def held_memory() -> float:
 def test_ten_million_samples_start_at_once_and_in_little_memory(tmp_path, window):
     save_many(tmp_path, shards=1000, each=10_000)
     before, start = held_memory(), time.perf_counter()
-    module = ShardData(str(tmp_path), image_size=8, in_channels=1, global_batch=256, shuffle_window=window)
+    module = ShardData(
+        ShardDataConfig(str(tmp_path), image_size=8, in_channels=1, global_batch=256, shuffle_window=window)
+    )
     module.setup()
     order = GlobalOrder(10**7, per_device=256, current_step=lambda: 10**7 // 256 // 2)
     batches = iter(loader(module.batches("train", module._order()), order, num_workers=0))

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskgit_pl.data import Batch, ShardData, StreamConfig, StreamError
+from maskgit_pl.data import Batch, ShardData, ShardDataConfig, StreamConfig, StreamError
 from maskgit_pl.data.stream import StreamBatches
 from maskgit_pl.errors import DataBudgetError
 from maskgit_pl.shards.images import encode_png
@@ -51,17 +51,21 @@ def web(folder: Path) -> Iterator[str]:
 
 
 def stream(urls, **options) -> StreamBatches:
-    names = ("class_names", "rank", "world_size", "first_step", "seed", "crop", "unreadable_budget")
-    of_dataset = {name: options.pop(name) for name in names if name in options}
+    def taken(*names: str) -> dict:
+        return {name: options.pop(name) for name in names if name in options}
+
+    of_dataset = {"class_names": CLASS_NAMES, **taken("class_names", "rank", "world_size", "first_step")}
+    of_data = {"unreadable_budget": 0.0, **taken("seed", "crop", "unreadable_budget")}
     config = StreamConfig(urls, samples=NUM_TRAIN, **{"shuffle_buffer": 4, "attempts": 1, **options})
-    return StreamBatches(config, **{"class_names": CLASS_NAMES, "image_size": 8, "in_channels": 1, **of_dataset})
+    data = ShardDataConfig("", source="stream", stream=config, image_size=8, in_channels=1, **of_data)
+    return StreamBatches(data, **of_dataset)
 
 
 def data(path: Path | str, urls, **options) -> ShardData:
     of_stream = {name: options.pop(name) for name in ("validation_urls", "classes") if name in options}
     config = StreamConfig(urls, samples=NUM_TRAIN, shuffle_buffer=4, attempts=1, **of_stream)
     sizes = {"image_size": 8, "in_channels": 1, "global_batch": 8, "max_batch_per_device": 4, "validation_batch": 4}
-    module = ShardData(str(path), source="stream", stream=config, **{**sizes, **options})
+    module = ShardData(ShardDataConfig(str(path), source="stream", stream=config, **{**sizes, **options}))
     module.setup()
     return module
 
@@ -77,7 +81,11 @@ def taken(dataset: StreamBatches, count: int) -> list[Batch]:
 @pytest.fixture(scope="module")
 def known(folder: Path) -> dict[bytes, int]:
     """Every training image of the shards, with its label."""
-    module = ShardData(str(folder), image_size=8, in_channels=1, global_batch=NUM_TRAIN, max_batch_per_device=NUM_TRAIN)
+    module = ShardData(
+        ShardDataConfig(
+            str(folder), image_size=8, in_channels=1, global_batch=NUM_TRAIN, max_batch_per_device=NUM_TRAIN
+        )
+    )
     (batch,) = module.train_dataloader()
     return dict(zip(images([batch]), batch.labels.tolist(), strict=True))
 
@@ -133,7 +141,9 @@ def test_epoch_counts_passes_and_random_crops_depend_on_the_row(tmp_path):
 def test_validation_urls_give_each_sample_once_over_ranks_and_again_each_time(folder, web):
     urls = f"{web}/val-{{000000..000001}}.tar"
     module = data(folder, f"{folder}/train-000000.tar", validation_urls=urls, validation_samples=9, classes=3)
-    indexed = ShardData(str(folder), image_size=8, in_channels=1, validation_batch=4, validation_samples=9)
+    indexed = ShardData(
+        ShardDataConfig(str(folder), image_size=8, in_channels=1, validation_batch=4, validation_samples=9)
+    )
     loader = module.val_dataloader()
     for _ in range(2):
         for ours, expected in zip(loader, indexed.val_dataloader(), strict=True):
@@ -317,9 +327,11 @@ def test_numbers_out_of_range_are_refused(options):
 
 def test_a_stream_without_its_urls_or_the_size_of_its_validation_is_refused():
     with pytest.raises(ValueError, match=r"data\.stream: .* got none"):
-        ShardData("x", source="stream")
+        ShardData(ShardDataConfig("x", source="stream"))
     with pytest.raises(ValueError, match=r"data\.validation_samples: .* got none"):
-        ShardData("x", source="stream", stream=StreamConfig("x.tar", samples=1, validation_urls="y.tar"))
+        ShardData(
+            ShardDataConfig("x", source="stream", stream=StreamConfig("x.tar", samples=1, validation_urls="y.tar"))
+        )
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """From images to a token store: what a row holds, who makes it, and what unreadable images become."""
 
-import functools
 import multiprocessing
 import signal
 import time
@@ -10,8 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from maskgit_pl.data import OnceThrough, ShardData, ShuffledStream, TokenBatches, tokenize
+from maskgit_pl.data import (
+    OnceThrough,
+    ShardData,
+    ShardDataConfig,
+    ShuffledStream,
+    TokenBatches,
+    TokenizingConfig,
+    describe_store,
+    tokenize,
+)
 from maskgit_pl.data.batches import ImageBatches
+from maskgit_pl.data.tokenizing import Outcome
 from maskgit_pl.errors import DataBudgetError
 from maskgit_pl.shards.images import encode_png
 from maskgit_pl.shards.index import find_shards, index_shards
@@ -23,7 +32,7 @@ from maskgit_pl.shards.writer import write_split
 from tests.data_folders import save_data
 
 NUM_TRAIN, NUM_VAL = 23, 11
-SIZES = {"grid": (2, 2), "num_codes": 256, "image_size": 4, "in_channels": 1}
+VIEWS = ("crops", "flip")
 
 
 def image(number: int) -> torch.Tensor:
@@ -36,7 +45,12 @@ def top_row(images: torch.Tensor) -> torch.Tensor:
     return images[:, 0, 0].long()
 
 
-make = functools.partial(tokenize, encode=top_row, tokenizer="me", batch_size=4, part_samples=6, **SIZES)
+def make(folder: Path, store: Path, *, encode=top_row, on_rows=lambda *words: None, **options) -> Outcome:
+    """Makes a store; ``options`` are those of ``describe_store`` and of ``TokenizingConfig``."""
+    views = {name: options.pop(name) for name in VIEWS if name in options}
+    description = describe_store(folder, grid=(2, 2), num_codes=256, tokenizer="me", image_size=4, **views)
+    config = TokenizingConfig(**{"batch_size": 4, "part_samples": 6, **options})
+    return tokenize(folder, store, description, encode=encode, in_channels=1, config=config, on_rows=on_rows)
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +183,9 @@ def test_unreadable_images_are_replaced_as_in_training_with_their_labels(tmp_pat
         make(data, tmp_path / "strict")
     assert make(data, tmp_path / "store", unreadable_budget=0.5) == "made"
     modules = [
-        ShardData(str(data), image_size=4, in_channels=1, global_batch=8, unreadable_budget=0.5, **source)
+        ShardData(
+            ShardDataConfig(str(data), image_size=4, in_channels=1, global_batch=8, unreadable_budget=0.5, **source)
+        )
         for source in ({}, {"source": "tokens", "token_store": str(tmp_path / "store")})
     ]
     images, tokens = (
@@ -189,7 +205,7 @@ def test_crops_of_a_store_are_those_of_the_images(folder, views):
 
 @pytest.mark.parametrize("options", [{"crops": 0}, {"batch_size": 0}, {"num_ranks": 0}, {"rank": 2, "num_ranks": 2}])
 def test_numbers_out_of_range_are_refused(folder, tmp_path, options):
-    with pytest.raises(ValueError, match=r"tokenize \w+: .* got \d"):
+    with pytest.raises(ValueError, match=r"tokenize \w+ must be an integer in .* got \d"):
         make(folder, tmp_path / "store", **options)
     assert not (tmp_path / "store").exists()
 

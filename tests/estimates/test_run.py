@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from maskgit_pl.estimates.run import CARDS, checkpoint_bytes, kept_checkpoints, memory_of, step_time
+from maskgit_pl.estimates.cards import CARDS
+from maskgit_pl.estimates.run import checkpoint_bytes, kept_checkpoints, memory_of, step_time
 from maskgit_pl.estimates.sharding import Group, Traffic
 from maskgit_pl.estimates.transformer import Activations
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, complete_checkpoints

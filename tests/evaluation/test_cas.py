@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskgit_pl.data import OnceThrough, ShardData
+from maskgit_pl.data import OnceThrough, ShardData, ShardDataConfig
 from maskgit_pl.evaluation import cas as module
 from maskgit_pl.evaluation import classifier_training
 from maskgit_pl.evaluation.cas import CASConfig, classification_accuracy, default_config
@@ -21,7 +21,7 @@ QUICK = CASConfig(model="small", width=8, max_steps=150, batch=20, peak_rate=4e-
 
 
 def opened(shards: Path) -> ShardData:
-    data = ShardData(str(shards), image_size=8, in_channels=1, validation_batch=10)
+    data = ShardData(ShardDataConfig(str(shards), image_size=8, in_channels=1, validation_batch=10))
     data.setup()
     return data
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskgit_pl.data import OnceThrough, ShardData
+from maskgit_pl.data import OnceThrough, ShardData, ShardDataConfig
 from maskgit_pl.evaluation import classifier_training as module
-from maskgit_pl.evaluation.classifier import Accuracy, Classifier, ClassifierConfig
+from maskgit_pl.evaluation.classifier import Accuracy, Classifier
+from maskgit_pl.evaluation.classifier_config import ClassifierConfig
 from maskgit_pl.evaluation.classifier_training import (
     TrainingImages,
     fit_classifier,
@@ -26,7 +27,7 @@ QUICK = ClassifierConfig(width=8, max_steps=250, batch=20)
 
 @pytest.fixture
 def data(tiny_shards: Path) -> ShardData:
-    data = ShardData(str(tiny_shards), image_size=8, in_channels=1)
+    data = ShardData(ShardDataConfig(str(tiny_shards), image_size=8, in_channels=1))
     data.setup()
     return data
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from maskgit_pl.data import ShardData
+from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation import evaluator as module
 from maskgit_pl.evaluation import feature_metrics
@@ -93,7 +93,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
 
 def measure(kind: str, case: Case, folder: Path, results: Path) -> Row:
     """The row of a measurement, made or found by an evaluator of its own, as another command would."""
-    data = ShardData(str(folder / case.data), image_size=case.image_size, in_channels=1, validation_batch=10)
+    data = ShardData(
+        ShardDataConfig(str(folder / case.data), image_size=case.image_size, in_channels=1, validation_batch=10)
+    )
     data.setup()
     judge = few(seed=case.judge_seed, knows_classes=case.knows_classes)
     if case.reference.endswith(".npz"):  # of three channels
@@ -200,7 +202,7 @@ def test_shipped_rows_of_another_classifier_or_reference_are_not_reused(folder: 
 
 def opened(folder: Path, ledger: Ledger) -> tuple[Evaluator, EvaluatedModel]:
     """An evaluator of the tiny data with labels, whose numbers are those of a classifier."""
-    data = ShardData(str(folder / "shoes"), image_size=8, in_channels=1, validation_batch=10)
+    data = ShardData(ShardDataConfig(str(folder / "shoes"), image_size=8, in_channels=1, validation_batch=10))
     data.setup()
     network = few()
     reference = obtain_references(folder / "kept", data, [network])["classifier"]

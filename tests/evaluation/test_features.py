@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from maskgit_pl.data import Batch, ShardData
+from maskgit_pl.data import Batch, ShardData, ShardDataConfig
 from maskgit_pl.evaluation.distances import distances
 from maskgit_pl.evaluation.features import Extractor, extract, own_batches, own_image_batches
 from maskgit_pl.evaluation.reconstruction import measure_reconstruction
@@ -85,7 +85,7 @@ def test_an_extractor_is_made_from_a_name_or_a_spec(monkeypatch) -> None:
 
 def measured(folder: Path, shards: Path) -> dict[str, Any]:
     """All that several ranks do together."""
-    data, network = ShardData(str(shards), image_size=8, in_channels=1), few()
+    data, network = ShardData(ShardDataConfig(str(shards), image_size=8, in_channels=1)), few()
     found = extract([network], own_image_batches(read, 23, batch_size=5))["classifier"]
     single = extract([network], own_image_batches(read, 3, batch_size=5))["classifier"]  # the 2nd rank has none
     reference = obtain_references(folder, data, [network], num_images=20)["classifier"]

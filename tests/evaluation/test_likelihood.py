@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from maskgit_pl.data import OnceThrough, ShardData
+from maskgit_pl.data import OnceThrough, ShardData, ShardDataConfig
 from maskgit_pl.evaluation.likelihood import (
     Estimate,
     ImageLikelihood,
@@ -217,7 +217,7 @@ def test_what_cannot_be_measured_is_refused(tokens, labels, draws, match):
 
 def test_the_val_split_becomes_tokens_with_its_labels(tiny_pretrained: Path, tiny_shards: Path):
     pipe = MaskGIT.from_pretrained(tiny_pretrained)
-    data = ShardData(str(tiny_shards), image_size=8, in_channels=1)
+    data = ShardData(ShardDataConfig(str(tiny_shards), image_size=8, in_channels=1))
     done: list[int] = []
     tokens, labels = real_tokens(pipe, data, batch_size=10, on_images=done.append)
     assert done == [10, 10, 4]
@@ -232,7 +232,7 @@ def test_the_val_split_becomes_tokens_with_its_labels(tiny_pretrained: Path, tin
 def measured(folder: Path, shards: Path) -> list[Estimate]:
     """All three of a random transformer on the tiny data."""
     pipe = MaskGIT.from_pretrained(folder)
-    data = ShardData(str(shards), image_size=8, in_channels=1)
+    data = ShardData(ShardDataConfig(str(shards), image_size=8, in_channels=1))
     tokens, labels = real_tokens(pipe, data, limit=23, batch_size=4)
     network = pipe.transformer.network
     options = {"mask_token_id": network.config.mask_token_id, "draws": MaskDraws(2), "batch_size": 5}

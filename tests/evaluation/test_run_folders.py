@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from maskgit_pl.data import ShardData
+from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation.run_folders import check_data, check_decoding, default_steps, even_count, find_run
 from maskgit_pl.pipeline import MaskGIT
@@ -67,7 +67,7 @@ def test_the_usual_steps_go_as_far_as_there_are_tokens() -> None:
 
 
 def test_data_of_other_classes_are_refused(pipe: MaskGIT, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = ShardData(str(tiny_shards), image_size=8, in_channels=1)
+    data = ShardData(ShardDataConfig(str(tiny_shards), image_size=8, in_channels=1))
     data.setup()
     check_data(pipe, data)
     monkeypatch.setattr(type(pipe), "class_names", ("a", "b"))

@@ -20,7 +20,7 @@ def test_the_page_says_what_won_and_how_good_it_was_before() -> None:
     page = as_page(result, REAL, command="maskgit tune runs/x", figure=CURVES).markdown
     assert "Trial 7 wins: fid/classifier 2 before, 1.5 now" in page
     assert "2 trials of 10 images against fid/classifier (lower is better)" in page
-    assert "have FID (classifier) 0.50 and KID x 1000 (classifier) 1.00." in page
+    assert "have FID (classifier) 0.50 and KID x 1000 (classifier) 1.00." in page.replace("\n", " ")
     assert "| trial | decoding | FID (classifier) | class agreement % |" in page
     assert '"token_selector": "halton"' in page
     assert "| cosine (trained) | 3.000 | **2.000** |" in page

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader
 
-from maskgit_pl.data import Batch, ShardData
+from maskgit_pl.data import Batch, ShardData, ShardDataConfig
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.importers.files import torch_file
 from maskgit_pl.importers.taming import import_taming, layout_of, tokenizer_config, tokenizer_weights
@@ -583,7 +583,7 @@ def test_stage_2_trains_on_an_imported_tokenizer(layout, tiny_shards, tmp_path):
     module = masked_model(config, folder, decoding=DecodingConfig(num_steps=4))
     sizes = {"image_size": 8, "global_batch": 8, "max_batch_per_device": 8, "validation_batch": 8}
     trainer = trainer_of_two_steps(use_distributed_sampler=False)
-    trainer.fit(module, datamodule=ShardData(str(tiny_shards), source="images", **sizes))
+    trainer.fit(module, datamodule=ShardData(ShardDataConfig(str(tiny_shards), source="images", **sizes)))
     assert trainer.global_step == 2
     last = list(module.sample([0, 2], seeds=[0, 1]))[-1]
     assert module.tokenizer.decode(last.tokens).shape == (2, 3, 8, 8)

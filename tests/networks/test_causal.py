@@ -6,7 +6,8 @@ from torch import Tensor
 
 from maskgit_pl.networks.causal import CausalTransformer, build_transformer
 from maskgit_pl.networks.int8 import quantized
-from maskgit_pl.networks.transformer import KVCache, MaskedTransformer, TransformerConfig
+from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
+from maskgit_pl.networks.transformer_block import KVCache
 from tests.conftest import random_transformer
 
 CONFIG = TransformerConfig(16, 3, (4, 4), width=32, depth=2, num_heads=4, mlp_width=64, attention="causal")

@@ -11,7 +11,7 @@ from maskgit_pl.estimates.replay import LiveBytes, replay
 from maskgit_pl.networks.discriminator import DiscriminatorConfig
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
-from maskgit_pl.runs.costs import TokenizerCosts, TransformerCosts, _micro_batch
+from maskgit_pl.runs.costs import TokenizerCosts, TransformerCosts, _first_full_step, _one_image
 from maskgit_pl.tokenizer_config import AdversarialConfig
 from maskgit_pl.training.checkpoint_files import newest_complete
 from tests.conftest import flags
@@ -34,10 +34,10 @@ def test_a_replay_is_the_real_step_of_stage_1(weight_rule, checkpointing):
     networks = [real.network, real.discriminator]
     for parameter in (parameter for network in networks for parameter in network.parameters()):
         parameter.grad = torch.zeros_like(parameter)
-    step = _micro_batch(real)
+    batch = _one_image(real.config)
     with LiveBytes([tensor for network in networks for tensor in network.parameters()]):
-        step()  # what the first call alone makes
-    counted = replay(_micro_batch(real), networks)
+        real.replay_step(batch, step=0)  # the first call makes tensors that stay
+    counted = replay(lambda: real.replay_step(batch, step=0), networks)
     costs = TokenizerCosts("ddp", 8, module=tokenizer(adversarial=config, activation_checkpointing=checkpointing))
     memory = costs.memory(1)
     assert memory.activations == pytest.approx(counted.peak, rel=0.05)
@@ -45,6 +45,14 @@ def test_a_replay_is_the_real_step_of_stage_1(weight_rule, checkpointing):
     assert (
         memory.weights == 4 * costs.trained == 4 * sum(p.numel() for network in networks for p in network.parameters())
     )
+
+
+@pytest.mark.parametrize(("start", "every", "full"), [(0, 1, 0), (3, 2, 4), (4, 4, 4), (5, 4, 8)])
+def test_the_replayed_step_has_every_loss(start, every, full):
+    config = AdversarialConfig(start_step=start, r1_every=every)
+    assert _first_full_step(config) == full
+    assert config.has_started(full)
+    assert config.has_r1_penalty(full)
 
 
 def test_more_images_take_as_many_times_as_much():

@@ -1,4 +1,4 @@
-"""Two ranks in processes of their own: what each knows of the other."""
+"""Liveness of two ranks in processes of their own."""
 
 import contextlib
 import multiprocessing
@@ -22,17 +22,17 @@ def other(port: int, acts: str, ready) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     peers = Peers(1, 2)
     ready.set()
-    if acts == "is walled":
-        peers._door.close()  # whoever calls is refused, as by a firewall
-    if acts == "hangs up":
-        line, _ = peers._door.accept()
-        line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset, as firewalls send
-        line.close()
-    if acts == "tells":
-        peers.tell(Ending(DataBudgetError.exit_code, "rank", "rank 1: too many"))
+    if acts == "is firewalled":
+        peers._listen_socket.close()  # whoever connects is refused, as by a firewall
+    if acts == "resets":
+        connection, _ = peers._listen_socket.accept()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # as firewalls do
+        connection.close()
+    if acts == "announces":
+        peers.announce(Ending(DataBudgetError.exit_code, "rank", "rank 1: too many"))
     elif acts == "asks":
         while True:
-            peers.silent()
+            peers.describe_silent()
     elif acts == "waits":
         time.sleep(600)
     elif acts == "dies":
@@ -85,7 +85,7 @@ def assert_missed(peers: Peers, process) -> None:
     process.join()
     ending = beats(peers)
     assert ending is not None
-    assert ending.why == "rank"
+    assert ending.reason == "rank"
     assert ending.text.endswith(f"process {process.pid}): its process has ended")
 
 
@@ -93,10 +93,10 @@ def assert_missed(peers: Peers, process) -> None:
 def test_a_rank_whose_process_has_ended_is_missed_and_one_that_is_stopped_is_named(begin):
     peers, process = begin("lives")
     assert beats(peers) is None
-    assert peers.silent() == ""
+    assert peers.describe_silent() == ""
     os.kill(process.pid, signal.SIGSTOP)
     assert beats(peers) is None  # it may go on
-    assert re.fullmatch(rf"rank 1 \(.*, process {process.pid}\): not heard of for .* s", peers.silent())
+    assert re.fullmatch(rf"rank 1 \(.*, process {process.pid}\): not heard of for .* s", peers.describe_silent())
     process.kill()
     assert_missed(peers, process)
 
@@ -113,7 +113,7 @@ def test_a_rank_that_has_beaten_once_is_missed(begin, acts):
 
 @pytest.mark.slow
 def test_a_connection_that_breaks_while_the_rank_lives_is_made_again(begin):
-    peers, process = begin("hangs up")
+    peers, process = begin("resets")
     assert beats(peers, 25) is None
     os.kill(process.pid, signal.SIGSTOP)
     assert beats(peers) is None
@@ -123,8 +123,8 @@ def test_a_connection_that_breaks_while_the_rank_lives_is_made_again(begin):
 
 @pytest.mark.slow
 def test_a_firewall_that_refuses_connections_is_not_the_end_of_a_rank_that_stands_still(begin):
-    peers, process = begin("is walled")
-    while not peers._is_walled:
+    peers, process = begin("is firewalled")
+    while not peers._is_firewalled:
         assert beats(peers, 1) is None
     os.kill(process.pid, signal.SIGSTOP)
     assert beats(peers, 35) is None
@@ -183,9 +183,9 @@ def test_a_store_that_is_cut_off_is_found_again_and_missed_when_it_is_gone(monke
     for _ in range(2):
         wire.cut()
         assert beats(one) is None
-    other.tell(Ending(76, "rank", "lost, since nobody answers"))  # cut off as well, and not told of it
+    other.announce(Ending(76, "rank", "lost, since the store is cut off"))  # cut off as well, and not told of it
     assert beats(other) is None
-    other.tell(Ending(76, "rank", "heard"))
+    other.announce(Ending(76, "rank", "heard"))
     assert beats(one) == Ending(76, "rank", "heard")
 
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
@@ -202,22 +202,22 @@ def test_a_store_that_is_cut_off_is_found_again_and_missed_when_it_is_gone(monke
 
 
 @pytest.mark.slow
-def test_ranks_that_ask_for_silence_at_once_hear_each_other(begin):
+def test_ranks_that_look_for_silent_ones_at_once_hear_each_other(begin):
     peers, _ = begin("asks")
-    assert [peers.silent() for _ in range(2)] == ["", ""]
+    assert [peers.describe_silent() for _ in range(2)] == ["", ""]
 
 
 @pytest.mark.slow
-def test_a_rank_that_takes_leave_is_not_missed(begin):
+def test_a_rank_that_leaves_is_not_missed(begin):
     peers, process = begin("leaves")
     process.join()
     assert beats(peers) is None
 
 
 @pytest.mark.slow
-def test_what_a_rank_tells_is_heard_and_the_first_word_counts(begin):
-    peers, _ = begin("tells")
+def test_what_a_rank_announces_is_read_and_the_first_announcement_stays(begin):
+    peers, _ = begin("announces")
     ending = beats(peers)
     assert ending == Ending(76, "rank", "rank 1: too many")
-    peers.tell(Ending(70, "hang", "later"))
-    assert peers.told() == ending
+    peers.announce(Ending(70, "hang", "later"))
+    assert peers.announced() == ending

@@ -1,4 +1,4 @@
-"""How long nothing may go on; tests/test_survival.py has what becomes of a run for which it is too long."""
+"""The watchdog's time limits; tests/test_survival.py has runs that exceed them."""
 
 import time
 

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from maskgit_pl.data import ShardData
+from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.errors import DataChangedError
 from maskgit_pl.shards.manifest import load_manifest
 from maskgit_pl.shards.reader import ShardReader
@@ -25,7 +25,7 @@ def test_a_label_that_is_no_class_is_refused_by_name_before_training(tmp_path, s
     with pytest.raises(
         ValueError, match=rf"labels in \[0, 3\) are needed.*\n.*{split}-000000.tar:00000003.jpg: {label}\n"
     ):
-        ShardData(str(folder), global_batch=2).setup()
+        ShardData(ShardDataConfig(str(folder), global_batch=2)).setup()
 
 
 def test_many_wrong_labels_are_counted_and_the_first_are_named(tmp_path):

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from maskgit_pl import interruption
-from maskgit_pl.data import ShardData
+from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.errors import NonFiniteError, PreemptedError
 from maskgit_pl.networks.discriminator import DiscriminatorConfig
 from maskgit_pl.networks.transformer import TransformerConfig
@@ -71,7 +71,14 @@ def fit(module, tiny_shards, tmp_path):
 
     def run(*faults: Fault, steps: int, more: tuple[Callback, ...] = ()) -> History:
         data = ShardData(
-            str(tiny_shards), image_size=8, in_channels=1, global_batch=8, max_batch_per_device=8, validation_batch=8
+            ShardDataConfig(
+                str(tiny_shards),
+                image_size=8,
+                in_channels=1,
+                global_batch=8,
+                max_batch_per_device=8,
+                validation_batch=8,
+            )
         )
         seen, checkpoints = History(), Checkpoints(tmp_path / "checkpoints", every_n_steps=100)
         trainer = Trainer(

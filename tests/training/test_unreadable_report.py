@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from maskgit_pl.cli import main
-from maskgit_pl.data import ShardData
+from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.errors import DataBudgetError, DataChangedError, DataWorkerError
 from maskgit_pl.shards.images import encode_png
 from maskgit_pl.training.unreadable_report import UnreadableReport
@@ -53,10 +53,10 @@ class OneWeight(LightningModule):
 
 def fit(folder: Path, run: Path, *, steps: int, num_workers: int = 0, **options) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    data = ShardData(
+    data = ShardData(ShardDataConfig(
         str(folder), image_size=8, in_channels=1, global_batch=8, max_batch_per_device=8, validation_batch=4,
         num_workers=num_workers, **options,
-    )  # fmt: skip
+    ))  # fmt: skip
     trainer = Trainer(
         max_steps=steps, max_epochs=-1, accelerator="cpu", logger=CSVLogger(run, name="", version=""),
         callbacks=[UnreadableReport(run)], enable_checkpointing=False, enable_progress_bar=False,

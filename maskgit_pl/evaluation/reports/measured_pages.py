@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
 from maskgit_pl.evaluation.held_out import edit, masked
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
-from maskgit_pl.evaluation.pages import Page
+from maskgit_pl.evaluation.pages import Page, picture_png
 from maskgit_pl.evaluation.progress import Bars
 from maskgit_pl.evaluation.reports.ablation import STEPS, ablate, check_budgets
 from maskgit_pl.evaluation.reports.options import ReportOptions
@@ -26,9 +25,10 @@ from maskgit_pl.evaluation.reports.tables import TASKS, editing_page, generation
 from maskgit_pl.evaluation.run_folders import (
     RunFolders,
     check_data,
+    measured_model,
     open_data,
+    open_evaluator,
     open_model,
-    open_networks,
     read_own_recipe,
 )
 from maskgit_pl.imaging import image_grid
@@ -75,32 +75,28 @@ def open_models(folders: Sequence[RunFolders], options: ReportOptions, bars: Bar
         ValueError: if runs differ in classes or image size, a network is unknown, or there are too few images.
     """
     first = folders[0]
-    models = [
-        EvaluatedModel(each.home.name, open_model(each, options.device), each.pretrained, each.evaluation)
-        for each in folders
-    ]
+    models = [measured_model(each, open_model(each, options.device)) for each in folders]
     data = open_data(first, models[0].pipe, num_workers=options.num_workers)
     for model in models[1:]:
         check_data(model.pipe, data)
-        if model.pipe.tokenizer.image_size != data.image_size:
+        if model.pipe.tokenizer.image_size != data.config.image_size:
             raise ValueError(
-                f"run {model.run}: images of the first run's {data.image_size} pixels are needed, got "
+                f"run {model.run}: images of the first run's {data.config.image_size} pixels are needed, got "
                 f"{model.pipe.tokenizer.image_size}; make a table of its own"
             )
     if options.num_samples < data.num_classes:
         raise ValueError(
             f"num_samples: at least one for each of the {data.num_classes} classes is needed, got {options.num_samples}"
         )
-    device = models[0].pipe.device
-    networks = open_networks(options.features, data, first, reference=options.reference, device=device, bars=bars)
-    evaluator = Evaluator(
+    evaluator = open_evaluator(
+        first,
+        models[0].pipe,
         data,
-        dataset=first.data.name,
-        networks=networks,
-        ledger=Ledger(options.results / FILE_NAME),
+        Ledger(options.results / FILE_NAME),
+        features=options.features,
+        reference=options.reference,
+        options=options,
         bars=bars,
-        batch_size=options.batch_size,
-        device=device,
     )
     return OpenedModels(evaluator, models, options)
 
@@ -118,7 +114,7 @@ def measure_generation(opened: OpenedModels, *, command: str) -> Page:
         rows += evaluator.samples(model, model.pipe.decoding, num_images=count, seed=seed).values()
     rows += evaluator.real(num_images=count).values()
     page = generation_page(rows, _accuracy_scores(opened), command=command)
-    return replace(page, folder=opened.folder, pictures={"table-1.png": _png(_sheet(opened))})
+    return replace(page, folder=opened.folder, pictures={"table-1.png": picture_png(_sheet(opened))})
 
 
 def _accuracy_scores(opened: OpenedModels) -> list[Row]:
@@ -126,7 +122,7 @@ def _accuracy_scores(opened: OpenedModels) -> list[Row]:
     evaluator, options = opened.evaluator, opened.options
     if options.cas is None:
         return []
-    config = options.cas.config(evaluator.data.image_size)
+    config = options.cas.config(evaluator.data.config.image_size)
     count = min(options.cas_samples or options.num_samples, evaluator.data.summary.samples["train"])
     return [
         *(
@@ -149,12 +145,6 @@ def _sheet(opened: OpenedModels) -> Image.Image:
     captions = ["real images", *(f"{model.kind}, T = {model.pipe.decoding.num_steps}" for model in models)]
     names = [data.class_names[label] for label in classes]
     return image_grid(torch.cat(rows), columns=shown, row_captions=captions, column_captions=names)
-
-
-def _png(picture: Image.Image) -> bytes:
-    stream = io.BytesIO()
-    picture.save(stream, format="PNG")
-    return stream.getvalue()
 
 
 def _first_of(images: Tensor, labels: Tensor, label: int) -> Tensor:
@@ -185,7 +175,7 @@ def measure_editing(opened: OpenedModels, *, command: str) -> Page:
         captions += ["given", task]
     sheet = image_grid(torch.cat(shown), columns=len(images), row_captions=captions)
     page = editing_page(rows, command=command)
-    return replace(page, folder=opened.folder, pictures={"table-2.png": _png(sheet)})
+    return replace(page, folder=opened.folder, pictures={"table-2.png": picture_png(sheet)})
 
 
 def measure_schedules(opened: OpenedModels, *, num_steps: Sequence[int] | None, command: str) -> Page:

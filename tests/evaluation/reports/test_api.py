@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from maskgit_pl.data import ShardData
+from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.evaluation import CASOptions, reports
-from maskgit_pl.evaluation.classifier import ClassifierConfig
+from maskgit_pl.evaluation.classifier_config import ClassifierConfig
 from maskgit_pl.evaluation.classifier_training import obtain_classifier
 from tests.conftest import save_tiny_pretrained
 
@@ -20,7 +20,7 @@ def run(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def options(tiny_shards: Path, tmp_path: Path) -> reports.ReportOptions:
-    data = ShardData(str(tiny_shards), image_size=8, in_channels=1)
+    data = ShardData(ShardDataConfig(str(tiny_shards), image_size=8, in_channels=1))
     data.setup()
     obtain_classifier(tmp_path / "judge", data, config=replace(ClassifierConfig(), width=4, max_steps=3, batch=20))
     return reports.ReportOptions(

@@ -1,0 +1,199 @@
+"""Any map-style ``torch.utils.data.Dataset`` of images and labels, as the batches that both stages train on.
+
+For data that fits no shards, with a plain ``lightning.Trainer``: the samples of a step, their random crops and all that
+the modules draw by sample are the same for any number of ranks, workers and micro-batches, and after a resume.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sized
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from maskgit_pl.checks import check_integer, shorten
+from maskgit_pl.data.batches import Batch, draw_crops, loader
+from maskgit_pl.data.order import MOST_SAMPLES, GlobalOrder, OnceThrough, Order, ShuffledStream, SplitOrder
+from maskgit_pl.data.step_module import StepDataModule
+from maskgit_pl.shards.images import Crop, check_crop, fit_square, from_pil
+
+__all__ = ["IndexedDataModule", "IndexedDataset"]
+
+
+@dataclass(frozen=True)
+class IndexedDataset(Dataset[Batch]):
+    """Batches of a map-style dataset, decoded and cropped as images of shards are.
+
+    Args:
+        dataset: ``len(dataset)`` samples; ``dataset[i]`` is an image and its label, an int. An image is a PIL picture,
+            a uint8 tensor (C, H, W) or (H, W), or a uint8 array (H, W) or (H, W, C). An item must depend on its index
+            only: random transforms would make a resumed run differ.
+        image_size: Side of the images in pixels; the largest square is cut out and resized.
+        in_channels: 1 for grey, 3 for RGB.
+        crop: Place of the square: ``"center"`` or ``"random"``, which is a function of (seed, index, epoch).
+        order: Samples at the positions of the stream; ``IndexedDataModule`` sets it. None takes them in their order.
+        seed: Seed of random crops; ``IndexedDataModule`` sets it.
+
+    Raises:
+        ValueError: if a value is out of range or the dataset is empty.
+    """
+
+    dataset: Dataset[Any]
+    image_size: int
+    in_channels: int = 3
+    crop: Crop = "center"
+    order: Order | None = None
+    seed: int = 0
+    num_samples: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        check_crop(self.crop)
+        check_integer("image_size", self.image_size, "[1, 8192]")
+        if self.in_channels not in (1, 3):
+            raise ValueError(f"in_channels must be 1 or 3, got {shorten(self.in_channels)}")
+        object.__setattr__(self, "num_samples", len(cast("Sized", self.dataset)))
+        check_integer("number of samples", self.num_samples, "[1, 4294967296]")
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitems__(self, positions: range) -> Batch:
+        """Returns the batch at some positions; content is (B, in_channels, image_size, image_size) uint8.
+
+        Raises:
+            TypeError: if an image is of none of the types above.
+        """
+        rows = (OnceThrough(self.num_samples) if self.order is None else self.order)(positions)
+        images, labels = [], []
+        for index, place in zip(rows.index.tolist(), draw_crops(rows, self.crop, self.seed), strict=True):
+            image, label = self.dataset[index]
+            pixels = _to_pixels(image, channels=self.in_channels, name=f"sample {index}")
+            images.append(fit_square(pixels, image_size=self.image_size, crop=place))
+            labels.append(int(label))
+        return Batch(torch.stack(images), torch.tensor(labels), *rows, replacement=torch.full_like(rows.index, -1))
+
+
+class IndexedDataModule(StepDataModule):
+    """Training and validation batches of map-style datasets, for a plain ``lightning.Trainer``.
+
+    A step takes ``global_batch`` samples, whose ids depend on (seed, step) only; ranks and micro-batches share them
+    out. With several devices the Trainer is built with ``use_distributed_sampler=False``.
+
+    Args:
+        train: Samples to train on; its ``order`` and ``seed`` are replaced.
+        validation: Samples to validate on, each once; None for none (``Trainer(limit_val_batches=0)``).
+        global_batch: Samples of a step over all ranks and micro-batches.
+        accumulation: Micro-batches of a step on each rank: ``Trainer(accumulate_grad_batches=)`` in stage 2, the
+            tokenizer's own accumulation in stage 1.
+        validation_batch: Samples of a validation batch on each rank.
+        num_workers: Processes of each rank that read; 0 reads in the training process.
+        seed: Seed of the order and of random crops, in [0, 2**32).
+
+    Raises:
+        ValueError: if a number is out of range.
+
+    Example::
+
+        data = IndexedDataModule(IndexedDataset(my_dataset, image_size=28, in_channels=1), global_batch=64)
+        lightning.Trainer(max_steps=1000).fit(module, datamodule=data)
+    """
+
+    def __init__(
+        self,
+        train: IndexedDataset,
+        validation: IndexedDataset | None = None,
+        *,
+        global_batch: int = 256,
+        accumulation: int = 1,
+        validation_batch: int = 64,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        check_integer("global_batch", global_batch, MOST_SAMPLES)
+        check_integer("accumulation", accumulation, MOST_SAMPLES)
+        check_integer("validation_batch", validation_batch, MOST_SAMPLES)
+        check_integer("num_workers", num_workers, "[0, 1024]")
+        check_integer("seed", seed, "[0, 4294967296)")
+        self.train = replace(train, order=ShuffledStream(len(train), seed), seed=seed)
+        self.validation = None if validation is None else replace(validation, order=None)
+        self.global_batch = global_batch
+        self.accumulation = accumulation
+        self.validation_batch = validation_batch
+        self.num_workers = num_workers
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in which the stream goes through the training samples once."""
+        return math.ceil(len(self.train) / self.global_batch)
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Micro-batches of this rank from the Trainer's step on.
+
+        Raises:
+            ValueError: if the ranks cannot share the batch evenly, or the Trainer accumulates other micro-batches or
+                would replace the sampler.
+        """
+        self._check_trainer()
+        micro_batches = self._world_size * self.accumulation
+        if self.global_batch % micro_batches:
+            raise ValueError(
+                f"global_batch must be a multiple of {self._world_size} ranks x {self.accumulation} micro-batches, got "
+                f"{self.global_batch}"
+            )
+        order = GlobalOrder(
+            len(self.train),
+            per_device=self.global_batch // micro_batches,
+            accumulation=self.accumulation,
+            world_size=self._world_size,
+            rank=self._rank,
+            current_step=self._current_step,
+        )
+        return self._loader(self.train, order)
+
+    def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
+        """Batches of this rank, each sample once over all ranks; an empty list without validation samples."""
+        if self.validation is None:
+            return []
+        order = SplitOrder(
+            len(self.validation), per_device=self.validation_batch, world_size=self._world_size, rank=self._rank
+        )
+        return self._loader(self.validation, order)
+
+    def _loader(self, dataset: IndexedDataset, order: GlobalOrder | SplitOrder) -> DataLoader[Batch]:
+        return loader(dataset, order, num_workers=self.num_workers, pin_memory=torch.cuda.is_available())
+
+    def _check_trainer(self) -> None:
+        if self.trainer is None:
+            return
+        if self._world_size > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
+            raise ValueError(
+                "Trainer(use_distributed_sampler=) must be False on several devices, got True; the data module shares "
+                "out the samples itself"
+            )
+        module = self.trainer.lightning_module
+        wanted = self.accumulation if module.automatic_optimization else 1
+        if self.trainer.accumulate_grad_batches != wanted:
+            raise ValueError(
+                f"Trainer(accumulate_grad_batches=) must be {wanted}, got {self.trainer.accumulate_grad_batches}; the "
+                f"data module was built with accumulation={self.accumulation}"
+            )
+
+
+def _to_pixels(image: Any, *, channels: int, name: str) -> Tensor:
+    """Returns an image as (channels, H, W) uint8."""
+    if isinstance(image, Tensor):
+        image = image.cpu().numpy() if image.ndim == 2 else image.movedim(0, -1).cpu().numpy()
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3):
+            raise TypeError(f"{name}: pixels must be uint8, (H, W) or with channels, got {image.dtype} {image.shape}")
+        image = Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image)
+    if not isinstance(image, Image.Image):
+        raise TypeError(f"{name}: an image must be a PIL picture, a uint8 tensor or array, got {shorten(image)}")
+    return from_pil(image, channels=channels, name=name)

@@ -1,0 +1,49 @@
+"""Memory and peak rates of common devices; imports no torch, since flags list the names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["CARDS", "Card"]
+
+
+@dataclass(frozen=True)
+class Card:
+    """Memory and peak rates of a device, as its maker states them.
+
+    Attributes:
+        memory: Bytes.
+        float32: FLOP/s of float32 products outside tensor cores.
+        tensor_float32: FLOP/s of float32 products rounded to TF32 in tensor cores (``matmul_precision: high``).
+        bfloat16: FLOP/s of bfloat16 products in tensor cores, dense.
+    """
+
+    memory: float
+    float32: float
+    tensor_float32: float
+    bfloat16: float
+
+    def rate(self, precision: str, *, tensor_float32: bool = False) -> float:
+        """Returns the peak FLOP/s of matrix products.
+
+        Args:
+            precision: Of the Trainer, such as ``bf16-mixed``.
+            tensor_float32: Whether float32 products are rounded to TF32.
+        """
+        if precision.startswith(("bf16", "16")):
+            return self.bfloat16
+        return self.tensor_float32 if tensor_float32 else self.float32
+
+
+CARDS = {
+    "a100-40": Card(40e9, 19.5e12, 156e12, 312e12),
+    "a100-80": Card(80e9, 19.5e12, 156e12, 312e12),
+    "h100": Card(80e9, 67e12, 495e12, 989e12),
+    "h200": Card(141e9, 67e12, 495e12, 989e12),
+    "l40s": Card(48e9, 91.6e12, 183e12, 362e12),
+    "rtx4090": Card(24e9, 82.6e12, 82.6e12, 165e12),
+}
+"""Devices by name, with dense rates.
+
+Source: NVIDIA's data sheets of the SXM cards and of the L40S, and its paper on the Ada architecture.
+"""

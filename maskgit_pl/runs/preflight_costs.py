@@ -1,0 +1,250 @@
+"""The part of a preflight that calculates: whether memory and disk suffice, and what a step and the run cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from maskgit_pl.estimates.cards import CARDS
+from maskgit_pl.estimates.run import Memory, StepTime, kept_checkpoints, step_time
+from maskgit_pl.estimates.sharding import Strategy
+from maskgit_pl.estimates.transformer import Precision
+from maskgit_pl.files import size_text
+from maskgit_pl.networks.vqgan import VQGANConfig
+from maskgit_pl.pretrained import read_config
+from maskgit_pl.runs import host
+from maskgit_pl.runs.build import StageRun
+from maskgit_pl.runs.costs import Costs, TokenizerCosts, TransformerCosts
+from maskgit_pl.runs.machines import Machines
+from maskgit_pl.runs.plan import Plan
+from maskgit_pl.runs.preflight_report import CheckList, RunCosts, Shares, StepCosts
+from maskgit_pl.runs.units import count_text, duration_text, flops_text
+from maskgit_pl.shards.manifest import DataSummary, load_manifest
+from maskgit_pl.token_model import TokenModel
+from maskgit_pl.tokenizer import Tokenizer
+from maskgit_pl.training.checkpoint_files import complete_checkpoints
+
+__all__ = ["CostChecks"]
+
+_HEADROOM = 0.92  # the rest is the device's context, NCCL's buffers, and gaps between tensors
+_PIXELS_PER_CORE = 100e6  # that a core decodes and crops in a second: 1,565 images of 256 px (benchmarks/README.md)
+
+
+class CostChecks:
+    """Calculates what a run needs of each device and of the disk.
+
+    Args:
+        plan: Of the run.
+        stage_run: Module and values. The weights of the module lose their content.
+        machines: With the numbers of nodes and devices.
+        shares: The samples of each rank; None if the ranks cannot share the global batch evenly.
+        summary: Of the data; None if they are missing or a stream.
+    """
+
+    def __init__(
+        self, plan: Plan, stage_run: StageRun, machines: Machines, shares: Shares | None, summary: DataSummary | None
+    ) -> None:
+        assert machines.nodes is not None
+        assert machines.devices is not None
+        self._plan = plan
+        self._config: dict[str, Any] = stage_run.config
+        self._module = stage_run.model
+        self._machines = machines
+        self._nodes = machines.nodes
+        self._ranks = machines.nodes * machines.devices
+        self._shares = shares
+        self._summary = summary
+        self._global_batch: int = self._config["data"]["global_batch"]
+        self._largest_batch: int = self._config["data"]["max_batch_per_device"]
+
+    # Memory
+
+    @cached_property
+    def _costs(self) -> Costs:
+        name = str(self._plan.recipe.get("trainer.strategy"))
+        strategy: Strategy = name if name in ("ddp", "fsdp") else "auto"  # type: ignore[assignment]  # narrowed
+        precision: Precision = "bf16-mixed" if "16" in self._precision else "32-true"
+        checkpointing = self._config["model"].get("activation_checkpointing", "none")
+        if isinstance(self._module, TokenModel):
+            sizes = None
+            if self._plan.tokenizer is not None:
+                tokenizer = read_config(self._plan.tokenizer, "tokenizer")
+                sizes = VQGANConfig(**tokenizer["network"]), int(tokenizer["image_size"])
+            encodes = self._config["data"]["source"] != "tokens"
+            return TransformerCosts(
+                strategy, self._ranks, precision, checkpointing, module=self._module, tokenizer=sizes, encodes=encodes
+            )
+        assert isinstance(self._module, Tokenizer)
+        strategy = "ddp" if strategy == "fsdp" else strategy  # fsdp is refused for this stage
+        return TokenizerCosts(strategy, self._ranks, precision, checkpointing, module=self._module)
+
+    @cached_property
+    def _memory(self) -> Memory:
+        return self._costs.memory(self._per_device)
+
+    @property
+    def _per_device(self) -> int:
+        return self._largest_batch if self._shares is None else self._shares.per_device
+
+    @property
+    def _precision(self) -> str:
+        return str(self._config["trainer"]["precision"])
+
+    def check_memory(self, checks: CheckList) -> None:
+        """Checks that a micro-batch fits the memory of a device; if it does not, names the largest that does."""
+        device = self._device_memory()
+        if device is None:
+            text = f"{self._describe_memory()}; --device or --device-memory says what it must fit"
+            checks.add("memory", text, "warning")
+            return
+        limit, most = device * _HEADROOM, self._largest_batch
+        largest = self._costs.largest_batch(self._global_batch // self._ranks, limit)
+        if self._memory.total <= limit:
+            more = f"; --data.max_batch_per_device={largest} fits too" if largest and largest > most else ""
+            checks.add("memory", f"{self._describe_memory()}; {size_text(device)} are there{more}")
+            return
+        way_out = f"--data.max_batch_per_device={largest} fits" if largest else "not even one sample fits"
+        checks.add(
+            "memory",
+            f"data.max_batch_per_device {most} must fit {size_text(limit)} of a device of {size_text(device)}, got "
+            f"{self._describe_memory()}; {'; less memory: '.join([way_out, *self._savings()])}",
+            "error",
+        )
+
+    def _device_memory(self) -> float | None:
+        machines = self._machines
+        if machines.memory is not None:
+            return machines.memory
+        if machines.card is not None:
+            return CARDS[machines.card].memory
+        return float(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
+
+    def _describe_memory(self) -> str:
+        memory = self._memory
+        states = memory.weights + memory.gradients + memory.moments + memory.average + memory.frozen
+        gathered = f", {size_text(memory.gathered)} gathered" if memory.gathered else ""
+        return (
+            f"{size_text(memory.total)} a device at {self._per_device} samples: {size_text(states)} weights and "
+            f"optimiser{gathered}, {size_text(memory.activations + memory.casts + memory.working)} activations"
+        )
+
+    def _savings(self) -> list[str]:
+        """Returns the flags that save memory beside a smaller micro-batch, as one text, if there are any."""
+        costs, flags = self._costs, []
+        if costs.checkpointing == "none":
+            flags.append("--model.activation_checkpointing=blocks")
+        if costs.precision == "32-true":
+            flags.append("--trainer.precision=bf16-mixed")
+        if costs.strategy == "ddp" and isinstance(costs, TransformerCosts):
+            flags.append("--cluster fsdp")
+        return [", ".join(flags)] if flags else []
+
+    # Disk
+
+    def check_disk(self, checks: CheckList) -> None:
+        """Checks that the checkpoints of the run fit the disk of its folder, and that it can be written to."""
+        folder, free = host.free_bytes(self._plan.checkpoints)
+        needed, text = self._checkpoints_to_come()
+        text = f"{text}, {size_text(free)} free"
+        if not host.is_writable(folder):
+            text = f"{folder} must be writable for checkpoints; change its permissions, or name another --runs"
+            checks.add("disk", text, "error")
+        elif free < needed:
+            checks.add(
+                "disk",
+                f"{folder} must have room for checkpoints: {text}; free space, name another --runs, or lower keep_last "
+                "or raise keep_every",
+                "error",
+            )
+        else:
+            checks.add("disk", f"{folder}: {text}")
+
+    def _checkpoints_to_come(self) -> tuple[int, str]:
+        """Returns the bytes of the checkpoints that the run still adds, and the same in words."""
+        config = self._config
+        steps = config["trainer"]["max_steps"]
+        if steps is None or steps < 1:  # without an end: what the newest ones need
+            steps = config["checkpoint_every"] * (config["keep_last"] + 1)
+        most = kept_checkpoints(
+            steps, every=config["checkpoint_every"], keep_last=config["keep_last"], keep_every=config["keep_every"]
+        )
+        count, size = max(1, most - len(complete_checkpoints(self._plan.checkpoints))), self._costs.checkpoint()
+        return count * size, f"{size_text(count * size)} for {count_text(count, 'checkpoint')} of {size_text(size)}"
+
+    # Costs
+
+    def costs(self) -> RunCosts:
+        """Returns the costs of the run."""
+        step = None if self._shares is None else self._step_costs(self._shares)
+        lines = tuple(self._describe(self._shares, step))
+        return RunCosts(self._costs.trained, self._memory, self._costs.checkpoint(), step, lines)
+
+    def _step_costs(self, shares: Shares) -> StepCosts:
+        useful, executed = self._costs.flops(self._global_batch)
+        traffic = self._costs.traffic(shares.micro_batches)
+        rounds = self._config.get("matmul_precision", "highest") != "highest"
+        rate, time = self._machines.flops_reached(self._precision, tensor_float32=rounds), None
+        if rate is not None:
+            bandwidth = self._machines.bandwidth_over(self._nodes)
+            time = step_time(executed, traffic, ranks=self._ranks, rate=rate, bandwidth=bandwidth)
+        return StepCosts(useful, executed, traffic, time)
+
+    def _describe(self, shares: Shares | None, step: StepCosts | None) -> Iterator[tuple[str, str]]:
+        rate = self._config["model"]["optimizer"]["learning_rate"]
+        yield "parameters", f"{self._costs.trained:,} trained"
+        yield (
+            "learning rate",
+            f"peak {rate['peak']:g} after {rate['warmup_steps']} steps, then {rate['decay']}; it is for a global batch "
+            f"of {self._global_batch} and is not rescaled by the number of devices",
+        )
+        if step is None:
+            return
+        useful, executed = step.useful_flops, step.executed_flops
+        again = "" if executed == useful else f", {executed / useful:.2f} times as many executed"
+        yield "work of a step", f"{flops_text(useful)} useful{again}; {flops_text(useful / self._ranks)} a rank"
+        yield "traffic of a step", f"{size_text(step.traffic.total)} sent by each rank"
+        if step.time is None:
+            yield "time", "--device or --device-flops says how fast a device is"
+            return
+        yield "a step", self._describe_time(step.time)
+        steps = self._config["trainer"]["max_steps"]
+        if steps is not None and steps > 0:
+            yield "the run", self._describe_run(steps, step.time)
+        yield "data", self._describe_data(step.time)
+
+    def _describe_time(self, time: StepTime) -> str:
+        machines = self._machines
+        share = f"{machines.utilization:.0%} of the {machines.card}'s peak"
+        rate = share if machines.flops is None else f"{machines.flops:.3g} FLOP/s"
+        return (
+            f"at least {duration_text(time.least)}, or {duration_text(time.most)} where traffic is not hidden behind "
+            f"work: {duration_text(time.computing)} of work at {rate}, {duration_text(time.communicating)} of traffic "
+            f"at {size_text(machines.bandwidth_over(self._nodes))}/s; launches of kernels and waiting for data come on "
+            "top"
+        )
+
+    def _describe_run(self, steps: int, time: StepTime) -> str:
+        text = f"at least {duration_text(steps * time.least)} for {count_text(steps, 'step')}"
+        if self._summary is None:
+            return text
+        return f"{text}, {steps * self._global_batch / self._summary.samples['train']:,.1f} epochs"
+
+    def _describe_data(self, time: StepTime) -> str:
+        """Returns the samples and bytes per second that the data must deliver, so that no device waits."""
+        samples, data = self._global_batch / time.least, self._config["data"]
+        text = f"{samples:,.0f} samples/s"
+        if data["source"] == "tokens":
+            rows, columns = self._config["model"]["network"]["grid"]
+            return f"{text}, {size_text(samples * 2.0 * rows * columns)}/s of tokens"  # uint16
+        if self._summary is not None:
+            shards = load_manifest(self._plan.shards, "train", check=False).shards
+            mean_size = sum(shard.bytes for shard in shards) / self._summary.samples["train"]
+            text += f", {size_text(samples * mean_size)}/s of shards"
+        of_rank = samples / self._ranks
+        cores = of_rank * data["image_size"] ** 2 / _PIXELS_PER_CORE
+        return (
+            f"{text}; each rank {of_rank:,.0f}/s, about {cores:.2g} cores of decoding for {data['num_workers']} workers"
+        )

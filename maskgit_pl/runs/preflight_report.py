@@ -1,0 +1,176 @@
+"""The result of a preflight: a list of checks, the shares of the ranks, and the costs of the run. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from maskgit_pl.errors import is_user_error
+
+if TYPE_CHECKING:
+    from maskgit_pl.estimates.run import Memory, StepTime
+    from maskgit_pl.estimates.sharding import Traffic
+
+__all__ = ["Check", "CheckList", "Preflight", "RunCosts", "Shares", "StepCosts", "Verdict"]
+
+Verdict = Literal["ok", "warning", "error"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check of a run.
+
+    Attributes:
+        name: What was checked, such as ``batch``.
+        verdict: ``error`` if the run would not start; ``warning`` if it may, or if nothing is known.
+        text: What was found; for an error also the rule and what to do.
+    """
+
+    name: str
+    verdict: Verdict
+    text: str
+
+
+class CheckList:
+    """Collects checks in the order in which they are made.
+
+    Args:
+        on_check: Called with each check as soon as it is made.
+    """
+
+    def __init__(self, on_check: Callable[[Check], object] | None = None) -> None:
+        self.checks: list[Check] = []
+        self._on_check = on_check
+
+    def add(self, name: str, text: str, verdict: Verdict = "ok") -> None:
+        """Adds a check, except for an error that is in the list already."""
+        if verdict == "error" and any(check.text == text for check in self.checks):
+            return
+        self.checks.append(Check(name, verdict, text))
+        if self._on_check is not None:
+            self._on_check(self.checks[-1])
+
+    @contextmanager
+    def catching(self, name: str) -> Iterator[None]:
+        """Adds an error that the user can correct to the list, instead of raising it."""
+        try:
+            yield
+        except Exception as error:
+            if not is_user_error(error):
+                raise
+            self.add(name, str(error), "error")
+
+    def failed(self) -> set[str]:
+        """Returns the names of the checks with an error."""
+        return {check.name for check in self.checks if check.verdict == "error"}
+
+
+@dataclass(frozen=True)
+class Shares:
+    """The samples of a step that each rank gets.
+
+    Micro-batch a of rank r has the samples [(a W + r) b, (a W + r + 1) b) of the global batch, with W ranks and b
+    samples in a micro-batch.
+
+    Attributes:
+        nodes: Number of nodes.
+        devices: Number of devices, and ranks, of each node.
+        per_device: b, samples of a micro-batch.
+        micro_batches: Micro-batches of a step on each rank.
+    """
+
+    nodes: int
+    devices: int
+    per_device: int
+    micro_batches: int
+
+    @property
+    def ranks(self) -> int:
+        """W, number of ranks."""
+        return self.nodes * self.devices
+
+    @property
+    def global_batch(self) -> int:
+        """Samples of a step."""
+        return self.ranks * self.micro_batches * self.per_device
+
+    def samples_of(self, rank: int, *, count: int = 1, micro_batch: int = 0) -> range:
+        """Returns the places in the global batch of what ``count`` neighbouring ranks get in a micro-batch."""
+        first = (micro_batch * self.ranks + rank) * self.per_device
+        return range(first, first + count * self.per_device)
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """The costs of a step.
+
+    Attributes:
+        useful_flops: FLOPs of all ranks, without what activation checkpointing computes again.
+        executed_flops: FLOPs of all ranks.
+        traffic: Bytes that each rank sends.
+        time: Seconds; None if the speed of a device is unknown.
+    """
+
+    useful_flops: float
+    executed_flops: float
+    traffic: Traffic
+    time: StepTime | None
+
+
+@dataclass(frozen=True)
+class RunCosts:
+    """The costs of a run, calculated and not measured.
+
+    Attributes:
+        num_parameters: Trained parameters.
+        memory: Bytes of a rank at the highest point of a step.
+        checkpoint_bytes: Bytes of a checkpoint.
+        step: Costs of a step; None if the ranks cannot share the global batch evenly.
+        lines: The costs in words: a name and a text each.
+    """
+
+    num_parameters: int
+    memory: Memory
+    checkpoint_bytes: int
+    step: StepCosts | None
+    lines: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """The result of a preflight.
+
+    Attributes:
+        checks: All checks, in the order in which they were made.
+        shares: The samples of each rank; None if the ranks cannot share the global batch evenly.
+        costs: Memory, disk space, work, traffic and times of the run; None if the module could not be built.
+    """
+
+    checks: tuple[Check, ...]
+    shares: Shares | None = None
+    costs: RunCosts | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether no check has an error."""
+        return not self.errors
+
+    @property
+    def errors(self) -> tuple[Check, ...]:
+        """Checks with an error."""
+        return tuple(check for check in self.checks if check.verdict == "error")
+
+    def __str__(self) -> str:
+        lines = [f"{check.verdict:7}  {check.name:10}  {check.text}" for check in self.checks]
+        if self.costs is not None:
+            lines += [f"{name:17}  {text}" for name, text in self.costs.lines]
+        return "\n".join([*lines, self.summary])
+
+    @property
+    def summary(self) -> str:
+        """The result in one sentence."""
+        if self.errors:
+            return f"{len(self.errors)} of {len(self.checks)} checks fail."
+        return f"All {len(self.checks)} checks pass. Memory and times are calculated, not measured."

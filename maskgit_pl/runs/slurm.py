@@ -1,0 +1,290 @@
+"""Puts a stage of a run into Slurm's queue, as ``maskgit slurm submit`` does.
+
+::
+
+    from maskgit_pl import runs
+
+    recipe = runs.Recipe.read("transformer", names="paper-256", cluster="fsdp")
+    submission = runs.plan_submission(recipe, data="data/shards/imagenet", job=runs.JobOptions(nodes=4))
+    print(submission)  # as it can be typed
+    number = runs.submit(submission)
+
+The job is ``recipes/slurm/train.sbatch``, which can also be submitted by hand.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from maskgit_pl.checks import check_integer
+from maskgit_pl.runs.flags import split_flags
+from maskgit_pl.runs.job_options import JobOptions
+from maskgit_pl.runs.launcher import without_launcher
+from maskgit_pl.runs.plan import Plan, plan_run
+from maskgit_pl.runs.recipe import Recipe
+from maskgit_pl.runs.recipe_files import recipes_folder
+
+__all__ = ["Submission", "check_submission", "plan_submission", "submit"]
+
+log = logging.getLogger(__name__)
+
+_NEXT_LINE = " \\\n    "
+_WIDTH = 110
+_PROGRAM = Path(".venv/bin/maskgit")  # the script's own default
+_VARIABLES = (
+    "STAGE", "RUN", "RUNS", "DATASET", "DATA", "RECIPE", "CLUSTER", "TOKENIZER", "PRETRAINED", "CONTAINER", "SRUN",
+    "MASKGIT",
+)  # fmt: skip
+_SET_BY_JOB = {"trainer.num_nodes": "--nodes", "trainer.devices": "--devices"}
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job, as it is handed to ``sbatch``. ``plan_submission`` makes it.
+
+    Attributes:
+        plan: The run that it trains.
+        job: What it asks Slurm for.
+        options: Options of ``sbatch``.
+        words: Words after the script, flags of ``maskgit train``.
+        variables: Variables that the script reads.
+    """
+
+    plan: Plan
+    job: JobOptions
+    options: tuple[str, ...]
+    words: tuple[str, ...]
+    variables: Mapping[str, str]
+
+    @property
+    def log_file(self) -> Path:
+        """File that the job writes to; ``%j`` stands for its number."""
+        return _log_file(self.plan)
+
+    @property
+    def command(self) -> list[str]:
+        """The words of the ``sbatch`` command."""
+        return ["sbatch", *self.options, str(_script()), *self.words]
+
+    def __str__(self) -> str:
+        variables = [f"{name}={shlex.quote(value)}" for name, value in self.variables.items()]
+        options, words = map(shlex.quote, self.options), map(shlex.quote, (str(_script()), *self.words))
+        return _NEXT_LINE.join(_wrap([*part]) for part in (variables, ("sbatch", *options), words))
+
+
+def plan_submission(
+    recipe: Recipe,
+    *,
+    run: str | Path | None = None,
+    data: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    pretrained: str | Path | None = None,
+    job: JobOptions | None = None,
+) -> Submission:
+    """Plans a job that trains a stage of a run; nothing is submitted, and Slurm is not needed.
+
+    The arguments up to ``pretrained`` are those of ``runs.fit``.
+
+    Args:
+        recipe: The values of the run, and the stage; read by name, or from an earlier run.
+        run: A name in ``runs/``, or a folder. Default: ``DATASET-RECIPE``.
+        data: Data folder. Default: ``data/shards/DATASET``.
+        tokenizer: Pretrained tokenizer folder, for stage 2. Default: the run's own, or the only one of these data.
+        pretrained: Pretrained folder whose weights a new run begins from.
+        job: What the job asks Slurm for. Default: 1 node of 8 devices.
+
+    Raises:
+        ValueError: if the recipe sets nodes or devices by a flag, or has a number of workers or threads that cannot be.
+        FileNotFoundError: if data, tokenizer or pretrained folder are not there.
+    """
+    job = job or JobOptions()
+    for key, _ in split_flags(recipe.words):
+        if key in _SET_BY_JOB:
+            raise ValueError(f"flag --{key} must be left out: the job sets it; use only {_SET_BY_JOB[key]}")
+    plan = plan_run(recipe, run=run, data=data, tokenizer=tokenizer, pretrained=pretrained)
+    options = (
+        "--parsable", "--export=ALL", f"--job-name={plan.folder.name}-{plan.stage}", f"--comment={_identity(plan)}",
+        "--dependency=singleton", f"--output={_log_file(plan)}", f"--nodes={job.nodes}",
+        f"--ntasks-per-node={job.devices}", *_resources(plan, job), *job.sbatch_words,
+    )  # fmt: skip
+    repeated = [] if recipe.config is None else [f"--config={recipe.config}"]
+    # A task that sees no GPU must end: with `auto` it would train on the CPU, for days.
+    gpu = ["--trainer.accelerator=gpu"] if recipe.get("trainer.accelerator") in (None, "auto") else []
+    variables = _variables(plan, job, data=data, pretrained=pretrained)
+    return Submission(plan, job, options, (*repeated, *recipe.words, *gpu), variables)
+
+
+def check_submission(submission: Submission) -> str:
+    """Builds the run as each task will, on this machine's CPU, and returns what it will be.
+
+    Raises:
+        ValueError: if training would refuse the run.
+        FileNotFoundError: if something that it reads is missing.
+    """
+    plan, job = submission.plan, submission.job
+    log.info("%s: is checked as training will, some seconds ...", plan.stage_folder)
+    from maskgit_pl.runs.build import build  # lightning and torch take seconds to import
+    from maskgit_pl.training.checkpoint_files import newest_complete, step_of
+    from maskgit_pl.training.strategies import check_accelerator
+
+    check_accelerator(str(plan.recipe.get("trainer.accelerator") or "auto"))
+    here = ["--trainer.accelerator=cpu", f"--trainer.num_nodes={job.nodes}", f"--trainer.devices={job.devices}"]
+    with without_launcher():
+        run = build(replace(plan, recipe=plan.recipe.with_overrides(here)))
+    data = run.datamodule
+    if data.config.source != "stream":
+        data.setup()
+    newest, steps = newest_complete(plan.checkpoints), run.trainer.max_steps
+    start = "from the start" if newest is None else f"resuming from {newest.name}"
+    if newest is not None and step_of(newest) >= steps:
+        start = "which are done: the job will check that they are exported, and end"
+    return (
+        f"{plan.stage_folder}: {job.nodes * job.devices} ranks share a global batch of "
+        f"{data.config.global_batch}; {steps} steps, {start}"
+    )
+
+
+def submit(submission: Submission) -> str:
+    """Checks a job, as ``check_submission`` does, and puts it into the queue.
+
+    Returns:
+        The number of the job.
+
+    Raises:
+        FileNotFoundError: if Slurm is not there, or something that training needs is missing.
+        ValueError: if training would refuse the run, a job of it is in the queue, or ``sbatch`` refuses the job.
+    """
+    if shutil.which("sbatch") is None:
+        raise FileNotFoundError(
+            "sbatch: Slurm's client tools are needed to submit, got none on PATH; do it on a login node of the "
+            "cluster, or see with --dry-run what would be submitted"
+        )
+    _refuse_second(submission.plan)
+    log.info("%s", check_submission(submission))
+    log.info("%s", submission)
+    submission.plan.stage_folder.mkdir(parents=True, exist_ok=True)  # for the log: Slurm makes no folders
+    others = {name: value for name, value in _outside_of_job().items() if name not in _VARIABLES}
+    done = subprocess.run(
+        submission.command, env={**others, **submission.variables}, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise ValueError(f"sbatch: refuses the job: {' '.join(done.stderr.split())}; see the command above")
+    if done.stderr.strip():
+        log.warning("%s", done.stderr.strip())
+    return done.stdout.strip().partition(";")[0]  # NUMBER;CLUSTER on federated clusters
+
+
+# The job
+
+
+def _script() -> Path:
+    return recipes_folder() / "slurm" / "train.sbatch"
+
+
+def _log_file(plan: Plan) -> Path:
+    return plan.stage_folder / "slurm-%j.log"
+
+
+def _identity(plan: Plan) -> str:
+    """Returns the comment by which a job of the same stage of the same run is found in the queue."""
+    return f"maskgit {plan.stage_folder.resolve()}"
+
+
+def _resources(plan: Plan, job: JobOptions) -> list[str]:
+    workers, threads = _integer(plan, "data.num_workers", default=0), _integer(plan, "cpu_threads", default=1)
+    is_on_cpu = plan.recipe.get("trainer.accelerator") == "cpu"
+    options = [] if is_on_cpu or job.names_gpus else [f"--gpus-per-node={job.devices}"]
+    options += [f"--cpus-per-task={job.cpus or max(1 + workers, threads)}", f"--time={job.time}"]
+    named = ("partition", "account", "qos", "constraint")
+    return [*options, *(f"--{name}={value}" for name in named if (value := getattr(job, name)))]
+
+
+def _integer(plan: Plan, key: str, *, default: int) -> int:
+    """Returns a value of the recipe, at least ``default``; ``default`` if nothing says it."""
+    value = plan.recipe.get(key)
+    return default if value is None else check_integer(key, value, f"[{default}, inf)")
+
+
+def _variables(
+    plan: Plan, job: JobOptions, *, data: str | Path | None, pretrained: str | Path | None
+) -> dict[str, str]:
+    """Returns the variables that the script reads, without those whose default is meant."""
+    program = job.program or ("maskgit" if job.container else str(_this_program()))
+    values = {
+        "STAGE": plan.stage,
+        "RUN": plan.folder.name,
+        "RUNS": "" if plan.folder.parent == Path("runs") else str(plan.folder.parent),
+        "DATASET": plan.recipe.dataset,
+        "DATA": str(data or ""),
+        "RECIPE": " ".join(plan.recipe.names),
+        "CLUSTER": plan.recipe.cluster,
+        "TOKENIZER": str(plan.tokenizer or ""),
+        "PRETRAINED": str(pretrained or ""),
+        "CONTAINER": job.container,
+        "SRUN": job.srun,
+        "MASKGIT": "" if program == str(_PROGRAM) else program,
+    }
+    return {name: value for name, value in values.items() if value}
+
+
+def _this_program() -> Path:
+    here = Path(sys.executable).parent / "maskgit"
+    return _PROGRAM if _PROGRAM.exists() and _PROGRAM.samefile(here) else here
+
+
+def _wrap(words: Sequence[str]) -> str:
+    """Returns the words of a shell command, broken into lines of ``_WIDTH`` characters."""
+    lines = [""]
+    for word in words:
+        if lines[-1] and len(lines[-1]) + len(word) > _WIDTH:
+            lines.append("")
+        lines[-1] += f" {word}" if lines[-1] else word
+    return _NEXT_LINE.join(lines)
+
+
+# The queue
+
+
+def _outside_of_job() -> dict[str, str]:
+    """Returns the variables of this process, without those of a job in which it may run."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return {**os.environ}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    return kept | {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
+
+
+class _Job(NamedTuple):
+    """A job in the queue."""
+
+    number: str
+    state: str
+    comment: str
+
+
+def _refuse_second(plan: Plan) -> None:
+    """Refuses a second job of a run: two that write the same folder would destroy each other's run.
+
+    Raises:
+        ValueError: if there is one, or the queue cannot be read.
+    """
+    command = ["squeue", "--noheader", "--format=%i|%T|%k"]
+    listed = subprocess.run(command, env=_outside_of_job(), capture_output=True, text=True, check=False)
+    if listed.returncode:
+        said = " ".join(listed.stderr.split())
+        raise ValueError(f"squeue: the queue cannot be read, got {said!r}; submit where Slurm answers")
+    jobs = [_Job(*line.split("|", 2)) for line in listed.stdout.splitlines() if line.count("|") >= 2]
+    for job in jobs:
+        if job.comment == _identity(plan):
+            raise ValueError(
+                f"run {plan.stage_folder}: one job at a time may train it, and job {job.number} is {job.state}; wait "
+                f"for it, end it with `scancel {job.number}`, or name another run with --run"
+            )

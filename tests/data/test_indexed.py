@@ -1,0 +1,195 @@
+"""A map-style dataset as batches: the order and the crops of shards, whatever the ranks."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from maskgit_pl.data import Batch, IndexedDataModule, IndexedDataset, ShardData, ShardDataConfig
+from maskgit_pl.shards.images import encode_png
+from tests.data_folders import save_data
+
+COUNT = 23
+
+
+def image(number: int) -> Tensor:
+    """(1, 4, 9) uint8, wider than high, so that crops differ."""
+    return (number * 7 + torch.arange(36).reshape(1, 4, 9)).to(torch.uint8)
+
+
+class Images(Dataset):
+    """Images in memory with their labels, as ``kind`` of object."""
+
+    def __init__(self, kind: str = "tensor") -> None:
+        self.kind = kind
+
+    def __len__(self) -> int:
+        return COUNT
+
+    def __getitem__(self, index: int) -> tuple[object, int]:
+        pixels = image(index)
+        kinds = {
+            "tensor": lambda: pixels,
+            "plane": lambda: pixels[0],
+            "array": lambda: pixels[0].numpy(),
+            "array of channels": lambda: pixels.movedim(0, -1).numpy(),
+            "picture": lambda: Image.fromarray(pixels[0].numpy()),
+        }
+        return kinds[self.kind](), index % 3
+
+
+def data(kind: str = "tensor", *, crop: str = "random", validation: bool = False, **options: int) -> IndexedDataModule:
+    samples = IndexedDataset(Images(kind), image_size=4, in_channels=1, crop=crop)
+    held_out = replace(samples, crop="center") if validation else None
+    return IndexedDataModule(samples, held_out, **{"global_batch": 8, "seed": 5, **options})
+
+
+def same(left: Batch, right: Batch) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize("crop", ["center", "random"])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_batches_are_those_of_the_same_images_in_shards(tmp_path: Path, crop: str, num_workers: int) -> None:
+    samples = [(encode_png(image(number)), number % 3) for number in range(COUNT)]
+    folder = save_data(tmp_path, {"train": samples, "val": samples})
+    config = ShardDataConfig(
+        str(folder), image_size=4, in_channels=1, crop=crop, global_batch=8, validation_batch=5, seed=5
+    )
+    shards = ShardData(config)
+    shards.setup()
+    made = data(crop=crop, validation=True, validation_batch=5, num_workers=num_workers)
+    for ours, theirs in (
+        (made.train_dataloader(), shards.train_dataloader()),
+        (made.val_dataloader(), shards.val_dataloader()),
+    ):
+        assert all(same(left, right) for left, right in zip(ours, theirs, strict=True))
+    assert made.steps_per_epoch == 3
+
+
+@pytest.mark.parametrize("kind", ["plane", "array", "array of channels", "picture"])
+def test_an_image_may_be_a_tensor_an_array_or_a_picture(kind: str) -> None:
+    expected = next(iter(data().train_dataloader()))
+    assert same(next(iter(data(kind).train_dataloader())), expected)
+
+
+def test_a_grey_image_fills_three_channels() -> None:
+    batch = IndexedDataset(Images(), image_size=4).__getitems__(range(2))
+    assert batch.content.shape == (2, 3, 4, 4)
+    assert torch.equal(batch.content[:, 0], batch.content[:, 2])
+
+
+class OnRank:
+    """As much of a Trainer as the data module asks for."""
+
+    accumulate_grad_batches = 1
+
+    def __init__(self, rank: int, world_size: int, step: int) -> None:
+        self.global_rank, self.world_size, self.global_step = rank, world_size, step
+        self._accelerator_connector = type("Connector", (), {"use_distributed_sampler": False})
+        self.lightning_module = type("Module", (), {"automatic_optimization": False})
+
+
+@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (2, 1), (4, 2), (8, 1), (1, 8)])
+def test_a_step_has_the_same_samples_on_any_number_of_ranks(world_size: int, accumulation: int) -> None:
+    whole = list(data().train_dataloader())[1]
+    parts = []
+    for rank in range(world_size):
+        made = data(accumulation=accumulation)
+        made.trainer = OnRank(rank, world_size, step=1)
+        parts += [batch for batch, _ in zip(made.train_dataloader(), range(accumulation), strict=False)]
+    order = torch.cat([part.position for part in parts]).argsort()
+    together = Batch(*(torch.cat(column)[order] for column in zip(*parts, strict=True)))
+    assert same(together, whole)
+
+
+class Recording(LightningModule):
+    """Learns nothing and remembers the samples of each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen: list[list[int]] = []
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.seen.append(batch.index.tolist())
+        return self.weight * 0
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        raise AssertionError("there is nothing to validate on")
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def plain_trainer(folder: Path, steps: int, **options: object) -> Trainer:
+    return Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        max_epochs=-1,
+        logger=False,
+        default_root_dir=folder,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        limit_val_batches=0,
+        **options,
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*num_workers")
+def test_a_plain_trainer_resumes_in_mid_epoch(tmp_path: Path) -> None:
+    straight, stopped, resumed = Recording(), Recording(), Recording()
+    plain_trainer(tmp_path, 7).fit(straight, datamodule=data())
+    trainer = plain_trainer(tmp_path, 4)
+    trainer.fit(stopped, datamodule=data())
+    trainer.save_checkpoint(tmp_path / "four.ckpt")
+    plain_trainer(tmp_path, 7).fit(resumed, datamodule=data(), ckpt_path=tmp_path / "four.ckpt")
+    assert len(straight.seen) == 7
+    assert stopped.seen + resumed.seen == straight.seen
+    micro = Recording()
+    plain_trainer(tmp_path, 7, accumulate_grad_batches=2).fit(micro, datamodule=data(accumulation=2))
+    assert [first + second for first, second in zip(micro.seen[::2], micro.seen[1::2], strict=True)] == straight.seen
+
+
+@pytest.mark.filterwarnings("ignore:.*num_workers")
+def test_a_trainer_that_accumulates_otherwise_is_refused(tmp_path: Path) -> None:
+    trainer = plain_trainer(tmp_path, 1)
+    with pytest.raises(ValueError, match=r"accumulate_grad_batches=\) must be 2, got 1; .* accumulation=2"):
+        trainer.fit(Recording(), datamodule=data(accumulation=2))
+
+
+def test_a_sampler_that_lightning_would_replace_is_refused() -> None:
+    made = data()
+    made.trainer = OnRank(0, 2, step=0)
+    made.trainer._accelerator_connector.use_distributed_sampler = True
+    with pytest.raises(ValueError, match=r"use_distributed_sampler=.* must be False on several devices, got True"):
+        made.train_dataloader()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: data(global_batch=0), "global_batch must be an integer"),
+        (lambda: data(seed=-1), "seed must be an integer"),
+        (lambda: data(accumulation=3).train_dataloader(), "multiple of 1 ranks x 3 micro-batches, got 8"),
+        (lambda: IndexedDataset(Images(), image_size=0), "image_size must be an integer"),
+        (lambda: IndexedDataset(Images(), image_size=4, in_channels=2), "in_channels must be 1 or 3, got 2"),
+        (lambda: IndexedDataset([], image_size=4), "number of samples must be an integer in .* got 0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("pixels", [np.zeros((4, 4), np.float32), torch.zeros(1, 4, 4), "image.png"])
+def test_what_is_no_image_of_8_bits_is_refused(pixels: object) -> None:
+    with pytest.raises(TypeError, match=r"sample 0: .* must be"):
+        IndexedDataset([(pixels, 0)], image_size=4).__getitems__(range(1))

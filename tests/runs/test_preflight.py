@@ -1,0 +1,105 @@
+"""``runs.preflight`` from Python: nothing printed, nothing changed; tests/cli/test_doctor.py has each check."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from maskgit_pl import runs
+from maskgit_pl.runs.machines import Machines
+from maskgit_pl.runs.preflight_report import Shares
+from tests.conftest import flags
+
+TINY = Path(__file__).parents[1] / "tiny"
+
+
+@pytest.fixture(autouse=True)
+def _no_job(monkeypatch):
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "MASTER_", "NCCL_", "GLOO_"))]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def examine(tmp_path, tiny_shards, tiny_pretrained):
+    """Examines a tiny run of stage 2."""
+    tiny = flags(yaml.safe_load((TINY / "transformer.yaml").read_text()))
+
+    def call(*overrides: str, data=tiny_shards, **more):
+        recipe = runs.Recipe.read("transformer", cluster="ddp", overrides=[*tiny, *overrides])
+        tokenizer = tiny_pretrained / "tokenizer"
+        return runs.preflight(recipe, run=tmp_path / "runs" / "one", data=data, tokenizer=tokenizer, **more)
+
+    return call
+
+
+def test_a_run_that_can_start(examine, tmp_path, capsys):
+    made = []
+    found = examine(machines=Machines(nodes=2, devices=2, memory=1e9, flops=1e12), on_check=made.append)
+    assert found.ok
+    assert found.errors == ()
+    assert found.checks == tuple(made)
+    assert [check.name for check in made] == [
+        "slurm", "network", "data", "tokenizer", "strategy", "recipe", "batch", "run", "memory", "disk",
+    ]  # fmt: skip
+    assert found.shares == Shares(nodes=2, devices=2, per_device=1, micro_batches=1)
+    assert found.shares.global_batch == 4
+    assert found.costs.memory.total > found.costs.memory.weights == 4 * found.costs.num_parameters
+    assert found.costs.step.time.least > 0
+    text = str(found)
+    assert text.startswith("ok       slurm")
+    assert "is not rescaled by the number of devices" in text
+    assert text.endswith("All 10 checks pass. Memory and times are calculated, not measured.")
+    assert capsys.readouterr() == ("", "")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_that_cannot_start_is_examined_to_its_end(examine, tmp_path):
+    found = examine(data=tmp_path / "nowhere", machines=Machines(devices=3, memory=1e3))
+    assert not found.ok
+    assert [check.name for check in found.errors] == ["data", "batch", "memory"]
+    assert found.shares is None
+    assert found.costs.step is None
+    assert str(found).endswith("3 of 10 checks fail.")
+
+
+def test_a_recipe_that_training_would_refuse_has_no_costs(examine):
+    found = examine("--model.mask_schedule={name: pow, exponent: -1}")
+    assert [check.name for check in found.errors] == ["recipe"]
+    assert found.costs is None
+
+
+def test_torch_and_its_random_numbers_are_left_as_they_were(examine):
+    def state():
+        return torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.get_rng_state().tolist()
+
+    before = state()
+    assert examine("--cpu_threads=1", "--matmul_precision=high").ok
+    assert state() == before
+
+
+def test_the_samples_of_each_rank_are_the_global_batch():
+    shares = Shares(nodes=2, devices=3, per_device=2, micro_batches=4)
+    samples = [
+        sample for micro_batch in range(4) for rank in range(6)
+        for sample in shares.samples_of(rank, micro_batch=micro_batch)
+    ]  # fmt: skip
+    assert samples == [*range(shares.global_batch)]
+    assert shares.samples_of(3, count=3, micro_batch=1) == range(18, 24)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"nodes": 0}, {"devices": True}, {"memory": 0}, {"card": "h1000"}, {"utilization": 0}, {"port": 65536}]
+)
+def test_machines_that_cannot_be(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
+        Machines(**wrong)
+
+
+def test_the_speed_and_the_bandwidth_of_machines():
+    assert Machines().flops_reached("bf16-mixed", tensor_float32=False) is None
+    assert Machines(card="h100", utilization=0.5).flops_reached("bf16-mixed", tensor_float32=False) == 0.5 * 989e12
+    assert Machines(card="h100", flops=1e12).flops_reached("32-true", tensor_float32=True) == 1e12
+    assert [Machines().bandwidth_over(nodes) for nodes in (1, 2)] == [100e9, 25e9]
+    assert Machines(bandwidth=1e9).bandwidth_over(2) == 1e9

@@ -1,0 +1,103 @@
+"""Jobs planned and submitted from Python, to a Slurm of two scripts; tests/slurm has a real one."""
+
+import os
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from maskgit_pl import runs
+from maskgit_pl.runs.job_options import JobOptions
+from maskgit_pl.runs.slurm import check_submission
+from tests.conftest import flags
+
+TINY = Path(__file__).parents[1] / "tiny"
+
+
+@pytest.fixture
+def plan(tmp_path, tiny_shards):
+    """Plans a job of a tiny run of stage 1."""
+    tiny = flags(yaml.safe_load((TINY / "tokenizer.yaml").read_text()))
+
+    def call(*overrides: str, **job) -> runs.Submission:
+        recipe = runs.Recipe.read("tokenizer", cluster="ddp", overrides=[*tiny, *overrides])
+        options = JobOptions(**{"nodes": 2, "devices": 1, **job})
+        return runs.plan_submission(recipe, run=tmp_path / "runs" / "one", data=tiny_shards, job=options)
+
+    return call
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """Puts sbatch and squeue on PATH; gives the folder where they leave what they got, and read what they answer."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "queue").touch()
+    scripts = {
+        "sbatch": f'printf "%s\\n" "$@" >{folder}/words; env >{folder}/environment; echo "4711;cluster"',
+        "squeue": f"cat {folder}/queue",
+    }
+    for name, text in scripts.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    return folder
+
+
+def test_a_plan_is_words_and_variables_and_writes_nothing(plan, tmp_path):
+    submission = plan(partition="gpu", sbatch="--mem=0")
+    assert {"--nodes=2", "--ntasks-per-node=1", "--partition=gpu", "--mem=0"} <= set(submission.options)
+    assert submission.variables["STAGE"] == "tokenizer"
+    assert submission.variables["CLUSTER"] == "ddp"
+    assert "RECIPE" not in submission.variables
+    typed = shlex.split(str(submission).replace("\\\n", ""))
+    assert typed[len(submission.variables) :] == submission.command
+    assert "2 ranks share a global batch of 4" in check_submission(submission)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_names_of_a_recipe_and_a_run_that_is_repeated_are_handed_on(tmp_path, tiny_shards, monkeypatch):
+    where = {"run": tmp_path / "runs" / "one", "data": tiny_shards}
+    named = runs.Recipe.read("tokenizer", names="paper-256 log", cluster="ddp")
+    assert runs.plan_submission(named, **where).variables["RECIPE"] == "paper-256 log"
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(named.tree))
+    repeated = runs.plan_submission(runs.Recipe.from_run("tokenizer", config), **where)
+    assert repeated.words[0] == f"--config={config}"
+    assert not {"RECIPE", "CLUSTER"} & set(repeated.variables)
+
+
+def test_a_job_gets_what_was_planned_and_nothing_of_a_job_around(plan, slurm, monkeypatch):
+    for name, value in {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "64", "SLURM_CONF": "/here", "TOKENIZER": "other"}.items():
+        monkeypatch.setenv(name, value)
+    submission = plan()
+    assert runs.submit(submission) == "4711"
+    assert (slurm / "words").read_text().splitlines() == submission.command[1:]
+    environment = dict(line.partition("=")[::2] for line in (slurm / "environment").read_text().splitlines())
+    assert {"SLURM_CONF": "/here", **submission.variables}.items() <= environment.items()
+    assert not {"SLURM_JOB_ID", "SLURM_NTASKS", "TOKENIZER"} & set(environment)
+    assert submission.log_file.parent.is_dir()
+    assert os.environ["SLURM_NTASKS"] == "64"
+
+
+def test_a_second_job_of_a_run_is_refused(plan, slurm):
+    submission = plan()
+    comment = next(option for option in submission.options if option.startswith("--comment="))
+    (slurm / "queue").write_text(f"12|PENDING|{comment.removeprefix('--comment=')}\n13|RUNNING|other\n")
+    with pytest.raises(ValueError, match=r"one job at a time may train it, and job 12 is PENDING"):
+        runs.submit(submission)
+    assert not (slurm / "words").exists()
+
+
+def test_numbers_that_the_job_sets_are_refused_in_the_recipe(plan):
+    with pytest.raises(ValueError, match=r"--trainer\.devices must be left out"):
+        plan("--trainer.devices=4")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"nodes": 0}, {"devices": True}, {"cpus": 0}, {"time": "soon"}, {"srun": "'"}, {"sbatch": "-N 2"}]
+)
+def test_options_that_cannot_be(wrong):
+    with pytest.raises(ValueError, match=f"^{next(iter(wrong))} must "):
+        JobOptions(**wrong)
