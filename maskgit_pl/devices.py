@@ -6,7 +6,7 @@ import torch
 
 from maskgit_pl.checks import check_choice
 
-__all__ = ["check_device", "device_names"]
+__all__ = ["check_device", "default_device", "device_names"]
 
 
 def device_names() -> list[str]:
@@ -41,3 +41,14 @@ def check_device(device: torch.device | str, *, name: str = "device") -> torch.d
         if known != ["cpu"]:
             raise
         raise ValueError(f"{error} (torch {torch.__version__} finds no GPU here)") from None
+
+
+def default_device(*, local_rank: int | None = None) -> str:
+    """Returns a GPU if there is one, else the CPU.
+
+    Args:
+        local_rank: Rank on this machine of a process that shares the GPUs with others, each with one of its own.
+    """
+    if not torch.cuda.is_available():
+        return "cpu"
+    return "cuda" if local_rank is None else f"cuda:{local_rank % torch.cuda.device_count()}"

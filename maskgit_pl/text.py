@@ -11,7 +11,7 @@ import logging
 import re
 import unicodedata
 
-__all__ = ["PrintableFormatter", "code_span", "markdown", "plain_label", "printable", "python_string"]
+__all__ = ["PrintableFormatter", "argument_docs", "code_span", "markdown", "plain_label", "printable", "python_string"]
 
 _MAX_SHOWN = 200  # characters of one text
 _MAX_LABEL = 60  # longer ones leave no room for the axes
@@ -23,6 +23,7 @@ _SPECIAL = re.compile(
     r"|(?<!\S)[-+=]",  # lists and underlined headings, wherever a line may be broken
     re.IGNORECASE,
 )
+_ARGUMENT = re.compile(r" {8}(?P<name>\w+): (?P<text>.*)")
 _NUMBERED = re.compile(r"(?<!\S)(\d{1,9})([.)])(?!\S)")
 
 
@@ -83,3 +84,15 @@ def plain_label(text: object) -> str:
     """
     label = printable(text, limit=_MAX_LABEL).replace("$", r"\$")
     return f" {label}" if label.startswith("_") else label
+
+
+def argument_docs(kind: type) -> dict[str, str]:
+    """Returns what the ``Args`` section of a class's docstring says of each argument, each as one line."""
+    section = (kind.__doc__ or "").partition("Args:\n")[2].partition("\n\n")[0]
+    found: dict[str, str] = {}
+    for line in section.splitlines():
+        if argument := _ARGUMENT.fullmatch(line):
+            found[argument["name"]] = argument["text"]
+        elif found:
+            found[list(found)[-1]] += f" {line.strip()}"
+    return found

@@ -12,7 +12,7 @@ from maskgit_pl.decoding import DecodingConfig, SequentialDecoding
 from maskgit_pl.networks.causal import build_transformer
 from maskgit_pl.networks.transformer import Attention, Transformer, TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
-from maskgit_pl.pretrained import fingerprint, save_tokenizer, save_transformer
+from maskgit_pl.pretrained import PretrainedTokenizer, fingerprint, save_tokenizer, save_transformer
 from maskgit_pl.shards.images import encode_png
 from maskgit_pl.shards.index import find_shards, index_shards
 from maskgit_pl.shards.sources import open_source
@@ -58,6 +58,12 @@ def random_transformer(config: TransformerConfig) -> Transformer:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return peaked(build_transformer(config)).eval().requires_grad_(False)
+
+
+def tiny_tokenizer() -> PretrainedTokenizer:
+    """A tokenizer of 14 px images, whose grid of 4 x 4 tokens covers 16 px."""
+    config = VQGANConfig(1, channels=8, multipliers=(1, 1, 1), blocks_per_level=1, groups=2, num_codes=8, code_width=4)
+    return PretrainedTokenizer(VQGAN(config).eval(), 14, "f" * 64)
 
 
 def save_tiny_pretrained(

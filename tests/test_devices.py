@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from maskgit_pl.devices import check_device, device_names
+from maskgit_pl.devices import check_device, default_device, device_names
 
 
 def accelerators(monkeypatch: pytest.MonkeyPatch, kind: str | None, count: int = 0) -> None:
@@ -43,3 +43,12 @@ def test_where_there_is_no_gpu_the_answer_says_so(monkeypatch):
     accelerators(monkeypatch, None)
     with pytest.raises(ValueError, match=r"device must be one of cpu, got 'cuda'.*\(torch .* finds no GPU here\)"):
         check_device("cuda")
+
+
+def test_processes_of_one_machine_have_a_gpu_of_their_own_by_default(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert default_device() == default_device(local_rank=3) == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert default_device() == "cuda"
+    assert [default_device(local_rank=rank) for rank in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]

@@ -16,6 +16,7 @@ from maskgit_pl.editing import (
     fitted,
     image_pixels,
     mask_pixels,
+    parse_box,
     pixel_region,
     seam,
     seam_radius,
@@ -360,3 +361,18 @@ def test_margins_lay_an_image_on_its_canvas():
     assert padded.shape == (1, 3, 5)
     assert torch.equal(padded[0] == 0, added.outside(2, 3))
     assert torch.equal(padded[:, :2, 2:], image)
+
+
+@pytest.mark.parametrize(
+    ("text", "box"),
+    [
+        ("10%,20%,60%,80%", [2, 2, 12, 10]),  # of 20 x 12 pixels; outwards to whole pixels
+        ("0%, 0%, 50%, 100%", [0, 0, 10, 12]),
+        ("12.5%,0,50%,7", [2, 0, 10, 7]),
+        ("99.9%,0,100%,1", [19, 0, 20, 1]),
+        ("1,2,3,4", [1, 2, 3, 4]),
+        ("-1,0,120%,4", [-1, 0, 24, 4]),  # which the check of boxes refuses
+    ],
+)
+def test_a_box_is_in_pixels_or_in_percent_of_the_image(text: str, box: list[int]) -> None:
+    assert parse_box(text, height=12, width=20) == box

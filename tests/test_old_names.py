@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from maskgit_pl.cli.measuring import read_own_recipe
 
 from maskgit_pl import old_names
-from maskgit_pl.cli.measuring import read_own_recipe
 from maskgit_pl.old_names import renamed_keys, renamed_settings, renamed_tree
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.recipe_schema import load_schema

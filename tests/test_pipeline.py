@@ -1,3 +1,4 @@
+import math
 import shutil
 
 import numpy as np
@@ -150,7 +151,8 @@ def test_unknown_classes_are_refused_by_name(pipe, classes, error, message) -> N
     [
         ({"num_steps": 17}, "num_steps: at most the 16 tokens"),
         ({"num_steps": 0}, "num_steps must be an integer in"),
-        ({"guidance_scale": -1.0}, "guidance schedule 'linear'"),
+        ({"guidance_scale": -1.0}, "guidance_scale must be a number in"),
+        ({"guidance_scale": math.nan}, "guidance_scale must be a finite number in"),
         ({"choice_temperature": -1.0}, "choice_temperature must be a number in"),
         ({"seed": [1, 2]}, "seed: one number, or one for each of the 1 images"),
         ({"seed": -1}, "seed: numbers in"),

@@ -20,7 +20,9 @@ from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.networks.weight_file import read_tensors
 from maskgit_pl.pretrained import (
+    PretrainedTokenizer,
     fingerprint,
+    images_at_once,
     load_tokenizer,
     load_transformer,
     read_config,
@@ -30,6 +32,7 @@ from maskgit_pl.pretrained import (
     save_transformer,
 )
 from maskgit_pl.schedules import Pow
+from tests.conftest import tiny_tokenizer
 
 VQGAN_CONFIG = VQGANConfig(
     1, channels=8, multipliers=(1, 1), blocks_per_level=1, groups=2, num_codes=16, code_width=4, quantizer="ema"
@@ -253,27 +256,12 @@ def test_a_write_that_fails_leaves_the_older_folder_and_nothing_else(saved, monk
     def fail(*given: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("maskgit_pl.pretrained.write_tensors", fail)
+    monkeypatch.setattr("maskgit_pl.pretrained.folder.write_tensors", fail)
     with pytest.raises(OSError, match="no space left"):
         save_tokenizer(saved / "tokenizer", VQGAN_CONFIG, vqgan(seed=1).state_dict(), image_size=16)
     monkeypatch.undo()
     assert equal(load_tokenizer(saved / "tokenizer").network.state_dict(), vqgan().state_dict())
     assert sorted(path.name for path in saved.iterdir()) == ["tokenizer", "transformer"]
-
-
-def test_a_swap_that_fails_leaves_the_older_folder(saved, monkeypatch):
-    rename = Path.rename
-
-    def fail_on_the_fresh(self: Path, target: Path) -> Path:
-        if "partial" in self.name:
-            raise OSError("gone")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", fail_on_the_fresh)
-    with pytest.raises(OSError, match="gone"):
-        save_tokenizer(saved / "tokenizer", VQGAN_CONFIG, vqgan(seed=1).state_dict(), image_size=16)
-    monkeypatch.undo()
-    assert equal(load_tokenizer(saved / "tokenizer").network.state_dict(), vqgan().state_dict())
 
 
 def test_leftovers_of_a_killed_write_do_not_stand_in_the_way(tmp_path, monkeypatch):
@@ -416,3 +404,44 @@ def test_a_recipe_that_is_no_json_is_refused_by_name(saved: Path) -> None:
     (saved / "decoding.json").write_bytes(b"{\xff")
     with pytest.raises(ValueError, match=r"decoding\.json is not JSON that can be read"):
         read_decoding(saved)
+
+
+# Pixels and tokens
+
+
+def test_decoded_images_are_cut_to_the_image_size_and_clipped() -> None:
+    tokenizer = tiny_tokenizer()  # 14 px need a grid of 4 x 4, which covers 16 px
+    tokens = torch.arange(16).remainder(8).expand(3, 16)
+    images = tokenizer.decode(tokens)
+    assert images.shape == (3, 1, 14, 14)
+    with torch.no_grad():
+        exact = tokenizer.network.decode(tokens, (4, 4))[..., :14, :14].clamp(0, 1) * 255
+    assert (images - exact).abs().max() <= 0.5
+
+
+@pytest.mark.parametrize(("size", "count"), [((256, 256), 16), ((512, 512), 4), ((28, 28), 1337), ((4096, 4096), 1)])
+def test_the_pixels_that_are_decoded_at_once_are_bounded(size, count):
+    assert images_at_once(*size) == count
+
+
+def test_decoding_in_parts_gives_the_same_pictures(monkeypatch):
+    config = VQGANConfig(1, channels=8, multipliers=(1, 1), blocks_per_level=1, groups=2, num_codes=16, code_width=4)
+    tokenizer = PretrainedTokenizer(VQGAN(config).eval(), 8, "")
+    tokens = torch.randint(0, 16, (7, 16), generator=torch.Generator().manual_seed(0))
+    whole, parts, decode = tokenizer.decode(tokens), [], tokenizer.network.decode
+    monkeypatch.setattr("maskgit_pl.pretrained.networks._MOST_PIXELS", 3 * 8 * 8)
+    monkeypatch.setattr(tokenizer.network, "decode", lambda part, grid: parts.append(len(part)) or decode(part, grid))
+    made = tokenizer.decode(tokens)
+    assert parts == [3, 3, 1]
+    assert (made.int() - whole.int()).abs().max() <= 1  # rounding to bytes
+    assert tokenizer.decode(tokens[:, :8], grid=(2, 4)).shape == (7, 1, 4, 8)
+    assert parts[3:] == [6, 1]
+
+
+def test_encoding_in_parts_gives_the_same_tokens():
+    tokenizer = tiny_tokenizer()
+    images = torch.randint(0, 256, (5, 1, 14, 14), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        exact = tokenizer.network.encode(images / 255)
+    assert torch.equal(tokenizer.encode(images), exact)
+    assert torch.equal(tokenizer.encode(images, batch_size=2), exact)

@@ -26,5 +26,5 @@ PYTHON
 "$maskgit" outpaint "$run" "$images/upper.png" --down 12 --class T-shirt/top --out "$out/outpaint-down.png"
 "$maskgit" outpaint "$run" "$images/sneaker.png" --all 8 --class Sneaker --out "$out/outpaint-all.png"
 "$maskgit" panorama "$run" --classes Trouser,Bag,Sandal --width 140 --overlap 0.3 --out "$out/panorama.png"
-"$maskgit" sample "$run" --classes Sneaker --per-class 1 --seed 3 --temperature 9 \
-    --selector '{"name": "remdm", "eta": 0.3}' --out "$images/one.png" --filmstrip "$out/filmstrip.png"
+"$maskgit" sample "$run" --classes Sneaker --per-class 1 --seed 3 --choice-temperature 9 \
+    --token-selector '{"name": "remdm", "eta": 0.3}' --out "$images/one.png" --filmstrip "$out/filmstrip.png"

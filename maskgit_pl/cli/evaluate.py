@@ -6,7 +6,6 @@ import argparse
 import os
 from pathlib import Path
 
-from maskgit_pl.cli.bulk import device_of_rank
 from maskgit_pl.cli.evaluation_flags import (
     add_cas_arguments,
     add_feature_arguments,
@@ -19,6 +18,7 @@ from maskgit_pl.cli.evaluation_flags import (
 from maskgit_pl.cli.model import check_at_least, naming_flags
 from maskgit_pl.cli.outputs import check_outputs
 from maskgit_pl.cli.progress import progress_bars
+from maskgit_pl.launcher import local_rank
 
 __all__ = ["add_parser", "run"]
 
@@ -68,11 +68,12 @@ def run(args: argparse.Namespace) -> int:
     check_outputs(args, out=".json")
     cas = cas_flags(args)
     features = feature_specs(args.features)
+    from maskgit_pl.devices import default_device
     from maskgit_pl.evaluation import CASOptions, EvaluationOptions, evaluate
 
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if several and args.device is None:
-        args.device = device_of_rank()
+        args.device = default_device(local_rank=local_rank())
     options = EvaluationOptions(
         **measuring_flags(args),
         num_workers=args.num_workers,

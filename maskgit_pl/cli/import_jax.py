@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from maskgit_pl.importers.files import check_out, flax_file
+from maskgit_pl.importers.files import check_out, flax_file, read_class_names
 
 __all__ = ["add_parser", "run"]
 
@@ -42,25 +42,16 @@ def run(args: argparse.Namespace) -> int:
     """Reads, checks and writes.
 
     Raises:
-        FileNotFoundError: No such file.
-        FileExistsError: ``--out`` is there.
-        ValueError: A file of another kind, damaged or not of this size; parts that do not belong together.
+        FileNotFoundError: if there is no such file.
+        FileExistsError: if ``--out`` is there.
+        ValueError: if a file is of another kind, damaged or not of this size, or parts do not belong together.
     """
     check_out(args.out)
     flax_file(args.tokenizer)
     if args.transformer is not None:
         flax_file(args.transformer)
-    class_names = None if args.class_names is None else _lines(args.class_names)
+    class_names = None if args.class_names is None else read_class_names(args.class_names)
     from maskgit_pl.importers.released import import_jax
 
     import_jax(args.tokenizer, args.out, transformer=args.transformer, image_size=args.size, class_names=class_names)
     return 0
-
-
-def _lines(path: Path) -> list[str]:
-    if not path.is_file():
-        raise FileNotFoundError(f"class names {path}: no such file; one name a line is needed")
-    try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"class names {path}: a text in UTF-8, one name a line, is needed ({error})") from error

@@ -1,14 +1,11 @@
-"""What the commands that use a trained model have in common.
-
-Where it is, what can be known of it without torch, how it is opened, and numbers that are refused before that.
-"""
+"""Flags and steps that the commands share which use a trained model: where it is, its facts, its device, its flags."""
 
 from __future__ import annotations
 
 import argparse
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,12 +15,10 @@ if TYPE_CHECKING:
     from maskgit_pl.pipeline.outline import Outline
 
 __all__ = [
+    "add_classes_argument",
     "add_device_argument",
     "add_model_argument",
     "check_at_least",
-    "class_of",
-    "class_words",
-    "default_device",
     "device_of",
     "find_model",
     "naming_flags",
@@ -31,14 +26,18 @@ __all__ = [
     "read_outline",
 ]
 
-# Settings of ``MaskGIT`` whose flags have other names.
-_FLAGS = {"batch_size": "--batch", "choice_temperature": "--temperature", "token_selector": "--selector"}
-
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
     """Adds the argument that names the model."""
     parser.add_argument(
         "folder", type=Path, metavar="RUN", help="run folder (runs/NAME), pretrained folder, or owner/name on the Hub"
+    )
+
+
+def add_classes_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag that names classes."""
+    parser.add_argument(
+        "--classes", default="all", metavar="A,B,...", help="numbers or names, or all (default: all, at most 10)"
     )
 
 
@@ -55,7 +54,7 @@ def check_at_least(args: argparse.Namespace, **least: int) -> None:
         least: By the name of the flag, such as ``num_steps=1`` for ``--num-steps``.
 
     Raises:
-        ValueError: With the first of them.
+        ValueError: with the first of them.
     """
     for name, bound in least.items():
         value = getattr(args, name)
@@ -65,29 +64,28 @@ def check_at_least(args: argparse.Namespace, **least: int) -> None:
 
 @contextmanager
 def naming_flags(args: argparse.Namespace) -> Iterator[None]:
-    """Has an error that begins with the name of a setting (``num_steps: ...``) begin with its flag instead.
+    """Makes an error that begins with the name of a setting (``num_steps: ...``) begin with its flag.
 
     Args:
         args: The flags.
 
     Raises:
-        TypeError: What is raised inside, in the words of the command line.
-        ValueError: Likewise.
+        TypeError: as what is raised inside.
+        ValueError: as what is raised inside.
     """
     try:
         yield
     except (TypeError, ValueError) as error:
         name = re.split(r"[^a-z_]", str(error), maxsplit=1)[0]
         is_flag = name in args and not callable(getattr(args, name))  # ``run`` is the command itself
-        flag = _FLAGS.get(name, f"--{name.replace('_', '-')}" if is_flag else name)
-        if flag == name:  # it is of something else, and stays as it was raised
+        if not is_flag:  # the error is of something else, and stays as it was raised
             raise
-        text = flag + str(error).removeprefix(name)
+        text = f"--{name.replace('_', '-')}" + str(error).removeprefix(name)
         raise (TypeError if isinstance(error, TypeError) else ValueError)(text) from error
 
 
 def find_model(args: argparse.Namespace) -> tuple[Path, Outline]:
-    """Finds the model that the command names, and reads what its requests are checked by, without torch.
+    """Finds the model that the command names, and reads its facts, without torch.
 
     Returns:
         The folder with ``tokenizer/`` and ``transformer/``, and its outline.
@@ -103,10 +101,7 @@ def find_model(args: argparse.Namespace) -> tuple[Path, Outline]:
 
 
 def read_outline(folder: Path) -> Outline:
-    """Reads what requests to a model are checked by.
-
-    Args:
-        folder: The folder with ``tokenizer/`` and ``transformer/``.
+    """Reads the facts of the model in a folder with ``tokenizer/`` and ``transformer/``.
 
     Raises:
         ValueError: if a file of it is not as it must be.
@@ -127,20 +122,20 @@ def device_of(args: argparse.Namespace, *, default: str | None = None) -> str:
     Raises:
         ValueError: if there is no such device.
     """
+    from maskgit_pl.devices import check_device, default_device
+
     if args.device is None:
         return default or default_device()
-    from maskgit_pl.devices import check_device
-
     return str(check_device(args.device, name="--device"))
 
 
 def open_pipe(folder: Path, args: argparse.Namespace, *, device: str | None = None) -> MaskGIT:
-    """Loads the model to the device that ``--device`` names, with a transformer of 8 bits where ``--int8`` asks for it.
+    """Loads the model to the device that ``--device`` names, with a transformer of 8 bits if ``--int8`` asks for it.
 
     Args:
         folder: The folder with ``tokenizer/`` and ``transformer/``.
         args: The flags of ``decoding.add_decoding_arguments``.
-        device: In place of the usual one, where ``--device`` does not say.
+        device: Default in place of the usual one.
 
     Raises:
         ValueError: if there is no such device, or a file of the folder is not as it must be.
@@ -150,23 +145,3 @@ def open_pipe(folder: Path, args: argparse.Namespace, *, device: str | None = No
 
     pipe = MaskGIT.from_pretrained(folder).to(place)
     return pipe.quantized() if args.int8 else pipe
-
-
-def default_device() -> str:
-    """A GPU if there is one."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def class_of(word: str, names: Sequence[str]) -> int | str:
-    """The class that a word of the command line names: by its name if there is such a one, else by its number."""
-    return int(word) if word not in names and re.fullmatch(r"-?[0-9]{1,18}", word) else word
-
-
-def class_words(text: str, names: Sequence[str]) -> list[int | str]:
-    """What ``--classes`` names: a word is a class's name if there is one, else a number."""
-    if text == "all" and text not in names:
-        shown = min(len(names), 10)
-        return [number * len(names) // shown for number in range(shown)]
-    return [class_of(word, names) for word in map(str.strip, text.split(",")) if word]

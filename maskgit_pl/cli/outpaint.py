@@ -1,4 +1,4 @@
-"""``maskgit outpaint``: an image goes on beyond its borders."""
+"""``maskgit outpaint``: an image extended beyond its borders."""
 
 from __future__ import annotations
 
@@ -6,33 +6,31 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from maskgit_pl.cli.decoding import check_settings, decoding_settings
-from maskgit_pl.cli.inpaint import add_variant_arguments, label_of, read_header
-from maskgit_pl.cli.model import add_model_argument, check_at_least, find_model, naming_flags, open_pipe
-from maskgit_pl.cli.outputs import check_outputs
-from maskgit_pl.cli.showing import recorded_steps, write_decoding, write_images, write_picture
+from maskgit_pl.cli.decoding import read_decoding
+from maskgit_pl.cli.inpaint import add_variant_arguments, captions, check_variants, edit_options, write_variants
+from maskgit_pl.cli.model import add_model_argument, find_model, naming_flags, open_pipe
+from maskgit_pl.cli.outputs import recorded_steps, wants_decoding
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from maskgit_pl.editing import Margins
-    from maskgit_pl.shards.images import ImageHeader
 
-__all__ = ["add_overlap_argument", "add_parser", "check_overlap", "run"]
+__all__ = ["add_overlap_argument", "add_parser", "check_overlap_flag", "run"]
 
 _SIDES = ("left", "right", "up", "down")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command to ``maskgit``."""
-    parser = subparsers.add_parser("outpaint", help="go on with an image beyond its borders", allow_abbrev=False)
+    parser = subparsers.add_parser("outpaint", help="extend an image beyond its borders", allow_abbrev=False)
     add_model_argument(parser)
     parser.add_argument("image", type=Path, metavar="IMAGE", help="JPEG, PNG or WebP file, of any size")
     for side in _SIDES:
         parser.add_argument(f"--{side}", type=int, default=0, metavar="PIXELS", help="to add on this side")
     parser.add_argument("--all", type=int, metavar="PIXELS", help="to add on each side that is not named")
     add_overlap_argument(parser)
-    add_variant_arguments(parser, class_required=False, dilation=0, out="outpainted.png")
+    add_variant_arguments(parser, dilation=0, out="outpainted.png")
     parser.set_defaults(run=run)
 
 
@@ -43,80 +41,69 @@ def add_overlap_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_overlap(args: argparse.Namespace) -> None:
-    """Refuses a share that no window can have.
+def check_overlap_flag(args: argparse.Namespace) -> None:
+    """Checks ``--overlap``.
 
     Raises:
-        ValueError: It is not in (0, 1).
+        ValueError: if it is not in (0, 1).
     """
-    if not 0 < args.overlap < 1:
-        raise ValueError(f"--overlap: a share in (0, 1) is needed, got {args.overlap}")
+    from maskgit_pl.editing import check_overlap
+
+    with naming_flags(args):
+        check_overlap(args.overlap)
 
 
 def run(args: argparse.Namespace) -> int:
     """Outpaints and writes.
 
     Raises:
-        FileNotFoundError: No such run or image.
-        ValueError: Not an image, sizes that are no whole tokens, an unknown class, or a number out of range.
+        FileNotFoundError: if there is no such run or image.
+        ValueError: if it is not an image, sizes are not whole tokens, a class is unknown, or a number is out of range.
     """
-    settings = decoding_settings(args)
-    header, added = _checked(args)
+    added = _read_margins(args)
+    check_overlap_flag(args)
+    check_variants(args)
+    from maskgit_pl import editing
+
+    header = editing.read_image_header(args.image)
     folder, outline = find_model(args)
-    label, class_name = label_of(outline, args.class_)
+    label = outline.parse_class(args.class_)
     with naming_flags(args):
         added.check((header.height, header.width), factor=outline.token_size, least=outline.image_size)
     outline.check_parallel("outpaint")
-    check_settings(args, settings, outline)
-    from maskgit_pl import editing
+    decoding = read_decoding(args, outline)
     from maskgit_pl.imaging import edit_sheet
 
     image = editing.image_pixels(args.image, channels=outline.channels)
     pipe = open_pipe(folder, args)
-    captions = [f"seed {args.seed + number}" for number in range(args.variants)]
-    with recorded_steps("outpainting", args) as (after_step, steps):
+    sides = dict(zip(_SIDES, added.sides, strict=True))
+    with recorded_steps("outpainting", is_recording=wants_decoding(args)) as (after_step, steps):
         made = pipe.outpaint(
             image,
-            left=added.left,
-            right=added.right,
-            up=added.up,
-            down=added.down,
-            classes=[label] * args.variants,
+            **sides,
             overlap=args.overlap,
-            seed=args.seed,
-            dilation=args.dilation,
-            blend=None if args.blend else 0.0,
-            batch_size=args.batch,
             output_type="pt",
             callback=after_step,
-            **settings,
+            decoding=decoding,
+            **edit_options(args, label),
         )
     variants = cast("Tensor", made)  # as "pt" says
-    outside = added.outside(*image.shape[-2:])
-    title = f"{args.image.name}: {class_name}"
-    page = edit_sheet(
-        added.padded(image, size=1), variants, mask=outside, region=outside, title=title, captions=captions
-    )
-    write_picture(page, args.out)
-    height, width = variants.shape[-2:]
-    print(f"{args.out}: {len(variants)} variants of {class_name}, {width} x {height} pixels")
-    if args.images is not None:
-        write_images(variants, [label] * len(variants), args.images, seed=args.seed)
-    write_decoding(pipe, steps, args, captions=captions, grid=pipe.tokenizer.network.config.grid((height, width)))
+    outside, original = added.outside(header.height, header.width), added.padded(image, size=1)
+    title = f"{args.image.name}: {outline.describe_class(label)}"
+    sheet = edit_sheet(original, variants, mask=outside, region=outside, title=title, captions=captions(args))
+    details = f"{variants.shape[-1]} x {variants.shape[-2]} pixels"
+    write_variants(pipe, variants, args, sheet=sheet, label=label, steps=steps, details=details)
     return 0
 
 
-def _checked(args: argparse.Namespace) -> tuple[ImageHeader, Margins]:
-    """Refuses what can be refused without the model; the image's header, and the pixels of each side."""
+def _read_margins(args: argparse.Namespace) -> Margins:
+    """Returns the pixels to add on each side, checked without the image."""
+    from maskgit_pl.editing import Margins  # imports neither torch nor PIL
+
     sides = {side: getattr(args, side) or (args.all or 0) for side in _SIDES}
     for side, pixels in sides.items():
         if pixels < 0:
             raise ValueError(f"--{side}: at least 0 pixels are needed, got {pixels}")
     if not any(sides.values()):
         raise ValueError("--left, --right, --up, --down, --all: pixels to add are needed, got none")
-    check_at_least(args, variants=1, dilation=0)
-    check_overlap(args)
-    check_outputs(args)
-    from maskgit_pl.editing import Margins  # imports neither torch nor PIL
-
-    return read_header("image", args.image), Margins(**sides)
+    return Margins(**sides)

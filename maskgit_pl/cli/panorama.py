@@ -6,38 +6,37 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from maskgit_pl.cli.decoding import add_decoding_arguments, check_settings, decoding_settings
-from maskgit_pl.cli.model import add_model_argument, class_words, find_model, naming_flags, open_pipe
-from maskgit_pl.cli.outpaint import add_overlap_argument, check_overlap
-from maskgit_pl.cli.outputs import check_outputs
-from maskgit_pl.cli.showing import add_showing_arguments, recorded_steps, write_decoding, write_images, write_picture
+from maskgit_pl.cli.decoding import add_decoding_arguments, check_seed_and_batch, read_decoding
+from maskgit_pl.cli.model import add_classes_argument, add_model_argument, find_model, naming_flags, open_pipe
+from maskgit_pl.cli.outpaint import add_overlap_argument, check_overlap_flag
+from maskgit_pl.cli.outputs import (
+    add_output_arguments,
+    check_outputs,
+    recorded_steps,
+    wants_decoding,
+    write_decoding,
+    write_images,
+    write_picture,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["add_parser", "run"]
 
+_COMFORTABLE = 84  # pixels: small pictures are shown as large as in the other sheets
+
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command to ``maskgit``."""
     parser = subparsers.add_parser("panorama", help="generate images of any width", allow_abbrev=False)
     add_model_argument(parser)
-    parser.add_argument(
-        "--classes", default="all", metavar="A,B,...", help="numbers or names, or all (default: all, at most 10)"
-    )
+    add_classes_argument(parser)
     parser.add_argument("--width", type=int, required=True, metavar="PIXELS", help="of each image")
     parser.add_argument("--height", type=int, metavar="PIXELS", help="of each image (default: the model's)")
     add_overlap_argument(parser)
     add_decoding_arguments(parser)
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("panorama.png"),
-        metavar="FILE.png",
-        help="all in one picture (default: panorama.png)",
-    )
-    parser.add_argument("--images", type=Path, metavar="DIR", help="also write each image into a file of its own")
-    add_showing_arguments(parser)
+    add_output_arguments(parser, out="panorama.png", default=Path("panorama.png"))
     parser.set_defaults(run=run)
 
 
@@ -45,43 +44,42 @@ def run(args: argparse.Namespace) -> int:
     """Generates and writes.
 
     Raises:
-        FileNotFoundError: No such run.
-        ValueError: Sizes that are no whole tokens, an unknown class, or a number out of range.
+        FileNotFoundError: if there is no such run.
+        ValueError: if sizes are not whole tokens, a class is unknown, or a number is out of range.
     """
-    settings = decoding_settings(args)
-    check_overlap(args)
+    check_overlap_flag(args)
+    check_seed_and_batch(args)
     check_outputs(args)
     folder, outline = find_model(args)
-    labels = outline.class_ids(class_words(args.classes, outline.class_names))
-    names = [outline.class_names[label] for label in labels]
+    labels = outline.parse_classes(args.classes)
     from maskgit_pl.editing import check_canvas
 
-    size = outline.image_size
+    height = outline.image_size if args.height is None else args.height
     with naming_flags(args):
-        check_canvas(args.height or size, args.width, factor=outline.token_size, least=size)
+        check_canvas(height, args.width, factor=outline.token_size, least=outline.image_size)
     outline.check_parallel("panorama")
-    check_settings(args, settings, outline)
+    decoding = read_decoding(args, outline)
     from maskgit_pl.imaging import image_grid
 
     pipe = open_pipe(folder, args)
-    with recorded_steps("panorama", args) as (after_step, steps):
+    with recorded_steps("panorama", is_recording=wants_decoding(args)) as (after_step, steps):
         made = pipe.panorama(
             labels,
             args.width,
-            height=args.height,
+            height=height,
             overlap=args.overlap,
-            seed=args.seed,
-            batch_size=args.batch,
             output_type="pt",
+            seed=args.seed,
+            batch_size=args.batch_size,
             callback=after_step,
-            **settings,
+            decoding=decoding,
         )
     images = cast("Tensor", made)  # as "pt" says
-    height, width = images.shape[-2:]
-    scale = max(1, 84 // height)  # small pictures as large as in the other sheets
+    names = [outline.class_names[label] for label in labels]
+    scale = max(1, _COMFORTABLE // height)
     write_picture(image_grid(images, columns=1, row_captions=names, scale=scale), args.out)
-    print(f"{args.out}: {len(images)} images of {width} x {height} pixels")
-    if args.images is not None:
-        write_images(images, labels, args.images, seed=args.seed)
-    write_decoding(pipe, steps, args, captions=names, grid=pipe.tokenizer.network.config.grid((height, width)))
+    print(f"{args.out}: {len(images)} images of {args.width} x {height} pixels")
+    write_images(images, labels, args)
+    grid = pipe.tokenizer.network.config.grid((height, args.width))
+    write_decoding(pipe, steps, args, captions=names, grid=grid)
     return 0

@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from maskgit_pl.cli.bulk import add_bulk_arguments, check_bulk, device_of_rank, generate_bulk
-from maskgit_pl.cli.decoding import add_decoding_arguments, check_settings, decoding_settings
-from maskgit_pl.cli.model import add_model_argument, check_at_least, class_of, class_words, find_model, open_pipe
-from maskgit_pl.cli.outputs import check_outputs
-from maskgit_pl.cli.showing import add_showing_arguments, write_decoding, write_images, write_picture
+from maskgit_pl.cli.decoding import add_decoding_arguments, check_seed_and_batch, read_decoding
+from maskgit_pl.cli.model import (
+    add_classes_argument,
+    add_model_argument,
+    check_at_least,
+    find_model,
+    naming_flags,
+    open_pipe,
+)
+from maskgit_pl.cli.outputs import (
+    add_output_arguments,
+    check_outputs,
+    made_folder,
+    recorded_steps,
+    wants_decoding,
+    write_decoding,
+    write_images,
+    write_picture,
+)
+from maskgit_pl.cli.progress import progress_bars
+from maskgit_pl.launcher import launched_rank, local_rank
+from maskgit_pl.locks import locked
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from maskgit_pl.decoding import DecodingConfig
     from maskgit_pl.pipeline import MaskGIT
     from maskgit_pl.pipeline.outline import Outline
 
@@ -23,27 +40,25 @@ __all__ = ["add_parser", "run"]
 _PER_CLASS = 8
 _ANIMATED = 4  # images side by side in an animation
 _OUT = Path("samples.png")
+_BULK = ("num_images", "seed", "part_size", "batch_size", "rank", "world_size")  # flags of ``generate_many``
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command to ``maskgit``."""
     parser = subparsers.add_parser("sample", help="generate images of classes", allow_abbrev=False)
     add_model_argument(parser)
-    parser.add_argument(
-        "--classes", default="all", metavar="A,B,...", help="numbers or names, or all (default: all, at most 10)"
-    )
+    add_classes_argument(parser)
     parser.add_argument("--per-class", type=int, metavar="N", help="images of each class (default: 8)")
     add_decoding_arguments(parser)
     parser.add_argument("--negative-class", metavar="NAME", help="what guidance pushes away from (default: no class)")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE",
-        help="all in one picture, or FILE.npz with --num-images (default: samples.png)",
+    add_output_arguments(parser, out="samples.png; FILE.npz with --num-images")
+    group = parser.add_argument_group("many images", "into one .npz file, as evaluators read it; a second call resumes")
+    group.add_argument("--num-images", type=int, metavar="N", help="spread evenly over the classes (all: all of them)")
+    group.add_argument("--part-size", type=int, default=500, metavar="N", help="images of a part (default: 500)")
+    group.add_argument("--rank", type=int, metavar="R", help="this process's number (default: of torchrun or Slurm)")
+    group.add_argument(
+        "--world-size", type=int, metavar="W", help="how many processes share the work (default: of torchrun or Slurm)"
     )
-    parser.add_argument("--images", type=Path, metavar="DIR", help="also write each image into a file of its own")
-    add_showing_arguments(parser)
-    add_bulk_arguments(parser)
     parser.set_defaults(run=run)
 
 
@@ -51,75 +66,118 @@ def run(args: argparse.Namespace) -> int:
     """Generates and writes.
 
     Raises:
-        FileNotFoundError: No such run.
-        ValueError: An unknown class or a number out of range.
+        FileNotFoundError: if there is no such run.
+        ValueError: if a class is unknown or a number is out of range.
     """
-    decoding = decoding_settings(args)
-    share = check_bulk(args)
-    check_at_least(args, per_class=1)
-    if share is None:
-        args.out = args.out or _OUT
-        check_outputs(args)
-    else:
-        check_outputs(args, out=".npz")
+    check_seed_and_batch(args)
+    bulk = None if args.num_images is None else _bulk_options(args)
+    if bulk is None:
+        _check_picture(args)
     folder, outline = find_model(args)
-    classes, negative = _labels(args, outline)
-    check_settings(args, decoding, outline, pushes_away=negative is not None)
-    settings: dict[str, Any] = {**decoding}
-    if negative is not None:
-        settings["negative_classes"] = negative
-    pipe = open_pipe(folder, args, device=device_of_rank() if share else None)
-    if share is not None:
-        generate_bulk(pipe, classes, args, settings, rank=share[0], world_size=share[1])
-    else:
-        _write(pipe, classes, args, settings)
+    labels, negative = _labels(args, outline)
+    decoding = read_decoding(args, outline, pushes_away=negative is not None)
+    if bulk is None:
+        _generate_picture(open_pipe(folder, args), labels, negative, decoding, args)
+        return 0
+    from maskgit_pl.devices import default_device
+
+    pipe = open_pipe(folder, args, device=default_device(local_rank=local_rank()))
+    _generate_bulk(pipe, args.out, {**bulk, "classes": labels, "negative_class": negative, "decoding": decoding})
     return 0
 
 
+def _check_picture(args: argparse.Namespace) -> None:
+    if args.rank is not None or args.world_size is not None:
+        raise ValueError("--rank, --world-size: they go with --num-images only; say how many images")
+    if args.out is not None and args.out.suffix == ".npz":
+        raise ValueError(f"--out {args.out}: such a file is written with --num-images; say how many images")
+    check_at_least(args, per_class=1)
+    args.out = args.out or _OUT
+    check_outputs(args)
+
+
+def _bulk_options(args: argparse.Namespace) -> dict[str, int]:
+    """Returns the options of ``generate_many`` that the flags say, checked."""
+    for flag in ("per_class", "images", "gif", "filmstrip"):
+        if getattr(args, flag) is not None:
+            raise ValueError(f"--{flag.replace('_', '-')}: it does not go with --num-images; leave one of them out")
+    if (args.rank is None) != (args.world_size is None):
+        raise ValueError("--rank, --world-size: both are needed, or neither, got one")
+    if args.rank is None:
+        args.rank, args.world_size = launched_rank()
+    if args.out is None or args.out.suffix != ".npz":
+        raise ValueError(f"--out: a file that ends in .npz is needed with --num-images, got {args.out}")
+    check_outputs(args, out=".npz")
+    from maskgit_pl.pipeline.bulk_plan import BulkOptions
+
+    options = {name: getattr(args, name) for name in _BULK}
+    with naming_flags(args):
+        BulkOptions(**options)
+    return options
+
+
 def _labels(args: argparse.Namespace, outline: Outline) -> tuple[list[int], int | None]:
-    """The labels of ``--classes``, and that of ``--negative-class``."""
-    names = outline.class_names
-    everything = args.num_images is not None and args.classes == "all" and "all" not in names
-    classes = outline.class_ids(range(len(names)) if everything else class_words(args.classes, names))
-    if args.negative_class is None:
-        return classes, None
-    return classes, outline.class_ids([class_of(args.negative_class, names)])[0]
+    """Returns the labels of ``--classes``, and that of ``--negative-class``."""
+    max_shown = {} if args.num_images is None else {"max_shown": len(outline.class_names)}
+    classes = outline.parse_classes(args.classes, **max_shown)
+    return classes, None if args.negative_class is None else outline.parse_class(args.negative_class)
 
 
-def _write(pipe: MaskGIT, classes: list[int], args: argparse.Namespace, settings: dict[str, Any]) -> None:
+def _generate_bulk(pipe: MaskGIT, out: Path, options: dict[str, Any]) -> None:
+    """Generates this process's share, and the file once all are there; says what was done."""
+    from maskgit_pl.pipeline.bulk import generate_many
+
+    advance: list[Callable[[int], None]] = []  # of the bar, once it is known how many images there are
+    made_folder(out.parent)
+    lock = locked(out, way_out="name another --out", rank=options["rank"])
+    with lock, progress_bars() as bars:
+        result = generate_many(
+            pipe,
+            out,
+            on_start=lambda total, found: advance.append(bars("sampling", total, done=found, unit="images")),
+            on_images=lambda count: advance[0](count),
+            **options,
+        )
+    count, classes = options["num_images"], len(options["classes"])
+    if result.missing_parts:
+        who = f"rank {options['rank']} of {options['world_size']}"
+        print(f"{out}: {who} has its {result.made + result.found} images; parts to come: {result.missing_parts}")
+    elif result.made == 0:
+        print(f"{out}: complete with {count} images; nothing was to be made")
+    else:
+        steps = options["decoding"].num_steps
+        print(f"{out}: {count} images of {classes} classes, {steps} steps each; {result.made} made now")
+
+
+def _generate_picture(
+    pipe: MaskGIT, classes: list[int], negative: int | None, decoding: DecodingConfig, args: argparse.Namespace
+) -> None:
     """Generates ``--per-class`` images of each class and writes what was asked for."""
     from maskgit_pl.imaging import image_grid
 
-    per_class = args.per_class or _PER_CLASS
+    per_class, names = args.per_class or _PER_CLASS, [pipe.class_names[label] for label in classes]
     labels = [label for label in classes for _ in range(per_class)]
-    images = _generate(pipe, labels, args, settings)
-    names = [pipe.class_names[label] for label in classes]
-    write_picture(image_grid(images, columns=per_class, row_captions=names), args.out)
-    print(f"{args.out}: {len(images)} images of {len(classes)} classes, {_num_steps(pipe, settings)} steps each")
-    if args.images is not None:
-        write_images(images, labels, args.images, seed=args.seed)
-    if args.gif is not None or args.filmstrip is not None:
-        first_of_class = [number * per_class for number in range(min(_ANIMATED, len(classes)))]
-        chosen = first_of_class if len(classes) > 1 else list(range(min(_ANIMATED, per_class)))
-        steps = pipe.steps([labels[row] for row in chosen], seed=[args.seed + row for row in chosen], **settings)
-        write_decoding(pipe, list(steps), args, captions=[pipe.class_names[labels[row]] for row in chosen])
-
-
-def _generate(pipe: MaskGIT, labels: list[int], args: argparse.Namespace, settings: dict[str, Any]) -> Tensor:
-    from rich.progress import Progress
-
-    batches = -(-len(labels) // args.batch)
-    with Progress(transient=True) as progress:
-        bar = progress.add_task("sampling", total=batches * _num_steps(pipe, settings))
-        return pipe.generate(
+    total = -(-len(labels) // args.batch_size) * decoding.num_steps
+    with recorded_steps("sampling", is_recording=False, total=total) as (after_step, _):
+        images = pipe.generate(
             labels,
-            seed=args.seed,
-            batch_size=args.batch,
             output_type="pt",
-            callback=lambda step: progress.advance(bar),
-            **settings,
+            seed=args.seed,
+            negative_classes=negative,
+            batch_size=args.batch_size,
+            callback=after_step,
+            decoding=decoding,
         )
-
-
-def _num_steps(pipe: MaskGIT, settings: dict[str, Any]) -> int:
-    return pipe.decoding_with(**settings).num_steps
+    write_picture(image_grid(images, columns=per_class, row_captions=names), args.out)
+    print(f"{args.out}: {len(images)} images of {len(classes)} classes, {decoding.num_steps} steps each")
+    write_images(images, labels, args)
+    if wants_decoding(args):
+        first_of_class = [number * per_class for number in range(min(_ANIMATED, len(classes)))]
+        rows = first_of_class if len(classes) > 1 else list(range(min(_ANIMATED, per_class)))
+        steps = pipe.steps(
+            [labels[row] for row in rows],
+            seed=[args.seed + row for row in rows],
+            negative_classes=negative,
+            decoding=decoding,
+        )
+        write_decoding(pipe, list(steps), args, captions=[pipe.class_names[labels[row]] for row in rows])

@@ -92,4 +92,4 @@ def _open_closed_files() -> None:
             os.fstat(number)
         except OSError:
             null = os.open(os.devnull, os.O_RDWR)  # the lowest free number: this one
-            os.set_inheritable(null, True)
+            os.set_inheritable(null, True)  # noqa: FBT003  # it takes no keywords

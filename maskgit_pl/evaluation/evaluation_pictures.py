@@ -9,21 +9,12 @@ import torch
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation.evaluator import Evaluator
 from maskgit_pl.evaluation.generation import Generated
-from maskgit_pl.imaging import (
-    decoding_frames,
-    image_grid,
-    reconstruction_grid,
-    save_gif,
-    save_png,
-    shown_steps,
-    to_unit_range,
-)
+from maskgit_pl.imaging import image_grid, reconstruction_grid, save_animation, save_png
 from maskgit_pl.pipeline import MaskGIT
 
 __all__ = ["write_pictures"]
 
 _SHOWN_CLASSES, _SHOWN_OF_A_CLASS, _SHOWN_PAIRS, _ANIMATED = 10, 8, 16, 4
-_FRAME, _ANIMATION, _SHORTEST = 600, 9600, 40  # milliseconds: of a frame, of all of them at most, of a frame at least
 
 
 def write_pictures(
@@ -51,16 +42,11 @@ def write_pictures(
     save_png(grid, folder / "samples.png")
 
     originals = evaluator.real_images("val", _SHOWN_PAIRS)[0]
-    with torch.inference_mode():
-        tokens = pipe.tokenizer.network.encode(to_unit_range(originals.to(pipe.device)))
-    save_png(reconstruction_grid(originals, pipe.tokenizer.decode(tokens)), folder / "reconstructions.png")
+    reconstructions = pipe.tokenizer.decode(pipe.tokenizer.encode(originals))
+    save_png(reconstruction_grid(originals, reconstructions), folder / "reconstructions.png")
 
     shown = classes[:_ANIMATED]
     seeds = [seed + number for number in range(len(shown))]
     steps = list(pipe.steps(shown, seed=seeds, decoding=decoding))
-    kept = shown_steps(steps, "animation")
-    images = [pipe.tokenizer.decode(step.tokens, grid=pipe.tokenizer.grid) for step in kept]
     captions = [pipe.class_names[label] for label in shown]
-    frames = decoding_frames(kept, images, grid=pipe.tokenizer.grid, captions=captions, num_steps=len(steps))
-    milliseconds = max(_SHORTEST, min(_FRAME, _ANIMATION // len(frames)))
-    save_gif(frames, folder / "decoding.gif", milliseconds=milliseconds)
+    save_animation(steps, pipe.tokenizer.decode, folder / "decoding.gif", grid=pipe.tokenizer.grid, captions=captions)

@@ -14,13 +14,13 @@ from maskgit_pl.imaging.layout import AGAIN, MASKED, NEW, PANEL, PAPER, add_titl
 
 __all__ = ["decoding_filmstrip", "decoding_frames", "shown_steps"]
 
-_MOST_STEPS = 12  # columns of a filmstrip
-_MOST_FRAMES = 64  # of an animation
+_MAX_COLUMNS = 12  # of a filmstrip
+_MAX_FRAMES = 64  # of an animation
 
 
 def shown_steps(steps: Sequence[DecodingStep], kind: Literal["animation", "filmstrip"]) -> list[DecodingStep]:
-    """The steps that a picture shows, so that no others need be decoded: all, or some with the first and last."""
-    most = _MOST_FRAMES if kind == "animation" else _MOST_STEPS
+    """Returns the steps that a picture shows, the first and the last among them; no others need be decoded."""
+    most = _MAX_FRAMES if kind == "animation" else _MAX_COLUMNS
     return [steps[number] for number in _spread(len(steps), most)]
 
 
@@ -32,7 +32,7 @@ def decoding_frames(
     captions: Sequence[str] = (),
     num_steps: int | None = None,
 ) -> list[Image.Image]:
-    """One picture a decoding step: above, what is decided; below, the image that the step's whole draw gives.
+    """Draws one picture a decoding step: above, what is decided; below, the image of all tokens that the step drew.
 
     Above, masked tokens are grey, tokens kept at this step have an orange frame and tokens masked again a blue one, and
     decided ones are their part of the image.
@@ -41,8 +41,8 @@ def decoding_frames(
         steps: The steps of a run over a few images.
         images: For each step, its tokens decoded: (n, C, H, W) uint8.
         grid: Rows and columns of tokens.
-        captions: Written above the images; empty for none.
-        num_steps: T, where the steps are some of them; None where they are all.
+        captions: Text above the images; empty for none.
+        num_steps: T, if the steps are some of them; None if they are all.
 
     Source: paper, Figure 2.
     """
@@ -58,20 +58,20 @@ def decoding_frames(
 def decoding_filmstrip(
     steps: Sequence[DecodingStep], images: Sequence[Tensor], *, grid: tuple[int, int], row: int = 0
 ) -> Image.Image:
-    """One image's decoding in one picture, a column a step: mask, confidence, what is newly kept, the image.
+    """Draws the decoding of one image, a column a step: mask, confidence, what is newly kept, the image.
 
-    The mask is what the step found: grey. Confidence is the probability that each code had when it was last drawn, from
-    dark (0) to bright (the highest that was drawn, which stands beside the row). Newly kept tokens have an orange
-    frame, tokens masked again a blue one. The image is that of the step's whole draw. Of many steps some are shown, the
+    The mask before the step is grey. Confidence is the probability of each code when it was last drawn, from dark (0)
+    to bright (the highest that was drawn, which stands beside the row). Newly kept tokens have an orange frame, tokens
+    masked again a blue one. The image is that of all tokens that the step drew. Of many steps at most 12 are shown, the
     first and the last among them.
 
     Args:
         steps: The steps of a run.
         images: For each step, its tokens decoded: (n, C, H, W) uint8.
         grid: Rows and columns of tokens.
-        row: Which image of the run.
+        row: Number of the image in the run.
     """
-    shown = _spread(len(steps), _MOST_STEPS)
+    shown = _spread(len(steps), _MAX_COLUMNS)
     chosen = [(steps[number], images[number][row]) for number in shown]
     scale = scale_to(images[0], PANEL)
     top = max(1e-9, *(float((step.confidence * step.was_masked)[row].max()) for step, _ in chosen))
@@ -98,14 +98,14 @@ def _describe(step: DecodingStep, num_steps: int) -> str:
 
 
 def _spread(count: int, most: int) -> list[int]:
-    """At most ``most`` of range(count), evenly spread, the first and the last among them."""
+    """Returns at most ``most`` of range(count), evenly spread, the first and the last among them."""
     if count <= most:
         return list(range(count))
     return [round(place * (count - 1) / (most - 1)) for place in range(most)]
 
 
 def _token_panel(step: DecodingStep, row: int, image: Tensor, grid: tuple[int, int]) -> Image.Image:
-    """The decided part of an image (C, H, W) uint8: grey where masked, framed where kept or masked again just now."""
+    """Draws an image (C, H, W) uint8 with masked tokens grey, and frames around tokens just kept or masked again."""
     was, still = step.was_masked[row], step.still_masked[row]
     return _cells_panel(image, grid, filled=still, framed={NEW: was & ~still, AGAIN: still & ~was})
 
@@ -117,7 +117,7 @@ def _cells_panel(
     filled: Tensor,
     framed: Mapping[tuple[int, int, int], Tensor] | None = None,
 ) -> Image.Image:
-    """An image (C, H, W) uint8 with tokens filled grey or framed in a colour; (N,) bool each."""
+    """Draws an image (C, H, W) uint8 with tokens filled grey or framed in a colour; (N,) bool each."""
     scale = scale_to(image, PANEL)
     panel, boxes = enlarge(image, scale), _boxes(image.shape[-2:], grid, scale)
     draw = ImageDraw.Draw(panel)
@@ -132,7 +132,7 @@ def _cells_panel(
 
 
 def _heat_panel(values: Tensor, image: Tensor, grid: tuple[int, int]) -> Image.Image:
-    """Values (N,) float of the tokens as colours, from dark (0) to bright (1), in a picture as large as the image's."""
+    """Draws values (N,) float of the tokens as colours, from dark (0) to bright (1); as large as the image's panel."""
     from matplotlib import colormaps
 
     scale = scale_to(image, PANEL)
@@ -145,7 +145,7 @@ def _heat_panel(values: Tensor, image: Tensor, grid: tuple[int, int]) -> Image.I
 
 
 def _boxes(size: Sequence[int], grid: tuple[int, int], scale: int) -> list[tuple[int, int, int, int]]:
-    """(left, top, right, bottom), all included, of the tokens of an image (H, W) shown ``scale`` times as large.
+    """Returns (left, top, right, bottom), all included, of the tokens of an image (H, W) enlarged ``scale`` times.
 
     In raster order. Tokens at the right and below may go beyond the image.
     """

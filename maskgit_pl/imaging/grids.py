@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from maskgit_pl.files import write_atomically
 from maskgit_pl.imaging.layout import COMFORTABLE, MASKED, NEW, add_title, enlarge, lay_out, scale_to
+from maskgit_pl.imaging.pixels import to_pil
 
-__all__ = ["edit_sheet", "image_grid", "reconstruction_grid", "save_gif", "save_png"]
+__all__ = ["edit_sheet", "image_grid", "reconstruction_grid", "save_gif", "save_images", "save_png"]
 
 
 def image_grid(
@@ -31,12 +31,12 @@ def image_grid(
     Args:
         images: (n, C, H, W) uint8, C = 1 or 3, n at least 1; the last row may be short.
         columns: Images of a row.
-        row_captions: Written left of the rows; empty for none.
-        column_captions: Written above the columns; empty for none.
-        scale: Times as large; None enlarges small images to about 84 px.
+        row_captions: Text left of the rows; empty for none.
+        column_captions: Text above the columns; empty for none.
+        scale: Factor of enlargement; None enlarges small images to about 84 px.
 
     Raises:
-        ValueError: No images, fewer than one column, or more captions than rows or columns.
+        ValueError: if there are no images, fewer than one column, or more captions than rows or columns.
     """
     rows = _checked_rows(images, columns, row_captions, column_captions)
     scale = scale_to(images, COMFORTABLE) if scale is None else scale
@@ -45,15 +45,15 @@ def image_grid(
 
 
 def reconstruction_grid(originals: Tensor, reconstructions: Tensor, *, columns: int = 8) -> Image.Image:
-    """Rows of originals, each above the row of their reconstructions.
+    """Lays originals out in rows, each above the row of their reconstructions.
 
     Args:
         originals: (n, C, H, W) uint8.
-        reconstructions: The same shape.
+        reconstructions: (n, C, H, W) uint8.
         columns: Images of a row.
     """
     columns = min(columns, len(originals))
-    starts = range(0, len(originals) // columns * columns, columns)  # whole rows alone
+    starts = range(0, len(originals) // columns * columns, columns)  # whole rows only
     rows = [part[start : start + columns] for start in starts for part in (originals, reconstructions)]
     return image_grid(torch.cat(rows), columns=columns, row_captions=["original", "reconstruction"] * len(starts))
 
@@ -61,14 +61,14 @@ def reconstruction_grid(originals: Tensor, reconstructions: Tensor, *, columns: 
 def edit_sheet(
     original: Tensor, variants: Tensor, *, mask: Tensor, region: Tensor, title: str, captions: Sequence[str]
 ) -> Image.Image:
-    """An edit in one row: the original, the original with the region grey and the mask outlined, the variants.
+    """Lays an edit out in one row: the original, the original with the region grey and the mask outlined, the variants.
 
     Args:
         original: (C, H, W) uint8, C = 1 or 3.
         variants: (n, C, H, W) uint8.
-        mask: (H, W) bool: what was asked for.
-        region: (H, W) bool: what was generated, the mask and its surroundings.
-        title: Written above.
+        mask: (H, W) bool: the pixels that were named.
+        region: (H, W) bool: the pixels that were generated, the mask and its surroundings.
+        title: Text above the row.
         captions: One for each variant.
     """
     colour = original.expand(3, -1, -1)
@@ -82,27 +82,40 @@ def edit_sheet(
 
 
 def save_png(picture: Image.Image, path: Path) -> None:
-    """Writes a PNG under a temporary name first, so that a viewer never meets half of it."""
-    _save(path, lambda partial: picture.save(partial, format="PNG"))
+    """Writes a PNG file, whole or not at all; folders above it are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with write_atomically(path) as file:
+        picture.save(file, format="PNG")
+
+
+def save_images(images: Tensor, labels: Sequence[int | None], folder: Path, *, seed: int) -> None:
+    """Writes each image into a PNG file that is named after its class and its seed.
+
+    Args:
+        images: (n, C, H, W) uint8.
+        labels: Class of each; None is "no class".
+        folder: Made if it is not there.
+        seed: Seed of the first image; image i has seed + i.
+    """
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        name = "no-class" if label is None else f"class-{label:04d}"
+        save_png(to_pil(image), folder / f"{name}-seed-{seed + number:06d}.png")
 
 
 def save_gif(frames: Sequence[Image.Image], path: Path, *, milliseconds: int = 600, last: int = 2400) -> None:
-    """Writes frames as a GIF that goes round for ever.
+    """Writes frames as an endless GIF, whole or not at all; folders above it are made.
 
     Args:
         frames: At least one, all of one size.
         path: The file.
-        milliseconds: How long a frame stays.
-        last: How long the last one stays.
+        milliseconds: Duration of a frame.
+        last: Duration of the last frame, in milliseconds.
     """
     durations = [milliseconds] * (len(frames) - 1) + [last]
     first, *rest = [frame.quantize(128) for frame in frames]
-    _save(
-        path,
-        lambda partial: first.save(
-            partial, format="GIF", save_all=True, append_images=rest, duration=durations, loop=0, disposal=1
-        ),
-    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with write_atomically(path) as file:
+        first.save(file, format="GIF", save_all=True, append_images=rest, duration=durations, loop=0, disposal=1)
 
 
 def _checked_rows(images: Tensor, columns: int, row_captions: Sequence[str], column_captions: Sequence[str]) -> int:
@@ -118,16 +131,6 @@ def _checked_rows(images: Tensor, columns: int, row_captions: Sequence[str], col
 
 
 def _outline(mask: Tensor) -> Tensor:
-    """(H, W) bool: the masked pixels that have a neighbour outside; beyond the border is outside too."""
+    """Returns (H, W) bool: the masked pixels with a neighbour outside; beyond the border is outside too."""
     outside = F.pad(mask.logical_not()[None].float(), (1, 1, 1, 1), value=1.0)
     return mask & (F.max_pool2d(outside, 3, stride=1)[0] > 0)
-
-
-def _save(path: Path, write: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        write(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Tiles, captions and titles on one page: what every picture of this folder is put together from."""
+"""Tiles, captions and titles on one page, from which every picture of this folder is built."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _GAP, _MARGIN, _FONT_SIZE = 4, 8, 14
 
 
 def scale_to(images: Tensor, wanted: int) -> int:
-    """The whole factor that brings the longer edge to at least ``wanted`` pixels."""
+    """Returns the smallest whole factor that brings the longer edge to at least ``wanted`` pixels."""
     return max(1, math.ceil(wanted / max(images.shape[-2:])))
 
 
@@ -50,7 +50,7 @@ def lay_out(
     row_captions: Sequence[str] = (),
     column_captions: Sequence[str] = (),
 ) -> Image.Image:
-    """Tiles of one size in raster order, captions to the left and above."""
+    """Lays out tiles of one size in raster order, with captions to the left and above."""
     font = ImageFont.load_default(_FONT_SIZE)
     row_captions, column_captions = (list(map(printable, texts)) for texts in (row_captions, column_captions))
     width, height = tiles[0].size
@@ -82,7 +82,7 @@ def add_title(picture: Image.Image, title: str) -> Image.Image:
 
 
 def _shorten(text: str, width: int, font: Any) -> str:
-    """The text, cut with an ellipsis where it is wider than ``width`` pixels."""
+    """Returns the text, cut with an ellipsis if it is wider than ``width`` pixels."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:

@@ -12,11 +12,11 @@ __all__ = ["to_pil", "to_unit_range"]
 
 
 def to_unit_range(images: Tensor) -> Tensor:
-    """Uint8 pixels in [0, 255] -> float32 in [0, 1]."""
+    """Converts uint8 pixels in [0, 255] to float32 in [0, 1]."""
     return images.to(torch.float32) / 255
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """(C, H, W) uint8, C = 1 or 3 -> a grey (L) or RGB picture of that size."""
+    """Converts (C, H, W) uint8, C = 1 or 3, to a grey (L) or RGB picture of that size."""
     pixels = rearrange(image.cpu().numpy(), "c h w -> h w c")
     return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels))

@@ -1,16 +1,13 @@
-"""What is asked of an import's files and of the folder that it writes, before anything heavy is imported."""
+"""Checks of the files that an import reads and of the folder that it writes, before anything heavy is imported."""
 
 from __future__ import annotations
 
-import os
-import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["Format", "check_out", "flax_file", "torch_file", "whole_folder"]
+__all__ = ["Format", "check_out", "flax_file", "read_class_names", "torch_file"]
 
 Format = Literal["msgpack", "pickle", "safetensors", "zip"]
 
@@ -31,24 +28,24 @@ _BEGINNINGS: tuple[tuple[str, str, Callable[[bytes], bool]], ...] = (  # format,
 
 
 def flax_file(path: Path) -> None:
-    """Refuses what is no file of flax's msgpack, told by its first bytes.
+    """Refuses a file that is not flax's msgpack, as its first bytes show.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: A folder, an empty file, or one of another format.
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is a folder, an empty file, or one of another format.
     """
     _format(path, ("msgpack",), "a file of flax's msgpack, of some 200 or 700 MB as released,")
 
 
 def torch_file(path: Path) -> Format:
-    """The format of a checkpoint, told by its first bytes.
+    """Returns the format of a checkpoint, as its first bytes show.
 
     Returns:
         ``zip``: what torch.save writes; ``pickle``: what it wrote before version 1.6; ``safetensors``.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: A folder, an empty file, one of another format, or a zip archive that is cut off.
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is a folder, an empty file, one of another format, or a zip archive that is cut off.
     """
     return _format(path, ("zip", "pickle", "safetensors"), "a file of torch.save or of safetensors")
 
@@ -57,8 +54,8 @@ def check_out(folder: Path) -> None:
     """Refuses to write where something stands already: transformers were trained on what it holds.
 
     Raises:
-        FileExistsError: It is there, and not an empty folder.
-        NotADirectoryError: It would lie in a file.
+        FileExistsError: if it is there, and not an empty folder.
+        NotADirectoryError: if it would lie in a file.
     """
     empty = folder.is_dir() and not any(folder.iterdir())
     if folder.is_symlink() or (folder.exists() and not empty):
@@ -70,24 +67,19 @@ def check_out(folder: Path) -> None:
         raise NotADirectoryError(f"import {folder}: a folder is needed above it, got the file {above}")
 
 
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """Gives a folder to write to, which becomes ``folder`` at the end; after an error nothing is there.
+def read_class_names(path: Path) -> list[str]:
+    """Reads names of classes, one a line.
 
-    Args:
-        folder: Checked by ``check_out``.
-
-    Yields:
-        An empty folder beside it.
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not UTF-8.
     """
-    fresh = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
+    if not path.is_file():
+        raise FileNotFoundError(f"class names {path}: no such file; one name a line is needed")
     try:
-        yield fresh
-        fresh.rename(folder)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"class names {path}: a text in UTF-8, one name a line, is needed ({error})") from error
 
 
 def _format(path: Path, accepted: Sequence[Format], needed: str) -> Format:

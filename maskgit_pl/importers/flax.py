@@ -51,8 +51,8 @@ def read_flax(path: Path) -> dict[str, Array]:
         float32; numbers and texts become arrays without dimensions; None and empty maps hold nothing.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: Another kind of file, one that is cut off or damaged, or one that claims more than it holds.
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is another kind of file, is cut off or damaged, or claims more than it holds.
 
     Source: flax, serialization.py.
     """
@@ -67,7 +67,7 @@ def read_flax(path: Path) -> dict[str, Array]:
 
 
 def _parse(stream: BinaryIO, size: int) -> Any:
-    """The tree, read array by array: the file's bytes are held once."""
+    """Reads the tree array by array: the file's bytes are held once."""
     seen = 0
 
     def counted(nodes: int) -> None:
@@ -151,7 +151,7 @@ def _extension(code: int, data: bytes) -> Array:
 
 
 def _array_header(data: bytes) -> tuple[tuple[int, ...], str, int]:
-    """Shape, dtype name and where the data begin, of msgpack's (shape, dtype, bytes)."""
+    """Returns shape, dtype name and the offset of the data of msgpack's (shape, dtype, bytes)."""
     header = msgpack.Unpacker(
         max_buffer_size=_HEADER, max_array_len=_MAX_DIMENSIONS, max_str_len=_MAX_TEXT, max_map_len=0, max_ext_len=0
     )
@@ -179,13 +179,13 @@ def _check_shape(shape: list[Any]) -> None:
 
 
 def _float32(bits: Array) -> Array:
-    """bfloat16 is the upper half of float32."""
+    """Converts bfloat16, the upper half of float32."""
     wide: Array = (bits.astype(np.uint32) << 16).view(np.float32)
     return wide
 
 
 def _unchunked(content: dict[str, Any]) -> dict[str, Any] | Array:
-    """The array that a map of chunks stands for; other maps as they are."""
+    """Returns the array that a map of chunks stands for; other maps as they are."""
     if _CHUNKED not in content:
         return content
     shape, chunks = (_in_order(content.get(name)) for name in ("shape", "chunks"))

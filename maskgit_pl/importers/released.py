@@ -1,204 +1,37 @@
-"""Checkpoints of the released MaskGIT code (JAX) as pretrained folders.
-
-Its names and shapes, beside ours: a table of rules for each network, from which weights, and trees of gradients, are
-carried over. Used by ``maskgit import-jax``.
-
-Source: google-research/maskgit, ``maskgit_transformer.py`` and ``vqgan_tokenizer.py``.
-"""
+"""Checkpoints of the released MaskGIT code (JAX) as pretrained folders. Used by ``maskgit import-jax``."""
 
 from __future__ import annotations
 
 import logging
-import math
-import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
 
-import numpy as np
-import torch
-from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.importers.files import check_out, flax_file, whole_folder
-from maskgit_pl.importers.flax import Array, read_flax
+from maskgit_pl.files import write_folder
+from maskgit_pl.importers.files import check_out, flax_file
+from maskgit_pl.importers.flax import read_flax
+from maskgit_pl.importers.released_weights import (
+    parameters,
+    tokenizer_config,
+    tokenizer_weights,
+    transformer_config,
+    transformer_weights,
+)
 from maskgit_pl.networks.transformer import TransformerConfig
-from maskgit_pl.networks.vqgan import VQGAN, Activation, ResidualBlock, VQGANConfig
+from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.pretrained import fingerprint, save_tokenizer, save_transformer
 
-__all__ = [
-    "import_jax",
-    "parameters",
-    "tokenizer_config",
-    "tokenizer_weights",
-    "transformer_config",
-    "transformer_weights",
-]
+__all__ = ["import_jax"]
 
 log = logging.getLogger(__name__)
 
-_KINDS: dict[type[nn.Module], str] = {nn.Conv2d: "Conv", nn.GroupNorm: "GroupNorm", ResidualBlock: "ResBlock"}
-
-Arrays: TypeAlias = Mapping[str, Array]
-
-_PARAMS = "params/"
-_MARKS = {"tokenizer": "quantizer/codebook", "transformer": "Embed_0/word_embeddings/embedding"}
 _TOKENIZER_SIZE = 256  # px, where no transformer says it: the smaller of the two released ones
 _STEPS, _STEPS_OF_LARGE_GRIDS, _LARGE_GRID = 8, 12, 32  # paper, tables 1 and 2: 8 steps at 256 px, 12 at 512 px
 _CHOICE_TEMPERATURE = 4.5
-_DROPOUT = 0.1
 _IMAGENET_CLASSES = 1000
-_MAX_SIZE = 1 << 20  # of an axis; the released code's longest is 3072
-_SHOWN, _SHOWN_LETTERS = 3, 120  # names in an error
-
-
-@dataclass(frozen=True)
-class _Rule:
-    """A tensor of ours, from arrays of theirs.
-
-    Args:
-        ours: Its name in our state dict.
-        theirs: Names of the arrays that become its rows, in this order.
-        shape: Of each of these arrays.
-        axes: How einops rearranges each.
-    """
-
-    ours: str
-    theirs: tuple[str, ...]
-    shape: tuple[int, ...]
-    axes: str = "... -> ..."
-
-
-_DENSE = "inputs outputs -> outputs inputs"
-_CONV = "rows columns inputs outputs -> outputs inputs rows columns"
-_TO_HEADS = "inputs heads head_width -> (heads head_width) inputs"
-_FROM_HEADS = "heads head_width outputs -> outputs (heads head_width)"
-_HEADS = "heads head_width -> (heads head_width)"
-
-
-def parameters(arrays: Arrays) -> dict[str, Array]:
-    """The collection ``params`` of a checkpoint, without the prefix; others are named in the log.
-
-    Raises:
-        ValueError: There is none.
-    """
-    found = {name.removeprefix(_PARAMS): array for name, array in arrays.items() if name.startswith(_PARAMS)}
-    others = sorted({name.partition("/")[0] for name in arrays if not name.startswith(_PARAMS)})
-    if not found:
-        raise ValueError(f"checkpoint: a collection 'params' is needed, got {_some(others)}; name another file")
-    if others:
-        log.info("not imported: %s", _some(others))
-    return found
-
-
-def transformer_config(arrays: Arrays, *, num_codes: int) -> TransformerConfig:
-    """Sizes of a transformer, read off its arrays.
-
-    Args:
-        arrays: As ``parameters`` gives them.
-        num_codes: K, of the tokenizer that it belongs to.
-
-    Returns:
-        The sizes; dropout is the released 0.1, and there is no null class.
-
-    Raises:
-        ValueError: Not a transformer of the released code, not of this tokenizer, or of a grid that is not square.
-    """
-    _check_kind(arrays, "transformer")
-    words, width = _shape(arrays, _MARKS["transformer"], axes=2)
-    positions, _ = _shape(arrays, "Embed_0/position_embeddings/embedding", axes=2)
-    _, num_heads, _ = _shape(arrays, "TransformerLayer_0/Attention_0/self_attention/query/kernel", axes=3)
-    _, mlp_width = _shape(arrays, "TransformerLayer_0/Mlp_0/intermediate_output/kernel", axes=2)
-    edge = math.isqrt(max(positions - 1, 0))
-    if edge < 1 or edge**2 != positions - 1:
-        raise ValueError(
-            f"transformer positions: 1 and a square of tokens are needed (257, 1025, ...), got {positions}; "
-            "grids that are not square cannot be imported"
-        )
-    num_classes = words - num_codes - 1  # codes, classes, mask token
-    if num_classes < 1:
-        raise ValueError(
-            f"transformer vocabulary: {num_codes} codes of the tokenizer, at least 1 class and the mask token are "
-            f"needed, got {words}; this transformer and this tokenizer do not belong together"
-        )
-    return TransformerConfig(
-        num_codes=num_codes,
-        num_classes=num_classes,
-        grid=(edge, edge),
-        width=width,
-        depth=_count(arrays, "TransformerLayer_"),
-        num_heads=num_heads,
-        mlp_width=mlp_width,
-        dropout=_DROPOUT,
-        class_dropout=0.0,
-    )
-
-
-def transformer_weights(arrays: Arrays, config: TransformerConfig) -> dict[str, Tensor]:
-    """Weights, or gradients, of a transformer under our names.
-
-    Args:
-        arrays: As ``parameters`` gives them.
-        config: Sizes.
-
-    Returns:
-        State dict of a ``MaskedTransformer`` of ``config``: float32 copies.
-
-    Raises:
-        ValueError: An array is missing, left over, of another shape, or holds what is not a finite number.
-    """
-    return _carried_over(dict(arrays), list(_transformer_rules(config)), "transformer")
-
-
-def tokenizer_config(
-    arrays: Arrays, *, activation: Activation = "swish", quantizer: str | Mapping[str, Any] = "gradient"
-) -> VQGANConfig:
-    """Sizes of a tokenizer, read off its arrays.
-
-    Args:
-        arrays: As ``parameters`` gives them.
-        activation: Of its blocks; the arrays do not show it.
-        quantizer: As of ``VQGANConfig``, with no state beside the codebook.
-
-    Raises:
-        ValueError: Not a tokenizer of the released code, or with blocks that do not make levels.
-    """
-    _check_kind(arrays, "tokenizer")
-    _, _, in_channels, channels = _shape(arrays, "encoder/Conv_0/kernel", axes=4)
-    num_codes, code_width = _shape(arrays, _MARKS["tokenizer"], axes=2)
-    levels = _count(arrays, "decoder/Conv_") - 1  # first, last, and one for each doubling of the resolution
-    blocks = _count(arrays, "encoder/ResBlock_")
-    blocks_per_level = blocks // max(levels + 1, 1)  # as many in the middle
-    if levels < 1 or blocks < 1 or blocks != blocks_per_level * (levels + 1):
-        raise ValueError(
-            f"tokenizer blocks: as many on each of {levels} levels and in the middle are needed, got {blocks} in the "
-            "encoder; this is not a released tokenizer"
-        )
-    kernels = [f"encoder/ResBlock_{level * blocks_per_level}/Conv_0/kernel" for level in range(levels)]
-    widths = [_shape(arrays, name, axes=4)[-1] for name in kernels]
-    if any(width % channels or width < channels for width in widths):
-        raise ValueError(f"tokenizer widths: multiples of the first, {channels}, are needed, got {widths}")
-    return VQGANConfig(
-        in_channels,
-        channels=channels,
-        multipliers=tuple(width // channels for width in widths),
-        blocks_per_level=blocks_per_level,
-        middle_blocks=blocks_per_level,
-        downsampling="strided" if _count(arrays, "encoder/Conv_") > 2 else "average",
-        activation=activation,
-        num_codes=num_codes,
-        code_width=code_width,
-        quantizer=quantizer,
-    )
-
-
-def tokenizer_weights(arrays: Arrays, config: VQGANConfig) -> dict[str, Tensor]:
-    """Weights, or gradients, of a tokenizer under our names; as ``transformer_weights``, for a ``VQGAN``."""
-    return _carried_over(dict(arrays), list(_tokenizer_rules(config)), "tokenizer")
 
 
 def import_jax(
@@ -220,10 +53,10 @@ def import_jax(
         class_names: One for each class. By default ImageNet's where there are 1000, else numbers.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: A file of another kind, damaged, or not of this size; parts that do not belong together; a wrong
-            number of names.
-        FileExistsError: ``out`` is there.
+        FileNotFoundError: if there is no such file.
+        ValueError: if a file is of another kind, damaged, or not of this size, parts do not belong together, or the
+            number of names is wrong.
+        FileExistsError: if ``out`` is there.
     """
     check_out(out)
     for path in (tokenizer, transformer):
@@ -238,7 +71,7 @@ def import_jax(
     config, weights = _read_transformer(transformer, vqgan)
     size = _image_size(config, vqgan, image_size)
     names = _class_names(class_names, config.num_classes)
-    with whole_folder(out) as fresh:
+    with write_folder(out) as fresh:
         save_tokenizer(fresh / "tokenizer", vqgan, vqgan_weights, image_size=size)
         save_transformer(
             fresh / "transformer",
@@ -256,7 +89,7 @@ def import_jax(
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Says in each refusal which file it is about."""
+    """Makes each ValueError name the file."""
     try:
         yield
     except ValueError as error:
@@ -268,18 +101,18 @@ def _read_tokenizer(path: Path) -> tuple[VQGANConfig, dict[str, Tensor]]:
     with _named(path):
         arrays = parameters(read_flax(path))
         config = tokenizer_config(arrays)
-        return config, _carried_over(arrays, list(_tokenizer_rules(config)), "tokenizer")
+        return config, tokenizer_weights(arrays, config)
 
 
 def _read_transformer(path: Path, vqgan: VQGANConfig) -> tuple[TransformerConfig, dict[str, Tensor]]:
     with _named(path):
         arrays = parameters(read_flax(path))
         config = transformer_config(arrays, num_codes=vqgan.num_codes)
-        return config, _carried_over(arrays, list(_transformer_rules(config)), "transformer")
+        return config, transformer_weights(arrays, config)
 
 
 def _image_size(config: TransformerConfig, vqgan: VQGANConfig, wanted: int | None) -> int:
-    """Edge of the images in px, as the transformer's grid says."""
+    """Returns the edge of the images in px, as the transformer's grid says."""
     size = config.grid[0] * vqgan.downsampling_factor
     if wanted is not None and wanted != size:
         raise ValueError(
@@ -313,7 +146,7 @@ def _class_names(given: Sequence[str] | None, num_classes: int) -> tuple[str, ..
 
 
 def _imagenet_names() -> tuple[str, ...]:
-    """The first name of each class of ILSVRC 2012, in the order of its synset ids."""
+    """Returns the first name of each class of ILSVRC 2012, in the order of its synset ids."""
     from timm.data.imagenet_info import ImageNetInfo
 
     info = ImageNetInfo()
@@ -321,9 +154,9 @@ def _imagenet_names() -> tuple[str, ...]:
 
 
 def _write_tokenizer(out: Path, config: VQGANConfig, weights: Mapping[str, Tensor], size: int) -> None:
-    """A folder with a tokenizer alone."""
+    """Writes a folder with only a tokenizer."""
     config.grid(size)  # refuses a size that is not positive
-    with whole_folder(out) as fresh:
+    with write_folder(out) as fresh:
         save_tokenizer(fresh / "tokenizer", config, weights, image_size=size)
     _report_tokenizer(config, weights, size)
     log.info("%s: written; next: maskgit train transformer --tokenizer %s", out, out / "tokenizer")
@@ -345,150 +178,3 @@ def _report_transformer(config: TransformerConfig, weights: Mapping[str, Tensor]
 
 def _numbers(weights: Mapping[str, Tensor]) -> int:
     return sum(tensor.numel() for tensor in weights.values())
-
-
-def _transformer_rules(config: TransformerConfig) -> Iterator[_Rule]:
-    width = config.width
-    yield _Rule("words.weight", (_MARKS["transformer"],), (config.vocabulary_size, width))
-    yield _Rule("positions.weight", ("Embed_0/position_embeddings/embedding",), (config.num_tokens + 1, width))
-    yield from _norm_rules("embedding_norm", "Embed_0/embeddings_ln", width)
-    for number in range(config.depth):
-        yield from _layer_rules(f"blocks.{number}", f"TransformerLayer_{number}", config)
-    yield from _dense_rules("head_dense", "MlmLayer_0/mlm_dense", width, width)
-    yield from _norm_rules("head_norm", "MlmLayer_0/mlm_ln", width)
-    yield _Rule("head_bias", ("MlmLayer_0/mlm_bias/bias",), (config.vocabulary_size,))
-
-
-def _layer_rules(ours: str, theirs: str, config: TransformerConfig) -> Iterator[_Rule]:
-    width, heads = config.width, config.num_heads
-    attention, mlp = f"{theirs}/Attention_0", f"{theirs}/Mlp_0"
-    split = (heads, width // heads)
-    kernels, biases = (
-        tuple(f"{attention}/self_attention/{name}/{kind}" for name in ("query", "key", "value"))
-        for kind in ("kernel", "bias")
-    )
-    yield _Rule(f"{ours}.query_key_value.weight", kernels, (width, *split), _TO_HEADS)
-    yield _Rule(f"{ours}.query_key_value.bias", biases, split, _HEADS)
-    output = f"{attention}/self_attention/out"
-    yield _Rule(f"{ours}.attention_output.weight", (f"{output}/kernel",), (*split, width), _FROM_HEADS)
-    yield _Rule(f"{ours}.attention_output.bias", (f"{output}/bias",), (width,))
-    yield from _norm_rules(f"{ours}.attention_norm", f"{attention}/attention_output_ln", width)
-    yield from _dense_rules(f"{ours}.mlp_hidden", f"{mlp}/intermediate_output", width, config.mlp_width)
-    yield from _dense_rules(f"{ours}.mlp_output", f"{mlp}/layer_output", config.mlp_width, width)
-    yield from _norm_rules(f"{ours}.mlp_norm", f"{mlp}/layer_output_ln", width)
-
-
-def _tokenizer_rules(config: VQGANConfig) -> Iterator[_Rule]:
-    with torch.device("meta"):  # shapes alone
-        network = VQGAN(config)
-    yield _Rule("quantizer.codebook", (_MARKS["tokenizer"],), (config.num_codes, config.code_width))
-    for half in ("encoder", "decoder"):
-        yield from _module_rules(network.get_submodule(half), half, half)
-
-
-def _module_rules(module: nn.Module, ours: str, theirs: str) -> Iterator[_Rule]:
-    """The rules of what is inside; flax numbers modules of a kind in the order in which their parent makes them."""
-    numbers: Counter[str] = Counter()
-    for name, child in _children(module, ours):
-        kind = _KINDS[type(child)]
-        path = f"{theirs}/{kind}_{numbers[kind]}"
-        numbers[kind] += 1
-        if isinstance(child, nn.Conv2d):
-            yield from _convolution_rules(name, path, child)
-        elif isinstance(child, nn.GroupNorm):
-            yield from _norm_rules(name, path, child.num_channels)
-        else:
-            yield from _module_rules(child, name, path)
-
-
-def _children(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """Modules of the kinds that flax has; through those that it has not."""
-    for part, child in module.named_children():
-        if type(child) in _KINDS:
-            yield f"{name}.{part}", child
-        else:
-            yield from _children(child, f"{name}.{part}")
-
-
-def _convolution_rules(ours: str, theirs: str, convolution: nn.Conv2d) -> Iterator[_Rule]:
-    outputs, inputs, rows, columns = convolution.weight.shape
-    yield _Rule(f"{ours}.weight", (f"{theirs}/kernel",), (rows, columns, inputs, outputs), _CONV)
-    if convolution.bias is not None:
-        yield _Rule(f"{ours}.bias", (f"{theirs}/bias",), (outputs,))
-
-
-def _dense_rules(ours: str, theirs: str, inputs: int, outputs: int) -> Iterator[_Rule]:
-    yield _Rule(f"{ours}.weight", (f"{theirs}/kernel",), (inputs, outputs), _DENSE)
-    yield _Rule(f"{ours}.bias", (f"{theirs}/bias",), (outputs,))
-
-
-def _norm_rules(ours: str, theirs: str, width: int) -> Iterator[_Rule]:
-    yield _Rule(f"{ours}.weight", (f"{theirs}/scale",), (width,))
-    yield _Rule(f"{ours}.bias", (f"{theirs}/bias",), (width,))
-
-
-def _carried_over(arrays: dict[str, Array], rules: Sequence[_Rule], kind: str) -> dict[str, Tensor]:
-    """Tensors by the rules; takes the arrays out one by one, so that a large file is not held twice."""
-    shapes = {name: rule.shape for rule in rules for name in rule.theirs}
-    differences = {
-        "missing": [name for name in shapes if name not in arrays],
-        "left over": [name for name in arrays if name not in shapes],
-        "of another shape": [
-            f"{name} {arrays[name].shape} instead of {shape}"
-            for name, shape in shapes.items()
-            if name in arrays and arrays[name].shape != shape
-        ],
-    }
-    found = [f"{what}: {_some(names)}" for what, names in differences.items() if names]
-    if found:
-        raise ValueError(f"{kind} arrays: names and shapes of the released code are needed, {'; '.join(found)}")
-    return {rule.ours: _tensor(arrays, rule, kind) for rule in rules}
-
-
-def _tensor(arrays: dict[str, Array], rule: _Rule, kind: str) -> Tensor:
-    parts = [arrays.pop(name) for name in rule.theirs]
-    for name, part in zip(rule.theirs, parts, strict=True):
-        if part.dtype.kind != "f":
-            raise ValueError(f"{kind} {name}: floating point numbers are needed, got {part.dtype}; name another file")
-    rows = [rearrange(part, rule.axes) for part in parts]
-    tensor = np.empty((sum(map(len, rows)), *rows[0].shape[1:]), np.float32)
-    with np.errstate(over="ignore"):  # float64 that float32 does not hold becomes infinite, and is refused
-        np.concatenate(rows, out=tensor, casting="same_kind")
-    if not np.isfinite(tensor).all():
-        raise ValueError(f"{kind} {_some(rule.theirs)}: finite numbers are needed, got others; download the file again")
-    return torch.from_numpy(tensor)
-
-
-def _check_kind(arrays: Arrays, kind: str) -> None:
-    if _MARKS[kind] in arrays:
-        return
-    other = next((name for name, mark in _MARKS.items() if mark in arrays), None)
-    top = sorted({name.partition("/")[0] for name in arrays})
-    found = f"those of a {other}; name that file with --{other}" if other else f"{_some(top)}; name another file"
-    raise ValueError(f"{kind} arrays: those of a released {kind} are needed, got {found}")
-
-
-def _shape(arrays: Arrays, name: str, *, axes: int) -> tuple[int, ...]:
-    if name not in arrays:
-        raise ValueError(f"{name}: it is needed to know the sizes, got a file without it; name a released checkpoint")
-    shape = arrays[name].shape
-    if len(shape) != axes or not all(1 <= size <= _MAX_SIZE for size in shape):
-        raise ValueError(f"{name}: {axes} axes of sizes in [1, {_MAX_SIZE}] are needed, got {shape}")
-    return shape
-
-
-def _count(arrays: Arrays, prefix: str) -> int:
-    """How many ``PREFIX0``, ``PREFIX1``, ... there are."""
-    return len({name.removeprefix(prefix).partition("/")[0] for name in arrays if name.startswith(prefix)})
-
-
-def _some(names: Iterable[str]) -> str:
-    """The first few in natural order, and how many more there are."""
-    ordered = sorted(names, key=_natural)
-    more = f" and {len(ordered) - _SHOWN} more" if len(ordered) > _SHOWN else ""
-    return f"{', '.join(name[:_SHOWN_LETTERS] for name in ordered[:_SHOWN]) or 'nothing'}{more}"
-
-
-def _natural(name: str) -> list[str | int]:
-    """Sorts ResBlock_2 before ResBlock_10."""
-    return [int(part) if place % 2 else part for place, part in enumerate(re.split("([0-9]+)", name))]

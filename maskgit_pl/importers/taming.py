@@ -1,7 +1,7 @@
 """Tokenizers of taming-transformers and LlamaGen as pretrained folders.
 
 Both have one network (``networks/taming.py``) under two sets of names, by which the layout is recognised; every size is
-read off the tensors. Nothing of a file is executed: torch's loader for tensors alone reads it.
+read off the tensors. Nothing of a file is executed: torch's loader for tensors reads it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskgit_pl.importers.files import check_out, torch_file, whole_folder
+from maskgit_pl.files import write_folder
+from maskgit_pl.importers.files import check_out, torch_file
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.networks.weight_file import check_archive, check_held, check_tensor, read_tensors
 from maskgit_pl.pretrained import save_tokenizer
@@ -59,7 +60,7 @@ _INNER = {"shortcut": "nin_shortcut", "query": "q", "key": "k", "value": "v", "o
 
 @dataclass(frozen=True)
 class Layout:
-    """How a project names the parts of the network.
+    """The names that a project gives to the parts of the network.
 
     Attributes:
         name: The project's.
@@ -111,7 +112,7 @@ _LAYOUTS = (
 
 @dataclass(frozen=True)
 class ImportedTokenizer:
-    """What an import made.
+    """A tokenizer that was imported.
 
     Attributes:
         folder: The tokenizer's, ready for ``load_tokenizer``.
@@ -127,6 +128,23 @@ class ImportedTokenizer:
     num_parameters: int
     ignored: tuple[str, ...]
 
+    def report(self, image_size: int) -> str:
+        """Returns lines for people: sizes, what was ignored, and the next command."""
+        config = self.config
+        rows, columns = config.grid(image_size)
+        levels = "".join(f"level {level} and " for level in config.attention_levels)
+        return "\n".join(
+            [
+                f"{self.folder}: {self.layout} layout, {self.num_parameters:,} parameters",
+                f"  images    {config.in_channels} x {image_size} x {image_size} -> {rows} x {columns} tokens",
+                f"  codebook  {config.num_codes} codes of width {config.code_width}",
+                f"  network   widths {' '.join(map(str, config.widths))}, {config.blocks_per_level} blocks a level, "
+                f"self-attention in {levels}the middle",
+                f"  ignored   {', '.join(self.ignored) or 'nothing'}",
+                f"next: make train-transformer DATASET=... RECIPE=paper-256 TOKENIZER={self.folder}",
+            ]
+        )
+
 
 def import_taming(file: Path, out: Path, *, image_size: int = 256) -> ImportedTokenizer:
     """Writes ``out/tokenizer`` from a checkpoint.
@@ -141,8 +159,8 @@ def import_taming(file: Path, out: Path, *, image_size: int = 256) -> ImportedTo
         image_size: Edge of the square images that it is used for, in pixels; no file says it.
 
     Raises:
-        FileNotFoundError: No such file.
-        FileExistsError: ``out`` is there.
+        FileNotFoundError: if there is no such file.
+        FileExistsError: if ``out`` is there.
         ValueError: if it is not such a tokenizer, describes more than it holds, has numbers that are not finite, or its
             downsampling factor does not divide the size.
     """
@@ -158,17 +176,17 @@ def import_taming(file: Path, out: Path, *, image_size: int = 256) -> ImportedTo
     except ValueError as error:
         raise ValueError(f"checkpoint {file}: {error}") from error
     config.grid(image_size)
-    with whole_folder(out) as fresh:
+    with write_folder(out) as fresh:
         save_tokenizer(fresh / "tokenizer", config, weights, image_size=image_size)
     count = sum(tensor.numel() for tensor in weights.values())
     return ImportedTokenizer(out / "tokenizer", layout_of(tensors).name, config, count, (*beside, *ignored))
 
 
 def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
-    """The layout whose names a state dict has.
+    """Returns the layout whose names a state dict has.
 
     Raises:
-        ValueError: Neither; the text says what it is instead, where that can be told.
+        ValueError: if it has neither. The message says what it is, if that is known.
     """
     gumbel = [name for name in _GUMBEL if name in tensors]
     if gumbel:
@@ -183,13 +201,13 @@ def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
 
 
 def tokenizer_config(tensors: Mapping[str, Tensor]) -> VQGANConfig:
-    """Every size of the network, from the shapes of its tensors.
+    """Reads every size of the network off the shapes of its tensors.
 
     Args:
         tensors: State dict of the network in either layout.
 
     Raises:
-        ValueError: Neither layout, a tensor is missing, or the sizes are none of this network.
+        ValueError: if it has neither layout, a tensor is missing, or the sizes are not those of this network.
     """
     layout = layout_of(tensors)
     channels, in_channels, *_ = _shape(tensors, "encoder.conv_in.weight", axes=4)
@@ -222,7 +240,7 @@ def tokenizer_config(tensors: Mapping[str, Tensor]) -> VQGANConfig:
 
 
 def tokenizer_weights(tensors: Mapping[str, Tensor], config: VQGANConfig) -> dict[str, Tensor]:
-    """The state dict of our ``VQGAN``, float32.
+    """Returns the state dict of our ``VQGAN``, float32.
 
     Args:
         tensors: State dict of the network in either layout.
@@ -253,7 +271,7 @@ def tokenizer_weights(tensors: Mapping[str, Tensor], config: VQGANConfig) -> dic
 
 
 def _their_name(name: str, parts: Mapping[str, str]) -> str:
-    """The project's name of one of our tensors, e.g. ``encoder.blocks.3.shortcut.bias``."""
+    """Returns the project's name of one of our tensors, e.g. ``encoder.blocks.3.shortcut.bias``."""
     if name == "quantizer.codebook":
         return _CODEBOOK
     layer, _, kind = name.rpartition(".")
@@ -264,13 +282,13 @@ def _their_name(name: str, parts: Mapping[str, str]) -> str:
 
 
 def _parts(config: VQGANConfig, layout: Layout) -> dict[str, str]:
-    """Our blocks by name, e.g. ``decoder.blocks.0``, and the project's name of each."""
+    """Returns our blocks by name, e.g. ``decoder.blocks.0``, and the project's name of each."""
     named = {"encoder": _encoder_parts(config, layout), "decoder": _decoder_parts(config, layout)}
     return {f"{side}.blocks.{number}": part for side, parts in named.items() for number, part in enumerate(parts)}
 
 
 def _encoder_parts(config: VQGANConfig, layout: Layout) -> Iterator[str]:
-    """The project's names of our encoder's blocks, in their order."""
+    """Yields the project's names of our encoder's blocks, in their order."""
     last = len(config.multipliers) - 1
     for level in range(last + 1):
         name = f"{layout.encoder_levels}{level}"
@@ -281,7 +299,7 @@ def _encoder_parts(config: VQGANConfig, layout: Layout) -> Iterator[str]:
 
 
 def _decoder_parts(config: VQGANConfig, layout: Layout) -> Iterator[str]:
-    """The project's names of our decoder's blocks, in their order."""
+    """Yields the project's names of our decoder's blocks, in their order."""
     yield from (f"decoder.mid.{part}" for part in layout.middle)
     last = len(config.multipliers) - 1
     for level in range(last, -1, -1):
@@ -299,7 +317,7 @@ def _level_parts(name: str, config: VQGANConfig, layout: Layout, *, level: int, 
 
 
 def _read(file: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The state dict of a checkpoint and the names of what lies beside it."""
+    """Returns the state dict of a checkpoint and the names of what lies beside it."""
     kind = torch_file(file)
     try:
         if kind == "safetensors":
@@ -331,7 +349,7 @@ class _Record:
 
 
 def _load_tensors(file: Path, *, mmap: bool) -> Any:
-    """What torch's loader for tensors alone reads; a stand-in takes the place of each record of a training program.
+    """Reads a file with torch's loader for tensors; a stand-in takes the place of each record of a training program.
 
     Lightning before 1.7 keyed its callbacks' states by their classes, and LlamaGen stores its arguments. The classes
     themselves are never imported.
@@ -349,13 +367,13 @@ def _load_tensors(file: Path, *, mmap: bool) -> Any:
 
 
 def _unknown_class(text: str) -> str | None:
-    """The class of which torch's loader for tensors says that it does not read it."""
+    """Returns the class of which torch's loader for tensors says that it does not read it."""
     found = re.search(r"GLOBAL (\S+)", text)
     return None if found is None else found[1]
 
 
 def _refusal(file: Path, text: str) -> str:
-    """What the loader for tensors alone says of a file, and the way out."""
+    """Returns what torch's loader says of a file, and the way out."""
     found = _unknown_class(text)
     if found is None:
         return f"checkpoint {file}: damaged, or not a file of torch.save; download it again"
@@ -367,7 +385,7 @@ def _refusal(file: Path, text: str) -> str:
 
 
 def _network_tensors(contents: Mapping[str, Any]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The network's tensors and, counted by name, the others that are known not to belong to it."""
+    """Returns the network's tensors and, counted by name, the others that are known not to belong to it."""
     tensors: dict[str, Tensor] = {}
     ignored: Counter[str] = Counter()
     for name, value in contents.items():
@@ -388,7 +406,7 @@ def _named(name: str, known: str) -> bool:
 
 
 def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
-    """How many numbers follow a prefix."""
+    """Returns the number of numbers that follow a prefix."""
     return len({name[len(prefix) :].partition(".")[0] for name in tensors if name.startswith(prefix)})
 
 
@@ -402,7 +420,7 @@ def _shape(tensors: Mapping[str, Tensor], name: str, *, axes: int) -> tuple[int,
 
 
 def _some(names: Iterable[str]) -> str:
-    """The first of some names, and how many more there are."""
+    """Returns the first of some names, and the number of the others."""
     shown = list(names)
     more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
     return ", ".join(shown[:3]) + more

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from maskgit_pl.pipeline.options import Classes, DecodingSettings, EditOptions, GenerateOptions, OutputType, Seeds
+from maskgit_pl.pipeline.classes import Classes
+from maskgit_pl.pipeline.options import EditOptions, GenerateOptions, OutputType, Seeds
 
 if TYPE_CHECKING:
     from maskgit_pl.pipeline.model import MaskGIT
 
-__all__ = ["Classes", "DecodingSettings", "EditOptions", "GenerateOptions", "MaskGIT", "OutputType", "Seeds"]
+__all__ = ["Classes", "EditOptions", "GenerateOptions", "MaskGIT", "OutputType", "Seeds"]
 
 
 def __getattr__(name: str) -> Any:

@@ -20,7 +20,7 @@ class Canvas:
     Attributes:
         tokens: (B, R, C) int64, 0 where unknown.
         unknown: (R, C) bool, on the CPU.
-        confidence: (B, R, C) float32, as of ``DecodingStep``.
+        confidence: (B, R, C) float32, see ``DecodingStep``.
     """
 
     tokens: Tensor
@@ -29,18 +29,18 @@ class Canvas:
 
     @classmethod
     def of(cls, tokens: Tensor, unknown: Tensor, *, count: int, device: torch.device) -> Canvas:
-        """``count`` canvases that begin alike: tokens (R, C) int64, whatever where unknown (R, C) bool."""
+        """Returns ``count`` equal canvases of tokens (R, C) int64, any value where ``unknown`` (R, C) bool."""
         known = tokens.masked_fill(unknown, 0).to(device)
         every = known.expand(count, *known.shape).clone()
         return cls(every, unknown.clone(), torch.ones(every.shape, device=device))
 
     def window(self, window: Window, *, mask_token_id: int) -> Tensor:
-        """What the transformer sees: (B, h w) int64, ``mask_token_id`` where unknown."""
+        """Returns what the transformer sees: (B, h w) int64, ``mask_token_id`` where unknown."""
         hidden = window.unknown.to(self.tokens.device)
         return self.tokens[window.of_rows].masked_fill(hidden, mask_token_id).flatten(1)
 
     def step(self, window: Window, step: DecodingStep) -> DecodingStep:
-        """A step of a window as one of the whole canvas; what waits for its window is masked."""
+        """Returns a step of a window as one of the whole canvas; tokens of later windows are masked."""
 
         def placed(values: Tensor, background: Tensor) -> Tensor:
             whole = background.clone()

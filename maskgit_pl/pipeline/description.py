@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from maskgit_pl.checks import shorten
@@ -191,6 +190,8 @@ def check_run_facts(run: Any) -> Mapping[str, Any] | None:
 
 def _stage(folder: Path) -> dict[str, Any]:
     """Returns recipe, settings and versions of a stage."""
+    import yaml  # only a run has a recipe; loading a model needs none
+
     file = folder / "config.yaml"
     recipe = yaml.safe_load(file.read_text()) if file.is_file() else None
     recipe = renamed_tree(recipe, f"recipe {file}") if isinstance(recipe, dict) else {}

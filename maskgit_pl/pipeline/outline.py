@@ -1,29 +1,23 @@
-"""The facts of a model by which a request is checked: classes, sizes, and how it decodes.
+"""The facts of a model by which a request is checked: classes, sizes and decoding.
 
-``MaskGIT`` knows it from its networks. The command line reads it from the JSON files of a pretrained folder, without
-torch, and so refuses an unknown class or too many steps before it loads anything.
+``MaskGIT`` knows them from its networks. The command line reads them from the JSON files of a pretrained folder,
+without torch, and so refuses an unknown class or too many steps before it loads anything.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-
-from typing_extensions import Unpack
+from typing import Any
 
 from maskgit_pl.checks import build_dataclass, check_integer
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.limits import check_parallel
 from maskgit_pl.decoding.recipe_file import read_recipe
 from maskgit_pl.files import read_json
-from maskgit_pl.pipeline.options import (
-    Classes,
-    DecodingSettings,
-    GenerateOptions,
-    check_options,
-    class_ids,
-    with_settings,
-)
+from maskgit_pl.pipeline.classes import Classes, class_ids, parse_class, parse_classes
+from maskgit_pl.pipeline.options import replace_settings
+from maskgit_pl.text import printable
 
 __all__ = ["Outline"]
 
@@ -83,17 +77,34 @@ class Outline:
             return None
 
     def class_ids(self, classes: Classes) -> list[int]:
-        """Returns the labels of classes given by id or by name; errors as of ``options.class_ids``."""
+        """Returns the labels of classes given by id or by name; errors as of ``classes.class_ids``."""
         return class_ids(classes, self.class_names, null_label=self.null_label)
 
-    def decoding_with(self, **settings: Unpack[DecodingSettings]) -> DecodingConfig:
-        """Returns the model's own way of decoding, with some settings replaced.
+    def parse_class(self, word: str | None) -> int | None:
+        """Returns the label of the class that a word of a command line names; None is "no class", and stays None.
 
         Raises:
-            TypeError: if there is no such setting.
+            ValueError: if it is unknown, or the model was trained without "no class".
         """
-        check_options(settings, GenerateOptions, "pil")
-        return with_settings(self.decoding, settings)
+        (label,) = self.class_ids([None if word is None else parse_class(word, self.class_names)])
+        return None if word is None else label
+
+    def parse_classes(self, text: str, *, max_shown: int = 10) -> list[int]:
+        """Returns the labels that a list with commas names; errors as of ``class_ids``.
+
+        Args:
+            text: Indices or names; ``all`` is at most ``max_shown`` classes, evenly spread.
+            max_shown: See ``text``.
+        """
+        return self.class_ids(parse_classes(text, self.class_names, max_shown=max_shown))
+
+    def describe_class(self, label: int | None) -> str:
+        """Returns the words for a label: ``class NAME``, or ``no class``."""
+        return "no class" if label is None else f"class {printable(self.class_names[label])}"
+
+    def decoding_with(self, **settings: Any) -> DecodingConfig:
+        """Returns the model's own way of decoding with some settings replaced; see ``options.replace_settings``."""
+        return replace_settings(self.decoding, settings)
 
     def check_parallel(self, task: str) -> None:
         """Refuses a sequential model for a task; errors as of ``decoding.limits.check_parallel``."""

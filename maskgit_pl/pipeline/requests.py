@@ -1,18 +1,19 @@
-"""What was asked of ``MaskGIT``, checked: results with their labels and seeds, and images with what is to be edited."""
+"""Requests to ``MaskGIT`` after their checks: results with labels and seeds, and images with what is to be edited."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from torch import Tensor
 
 from maskgit_pl import editing
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.editing import ImageLike, MaskLike
-from maskgit_pl.pipeline.options import Classes, EditOptions, StepCallback, seed_list, with_settings
+from maskgit_pl.pipeline.classes import Classes
+from maskgit_pl.pipeline.options import EditOptions, GenerateOptions, StepCallback, seed_list
 from maskgit_pl.pretrained import PretrainedTokenizer
 from maskgit_pl.text import printable
 
@@ -21,12 +22,12 @@ __all__ = ["Edit", "Request", "rows_by_first_step", "slices"]
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for, checked.
+    """A decoding to be made.
 
     Attributes:
         labels: Label of each result.
         seeds: Its seed, in [0, 2**32).
-        negative_labels: What guidance pushes it away from; None is "no class".
+        negative_labels: Label that guidance pushes it away from; None is "no class".
         decoding: How all of them are decoded.
         batch_size: Results decoded at a time.
         callback: Called after each step of each batch.
@@ -43,21 +44,21 @@ class Request:
     def of(
         cls,
         classes: Classes,
-        options: Mapping[str, Any],
+        options: GenerateOptions,
+        decoding: DecodingConfig,
         *,
         class_ids: Callable[[Classes], list[int]],
-        decoding: DecodingConfig,
     ) -> Request:
-        """Reads the options of ``MaskGIT.generate``; errors as there.
+        """Reads the arguments of ``MaskGIT.generate``; errors as there.
 
         Args:
-            classes: Of the results, as ids or names.
-            options: Whatever was given of ``GenerateOptions`` or ``EditOptions``.
-            class_ids: From names to labels.
-            decoding: The model's own, for what the options do not say.
+            classes: Classes of the results, as indices or names.
+            options: Seeds, negative classes, batch size and callback.
+            decoding: How to decode.
+            class_ids: Maps indices and names to labels.
         """
         labels = class_ids(classes)
-        negative = options.get("negative_classes")
+        negative = options.negative_classes
         if negative is not None:
             negative = [negative] * len(labels) if isinstance(negative, int | str) else list(negative)
             if len(negative) != len(labels):
@@ -67,22 +68,23 @@ class Request:
                 )
         return cls(
             labels,
-            seed_list(options.get("seed", 0), len(labels)),
+            seed_list(options.seed, len(labels)),
             None if negative is None else class_ids(negative),
-            with_settings(decoding, options),
-            options.get("batch_size", 64),
-            options.get("callback"),
+            decoding,
+            options.batch_size,
+            options.callback,
         )
 
-    def parts(self) -> list[list[int]]:
-        """The results, batch by batch."""
+    def batches(self) -> list[list[int]]:
+        """Returns the numbers of the results, batch by batch."""
         count = len(self.labels)
-        return [list(range(first, min(first + self.batch_size, count))) for first in range(0, count, self.batch_size)]
+        return [list(range(count)[part]) for part in slices(count, self.batch_size)]
 
-    def with_seeds(self, rows: Sequence[int], seeds: list[int]) -> Request:
-        """The same for some of the results, with other seeds."""
+    def part(self, rows: Sequence[int], *, seeds: Sequence[int] | None = None) -> Request:
+        """Returns the request for some of the results, with other seeds if they are given."""
         negative = None if self.negative_labels is None else [self.negative_labels[row] for row in rows]
-        return replace(self, labels=[self.labels[row] for row in rows], seeds=seeds, negative_labels=negative)
+        own = [self.seeds[row] for row in rows] if seeds is None else list(seeds)
+        return replace(self, labels=[self.labels[row] for row in rows], seeds=own, negative_labels=negative)
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,8 @@ class Edit:
 
     Attributes:
         original: (C, H, W) uint8.
-        unknown: (h, w) bool: tokens to be found anew.
-        weight: (H, W) float32 in [0, 1]: how much of the edited image each pixel shows.
+        unknown: (h, w) bool: tokens to be generated again.
+        weight: (H, W) float32 in [0, 1]: share of the edited image in each pixel.
     """
 
     original: Tensor
@@ -109,12 +111,9 @@ class Edit:
         tokenizer: PretrainedTokenizer,
         options: EditOptions,
     ) -> list[Edit]:
-        """The edits that ``MaskGIT.inpaint`` is asked for: one for all ``count`` results, or one for each.
-
-        Errors as there.
-        """
-        dilation, fit, blend = options.get("dilation", 1), options.get("fit", False), options.get("blend")
-        radius = editing.seam_radius(tokenizer.image_size) if blend is None else blend
+        """Returns the edits of ``MaskGIT.inpaint``: one for all ``count`` results, or one for each; errors as there."""
+        dilation = 1 if options.dilation is None else options.dilation
+        radius = editing.seam_radius(tokenizer.image_size) if options.blend is None else options.blend
         images, masks = _listed("image", image, count), _listed("mask", mask, count)
         number = max(len(images), len(masks))
         config, size = tokenizer.network.config, tokenizer.image_size
@@ -125,7 +124,7 @@ class Edit:
             name = f"image {printable(str(given))}" if isinstance(given, str | Path) else of_place
             pixels = editing.image_pixels(given, channels=config.in_channels, name=name)
             wanted = editing.mask_pixels(given_mask, name=f"mask of {name}")
-            pixels, wanted = editing.fitted(pixels, wanted, image_size=size, fit=fit, name=name)
+            pixels, wanted = editing.fitted(pixels, wanted, image_size=size, fit=options.fit, name=name)
             unknown = editing.token_mask(wanted, factor=config.downsampling_factor, dilation=dilation)
             region = editing.pixel_region(unknown, factor=config.downsampling_factor, height=size, width=size)
             edits.append(cls(pixels, unknown, editing.seam(region, radius=radius)))
@@ -133,12 +132,12 @@ class Edit:
 
 
 def slices(count: int, size: int) -> Iterator[slice]:
-    """Of ``count`` things, ``size`` at a time."""
+    """Returns slices of ``count`` things, ``size`` at a time."""
     return (slice(first, first + size) for first in range(0, count, size))
 
 
 def rows_by_first_step(first_steps: Sequence[int], batch_size: int) -> Iterator[tuple[int, list[int]]]:
-    """Rows that are decoded together, with the step at which they begin."""
+    """Yields rows that are decoded together, with the step at which they start."""
     for first_step in sorted(set(first_steps)):
         rows = [row for row, own in enumerate(first_steps) if own == first_step]
         for part in slices(len(rows), batch_size):
@@ -146,7 +145,7 @@ def rows_by_first_step(first_steps: Sequence[int], batch_size: int) -> Iterator[
 
 
 def _listed(name: str, given: ImageLike | Sequence[ImageLike], count: int) -> list[ImageLike]:
-    """One image or mask for all results, or one for each of the ``count``, as a list."""
+    """Returns one image or mask for all results, or one for each of the ``count``, as a list."""
     if not isinstance(given, list | tuple):
         return [cast("ImageLike", given)]
     if len(given) not in (1, count):

@@ -35,8 +35,8 @@ def find_folder(
     Args:
         path_or_hub_id: A run folder, a pretrained folder, or an id of the Hub.
         revision: Branch, tag or commit on the Hub; its main branch by default.
-        cache_dir: Where fetched files are kept; the Hub's own cache by default.
-        local_files_only: Whether to look in the cache alone.
+        cache_dir: Folder of fetched files; the Hub's own cache by default.
+        local_files_only: True looks only in the cache.
         token: For repositories that are not public; True is the one that was logged in with.
 
     Returns:
@@ -47,7 +47,13 @@ def find_folder(
         ValueError: if a repository holds something else.
     """
     if not Path(path_or_hub_id).is_dir() and _is_hub_id(str(path_or_hub_id)):
-        return _fetch(str(path_or_hub_id), revision, cache_dir, local_files_only, token)
+        return _fetch(
+            str(path_or_hub_id),
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            token=token,
+        )
     return local_folder(path_or_hub_id)
 
 
@@ -95,7 +101,12 @@ def _is_hub_id(text: str) -> bool:
 
 
 def _fetch(
-    hub_id: str, revision: str | None, cache_dir: Path | str | None, local_files_only: bool, token: str | bool | None
+    hub_id: str,
+    *,
+    revision: str | None,
+    cache_dir: Path | str | None,
+    local_files_only: bool,
+    token: str | bool | None,
 ) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -139,23 +150,23 @@ def _fetch(
 
 
 def check_hub_id(text: str) -> None:
-    """Refuses what is no ``owner/name``, before weights are written.
+    """Checks an id of the Hub, before weights are written.
 
     Raises:
-        ValueError: It is none.
+        ValueError: if it is not ``owner/name``.
     """
     if _HUB_ID.fullmatch(text) is None:
         raise ValueError(f"hub {text}: owner/name is needed, such as someone/maskgit-flowers")
 
 
 def upload(folder: Path, hub_id: str, *, private: bool | None, token: str | bool | None) -> str:
-    """Puts a folder into a repository, which is made where there is none.
+    """Uploads a folder to a repository, which is made if it does not exist.
 
     Returns:
-        Its address.
+        The repository's address.
 
     Raises:
-        ConnectionError: The Hub cannot be reached or refuses.
+        ConnectionError: if the Hub cannot be reached or refuses.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled

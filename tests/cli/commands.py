@@ -6,11 +6,11 @@ from types import ModuleType
 import torch
 
 
-def call_command(module: ModuleType, *words: object) -> int:
-    """Runs the command that a module is named after, without what ``main`` makes of an error: it stays an exception."""
+def call_command(module: ModuleType, *words: object, command: str | None = None) -> int:
+    """Runs a command without what ``main`` makes of an error; by default the one that its module is named after."""
     parser = argparse.ArgumentParser()
     module.add_parser(parser.add_subparsers())
-    args = parser.parse_args([module.__name__.rpartition(".")[2], *map(str, words)])
+    args = parser.parse_args([command or module.__name__.rpartition(".")[2], *map(str, words)])
     code: int = args.run(args)
     return code
 

@@ -42,7 +42,7 @@ def test_outpaint_writes_what_the_pipeline_makes_and_how_it_was_decoded(
 ) -> None:
     code = call(
         "outpaint", tiny_pretrained, image, "--all", 4, "--left", 6, "--class", "Trouser", "--variants", 2,
-        "--no-blend", "--steps", 3, "--out", tmp_path / "out.png", "--images", tmp_path / "single",
+        "--no-blend", "--num-steps", 3, "--out", tmp_path / "out.png", "--images", tmp_path / "single",
         "--gif", tmp_path / "out.gif",
         "--filmstrip", tmp_path / "strip.png",
     )  # fmt: skip
@@ -77,8 +77,9 @@ def test_panorama_writes_what_the_pipeline_makes(tiny_pretrained: Path, tmp_path
 
 def test_an_edit_shows_how_it_was_decoded(tiny_pretrained: Path, image: Path, tmp_path: Path) -> None:
     code = call(
-        "edit", tiny_pretrained, image, "--box", "0,0,4,2", "--class", "1", "--steps", 6, "--variants", 3, "--batch", 2,
-        "--out", tmp_path / "out.png", "--gif", tmp_path / "out.gif", "--filmstrip", tmp_path / "strip.png",
+        "edit", tiny_pretrained, image, "--box", "0,0,4,2", "--class", "1", "--num-steps", 6, "--variants", 3,
+        "--batch-size", 2, "--out", tmp_path / "out.png", "--gif", tmp_path / "out.gif",
+        "--filmstrip", tmp_path / "strip.png",
     )  # fmt: skip
     assert code == 0
     with Image.open(tmp_path / "out.gif") as animation:

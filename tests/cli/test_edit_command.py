@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskgit_pl.cli import edit, inpaint, main
+from maskgit_pl.cli import inpaint, main
 from maskgit_pl.pipeline import MaskGIT
 from tests.cli.commands import call_command, pixels
 
 
 def call(*words: object) -> int:
-    return call_command(edit, *words, "--device", "cpu")
+    return call_command(inpaint, *words, "--device", "cpu", command="edit")
 
 
 def read(path: Path) -> np.ndarray:
@@ -23,8 +23,8 @@ def read(path: Path) -> np.ndarray:
 def test_writes_one_picture_and_single_files(tiny_pretrained: Path, image: Path, tmp_path: Path, capsys) -> None:
     out, images = tmp_path / "edited.png", tmp_path / "images"
     code = call(
-        tiny_pretrained, image, "--box", "0,0,4,2", "--class", "T-shirt", "--variants", 3, "--steps", 6, "--seed", 7,
-        "--no-blend", "--out", out, "--images", images,
+        tiny_pretrained, image, "--box", "0,0,4,2", "--class", "T-shirt", "--variants", 3, "--num-steps", 6,
+        "--seed", 7, "--no-blend", "--out", out, "--images", images,
     )  # fmt: skip
     assert code == 0
     names = sorted(path.name for path in images.iterdir())
@@ -87,21 +87,6 @@ def test_a_larger_image_is_cut_where_asked(tiny_pretrained: Path, tmp_path: Path
     assert (tmp_path / "edited.png").is_file()
 
 
-@pytest.mark.parametrize(
-    ("text", "box"),
-    [
-        ("10%,20%,60%,80%", [2, 2, 12, 10]),  # of 20 x 12 pixels; outwards to whole pixels
-        ("0%, 0%, 50%, 100%", [0, 0, 10, 12]),
-        ("12.5%,0,50%,7", [2, 0, 10, 7]),
-        ("99.9%,0,100%,1", [19, 0, 20, 1]),
-        ("1,2,3,4", [1, 2, 3, 4]),
-        ("-1,0,120%,4", [-1, 0, 24, 4]),  # which the check of boxes refuses
-    ],
-)
-def test_a_box_is_in_pixels_or_in_percent_of_the_image(text: str, box: list[int]) -> None:
-    assert inpaint._box(text, height=12, width=20) == box
-
-
 def test_a_box_is_that_of_the_image_before_it_is_fitted(tiny_pretrained: Path, tmp_path: Path) -> None:
     Image.fromarray(pixels(40, 80).numpy()).save(tmp_path / "photo.png")
     for name, box in (("pixels", "30,10,50,30"), ("percent", "37.5%,25%,62.5%,75%")):
@@ -144,8 +129,8 @@ def test_a_box_is_that_of_the_image_before_it_is_fitted(tiny_pretrained: Path, t
         (["--class", "1", "--mask", "BLACK"], "something to generate is needed, got none"),
         (["--class", "Trousers", "--box", "0,0,4,2"], "class 'Trousers': did you mean 'Trouser'"),
         (["--class", "17", "--box", "0,0,4,2"], "class 17: a number in [0, 3)"),
-        (["--class", "1", "--box", "0,0,4,2", "--steps", "17"], "--num-steps: at most the 16 tokens"),
-        (["--class", "1", "--box", "0,0,4,2", "--batch", "0"], "--batch: at least 1"),
+        (["--class", "1", "--box", "0,0,4,2", "--num-steps", "17"], "--num-steps: at most the 16 tokens"),
+        (["--class", "1", "--box", "0,0,4,2", "--batch-size", "0"], "--batch-size: at least 1"),
     ],
 )
 def test_bad_input_is_answered_in_one_line(

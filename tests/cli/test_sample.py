@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskgit_pl.cli import bulk, main, sample
+from maskgit_pl.cli import main, sample
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.pipeline import MaskGIT, sharing
-from maskgit_pl.pipeline.options import with_settings
+from maskgit_pl.pipeline.options import SETTINGS
+from maskgit_pl.pipeline.outline import Outline
 from maskgit_pl.pipeline.sharing import local_folder
 from tests.cli.commands import call_command
 
@@ -21,10 +22,16 @@ def call(*words: object) -> int:
     return call_command(sample, *words, "--device", "cpu")
 
 
+def namespace(*words: object) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    sample.add_parser(parser.add_subparsers())
+    return parser.parse_args(["sample", "run", *map(str, words)])
+
+
 def test_writes_a_picture_single_files_and_an_animation(tiny_pretrained: Path, tmp_path: Path, capsys) -> None:
     out, images, gif = tmp_path / "samples.png", tmp_path / "images", tmp_path / "decoding.gif"
     code = call(
-        tiny_pretrained, "--classes", "2,T-shirt", "--per-class", 3, "--steps", 5, "--seed", 7,
+        tiny_pretrained, "--classes", "2,T-shirt", "--per-class", 3, "--num-steps", 5, "--seed", 7,
         "--out", out, "--images", images, "--gif", gif,
     )  # fmt: skip
     assert code == 0
@@ -66,12 +73,12 @@ def test_what_is_missing_is_named(tiny_pretrained: Path, tmp_path: Path) -> None
         (["--classes", ","], "at least one"),
         (["--per-class", "0"], "--per-class: at least 1"),
         (["--negative-class", "Trousers"], "did you mean 'Trouser'"),
-        (["--selector", "confidnce"], "unknown token selector 'confidnce': did you mean 'confidence'"),
+        (["--token-selector", "confidnce"], "unknown token selector 'confidnce': did you mean 'confidence'"),
         (["--mask-schedule", "cosin"], "unknown mask schedule 'cosin': did you mean 'cosine'"),
-        (["--guidance-schedule", "linea"], "unknown guidance schedule 'linea': did you mean 'linear'"),
+        (["--guidance", "linea"], "unknown guidance schedule 'linea': did you mean 'linear'"),
         (["--tokens-per-step", "1,2"], "--tokens-per-step: numbers that sum to the 16 tokens"),
-        (["--tokens-per-step", "8,8", "--steps", "3"], "--tokens-per-step: a number for each of the 3 steps"),
-        (["--batch", "0"], "--batch: at least 1"),
+        (["--tokens-per-step", "8,8", "--num-steps", "3"], "--tokens-per-step: a number for each of the 3 steps"),
+        (["--batch-size", "0"], "--batch-size: at least 1"),
     ],
 )
 def test_bad_input_is_refused_and_nothing_written(
@@ -85,21 +92,24 @@ def test_bad_input_is_refused_and_nothing_written(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--steps", "0"], "--num-steps: at least 1 is needed, got 0"),
-        (["--guidance", "-1"], "--guidance: at least 0 is needed, got -1"),
-        (["--guidance", "nan"], "--guidance: at least 0 is needed, got nan"),
-        (["--temperature", "inf"], "--temperature: at least 0 is needed, got inf"),
-        (["--top-k", "0"], "--top-k: at least 1 is needed, got 0"),
+        (["--num-steps", "0"], "--num-steps must be an integer in [1, 65536], got 0"),
+        (["--guidance-scale", "-1"], "--guidance-scale must be a number in [0, 10000], got -1.0"),
+        (["--guidance-scale", "nan"], "--guidance-scale must be a finite number in [0, 10000], got nan"),
+        (["--choice-temperature", "inf"], "--choice-temperature must be a finite number in [0, inf), got inf"),
+        (["--top-k", "0"], "--top-k: at least 1 code is needed, got 0"),
         (["--top-p", "1.5"], "--top-p: a number in (0, 1] is needed, got 1.5"),
-        (["--context-cache", "0"], "--context-cache: at least 1 is needed, got 0"),
+        (["--context-cache", "0"], "--context-cache must be an integer in [1, 65536], got 0"),
         (["--seed", "-1"], "--seed: a number in [0, 2**32) is needed, got -1"),
-        (["--selector", '{"name": "remdm"'], '--selector {"name": "remdm": not JSON'),
-        (["--selector", '{"eta": 0.1}'], "a mapping with a name is needed; write a name, or a mapping such as"),
+        (["--token-selector", '{"name": "remdm"'], '--token-selector {"name": "remdm": not JSON'),
+        (["--token-selector", '{"eta": 0.1}'], "a mapping with a name is needed; write a name, or a mapping such as"),
         (["--mask-schedule", "[1]"], "--mask-schedule [1]: a mapping with a name is needed"),
-        (["--sampling-temperature", "1,2,3"], "--sampling-temperature 1,2,3: a number of at least 0, or two"),
-        (["--sampling-temperature", "warm"], "--sampling-temperature warm: a number of at least 0, or two"),
-        (["--tokens-per-step", "1,x"], "--tokens-per-step 1,x: whole numbers of at least 1"),
-        (["--tokens-per-step", "0,16"], "--tokens-per-step 0,16: whole numbers of at least 1"),
+        (["--sampling-temperature", "1,2,3"], "--sampling-temperature: a number of at least 0, or two"),
+        (
+            ["--sampling-temperature", "warm"],
+            "--sampling-temperature must be numbers with commas between them, got warm",
+        ),
+        (["--tokens-per-step", "1,x"], "--tokens-per-step must be whole numbers with commas between them, got 1,x"),
+        (["--tokens-per-step", "0,16"], "--tokens-per-step: 2 numbers of at least 1 are needed, got [0, 16]"),
         (["--decoding", "nowhere.json"], "--decoding nowhere.json: no such file"),
         (["--decoding", "other.json"], "`maskgit tune RUN` writes such a file, RUN/pretrained/decoding.json"),
     ],
@@ -125,21 +135,18 @@ def test_flags_are_refused_without_torch(tiny_pretrained: Path) -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 2
 
 
-def test_each_flag_reaches_the_decoding(tmp_path: Path) -> None:
+def test_each_flag_reaches_the_decoding(tiny_pretrained: Path, tmp_path: Path) -> None:
     file = tmp_path / "decoding.json"
     recipe = {"num_steps": 3, "token_selector": "margin"}
     file.write_text(json.dumps({"format": "maskgit_pl.decoding", "version": 1, "decoding": recipe}))
-    parser = argparse.ArgumentParser()
-    sample.add_decoding_arguments(parser)
+    outline = Outline.read(tiny_pretrained)
     words = [
-        "--guidance", "2", "--guidance-schedule", "cosine", "--temperature", "1.5",
-        "--selector", '{"name": "remdm", "eta": 0.1}', "--sampling-temperature", "1.2,0.7", "--top-k", "5",
+        "--guidance-scale", "2", "--guidance", "cosine", "--choice-temperature", "1.5",
+        "--token-selector", '{"name": "remdm", "eta": 0.1}', "--sampling-temperature", "1.2,0.7", "--top-k", "5",
         "--top-p", "0.9", "--tokens-per-step", "1,3,12", "--mask-schedule", '{"name": "pow", "exponent": 3}',
         "--context-cache", "2", "--decoding", str(file),
     ]  # fmt: skip
-    settings = sample.decoding_settings(parser.parse_args(words))
-    assert settings["decoding"] == DecodingConfig(3, "margin")
-    assert with_settings(DecodingConfig(), settings) == DecodingConfig(
+    assert sample.read_decoding(namespace(*words), outline) == DecodingConfig(
         3,
         {"name": "remdm", "eta": 0.1, "choice_temperature": 1.5},
         {"name": "cosine", "scale": 2.0},
@@ -150,12 +157,19 @@ def test_each_flag_reaches_the_decoding(tmp_path: Path) -> None:
         {"name": "pow", "exponent": 3},
         2,
     )
-    plain = sample.decoding_settings(parser.parse_args([]))
-    assert with_settings(DecodingConfig(5), plain) == DecodingConfig(5)
+    assert sample.read_decoding(namespace("--decoding", file), outline) == DecodingConfig(3, "margin")
+    assert sample.read_decoding(namespace(), outline) == outline.decoding
+
+
+def test_every_setting_has_a_flag_of_its_name() -> None:
+    args = namespace()
+    for name in (*SETTINGS, "decoding"):
+        assert getattr(args, name) is None
+    assert namespace("--num-steps", 4).num_steps == namespace("--steps", 4).num_steps == 4  # as the Makefile has it
 
 
 def test_a_filmstrip_and_a_negative_class(tiny_pretrained: Path, tmp_path: Path) -> None:
-    words = ["--classes", "1", "--per-class", 4, "--guidance", 30, "--guidance-schedule", "constant"]
+    words = ["--classes", "1", "--per-class", 4, "--guidance-scale", 30, "--guidance", "constant"]
     for name, more in (("plain", []), ("pushed", ["--negative-class", "Trouser"])):
         call(
             tiny_pretrained, *words, *more, "--images", tmp_path / name, "--out", tmp_path / "samples.png",
@@ -169,17 +183,24 @@ def test_a_filmstrip_and_a_negative_class(tiny_pretrained: Path, tmp_path: Path)
 # Many images
 
 
-def namespace(*words: object) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    sample.add_parser(parser.add_subparsers())
-    return parser.parse_args(["sample", "run", *map(str, words)])
-
-
 def test_many_images_go_into_one_file(tiny_pretrained: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
         monkeypatch.delenv(name, raising=False)
     out = tmp_path / "samples.npz"
-    words = ["--num-images", 13, "--classes", "Trouser,0", "--part-size", 5, "--seed", 3, "--steps", 2, "--out", out]
+    words = [
+        "--num-images",
+        13,
+        "--classes",
+        "Trouser,0",
+        "--part-size",
+        5,
+        "--seed",
+        3,
+        "--num-steps",
+        2,
+        "--out",
+        out,
+    ]
     assert call(tiny_pretrained, *words) == 0
     assert f"{out}: 13 images of 2 classes, 2 steps each; 13 made now" in capsys.readouterr().out
     with np.load(out, allow_pickle=False) as arrays:
@@ -190,28 +211,25 @@ def test_many_images_go_into_one_file(tiny_pretrained: Path, tmp_path: Path, cap
     assert call(tiny_pretrained, *words[:-1], tmp_path / "b.npz", "--rank", 1, "--world-size", 2) == 0
     assert "rank 1 of 2 has its 5 images; parts to come: 2" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"it holds other images, got decoding\.num_steps 2 -> 3"):
-        call(tiny_pretrained, *words, "--steps", 3)
+        call(tiny_pretrained, *words, "--num-steps", 3)
 
 
 def test_many_images_are_of_all_classes_by_default(tiny_pretrained: Path, tmp_path: Path) -> None:
-    assert call(tiny_pretrained, "--num-images", 3, "--steps", 1, "--out", tmp_path / "a.npz") == 0
+    assert call(tiny_pretrained, "--num-images", 3, "--num-steps", 1, "--out", tmp_path / "a.npz") == 0
     with np.load(tmp_path / "a.npz", allow_pickle=False) as arrays:
         assert arrays["arr_1"].tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize(
-    ("environment", "words", "expected"),
-    [
-        ({}, [], (0, 1)),
-        ({"RANK": "3", "WORLD_SIZE": "4"}, [], (3, 4)),
-        ({"SLURM_PROCID": "2", "SLURM_NTASKS": "8"}, [], (2, 8)),
-        ({"RANK": "1", "WORLD_SIZE": "2", "SLURM_PROCID": "5", "SLURM_NTASKS": "8"}, [], (1, 2)),  # torchrun under srun
-        ({"RANK": "3", "WORLD_SIZE": "4"}, ["--rank", 0, "--world-size", 1], (0, 1)),
-        ({"RANK": "3"}, [], (0, 1)),
-    ],
-)
-def test_ranks_are_those_of_whoever_started_the_processes(environment, words, expected) -> None:
-    assert bulk.check_bulk(namespace("--num-images", 5, "--out", "a.npz", *words), environment) == expected
+def test_a_rank_that_is_named_counts_more_than_the_environment(
+    tiny_pretrained: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    words = ["--num-images", 8, "--part-size", 1, "--num-steps", 1]
+    assert call(tiny_pretrained, *words, "--out", tmp_path / "a.npz") == 0
+    assert "rank 3 of 4 has its 2 images; parts to come: 6" in capsys.readouterr().out
+    assert call(tiny_pretrained, *words, "--out", tmp_path / "b.npz", "--rank", 0, "--world-size", 1) == 0
+    assert "8 made now" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -219,17 +237,17 @@ def test_ranks_are_those_of_whoever_started_the_processes(environment, words, ex
     [
         (["--num-images", "0", "--out", "a.npz"], "--num-images: at least 1 is needed, got 0"),
         (["--num-images", "5", "--part-size", "0", "--out", "a.npz"], "--part-size: at least 1 is needed, got 0"),
-        (["--num-images", "5", "--batch", "0", "--out", "a.npz"], "--batch: at least 1 is needed, got 0"),
+        (["--num-images", "5", "--batch-size", "0", "--out", "a.npz"], "--batch-size: at least 1 is needed, got 0"),
         (["--num-images", "5"], "--out: a file that ends in .npz is needed with --num-images, got None"),
         (["--num-images", "5", "--out", "a.png"], "--out: a file that ends in .npz is needed with --num-images"),
         (["--out", "a.npz"], "--out a.npz: such a file is written with --num-images"),
-        (["--rank", "0", "--world-size", "2"], "--rank, --world-size: they go with --num-images alone"),
+        (["--rank", "0", "--world-size", "2"], "--rank, --world-size: they go with --num-images only"),
         (["--num-images", "5", "--out", "a.npz", "--rank", "1"], "--rank, --world-size: both are needed"),
         (["--num-images", "5", "--out", "a.npz", "--rank", "2", "--world-size", "2"], "--rank: a number in [0, 2)"),
         (["--num-images", "5", "--out", "a.npz", "--rank", "0", "--world-size", "0"], "--world-size: at least 1"),
         (["--num-images", "5", "--out", "a.npz", "--per-class", "3"], "--per-class: it does not go with --num-images"),
         (["--num-images", "5", "--out", "a.npz", "--gif", "a.gif"], "--gif: it does not go with --num-images"),
-        (["--num-images", "5", "--out", "a.npz", "--seed", str(2**32 - 4)], "--seed: the last image has seed + N - 1"),
+        (["--num-images", "5", "--out", "a.npz", "--seed", str(2**32 - 4)], "--seed: seeds in [0, 2**32) are needed"),
     ],
 )
 def test_wrong_words_for_many_images_are_refused_in_one_line(
@@ -243,32 +261,14 @@ def test_wrong_words_for_many_images_are_refused_in_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_rank_that_is_no_number_is_refused() -> None:
-    with pytest.raises(ValueError, match="RANK: a whole number is needed, got 'one'"):
-        bulk.check_bulk(namespace("--num-images", 5, "--out", "a.npz"), {"RANK": "one", "WORLD_SIZE": "2"})
-
-
 def test_int8_generates_too(tiny_pretrained: Path, tmp_path: Path) -> None:
     assert call(tiny_pretrained, "--int8", "--per-class", 1, "--out", tmp_path / "samples.png") == 0
     assert (tmp_path / "samples.png").is_file()
 
 
-def test_progress_is_told_in_lines_with_the_time_left(capsys, monkeypatch) -> None:
-    clock = iter([0.0, 10.0, 40.0])
-    monkeypatch.setattr(bulk.time, "monotonic", lambda: next(clock))
-    lines = bulk._Lines()
-    lines.start(100, 20)
-    lines.advance(10)
-    lines.advance(10)
-    assert capsys.readouterr().out.splitlines() == [
-        "sampling 100 images, 20 of them are there",
-        "40 of 100 images, 0.50 a second, 00:02:00 left",
-    ]
-
-
 def test_a_model_of_the_hub_is_named_by_its_id(tiny_pretrained: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sharing, "_fetch", lambda name, *options: {"owner/name": tiny_pretrained}[name])
+    monkeypatch.setattr(sharing, "_fetch", lambda name, **options: {"owner/name": tiny_pretrained}[name])
     assert call("owner/name", "--per-class", 1) == 0
     (tmp_path / "runs").mkdir()
     for path in ("runs/nowhere", "nowhere"):

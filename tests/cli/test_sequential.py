@@ -107,9 +107,9 @@ def test_it_samples_with_an_animation_in_time_and_a_filmstrip(call, tiny_causal,
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["sample", "--steps=8"], ("--num-steps: a sequential model", "16 tokens", "got 8", "leave it out")),
-        (["sample", "--selector=halton"], ("--selector: a sequential model", "'halton'")),
-        (["sample", "--temperature=2"], ("--selector: a sequential model", "'choice_temperature': 2.0")),
+        (["sample", "--num-steps=8"], ("--num-steps: a sequential model", "16 tokens", "got 8", "leave it out")),
+        (["sample", "--token-selector=halton"], ("--token-selector: a sequential model", "'halton'")),
+        (["sample", "--choice-temperature=2"], ("--token-selector: a sequential model", "'choice_temperature': 2.0")),
         (["sample", "--context-cache=4"], ("--context-cache: a sequential model",)),
         (["panorama", "--classes=0", "--width=16"], ("panorama: a model with bidirectional attention is needed",)),
         (["compare"], ("compare: a model with bidirectional attention is needed", "take another run")),

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from maskgit_pl import importers
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.importers import released
 from maskgit_pl.importers.flax import read_flax
-from maskgit_pl.importers.released import (
-    import_jax,
+from maskgit_pl.importers.released import import_jax
+from maskgit_pl.importers.released_weights import (
     parameters,
     tokenizer_config,
     tokenizer_weights,
@@ -48,7 +48,7 @@ def write(file: Path, arrays: dict[str, np.ndarray], collection: str = "params",
 
 @pytest.fixture
 def said(caplog):
-    caplog.set_level(logging.INFO, logger=released.__name__)
+    caplog.set_level(logging.INFO, logger=importers.__name__)
     return lambda: [record.getMessage() for record in caplog.records]
 
 
@@ -487,7 +487,7 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
     def full(*args: object, **settings: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(released, "save_transformer", full)  # the tokenizer is written already
+    monkeypatch.setattr("maskgit_pl.importers.released.save_transformer", full)  # the tokenizer is written already
     with pytest.raises(OSError, match="No space left"):
         import_jax(TOKENIZER, tmp_path / "out", transformer=TRANSFORMER)
     assert list(tmp_path.iterdir()) == []

@@ -14,7 +14,7 @@ import torch
 
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline import bulk as bulk_module
-from maskgit_pl.pipeline.bulk import generate_many
+from maskgit_pl.pipeline.bulk import BulkOptions, generate_many
 from tests.conftest import save_tiny_pretrained
 
 
@@ -35,7 +35,7 @@ def read(file: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_the_file_is_what_evaluators_read(pipe: MaskGIT, out: Path) -> None:
-    result = generate_many(pipe, out, count=11, part_size=4, batch_size=3, seed=5)
+    result = generate_many(pipe, out, num_images=11, part_size=4, batch_size=3, seed=5)
     assert (result.made, result.found, result.missing_parts) == (11, 0, 0)
     images, labels = read(out)
     assert (images.shape, images.dtype) == ((11, 8, 8, 3), np.uint8)
@@ -46,8 +46,21 @@ def test_the_file_is_what_evaluators_read(pipe: MaskGIT, out: Path) -> None:
         assert {member.compress_type for member in archive.infolist()} == {zipfile.ZIP_STORED}
 
 
+def test_steps_are_told_of_each_batch(pipe: MaskGIT, out: Path) -> None:
+    steps: list[tuple[int, int]] = []
+    generate_many(
+        pipe,
+        out,
+        num_images=5,
+        batch_size=3,
+        num_steps=2,
+        on_step=lambda step: steps.append((step.step, len(step.tokens))),
+    )
+    assert steps == [(0, 3), (1, 3), (0, 2), (1, 2)]
+
+
 def test_an_image_is_a_function_of_its_index(pipe: MaskGIT, out: Path) -> None:
-    generate_many(pipe, out, count=11, part_size=4, batch_size=3, seed=5)
+    generate_many(pipe, out, num_images=11, part_size=4, batch_size=3, seed=5)
     images, labels = read(out)
     for row in (0, 5, 10):
         alone = pipe.generate([int(labels[row])], seed=5 + row, output_type="np")[0]
@@ -57,7 +70,7 @@ def test_an_image_is_a_function_of_its_index(pipe: MaskGIT, out: Path) -> None:
 def test_images_are_spread_evenly_over_the_classes_asked_for(pipe: MaskGIT, tmp_path: Path) -> None:
     def labels(count: int, classes: list[int | str] | None) -> list[int]:
         file = tmp_path / f"{count}-{classes}.npz"
-        generate_many(pipe, file, count=count, classes=classes, num_steps=1)
+        generate_many(pipe, file, num_images=count, classes=classes, num_steps=1)
         return read(file)[1].tolist()
 
     assert labels(5, ["Trouser", 0]) == [2, 2, 2, 0, 0]
@@ -67,7 +80,7 @@ def test_images_are_spread_evenly_over_the_classes_asked_for(pipe: MaskGIT, tmp_
 
 def test_colour_stays_and_no_class_is_one(tmp_path: Path) -> None:
     pipe = MaskGIT.from_pretrained(save_tiny_pretrained(tmp_path / "model", in_channels=3))
-    generate_many(pipe, tmp_path / "samples.npz", count=4, classes=[None, 1])
+    generate_many(pipe, tmp_path / "samples.npz", num_images=4, classes=[None, 1])
     images, labels = read(tmp_path / "samples.npz")
     assert labels.tolist() == [3, 3, 1, 1]
     made = pipe.generate([None, None, 1, 1], output_type="np")
@@ -77,8 +90,8 @@ def test_colour_stays_and_no_class_is_one(tmp_path: Path) -> None:
 def test_settings_and_a_negative_class_reach_the_images(pipe: MaskGIT, tmp_path: Path) -> None:
     plain, pushed = tmp_path / "plain.npz", tmp_path / "pushed.npz"
     settings = {"num_steps": 3, "guidance": {"name": "constant", "scale": 20.0}}
-    generate_many(pipe, plain, count=9, **settings)
-    generate_many(pipe, pushed, count=9, negative_class="Trouser", **settings)
+    generate_many(pipe, plain, num_images=9, **settings)
+    generate_many(pipe, pushed, num_images=9, negative_class="Trouser", **settings)
     made = pipe.generate(read(pushed)[1].tolist(), negative_classes="Trouser", output_type="np", **settings)
     assert np.abs(made.astype(int) - read(pushed)[0][..., :1].astype(int)).max() <= 1
     assert (read(plain)[0] != read(pushed)[0]).any()
@@ -86,9 +99,10 @@ def test_settings_and_a_negative_class_reach_the_images(pipe: MaskGIT, tmp_path:
 
 def test_any_ranks_in_any_order_make_the_same_file(pipe: MaskGIT, tmp_path: Path) -> None:
     one, three = tmp_path / "one.npz", tmp_path / "three.npz"
-    generate_many(pipe, one, count=23, part_size=4)
+    generate_many(pipe, one, num_images=23, part_size=4)
     missing = [
-        generate_many(pipe, three, count=23, part_size=4, rank=rank, world_size=3).missing_parts for rank in (2, 0, 1)
+        generate_many(pipe, three, num_images=23, part_size=4, rank=rank, world_size=3).missing_parts
+        for rank in (2, 0, 1)
     ]
     assert missing == [4, 2, 0]
     assert one.read_bytes() == three.read_bytes()
@@ -105,29 +119,29 @@ def test_a_run_goes_on_with_what_is_there(pipe: MaskGIT, tmp_path: Path, out: Pa
 
     made: list[int] = []
     with pytest.raises(StoppedError):
-        generate_many(pipe, out, count=10, part_size=2, batch_size=2, on_images=stop_at_the_third_batch)
+        generate_many(pipe, out, num_images=10, part_size=2, batch_size=2, on_images=stop_at_the_third_batch)
     parts = out.with_name("samples.npz.parts")
     assert sorted(path.name for path in parts.iterdir()) == ["part-000000.npz", "part-000001.npz", "plan.json"]
     damaged = parts / "part-000001.npz"
     damaged.write_bytes(damaged.read_bytes()[:100])
     starts: list[tuple[int, int]] = []
     result = generate_many(
-        pipe, out, count=10, part_size=2, batch_size=2, on_start=lambda total, found: starts.append((total, found))
+        pipe, out, num_images=10, part_size=2, batch_size=2, on_start=lambda total, found: starts.append((total, found))
     )
     assert "part-000001.npz: not whole" in caplog.text
     assert starts == [(10, 2)]
     assert (result.made, result.found) == (8, 2)
-    generate_many(pipe, tmp_path / "whole.npz", count=10, part_size=2, batch_size=2)
+    generate_many(pipe, tmp_path / "whole.npz", num_images=10, part_size=2, batch_size=2)
     assert (tmp_path / "whole.npz").read_bytes() == out.read_bytes()
 
 
 def test_a_finished_file_is_left_as_it_is(pipe: MaskGIT, out: Path) -> None:
-    generate_many(pipe, out, count=4)
-    before = out.stat()
+    generate_many(pipe, out, num_images=4)
+    before = (out.stat().st_ino, out.stat().st_mtime_ns)
     out.with_name("samples.npz.parts").mkdir()  # of a run that was killed before it could take it away
-    result = generate_many(pipe, out, count=4)
+    result = generate_many(pipe, out, num_images=4)
     assert (result.made, result.found, result.missing_parts) == (0, 4, 0)
-    assert out.stat() == before
+    assert (out.stat().st_ino, out.stat().st_mtime_ns) == before
     assert [path.name for path in out.parent.iterdir()] == [out.name]
 
 
@@ -135,7 +149,7 @@ def test_a_finished_file_is_left_as_it_is(pipe: MaskGIT, out: Path) -> None:
     ("changes", "message"),
     [
         ({"seed": 6}, "got seed 5 -> 6; set them back"),
-        ({"count": 9}, "got count 8 -> 9"),
+        ({"num_images": 9}, "got count 8 -> 9"),
         ({"part_size": 3}, "got part_size 4 -> 3"),
         ({"classes": [0]}, r"got classes \[0, 1, 2\] -> \[0\]"),
         ({"num_steps": 2}, "got decoding.num_steps 4 -> 2"),
@@ -144,7 +158,7 @@ def test_a_finished_file_is_left_as_it_is(pipe: MaskGIT, out: Path) -> None:
     ],
 )
 def test_other_images_are_not_mixed_in(pipe: MaskGIT, tmp_path: Path, changes, message) -> None:
-    given = {"count": 8, "part_size": 4, "seed": 5}
+    given = {"num_images": 8, "part_size": 4, "seed": 5}
     done, begun = tmp_path / "done.npz", tmp_path / "begun.npz"
     generate_many(pipe, done, **given)
     generate_many(pipe, begun, **given, rank=0, world_size=2)
@@ -154,10 +168,10 @@ def test_other_images_are_not_mixed_in(pipe: MaskGIT, tmp_path: Path, changes, m
 
 
 def test_other_weights_are_another_plan(pipe: MaskGIT, tmp_path: Path) -> None:
-    generate_many(pipe, tmp_path / "begun.npz", count=4, part_size=2, world_size=2)
+    generate_many(pipe, tmp_path / "begun.npz", num_images=4, part_size=2, world_size=2)
     other = MaskGIT.from_pretrained(save_tiny_pretrained(tmp_path / "other", seed=1))
     with pytest.raises(ValueError, match=r"begun\.npz\.parts: it holds other images, got tokenizer .* transformer"):
-        generate_many(other, tmp_path / "begun.npz", count=4, part_size=2, world_size=2)
+        generate_many(other, tmp_path / "begun.npz", num_images=4, part_size=2, world_size=2)
     half = MaskGIT.from_pretrained(tmp_path / "other").to("cpu", dtype=torch.bfloat16)
     assert bulk_module._digest(half.transformer.network) != bulk_module._digest(other.transformer.network)
     assert bulk_module._digest(other.quantized().transformer.network) != bulk_module._digest(other.transformer.network)
@@ -165,10 +179,10 @@ def test_other_weights_are_another_plan(pipe: MaskGIT, tmp_path: Path) -> None:
 
 def test_a_part_of_another_plan_is_made_again(pipe: MaskGIT, tmp_path: Path) -> None:
     for seed in (0, 1):
-        generate_many(pipe, tmp_path / f"{seed}.npz", count=4, part_size=2, seed=seed, world_size=2)
+        generate_many(pipe, tmp_path / f"{seed}.npz", num_images=4, part_size=2, seed=seed, world_size=2)
     part = (tmp_path / "1.npz.parts" / "part-000000.npz").read_bytes()
     (tmp_path / "0.npz.parts" / "part-000000.npz").write_bytes(part)
-    assert generate_many(pipe, tmp_path / "0.npz", count=4, part_size=2).made == 4
+    assert generate_many(pipe, tmp_path / "0.npz", num_images=4, part_size=2).made == 4
 
 
 def test_another_process_may_be_quicker_to_put_the_file_together(pipe: MaskGIT, out: Path, monkeypatch) -> None:
@@ -185,7 +199,7 @@ def test_another_process_may_be_quicker_to_put_the_file_together(pipe: MaskGIT, 
         (both if len(calls) == 1 else original)(work)
 
     monkeypatch.setattr(bulk_module._Work, "_put_together", first_alone)
-    assert generate_many(pipe, out, count=4, part_size=2).missing_parts == 0
+    assert generate_many(pipe, out, num_images=4, part_size=2).missing_parts == 0
     assert len(calls) == 2
     assert len(read(out)[1]) == 4
     assert [path.name for path in out.parent.iterdir()] == [out.name]
@@ -194,7 +208,7 @@ def test_another_process_may_be_quicker_to_put_the_file_together(pipe: MaskGIT, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"count": 0}, "count: at least 1 is needed, got 0"),
+        ({"num_images": 0}, "num_images: at least 1 is needed, got 0"),
         ({"part_size": 0}, "part_size: at least 1"),
         ({"batch_size": 0}, "batch_size: at least 1"),
         ({"rank": 2, "world_size": 2}, r"rank: a number in \[0, 2\) is needed, the world's size, got 2"),
@@ -208,22 +222,22 @@ def test_another_process_may_be_quicker_to_put_the_file_together(pipe: MaskGIT, 
 )
 def test_wrong_input_is_refused_and_nothing_written(pipe: MaskGIT, tmp_path: Path, options, message) -> None:
     with pytest.raises(ValueError, match=message):
-        generate_many(pipe, tmp_path / "samples.npz", **{"count": 5, **options})
+        generate_many(pipe, tmp_path / "samples.npz", **{"num_images": 5, **options})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_places_that_cannot_take_the_file_are_refused(pipe: MaskGIT, tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(ValueError, match=r"a name that ends in \.npz is needed"):
-        generate_many(pipe, tmp_path / "samples.png", count=1)
+        generate_many(pipe, tmp_path / "samples.png", num_images=1)
     (tmp_path / "text").write_text("no folder")
     with pytest.raises(ValueError, match=r"no such folder can be made .* name another file"):
-        generate_many(pipe, tmp_path / "text" / "samples.npz", count=1)
+        generate_many(pipe, tmp_path / "text" / "samples.npz", num_images=1)
     np.savez(tmp_path / "foreign.npz", a=np.zeros(1))
     with pytest.raises(FileExistsError, match=r"foreign\.npz: something else is there"):
-        generate_many(pipe, tmp_path / "foreign.npz", count=1)
+        generate_many(pipe, tmp_path / "foreign.npz", num_images=1)
     monkeypatch.setattr(os, "access", lambda *args: False)
     with pytest.raises(ValueError, match=r"samples\.npz\.parts: it cannot be written to"):
-        generate_many(pipe, tmp_path / "samples.npz", count=1)
+        generate_many(pipe, tmp_path / "samples.npz", num_images=1)
 
 
 def test_too_little_space_is_told_in_bytes_before_anything_is_made(pipe: MaskGIT, out: Path, monkeypatch) -> None:
@@ -231,14 +245,15 @@ def test_too_little_space_is_told_in_bytes_before_anything_is_made(pipe: MaskGIT
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     needed = 100 * 64 * (1 + 3) + (1 << 20)
     with pytest.raises(ValueError, match=f"{needed} bytes of space are needed, for parts and the file, got 1000 free"):
-        generate_many(pipe, out, count=100)
+        generate_many(pipe, out, num_images=100)
     assert not out.parent.exists()
 
 
 def test_the_file_is_put_together_in_the_memory_of_a_part(pipe: MaskGIT, tmp_path: Path) -> None:
     import tracemalloc
 
-    plan = bulk_module._plan(pipe, [0], None, count=4000, seed=0, part_size=100, settings={})
+    options = BulkOptions(classes=[0], num_images=4000, part_size=100)
+    plan = bulk_module._plan(pipe, options, pipe.decoding)
     work = bulk_module._Work(tmp_path / "samples.npz", plan)
     work.begin()
     for part in range(plan.num_parts):
@@ -272,7 +287,7 @@ def start(folder: Path, out: Path, *words: object) -> subprocess.Popen:
     for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
         environment.pop(name, None)
     return subprocess.Popen(
-        [*map(str, command), "--batch", "7", "--device", "cpu", *map(str, words)],
+        [*map(str, command), "--batch-size", "7", "--device", "cpu", *map(str, words)],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 

@@ -77,7 +77,7 @@ def test_what_it_cannot_follow_is_refused_before_anything_is_drawn(pipe, name, t
     with pytest.raises(ValueError, match=message):
         pipe.generate([0], **{name: REFUSED[name]}, callback=steps.append)
     with pytest.raises(ValueError, match=message):
-        generate_many(pipe, tmp_path / "a.npz", count=4, **{name: REFUSED[name]})
+        generate_many(pipe, tmp_path / "a.npz", num_images=4, **{name: REFUSED[name]})
     assert not steps
     assert not list(tmp_path.iterdir())
 
@@ -135,12 +135,12 @@ def test_in_bfloat16_it_generates_too(tiny_causal) -> None:
 
 def test_images_by_thousands_are_those_of_generate(pipe, tmp_path) -> None:
     file = tmp_path / "samples.npz"
-    assert generate_many(pipe, file, count=7, part_size=3, batch_size=2, seed=5).made == 7
+    assert generate_many(pipe, file, num_images=7, part_size=3, batch_size=2, seed=5).made == 7
     with np.load(file) as arrays:
         made, labels = arrays["arr_0"], arrays["arr_1"]
     expected = pipe.generate(labels.tolist(), seed=5, output_type="np")
     assert np.abs(made[..., :1].astype(int) - expected.astype(int)).max() <= 1  # rounding to bytes
-    assert generate_many(pipe, file, count=7, part_size=3, seed=5).made == 0
+    assert generate_many(pipe, file, num_images=7, part_size=3, seed=5).made == 0
 
 
 def test_an_old_folder_without_attention_is_bidirectional(tiny_pretrained, tmp_path) -> None:

@@ -271,8 +271,7 @@ def test_a_png_that_is_damaged_in_its_pixels_is_found_without_decoding_it():
 _MEASURE = """
 import json, sys, time
 from pathlib import Path
-from maskgit_pl.cli.inpaint import read_header
-from maskgit_pl.editing import image_pixels
+from maskgit_pl.editing import image_pixels, read_image_header
 from maskgit_pl.shards.images import UnreadableImageError, load_square
 
 def kilobytes(name):
@@ -289,7 +288,7 @@ def square(path):
     return load_square(path.read_bytes(), image_size=64, channels=3, crop=None, name=path.name)
 
 def all_ways(path):
-    ways = [lambda: read_header("image", path), lambda: image_pixels(path, channels=3)]
+    ways = [lambda: read_image_header(path), lambda: image_pixels(path, channels=3)]
     return ways if path.stat().st_size > 2**30 else [*ways, lambda: square(path)]
 
 for path in sorted(Path(sys.argv[1]).glob("good.*")):

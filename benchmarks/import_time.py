@@ -1,0 +1,92 @@
+"""What ``from maskgit_pl import MaskGIT`` costs beside ``import torch``: CPU seconds, and the modules that it loads.
+
+    python benchmarks/import_time.py --repeats 9
+
+Each import runs in a fresh interpreter, in turn (A B A B). CPU seconds are those of the whole process, all threads and
+the interpreter's start among them; unlike wall clock they hardly depend on what else the machine does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+IMPORTS = {"import torch": "import torch", "MaskGIT": "from maskgit_pl import MaskGIT"}
+_PROBE = """
+import json, sys, time
+{statement}
+seconds = time.process_time()
+print(json.dumps([seconds, sorted(sys.modules)]))
+"""
+
+
+@dataclass(frozen=True)
+class Imported:
+    """One import.
+
+    Args:
+        seconds: CPU seconds of each fresh interpreter.
+        modules: Names of all modules that are loaded after it.
+    """
+
+    seconds: Sequence[float]
+    modules: frozenset[str]
+
+    @property
+    def own(self) -> set[str]:
+        """Modules of this project."""
+        return {name for name in self.modules if name.partition(".")[0] == "maskgit_pl"}
+
+    @property
+    def packages(self) -> set[str]:
+        """Third-party packages: top-level names that are neither of the standard library nor of this project."""
+        names = {name.partition(".")[0] for name in self.modules}
+        return {name for name in names if not name.startswith("_") and name not in sys.stdlib_module_names} - {
+            "maskgit_pl"
+        }
+
+
+def measure(imports: Mapping[str, str] = IMPORTS, *, repeats: int) -> dict[str, Imported]:
+    """Runs each import in fresh interpreters, in turn, after one round that fills the file cache."""
+    found: dict[str, list[tuple[float, list[str]]]] = {name: [] for name in imports}
+    for round_ in range(repeats + 1):
+        for name, statement in imports.items():
+            command = [sys.executable, "-c", _PROBE.format(statement=statement)]
+            printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            if round_ > 0:
+                found[name].append(tuple(json.loads(printed)))
+    return {
+        name: Imported([seconds for seconds, _ in rounds], frozenset(rounds[0][1])) for name, rounds in found.items()
+    }
+
+
+def report(measured: Mapping[str, Imported]) -> str:
+    """Returns the medians, the ratio to the first import, and what the others load beyond it."""
+    first = next(iter(measured.values()))
+    lines = ["| import | CPU s, median | least | ratio | own modules | further packages |", "|---|---|---|---|---|---|"]
+    for name, each in measured.items():
+        ratio = median(each.seconds) / median(first.seconds)
+        further = ", ".join(sorted(each.packages - first.packages)) or "none"
+        seconds = f"{median(each.seconds):.2f} | {min(each.seconds):.2f}"
+        lines.append(f"| {name} | {seconds} | {ratio:.2f} | {len(each.own)} | {further} |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--repeats", type=int, default=9, help="fresh interpreters of each import (%(default)s)")
+    args = parser.parse_args(argv)
+    measured = measure(repeats=args.repeats)
+    print(f"Python {sys.version.split()[0]}, {args.repeats} fresh interpreters each")
+    print(report(measured))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

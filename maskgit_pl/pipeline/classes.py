@@ -1,0 +1,82 @@
+"""Classes as users name them, by index or by name, and the labels that they stand for. Needs no torch."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from numbers import Integral
+from typing import TypeAlias
+
+from maskgit_pl.registry import nearest
+
+__all__ = ["Classes", "class_ids", "parse_class", "parse_classes"]
+
+Classes: TypeAlias = int | str | Sequence[int | str | None]
+
+_MAX_LISTED = 20  # with more classes, an error lists only the nearest names
+_INTEGER = re.compile(r"-?[0-9]{1,18}")
+
+
+def class_ids(classes: Classes, names: Sequence[str], *, null_label: int | None) -> list[int]:
+    """Returns the labels of classes given by index or by name; None is "no class".
+
+    Args:
+        classes: A list, or one index or name.
+        names: Names of all classes.
+        null_label: Label of "no class"; None if the model has none.
+
+    Raises:
+        ValueError: if there are none, one is unknown, a name is that of several classes, or "no class" is asked of a
+            model without it.
+        TypeError: if a class is neither an integer nor a string.
+    """
+    if isinstance(classes, str | Integral):  # numpy's integers too
+        classes = [classes]
+    if not isinstance(classes, Iterable):
+        raise TypeError(f"classes: numbers or names are needed, got {classes!r}")
+    classes = list(classes)
+    if len(classes) == 0:
+        raise ValueError("classes: at least one is needed, got none")
+    return [_class_id(wanted, names, null_label) for wanted in classes]
+
+
+def parse_class(word: str, names: Sequence[str]) -> int | str:
+    """Returns the class that a word of a command line names; names take precedence over indices."""
+    return int(word) if word not in names and _INTEGER.fullmatch(word) else word
+
+
+def parse_classes(text: str, names: Sequence[str], *, max_shown: int) -> list[int | str]:
+    """Returns the classes that a list with commas names; ``all`` is at most ``max_shown``, evenly spread."""
+    if text == "all" and text not in names:
+        shown = min(len(names), max_shown)
+        return [number * len(names) // shown for number in range(shown)]
+    return [parse_class(word, names) for word in map(str.strip, text.split(",")) if word]
+
+
+def _class_id(wanted: int | str | None, names: Sequence[str], null_label: int | None) -> int:
+    if wanted is None:
+        if null_label is None:
+            raise ValueError(
+                "class None: this model has no null class (it was trained with class_dropout 0); name a class"
+            )
+        return null_label
+    if isinstance(wanted, str):
+        return _class_called(wanted, names)
+    if isinstance(wanted, bool) or not hasattr(wanted, "__index__"):
+        raise TypeError(f"class {wanted!r}: a number or a name is needed, got {type(wanted).__name__}")
+    number = wanted.__index__()  # numpy's integers too
+    if not 0 <= number < len(names):
+        raise ValueError(f"class {number}: a number in [0, {len(names)}) or a name is needed")
+    return number
+
+
+def _class_called(wanted: str, names: Sequence[str]) -> int:
+    found = [number for number, name in enumerate(names) if name == wanted]
+    found = found or [number for number, name in enumerate(names) if name.casefold() == wanted.casefold()]
+    if not found:
+        close = difflib.get_close_matches(wanted, names, n=5, cutoff=0.3)
+        raise ValueError(f"class {wanted!r}: {nearest(wanted, names if len(names) <= _MAX_LISTED else close)}")
+    if len(found) > 1:
+        raise ValueError(f"class {wanted!r}: the name of classes {found}; use one of the numbers")
+    return found[0]

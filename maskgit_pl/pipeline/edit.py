@@ -1,0 +1,288 @@
+"""``Editor``: parts of an image generated again, images beyond their borders, panoramas."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from maskgit_pl import editing
+from maskgit_pl.editing import Box, ImageLike, Margins, MaskLike
+from maskgit_pl.pipeline.canvas import Canvas
+from maskgit_pl.pipeline.classes import Classes
+from maskgit_pl.pipeline.generate import Generator
+from maskgit_pl.pipeline.options import (
+    EditOptions,
+    GenerateOptions,
+    Images,
+    OutputType,
+    as_output,
+    check_output_type,
+    read_options,
+)
+from maskgit_pl.pipeline.requests import Edit, Request, rows_by_first_step
+from maskgit_pl.randomness import random_bits
+
+__all__ = ["Editor"]
+
+
+class Editor(Generator):
+    """Generates images of classes, and edits images; arguments as of ``Generator``."""
+
+    def inpaint(
+        self,
+        image: ImageLike | Sequence[ImageLike],
+        mask: MaskLike | Sequence[MaskLike],
+        *,
+        classes: Classes | None = None,
+        output_type: OutputType = "pil",
+        **options: Any,
+    ) -> Images:
+        """Generates the masked part of images again, one result for each class.
+
+        Example::
+
+            pipe = MaskGIT.from_pretrained("runs/demo/pretrained")
+            variants = pipe.inpaint("sneaker.png", "mask.png", classes=["Sneaker"] * 4)
+            variants[0].save("inpainted.png")
+
+        The tokens under the mask and their neighbours are decoded again while all others stay; the result is pasted
+        into the image. It depends only on its image, mask, class, seed and the settings.
+
+        Args:
+            image: One image for all results, or a list of one for each: files, PIL pictures, or uint8 pixels, a tensor
+                (C, H, W) or an array (H, W) or (H, W, C).
+            mask: One mask or a list, as ``image``: files or pictures, white where pixels are to be generated, or
+                (H, W) bool.
+            classes: Class of each result, an index or a name; None is one result of "no class", for models trained
+                with it.
+            output_type: See ``generate``.
+            options: Those of ``generate``, and ``dilation``, ``blend`` and ``fit`` of ``EditOptions``. Of T steps the
+                first floor(T / 6) are left out, except for a full mask.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if an image or a mask cannot be read, has another size or is empty; a class is unknown; a number
+                is out of range; or a list has another length than ``classes``.
+            TypeError: as ``generate``.
+
+        Source: paper, section on class-conditional image editing; released code, its functions for editing.
+        """
+        self.transformer.schedule_for("inpaint")
+        read, request = self._edit_request(classes, output_type, options)
+        count, config = len(request.labels), self.transformer.network.config
+        edits = Edit.all_of(image, mask, count=count, tokenizer=self.tokenizer, options=read)
+        originals = torch.stack([edit.original for edit in edits])
+        tokens = self.tokenizer.encode(originals, batch_size=request.batch_size)
+        if len(edits) < count:  # one image and one mask for all
+            edits, tokens = edits * count, tokens.expand(count, -1)
+        unknown = torch.stack([edit.unknown.flatten() for edit in edits])
+        tokens = tokens.masked_fill(unknown, config.mask_token_id)
+        results = torch.empty(count, *edits[0].original.shape, dtype=torch.uint8)
+        first_steps = [editing.first_step(edit.unknown, num_steps=request.decoding.num_steps) for edit in edits]
+        for first_step, rows in rows_by_first_step(first_steps, request.batch_size):
+            steps = self._decode(request, rows, tokens=tokens[rows], first_step=first_step)
+            for row, edited in zip(rows, self._images(steps, request.callback), strict=True):
+                results[row] = editing.composite(edits[row].original, edited, edits[row].weight)
+        return as_output(output_type, results)
+
+    def edit_class(
+        self,
+        image: ImageLike,
+        region: Box | MaskLike,
+        class_: int | str,
+        *,
+        variants: int = 1,
+        output_type: OutputType = "pil",
+        **options: Any,
+    ) -> Images:
+        """Turns what is in a box or under a mask into something of another class; everything else stays.
+
+        Example::
+
+            pipe = MaskGIT.from_pretrained("runs/demo/pretrained")
+            boots = pipe.edit_class("sneaker.png", (0, 4, 28, 16), "Ankle boot", variants=4)
+            boots[0].save("boot.png")
+
+        Args:
+            image: A file, a PIL picture or pixels, as of ``inpaint``.
+            region: (left, top, right, bottom) in pixels of the image, or a mask as of ``inpaint``.
+            class_: Index or name.
+            variants: Number of results; variant i has seed + i.
+            output_type: See ``generate``.
+            options: See ``inpaint``.
+
+        Raises:
+            ValueError: if the box is empty or not within the image, or as ``inpaint``.
+            FileNotFoundError: if there is no such file.
+            TypeError: as ``inpaint``.
+
+        Source: paper, section on class-conditional image editing.
+        """
+        self.transformer.schedule_for("edit_class")
+        if variants < 1:
+            raise ValueError(f"variants: at least 1 is needed, got {variants}")
+        mask: MaskLike = cast("MaskLike", region)
+        if isinstance(region, list | tuple):
+            image = editing.image_pixels(image, channels=self.tokenizer.network.config.in_channels)
+            mask = editing.box_mask(region, height=image.shape[-2], width=image.shape[-1])
+        return self.inpaint(image, mask, classes=[class_] * variants, output_type=output_type, **options)
+
+    def outpaint(
+        self,
+        image: ImageLike,
+        *,
+        left: int = 0,
+        right: int = 0,
+        up: int = 0,
+        down: int = 0,
+        classes: Classes | None = None,
+        overlap: float = 0.5,
+        output_type: OutputType = "pil",
+        **options: Any,
+    ) -> Images:
+        """Extends an image beyond its borders, one result for each class.
+
+        Example::
+
+            pipe = MaskGIT.from_pretrained("pretrained/places512")
+            wide = pipe.outpaint("landscape.png", right=256)
+
+        The image's tokens lie on a larger canvas, which is filled window by window; then it is decoded to pixels at
+        once, and the image pasted back.
+
+        Args:
+            image: A file, a PIL picture or pixels, as of ``inpaint``; of any size, smaller or larger than the model's.
+            left: Pixels to add on this side. All four, and the image's own size, are multiples of a token's edge, and
+                the result is at least as large as the model's images.
+            right: As ``left``.
+            up: As ``left``.
+            down: As ``left``.
+            classes: See ``inpaint``.
+            overlap: Share of a window that is known before it is decoded, in (0, 1), as far as there is that much.
+            output_type: See ``generate``.
+            options: Those of ``inpaint`` without ``fit``; ``dilation``, 0 by default, is the number of the image's
+                tokens along the border that are decoded again. With ``blend=0`` all pixels of the image stay.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is not an image, nothing is to be added, sizes are not whole tokens, a class is unknown,
+                or a number is out of range.
+            TypeError: as ``generate``.
+
+        Source: paper, Figure 1 and Table 2.
+        """
+        self.transformer.schedule_for("outpaint")
+        read, request = self._edit_request(classes, output_type, options)
+        factor, size = self.tokenizer.network.config.downsampling_factor, self.tokenizer.image_size
+        pixels = editing.image_pixels(image, channels=self.tokenizer.network.config.in_channels)
+        added = Margins(left, right, up, down)
+        added.check(pixels.shape[-2:], factor=factor, least=size)
+        mask = added.outside(*pixels.shape[-2:])
+        unknown = editing.token_mask(mask, factor=factor, dilation=read.dilation or 0)
+        tokens = added.padded(self._encode_within(pixels, added), size=factor)
+        filled = self._fill(request, tokens, unknown, overlap)
+        weight = editing.seam(mask, radius=editing.seam_radius(size) if read.blend is None else read.blend)
+        original = added.padded(pixels, size=1)
+        return as_output(output_type, torch.stack([editing.composite(original, edited, weight) for edited in filled]))
+
+    def panorama(
+        self,
+        classes: Classes,
+        width: int,
+        *,
+        height: int | None = None,
+        overlap: float = 0.5,
+        output_type: OutputType = "pil",
+        **options: Any,
+    ) -> Images:
+        """Generates images of any width with a window that slides over them, one for each class.
+
+        Example::
+
+            pipe = MaskGIT.from_pretrained("pretrained/places512")
+            pipe.panorama(["coast"], width=2048)[0].save("coast.png")
+
+        Args:
+            classes: See ``generate``.
+            width: In pixels; a multiple of a token's edge, at least the model's image size.
+            height: In pixels, as ``width``; the model's image size by default.
+            overlap: See ``outpaint``.
+            output_type: See ``generate``.
+            options: See ``generate``.
+
+        Raises:
+            ValueError: if sizes are not whole tokens or too small, a class is unknown, or a number is out of range.
+            TypeError: as ``generate``.
+
+        Source: paper, Figure 1.
+        """
+        self.transformer.schedule_for("panorama")
+        check_output_type(output_type)
+        read, decoding = read_options(GenerateOptions, options, self.decoding)
+        request = self._request(classes, read, decoding)
+        size, factor = self.tokenizer.image_size, self.tokenizer.network.config.downsampling_factor
+        height = size if height is None else height
+        editing.check_canvas(height, width, factor=factor, least=size)
+        unknown = torch.ones(height // factor, width // factor, dtype=torch.bool)
+        tokens = torch.zeros(unknown.shape, dtype=torch.int64)
+        return as_output(output_type, self._fill(request, tokens, unknown, overlap))
+
+    def _edit_request(
+        self, classes: Classes | None, output_type: str, options: dict[str, Any]
+    ) -> tuple[EditOptions, Request]:
+        check_output_type(output_type)
+        read, decoding = read_options(EditOptions, options, self.decoding)
+        return read, self._request([None] if classes is None else classes, read, decoding)
+
+    def _fill(self, request: Request, tokens: Tensor, unknown: Tensor, overlap: float) -> Tensor:
+        """Fills a canvas window by window.
+
+        Args:
+            request: Labels, seeds and decoding.
+            tokens: (R, C) int64, any value where ``unknown``.
+            unknown: (R, C) bool.
+            overlap: See ``outpaint``.
+
+        Returns:
+            (n, C, H, W) uint8: an image for each result.
+        """
+        config = self.transformer.network.config
+        editing.check_overlap(overlap)
+        filled = []
+        for rows in request.batches():
+            canvas = Canvas.of(tokens, unknown, count=len(rows), device=self.device)
+            seeds = torch.tensor(request.part(rows).seeds)
+            for number, window in enumerate(editing.windows(unknown, size=config.grid, overlap=overlap)):
+                first = editing.first_step(window.unknown, num_steps=request.decoding.num_steps)
+                known = canvas.window(window, mask_token_id=config.mask_token_id)
+                # each window has noise of its own, or they would repeat one another
+                own = seeds if number == 0 else random_bits("window", seed=seeds, index=number)[:, 0]
+                part = request.part(rows, seeds=own.tolist())
+                start = None if bool(window.unknown.all()) else known
+                for step in self._decode(part, range(len(rows)), tokens=start, first_step=first):
+                    on_canvas = canvas.step(window, step)
+                    if request.callback is not None:
+                        request.callback(on_canvas)
+                canvas.keep(window, step)
+            filled.append(self.tokenizer.decode(canvas.tokens.flatten(1), grid=(unknown.shape[0], unknown.shape[1])))
+        return torch.cat(filled)
+
+    def _encode_within(self, pixels: Tensor, added: Margins) -> Tensor:
+        """Encodes an image that is to be extended: (C, H, W) uint8 -> tokens (h, w) int64 on the CPU.
+
+        Its last pixels are repeated beyond the borders before it is encoded, so that the tokens at a border are those
+        of a place in the middle of a picture. Otherwise, what is decoded next to them is too bright or too dark.
+        """
+        config = self.tokenizer.network.config
+        factor = config.downsampling_factor
+        around = added.at_most(self.tokenizer.image_size // 2 // factor * factor)
+        repeated = around.padded(pixels.float(), size=1, mode="replicate").to(pixels.dtype)
+        tokens = self.tokenizer.encode(repeated[None])
+        rows, columns = config.grid((repeated.shape[-2], repeated.shape[-1]))
+        grid = rearrange(tokens, "1 (h w) -> h w", h=rows)
+        left, right, up, down = (side // factor for side in around.sides)
+        return grid[up : rows - down, left : columns - right]

@@ -1,0 +1,36 @@
+"""The folder that is shared: safetensors and config.json, for a tokenizer and for a transformer.
+
+``runs/RUN/pretrained/{tokenizer,transformer}/`` is what training and importers write and what sampling, evaluation and
+stage 2 read. Weights are tensors, the configuration is plain JSON: nothing in it is executed. A ``decoding.json``
+beside the two, which ``maskgit tune`` writes, says how to decode instead of the transformer's own configuration.
+"""
+
+from maskgit_pl.networks.weight_file import load_weights
+from maskgit_pl.pretrained.decoding_file import load_decoding, read_decoding, save_decoding
+from maskgit_pl.pretrained.fine_tuning import weights_for
+from maskgit_pl.pretrained.folder import (
+    fingerprint,
+    load_tokenizer,
+    load_transformer,
+    read_config,
+    save_tokenizer,
+    save_transformer,
+)
+from maskgit_pl.pretrained.networks import PretrainedTokenizer, PretrainedTransformer, images_at_once
+
+__all__ = [
+    "PretrainedTokenizer",
+    "PretrainedTransformer",
+    "fingerprint",
+    "images_at_once",
+    "load_decoding",
+    "load_tokenizer",
+    "load_transformer",
+    "load_weights",
+    "read_config",
+    "read_decoding",
+    "save_decoding",
+    "save_tokenizer",
+    "save_transformer",
+    "weights_for",
+]

@@ -1,0 +1,55 @@
+"""Weights of a pretrained transformer for a network of other classes, from which fine-tuning starts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from maskgit_pl.networks.transformer import TransformerConfig
+from maskgit_pl.pretrained.networks import PretrainedTransformer
+
+__all__ = ["weights_for"]
+
+
+def weights_for(config: TransformerConfig, pretrained: PretrainedTransformer) -> dict[str, Tensor]:
+    """Returns the weights of a pretrained transformer for a network of the same sizes, perhaps of other classes.
+
+    The rows of codes and the mask token are copied, and those of the classes if their number is the same. Rows that it
+    does not have (other classes; the null class, if it was trained without class dropout) are the mean of its classes.
+
+    Args:
+        config: Sizes of the network to be trained; dropouts and classes may differ.
+        pretrained: The transformer to start from.
+
+    Returns:
+        State dict of a transformer of ``config``.
+
+    Raises:
+        ValueError: if attention, codebook, grid, width, depth, number of heads or MLP differ.
+    """
+    old = pretrained.network.config
+    if config.attention != old.attention:
+        raise ValueError(
+            f"model.network.attention: the pretrained transformer is {old.attention}, got {config.attention}; begin "
+            "from another, or train by a recipe of its own kind (RECIPE=autoregressive is causal)"
+        )
+    for name in ("num_codes", "grid", "width", "depth", "num_heads", "mlp_width"):
+        if getattr(config, name) != getattr(old, name):
+            raise ValueError(
+                f"model.network.{name}: the pretrained transformer has {getattr(old, name)}, got "
+                f"{getattr(config, name)}; leave the key out, or begin from another"
+            )
+    weights = pretrained.network.state_dict()
+    return weights | {name: _fit_rows(weights[name], old, config) for name in ("words.weight", "head_bias")}
+
+
+def _fit_rows(table: Tensor, old: TransformerConfig, new: TransformerConfig) -> Tensor:
+    """Converts rows (old vocabulary, ...) to (new vocabulary, ...)."""
+    codes, classes = table[: old.num_codes], table[old.num_codes : old.num_codes + old.num_classes]
+    mean = classes.mean(0, keepdim=True)
+    if new.num_classes != old.num_classes:
+        classes = mean.expand(new.num_classes, *mean.shape[1:])
+    null = table[:0]
+    if new.null_label is not None:
+        null = table[old.num_codes + old.num_classes : -1] if old.null_label is not None else mean
+    return torch.cat([codes, classes, null, table[-1:]])

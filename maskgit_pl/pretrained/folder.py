@@ -1,0 +1,250 @@
+"""Folders of a tokenizer and of a transformer: ``model.safetensors`` and ``config.json``, written and read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from maskgit_pl.checks import build_dataclass, check_class_names, check_integer, check_keys, shorten
+from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.files import read_json, sha256_of, write_folder, write_tensors, write_text
+from maskgit_pl.networks.causal import build_transformer
+from maskgit_pl.networks.transformer import TransformerConfig
+from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
+from maskgit_pl.networks.weight_file import check_fit, check_tensor, load_weights, read_tensor_header, read_tensors
+from maskgit_pl.pretrained.decoding_file import WEIGHTS_FILE, checked_decoding
+from maskgit_pl.pretrained.networks import PretrainedTokenizer, PretrainedTransformer
+from maskgit_pl.schedules import MaskSchedule, mask_schedules
+
+__all__ = ["fingerprint", "load_tokenizer", "load_transformer", "read_config", "save_tokenizer", "save_transformer"]
+
+Kind = Literal["tokenizer", "transformer", "pipeline"]
+Network = TypeVar("Network", bound=nn.Module)
+_VERSION = 1
+_CONFIG = "config.json"
+_MAX_CONFIG_BYTES = 8_000_000  # 100,000 classes with names of 80 letters
+_LARGEST_IMAGE = 8192
+
+
+def save_tokenizer(folder: Path, config: VQGANConfig, weights: Mapping[str, Tensor], *, image_size: int) -> None:
+    """Writes a tokenizer folder; an older one is replaced when the new one is complete.
+
+    Args:
+        folder: E.g. ``runs/RUN/pretrained/tokenizer``.
+        config: Sizes of the network.
+        weights: State dict of a ``VQGAN``.
+        image_size: Height and width that it was trained on, in pixels.
+    """
+    _save(folder, "tokenizer", weights, {"network": asdict(config), "image_size": image_size})
+
+
+def save_transformer(
+    folder: Path,
+    config: TransformerConfig,
+    weights: Mapping[str, Tensor],
+    *,
+    mask_schedule: str | dict[str, Any] | None,
+    decoding: DecodingConfig,
+    class_names: tuple[str, ...],
+    tokenizer_fingerprint: str,
+) -> None:
+    """Writes a transformer folder; see ``PretrainedTransformer``; the schedule as a recipe names it."""
+    _save(
+        folder,
+        "transformer",
+        weights,
+        {
+            "network": asdict(config),
+            "mask_schedule": mask_schedule,
+            "decoding": asdict(decoding),
+            "class_names": list(class_names),
+            "tokenizer_fingerprint": tokenizer_fingerprint,
+        },
+    )
+
+
+def load_tokenizer(folder: Path | str) -> PretrainedTokenizer:
+    """Reads a tokenizer folder.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, or a file is missing.
+        ValueError: if it is not a tokenizer, a value is out of range, or the weights do not fit the configuration or
+            are not finite.
+    """
+    folder = Path(folder)
+    config = _tokenizer(read_config(folder, "tokenizer"), folder)
+    network = _read_network(lambda: VQGAN(config.network), folder, num_blocks=config.network.num_blocks)
+    return PretrainedTokenizer(network, config.image_size, fingerprint(folder))
+
+
+def load_transformer(folder: Path | str) -> PretrainedTransformer:
+    """Reads a transformer folder.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, or a file is missing.
+        ValueError: if it is not a transformer, a value is out of range or unknown, or the weights do not fit the
+            configuration or are not finite.
+    """
+    folder = Path(folder)
+    config = _transformer(read_config(folder, "transformer"), folder)
+    return PretrainedTransformer(
+        _read_network(lambda: build_transformer(config.network), folder, num_blocks=config.network.depth),
+        config.mask_schedule,
+        config.decoding,
+        config.class_names,
+        config.tokenizer_fingerprint,
+    )
+
+
+def read_config(folder: Path | str, kind: Kind) -> dict[str, Any]:
+    """Reads the configuration of a pretrained folder; that of a tokenizer or a transformer is checked as a whole.
+
+    Returns:
+        The plain values of the file.
+
+    Raises:
+        FileNotFoundError: if there is no such folder or file.
+        ValueError: if it is not JSON, of another kind or of a newer format, or if a value is not one that the kind has.
+    """
+    folder = Path(folder)
+    file = folder / _CONFIG
+    if not file.exists():
+        raise FileNotFoundError(
+            f"{kind} {folder}: no {_CONFIG} there; a folder that training or an import wrote is needed"
+        )
+    config = read_json(file, max_bytes=_MAX_CONFIG_BYTES)
+    _check_format(config, file, f"maskgit_pl.{kind}", thing=kind)
+    if kind == "tokenizer":
+        _tokenizer(config, folder)
+    elif kind == "transformer":
+        _transformer(config, folder)
+    return config
+
+
+def fingerprint(folder: Path | str) -> str:
+    """Returns the sha256 of a folder's weights in hex: tokens of one tokenizer are never taken for another's."""
+    return sha256_of(Path(folder) / WEIGHTS_FILE)
+
+
+def _check_format(content: Mapping[str, Any], file: Path, expected: str, *, thing: str) -> None:
+    found, version = content.get("format"), content.get("version")
+    if found != expected:
+        raise ValueError(f"{thing} {file}: format must be {expected!r}, got {shorten(found)}")
+    if version != _VERSION or isinstance(version, bool):
+        raise ValueError(f"{thing} {file}: version must be {_VERSION}, got {shorten(version)}; update maskgit_pl")
+
+
+@dataclass(frozen=True)
+class _TokenizerConfig:
+    """The content of a tokenizer's ``config.json``."""
+
+    network: VQGANConfig
+    image_size: int
+
+
+def _tokenizer(content: Mapping[str, Any], folder: Path) -> _TokenizerConfig:
+    file = folder / _CONFIG
+    check_keys(str(file), content, known=content, required=("network", "image_size"))
+    try:
+        network = build_dataclass(VQGANConfig, content["network"], "network")
+        size = check_integer("image_size", content["image_size"], f"[1, {_LARGEST_IMAGE}]")
+        network.grid(size)
+    except (ValueError, ArithmeticError) as error:
+        raise ValueError(f"{file}: {error}") from error
+    return _TokenizerConfig(network, size)
+
+
+@dataclass(frozen=True)
+class _TransformerConfig:
+    """The content of a transformer's ``config.json``."""
+
+    network: TransformerConfig
+    mask_schedule: MaskSchedule | None
+    decoding: DecodingConfig
+    class_names: tuple[str, ...]
+    tokenizer_fingerprint: str
+
+
+def _transformer(content: Mapping[str, Any], folder: Path) -> _TransformerConfig:
+    file = folder / _CONFIG
+    names = ("network", "mask_schedule", "decoding", "class_names", "tokenizer_fingerprint")
+    check_keys(str(file), content, known=content, required=names)
+    network = build_dataclass(TransformerConfig, content["network"], f"{file}: network")
+    decoding = build_dataclass(DecodingConfig, content["decoding"], f"{file}: decoding")
+    return _TransformerConfig(
+        network,
+        _mask_schedule(content["mask_schedule"], network.attention, file),
+        checked_decoding(decoding, f"{file}: decoding"),
+        check_class_names(f"{file}: class_names", content["class_names"], network.num_classes),
+        _text(content["tokenizer_fingerprint"], f"{file}: tokenizer_fingerprint"),
+    )
+
+
+def _mask_schedule(spec: Any, attention: str, file: Path) -> MaskSchedule | None:
+    if (spec is None) != (attention == "causal"):
+        raise ValueError(
+            f"{file}: bidirectional attention goes with a mask schedule and causal attention without, got "
+            f"{attention} and {shorten(spec)}"
+        )
+    try:
+        return None if spec is None else mask_schedules.build(spec)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{where} must be a string, got {shorten(value)}")
+    return value
+
+
+def _save(folder: Path, kind: Kind, weights: Mapping[str, Tensor], config: dict[str, Any]) -> None:
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    for name, tensor in tensors.items():
+        try:
+            if tensor.is_floating_point():
+                check_tensor(name, tensor)
+        except ValueError as error:
+            raise ValueError(f"{kind} {folder} is not written: {error}") from error
+    content = {"format": f"maskgit_pl.{kind}", "version": _VERSION, **config}
+    with write_folder(folder) as fresh:
+        write_tensors(fresh / WEIGHTS_FILE, tensors)
+        write_text(fresh / _CONFIG, json.dumps(content, indent=2) + "\n")
+
+
+def _read_network(build: Callable[[], Network], folder: Path, *, num_blocks: int) -> Network:
+    """Returns a network with a folder's weights, frozen.
+
+    1. The header of the file is read. A network with more blocks than it has tensors is refused before it is built.
+    2. The network is built without memory, which is also quicker than drawing first weights, and its names and shapes
+       are compared with the header.
+    3. The tensors are read and checked.
+
+    Args:
+        build: Makes the network.
+        folder: With ``model.safetensors``.
+        num_blocks: Blocks of the network, each of at least one tensor.
+    """
+    file = folder / WEIGHTS_FILE
+    header = read_tensor_header(file)  # 1
+    if num_blocks > len(header):
+        raise ValueError(
+            f"{folder / _CONFIG}: network of {num_blocks} blocks must fit {WEIGHTS_FILE}, which holds {len(header)} "
+            "tensors"
+        )
+    with torch.device("meta"):  # 2
+        network = build()
+    check_fit(network, header, f"weights {file}")
+    types = {name: tensor.dtype for name, tensor in network.state_dict().items()}
+    weights = {name: tensor.to(types[name]) for name, tensor in read_tensors(file).items()}  # 3
+    load_weights(network, weights, file, assign=True)
+    empty = [name for name, tensor in (*network.named_parameters(), *network.named_buffers()) if tensor.is_meta]
+    if empty:
+        raise TypeError(f"network of {folder}: tensors outside of its state dict cannot be read, got {empty}")
+    return network.requires_grad_(requires_grad=False).eval()

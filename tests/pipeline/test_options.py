@@ -1,0 +1,52 @@
+import dataclasses
+
+import pytest
+
+from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.pipeline import EditOptions, GenerateOptions
+from maskgit_pl.pipeline.bulk_plan import BulkOptions
+from maskgit_pl.pipeline.options import SETTINGS, read_options, replace_settings
+from maskgit_pl.text import argument_docs
+
+OWN = DecodingConfig(4, "halton", {"name": "linear", "scale": 1.0}, tokens_per_step=(1, 1, 2, 12))
+
+
+def test_options_and_settings_are_told_apart():
+    given = {"seed": 5, "dilation": 2, "num_steps": 3, "guidance_scale": 2.0, "top_k": None}
+    options, decoding = read_options(EditOptions, given, OWN)
+    assert options == EditOptions(seed=5, dilation=2)
+    assert decoding == DecodingConfig(3, "halton", {"name": "linear", "scale": 2.0})
+
+
+@pytest.mark.parametrize("kind", [GenerateOptions, EditOptions, BulkOptions])
+def test_no_option_has_the_name_of_a_setting_and_each_is_documented(kind):
+    names = {field.name for field in dataclasses.fields(kind)}
+    assert names & {*SETTINGS, "decoding"} == set()
+    documented = {name for each in kind.__mro__ for name in argument_docs(each)}
+    assert names <= documented
+
+
+def test_every_setting_is_a_field_or_an_argument_of_a_plug_in():
+    fields = {field.name for field in dataclasses.fields(DecodingConfig)}
+    assert fields == set(argument_docs(DecodingConfig))
+    assert set(SETTINGS) - fields == {"guidance_scale", "choice_temperature"}
+
+
+def test_nothing_given_changes_nothing():
+    assert replace_settings(OWN, {}) == replace_settings(OWN, dict.fromkeys(SETTINGS)) == OWN
+
+
+def test_an_argument_of_a_plug_in_is_replaced_in_whatever_spec_there_is():
+    made = replace_settings(OWN, {"guidance_scale": 3, "choice_temperature": 0.5})
+    assert made.guidance == {"name": "linear", "scale": 3}
+    assert made.token_selector == {"name": "halton", "choice_temperature": 0.5}
+    assert replace_settings(OWN, {"guidance": "cosine", "guidance_scale": 3}).guidance == {"name": "cosine", "scale": 3}
+
+
+def test_what_is_neither_is_answered_with_the_nearest_name():
+    with pytest.raises(TypeError, match="option 'negative_clases': did you mean 'negative_classes'"):
+        read_options(GenerateOptions, {"negative_clases": 1}, OWN)
+    with pytest.raises(TypeError, match="option 'dilation'"):
+        read_options(GenerateOptions, {"dilation": 1}, OWN)
+    with pytest.raises(TypeError, match="option 'seed'"):
+        replace_settings(OWN, {"seed": 1})

@@ -1,0 +1,66 @@
+"""The benchmark of the import, and what an import may load: inference needs no training."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+INFERENCE = [
+    "import maskgit_pl",
+    "from maskgit_pl import MaskGIT",
+    "from maskgit_pl import ParallelDecoder",
+    *(f"import maskgit_pl.{name}" for name in ("pipeline", "decoding", "editing", "importers", "imaging")),
+    "from maskgit_pl.importers.released import import_jax",
+    "from maskgit_pl.importers.taming import import_taming",
+    "from maskgit_pl.pipeline.bulk import generate_many",
+]
+OF_TRAINING_AND_REPORTS = {
+    "huggingface_hub",
+    "lightning",
+    "matplotlib",
+    "tensorboard",
+    "timm",
+    "torchmetrics",
+    "torchvision",
+}
+
+
+@pytest.fixture
+def import_time(monkeypatch: pytest.MonkeyPatch):
+    """The script as a module; its folder is on the path, as when it is run."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import import_time
+
+    yield import_time
+    sys.modules.pop("import_time", None)
+
+
+@pytest.mark.parametrize("statement", INFERENCE)
+def test_inference_loads_nothing_of_training(statement: str) -> None:
+    code = f"import json, sys\n{statement}\nprint(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    roots = {name.partition(".")[0] for name in json.loads(done.stdout)}
+    assert "maskgit_pl" in roots
+    assert roots & OF_TRAINING_AND_REPORTS == set()
+
+
+@pytest.mark.slow
+def test_importing_the_pipeline_takes_little_more_than_torch(import_time) -> None:
+    measured = import_time.measure(repeats=3)
+    torch, ours = measured["import torch"], measured["MaskGIT"]
+    assert median(ours.seconds) < 1.3 * median(torch.seconds)
+    assert ours.packages - torch.packages <= {"cython_runtime", "einops", "safetensors"}
+
+
+def test_the_table_says_what_is_loaded_beyond_the_first_import(import_time) -> None:
+    measured = import_time.measure({"nothing": "pass", "ours": "import maskgit_pl.schedules, einops"}, repeats=1)
+    assert measured["nothing"].own == set()
+    assert {"maskgit_pl", "maskgit_pl.schedules"} <= measured["ours"].own
+    assert "einops" in measured["ours"].packages - measured["nothing"].packages
+    lines = import_time.report(measured).splitlines()
+    assert len(lines) == 4
+    assert len({line.count("|") for line in lines}) == 1

@@ -1,0 +1,29 @@
+import pytest
+
+from maskgit_pl.launcher import launched_rank, local_rank
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, (0, 1)),
+        ({"RANK": "3", "WORLD_SIZE": "4"}, (3, 4)),
+        ({"SLURM_PROCID": "2", "SLURM_NTASKS": "8"}, (2, 8)),
+        ({"RANK": "1", "WORLD_SIZE": "2", "SLURM_PROCID": "5", "SLURM_NTASKS": "8"}, (1, 2)),  # torchrun under srun
+        ({"RANK": "3"}, (0, 1)),
+    ],
+)
+def test_ranks_are_those_of_whoever_started_the_processes(environment, expected):
+    assert launched_rank(environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "rank"), [({}, 0), ({"SLURM_LOCALID": "2"}, 2), ({"LOCAL_RANK": "1", "SLURM_LOCALID": "0"}, 1)]
+)
+def test_the_rank_on_a_machine_is_that_of_torchrun_or_else_of_slurm(environment, rank):
+    assert local_rank(environment) == rank
+
+
+def test_a_rank_that_is_no_number_is_refused():
+    with pytest.raises(ValueError, match="RANK: a whole number is needed, got 'one'"):
+        launched_rank({"RANK": "one", "WORLD_SIZE": "2"})

@@ -1,0 +1,61 @@
+from types import SimpleNamespace
+
+from PIL import Image
+
+from maskgit_pl.training.image_callbacks import ReconstructionPictures, SamplePictures
+from maskgit_pl.training.logs import RunLogger
+from tests.conftest import tiny_tokenizer
+from tests.imaging.decoding_steps import random_images, step
+
+
+class FakeModel:
+    """Decodes to its labels; counts runs that went to the end."""
+
+    def __init__(self) -> None:
+        self.tokenizer = tiny_tokenizer()
+        self.asked: list[tuple[list[int], list[int]]] = []
+
+    def reconstructions(self):
+        return random_images(20), random_images(20)
+
+    def sample(self, labels, seeds):
+        yield step(0, list(range(16)), [0], len(labels))
+        yield step(1, [0], [], len(labels))
+        self.asked.append((list(labels), list(seeds)))
+
+
+def trainer(tmp_path, *, rank: int = 0, sanity: bool = False) -> SimpleNamespace:
+    loggers = [RunLogger(tmp_path, name="logs")] if rank == 0 else []
+    return SimpleNamespace(sanity_checking=sanity, is_global_zero=rank == 0, global_step=7, loggers=loggers)
+
+
+def test_callbacks_write_their_pictures_and_tensorboard_events(tmp_path) -> None:
+    there = trainer(tmp_path)
+    ReconstructionPictures(tmp_path).on_validation_end(there, FakeModel())
+    SamplePictures(tmp_path, class_names=["a", "b"]).on_validation_end(there, FakeModel())
+    with Image.open(tmp_path / "reconstructions.png") as picture:
+        assert picture.height == 8 + 4 * 84 + 3 * 4 + 8  # 16 pairs, 8 a row
+    assert (tmp_path / "samples.png").is_file()
+    there.loggers[0].experiment.flush()
+    events = b"".join(file.read_bytes() for file in tmp_path.rglob("events.out*"))
+    assert b"reconstructions" in events
+    assert b"samples" in events
+
+
+def test_every_rank_samples_the_same_but_rank_0_alone_writes(tmp_path) -> None:
+    callback = SamplePictures(tmp_path, class_names=[str(number) for number in range(25)], images_per_class=99, seed=5)
+    model = FakeModel()
+    callback.on_validation_end(trainer(tmp_path, rank=1), model)
+    ReconstructionPictures(tmp_path).on_validation_end(trainer(tmp_path, rank=1), model)
+    ((labels, seeds),) = model.asked
+    assert sorted(set(labels)) == [0, 2, 5, 7, 10, 12, 15, 17, 20, 22]
+    assert seeds == list(range(5, 85))
+    assert list(tmp_path.glob("*.png")) == []
+
+
+def test_nothing_is_drawn_in_the_sanity_check(tmp_path) -> None:
+    model = FakeModel()
+    for callback in (ReconstructionPictures(tmp_path), SamplePictures(tmp_path, class_names=["a"])):
+        callback.on_validation_end(trainer(tmp_path, sanity=True), model)
+    assert model.asked == []
+    assert list(tmp_path.glob("*.png")) == []
