@@ -85,7 +85,7 @@ def generate(
     batch_size: int = 100,
     on_images: Callable[[int], object] = lambda count: None,
 ) -> Generated:
-    """Images of all classes, spread evenly; those that are in the file, or in its parts, are not made again.
+    """Generates images of all classes, spread evenly; those in the file, or in its parts, are not made again.
 
     Args:
         pipe: The model.
