@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -85,7 +85,7 @@ def generate(
     batch_size: int = 100,
     on_images: Callable[[int], object] = lambda count: None,
 ) -> Generated:
-    """Images of all classes, spread evenly; those that are in the file, or in its parts, are not made again.
+    """Generates images of all classes, spread evenly; those in the file, or in its parts, are not made again.
 
     Args:
         pipe: The model.
@@ -94,10 +94,10 @@ def generate(
         num_images: How many.
         seed: Image i has seed + i.
         batch_size: Images at a time.
-        on_images: Told how many more this rank has, those that were there before among them.
+        on_images: Called with the number of images that this rank has, those that were there before among them.
 
     Raises:
-        ValueError: As of ``generate_many``; the file holds other images, for one.
+        ValueError: see ``generate_many``; the file holds other images, for one.
         FileExistsError: The file holds something else.
     """
     rank, world_size = rank_and_world()
@@ -107,7 +107,6 @@ def generate(
         nonlocal taken
         taken += int(step.was_masked.any(1).sum())
 
-    settings: Any = {"decoding": decoding, "callback": count_steps}  # the callback passes through to ``generate``
     start = time.perf_counter()
     result = generate_many(
         pipe,
@@ -120,7 +119,8 @@ def generate(
         world_size=world_size,
         on_start=lambda count, found: on_images(found),
         on_images=on_images,
-        **settings,
+        on_step=count_steps,
+        decoding=decoding,
     )
     seconds = time.perf_counter() - start
     barrier()  # the last one to finish its share has put the file together
