@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -107,7 +107,6 @@ def generate(
         nonlocal taken
         taken += int(step.was_masked.any(1).sum())
 
-    settings: Any = {"decoding": decoding, "callback": count_steps}  # the callback passes through to ``generate``
     start = time.perf_counter()
     result = generate_many(
         pipe,
@@ -120,7 +119,8 @@ def generate(
         world_size=world_size,
         on_start=lambda count, found: on_images(found),
         on_images=on_images,
-        **settings,
+        on_step=count_steps,
+        decoding=decoding,
     )
     seconds = time.perf_counter() - start
     barrier()  # the last one to finish its share has put the file together

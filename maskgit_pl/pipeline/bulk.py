@@ -29,7 +29,7 @@ from maskgit_pl.networks.int8 import Int8Linear
 from maskgit_pl.networks.weight_file import tensors_digest
 from maskgit_pl.pipeline.bulk_plan import BulkOptions, BulkPlan, check_same, read_plan
 from maskgit_pl.pipeline.model import MaskGIT
-from maskgit_pl.pipeline.options import read_options
+from maskgit_pl.pipeline.options import StepCallback, read_options
 
 __all__ = ["BulkOptions", "BulkResult", "finished", "generate_many"]
 
@@ -62,6 +62,7 @@ def generate_many(
     *,
     on_start: Callable[[int, int], object] | None = None,
     on_images: Callable[[int], object] | None = None,
+    on_step: StepCallback | None = None,
     **options: Any,
 ) -> BulkResult:
     """Generates many images into one file; a second call resumes, or does nothing if the file is complete.
@@ -80,6 +81,7 @@ def generate_many(
         file: ``.npz``; it appears when it is complete.
         on_start: Called before the first image with the number of images of this process, and of those that are there.
         on_images: Called after each batch with the number of its images.
+        on_step: Called after each decoding step of each batch.
         options: Fields of ``BulkOptions``, and settings of decoding as ``MaskGIT.generate`` takes them.
 
     Raises:
@@ -105,7 +107,9 @@ def generate_many(
     if on_start is not None:
         on_start(found + to_make, found)
     for part in missing:  # 2
-        batches = _images(pipe, plan, decoding, part=part, batch_size=bulk.batch_size, on_images=on_images)
+        batches = _images(
+            pipe, plan, decoding, part=part, batch_size=bulk.batch_size, on_images=on_images, on_step=on_step
+        )
         work.keep(part, np.concatenate(list(batches)))
     return BulkResult(file, to_make, found, work.finish())  # 3
 
@@ -172,6 +176,7 @@ def _images(
     part: int,
     batch_size: int,
     on_images: Callable[[int], object] | None,
+    on_step: StepCallback | None,
 ) -> Iterator[npt.NDArray[np.uint8]]:
     """Yields the images of a part, batch by batch: (b, H, W, C) uint8."""
     rows = plan.rows(part)
@@ -183,6 +188,7 @@ def _images(
             negative_classes=plan.negative_class,
             batch_size=len(batch),
             output_type="np",
+            callback=on_step,
             decoding=decoding,
         )
         if on_images is not None:

@@ -46,6 +46,19 @@ def test_the_file_is_what_evaluators_read(pipe: MaskGIT, out: Path) -> None:
         assert {member.compress_type for member in archive.infolist()} == {zipfile.ZIP_STORED}
 
 
+def test_steps_are_told_of_each_batch(pipe: MaskGIT, out: Path) -> None:
+    steps: list[tuple[int, int]] = []
+    generate_many(
+        pipe,
+        out,
+        num_images=5,
+        batch_size=3,
+        num_steps=2,
+        on_step=lambda step: steps.append((step.step, len(step.tokens))),
+    )
+    assert steps == [(0, 3), (1, 3), (0, 2), (1, 2)]
+
+
 def test_an_image_is_a_function_of_its_index(pipe: MaskGIT, out: Path) -> None:
     generate_many(pipe, out, num_images=11, part_size=4, batch_size=3, seed=5)
     images, labels = read(out)
