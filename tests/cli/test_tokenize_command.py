@@ -87,7 +87,7 @@ def test_two_processes_share_the_work_and_the_last_one_finishes(tiny_shards, tin
     [
         (("--rank", 0), "--rank and --num-ranks must be given together"),
         (("--rank", 2, "--num-ranks", 2), "--rank must be in [0, 1] with --num-ranks 2, got 2"),
-        (("--crops", 0), "crops must be an integer in [1, inf), got 0"),
+        (("--crops", 0), "crops must be an integer in [1, 65536], got 0"),
         (("--crops", 2), "tokenize crops: images that are not square are needed"),
         (("--part-samples", 0), "part_samples must be an integer in [1, inf), got 0"),
         (("--unreadable-budget", 2), "data.unreadable_budget must be a number in [0, 1], got 2"),
