@@ -12,7 +12,7 @@ from maskgit_pl.cli.evaluation_flags import (
     measuring_flags,
     step_numbers,
 )
-from maskgit_pl.cli.model import naming_flags
+from maskgit_pl.cli.model import check_at_least, naming_flags
 from maskgit_pl.cli.progress import progress_bars
 
 __all__ = ["add_parser", "run"]
@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
         ValueError: if a name is unknown, the model is autoregressive, the data are not the model's, or a number is out
             of range.
     """
+    check_at_least(args, num_images=1, batch=1)
     numbers = None if args.num_steps is None else step_numbers(args.num_steps)
     selectors = None if args.selectors == "all" else decoding_specs("--selectors", args.selectors)
     guidance = None if args.guidance is None else decoding_spec("--guidance", args.guidance)

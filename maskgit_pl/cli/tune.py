@@ -108,7 +108,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         kept = f"; the one before is kept as {result.old_recipe.name}" if result.old_recipe is not None else ""
         print(f"{result.recipe}: how this model is decoded from now on{kept}")
-    print(f"{result.folder}: {result.measured} measured now; tuning.md, tuning.csv" + (", tuning.png" if result.figure else ""))
+    files = ["tuning.md", "tuning.csv", *(["tuning.png"] if result.figure else [])]
+    print(f"{result.folder}: {result.measured} measured now; {', '.join(files)}")
     return 0
 
 

@@ -81,7 +81,7 @@ class Classifier(LightningModule):
         )
 
     def forward(self, images: Tensor) -> FeatureOutput:
-        """(B, C, H, W) uint8 -> features (B, F) and logits (B, num_classes)."""
+        """Computes features (B, F) and logits (B, num_classes) of (B, C, H, W) uint8 images."""
         output: FeatureOutput = self.network(images)
         return output
 

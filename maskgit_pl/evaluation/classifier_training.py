@@ -258,7 +258,7 @@ def _on_device(name: str | None) -> dict[str, Any]:
 
 
 def _key(data: ShardData, config: ClassifierConfig) -> dict[str, Any]:
-    """What ``config.json`` says: how to read the network, and what it was trained on and how."""
+    """Returns the content of ``config.json``: how to read the network, and what it was trained on and how."""
     sizes = ClassifierSizes(
         data.config.in_channels, data.config.image_size, data.num_classes, config.model, config.width
     )
@@ -283,7 +283,7 @@ def _save(folder: Path, classifier: Classifier, key: dict[str, Any]) -> None:
 
 @contextmanager
 def _threads(model: str) -> Iterator[None]:
-    """As many threads of a CPU whatever started the process, so that sums are the same ones.
+    """Sets the number of CPU threads, whatever started the process, so that sums are the same ones.
 
     Layers as small as the small network's gain nothing from more than one, and lose much beside other work.
     """
@@ -297,7 +297,7 @@ def _threads(model: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet_lightning() -> Iterator[None]:
-    """Without the trainer's remarks about hardware and about loaders without workers, which are meant here."""
+    """Suppresses the trainer's remarks about hardware and about loaders without workers, which are meant here."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -313,11 +313,13 @@ def _measure(
 ) -> Comparison:
     from maskgit_pl.evaluation.evaluator import numbers_of
 
-    real = evaluator.real(num_images=num_images)
+    real = evaluator.real(num_images=num_images, metrics="fast")
     before, results = evaluator.measured, []
     advance = evaluator.bars("token selectors", len(work))
     for label, decoding in work:
-        rows = evaluator.samples(model, decoding, num_images=num_images, seed=seed, purpose=f"selector {label}")
+        rows = evaluator.samples(
+            model, decoding, num_images=num_images, seed=seed, metrics="fast", purpose=f"selector {label}"
+        )
         results.append(MeasuredSelector(label, decoding, numbers_of(rows)))
         advance(1)
     (network,) = evaluator.networks.values()

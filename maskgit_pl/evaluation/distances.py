@@ -7,6 +7,7 @@ and coverage are here. All of it in float64 on the CPU, with the same subsets ev
 from __future__ import annotations
 
 import warnings
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from maskgit_pl.evaluation.features import ImageFeatures
 from maskgit_pl.evaluation.reference import Reference, Statistics
 
 __all__ = [
+    "Metrics",
     "density_coverage",
     "distances",
     "frechet_distance",
@@ -29,7 +31,8 @@ __all__ = [
 
 _KID_SUBSETS, _KID_SUBSET_SIZE = 50, 1000
 _IS_SPLITS = 10
-_PRECISION_NEIGHBOURS, _DENSITY_NEIGHBOURS = 3, 5
+PRECISION_NEIGHBOURS, _DENSITY_NEIGHBOURS = 3, 5
+Metrics: TypeAlias = Literal["all", "fast"]
 _ROWS = 1000  # of a block of pairwise distances
 
 
@@ -44,12 +47,13 @@ class _Seen(nn.Module):
         return features
 
 
-def distances(generated: ImageFeatures, reference: Reference) -> dict[str, float]:
-    """Every number that the two allow.
+def distances(generated: ImageFeatures, reference: Reference, *, metrics: Metrics = "all") -> dict[str, float]:
+    """Computes every number that the two allow.
 
     Args:
         generated: Features of at least two images.
         reference: The real ones, of the same network.
+        metrics: ``"fast"`` leaves out the four that ask for the neighbours of every image.
 
     Returns:
         ``fid``; ``sfid`` where both have spatial features; ``kid``, ``kid_deviation``, and with enough images
@@ -57,7 +61,7 @@ def distances(generated: ImageFeatures, reference: Reference) -> dict[str, float
         reference has features; ``is``, ``is_deviation`` where the generated ones have logits (20 or more).
 
     Raises:
-        ValueError: The two are of different networks, or of fewer than two images.
+        ValueError: if the two are of different networks, or there are fewer than two images.
     """
     if generated.label != reference.label:
         raise ValueError(
@@ -71,7 +75,9 @@ def distances(generated: ImageFeatures, reference: Reference) -> dict[str, float
     if reference.features is not None:
         made, real = generated.pooled.double(), reference.features.pooled.double()
         numbers["kid"], numbers["kid_deviation"] = kernel_distance(made, real)
-        if min(len(made), len(real)) > _PRECISION_NEIGHBOURS:
+        if metrics == "fast":
+            return numbers
+        if min(len(made), len(real)) > PRECISION_NEIGHBOURS:
             numbers["precision"], numbers["recall"] = precision_recall(made, real)
         if len(real) > _DENSITY_NEIGHBOURS:
             numbers["density"], numbers["coverage"] = density_coverage(made, real)
@@ -79,10 +85,10 @@ def distances(generated: ImageFeatures, reference: Reference) -> dict[str, float
 
 
 def frechet_distance(generated: Statistics, real: Statistics) -> float:
-    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of means m and covariances S.
+    """Computes the Frechet distance |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of means m and covariances S.
 
     Raises:
-        ValueError: The two are of features of different widths.
+        ValueError: if the two are of features of different widths.
 
     Source: Heusel et al., arXiv:1706.08500; of spatial features (sFID): Nash et al., arXiv:2103.03841.
     """
@@ -95,7 +101,7 @@ def frechet_distance(generated: Statistics, real: Statistics) -> float:
 
 
 def kernel_distance(generated: Tensor, real: Tensor) -> tuple[float, float]:
-    """The unbiased squared maximum mean discrepancy with the kernel (x . y / D + 1)^3.
+    """Computes the unbiased squared maximum mean discrepancy with the kernel (x . y / D + 1)^3.
 
     Args:
         generated: (n, D), n at least 2.
@@ -121,7 +127,7 @@ def kernel_distance(generated: Tensor, real: Tensor) -> tuple[float, float]:
 
 
 def inception_score(logits: Tensor, *, splits: int = _IS_SPLITS) -> tuple[float, float]:
-    """exp(mean KL(p(y | x) || p(y))): images that each show one class clearly, and all classes between them.
+    """Computes exp(mean KL(p(y | x) || p(y))): high where each image shows one class clearly, and all show all.
 
     Args:
         logits: (n, C), n at least 2 ``splits``.
@@ -143,7 +149,7 @@ def inception_score(logits: Tensor, *, splits: int = _IS_SPLITS) -> tuple[float,
 
 
 def precision_recall(generated: Tensor, real: Tensor) -> tuple[float, float]:
-    """The share of generated images within the real ones' manifold, and the reverse.
+    """Computes the share of generated images within the real ones' manifold, and the reverse.
 
     A manifold is a ball around each image, as wide as the distance to its 3rd neighbour.
 
@@ -156,7 +162,7 @@ def precision_recall(generated: Tensor, real: Tensor) -> tuple[float, float]:
     numbers = prc_features_to_metric(
         generated.double(),
         real.double(),
-        prc_neighborhood=_PRECISION_NEIGHBOURS,
+        prc_neighborhood=PRECISION_NEIGHBOURS,
         prc_batch_size=_ROWS,
         save_cpu_ram=True,
         verbose=False,
@@ -167,7 +173,7 @@ def precision_recall(generated: Tensor, real: Tensor) -> tuple[float, float]:
 def density_coverage(
     generated: Tensor, real: Tensor, *, num_neighbours: int = _DENSITY_NEIGHBOURS
 ) -> tuple[float, float]:
-    """How many real images' balls a generated one lies in, over k, and the share of balls that hold any.
+    """Counts the real images' balls that a generated one lies in, over k, and the share of balls that hold any.
 
     A ball is around each real image, as wide as the distance to its k-th neighbour; its surface is not in it. Both are
     about 1 for images of the same kind; density may exceed 1.

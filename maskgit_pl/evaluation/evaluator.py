@@ -24,6 +24,7 @@ from maskgit_pl.evaluation.cas import CASConfig, classification_accuracy
 from maskgit_pl.evaluation.classifier_training import TrainingImages
 from maskgit_pl.evaluation.decodings import changed_fields
 from maskgit_pl.evaluation.digests import digest_of, model_digests, short
+from maskgit_pl.evaluation.distances import Metrics
 from maskgit_pl.evaluation.feature_metrics import FeatureMetrics
 from maskgit_pl.evaluation.generation import Generated, forget, generate
 from maskgit_pl.evaluation.held_out import Task, edit, masked
@@ -128,6 +129,7 @@ class Evaluator:
         num_images: int,
         seed: int,
         networks: Sequence[str] | None = None,
+        metrics: Metrics = "all",
         keep: bool = False,
         purpose: str | None = None,
     ) -> dict[str, Row]:
@@ -139,6 +141,7 @@ class Evaluator:
             num_images: Number of images, over all classes.
             seed: Of the first image.
             networks: Labels of the feature networks; None is all.
+            metrics: See ``distances``; a row of all of them serves where fewer are asked for.
             keep: Whether the images stay in their file, for what is measured on them next.
             purpose: What a new row is for, which decides nothing.
 
@@ -146,7 +149,7 @@ class Evaluator:
             A row for each network.
         """
         keys = self._of(model, num_images, seed, decoding)
-        rows = self._found("samples", keys, networks)
+        rows = self._found("samples", keys, networks, metrics)
         missing = [label for label, row in rows.items() if row is None]
         if missing:
             title = f"{model.run}: {num_images} images, T = {decoding.num_steps}"
@@ -154,7 +157,7 @@ class Evaluator:
             taken = {"steps_taken": made.steps_taken, "seconds_per_image": made.seconds_per_image}
             said = {} if purpose is None else {"purpose": purpose}
             for label in missing:
-                rows[label] = self._measure("samples", keys | said, label, made.read, made.labels, **taken)
+                rows[label] = self._measure("samples", keys | said | taken, label, made.read, made.labels, metrics)
             if not keep:
                 forget(self._file(model, decoding, num_images, seed))
         return {label: row for label, row in rows.items() if row is not None}
@@ -177,15 +180,17 @@ class Evaluator:
         digests = {name: model.identity[name] for name in ("tokenizer", "transformer", "config")}
         return model.folder / f"samples-{short(digest_of([digests, changed_fields(decoding), num_images, seed]))}.npz"
 
-    def real(self, *, num_images: int, networks: Sequence[str] | None = None) -> dict[str, Row]:
+    def real(
+        self, *, num_images: int, networks: Sequence[str] | None = None, metrics: Metrics = "all"
+    ) -> dict[str, Row]:
         """Measures as many real train images, drawn at random: the floor of every distance."""
         count = min(num_images, self.data.summary.samples["train"])
         keys = {**self._on(None), "num_images": count, "seed": 0, **_NO_DECODING}
-        rows = self._found("samples", keys, networks)
+        rows = self._found("samples", keys, networks, metrics)
         for label, row in rows.items():
             if row is None:
                 images, labels = self.real_images("train", count)
-                rows[label] = self._measure("samples", keys, label, _reader(images), labels)
+                rows[label] = self._measure("samples", keys, label, _reader(images), labels, metrics)
         return {label: row for label, row in rows.items() if row is not None}
 
     @lru_cache(maxsize=2)  # noqa: B019  # an evaluator lives as long as its command
@@ -287,10 +292,15 @@ class Evaluator:
         edited = edit(task, model.pipe, originals, labels, seed=seed, batch_size=self.batch_size, on_images=bar)
         return {EDITED: edited, MASKED: masked(task, model.pipe.tokenizer, originals), UNEDITED: originals}
 
-    def _found(self, kind: str, keys: Mapping[str, Any], networks: Sequence[str] | None) -> dict[str, Row | None]:
+    def _found(
+        self, kind: str, keys: Mapping[str, Any], networks: Sequence[str] | None, metrics: Metrics = "all"
+    ) -> dict[str, Row | None]:
         """Returns the rows of networks that the ledger holds, and None for the others."""
-        labels = self.networks if networks is None else networks
-        return {label: self.ledger.find(kind, {**keys, **self._judged(kind, label)}) for label in labels}
+        rows: dict[str, Row | None] = {}
+        for label in self.networks if networks is None else networks:
+            having = self.networks[label].last_number(keys["num_images"], metrics)
+            rows[label] = self.ledger.find(kind, {**keys, **self._judged(kind, label)}, having=having)
+        return rows
 
     def _measure(
         self,
@@ -299,11 +309,11 @@ class Evaluator:
         label: str,
         read: Callable[[range], Tensor],
         labels: Tensor,
-        **beside: float | None,
+        metrics: Metrics = "all",
     ) -> Row:
         bar = self.bars(f"features of {label}", len(labels))
-        numbers = self.networks[label](read, len(labels), labels, on_images=bar)
-        return self._add(kind, {**keys, **self._judged(kind, label), **numbers, **beside})
+        numbers = self.networks[label](read, len(labels), labels, metrics=metrics, on_images=bar)
+        return self._add(kind, {**keys, **self._judged(kind, label), **numbers})
 
     def _add(self, kind: str, row: Mapping[str, Any]) -> Row:
         self.measured += 1

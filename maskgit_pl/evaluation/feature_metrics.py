@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from maskgit_pl.evaluation.digests import short
-from maskgit_pl.evaluation.distances import distances
+from maskgit_pl.evaluation.distances import PRECISION_NEIGHBOURS, Metrics, distances
 from maskgit_pl.evaluation.features import Extractor, ImageFeatures, extract, own_image_batches
 from maskgit_pl.evaluation.metrics import class_agreement, diversity
 from maskgit_pl.evaluation.reference import Reference
@@ -62,12 +62,19 @@ class FeatureMetrics:
             return None
         return class_agreement(features.logits.argmax(1), self.labels)
 
+    def last_number(self, num_images: int, metrics: Metrics) -> str:
+        """Returns the name of a number that only a row with all of the metrics of so many images has."""
+        features = self.reference.features
+        few = features is None or min(num_images, len(features)) <= PRECISION_NEIGHBOURS
+        return "fid" if few or metrics == "fast" else "precision"
+
     def __call__(
         self,
         read: Callable[[range], Tensor],
         count: int,
         labels: Tensor | None = None,
         *,
+        metrics: Metrics = "all",
         on_images: Callable[[int], object] = lambda count: None,
     ) -> dict[str, float]:
         """Measures other images; the ranks share the work.
@@ -76,18 +83,19 @@ class FeatureMetrics:
             read: Gives some of the images: (b, C, H, W) uint8.
             count: Number of images.
             labels: (n,) int64: the classes asked for, where the network knows the data's own.
+            metrics: See ``distances``.
             on_images: Called with the number of images of each batch that is done.
         """
         extractor = self.extractor
         features = extract([extractor], own_image_batches(read, count), on_images=on_images)[extractor.label]
-        numbers = distances(features, self.reference)
+        numbers = distances(features, self.reference, metrics=metrics)
         if labels is not None and extractor.label == CLASSIFIER and features.logits is not None:
             numbers["class_agreement"] = class_agreement(features.logits.argmax(1), labels)
             numbers |= self._diversity(features, labels)
         return numbers
 
     def _diversity(self, features: ImageFeatures, labels: Tensor) -> dict[str, float]:
-        """Beside the real images; nothing where too few images of a class are there."""
+        """Returns the diversity beside the real images; nothing where too few images of a class are there."""
         real = self.reference.features
         if real is None or self.labels is None or int(labels.bincount().max()) < 2:
             return {}

@@ -52,12 +52,12 @@ class Extractor:
         """Loads a network.
 
         Args:
-            spec: As of ``parse_feature_network``, or what it gives.
+            spec: See ``parse_feature_network``, or what it gives.
             device: Where the network works.
 
         Raises:
-            TypeError: The network does not take these arguments.
-            ValueError: Unknown name, or its weights are missing or others.
+            TypeError: if the network does not take these arguments.
+            ValueError: if the name is unknown, or its weights are missing or others.
         """
         made = parse_feature_network(spec) if isinstance(spec, str | Mapping) else spec
         network: Any = made.create().eval().to(device)  # torch's stub does not know the memory format
@@ -71,7 +71,7 @@ class Extractor:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> FeatureOutput:
-        """(B, C, H, W) uint8 on any device -> float32 on the CPU."""
+        """Extracts features of (B, C, H, W) uint8 images on any device, as float32 on the CPU."""
         device = next((tensor.device for tensor in self.network.parameters()), images.device)
         images = images.to(device).contiguous(memory_format=torch.channels_last)  # the layout decides the last bits too
         # On a GPU: float32 in full, and the same every time.
@@ -125,10 +125,10 @@ class FeatureCollector:
         self._index.append(index.cpu())
 
     def gather(self) -> ImageFeatures:
-        """The features of all ranks' images, sorted by number, the same on each rank; all ranks must call it.
+        """Gathers the features of all ranks' images, sorted by number; all ranks must call it, and get the same.
 
         Raises:
-            ValueError: No rank has any, or two images have the same number.
+            ValueError: if no rank has any, or two images have the same number.
         """
         own = [None if part is None else part.shape[1] for part in self._outputs[0]] if self._outputs else None
         widths = next((each for each in on_all_ranks(lambda: own) if each is not None), None)  # a rank may have none
@@ -155,18 +155,18 @@ def extract(
     *,
     on_images: Callable[[int], object] = lambda count: None,
 ) -> dict[str, ImageFeatures]:
-    """What each network says about all ranks' images.
+    """Extracts the features of all ranks' images with each network.
 
     Args:
         extractors: The networks, each with a label of its own.
         batches: This rank's: (b, C, H, W) uint8 images and their (b,) int64 numbers; ``own_image_batches`` makes them.
-        on_images: Told how many more are done, for a progress bar.
+        on_images: Called with the number of images that are done, for a progress bar.
 
     Returns:
         By label, the same on each rank.
 
     Raises:
-        ValueError: Two networks have one label, or there are no images.
+        ValueError: if two networks have one label, or there are no images.
     """
     collectors = {extractor.label: FeatureCollector(extractor) for extractor in extractors}
     if len(collectors) != len(extractors):
@@ -183,7 +183,7 @@ def extract(
 
 
 def own_batches(count: int, *, batch_size: int = BATCH_SIZE) -> Iterator[range]:
-    """The rows of ``count`` that this rank takes, batch by batch: whole batches, dealt out by their number."""
+    """Yields the rows of ``count`` that this rank takes, batch by batch: whole batches, dealt out by their number."""
     for number in own_rows(-(-count // batch_size)):
         yield range(number * batch_size, min((number + 1) * batch_size, count))
 
@@ -191,7 +191,7 @@ def own_batches(count: int, *, batch_size: int = BATCH_SIZE) -> Iterator[range]:
 def own_image_batches(
     read: Callable[[range], Tensor], count: int, *, batch_size: int = BATCH_SIZE
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's batches of ``count`` images, with their numbers.
+    """Yields this rank's batches of ``count`` images, with their numbers.
 
     Args:
         read: Rows of the whole -> (b, C, H, W) uint8; it may make them on the spot.

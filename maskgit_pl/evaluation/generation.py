@@ -85,7 +85,7 @@ def generate(
     batch_size: int = 100,
     on_images: Callable[[int], object] = lambda count: None,
 ) -> Generated:
-    """Images of all classes, spread evenly; those that are in the file, or in its parts, are not made again.
+    """Generates images of all classes, spread evenly; those in the file, or in its parts, are not made again.
 
     Args:
         pipe: The model.
@@ -94,10 +94,10 @@ def generate(
         num_images: How many.
         seed: Image i has seed + i.
         batch_size: Images at a time.
-        on_images: Told how many more this rank has, those that were there before among them.
+        on_images: Called with the number of images that this rank has, those that were there before among them.
 
     Raises:
-        ValueError: As of ``generate_many``; the file holds other images, for one.
+        ValueError: see ``generate_many``; the file holds other images, for one.
         FileExistsError: The file holds something else.
     """
     rank, world_size = rank_and_world()

@@ -23,7 +23,7 @@ _GREY = 128
 
 
 def hidden_pixels(task: Task, tokenizer: PretrainedTokenizer) -> Tensor:
-    """(H, W) bool, True where pixels are to be generated: the right half, or half of each edge at the centre.
+    """Returns (H, W) bool, True where pixels are to be generated: the right half, or half of each edge at the centre.
 
     In whole tokens: the right half is rounded up, the centre down to what lies in the middle. Of 7 x 7 tokens that is
     4 columns, and 3 x 3 tokens.
@@ -43,7 +43,7 @@ def hidden_pixels(task: Task, tokenizer: PretrainedTokenizer) -> Tensor:
 
 
 def masked(task: Task, tokenizer: PretrainedTokenizer, images: Tensor) -> Tensor:
-    """(n, C, H, H) uint8 with grey in place of what is to be generated."""
+    """Returns (n, C, H, H) uint8 images with grey in place of what is to be generated."""
     return images.masked_fill(hidden_pixels(task, tokenizer), _GREY)
 
 
@@ -66,7 +66,7 @@ def edit(
         labels: (n,) int64: their classes.
         seed: Image i has seed + i.
         batch_size: Images at a time, where they are inpainted.
-        on_images: Told how many more are done.
+        on_images: Called with the number of images that are done.
 
     Returns:
         (n, C, H, H) uint8.

@@ -80,7 +80,7 @@ class Ledger:
         """Returns all rows of a kind of measurement, in the order of the file."""
         return [row for row in self._rows if row["measurement"] == measurement]
 
-    def find(self, measurement: str, key: Mapping[str, object]) -> Row | None:
+    def find(self, measurement: str, key: Mapping[str, object], *, having: str | None = None) -> Row | None:
         """Returns the last row of a measurement, or None.
 
         A row of an older version that lacks a column of the key does not say enough to be found.
@@ -88,10 +88,12 @@ class Ledger:
         Args:
             measurement: A key of ``KEYS``.
             key: A value for each of its columns; others are not looked at.
+            having: A column in which the row must have a value; None for none.
         """
         wanted = _plain({name: key[name] for name in KEYS[measurement]})
         for row in reversed(self._rows[self._first :]):
-            if row["measurement"] == measurement and all(name in row and row[name] == wanted[name] for name in wanted):
+            same = row["measurement"] == measurement and (having is None or row.get(having) is not None)
+            if same and all(name in row and row[name] == wanted[name] for name in wanted):
                 return row
         return None
 

@@ -64,11 +64,11 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Tensor) -> Estimate:
-        """Of (n,) float64 values, n at least 2."""
+        """Computes the estimate of (n,) float64 values, n at least 2."""
         return cls(float(values.mean()), float(values.std()) / math.sqrt(len(values)), len(values))
 
     def times(self, factor: float) -> Estimate:
-        """In another unit."""
+        """Returns the estimate in another unit."""
         return Estimate(factor * self.mean, abs(factor) * self.standard_error, self.count)
 
 
@@ -106,7 +106,7 @@ def masked_nll(
     batch_size: int = 100,
     on_images: OnImages = lambda count: None,
 ) -> Estimate:
-    """The masked negative log-likelihood: nats of a masked token, given the visible ones and the class.
+    """Computes the masked negative log-likelihood: nats of a masked token, given the visible ones and the class.
 
     E over images, r ~ U(0, 1) and sets M of ceil(gamma(r) N) positions of 1 / |M| sum over i in M of
     -log p(y_i | y outside M, class): the mean over rows of the row's mean over its masked tokens, which is what
@@ -118,15 +118,15 @@ def masked_nll(
         network: ``(tokens (B, N), labels (B,), mask (B, N) bool) -> logits (masked tokens, K)``, row after row, as
             ``MaskedTransformer`` in evaluation mode.
         tokens: (n, N) int64 in [0, K), on the network's device, n at least 2.
-        labels: (n,) int64, likewise.
+        labels: (n,) int64, on the same device.
         mask_schedule: gamma, the model's own.
         mask_token_id: What stands at masked positions.
         draws: Masks of an image, and their seed.
         batch_size: Images at a time; the same on all ranks.
-        on_images: Told how many more this rank has done.
+        on_images: Called with the number of images that this rank has done.
 
     Raises:
-        ValueError: Fewer than two images, a label too many or too few, or a number out of range.
+        ValueError: if there are fewer than two images, the number of labels differs, or a number is out of range.
 
     Source: paper, Table 3 ("NLL") and the training objective; the released code's loss for the mean over rows.
     """
@@ -154,7 +154,7 @@ def negative_elbo(
     batch_size: int = 100,
     on_images: OnImages = lambda count: None,
 ) -> ImageLikelihood:
-    """The order-agnostic bound: -log p(x | class) is at most this, in nats of an image.
+    """Computes the order-agnostic bound: -log p(x | class) is at most this, in nats of an image.
 
     log p(x) >= E over t ~ U{1..N} and orders s of N / (N - t + 1) sum over k >= t of log p(x_s(k) | x_s(<t)), the
     likelihood of a model that uncovers one token after the other in a random order. With m = N - t + 1 masked tokens
@@ -163,16 +163,16 @@ def negative_elbo(
     conditionals are those of one joint distribution. The t of an image's draws are stratified.
 
     Args:
-        network: As of ``masked_nll``.
-        tokens: Likewise.
-        labels: Likewise.
-        mask_token_id: Likewise.
+        network: See ``masked_nll``.
+        tokens: (n, N) int64 in [0, K), on the network's device, n at least 2.
+        labels: (n,) int64, on the same device.
+        mask_token_id: What stands at masked positions.
         draws: Pairs (t, s) of an image, and their seed; N and its multiples take each t equally often.
         batch_size: Images at a time; the same on all ranks.
-        on_images: Told how many more this rank has done.
+        on_images: Called with the number of images that this rank has done.
 
     Raises:
-        ValueError: As of ``masked_nll``.
+        ValueError: see ``masked_nll``.
 
     Source: Uria et al., arXiv:1310.1757; Hoogeboom et al., arXiv:2110.02037, eq. 4 and 5.
     """
@@ -198,18 +198,18 @@ def exact_nll(
     batch_size: int = 100,
     on_images: OnImages = lambda count: None,
 ) -> ImageLikelihood:
-    """The exact negative log-likelihood of a network that predicts each token from those before it: a plain sum.
+    """Computes the exact negative log-likelihood of a network that predicts each token from those before it.
 
     Args:
         network: ``(tokens (B, N), labels (B,)) -> logits (B, N, K)``; those of token i see the class and tokens before
             i alone.
         tokens: (n, N) int64 in [0, K), on the network's device, n at least 2.
-        labels: (n,) int64, likewise.
+        labels: (n,) int64, on the same device.
         batch_size: Images at a time; the same on all ranks.
-        on_images: Told how many more this rank has done.
+        on_images: Called with the number of images that this rank has done.
 
     Raises:
-        ValueError: As of ``masked_nll``.
+        ValueError: see ``masked_nll``.
     """
     _check(tokens, labels, batch_size=batch_size)
 
@@ -238,13 +238,13 @@ def real_tokens(
         data: The real images, of the tokenizer's size.
         limit: So many images, drawn at random, always the same ones; None for all, in their order.
         batch_size: Images at a time.
-        on_images: Told how many more this rank has done.
+        on_images: Called with the number of images that this rank has done.
 
     Returns:
         (n, N) int64 and (n,) int64, on the model's device, the same on all ranks.
 
     Raises:
-        ValueError: A limit below 1.
+        ValueError: if the limit is below 1.
     """
     samples = data.summary.samples["val"]
     count = samples if limit is None else min(limit, samples)
@@ -292,7 +292,7 @@ def _mean_row_nll(
     batch_size: int,
     on_images: OnImages,
 ) -> Tensor:
-    """(n,) float64: of each image the mean over its draws of the mean nats of a masked token."""
+    """Computes (n,) float64: of each image the mean over its draws of the mean nats of a masked token."""
 
     def nll(index: Tensor) -> Tensor:
         rows, total = tokens[index], torch.zeros(len(index), dtype=torch.float64)
@@ -309,7 +309,7 @@ def _mean_row_nll(
 
 @torch.inference_mode()
 def _over_images(values_of: Callable[[Tensor], Tensor], count: int, *, batch_size: int, on_images: OnImages) -> Tensor:
-    """(count,) float64: the values of all images, from functions of the rows (B,) int64 of a batch."""
+    """Computes (count,) float64: the values of all images, from functions of the rows (B,) int64 of a batch."""
     batches = torch.split(torch.arange(count), batch_size)
     mine = [batches[number] for number in own_rows(len(batches))]
     values = [torch.empty(0, dtype=torch.float64)]

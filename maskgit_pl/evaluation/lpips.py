@@ -47,7 +47,7 @@ class LPIPS(nn.Module):
         """Two times (B, 1 or 3, H, W) float in [0, 1] -> (B,) float32.
 
         Raises:
-            ValueError: The images are too small for the network.
+            ValueError: if the images are too small for the network.
         """
         least = _BACKBONES[self.backbone][1]
         if min(images.shape[-2:]) < least:
@@ -61,7 +61,7 @@ class LPIPS(nn.Module):
 
 
 def load_lpips(text: str, *, sha256: str | None = None, device: torch.device | str = "cpu") -> LPIPS:
-    """LPIPS with the backbone's weights of a file.
+    """Loads LPIPS with the backbone's weights of a file.
 
     Args:
         text: ``vgg=FILE``, ``alex=FILE`` or ``squeeze=FILE``, the file being torchvision's.
@@ -91,6 +91,6 @@ def load_lpips(text: str, *, sha256: str | None = None, device: torch.device | s
 
 
 def _name_in_file(key: str) -> str:
-    """``slice2.3.weight`` and ``slices.1.3.squeeze.weight`` are layer 3 of torchvision's ``features``."""
+    """Returns a name in torchvision: ``slice2.3.weight``, ``slices.1.3.squeeze.weight`` are layer 3 of ``features``."""
     parts = key.split(".")
     return ".".join(["features", *parts[2 if parts[0] == "slices" else 1 :]])

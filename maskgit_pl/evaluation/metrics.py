@@ -9,14 +9,14 @@ __all__ = ["class_agreement", "diversity", "mean_pairwise_distance"]
 
 
 def class_agreement(predicted: Tensor, asked: Tensor) -> float:
-    """Share of images that are taken for the class asked for.
+    """Computes the share of images that are taken for the class asked for.
 
     Args:
         predicted: (n,) int64: the classifier's classes.
         asked: (n,) int64: the classes they were generated for.
 
     Raises:
-        ValueError: The two differ in length, or are empty.
+        ValueError: if the two differ in length, or are empty.
     """
     if predicted.shape != asked.shape or asked.numel() == 0:
         raise ValueError(
@@ -26,10 +26,10 @@ def class_agreement(predicted: Tensor, asked: Tensor) -> float:
 
 
 def mean_pairwise_distance(features: Tensor) -> float:
-    """Mean L2 distance over all pairs of distinct rows of (n, D) features.
+    """Computes the mean L2 distance over all pairs of distinct rows of (n, D) features.
 
     Raises:
-        ValueError: Fewer than two rows.
+        ValueError: if there are fewer than two rows.
     """
     if len(features) < 2:
         raise ValueError(f"mean pairwise distance: at least 2 rows are needed, got {len(features)}")
@@ -39,7 +39,7 @@ def mean_pairwise_distance(features: Tensor) -> float:
 def diversity(
     generated: Tensor, generated_labels: Tensor, real: Tensor, real_labels: Tensor, *, per_class: int = 100
 ) -> float:
-    """How varied the images of a class are beside real ones: 1 as varied, 0 all alike.
+    """Computes how varied the images of a class are beside real ones: 1 as varied, 0 all alike.
 
     Mean over classes of the mean pairwise distance of generated features, divided by the same of real features. Of each
     class the first ``per_class`` images are taken, as many generated as real; classes with fewer than two are left out.
@@ -52,7 +52,7 @@ def diversity(
         per_class: Most images of a class, at least 2.
 
     Raises:
-        ValueError: No class has two images of both kinds, or real images of all classes are alike.
+        ValueError: if no class has two images of both kinds, or real images of all classes are alike.
     """
     distances = []
     for label in sorted(set(generated_labels.tolist())):

@@ -102,10 +102,10 @@ class ArrayFile:
         return name in self._members
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of an array.
+        """Returns the shape of an array.
 
         Raises:
-            ValueError: There is none of that name.
+            ValueError: if there is none of that name.
         """
         if name not in self._members:
             held = ", ".join(printable(each) for each in sorted(self._members)) or "nothing"
@@ -113,7 +113,7 @@ class ArrayFile:
         return self._members[name].shape
 
     def read(self, name: str, shape: tuple[int | None, ...], *, kinds: str) -> npt.NDArray[Any]:
-        """An array; mapped, not read, where the file is not compressed.
+        """Reads an array; mapped, not read, where the file is not compressed.
 
         Args:
             name: Of the array, without ``.npy``.
@@ -140,22 +140,22 @@ class ArrayFile:
             raise self.refusal(name, f"it cannot be read: {error}") from error
 
     def text(self, name: str) -> str:
-        """A text that was written as (n,) uint8.
+        """Reads a text that was written as (n,) uint8.
 
         Raises:
-            ValueError: As of ``read``, or it is no text.
+            ValueError: see ``read``, or it is no text.
         """
         return bytes(self.read(name, (None,), kinds="uint8")).decode()
 
     def refusal(self, name: str, why: str) -> ValueError:
-        """The error that names file and array."""
+        """Returns the error that names file and array."""
         return _RefusedError(f"{self.thing} {printable(str(self.path))}: array {name!r}: {why}")
 
     def check(self) -> None:
         """Compares every array with its checksum.
 
         Raises:
-            ValueError: One is damaged.
+            ValueError: if one is damaged.
         """
         with zipfile.ZipFile(self.path) as archive:
             try:
@@ -241,7 +241,7 @@ class SampleFile:
         return len(self.images)
 
     def read(self, rows: range, *, channels: Literal[1, 3] = 3) -> Tensor:
-        """Some images.
+        """Reads images.
 
         Args:
             rows: Their numbers, one after the other.
@@ -262,10 +262,10 @@ class SampleFile:
 
 
 def open_samples(file: ArrayFile | Path | str) -> SampleFile:
-    """The images of a file, and their labels if it has any.
+    """Opens the images of a file, and their labels if it has any.
 
     Raises:
-        ValueError: There are none, or the arrays are others than the layout says.
+        ValueError: if there are none, or the arrays are others than the layout says.
     """
     arrays = file if isinstance(file, ArrayFile) else ArrayFile(file, thing="samples")
     images = arrays.read("arr_0", (None, None, None, 3), kinds="uint8")

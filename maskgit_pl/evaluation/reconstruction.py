@@ -1,4 +1,4 @@
-"""How well a tokenizer brings images back."""
+"""The reconstruction error of a tokenizer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SSIM_WINDOW = 11  # pixels
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """How well a tokenizer brings images back.
+    """The reconstruction error of a tokenizer.
 
     Args:
         psnr_db: Of the squared error pooled over all images.
@@ -49,7 +49,7 @@ class Reconstruction:
     lpips: Mapping[str, float] = field(default_factory=dict)
 
     def numbers(self) -> dict[str, float]:
-        """What was measured, in plain values; numbers of a network are named after it, e.g. ``rfid/inception``."""
+        """Returns the numbers by name; those of a network are named after it, e.g. ``rfid/inception``."""
         return {
             "psnr_db": self.psnr_db,
             **({} if self.ssim is None else {"ssim": self.ssim}),
@@ -62,10 +62,10 @@ class Reconstruction:
 
 
 def psnr(mean_squared_error: float) -> float:
-    """-10 log10(error) in dB, for pixels in [0, 1]; infinite where nothing differs.
+    """Computes -10 log10(error) in dB, for pixels in [0, 1]; infinite where nothing differs.
 
     Raises:
-        ValueError: The error is negative or not a number.
+        ValueError: if the error is negative or not a number.
     """
     if not mean_squared_error >= 0:
         raise ValueError(f"mean squared error: at least 0 is needed, got {mean_squared_error}")
@@ -92,10 +92,10 @@ def measure_reconstruction(
         extractors: Feature networks in which the reconstructions' FID is measured, as bytes.
         references: The originals, by the networks' labels.
         lpips: Measures the perceptual distance; None leaves it out.
-        on_images: Told how many more are done, for a progress bar.
+        on_images: Called with the number of images that are done, for a progress bar.
 
     Raises:
-        ValueError: No images, or a network has no reference.
+        ValueError: if there are no images, or a network has no reference.
     """
     for extractor in extractors:
         if extractor.label not in references:
@@ -150,7 +150,7 @@ class _Reconstructions:
             collector.add((decoded * 255).round().to(torch.uint8), positions)
 
     def means(self) -> tuple[dict[str, float], int]:
-        """Over the images of all ranks, and how many there are.
+        """Returns the means over the images of all ranks, and the number of images.
 
         Raises:
             ValueError: None.
@@ -166,7 +166,7 @@ def _mean_squared_error(images: Tensor, others: Tensor) -> Tensor:
 
 
 def _ssim(images: Tensor, others: Tensor) -> Tensor:
-    """(B,) float64: a Gaussian window of 11 x 11 pixels, sigma 1.5. Source: Wang et al., 2004; torchmetrics."""
+    """Computes SSIM (B,) float64 with a Gaussian window of 11 x 11 pixels, sigma 1.5. Source: Wang et al., 2004."""
     similarity = structural_similarity_index_measure(images.double(), others.double(), data_range=1.0, reduction="none")
     assert isinstance(similarity, Tensor)
     return similarity.reshape(len(images))

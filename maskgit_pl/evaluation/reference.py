@@ -55,10 +55,10 @@ class Statistics:
 
     @classmethod
     def of(cls, features: Tensor) -> Statistics:
-        """Of (n, D) features, n at least 2.
+        """Computes the statistics of (n, D) features, n at least 2.
 
         Raises:
-            ValueError: Fewer than two.
+            ValueError: if there are fewer than two.
         """
         if features.ndim != 2 or len(features) < 2:
             raise ValueError(
@@ -109,10 +109,10 @@ class Reference:
 
     @classmethod
     def of(cls, features: ImageFeatures) -> Reference:
-        """From features of at least two images.
+        """Makes a reference from features of at least two images.
 
         Raises:
-            ValueError: Fewer than two.
+            ValueError: if there are fewer than two.
         """
         spatial = None if features.spatial is None else Statistics.of(features.spatial)
         return cls(features.label, Statistics.of(features.pooled), spatial, replace(features, spatial=None))
@@ -143,7 +143,7 @@ def own_real_batches(data: ShardData, split: Split, *, num_images: int | None = 
 
 
 def real_labels(data: ShardData, split: Split = "val") -> Tensor:
-    """The classes (n,) int64 of a split's images, in their order; read from the index alone."""
+    """Returns the classes (n,) int64 of a split's images, in their order; read from the index alone."""
     reader = ShardReader(load_manifest(data.config.path, split))
     return torch.from_numpy(reader.labels(np.arange(len(reader))))
 
@@ -157,7 +157,7 @@ def obtain_references(
     num_images: int | None = None,
     on_images: Callable[[int], object] = lambda count: None,
 ) -> dict[str, Reference]:
-    """A split as each network sees it: read from ``folder``, or made and kept there where it is not.
+    """Returns a split as each network sees it: read from ``folder``, or made and kept there where it is not.
 
     Args:
         folder: Where references are kept; several data sets and networks may share it.
@@ -165,13 +165,13 @@ def obtain_references(
         extractors: The networks.
         split: Which of the images.
         num_images: The first so many; None is all.
-        on_images: Told how many more are done, for a progress bar.
+        on_images: Called with the number of images that are done, for a progress bar.
 
     Returns:
         By the networks' labels, the same on each rank.
 
     Raises:
-        ValueError: There are fewer than two images, or the data are tokens.
+        ValueError: if there are fewer than two images, or the data are tokens.
     """
     key = _split_key(data, split, num_images)
     keys = {extractor.label: {**key, **_identity(extractor)} for extractor in extractors}
@@ -191,7 +191,7 @@ def read_references(
     folder: Path | None = None,
     on_images: Callable[[int], object] = lambda count: None,
 ) -> dict[str, Reference]:
-    """A file of ADM's layout as each network sees it.
+    """Reads a file of ADM's layout as each network sees it.
 
     Statistics that the file holds are Inception's; they alone give fid and sfid, images give the rest.
 
@@ -199,13 +199,13 @@ def read_references(
         path: E.g. ``VIRTUAL_imagenet256_labeled.npz``.
         extractors: The networks.
         folder: Where features of the file's images are kept, as of ``obtain_references``; None keeps none.
-        on_images: Told how many more are done, for a progress bar.
+        on_images: Called with the number of images that are done, for a progress bar.
 
     Returns:
         By the networks' labels, the same on each rank.
 
     Raises:
-        ValueError: The file is missing, foreign or damaged, or does not hold what a network needs.
+        ValueError: if the file is missing, foreign or damaged, or does not hold what a network needs.
     """
     file = ArrayFile(path, thing="reference")
     origin = Origin(sha256_of(file.path), file=file.path.name)
@@ -259,7 +259,7 @@ def _obtain(
     extractors: Sequence[Extractor],
     features: Callable[[Sequence[Extractor]], dict[str, ImageFeatures]],
 ) -> dict[str, Reference]:
-    """What the folder holds, and the rest from one pass over the images."""
+    """Returns what the folder holds, and the rest from one pass over the images."""
     found = {label: None if folder is None else _read(_place(folder, key), key) for label, key in keys.items()}
     here = on_all_ranks(lambda: [label for label, reference in found.items() if reference is not None])
     missing = [extractor for extractor in extractors if not all(extractor.label in labels for labels in here)]
@@ -299,7 +299,7 @@ def _write(path: Path, key: Mapping[str, Any], reference: Reference) -> None:
 
 
 def _read(path: Path, key: Mapping[str, Any]) -> Reference | None:
-    """What was kept; None, with a warning, where the file is not what this program wrote for the same key."""
+    """Reads what was kept; None, with a warning, where the file is not what this program wrote for the same key."""
     if not path.exists():
         return None
     try:
@@ -337,10 +337,10 @@ def _statistics(file: ArrayFile, suffix: str, width: int | None) -> Statistics:
 
 
 def _tensor(file: ArrayFile, name: str, shape: tuple[int | None, ...], *, kinds: str) -> Tensor:
-    """A copy, as float64.
+    """Reads a copy, as float64.
 
     Raises:
-        ValueError: As of ``ArrayFile.read``, or a number is not finite.
+        ValueError: see ``ArrayFile.read``, or a number is not finite.
     """
     array: npt.NDArray[np.float64] = np.array(file.read(name, shape, kinds=kinds), dtype=np.float64)
     if not np.isfinite(array).all():

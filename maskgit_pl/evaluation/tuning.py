@@ -121,7 +121,8 @@ def tune(
     space = space.resumed(begun, trials=trials, seed=options.seed, how=options.search)
 
     def measure(decoding: DecodingConfig, num_images: int, seed: int, purpose: str) -> Mapping[str, float]:
-        return numbers_of(evaluator.samples(model, decoding, num_images=num_images, seed=seed, purpose=purpose))
+        rows = evaluator.samples(model, decoding, num_images=num_images, seed=seed, metrics="fast", purpose=purpose)
+        return numbers_of(rows)
 
     advance = bars("trials", trials + FINALISTS + 1)  # and the confirmation
 
@@ -239,7 +240,7 @@ def _write_page(
     accuracy = {"class_agreement": network.accuracy}
 
     def real(num_images: int) -> RealNumbers:
-        rows = evaluator.real(num_images=num_images)
+        rows = evaluator.real(num_images=num_images, metrics="fast")
         numbers = numbers_of(rows) | accuracy
         return RealNumbers(numbers, rows[network.extractor.label]["num_images"])
 

@@ -1,5 +1,7 @@
 """The public functions, called from Python: what they give, and what importing them costs."""
 
+import json
+import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -8,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from maskgit_pl import evaluation
+from maskgit_pl.evaluation import classifier_training
+from maskgit_pl.evaluation.classifier_config import ClassifierConfig
 
 
 def test_importing_the_package_and_its_functions_imports_nothing_heavy() -> None:
@@ -32,3 +36,51 @@ def test_other_names_are_refused() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'evaluat'"):
         evaluation.evaluat  # noqa: B018  # its access is what is tested
     assert import_module("maskgit_pl.evaluation.ledger").Ledger is evaluation.Ledger
+
+
+@pytest.fixture
+def run(tiny_pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run of its own, whose classifier is trained for a moment."""
+    shutil.copytree(tiny_pretrained, tmp_path / "run" / "pretrained")
+    quick, plain = ClassifierConfig(width=4, max_steps=3, batch=20), classifier_training.obtain_classifier
+    monkeypatch.setattr(
+        classifier_training, "obtain_classifier", lambda *args, **options: plain(*args, **options | {"config": quick})
+    )
+    return tmp_path / "run"
+
+
+def test_the_functions_return_numbers_write_files_and_share_a_ledger(run: Path, tiny_shards: Path) -> None:
+    report = evaluation.evaluate(
+        run,
+        data=tiny_shards,
+        num_samples=6,
+        features=["classifier"],
+        options=evaluation.EvaluationOptions(num_steps=2, likelihood_samples=4, device="cpu"),
+    )
+    assert report.file == run / "evaluation.json"
+    assert json.loads(report.file.read_text()) == report.content
+    (name,) = report.content["protocol"]["features"]
+    fid = report.content["samples"]["exported_guidance"][f"fid/{name}"]
+
+    options = evaluation.ComparisonOptions(device="cpu")
+    made = evaluation.compare(run, data=tiny_shards, selectors=["halton"], num_steps=[2], num_images=6, options=options)
+    assert made.measured == 1
+    assert {path.name for path in made.folder.iterdir()} == {"comparison.md", "comparison.csv", "selectors.png"}
+
+    search = evaluation.TuningOptions(num_steps=[2], device="cpu", plot=False)
+    result = evaluation.tune(run, data=tiny_shards, trials=2, num_images=6, options=search)
+    assert result.measured == 2 + len(result.confirmed) + 1  # and as many real images
+    assert result.winner.numbers[result.metric] <= result.before.numbers[result.metric]
+    assert evaluation.tune(run, data=tiny_shards, trials=2, num_images=6, options=search).measured == 0
+    rows = evaluation.Ledger(run / "evaluation" / "ledger.jsonl").rows("samples")
+    assert fid in [row["fid"] for row in rows]
+    assert len({row["judge"] for row in rows}) == 1
+
+
+def test_a_classifier_is_trained_once(tiny_shards: Path, tmp_path: Path) -> None:
+    config = ClassifierConfig(width=4, max_steps=3, batch=20)
+    first, again = (
+        evaluation.train_classifier(tiny_shards, config=config, device="cpu", out=tmp_path / "kept") for _ in range(2)
+    )
+    assert (first.was_there, again.was_there) == (False, True)
+    assert first.accuracy == again.accuracy

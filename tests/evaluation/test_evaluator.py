@@ -154,7 +154,9 @@ def test_a_row_is_reused_where_nothing_changed_and_measured_anew_where_anything_
     folder: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "classification_accuracy", lambda *_, **__: Accuracy(0.5, 1.0, 24))
-    monkeypatch.setattr(feature_metrics, "distances", lambda *_: {"fid": 1.0})  # keys do not depend on what comes out
+    monkeypatch.setattr(
+        feature_metrics, "distances", lambda *_, **__: {"fid": 1.0, "precision": 1.0}
+    )  # keys do not depend on what comes out
     monkeypatch.setattr(module, "describe_environment", lambda: {"commit": None})
     decides = KINDS[kind][1]
 
@@ -268,3 +270,17 @@ def test_of_several_ranks_one_writes(folder: Path, tmp_path: Path) -> None:
     evaluator, model = opened(folder, Ledger(tmp_path / "ledger.jsonl", writes=False))
     evaluator.samples(model, DECODING, num_images=6, seed=0)
     assert not (tmp_path / "ledger.jsonl").exists()
+
+
+def test_fast_metrics_leave_the_neighbours_out_and_are_found_in_a_row_of_all(folder: Path, tmp_path: Path) -> None:
+    evaluator, model = opened(folder, Ledger(tmp_path / "ledger.jsonl"))
+
+    def measured(metrics: Any) -> dict[str, float]:
+        return numbers_of(evaluator.samples(model, DECODING, num_images=12, seed=0, metrics=metrics))
+
+    fast = measured("fast")
+    assert "precision/classifier" not in fast
+    assert fast.items() <= {**measured("all"), "seconds_per_image": fast["seconds_per_image"]}.items()
+    assert evaluator.measured == 2  # a row of fewer numbers is none of all of them
+    assert "precision/classifier" in measured("fast")
+    assert evaluator.measured == 2

@@ -666,7 +666,7 @@ MUTANTS: tuple[Mutant, ...] = (
             "return numbers[KEY_METRIC_PRECISION], numbers[KEY_METRIC_RECALL]",
             "return numbers[KEY_METRIC_RECALL], numbers[KEY_METRIC_PRECISION]",
         ),
-        ("_PRECISION_NEIGHBOURS, _DENSITY_NEIGHBOURS = 3, 5", "_PRECISION_NEIGHBOURS, _DENSITY_NEIGHBOURS = 2, 5"),
+        ("PRECISION_NEIGHBOURS, _DENSITY_NEIGHBOURS = 3, 5", "PRECISION_NEIGHBOURS, _DENSITY_NEIGHBOURS = 2, 5"),
         (
             "_compute_fid(real.mean, real.covariance, generated.mean, generated.covariance)",
             "_compute_fid(real.mean, real.covariance, generated.mean, real.covariance)",
