@@ -144,7 +144,7 @@ def test_flips_and_seeds_make_another_classifier(data: ShardData) -> None:
 
 
 def test_a_network_of_timm_is_trained_and_kept_alike(data: ShardData, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(module, "_cores", lambda: 1)
+    monkeypatch.setattr(module, "available_cores", lambda: 1)
     config = ClassifierConfig(model="resnet18", max_steps=2, batch=4)
     trained = obtain_classifier(tmp_path, data, config=config)
     assert json.loads((tmp_path / "config.json").read_text())["network"]["model"] == "resnet18"
