@@ -70,15 +70,12 @@ def train_classifier(
         check_integer("image_size", image_size, "[1, inf)")
     images = read_manifest_summary(Path(data)).images  # before anything heavy is imported
     size = _image_size(data, sorted({*images.height, *images.width}), image_size)
-    import torch
-
-    from maskgit_pl.devices import check_device
+    from maskgit_pl.devices import check_device, default_device
     from maskgit_pl.evaluation import classifier_training
     from maskgit_pl.networks.classifier import check_model
 
     check_model(config.model)
-    gpu = "cuda" if torch.cuda.is_available() else "cpu"
-    place = gpu if device is None else str(check_device(device))
+    place = default_device() if device is None else str(check_device(device))
     source = _open_data(Path(data), size, num_workers)
     folder = out or Path("runs") / f"{Path(data).resolve().name}-classifier" / config.model
     was_there = classifier_training.is_trained(folder, source, config)

@@ -157,12 +157,10 @@ def open_model(folders: RunFolders, device: str | None = None) -> MaskGIT:
     Raises:
         ValueError: if there is no such device, or a file of the model is not as it must be.
     """
-    import torch
-
-    from maskgit_pl.devices import check_device
+    from maskgit_pl.devices import check_device, default_device
     from maskgit_pl.pipeline import MaskGIT
 
-    place = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else str(check_device(device))
+    place = default_device() if device is None else str(check_device(device))
     return MaskGIT.from_pretrained(folders.pretrained).to(place)
 
 
