@@ -68,11 +68,12 @@ def run(args: argparse.Namespace) -> int:
     check_outputs(args, out=".json")
     cas = cas_flags(args)
     features = feature_specs(args.features)
-    from maskgit_pl.devices import default_device
     from maskgit_pl.evaluation import CASOptions, EvaluationOptions, evaluate
 
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if several and args.device is None:
+        from maskgit_pl.devices import default_device
+
         args.device = default_device(local_rank=local_rank())
     options = EvaluationOptions(
         **measuring_flags(args),
