@@ -6,6 +6,7 @@ shown, so that no name is refused and none can forge a heading, a link, a table 
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import re
@@ -23,7 +24,7 @@ _SPECIAL = re.compile(
     r"|(?<!\S)[-+=]",  # lists and underlined headings, wherever a line may be broken
     re.IGNORECASE,
 )
-_ARGUMENT = re.compile(r" {8}(?P<name>\w+): (?P<text>.*)")
+_ARGUMENT = re.compile(r" {4}(?P<name>\w+): (?P<text>.*)")
 _NUMBERED = re.compile(r"(?<!\S)(\d{1,9})([.)])(?!\S)")
 
 
@@ -88,7 +89,7 @@ def plain_label(text: object) -> str:
 
 def argument_docs(kind: type) -> dict[str, str]:
     """Returns what the ``Args`` section of a class's docstring says of each argument, each as one line."""
-    section = (kind.__doc__ or "").partition("Args:\n")[2].partition("\n\n")[0]
+    section = inspect.cleandoc(kind.__doc__ or "").partition("Args:\n")[2].partition("\n\n")[0]
     found: dict[str, str] = {}
     for line in section.splitlines():
         if argument := _ARGUMENT.fullmatch(line):
