@@ -163,7 +163,7 @@ def _ddp(
 
 def _transformer_step(network: nn.Module, config: TransformerConfig) -> None:
     tokens = torch.zeros(1, min(4, config.num_tokens), dtype=torch.int64)  # what is exchanged are weights
-    logits: Tensor = network.forward_masked(tokens, tokens[:, 0], tokens == 0, vocabulary="all")
+    logits: Tensor = network(tokens, tokens[:, 0], vocabulary="all")
     logits.float().sum().backward()  # type: ignore[no-untyped-call]  # torch: untyped
 
 

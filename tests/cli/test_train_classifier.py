@@ -33,7 +33,7 @@ def test_it_trains_once_and_says_how_good_it_is(tiny_shards, tmp_path, capsys):
 
 def test_a_network_of_timm_goes_where_the_data_say(tiny_shards, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(classifier_training, "_cores", lambda: 1)
+    monkeypatch.setattr(classifier_training, "available_cores", lambda: 1)
     assert call(tiny_shards, "--model", "resnet10t", "--steps", "2", "--batch", "4", "--image-size", "16") == 0
     assert (tmp_path / "runs" / "shards-classifier" / "resnet10t" / "model.safetensors").is_file()
 

@@ -141,7 +141,7 @@ def test_small_images_are_for_the_smaller_network() -> None:
 
 
 def test_a_network_of_timm_is_tested_too(data: ShardData, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(classifier_training, "_cores", lambda: 1)
+    monkeypatch.setattr(classifier_training, "available_cores", lambda: 1)
     accuracy = classification_accuracy(
         taught(*real(data), data), data, replace(default_config(8), max_steps=3, batch=4)
     )
