@@ -102,7 +102,7 @@ def transformer_fsdp(config: TransformerConfig, ranks: int, precision: Precision
     network.to_empty(device="cpu")
     half = precision == "bf16-mixed"
     with CountedCollectives() as counted, torch.autocast("cpu", torch.bfloat16, enabled=half):
-        _transformer_step(network, config)
+        _transformer_step(network.forward_masked, config)
     blocks, root = [block_group(config)] * config.depth, root_group(config)
     shards = (parameter.to_local() for parameter in network.parameters())  # type: ignore[attr-defined]  # DTensors
     held = sum(FLOAT * shard.numel() for shard in shards)
@@ -115,7 +115,7 @@ def transformer_fsdp(config: TransformerConfig, ranks: int, precision: Precision
 
 def transformer_ddp(config: TransformerConfig, ranks: int) -> Counted:
     """One micro-batch of a few tokens under DDP; bf16-mixed sends as much, for its gradients are float32."""
-    network = _empty(lambda: MaskedTransformer(config))
+    network = _Masked(_empty(lambda: MaskedTransformer(config)))
     blocks, root = [block_group(config)] * config.depth, root_group(config)
     return _ddp("transformer", [network], ranks, [*blocks, root], lambda each: _transformer_step(each[0], config))
 
@@ -161,9 +161,21 @@ def _ddp(
     )  # fmt: skip
 
 
-def _transformer_step(network: nn.Module, config: TransformerConfig) -> None:
+class _Masked(nn.Module):
+    """Gives DDP, which wraps ``forward`` only, the call that training makes."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, *arguments: Tensor, **options: str) -> Tensor:
+        logits: Tensor = self.network.forward_masked(*arguments, **options)
+        return logits
+
+
+def _transformer_step(predict: Callable[..., Tensor], config: TransformerConfig) -> None:
     tokens = torch.zeros(1, min(4, config.num_tokens), dtype=torch.int64)  # what is exchanged are weights
-    logits: Tensor = network(tokens, tokens[:, 0], vocabulary="all")
+    logits = predict(tokens, tokens[:, 0], tokens == 0, vocabulary="all")
     logits.float().sum().backward()  # type: ignore[no-untyped-call]  # torch: untyped
 
 
