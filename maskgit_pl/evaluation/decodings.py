@@ -6,14 +6,16 @@ Rows of measurements say by these which decoding they are of.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, fields, replace
 from typing import Any
 
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.registry import describe
 
-__all__ = ["Spec", "changed_fields", "describe_decoding", "plain", "with_steps"]
+__all__ = ["PLOT_STEPS", "Spec", "changed_fields", "describe_decoding", "plot_steps", "with_steps"]
 
+PLOT_STEPS = (2, 3, 4, 6, 8, 12, 16, 24)  # T of the curves of mask schedules
 Spec = str | dict[str, Any]  # of a token selector, a guidance schedule, a mask schedule
 
 
@@ -22,10 +24,17 @@ def with_steps(decoding: DecodingConfig, num_steps: int) -> DecodingConfig:
     return replace(decoding, num_steps=num_steps, tokens_per_step=None)
 
 
-def plain(decoding: DecodingConfig) -> dict[str, Any]:
-    """Returns a decoding as JSON gives it back."""
-    values: dict[str, Any] = json.loads(json.dumps(asdict(decoding)))
-    return values
+def plot_steps(num_tokens: int, steps: Iterable[int] = PLOT_STEPS) -> tuple[int, ...]:
+    """Returns the T at most half the number of tokens, above which a step decides less than two; in order, each once.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    most = max(2, num_tokens // 2)
+    wanted = tuple(sorted({number for number in steps if number <= most}))
+    if not wanted:
+        raise ValueError(f"num_steps: a number of at most {most}, half of the tokens, is needed, got {list(steps)}")
+    return wanted
 
 
 def changed_fields(decoding: DecodingConfig) -> dict[str, Any]:

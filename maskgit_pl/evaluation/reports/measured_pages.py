@@ -13,12 +13,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from maskgit_pl.evaluation.decodings import PLOT_STEPS
 from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
 from maskgit_pl.evaluation.held_out import edit, masked
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
-from maskgit_pl.evaluation.pages import Page, picture_png
+from maskgit_pl.evaluation.pages import Page, picture_png, shown_classes
 from maskgit_pl.evaluation.progress import Bars
-from maskgit_pl.evaluation.reports.ablation import STEPS, ablate, check_budgets
+from maskgit_pl.evaluation.reports.ablation import ablate, check_budgets
 from maskgit_pl.evaluation.reports.options import ReportOptions
 from maskgit_pl.evaluation.reports.schedule_figures import schedule_figure
 from maskgit_pl.evaluation.reports.tables import TASKS, editing_page, generation_page, schedule_page
@@ -35,7 +36,7 @@ from maskgit_pl.imaging import image_grid
 
 __all__ = ["OpenedModels", "measure_editing", "measure_generation", "measure_schedules", "open_models"]
 
-_SHOWN_CLASSES, _SHOWN_EDITS = 10, 12
+_SHOWN_EDITS = 12
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,6 @@ class OpenedModels:
     evaluator: Evaluator
     models: Sequence[EvaluatedModel]
     options: ReportOptions
-
-    @property
-    def networks(self) -> list[str]:
-        """Labels of the feature networks, in the order of the options."""
-        return list(self.evaluator.networks)
 
     @property
     def folder(self) -> Path:
@@ -122,29 +118,27 @@ def _accuracy_scores(opened: OpenedModels) -> list[Row]:
     evaluator, options = opened.evaluator, opened.options
     if options.cas is None:
         return []
-    config = options.cas.config(evaluator.data.config.image_size)
     count = min(options.cas_samples or options.num_samples, evaluator.data.summary.samples["train"])
     return [
         *(
-            evaluator.cas(each, each.pipe.decoding, config, num_images=count, seed=options.seed)
+            evaluator.cas(each, each.pipe.decoding, options.cas, num_images=count, seed=options.seed)
             for each in opened.models
         ),
-        evaluator.cas(None, None, config, num_images=count, seed=options.seed),
+        evaluator.cas(None, None, options.cas, num_images=count, seed=options.seed),
     ]
 
 
 def _sheet(opened: OpenedModels) -> Image.Image:
     """Returns a row of real images and a row of each model, a column a class."""
     data, models = opened.evaluator.data, opened.models
-    shown = min(data.num_classes, _SHOWN_CLASSES)
-    classes = [number * data.num_classes // shown for number in range(shown)]
+    classes = shown_classes(data.num_classes)
     images, labels = opened.evaluator.real_images("val", 50 * data.num_classes)
     rows = [torch.stack([_first_of(images, labels, label) for label in classes])]
     for model in models:
         rows.append(torch.as_tensor(model.pipe.generate(classes, seed=opened.options.seed, output_type="pt")))
     captions = ["real images", *(f"{model.kind}, T = {model.pipe.decoding.num_steps}" for model in models)]
     names = [data.class_names[label] for label in classes]
-    return image_grid(torch.cat(rows), columns=shown, row_captions=captions, column_captions=names)
+    return image_grid(torch.cat(rows), columns=len(classes), row_captions=captions, column_captions=names)
 
 
 def _first_of(images: Tensor, labels: Tensor, label: int) -> Tensor:
@@ -191,8 +185,10 @@ def measure_schedules(opened: OpenedModels, *, num_steps: Sequence[int] | None, 
     """
     evaluator, options, models = opened.evaluator, opened.options, opened.models
     check_budgets({each.run: read_own_recipe(each.folder.parent / "transformer" / "config.yaml") for each in models})
-    results = ablate(evaluator, models, steps=num_steps or STEPS, num_images=options.num_samples, seed=options.seed)
-    first = opened.networks[0]
+    results = ablate(
+        evaluator, models, steps=num_steps or PLOT_STEPS, num_images=options.num_samples, seed=options.seed
+    )
+    first, *_ = evaluator.networks
     floor = evaluator.real(num_images=options.num_samples, networks=[first])[first]
     figure = schedule_figure(
         results,
