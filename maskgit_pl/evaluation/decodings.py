@@ -52,11 +52,10 @@ def changed_fields(decoding: DecodingConfig) -> dict[str, Any]:
 def describe_decoding(decoding: DecodingConfig, *, steps: bool = True) -> str:
     """Returns a decoding in a line, without its defaults; ``steps`` False leaves T out."""
     temperature = decoding.sampling_temperature
-    annealed = isinstance(temperature, tuple)
     parts = [f"T {decoding.num_steps}"] if steps else []
     parts += [describe(decoding.token_selector), f"guidance {describe(decoding.guidance)}"]
     shown = f"{temperature[0]:g} to {temperature[1]:g}" if isinstance(temperature, tuple) else f"{temperature:g}"
-    parts += [f"temperature {shown}"] if annealed or temperature != 1 else []
+    parts += [f"temperature {shown}"] if temperature != 1 else []
     for name in ("top_k", "top_p", "tokens_per_step", "mask_schedule"):
         value = getattr(decoding, name)
         parts += [] if value is None else [f"{name} {describe(value) if isinstance(value, str | dict) else value}"]

@@ -106,8 +106,8 @@ def evaluate(
         decoding = model.pipe.decoding_with(num_steps=options.num_steps)
         file = out or folders.home / "evaluation.json"
         report = as_report(model, evaluator, _measure(evaluator, model, decoding, num_samples, rebuilt, options), file)
-        title, count = f"{model.run}: pictures", num_samples
-        made = evaluator.generated(model, decoding, num_images=count, seed=options.seed, title=title)
+        title = f"{model.run}: pictures"
+        made = evaluator.generated(model, decoding, num_images=num_samples, seed=options.seed, title=title)
         if rank_and_world()[0] == 0:
             from maskgit_pl.evaluation.evaluation_pictures import write_pictures
             from maskgit_pl.pipeline.card import refresh_card

@@ -264,15 +264,7 @@ def _obtain(
     features: Callable[[Sequence[Extractor]], dict[str, ImageFeatures]],
     origin: Origin,
 ) -> dict[str, Reference]:
-    """Returns what the folder holds, and the rest from one pass over the images.
-
-    Args:
-        folder: Where references are kept; None keeps none.
-        key: What decides the pixels of the images.
-        extractors: The networks.
-        features: Makes the features of some of them.
-        origin: The images.
-    """
+    """Returns what the folder holds, and the rest from one pass over the images, whose pixels ``key`` decides."""
     keys = {
         each.label: {**key, "network": each.label, "weights": each.digest, "knows_classes": each.knows_classes}
         for each in extractors

@@ -6,7 +6,7 @@ Importing this file does not import torch.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -126,21 +126,26 @@ def tune(
         rows = evaluator.samples(model, decoding, num_images=num_images, seed=seed, metrics="fast", purpose=purpose)
         return numbers_of(rows)
 
-    advance = bars("trials", trials + FINALISTS + 1)  # and the confirmation
-
-    def on_trial(trial: Trial) -> None:
-        advance(1)
-        value = trial.numbers[name]
-        _log.info("trial %3d  %s %8.4f  %s", trial.number, name, value, describe_decoding(trial.decoding))
-
     plan = SearchPlan(name, trials, count, options.seed, options.search, options.seconds, current=pipe.decoding)
-    result = search(measure, space, plan, on_trial=on_trial)
+    result = search(measure, space, plan, on_trial=_trial_bar(bars, trials, name))
     result = replace(_with_recipe(folders, pipe, evaluator, result, options), folder=out or folders.home / "tuning")
     figure = None
     if options.plot:
         figure = measure_curves(measure, pipe, result, num_images=points, seed=options.seed, bars=bars)
     _write_page(evaluator, result, figure, _command(run, trials, metric, num_images, options))
     return replace(result, figure=figure is not None, measured=evaluator.measured)
+
+
+def _trial_bar(bars: Bars, trials: int, metric: str) -> Callable[[Trial], None]:
+    """Returns what shows and logs each trial of a search and of its confirmation."""
+    advance = bars("trials", trials + FINALISTS + 1)
+
+    def on_trial(trial: Trial) -> None:
+        advance(1)
+        value = trial.numbers[metric]
+        _log.info("trial %3d  %s %8.4f  %s", trial.number, metric, value, describe_decoding(trial.decoding))
+
+    return on_trial
 
 
 def plan_trials(

@@ -47,11 +47,13 @@ class OpenedModels:
         evaluator: Measures on the data of the first model.
         models: In the order of the runs.
         options: Number of images, seed and folder.
+        command: The command that makes the page again.
     """
 
     evaluator: Evaluator
     models: Sequence[EvaluatedModel]
     options: ReportOptions
+    command: str
 
     @property
     def folder(self) -> Path:
@@ -59,12 +61,13 @@ class OpenedModels:
         return self.options.results / self.evaluator.dataset
 
 
-def open_models(folders: Sequence[RunFolders], options: ReportOptions, bars: Bars) -> OpenedModels:
+def open_models(folders: Sequence[RunFolders], options: ReportOptions, command: str, bars: Bars) -> OpenedModels:
     """Opens models, data and feature networks.
 
     Args:
         folders: Those of each run; the data of the first one is used.
         options: What is measured.
+        command: The command that makes the page again.
         bars: Shows the progress.
 
     Raises:
@@ -94,22 +97,17 @@ def open_models(folders: Sequence[RunFolders], options: ReportOptions, bars: Bar
         options=options,
         bars=bars,
     )
-    return OpenedModels(evaluator, models, options)
+    return OpenedModels(evaluator, models, options, command)
 
 
-def measure_generation(opened: OpenedModels, *, command: str) -> Page:
-    """Measures Table 1: class-conditional generation.
-
-    Args:
-        opened: The models.
-        command: The command that makes the page again.
-    """
+def measure_generation(opened: OpenedModels) -> Page:
+    """Measures Table 1: class-conditional generation."""
     evaluator, count, seed = opened.evaluator, opened.options.num_samples, opened.options.seed
     rows: list[Row] = []
     for model in opened.models:
         rows += evaluator.samples(model, model.pipe.decoding, num_images=count, seed=seed).values()
     rows += evaluator.real(num_images=count).values()
-    page = generation_page(rows, _accuracy_scores(opened), command=command)
+    page = generation_page(rows, _accuracy_scores(opened), command=opened.command)
     return replace(page, folder=opened.folder, pictures={"table-1.png": picture_png(_sheet(opened))})
 
 
@@ -147,13 +145,8 @@ def _first_of(images: Tensor, labels: Tensor, label: int) -> Tensor:
     return images[int(found[0])] if len(found) else torch.zeros_like(images[0])
 
 
-def measure_editing(opened: OpenedModels, *, command: str) -> Page:
-    """Measures Table 2: outpainting and inpainting of held-out images.
-
-    Args:
-        opened: The models; the picture shows the first one.
-        command: The command that makes the page again.
-    """
+def measure_editing(opened: OpenedModels) -> Page:
+    """Measures Table 2: outpainting and inpainting of held-out images; the picture shows the first model."""
     evaluator, options = opened.evaluator, opened.options
     rows = [
         row
@@ -168,17 +161,16 @@ def measure_editing(opened: OpenedModels, *, command: str) -> Page:
         shown += [masked(task, pipe.tokenizer, images), edit(task, pipe, images, labels, seed=options.seed)]
         captions += ["given", task]
     sheet = image_grid(torch.cat(shown), columns=len(images), row_captions=captions)
-    page = editing_page(rows, command=command)
+    page = editing_page(rows, command=opened.command)
     return replace(page, folder=opened.folder, pictures={"table-2.png": picture_png(sheet)})
 
 
-def measure_schedules(opened: OpenedModels, *, num_steps: Sequence[int] | None, command: str) -> Page:
+def measure_schedules(opened: OpenedModels, *, num_steps: Sequence[int] | None) -> Page:
     """Measures Table 3 and Figure 8: mask schedules, a model for each.
 
     Args:
         opened: Models that differ in their mask schedule alone.
         num_steps: The T; None for the usual ones. Those above half of the number of tokens are left out.
-        command: The command that makes the page again.
 
     Raises:
         ValueError: if runs were not trained alike, two are of one schedule, or no T is left.
@@ -198,5 +190,5 @@ def measure_schedules(opened: OpenedModels, *, num_steps: Sequence[int] | None, 
         floor=float(floor["fid"]),
         dataset=evaluator.dataset,
     )
-    page = schedule_page(results, command=command)
+    page = schedule_page(results, command=opened.command)
     return replace(page, folder=opened.folder, pictures={"figure-8.png": figure})
