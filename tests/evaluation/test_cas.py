@@ -112,7 +112,7 @@ from maskgit_pl.evaluation.npz import open_samples
 
 file = open_samples(sys.argv[1])
 images = Generated(file, 3, file.labels, None)
-for rows in torch.randperm(len(images)).split(64):
+for rows in torch.randperm(len(file)).split(64):
     assert images.take(rows).shape == (len(rows), 3, 64, 64)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """

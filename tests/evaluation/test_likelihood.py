@@ -195,7 +195,7 @@ def test_the_exact_likelihood_is_the_joint_distributions():
 
 def test_an_estimate_is_a_mean_with_its_standard_error():
     estimate = Estimate.of(torch.tensor([1.0, 3.0, 5.0], dtype=torch.float64))
-    assert estimate == Estimate(3.0, 2 / math.sqrt(3), 3)
+    assert estimate == Estimate(3.0, 2 / math.sqrt(3))
     assert ImageLikelihood(estimate, 4).bits_per_token.standard_error == pytest.approx(0.5 / math.sqrt(3) / math.log(2))
 
 
