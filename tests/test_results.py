@@ -4,6 +4,7 @@
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,5 +76,5 @@ def test_a_ledger_that_is_shipped_can_be_read(file: str) -> None:
 
 if __name__ == "__main__":
     for name, folder in PAGES.items():
-        page(name).write(folder)
+        replace(page(name), folder=folder).write()
     sys.exit()

@@ -10,7 +10,7 @@ from maskgit_pl.cli.model import device_of, naming_flags
 from maskgit_pl.cli.paper import add_report_arguments, report_options, show, wanted_steps
 from maskgit_pl.cli.progress import progress_bars
 from maskgit_pl.evaluation import reports
-from maskgit_pl.evaluation.command_line import command_line
+from maskgit_pl.evaluation.pages import command_line
 from maskgit_pl.runs.recipe_files import DEFAULT_DATASET
 from maskgit_pl.runs.schedule_runs import PAPER_SCHEDULES, train_schedules
 

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     check_outputs(args, out=".json")
     cas = cas_flags(args)
     features = feature_specs(args.features)
-    from maskgit_pl.evaluation import CASOptions, EvaluationOptions, evaluate
+    from maskgit_pl.evaluation import CASConfig, EvaluationOptions, evaluate
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and args.device is None:  # a GPU of this process's own
         from maskgit_pl.devices import default_device
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         reference=args.reference,
         lpips=args.lpips,
         likelihood_samples=args.likelihood_samples,
-        cas=CASOptions(**cas) if args.cas and args.cas_model != "none" else None,
+        cas=CASConfig(**cas) if args.cas and args.cas_model != "none" else None,
         resume=args.resume,
     )
     first = os.environ.get("RANK", "0") == "0"

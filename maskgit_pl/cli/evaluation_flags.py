@@ -74,7 +74,7 @@ def add_cas_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def cas_flags(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the fields of ``evaluation.CASOptions`` that the flags of ``add_cas_arguments`` give.
+    """Returns the fields of ``evaluation.CASConfig`` that the flags of ``add_cas_arguments`` give.
 
     Raises:
         ValueError: if a number is out of range.
@@ -82,13 +82,14 @@ def cas_flags(args: argparse.Namespace) -> dict[str, Any]:
     check_at_least(args, cas_steps=1, cas_batch=2)
     if args.cas_learning_rate is not None:
         check_number("--cas-learning-rate", args.cas_learning_rate, "(0, inf)")
-    return {
+    given = {
         "model": args.cas_model,
         "max_steps": args.cas_steps,
         "batch": args.cas_batch,
         "peak_rate": args.cas_learning_rate,
         "precision": args.cas_precision,
     }
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def add_worker_argument(parser: argparse.ArgumentParser) -> None:

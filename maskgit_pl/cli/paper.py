@@ -136,9 +136,9 @@ def run_table(args: argparse.Namespace) -> int:
     steps = wanted_steps(args)
     check_at_least(args, cas_samples=1)
     how = cas_flags(args)
-    from maskgit_pl.evaluation import CASOptions
+    from maskgit_pl.evaluation import CASConfig
 
-    cas = None if args.cas_model == "none" else CASOptions(**how)
+    cas = None if args.cas_model == "none" else CASConfig(**how)
     options = report_options(args, cas=cas, cas_samples=args.cas_samples)
     with naming_flags(args), progress_bars() as bars:
         if args.number == 1:

@@ -10,29 +10,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from maskgit_pl.evaluation.classifier_config import ClassifierConfig
-    from maskgit_pl.evaluation.comparison import Comparison, ComparisonOptions, compare
+    from maskgit_pl.evaluation.classifier_config import CASConfig, ClassifierConfig
+    from maskgit_pl.evaluation.comparison import ComparisonOptions, compare
     from maskgit_pl.evaluation.data_classifier import train_classifier
-    from maskgit_pl.evaluation.decoding_search import SearchResult
-    from maskgit_pl.evaluation.evaluation_report import Report
     from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
     from maskgit_pl.evaluation.ledger import Ledger
-    from maskgit_pl.evaluation.model_evaluation import CASOptions, EvaluationOptions, evaluate
-    from maskgit_pl.evaluation.pages import Page
+    from maskgit_pl.evaluation.model_evaluation import EvaluationOptions, evaluate
     from maskgit_pl.evaluation.tuning import TuningOptions, plan_trials, tune
 
 __all__ = [
-    "CASOptions",
+    "CASConfig",
     "ClassifierConfig",
-    "Comparison",
     "ComparisonOptions",
     "EvaluatedModel",
     "EvaluationOptions",
     "Evaluator",
     "Ledger",
-    "Page",
-    "Report",
-    "SearchResult",
     "TuningOptions",
     "compare",
     "evaluate",
@@ -42,17 +35,13 @@ __all__ = [
 ]
 
 _HOMES = {
-    "CASOptions": "model_evaluation",
+    "CASConfig": "classifier_config",
     "ClassifierConfig": "classifier_config",
-    "Comparison": "comparison",
     "ComparisonOptions": "comparison",
     "EvaluatedModel": "evaluator",
     "EvaluationOptions": "model_evaluation",
     "Evaluator": "evaluator",
     "Ledger": "ledger",
-    "Page": "pages",
-    "Report": "evaluation_report",
-    "SearchResult": "decoding_search",
     "TuningOptions": "tuning",
     "compare": "comparison",
     "evaluate": "model_evaluation",

@@ -9,8 +9,6 @@ Source: Ravuri and Vinyals, arXiv:1905.10887; paper, Table 1.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,48 +16,16 @@ from torch import Tensor
 from maskgit_pl.data import ShardData
 from maskgit_pl.distributed import on_all_ranks, rank_and_world
 from maskgit_pl.evaluation.classifier import Accuracy
-from maskgit_pl.evaluation.classifier_config import ClassifierConfig
+from maskgit_pl.evaluation.classifier_config import CASConfig
 from maskgit_pl.evaluation.classifier_training import TrainingImages, fit_classifier, measure_accuracy
 
-__all__ = ["CASConfig", "classification_accuracy", "default_config"]
-
-_SMALL_IMAGES = 64  # pixels; below, a network of 18 layers has seen all there is
-
-
-@dataclass(frozen=True)
-class CASConfig(ClassifierConfig):
-    """Network and training, the same for generated and for real images; arguments as of ``ClassifierConfig``.
-
-    The network is the paper's, the training a short one for thousands of images, with AdamW and one cycle of the
-    learning rate: two minutes of one processor core with resnet18 and grey images of 28 pixels. For the paper's 1.2
-    million images set ``max_steps`` to some 90 epochs (450,000 steps of 256), ``batch`` to 256 and ``precision`` to
-    bf16-mixed.
-    """
-
-    model: str = "resnet50"
-    max_steps: int = 500
-    batch: int = 64
-    peak_rate: float = 1e-3
-    weight_decay: float = 0.05
-
-
-def default_config(image_size: int, *, model: str | None = None, seed: int = 0, **given: Any) -> CASConfig:
-    """Returns the network and training for images of a size.
-
-    Args:
-        image_size: Edge in pixels.
-        model: In place of resnet50, and of resnet18 for images below 64 pixels.
-        seed: Of weights and order.
-        given: Fields of ``CASConfig`` in place of its defaults; those that are None keep them.
-    """
-    model = model or ("resnet18" if image_size < _SMALL_IMAGES else "resnet50")
-    return CASConfig(model=model, seed=seed, **{name: value for name, value in given.items() if value is not None})
+__all__ = ["classification_accuracy"]
 
 
 def classification_accuracy(
     source: TrainingImages | Tensor,
     data: ShardData,
-    config: CASConfig = CASConfig(),  # frozen
+    config: CASConfig,
     *,
     on_step: Callable[[], object] = lambda: None,
     device: str | None = None,

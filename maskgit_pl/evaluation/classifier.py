@@ -43,11 +43,6 @@ class Accuracy:
     images: int
 
     @classmethod
-    def of(cls, logits: Tensor, labels: Tensor) -> Accuracy:
-        """Computes the accuracy of logits (n, classes) for labels (n,) int64, n at least 1."""
-        return cls.of_hits(count_hits(logits, labels), len(labels))
-
-    @classmethod
     def of_hits(cls, hits: Tensor, images: int) -> Accuracy:
         """Computes the accuracy from counts (2,) int64: images right, and right among the 5 likeliest."""
         top1, top5 = (hits.double() / images).tolist()

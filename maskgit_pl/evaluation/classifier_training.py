@@ -76,16 +76,6 @@ class TrainingImages:
         if not len(self.labels) or not 0 <= int(self.labels.min()) <= int(self.labels.max()) <= most:
             raise ValueError(f"images must be at least one, of classes 0 to {most}")
 
-    @classmethod
-    def of(cls, images: Tensor, labels: Tensor, class_names: tuple[str, ...]) -> TrainingImages:
-        """Returns images that are in memory: (n, C, H, H) uint8, with a label for each."""
-        if images.dtype != torch.uint8 or labels.shape != images.shape[:1]:
-            raise ValueError(
-                f"images must be uint8 with a label for each, got {images.dtype}, {tuple(images.shape)} and "
-                f"{tuple(labels.shape)} labels"
-            )
-        return cls(images.__getitem__, tuple(images.shape[1:]), labels, class_names)
-
 
 class _TakenBatches(Dataset[Batch]):
     def __init__(self, source: TrainingImages, order: Order) -> None:

@@ -16,16 +16,17 @@ from maskgit_pl.checks import check_integer
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.limits import check_num_steps
 from maskgit_pl.decoding.selectors import Remasking, token_selectors
-from maskgit_pl.evaluation.command_line import command_line
 from maskgit_pl.evaluation.decodings import Spec, changed_fields, with_steps
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
 from maskgit_pl.evaluation.metric_names import format_value, title
 from maskgit_pl.evaluation.pages import (
     Page,
+    command_line,
     heading,
     markdown_table,
     paragraph,
     picture_png,
+    shown_classes,
     terminal_table,
     terminal_word,
 )
@@ -56,7 +57,6 @@ __all__ = [
     "Comparison",
     "ComparisonOptions",
     "MeasuredSelector",
-    "SelectorVariant",
     "compare",
     "every_selector",
     "selector_sheet",
@@ -65,7 +65,7 @@ __all__ = [
 
 _STEPS = (4, 8, 16, 32)
 _VARIANTS: dict[str, list[dict[str, Any]]] = {"remdm": [{"strategy": name} for name in get_args(Remasking)]}
-_SHOWN_CLASSES, _SHEET_STEPS = 10, 8
+_SHEET_STEPS = 8
 _DISTANCES = ("fid/classifier", "kid/classifier")
 _COLUMNS = ("class_agreement", *_DISTANCES, "diversity", "steps_taken", "seconds_per_image")
 _HEADINGS = ("T", "token selector", *map(title, _COLUMNS))
@@ -83,24 +83,11 @@ class ComparisonOptions(MeasuringOptions):
 
 
 @dataclass(frozen=True)
-class SelectorVariant:
-    """A token selector under the name that tables show.
-
-    Args:
-        label: Its name, and what makes it different.
-        token_selector: Name or mapping.
-    """
-
-    label: str
-    token_selector: Spec
-
-
-@dataclass(frozen=True)
 class MeasuredSelector:
     """A token selector at one number of steps.
 
     Args:
-        label: See ``SelectorVariant``.
+        label: Its name, and what makes it different.
         decoding: How its images were decoded.
         numbers: By name, such as ``fid/classifier``.
     """
@@ -151,14 +138,6 @@ class Comparison:
         """The number of steps that the sheet of images shows: 8, or the nearest that was measured."""
         return min((each.num_steps for each in self.results), key=lambda steps: (abs(steps - _SHEET_STEPS), steps))
 
-    def is_best(self, result: MeasuredSelector, name: str) -> bool:
-        """Returns whether a result has the least distance of its T; of other numbers more is not always better."""
-        if name not in _DISTANCES:
-            return False
-        return result.numbers[name] == min(
-            each.numbers[name] for each in self.results if each.num_steps == result.num_steps
-        )
-
     def table(self) -> Table:
         """Returns the rows for a terminal, the least distances of each number of steps in bold."""
         above = f"{self.num_images} images each, seed {self.seed}, the same noise for all"
@@ -202,10 +181,14 @@ class Comparison:
         yield ["", "real images", *(format_value(name, real[name]) if name in real else "" for name in _COLUMNS)]
 
     def _cell(self, row: MeasuredSelector, name: str, bold: str) -> str:
+        """Returns a number; a distance that is the least of its T is bold: of other numbers more may be better."""
         if name not in row.numbers:
             return ""
         cell = format_value(name, row.numbers[name])
-        return bold.format(cell) if self.is_best(row, name) else cell
+        if name not in _DISTANCES:
+            return cell
+        least = min(each.numbers[name] for each in self.results if each.num_steps == row.num_steps)
+        return bold.format(cell) if row.numbers[name] == least else cell
 
     def _explanation(self) -> list[str]:
         count = self.num_images
@@ -282,13 +265,17 @@ def compare(
     evaluator = open_evaluator(folders, pipe, images, Ledger(model.folder / FILE_NAME), options=options, bars=bars)
     comparison = _measure(evaluator, model, work, num_images=count, seed=options.seed)
     comparison = replace(comparison, folder=out or folders.home / "comparison")
-    page = comparison.page(_command(run, selectors, num_steps, num_images, options))
-    replace(page, pictures={"selectors.png": _sheet(comparison, pipe, bars)}).write()
+    flags = {"num_images": num_images, "seed": options.seed, "selectors": selectors, "num_steps": num_steps}
+    page = comparison.page(command_line(["maskgit compare", run], flags | {"guidance": options.guidance}))
+    shown = {each.label: each.decoding for each in comparison.results if each.num_steps == comparison.sheet_steps}
+    advance = bars("sheet of images", len(shown))
+    sheet = selector_sheet(pipe, shown, seed=options.seed, on_row=lambda: advance(1))
+    replace(page, pictures={"selectors.png": picture_png(sheet)}).write()
     return comparison
 
 
 def _decodings(
-    pipe: MaskGIT, variants: Sequence[SelectorVariant], steps: Sequence[int], guidance: float | Spec | None
+    pipe: MaskGIT, variants: Mapping[str, Spec], steps: Sequence[int], guidance: float | Spec | None
 ) -> list[tuple[str, DecodingConfig]]:
     if isinstance(guidance, int | float):
         base = pipe.decoding_with(guidance_scale=float(guidance))
@@ -296,10 +283,10 @@ def _decodings(
         base = pipe.decoding_with(guidance=guidance)
     work = []
     for number in steps:
-        for variant in variants:
-            decoding = replace(with_steps(base, number), token_selector=variant.token_selector)
+        for label, selector in variants.items():
+            decoding = replace(with_steps(base, number), token_selector=selector)
             check_decoding(pipe, decoding)
-            work.append((variant.label, decoding))
+            work.append((label, decoding))
     return work
 
 
@@ -337,26 +324,8 @@ def _measure(
     )
 
 
-def _sheet(comparison: Comparison, pipe: MaskGIT, bars: Bars) -> bytes:
-    """Returns the sheet of images at one number of steps."""
-    shown = {each.label: each.decoding for each in comparison.results if each.num_steps == comparison.sheet_steps}
-    advance = bars("sheet of images", len(shown))
-    return picture_png(selector_sheet(pipe, shown, seed=comparison.seed, on_row=lambda: advance(1)))
-
-
-def _command(
-    run: Path | str,
-    selectors: Sequence[Spec] | None,
-    num_steps: Sequence[int] | None,
-    num_images: int,
-    options: ComparisonOptions,
-) -> str:
-    flags = {"num_images": num_images, "seed": options.seed, "selectors": selectors, "num_steps": num_steps}
-    return command_line(["maskgit compare", run], {**flags, "guidance": options.guidance})
-
-
-def selector_variants(wanted: Sequence[Spec] | None, own: Spec) -> list[SelectorVariant]:
-    """Returns the selectors that are compared.
+def selector_variants(wanted: Sequence[Spec] | None, own: Spec) -> dict[str, Spec]:
+    """Returns the selectors that are compared, by the labels that tables show.
 
     A selector given by its name alone takes the choice temperature of the model's own selector, where both have one;
     a mapping is taken as it is.
@@ -371,7 +340,7 @@ def selector_variants(wanted: Sequence[Spec] | None, own: Spec) -> list[Selector
     """
     temperature = getattr(token_selectors.build(own), "choice_temperature", None)
     specs = every_selector() if wanted is None else [(describe(spec), spec) for spec in wanted]
-    found: dict[str, SelectorVariant] = {}
+    found: dict[str, Spec] = {}
     for label, spec in specs:
         if label in found:
             raise ValueError(f"token selector {label}: once is enough, got it twice")
@@ -379,8 +348,8 @@ def selector_variants(wanted: Sequence[Spec] | None, own: Spec) -> list[Selector
         has_one = hasattr(token_selectors.build(spec), "choice_temperature")
         if named and has_one and temperature is not None:
             spec = {**({"name": spec} if isinstance(spec, str) else spec), "choice_temperature": temperature}
-        found[label] = SelectorVariant(label, spec)
-    return list(found.values())
+        found[label] = spec
+    return found
 
 
 def every_selector() -> list[tuple[str, Spec]]:
@@ -412,16 +381,14 @@ def selector_sheet(
 
     from maskgit_pl.imaging import image_grid
 
-    names = pipe.class_names
-    shown = min(len(names), _SHOWN_CLASSES)
-    classes = [number * len(names) // shown for number in range(shown)]
+    classes = shown_classes(len(pipe.class_names))
     images = []
     for decoding in decodings.values():
         images.append(pipe.generate(classes, decoding=decoding, seed=seed, output_type="pt"))
         on_row()
     return image_grid(
         torch.cat(images),
-        columns=shown,
+        columns=len(classes),
         row_captions=list(decodings),
-        column_captions=[names[label] for label in classes],
+        column_captions=[pipe.class_names[label] for label in classes],
     )

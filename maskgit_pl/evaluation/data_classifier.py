@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING
 from maskgit_pl.checks import check_integer
 from maskgit_pl.evaluation.classifier_config import SMALL_TRAINING, ClassifierConfig
 from maskgit_pl.evaluation.progress import Bars, no_bars
+from maskgit_pl.evaluation.run_folders import open_images
 
 if TYPE_CHECKING:
-    from maskgit_pl.data import ShardData
     from maskgit_pl.evaluation.classifier import Accuracy
 
 __all__ = ["TrainedClassifier", "train_classifier"]
-
-_VALIDATION_BATCH = 200
 
 
 @dataclass(frozen=True)
@@ -68,15 +66,19 @@ def train_classifier(
     check_integer("num_workers", num_workers, "[0, inf)")
     if image_size is not None:
         check_integer("image_size", image_size, "[1, inf)")
-    images = read_manifest_summary(Path(data)).images  # before anything heavy is imported
-    size = _image_size(data, sorted({*images.height, *images.width}), image_size)
+    summary = read_manifest_summary(Path(data))  # before anything heavy is imported
+    sizes = sorted({*summary.images.height, *summary.images.width})
+    if image_size is None and len(sizes) > 1:
+        raise ValueError(
+            f"image_size must be given for data {data}, whose images have edges of {sizes[0]} to {sizes[-1]} pixels"
+        )
     from maskgit_pl.devices import check_device, default_device
     from maskgit_pl.evaluation import classifier_training
     from maskgit_pl.networks.classifier import check_model
 
     check_model(config.model)
     place = default_device() if device is None else str(check_device(device))
-    source = _open_data(Path(data), size, num_workers)
+    source = open_images(Path(data), image_size or sizes[0], summary.channels, num_workers=num_workers)
     folder = out or Path("runs") / f"{Path(data).resolve().name}-classifier" / config.model
     was_there = classifier_training.is_trained(folder, source, config)
     advance = bars(f"training {config.model}", config.max_steps)
@@ -86,29 +88,3 @@ def train_classifier(
     on_images = bars("real images", source.summary.samples["val"])
     accuracy = classifier_training.measure_accuracy(classifier.to(place), source, on_images=on_images)
     return TrainedClassifier(folder, accuracy, was_there, source.num_classes)
-
-
-def _image_size(data: Path | str, sizes: list[int], wanted: int | None) -> int:
-    """Returns the edge that was asked for, or that all images have."""
-    if wanted is None and len(sizes) > 1:
-        raise ValueError(
-            f"image_size must be given for data {data}, whose images have edges of {sizes[0]} to {sizes[-1]} pixels"
-        )
-    return sizes[0] if wanted is None else wanted
-
-
-def _open_data(folder: Path, size: int, num_workers: int) -> ShardData:
-    from maskgit_pl.data import ShardData, ShardDataConfig
-    from maskgit_pl.shards.manifest import read_manifest_summary
-
-    data = ShardData(
-        ShardDataConfig(
-            str(folder),
-            image_size=size,
-            in_channels=read_manifest_summary(folder).channels,
-            validation_batch=_VALIDATION_BATCH,
-            num_workers=num_workers,
-        )
-    )
-    data.setup()
-    return data

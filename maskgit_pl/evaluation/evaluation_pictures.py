@@ -9,12 +9,13 @@ import torch
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation.evaluator import Evaluator
 from maskgit_pl.evaluation.generation import Generated
+from maskgit_pl.evaluation.pages import shown_classes
 from maskgit_pl.imaging import image_grid, reconstruction_grid, save_animation, save_png
 from maskgit_pl.pipeline import MaskGIT
 
 __all__ = ["write_pictures"]
 
-_SHOWN_CLASSES, _SHOWN_OF_A_CLASS, _SHOWN_PAIRS, _ANIMATED = 10, 8, 16, 4
+_SHOWN_OF_A_CLASS, _SHOWN_PAIRS, _ANIMATED = 8, 16, 4
 
 
 def write_pictures(
@@ -30,7 +31,7 @@ def write_pictures(
         folder: Where the files go.
         seed: Of the first image of the animation.
     """
-    classes = sorted({number * len(pipe.class_names) // _SHOWN_CLASSES for number in range(_SHOWN_CLASSES)})
+    classes = shown_classes(len(pipe.class_names))
     rows = []
     for label in classes:
         start = int((made.labels == label).nonzero()[0])

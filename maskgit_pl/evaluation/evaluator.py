@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskgit_pl.data import OnceThrough, ShardData, ShuffledStream
-from maskgit_pl.data.order import Order
+from maskgit_pl.data import ShardData
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.evaluation.cas import CASConfig, classification_accuracy
+from maskgit_pl.evaluation.cas import classification_accuracy
+from maskgit_pl.evaluation.classifier_config import CASConfig
 from maskgit_pl.evaluation.classifier_training import TrainingImages
 from maskgit_pl.evaluation.decodings import changed_fields
 from maskgit_pl.evaluation.digests import digest_of, model_digests, short
@@ -39,7 +39,7 @@ from maskgit_pl.evaluation.likelihood import (
 )
 from maskgit_pl.evaluation.metric_names import NETWORK_METRICS, metric_name
 from maskgit_pl.evaluation.progress import Bars, no_bars
-from maskgit_pl.evaluation.reference import Origin
+from maskgit_pl.evaluation.reference import Origin, drawn_order
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.provenance import describe_environment, device_name
 
@@ -185,7 +185,7 @@ class Evaluator:
     ) -> dict[str, Row]:
         """Measures as many real train images, drawn at random: the floor of every distance."""
         count = min(num_images, self.data.summary.samples["train"])
-        keys = {**self._on(None), "num_images": count, "seed": 0, **_NO_DECODING}
+        keys = self._of(None, count, 0, None)
         rows = self._found("samples", keys, networks, metrics)
         for label, row in rows.items():
             if row is None:
@@ -197,21 +197,13 @@ class Evaluator:
     def real_images(self, split: str, count: int) -> tuple[Tensor, Tensor]:
         """Returns images of a split, drawn at random, always the same ones: (n, C, H, W) uint8 and labels (n,)."""
         samples = self.data.summary.samples[split]
-        batches = self.data.batches(split, self._order(split, count))  # type: ignore[arg-type]  # train or val
+        batches = self.data.batches(split, drawn_order(samples, count))  # type: ignore[arg-type]  # train or val
         count = min(count, samples)
         parts = [
             batches.__getitems__(range(first, min(first + _FLOOR_BATCH, count)))
             for first in range(0, count, _FLOOR_BATCH)
         ]
         return torch.cat([part.content for part in parts]), torch.cat([part.labels for part in parts])
-
-    def _order(self, split: str, count: int) -> Order:
-        samples = self.data.summary.samples[split]
-        return OnceThrough(samples) if count >= samples else ShuffledStream(samples, seed=0)
-
-    def _drawn(self, split: str, count: int) -> Tensor:
-        """Returns the numbers (count,) int64 of ``real_images`` in their split."""
-        return self._order(split, count)(range(min(count, self.data.summary.samples[split]))).index
 
     def likelihood(self, model: EvaluatedModel, *, num_images: int, draws: int, seed: int = 0) -> Row:
         """Measures masked negative log-likelihood and the order-agnostic bound; of a sequential model the exact one."""
@@ -248,6 +240,7 @@ class Evaluator:
         seed: int,
     ) -> Row:
         """Measures the classification accuracy score; of real train images where there is no model."""
+        config = config.for_images(self.data.config.image_size)
         training = {name: value for name, value in asdict(config).items() if name not in _OWN_COLUMNS}
         keys = {
             **self._of(model, num_images, seed, decoding),
@@ -260,7 +253,8 @@ class Evaluator:
         name = REAL if model is None else model.run
         source: TrainingImages | Tensor
         if model is None or decoding is None:
-            source = self._drawn("train", num_images)
+            there = self.data.summary.samples["train"]
+            source = drawn_order(there, num_images)(range(min(num_images, there))).index  # of ``real_images``
         else:
             title = f"{name}: {num_images} images for CAS"
             made = self.generated(model, decoding, num_images=num_images, seed=seed, title=title)
@@ -269,16 +263,14 @@ class Evaluator:
         found = classification_accuracy(source, self.data, config, on_step=lambda: bar(1), device=str(self.device))
         return self._add("cas", {**keys, "top1": found.top1, "top5": found.top5, "real_images": found.images})
 
-    def editing(
-        self, model: EvaluatedModel, task: Task, *, num_images: int, seed: int, networks: Sequence[str] | None = None
-    ) -> list[Row]:
+    def editing(self, model: EvaluatedModel, task: Task, *, num_images: int, seed: int) -> list[Row]:
         """Measures held-out images edited, as they are, and with grey in place of what is hidden: a row a network."""
         decoding, count = model.pipe.decoding, min(num_images, self.data.summary.samples["val"])
         rows: list[Row] = []
         images: dict[str, Tensor] = {}
         for kind in (EDITED, MASKED, UNEDITED):
             keys = self._of(model, count, seed, decoding) | {"task": task, "model": kind}
-            for label, row in self._found("editing", keys, networks).items():
+            for label, row in self._found("editing", keys).items():
                 if row is None:
                     images = images or self._edited(model, task, count, seed)
                     labels = self.real_images("val", count)[1]
@@ -293,7 +285,7 @@ class Evaluator:
         return {EDITED: edited, MASKED: masked(task, model.pipe.tokenizer, originals), UNEDITED: originals}
 
     def _found(
-        self, kind: str, keys: Mapping[str, Any], networks: Sequence[str] | None, metrics: Metrics = "all"
+        self, kind: str, keys: Mapping[str, Any], networks: Sequence[str] | None = None, metrics: Metrics = "all"
     ) -> dict[str, Row | None]:
         """Returns the rows of networks that the ledger holds, and None for the others."""
         rows: dict[str, Row | None] = {}

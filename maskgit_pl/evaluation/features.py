@@ -6,7 +6,7 @@ by rank: on as many threads, one rank and several get the same numbers to the la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from maskgit_pl.distributed import gather_rows, on_all_ranks, own_rows
 from maskgit_pl.networks.feature_network import FeatureOutput, weights_digest
-from maskgit_pl.networks.features import FeatureNetworkSpec, parse_feature_network
+from maskgit_pl.networks.features import FeatureNetworkSpec
 
 __all__ = [
     "BATCH_SIZE",
@@ -46,23 +46,19 @@ class Extractor:
     network: nn.Module
 
     @classmethod
-    def create(
-        cls, spec: str | Mapping[str, Any] | FeatureNetworkSpec, *, device: torch.device | str = "cpu"
-    ) -> Extractor:
+    def create(cls, spec: FeatureNetworkSpec, *, device: torch.device | str = "cpu") -> Extractor:
         """Loads a network.
 
         Args:
-            spec: See ``parse_feature_network``, or what it gives.
+            spec: What ``parse_feature_network`` gives.
             device: Where the network works.
 
         Raises:
-            TypeError: if the network does not take these arguments.
-            ValueError: if the name is unknown, or its weights are missing or others.
+            ValueError: if its weights are missing or others.
         """
-        made = parse_feature_network(spec) if isinstance(spec, str | Mapping) else spec
-        network: Any = made.create().eval().to(device)  # torch's stub does not know the memory format
+        network: Any = spec.create().eval().to(device)  # torch's stub does not know the memory format
         network.to(memory_format=torch.channels_last)  # twice as quick on a CPU
-        return cls(made.label, made.knows_classes, network)
+        return cls(spec.label, spec.knows_classes, network)
 
     @cached_property
     def digest(self) -> str:

@@ -44,9 +44,6 @@ class Generated:
     seconds_per_image: float | None
     steps_taken: float | None = None
 
-    def __len__(self) -> int:
-        return len(self.file)
-
     def read(self, rows: range) -> Tensor:
         """Reads images: (b, C, H, W) uint8."""
         return self.file.read(rows, channels=self.channels)

@@ -10,16 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias, cast
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Sampler
 
-from maskgit_pl.data import OnceThrough, ShardData, ShuffledStream
-from maskgit_pl.data.batches import loader
-from maskgit_pl.distributed import gather_rows, own_rows
+from maskgit_pl.data import ShardData
+from maskgit_pl.distributed import gather_rows
+from maskgit_pl.evaluation.features import own_batches
+from maskgit_pl.evaluation.reference import own_real_batches
 from maskgit_pl.imaging import to_unit_range
 from maskgit_pl.masking import MaskSampler, random_mask
 from maskgit_pl.pipeline import MaskGIT
@@ -55,21 +55,19 @@ class Estimate:
         mean: Of the images' values.
         standard_error: Their standard deviation by the square root of their count: what other images and other draws
             would change.
-        count: Images.
     """
 
     mean: float
     standard_error: float
-    count: int
 
     @classmethod
     def of(cls, values: Tensor) -> Estimate:
         """Computes the estimate of (n,) float64 values, n at least 2."""
-        return cls(float(values.mean()), float(values.std()) / math.sqrt(len(values)), len(values))
+        return cls(float(values.mean()), float(values.std()) / math.sqrt(len(values)))
 
     def times(self, factor: float) -> Estimate:
         """Returns the estimate in another unit."""
-        return Estimate(factor * self.mean, abs(factor) * self.standard_error, self.count)
+        return Estimate(factor * self.mean, abs(factor) * self.standard_error)
 
 
 @dataclass(frozen=True)
@@ -224,49 +222,26 @@ def exact_nll(
 
 @torch.inference_mode()
 def real_tokens(
-    pipe: MaskGIT,
-    data: ShardData,
-    *,
-    limit: int | None = None,
-    batch_size: int = 100,
-    on_images: OnImages = lambda count: None,
+    pipe: MaskGIT, data: ShardData, *, limit: int | None = None, batch_size: int = 100
 ) -> tuple[Tensor, Tensor]:
-    """Tokens and labels of the val split, by the model's tokenizer; the ranks share the work.
+    """Computes tokens and labels of the val split, by the model's tokenizer; the ranks share the work.
 
     Args:
         pipe: The model.
         data: The real images, of the tokenizer's size.
         limit: So many images, drawn at random, always the same ones; None for all, in their order.
         batch_size: Images at a time.
-        on_images: Called with the number of images that this rank has done.
 
     Returns:
         (n, N) int64 and (n,) int64, on the model's device, the same on all ranks.
-
-    Raises:
-        ValueError: if the limit is below 1.
     """
-    samples = data.summary.samples["val"]
-    count = samples if limit is None else min(limit, samples)
-    if count < 1:
-        raise ValueError(f"real images: at least 1 is needed, got {count}")
-    order = OnceThrough(samples) if count == samples else ShuffledStream(samples, seed=0)
-    parts = [range(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
-    mine = [parts[number] for number in own_rows(len(parts))]
     tokens = [torch.empty(0, pipe.tokenizer.grid[0] * pipe.tokenizer.grid[1], dtype=torch.int64)]
-    labels = [torch.empty(0, dtype=torch.int64)]
-    batches = loader(
-        data.batches("val", order),
-        cast("Sampler[range]", mine),  # what is asked of it is to be gone through
-        num_workers=data.config.num_workers,
-        unreadable_budget=data.config.unreadable_budget,
-    )
-    for batch in batches:
+    labels, index = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
+    for batch in own_real_batches(data, "val", num_images=limit, shuffled=True, batch_size=batch_size):
         tokens.append(pipe.tokenizer.network.encode(to_unit_range(batch.content.to(pipe.device))).cpu())
         labels.append(batch.labels)
-        on_images(len(batch.labels))
-    index = torch.tensor([row for part in mine for row in part], dtype=torch.int64)
-    whole = [gather_rows(torch.cat(rows), index).to(pipe.device) for rows in (tokens, labels)]
+        index.append(batch.position)
+    whole = [gather_rows(torch.cat(rows), torch.cat(index)).to(pipe.device) for rows in (tokens, labels)]
     return whole[0], whole[1]
 
 
@@ -310,8 +285,7 @@ def _mean_row_nll(
 @torch.inference_mode()
 def _over_images(values_of: Callable[[Tensor], Tensor], count: int, *, batch_size: int, on_images: OnImages) -> Tensor:
     """Computes (count,) float64: the values of all images, from functions of the rows (B,) int64 of a batch."""
-    batches = torch.split(torch.arange(count), batch_size)
-    mine = [batches[number] for number in own_rows(len(batches))]
+    mine = [torch.arange(rows.start, rows.stop) for rows in own_batches(count, batch_size=batch_size)]
     values = [torch.empty(0, dtype=torch.float64)]
     for index in mine:
         values.append(values_of(index))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maskgit_pl.checks import check_integer
+from maskgit_pl.evaluation.classifier_config import CASConfig
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
 from maskgit_pl.evaluation.progress import Bars, no_bars
 from maskgit_pl.evaluation.run_folders import (
@@ -29,40 +30,14 @@ from maskgit_pl.evaluation.run_folders import (
 
 if TYPE_CHECKING:
     from maskgit_pl.decoding import DecodingConfig
-    from maskgit_pl.evaluation.cas import CASConfig
     from maskgit_pl.evaluation.evaluation_report import Measurements, Report
     from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
     from maskgit_pl.evaluation.reconstruction import Reconstruction
 
-__all__ = ["FEATURES", "CASOptions", "EvaluationOptions", "evaluate"]
+__all__ = ["FEATURES", "EvaluationOptions", "evaluate"]
 
 FEATURES: tuple[str | dict[str, Any], ...] = ("classifier", "lite0")
 _DRAWS = 4
-
-
-@dataclass(frozen=True)
-class CASOptions:
-    """Training of the classification accuracy score; what is None is the default of ``cas.default_config``.
-
-    Args:
-        model: timm's name of the network.
-        max_steps: Training steps.
-        batch: Images of a step.
-        peak_rate: Learning rate at the peak.
-        precision: ``32-true`` or ``bf16-mixed``.
-    """
-
-    model: str | None = None
-    max_steps: int | None = None
-    batch: int | None = None
-    peak_rate: float | None = None
-    precision: str | None = None
-
-    def config(self, image_size: int) -> CASConfig:
-        """Returns the network and training for images of a size."""
-        from maskgit_pl.evaluation.cas import default_config
-
-        return default_config(image_size, **vars(self))
 
 
 @dataclass(frozen=True)
@@ -82,7 +57,7 @@ class EvaluationOptions(MeasuringOptions):
     reference: Path | None = None
     lpips: str | None = None
     likelihood_samples: int = 2000
-    cas: CASOptions | None = None
+    cas: CASConfig | None = None
     resume: bool = False
 
     def __post_init__(self) -> None:
@@ -131,8 +106,8 @@ def evaluate(
         decoding = model.pipe.decoding_with(num_steps=options.num_steps)
         file = out or folders.home / "evaluation.json"
         report = as_report(model, evaluator, _measure(evaluator, model, decoding, num_samples, rebuilt, options), file)
-        title, count = f"{model.run}: pictures", num_samples
-        made = evaluator.generated(model, decoding, num_images=count, seed=options.seed, title=title)
+        title = f"{model.run}: pictures"
+        made = evaluator.generated(model, decoding, num_images=num_samples, seed=options.seed, title=title)
         if rank_and_world()[0] == 0:
             from maskgit_pl.evaluation.evaluation_pictures import write_pictures
             from maskgit_pl.pipeline.card import refresh_card
@@ -211,7 +186,6 @@ def _measure(
     likelihood = evaluator.likelihood(model, num_images=options.likelihood_samples, draws=_DRAWS)
     cas: dict[str, Row] = {}
     if options.cas is not None:
-        config = options.cas.config(evaluator.data.config.image_size)
-        cas["generated_images"] = evaluator.cas(model, decoding, config, num_images=num_samples, seed=seed)
-        cas["real_images"] = evaluator.cas(None, None, config, num_images=num_samples, seed=seed)
+        cas["generated_images"] = evaluator.cas(model, decoding, options.cas, num_images=num_samples, seed=seed)
+        cas["real_images"] = evaluator.cas(None, None, options.cas, num_images=num_samples, seed=seed)
     return Measurements(decoding, num_samples, seed, samples, real, rebuilt, likelihood, cas)

@@ -139,14 +139,6 @@ class ArrayFile:
         except _BROKEN as error:
             raise self.refusal(name, f"it cannot be read: {error}") from error
 
-    def text(self, name: str) -> str:
-        """Reads a text that was written as (n,) uint8.
-
-        Raises:
-            ValueError: see ``read``, or it is no text.
-        """
-        return bytes(self.read(name, (None,), kinds="uint8")).decode()
-
     def refusal(self, name: str, why: str) -> ValueError:
         """Returns the error that names file and array."""
         return _RefusedError(f"{self.thing} {printable(str(self.path))}: array {name!r}: {why}")

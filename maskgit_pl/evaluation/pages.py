@@ -1,8 +1,10 @@
-"""A report as it is written: Markdown, CSV and pictures. Parts of Markdown that all reports share."""
+"""A report as it is written: Markdown, CSV and pictures. Parts that all reports share."""
 
 from __future__ import annotations
 
 import io
+import json
+import shlex
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,13 +22,17 @@ if TYPE_CHECKING:
 __all__ = [
     "Page",
     "code_cell",
+    "command_line",
     "heading",
     "markdown_table",
     "paragraph",
     "picture_png",
+    "shown_classes",
     "terminal_table",
     "terminal_word",
 ]
+
+_SHOWN_CLASSES = 10
 
 
 @dataclass(frozen=True)
@@ -52,22 +58,14 @@ class Page:
         """The rows as CSV, with every column that one of them has."""
         return as_csv(self.rows)
 
-    def write(self, folder: Path | None = None) -> list[Path]:
-        """Writes ``NAME.md``, ``NAME.csv`` and the pictures.
-
-        Args:
-            folder: Where to; None for the page's own folder.
-
-        Returns:
-            The files.
-        """
-        folder = self.folder if folder is None else folder
-        folder.mkdir(parents=True, exist_ok=True)
+    def write(self) -> list[Path]:
+        """Writes ``NAME.md``, ``NAME.csv`` and the pictures into its folder, and returns the files."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         contents = {f"{self.name}.md": self.markdown.encode(), f"{self.name}.csv": self.csv.encode(), **self.pictures}
         for name, content in contents.items():
-            with write_atomically(folder / name) as stream:
+            with write_atomically(self.folder / name) as stream:
                 stream.write(content)
-        return [folder / name for name in contents]
+        return [self.folder / name for name in contents]
 
 
 def picture_png(picture: Image.Image) -> bytes:
@@ -75,6 +73,31 @@ def picture_png(picture: Image.Image) -> bytes:
     stream = io.BytesIO()
     picture.save(stream, format="PNG")
     return stream.getvalue()
+
+
+def shown_classes(num_classes: int) -> list[int]:
+    """Returns the classes that a sheet of images shows: 10 of them, spread evenly, or all where there are fewer."""
+    shown = min(num_classes, _SHOWN_CLASSES)
+    return [number * num_classes // shown for number in range(shown)]
+
+
+def command_line(words: Sequence[object], flags: Mapping[str, object]) -> str:
+    """Returns a command as it is typed, for the line of a page that says what makes it again.
+
+    Args:
+        words: The command and its arguments.
+        flags: Numbers, words, and sequences or mappings of them, by name; those that are None are left out.
+    """
+    given = {name.replace("_", "-"): value for name, value in flags.items() if value is not None}
+    return " ".join([*map(str, words), *(f"--{name} {shlex.quote(_word(value))}" for name, value in given.items())])
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return json.dumps(value)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ",".join(map(_word, value))
+    return str(value.as_posix() if isinstance(value, Path) else value)
 
 
 def heading(title: str, command: str) -> list[str]:

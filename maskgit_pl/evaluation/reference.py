@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from maskgit_pl.data import Batch, OnceThrough, ShardData
+from maskgit_pl.data import Batch, OnceThrough, ShardData, ShuffledStream
 from maskgit_pl.data.batches import ImageBatches, loader
+from maskgit_pl.data.order import Order
 from maskgit_pl.distributed import on_all_ranks, rank_and_world
 from maskgit_pl.evaluation.digests import digest_of, short
-from maskgit_pl.evaluation.features import Extractor, ImageFeatures, extract, own_batches, own_image_batches
+from maskgit_pl.evaluation.features import BATCH_SIZE, Extractor, ImageFeatures, extract, own_batches, own_image_batches
 from maskgit_pl.evaluation.npz import ArrayFile, open_samples
 from maskgit_pl.files import sha256_of, write_atomically
 from maskgit_pl.shards.manifest import Split, load_manifest
@@ -30,6 +31,7 @@ __all__ = [
     "Origin",
     "Reference",
     "Statistics",
+    "drawn_order",
     "obtain_references",
     "own_real_batches",
     "read_references",
@@ -118,33 +120,47 @@ class Reference:
         return cls(features.label, Statistics.of(features.pooled), spatial, replace(features, spatial=None))
 
 
-def own_real_batches(data: ShardData, split: Split, *, num_images: int | None = None) -> Iterator[Batch]:
+def drawn_order(there: int, count: int) -> Order:
+    """Returns the order of ``count`` images drawn at random, always the same ones; of all that are there, their own."""
+    return OnceThrough(there) if count >= there else ShuffledStream(there, seed=0)
+
+
+def own_real_batches(
+    data: ShardData,
+    split: Split,
+    *,
+    num_images: int | None = None,
+    shuffled: bool = False,
+    batch_size: int = BATCH_SIZE,
+) -> Iterator[Batch]:
     """Yields this rank's batches of real images: whole batches, dealt out by their number.
 
     Args:
         data: The real images.
         split: Which of them.
         num_images: The first so many, or all that there are; None is all.
+        shuffled: Whether they are drawn at random instead, always the same ones; all of them come in their order.
+        batch_size: Images at a time.
 
     Raises:
         ValueError: if the data are tokens.
     """
     there = data.summary.samples[split]
     count = there if num_images is None else min(num_images, there)
-    dataset = data.batches(split, OnceThrough(there))
+    dataset = data.batches(split, drawn_order(there, count) if shuffled else OnceThrough(there))
     if not isinstance(dataset, ImageBatches):
         raise ValueError(f"data {data.config.path}: images are needed to measure distances from, got tokens")
     yield from loader(
         dataset,
-        cast("Sampler[range]", list(own_batches(count))),  # any iterable serves
+        cast("Sampler[range]", list(own_batches(count, batch_size=batch_size))),  # any iterable serves
         num_workers=data.config.num_workers,
         unreadable_budget=data.config.unreadable_budget,
     )
 
 
-def real_labels(data: ShardData, split: Split = "val") -> Tensor:
-    """Returns the classes (n,) int64 of a split's images, in their order; read from the index alone."""
-    reader = ShardReader(load_manifest(data.config.path, split))
+def real_labels(data: ShardData) -> Tensor:
+    """Returns the classes (n,) int64 of the val split's images, in their order; read from the index alone."""
+    reader = ShardReader(load_manifest(data.config.path, "val"))
     return torch.from_numpy(reader.labels(np.arange(len(reader))))
 
 
@@ -173,15 +189,13 @@ def obtain_references(
     Raises:
         ValueError: if there are fewer than two images, or the data are tokens.
     """
-    key = _split_key(data, split, num_images)
-    keys = {extractor.label: {**key, **_identity(extractor)} for extractor in extractors}
 
     def features(missing: Sequence[Extractor]) -> dict[str, ImageFeatures]:
         batches = own_real_batches(data, split, num_images=num_images)
         return extract(missing, ((batch.content, batch.position) for batch in batches), on_images=on_images)
 
     origin = Origin.of_split(data, split, num_images=num_images)
-    return _with_origin(_obtain(folder, keys, extractors, features), origin)
+    return _obtain(folder, _split_key(data, split, num_images), extractors, features, origin)
 
 
 def read_references(
@@ -219,15 +233,13 @@ def read_references(
                     "arr_0",
                     f"images are needed for the network {extractor.label!r}, got the statistics of inception alone",
                 )
-        return _with_origin({extractor.label: statistics for extractor in extractors}, origin)
+        return {extractor.label: replace(statistics, origin=origin) for extractor in extractors}
     samples = open_samples(file)
-    key = {"data": origin.digest, "split": "file"}
-    keys = {extractor.label: {**key, **_identity(extractor)} for extractor in extractors}
 
     def features(missing: Sequence[Extractor]) -> dict[str, ImageFeatures]:
         return extract(missing, own_image_batches(samples.read, len(samples)), on_images=on_images)
 
-    made = _with_origin(_obtain(folder, keys, extractors, features), origin)
+    made = _obtain(folder, {"data": origin.digest, "split": "file"}, extractors, features, origin)
     if statistics is None or "inception" not in made:
         return made
     spatial = statistics.spatial if statistics.spatial is not None else made["inception"].spatial
@@ -245,21 +257,18 @@ def _split_key(data: ShardData, split: Split, num_images: int | None) -> dict[st
     }
 
 
-def _with_origin(references: Mapping[str, Reference], origin: Origin) -> dict[str, Reference]:
-    return {label: replace(reference, origin=origin) for label, reference in references.items()}
-
-
-def _identity(extractor: Extractor) -> dict[str, Any]:
-    return {"network": extractor.label, "weights": extractor.digest, "knows_classes": extractor.knows_classes}
-
-
 def _obtain(
     folder: Path | None,
-    keys: Mapping[str, Mapping[str, Any]],
+    key: Mapping[str, Any],
     extractors: Sequence[Extractor],
     features: Callable[[Sequence[Extractor]], dict[str, ImageFeatures]],
+    origin: Origin,
 ) -> dict[str, Reference]:
-    """Returns what the folder holds, and the rest from one pass over the images."""
+    """Returns what the folder holds, and the rest from one pass over the images, whose pixels ``key`` decides."""
+    keys = {
+        each.label: {**key, "network": each.label, "weights": each.digest, "knows_classes": each.knows_classes}
+        for each in extractors
+    }
     found = {label: None if folder is None else _read(_place(folder, key), key) for label, key in keys.items()}
     here = on_all_ranks(lambda: [label for label, reference in found.items() if reference is not None])
     missing = [extractor for extractor in extractors if not all(extractor.label in labels for labels in here)]
@@ -268,7 +277,7 @@ def _obtain(
         for label, reference in made.items():
             _write(_place(folder, keys[label]), keys[label], reference)
     kept = {label: reference for label, reference in found.items() if reference is not None}
-    return {label: made.get(label) or kept[label] for label in keys}
+    return {label: replace(made.get(label) or kept[label], origin=origin) for label in keys}
 
 
 def _place(folder: Path, key: Mapping[str, Any]) -> Path:
@@ -276,15 +285,15 @@ def _place(folder: Path, key: Mapping[str, Any]) -> Path:
     return folder / f"{key['split']}-{network}-{short(digest_of(key))}.npz"
 
 
-def _described(key: Mapping[str, Any]) -> str:
-    return json.dumps({"format": _FORMAT, "version": _VERSION, **key}, sort_keys=True)
+def _described(key: Mapping[str, Any]) -> bytes:
+    return json.dumps({"format": _FORMAT, "version": _VERSION, **key}, sort_keys=True).encode()
 
 
 def _write(path: Path, key: Mapping[str, Any], reference: Reference) -> None:
     features = reference.features
     assert features is not None  # it was made here
     arrays: dict[str, Tensor] = {
-        "key": torch.frombuffer(bytearray(_described(key).encode()), dtype=torch.uint8),
+        "key": torch.frombuffer(bytearray(_described(key)), dtype=torch.uint8),
         "mu": reference.pooled.mean,
         "sigma": reference.pooled.covariance,
         "pooled": features.pooled,
@@ -305,7 +314,7 @@ def _read(path: Path, key: Mapping[str, Any]) -> Reference | None:
     try:
         file = ArrayFile(path, thing="reference")
         file.check()
-        if file.text("key") != _described(key):
+        if bytes(file.read("key", (None,), kinds="uint8")) != _described(key):
             raise file.refusal("key", "it is of something else")
         pooled = _tensor(file, "pooled", (None, None), kinds="f")
         logits = _tensor(file, "logits", (len(pooled), None), kinds="f") if "logits" in file else None

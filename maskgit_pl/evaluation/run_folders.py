@@ -14,12 +14,9 @@ from maskgit_pl.checks import shorten
 from maskgit_pl.evaluation.progress import Bars, no_bars
 
 if TYPE_CHECKING:
-    import torch
-
     from maskgit_pl.data import ShardData
     from maskgit_pl.decoding import DecodingConfig
     from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
-    from maskgit_pl.evaluation.feature_metrics import FeatureMetrics
     from maskgit_pl.evaluation.ledger import Ledger
     from maskgit_pl.pipeline import MaskGIT
     from maskgit_pl.pipeline.outline import Outline
@@ -33,11 +30,10 @@ __all__ = [
     "even_count",
     "find_run",
     "measured_model",
-    "open_classifier",
     "open_data",
     "open_evaluator",
+    "open_images",
     "open_model",
-    "open_networks",
     "read_outline",
     "read_own_recipe",
 ]
@@ -175,19 +171,25 @@ def open_data(folders: RunFolders, pipe: MaskGIT, *, num_workers: int = 0) -> Sh
     Raises:
         ValueError: if their classes are not the model's.
     """
+    channels = pipe.tokenizer.network.config.in_channels
+    data = open_images(folders.data, pipe.tokenizer.image_size, channels, num_workers=num_workers)
+    check_data(pipe, data)
+    return data
+
+
+def open_images(folder: Path, image_size: int, in_channels: int, *, num_workers: int = 0) -> ShardData:
+    """Opens a data folder as square images of a size in pixels."""
     from maskgit_pl.data import ShardData, ShardDataConfig
 
-    data = ShardData(
-        ShardDataConfig(
-            str(folders.data),
-            image_size=pipe.tokenizer.image_size,
-            in_channels=pipe.tokenizer.network.config.in_channels,
-            validation_batch=_VALIDATION_BATCH,
-            num_workers=num_workers,
-        )
+    config = ShardDataConfig(
+        str(folder),
+        image_size=image_size,
+        in_channels=in_channels,
+        validation_batch=_VALIDATION_BATCH,
+        num_workers=num_workers,
     )
+    data = ShardData(config)
     data.setup()
-    check_data(pipe, data)
     return data
 
 
@@ -220,59 +222,6 @@ def check_decoding(pipe: MaskGIT, decoding: DecodingConfig) -> None:
         )
 
 
-def open_classifier(folders: RunFolders, data: ShardData, bars: Bars = no_bars) -> None:
-    """Trains the classifier of the data where it is not kept yet."""
-    from maskgit_pl.evaluation import classifier_training
-    from maskgit_pl.evaluation.classifier_config import SMALL_TRAINING
-
-    train = bars("classifier: training", SMALL_TRAINING.max_steps)
-    classifier_training.obtain_classifier(folders.judge, data, on_step=lambda: train(1))
-
-
-def open_networks(
-    specs: Sequence[str | dict[str, Any]],
-    data: ShardData,
-    folders: RunFolders,
-    *,
-    reference: Path | None = None,
-    device: torch.device | str = "cpu",
-    bars: Bars = no_bars,
-) -> dict[str, FeatureMetrics]:
-    """Opens feature networks, each with its features of the real images, by label.
-
-    Args:
-        specs: Names or mappings; ``classifier`` is the classifier of ``folders.judge``.
-        data: The real images.
-        folders: The run's folders: where the classifier and features of real images are kept.
-        reference: ADM's file of a data set in place of the val split; None for the split.
-        device: Where the networks work.
-        bars: Shows the progress.
-
-    Raises:
-        TypeError: if a network does not take its arguments.
-        ValueError: if a network is unknown, or its weights are missing or others.
-    """
-    from maskgit_pl.evaluation.feature_metrics import CLASSIFIER, FeatureMetrics
-    from maskgit_pl.evaluation.features import Extractor
-    from maskgit_pl.evaluation.reference import obtain_references, read_references, real_labels
-    from maskgit_pl.networks.features import ClassifierSpec, parse_feature_network
-
-    parsed = [
-        ClassifierSpec(str(folders.judge)) if spec == CLASSIFIER else parse_feature_network(spec) for spec in specs
-    ]
-    if CLASSIFIER in specs:
-        open_classifier(folders, data, bars)
-    extractors = [Extractor.create(spec, device=device) for spec in parsed]
-    names = ", ".join(extractor.label for extractor in extractors)
-    on_images = bars(f"real images: {names}", data.summary.samples["val"])
-    if reference is not None:
-        references = read_references(reference, extractors, folder=folders.real, on_images=on_images)
-    else:
-        references = obtain_references(folders.real, data, extractors, on_images=on_images)
-    labels = None if reference is not None else real_labels(data)
-    return {each.label: FeatureMetrics(each, references[each.label], labels) for each in extractors}
-
-
 def open_evaluator(
     folders: RunFolders,
     pipe: MaskGIT,
@@ -284,25 +233,46 @@ def open_evaluator(
     options: MeasuringOptions = MeasuringOptions(),  # frozen
     bars: Bars = no_bars,
 ) -> Evaluator:
-    """Opens the evaluator of the runs of some data.
+    """Opens the evaluator of the runs of some data, and trains the classifier of the data where it is not kept yet.
 
     Args:
-        folders: Folders of the first run.
+        folders: Folders of the first run: where the classifier and features of real images are kept.
         pipe: Its model, whose device the feature networks are on.
         data: The real images.
         ledger: Holds the measurements.
-        features: Feature networks, see ``open_networks``.
+        features: Feature networks: names or mappings; ``classifier`` is the classifier of ``folders.judge``.
         reference: ADM's file of a data set in place of the val split; None for the split.
         options: Batch size.
         bars: Shows the progress.
-    """
-    from maskgit_pl.evaluation.evaluator import Evaluator
 
-    networks = open_networks(features, data, folders, reference=reference, device=pipe.device, bars=bars)
+    Raises:
+        TypeError: if a network does not take its arguments.
+        ValueError: if a network is unknown, or its weights are missing or others.
+    """
+    from maskgit_pl.evaluation import classifier_training
+    from maskgit_pl.evaluation.classifier_config import SMALL_TRAINING
+    from maskgit_pl.evaluation.evaluator import Evaluator
+    from maskgit_pl.evaluation.feature_metrics import CLASSIFIER, FeatureMetrics
+    from maskgit_pl.evaluation.features import Extractor
+    from maskgit_pl.evaluation.reference import obtain_references, read_references, real_labels
+    from maskgit_pl.networks.features import ClassifierSpec, parse_feature_network
+
+    judge = ClassifierSpec(str(folders.judge))
+    specs = [judge if spec == CLASSIFIER else parse_feature_network(spec) for spec in features]
+    if CLASSIFIER in features:
+        train = bars("classifier: training", SMALL_TRAINING.max_steps)
+        classifier_training.obtain_classifier(folders.judge, data, on_step=lambda: train(1))
+    extractors = [Extractor.create(spec, device=pipe.device) for spec in specs]
+    on_images = bars(f"real images: {', '.join(each.label for each in extractors)}", data.summary.samples["val"])
+    if reference is None:
+        references = obtain_references(folders.real, data, extractors, on_images=on_images)
+        labels = real_labels(data)
+    else:
+        references, labels = read_references(reference, extractors, folder=folders.real, on_images=on_images), None
     return Evaluator(
         data,
         dataset=folders.data.name,
-        networks=networks,
+        networks={each.label: FeatureMetrics(each, references[each.label], labels) for each in extractors},
         ledger=ledger,
         bars=bars,
         batch_size=options.batch_size,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.evaluation.decoding_search import Measure, SearchResult, Trial, ranked
-from maskgit_pl.evaluation.decodings import Spec, describe_decoding, with_steps
+from maskgit_pl.evaluation.decodings import Spec, describe_decoding, plot_steps, with_steps
 from maskgit_pl.evaluation.drawing import LineEnd, name_lines, plot_by_steps, plot_floor, png_of
 from maskgit_pl.evaluation.metric_names import direction, format_value, is_better, metric_of, title
 from maskgit_pl.evaluation.progress import Bars, no_bars
@@ -22,11 +22,10 @@ from maskgit_pl.text import plain_label
 if TYPE_CHECKING:
     from maskgit_pl.pipeline import MaskGIT
 
-__all__ = ["Curves", "ScheduleCurves", "curves_png", "following", "measure_curves", "plot_steps", "schedule_specs"]
+__all__ = ["Curves", "ScheduleCurves", "curves_png", "following", "measure_curves", "schedule_specs"]
 
 Curves = Mapping[str, Mapping[int, Mapping[str, float]]]
 
-_PLOT_STEPS = (2, 3, 4, 6, 8, 12, 16, 24)
 _MARKED, _TRAINED = "#d1460f", "#14427a"
 _log = logging.getLogger(__name__)
 _OTHERS = ("#c58b3a", "#6d9a5c", "#a0709f", "#5aa0a3", "#b3605b", "#8a8a8a", "#9a8c4f", "#7f86c4")
@@ -48,11 +47,6 @@ def schedule_specs(trained: MaskSchedule) -> tuple[str, dict[str, Spec | None]]:
     built = mask_schedules.build_all()
     own = next((name for name, schedule in built.items() if schedule == trained), repr(trained))
     return own, {name: None if name == own else name for name in sorted({*built, own})}
-
-
-def plot_steps(num_tokens: int) -> tuple[int, ...]:
-    """Returns the T that schedules are drawn at: at most half as many as there are tokens."""
-    return tuple(number for number in _PLOT_STEPS if number <= max(2, num_tokens // 2))
 
 
 def measure_curves(

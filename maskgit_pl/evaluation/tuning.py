@@ -6,7 +6,7 @@ Importing this file does not import torch.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,10 +16,10 @@ from maskgit_pl.checks import build_dataclass, check_choice, check_integer, chec
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.limits import check_num_steps
 from maskgit_pl.decoding.selectors import token_selectors
-from maskgit_pl.evaluation.command_line import command_line
-from maskgit_pl.evaluation.decoding_search import FINALISTS, Measure, SearchPlan, SearchResult, Trial, search
+from maskgit_pl.evaluation.decoding_search import FINALISTS, SearchPlan, SearchResult, Trial, search
 from maskgit_pl.evaluation.decodings import Spec, describe_decoding
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
+from maskgit_pl.evaluation.pages import command_line
 from maskgit_pl.evaluation.progress import Bars, no_bars
 from maskgit_pl.evaluation.run_folders import (
     MeasuringOptions,
@@ -37,6 +37,7 @@ from maskgit_pl.evaluation.run_folders import (
 
 if TYPE_CHECKING:
     from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
+    from maskgit_pl.evaluation.schedule_curves import ScheduleCurves
     from maskgit_pl.evaluation.search_space import SearchSpace
     from maskgit_pl.pipeline import MaskGIT
 
@@ -111,6 +112,7 @@ def tune(
     check_integer("num_images", num_images, "[2, inf)")
     folders, pipe, space = _open(run, data, options)
     from maskgit_pl.evaluation.evaluator import numbers_of
+    from maskgit_pl.evaluation.schedule_curves import measure_curves
 
     images = open_data(folders, pipe, num_workers=options.num_workers)
     count = even_count(num_images, images.num_classes)
@@ -124,19 +126,26 @@ def tune(
         rows = evaluator.samples(model, decoding, num_images=num_images, seed=seed, metrics="fast", purpose=purpose)
         return numbers_of(rows)
 
-    advance = bars("trials", trials + FINALISTS + 1)  # and the confirmation
+    plan = SearchPlan(name, trials, count, options.seed, options.search, options.seconds, current=pipe.decoding)
+    result = search(measure, space, plan, on_trial=_trial_bar(bars, trials, name))
+    result = replace(_with_recipe(folders, pipe, evaluator, result, options), folder=out or folders.home / "tuning")
+    figure = None
+    if options.plot:
+        figure = measure_curves(measure, pipe, result, num_images=points, seed=options.seed, bars=bars)
+    _write_page(evaluator, result, figure, _command(run, trials, metric, num_images, options))
+    return replace(result, figure=figure is not None, measured=evaluator.measured)
+
+
+def _trial_bar(bars: Bars, trials: int, metric: str) -> Callable[[Trial], None]:
+    """Returns what shows and logs each trial of a search and of its confirmation."""
+    advance = bars("trials", trials + FINALISTS + 1)
 
     def on_trial(trial: Trial) -> None:
         advance(1)
-        value = trial.numbers[name]
-        _log.info("trial %3d  %s %8.4f  %s", trial.number, name, value, describe_decoding(trial.decoding))
+        value = trial.numbers[metric]
+        _log.info("trial %3d  %s %8.4f  %s", trial.number, metric, value, describe_decoding(trial.decoding))
 
-    plan = SearchPlan(name, trials, count, options.seed, options.search, options.seconds, current=pipe.decoding)
-    result = search(measure, space, plan, on_trial=on_trial)
-    result = _with_recipe(folders, pipe, evaluator, result, options)
-    page = _Page(out or folders.home / "tuning", _command(run, trials, metric, num_images, options), points, options)
-    figure = _write_page(evaluator, pipe, measure, result, page)
-    return replace(result, folder=page.folder, figure=figure, measured=evaluator.measured)
+    return on_trial
 
 
 def plan_trials(
@@ -213,47 +222,24 @@ def _with_recipe(
     return replace(result, recipe=folders.pretrained / "decoding.json", old_recipe=old)
 
 
-@dataclass(frozen=True)
-class _Page:
-    """Where the page of a search goes, and what it shows beside the search."""
-
-    folder: Path
-    command: str
-    plot_images: int
-    options: TuningOptions
-
-
-def _write_page(
-    evaluator: Evaluator,
-    pipe: MaskGIT,
-    measure: Measure,
-    result: SearchResult,
-    page: _Page,
-) -> bool:
-    """Writes the page, with the figure where it is asked for and a trial follows a mask schedule; returns whether."""
+def _write_page(evaluator: Evaluator, result: SearchResult, figure: ScheduleCurves | None, command: str) -> None:
     from maskgit_pl.evaluation.evaluator import numbers_of
-    from maskgit_pl.evaluation.schedule_curves import curves_png, measure_curves
-    from maskgit_pl.evaluation.tuning_report import RealNumbers, as_page
+    from maskgit_pl.evaluation.schedule_curves import curves_png
+    from maskgit_pl.evaluation.tuning_report import as_page
 
     (network,) = evaluator.networks.values()
     assert network.accuracy is not None
-    accuracy = {"class_agreement": network.accuracy}
+    found = {"class_agreement": network.accuracy}
 
-    def real(num_images: int) -> RealNumbers:
+    def real(num_images: int) -> dict[str, float]:
         rows = evaluator.real(num_images=num_images, metrics="fast")
-        numbers = numbers_of(rows) | accuracy
-        return RealNumbers(numbers, rows[network.extractor.label]["num_images"])
+        return numbers_of(rows) | found | {"num_images": rows[network.extractor.label]["num_images"]}
 
-    figure = None
-    if page.options.plot:
-        seed = page.options.seed
-        figure = measure_curves(measure, pipe, result, num_images=page.plot_images, seed=seed, bars=evaluator.bars)
-    made = as_page(result, real(result.num_images), command=page.command, figure=figure)
+    page = as_page(result, real(result.num_images), command=command, figure=figure)
     if figure is not None:
-        floor = real(figure.num_images).numbers[result.metric]
-        made = replace(made, pictures={"tuning.png": curves_png(figure, metric=result.metric, floor=floor)})
-    made.write(page.folder)
-    return figure is not None
+        floor = real(figure.num_images)[result.metric]
+        page = replace(page, pictures={"tuning.png": curves_png(figure, metric=result.metric, floor=floor)})
+    page.write()
 
 
 def _command(run: Path | str, trials: int, metric: str, num_images: int, options: TuningOptions) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from maskgit_pl.evaluation.decoding_search import SearchResult, Trial, ranked
-from maskgit_pl.evaluation.decodings import changed_fields, describe_decoding, plain
+from maskgit_pl.evaluation.decodings import changed_fields, describe_decoding
 from maskgit_pl.evaluation.metric_names import direction, format_value, title
 from maskgit_pl.evaluation.pages import Page, heading, markdown_table, paragraph, terminal_table, terminal_word
 from maskgit_pl.evaluation.schedule_curves import ScheduleCurves
@@ -17,31 +17,19 @@ from maskgit_pl.text import code_span, markdown
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["RealNumbers", "as_page", "as_table"]
+__all__ = ["as_page", "as_table"]
 
 _SHOWN_TRIALS = 10
 _COLUMNS = ("class_agreement", "fid/classifier", "kid/classifier", "diversity", "seconds_per_image")
 
 
-@dataclass(frozen=True)
-class RealNumbers:
-    """Numbers of real training images in place of generated ones.
-
-    Args:
-        numbers: Distances from the val split, and the classifier's accuracy as ``class_agreement``.
-        count: Number of training images.
-    """
-
-    numbers: Mapping[str, float]
-    count: int
-
-
-def as_page(result: SearchResult, real: RealNumbers, *, command: str, figure: ScheduleCurves | None) -> Page:
+def as_page(result: SearchResult, real: Mapping[str, float], *, command: str, figure: ScheduleCurves | None) -> Page:
     """Returns the search as a page.
 
     Args:
         result: The search.
-        real: Numbers of as many real images as the search was confirmed with.
+        real: Numbers of as many real training images as the search was confirmed with: distances from the val split,
+            ``class_agreement``, which is the accuracy of the classifier, and ``num_images``.
         command: What makes it again.
         figure: The curves that were drawn; None for none.
     """
@@ -50,7 +38,7 @@ def as_page(result: SearchResult, real: RealNumbers, *, command: str, figure: Sc
     lines += markdown_table(_headings(result), _rows(result, result.confirmed, markdown, "**{}**"), left=2)
     lines += ["", _verdict(result), ""]
     if result.winner.number:
-        lines += ["```json", json.dumps(plain(result.winner.decoding), indent=2), "```", ""]
+        lines += ["```json", json.dumps(asdict(result.winner.decoding), indent=2), "```", ""]
     lines += [f"## The best of {len(result.trials)} trials, {count} images each", ""]
     best = ranked(result.trials, result.metric)[:_SHOWN_TRIALS]
     lines += markdown_table(_headings(result), _rows(result, best, markdown), left=2)
@@ -96,14 +84,14 @@ def _rows(
         yield [form.format(cell) for cell in (str(trial.number), word(describe_decoding(trial.decoding)), *cells)]
 
 
-def _explanation(result: SearchResult, real: RealNumbers, count: int) -> list[str]:
-    floor = [f"{title(name)} {format_value(name, real.numbers[name])}" for name in ("fid/classifier", "kid/classifier")]
+def _explanation(result: SearchResult, real: Mapping[str, float], count: int) -> list[str]:
+    floor = [f"{title(name)} {format_value(name, real[name])}" for name in ("fid/classifier", "kid/classifier")]
     return paragraph(
         f"{len(result.trials)} trials of {count} images against {result.metric} ({direction(result.metric)}), all with",
         "the same noise; trial 0 is the model's decoding as it was. Then trial 0 and the best",
         f"{len(result.confirmed) - 1} others were measured again with fresh noise and {result.num_images} images; the",
         "best of these is the result. Distances are from the real val images in the features of the data set's own",
-        f"classifier, not of Inception, which is right on {real.numbers['class_agreement']:.1%} of them; {real.count}",
+        f"classifier, not of Inception, which is right on {real['class_agreement']:.1%} of them; {real['num_images']}",
         f"real training images in place of generated ones have {' and '.join(floor)}.",
     )
 

@@ -11,7 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from maskgit_pl.cli import ablation, main, paper
-from maskgit_pl.evaluation import cas, evaluator
+from maskgit_pl.evaluation import evaluator
+from maskgit_pl.evaluation.classifier_config import CASConfig
 from maskgit_pl.evaluation.ledger import Ledger
 from maskgit_pl.pretrained import read_config
 from tests.conftest import flags, save_tiny_pretrained
@@ -161,8 +162,8 @@ def test_a_run_s_own_recipe_of_a_stranger_is_refused_in_one_line(runs: list[Path
 def test_the_classification_accuracy_score_stands_beside_that_of_real_images(
     runs: list[Path], tiny_shards: Path, judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quick = cas.CASConfig(model="small", width=4, max_steps=3, batch=12)
-    monkeypatch.setattr(cas, "default_config", lambda *_, **__: quick)
+    quick = CASConfig(model="small", width=4, max_steps=3, batch=12)
+    monkeypatch.setattr(CASConfig, "for_images", lambda *_: quick)
     how = [*common(tiny_shards, judge, tmp_path / "results"), "--cas-samples", 24]
     call("table", 1, runs[0], *how)
     measured = rows(tmp_path / "results", "cas")

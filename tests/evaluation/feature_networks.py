@@ -1,8 +1,9 @@
-"""A feature network of a few numbers, for tests."""
+"""A feature network of a few numbers, and images in memory, for tests."""
 
 import torch
 from torch import nn
 
+from maskgit_pl.evaluation.classifier_training import TrainingImages
 from maskgit_pl.evaluation.features import Extractor
 from maskgit_pl.networks.feature_network import FeatureOutput
 
@@ -31,3 +32,7 @@ def pictures(count: int, *, channels: int = 1, seed: int = 0, size: int = 8) -> 
     generator = torch.Generator().manual_seed(seed)
     brightness = torch.rand(count, 1, 1, 1, generator=generator)
     return (torch.rand(count, channels, size, size, generator=generator) * brightness * 256).to(torch.uint8)
+
+
+def in_memory(images: torch.Tensor, labels: torch.Tensor, class_names: tuple[str, ...]) -> TrainingImages:
+    return TrainingImages(images.__getitem__, tuple(images.shape[1:]), labels, class_names)

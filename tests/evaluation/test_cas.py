@@ -12,11 +12,13 @@ from torch import Tensor
 from maskgit_pl.data import OnceThrough, ShardData, ShardDataConfig
 from maskgit_pl.evaluation import cas as module
 from maskgit_pl.evaluation import classifier_training
-from maskgit_pl.evaluation.cas import CASConfig, classification_accuracy, default_config
+from maskgit_pl.evaluation.cas import classification_accuracy
 from maskgit_pl.evaluation.classifier import Accuracy
+from maskgit_pl.evaluation.classifier_config import CASConfig
 from maskgit_pl.evaluation.classifier_training import TrainingImages
 from maskgit_pl.evaluation.generation import Generated
 from maskgit_pl.evaluation.npz import open_samples
+from tests.evaluation.feature_networks import in_memory
 
 QUICK = CASConfig(model="small", width=8, max_steps=150, batch=20, peak_rate=4e-3)
 
@@ -33,7 +35,7 @@ def data(tiny_shards: Path) -> ShardData:
 
 
 def taught(images: Tensor, labels: Tensor, data: ShardData) -> TrainingImages:
-    return TrainingImages.of(images, labels, data.class_names)
+    return in_memory(images, labels, data.class_names)
 
 
 def real(data: ShardData) -> tuple[Tensor, Tensor]:
@@ -110,7 +112,7 @@ from maskgit_pl.evaluation.npz import open_samples
 
 file = open_samples(sys.argv[1])
 images = Generated(file, 3, file.labels, None)
-for rows in torch.randperm(len(images)).split(64):
+for rows in torch.randperm(len(file)).split(64):
     assert images.take(rows).shape == (len(rows), 3, 64, 64)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
@@ -129,22 +131,15 @@ def test_generated_images_are_taken_in_any_order(tmp_path: Path, channels) -> No
         assert torch.equal(made.take(order), pixels[order])
 
 
-def test_flags_lay_over_what_suits_the_size() -> None:
-    config = default_config(256, max_steps=450_000, batch=256, precision="bf16-mixed", peak_rate=None)
-    assert config == CASConfig(model="resnet50", max_steps=450_000, batch=256, precision="bf16-mixed")
-
-
 def test_small_images_are_for_the_smaller_network() -> None:
-    assert default_config(28).model == "resnet18"
-    assert default_config(256).model == CASConfig().model == "resnet50"
-    assert default_config(28, model="small", seed=3) == CASConfig(model="small", seed=3)
+    assert CASConfig(seed=3).for_images(28) == CASConfig(model="resnet18", seed=3)
+    assert CASConfig().for_images(256).model == "resnet50"
+    assert CASConfig(model="small").for_images(28).model == "small"
 
 
 def test_a_network_of_timm_is_tested_too(data: ShardData, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(classifier_training, "available_cores", lambda: 1)
-    accuracy = classification_accuracy(
-        taught(*real(data), data), data, replace(default_config(8), max_steps=3, batch=4)
-    )
+    accuracy = classification_accuracy(taught(*real(data), data), data, CASConfig(max_steps=3, batch=4).for_images(8))
     assert 0 <= accuracy.top1 <= accuracy.top5 == 1
 
 

@@ -49,14 +49,13 @@ def test_every_registered_selector_is_compared_and_remdm_with_each_strategy() ->
 
 
 def test_names_take_the_model_s_choice_temperature_and_mappings_stay() -> None:
-    found = {each.label: each.token_selector for each in selector_variants(["margin", "halton"], OWN)}
+    found = selector_variants(["margin", "halton"], OWN)
     assert found == {"margin": {"name": "margin", "choice_temperature": 9.0}, "halton": "halton"}
-    remdm = {each.label: each.token_selector for each in selector_variants(None, OWN)}["remdm loop"]
+    remdm = selector_variants(None, OWN)["remdm loop"]
     assert remdm == {"name": "remdm", "strategy": "loop", "choice_temperature": 9.0}
     mapping = {"name": "remdm", "eta": 0.4}
-    assert selector_variants([mapping], OWN)[0].token_selector == mapping
-    assert selector_variants([mapping], OWN)[0].label == "remdm (eta 0.4)"
-    assert selector_variants(["margin"], "halton")[0].token_selector == "margin"  # there is none to take
+    assert selector_variants([mapping], OWN) == {"remdm (eta 0.4)": mapping}
+    assert selector_variants(["margin"], "halton") == {"margin": "margin"}  # there is none to take
 
 
 def test_unknown_selectors_and_the_same_one_twice_are_refused() -> None:

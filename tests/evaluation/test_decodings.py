@@ -1,5 +1,5 @@
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.evaluation.decodings import changed_fields, describe_decoding, with_steps
+from maskgit_pl.evaluation.decodings import changed_fields, describe_decoding, plot_steps, with_steps
 
 
 def test_other_steps_leave_a_list_of_tokens_out() -> None:
@@ -24,3 +24,10 @@ def test_a_decoding_is_told_without_what_is_as_usual() -> None:
         steps=False,
     )
     assert told == "confidence, guidance linear, temperature 1.2 to 0.6, top_k 9, mask_schedule pow (exponent 2)"
+
+
+def test_schedules_are_drawn_at_a_few_numbers_of_steps_up_to_half_the_tokens() -> None:
+    assert plot_steps(49) == (2, 3, 4, 6, 8, 12, 16, 24)
+    assert plot_steps(16) == (2, 3, 4, 6, 8)
+    assert plot_steps(3) == (2,)
+    assert plot_steps(16, [8, 4, 16, 4]) == (4, 8)

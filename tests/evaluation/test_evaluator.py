@@ -12,8 +12,8 @@ from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation import evaluator as module
 from maskgit_pl.evaluation import feature_metrics
-from maskgit_pl.evaluation.cas import CASConfig
 from maskgit_pl.evaluation.classifier import Accuracy
+from maskgit_pl.evaluation.classifier_config import CASConfig
 from maskgit_pl.evaluation.distances import distances
 from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, numbers_of
 from maskgit_pl.evaluation.feature_metrics import FeatureMetrics

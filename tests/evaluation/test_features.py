@@ -75,12 +75,11 @@ def test_the_same_image_twice_and_no_image_at_all_are_refused() -> None:
         extract([few(), few(seed=1)], [batch])
 
 
-def test_an_extractor_is_made_from_a_name_or_a_spec(monkeypatch) -> None:
+def test_an_extractor_is_made_from_a_spec(monkeypatch) -> None:
     monkeypatch.setattr(Lite0Spec, "create", lambda self: Few())
-    for named in ("lite0", {"name": "lite0", "size": 64}, Lite0Spec()):
-        made = Extractor.create(named)
-        assert (made.label, made.knows_classes) == ("lite0", False)
-    assert made.digest == Extractor.create("lite0").digest != few(seed=1).digest
+    made = Extractor.create(Lite0Spec())
+    assert (made.label, made.knows_classes) == ("lite0", False)
+    assert made.digest == Extractor.create(Lite0Spec()).digest != few(seed=1).digest
 
 
 def measured(folder: Path, shards: Path) -> dict[str, Any]:

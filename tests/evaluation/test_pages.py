@@ -8,8 +8,8 @@ def test_a_table_has_as_many_cells_everywhere() -> None:
     assert lines == ["| a | b | c |", "|---|---:|---:|", "| x | 1 | 2 |"]
 
 
-def test_a_page_is_written_to_its_own_folder_or_to_another(tmp_path: Path) -> None:
+def test_a_page_is_written_to_its_folder(tmp_path: Path) -> None:
     page = Page("table-1", "# Table\n", [{"a": 1}, {"b": 0.5}], {"table-1.png": b"png"}, tmp_path / "own")
-    for folder, files in ((tmp_path / "own", page.write()), (tmp_path / "other", page.write(tmp_path / "other"))):
-        assert files == [folder / name for name in ("table-1.md", "table-1.csv", "table-1.png")]
-        assert [file.read_bytes() for file in files] == [b"# Table\n", b"a,b\n1,\n,0.5\n", b"png"]
+    files = page.write()
+    assert files == [tmp_path / "own" / name for name in ("table-1.md", "table-1.csv", "table-1.png")]
+    assert [file.read_bytes() for file in files] == [b"# Table\n", b"a,b\n1,\n,0.5\n", b"png"]

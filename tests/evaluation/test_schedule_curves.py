@@ -8,7 +8,6 @@ from maskgit_pl.evaluation.schedule_curves import (
     curves_png,
     following,
     measure_curves,
-    plot_steps,
     schedule_specs,
 )
 from maskgit_pl.schedules import Pow, mask_schedules
@@ -16,12 +15,6 @@ from tests.evaluation.searching import CURVES, FID, OWN, FakeMeasure, numbers
 
 ENTROPY = Trial(1, DecodingConfig(4, "entropy"), numbers(1.0))
 PLAIN = Trial(0, OWN, numbers(2.0))
-
-
-def test_schedules_are_drawn_at_a_few_numbers_of_steps_up_to_half_the_tokens() -> None:
-    assert plot_steps(49) == (2, 3, 4, 6, 8, 12, 16, 24)
-    assert plot_steps(16) == (2, 3, 4, 6, 8)
-    assert plot_steps(3) == (2,)
 
 
 def test_the_schedule_of_the_training_is_one_of_the_lines_whether_it_has_a_name_or_not() -> None:

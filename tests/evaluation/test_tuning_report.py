@@ -6,12 +6,12 @@ from rich.console import Console
 
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation.decoding_search import SearchResult, Trial
-from maskgit_pl.evaluation.tuning_report import RealNumbers, as_page, as_table
+from maskgit_pl.evaluation.tuning_report import as_page, as_table
 from tests.evaluation.searching import CURVES, FID, OWN, numbers
 from tests.hostile_words import HOSTILE
 from tests.test_text import structure
 
-REAL = RealNumbers({FID: 0.5, "kid/classifier": 0.001, "class_agreement": 0.9}, 20)
+REAL = {FID: 0.5, "kid/classifier": 0.001, "class_agreement": 0.9, "num_images": 20}
 
 
 def test_the_page_says_what_won_and_how_good_it_was_before() -> None:

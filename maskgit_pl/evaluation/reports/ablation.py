@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.evaluation.decodings import with_steps
+from maskgit_pl.evaluation.decodings import PLOT_STEPS, plot_steps, with_steps
 from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
 from maskgit_pl.evaluation.ledger import Row
 from maskgit_pl.evaluation.reports.published import SCHEDULES
@@ -15,9 +15,8 @@ from maskgit_pl.pretrained import read_config
 from maskgit_pl.registry import describe
 from maskgit_pl.schedules import MaskSchedule
 
-__all__ = ["STEPS", "ScheduleResult", "ablate", "check_budgets", "decoding_at", "most_steps", "schedule_of"]
+__all__ = ["ScheduleResult", "ablate", "check_budgets", "decoding_at", "schedule_of"]
 
-STEPS = (2, 3, 4, 6, 8, 12, 16, 24)
 _DRAWS = 4  # masks of an image for likelihoods
 _BUDGET = (
     "trainer.max_steps",
@@ -49,11 +48,6 @@ class ScheduleResult:
     fresh: Mapping[str, Row]
     likelihood: Row
     mask_schedule: MaskSchedule
-
-
-def most_steps(num_tokens: int) -> int:
-    """Returns the largest T of an ablation: half the number of tokens, above which a step decides less than two."""
-    return max(2, num_tokens // 2)
 
 
 def schedule_of(model: EvaluatedModel) -> str:
@@ -102,7 +96,7 @@ def ablate(
     evaluator: Evaluator,
     models: Sequence[EvaluatedModel],
     *,
-    steps: Sequence[int] = STEPS,
+    steps: Sequence[int] = PLOT_STEPS,
     num_images: int = 1000,
     seed: int = 0,
 ) -> list[ScheduleResult]:
@@ -129,10 +123,7 @@ def ablate(
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"run folders: one for each mask schedule is needed, got several of {', '.join(twice)}")
-    most = most_steps(models[0].pipe.transformer.network.config.num_tokens)
-    wanted = sorted({number for number in steps if number <= most})
-    if not wanted:
-        raise ValueError(f"num_steps: a number of at most {most}, half of the tokens, is needed, got {list(steps)}")
+    wanted = plot_steps(models[0].pipe.transformer.network.config.num_tokens, steps)
     order = [row.schedule for row in SCHEDULES]
     pairs = sorted(zip(names, models, strict=True), key=lambda pair: order.index(pair[0]) if pair[0] in order else 99)
     return [_ablate_one(evaluator, name, model, wanted, num_images=num_images, seed=seed) for name, model in pairs]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maskgit_pl.evaluation.command_line import command_line
+from maskgit_pl.evaluation.pages import command_line
 from maskgit_pl.evaluation.progress import Bars, no_bars
 from maskgit_pl.evaluation.reports.options import ReportOptions, TimingOptions
 from maskgit_pl.evaluation.run_folders import find_run
@@ -38,20 +38,20 @@ def table_1(runs: Runs, options: ReportOptions | None = None, *, bars: Bars = no
         ValueError: if no run is named, runs are of different data or classes, or an option is wrong.
     """
     options = options or ReportOptions()
-    opened = _open("table 1", runs, options, bars)
+    command = command_line(["maskgit table 1", *runs], {**options.flags(), **options.cas_flags()})
+    opened = _open("table 1", runs, options, command, bars)
     from maskgit_pl.evaluation.reports.measured_pages import measure_generation
 
-    flags = {**options.flags(), **options.cas_flags()}
-    return measure_generation(opened, command=command_line(["maskgit table 1", *runs], flags))
+    return measure_generation(opened)
 
 
 def table_2(runs: Runs, options: ReportOptions | None = None, *, bars: Bars = no_bars) -> Page:
     """Makes Table 2: outpainting and inpainting of held-out images. For arguments and errors see ``table_1``."""
     options = options or ReportOptions()
-    opened = _open("table 2", runs, options, bars)
+    opened = _open("table 2", runs, options, command_line(["maskgit table 2", *runs], options.flags()), bars)
     from maskgit_pl.evaluation.reports.measured_pages import measure_editing
 
-    return measure_editing(opened, command=command_line(["maskgit table 2", *runs], options.flags()))
+    return measure_editing(opened)
 
 
 def table_3(
@@ -76,11 +76,11 @@ def table_3(
         ValueError: if runs were not trained alike, two are of one schedule, or as in ``table_1``.
     """
     options = options or ReportOptions()
-    opened = _open("table 3", runs, options, bars)
+    own = command_line(["maskgit table 3", *runs], {**options.flags(), "num_steps": num_steps})
+    opened = _open("table 3", runs, options, command or own, bars)
     from maskgit_pl.evaluation.reports.measured_pages import measure_schedules
 
-    own = command_line(["maskgit table 3", *runs], {**options.flags(), "num_steps": num_steps})
-    return measure_schedules(opened, num_steps=num_steps, command=command or own)
+    return measure_schedules(opened, num_steps=num_steps)
 
 
 figure_8 = table_3
@@ -105,13 +105,11 @@ def figure_4(run: Path | str | None = None, options: TimingOptions | None = None
     folder = None if run is None else local_folder(run) / "transformer"
     from maskgit_pl.evaluation.reports.timing_page import measure_figure_4
 
-    runs = [] if run is None else [run]
-    return measure_figure_4(
-        folder, options, command=command_line(["maskgit figure 4", *runs], options.flags()), bars=bars
-    )
+    words = ["maskgit figure 4", *([] if run is None else [run])]
+    return measure_figure_4(folder, options, command=command_line(words, options.flags()), bars=bars)
 
 
-def _open(task: str, runs: Runs, options: ReportOptions, bars: Bars) -> OpenedModels:
+def _open(task: str, runs: Runs, options: ReportOptions, command: str, bars: Bars) -> OpenedModels:
     if not runs:
         raise ValueError(f"{task}: at least one run is needed, such as runs/fashion-mnist-cosine")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -119,4 +117,4 @@ def _open(task: str, runs: Runs, options: ReportOptions, bars: Bars) -> OpenedMo
     folders = [find_run(run, data=options.data, classifier=options.classifier) for run in runs]
     from maskgit_pl.evaluation.reports.measured_pages import open_models
 
-    return open_models(folders, options, bars)
+    return open_models(folders, options, command, bars)

@@ -13,12 +13,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from maskgit_pl.evaluation.decodings import PLOT_STEPS
 from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
 from maskgit_pl.evaluation.held_out import edit, masked
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
-from maskgit_pl.evaluation.pages import Page, picture_png
+from maskgit_pl.evaluation.pages import Page, picture_png, shown_classes
 from maskgit_pl.evaluation.progress import Bars
-from maskgit_pl.evaluation.reports.ablation import STEPS, ablate, check_budgets
+from maskgit_pl.evaluation.reports.ablation import ablate, check_budgets
 from maskgit_pl.evaluation.reports.options import ReportOptions
 from maskgit_pl.evaluation.reports.schedule_figures import schedule_figure
 from maskgit_pl.evaluation.reports.tables import TASKS, editing_page, generation_page, schedule_page
@@ -35,7 +36,7 @@ from maskgit_pl.imaging import image_grid
 
 __all__ = ["OpenedModels", "measure_editing", "measure_generation", "measure_schedules", "open_models"]
 
-_SHOWN_CLASSES, _SHOWN_EDITS = 10, 12
+_SHOWN_EDITS = 12
 
 
 @dataclass(frozen=True)
@@ -46,16 +47,13 @@ class OpenedModels:
         evaluator: Measures on the data of the first model.
         models: In the order of the runs.
         options: Number of images, seed and folder.
+        command: The command that makes the page again.
     """
 
     evaluator: Evaluator
     models: Sequence[EvaluatedModel]
     options: ReportOptions
-
-    @property
-    def networks(self) -> list[str]:
-        """Labels of the feature networks, in the order of the options."""
-        return list(self.evaluator.networks)
+    command: str
 
     @property
     def folder(self) -> Path:
@@ -63,12 +61,13 @@ class OpenedModels:
         return self.options.results / self.evaluator.dataset
 
 
-def open_models(folders: Sequence[RunFolders], options: ReportOptions, bars: Bars) -> OpenedModels:
+def open_models(folders: Sequence[RunFolders], options: ReportOptions, command: str, bars: Bars) -> OpenedModels:
     """Opens models, data and feature networks.
 
     Args:
         folders: Those of each run; the data of the first one is used.
         options: What is measured.
+        command: The command that makes the page again.
         bars: Shows the progress.
 
     Raises:
@@ -98,22 +97,17 @@ def open_models(folders: Sequence[RunFolders], options: ReportOptions, bars: Bar
         options=options,
         bars=bars,
     )
-    return OpenedModels(evaluator, models, options)
+    return OpenedModels(evaluator, models, options, command)
 
 
-def measure_generation(opened: OpenedModels, *, command: str) -> Page:
-    """Measures Table 1: class-conditional generation.
-
-    Args:
-        opened: The models.
-        command: The command that makes the page again.
-    """
+def measure_generation(opened: OpenedModels) -> Page:
+    """Measures Table 1: class-conditional generation."""
     evaluator, count, seed = opened.evaluator, opened.options.num_samples, opened.options.seed
     rows: list[Row] = []
     for model in opened.models:
         rows += evaluator.samples(model, model.pipe.decoding, num_images=count, seed=seed).values()
     rows += evaluator.real(num_images=count).values()
-    page = generation_page(rows, _accuracy_scores(opened), command=command)
+    page = generation_page(rows, _accuracy_scores(opened), command=opened.command)
     return replace(page, folder=opened.folder, pictures={"table-1.png": picture_png(_sheet(opened))})
 
 
@@ -122,29 +116,27 @@ def _accuracy_scores(opened: OpenedModels) -> list[Row]:
     evaluator, options = opened.evaluator, opened.options
     if options.cas is None:
         return []
-    config = options.cas.config(evaluator.data.config.image_size)
     count = min(options.cas_samples or options.num_samples, evaluator.data.summary.samples["train"])
     return [
         *(
-            evaluator.cas(each, each.pipe.decoding, config, num_images=count, seed=options.seed)
+            evaluator.cas(each, each.pipe.decoding, options.cas, num_images=count, seed=options.seed)
             for each in opened.models
         ),
-        evaluator.cas(None, None, config, num_images=count, seed=options.seed),
+        evaluator.cas(None, None, options.cas, num_images=count, seed=options.seed),
     ]
 
 
 def _sheet(opened: OpenedModels) -> Image.Image:
     """Returns a row of real images and a row of each model, a column a class."""
     data, models = opened.evaluator.data, opened.models
-    shown = min(data.num_classes, _SHOWN_CLASSES)
-    classes = [number * data.num_classes // shown for number in range(shown)]
+    classes = shown_classes(data.num_classes)
     images, labels = opened.evaluator.real_images("val", 50 * data.num_classes)
     rows = [torch.stack([_first_of(images, labels, label) for label in classes])]
     for model in models:
         rows.append(torch.as_tensor(model.pipe.generate(classes, seed=opened.options.seed, output_type="pt")))
     captions = ["real images", *(f"{model.kind}, T = {model.pipe.decoding.num_steps}" for model in models)]
     names = [data.class_names[label] for label in classes]
-    return image_grid(torch.cat(rows), columns=shown, row_captions=captions, column_captions=names)
+    return image_grid(torch.cat(rows), columns=len(classes), row_captions=captions, column_captions=names)
 
 
 def _first_of(images: Tensor, labels: Tensor, label: int) -> Tensor:
@@ -153,13 +145,8 @@ def _first_of(images: Tensor, labels: Tensor, label: int) -> Tensor:
     return images[int(found[0])] if len(found) else torch.zeros_like(images[0])
 
 
-def measure_editing(opened: OpenedModels, *, command: str) -> Page:
-    """Measures Table 2: outpainting and inpainting of held-out images.
-
-    Args:
-        opened: The models; the picture shows the first one.
-        command: The command that makes the page again.
-    """
+def measure_editing(opened: OpenedModels) -> Page:
+    """Measures Table 2: outpainting and inpainting of held-out images; the picture shows the first model."""
     evaluator, options = opened.evaluator, opened.options
     rows = [
         row
@@ -174,25 +161,26 @@ def measure_editing(opened: OpenedModels, *, command: str) -> Page:
         shown += [masked(task, pipe.tokenizer, images), edit(task, pipe, images, labels, seed=options.seed)]
         captions += ["given", task]
     sheet = image_grid(torch.cat(shown), columns=len(images), row_captions=captions)
-    page = editing_page(rows, command=command)
+    page = editing_page(rows, command=opened.command)
     return replace(page, folder=opened.folder, pictures={"table-2.png": picture_png(sheet)})
 
 
-def measure_schedules(opened: OpenedModels, *, num_steps: Sequence[int] | None, command: str) -> Page:
+def measure_schedules(opened: OpenedModels, *, num_steps: Sequence[int] | None) -> Page:
     """Measures Table 3 and Figure 8: mask schedules, a model for each.
 
     Args:
         opened: Models that differ in their mask schedule alone.
         num_steps: The T; None for the usual ones. Those above half of the number of tokens are left out.
-        command: The command that makes the page again.
 
     Raises:
         ValueError: if runs were not trained alike, two are of one schedule, or no T is left.
     """
     evaluator, options, models = opened.evaluator, opened.options, opened.models
     check_budgets({each.run: read_own_recipe(each.folder.parent / "transformer" / "config.yaml") for each in models})
-    results = ablate(evaluator, models, steps=num_steps or STEPS, num_images=options.num_samples, seed=options.seed)
-    first = opened.networks[0]
+    results = ablate(
+        evaluator, models, steps=num_steps or PLOT_STEPS, num_images=options.num_samples, seed=options.seed
+    )
+    first, *_ = evaluator.networks
     floor = evaluator.real(num_images=options.num_samples, networks=[first])[first]
     figure = schedule_figure(
         results,
@@ -202,5 +190,5 @@ def measure_schedules(opened: OpenedModels, *, num_steps: Sequence[int] | None, 
         floor=float(floor["fid"]),
         dataset=evaluator.dataset,
     )
-    page = schedule_page(results, command=command)
+    page = schedule_page(results, command=opened.command)
     return replace(page, folder=opened.folder, pictures={"figure-8.png": figure})

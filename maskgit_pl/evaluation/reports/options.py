@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from maskgit_pl.evaluation.model_evaluation import FEATURES, CASOptions
+from maskgit_pl.evaluation.classifier_config import CASConfig
+from maskgit_pl.evaluation.model_evaluation import FEATURES
 from maskgit_pl.evaluation.run_folders import MeasuringOptions
 
 __all__ = ["NUM_TOKENS", "ReportOptions", "TimingOptions"]
@@ -39,7 +40,7 @@ class ReportOptions(MeasuringOptions):
     features: Sequence[str | dict[str, Any]] = FEATURES
     reference: Path | None = None
     results: Path = Path("results")
-    cas: CASOptions | None = field(default_factory=CASOptions)
+    cas: CASConfig | None = field(default_factory=CASConfig)
     cas_samples: int | None = None
 
     def __post_init__(self) -> None:
@@ -60,13 +61,15 @@ class ReportOptions(MeasuringOptions):
         """Returns the flags that decide the classification accuracy score, None for those that have their default."""
         if self.cas is None:
             return {"cas_model": "none"}
+        usual = CASConfig()
+        given = {name: value for name, value in vars(self.cas).items() if value != getattr(usual, name)}
         return {
-            "cas_model": self.cas.model,
+            "cas_model": given.get("model"),
             "cas_samples": self.cas_samples,
-            "cas_steps": self.cas.max_steps,
-            "cas_batch": self.cas.batch,
-            "cas_learning_rate": self.cas.peak_rate,
-            "cas_precision": self.cas.precision,
+            "cas_steps": given.get("max_steps"),
+            "cas_batch": given.get("batch"),
+            "cas_learning_rate": given.get("peak_rate"),
+            "cas_precision": given.get("precision"),
         }
 
 

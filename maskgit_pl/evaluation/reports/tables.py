@@ -12,7 +12,7 @@ from typing import Any
 
 from maskgit_pl.evaluation.held_out import Task
 from maskgit_pl.evaluation.ledger import REAL, Row, number, present
-from maskgit_pl.evaluation.metric_names import METRICS, NETWORK_METRICS, format_value, metric_name, title
+from maskgit_pl.evaluation.metric_names import NETWORK_METRICS, format_value, metric_name, title
 from maskgit_pl.evaluation.pages import Page, code_cell, heading, markdown_table, paragraph
 from maskgit_pl.evaluation.reports.ablation import ScheduleResult
 from maskgit_pl.evaluation.reports.published import (
@@ -217,7 +217,7 @@ def editing_page(rows: Sequence[Row], *, command: str) -> Page:
 def _editing_lines(rows: Sequence[Row]) -> list[str]:
     shown = [name for name in _METRICS if present(rows, name)]
     return markdown_table(
-        ["result", "run", "network", *(METRICS[name].title for name in shown), "images", "steps"],
+        ["result", "run", "network", *map(title, shown), "images", "steps"],
         [
             [_word(row, "model"), code_cell(row["run"]), _word(row, "network"), *(_cell(row, name) for name in shown),
              _word(row, "num_images"), _word(row, "num_steps")]
@@ -241,12 +241,10 @@ def schedule_page(results: Sequence[ScheduleResult], *, command: str) -> Page:
     """Returns Table 3: mask schedules, each trained and decoded with its own.
 
     Args:
-        results: One for each schedule.
+        results: One for each schedule, in the order of the paper's table; see ``ablate``.
         command: The command that makes the page again.
     """
     networks = list(dict.fromkeys(network for result in results for network in result.fresh))
-    order = [row.schedule for row in SCHEDULES]
-    results = sorted(results, key=lambda each: order.index(each.schedule) if each.schedule in order else len(order))
     any_row = next(iter(results[0].fresh.values()))
     rows = [row for result in results for row in result.fresh.values()]
     fids = {result.schedule: float(result.fresh[networks[0]]["fid"]) for result in results}

@@ -13,7 +13,7 @@ import torch
 from maskgit_pl.devices import check_device
 from maskgit_pl.evaluation.drawing import LineEnd, name_lines, png_of
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
-from maskgit_pl.evaluation.pages import Page, heading, paragraph
+from maskgit_pl.evaluation.pages import Page, heading, markdown_table, paragraph
 from maskgit_pl.evaluation.progress import Bars, no_bars
 from maskgit_pl.evaluation.reports.options import TimingOptions
 from maskgit_pl.evaluation.reports.timing import METHODS, SIZES, Method, Timing, measure_timings, sizes_of
@@ -169,22 +169,22 @@ def timing_page(timings: Sequence[Timing], *, command: str, folder: Path = Path(
             f"{markdown(first.torch)}.",
         ),
         "",
-        f"| N | T of MaskGIT | {' | '.join(METHODS)} | KV cache / MaskGIT | no cache / MaskGIT |",
-        "|---:|---:|---:|---:|---:|---:|---:|",
     ]
+    rows = []
     for count in counts:
         here = [lines[method][count] for method in METHODS]
         cells = [f"{_seconds_text(timing)} (n = {timing.runs})" for timing in here]
-        factors = [f"{_factor(timing, lines)}" for timing in here[1:]]
-        text.append(f"| {' | '.join([str(count), str(here[0].num_steps), *cells, *factors])} |")
+        factors = [_factor(timing, lines) for timing in here[1:]]
+        rows.append([str(count), str(here[0].num_steps), *cells, *factors])
+    headings = ["N", "T of MaskGIT", *METHODS, "KV cache / MaskGIT", "no cache / MaskGIT"]
+    text += markdown_table(headings, rows, left=0)
     largest = [_factor(lines[method][counts[-1]], lines) for method in METHODS[1:]]
     said = paragraph(
         f"At N = {counts[-1]} a sequential image takes {largest[0]} times as long as MaskGIT's with a cache and",
         f"{largest[1]} times without. {_EXPLANATIONS.get(first.kind, _OTHER_DEVICE)}",
     )
-    rows = [asdict(timing) for timing in timings]
-    pictures = {"figure-4.png": timing_figure(timings)}
-    return Page("figure-4", "\n".join([*text, "", *said, ""]), rows, pictures, folder)
+    values = [asdict(timing) for timing in timings]
+    return Page("figure-4", "\n".join([*text, "", *said, ""]), values, {"figure-4.png": timing_figure(timings)}, folder)
 
 
 def _seconds_text(timing: Timing) -> str:

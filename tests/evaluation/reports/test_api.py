@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from maskgit_pl.data import ShardData, ShardDataConfig
-from maskgit_pl.evaluation import CASOptions, reports
+from maskgit_pl.evaluation import CASConfig, reports
 from maskgit_pl.evaluation.classifier_config import ClassifierConfig
 from maskgit_pl.evaluation.classifier_training import obtain_classifier
 from tests.conftest import save_tiny_pretrained
@@ -29,7 +29,7 @@ def options(tiny_shards: Path, tmp_path: Path) -> reports.ReportOptions:
         features=(f"classifier={tmp_path / 'judge'}",),
         results=tmp_path / "results",
         device="cpu",
-        cas=CASOptions(model="small", max_steps=2, batch=6),
+        cas=CASConfig(model="small", max_steps=2, batch=6),
     )
 
 

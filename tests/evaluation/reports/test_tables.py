@@ -95,7 +95,7 @@ def test_pages_say_what_was_compared_with_and_what_judged() -> None:
 
 
 def test_table_3_shows_ours_beside_the_paper_s_in_the_paper_s_order() -> None:
-    page = schedule_page([result("log", 9.0, best=24), result("cosine", 2.0)], command="maskgit ablation").markdown
+    page = schedule_page([result("cosine", 2.0), result("log", 9.0, best=24)], command="maskgit ablation").markdown
     assert page.index("| `cosine`") < page.index("| `log`")
     assert cells(page, "| `cosine`") == [
         "`cosine`", "cos(pi r / 2)", "8", "2.00", "90.00", "6.00", "3.500 ± 0.010", "5.250", "10", "6.06", "181.5",
