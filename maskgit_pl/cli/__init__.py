@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
 from maskgit_pl import __version__
 from maskgit_pl.checks import did_you_mean, shorten
@@ -34,8 +34,8 @@ from maskgit_pl.cli import (
     train_classifier,
     tune,
 )
-from maskgit_pl.cli.terminal import Terminal
 from maskgit_pl.errors import BAD_INPUT, CannotWriteError, describe_error, exit_code_of
+from maskgit_pl.terminal import Terminal
 from maskgit_pl.text import PrintableFormatter
 
 __all__ = ["build_parser", "main"]
@@ -63,16 +63,22 @@ _COMMANDS = (
 )
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that takes no abbreviated flags; so are those of its commands."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of the console script, every command in it."""
     return _parser_and_commands()[0]
 
 
 def _parser_and_commands() -> tuple[argparse.ArgumentParser, list[str]]:
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = _Parser(
         prog="maskgit",
         description="MaskGIT: train a tokenizer and a masked token transformer, generate images in a few steps.",
-        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"maskgit_pl {__version__}")
     parser.add_argument("--traceback", action="store_true", help="print the traceback of an error")

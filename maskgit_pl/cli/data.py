@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maskgit_pl.cli.outputs import check_outputs
-from maskgit_pl.cli.progress import progress_bars
+from maskgit_pl.cli.flags import check_outputs
 from maskgit_pl.locks import locked
+from maskgit_pl.progress import progress_bars
 
 if TYPE_CHECKING:
     from maskgit_pl.shards.manifest import Split
@@ -26,9 +26,7 @@ _Parsers = argparse._SubParsersAction
 
 def add_parser(subparsers: _Parsers[argparse.ArgumentParser]) -> None:
     """Adds ``data make``, ``data index``, ``data verify`` and ``data stats``."""
-    parser = subparsers.add_parser(
-        "data", help="make, index and verify shards, and show what is in them", allow_abbrev=False
-    )
+    parser = subparsers.add_parser("data", help="make, index and verify shards, and show what is in them")
     parser.set_defaults(run=run)
     commands = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
     for add in (_add_make, _add_index, _add_verify, _add_stats):
@@ -36,9 +34,7 @@ def add_parser(subparsers: _Parsers[argparse.ArgumentParser]) -> None:
 
 
 def _add_make(commands: _Parsers[argparse.ArgumentParser]) -> None:
-    make = commands.add_parser(
-        "make", help="image folders, IDX or parquet files -> shards with train and val splits", allow_abbrev=False
-    )
+    make = commands.add_parser("make", help="image folders, IDX or parquet files -> shards with train and val splits")
     make.add_argument(
         "source", type=Path, metavar="SOURCE", help="folder: one sub-folder a class, or IDX files, or parquet files"
     )
@@ -59,7 +55,7 @@ def _add_make(commands: _Parsers[argparse.ArgumentParser]) -> None:
 
 
 def _add_index(commands: _Parsers[argparse.ArgumentParser]) -> None:
-    index = commands.add_parser("index", help="manifests for WebDataset tars made elsewhere", allow_abbrev=False)
+    index = commands.add_parser("index", help="manifests for WebDataset tars made elsewhere")
     index.add_argument(
         "shards", metavar="DIR|PATTERN", help="folder of tars, or a glob or brace expression of them, in quotes"
     )
@@ -78,7 +74,7 @@ def _add_index(commands: _Parsers[argparse.ArgumentParser]) -> None:
 
 def _add_verify(commands: _Parsers[argparse.ArgumentParser]) -> None:
     verify = commands.add_parser(
-        "verify", help="read all shards, or all of a token store, and name each file that is bad", allow_abbrev=False
+        "verify", help="read all shards, or all of a token store, and name each file that is bad"
     )
     verify.add_argument("folder", type=Path, metavar="DIR", help="data folder, or token store")
     verify.add_argument("--decode", action="store_true", help="decode every image too")
@@ -86,7 +82,7 @@ def _add_verify(commands: _Parsers[argparse.ArgumentParser]) -> None:
 
 
 def _add_stats(commands: _Parsers[argparse.ArgumentParser]) -> None:
-    stats = commands.add_parser("stats", help="classes, sizes and bytes of a data folder", allow_abbrev=False)
+    stats = commands.add_parser("stats", help="classes, sizes and bytes of a data folder")
     stats.add_argument("folder", type=Path, metavar="DIR", help="data folder")
     stats.add_argument("--out", type=Path, metavar="PNG", help="draw a few images of each class")
 
@@ -104,12 +100,7 @@ def _add_workers(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the command that was parsed.
-
-    Raises:
-        ValueError: if the source, the folder or a shard is not what is needed. The message says what to change.
-        FileNotFoundError: if it is not there.
-    """
+    """Runs the command that was parsed."""
     commands = {"make": _make, "index": _index, "verify": _verify, "stats": _stats}
     return commands[args.data_command](args)
 
@@ -153,14 +144,7 @@ def _make(args: argparse.Namespace) -> int:
         val_fraction=args.val_fraction,
         label_field=args.label_field,
     )
-    make(
-        source,
-        args.out,
-        size=args.size,
-        shard_size=args.shard_size,
-        lenient=args.lenient,
-        workers=args.workers,
-    )
+    make(source, args.out, size=args.size, shard_size=args.shard_size, lenient=args.lenient, workers=args.workers)
     return 0
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from maskgit_pl.checks import check_seed
-from maskgit_pl.cli.model import add_device_argument, check_at_least, naming_flags
+from maskgit_pl.cli.flags import add_device_argument, check_at_least, flag_of, naming_flags
 from maskgit_pl.decoding.config import DecodingConfig
 from maskgit_pl.text import argument_docs
 
@@ -35,7 +35,7 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("decoding", "what is left out is the model's own")
     docs = {**argument_docs(DecodingConfig), **_OF_PLUG_INS}
     for name, hint in _types().items():
-        flags = (f"--{name.replace('_', '-')}", *_ALIASES.get(name, ()))
+        flags = (flag_of(name), *_ALIASES.get(name, ()))
         member, metavar = _member(hint)
         kind = member if member in (int, float) else str
         text = docs[name].replace("``", "").replace("%", "%%")
@@ -47,11 +47,7 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_seed_and_batch(args: argparse.Namespace) -> None:
-    """Checks the flags that do not depend on the model.
-
-    Raises:
-        ValueError: if a number is out of range.
-    """
+    """Checks the flags that do not depend on the model."""
     check_seed("--seed", args.seed)
     check_at_least(args, batch_size=1)
 
@@ -94,12 +90,11 @@ def _member(hint: Any) -> tuple[Any, str]:
 def _value(name: str, given: Any, hint: Any) -> Any:
     """Returns the value of a flag; lists and specs are text."""
     member, _ = _member(hint)
-    flag = f"--{name.replace('_', '-')}"
     if given is None or member in (int, float):
         return given
     if get_origin(member) is dict:
-        return _spec(flag, given)
-    numbers = _numbers(flag, given, get_args(member)[0])
+        return _spec(flag_of(name), given)
+    numbers = _numbers(flag_of(name), given, get_args(member)[0])
     return numbers[0] if len(numbers) == 1 and float in get_args(hint) else numbers
 
 

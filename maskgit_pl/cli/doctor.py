@@ -37,7 +37,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="check a run before it is started: recipe, data, batch, memory, disk, network",
         description="Check a run before it is started, on any machine and without training: recipe, data, batch, "
         "memory, disk, network, Slurm. Takes the words of `maskgit train`. Ends with 0 if all is well, else with 2.",
-        allow_abbrev=False,
     )
     parser.add_argument("stage", choices=("tokenizer", "transformer"))
     add_run_arguments(parser)

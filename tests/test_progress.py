@@ -3,8 +3,8 @@ import sys
 
 import pytest
 
-from maskgit_pl.cli import progress
-from maskgit_pl.cli.progress import progress_bars
+from maskgit_pl import progress
+from maskgit_pl.progress import progress_bars
 
 
 @pytest.fixture
