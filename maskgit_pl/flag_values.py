@@ -1,12 +1,13 @@
-"""Texts of flags as numbers, names and mappings; the commands that measure read theirs with these."""
+"""Texts of flags as numbers, names and mappings."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from maskgit_pl.checks import shorten
 
-__all__ = ["parse_features", "parse_numbers", "parse_spec", "parse_specs"]
+__all__ = ["parse_features", "parse_json_spec", "parse_list", "parse_numbers", "parse_spec", "parse_specs"]
 
 
 def parse_numbers(flag: str, text: str) -> tuple[int, ...]:
@@ -97,3 +98,34 @@ def parse_features(text: str) -> list[str | dict[str, Any]]:
     if twice:
         raise ValueError(f"--features {text}: each network once is enough, got {', '.join(twice)} twice")
     return specs
+
+
+def parse_json_spec(flag: str, text: str) -> str | dict[str, Any]:
+    """Parses the name, or the mapping in JSON, of a plug-in.
+
+    Raises:
+        ValueError: if it looks like JSON and is no mapping with a name.
+    """
+    if not text.lstrip().startswith(("{", "[", '"')):
+        return text
+    example = 'write a name, or a mapping such as \'{"name": "...", "argument": 0.1}\''
+    try:
+        mapping = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{flag} {text}: not JSON ({error}); {example}") from error
+    if not isinstance(mapping, dict) or not isinstance(mapping.get("name"), str):
+        raise ValueError(f"{flag} {text}: a mapping with a name is needed; {example}")
+    return mapping
+
+
+def parse_list(flag: str, text: str, kind: type[int] | type[float]) -> tuple[float, ...]:
+    """Parses numbers with commas between them.
+
+    Raises:
+        ValueError: if a word is no number of this kind.
+    """
+    try:
+        return tuple(kind(word) for word in text.split(","))
+    except ValueError as error:
+        what = "whole numbers" if kind is int else "numbers"
+        raise ValueError(f"{flag} must be {what} with commas between them, got {text}") from error

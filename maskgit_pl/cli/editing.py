@@ -6,16 +6,9 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from maskgit_pl.cli.flags import check_at_least, naming_flags
+from maskgit_pl.cli.flags import naming_flags
 
-__all__ = [
-    "add_overlap_argument",
-    "add_variant_arguments",
-    "captions",
-    "check_overlap_flag",
-    "check_variants",
-    "edit_options",
-]
+__all__ = ["add_overlap_argument", "add_variant_arguments", "captions", "check_overlap_flag", "edit_options"]
 
 
 def add_variant_arguments(parser: argparse.ArgumentParser, *, dilation: int, class_required: bool = False) -> None:
@@ -33,11 +26,6 @@ def add_variant_arguments(parser: argparse.ArgumentParser, *, dilation: int, cla
     )
     text = f"tokens by which the region grows (default: {dilation})"
     parser.add_argument("--dilation", type=int, default=dilation, metavar="N", help=text)
-
-
-def check_variants(args: argparse.Namespace) -> None:
-    """Checks the flags of ``add_variant_arguments`` that do not depend on the model."""
-    check_at_least(args, variants=1, dilation=0)
 
 
 def edit_options(args: argparse.Namespace, label: int | None) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from maskgit_pl.cli.decoding import add_decoding_arguments, check_seed_and_batch, read_decoding
-from maskgit_pl.cli.editing import add_variant_arguments, captions, check_variants, edit_options
-from maskgit_pl.cli.flags import check_outputs, naming_flags
+from maskgit_pl.cli.editing import add_variant_arguments, captions, edit_options
+from maskgit_pl.cli.flags import check_at_least, check_outputs, naming_flags
 from maskgit_pl.cli.model import add_model_argument, find_model, open_pipe
 from maskgit_pl.cli.outputs import PICTURES, add_output_arguments, recorded_steps, wants_decoding, write_generated
 
@@ -48,7 +48,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Edits and writes."""
     check_seed_and_batch(args)
-    check_variants(args)
+    check_at_least(args, variants=1, dilation=0)
     check_outputs(args, **PICTURES)
     header, box = _read_region(args)
     folder, outline = find_model(args)

@@ -12,10 +12,9 @@ from maskgit_pl.cli.editing import (
     add_variant_arguments,
     captions,
     check_overlap_flag,
-    check_variants,
     edit_options,
 )
-from maskgit_pl.cli.flags import check_outputs, naming_flags
+from maskgit_pl.cli.flags import check_at_least, check_outputs, naming_flags
 from maskgit_pl.cli.model import add_model_argument, find_model, open_pipe
 from maskgit_pl.cli.outputs import PICTURES, add_output_arguments, recorded_steps, wants_decoding, write_generated
 
@@ -49,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     added = _read_margins(args)
     check_overlap_flag(args)
     check_seed_and_batch(args)
-    check_variants(args)
+    check_at_least(args, variants=1, dilation=0)
     check_outputs(args, **PICTURES)
     from maskgit_pl import editing
 

@@ -18,7 +18,6 @@ from maskgit_pl.progress import progress_bars
 if TYPE_CHECKING:
     from maskgit_pl.decoding import DecodingConfig
     from maskgit_pl.pipeline import MaskGIT
-    from maskgit_pl.pipeline.outline import Outline
 
 __all__ = ["add_parser", "run"]
 
@@ -54,7 +53,9 @@ def run(args: argparse.Namespace) -> int:
     if bulk is None:
         _check_picture(args)
     folder, outline = find_model(args)
-    labels, negative = _labels(args, outline)
+    max_shown = 10 if bulk is None else len(outline.class_names)
+    labels = outline.parse_classes(args.classes, max_shown=max_shown)
+    negative = None if args.negative_class is None else outline.parse_class(args.negative_class)
     decoding = read_decoding(args, outline, pushes_away=negative is not None)
     if bulk is None:
         _generate_picture(open_pipe(folder, args), labels, negative, decoding, args)
@@ -94,13 +95,6 @@ def _bulk_options(args: argparse.Namespace) -> dict[str, int]:
     with naming_flags(args):
         BulkOptions(**options)
     return options
-
-
-def _labels(args: argparse.Namespace, outline: Outline) -> tuple[list[int], int | None]:
-    """Returns the labels of ``--classes``, and that of ``--negative-class``."""
-    max_shown = {} if args.num_images is None else {"max_shown": len(outline.class_names)}
-    classes = outline.parse_classes(args.classes, **max_shown)
-    return classes, None if args.negative_class is None else outline.parse_class(args.negative_class)
 
 
 def _generate_bulk(pipe: MaskGIT, out: Path, options: dict[str, Any]) -> None:
