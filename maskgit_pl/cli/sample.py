@@ -23,6 +23,7 @@ __all__ = ["add_parser", "run"]
 
 _PER_CLASS = 8
 _ANIMATED = 4  # images side by side in an animation
+_MAX_CLASSES = 10  # of ``all``, in a picture
 _OUT = Path("samples.png")
 _BULK = ("num_images", "seed", "part_size", "batch_size", "rank", "world_size")  # flags of ``generate_many``
 
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     if bulk is None:
         _check_picture(args)
     folder, outline = find_model(args)
-    max_shown = 10 if bulk is None else len(outline.class_names)
+    max_shown = _MAX_CLASSES if bulk is None else len(outline.class_names)
     labels = outline.parse_classes(args.classes, max_shown=max_shown)
     negative = None if args.negative_class is None else outline.parse_class(args.negative_class)
     decoding = read_decoding(args, outline, pushes_away=negative is not None)

@@ -7,7 +7,6 @@ from PIL import Image
 from maskgit_pl.cli import compare, main
 from maskgit_pl.evaluation import evaluator
 from maskgit_pl.evaluation.ledger import Ledger, Row
-from maskgit_pl.flag_values import parse_numbers, parse_spec, parse_specs
 from tests.cli.commands import call_command
 
 pytestmark = pytest.mark.usefixtures("quick_judge")
@@ -113,21 +112,3 @@ def test_wrong_input_ends_with_2_and_one_line_before_any_work(
 def test_numbers_of_steps_go_as_far_as_there_are_tokens(run_folder: Path, tiny_shards: Path) -> None:
     call(run_folder, "--data", tiny_shards, "--num-images", 6, "--selectors", "halton")
     assert [row["num_steps"] for row in ledger(run_folder / "evaluation")] == [4, 8, 16]
-
-
-def test_numbers_of_steps_are_listed_or_ranges() -> None:
-    assert parse_numbers("--num-steps", "4,8, 16") == (4, 8, 16)
-    assert parse_numbers("--num-steps", "2-4,4,12") == (2, 3, 4, 12)
-    for text in ("", "4-", "8-4", "-3", "1.5"):
-        with pytest.raises(ValueError, match="--num-steps"):
-            parse_numbers("--num-steps", text)
-
-
-def test_specs_are_names_or_mappings_in_json_or_yaml() -> None:
-    mapping = {"name": "remdm", "eta": 0.4}
-    assert parse_specs("--selectors", "halton, {name: remdm, eta: 0.4}") == ["halton", mapping]
-    assert parse_specs("--selectors", '{"name": "remdm", "eta": 0.4},halton,') == [mapping, "halton"]
-    assert parse_spec("--guidance", "1.5") == 1.5
-    for text in ("[halton", "true", "[halton]", "}{"):
-        with pytest.raises(ValueError, match="--guidance"):
-            parse_spec("--guidance", text)
