@@ -23,6 +23,7 @@ from __future__ import annotations
 import dis
 import errno
 import traceback
+from types import TracebackType
 from typing import ClassVar
 
 from maskgit_pl.text import printable
@@ -40,6 +41,7 @@ __all__ = [
     "PreemptedError",
     "RunError",
     "describe_error",
+    "error_of_exit",
     "exit_code_of",
     "is_user_error",
 ]
@@ -158,6 +160,30 @@ def describe_error(error: BaseException, command: str, *, with_traceback: bool =
     text = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
     lines = "\n".join(printable(line, limit=None) for line in text.split("\n"))  # names of strangers may be in it
     return f"{stack if with_traceback else ''}{command}: {lines}\n"
+
+
+def error_of_exit(stop: SystemExit) -> BaseException | None:
+    """Returns the error that ``sys.exit`` in a command stands for; None if this package called it, or argparse for it.
+
+    A library or a plug-in may not end a command: it would look as if all was done. Lightning exits after Ctrl-C.
+    """
+    culprit = _who_exits(stop.__traceback__)
+    if culprit == __package__:
+        return None
+    if isinstance(stop.__context__, KeyboardInterrupt):  # what Lightning makes of it
+        return stop.__context__
+    error = RuntimeError(f"sys.exit({stop.code!r}) was called by {culprit}, which may not end a command")
+    error.__cause__ = stop
+    return error
+
+
+def _who_exits(place: TracebackType | None) -> str:
+    """Returns the package whose code called ``sys.exit``, or had argparse call it."""
+    packages = [str(__package__)]
+    while place is not None:
+        packages.append(str(place.tb_frame.f_globals.get("__name__")).partition(".")[0])
+        place = place.tb_next
+    return next(package for package in reversed(packages) if package != "argparse")
 
 
 def _is_raised_by_us(error: BaseException) -> bool:

@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import stat
+import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "check_writable",
     "open_regular",
     "parse_json",
     "read_json",
@@ -39,6 +41,32 @@ __all__ = [
 MAX_JSON_BYTES = 1_000_000
 _BLOCK = 2**20  # bytes that are hashed at a time
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of renameat2(2)
+
+
+def check_writable(name: str, path: Path, *, is_folder: bool = False) -> None:
+    """Checks, before any work, that a file or folder can be written; nothing is left on disk.
+
+    Args:
+        name: What to call it in the error, such as ``--out``.
+        path: The file or folder; neither it nor its folder needs to exist.
+        is_folder: True for a folder.
+
+    Raises:
+        ValueError: if there is a folder in place of the file or the other way round, or the nearest folder that exists
+            cannot be written to.
+    """
+    if path.exists() and path.is_dir() != is_folder:
+        here, wanted = ("file", "folder") if is_folder else ("folder", "file")
+        raise ValueError(f"{name} must be a {wanted}, got the {here} {path}")
+    folder = path if is_folder else path.parent
+    existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):  # permissions do not say it of every file system
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{name} must lie in a folder that can be written to, got {path} ({existing}: {error.strerror})"
+        ) from error
 
 
 @contextmanager

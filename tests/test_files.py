@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 from maskgit_pl import files
 from maskgit_pl.files import (
+    check_writable,
     read_json,
     replace_folder,
     sha256_of,
@@ -208,3 +209,16 @@ def test_what_is_no_regular_file_has_no_hash_and_is_not_waited_for(tmp_path: Pat
     for path, kind in ((tmp_path / "fifo", "a FIFO"), (tmp_path, "a folder")):
         with pytest.raises(OSError, match=f"must be a regular file, got {kind}"):
             sha256_of(path)
+
+
+def test_a_place_to_write_to_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    check_writable("--out", tmp_path / "new" / "a.png")
+    check_writable("--out", tmp_path / "new", is_folder=True)
+    with pytest.raises(ValueError, match="--out must be a folder, got the file"):
+        check_writable("--out", tmp_path / "file", is_folder=True)
+    with pytest.raises(ValueError, match="--out must be a file, got the folder"):
+        check_writable("--out", tmp_path)
+    with pytest.raises(ValueError, match="--out must lie in a folder that can be written to"):
+        check_writable("--out", tmp_path / "file" / "a.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -14,7 +14,10 @@ FLOORS = {  # a file or a folder -> its floor; a folder's files stand on its flo
     "schema": 0,
     "devices": 0,
     "interruption": 0,
+    "progress": 0,
+    "terminal": 0,
     "files": 0,
+    "flag_values": 0,
     "launcher": 0,
     "locks": 0,
     "registry": 0,
@@ -223,6 +226,15 @@ def test_no_folder_lies_deeper_than_those_whose_order_is_known():
 
 def test_no_import_goes_in_a_circle():
     assert circles() == []
+
+
+def test_a_command_imports_files_of_flags_and_they_one_base():
+    def depth(module: str) -> int:
+        return max((1 + depth(other) for other in own(module) if part(other) == "cli"), default=0)
+
+    depths = {module: depth(module) for module in FOUND if part(module) == "cli" and module != "cli/__init__"}
+    assert {module: found for module, found in depths.items() if found > 2} == {}
+    assert max(depths.values()) == 2  # and the imports are read
 
 
 @pytest.mark.parametrize("module", [name for name in FOUND if FLOORS.get(part(name), 0) < LIGHTNING_FROM])

@@ -8,8 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
 from maskgit_pl import __version__
 from maskgit_pl.checks import did_you_mean, shorten
@@ -34,33 +33,23 @@ from maskgit_pl.cli import (
     train_classifier,
     tune,
 )
-from maskgit_pl.cli.terminal import Terminal
-from maskgit_pl.errors import BAD_INPUT, CannotWriteError, describe_error, exit_code_of
+from maskgit_pl.errors import BAD_INPUT, CannotWriteError, describe_error, error_of_exit, exit_code_of
+from maskgit_pl.terminal import Terminal
 from maskgit_pl.text import PrintableFormatter
 
 __all__ = ["build_parser", "main"]
 
 _COMMANDS = (
-    data,
-    doctor,
-    train,
-    slurm,
-    tokenize,
-    export,
-    sample,
-    inpaint,
-    outpaint,
-    panorama,
-    evaluate,
-    compare,
-    tune,
-    ablation,
-    paper,
-    train_classifier,
-    schedules,
-    import_jax,
-    import_taming,
-)
+    data, doctor, train, slurm, tokenize, export, sample, inpaint, outpaint, panorama, evaluate, compare, tune,
+    ablation, paper, train_classifier, schedules, import_jax, import_taming,
+)  # fmt: skip
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that takes no abbreviated flags; so are those of its commands."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -69,10 +58,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _parser_and_commands() -> tuple[argparse.ArgumentParser, list[str]]:
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = _Parser(
         prog="maskgit",
         description="MaskGIT: train a tokenizer and a masked token transformer, generate images in a few steps.",
-        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"maskgit_pl {__version__}")
     parser.add_argument("--traceback", action="store_true", help="print the traceback of an error")
@@ -142,29 +130,14 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
 
 def _run(args: argparse.Namespace) -> int:
     """Runs the command that was parsed, and prints what it ends with if that is an error."""
-    command = f"maskgit {args.command}"
     try:
         code: int = args.run(args)
         return code
     except SystemExit as stop:
-        culprit = _who_exits(stop.__traceback__)
-        if culprit == "maskgit_pl":
+        error = error_of_exit(stop)
+        if error is None:
             return int(stop.code or 0)
-        if isinstance(stop.__context__, KeyboardInterrupt):  # what Lightning makes of it
-            error: BaseException = stop.__context__
-        else:
-            error = RuntimeError(f"sys.exit({stop.code!r}) was called by {culprit}, which may not end a command")
-            error.__cause__ = stop
     except (Exception, KeyboardInterrupt) as caught:
         error = caught
-    sys.stderr.write(describe_error(error, command, with_traceback=args.traceback))
+    sys.stderr.write(describe_error(error, f"maskgit {args.command}", with_traceback=args.traceback))
     return exit_code_of(error)
-
-
-def _who_exits(place: TracebackType | None) -> str:
-    """Returns the package whose code called ``sys.exit``, or had argparse call it."""
-    packages = ["maskgit_pl"]
-    while place is not None:
-        packages.append(str(place.tb_frame.f_globals.get("__name__")).partition(".")[0])
-        place = place.tb_next
-    return next(package for package in reversed(packages) if package != "argparse")

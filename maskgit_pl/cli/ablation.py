@@ -6,11 +6,11 @@ import argparse
 import shlex
 from pathlib import Path
 
-from maskgit_pl.cli.model import device_of, naming_flags
-from maskgit_pl.cli.paper import add_report_arguments, report_options, show, wanted_steps
-from maskgit_pl.cli.progress import progress_bars
+from maskgit_pl.cli.flags import device_of, naming_flags
+from maskgit_pl.cli.measuring import add_report_arguments, report_options, show, wanted_steps
 from maskgit_pl.evaluation import reports
 from maskgit_pl.evaluation.pages import command_line
+from maskgit_pl.progress import progress_bars
 from maskgit_pl.runs.recipe_files import DEFAULT_DATASET
 from maskgit_pl.runs.schedule_runs import PAPER_SCHEDULES, train_schedules
 
@@ -27,7 +27,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Train a transformer for every mask schedule of the paper's Table 3 under the same budget, decode "
         "each at several T, and write Table 3 and Figure 8. What is trained or measured already is not done again. "
         "Further flags set single values of the recipes, e.g. --trainer.max_steps 2000.",
-        allow_abbrev=False,
     )
     add_report_arguments(parser)
     parser.add_argument("--schedules", default=_SCHEDULES, metavar="A,B,...",

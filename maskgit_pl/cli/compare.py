@@ -5,15 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from maskgit_pl.cli.evaluation_flags import (
-    add_run_arguments,
-    decoding_spec,
-    decoding_specs,
-    measuring_flags,
-    step_numbers,
-)
-from maskgit_pl.cli.model import check_at_least, naming_flags
-from maskgit_pl.cli.progress import progress_bars
+from maskgit_pl.cli.flags import check_at_least, naming_flags
+from maskgit_pl.cli.measuring import add_run_arguments, measuring_flags, wanted_steps
+from maskgit_pl.flag_values import parse_spec, parse_specs
+from maskgit_pl.progress import progress_bars
 
 __all__ = ["add_parser", "run"]
 
@@ -25,7 +20,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="measure every token selector on one model",
         description="Measure token selectors at several numbers of steps, with the same noise for all; write "
         "comparison.md and .csv and a sheet of images. What the ledger holds is not measured again.",
-        allow_abbrev=False,
     )
     add_run_arguments(parser)
     parser.add_argument(
@@ -55,18 +49,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures what was not measured yet, writes, and prints a table.
-
-    Raises:
-        FileNotFoundError: if there is no such run or data.
-        TypeError: if a selector or a guidance schedule does not take its arguments.
-        ValueError: if a name is unknown, the model is autoregressive, the data are not the model's, or a number is out
-            of range.
-    """
+    """Measures what was not measured yet, writes, and prints a table."""
     check_at_least(args, num_images=1, batch=1)
-    numbers = None if args.num_steps is None else step_numbers(args.num_steps)
-    selectors = None if args.selectors == "all" else decoding_specs("--selectors", args.selectors)
-    guidance = None if args.guidance is None else decoding_spec("--guidance", args.guidance)
+    numbers = wanted_steps(args)
+    selectors = None if args.selectors == "all" else parse_specs("--selectors", args.selectors)
+    guidance = None if args.guidance is None else parse_spec("--guidance", args.guidance)
     from maskgit_pl.evaluation import ComparisonOptions, compare
 
     with naming_flags(args), progress_bars() as bars:

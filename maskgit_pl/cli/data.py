@@ -6,39 +6,31 @@ Imported to build the parser, so torch, PIL and webdataset are imported by the c
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maskgit_pl.cli.outputs import check_outputs
-from maskgit_pl.cli.progress import progress_bars
+from maskgit_pl.cli.flags import check_outputs
 from maskgit_pl.locks import locked
+from maskgit_pl.progress import named_bars
 
 if TYPE_CHECKING:
-    from maskgit_pl.shards.manifest import Split
     from maskgit_pl.shards.sources import Source
 
-__all__ = ["add_parser", "make", "run"]
+__all__ = ["add_parser", "make"]
 
 _Parsers = argparse._SubParsersAction
 
 
 def add_parser(subparsers: _Parsers[argparse.ArgumentParser]) -> None:
     """Adds ``data make``, ``data index``, ``data verify`` and ``data stats``."""
-    parser = subparsers.add_parser(
-        "data", help="make, index and verify shards, and show what is in them", allow_abbrev=False
-    )
-    parser.set_defaults(run=run)
+    parser = subparsers.add_parser("data", help="make, index and verify shards, and show what is in them")
     commands = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
     for add in (_add_make, _add_index, _add_verify, _add_stats):
         add(commands)
 
 
 def _add_make(commands: _Parsers[argparse.ArgumentParser]) -> None:
-    make = commands.add_parser(
-        "make", help="image folders, IDX or parquet files -> shards with train and val splits", allow_abbrev=False
-    )
+    make = commands.add_parser("make", help="image folders, IDX or parquet files -> shards with train and val splits")
     make.add_argument(
         "source", type=Path, metavar="SOURCE", help="folder: one sub-folder a class, or IDX files, or parquet files"
     )
@@ -56,10 +48,11 @@ def _add_make(commands: _Parsers[argparse.ArgumentParser]) -> None:
     make.add_argument("--lenient", action="store_true", help="leave out images that cannot be read, and list them")
     _add_class_names(make, "where the source has none")
     _add_workers(make)
+    make.set_defaults(run=_make)
 
 
 def _add_index(commands: _Parsers[argparse.ArgumentParser]) -> None:
-    index = commands.add_parser("index", help="manifests for WebDataset tars made elsewhere", allow_abbrev=False)
+    index = commands.add_parser("index", help="manifests for WebDataset tars made elsewhere")
     index.add_argument(
         "shards", metavar="DIR|PATTERN", help="folder of tars, or a glob or brace expression of them, in quotes"
     )
@@ -74,21 +67,24 @@ def _add_index(commands: _Parsers[argparse.ArgumentParser]) -> None:
     index.add_argument("--lenient", action="store_true", help="leave samples with a fault out, and count them")
     _add_class_names(index, "default: numbers")
     _add_workers(index)
+    index.set_defaults(run=_index)
 
 
 def _add_verify(commands: _Parsers[argparse.ArgumentParser]) -> None:
     verify = commands.add_parser(
-        "verify", help="read all shards, or all of a token store, and name each file that is bad", allow_abbrev=False
+        "verify", help="read all shards, or all of a token store, and name each file that is bad"
     )
     verify.add_argument("folder", type=Path, metavar="DIR", help="data folder, or token store")
     verify.add_argument("--decode", action="store_true", help="decode every image too")
     _add_workers(verify)
+    verify.set_defaults(run=_verify)
 
 
 def _add_stats(commands: _Parsers[argparse.ArgumentParser]) -> None:
-    stats = commands.add_parser("stats", help="classes, sizes and bytes of a data folder", allow_abbrev=False)
+    stats = commands.add_parser("stats", help="classes, sizes and bytes of a data folder")
     stats.add_argument("folder", type=Path, metavar="DIR", help="data folder")
     stats.add_argument("--out", type=Path, metavar="PNG", help="draw a few images of each class")
+    stats.set_defaults(run=_stats)
 
 
 def _add_class_names(parser: argparse.ArgumentParser, when: str) -> None:
@@ -103,17 +99,6 @@ def _add_workers(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
-    """Runs the command that was parsed.
-
-    Raises:
-        ValueError: if the source, the folder or a shard is not what is needed. The message says what to change.
-        FileNotFoundError: if it is not there.
-    """
-    commands = {"make": _make, "index": _index, "verify": _verify, "stats": _stats}
-    return commands[args.data_command](args)
-
-
 def make(
     source: Source,
     out: Path,
@@ -125,19 +110,18 @@ def make(
 ) -> None:
     """Makes a data folder with a progress bar, and says what it holds; the scripts in ``data/`` end here too."""
     from maskgit_pl.shards.manifest import read_manifest_summary
-    from maskgit_pl.shards.parallel import choose_workers
     from maskgit_pl.shards.report import describe_data, unreadable_lines
     from maskgit_pl.shards.writer import make_shards
 
-    with locked(out, way_out="give another --out"), _bars(source.counts, "samples") as advance:
+    with locked(out, way_out="give another --out"), named_bars("samples") as advance:
         made = make_shards(
             source,
             out,
             size=size,
             shard_size=shard_size,
             lenient=lenient,
-            workers=choose_workers(workers, work=sum(source.counts.values()) / 5_000),
-            on_samples=advance,
+            workers=workers,
+            on_samples=lambda split, count: advance(split, count, source.counts[split]),
         )
     print(describe_data(out, read_manifest_summary(out), "made" if made else "there already, nothing to do"))
     for line in [*source.left_out, *unreadable_lines(out)]:
@@ -147,20 +131,9 @@ def make(
 def _make(args: argparse.Namespace) -> int:
     from maskgit_pl.shards.sources import open_source
 
-    source = open_source(
-        args.source,
-        classes=_class_names(args.class_names),
-        val_fraction=args.val_fraction,
-        label_field=args.label_field,
-    )
-    make(
-        source,
-        args.out,
-        size=args.size,
-        shard_size=args.shard_size,
-        lenient=args.lenient,
-        workers=args.workers,
-    )
+    names = _class_names(args)
+    source = open_source(args.source, classes=names, val_fraction=args.val_fraction, label_field=args.label_field)
+    make(source, args.out, size=args.size, shard_size=args.shard_size, lenient=args.lenient, workers=args.workers)
     return 0
 
 
@@ -168,22 +141,21 @@ def _index(args: argparse.Namespace) -> int:
     from maskgit_pl.shards.class_names import kept_class_names
     from maskgit_pl.shards.index import index_shards, locate_shards, split_shards
     from maskgit_pl.shards.manifest import read_manifest_summary
-    from maskgit_pl.shards.parallel import choose_workers
     from maskgit_pl.shards.report import describe_data, index_lines
 
     folder, found = locate_shards(args.shards)
     shards, how = split_shards(folder, found, train=args.train, val=args.val, val_fraction=args.val_fraction)
-    names = _class_names(args.class_names) or (None if args.no_labels else kept_class_names(folder))
+    names = _class_names(args) or (None if args.no_labels else kept_class_names(folder))
     labels = "none" if args.no_labels else f"json:{args.label_field}" if args.label_field else "cls"
-    with _bars({split: len(paths) for split, paths in shards.items()}, "shards") as advance:
+    with named_bars("shards") as advance:
         indexed = index_shards(
             folder,
             shards,
             classes=names,
             labels=labels,
             lenient=args.lenient,
-            workers=choose_workers(args.workers, work=sum(path.stat().st_size for path in found) / 2**28),
-            on_shard=lambda split: advance(split, 1),
+            workers=args.workers,
+            on_shard=lambda split, total: advance(split, 1, total),
         )
     print(describe_data(folder, read_manifest_summary(folder), "indexed"))
     if names is not None and args.class_names is None:
@@ -193,23 +165,18 @@ def _index(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from maskgit_pl.shards.manifest import load_manifest, splits_of
-    from maskgit_pl.shards.parallel import choose_workers
     from maskgit_pl.shards.report import describe_bad_files, describe_verified
     from maskgit_pl.shards.tokens import is_store
     from maskgit_pl.shards.verify import verify_shards
 
     if is_store(args.folder):
         return _verify_store(args.folder, decode=args.decode)
-    splits = splits_of(args.folder) or ("train",)
-    manifests = {split: load_manifest(args.folder, split, check=False) for split in splits}
-    size = sum(shard.bytes for manifest in manifests.values() for shard in manifest.shards)
-    with _bars({split: len(manifest.shards) for split, manifest in manifests.items()}, "shards") as advance:
+    with named_bars("shards") as advance:
         found = verify_shards(
             args.folder,
             decode=args.decode,
-            workers=choose_workers(args.workers, work=size / (2**25 if args.decode else 2**28)),
-            on_shard=lambda split: advance(split, 1),
+            workers=args.workers,
+            on_shard=lambda split, total: advance(split, 1, total),
         )
     if found.bad:
         raise ValueError(f"data {args.folder}: {describe_bad_files(found.bad, 'the manifest')}")
@@ -246,21 +213,7 @@ def _stats(args: argparse.Namespace) -> int:
     return 0
 
 
-def _class_names(given: str | None) -> list[str] | None:
+def _class_names(args: argparse.Namespace) -> list[str] | None:
     from maskgit_pl.shards.class_names import parse_class_names
 
-    return None if given is None else parse_class_names(given)
-
-
-@contextmanager
-def _bars(totals: Mapping[Split, int], unit: str) -> Iterator[Callable[[Split, int], None]]:
-    """Yields what advances the bar of a split; each has one, from when it is begun."""
-    with progress_bars() as bars:
-        made: dict[Split, Callable[[int], None]] = {}
-
-        def advance(split: Split, count: int) -> None:
-            if split not in made:
-                made[split] = bars(split, totals[split], unit=unit)
-            made[split](count)
-
-        yield advance
+    return None if args.class_names is None else parse_class_names(args.class_names)

@@ -6,13 +6,13 @@ They are read, and refused, before torch is imported.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from maskgit_pl.checks import check_seed
-from maskgit_pl.cli.model import add_device_argument, check_at_least, naming_flags
+from maskgit_pl.cli.flags import add_device_argument, check_at_least, flag_of, naming_flags
 from maskgit_pl.decoding.config import DecodingConfig
+from maskgit_pl.flag_values import parse_json_spec, parse_list
 from maskgit_pl.text import argument_docs
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("decoding", "what is left out is the model's own")
     docs = {**argument_docs(DecodingConfig), **_OF_PLUG_INS}
     for name, hint in _types().items():
-        flags = (f"--{name.replace('_', '-')}", *_ALIASES.get(name, ()))
+        flags = (flag_of(name), *_ALIASES.get(name, ()))
         member, metavar = _member(hint)
         kind = member if member in (int, float) else str
         text = docs[name].replace("``", "").replace("%", "%%")
@@ -47,11 +47,7 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_seed_and_batch(args: argparse.Namespace) -> None:
-    """Checks the flags that do not depend on the model.
-
-    Raises:
-        ValueError: if a number is out of range.
-    """
+    """Checks the flags that do not depend on the model."""
     check_seed("--seed", args.seed)
     check_at_least(args, batch_size=1)
 
@@ -63,11 +59,6 @@ def read_decoding(args: argparse.Namespace, outline: Outline, *, pushes_away: bo
         args: The flags.
         outline: Facts of the model.
         pushes_away: True if negative classes are named.
-
-    Raises:
-        FileNotFoundError: if there is no such ``--decoding`` file.
-        TypeError: if a part does not take its arguments.
-        ValueError: if a name is unknown, a text cannot be read, a number is out of range, or the model cannot follow.
     """
     settings = {name: _value(name, getattr(args, name), hint) for name, hint in _types().items()}
     with naming_flags(args):
@@ -94,35 +85,12 @@ def _member(hint: Any) -> tuple[Any, str]:
 def _value(name: str, given: Any, hint: Any) -> Any:
     """Returns the value of a flag; lists and specs are text."""
     member, _ = _member(hint)
-    flag = f"--{name.replace('_', '-')}"
     if given is None or member in (int, float):
         return given
     if get_origin(member) is dict:
-        return _spec(flag, given)
-    numbers = _numbers(flag, given, get_args(member)[0])
+        return parse_json_spec(flag_of(name), given)
+    numbers = parse_list(flag_of(name), given, get_args(member)[0])
     return numbers[0] if len(numbers) == 1 and float in get_args(hint) else numbers
-
-
-def _spec(flag: str, text: str) -> str | dict[str, Any]:
-    """Returns the name, or the mapping in JSON, of a plug-in."""
-    if not text.lstrip().startswith(("{", "[", '"')):
-        return text
-    example = 'write a name, or a mapping such as \'{"name": "...", "argument": 0.1}\''
-    try:
-        mapping = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{flag} {text}: not JSON ({error}); {example}") from error
-    if not isinstance(mapping, dict) or not isinstance(mapping.get("name"), str):
-        raise ValueError(f"{flag} {text}: a mapping with a name is needed; {example}")
-    return mapping
-
-
-def _numbers(flag: str, text: str, kind: type[int] | type[float]) -> tuple[float, ...]:
-    try:
-        return tuple(kind(word) for word in text.split(","))
-    except ValueError as error:
-        what = "whole numbers" if kind is int else "numbers"
-        raise ValueError(f"{flag} must be {what} with commas between them, got {text}") from error
 
 
 def _read_file(file: Path | None) -> DecodingConfig | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from maskgit_pl.errors import BAD_INPUT, is_user_error
 from maskgit_pl.estimates.cards import CARDS
 from maskgit_pl.runs.machines import Machines
 from maskgit_pl.runs.preflight_report import Check, Preflight
+from maskgit_pl.runs.units import parse_size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["add_parser", "run"]
 
-_FACTORS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
-_MAX_ROWS = 16  # of the map, rank by rank; with more ranks it goes node by node
 _VERDICT_WIDTH, _NAME_WIDTH, _COST_WIDTH = 7, 10, 17  # of the longest: warning, pretrained, traffic of a step
 _WORDS = {"ok": "ok", "warning": "warning", "error": "FAIL"}
 _COLOURS = {"ok": "green", "warning": "yellow", "FAIL": "bold red"}
@@ -37,7 +35,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="check a run before it is started: recipe, data, batch, memory, disk, network",
         description="Check a run before it is started, on any machine and without training: recipe, data, batch, "
         "memory, disk, network, Slurm. Takes the words of `maskgit train`. Ends with 0 if all is well, else with 2.",
-        allow_abbrev=False,
     )
     parser.add_argument("stage", choices=("tokenizer", "transformer"))
     add_run_arguments(parser)
@@ -69,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
         args.nodes, args.devices, args.device, args.device_memory, args.device_flops, args.utilization, args.bandwidth,
         args.net_port,
     )  # fmt: skip
-    _print_at_once(console, f"Checking a {args.stage} run; a large model can take half a minute.")
+    console.print(f"Checking a {args.stage} run; a large model can take half a minute.")
+    console.file.flush()
     found = _examine(console, args, machines)
     if found.shares is not None:
         console.print(
@@ -106,11 +104,6 @@ def _examine(console: Console, args: argparse.Namespace, machines: Machines) -> 
     return runs.preflight(recipe, **folders_of(args, recipe), machines=machines, on_check=on_check)
 
 
-def _print_at_once(console: Console, text: str) -> None:
-    console.print(text)
-    console.file.flush()
-
-
 def _print_check(console: Console, check: Check) -> None:
     _list(console, [(_WORDS[check.verdict], check.name, check.text)], widths=(_VERDICT_WIDTH, _NAME_WIDTH))
 
@@ -136,32 +129,13 @@ def _map_of_ranks(shares: Shares) -> Table:
     from rich.table import Table
 
     table = Table("node", "local rank", "global rank", "samples", box=SIMPLE)
-    width = 1 if shares.ranks <= _MAX_ROWS else shares.devices  # ranks of a row
-    for rank in range(0, shares.ranks, width):
-        node, local_rank = divmod(rank, shares.devices)
-        shown = range(min(3, shares.micro_batches))
-        samples = [_span(shares.samples_of(rank, count=width, micro_batch=each)) for each in shown]
-        more = ", ..." if shares.micro_batches > len(shown) else ""
-        ranks, local_ranks = range(rank, rank + width), range(local_rank, local_rank + width)
-        table.add_row(str(node), _span(local_ranks), _span(ranks), ", ".join(samples) + more)
-        if rank // width == _MAX_ROWS - 1 and shares.ranks // width > _MAX_ROWS:
-            table.add_row("...", "...", "...", f"and so on to rank {shares.ranks - 1}")
-            break
+    for row in shares.rows():
+        table.add_row(*row)
     return table
 
 
-def _span(numbers: range) -> str:
-    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
-
-
 def _size(text: str) -> float:
-    """Reads a size or rate such as ``80GB``, ``24GiB``, ``150T`` or ``4e14``."""
-    found = re.fullmatch(r"([\d.]+(?:[eE][+-]?\d+)?)\s*([KMGTP]?)(i?)[bB]?", text)
     try:
-        value = float(found.group(1)) if found else 0.0
-    except ValueError:
-        value = 0.0
-    if not found or value <= 0:
-        raise argparse.ArgumentTypeError(f"must be a size such as 80GB, 24GiB, 150T or 4e14, got {text}")
-    factor = _FACTORS[found.group(2)]
-    return value * (1024 ** round(len(str(int(factor))) // 3) if found.group(3) else factor)
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error

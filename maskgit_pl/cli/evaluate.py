@@ -6,19 +6,18 @@ import argparse
 import os
 from pathlib import Path
 
-from maskgit_pl.cli.evaluation_flags import (
+from maskgit_pl.cli.flags import check_at_least, check_outputs, naming_flags
+from maskgit_pl.cli.measuring import (
     add_cas_arguments,
     add_feature_arguments,
     add_run_arguments,
     add_worker_argument,
     cas_flags,
-    feature_specs,
     measuring_flags,
 )
-from maskgit_pl.cli.model import check_at_least, naming_flags
-from maskgit_pl.cli.outputs import check_outputs
-from maskgit_pl.cli.progress import progress_bars
+from maskgit_pl.flag_values import parse_features
 from maskgit_pl.launcher import local_rank
+from maskgit_pl.progress import progress_bars
 
 __all__ = ["add_parser", "run"]
 
@@ -30,7 +29,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="measure a trained model on the val split",
         description="Measure reconstruction, generated images in the features of several networks, likelihood and "
         "speed; write evaluation.json and pictures. Several processes that torchrun starts share the work.",
-        allow_abbrev=False,
     )
     add_run_arguments(parser)
     parser.add_argument(
@@ -58,16 +56,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures, writes, and prints a table.
-
-    Raises:
-        FileNotFoundError: if there is no such run or data.
-        ValueError: if the data are not the model's, a network is unknown, or a number is out of range.
-    """
+    """Measures, writes, and prints a table."""
     check_at_least(args, num_samples=1, likelihood_samples=2, batch=1, num_workers=0)
     check_outputs(args, out=".json")
     cas = cas_flags(args)
-    features = feature_specs(args.features)
+    features = parse_features(args.features)
     from maskgit_pl.evaluation import CASConfig, EvaluationOptions, evaluate
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and args.device is None:  # a GPU of this process's own

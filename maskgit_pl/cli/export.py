@@ -18,7 +18,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="write a checkpoint's averaged weights as a pretrained folder",
         description="Write a checkpoint's averaged weights as a pretrained folder (safetensors and JSON), as training "
         "does at its end. Checkpoints of any number of ranks are read, on a CPU.",
-        allow_abbrev=False,
     )
     parser.add_argument("folder", type=Path, metavar="RUN", help="run folder (runs/NAME)")
     parser.add_argument("--stage", choices=STAGES, help="only this stage (default: each that has a checkpoint)")

@@ -16,7 +16,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "import-jax",
         help="make a pretrained folder from released JAX checkpoints",
         description="Make a pretrained folder, as training writes it, from checkpoints of google-research/maskgit.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--tokenizer", type=Path, required=True, metavar="FILE", help="e.g. tokenizer_imagenet256_checkpoint"
@@ -39,13 +38,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Reads, checks and writes.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        FileExistsError: if ``--out`` is there.
-        ValueError: if a file is of another kind, damaged or not of this size, or parts do not belong together.
-    """
+    """Reads, checks and writes."""
     check_out(args.out)
     flax_file(args.tokenizer)
     if args.transformer is not None:

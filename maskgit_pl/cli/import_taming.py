@@ -12,9 +12,7 @@ __all__ = ["add_parser", "run"]
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command to ``maskgit``."""
-    parser = subparsers.add_parser(
-        "import-taming", help="import a tokenizer of taming-transformers or LlamaGen", allow_abbrev=False
-    )
+    parser = subparsers.add_parser("import-taming", help="import a tokenizer of taming-transformers or LlamaGen")
     parser.add_argument("file", type=Path, metavar="FILE", help="its .ckpt, .pt or .safetensors file")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="pretrained folder: DIR/tokenizer is made"
@@ -24,13 +22,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Imports, and prints what was written.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        FileExistsError: if ``--out`` is there.
-        ValueError: if the file is no such tokenizer, or the size does not fit.
-    """
+    """Imports, and prints what was written."""
     check_out(args.out)
     torch_file(args.file)
     if args.size < 1:

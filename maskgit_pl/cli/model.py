@@ -1,30 +1,18 @@
-"""Flags and steps that the commands share which use a trained model: where it is, its facts, its device, its flags."""
+"""The model that a command uses: the argument that names it, its facts without torch, and the model itself."""
 
 from __future__ import annotations
 
 import argparse
-import math
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from maskgit_pl.cli.flags import device_of
 
 if TYPE_CHECKING:
     from maskgit_pl.pipeline import MaskGIT
     from maskgit_pl.pipeline.outline import Outline
 
-__all__ = [
-    "add_classes_argument",
-    "add_device_argument",
-    "add_model_argument",
-    "check_at_least",
-    "device_of",
-    "find_model",
-    "naming_flags",
-    "open_pipe",
-    "read_outline",
-]
+__all__ = ["add_classes_argument", "add_model_argument", "find_model", "open_pipe"]
 
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
@@ -41,92 +29,18 @@ def add_classes_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_device_argument(parser: argparse.ArgumentParser) -> None:
-    """Adds the flag that ``device_of`` reads."""
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps ... (default: a GPU if there is one)")
-
-
-def check_at_least(args: argparse.Namespace, **least: int) -> None:
-    """Refuses numbers that are too small, or not finite; None is a flag that was left out.
-
-    Args:
-        args: The flags.
-        least: By the name of the flag, such as ``num_steps=1`` for ``--num-steps``.
-
-    Raises:
-        ValueError: with the first of them.
-    """
-    for name, bound in least.items():
-        value = getattr(args, name)
-        if value is not None and not bound <= value < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')}: at least {bound} is needed, got {value}")
-
-
-@contextmanager
-def naming_flags(args: argparse.Namespace) -> Iterator[None]:
-    """Makes an error that begins with the name of a setting (``num_steps: ...``) begin with its flag.
-
-    Args:
-        args: The flags.
-
-    Raises:
-        TypeError: as what is raised inside.
-        ValueError: as what is raised inside.
-    """
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        name = re.split(r"[^a-z_]", str(error), maxsplit=1)[0]
-        is_flag = name in args and not callable(getattr(args, name))  # ``run`` is the command itself
-        if not is_flag:  # the error is of something else, and stays as it was raised
-            raise
-        text = f"--{name.replace('_', '-')}" + str(error).removeprefix(name)
-        raise (TypeError if isinstance(error, TypeError) else ValueError)(text) from error
-
-
 def find_model(args: argparse.Namespace) -> tuple[Path, Outline]:
-    """Finds the model that the command names, and reads its facts, without torch.
-
-    Returns:
-        The folder with ``tokenizer/`` and ``transformer/``, and its outline.
-
-    Raises:
-        FileNotFoundError: if there is no such run, or a stage of it is missing.
-        ValueError: if a file of it is not as it must be.
-    """
+    """Returns the folder with ``tokenizer/`` and ``transformer/`` of the model, and its facts, without torch."""
+    from maskgit_pl.pipeline.outline import Outline
     from maskgit_pl.pipeline.sharing import find_folder
 
     folder = find_folder(args.folder)
-    return folder, read_outline(folder)
-
-
-def read_outline(folder: Path) -> Outline:
-    """Reads the facts of the model in a folder with ``tokenizer/`` and ``transformer/``.
-
-    Raises:
-        ValueError: if a file of it is not as it must be.
-    """
-    from maskgit_pl.pipeline.outline import Outline
-
     outline = Outline.read(folder)
     if outline is None:  # loading the model says what is wrong with it
         from maskgit_pl.pipeline import MaskGIT
 
-        return MaskGIT.from_pretrained(folder).outline
-    return outline
-
-
-def device_of(args: argparse.Namespace, *, default: str | None = None) -> str:
-    """Returns the device that ``--device`` names, checked to be there; the default, or a GPU if there is one.
-
-    Raises:
-        ValueError: if there is no such device.
-    """
-    from maskgit_pl.devices import check_device, default_device
-
-    if args.device is None:
-        return default or default_device()
-    return str(check_device(args.device, name="--device"))
+        outline = MaskGIT.from_pretrained(folder).outline
+    return folder, outline
 
 
 def open_pipe(folder: Path, args: argparse.Namespace, *, device: str | None = None) -> MaskGIT:
@@ -136,9 +50,6 @@ def open_pipe(folder: Path, args: argparse.Namespace, *, device: str | None = No
         folder: The folder with ``tokenizer/`` and ``transformer/``.
         args: The flags of ``decoding.add_decoding_arguments``.
         device: Default in place of the usual one.
-
-    Raises:
-        ValueError: if there is no such device, or a file of the folder is not as it must be.
     """
     place = device_of(args, default="cpu" if args.int8 else device)
     from maskgit_pl.pipeline import MaskGIT

@@ -6,63 +6,50 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from maskgit_pl.cli.decoding import read_decoding
-from maskgit_pl.cli.inpaint import add_variant_arguments, captions, check_variants, edit_options, write_variants
-from maskgit_pl.cli.model import add_model_argument, find_model, naming_flags, open_pipe
-from maskgit_pl.cli.outputs import recorded_steps, wants_decoding
+from maskgit_pl.cli.decoding import add_decoding_arguments, check_seed_and_batch, read_decoding
+from maskgit_pl.cli.editing import (
+    add_overlap_argument,
+    add_variant_arguments,
+    captions,
+    check_overlap_flag,
+    edit_options,
+)
+from maskgit_pl.cli.flags import check_at_least, check_outputs, naming_flags
+from maskgit_pl.cli.model import add_model_argument, find_model, open_pipe
+from maskgit_pl.cli.outputs import PICTURES, add_output_arguments, recorded_steps, wants_decoding, write_generated
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from maskgit_pl.editing import Margins
 
-__all__ = ["add_overlap_argument", "add_parser", "check_overlap_flag", "run"]
+__all__ = ["add_parser", "run"]
 
 _SIDES = ("left", "right", "up", "down")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command to ``maskgit``."""
-    parser = subparsers.add_parser("outpaint", help="extend an image beyond its borders", allow_abbrev=False)
+    parser = subparsers.add_parser("outpaint", help="extend an image beyond its borders")
     add_model_argument(parser)
     parser.add_argument("image", type=Path, metavar="IMAGE", help="JPEG, PNG or WebP file, of any size")
     for side in _SIDES:
         parser.add_argument(f"--{side}", type=int, default=0, metavar="PIXELS", help="to add on this side")
     parser.add_argument("--all", type=int, metavar="PIXELS", help="to add on each side that is not named")
     add_overlap_argument(parser)
-    add_variant_arguments(parser, dilation=0, out="outpainted.png")
+    add_variant_arguments(parser, dilation=0)
+    add_decoding_arguments(parser)
+    add_output_arguments(parser, out="outpainted.png", default=Path("outpainted.png"))
     parser.set_defaults(run=run)
 
 
-def add_overlap_argument(parser: argparse.ArgumentParser) -> None:
-    """Adds the flag that says how much of a window is known before it is decoded."""
-    parser.add_argument(
-        "--overlap", type=float, default=0.5, metavar="S", help="share of a window that is known first (default: 0.5)"
-    )
-
-
-def check_overlap_flag(args: argparse.Namespace) -> None:
-    """Checks ``--overlap``.
-
-    Raises:
-        ValueError: if it is not in (0, 1).
-    """
-    from maskgit_pl.editing import check_overlap
-
-    with naming_flags(args):
-        check_overlap(args.overlap)
-
-
 def run(args: argparse.Namespace) -> int:
-    """Outpaints and writes.
-
-    Raises:
-        FileNotFoundError: if there is no such run or image.
-        ValueError: if it is not an image, sizes are not whole tokens, a class is unknown, or a number is out of range.
-    """
+    """Outpaints and writes."""
     added = _read_margins(args)
     check_overlap_flag(args)
-    check_variants(args)
+    check_seed_and_batch(args)
+    check_at_least(args, variants=1, dilation=0)
+    check_outputs(args, **PICTURES)
     from maskgit_pl import editing
 
     header = editing.read_image_header(args.image)
@@ -76,23 +63,19 @@ def run(args: argparse.Namespace) -> int:
 
     image = editing.image_pixels(args.image, channels=outline.channels)
     pipe = open_pipe(folder, args)
-    sides = dict(zip(_SIDES, added.sides, strict=True))
+    options = {**dict(zip(_SIDES, added.sides, strict=True)), **edit_options(args, label)}
     with recorded_steps("outpainting", is_recording=wants_decoding(args)) as (after_step, steps):
         made = pipe.outpaint(
-            image,
-            **sides,
-            overlap=args.overlap,
-            output_type="pt",
-            callback=after_step,
-            decoding=decoding,
-            **edit_options(args, label),
+            image, overlap=args.overlap, output_type="pt", callback=after_step, decoding=decoding, **options
         )
     variants = cast("Tensor", made)  # as "pt" says
     outside, original = added.outside(header.height, header.width), added.padded(image, size=1)
-    title = f"{args.image.name}: {outline.describe_class(label)}"
-    sheet = edit_sheet(original, variants, mask=outside, region=outside, title=title, captions=captions(args))
-    details = f"{variants.shape[-1]} x {variants.shape[-2]} pixels"
-    write_variants(pipe, variants, args, sheet=sheet, label=label, steps=steps, details=details)
+    described, texts = outline.describe_class(label), captions(args)
+    title = f"{args.image.name}: {described}"
+    sheet = edit_sheet(original, variants, mask=outside, region=outside, title=title, captions=texts)
+    said = f"{len(variants)} variants of {described}, {variants.shape[-1]} x {variants.shape[-2]} pixels"
+    labels = [label] * len(variants)
+    write_generated(pipe, variants, args, sheet=sheet, said=said, labels=labels, steps=steps, captions=texts)
     return 0
 
 

@@ -1,17 +1,15 @@
-"""The files that commands write: their names and folders are checked before any work; pictures and their words after.
-
-Used by the commands that generate and by those that plot.
-"""
+"""The files of the commands that generate: their flags, the checks before any work, and what is written and said."""
 
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from maskgit_pl.cli.flags import FOLDER, made_folder
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -20,19 +18,9 @@ if TYPE_CHECKING:
     from maskgit_pl.decoding import DecodingStep
     from maskgit_pl.pipeline import MaskGIT
 
-__all__ = [
-    "add_output_arguments",
-    "check_outputs",
-    "made_folder",
-    "recorded_steps",
-    "wants_decoding",
-    "write_decoding",
-    "write_images",
-    "write_picture",
-]
+__all__ = ["PICTURES", "add_output_arguments", "recorded_steps", "wants_decoding", "write_generated"]
 
-_FOLDER = ""
-_PICTURES = {"out": ".png", "gif": ".gif", "filmstrip": ".png", "images": _FOLDER}
+PICTURES = {"out": ".png", "gif": ".gif", "filmstrip": ".png", "images": FOLDER}  # for ``check_outputs``
 
 
 def add_output_arguments(parser: argparse.ArgumentParser, *, out: str, default: Path | None = None) -> None:
@@ -53,52 +41,9 @@ def add_output_arguments(parser: argparse.ArgumentParser, *, out: str, default: 
     )
 
 
-def check_outputs(args: argparse.Namespace, **endings: str) -> None:
-    """Refuses outputs that cannot be written, or whose name says another format than what is written.
-
-    Args:
-        args: The flags. One that was left out (None) is not checked.
-        endings: The ending of each flag's file, an empty one for a folder; by default those of the commands that
-            generate: ``out``, ``gif``, ``filmstrip`` and ``images``.
-
-    Raises:
-        ValueError: if a name has another ending, two flags name the same file, a file is named where there is a folder
-            or the other way round, or the nearest folder that exists cannot be written to.
-    """
-    named: dict[Path, str] = {}
-    for name, ending in (endings or _PICTURES).items():
-        path: Path | None = getattr(args, name)
-        if path is None:
-            continue
-        flag = f"--{name.replace('_', '-')}"
-        if path.suffix.lower() != ending and ending != _FOLDER:
-            raise ValueError(f"{flag} must end in {ending}, got {path}")
-        if path.absolute() in named:
-            raise ValueError(f"{flag} must differ from {named[path.absolute()]}, got {path} for both")
-        named[path.absolute()] = flag
-        _check_place(flag, path, is_folder=ending == _FOLDER)
-
-
-def _check_place(flag: str, path: Path, *, is_folder: bool) -> None:
-    if path.exists() and path.is_dir() != is_folder:
-        here, wanted = ("file", "folder") if is_folder else ("folder", "file")
-        raise ValueError(f"{flag} must be a {wanted}, got the {here} {path}")
-    folder = path if is_folder else path.parent
-    existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
-    try:
-        with tempfile.TemporaryFile(dir=existing):  # permissions do not say it of every file system
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"{flag} must lie in a folder that can be written to, got {path} ({existing}: {error.strerror})"
-        ) from error
-
-
-def made_folder(folder: Path) -> None:
-    """Makes a folder that is not there, and says so."""
-    if not folder.is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
-        print(f"{folder}: new folder")
+def wants_decoding(args: argparse.Namespace) -> bool:
+    """Returns whether ``--gif`` or ``--filmstrip`` asks for the decoding."""
+    return args.gif is not None or args.filmstrip is not None
 
 
 @contextmanager
@@ -131,31 +76,39 @@ def recorded_steps(
         yield after_step, record.steps
 
 
-def wants_decoding(args: argparse.Namespace) -> bool:
-    """Returns whether ``--gif`` or ``--filmstrip`` asks for the decoding."""
-    return args.gif is not None or args.filmstrip is not None
-
-
-def write_decoding(
+def write_generated(
     pipe: MaskGIT,
-    steps: Sequence[DecodingStep],
+    images: Tensor,
     args: argparse.Namespace,
     *,
+    sheet: Image.Image,
+    said: str,
+    labels: Sequence[int | None],
+    steps: Sequence[DecodingStep],
     captions: Sequence[str],
-    grid: tuple[int, int] | None = None,
 ) -> None:
-    """Writes the animation and the filmstrip that ``--gif`` and ``--filmstrip`` ask for.
+    """Writes all images as one picture, and what ``--images``, ``--gif`` and ``--filmstrip`` ask for.
 
     Args:
         pipe: The model.
-        steps: Steps of a run over a few images.
-        args: The flags.
+        images: (n, C, H, W) uint8.
+        args: The flags of ``add_output_arguments``, and ``--seed``.
+        sheet: The picture of all images.
+        said: Text about it.
+        labels: Class of each image; None is "no class".
+        steps: Decoding steps of a few images.
         captions: Text above each image of the animation.
-        grid: Rows and columns of tokens, if the images are not of the model's own size.
     """
-    from maskgit_pl.imaging import save_animation, save_filmstrip
+    from maskgit_pl.imaging import save_animation, save_filmstrip, save_images, save_png
 
-    grid = grid or pipe.tokenizer.grid
+    made_folder(args.out.parent)
+    save_png(sheet, args.out)
+    print(f"{args.out}: {said}")
+    if args.images is not None:
+        made_folder(args.images)
+        save_images(images, labels, args.images, seed=args.seed)
+        print(f"{args.images}: {len(images)} files")
+    grid = pipe.tokenizer.network.config.grid((images.shape[-2], images.shape[-1]))
     decode = partial(pipe.tokenizer.decode, grid=grid)
     if args.gif is not None:
         made_folder(args.gif.parent)
@@ -165,22 +118,3 @@ def write_decoding(
         made_folder(args.filmstrip.parent)
         save_filmstrip(steps, decode, args.filmstrip, grid=grid)
         print(f"{args.filmstrip}: how the first of them is decoded")
-
-
-def write_picture(picture: Image.Image, path: Path) -> None:
-    """Writes a PNG; a folder that is not there is made, and named."""
-    from maskgit_pl.imaging import save_png
-
-    made_folder(path.parent)
-    save_png(picture, path)
-
-
-def write_images(images: Tensor, labels: Sequence[int | None], args: argparse.Namespace) -> None:
-    """Writes each image into a file of its own if ``--images`` asks for it; see ``imaging.save_images``."""
-    from maskgit_pl.imaging import save_images
-
-    if args.images is None:
-        return
-    made_folder(args.images)
-    save_images(images, labels, args.images, seed=args.seed)
-    print(f"{args.images}: {len(images)} files")

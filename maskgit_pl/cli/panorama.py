@@ -7,17 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from maskgit_pl.cli.decoding import add_decoding_arguments, check_seed_and_batch, read_decoding
-from maskgit_pl.cli.model import add_classes_argument, add_model_argument, find_model, naming_flags, open_pipe
-from maskgit_pl.cli.outpaint import add_overlap_argument, check_overlap_flag
-from maskgit_pl.cli.outputs import (
-    add_output_arguments,
-    check_outputs,
-    recorded_steps,
-    wants_decoding,
-    write_decoding,
-    write_images,
-    write_picture,
-)
+from maskgit_pl.cli.editing import add_overlap_argument, check_overlap_flag
+from maskgit_pl.cli.flags import check_outputs, naming_flags
+from maskgit_pl.cli.model import add_classes_argument, add_model_argument, find_model, open_pipe
+from maskgit_pl.cli.outputs import PICTURES, add_output_arguments, recorded_steps, wants_decoding, write_generated
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +22,7 @@ _COMFORTABLE = 84  # pixels: small pictures are shown as large as in the other s
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command to ``maskgit``."""
-    parser = subparsers.add_parser("panorama", help="generate images of any width", allow_abbrev=False)
+    parser = subparsers.add_parser("panorama", help="generate images of any width")
     add_model_argument(parser)
     add_classes_argument(parser)
     parser.add_argument("--width", type=int, required=True, metavar="PIXELS", help="of each image")
@@ -41,15 +34,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generates and writes.
-
-    Raises:
-        FileNotFoundError: if there is no such run.
-        ValueError: if sizes are not whole tokens, a class is unknown, or a number is out of range.
-    """
+    """Generates and writes."""
     check_overlap_flag(args)
     check_seed_and_batch(args)
-    check_outputs(args)
+    check_outputs(args, **PICTURES)
     folder, outline = find_model(args)
     labels = outline.parse_classes(args.classes)
     from maskgit_pl.editing import check_canvas
@@ -77,9 +65,7 @@ def run(args: argparse.Namespace) -> int:
     images = cast("Tensor", made)  # as "pt" says
     names = [outline.class_names[label] for label in labels]
     scale = max(1, _COMFORTABLE // height)
-    write_picture(image_grid(images, columns=1, row_captions=names, scale=scale), args.out)
-    print(f"{args.out}: {len(images)} images of {args.width} x {height} pixels")
-    write_images(images, labels, args)
-    grid = pipe.tokenizer.network.config.grid((height, args.width))
-    write_decoding(pipe, steps, args, captions=names, grid=grid)
+    sheet = image_grid(images, columns=1, row_captions=names, scale=scale)
+    said = f"{len(images)} images of {args.width} x {height} pixels"
+    write_generated(pipe, images, args, sheet=sheet, said=said, labels=labels, steps=steps, captions=names)
     return 0

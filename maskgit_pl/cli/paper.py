@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from maskgit_pl.cli.evaluation_flags import (
+from maskgit_pl.cli.flags import check_at_least, flag_of, naming_flags
+from maskgit_pl.cli.measuring import (
     add_cas_arguments,
-    add_feature_arguments,
-    add_measuring_arguments,
-    add_worker_argument,
+    add_report_arguments,
     cas_flags,
-    feature_specs,
-    measuring_flags,
-    step_numbers,
+    report_options,
+    show,
+    wanted_steps,
 )
-from maskgit_pl.cli.model import check_at_least, naming_flags
-from maskgit_pl.cli.progress import progress_bars
 from maskgit_pl.evaluation import reports
+from maskgit_pl.flag_values import parse_numbers
+from maskgit_pl.progress import progress_bars
 
-if TYPE_CHECKING:
-    from maskgit_pl.evaluation.pages import Page
-    from maskgit_pl.evaluation.reports import ReportOptions
-
-__all__ = ["add_parser", "add_report_arguments", "report_options", "show", "wanted_steps"]
+__all__ = ["add_parser", "run_figure", "run_table"]
 
 _NUM_TOKENS = "16,64,256,1024"
 _SIZES = ("depth", "width", "num_heads", "mlp_width", "num_codes")
@@ -39,7 +32,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Measure what a table of the paper needs and is not in the ledger yet; write the table as Markdown "
         "and CSV, with the paper's rows, and a sheet of images. 1: class-conditional generation. 2: outpainting and "
         "inpainting. 3: mask schedules, a run for each (`maskgit ablation` trains them).",
-        allow_abbrev=False,
     )
     table.add_argument("number", type=int, choices=(1, 2, 3), help="of the table")
     _add_runs(table)
@@ -57,7 +49,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Draw a figure of the paper. 4: time of an image, sequential decoding against MaskGIT, by the "
         "number of tokens, in networks of random weights; a run gives its sizes. 8: mask schedules, and quality "
         "against T, a run for each.",
-        allow_abbrev=False,
     )
     figure.add_argument("number", type=int, choices=(4, 8), help="of the figure")
     _add_runs(figure)
@@ -66,7 +57,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     figure.add_argument("--num-tokens", metavar="N,...", default=_NUM_TOKENS, help="of Figure 4 (default: "
                         f"{_NUM_TOKENS})")  # fmt: skip
     for name in _SIZES:
-        figure.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help="of Figure 4's transformer "
+        figure.add_argument(flag_of(name), type=int, metavar="N", help="of Figure 4's transformer "
                             "(default: the run's, or one small enough for a CPU)")  # fmt: skip
     figure.set_defaults(run=run_figure)
 
@@ -75,60 +66,6 @@ def _add_runs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "runs", nargs="*", type=Path, metavar="RUN", help="run folders (runs/NAME) or pretrained folders"
     )
-
-
-def add_report_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that ``report_options`` reads."""
-    add_measuring_arguments(parser)
-    parser.add_argument("--num-samples", type=int, default=1000, metavar="N", help="images a row (default: 1000)")
-    add_feature_arguments(parser)
-    parser.add_argument(
-        "--results",
-        type=Path,
-        default=Path("results"),
-        metavar="DIR",
-        help="ledger and pages; what is in the ledger is not measured again (default: results)",
-    )
-    add_worker_argument(parser)
-
-
-def report_options(args: argparse.Namespace, **beside: Any) -> ReportOptions:
-    """Returns the options that the flags of ``add_report_arguments`` give.
-
-    Args:
-        args: The flags.
-        beside: Further options.
-
-    Raises:
-        ValueError: if a number is out of range, or a feature network is named twice.
-    """
-    check_at_least(args, num_samples=2, batch=1, num_workers=0)
-    return reports.ReportOptions(
-        **measuring_flags(args),
-        num_workers=args.num_workers,
-        data=args.data,
-        num_samples=args.num_samples,
-        features=tuple(feature_specs(args.features)),
-        reference=args.reference,
-        results=args.results,
-        **beside,
-    )
-
-
-def wanted_steps(args: argparse.Namespace) -> Sequence[int] | None:
-    """Returns the numbers of ``--num-steps``; None where it is left out."""
-    return None if args.num_steps is None else step_numbers(args.num_steps)
-
-
-def show(page: Page) -> None:
-    """Writes a page to its folder, prints it, and says where it is."""
-    from rich.console import Console
-    from rich.markdown import Markdown
-
-    files = page.write()
-    console = Console()
-    console.print(Markdown(page.markdown)) if console.is_terminal else print(page.markdown)
-    print(f"{page.folder}: {', '.join(file.name for file in files)}")
 
 
 def run_table(args: argparse.Namespace) -> int:
@@ -152,11 +89,7 @@ def run_table(args: argparse.Namespace) -> int:
 
 
 def run_figure(args: argparse.Namespace) -> int:
-    """Measures what is missing, and draws.
-
-    Raises:
-        ValueError: if several runs are named for Figure 4.
-    """
+    """Measures what is missing, and draws."""
     if args.number == 8:
         steps, options = wanted_steps(args), report_options(args)
         with naming_flags(args), progress_bars() as bars:
@@ -164,7 +97,7 @@ def run_figure(args: argparse.Namespace) -> int:
     else:
         if len(args.runs) > 1:
             raise ValueError(f"figure 4 must have at most one run, whose sizes are timed, got {len(args.runs)}")
-        numbers = step_numbers(args.num_tokens, flag="--num-tokens")
+        numbers = parse_numbers("--num-tokens", args.num_tokens)
         check_at_least(args, **dict.fromkeys(_SIZES, 1))
         sizes = {name: getattr(args, name) for name in _SIZES if getattr(args, name) is not None}
         timed = reports.TimingOptions(numbers, sizes, args.results, args.device)

@@ -8,44 +8,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maskgit_pl.cli.decoding import add_decoding_arguments, check_seed_and_batch, read_decoding
-from maskgit_pl.cli.model import (
-    add_classes_argument,
-    add_model_argument,
-    check_at_least,
-    find_model,
-    naming_flags,
-    open_pipe,
-)
-from maskgit_pl.cli.outputs import (
-    add_output_arguments,
-    check_outputs,
-    made_folder,
-    recorded_steps,
-    wants_decoding,
-    write_decoding,
-    write_images,
-    write_picture,
-)
-from maskgit_pl.cli.progress import progress_bars
+from maskgit_pl.cli.flags import check_at_least, check_outputs, flag_of, made_folder, naming_flags
+from maskgit_pl.cli.model import add_classes_argument, add_model_argument, find_model, open_pipe
+from maskgit_pl.cli.outputs import PICTURES, add_output_arguments, recorded_steps, wants_decoding, write_generated
 from maskgit_pl.launcher import launched_rank, local_rank
 from maskgit_pl.locks import locked
+from maskgit_pl.progress import progress_bars
 
 if TYPE_CHECKING:
     from maskgit_pl.decoding import DecodingConfig
     from maskgit_pl.pipeline import MaskGIT
-    from maskgit_pl.pipeline.outline import Outline
 
 __all__ = ["add_parser", "run"]
 
 _PER_CLASS = 8
 _ANIMATED = 4  # images side by side in an animation
+_MAX_CLASSES = 10  # of ``all``, in a picture
 _OUT = Path("samples.png")
 _BULK = ("num_images", "seed", "part_size", "batch_size", "rank", "world_size")  # flags of ``generate_many``
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command to ``maskgit``."""
-    parser = subparsers.add_parser("sample", help="generate images of classes", allow_abbrev=False)
+    parser = subparsers.add_parser("sample", help="generate images of classes")
     add_model_argument(parser)
     add_classes_argument(parser)
     parser.add_argument("--per-class", type=int, metavar="N", help="images of each class (default: 8)")
@@ -63,18 +48,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generates and writes.
-
-    Raises:
-        FileNotFoundError: if there is no such run.
-        ValueError: if a class is unknown or a number is out of range.
-    """
+    """Generates and writes."""
     check_seed_and_batch(args)
     bulk = None if args.num_images is None else _bulk_options(args)
     if bulk is None:
         _check_picture(args)
     folder, outline = find_model(args)
-    labels, negative = _labels(args, outline)
+    max_shown = _MAX_CLASSES if bulk is None else len(outline.class_names)
+    labels = outline.parse_classes(args.classes, max_shown=max_shown)
+    negative = None if args.negative_class is None else outline.parse_class(args.negative_class)
     decoding = read_decoding(args, outline, pushes_away=negative is not None)
     if bulk is None:
         _generate_picture(open_pipe(folder, args), labels, negative, decoding, args)
@@ -93,14 +75,14 @@ def _check_picture(args: argparse.Namespace) -> None:
         raise ValueError(f"--out {args.out}: such a file is written with --num-images; say how many images")
     check_at_least(args, per_class=1)
     args.out = args.out or _OUT
-    check_outputs(args)
+    check_outputs(args, **PICTURES)
 
 
 def _bulk_options(args: argparse.Namespace) -> dict[str, int]:
     """Returns the options of ``generate_many`` that the flags say, checked."""
     for flag in ("per_class", "images", "gif", "filmstrip"):
         if getattr(args, flag) is not None:
-            raise ValueError(f"--{flag.replace('_', '-')}: it does not go with --num-images; leave one of them out")
+            raise ValueError(f"{flag_of(flag)}: it does not go with --num-images; leave one of them out")
     if (args.rank is None) != (args.world_size is None):
         raise ValueError("--rank, --world-size: both are needed, or neither, got one")
     if args.rank is None:
@@ -114,13 +96,6 @@ def _bulk_options(args: argparse.Namespace) -> dict[str, int]:
     with naming_flags(args):
         BulkOptions(**options)
     return options
-
-
-def _labels(args: argparse.Namespace, outline: Outline) -> tuple[list[int], int | None]:
-    """Returns the labels of ``--classes``, and that of ``--negative-class``."""
-    max_shown = {} if args.num_images is None else {"max_shown": len(outline.class_names)}
-    classes = outline.parse_classes(args.classes, **max_shown)
-    return classes, None if args.negative_class is None else outline.parse_class(args.negative_class)
 
 
 def _generate_bulk(pipe: MaskGIT, out: Path, options: dict[str, Any]) -> None:
@@ -155,7 +130,7 @@ def _generate_picture(
     """Generates ``--per-class`` images of each class and writes what was asked for."""
     from maskgit_pl.imaging import image_grid
 
-    per_class, names = args.per_class or _PER_CLASS, [pipe.class_names[label] for label in classes]
+    per_class = args.per_class or _PER_CLASS
     labels = [label for label in classes for _ in range(per_class)]
     total = -(-len(labels) // args.batch_size) * decoding.num_steps
     with recorded_steps("sampling", is_recording=False, total=total) as (after_step, _):
@@ -168,16 +143,14 @@ def _generate_picture(
             callback=after_step,
             decoding=decoding,
         )
-    write_picture(image_grid(images, columns=per_class, row_captions=names), args.out)
-    print(f"{args.out}: {len(images)} images of {len(classes)} classes, {decoding.num_steps} steps each")
-    write_images(images, labels, args)
-    if wants_decoding(args):
-        first_of_class = [number * per_class for number in range(min(_ANIMATED, len(classes)))]
-        rows = first_of_class if len(classes) > 1 else list(range(min(_ANIMATED, per_class)))
-        steps = pipe.steps(
-            [labels[row] for row in rows],
-            seed=[args.seed + row for row in rows],
-            negative_classes=negative,
-            decoding=decoding,
-        )
-        write_decoding(pipe, list(steps), args, captions=[pipe.class_names[labels[row]] for row in rows])
+    shown = range(0, len(labels), per_class if len(classes) > 1 else 1)[:_ANIMATED]  # the first image of each class
+    seeds = [args.seed + row for row in shown]
+    steps = (
+        list(pipe.steps([labels[row] for row in shown], seed=seeds, negative_classes=negative, decoding=decoding))
+        if wants_decoding(args)
+        else []
+    )
+    sheet = image_grid(images, columns=per_class, row_captions=[pipe.class_names[label] for label in classes])
+    said = f"{len(images)} images of {len(classes)} classes, {decoding.num_steps} steps each"
+    captions = [pipe.class_names[labels[row]] for row in shown]
+    write_generated(pipe, images, args, sheet=sheet, said=said, labels=labels, steps=steps, captions=captions)

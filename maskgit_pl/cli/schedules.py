@@ -7,8 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from maskgit_pl.cli.model import check_at_least, naming_flags
-from maskgit_pl.cli.outputs import check_outputs, made_folder
+from maskgit_pl.cli.flags import check_at_least, check_outputs, made_folder, naming_flags
 
 if TYPE_CHECKING:
     from maskgit_pl.schedules import MaskSchedule
@@ -18,9 +17,7 @@ __all__ = ["add_parser", "run"]
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command to ``maskgit``."""
-    parser = subparsers.add_parser(
-        "schedules", help="tokens kept after each step, for every mask schedule", allow_abbrev=False
-    )
+    parser = subparsers.add_parser("schedules", help="tokens kept after each step, for every mask schedule")
     parser.add_argument("--num-tokens", type=int, default=256, metavar="N", help="tokens of an image (default: 256)")
     parser.add_argument("--num-steps", type=int, default=8, metavar="T", help="decoding steps (default: 8)")
     parser.add_argument(
@@ -34,11 +31,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the table, and draws the figure if it is asked for.
-
-    Raises:
-        ValueError: if a schedule is unknown, or there are more steps than tokens.
-    """
+    """Prints the table, and draws the figure if it is asked for."""
     check_at_least(args, num_tokens=1, num_steps=1)
     check_outputs(args, plot=".png")
     from maskgit_pl.decoding.limits import check_num_steps

@@ -17,10 +17,7 @@ log = logging.getLogger(__name__)
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command to ``maskgit``."""
     parser = subparsers.add_parser(
-        "slurm",
-        help="train on a Slurm cluster",
-        description="Train on a Slurm cluster; docs/slurm.md is the guide.",
-        allow_abbrev=False,
+        "slurm", help="train on a Slurm cluster", description="Train on a Slurm cluster; docs/slurm.md is the guide."
     )
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
     submit = tasks.add_parser(
@@ -28,7 +25,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="check a stage of a run and put it into the queue",
         description="Check a stage of a run and put it into the queue. The same command goes on with a run that ended. "
         "Further flags set single values of the recipe, e.g. --trainer.max_steps 2000.",
-        allow_abbrev=False,
     )
     submit.add_argument("stage", choices=("tokenizer", "transformer"))
     add_run_arguments(submit)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from maskgit_pl.cli.progress import Bars, progress_bars
 from maskgit_pl.cli.run_flags import add_run_arguments, folders_of, read_recipe
+from maskgit_pl.progress import Bars, progress_bars
 from maskgit_pl.runs.tokenizing import OnRows, Place, TokenizeOptions, find_place, tokenize
 
 __all__ = ["add_parser", "run"]
@@ -20,7 +20,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Turn images into tokens, once. The same command resumes what was interrupted. Under torchrun "
         "and srun the processes share the work; elsewhere --rank and --num-ranks say so. Flags that set values of the "
         "recipe are taken as by `maskgit train transformer`.",
-        allow_abbrev=False,
     )
     add_run_arguments(parser)
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: what there is)")

@@ -18,7 +18,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "train",
         help="train a stage by recipe",
         description="Train a stage by recipe. Further flags set single values, e.g. --trainer.max_steps 2000.",
-        allow_abbrev=False,
     )
     parser.add_argument("stage", choices=("tokenizer", "transformer"))
     add_run_arguments(parser)

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from maskgit_pl.checks import check_integer, check_number
-from maskgit_pl.cli.model import add_device_argument, naming_flags
-from maskgit_pl.cli.progress import progress_bars
+from maskgit_pl.cli.flags import add_device_argument, naming_flags
+from maskgit_pl.progress import progress_bars
 
 __all__ = ["add_parser", "run"]
 
@@ -21,7 +21,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Train a classifier on the train split of a data folder, print how often it is right on the val "
         "split, and keep it in a folder that `--features classifier=DIR` of other commands takes. One that is there, "
         "of the same data and flags, is not trained again.",
-        allow_abbrev=False,
     )
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="data folder")
     parser.add_argument(
@@ -44,13 +43,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains what is not there yet, and prints its accuracy.
-
-    Raises:
-        FileNotFoundError: if there is no such data folder.
-        ValueError: if images have several sizes without ``--image-size``, the network is unknown, or a number is out of
-            range.
-    """
+    """Trains what is not there yet, and prints its accuracy."""
     for name, interval in (("steps", "[1, inf)"), ("batch", "[2, inf)")):
         if getattr(args, name) is not None:
             check_integer(f"--{name}", getattr(args, name), interval)

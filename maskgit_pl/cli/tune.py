@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maskgit_pl.cli.evaluation_flags import add_run_arguments, decoding_specs, measuring_flags, step_numbers
-from maskgit_pl.cli.model import check_at_least, naming_flags
-from maskgit_pl.cli.progress import progress_bars
+from maskgit_pl.cli.flags import check_at_least, naming_flags
+from maskgit_pl.cli.measuring import add_run_arguments, measuring_flags, wanted_steps
+from maskgit_pl.flag_values import parse_specs
+from maskgit_pl.progress import progress_bars
 
 if TYPE_CHECKING:
     from maskgit_pl.decoding import DecodingConfig
@@ -25,7 +26,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Search token selector, temperature, truncation, guidance and T on the val split; confirm the best "
         "with fresh noise; write decoding.json beside the weights, which every command uses from then on, and a page "
         "and a figure. A command that was stopped goes on where it was.",
-        allow_abbrev=False,
     )
     add_run_arguments(parser)
     parser.add_argument("--trials", type=int, default=40, metavar="N", help="trials at most (default: 40)")
@@ -60,16 +60,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Searches, confirms, writes, draws.
-
-    Raises:
-        FileNotFoundError: if there is no such run or data.
-        TypeError: if a selector does not take its arguments.
-        ValueError: if a name is unknown, the model is autoregressive, the data are not the model's, or a number is out
-            of range.
-    """
-    numbers = None if args.num_steps is None else step_numbers(args.num_steps)
-    selectors = None if args.selectors == "all" else decoding_specs("--selectors", args.selectors)
+    """Searches, confirms, writes, draws."""
+    numbers = wanted_steps(args)
+    selectors = None if args.selectors == "all" else parse_specs("--selectors", args.selectors)
     check_at_least(args, trials=1, num_images=2, plot_images=2, batch=1)
     from maskgit_pl.evaluation import TuningOptions, plan_trials, tune
 

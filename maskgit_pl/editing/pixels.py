@@ -16,7 +16,16 @@ if TYPE_CHECKING:
 
     from maskgit_pl.shards.images import ImageHeader
 
-__all__ = ["ImageLike", "MaskLike", "check_fits", "fitted", "image_pixels", "mask_pixels", "read_image_header"]
+__all__ = [
+    "ImageLike",
+    "MaskLike",
+    "check_fits",
+    "check_mask_file",
+    "fitted",
+    "image_pixels",
+    "mask_pixels",
+    "read_image_header",
+]
 
 ImageLike: TypeAlias = Union[str, Path, "Image.Image", "Tensor", "npt.NDArray[Any]"]
 MaskLike: TypeAlias = ImageLike
@@ -41,6 +50,21 @@ def read_image_header(path: Path, *, name: str = "image") -> ImageHeader:
     if not path.exists():
         raise FileNotFoundError(f"{name} {shown}: no such file; name a JPEG, PNG or WebP file")
     return images.parse_image_header(images.read_image_file(path, name=shown), name=shown)
+
+
+def check_mask_file(path: Path, image: ImageHeader) -> None:
+    """Refuses a picture of a mask whose size is not the image's, without torch.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not an image, or has another size.
+    """
+    mask = read_image_header(path, name="mask")
+    if (mask.height, mask.width) != (image.height, image.width):
+        raise ValueError(
+            f"mask {path}: the image's {image.width} x {image.height} pixels are needed, got "
+            f"{mask.width} x {mask.height}; resize the mask"
+        )
 
 
 def image_pixels(image: ImageLike, *, channels: int, name: str = "image") -> Tensor:

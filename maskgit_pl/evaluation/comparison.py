@@ -30,7 +30,6 @@ from maskgit_pl.evaluation.pages import (
     terminal_table,
     terminal_word,
 )
-from maskgit_pl.evaluation.progress import Bars, no_bars
 from maskgit_pl.evaluation.run_folders import (
     MeasuringOptions,
     check_decoding,
@@ -43,6 +42,7 @@ from maskgit_pl.evaluation.run_folders import (
     open_model,
     read_outline,
 )
+from maskgit_pl.progress import Bars, no_bars
 from maskgit_pl.registry import describe
 from maskgit_pl.text import markdown
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from maskgit_pl.checks import check_integer
 from maskgit_pl.evaluation.classifier_config import SMALL_TRAINING, ClassifierConfig
-from maskgit_pl.evaluation.progress import Bars, no_bars
 from maskgit_pl.evaluation.run_folders import open_images
+from maskgit_pl.progress import Bars, no_bars
 
 if TYPE_CHECKING:
     from maskgit_pl.evaluation.classifier import Accuracy

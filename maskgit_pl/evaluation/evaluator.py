@@ -38,9 +38,9 @@ from maskgit_pl.evaluation.likelihood import (
     real_tokens,
 )
 from maskgit_pl.evaluation.metric_names import NETWORK_METRICS, metric_name
-from maskgit_pl.evaluation.progress import Bars, no_bars
 from maskgit_pl.evaluation.reference import Origin, drawn_order
 from maskgit_pl.pipeline import MaskGIT
+from maskgit_pl.progress import Bars, no_bars
 from maskgit_pl.provenance import describe_environment, device_name
 
 __all__ = ["EvaluatedModel", "Evaluator", "numbers_of"]

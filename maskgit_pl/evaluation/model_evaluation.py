@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from maskgit_pl.checks import check_integer
 from maskgit_pl.evaluation.classifier_config import CASConfig
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
-from maskgit_pl.evaluation.progress import Bars, no_bars
 from maskgit_pl.evaluation.run_folders import (
     MeasuringOptions,
     RunFolders,
@@ -27,6 +26,7 @@ from maskgit_pl.evaluation.run_folders import (
     open_model,
     read_outline,
 )
+from maskgit_pl.progress import Bars, no_bars
 
 if TYPE_CHECKING:
     from maskgit_pl.decoding import DecodingConfig

@@ -15,7 +15,7 @@ from maskgit_pl.evaluation.decoding_search import Measure, SearchResult, Trial, 
 from maskgit_pl.evaluation.decodings import Spec, describe_decoding, plot_steps, with_steps
 from maskgit_pl.evaluation.drawing import LineEnd, name_lines, plot_by_steps, plot_floor, png_of
 from maskgit_pl.evaluation.metric_names import direction, format_value, is_better, metric_of, title
-from maskgit_pl.evaluation.progress import Bars, no_bars
+from maskgit_pl.progress import Bars, no_bars
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
 from maskgit_pl.text import plain_label
 

@@ -20,7 +20,6 @@ from maskgit_pl.evaluation.decoding_search import FINALISTS, SearchPlan, SearchR
 from maskgit_pl.evaluation.decodings import Spec, describe_decoding
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
 from maskgit_pl.evaluation.pages import command_line
-from maskgit_pl.evaluation.progress import Bars, no_bars
 from maskgit_pl.evaluation.run_folders import (
     MeasuringOptions,
     RunFolders,
@@ -34,6 +33,7 @@ from maskgit_pl.evaluation.run_folders import (
     open_model,
     read_outline,
 )
+from maskgit_pl.progress import Bars, no_bars
 
 if TYPE_CHECKING:
     from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator

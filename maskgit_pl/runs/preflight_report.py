@@ -17,6 +17,8 @@ __all__ = ["Check", "CheckList", "Preflight", "RunCosts", "Shares", "StepCosts",
 
 Verdict = Literal["ok", "warning", "error"]
 
+_MAX_ROWS = 16  # rank by rank; with more ranks it goes node by node
+
 
 @dataclass(frozen=True)
 class Check:
@@ -101,6 +103,20 @@ class Shares:
         first = (micro_batch * self.ranks + rank) * self.per_device
         return range(first, first + count * self.per_device)
 
+    def rows(self) -> Iterator[tuple[str, str, str, str]]:
+        """Yields node, local rank, global rank and samples of each rank, or of each node if there are many ranks."""
+        width = 1 if self.ranks <= _MAX_ROWS else self.devices  # ranks of a row
+        for rank in range(0, self.ranks, width):
+            node, local_rank = divmod(rank, self.devices)
+            shown = range(min(3, self.micro_batches))
+            samples = [_span(self.samples_of(rank, count=width, micro_batch=each)) for each in shown]
+            more = ", ..." if self.micro_batches > len(shown) else ""
+            ranks, local_ranks = range(rank, rank + width), range(local_rank, local_rank + width)
+            yield str(node), _span(local_ranks), _span(ranks), ", ".join(samples) + more
+            if rank // width == _MAX_ROWS - 1 and self.ranks // width > _MAX_ROWS:
+                yield "...", "...", "...", f"and so on to rank {self.ranks - 1}"
+                break
+
 
 @dataclass(frozen=True)
 class StepCosts:
@@ -174,3 +190,7 @@ class Preflight:
         if self.errors:
             return f"{len(self.errors)} of {len(self.checks)} checks fail."
         return f"All {len(self.checks)} checks pass. Memory and times are calculated, not measured."
+
+
+def _span(numbers: range) -> str:
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"

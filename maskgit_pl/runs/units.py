@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["count_text", "duration_text", "flops_text"]
+import re
+
+__all__ = ["count_text", "duration_text", "flops_text", "parse_size"]
+
+_FACTORS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
 
 
 def count_text(count: int, noun: str) -> str:
@@ -24,3 +28,20 @@ def flops_text(count: float) -> str:
         if count >= factor:
             return f"{count / factor:.3g} {unit}"
     return f"{count / 1e6:.3g} MFLOP"
+
+
+def parse_size(text: str) -> float:
+    """Parses a size or rate such as ``80GB``, ``24GiB``, ``150T`` or ``4e14``.
+
+    Raises:
+        ValueError: if it is anything else, or not above 0.
+    """
+    found = re.fullmatch(r"([\d.]+(?:[eE][+-]?\d+)?)\s*([KMGTP]?)(i?)[bB]?", text)
+    try:
+        value = float(found.group(1)) if found else 0.0
+    except ValueError:
+        value = 0.0
+    if not found or value <= 0:
+        raise ValueError(f"must be a size such as 80GB, 24GiB, 150T or 4e14, got {text}")
+    factor = _FACTORS[found.group(2)]
+    return value * (1024 ** round(len(str(int(factor))) // 3) if found.group(3) else factor)

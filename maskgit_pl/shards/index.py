@@ -31,7 +31,7 @@ from maskgit_pl.shards.manifest import (
     save_manifest,
     union,
 )
-from maskgit_pl.shards.parallel import run_jobs
+from maskgit_pl.shards.parallel import choose_workers, run_jobs
 from maskgit_pl.shards.scan import NO_LABEL, Fault, Labels, ShardScan, format_counts, scan_shard
 
 __all__ = ["Indexed", "find_shards", "index_shards", "locate_shards", "split_shards"]
@@ -154,8 +154,8 @@ def index_shards(
     classes: Sequence[str] | None = None,
     labels: str = "cls",
     lenient: bool = False,
-    workers: int = 1,
-    on_shard: Callable[[Split], object] = lambda split: None,
+    workers: int | None = 1,
+    on_shard: Callable[[Split, int], object] = lambda split, total: None,
 ) -> Indexed:
     """Reads the shards of every split and writes their manifests beside them.
 
@@ -168,8 +168,8 @@ def index_shards(
         classes: Class names; without, the labels' own numbers up to the largest.
         labels: Where labels come from: ``"cls"``, ``"json:FIELD"`` or ``"none"``; see ``scan.Labels``.
         lenient: Leave out samples with a fault instead of refusing them.
-        workers: Processes; they make no difference to the result.
-        on_shard: Told the split of each shard that is done (for a progress bar).
+        workers: Processes; they make no difference to the result. None: one a core, fewer for little data.
+        on_shard: Told the split of each shard that is done, and how many shards the split has (for a progress bar).
 
     Raises:
         ValueError: Names every shard that is damaged or, unless lenient, has samples with a fault, with their counts.
@@ -178,6 +178,7 @@ def index_shards(
     if labels == "none":
         classes = _only_class(classes)
     options = Labels(labels, None if classes is None else tuple(classes))
+    workers = choose_workers(workers, work=sum(path.stat().st_size for of in shards.values() for path in of) / 2**28)
     names = {split: [path.relative_to(folder).as_posix() for path in paths] for split, paths in shards.items()}
     scans, progress = _scan_all(folder, names, options, lenient=lenient, workers=workers, on_shard=on_shard)
     miscounts = _miscounts(folder, names, scans)
@@ -224,14 +225,14 @@ def _scan_all(
     *,
     lenient: bool,
     workers: int,
-    on_shard: Callable[[Split], object],
+    on_shard: Callable[[Split, int], object],
 ) -> tuple[dict[str, ShardScan], Path]:
     path = folder / PROGRESS
     known = _read_progress(path, folder, labels)
     split_of = {name: split for split, of_split in names.items() for name in of_split}
     scans = {name: known[name] for name in split_of if name in known}
     for name in scans:
-        on_shard(split_of[name])
+        on_shard(split_of[name], len(names[split_of[name]]))
     jobs = [name for name in split_of if name not in scans]
     with open(path, "ab" if known else "wb") as file:
         if known:
@@ -242,7 +243,7 @@ def _scan_all(
             scans[name] = scan
             if scan.sha256:
                 _write_line(file, {"name": name, **_scan_as_json(scan)})
-            on_shard(split_of[name])
+            on_shard(split_of[name], len(names[split_of[name]]))
     return {name: scans[name] for name in split_of}, path
 
 

@@ -18,13 +18,15 @@ from maskgit_pl.files import open_regular
 from maskgit_pl.shards.image_bytes import UnreadableImageError, check_whole
 from maskgit_pl.shards.images import decode_image
 from maskgit_pl.shards.manifest import Manifest, Shard, Split, index_sha256, load_manifest, splits_of, union
-from maskgit_pl.shards.parallel import run_jobs
+from maskgit_pl.shards.parallel import choose_workers, run_jobs
 from maskgit_pl.shards.scan import Labels, ShardScan, scan_shard
 from maskgit_pl.shards.tar import BLOCK
 from maskgit_pl.shards.tokens import TokenReader, read_description
 from maskgit_pl.text import printable
 
 __all__ = ["BadFile", "Verified", "VerifiedStore", "verify_shards", "verify_store"]
+
+_READ_BYTES, _DECODED_BYTES = 2**28, 2**25  # that one process reads, and decodes, in some 10 seconds
 
 
 class BadFile(NamedTuple):
@@ -87,16 +89,16 @@ def verify_shards(
     folder: str | Path,
     *,
     decode: bool = False,
-    workers: int = 1,
-    on_shard: Callable[[Split], object] = lambda split: None,
+    workers: int | None = 1,
+    on_shard: Callable[[Split, int], object] = lambda split, total: None,
 ) -> Verified:
     """Compares lengths, hashes, headers, places and labels of all shards with the manifests.
 
     Args:
         folder: The data folder.
         decode: Decode every image too.
-        workers: Processes, a shard each at a time.
-        on_shard: Told the split of each shard that is done (for a progress bar).
+        workers: Processes, a shard each at a time; None: one a core, fewer for little data.
+        on_shard: Told the split of each shard that is done, and how many shards the split has (for a progress bar).
 
     Raises:
         FileNotFoundError: No such folder or manifest.
@@ -107,16 +109,18 @@ def verify_shards(
     bad = {split: list(_bad_index(manifest)) for split, manifest in manifests.items()}
     jobs = [(split, number) for split, manifest in manifests.items() for number in range(len(manifest.shards))]
     found: dict[tuple[Split, int], tuple[BadFile | None, ShardScan | None]] = {}
+    size = sum(shard.bytes for manifest in manifests.values() for shard in manifest.shards)
+    workers = choose_workers(workers, work=size / (_DECODED_BYTES if decode else _READ_BYTES))
     for job, result in run_jobs(_verify_shard, _Task(manifests, decode), jobs, workers=workers):
         found[job] = result
-        on_shard(job[0])
+        on_shard(job[0], len(manifests[job[0]].shards))
     files = [bad_file for split in manifests for bad_file in bad[split]]
     files += [bad_file for job in jobs if (bad_file := found[job][0]) is not None]
     if not files:
         files += list(_bad_summary(manifests, [found[job][1] for job in jobs], jobs))
     shards = [shard for manifest in manifests.values() for shard in manifest.shards]
     samples = sum(shard.samples for shard in shards)
-    return Verified(len(shards), samples, sum(shard.bytes for shard in shards), tuple(files))
+    return Verified(len(shards), samples, size, tuple(files))
 
 
 def _bad_index(manifest: Manifest) -> Iterator[BadFile]:

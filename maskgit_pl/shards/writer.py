@@ -21,7 +21,7 @@ from maskgit_pl.shards.image_bytes import UnreadableImageError
 from maskgit_pl.shards.images import decode_image, encode_png, fit_square, parse_image_header
 from maskgit_pl.shards.index import find_shards, index_shards
 from maskgit_pl.shards.manifest import Split, load_manifest, splits_of
-from maskgit_pl.shards.parallel import run_jobs
+from maskgit_pl.shards.parallel import choose_workers, run_jobs
 from maskgit_pl.shards.samples import Sample, Source, UnreadableSample
 from maskgit_pl.text import printable
 
@@ -30,6 +30,7 @@ __all__ = ["LEFT_OUT", "RECORD", "is_made_from", "make_shards", "write_split"]
 RECORD = "made_from.json"
 LEFT_OUT = "left_out.txt"  # a line for each image that could not be read
 _LISTED = 20  # of those, in an error
+_SAMPLES = 5_000  # that one process writes in some 10 seconds
 
 
 def make_shards(
@@ -39,7 +40,7 @@ def make_shards(
     size: int | None = None,
     shard_size: int = 10_000,
     lenient: bool = False,
-    workers: int = 1,
+    workers: int | None = 1,
     on_samples: Callable[[Split, int], object] = lambda split, count: None,
 ) -> bool:
     """Writes a data folder.
@@ -50,7 +51,8 @@ def make_shards(
         size: Crop to the central square and resize to this side; None keeps every file's bytes.
         shard_size: Samples a shard, at most.
         lenient: Leave out images that cannot be read, and list them in ``left_out.txt``, instead of refusing them.
-        workers: Processes, a shard each at a time; they make no difference to the result.
+        workers: Processes, a shard each at a time; they make no difference to the result. None: one a core, fewer for
+            little data.
         on_samples: Told the split and how many more of its samples are done (for a progress bar).
 
     Returns:
@@ -60,6 +62,7 @@ def make_shards(
         ValueError: The folder holds something else, or, unless ``lenient``, images cannot be read: all are named.
     """
     folder = Path(folder)
+    workers = choose_workers(workers, work=sum(source.counts.values()) / _SAMPLES)
     for name, value in (("size", size), ("shard size", shard_size), ("workers", workers)):
         check_integer(name, 1 if value is None else value, "[1, inf)")
     record = describe(source, size=size, shard_size=shard_size)

@@ -5,7 +5,6 @@ import pytest
 from PIL import Image
 
 from maskgit_pl.cli import compare, main
-from maskgit_pl.cli.evaluation_flags import decoding_spec, decoding_specs, step_numbers
 from maskgit_pl.evaluation import evaluator
 from maskgit_pl.evaluation.ledger import Ledger, Row
 from tests.cli.commands import call_command
@@ -113,21 +112,3 @@ def test_wrong_input_ends_with_2_and_one_line_before_any_work(
 def test_numbers_of_steps_go_as_far_as_there_are_tokens(run_folder: Path, tiny_shards: Path) -> None:
     call(run_folder, "--data", tiny_shards, "--num-images", 6, "--selectors", "halton")
     assert [row["num_steps"] for row in ledger(run_folder / "evaluation")] == [4, 8, 16]
-
-
-def test_numbers_of_steps_are_listed_or_ranges() -> None:
-    assert step_numbers("4,8, 16") == (4, 8, 16)
-    assert step_numbers("2-4,4,12") == (2, 3, 4, 12)
-    for text in ("", "4-", "8-4", "-3", "1.5"):
-        with pytest.raises(ValueError, match="--num-steps"):
-            step_numbers(text)
-
-
-def test_specs_are_names_or_mappings_in_json_or_yaml() -> None:
-    mapping = {"name": "remdm", "eta": 0.4}
-    assert decoding_specs("--selectors", "halton, {name: remdm, eta: 0.4}") == ["halton", mapping]
-    assert decoding_specs("--selectors", '{"name": "remdm", "eta": 0.4},halton,') == [mapping, "halton"]
-    assert decoding_spec("--guidance", "1.5") == 1.5
-    for text in ("[halton", "true", "[halton]", "}{"):
-        with pytest.raises(ValueError, match="--guidance"):
-            decoding_spec("--guidance", text)

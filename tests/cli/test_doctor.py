@@ -14,7 +14,6 @@ import yaml
 
 from maskgit_pl import runs
 from maskgit_pl.cli import main
-from maskgit_pl.cli.doctor import _size
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.runs import preflight_checks
@@ -261,13 +260,6 @@ def test_a_run_that_is_there_goes_on_or_is_refused(doctor, tmp_path, tiny_shards
     assert "resumes from step-00000001" in text
     fails(doctor("transformer", "--trainer.max_steps=5", "--model.mask_schedule=square"), "recipe", "cosine -> square")
     assert "training has nothing to do" in doctor("transformer")[1]
-
-
-@pytest.mark.parametrize(
-    ("text", "value"), [("80GB", 80e9), ("24GiB", 24 * 1024**3), ("150T", 150e12), ("4e14", 4e14), ("1.5MB", 1.5e6)]
-)
-def test_sizes(text, value):
-    assert _size(text) == value
 
 
 def test_a_size_that_is_none_is_refused(doctor, capsys):

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from maskgit_pl.evaluation.pages import command_line
-from maskgit_pl.evaluation.progress import Bars, no_bars
 from maskgit_pl.evaluation.reports.options import ReportOptions, TimingOptions
 from maskgit_pl.evaluation.run_folders import find_run
+from maskgit_pl.progress import Bars, no_bars
 
 if TYPE_CHECKING:
     from maskgit_pl.evaluation.pages import Page

@@ -18,7 +18,6 @@ from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
 from maskgit_pl.evaluation.held_out import edit, masked
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
 from maskgit_pl.evaluation.pages import Page, picture_png, shown_classes
-from maskgit_pl.evaluation.progress import Bars
 from maskgit_pl.evaluation.reports.ablation import ablate, check_budgets
 from maskgit_pl.evaluation.reports.options import ReportOptions
 from maskgit_pl.evaluation.reports.schedule_figures import schedule_figure
@@ -33,6 +32,7 @@ from maskgit_pl.evaluation.run_folders import (
     read_own_recipe,
 )
 from maskgit_pl.imaging import image_grid
+from maskgit_pl.progress import Bars
 
 __all__ = ["OpenedModels", "measure_editing", "measure_generation", "measure_schedules", "open_models"]
 

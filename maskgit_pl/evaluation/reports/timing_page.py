@@ -14,9 +14,9 @@ from maskgit_pl.devices import check_device
 from maskgit_pl.evaluation.drawing import LineEnd, name_lines, png_of
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
 from maskgit_pl.evaluation.pages import Page, heading, markdown_table, paragraph
-from maskgit_pl.evaluation.progress import Bars, no_bars
 from maskgit_pl.evaluation.reports.options import TimingOptions
 from maskgit_pl.evaluation.reports.timing import METHODS, SIZES, Method, Timing, measure_timings, sizes_of
+from maskgit_pl.progress import Bars, no_bars
 from maskgit_pl.text import markdown, plain_label
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import yaml
 
 from tests.conftest import flags
 
-TINY = Path(__file__).parents[1] / "tiny"
+TINY = Path(__file__).parent / "tiny"
 LOST = "maskgit: stdout cannot be written ([Errno 28] No space left on device); the command runs on, output is lost\n"
 TO = {"closed": "{}>&-", "full": "{}>/dev/full", "gone": "{}> >(true)"}
 WAYS = [(stream, how) for stream in ("stdout", "stderr") for how in TO]
@@ -78,7 +78,7 @@ def test_training_outlives_its_terminal(tiny_shards, tmp_path):
 
 def test_a_closed_stream_gives_its_number_to_no_other_file(tmp_path):
     code = (
-        "import sys; from maskgit_pl.cli.terminal import Terminal; Terminal()\n"
+        "import sys; from maskgit_pl.terminal import Terminal; Terminal()\n"
         f"file = open({str(tmp_path / 'file')!r}, 'w'); assert file.fileno() > 2\n"
         "import os; os.write(1, b'x'); os.write(2, b'x')"
     )
@@ -88,7 +88,7 @@ def test_a_closed_stream_gives_its_number_to_no_other_file(tmp_path):
 
 
 def test_letters_that_the_terminal_lacks_are_escaped():
-    code = "from maskgit_pl.cli.terminal import Terminal; Terminal(); print('a…')"
+    code = "from maskgit_pl.terminal import Terminal; Terminal(); print('a…')"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "a\\u2026\n"

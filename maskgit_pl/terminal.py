@@ -75,7 +75,7 @@ class _Sink(io.FileIO):
     def _say(self, error: OSError) -> None:
         if not _Sink._said and self.fileno() == 1:
             _Sink._said = True
-            print(f"maskgit: stdout cannot be written ({error}); the command runs on, output is lost", file=sys.stderr)
+            sys.stderr.write(f"maskgit: stdout cannot be written ({error}); the command runs on, output is lost\n")
 
 
 def _text(sink: _Sink, before: TextIO | None) -> io.TextIOWrapper:

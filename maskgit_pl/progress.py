@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-__all__ = ["Bars", "progress_bars"]
+__all__ = ["Bars", "named_bars", "no_bars", "progress_bars"]
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,11 @@ class Bars(Protocol):
         ...
 
 
+def no_bars(title: str, total: int, *, done: int = 0, unit: str = "") -> Callable[[int], None]:
+    """Makes a bar that is not shown."""
+    return lambda count: None
+
+
 @contextmanager
 def progress_bars(*, shown: bool = True) -> Iterator[Bars]:
     """Yields what makes bars; both bars and lines tell the speed and the time left.
@@ -52,7 +57,7 @@ def progress_bars(*, shown: bool = True) -> Iterator[Bars]:
         shown: False on all ranks but one.
     """
     if not shown:
-        yield lambda title, total, *, done=0, unit="": lambda count: None
+        yield no_bars
     elif not sys.stdout.isatty():
         yield _Lines
     else:
@@ -62,6 +67,24 @@ def progress_bars(*, shown: bool = True) -> Iterator[Bars]:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), speed, TimeRemainingColumn())
         with Progress(*columns, transient=True, speed_estimate_period=300) as progress:
             yield lambda title, total, *, done=0, unit="": _Bar(progress, title, total, done=done, unit=unit)
+
+
+@contextmanager
+def named_bars(unit: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Yields ``advance(title, count, total)``: adds to the bar of that title, which is made when its work begins.
+
+    Args:
+        unit: What is counted, such as ``"images"``.
+    """
+    with progress_bars() as bars:
+        made: dict[str, Callable[[int], None]] = {}
+
+        def advance(title: str, count: int, total: int) -> None:
+            if title not in made:
+                made[title] = bars(title, total, unit=unit)
+            made[title](count)
+
+        yield advance
 
 
 class _Bar:

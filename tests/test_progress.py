@@ -3,8 +3,8 @@ import sys
 
 import pytest
 
-from maskgit_pl.cli import progress
-from maskgit_pl.cli.progress import progress_bars
+from maskgit_pl import progress
+from maskgit_pl.progress import named_bars, progress_bars
 
 
 @pytest.fixture
@@ -78,3 +78,14 @@ def test_a_bar_is_not_updated_for_every_small_thing(monkeypatch, clock):
             advance(1)
             seen.append(advance.progress.tasks[0].completed)
     assert seen == [1, 1, 1, 4]
+
+
+def test_a_bar_with_a_name_is_made_when_its_work_begins(clock, lines):
+    clock += [0.0, 10.0, 30.0, 40.0, 60.0]
+    with named_bars("shards") as advance:
+        for title, count in (("train", 1), ("train", 1), ("val", 3)):
+            advance(title, count, 4)
+    assert [record.getMessage().partition(",")[0] for record in lines.records] == [
+        "train: 2 of 4 shards",
+        "val: 3 of 4 shards",
+    ]

@@ -1,0 +1,144 @@
+"""The flags that the commands that measure have in common."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from maskgit_pl.checks import check_number
+from maskgit_pl.cli.flags import add_device_argument, check_at_least
+from maskgit_pl.flag_values import parse_features, parse_numbers
+
+if TYPE_CHECKING:
+    from maskgit_pl.evaluation.pages import Page
+    from maskgit_pl.evaluation.reports import ReportOptions
+
+__all__ = [
+    "add_cas_arguments",
+    "add_feature_arguments",
+    "add_report_arguments",
+    "add_run_arguments",
+    "add_worker_argument",
+    "cas_flags",
+    "measuring_flags",
+    "report_options",
+    "show",
+    "wanted_steps",
+]
+
+_FEATURES = "classifier,lite0"
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the run that is measured, on what and where."""
+    parser.add_argument("folder", type=Path, metavar="RUN", help="run folder (runs/NAME) or pretrained folder")
+    _add_measuring_arguments(parser)
+
+
+def _add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, metavar="DIR", help="data folder (default: what the run was trained on)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first image; image i has seed + i (default: 0)")
+    parser.add_argument("--batch", type=int, default=100, metavar="N", help="images at a time (default: 100)")
+    add_device_argument(parser)
+    parser.add_argument(
+        "--classifier", type=Path, metavar="DIR", help="where the judge is kept (default: runs/DATA-classifier/small)"
+    )
+
+
+def measuring_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the fields of ``evaluation.MeasuringOptions`` that the flags give."""
+    return {"seed": args.seed, "batch_size": args.batch, "device": args.device, "classifier": args.classifier}
+
+
+def wanted_steps(args: argparse.Namespace) -> tuple[int, ...] | None:
+    """Returns the numbers of ``--num-steps``; None where it is left out."""
+    return None if args.num_steps is None else parse_numbers("--num-steps", args.num_steps)
+
+
+def add_feature_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the feature networks, and what is compared with in them."""
+    parser.add_argument(
+        "--features",
+        default=_FEATURES,
+        metavar="A,B,...",
+        help="feature networks: classifier, lite0, inception[=FILE], timm:MODEL=FILE, or mappings (default: "
+        f"{_FEATURES}); the first one chooses where there is something to choose",
+    )
+    parser.add_argument(
+        "--reference", type=Path, metavar="FILE.npz", help="ADM's statistics or images in place of the val split"
+    )
+
+
+def add_cas_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the training of the classification accuracy score, as far as the paper's scale."""
+    parser.add_argument("--cas-model", metavar="NAME", help="timm network of the classification accuracy score, or "
+                        "none to leave it out (default: resnet50, or resnet18 below 64 pixels)")  # fmt: skip
+    parser.add_argument("--cas-steps", type=int, metavar="N", help="its training steps (default: 500)")
+    parser.add_argument("--cas-batch", type=int, metavar="N", help="images of a step (default: 64)")
+    parser.add_argument("--cas-learning-rate", type=float, metavar="X", help="its peak (default: 1e-3)")
+    parser.add_argument("--cas-precision", choices=("32-true", "bf16-mixed"), help="(default: 32-true)")
+
+
+def cas_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the fields of ``evaluation.CASConfig`` that the flags of ``add_cas_arguments`` give, checked."""
+    check_at_least(args, cas_steps=1, cas_batch=2)
+    if args.cas_learning_rate is not None:
+        check_number("--cas-learning-rate", args.cas_learning_rate, "(0, inf)")
+    given = {
+        "model": args.cas_model,
+        "max_steps": args.cas_steps,
+        "batch": args.cas_batch,
+        "peak_rate": args.cas_learning_rate,
+        "precision": args.cas_precision,
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def add_worker_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds the number of processes that read."""
+    parser.add_argument("--num-workers", type=int, default=0, metavar="N",
+                        help="processes that read real images and those of CAS (default: 0)")  # fmt: skip
+
+
+def add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that ``report_options`` reads."""
+    _add_measuring_arguments(parser)
+    parser.add_argument("--num-samples", type=int, default=1000, metavar="N", help="images a row (default: 1000)")
+    add_feature_arguments(parser)
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=Path("results"),
+        metavar="DIR",
+        help="ledger and pages; what is in the ledger is not measured again (default: results)",
+    )
+    add_worker_argument(parser)
+
+
+def report_options(args: argparse.Namespace, **beside: Any) -> ReportOptions:
+    """Returns the options that the flags of ``add_report_arguments`` give, checked, and further ones."""
+    from maskgit_pl.evaluation.reports import ReportOptions
+
+    check_at_least(args, num_samples=2, batch=1, num_workers=0)
+    return ReportOptions(
+        **measuring_flags(args),
+        num_workers=args.num_workers,
+        data=args.data,
+        num_samples=args.num_samples,
+        features=tuple(parse_features(args.features)),
+        reference=args.reference,
+        results=args.results,
+        **beside,
+    )
+
+
+def show(page: Page) -> None:
+    """Writes a page to its folder, prints it, and says where it is."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    files = page.write()
+    console = Console()
+    console.print(Markdown(page.markdown)) if console.is_terminal else print(page.markdown)
+    print(f"{page.folder}: {', '.join(file.name for file in files)}")
