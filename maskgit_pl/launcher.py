@@ -1,17 +1,20 @@
-"""Ranks of processes that ``torchrun`` or ``srun`` started, read from the environment, without torch.
+"""The launcher of this process, ``torchrun`` or ``srun``: its ranks, read from the environment. Imports no torch.
 
-Used by commands whose processes share work without a process group; see ``distributed`` for those that have one.
+Used by commands whose processes share work without a process group (see ``distributed`` for those that have one), and
+by those that must not take themselves for a rank.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
-__all__ = ["launched_rank", "local_rank"]
+__all__ = ["launched_rank", "local_rank", "without_launcher"]
 
 _RANKS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))  # torchrun under srun sets both
 _LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID")
+_VARIABLES = ("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "TORCHELASTIC_")
 
 
 def launched_rank(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
@@ -34,6 +37,18 @@ def local_rank(environment: Mapping[str, str] = os.environ) -> int:
         ValueError: if the variable is not a whole number.
     """
     return next((_number(name, environment) for name in _LOCAL_RANKS if name in environment), 0)
+
+
+@contextmanager
+def without_launcher() -> Iterator[None]:
+    """Hides the variables of a launcher that may have started this process: Lightning would take it for a rank."""
+    hidden = {name: value for name, value in os.environ.items() if name.startswith(_VARIABLES)}
+    for name in hidden:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def _number(name: str, environment: Mapping[str, str]) -> int:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from maskgit_pl.launcher import without_launcher
 from maskgit_pl.runs.build import StageRun, build
-from maskgit_pl.runs.launcher import without_launcher
 from maskgit_pl.runs.layers import merged
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.preflight_report import CheckList

@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from maskgit_pl.checks import check_integer
+from maskgit_pl.launcher import without_launcher
 from maskgit_pl.runs.flags import split_flags
 from maskgit_pl.runs.job_options import JobOptions
-from maskgit_pl.runs.launcher import without_launcher
 from maskgit_pl.runs.plan import Plan, plan_run
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.recipe_files import recipes_folder
