@@ -56,7 +56,7 @@ from maskgit_pl.training.guards import Guard, clip_gradients
 from maskgit_pl.training.optimizers import OptimizerConfig, build_adamw, parameter_groups
 from maskgit_pl.training.strategies import check_precision, shard_blocks
 
-__all__ = ["NUM_BINS", "TokenModel", "TokenModelConfig", "check_decoding", "check_fit"]
+__all__ = ["NUM_BINS", "TokenModel", "TokenModelConfig", "check_decoding", "check_tokenizer"]
 
 NUM_BINS = 4
 """Groups of predicted tokens whose losses are logged separately."""
@@ -158,7 +158,7 @@ class TokenModel(LightningModule):
         """
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.tokenizer_folder)
-            check_fit(self.config.network, self._tokenizer)
+            check_tokenizer(self.config.network, self._tokenizer)
         self._tokenizer.network.to(self.device)
         return self._tokenizer
 
@@ -382,7 +382,7 @@ def check_decoding(decoding: DecodingConfig, network: TransformerConfig) -> None
         )
 
 
-def check_fit(config: TransformerConfig, tokenizer: PretrainedTokenizer) -> None:
+def check_tokenizer(config: TransformerConfig, tokenizer: PretrainedTokenizer) -> None:
     """Checks that a transformer has the codebook and the grid of a tokenizer.
 
     Raises:

@@ -224,6 +224,27 @@ def test_no_folder_lies_deeper_than_those_whose_order_is_known():
     assert {Path(module).parent.as_posix() for module in FOUND if module.count("/") > 1} <= {*sum(INNER, ())}
 
 
+SHARED_NAMES = {  # public names that two modules may define, and why
+    "Cosine": "a mask schedule and a guidance schedule, each in its registry",
+    "add_parser": "of each command",
+    "run": "of each command",
+    "describe": "of a schema, of a registry's entry, of shards",
+    "tokenize": "shards to a store, and the run that asks for it",
+    "tokenizer_config": "of each layout that is imported",
+    "tokenizer_weights": "of each layout that is imported",
+}
+
+
+def test_a_public_name_names_one_thing():
+    homes: dict[str, list[str]] = {}
+    for module in FOUND:
+        for node in tree(module).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(module)
+    several = {name: found for name, found in homes.items() if len(found) > 1}
+    assert several.keys() == SHARED_NAMES.keys(), several
+
+
 def test_no_import_goes_in_a_circle():
     assert circles() == []
 

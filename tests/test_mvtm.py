@@ -18,7 +18,7 @@ from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.pretrained import load_tokenizer, load_transformer
 from maskgit_pl.randomness import random_uniform
 from maskgit_pl.schedules import mask_schedules
-from maskgit_pl.token_model import check_fit
+from maskgit_pl.token_model import check_tokenizer
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_complete
 from maskgit_pl.training.optimizers import LearningRate
 from tests.conftest import peaked
@@ -294,4 +294,4 @@ def test_samples_depend_on_the_seed_alone(tiny_pretrained):
 )
 def test_a_tokenizer_that_does_not_fit_is_named(tiny_pretrained, key, config):
     with pytest.raises(ValueError, match=f"model.network.{key}"):
-        check_fit(config, load_tokenizer(tiny_pretrained / "tokenizer"))
+        check_tokenizer(config, load_tokenizer(tiny_pretrained / "tokenizer"))

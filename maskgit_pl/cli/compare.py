@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from maskgit_pl.cli.flags import check_at_least, naming_flags
-from maskgit_pl.cli.measuring import add_run_arguments, measuring_flags, wanted_steps
+from maskgit_pl.cli.measuring import add_measured_run_arguments, measuring_flags, wanted_steps
 from maskgit_pl.flag_values import parse_spec, parse_specs
 from maskgit_pl.progress import progress_bars
 
@@ -21,7 +21,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Measure token selectors at several numbers of steps, with the same noise for all; write "
         "comparison.md and .csv and a sheet of images. What the ledger holds is not measured again.",
     )
-    add_run_arguments(parser)
+    add_measured_run_arguments(parser)
     parser.add_argument(
         "--selectors",
         default="all",

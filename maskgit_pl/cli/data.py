@@ -185,7 +185,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _verify_store(folder: Path, *, decode: bool) -> int:
-    from maskgit_pl.shards.report import describe_bad_files, describe_store
+    from maskgit_pl.shards.report import describe_bad_files, describe_verified_store
     from maskgit_pl.shards.tokens import DESCRIPTION_FILE, WAY_OUT
     from maskgit_pl.shards.verify import verify_store
 
@@ -194,7 +194,7 @@ def _verify_store(folder: Path, *, decode: bool) -> int:
     found = verify_store(folder)
     if found.bad:
         raise ValueError(f"token store {folder}: {describe_bad_files(found.bad, DESCRIPTION_FILE)}\n{WAY_OUT}")
-    print(describe_store(folder, found))
+    print(describe_verified_store(folder, found))
     return 0
 
 

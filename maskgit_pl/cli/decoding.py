@@ -18,7 +18,7 @@ from maskgit_pl.text import argument_docs
 if TYPE_CHECKING:
     from maskgit_pl.pipeline.outline import Outline
 
-__all__ = ["add_decoding_arguments", "check_seed_and_batch", "read_decoding"]
+__all__ = ["add_decoding_arguments", "check_seed_and_batch", "decoding_of"]
 
 _ALIASES = {"num_steps": ("--steps",)}  # as the Makefile and the README call it
 _OF_PLUG_INS = {  # settings that replace one argument of a plug-in
@@ -52,7 +52,7 @@ def check_seed_and_batch(args: argparse.Namespace) -> None:
     check_at_least(args, batch_size=1)
 
 
-def read_decoding(args: argparse.Namespace, outline: Outline, *, pushes_away: bool = False) -> DecodingConfig:
+def decoding_of(args: argparse.Namespace, outline: Outline, *, pushes_away: bool = False) -> DecodingConfig:
     """Reads how to decode from the flags of ``add_decoding_arguments``; the last check before torch is needed.
 
     Args:

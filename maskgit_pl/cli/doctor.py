@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from maskgit_pl import runs
-from maskgit_pl.cli.run_flags import add_run_arguments, folders_of, read_recipe
+from maskgit_pl.cli.run_flags import add_run_arguments, folders_of, recipe_of
 from maskgit_pl.errors import BAD_INPUT, is_user_error
 from maskgit_pl.estimates.cards import CARDS
 from maskgit_pl.runs.machines import Machines
@@ -93,7 +93,7 @@ def _examine(console: Console, args: argparse.Namespace, machines: Machines) -> 
         console.file.flush()
 
     try:
-        recipe = read_recipe(args)
+        recipe = recipe_of(args)
     except Exception as error:
         if not is_user_error(error):
             raise

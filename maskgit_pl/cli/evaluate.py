@@ -10,7 +10,7 @@ from maskgit_pl.cli.flags import check_at_least, check_outputs, naming_flags
 from maskgit_pl.cli.measuring import (
     add_cas_arguments,
     add_feature_arguments,
-    add_run_arguments,
+    add_measured_run_arguments,
     add_worker_argument,
     cas_flags,
     measuring_flags,
@@ -30,7 +30,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Measure reconstruction, generated images in the features of several networks, likelihood and "
         "speed; write evaluation.json and pictures. Several processes that torchrun starts share the work.",
     )
-    add_run_arguments(parser)
+    add_measured_run_arguments(parser)
     parser.add_argument(
         "--num-samples", "--num-images", type=int, default=1000, metavar="N", help="images generated (default: 1000)"
     )

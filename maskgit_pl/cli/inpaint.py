@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from maskgit_pl.cli.decoding import add_decoding_arguments, check_seed_and_batch, read_decoding
+from maskgit_pl.cli.decoding import add_decoding_arguments, check_seed_and_batch, decoding_of
 from maskgit_pl.cli.editing import add_variant_arguments, captions, edit_options
 from maskgit_pl.cli.flags import check_at_least, check_outputs, naming_flags
 from maskgit_pl.cli.model import add_model_argument, find_model, open_pipe
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     size, name = outline.image_size, f"image {args.image}"
     editing.check_fits(header.height, header.width, image_size=size, fit=args.fit, name=name)
     outline.check_parallel("inpaint")
-    decoding = read_decoding(args, outline)
+    decoding = decoding_of(args, outline)
     from maskgit_pl.imaging import edit_sheet
 
     image = editing.image_pixels(args.image, channels=outline.channels)

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 __all__ = [
     "add_cas_arguments",
     "add_feature_arguments",
+    "add_measured_run_arguments",
     "add_report_arguments",
-    "add_run_arguments",
     "add_worker_argument",
     "cas_flags",
     "measuring_flags",
@@ -30,7 +30,7 @@ __all__ = [
 _FEATURES = "classifier,lite0"
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+def add_measured_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the run that is measured, on what and where."""
     parser.add_argument("folder", type=Path, metavar="RUN", help="run folder (runs/NAME) or pretrained folder")
     _add_measuring_arguments(parser)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from maskgit_pl.cli.decoding import add_decoding_arguments, check_seed_and_batch, read_decoding
+from maskgit_pl.cli.decoding import add_decoding_arguments, check_seed_and_batch, decoding_of
 from maskgit_pl.cli.editing import (
     add_overlap_argument,
     add_variant_arguments,
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     with naming_flags(args):
         added.check((header.height, header.width), factor=outline.token_size, least=outline.image_size)
     outline.check_parallel("outpaint")
-    decoding = read_decoding(args, outline)
+    decoding = decoding_of(args, outline)
     from maskgit_pl.imaging import edit_sheet
 
     image = editing.image_pixels(args.image, channels=outline.channels)

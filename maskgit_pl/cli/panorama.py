@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from maskgit_pl.cli.decoding import add_decoding_arguments, check_seed_and_batch, read_decoding
+from maskgit_pl.cli.decoding import add_decoding_arguments, check_seed_and_batch, decoding_of
 from maskgit_pl.cli.editing import add_overlap_argument, check_overlap_flag
 from maskgit_pl.cli.flags import check_outputs, naming_flags
 from maskgit_pl.cli.model import add_classes_argument, add_model_argument, find_model, open_pipe
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     with naming_flags(args):
         check_canvas(height, args.width, factor=outline.token_size, least=outline.image_size)
     outline.check_parallel("panorama")
-    decoding = read_decoding(args, outline)
+    decoding = decoding_of(args, outline)
     from maskgit_pl.imaging import image_grid
 
     pipe = open_pipe(folder, args)

@@ -9,10 +9,10 @@ from typing import TypedDict
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.recipe_files import DEFAULT_DATASET
 
-__all__ = ["RunFolders", "add_run_arguments", "folders_of", "read_recipe"]
+__all__ = ["WantedFolders", "add_run_arguments", "folders_of", "recipe_of"]
 
 
-class RunFolders(TypedDict):
+class WantedFolders(TypedDict):
     """The folders that a command's words name, arguments of ``runs.fit`` and others."""
 
     run: Path
@@ -36,7 +36,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_recipe(args: argparse.Namespace) -> Recipe:
+def recipe_of(args: argparse.Namespace) -> Recipe:
     """Reads the recipe of a run safely: its files and flags, or those of an earlier run with ``--config``.
 
     Raises:
@@ -52,7 +52,7 @@ def read_recipe(args: argparse.Namespace) -> Recipe:
     return Recipe.from_run(args.stage, args.config, args.overrides)
 
 
-def folders_of(args: argparse.Namespace, recipe: Recipe) -> RunFolders:
+def folders_of(args: argparse.Namespace, recipe: Recipe) -> WantedFolders:
     """Returns the folders that the words name; the run's default name is the recipe's."""
     run = args.runs / (args.run_name or recipe.run_name)
-    return RunFolders(run=run, data=args.data, tokenizer=args.tokenizer, pretrained=args.pretrained)
+    return WantedFolders(run=run, data=args.data, tokenizer=args.tokenizer, pretrained=args.pretrained)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from maskgit_pl.cli.decoding import add_decoding_arguments, check_seed_and_batch, read_decoding
+from maskgit_pl.cli.decoding import add_decoding_arguments, check_seed_and_batch, decoding_of
 from maskgit_pl.cli.flags import check_at_least, check_outputs, flag_of, made_folder, naming_flags
 from maskgit_pl.cli.model import add_classes_argument, add_model_argument, find_model, open_pipe
 from maskgit_pl.cli.outputs import PICTURES, add_output_arguments, recorded_steps, wants_decoding, write_generated
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     max_shown = _MAX_CLASSES if bulk is None else len(outline.class_names)
     labels = outline.parse_classes(args.classes, max_shown=max_shown)
     negative = None if args.negative_class is None else outline.parse_class(args.negative_class)
-    decoding = read_decoding(args, outline, pushes_away=negative is not None)
+    decoding = decoding_of(args, outline, pushes_away=negative is not None)
     if bulk is None:
         _generate_picture(open_pipe(folder, args), labels, negative, decoding, args)
         return 0

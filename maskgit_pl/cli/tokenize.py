@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from maskgit_pl.cli.run_flags import add_run_arguments, folders_of, read_recipe
+from maskgit_pl.cli.run_flags import add_run_arguments, folders_of, recipe_of
 from maskgit_pl.progress import Bars, progress_bars
 from maskgit_pl.runs.tokenizing import OnRows, Place, TokenizeOptions, find_place, tokenize
 
@@ -43,7 +43,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Makes the token store of a run, with bars."""
-    recipe = read_recipe(args)
+    recipe = recipe_of(args)
     place = find_place(args.rank, args.num_ranks)
     options = TokenizeOptions(
         crops=args.crops,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from maskgit_pl.cli.flags import check_at_least, naming_flags
-from maskgit_pl.cli.measuring import add_run_arguments, measuring_flags, wanted_steps
+from maskgit_pl.cli.measuring import add_measured_run_arguments, measuring_flags, wanted_steps
 from maskgit_pl.flag_values import parse_specs
 from maskgit_pl.progress import progress_bars
 
@@ -27,7 +27,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "with fresh noise; write decoding.json beside the weights, which every command uses from then on, and a page "
         "and a figure. A command that was stopped goes on where it was.",
     )
-    add_run_arguments(parser)
+    add_measured_run_arguments(parser)
     parser.add_argument("--trials", type=int, default=40, metavar="N", help="trials at most (default: 40)")
     parser.add_argument("--seconds", type=float, metavar="S", help="no further trial after so many (default: no limit)")
     parser.add_argument(

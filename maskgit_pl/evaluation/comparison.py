@@ -32,7 +32,7 @@ from maskgit_pl.evaluation.pages import (
 )
 from maskgit_pl.evaluation.run_folders import (
     MeasuringOptions,
-    check_decoding,
+    check_spec,
     default_steps,
     even_count,
     find_run,
@@ -285,7 +285,7 @@ def _decodings(
     for number in steps:
         for label, selector in variants.items():
             decoding = replace(with_steps(base, number), token_selector=selector)
-            check_decoding(pipe, decoding)
+            check_spec(pipe, decoding)
             work.append((label, decoding))
     return work
 

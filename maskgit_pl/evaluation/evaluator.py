@@ -38,7 +38,7 @@ from maskgit_pl.evaluation.likelihood import (
     real_tokens,
 )
 from maskgit_pl.evaluation.metric_names import NETWORK_METRICS, metric_name
-from maskgit_pl.evaluation.reference import Origin, drawn_order
+from maskgit_pl.evaluation.reference import ReferenceOrigin, drawn_order
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.progress import Bars, no_bars
 from maskgit_pl.provenance import describe_environment, device_name
@@ -321,7 +321,7 @@ class Evaluator:
 
     def _on(self, model: EvaluatedModel | None) -> dict[str, Any]:
         if model is None:  # real images are decided by their size alone
-            of = {**_NO_MODEL, "config": short(Origin.of_split(self.data, "train").digest)}
+            of = {**_NO_MODEL, "config": short(ReferenceOrigin.of_split(self.data, "train").digest)}
         else:
             of = model.identity
         return {**of, "dataset": self.dataset, "data": short(self.data.summary.fingerprint), "split": "val"}

@@ -17,7 +17,7 @@ from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
 from maskgit_pl.evaluation.run_folders import (
     MeasuringOptions,
     RunFolders,
-    check_decoding,
+    check_spec,
     even_count,
     find_run,
     measured_model,
@@ -132,7 +132,7 @@ def _open(
     from maskgit_pl.evaluation.reference import own_real_batches
 
     pipe = open_model(folders, options.device)
-    check_decoding(pipe, pipe.decoding_with(num_steps=options.num_steps))
+    check_spec(pipe, pipe.decoding_with(num_steps=options.num_steps))
     data = open_data(folders, pipe, num_workers=options.num_workers)
     even_count(num_samples, data.num_classes, name="num_samples")
     lpips = None if options.lpips is None else load_lpips(options.lpips, device=pipe.device)

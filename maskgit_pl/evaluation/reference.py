@@ -28,8 +28,8 @@ from maskgit_pl.shards.manifest import Split, load_manifest
 from maskgit_pl.shards.reader import ShardReader
 
 __all__ = [
-    "Origin",
     "Reference",
+    "ReferenceOrigin",
     "Statistics",
     "drawn_order",
     "obtain_references",
@@ -72,7 +72,7 @@ class Statistics:
 
 
 @dataclass(frozen=True)
-class Origin:
+class ReferenceOrigin:
     """The images or statistics that a reference was made from.
 
     Args:
@@ -86,7 +86,7 @@ class Origin:
     file: str = ""
 
     @classmethod
-    def of_split(cls, data: ShardData, split: Split, *, num_images: int | None = None) -> Origin:
+    def of_split(cls, data: ShardData, split: Split, *, num_images: int | None = None) -> ReferenceOrigin:
         """Returns the origin of a split's first ``num_images`` images, or of all of them."""
         return cls(digest_of(_split_key(data, split, num_images)), split=split)
 
@@ -107,7 +107,7 @@ class Reference:
     pooled: Statistics
     spatial: Statistics | None
     features: ImageFeatures | None
-    origin: Origin | None = None
+    origin: ReferenceOrigin | None = None
 
     @classmethod
     def of(cls, features: ImageFeatures) -> Reference:
@@ -194,7 +194,7 @@ def obtain_references(
         batches = own_real_batches(data, split, num_images=num_images)
         return extract(missing, ((batch.content, batch.position) for batch in batches), on_images=on_images)
 
-    origin = Origin.of_split(data, split, num_images=num_images)
+    origin = ReferenceOrigin.of_split(data, split, num_images=num_images)
     return _obtain(folder, _split_key(data, split, num_images), extractors, features, origin)
 
 
@@ -222,7 +222,7 @@ def read_references(
         ValueError: if the file is missing, foreign or damaged, or does not hold what a network needs.
     """
     file = ArrayFile(path, thing="reference")
-    origin = Origin(sha256_of(file.path), file=file.path.name)
+    origin = ReferenceOrigin(sha256_of(file.path), file=file.path.name)
     statistics = _foreign_statistics(file)
     if "arr_0" not in file:
         if statistics is None:
@@ -262,7 +262,7 @@ def _obtain(
     key: Mapping[str, Any],
     extractors: Sequence[Extractor],
     features: Callable[[Sequence[Extractor]], dict[str, ImageFeatures]],
-    origin: Origin,
+    origin: ReferenceOrigin,
 ) -> dict[str, Reference]:
     """Returns what the folder holds, and the rest from one pass over the images, whose pixels ``key`` decides."""
     keys = {

@@ -25,7 +25,7 @@ __all__ = [
     "MeasuringOptions",
     "RunFolders",
     "check_data",
-    "check_decoding",
+    "check_spec",
     "default_steps",
     "even_count",
     "find_run",
@@ -206,7 +206,7 @@ def check_data(pipe: MaskGIT, data: ShardData) -> None:
         )
 
 
-def check_decoding(pipe: MaskGIT, decoding: DecodingConfig) -> None:
+def check_spec(pipe: MaskGIT, decoding: DecodingConfig) -> None:
     """Refuses, before time is spent, a way of decoding that the model cannot follow.
 
     Raises:

@@ -23,7 +23,7 @@ from maskgit_pl.evaluation.pages import command_line
 from maskgit_pl.evaluation.run_folders import (
     MeasuringOptions,
     RunFolders,
-    check_decoding,
+    check_spec,
     default_steps,
     even_count,
     find_run,
@@ -182,7 +182,7 @@ def _open(run: Path | str, data: Path | None, options: TuningOptions) -> tuple[R
         guided=pipe.transformer.network.config.null_label is not None,
     )
     for decoding in space.corners():
-        check_decoding(pipe, decoding)
+        check_spec(pipe, decoding)
     return folders, pipe, space
 
 

@@ -25,7 +25,7 @@ __all__ = [
     "SETTINGS",
     "STAGES",
     "VERSIONS",
-    "Origin",
+    "RunOrigin",
     "check_run",
     "check_run_facts",
     "describe_folder",
@@ -57,7 +57,7 @@ _NOT_FIGURES = ("protocol", "model", "environment")  # sections of evaluation.js
 
 
 @dataclass(frozen=True)
-class Origin:
+class RunOrigin:
     """The folder that a pipeline was read from, with what it says beyond weights, for the folder that it is saved to.
 
     Args:
@@ -71,7 +71,7 @@ class Origin:
     tuned: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, folder: Path, *, tuned: bool) -> Origin:
+    def of(cls, folder: Path, *, tuned: bool) -> RunOrigin:
         """Reads a folder; older folders have no ``config.json``.
 
         Args:

@@ -11,7 +11,7 @@ from typing import Any
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.networks import int8
 from maskgit_pl.pipeline.card import write_card
-from maskgit_pl.pipeline.description import Origin, check_run, fingerprints
+from maskgit_pl.pipeline.description import RunOrigin, check_run, fingerprints
 from maskgit_pl.pipeline.edit import Editor
 from maskgit_pl.pipeline.sharing import check_hub_id, find_folder, upload
 from maskgit_pl.pretrained import (
@@ -61,7 +61,7 @@ class MaskGIT(Editor):
     ) -> None:
         super().__init__(tokenizer, transformer, decoding=decoding)
         self._mask_schedule_spec = mask_schedule
-        self._origin = Origin()
+        self._origin = RunOrigin()
 
     @classmethod
     def from_pretrained(
@@ -98,7 +98,7 @@ class MaskGIT(Editor):
             decoding = read_decoding(folder)
         elif not isinstance(decoding, DecodingConfig):
             decoding = load_decoding(decoding)
-        origin = Origin.of(folder, tuned=own)
+        origin = RunOrigin.of(folder, tuned=own)
         tokenizer, transformer = load_tokenizer(folder / "tokenizer"), load_transformer(folder / "transformer")
         spec = read_config(folder / "transformer", "transformer")["mask_schedule"]
         pipe = cls(tokenizer, transformer, mask_schedule=spec, decoding=decoding)

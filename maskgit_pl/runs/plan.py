@@ -21,10 +21,10 @@ __all__ = [
     "Plan",
     "find_data",
     "find_pretrained",
-    "find_run",
     "find_tokenizer",
     "folder_of",
     "plan_run",
+    "run_folder",
 ]
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def plan_run(
 
     Args:
         recipe: Its values, and the stage.
-        run: See ``find_run``.
+        run: See ``run_folder``.
         data: See ``find_data``.
         tokenizer: See ``find_tokenizer``.
         pretrained: See ``find_pretrained``.
@@ -90,14 +90,14 @@ def plan_run(
         ValueError: if the name of the run is reserved, or several tokenizers could be meant.
         FileNotFoundError: if data, tokenizer or pretrained folder are not there.
     """
-    shards, folder = find_data(recipe, data), find_run(recipe, run)
+    shards, folder = find_data(recipe, data), run_folder(recipe, run)
     found = None
     if recipe.stage == "transformer":
         found = find_tokenizer(recipe, folder=folder, shards=shards, tokenizer=tokenizer, pretrained=pretrained)
     return Plan(recipe, shards, folder, found, find_pretrained(recipe.stage, pretrained))
 
 
-def find_run(recipe: Recipe, run: str | Path | None = None) -> Path:
+def run_folder(recipe: Recipe, run: str | Path | None = None) -> Path:
     """Finds the folder of a run, ``runs/RUN``, which need not exist.
 
     Args:

@@ -15,7 +15,7 @@ from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.pretrained import read_config
 from maskgit_pl.runs import host
 from maskgit_pl.runs.machines import Machines
-from maskgit_pl.runs.plan import Plan, find_data, find_pretrained, find_run, find_tokenizer
+from maskgit_pl.runs.plan import Plan, find_data, find_pretrained, find_tokenizer, run_folder
 from maskgit_pl.runs.preflight_build import build_to_examine
 from maskgit_pl.runs.preflight_costs import CostChecks
 from maskgit_pl.runs.preflight_report import Check, CheckList, Preflight, Shares, Verdict
@@ -62,7 +62,7 @@ def preflight(
     nodes, devices = machines.nodes or _nodes_of(recipe), machines.devices or _devices_of(recipe)
     _check_host(checks, nodes=nodes, devices=devices, port=machines.port)
     folders = {"data": data, "tokenizer": tokenizer, "pretrained": pretrained}
-    plan, summary = _check_inputs(checks, recipe, find_run(recipe, run), folders)
+    plan, summary = _check_inputs(checks, recipe, run_folder(recipe, run), folders)
     _check_strategy(checks, recipe, nodes=nodes, devices=devices)
     stage_run = build_to_examine(plan, checks, is_complete=checks.failed() <= _STARTABLE)
     if stage_run is None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from maskgit_pl.locks import locked
-from maskgit_pl.runs.plan import SHARED_TOKENS, find_data, find_run, find_tokenizer
+from maskgit_pl.runs.plan import SHARED_TOKENS, find_data, find_tokenizer, run_folder
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.shards.parallel import available_cores
 
@@ -114,7 +114,7 @@ def tokenize(
         log.info("data.source %s: stage 2 reads no tokens; nothing to do", source)
         return None
     place = find_place() if place is None else place
-    shards, folder = find_data(recipe, data), find_run(recipe, run)
+    shards, folder = find_data(recipe, data), run_folder(recipe, run)
     found = find_tokenizer(recipe, folder=folder, shards=shards, tokenizer=tokenizer, pretrained=pretrained)
     from maskgit_pl.pretrained import load_tokenizer  # torch takes seconds to import
 

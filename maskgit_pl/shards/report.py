@@ -21,8 +21,8 @@ __all__ = [
     "count_shards",
     "describe_bad_files",
     "describe_data",
-    "describe_store",
     "describe_verified",
+    "describe_verified_store",
     "index_lines",
     "statistics_lines",
     "unreadable_lines",
@@ -101,7 +101,7 @@ def describe_verified(folder: Path, found: Verified, *, decoded: bool) -> str:
     return f"{folder}: {amount}: {what} are as indexed"
 
 
-def describe_store(folder: Path, found: VerifiedStore) -> str:
+def describe_verified_store(folder: Path, found: VerifiedStore) -> str:
     """Returns a line on a token store that is as its description says."""
     size = f"{folder}: {found.rows} rows, {size_text(found.bytes)}"
     if found.has_hashes:

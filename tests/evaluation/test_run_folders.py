@@ -4,7 +4,7 @@ import pytest
 
 from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.evaluation.run_folders import check_data, check_decoding, default_steps, even_count, find_run
+from maskgit_pl.evaluation.run_folders import check_data, check_spec, default_steps, even_count, find_run
 from maskgit_pl.pipeline import MaskGIT
 from tests.conftest import save_tiny_pretrained
 
@@ -45,14 +45,14 @@ def test_a_decoding_that_cannot_be_is_refused_before_any_work(
     pipe: MaskGIT, decoding: DecodingConfig, match: str
 ) -> None:
     with pytest.raises(ValueError, match=match):
-        check_decoding(pipe, decoding)
+        check_spec(pipe, decoding)
 
 
 def test_guidance_of_a_model_without_a_null_class_is_refused_before_any_work(tmp_path: Path) -> None:
     pipe = MaskGIT.from_pretrained(save_tiny_pretrained(tmp_path, class_dropout=0.0))
-    check_decoding(pipe, pipe.decoding)
+    check_spec(pipe, pipe.decoding)
     with pytest.raises(ValueError, match="no null class"):
-        check_decoding(pipe, DecodingConfig(4, guidance={"name": "constant", "scale": 1.0}))
+        check_spec(pipe, DecodingConfig(4, guidance={"name": "constant", "scale": 1.0}))
 
 
 def test_all_classes_have_as_many_images_at_least_two() -> None:

@@ -22,7 +22,7 @@ from maskgit_pl.networks.discriminator import DiscriminatorConfig
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.pretrained import fingerprint, load_tokenizer
-from maskgit_pl.token_model import check_fit
+from maskgit_pl.token_model import check_tokenizer
 from maskgit_pl.tokenizer_config import AdversarialConfig
 from maskgit_pl.training.optimizers import LearningRate
 from tests.modules import masked_model, tokenizer_model
@@ -577,9 +577,9 @@ def test_training_goes_on_from_an_imported_tokenizer(layout, memory_format, tmp_
 def test_stage_2_trains_on_an_imported_tokenizer(layout, tiny_shards, tmp_path):
     folder = import_taming(save(reference(layout), tmp_path / "a.pt"), tmp_path / "out", image_size=8).folder
     config = TransformerConfig(32, 3, (4, 4), 16, 1, 2, 32)
-    check_fit(config, load_tokenizer(folder))
+    check_tokenizer(config, load_tokenizer(folder))
     with pytest.raises(ValueError, match="num_codes"):
-        check_fit(replace(config, num_codes=16), load_tokenizer(folder))
+        check_tokenizer(replace(config, num_codes=16), load_tokenizer(folder))
     module = masked_model(config, folder, decoding=DecodingConfig(num_steps=4))
     sizes = {"image_size": 8, "global_batch": 8, "max_batch_per_device": 8, "validation_batch": 8}
     trainer = trainer_of_two_steps(use_distributed_sampler=False)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from maskgit_pl.runs.plan import find_data, find_pretrained, find_run, find_tokenizer, plan_run
+from maskgit_pl.runs.plan import find_data, find_pretrained, find_tokenizer, plan_run, run_folder
 from maskgit_pl.runs.recipe import Recipe
 
 CONFIG = "data: {{path: {data}, source: {source}, stream: {{urls: [a], classes: 3}}}}\nmodel: {{}}\ntrainer: {{}}\n"
@@ -42,7 +42,7 @@ def test_a_stream_needs_no_folder_unless_it_is_named(tmp_path):
 
 def test_a_repeated_run_must_have_a_name(tmp_path):
     with pytest.raises(ValueError, match="must have a name of its own"):
-        find_run(repeated(tmp_path, data="a", source="images"))
+        run_folder(repeated(tmp_path, data="a", source="images"))
 
 
 def test_the_tokenizer_is_the_named_one_else_the_runs_else_that_of_the_weights(tiny_pretrained, tmp_path, recipe):
