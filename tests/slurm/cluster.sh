@@ -72,7 +72,7 @@ write_configuration() {
 		SlurmdPidFile=$folder/run/%n.pid
 		SlurmctldLogFile=$folder/log/slurmctld.log
 		SlurmdLogFile=$folder/log/%n.log
-		KillWait=5
+		KillWait=30
 		MinJobAge=3600
 		InactiveLimit=0
 		SlurmctldTimeout=30
