@@ -1,4 +1,4 @@
-"""What ``from maskgit_pl import MaskGIT`` costs beside ``import torch``: CPU seconds, and the modules that it loads.
+"""Compares ``from maskgit_pl import MaskGIT`` with ``import torch``: CPU seconds, and the modules that are loaded.
 
     python benchmarks/import_time.py --repeats 9
 

@@ -10,8 +10,9 @@ Source: paper, section on iterative decoding; google-research/maskgit, ``paralle
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from maskgit_pl.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from maskgit_pl.decoding.classes import decode_classes
@@ -86,11 +87,6 @@ _NAMES = {
     "sampling": ("CodeSampling",),
     "sequential": ("ClassNextPredictor", "NextPredictor", "SequentialDecoder", "decode_in_order"),
 }
-_HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
-
-def __getattr__(name: str) -> Any:
-    """Imports a name when it is first used: ``DecodingConfig`` needs no torch, and the command line checks with it."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+# ``DecodingConfig`` needs no torch, and the command line checks with it.
+__getattr__ = lazy_names(__name__, {name: module for module, names in _NAMES.items() for name in names})

@@ -6,8 +6,9 @@ are imported when they are first used: importing this package imports neither to
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from maskgit_pl.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from maskgit_pl.evaluation.classifier_config import CASConfig, ClassifierConfig
@@ -34,24 +35,21 @@ __all__ = [
     "tune",
 ]
 
-_HOMES = {
-    "CASConfig": "classifier_config",
-    "ClassifierConfig": "classifier_config",
-    "ComparisonOptions": "comparison",
-    "EvaluatedModel": "evaluator",
-    "EvaluationOptions": "model_evaluation",
-    "Evaluator": "evaluator",
-    "Ledger": "ledger",
-    "TuningOptions": "tuning",
-    "compare": "comparison",
-    "evaluate": "model_evaluation",
-    "plan_trials": "tuning",
-    "train_classifier": "data_classifier",
-    "tune": "tuning",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "CASConfig": "classifier_config",
+        "ClassifierConfig": "classifier_config",
+        "ComparisonOptions": "comparison",
+        "EvaluatedModel": "evaluator",
+        "EvaluationOptions": "model_evaluation",
+        "Evaluator": "evaluator",
+        "Ledger": "ledger",
+        "TuningOptions": "tuning",
+        "compare": "comparison",
+        "evaluate": "model_evaluation",
+        "plan_trials": "tuning",
+        "train_classifier": "data_classifier",
+        "tune": "tuning",
+    },
+)

@@ -6,8 +6,9 @@ first used: what the command line checks before needs no torch.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from maskgit_pl.lazy_names import lazy_names
 from maskgit_pl.pipeline.classes import Classes
 from maskgit_pl.pipeline.options import EditOptions, GenerateOptions, OutputType, Seeds
 
@@ -16,10 +17,4 @@ if TYPE_CHECKING:
 
 __all__ = ["Classes", "EditOptions", "GenerateOptions", "MaskGIT", "OutputType", "Seeds"]
 
-
-def __getattr__(name: str) -> Any:
-    if name != "MaskGIT":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from maskgit_pl.pipeline.model import MaskGIT
-
-    return MaskGIT
+__getattr__ = lazy_names(__name__, {"MaskGIT": "model"})

@@ -14,8 +14,9 @@ The names are imported when they are first used; torch and Lightning when someth
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from maskgit_pl.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from maskgit_pl.runs.exporting import export
@@ -50,28 +51,24 @@ __all__ = [
     "train_schedules",
 ]
 
-# No module has the name of something here: importing it would put it in that thing's place.
-_HOMES = {
-    "FitResult": "stage",
-    "JobOptions": "job_options",
-    "Machines": "machines",
-    "Plan": "plan",
-    "Preflight": "preflight_report",
-    "Recipe": "recipe",
-    "Submission": "slurm",
-    "TokenizeOptions": "tokenizing",
-    "export": "exporting",
-    "fit": "fitting",
-    "plan_run": "plan",
-    "plan_submission": "slurm",
-    "preflight": "preflight_checks",
-    "submit": "slurm",
-    "tokenize": "tokenizing",
-    "train_schedules": "schedule_runs",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "FitResult": "stage",
+        "JobOptions": "job_options",
+        "Machines": "machines",
+        "Plan": "plan",
+        "Preflight": "preflight_report",
+        "Recipe": "recipe",
+        "Submission": "slurm",
+        "TokenizeOptions": "tokenizing",
+        "export": "exporting",
+        "fit": "fitting",
+        "plan_run": "plan",
+        "plan_submission": "slurm",
+        "preflight": "preflight_checks",
+        "submit": "slurm",
+        "tokenize": "tokenizing",
+        "train_schedules": "schedule_runs",
+    },
+)

@@ -18,17 +18,6 @@ def test_a_name_is_there_and_is_documented(name):
     assert getattr(runs, name).__name__ == name
 
 
-def test_no_module_has_the_name_of_a_public_thing():
-    """Importing it would put it in that thing's place."""
-    modules = {path.stem for path in Path(runs.__file__).parent.glob("*.py")}
-    assert modules.isdisjoint(runs._HOMES)
-
-
-def test_an_unknown_name_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="has no attribute 'fitt'"):
-        runs.fitt  # noqa: B018  # the access is what is tried
-
-
 def test_the_readme_calls_what_there_is(monkeypatch):
     calls, signature = [], inspect.signature(runs.fit)
     monkeypatch.setattr(runs, "fit", lambda *args, **named: calls.append(signature.bind(*args, **named)), raising=False)

@@ -12,8 +12,9 @@ What the ledger lacks is measured. The names are imported when they are first us
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from maskgit_pl.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from maskgit_pl.evaluation.reports.api import figure_4, figure_8, table_1, table_2, table_3
@@ -21,19 +22,15 @@ if TYPE_CHECKING:
 
 __all__ = ["ReportOptions", "TimingOptions", "figure_4", "figure_8", "table_1", "table_2", "table_3"]
 
-# No module has the name of something here: importing it would put it in that thing's place.
-_HOMES = {
-    "ReportOptions": "options",
-    "TimingOptions": "options",
-    "figure_4": "api",
-    "figure_8": "api",
-    "table_1": "api",
-    "table_2": "api",
-    "table_3": "api",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "ReportOptions": "options",
+        "TimingOptions": "options",
+        "figure_4": "api",
+        "figure_8": "api",
+        "table_1": "api",
+        "table_2": "api",
+        "table_3": "api",
+    },
+)
