@@ -98,6 +98,8 @@ class _Run:
     global_step: int = 1
     max_steps: int = 1_000_000
     log_every_n_steps: int = 1_000_001
+    accumulate_grad_batches: int = 1
+    world_size: int = 1
 
 
 class Ours:

@@ -122,6 +122,8 @@ class _Run:
     max_steps: int
     global_step: int = 0
     log_every_n_steps: int = 1_000_001
+    accumulate_grad_batches: int = 1
+    world_size: int = 1
 
 
 class BareLoop:

@@ -83,6 +83,8 @@ class MaskedTokenModel(TokenModel):
         self.decoder = config.decoding.decoder(self.mask_schedule)
 
     def _mask(self, batch: Batch) -> Tensor:
+        if self.training:
+            self._check_batch(len(batch.labels))
         return self.mask_sampler.mask(
             self.config.network.num_tokens,
             index=batch.index,
@@ -90,6 +92,19 @@ class MaskedTokenModel(TokenModel):
             position=batch.position,
             global_batch=self.config.global_batch,
         )
+
+    def _check_batch(self, rows: int) -> None:
+        """Checks that the batches are those of ``config.global_batch``; others would have ratios that miss strata.
+
+        Raises:
+            ValueError: if they are not.
+        """
+        ranks, accumulated = self.trainer.world_size, self.trainer.accumulate_grad_batches
+        if rows * ranks * accumulated != self.config.global_batch:
+            raise ValueError(
+                f"global_batch must be the samples of a step of the data, got {self.config.global_batch} and {rows} "
+                f"samples x {ranks} ranks x {accumulated} accumulated; give MaskedTokenConfig the data's global batch"
+            )
 
     def _visible(self, tokens: Tensor, mask: Tensor) -> Tensor:
         return tokens.masked_fill(mask, self.config.network.mask_token_id)

@@ -295,3 +295,10 @@ def test_samples_depend_on_the_seed_alone(tiny_pretrained):
 def test_a_tokenizer_that_does_not_fit_is_named(tiny_pretrained, key, config):
     with pytest.raises(ValueError, match=f"model.network.{key}"):
         check_tokenizer(config, load_tokenizer(tiny_pretrained / "tokenizer"))
+
+
+def test_a_global_batch_that_is_not_the_datas_is_refused_at_the_first_step(tiny_shards, tiny_pretrained, tmp_path):
+    network = TransformerConfig(16, 3, (4, 4), width=16, depth=1, num_heads=2, mlp_width=32)
+    module = masked_model(network, tiny_pretrained / "tokenizer", global_batch=16)
+    with pytest.raises(ValueError, match=r"got 16 and 8 samples x 1 ranks x 1 accumulated; give MaskedTokenConfig"):
+        fit(module, data(tiny_shards), steps=1, folder=tmp_path)
