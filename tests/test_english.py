@@ -80,7 +80,7 @@ def test_the_check_finds_a_phrase_that_is_wrapped():
     "source",
     [
         '"""Mask schedules."""\n\n\nclass A:\n    """A schedule."""\n\n    def f(self, a):\n'
-        '        """Returns codes.\n\n        Args:\n            a: (B, N) int64.\n            b: None or one.\n        """',
+        '        """Returns codes.\n\n        Args:\n            a: (B, N) int64.\n            b: One.\n        """',
         "x = 'as of'  # a standalone tool; 8 tokens per step",
     ],
 )
