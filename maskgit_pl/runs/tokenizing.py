@@ -154,7 +154,7 @@ def _describe(options: TokenizeOptions, folder: Path, shards: Path, tokenizer: P
         return describe_store(
             shards,
             grid=tokenizer.grid,
-            num_codes=tokenizer.network.config.num_codes,
+            codebook_size=tokenizer.network.config.codebook_size,
             tokenizer=tokenizer.fingerprint,
             image_size=tokenizer.image_size,
             **views,

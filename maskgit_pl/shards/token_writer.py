@@ -96,7 +96,7 @@ class StoreParts:
 
         Args:
             part: One of ``parts()``.
-            tokens: (stop - start, mirrors, N) integers in [0, num_codes).
+            tokens: (stop - start, mirrors, N) integers in [0, codebook_size).
             labels: (stop - start,) int64 in [0, num_classes).
 
         Raises:
@@ -186,7 +186,7 @@ class StoreParts:
         return tokens, labels
 
     def _check_ranges(self, tokens: npt.NDArray[Any], labels: npt.NDArray[Any]) -> None:
-        ranges = (("tokens", tokens, self.description.num_codes), ("labels", labels, len(self.description.classes)))
+        ranges = (("tokens", tokens, self.description.codebook_size), ("labels", labels, len(self.description.classes)))
         for name, values, limit in ranges:
             if outside_range(values, limit).any():
                 raise ValueError(f"{name} must be in [0, {limit}), got {values.min()} to {values.max()}")

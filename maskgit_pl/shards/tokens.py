@@ -27,6 +27,7 @@ import numpy.typing as npt
 from maskgit_pl.checks import build_dataclass, check_choice, check_integer, check_keys, check_sha256, shorten
 from maskgit_pl.errors import DataChangedError
 from maskgit_pl.files import read_json, sha256_of
+from maskgit_pl.old_names import rename_config
 from maskgit_pl.shards.manifest import Split
 from maskgit_pl.shards.mapped_array import is_whole, map_array
 
@@ -61,7 +62,7 @@ class StoreDescription:
 
     Args:
         grid: Height and width of the token grid.
-        num_codes: Codebook size K; tokens lie in [0, K).
+        codebook_size: Codebook size K; tokens lie in [0, K).
         image_size: Side of the images that were tokenised.
         tokenizer: Fingerprint of the tokenizer's weights.
         data: Fingerprint of the data folder.
@@ -78,7 +79,7 @@ class StoreDescription:
     """
 
     grid: tuple[int, int]
-    num_codes: int
+    codebook_size: int
     image_size: int
     tokenizer: str
     data: str
@@ -92,7 +93,7 @@ class StoreDescription:
     def __post_init__(self) -> None:
         for side in self.grid:
             check_integer("grid", side, "[1, 4096]")
-        check_integer("num_codes", self.num_codes, "[1, 4294967296]")
+        check_integer("codebook_size", self.codebook_size, "[1, 4294967296]")
         check_integer("image_size", self.image_size, "[1, 65536]")
         check_integer("crops", self.crops, "[1, 65536]")
         check_choice("precision", self.precision, ("float32", "bfloat16"))
@@ -115,7 +116,7 @@ class StoreDescription:
     @property
     def dtype(self) -> np.dtype[Any]:
         """The smallest of uint16 and uint32 that holds every code."""
-        return np.dtype(np.uint16 if self.num_codes <= 2**16 else np.uint32)
+        return np.dtype(np.uint16 if self.codebook_size <= 2**16 else np.uint32)
 
     def crops_of(self, split: Split) -> int:
         """Crops of each image of a split; validation has the central one alone."""
@@ -159,7 +160,7 @@ class TokenReader:
             views: Which view of each sample, in [0, self.views): one number or (B,) int64; 0 is the image itself.
 
         Returns:
-            Tokens (B, N) int64 in [0, num_codes), labels (B,) int64 in [0, num_classes).
+            Tokens (B, N) int64 in [0, codebook_size), labels (B,) int64 in [0, num_classes).
 
         Raises:
             DataChangedError: if an array was cut or changed after it was opened.
@@ -169,8 +170,10 @@ class TokenReader:
             raise self._data_changed_error("a file was cut")
         # take() gathers whole rows, 1.3 times as fast as indexing; to int64 while the rows are in the cache
         codes, classes = tokens.take(indices * self.views + views, axis=0), labels[indices]
-        if codes.max(initial=0) >= self.description.num_codes:
-            raise self._data_changed_error(f"tokens must be in [0, {self.description.num_codes}), got {codes.max()}")
+        if codes.max(initial=0) >= self.description.codebook_size:
+            raise self._data_changed_error(
+                f"tokens must be in [0, {self.description.codebook_size}), got {codes.max()}"
+            )
         if classes.view(np.uint64).max(initial=0) >= len(self.description.classes):  # one pass; -1 is 2^64 - 1
             outside = int(classes[outside_range(classes, len(self.description.classes))][0])
             raise self._data_changed_error(f"labels must be in [0, {len(self.description.classes)}), got {outside}")
@@ -202,7 +205,7 @@ class TokenReader:
             FileNotFoundError: if one is missing.
             ValueError: if one cannot be read, or does not fit the description.
         """
-        limits = (self.description.num_codes, len(self.description.classes))
+        limits = (self.description.codebook_size, len(self.description.classes))
         for path, array, limit in zip(array_paths(self.folder, self.split), self.arrays(), limits, strict=True):
             outside = _first_outside(array, limit)
             if outside is not None:
@@ -265,7 +268,7 @@ def read_description(folder: str | Path) -> StoreDescription:
     if not path.exists():
         raise FileNotFoundError(f"token store {folder}: none there, or not finished; {REMAKE_HINT}")
     try:
-        content = read_json(path, max_bytes=_MAX_DESCRIPTION_BYTES)
+        content = rename_config(read_json(path, max_bytes=_MAX_DESCRIPTION_BYTES), str(path))
         version = content.pop("format", None)
         if version not in _FORMATS:
             raise ValueError(f"{path}: format must be one of {_FORMATS}, got {shorten(version)}")

@@ -15,25 +15,38 @@ from pathlib import Path
 
 import torch
 import without_jsonargparse
+from safetensors.torch import save_file
+
 from maskgit_pl.cli import main
-from maskgit_pl.networks.causal import build_transformer
-from maskgit_pl.networks.transformer import TransformerConfig
-from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pretrained import load_transformer
 from maskgit_pl.shards.images import encode_png
 from maskgit_pl.shards.index import find_shards, index_shards
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO
-from safetensors.torch import save_file
 
 HERE = Path(__file__).parent
 RECIPE = """\
 # Laid over base.yaml of version 0.1.0, with its names.
-data: {image_size: 8, in_channels: 1, global_batch: 4, max_batch_per_device: 2, validation_batch: 8, validation_samples: 8, num_workers: 0}
+data:
+  image_size: 8
+  in_channels: 1
+  global_batch: 4
+  max_batch_per_device: 2
+  validation_batch: 8
+  validation_samples: 8
+  num_workers: 0
 """
 TOKENIZER = """\
 model:
-  network: {channels: 4, multipliers: [1, 2], blocks_per_level: 1, middle_blocks: 1, groups: 2, num_codes: 16, code_width: 4, patch_size: 1}
+  network:
+    channels: 4
+    multipliers: [1, 2]
+    blocks_per_level: 1
+    middle_blocks: 1
+    groups: 2
+    num_codes: 16
+    code_width: 4
+    patch_size: 1
   learning_rate: {peak: 2.0e-3, warmup_steps: 1, decay: cosine}
   betas: [0.8, 0.95]
   adversarial: {discriminator: {channel_multiplier: 0.015625}, start_step: 0, r1_cost: 5.0, r1_every: 2}
@@ -102,7 +115,8 @@ def make(v010: Path) -> None:
     (Path("recipes/transformer") / "old.yaml").write_text(RECIPE + TRANSFORMER + TRAINER)
     Path("expected").mkdir()
     train("tokenizer")
-    train("transformer", "--data.source=images")
+    assert main(["tokenize", "--data=shards", "--run=old"]) == 0
+    train("transformer")
     shutil.move("runs/old/pretrained", "pretrained")
     make_expected()
     for stage in ("tokenizer", "transformer"):

@@ -112,7 +112,7 @@ def _plain(value: Any) -> Any:
 def _filled(kind: type, tree: dict[str, Any]) -> dict[str, Any]:
     filled = {}
     for name, (hint, default) in _parameters(kind).items():
-        value = tree[name] if name in tree else default
+        value = tree.get(name, default)
         inner = _dataclass_in(hint)
         if isinstance(value, dict) and inner is not None:
             value = _filled(inner, value)
