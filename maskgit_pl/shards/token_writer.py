@@ -11,7 +11,6 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -29,6 +28,7 @@ from maskgit_pl.shards.tokens import (
     array_paths,
     is_complete,
     outside_range,
+    plain_description,
     read_description,
 )
 
@@ -211,6 +211,5 @@ def _write_header(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any])
 
 
 def _to_json(description: StoreDescription, *, version: int = FORMAT) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(json.dumps({"format": version, **asdict(description)}))
-    del content["sha256"]
+    content: dict[str, Any] = json.loads(json.dumps({"format": version, **plain_description(description)}))
     return content

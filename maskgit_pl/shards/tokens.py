@@ -17,7 +17,7 @@ Used by ``maskgit tokenize`` and ``data/``.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -44,6 +44,7 @@ __all__ = [
     "is_store",
     "open_store",
     "outside_range",
+    "plain_description",
     "read_description",
 ]
 
@@ -307,6 +308,13 @@ def open_store(folder: str | Path, **origin: object) -> dict[Split, TokenReader]
                 f"{REMAKE_HINT}"
             )
     return readers
+
+
+def plain_description(description: StoreDescription) -> dict[str, Any]:
+    """Returns a description in plain values, with the keys of ``store.json`` and without its hashes."""
+    fields = {name: value for name, value in asdict(description).items() if name != "sha256"}
+    # Both formats call the codebook size num_codes: names of stores and of their parts are hashes of these keys.
+    return {"num_codes" if name == "codebook_size" else name: value for name, value in fields.items()}
 
 
 def is_complete(folder: str | Path, description: StoreDescription) -> bool:
