@@ -258,6 +258,7 @@ def compare(
     pipe = open_model(folders, options.device)
     # the quick ones first: what was measured when a person looks is of use
     steps = sorted(num_steps or default_steps(outline.num_tokens, _STEPS))
+    assert pipe.decoding.token_selector is not None  # the model is not autoregressive
     work = _decodings(pipe, selector_variants(selectors, pipe.decoding.token_selector), steps, options.guidance)
     images = open_data(folders, pipe, num_workers=options.num_workers)
     count = even_count(num_images, images.num_classes)

@@ -73,7 +73,7 @@ class EvaluatedModel:
     @property
     def kind(self) -> str:
         """The kind of model, as tables call it."""
-        return "MaskGIT" if self.pipe.transformer.mask_schedule is not None else "sequential"
+        return "MaskGIT" if self.pipe.transformer.mask_schedule is not None else "autoregressive"
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -206,7 +206,7 @@ class Evaluator:
         return torch.cat([part.content for part in parts]), torch.cat([part.labels for part in parts])
 
     def likelihood(self, model: EvaluatedModel, *, num_images: int, draws: int, seed: int = 0) -> Row:
-        """Measures masked negative log-likelihood and the order-agnostic bound; of a sequential model the exact one."""
+        """Measures masked NLL and the order-agnostic bound, or the exact likelihood of an autoregressive model."""
         count = min(num_images, self.data.summary.samples["val"])
         keys = {**self._on(model), "num_images": count, "seed": seed, "draws": draws}
         row = self.ledger.find("likelihood", keys)

@@ -35,7 +35,7 @@ class Generated:
         labels: (n,) int64: the classes asked for, class by class.
         seconds_per_image: Wall clock of one rank, tokens and pixels; None where the images were there already.
         steps_taken: Steps in which an image still had masked tokens, the mean over this rank's images: T unless the
-            token selector may end early. None where the images were there already, or the model is sequential.
+            token selector may end early. None where the images were there already, or the model is autoregressive.
     """
 
     file: SampleFile

@@ -22,6 +22,7 @@ from typing import IO, Any, TypeAlias
 
 from maskgit_pl.checks import check_integer, check_keys, check_number, shorten
 from maskgit_pl.files import parse_json, size_text
+from maskgit_pl.old_names import rename_measurement
 
 __all__ = ["FILE_NAME", "KEYS", "REAL", "Ledger", "Row", "as_csv", "number", "present"]
 
@@ -128,7 +129,7 @@ class Ledger:
                     _log.info("%s was cut off and is measured again", where)
                     return
                 try:
-                    row = parse_json(line, where)
+                    row = rename_measurement(parse_json(line, where))
                     _check_row(where, row)
                 except ValueError as error:
                     raise ValueError(f"{error}; remove the line, or move the file away") from error

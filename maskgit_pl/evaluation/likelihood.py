@@ -29,7 +29,7 @@ from maskgit_pl.schedules import MaskSchedule
 __all__ = ["Estimate", "ImageLikelihood", "MaskDraws", "exact_nll", "masked_nll", "negative_elbo", "real_tokens"]
 
 MaskedPredictor: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
-CausalPredictor: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+AutoregressiveNetwork: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 OnImages: TypeAlias = Callable[[int], object]
 _WORDS = 2**32
 
@@ -189,7 +189,7 @@ def negative_elbo(
 
 
 def exact_nll(
-    network: CausalPredictor,
+    network: AutoregressiveNetwork,
     tokens: Tensor,
     labels: Tensor,
     *,

@@ -34,7 +34,8 @@ _OTHERS = ("#c58b3a", "#6d9a5c", "#a0709f", "#5aa0a3", "#b3605b", "#8a8a8a", "#9
 def following(result: SearchResult) -> Trial | None:
     """Returns the best trial that follows a mask schedule; None where none does."""
     for trial in (result.winner, *ranked(result.trials, result.metric)):
-        if token_selectors.build(trial.decoding.token_selector).follows_schedule:
+        selector = trial.decoding.token_selector
+        if selector is not None and token_selectors.build(selector).follows_schedule:
             return trial
     return None
 

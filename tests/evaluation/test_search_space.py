@@ -19,7 +19,7 @@ def test_every_trial_can_be_decoded_and_all_parts_are_searched() -> None:
     made = [SPACE.trial(number, seed=0) for number in range(1, 200)]
     for decoding in made:
         assert decoding is not None
-        decoding.decoder(mask_schedules.build("cosine")).plan([49], 49)
+        decoding.build_decoder(mask_schedules.build("cosine")).plan([49], 49)
         decoding.scales()
         assert decoding.tokens_per_step is None
     selectors = {

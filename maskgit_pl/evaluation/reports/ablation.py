@@ -54,11 +54,13 @@ def schedule_of(model: EvaluatedModel) -> str:
     """Returns the registered name of a model's mask schedule, or its spec in words where it has arguments.
 
     Raises:
-        ValueError: if the model is sequential.
+        ValueError: if the model is autoregressive.
     """
     spec: Any = read_config(model.pretrained / "transformer", "transformer")["mask_schedule"]
     if spec is None:
-        raise ValueError(f"run {model.run}: a model with a mask schedule is needed, got a sequential one; leave it out")
+        raise ValueError(
+            f"run {model.run}: a model with a mask schedule is needed, got an autoregressive one; leave it out"
+        )
     return describe(spec)
 
 
@@ -117,7 +119,7 @@ def ablate(
         A result for each model, in the order of the paper's table.
 
     Raises:
-        ValueError: if no T is left, two models are of one schedule, or one is sequential.
+        ValueError: if no T is left, two models are of one schedule, or one is autoregressive.
     """
     names = [schedule_of(model) for model in models]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -142,5 +144,5 @@ def _ablate_one(
     fresh = evaluator.samples(model, decoding_at(model, best), num_images=num_images, seed=seed + num_images)
     likelihood = evaluator.likelihood(model, num_images=2 * num_images, draws=_DRAWS)
     schedule = model.pipe.transformer.mask_schedule
-    assert schedule is not None  # schedule_of has refused a sequential model
+    assert schedule is not None  # schedule_of has refused an autoregressive model
     return ScheduleResult(name, model.run, best, curve, fresh, likelihood, schedule)

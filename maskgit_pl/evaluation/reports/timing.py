@@ -20,16 +20,16 @@ import torch
 
 from maskgit_pl.checks import build_dataclass
 from maskgit_pl.decoding import (
+    AutoregressiveDecoder,
     ConditionalModel,
     DecodingConfig,
     DecodingStep,
-    SequentialDecoder,
+    decode_autoregressive,
     decode_classes,
-    decode_in_order,
 )
 from maskgit_pl.evaluation.ledger import Ledger
 from maskgit_pl.evaluation.reports.options import NUM_TOKENS
-from maskgit_pl.networks.causal import CausalTransformer
+from maskgit_pl.networks.autoregressive import AutoregressiveTransformer
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.pretrained import read_config
 from maskgit_pl.provenance import describe_environment, device_name
@@ -37,7 +37,7 @@ from maskgit_pl.schedules import mask_schedules
 
 __all__ = ["METHODS", "SIZES", "Method", "Timing", "measure_timings", "sizes_of", "timing_of"]
 
-Method = Literal["MaskGIT", "sequential, KV cache", "sequential, no cache"]
+Method = Literal["MaskGIT", "autoregressive, KV cache", "autoregressive, no cache"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
 SIZES = TransformerConfig(1024, 1000, (16, 16), width=256, depth=8, num_heads=8, mlp_width=1024)
@@ -210,26 +210,27 @@ def _decoders(
     config = replace(sizes, grid=(side, side), attention="bidirectional")
     with torch.random.fork_rng(devices=[]), device:
         masked = MaskedTransformer(config).eval().requires_grad_(requires_grad=False)
-        causal = CausalTransformer(replace(config, attention="causal")).eval().requires_grad_(requires_grad=False)
+        causal = AutoregressiveTransformer(replace(config, attention="causal"))
+        causal.eval().requires_grad_(requires_grad=False)
     causal.load_state_dict(masked.state_dict())
-    in_order = partial(
-        decode_in_order,
+    autoregressive = partial(
+        decode_autoregressive,
         ConditionalModel.of(causal, device),
         [0],
         [0],
-        decoder=SequentialDecoder(num_tokens),
+        decoder=AutoregressiveDecoder(num_tokens),
         scales=[0.0] * num_tokens,
     )
-    in_parallel = partial(
+    parallel = partial(
         decode_classes,
         ConditionalModel.of(masked, device),
         [0],
         [0],
-        decoder=DecodingConfig(steps).decoder(mask_schedules.build("cosine")),
+        decoder=DecodingConfig(steps).build_decoder(mask_schedules.build("cosine")),
         scales=[0.0] * steps,
     )
     return {
-        "MaskGIT": in_parallel,
-        "sequential, KV cache": in_order,
-        "sequential, no cache": partial(in_order, cache=False),
+        "MaskGIT": parallel,
+        "autoregressive, KV cache": autoregressive,
+        "autoregressive, no cache": partial(autoregressive, cache=False),
     }

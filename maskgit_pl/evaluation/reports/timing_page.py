@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["measure_figure_4", "timing_figure", "timing_page"]
 
-_COLOURS = {"MaskGIT": "#0d7d6c", "sequential, KV cache": "#d98b1f", "sequential, no cache": "#c0392b"}
+_COLOURS = {"MaskGIT": "#0d7d6c", "autoregressive, KV cache": "#d98b1f", "autoregressive, no cache": "#c0392b"}
 _TICKS = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000]
 _INK = "#444444"
 _EXPLANATIONS = {  # by the kind of the device
@@ -158,7 +158,7 @@ def timing_page(timings: Sequence[Timing], *, command: str, folder: Path = Path(
     first, lines = timings[0], _by_method(timings)
     counts = sorted({timing.num_tokens for timing in timings})
     text = [
-        *heading("Figure 4: sequential decoding against MaskGIT", command),
+        *heading("Figure 4: autoregressive decoding against MaskGIT", command),
         "![time of an image against its number of tokens](figure-4.png)",
         "",
         *paragraph(
@@ -180,7 +180,7 @@ def timing_page(timings: Sequence[Timing], *, command: str, folder: Path = Path(
     text += markdown_table(headings, rows, left=0)
     largest = [_factor(lines[method][counts[-1]], lines) for method in METHODS[1:]]
     said = paragraph(
-        f"At N = {counts[-1]} a sequential image takes {largest[0]} times as long as MaskGIT's with a cache and",
+        f"At N = {counts[-1]} an autoregressive image takes {largest[0]} times as long as MaskGIT's with a cache and",
         f"{largest[1]} times without. {_EXPLANATIONS.get(first.kind, _OTHER_DEVICE)}",
     )
     values = [asdict(timing) for timing in timings]

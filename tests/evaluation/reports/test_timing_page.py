@@ -31,7 +31,7 @@ def test_the_figure_has_the_three_lines_and_the_page_their_factors(timings):
     assert "    maskgit figure 4\n" in page
     assert "| 256 | 256 | 80 ms (n = 9) | 400 ms (n = 9) | 2 s (n = 9) | 5.0 | 25 |" in page
     said = " ".join(page.split())
-    assert "At N = 1024 a sequential image takes 3.3 times as long as MaskGIT's with a cache and 167 times" in said
+    assert "At N = 1024 an autoregressive image takes 3.3 times as long as MaskGIT's with a cache and 167 times" in said
 
 
 def test_the_page_explains_the_device_that_was_timed(timings):
