@@ -16,6 +16,7 @@ __all__ = [
     "rename_decoding",
     "rename_measurement",
     "rename_token_selector",
+    "renamed_cluster",
     "renamed_keys",
     "renamed_settings",
     "renamed_tree",
@@ -30,6 +31,7 @@ _NEW_NAMES = {  # old key -> new key; the keys below it move along
     "model.weight_decay": "model.optimizer.weight_decay",
     "model.adamw": "model.optimizer.adamw",
 }
+_NEW_CLUSTERS = {"cpu": "single"}  # old file of recipes/cluster -> new file
 
 
 def renamed_tree(tree: Mapping[str, Any], origin: str) -> dict[str, Any]:
@@ -104,6 +106,14 @@ def rename_measurement(row: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(renamed.get(column), str):
             renamed[column] = re.sub("^sequential(?=$|,)", "autoregressive", renamed[column])
     return renamed
+
+
+def renamed_cluster(name: str) -> str:
+    """Returns the present name of a file of ``recipes/cluster``; a name that did not change is returned as it is."""
+    new = _NEW_CLUSTERS.get(name, name)
+    if new != name:
+        _warn("--cluster", {name: new})
+    return new
 
 
 def _copied(node: Any) -> Any:
