@@ -435,8 +435,8 @@ MUTANTS: tuple[Mutant, ...] = (
         ("            self._skipped = []\n            return False", "            return False"),
         ("if len(self._skipped) <= _MOST_IN_A_ROW:", "if len(self._skipped) < _MOST_IN_A_ROW:"),
         (
-            "        self._say(trainer, verdict)\n        return True",
-            "        self._say(trainer, verdict)\n        return False",
+            "        self._report_skipped(trainer, decision)\n        return True",
+            "        self._report_skipped(trainer, decision)\n        return False",
         ),
         (
             "[number for batch in samples for number in batch.tolist()]",

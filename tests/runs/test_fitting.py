@@ -56,7 +56,7 @@ def test_both_stages_train_in_one_process_and_a_second_call_finds_them_finished(
     assert fingerprint(second.pretrained / "transformer") == weights
     assert [signal.getsignal(number) for number in interruption.SIGNALS] == handlers
 
-    with pytest.raises(ValueError, match=r"cannot resume from step-00000001 .* data\.seed 0 -> 7"):
+    with pytest.raises(ValueError, match=r"cannot resume .* from step 1: settings changed .*data\.seed: 0 -> 7"):
         runs.fit(recipe("tokenizer", data__seed=7), **where)
     with holder(where["run"] / "tokenizer"), pytest.raises(ValueError, match="is in use by process"):
         runs.fit(recipe("tokenizer", trainer__max_steps=2), **where)

@@ -126,7 +126,7 @@ def test_every_key_of_a_resolved_model_is_refused_but_those_that_are_free(
     free = set()
     for key, model in each_changed(config["model"]):
         found = list_changes(before, fixed_settings({**config, "model": model}, **known), {})
-        assert all(f"model.{key}".startswith(change.split()[0]) for change in found)
+        assert all(f"model.{key}".startswith(change.split(":")[0]) for change in found)
         if not found:
             free.add("decoding" if key.startswith("decoding.") else key)
     assert free == FREE[stage]

@@ -7,7 +7,6 @@ import threading
 import pytest
 from PIL import Image
 
-from maskgit_pl.training import logs
 from maskgit_pl.training.tensorboard_logger import RunLogger
 
 
@@ -43,7 +42,7 @@ def test_curves_go_on_when_there_is_a_place_again(tmp_path, caplog, monkeypatch)
     (tmp_path / "run").unlink()
     logger.log_metrics({"paused": 1.0}, step=40)
     assert not (tmp_path / "run").exists()
-    monkeypatch.setattr(logs.time, "monotonic", lambda: 1e12)
+    monkeypatch.setattr(tensorboard_logger.time, "monotonic", lambda: 1e12)
     logger.log_metrics({"after": 1.0}, step=41)
     logger.finalize("success")
     assert b"after" in written(tmp_path)
