@@ -1,6 +1,6 @@
 """Two processes on one machine, through the command that a user types, against one process.
 
-``EXACTNESS=docs/exactness.md make test WORKERS=0 ARGS=tests/test_distributed.py`` writes the table of the differences.
+``REPRODUCIBILITY=docs/reproducibility.md make test WORKERS=0 ARGS=tests/test_distributed.py`` writes the table.
 """
 
 import os
@@ -173,22 +173,22 @@ def bench(tmp_path_factory) -> Bench:
     return Bench(tmp_path_factory.mktemp("distributed"))
 
 
-HEAD = f"""## What a run on several ranks has in common with one of one process
+HEAD = f"""## Several processes against one
 
-Written by `EXACTNESS=docs/exactness.md make test WORKERS=0 ARGS=tests/test_distributed.py`.
+Written by `REPRODUCIBILITY=docs/reproducibility.md make test WORKERS=0 ARGS=tests/test_distributed.py`.
 
 {LONG} steps of {GLOBAL_BATCH} samples in float32 without dropout, from the same seed, with gradients clipped by norm.
-Each run is killed with SIGKILL behind step {KILL_AT} (or 14 and 33, where it moves) and goes on from its last
-checkpoint. Samples, tokens and masks are the same to the last bit; losses are those of whole global batches. Held to
-{NEAR:.0e}: losses relatively, weights (averages included) absolutely. Ranks of one machine, on processors.
+Each run is killed with SIGKILL after step {KILL_AT} (or after 14 and 33, where the topology changes) and resumes from
+its last checkpoint. Samples, tokens and masks are bit-exact. Losses are those of whole global batches. The tolerance
+is {NEAR:.0e}: relative for losses, absolute for weights, averages included. All ranks are on one machine, on CPUs.
 
 | transformer on | largest difference of a loss, relative | of a weight |
 |---|---:|---:|
 """
 TOKENIZER_HEAD = f"""
-The tokenizer, with an EMA quantizer and a discriminator from step 3 on, has sums over ranks in each forward, and each
-feature goes to the nearest of its codes: a difference in the last bit may send one to another code, and what follows
-drifts. It is held to {NEAR:.0e} over the first 10 steps.
+The tokenizer has an EMA quantizer, and a discriminator from step 3 on. Each forward pass sums over ranks, and each
+feature goes to its nearest code. A difference in the last bit may send a feature to another code, and later steps
+then drift apart. The tolerance of {NEAR:.0e} holds for the first 10 steps.
 
 | tokenizer on 2 ranks of DDP, after step | largest difference of a weight | of a sum of the quantizer |
 |---|---:|---:|
@@ -197,12 +197,12 @@ drifts. It is held to {NEAR:.0e} over the first 10 steps.
 
 @pytest.fixture(scope="module")
 def table() -> Iterator[dict[str, list[str]]]:
-    """Rows of both tables; written where EXACTNESS says."""
+    """Rows of both tables; written where REPRODUCIBILITY says."""
     rows: dict[str, list[str]] = {"transformer": [], "tokenizer": []}
     yield rows
-    if "EXACTNESS" in os.environ:
+    if "REPRODUCIBILITY" in os.environ:
         parts = (HEAD, *rows["transformer"], TOKENIZER_HEAD, *rows["tokenizer"])
-        write_part(Path(os.environ["EXACTNESS"]), "".join(parts))
+        write_part(Path(os.environ["REPRODUCIBILITY"]), "".join(parts))
 
 
 def apart(state: dict, other: dict) -> dict[str, float]:
@@ -291,9 +291,9 @@ def test_a_compiled_run_under_fsdp_trains_as_one_process_and_goes_on_uncompiled(
     near_to_one_process(bench, "compiled")
 
 
-@pytest.mark.skipif("EXACTNESS" in os.environ, reason="the table is being written")
+@pytest.mark.skipif("REPRODUCIBILITY" in os.environ, reason="the table is being written")
 def test_the_table_has_a_row_for_each_topology():
-    written = (Path(__file__).parents[1] / "docs" / "exactness.md").read_text()
+    written = (Path(__file__).parents[1] / "docs" / "reproducibility.md").read_text()
     for where in (*STRAIGHT, *MOVES):
         assert f"| {where} |" in written
     assert f"| {LONG} |" in written

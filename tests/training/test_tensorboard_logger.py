@@ -7,6 +7,7 @@ import threading
 import pytest
 from PIL import Image
 
+from maskgit_pl.training import tensorboard_logger
 from maskgit_pl.training.tensorboard_logger import RunLogger
 
 
