@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
-__all__ = ["renamed_keys", "renamed_settings", "renamed_tree"]
+__all__ = ["renamed_cluster", "renamed_keys", "renamed_settings", "renamed_tree"]
 
 _log = logging.getLogger(__name__)
 
@@ -21,6 +21,7 @@ _NEW_NAMES = {  # old key -> new key; the keys below it move along
     "model.weight_decay": "model.optimizer.weight_decay",
     "model.adamw": "model.optimizer.adamw",
 }
+_NEW_CLUSTERS = {"cpu": "single"}  # old file of recipes/cluster -> new file
 
 
 def renamed_tree(tree: Mapping[str, Any], origin: str) -> dict[str, Any]:
@@ -72,6 +73,14 @@ def renamed_keys(keys: Iterable[str], origin: str) -> list[str]:
 def renamed_settings(settings: Mapping[str, Any], origin: str) -> dict[str, Any]:
     """Returns settings under dotted keys with new names in place of old ones; see ``renamed_keys``."""
     return dict(zip(renamed_keys(settings, origin), settings.values(), strict=True))
+
+
+def renamed_cluster(name: str) -> str:
+    """Returns the present name of a file of ``recipes/cluster``; a name that did not change is returned as it is."""
+    new = _NEW_CLUSTERS.get(name, name)
+    if new != name:
+        _warn("--cluster", {name: new})
+    return new
 
 
 def _copied(node: Any) -> Any:

@@ -44,7 +44,7 @@ class Topology:
         """Flags of ``maskgit train``."""
         per_device = global_batch // (self.ranks * self.accumulation)
         return [
-            f"--cluster={self.cluster if self.ranks > 1 else 'cpu'}", f"--trainer.devices={self.ranks}",
+            f"--cluster={self.cluster if self.ranks > 1 else 'single'}", f"--trainer.devices={self.ranks}",
             f"--data.num_workers={self.workers}", f"--data.max_batch_per_device={per_device}",
         ]  # fmt: skip
 

@@ -80,7 +80,7 @@ def test_a_tokenizer_recipe_builds_at_full_size(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_a_tokenizer_recipe_trains_a_step(name, tiny_shards, tmp_path):
-    files = [*layers("tokenizer", name), RECIPES / "cluster" / "cpu.yaml", TINY / "tokenizer.yaml"]
+    files = [*layers("tokenizer", name), RECIPES / "cluster" / "single.yaml", TINY / "tokenizer.yaml"]
     assert fit_stage(Plan(Recipe.from_files("tokenizer", files), tiny_shards, tmp_path)).step == 1
     assert load_tokenizer(tmp_path / "pretrained" / "tokenizer").image_size == 8
     assert (tmp_path / "tokenizer" / "reconstructions.png").is_file()
@@ -99,7 +99,7 @@ def test_the_sequential_baseline_of_the_paper_has_the_size_of_its_model(names):
 def test_the_sequential_baseline_is_laid_over_any_recipe(tiny_shards, tiny_pretrained, tmp_path, caplog):
     names = ("base", "paper-256", "log", "autoregressive")
     files = [RECIPES / "transformer" / f"{name}.yaml" for name in names]
-    files += [RECIPES / "cluster" / "cpu.yaml", TINY / "transformer.yaml"]
+    files += [RECIPES / "cluster" / "single.yaml", TINY / "transformer.yaml"]
     tokenizer = tiny_pretrained / "tokenizer"
     with caplog.at_level("INFO", logger="maskgit_pl"):
         fit_stage(Plan(Recipe.from_files("transformer", files), tiny_shards, tmp_path, tokenizer))
@@ -113,7 +113,7 @@ def test_the_sequential_baseline_is_laid_over_any_recipe(tiny_shards, tiny_pretr
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_a_transformer_recipe_trains_a_step(name, tiny_shards, tiny_pretrained, tmp_path):
-    files = [*layers("transformer", name), RECIPES / "cluster" / "cpu.yaml", TINY / "transformer.yaml"]
+    files = [*layers("transformer", name), RECIPES / "cluster" / "single.yaml", TINY / "transformer.yaml"]
     tokenizer = tiny_pretrained / "tokenizer"
     assert fit_stage(Plan(Recipe.from_files("transformer", files), tiny_shards, tmp_path, tokenizer)).step == 1
     model = load_transformer(tmp_path / "pretrained" / "transformer")

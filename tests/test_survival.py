@@ -116,7 +116,7 @@ Each run is `maskgit train` in processes of its own, two ranks unless something 
 the same command, and weights, averages and optimisers at its end are those of a run that nothing befell, to the last
 bit (`torch.equal`). The texts are what was printed, with the folder of the runs shortened.
 
-Of the faults that are numbered here, resuming itself (3, 4, 5) is in `exactness.md`, Slurm (7) in
+Of the faults that are numbered here, resuming itself (3, 4, 5) is in `reproducibility.md`, Slurm (7) in
 `slurm-transcript.md`; memory and open files over 2,000 steps (13) are watched by `tests/test_memory.py`.
 
 | exit code | what it means |

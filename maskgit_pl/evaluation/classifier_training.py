@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from maskgit_pl.data import Batch, ShardData, ShuffledStream
-from maskgit_pl.data.batches import loader
+from maskgit_pl.data.batches import make_loader
 from maskgit_pl.data.order import Order, Rows
 from maskgit_pl.distributed import barrier, rank_and_world
 from maskgit_pl.evaluation.classifier import Accuracy, Classifier, count_hits
@@ -166,7 +166,7 @@ def fit_classifier(
     classifier = _new(data, config)
     steps = [range(step * config.batch, (step + 1) * config.batch) for step in range(config.max_steps)]
     own_workers = data.config.num_workers if isinstance(data, ShardData) else 0
-    batches = loader(
+    batches = make_loader(
         _training_batches(data, config.seed, chosen),
         cast("Sampler[range]", steps),
         num_workers=own_workers if num_workers is None else num_workers,

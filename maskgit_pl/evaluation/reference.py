@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from maskgit_pl.data import Batch, OnceThrough, ShardData, ShuffledStream
-from maskgit_pl.data.batches import ImageBatches, loader
+from maskgit_pl.data import Batch, InOrder, ShardData, ShuffledStream
+from maskgit_pl.data.batches import ImageBatches, make_loader
 from maskgit_pl.data.order import Order
 from maskgit_pl.distributed import on_all_ranks, rank_and_world
 from maskgit_pl.evaluation.digests import digest_of, shorten_digest
@@ -129,7 +129,7 @@ class Reference:
 
 def draw_order(there: int, count: int) -> Order:
     """Returns the order of ``count`` images drawn at random, always the same ones; of all that are there, their own."""
-    return OnceThrough(there) if count >= there else ShuffledStream(there, seed=0)
+    return InOrder(there) if count >= there else ShuffledStream(there, seed=0)
 
 
 def iter_real_batches(
@@ -154,10 +154,10 @@ def iter_real_batches(
     """
     there = data.summary.samples[split]
     count = there if num_images is None else min(num_images, there)
-    dataset = data.batches(split, draw_order(there, count) if shuffled else OnceThrough(there))
+    dataset = data.batches(split, draw_order(there, count) if shuffled else InOrder(there))
     if not isinstance(dataset, ImageBatches):
         raise ValueError(f"data {data.config.path}: images are needed to measure distances from, got tokens")
-    yield from loader(
+    yield from make_loader(
         dataset,
         cast("Sampler[range]", list(iter_row_batches(count, batch_size=batch_size))),  # any iterable serves
         num_workers=data.config.num_workers,

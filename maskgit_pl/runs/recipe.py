@@ -77,7 +77,7 @@ class Recipe:
         *,
         names: str | Iterable[str] = (),
         dataset: str = DEFAULT_DATASET,
-        cluster: str = "cpu",
+        cluster: str = "single",
         overrides: Overrides = (),
     ) -> Recipe:
         """Reads a recipe by the names of its files.
@@ -162,7 +162,7 @@ class Recipe:
 
     @property
     def title(self) -> str:
-        """The files, for people, such as ``transformer/base + transformer/log + cluster/cpu``."""
+        """The files, for people, such as ``transformer/base + transformer/log + cluster/single``."""
         return " + ".join("/".join(Path(file).with_suffix("").parts[-2:]) for file in self.files)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from maskgit_pl.old_names import renamed_cluster
 from maskgit_pl.registry import nearest
 from maskgit_pl.runs.layers import take_out, value_at
 from maskgit_pl.runs.recipe_checks import FOLLOWS
@@ -70,11 +71,16 @@ def recipe_files(stage: Stage, *, dataset: str, names: Iterable[str], cluster: s
             raise FileNotFoundError(f"recipe {name!r}: no such file in {folder}: {nearest(name, known)}")
         if stage in homes:
             files.append(folder / stage / f"{name}.yaml")
-    on = folder / "cluster" / f"{cluster}.yaml"
-    if not on.is_file():
-        known = {file.stem for file in on.parent.glob("*.yaml")}
-        raise FileNotFoundError(f"cluster {cluster!r}: no such file in {on.parent}: {nearest(cluster, known)}")
-    return [*files, on]
+    return [*files, _cluster_file(folder / "cluster", cluster)]
+
+
+def _cluster_file(folder: Path, name: str) -> Path:
+    """Finds a file of ``recipes/cluster``. An old name is translated unless a file of that name exists."""
+    known = {file.stem for file in folder.glob("*.yaml")}
+    found = name if name in known else renamed_cluster(name)
+    if found not in known:
+        raise FileNotFoundError(f"cluster {name!r}: no such file in {folder}: {nearest(name, known)}")
+    return folder / f"{found}.yaml"
 
 
 def read_run_config(file: Path) -> RunConfig:

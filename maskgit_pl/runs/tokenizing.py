@@ -229,7 +229,7 @@ def _make(
     seconds = max(time.monotonic() - begun, 1e-9)
     name = "" if place.num_ranks == 1 else f"rank {place.rank} of {place.num_ranks}: "
     log.info("%s: %s%d images in %.1f s, %.0f images/s", store, name, count.rows, seconds, count.rows / seconds)
-    if outcome == "others at work":
+    if outcome == "incomplete":
         log.info("%s: the share of rank %d of %d is done; the last rank finishes", store, place.rank, place.num_ranks)
 
 

@@ -386,7 +386,7 @@ def test_each_recipe_file_is_parsed_once(train, maskgit, runs, monkeypatch):
     config = runs / "one" / "transformer" / "config.yaml"
     monkeypatch.setattr(yaml, "load", counted)
     assert train("transformer", "--recipe=paper-256 log", "--run=two", "--model.network.depth=1").code == 0
-    names = ("transformer/base", "transformer/paper-256", "transformer/log", "cluster/cpu")
+    names = ("transformer/base", "transformer/paper-256", "transformer/log", "cluster/single")
     assert counts([folder / f"{name}.yaml" for name in names]) == [1, 1, 1, 1]
     texts.clear()
     assert maskgit("train", "transformer", "--runs", runs, "--run", "three", "--config", config).code == 0

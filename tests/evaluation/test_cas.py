@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskgit_pl.data import OnceThrough, ShardData, ShardDataConfig
+from maskgit_pl.data import InOrder, ShardData, ShardDataConfig
 from maskgit_pl.evaluation import cas as module
 from maskgit_pl.evaluation import classifier_training
 from maskgit_pl.evaluation.cas import classification_accuracy
@@ -40,7 +40,7 @@ def taught(images: Tensor, labels: Tensor, data: ShardData) -> TrainingImages:
 
 def real(data: ShardData) -> tuple[Tensor, Tensor]:
     """All train images: classes that their brightness tells apart."""
-    batch = data.batches("train", OnceThrough(60)).__getitems__(range(60))
+    batch = data.batches("train", InOrder(60)).__getitems__(range(60))
     return batch.content, batch.labels
 
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from maskgit_pl.data import OnceThrough, ShardData, ShardDataConfig
+from maskgit_pl.data import InOrder, ShardData, ShardDataConfig
 from maskgit_pl.evaluation.likelihood import (
     Estimate,
     ImageLikelihood,
@@ -218,7 +218,7 @@ def test_the_val_split_becomes_tokens_with_its_labels(tiny_pretrained: Path, tin
     pipe = MaskGIT.from_pretrained(tiny_pretrained)
     data = ShardData(ShardDataConfig(str(tiny_shards), image_size=8, in_channels=1))
     tokens, labels = encode_real_images(pipe, data, batch_size=10)
-    batch = data.batches("val", OnceThrough(24)).__getitems__(range(24))
+    batch = data.batches("val", InOrder(24)).__getitems__(range(24))
     assert torch.equal(labels, batch.labels)
     assert torch.equal(tokens, pipe.tokenizer.network.encode(to_unit_range(batch.content)))
     _, some = encode_real_images(pipe, data, limit=9)

@@ -38,9 +38,9 @@ def test_every_trial_can_be_decoded_and_all_parts_are_searched() -> None:
 def test_arguments_that_a_mapping_names_stay_and_a_model_without_null_class_keeps_its_guidance() -> None:
     own = DecodingConfig(4)
     space = SearchSpace(own, ({"name": "remdm", "strategy": "loop", "eta": 0.33},), (4,), 256, can_guide=False)
-    for how in ("random", "grid"):
+    for method in ("random", "grid"):
         for number in range(1, 9):
-            decoding = space.trial(number, seed=0, how=how)
+            decoding = space.trial(number, seed=0, method=method)
             assert isinstance(decoding.token_selector, dict)
             assert decoding.token_selector["eta"] == 0.33
             assert "choice_temperature" in decoding.token_selector

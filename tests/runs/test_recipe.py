@@ -146,7 +146,7 @@ def test_a_value_that_nothing_says_is_named(tmp_path):
 def test_a_recipe_is_read_by_the_names_of_its_files():
     recipe = Recipe.read("transformer", names="paper-256 log", dataset="holidays", overrides={"data.seed": 3})
     assert recipe.title == (
-        "transformer/base + transformer/own-images + transformer/paper-256 + transformer/log + cluster/cpu"
+        "transformer/base + transformer/own-images + transformer/paper-256 + transformer/log + cluster/single"
     )
     assert (recipe.dataset, recipe.run_name) == ("holidays", "holidays-paper-256-log")
     assert recipe.get("model.mask_schedule") == "log"

@@ -114,7 +114,7 @@ def each_changed(tree: dict, path: str = "") -> Iterator[tuple[str, dict]]:
 def test_every_key_of_a_resolved_model_is_refused_but_those_that_are_free(
     stage, tiny_shards, tiny_pretrained, tmp_path
 ):
-    files = [RECIPES / stage / "base.yaml", RECIPES / "cluster" / "cpu.yaml", TINY / f"{stage}.yaml"]
+    files = [RECIPES / stage / "base.yaml", RECIPES / "cluster" / "single.yaml", TINY / f"{stage}.yaml"]
     tokenizer = tiny_pretrained / "tokenizer" if stage == "transformer" else None
     run = build(Plan(Recipe.from_files(stage, files), tiny_shards, tmp_path, tokenizer))
     config = run.config

@@ -203,8 +203,9 @@ def make_editing_page(rows: Sequence[Row], *, command: str) -> Page:
     lines += paragraph(
         "Each held-out image is edited once: its class and what stays visible are given, the rest is generated and",
         f"pasted in. The results are measured against {_describe_reference(rows)}.",
-        "`unedited` are the same images as they are, `masked` with grey in place of what is to be generated: between the two lies what there is to win. What is",
-        "hidden are whole tokens: the right half rounded up, the centre down (of 7 x 7 tokens 4 columns, and 3 x 3).",
+        "`unedited` are the same images as they are, `masked` with grey in place of what is to be generated: between",
+        "the two lies what there is to win. What is hidden are whole tokens: the right half rounded up, the centre",
+        "down (of 7 x 7 tokens 4 columns, and 3 x 3).",
     )
     lines += [""]
     for task, name in TASKS.items():
