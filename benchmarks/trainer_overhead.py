@@ -39,7 +39,7 @@ from maskgit_pl.runs.recipe_files import recipes_folder
 from maskgit_pl.shards.images import encode_png
 from maskgit_pl.shards.index import find_shards, index_shards
 from maskgit_pl.training.ema import update_ema
-from maskgit_pl.training.guards import clip_gradients
+from maskgit_pl.training.stop_and_nonfinite import clip_gradients
 
 Callbacks = Literal["ours", "none"]
 

@@ -8,7 +8,7 @@ from maskgit_pl.autoregressive import AutoregressiveModel
 from maskgit_pl.decoding import DecodingConfig, SequentialDecoding
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.pretrained import load_transformer
-from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_complete
+from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint
 from maskgit_pl.training.optimizers import LearningRate
 from tests.modules import autoregressive_model, masked_model
 from tests.short_runs import data, fit
@@ -53,10 +53,10 @@ def test_the_loss_is_the_mean_cross_entropy_of_all_tokens(tiny_pretrained):
 def test_a_resumed_run_equals_a_straight_one_to_the_last_bit(tiny_shards, tiny_pretrained, tmp_path):
     straight = fit(model(tiny_pretrained), data(tiny_shards), steps=12, folder=tmp_path / "a")
     first = fit(model(tiny_pretrained), data(tiny_shards), steps=7, folder=tmp_path / "b")
-    resume = newest_complete(tmp_path / "b")
+    resume = newest_checkpoint(tmp_path / "b")
     second = fit(model(tiny_pretrained), data(tiny_shards), steps=12, folder=tmp_path / "b", resume=resume)
     assert first.losses + second.losses == straight.losses
-    ends = [FolderCheckpointIO().load_checkpoint(newest_complete(tmp_path / run)) for run in "ab"]
+    ends = [FolderCheckpointIO().load_checkpoint(newest_checkpoint(tmp_path / run)) for run in "ab"]
     for name, tensor in ends[0]["state_dict"].items():
         assert torch.equal(tensor, ends[1]["state_dict"][name]), name
 

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from maskgit_pl.cli import main
-from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_complete
+from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint
 from tests.conftest import flags, save_tiny_pretrained, save_uneven_shards
 from tests.observing import Runs, Seen, Topology, same, trained_state, write_part
 
@@ -50,7 +50,7 @@ def train(stage: str, cluster: str, shards: Path, runs: Path, *more: str, tokeni
 
 
 def last_checkpoint(folder: Path) -> dict:
-    return FolderCheckpointIO().load_checkpoint(newest_complete(folder / "checkpoints"))
+    return FolderCheckpointIO().load_checkpoint(newest_checkpoint(folder / "checkpoints"))
 
 
 def assert_close(state: dict, other: dict) -> None:
@@ -94,7 +94,7 @@ def test_a_checkpoint_of_ddp_goes_on_under_fsdp(tiny_shards, tiny_pretrained, tm
     straight = train("transformer", "single", tiny_shards, tmp_path, *more, **options)
     train("transformer", "ddp", tiny_shards, tmp_path, *more, "--checkpoint_every=4", **options)
     folder = tmp_path / "ddp" / "transformer" / "checkpoints"
-    FolderCheckpointIO().remove_checkpoint(newest_complete(folder))
+    FolderCheckpointIO().remove_checkpoint(newest_checkpoint(folder))
     (tmp_path / "ddp").rename(tmp_path / "fsdp")
     resumed = train("transformer", "fsdp", tiny_shards, tmp_path, *more, **options)
     assert resumed["global_step"] == 2 * STEPS

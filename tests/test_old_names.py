@@ -12,7 +12,7 @@ from maskgit_pl.evaluation.run_folders import read_own_recipe
 from maskgit_pl.old_names import renamed_keys, renamed_settings, renamed_tree
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.recipe_schema import load_schema
-from maskgit_pl.training.checkpoint_files import settings_of
+from maskgit_pl.training.checkpoint_files import read_settings
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 CHECKPOINTS = Path(__file__).parent / "checkpoints" / "v0.1.0"
@@ -120,7 +120,7 @@ def test_the_configuration_of_an_old_run_is_repeated_and_compared(tmp_path):
 
 @pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
 def test_settings_of_a_checkpoint_of_version_0_1_0_get_the_names_of_today(stage, caplog):
-    settings = settings_of(CHECKPOINTS / stage)
+    settings = read_settings(CHECKPOINTS / stage)
     renamed = renamed_settings(settings, "checkpoint step-00000003")
     assert list(renamed.values()) == list(settings.values())
     assert {key for key in renamed if key not in settings} == {

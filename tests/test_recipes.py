@@ -11,7 +11,7 @@ from maskgit_pl.networks.causal import CausalTransformer, build_transformer
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pretrained import load_tokenizer, load_transformer
-from maskgit_pl.runs.layers import merged
+from maskgit_pl.runs.layers import merge
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.safe_yaml import read_yaml
@@ -59,7 +59,7 @@ def test_every_number_of_a_paper_recipe_has_its_source(stage, name):
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_a_transformer_recipe_builds_at_full_size(name):
-    tree = merged(map(read_yaml, layers("transformer", name)))
+    tree = merge(map(read_yaml, layers("transformer", name)))
     sizes = {"num_codes": 256, "num_classes": 10, "grid": (7, 7), **tree["model"]["network"]}
     with torch.device("meta"):
         network = build_transformer(TransformerConfig(**sizes))
@@ -69,7 +69,7 @@ def test_a_transformer_recipe_builds_at_full_size(name):
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_a_tokenizer_recipe_builds_at_full_size(name):
-    tree = merged(map(read_yaml, layers("tokenizer", name)))
+    tree = merge(map(read_yaml, layers("tokenizer", name)))
     with torch.device("meta"):
         network = VQGAN(VQGANConfig(tree["data"]["in_channels"], **tree["model"]["network"]))
     count = sum(parameter.numel() for parameter in network.parameters())
@@ -88,7 +88,7 @@ def test_a_tokenizer_recipe_trains_a_step(name, tiny_shards, tmp_path):
 
 @pytest.mark.parametrize("names", [["paper-256", "autoregressive"], ["paper-256", "paper-512", "autoregressive"]])
 def test_the_sequential_baseline_of_the_paper_has_the_size_of_its_model(names):
-    tree = merged(read_yaml(RECIPES / "transformer" / f"{name}.yaml") for name in ("base", *names))
+    tree = merge(read_yaml(RECIPES / "transformer" / f"{name}.yaml") for name in ("base", *names))
     with torch.device("meta"):
         network = build_transformer(TransformerConfig(**tree["model"]["network"]))
     assert type(network) is CausalTransformer

@@ -8,8 +8,8 @@ from typing import Any, Literal, NamedTuple
 
 from maskgit_pl.old_names import renamed_cluster
 from maskgit_pl.registry import nearest
-from maskgit_pl.runs.layers import take_out, value_at
-from maskgit_pl.runs.recipe_checks import FOLLOWS
+from maskgit_pl.runs.layers import remove_key, value_at
+from maskgit_pl.runs.recipe_checks import DERIVED_KEYS
 from maskgit_pl.runs.recipe_schema import load_schema
 from maskgit_pl.runs.safe_yaml import read_yaml
 
@@ -98,6 +98,6 @@ def read_run_config(file: Path) -> RunConfig:
     tree["trainer"] = {key: value for key, value in tree["trainer"].items() if key in known}
     tree.pop("seed_everything", None)
     paths = {key: str(path) for key in _PATHS if (path := value_at(tree, key)) is not None}
-    for key in (*FOLLOWS, *_PATHS):
-        take_out(tree, key)
+    for key in (*DERIVED_KEYS, *_PATHS):
+        remove_key(tree, key)
     return RunConfig(tree, paths)

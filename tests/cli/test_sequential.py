@@ -10,7 +10,7 @@ from PIL import Image
 
 from maskgit_pl.cli import main
 from maskgit_pl.pretrained import load_transformer
-from maskgit_pl.training.checkpoint_files import newest_complete
+from maskgit_pl.training.checkpoint_files import newest_checkpoint
 from tests.conftest import flags
 
 TINY = Path(__file__).parents[1] / "tiny"
@@ -58,14 +58,14 @@ def test_a_run_trains_goes_on_and_keeps_its_kind(train, call, tmp_path):
     assert "base.yaml: causal attention has no use for model.mask_schedule, model.min_mask_ratio" in said
     code, said = train("--trainer.max_steps=2")
     assert "resuming from step-00000001" in said
-    assert newest_complete(tmp_path / "one" / "transformer" / "checkpoints").name == "step-00000002"
+    assert newest_checkpoint(tmp_path / "one" / "transformer" / "checkpoints").name == "step-00000002"
     exported = load_transformer(tmp_path / "one" / "pretrained" / "transformer")
     assert exported.mask_schedule is None
     assert "| attention | causal |" in (tmp_path / "one" / "pretrained" / "README.md").read_text()
     refused(
         train("--trainer.max_steps=3", "--model.network.attention=bidirectional"),
-        "cannot resume from step-00000002 with other settings: ",
-        "model.network.attention causal -> bidirectional",
+        "from step 2: settings changed (",
+        "model.network.attention: causal -> bidirectional",
     )
 
 

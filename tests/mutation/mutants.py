@@ -428,15 +428,15 @@ MUTANTS: tuple[Mutant, ...] = (
         ("np.stack([tokens for tokens, _ in read], axis=1)", "np.stack([tokens for tokens, _ in read], axis=2)"),
     ),
     *_of(
-        "training/guards.py",
-        "training/test_guards",
+        "training/stop_and_nonfinite.py",
+        "training/test_stop_and_nonfinite",
         ("torch.stack([*losses, *norms])", "torch.stack([*losses])"),
         ("torch.stack([*losses, *norms])", "torch.stack([*norms])"),
         ("            self._skipped = []\n            return False", "            return False"),
         ("if len(self._skipped) <= _MOST_IN_A_ROW:", "if len(self._skipped) < _MOST_IN_A_ROW:"),
         (
-            "        self._say(trainer, verdict)\n        return True",
-            "        self._say(trainer, verdict)\n        return False",
+            "        self._report_skipped(trainer, decision)\n        return True",
+            "        self._report_skipped(trainer, decision)\n        return False",
         ),
         (
             "[number for batch in samples for number in batch.tolist()]",
@@ -500,7 +500,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ("not (last and self._failures)", "True"),
         ("self._failures >= _MOST_FAILURES", "self._failures > _MOST_FAILURES"),
         ("// before * accumulation - counts", "// before - counts"),
-        ("for leftover in leftovers(self.folder):", "for leftover in []:"),
+        ("for leftover in find_leftovers(self.folder):", "for leftover in []:"),
         ("if len(set(seen)) > 1:", "if len(set(seen)) > 2:", "only a slow test starts two ranks"),
         ("value.stride() != parameter.stride()", "False"),
     ),
@@ -528,7 +528,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     *_of(
         "token_model.py",
-        "test_mvtm training/test_guards",
+        "test_mvtm training/test_stop_and_nonfinite",
         ("mask = mask & batch.valid.unsqueeze(1)", "pass"),
         (
             "update_ema(self.ema_network, self.transformer, decay=self.config.ema_decay, step=step)",
@@ -580,7 +580,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     *_of(
         "tokenizer.py",
-        "test_tokenizer training/test_guards",
+        "test_tokenizer training/test_stop_and_nonfinite",
         ("+ 1 == self.accumulation", "+ 1 == min(2, self.accumulation)"),
         ("backward(propagated / self.accumulation)", "backward(propagated)"),
         ("backward(discriminator_loss / self.accumulation)", "backward(discriminator_loss)"),
