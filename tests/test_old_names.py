@@ -9,7 +9,7 @@ import yaml
 
 from maskgit_pl import old_names
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.evaluation.run_folders import read_own_recipe
+from maskgit_pl.evaluation.run_folders import read_run_recipe
 from maskgit_pl.old_names import rename_measurement, renamed_keys, renamed_settings, renamed_tree
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.recipe_schema import load_schema
@@ -116,7 +116,7 @@ def test_the_configuration_of_an_old_run_is_repeated_and_compared(tmp_path):
     tree = {"data": {"path": "x", "global_batch": 4}, "model": {"network": network, **OLD}, "trainer": {"max_steps": 3}}
     config.write_text(yaml.safe_dump(tree))
     assert Recipe.from_run("transformer", config).get("model.optimizer") == OLD
-    assert read_own_recipe(config)["model"] == {"network": network, "optimizer": OLD}
+    assert read_run_recipe(config)["model"] == {"network": network, "optimizer": OLD}
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "transformer"])

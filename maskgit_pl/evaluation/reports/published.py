@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from maskgit_pl.evaluation.held_out import Task
+from maskgit_pl.evaluation.editing_tasks import Task
 
 __all__ = [
     "CLASSIFIER_ON_REAL_IMAGES",
