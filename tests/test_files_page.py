@@ -16,8 +16,8 @@ FLOOR_NAMES = (
 )  # fmt: skip
 HEAD = """# Source files
 
-The files of `maskgit_pl/`, from the lowest floor to the highest. A file imports only from lower floors or from its own folder.
-Written by `python -m tests.test_files_page` from the first line of each module docstring.
+The files of `maskgit_pl/`, from the lowest floor to the highest. A file imports only from lower floors or from its
+own folder. Written by `python -m tests.test_files_page` from the first line of each module docstring.
 """
 
 
