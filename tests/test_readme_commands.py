@@ -36,7 +36,7 @@ PARSED_ONLY = {
 OTHER_DATA = ("pretrained/imagenet256", "data/shards/mine", "runs/RUN")
 MAKE_ONLY = ("demo", "test", "benchmark", "help", "install", "test-slurm", "mutants", "lint", "format")
 RECORDED = ("docs/slurm-transcript.md", "results/")  # pages that commands print, of the time of the recording
-COMMAND = r"(?:make|maskgit|\.venv/bin/maskgit) "
+COMMAND = r"(?:make|maskgit|\.venv/bin/maskgit) (?!\w+:)"  # without lines that a command printed
 
 
 def text_of(page: str) -> str:
@@ -75,7 +75,7 @@ def maskgit_commands(line: str) -> list[list[str]]:
 
 
 def test_the_pages_have_commands() -> None:
-    assert len(commands_of("README.md")) > 8
+    assert len(commands_of("README.md")) > 7
     assert len(COMMANDS) > 50
 
 
