@@ -35,7 +35,7 @@ BLOCKS = [block for page in RUN_IN_ORDER for block in python_blocks(page) if "pi
 
 
 def save_small_model(folder: Path) -> None:
-    """Random weights in the sizes of the default data: 28 px, 7 x 7 tokens, its ten classes."""
+    """Saves a model of the default data (28 px, 7 x 7 tokens, its ten classes) with random weights."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         vqgan = VQGANConfig(
