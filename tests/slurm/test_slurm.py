@@ -35,7 +35,7 @@ SHORT, LONG = 200, 1400  # steps: long enough for a few checkpoints, and for the
 HEADING = """\
 # Multi-GPU and Slurm: transcript
 
-`make test-slurm SLURM_TRANSCRIPT=docs/slurm-transcript.md` writes this page. It records the commands and their output on
+`make test-slurm SLURM_TRANSCRIPT=docs/slurm-transcript.md` writes this page. It records commands and their output on
 a real Slurm controller with four nodes on one machine (`tests/slurm/cluster.sh`); each job runs on two nodes. "Equal"
 weights were compared tensor by tensor with `torch.equal`. Seconds count from the title of the section. The guide is
 [slurm.md](slurm.md).
