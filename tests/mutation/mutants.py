@@ -172,9 +172,9 @@ MUTANTS: tuple[Mutant, ...] = (
             "the same positions in another order: the tokens are the same",
         ),
         ("is_decided = self.unknown & ~self.masked", "is_decided = self.unknown"),
-        ("doubts.masked_fill(~is_decided, -torch.inf)", "doubts"),
+        ("scores.masked_fill(~is_decided, -torch.inf)", "scores"),
         ("gumbel=self.noise.gumbel(every_position, step)", "gumbel=self.noise.gumbel(every_position, 0)"),
-        ("if min(counts) == positions.shape[1] else _first", "if True else _first"),
+        ("if min(counts) == positions.shape[1] else _mark", "if True else _mark"),
         ("if max(num_masked) == 0:", "if False:"),
     ),
     *_of(
@@ -537,8 +537,8 @@ MUTANTS: tuple[Mutant, ...] = (
         ("and not self._skips_update:", "and True:"),
         ("            optimizer.zero_grad()  # without", "            pass  # without"),
         (
-            "self._losses(self.averaged_network, tokens, batch.labels",
-            "self._losses(self.transformer, tokens, batch.labels",
+            "self._compute_losses(self.averaged_network, tokens, batch.labels",
+            "self._compute_losses(self.transformer, tokens, batch.labels",
         ),
         ("labels = self._drop_classes(batch)", "labels = batch.labels"),
         ("chance < network.class_dropout", "chance > network.class_dropout"),
