@@ -13,12 +13,22 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any, TypeVar
 
-__all__ = ["rename_config", "rename_keys", "rename_settings", "rename_tensor", "rename_tensors", "rename_tree"]
+__all__ = [
+    "rename_cluster",
+    "rename_config",
+    "rename_decoding",
+    "rename_keys",
+    "rename_measurement",
+    "rename_settings",
+    "rename_tensor",
+    "rename_tensors",
+    "rename_token_selector",
+    "rename_tree",
+]
 
 Value = TypeVar("Value")
 
 _log = logging.getLogger(__name__)
-
 # Old key -> new key, of the configurations of both networks. No key of one network is an old key of the other.
 _NETWORK = {
     "num_codes": "codebook_size",
@@ -56,6 +66,7 @@ _TENSORS = {
     "mlp_output": "fc2",
 }
 _TENSOR_PART = re.compile(rf"(?<![^./])({'|'.join(_TENSORS)})(?![^.])")  # a whole part between dots
+_CLUSTERS = {"cpu": "single"}  # old file of recipes/cluster -> new file
 
 
 def rename_tree(tree: Mapping[str, Any], origin: str) -> dict[str, Any]:
@@ -108,6 +119,37 @@ def rename_keys(keys: Iterable[str], origin: str) -> list[str]:
 def rename_settings(settings: Mapping[str, Any], origin: str) -> dict[str, Any]:
     """Returns settings under dotted keys with new names in place of old ones; see ``rename_keys``."""
     return dict(zip(rename_keys(settings, origin), settings.values(), strict=True))
+
+
+def rename_token_selector(spec: Value) -> Value | None:
+    """Returns the ``token_selector`` of a decoding; ``raster`` was that of an autoregressive model, which has none."""
+    return None if spec == "raster" else spec
+
+
+def rename_decoding(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the content of a file or of a ledger row with the new names in its ``decoding``."""
+    decoding = content.get("decoding")
+    if not isinstance(decoding, Mapping) or "token_selector" not in decoding:
+        return dict(content)
+    selector = rename_token_selector(decoding["token_selector"])
+    return {**content, "decoding": {**decoding, "token_selector": selector}}
+
+
+def rename_measurement(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a row of a ledger with new names: an autoregressive model was called ``sequential``."""
+    renamed = rename_decoding(row)
+    for column in ("model", "method"):
+        if isinstance(renamed.get(column), str):
+            renamed[column] = re.sub("^sequential(?=$|,)", "autoregressive", renamed[column])
+    return renamed
+
+
+def rename_cluster(name: str) -> str:
+    """Returns the present name of a file of ``recipes/cluster``; a name that did not change is returned as it is."""
+    new = _CLUSTERS.get(name, name)
+    if new != name:
+        _warn("--cluster", {name: new})
+    return new
 
 
 def rename_tensor(name: str) -> str:

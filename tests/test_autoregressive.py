@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from maskgit_pl.autoregressive import AutoregressiveModel
-from maskgit_pl.decoding import DecodingConfig, SequentialDecoding
+from maskgit_pl.decoding import AutoregressiveDecoding, DecodingConfig
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.pretrained import load_transformer
-from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_complete
+from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint
 from maskgit_pl.training.optimizers import LearningRate
 from tests.modules import autoregressive_model, masked_model
 from tests.short_runs import data, fit
@@ -26,7 +26,7 @@ def model(pretrained, **options) -> AutoregressiveModel:
 
 
 def test_a_model_learns_and_exports_its_average(tiny_shards, tiny_pretrained, tmp_path):
-    module = model(tiny_pretrained, decoding=SequentialDecoding("linear", 0.5))
+    module = model(tiny_pretrained, decoding=AutoregressiveDecoding("linear", 0.5))
     seen = fit(module, data(tiny_shards), steps=50, folder=tmp_path / "checkpoints")
     losses = [float.fromhex(loss) for loss in seen.losses]
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
@@ -35,7 +35,7 @@ def test_a_model_learns_and_exports_its_average(tiny_shards, tiny_pretrained, tm
     exported = load_transformer(tmp_path / "transformer")
     assert exported.mask_schedule is None
     assert exported.network.config == CONFIG
-    assert exported.decoding == DecodingConfig(16, "raster", "linear", 0.5)
+    assert exported.decoding == DecodingConfig(16, None, "linear", 0.5)
     assert torch.equal(exported.network.token_embedding.weight, module.ema_network.token_embedding.weight)
     assert not torch.equal(exported.network.token_embedding.weight, module.transformer.token_embedding.weight)
 
@@ -45,7 +45,7 @@ def test_the_loss_is_the_mean_cross_entropy_of_all_tokens(tiny_pretrained):
     tokens, labels = torch.randint(16, (5, 16)), torch.randint(3, (5,))
     everything = torch.ones(5, 16, dtype=torch.bool)
     for smoothing in (0.0, 0.1):
-        loss, each, hits = module._losses(module.transformer, tokens, labels, everything, smoothing=smoothing)
+        loss, each, hits = module._compute_losses(module.transformer, tokens, labels, everything, smoothing=smoothing)
         logits = module.transformer(tokens, labels, vocabulary="all").flatten(0, 1)
         torch.testing.assert_close(loss, F.cross_entropy(logits, tokens.flatten(), label_smoothing=smoothing))
         torch.testing.assert_close(each, F.cross_entropy(logits, tokens.flatten(), reduction="none"))
@@ -55,10 +55,10 @@ def test_the_loss_is_the_mean_cross_entropy_of_all_tokens(tiny_pretrained):
 def test_a_resumed_run_equals_a_straight_one_to_the_last_bit(tiny_shards, tiny_pretrained, tmp_path):
     straight = fit(model(tiny_pretrained), data(tiny_shards), steps=12, folder=tmp_path / "a")
     first = fit(model(tiny_pretrained), data(tiny_shards), steps=7, folder=tmp_path / "b")
-    resume = newest_complete(tmp_path / "b")
+    resume = newest_checkpoint(tmp_path / "b")
     second = fit(model(tiny_pretrained), data(tiny_shards), steps=12, folder=tmp_path / "b", resume=resume)
     assert first.losses + second.losses == straight.losses
-    ends = [FolderCheckpointIO().load_checkpoint(newest_complete(tmp_path / run)) for run in "ab"]
+    ends = [FolderCheckpointIO().load_checkpoint(newest_checkpoint(tmp_path / run)) for run in "ab"]
     for name, tensor in ends[0]["state_dict"].items():
         assert torch.equal(tensor, ends[1]["state_dict"][name]), name
 
@@ -79,7 +79,10 @@ def test_what_is_logged_is_sorted_by_the_place_in_raster_order(tiny_pretrained):
     module = model(tiny_pretrained)
     mask = torch.ones(2, 16, dtype=torch.bool)
     mask[1, 3] = False
-    assert module._bins(mask).tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4 + [0] * 3 + [1] * 4 + [2] * 4 + [3] * 4
+    assert (
+        module._assign_bins(mask).tolist()
+        == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4 + [0] * 3 + [1] * 4 + [2] * 4 + [3] * 4
+    )
 
 
 def test_samples_depend_on_the_seed_alone_and_leave_the_trained_network_as_it_is(tiny_pretrained):
@@ -91,10 +94,10 @@ def test_samples_depend_on_the_seed_alone_and_leave_the_trained_network_as_it_is
     assert torch.equal(together[-1].tokens, torch.cat(alone))
 
 
-def test_it_begins_from_weights_of_its_own_kind(tiny_pretrained, tiny_causal):
-    module = model(tiny_pretrained, network=load_transformer(tiny_causal / "transformer").network.config)
-    module.start_from(tiny_causal / "transformer")
-    expected = load_transformer(tiny_causal / "transformer").network.state_dict()
+def test_it_begins_from_weights_of_its_own_kind(tiny_pretrained, tiny_autoregressive):
+    module = model(tiny_pretrained, network=load_transformer(tiny_autoregressive / "transformer").network.config)
+    module.start_from(tiny_autoregressive / "transformer")
+    expected = load_transformer(tiny_autoregressive / "transformer").network.state_dict()
     for network in (module.transformer, module.ema_network):
         assert all(torch.equal(weight, expected[name]) for name, weight in network.state_dict().items())
     with pytest.raises(
@@ -108,9 +111,9 @@ def test_what_does_not_go_together_is_refused(tiny_pretrained):
         model(
             tiny_pretrained,
             network=replace(CONFIG, class_dropout=0.0),
-            decoding=SequentialDecoding({"name": "constant", "scale": 1.0}),
+            decoding=AutoregressiveDecoding({"name": "constant", "scale": 1.0}),
         )
-    with pytest.raises(ValueError, match="CausalTransformer has 'causal', got 'bidirectional'"):
+    with pytest.raises(ValueError, match="AutoregressiveTransformer has 'causal', got 'bidirectional'"):
         model(tiny_pretrained, network=replace(CONFIG, attention="bidirectional"))
     with pytest.raises(ValueError, match="MaskedTransformer has 'bidirectional', got 'causal'"):
         masked_model(CONFIG, tiny_pretrained / "tokenizer")

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from maskgit_pl.cli import main
-from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_complete
+from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint
 from tests.conftest import flags, save_tiny_pretrained, save_uneven_shards
 from tests.observing import Runs, Seen, Topology, same, trained_state, write_part
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 TINY = Path(__file__).parent / "tiny"
 STEPS = 6
 EXACT = "--trainer.precision=32-true"
-CLUSTERS = {"cpu": [], "ddp": ["--trainer.devices=2"], "fsdp": ["--trainer.devices=2", EXACT]}
+CLUSTERS = {"single": [], "ddp": ["--trainer.devices=2"], "fsdp": ["--trainer.devices=2", EXACT]}
 
 
 def words(stage: str, cluster: str, shards: Path, runs: Path, *more: str, tokenizer: Path | None = None) -> list[str]:
@@ -50,7 +50,7 @@ def train(stage: str, cluster: str, shards: Path, runs: Path, *more: str, tokeni
 
 
 def last_checkpoint(folder: Path) -> dict:
-    return FolderCheckpointIO().load_checkpoint(newest_complete(folder / "checkpoints"))
+    return FolderCheckpointIO().load_checkpoint(newest_checkpoint(folder / "checkpoints"))
 
 
 def assert_close(state: dict, other: dict) -> None:
@@ -60,7 +60,7 @@ def assert_close(state: dict, other: dict) -> None:
 
 
 def test_two_ranks_train_the_tokenizer_of_one(tiny_shards, tmp_path):
-    one = train("tokenizer", "cpu", tiny_shards, tmp_path)
+    one = train("tokenizer", "single", tiny_shards, tmp_path)
     two = train("tokenizer", "ddp", tiny_shards, tmp_path)
     assert one["global_step"] == two["global_step"] == STEPS
     assert_close(one["state_dict"], two["state_dict"])
@@ -68,7 +68,7 @@ def test_two_ranks_train_the_tokenizer_of_one(tiny_shards, tmp_path):
 
 def test_ddp_and_fsdp_train_the_transformer_of_one_process(tiny_shards, tiny_pretrained, tmp_path):
     tokenizer = tiny_pretrained / "tokenizer"
-    one = train("transformer", "cpu", tiny_shards, tmp_path, tokenizer=tokenizer)
+    one = train("transformer", "single", tiny_shards, tmp_path, tokenizer=tokenizer)
     for cluster in ("ddp", "fsdp"):
         other = train("transformer", cluster, tiny_shards, tmp_path, tokenizer=tokenizer)
         assert_close(one["state_dict"], other["state_dict"])
@@ -77,13 +77,13 @@ def test_ddp_and_fsdp_train_the_transformer_of_one_process(tiny_shards, tiny_pre
         assert (tmp_path / cluster / "pretrained" / "transformer" / "model.safetensors").is_file()
 
 
-def test_fsdp_trains_and_samples_the_sequential_baseline_of_one_process(tiny_shards, tiny_pretrained, tmp_path):
+def test_fsdp_trains_and_samples_the_autoregressive_baseline_of_one_process(tiny_shards, tiny_pretrained, tmp_path):
     given = (tiny_shards, tmp_path, "--recipe=autoregressive")
-    assert main(words("transformer", "cpu", *given, tokenizer=tiny_pretrained / "tokenizer")) == 0
-    one = last_checkpoint(tmp_path / "cpu" / "transformer")
+    assert main(words("transformer", "single", *given, tokenizer=tiny_pretrained / "tokenizer")) == 0
+    one = last_checkpoint(tmp_path / "single" / "transformer")
     other = train("transformer", "fsdp", *given, tokenizer=tiny_pretrained / "tokenizer")
     assert_close(one["state_dict"], other["state_dict"])
-    pictures = [(tmp_path / cluster / "transformer" / "samples.png").read_bytes() for cluster in ("cpu", "fsdp")]
+    pictures = [(tmp_path / cluster / "transformer" / "samples.png").read_bytes() for cluster in ("single", "fsdp")]
     assert pictures[0] == pictures[1]
     assert (tmp_path / "fsdp" / "pretrained" / "transformer" / "model.safetensors").is_file()
 
@@ -91,10 +91,10 @@ def test_fsdp_trains_and_samples_the_sequential_baseline_of_one_process(tiny_sha
 def test_a_checkpoint_of_ddp_goes_on_under_fsdp(tiny_shards, tiny_pretrained, tmp_path):
     more = (f"--trainer.max_steps={2 * STEPS}",)
     options = {"tokenizer": tiny_pretrained / "tokenizer"}
-    straight = train("transformer", "cpu", tiny_shards, tmp_path, *more, **options)
+    straight = train("transformer", "single", tiny_shards, tmp_path, *more, **options)
     train("transformer", "ddp", tiny_shards, tmp_path, *more, "--checkpoint_every=4", **options)
     folder = tmp_path / "ddp" / "transformer" / "checkpoints"
-    FolderCheckpointIO().remove_checkpoint(newest_complete(folder))
+    FolderCheckpointIO().remove_checkpoint(newest_checkpoint(folder))
     (tmp_path / "ddp").rename(tmp_path / "fsdp")
     resumed = train("transformer", "fsdp", tiny_shards, tmp_path, *more, **options)
     assert resumed["global_step"] == 2 * STEPS

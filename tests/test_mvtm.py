@@ -19,7 +19,7 @@ from maskgit_pl.pretrained import load_tokenizer, load_transformer
 from maskgit_pl.randomness import random_uniform
 from maskgit_pl.schedules import mask_schedules
 from maskgit_pl.token_model import check_tokenizer
-from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_complete
+from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint
 from maskgit_pl.training.optimizers import LearningRate
 from tests.conftest import peaked
 from tests.modules import masked_model
@@ -72,11 +72,11 @@ def test_a_resumed_run_equals_a_straight_one_to_the_last_bit(tiny_shards, tiny_p
     straight = fit(model(tiny_pretrained), data(tiny_shards, store), steps=20, folder=tmp_path / "a", every=7)
     first = fit(model(tiny_pretrained), data(tiny_shards, store), steps=11, folder=tmp_path / "b")
     module = model(tiny_pretrained)
-    resume = newest_complete(tmp_path / "b")
+    resume = newest_checkpoint(tmp_path / "b")
     second = fit(module, data(tiny_shards, store), steps=20, folder=tmp_path / "b", resume=resume)
     assert first.ids + second.ids == straight.ids
     assert first.losses + second.losses == straight.losses
-    ends = [FolderCheckpointIO().load_checkpoint(newest_complete(tmp_path / run)) for run in "ab"]
+    ends = [FolderCheckpointIO().load_checkpoint(newest_checkpoint(tmp_path / run)) for run in "ab"]
     for name, tensor in ends[0]["state_dict"].items():
         assert torch.equal(tensor, ends[1]["state_dict"][name]), name
 
@@ -202,7 +202,7 @@ def test_the_first_step_by_hand(tiny_shards, tiny_pretrained, store, tmp_path):
 def test_tokens_are_binned_by_the_share_of_their_row_that_is_masked(tiny_pretrained):
     counts = torch.tensor([1, 4, 5, 8, 12, 16])
     mask = torch.arange(16) < counts.unsqueeze(1)
-    assert model(tiny_pretrained)._bins(mask).tolist() == [0] * 5 + [1] * 13 + [2] * 12 + [3] * 16
+    assert model(tiny_pretrained)._assign_bins(mask).tolist() == [0] * 5 + [1] * 13 + [2] * 12 + [3] * 16
 
 
 class Seeds(Callback):
@@ -234,12 +234,12 @@ def test_images_are_mirrored_in_training_alone(tiny_shards, tiny_pretrained):
     module, source = model(tiny_pretrained, flip_probability=1.0), data(tiny_shards)
     source.setup()
     batch = next(iter(source.train_dataloader()))
-    mirrored = module._tokens(batch._replace(content=batch.content.flip(-1)))
+    mirrored = module._encode(batch._replace(content=batch.content.flip(-1)))
     assert torch.equal(
-        module.eval()._tokens(batch._replace(content=batch.content.flip(-1))), module.train()._tokens(batch)
+        module.eval()._encode(batch._replace(content=batch.content.flip(-1))), module.train()._encode(batch)
     )
-    assert torch.equal(mirrored, module.eval()._tokens(batch))
-    assert not torch.equal(mirrored, module.train()._tokens(batch))
+    assert torch.equal(mirrored, module.eval()._encode(batch))
+    assert not torch.equal(mirrored, module.train()._encode(batch))
 
 
 def test_the_trained_and_the_averaged_network_begin_from_pretrained_weights(tiny_pretrained):

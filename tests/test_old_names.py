@@ -8,11 +8,20 @@ import pytest
 import yaml
 
 from maskgit_pl import old_names
-from maskgit_pl.evaluation.run_folders import read_own_recipe
-from maskgit_pl.old_names import rename_config, rename_keys, rename_settings, rename_tensor, rename_tensors, rename_tree
+from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.evaluation.run_folders import read_run_recipe
+from maskgit_pl.old_names import (
+    rename_config,
+    rename_keys,
+    rename_measurement,
+    rename_settings,
+    rename_tensor,
+    rename_tensors,
+    rename_tree,
+)
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.recipe_schema import load_schema
-from maskgit_pl.training.checkpoint_files import settings_of
+from maskgit_pl.training.checkpoint_files import read_settings
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 CHECKPOINTS = Path(__file__).parent / "checkpoints" / "v0.1.0"
@@ -116,12 +125,12 @@ def test_the_configuration_of_an_old_run_is_repeated_and_compared(tmp_path):
     config.write_text(yaml.safe_dump(tree))
     assert Recipe.from_run("transformer", config).get("model.optimizer") == OLD
     renamed = {"embed_dim": 16, "depth": 1, "num_heads": 2, "mlp_dim": 32}
-    assert read_own_recipe(config)["model"] == {"network": renamed, "optimizer": OLD}
+    assert read_run_recipe(config)["model"] == {"network": renamed, "optimizer": OLD}
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
 def test_settings_of_a_checkpoint_of_version_0_1_0_get_the_names_of_today(stage, caplog):
-    settings = settings_of(CHECKPOINTS / stage)
+    settings = read_settings(CHECKPOINTS / stage)
     renamed = rename_settings(settings, "checkpoint step-00000003")
     assert list(renamed.values()) == list(settings.values())
     assert {
@@ -181,3 +190,14 @@ def test_a_tensor_with_both_names_is_refused(order):
         ValueError, match=r"^weights a: tensor token_embedding\.weight must be there once, got it under"
     ):
         rename_tensors(dict.fromkeys(names, 0), "weights a")
+
+
+def test_the_decoding_of_an_autoregressive_model_has_no_selector_where_it_was_raster():
+    assert DecodingConfig(4, "raster") == DecodingConfig(4, None)
+    old = {"model": "sequential", "decoding": {"num_steps": 4, "token_selector": "raster"}}
+    new = {"model": "autoregressive", "decoding": {"num_steps": 4, "token_selector": None}}
+    assert rename_measurement(old) == new
+    assert rename_measurement(new) == new
+    assert rename_measurement({"method": "sequential, KV cache"}) == {"method": "autoregressive, KV cache"}
+    for row in ({"model": "MaskGIT", "decoding": {"token_selector": "halton"}}, {"decoding": {"num_steps": 3}}, {}):
+        assert rename_measurement(row) == row

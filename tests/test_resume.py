@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from maskgit_pl.training.checkpoint_files import newest_complete
+from maskgit_pl.training.checkpoint_files import newest_checkpoint
 from tests.conftest import flags, save_tiny_pretrained, save_uneven_shards
 from tests.observing import KILLED, Runs, Seen, Topology, same, trained_state, write_part
 
@@ -178,7 +178,7 @@ def test_a_process_that_is_killed_from_outside_at_any_moment_goes_on(bench, tabl
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, "OMP_NUM_THREADS": "1"})
     checkpoints = runs.folder / "outside" / stage / "checkpoints"
-    while process.poll() is None and newest_complete(checkpoints) is None:
+    while process.poll() is None and newest_checkpoint(checkpoints) is None:
         time.sleep(0.002)
     process.kill()
     assert process.wait() == KILLED, log.read_text()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from maskgit_pl.cli.run_flags import add_run_arguments, folders_of, recipe_of
 from maskgit_pl.progress import Bars, progress_bars
-from maskgit_pl.runs.tokenizing import OnRows, Place, TokenizeOptions, find_place, tokenize
+from maskgit_pl.runs.tokenizing import OnRows, ProcessRank, TokenizeOptions, find_process_rank, tokenize
 
 __all__ = ["add_parser", "run"]
 
@@ -44,7 +44,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Makes the token store of a run, with bars."""
     recipe = recipe_of(args)
-    place = find_place(args.rank, args.num_ranks)
+    process = find_process_rank(args.rank, args.num_ranks)
     options = TokenizeOptions(
         crops=args.crops,
         flip=args.flip,
@@ -56,13 +56,13 @@ def run(args: argparse.Namespace) -> int:
         unreadable_budget=args.unreadable_budget,
     )
     with progress_bars() as bars:
-        tokenize(recipe, **folders_of(args, recipe), options=options, place=place, on_rows=_shown_by(bars, place))
+        tokenize(recipe, **folders_of(args, recipe), options=options, process=process, on_rows=_shown_by(bars, process))
     return 0
 
 
-def _shown_by(bars: Bars, place: Place) -> OnRows:
+def _shown_by(bars: Bars, process: ProcessRank) -> OnRows:
     """Returns what shows a bar for each split."""
-    name = "" if place.num_ranks == 1 else f"rank {place.rank} of {place.num_ranks}: "
+    name = "" if process.num_ranks == 1 else f"rank {process.rank} of {process.num_ranks}: "
     shown: dict[str, Callable[[int], None]] = {}
 
     def on_rows(split: str, rows: int, total: int) -> None:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from maskgit_pl.data.order import Order, Rows
 from maskgit_pl.errors import INTERNAL_ERROR, DataWorkerError, RunError, exit_code_of
-from maskgit_pl.interruption import shield_worker
+from maskgit_pl.interruption import ignore_job_signals
 from maskgit_pl.randomness import random_bits, random_uniform
 from maskgit_pl.shards.images import Crop, UnreadableImageError, check_crop, decode_image, load_square_into
 from maskgit_pl.shards.reader import ShardReader
@@ -320,7 +320,7 @@ def make_loader(
         collate_fn=_collate,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
-        worker_init_fn=shield_worker,
+        worker_init_fn=ignore_job_signals,
     )
     if isinstance(dataset, ImageBatches):
         made.unreadable = UnreadableImages(dataset.explain, num_samples=len(dataset.reader), budget=unreadable_budget)

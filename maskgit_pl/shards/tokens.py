@@ -313,8 +313,8 @@ def open_store(folder: str | Path, **origin: object) -> dict[Split, TokenReader]
 def plain_description(description: StoreDescription) -> dict[str, Any]:
     """Returns a description in plain values, with the keys of ``store.json`` and without its hashes."""
     fields = {name: value for name, value in asdict(description).items() if name != "sha256"}
-    # Both formats call the codebook size num_codes: names of stores and of their parts are hashes of these keys.
-    return {"num_codes" if name == "codebook_size" else name: value for name, value in fields.items()}
+    # Both formats call the codebook size codebook_size: names of stores and of their parts are hashes of these keys.
+    return {"codebook_size" if name == "codebook_size" else name: value for name, value in fields.items()}
 
 
 def is_complete(folder: str | Path, description: StoreDescription) -> bool:
