@@ -117,8 +117,8 @@ def test_a_checkpoint_that_resumes_writes_todays_names(stage, work):
 @pytest.mark.parametrize("stage", STAGES)
 def test_another_size_is_refused_under_its_new_name(stage, work, capsys):
     flag, new = {
-        "tokenizer": ("--model.network.code_width=8", "model.network.code_dim 4 -> 8"),
-        "transformer": ("--model.network.width=32", "model.network.embed_dim 16 -> 32"),
+        "tokenizer": ("--model.network.code_width=8", "model.network.code_dim: 4 -> 8"),
+        "transformer": ("--model.network.width=32", "model.network.embed_dim: 16 -> 32"),
     }[stage]
     assert main(["train", stage, "--recipe=old", "--data=shards", "--run=old", flag]) == 2
     assert new in capsys.readouterr().err
