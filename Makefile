@@ -69,7 +69,7 @@ submit-transformer: $(STAMP) ## Stage 2 on Slurm: RECIPE=cosine NODES=4 CLUSTER=
 	@$(BIN)/maskgit slurm submit transformer $(SUBMIT)
 
 sample: $(STAMP) ## Generate images of RUN: CLASSES=0,3,7 STEPS=16 SEED=0
-	@$(BIN)/maskgit sample runs/$(RUN) --classes "$(CLASSES)" $(if $(STEPS),--steps $(STEPS)) --seed $(SEED) --out runs/$(RUN)/sampled.png $(ARGS)
+	@$(BIN)/maskgit sample runs/$(RUN) --classes "$(CLASSES)" $(if $(STEPS),--num-steps $(STEPS)) --seed $(SEED) --out runs/$(RUN)/sampled.png $(ARGS)
 
 edit: $(STAMP) ## Generate a part of an image anew: IMAGE=file ARGS="--box L,T,R,B --class NAME --out FILE.png"
 	@$(BIN)/maskgit edit runs/$(RUN) "$(IMAGE)" $(ARGS)
@@ -102,7 +102,7 @@ demo-short: ## Every stage of the demo on real data, anew, in 60 steps each
 	@$(MAKE) --no-print-directory data
 	@$(MAKE) --no-print-directory train-tokenizer RUN=demo-short ARGS="$(SHORT)"
 	@$(MAKE) --no-print-directory train-transformer RUN=demo-short ARGS="$(SHORT)"
-	@$(MAKE) --no-print-directory evaluate RUN=demo-short ARGS="--num-samples 50 --features classifier"
+	@$(MAKE) --no-print-directory evaluate RUN=demo-short ARGS="--num-images 50 --features classifier"
 
 benchmark: $(STAMP) ## Measure ours against the alternatives: NAME=stage2_step (benchmarks/README.md)
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/$(NAME).py $(ARGS)

@@ -133,7 +133,7 @@ def test_the_plug_in_of_the_readme_installs_as_printed(tmp_path: Path) -> None:
     done = subprocess.run(install, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(target)])}
-    ask = [sys.executable, "-m", "maskgit_pl", "schedules", "--schedule", "sine"]
+    ask = [sys.executable, "-m", "maskgit_pl", "schedules", "--schedules", "sine"]
     told = subprocess.run(ask, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert told.returncode == 0, told.stderr
     assert "sine" in told.stdout

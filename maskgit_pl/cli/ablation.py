@@ -67,7 +67,7 @@ def _command(args: argparse.Namespace) -> str:
         "dataset": args.dataset,
         "schedules": None if args.schedules == _SCHEDULES else args.schedules,
         "recipe": args.recipe or None,
-        "num_samples": args.num_samples,
+        "num_images": args.num_images,
         "num_steps": args.num_steps,
     }
     return " ".join([command_line(["maskgit ablation"], flags), shlex.join(args.overrides)]).rstrip()

@@ -39,7 +39,7 @@ def _add_make(commands: _Parsers[argparse.ArgumentParser]) -> None:
         "--val-fraction", type=float, default=0.1, metavar="F", help="val share of a source without val (default 0.1)"
     )
     make.add_argument(
-        "--size", type=int, metavar="PIXELS", help="crop to a square and resize (default: keep the files)"
+        "--image-size", type=int, metavar="PIXELS", help="crop to a square and resize (default: keep the files)"
     )
     make.add_argument("--shard-size", type=int, default=10_000, metavar="N", help="samples a shard (default 10000)")
     make.add_argument(
@@ -95,7 +95,7 @@ def _add_class_names(parser: argparse.ArgumentParser, when: str) -> None:
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--workers", type=int, metavar="N", help="processes (default: one a core, fewer for little data)"
+        "--num-workers", type=int, metavar="N", help="processes (default: one a core, fewer for little data)"
     )
 
 
@@ -133,7 +133,7 @@ def _make(args: argparse.Namespace) -> int:
 
     names = _class_names(args)
     source = open_source(args.source, classes=names, val_fraction=args.val_fraction, label_field=args.label_field)
-    make(source, args.out, size=args.size, shard_size=args.shard_size, lenient=args.lenient, workers=args.workers)
+    make(source, args.out, size=args.image_size, shard_size=args.shard_size, lenient=args.lenient, workers=args.num_workers)
     return 0
 
 
@@ -154,7 +154,7 @@ def _index(args: argparse.Namespace) -> int:
             classes=names,
             labels=labels,
             lenient=args.lenient,
-            workers=args.workers,
+            workers=args.num_workers,
             on_shard=lambda split, total: advance(split, 1, total),
         )
     print(describe_data(folder, read_manifest_summary(folder), "indexed"))
@@ -175,7 +175,7 @@ def _verify(args: argparse.Namespace) -> int:
         found = verify_shards(
             args.folder,
             decode=args.decode,
-            workers=args.workers,
+            workers=args.num_workers,
             on_shard=lambda split, total: advance(split, 1, total),
         )
     if found.bad:

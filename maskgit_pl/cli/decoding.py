@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["add_decoding_arguments", "check_seed_and_batch", "decoding_of"]
 
-_ALIASES = {"num_steps": ("--steps",)}  # as the Makefile and the README call it
 _OF_PLUG_INS = {  # settings that replace one argument of a plug-in
     "guidance_scale": "Scale of the guidance schedule, at least 0; 0 is no guidance.",
     "choice_temperature": "Scale of the Gumbel noise that the token selector adds to the confidence, at least 0.",
@@ -35,11 +34,10 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("decoding", "what is left out is the model's own")
     docs = {**argument_docs(DecodingConfig), **_OF_PLUG_INS}
     for name, hint in _types().items():
-        flags = (flag_of(name), *_ALIASES.get(name, ()))
         member, metavar = _member(hint)
         kind = member if member in (int, float) else str
         text = docs[name].replace("``", "").replace("%", "%%")
-        group.add_argument(*flags, dest=name, type=kind, metavar=metavar, help=text)
+        group.add_argument(flag_of(name), type=kind, metavar=metavar, help=text)
     group.add_argument("--int8", action="store_true", help="a transformer of 8 bits, on a CPU; approximate")
     group.add_argument(
         "--decoding", type=Path, metavar="FILE.json", help="all of it, as decoding.json has it; the others change parts"

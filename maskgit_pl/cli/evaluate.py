@@ -32,15 +32,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     add_measured_run_arguments(parser)
     parser.add_argument(
-        "--num-samples", "--num-images", type=int, default=1000, metavar="N", help="images generated (default: 1000)"
+        "--num-images", type=int, default=1000, metavar="N", help="images generated (default: 1000)"
     )
     parser.add_argument(
-        "--num-steps", "--steps", type=int, metavar="T", help="decoding steps (default: the model's own)"
+        "--num-steps", type=int, metavar="T", help="decoding steps (default: the model's own)"
     )
     add_feature_arguments(parser)
     parser.add_argument("--lpips", metavar="vgg=FILE", help="also LPIPS of the reconstructions; the backbone is vgg, "
                         "alex or squeeze")  # fmt: skip
-    parser.add_argument("--likelihood-samples", type=int, default=2000, metavar="N",
+    parser.add_argument("--likelihood-images", type=int, default=2000, metavar="N",
                         help="real images whose likelihood is measured (default: 2000)")  # fmt: skip
     parser.add_argument("--cas", action="store_true", help="also measure the classification accuracy score")
     add_cas_arguments(parser)
@@ -57,7 +57,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Measures, writes, and prints a table."""
-    check_at_least(args, num_samples=1, likelihood_samples=2, batch=1, num_workers=0)
+    check_at_least(args, num_images=1, likelihood_images=2, batch_size=1, num_workers=0)
     check_outputs(args, out=".json")
     cas = cas_flags(args)
     features = parse_features(args.features)
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         num_steps=args.num_steps,
         reference=args.reference,
         lpips=args.lpips,
-        likelihood_samples=args.likelihood_samples,
+        likelihood_images=args.likelihood_images,
         cas=CASConfig(**cas) if args.cas and args.cas_model != "none" else None,
         resume=args.resume,
     )
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         report = evaluate(
             args.folder,
             data=args.data,
-            num_samples=args.num_samples,
+            num_images=args.num_images,
             features=features,
             out=args.out,
             options=options,

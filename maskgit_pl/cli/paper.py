@@ -38,7 +38,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add_report_arguments(table)
     add_cas_arguments(table)
     table.add_argument(
-        "--cas-samples", type=int, metavar="N", help="images it is trained on (default: as --num-samples)"
+        "--cas-images", type=int, metavar="N", help="images it is trained on (default: as --num-images)"
     )
     table.add_argument("--num-steps", metavar="T,...", help="of Table 3 (default: 2,3,4,6,8,12,16,24, up to N/2)")
     table.set_defaults(run=run_table)
@@ -71,12 +71,12 @@ def _add_runs(parser: argparse.ArgumentParser) -> None:
 def run_table(args: argparse.Namespace) -> int:
     """Measures what is missing, and writes the table."""
     steps = wanted_steps(args)
-    check_at_least(args, cas_samples=1)
+    check_at_least(args, cas_images=1)
     how = cas_flags(args)
     from maskgit_pl.evaluation import CASConfig
 
     cas = None if args.cas_model == "none" else CASConfig(**how)
-    options = report_options(args, cas=cas, cas_samples=args.cas_samples)
+    options = report_options(args, cas=cas, cas_images=args.cas_images)
     with naming_flags(args), progress_bars() as bars:
         if args.number == 1:
             page = reports.table_1(args.runs, options, bars=bars)

@@ -29,7 +29,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, help="its shards (default: data/shards/DATASET)")
     parser.add_argument("--cluster", default="cpu", help="file of recipes/cluster (default: cpu)")
     parser.add_argument("--run", dest="run_name", help="name of the run folder (default: DATASET-RECIPE)")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders are (default: runs)")
+    parser.add_argument("--runs-folder", type=Path, default=Path("runs"), help="where run folders are (default: runs)")
     parser.add_argument("--tokenizer", type=Path, help="pretrained tokenizer folder (default: the run's own)")
     parser.add_argument(
         "--pretrained", type=Path, metavar="DIR", help="pretrained folder whose weights a run begins from"
@@ -54,5 +54,5 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
 
 def folders_of(args: argparse.Namespace, recipe: Recipe) -> WantedFolders:
     """Returns the folders that the words name; the run's default name is the recipe's."""
-    run = args.runs / (args.run_name or recipe.run_name)
+    run = args.runs_folder / (args.run_name or recipe.run_name)
     return WantedFolders(run=run, data=args.data, tokenizer=args.tokenizer, pretrained=args.pretrained)

@@ -36,7 +36,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )  # fmt: skip
     parser.add_argument("--search", default="random", help="random or grid (default: random)")
     parser.add_argument(
-        "--num-steps", "--steps", metavar="T,...", help="T to choose from, or a range (default: 4,6,8,12,16)"
+        "--num-steps", metavar="T,...", help="T to choose from, or a range (default: 4,6,8,12,16)"
     )
     parser.add_argument(
         "--selectors",
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     """Searches, confirms, writes, draws."""
     numbers = wanted_steps(args)
     selectors = None if args.selectors == "all" else parse_specs("--selectors", args.selectors)
-    check_at_least(args, trials=1, num_images=2, plot_images=2, batch=1)
+    check_at_least(args, trials=1, num_images=2, plot_images=2, batch_size=1)
     from maskgit_pl.evaluation import TuningOptions, plan_trials, tune
 
     with naming_flags(args), progress_bars() as bars:

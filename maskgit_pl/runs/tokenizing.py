@@ -43,12 +43,12 @@ class Place(NamedTuple):
 
     Attributes:
         rank: Its number, from 0.
-        num_ranks: Number of processes.
+        world_size: Number of processes.
         local_rank: Its number among those on its machine.
     """
 
     rank: int
-    num_ranks: int
+    world_size: int
     local_rank: int
 
 
@@ -63,7 +63,7 @@ class TokenizeOptions:
         device: ``"cpu"``, ``"cuda:1"``, ...; ``"auto"`` takes what there is.
         batch_size: Images at a time.
         num_workers: Processes that decode. None: none where the CPU encodes, at most 8 beside a GPU.
-        part_samples: Images that are put on disk at a time: what a kill costs.
+        part_size: Images that are put on disk at a time: what a kill costs.
         unreadable_budget: Fraction of unreadable images that is allowed, in [0, 1].
     """
 
@@ -73,7 +73,7 @@ class TokenizeOptions:
     device: str = "auto"
     batch_size: int = 256
     num_workers: int | None = None
-    part_samples: int = 1024
+    part_size: int = 1024
     unreadable_budget: float = 1e-4
 
 
@@ -127,18 +127,18 @@ def tokenize(
     return store
 
 
-def find_place(rank: int | None = None, num_ranks: int | None = None) -> Place:
+def find_place(rank: int | None = None, world_size: int | None = None) -> Place:
     """Finds the place of this process: the one that is given, else that of torchrun, else of srun, else a single one.
 
     Raises:
         ValueError: if one of the two numbers is given without the other, or there is no such rank.
     """
-    if (rank is None) != (num_ranks is None):
-        raise ValueError(f"--rank and --num-ranks must be given together, got {rank} and {num_ranks}")
-    if rank is not None and num_ranks is not None:
-        if not 0 <= rank < num_ranks:
-            raise ValueError(f"--rank must be in [0, {num_ranks - 1}] with --num-ranks {num_ranks}, got {rank}")
-        return Place(rank, num_ranks, rank)
+    if (rank is None) != (world_size is None):
+        raise ValueError(f"--rank and --world-size must be given together, got {rank} and {world_size}")
+    if rank is not None and world_size is not None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"--rank must be in [0, {world_size - 1}] with --world-size {world_size}, got {rank}")
+        return Place(rank, world_size, rank)
     for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")):
         if all(name in os.environ for name in names):
             return Place(*(int(os.environ[name]) for name in names))
@@ -215,10 +215,10 @@ def _make(
             in_channels=tokenizer.network.config.in_channels,
             config=TokenizingConfig(
                 batch_size=options.batch_size,
-                part_samples=options.part_samples,
+                part_size=options.part_size,
                 num_workers=_num_workers(device) if options.num_workers is None else options.num_workers,
                 rank=place.rank,
-                num_ranks=place.num_ranks,
+                world_size=place.world_size,
                 unreadable_budget=options.unreadable_budget,
             ),
             on_rows=count,
@@ -227,10 +227,10 @@ def _make(
         log.info("%s: there already, made by this tokenizer from this data", store)
         return
     seconds = max(time.monotonic() - begun, 1e-9)
-    name = "" if place.num_ranks == 1 else f"rank {place.rank} of {place.num_ranks}: "
+    name = "" if place.world_size == 1 else f"rank {place.rank} of {place.world_size}: "
     log.info("%s: %s%d images in %.1f s, %.0f images/s", store, name, count.rows, seconds, count.rows / seconds)
     if outcome == "others at work":
-        log.info("%s: the share of rank %d of %d is done; the last rank finishes", store, place.rank, place.num_ranks)
+        log.info("%s: the share of rank %d of %d is done; the last rank finishes", store, place.rank, place.world_size)
 
 
 class _Count:

