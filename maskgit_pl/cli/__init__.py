@@ -44,13 +44,26 @@ _COMMANDS = (
     ablation, paper, train_classifier, schedules, import_jax, import_taming,
 )  # fmt: skip
 
-_RENAMED_FLAGS = {  # of version 0.1.0
-    "--batch": "--batch-size", "--cas-batch": "--cas-batch-size", "--cas-samples": "--cas-images",
-    "--cas-steps": "--cas-max-steps", "--flip": "--flip-probability", "--guidance-schedule": "--guidance", "--likelihood-samples": "--likelihood-images",
-    "--num-ranks": "--world-size", "--num-samples": "--num-images", "--part-samples": "--part-size", "--plot": "--out",
-    "--runs": "--runs-folder", "--selector": "--token-selector", "--schedule": "--schedules", "--size": "--image-size", "--steps": "--num-steps",
-    "--temperature": "--choice-temperature", "--workers": "--num-workers",
-}  # fmt: skip
+_RENAMED_FLAGS = {  # flags of version 0.1.0 that have other names now
+    "--batch": "--batch-size",
+    "--cas-batch": "--cas-batch-size",
+    "--cas-samples": "--cas-images",
+    "--cas-steps": "--cas-max-steps",
+    "--flip": "--flip-probability",
+    "--guidance-schedule": "--guidance",
+    "--likelihood-samples": "--likelihood-images",
+    "--num-ranks": "--world-size",
+    "--num-samples": "--num-images",
+    "--part-samples": "--part-size",
+    "--plot": "--out",
+    "--runs": "--runs-folder",
+    "--schedule": "--schedules",
+    "--selector": "--token-selector",
+    "--size": "--image-size",
+    "--steps": "--num-steps",
+    "--temperature": "--choice-temperature",
+    "--workers": "--num-workers",
+}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from maskgit_pl.cli.flags import check_at_least, naming_flags
-from maskgit_pl.cli.measuring import add_measured_run_arguments, measuring_flags, wanted_steps
+from maskgit_pl.cli.evaluation_flags import add_measured_run_arguments, read_measuring_flags, read_num_steps_flag
+from maskgit_pl.cli.flags import check_at_least, use_flag_names
 from maskgit_pl.flag_values import parse_spec, parse_specs
 from maskgit_pl.progress import progress_bars
 
@@ -52,12 +52,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Measures what was not measured yet, writes, and prints a table."""
     check_at_least(args, num_images=1, batch_size=1)
-    numbers = wanted_steps(args)
+    numbers = read_num_steps_flag(args)
     selectors = None if args.selectors == "all" else parse_specs("--selectors", args.selectors)
     guidance = args.guidance_scale if args.guidance is None else parse_spec("--guidance", args.guidance)
     from maskgit_pl.evaluation import ComparisonOptions, compare
 
-    with naming_flags(args), progress_bars() as bars:
+    with use_flag_names(args), progress_bars() as bars:
         made = compare(
             args.folder,
             data=args.data,
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
             num_steps=numbers,
             num_images=args.num_images,
             out=args.out,
-            options=ComparisonOptions(**measuring_flags(args), guidance=guidance),
+            options=ComparisonOptions(**read_measuring_flags(args), guidance=guidance),
             bars=bars,
         )
     from rich.console import Console

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from maskgit_pl.cli.flags import check_outputs
-from maskgit_pl.locks import locked
+from maskgit_pl.locks import hold_lock
 from maskgit_pl.progress import named_bars
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def make(
     from maskgit_pl.shards.report import describe_data, unreadable_lines
     from maskgit_pl.shards.writer import make_shards
 
-    with locked(out, way_out="give another --out"), named_bars("samples") as advance:
+    with hold_lock(out, hint="give another --out"), named_bars("samples") as advance:
         made = make_shards(
             source,
             out,
@@ -133,7 +133,14 @@ def _make(args: argparse.Namespace) -> int:
 
     names = _class_names(args)
     source = open_source(args.source, classes=names, val_fraction=args.val_fraction, label_field=args.label_field)
-    make(source, args.out, size=args.image_size, shard_size=args.shard_size, lenient=args.lenient, workers=args.num_workers)
+    make(
+        source,
+        args.out,
+        size=args.image_size,
+        shard_size=args.shard_size,
+        lenient=args.lenient,
+        workers=args.num_workers,
+    )
     return 0
 
 

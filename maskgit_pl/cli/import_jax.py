@@ -46,5 +46,7 @@ def run(args: argparse.Namespace) -> int:
     class_names = None if args.class_names is None else read_class_names(args.class_names)
     from maskgit_pl.importers.released import import_jax
 
-    import_jax(args.tokenizer, args.out, transformer=args.transformer, image_size=args.image_size, class_names=class_names)
+    import_jax(
+        args.tokenizer, args.out, transformer=args.transformer, image_size=args.image_size, class_names=class_names
+    )
     return 0

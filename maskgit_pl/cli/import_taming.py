@@ -17,7 +17,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="pretrained folder: DIR/tokenizer is made"
     )
-    parser.add_argument("--image-size", type=int, default=256, metavar="PIXELS", help="edge of the images (default: 256)")
+    parser.add_argument(
+        "--image-size", type=int, default=256, metavar="PIXELS", help="edge of the images (default: 256)"
+    )
     parser.set_defaults(run=run)
 
 

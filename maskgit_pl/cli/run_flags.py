@@ -9,7 +9,7 @@ from typing import TypedDict
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.recipe_files import DEFAULT_DATASET
 
-__all__ = ["WantedFolders", "add_run_arguments", "folders_of", "recipe_of"]
+__all__ = ["WantedFolders", "add_run_arguments", "read_folder_flags", "read_recipe_flags"]
 
 
 class WantedFolders(TypedDict):
@@ -36,7 +36,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def recipe_of(args: argparse.Namespace) -> Recipe:
+def read_recipe_flags(args: argparse.Namespace) -> Recipe:
     """Reads the recipe of a run safely: its files and flags, or those of an earlier run with ``--config``.
 
     Raises:
@@ -52,7 +52,7 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
     return Recipe.from_run(args.stage, args.config, args.overrides)
 
 
-def folders_of(args: argparse.Namespace, recipe: Recipe) -> WantedFolders:
+def read_folder_flags(args: argparse.Namespace, recipe: Recipe) -> WantedFolders:
     """Returns the folders that the words name; the run's default name is the recipe's."""
     run = args.runs_folder / (args.run_name or recipe.run_name)
     return WantedFolders(run=run, data=args.data, tokenizer=args.tokenizer, pretrained=args.pretrained)

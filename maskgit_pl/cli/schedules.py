@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maskgit_pl.cli.flags import check_at_least, check_outputs, made_folder, naming_flags
+from maskgit_pl.cli.flags import check_at_least, check_outputs, make_folder, use_flag_names
 from maskgit_pl.flag_values import parse_specs
 
 if TYPE_CHECKING:
@@ -35,9 +35,9 @@ def run(args: argparse.Namespace) -> int:
     check_outputs(args, out=".png")
     from maskgit_pl.decoding.limits import check_num_steps
 
-    with naming_flags(args):
+    with use_flag_names(args):
         check_num_steps(args.num_steps, args.num_tokens)
-    schedules = _schedules(args.schedule)
+    schedules = _schedules(args.schedules)
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         table.add_row(escape(printable(name)), *map(str, known))
     Console().print(table)
     if args.out is not None:
-        made_folder(args.out.parent)
+        make_folder(args.out.parent)
         with write_atomically(args.out) as stream:
             stream.write(schedule_plot(schedules, num_tokens=args.num_tokens))
         print(f"{args.out}: mask ratio of {len(schedules)} schedules")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from maskgit_pl.cli.run_flags import add_run_arguments, folders_of, recipe_of
+from maskgit_pl.cli.run_flags import add_run_arguments, read_folder_flags, read_recipe_flags
 from maskgit_pl.progress import Bars, progress_bars
 from maskgit_pl.runs.tokenizing import OnRows, Place, TokenizeOptions, find_place, tokenize
 
@@ -43,7 +43,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Makes the token store of a run, with bars."""
-    recipe = recipe_of(args)
+    recipe = read_recipe_flags(args)
     place = find_place(args.rank, args.world_size)
     options = TokenizeOptions(
         crops=args.crops,
@@ -56,11 +56,13 @@ def run(args: argparse.Namespace) -> int:
         unreadable_budget=args.unreadable_budget,
     )
     with progress_bars() as bars:
-        tokenize(recipe, **folders_of(args, recipe), options=options, place=place, on_rows=_shown_by(bars, place))
+        tokenize(
+            recipe, **read_folder_flags(args, recipe), options=options, place=place, on_rows=_make_bars(bars, place)
+        )
     return 0
 
 
-def _shown_by(bars: Bars, place: Place) -> OnRows:
+def _make_bars(bars: Bars, place: Place) -> OnRows:
     """Returns what shows a bar for each split."""
     name = "" if place.world_size == 1 else f"rank {place.rank} of {place.world_size}: "
     shown: dict[str, Callable[[int], None]] = {}

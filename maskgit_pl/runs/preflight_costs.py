@@ -158,8 +158,8 @@ class CostChecks:
         elif free < needed:
             checks.add(
                 "disk",
-                f"{folder} must have room for checkpoints: {text}; free space, name another --runs-folder, or lower keep_last "
-                "or raise keep_every",
+                f"{folder} must have room for checkpoints: {text}; free space, name another --runs-folder, or lower "
+                "keep_last or raise keep_every",
                 "error",
             )
         else:

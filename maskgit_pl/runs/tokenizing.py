@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from maskgit_pl.locks import locked
+from maskgit_pl.locks import hold_lock
 from maskgit_pl.runs.plan import SHARED_TOKENS, find_data, find_tokenizer, run_folder
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.shards.parallel import available_cores
@@ -122,7 +122,7 @@ def tokenize(
     device, loaded = _device(options.device, place.local_rank), load_tokenizer(found)
     description = _describe(options, folder, shards, loaded)
     store = _store_of(folder, description)
-    with locked(store, way_out="name another run (--run)", rank=place.rank):
+    with hold_lock(store, hint="name another run (--run)", rank=place.rank):
         _make(shards, store, loaded, description, options, place, device, on_rows)
     return store
 

@@ -70,7 +70,7 @@ def files(tmp_path) -> Path:
         ({"transformer": "orbax"}, "got a folder; name the file itself"),
         ({"transformer": "cut"}, "the file of 100,000 bytes is cut off; download it again"),
         ({"tokenizer": TRANSFORMER}, "name that file with --transformer"),
-        ({"size": "256"}, "--image-size: this transformer's 4 x 4 tokens are images of 8 px, got 256; "),
+        ({"image-size": "256"}, "--image-size: this transformer's 4 x 4 tokens are images of 8 px, got 256; "),
         ({"class-names": "nine"}, "10 classes is needed, got 9"),
         ({"class-names": "latin"}, "a text in UTF-8"),
         ({"class-names": "nowhere"}, "no such file; one name a line"),
@@ -82,7 +82,9 @@ def files(tmp_path) -> Path:
 def test_bad_input_is_refused_in_one_line_and_nothing_written(flags, message, files, tmp_path, capsys):
     given = {"tokenizer": TOKENIZER, "transformer": TRANSFORMER, "out": "out"} | flags
     words = [
-        word for name, value in given.items() for word in (f"--{name}", value if name == "size" else files / value)
+        word
+        for name, value in given.items()
+        for word in (f"--{name}", value if name == "image-size" else files / value)
     ]
     before = sorted(tmp_path.rglob("*"))
     assert call(*words) == 2

@@ -38,7 +38,12 @@ def test_a_run_that_is_trained(tiny_shards, tmp_path, capsys):
 
 
 def test_a_token_store_that_is_made_by_the_same_rank(tiny_shards, tiny_pretrained, tmp_path, capsys):
-    where = [f"--data={tiny_shards}", f"--runs-folder={tmp_path}", "--run=one", f"--tokenizer={tiny_pretrained / 'tokenizer'}"]
+    where = [
+        f"--data={tiny_shards}",
+        f"--runs-folder={tmp_path}",
+        "--run=one",
+        f"--tokenizer={tiny_pretrained / 'tokenizer'}",
+    ]
     words = ["tokenize", *where, "--part-size=10"]
     assert main([*words, "--rank=1", "--world-size=3"]) == 0
     (store,) = (tmp_path / "tokens").iterdir()

@@ -115,14 +115,21 @@ def test_the_training_of_cas_is_set_by_flags_and_kept_apart(
     runs: list[Path], tiny_shards: Path, judge: Path, tmp_path: Path
 ) -> None:
     how = [*common(tiny_shards, judge, tmp_path / "results"), "--cas-model", "small", "--cas-max-steps", 3]
-    for flags_of_one in (["--cas-batch-size", 6], ["--cas-batch-size", 6], ["--cas-batch-size", 5, "--cas-precision", "bf16-mixed"]):
+    for flags_of_one in (
+        ["--cas-batch-size", 6],
+        ["--cas-batch-size", 6],
+        ["--cas-batch-size", 5, "--cas-precision", "bf16-mixed"],
+    ):
         call("table", 1, runs[0], *how, *flags_of_one)
     measured = rows(tmp_path / "results", "cas")
     assert [row["training"]["batch"] for row in measured] == [6, 6, 5, 5]
     assert [row["training_steps"] for row in measured] == [3] * 4
     page = (tmp_path / "results" / "shards" / "table-1.md").read_text()
     assert "--cas-max-steps 3 --cas-batch-size 5 --cas-precision bf16-mixed" in page
-    for words, match in ((("--cas-batch-size", 1), "--cas-batch-size"), (("--cas-learning-rate", "nan"), "--cas-learning-rate")):
+    for words, match in (
+        (("--cas-batch-size", 1), "--cas-batch-size"),
+        (("--cas-learning-rate", "nan"), "--cas-learning-rate"),
+    ):
         with pytest.raises(ValueError, match=match):
             call("table", 1, runs[0], *how, *words)
 

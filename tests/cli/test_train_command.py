@@ -192,7 +192,8 @@ def test_a_missing_tokenizer_is_answered_with_how_to_make_it(train, maskgit, run
     own = runs / "one" / "pretrained" / "tokenizer"
     refused(train("transformer", named=False), f"tokenizer {own}: not there yet", "make: train-tokenizer", "TOKENIZER=")
     refused(
-        maskgit("tokenize", "--data", tiny_shards, "--runs-folder", runs, "--run", "one"), f"tokenizer {own}: not there yet"
+        maskgit("tokenize", "--data", tiny_shards, "--runs-folder", runs, "--run", "one"),
+        f"tokenizer {own}: not there yet",
     )
     nowhere = tmp_path / "nowhere"
     refused(train("transformer", "--tokenizer", nowhere), f"tokenizer {nowhere}: no config.json there")

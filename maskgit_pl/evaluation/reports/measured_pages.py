@@ -177,9 +177,7 @@ def measure_schedules(opened: OpenedModels, *, num_steps: Sequence[int] | None) 
     """
     evaluator, options, models = opened.evaluator, opened.options, opened.models
     check_budgets({each.run: read_own_recipe(each.folder.parent / "transformer" / "config.yaml") for each in models})
-    results = ablate(
-        evaluator, models, steps=num_steps or PLOT_STEPS, num_images=options.num_images, seed=options.seed
-    )
+    results = ablate(evaluator, models, steps=num_steps or PLOT_STEPS, num_images=options.num_images, seed=options.seed)
     first, *_ = evaluator.networks
     floor = evaluator.real(num_images=options.num_images, networks=[first])[first]
     figure = schedule_figure(

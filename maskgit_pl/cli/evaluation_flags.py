@@ -20,11 +20,11 @@ __all__ = [
     "add_measured_run_arguments",
     "add_report_arguments",
     "add_worker_argument",
-    "cas_flags",
-    "measuring_flags",
-    "report_options",
-    "show",
-    "wanted_steps",
+    "read_cas_flags",
+    "read_measuring_flags",
+    "read_num_steps_flag",
+    "read_report_flags",
+    "write_page",
 ]
 
 _FEATURES = "classifier,lite0"
@@ -46,12 +46,12 @@ def _add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def measuring_flags(args: argparse.Namespace) -> dict[str, Any]:
+def read_measuring_flags(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the fields of ``evaluation.MeasuringOptions`` that the flags give."""
     return {"seed": args.seed, "batch_size": args.batch_size, "device": args.device, "classifier": args.classifier}
 
 
-def wanted_steps(args: argparse.Namespace) -> tuple[int, ...] | None:
+def read_num_steps_flag(args: argparse.Namespace) -> tuple[int, ...] | None:
     """Returns the numbers of ``--num-steps``; None where it is left out."""
     return None if args.num_steps is None else parse_numbers("--num-steps", args.num_steps)
 
@@ -80,7 +80,7 @@ def add_cas_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cas-precision", choices=("32-true", "bf16-mixed"), help="(default: 32-true)")
 
 
-def cas_flags(args: argparse.Namespace) -> dict[str, Any]:
+def read_cas_flags(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the fields of ``evaluation.CASConfig`` that the flags of ``add_cas_arguments`` give, checked."""
     check_at_least(args, cas_max_steps=1, cas_batch_size=2)
     if args.cas_learning_rate is not None:
@@ -102,7 +102,7 @@ def add_worker_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that ``report_options`` reads."""
+    """Adds the flags that ``read_report_flags`` reads."""
     _add_measuring_arguments(parser)
     parser.add_argument("--num-images", type=int, default=1000, metavar="N", help="images a row (default: 1000)")
     add_feature_arguments(parser)
@@ -116,13 +116,13 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     add_worker_argument(parser)
 
 
-def report_options(args: argparse.Namespace, **beside: Any) -> ReportOptions:
+def read_report_flags(args: argparse.Namespace, **beside: Any) -> ReportOptions:
     """Returns the options that the flags of ``add_report_arguments`` give, checked, and further ones."""
     from maskgit_pl.evaluation.reports import ReportOptions
 
     check_at_least(args, num_images=2, batch_size=1, num_workers=0)
     return ReportOptions(
-        **measuring_flags(args),
+        **read_measuring_flags(args),
         num_workers=args.num_workers,
         data=args.data,
         num_images=args.num_images,
@@ -133,7 +133,7 @@ def report_options(args: argparse.Namespace, **beside: Any) -> ReportOptions:
     )
 
 
-def show(page: Page) -> None:
+def write_page(page: Page) -> None:
     """Writes a page to its folder, prints it, and says where it is."""
     from rich.console import Console
     from rich.markdown import Markdown
