@@ -1,4 +1,4 @@
-# Every target is one command on a fresh machine: it makes .venv and installs what it needs if that is missing.
+# Each target works on a fresh machine: it creates .venv and installs missing tools first.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 
@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 
 DATASET ?= fashion-mnist
 RECIPE ?= cosine
-CLUSTER ?= cpu
+CLUSTER ?= single
 RUN ?= $(DATASET)-$(subst $(eval ) ,-,$(strip $(RECIPE)))
 DATA ?= data/shards/$(DATASET)
 IMAGES ?=
@@ -22,74 +22,77 @@ NODES ?=
 DEVICES ?=
 TIME ?=
 CLASSES ?= all
-STEPS ?=
+NUM_STEPS ?=
 SEED ?= 0
 ARGS ?=
 WORKERS ?= auto
 
-# The run that every stage belongs to. RECIPE may name several recipes, from left to right: RECIPE='paper-256 log'.
+# A variable of version 0.1.0 would be ignored without this line.
+$(if $(filter command line environment,$(origin STEPS)),$(error STEPS is now called NUM_STEPS))
+
+# Flags that select the run. RECIPE may name several recipes, merged from left to right: RECIPE='paper-256 log'.
 OF_RUN = --dataset $(DATASET) --data $(DATA) --recipe "$(RECIPE)" --run "$(RUN)" $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)") $(if $(PRETRAINED),--pretrained "$(PRETRAINED)")
 MACHINES = $(if $(NODES),--nodes $(NODES)) $(if $(DEVICES),--devices $(DEVICES))
 
 .PHONY: doctor help install data train-tokenizer tokenize train-transformer submit-tokenizer submit-transformer sample evaluate compare tune train-classifier ablation edit benchmark demo demo-short test mutants test-slurm lint format clean
 
-help: ## Print every target
+help: ## List the targets and the variables
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
-	@echo "Variables: DATASET RECIPE CLUSTER RUN DATA IMAGES TOKENIZER PRETRAINED STAGE NODES DEVICES TIME IMAGE CLASSES STEPS SEED NAME WORKERS ARGS"
+	@echo "Variables: DATASET RECIPE CLUSTER RUN DATA IMAGES TOKENIZER PRETRAINED STAGE NODES DEVICES TIME IMAGE CLASSES NUM_STEPS SEED NAME WORKERS ARGS"
 
 $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	@touch $@
 
-install: $(STAMP) ## Make .venv with the package and its tools
+install: $(STAMP) ## Create .venv with the package and the development tools
 
-data: $(STAMP) ## Fetch DATASET and write its shards; own images: DATASET=name IMAGES=folder
-	@$(if $(IMAGES),$(BIN)/maskgit data make "$(IMAGES)" --out $(DATA),$(if $(wildcard data/$(subst -,_,$(DATASET)).py),$(BIN)/python data/$(subst -,_,$(DATASET)).py --out $(DATA),test -d $(DATA) || { echo "data $(DATA): not there; name your images with IMAGES=folder" >&2; exit 2; }))
+data: $(STAMP) ## Download DATASET and write its shards; for your own images: DATASET=name IMAGES=folder
+	@$(if $(IMAGES),$(BIN)/maskgit data make "$(IMAGES)" --out $(DATA),$(if $(wildcard data/$(subst -,_,$(DATASET)).py),$(BIN)/python data/$(subst -,_,$(DATASET)).py --out $(DATA),test -d $(DATA) || { echo "data $(DATA): no such folder; set IMAGES=folder to convert your own images" >&2; exit 2; }))
 
-doctor: $(STAMP) ## Check a run before it is started: STAGE=transformer RECIPE=paper-256 CLUSTER=fsdp NODES=4 DEVICES=8
+doctor: $(STAMP) ## Check a run before you start it: STAGE=transformer RECIPE=paper-256 CLUSTER=fsdp NODES=4 DEVICES=8
 	@$(BIN)/maskgit doctor $(STAGE) $(OF_RUN) --cluster $(CLUSTER) $(MACHINES) $(ARGS)
 
-train-tokenizer: $(STAMP) ## Stage 1: train the VQGAN on DATA (go on with the run if there is one)
+train-tokenizer: $(STAMP) ## Stage 1: train the VQGAN on DATA, or resume the run
 	@$(BIN)/maskgit train tokenizer $(OF_RUN) --cluster $(CLUSTER) $(ARGS)
 
-tokenize: $(STAMP) ## Turn the images of DATA into tokens, once; all runs with the same tokenizer and data share them
+tokenize: $(STAMP) ## Encode the images of DATA as tokens; runs with the same tokenizer and data share them
 	@$(BIN)/maskgit tokenize $(OF_RUN) --cluster $(CLUSTER) $(ARGS)
 
-train-transformer: tokenize ## Stage 2: train the transformer, e.g. RECIPE=cosine CLUSTER=ddp
+train-transformer: tokenize ## Stage 2: train the transformer, or resume the run; e.g. RECIPE=cosine CLUSTER=ddp
 	@$(BIN)/maskgit train transformer $(OF_RUN) --cluster $(CLUSTER) $(ARGS)
 
-# On a cluster the recipes' `ddp` is meant where the laptop's `cpu` is elsewhere.
+# The default of CLUSTER is `ddp` on Slurm, and `single` elsewhere.
 SUBMIT = $(OF_RUN) --cluster $(if $(filter file,$(origin CLUSTER)),ddp,$(CLUSTER)) $(MACHINES) $(if $(TIME),--time $(TIME)) $(ARGS)
 
-submit-tokenizer: $(STAMP) ## Stage 1 on Slurm: NODES=2 DEVICES=8 TIME=24:00:00 ARGS="--partition gpu" (docs/slurm.md)
+submit-tokenizer: $(STAMP) ## Submit stage 1 to Slurm: NODES=2 DEVICES=8 TIME=24:00:00 ARGS="--partition gpu" (docs/slurm.md)
 	@$(BIN)/maskgit slurm submit tokenizer $(SUBMIT)
 
-submit-transformer: $(STAMP) ## Stage 2 on Slurm: RECIPE=cosine NODES=4 CLUSTER=fsdp
+submit-transformer: $(STAMP) ## Submit stage 2 to Slurm: RECIPE=cosine NODES=4 CLUSTER=fsdp
 	@$(BIN)/maskgit slurm submit transformer $(SUBMIT)
 
-sample: $(STAMP) ## Generate images of RUN: CLASSES=0,3,7 STEPS=16 SEED=0
-	@$(BIN)/maskgit sample runs/$(RUN) --classes "$(CLASSES)" $(if $(STEPS),--num-steps $(STEPS)) --seed $(SEED) --out runs/$(RUN)/sampled.png $(ARGS)
+sample: $(STAMP) ## Generate images of RUN: CLASSES=0,3,7 NUM_STEPS=16 SEED=0
+	@$(BIN)/maskgit sample runs/$(RUN) --classes "$(CLASSES)" $(if $(NUM_STEPS),--num-steps $(NUM_STEPS)) --seed $(SEED) --out runs/$(RUN)/sampled.png $(ARGS)
 
-edit: $(STAMP) ## Generate a part of an image anew: IMAGE=file ARGS="--box L,T,R,B --class NAME --out FILE.png"
+edit: $(STAMP) ## Regenerate a region of an image: IMAGE=file ARGS="--box L,T,R,B --class NAME --out FILE.png"
 	@$(BIN)/maskgit edit runs/$(RUN) "$(IMAGE)" $(ARGS)
 
-evaluate: $(STAMP) ## Measure RUN and write its evaluation.json and pictures
+evaluate: $(STAMP) ## Evaluate RUN; write evaluation.json and pictures
 	@$(BIN)/maskgit evaluate runs/$(RUN) --data $(DATA) $(ARGS)
 
-compare: $(STAMP) ## Measure every token selector on RUN at several T, with the same noise: ARGS="--num-steps 4,8"
+compare: $(STAMP) ## Evaluate every token selector on RUN at several numbers of steps, with the same noise: ARGS="--num-steps 4,8"
 	@$(BIN)/maskgit compare runs/$(RUN) --data $(DATA) $(ARGS)
 
-tune: $(STAMP) ## Search for a better way to decode RUN and keep it beside its weights: ARGS="--trials 40"
+tune: $(STAMP) ## Search for better decoding settings of RUN and save them with its weights: ARGS="--trials 40"
 	@$(BIN)/maskgit tune runs/$(RUN) --data $(DATA) $(ARGS)
 
-train-classifier: $(STAMP) ## Train a classifier of DATA, which judges generated images: ARGS="--model resnet18"
+train-classifier: $(STAMP) ## Train a classifier on DATA, to evaluate generated images: ARGS="--model resnet18"
 	@$(BIN)/maskgit train-classifier --data $(DATA) $(ARGS)
 
-ablation: $(STAMP) ## Train every mask schedule of the paper on DATASET, then Table 3 and Figure 8 (goes on where it was)
+ablation: $(STAMP) ## Train every mask schedule of the paper on DATASET, then write Table 3 and Figure 8 (resumes)
 	@$(BIN)/maskgit ablation --dataset $(DATASET) --data $(DATA) --cluster $(CLUSTER) $(ARGS)
 
-demo: ## From nothing to images: data, both stages, pictures and figures
+demo: ## Run everything: data, both stages, pictures and metrics
 	@$(MAKE) --no-print-directory data
 	@$(MAKE) --no-print-directory train-tokenizer CLUSTER=$(CLUSTER)
 	@$(MAKE) --no-print-directory train-transformer CLUSTER=$(CLUSTER)
@@ -97,39 +100,42 @@ demo: ## From nothing to images: data, both stages, pictures and figures
 
 SHORT = --trainer.max_steps=60 --trainer.val_check_interval=60 --data.validation_samples=500
 
-demo-short: ## Every stage of the demo on real data, anew, in 60 steps each
+demo-short: ## Run the demo from scratch with 60 steps a stage
 	@rm -rf runs/demo-short
 	@$(MAKE) --no-print-directory data
 	@$(MAKE) --no-print-directory train-tokenizer RUN=demo-short ARGS="$(SHORT)"
 	@$(MAKE) --no-print-directory train-transformer RUN=demo-short ARGS="$(SHORT)"
 	@$(MAKE) --no-print-directory evaluate RUN=demo-short ARGS="--num-images 50 --features classifier"
 
-benchmark: $(STAMP) ## Measure ours against the alternatives: NAME=stage2_step (benchmarks/README.md)
+benchmark: $(STAMP) ## Run a benchmark against other implementations: NAME=stage2_step (benchmarks/README.md)
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/$(NAME).py $(ARGS)
 
-test: $(STAMP) ## Run the tests (quick ones alone: ARGS="-m 'not slow'")
+test: $(STAMP) ## Run the tests (quick ones only: ARGS="-m 'not slow'")
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal $(ARGS)
 
-mutants: $(STAMP) ## Break the package in one place after the other: do the quick tests notice? ARGS="--only masking.py"
+mutants: $(STAMP) ## Mutation testing: break the package in one place at a time and check that a quick test fails; ARGS="--only masking.py"
 	@$(BIN)/python tests/mutation/run.py $(ARGS)
 
 AS_ROOT = $(if $(filter 0,$(shell id -u)),,sudo --non-interactive)
 SLURM_INSTALL = $(AS_ROOT) apt-get -qq update && $(AS_ROOT) apt-get -qq install --yes --no-install-recommends slurmctld slurmd slurm-client >/dev/null
-SLURM_MISSING = Slurm: slurmctld, slurmd and slurm-client are needed, and root to start them; on Debian or Ubuntu root or sudo installs them here
+SLURM_MISSING = Slurm must be installed (slurmctld, slurmd, slurm-client); on Debian or Ubuntu, run this target as root or with sudo to install it
 
-test-slurm: $(STAMP) ## Train on a real Slurm cluster of this machine (as root or by sudo; installs Slurm)
+test-slurm: $(STAMP) ## Run the tests on a real Slurm cluster on this machine (needs root or sudo; installs Slurm)
 	@export PATH="$$PATH:/usr/sbin"; { command -v slurmctld && command -v slurmd && command -v scontrol; } >/dev/null || { $(SLURM_INSTALL); } || { echo "$(SLURM_MISSING)" >&2; exit 2; }
 	@$(AS_ROOT) env PATH="$$PATH:/usr/sbin" OMP_WAIT_POLICY=PASSIVE SLURM_TRANSCRIPT="$(SLURM_TRANSCRIPT)" $(BIN)/python -m pytest tests/slurm --durations=10 --durations-min=1 $(ARGS)
 
-lint: $(STAMP) ## Check style, types and shell scripts
+SPELLED = maskgit_pl tests docs recipes benchmarks data results .ci Makefile pyproject.toml README.md CONTRIBUTING.md CHANGELOG.md
+
+lint: $(STAMP) ## Check style, types, spelling and shell scripts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell $(SPELLED)
 	$(BIN)/shellcheck recipes/slurm/train.sbatch tests/slurm/cluster.sh .ci/run docs/decoding/sheets.sh
 
-format: $(STAMP) ## Put the code into the project's style
+format: $(STAMP) ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean: ## Remove the environment and caches; runs and data stay
+clean: ## Remove .venv and caches; runs and data are kept
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist

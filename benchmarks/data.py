@@ -26,8 +26,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from maskgit_pl.data import GlobalOrder, ImageBatches, ShuffledStream, TokenBatches
-from maskgit_pl.data.batches import loader
+from maskgit_pl.data import ImageBatches, ShuffledStream, TokenBatches, TrainBatchSampler
+from maskgit_pl.data.batches import make_loader
 from maskgit_pl.imaging import to_unit_range
 from maskgit_pl.provenance import describe_environment
 from maskgit_pl.shards.index import find_shards, index_shards
@@ -105,8 +105,8 @@ def our_images(folder: Path, *, on_batch: Callable[[Tensor], object] = lambda im
     """An epoch of shuffled uint8 batches, as training gets them."""
     reader = ShardReader(load_manifest(folder, "train"))
     dataset = ImageBatches(reader, ShuffledStream(len(reader), seed=0), image_size=_SIDE, in_channels=3)
-    order = GlobalOrder(len(reader), per_device=min(_IMAGE_BATCH, len(reader)))
-    return _count(loader(dataset, order, num_workers=0), on_batch)
+    order = TrainBatchSampler(len(reader), per_device=min(_IMAGE_BATCH, len(reader)))
+    return _count(make_loader(dataset, order, num_workers=0), on_batch)
 
 
 def webdataset_images(folder: Path) -> int:
@@ -195,8 +195,8 @@ def item_by_item(reader: TokenReader, batch: int) -> int:
 
 
 def _token_loader(reader: TokenReader, batch: int, *, step: int = 0, seed: int = 0) -> Iterable[Any]:
-    order = GlobalOrder(len(reader), per_device=min(batch, len(reader)), current_step=lambda: step)
-    return loader(TokenBatches(reader, ShuffledStream(len(reader), seed=seed)), order, num_workers=0)
+    order = TrainBatchSampler(len(reader), per_device=min(batch, len(reader)), current_step=lambda: step)
+    return make_loader(TokenBatches(reader, ShuffledStream(len(reader), seed=seed)), order, num_workers=0)
 
 
 def measure_tokens(reader: TokenReader, *, repeats: int) -> Iterator[dict[str, Any]]:

@@ -26,7 +26,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from maskgit_pl.estimates.run import step_time
 from maskgit_pl.estimates.sharding import FLOAT, HALF, Group, Strategy, Traffic, ddp_traffic, fsdp_traffic, group_of
-from maskgit_pl.estimates.transformer import Precision, block_group, mean_masked, root_group, step_flops
+from maskgit_pl.estimates.transformer import Precision, block_group, mean_num_masked, root_group, step_flops
 from maskgit_pl.networks.discriminator import Discriminator, DiscriminatorConfig
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
@@ -205,7 +205,7 @@ def count(config: TransformerConfig, vqgan: VQGANConfig, image_size: int, ranks:
 
 def expectation(counted: Sequence[Counted], config: TransformerConfig) -> list[dict[str, str]]:
     """What the transformer's traffic takes at some bandwidths, beside its work: calculated, not measured."""
-    masked = mean_masked(mask_schedules.build("cosine"), config.num_tokens)
+    masked = mean_num_masked(mask_schedules.build("cosine"), config.num_tokens)
     rows = []
     for one in (one for one in counted if one.model == "transformer"):
         batch = max(_STEP_BATCH, one.ranks)  # a rank has at least one image

@@ -39,7 +39,7 @@ from maskgit_pl.runs.recipe_files import recipes_folder
 from maskgit_pl.shards.images import encode_png
 from maskgit_pl.shards.index import find_shards, index_shards
 from maskgit_pl.training.ema import update_ema
-from maskgit_pl.training.guards import clip_gradients
+from maskgit_pl.training.stop_and_nonfinite import clip_gradients
 
 Callbacks = Literal["ours", "none"]
 
@@ -108,7 +108,7 @@ def write_data(folder: Path, task: Task) -> None:
 def build_run(folder: Path, task: Task) -> StageRun:
     """What ``maskgit train transformer`` builds: module, data, and the Trainer with everything of ours."""
     recipes = recipes_folder()
-    files = [recipes / "transformer" / "base.yaml", recipes / "cluster" / "cpu.yaml"]
+    files = [recipes / "transformer" / "base.yaml", recipes / "cluster" / "single.yaml"]
     recipe = Recipe.from_files("transformer", files, task.words())
     plan = Plan(recipe, folder / "shards", folder / "run", folder / "tokenizer")
     with redirect_stdout(io.StringIO()):  # a log, and no terminal: a line now and then in place of a bar

@@ -1,7 +1,8 @@
 """Signals that ask a run to stop: they set a flag, and nothing else happens in the handler.
 
-A handler that saved or talked to other ranks would do so in the middle of whatever runs: ranks that are not in step
-wait for each other for ever. ``training.guards.Guard`` asks for the flag after each step, of all ranks at once.
+A handler that saved or talked to other ranks would do so in the middle of other work, and ranks that are not at the
+same place wait for each other forever. ``training.stop_and_nonfinite.StepCheck`` reads the flag after each step, on all
+ranks together.
 
 A second Ctrl-C ends a command at once, with exit code 130, from a thread of its own: a handler would wait for a main
 thread that waits for other ranks. In a notebook it raises KeyboardInterrupt. The disk is then as after a kill: what is
@@ -20,7 +21,7 @@ from typing import Literal
 
 from maskgit_pl.errors import INTERRUPTED
 
-__all__ = ["SIGNALS", "is_requested", "listening", "shield_worker"]
+__all__ = ["SIGNALS", "catch_stop_signals", "ignore_job_signals", "is_requested"]
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 _CTRL_C_ONCE = b"\nstopping after this step, and saving; Ctrl-C again stops at once\n"
@@ -38,10 +39,10 @@ class _Flag:
 
 
 @contextmanager
-def listening(*, until: Literal["return", "exit"] = "return") -> Iterator[None]:
+def catch_stop_signals(*, until: Literal["return", "exit"] = "return") -> Iterator[None]:
     """Has the signals set the flag meanwhile. Entered before anything slow is imported, so that none kills the process.
 
-    Inside another ``listening``, and in a thread other than the main one, it changes nothing.
+    Inside another ``catch_stop_signals``, and in a thread other than the main one, it changes nothing.
 
     Args:
         until: What comes afterwards. ``"return"``: the caller goes on, such as a notebook. A second Ctrl-C raises
@@ -55,7 +56,7 @@ def listening(*, until: Literal["return", "exit"] = "return") -> Iterator[None]:
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     before = {number: signal.signal(number, _set_flag) for number in SIGNALS}
     try:
-        with _ending_at_second_ctrl_c() if until == "exit" else nullcontext():
+        with _exit_at_second_ctrl_c() if until == "exit" else nullcontext():
             # A job's script may start its tasks with signals blocked: one that came too early comes now.
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             yield
@@ -71,7 +72,7 @@ def listening(*, until: Literal["return", "exit"] = "return") -> Iterator[None]:
 
 
 @contextmanager
-def _ending_at_second_ctrl_c() -> Iterator[None]:
+def _exit_at_second_ctrl_c() -> Iterator[None]:
     """Has a thread count Ctrl-C: a handler would wait for a main thread that waits for other ranks."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -89,7 +90,7 @@ def is_requested() -> bool:
     return _Flag.is_set
 
 
-def shield_worker(worker: int) -> None:
+def ignore_job_signals(worker: int) -> None:
     """Has a process that loads data go on when the whole job is asked to stop: the last step still needs it.
 
     SIGTERM from the parent ends it, as torch has it; the other signals do nothing in it already.

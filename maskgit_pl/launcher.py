@@ -10,14 +10,14 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-__all__ = ["launched_rank", "local_rank", "without_launcher"]
+__all__ = ["hide_launcher", "launcher_rank", "local_rank"]
 
 _RANKS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))  # torchrun under srun sets both
 _LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID")
 _VARIABLES = ("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "TORCHELASTIC_")
 
 
-def launched_rank(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+def launcher_rank(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
     """Returns this process's rank and the number of processes; (0, 1) if nobody started several.
 
     Raises:
@@ -40,7 +40,7 @@ def local_rank(environment: Mapping[str, str] = os.environ) -> int:
 
 
 @contextmanager
-def without_launcher() -> Iterator[None]:
+def hide_launcher() -> Iterator[None]:
     """Hides the variables of a launcher that may have started this process: Lightning would take it for a rank."""
     hidden = {name: value for name, value in os.environ.items() if name.startswith(_VARIABLES)}
     for name in hidden:

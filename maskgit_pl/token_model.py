@@ -50,10 +50,10 @@ from maskgit_pl.pretrained import (
 )
 from maskgit_pl.randomness import random_bits, random_uniform
 from maskgit_pl.training.checkpoints import full_state
+from maskgit_pl.training.compile_and_checkpointing import ActivationCheckpointing, Compiled, prepare_blocks
 from maskgit_pl.training.ema import frozen_copy, update_ema
-from maskgit_pl.training.execution import ActivationCheckpointing, Compiled, prepare_blocks
-from maskgit_pl.training.guards import Guard, clip_gradients
 from maskgit_pl.training.optimizers import OptimizerConfig, build_adamw, parameter_groups
+from maskgit_pl.training.stop_and_nonfinite import StepCheck, clip_gradients
 from maskgit_pl.training.strategies import check_precision, shard_blocks
 
 __all__ = ["NUM_BINS", "TokenModel", "TokenModelConfig", "check_decoding", "check_tokenizer"]
@@ -103,7 +103,7 @@ class TokenModel(LightningModule):
     """
 
     mask_schedule_spec: str | dict[str, Any] | None = None  # as a recipe names it; None under causal attention
-    guard: Guard | None = None  # set by the callback; without it every update counts
+    step_check: StepCheck | None = None  # set by the callback; without it every update counts
     binned_by: str  # the quantity that ``_bins`` groups by, in the names of logged values
     _skips_update = False
 
@@ -200,7 +200,7 @@ class TokenModel(LightningModule):
             raise ValueError(f"trainer.gradient_clip_algorithm: 'norm' is needed, got {gradient_clip_algorithm!r}")
         # 7. Clip, and vote.
         norm = clip_gradients(optimizer, gradient_clip_val)
-        self._skips_update = self.guard is not None and self.guard.skips_update(self.trainer, [norm])
+        self._skips_update = self.step_check is not None and self.step_check.should_skip_update(self.trainer, [norm])
         if self._skips_update:
             optimizer.zero_grad()  # without gradients the optimiser leaves weights and moments alone
 
@@ -368,11 +368,11 @@ def check_decoding(decoding: DecodingConfig, network: TransformerConfig) -> None
     """Checks that a model of a network's sizes can decode as configured.
 
     Raises:
-        ValueError: if there are more steps than tokens, a name is unknown, a sequential model cannot follow, or
+        ValueError: if there are more steps than tokens, a name is unknown, an autoregressive model cannot follow, or
             guidance is set without a null class.
     """
     try:
-        decoding.check(network.num_tokens, sequential=decoding.is_sequential)
+        decoding.check(network.num_tokens, is_autoregressive=decoding.is_autoregressive)
     except ValueError as error:
         raise ValueError(f"decoding: {error}") from error
     if any(decoding.scales()) and network.null_label is None:

@@ -42,10 +42,10 @@ from maskgit_pl.networks.vqgan import VQGAN
 from maskgit_pl.pretrained import load_tokenizer, load_weights, save_tokenizer
 from maskgit_pl.tokenizer_config import TokenizerConfig
 from maskgit_pl.tokenizer_losses import AdversarialStep, SimilarityLoss, gradient_at
+from maskgit_pl.training.compile_and_checkpointing import prepare_blocks
 from maskgit_pl.training.ema import frozen_copy, update_ema
-from maskgit_pl.training.execution import prepare_blocks
-from maskgit_pl.training.guards import Guard, clip_gradients
 from maskgit_pl.training.optimizers import build_adamw, parameter_groups
+from maskgit_pl.training.stop_and_nonfinite import StepCheck, clip_gradients
 from maskgit_pl.training.strategies import check_precision
 
 __all__ = ["CodebookUse", "Tokenizer"]
@@ -132,7 +132,7 @@ class Tokenizer(LightningModule):
         self._pending = _Pending()
         self._pictures: tuple[Tensor, Tensor] | None = None
 
-    guard: Guard | None = None  # set by the callback; without it every update counts
+    step_check: StepCheck | None = None  # set by the callback; without it every update counts
     lecam_means: Tensor  # (2,) float32
 
     # Set-up
@@ -255,7 +255,7 @@ class Tokenizer(LightningModule):
         self._set_learning_rate(step)
         # 5. Clip, and vote.
         norms = [clip_gradients(optimizer.optimizer, self.config.gradient_clip) for optimizer in stepping]
-        skips = self.guard is not None and self.guard.skips_update(self.trainer, norms)
+        skips = self.step_check is not None and self.step_check.should_skip_update(self.trainer, norms)
         # 6. Step.
         for optimizer in stepping:
             if skips:

@@ -13,7 +13,7 @@ from maskgit_pl.losses import AdversarialLoss, ReconstructionLoss
 from maskgit_pl.networks.discriminator import DiscriminatorConfig
 from maskgit_pl.networks.features import feature_networks
 from maskgit_pl.networks.vqgan import VQGANConfig
-from maskgit_pl.training.execution import ActivationCheckpointing
+from maskgit_pl.training.compile_and_checkpointing import ActivationCheckpointing
 from maskgit_pl.training.optimizers import OptimizerConfig
 
 __all__ = ["AdversarialConfig", "MemoryFormat", "PerceptualConfig", "TokenizerConfig"]

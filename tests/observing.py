@@ -24,7 +24,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_complete
+from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint
 from tests.injection import Fault, Injection, Prepare
 
 SECONDS = 120  # after which a process counts as hanging
@@ -44,7 +44,7 @@ class Topology:
         """Flags of ``maskgit train``."""
         per_device = global_batch // (self.ranks * self.accumulation)
         return [
-            f"--cluster={self.cluster if self.ranks > 1 else 'cpu'}", f"--trainer.devices={self.ranks}",
+            f"--cluster={self.cluster if self.ranks > 1 else 'single'}", f"--trainer.devices={self.ranks}",
             f"--data.num_workers={self.workers}", f"--data.max_batch_per_device={per_device}",
         ]  # fmt: skip
 
@@ -257,7 +257,7 @@ class Runs:
 
     def newest(self, name: str) -> Path:
         """The newest complete checkpoint of a run."""
-        found = newest_complete(self.runs / name / self.given[0] / "checkpoints")
+        found = newest_checkpoint(self.runs / name / self.given[0] / "checkpoints")
         assert found is not None
         return found
 

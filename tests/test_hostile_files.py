@@ -27,7 +27,7 @@ from maskgit_pl.pretrained import (
     save_tokenizer,
     save_transformer,
 )
-from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, settings_of
+from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, read_settings
 
 SECONDS, MEMORY = 10, 500_000_000  # of a load, at most; a load of what is here takes 10 ms and 1 MB
 LARGE = {  # what stands in a file in place of a word, for json is slow to write it
@@ -177,7 +177,7 @@ def checkpoint(folder: Path) -> Path:
 
 
 def read_checkpoint(folder: Path) -> dict[str, Tensor]:
-    settings_of(folder)
+    read_settings(folder)
     state = FolderCheckpointIO().load_checkpoint(folder)
     return {name: state["state_dict"][name] for name in ("weight", "scale")} if "state_dict" in state else {}
 

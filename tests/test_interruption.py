@@ -13,7 +13,7 @@ from maskgit_pl import interruption
 LISTEN = """
 import os, sys, time
 from maskgit_pl import interruption
-with interruption.listening(until="exit"):
+with interruption.catch_stop_signals(until="exit"):
     own = os.getpid()
     child = os.fork()  # as a process that loads data
     if child == 0:
@@ -63,7 +63,7 @@ def test_signals_to_a_process_that_is_being_forked_are_not_the_parents():
 import os, signal, sys, time
 os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGINT))  # those registered first run first
 from maskgit_pl import interruption
-with interruption.listening(until="exit"):
+with interruption.catch_stop_signals(until="exit"):
     for _ in range(20):
         if os.fork() == 0:
             os._exit(0)
@@ -86,7 +86,7 @@ def test_after_listening_ctrl_c_means_what_it_meant_before():
     code = """
 import os, signal, sys
 from maskgit_pl import interruption
-with interruption.listening(until="exit"):
+with interruption.catch_stop_signals(until="exit"):
     pass
 try:
     os.kill(os.getpid(), signal.SIGINT)
@@ -104,7 +104,7 @@ import os, signal, sys
 from maskgit_pl import interruption
 if sys.argv[1] == "0":
     signal.pthread_sigmask(signal.SIG_BLOCK, interruption.SIGNALS)
-with interruption.listening(until="exit"):
+with interruption.catch_stop_signals(until="exit"):
     if sys.argv[1] == "75":
         os.kill(os.getpid(), signal.SIGUSR1)
 objects = [[number] for number in range(1_000_000)]  # to be freed at the end
@@ -127,11 +127,11 @@ def handlers() -> list[object]:
 def test_a_caller_that_goes_on_has_its_handlers_again_and_may_be_asked_again(capfd):
     before = handlers()
     for _ in range(2):
-        with interruption.listening():
+        with interruption.catch_stop_signals():
             assert not interruption.is_requested()
             signal.raise_signal(signal.SIGINT)
             assert interruption.is_requested()
-            with interruption.listening(until="exit"):  # inside another one: nothing
+            with interruption.catch_stop_signals(until="exit"):  # inside another one: nothing
                 assert interruption.is_requested()
         assert handlers() == before
     assert capfd.readouterr().err.split("\n\n") == ["\n" + CALLED, CALLED + "\n"]
@@ -139,7 +139,7 @@ def test_a_caller_that_goes_on_has_its_handlers_again_and_may_be_asked_again(cap
 
 def test_a_second_ctrl_c_raises_where_the_caller_goes_on():
     def listen() -> None:
-        with interruption.listening():
+        with interruption.catch_stop_signals():
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT):
                 signal.raise_signal(number)
 
@@ -154,7 +154,7 @@ def test_another_thread_listens_to_nothing():
     before, seen = handlers(), []
 
     def listen() -> None:
-        with interruption.listening():
+        with interruption.catch_stop_signals():
             seen.extend(handlers())
 
     thread = threading.Thread(target=listen)

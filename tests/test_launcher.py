@@ -1,6 +1,6 @@
 import pytest
 
-from maskgit_pl.launcher import launched_rank, local_rank
+from maskgit_pl.launcher import launcher_rank, local_rank
 
 
 @pytest.mark.parametrize(
@@ -14,7 +14,7 @@ from maskgit_pl.launcher import launched_rank, local_rank
     ],
 )
 def test_ranks_are_those_of_whoever_started_the_processes(environment, expected):
-    assert launched_rank(environment) == expected
+    assert launcher_rank(environment) == expected
 
 
 @pytest.mark.parametrize(
@@ -26,4 +26,4 @@ def test_the_rank_on_a_machine_is_that_of_torchrun_or_else_of_slurm(environment,
 
 def test_a_rank_that_is_no_number_is_refused():
     with pytest.raises(ValueError, match="RANK: a whole number is needed, got 'one'"):
-        launched_rank({"RANK": "one", "WORLD_SIZE": "2"})
+        launcher_rank({"RANK": "one", "WORLD_SIZE": "2"})

@@ -19,7 +19,7 @@ from maskgit_pl.pretrained import load_tokenizer, load_transformer
 from maskgit_pl.randomness import random_uniform
 from maskgit_pl.schedules import mask_schedules
 from maskgit_pl.token_model import check_tokenizer
-from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_complete
+from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint
 from maskgit_pl.training.optimizers import LearningRate
 from tests.conftest import peaked
 from tests.modules import masked_model
@@ -70,11 +70,11 @@ def test_a_resumed_run_equals_a_straight_one_to_the_last_bit(tiny_shards, tiny_p
     straight = fit(model(tiny_pretrained), data(tiny_shards, store), steps=20, folder=tmp_path / "a", every=7)
     first = fit(model(tiny_pretrained), data(tiny_shards, store), steps=11, folder=tmp_path / "b")
     module = model(tiny_pretrained)
-    resume = newest_complete(tmp_path / "b")
+    resume = newest_checkpoint(tmp_path / "b")
     second = fit(module, data(tiny_shards, store), steps=20, folder=tmp_path / "b", resume=resume)
     assert first.ids + second.ids == straight.ids
     assert first.losses + second.losses == straight.losses
-    ends = [FolderCheckpointIO().load_checkpoint(newest_complete(tmp_path / run)) for run in "ab"]
+    ends = [FolderCheckpointIO().load_checkpoint(newest_checkpoint(tmp_path / run)) for run in "ab"]
     for name, tensor in ends[0]["state_dict"].items():
         assert torch.equal(tensor, ends[1]["state_dict"][name]), name
 

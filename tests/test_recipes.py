@@ -7,11 +7,11 @@ import pytest
 import torch
 import yaml
 
-from maskgit_pl.networks.causal import CausalTransformer, build_transformer
+from maskgit_pl.networks.autoregressive import AutoregressiveTransformer, build_transformer
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pretrained import load_tokenizer, load_transformer
-from maskgit_pl.runs.layers import merged
+from maskgit_pl.runs.layers import merge
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.safe_yaml import read_yaml
@@ -59,7 +59,7 @@ def test_every_number_of_a_paper_recipe_has_its_source(stage, name):
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_a_transformer_recipe_builds_at_full_size(name):
-    tree = merged(map(read_yaml, layers("transformer", name)))
+    tree = merge(map(read_yaml, layers("transformer", name)))
     sizes = {"num_codes": 256, "num_classes": 10, "grid": (7, 7), **tree["model"]["network"]}
     with torch.device("meta"):
         network = build_transformer(TransformerConfig(**sizes))
@@ -69,7 +69,7 @@ def test_a_transformer_recipe_builds_at_full_size(name):
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_a_tokenizer_recipe_builds_at_full_size(name):
-    tree = merged(map(read_yaml, layers("tokenizer", name)))
+    tree = merge(map(read_yaml, layers("tokenizer", name)))
     with torch.device("meta"):
         network = VQGAN(VQGANConfig(tree["data"]["in_channels"], **tree["model"]["network"]))
     count = sum(parameter.numel() for parameter in network.parameters())
@@ -80,26 +80,26 @@ def test_a_tokenizer_recipe_builds_at_full_size(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_a_tokenizer_recipe_trains_a_step(name, tiny_shards, tmp_path):
-    files = [*layers("tokenizer", name), RECIPES / "cluster" / "cpu.yaml", TINY / "tokenizer.yaml"]
+    files = [*layers("tokenizer", name), RECIPES / "cluster" / "single.yaml", TINY / "tokenizer.yaml"]
     assert fit_stage(Plan(Recipe.from_files("tokenizer", files), tiny_shards, tmp_path)).step == 1
     assert load_tokenizer(tmp_path / "pretrained" / "tokenizer").image_size == 8
     assert (tmp_path / "tokenizer" / "reconstructions.png").is_file()
 
 
 @pytest.mark.parametrize("names", [["paper-256", "autoregressive"], ["paper-256", "paper-512", "autoregressive"]])
-def test_the_sequential_baseline_of_the_paper_has_the_size_of_its_model(names):
-    tree = merged(read_yaml(RECIPES / "transformer" / f"{name}.yaml") for name in ("base", *names))
+def test_the_autoregressive_baseline_of_the_paper_has_the_size_of_its_model(names):
+    tree = merge(read_yaml(RECIPES / "transformer" / f"{name}.yaml") for name in ("base", *names))
     with torch.device("meta"):
         network = build_transformer(TransformerConfig(**tree["model"]["network"]))
-    assert type(network) is CausalTransformer
+    assert type(network) is AutoregressiveTransformer
     assert sum(parameter.numel() for parameter in network.parameters()) == PARAMETERS["transformer", names[-2]]
 
 
 @pytest.mark.slow
-def test_the_sequential_baseline_is_laid_over_any_recipe(tiny_shards, tiny_pretrained, tmp_path, caplog):
+def test_the_autoregressive_baseline_is_laid_over_any_recipe(tiny_shards, tiny_pretrained, tmp_path, caplog):
     names = ("base", "paper-256", "log", "autoregressive")
     files = [RECIPES / "transformer" / f"{name}.yaml" for name in names]
-    files += [RECIPES / "cluster" / "cpu.yaml", TINY / "transformer.yaml"]
+    files += [RECIPES / "cluster" / "single.yaml", TINY / "transformer.yaml"]
     tokenizer = tiny_pretrained / "tokenizer"
     with caplog.at_level("INFO", logger="maskgit_pl"):
         fit_stage(Plan(Recipe.from_files("transformer", files), tiny_shards, tmp_path, tokenizer))
@@ -113,13 +113,13 @@ def test_the_sequential_baseline_is_laid_over_any_recipe(tiny_shards, tiny_pretr
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_a_transformer_recipe_trains_a_step(name, tiny_shards, tiny_pretrained, tmp_path):
-    files = [*layers("transformer", name), RECIPES / "cluster" / "cpu.yaml", TINY / "transformer.yaml"]
+    files = [*layers("transformer", name), RECIPES / "cluster" / "single.yaml", TINY / "transformer.yaml"]
     tokenizer = tiny_pretrained / "tokenizer"
     assert fit_stage(Plan(Recipe.from_files("transformer", files), tiny_shards, tmp_path, tokenizer)).step == 1
     model = load_transformer(tmp_path / "pretrained" / "transformer")
     if name == "autoregressive":
         assert (model.mask_schedule, model.network.config.attention) == (None, "causal")
-        assert (model.decoding.num_steps, model.decoding.token_selector) == (16, "raster")
+        assert (model.decoding.num_steps, model.decoding.token_selector) == (16, None)
     else:
         assert type(model.mask_schedule).__module__ == "maskgit_pl.schedules"
     if name not in {"base", "paper-256", "paper-512", "blue-marble", "own-images", "autoregressive"}:

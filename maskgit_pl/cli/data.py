@@ -145,14 +145,14 @@ def _make(args: argparse.Namespace) -> int:
 
 
 def _index(args: argparse.Namespace) -> int:
-    from maskgit_pl.shards.class_names import kept_class_names
+    from maskgit_pl.shards.class_names import find_class_names
     from maskgit_pl.shards.index import index_shards, locate_shards, split_shards
     from maskgit_pl.shards.manifest import read_manifest_summary
     from maskgit_pl.shards.report import describe_data, index_lines
 
     folder, found = locate_shards(args.shards)
     shards, how = split_shards(folder, found, train=args.train, val=args.val, val_fraction=args.val_fraction)
-    names = _class_names(args) or (None if args.no_labels else kept_class_names(folder))
+    names = _class_names(args) or (None if args.no_labels else find_class_names(folder))
     labels = "none" if args.no_labels else f"json:{args.label_field}" if args.label_field else "cls"
     with named_bars("shards") as advance:
         indexed = index_shards(
@@ -172,7 +172,7 @@ def _index(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from maskgit_pl.shards.report import describe_bad_files, describe_verified
+    from maskgit_pl.shards.report import describe_bad_files, describe_verification
     from maskgit_pl.shards.tokens import is_store
     from maskgit_pl.shards.verify import verify_shards
 
@@ -187,21 +187,21 @@ def _verify(args: argparse.Namespace) -> int:
         )
     if found.bad:
         raise ValueError(f"data {args.folder}: {describe_bad_files(found.bad, 'the manifest')}")
-    print(describe_verified(args.folder, found, decoded=args.decode))
+    print(describe_verification(args.folder, found, decoded=args.decode))
     return 0
 
 
 def _verify_store(folder: Path, *, decode: bool) -> int:
-    from maskgit_pl.shards.report import describe_bad_files, describe_verified_store
-    from maskgit_pl.shards.tokens import DESCRIPTION_FILE, WAY_OUT
+    from maskgit_pl.shards.report import describe_bad_files, describe_store_verification
+    from maskgit_pl.shards.tokens import DESCRIPTION_FILE, REMAKE_HINT
     from maskgit_pl.shards.verify import verify_store
 
     if decode:
         raise ValueError(f"--decode must be left out for a token store, which has no images, got {folder}")
     found = verify_store(folder)
     if found.bad:
-        raise ValueError(f"token store {folder}: {describe_bad_files(found.bad, DESCRIPTION_FILE)}\n{WAY_OUT}")
-    print(describe_verified_store(folder, found))
+        raise ValueError(f"token store {folder}: {describe_bad_files(found.bad, DESCRIPTION_FILE)}\n{REMAKE_HINT}")
+    print(describe_store_verification(folder, found))
     return 0
 
 

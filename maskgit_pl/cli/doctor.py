@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from maskgit_pl import runs
 from maskgit_pl.cli.run_flags import add_run_arguments, read_folder_flags, read_recipe_flags
 from maskgit_pl.errors import BAD_INPUT, is_user_error
-from maskgit_pl.estimates.cards import CARDS
+from maskgit_pl.estimates.gpus import GPUS
 from maskgit_pl.runs.machines import Machines
 from maskgit_pl.runs.preflight_report import Check, Preflight
 from maskgit_pl.runs.units import parse_size
@@ -41,7 +41,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     machines = parser.add_argument_group("the machines")
     machines.add_argument("--nodes", type=int, metavar="N", help="machines (default: the recipe's)")
     machines.add_argument("--devices", type=int, metavar="M", help="devices of each (default: the recipe's)")
-    machines.add_argument("--device", choices=CARDS, help="a card whose memory and peak are known")
+    machines.add_argument("--device", choices=GPUS, help="a card whose memory and peak are known")
     machines.add_argument("--device-memory", type=_size, metavar="SIZE", help="memory of a device, e.g. 80GB or 24GiB")
     machines.add_argument("--device-flops", type=_size, metavar="RATE", help="FLOP/s that training reaches, e.g. 150T")
     machines.add_argument(

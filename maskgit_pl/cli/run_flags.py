@@ -27,7 +27,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="repeat the run of this config.yaml as --run NAME")
     parser.add_argument("--dataset", default=DEFAULT_DATASET, help=f"name of the data set (default: {DEFAULT_DATASET})")
     parser.add_argument("--data", type=Path, help="its shards (default: data/shards/DATASET)")
-    parser.add_argument("--cluster", default="cpu", help="file of recipes/cluster (default: cpu)")
+    parser.add_argument("--cluster", default="single", help="file of recipes/cluster (default: single)")
     parser.add_argument("--run", dest="run_name", help="name of the run folder (default: DATASET-RECIPE)")
     parser.add_argument("--runs-folder", type=Path, default=Path("runs"), help="where run folders are (default: runs)")
     parser.add_argument("--tokenizer", type=Path, help="pretrained tokenizer folder (default: the run's own)")

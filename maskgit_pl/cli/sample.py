@@ -11,7 +11,7 @@ from maskgit_pl.cli.decoding_flags import add_decoding_arguments, check_seed_and
 from maskgit_pl.cli.flags import check_at_least, check_outputs, format_flag, make_folder, use_flag_names
 from maskgit_pl.cli.model import add_classes_argument, add_model_argument, find_model, open_pipe
 from maskgit_pl.cli.outputs import PICTURES, add_output_arguments, record_steps, wants_decoding, write_generated
-from maskgit_pl.launcher import launched_rank, local_rank
+from maskgit_pl.launcher import launcher_rank, local_rank
 from maskgit_pl.locks import hold_lock
 from maskgit_pl.progress import progress_bars
 
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     max_shown = _MAX_CLASSES if bulk is None else len(outline.class_names)
     labels = outline.parse_classes(args.classes, max_shown=max_shown)
     negative = None if args.negative_class is None else outline.parse_class(args.negative_class)
-    decoding = read_decoding_flags(args, outline, pushes_away=negative is not None)
+    decoding = read_decoding_flags(args, outline, has_negative_class=negative is not None)
     if bulk is None:
         _generate_picture(open_pipe(folder, args), labels, negative, decoding, args)
         return 0
@@ -86,7 +86,7 @@ def _bulk_options(args: argparse.Namespace) -> dict[str, int]:
     if (args.rank is None) != (args.world_size is None):
         raise ValueError("--rank, --world-size: both are needed, or neither, got one")
     if args.rank is None:
-        args.rank, args.world_size = launched_rank()
+        args.rank, args.world_size = launcher_rank()
     if args.out is None or args.out.suffix != ".npz":
         raise ValueError(f"--out: a file that ends in .npz is needed with --num-images, got {args.out}")
     check_outputs(args, out=".npz")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from maskgit_pl.cli.run_flags import add_run_arguments, read_folder_flags, read_recipe_flags
 from maskgit_pl.progress import Bars, progress_bars
-from maskgit_pl.runs.tokenizing import OnRows, Place, TokenizeOptions, find_place, tokenize
+from maskgit_pl.runs.tokenizing import OnRows, ProcessRank, TokenizeOptions, find_process_rank, tokenize
 
 __all__ = ["add_parser", "run"]
 
@@ -44,7 +44,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Makes the token store of a run, with bars."""
     recipe = read_recipe_flags(args)
-    place = find_place(args.rank, args.world_size)
+    process = find_process_rank(args.rank, args.world_size)
     options = TokenizeOptions(
         crops=args.crops,
         flip=args.flip,
@@ -57,14 +57,18 @@ def run(args: argparse.Namespace) -> int:
     )
     with progress_bars() as bars:
         tokenize(
-            recipe, **read_folder_flags(args, recipe), options=options, place=place, on_rows=_make_bars(bars, place)
+            recipe,
+            **read_folder_flags(args, recipe),
+            options=options,
+            process=process,
+            on_rows=_make_bars(bars, process),
         )
     return 0
 
 
-def _make_bars(bars: Bars, place: Place) -> OnRows:
+def _make_bars(bars: Bars, process: ProcessRank) -> OnRows:
     """Returns what shows a bar for each split."""
-    name = "" if place.world_size == 1 else f"rank {place.rank} of {place.world_size}: "
+    name = "" if process.world_size == 1 else f"rank {process.rank} of {process.world_size}: "
     shown: dict[str, Callable[[int], None]] = {}
 
     def on_rows(split: str, rows: int, total: int) -> None:

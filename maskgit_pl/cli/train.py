@@ -27,7 +27,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Trains, or prints the recipe."""
-    with interruption.listening(until="exit"):
+    with interruption.catch_stop_signals(until="exit"):
         recipe = read_recipe_flags(args)
         folders = read_folder_flags(args, recipe)
         if args.print_config:

@@ -18,14 +18,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from maskgit_pl.data.order import Order, Rows
 from maskgit_pl.errors import INTERNAL_ERROR, DataWorkerError, RunError, exit_code_of
-from maskgit_pl.interruption import shield_worker
+from maskgit_pl.interruption import ignore_job_signals
 from maskgit_pl.randomness import random_bits, random_uniform
 from maskgit_pl.shards.images import Crop, UnreadableImageError, check_crop, decode_image, load_square_into
 from maskgit_pl.shards.reader import ShardReader
 from maskgit_pl.shards.tokens import TokenReader
-from maskgit_pl.shards.unreadable import IN_A_ROW, Unreadable, UnreadableImages
+from maskgit_pl.shards.unreadable import MAX_IN_A_ROW, Unreadable, UnreadableImages
 
-__all__ = ["Batch", "ImageBatches", "StepLoader", "TokenBatches", "draw_crops", "flip", "loader"]
+__all__ = ["Batch", "ImageBatches", "StepLoader", "TokenBatches", "draw_crops", "flip", "make_loader"]
 
 
 _SIGNAL_SECONDS = 1.0  # after which the signal that a process has ended has come
@@ -114,10 +114,10 @@ class ImageBatches(Dataset[Batch]):
     def _load(self, place: Tensor, index: int, crop: tuple[float, float] | None) -> int:
         """Fills ``place`` with the first readable image from ``index`` on; returns how many it passed over.
 
-        After IN_A_ROW of them, or all, it is left black, and ``UnreadableImages`` ends the run.
+        After MAX_IN_A_ROW of them, or all, it is left black, and ``UnreadableImages`` ends the run.
         """
         count = len(self.reader)
-        most = min(IN_A_ROW, count)
+        most = min(MAX_IN_A_ROW, count)
         for passed_over in range(most):
             number = (index + passed_over) % count
             try:
@@ -166,13 +166,13 @@ class TokenBatches(Dataset[Batch]):
         return (words % self.reader.views).numpy()
 
 
-class _Failure(NamedTuple):
+class _WorkerFailure(NamedTuple):
     """An error of a worker in the place of its batch."""
 
     error: Exception
 
 
-class _Reporting(Dataset[Any]):
+class _ErrorForwardingDataset(Dataset[Any]):
     """A dataset in a worker, whose errors reach the training process as they are.
 
     Torch would turn a user's error into one whose text is a traceback.
@@ -181,20 +181,20 @@ class _Reporting(Dataset[Any]):
     def __init__(self, dataset: Dataset[Batch]) -> None:
         self.dataset = dataset
 
-    def __getitems__(self, positions: range) -> Batch | _Failure:
+    def __getitems__(self, positions: range) -> Batch | _WorkerFailure:
         try:
             return cast("Batch", self.dataset.__getitems__(positions))  # type: ignore[attr-defined]  # all of ours do
         except Exception as error:
             if _is_internal(error):
                 raise
-            return _Failure(error)
+            return _WorkerFailure(error)
 
 
 def _is_internal(error: Exception) -> bool:
     return not isinstance(error, RunError) and exit_code_of(error) == INTERNAL_ERROR
 
 
-class _KilledWorkers:
+class _WorkerDeathHandler:
     """A handler of SIGCHLD that keeps what torch's raises, until the next batch is asked for.
 
     Torch raises it wherever the training process is at that moment, perhaps in code that makes another error of it.
@@ -209,7 +209,7 @@ class _KilledWorkers:
         try:
             self.handler(number, frame)
         except RuntimeError as error:
-            _KilledWorkers.error = error
+            _WorkerDeathHandler.error = error
 
     @classmethod
     def watch(cls) -> None:
@@ -221,7 +221,7 @@ class _KilledWorkers:
 
 
 @contextmanager
-def _naming_killed_workers() -> Iterator[None]:
+def _translate_worker_errors() -> Iterator[None]:
     """Turns what torch says when a worker was killed into ``DataWorkerError``."""
     try:
         yield
@@ -230,9 +230,9 @@ def _naming_killed_workers() -> Iterator[None]:
             raise
         if not str(error).startswith("DataLoader worker"):
             deadline = time.monotonic() + _SIGNAL_SECONDS
-            while _KilledWorkers.error is None and time.monotonic() < deadline:
+            while _WorkerDeathHandler.error is None and time.monotonic() < deadline:
                 time.sleep(0.01)  # a connection that is gone is noticed before the signal
-        killed, _KilledWorkers.error = _KilledWorkers.error, None
+        killed, _WorkerDeathHandler.error = _WorkerDeathHandler.error, None
         if killed is None and not str(error).startswith("DataLoader worker"):
             raise
         raise _worker_error(killed or error) from error
@@ -247,7 +247,7 @@ def _worker_error(error: Exception) -> DataWorkerError:
     )
 
 
-def _as_is(batch: Any) -> Any:
+def _collate(batch: Any) -> Any:
     """Collation of what is a batch already."""
     return batch
 
@@ -262,25 +262,27 @@ class StepLoader(DataLoader[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # any iterator serves
         if not self.num_workers:
-            return self._checked(super().__iter__())  # here, not at the first next(): the sampler asks for the step now
-        with _naming_killed_workers():
+            return self._count_unreadable(
+                super().__iter__()
+            )  # here, not at the first next(): the sampler asks for the step now
+        with _translate_worker_errors():
             batches = super().__iter__()
-        _KilledWorkers.watch()
-        return self._checked(self._from_workers(batches))
+        _WorkerDeathHandler.watch()
+        return self._count_unreadable(self._from_workers(batches))
 
-    def _from_workers(self, batches: Iterator[Batch | _Failure]) -> Iterator[Batch]:
+    def _from_workers(self, batches: Iterator[Batch | _WorkerFailure]) -> Iterator[Batch]:
         while True:
-            with _naming_killed_workers():
-                if _KilledWorkers.error is not None:
-                    raise _KilledWorkers.error
+            with _translate_worker_errors():
+                if _WorkerDeathHandler.error is not None:
+                    raise _WorkerDeathHandler.error
                 batch = next(batches, None)
             if batch is None:
                 return
-            if isinstance(batch, _Failure):
+            if isinstance(batch, _WorkerFailure):
                 raise batch.error
             yield batch
 
-    def _checked(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def _count_unreadable(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         for batch in batches:
             if self.unreadable is not None:
                 self.unreadable.add(batch.index.numpy(), batch.replacement.numpy())
@@ -294,7 +296,7 @@ class StepLoader(DataLoader[Batch]):
         """Nothing to load."""
 
 
-def loader(
+def make_loader(
     dataset: Dataset[Batch],
     order: Sampler[range],
     *,
@@ -312,13 +314,13 @@ def loader(
         unreadable_budget: Share of unreadable images that may be replaced; see ``UnreadableImages``. None by default.
     """
     made = StepLoader(
-        _Reporting(dataset) if num_workers else dataset,
+        _ErrorForwardingDataset(dataset) if num_workers else dataset,
         batch_sampler=cast("Sampler[list[int]]", order),  # __getitems__ takes a range where others take a list
         num_workers=num_workers,
-        collate_fn=_as_is,
+        collate_fn=_collate,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
-        worker_init_fn=shield_worker,
+        worker_init_fn=ignore_job_signals,
     )
     if isinstance(dataset, ImageBatches):
         made.unreadable = UnreadableImages(dataset.explain, num_samples=len(dataset.reader), budget=unreadable_budget)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from maskgit_pl.checks import check_choice, check_integer, check_number, check_seed, shorten
-from maskgit_pl.data.order import MOST_SAMPLES, check_window
+from maskgit_pl.data.order import BATCH_SIZE_RANGE, check_window
 from maskgit_pl.shards.braces import MAX_NAMES, expand_braces
 from maskgit_pl.shards.images import Crop, check_crop
 from maskgit_pl.shards.scan import MAX_CLASSES, Labels
@@ -170,7 +170,7 @@ class ShardDataConfig:
         check_window(self.shuffle_window)
         check_integer("data.image_size", self.image_size, "[1, 8192]")
         for name in ("global_batch", "max_batch_per_device", "validation_batch"):
-            check_integer(f"data.{name}", getattr(self, name), MOST_SAMPLES)
+            check_integer(f"data.{name}", getattr(self, name), BATCH_SIZE_RANGE)
         check_integer("data.num_workers", self.num_workers, "[0, 1024]")
         check_seed("data.seed", self.seed)
         if self.validation_samples is not None:

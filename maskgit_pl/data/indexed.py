@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from maskgit_pl.checks import check_integer, check_seed, shorten
-from maskgit_pl.data.batches import Batch, draw_crops, loader
-from maskgit_pl.data.order import MOST_SAMPLES, GlobalOrder, OnceThrough, Order, ShuffledStream, SplitOrder
+from maskgit_pl.data.batches import Batch, draw_crops, make_loader
+from maskgit_pl.data.order import BATCH_SIZE_RANGE, EvalBatchSampler, InOrder, Order, ShuffledStream, TrainBatchSampler
 from maskgit_pl.data.step_module import StepDataModule
 from maskgit_pl.shards.images import Crop, check_crop, fit_square, from_pil
 
@@ -69,7 +69,7 @@ class IndexedDataset(Dataset[Batch]):
         Raises:
             TypeError: if an image is of none of the types above.
         """
-        rows = (OnceThrough(self.num_samples) if self.order is None else self.order)(positions)
+        rows = (InOrder(self.num_samples) if self.order is None else self.order)(positions)
         images, labels = [], []
         for index, place in zip(rows.index.tolist(), draw_crops(rows, self.crop, self.seed), strict=True):
             image, label = self.dataset[index]
@@ -116,9 +116,9 @@ class IndexedDataModule(StepDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        check_integer("global_batch", global_batch, MOST_SAMPLES)
-        check_integer("accumulation", accumulation, MOST_SAMPLES)
-        check_integer("validation_batch", validation_batch, MOST_SAMPLES)
+        check_integer("global_batch", global_batch, BATCH_SIZE_RANGE)
+        check_integer("accumulation", accumulation, BATCH_SIZE_RANGE)
+        check_integer("validation_batch", validation_batch, BATCH_SIZE_RANGE)
         check_integer("num_workers", num_workers, "[0, 1024]")
         check_seed("seed", seed)
         self.train = replace(train, order=ShuffledStream(len(train), seed), seed=seed)
@@ -147,7 +147,7 @@ class IndexedDataModule(StepDataModule):
                 f"global_batch must be a multiple of {self._world_size} ranks x {self.accumulation} micro-batches, got "
                 f"{self.global_batch}"
             )
-        order = GlobalOrder(
+        order = TrainBatchSampler(
             len(self.train),
             per_device=self.global_batch // micro_batches,
             accumulation=self.accumulation,
@@ -161,13 +161,13 @@ class IndexedDataModule(StepDataModule):
         """Batches of this rank, each sample once over all ranks; an empty list without validation samples."""
         if self.validation is None:
             return []
-        order = SplitOrder(
+        order = EvalBatchSampler(
             len(self.validation), per_device=self.validation_batch, world_size=self._world_size, rank=self._rank
         )
         return self._loader(self.validation, order)
 
-    def _loader(self, dataset: IndexedDataset, order: GlobalOrder | SplitOrder) -> DataLoader[Batch]:
-        return loader(dataset, order, num_workers=self.num_workers, pin_memory=torch.cuda.is_available())
+    def _loader(self, dataset: IndexedDataset, order: TrainBatchSampler | EvalBatchSampler) -> DataLoader[Batch]:
+        return make_loader(dataset, order, num_workers=self.num_workers, pin_memory=torch.cuda.is_available())
 
     def _check_trainer(self) -> None:
         if self.trainer is None:

@@ -8,19 +8,19 @@ from functools import cached_property
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from maskgit_pl.data.batches import Batch, ImageBatches, StepLoader, TokenBatches, loader
+from maskgit_pl.data.batches import Batch, ImageBatches, StepLoader, TokenBatches, make_loader
 from maskgit_pl.data.config import ShardDataConfig
 from maskgit_pl.data.order import (
-    GlobalOrder,
-    OnceThrough,
+    EvalBatchSampler,
+    InOrder,
     Order,
     ShuffledStream,
-    SplitOrder,
+    TrainBatchSampler,
     WindowedStream,
     split_batch,
 )
 from maskgit_pl.data.step_module import StepDataModule
-from maskgit_pl.data.stream import StreamBatches, StreamOnce
+from maskgit_pl.data.stream import StreamBatches, StreamEval
 from maskgit_pl.shards.images import Crop
 from maskgit_pl.shards.manifest import DataSummary, Split, load_manifest, load_manifests, read_manifest_summary
 from maskgit_pl.shards.reader import ShardReader
@@ -108,7 +108,7 @@ class ShardData(StepDataModule):
         per_device, accumulation = split_batch(
             self.config.global_batch, self.config.max_batch_per_device, self._world_size
         )
-        order = GlobalOrder(
+        order = TrainBatchSampler(
             self._train_samples,
             per_device=per_device,
             accumulation=accumulation,
@@ -130,12 +130,12 @@ class ShardData(StepDataModule):
     def val_dataloader(self) -> DataLoader[Batch]:
         """Batches of this rank of the val split, each sample once."""
         samples = self._validation_samples
-        order = SplitOrder(
+        order = EvalBatchSampler(
             samples, per_device=self.config.validation_batch, world_size=self._world_size, rank=self._rank
         )
         if self.stream is not None and self.stream.validation_urls is not None:
-            return self._loader(StreamOnce(self.config, samples, class_names=self.class_names), order)
-        return self._loader(self.batches("val", OnceThrough(samples)), order)
+            return self._loader(StreamEval(self.config, samples, class_names=self.class_names), order)
+        return self._loader(self.batches("val", InOrder(samples)), order)
 
     def batches(self, split: Split, order: Order, *, crop: Crop = "center") -> ImageBatches | TokenBatches:
         """Returns the dataset of a split: ``__getitems__(range of positions)`` gives a ``Batch``."""
@@ -180,7 +180,7 @@ class ShardData(StepDataModule):
         )
 
     def _loader(self, dataset: Dataset[Batch], order: Sampler[range]) -> StepLoader:
-        return loader(
+        return make_loader(
             dataset,
             order,
             num_workers=self.config.num_workers,

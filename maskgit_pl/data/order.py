@@ -21,20 +21,20 @@ from maskgit_pl.checks import check_integer, shorten
 from maskgit_pl.randomness import permutation
 
 __all__ = [
-    "MOST_SAMPLES",
-    "GlobalOrder",
-    "OnceThrough",
+    "BATCH_SIZE_RANGE",
+    "EvalBatchSampler",
+    "InOrder",
     "Order",
     "Rows",
     "ShuffledStream",
-    "SplitOrder",
+    "TrainBatchSampler",
     "WindowedStream",
     "check_window",
     "split_batch",
 ]
 
-MOST_SAMPLES = "[1, 16777216]"  # of a batch: 2**24
-_MOST_HELD = 2**20  # 8 MiB, at most two of them in each worker
+BATCH_SIZE_RANGE = "[1, 16777216]"  # of a batch: 2**24
+_MAX_CACHED = 2**20  # 8 MiB, at most two of them in each worker
 
 
 def split_batch(global_batch: int, max_per_device: int, world_size: int) -> tuple[int, int]:
@@ -52,8 +52,8 @@ def split_batch(global_batch: int, max_per_device: int, world_size: int) -> tupl
         ValueError: if a size is out of range, or the ranks cannot share the batch evenly; the message names the
             nearest sizes that they can.
     """
-    check_integer("data.global_batch", global_batch, MOST_SAMPLES)
-    check_integer("data.max_batch_per_device", max_per_device, MOST_SAMPLES)
+    check_integer("data.global_batch", global_batch, BATCH_SIZE_RANGE)
+    check_integer("data.max_batch_per_device", max_per_device, BATCH_SIZE_RANGE)
     if global_batch % world_size:
         below = global_batch // world_size * world_size
         choices = " or ".join(str(size) for size in (below, below + world_size) if size)
@@ -106,19 +106,19 @@ class ShuffledStream:
     Args:
         num_samples: Samples of the split, n, at most 2**32.
         seed: Decides the order.
-        most_held: Largest n whose permutation is held (8 bytes a sample in each worker).
+        max_cached: Largest n whose permutation is held (8 bytes a sample in each worker).
     """
 
     num_samples: int
     seed: int
-    most_held: int = _MOST_HELD
+    max_cached: int = _MAX_CACHED
 
     def __call__(self, positions: range) -> Rows:
         """Sample and epoch of each position."""
-        return _rows(positions, self.num_samples, self._samples)
+        return _make_rows(positions, self.num_samples, self._samples)
 
     def _samples(self, place: Tensor, epoch: int) -> Tensor:
-        return _permuted(place, self.num_samples, self.seed, epoch, held=self.num_samples <= self.most_held)
+        return _permute(place, self.num_samples, self.seed, epoch, cached=self.num_samples <= self.max_cached)
 
 
 class WindowedStream:
@@ -135,36 +135,38 @@ class WindowedStream:
         shard_samples: Samples of each shard, in the order in which samples are numbered.
         window: Shards of a window, at least 1; the last window of an epoch has the rest.
         seed: Decides the order.
-        most_held: Largest window, in samples, whose permutation is held.
+        max_cached: Largest window, in samples, whose permutation is held.
 
     Raises:
         ValueError: The window is below 1.
     """
 
-    def __init__(self, shard_samples: Sequence[int], *, window: int, seed: int, most_held: int = _MOST_HELD) -> None:
+    def __init__(self, shard_samples: Sequence[int], *, window: int, seed: int, max_cached: int = _MAX_CACHED) -> None:
         check_window(window)
         self.window = window
         self.seed = seed
-        self.most_held = most_held
+        self.max_cached = max_cached
         self._sizes = torch.tensor(shard_samples, dtype=torch.int64)
         self._firsts = self._sizes.cumsum(0) - self._sizes
         self._layouts: dict[int, _Layout] = {}
 
     def __call__(self, positions: range) -> Rows:
         """Sample and epoch of each position."""
-        return _rows(positions, int(self._sizes.sum()), self._samples)
+        return _make_rows(positions, int(self._sizes.sum()), self._samples)
 
     def _samples(self, place: Tensor, epoch: int) -> Tensor:
         layout = self._layout(epoch)
         window = torch.searchsorted(layout.window_ends, place, right=True)
         numbers = sorted(set(window.tolist()))  # places rise, and so do their windows
-        return torch.cat([self._of_window(number, place[window == number], epoch, layout) for number in numbers])
+        return torch.cat(
+            [self._samples_of_window(number, place[window == number], epoch, layout) for number in numbers]
+        )
 
-    def _of_window(self, number: int, place: Tensor, epoch: int, layout: _Layout) -> Tensor:
+    def _samples_of_window(self, number: int, place: Tensor, epoch: int, layout: _Layout) -> Tensor:
         end = int(layout.window_ends[number])
         start = int(layout.window_ends[number - 1]) if number else 0
         size = end - start
-        place = start + _permuted(place - start, size, self.seed, epoch, window=number, held=size <= self.most_held)
+        place = start + _permute(place - start, size, self.seed, epoch, window=number, cached=size <= self.max_cached)
         slot = torch.searchsorted(layout.shard_ends, place, right=True)
         shard = layout.shards[slot]
         return self._firsts[shard] + place - (layout.shard_ends[slot] - self._sizes[shard])
@@ -189,7 +191,7 @@ class _Layout(NamedTuple):
     window_ends: Tensor
 
 
-def _rows(positions: range, num_samples: int, samples: Callable[[Tensor, int], Tensor]) -> Rows:
+def _make_rows(positions: range, num_samples: int, samples: Callable[[Tensor, int], Tensor]) -> Rows:
     """Returns the rows at some positions; ``samples(places, epoch)`` are the samples at rising places of one epoch."""
     position = torch.arange(positions.start, positions.stop)
     index, epoch = torch.empty_like(position), torch.empty_like(position)
@@ -203,21 +205,21 @@ def _rows(positions: range, num_samples: int, samples: Callable[[Tensor, int], T
     return Rows(index, epoch, position, torch.ones_like(position, dtype=torch.bool))
 
 
-def _permuted(place: Tensor, size: int, seed: int, epoch: int, *, window: int = 0, held: bool) -> Tensor:
-    if held:
-        return _whole_permutation(size, seed, epoch, window)[place]
+def _permute(place: Tensor, size: int, seed: int, epoch: int, *, window: int = 0, cached: bool) -> Tensor:
+    if cached:
+        return _full_permutation(size, seed, epoch, window)[place]
     return permutation(place, size, stream="order", seed=seed, index=window, epoch=epoch)
 
 
 @lru_cache(maxsize=2)
-def _whole_permutation(size: int, seed: int, epoch: int, window: int) -> Tensor:
+def _full_permutation(size: int, seed: int, epoch: int, window: int) -> Tensor:
     """(size,) int64; in pieces that stay in the processor's cache."""
     pieces = [torch.arange(first, min(first + 2**14, size)) for first in range(0, size, 2**14)]
-    return torch.cat([_permuted(piece, size, seed, epoch, window=window, held=False) for piece in pieces])
+    return torch.cat([_permute(piece, size, seed, epoch, window=window, cached=False) for piece in pieces])
 
 
 @dataclass(frozen=True)
-class OnceThrough:
+class InOrder:
     """Validation: position i is sample i; positions past the end repeat the last sample and are not valid."""
 
     num_samples: int
@@ -229,7 +231,7 @@ class OnceThrough:
         return Rows(index, torch.zeros_like(position), position, position < self.num_samples)
 
 
-class GlobalOrder(Sampler[range]):
+class TrainBatchSampler(Sampler[range]):
     """The positions of one rank's micro-batches in the training stream, from the current step to the epoch's end.
 
     Micro-batch a of rank r takes slots [(a W + r) b, (a W + r + 1) b) of its step. An epoch is ceil(n / G) steps; the
@@ -276,7 +278,7 @@ class GlobalOrder(Sampler[range]):
         return range(first, first + self.per_device)
 
 
-class SplitOrder(Sampler[range]):
+class EvalBatchSampler(Sampler[range]):
     """The positions of one rank's validation batches: each sample once over all ranks, as many batches on every rank.
 
     Args:

@@ -25,7 +25,7 @@ from maskgit_pl.shards.images import Reason, UnreadableImageError
 from maskgit_pl.shards.scan import BAD_IMAGE, Labels
 from maskgit_pl.shards.unreadable import Unreadable, UnreadableImages
 
-__all__ = ["StreamBatches", "StreamOnce"]
+__all__ = ["StreamBatches", "StreamEval"]
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class StreamBatches(Dataset[Batch]):
         self.world_size = world_size
         self.first_step = first_step
         self._samples: Iterator[StreamSample] | None = None
-        self._passed: _PassedOver | None = None
+        self._skipped: _SkippedImages | None = None
 
     def __getitems__(self, positions: range) -> Batch:
         """Returns the next samples of this worker, for any positions; content is (B, C, image_size, image_size) uint8.
@@ -84,8 +84,8 @@ class StreamBatches(Dataset[Batch]):
             DataBudgetError: if too many images cannot be decoded.
         """
         if self._samples is None:
-            self._passed = _PassedOver(self.config.unreadable_budget)
-            self._samples = self._shuffled()
+            self._skipped = _SkippedImages(self.config.unreadable_budget)
+            self._samples = self._shuffle()
         position = torch.arange(positions.start, positions.stop)
         index = position % 2**32  # as far as random numbers count
         rows = [self._next(int(number)) for number in index]
@@ -97,7 +97,7 @@ class StreamBatches(Dataset[Batch]):
     def _next(self, index: int) -> tuple[Tensor, StreamSample]:
         """Returns the next sample that can be decoded."""
         assert self._samples is not None
-        assert self._passed is not None
+        assert self._skipped is not None
         while True:
             sample = next(self._samples)
             place = None
@@ -108,12 +108,12 @@ class StreamBatches(Dataset[Batch]):
             try:
                 image = sample.decode(self.config.image_size, self.config.in_channels, place)
             except UnreadableImageError as error:
-                self._passed.add(sample.url, sample.name, error.reason, str(error))
+                self._skipped.add(sample.url, sample.name, error.reason, str(error))
                 continue
-            self._passed.found_one()
+            self._skipped.add_readable()
             return image, sample
 
-    def _shuffled(self) -> Iterator[StreamSample]:
+    def _shuffle(self) -> Iterator[StreamSample]:
         import webdataset
 
         worker = get_worker_info()
@@ -135,20 +135,20 @@ class StreamBatches(Dataset[Batch]):
             yield from ((urls[number], epoch) for number in order.tolist())
 
     def _read(self, urls: Iterator[tuple[str, int]]) -> Iterator[StreamSample]:
-        assert self._passed is not None
+        assert self._skipped is not None
         for shard in ShardFetcher(urls, self.stream, self.labels):
             if BAD_IMAGE in shard.scan.faults:
                 bad = shard.scan.faults[BAD_IMAGE]
                 for number in range(bad.count):
                     name = f"{shard.url}, unreadable image {number + 1} of {bad.count}"
-                    self._passed.add(shard.url, name, "damaged", f"the first: {bad.first}")
+                    self._skipped.add(shard.url, name, "damaged", f"the first: {bad.first}")
             yield from shard.samples()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_samples": None, "_passed": None}
+        return {**self.__dict__, "_samples": None, "_skipped": None}
 
 
-class StreamOnce(Dataset[Batch]):
+class StreamEval(Dataset[Batch]):
     """Validation batches from shards in their order: position i is sample i, each once over all ranks and workers.
 
     Every worker of every rank reads the shards up to its last sample and decodes only its own samples.
@@ -213,7 +213,7 @@ class StreamOnce(Dataset[Batch]):
         return {**self.__dict__, "_samples": iter(()), "_at": _ENDLESS, "_last": None}
 
 
-class _PassedOver:
+class _SkippedImages:
     """Unreadable images of one worker, numbered as they come, for the rule that indexed shards have."""
 
     def __init__(self, budget: float) -> None:
@@ -229,7 +229,7 @@ class _PassedOver:
         self._counter.add(np.array([self._seen]), np.array([self._seen + 1]))
         self._seen += 1
 
-    def found_one(self) -> None:
+    def add_readable(self) -> None:
         """An image could be read."""
         self._counter.add(np.array([self._seen]), np.array([-1]))
         self._seen += 1

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from maskgit_pl.checks import check_integer
-from maskgit_pl.data.batches import Batch, ImageBatches, loader
+from maskgit_pl.data.batches import Batch, ImageBatches, make_loader
 from maskgit_pl.data.order import Rows
 from maskgit_pl.shards.manifest import ImageRange, Split, load_manifest, read_manifest_summary
 from maskgit_pl.shards.reader import ShardReader
@@ -24,7 +24,7 @@ from maskgit_pl.shards.unreadable import check_budget
 __all__ = ["PART_SIZE", "Outcome", "TokenizingConfig", "describe_store", "tokenize"]
 
 PART_SIZE = 1024
-Outcome = Literal["found", "made", "others at work"]
+Outcome = Literal["found", "made", "incomplete"]
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def tokenize(
             rank has to do of that split.
 
     Returns:
-        ``"found"`` if this very store is there already; ``"made"`` if it is finished now; ``"others at work"`` if this
+        ``"found"`` if this very store is there already; ``"made"`` if it is finished now; ``"incomplete"`` if this
         rank has done its share and the last one to do so will finish.
 
     Raises:
@@ -134,7 +134,7 @@ def tokenize(
     parts = StoreParts(store, description, part_size=config.part_size)
     share = parts.parts()[config.rank :: config.world_size]
     for split, reader in readers.items():
-        reading = _Reading(reader, description.image_size, in_channels, config)
+        reading = _PartReader(reader, description.image_size, in_channels, config)
         mirrors = description.mirrors_of(split)
         # 1. The parts that are left.
         own = [part for part in share if part.split == split]
@@ -150,11 +150,11 @@ def tokenize(
             tokens, labels = (torch.cat(column).numpy() for column in zip(*encoded, strict=True))
             parts.write(part, tokens, labels)
     # 3. Join.
-    return "made" if parts.finish() else "others at work"
+    return "made" if parts.finish() else "incomplete"
 
 
 @dataclass(frozen=True)
-class _Reading:
+class _PartReader:
     """The images of a split, in the batches that are encoded."""
 
     reader: ShardReader
@@ -179,7 +179,7 @@ class _Reading:
             crop="random" if crop else "center",
         )
         return iter(
-            loader(
+            make_loader(
                 images,
                 order,
                 num_workers=self.config.num_workers,

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry
 
 from maskgit_pl.estimates.transformer import Precision
 
-__all__ = ["LiveBytes", "Replay", "replay", "without_content"]
+__all__ = ["LiveBytes", "Replay", "fake_tensors", "replay"]
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch: u
 
 
 def replay(step: Callable[[], object], networks: Iterable[nn.Module], *, precision: Precision = "32-true") -> Replay:
-    """Runs a step and counts its memory and FLOPs; inside ``without_content`` nothing is computed.
+    """Runs a step and counts its memory and FLOPs; inside ``fake_tensors`` nothing is computed.
 
     Args:
         step: Forward and backward pass of a micro-batch.
@@ -122,7 +122,7 @@ class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch: u
 
 
 @contextmanager
-def without_content(*networks: nn.Module) -> Iterator[None]:
+def fake_tensors(*networks: nn.Module) -> Iterator[None]:
     """Makes tensors of the context have sizes and no content; these networks' weights lose theirs for good.
 
     Args:

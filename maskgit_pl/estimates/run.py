@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from maskgit_pl.estimates.sharding import FLOAT, HALF, Group, Strategy, Traffic
 from maskgit_pl.estimates.transformer import Activations
 
-__all__ = ["Memory", "StepTime", "checkpoint_bytes", "kept_checkpoints", "memory_of", "step_time"]
+__all__ = ["Memory", "StepTime", "checkpoint_bytes", "estimate_memory", "max_num_checkpoints", "step_time"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Memory:
         return sum(getattr(self, field.name) for field in fields(self))
 
 
-def memory_of(
+def estimate_memory(
     blocks: Sequence[Group],
     root: Group,
     activations: Activations,
@@ -76,9 +76,9 @@ def memory_of(
     own = sum(group.shard(ranks) for group in groups) if strategy == "fsdp" else whole
     gathered, casts = 0, activations.casts
     if strategy == "fsdp":
-        largest = max((block.padded(ranks) for block in blocks), default=0)
+        largest = max((block.padded_numel(ranks) for block in blocks), default=0)
         weight, casts = (HALF, 0) if casts else (FLOAT, 0)
-        gathered = weight * (root.padded(ranks) + 3 * largest) + FLOAT * (root.padded(ranks) + 2 * largest)
+        gathered = weight * (root.padded_numel(ranks) + 3 * largest) + FLOAT * (root.padded_numel(ranks) + 2 * largest)
     return Memory(
         weights=FLOAT * own,
         gradients=FLOAT * own,
@@ -107,7 +107,7 @@ def checkpoint_bytes(trained: int, *, averaged: int, others: int = 0, tensors: i
     return 3 * FLOAT * trained + FLOAT * averaged + others + 1200 * tensors
 
 
-def kept_checkpoints(max_steps: int, *, every: int, keep_last: int, keep_every: int | None) -> int:
+def max_num_checkpoints(max_steps: int, *, every: int, keep_last: int, keep_every: int | None) -> int:
     """Returns the largest number of checkpoints that a run has on disk at a time.
 
     These are the ``keep_last`` newest, one more while it is written, and all older ones whose step is a multiple of

@@ -52,7 +52,7 @@ class Group:
         """
         return sum(_rows(shape[0], ranks, rank) * math.prod(shape[1:]) for shape in self.shapes)
 
-    def padded(self, ranks: int) -> int:
+    def padded_numel(self, ranks: int) -> int:
         """Returns the number of parameters that a collective moves over all ranks: n times rank 0's shard.
 
         Collectives need equal parts: ranks with fewer rows send zeros for the rest. With 512 ranks a bias of 768 counts
@@ -135,8 +135,8 @@ def fsdp_traffic(
         weight: Bytes of a weight as it is sent: ``HALF`` under bf16-mixed. Gradients are sent in float32.
     """
     share = (ranks - 1) / ranks * micro_batches
-    in_blocks = sum(block.padded(ranks) for block in blocks)
-    in_root = root.padded(ranks)
+    in_blocks = sum(block.padded_numel(ranks) for block in blocks)
+    in_root = root.padded_numel(ranks)
     return Traffic(
         all_gather=share * weight * (2 * in_blocks + in_root), reduce_scatter=share * FLOAT * (in_blocks + in_root)
     )

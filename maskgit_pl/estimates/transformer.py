@@ -21,7 +21,7 @@ __all__ = [
     "Checkpointing",
     "Precision",
     "block_group",
-    "mean_masked",
+    "mean_num_masked",
     "num_parameters",
     "recomputed_flops",
     "root_group",
@@ -58,7 +58,7 @@ def num_parameters(config: TransformerConfig) -> int:
     return config.depth * block_group(config).numel + root_group(config).numel
 
 
-def mean_masked(schedule: MaskSchedule, num_tokens: int, *, min_mask_ratio: float = 0.0) -> float:
+def mean_num_masked(schedule: MaskSchedule, num_tokens: int, *, min_mask_ratio: float = 0.0) -> float:
     """Returns the mean number of masked tokens of an image in training: the ratio is gamma(u), u uniform in [0, 1)."""
     progress = (torch.arange(4096) + 0.5) / 4096
     ratios = schedule(progress, num_tokens).clamp(min=min_mask_ratio)

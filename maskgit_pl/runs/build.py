@@ -28,18 +28,18 @@ from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.recipe_files import Stage
 from maskgit_pl.runs.recipe_schema import RunSettings, TrainerSettings, parameters_of
-from maskgit_pl.runs.resolve import MODULES, dataclass_in, resolve, resolved_tree
-from maskgit_pl.runs.resume_check import changes, fixed_settings
+from maskgit_pl.runs.resolve import MODULES, dataclass_in, merge_values, resolve
+from maskgit_pl.runs.resume_check import fixed_settings, list_changes
 from maskgit_pl.runs.watchdog import Watchdog
 from maskgit_pl.token_model import TokenModel
 from maskgit_pl.tokenizer import Tokenizer
-from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_complete, settings_of
+from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint, read_settings, step_of
 from maskgit_pl.training.checkpoints import Checkpoints
-from maskgit_pl.training.guards import Guard
 from maskgit_pl.training.image_callbacks import ReconstructionPictures, SamplePictures
-from maskgit_pl.training.logs import RunLogger
 from maskgit_pl.training.progress import ProgressLines
+from maskgit_pl.training.stop_and_nonfinite import StepCheck
 from maskgit_pl.training.strategies import build_strategy, check_accelerator, check_precision, check_strategy
+from maskgit_pl.training.tensorboard_logger import RunLogger
 from maskgit_pl.training.unreadable_report import UnreadableReport
 
 __all__ = ["StageRun", "build"]
@@ -66,7 +66,7 @@ def build(plan: Plan) -> StageRun:
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=f".*{message}")
     torch.manual_seed(0)  # initial weights; every other random number is a function of the recipe's seed
-    run = StageRun(plan.recipe, resolved_tree(plan), plan.stage_folder)
+    run = StageRun(plan.recipe, merge_values(plan), plan.stage_folder)
     run.add_trainer()
     module, data, trainer = run.model, run.datamodule, run.trainer
     if trainer.max_steps < 1:
@@ -99,7 +99,7 @@ class StageRun:
 
     Args:
         recipe: Recipe; it decides the stage and the module.
-        tree: All values, see ``resolved_tree``.
+        tree: All values, see ``merge_values``.
         folder: ``runs/RUN/STAGE``.
 
     Attributes:
@@ -128,9 +128,9 @@ class StageRun:
         self.run = build_dataclass(RunSettings, run, "recipe")
         self.settings = build_dataclass(TrainerSettings, self.config["trainer"], "trainer")
         self._set_precision()
-        self.datamodule = ShardData(ShardDataConfig(**_arguments(ShardDataConfig, self.config["data"], "data")))
+        self.datamodule = ShardData(ShardDataConfig(**_build_arguments(ShardDataConfig, self.config["data"], "data")))
         config, module = MODULES[recipe.kind]
-        self.model = module(_built(self.config["model"], config, "model"))
+        self.model = module(_build_value(self.config["model"], config, "model"))
 
     def _set_precision(self) -> None:
         """Sets threads and precision of torch, before anything computes."""
@@ -147,7 +147,7 @@ class StageRun:
                 the strategy or in the precision, or the devices are not there.
         """
         self.fixed = self._fixed_settings()
-        newest = newest_complete(self.folder / "checkpoints")
+        newest = newest_checkpoint(self.folder / "checkpoints")
         if newest is not None:
             self._check_resumes(newest)
         given = self.settings
@@ -168,14 +168,14 @@ class StageRun:
             "enable_checkpointing": True,
         }
         try:
-            trainer = Trainer(**{**asdict(given), **ours}, callbacks=self._our_callbacks())
+            trainer = Trainer(**{**asdict(given), **ours}, callbacks=self._build_callbacks())
         except (MisconfigurationException, ModuleNotFoundError, TypeError, ValueError) as error:
             if is_user_error(error):
                 raise
-            raise ValueError(_missing_devices(given, error)) from error
+            raise ValueError(_describe_missing_devices(given, error)) from error
         check_strategy(given.strategy, stage=self.stage, ranks=trainer.world_size)
-        # Lightning's handler of SIGTERM talks to other ranks, and each micro-batch begins with a question to the first
-        # one, for which the device is waited for. Signals set a flag here; ranks vote once a step (training.guards).
+        # Lightning's SIGTERM handler talks to other ranks, and its broadcast before each micro-batch waits for the
+        # device. Here, a signal sets a flag that the ranks exchange once a step (training.stop_and_nonfinite).
         trainer._signal_connector.register_signal_handlers = _do_nothing  # type: ignore[method-assign]  # its own
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _do_nothing  # type: ignore[method-assign]  # its own
         self.trainer = trainer
@@ -195,21 +195,21 @@ class StageRun:
 
     def _check_resumes(self, checkpoint: Path) -> None:
         """Raises ValueError if settings have changed that must not change when a run resumes."""
-        known = settings_of(checkpoint)
+        known = read_settings(checkpoint)
         if known is None:
             log.warning("%s: it does not say with which settings it was made; they are not compared", checkpoint)
             return
         known = renamed_settings(known, f"checkpoint {checkpoint}")
         defaults = fixed_settings(resolve(self.kind, {}), data="", tokenizer="")
-        changed = changes(known, self.fixed, defaults)
+        changed = list_changes(known, self.fixed, defaults)
         if changed:
             raise ValueError(
-                f"run {self.folder} cannot resume from {checkpoint.name} with other settings: {', '.join(changed)}. "
-                "Restore them, or start a new run (--run, make: RUN=), from these weights if you like (--pretrained, "
-                "make: PRETRAINED=)"
+                f"cannot resume {self.folder} from step {step_of(checkpoint)}: settings changed "
+                f"({', '.join(changed)}). Restore them, or start a new run with --run (make: RUN=); --pretrained "
+                "(make: PRETRAINED=) starts it from existing weights"
             )
 
-    def _our_callbacks(self) -> list[Callback]:
+    def _build_callbacks(self) -> list[Callback]:
         self.checkpoints = Checkpoints(
             self.folder / "checkpoints",
             every_n_steps=self.run.checkpoint_every,
@@ -224,11 +224,11 @@ class StageRun:
             pictures = ReconstructionPictures(self.folder)
         else:
             pictures = SamplePictures(self.folder, class_names=self.datamodule.class_names)
-        guard, unreadable = Guard(self.folder, self.checkpoints), UnreadableReport(self.folder)
-        return [guard, self.watchdog, self.checkpoints, progress, pictures, unreadable]
+        step_check, unreadable = StepCheck(self.folder, self.checkpoints), UnreadableReport(self.folder)
+        return [step_check, self.watchdog, self.checkpoints, progress, pictures, unreadable]
 
 
-def _arguments(kind: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _build_arguments(kind: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Returns the arguments of a class, its dataclasses built from their mappings.
 
     Raises:
@@ -238,15 +238,15 @@ def _arguments(kind: type, values: Mapping[str, Any], where: str) -> dict[str, A
     for name, parameter in parameters_of(kind).items():
         if name not in values:
             raise ValueError(f"{where}.{name} must be set by the recipe")
-        found[name] = _built(values[name], parameter.annotation, f"{where}.{name}")
+        found[name] = _build_value(values[name], parameter.annotation, f"{where}.{name}")
     return found
 
 
-def _built(value: Any, annotation: Any, where: str) -> Any:
+def _build_value(value: Any, annotation: Any, where: str) -> Any:
     kind = dataclass_in(annotation)
     if kind is None or value is None:
         return tuple(value) if isinstance(value, list) and get_origin(annotation) is tuple else value
-    values = _arguments(kind, value, where)
+    values = _build_arguments(kind, value, where)
     try:
         return kind(**values)
     except ValueError as error:
@@ -255,7 +255,7 @@ def _built(value: Any, annotation: Any, where: str) -> Any:
         raise ValueError(f"{where}{between}{error}") from error
 
 
-def _missing_devices(given: TrainerSettings, error: Exception) -> str:
+def _describe_missing_devices(given: TrainerSettings, error: Exception) -> str:
     said = " ".join(str(error).split()).rstrip(".")
     return (
         f"trainer: accelerator {given.accelerator!r} with devices {given.devices!r} is not available on this machine "

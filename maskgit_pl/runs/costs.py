@@ -11,15 +11,15 @@ import torch
 from torch import nn
 
 from maskgit_pl.data import Batch
-from maskgit_pl.estimates.replay import Replay, replay, without_content
-from maskgit_pl.estimates.run import Memory, checkpoint_bytes, memory_of
+from maskgit_pl.estimates.replay import Replay, fake_tensors, replay
+from maskgit_pl.estimates.run import Memory, checkpoint_bytes, estimate_memory
 from maskgit_pl.estimates.sharding import FLOAT, HALF, Group, Strategy, Traffic, ddp_traffic, fsdp_traffic, group_of
 from maskgit_pl.estimates.transformer import (
     Activations,
     Checkpointing,
     Precision,
     block_group,
-    mean_masked,
+    mean_num_masked,
     recomputed_flops,
     root_group,
     step_flops,
@@ -126,7 +126,7 @@ class TransformerCosts(Costs):
         with torch.device("meta"):
             network = VQGAN(config).requires_grad_(requires_grad=False)
         weights = sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
-        with without_content(network):
+        with fake_tensors(network):
             images = torch.empty(1, config.in_channels, size, size)
             return weights, replay(lambda: network.encode(images), [network], precision=self.precision)
 
@@ -140,7 +140,7 @@ class TransformerCosts(Costs):
 
     def memory(self, per_device: int) -> Memory:
         blocks, root = self.groups
-        return memory_of(
+        return estimate_memory(
             blocks, root, self.activations(per_device), strategy=self.strategy, ranks=self.ranks,
             averaged=None if self.averaged else 0, frozen=self._encoding[0],
         )  # fmt: skip
@@ -150,7 +150,7 @@ class TransformerCosts(Costs):
         share = float(config.num_tokens)
         if isinstance(module, MaskedTokenModel):
             ratio = module.config.min_mask_ratio
-            share = mean_masked(module.mask_schedule, config.num_tokens, min_mask_ratio=ratio)
+            share = mean_num_masked(module.mask_schedule, config.num_tokens, min_mask_ratio=ratio)
         masked = share * global_batch
         encoding = self._encoding[1].flops * global_batch if self.encodes else 0
         useful = step_flops(config, images=global_batch, masked=masked) + encoding
@@ -200,7 +200,7 @@ class TokenizerCosts(Costs):
     @cached_property
     def _replay(self) -> Replay:
         config, networks = self.module.config, [*self._networks, *self._frozen]
-        with without_content(*networks), warnings.catch_warnings():
+        with fake_tensors(*networks), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for parameter in (parameter for network in networks for parameter in network.parameters()):
                 if parameter.requires_grad:
@@ -214,7 +214,7 @@ class TokenizerCosts(Costs):
         activations = Activations(self._replay.peak_of(per_device) - casts, casts, 0)
         buffers = sum(buffer.nbytes for network in self._networks for buffer in network.buffers())
         frozen = sum(tensor.nbytes for network in self._frozen for tensor in network.parameters())
-        return memory_of(
+        return estimate_memory(
             blocks, root, activations, strategy=self.strategy, ranks=self.ranks,
             averaged=self.averaged, frozen=frozen + 2 * buffers,
         )  # fmt: skip

@@ -47,7 +47,7 @@ def fit(
     """
     plan = plan_run(recipe, run=run, data=data, tokenizer=tokenizer, pretrained=pretrained)
     try:
-        with interruption.listening(), warnings.catch_warnings():
+        with interruption.catch_stop_signals(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*`srun` command is available")  # Lightning's, on a login node
             from maskgit_pl.runs.stage import fit_stage  # lightning and torch take seconds to import
 

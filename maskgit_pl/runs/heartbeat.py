@@ -110,7 +110,7 @@ class Peers:
             with self._lock:
                 self._write_beat()  # step 2
                 self._store_refusals = 0
-                ending = self._read_ending()  # step 3
+                ending = self._get_ending()  # step 3
                 return ending if ending is not None else self._check_next_rank()  # step 4
         except dist.DistNetworkError:
             self._reconnect_store()  # step 5
@@ -119,25 +119,25 @@ class Peers:
         is_gone = self._store_refusals > _GRACE_BEATS
         return Ending(INTERNAL_ERROR, "rank", f"{_STORE} has ended") if is_gone else None
 
-    def announced(self) -> Ending | None:
+    def read_ending(self) -> Ending | None:
         """Returns what a rank has announced to all, if any."""
-        return _in_time(self._locked(self._read_ending))
+        return _in_time(self._under_lock(self._get_ending))
 
     def announce(self, ending: Ending) -> None:
         """Announces to all ranks why they end; the first announcement stays."""
-        _in_time(self._locked(lambda: self._store.compare_set(_ENDING, "", json.dumps(ending))))
+        _in_time(self._under_lock(lambda: self._store.compare_set(_ENDING, "", json.dumps(ending))))
 
     def leave(self) -> None:
         """Ends the checks: this rank ends as planned, and no other rank takes it for lost."""
-        _in_time(self._locked(self._leave))
+        _in_time(self._under_lock(self._leave))
 
     def describe_silent(self) -> str:
         """Returns which ranks do not beat as a text, empty if all do; takes some seconds."""
-        before = _in_time(self._locked(self._read_beats))
+        before = _in_time(self._under_lock(self._read_beats))
         for _ in range(_SILENT_BEATS if before else 0):  # beats meanwhile, since the others may be waiting here, too
             time.sleep(_SILENT_SECONDS / _SILENT_BEATS)
-            _in_time(self._locked(self._write_beat))
-        after = _in_time(self._locked(self._read_beats)) if before else None
+            _in_time(self._under_lock(self._write_beat))
+        after = _in_time(self._under_lock(self._read_beats)) if before else None
         if before is None or after is None:
             return f"{_STORE} does not answer"
         silent = [
@@ -154,7 +154,7 @@ class Peers:
             self._listen_socket.close()
             self._close_connection()
 
-    def _read_ending(self) -> Ending | None:
+    def _get_ending(self) -> Ending | None:
         return Ending(*json.loads(self._store.get(_ENDING))) if self._store.check([_ENDING]) else None
 
     def _write_beat(self) -> None:
@@ -172,7 +172,7 @@ class Peers:
             for rank, (key, begun) in enumerate(zip(self._beat_keys, has_begun, strict=True))
         ]
 
-    def _locked(self, ask: Callable[[], T]) -> Callable[[], T | None]:
+    def _under_lock(self, ask: Callable[[], T]) -> Callable[[], T | None]:
         """Returns ``ask`` under the lock; it gives None where the store does not answer."""
 
         def locked() -> T | None:

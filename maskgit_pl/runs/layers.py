@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Layer", "merged", "take_out", "value_at"]
+__all__ = ["Layer", "merge", "remove_key", "value_at"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Layer:
     tree: Mapping[str, Any]
 
 
-def merged(trees: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def merge(trees: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Merges trees, later over earlier, mapping by mapping.
 
     A mapping with the key ``name`` spells a registered thing out and replaces what was there; one without it adds
@@ -31,18 +31,18 @@ def merged(trees: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for tree in trees:
         for key, value in tree.items():
-            result[key] = _laid_over(result.get(key), value)
+            result[key] = _override(result.get(key), value)
     return result
 
 
-def _laid_over(old: Any, new: Any) -> Any:
+def _override(old: Any, new: Any) -> Any:
     if not isinstance(new, Mapping):
         return new
     if "name" in new:
         return dict(new)
     if isinstance(old, str):
         return {"name": old, **new}
-    return merged([old if isinstance(old, Mapping) else {}, new])
+    return merge([old if isinstance(old, Mapping) else {}, new])
 
 
 def value_at(tree: Any, key: str) -> Any:
@@ -52,9 +52,9 @@ def value_at(tree: Any, key: str) -> Any:
     return tree
 
 
-def take_out(tree: Any, key: str) -> bool:
+def remove_key(tree: Any, key: str) -> bool:
     """Removes a dotted key from a tree, in place; returns whether it was there."""
     *groups, leaf = key.split(".")
     for group in groups:
         tree = tree.get(group) if isinstance(tree, dict) else None
-    return isinstance(tree, dict) and tree.pop(leaf, take_out) is not take_out
+    return isinstance(tree, dict) and tree.pop(leaf, remove_key) is not remove_key

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from maskgit_pl.checks import check_choice, check_integer, check_number
-from maskgit_pl.estimates.cards import CARDS
+from maskgit_pl.estimates.gpus import GPUS
 
 __all__ = ["Machines"]
 
@@ -19,7 +19,7 @@ class Machines:
     Attributes:
         nodes: Number of nodes, at least 1; None takes the recipe's.
         devices: Number of devices of each node, at least 1; None takes the recipe's.
-        card: Name of a device whose memory and peak rates are known, a key of ``estimates.cards.CARDS``.
+        gpu: Name of a device whose memory and peak rates are known, a key of ``estimates.gpus.GPUS``.
         memory: Bytes of a device; None takes the card's, or that of this machine's GPU.
         flops: FLOP/s that training reaches on a device; None takes ``utilization`` of the card's peak.
         utilization: Share of the card's peak that training reaches, in (0, 1].
@@ -33,7 +33,7 @@ class Machines:
 
     nodes: int | None = None
     devices: int | None = None
-    card: str | None = None
+    gpu: str | None = None
     memory: float | None = None
     flops: float | None = None
     utilization: float = 0.4
@@ -48,10 +48,10 @@ class Machines:
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), "(0, inf)")
         check_number("utilization", self.utilization, "(0, 1]")
-        if self.card is not None:
-            check_choice("card", self.card, CARDS)
+        if self.gpu is not None:
+            check_choice("gpu", self.gpu, GPUS)
 
-    def flops_reached(self, precision: str, *, tensor_float32: bool) -> float | None:
+    def achieved_flops(self, precision: str, *, tensor_float32: bool) -> float | None:
         """Returns the FLOP/s that training reaches on a device; None if nothing says it.
 
         Args:
@@ -60,9 +60,9 @@ class Machines:
         """
         if self.flops is not None:
             return self.flops
-        if self.card is None:
+        if self.gpu is None:
             return None
-        return self.utilization * CARDS[self.card].rate(precision, tensor_float32=tensor_float32)
+        return self.utilization * GPUS[self.gpu].rate(precision, tensor_float32=tensor_float32)
 
     def bandwidth_over(self, nodes: int) -> float:
         """Returns the bytes per second at the slowest place that traffic between devices of so many nodes crosses."""

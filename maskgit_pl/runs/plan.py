@@ -170,7 +170,7 @@ def find_tokenizer(
     """
     named = tokenizer or recipe.paths.get("model.tokenizer")
     if named is not None:
-        return _checked_tokenizer(Path(named))
+        return _check_tokenizer(Path(named))
     own = folder / "pretrained" / "tokenizer"
     if (own / "config.json").is_file():
         return own
@@ -194,7 +194,7 @@ def find_tokenizer(
     return found[0]
 
 
-def _checked_tokenizer(folder: Path) -> Path:
+def _check_tokenizer(folder: Path) -> Path:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"tokenizer {folder}: no config.json there; name a pretrained tokenizer folder")
     if (folder / "tokenizer" / "config.json").is_file():

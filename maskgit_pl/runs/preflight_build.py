@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from maskgit_pl.launcher import without_launcher
+from maskgit_pl.launcher import hide_launcher
 from maskgit_pl.runs.build import StageRun, build
-from maskgit_pl.runs.layers import merged
+from maskgit_pl.runs.layers import merge
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.preflight_report import CheckList
 
-__all__ = ["build_to_examine"]
+__all__ = ["build_for_preflight"]
 
 _ON_ONE_CPU = ("--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto")
 
 
-def build_to_examine(plan: Plan, checks: CheckList, *, is_complete: bool) -> StageRun | None:
+def build_for_preflight(plan: Plan, checks: CheckList, *, is_complete: bool) -> StageRun | None:
     """Builds a stage as far as it can be built, and adds what training would refuse to the checks.
 
     The ways to build it are, in this order, until one succeeds:
@@ -41,19 +41,19 @@ def build_to_examine(plan: Plan, checks: CheckList, *, is_complete: bool) -> Sta
         The stage, with zeros for weights; None if none of the ways succeeds.
     """
     plan = replace(plan, recipe=plan.recipe.with_overrides(_ON_ONE_CPU))
-    with without_launcher(), _unchanged_torch(), _ZeroWeights():
+    with hide_launcher(), _keep_torch_settings(), _ZeroWeights():
         if is_complete:
-            with checks.catching("recipe"):
+            with checks.catch_errors("recipe"):
                 run = build(plan)
                 if run.datamodule.config.source != "stream":
                     run.datamodule.setup()
                 checks.add("recipe", f"{plan.recipe.title}: module, data and tokenizer fit each other")
                 return run
-        with checks.catching("recipe"):
+        with checks.catch_errors("recipe"):
             return _build_from_recipe(plan)
         if plan.stage == "tokenizer":
             without = replace(plan, recipe=plan.recipe.with_overrides(["--model.perceptual=null"]))
-            with checks.catching("recipe"):
+            with checks.catch_errors("recipe"):
                 run = _build_from_recipe(without)
                 checks.add("memory", "calculated without the perceptual network", "warning")
                 return run
@@ -67,7 +67,7 @@ def _build_from_recipe(plan: Plan) -> StageRun:
         # Sizes that the tokenizer would say, where the recipe does not: those of the paper.
         sizes: dict[str, Any] = {"num_codes": 1024, "num_classes": 1000, "grid": [16, 16]}
         missing["model"] = {"tokenizer": str(plan.tokenizer or "missing"), "network": sizes}
-    return StageRun(plan.recipe, merged([missing, plan.recipe.tree]), plan.stage_folder)
+    return StageRun(plan.recipe, merge([missing, plan.recipe.tree]), plan.stage_folder)
 
 
 class _ZeroWeights(TorchFunctionMode):
@@ -83,7 +83,7 @@ class _ZeroWeights(TorchFunctionMode):
 
 
 @contextmanager
-def _unchanged_torch() -> Iterator[None]:
+def _keep_torch_settings() -> Iterator[None]:
     """Restores what building a run sets for its whole process, and ignores warnings, which are for training."""
     lightning = logging.getLogger("lightning.pytorch")
     level, threads, precision = lightning.level, torch.get_num_threads(), torch.get_float32_matmul_precision()

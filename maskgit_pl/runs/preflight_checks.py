@@ -16,13 +16,13 @@ from maskgit_pl.pretrained import read_config
 from maskgit_pl.runs import host
 from maskgit_pl.runs.machines import Machines
 from maskgit_pl.runs.plan import Plan, find_data, find_pretrained, find_tokenizer, run_folder
-from maskgit_pl.runs.preflight_build import build_to_examine
+from maskgit_pl.runs.preflight_build import build_for_preflight
 from maskgit_pl.runs.preflight_costs import CostChecks
 from maskgit_pl.runs.preflight_report import Check, CheckList, Preflight, Shares, Verdict
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.units import count_text
 from maskgit_pl.shards.manifest import DataSummary, read_manifest_summary
-from maskgit_pl.training.checkpoint_files import newest_complete, step_of
+from maskgit_pl.training.checkpoint_files import newest_checkpoint, step_of
 from maskgit_pl.training.strategies import build_strategy, check_accelerator, check_precision, check_strategy
 
 __all__ = ["preflight"]
@@ -64,7 +64,7 @@ def preflight(
     folders = {"data": data, "tokenizer": tokenizer, "pretrained": pretrained}
     plan, summary = _check_inputs(checks, recipe, run_folder(recipe, run), folders)
     _check_strategy(checks, recipe, nodes=nodes, devices=devices)
-    stage_run = build_to_examine(plan, checks, is_complete=checks.failed() <= _STARTABLE)
+    stage_run = build_for_preflight(plan, checks, is_complete=checks.names_with_errors() <= _STARTABLE)
     if stage_run is None:
         return Preflight(tuple(checks.checks))
     config = stage_run.config
@@ -99,7 +99,7 @@ def _check_host(checks: CheckList, *, nodes: int, devices: int, port: int | None
     if not faults:
         job = environment.get("SLURM_JOB_ID")
         checks.add("slurm", "not in a job" if job is None else f"job {job} has {nodes} x {devices} tasks")
-    with checks.catching("network"):
+    with checks.catch_errors("network"):
         checks.add("network", *_check_network(environment, nodes))
 
 
@@ -124,21 +124,21 @@ def _check_inputs(
 ) -> tuple[Plan, DataSummary | None]:
     """Finds the folders of a run; one that is missing becomes an error, and stands in the plan where it would be."""
     plan, summary = Plan(recipe, shards=Path(named["data"] or ""), folder=folder), None
-    with checks.catching("data"):
+    with checks.catch_errors("data"):
         plan = replace(plan, shards=find_data(recipe, named["data"]))
         if recipe.get("data.source") != "stream":
             summary = _read_summary(plan.shards)
             counts = ", ".join(f"{count:,} {split}" for split, count in summary.samples.items())
             checks.add("data", f"{plan.shards}: {counts}; {summary.num_classes} classes")
     if plan.stage == "transformer":
-        with checks.catching("tokenizer"):
+        with checks.catch_errors("tokenizer"):
             found = find_tokenizer(
                 recipe, folder=folder, shards=plan.shards, tokenizer=named["tokenizer"], pretrained=named["pretrained"]
             )
             config = VQGANConfig(**read_config(found, "tokenizer")["network"])
             plan = replace(plan, tokenizer=found)
             checks.add("tokenizer", f"{found}: {config.num_codes} codes")
-    with checks.catching("pretrained"):
+    with checks.catch_errors("pretrained"):
         plan = replace(plan, pretrained=find_pretrained(plan.stage, named["pretrained"]))
     return plan, summary
 
@@ -159,7 +159,7 @@ def _read_summary(shards: Path) -> DataSummary:
 def _check_strategy(checks: CheckList, recipe: Recipe, *, nodes: int, devices: int) -> None:
     name = str(recipe.get("trainer.strategy") or "auto")
     precision = str(recipe.get("trainer.precision") or "32-true")
-    with checks.catching("strategy"):
+    with checks.catch_errors("strategy"):
         build_strategy(name)
         check_accelerator(str(recipe.get("trainer.accelerator") or "auto"))
         check_precision(precision)
@@ -171,7 +171,7 @@ def _check_batch(
     checks: CheckList, config: Mapping[str, Any], summary: DataSummary | None, *, nodes: int, devices: int
 ) -> Shares | None:
     global_batch = config["data"]["global_batch"]
-    with checks.catching("batch"):
+    with checks.catch_errors("batch"):
         shares = Shares(
             nodes, devices, *split_batch(global_batch, config["data"]["max_batch_per_device"], nodes * devices)
         )
@@ -189,7 +189,7 @@ def _check_batch(
 
 
 def _describe_start(plan: Plan, steps: int | None) -> str:
-    newest = newest_complete(plan.checkpoints)
+    newest = newest_checkpoint(plan.checkpoints)
     if newest is None:
         return f"{plan.stage_folder}: starts anew"
     if steps is not None and 0 <= steps <= step_of(newest):

@@ -8,8 +8,8 @@ from typing import Any, cast
 
 import torch
 
-from maskgit_pl.estimates.cards import CARDS
-from maskgit_pl.estimates.run import Memory, StepTime, kept_checkpoints, step_time
+from maskgit_pl.estimates.gpus import GPUS
+from maskgit_pl.estimates.run import Memory, StepTime, max_num_checkpoints, step_time
 from maskgit_pl.estimates.sharding import Strategy
 from maskgit_pl.estimates.transformer import Precision
 from maskgit_pl.files import size_text
@@ -121,8 +121,8 @@ class CostChecks:
         machines = self._machines
         if machines.memory is not None:
             return machines.memory
-        if machines.card is not None:
-            return CARDS[machines.card].memory
+        if machines.gpu is not None:
+            return GPUS[machines.gpu].memory
         return float(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
 
     def _describe_memory(self) -> str:
@@ -171,7 +171,7 @@ class CostChecks:
         steps = config["trainer"]["max_steps"]
         if steps is None or steps < 1:  # without an end: what the newest ones need
             steps = config["checkpoint_every"] * (config["keep_last"] + 1)
-        most = kept_checkpoints(
+        most = max_num_checkpoints(
             steps, every=config["checkpoint_every"], keep_last=config["keep_last"], keep_every=config["keep_every"]
         )
         count, size = max(1, most - len(complete_checkpoints(self._plan.checkpoints))), self._costs.checkpoint()
@@ -189,7 +189,7 @@ class CostChecks:
         useful, executed = self._costs.flops(self._global_batch)
         traffic = self._costs.traffic(shares.micro_batches)
         rounds = self._config.get("matmul_precision", "highest") != "highest"
-        rate, time = self._machines.flops_reached(self._precision, tensor_float32=rounds), None
+        rate, time = self._machines.achieved_flops(self._precision, tensor_float32=rounds), None
         if rate is not None:
             bandwidth = self._machines.bandwidth_over(self._nodes)
             time = step_time(executed, traffic, ranks=self._ranks, rate=rate, bandwidth=bandwidth)
@@ -220,7 +220,7 @@ class CostChecks:
 
     def _describe_time(self, time: StepTime) -> str:
         machines = self._machines
-        share = f"{machines.utilization:.0%} of the {machines.card}'s peak"
+        share = f"{machines.utilization:.0%} of the {machines.gpu}'s peak"
         rate = share if machines.flops is None else f"{machines.flops:.3g} FLOP/s"
         return (
             f"at least {duration_text(time.least)}, or {duration_text(time.most)} where traffic is not hidden behind "

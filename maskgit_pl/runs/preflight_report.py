@@ -55,7 +55,7 @@ class CheckList:
             self._on_check(self.checks[-1])
 
     @contextmanager
-    def catching(self, name: str) -> Iterator[None]:
+    def catch_errors(self, name: str) -> Iterator[None]:
         """Adds an error that the user can correct to the list, instead of raising it."""
         try:
             yield
@@ -64,7 +64,7 @@ class CheckList:
                 raise
             self.add(name, str(error), "error")
 
-    def failed(self) -> set[str]:
+    def names_with_errors(self) -> set[str]:
         """Returns the names of the checks with an error."""
         return {check.name for check in self.checks if check.verdict == "error"}
 

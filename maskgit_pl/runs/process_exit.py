@@ -23,11 +23,11 @@ from lightning.pytorch import Trainer
 
 from maskgit_pl.errors import PeerError, RunError, describe_error, exit_code_of
 
-__all__ = ["leaving_together"]
+__all__ = ["exit_on_error"]
 
 
 @contextmanager
-def leaving_together(trainer: Trainer) -> Iterator[None]:
+def exit_on_error(trainer: Trainer) -> Iterator[None]:
     """Has each of several processes exit with its own exit code when the fit inside raises an error.
 
     Args:

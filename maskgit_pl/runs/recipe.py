@@ -16,7 +16,7 @@ from typing import Any
 
 from maskgit_pl.old_names import renamed_keys, renamed_tree
 from maskgit_pl.runs.flags import Overrides, flag_layer, flag_words, split_flags
-from maskgit_pl.runs.layers import Layer, merged, take_out, value_at
+from maskgit_pl.runs.layers import Layer, merge, remove_key, value_at
 from maskgit_pl.runs.recipe_checks import check_layer
 from maskgit_pl.runs.recipe_files import DEFAULT_DATASET, Stage, read_run_config, recipe_files
 from maskgit_pl.runs.recipe_schema import Kind, load_schema
@@ -77,7 +77,7 @@ class Recipe:
         *,
         names: str | Iterable[str] = (),
         dataset: str = DEFAULT_DATASET,
-        cluster: str = "cpu",
+        cluster: str = "single",
         overrides: Overrides = (),
     ) -> Recipe:
         """Reads a recipe by the names of its files.
@@ -128,14 +128,14 @@ class Recipe:
         """Checks and merges layers that are read already; see ``read``."""
         words = flag_words(overrides)
         layers = [Layer(each.origin, renamed_tree(each.tree, each.origin)) for each in layers]
-        kind = _kind(stage, layers, words)
+        kind = _find_kind(stage, layers, words)
         left_out: dict[str, list[str]] = {}
         if kind == "autoregressive":
-            layers, left_out = _without_masking(layers)
+            layers, left_out = _drop_masking_keys(layers)
         schema = load_schema(kind)
         for layer in layers:
             check_layer(layer, schema)
-        base = merged([layer.tree for layer in layers])
+        base = merge([layer.tree for layer in layers])
         files = tuple(layer.origin for layer in layers)
         return cls(stage, kind, base, files=files, left_out=left_out).with_overrides(words)
 
@@ -154,7 +154,7 @@ class Recipe:
     @cached_property
     def tree(self) -> dict[str, Any]:
         """All values as one tree."""
-        return merged([self.base, *self.flags])
+        return merge([self.base, *self.flags])
 
     def get(self, key: str) -> Any:
         """Returns the value of a dotted key such as ``data.source``; None where nothing says it."""
@@ -162,13 +162,13 @@ class Recipe:
 
     @property
     def title(self) -> str:
-        """The files, for people, such as ``transformer/base + transformer/log + cluster/cpu``."""
+        """The files, for people, such as ``transformer/base + transformer/log + cluster/single``."""
         return " + ".join("/".join(Path(file).with_suffix("").parts[-2:]) for file in self.files)
 
 
-def _kind(stage: Stage, files: Sequence[Layer], words: Sequence[str]) -> Kind:
+def _find_kind(stage: Stage, files: Sequence[Layer], words: Sequence[str]) -> Kind:
     """Returns the kind of module that files and flags are for."""
-    attention = value_at(merged([layer.tree for layer in files]), "model.network.attention")
+    attention = value_at(merge([layer.tree for layer in files]), "model.network.attention")
     for key, text in split_flags(words):
         if key == "model.network.attention":
             with suppress(ValueError):  # what is no YAML is refused where the flag is read
@@ -178,12 +178,12 @@ def _kind(stage: Stage, files: Sequence[Layer], words: Sequence[str]) -> Kind:
     return "autoregressive" if attention == "causal" else "transformer"
 
 
-def _without_masking(files: Sequence[Layer]) -> tuple[list[Layer], dict[str, list[str]]]:
+def _drop_masking_keys(files: Sequence[Layer]) -> tuple[list[Layer], dict[str, list[str]]]:
     """Layers without the keys that causal attention has no use for, and those keys by origin."""
     kept, left_out = [], {}
     for layer in files:
-        tree = merged([layer.tree])
-        keys = [key for key in _MASKED_ONLY if take_out(tree, key)]
+        tree = merge([layer.tree])
+        keys = [key for key in _MASKED_ONLY if remove_key(tree, key)]
         kept.append(Layer(layer.origin, tree))
         if keys:
             left_out[layer.origin] = keys

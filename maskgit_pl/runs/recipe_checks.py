@@ -11,9 +11,9 @@ from maskgit_pl.runs.layers import Layer
 from maskgit_pl.runs.safe_yaml import NO_CODE
 from maskgit_pl.schema import Schema, describe, fits
 
-__all__ = ["FOLLOWS", "check_layer", "schema_at"]
+__all__ = ["DERIVED_KEYS", "check_layer", "schema_at"]
 
-FOLLOWS = {  # keys of a module that other keys decide
+DERIVED_KEYS = {  # keys of a module that other keys decide
     "model.seed": "data.seed",
     "model.image_size": "data.image_size",
     "model.network.in_channels": "data.in_channels",
@@ -22,7 +22,7 @@ FOLLOWS = {  # keys of a module that other keys decide
 }
 _STEPS = "runs are counted in steps; set trainer.max_steps"
 _REASONS = {  # keys that Lightning's users look for, and why no recipe has them
-    **{key: f"it follows {other}" for key, other in FOLLOWS.items()},
+    **{key: f"it follows {other}" for key, other in DERIVED_KEYS.items()},
     "trainer.max_epochs": _STEPS,
     "trainer.min_epochs": _STEPS,
     "trainer.min_steps": _STEPS,
@@ -64,8 +64,8 @@ def _check_tree(node: Any, schema: Schema, root: Schema, path: str = "") -> None
     if isinstance(node, dict) and group is not None:
         for key, value in node.items():
             where = f"{path}.{key}" if path else key
-            if where in FOLLOWS or key not in group:
-                raise ValueError(_unknown(where, root))
+            if where in DERIVED_KEYS or key not in group:
+                raise ValueError(_explain_unknown_key(where, root))
             _check_tree(value, group[key], root, where)
     elif isinstance(node, dict) and "name" not in node and _takes_spec(schema):
         return  # further arguments of what an earlier layer names
@@ -73,11 +73,11 @@ def _check_tree(node: Any, schema: Schema, root: Schema, path: str = "") -> None
         raise ValueError(f"{path} must be {describe(schema)}, got {shorten(node)}")
 
 
-def _unknown(key: str, root: Schema) -> str:
+def _explain_unknown_key(key: str, root: Schema) -> str:
     if key in _REASONS:
         return f"{key} cannot be set: {_REASONS[key]}"
     group, _, leaf = key.rpartition(".")
-    known = [name for name in _keys(root) if name not in FOLLOWS]
+    known = [name for name in _keys(root) if name not in DERIVED_KEYS]
     beside = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == group}
     close = [beside[each] for each in get_close_matches(leaf, beside, n=1)]
     close += [name for name in known if name.rpartition(".")[2] == leaf]  # the right word in another group

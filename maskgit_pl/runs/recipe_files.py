@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from maskgit_pl.old_names import renamed_cluster
 from maskgit_pl.registry import nearest
-from maskgit_pl.runs.layers import take_out, value_at
-from maskgit_pl.runs.recipe_checks import FOLLOWS
+from maskgit_pl.runs.layers import remove_key, value_at
+from maskgit_pl.runs.recipe_checks import DERIVED_KEYS
 from maskgit_pl.runs.recipe_schema import load_schema
 from maskgit_pl.runs.safe_yaml import read_yaml
 
@@ -70,11 +71,16 @@ def recipe_files(stage: Stage, *, dataset: str, names: Iterable[str], cluster: s
             raise FileNotFoundError(f"recipe {name!r}: no such file in {folder}: {nearest(name, known)}")
         if stage in homes:
             files.append(folder / stage / f"{name}.yaml")
-    on = folder / "cluster" / f"{cluster}.yaml"
-    if not on.is_file():
-        known = {file.stem for file in on.parent.glob("*.yaml")}
-        raise FileNotFoundError(f"cluster {cluster!r}: no such file in {on.parent}: {nearest(cluster, known)}")
-    return [*files, on]
+    return [*files, _cluster_file(folder / "cluster", cluster)]
+
+
+def _cluster_file(folder: Path, name: str) -> Path:
+    """Finds a file of ``recipes/cluster``. An old name is translated unless a file of that name exists."""
+    known = {file.stem for file in folder.glob("*.yaml")}
+    found = name if name in known else renamed_cluster(name)
+    if found not in known:
+        raise FileNotFoundError(f"cluster {name!r}: no such file in {folder}: {nearest(name, known)}")
+    return folder / f"{found}.yaml"
 
 
 def read_run_config(file: Path) -> RunConfig:
@@ -92,6 +98,6 @@ def read_run_config(file: Path) -> RunConfig:
     tree["trainer"] = {key: value for key, value in tree["trainer"].items() if key in known}
     tree.pop("seed_everything", None)
     paths = {key: str(path) for key in _PATHS if (path := value_at(tree, key)) is not None}
-    for key in (*FOLLOWS, *_PATHS):
-        take_out(tree, key)
+    for key in (*DERIVED_KEYS, *_PATHS):
+        remove_key(tree, key)
     return RunConfig(tree, paths)

@@ -20,7 +20,7 @@ from maskgit_pl.data import ShardDataConfig
 from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.pretrained import read_config
-from maskgit_pl.runs.layers import merged
+from maskgit_pl.runs.layers import merge
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.recipe_files import Stage
 from maskgit_pl.runs.recipe_schema import Parameter, RunSettings, TrainerSettings, parameters_of
@@ -28,7 +28,7 @@ from maskgit_pl.shards.manifest import read_manifest_summary
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.tokenizer_config import TokenizerConfig
 
-__all__ = ["MODULES", "config_text", "config_text_of", "dataclass_in", "resolve", "resolved_tree"]
+__all__ = ["MODULES", "config_text", "config_text_of", "dataclass_in", "merge_values", "resolve"]
 
 MODULES: dict[str, tuple[type[Any], type[LightningModule]]] = {
     "tokenizer": (TokenizerConfig, Tokenizer),
@@ -38,10 +38,10 @@ MODULES: dict[str, tuple[type[Any], type[LightningModule]]] = {
 """The configuration of each kind of recipe, and the module that is trained."""
 
 
-def resolved_tree(plan: Plan) -> dict[str, Any]:
+def merge_values(plan: Plan) -> dict[str, Any]:
     """Merges all values of a run; keys that nothing decides are left out, see ``resolve``."""
     pretrained = {} if plan.pretrained is None else _values_of_pretrained(plan.stage, plan.pretrained)
-    return merged([_values_of_data_and_tokenizer(plan), plan.recipe.base, pretrained, *plan.recipe.flags])
+    return merge([_values_of_data_and_tokenizer(plan), plan.recipe.base, pretrained, *plan.recipe.flags])
 
 
 def _values_of_data_and_tokenizer(plan: Plan) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def _resolve_group(known: Mapping[str, Parameter], given: Mapping[str, Any]) -> 
     return found
 
 
-def _written_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def _drop_derived_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """The tree without the keys that follow others."""
     model = {key: value for key, value in config["model"].items() if key not in ("seed", "image_size", "global_batch")}
     if "in_channels" in model["network"]:
@@ -139,13 +139,13 @@ def dataclass_in(annotation: Any) -> type[Any] | None:
 
 def config_text(plan: Plan) -> str:
     """Returns the complete recipe of a run as YAML, with the defaults of all keys; nothing is built."""
-    return config_text_of(resolve(plan.recipe.kind, resolved_tree(plan)))
+    return config_text_of(resolve(plan.recipe.kind, merge_values(plan)))
 
 
 def config_text_of(config: Mapping[str, Any]) -> str:
     """Returns a resolved tree as the text of ``config.yaml``: a recipe again."""
     head = "# The complete recipe of a run. To repeat it: maskgit train STAGE --config THIS_FILE --run NAME\n"
-    return head + str(yaml.safe_dump(_plain(_written_config(config)), sort_keys=False))
+    return head + str(yaml.safe_dump(_plain(_drop_derived_keys(config)), sort_keys=False))
 
 
 def _plain(value: Any) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["changes", "fixed_settings"]
+__all__ = ["fixed_settings", "list_changes"]
 
 _DATA = ("image_size", "in_channels", "crop", "global_batch", "seed", "shuffle_window")
 _TRAINER = ("gradient_clip_val", "gradient_clip_algorithm")
@@ -51,8 +51,8 @@ def fixed_settings(config: Mapping[str, Any], *, data: str, tokenizer: str | Non
     return settings
 
 
-def changes(old: Mapping[str, Any], new: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
-    """Lists the settings that differ, as ``key old -> new``, sorted by key; hashes by their first 12 digits.
+def list_changes(old: Mapping[str, Any], new: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
+    """Lists the settings that differ, as ``key: old -> new``, sorted by key; hashes by their first 12 digits.
 
     Args:
         old: Settings of a checkpoint.
@@ -60,7 +60,7 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any], defaults: Mapping[st
         defaults: Values of keys that the checkpoint does not have, since it is older than they are.
     """
     pairs = [(key, old.get(key, defaults.get(key)), new.get(key)) for key in sorted({*old, *new})]
-    return [f"{key} {_short(key, was)} -> {_short(key, now)}" for key, was, now in pairs if was != now]
+    return [f"{key}: {_short(key, was)} -> {_short(key, now)}" for key, was, now in pairs if was != now]
 
 
 def _flat(node: Mapping[str, Any], path: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def train_schedules(
     *,
     names: str = "",
     dataset: str = DEFAULT_DATASET,
-    cluster: str = "cpu",
+    cluster: str = "single",
     overrides: Overrides = (),
     runs: Path = Path("runs"),
     data: Path | None = None,

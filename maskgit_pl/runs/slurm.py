@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from maskgit_pl.checks import check_integer
-from maskgit_pl.launcher import without_launcher
+from maskgit_pl.launcher import hide_launcher
 from maskgit_pl.runs.flags import split_flags
 from maskgit_pl.runs.job_options import JobOptions
 from maskgit_pl.runs.plan import Plan, plan_run
@@ -112,7 +112,7 @@ def plan_submission(
             raise ValueError(f"flag --{key} must be left out: the job sets it; use only {_SET_BY_JOB[key]}")
     plan = plan_run(recipe, run=run, data=data, tokenizer=tokenizer, pretrained=pretrained)
     options = (
-        "--parsable", "--export=ALL", f"--job-name={plan.folder.name}-{plan.stage}", f"--comment={_identity(plan)}",
+        "--parsable", "--export=ALL", f"--job-name={plan.folder.name}-{plan.stage}", f"--comment={_job_comment(plan)}",
         "--dependency=singleton", f"--output={_log_file(plan)}", f"--nodes={job.nodes}",
         f"--ntasks-per-node={job.devices}", *_resources(plan, job), *job.sbatch_words,
     )  # fmt: skip
@@ -133,17 +133,17 @@ def check_submission(submission: Submission) -> str:
     plan, job = submission.plan, submission.job
     log.info("%s: is checked as training will, some seconds ...", plan.stage_folder)
     from maskgit_pl.runs.build import build  # lightning and torch take seconds to import
-    from maskgit_pl.training.checkpoint_files import newest_complete, step_of
+    from maskgit_pl.training.checkpoint_files import newest_checkpoint, step_of
     from maskgit_pl.training.strategies import check_accelerator
 
     check_accelerator(str(plan.recipe.get("trainer.accelerator") or "auto"))
     here = ["--trainer.accelerator=cpu", f"--trainer.num_nodes={job.nodes}", f"--trainer.devices={job.devices}"]
-    with without_launcher():
+    with hide_launcher():
         run = build(replace(plan, recipe=plan.recipe.with_overrides(here)))
     data = run.datamodule
     if data.config.source != "stream":
         data.setup()
-    newest, steps = newest_complete(plan.checkpoints), run.trainer.max_steps
+    newest, steps = newest_checkpoint(plan.checkpoints), run.trainer.max_steps
     start = "from the start" if newest is None else f"resuming from {newest.name}"
     if newest is not None and step_of(newest) >= steps:
         start = "which are done: the job will check that they are exported, and end"
@@ -168,11 +168,11 @@ def submit(submission: Submission) -> str:
             "sbatch: Slurm's client tools are needed to submit, got none on PATH; do it on a login node of the "
             "cluster, or see with --dry-run what would be submitted"
         )
-    _refuse_second(submission.plan)
+    _refuse_second_job(submission.plan)
     log.info("%s", check_submission(submission))
     log.info("%s", submission)
     submission.plan.stage_folder.mkdir(parents=True, exist_ok=True)  # for the log: Slurm makes no folders
-    others = {name: value for name, value in _outside_of_job().items() if name not in _VARIABLES}
+    others = {name: value for name, value in _environment_outside_job().items() if name not in _VARIABLES}
     done = subprocess.run(
         submission.command, env={**others, **submission.variables}, capture_output=True, text=True, check=False
     )
@@ -194,7 +194,7 @@ def _log_file(plan: Plan) -> Path:
     return plan.stage_folder / "slurm-%j.log"
 
 
-def _identity(plan: Plan) -> str:
+def _job_comment(plan: Plan) -> str:
     """Returns the comment by which a job of the same stage of the same run is found in the queue."""
     return f"maskgit {plan.stage_folder.resolve()}"
 
@@ -254,7 +254,7 @@ def _wrap(words: Sequence[str]) -> str:
 # The queue
 
 
-def _outside_of_job() -> dict[str, str]:
+def _environment_outside_job() -> dict[str, str]:
     """Returns the variables of this process, without those of a job in which it may run."""
     if "SLURM_JOB_ID" not in os.environ:
         return {**os.environ}
@@ -270,20 +270,20 @@ class _Job(NamedTuple):
     comment: str
 
 
-def _refuse_second(plan: Plan) -> None:
+def _refuse_second_job(plan: Plan) -> None:
     """Refuses a second job of a run: two that write the same folder would destroy each other's run.
 
     Raises:
         ValueError: if there is one, or the queue cannot be read.
     """
     command = ["squeue", "--noheader", "--format=%i|%T|%k"]
-    listed = subprocess.run(command, env=_outside_of_job(), capture_output=True, text=True, check=False)
+    listed = subprocess.run(command, env=_environment_outside_job(), capture_output=True, text=True, check=False)
     if listed.returncode:
         said = " ".join(listed.stderr.split())
         raise ValueError(f"squeue: the queue cannot be read, got {said!r}; submit where Slurm answers")
     jobs = [_Job(*line.split("|", 2)) for line in listed.stdout.splitlines() if line.count("|") >= 2]
     for job in jobs:
-        if job.comment == _identity(plan):
+        if job.comment == _job_comment(plan):
             raise ValueError(
                 f"run {plan.stage_folder}: one job at a time may train it, and job {job.number} is {job.state}; wait "
                 f"for it, end it with `scancel {job.number}`, or name another run with --run"

@@ -26,11 +26,11 @@ from maskgit_pl.pretrained import fingerprint, load_weights
 from maskgit_pl.provenance import describe_environment
 from maskgit_pl.runs.build import StageRun, build
 from maskgit_pl.runs.plan import Plan
-from maskgit_pl.runs.process_exit import leaving_together
+from maskgit_pl.runs.process_exit import exit_on_error
 from maskgit_pl.runs.resolve import config_text_of
 from maskgit_pl.token_model import TokenModel
 from maskgit_pl.tokenizer import Tokenizer
-from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, SavedTensor, newest_complete, step_of
+from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, SavedTensor, newest_checkpoint, step_of
 
 __all__ = ["FitResult", "export_checkpoint", "fit_stage"]
 
@@ -74,7 +74,7 @@ def fit_stage(plan: Plan) -> FitResult:
     _allow_open_files()
     run = build(plan)
     trainer = run.trainer
-    newest = newest_complete(plan.checkpoints)
+    newest = newest_checkpoint(plan.checkpoints)
     if newest is not None and step_of(newest) >= trainer.max_steps and _is_exported(plan, step_of(newest)):
         if trainer.is_global_zero:
             log.info("%s: finished at %s; nothing to do", plan.stage_folder, newest.name)
@@ -88,15 +88,15 @@ def fit_stage(plan: Plan) -> FitResult:
 def _fit(run: StageRun, plan: Plan) -> None:
     """Trains from the newest checkpoint to the last step, and exports; rank 0 holds the lock of the stage's folder."""
     module, data, trainer = run.model, run.datamodule, run.trainer
-    newest = newest_complete(plan.checkpoints)
+    newest = newest_checkpoint(plan.checkpoints)
     if plan.pretrained is not None and newest is None:
         assert isinstance(module, Tokenizer | TokenModel)
         module.start_from(plan.pretrained)
     if trainer.is_global_zero:
         _write_records(run, plan)
         _log_start(run, plan, newest)
-    run.checkpoints.begins_from = newest
-    with leaving_together(trainer), run.watchdog.watching_past_fit(trainer):
+    run.checkpoints.resumes_from = newest
+    with exit_on_error(trainer), run.watchdog.watch_past_fit(trainer):
         trainer.fit(module, datamodule=data, ckpt_path=newest)
         _export(module, data, plan, plan.folder / "pretrained", step=trainer.global_step)
         trainer.strategy.barrier("exported")  # who starts the ranks soon ends those that are left behind another
@@ -128,7 +128,7 @@ def export_checkpoint(plan: Plan, checkpoint: Path, out: Path) -> None:
     module = run.model
 
     def only_weights(key: str, saved: SavedTensor) -> Tensor:
-        return saved.whole() if key.startswith("/state_dict/") else torch.empty(0)
+        return saved.read_all() if key.startswith("/state_dict/") else torch.empty(0)
 
     load_weights(module, FolderCheckpointIO().load_pieces(checkpoint, only_weights)["state_dict"], checkpoint)
     log.info("%s: %s", plan.stage_folder, checkpoint.name)

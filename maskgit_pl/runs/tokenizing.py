@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from maskgit_pl.pretrained import PretrainedTokenizer
     from maskgit_pl.shards.tokens import StoreDescription
 
-__all__ = ["OnRows", "Place", "TokenizeOptions", "find_place", "tokenize"]
+__all__ = ["OnRows", "ProcessRank", "TokenizeOptions", "find_process_rank", "tokenize"]
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ _VIEWS = ("crops", "flip", "precision")
 OnRows = Callable[[Literal["train", "val"], int, int], object]
 
 
-class Place(NamedTuple):
+class ProcessRank(NamedTuple):
     """Which of the processes that share the work this is.
 
     Attributes:
@@ -85,7 +85,7 @@ def tokenize(
     tokenizer: str | Path | None = None,
     pretrained: str | Path | None = None,
     options: TokenizeOptions | None = None,
-    place: Place | None = None,
+    process: ProcessRank | None = None,
     on_rows: OnRows = lambda split, rows, total: None,
 ) -> Path | None:
     """Makes the token store of a run, if its recipe reads tokens; resumes an interrupted one.
@@ -97,7 +97,7 @@ def tokenize(
         tokenizer: Pretrained tokenizer folder; see ``fit``.
         pretrained: Pretrained folder of both stages that has the tokenizer, if ``tokenizer`` names none.
         options: Options of making it.
-        place: Which of the processes that share the work this is. Default: ``find_place()``.
+        process: Which of the processes that share the work this is. Default: ``find_process_rank()``.
         on_rows: Called with the split, how many more rows are done (first those of an earlier run) and how many this
             process has to do of that split.
 
@@ -113,22 +113,22 @@ def tokenize(
     if source != "tokens":
         log.info("data.source %s: stage 2 reads no tokens; nothing to do", source)
         return None
-    place = find_place() if place is None else place
+    process = find_process_rank() if process is None else process
     shards, folder = find_data(recipe, data), run_folder(recipe, run)
     found = find_tokenizer(recipe, folder=folder, shards=shards, tokenizer=tokenizer, pretrained=pretrained)
     from maskgit_pl.pretrained import load_tokenizer  # torch takes seconds to import
 
     options = options or TokenizeOptions()
-    device, loaded = _device(options.device, place.local_rank), load_tokenizer(found)
+    device, loaded = _device(options.device, process.local_rank), load_tokenizer(found)
     description = _describe(options, folder, shards, loaded)
     store = _store_of(folder, description)
-    with hold_lock(store, hint="name another run (--run)", rank=place.rank):
-        _make(shards, store, loaded, description, options, place, device, on_rows)
+    with hold_lock(store, hint="name another run (--run)", rank=process.rank):
+        _make(shards, store, loaded, description, options, process, device, on_rows)
     return store
 
 
-def find_place(rank: int | None = None, world_size: int | None = None) -> Place:
-    """Finds the place of this process: the one that is given, else that of torchrun, else of srun, else a single one.
+def find_process_rank(rank: int | None = None, world_size: int | None = None) -> ProcessRank:
+    """Finds the process of this process: the one that is given, else that of torchrun, else of srun, else a single one.
 
     Raises:
         ValueError: if one of the two numbers is given without the other, or there is no such rank.
@@ -138,11 +138,11 @@ def find_place(rank: int | None = None, world_size: int | None = None) -> Place:
     if rank is not None and world_size is not None:
         if not 0 <= rank < world_size:
             raise ValueError(f"--rank must be in [0, {world_size - 1}] with --world-size {world_size}, got {rank}")
-        return Place(rank, world_size, rank)
+        return ProcessRank(rank, world_size, rank)
     for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")):
         if all(name in os.environ for name in names):
-            return Place(*(int(os.environ[name]) for name in names))
-    return Place(0, 1, 0)
+            return ProcessRank(*(int(os.environ[name]) for name in names))
+    return ProcessRank(0, 1, 0)
 
 
 def _describe(options: TokenizeOptions, folder: Path, shards: Path, tokenizer: PretrainedTokenizer) -> StoreDescription:
@@ -150,7 +150,7 @@ def _describe(options: TokenizeOptions, folder: Path, shards: Path, tokenizer: P
     from maskgit_pl.data import describe_store
     from maskgit_pl.shards.tokens import read_description
 
-    def described(**views: Any) -> StoreDescription:
+    def describe(**views: Any) -> StoreDescription:
         return describe_store(
             shards,
             grid=tokenizer.grid,
@@ -163,9 +163,9 @@ def _describe(options: TokenizeOptions, folder: Path, shards: Path, tokenizer: P
     named = {name: value for name in _VIEWS if (value := getattr(options, name)) is not None}
     with suppress(FileNotFoundError, ValueError):  # none, or one that is made again
         own = read_description(folder / "tokens")
-        if not named and own == described(**{name: getattr(own, name) for name in _VIEWS}):
+        if not named and own == describe(**{name: getattr(own, name) for name in _VIEWS}):
             return own
-    return described(**named)
+    return describe(**named)
 
 
 def _store_of(folder: Path, description: StoreDescription) -> Path:
@@ -195,7 +195,7 @@ def _make(
     tokenizer: PretrainedTokenizer,
     description: StoreDescription,
     options: TokenizeOptions,
-    place: Place,
+    process: ProcessRank,
     device: torch.device,
     on_rows: OnRows,
 ) -> None:
@@ -217,8 +217,8 @@ def _make(
                 batch_size=options.batch_size,
                 part_size=options.part_size,
                 num_workers=_num_workers(device) if options.num_workers is None else options.num_workers,
-                rank=place.rank,
-                world_size=place.world_size,
+                rank=process.rank,
+                world_size=process.world_size,
                 unreadable_budget=options.unreadable_budget,
             ),
             on_rows=count,
@@ -227,10 +227,12 @@ def _make(
         log.info("%s: there already, made by this tokenizer from this data", store)
         return
     seconds = max(time.monotonic() - begun, 1e-9)
-    name = "" if place.world_size == 1 else f"rank {place.rank} of {place.world_size}: "
+    name = "" if process.world_size == 1 else f"rank {process.rank} of {process.world_size}: "
     log.info("%s: %s%d images in %.1f s, %.0f images/s", store, name, count.rows, seconds, count.rows / seconds)
-    if outcome == "others at work":
-        log.info("%s: the share of rank %d of %d is done; the last rank finishes", store, place.rank, place.world_size)
+    if outcome == "incomplete":
+        log.info(
+            "%s: the share of rank %d of %d is done; the last rank finishes", store, process.rank, process.world_size
+        )
 
 
 class _Count:

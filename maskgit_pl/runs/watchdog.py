@@ -99,7 +99,7 @@ class Watchdog(Callback):
             ).start()
 
     @contextmanager
-    def watching_past_fit(self, trainer: Trainer) -> Iterator[None]:
+    def watch_past_fit(self, trainer: Trainer) -> Iterator[None]:
         """Keeps watching until the block ends instead of until the fit ends: all ranks export its result together."""
         self._outlives_fit = True
         try:
@@ -158,7 +158,7 @@ class Watchdog(Callback):
         is_of_collective = isinstance(exception, RuntimeError) and not isinstance(exception, RunError)
         ending = None
         if self._peers is not None and is_of_collective:
-            ending = self._peers_ending or self._peers.announced()
+            ending = self._peers_ending or self._peers.read_ending()
         if ending is not None:
             self._is_done.set()
             raise PeerError(ending.code, ending.text) from exception
@@ -215,13 +215,13 @@ class Watchdog(Callback):
     def _report_ending(self, trainer: Trainer, ending: Ending) -> None:
         rank = trainer.global_rank
         # What another rank has announced is printed once, by rank 0; what this rank found out itself, by this rank.
-        prints = rank == 0 or self._peers is None or self._peers.announced() is None
+        prints = rank == 0 or self._peers is None or self._peers.read_ending() is None
         if self._peers is not None:
             self._peers.announce(ending)
         # Not through logging: the main thread may hold its lock.
         if ending.reason == "hang":
             path = self.folder / ("stacks.txt" if rank == 0 else f"stacks-rank{rank}.txt")
-            stacks = _stacks()
+            stacks = _format_stacks()
             with contextlib.suppress(OSError):  # a full disk must not keep the process alive
                 path.write_text(stacks)
             sys.stderr.write(f"hang, rank {rank}: {ending.text}; stacks: {path}\n{stacks}")
@@ -242,7 +242,7 @@ class Watchdog(Callback):
         return "" if self._peers is None else self._peers.describe_silent()
 
 
-def _stacks() -> str:
+def _format_stacks() -> str:
     """Returns the stack of each thread.
 
     faulthandler would write to a stream that may not be read any more, and stop all threads meanwhile.

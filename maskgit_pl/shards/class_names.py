@@ -9,7 +9,7 @@ from pathlib import Path
 from maskgit_pl.checks import shorten
 from maskgit_pl.shards.manifest import read_manifest_summary
 
-__all__ = ["kept_class_names", "parse_class_names"]
+__all__ = ["find_class_names", "parse_class_names"]
 
 _MAX_BYTES = 2**24  # of a file
 
@@ -43,7 +43,7 @@ def _read_lines(file: Path) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def kept_class_names(folder: Path) -> list[str] | None:
+def find_class_names(folder: Path) -> list[str] | None:
     """Returns the class names of a data folder's manifests; None if there are none, or only numbers."""
     try:
         names = read_manifest_summary(folder).classes

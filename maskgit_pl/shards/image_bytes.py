@@ -32,7 +32,7 @@ __all__ = [
     "image_error",
     "is_plain_png",
     "kind_of_fault",
-    "may_be_turned",
+    "may_be_rotated",
     "png_chunks",
     "read_image_file",
 ]
@@ -272,7 +272,7 @@ def _has_more_scans(data: bytes, head: list[_Marker]) -> bool:
     return data[scan : scan + 1] != data[frame : frame + 1]
 
 
-def may_be_turned(jpeg: bytes) -> bool:
+def may_be_rotated(jpeg: bytes) -> bool:
     """Returns whether a JPEG has a segment of EXIF or XMP before its pixels."""
     place = 2
     while place + 4 <= len(jpeg) and jpeg[place] == 0xFF:

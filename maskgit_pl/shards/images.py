@@ -32,7 +32,7 @@ from maskgit_pl.shards.image_bytes import (
     image_error,
     is_plain_png,
     kind_of_fault,
-    may_be_turned,
+    may_be_rotated,
     png_chunks,
     read_image_file,
 )
@@ -64,8 +64,8 @@ __all__ = [
 Crop = Literal["center", "random"]
 FORMATS = ("JPEG", "PNG", "WEBP")
 _CHANNELS = {"1": 1, "L": 1, "I;16": 1, "I": 1, "LA": 4, "PA": 4, "RGBA": 4}  # every other mode becomes RGB
-_MOST_SCRATCH = 2**24  # bytes; larger images get memory of their own
-_of_thread = threading.local()
+_MAX_SCRATCH_BYTES = 2**24  # bytes; larger images get memory of their own
+_thread_local = threading.local()
 _SOURCE_LINE = re.compile(r"^.*\.cpp:\d+, ")  # how torchvision's errors begin
 
 
@@ -214,8 +214,8 @@ def from_pil(image: Image.Image, *, channels: int, name: str) -> Tensor:
         upright = apply_orientation(image, find_orientation(image))
         converted = _to_eight_bits(upright).convert("L" if channels == 1 else "RGB")
     except PIL_ERRORS as error:
-        raise _undecodable(name, error) from error
-    pixels = _as_array(converted)  # (H, W) or (H, W, 3)
+        raise _decode_error(name, error) from error
+    pixels = _to_array(converted)  # (H, W) or (H, W, 3)
     return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1).contiguous()
 
 
@@ -272,7 +272,7 @@ def _decode_colour_key(data: bytes, opened: Image.Image, channels: int, name: st
     try:
         opened.load()  # EXIF may lie behind the pixels
     except PIL_ERRORS as error:
-        raise _undecodable(name, error) from error
+        raise _decode_error(name, error) from error
     return from_pil(apply_orientation(picture, find_orientation(opened)), channels=channels, name=name)
 
 
@@ -284,7 +284,7 @@ def _decode_by_libpng(data: bytes, mode: Any, name: str) -> Tensor:
         # bytearray: torch refuses to share memory that it may not write to
         pixels: Tensor = decode(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode)
     except RuntimeError as error:
-        raise _undecodable(name, error) from error
+        raise _decode_error(name, error) from error
     return pixels
 
 
@@ -311,11 +311,11 @@ def _scratch(size: int) -> npt.NDArray[np.uint8] | None:
     """Returns memory of this thread to decode into; new memory for each image costs a fifth of the time."""
     import numpy as np
 
-    if size > _MOST_SCRATCH:
+    if size > _MAX_SCRATCH_BYTES:
         return None
-    buffer: npt.NDArray[np.uint8] | None = getattr(_of_thread, "buffer", None)
+    buffer: npt.NDArray[np.uint8] | None = getattr(_thread_local, "buffer", None)
     if buffer is None or buffer.size < size:
-        _of_thread.buffer = buffer = np.empty(size, np.uint8)
+        _thread_local.buffer = buffer = np.empty(size, np.uint8)
     return buffer
 
 
@@ -329,11 +329,11 @@ def _decode_jpeg(data: bytes, channels: int, name: str, *, buffer: npt.NDArray[n
         # (H, W, 3) uint8; strict by default: what libjpeg warns of is an error
         pixels = simplejpeg.decode_jpeg(data, "RGB", buffer=buffer)
     except ValueError as error:
-        raise _undecodable(name, error) from error
-    if may_be_turned(data):
-        pixels = _turned(pixels, find_orientation(_open(data, name)))
+        raise _decode_error(name, error) from error
+    if may_be_rotated(data):
+        pixels = _rotate_upright(pixels, find_orientation(_open(data, name)))
     if channels == 1:
-        pixels = _as_array(Image.fromarray(pixels).convert("L"))[..., None]
+        pixels = _to_array(Image.fromarray(pixels).convert("L"))[..., None]
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
@@ -368,7 +368,7 @@ def _open(data: bytes, name: str) -> Image.Image:
     return image
 
 
-def _undecodable(name: str, error: Exception) -> UnreadableImageError:
+def _decode_error(name: str, error: Exception) -> UnreadableImageError:
     return UnreadableImageError(f"image {name} cannot be decoded: {_first_words(error)}")
 
 
@@ -378,12 +378,12 @@ def _first_words(error: Exception) -> str:
     return printable(_SOURCE_LINE.sub("", first)[:200])
 
 
-def _turned(pixels: npt.NDArray[np.uint8], orientation: int) -> npt.NDArray[np.uint8]:
+def _rotate_upright(pixels: npt.NDArray[np.uint8], orientation: int) -> npt.NDArray[np.uint8]:
     from PIL import Image
 
     if orientation == 1:
         return pixels
-    turned: npt.NDArray[np.uint8] = _as_array(apply_orientation(Image.fromarray(pixels), orientation))
+    turned: npt.NDArray[np.uint8] = _to_array(apply_orientation(Image.fromarray(pixels), orientation))
     return turned
 
 
@@ -392,7 +392,7 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
     from PIL import Image
 
     if image.mode.startswith("I"):
-        values = _as_array(image)
+        values = _to_array(image)
         grey = (values.astype("uint32") >> 8).clip(max=255).astype("uint8")
         grey[values == image.info.get("transparency", -1)] = 255
         return Image.fromarray(grey)
@@ -403,7 +403,7 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
     return image
 
 
-def _as_array(image: Image.Image) -> Any:
+def _to_array(image: Image.Image) -> Any:
     import numpy as np
 
     return np.array(image)

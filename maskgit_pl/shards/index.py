@@ -34,7 +34,7 @@ from maskgit_pl.shards.manifest import (
 from maskgit_pl.shards.parallel import choose_workers, run_jobs
 from maskgit_pl.shards.scan import NO_LABEL, Fault, Labels, ShardScan, format_counts, scan_shard
 
-__all__ = ["Indexed", "find_shards", "index_shards", "locate_shards", "split_shards"]
+__all__ = ["IndexResult", "find_shards", "index_shards", "locate_shards", "split_shards"]
 
 PROGRESS = ".index.partial"
 UNLABELLED = "image"  # the one class of data without labels
@@ -83,7 +83,7 @@ def find_shards(folder: str | Path, pattern: str) -> list[Path]:
     """
     folder = Path(folder)
     found: set[Path] = set()
-    for one in _expanded(pattern):
+    for one in _expand(pattern):
         if _URL.match(one) or "::" in one:
             raise ValueError(f"shard pattern {pattern!r}: local files are read, got {one!r}; fetch the shards first")
         if one.startswith(("/", "~")) or ".." in one.split("/"):
@@ -125,13 +125,13 @@ def split_shards(
     val_shards, how = (None, "") if val is None else (find_shards(folder, val), f"val is {val}")
     pool = shards if train_shards is None else train_shards
     if val_shards is None and val_fraction is None:
-        val_shards, how = _named_val(folder, shards if train_shards is None else set(shards) - set(train_shards))
+        val_shards, how = _find_val_by_name(folder, shards if train_shards is None else set(shards) - set(train_shards))
     if val_shards is None:
-        val_shards, how = _last(pool, fraction, folder)
+        val_shards, how = _take_last(pool, fraction, folder)
     if train_shards is None:
         rest = [shard for shard in pool if shard not in set(val_shards)]
         # where shards are called train, the others (test beside val, say) are neither
-        train_shards = [shard for shard in rest if _says(folder, shard, _TRAIN)] or rest
+        train_shards = [shard for shard in rest if _has_word(folder, shard, _TRAIN)] or rest
     elif how.startswith("the last"):
         train_shards = [shard for shard in train_shards if shard not in set(val_shards)]
     _check_splits(folder, train_shards, val_shards)
@@ -139,7 +139,7 @@ def split_shards(
 
 
 @dataclass(frozen=True)
-class Indexed:
+class IndexResult:
     """The result of indexing a data folder: manifests, and what stands in the tars but not in them, by split."""
 
     manifests: dict[Split, Manifest]
@@ -156,7 +156,7 @@ def index_shards(
     lenient: bool = False,
     workers: int | None = 1,
     on_shard: Callable[[Split, int], object] = lambda split, total: None,
-) -> Indexed:
+) -> IndexResult:
     """Reads the shards of every split and writes their manifests beside them.
 
     An interrupted run goes on: what is known of a shard stays in ``.index.partial`` until all are done, under its name,
@@ -181,21 +181,21 @@ def index_shards(
     workers = choose_workers(workers, work=sum(path.stat().st_size for of in shards.values() for path in of) / 2**28)
     names = {split: [path.relative_to(folder).as_posix() for path in paths] for split, paths in shards.items()}
     scans, progress = _scan_all(folder, names, options, lenient=lenient, workers=workers, on_shard=on_shard)
-    miscounts = _miscounts(folder, names, scans)
-    _refuse(folder, scans, [] if lenient else miscounts, lenient=lenient, labels=labels)
+    miscounts = _find_miscounts(folder, names, scans)
+    _raise_faults(folder, scans, [] if lenient else miscounts, lenient=lenient, labels=labels)
     if classes is None:
         largest = max((int(scan.rows["label"].max()) for scan in scans.values() if len(scan.rows)), default=0)
         classes = [str(label) for label in range(largest + 1)]
     made = {
-        split: _manifest(folder, split, {name: scans[name] for name in of_split}, classes, labels)
+        split: _make_manifest(folder, split, {name: scans[name] for name in of_split}, classes, labels)
         for split, of_split in names.items()
     }
     for manifest, rows in made.values():
         save_manifest(manifest, rows)
     progress.unlink(missing_ok=True)
-    ignored = {split: _total(scans[name].ignored for name in of_split) for split, of_split in names.items()}
+    ignored = {split: _sum_counts(scans[name].ignored for name in of_split) for split, of_split in names.items()}
     manifests = {split: manifest for split, (manifest, _) in made.items()}
-    return Indexed(manifests, ignored, tuple(f"{name}: {fault}" for name, fault in miscounts))
+    return IndexResult(manifests, ignored, tuple(f"{name}: {fault}" for name, fault in miscounts))
 
 
 def _only_class(classes: Sequence[str] | None) -> Sequence[str]:
@@ -204,7 +204,7 @@ def _only_class(classes: Sequence[str] | None) -> Sequence[str]:
     return classes or (UNLABELLED,)
 
 
-def _manifest(
+def _make_manifest(
     folder: Path, split: Split, scans: Mapping[str, ShardScan], classes: Sequence[str], labels: str
 ) -> tuple[Manifest, npt.NDArray[np.void]]:
     rows = np.concatenate([scan.rows for scan in scans.values()])
@@ -213,7 +213,7 @@ def _manifest(
     rows["shard"] = np.repeat(np.arange(len(scans)), [len(scan.rows) for scan in scans.values()])
     shards = tuple(Shard(name, scan.bytes, len(scan.rows), scan.sha256) for name, scan in scans.items())
     images = union([scan.images for scan in scans.values() if scan.images is not None])
-    left_out = _total({fault: found.count for fault, found in scan.faults.items()} for scan in scans.values())
+    left_out = _sum_counts({fault: found.count for fault, found in scan.faults.items()} for scan in scans.values())
     digest = index_sha256(rows)
     return Manifest(folder, split, shards, tuple(classes), images, digest, labels, left_out), rows
 
@@ -238,16 +238,16 @@ def _scan_all(
         if known:
             file.write(b"\n")  # the last line may be half
         else:
-            _write_line(file, _options(labels))
-        for name, scan in run_jobs(_scan_named, (folder, labels, lenient), jobs, workers=workers):
+            _write_line(file, _options_to_json(labels))
+        for name, scan in run_jobs(_scan_by_name, (folder, labels, lenient), jobs, workers=workers):
             scans[name] = scan
             if scan.sha256:
-                _write_line(file, {"name": name, **_scan_as_json(scan)})
+                _write_line(file, {"name": name, **_scan_to_json(scan)})
             on_shard(split_of[name], len(names[split_of[name]]))
     return {name: scans[name] for name in split_of}, path
 
 
-def _scan_named(shared: tuple[Path, Labels, bool], name: str) -> ShardScan:
+def _scan_by_name(shared: tuple[Path, Labels, bool], name: str) -> ShardScan:
     folder, labels, lenient = shared
     try:
         return scan_shard(folder / name, labels, lenient=lenient)
@@ -255,7 +255,7 @@ def _scan_named(shared: tuple[Path, Labels, bool], name: str) -> ShardScan:
         return ShardScan(0, 0, "", np.zeros(0, INDEX_DTYPE), None, 0, {}, {}, damage=str(error.strerror))
 
 
-def _refuse(
+def _raise_faults(
     folder: Path, scans: Mapping[str, ShardScan], miscounts: Iterable[tuple[str, str]], *, lenient: bool, labels: str
 ) -> None:
     """Raises one list of all that is wrong."""
@@ -282,7 +282,7 @@ def _refuse(
     raise ValueError(f"data {folder}: {len(listed)} of {len(scans)} shards are refused:\n  {lines}\n{way_out}")
 
 
-def _miscounts(
+def _find_miscounts(
     folder: Path, names: Mapping[Split, Sequence[str]], scans: Mapping[str, ShardScan]
 ) -> list[tuple[str, str]]:
     """Shards whose samples are not as many as a file beside them says: open_clip's and img2dataset's."""
@@ -303,10 +303,10 @@ def _miscounts(
                 for file, count in stated.items()
                 if count is not None and count != scan.num_keys
             ]
-    return found + _wrong_total(folder, scans)
+    return found + _check_total(folder, scans)
 
 
-def _wrong_total(folder: Path, scans: Mapping[str, ShardScan]) -> list[tuple[str, str]]:
+def _check_total(folder: Path, scans: Mapping[str, ShardScan]) -> list[tuple[str, str]]:
     """Compares the total with ``__len__``, which speaks of all shards of the folder and says nothing of some."""
     path = folder / "__len__"
     if not path.is_file() or {folder / name for name in scans} != set(_glob(folder, "*.tar")):
@@ -338,27 +338,27 @@ def _glob(folder: Path, pattern: str) -> list[Path]:
     return sorted(path for path in found if not path.name.startswith(".") and not path.is_dir())
 
 
-def _expanded(pattern: str) -> list[str]:
+def _expand(pattern: str) -> list[str]:
     try:
         return expand_braces(pattern)
     except ValueError as error:
         raise ValueError(f"shard pattern: {error}") from error
 
 
-def _says(folder: Path, shard: Path, words: str) -> bool:
+def _has_word(folder: Path, shard: Path, words: str) -> bool:
     """Returns whether a shard's path in the folder has one of the words between its letters."""
     return bool(re.search(rf"(?<![a-z])({words})(?![a-z])", shard.relative_to(folder).as_posix().lower()))
 
 
-def _named_val(folder: Path, shards: Iterable[Path]) -> tuple[list[Path] | None, str]:
+def _find_val_by_name(folder: Path, shards: Iterable[Path]) -> tuple[list[Path] | None, str]:
     for words in (_VAL, _TEST):
-        found = sorted(shard for shard in shards if _says(folder, shard, words))
+        found = sorted(shard for shard in shards if _has_word(folder, shard, words))
         if found:
             return found, "val by their names"
     return None, ""
 
 
-def _last(shards: Sequence[Path], fraction: float, folder: Path) -> tuple[list[Path], str]:
+def _take_last(shards: Sequence[Path], fraction: float, folder: Path) -> tuple[list[Path], str]:
     if len(shards) < 2:
         raise ValueError(
             f"data folder {folder}: whole shards become val, and there are no two; name others with --val, or make "
@@ -376,14 +376,14 @@ def _check_splits(folder: Path, train: Sequence[Path], val: Sequence[Path]) -> N
         raise ValueError(f"data folder {folder}: all its shards would be val; give --train and --val")
 
 
-def _total(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+def _sum_counts(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     total: Counter[str] = Counter()
     for of_shard in counts:
         total.update(of_shard)
     return dict(sorted(total.items()))
 
 
-def _options(labels: Labels) -> dict[str, Any]:
+def _options_to_json(labels: Labels) -> dict[str, Any]:
     return {"format": 1, "labels": labels.source, "classes": None if labels.classes is None else list(labels.classes)}
 
 
@@ -392,7 +392,7 @@ def _write_line(file: IO[bytes], content: Mapping[str, Any]) -> None:
     file.flush()
 
 
-def _scan_as_json(scan: ShardScan) -> dict[str, Any]:
+def _scan_to_json(scan: ShardScan) -> dict[str, Any]:
     return asdict(scan) | {"rows": base64.b64encode(scan.rows.tobytes()).decode()}
 
 
@@ -402,9 +402,9 @@ def _read_progress(path: Path, folder: Path, labels: Labels) -> dict[str, ShardS
         return {}
     with open(path, "rb") as file:
         lines = _whole_lines(file)
-        if next(lines, None) != _options(labels):
+        if next(lines, None) != _options_to_json(labels):
             return {}
-        known = ((line, _known_scan(folder, line)) for line in lines)
+        known = ((line, _reuse_scan(folder, line)) for line in lines)
         return {line["name"]: scan for line, scan in known if scan is not None}
 
 
@@ -416,7 +416,7 @@ def _whole_lines(file: IO[bytes]) -> Iterator[dict[str, Any]]:
             continue
 
 
-def _known_scan(folder: Path, line: dict[str, Any]) -> ShardScan | None:
+def _reuse_scan(folder: Path, line: dict[str, Any]) -> ShardScan | None:
     try:
         return _scan_from_json(folder, line)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # gone, or not a line of ours: read again

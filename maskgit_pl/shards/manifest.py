@@ -51,7 +51,7 @@ Split = Literal["train", "val"]
 FORMAT = 1
 _MAX_MANIFEST_BYTES = 2**28  # a million shards
 _MAX_SIDE = 2**26  # of an image; it has at most 64 million pixels
-_ROWS = 2**20  # of an index that are compared at a time
+_BLOCK_ROWS = 2**20  # of an index that are compared at a time
 # offset and size of the image's bytes inside the tar, so that one pread fetches it
 INDEX_DTYPE = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("label", "<i4")])
 
@@ -124,7 +124,7 @@ class Manifest:
     @property
     def fingerprint(self) -> str:
         """Sha256 over everything but the place of the folder, hex: equal for equal data."""
-        content = json.dumps(_as_json(self), sort_keys=True, separators=(",", ":"))
+        content = json.dumps(_to_json(self), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(content.encode()).hexdigest()
 
     def index(self) -> npt.NDArray[np.void]:
@@ -137,13 +137,13 @@ class Manifest:
         try:
             rows: npt.NDArray[np.void] = map_array(path)
         except FileNotFoundError as error:
-            raise ValueError(f"index {path}: cannot be read ({error.strerror}); {_way_out(self.folder)}") from error
+            raise ValueError(f"index {path}: cannot be read ({error.strerror}); {_remake_hint(self.folder)}") from error
         except ValueError as error:
-            raise ValueError(f"index {error}; {_way_out(self.folder)}") from error
+            raise ValueError(f"index {error}; {_remake_hint(self.folder)}") from error
         if rows.dtype != INDEX_DTYPE or rows.shape != (self.samples,):
             raise ValueError(
                 f"index {path} must have {self.samples} rows of {INDEX_DTYPE}, got {rows.shape} of {rows.dtype}; "
-                f"{_way_out(self.folder)}"
+                f"{_remake_hint(self.folder)}"
             )
         return rows
 
@@ -184,7 +184,7 @@ def read_manifest_summary(folder: str | Path) -> DataSummary:
     first = manifests[0]
     for other in manifests[1:]:
         if other.classes != first.classes:
-            raise ValueError(f"data {folder}: both splits must have the same classes; {_way_out(Path(folder))}")
+            raise ValueError(f"data {folder}: both splits must have the same classes; {_remake_hint(Path(folder))}")
     return DataSummary(
         classes=first.classes,
         samples={manifest.split: manifest.samples for manifest in manifests},
@@ -218,7 +218,7 @@ def load_manifest(folder: str | Path, split: Split, *, check: bool = True) -> Ma
             "or fetch the default data with `python data/fashion_mnist.py`"
         )
     if not path.exists():
-        raise FileNotFoundError(f"data folder {folder}: no manifest {path.name}; {_way_out(folder)}")
+        raise FileNotFoundError(f"data folder {folder}: no manifest {path.name}; {_remake_hint(folder)}")
     manifest = _from_json(path, folder, split)
     if check:
         check_shards(manifest)
@@ -256,7 +256,7 @@ def check_shards(*manifests: Manifest) -> None:
         listed = "\n  ".join(faults)
         raise ValueError(
             f"data {folder}: {len(faults)} of {total} shards are not what the manifest says:\n  {listed}\n"
-            f"bring the shards back, or, if they were changed on purpose, {_way_out(folder)}"
+            f"bring the shards back, or, if they were changed on purpose, {_remake_hint(folder)}"
         )
 
 
@@ -265,7 +265,7 @@ def save_manifest(manifest: Manifest, rows: npt.NDArray[np.void]) -> None:
     folder, split = manifest.folder, manifest.split
     with write_atomically(folder / f"{split}.npy") as file:
         np.save(file, rows, allow_pickle=False)
-    write_text(folder / f"{split}.json", json.dumps(_as_json(manifest), indent=1) + "\n")
+    write_text(folder / f"{split}.json", json.dumps(_to_json(manifest), indent=1) + "\n")
 
 
 def index_sha256(rows: npt.NDArray[np.void]) -> str:
@@ -279,16 +279,16 @@ def _check_index(manifest: Manifest, rows: npt.NDArray[np.void]) -> None:
     Raises:
         ValueError: if they are not the rows that the manifest names.
     """
-    path, way_out = manifest.folder / f"{manifest.split}.npy", _way_out(manifest.folder)
+    path, hint = manifest.folder / f"{manifest.split}.npy", _remake_hint(manifest.folder)
     actual = index_sha256(rows)
     if actual != manifest.index_sha256:
         raise ValueError(
             f"index {path}: changed since it was made: sha256 {manifest.index_sha256[:12]} expected, got "
-            f"{actual[:12]}; {way_out}"
+            f"{actual[:12]}; {hint}"
         )
     lengths = np.array([shard.bytes for shard in manifest.shards], np.uint64)
-    for start in range(0, len(rows), _ROWS):
-        block = rows[start : start + _ROWS]
+    for start in range(0, len(rows), _BLOCK_ROWS):
+        block = rows[start : start + _BLOCK_ROWS]
         shard, offset, size = block["shard"], block["offset"], block["size"]
         bad = (shard >= len(lengths)) | (offset < BLOCK)
         # a difference, since a sum might overflow
@@ -298,7 +298,7 @@ def _check_index(manifest: Manifest, rows: npt.NDArray[np.void]) -> None:
             row = int(bad.argmax())
             raise ValueError(
                 f"index {path}: row {start + row} must name bytes of one of {len(lengths)} shards, got "
-                f"{block[row]}; {way_out}"
+                f"{block[row]}; {hint}"
             )
 
 
@@ -312,7 +312,7 @@ def _faults(manifest: Manifest) -> Iterator[str]:
             yield f"{shard.name}: {fault}"
 
 
-def _as_json(manifest: Manifest) -> dict[str, Any]:
+def _to_json(manifest: Manifest) -> dict[str, Any]:
     unusual: dict[str, Any] = {}  # only where it is, so that the fingerprint of other data stays what it was
     if manifest.labels != "cls":
         unusual["labels"] = manifest.labels
@@ -357,7 +357,7 @@ def _from_json(path: Path, folder: Path, split: Split) -> Manifest:
             left_out=content.get("left_out", {}),
         )
     except ValueError as error:
-        raise ValueError(f"manifest {error}; {_way_out(folder)}") from error
+        raise ValueError(f"manifest {error}; {_remake_hint(folder)}") from error
 
 
 def _check_types(path: Path, content: Mapping[str, Any]) -> None:
@@ -412,5 +412,5 @@ def union(ranges: Sequence[ImageRange]) -> ImageRange:
     )
 
 
-def _way_out(folder: Path) -> str:
+def _remake_hint(folder: Path) -> str:
     return f"make it with `maskgit data index {folder}`"

@@ -64,7 +64,7 @@ def run_jobs(
         return
     # spawned, since a fork of a process with threads (torch's, the progress bar's) may hang
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(shared,))
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_init_worker, initargs=(shared,))
     others = set(multiprocessing.active_children())
     try:
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit it: Ctrl-C is not theirs
@@ -91,7 +91,7 @@ class _Refusal(NamedTuple):
     error: Exception
 
 
-def _begin(shared: Any) -> None:
+def _init_worker(shared: Any) -> None:
     global _shared
     _shared = shared
     os.environ["OMP_NUM_THREADS"] = "1"  # one core each; read when torch is imported

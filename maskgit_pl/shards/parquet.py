@@ -63,7 +63,7 @@ class ParquetFolder:
         self.folder = folder
         self.label_field = label_field
         self._paths, of_split = _files_of_splits(folder)
-        opened = [_open(path) for path in self._paths]
+        opened = [_open_file(path) for path in self._paths]
         count = sum(file.metadata.num_rows for file in opened)
         if count > _MAX_ROWS:
             raise ValueError(f"source {printable(folder)} must have at most {_MAX_ROWS} rows, got {count}")
@@ -145,33 +145,33 @@ def _files_of_splits(folder: Path) -> tuple[list[Path], dict[Split, list[int]]]:
     if "train" not in found:
         found["train"] = [path for path in paths if path not in found.get("val", ())]
     if not found["train"]:
-        names = _listed([path.name for path in paths])
+        names = _format_names([path.name for path in paths])
         raise ValueError(f"source {printable(folder)}: no file is train, got {names}")
     used = [path for split in ("train", "val") for path in found.get(split, ())]
     return used, {split: [used.index(path) for path in of_split] for split, of_split in found.items()}
 
 
-def _open(path: Path) -> ParquetFile:
+def _open_file(path: Path) -> ParquetFile:
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
-        raise ValueError(f'{_called(path)}: pyarrow is needed; pip install "maskgit_pl[parquet]"') from error
+        raise ValueError(f'{_file_label(path)}: pyarrow is needed; pip install "maskgit_pl[parquet]"') from error
     if not path.is_file():
-        raise ValueError(f"{_called(path)} must be a regular file")
+        raise ValueError(f"{_file_label(path)} must be a regular file")
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - 8))
         end = file.read(8)
     footer = int.from_bytes(end[:4], "little")
     if end[4:] == b"PAR1" and footer > _MAX_FOOTER_BYTES:
         most = size_text(_MAX_FOOTER_BYTES)
-        raise ValueError(f"{_called(path)} must have a footer of at most {most}, got {size_text(footer)}")
+        raise ValueError(f"{_file_label(path)} must have a footer of at most {most}, got {size_text(footer)}")
     try:
         return ParquetFile(path, buffer_size=2**20)  # else it reads the column of a row group at once
     except (OSError, ValueError) as error:
-        raise ValueError(f"{_called(path)}: cannot be read ({_first_line(error)})") from error
+        raise ValueError(f"{_file_label(path)}: cannot be read ({_first_line(error)})") from error
 
 
-def _called(path: Path) -> str:
+def _file_label(path: Path) -> str:
     return f"parquet file {printable(path)}"
 
 
@@ -199,12 +199,12 @@ def _check_pages(file: ParquetFile, path: Path, group: int, column: str) -> int:
                 start = min(offset for offset in starts if offset)
                 largest = max(largest, largest_page(descriptor, start, chunk.total_compressed_size))
     except ValueError as error:
-        raise ValueError(f"{_called(path)}: row group {group}: {error}") from error
+        raise ValueError(f"{_file_label(path)}: row group {group}: {error}") from error
     finally:
         os.close(descriptor)
     if largest > _MAX_PAGE_BYTES:
         limit = f"pages of at most {size_text(_MAX_PAGE_BYTES)}"
-        raise ValueError(f"{_called(path)}: row group {group} must have {limit}, got {size_text(largest)}")
+        raise ValueError(f"{_file_label(path)}: row group {group} must have {limit}, got {size_text(largest)}")
     return largest
 
 
@@ -220,11 +220,11 @@ def _image_column(file: ParquetFile, path: Path) -> str:
     found = [field.name for field in schema if holds_bytes(field.type)]
     chosen = [name for name in _IMAGE_COLUMNS if name in found] or found
     if not chosen:
-        raise ValueError(f"{_called(path)}: one column must hold image bytes, got {_listed(schema.names)}")
+        raise ValueError(f"{_file_label(path)}: one column must hold image bytes, got {_format_names(schema.names)}")
     return str(chosen[0])
 
 
-def _listed(names: Sequence[str]) -> str:
+def _format_names(names: Sequence[str]) -> str:
     return ", ".join([printable(name) for name in names[:20]] + ["..."] * (len(names) > 20))
 
 
@@ -236,9 +236,11 @@ def _class_names(
     first = found[paths[0]]
     for path, names in found.items():
         if names != first:
-            raise ValueError(f"{_called(path)}: its class names are not those of {printable(paths[0].name)}")
+            raise ValueError(f"{_file_label(path)}: its class names are not those of {printable(paths[0].name)}")
     if first and given is not None and tuple(given) != first:
-        raise ValueError(f"class names: the files have their own ({_listed(first[:3])} ...), so none can be given")
+        raise ValueError(
+            f"class names: the files have their own ({_format_names(first[:3])} ...), so none can be given"
+        )
     return first or tuple(given or ())
 
 
@@ -257,31 +259,31 @@ def _read_labels(file: ParquetFile, path: Path, label_field: str, classes: Seque
 
     schema = file.schema_arrow
     if label_field not in schema.names:
-        names = _listed(schema.names)
-        raise ValueError(f"{_called(path)}: no column {label_field!r}, got {names}; name it with --label-field")
+        names = _format_names(schema.names)
+        raise ValueError(f"{_file_label(path)}: no column {label_field!r}, got {names}; name it with --label-field")
     if not pa.types.is_integer(schema.field(label_field).type):
         kind = schema.field(label_field).type
-        raise ValueError(f"{_called(path)}: column {label_field!r} must hold class numbers, got {kind}")
+        raise ValueError(f"{_file_label(path)}: column {label_field!r} must hold class numbers, got {kind}")
     for group in range(file.num_row_groups):
         _check_pages(file, path, group, label_field)
     try:
         column = file.read(columns=[label_field]).column(label_field)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{_called(path)}: cannot be read ({_first_line(error)})") from error
+        raise ValueError(f"{_file_label(path)}: cannot be read ({_first_line(error)})") from error
     if column.null_count:
-        raise ValueError(f"{_called(path)}: {column.null_count} rows have no {label_field!r}")
+        raise ValueError(f"{_file_label(path)}: {column.null_count} rows have no {label_field!r}")
     labels: npt.NDArray[np.int64] = column.to_numpy().astype(np.int64)
     most = len(classes) or MAX_CLASSES
     bad = np.flatnonzero((labels < 0) | (labels >= most))
     if len(bad):
         value = labels[bad[0]]
-        raise ValueError(f"{_called(path)}: row {bad[0]}: the class must be below {most}, got {value}")
+        raise ValueError(f"{_file_label(path)}: row {bad[0]}: the class must be below {most}, got {value}")
     return labels
 
 
 def _read_images(path: Path, image_field: str, rows: npt.NDArray[np.int64]) -> Iterator[tuple[int, Any]]:
     """Values of the images in some rows, which rise; row groups without any are passed over."""
-    file = _open(path)
+    file = _open_file(path)
     start = 0
     for group in range(file.num_row_groups):
         end = start + file.metadata.row_group(group).num_rows
@@ -304,7 +306,7 @@ def _read_group(
                     yield row, value
                 row += 1
     except OSError as error:
-        raise ValueError(f"{_called(path)}: row group {group} cannot be read ({_first_line(error)})") from error
+        raise ValueError(f"{_file_label(path)}: row group {group} cannot be read ({_first_line(error)})") from error
 
 
 def _image_bytes(value: Any, name: str) -> bytes:

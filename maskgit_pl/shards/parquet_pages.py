@@ -55,9 +55,9 @@ class _Reader:
         fields, number = dict[int, int](), 0
         while (head := self._byte()) != 0:
             kind = head & 0x0F
-            number = number + (head >> 4) if head >> 4 else _signed(self._varint())
+            number = number + (head >> 4) if head >> 4 else _decode_zigzag(self._varint())
             if kind in _INTEGERS:
-                fields[number] = _signed(self._varint())
+                fields[number] = _decode_zigzag(self._varint())
             else:
                 self._skip(kind, depth)
         return fields
@@ -86,5 +86,5 @@ class _Reader:
         return byte
 
 
-def _signed(value: int) -> int:
+def _decode_zigzag(value: int) -> int:
     return value >> 1 ^ -(value & 1)

@@ -21,7 +21,7 @@ from maskgit_pl.shards.tar import BLOCK
 __all__ = ["ShardReader"]
 
 _MAX_OPEN = 64
-_LISTED = 20  # samples named in an error
+_MAX_LISTED = 20  # samples named in an error
 
 
 class ShardReader:
@@ -52,7 +52,7 @@ class ShardReader:
             self._check_labels(rows)
             self._index = rows
         if not is_whole(self._index):
-            raise self._changed(f"{self.manifest.split}.npy", "the file was cut")
+            raise self._data_changed_error(f"{self.manifest.split}.npy", "the file was cut")
         return self._index
 
     def labels(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -70,7 +70,7 @@ class ShardReader:
         data = self._pread(shard, size, offset)
         if len(data) != size:
             fault = f"{size} bytes expected at byte {offset}, got {len(data)}"
-            raise self._changed(self.manifest.shards[shard].name, fault)
+            raise self._data_changed_error(self.manifest.shards[shard].name, fault)
         return data
 
     def shard(self, index: int) -> str:
@@ -90,7 +90,7 @@ class ShardReader:
         shown = "/".join(part for part in parts if part)
         return f"{self.manifest.shards[shard].name}:" + "".join(c if c.isprintable() else "?" for c in shown)
 
-    def _changed(self, name: str, fault: str) -> DataChangedError:
+    def _data_changed_error(self, name: str, fault: str) -> DataChangedError:
         folder = self.manifest.folder
         return DataChangedError(
             f"data {folder}: {name} was changed while it is read: {fault}; bring it back, or make the manifest again "
@@ -102,8 +102,10 @@ class ShardReader:
         if not len(labels) or 0 <= labels.min() <= labels.max() < classes:
             return
         wrong = np.flatnonzero((labels < 0) | (labels >= classes))
-        names = [f"{self._name(*row.item()[:2])}: {row['label']}" for row in rows[wrong[:_LISTED]]]
-        listed = "\n  ".join([*names, f"... and {len(wrong) - _LISTED} more"] if len(wrong) > _LISTED else names)
+        names = [f"{self._name(*row.item()[:2])}: {row['label']}" for row in rows[wrong[:_MAX_LISTED]]]
+        listed = "\n  ".join(
+            [*names, f"... and {len(wrong) - _MAX_LISTED} more"] if len(wrong) > _MAX_LISTED else names
+        )
         raise ValueError(
             f"data {self.manifest.folder}, split {self.manifest.split}: labels must be in [0, {classes}), "
             f"got others in {len(wrong)} samples:\n  {listed}\n"
@@ -119,7 +121,7 @@ class ShardReader:
         try:
             return os.pread(self._file(number), size, offset)
         except OSError as error:
-            raise self._changed(self.manifest.shards[number].name, str(error.strerror)) from error
+            raise self._data_changed_error(self.manifest.shards[number].name, str(error.strerror)) from error
 
     def _file(self, number: int) -> int:
         if number not in self._files:
@@ -127,7 +129,7 @@ class ShardReader:
             descriptor = open_regular(self.manifest.folder / shard.name)
             if (length := os.fstat(descriptor).st_size) != shard.bytes:
                 os.close(descriptor)
-                raise self._changed(shard.name, f"{shard.bytes} bytes expected, got {length}")
+                raise self._data_changed_error(shard.name, f"{shard.bytes} bytes expected, got {length}")
             self._files[number] = descriptor
             if len(self._files) > _MAX_OPEN:
                 os.close(self._files.popitem(last=False)[1])

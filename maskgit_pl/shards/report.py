@@ -13,16 +13,16 @@ from maskgit_pl.shards.writer import LEFT_OUT
 from maskgit_pl.text import printable
 
 if TYPE_CHECKING:
-    from maskgit_pl.shards.index import Indexed
+    from maskgit_pl.shards.index import IndexResult
     from maskgit_pl.shards.stats import DataStatistics
-    from maskgit_pl.shards.verify import BadFile, Verified, VerifiedStore
+    from maskgit_pl.shards.verify import BadFile, StoreVerification, Verification
 
 __all__ = [
     "count_shards",
     "describe_bad_files",
     "describe_data",
-    "describe_verified",
-    "describe_verified_store",
+    "describe_store_verification",
+    "describe_verification",
     "index_lines",
     "statistics_lines",
     "unreadable_lines",
@@ -60,7 +60,7 @@ def unreadable_lines(folder: Path) -> Iterator[str]:
             yield f"{sum(1 for _ in file)} images that cannot be read, listed in {LEFT_OUT}"
 
 
-def index_lines(folder: Path, shards: Mapping[Split, Sequence[Path]], how: str, indexed: Indexed) -> Iterator[str]:
+def index_lines(folder: Path, shards: Mapping[Split, Sequence[Path]], how: str, indexed: IndexResult) -> Iterator[str]:
     """Yields lines on what ``index_shards`` has found.
 
     Args:
@@ -94,14 +94,14 @@ def describe_bad_files(bad: Sequence[BadFile], source: str) -> str:
     return "\n  ".join([f"{files} not what {source} says", *lines])
 
 
-def describe_verified(folder: Path, found: Verified, *, decoded: bool) -> str:
+def describe_verification(folder: Path, found: Verification, *, decoded: bool) -> str:
     """Returns a line on shards that are as their manifests say."""
     what = "hashes, headers, labels and images" if decoded else "hashes, headers and labels"
     amount = f"{count_shards(found.shards)}, {found.samples} samples, {size_text(found.bytes)}"
     return f"{folder}: {amount}: {what} are as indexed"
 
 
-def describe_verified_store(folder: Path, found: VerifiedStore) -> str:
+def describe_store_verification(folder: Path, found: StoreVerification) -> str:
     """Returns a line on a token store that is as its description says."""
     size = f"{folder}: {found.rows} rows, {size_text(found.bytes)}"
     if found.has_hashes:

@@ -177,7 +177,7 @@ def scan_shard(path: Path, labels: Labels, *, lenient: bool = True) -> ShardScan
     descriptor = open_regular(path)
     try:
         status = os.fstat(descriptor)
-        scan = _Scan(descriptor, path.name, labels, lenient=lenient)
+        scan = _Scanner(descriptor, path.name, labels, lenient=lenient)
         damage, digest = "", ""
         try:
             for member in read_members(descriptor):
@@ -202,12 +202,12 @@ class _Sample:
         self.offset = -1
         self.size = 0
         self.label = -1
-        self.shape = -1  # of the image, packed; see _packed
+        self.shape = -1  # of the image, packed; see _pack
         self.faults = 0  # bits
         self.other: list[str] = []  # extensions of members that are neither image nor label
 
 
-class _Scan:
+class _Scanner:
     """The samples gathered member by member; a tar may have millions, so this is where time and memory go."""
 
     def __init__(self, descriptor: int, shard: str, labels: Labels, *, lenient: bool) -> None:
@@ -234,7 +234,7 @@ class _Scan:
         if not is_image and extension != self.label_extension:
             self.sample.other.append(extension)
         elif fault := _member_fault(member):
-            self._blame(fault, member)
+            self._add_fault(fault, member)
         elif is_image:
             self._take_image(member)
         else:
@@ -272,31 +272,31 @@ class _Scan:
 
     def _take_image(self, member: Member) -> None:
         if self.sample.offset >= 0:
-            self._blame(TWO_IMAGES, member)
+            self._add_fault(TWO_IMAGES, member)
             return
         self.sample.offset, self.sample.size = member.offset, member.size
         if not 0 < member.size <= MAX_IMAGE_BYTES:
-            self._blame(BAD_IMAGE, member, f"1 to {MAX_IMAGE_BYTES} bytes are read, got {member.size}")
+            self._add_fault(BAD_IMAGE, member, f"1 to {MAX_IMAGE_BYTES} bytes are read, got {member.size}")
             return
         try:
-            header = parse_image_header(self._payload(member), name=self._called(member))
+            header = parse_image_header(self._payload(member), name=self._member_label(member))
         except UnreadableImageError as error:
-            self._blame(BAD_IMAGE, member, str(error))
+            self._add_fault(BAD_IMAGE, member, str(error))
         else:
-            self.sample.shape = _packed(header)
+            self.sample.shape = _pack(header)
 
     def _take_label(self, member: Member) -> None:
         if self.sample.label >= 0 or self.sample.faults & _BIT[BAD_LABEL]:
-            self._blame(TWO_LABELS, member)
+            self._add_fault(TWO_LABELS, member)
             return
         most = _MAX_LABEL_BYTES if self.labels.source == "cls" else _MAX_JSON_BYTES
         if member.size > most:
-            self._blame(BAD_LABEL, member, f"at most {most} bytes are read, got {member.size}")
+            self._add_fault(BAD_LABEL, member, f"at most {most} bytes are read, got {member.size}")
             return
         try:
-            self.sample.label = self.labels.read(self._payload(member), name=self._called(member))
+            self.sample.label = self.labels.read(self._payload(member), name=self._member_label(member))
         except ValueError as error:
-            self._blame(BAD_LABEL, member, str(error))
+            self._add_fault(BAD_LABEL, member, str(error))
 
     def _payload(self, member: Member) -> bytes:
         return os.pread(self.descriptor, member.size, member.offset)
@@ -328,13 +328,13 @@ class _Scan:
         key = hash(sample.key)
         self.runs.extend((key, sample.place, sample.offset, sample.size, sample.label, sample.shape, sample.faults))
 
-    def _blame(self, fault: str, member: Member, reason: str = "") -> None:
+    def _add_fault(self, fault: str, member: Member, reason: str = "") -> None:
         self.sample.faults |= _BIT[fault]
         if fault not in self.first:
-            called = self._called(member)
+            called = self._member_label(member)
             self.first[fault] = called if not reason else reason if called in reason else f"{called}: {reason}"
 
-    def _called(self, member: Member) -> str:
+    def _member_label(self, member: Member) -> str:
         return f"{self.shard}:{printable(member.name)}"
 
     def _mark_repeated(
@@ -354,7 +354,7 @@ class _Scan:
         found = {}
         for fault, chosen in ((REPEATED, many & ~parts), (INTERLEAVED, parts)):
             if chosen.any():
-                found[fault] = Fault(len(np.unique(keys[chosen])), self._called_at(int(runs[chosen.argmax(), 1])))
+                found[fault] = Fault(len(np.unique(keys[chosen])), self._member_label_at(int(runs[chosen.argmax(), 1])))
         return bits, found
 
     def _count(self, bits: npt.NDArray[np.int64], runs: npt.NDArray[np.int64]) -> dict[str, Fault]:
@@ -362,17 +362,17 @@ class _Scan:
         for fault in _FAULTS:
             chosen = bits & _BIT[fault] != 0
             if chosen.any() and fault not in (REPEATED, INTERLEAVED):
-                first = self.first.get(fault) or self._called_at(int(runs[chosen.argmax(), 1]))
+                first = self.first.get(fault) or self._member_label_at(int(runs[chosen.argmax(), 1]))
                 found[fault] = Fault(int(chosen.sum()), first)
         return found
 
-    def _called_at(self, place: int) -> str:
+    def _member_label_at(self, place: int) -> str:
         """Names a sample by its first member's header, which lies before its payload."""
         name = os.pread(self.descriptor, 100, place - BLOCK).partition(b"\0")[0]
         return f"{self.shard}:{printable(name.decode('utf-8', 'surrogateescape'))}"
 
 
-def _packed(header: ImageHeader) -> int:
+def _pack(header: ImageHeader) -> int:
     """Packs height, width and channels into one number; a side of 64 million pixels has 26 bits."""
     return header.height << 30 | header.width << 3 | header.channels
 

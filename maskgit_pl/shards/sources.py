@@ -35,7 +35,7 @@ __all__ = ["IdxFiles", "ImageFolder", "Sample", "Source", "open_source"]
 _VAL_FOLDERS = ("val", "valid", "validation", "test")
 _IDX_SPLITS: dict[Split, tuple[str, ...]] = {"train": ("train",), "val": ("t10k", "test", "val")}
 _MAX_IDX_BYTES = 2**30  # of a file when it is unpacked; EMNIST's largest has 640 MB
-_NAMES_LISTED = 3  # of files that are left out
+_MAX_LISTED = 3  # of files that are left out
 
 
 def open_source(
@@ -123,7 +123,7 @@ class ImageFolder:
     @property
     def left_out(self) -> tuple[str, ...]:
         """Lines that count and name the files that are no images of a class."""
-        return tuple(_count_and_names(kind, names) for kind, names in sorted(self._left_out.items()))
+        return tuple(_format_files(kind, names) for kind, names in sorted(self._left_out.items()))
 
     def samples(self, split: Split, places: range) -> Iterator[Sample | UnreadableSample]:
         """Files of a split in the order of their hashes; each is checked to be a whole image without decoding it."""
@@ -138,8 +138,8 @@ class ImageFolder:
         return digest.hexdigest()
 
 
-def _count_and_names(kind: str, names: Sequence[str]) -> str:
-    listed = [printable(name) for name in names[:_NAMES_LISTED]] + ["..."] * (len(names) > _NAMES_LISTED)
+def _format_files(kind: str, names: Sequence[str]) -> str:
+    listed = [printable(name) for name in names[:_MAX_LISTED]] + ["..."] * (len(names) > _MAX_LISTED)
     return f"{len(names)} {printable(kind)} ({', '.join(listed)})"
 
 
@@ -203,7 +203,7 @@ def _list_files(folder: Path, classes: Sequence[str], left_out: _LeftOut) -> lis
             files.append(_File(path, label, hashlib.sha256(os.fsencode(relative)).digest()))
     if not files:
         kinds = ", ".join(f".{extension}" for extension in IMAGE_EXTENSIONS)
-        got = ", ".join(_count_and_names(kind, names) for kind, names in left_out.items()) or "none"
+        got = ", ".join(_format_files(kind, names) for kind, names in left_out.items()) or "none"
         raise ValueError(f"source {printable(folder)} must hold {kinds} files in its class folders, got {got}")
     return sorted(files, key=lambda file: file.digest)
 

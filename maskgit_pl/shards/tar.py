@@ -19,7 +19,7 @@ __all__ = ["BLOCK", "DamagedTarError", "Member", "header_size", "read_members"]
 
 BLOCK = 512
 _END = bytes(2 * BLOCK)  # a tar ends with two blocks of zeros
-_WINDOW = 128 * BLOCK
+_WINDOW_BYTES = 128 * BLOCK
 _MAX_EXTENDED_BYTES = 2**20  # of a long name or a pax header; a path has at most 4096
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _KINDS: Mapping[bytes, Literal["file", "folder", "link", "device"]] = {
@@ -61,7 +61,7 @@ def read_members(descriptor: int) -> Iterator[Member]:
                 long_name = _text(data)
             elif kind_byte == b"x":
                 extended = _pax_records(data, offset)
-            offset += BLOCK + _padded(size)
+            offset += BLOCK + _pad_to_block(size)
             continue
         if kind_byte == b"S":
             raise DamagedTarError(
@@ -75,7 +75,7 @@ def read_members(descriptor: int) -> Iterator[Member]:
         if member.size:
             window.require(offset, member.size, name=name)
         yield member
-        offset += BLOCK + _padded(member.size)
+        offset += BLOCK + _pad_to_block(member.size)
         long_name, extended = "", {}
     window.require_end(offset)
 
@@ -139,7 +139,7 @@ class _Window:
                 raise DamagedTarError(f"{what} at byte {offset}, and other bytes follow")
 
     def _read(self, offset: int) -> None:
-        data = os.pread(self.descriptor, _WINDOW, offset)
+        data = os.pread(self.descriptor, _WINDOW_BYTES, offset)
         whole = len(data) - len(data) % BLOCK
         if not whole:
             raise DamagedTarError(f"cut off at byte {offset} while it was read")
@@ -230,5 +230,5 @@ def _member(name: str, kind_byte: bytes, size: int, offset: int, *, is_sparse: b
     return Member(name, "sparse file" if is_sparse else "file", size, offset)
 
 
-def _padded(size: int) -> int:
+def _pad_to_block(size: int) -> int:
     return -(-size // BLOCK) * BLOCK

@@ -34,7 +34,7 @@ from maskgit_pl.shards.tokens import (
 
 __all__ = ["Part", "StoreParts"]
 
-_FORMAT_OF_PARTS = 1  # parts that an older version has begun are continued
+_PARTS_FORMAT = 1  # parts that an older version has begun are continued
 
 
 class Part(NamedTuple):
@@ -68,7 +68,7 @@ class StoreParts:
         self.folder = Path(folder)
         self.description = description
         self.part_size = part_size
-        content = [_as_json(description, version=_FORMAT_OF_PARTS), part_size]
+        content = [_to_json(description, version=_PARTS_FORMAT), part_size]
         key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         self._parts = self.folder / f".parts-{key[:16]}"
         self._parts.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ class StoreParts:
                 f"tokens of {part} must be {shape} and labels {shape[:1]}, got {tokens.shape} and {labels.shape}"
             )
         self._check_ranges(tokens, labels)
-        with self._replaced(self._path(part)) as file:
+        with self._replace_file(self._path(part)) as file:
             np.save(file, tokens.astype(self.description.dtype), allow_pickle=False)
             np.save(file, labels.astype(np.int64), allow_pickle=False)
 
@@ -129,8 +129,8 @@ class StoreParts:
             for split in self.description.samples:
                 self._join(split)
             paths = [path for split in self.description.samples for path in array_paths(self.folder, split)]
-            described = _as_json(self.description) | {"sha256": {path.stem: sha256_of(path) for path in paths}}
-            with self._replaced(self.folder / DESCRIPTION_FILE) as file:
+            described = _to_json(self.description) | {"sha256": {path.stem: sha256_of(path) for path in paths}}
+            with self._replace_file(self.folder / DESCRIPTION_FILE) as file:
                 file.write((json.dumps(described, indent=1) + "\n").encode())
         except FileNotFoundError:
             if not is_complete(self.folder, self.description):
@@ -151,11 +151,11 @@ class StoreParts:
         count, views = self.description.samples[split], self.description.views(split)
         starts = [part.start for part in self.parts() if part.split == split and part.crop == 0]
         tokens_path, labels_path = array_paths(self.folder, split)
-        with self._replaced(tokens_path) as file:
+        with self._replace_file(tokens_path) as file:
             _write_header(file, (count * views, self.description.num_tokens), self.description.dtype)
             for start in starts:
                 file.write(self._rows(split, start)[0].tobytes())
-        with self._replaced(labels_path) as file:
+        with self._replace_file(labels_path) as file:
             _write_header(file, (count,), np.dtype(np.int64))
             for start in starts:
                 file.write(self._rows(split, start)[1].tobytes())
@@ -198,7 +198,7 @@ class StoreParts:
         return self._parts / f"{part.split}-{part.crop}-{part.start:010d}.npy"
 
     @contextmanager
-    def _replaced(self, path: Path) -> Iterator[IO[bytes]]:
+    def _replace_file(self, path: Path) -> Iterator[IO[bytes]]:
         """Gives a file that takes its name when all of it is on disk; what a kill leaves goes with the parts."""
         with write_atomically(path, partial_in=self._parts) as file:
             yield file
@@ -210,7 +210,7 @@ def _write_header(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any])
     np.lib.format.write_array_header_1_0(file, fields)
 
 
-def _as_json(description: StoreDescription, *, version: int = FORMAT) -> dict[str, Any]:
+def _to_json(description: StoreDescription, *, version: int = FORMAT) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(json.dumps({"format": version, **asdict(description)}))
     del content["sha256"]
     return content

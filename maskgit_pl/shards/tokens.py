@@ -32,7 +32,7 @@ from maskgit_pl.shards.mapped_array import is_whole, map_array
 
 __all__ = [
     "DESCRIPTION_FILE",
-    "WAY_OUT",
+    "REMAKE_HINT",
     "BadArray",
     "StoreDescription",
     "TokenReader",
@@ -50,9 +50,9 @@ FORMAT = 2
 _FORMATS = (1, FORMAT)
 _MAX_DESCRIPTION_BYTES = 2**25  # most of it class names
 DESCRIPTION_FILE = "store.json"
-_VALUES = 2**22  # of an array that are compared at a time
+_BLOCK_VALUES = 2**22  # of an array that are compared at a time
 Tokens = npt.NDArray[np.unsignedinteger[Any]]  # of StoreDescription.dtype
-WAY_OUT = "make it again with `make tokenize` (or `maskgit tokenize`)"
+REMAKE_HINT = "make it again with `make tokenize` (or `maskgit tokenize`)"
 
 
 @dataclass(frozen=True)
@@ -166,14 +166,14 @@ class TokenReader:
         """
         tokens, labels = self.arrays()
         if not (is_whole(tokens) and is_whole(labels)):
-            raise self._changed("a file was cut")
+            raise self._data_changed_error("a file was cut")
         # take() gathers whole rows, 1.3 times as fast as indexing; to int64 while the rows are in the cache
         codes, classes = tokens.take(indices * self.views + views, axis=0), labels[indices]
         if codes.max(initial=0) >= self.description.num_codes:
-            raise self._changed(f"tokens must be in [0, {self.description.num_codes}), got {codes.max()}")
+            raise self._data_changed_error(f"tokens must be in [0, {self.description.num_codes}), got {codes.max()}")
         if classes.view(np.uint64).max(initial=0) >= len(self.description.classes):  # one pass; -1 is 2^64 - 1
             outside = int(classes[outside_range(classes, len(self.description.classes))][0])
-            raise self._changed(f"labels must be in [0, {len(self.description.classes)}), got {outside}")
+            raise self._data_changed_error(f"labels must be in [0, {len(self.description.classes)}), got {outside}")
         return codes.astype(np.int64), classes
 
     def arrays(self) -> tuple[Tokens, npt.NDArray[np.int64]]:
@@ -190,7 +190,7 @@ class TokenReader:
             expected = (rows, self.description.dtype, (len(self),), np.dtype(np.int64))
             if found != expected:
                 raise ValueError(
-                    f"token store {self.folder}, {self.split}: {expected} expected, got {found}; {WAY_OUT}"
+                    f"token store {self.folder}, {self.split}: {expected} expected, got {found}; {REMAKE_HINT}"
                 )
             self._arrays = tokens, labels
         return self._arrays
@@ -220,20 +220,20 @@ class TokenReader:
         try:
             return sha256_of(path)
         except OSError as error:
-            raise ValueError(f"token store {path}: cannot be read ({error.strerror}); {WAY_OUT}") from error
+            raise ValueError(f"token store {path}: cannot be read ({error.strerror}); {REMAKE_HINT}") from error
 
     def _map(self, path: Path) -> npt.NDArray[Any]:
         try:
             return map_array(path)
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"token store {path}: not there; {WAY_OUT}") from error
+            raise FileNotFoundError(f"token store {path}: not there; {REMAKE_HINT}") from error
         except ValueError as error:
-            raise ValueError(f"token store {error}; {WAY_OUT}") from error
+            raise ValueError(f"token store {error}; {REMAKE_HINT}") from error
 
-    def _changed(self, what: str) -> DataChangedError:
+    def _data_changed_error(self, what: str) -> DataChangedError:
         return DataChangedError(
             f"token store {self.folder}, {self.split}: changed while it is read: {what}; `maskgit data verify "
-            f"{self.folder}` names the file; {WAY_OUT}"
+            f"{self.folder}` names the file; {REMAKE_HINT}"
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -263,7 +263,7 @@ def read_description(folder: str | Path) -> StoreDescription:
     """
     path = Path(folder) / DESCRIPTION_FILE
     if not path.exists():
-        raise FileNotFoundError(f"token store {folder}: none there, or not finished; {WAY_OUT}")
+        raise FileNotFoundError(f"token store {folder}: none there, or not finished; {REMAKE_HINT}")
     try:
         content = read_json(path, max_bytes=_MAX_DESCRIPTION_BYTES)
         version = content.pop("format", None)
@@ -275,7 +275,7 @@ def read_description(folder: str | Path) -> StoreDescription:
         if version != 1 and not made.sha256:
             raise ValueError(f"{path}: sha256 must not be empty")
     except ValueError as error:
-        raise ValueError(f"token store {error}; {WAY_OUT}") from error
+        raise ValueError(f"token store {error}; {REMAKE_HINT}") from error
     return replace(made, grid=(made.grid[0], made.grid[1]), classes=tuple(made.classes))
 
 
@@ -301,7 +301,7 @@ def open_store(folder: str | Path, **origin: object) -> dict[Split, TokenReader]
         for bad in reader.bad_arrays():
             raise ValueError(
                 f"token store {Path(folder) / bad.name}: {bad.reason}: {bad.expected} expected, got {bad.actual}; "
-                f"{WAY_OUT}"
+                f"{REMAKE_HINT}"
             )
     return readers
 
@@ -327,12 +327,12 @@ def check_origin(description: StoreDescription, folder: str | Path | None, **ori
         ValueError: if the store has another value. The message names all such fields and the way out.
     """
     foreign = [
-        f"its {name.replace('_', ' ')} must be {_shown(wanted)}, got {_shown(getattr(description, name))}"
+        f"its {name.replace('_', ' ')} must be {_format_value(wanted)}, got {_format_value(getattr(description, name))}"
         for name, wanted in origin.items()
         if wanted is not None and wanted != getattr(description, name)
     ]
     if foreign:
-        raise ValueError(f"token store {folder}: {'; '.join(foreign)}; {WAY_OUT}")
+        raise ValueError(f"token store {folder}: {'; '.join(foreign)}; {REMAKE_HINT}")
 
 
 def array_paths(folder: Path, split: Split) -> tuple[Path, Path]:
@@ -340,14 +340,14 @@ def array_paths(folder: Path, split: Split) -> tuple[Path, Path]:
     return folder / f"{split}-tokens.npy", folder / f"{split}-labels.npy"
 
 
-def _shown(value: object) -> str:
+def _format_value(value: object) -> str:
     """Shows a value for a message; twelve digits of a fingerprint tell it from others."""
     return value[:12] if isinstance(value, str) else shorten(value)
 
 
 def _first_outside(array: npt.NDArray[Any], limit: int) -> tuple[int, int] | None:
     """Returns the first row of (n,) or (n, N) integers with a value that is not in [0, limit), and that value."""
-    step = max(1, _VALUES // max(1, array[:1].size))
+    step = max(1, _BLOCK_VALUES // max(1, array[:1].size))
     for start in range(0, len(array), step):
         block = array[start : start + step]
         if block.max() >= limit or block.min() < 0:

@@ -23,7 +23,7 @@ from maskgit_pl.shards.image_bytes import Reason
 
 __all__ = [
     "ALWAYS_ALLOWED",
-    "IN_A_ROW",
+    "MAX_IN_A_ROW",
     "Unreadable",
     "UnreadableImages",
     "check_budget",
@@ -31,8 +31,8 @@ __all__ = [
 ]
 
 ALWAYS_ALLOWED = 10  # different images; so few end no run, however small the data
-IN_A_ROW = 100  # so many neighbours are no accident: a shard is spoilt
-_LISTED = 20  # of an error; the file lists all
+MAX_IN_A_ROW = 100  # so many neighbours are no accident: a shard is spoilt
+_MAX_LISTED = 20  # of an error; the file lists all
 
 
 class Unreadable(NamedTuple):
@@ -100,7 +100,7 @@ class UnreadableImages:
             longest = max(longest, length)
             for number in range(asked, asked + length):
                 self._note(number % self.num_samples)
-        if longest >= min(IN_A_ROW, self.num_samples):
+        if longest >= min(MAX_IN_A_ROW, self.num_samples):
             raise DataBudgetError(self._text(f"{longest} images in a row cannot be read"))
         allowed = ALWAYS_ALLOWED if self.budget > 0 else 0
         if len(self.images) > allowed and self.count > self.budget * self.seen:
@@ -113,11 +113,11 @@ class UnreadableImages:
 
     def by_shard(self) -> dict[str, int]:
         """Times that images of a shard could not be read, the worst shard first."""
-        return self._counted(lambda image: image.shard)
+        return self._count_by(lambda image: image.shard)
 
     def by_reason(self) -> dict[str, int]:
         """Times that images could not be read for a reason, the most frequent first."""
-        return self._counted(lambda image: image.reason)
+        return self._count_by(lambda image: image.reason)
 
     def as_json(self) -> dict[str, Any]:
         """Counts and the whole list, as plain values."""
@@ -139,7 +139,7 @@ class UnreadableImages:
         if index not in self.images:
             self.images[index] = self._explain(index)
 
-    def _counted(self, key: Callable[[Unreadable], str]) -> dict[str, int]:
+    def _count_by(self, key: Callable[[Unreadable], str]) -> dict[str, int]:
         counts: Counter[str] = Counter()
         for index, times in self.times.items():
             counts[key(self.images[index])] += times
@@ -147,8 +147,8 @@ class UnreadableImages:
 
     def _text(self, rule: str) -> str:
         lines = [f"{image.name}: {image.reason}: {image.error}" for _, image in sorted(self.images.items())]
-        more = [f"... and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
-        listed = "\n  ".join([*lines[:_LISTED], *more])
+        more = [f"... and {len(lines) - _MAX_LISTED} more"] if len(lines) > _MAX_LISTED else []
+        listed = "\n  ".join([*lines[:_MAX_LISTED], *more])
         return (
             f"data budget: {rule}:\n  {listed}\n"
             "mend or leave out these images and make the shards again, or raise data.unreadable_budget"

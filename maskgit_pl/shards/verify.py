@@ -24,7 +24,7 @@ from maskgit_pl.shards.tar import BLOCK
 from maskgit_pl.shards.tokens import TokenReader, read_description
 from maskgit_pl.text import printable
 
-__all__ = ["BadFile", "Verified", "VerifiedStore", "verify_shards", "verify_store"]
+__all__ = ["BadFile", "StoreVerification", "Verification", "verify_shards", "verify_store"]
 
 _READ_BYTES, _DECODED_BYTES = 2**28, 2**25  # that one process reads, and decodes, in some 10 seconds
 
@@ -39,7 +39,7 @@ class BadFile(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Verified:
+class Verification:
     """The result of reading shards: how much there is, and what of it is bad."""
 
     shards: int
@@ -49,7 +49,7 @@ class Verified:
 
 
 @dataclass(frozen=True)
-class VerifiedStore:
+class StoreVerification:
     """The result of reading a token store: its files, whether it has hashes, and what is bad."""
 
     rows: int
@@ -58,7 +58,7 @@ class VerifiedStore:
     bad: tuple[BadFile, ...]
 
 
-def verify_store(folder: str | Path) -> VerifiedStore:
+def verify_store(folder: str | Path) -> StoreVerification:
     """Compares shapes, ranges and hashes of all arrays of a token store with its ``store.json``.
 
     Raises:
@@ -76,7 +76,7 @@ def verify_store(folder: str | Path) -> VerifiedStore:
             bad.append(BadFile(f"{split}-*.npy", "two arrays as described", "none that can be used", str(error)))
             continue
         rows, size = rows + len(tokens), size + tokens.nbytes + labels.nbytes
-    return VerifiedStore(rows, size, bool(description.sha256), tuple(bad))
+    return StoreVerification(rows, size, bool(description.sha256), tuple(bad))
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def verify_shards(
     decode: bool = False,
     workers: int | None = 1,
     on_shard: Callable[[Split, int], object] = lambda split, total: None,
-) -> Verified:
+) -> Verification:
     """Compares lengths, hashes, headers, places and labels of all shards with the manifests.
 
     Args:
@@ -106,7 +106,7 @@ def verify_shards(
     """
     folder = Path(folder)
     manifests = {split: load_manifest(folder, split, check=False) for split in splits_of(folder) or ("train",)}
-    bad = {split: list(_bad_index(manifest)) for split, manifest in manifests.items()}
+    bad = {split: list(_find_bad_index(manifest)) for split, manifest in manifests.items()}
     jobs = [(split, number) for split, manifest in manifests.items() for number in range(len(manifest.shards))]
     found: dict[tuple[Split, int], tuple[BadFile | None, ShardScan | None]] = {}
     size = sum(shard.bytes for manifest in manifests.values() for shard in manifest.shards)
@@ -117,13 +117,13 @@ def verify_shards(
     files = [bad_file for split in manifests for bad_file in bad[split]]
     files += [bad_file for job in jobs if (bad_file := found[job][0]) is not None]
     if not files:
-        files += list(_bad_summary(manifests, [found[job][1] for job in jobs], jobs))
+        files += list(_find_bad_summary(manifests, [found[job][1] for job in jobs], jobs))
     shards = [shard for manifest in manifests.values() for shard in manifest.shards]
     samples = sum(shard.samples for shard in shards)
-    return Verified(len(shards), samples, size, tuple(files))
+    return Verification(len(shards), samples, size, tuple(files))
 
 
-def _bad_index(manifest: Manifest) -> Iterator[BadFile]:
+def _find_bad_index(manifest: Manifest) -> Iterator[BadFile]:
     name = f"{manifest.split}.npy"
     try:
         actual = index_sha256(manifest.index())
@@ -134,7 +134,7 @@ def _bad_index(manifest: Manifest) -> Iterator[BadFile]:
         yield BadFile(name, _short(manifest.index_sha256), _short(actual), "index changed since it was made")
 
 
-def _bad_summary(
+def _find_bad_summary(
     manifests: dict[Split, Manifest], scans: Sequence[ShardScan | None], jobs: Sequence[tuple[Split, int]]
 ) -> Iterator[BadFile]:
     """Compares image sizes with the manifest's range of them."""
@@ -157,13 +157,13 @@ def _verify_shard(task: _Task, job: tuple[Split, int]) -> tuple[BadFile | None, 
         scan = scan_shard(path, Labels(manifest.labels, manifest.classes))
     except OSError as error:
         return BadFile(shard.name, f"{shard.bytes} bytes", "none", str(error.strerror)), None
-    fault = _difference(manifest, shard, number, scan)
+    fault = _find_difference(manifest, shard, number, scan)
     if fault is None:
-        fault = _bad_images(path, shard, scan.rows, decode=task.decode)
+        fault = _find_bad_images(path, shard, scan.rows, decode=task.decode)
     return fault, scan
 
 
-def _difference(manifest: Manifest, shard: Shard, number: int, scan: ShardScan) -> BadFile | None:
+def _find_difference(manifest: Manifest, shard: Shard, number: int, scan: ShardScan) -> BadFile | None:
     if scan.bytes != shard.bytes:
         reason = scan.damage or ("shorter" if scan.bytes < shard.bytes else "longer") + " than when it was indexed"
         return BadFile(shard.name, f"{shard.bytes} bytes", f"{scan.bytes} bytes", reason)
@@ -174,10 +174,10 @@ def _difference(manifest: Manifest, shard: Shard, number: int, scan: ShardScan) 
         return BadFile(shard.name, _short(shard.sha256), _short(scan.sha256), f"changed after indexing, {what}")
     if len(scan.rows) != shard.samples:
         return BadFile(shard.name, f"{shard.samples} samples", f"{len(scan.rows)} samples", "the manifest is wrong")
-    return _wrong_row(manifest, shard, number, scan.rows)
+    return _find_wrong_row(manifest, shard, number, scan.rows)
 
 
-def _wrong_row(manifest: Manifest, shard: Shard, number: int, rows: npt.NDArray[np.void]) -> BadFile | None:
+def _find_wrong_row(manifest: Manifest, shard: Shard, number: int, rows: npt.NDArray[np.void]) -> BadFile | None:
     start = sum(earlier.samples for earlier in manifest.shards[:number])
     try:
         stated = manifest.index()[start : start + shard.samples]
@@ -193,7 +193,7 @@ def _wrong_row(manifest: Manifest, shard: Shard, number: int, rows: npt.NDArray[
     return BadFile(shard.name, str(stated[row]), str(actual[row]), where)
 
 
-def _bad_images(path: Path, shard: Shard, rows: npt.NDArray[np.void], *, decode: bool) -> BadFile | None:
+def _find_bad_images(path: Path, shard: Shard, rows: npt.NDArray[np.void], *, decode: bool) -> BadFile | None:
     """Images that are cut off or, if they are decoded, damaged in any way that can be found."""
     faults = []
     descriptor = open_regular(path)

@@ -29,7 +29,7 @@ __all__ = ["LEFT_OUT", "RECORD", "is_made_from", "make_shards", "write_split"]
 
 RECORD = "made_from.json"
 LEFT_OUT = "left_out.txt"  # a line for each image that could not be read
-_LISTED = 20  # of those, in an error
+_MAX_LISTED = 20  # of those, in an error
 _SAMPLES = 5_000  # that one process writes in some 10 seconds
 
 
@@ -203,7 +203,7 @@ def _write_shard(
     """Writes one shard; it takes its name when it is whole and on the disk."""
     split, shard = job
     left_out: list[UnreadableSample] = []
-    samples = _readable(plan, split, shard, left_out, on_sample=on_sample)
+    samples = _read_samples(plan, split, shard, left_out, on_sample=on_sample)
     writing = plan.folder / f".writing-{split}-{shard:06d}-{os.getpid()}"
     writing.mkdir()
     try:
@@ -218,7 +218,7 @@ def _write_shard(
         shutil.rmtree(writing, ignore_errors=True)
 
 
-def _readable(
+def _read_samples(
     plan: _Plan,
     split: Split,
     shard: int,
@@ -228,7 +228,7 @@ def _readable(
 ) -> Iterator[Sample]:
     """Yields the samples of a shard, resized if they are to be; the rest is added to a list."""
     for sample in plan.source.samples(split, plan.places(split, shard)):
-        made = sample if isinstance(sample, UnreadableSample) or plan.size is None else _resized(sample, plan.size)
+        made = sample if isinstance(sample, UnreadableSample) or plan.size is None else _resize(sample, plan.size)
         if isinstance(made, Sample):
             yield made
         else:
@@ -248,12 +248,12 @@ def _list_left_out(plan: _Plan, *, lenient: bool) -> None:
         found = [line for path in paths if path.exists() for line in path.read_text().splitlines()]
         lines += found
         if len(found) == count:
-            raise ValueError(f"none of the {count} images of {split} can be read:\n{_listed(found)}")
+            raise ValueError(f"none of the {count} images of {split} can be read:\n{_format_lines(found)}")
     if not lines:
         return
     if not lenient:
         raise ValueError(
-            f"{len(lines)} of {sum(source.counts.values())} images cannot be read:\n{_listed(lines)}\n"
+            f"{len(lines)} of {sum(source.counts.values())} images cannot be read:\n{_format_lines(lines)}\n"
             "replace or remove them, or leave them out with --lenient"
         )
     write_text(plan.folder / LEFT_OUT, "".join(f"{line}\n" for line in lines))
@@ -261,12 +261,12 @@ def _list_left_out(plan: _Plan, *, lenient: bool) -> None:
         path.unlink()
 
 
-def _listed(lines: list[str]) -> str:
-    more = [f"... and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
-    return "\n".join(f"  {line}" for line in [*lines[:_LISTED], *more])
+def _format_lines(lines: list[str]) -> str:
+    more = [f"... and {len(lines) - _MAX_LISTED} more"] if len(lines) > _MAX_LISTED else []
+    return "\n".join(f"  {line}" for line in [*lines[:_MAX_LISTED], *more])
 
 
-def _resized(sample: Sample, size: int) -> Sample | UnreadableSample:
+def _resize(sample: Sample, size: int) -> Sample | UnreadableSample:
     """Makes a sample's image a square of that side; JPEG stays JPEG (quality 95), everything else becomes PNG."""
     header = parse_image_header(sample.data, name=sample.name)
     if header.height == header.width == size:

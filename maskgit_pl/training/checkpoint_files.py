@@ -27,7 +27,7 @@ from typing_extensions import override
 from maskgit_pl.checks import check_integer, check_keys, shorten
 from maskgit_pl.distributed import on_all_ranks, rank_and_world
 from maskgit_pl.files import read_json, replace_folder, sha256_of, size_text, write_tensors, write_text
-from maskgit_pl.training.checkpoint_state import StateFormError, join_state, split_state
+from maskgit_pl.training.checkpoint_state import StateFormatError, join_state, split_state
 from maskgit_pl.training.checkpoint_tensors import FIRST_ROWS, SavedTensor, TensorPieces, own_pieces
 
 __all__ = [
@@ -35,9 +35,9 @@ __all__ = [
     "FolderCheckpointIO",
     "SavedTensor",
     "complete_checkpoints",
-    "leftovers",
-    "newest_complete",
-    "settings_of",
+    "find_leftovers",
+    "newest_checkpoint",
+    "read_settings",
     "step_of",
 ]
 
@@ -90,7 +90,7 @@ class FolderCheckpointIO(CheckpointIO):
         Raises:
             ValueError: if the folder is incomplete or a file is not what was written.
         """
-        return self.load_pieces(path, lambda _, saved: saved.whole())
+        return self.load_pieces(path, lambda _, saved: saved.read_all())
 
     def load_pieces(self, path: str | Path, read: Callable[[str, SavedTensor], Tensor]) -> dict[str, Any]:
         """Reads a complete folder, of each tensor what ``read`` takes of it.
@@ -115,7 +115,7 @@ class FolderCheckpointIO(CheckpointIO):
         shutil.rmtree(path)
 
 
-def newest_complete(folder: Path) -> Path | None:
+def newest_checkpoint(folder: Path) -> Path | None:
     """Returns the complete checkpoint with the highest step in a ``checkpoints`` folder, or None."""
     return max(complete_checkpoints(folder), default=None, key=step_of)
 
@@ -128,7 +128,7 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-def leftovers(folder: Path) -> list[Path]:
+def find_leftovers(folder: Path) -> list[Path]:
     """Returns what lies half written or half removed in a ``checkpoints`` folder."""
     torn = [path for path in folder.glob("step-*") if _STEP_FOLDER.fullmatch(path.name) and path.is_dir()]
     return [*folder.glob(".step-*"), *(path for path in torn if not (path / _MARKER).exists())]
@@ -139,7 +139,7 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def settings_of(folder: Path) -> dict[str, Any] | None:
+def read_settings(folder: Path) -> dict[str, Any] | None:
     """Reads the settings of the run that a complete checkpoint carries; None if it has none.
 
     Raises:
@@ -168,18 +168,18 @@ def _write_tensors(folder: Path, pieces: Mapping[str, tuple[Tensor, int]], numbe
     tensors = {key: rows.detach().cpu().contiguous().clone() for key, (rows, _) in pieces.items()}
     starts = {key: start for key, (_, start) in pieces.items() if start}
     write_tensors(file, tensors, metadata={FIRST_ROWS: json.dumps(starts)})
-    return {file.name: _described(file)}
+    return {file.name: _describe_file(file)}
 
 
 def _complete(temporary: Path, target: Path, state: Any, written: Sequence[Mapping[str, Any]]) -> None:
     write_text(temporary / _STATE, json.dumps(state))
     files = {name: said for each in written for name, said in each.items()}
-    files[_STATE] = _described(temporary / _STATE)
+    files[_STATE] = _describe_file(temporary / _STATE)
     write_text(temporary / _MARKER, json.dumps({"format": _FORMAT, "version": _VERSION, "files": files}))
     replace_folder(temporary, target)
 
 
-def _described(file: Path) -> dict[str, Any]:
+def _describe_file(file: Path) -> dict[str, Any]:
     return {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
 
 
@@ -234,7 +234,7 @@ def _state(folder: Path, read: Callable[[str], Any]) -> dict[str, Any]:
     file = folder / _STATE
     try:
         state = join_state(read_json(file, max_bytes=_MAX_STATE_BYTES), read)
-    except StateFormError as error:
+    except StateFormatError as error:
         raise ValueError(f"checkpoint {file}: {error}") from error
     if not isinstance(state, dict):
         raise ValueError(f"checkpoint {file} must hold a mapping, got {shorten(state)}")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from maskgit_pl.checks import shorten
 
-__all__ = ["StateFormError", "join_state", "split_state"]
+__all__ = ["StateFormatError", "join_state", "split_state"]
 
 _MAX_DEPTH = 32  # of plain values inside one another; Lightning's have 10
 _NOT_FINITE = ("nan", "inf", "-inf")
@@ -51,7 +51,7 @@ def _plain(value: Any, key: str) -> Any:
     raise TypeError(f"checkpoint {key or '/'}: tensors and plain values only, got {type(value).__name__}")
 
 
-class StateFormError(ValueError):
+class StateFormatError(ValueError):
     """Values that ``split_state`` does not give."""
 
 
@@ -64,36 +64,36 @@ def join_state(node: Any, read: Callable[[str], Any], depth: int = 0) -> Any:
         depth: How deep ``node`` lies.
 
     Raises:
-        StateFormError: if ``split_state`` does not give such values.
+        StateFormatError: if ``split_state`` does not give such values.
     """
     if not isinstance(node, dict):
         if isinstance(node, list):
-            raise StateFormError("a list must stand in a mapping that says what it is")
+            raise StateFormatError("a list must stand in a mapping that says what it is")
         return node
     if depth > _MAX_DEPTH:
-        raise StateFormError(f"values must be nested at most {_MAX_DEPTH} deep")
+        raise StateFormatError(f"values must be nested at most {_MAX_DEPTH} deep")
     kind, content = next(iter(node.items()), ("", None))
     if len(node) != 1 or kind not in ("tensor", "float", "items", "list", "tuple"):
         kinds = "tensor, float, items, list, tuple"
-        raise StateFormError(f"a mapping must have one of the keys {kinds}, got {shorten(list(node))}")
+        raise StateFormatError(f"a mapping must have one of the keys {kinds}, got {shorten(list(node))}")
     if kind in ("tensor", "float"):
         if not isinstance(content, str) or (kind == "float" and content not in _NOT_FINITE):
-            raise StateFormError(f"a {kind} must be a string, got {shorten(content)}")
+            raise StateFormatError(f"a {kind} must be a string, got {shorten(content)}")
         return read(content) if kind == "tensor" else float(content)
     if not isinstance(content, list):
-        raise StateFormError(f"{kind} must be a list, got {shorten(content)}")
+        raise StateFormatError(f"{kind} must be a list, got {shorten(content)}")
     if kind == "items":
-        return _joined_items(content, read, depth)
+        return _join_items(content, read, depth)
     made: Iterator[Any] = (join_state(item, read, depth + 1) for item in content)
     return list(made) if kind == "list" else tuple(made)
 
 
-def _joined_items(content: list[Any], read: Callable[[str], Any], depth: int) -> dict[Any, Any]:
+def _join_items(content: list[Any], read: Callable[[str], Any], depth: int) -> dict[Any, Any]:
     made: dict[Any, Any] = {}
     for pair in content:
         if not isinstance(pair, list) or len(pair) != 2 or isinstance(pair[0], list | dict):
-            raise StateFormError(f"items must be pairs of a key and a value, got {shorten(pair)}")
+            raise StateFormatError(f"items must be pairs of a key and a value, got {shorten(pair)}")
         if pair[0] in made:
-            raise StateFormError(f"a key must stand once in a mapping, got {shorten(pair[0])} again")
+            raise StateFormatError(f"a key must stand once in a mapping, got {shorten(pair[0])} again")
         made[pair[0]] = join_state(pair[1], read, depth + 1)
     return made

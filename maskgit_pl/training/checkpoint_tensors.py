@@ -18,7 +18,7 @@ from maskgit_pl.checks import check_integer, shorten
 from maskgit_pl.files import parse_json
 from maskgit_pl.networks.weight_file import open_tensors
 
-__all__ = ["FIRST_ROWS", "SavedTensor", "TensorPieces", "own_pieces", "rows_of"]
+__all__ = ["FIRST_ROWS", "SavedTensor", "TensorPieces", "local_rows", "own_pieces"]
 
 _MAX_ROWS = 2**40
 FIRST_ROWS = "first_rows"  # in the header of a tensor file: name -> the row at which its piece begins
@@ -43,22 +43,22 @@ class SavedTensor:
         Raises:
             ValueError: if the files do not hold it.
         """
-        first = next(self.pieces.of(self.key), None)
+        first = next(self.pieces.find(self.key), None)
         if first is None:
             raise ValueError(self._not_whole)
         return not first.shape
 
-    def whole(self) -> Tensor:
+    def read_all(self) -> Tensor:
         """Reads all of it, to the CPU."""
         if self.is_scalar:
-            return next(self.pieces.of(self.key)).read(None)
-        found = list(self.pieces.of(self.key))
+            return next(self.pieces.find(self.key)).read(None)
+        found = list(self.pieces.find(self.key))
         end = max(piece.end for piece in found)
         if end > sum(piece.shape[0] for piece in found):  # before memory for all rows is taken
             raise ValueError(self._not_whole)
-        return self.rows(0, end)
+        return self.read_rows(0, end)
 
-    def rows(self, start: int, stop: int) -> Tensor:
+    def read_rows(self, start: int, stop: int) -> Tensor:
         """Reads rows [start, stop) of its first dimension, to the CPU.
 
         Raises:
@@ -66,7 +66,7 @@ class SavedTensor:
         """
         made: Tensor | None = None
         missing = stop - start
-        for piece in self.pieces.of(self.key):
+        for piece in self.pieces.find(self.key):
             first, last = max(start, piece.start), min(stop, piece.end)
             if first > last or (first == last and missing):
                 continue
@@ -117,7 +117,7 @@ class TensorPieces:
     def __exit__(self, *_: object) -> None:
         self._files.close()
 
-    def of(self, key: str) -> Iterator[_Piece]:
+    def find(self, key: str) -> Iterator[_Piece]:
         for name in self._names:
             if name not in self._open:
                 file = self._files.enter_context(open_tensors(self.folder / name))
@@ -127,7 +127,7 @@ class TensorPieces:
                 yield _Piece(file, key, starts.get(key, 0), file.get_slice(key).get_shape())
 
 
-def rows_of(tensor: DTensor) -> tuple[int, int]:
+def local_rows(tensor: DTensor) -> tuple[int, int]:
     """Returns the first row and the end of this rank's rows of a tensor that is sharded along its first dimension."""
     (chunk,) = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]  # torch has no types for it
     assert chunk.sizes[1:] == tensor.shape[1:]
@@ -139,7 +139,7 @@ def own_pieces(tensors: Mapping[str, Tensor], rank: int) -> dict[str, tuple[Tens
     pieces: dict[str, tuple[Tensor, int]] = {}
     for key, tensor in tensors.items():
         if isinstance(tensor, DTensor):
-            pieces[key] = tensor.to_local(), rows_of(tensor)[0]
+            pieces[key] = tensor.to_local(), local_rows(tensor)[0]
         elif rank == 0:
             pieces[key] = tensor, 0
     return pieces

@@ -22,7 +22,7 @@ from maskgit_pl.training.checkpoint_files import (
     SETTINGS,
     FolderCheckpointIO,
     complete_checkpoints,
-    leftovers,
+    find_leftovers,
     step_of,
 )
 
@@ -73,7 +73,7 @@ class Checkpoints(Checkpoint):
         self.keep_last = keep_last
         self.keep_every = keep_every
         self.settings = settings
-        self.begins_from: Path | None = None
+        self.resumes_from: Path | None = None
         self._tried_step = -1
         self._failures = 0
 
@@ -83,7 +83,7 @@ class Checkpoints(Checkpoint):
         Raises:
             ValueError: if they would resume from different ones. Raised on all ranks.
         """
-        seen = on_all_ranks(lambda: self.begins_from and self.begins_from.name)
+        seen = on_all_ranks(lambda: self.resumes_from and self.resumes_from.name)
         if len(set(seen)) > 1:
             listed = ", ".join(f"rank {rank}: {name or 'none'}" for rank, name in enumerate(seen))
             raise ValueError(
@@ -94,10 +94,10 @@ class Checkpoints(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gives restored optimiser states the layout of their parameters, and removes half-written checkpoints."""
         for optimizer in trainer.optimizers:
-            _lay_out(optimizer)
+            _match_strides(optimizer)
         self._tried_step = trainer.global_step
         if trainer.is_global_zero and self.folder.is_dir():
-            for leftover in leftovers(self.folder):
+            for leftover in find_leftovers(self.folder):
                 shutil.rmtree(leftover, ignore_errors=True)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -146,13 +146,13 @@ class Checkpoints(Checkpoint):
             trainer.save_checkpoint(self.folder / f"step-{step:08d}")
         except OSError as error:
             self._failures += 1
-            self._say_what_failed(trainer, error, last=last)
+            self._report_failure(trainer, error, last=last)
             return
         self._failures = 0
         if trainer.is_global_zero:
             self._prune()
 
-    def _say_what_failed(self, trainer: Trainer, error: OSError, *, last: bool) -> None:
+    def _report_failure(self, trainer: Trainer, error: OSError, *, last: bool) -> None:
         step, kept = trainer.global_step, self._complete()
         text = f"checkpoint of step {step}: cannot be written: {error}; " + (
             f"{kept[-1].name} stays" if kept else "no older one is seen"
@@ -202,7 +202,7 @@ def _batch_progress(checkpoint: Mapping[str, Any], where: str) -> tuple[dict[str
 
 
 @torch.no_grad()
-def _lay_out(optimizer: Optimizer) -> None:
+def _match_strides(optimizer: Optimizer) -> None:
     """Gives moments the strides of their parameters: a fused step pairs them by their place in memory."""
     for parameter, state in optimizer.state.items():
         for name, value in state.items():

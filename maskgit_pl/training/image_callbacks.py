@@ -14,7 +14,7 @@ from torch import Tensor
 from maskgit_pl.decoding import DecodingStep
 from maskgit_pl.imaging import image_grid, reconstruction_grid, save_png
 from maskgit_pl.pretrained import PretrainedTokenizer
-from maskgit_pl.training.logs import RunLogger
+from maskgit_pl.training.tensorboard_logger import RunLogger
 
 __all__ = ["ReconstructionPictures", "SamplePictures"]
 
@@ -94,4 +94,4 @@ def _publish(picture: Image.Image, folder: Path, name: str, trainer: Trainer) ->
         log.warning("%s: cannot be written: %s; training goes on", folder / f"{name}.png", error)
     for logger in trainer.loggers:
         if isinstance(logger, RunLogger):
-            logger.log_picture(name, picture, trainer.global_step)
+            logger.log_image(name, picture, trainer.global_step)

@@ -24,17 +24,17 @@ class ProgressLines(ProgressBar):
     def __init__(self, seconds: float = 15.0) -> None:
         super().__init__()
         self.seconds = seconds
-        self._speaks = True
+        self._is_enabled = True
         self._start = (0.0, 0)
         self._last = 0.0
 
     def enable(self) -> None:
         """Speaks again."""
-        self._speaks = True
+        self._is_enabled = True
 
     def disable(self) -> None:
         """Keeps silent; Lightning asks this of every rank but the first."""
-        self._speaks = False
+        self._is_enabled = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last = time.monotonic()
@@ -44,13 +44,13 @@ class ProgressLines(ProgressBar):
         now = time.monotonic()
         if now - self._last >= self.seconds:
             self._last = now
-            self._line(trainer, pl_module, now)
+            self._log_line(trainer, pl_module, now)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._line(trainer, pl_module, time.monotonic())
+        self._log_line(trainer, pl_module, time.monotonic())
 
-    def _line(self, trainer: Trainer, pl_module: LightningModule, now: float) -> None:
-        if not self._speaks:
+    def _log_line(self, trainer: Trainer, pl_module: LightningModule, now: float) -> None:
+        if not self._is_enabled:
             return
         begun, first = self._start
         speed = (trainer.global_step - first) / max(now - begun, 1e-9)

@@ -24,7 +24,7 @@ from typing_extensions import override
 
 from maskgit_pl.registry import nearest
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO
-from maskgit_pl.training.checkpoint_tensors import SavedTensor, rows_of
+from maskgit_pl.training.checkpoint_tensors import SavedTensor, local_rows
 
 __all__ = [
     "PRECISIONS",
@@ -109,7 +109,7 @@ class FullyShardedDataParallel2(ModelParallelStrategy):
 
         def read(key: str, saved: SavedTensor) -> Tensor:
             like = own.get(key, own.get(key.rpartition("/")[0]))  # a moment is laid out as its parameter
-            return saved.whole() if like is None or saved.is_scalar else _rows_like(like, saved)
+            return saved.read_all() if like is None or saved.is_scalar else _rows_like(like, saved)
 
         checkpoint = self.checkpoint_io.load_pieces(self.broadcast(checkpoint_path), read)
         self.lightning_module.load_state_dict(checkpoint["state_dict"])
@@ -121,8 +121,8 @@ class FullyShardedDataParallel2(ModelParallelStrategy):
 def _rows_like(tensor: Tensor, saved: SavedTensor) -> Tensor:
     """Returns a saved tensor with the layout of another one over ranks and devices."""
     if not isinstance(tensor, DTensor):
-        return saved.whole()
-    rows = saved.rows(*rows_of(tensor)).to(tensor.device)
+        return saved.read_all()
+    rows = saved.read_rows(*local_rows(tensor)).to(tensor.device)
     return DTensor.from_local(rows, tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride())
 
 

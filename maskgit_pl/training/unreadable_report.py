@@ -59,7 +59,8 @@ class UnreadableReport(Callback):
             log.warning(
                 "data, split %s: %d of %d images could not be read (%s; %s); the next of the split took their place; "
                 "list: %s",
-                split, images.count, images.seen, _listed(images.by_reason()), _listed(images.by_shard()), path,
+                split, images.count, images.seen,
+                _format_counts(images.by_reason()), _format_counts(images.by_shard()), path,
             )  # fmt: skip
 
 
@@ -70,7 +71,7 @@ def _counters(trainer: Trainer) -> dict[str, UnreadableImages]:
     return {split: images for split, images in found.items() if isinstance(images, UnreadableImages)}
 
 
-def _listed(counts: dict[str, int], most: int = 5) -> str:
+def _format_counts(counts: dict[str, int], most: int = 5) -> str:
     """Formats the first few counts: ``train-000000.tar 3, train-000004.tar 1``."""
     items: Iterable[tuple[str, int]] = list(counts.items())[:most]
     return ", ".join(f"{name} {count}" for name, count in items) + (", ..." if len(counts) > most else "")

@@ -77,7 +77,7 @@ def test_a_run_that_can_start_passes_and_nothing_is_written(doctor, stage, tmp_p
 
 def test_each_check_is_printed_before_the_next_is_made(doctor, monkeypatch, capsys):
     printed = []
-    for home, slow in ((preflight_checks, "build_to_examine"), (CostChecks, "check_memory")):
+    for home, slow in ((preflight_checks, "build_for_preflight"), (CostChecks, "check_memory")):
         original = getattr(home, slow)
 
         def recorded(*args, original=original, **more):

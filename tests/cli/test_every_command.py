@@ -91,7 +91,7 @@ def test_a_device_that_is_not_here_is_refused_by_every_command(command: str, dev
 # Outputs
 
 ENDINGS = {"FILE.png": "png", "FILE.gif": "gif", "FILE.json": "json", "FILE": "png", "PNG": "png"}
-WRITTEN = {"--out", "--gif", "--filmstrip", "--plot"}
+WRITTEN = {"--out", "--gif", "--filmstrip"}
 OUTPUTS = [
     (command, flag, ENDINGS[metavar])
     for metavar in ENDINGS

@@ -11,7 +11,7 @@ from maskgit_pl.cli import main
 from maskgit_pl.pretrained import fingerprint
 from maskgit_pl.shards.sources import open_source
 from maskgit_pl.shards.writer import make_shards
-from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_complete, settings_of, step_of
+from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint, read_settings, step_of
 from tests.conftest import flags, save_tiny_pretrained
 
 TINY = Path(__file__).parents[1] / "tiny"
@@ -53,22 +53,22 @@ def go_on(begun, monkeypatch, capsys):
 
 
 SIZES = {
-    "tokenizer": ("num_codes=32", "num_codes 16 -> 32"),
-    "transformer": ("width=32", "width 16 -> 32"),
+    "tokenizer": ("num_codes=32", "num_codes: 16 -> 32"),
+    "transformer": ("width=32", "width: 16 -> 32"),
 }
 LEARNING = {
     "tokenizer": [
-        ("--model.optimizer.learning_rate.peak=0.5", "model.optimizer.learning_rate.peak 0.004 -> 0.5"),
-        ("--model.reconstruction_loss=l1", "model.reconstruction_loss l2 -> l1"),
-        ("--model.adversarial={}", "model.adversarial.weight None -> 0.1"),
-        ("--model.network.quantizer=gradient", "model.network.quantizer {'name': 'ema'"),
+        ("--model.optimizer.learning_rate.peak=0.5", "model.optimizer.learning_rate.peak: 0.004 -> 0.5"),
+        ("--model.reconstruction_loss=l1", "model.reconstruction_loss: l2 -> l1"),
+        ("--model.adversarial={}", "model.adversarial.weight: None -> 0.1"),
+        ("--model.network.quantizer=gradient", "model.network.quantizer: {'name': 'ema'"),
     ],
     "transformer": [
-        ("--model.mask_schedule=square", "model.mask_schedule cosine -> square"),
-        ("--model.network.depth=2", "model.network.depth 1 -> 2"),
-        ("--model.network.class_dropout=0.2", "model.network.class_dropout 0.1 -> 0.2"),
-        ("--trainer.gradient_clip_val=2.0", "trainer.gradient_clip_val 1.0 -> 2.0"),
-        ("--model.optimizer.betas=[0.9,0.99]", "model.optimizer.betas [0.9, 0.96] -> [0.9, 0.99]"),
+        ("--model.mask_schedule=square", "model.mask_schedule: cosine -> square"),
+        ("--model.network.depth=2", "model.network.depth: 1 -> 2"),
+        ("--model.network.class_dropout=0.2", "model.network.class_dropout: 0.1 -> 0.2"),
+        ("--trainer.gradient_clip_val=2.0", "trainer.gradient_clip_val: 1.0 -> 2.0"),
+        ("--model.optimizer.betas=[0.9,0.99]", "model.optimizer.betas: [0.9, 0.96] -> [0.9, 0.99]"),
     ],
 }
 
@@ -84,8 +84,8 @@ def test_settings_that_would_make_another_run_are_refused_with_the_list(begun, g
     assert code == 2
     assert len(said.splitlines()) == 1
     for part in (
-        f"run {folder} cannot resume from step-00000001 with other settings: ",
-        f"model.network.{change}", "data.seed 0 -> 7", "data.global_batch 4 -> 8", "data.shuffle_window None -> 2",
+        f"cannot resume {folder} from step 1: settings changed (",
+        f"model.network.{change}", "data.seed: 0 -> 7", "data.global_batch: 4 -> 8", "data.shuffle_window: None -> 2",
         "Restore them", "--run", "--pretrained",
     ):  # fmt: skip
         assert part in said
@@ -107,8 +107,8 @@ def test_other_data_are_refused_and_the_same_data_elsewhere_are_not(begun, go_on
     make_shards(open_source(tiny_shards.parent / "images"), tmp_path / "other", shard_size=50)
     code, said = go_on(f"--data={tmp_path / 'other'}")
     assert code == 2
-    old = settings_of(newest_complete(begun[2] / "checkpoints"))["data"]
-    assert f"data {old[:12]} -> " in said
+    old = read_settings(newest_checkpoint(begun[2] / "checkpoints"))["data"]
+    assert f"data: {old[:12]} -> " in said
 
 
 def test_another_tokenizer_is_refused_and_the_same_one_elsewhere_is_not(begun, go_on, tiny_pretrained, tmp_path):
@@ -119,7 +119,7 @@ def test_another_tokenizer_is_refused_and_the_same_one_elsewhere_is_not(begun, g
     other = save_tiny_pretrained(tmp_path / "other", seed=3) / "tokenizer"
     code, said = go_on(f"--tokenizer={other}")
     assert code == 2
-    assert " cannot resume from step-00000001 with other settings: tokenizer " in said
+    assert " from step 1: settings changed (tokenizer: " in said
 
 
 def test_what_is_harmless_may_change(begun, go_on):
@@ -135,7 +135,7 @@ def test_what_is_harmless_may_change(begun, go_on):
         *decoding, *executed,
     )  # fmt: skip
     assert code == 0, said
-    assert newest_complete(folder / "checkpoints").name == "step-00000003"
+    assert newest_checkpoint(folder / "checkpoints").name == "step-00000003"
 
 
 def test_a_run_that_was_killed_before_its_export_is_not_finished(begun, go_on, tmp_path):
@@ -143,7 +143,7 @@ def test_a_run_that_was_killed_before_its_export_is_not_finished(begun, go_on, t
     exported, said_of_it = folder.parent / "pretrained" / stage, folder / "exported.json"
     shutil.copytree(exported, tmp_path / stage)
     shutil.copy(said_of_it, tmp_path)
-    longer = f"--trainer.max_steps={step_of(newest_complete(folder / 'checkpoints')) + 1}"
+    longer = f"--trainer.max_steps={step_of(newest_checkpoint(folder / 'checkpoints')) + 1}"
     assert go_on(longer)[0] == 0
     wanted = fingerprint(exported)
     shutil.copytree(tmp_path / stage, exported, dirs_exist_ok=True)  # as it was before the longer run's export
@@ -156,13 +156,13 @@ def test_a_run_that_was_killed_before_its_export_is_not_finished(begun, go_on, t
 
 def test_a_checkpoint_without_settings_goes_on_and_says_so(begun, go_on):
     _, _, folder = begun
-    newest = newest_complete(folder / "checkpoints")
+    newest = newest_checkpoint(folder / "checkpoints")
     state = FolderCheckpointIO().load_checkpoint(newest)
     del state["maskgit_pl.settings"]
     FolderCheckpointIO().save_checkpoint(state, newest)
-    assert settings_of(newest) is None
+    assert read_settings(newest) is None
     step = state["global_step"]
     code, said = go_on(f"--trainer.max_steps={step + 1}", "--data.seed=0")
     assert code == 0
     assert f"{newest}: it does not say with which settings it was made; they are not compared" in said
-    assert settings_of(newest_complete(folder / "checkpoints"))["data.global_batch"] == 4
+    assert read_settings(newest_checkpoint(folder / "checkpoints"))["data.global_batch"] == 4

@@ -11,7 +11,7 @@ import yaml
 
 from maskgit_pl.cli import main
 from maskgit_pl.runs.recipe import Recipe
-from maskgit_pl.training.checkpoint_files import newest_complete
+from maskgit_pl.training.checkpoint_files import newest_checkpoint
 from tests.conftest import flags, save_uneven_shards
 
 TINY = Path(__file__).parents[1] / "tiny"
@@ -64,12 +64,12 @@ def test_a_stage_trains_from_a_stream_and_goes_on(server, train, tmp_path, stage
     server[1].clear()
     assert train(stage, "--trainer.max_steps=3") == 0
     assert {path.split("-")[0] for path in server[1]} == {"/train", "/val"}
-    assert newest_complete(tmp_path / "one" / stage / "checkpoints").name == "step-00000003"
+    assert newest_checkpoint(tmp_path / "one" / stage / "checkpoints").name == "step-00000003"
     assert (tmp_path / "one" / "pretrained" / stage / "model.safetensors").is_file()
     if stage == "transformer":
         assert "boot" in (tmp_path / "one" / "pretrained" / stage / "config.json").read_text()
     assert train(stage, "--trainer.max_steps=5") == 0
-    assert newest_complete(tmp_path / "one" / stage / "checkpoints").name == "step-00000005"
+    assert newest_checkpoint(tmp_path / "one" / stage / "checkpoints").name == "step-00000005"
     assert train(stage, "--trainer.max_steps=6", "--data.stream.urls=other.tar") == 2  # other data is another run
 
 

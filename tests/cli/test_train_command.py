@@ -20,7 +20,7 @@ from maskgit_pl.cli import main
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pretrained import fingerprint, save_tokenizer
 from maskgit_pl.runs import stage as stage_module
-from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_complete
+from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint
 from tests.conftest import flags
 
 TINY = Path(__file__).parents[1] / "tiny"
@@ -108,8 +108,8 @@ def test_a_finished_run_is_left_alone_and_more_steps_go_on(train, runs, stage):
     longer = train(stage, "--trainer.max_steps=3")
     assert longer.code == 0
     assert "resuming from step-00000001" in longer.out
-    assert newest_complete(checkpoints).name == "step-00000003"
-    assert FolderCheckpointIO().load_checkpoint(newest_complete(checkpoints))["global_step"] == 3
+    assert newest_checkpoint(checkpoints).name == "step-00000003"
+    assert FolderCheckpointIO().load_checkpoint(newest_checkpoint(checkpoints))["global_step"] == 3
 
 
 def test_a_run_may_open_more_files_than_a_shell_allows(train, runs):
@@ -387,7 +387,7 @@ def test_each_recipe_file_is_parsed_once(train, maskgit, runs, monkeypatch):
     config = runs / "one" / "transformer" / "config.yaml"
     monkeypatch.setattr(yaml, "load", counted)
     assert train("transformer", "--recipe=paper-256 log", "--run=two", "--model.network.depth=1").code == 0
-    names = ("transformer/base", "transformer/paper-256", "transformer/log", "cluster/cpu")
+    names = ("transformer/base", "transformer/paper-256", "transformer/log", "cluster/single")
     assert counts([folder / f"{name}.yaml" for name in names]) == [1, 1, 1, 1]
     texts.clear()
     assert maskgit("train", "transformer", "--runs-folder", runs, "--run", "three", "--config", config).code == 0

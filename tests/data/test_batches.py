@@ -134,9 +134,9 @@ def test_batches_lie_channels_last_as_they_were_decoded(folder):
 
 
 def module_rows(positions: range):
-    from maskgit_pl.data import OnceThrough
+    from maskgit_pl.data import InOrder
 
-    return OnceThrough(NUM_VAL)(positions)
+    return InOrder(NUM_VAL)(positions)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

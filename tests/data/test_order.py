@@ -12,16 +12,16 @@ import pytest
 import torch
 
 from maskgit_pl.data import (
-    GlobalOrder,
-    OnceThrough,
+    EvalBatchSampler,
+    InOrder,
     ShardData,
     ShardDataConfig,
     ShuffledStream,
-    SplitOrder,
+    TrainBatchSampler,
     WindowedStream,
     split_batch,
 )
-from maskgit_pl.data.batches import loader
+from maskgit_pl.data.batches import make_loader
 from maskgit_pl.shards.manifest import INDEX_DTYPE, index_sha256
 from tests.conftest import save_uneven_shards
 
@@ -78,9 +78,9 @@ def test_batch_that_ranks_cannot_share_is_refused_with_sizes_that_work():
             split_batch(*sizes)
 
 
-@pytest.mark.parametrize("most_held", [0, 100])
-def test_each_epoch_visits_every_sample_once_in_another_order(most_held):
-    rows = ShuffledStream(NUM_TRAIN, seed=3, most_held=most_held)(range(3 * NUM_TRAIN))
+@pytest.mark.parametrize("max_cached", [0, 100])
+def test_each_epoch_visits_every_sample_once_in_another_order(max_cached):
+    rows = ShuffledStream(NUM_TRAIN, seed=3, max_cached=max_cached)(range(3 * NUM_TRAIN))
     epochs = rows.index.reshape(3, NUM_TRAIN)
     assert torch.equal(epochs.sort(dim=1).values, torch.arange(NUM_TRAIN).expand(3, -1))
     assert len({tuple(epoch) for epoch in epochs.tolist()}) == 3
@@ -88,7 +88,7 @@ def test_each_epoch_visits_every_sample_once_in_another_order(most_held):
 
 
 def test_order_is_the_same_whether_held_or_not_and_whatever_the_cut():
-    held, direct = ShuffledStream(NUM_TRAIN, 1), ShuffledStream(NUM_TRAIN, 1, most_held=0)
+    held, direct = ShuffledStream(NUM_TRAIN, 1), ShuffledStream(NUM_TRAIN, 1, max_cached=0)
     whole = direct(range(60)).index
     assert torch.equal(torch.cat([held(range(start, start + 7)).index for start in range(0, 56, 7)]), whole[:56])
     assert not torch.equal(ShuffledStream(NUM_TRAIN, 2)(range(60)).index, whole)
@@ -99,7 +99,7 @@ def test_every_step_is_the_same_set_for_any_ranks_and_accumulation(world_size, a
     per_device = 8 // world_size // accumulation
     ranks = [
         list(
-            GlobalOrder(
+            TrainBatchSampler(
                 NUM_TRAIN, per_device=per_device, accumulation=accumulation, world_size=world_size, rank=rank,
                 current_step=lambda: 4,
             )
@@ -116,7 +116,7 @@ def test_every_step_is_the_same_set_for_any_ranks_and_accumulation(world_size, a
 
 def test_epochs_follow_on_without_gap_or_repeat():
     step = 0
-    order = GlobalOrder(NUM_TRAIN, per_device=4, accumulation=2, current_step=lambda: step)
+    order = TrainBatchSampler(NUM_TRAIN, per_device=4, accumulation=2, current_step=lambda: step)
     seen = []
     for _ in range(3):
         batches = list(order)
@@ -129,21 +129,23 @@ def test_epochs_follow_on_without_gap_or_repeat():
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 @pytest.mark.parametrize("num_samples", [1, 11, 12])
 def test_validation_covers_each_sample_once_with_equal_batches(world_size, num_samples):
-    ranks = [list(SplitOrder(num_samples, per_device=3, world_size=world_size, rank=r)) for r in range(world_size)]
+    ranks = [
+        list(EvalBatchSampler(num_samples, per_device=3, world_size=world_size, rank=r)) for r in range(world_size)
+    ]
     assert len({len(batches) for batches in ranks}) == 1
-    rows = [OnceThrough(num_samples)(positions) for batches in ranks for positions in batches]
+    rows = [InOrder(num_samples)(positions) for batches in ranks for positions in batches]
     valid = torch.cat([r.index[r.valid] for r in rows])
     assert sorted(valid.tolist()) == list(range(num_samples))
     assert all(int(r.index.max()) < num_samples for r in rows)
-    assert OnceThrough(3)(range(1, 6)).index.tolist() == [1, 2, 2, 2, 2]
+    assert InOrder(3)(range(1, 6)).index.tolist() == [1, 2, 2, 2, 2]
 
 
 @pytest.mark.parametrize("shards", [(1, 7, 100), (5,), (3, 0, 5, 1, 0), (4,) * 9, (0, 0, 2)])
 @pytest.mark.parametrize("window", [1, 2, 3, 50])
-@pytest.mark.parametrize("most_held", [0, 1000])
-def test_with_windows_each_epoch_visits_every_sample_once_in_another_order(shards, window, most_held):
+@pytest.mark.parametrize("max_cached", [0, 1000])
+def test_with_windows_each_epoch_visits_every_sample_once_in_another_order(shards, window, max_cached):
     size = sum(shards)
-    rows = stream(shards, window, most_held=most_held)(range(3 * size))
+    rows = stream(shards, window, max_cached=max_cached)(range(3 * size))
     epochs = rows.index.reshape(3, size)
     assert torch.equal(epochs.sort(dim=1).values, torch.arange(size).expand(3, -1))
     assert torch.equal(rows.epoch, torch.arange(3).repeat_interleave(size))
@@ -171,7 +173,7 @@ def test_the_windows_of_an_epoch_are_permuted_differently_and_each_differently_i
 @pytest.mark.parametrize("step", [0, 5, 1000])
 def test_positions_of_step_rank_and_micro_batch_follow_the_formula(b, A, W, step):  # noqa: N803
     for rank in range(W):
-        order = GlobalOrder(
+        order = TrainBatchSampler(
             b * A * W, per_device=b, accumulation=A, world_size=W, rank=rank, current_step=lambda: step
         )  # one step an epoch
         assert list(order) == [
@@ -183,7 +185,7 @@ def test_positions_of_step_rank_and_micro_batch_follow_the_formula(b, A, W, step
 @pytest.mark.parametrize(("size", "window"), [(200_000, None), (200_000, 3), (1_000_000, None)])
 def test_held_and_worked_out_orders_are_equal_at_a_size_where_it_matters(size, window):
     shards = tuple(itertools.chain(*[(9_999, 10_001)] * (size // 20_000)))
-    held, direct = (stream(shards, window, seed=5, most_held=most) for most in (2**20, 0))
+    held, direct = (stream(shards, window, seed=5, max_cached=most) for most in (2**20, 0))
     epoch = held(range(size, 2 * size)).index
     assert torch.equal(epoch.sort().values, torch.arange(size))
     for first in (size, size + 9_990, size + size // 3, 2 * size - 512):
@@ -214,8 +216,10 @@ def test_uneven_shards_end_each_epoch_at_once_on_every_rank(uneven, window):
     dataset = module.batches("train", module._order())
     seen: list[int] = []
     for step, rank in ((0, 0), (0, 1), (9, 0), (9, 1)):  # an epoch is 9 steps of 12 on 108 samples
-        order = GlobalOrder(108, per_device=2, accumulation=3, world_size=2, rank=rank, current_step=lambda s=step: s)
-        batches = loader(dataset, order, num_workers=3)
+        order = TrainBatchSampler(
+            108, per_device=2, accumulation=3, world_size=2, rank=rank, current_step=lambda s=step: s
+        )
+        batches = make_loader(dataset, order, num_workers=3)
         made = list(batches)
         assert len(made) == len(batches) == len(order) == 27
         seen += [index for batch in made for index in batch.index.tolist()]
@@ -226,9 +230,11 @@ def test_uneven_shards_end_each_epoch_at_once_on_every_rank(uneven, window):
 @pytest.mark.parametrize("num_workers", [0, 3])
 def test_uneven_validation_shards_are_covered_once_over_the_ranks_and_padding_is_marked(uneven, num_workers):
     module = uneven_data(uneven)
-    dataset, valid, lengths = module.batches("val", OnceThrough(108)), [], set()
+    dataset, valid, lengths = module.batches("val", InOrder(108)), [], set()
     for rank in range(2):
-        batches = loader(dataset, SplitOrder(108, per_device=5, world_size=2, rank=rank), num_workers=num_workers)
+        batches = make_loader(
+            dataset, EvalBatchSampler(108, per_device=5, world_size=2, rank=rank), num_workers=num_workers
+        )
         made = list(batches)
         lengths |= {len(made), len(batches)}
         valid += [index for batch in made for index in batch.index[batch.valid].tolist()]
@@ -292,8 +298,8 @@ def test_ten_million_samples_start_at_once_and_in_little_memory(tmp_path, window
         ShardDataConfig(str(tmp_path), image_size=8, in_channels=1, global_batch=256, shuffle_window=window)
     )
     module.setup()
-    order = GlobalOrder(10**7, per_device=256, current_step=lambda: 10**7 // 256 // 2)
-    batches = iter(loader(module.batches("train", module._order()), order, num_workers=0))
+    order = TrainBatchSampler(10**7, per_device=256, current_step=lambda: 10**7 // 256 // 2)
+    batches = iter(make_loader(module.batches("train", module._order()), order, num_workers=0))
     assert next(batches).content.shape == (256, 1, 8, 8)
     ready, grown = time.perf_counter() - start, held_memory() - before
     print(f"10^7 samples, window {window}: {ready:.2f} s to the first batch, {grown:.0f} MB more held")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from maskgit_pl.estimates.replay import LiveBytes, replay, without_content
+from maskgit_pl.estimates.replay import LiveBytes, fake_tensors, replay
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 
 CONFIG = VQGANConfig(3, channels=32, groups=8, multipliers=(1, 1, 2), blocks_per_level=1, num_codes=64, code_width=16)
@@ -24,7 +24,7 @@ def test_nothing_is_computed_and_the_same_is_counted():
     with torch.device("meta"):
         empty = VQGAN(CONFIG)
     counted = replay(step_of(real), [real])
-    with without_content(empty):
+    with fake_tensors(empty):
         assert replay(step_of(empty), [empty]) == counted
     assert counted.flops > 0
 
@@ -32,7 +32,7 @@ def test_nothing_is_computed_and_the_same_is_counted():
 def test_memory_grows_with_the_batch_alone():
     with torch.device("meta"):
         network = VQGAN(CONFIG)
-    with without_content(network):
+    with fake_tensors(network):
         peaks = [replay(step_of(network, batch), [network]).peak for batch in (1, 2, 3)]
         one = replay(step_of(network, 1), [network])
     assert [one.peak_of(times) for times in (1, 2, 3)] == pytest.approx(peaks, rel=0.02)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from maskgit_pl.estimates.run import checkpoint_bytes, kept_checkpoints, memory_of, step_time
+from maskgit_pl.estimates.run import checkpoint_bytes, estimate_memory, max_num_checkpoints, step_time
 from maskgit_pl.estimates.sharding import Group, Traffic
 from maskgit_pl.estimates.transformer import Activations
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, complete_checkpoints
@@ -15,18 +15,18 @@ WHOLE = 3 * 640 + 352
 
 def test_ddp_holds_everything_and_fsdp_its_part():
     held = Activations(kept=1000, casts=0, working=100)
-    ddp = memory_of([BLOCK] * 3, ROOT, held, strategy="ddp", ranks=8)
+    ddp = estimate_memory([BLOCK] * 3, ROOT, held, strategy="ddp", ranks=8)
     assert ddp.total == 20 * WHOLE + 1100
-    fsdp = memory_of([BLOCK] * 3, ROOT, held, strategy="fsdp", ranks=8)
+    fsdp = estimate_memory([BLOCK] * 3, ROOT, held, strategy="fsdp", ranks=8)
     assert fsdp.weights + fsdp.gradients + fsdp.moments + fsdp.average == 20 * WHOLE // 8
     assert fsdp.gathered == 4 * (2 * 352 + 5 * 640)
-    assert memory_of([BLOCK], ROOT, held, strategy="ddp", ranks=8, averaged=0).average == 0
+    assert estimate_memory([BLOCK], ROOT, held, strategy="ddp", ranks=8, averaged=0).average == 0
 
 
 def test_fsdp_gathers_in_bfloat16_and_keeps_no_copies():
     held = Activations(kept=1000, casts=500, working=100)
-    assert memory_of([BLOCK], ROOT, held, strategy="ddp", ranks=8).casts == 500
-    fsdp = memory_of([BLOCK], ROOT, held, strategy="fsdp", ranks=8)
+    assert estimate_memory([BLOCK], ROOT, held, strategy="ddp", ranks=8).casts == 500
+    fsdp = estimate_memory([BLOCK], ROOT, held, strategy="fsdp", ranks=8)
     assert fsdp.casts == 0
     assert fsdp.gathered == 2 * (352 + 3 * 640) + 4 * (352 + 2 * 640)
 
@@ -61,7 +61,7 @@ def test_kept_checkpoints_are_the_most_that_a_run_has_at_a_time(tmp_path, steps,
         run.global_step = step
         if step % every == 0 or step == steps:
             checkpoints.save(run)
-    assert most == kept_checkpoints(steps, every=every, keep_last=keep_last, keep_every=keep_every)
+    assert most == max_num_checkpoints(steps, every=every, keep_last=keep_last, keep_every=keep_every)
 
 
 def test_a_step_takes_its_work_and_its_traffic_hidden_or_not():

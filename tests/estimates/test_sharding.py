@@ -13,9 +13,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from benchmarks.collectives import CountedCollectives
 from maskgit_pl.estimates.sharding import FLOAT, HALF, Group, all_reduce_bytes, ddp_traffic, fsdp_traffic, group_of
 from maskgit_pl.estimates.transformer import block_group, root_group
-from maskgit_pl.networks.causal import build_transformer
+from maskgit_pl.networks.autoregressive import build_transformer
 from maskgit_pl.networks.transformer import TransformerConfig
-from maskgit_pl.training.execution import prepare_blocks
+from maskgit_pl.training.compile_and_checkpointing import prepare_blocks
 from maskgit_pl.training.strategies import shard_blocks
 
 CONFIG = TransformerConfig(24, 3, (4, 4), 48, 3, 4, 100, dropout=0.0)
@@ -103,8 +103,8 @@ def test_shards_cover_a_group_and_padding_shows_where_ranks_do_not_divide_rows()
     group = Group(((768,), (768, 10)))
     for ranks in (1, 5, 64, 512, 1000):
         assert sum(group.shard(ranks, rank) for rank in range(ranks)) == group.numel
-    assert group.padded(64) == group.numel
-    assert group.padded(512) == 1024 + 10240
+    assert group.padded_numel(64) == group.numel
+    assert group.padded_numel(512) == 1024 + 10240
 
 
 def test_frozen_weights_are_in_no_group():

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from maskgit_pl.estimates.replay import LiveBytes
 from maskgit_pl.estimates.transformer import (
     block_group,
-    mean_masked,
+    mean_num_masked,
     num_parameters,
     recomputed_flops,
     root_group,
@@ -18,10 +18,10 @@ from maskgit_pl.estimates.transformer import (
     transformer_activations,
 )
 from maskgit_pl.losses import masked_cross_entropy
-from maskgit_pl.networks.causal import build_transformer
+from maskgit_pl.networks.autoregressive import build_transformer
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.schedules import mask_schedules
-from maskgit_pl.training.execution import prepare_blocks
+from maskgit_pl.training.compile_and_checkpointing import prepare_blocks
 
 PAPER_256 = TransformerConfig(1024, 1000, (16, 16), class_dropout=0.0)
 PAPER_512 = TransformerConfig(1024, 1000, (32, 32), class_dropout=0.0)
@@ -127,5 +127,5 @@ def test_flops_are_those_that_torch_counts(name, checkpointing):
 
 def test_masked_tokens_on_average():
     cosine, linear = mask_schedules.build("cosine"), mask_schedules.build("linear")
-    assert mean_masked(cosine, 256) / 256 == pytest.approx(2 / math.pi, abs=0.5 / 256 + 1e-4)  # rounded up
-    assert mean_masked(linear, 256, min_mask_ratio=0.5) / 256 == pytest.approx(0.625, abs=0.5 / 256 + 1e-4)
+    assert mean_num_masked(cosine, 256) / 256 == pytest.approx(2 / math.pi, abs=0.5 / 256 + 1e-4)  # rounded up
+    assert mean_num_masked(linear, 256, min_mask_ratio=0.5) / 256 == pytest.approx(0.625, abs=0.5 / 256 + 1e-4)

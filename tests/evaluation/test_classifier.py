@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskgit_pl.data import OnceThrough, ShardData, ShardDataConfig
+from maskgit_pl.data import InOrder, ShardData, ShardDataConfig
 from maskgit_pl.evaluation import classifier_training as module
 from maskgit_pl.evaluation.classifier import Accuracy, Classifier, count_hits
 from maskgit_pl.evaluation.classifier_config import ClassifierConfig
@@ -34,13 +34,13 @@ def data(tiny_shards: Path) -> ShardData:
 
 
 def trained_on(data: ShardData, *, count: int = 60) -> TrainingImages:
-    batch = data.batches("train", OnceThrough(60)).__getitems__(range(count))
+    batch = data.batches("train", InOrder(60)).__getitems__(range(count))
     return in_memory(batch.content, batch.labels, data.class_names)
 
 
 def test_predicts_in_batches(data: ShardData) -> None:
     judge = Classifier(1, 8, 5, ClassifierConfig(width=4))
-    images = trained_on(data).take(torch.arange(3))
+    images = trained_on(data).read(torch.arange(3))
     output = judge.predict(images, batch_size=2)
     assert output.logits.shape == (3, 5)
     torch.testing.assert_close(output.features, judge(images).features.detach())
@@ -49,7 +49,7 @@ def test_predicts_in_batches(data: ShardData) -> None:
 def test_learns_to_tell_brightness_on_held_out_images(data: ShardData) -> None:
     steps: list[int] = []
     judge = fit_classifier(data, config=QUICK, on_step=lambda: steps.append(1))
-    batch = data.batches("val", OnceThrough(24)).__getitems__(range(24))
+    batch = data.batches("val", InOrder(24)).__getitems__(range(24))
     assert (judge.predict(batch.content).logits.argmax(1) == batch.labels).float().mean() > 0.9
     assert len(steps) == QUICK.max_steps
     accuracy = measure_accuracy(judge, data)
@@ -90,7 +90,7 @@ def test_a_second_run_reads_what_the_first_one_kept(data: ShardData, tmp_path: P
         patch.setattr(module, "fit_classifier", lambda *args, **options: pytest.fail("trained again"))
         second = obtain_classifier(tmp_path / "judge", data, config=QUICK)
         assert is_trained(tmp_path / "judge", data, QUICK)
-    batch = data.batches("val", OnceThrough(24)).__getitems__(range(24))
+    batch = data.batches("val", InOrder(24)).__getitems__(range(24))
     for other in (second, load_classifier(tmp_path / "judge")):
         assert torch.equal(first(batch.content).logits, other(batch.content).logits)
         assert not other.training
@@ -128,9 +128,9 @@ def test_images_teach_the_same_wherever_they_are_read_from(data: ShardData) -> N
 
 def test_only_the_chosen_images_teach(data: ShardData) -> None:
     config = ClassifierConfig(width=8, max_steps=150, batch=20)
-    labels = data.batches("train", OnceThrough(60)).__getitems__(range(60)).labels
+    labels = data.batches("train", InOrder(60)).__getitems__(range(60)).labels
     judge = fit_classifier(data, chosen=(labels != 1).nonzero()[:, 0], config=config)
-    batch = data.batches("val", OnceThrough(24)).__getitems__(range(24))
+    batch = data.batches("val", InOrder(24)).__getitems__(range(24))
     assert set(judge.predict(batch.content).logits.argmax(1).tolist()) == {0, 2}
 
 
@@ -149,7 +149,7 @@ def test_a_network_of_timm_is_trained_and_kept_alike(data: ShardData, tmp_path: 
     config = ClassifierConfig(model="resnet18", max_steps=2, batch=4)
     trained = obtain_classifier(tmp_path, data, config=config)
     assert json.loads((tmp_path / "config.json").read_text())["network"]["model"] == "resnet18"
-    batch = data.batches("val", OnceThrough(24)).__getitems__(range(2))
+    batch = data.batches("val", InOrder(24)).__getitems__(range(2))
     torch.testing.assert_close(load_classifier(tmp_path)(batch.content).logits, trained(batch.content).logits)
 
 
@@ -174,7 +174,7 @@ def test_a_key_of_a_stranger_that_is_nested_deep_is_no_key(data: ShardData, tmp_
 
 def test_accuracy_counts_the_likeliest_and_the_five_likeliest() -> None:
     logits = torch.eye(8)[[0, 1, 2, 3]] + torch.arange(8, 0, -1) / 100  # after the first: 0, 1, 2, 3, 4 ...
-    accuracy = Accuracy.of_hits(count_hits(logits, torch.tensor([0, 0, 4, 7])), 4)
+    accuracy = Accuracy.from_hits(count_hits(logits, torch.tensor([0, 0, 4, 7])), 4)
     assert accuracy == Accuracy(top1=1 / 4, top5=3 / 4, images=4)
 
 

@@ -256,8 +256,8 @@ MUTANTS: tuple[Mutant, ...] = (
         ("all_masked=all_masked", "all_masked=True"),
     ),
     *_of(
-        "decoding/sequential.py",
-        "decoding/test_sequential",
+        "decoding/autoregressive.py",
+        "decoding/test_autoregressive",
         ("predictor(tokens[:, :step])", "predictor(tokens[:, : step + 1])"),
         ("progress = step_progress(step, self.num_tokens)", "progress = step / self.num_tokens"),
         ("self.scales[tokens.shape[1]]", "self.scales[0]"),
@@ -313,12 +313,12 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     *_of(
         "networks/transformer.py",
-        "networks/test_causal",
+        "networks/test_autoregressive",
         ("weight[first : first + sequence.shape[1]]", "weight[: sequence.shape[1]]"),
     ),
     *_of(
         "networks/transformer_block.py",
-        "networks/test_transformer networks/test_causal test_golden",
+        "networks/test_transformer networks/test_autoregressive test_golden",
         ("LAYER_NORM_EPS = 1e-12", "LAYER_NORM_EPS = 1e-5"),
         (
             "self.mlp_norm(x + F.dropout(hidden, self.dropout, self.training))",
@@ -337,8 +337,8 @@ MUTANTS: tuple[Mutant, ...] = (
         ("dropout_p=self.dropout if self.training else 0.0, is_causal=is_causal", "dropout_p=0.0"),
     ),
     *_of(
-        "networks/causal.py",
-        "networks/test_causal",
+        "networks/autoregressive.py",
+        "networks/test_autoregressive",
         ("self._sequence(tokens[:, :-1], labels)", "self._sequence(tokens[:, 1:], labels)"),
         ("[:, first:], first=first)", "[:, first:], first=0)"),
         ("self._head(x[:, -1], ", "self._head(x[:, 0], "),
@@ -428,15 +428,15 @@ MUTANTS: tuple[Mutant, ...] = (
         ("np.stack([tokens for tokens, _ in read], axis=1)", "np.stack([tokens for tokens, _ in read], axis=2)"),
     ),
     *_of(
-        "training/guards.py",
-        "training/test_guards",
+        "training/stop_and_nonfinite.py",
+        "training/test_stop_and_nonfinite",
         ("torch.stack([*losses, *norms])", "torch.stack([*losses])"),
         ("torch.stack([*losses, *norms])", "torch.stack([*norms])"),
         ("            self._skipped = []\n            return False", "            return False"),
         ("if len(self._skipped) <= _MOST_IN_A_ROW:", "if len(self._skipped) < _MOST_IN_A_ROW:"),
         (
-            "        self._say(trainer, verdict)\n        return True",
-            "        self._say(trainer, verdict)\n        return False",
+            "        self._report_skipped(trainer, decision)\n        return True",
+            "        self._report_skipped(trainer, decision)\n        return False",
         ),
         (
             "[number for batch in samples for number in batch.tolist()]",
@@ -500,7 +500,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ("not (last and self._failures)", "True"),
         ("self._failures >= _MOST_FAILURES", "self._failures > _MOST_FAILURES"),
         ("// before * accumulation - counts", "// before - counts"),
-        ("for leftover in leftovers(self.folder):", "for leftover in []:"),
+        ("for leftover in find_leftovers(self.folder):", "for leftover in []:"),
         ("if len(set(seen)) > 1:", "if len(set(seen)) > 2:", "only a slow test starts two ranks"),
         ("value.stride() != parameter.stride()", "False"),
     ),
@@ -528,7 +528,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     *_of(
         "token_model.py",
-        "test_mvtm training/test_guards",
+        "test_mvtm training/test_stop_and_nonfinite",
         ("mask = mask & batch.valid.unsqueeze(1)", "pass"),
         (
             "update_ema(self.ema_network, self.transformer, decay=self.config.ema_decay, step=step)",
@@ -572,15 +572,15 @@ MUTANTS: tuple[Mutant, ...] = (
         ("MaskSampler(self.mask_schedule, config.seed,", "MaskSampler(self.mask_schedule, 0,"),
         ("NUM_BINS).ceil().long() - 1)", "NUM_BINS).floor().long())"),
         (
-            "self.decoder = config.decoding.decoder(self.mask_schedule)",
-            "self.decoder = config.decoding.decoder(mask_schedules.build(config.mask_schedule))",
+            "self.decoder = config.decoding.build_decoder(self.mask_schedule)",
+            "self.decoder = config.decoding.build_decoder(mask_schedules.build(config.mask_schedule))",
         ),
         ("check_decoding(self.decoding, self.network)", "pass"),
         ("global_batch=self.config.global_batch", "global_batch=1"),
     ),
     *_of(
         "tokenizer.py",
-        "test_tokenizer training/test_guards",
+        "test_tokenizer training/test_stop_and_nonfinite",
         ("+ 1 == self.accumulation", "+ 1 == min(2, self.accumulation)"),
         ("backward(propagated / self.accumulation)", "backward(propagated)"),
         ("backward(discriminator_loss / self.accumulation)", "backward(discriminator_loss)"),

@@ -13,7 +13,7 @@ from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.runs.costs import TokenizerCosts, TransformerCosts, _first_full_step, _one_image
 from maskgit_pl.tokenizer_config import AdversarialConfig
-from maskgit_pl.training.checkpoint_files import newest_complete
+from maskgit_pl.training.checkpoint_files import newest_checkpoint
 from tests.conftest import flags
 from tests.modules import masked_model, tokenizer_model
 
@@ -84,7 +84,7 @@ def train(stage: str, tmp_path: Path, shards: Path, *more: str) -> int:
     tiny = flags(yaml.safe_load((TINY / f"{stage}.yaml").read_text()))
     words = ["--data", str(shards), "--runs-folder", str(tmp_path), "--run", "one", *tiny, *more]
     assert main(["train", stage, *words]) == 0
-    newest = newest_complete(tmp_path / "one" / stage / "checkpoints")
+    newest = newest_checkpoint(tmp_path / "one" / stage / "checkpoints")
     return sum(file.stat().st_size for file in newest.iterdir())
 
 

@@ -13,8 +13,8 @@ from lightning.pytorch import Trainer
 from maskgit_pl import MaskGIT, interruption, runs
 from maskgit_pl.errors import PreemptedError
 from maskgit_pl.pretrained import fingerprint, load_transformer
-from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_complete
-from maskgit_pl.training.guards import Guard
+from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint
+from maskgit_pl.training.stop_and_nonfinite import StepCheck
 from tests.holding import holder
 
 TINY = Path(__file__).parents[1] / "tiny"
@@ -56,7 +56,7 @@ def test_both_stages_train_in_one_process_and_a_second_call_finds_them_finished(
     assert fingerprint(second.pretrained / "transformer") == weights
     assert [signal.getsignal(number) for number in interruption.SIGNALS] == handlers
 
-    with pytest.raises(ValueError, match=r"cannot resume from step-00000001 .* data\.seed 0 -> 7"):
+    with pytest.raises(ValueError, match=r"cannot resume .* from step 1: settings changed .*data\.seed: 0 -> 7"):
         runs.fit(recipe("tokenizer", data__seed=7), **where)
     with holder(where["run"] / "tokenizer"), pytest.raises(ValueError, match="is in use by process"):
         runs.fit(recipe("tokenizer", trainer__max_steps=2), **where)
@@ -86,23 +86,23 @@ def test_tokens_are_made_and_read(tiny_shards, tiny_pretrained, tmp_path):
 
 @pytest.mark.parametrize("presses", [1, 2])
 def test_ctrl_c_raises_and_the_same_call_resumes(tiny_shards, tmp_path, monkeypatch, presses):
-    own = Guard.on_train_batch_end
+    own = StepCheck.on_train_batch_end
 
-    def on_train_batch_end(guard: Guard, trainer: Trainer, *more: object) -> None:
+    def on_train_batch_end(step_check: StepCheck, trainer: Trainer, *more: object) -> None:
         if trainer.global_step == 3:
             for _ in range(presses):
                 os.kill(os.getpid(), signal.SIGINT)
-        own(guard, trainer, *more)
+        own(step_check, trainer, *more)
 
     long = recipe("tokenizer", trainer__max_steps=5, checkpoint_every=2)
     where = {"run": tmp_path / "one", "data": tiny_shards}
     handlers = [signal.getsignal(number) for number in interruption.SIGNALS]
     with monkeypatch.context() as patch:
-        patch.setattr(Guard, "on_train_batch_end", on_train_batch_end)
+        patch.setattr(StepCheck, "on_train_batch_end", on_train_batch_end)
         with pytest.raises(PreemptedError if presses == 1 else KeyboardInterrupt):
             runs.fit(long, **where)
     assert [signal.getsignal(number) for number in interruption.SIGNALS] == handlers
-    newest = newest_complete(tmp_path / "one" / "tokenizer" / "checkpoints")
+    newest = newest_checkpoint(tmp_path / "one" / "tokenizer" / "checkpoints")
     assert newest.name == ("step-00000003" if presses == 1 else "step-00000002")
     assert runs.fit(long, **where).step == 5
 

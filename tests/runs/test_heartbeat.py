@@ -220,4 +220,4 @@ def test_what_a_rank_announces_is_read_and_the_first_announcement_stays(begin):
     ending = beats(peers)
     assert ending == Ending(76, "rank", "rank 1: too many")
     peers.announce(Ending(70, "hang", "later"))
-    assert peers.announced() == ending
+    assert peers.read_ending() == ending

@@ -90,7 +90,7 @@ def test_the_samples_of_each_rank_are_the_global_batch():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"nodes": 0}, {"devices": True}, {"memory": 0}, {"card": "h1000"}, {"utilization": 0}, {"port": 65536}]
+    "wrong", [{"nodes": 0}, {"devices": True}, {"memory": 0}, {"gpu": "h1000"}, {"utilization": 0}, {"port": 65536}]
 )
 def test_machines_that_cannot_be(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
@@ -98,8 +98,8 @@ def test_machines_that_cannot_be(wrong):
 
 
 def test_the_speed_and_the_bandwidth_of_machines():
-    assert Machines().flops_reached("bf16-mixed", tensor_float32=False) is None
-    assert Machines(card="h100", utilization=0.5).flops_reached("bf16-mixed", tensor_float32=False) == 0.5 * 989e12
-    assert Machines(card="h100", flops=1e12).flops_reached("32-true", tensor_float32=True) == 1e12
+    assert Machines().achieved_flops("bf16-mixed", tensor_float32=False) is None
+    assert Machines(gpu="h100", utilization=0.5).achieved_flops("bf16-mixed", tensor_float32=False) == 0.5 * 989e12
+    assert Machines(gpu="h100", flops=1e12).achieved_flops("32-true", tensor_float32=True) == 1e12
     assert [Machines().bandwidth_over(nodes) for nodes in (1, 2)] == [100e9, 25e9]
     assert Machines(bandwidth=1e9).bandwidth_over(2) == 1e9

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from maskgit_pl.runs.build import StageRun
-from maskgit_pl.runs.layers import merged
+from maskgit_pl.runs.layers import merge
 from maskgit_pl.runs.recipe import Recipe
 
 
@@ -140,13 +140,13 @@ def test_a_layer_is_left_without_what_the_baseline_has_no_use_for(tmp_path):
 def test_a_value_that_nothing_says_is_named(tmp_path):
     recipe = read(tmp_path, "model: {optimizer: {learning_rate: {warmup_steps: 3}}}", stage="tokenizer")
     with pytest.raises(ValueError, match=r"^model\.optimizer\.learning_rate\.peak must be set by the recipe$"):
-        StageRun(recipe, merged([{"data": {"path": "nowhere"}}, recipe.tree]), tmp_path)
+        StageRun(recipe, merge([{"data": {"path": "nowhere"}}, recipe.tree]), tmp_path)
 
 
 def test_a_recipe_is_read_by_the_names_of_its_files():
     recipe = Recipe.read("transformer", names="paper-256 log", dataset="holidays", overrides={"data.seed": 3})
     assert recipe.title == (
-        "transformer/base + transformer/own-images + transformer/paper-256 + transformer/log + cluster/cpu"
+        "transformer/base + transformer/own-images + transformer/paper-256 + transformer/log + cluster/single"
     )
     assert (recipe.dataset, recipe.run_name) == ("holidays", "holidays-paper-256-log")
     assert recipe.get("model.mask_schedule") == "log"

@@ -13,7 +13,7 @@ from maskgit_pl.runs.build import StageRun
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.recipe_schema import load_schema
-from maskgit_pl.runs.resolve import resolved_tree
+from maskgit_pl.runs.resolve import merge_values
 from maskgit_pl.schema import fits
 
 TINY = Path(__file__).parents[1] / "tiny"
@@ -76,7 +76,7 @@ def read(stage: Any, word: str) -> Recipe:
 
 def built(stage: Any, word: str, shards: Path, folder: Path, tokenizer: Path | None) -> StageRun:
     plan = Plan(read(stage, word), shards, folder, tokenizer)
-    return StageRun(plan.recipe, resolved_tree(plan), folder)
+    return StageRun(plan.recipe, merge_values(plan), folder)
 
 
 @pytest.mark.parametrize(("stage", "key"), OWN)

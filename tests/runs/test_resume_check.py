@@ -8,7 +8,7 @@ import pytest
 from maskgit_pl.runs.build import build
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.recipe import Recipe
-from maskgit_pl.runs.resume_check import changes, fixed_settings
+from maskgit_pl.runs.resume_check import fixed_settings, list_changes
 from maskgit_pl.tokenizer_config import AdversarialConfig, PerceptualConfig
 
 RECIPES, TINY = Path(__file__).parents[2] / "recipes", Path(__file__).parents[1] / "tiny"
@@ -71,18 +71,18 @@ def test_how_a_run_is_executed_may_change():
 def test_changes_are_listed_by_key_and_hashes_are_short():
     optimizer = {**CONFIG["model"]["optimizer"], "betas": (0.9, 0.9)}
     other = {**settings(adversarial={"weight": 0.5}, optimizer=optimizer), "tokenizer": "c" * 64}
-    assert changes(settings(), other, {}) == [
-        "model.adversarial.weight None -> 0.5",
-        "model.optimizer.betas [0.9, 0.99] -> [0.9, 0.9]",
-        "tokenizer bbbbbbbbbbbb -> cccccccccccc",
+    assert list_changes(settings(), other, {}) == [
+        "model.adversarial.weight: None -> 0.5",
+        "model.optimizer.betas: [0.9, 0.99] -> [0.9, 0.9]",
+        "tokenizer: bbbbbbbbbbbb -> cccccccccccc",
     ]
-    assert changes(settings(), settings(), {}) == []
+    assert list_changes(settings(), settings(), {}) == []
 
 
 def test_a_key_that_is_younger_than_the_checkpoint_had_its_default():
-    assert changes({}, {"model.new": 3}, {"model.new": 3}) == []
-    assert changes({}, {"model.new": 4}, {"model.new": 3}) == ["model.new 3 -> 4"]
-    assert changes({"model.old": 1}, {}, {}) == ["model.old 1 -> None"]
+    assert list_changes({}, {"model.new": 3}, {"model.new": 3}) == []
+    assert list_changes({}, {"model.new": 4}, {"model.new": 3}) == ["model.new: 3 -> 4"]
+    assert list_changes({"model.old": 1}, {}, {}) == ["model.old: 1 -> None"]
 
 
 FREE = {
@@ -114,7 +114,7 @@ def each_changed(tree: dict, path: str = "") -> Iterator[tuple[str, dict]]:
 def test_every_key_of_a_resolved_model_is_refused_but_those_that_are_free(
     stage, tiny_shards, tiny_pretrained, tmp_path
 ):
-    files = [RECIPES / stage / "base.yaml", RECIPES / "cluster" / "cpu.yaml", TINY / f"{stage}.yaml"]
+    files = [RECIPES / stage / "base.yaml", RECIPES / "cluster" / "single.yaml", TINY / f"{stage}.yaml"]
     tokenizer = tiny_pretrained / "tokenizer" if stage == "transformer" else None
     run = build(Plan(Recipe.from_files(stage, files), tiny_shards, tmp_path, tokenizer))
     config = run.config
@@ -125,8 +125,8 @@ def test_every_key_of_a_resolved_model_is_refused_but_those_that_are_free(
     before = json.loads(json.dumps(fixed_settings(config, **known)))
     free = set()
     for key, model in each_changed(config["model"]):
-        found = changes(before, fixed_settings({**config, "model": model}, **known), {})
-        assert all(f"model.{key}".startswith(change.split()[0]) for change in found)
+        found = list_changes(before, fixed_settings({**config, "model": model}, **known), {})
+        assert all(f"model.{key}".startswith(change.split(":")[0]) for change in found)
         if not found:
             free.add("decoding" if key.startswith("decoding.") else key)
     assert free == FREE[stage]

@@ -39,7 +39,7 @@ def test_every_schedule_gets_a_run_of_its_own_on_shared_tokens(commands: list[li
         str(tmp_path),
     ]
     assert commands[2][3:] == ["tokenize", *shared]
-    assert commands[3][3:] == ["train", "transformer", *shared, "--cluster", "cpu", "--trainer.max_steps=3"]
+    assert commands[3][3:] == ["train", "transformer", *shared, "--cluster", "single", "--trainer.max_steps=3"]
 
 
 def test_all_recipes_are_read_before_the_first_run(commands: list[list[str]], tmp_path: Path) -> None:

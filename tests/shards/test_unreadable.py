@@ -5,7 +5,7 @@ import pytest
 
 from maskgit_pl.shards.unreadable import (
     ALWAYS_ALLOWED,
-    IN_A_ROW,
+    MAX_IN_A_ROW,
     DataBudgetError,
     Unreadable,
     UnreadableImages,
@@ -61,7 +61,7 @@ def test_budget_0_allows_none():
         add(counter(budget=0.0), (5, 6))
 
 
-@pytest.mark.parametrize(("num_samples", "length"), [(1000, IN_A_ROW), (23, 23)])
+@pytest.mark.parametrize(("num_samples", "length"), [(1000, MAX_IN_A_ROW), (23, 23)])
 def test_a_hundred_in_a_row_or_all_end_the_run_whatever_the_budget(num_samples, length):
     add(counter(num_samples, budget=1.0), (5, (5 + length - 1) % num_samples))
     with pytest.raises(DataBudgetError, match=rf"{length} images in a row (.|\n)* and {length - 20} more"):

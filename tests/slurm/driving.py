@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from maskgit_pl.training.checkpoint_files import newest_complete, step_of
+from maskgit_pl.training.checkpoint_files import newest_checkpoint, step_of
 
 SECONDS = 180.0  # after which a job counts as hanging
 _FENCE = "```\n"
@@ -233,7 +233,7 @@ class Run:
     @property
     def step(self) -> int:
         """Of the newest complete checkpoint."""
-        newest = newest_complete(self.folder / "checkpoints")
+        newest = newest_checkpoint(self.folder / "checkpoints")
         return 0 if newest is None else step_of(newest)
 
     @property

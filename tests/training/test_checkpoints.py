@@ -18,9 +18,9 @@ from maskgit_pl.files import write_tensors
 from maskgit_pl.training.checkpoint_files import (
     FolderCheckpointIO,
     complete_checkpoints,
-    leftovers,
-    newest_complete,
-    settings_of,
+    find_leftovers,
+    newest_checkpoint,
+    read_settings,
 )
 from maskgit_pl.training.checkpoints import Checkpoints
 
@@ -59,12 +59,12 @@ def test_a_failed_save_leaves_the_previous_checkpoint(tmp_path):
 
 
 def test_the_newest_complete_one_is_found_and_the_incomplete_ignored(tmp_path):
-    assert newest_complete(tmp_path / "nowhere") is None
+    assert newest_checkpoint(tmp_path / "nowhere") is None
     for step in (5, 20):
         save(tmp_path / f"step-{step:08d}")
     (save(tmp_path / "step-00000030") / "COMPLETE.json").unlink()
     (tmp_path / ".step-00000040.partial-1").mkdir()
-    assert newest_complete(tmp_path).name == "step-00000020"
+    assert newest_checkpoint(tmp_path).name == "step-00000020"
 
 
 @pytest.mark.parametrize("name", ["tensors-00000-of-00001.safetensors", "state.json"])
@@ -109,7 +109,7 @@ def hashed_anew(folder):
 def test_a_marker_of_another_version_or_form_is_refused_by_file(tmp_path, changes, rule):
     file = save(tmp_path / "step-00000003") / "COMPLETE.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-    for read in (FolderCheckpointIO().load_checkpoint, settings_of):
+    for read in (FolderCheckpointIO().load_checkpoint, read_settings):
         with pytest.raises(ValueError, match=f"checkpoint {file.parent}: COMPLETE.json: {rule}"):
             read(file.parent)
 
@@ -182,7 +182,7 @@ def test_what_a_kill_left_half_written_or_half_removed_is_never_taken_and_listed
     partial.mkdir()
     (tmp_path / "step-of-mine").mkdir()
     assert complete_checkpoints(tmp_path) == [whole]
-    assert set(leftovers(tmp_path)) == {removed, emptied, partial}
+    assert set(find_leftovers(tmp_path)) == {removed, emptied, partial}
     assert FolderCheckpointIO().load_checkpoint(save(emptied))["loops"] == STATE["loops"]  # its place can be taken
 
 
@@ -196,7 +196,7 @@ def test_a_removal_that_is_cut_short_leaves_no_complete_checkpoint(tmp_path, mon
     with pytest.raises(OSError, match="killed"):
         FolderCheckpointIO().remove_checkpoint(folder)
     assert complete_checkpoints(tmp_path) == []
-    assert leftovers(tmp_path) == [folder]
+    assert find_leftovers(tmp_path) == [folder]
 
 
 @pytest.mark.parametrize("name", ["tensors-00000-of-00001.safetensors", "state.json"])
@@ -305,7 +305,7 @@ def fit_on(disk, folder, *, steps=6):
 
 def test_three_failed_saves_end_a_run_in_a_row_and_not_in_all(tmp_path):
     fit_on(Unwritable(1, 2, 4, 5), tmp_path / "four in all")
-    assert newest_complete(tmp_path / "four in all").name == "step-00000006"
+    assert newest_checkpoint(tmp_path / "four in all").name == "step-00000006"
     with pytest.raises(CannotWriteError, match=r"step 4: .*step-00000001 stays; 3 times in a row"):
         fit_on(Unwritable(2, 3, 4), tmp_path / "three in a row")
 
@@ -314,7 +314,7 @@ def begin(rank: int, folder, name: str) -> None:
     """One of two ranks, which begins from the checkpoint of that name."""
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
     checkpoints = Checkpoints(folder, every_n_steps=1)
-    checkpoints.begins_from = folder / name
+    checkpoints.resumes_from = folder / name
     try:
         checkpoints.setup(Trainer(logger=False, accelerator="cpu"), Line(), "fit")
         said = "begins"
@@ -371,7 +371,7 @@ def test_moments_of_weights_in_channels_last_come_back_to_their_weights(tmp_path
 
     straight = fit(Picture(), steps=4, folder=tmp_path / "straight")
     fit(Picture(), steps=2, folder=tmp_path / "stopped")
-    resumed = fit(Picture(), steps=4, folder=tmp_path / "stopped", resume=newest_complete(tmp_path / "stopped"))
+    resumed = fit(Picture(), steps=4, folder=tmp_path / "stopped", resume=newest_checkpoint(tmp_path / "stopped"))
     assert resumed.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(straight, resumed)
 
@@ -402,5 +402,5 @@ def test_steps_are_whole_when_a_run_goes_on_with_another_accumulation(tmp_path, 
         return module.steps
 
     assert fit(before, steps=3) == [step for step in range(3) for _ in range(before)]
-    resumed = fit(after, steps=6, resume=newest_complete(tmp_path))
+    resumed = fit(after, steps=6, resume=newest_checkpoint(tmp_path))
     assert resumed == [step for step in range(3, 6) for _ in range(after)]

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 from PIL import Image
 
 from maskgit_pl.training.image_callbacks import ReconstructionPictures, SamplePictures
-from maskgit_pl.training.logs import RunLogger
+from maskgit_pl.training.tensorboard_logger import RunLogger
 from tests.conftest import tiny_tokenizer
 from tests.imaging.decoding_steps import random_images, step
 

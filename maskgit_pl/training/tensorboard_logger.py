@@ -29,7 +29,7 @@ class RunLogger(TensorBoardLogger):
         self._try(lambda: super(RunLogger, self).log_metrics(metrics, step))
 
     @rank_zero_only
-    def log_picture(self, name: str, picture: Image.Image, step: int) -> None:
+    def log_image(self, name: str, picture: Image.Image, step: int) -> None:
         """Writes a picture at a step."""
         self._try(lambda: self.experiment.add_image(name, np.asarray(picture), step, dataformats="HWC"))
 

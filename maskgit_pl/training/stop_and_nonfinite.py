@@ -1,7 +1,7 @@
 """Decisions that all ranks take together after each step: whether its update counts, and whether the run stops.
 
 1. Each rank keeps the losses and sample ids of the micro-batches of a step.
-2. When the step's gradients are complete, the module passes their norms to ``Guard.skips_update``.
+2. When the step's gradients are complete, the module passes their norms to ``StepCheck.should_skip_update``.
 3. The ranks exchange one tensor: stop requested, norm not finite, rank whose loss is not finite (all-reduce, maximum).
 4. If a loss or a norm of any rank is not finite, no rank updates its weights. The fourth such step in a row ends the
    run; each rank writes the samples of these steps first.
@@ -28,15 +28,15 @@ from maskgit_pl.distributed import rank_and_world
 from maskgit_pl.errors import NonFiniteError, PreemptedError
 from maskgit_pl.training.checkpoints import Checkpoints
 
-__all__ = ["Guard", "clip_gradients"]
+__all__ = ["StepCheck", "clip_gradients"]
 
 log = logging.getLogger(__name__)
 
 _MOST_IN_A_ROW = 3
 
 
-class Guard(Callback):
-    """Skips updates that are not finite, and stops the run after a signal; the module calls ``skips_update``.
+class StepCheck(Callback):
+    """Skips updates that are not finite, and stops the run after a signal; the module calls ``should_skip_update``.
 
     Args:
         folder: Folder of the stage; ``nonfinite.json`` (``nonfinite-rank1.json`` ...) lists the samples of the steps
@@ -53,7 +53,7 @@ class Guard(Callback):
         self._stops = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        pl_module.guard = self  # type: ignore[assignment]  # both of ours have the attribute
+        pl_module.step_check = self  # type: ignore[assignment]  # both of ours have the attribute
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._samples.append(batch.index)
@@ -61,7 +61,7 @@ class Guard(Callback):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         self._losses.append(loss.detach())
 
-    def skips_update(self, trainer: Trainer, gradient_norms: Sequence[Tensor]) -> bool:
+    def should_skip_update(self, trainer: Trainer, gradient_norms: Sequence[Tensor]) -> bool:
         """Returns whether this step's update is skipped on all ranks; called on every rank, once a step.
 
         Args:
@@ -72,10 +72,10 @@ class Guard(Callback):
             NonFiniteError: if more than 3 updates in a row are skipped. Raised on all ranks, after the samples of each
                 step are written.
         """
-        verdict = _vote(trainer.strategy.root_device, losses=self._losses, norms=gradient_norms)
-        self._stops = verdict.stops
+        decision = _decide_together(trainer.strategy.root_device, losses=self._losses, norms=gradient_norms)
+        self._stops = decision.stops
         losses, samples, self._losses, self._samples = self._losses, self._samples, [], []
-        if not verdict.skips:
+        if not decision.skips:
             self._skipped = []
             return False
         self._skipped.append(
@@ -86,7 +86,7 @@ class Guard(Callback):
                 "samples": [number for batch in samples for number in batch.tolist()],
             }
         )
-        self._say(trainer, verdict)
+        self._report_skipped(trainer, decision)
         return True
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -94,11 +94,11 @@ class Guard(Callback):
             self._stop(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if not trainer.sanity_checking and _vote(trainer.strategy.root_device).stops:
+        if not trainer.sanity_checking and _decide_together(trainer.strategy.root_device).stops:
             self._stop(trainer)
 
-    def _say(self, trainer: Trainer, verdict: _Verdict) -> None:
-        where = "a gradient" if verdict.worst_rank is None else f"the loss of rank {verdict.worst_rank}"
+    def _report_skipped(self, trainer: Trainer, decision: _Decision) -> None:
+        where = "a gradient" if decision.worst_rank is None else f"the loss of rank {decision.worst_rank}"
         text = f"step {trainer.global_step}: {where} is not finite"
         if len(self._skipped) <= _MOST_IN_A_ROW:
             if trainer.is_global_zero:
@@ -125,7 +125,7 @@ class Guard(Callback):
         )
 
 
-class _Verdict(NamedTuple):
+class _Decision(NamedTuple):
     """The decision of all ranks.
 
     Attributes:
@@ -139,23 +139,23 @@ class _Verdict(NamedTuple):
     worst_rank: int | None
 
 
-def _vote(device: torch.device, *, losses: Sequence[Tensor] = (), norms: Sequence[Tensor] = ()) -> _Verdict:
+def _decide_together(device: torch.device, *, losses: Sequence[Tensor] = (), norms: Sequence[Tensor] = ()) -> _Decision:
     """Exchanges one tensor between the ranks; every rank calls it at the same place."""
     stops = interruption.is_requested()
     rank, world_size = rank_and_world()
     if world_size > 1:
-        worst = _is_any_not_finite(losses, device) * (1 + rank)
-        ballot = torch.stack([torch.tensor(float(stops), device=device), _is_any_not_finite(norms, device), worst])
-        dist.all_reduce(ballot, dist.ReduceOp.MAX)
-        stopped, norm, worst_rank = ballot.tolist()
-        return _Verdict(stopped > 0, norm + worst_rank > 0, int(worst_rank) - 1 if worst_rank else None)
+        worst = _any_nonfinite(losses, device) * (1 + rank)
+        flags = torch.stack([torch.tensor(float(stops), device=device), _any_nonfinite(norms, device), worst])
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        stopped, norm, worst_rank = flags.tolist()
+        return _Decision(stopped > 0, norm + worst_rank > 0, int(worst_rank) - 1 if worst_rank else None)
     if not norms:
-        return _Verdict(stops, skips=False, worst_rank=None)
+        return _Decision(stops, skips=False, worst_rank=None)
     finite = torch.stack([*losses, *norms]).isfinite().tolist()
-    return _Verdict(stops, not all(finite), None if all(finite[: len(losses)]) else 0)
+    return _Decision(stops, not all(finite), None if all(finite[: len(losses)]) else 0)
 
 
-def _is_any_not_finite(values: Sequence[Tensor], device: torch.device) -> Tensor:
+def _any_nonfinite(values: Sequence[Tensor], device: torch.device) -> Tensor:
     """Returns a scalar float32, 1 if any value is not finite."""
     if not values:
         return torch.zeros((), device=device)

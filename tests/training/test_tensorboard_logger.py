@@ -7,8 +7,8 @@ import threading
 import pytest
 from PIL import Image
 
-from maskgit_pl.training import logs
-from maskgit_pl.training.logs import RunLogger
+from maskgit_pl.training import tensorboard_logger
+from maskgit_pl.training.tensorboard_logger import RunLogger
 
 
 def written(folder) -> bytes:
@@ -35,7 +35,7 @@ def test_curves_go_on_when_there_is_a_place_again(tmp_path, caplog, monkeypatch)
     with caplog.at_level(logging.WARNING):
         for step in range(2, 40):
             logger.log_metrics({"lost": 1.0}, step=step)
-            logger.log_picture("lost", Image.new("RGB", (4, 4)), step)
+            logger.log_image("lost", Image.new("RGB", (4, 4)), step)
         logger.save()
         logger.finalize("failed")
     (said,) = [record.message for record in caplog.records]
@@ -43,7 +43,7 @@ def test_curves_go_on_when_there_is_a_place_again(tmp_path, caplog, monkeypatch)
     (tmp_path / "run").unlink()
     logger.log_metrics({"paused": 1.0}, step=40)
     assert not (tmp_path / "run").exists()
-    monkeypatch.setattr(logs.time, "monotonic", lambda: 1e12)
+    monkeypatch.setattr(tensorboard_logger.time, "monotonic", lambda: 1e12)
     logger.log_metrics({"after": 1.0}, step=41)
     logger.finalize("success")
     assert b"after" in written(tmp_path)

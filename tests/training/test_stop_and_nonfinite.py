@@ -20,8 +20,8 @@ from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.tokenizer_config import AdversarialConfig
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, complete_checkpoints
 from maskgit_pl.training.checkpoints import Checkpoints
-from maskgit_pl.training.guards import Guard, clip_gradients
 from maskgit_pl.training.optimizers import LearningRate
+from maskgit_pl.training.stop_and_nonfinite import StepCheck, clip_gradients
 from tests.injection import Fault, Injection
 from tests.modules import masked_model, tokenizer_model
 
@@ -83,7 +83,7 @@ def fit(module, tiny_shards, tmp_path):
         seen, checkpoints = History(), Checkpoints(tmp_path / "checkpoints", every_n_steps=100)
         trainer = Trainer(
             max_steps=steps, max_epochs=-1, accelerator="cpu", logger=False, plugins=[FolderCheckpointIO()],
-            callbacks=[seen, Guard(tmp_path, checkpoints), checkpoints, Injection(faults), *more],
+            callbacks=[seen, StepCheck(tmp_path, checkpoints), checkpoints, Injection(faults), *more],
             enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
             default_root_dir=tmp_path, limit_val_batches=0,
         )  # fmt: skip
@@ -127,11 +127,11 @@ def test_the_fourth_in_a_row_ends_the_run_with_the_samples_of_all_four(fit, tmp_
 def listening() -> Iterator[None]:
     """Signals set the flag, and do again what they did before when the test ends."""
     before = {number: signal.getsignal(number) for number in interruption.SIGNALS}
-    with interruption.listening():
+    with interruption.catch_stop_signals():
         yield
     for number, handler in before.items():
         signal.signal(number, handler)
-    with interruption.listening():  # lowers the flag
+    with interruption.catch_stop_signals():  # lowers the flag
         pass
 
 

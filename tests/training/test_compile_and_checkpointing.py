@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 
-from maskgit_pl.networks.causal import build_transformer
+from maskgit_pl.networks.autoregressive import build_transformer
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
-from maskgit_pl.training.execution import prepare_blocks
+from maskgit_pl.training.compile_and_checkpointing import prepare_blocks
 
 SIZES = {"num_codes": 16, "num_classes": 3, "grid": (4, 4), "width": 32, "depth": 3, "num_heads": 2, "mlp_width": 64}
 

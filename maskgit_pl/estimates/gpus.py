@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["CARDS", "Card"]
+__all__ = ["GPU", "GPUS"]
 
 
 @dataclass(frozen=True)
-class Card:
+class GPU:
     """Memory and peak rates of a device, as its maker states them.
 
     Attributes:
@@ -35,13 +35,13 @@ class Card:
         return self.tensor_float32 if tensor_float32 else self.float32
 
 
-CARDS = {
-    "a100-40": Card(40e9, 19.5e12, 156e12, 312e12),
-    "a100-80": Card(80e9, 19.5e12, 156e12, 312e12),
-    "h100": Card(80e9, 67e12, 495e12, 989e12),
-    "h200": Card(141e9, 67e12, 495e12, 989e12),
-    "l40s": Card(48e9, 91.6e12, 183e12, 362e12),
-    "rtx4090": Card(24e9, 82.6e12, 82.6e12, 165e12),
+GPUS = {
+    "a100-40": GPU(40e9, 19.5e12, 156e12, 312e12),
+    "a100-80": GPU(80e9, 19.5e12, 156e12, 312e12),
+    "h100": GPU(80e9, 67e12, 495e12, 989e12),
+    "h200": GPU(141e9, 67e12, 495e12, 989e12),
+    "l40s": GPU(48e9, 91.6e12, 183e12, 362e12),
+    "rtx4090": GPU(24e9, 82.6e12, 82.6e12, 165e12),
 }
 """Devices by name, with dense rates.
 

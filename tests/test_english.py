@@ -1,0 +1,88 @@
+"""The English of the project: every docstring, string and comment of the source, every page, recipe and ``--help``."""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from maskgit_pl.cli import build_parser
+from tests.english import check_file, check_prose, check_python
+
+ROOT = Path(__file__).parents[1]
+RECORDED = {"docs/slurm-transcript.md"}  # printed by commands, of the time of the recording
+SOURCES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for pattern in ("maskgit_pl/**/*.py", "benchmarks/*.py", "data/*.py", "docs/*.py")
+    for path in ROOT.glob(pattern)
+)
+PROSE = sorted(
+    {
+        path.relative_to(ROOT).as_posix()
+        for pattern in ("*.md", "docs/**/*.md", "data/*.md", "benchmarks/*.md", "results/**/*.md", "tests/**/*.md")
+        for path in ROOT.glob(pattern)
+    }
+    - RECORDED
+)
+SETTINGS = sorted(
+    path.relative_to(ROOT).as_posix() for pattern in ("recipes/**/*.yaml", "Makefile") for path in ROOT.glob(pattern)
+)
+
+
+@pytest.mark.parametrize("file", SOURCES + PROSE + SETTINGS)
+def test_docstrings_messages_and_pages_keep_the_rules(file):
+    assert list(check_file(ROOT / file)) == []
+
+
+def commands(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """Yields a parser and those of all its commands."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for child in action.choices.values():
+                yield from commands(child)
+
+
+def test_the_help_of_every_command_keeps_the_rules():
+    parsers = list(commands(build_parser()))
+    assert len(parsers) > 20
+    found = {parser.prog: list(check_prose(parser.format_help())) for parser in parsers}
+    assert {name: lines for name, lines in found.items() if lines} == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        '"""What a schedule is."""',
+        'def f():\n    """Whether it is one."""',
+        'def f():\n    """Number of rows."""',
+        'def f():\n    """(B, N) codes."""',
+        'def f():\n    """Images as tensors."""',
+        'class A:\n    """Of Adam."""',
+        'def f(a):\n    """Returns it.\n\n    Args:\n        a: Of Adam.\n    """',
+        'class A:\n    """A thing.\n\n    Attributes:\n        a: The first.\n        b: Whether it is one.\n    """',
+        'raise ValueError(f"num_steps: at least 1 is needed, got {x}")',
+        'raise ValueError("two names are "\n    "needed")',
+        "x = 1  # the run goes on",
+        "# the run goes\n# on from there",
+        'print("10 images a second")',
+    ],
+)
+def test_the_check_finds(source):
+    assert len(list(check_python(source))) == 1
+
+
+def test_the_check_finds_a_phrase_that_is_wrapped():
+    assert list(check_prose("One.\nThe run goes\n  on from there.")) == [(2, "'goes on': write 'resume, continue'")]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        '"""Mask schedules."""\n\n\nclass A:\n    """A schedule."""\n\n    def f(self, a):\n'
+        '        """Returns codes.\n\n        Args:\n            a: (B, N) int64.\n            b: One.\n        """',
+        "x = 'as of'  # a standalone tool; 8 tokens per step",
+    ],
+)
+def test_the_check_lets_pass(source):
+    assert list(check_python(source)) == []
