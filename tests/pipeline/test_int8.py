@@ -20,7 +20,7 @@ def test_a_pipeline_in_int8_generates_nearly_the_same_and_leaves_the_other_as_it
 
 def test_a_pipeline_in_int8_can_be_neither_saved_nor_moved(tiny_pretrained: Path, tmp_path: Path) -> None:
     made = MaskGIT.from_pretrained(tiny_pretrained).quantize()
-    with pytest.raises(ValueError, match="pipeline in int8: it cannot be saved; take the one that quantized"):
+    with pytest.raises(ValueError, match="pipeline in int8: it cannot be saved; take the one that quantize"):
         made.save_pretrained(tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
     for target in (("meta", None), ("cpu", torch.bfloat16)):
