@@ -54,7 +54,7 @@ def go_on(begun, monkeypatch, capsys):
 
 SIZES = {
     "tokenizer": ("codebook_size=32", "codebook_size: 16 -> 32"),
-    "transformer": ("width=32", "width: 16 -> 32"),
+    "transformer": ("embed_dim=32", "embed_dim: 16 -> 32"),
 }
 LEARNING = {
     "tokenizer": [
