@@ -144,7 +144,7 @@ def test_figure_4_times_the_sizes_of_a_run_or_of_flags(runs: list[Path], tmp_pat
         "1 layers x 16, MLP 8, 2 heads, 32 codes, 1000 classes",
     }
     page = (tmp_path / "figure-4.md").read_text()
-    assert "maskgit figure 4 --num-tokens 4 --depth 1 --width 16" in page
+    assert "maskgit figure 4 --num-tokens 4 --depth 1 --embed-dim 16" in page
     assert "--device cpu" in page
     assert f"torch {torch.__version__}" in page
     for words, match in (
