@@ -433,7 +433,7 @@ REFUSED = {
     ),
     "codebook that repeats one number": (  # 4 GB in 1 MB
         damaged(lambda weights: weights.update({CODEBOOK: torch.ones(1).expand(1 << 22, 256)})),
-        r"quantize\.embedding\.weight' must be held by the file, got one of 4\.29 GB that repeats 4 bytes",
+        r"quantize\.embedding\.weight' must be stored in full, got 4\.29 GB made of 4 bytes that repeat",
     ),
     "codebook not finite": (
         damaged(lambda weights: weights[CODEBOOK][3].fill_(math.nan)),
@@ -482,7 +482,7 @@ REFUSED = {
                 }
             )
         ),
-        r"network num_groups must divide every width \(24, 48\).* got 32",
+        r"network num_groups must divide the channels of every level, \(24, 48\).* got 32",
     ),
 }
 
