@@ -15,7 +15,7 @@ SAVE = {"stored": np.savez, "compressed": np.savez_compressed}
 
 
 class Canary:
-    """Leaves a file behind when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -105,7 +105,7 @@ def npz(*members: bytes, compression: int = zipfile.ZIP_DEFLATED, name: str = "a
     return content.getvalue()
 
 
-def zeros_that_are_said() -> bytes:
+def announced_zeros() -> bytes:
     return npz(array_header((2**25, 1, 1, 3)) + bytes(3 * 2**25))
 
 
@@ -120,7 +120,7 @@ def nested_header(text: bytes) -> bytes:
 
 
 HOSTILE = {
-    "zeros that are said": (zeros_that_are_said, "it must expand to at most 67.1 MB, got 101 MB; save it uncompressed"),
+    "announced zeros": (announced_zeros, "it must expand to at most 67.1 MB, got 101 MB; save it uncompressed"),
     "zeros that are not said": (zeros_that_are_not_said, "it cannot be read: .*CRC"),
     "header of a gibibyte": (
         lambda: npz(b"\x93NUMPY\x02\x00" + struct.pack("<I", 2**30) + bytes(2**24)), "damaged or not an .npz file: EOF"

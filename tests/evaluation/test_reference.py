@@ -180,7 +180,10 @@ def test_a_file_without_images_serves_inception_alone(tmp_path: Path, monkeypatc
     [
         ({"sigma": None}, "'sigma': it is missing"),
         ({"mu": None}, "'mu': it is missing"),
-        ({"mu": None, "sigma": None, "mu_s": None, "sigma_s": None}, "'mu': the file must have statistics .* or images .* got neither"),
+        (
+            {"mu": None, "sigma": None, "mu_s": None, "sigma_s": None},
+            "'mu': the file must have statistics .* or images .* got neither",
+        ),
         ({"sigma_s": None}, "'sigma_s': it is missing"),
         ({"mu": np.zeros(7)}, r"'mu': the shape must be \(6\), got \(7,\)"),
         ({"sigma": np.zeros((6, 5))}, r"'sigma': the shape must be \(6, 6\), got \(6, 5\)"),

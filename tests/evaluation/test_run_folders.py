@@ -63,7 +63,7 @@ def test_guidance_of_a_model_without_a_null_class_is_refused_before_any_work(tmp
 
 def test_all_classes_have_as_many_images_at_least_two() -> None:
     assert [round_to_classes(count, 3) for count in (6, 7, 14)] == [6, 6, 12]
-    with pytest.raises(ValueError, match=r"^plot_images: at least 2 for each of the 10 classes are needed, got 19"):
+    with pytest.raises(ValueError, match=r"^plot_images must be >= 20 \(2 per class\), got 19"):
         round_to_classes(19, 10, name="plot_images")
 
 
