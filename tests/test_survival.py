@@ -303,7 +303,7 @@ def test_a_rank_that_dies_is_missed_by_one_that_is_in_no_collective(bench, repor
     texts = runs.leg("missed", TWO, faults=faults, code=[INTERNAL_ERROR, KILLED], during=wait)
     took = time.monotonic() - ended[0]
     assert took < 30
-    said = line(texts[0], r"all ranks end, since one has: rank 1 \(.*\): its process has ended")
+    said = line(texts[0], r"all ranks exit: rank 1 \(.*\): its process has ended")
     report.add(
         8, "SIGKILL to rank 1 while rank 0 waits for something else", INTERNAL_ERROR, said, f"{took:.0f} s later"
     )
@@ -320,7 +320,7 @@ def test_all_ranks_end_with_the_code_of_the_one_that_cannot_go_on(bench, report,
     assert "Traceback" not in texts[0] + texts[1]
     assert line(texts[rank], "maskgit train: ") == f"maskgit train: {error}"
     if rank == 1:
-        said = line(texts[0], f"all ranks end, since one has: rank 1, step 3: {type(error).__name__}: {error}")
+        said = line(texts[0], f"all ranks exit: rank 1, step 3: {type(error).__name__}: {error}")
         report.add(8, f"{type(error).__name__} on rank 1 alone", code, said, "both ranks ended with this code")
 
 
@@ -340,8 +340,8 @@ def test_no_rank_waits_for_one_that_cannot_export(bench, report):
 @pytest.mark.parametrize(
     ("rank", "file", "named"),
     [
-        (1, "stacks.txt", r"rank 1 \(.*\): not heard of"),
-        (0, "stacks-rank1.txt", "rank 0, which keeps the store, does not"),
+        (1, "stacks.txt", r"rank 1 \(.*\): no heartbeat"),
+        (0, "stacks-rank1.txt", r"rank 0 \(which holds the store\) does not"),
     ],
 )
 def test_a_rank_that_hangs_ends_the_run_with_all_stacks(bench, report, rank, file, named):
@@ -354,7 +354,7 @@ def test_a_rank_that_hangs_ends_the_run_with_all_stacks(bench, report, rank, fil
 
     fault = Fault(signal.SIGSTOP, 7, rank=rank)
     texts = runs.leg(f"hung{rank}", TWO, "--hang_seconds=3", faults=[fault], code=INTERNAL_ERROR, during=wake_up)
-    said = line(texts[other], f"^hang, rank {other}: training: nothing has gone on")
+    said = line(texts[other], f"^hang, rank {other}: training: no progress")
     assert re.search(named, said)
     stacks = (runs.folder / f"hung{rank}" / "transformer" / file).read_text()
     assert "training_step" in stacks or "backward" in stacks or "all_reduce" in stacks
