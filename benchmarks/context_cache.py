@@ -42,7 +42,7 @@ def decode(network: MaskedTransformer, *, context_cache: int, batch: int, guidan
         ConditionalModel.of(network, torch.device("cpu"), context_cache=context_cache),
         [seed % network.config.num_classes for seed in range(batch)],
         list(range(batch)),
-        decoder=decoding.decoder(mask_schedules.build("cosine")),
+        decoder=decoding.build_decoder(mask_schedules.build("cosine")),
         scales=decoding.scales(),
     )
     return last.tokens, time.process_time() - start
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         network = load_transformer(args.run / "pretrained" / "transformer").network
         if not isinstance(network, MaskedTransformer):
             raise ValueError(
-                f"--run {args.run}: a sequential model has no context cache; name one that decodes in parallel"
+                f"--run {args.run}: an autoregressive model has no context cache; name one that decodes in parallel"
             )
         for guidance in (0.0, 1.0):
             rows += measure(network, name=args.run.name, batch=args.batch, guidance=guidance, rounds=args.rounds)

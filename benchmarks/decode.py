@@ -1,4 +1,4 @@
-"""Measures decoding without a tokenizer: ours, exact and approximate, two peers, and a sequential decoder.
+"""Measures decoding without a tokenizer: ours, exact and approximate, two peers, and an autoregressive decoder.
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/decode.py --threads 2 --repeats 5 --json decode.json
 
@@ -27,18 +27,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from maskgit_pl.decoding import (
+    AutoregressiveDecoder,
     ConditionalModel,
     FirstStepLogits,
     ParallelDecoder,
-    SequentialDecoder,
+    decode_autoregressive,
     decode_classes,
-    decode_in_order,
 )
 from maskgit_pl.decoding.guidance import guidance_scales, guidance_schedules
 from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.evaluation.classifier_training import obtain_classifier
 from maskgit_pl.evaluation.run_folders import find_run, open_data
-from maskgit_pl.networks.causal import CausalTransformer
+from maskgit_pl.networks.autoregressive import AutoregressiveTransformer
 from maskgit_pl.networks.int8 import quantized
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.pipeline import MaskGIT
@@ -53,7 +53,7 @@ _CONTEXT_CACHE = 4
 _CPU = torch.device("cpu")
 _MUSE, _AMUSED = "muse-maskgit-pytorch", "diffusers aMUSEd"
 _PEERS = {_MUSE: "muse_maskgit_pytorch", _AMUSED: "diffusers"}
-_SEQUENTIAL = ("sequential, KV cache", "sequential, no cache")
+_AUTOREGRESSIVE = ("autoregressive, KV cache", "autoregressive, no cache")
 _ALIKE = (
     "ours",
     "ours, class seen",
@@ -119,7 +119,7 @@ class Ours:
         return last.tokens
 
 
-class Sequential:
+class Autoregressive:
     """One token after the other in raster order, always with the same classes and noise.
 
     Args:
@@ -129,28 +129,30 @@ class Sequential:
         num_tokens: Tokens to decode; all of an image.
     """
 
-    def __init__(self, network: CausalTransformer, task: Task, *, cache: bool, num_tokens: int | None = None) -> None:
+    def __init__(
+        self, network: AutoregressiveTransformer, task: Task, *, cache: bool, num_tokens: int | None = None
+    ) -> None:
         self.network, self.cache = network, cache
         self.num_tokens = num_tokens or network.config.num_tokens
         self.seeds = list(range(task.batch))
         self.labels = [seed % task.num_classes for seed in self.seeds]
 
     def __call__(self) -> Tensor:
-        *_, last = decode_in_order(
+        *_, last = decode_autoregressive(
             ConditionalModel.of(self.network, self.network.head_bias.device),
             self.labels,
             self.seeds,
-            decoder=SequentialDecoder(self.num_tokens),
+            decoder=AutoregressiveDecoder(self.num_tokens),
             scales=[0.0] * self.num_tokens,
             cache=self.cache,
         )
         return last.tokens
 
 
-def causal(network: MaskedTransformer) -> CausalTransformer:
+def causal(network: MaskedTransformer) -> AutoregressiveTransformer:
     """The same weights under a causal mask."""
     with torch.device("meta"):
-        made = CausalTransformer(replace(network.config, attention="causal"))
+        made = AutoregressiveTransformer(replace(network.config, attention="causal"))
     made.load_state_dict(network.state_dict(), assign=True)
     return made.eval().requires_grad_(requires_grad=False)
 
@@ -292,7 +294,7 @@ def work(decode: Decode) -> Work:
     return Work(flops.get_total_flops(), counter.kernels, counter.syncs, tokens)
 
 
-def sequential_work(decode: Sequential) -> Work:
+def autoregressive_work(decode: Autoregressive) -> Work:
     """As ``work``, without the minutes that it takes: FLOPs without numbers, the other counts from a few tokens."""
     empty = copy.copy(decode)
     empty.network = copy.deepcopy(decode.network).to("meta")
@@ -354,7 +356,7 @@ class Measured:
 
 
 def contenders(task: Task) -> dict[str, Callable[[], Decode]]:
-    """All decoders by name, each made when it is called; ours and the sequential ones share their weights."""
+    """All decoders by name, each made when it is called; ours and the autoregressive ones share their weights."""
     torch.manual_seed(0)
     network = MaskedTransformer(network_config(task)).eval().requires_grad_(requires_grad=False)
     exact = partial(Ours, network, task)
@@ -369,8 +371,8 @@ def contenders(task: Task) -> dict[str, Callable[[], Decode]]:
         "ours, bf16": lambda: Ours(copy.deepcopy(network).to(torch.bfloat16), task),
         _MUSE: lambda: muse(task),
         _AMUSED: lambda: amused(task),
-        _SEQUENTIAL[0]: lambda: Sequential(causal(network), task, cache=True),
-        _SEQUENTIAL[1]: lambda: Sequential(causal(network), task, cache=False),
+        _AUTOREGRESSIVE[0]: lambda: Autoregressive(causal(network), task, cache=True),
+        _AUTOREGRESSIVE[1]: lambda: Autoregressive(causal(network), task, cache=False),
     }
 
 
@@ -383,20 +385,20 @@ def _timed(decode: Decode) -> Callable[[Stopwatch], None]:
 
 
 def measure(
-    task: Task, names: Sequence[str], *, repeats: int, sequential_repeats: int = 1, product_size: int = 2048
+    task: Task, names: Sequence[str], *, repeats: int, autoregressive_repeats: int = 1, product_size: int = 2048
 ) -> list[Measured]:
     """Times contenders, ours first, and the machine's peak with them, round by round.
 
-    The sequential ones run after the others, in rounds of their own.
+    The autoregressive ones run after the others, in rounds of their own.
     """
     makers = contenders(task)
     decoders = {name: makers[name]() for name in names}
-    works = {name: sequential_work(d) if isinstance(d, Sequential) else work(d) for name, d in decoders.items()}
+    works = {name: autoregressive_work(d) if isinstance(d, Autoregressive) else work(d) for name, d in decoders.items()}
     product = MatrixProduct(torch.float32, product_size)
     product.rate(repeats=1)
     watches: dict[str, list[Stopwatch]] = {"product": []}
-    for is_slow, rounds in ((False, repeats), (True, sequential_repeats)):
-        runs = {name: _timed(decoders[name]) for name in names if (name in _SEQUENTIAL) == is_slow}
+    for is_slow, rounds in ((False, repeats), (True, autoregressive_repeats)):
+        runs = {name: _timed(decoders[name]) for name in names if (name in _AUTOREGRESSIVE) == is_slow}
         measured = interleave({"product": product, **runs}, repeats=rounds) if runs else {}
         watches["product"] += measured.pop("product", [])
         watches.update(measured)
@@ -489,7 +491,10 @@ def _arguments(argv: Sequence[str] | None, names: Sequence[str]) -> argparse.Nam
     parser.add_argument("--depth", type=_positive, default=24, help="layers (%(default)s)")
     parser.add_argument("--repeats", type=_positive, default=5, help="rounds, n of the medians (%(default)s)")
     parser.add_argument(
-        "--sequential-repeats", type=_positive, default=1, help="rounds of the sequential decoders (%(default)s)"
+        "--autoregressive-repeats",
+        type=_positive,
+        default=1,
+        help="rounds of the autoregressive decoders (%(default)s)",
     )
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"beside ours: {'; '.join(names[1:])}")
     parser.add_argument(
@@ -529,7 +534,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         task,
         chosen(arguments.only, names),
         repeats=arguments.repeats,
-        sequential_repeats=arguments.sequential_repeats,
+        autoregressive_repeats=arguments.autoregressive_repeats,
     )
     print(f"fp32 matrix-product peak: {measured[0].peak / 1e9:.1f} GFLOP/s")
     trained: dict[str, Trained] = {}

@@ -25,8 +25,8 @@ from torch_fidelity import calculate_metrics
 
 from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.evaluation.distances import distances, inception_score, kernel_distance
-from maskgit_pl.evaluation.features import Extractor, ImageFeatures, extract, own_image_batches
-from maskgit_pl.evaluation.reference import Reference, own_real_batches
+from maskgit_pl.evaluation.features import Extractor, ImageFeatures, extract, iter_image_batches
+from maskgit_pl.evaluation.reference import Reference, iter_real_batches
 from maskgit_pl.networks.features import InceptionSpec
 from maskgit_pl.networks.inception import Inception
 from maskgit_pl.shards.manifest import read_manifest_summary
@@ -88,7 +88,7 @@ def random_weights(file: Path) -> str:
 
 def real_images(data: ShardData, split: str, count: int) -> Tensor:
     """So many images of a split, drawn at random: (n, C, H, W) uint8."""
-    batches = own_real_batches(data, split, num_images=count, shuffled=True)  # type: ignore[arg-type]  # train or val
+    batches = iter_real_batches(data, split, num_images=count, shuffled=True)  # type: ignore[arg-type]  # train or val
     return torch.cat([batch.content for batch in batches])
 
 
@@ -107,7 +107,7 @@ def ours(generated: Tensor, real: Tensor, spec: InceptionSpec) -> dict[str, floa
     """What this project says, with torch-fidelity's draws of subsets and parts, which are chance."""
     network = Extractor.create(spec)
     made, reference = (_features(network, images) for images in (generated, real))
-    numbers = distances(made, Reference.of(reference))
+    numbers = distances(made, Reference.from_features(reference))
     dealt = np.random.RandomState(_SEED).permutation(len(generated))
     drawn = np.random.RandomState(_SEED)
     count = min(len(generated), len(real))
@@ -127,7 +127,7 @@ def _features(network: Extractor, images: Tensor) -> ImageFeatures:
     def read(rows: range) -> Tensor:
         return images[rows.start : rows.stop]
 
-    return extract([network], own_image_batches(read, len(images)))[network.label]
+    return extract([network], iter_image_batches(read, len(images)))[network.label]
 
 
 def _undealt(logits: Tensor) -> Tensor:

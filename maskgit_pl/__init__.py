@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from maskgit_pl.autoregressive import AutoregressiveConfig, AutoregressiveModel
-    from maskgit_pl.decoding import ParallelDecoder, SequentialDecoder
+    from maskgit_pl.decoding import AutoregressiveDecoder, ParallelDecoder
     from maskgit_pl.masking import MaskSampler
     from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
     from maskgit_pl.pipeline import MaskGIT
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "AutoregressiveConfig",
+    "AutoregressiveDecoder",
     "AutoregressiveModel",
     "LearningRate",
     "MaskGIT",
@@ -30,7 +31,6 @@ __all__ = [
     "MaskedTokenModel",
     "OptimizerConfig",
     "ParallelDecoder",
-    "SequentialDecoder",
     "Tokenizer",
     "TokenizerConfig",
     "mask_schedules",
@@ -46,7 +46,7 @@ _HOMES = {
     "MaskedTokenModel": "mvtm",
     "OptimizerConfig": "training.optimizers",
     "ParallelDecoder": "decoding",
-    "SequentialDecoder": "decoding",
+    "AutoregressiveDecoder": "decoding",
     "Tokenizer": "tokenizer",
     "TokenizerConfig": "tokenizer_config",
     "mask_schedules": "schedules",

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from maskgit_pl.data import Batch
-from maskgit_pl.decoding import ConditionalModel, DecodingStep, SequentialDecoding, decode_in_order
-from maskgit_pl.networks.causal import CausalTransformer
+from maskgit_pl.decoding import AutoregressiveDecoding, ConditionalModel, DecodingStep, decode_autoregressive
+from maskgit_pl.networks.autoregressive import AutoregressiveTransformer
 from maskgit_pl.token_model import NUM_BINS, TokenModel, TokenModelConfig, check_decoding
 
 __all__ = ["AutoregressiveConfig", "AutoregressiveModel"]
@@ -42,15 +42,15 @@ class AutoregressiveConfig(TokenModelConfig):
     """
 
     _: KW_ONLY
-    decoding: SequentialDecoding = SequentialDecoding()  # noqa: RUF009  # frozen
+    decoding: AutoregressiveDecoding = AutoregressiveDecoding()  # noqa: RUF009  # frozen
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_decoding(self.decoding.of(self.network.num_tokens), self.network)
+        check_decoding(self.decoding.to_config(self.network.num_tokens), self.network)
 
 
 class AutoregressiveModel(TokenModel):
-    """Trains a ``CausalTransformer``: the loss is the mean cross-entropy of all tokens, each given those before it.
+    """Trains an ``AutoregressiveTransformer``: the loss is the mean cross-entropy of each token given those before it.
 
     Args:
         config: Network, optimiser, tokenizer and loss.
@@ -61,9 +61,9 @@ class AutoregressiveModel(TokenModel):
 
     def __init__(self, config: AutoregressiveConfig) -> None:
         num_tokens = config.network.num_tokens
-        in_steps = config.decoding.of(num_tokens)
-        super().__init__(config, CausalTransformer(config.network), in_steps)
-        self.decoder = in_steps.sequential_decoder(num_tokens)
+        in_steps = config.decoding.to_config(num_tokens)
+        super().__init__(config, AutoregressiveTransformer(config.network), in_steps)
+        self.decoder = in_steps.build_autoregressive_decoder(num_tokens)
 
     def _mask(self, batch: Batch) -> Tensor:
         return torch.ones(len(batch.index), self.config.network.num_tokens, dtype=torch.bool, device=batch.index.device)
@@ -77,8 +77,8 @@ class AutoregressiveModel(TokenModel):
         return of_place.expand_as(mask)[mask]
 
     def _decode(self, labels: Sequence[int], seeds: Sequence[int]) -> Iterator[DecodingStep]:
-        return decode_in_order(
-            ConditionalModel.of(cast("CausalTransformer", self.averaged_network), self.device),
+        return decode_autoregressive(
+            ConditionalModel.of(cast("AutoregressiveTransformer", self.averaged_network), self.device),
             labels,
             seeds,
             decoder=self.decoder,

@@ -80,7 +80,7 @@ class MaskedTokenModel(TokenModel):
         self.mask_schedule_spec = config.mask_schedule
         self.mask_schedule = mask_schedules.build(config.mask_schedule)
         self.mask_sampler = MaskSampler(self.mask_schedule, config.seed, config.min_mask_ratio)
-        self.decoder = config.decoding.decoder(self.mask_schedule)
+        self.decoder = config.decoding.build_decoder(self.mask_schedule)
 
     def _mask(self, batch: Batch) -> Tensor:
         if self.training:

@@ -7,13 +7,23 @@ read, with a warning that says the new names. Nothing else knows the old ones.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
-__all__ = ["renamed_cluster", "renamed_keys", "renamed_settings", "renamed_tree"]
+__all__ = [
+    "rename_decoding",
+    "rename_measurement",
+    "rename_token_selector",
+    "renamed_cluster",
+    "renamed_keys",
+    "renamed_settings",
+    "renamed_tree",
+]
 
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _NEW_NAMES = {  # old key -> new key; the keys below it move along
     "model.learning_rate": "model.optimizer.learning_rate",
@@ -73,6 +83,29 @@ def renamed_keys(keys: Iterable[str], origin: str) -> list[str]:
 def renamed_settings(settings: Mapping[str, Any], origin: str) -> dict[str, Any]:
     """Returns settings under dotted keys with new names in place of old ones; see ``renamed_keys``."""
     return dict(zip(renamed_keys(settings, origin), settings.values(), strict=True))
+
+
+def rename_token_selector(spec: T) -> T | None:
+    """Returns the ``token_selector`` of a decoding; ``raster`` was that of an autoregressive model, which has none."""
+    return None if spec == "raster" else spec
+
+
+def rename_decoding(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the content of a file or of a ledger row with the new names in its ``decoding``."""
+    decoding = content.get("decoding")
+    if not isinstance(decoding, Mapping) or "token_selector" not in decoding:
+        return dict(content)
+    selector = rename_token_selector(decoding["token_selector"])
+    return {**content, "decoding": {**decoding, "token_selector": selector}}
+
+
+def rename_measurement(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a row of a ledger with new names: an autoregressive model was called ``sequential``."""
+    renamed = rename_decoding(row)
+    for column in ("model", "method"):
+        if isinstance(renamed.get(column), str):
+            renamed[column] = re.sub("^sequential(?=$|,)", "autoregressive", renamed[column])
+    return renamed
 
 
 def renamed_cluster(name: str) -> str:

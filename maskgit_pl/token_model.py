@@ -368,11 +368,11 @@ def check_decoding(decoding: DecodingConfig, network: TransformerConfig) -> None
     """Checks that a model of a network's sizes can decode as configured.
 
     Raises:
-        ValueError: if there are more steps than tokens, a name is unknown, a sequential model cannot follow, or
+        ValueError: if there are more steps than tokens, a name is unknown, an autoregressive model cannot follow, or
             guidance is set without a null class.
     """
     try:
-        decoding.check(network.num_tokens, sequential=decoding.is_sequential)
+        decoding.check(network.num_tokens, is_autoregressive=decoding.is_autoregressive)
     except ValueError as error:
         raise ValueError(f"decoding: {error}") from error
     if any(decoding.scales()) and network.null_label is None:

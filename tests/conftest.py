@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskgit_pl.decoding import DecodingConfig, SequentialDecoding
-from maskgit_pl.networks.causal import build_transformer
+from maskgit_pl.decoding import AutoregressiveDecoding, DecodingConfig
+from maskgit_pl.networks.autoregressive import build_transformer
 from maskgit_pl.networks.transformer import Attention, Transformer, TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pretrained import PretrainedTokenizer, fingerprint, save_tokenizer, save_transformer
@@ -91,7 +91,9 @@ def save_tiny_pretrained(
         config,
         transformer.state_dict(),
         mask_schedule=None if causal else {"name": "pow", "exponent": 2.0},
-        decoding=SequentialDecoding(guidance).of(16) if causal else DecodingConfig(num_steps=4, guidance=guidance),
+        decoding=AutoregressiveDecoding(guidance).to_config(16)
+        if causal
+        else DecodingConfig(num_steps=4, guidance=guidance),
         class_names=CLASSES,
         tokenizer_fingerprint=fingerprint(folder / "tokenizer"),
     )
@@ -105,8 +107,8 @@ def tiny_pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_causal(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same of a sequential model; not to be written to."""
+def tiny_autoregressive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of an autoregressive model; not to be written to."""
     return save_tiny_pretrained(tmp_path_factory.mktemp("tiny") / "pretrained", attention="causal")
 
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from maskgit_pl.autoregressive import AutoregressiveModel
-from maskgit_pl.decoding import DecodingConfig, SequentialDecoding
+from maskgit_pl.decoding import AutoregressiveDecoding, DecodingConfig
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.pretrained import load_transformer
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint
@@ -24,7 +24,7 @@ def model(pretrained, **options) -> AutoregressiveModel:
 
 
 def test_a_model_learns_and_exports_its_average(tiny_shards, tiny_pretrained, tmp_path):
-    module = model(tiny_pretrained, decoding=SequentialDecoding("linear", 0.5))
+    module = model(tiny_pretrained, decoding=AutoregressiveDecoding("linear", 0.5))
     seen = fit(module, data(tiny_shards), steps=50, folder=tmp_path / "checkpoints")
     losses = [float.fromhex(loss) for loss in seen.losses]
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
@@ -33,7 +33,7 @@ def test_a_model_learns_and_exports_its_average(tiny_shards, tiny_pretrained, tm
     exported = load_transformer(tmp_path / "transformer")
     assert exported.mask_schedule is None
     assert exported.network.config == CONFIG
-    assert exported.decoding == DecodingConfig(16, "raster", "linear", 0.5)
+    assert exported.decoding == DecodingConfig(16, None, "linear", 0.5)
     assert torch.equal(exported.network.words.weight, module.ema_network.words.weight)
     assert not torch.equal(exported.network.words.weight, module.transformer.words.weight)
 
@@ -89,10 +89,10 @@ def test_samples_depend_on_the_seed_alone_and_leave_the_trained_network_as_it_is
     assert torch.equal(together[-1].tokens, torch.cat(alone))
 
 
-def test_it_begins_from_weights_of_its_own_kind(tiny_pretrained, tiny_causal):
-    module = model(tiny_pretrained, network=load_transformer(tiny_causal / "transformer").network.config)
-    module.start_from(tiny_causal / "transformer")
-    expected = load_transformer(tiny_causal / "transformer").network.state_dict()
+def test_it_begins_from_weights_of_its_own_kind(tiny_pretrained, tiny_autoregressive):
+    module = model(tiny_pretrained, network=load_transformer(tiny_autoregressive / "transformer").network.config)
+    module.start_from(tiny_autoregressive / "transformer")
+    expected = load_transformer(tiny_autoregressive / "transformer").network.state_dict()
     for network in (module.transformer, module.ema_network):
         assert all(torch.equal(weight, expected[name]) for name, weight in network.state_dict().items())
     with pytest.raises(
@@ -106,9 +106,9 @@ def test_what_does_not_go_together_is_refused(tiny_pretrained):
         model(
             tiny_pretrained,
             network=replace(CONFIG, class_dropout=0.0),
-            decoding=SequentialDecoding({"name": "constant", "scale": 1.0}),
+            decoding=AutoregressiveDecoding({"name": "constant", "scale": 1.0}),
         )
-    with pytest.raises(ValueError, match="CausalTransformer has 'causal', got 'bidirectional'"):
+    with pytest.raises(ValueError, match="AutoregressiveTransformer has 'causal', got 'bidirectional'"):
         model(tiny_pretrained, network=replace(CONFIG, attention="bidirectional"))
     with pytest.raises(ValueError, match="MaskedTransformer has 'bidirectional', got 'causal'"):
         masked_model(CONFIG, tiny_pretrained / "tokenizer")

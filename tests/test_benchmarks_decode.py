@@ -12,7 +12,7 @@ import torch
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 EXACT = ["ours", "ours, class seen"]
 APPROXIMATE = ["ours, int8", "ours, int8, class seen", "ours, context kept", "ours, context kept, class seen"]
-SEQUENTIAL = ["sequential, KV cache", "sequential, no cache"]
+AUTOREGRESSIVE = ["autoregressive, KV cache", "autoregressive, no cache"]
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +34,13 @@ def task(decode):
 
 @pytest.fixture(scope="module")
 def measured(decode, task):
-    names = [*EXACT, "ours, guided", *APPROXIMATE, "ours, bf16", *SEQUENTIAL]
-    return {one.name: one for one in decode.measure(task, names, repeats=2, sequential_repeats=1, product_size=64)}
+    names = [*EXACT, "ours, guided", *APPROXIMATE, "ours, bf16", *AUTOREGRESSIVE]
+    return {one.name: one for one in decode.measure(task, names, repeats=2, autoregressive_repeats=1, product_size=64)}
 
 
 def test_a_measurement_has_a_whole_row_for_each_contender(decode, measured):
     for name, one in measured.items():
-        assert len(one.seconds) == (1 if name in SEQUENTIAL else 2)
+        assert len(one.seconds) == (1 if name in AUTOREGRESSIVE else 2)
         assert one.kernels > 0
         assert json.loads(json.dumps(dataclasses.asdict(one)))["peak"] > 0
     assert measured["ours"].ratio == 1
@@ -86,14 +86,14 @@ def test_waits_are_counted(decode):
     assert decode.work(lambda: x[torch.tensor([0])] + x.argsort()).syncs == 0
 
 
-def test_the_sequential_decoders_compute_the_same_and_are_counted_as_if_they_had_run(decode, task):
+def test_the_autoregressive_decoders_compute_the_same_and_are_counted_as_if_they_had_run(decode, task):
     torch.manual_seed(0)
     network = decode.causal(decode.MaskedTransformer(decode.network_config(task)))
     tokens, runs = [], []
     for cache in (True, False):
-        run = decode.Sequential(network, task, cache=cache)
+        run = decode.Autoregressive(network, task, cache=cache)
         tokens.append(run())
-        whole, counted = decode.work(run), decode.sequential_work(run)
+        whole, counted = decode.work(run), decode.autoregressive_work(run)
         assert counted.flops == whole.flops
         assert counted.kernels == whole.kernels
         assert counted.syncs == whole.syncs == 0
@@ -115,10 +115,10 @@ def test_a_peer_decodes_whole_images(decode, task, name):
 
 
 def test_contenders_are_chosen_by_name_and_ours_is_always_there(decode, capsys, monkeypatch):
-    names = ["ours", "ours, bf16", "sequential, KV cache", "muse-maskgit-pytorch"]
+    names = ["ours", "ours, bf16", "autoregressive, KV cache", "muse-maskgit-pytorch"]
     monkeypatch.setattr(decode, "software_bfloat16", lambda: True)
     monkeypatch.setattr(decode.importlib.util, "find_spec", lambda name: None)
-    assert decode.chosen(None, names) == ["ours", "sequential, KV cache"]
+    assert decode.chosen(None, names) == ["ours", "autoregressive, KV cache"]
     said = capsys.readouterr().out
     assert "bf16 is left out" in said
     assert "muse-maskgit-pytorch is not installed" in said

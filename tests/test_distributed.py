@@ -77,7 +77,7 @@ def test_ddp_and_fsdp_train_the_transformer_of_one_process(tiny_shards, tiny_pre
         assert (tmp_path / cluster / "pretrained" / "transformer" / "model.safetensors").is_file()
 
 
-def test_fsdp_trains_and_samples_the_sequential_baseline_of_one_process(tiny_shards, tiny_pretrained, tmp_path):
+def test_fsdp_trains_and_samples_the_autoregressive_baseline_of_one_process(tiny_shards, tiny_pretrained, tmp_path):
     given = (tiny_shards, tmp_path, "--recipe=autoregressive")
     assert main(words("transformer", "single", *given, tokenizer=tiny_pretrained / "tokenizer")) == 0
     one = last_checkpoint(tmp_path / "single" / "transformer")

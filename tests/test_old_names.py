@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from maskgit_pl import old_names
-from maskgit_pl.evaluation.run_folders import read_own_recipe
-from maskgit_pl.old_names import renamed_keys, renamed_settings, renamed_tree
+from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.evaluation.run_folders import read_run_recipe
+from maskgit_pl.old_names import rename_measurement, renamed_keys, renamed_settings, renamed_tree
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.recipe_schema import load_schema
 from maskgit_pl.training.checkpoint_files import read_settings
@@ -115,7 +116,7 @@ def test_the_configuration_of_an_old_run_is_repeated_and_compared(tmp_path):
     tree = {"data": {"path": "x", "global_batch": 4}, "model": {"network": network, **OLD}, "trainer": {"max_steps": 3}}
     config.write_text(yaml.safe_dump(tree))
     assert Recipe.from_run("transformer", config).get("model.optimizer") == OLD
-    assert read_own_recipe(config)["model"] == {"network": network, "optimizer": OLD}
+    assert read_run_recipe(config)["model"] == {"network": network, "optimizer": OLD}
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
@@ -131,3 +132,14 @@ def test_settings_of_a_checkpoint_of_version_0_1_0_get_the_names_of_today(stage,
     assert len(said(caplog)) == 1
     with caplog.at_level(logging.WARNING):
         assert renamed_settings(renamed, "checkpoint") == renamed
+
+
+def test_the_decoding_of_an_autoregressive_model_has_no_selector_where_it_was_raster():
+    assert DecodingConfig(4, "raster") == DecodingConfig(4, None)
+    old = {"model": "sequential", "decoding": {"num_steps": 4, "token_selector": "raster"}}
+    new = {"model": "autoregressive", "decoding": {"num_steps": 4, "token_selector": None}}
+    assert rename_measurement(old) == new
+    assert rename_measurement(new) == new
+    assert rename_measurement({"method": "sequential, KV cache"}) == {"method": "autoregressive, KV cache"}
+    for row in ({"model": "MaskGIT", "decoding": {"token_selector": "halton"}}, {"decoding": {"num_steps": 3}}, {}):
+        assert rename_measurement(row) == row

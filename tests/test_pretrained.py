@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskgit_pl.decoding import DecodingConfig, SequentialDecoding
+from maskgit_pl.decoding import AutoregressiveDecoding, DecodingConfig
 from maskgit_pl.files import write_tensors
-from maskgit_pl.networks.causal import CausalTransformer
+from maskgit_pl.networks.autoregressive import AutoregressiveTransformer
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.networks.weight_file import read_tensors
@@ -117,11 +117,11 @@ def test_a_transformer_comes_back_as_it_was_saved(tmp_path):
     assert made.tokenizer_fingerprint == "abc"
 
 
-def test_a_causal_transformer_comes_back_as_it_was_saved(tiny_causal):
-    made = load_transformer(tiny_causal / "transformer")
-    assert type(made.network) is CausalTransformer
+def test_a_causal_transformer_comes_back_as_it_was_saved(tiny_autoregressive):
+    made = load_transformer(tiny_autoregressive / "transformer")
+    assert type(made.network) is AutoregressiveTransformer
     assert made.mask_schedule is None
-    assert made.decoding == SequentialDecoding({"name": "linear", "scale": 1.0}).of(16)
+    assert made.decoding == AutoregressiveDecoding({"name": "linear", "scale": 1.0}).to_config(16)
     with pytest.raises(ValueError, match=r"tune: a model with bidirectional attention is needed, .* take another run"):
         made.schedule_for("tune")
 
@@ -135,8 +135,8 @@ def test_a_folder_from_before_there_was_causal_attention_is_bidirectional(saved)
     assert made.schedule_for("tune") is made.mask_schedule
 
 
-def test_an_attention_and_a_schedule_that_do_not_go_together_are_refused(saved, tiny_causal, tmp_path):
-    shutil.copytree(tiny_causal / "transformer", tmp_path / "causal")
+def test_an_attention_and_a_schedule_that_do_not_go_together_are_refused(saved, tiny_autoregressive, tmp_path):
+    shutil.copytree(tiny_autoregressive / "transformer", tmp_path / "causal")
     edit(tmp_path / "causal", mask_schedule="cosine")
     edit(saved / "transformer", mask_schedule=None)
     for folder, got in (
@@ -389,7 +389,7 @@ def test_a_recipe_for_other_weights_is_used_with_a_warning(saved: Path, caplog) 
         ({"decoding": {"num_steps": 0}}, "num_steps must be an integer in"),
         ({"decoding": {"num_steps": "8"}}, "delete the file"),
         ({"decoding": {"top_p": 1.5}}, "top_p"),
-        ({"decoding": {"token_selector": "raster", "context_cache": 2}}, "context_cache: a sequential model"),
+        ({"decoding": {"token_selector": None, "context_cache": 2}}, "context_cache: an autoregressive model"),
     ],
 )
 def test_a_recipe_that_is_none_is_refused_by_name(saved: Path, changes: dict[str, object], match: str) -> None:

@@ -1,4 +1,4 @@
-"""The README's Python, run as it stands."""
+"""README and the other pages: links lead somewhere, Python blocks are valid, and those of README are run as printed."""
 
 import re
 import subprocess
@@ -16,10 +16,22 @@ from maskgit_pl.pretrained import fingerprint, save_tokenizer, save_transformer
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-BLOCKS = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "pipe" in block]
+PAGES = [
+    "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "data/README.md", "benchmarks/README.md", "tests/golden/README.md",
+    *sorted(page.relative_to(ROOT).as_posix() for each in ("docs", "results") for page in (ROOT / each).rglob("*.md")),
+]  # fmt: skip
+RUN_IN_ORDER = ("README.md", "docs/generation.md")  # pages whose examples use the demo's run, and what came before
 CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
+MAX_LINES, MAX_WIDTH = 150, 140
+
+
+def python_blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+BLOCKS = [block for page in RUN_IN_ORDER for block in python_blocks(page) if "pipe" in block]
 
 
 def save_small_model(folder: Path) -> None:
@@ -42,6 +54,12 @@ def save_small_model(folder: Path) -> None:
         class_names=CLASSES,
         tokenizer_fingerprint=fingerprint(folder / "tokenizer"),
     )
+
+
+def test_the_readme_is_short():
+    lines = README.splitlines()
+    assert len(lines) <= MAX_LINES
+    assert [line for line in lines if len(line) > MAX_WIDTH] == []
 
 
 def test_the_first_example_takes_three_lines():
@@ -67,18 +85,50 @@ def test_the_examples_name_the_demos_run(block: str):
         assert path == "runs/fashion-mnist-cosine"
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)])
+def test_the_python_of_a_page_is_valid(page: str):
+    for block in python_blocks(page):
+        compile(block, page, "exec")
+
+
 def section(title: str) -> str:
     return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
-def test_the_paper_s_tables_are_those_of_the_results():
-    pages = "\n".join(page.read_text() for page in (ROOT / "results").rglob("*.md"))
-    rows = [line for line in section("Measured as the paper does").splitlines() if line.startswith("|")]
-    assert len(rows) > 10
-    for row in rows:
-        assert row in pages, "print it again with the command above it"
+def tables(text: str) -> list[list[dict[str, str]]]:
+    """Returns the Markdown tables of a text: each row as column name -> cell."""
+    found = []
+    for lines in re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE):
+        head, _, *rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in lines.splitlines()]
+        found.append([dict(zip(head, row, strict=True)) for row in rows])
+    return found
 
 
-@pytest.mark.parametrize("path", re.findall(r"\]\(([^)#:]+)\)", README))
-def test_what_the_readme_links_to_is_there(path: str):
-    assert (ROOT / path).exists()
+def test_the_results_are_those_of_the_page():
+    (shown,) = tables(section("Results"))
+    measured = tables((ROOT / "results/fashion-mnist/table-1.md").read_text())[0]
+    assert len(shown) == len(measured) == 3
+    for row, whole in zip(shown, measured, strict=True):
+        assert row.items() <= whole.items(), "print it again with the command above it"
+
+
+def slugs(text: str) -> set[str]:
+    """Returns the anchors that a page's headings get."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_links_of_a_page_lead_somewhere(page: str):
+    file = ROOT / page
+    for target, anchor in re.findall(r"\]\(([^)#:\s]*)(?:#([^)\s]*))?\)", file.read_text()):
+        linked = file.parent / target if target else file
+        assert linked.exists(), target
+        assert not anchor or anchor in slugs(linked.read_text()), f"{target}#{anchor}"
+
+
+def test_the_map_of_the_documentation_names_every_page():
+    text = (ROOT / "docs/README.md").read_text()
+    named = {(ROOT / "docs" / target).resolve() for target in re.findall(r"\]\(([^)#:]+)", text)}
+    pages = {page.resolve() for page in (ROOT / "docs").rglob("*.md")} - {ROOT / "docs/README.md"}
+    assert pages - named == set()

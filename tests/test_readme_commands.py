@@ -1,4 +1,4 @@
-"""The README's commands, in order: each is one that the parsers take, and what needs no hours is run as it stands."""
+"""The commands of README and of the other pages: the parsers take each, and those that need no hours are run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from maskgit_pl.cli import build_parser
 from maskgit_pl.runs.recipe import Recipe
-from tests.test_readme import README, ROOT, save_small_model
+from tests.test_readme import PAGES, ROOT, RUN_IN_ORDER, python_blocks, save_small_model
 
 # Commands that are not run here: the files that they read are not in the repository, or they take longer than a test.
 PARSED_ONLY = {
@@ -34,13 +34,26 @@ PARSED_ONLY = {
     "train-classifier": "trains",
 }
 OTHER_DATA = ("pretrained/imagenet256", "data/shards/mine", "runs/RUN")
-MAKE_ONLY = ("demo", "test", "benchmark", "help", "test-slurm")
+MAKE_ONLY = ("demo", "test", "benchmark", "help", "install", "test-slurm", "mutants", "lint", "format")
+RECORDED = ("docs/slurm-transcript.md", "results/")  # pages that commands print, of the time of the recording
+COMMAND = r"(?:make|maskgit|\.venv/bin/maskgit) (?!\w+:)"  # without lines that a command printed
 
 
-def blocks() -> list[str]:
-    """Indented shell blocks, their continued lines joined."""
-    text = README.replace("\\\n", " ")
-    return [line[4:] for line in text.splitlines() if re.match(r"    (make|\.venv/bin/maskgit) ", line)]
+def text_of(page: str) -> str:
+    return (ROOT / page).read_text().replace("\\\n", " ")
+
+
+def commands_of(page: str) -> list[str]:
+    """Returns the indented commands of a page, their continued lines joined."""
+    return re.findall(rf"^    ({COMMAND}.*)$", text_of(page), re.MULTILINE)
+
+
+COMMANDS = [
+    pytest.param(line, id=f"{page}: {line}")
+    for page in PAGES
+    if not page.startswith(RECORDED)
+    for line in dict.fromkeys(commands_of(page))
+]
 
 
 def words(line: str) -> list[str]:
@@ -48,7 +61,7 @@ def words(line: str) -> list[str]:
 
 
 def maskgit_commands(line: str) -> list[list[str]]:
-    """The ``maskgit`` commands of a line, those that ``make`` would run included."""
+    """Returns the ``maskgit`` commands of a line, those that ``make`` would run included."""
     own = words(line)
     if own[0] != "make":
         return [own[1:]]
@@ -61,17 +74,23 @@ def maskgit_commands(line: str) -> list[list[str]]:
     return [each[1:] for each in found if each[0].endswith("bin/maskgit")]
 
 
-def test_the_readme_has_commands() -> None:
-    assert len(blocks()) > 25
+def test_the_pages_have_commands() -> None:
+    assert len(commands_of("README.md")) > 7
+    assert len(COMMANDS) > 50
 
 
-@pytest.mark.parametrize("line", blocks())
-def test_a_command_of_the_readme_is_one_that_there_is(line: str) -> None:
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_command_of_a_page_is_one_that_there_is(line: str) -> None:
     parser = build_parser()
     if line.startswith("make"):
+        makefile = (ROOT / "Makefile").read_text()
         target = words(line)[1]
-        assert re.search(rf"^{re.escape(target)}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
+        assert re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE), target
+        for variable in re.findall(r"^([A-Z_]+)=", "\n".join(words(line)), re.MULTILINE):
+            assert re.search(rf"\$\({variable}\)", makefile), variable
     for command in maskgit_commands(line):
+        if command == ["--help"]:
+            continue
         args, rest = parser.parse_known_args(command)
         assert not rest or getattr(args, "takes_overrides", False), rest
         if rest and args.command in ("train", "tokenize"):
@@ -82,30 +101,26 @@ def test_a_command_of_the_readme_is_one_that_there_is(line: str) -> None:
 def test_what_takes_seconds_is_run_in_order(tmp_path: Path) -> None:
     """In a folder that has a small model in the place of the demo's run; the Python blocks run where they stand."""
     save_small_model(tmp_path / "runs/fashion-mnist-cosine/pretrained")
-    (tmp_path / ".venv/bin").mkdir(parents=True)
-    program = tmp_path / ".venv/bin/maskgit"
+    program = tmp_path / "maskgit"
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m maskgit_pl "$@"\n')
     program.chmod(0o755)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     ran = 0
-    pattern = r"```python\n(.*?)```|^    ((?:make|\.venv/bin/maskgit) [^\n]*)$"
+    pattern = rf"```python\n(.*?)```|^    ({COMMAND}[^\n]*)$"
     python: list[str] = []
-    for found in re.finditer(pattern, README.replace("\\\n", " "), re.DOTALL | re.MULTILINE):
+    text = "\n".join(text_of(page) for page in RUN_IN_ORDER)
+    for found in re.finditer(pattern, text, re.DOTALL | re.MULTILINE):
         block, line = found.groups()
         if block is not None:
             if "pipe" not in block:
                 continue
             python.append(block)
-            command = [
-                sys.executable,
-                "-c",
-                "\n".join(python),
-            ]  # later blocks know earlier names
+            command = [sys.executable, "-c", "\n".join(python)]  # later blocks know earlier names
         else:
             if any(each in line for each in OTHER_DATA) or "--num-images 50000" in line:
                 continue
             commands = maskgit_commands(line)
-            if not commands or any(each[0] in PARSED_ONLY for each in commands):
+            if not commands or any(each[0] in {*PARSED_ONLY, "--help"} for each in commands):
                 continue
             (own,) = commands
             command = [str(program), *own]
@@ -117,23 +132,30 @@ def test_what_takes_seconds_is_run_in_order(tmp_path: Path) -> None:
         assert (tmp_path / made).is_file(), made
 
 
+def plug_in(page: str) -> str:
+    (code,) = [block for block in python_blocks(page) if block.startswith("# sine_schedule.py\n")]
+    return code
+
+
+def test_the_readme_and_the_page_of_plug_ins_show_the_same_schedule() -> None:
+    assert plug_in("README.md") == plug_in("docs/plug-ins.md")
+
+
 @pytest.mark.slow
-def test_the_plug_in_of_the_readme_installs_as_printed(tmp_path: Path) -> None:
-    """Built and installed with pip into a folder of its own, without the network, and known by name at once."""
-    code = re.search(r"```python\n# sine_schedule\.py\n(.*?)```", README, re.DOTALL)
-    project = re.search(r"```toml\n# pyproject\.toml\n(.*?)```", README, re.DOTALL)
-    assert code is not None
+def test_the_plug_in_installs_as_printed(tmp_path: Path) -> None:
+    """Built and installed with pip into a folder of its own, without the network, and known by name immediately."""
+    project = re.search(r"```toml\n# pyproject\.toml\n(.*?)```", (ROOT / "docs/plug-ins.md").read_text(), re.DOTALL)
     assert project is not None
     package = tmp_path / "package"
     package.mkdir()
-    (package / "sine_schedule.py").write_text(code[1])
+    (package / "sine_schedule.py").write_text(plug_in("docs/plug-ins.md"))
     (package / "pyproject.toml").write_text(project[1])
     target = tmp_path / "site"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(package)]
     done = subprocess.run(install, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(target)])}
-    ask = [sys.executable, "-m", "maskgit_pl", "schedules", "--schedule", "sine"]
+    ask = [sys.executable, "-m", "maskgit_pl", "schedules", "--schedules", "sine"]
     told = subprocess.run(ask, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert told.returncode == 0, told.stderr
     assert "sine" in told.stdout

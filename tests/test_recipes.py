@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from maskgit_pl.networks.causal import CausalTransformer, build_transformer
+from maskgit_pl.networks.autoregressive import AutoregressiveTransformer, build_transformer
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pretrained import load_tokenizer, load_transformer
@@ -87,16 +87,16 @@ def test_a_tokenizer_recipe_trains_a_step(name, tiny_shards, tmp_path):
 
 
 @pytest.mark.parametrize("names", [["paper-256", "autoregressive"], ["paper-256", "paper-512", "autoregressive"]])
-def test_the_sequential_baseline_of_the_paper_has_the_size_of_its_model(names):
+def test_the_autoregressive_baseline_of_the_paper_has_the_size_of_its_model(names):
     tree = merge(read_yaml(RECIPES / "transformer" / f"{name}.yaml") for name in ("base", *names))
     with torch.device("meta"):
         network = build_transformer(TransformerConfig(**tree["model"]["network"]))
-    assert type(network) is CausalTransformer
+    assert type(network) is AutoregressiveTransformer
     assert sum(parameter.numel() for parameter in network.parameters()) == PARAMETERS["transformer", names[-2]]
 
 
 @pytest.mark.slow
-def test_the_sequential_baseline_is_laid_over_any_recipe(tiny_shards, tiny_pretrained, tmp_path, caplog):
+def test_the_autoregressive_baseline_is_laid_over_any_recipe(tiny_shards, tiny_pretrained, tmp_path, caplog):
     names = ("base", "paper-256", "log", "autoregressive")
     files = [RECIPES / "transformer" / f"{name}.yaml" for name in names]
     files += [RECIPES / "cluster" / "single.yaml", TINY / "transformer.yaml"]
@@ -119,7 +119,7 @@ def test_a_transformer_recipe_trains_a_step(name, tiny_shards, tiny_pretrained, 
     model = load_transformer(tmp_path / "pretrained" / "transformer")
     if name == "autoregressive":
         assert (model.mask_schedule, model.network.config.attention) == (None, "causal")
-        assert (model.decoding.num_steps, model.decoding.token_selector) == (16, "raster")
+        assert (model.decoding.num_steps, model.decoding.token_selector) == (16, None)
     else:
         assert type(model.mask_schedule).__module__ == "maskgit_pl.schedules"
     if name not in {"base", "paper-256", "paper-512", "blue-marble", "own-images", "autoregressive"}:

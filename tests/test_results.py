@@ -13,9 +13,9 @@ import pytest
 from maskgit_pl.evaluation.ledger import REAL, Ledger, Row
 from maskgit_pl.evaluation.pages import Page
 from maskgit_pl.evaluation.reports.ablation import ScheduleResult
-from maskgit_pl.evaluation.reports.tables import editing_page, generation_page, schedule_page
+from maskgit_pl.evaluation.reports.tables import make_editing_page, make_generation_page, make_schedule_page
 from maskgit_pl.evaluation.reports.timing import METHODS, Timing, timing_of
-from maskgit_pl.evaluation.reports.timing_page import timing_page
+from maskgit_pl.evaluation.reports.timing_page import make_timing_page
 from maskgit_pl.schedules import mask_schedules
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -50,12 +50,12 @@ def page(name: str) -> Page:
     said = command(PAGES[name] / f"{name}.md")
     if name == "table-1":
         samples = rows("samples", num_images=2000)
-        return generation_page(sorted(samples, key=lambda row: row["model"] == REAL), rows("cas"), command=said)
+        return make_generation_page(sorted(samples, key=lambda row: row["model"] == REAL), rows("cas"), command=said)
     if name == "table-2":
-        return editing_page(rows("editing"), command=said)
+        return make_editing_page(rows("editing"), command=said)
     if name == "table-3":
-        return schedule_page([schedule_result(row["run"]) for row in rows("likelihood")], command=said)
-    return timing_page(timings(), command=said)
+        return make_schedule_page([schedule_result(row["run"]) for row in rows("likelihood")], command=said)
+    return make_timing_page(timings(), command=said)
 
 
 PAGES = {"table-1": TABLES, "table-2": TABLES, "table-3": TABLES, "figure-4": RESULTS}

@@ -87,15 +87,20 @@ def bench(tmp_path_factory) -> Bench:
     return Bench(tmp_path_factory.mktemp("survival"))
 
 
+KINDS = (
+    "kill", "kill while saving", "stop signal", "lost rank", "hang", "disk", "non-finite values", "changed settings",
+)  # fmt: skip
+
+
 class Report:
     """Rows of the documentation's table."""
 
     def __init__(self) -> None:
         self.rows: list[str] = []
 
-    def add(self, number: int, fault: str, code: int | str, said: str, then: str) -> None:
+    def add(self, kind: str, fault: str, code: int | str, said: str, then: str) -> None:
         said = re.sub(r"/[^\s']*/(?=[\w-]+/(tokenizer|transformer)(/|:|'|;|\s|$))", "runs/", said).replace("|", "\\|")
-        self.rows.append(f"| {number} | {fault} | {code} | `{said.strip()}` | {then} |")
+        self.rows.append(f"| {kind} | {fault} | {code} | `{said.strip()}` | {then} |")
 
 
 @pytest.fixture(scope="module")
@@ -104,32 +109,37 @@ def report() -> Iterator[Report]:
     made = Report()
     yield made
     if "SURVIVAL" in os.environ:
-        rows = sorted(made.rows, key=lambda row: int(row.split("|")[1]))
+        rows = sorted(made.rows, key=lambda row: KINDS.index(row.split("|")[1].strip()))
         Path(os.environ["SURVIVAL"]).write_text(HEAD + "\n".join(rows) + "\n")
 
 
-HEAD = f"""# What befalls a run, what it says, and what becomes of it
+HEAD = f"""# Fault injection: results
 
-Written by `SURVIVAL=docs/survival.md make test WORKERS=0 ARGS=tests/test_survival.py`.
+`SURVIVAL=docs/survival.md make test WORKERS=0 ARGS=tests/test_survival.py` writes this page. It injects each fault into
+a real run and records the exit code and the message.
 
-Each run is `maskgit train` in processes of its own, two ranks unless something else is said. "Exact": it goes on with
-the same command, and weights, averages and optimisers at its end are those of a run that nothing befell, to the last
-bit (`torch.equal`). The texts are what was printed, with the folder of the runs shortened.
+A run is `maskgit train` in its own processes: two ranks, unless the row says otherwise. "Exact" means that the same
+command resumed the run, and that its final weights, averages and optimiser states were bit-exact: equal (`torch.equal`)
+to those of a run without a fault. The messages are as printed, but with shortened paths.
 
-Of the faults that are numbered here, resuming itself (3, 4, 5) is in `reproducibility.md`, Slurm (7) in
-`slurm-transcript.md`; memory and open files over 2,000 steps (13) are watched by `tests/test_memory.py`.
+Other pages and tests cover bit-exact resume ([reproducibility.md](reproducibility.md)), Slurm
+([slurm-transcript.md](slurm-transcript.md)), and memory and open files over 2,000 steps (`tests/test_memory.py`).
 
-| exit code | what it means |
+## Exit codes
+
+| exit code | meaning |
 |---|---|
-| 0 | done |
+| 0 | finished |
 | {BAD_INPUT} | bad input |
 | {INTERNAL_ERROR} | internal error, or a hang |
-| {CANNOT_WRITE} | cannot write |
-| {PREEMPTED} | preempted: the same command goes on |
-| {DataBudgetError.exit_code} | data budget exceeded, or data that changed while a run read them |
-| {NOT_FINITE} | not finite |
+| {CANNOT_WRITE} | checkpoints cannot be written |
+| {PREEMPTED} | stopped by a signal and saved; the same command resumes |
+| {DataBudgetError.exit_code} | too many unreadable images, or data that changed during the run |
+| {NOT_FINITE} | non-finite losses or gradients |
 
-| fault | injected | exit code | what was printed | checked |
+## Faults
+
+| kind | fault | exit code | message | result |
 |---|---|---|---|---|
 """
 
@@ -153,11 +163,11 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(bench, report, stage):
     bench.ends_as_the_straight_run(stage, "killed-at-7", TWO)
     said = line(text, "resuming from step-00000006")
     report.add(
-        1,
-        f"{stage}: SIGKILL to both ranks behind step 7, a checkpoint every 3",
+        "kill",
+        f"{stage}: SIGKILL to both ranks after step 7, a checkpoint every 3 steps",
         "-9",
         said,
-        "the same command again: exact",
+        "the same command resumed: exact",
     )
 
 
@@ -170,7 +180,7 @@ def test_a_run_does_not_go_on_as_another_one(bench, report):
     said = line(texts[0], "from step 2: settings changed")
     assert all(word in said for word in ("depth: 1 -> 2", "seed: 0 -> 7", "cosine -> square"))
     assert before == {path: path.stat().st_mtime_ns for path in (runs.folder / "another").rglob("*")}
-    report.add(12, f"`{' '.join(changed)}` when it goes on", BAD_INPUT, said, "nothing written")
+    report.add("changed settings", f"resumed with `{' '.join(changed)}`", BAD_INPUT, said, "nothing written")
 
 
 # Kills while a checkpoint is written
@@ -210,11 +220,11 @@ def test_25_kills_while_saving_leave_25_checkpoints_that_load(bench, report):
         assert any(moment in each for each in moments), (moment, "\n".join(moments))
     times = len(kept)
     report.add(
-        2,
-        f"{times} times SIGKILL, or in a write SIGXFSZ, while saving",
+        "kill while saving",
+        f"SIGKILL while saving, or SIGXFSZ in a write, {times} times",
         "-9, -25",
         moments[-1],
-        f"{times} times the newest complete checkpoint loaded, every byte hashed, and the run went on from it",
+        f"{times} times the newest complete checkpoint loaded with the right SHA-256, and the run resumed from it",
     )
 
 
@@ -231,13 +241,13 @@ def loadable(folder: Path) -> int:
 SIGNALS = [
     ("transformer", Fault(signal.SIGTERM, 3, rank=1), "SIGTERM to rank 1"),
     ("transformer", Fault(signal.SIGUSR1, 3, rank=0), "SIGUSR1 to rank 0"),
-    ("transformer", Fault(signal.SIGUSR2, 3), "SIGUSR2 to all"),
-    ("transformer", Fault(signal.SIGINT, 3), "SIGINT (Ctrl-C) to all"),
+    ("transformer", Fault(signal.SIGUSR2, 3), "SIGUSR2 to all ranks"),
+    ("transformer", Fault(signal.SIGINT, 3), "SIGINT (Ctrl-C) to all ranks"),
     ("tokenizer", Fault(signal.SIGTERM, 3, rank=1, times=2), "SIGTERM to rank 1, twice"),
-    ("transformer", Fault(signal.SIGTERM, 4, "validation", rank=1), "SIGTERM to rank 1 in the validation"),
-    ("tokenizer", Fault(signal.SIGUSR1, 4, "validation"), "SIGUSR1 to all in the validation"),
+    ("transformer", Fault(signal.SIGTERM, 4, "validation", rank=1), "SIGTERM to rank 1 during validation"),
+    ("tokenizer", Fault(signal.SIGUSR1, 4, "validation"), "SIGUSR1 to all ranks during validation"),
     ("transformer", Fault(signal.SIGTERM, 4, "saving", rank=0), "SIGTERM to rank 0 while saving"),
-    ("transformer", Fault(signal.SIGUSR1, 0, "start"), "SIGUSR1 to all before step 1"),
+    ("transformer", Fault(signal.SIGUSR1, 0, "start"), "SIGUSR1 to all ranks before step 1"),
     ("tokenizer", Fault(signal.SIGTERM, 0, "start", rank=1), "SIGTERM to rank 1 before step 1"),
 ]
 SAVES = {"saving": ("--checkpoint_every=4",)}
@@ -249,13 +259,17 @@ def test_a_signal_stops_all_ranks_behind_the_same_step(bench, report, stage, fau
     texts = runs.leg(run, TWO, *SAVES.get(fault.where, ()), faults=[fault], code=PREEMPTED)
     stopped = step_of(runs.newest(run))
     assert stopped <= fault.step + 1
-    said = line(texts[0], "asked to stop by a signal")
-    assert f"saved step {stopped};" in said
+    said = line(texts[0], "stopped by a signal after saving step")
+    assert f"saving step {stopped};" in said
     assert "asked to stop" not in texts[1]
     assert all("Traceback" not in text for text in texts)
     bench.ends_as_the_straight_run(stage, run, TWO)
     report.add(
-        6, f"{stage}: {name}, behind step {fault.step}", PREEMPTED, said, f"both ranks stopped at step {stopped}; exact"
+        "stop signal",
+        f"{stage}: {name}, after step {fault.step}",
+        PREEMPTED,
+        said,
+        f"both ranks stopped after step {stopped}; exact",
     )
 
 
@@ -264,9 +278,11 @@ def test_a_signal_to_a_whole_job_with_its_workers_stops_it_as_well(bench, report
     topology, run = Topology(ranks=2, workers=2, cluster="fsdp"), f"group{number}"
     runs = bench.runs["transformer"]
     texts = runs.leg(run, topology, faults=[Fault(number, 3, to="group")], code=PREEMPTED)
-    said = line(texts[0], "asked to stop by a signal")
+    said = line(texts[0], "stopped by a signal after saving step")
     bench.ends_as_the_straight_run("transformer", run, topology)
-    report.add(6, f"transformer, FSDP2: {number.name} to all ranks and their workers", PREEMPTED, said, "exact")
+    report.add(
+        "stop signal", f"transformer, FSDP2: {number.name} to all ranks and their workers", PREEMPTED, said, "exact"
+    )
 
 
 # Ranks that are gone
@@ -287,7 +303,9 @@ def test_a_rank_that_dies_is_named_by_the_others_within_30_seconds(bench, report
         took = time.monotonic() - begun[-1]
         assert took < 30
         said = line(texts[1 - rank], rf"rank {1 - rank}, step \d+: .*rank {rank}")
-        report.add(8, f"SIGKILL to rank {rank}", INTERNAL_ERROR, said, f"the other rank ended {took:.0f} s later")
+        report.add(
+            "lost rank", f"SIGKILL to rank {rank}", INTERNAL_ERROR, said, f"the other rank ended {took:.0f} s later"
+        )
 
 
 def test_a_rank_that_dies_is_missed_by_one_that_is_in_no_collective(bench, report):
@@ -305,7 +323,11 @@ def test_a_rank_that_dies_is_missed_by_one_that_is_in_no_collective(bench, repor
     assert took < 30
     said = line(texts[0], r"all ranks exit: rank 1 \(.*\): its process has ended")
     report.add(
-        8, "SIGKILL to rank 1 while rank 0 waits for something else", INTERNAL_ERROR, said, f"{took:.0f} s later"
+        "lost rank",
+        "SIGKILL to rank 1 while rank 0 waits for something else",
+        INTERNAL_ERROR,
+        said,
+        f"{took:.0f} s later",
     )
 
 
@@ -321,7 +343,7 @@ def test_all_ranks_end_with_the_code_of_the_one_that_cannot_go_on(bench, report,
     assert line(texts[rank], "maskgit train: ") == f"maskgit train: {error}"
     if rank == 1:
         said = line(texts[0], f"all ranks exit: rank 1, step 3: {type(error).__name__}: {error}")
-        report.add(8, f"{type(error).__name__} on rank 1 alone", code, said, "both ranks ended with this code")
+        report.add("lost rank", f"{type(error).__name__} on rank 1 only", code, said, "both ranks ended with this code")
 
 
 def test_no_rank_waits_for_one_that_cannot_export(bench, report):
@@ -331,7 +353,9 @@ def test_no_rank_waits_for_one_that_cannot_export(bench, report):
     blocked.write_text("no folder")
     texts = runs.leg("unexported", TWO, code=BAD_INPUT)
     said = line(texts[0], "maskgit train: .*pretrained")
-    report.add(8, "a file in the place of the exported folder", BAD_INPUT, said, "both ranks ended with this code")
+    report.add(
+        "lost rank", "a file with the name of the exported folder", BAD_INPUT, said, "both ranks ended with this code"
+    )
     blocked.unlink()
     runs.leg("unexported", TWO)
     assert (blocked / "transformer" / "config.json").is_file()
@@ -358,8 +382,8 @@ def test_a_rank_that_hangs_ends_the_run_with_all_stacks(bench, report, rank, fil
     assert re.search(named, said)
     stacks = (runs.folder / f"hung{rank}" / "transformer" / file).read_text()
     assert "training_step" in stacks or "backward" in stacks or "all_reduce" in stacks
-    seen = f"`{file}` has the stacks of all threads"
-    report.add(9, f"SIGSTOP to rank {rank}, `--hang_seconds 3`", INTERNAL_ERROR, said, seen)
+    seen = f"`{file}` holds the stacks of all threads"
+    report.add("hang", f"SIGSTOP to rank {rank}, `--hang_seconds 3`", INTERNAL_ERROR, said, seen)
 
 
 def fill_stderr() -> None:
@@ -371,8 +395,8 @@ def test_a_hang_ends_a_run_that_cannot_say_so(bench, report):
     runs, sleep = bench.runs["transformer"], Fault("asleep", 4)
     runs.leg("mute", Topology(), "--hang_seconds=3", faults=[sleep], code=INTERNAL_ERROR, prepare=fill_stderr)
     report.add(
-        9,
-        "a step that does not end, `2>/dev/full`, `--hang_seconds 3`",
+        "hang",
+        "a step that never ends, `2>/dev/full`, `--hang_seconds 3`",
         INTERNAL_ERROR,
         "nothing can be printed",
         "ended",
@@ -390,15 +414,15 @@ def test_no_rank_steps_when_one_cannot(bench, report, stage, what):
     texts = runs.leg(run, topology, faults=[Fault(what, 5, rank=1, times=2)])
     weights = {positions[0] // GLOBAL_BATCH: batch["weights"] for positions, batch in runs.seen(run).legs[0].items()}
     assert weights[3] == weights[4] == weights[5] != weights[6] != weights[2]
-    said = line(texts[0], "step 4: .* is not finite; no rank updates its weights")
+    said = line(texts[0], "step 4: non-finite .*; no rank updates its weights")
     if what == "nan loss":
         assert "the loss of rank 1" in said
     report.add(
-        11,
+        "non-finite values",
         f"{stage}: {what} on rank 1 in steps 5 and 6",
         0,
         said,
-        "weights behind steps 4, 5 and 6 the same on both ranks; others follow",
+        "weights after steps 4, 5 and 6 equal on both ranks; later steps update them",
     )
 
 
@@ -419,11 +443,11 @@ def test_four_steps_in_a_row_end_the_run_with_their_samples(bench, report, stage
     said = line(texts[0], "4 steps in a row")
     assert "4 steps in a row" not in texts[1]
     report.add(
-        11,
+        "non-finite values",
         f"{stage}, {cluster}: nan loss on rank 1 from step 5 on",
         NOT_FINITE,
         said,
-        "weights of the last checkpoint finite; the samples of both ranks listed",
+        "the last checkpoint is finite; the samples of both ranks are listed",
     )
 
 
@@ -449,13 +473,13 @@ def test_a_checkpoint_that_cannot_be_written_costs_nothing_if_the_next_can(bench
     texts = runs.leg("mended", TWO, *more, faults=[Fault(what, 3, times=4)])
     kept = [step_of(path) for path in complete_checkpoints(small_disk / "mended" / "transformer" / "checkpoints")]
     assert kept == [2, 8, 10]
-    said = line(texts[0], "checkpoint of step 4: cannot be written")
+    said = line(texts[0], "checkpoint of step 4 cannot be written")
     assert "cannot be written" not in texts[1]
     state = trained_state(runs.seen("mended").state)
     assert all(
         same(value, state[key]) for key, value in trained_state(bench.straight("transformer", TWO).state).items()
     )
-    report.add(10, f"{what} while steps 4 and 6 are saved", 0, said, "steps 2, 8 and 10 saved; exact")
+    report.add("disk", f"{what} while saving steps 4 and 6", 0, said, "steps 2, 8 and 10 saved; exact")
 
 
 @pytest.mark.parametrize("what", ["full disk", "read-only disk"])
@@ -466,15 +490,21 @@ def test_three_checkpoints_that_cannot_be_written_end_the_run(bench, report, sma
     Disk().mend(small_disk / "full" / "transformer")
     assert runs.newest("full").name == "step-00000002"
     assert FolderCheckpointIO().load_checkpoint(runs.newest("full"))["global_step"] == 2
-    said = line(texts[0], "3 times in a row")
+    said = line(texts[0], "3 failures in a row")
     bench.ends_as_the_straight_run("transformer", "full", TWO, runs)
-    report.add(10, f"{what} from step 3 on", CANNOT_WRITE, said, "step 2 still there; when there was room: exact")
+    report.add(
+        "disk",
+        f"{what} from step 3 on",
+        CANNOT_WRITE,
+        said,
+        "step 2 was kept; resumed once the disk was writable: exact",
+    )
 
 
 # Lightning's own launcher
 
 LAUNCHED = {
-    "SIGTERM to the command": (PREEMPTED, "asked to stop by a signal"),
+    "SIGTERM to the command": (PREEMPTED, "stopped by a signal after saving step"),
     "SIGKILL to the process of rank 1": (INTERNAL_ERROR, r"rank 0, step \d+: rank 1 \(process \d+\) ended with -9"),
 }
 
@@ -505,7 +535,7 @@ def test_the_command_that_starts_its_ranks_itself_ends_with_the_code_of_the_run(
     assert not Path(f"/proc/{ranks[0]}").exists()
     said = line(log.read_text(), pattern)
     report.add(
-        8 if code == INTERNAL_ERROR else 6,
+        "lost rank" if code == INTERNAL_ERROR else "stop signal",
         f"{fault}, which started both ranks",
         code,
         said,
@@ -540,8 +570,7 @@ def test_a_checkpoint_of_an_older_version_goes_on(tmp_path, stage, version):
 @pytest.mark.skipif("SURVIVAL" in os.environ, reason="the table is being written")
 def test_the_table_has_every_fault():
     written = TABLE.read_text()
-    faults = written.partition("| fault | injected |")[2]
-    rows = {int(row.split("|")[1]) for row in faults.splitlines() if re.match(r"\| \d+ \|", row)}
-    assert rows == {1, 2, 6, 8, 9, 10, 11, 12}
+    rows = written.partition("| kind | fault |")[2].splitlines()[2:]
+    assert list(dict.fromkeys(row.split("|")[1].strip() for row in rows)) == list(KINDS)
     for _, _, name in SIGNALS:
         assert name in written

@@ -70,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     Console().print(made.table())
-    known = len(made.results) - made.measured
-    print(f"{made.folder}: {made.measured} rows measured, {known} known before; comparison.md, .csv and selectors.png")
+    known = len(made.results) - made.num_measured
+    print(
+        f"{made.folder}: {made.num_measured} rows measured, {known} known before; comparison.md, .csv and selectors.png"
+    )
     return 0

@@ -52,18 +52,18 @@ def check_seed_and_batch(args: argparse.Namespace) -> None:
     check_at_least(args, batch_size=1)
 
 
-def decoding_of(args: argparse.Namespace, outline: Outline, *, pushes_away: bool = False) -> DecodingConfig:
+def decoding_of(args: argparse.Namespace, outline: Outline, *, has_negative_class: bool = False) -> DecodingConfig:
     """Reads how to decode from the flags of ``add_decoding_arguments``; the last check before torch is needed.
 
     Args:
         args: The flags.
         outline: Facts of the model.
-        pushes_away: True if negative classes are named.
+        has_negative_class: True if negative classes are named.
     """
     settings = {name: _value(name, getattr(args, name), hint) for name, hint in _types().items()}
     with naming_flags(args):
         decoding = outline.decoding_with(**settings, decoding=_read_file(args.decoding))
-        outline.check_decoding(decoding, pushes_away=pushes_away or outline.null_label is not None)
+        outline.check_decoding(decoding, has_negative_class=has_negative_class or outline.null_label is not None)
     return decoding
 
 

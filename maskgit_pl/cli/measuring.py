@@ -47,7 +47,7 @@ def _add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measuring_flags(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the fields of ``evaluation.MeasuringOptions`` that the flags give."""
+    """Returns the fields of ``evaluation.MeasurementOptions`` that the flags give."""
     return {"seed": args.seed, "batch_size": args.batch, "device": args.device, "classifier": args.classifier}
 
 

@@ -46,7 +46,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     figure = subparsers.add_parser(
         "figure",
         help="the paper's Figure 4 or 8 with our measurements",
-        description="Draw a figure of the paper. 4: time of an image, sequential decoding against MaskGIT, by the "
+        description="Draw a figure of the paper. 4: time of an image, autoregressive decoding against MaskGIT, by the "
         "number of tokens, in networks of random weights; a run gives its sizes. 8: mask schedules, and quality "
         "against T, a run for each.",
     )

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     max_shown = _MAX_CLASSES if bulk is None else len(outline.class_names)
     labels = outline.parse_classes(args.classes, max_shown=max_shown)
     negative = None if args.negative_class is None else outline.parse_class(args.negative_class)
-    decoding = decoding_of(args, outline, pushes_away=negative is not None)
+    decoding = decoding_of(args, outline, has_negative_class=negative is not None)
     if bulk is None:
         _generate_picture(open_pipe(folder, args), labels, negative, decoding, args)
         return 0

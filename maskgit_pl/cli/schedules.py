@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.markup import escape
     from rich.table import Table
 
-    from maskgit_pl.evaluation.reports.schedule_figures import known_after_each_step, schedule_plot
+    from maskgit_pl.evaluation.reports.schedule_figures import count_known_tokens, draw_schedules
     from maskgit_pl.files import write_atomically
     from maskgit_pl.text import printable
 
@@ -52,13 +52,13 @@ def run(args: argparse.Namespace) -> int:
     for step in range(1, args.num_steps + 1):
         table.add_column(str(step), justify="right")
     for name, schedule in schedules.items():
-        known = known_after_each_step(schedule, num_tokens=args.num_tokens, num_steps=args.num_steps)
+        known = count_known_tokens(schedule, num_tokens=args.num_tokens, num_steps=args.num_steps)
         table.add_row(escape(printable(name)), *map(str, known))
     Console().print(table)
     if args.plot is not None:
         made_folder(args.plot.parent)
         with write_atomically(args.plot) as stream:
-            stream.write(schedule_plot(schedules, num_tokens=args.num_tokens))
+            stream.write(draw_schedules(schedules, num_tokens=args.num_tokens))
         print(f"{args.plot}: mask ratio of {len(schedules)} schedules")
     return 0
 

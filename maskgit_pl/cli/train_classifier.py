@@ -65,6 +65,6 @@ def run(args: argparse.Namespace) -> int:
     with naming_flags(args), progress_bars() as bars:
         made = train_classifier(args.data, config=config, bars=bars, **where)
     accuracy = made.accuracy
-    print(f"{made.folder}: {'there already' if made.was_there else 'trained'}; on {accuracy.images} real val images:")
+    print(f"{made.folder}: {'there already' if made.is_reused else 'trained'}; on {accuracy.images} real val images:")
     print(f"  top-1 {accuracy.top1:.2%}" + (f", top-5 {accuracy.top5:.2%}" if made.num_classes > 5 else ""))
     return 0

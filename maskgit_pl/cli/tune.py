@@ -93,16 +93,20 @@ def run(args: argparse.Namespace) -> int:
         )
     from rich.console import Console
 
-    from maskgit_pl.evaluation.tuning_report import as_table
+    from maskgit_pl.evaluation.tuning_report import make_table
 
-    Console().print(as_table(result))
-    if result.recipe is None:
+    Console().print(make_table(result))
+    if result.decoding_file is None:
         print(f"the model is decoded in the best way of {len(result.trials)} trials already: nothing is changed")
     else:
-        kept = f"; the one before is kept as {result.old_recipe.name}" if result.old_recipe is not None else ""
-        print(f"{result.recipe}: how this model is decoded from now on{kept}")
+        kept = (
+            f"; the one before is kept as {result.old_decoding_file.name}"
+            if result.old_decoding_file is not None
+            else ""
+        )
+        print(f"{result.decoding_file}: how this model is decoded from now on{kept}")
     files = ["tuning.md", "tuning.csv", *(["tuning.png"] if result.figure else [])]
-    print(f"{result.folder}: {result.measured} measured now; {', '.join(files)}")
+    print(f"{result.folder}: {result.num_measured} measured now; {', '.join(files)}")
     return 0
 
 

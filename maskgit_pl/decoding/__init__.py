@@ -2,8 +2,8 @@
 
 ``ParallelDecoder`` holds a mask schedule (how many tokens stay masked) and a token selector (which). It knows no
 network: it asks a ``Predictor`` for logits at the positions that are still masked. Guidance, the sharing of the first
-step and caches live in predictors that wrap one another. ``SequentialDecoder`` is its baseline, for causal networks.
-``DecodingConfig`` says all of it in plain values.
+step and caches live in predictors that wrap one another. ``AutoregressiveDecoder`` is the baseline, for causal
+networks. ``DecodingConfig`` holds the settings in plain values.
 
 Source: paper, section on iterative decoding; google-research/maskgit, ``parallel_decode.py``.
 """
@@ -15,8 +15,14 @@ from typing import TYPE_CHECKING
 from maskgit_pl.lazy_names import lazy_names
 
 if TYPE_CHECKING:
+    from maskgit_pl.decoding.autoregressive import (
+        AutoregressiveClassPredictor,
+        AutoregressiveDecoder,
+        AutoregressivePredictor,
+        decode_autoregressive,
+    )
     from maskgit_pl.decoding.classes import decode_classes
-    from maskgit_pl.decoding.config import RASTER, DecodingConfig, SequentialDecoding
+    from maskgit_pl.decoding.config import AutoregressiveDecoding, DecodingConfig
     from maskgit_pl.decoding.decoder import DecodingStep, ParallelDecoder
     from maskgit_pl.decoding.limits import check_parallel
     from maskgit_pl.decoding.noise import Noise, SeededNoise
@@ -34,14 +40,15 @@ if TYPE_CHECKING:
     )
     from maskgit_pl.decoding.recipe_file import RECIPE_FORMAT, read_recipe
     from maskgit_pl.decoding.sampling import CodeSampling
-    from maskgit_pl.decoding.sequential import ClassNextPredictor, NextPredictor, SequentialDecoder, decode_in_order
 
 __all__ = [
-    "RASTER",
     "RECIPE_FORMAT",
+    "AutoregressiveClassPredictor",
+    "AutoregressiveDecoder",
+    "AutoregressiveDecoding",
+    "AutoregressivePredictor",
     "CachedPredictor",
     "CachingNetwork",
-    "ClassNextPredictor",
     "ClassPredictor",
     "CodeSampling",
     "ConditionalModel",
@@ -51,23 +58,20 @@ __all__ = [
     "FirstStepLogits",
     "FirstStepPredictor",
     "GuidedPredictor",
-    "NextPredictor",
     "Noise",
     "ParallelDecoder",
     "Predictor",
     "SeededNoise",
-    "SequentialDecoder",
-    "SequentialDecoding",
     "check_parallel",
     "class_predictor",
+    "decode_autoregressive",
     "decode_classes",
-    "decode_in_order",
     "read_recipe",
 ]
 
 _NAMES = {
     "classes": ("decode_classes",),
-    "config": ("RASTER", "DecodingConfig", "SequentialDecoding"),
+    "config": ("AutoregressiveDecoding", "DecodingConfig"),
     "decoder": ("DecodingStep", "ParallelDecoder"),
     "limits": ("check_parallel",),
     "noise": ("Noise", "SeededNoise"),
@@ -85,7 +89,12 @@ _NAMES = {
     ),
     "recipe_file": ("RECIPE_FORMAT", "read_recipe"),
     "sampling": ("CodeSampling",),
-    "sequential": ("ClassNextPredictor", "NextPredictor", "SequentialDecoder", "decode_in_order"),
+    "autoregressive": (
+        "AutoregressiveClassPredictor",
+        "AutoregressivePredictor",
+        "AutoregressiveDecoder",
+        "decode_autoregressive",
+    ),
 }
 
 # ``DecodingConfig`` needs no torch, and the command line checks with it.

@@ -9,18 +9,17 @@ from maskgit_pl.checks import check_integer
 from maskgit_pl.decoding.guidance import guidance_scales, guidance_schedules
 from maskgit_pl.decoding.limits import check_guidance, check_num_steps, check_token_counts, check_token_sum
 from maskgit_pl.decoding.sampling import CodeSampling, Temperature
-from maskgit_pl.decoding.selectors import token_selectors
+from maskgit_pl.decoding.selectors import TokenSelector, token_selectors
+from maskgit_pl.old_names import rename_token_selector
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
 
 if TYPE_CHECKING:
+    from maskgit_pl.decoding.autoregressive import AutoregressiveDecoder
     from maskgit_pl.decoding.decoder import ParallelDecoder
-    from maskgit_pl.decoding.sequential import SequentialDecoder
 
-__all__ = ["RASTER", "DecodingConfig", "SequentialDecoding"]
+__all__ = ["AutoregressiveDecoding", "DecodingConfig"]
 
 _MOST_STEPS = 2**16  # as many as the tokens of the largest grid
-RASTER = "raster"
-"""The ``token_selector`` of a sequential model: no registered selector, but raster order."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,8 @@ class DecodingConfig:
 
     Args:
         num_steps: T, in [1, 65536].
-        token_selector: Name or mapping of a registered token selector; ``raster`` for a sequential model.
+        token_selector: Name or mapping of a registered token selector; None for an autoregressive model, which
+            draws tokens in raster order.
         guidance: Name or mapping of a registered guidance schedule.
         sampling_temperature: Divides the logits, at least 0: a number, or one for the first and one for the last step.
         top_k: Draw from the ``top_k`` likeliest codes; None draws from all.
@@ -44,7 +44,7 @@ class DecodingConfig:
     """
 
     num_steps: int = 8
-    token_selector: str | dict[str, Any] = "confidence"
+    token_selector: str | dict[str, Any] | None = "confidence"
     guidance: str | dict[str, Any] = "constant"
     sampling_temperature: Temperature = 1.0
     top_k: int | None = None
@@ -54,6 +54,7 @@ class DecodingConfig:
     context_cache: int = 1
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "token_selector", rename_token_selector(self.token_selector))
         if isinstance(self.sampling_temperature, list):  # as JSON has it
             object.__setattr__(self, "sampling_temperature", tuple(self.sampling_temperature))
         for name in ("num_steps", "context_cache"):
@@ -67,85 +68,93 @@ class DecodingConfig:
                 )
 
     @property
-    def is_sequential(self) -> bool:
-        """True if these are the settings of a sequential model."""
-        return self.token_selector == RASTER
+    def is_autoregressive(self) -> bool:
+        """True if these are the settings of an autoregressive model."""
+        return self.token_selector is None
 
-    def decoder(self, mask_schedule: MaskSchedule | None) -> ParallelDecoder:
+    def build_decoder(self, mask_schedule: MaskSchedule | None) -> ParallelDecoder:
         """Builds the decoder that follows ``mask_schedule``, or the schedule named here.
 
         Raises:
             ValueError: if a name is unknown, a number is out of range, or ``mask_schedule`` is None.
         """
         if mask_schedule is None:
-            raise ValueError("mask_schedule: a model that decodes in parallel is needed, got a sequential one")
+            raise ValueError("mask_schedule: a model that decodes in parallel is needed, got an autoregressive one")
         from maskgit_pl.decoding.decoder import ParallelDecoder
 
         return ParallelDecoder(
             mask_schedule if self.mask_schedule is None else mask_schedules.build(self.mask_schedule),
-            token_selectors.build(self.token_selector),
+            self._selector(),
             num_steps=self.num_steps,
             sampling=self._sampling(),
             tokens_per_step=self.tokens_per_step,
         )
 
-    def sequential_decoder(self, num_tokens: int) -> SequentialDecoder:
-        """Builds the decoder of a sequential model.
+    def build_autoregressive_decoder(self, num_tokens: int) -> AutoregressiveDecoder:
+        """Builds the decoder of an autoregressive model.
 
         Args:
             num_tokens: N, tokens of an image.
 
         Raises:
-            ValueError: if a sequential model cannot follow a setting, or a number is out of range.
+            ValueError: if an autoregressive model cannot follow a setting, or a number is out of range.
         """
-        self._check_sequential(num_tokens)
-        from maskgit_pl.decoding.sequential import SequentialDecoder
+        self._check_autoregressive(num_tokens)
+        from maskgit_pl.decoding.autoregressive import AutoregressiveDecoder
 
-        return SequentialDecoder(num_tokens, self._sampling())
+        return AutoregressiveDecoder(num_tokens, self._sampling())
 
-    def check(self, num_tokens: int, *, sequential: bool, pushes_away: bool = True) -> None:
+    def check(self, num_tokens: int, *, is_autoregressive: bool, has_negative_class: bool = True) -> None:
         """Refuses what a model cannot follow; unknown names and wrong numbers come first, before torch is imported.
 
         Args:
             num_tokens: N, tokens of an image.
-            sequential: The model draws one token after the other.
-            pushes_away: There is a class that guidance can push away from.
+            is_autoregressive: The model draws one token after the other.
+            has_negative_class: There is a class that guidance can push away from.
 
         Raises:
             TypeError: if a part does not take its arguments.
-            ValueError: if a name is unknown, a number is out of range, a sequential model cannot follow, or guidance
-                has no class to push away from.
+            ValueError: if a name is unknown, a number is out of range, an autoregressive model cannot follow a setting,
+                or guidance has no class to push away from.
         """
         self._sampling()
-        if sequential:
-            self._check_sequential(num_tokens)
-            check_guidance(self.scales(), pushes_away=pushes_away)
+        if is_autoregressive:
+            self._check_autoregressive(num_tokens)
+            check_guidance(self.scales(), has_negative_class=has_negative_class)
             return
         check_num_steps(self.num_steps, num_tokens)
         if self.tokens_per_step is not None:
             check_token_sum(self.tokens_per_step, num_tokens)
-        check_guidance(self.scales(), pushes_away=pushes_away)
+        check_guidance(self.scales(), has_negative_class=has_negative_class)
         # what is built below is tried, which needs torch
         if self.mask_schedule is not None:
             mask_schedules.build(self.mask_schedule)
-        selector = token_selectors.build(self.token_selector)
+        selector = self._selector()
         if self.tokens_per_step is not None:
             check_token_counts(self.tokens_per_step, self.num_steps, selector)
+
+    def _selector(self) -> TokenSelector:
+        if self.token_selector is None:
+            raise ValueError(
+                "token_selector must be set for a model that decodes in parallel, got None (autoregressive decoding); "
+                f"known: {', '.join(token_selectors.names())}"
+            )
+        return token_selectors.build(self.token_selector)
 
     def _sampling(self) -> CodeSampling:
         return CodeSampling(self.sampling_temperature, self.top_k, self.top_p)
 
-    def _check_sequential(self, num_tokens: int) -> None:
-        for name, value in _OF_SEQUENTIAL.items():
+    def _check_autoregressive(self, num_tokens: int) -> None:
+        for name, value in _AUTOREGRESSIVE_VALUES.items():
             if getattr(self, name) != value:
                 raise ValueError(
-                    f"{name}: a sequential model draws one token after the other in raster order, got "
+                    f"{name}: an autoregressive model draws one token after the other in raster order, got "
                     f"{getattr(self, name)!r}; leave it out, or take a model with bidirectional attention"
                 )
         if self.num_steps != num_tokens:
             raise ValueError(
-                f"num_steps: a sequential model takes one step for each of the {num_tokens} tokens of an image, got "
-                f"{self.num_steps}; leave it out, or take a model with bidirectional attention"
+                f"num_steps: an autoregressive model takes one step for each of the {num_tokens} tokens of an image, "
+                f"got {self.num_steps}; leave it out, or take a model with bidirectional attention"
             )
 
     def scales(self) -> tuple[float, ...]:
@@ -153,12 +162,12 @@ class DecodingConfig:
         return guidance_scales(guidance_schedules.build(self.guidance), self.num_steps)
 
 
-_OF_SEQUENTIAL = {"token_selector": RASTER, "mask_schedule": None, "tokens_per_step": None, "context_cache": 1}
+_AUTOREGRESSIVE_VALUES = {"token_selector": None, "mask_schedule": None, "tokens_per_step": None, "context_cache": 1}
 
 
 @dataclass(frozen=True)
-class SequentialDecoding:
-    """Decoding settings of a sequential model in plain values, as its recipe holds them.
+class AutoregressiveDecoding:
+    """Decoding settings of an autoregressive model in plain values, as its recipe holds them.
 
     Args:
         guidance: Name or mapping of a registered guidance schedule.
@@ -172,11 +181,11 @@ class SequentialDecoding:
     top_k: int | None = None
     top_p: float | None = None
 
-    def of(self, num_tokens: int) -> DecodingConfig:
+    def to_config(self, num_tokens: int) -> DecodingConfig:
         """Returns the settings for images of ``num_tokens`` tokens, as a pretrained folder holds them."""
         return DecodingConfig(
             num_tokens,
-            RASTER,
+            None,
             self.guidance,
             sampling_temperature=self.sampling_temperature,
             top_k=self.top_k,

@@ -14,37 +14,37 @@ if TYPE_CHECKING:
 __all__ = ["check_guidance", "check_num_steps", "check_parallel", "check_token_counts", "check_token_sum"]
 
 
-def check_guidance(scales: Sequence[float], *, pushes_away: bool) -> None:
+def check_guidance(scales: Sequence[float], *, has_negative_class: bool) -> None:
     """Refuses guidance where there is no class to push images away from.
 
     Args:
         scales: Guidance scale of each step.
-        pushes_away: The model has a null class, or negative classes are named.
+        has_negative_class: The model has a null class, or negative classes are named.
 
     Raises:
-        ValueError: if any scale is positive and ``pushes_away`` is False.
+        ValueError: if any scale is positive and ``has_negative_class`` is False.
     """
-    if not pushes_away and any(scale > 0 for scale in scales):
+    if not has_negative_class and any(scale > 0 for scale in scales):
         raise ValueError(
             "guidance: this model has no null class (it was trained with class_dropout 0); use scale 0, or name "
             "negative classes"
         )
 
 
-def check_parallel(task: str, *, sequential: bool) -> None:
-    """Refuses a sequential model for a task that fills masked tokens in any order.
+def check_parallel(task: str, *, is_autoregressive: bool) -> None:
+    """Refuses an autoregressive model for a task that fills masked tokens in any order.
 
     Args:
         task: Name of the task, for the error.
-        sequential: The model draws one token after the other.
+        is_autoregressive: The model draws one token after the other.
 
     Raises:
-        ValueError: if the model is sequential.
+        ValueError: if the model is autoregressive.
     """
-    if sequential:
+    if is_autoregressive:
         raise ValueError(
-            f"{task}: a model with bidirectional attention is needed, which fills masked tokens in any order, got a "
-            "sequential one, which draws whole images from their first token on; take another run"
+            f"{task}: a model with bidirectional attention is needed, which fills masked tokens in any order, got an "
+            "autoregressive one, which draws whole images from their first token on; take another run"
         )
 
 

@@ -253,7 +253,8 @@ class ConditionalModel(Generic[NetworkT]):
     """A class-conditional network and what decoding must know of it. ``of`` reads most of it from the network.
 
     Args:
-        network: Gives the logits: a ``ConditionalNetwork``, or a ``CausalTransformer`` for ``decode_in_order``.
+        network: Gives the logits: a ``ConditionalNetwork``, or an ``AutoregressiveTransformer`` for
+            ``decode_autoregressive``.
         grid: Rows and columns of tokens; N is their product.
         mask_token_id: The id that marks an unknown token.
         null_label: The label that stands for "no class"; None if the network has none.
@@ -319,7 +320,7 @@ def class_predictor(
     if model.context_cache != 1:
         build_predictor = partial(CachedPredictor, context_cache=model.context_cache)
     negative_labels = model.negative_labels(negative_labels, len(labels))
-    check_guidance(scales, pushes_away=negative_labels is not None)
+    check_guidance(scales, has_negative_class=negative_labels is not None)
 
     def for_calls(scales: Sequence[float]) -> Predictor:
         positive = torch.tensor(list(labels), device=model.device)

@@ -54,7 +54,7 @@ def classification_accuracy(
     if images is not None and images.shape != expected:
         raise ValueError(f"CAS images must be those of the data, {expected}, got {images.shape}")
 
-    def measured() -> Accuracy | None:
+    def measure() -> Accuracy | None:
         if rank_and_world()[0] != 0:
             return None
         classifier = fit_classifier(
@@ -67,6 +67,6 @@ def classification_accuracy(
         )
         return measure_accuracy(classifier.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), data)
 
-    accuracy = on_all_ranks(measured)[0]
+    accuracy = on_all_ranks(measure)[0]
     assert accuracy is not None  # the first rank measured it
     return accuracy

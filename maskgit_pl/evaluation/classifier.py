@@ -23,9 +23,9 @@ from maskgit_pl.networks.feature_network import FeatureOutput
 
 __all__ = ["Accuracy", "Classifier", "count_hits"]
 
-_OFTEN_RIGHT = 5  # of top-5
+_TOP_CLASSES = 5  # of top-5
 _WARM_UP = 0.25  # share of the steps in which the learning rate rises
-_LEAST_CYCLE = 5  # steps; torch divides by zero where the rise is one step
+_MIN_CYCLE_STEPS = 5  # steps; torch divides by zero where the rise is one step
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Accuracy:
     images: int
 
     @classmethod
-    def of_hits(cls, hits: Tensor, images: int) -> Accuracy:
+    def from_hits(cls, hits: Tensor, images: int) -> Accuracy:
         """Computes the accuracy from counts (2,) int64: images right, and right among the 5 likeliest."""
         top1, top5 = (hits.double() / images).tolist()
         return cls(top1, top5, images)
@@ -95,7 +95,7 @@ class Classifier(LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         config = self.config
         optimizer = AdamW(self.parameters(), lr=config.peak_rate, weight_decay=config.weight_decay, fused=True)
-        steps = max(config.max_steps, _LEAST_CYCLE)
+        steps = max(config.max_steps, _MIN_CYCLE_STEPS)
         schedule = OneCycleLR(optimizer, max_lr=config.peak_rate, total_steps=steps, pct_start=_WARM_UP)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -111,5 +111,5 @@ class Classifier(LightningModule):
 
 def count_hits(logits: Tensor, labels: Tensor) -> Tensor:
     """Returns (2,) int64: how many labels are the likeliest class, and among the 5 likeliest."""
-    hit = logits.topk(min(_OFTEN_RIGHT, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
+    hit = logits.topk(min(_TOP_CLASSES, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
     return torch.stack([hit[:, 0].sum(), hit.any(1).sum()])

@@ -55,7 +55,7 @@ class TrainingImages:
     """Images that a classifier is trained on in place of a data folder's, read as they are needed.
 
     Args:
-        take: Reads images by their numbers: (b,) int64 -> (b, C, H, H) uint8.
+        read: Reads images by their numbers: (b,) int64 -> (b, C, H, H) uint8.
         shape: C, H, H.
         labels: (n,) int64.
         class_names: One for each class, whether there are images of it or not.
@@ -64,7 +64,7 @@ class TrainingImages:
         ValueError: if the images are not square, there are none, or a label is not in [0, classes).
     """
 
-    take: Callable[[Tensor], Tensor]
+    read: Callable[[Tensor], Tensor]
     shape: tuple[int, ...]
     labels: Tensor
     class_names: tuple[str, ...]
@@ -77,14 +77,14 @@ class TrainingImages:
             raise ValueError(f"images must be at least one, of classes 0 to {most}")
 
 
-class _TakenBatches(Dataset[Batch]):
+class _ImageBatches(Dataset[Batch]):
     def __init__(self, source: TrainingImages, order: Order) -> None:
         self.source = source
         self.order = order
 
     def __getitems__(self, positions: range) -> Batch:
         rows = self.order(positions)
-        return Batch(self.source.take(rows.index), self.source.labels[rows.index], *rows)
+        return Batch(self.source.read(rows.index), self.source.labels[rows.index], *rows)
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ def measure_accuracy(
                 right += count_hits(classifier.predict(images).logits, labels)
             count += len(labels)
             on_images(len(labels))
-    return Accuracy.of_hits(right, count)
+    return Accuracy.from_hits(right, count)
 
 
 class _OnStep(Callback):
@@ -233,7 +233,7 @@ def _new(data: ShardData | TrainingImages, config: ClassifierConfig) -> Classifi
 
 def _training_batches(data: ShardData | TrainingImages, seed: int, chosen: Tensor | None) -> Dataset[Batch]:
     if isinstance(data, TrainingImages):
-        return _TakenBatches(data, ShuffledStream(len(data.labels), seed))
+        return _ImageBatches(data, ShuffledStream(len(data.labels), seed))
     if chosen is None:
         return data.batches("train", ShuffledStream(data.summary.samples["train"], seed))
     return data.batches("train", _Selected(ShuffledStream(len(chosen), seed), chosen))

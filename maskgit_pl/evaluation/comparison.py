@@ -16,31 +16,31 @@ from maskgit_pl.checks import check_integer
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.limits import check_num_steps
 from maskgit_pl.decoding.selectors import Remasking, token_selectors
-from maskgit_pl.evaluation.decodings import Spec, changed_fields, with_steps
+from maskgit_pl.evaluation.decodings import Spec, decoding_key, with_steps
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
 from maskgit_pl.evaluation.metric_names import format_value, title
 from maskgit_pl.evaluation.pages import (
     Page,
+    choose_classes,
     command_line,
     heading,
+    image_to_png,
     markdown_table,
     paragraph,
-    picture_png,
-    shown_classes,
     terminal_table,
     terminal_word,
 )
 from maskgit_pl.evaluation.run_folders import (
-    MeasuringOptions,
-    check_spec,
+    MeasurementOptions,
+    check_model_decoding,
+    create_evaluated_model,
     default_steps,
-    even_count,
     find_run,
-    measured_model,
     open_data,
     open_evaluator,
     open_model,
     read_outline,
+    round_to_classes,
 )
 from maskgit_pl.progress import Bars, no_bars
 from maskgit_pl.registry import describe
@@ -58,9 +58,9 @@ __all__ = [
     "ComparisonOptions",
     "MeasuredSelector",
     "compare",
-    "every_selector",
-    "selector_sheet",
-    "selector_variants",
+    "draw_selector_sheet",
+    "label_selectors",
+    "list_selectors",
 ]
 
 _STEPS = (4, 8, 16, 32)
@@ -72,8 +72,8 @@ _HEADINGS = ("T", "token selector", *map(title, _COLUMNS))
 
 
 @dataclass(frozen=True)
-class ComparisonOptions(MeasuringOptions):
-    """Options of ``compare``; see ``MeasuringOptions`` for the others.
+class ComparisonOptions(MeasurementOptions):
+    """Options of ``compare``; see ``MeasurementOptions`` for the others.
 
     Args:
         guidance: Scale, or name or mapping of a guidance schedule; None for the model's own.
@@ -115,7 +115,7 @@ class Comparison:
         counts: Number of real images: ``val``, which all distances are from, and ``train``, which ``real`` is of.
         model: Columns of the ledger that say which model and classifier these are.
         folder: Where the page, the CSV and the sheet are.
-        measured: Number of rows that were measured, not found in the ledger.
+        num_measured: Number of rows that were measured, not found in the ledger.
     """
 
     results: tuple[MeasuredSelector, ...]
@@ -126,7 +126,7 @@ class Comparison:
     counts: Mapping[str, int]
     model: Mapping[str, Any]
     folder: Path = Path()
-    measured: int = 0
+    num_measured: int = 0
 
     @property
     def ordered(self) -> list[MeasuredSelector]:
@@ -141,7 +141,7 @@ class Comparison:
     def table(self) -> Table:
         """Returns the rows for a terminal, the least distances of each number of steps in bold."""
         above = f"{self.num_images} images each, seed {self.seed}, the same noise for all"
-        return terminal_table(above, _HEADINGS, self._cells(terminal_word, "[bold]{}[/]"), left=2)
+        return terminal_table(above, _HEADINGS, self._iter_cells(terminal_word, "[bold]{}[/]"), left=2)
 
     def page(self, command: str) -> Page:
         """Returns the rows as a page: how they were made, a table of the distances, and a table of everything.
@@ -149,24 +149,24 @@ class Comparison:
         Args:
             command: What makes it again.
         """
-        lines = [*heading("Token selectors", command), *self._explanation(), ""]
+        lines = [*heading("Token selectors", command), *self._explain(), ""]
         lines += ["![one row a selector, one column a class](selectors.png)", ""]
         lines += [f"`selectors.png`: T = {self.sheet_steps}, one row a selector, one column a class and its noise.", ""]
-        lines += ["## fid/classifier by number of steps T (lower is better)", "", *self._distance_lines(), ""]
-        rows = [row for row in self._cells(markdown, "**{}**") if row]
+        lines += ["## fid/classifier by number of steps T (lower is better)", "", *self._format_distances(), ""]
+        rows = [row for row in self._iter_cells(markdown, "**{}**") if row]
         lines += ["## Everything", "", *markdown_table(_HEADINGS, rows, left=2)]
         values = [
             {
                 "selector": row.label,
                 "num_steps": row.num_steps,
                 **{name: row.numbers.get(name) for name in _COLUMNS},
-                "decoding": changed_fields(row.decoding),
+                "decoding": decoding_key(row.decoding),
             }
             for row in self.ordered
         ]
         return Page("comparison", "\n".join(lines) + "\n", values, folder=self.folder)
 
-    def _cells(self, word: Callable[[str], str], bold: str) -> Iterator[list[str]]:
+    def _iter_cells(self, word: Callable[[str], str], bold: str) -> Iterator[list[str]]:
         """Yields the cells of each row, an empty row after each number of steps, and those of real images.
 
         Args:
@@ -190,7 +190,7 @@ class Comparison:
         least = min(each.numbers[name] for each in self.results if each.num_steps == row.num_steps)
         return bold.format(cell) if row.numbers[name] == least else cell
 
-    def _explanation(self) -> list[str]:
+    def _explain(self) -> list[str]:
         count = self.num_images
         model = {name: markdown(str(value)[:8]) for name, value in self.model.items()}
         return paragraph(
@@ -207,7 +207,7 @@ class Comparison:
             f"Times are wall clock on one machine ({markdown(self.model['device'])}).",
         )
 
-    def _distance_lines(self) -> list[str]:
+    def _format_distances(self) -> list[str]:
         numbers = sorted({row.num_steps for row in self.results})
         cells: dict[str, dict[int, str]] = {}
         for row in self.results:
@@ -258,23 +258,24 @@ def compare(
     pipe = open_model(folders, options.device)
     # the quick ones first: what was measured when a person looks is of use
     steps = sorted(num_steps or default_steps(outline.num_tokens, _STEPS))
-    work = _decodings(pipe, selector_variants(selectors, pipe.decoding.token_selector), steps, options.guidance)
+    assert pipe.decoding.token_selector is not None  # the model is not autoregressive
+    work = _plan_decodings(pipe, label_selectors(selectors, pipe.decoding.token_selector), steps, options.guidance)
     images = open_data(folders, pipe, num_workers=options.num_workers)
-    count = even_count(num_images, images.num_classes)
-    model = measured_model(folders, pipe, out)
+    count = round_to_classes(num_images, images.num_classes)
+    model = create_evaluated_model(folders, pipe, out)
     evaluator = open_evaluator(folders, pipe, images, Ledger(model.folder / FILE_NAME), options=options, bars=bars)
     comparison = _measure(evaluator, model, work, num_images=count, seed=options.seed)
-    comparison = replace(comparison, folder=out or folders.home / "comparison")
+    comparison = replace(comparison, folder=out or folders.run / "comparison")
     flags = {"num_images": num_images, "seed": options.seed, "selectors": selectors, "num_steps": num_steps}
     page = comparison.page(command_line(["maskgit compare", run], flags | {"guidance": options.guidance}))
     shown = {each.label: each.decoding for each in comparison.results if each.num_steps == comparison.sheet_steps}
     advance = bars("sheet of images", len(shown))
-    sheet = selector_sheet(pipe, shown, seed=options.seed, on_row=lambda: advance(1))
-    replace(page, pictures={"selectors.png": picture_png(sheet)}).write()
+    sheet = draw_selector_sheet(pipe, shown, seed=options.seed, on_row=lambda: advance(1))
+    replace(page, pictures={"selectors.png": image_to_png(sheet)}).write()
     return comparison
 
 
-def _decodings(
+def _plan_decodings(
     pipe: MaskGIT, variants: Mapping[str, Spec], steps: Sequence[int], guidance: float | Spec | None
 ) -> list[tuple[str, DecodingConfig]]:
     if isinstance(guidance, int | float):
@@ -285,7 +286,7 @@ def _decodings(
     for number in steps:
         for label, selector in variants.items():
             decoding = replace(with_steps(base, number), token_selector=selector)
-            check_spec(pipe, decoding)
+            check_model_decoding(pipe, decoding)
             work.append((label, decoding))
     return work
 
@@ -298,16 +299,16 @@ def _measure(
     num_images: int,
     seed: int,
 ) -> Comparison:
-    from maskgit_pl.evaluation.evaluator import numbers_of
+    from maskgit_pl.evaluation.evaluator import collect_numbers
 
-    real = evaluator.real(num_images=num_images, metrics="fast")
-    before, results = evaluator.measured, []
+    real = evaluator.measure_real(num_images=num_images, metrics="fast")
+    before, results = evaluator.num_measured, []
     advance = evaluator.bars("token selectors", len(work))
     for label, decoding in work:
-        rows = evaluator.samples(
+        rows = evaluator.measure_samples(
             model, decoding, num_images=num_images, seed=seed, metrics="fast", purpose=f"selector {label}"
         )
-        results.append(MeasuredSelector(label, decoding, numbers_of(rows)))
+        results.append(MeasuredSelector(label, decoding, collect_numbers(rows)))
         advance(1)
     (network,) = evaluator.networks.values()
     assert network.accuracy is not None
@@ -317,14 +318,14 @@ def _measure(
         num_images,
         seed,
         network.accuracy,
-        numbers_of(real),
+        collect_numbers(real),
         {"val": columns["real_images"], "train": real[network.extractor.label]["num_images"]},
         columns,
-        measured=evaluator.measured - before,
+        num_measured=evaluator.num_measured - before,
     )
 
 
-def selector_variants(wanted: Sequence[Spec] | None, own: Spec) -> dict[str, Spec]:
+def label_selectors(wanted: Sequence[Spec] | None, own: Spec) -> dict[str, Spec]:
     """Returns the selectors that are compared, by the labels that tables show.
 
     A selector given by its name alone takes the choice temperature of the model's own selector, where both have one;
@@ -339,7 +340,7 @@ def selector_variants(wanted: Sequence[Spec] | None, own: Spec) -> dict[str, Spe
         ValueError: if a name is unknown, a number is out of range, or the same selector comes twice.
     """
     temperature = getattr(token_selectors.build(own), "choice_temperature", None)
-    specs = every_selector() if wanted is None else [(describe(spec), spec) for spec in wanted]
+    specs = list_selectors() if wanted is None else [(describe(spec), spec) for spec in wanted]
     found: dict[str, Spec] = {}
     for label, spec in specs:
         if label in found:
@@ -352,7 +353,7 @@ def selector_variants(wanted: Sequence[Spec] | None, own: Spec) -> dict[str, Spe
     return found
 
 
-def every_selector() -> list[tuple[str, Spec]]:
+def list_selectors() -> list[tuple[str, Spec]]:
     """Returns labels and specs of every registered selector that needs no argument, ``remdm`` with each strategy."""
     specs: list[tuple[str, Spec]] = []
     for name in token_selectors.build_all():
@@ -362,7 +363,7 @@ def every_selector() -> list[tuple[str, Spec]]:
     return specs
 
 
-def selector_sheet(
+def draw_selector_sheet(
     pipe: MaskGIT,
     decodings: Mapping[str, DecodingConfig],
     *,
@@ -381,7 +382,7 @@ def selector_sheet(
 
     from maskgit_pl.imaging import image_grid
 
-    classes = shown_classes(len(pipe.class_names))
+    classes = choose_classes(len(pipe.class_names))
     images = []
     for decoding in decodings.values():
         images.append(pipe.generate(classes, decoding=decoding, seed=seed, output_type="pt"))

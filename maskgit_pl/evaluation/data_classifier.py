@@ -24,13 +24,13 @@ class TrainedClassifier:
     Args:
         folder: Where it is.
         accuracy: On the real val split.
-        was_there: Whether it was trained before.
+        is_reused: Whether it was trained before.
         num_classes: Classes of the data.
     """
 
     folder: Path
     accuracy: Accuracy
-    was_there: bool
+    is_reused: bool
     num_classes: int
 
 
@@ -80,11 +80,11 @@ def train_classifier(
     place = default_device() if device is None else str(check_device(device))
     source = open_images(Path(data), image_size or sizes[0], summary.channels, num_workers=num_workers)
     folder = out or Path("runs") / f"{Path(data).resolve().name}-classifier" / config.model
-    was_there = classifier_training.is_trained(folder, source, config)
+    is_reused = classifier_training.is_trained(folder, source, config)
     advance = bars(f"training {config.model}", config.max_steps)
     classifier = classifier_training.obtain_classifier(
         folder, source, config=config, on_step=lambda: advance(1), device=place
     )
     on_images = bars("real images", source.summary.samples["val"])
     accuracy = classifier_training.measure_accuracy(classifier.to(place), source, on_images=on_images)
-    return TrainedClassifier(folder, accuracy, was_there, source.num_classes)
+    return TrainedClassifier(folder, accuracy, is_reused, source.num_classes)

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.evaluation.metric_names import is_better, metric_of
+from maskgit_pl.evaluation.metric_names import find_metric, is_better
 
 if TYPE_CHECKING:
     from maskgit_pl.evaluation.search_space import Search, SearchSpace
 
-__all__ = ["Measure", "SearchPlan", "SearchResult", "Trial", "ranked", "search"]
+__all__ = ["Measure", "SearchPlan", "SearchResult", "Trial", "search", "sort_trials"]
 
 FINALISTS = 3
-_FRESH = 1_000_000  # how far the seeds of the second measurement lie from those of the trials
+_CONFIRMATION_OFFSET = 1_000_000  # how far the seeds of the second measurement lie from those of the trials
 
 Measure: TypeAlias = Callable[[DecodingConfig, int, int, str], Mapping[str, float]]
 # (decoding, num_images, seed, purpose) -> numbers by name
@@ -56,9 +56,9 @@ class SearchResult:
         metric: Name of the metric of the search.
         folder: Where the page and the figure are.
         figure: Whether there is a figure.
-        recipe: ``decoding.json`` of the winner; None where the model is decoded in this way already.
-        old_recipe: Where the one before is kept, if there was one.
-        measured: Number of measurements that were made, those of the ledger not counted.
+        decoding_file: ``decoding.json`` of the winner; None where the model is decoded in this way already.
+        old_decoding_file: Where the one before is kept, if there was one.
+        num_measured: Number of measurements that were made, those of the ledger not counted.
     """
 
     trials: tuple[Trial, ...]
@@ -69,9 +69,9 @@ class SearchResult:
     metric: str
     folder: Path = Path()
     figure: bool = False
-    recipe: Path | None = None
-    old_recipe: Path | None = None
-    measured: int = 0
+    decoding_file: Path | None = None
+    old_decoding_file: Path | None = None
+    num_measured: int = 0
 
     @property
     def before(self) -> Trial:
@@ -79,9 +79,9 @@ class SearchResult:
         return self.confirmed[0]
 
 
-def ranked(trials: Sequence[Trial], metric: str) -> list[Trial]:
+def sort_trials(trials: Sequence[Trial], metric: str) -> list[Trial]:
     """Returns trials by a metric, the best first."""
-    sign = -1 if metric_of(metric).higher_is_better else 1
+    sign = -1 if find_metric(metric).higher_is_better else 1
     return sorted(trials, key=lambda trial: sign * trial.numbers[metric])
 
 
@@ -94,7 +94,7 @@ class SearchPlan:
         trials: At most so many, trial 0 included.
         num_images: Images of a trial; twice as many confirm.
         seed: Of the trials, and of their first image: all trials have the same noise.
-        how: Random draws or a grid.
+        method: Random draws or a grid.
         seconds: No further trial begins after so many; None for no limit.
         current: How the model is decoded now, where that is one of the trials: it is measured again with the best.
     """
@@ -103,7 +103,7 @@ class SearchPlan:
     trials: int
     num_images: int
     seed: int = 0
-    how: Search = "random"
+    method: Search = "random"
     seconds: float | None = None
     current: DecodingConfig | None = None
 
@@ -126,14 +126,14 @@ def search(
     metric, num_images = plan.metric, plan.num_images
     start, made = time.monotonic(), list[Trial]()
     for number in range(plan.trials):
-        decoding = space.trial(number, seed=plan.seed, how=plan.how)
+        decoding = space.trial(number, seed=plan.seed, method=plan.method)
         late = plan.seconds is not None and time.monotonic() - start >= plan.seconds
         if decoding is None or (made and late):
             break
         made.append(Trial(number, decoding, measure(decoding, num_images, plan.seed, f"trial {number}")))
         on_trial(made[-1])
-    confirmed, seed = [], plan.seed + _FRESH
-    for trial in _finalists(made, metric, plan.current):
+    confirmed, seed = [], plan.seed + _CONFIRMATION_OFFSET
+    for trial in _choose_finalists(made, metric, plan.current):
         purpose = f"confirmation of trial {trial.number}"
         confirmed.append(replace(trial, numbers=measure(trial.decoding, 2 * num_images, seed, purpose)))
         on_trial(confirmed[-1])
@@ -143,9 +143,9 @@ def search(
     return SearchResult(tuple(made), tuple(confirmed), winner, 2 * num_images, seed, metric)
 
 
-def _finalists(made: Sequence[Trial], metric: str, current: DecodingConfig | None) -> list[Trial]:
+def _choose_finalists(made: Sequence[Trial], metric: str, current: DecodingConfig | None) -> list[Trial]:
     """Returns trial 0, the trial that is in use, and the best others, no decoding twice."""
-    others = ranked(made[1:], metric)
+    others = sort_trials(made[1:], metric)
     chosen = [made[0], *(trial for trial in others if trial.decoding == current)][:2]
     most = len(chosen) + FINALISTS - sum(trial in others[:FINALISTS] for trial in chosen)
     for trial in others:

@@ -13,7 +13,7 @@ from typing import Any
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.registry import describe
 
-__all__ = ["PLOT_STEPS", "Spec", "changed_fields", "describe_decoding", "plot_steps", "with_steps"]
+__all__ = ["PLOT_STEPS", "Spec", "choose_plot_steps", "decoding_key", "describe_decoding", "with_steps"]
 
 PLOT_STEPS = (2, 3, 4, 6, 8, 12, 16, 24)  # T of the curves of mask schedules
 Spec = str | dict[str, Any]  # of a token selector, a guidance schedule, a mask schedule
@@ -24,7 +24,7 @@ def with_steps(decoding: DecodingConfig, num_steps: int) -> DecodingConfig:
     return replace(decoding, num_steps=num_steps, tokens_per_step=None)
 
 
-def plot_steps(num_tokens: int, steps: Iterable[int] = PLOT_STEPS) -> tuple[int, ...]:
+def choose_plot_steps(num_tokens: int, steps: Iterable[int] = PLOT_STEPS) -> tuple[int, ...]:
     """Returns the T at most half the number of tokens, above which a step decides less than two; in order, each once.
 
     Raises:
@@ -37,7 +37,7 @@ def plot_steps(num_tokens: int, steps: Iterable[int] = PLOT_STEPS) -> tuple[int,
     return wanted
 
 
-def changed_fields(decoding: DecodingConfig) -> dict[str, Any]:
+def decoding_key(decoding: DecodingConfig) -> dict[str, Any]:
     """Returns what the ledger tells decodings apart by: token selector, guidance, and fields that are not the default.
 
     A field that a later version adds is then absent from the rows of both.

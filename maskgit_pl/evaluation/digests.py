@@ -14,7 +14,7 @@ from typing import Any
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pretrained import fingerprint
 
-__all__ = ["digest_of", "model_digests", "short"]
+__all__ = ["digest_of", "model_digests", "shorten_digest"]
 
 _DIGITS = 16
 
@@ -24,7 +24,7 @@ def digest_of(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def short(digest: str) -> str:
+def shorten_digest(digest: str) -> str:
     """Returns the first 16 digits, which files and rows are told apart by."""
     return digest[:_DIGITS]
 

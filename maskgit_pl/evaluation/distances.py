@@ -36,7 +36,7 @@ Metrics: TypeAlias = Literal["all", "fast"]
 _ROWS = 1000  # of a block of pairwise distances
 
 
-class _Seen(nn.Module):
+class _PassThrough(nn.Module):
     """Hands features through: torchmetrics asks for the network, which has seen these images already."""
 
     def __init__(self, num_features: int) -> None:
@@ -67,9 +67,9 @@ def distances(generated: ImageFeatures, reference: Reference, *, metrics: Metric
         raise ValueError(
             f"distances: features of one network are needed, got {generated.label!r} and {reference.label!r}"
         )
-    numbers = {"fid": frechet_distance(Statistics.of(generated.pooled), reference.pooled)}
+    numbers = {"fid": frechet_distance(Statistics.from_features(generated.pooled), reference.pooled)}
     if generated.spatial is not None and reference.spatial is not None:
-        numbers["sfid"] = frechet_distance(Statistics.of(generated.spatial), reference.spatial)
+        numbers["sfid"] = frechet_distance(Statistics.from_features(generated.spatial), reference.spatial)
     if generated.logits is not None and len(generated) >= 2 * _IS_SPLITS:
         numbers["is"], numbers["is_deviation"] = inception_score(generated.logits)
     if reference.features is not None:
@@ -116,7 +116,7 @@ def kernel_distance(generated: Tensor, real: Tensor) -> tuple[float, float]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*will save all extracted features.*")  # they are here already
         kid = KernelInceptionDistance(
-            _Seen(generated.shape[1]), subsets=_KID_SUBSETS, subset_size=size, sync_on_compute=False
+            _PassThrough(generated.shape[1]), subsets=_KID_SUBSETS, subset_size=size, sync_on_compute=False
         )
     kid.update(real.double(), real=True)
     kid.update(generated.double(), real=False)
@@ -140,7 +140,7 @@ def inception_score(logits: Tensor, *, splits: int = _IS_SPLITS) -> tuple[float,
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*will save all extracted features.*")
-        score = InceptionScore(_Seen(logits.shape[1]), splits=splits, sync_on_compute=False)
+        score = InceptionScore(_PassThrough(logits.shape[1]), splits=splits, sync_on_compute=False)
     score.update(logits.double())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

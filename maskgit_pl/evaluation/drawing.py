@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["LineEnd", "name_lines", "plot_by_steps", "plot_floor", "png_of", "spread"]
+__all__ = ["LineEnd", "figure_to_png", "name_lines", "plot_by_steps", "plot_floor", "spread"]
 
 _LABEL_HEIGHT = 0.047  # of the axes: how far apart the names at the ends of lines are at least
 _REAL = "#3a7d44"
@@ -105,7 +105,7 @@ def name_lines(figure: Figure, axes: Axes, ends: Mapping[str, LineEnd], *, least
         )  # fmt: skip
 
 
-def png_of(figure: Figure) -> bytes:
+def figure_to_png(figure: Figure) -> bytes:
     """Returns a figure as a PNG file."""
     stream = io.BytesIO()
     figure.savefig(stream, dpi=150, format="png")

@@ -8,8 +8,8 @@ import torch
 
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation.evaluator import Evaluator
-from maskgit_pl.evaluation.generation import Generated
-from maskgit_pl.evaluation.pages import shown_classes
+from maskgit_pl.evaluation.generation import GeneratedImages
+from maskgit_pl.evaluation.pages import choose_classes
 from maskgit_pl.imaging import image_grid, reconstruction_grid, save_animation, save_png
 from maskgit_pl.pipeline import MaskGIT
 
@@ -19,7 +19,7 @@ _SHOWN_OF_A_CLASS, _SHOWN_PAIRS, _ANIMATED = 8, 16, 4
 
 
 def write_pictures(
-    evaluator: Evaluator, pipe: MaskGIT, decoding: DecodingConfig, made: Generated, *, folder: Path, seed: int
+    evaluator: Evaluator, pipe: MaskGIT, decoding: DecodingConfig, made: GeneratedImages, *, folder: Path, seed: int
 ) -> None:
     """Writes ``samples.png``, ``reconstructions.png`` and ``decoding.gif``.
 
@@ -31,7 +31,7 @@ def write_pictures(
         folder: Where the files go.
         seed: Of the first image of the animation.
     """
-    classes = shown_classes(len(pipe.class_names))
+    classes = choose_classes(len(pipe.class_names))
     rows = []
     for label in classes:
         start = int((made.labels == label).nonzero()[0])
@@ -42,7 +42,7 @@ def write_pictures(
     grid = image_grid(torch.cat([row[:least] for row in rows]), columns=least, row_captions=names)
     save_png(grid, folder / "samples.png")
 
-    originals = evaluator.real_images("val", _SHOWN_PAIRS)[0]
+    originals = evaluator.read_real_images("val", _SHOWN_PAIRS)[0]
     reconstructions = pipe.tokenizer.decode(pipe.tokenizer.encode(originals))
     save_png(reconstruction_grid(originals, reconstructions), folder / "reconstructions.png")
 

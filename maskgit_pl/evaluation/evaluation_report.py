@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, numbers_of
+from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, collect_numbers
 from maskgit_pl.evaluation.feature_metrics import CLASSIFIER, FeatureMetrics
 from maskgit_pl.evaluation.ledger import Row
 from maskgit_pl.evaluation.metric_names import NETWORK_METRICS, format_value, metric_name, title
@@ -23,7 +23,7 @@ from maskgit_pl.provenance import describe_environment
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["Measurements", "Report", "as_report"]
+__all__ = ["Measurements", "Report", "make_report"]
 
 _OF_IMAGES = ("class_agreement", "diversity", "seconds_per_image")  # what a report says of images
 _ESTIMATES = ("masked_nll", "elbo_", "exact_")
@@ -95,7 +95,7 @@ class Report:
         return table
 
 
-def as_report(model: EvaluatedModel, evaluator: Evaluator, made: Measurements, file: Path) -> Report:
+def make_report(model: EvaluatedModel, evaluator: Evaluator, made: Measurements, file: Path) -> Report:
     """Puts measurements together with everything needed to repeat them.
 
     Args:
@@ -155,7 +155,7 @@ def _reference(networks: Iterable[FeatureMetrics]) -> str:
 
 
 def _numbers(rows: Mapping[str, Row]) -> dict[str, float]:
-    return {name: value for name, value in numbers_of(rows).items() if name != "steps_taken"}
+    return {name: value for name, value in collect_numbers(rows).items() if name != "steps_taken"}
 
 
 def _is_likelihood(name: str) -> bool:

@@ -22,28 +22,28 @@ from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation.cas import classification_accuracy
 from maskgit_pl.evaluation.classifier_config import CASConfig
 from maskgit_pl.evaluation.classifier_training import TrainingImages
-from maskgit_pl.evaluation.decodings import changed_fields
-from maskgit_pl.evaluation.digests import digest_of, model_digests, short
+from maskgit_pl.evaluation.decodings import decoding_key
+from maskgit_pl.evaluation.digests import digest_of, model_digests, shorten_digest
 from maskgit_pl.evaluation.distances import Metrics
+from maskgit_pl.evaluation.editing_tasks import Task, edit, hide_pixels
 from maskgit_pl.evaluation.feature_metrics import FeatureMetrics
-from maskgit_pl.evaluation.generation import Generated, forget, generate
-from maskgit_pl.evaluation.held_out import Task, edit, masked
+from maskgit_pl.evaluation.generation import GeneratedImages, delete_generated, generate_images
 from maskgit_pl.evaluation.ledger import REAL, Ledger, Row, number
 from maskgit_pl.evaluation.likelihood import (
     ImageLikelihood,
     MaskDraws,
+    encode_real_images,
     exact_nll,
     masked_nll,
     negative_elbo,
-    real_tokens,
 )
 from maskgit_pl.evaluation.metric_names import NETWORK_METRICS, metric_name
-from maskgit_pl.evaluation.reference import ReferenceOrigin, drawn_order
+from maskgit_pl.evaluation.reference import ReferenceOrigin, draw_order
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.progress import Bars, no_bars
 from maskgit_pl.provenance import describe_environment, device_name
 
-__all__ = ["EvaluatedModel", "Evaluator", "numbers_of"]
+__all__ = ["EvaluatedModel", "Evaluator", "collect_numbers"]
 
 _FLOOR_BATCH = 200
 _OWN_COLUMNS = ("model", "max_steps", "seed")  # of the classifier of CAS
@@ -73,7 +73,7 @@ class EvaluatedModel:
     @property
     def kind(self) -> str:
         """The kind of model, as tables call it."""
-        return "MaskGIT" if self.pipe.transformer.mask_schedule is not None else "sequential"
+        return "MaskGIT" if self.pipe.transformer.mask_schedule is not None else "autoregressive"
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class EvaluatedModel:
             "run": self.run,
             "mask_schedule": "" if pipe.transformer.mask_schedule is None else repr(pipe.transformer.mask_schedule),
             "parameters": sum(each.numel() for network in networks for each in network.parameters()),
-            **{name: short(digest) for name, digest in model_digests(pipe, self.pretrained).items()},
+            **{name: shorten_digest(digest) for name, digest in model_digests(pipe, self.pretrained).items()},
         }
 
 
@@ -102,7 +102,7 @@ class Evaluator:
         device: Where the networks are, and where the classifier of CAS is trained.
 
     Attributes:
-        measured: Number of measurements that were made, those of the ledger not counted.
+        num_measured: Number of measurements that were made, those of the ledger not counted.
     """
 
     def __init__(
@@ -118,10 +118,10 @@ class Evaluator:
     ) -> None:
         self.data, self.dataset, self.networks, self.ledger = data, dataset, networks, ledger
         self.bars, self.batch_size, self.device = bars, batch_size, torch.device(device)
-        self.measured = 0
+        self.num_measured = 0
         self._commit = describe_environment()["commit"]  # of the code that runs, not of what is committed later
 
-    def samples(
+    def measure_samples(
         self,
         model: EvaluatedModel,
         decoding: DecodingConfig,
@@ -148,27 +148,27 @@ class Evaluator:
         Returns:
             A row for each network.
         """
-        keys = self._of(model, num_images, seed, decoding)
-        rows = self._found("samples", keys, networks, metrics)
+        keys = self._key_columns(model, num_images, seed, decoding)
+        rows = self._find_rows("samples", keys, networks, metrics)
         missing = [label for label, row in rows.items() if row is None]
         if missing:
             title = f"{model.run}: {num_images} images, T = {decoding.num_steps}"
-            made = self.generated(model, decoding, num_images=num_images, seed=seed, title=title)
+            made = self.generate(model, decoding, num_images=num_images, seed=seed, title=title)
             taken = {"steps_taken": made.steps_taken, "seconds_per_image": made.seconds_per_image}
             said = {} if purpose is None else {"purpose": purpose}
             for label in missing:
                 rows[label] = self._measure("samples", keys | said | taken, label, made.read, made.labels, metrics)
             if not keep:
-                forget(self._file(model, decoding, num_images, seed))
+                delete_generated(self._samples_file(model, decoding, num_images, seed))
         return {label: row for label, row in rows.items() if row is not None}
 
-    def generated(
+    def generate(
         self, model: EvaluatedModel, decoding: DecodingConfig, *, num_images: int, seed: int, title: str
-    ) -> Generated:
-        """Generates the images of a measurement, in a file of their own until ``forget``."""
-        return generate(
+    ) -> GeneratedImages:
+        """Generates the images of a measurement, in a file of their own until ``delete_generated``."""
+        return generate_images(
             model.pipe,
-            self._file(model, decoding, num_images, seed),
+            self._samples_file(model, decoding, num_images, seed),
             decoding,
             num_images=num_images,
             seed=seed,
@@ -176,28 +176,31 @@ class Evaluator:
             on_images=self.bars(title, num_images),
         )
 
-    def _file(self, model: EvaluatedModel, decoding: DecodingConfig, num_images: int, seed: int) -> Path:
+    def _samples_file(self, model: EvaluatedModel, decoding: DecodingConfig, num_images: int, seed: int) -> Path:
         digests = {name: model.identity[name] for name in ("tokenizer", "transformer", "config")}
-        return model.folder / f"samples-{short(digest_of([digests, changed_fields(decoding), num_images, seed]))}.npz"
+        return (
+            model.folder
+            / f"samples-{shorten_digest(digest_of([digests, decoding_key(decoding), num_images, seed]))}.npz"
+        )
 
-    def real(
+    def measure_real(
         self, *, num_images: int, networks: Sequence[str] | None = None, metrics: Metrics = "all"
     ) -> dict[str, Row]:
         """Measures as many real train images, drawn at random: the floor of every distance."""
         count = min(num_images, self.data.summary.samples["train"])
-        keys = self._of(None, count, 0, None)
-        rows = self._found("samples", keys, networks, metrics)
+        keys = self._key_columns(None, count, 0, None)
+        rows = self._find_rows("samples", keys, networks, metrics)
         for label, row in rows.items():
             if row is None:
-                images, labels = self.real_images("train", count)
-                rows[label] = self._measure("samples", keys, label, _reader(images), labels, metrics)
+                images, labels = self.read_real_images("train", count)
+                rows[label] = self._measure("samples", keys, label, _make_reader(images), labels, metrics)
         return {label: row for label, row in rows.items() if row is not None}
 
     @lru_cache(maxsize=2)  # noqa: B019  # an evaluator lives as long as its command
-    def real_images(self, split: str, count: int) -> tuple[Tensor, Tensor]:
+    def read_real_images(self, split: str, count: int) -> tuple[Tensor, Tensor]:
         """Returns images of a split, drawn at random, always the same ones: (n, C, H, W) uint8 and labels (n,)."""
         samples = self.data.summary.samples[split]
-        batches = self.data.batches(split, drawn_order(samples, count))  # type: ignore[arg-type]  # train or val
+        batches = self.data.batches(split, draw_order(samples, count))  # type: ignore[arg-type]  # train or val
         count = min(count, samples)
         parts = [
             batches.__getitems__(range(first, min(first + _FLOOR_BATCH, count)))
@@ -205,20 +208,20 @@ class Evaluator:
         ]
         return torch.cat([part.content for part in parts]), torch.cat([part.labels for part in parts])
 
-    def likelihood(self, model: EvaluatedModel, *, num_images: int, draws: int, seed: int = 0) -> Row:
-        """Measures masked negative log-likelihood and the order-agnostic bound; of a sequential model the exact one."""
+    def measure_likelihood(self, model: EvaluatedModel, *, num_images: int, draws: int, seed: int = 0) -> Row:
+        """Measures masked NLL and the order-agnostic bound, or the exact likelihood of an autoregressive model."""
         count = min(num_images, self.data.summary.samples["val"])
-        keys = {**self._on(model), "num_images": count, "seed": seed, "draws": draws}
+        keys = {**self._model_columns(model), "num_images": count, "seed": seed, "draws": draws}
         row = self.ledger.find("likelihood", keys)
-        return row or self._add("likelihood", {**keys, **self._nll(model, count, draws, seed)})
+        return row or self._add("likelihood", {**keys, **self._measure_nll(model, count, draws, seed)})
 
-    def _nll(self, model: EvaluatedModel, count: int, draws: int, seed: int) -> dict[str, float]:
+    def _measure_nll(self, model: EvaluatedModel, count: int, draws: int, seed: int) -> dict[str, float]:
         transformer = model.pipe.transformer
-        tokens, labels = real_tokens(model.pipe, self.data, limit=count, batch_size=self.batch_size)
+        tokens, labels = encode_real_images(model.pipe, self.data, limit=count, batch_size=self.batch_size)
         bar = self.bars(f"{model.run}: likelihood", (1 if transformer.mask_schedule is None else 2) * count)
         if transformer.mask_schedule is None:
             exact = exact_nll(transformer.network, tokens, labels, batch_size=self.batch_size, on_images=bar)
-            return _bits("exact", exact)
+            return _in_bits("exact", exact)
         how: dict[str, Any] = {
             "mask_token_id": transformer.network.config.mask_token_id,
             "draws": MaskDraws(draws, seed),
@@ -228,9 +231,9 @@ class Evaluator:
         schedule = transformer.mask_schedule
         part = masked_nll(transformer.network.forward_masked, tokens, labels, mask_schedule=schedule, **how)
         bound = negative_elbo(transformer.network.forward_masked, tokens, labels, **how)
-        return {"masked_nll": part.mean, "masked_nll_error": part.standard_error, **_bits("elbo", bound)}
+        return {"masked_nll": part.mean, "masked_nll_error": part.standard_error, **_in_bits("elbo", bound)}
 
-    def cas(
+    def measure_cas(
         self,
         model: EvaluatedModel | None,
         decoding: DecodingConfig | None,
@@ -243,7 +246,7 @@ class Evaluator:
         config = config.for_images(self.data.config.image_size)
         training = {name: value for name, value in asdict(config).items() if name not in _OWN_COLUMNS}
         keys = {
-            **self._of(model, num_images, seed, decoding),
+            **self._key_columns(model, num_images, seed, decoding),
             "classifier": config.model, "training_images": num_images, "training_steps": config.max_steps,
             "classifier_seed": config.seed, "training": training,
         }  # fmt: skip
@@ -254,44 +257,44 @@ class Evaluator:
         source: TrainingImages | Tensor
         if model is None or decoding is None:
             there = self.data.summary.samples["train"]
-            source = drawn_order(there, num_images)(range(min(num_images, there))).index  # of ``real_images``
+            source = draw_order(there, num_images)(range(min(num_images, there))).index  # of ``real_images``
         else:
             title = f"{name}: {num_images} images for CAS"
-            made = self.generated(model, decoding, num_images=num_images, seed=seed, title=title)
-            source = TrainingImages(made.take, made.shape, made.labels, self.data.class_names)
+            made = self.generate(model, decoding, num_images=num_images, seed=seed, title=title)
+            source = TrainingImages(made.read_at, made.shape, made.labels, self.data.class_names)
         bar = self.bars(f"CAS: {config.model} on {name}", config.max_steps)
         found = classification_accuracy(source, self.data, config, on_step=lambda: bar(1), device=str(self.device))
         return self._add("cas", {**keys, "top1": found.top1, "top5": found.top5, "real_images": found.images})
 
-    def editing(self, model: EvaluatedModel, task: Task, *, num_images: int, seed: int) -> list[Row]:
+    def measure_editing(self, model: EvaluatedModel, task: Task, *, num_images: int, seed: int) -> list[Row]:
         """Measures held-out images edited, as they are, and with grey in place of what is hidden: a row a network."""
         decoding, count = model.pipe.decoding, min(num_images, self.data.summary.samples["val"])
         rows: list[Row] = []
         images: dict[str, Tensor] = {}
         for kind in (EDITED, MASKED, UNEDITED):
-            keys = self._of(model, count, seed, decoding) | {"task": task, "model": kind}
-            for label, row in self._found("editing", keys).items():
+            keys = self._key_columns(model, count, seed, decoding) | {"task": task, "model": kind}
+            for label, row in self._find_rows("editing", keys).items():
                 if row is None:
-                    images = images or self._edited(model, task, count, seed)
-                    labels = self.real_images("val", count)[1]
-                    row = self._measure("editing", keys, label, _reader(images[kind]), labels)
+                    images = images or self._edit(model, task, count, seed)
+                    labels = self.read_real_images("val", count)[1]
+                    row = self._measure("editing", keys, label, _make_reader(images[kind]), labels)
                 rows.append(row)
         return rows
 
-    def _edited(self, model: EvaluatedModel, task: Task, count: int, seed: int) -> dict[str, Tensor]:
-        originals, labels = self.real_images("val", count)
+    def _edit(self, model: EvaluatedModel, task: Task, count: int, seed: int) -> dict[str, Tensor]:
+        originals, labels = self.read_real_images("val", count)
         bar = self.bars(f"{model.run}: {task}", count)
         edited = edit(task, model.pipe, originals, labels, seed=seed, batch_size=self.batch_size, on_images=bar)
-        return {EDITED: edited, MASKED: masked(task, model.pipe.tokenizer, originals), UNEDITED: originals}
+        return {EDITED: edited, MASKED: hide_pixels(task, model.pipe.tokenizer, originals), UNEDITED: originals}
 
-    def _found(
+    def _find_rows(
         self, kind: str, keys: Mapping[str, Any], networks: Sequence[str] | None = None, metrics: Metrics = "all"
     ) -> dict[str, Row | None]:
         """Returns the rows of networks that the ledger holds, and None for the others."""
         rows: dict[str, Row | None] = {}
         for label in self.networks if networks is None else networks:
             having = self.networks[label].last_number(keys["num_images"], metrics)
-            rows[label] = self.ledger.find(kind, {**keys, **self._judged(kind, label)}, having=having)
+            rows[label] = self.ledger.find(kind, {**keys, **self._network_columns(kind, label)}, having=having)
         return rows
 
     def _measure(
@@ -305,37 +308,37 @@ class Evaluator:
     ) -> Row:
         bar = self.bars(f"features of {label}", len(labels))
         numbers = self.networks[label](read, len(labels), labels, metrics=metrics, on_images=bar)
-        return self._add(kind, {**keys, **self._judged(kind, label), **numbers})
+        return self._add(kind, {**keys, **self._network_columns(kind, label), **numbers})
 
     def _add(self, kind: str, row: Mapping[str, Any]) -> Row:
-        self.measured += 1
+        self.num_measured += 1
         date = datetime.date.today().isoformat()
         return self.ledger.add(kind, {**row, "commit": self._commit, "date": date, "device": device_name(self.device)})
 
-    def _judged(self, kind: str, label: str) -> dict[str, Any]:
+    def _network_columns(self, kind: str, label: str) -> dict[str, Any]:
         """Returns the columns of a network, and the split that it compares with, which a file stands in place of."""
         network = self.networks[label]
         assert network.reference.origin is not None
         split = {"split": network.reference.origin.split} if kind == "samples" else {}
         return {**network.columns, **split}
 
-    def _on(self, model: EvaluatedModel | None) -> dict[str, Any]:
+    def _model_columns(self, model: EvaluatedModel | None) -> dict[str, Any]:
         if model is None:  # real images are decided by their size alone
-            of = {**_NO_MODEL, "config": short(ReferenceOrigin.of_split(self.data, "train").digest)}
+            of = {**_NO_MODEL, "config": shorten_digest(ReferenceOrigin.from_split(self.data, "train").digest)}
         else:
             of = model.identity
-        return {**of, "dataset": self.dataset, "data": short(self.data.summary.fingerprint), "split": "val"}
+        return {**of, "dataset": self.dataset, "data": shorten_digest(self.data.summary.fingerprint), "split": "val"}
 
-    def _of(
+    def _key_columns(
         self, model: EvaluatedModel | None, num_images: int, seed: int, decoding: DecodingConfig | None
     ) -> dict[str, Any]:
         said = _NO_DECODING
         if model is not None and decoding is not None:
-            said = {"num_steps": decoding.num_steps, "decoding": changed_fields(decoding)}
-        return {**self._on(model), "num_images": num_images, "seed": seed, **said}
+            said = {"num_steps": decoding.num_steps, "decoding": decoding_key(decoding)}
+        return {**self._model_columns(model), "num_images": num_images, "seed": seed, **said}
 
 
-def numbers_of(rows: Mapping[str, Row]) -> dict[str, float]:
+def collect_numbers(rows: Mapping[str, Row]) -> dict[str, float]:
     """Returns the numbers of a measurement by their names, such as ``fid/classifier`` and ``diversity``.
 
     Args:
@@ -350,12 +353,12 @@ def numbers_of(rows: Mapping[str, Row]) -> dict[str, float]:
     return found
 
 
-def _bits(name: str, found: ImageLikelihood) -> dict[str, float]:
+def _in_bits(name: str, found: ImageLikelihood) -> dict[str, float]:
     numbers: dict[str, float] = {}
     for unit, estimate in (("bits_per_token", found.bits_per_token), ("bits_per_image", found.bits_per_image)):
         numbers |= {f"{name}_{unit}": estimate.mean, f"{name}_{unit}_error": estimate.standard_error}
     return numbers
 
 
-def _reader(images: Tensor) -> Callable[[range], Tensor]:
+def _make_reader(images: Tensor) -> Callable[[range], Tensor]:
     return lambda rows: images[rows.start : rows.stop]

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from maskgit_pl.evaluation.digests import short
+from maskgit_pl.evaluation.digests import shorten_digest
 from maskgit_pl.evaluation.distances import PRECISION_NEIGHBOURS, Metrics, distances
-from maskgit_pl.evaluation.features import Extractor, ImageFeatures, extract, own_image_batches
+from maskgit_pl.evaluation.features import Extractor, ImageFeatures, extract, iter_image_batches
 from maskgit_pl.evaluation.metrics import class_agreement, diversity
 from maskgit_pl.evaluation.reference import Reference
 
@@ -47,11 +47,11 @@ class FeatureMetrics:
         assert origin is not None
         return {
             "network": self.extractor.label,
-            "judge": short(self.extractor.digest),
+            "judge": shorten_digest(self.extractor.digest),
             "knows_classes": self.extractor.knows_classes,
             "real_images": None if features is None else len(features),
             "reference_file": origin.file,
-            "reference": short(origin.digest),
+            "reference": shorten_digest(origin.digest),
         }
 
     @property
@@ -87,7 +87,7 @@ class FeatureMetrics:
             on_images: Called with the number of images of each batch that is done.
         """
         extractor = self.extractor
-        features = extract([extractor], own_image_batches(read, count), on_images=on_images)[extractor.label]
+        features = extract([extractor], iter_image_batches(read, count), on_images=on_images)[extractor.label]
         numbers = distances(features, self.reference, metrics=metrics)
         if labels is not None and extractor.label == CLASSIFIER and features.logits is not None:
             numbers["class_agreement"] = class_agreement(features.logits.argmax(1), labels)

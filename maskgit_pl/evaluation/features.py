@@ -24,8 +24,8 @@ __all__ = [
     "FeatureCollector",
     "ImageFeatures",
     "extract",
-    "own_batches",
-    "own_image_batches",
+    "iter_image_batches",
+    "iter_row_batches",
 ]
 
 BATCH_SIZE = 50
@@ -155,7 +155,7 @@ def extract(
 
     Args:
         extractors: The networks, each with a label of its own.
-        batches: This rank's: (b, C, H, W) uint8 images and their (b,) int64 numbers; ``own_image_batches`` makes them.
+        batches: This rank's: (b, C, H, W) uint8 images and their (b,) int64 numbers; ``iter_image_batches`` makes them.
         on_images: Called with the number of images that are done, for a progress bar.
 
     Returns:
@@ -178,13 +178,13 @@ def extract(
     return {label: collector.gather() for label, collector in collectors.items()}
 
 
-def own_batches(count: int, *, batch_size: int = BATCH_SIZE) -> Iterator[range]:
+def iter_row_batches(count: int, *, batch_size: int = BATCH_SIZE) -> Iterator[range]:
     """Yields the rows of ``count`` that this rank takes, batch by batch: whole batches, dealt out by their number."""
     for number in own_rows(-(-count // batch_size)):
         yield range(number * batch_size, min((number + 1) * batch_size, count))
 
 
-def own_image_batches(
+def iter_image_batches(
     read: Callable[[range], Tensor], count: int, *, batch_size: int = BATCH_SIZE
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields this rank's batches of ``count`` images, with their numbers.
@@ -194,5 +194,5 @@ def own_image_batches(
         count: All images.
         batch_size: Images at a time.
     """
-    for rows in own_batches(count, batch_size=batch_size):
+    for rows in iter_row_batches(count, batch_size=batch_size):
         yield read(rows), torch.arange(rows.start, rows.stop)

@@ -20,13 +20,13 @@ from maskgit_pl.evaluation.npz import SampleFile, open_samples
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.bulk import generate_many
 
-__all__ = ["Generated", "forget", "generate"]
+__all__ = ["GeneratedImages", "delete_generated", "generate_images"]
 
 _PART = 250  # images: what is lost at most where the command is killed
 
 
 @dataclass(frozen=True)
-class Generated:
+class GeneratedImages:
     """Generated images.
 
     Args:
@@ -35,7 +35,7 @@ class Generated:
         labels: (n,) int64: the classes asked for, class by class.
         seconds_per_image: Wall clock of one rank, tokens and pixels; None where the images were there already.
         steps_taken: Steps in which an image still had masked tokens, the mean over this rank's images: T unless the
-            token selector may end early. None where the images were there already, or the model is sequential.
+            token selector may end early. None where the images were there already, or the model is autoregressive.
     """
 
     file: SampleFile
@@ -53,7 +53,7 @@ class Generated:
         """C, H, W of an image."""
         return (self.channels, *self.file.images.shape[1:3])
 
-    def take(self, rows: Tensor) -> Tensor:
+    def read_at(self, rows: Tensor) -> Tensor:
         """Reads the images of any numbers (b,) int64: (b, C, H, W) uint8.
 
         They are read from the file, not from its mapping: pages of a mapping count as memory of this process for as
@@ -72,7 +72,7 @@ class Generated:
         return rearrange(torch.from_numpy(found), "b h w c -> b c h w")[:, : self.channels]
 
 
-def generate(
+def generate_images(
     pipe: MaskGIT,
     file: Path,
     decoding: DecodingConfig,
@@ -81,7 +81,7 @@ def generate(
     seed: int = 0,
     batch_size: int = 100,
     on_images: Callable[[int], object] = lambda count: None,
-) -> Generated:
+) -> GeneratedImages:
     """Generates images of all classes, spread evenly; those in the file, or in its parts, are not made again.
 
     Args:
@@ -125,11 +125,11 @@ def generate(
     assert samples.labels is not None  # generate_many writes them
     channels: Literal[1, 3] = 1 if pipe.tokenizer.network.config.in_channels == 1 else 3
     if not result.made:
-        return Generated(samples, channels, samples.labels, None)
-    return Generated(samples, channels, samples.labels, seconds / result.made, taken / result.made)
+        return GeneratedImages(samples, channels, samples.labels, None)
+    return GeneratedImages(samples, channels, samples.labels, seconds / result.made, taken / result.made)
 
 
-def forget(file: Path) -> None:
+def delete_generated(file: Path) -> None:
     """Takes generated images away, complete or not; they are a function of the model and the seed."""
     if rank_and_world()[0] == 0:
         file.unlink(missing_ok=True)

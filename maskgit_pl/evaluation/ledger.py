@@ -22,8 +22,9 @@ from typing import IO, Any, TypeAlias
 
 from maskgit_pl.checks import check_integer, check_keys, check_number, shorten
 from maskgit_pl.files import parse_json, size_text
+from maskgit_pl.old_names import rename_measurement
 
-__all__ = ["FILE_NAME", "KEYS", "REAL", "Ledger", "Row", "as_csv", "number", "present"]
+__all__ = ["FILE_NAME", "KEYS", "REAL", "Ledger", "Row", "format_csv", "number", "present"]
 
 Row: TypeAlias = dict[str, Any]
 
@@ -128,7 +129,7 @@ class Ledger:
                     _log.info("%s was cut off and is measured again", where)
                     return
                 try:
-                    row = parse_json(line, where)
+                    row = rename_measurement(parse_json(line, where))
                     _check_row(where, row)
                 except ValueError as error:
                     raise ValueError(f"{error}; remove the line, or move the file away") from error
@@ -192,7 +193,7 @@ def present(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
     return any(row.get(name) is not None for row in rows)
 
 
-def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+def format_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     """Returns rows for a spreadsheet, unrounded, with every column that one of them has; mappings as JSON."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     stream = io.StringIO()

@@ -18,18 +18,18 @@ from torch import Tensor
 
 from maskgit_pl.data import ShardData
 from maskgit_pl.distributed import gather_rows
-from maskgit_pl.evaluation.features import own_batches
-from maskgit_pl.evaluation.reference import own_real_batches
+from maskgit_pl.evaluation.features import iter_row_batches
+from maskgit_pl.evaluation.reference import iter_real_batches
 from maskgit_pl.imaging import to_unit_range
 from maskgit_pl.masking import MaskSampler, random_mask
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.randomness import random_bits
 from maskgit_pl.schedules import MaskSchedule
 
-__all__ = ["Estimate", "ImageLikelihood", "MaskDraws", "exact_nll", "masked_nll", "negative_elbo", "real_tokens"]
+__all__ = ["Estimate", "ImageLikelihood", "MaskDraws", "encode_real_images", "exact_nll", "masked_nll", "negative_elbo"]
 
 MaskedPredictor: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
-CausalPredictor: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+AutoregressiveNetwork: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 OnImages: TypeAlias = Callable[[int], object]
 _WORDS = 2**32
 
@@ -61,11 +61,11 @@ class Estimate:
     standard_error: float
 
     @classmethod
-    def of(cls, values: Tensor) -> Estimate:
+    def from_values(cls, values: Tensor) -> Estimate:
         """Computes the estimate of (n,) float64 values, n at least 2."""
         return cls(float(values.mean()), float(values.std()) / math.sqrt(len(values)))
 
-    def times(self, factor: float) -> Estimate:
+    def scale(self, factor: float) -> Estimate:
         """Returns the estimate in another unit."""
         return Estimate(factor * self.mean, abs(factor) * self.standard_error)
 
@@ -85,12 +85,12 @@ class ImageLikelihood:
     @property
     def bits_per_image(self) -> Estimate:
         """Bits that a code of an image's tokens needs."""
-        return self.nats.times(1 / math.log(2))
+        return self.nats.scale(1 / math.log(2))
 
     @property
     def bits_per_token(self) -> Estimate:
         """The same of a token; uniform guesses need log2 K."""
-        return self.nats.times(1 / (math.log(2) * self.num_tokens))
+        return self.nats.scale(1 / (math.log(2) * self.num_tokens))
 
 
 def masked_nll(
@@ -136,10 +136,10 @@ def masked_nll(
         place = {"index": index, "epoch": draw_of_row, "position": index * draws.count + draw_of_row}
         return sampler.mask(tokens.shape[1], **place, global_batch=draws.count)
 
-    values = _mean_row_nll(
+    values = _masked_row_nll(
         network, tokens, labels, mask, mask_token_id, draws=draws.count, batch_size=batch_size, on_images=on_images
     )
-    return Estimate.of(values)
+    return Estimate.from_values(values)
 
 
 def negative_elbo(
@@ -182,14 +182,14 @@ def negative_elbo(
         count = 1 + (draw * _WORDS + word) * num_tokens // (draws.count * _WORDS)  # (B,) in [1, N], by integers alone
         return random_mask(count, num_tokens, seed=draws.seed, index=index, epoch=draw)
 
-    values = _mean_row_nll(
+    values = _masked_row_nll(
         network, tokens, labels, mask, mask_token_id, draws=draws.count, batch_size=batch_size, on_images=on_images
     )
-    return ImageLikelihood(Estimate.of(num_tokens * values), num_tokens)
+    return ImageLikelihood(Estimate.from_values(num_tokens * values), num_tokens)
 
 
 def exact_nll(
-    network: CausalPredictor,
+    network: AutoregressiveNetwork,
     tokens: Tensor,
     labels: Tensor,
     *,
@@ -216,12 +216,12 @@ def exact_nll(
         logits = network(rows, labels[index])
         return F.cross_entropy(logits.float().transpose(1, 2), rows, reduction="none").cpu().double().sum(1)
 
-    values = _over_images(nll, len(tokens), batch_size=batch_size, on_images=on_images)
-    return ImageLikelihood(Estimate.of(values), tokens.shape[1])
+    values = _map_images(nll, len(tokens), batch_size=batch_size, on_images=on_images)
+    return ImageLikelihood(Estimate.from_values(values), tokens.shape[1])
 
 
 @torch.inference_mode()
-def real_tokens(
+def encode_real_images(
     pipe: MaskGIT, data: ShardData, *, limit: int | None = None, batch_size: int = 100
 ) -> tuple[Tensor, Tensor]:
     """Computes tokens and labels of the val split, by the model's tokenizer; the ranks share the work.
@@ -237,7 +237,7 @@ def real_tokens(
     """
     tokens = [torch.empty(0, pipe.tokenizer.grid[0] * pipe.tokenizer.grid[1], dtype=torch.int64)]
     labels, index = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
-    for batch in own_real_batches(data, "val", num_images=limit, shuffled=True, batch_size=batch_size):
+    for batch in iter_real_batches(data, "val", num_images=limit, shuffled=True, batch_size=batch_size):
         tokens.append(pipe.tokenizer.network.encode(to_unit_range(batch.content.to(pipe.device))).cpu())
         labels.append(batch.labels)
         index.append(batch.position)
@@ -256,7 +256,7 @@ def _check(tokens: Tensor, labels: Tensor, **numbers: int) -> None:
             raise ValueError(f"likelihood {name}: at least 1 is needed, got {number}")
 
 
-def _mean_row_nll(
+def _masked_row_nll(
     network: MaskedPredictor,
     tokens: Tensor,
     labels: Tensor,
@@ -279,13 +279,13 @@ def _mean_row_nll(
             total += torch.bincount(row_of_token, weights=of_token, minlength=len(index)) / masked
         return total / draws
 
-    return _over_images(nll, len(tokens), batch_size=batch_size, on_images=on_images)
+    return _map_images(nll, len(tokens), batch_size=batch_size, on_images=on_images)
 
 
 @torch.inference_mode()
-def _over_images(values_of: Callable[[Tensor], Tensor], count: int, *, batch_size: int, on_images: OnImages) -> Tensor:
+def _map_images(values_of: Callable[[Tensor], Tensor], count: int, *, batch_size: int, on_images: OnImages) -> Tensor:
     """Computes (count,) float64: the values of all images, from functions of the rows (B,) int64 of a batch."""
-    mine = [torch.arange(rows.start, rows.stop) for rows in own_batches(count, batch_size=batch_size)]
+    mine = [torch.arange(rows.start, rows.stop) for rows in iter_row_batches(count, batch_size=batch_size)]
     values = [torch.empty(0, dtype=torch.float64)]
     for index in mine:
         values.append(values_of(index))

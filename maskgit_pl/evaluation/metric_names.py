@@ -13,10 +13,10 @@ __all__ = [
     "NETWORK_METRICS",
     "Metric",
     "direction",
+    "find_metric",
     "format_value",
     "is_better",
     "metric_name",
-    "metric_of",
     "title",
 ]
 
@@ -67,7 +67,7 @@ def metric_name(metric: str, network: str) -> str:
     return f"{metric}/{network}"
 
 
-def metric_of(name: str) -> Metric:
+def find_metric(name: str) -> Metric:
     """Returns the metric that a name such as ``fid/classifier`` or ``diversity`` is of."""
     return METRICS[name.partition("/")[0]]
 
@@ -75,20 +75,20 @@ def metric_of(name: str) -> Metric:
 def title(name: str) -> str:
     """Returns the heading of a name: ``FID (classifier)`` for ``fid/classifier``."""
     network = name.partition("/")[2]
-    return metric_of(name).title + (f" ({network})" if network else "")
+    return find_metric(name).title + (f" ({network})" if network else "")
 
 
 def format_value(name: str, value: float, *, more_digits: int = 0) -> str:
     """Returns a value as tables show it, with the factor that its title says."""
-    metric = metric_of(name)
+    metric = find_metric(name)
     return f"{value * metric.factor:.{metric.digits + more_digits}f}"
 
 
 def is_better(name: str, value: float, other: float) -> bool:
     """Returns whether a value is better than another one of the same metric."""
-    return value > other if metric_of(name).higher_is_better else value < other
+    return value > other if find_metric(name).higher_is_better else value < other
 
 
 def direction(name: str) -> str:
     """Returns ``higher is better`` or ``lower is better``."""
-    return "higher is better" if metric_of(name).higher_is_better else "lower is better"
+    return "higher is better" if find_metric(name).higher_is_better else "lower is better"

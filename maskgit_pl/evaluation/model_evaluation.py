@@ -15,16 +15,16 @@ from maskgit_pl.checks import check_integer
 from maskgit_pl.evaluation.classifier_config import CASConfig
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
 from maskgit_pl.evaluation.run_folders import (
-    MeasuringOptions,
+    MeasurementOptions,
     RunFolders,
-    check_spec,
-    even_count,
+    check_model_decoding,
+    create_evaluated_model,
     find_run,
-    measured_model,
     open_data,
     open_evaluator,
     open_model,
     read_outline,
+    round_to_classes,
 )
 from maskgit_pl.progress import Bars, no_bars
 
@@ -41,8 +41,8 @@ _DRAWS = 4
 
 
 @dataclass(frozen=True)
-class EvaluationOptions(MeasuringOptions):
-    """Options of ``evaluate``; see ``MeasuringOptions`` for the others.
+class EvaluationOptions(MeasurementOptions):
+    """Options of ``evaluate``; see ``MeasurementOptions`` for the others.
 
     Args:
         num_steps: Decoding steps; None for the model's own.
@@ -99,15 +99,17 @@ def evaluate(
     outline = read_outline(folders)
     outline.check_decoding(outline.decoding_with(num_steps=options.num_steps))
     from maskgit_pl.distributed import process_group, rank_and_world
-    from maskgit_pl.evaluation.evaluation_report import as_report
+    from maskgit_pl.evaluation.evaluation_report import make_report
 
     with process_group():
         evaluator, model, rebuilt = _open(folders, num_samples, features, options, bars)
         decoding = model.pipe.decoding_with(num_steps=options.num_steps)
-        file = out or folders.home / "evaluation.json"
-        report = as_report(model, evaluator, _measure(evaluator, model, decoding, num_samples, rebuilt, options), file)
+        file = out or folders.run / "evaluation.json"
+        report = make_report(
+            model, evaluator, _measure(evaluator, model, decoding, num_samples, rebuilt, options), file
+        )
         title = f"{model.run}: pictures"
-        made = evaluator.generated(model, decoding, num_images=num_samples, seed=options.seed, title=title)
+        made = evaluator.generate(model, decoding, num_images=num_samples, seed=options.seed, title=title)
         if rank_and_world()[0] == 0:
             from maskgit_pl.evaluation.evaluation_pictures import write_pictures
             from maskgit_pl.pipeline.card import refresh_card
@@ -129,16 +131,16 @@ def _open(
     from maskgit_pl.distributed import barrier, rank_and_world
     from maskgit_pl.evaluation.lpips import load_lpips
     from maskgit_pl.evaluation.reconstruction import measure_reconstruction
-    from maskgit_pl.evaluation.reference import own_real_batches
+    from maskgit_pl.evaluation.reference import iter_real_batches
 
     pipe = open_model(folders, options.device)
-    check_spec(pipe, pipe.decoding_with(num_steps=options.num_steps))
+    check_model_decoding(pipe, pipe.decoding_with(num_steps=options.num_steps))
     data = open_data(folders, pipe, num_workers=options.num_workers)
-    even_count(num_samples, data.num_classes, name="num_samples")
+    round_to_classes(num_samples, data.num_classes, name="num_samples")
     lpips = None if options.lpips is None else load_lpips(options.lpips, device=pipe.device)
     first = rank_and_world()[0] == 0
     if first and not options.resume:
-        _forget_images(folders.evaluation)
+        _delete_images(folders.evaluation)
     barrier()
     ledger = Ledger(folders.evaluation / FILE_NAME, writes=first, reuse=options.resume)
     evaluator = open_evaluator(
@@ -147,17 +149,17 @@ def _open(
     compared = {} if options.reference is not None else evaluator.networks  # of the val split
     rebuilt = measure_reconstruction(
         pipe.tokenizer,
-        own_real_batches(data, "val"),
+        iter_real_batches(data, "val"),
         extractors=[network.extractor for network in compared.values()],
         references={label: network.reference for label, network in compared.items()},
         lpips=lpips,
         on_images=bars("reconstructing", data.summary.samples["val"]),
     )
     barrier()  # all have read the ledger before one of them writes to it
-    return evaluator, measured_model(folders, pipe), rebuilt
+    return evaluator, create_evaluated_model(folders, pipe), rebuilt
 
 
-def _forget_images(folder: Path) -> None:
+def _delete_images(folder: Path) -> None:
     """Takes away the images that an earlier evaluation has generated."""
     for path in folder.glob("samples-*.npz"):
         path.unlink()
@@ -180,12 +182,13 @@ def _measure(
     if any(decoding.scales()):
         ways["without_guidance"] = model.pipe.decoding_with(decoding=decoding, guidance_scale=0)
     samples = {
-        name: evaluator.samples(model, way, num_images=num_samples, seed=seed, keep=True) for name, way in ways.items()
+        name: evaluator.measure_samples(model, way, num_images=num_samples, seed=seed, keep=True)
+        for name, way in ways.items()
     }
-    real = evaluator.real(num_images=num_samples)
-    likelihood = evaluator.likelihood(model, num_images=options.likelihood_samples, draws=_DRAWS)
+    real = evaluator.measure_real(num_images=num_samples)
+    likelihood = evaluator.measure_likelihood(model, num_images=options.likelihood_samples, draws=_DRAWS)
     cas: dict[str, Row] = {}
     if options.cas is not None:
-        cas["generated_images"] = evaluator.cas(model, decoding, options.cas, num_images=num_samples, seed=seed)
-        cas["real_images"] = evaluator.cas(None, None, options.cas, num_images=num_samples, seed=seed)
+        cas["generated_images"] = evaluator.measure_cas(model, decoding, options.cas, num_images=num_samples, seed=seed)
+        cas["real_images"] = evaluator.measure_cas(None, None, options.cas, num_images=num_samples, seed=seed)
     return Measurements(decoding, num_samples, seed, samples, real, rebuilt, likelihood, cas)

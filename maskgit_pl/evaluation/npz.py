@@ -54,7 +54,7 @@ _MAX_RATIO = 100  # a compressed array expands to so many times the file; images
 _ALWAYS_EXPANDED = 2**26  # ... or to so many bytes
 
 
-class _RefusedError(ValueError):
+class _ArrayError(ValueError):
     """Says already which file and array."""
 
 
@@ -87,13 +87,13 @@ class ArrayFile:
         try:
             with zipfile.ZipFile(self.path) as archive:
                 if len(archive.infolist()) > _MAX_MEMBERS:
-                    raise _RefusedError(
+                    raise _ArrayError(
                         f"{thing} {path} must have at most {_MAX_MEMBERS} arrays, got {len(archive.infolist())}"
                     )
                 self._members = {
                     info.filename.removesuffix(".npy"): self._member(archive, info) for info in archive.infolist()
                 }
-        except _RefusedError:
+        except _ArrayError:
             raise
         except _BROKEN as error:
             raise ValueError(f"{thing} {path}: no .npz file, or a damaged one: {printable(error)}") from error
@@ -109,7 +109,7 @@ class ArrayFile:
         """
         if name not in self._members:
             held = ", ".join(printable(each) for each in sorted(self._members)) or "nothing"
-            raise self.refusal(name, f"it is missing; the file holds {held}")
+            raise self.make_error(name, f"it is missing; the file holds {held}")
         return self._members[name].shape
 
     def read(self, name: str, shape: tuple[int | None, ...], *, kinds: str) -> npt.NDArray[Any]:
@@ -130,18 +130,18 @@ class ArrayFile:
         )
         if not fits:
             wanted = "(" + ", ".join("n" if size is None else str(size) for size in shape) + ")"
-            raise self.refusal(name, f"the shape {wanted} is needed, got {found}")
+            raise self.make_error(name, f"the shape {wanted} is needed, got {found}")
         if member.dtype != kinds if kinds == "uint8" else member.dtype.kind not in kinds:
-            raise self.refusal(name, f"other numbers are needed, got {member.dtype}")
+            raise self.make_error(name, f"other numbers are needed, got {member.dtype}")
         try:
             is_stored = member.info.compress_type == zipfile.ZIP_STORED
-            return self._mapped(member) if is_stored else self._expanded(member)
+            return self._map(member) if is_stored else self._decompress(member)
         except _BROKEN as error:
-            raise self.refusal(name, f"it cannot be read: {error}") from error
+            raise self.make_error(name, f"it cannot be read: {error}") from error
 
-    def refusal(self, name: str, why: str) -> ValueError:
+    def make_error(self, name: str, why: str) -> ValueError:
         """Returns the error that names file and array."""
-        return _RefusedError(f"{self.thing} {printable(str(self.path))}: array {name!r}: {why}")
+        return _ArrayError(f"{self.thing} {printable(str(self.path))}: array {name!r}: {why}")
 
     def check(self) -> None:
         """Compares every array with its checksum.
@@ -155,7 +155,7 @@ class ArrayFile:
             except _BROKEN as error:
                 raise ValueError(f"{self.thing} {self.path}: damaged: {error}") from error
         if damaged is not None:
-            raise self.refusal(damaged.removesuffix(".npy"), "it is damaged")
+            raise self.make_error(damaged.removesuffix(".npy"), "it is damaged")
 
     def _member(self, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> _Member:
         name = info.filename.removesuffix(".npy")
@@ -164,13 +164,13 @@ class ArrayFile:
             stream = io.BytesIO(member.read(_MAX_HEADER))
             version = np.lib.format.read_magic(stream)
             if version not in _HEADERS:
-                raise self.refusal(name, f"plain numbers are needed, got format {version}")
+                raise self.make_error(name, f"plain numbers are needed, got format {version}")
             shape, fortran, dtype = _HEADERS[version](stream)
             header = stream.tell()
         if dtype.hasobject or dtype.names is not None or dtype.subdtype is not None:
-            raise self.refusal(name, "plain numbers are needed, got objects, which may run code when they are read")
+            raise self.make_error(name, "plain numbers are needed, got objects, which may run code when they are read")
         if header + math.prod(shape) * dtype.itemsize != info.file_size:
-            raise self.refusal(name, f"its size and its shape {shape} disagree; the file is damaged")
+            raise self.make_error(name, f"its size and its shape {shape} disagree; the file is damaged")
         return _Member(info, shape, fortran, dtype, header)
 
     def _check_expansion(self, name: str, info: zipfile.ZipInfo) -> None:
@@ -178,16 +178,16 @@ class ArrayFile:
         if info.compress_type == zipfile.ZIP_STORED:
             return
         if info.compress_type != zipfile.ZIP_DEFLATED:
-            raise self.refusal(name, f"it must be stored or deflated, got compression type {info.compress_type}")
+            raise self.make_error(name, f"it must be stored or deflated, got compression type {info.compress_type}")
         most = max(_ALWAYS_EXPANDED, _MAX_RATIO * self.path.stat().st_size)
         if info.file_size > most:
-            raise self.refusal(
+            raise self.make_error(
                 name,
                 f"it must expand to at most {size_text(most)}, got {size_text(info.file_size)}; save it with np.savez, "
                 "which does not compress",
             )
 
-    def _mapped(self, member: _Member) -> npt.NDArray[Any]:
+    def _map(self, member: _Member) -> npt.NDArray[Any]:
         with open(self.path, "rb") as file:
             file.seek(member.info.header_offset)
             local = file.read(_LOCAL_HEADER)
@@ -198,7 +198,7 @@ class ArrayFile:
         order: Literal["C", "F"] = "F" if member.fortran else "C"
         return np.memmap(self.path, member.dtype, "r", offset, member.shape, order)
 
-    def _expanded(self, member: _Member) -> npt.NDArray[Any]:
+    def _decompress(self, member: _Member) -> npt.NDArray[Any]:
         order: Literal["C", "F"] = "F" if member.fortran else "C"
         size = math.prod(member.shape) * member.dtype.itemsize
         with zipfile.ZipFile(self.path) as archive, archive.open(member.info) as stream:
@@ -265,5 +265,5 @@ def open_samples(file: ArrayFile | Path | str) -> SampleFile:
         return SampleFile(arrays.path, images, None)
     labels = torch.from_numpy(arrays.read("arr_1", (len(images),), kinds="iu").astype(np.int64))
     if int(labels.min()) < 0:
-        raise arrays.refusal("arr_1", f"labels of at least 0 are needed, got {int(labels.min())}")
+        raise arrays.make_error("arr_1", f"labels of at least 0 are needed, got {int(labels.min())}")
     return SampleFile(arrays.path, images, labels)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from maskgit_pl.evaluation.ledger import as_csv
+from maskgit_pl.evaluation.ledger import format_csv
 from maskgit_pl.files import write_atomically
 from maskgit_pl.text import code_span, printable
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Page",
+    "choose_classes",
     "code_cell",
     "command_line",
     "heading",
+    "image_to_png",
     "markdown_table",
     "paragraph",
-    "picture_png",
-    "shown_classes",
     "terminal_table",
     "terminal_word",
 ]
@@ -56,7 +56,7 @@ class Page:
     @property
     def csv(self) -> str:
         """The rows as CSV, with every column that one of them has."""
-        return as_csv(self.rows)
+        return format_csv(self.rows)
 
     def write(self) -> list[Path]:
         """Writes ``NAME.md``, ``NAME.csv`` and the pictures into its folder, and returns the files."""
@@ -68,14 +68,14 @@ class Page:
         return [self.folder / name for name in contents]
 
 
-def picture_png(picture: Image.Image) -> bytes:
+def image_to_png(picture: Image.Image) -> bytes:
     """Returns a picture as a PNG file."""
     stream = io.BytesIO()
     picture.save(stream, format="PNG")
     return stream.getvalue()
 
 
-def shown_classes(num_classes: int) -> list[int]:
+def choose_classes(num_classes: int) -> list[int]:
     """Returns the classes that a sheet of images shows: 10 of them, spread evenly, or all where there are fewer."""
     shown = min(num_classes, _SHOWN_CLASSES)
     return [number * num_classes // shown for number in range(shown)]

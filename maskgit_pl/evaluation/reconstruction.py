@@ -111,7 +111,7 @@ def measure_reconstruction(
         images=count,
         ssim=means.get("ssim"),
         rfid={
-            label: frechet_distance(Statistics.of(collector.gather().pooled), references[label].pooled)
+            label: frechet_distance(Statistics.from_features(collector.gather().pooled), references[label].pooled)
             for label, collector in seen.collectors.items()
         },
         lpips={} if lpips is None else {lpips.backbone: means[lpips.label]},

@@ -20,8 +20,15 @@ from maskgit_pl.data import Batch, InOrder, ShardData, ShuffledStream
 from maskgit_pl.data.batches import ImageBatches, make_loader
 from maskgit_pl.data.order import Order
 from maskgit_pl.distributed import on_all_ranks, rank_and_world
-from maskgit_pl.evaluation.digests import digest_of, short
-from maskgit_pl.evaluation.features import BATCH_SIZE, Extractor, ImageFeatures, extract, own_batches, own_image_batches
+from maskgit_pl.evaluation.digests import digest_of, shorten_digest
+from maskgit_pl.evaluation.features import (
+    BATCH_SIZE,
+    Extractor,
+    ImageFeatures,
+    extract,
+    iter_image_batches,
+    iter_row_batches,
+)
 from maskgit_pl.evaluation.npz import ArrayFile, open_samples
 from maskgit_pl.files import sha256_of, write_atomically
 from maskgit_pl.shards.manifest import Split, load_manifest
@@ -31,11 +38,11 @@ __all__ = [
     "Reference",
     "ReferenceOrigin",
     "Statistics",
-    "drawn_order",
+    "draw_order",
+    "iter_real_batches",
     "obtain_references",
-    "own_real_batches",
+    "read_real_labels",
     "read_references",
-    "real_labels",
 ]
 
 _FORMAT, _VERSION = "maskgit_pl.reference", 1
@@ -56,7 +63,7 @@ class Statistics:
     covariance: Tensor
 
     @classmethod
-    def of(cls, features: Tensor) -> Statistics:
+    def from_features(cls, features: Tensor) -> Statistics:
         """Computes the statistics of (n, D) features, n at least 2.
 
         Raises:
@@ -86,7 +93,7 @@ class ReferenceOrigin:
     file: str = ""
 
     @classmethod
-    def of_split(cls, data: ShardData, split: Split, *, num_images: int | None = None) -> ReferenceOrigin:
+    def from_split(cls, data: ShardData, split: Split, *, num_images: int | None = None) -> ReferenceOrigin:
         """Returns the origin of a split's first ``num_images`` images, or of all of them."""
         return cls(digest_of(_split_key(data, split, num_images)), split=split)
 
@@ -110,22 +117,22 @@ class Reference:
     origin: ReferenceOrigin | None = None
 
     @classmethod
-    def of(cls, features: ImageFeatures) -> Reference:
+    def from_features(cls, features: ImageFeatures) -> Reference:
         """Makes a reference from features of at least two images.
 
         Raises:
             ValueError: if there are fewer than two.
         """
-        spatial = None if features.spatial is None else Statistics.of(features.spatial)
-        return cls(features.label, Statistics.of(features.pooled), spatial, replace(features, spatial=None))
+        spatial = None if features.spatial is None else Statistics.from_features(features.spatial)
+        return cls(features.label, Statistics.from_features(features.pooled), spatial, replace(features, spatial=None))
 
 
-def drawn_order(there: int, count: int) -> Order:
+def draw_order(there: int, count: int) -> Order:
     """Returns the order of ``count`` images drawn at random, always the same ones; of all that are there, their own."""
     return InOrder(there) if count >= there else ShuffledStream(there, seed=0)
 
 
-def own_real_batches(
+def iter_real_batches(
     data: ShardData,
     split: Split,
     *,
@@ -147,18 +154,18 @@ def own_real_batches(
     """
     there = data.summary.samples[split]
     count = there if num_images is None else min(num_images, there)
-    dataset = data.batches(split, drawn_order(there, count) if shuffled else InOrder(there))
+    dataset = data.batches(split, draw_order(there, count) if shuffled else InOrder(there))
     if not isinstance(dataset, ImageBatches):
         raise ValueError(f"data {data.config.path}: images are needed to measure distances from, got tokens")
     yield from make_loader(
         dataset,
-        cast("Sampler[range]", list(own_batches(count, batch_size=batch_size))),  # any iterable serves
+        cast("Sampler[range]", list(iter_row_batches(count, batch_size=batch_size))),  # any iterable serves
         num_workers=data.config.num_workers,
         unreadable_budget=data.config.unreadable_budget,
     )
 
 
-def real_labels(data: ShardData) -> Tensor:
+def read_real_labels(data: ShardData) -> Tensor:
     """Returns the classes (n,) int64 of the val split's images, in their order; read from the index alone."""
     reader = ShardReader(load_manifest(data.config.path, "val"))
     return torch.from_numpy(reader.labels(np.arange(len(reader))))
@@ -191,10 +198,10 @@ def obtain_references(
     """
 
     def features(missing: Sequence[Extractor]) -> dict[str, ImageFeatures]:
-        batches = own_real_batches(data, split, num_images=num_images)
+        batches = iter_real_batches(data, split, num_images=num_images)
         return extract(missing, ((batch.content, batch.position) for batch in batches), on_images=on_images)
 
-    origin = ReferenceOrigin.of_split(data, split, num_images=num_images)
+    origin = ReferenceOrigin.from_split(data, split, num_images=num_images)
     return _obtain(folder, _split_key(data, split, num_images), extractors, features, origin)
 
 
@@ -223,13 +230,13 @@ def read_references(
     """
     file = ArrayFile(path, thing="reference")
     origin = ReferenceOrigin(sha256_of(file.path), file=file.path.name)
-    statistics = _foreign_statistics(file)
+    statistics = _read_inception_statistics(file)
     if "arr_0" not in file:
         if statistics is None:
-            raise file.refusal("mu", "statistics (mu, sigma) or images (arr_0) are needed, got neither")
+            raise file.make_error("mu", "statistics (mu, sigma) or images (arr_0) are needed, got neither")
         for extractor in extractors:
             if extractor.label != "inception":
-                raise file.refusal(
+                raise file.make_error(
                     "arr_0",
                     f"images are needed for the network {extractor.label!r}, got the statistics of inception alone",
                 )
@@ -237,7 +244,7 @@ def read_references(
     samples = open_samples(file)
 
     def features(missing: Sequence[Extractor]) -> dict[str, ImageFeatures]:
-        return extract(missing, own_image_batches(samples.read, len(samples)), on_images=on_images)
+        return extract(missing, iter_image_batches(samples.read, len(samples)), on_images=on_images)
 
     made = _obtain(folder, {"data": origin.digest, "split": "file"}, extractors, features, origin)
     if statistics is None or "inception" not in made:
@@ -269,23 +276,25 @@ def _obtain(
         each.label: {**key, "network": each.label, "weights": each.digest, "knows_classes": each.knows_classes}
         for each in extractors
     }
-    found = {label: None if folder is None else _read(_place(folder, key), key) for label, key in keys.items()}
+    found = {label: None if folder is None else _read(_cache_path(folder, key), key) for label, key in keys.items()}
     here = on_all_ranks(lambda: [label for label, reference in found.items() if reference is not None])
     missing = [extractor for extractor in extractors if not all(extractor.label in labels for labels in here)]
-    made = {label: Reference.of(extracted) for label, extracted in features(missing).items()} if missing else {}
+    made = (
+        {label: Reference.from_features(extracted) for label, extracted in features(missing).items()} if missing else {}
+    )
     if folder is not None and rank_and_world()[0] == 0:
         for label, reference in made.items():
-            _write(_place(folder, keys[label]), keys[label], reference)
+            _write(_cache_path(folder, keys[label]), keys[label], reference)
     kept = {label: reference for label, reference in found.items() if reference is not None}
     return {label: replace(made.get(label) or kept[label], origin=origin) for label in keys}
 
 
-def _place(folder: Path, key: Mapping[str, Any]) -> Path:
+def _cache_path(folder: Path, key: Mapping[str, Any]) -> Path:
     network = re.sub("[^A-Za-z0-9_.]+", "-", key["network"])
-    return folder / f"{key['split']}-{network}-{short(digest_of(key))}.npz"
+    return folder / f"{key['split']}-{network}-{shorten_digest(digest_of(key))}.npz"
 
 
-def _described(key: Mapping[str, Any]) -> bytes:
+def _encode_key(key: Mapping[str, Any]) -> bytes:
     return json.dumps({"format": _FORMAT, "version": _VERSION, **key}, sort_keys=True).encode()
 
 
@@ -293,7 +302,7 @@ def _write(path: Path, key: Mapping[str, Any], reference: Reference) -> None:
     features = reference.features
     assert features is not None  # it was made here
     arrays: dict[str, Tensor] = {
-        "key": torch.frombuffer(bytearray(_described(key)), dtype=torch.uint8),
+        "key": torch.frombuffer(bytearray(_encode_key(key)), dtype=torch.uint8),
         "mu": reference.pooled.mean,
         "sigma": reference.pooled.covariance,
         "pooled": features.pooled,
@@ -314,14 +323,14 @@ def _read(path: Path, key: Mapping[str, Any]) -> Reference | None:
     try:
         file = ArrayFile(path, thing="reference")
         file.check()
-        if bytes(file.read("key", (None,), kinds="uint8")) != _described(key):
-            raise file.refusal("key", "it is of something else")
-        pooled = _tensor(file, "pooled", (None, None), kinds="f")
-        logits = _tensor(file, "logits", (len(pooled), None), kinds="f") if "logits" in file else None
-        spatial = _statistics(file, "_s", None) if "mu_s" in file else None
+        if bytes(file.read("key", (None,), kinds="uint8")) != _encode_key(key):
+            raise file.make_error("key", "it is of something else")
+        pooled = _read_tensor(file, "pooled", (None, None), kinds="f")
+        logits = _read_tensor(file, "logits", (len(pooled), None), kinds="f") if "logits" in file else None
+        spatial = _read_statistics(file, "_s", None) if "mu_s" in file else None
         return Reference(
             key["network"],
-            _statistics(file, "", pooled.shape[1]),
+            _read_statistics(file, "", pooled.shape[1]),
             spatial,
             ImageFeatures(key["network"], pooled.float(), None if logits is None else logits.float()),
         )
@@ -330,22 +339,22 @@ def _read(path: Path, key: Mapping[str, Any]) -> Reference | None:
         return None
 
 
-def _foreign_statistics(file: ArrayFile) -> Reference | None:
+def _read_inception_statistics(file: ArrayFile) -> Reference | None:
     if not any(name in file for name in ("mu", "sigma", "mu_s", "sigma_s")):
         return None
-    spatial = _statistics(file, "_s", _SPATIAL) if "mu_s" in file or "sigma_s" in file else None
-    return Reference("inception", _statistics(file, "", _POOLED), spatial, None)
+    spatial = _read_statistics(file, "_s", _SPATIAL) if "mu_s" in file or "sigma_s" in file else None
+    return Reference("inception", _read_statistics(file, "", _POOLED), spatial, None)
 
 
-def _statistics(file: ArrayFile, suffix: str, width: int | None) -> Statistics:
-    mean = _tensor(file, f"mu{suffix}", (width,), kinds="f")
-    covariance = _tensor(file, f"sigma{suffix}", (len(mean), len(mean)), kinds="f")
+def _read_statistics(file: ArrayFile, suffix: str, width: int | None) -> Statistics:
+    mean = _read_tensor(file, f"mu{suffix}", (width,), kinds="f")
+    covariance = _read_tensor(file, f"sigma{suffix}", (len(mean), len(mean)), kinds="f")
     if not torch.allclose(covariance, covariance.T, rtol=1e-3, atol=1e-6) or bool((covariance.diagonal() < 0).any()):
-        raise file.refusal(f"sigma{suffix}", "a covariance is needed, got a matrix that cannot be one")
+        raise file.make_error(f"sigma{suffix}", "a covariance is needed, got a matrix that cannot be one")
     return Statistics(mean, covariance)
 
 
-def _tensor(file: ArrayFile, name: str, shape: tuple[int | None, ...], *, kinds: str) -> Tensor:
+def _read_tensor(file: ArrayFile, name: str, shape: tuple[int | None, ...], *, kinds: str) -> Tensor:
     """Reads a copy, as float64.
 
     Raises:
@@ -353,5 +362,5 @@ def _tensor(file: ArrayFile, name: str, shape: tuple[int | None, ...], *, kinds:
     """
     array: npt.NDArray[np.float64] = np.array(file.read(name, shape, kinds=kinds), dtype=np.float64)
     if not np.isfinite(array).all():
-        raise file.refusal(name, "finite numbers are needed")
+        raise file.make_error(name, "finite numbers are needed")
     return torch.from_numpy(array)

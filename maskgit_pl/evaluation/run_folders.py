@@ -22,27 +22,27 @@ if TYPE_CHECKING:
     from maskgit_pl.pipeline.outline import Outline
 
 __all__ = [
-    "MeasuringOptions",
+    "MeasurementOptions",
     "RunFolders",
     "check_data",
-    "check_spec",
+    "check_model_decoding",
+    "create_evaluated_model",
     "default_steps",
-    "even_count",
     "find_run",
-    "measured_model",
     "open_data",
     "open_evaluator",
     "open_images",
     "open_model",
     "read_outline",
-    "read_own_recipe",
+    "read_run_recipe",
+    "round_to_classes",
 ]
 
 _VALIDATION_BATCH = 200
 
 
 @dataclass(frozen=True)
-class MeasuringOptions:
+class MeasurementOptions:
     """The options of every measurement of a run.
 
     Args:
@@ -71,22 +71,22 @@ class RunFolders:
 
     Args:
         pretrained: The folder with ``tokenizer/`` and ``transformer/``.
-        home: The run's folder; the pretrained folder itself where it stands alone.
+        run: The run's folder; the pretrained folder itself where it stands alone.
         data: The data folder.
-        judge: The folder of the data's classifier.
-        real: The folder of features of real images, for all runs of the same data.
+        classifier: The folder of the data's classifier.
+        references: The folder of features of real images, for all runs of the same data.
     """
 
     pretrained: Path
-    home: Path
+    run: Path
     data: Path
-    judge: Path
-    real: Path
+    classifier: Path
+    references: Path
 
     @property
     def evaluation(self) -> Path:
         """The folder of the ledger and of generated images."""
-        return self.home / "evaluation"
+        return self.run / "evaluation"
 
 
 def find_run(run: Path | str, *, data: Path | None = None, classifier: Path | None = None) -> RunFolders:
@@ -104,7 +104,7 @@ def find_run(run: Path | str, *, data: Path | None = None, classifier: Path | No
 
     pretrained = local_folder(run)
     home = pretrained.parent if pretrained.name == "pretrained" else pretrained
-    path = data or _trained_on(home)
+    path = data or _find_data(home)
     if not path.is_dir():
         raise FileNotFoundError(f"data {path}: no such folder; name one with --data")
     real = home.absolute().parent / f"{path.absolute().name}-classifier"  # one classifier for all runs of the data
@@ -132,7 +132,7 @@ def default_steps(num_tokens: int, usual: Sequence[int]) -> tuple[int, ...]:
     return tuple(number for number in usual if number <= num_tokens) or (num_tokens,)
 
 
-def even_count(num_images: int, num_classes: int, *, name: str = "num_images") -> int:
+def round_to_classes(num_images: int, num_classes: int, *, name: str = "num_images") -> int:
     """Returns the largest number of images, at most ``num_images``, that all classes have equally many of.
 
     Raises:
@@ -206,7 +206,7 @@ def check_data(pipe: MaskGIT, data: ShardData) -> None:
         )
 
 
-def check_spec(pipe: MaskGIT, decoding: DecodingConfig) -> None:
+def check_model_decoding(pipe: MaskGIT, decoding: DecodingConfig) -> None:
     """Refuses, before time is spent, a way of decoding that the model cannot follow.
 
     Raises:
@@ -230,7 +230,7 @@ def open_evaluator(
     *,
     features: Sequence[str | dict[str, Any]] = ("classifier",),
     reference: Path | None = None,
-    options: MeasuringOptions = MeasuringOptions(),  # frozen
+    options: MeasurementOptions = MeasurementOptions(),  # frozen
     bars: Bars = no_bars,
 ) -> Evaluator:
     """Opens the evaluator of the runs of some data, and trains the classifier of the data where it is not kept yet.
@@ -240,7 +240,7 @@ def open_evaluator(
         pipe: Its model, whose device the feature networks are on.
         data: The real images.
         ledger: Holds the measurements.
-        features: Feature networks: names or mappings; ``classifier`` is the classifier of ``folders.judge``.
+        features: Feature networks: names or mappings; ``classifier`` is the classifier of ``folders.classifier``.
         reference: ADM's file of a data set in place of the val split; None for the split.
         options: Batch size.
         bars: Shows the progress.
@@ -254,21 +254,24 @@ def open_evaluator(
     from maskgit_pl.evaluation.evaluator import Evaluator
     from maskgit_pl.evaluation.feature_metrics import CLASSIFIER, FeatureMetrics
     from maskgit_pl.evaluation.features import Extractor
-    from maskgit_pl.evaluation.reference import obtain_references, read_references, real_labels
+    from maskgit_pl.evaluation.reference import obtain_references, read_real_labels, read_references
     from maskgit_pl.networks.features import ClassifierSpec, parse_feature_network
 
-    judge = ClassifierSpec(str(folders.judge))
+    judge = ClassifierSpec(str(folders.classifier))
     specs = [judge if spec == CLASSIFIER else parse_feature_network(spec) for spec in features]
     if CLASSIFIER in features:
         train = bars("classifier: training", SMALL_TRAINING.max_steps)
-        classifier_training.obtain_classifier(folders.judge, data, on_step=lambda: train(1))
+        classifier_training.obtain_classifier(folders.classifier, data, on_step=lambda: train(1))
     extractors = [Extractor.create(spec, device=pipe.device) for spec in specs]
     on_images = bars(f"real images: {', '.join(each.label for each in extractors)}", data.summary.samples["val"])
     if reference is None:
-        references = obtain_references(folders.real, data, extractors, on_images=on_images)
-        labels = real_labels(data)
+        references = obtain_references(folders.references, data, extractors, on_images=on_images)
+        labels = read_real_labels(data)
     else:
-        references, labels = read_references(reference, extractors, folder=folders.real, on_images=on_images), None
+        references, labels = (
+            read_references(reference, extractors, folder=folders.references, on_images=on_images),
+            None,
+        )
     return Evaluator(
         data,
         dataset=folders.data.name,
@@ -280,14 +283,14 @@ def open_evaluator(
     )
 
 
-def measured_model(folders: RunFolders, pipe: MaskGIT, folder: Path | None = None) -> EvaluatedModel:
+def create_evaluated_model(folders: RunFolders, pipe: MaskGIT, folder: Path | None = None) -> EvaluatedModel:
     """Returns a run's model as the evaluator takes it, with its images in ``folder``, or in ``RUN/evaluation``."""
     from maskgit_pl.evaluation.evaluator import EvaluatedModel
 
-    return EvaluatedModel(folders.home.name, pipe, folders.pretrained, folder or folders.evaluation)
+    return EvaluatedModel(folders.run.name, pipe, folders.pretrained, folder or folders.evaluation)
 
 
-def read_own_recipe(file: Path) -> dict[str, Any]:
+def read_run_recipe(file: Path) -> dict[str, Any]:
     """Returns what a run's ``config.yaml`` says, in plain values; nothing where it is not there.
 
     Raises:
@@ -306,7 +309,7 @@ def read_own_recipe(file: Path) -> dict[str, Any]:
         raise ValueError(" ".join(str(error).split())) from error
 
 
-def _trained_on(home: Path) -> Path:
+def _find_data(home: Path) -> Path:
     """Returns the data folder that stands in the run's own configuration.
 
     Raises:
@@ -314,7 +317,7 @@ def _trained_on(home: Path) -> Path:
     """
     for stage in ("transformer", "tokenizer"):
         file = home / stage / "config.yaml"
-        data = read_own_recipe(file).get("data") or {}
+        data = read_run_recipe(file).get("data") or {}
         path = data.get("path") if isinstance(data, dict) else data
         if path is not None and not isinstance(path, str):
             raise ValueError(f"{file}: data.path must be a string, got {shorten(path)}")

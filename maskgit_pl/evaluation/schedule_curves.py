@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from maskgit_pl.decoding.selectors import token_selectors
-from maskgit_pl.evaluation.decoding_search import Measure, SearchResult, Trial, ranked
-from maskgit_pl.evaluation.decodings import Spec, describe_decoding, plot_steps, with_steps
-from maskgit_pl.evaluation.drawing import LineEnd, name_lines, plot_by_steps, plot_floor, png_of
-from maskgit_pl.evaluation.metric_names import direction, format_value, is_better, metric_of, title
+from maskgit_pl.evaluation.decoding_search import Measure, SearchResult, Trial, sort_trials
+from maskgit_pl.evaluation.decodings import Spec, choose_plot_steps, describe_decoding, with_steps
+from maskgit_pl.evaluation.drawing import LineEnd, figure_to_png, name_lines, plot_by_steps, plot_floor
+from maskgit_pl.evaluation.metric_names import direction, find_metric, format_value, is_better, title
 from maskgit_pl.progress import Bars, no_bars
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
 from maskgit_pl.text import plain_label
@@ -22,7 +22,7 @@ from maskgit_pl.text import plain_label
 if TYPE_CHECKING:
     from maskgit_pl.pipeline import MaskGIT
 
-__all__ = ["Curves", "ScheduleCurves", "curves_png", "following", "measure_curves", "schedule_specs"]
+__all__ = ["Curves", "ScheduleCurves", "draw_curves", "find_schedule_trial", "measure_curves", "schedule_specs"]
 
 Curves = Mapping[str, Mapping[int, Mapping[str, float]]]
 
@@ -31,10 +31,11 @@ _log = logging.getLogger(__name__)
 _OTHERS = ("#c58b3a", "#6d9a5c", "#a0709f", "#5aa0a3", "#b3605b", "#8a8a8a", "#9a8c4f", "#7f86c4")
 
 
-def following(result: SearchResult) -> Trial | None:
+def find_schedule_trial(result: SearchResult) -> Trial | None:
     """Returns the best trial that follows a mask schedule; None where none does."""
-    for trial in (result.winner, *ranked(result.trials, result.metric)):
-        if token_selectors.build(trial.decoding.token_selector).follows_schedule:
+    for trial in (result.winner, *sort_trials(result.trials, result.metric)):
+        selector = trial.decoding.token_selector
+        if selector is not None and token_selectors.build(selector).follows_schedule:
             return trial
     return None
 
@@ -67,12 +68,12 @@ def measure_curves(
 
     Source: paper, Figure 8, right: one model for each schedule there, one model decoded by each schedule here.
     """
-    trial = following(result)
+    trial = find_schedule_trial(result)
     if trial is None:
         _log.info("no trial follows a mask schedule: no figure is drawn")
         return None
     trained, specs = schedule_specs(pipe.transformer.schedule_for("tune"))
-    steps = plot_steps(pipe.tokenizer.grid[0] * pipe.tokenizer.grid[1])
+    steps = choose_plot_steps(pipe.tokenizer.grid[0] * pipe.tokenizer.grid[1])
     advance = bars("mask schedules", len(specs) * sum(steps))
     curves: dict[str, dict[int, Mapping[str, float]]] = {name: {} for name in specs}
     for num_steps in steps:
@@ -110,7 +111,7 @@ class ScheduleCurves:
         return found
 
 
-def curves_png(figure: ScheduleCurves, *, metric: str, floor: float | None) -> bytes:
+def draw_curves(figure: ScheduleCurves, *, metric: str, floor: float | None) -> bytes:
     """Returns the figure as a PNG: a line a schedule, its name at the end, the schedule of the training in front.
 
     Args:
@@ -130,7 +131,7 @@ def curves_png(figure: ScheduleCurves, *, metric: str, floor: float | None) -> b
         plot_floor(axes, floor, f"real images: {format_value(metric, floor, more_digits=1)}")
     _finish(axes, figure, metric)
     name_lines(page, axes, {name: _end(figure, name, metric) for name in figure.curves})
-    return png_of(page)
+    return figure_to_png(page)
 
 
 def _end(figure: ScheduleCurves, name: str, metric: str) -> LineEnd:
@@ -147,7 +148,7 @@ def _colour(figure: ScheduleCurves, name: str) -> str:
 
 def _finish(axes: Any, figure: ScheduleCurves, metric: str) -> None:
     name, at, value = figure.best(metric)
-    up = metric_of(metric).higher_is_better
+    up = find_metric(metric).higher_is_better
     axes.plot([at], [value], marker="*", markersize=17, color=_MARKED, markeredgecolor="white", zorder=5)
     label = f"best: {plain_label(name)}, T = {at}\n{format_value(metric, value, more_digits=1)}"
     axes.annotate(

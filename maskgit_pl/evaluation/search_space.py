@@ -31,27 +31,27 @@ class SearchSpace:
     """The decodings of a search: token selector and its arguments, temperature, truncation, guidance and T.
 
     Args:
-        own: The model's own decoding: trial 0, and what is not searched.
+        baseline: The model's own decoding: trial 0, and what is not searched.
         selectors: Names and mappings; arguments that a mapping names stay as they are.
         num_steps: T to choose from.
         num_codes: K.
-        guided: Whether the model has a null class, without which there is no guidance.
+        can_guide: Whether the model has a null class, without which there is no guidance.
     """
 
-    own: DecodingConfig
+    baseline: DecodingConfig
     selectors: tuple[Spec, ...]
     num_steps: tuple[int, ...]
     num_codes: int
-    guided: bool
+    can_guide: bool
 
-    def trial(self, number: int, *, seed: int, how: Search = "random") -> DecodingConfig | None:
+    def trial(self, number: int, *, seed: int, method: Search = "random") -> DecodingConfig | None:
         """Returns the decoding of a trial, a function of its number and the seed; None beyond the end of a grid."""
         if number == 0:
-            return self.own
-        return self._drawn(number, seed) if how == "random" else self._of_grid(number - 1, seed)
+            return self.baseline
+        return self._draw(number, seed) if method == "random" else self._draw_from_grid(number - 1, seed)
 
-    def resumed(
-        self, begun: Iterable[DecodingConfig], *, trials: int, seed: int, how: Search = "random"
+    def resume(
+        self, begun: Iterable[DecodingConfig], *, trials: int, seed: int, method: Search = "random"
     ) -> SearchSpace:
         """Returns the space of a search that is resumed after it has written its recipe.
 
@@ -61,28 +61,28 @@ class SearchSpace:
             begun: Decodings that searches of the model began with, the latest first.
             trials: Number of trials.
             seed: Of the trials.
-            how: Random draws or a grid.
+            method: Random draws or a grid.
         """
         for first in begun:
-            space = replace(self, own=first)
-            if any(space.trial(number, seed=seed, how=how) == self.own for number in range(1, trials)):
+            space = replace(self, baseline=first)
+            if any(space.trial(number, seed=seed, method=method) == self.baseline for number in range(1, trials)):
                 return space
         return self
 
-    def corners(self) -> Iterator[DecodingConfig]:
+    def iter_selectors_and_steps(self) -> Iterator[DecodingConfig]:
         """Yields decodings that hold every selector and every T, for a check before any work."""
-        yield self.own
+        yield self.baseline
         for selector in self.selectors:
             for num_steps in self.num_steps:
-                yield self._decoding(num_steps, selector, self.own.guidance, 1.0)
+                yield self._decoding(num_steps, selector, self.baseline.guidance, 1.0)
 
-    def _drawn(self, number: int, seed: int) -> DecodingConfig:
+    def _draw(self, number: int, seed: int) -> DecodingConfig:
         sampler = _TrialSampler(random_uniform("tuning", seed=seed, index=number, count=32)[0].tolist())
-        selector = self._selector(sampler)
-        guidance = self._guidance(sampler)
-        top_k, top_p = _truncation(sampler, self.num_codes)
+        selector = self._draw_selector(sampler)
+        guidance = self._draw_guidance(sampler)
+        top_k, top_p = _draw_truncation(sampler, self.num_codes)
         return self._decoding(
-            sampler.one_of(self.num_steps), selector, guidance, _temperature(sampler), top_k=top_k, top_p=top_p
+            sampler.choose(self.num_steps), selector, guidance, _draw_temperature(sampler), top_k=top_k, top_p=top_p
         )
 
     def _decoding(
@@ -96,7 +96,7 @@ class SearchSpace:
         top_p: float | None = None,
     ) -> DecodingConfig:
         return replace(
-            with_steps(self.own, num_steps),
+            with_steps(self.baseline, num_steps),
             token_selector=selector,
             guidance=guidance,
             sampling_temperature=temperature,
@@ -104,20 +104,24 @@ class SearchSpace:
             top_p=top_p,
         )
 
-    def _selector(self, sampler: _TrialSampler) -> Spec:
-        spec = sampler.one_of(self.selectors)
-        drawn = {name: sampler.log_between(*_RANGES[name][:2]) for name in _free_arguments(spec)}
-        return _with(spec, drawn)
+    def _draw_selector(self, sampler: _TrialSampler) -> Spec:
+        spec = sampler.choose(self.selectors)
+        drawn = {name: sampler.log_uniform(*_RANGES[name][:2]) for name in _find_free_arguments(spec)}
+        return _add_arguments(spec, drawn)
 
-    def _guidance(self, sampler: _TrialSampler) -> Spec:
-        name, scale, start = sampler.one_of(_scaled_schedules()), sampler.between(0.1, 3.0), sampler.between(0.0, 0.6)
-        if not self.guided:
-            return self.own.guidance
-        if sampler.number() < 1 / 8:
+    def _draw_guidance(self, sampler: _TrialSampler) -> Spec:
+        name, scale, start = (
+            sampler.choose(_find_scaled_schedules()),
+            sampler.uniform(0.1, 3.0),
+            sampler.uniform(0.0, 0.6),
+        )
+        if not self.can_guide:
+            return self.baseline.guidance
+        if sampler.random() < 1 / 8:
             return {"name": "constant", "scale": 0.0}
         return {"name": name, "scale": scale, **({"start": start} if name == "interval" else {})}
 
-    def _of_grid(self, place: int, seed: int) -> DecodingConfig | None:
+    def _draw_from_grid(self, place: int, seed: int) -> DecodingConfig | None:
         """Returns a place of the grid, in an order that any budget covers evenly."""
         grid = list(self._grid())
         if place >= len(grid):
@@ -128,8 +132,8 @@ class SearchSpace:
         guidance: list[Spec] = [{"name": "linear", "scale": scale} for scale in (0.0, 0.5, 1.0, 2.0)]
         temperatures: list[float | tuple[float, float]] = [1.0, 0.8, (1.2, 0.6)]
         for num_steps in self.num_steps:
-            for selector in (spec for each in self.selectors for spec in _grid_of(each)):
-                for scales in guidance if self.guided else [self.own.guidance]:
+            for selector in (spec for each in self.selectors for spec in _expand_grid(each)):
+                for scales in guidance if self.can_guide else [self.baseline.guidance]:
                     for temperature in temperatures:
                         yield self._decoding(num_steps, selector, scales, temperature)
 
@@ -140,64 +144,64 @@ class _TrialSampler:
     def __init__(self, numbers: Sequence[float]) -> None:
         self._numbers = iter(numbers)
 
-    def number(self) -> float:
+    def random(self) -> float:
         return next(self._numbers)
 
-    def one_of(self, options: Sequence[Any]) -> Any:
-        return options[int(self.number() * len(options))]
+    def choose(self, options: Sequence[Any]) -> Any:
+        return options[int(self.random() * len(options))]
 
-    def between(self, low: float, high: float) -> float:
-        return _rounded(low + (high - low) * self.number())
+    def uniform(self, low: float, high: float) -> float:
+        return _round(low + (high - low) * self.random())
 
-    def log_between(self, low: float, high: float) -> float:
-        return _rounded(low * (high / low) ** self.number())
+    def log_uniform(self, low: float, high: float) -> float:
+        return _round(low * (high / low) ** self.random())
 
 
-def _rounded(value: float) -> float:
+def _round(value: float) -> float:
     return float(f"{value:.3g}")  # what a person can read and write
 
 
-def _temperature(sampler: _TrialSampler) -> float | tuple[float, float]:
-    kind = sampler.one_of(("one", "constant", "annealed"))
-    constant, first, last = sampler.between(0.6, 1.3), sampler.between(0.8, 1.6), sampler.between(0.3, 1.0)
+def _draw_temperature(sampler: _TrialSampler) -> float | tuple[float, float]:
+    kind = sampler.choose(("one", "constant", "annealed"))
+    constant, first, last = sampler.uniform(0.6, 1.3), sampler.uniform(0.8, 1.6), sampler.uniform(0.3, 1.0)
     if kind == "annealed":
         return first, last
     return constant if kind == "constant" else 1.0
 
 
-def _truncation(sampler: _TrialSampler, num_codes: int) -> tuple[int | None, float | None]:
+def _draw_truncation(sampler: _TrialSampler, num_codes: int) -> tuple[int | None, float | None]:
     kind, share, top_p = (
-        sampler.one_of(("none", "none", "top_k", "top_p")),
-        sampler.number(),
-        sampler.between(0.8, 0.99),
+        sampler.choose(("none", "none", "top_k", "top_p")),
+        sampler.random(),
+        sampler.uniform(0.8, 0.99),
     )
     top_k = round(4 * (num_codes / 4) ** share) if num_codes > 4 else None
     return (top_k if kind == "top_k" else None), (top_p if kind == "top_p" else None)
 
 
-def _free_arguments(spec: Spec) -> list[str]:
+def _find_free_arguments(spec: Spec) -> list[str]:
     """Returns the arguments of a selector that are searched and that its mapping does not fix."""
     fixed = () if isinstance(spec, str) else spec
     made = token_selectors.build(spec)
-    return [name for name in _RANGES if name in _names_of_fields(made) and name not in fixed]
+    return [name for name in _RANGES if name in _field_names(made) and name not in fixed]
 
 
-def _names_of_fields(made: Any) -> set[str]:
+def _field_names(made: Any) -> set[str]:
     return {field.name for field in fields(made)} if hasattr(made, "__dataclass_fields__") else set()
 
 
-def _with(spec: Spec, arguments: Mapping[str, Any]) -> Spec:
+def _add_arguments(spec: Spec, arguments: Mapping[str, Any]) -> Spec:
     if not arguments:
         return spec
     return {**({"name": spec} if isinstance(spec, str) else spec), **arguments}
 
 
-def _grid_of(spec: Spec) -> list[Spec]:
+def _expand_grid(spec: Spec) -> list[Spec]:
     specs = [spec]
-    for name in _free_arguments(spec):
-        specs = [_with(each, {name: value}) for each in specs for value in _RANGES[name][2]]
+    for name in _find_free_arguments(spec):
+        specs = [_add_arguments(each, {name: value}) for each in specs for value in _RANGES[name][2]]
     return specs
 
 
-def _scaled_schedules() -> list[str]:
-    return [name for name, made in guidance_schedules.build_all().items() if "scale" in _names_of_fields(made)]
+def _find_scaled_schedules() -> list[str]:
+    return [name for name, made in guidance_schedules.build_all().items() if "scale" in _field_names(made)]

@@ -21,17 +21,17 @@ from maskgit_pl.evaluation.decodings import Spec, describe_decoding
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
 from maskgit_pl.evaluation.pages import command_line
 from maskgit_pl.evaluation.run_folders import (
-    MeasuringOptions,
+    MeasurementOptions,
     RunFolders,
-    check_spec,
+    check_model_decoding,
+    create_evaluated_model,
     default_steps,
-    even_count,
     find_run,
-    measured_model,
     open_data,
     open_evaluator,
     open_model,
     read_outline,
+    round_to_classes,
 )
 from maskgit_pl.progress import Bars, no_bars
 
@@ -49,8 +49,8 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class TuningOptions(MeasuringOptions):
-    """Options of ``tune``; see ``MeasuringOptions`` for the others.
+class TuningOptions(MeasurementOptions):
+    """Options of ``tune``; see ``MeasurementOptions`` for the others.
 
     Args:
         search: Random draws or a grid.
@@ -111,32 +111,34 @@ def tune(
     check_integer("trials", trials, "[1, inf)")
     check_integer("num_images", num_images, "[2, inf)")
     folders, pipe, space = _open(run, data, options)
-    from maskgit_pl.evaluation.evaluator import numbers_of
+    from maskgit_pl.evaluation.evaluator import collect_numbers
     from maskgit_pl.evaluation.schedule_curves import measure_curves
 
     images = open_data(folders, pipe, num_workers=options.num_workers)
-    count = even_count(num_images, images.num_classes)
-    points = even_count(options.plot_images or num_images, images.num_classes, name="plot_images")
-    model = measured_model(folders, pipe, out)
+    count = round_to_classes(num_images, images.num_classes)
+    points = round_to_classes(options.plot_images or num_images, images.num_classes, name="plot_images")
+    model = create_evaluated_model(folders, pipe, out)
     evaluator = open_evaluator(folders, pipe, images, Ledger(model.folder / FILE_NAME), options=options, bars=bars)
-    begun = _first_trials(evaluator, model, options.seed)
-    space = space.resumed(begun, trials=trials, seed=options.seed, how=options.search)
+    begun = _iter_first_trials(evaluator, model, options.seed)
+    space = space.resume(begun, trials=trials, seed=options.seed, method=options.search)
 
     def measure(decoding: DecodingConfig, num_images: int, seed: int, purpose: str) -> Mapping[str, float]:
-        rows = evaluator.samples(model, decoding, num_images=num_images, seed=seed, metrics="fast", purpose=purpose)
-        return numbers_of(rows)
+        rows = evaluator.measure_samples(
+            model, decoding, num_images=num_images, seed=seed, metrics="fast", purpose=purpose
+        )
+        return collect_numbers(rows)
 
     plan = SearchPlan(name, trials, count, options.seed, options.search, options.seconds, current=pipe.decoding)
-    result = search(measure, space, plan, on_trial=_trial_bar(bars, trials, name))
-    result = replace(_with_recipe(folders, pipe, evaluator, result, options), folder=out or folders.home / "tuning")
+    result = search(measure, space, plan, on_trial=_make_trial_callback(bars, trials, name))
+    result = replace(_save_decoding(folders, pipe, evaluator, result, options), folder=out or folders.run / "tuning")
     figure = None
     if options.plot:
         figure = measure_curves(measure, pipe, result, num_images=points, seed=options.seed, bars=bars)
     _write_page(evaluator, result, figure, _command(run, trials, metric, num_images, options))
-    return replace(result, figure=figure is not None, measured=evaluator.measured)
+    return replace(result, figure=figure is not None, num_measured=evaluator.num_measured)
 
 
-def _trial_bar(bars: Bars, trials: int, metric: str) -> Callable[[Trial], None]:
+def _make_trial_callback(bars: Bars, trials: int, metric: str) -> Callable[[Trial], None]:
     """Returns what shows and logs each trial of a search and of its confirmation."""
     advance = bars("trials", trials + FINALISTS + 1)
 
@@ -157,7 +159,7 @@ def plan_trials(
 ) -> list[DecodingConfig]:
     """Returns the decodings that ``tune`` would try; arguments and errors are those of ``tune``."""
     _, _, space = _open(run, data, options)
-    planned = (space.trial(number, seed=options.seed, how=options.search) for number in range(trials))
+    planned = (space.trial(number, seed=options.seed, method=options.search) for number in range(trials))
     return [decoding for decoding in planned if decoding is not None]
 
 
@@ -171,22 +173,22 @@ def _open(run: Path | str, data: Path | None, options: TuningOptions) -> tuple[R
     for spec in options.selectors or ():
         token_selectors.build(spec)
     pipe = open_model(folders, options.device)
-    from maskgit_pl.evaluation.comparison import every_selector
+    from maskgit_pl.evaluation.comparison import list_selectors
     from maskgit_pl.evaluation.search_space import SearchSpace
 
     space = SearchSpace(
         pipe.decoding,
-        tuple(options.selectors or (spec for _, spec in every_selector())),
+        tuple(options.selectors or (spec for _, spec in list_selectors())),
         tuple(options.num_steps or default_steps(outline.num_tokens, _STEPS)),
         pipe.tokenizer.network.config.num_codes,
-        guided=pipe.transformer.network.config.null_label is not None,
+        can_guide=pipe.transformer.network.config.null_label is not None,
     )
-    for decoding in space.corners():
-        check_spec(pipe, decoding)
+    for decoding in space.iter_selectors_and_steps():
+        check_model_decoding(pipe, decoding)
     return folders, pipe, space
 
 
-def _first_trials(evaluator: Evaluator, model: EvaluatedModel, seed: int) -> Iterator[DecodingConfig]:
+def _iter_first_trials(evaluator: Evaluator, model: EvaluatedModel, seed: int) -> Iterator[DecodingConfig]:
     """Yields the decodings that searches of this model and seed began with, the latest first."""
     for row in reversed(evaluator.ledger.rows("samples")):
         same_model = all(row.get(name) == model.identity[name] for name in ("tokenizer", "transformer", "config"))
@@ -195,7 +197,7 @@ def _first_trials(evaluator: Evaluator, model: EvaluatedModel, seed: int) -> Ite
                 yield build_dataclass(DecodingConfig, row["decoding"], "trial 0")
 
 
-def _with_recipe(
+def _save_decoding(
     folders: RunFolders, pipe: MaskGIT, evaluator: Evaluator, result: SearchResult, options: TuningOptions
 ) -> SearchResult:
     """Writes the winner beside the weights, where it is another decoding than the model's own."""
@@ -219,26 +221,26 @@ def _with_recipe(
     }
     old = save_decoding(folders.pretrained, result.winner.decoding, tuned=tuned)
     refresh_card(folders.pretrained)
-    return replace(result, recipe=folders.pretrained / "decoding.json", old_recipe=old)
+    return replace(result, decoding_file=folders.pretrained / "decoding.json", old_decoding_file=old)
 
 
 def _write_page(evaluator: Evaluator, result: SearchResult, figure: ScheduleCurves | None, command: str) -> None:
-    from maskgit_pl.evaluation.evaluator import numbers_of
-    from maskgit_pl.evaluation.schedule_curves import curves_png
-    from maskgit_pl.evaluation.tuning_report import as_page
+    from maskgit_pl.evaluation.evaluator import collect_numbers
+    from maskgit_pl.evaluation.schedule_curves import draw_curves
+    from maskgit_pl.evaluation.tuning_report import make_page
 
     (network,) = evaluator.networks.values()
     assert network.accuracy is not None
     found = {"class_agreement": network.accuracy}
 
     def real(num_images: int) -> dict[str, float]:
-        rows = evaluator.real(num_images=num_images, metrics="fast")
-        return numbers_of(rows) | found | {"num_images": rows[network.extractor.label]["num_images"]}
+        rows = evaluator.measure_real(num_images=num_images, metrics="fast")
+        return collect_numbers(rows) | found | {"num_images": rows[network.extractor.label]["num_images"]}
 
-    page = as_page(result, real(result.num_images), command=command, figure=figure)
+    page = make_page(result, real(result.num_images), command=command, figure=figure)
     if figure is not None:
         floor = real(figure.num_images)[result.metric]
-        page = replace(page, pictures={"tuning.png": curves_png(figure, metric=result.metric, floor=floor)})
+        page = replace(page, pictures={"tuning.png": draw_curves(figure, metric=result.metric, floor=floor)})
     page.write()
 
 

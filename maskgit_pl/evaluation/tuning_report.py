@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from maskgit_pl.evaluation.decoding_search import SearchResult, Trial, ranked
-from maskgit_pl.evaluation.decodings import changed_fields, describe_decoding
+from maskgit_pl.evaluation.decoding_search import SearchResult, Trial, sort_trials
+from maskgit_pl.evaluation.decodings import decoding_key, describe_decoding
 from maskgit_pl.evaluation.metric_names import direction, format_value, title
 from maskgit_pl.evaluation.pages import Page, heading, markdown_table, paragraph, terminal_table, terminal_word
 from maskgit_pl.evaluation.schedule_curves import ScheduleCurves
@@ -17,13 +17,13 @@ from maskgit_pl.text import code_span, markdown
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["as_page", "as_table"]
+__all__ = ["make_page", "make_table"]
 
 _SHOWN_TRIALS = 10
 _COLUMNS = ("class_agreement", "fid/classifier", "kid/classifier", "diversity", "seconds_per_image")
 
 
-def as_page(result: SearchResult, real: Mapping[str, float], *, command: str, figure: ScheduleCurves | None) -> Page:
+def make_page(result: SearchResult, real: Mapping[str, float], *, command: str, figure: ScheduleCurves | None) -> Page:
     """Returns the search as a page.
 
     Args:
@@ -40,15 +40,15 @@ def as_page(result: SearchResult, real: Mapping[str, float], *, command: str, fi
     if result.winner.number:
         lines += ["```json", json.dumps(asdict(result.winner.decoding), indent=2), "```", ""]
     lines += [f"## The best of {len(result.trials)} trials, {count} images each", ""]
-    best = ranked(result.trials, result.metric)[:_SHOWN_TRIALS]
+    best = sort_trials(result.trials, result.metric)[:_SHOWN_TRIALS]
     lines += markdown_table(_headings(result), _rows(result, best, markdown), left=2)
     if figure is not None:
         lines += ["", *_figure_lines(figure, result.metric)]
-    rows = [{"trial": each.number, **each.numbers, "decoding": changed_fields(each.decoding)} for each in result.trials]
+    rows = [{"trial": each.number, **each.numbers, "decoding": decoding_key(each.decoding)} for each in result.trials]
     return Page("tuning", "\n".join(lines) + "\n", rows, folder=result.folder)
 
 
-def as_table(result: SearchResult) -> Table:
+def make_table(result: SearchResult) -> Table:
     """Returns what was measured again, for a terminal."""
     above = f"measured again with fresh noise, {result.num_images} images each"
     rows = _rows(result, result.confirmed, terminal_word, "[bold]{}[/]")

@@ -12,7 +12,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from maskgit_pl.networks.causal import build_transformer
+from maskgit_pl.networks.autoregressive import build_transformer
 from maskgit_pl.networks.transformer import Transformer
 
 __all__ = ["Int8Linear", "quantized"]

@@ -1,7 +1,7 @@
 """The bidirectional transformer of MaskGIT: a post-norm BERT over a class token and the image's tokens.
 
 ``MaskedTransformer.forward_masked`` is what ``mvtm.MaskedTokenModel`` trains, ``forward_at`` and ``forward_cached`` are
-what the predictors of ``decoding`` ask. ``Transformer`` is shared with ``networks.causal``.
+what the predictors of ``decoding`` ask. ``Transformer`` is shared with ``networks.autoregressive``.
 
 Shapes: B images, N tokens, S = 1 + N positions of the sequence (the class first), D embedding dimension, V columns.
 
@@ -159,7 +159,7 @@ class Transformer(nn.Module):
         if config.attention != self.attention:
             raise ValueError(
                 f"transformer attention: {type(self).__name__} has {self.attention!r}, got {config.attention!r}; "
-                "networks.causal.build_transformer makes the one that a configuration names"
+                "networks.autoregressive.build_transformer makes the one that a configuration names"
             )
         self.config = config
         self.words = nn.Embedding(config.vocabulary_size, config.width)

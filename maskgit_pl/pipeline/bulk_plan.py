@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from maskgit_pl.old_names import rename_decoding
 from maskgit_pl.pipeline.classes import Classes
 
 __all__ = ["BulkOptions", "BulkPlan", "check_same", "read_plan"]
@@ -131,7 +132,7 @@ def read_plan(text: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     known = isinstance(content, dict) and (content.get("format"), content.get("version")) == (_FORMAT, _VERSION)
-    return content if known else None
+    return rename_decoding(content) if known else None
 
 
 def check_same(place: Path, known: Mapping[str, Any], plan: BulkPlan) -> None:

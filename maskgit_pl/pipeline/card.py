@@ -168,7 +168,7 @@ def _introduction(content: Mapping[str, Any], classes: list[str], name: str) -> 
     parameters = content["parameters"]
     how = "tuned for these weights" if content["decoding_is_tuned"] else "as the model was exported"
     causal = content["attention"] == "causal"
-    kind = "The sequential baseline of MaskGIT" if causal else "MaskGIT"
+    kind = "The autoregressive baseline of MaskGIT" if causal else "MaskGIT"
     steps = "one token after the other" if causal else f"in {content['decoding']['num_steps']} parallel steps"
     example = python_string(classes[0]) if len(classes[0]) <= _LONGEST_EXAMPLE else "0"
     return [

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from maskgit_pl.checks import shorten
-from maskgit_pl.networks.causal import build_transformer
+from maskgit_pl.networks.autoregressive import build_transformer
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.old_names import renamed_tree

@@ -14,11 +14,11 @@ from maskgit_pl.decoding import (
     DecodingConfig,
     DecodingStep,
     FirstStepLogits,
+    decode_autoregressive,
     decode_classes,
-    decode_in_order,
 )
 from maskgit_pl.devices import check_device
-from maskgit_pl.networks.causal import CausalTransformer
+from maskgit_pl.networks.autoregressive import AutoregressiveTransformer
 from maskgit_pl.networks.int8 import Int8Linear
 from maskgit_pl.pipeline.classes import Classes
 from maskgit_pl.pipeline.options import (
@@ -103,7 +103,7 @@ class Generator:
             self.class_names,
             config.null_label,
             config.num_tokens,
-            isinstance(self.transformer.network, CausalTransformer),
+            isinstance(self.transformer.network, AutoregressiveTransformer),
             self.decoding,
             tokenizer.image_size,
             tokenizer.network.config.downsampling_factor,
@@ -202,7 +202,7 @@ class Generator:
         self.outline.check_decoding(decoding)
         num_tokens, schedule = self.transformer.network.config.num_tokens, self.transformer.mask_schedule
         if schedule is not None:
-            decoding.decoder(schedule).plan([num_tokens], num_tokens)  # a plug-in may refuse its counts
+            decoding.build_decoder(schedule).plan([num_tokens], num_tokens)  # a plug-in may refuse its counts
 
     def _check_not_int8(self, what: str) -> None:
         if any(isinstance(module, Int8Linear) for module in self.transformer.network.modules()):
@@ -217,13 +217,13 @@ class Generator:
         """Decodes some of the results; ``tokens`` (len(rows), N) int64 to start from."""
         network, part = self.transformer.network, request.part(rows)
         scales, negative_labels = part.decoding.scales(), part.negative_labels
-        if isinstance(network, CausalTransformer):
+        if isinstance(network, AutoregressiveTransformer):
             assert tokens is None
-            return decode_in_order(
+            return decode_autoregressive(
                 ConditionalModel.of(network, self.device),
                 part.labels,
                 part.seeds,
-                decoder=part.decoding.sequential_decoder(network.config.num_tokens),
+                decoder=part.decoding.build_autoregressive_decoder(network.config.num_tokens),
                 scales=scales,
                 negative_labels=negative_labels,
             )
@@ -237,7 +237,7 @@ class Generator:
             model,
             part.labels,
             part.seeds,
-            decoder=part.decoding.decoder(self.transformer.mask_schedule),
+            decoder=part.decoding.build_decoder(self.transformer.mask_schedule),
             scales=scales,
             negative_labels=negative_labels,
             tokens=tokens,

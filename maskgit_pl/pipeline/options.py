@@ -152,8 +152,10 @@ def _check_names(given: Mapping[str, Any], known: Sequence[str]) -> None:
             raise TypeError(f"option {name!r}: {nearest(name, set(known))}")
 
 
-def _with_argument(spec: str | dict[str, Any], argument: str, value: float) -> str | dict[str, Any]:
+def _with_argument(spec: str | dict[str, Any] | None, argument: str, value: float) -> str | dict[str, Any]:
     """Returns the spec of a plug-in with one argument replaced."""
+    if spec is None:  # an autoregressive model, whose decoder refuses it
+        return {argument: value}
     if not isinstance(spec, str | Mapping):  # the registry says what is wrong with it
         return spec
     return {**({"name": spec} if isinstance(spec, str) else spec), argument: value}

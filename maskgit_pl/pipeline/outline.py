@@ -30,7 +30,7 @@ class Outline:
         class_names: One for each class.
         null_label: The label of "no class"; None for a model without it.
         num_tokens: N, tokens of an image.
-        sequential: Whether the model draws one token after the other.
+        is_autoregressive: Whether the model draws one token after the other.
         decoding: How images are decoded unless a request says otherwise.
         image_size: Height and width of the model's images, in pixels.
         token_size: Pixels along an edge of a token.
@@ -40,7 +40,7 @@ class Outline:
     class_names: tuple[str, ...]
     null_label: int | None
     num_tokens: int
-    sequential: bool
+    is_autoregressive: bool
     decoding: DecodingConfig
     image_size: int
     token_size: int
@@ -107,12 +107,12 @@ class Outline:
         return replace_settings(self.decoding, settings)
 
     def check_parallel(self, task: str) -> None:
-        """Refuses a sequential model for a task; errors as of ``decoding.limits.check_parallel``."""
-        check_parallel(task, sequential=self.sequential)
+        """Refuses an autoregressive model for a task; errors as of ``decoding.limits.check_parallel``."""
+        check_parallel(task, is_autoregressive=self.is_autoregressive)
 
-    def check_decoding(self, decoding: DecodingConfig, *, pushes_away: bool = True) -> None:
+    def check_decoding(self, decoding: DecodingConfig, *, has_negative_class: bool = True) -> None:
         """Refuses a way of decoding that the model cannot follow; see ``DecodingConfig.check``."""
-        decoding.check(self.num_tokens, sequential=self.sequential, pushes_away=pushes_away)
+        decoding.check(self.num_tokens, is_autoregressive=self.is_autoregressive, has_negative_class=has_negative_class)
 
 
 def _size(value: object) -> int:

@@ -108,10 +108,11 @@ def checked_decoding(decoding: DecodingConfig, where: str) -> DecodingConfig:
         ValueError: if it is refused. The message begins with ``where``.
     """
     try:
-        if decoding.is_sequential:
-            decoding.sequential_decoder(decoding.num_steps)
+        if decoding.is_autoregressive:
+            decoding.build_autoregressive_decoder(decoding.num_steps)
         else:
-            decoding.decoder(mask_schedules.build("cosine"))  # any schedule: names and numbers are what is checked
+            # Any schedule serves: this checks names and numbers.
+            decoding.build_decoder(mask_schedules.build("cosine"))
         decoding.scales()
     except (ValueError, ArithmeticError) as error:
         raise ValueError(f"{where}: {error}") from error

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from maskgit_pl.checks import build_dataclass, check_class_names, check_integer, check_keys, shorten
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.files import read_json, sha256_of, write_folder, write_tensors, write_text
-from maskgit_pl.networks.causal import build_transformer
+from maskgit_pl.networks.autoregressive import build_transformer
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.networks.weight_file import check_fit, check_tensor, load_weights, read_tensor_header, read_tensors

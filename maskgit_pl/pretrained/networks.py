@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from maskgit_pl.decoding import DecodingConfig, check_parallel
-from maskgit_pl.networks.causal import CausalTransformer
+from maskgit_pl.networks.autoregressive import AutoregressiveTransformer
 from maskgit_pl.networks.transformer import MaskedTransformer
 from maskgit_pl.networks.vqgan import VQGAN
 from maskgit_pl.schedules import MaskSchedule
@@ -90,7 +90,7 @@ class PretrainedTransformer:
         tokenizer_fingerprint: Fingerprint of the tokenizer whose tokens it knows.
     """
 
-    network: MaskedTransformer | CausalTransformer
+    network: MaskedTransformer | AutoregressiveTransformer
     mask_schedule: MaskSchedule | None
     decoding: DecodingConfig
     class_names: tuple[str, ...]
@@ -105,7 +105,7 @@ class PretrainedTransformer:
         Raises:
             ValueError: if the model is autoregressive.
         """
-        check_parallel(task, sequential=self.mask_schedule is None)
+        check_parallel(task, is_autoregressive=self.mask_schedule is None)
         assert self.mask_schedule is not None
         return self.mask_schedule
 

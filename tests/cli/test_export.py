@@ -105,7 +105,7 @@ def test_no_run_and_a_damaged_checkpoint_are_refused(run, tmp_path, capsys):
     file = copy / "transformer" / "checkpoints" / "step-00000004" / "tensors-00000-of-00001.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     assert main(["export", str(copy), "--stage=transformer", f"--out={tmp_path / 'out'}"]) == 2
-    assert "is not what was written" in capsys.readouterr().err
+    assert "has changed since it was written" in capsys.readouterr().err
     assert not (tmp_path / "out" / "transformer").exists()
 
 

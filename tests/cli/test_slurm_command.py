@@ -119,7 +119,7 @@ def test_without_slurm_nothing_can_be_submitted(submit):
 @pytest.mark.parametrize(
     ("stage", "word", "parts"),
     [
-        ("tokenizer", "--cluster=fsdp", ("trainer.strategy 'fsdp'", "CLUSTER=ddp")),
+        ("tokenizer", "--cluster=fsdp", ("trainer.strategy must", "got 'fsdp'", "CLUSTER=ddp")),
         ("tokenizer", "--cluster=dpp", ("cluster 'dpp'", "ddp")),
         ("tokenizer", "--nodes=3", ("data.global_batch", "3 ranks", "got 4")),
         ("tokenizer", "--nodes=0", ("nodes must be", "[1, inf)", "got 0")),

@@ -39,7 +39,7 @@ from tests.decoding.fakes import partly_known, run
 )
 def test_a_configuration_out_of_range_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        run(partly_known([16]), DecodingConfig(**options).decoder(mask_schedules.build("cosine")))
+        run(partly_known([16]), DecodingConfig(**options).build_decoder(mask_schedules.build("cosine")))
 
 
 def test_a_config_makes_the_decoder_around_the_schedule_object_it_is_given():
@@ -47,11 +47,11 @@ def test_a_config_makes_the_decoder_around_the_schedule_object_it_is_given():
         num_steps=3, token_selector="random", guidance={"name": "linear", "scale": 4.0}, sampling_temperature=0.9
     )
     gamma = mask_schedules.build("square")
-    made = config.decoder(gamma)
+    made = config.build_decoder(gamma)
     assert made.mask_schedule is gamma
     assert made == ParallelDecoder(gamma, Random(), num_steps=3, sampling=CodeSampling(0.9))
     assert config.scales() == (0.0, 2.0, 4.0)
-    own = DecodingConfig(mask_schedule={"name": "pow", "exponent": 3.0}).decoder(gamma)
+    own = DecodingConfig(mask_schedule={"name": "pow", "exponent": 3.0}).build_decoder(gamma)
     assert own.mask_schedule == mask_schedules.build({"name": "pow", "exponent": 3.0})
 
 
@@ -62,6 +62,6 @@ def test_a_config_comes_back_from_json_equal():
 
 def test_a_config_with_an_unknown_selector_or_guidance_is_refused():
     with pytest.raises(ValueError, match="unknown token selector 'confident': did you mean 'confidence'"):
-        DecodingConfig(token_selector="confident").decoder(mask_schedules.build("cosine"))
+        DecodingConfig(token_selector="confident").build_decoder(mask_schedules.build("cosine"))
     with pytest.raises(ValueError, match="unknown guidance schedule 'line'"):
         DecodingConfig(guidance="line").scales()

@@ -28,7 +28,7 @@ def whole_run(selector: str, *, guided: bool = True, num_steps: int = NUM_STEPS)
     """Tokens (B, N) of seeds (B,) and labels (B,)."""
     made = random_transformer(TransformerConfig(16, 3, GRID, 16, 2, 2, 32))
     config = DecodingConfig(num_steps, selector, {"name": "linear", "scale": 2.0 * guided})
-    decoder, mask = config.decoder(mask_schedules.build("cosine")), made.config.mask_token_id
+    decoder, mask = config.build_decoder(mask_schedules.build("cosine")), made.config.mask_token_id
 
     def run(seeds: Tensor, labels: Tensor) -> Tensor:
         null = torch.full_like(labels, made.config.num_classes)

@@ -55,7 +55,7 @@ def partly_known(unknown: list[int]) -> Tensor:
 
 
 def decoder(spec: str | dict, num_steps: int = 8, **options: object) -> ParallelDecoder:
-    return DecodingConfig(num_steps, spec, **options).decoder(mask_schedules.build("cosine"))
+    return DecodingConfig(num_steps, spec, **options).build_decoder(mask_schedules.build("cosine"))
 
 
 def run(
@@ -274,7 +274,7 @@ def test_moment_is_what_confidence_tends_to():
     kept = {}
     for name in ("confidence", "moment"):
         spec = {"name": name, "choice_temperature": temperature / 0.5}
-        made = DecodingConfig(2, spec, tokens_per_step=(1, 39)).decoder(mask_schedules.build("cosine"))
+        made = DecodingConfig(2, spec, tokens_per_step=(1, 39)).build_decoder(mask_schedules.build("cosine"))
         noise = SeededNoise(torch.arange(images), 40, steps_at_once=1)
         predictor = lambda tokens, positions, newly_known: logits[positions]  # noqa: E731
         steps = made.steps(predictor, torch.full((images, 40), 9), noise, mask_token_id=9)

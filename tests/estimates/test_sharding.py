@@ -13,7 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from benchmarks.collectives import CountedCollectives
 from maskgit_pl.estimates.sharding import FLOAT, HALF, Group, all_reduce_bytes, ddp_traffic, fsdp_traffic, group_of
 from maskgit_pl.estimates.transformer import block_group, root_group
-from maskgit_pl.networks.causal import build_transformer
+from maskgit_pl.networks.autoregressive import build_transformer
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.training.compile_and_checkpointing import prepare_blocks
 from maskgit_pl.training.strategies import shard_blocks

@@ -18,7 +18,7 @@ from maskgit_pl.estimates.transformer import (
     transformer_activations,
 )
 from maskgit_pl.losses import masked_cross_entropy
-from maskgit_pl.networks.causal import build_transformer
+from maskgit_pl.networks.autoregressive import build_transformer
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.schedules import mask_schedules
 from maskgit_pl.training.compile_and_checkpointing import prepare_blocks

@@ -1,13 +1,13 @@
 """Parts that the tests of a search share: a space, a measure without a model, and numbers that it gives."""
 
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.evaluation.comparison import every_selector
+from maskgit_pl.evaluation.comparison import list_selectors
 from maskgit_pl.evaluation.schedule_curves import Curves, ScheduleCurves
 from maskgit_pl.evaluation.search_space import SearchSpace
 
 FID = "fid/classifier"
 OWN = DecodingConfig(4, guidance={"name": "linear", "scale": 1.0})
-SPACE = SearchSpace(OWN, tuple(spec for _, spec in every_selector()), (2, 4, 8), 256, guided=True)
+SPACE = SearchSpace(OWN, tuple(spec for _, spec in list_selectors()), (2, 4, 8), 256, can_guide=True)
 
 
 def numbers(fid: float) -> dict[str, float]:

@@ -16,7 +16,7 @@ from maskgit_pl.evaluation.cas import classification_accuracy
 from maskgit_pl.evaluation.classifier import Accuracy
 from maskgit_pl.evaluation.classifier_config import CASConfig
 from maskgit_pl.evaluation.classifier_training import TrainingImages
-from maskgit_pl.evaluation.generation import Generated
+from maskgit_pl.evaluation.generation import GeneratedImages
 from maskgit_pl.evaluation.npz import open_samples
 from tests.evaluation.feature_networks import in_memory
 
@@ -107,13 +107,13 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
 READ = """
 import resource, sys
 import torch
-from maskgit_pl.evaluation.generation import Generated
+from maskgit_pl.evaluation.generation import GeneratedImages
 from maskgit_pl.evaluation.npz import open_samples
 
 file = open_samples(sys.argv[1])
-images = Generated(file, 3, file.labels, None)
+images = GeneratedImages(file, 3, file.labels, None)
 for rows in torch.randperm(len(file)).split(64):
-    assert images.take(rows).shape == (len(rows), 3, 64, 64)
+    assert images.read_at(rows).shape == (len(rows), 3, 64, 64)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
@@ -125,10 +125,10 @@ def test_generated_images_are_taken_in_any_order(tmp_path: Path, channels) -> No
     for save in (np.savez, np.savez_compressed):
         save(tmp_path / "a.npz", arr_0=as_saved, arr_1=np.arange(9))
         file = open_samples(tmp_path / "a.npz")
-        made = Generated(file, channels, file.labels, None)
+        made = GeneratedImages(file, channels, file.labels, None)
         assert made.shape == (channels, 8, 8)
         order = torch.tensor([8, 0, 3, 3])
-        assert torch.equal(made.take(order), pixels[order])
+        assert torch.equal(made.read_at(order), pixels[order])
 
 
 def test_small_images_are_for_the_smaller_network() -> None:

@@ -40,7 +40,7 @@ def trained_on(data: ShardData, *, count: int = 60) -> TrainingImages:
 
 def test_predicts_in_batches(data: ShardData) -> None:
     judge = Classifier(1, 8, 5, ClassifierConfig(width=4))
-    images = trained_on(data).take(torch.arange(3))
+    images = trained_on(data).read(torch.arange(3))
     output = judge.predict(images, batch_size=2)
     assert output.logits.shape == (3, 5)
     torch.testing.assert_close(output.features, judge(images).features.detach())
@@ -174,7 +174,7 @@ def test_a_key_of_a_stranger_that_is_nested_deep_is_no_key(data: ShardData, tmp_
 
 def test_accuracy_counts_the_likeliest_and_the_five_likeliest() -> None:
     logits = torch.eye(8)[[0, 1, 2, 3]] + torch.arange(8, 0, -1) / 100  # after the first: 0, 1, 2, 3, 4 ...
-    accuracy = Accuracy.of_hits(count_hits(logits, torch.tensor([0, 0, 4, 7])), 4)
+    accuracy = Accuracy.from_hits(count_hits(logits, torch.tensor([0, 0, 4, 7])), 4)
     assert accuracy == Accuracy(top1=1 / 4, top5=3 / 4, images=4)
 
 

@@ -13,9 +13,9 @@ from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.evaluation.comparison import (
     Comparison,
     MeasuredSelector,
-    every_selector,
-    selector_sheet,
-    selector_variants,
+    draw_selector_sheet,
+    label_selectors,
+    list_selectors,
 )
 from maskgit_pl.pipeline import MaskGIT
 from tests.evaluation.searching import numbers
@@ -43,28 +43,28 @@ COMPARISON = Comparison(
 
 
 def test_every_registered_selector_is_compared_and_remdm_with_each_strategy() -> None:
-    labels = [label for label, _ in every_selector()]
+    labels = [label for label, _ in list_selectors()]
     assert {label.split()[0] for label in labels} == set(token_selectors.names())
     assert {"remdm cap", "remdm rescale", "remdm confidence", "remdm loop"} <= set(labels)
 
 
 def test_names_take_the_model_s_choice_temperature_and_mappings_stay() -> None:
-    found = selector_variants(["margin", "halton"], OWN)
+    found = label_selectors(["margin", "halton"], OWN)
     assert found == {"margin": {"name": "margin", "choice_temperature": 9.0}, "halton": "halton"}
-    remdm = selector_variants(None, OWN)["remdm loop"]
+    remdm = label_selectors(None, OWN)["remdm loop"]
     assert remdm == {"name": "remdm", "strategy": "loop", "choice_temperature": 9.0}
     mapping = {"name": "remdm", "eta": 0.4}
-    assert selector_variants([mapping], OWN) == {"remdm (eta 0.4)": mapping}
-    assert selector_variants(["margin"], "halton") == {"margin": "margin"}  # there is none to take
+    assert label_selectors([mapping], OWN) == {"remdm (eta 0.4)": mapping}
+    assert label_selectors(["margin"], "halton") == {"margin": "margin"}  # there is none to take
 
 
 def test_unknown_selectors_and_the_same_one_twice_are_refused() -> None:
     with pytest.raises(ValueError, match="did you mean 'confidence'"):
-        selector_variants(["confidnce"], OWN)
+        label_selectors(["confidnce"], OWN)
     with pytest.raises(ValueError, match="token selector margin: once is enough"):
-        selector_variants(["margin", "halton", "margin"], OWN)
+        label_selectors(["margin", "halton", "margin"], OWN)
     with pytest.raises(ValueError, match="unknown key 'eta'"):
-        selector_variants([{"name": "margin", "eta": 1}], OWN)
+        label_selectors([{"name": "margin", "eta": 1}], OWN)
 
 
 def test_tables_show_every_row_and_the_least_distance_of_each_t_in_bold() -> None:
@@ -122,7 +122,7 @@ def test_a_column_of_the_sheet_has_one_class_and_one_noise(tiny_pretrained: Path
 
     monkeypatch.setattr(pipe, "generate", kept)
     decodings = {"a": DecodingConfig(2), "same as a": DecodingConfig(2), "b": DecodingConfig(2, "halton")}
-    picture = selector_sheet(pipe, decodings, seed=5)
+    picture = draw_selector_sheet(pipe, decodings, seed=5)
     assert torch.equal(made[0], made[1])
     assert torch.equal(made[0], pipe.generate([0, 1, 2], decoding=DecodingConfig(2), seed=5, output_type="pt"))
     assert picture.width > 3 * 84

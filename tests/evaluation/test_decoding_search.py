@@ -27,10 +27,10 @@ def test_the_best_are_confirmed_with_fresh_noise_and_twice_the_images_the_own_de
 def test_the_result_is_never_worse_than_the_own_decoding_where_it_was_confirmed() -> None:
     best = DecodingConfig(4, guidance={"name": "constant", "scale": 0.0})
     for seed in range(5):
-        space = SearchSpace(best, SPACE.selectors, (4,), 256, guided=True)
+        space = SearchSpace(best, SPACE.selectors, (4,), 256, can_guide=True)
         found = run(FakeMeasure(luck=5.0), space, seed=seed)
         assert found.winner.numbers[FID] <= found.before.numbers[FID]
-    assert run(FakeMeasure(), SearchSpace(best, SPACE.selectors, (4,), 256, guided=True)).winner.numbers[FID] == 1
+    assert run(FakeMeasure(), SearchSpace(best, SPACE.selectors, (4,), 256, can_guide=True)).winner.numbers[FID] == 1
 
 
 def test_the_trial_that_is_in_use_is_confirmed_though_others_were_luckier() -> None:

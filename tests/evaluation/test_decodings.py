@@ -1,5 +1,5 @@
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.evaluation.decodings import changed_fields, describe_decoding, plot_steps, with_steps
+from maskgit_pl.evaluation.decodings import choose_plot_steps, decoding_key, describe_decoding, with_steps
 
 
 def test_other_steps_leave_a_list_of_tokens_out() -> None:
@@ -7,9 +7,9 @@ def test_other_steps_leave_a_list_of_tokens_out() -> None:
 
 
 def test_decodings_are_told_apart_by_what_is_not_the_default() -> None:
-    assert changed_fields(DecodingConfig()) == changed_fields(DecodingConfig(sampling_temperature=1.0, top_k=None))
-    assert changed_fields(DecodingConfig()) != changed_fields(DecodingConfig(sampling_temperature=0.9))
-    changed = changed_fields(DecodingConfig(4, sampling_temperature=(1.2, 0.8)))
+    assert decoding_key(DecodingConfig()) == decoding_key(DecodingConfig(sampling_temperature=1.0, top_k=None))
+    assert decoding_key(DecodingConfig()) != decoding_key(DecodingConfig(sampling_temperature=0.9))
+    changed = decoding_key(DecodingConfig(4, sampling_temperature=(1.2, 0.8)))
     assert changed["sampling_temperature"] == [1.2, 0.8]
     assert set(changed) == {"num_steps", "token_selector", "guidance", "sampling_temperature"}
     assert DecodingConfig(**changed).num_steps == 4
@@ -27,7 +27,7 @@ def test_a_decoding_is_told_without_what_is_as_usual() -> None:
 
 
 def test_schedules_are_drawn_at_a_few_numbers_of_steps_up_to_half_the_tokens() -> None:
-    assert plot_steps(49) == (2, 3, 4, 6, 8, 12, 16, 24)
-    assert plot_steps(16) == (2, 3, 4, 6, 8)
-    assert plot_steps(3) == (2,)
-    assert plot_steps(16, [8, 4, 16, 4]) == (4, 8)
+    assert choose_plot_steps(49) == (2, 3, 4, 6, 8, 12, 16, 24)
+    assert choose_plot_steps(16) == (2, 3, 4, 6, 8)
+    assert choose_plot_steps(3) == (2,)
+    assert choose_plot_steps(16, [8, 4, 16, 4]) == (4, 8)

@@ -67,23 +67,23 @@ def test_features_with_the_exact_statistics_of_gaussians_have_their_distance() -
     sets = []
     for mean, covariance in (([0, 0], [[2, 1], [1, 3]]), ([1, 0], [[4, -1], [-1, 2]])):
         exact = gaussian(mean, covariance)
-        sets.append(Statistics.of(white @ torch.linalg.cholesky(exact.covariance).T + exact.mean))
+        sets.append(Statistics.from_features(white @ torch.linalg.cholesky(exact.covariance).T + exact.mean))
     assert frechet_distance(*sets) == pytest.approx(12 - 2 * math.sqrt(12 + 2 * math.sqrt(35)), rel=1e-9)
 
 
 def test_fewer_images_than_features_have_a_distance_too() -> None:
     made, real = normal(5, 0, width=30), normal(8, 1, width=30)
     theirs = fid_statistics_to_metric(fid_features_to_statistics(made), fid_features_to_statistics(real), False)
-    ours = frechet_distance(Statistics.of(made), Statistics.of(real))
+    ours = frechet_distance(Statistics.from_features(made), Statistics.from_features(real))
     assert ours == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
 
 
 def test_features_of_other_widths_are_refused() -> None:
     with pytest.raises(ValueError, match="as many features are needed, got 5 and 6"):
-        frechet_distance(Statistics.of(normal(9, 0, width=5)), Statistics.of(normal(9, 0)))
+        frechet_distance(Statistics.from_features(normal(9, 0, width=5)), Statistics.from_features(normal(9, 0)))
     one, other = ImageFeatures("inception", normal(9, 0)), ImageFeatures("lite0", normal(9, 0))
     with pytest.raises(ValueError, match="features of one network are needed, got 'inception' and 'lite0'"):
-        distances(one, Reference.of(other))
+        distances(one, Reference.from_features(other))
 
 
 def test_kernel_distance_is_torch_fidelity_s() -> None:
@@ -210,17 +210,23 @@ def test_a_dropped_mode_costs_coverage_and_an_outlier_among_real_images_earns_no
 def test_every_number_is_given_that_can_be() -> None:
     real = ImageFeatures("classifier", normal(30, 0), normal(30, 1), normal(30, 2, width=4))
     made = ImageFeatures("classifier", normal(20, 3), normal(20, 4), normal(20, 5, width=4))
-    whole = distances(made, Reference.of(real))
+    whole = distances(made, Reference.from_features(real))
     assert list(whole) == [
         "fid", "sfid", "is", "is_deviation", "kid", "kid_deviation", "precision", "recall", "density", "coverage",
     ]  # fmt: skip
     assert all(type(value) is float and math.isfinite(value) for value in whole.values())
-    assert distances(made, Reference.of(real)) == whole
-    assert "sfid" not in distances(replace(made, spatial=None), Reference.of(real))
-    assert "is" not in distances(replace(made, logits=None), Reference.of(real))
+    assert distances(made, Reference.from_features(real)) == whole
+    assert "sfid" not in distances(replace(made, spatial=None), Reference.from_features(real))
+    assert "is" not in distances(replace(made, logits=None), Reference.from_features(real))
     three = ImageFeatures("classifier", normal(3, 3))
-    assert set(distances(three, Reference.of(three))) == {"fid", "kid", "kid_deviation"}
-    assert set(distances(three, Reference.of(real))) == {"fid", "kid", "kid_deviation", "density", "coverage"}
+    assert set(distances(three, Reference.from_features(three))) == {"fid", "kid", "kid_deviation"}
+    assert set(distances(three, Reference.from_features(real))) == {
+        "fid",
+        "kid",
+        "kid_deviation",
+        "density",
+        "coverage",
+    }
 
 
 def test_measuring_leaves_torch_s_generator_alone() -> None:
@@ -247,7 +253,9 @@ def test_fid_is_the_distance_of_two_gaussians() -> None:
     root = matrix_root(one)
     expected = (real.mean(0) - made.mean(0)).square().sum() + (one + other).trace()
     expected -= 2 * matrix_root(root @ other @ root).trace()
-    assert frechet_distance(Statistics.of(made), Statistics.of(real)) == pytest.approx(float(expected), rel=1e-9)
+    assert frechet_distance(Statistics.from_features(made), Statistics.from_features(real)) == pytest.approx(
+        float(expected), rel=1e-9
+    )
 
 
 def test_kid_is_the_unbiased_discrepancy_of_the_cubic_kernel() -> None:
@@ -272,5 +280,5 @@ def test_kid_of_two_sets_of_one_kind_is_about_nothing_and_does_not_fall_with_the
     few, many, other = (kernel_distance(made, real)[0] for made in sets)
     assert max(abs(few), abs(many)) < other / 20
     # a fid falls, which is why one stands beside a floor of as many images
-    few, many, _ = (frechet_distance(Statistics.of(made), Statistics.of(real)) for made in sets)
+    few, many, _ = (frechet_distance(Statistics.from_features(made), Statistics.from_features(real)) for made in sets)
     assert few > 3 * many

@@ -15,11 +15,11 @@ from maskgit_pl.evaluation import feature_metrics
 from maskgit_pl.evaluation.classifier import Accuracy
 from maskgit_pl.evaluation.classifier_config import CASConfig
 from maskgit_pl.evaluation.distances import distances
-from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, numbers_of
+from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, collect_numbers
 from maskgit_pl.evaluation.feature_metrics import FeatureMetrics
 from maskgit_pl.evaluation.features import extract
 from maskgit_pl.evaluation.ledger import Ledger, Row
-from maskgit_pl.evaluation.reference import Reference, obtain_references, read_references, real_labels
+from maskgit_pl.evaluation.reference import Reference, obtain_references, read_real_labels, read_references
 from maskgit_pl.pipeline import MaskGIT
 from tests.conftest import save_tiny_pretrained, save_uneven_shards
 from tests.evaluation.feature_networks import few, pictures
@@ -113,28 +113,28 @@ def measure(kind: str, case: Case, folder: Path, results: Path) -> Row:
 
 def samples(evaluator: Evaluator, model: EvaluatedModel, case: Case) -> Row:
     how = {"num_images": case.num_images, "seed": case.seed}
-    return evaluator.samples(model, case.decoding, **how)["classifier"]
+    return evaluator.measure_samples(model, case.decoding, **how)["classifier"]
 
 
 def real(evaluator: Evaluator, model: EvaluatedModel, case: Case) -> Row:
-    return evaluator.real(num_images=case.num_images)["classifier"]
+    return evaluator.measure_real(num_images=case.num_images)["classifier"]
 
 
 def editing(evaluator: Evaluator, model: EvaluatedModel, case: Case) -> Row:
     how = {"num_images": case.num_images, "seed": case.seed}
-    return evaluator.editing(model, case.task, **how)[0]
+    return evaluator.measure_editing(model, case.task, **how)[0]
 
 
 def likelihood(evaluator: Evaluator, model: EvaluatedModel, case: Case) -> Row:
-    return evaluator.likelihood(model, num_images=case.num_images, draws=case.draws, seed=case.seed)
+    return evaluator.measure_likelihood(model, num_images=case.num_images, draws=case.draws, seed=case.seed)
 
 
 def score(evaluator: Evaluator, model: EvaluatedModel, case: Case) -> Row:
-    return evaluator.cas(model, case.decoding, case.cas, num_images=case.num_images, seed=case.seed)
+    return evaluator.measure_cas(model, case.decoding, case.cas, num_images=case.num_images, seed=case.seed)
 
 
 def score_of_real(evaluator: Evaluator, model: EvaluatedModel, case: Case) -> Row:
-    return evaluator.cas(None, None, case.cas, num_images=case.num_images, seed=case.seed)
+    return evaluator.measure_cas(None, None, case.cas, num_images=case.num_images, seed=case.seed)
 
 
 JUDGED = ("data", "judge_seed", "knows_classes", "reference", "reference_images", "num_images")
@@ -188,7 +188,7 @@ def test_two_references_of_as_many_images_give_two_rows_that_name_them(folder: P
 def test_a_reference_that_does_not_say_where_it_is_from_is_refused() -> None:
     features = extract([few()], [(pictures(6), torch.arange(6))])["classifier"]
     with pytest.raises(ValueError, match="reference of classifier: must have an origin"):
-        FeatureMetrics(few(), Reference.of(features))
+        FeatureMetrics(few(), Reference.from_features(features))
 
 
 def test_shipped_rows_of_another_classifier_or_reference_are_not_reused(folder: Path, tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def opened(folder: Path, ledger: Ledger) -> tuple[Evaluator, EvaluatedModel]:
     data.setup()
     network = few()
     reference = obtain_references(folder / "kept", data, [network])["classifier"]
-    networks = {"classifier": FeatureMetrics(network, reference, real_labels(data))}
+    networks = {"classifier": FeatureMetrics(network, reference, read_real_labels(data))}
     pretrained = folder / "model-0"
     evaluator = Evaluator(data, dataset="shoes", networks=networks, ledger=ledger)
     return evaluator, EvaluatedModel("run", MaskGIT.from_pretrained(pretrained), pretrained, ledger.file.parent)
@@ -216,7 +216,7 @@ def opened(folder: Path, ledger: Ledger) -> tuple[Evaluator, EvaluatedModel]:
 
 def test_the_images_measured_are_those_that_the_seed_says(folder: Path, tmp_path: Path) -> None:
     evaluator, model = opened(folder, Ledger(tmp_path / "ledger.jsonl"))
-    made = evaluator.generated(model, DECODING, num_images=12, seed=3, title="")
+    made = evaluator.generate(model, DECODING, num_images=12, seed=3, title="")
     assert made.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     alone = model.pipe.generate(made.labels.tolist(), decoding=DECODING, seed=3, output_type="pt")
     assert (made.read(range(12)).int() - alone.int()).abs().max() <= 1
@@ -225,9 +225,9 @@ def test_the_images_measured_are_those_that_the_seed_says(folder: Path, tmp_path
 
 def test_numbers_are_those_of_the_network_s_features(folder: Path, tmp_path: Path) -> None:
     evaluator, model = opened(folder, Ledger(tmp_path / "ledger.jsonl"))
-    made = evaluator.generated(model, DECODING, num_images=12, seed=0, title="")
+    made = evaluator.generate(model, DECODING, num_images=12, seed=0, title="")
     images = made.read(range(12))
-    numbers = numbers_of(evaluator.samples(model, DECODING, num_images=12, seed=0, purpose="a test"))
+    numbers = collect_numbers(evaluator.measure_samples(model, DECODING, num_images=12, seed=0, purpose="a test"))
     network = evaluator.networks["classifier"]
     features = extract([network.extractor], [(images, torch.arange(12))])["classifier"]
     expected = distances(features, network.reference)
@@ -242,7 +242,7 @@ def test_numbers_are_those_of_the_network_s_features(folder: Path, tmp_path: Pat
 
 def test_the_floor_is_the_distance_of_as_many_real_images(folder: Path, tmp_path: Path) -> None:
     evaluator, _ = opened(folder, Ledger(tmp_path / "ledger.jsonl"))
-    floor, again, all_of_them = (evaluator.real(num_images=count)["classifier"] for count in (30, 30, 1000))
+    floor, again, all_of_them = (evaluator.measure_real(num_images=count)["classifier"] for count in (30, 30, 1000))
     assert floor == again
     assert (floor["num_images"], all_of_them["num_images"]) == (30, 60)  # there are 60
     assert 0 < all_of_them["fid"] < floor["fid"]
@@ -251,24 +251,24 @@ def test_the_floor_is_the_distance_of_as_many_real_images(folder: Path, tmp_path
 def test_a_selector_that_ends_early_takes_fewer_steps(folder: Path, tmp_path: Path) -> None:
     evaluator, model = opened(folder, Ledger(tmp_path / "ledger.jsonl"))
     decoding = DecodingConfig(8, {"name": "entropy", "gamma": 1000.0})
-    assert numbers_of(evaluator.samples(model, decoding, num_images=6, seed=0))["steps_taken"] == 1
+    assert collect_numbers(evaluator.measure_samples(model, decoding, num_images=6, seed=0))["steps_taken"] == 1
 
 
 def test_what_is_measured_is_counted_and_a_second_evaluator_measures_nothing(folder: Path, tmp_path: Path) -> None:
     counts = []
     for _ in range(2):
         evaluator, model = opened(folder, Ledger(tmp_path / "ledger.jsonl"))
-        evaluator.samples(model, DECODING, num_images=6, seed=0)
-        counts.append(evaluator.measured)
+        evaluator.measure_samples(model, DECODING, num_images=6, seed=0)
+        counts.append(evaluator.num_measured)
     assert counts == [1, 0]
     evaluator, model = opened(folder, Ledger(tmp_path / "ledger.jsonl", reuse=False))
-    evaluator.samples(model, DECODING, num_images=6, seed=0)
-    assert evaluator.measured == 1
+    evaluator.measure_samples(model, DECODING, num_images=6, seed=0)
+    assert evaluator.num_measured == 1
 
 
 def test_of_several_ranks_one_writes(folder: Path, tmp_path: Path) -> None:
     evaluator, model = opened(folder, Ledger(tmp_path / "ledger.jsonl", writes=False))
-    evaluator.samples(model, DECODING, num_images=6, seed=0)
+    evaluator.measure_samples(model, DECODING, num_images=6, seed=0)
     assert not (tmp_path / "ledger.jsonl").exists()
 
 
@@ -276,11 +276,11 @@ def test_fast_metrics_leave_the_neighbours_out_and_are_found_in_a_row_of_all(fol
     evaluator, model = opened(folder, Ledger(tmp_path / "ledger.jsonl"))
 
     def measured(metrics: Any) -> dict[str, float]:
-        return numbers_of(evaluator.samples(model, DECODING, num_images=12, seed=0, metrics=metrics))
+        return collect_numbers(evaluator.measure_samples(model, DECODING, num_images=12, seed=0, metrics=metrics))
 
     fast = measured("fast")
     assert "precision/classifier" not in fast
     assert fast.items() <= {**measured("all"), "seconds_per_image": fast["seconds_per_image"]}.items()
-    assert evaluator.measured == 2  # a row of fewer numbers is none of all of them
+    assert evaluator.num_measured == 2  # a row of fewer numbers is none of all of them
     assert "precision/classifier" in measured("fast")
-    assert evaluator.measured == 2
+    assert evaluator.num_measured == 2

@@ -9,7 +9,7 @@ import torch.multiprocessing as mp
 
 from maskgit_pl.data import Batch, ShardData, ShardDataConfig
 from maskgit_pl.evaluation.distances import distances
-from maskgit_pl.evaluation.features import Extractor, extract, own_batches, own_image_batches
+from maskgit_pl.evaluation.features import Extractor, extract, iter_image_batches, iter_row_batches
 from maskgit_pl.evaluation.reconstruction import measure_reconstruction
 from maskgit_pl.evaluation.reference import Reference, obtain_references
 from maskgit_pl.networks.features import Lite0Spec
@@ -25,7 +25,7 @@ def read(rows: range) -> torch.Tensor:
 
 def test_features_are_those_of_each_image_in_order() -> None:
     done: list[int] = []
-    found = extract([few()], own_image_batches(read, 23, batch_size=5), on_images=done.append)["classifier"]
+    found = extract([few()], iter_image_batches(read, 23, batch_size=5), on_images=done.append)["classifier"]
     output = Few()(IMAGES)
     torch.testing.assert_close(found.pooled, output.features)
     torch.testing.assert_close(found.logits, output.logits)
@@ -36,7 +36,7 @@ def test_features_are_those_of_each_image_in_order() -> None:
 
 
 def test_images_are_put_into_the_order_of_their_numbers() -> None:
-    batches = list(own_image_batches(read, 23, batch_size=5))
+    batches = list(iter_image_batches(read, 23, batch_size=5))
     one, other = (extract([few()], order)["classifier"] for order in (batches, reversed(batches)))
     assert torch.equal(one.pooled, other.pooled)
 
@@ -49,19 +49,19 @@ def test_several_networks_see_the_same_images_once() -> None:
         return read(rows)
 
     networks = [few("one"), few("other", seed=1, knows_classes=False)]
-    found = extract(networks, own_image_batches(counted, 23))
+    found = extract(networks, iter_image_batches(counted, 23))
     assert seen == [range(23)]
     assert not torch.equal(found["one"].pooled, found["other"].pooled)
     assert found["one"].logits is not None
     assert found["other"].logits is None  # an inception score of them would mean nothing
-    assert extract([], own_image_batches(counted, 23)) == {}
+    assert extract([], iter_image_batches(counted, 23)) == {}
 
 
 def test_whole_batches_are_dealt_to_ranks_by_number(monkeypatch) -> None:
     shares = []
     for rank in range(2):
         monkeypatch.setattr("maskgit_pl.distributed.rank_and_world", lambda rank=rank: (rank, 2))
-        shares.append(list(own_batches(23, batch_size=5)))
+        shares.append(list(iter_row_batches(23, batch_size=5)))
     assert shares == [[range(5), range(10, 15), range(20, 23)], [range(5, 10), range(15, 20)]]
 
 
@@ -85,8 +85,8 @@ def test_an_extractor_is_made_from_a_spec(monkeypatch) -> None:
 def measured(folder: Path, shards: Path) -> dict[str, Any]:
     """All that several ranks do together."""
     data, network = ShardData(ShardDataConfig(str(shards), image_size=8, in_channels=1)), few()
-    found = extract([network], own_image_batches(read, 23, batch_size=5))["classifier"]
-    single = extract([network], own_image_batches(read, 3, batch_size=5))["classifier"]  # the 2nd rank has none
+    found = extract([network], iter_image_batches(read, 23, batch_size=5))["classifier"]
+    single = extract([network], iter_image_batches(read, 3, batch_size=5))["classifier"]  # the 2nd rank has none
     reference = obtain_references(folder, data, [network], num_images=20)["classifier"]
     again = obtain_references(folder, data, [network], num_images=20)["classifier"]
     torch.manual_seed(0)
@@ -98,9 +98,9 @@ def measured(folder: Path, shards: Path) -> dict[str, Any]:
     rebuilt = measure_reconstruction(
         tokenizer,
         [Batch(content, *[index] * 4, torch.ones(len(index)).bool())
-         for content, index in own_image_batches(read, 23, batch_size=5)],
+         for content, index in iter_image_batches(read, 23, batch_size=5)],
         extractors=[network],
-        references={"classifier": Reference.of(found)},
+        references={"classifier": Reference.from_features(found)},
     )  # fmt: skip
     return {
         "pooled": found.pooled,

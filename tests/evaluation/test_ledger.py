@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from maskgit_pl.evaluation.ledger import KEYS, Ledger, as_csv, number, present
+from maskgit_pl.evaluation.ledger import KEYS, Ledger, format_csv, number, present
 
 LIKELIHOOD = dict.fromkeys(KEYS["likelihood"], "") | {"num_images": 10, "seed": 0, "draws": 4}
 
@@ -190,4 +190,4 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
 
 def test_a_spreadsheet_has_every_column_unrounded() -> None:
     rows = [{"a": 0.1 + 0.2, "b": None}, {"a": 1, "c": {"z": 1, "d": True}}]
-    assert as_csv(rows) == 'a,b,c\n0.30000000000000004,,\n1,,"{""d"": true, ""z"": 1}"\n'
+    assert format_csv(rows) == 'a,b,c\n0.30000000000000004,,\n1,,"{""d"": true, ""z"": 1}"\n'

@@ -13,10 +13,10 @@ from maskgit_pl.evaluation.likelihood import (
     Estimate,
     ImageLikelihood,
     MaskDraws,
+    encode_real_images,
     exact_nll,
     masked_nll,
     negative_elbo,
-    real_tokens,
 )
 from maskgit_pl.imaging import to_unit_range
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
@@ -194,7 +194,7 @@ def test_the_exact_likelihood_is_the_joint_distributions():
 
 
 def test_an_estimate_is_a_mean_with_its_standard_error():
-    estimate = Estimate.of(torch.tensor([1.0, 3.0, 5.0], dtype=torch.float64))
+    estimate = Estimate.from_values(torch.tensor([1.0, 3.0, 5.0], dtype=torch.float64))
     assert estimate == Estimate(3.0, 2 / math.sqrt(3))
     assert ImageLikelihood(estimate, 4).bits_per_token.standard_error == pytest.approx(0.5 / math.sqrt(3) / math.log(2))
 
@@ -217,20 +217,20 @@ def test_what_cannot_be_measured_is_refused(tokens, labels, draws, match):
 def test_the_val_split_becomes_tokens_with_its_labels(tiny_pretrained: Path, tiny_shards: Path):
     pipe = MaskGIT.from_pretrained(tiny_pretrained)
     data = ShardData(ShardDataConfig(str(tiny_shards), image_size=8, in_channels=1))
-    tokens, labels = real_tokens(pipe, data, batch_size=10)
+    tokens, labels = encode_real_images(pipe, data, batch_size=10)
     batch = data.batches("val", InOrder(24)).__getitems__(range(24))
     assert torch.equal(labels, batch.labels)
     assert torch.equal(tokens, pipe.tokenizer.network.encode(to_unit_range(batch.content)))
-    _, some = real_tokens(pipe, data, limit=9)
+    _, some = encode_real_images(pipe, data, limit=9)
     assert len(some.unique()) > 1  # drawn from all of the split, not its beginning
-    assert torch.equal(some, real_tokens(pipe, data, limit=9, batch_size=2)[1])
+    assert torch.equal(some, encode_real_images(pipe, data, limit=9, batch_size=2)[1])
 
 
 def measured(folder: Path, shards: Path) -> list[Estimate]:
     """All three of a random transformer on the tiny data."""
     pipe = MaskGIT.from_pretrained(folder)
     data = ShardData(ShardDataConfig(str(shards), image_size=8, in_channels=1))
-    tokens, labels = real_tokens(pipe, data, limit=23, batch_size=4)
+    tokens, labels = encode_real_images(pipe, data, limit=23, batch_size=4)
     network = pipe.transformer.network
     options = {"mask_token_id": network.config.mask_token_id, "draws": MaskDraws(2), "batch_size": 5}
     return [

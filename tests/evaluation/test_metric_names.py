@@ -4,10 +4,10 @@ from maskgit_pl.evaluation.metric_names import (
     METRICS,
     NETWORK_METRICS,
     direction,
+    find_metric,
     format_value,
     is_better,
     metric_name,
-    metric_of,
     title,
 )
 
@@ -25,7 +25,7 @@ def test_a_name_of_a_network_becomes_a_title_and_a_value_as_the_title_says() -> 
 @pytest.mark.parametrize("name", METRICS)
 def test_every_metric_has_one_title_and_a_direction(name: str) -> None:
     assert [metric.title for metric in METRICS.values()].count(title(name)) == 1
-    assert metric_of(f"{name}/x") == METRICS[name]
+    assert find_metric(f"{name}/x") == METRICS[name]
     assert is_better(name, 2.0, 1.0) == (direction(name) == "higher is better")
     assert not is_better(name, 1.0, 1.0)
 

@@ -96,7 +96,7 @@ def test_structural_similarity_is_the_mean_over_images() -> None:
 
 def test_reconstructions_have_a_distance_from_the_originals() -> None:
     images, network = pictures(30), few()
-    originals = Reference.of(extract([network], [(images, torch.arange(30))])["classifier"])
+    originals = Reference.from_features(extract([network], [(images, torch.arange(30))])["classifier"])
     options = {"extractors": [network], "references": {"classifier": originals}}
     batches = [batch_of(images[:20]), batch_of(images[20:], first=20)]
     assert measure_reconstruction(noisy(1.0, 8), batches, **options).rfid["classifier"] == pytest.approx(0, abs=1e-9)

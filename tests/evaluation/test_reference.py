@@ -8,12 +8,12 @@ import torch
 from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.evaluation import reference as module
 from maskgit_pl.evaluation.distances import distances
-from maskgit_pl.evaluation.features import extract, own_image_batches
+from maskgit_pl.evaluation.features import extract, iter_image_batches
 from maskgit_pl.evaluation.reference import (
     Reference,
     Statistics,
+    iter_real_batches,
     obtain_references,
-    own_real_batches,
     read_references,
 )
 from tests.evaluation.feature_networks import few, pictures
@@ -44,11 +44,11 @@ def obtain(folder: Path, data: ShardData, seed: int = 0, **options) -> tuple[Ref
 
 def test_statistics_are_mean_and_unbiased_covariance() -> None:
     features = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) + 100
-    found = Statistics.of(features)
+    found = Statistics.from_features(features)
     torch.testing.assert_close(found.mean, features.double().mean(0))
     torch.testing.assert_close(found.covariance, torch.cov(features.double().T))
     with pytest.raises(ValueError, match="at least 2 images"):
-        Statistics.of(features[:1])
+        Statistics.from_features(features[:1])
 
 
 def test_a_split_is_seen_once_and_then_read(data: ShardData, tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_a_split_is_seen_once_and_then_read(data: ShardData, tmp_path: Path) -> 
     assert_same(made, again)
     assert made.features.spatial is None
     assert [path.name.rsplit("-", 1)[0] for path in (tmp_path / "deep").iterdir()] == ["val-classifier"]
-    batch = next(own_real_batches(data, "val"))
+    batch = next(iter_real_batches(data, "val"))
     torch.testing.assert_close(made.features.pooled, few()(batch.content).features)
 
 
@@ -132,8 +132,8 @@ def test_images_of_a_file_are_a_reference_for_any_network(tmp_path: Path) -> Non
     file, images = images_file(tmp_path / "reference.npz", arr_1=np.arange(40))
     network, seen = few(channels=3), []
     found = read_references(file, [network], folder=tmp_path / "kept", on_images=seen.append)["classifier"]
-    batches = own_image_batches(lambda rows: images[rows.start : rows.stop], 40)
-    assert_same(found, Reference.of(extract([network], batches)["classifier"]))
+    batches = iter_image_batches(lambda rows: images[rows.start : rows.stop], 40)
+    assert_same(found, Reference.from_features(extract([network], batches)["classifier"]))
     assert_same(found, read_references(file, [network], folder=tmp_path / "kept", on_images=seen.append)["classifier"])
     assert sum(seen) == 40
 

@@ -4,7 +4,13 @@ import pytest
 
 from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.evaluation.run_folders import check_data, check_spec, default_steps, even_count, find_run
+from maskgit_pl.evaluation.run_folders import (
+    check_data,
+    check_model_decoding,
+    default_steps,
+    find_run,
+    round_to_classes,
+)
 from maskgit_pl.pipeline import MaskGIT
 from tests.conftest import save_tiny_pretrained
 
@@ -22,15 +28,15 @@ def test_a_run_says_what_data_it_was_trained_on(tmp_path: Path, tiny_shards: Pat
     config.parent.mkdir()
     config.write_text(f"data:\n  path: {tiny_shards}\n")
     found = find_run(tmp_path / "run")
-    assert (found.home, found.data) == (tmp_path / "run", tiny_shards)
-    assert found.judge == tmp_path / f"{tiny_shards.name}-classifier" / "small"
+    assert (found.run, found.data) == (tmp_path / "run", tiny_shards)
+    assert found.classifier == tmp_path / f"{tiny_shards.name}-classifier" / "small"
     assert found.evaluation == tmp_path / "run" / "evaluation"
     for text, error in (("data: [1]\n", "must be a string"), ("data: &a [*a]\n", "recipe"), ("[" * 5000, "recipe")):
         config.write_text(text)
         with pytest.raises(ValueError, match=error) as caught:
             find_run(tmp_path / "run")
         assert "\n" not in str(caught.value)
-    assert find_run(tmp_path / "run", data=tiny_shards, classifier=tmp_path).judge == tmp_path
+    assert find_run(tmp_path / "run", data=tiny_shards, classifier=tmp_path).classifier == tmp_path
 
 
 @pytest.mark.parametrize(
@@ -45,20 +51,20 @@ def test_a_decoding_that_cannot_be_is_refused_before_any_work(
     pipe: MaskGIT, decoding: DecodingConfig, match: str
 ) -> None:
     with pytest.raises(ValueError, match=match):
-        check_spec(pipe, decoding)
+        check_model_decoding(pipe, decoding)
 
 
 def test_guidance_of_a_model_without_a_null_class_is_refused_before_any_work(tmp_path: Path) -> None:
     pipe = MaskGIT.from_pretrained(save_tiny_pretrained(tmp_path, class_dropout=0.0))
-    check_spec(pipe, pipe.decoding)
+    check_model_decoding(pipe, pipe.decoding)
     with pytest.raises(ValueError, match="no null class"):
-        check_spec(pipe, DecodingConfig(4, guidance={"name": "constant", "scale": 1.0}))
+        check_model_decoding(pipe, DecodingConfig(4, guidance={"name": "constant", "scale": 1.0}))
 
 
 def test_all_classes_have_as_many_images_at_least_two() -> None:
-    assert [even_count(count, 3) for count in (6, 7, 14)] == [6, 6, 12]
+    assert [round_to_classes(count, 3) for count in (6, 7, 14)] == [6, 6, 12]
     with pytest.raises(ValueError, match=r"^plot_images: at least 2 for each of the 10 classes are needed, got 19"):
-        even_count(19, 10, name="plot_images")
+        round_to_classes(19, 10, name="plot_images")
 
 
 def test_the_usual_steps_go_as_far_as_there_are_tokens() -> None:

@@ -5,8 +5,8 @@ import pytest
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation.decoding_search import SearchResult, Trial
 from maskgit_pl.evaluation.schedule_curves import (
-    curves_png,
-    following,
+    draw_curves,
+    find_schedule_trial,
     measure_curves,
     schedule_specs,
 )
@@ -48,12 +48,12 @@ def test_curves_measure_each_schedule_at_each_number_of_steps() -> None:
 
 
 def test_schedules_are_drawn_with_a_decoding_that_follows_them() -> None:
-    assert following(SearchResult((PLAIN, ENTROPY), (PLAIN, ENTROPY), ENTROPY, 20, 0, FID)) == PLAIN
+    assert find_schedule_trial(SearchResult((PLAIN, ENTROPY), (PLAIN, ENTROPY), ENTROPY, 20, 0, FID)) == PLAIN
     none_follows = SearchResult((ENTROPY,), (ENTROPY,), ENTROPY, 20, 0, FID)
-    assert following(none_follows) is None
+    assert find_schedule_trial(none_follows) is None
     assert measure_curves(FakeMeasure(), model("cosine", (2, 4)), none_follows, num_images=10, seed=0) is None
 
 
 @pytest.mark.parametrize("metric", [FID, "kid/classifier", "class_agreement"])
 def test_the_figure_is_drawn_for_every_metric(metric: str) -> None:
-    assert curves_png(CURVES, metric=metric, floor=0.5).startswith(b"\x89PNG")
+    assert draw_curves(CURVES, metric=metric, floor=0.5).startswith(b"\x89PNG")

@@ -19,7 +19,7 @@ def test_every_trial_can_be_decoded_and_all_parts_are_searched() -> None:
     made = [SPACE.trial(number, seed=0) for number in range(1, 200)]
     for decoding in made:
         assert decoding is not None
-        decoding.decoder(mask_schedules.build("cosine")).plan([49], 49)
+        decoding.build_decoder(mask_schedules.build("cosine")).plan([49], 49)
         decoding.scales()
         assert decoding.tokens_per_step is None
     selectors = {
@@ -37,10 +37,10 @@ def test_every_trial_can_be_decoded_and_all_parts_are_searched() -> None:
 
 def test_arguments_that_a_mapping_names_stay_and_a_model_without_null_class_keeps_its_guidance() -> None:
     own = DecodingConfig(4)
-    space = SearchSpace(own, ({"name": "remdm", "strategy": "loop", "eta": 0.33},), (4,), 256, guided=False)
-    for how in ("random", "grid"):
+    space = SearchSpace(own, ({"name": "remdm", "strategy": "loop", "eta": 0.33},), (4,), 256, can_guide=False)
+    for method in ("random", "grid"):
         for number in range(1, 9):
-            decoding = space.trial(number, seed=0, how=how)
+            decoding = space.trial(number, seed=0, method=method)
             assert isinstance(decoding.token_selector, dict)
             assert decoding.token_selector["eta"] == 0.33
             assert "choice_temperature" in decoding.token_selector
@@ -48,19 +48,19 @@ def test_arguments_that_a_mapping_names_stay_and_a_model_without_null_class_keep
 
 
 def test_a_grid_visits_each_place_once_and_ends() -> None:
-    space = SearchSpace(OWN, ("halton", "margin"), (2, 4), 256, guided=True)
+    space = SearchSpace(OWN, ("halton", "margin"), (2, 4), 256, can_guide=True)
     size = 2 * (1 + 3) * 4 * 3
-    made = [space.trial(number, seed=0, how="grid") for number in range(1, size + 2)]
+    made = [space.trial(number, seed=0, method="grid") for number in range(1, size + 2)]
     assert made[-1] is None
     assert len({json.dumps(asdict(each)) for each in made[:-1]}) == size
-    assert made[:-1] != [space.trial(number, seed=1, how="grid") for number in range(1, size + 1)]
+    assert made[:-1] != [space.trial(number, seed=1, method="grid") for number in range(1, size + 1)]
 
 
 def test_a_search_that_wrote_its_recipe_goes_on_from_where_it_began() -> None:
-    assert SPACE.resumed([], trials=12, seed=0) == SPACE
+    assert SPACE.resume([], trials=12, seed=0) == SPACE
     begun = [OWN, DecodingConfig(3)]  # this search, and an older one
-    tuned = replace(SPACE, own=SPACE.trial(5, seed=0))
-    assert tuned.resumed(begun, trials=12, seed=0) == SPACE
-    assert tuned.resumed(begun, trials=5, seed=0) == tuned  # trial 5 is none of these
-    foreign = replace(SPACE, own=DecodingConfig(3))
-    assert foreign.resumed([OWN], trials=12, seed=0) == foreign
+    tuned = replace(SPACE, baseline=SPACE.trial(5, seed=0))
+    assert tuned.resume(begun, trials=12, seed=0) == SPACE
+    assert tuned.resume(begun, trials=5, seed=0) == tuned  # trial 5 is none of these
+    foreign = replace(SPACE, baseline=DecodingConfig(3))
+    assert foreign.resume([OWN], trials=12, seed=0) == foreign

@@ -256,8 +256,8 @@ MUTANTS: tuple[Mutant, ...] = (
         ("all_masked=all_masked", "all_masked=True"),
     ),
     *_of(
-        "decoding/sequential.py",
-        "decoding/test_sequential",
+        "decoding/autoregressive.py",
+        "decoding/test_autoregressive",
         ("predictor(tokens[:, :step])", "predictor(tokens[:, : step + 1])"),
         ("progress = step_progress(step, self.num_tokens)", "progress = step / self.num_tokens"),
         ("self.scales[tokens.shape[1]]", "self.scales[0]"),
@@ -313,12 +313,12 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     *_of(
         "networks/transformer.py",
-        "networks/test_causal",
+        "networks/test_autoregressive",
         ("weight[first : first + sequence.shape[1]]", "weight[: sequence.shape[1]]"),
     ),
     *_of(
         "networks/transformer_block.py",
-        "networks/test_transformer networks/test_causal test_golden",
+        "networks/test_transformer networks/test_autoregressive test_golden",
         ("LAYER_NORM_EPS = 1e-12", "LAYER_NORM_EPS = 1e-5"),
         (
             "self.mlp_norm(x + F.dropout(hidden, self.dropout, self.training))",
@@ -337,8 +337,8 @@ MUTANTS: tuple[Mutant, ...] = (
         ("dropout_p=self.dropout if self.training else 0.0, is_causal=is_causal", "dropout_p=0.0"),
     ),
     *_of(
-        "networks/causal.py",
-        "networks/test_causal",
+        "networks/autoregressive.py",
+        "networks/test_autoregressive",
         ("self._sequence(tokens[:, :-1], labels)", "self._sequence(tokens[:, 1:], labels)"),
         ("[:, first:], first=first)", "[:, first:], first=0)"),
         ("self._head(x[:, -1], ", "self._head(x[:, 0], "),
@@ -572,8 +572,8 @@ MUTANTS: tuple[Mutant, ...] = (
         ("MaskSampler(self.mask_schedule, config.seed,", "MaskSampler(self.mask_schedule, 0,"),
         ("NUM_BINS).ceil().long() - 1)", "NUM_BINS).floor().long())"),
         (
-            "self.decoder = config.decoding.decoder(self.mask_schedule)",
-            "self.decoder = config.decoding.decoder(mask_schedules.build(config.mask_schedule))",
+            "self.decoder = config.decoding.build_decoder(self.mask_schedule)",
+            "self.decoder = config.decoding.build_decoder(mask_schedules.build(config.mask_schedule))",
         ),
         ("check_decoding(self.decoding, self.network)", "pass"),
         ("global_batch=self.config.global_batch", "global_batch=1"),

@@ -18,11 +18,11 @@ def test_a_name_is_there_and_is_documented(name):
     assert getattr(runs, name).__name__ == name
 
 
-def test_the_readme_calls_what_there_is(monkeypatch):
+def test_the_documentation_calls_what_there_is(monkeypatch):
     calls, signature = [], inspect.signature(runs.fit)
     monkeypatch.setattr(runs, "fit", lambda *args, **named: calls.append(signature.bind(*args, **named)), raising=False)
-    readme = (Path(runs.__file__).parents[2] / "README.md").read_text()
-    (block,) = re.findall(r"^    from maskgit_pl import runs\n(?:    .*\n)+", readme, re.MULTILINE)
+    page = (Path(runs.__file__).parents[2] / "docs" / "python.md").read_text()
+    (block,) = re.findall(r"^    from maskgit_pl import runs\n(?:    .*\n)+", page, re.MULTILINE)
     exec(textwrap.dedent(block), {})
     assert calls[0].args[0].get("trainer.max_steps") == 100_000
 

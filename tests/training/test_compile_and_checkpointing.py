@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from maskgit_pl.networks.causal import build_transformer
+from maskgit_pl.networks.autoregressive import build_transformer
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.training.compile_and_checkpointing import prepare_blocks

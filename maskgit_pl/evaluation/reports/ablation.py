@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.evaluation.decodings import PLOT_STEPS, plot_steps, with_steps
+from maskgit_pl.evaluation.decodings import PLOT_STEPS, choose_plot_steps, with_steps
 from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
 from maskgit_pl.evaluation.ledger import Row
 from maskgit_pl.evaluation.reports.published import SCHEDULES
@@ -15,7 +15,7 @@ from maskgit_pl.pretrained import read_config
 from maskgit_pl.registry import describe
 from maskgit_pl.schedules import MaskSchedule
 
-__all__ = ["ScheduleResult", "ablate", "check_budgets", "decoding_at", "schedule_of"]
+__all__ = ["ScheduleResult", "ablate", "check_budgets", "make_ablation_decoding", "read_schedule_name"]
 
 _DRAWS = 4  # masks of an image for likelihoods
 _BUDGET = (
@@ -50,15 +50,17 @@ class ScheduleResult:
     mask_schedule: MaskSchedule
 
 
-def schedule_of(model: EvaluatedModel) -> str:
+def read_schedule_name(model: EvaluatedModel) -> str:
     """Returns the registered name of a model's mask schedule, or its spec in words where it has arguments.
 
     Raises:
-        ValueError: if the model is sequential.
+        ValueError: if the model is autoregressive.
     """
     spec: Any = read_config(model.pretrained / "transformer", "transformer")["mask_schedule"]
     if spec is None:
-        raise ValueError(f"run {model.run}: a model with a mask schedule is needed, got a sequential one; leave it out")
+        raise ValueError(
+            f"run {model.run}: a model with a mask schedule is needed, got an autoregressive one; leave it out"
+        )
     return describe(spec)
 
 
@@ -87,7 +89,7 @@ def _value(config: Mapping[str, Any], path: str) -> Any:
     return node
 
 
-def decoding_at(model: EvaluatedModel, num_steps: int) -> DecodingConfig:
+def make_ablation_decoding(model: EvaluatedModel, num_steps: int) -> DecodingConfig:
     """Returns how a model of the ablation decodes: as exported, but without guidance, which the paper does not have."""
     return with_steps(model.pipe.decoding_with(decoding=model.pipe.transformer.decoding, guidance_scale=0), num_steps)
 
@@ -117,13 +119,13 @@ def ablate(
         A result for each model, in the order of the paper's table.
 
     Raises:
-        ValueError: if no T is left, two models are of one schedule, or one is sequential.
+        ValueError: if no T is left, two models are of one schedule, or one is autoregressive.
     """
-    names = [schedule_of(model) for model in models]
+    names = [read_schedule_name(model) for model in models]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"run folders: one for each mask schedule is needed, got several of {', '.join(twice)}")
-    wanted = plot_steps(models[0].pipe.transformer.network.config.num_tokens, steps)
+    wanted = choose_plot_steps(models[0].pipe.transformer.network.config.num_tokens, steps)
     order = [row.schedule for row in SCHEDULES]
     pairs = sorted(zip(names, models, strict=True), key=lambda pair: order.index(pair[0]) if pair[0] in order else 99)
     return [_ablate_one(evaluator, name, model, wanted, num_images=num_images, seed=seed) for name, model in pairs]
@@ -135,12 +137,14 @@ def _ablate_one(
     first, *_ = evaluator.networks
     curve = {}
     for number in steps:
-        decoding = decoding_at(model, number)
-        rows = evaluator.samples(model, decoding, num_images=num_images, seed=seed, networks=[first])
+        decoding = make_ablation_decoding(model, number)
+        rows = evaluator.measure_samples(model, decoding, num_images=num_images, seed=seed, networks=[first])
         curve[number] = float(rows[first]["fid"])
     best = min(curve, key=lambda number: curve[number])
-    fresh = evaluator.samples(model, decoding_at(model, best), num_images=num_images, seed=seed + num_images)
-    likelihood = evaluator.likelihood(model, num_images=2 * num_images, draws=_DRAWS)
+    fresh = evaluator.measure_samples(
+        model, make_ablation_decoding(model, best), num_images=num_images, seed=seed + num_images
+    )
+    likelihood = evaluator.measure_likelihood(model, num_images=2 * num_images, draws=_DRAWS)
     schedule = model.pipe.transformer.mask_schedule
-    assert schedule is not None  # schedule_of has refused a sequential model
+    assert schedule is not None  # read_schedule_name has refused an autoregressive model
     return ScheduleResult(name, model.run, best, curve, fresh, likelihood, schedule)

@@ -18,7 +18,7 @@ from maskgit_pl.progress import Bars, no_bars
 
 if TYPE_CHECKING:
     from maskgit_pl.evaluation.pages import Page
-    from maskgit_pl.evaluation.reports.measured_pages import OpenedModels
+    from maskgit_pl.evaluation.reports.paper_measurements import OpenedModels
 
 __all__ = ["figure_4", "figure_8", "table_1", "table_2", "table_3"]
 
@@ -40,7 +40,7 @@ def table_1(runs: Runs, options: ReportOptions | None = None, *, bars: Bars = no
     options = options or ReportOptions()
     command = command_line(["maskgit table 1", *runs], {**options.flags(), **options.cas_flags()})
     opened = _open("table 1", runs, options, command, bars)
-    from maskgit_pl.evaluation.reports.measured_pages import measure_generation
+    from maskgit_pl.evaluation.reports.paper_measurements import measure_generation
 
     return measure_generation(opened)
 
@@ -49,7 +49,7 @@ def table_2(runs: Runs, options: ReportOptions | None = None, *, bars: Bars = no
     """Makes Table 2: outpainting and inpainting of held-out images. For arguments and errors see ``table_1``."""
     options = options or ReportOptions()
     opened = _open("table 2", runs, options, command_line(["maskgit table 2", *runs], options.flags()), bars)
-    from maskgit_pl.evaluation.reports.measured_pages import measure_editing
+    from maskgit_pl.evaluation.reports.paper_measurements import measure_editing
 
     return measure_editing(opened)
 
@@ -78,7 +78,7 @@ def table_3(
     options = options or ReportOptions()
     own = command_line(["maskgit table 3", *runs], {**options.flags(), "num_steps": num_steps})
     opened = _open("table 3", runs, options, command or own, bars)
-    from maskgit_pl.evaluation.reports.measured_pages import measure_schedules
+    from maskgit_pl.evaluation.reports.paper_measurements import measure_schedules
 
     return measure_schedules(opened, num_steps=num_steps)
 
@@ -115,6 +115,6 @@ def _open(task: str, runs: Runs, options: ReportOptions, command: str, bars: Bar
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(f"{task}: one process measures it; `maskgit evaluate` is what several share, drop torchrun")
     folders = [find_run(run, data=options.data, classifier=options.classifier) for run in runs]
-    from maskgit_pl.evaluation.reports.measured_pages import open_models
+    from maskgit_pl.evaluation.reports.paper_measurements import open_models
 
     return open_models(folders, options, command, bars)

@@ -9,7 +9,7 @@ from typing import Any
 
 from maskgit_pl.evaluation.classifier_config import CASConfig
 from maskgit_pl.evaluation.model_evaluation import FEATURES
-from maskgit_pl.evaluation.run_folders import MeasuringOptions
+from maskgit_pl.evaluation.run_folders import MeasurementOptions
 
 __all__ = ["NUM_TOKENS", "ReportOptions", "TimingOptions"]
 
@@ -17,7 +17,7 @@ NUM_TOKENS = (16, 64, 256, 1024)  # paper, Figure 4
 
 
 @dataclass(frozen=True)
-class ReportOptions(MeasuringOptions):
+class ReportOptions(MeasurementOptions):
     """The options of a table: what is measured, on what, and where it is kept.
 
     Args:
@@ -29,7 +29,7 @@ class ReportOptions(MeasuringOptions):
         cas: Training of the classification accuracy score of Table 1; None leaves the score out.
         cas_samples: Images that it trains on; None for ``num_samples``.
 
-    The others are those of ``MeasuringOptions``.
+    The others are those of ``MeasurementOptions``.
 
     Raises:
         ValueError: if a number is out of range.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from maskgit_pl.evaluation.held_out import Task
+from maskgit_pl.evaluation.editing_tasks import Task
 
 __all__ = [
     "CLASSIFIER_ON_REAL_IMAGES",
@@ -96,11 +96,11 @@ GENERATION = (
     PublishedGeneration("ADM", 256, 10.94, "101.0", 0.69, 0.63, "554M", "250"),
     PublishedGeneration("VQVAE-2", 256, 31.11, "~45", 0.36, 0.57, "13.5B", "5120", 54.83, 77.59),
     PublishedGeneration("VQGAN", 256, 15.78, "78.3", None, None, "1.4B", "256"),
-    PublishedGeneration("VQGAN* (sequential)", 256, 18.65, "80.4", 0.78, 0.26, "227M", "256", 53.10, 76.18),
+    PublishedGeneration("VQGAN* (autoregressive)", 256, 18.65, "80.4", 0.78, 0.26, "227M", "256", 53.10, 76.18),
     PublishedGeneration("MaskGIT", 256, 6.18, "182.1", 0.80, 0.51, "227M", "8", 63.14, 84.45),
     PublishedGeneration("BigGAN-deep", 512, 8.43, "232.5", 0.88, 0.29, "160M", "1", 44.02, 68.22),
     PublishedGeneration("ADM", 512, 23.24, "58.06", 0.73, 0.60, "559M", "250"),
-    PublishedGeneration("VQGAN* (sequential)", 512, 26.52, "66.8", 0.73, 0.31, "227M", "1024", 51.29, 74.24),
+    PublishedGeneration("VQGAN* (autoregressive)", 512, 26.52, "66.8", 0.73, 0.31, "227M", "1024", 51.29, 74.24),
     PublishedGeneration("MaskGIT", 512, 7.32, "156.0", 0.78, 0.50, "227M", "12", 63.43, 84.79),
 )
 CLASSIFIER_ON_REAL_IMAGES = (76.6, 93.1)  # top-1 and top-5 of the classifier that was trained on real images

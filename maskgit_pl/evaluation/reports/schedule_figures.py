@@ -12,7 +12,7 @@ import torch
 
 from maskgit_pl.decoding import ParallelDecoder
 from maskgit_pl.decoding.selectors import token_selectors
-from maskgit_pl.evaluation.drawing import LineEnd, name_lines, plot_by_steps, plot_floor, png_of
+from maskgit_pl.evaluation.drawing import LineEnd, figure_to_png, name_lines, plot_by_steps, plot_floor
 from maskgit_pl.schedules import MaskSchedule
 from maskgit_pl.text import plain_label
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from maskgit_pl.evaluation.reports.ablation import ScheduleResult
 
-__all__ = ["known_after_each_step", "schedule_figure", "schedule_plot"]
+__all__ = ["count_known_tokens", "draw_figure_8", "draw_schedules"]
 
 _COLOURS = {  # from those that decide late (concave) to those that decide early (convex)
     "exp": "#5b2a86",
@@ -37,7 +37,7 @@ _POINTS = 513
 _TICKS = (0.5, 1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 300)
 
 
-def known_after_each_step(schedule: MaskSchedule, *, num_tokens: int, num_steps: int) -> list[int]:
+def count_known_tokens(schedule: MaskSchedule, *, num_tokens: int, num_steps: int) -> list[int]:
     """Counts the tokens of an image that are known after each decoding step.
 
     Args:
@@ -52,7 +52,7 @@ def known_after_each_step(schedule: MaskSchedule, *, num_tokens: int, num_steps:
     return [num_tokens - masked for (masked,) in decoder.masked_counts([num_tokens], num_tokens)[1:]]
 
 
-def schedule_plot(schedules: Mapping[str, MaskSchedule], *, num_tokens: int) -> bytes:
+def draw_schedules(schedules: Mapping[str, MaskSchedule], *, num_tokens: int) -> bytes:
     """Draws mask ratio against progress for every schedule.
 
     Args:
@@ -69,10 +69,10 @@ def schedule_plot(schedules: Mapping[str, MaskSchedule], *, num_tokens: int) -> 
     page = Figure(figsize=(6.4, 4.4), layout="constrained")
     _plot_ratios(page.subplots(), schedules, num_tokens)
     page.legend(loc="outside right center", frameon=False)
-    return png_of(page)
+    return figure_to_png(page)
 
 
-def schedule_figure(
+def draw_figure_8(
     results: Sequence[ScheduleResult],
     *,
     num_tokens: int,
@@ -117,7 +117,7 @@ def schedule_figure(
         for result in results
     }
     name_lines(page, right, ends)
-    return png_of(page)
+    return figure_to_png(page)
 
 
 def _colours(names: Iterable[str]) -> dict[str, str]:

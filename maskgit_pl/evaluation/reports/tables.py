@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from maskgit_pl.evaluation.held_out import Task
+from maskgit_pl.evaluation.editing_tasks import Task
 from maskgit_pl.evaluation.ledger import REAL, Row, number, present
 from maskgit_pl.evaluation.metric_names import NETWORK_METRICS, format_value, metric_name, title
 from maskgit_pl.evaluation.pages import Page, code_cell, heading, markdown_table, paragraph
@@ -24,7 +24,7 @@ from maskgit_pl.evaluation.reports.published import (
 )
 from maskgit_pl.text import code_span, markdown
 
-__all__ = ["FORMULAS", "TASKS", "agreement_with_paper", "editing_page", "generation_page", "schedule_page"]
+__all__ = ["FORMULAS", "TASKS", "compare_with_paper", "make_editing_page", "make_generation_page", "make_schedule_page"]
 
 FORMULAS = {  # Table 3's gamma(r), as it prints them; exp and log as released
     "exp": "1 - 2^(-log2(N) (1 - r))",
@@ -46,7 +46,7 @@ _NAMED_AFTER_NETWORK = ("fid", "sfid", "kid", "is")
 _SHOWN_DIGITS = 8
 
 
-def generation_page(samples: Sequence[Row], cas: Sequence[Row], *, command: str) -> Page:
+def make_generation_page(samples: Sequence[Row], cas: Sequence[Row], *, command: str) -> Page:
     """Returns Table 1: class-conditional generation.
 
     Args:
@@ -60,7 +60,7 @@ def generation_page(samples: Sequence[Row], cas: Sequence[Row], *, command: str)
         lines += [f"## In the features of {markdown(network)}", "", *_generation_lines(own), ""]
     if cas:
         lines += ["## Classification accuracy score", "", *_cas_lines(cas), ""]
-    lines += [*_provenance(samples), "", "## Published", "", *_published_generation()]
+    lines += [*_describe_provenance(samples), "", "## Published", "", *_published_generation()]
     return _page("table-1", lines, [*samples, *cas], picture="table-1.png")
 
 
@@ -86,15 +86,15 @@ def _millions(row: Mapping[str, Any]) -> str:
     return "" if value is None else f"{value / 1e6:.2f}M"
 
 
-def _provenance(rows: Sequence[Row]) -> list[str]:
+def _describe_provenance(rows: Sequence[Row]) -> list[str]:
     """Returns on what, against what, by which networks and by which code the rows were measured."""
     said = []
     for name, column in (("data", "dataset"), ("data fingerprint", "data"), ("commit", "commit"), ("date", "date"),
                          ("device", "device")):  # fmt: skip
         values = dict.fromkeys(str(row.get(column) or "")[: 12 if column == "commit" else None] for row in rows)
         said.append(f"{name} {', '.join(markdown(value) for value in values if value)}")
-    compared = _named(rows, _reference_name, "reference")
-    judges = _named(rows, lambda row: _word(row, "network"), "judge")
+    compared = _join_names(rows, _reference_name, "reference")
+    judges = _join_names(rows, lambda row: _word(row, "network"), "judge")
     models = dict.fromkeys(
         f"{code_cell(row['run'])} tokenizer {_digest(row, 'tokenizer')}, transformer {_digest(row, 'transformer')}"
         for row in rows
@@ -110,7 +110,7 @@ def _provenance(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _named(rows: Sequence[Row], name: Callable[[Row], str], digest: str) -> str:
+def _join_names(rows: Sequence[Row], name: Callable[[Row], str], digest: str) -> str:
     return ", ".join(dict.fromkeys(f"{name(row)} {_digest(row, digest)}" for row in rows))
 
 
@@ -124,7 +124,7 @@ def _reference_name(row: Mapping[str, Any]) -> str:
     return markdown(row.get("reference_file") or f"the {row.get('split') or 'val'} split")
 
 
-def _against(rows: Sequence[Row]) -> str:
+def _describe_reference(rows: Sequence[Row]) -> str:
     """Returns the number of real images that the rows compare with, and their source."""
     found = dict.fromkeys(
         f"{_word(row, 'real_images')} real ones of {_reference_name(row)}"
@@ -138,8 +138,8 @@ def _against(rows: Sequence[Row]) -> str:
 def _explain(rows: Sequence[Row]) -> list[str]:
     counts = ", ".join(dict.fromkeys(_word(row, "num_images") for row in rows))
     return paragraph(
-        f"{counts} images of each model, spread evenly over the classes, against {_against(rows)}. The last line of",
-        "each table has as many real training images in place of generated ones: what FID",
+        f"{counts} images of each model, spread evenly over the classes, against {_describe_reference(rows)}.",
+        "The last line of each table has as many real training images in place of generated ones: what FID",
         "comes to at this number of images where nothing is wrong. FID falls with the number of images and is of one",
         "network's features: it compares with no number of another count, network or data set. KID has no such bias.",
         "IS comes from a network that knows the classes alone.",
@@ -192,7 +192,7 @@ def _published_generation() -> list[str]:
     return lines + markdown_table(headings, [*map(cells, GENERATION), real])
 
 
-def editing_page(rows: Sequence[Row], *, command: str) -> Page:
+def make_editing_page(rows: Sequence[Row], *, command: str) -> Page:
     """Returns Table 2: outpainting and inpainting of held-out images.
 
     Args:
@@ -202,16 +202,17 @@ def editing_page(rows: Sequence[Row], *, command: str) -> Page:
     lines = [*heading("Table 2: outpainting and inpainting", command)]
     lines += paragraph(
         "Each held-out image is edited once: its class and what stays visible are given, the rest is generated and",
-        f"pasted in. The results are measured against {_against(rows)}. `unedited` are the same images as they are,",
-        "`masked` with grey in place of what is to be generated: between the two lies what there is to win. What is",
-        "hidden are whole tokens: the right half rounded up, the centre down (of 7 x 7 tokens 4 columns, and 3 x 3).",
+        f"pasted in. The results are measured against {_describe_reference(rows)}.",
+        "`unedited` are the same images as they are, `masked` with grey in place of what is to be generated: between",
+        "the two lies what there is to win. What is hidden are whole tokens: the right half rounded up, the centre",
+        "down (of 7 x 7 tokens 4 columns, and 3 x 3).",
     )
     lines += [""]
     for task, name in TASKS.items():
         own = [row for row in rows if row["task"] == task]
         if own:
             lines += [f"## {name[0].upper()}{name[1:]}", "", *_editing_lines(own), "", *_published_editing(task), ""]
-    return _page("table-2", [*lines, *_provenance(rows)], rows, picture="table-2.png")
+    return _page("table-2", [*lines, *_describe_provenance(rows)], rows, picture="table-2.png")
 
 
 def _editing_lines(rows: Sequence[Row]) -> list[str]:
@@ -237,7 +238,7 @@ def _published_editing(task: Task) -> list[str]:
     return markdown_table(headings, cells)
 
 
-def schedule_page(results: Sequence[ScheduleResult], *, command: str) -> Page:
+def make_schedule_page(results: Sequence[ScheduleResult], *, command: str) -> Page:
     """Returns Table 3: mask schedules, each trained and decoded with its own.
 
     Args:
@@ -258,9 +259,9 @@ def schedule_page(results: Sequence[ScheduleResult], *, command: str) -> Page:
         "the paper's: it falls where fewer tokens are masked, whatever the model knows. The bound is the",
         "order-agnostic ELBO in bits a token, which means the same for every schedule (lower is better).",
     )
-    lines += ["", *_schedule_lines(results, networks), "", *agreement_with_paper(fids, networks[0]), ""]
-    flat = [_flat(result, networks) for result in results]
-    return _page("table-3", [*lines, *_provenance(rows)], flat, picture="figure-8.png")
+    lines += ["", *_schedule_lines(results, networks), "", *compare_with_paper(fids, networks[0]), ""]
+    flat = [_flatten(result, networks) for result in results]
+    return _page("table-3", [*lines, *_describe_provenance(rows)], flat, picture="figure-8.png")
 
 
 def _schedule_lines(results: Sequence[ScheduleResult], networks: Sequence[str]) -> list[str]:
@@ -286,7 +287,7 @@ def _with_error(row: Mapping[str, Any], name: str) -> str:
     return "" if value is None else f"{value:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
-def agreement_with_paper(fids: Mapping[str, float], network: str) -> list[str]:
+def compare_with_paper(fids: Mapping[str, float], network: str) -> list[str]:
     """Returns in words whether the paper's order of schedules holds.
 
     Args:
@@ -309,7 +310,7 @@ def agreement_with_paper(fids: Mapping[str, float], network: str) -> list[str]:
     )
 
 
-def _flat(result: ScheduleResult, networks: Sequence[str]) -> dict[str, object]:
+def _flatten(result: ScheduleResult, networks: Sequence[str]) -> dict[str, object]:
     flat: dict[str, object] = {"schedule": result.schedule, "run": result.run, "best_steps": result.best_steps}
     for network in networks:
         row = result.fresh[network]

@@ -20,30 +20,30 @@ import torch
 
 from maskgit_pl.checks import build_dataclass
 from maskgit_pl.decoding import (
+    AutoregressiveDecoder,
     ConditionalModel,
     DecodingConfig,
     DecodingStep,
-    SequentialDecoder,
+    decode_autoregressive,
     decode_classes,
-    decode_in_order,
 )
 from maskgit_pl.evaluation.ledger import Ledger
 from maskgit_pl.evaluation.reports.options import NUM_TOKENS
-from maskgit_pl.networks.causal import CausalTransformer
+from maskgit_pl.networks.autoregressive import AutoregressiveTransformer
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.pretrained import read_config
 from maskgit_pl.provenance import describe_environment, device_name
 from maskgit_pl.schedules import mask_schedules
 
-__all__ = ["METHODS", "SIZES", "Method", "Timing", "measure_timings", "sizes_of", "timing_of"]
+__all__ = ["METHODS", "SIZES", "Method", "Timing", "measure_timings", "read_sizes", "timing_of"]
 
-Method = Literal["MaskGIT", "sequential, KV cache", "sequential, no cache"]
+Method = Literal["MaskGIT", "autoregressive, KV cache", "autoregressive, no cache"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
 SIZES = TransformerConfig(1024, 1000, (16, 16), width=256, depth=8, num_heads=8, mlp_width=1024)
 """Small enough for a CPU: 1,024 tokens without a cache take it minutes."""
 
-_SECONDS, _MOST = 10.0, 15  # of the runs of a point, unless one takes longer; runs of a point
+_SECONDS, _MAX_RUNS = 10.0, 15  # of the runs of a point, unless one takes longer; runs of a point
 _WARM_UP = 8  # tokens
 
 
@@ -78,7 +78,7 @@ class Timing:
     kind: str
 
 
-def sizes_of(folder: Path) -> TransformerConfig:
+def read_sizes(folder: Path) -> TransformerConfig:
     """Returns the sizes of a transformer, from the folder that it was saved to.
 
     Raises:
@@ -122,7 +122,7 @@ def measure_timings(
         points = {method: _point(method, count, sizes, device) for method in METHODS}
         found = {method: ledger.find("timing", point) for method, point in points.items()}
         missing = [method for method, row in found.items() if row is None]
-        for method, seconds in _measured(missing, sizes, count, device) if missing else ():
+        for method, seconds in _measure(missing, sizes, count, device) if missing else ():
             found[method] = ledger.add("timing", {**points[method], **_numbers(seconds)})
             on_point(timing_of(found[method]))
         for method, row in found.items():
@@ -168,7 +168,7 @@ def _numbers(seconds: Sequence[float]) -> dict[str, Any]:
     return {"seconds_per_image": median(seconds), "least": min(seconds), "runs": len(seconds), "commit": commit}
 
 
-def _measured(
+def _measure(
     methods: Sequence[Method], sizes: TransformerConfig, num_tokens: int, device: torch.device
 ) -> Iterator[tuple[Method, list[float]]]:
     """Yields the seconds of each run of a method, as soon as it has enough of them."""
@@ -182,7 +182,7 @@ def _measured(
         method = waiting.popleft()
         own = seconds[method]
         own.append(_seconds(decoders[method], device))
-        if len(own) < _MOST and sum(own) + own[-1] <= _SECONDS:
+        if len(own) < _MAX_RUNS and sum(own) + own[-1] <= _SECONDS:
             waiting.append(method)
         else:
             yield method, own
@@ -190,14 +190,14 @@ def _measured(
 
 def _seconds(decode: Callable[[], Iterator[DecodingStep]], device: torch.device) -> float:
     """Returns the seconds that a run takes."""
-    _wait(device)
+    _synchronize(device)
     start = time.perf_counter()
     deque(decode(), maxlen=0)
-    _wait(device)
+    _synchronize(device)
     return time.perf_counter() - start
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -210,26 +210,27 @@ def _decoders(
     config = replace(sizes, grid=(side, side), attention="bidirectional")
     with torch.random.fork_rng(devices=[]), device:
         masked = MaskedTransformer(config).eval().requires_grad_(requires_grad=False)
-        causal = CausalTransformer(replace(config, attention="causal")).eval().requires_grad_(requires_grad=False)
+        causal = AutoregressiveTransformer(replace(config, attention="causal"))
+        causal.eval().requires_grad_(requires_grad=False)
     causal.load_state_dict(masked.state_dict())
-    in_order = partial(
-        decode_in_order,
+    autoregressive = partial(
+        decode_autoregressive,
         ConditionalModel.of(causal, device),
         [0],
         [0],
-        decoder=SequentialDecoder(num_tokens),
+        decoder=AutoregressiveDecoder(num_tokens),
         scales=[0.0] * num_tokens,
     )
-    in_parallel = partial(
+    parallel = partial(
         decode_classes,
         ConditionalModel.of(masked, device),
         [0],
         [0],
-        decoder=DecodingConfig(steps).decoder(mask_schedules.build("cosine")),
+        decoder=DecodingConfig(steps).build_decoder(mask_schedules.build("cosine")),
         scales=[0.0] * steps,
     )
     return {
-        "MaskGIT": in_parallel,
-        "sequential, KV cache": in_order,
-        "sequential, no cache": partial(in_order, cache=False),
+        "MaskGIT": parallel,
+        "autoregressive, KV cache": autoregressive,
+        "autoregressive, no cache": partial(autoregressive, cache=False),
     }

@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING
 import torch
 
 from maskgit_pl.devices import check_device
-from maskgit_pl.evaluation.drawing import LineEnd, name_lines, png_of
+from maskgit_pl.evaluation.drawing import LineEnd, figure_to_png, name_lines
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
 from maskgit_pl.evaluation.pages import Page, heading, markdown_table, paragraph
 from maskgit_pl.evaluation.reports.options import TimingOptions
-from maskgit_pl.evaluation.reports.timing import METHODS, SIZES, Method, Timing, measure_timings, sizes_of
+from maskgit_pl.evaluation.reports.timing import METHODS, SIZES, Method, Timing, measure_timings, read_sizes
 from maskgit_pl.progress import Bars, no_bars
 from maskgit_pl.text import markdown, plain_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["measure_figure_4", "timing_figure", "timing_page"]
+__all__ = ["draw_timings", "make_timing_page", "measure_figure_4"]
 
-_COLOURS = {"MaskGIT": "#0d7d6c", "sequential, KV cache": "#d98b1f", "sequential, no cache": "#c0392b"}
+_COLOURS = {"MaskGIT": "#0d7d6c", "autoregressive, KV cache": "#d98b1f", "autoregressive, no cache": "#c0392b"}
 _TICKS = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000]
 _INK = "#444444"
 _EXPLANATIONS = {  # by the kind of the device
@@ -55,7 +55,7 @@ def measure_figure_4(folder: Path | None, options: TimingOptions, *, command: st
         ValueError: if a size is out of range, a number of tokens is not a square, or there is no such device.
     """
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    sizes = replace(SIZES if folder is None else sizes_of(folder), **options.sizes)
+    sizes = replace(SIZES if folder is None else read_sizes(folder), **options.sizes)
     bar = bars("figure 4: points", len(METHODS) * len(options.num_tokens))
     timings = measure_timings(
         Ledger(options.results / FILE_NAME),
@@ -64,10 +64,10 @@ def measure_figure_4(folder: Path | None, options: TimingOptions, *, command: st
         device=check_device(device),
         on_point=lambda _: bar(1),
     )
-    return timing_page(timings, command=command, folder=options.results)
+    return make_timing_page(timings, command=command, folder=options.results)
 
 
-def timing_figure(timings: Sequence[Timing]) -> bytes:
+def draw_timings(timings: Sequence[Timing]) -> bytes:
     """Draws seconds of an image against its tokens: a line for each method, with its factor to MaskGIT at each point.
 
     Args:
@@ -95,7 +95,7 @@ def timing_figure(timings: Sequence[Timing]) -> bytes:
     _write_factors(axes, lines)
     ends: dict[str, LineEnd] = {method: _end(method, points) for method, points in lines.items()}
     name_lines(page, axes, ends, least=0.09)
-    return png_of(page)
+    return figure_to_png(page)
 
 
 def _end(method: Method, points: dict[int, Timing]) -> LineEnd:
@@ -147,7 +147,7 @@ def _finish(axes: Axes, timings: Sequence[Timing]) -> None:
     axes.margins(x=0.06, y=0.1)
 
 
-def timing_page(timings: Sequence[Timing], *, command: str, folder: Path = Path()) -> Page:
+def make_timing_page(timings: Sequence[Timing], *, command: str, folder: Path = Path()) -> Page:
     """Returns the points as a page: how they were measured, the figure, and a table with the factors.
 
     Args:
@@ -158,7 +158,7 @@ def timing_page(timings: Sequence[Timing], *, command: str, folder: Path = Path(
     first, lines = timings[0], _by_method(timings)
     counts = sorted({timing.num_tokens for timing in timings})
     text = [
-        *heading("Figure 4: sequential decoding against MaskGIT", command),
+        *heading("Figure 4: autoregressive decoding against MaskGIT", command),
         "![time of an image against its number of tokens](figure-4.png)",
         "",
         *paragraph(
@@ -180,11 +180,11 @@ def timing_page(timings: Sequence[Timing], *, command: str, folder: Path = Path(
     text += markdown_table(headings, rows, left=0)
     largest = [_factor(lines[method][counts[-1]], lines) for method in METHODS[1:]]
     said = paragraph(
-        f"At N = {counts[-1]} a sequential image takes {largest[0]} times as long as MaskGIT's with a cache and",
+        f"At N = {counts[-1]} an autoregressive image takes {largest[0]} times as long as MaskGIT's with a cache and",
         f"{largest[1]} times without. {_EXPLANATIONS.get(first.kind, _OTHER_DEVICE)}",
     )
     values = [asdict(timing) for timing in timings]
-    return Page("figure-4", "\n".join([*text, "", *said, ""]), values, {"figure-4.png": timing_figure(timings)}, folder)
+    return Page("figure-4", "\n".join([*text, "", *said, ""]), values, {"figure-4.png": draw_timings(timings)}, folder)
 
 
 def _seconds_text(timing: Timing) -> str:

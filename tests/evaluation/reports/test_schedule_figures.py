@@ -5,25 +5,23 @@ import pytest
 from PIL import Image
 
 from maskgit_pl.evaluation.reports.ablation import ScheduleResult
-from maskgit_pl.evaluation.reports.schedule_figures import known_after_each_step, schedule_figure, schedule_plot
+from maskgit_pl.evaluation.reports.schedule_figures import count_known_tokens, draw_figure_8, draw_schedules
 from maskgit_pl.schedules import mask_schedules
 
 
 def figure(results: list[ScheduleResult], *, floor: float | None = None, dataset: str = "shoes") -> bytes:
-    return schedule_figure(
-        results, num_tokens=16, metric="fid/classifier", num_images=100, floor=floor, dataset=dataset
-    )
+    return draw_figure_8(results, num_tokens=16, metric="fid/classifier", num_images=100, floor=floor, dataset=dataset)
 
 
 @pytest.mark.parametrize("name", ["cosine", "log", "linear"])
 def test_known_tokens_rise_to_all(name: str) -> None:
-    known = known_after_each_step(mask_schedules.build(name), num_tokens=256, num_steps=8)
+    known = count_known_tokens(mask_schedules.build(name), num_tokens=256, num_steps=8)
     assert all(before < after for before, after in pairwise(known))
     assert known[-1] == 256
 
 
 def test_counts_are_those_of_the_released_code() -> None:
-    known = known_after_each_step(mask_schedules.build("cosine"), num_tokens=256, num_steps=12)
+    known = count_known_tokens(mask_schedules.build("cosine"), num_tokens=256, num_steps=12)
     assert 256 - known[7] == 127  # cos(pi / 3) is just under a half in float32
 
 
@@ -43,4 +41,4 @@ def test_names_are_not_read_as_mathematics_and_none_is_left_out() -> None:
     names = ["$x^{2$ $", "_hidden", "two\nlines" + 1000 * "x"]
     results = [ScheduleResult(name, name, 4, {2: 2.0, 4: 1.0}, {}, {}, built) for name in names]
     assert figure(results, dataset="$\\frac$")
-    assert schedule_plot(dict.fromkeys(names[:2], built), num_tokens=16)
+    assert draw_schedules(dict.fromkeys(names[:2], built), num_tokens=16)

@@ -10,10 +10,10 @@ from maskgit_pl.evaluation.reports.ablation import ScheduleResult
 from maskgit_pl.evaluation.reports.published import EDITING, GENERATION, SCHEDULES
 from maskgit_pl.evaluation.reports.tables import (
     FORMULAS,
-    agreement_with_paper,
-    editing_page,
-    generation_page,
-    schedule_page,
+    compare_with_paper,
+    make_editing_page,
+    make_generation_page,
+    make_schedule_page,
 )
 from maskgit_pl.schedules import mask_schedules
 from tests.hostile_words import HOSTILE
@@ -43,7 +43,7 @@ def result(schedule: str, fid: float, *, best: int = 8) -> ScheduleResult:
 
 
 def test_numbers_stand_under_their_network_and_never_beside_another_s() -> None:
-    page = generation_page(
+    page = make_generation_page(
         [row("MaskGIT", "classifier", fid=1.234, **{"is": 5.5}), row(REAL, "classifier", fid=0.1, **{"is": 9.0}),
          row("MaskGIT", "lite0", fid=77.7), row(REAL, "lite0", fid=66.6)],
         [{**row("MaskGIT", ""), "classifier": "resnet18", "training_images": 5000, "training_steps": 400,
@@ -63,11 +63,11 @@ def test_numbers_stand_under_their_network_and_never_beside_another_s() -> None:
 
 
 def test_every_published_row_is_printed() -> None:
-    page = generation_page([row("MaskGIT", "lite0", fid=1.0)], [], command="x").markdown
+    page = make_generation_page([row("MaskGIT", "lite0", fid=1.0)], [], command="x").markdown
     for published in GENERATION:
         assert f"| {published.model} | {published.size} | {published.fid:.2f} |" in page
     tasks = [row("MaskGIT", "lite0", fid=1.0, task=task) for task in ("outpaint-right", "inpaint-centre")]
-    page = editing_page(tasks, command="x").markdown
+    page = make_editing_page(tasks, command="x").markdown
     for edited in EDITING:
         assert f"| {edited.model} | {edited.size} | {edited.fid:.2f} | {edited.inception_score:.2f} |" in page
 
@@ -82,20 +82,23 @@ def test_pages_say_what_was_compared_with_and_what_judged() -> None:
     file = {"split": "", "reference_file": "imagenet.npz", "real_images": None}
     for changes, compared in (({}, "500 real ones of the val split"), (file, "the statistics of imagenet.npz")):
         tasks = [row("MaskGIT", "lite0", fid=1.0, task="outpaint-right", **{**digests, **changes})]
-        for page in (generation_page(tasks, [], command="x").markdown, editing_page(tasks, command="x").markdown):
+        for page in (
+            make_generation_page(tasks, [], command="x").markdown,
+            make_editing_page(tasks, command="x").markdown,
+        ):
             said = " ".join(page.split())
             assert f"against {compared}" in said
             assert f"Reference: {changes.get('reference_file', 'the val split')} 01234567." in said
             assert "judge: lite0 fedcba98." in said
             assert "`run-a` tokenizer aaaaaaaa, transformer bbbbbbbb." in said
     old = " ".join(
-        editing_page([row("MaskGIT", "lite0", fid=1.0, task="outpaint-right")], command="x").markdown.split()
+        make_editing_page([row("MaskGIT", "lite0", fid=1.0, task="outpaint-right")], command="x").markdown.split()
     )
     assert "judge: lite0 not recorded." in old
 
 
 def test_table_3_shows_ours_beside_the_paper_s_in_the_paper_s_order() -> None:
-    page = schedule_page([result("cosine", 2.0), result("log", 9.0, best=24)], command="maskgit ablation").markdown
+    page = make_schedule_page([result("cosine", 2.0), result("log", 9.0, best=24)], command="maskgit ablation").markdown
     assert page.index("| `cosine`") < page.index("| `log`")
     assert cells(page, "| `cosine`") == [
         "`cosine`", "cos(pi r / 2)", "8", "2.00", "90.00", "6.00", "3.500 ± 0.010", "5.250", "10", "6.06", "181.5",
@@ -104,9 +107,9 @@ def test_table_3_shows_ours_beside_the_paper_s_in_the_paper_s_order() -> None:
 
 
 def test_a_schedule_that_the_paper_does_not_have_gets_a_row_too() -> None:
-    page = schedule_page([result("cosine", 2.0), result("sine", 3.0)], command="x").markdown
+    page = make_schedule_page([result("cosine", 2.0), result("sine", 3.0)], command="x").markdown
     assert cells(page, "| `sine`")[-4:] == ["", "", "", ""]
-    read = list(csv.DictReader(io.StringIO(schedule_page([result("sine", 3.0)], command="x").csv)))
+    read = list(csv.DictReader(io.StringIO(make_schedule_page([result("sine", 3.0)], command="x").csv)))
     assert read[0]["fid/classifier at T = 4"] == "4.0"
 
 
@@ -116,10 +119,10 @@ def test_a_schedule_that_the_paper_does_not_have_gets_a_row_too() -> None:
     ({"cosine": 1.0, "square": 3.0, "linear": 2.0}, "does not hold here", "2 of 3"),
 ])  # fmt: skip
 def test_the_paper_s_order_is_judged_pair_by_pair(fids: dict[str, float], verdict: str, pairs: str) -> None:
-    text = " ".join(agreement_with_paper(fids, "classifier"))
+    text = " ".join(compare_with_paper(fids, "classifier"))
     assert verdict in text
     assert f"{pairs} pairs" in text
-    assert "nothing to say" in agreement_with_paper({"cosine": 1.0}, "classifier")[0]
+    assert "nothing to say" in compare_with_paper({"cosine": 1.0}, "classifier")[0]
 
 
 @pytest.mark.parametrize("name", FORMULAS)
@@ -141,9 +144,9 @@ def pages(word: str) -> list[str]:
     likelihood = {"masked_nll": 3.5, "masked_nll_error": 0.01, "elbo_bits_per_token": 5.25}
     found = ScheduleResult(word, word, 8, {8: 1.0}, {word: rows[0]}, likelihood, mask_schedules.build("cosine"))
     made = (
-        generation_page(rows, [cas], command=word),
-        editing_page(rows, command=word),
-        schedule_page([found], command=word),
+        make_generation_page(rows, [cas], command=word),
+        make_editing_page(rows, command=word),
+        make_schedule_page([found], command=word),
     )
     return [page.markdown for page in made]
 

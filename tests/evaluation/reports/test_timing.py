@@ -16,7 +16,7 @@ METHODS = list(timing.METHODS)
 
 @pytest.fixture(autouse=True)
 def _few_runs(monkeypatch):
-    monkeypatch.setattr(timing, "_MOST", 2)
+    monkeypatch.setattr(timing, "_MAX_RUNS", 2)
 
 
 def measure(file, **how) -> list[Timing]:
@@ -57,7 +57,7 @@ def test_a_point_is_kept_as_soon_as_it_is_measured_and_the_rest_goes_on(tmp_path
 def test_slow_methods_run_less_often_in_turn_with_the_quick_ones(tmp_path, monkeypatch):
     order: list[str] = []
     costs = dict(zip(METHODS, (0.75, 4.0, 30.0), strict=True))
-    monkeypatch.setattr(timing, "_MOST", 15)
+    monkeypatch.setattr(timing, "_MAX_RUNS", 15)
     monkeypatch.setattr(timing, "_decoders", lambda *given: {name: lambda name=name: iter([name]) for name in costs})
     monkeypatch.setattr(timing, "_seconds", lambda decode, device: order.append(next(decode())) or costs[order[-1]])
     made = measure(tmp_path / "ledger.jsonl", sizes=TINY, num_tokens=(4,))
@@ -84,7 +84,7 @@ def test_a_point_of_another_machine_version_or_network_is_measured_anew(tmp_path
 
 
 def test_the_sizes_of_a_pretrained_transformer_are_timed(tiny_pretrained, tmp_path):
-    assert timing.sizes_of(tiny_pretrained / "transformer") == TransformerConfig(
+    assert timing.read_sizes(tiny_pretrained / "transformer") == TransformerConfig(
         16, 3, (4, 4), 16, 1, 2, 32, class_dropout=0.1
     )
 

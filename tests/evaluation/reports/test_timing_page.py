@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from maskgit_pl.evaluation.reports.timing import METHODS, Timing
-from maskgit_pl.evaluation.reports.timing_page import _COLOURS, timing_page
+from maskgit_pl.evaluation.reports.timing_page import _COLOURS, make_timing_page
 
 COLOURS = list(_COLOURS.values())
 
@@ -22,7 +22,7 @@ def timings() -> list[Timing]:
 
 
 def test_the_figure_has_the_three_lines_and_the_page_their_factors(timings):
-    made = timing_page(timings, command="maskgit figure 4")
+    made = make_timing_page(timings, command="maskgit figure 4")
     pixels = np.asarray(Image.open(io.BytesIO(made.pictures["figure-4.png"])).convert("RGB"))
     for colour in COLOURS:
         wanted = tuple(int(colour[place : place + 2], 16) for place in (1, 3, 5))
@@ -31,12 +31,12 @@ def test_the_figure_has_the_three_lines_and_the_page_their_factors(timings):
     assert "    maskgit figure 4\n" in page
     assert "| 256 | 256 | 80 ms (n = 9) | 400 ms (n = 9) | 2 s (n = 9) | 5.0 | 25 |" in page
     said = " ".join(page.split())
-    assert "At N = 1024 a sequential image takes 3.3 times as long as MaskGIT's with a cache and 167 times" in said
+    assert "At N = 1024 an autoregressive image takes 3.3 times as long as MaskGIT's with a cache and 167 times" in said
 
 
 def test_the_page_explains_the_device_that_was_timed(timings):
     pages = {
-        kind: " ".join(timing_page([replace(each, kind=kind) for each in timings], command="x").markdown.split())
+        kind: " ".join(make_timing_page([replace(each, kind=kind) for each in timings], command="x").markdown.split())
         for kind in ("cpu", "cuda", "mps")
     }
     assert "on a machine, torch 2.13.0" in pages["cpu"]

@@ -1,4 +1,4 @@
-"""A sequential model in the pipeline: it generates like another, and refuses what it cannot do."""
+"""An autoregressive model in the pipeline: it generates like another, and refuses what it cannot do."""
 
 import json
 import logging
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from maskgit_pl.decoding import DecodingConfig, SequentialDecoding
+from maskgit_pl.decoding import AutoregressiveDecoding, DecodingConfig
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.bulk import generate_many
 
@@ -16,8 +16,8 @@ N = 16
 
 
 @pytest.fixture(scope="module")
-def pipe(tiny_causal) -> MaskGIT:
-    return MaskGIT.from_pretrained(tiny_causal)
+def pipe(tiny_autoregressive) -> MaskGIT:
+    return MaskGIT.from_pretrained(tiny_autoregressive)
 
 
 def images(pipe: MaskGIT, classes, **settings) -> torch.Tensor:
@@ -51,7 +51,7 @@ def test_its_own_settings_are_followed(pipe) -> None:
         {"sampling_temperature": (1.0, 0.1)},
         {"top_k": 2},
         {"top_p": 0.3},
-        {"decoding": SequentialDecoding(top_k=1).of(N)},
+        {"decoding": AutoregressiveDecoding(top_k=1).to_config(N)},
     ):
         assert not torch.equal(images(pipe, [0, 1, 2], **{"guidance_scale": 0, **settings}), plain), settings
     assert torch.equal(images(pipe, [0, 1, 2], num_steps=N, token_selector="raster"), images(pipe, [0, 1, 2]))
@@ -70,9 +70,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_it_cannot_follow_is_refused_before_anything_is_drawn(pipe, name, tmp_path) -> None:
-    message = (
-        r"(num_steps|token_selector|mask_schedule|tokens_per_step|context_cache): a sequential model .*; leave it out"
-    )
+    message = r"(num_steps|token_selector|mask_schedule|tokens_per_step|context_cache): an autoregr.*; leave it out"
     steps: list[object] = []
     with pytest.raises(ValueError, match=message):
         pipe.generate([0], **{name: REFUSED[name]}, callback=steps.append)
@@ -84,7 +82,7 @@ def test_what_it_cannot_follow_is_refused_before_anything_is_drawn(pipe, name, t
 
 def test_editing_is_refused_by_name(pipe) -> None:
     image, mask = torch.zeros(1, 8, 8, dtype=torch.uint8), torch.ones(8, 8, dtype=torch.bool)
-    rule = "a model with bidirectional attention is needed, .* got a sequential one, .* take another run"
+    rule = "a model with bidirectional attention is needed, .* got an autoregressive one, .* take another run"
     with pytest.raises(ValueError, match=f"inpaint: {rule}"):
         pipe.inpaint(image, mask, classes=[0])
     with pytest.raises(ValueError, match=f"edit_class: {rule}"):
@@ -96,12 +94,12 @@ def test_editing_is_refused_by_name(pipe) -> None:
 
 
 def test_a_decoding_of_another_kind_of_model_is_refused(tiny_pretrained) -> None:
-    with pytest.raises(ValueError, match="token selector 'raster'"):
-        MaskGIT.from_pretrained(tiny_pretrained).generate([0], decoding=SequentialDecoding().of(N))
+    with pytest.raises(ValueError, match="token_selector must be set for a model that decodes in parallel, got None"):
+        MaskGIT.from_pretrained(tiny_pretrained).generate([0], decoding=AutoregressiveDecoding().to_config(N))
 
 
-def test_a_saved_pipeline_generates_the_same(pipe, tiny_causal, tmp_path, caplog) -> None:
-    own = MaskGIT.from_pretrained(tiny_causal, decoding=SequentialDecoding("constant", 0.5).of(N))
+def test_a_saved_pipeline_generates_the_same(pipe, tiny_autoregressive, tmp_path, caplog) -> None:
+    own = MaskGIT.from_pretrained(tiny_autoregressive, decoding=AutoregressiveDecoding("constant", 0.5).to_config(N))
     for name, one in (("plain", pipe), ("own", own)):
         one.save_pretrained(tmp_path / name)
         with caplog.at_level(logging.WARNING):
@@ -114,11 +112,11 @@ def test_a_saved_pipeline_generates_the_same(pipe, tiny_causal, tmp_path, caplog
 def test_its_card_says_what_it_is(pipe, tmp_path) -> None:
     pipe.save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
-    assert "The sequential baseline of MaskGIT" in card
+    assert "The autoregressive baseline of MaskGIT" in card
     assert "decoded one token after the other." in card
     assert "| attention | causal |" in card
     assert "mask schedule" not in card
-    assert "token_selector raster" in card
+    assert "token_selector" not in card
 
 
 def test_in_8_bits_it_generates_too(pipe) -> None:
@@ -128,8 +126,8 @@ def test_in_8_bits_it_generates_too(pipe) -> None:
         made.save_pretrained("nowhere")
 
 
-def test_in_bfloat16_it_generates_too(tiny_causal) -> None:
-    half = MaskGIT.from_pretrained(tiny_causal).to("cpu", dtype=torch.bfloat16)
+def test_in_bfloat16_it_generates_too(tiny_autoregressive) -> None:
+    half = MaskGIT.from_pretrained(tiny_autoregressive).to("cpu", dtype=torch.bfloat16)
     assert images(half, [0]).dtype == torch.uint8
 
 

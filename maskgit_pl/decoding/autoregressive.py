@@ -1,7 +1,7 @@
-"""Sequential decoding: one token a step in raster order, as a causal network was trained. The paper's baseline.
+"""Autoregressive decoding, the paper's baseline: one token per step, in raster order.
 
-``SequentialDecoder`` is to a causal network what ``ParallelDecoder`` is to a bidirectional one: it knows no network,
-asks a predictor for logits, and gives the same ``DecodingStep``; callers need not know which of the two it was.
+``AutoregressiveDecoder`` is to a causal network what ``ParallelDecoder`` is to a bidirectional one. It knows no
+network, asks a predictor for logits, and yields the same ``DecodingStep``, so callers can treat both decoders alike.
 
 Source: paper, Table 1 (VQGAN*) and Figure 4.
 """
@@ -21,12 +21,12 @@ from maskgit_pl.decoding.noise import Noise, SeededNoise
 from maskgit_pl.decoding.plan import step_progress
 from maskgit_pl.decoding.predictors import ConditionalModel, guided
 from maskgit_pl.decoding.sampling import CodeSampling
-from maskgit_pl.networks.causal import CausalTransformer
+from maskgit_pl.networks.autoregressive import AutoregressiveTransformer
 
-__all__ = ["ClassNextPredictor", "NextPredictor", "SequentialDecoder", "decode_in_order"]
+__all__ = ["AutoregressiveClassPredictor", "AutoregressiveDecoder", "AutoregressivePredictor", "decode_autoregressive"]
 
 
-class NextPredictor(Protocol):
+class AutoregressivePredictor(Protocol):
     """Logits of the next token. A predictor serves one decoding run: it may count its calls and keep caches."""
 
     def __call__(self, tokens: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ class NextPredictor(Protocol):
 
 
 @dataclass(frozen=True)
-class SequentialDecoder:
+class AutoregressiveDecoder:
     """Draws the tokens of an image one after the other, in raster order.
 
     Args:
@@ -54,7 +54,7 @@ class SequentialDecoder:
 
     @torch.no_grad()
     def steps(
-        self, predictor: NextPredictor, noise: Noise, *, batch_size: int, device: torch.device
+        self, predictor: AutoregressivePredictor, noise: Noise, *, batch_size: int, device: torch.device
     ) -> Iterator[DecodingStep]:
         """Decodes, one token at a time.
 
@@ -86,7 +86,7 @@ class SequentialDecoder:
             )
 
 
-class ClassNextPredictor:
+class AutoregressiveClassPredictor:
     """A causal network, given the class of each image; with guidance, both halves run in one batch at each step.
 
     Args:
@@ -103,7 +103,7 @@ class ClassNextPredictor:
 
     def __init__(
         self,
-        network: CausalTransformer,
+        network: AutoregressiveTransformer,
         labels: Tensor,
         *,
         negative_labels: Tensor | None = None,
@@ -112,24 +112,24 @@ class ClassNextPredictor:
     ) -> None:
         self.network = network
         self.scales = scales if any(scale > 0 for scale in scales) else ()
-        check_guidance(self.scales, pushes_away=negative_labels is not None)
+        check_guidance(self.scales, has_negative_class=negative_labels is not None)
         self.labels = torch.cat([labels, negative_labels]) if self.scales and negative_labels is not None else labels
         self._cache = network.new_cache() if cache else None
 
     def __call__(self, tokens: Tensor) -> Tensor:
         if not self.scales:
-            return self.network.next_logits(tokens, self.labels, cache=self._cache)
-        logits = self.network.next_logits(tokens.repeat(2, 1), self.labels, cache=self._cache)
+            return self.network.forward_next(tokens, self.labels, cache=self._cache)
+        logits = self.network.forward_next(tokens.repeat(2, 1), self.labels, cache=self._cache)
         conditional, unconditional = logits.chunk(2)
         return guided(conditional, unconditional, self.scales[tokens.shape[1]])
 
 
-def decode_in_order(
-    model: ConditionalModel[CausalTransformer],
+def decode_autoregressive(
+    model: ConditionalModel[AutoregressiveTransformer],
     labels: Sequence[int],
     seeds: Sequence[int],
     *,
-    decoder: SequentialDecoder,
+    decoder: AutoregressiveDecoder,
     scales: Sequence[float],
     negative_labels: Sequence[int] | None = None,
     cache: bool = True,
@@ -143,7 +143,7 @@ def decode_in_order(
         decoder: The number of tokens, and how codes are drawn.
         scales: Guidance scale of each step.
         negative_labels: The class that guidance pushes each image away from; None is the null class.
-        cache: Keep keys and values from token to token, as in ``ClassNextPredictor``.
+        cache: Keep keys and values from token to token, as in ``AutoregressiveClassPredictor``.
 
     Returns:
         The steps, one by one.
@@ -152,7 +152,7 @@ def decode_in_order(
         ValueError: if there is guidance, the network has no null class, and no negative classes are named.
     """
     negative_labels = model.negative_labels(negative_labels, len(labels))
-    predictor = ClassNextPredictor(
+    predictor = AutoregressiveClassPredictor(
         model.network,
         torch.tensor(list(labels), device=model.device),
         negative_labels=None if negative_labels is None else torch.tensor(list(negative_labels), device=model.device),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskgit_pl.networks.causal import CausalTransformer, build_transformer
+from maskgit_pl.networks.autoregressive import AutoregressiveTransformer, build_transformer
 from maskgit_pl.networks.int8 import quantized
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.networks.transformer_block import KVCache
@@ -15,7 +15,7 @@ N, K = CONFIG.num_tokens, CONFIG.num_codes
 
 
 @pytest.fixture(scope="module")
-def network() -> CausalTransformer:
+def network() -> AutoregressiveTransformer:
     return random_transformer(CONFIG)
 
 
@@ -30,7 +30,7 @@ LABELS = torch.tensor([0, 2, 3])  # the last is the null class
 def test_it_has_the_weights_of_the_bidirectional_one_by_name_and_number(network):
     masked = build_transformer(dataclasses.replace(CONFIG, attention="bidirectional"))
     assert type(masked) is MaskedTransformer
-    assert type(build_transformer(CONFIG)) is CausalTransformer
+    assert type(build_transformer(CONFIG)) is AutoregressiveTransformer
     shapes = [{name: w.shape for name, w in made.state_dict().items()} for made in (masked, network)]
     assert shapes[0] == shapes[1]
 
@@ -59,18 +59,18 @@ def test_logits_of_some_tokens_are_those_of_the_full_forward(network, tokens):
 def test_the_next_token_is_predicted_as_in_the_full_forward_with_and_without_a_cache(network, tokens):
     full, cache = network(tokens, LABELS), network.new_cache()
     for place in range(N):
-        with_cache = network.next_logits(tokens[:, :place], LABELS, cache=cache)
+        with_cache = network.forward_next(tokens[:, :place], LABELS, cache=cache)
         torch.testing.assert_close(with_cache, full[:, place])
-        torch.testing.assert_close(network.next_logits(tokens[:, :place], LABELS), full[:, place])
+        torch.testing.assert_close(network.forward_next(tokens[:, :place], LABELS), full[:, place])
     assert [layer.num_rows for layer in cache] == [N, N]
 
 
 def test_a_cache_may_begin_with_several_tokens_and_goes_on_with_one_each(network, tokens):
     cache = network.new_cache()
-    network.next_logits(tokens[:, :5], LABELS, cache=cache)
-    torch.testing.assert_close(network.next_logits(tokens[:, :6], LABELS, cache=cache), network(tokens, LABELS)[:, 6])
+    network.forward_next(tokens[:, :5], LABELS, cache=cache)
+    torch.testing.assert_close(network.forward_next(tokens[:, :6], LABELS, cache=cache), network(tokens, LABELS)[:, 6])
     with pytest.raises(AssertionError):
-        network.next_logits(tokens[:, :9], LABELS, cache=cache)
+        network.forward_next(tokens[:, :9], LABELS, cache=cache)
 
 
 def test_keys_and_values_are_kept_in_place():
@@ -84,15 +84,15 @@ def test_keys_and_values_are_kept_in_place():
 
 def test_in_8_bits_logits_are_close_with_a_cache_too(network, tokens):
     rounded = quantized(network)
-    assert type(rounded) is CausalTransformer
+    assert type(rounded) is AutoregressiveTransformer
     exact, cache = network(tokens, LABELS), rounded.new_cache()
     for place in range(N):
-        made = rounded.next_logits(tokens[:, :place], LABELS, cache=cache)
+        made = rounded.forward_next(tokens[:, :place], LABELS, cache=cache)
         assert (made - exact[:, place]).norm() < 0.1 * exact[:, place].norm()
 
 
 def test_dropout_is_of_training_alone(network, tokens):
-    made = CausalTransformer(dataclasses.replace(CONFIG, dropout=0.5))
+    made = AutoregressiveTransformer(dataclasses.replace(CONFIG, dropout=0.5))
     assert not torch.equal(made(tokens, LABELS), made(tokens, LABELS))
     made.eval()
     assert torch.equal(made(tokens, LABELS), made(tokens, LABELS))
@@ -103,5 +103,5 @@ def test_another_attention_is_refused_by_name():
         dataclasses.replace(CONFIG, attention="casual")
     with pytest.raises(ValueError, match="MaskedTransformer has 'bidirectional', got 'causal'"):
         MaskedTransformer(CONFIG)
-    with pytest.raises(ValueError, match="CausalTransformer has 'causal', got 'bidirectional'"):
-        CausalTransformer(dataclasses.replace(CONFIG, attention="bidirectional"))
+    with pytest.raises(ValueError, match="AutoregressiveTransformer has 'causal', got 'bidirectional'"):
+        AutoregressiveTransformer(dataclasses.replace(CONFIG, attention="bidirectional"))

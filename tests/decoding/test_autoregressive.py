@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from maskgit_pl.decoding import (
+    AutoregressiveDecoder,
+    AutoregressiveDecoding,
     CodeSampling,
     ConditionalModel,
     DecodingConfig,
-    SequentialDecoder,
-    SequentialDecoding,
-    decode_in_order,
+    decode_autoregressive,
 )
-from maskgit_pl.networks.causal import CausalTransformer
+from maskgit_pl.networks.autoregressive import AutoregressiveTransformer
 from maskgit_pl.networks.transformer import TransformerConfig
 from tests.conftest import random_transformer
 
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def network() -> CausalTransformer:
+def network() -> AutoregressiveTransformer:
     return random_transformer(CONFIG)
 
 
@@ -45,14 +45,14 @@ class Recorded:
 
 
 def run(network, labels, seeds, *, scales=(0.0,) * N, sampling=None, null_label=NULL, **options) -> Tensor:
-    decoder = SequentialDecoder(N, sampling or CodeSampling())
+    decoder = AutoregressiveDecoder(N, sampling or CodeSampling())
     model = dataclasses.replace(ConditionalModel.of(network, CPU), null_label=null_label)
-    *_, last = decode_in_order(model, labels, seeds, decoder=decoder, scales=scales, **options)
+    *_, last = decode_autoregressive(model, labels, seeds, decoder=decoder, scales=scales, **options)
     return last.tokens
 
 
 def test_the_likeliest_codes_follow_one_another():
-    steps = SequentialDecoder(6, CodeSampling(0.0)).steps(successor, Recorded(), batch_size=2, device=CPU)
+    steps = AutoregressiveDecoder(6, CodeSampling(0.0)).steps(successor, Recorded(), batch_size=2, device=CPU)
     assert [step.tokens[1].tolist() for step in steps] == [
         [3, 0, 0, 0, 0, 0], [3, 0, 0, 0, 0, 0], [3, 0, 1, 0, 0, 0], [3, 0, 1, 3, 0, 0], [3, 0, 1, 3, 0, 0],
         [3, 0, 1, 3, 0, 1],
@@ -60,7 +60,7 @@ def test_the_likeliest_codes_follow_one_another():
 
 
 def test_each_position_is_decided_once_in_raster_order():
-    steps = list(SequentialDecoder(6).steps(successor, Recorded(), batch_size=2, device=CPU))
+    steps = list(AutoregressiveDecoder(6).steps(successor, Recorded(), batch_size=2, device=CPU))
     places = torch.arange(6)
     sure = math.exp(9) / (math.exp(9) + 6)
     for number, step in enumerate(steps):
@@ -76,7 +76,7 @@ def test_each_position_is_decided_once_in_raster_order():
 
 def test_chance_is_asked_for_once_a_position():
     noise = Recorded()
-    *_, last = SequentialDecoder(6).steps(successor, noise, batch_size=2, device=CPU)
+    *_, last = AutoregressiveDecoder(6).steps(successor, noise, batch_size=2, device=CPU)
     assert noise.asked == [(0, [place]) for place in range(6)]
     assert last.tokens.tolist() == [[0, 1, 2, 3, 4, 5]] * 2
 
@@ -89,7 +89,7 @@ def test_the_temperature_goes_from_the_first_to_the_last_token():
             seen.append(9.0 / float(logits.max()))
             return super().draw(logits, positions, step)
 
-    list(SequentialDecoder(4, CodeSampling((2.0, 0.5))).steps(successor, Spy(), batch_size=1, device=CPU))
+    list(AutoregressiveDecoder(4, CodeSampling((2.0, 0.5))).steps(successor, Spy(), batch_size=1, device=CPU))
     assert seen == pytest.approx([2.0, 1.5, 1.0, 0.5])
 
 
@@ -113,21 +113,21 @@ def test_tokens_depend_on_the_seed_and_not_on_the_batch(network):
 def test_codes_are_drawn_from_the_network_s_distribution(network):
     count = 4000
     first = run(network, [1] * count, range(count))[:, 0].bincount(minlength=K) / count
-    expected = network.next_logits(torch.empty(1, 0, dtype=torch.int64), torch.tensor([1])).softmax(-1)[0]
+    expected = network.forward_next(torch.empty(1, 0, dtype=torch.int64), torch.tensor([1])).softmax(-1)[0]
     assert (first - expected).abs().max() < 0.03
 
 
 def test_guidance_is_a_scale_a_step_with_both_halves_in_one_batch(network):
     scales = [0.0, 3.0, *[1.0] * (N - 2)]
     batches: list[int] = []
-    original = network.next_logits
+    original = network.forward_next
 
     def counted(tokens: Tensor, labels: Tensor, **options) -> Tensor:
         batches.append(len(tokens))
         return original(tokens, labels, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(network, "next_logits", counted)
+        patch.setattr(network, "forward_next", counted)
         made = run(network, [0, 1], [5, 6], scales=scales, sampling=CodeSampling(0.0))
         assert batches == [4] * N
         plain = run(network, [0, 1], [5, 6], sampling=CodeSampling(0.0))
@@ -156,39 +156,41 @@ def test_sampling_is_that_of_parallel_decoding(network):
     annealed = run(network, [0, 1], [8, 9], sampling=CodeSampling((1.0, 0.0)))
     hot = run(network, [0, 1], [8, 9])
     assert torch.equal(annealed[:, 0], hot[:, 0])
-    last = network.next_logits(annealed[:, :-1], torch.tensor([0, 1])).argmax(-1)
+    last = network.forward_next(annealed[:, :-1], torch.tensor([0, 1])).argmax(-1)
     assert torch.equal(annealed[:, -1], last)
 
 
 def test_a_recipe_becomes_one_of_n_steps():
-    made = SequentialDecoding({"name": "linear", "scale": 2.0}, (1.0, 0.5), 9, 0.9).of(49)
+    made = AutoregressiveDecoding({"name": "linear", "scale": 2.0}, (1.0, 0.5), 9, 0.9).to_config(49)
     assert made == DecodingConfig(
-        49, "raster", {"name": "linear", "scale": 2.0}, sampling_temperature=(1.0, 0.5), top_k=9, top_p=0.9
+        49, None, {"name": "linear", "scale": 2.0}, sampling_temperature=(1.0, 0.5), top_k=9, top_p=0.9
     )
-    assert made.is_sequential
-    assert made.sequential_decoder(49) == SequentialDecoder(49, CodeSampling((1.0, 0.5), 9, 0.9))
+    assert made.is_autoregressive
+    assert made.build_autoregressive_decoder(49) == AutoregressiveDecoder(49, CodeSampling((1.0, 0.5), 9, 0.9))
     assert len(made.scales()) == 49
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_steps": 8}, "num_steps: a sequential model takes one step for each of the 12 tokens .* got 8; leave it"),
-        ({"token_selector": "confidence"}, "token_selector: a sequential model draws one token .* got 'confidence'"),
-        ({"token_selector": {"name": "raster", "choice_temperature": 1.0}}, "token_selector: .* 'choice_temperature'"),
-        ({"mask_schedule": "cosine"}, "mask_schedule: a sequential model .* got 'cosine'; leave it out"),
-        ({"tokens_per_step": (1,) * N}, "tokens_per_step: a sequential model"),
-        ({"context_cache": 2}, "context_cache: a sequential model"),
+        ({"num_steps": 8}, "num_steps: an autoregressive model takes one step for each of the 12 tokens .* got 8"),
+        ({"token_selector": "confidence"}, "token_selector: an autoregressive model draws .* got 'confidence'"),
+        ({"token_selector": {"choice_temperature": 1.0}}, "token_selector: .*'choice_temperature'"),
+        ({"mask_schedule": "cosine"}, "mask_schedule: an autoregressive model .* got 'cosine'; leave it out"),
+        ({"tokens_per_step": (1,) * N}, "tokens_per_step: an autoregressive model"),
+        ({"context_cache": 2}, "context_cache: an autoregressive model"),
         ({"sampling_temperature": -1.0}, "sampling_temperature: a number of at least 0"),
     ],
 )  # fmt: skip
-def test_what_a_sequential_model_cannot_follow_is_refused_by_name(changes, message):
+def test_what_an_autoregressive_model_cannot_follow_is_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(SequentialDecoding().of(N), **changes).sequential_decoder(N)
+        dataclasses.replace(AutoregressiveDecoding().to_config(N), **changes).build_autoregressive_decoder(N)
 
 
 def test_fewer_than_one_token_and_a_schedule_that_is_none_are_refused():
     with pytest.raises(ValueError, match="num_tokens: at least 1"):
-        SequentialDecoder(0)
-    with pytest.raises(ValueError, match="mask_schedule: a model that decodes in parallel is needed, got a sequential"):
-        DecodingConfig().decoder(None)
+        AutoregressiveDecoder(0)
+    with pytest.raises(
+        ValueError, match="mask_schedule: a model that decodes in parallel is needed, got an autoregressive"
+    ):
+        DecodingConfig().build_decoder(None)

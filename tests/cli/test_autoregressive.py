@@ -1,4 +1,4 @@
-"""The sequential baseline from the command line: it trains, goes on and samples; what it cannot do is refused."""
+"""The autoregressive baseline from the command line: it trains, goes on and samples; what it cannot do is refused."""
 
 import logging
 from pathlib import Path
@@ -92,9 +92,9 @@ def test_weights_of_the_other_kind_are_refused_before_a_step(train, tiny_pretrai
     )
 
 
-def test_it_samples_with_an_animation_in_time_and_a_filmstrip(call, tiny_causal, tmp_path):
+def test_it_samples_with_an_animation_in_time_and_a_filmstrip(call, tiny_autoregressive, tmp_path):
     code, said = call(
-        "sample", tiny_causal, "--classes=0,1", "--per-class=2", "--out", tmp_path / "all.png",
+        "sample", tiny_autoregressive, "--classes=0,1", "--per-class=2", "--out", tmp_path / "all.png",
         "--gif", tmp_path / "decoding.gif", "--filmstrip", tmp_path / "strip.png",
     )  # fmt: skip
     assert code == 0, said
@@ -107,25 +107,30 @@ def test_it_samples_with_an_animation_in_time_and_a_filmstrip(call, tiny_causal,
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["sample", "--num-steps=8"], ("--num-steps: a sequential model", "16 tokens", "got 8", "leave it out")),
-        (["sample", "--token-selector=halton"], ("--token-selector: a sequential model", "'halton'")),
-        (["sample", "--choice-temperature=2"], ("--token-selector: a sequential model", "'choice_temperature': 2.0")),
-        (["sample", "--context-cache=4"], ("--context-cache: a sequential model",)),
+        (["sample", "--num-steps=8"], ("--num-steps: an autoregressive model", "16 tokens", "got 8", "leave it out")),
+        (["sample", "--token-selector=halton"], ("--token-selector: an autoregressive model", "'halton'")),
+        (
+            ["sample", "--choice-temperature=2"],
+            ("--token-selector: an autoregressive model", "'choice_temperature': 2.0"),
+        ),
+        (["sample", "--context-cache=4"], ("--context-cache: an autoregressive model",)),
         (["panorama", "--classes=0", "--width=16"], ("panorama: a model with bidirectional attention is needed",)),
         (["compare"], ("compare: a model with bidirectional attention is needed", "take another run")),
         (["tune"], ("tune: a model with bidirectional attention is needed",)),
     ],
 )
-def test_what_it_cannot_do_is_refused_in_one_line(call, tiny_causal, tiny_shards, tmp_path, monkeypatch, words, parts):
+def test_what_it_cannot_do_is_refused_in_one_line(
+    call, tiny_autoregressive, tiny_shards, tmp_path, monkeypatch, words, parts
+):
     monkeypatch.chdir(tmp_path)
     data = ["--data", tiny_shards] if words[0] in ("compare", "tune") else []
     out = ["--out", tmp_path / "out.png"] if words[0] in ("sample", "panorama") else []
-    refused(call(words[0], tiny_causal, *words[1:], *data, *out), *parts)
+    refused(call(words[0], tiny_autoregressive, *words[1:], *data, *out), *parts)
     assert not list(tmp_path.iterdir())
 
 
-def test_an_edit_of_an_image_is_refused_in_one_line(call, tiny_causal, tmp_path):
+def test_an_edit_of_an_image_is_refused_in_one_line(call, tiny_autoregressive, tmp_path):
     Image.fromarray(torch.zeros(8, 8, dtype=torch.uint8).numpy()).save(tmp_path / "image.png")
     for command, words in (("edit", ["--box=0,0,4,4", "--class=1"]), ("outpaint", ["--left=2", "--class=1"])):
-        answer = call(command, tiny_causal, tmp_path / "image.png", *words, "--out", tmp_path / "out.png")
-        refused(answer, "a model with bidirectional attention is needed", "got a sequential one")
+        answer = call(command, tiny_autoregressive, tmp_path / "image.png", *words, "--out", tmp_path / "out.png")
+        refused(answer, "a model with bidirectional attention is needed", "got an autoregressive one")

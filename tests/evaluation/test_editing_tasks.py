@@ -5,7 +5,7 @@ from typing import get_args
 import pytest
 import torch
 
-from maskgit_pl.evaluation.held_out import Task, edit, hidden_pixels, masked
+from maskgit_pl.evaluation.editing_tasks import Task, edit, hide_pixels, make_hidden_mask
 from maskgit_pl.pipeline import MaskGIT
 
 TASKS = get_args(Task)
@@ -25,7 +25,7 @@ LABELS = torch.tensor([0, 1, 2, 0, 1])
 
 
 def test_the_hidden_part_is_the_right_half_or_half_of_each_edge(pipe: MaskGIT) -> None:
-    right, centre = (hidden_pixels(task, pipe.tokenizer) for task in TASKS)
+    right, centre = (make_hidden_mask(task, pipe.tokenizer) for task in TASKS)
     assert right[0].tolist() == [False] * 4 + [True] * 4
     assert centre.sum() == 16
     assert centre[2:6, 2:6].all()
@@ -35,7 +35,7 @@ def test_the_hidden_part_is_the_right_half_or_half_of_each_edge(pipe: MaskGIT) -
 def test_grids_that_have_no_half_are_rounded(pipe: MaskGIT, edge: int) -> None:
     grid = replace(pipe.tokenizer, image_size=edge).grid
     factor = edge // grid[0]
-    right, middle = (hidden_pixels(task, replace(pipe.tokenizer, image_size=edge)) for task in TASKS)
+    right, middle = (make_hidden_mask(task, replace(pipe.tokenizer, image_size=edge)) for task in TASKS)
     assert int(right[0].sum()) >= edge / 2
     assert int(middle.any(0).sum()) <= edge / 2
     for dimension in (0, 1):
@@ -45,10 +45,10 @@ def test_grids_that_have_no_half_are_rounded(pipe: MaskGIT, edge: int) -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_nothing_of_the_hidden_part_reaches_the_result(pipe: MaskGIT, images: torch.Tensor, task: Task) -> None:
-    hidden = hidden_pixels(task, pipe.tokenizer)
+    hidden = make_hidden_mask(task, pipe.tokenizer)
     others = torch.where(hidden, 255 - images, images)
     assert torch.equal(edit(task, pipe, images, LABELS), edit(task, pipe, others, LABELS))
-    assert torch.equal(masked(task, pipe.tokenizer, images), masked(task, pipe.tokenizer, others))
+    assert torch.equal(hide_pixels(task, pipe.tokenizer, images), hide_pixels(task, pipe.tokenizer, others))
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -1,7 +1,7 @@
 """The same transformer under a causal mask: each token is predicted from the class and the tokens before it.
 
-Used by ``autoregressive.AutoregressiveModel`` in training and, through ``decoding.SequentialDecoder``, in decoding: the
-sequential baseline of the paper.
+Used by ``autoregressive.AutoregressiveModel`` in training and, through ``decoding.AutoregressiveDecoder``, in
+decoding: the autoregressive baseline of the paper.
 
 Source: paper, Table 1: VQGAN*, "the same setup as MaskGIT".
 """
@@ -21,10 +21,10 @@ from maskgit_pl.networks.transformer import (
 )
 from maskgit_pl.networks.transformer_block import Block, KVCache
 
-__all__ = ["CausalTransformer", "build_transformer"]
+__all__ = ["AutoregressiveTransformer", "build_transformer"]
 
 
-class CausalTransformer(Transformer):
+class AutoregressiveTransformer(Transformer):
     """Predicts the code of each token from the class and the tokens before it, in raster order.
 
     The sequence is [class, x_1 .. x_{N-1}], and the output at each position predicts the token after it. Weights, their
@@ -38,7 +38,7 @@ class CausalTransformer(Transformer):
     """
 
     attention = "causal"
-    entry_points = ("forward_masked", "next_logits")
+    entry_points = ("forward_masked", "forward_next")
 
     def forward(self, tokens: Tensor, labels: Tensor, *, vocabulary: Vocabulary = "codes") -> Tensor:
         """Returns the logits of all tokens of an image in one pass, each from those before it.
@@ -69,7 +69,7 @@ class CausalTransformer(Transformer):
         """
         return self._head(self._hidden(tokens, labels)[mask], vocabulary)
 
-    def next_logits(self, tokens: Tensor, labels: Tensor, *, cache: Sequence[KVCache] | None = None) -> Tensor:
+    def forward_next(self, tokens: Tensor, labels: Tensor, *, cache: Sequence[KVCache] | None = None) -> Tensor:
         """Returns the logits of the token that follows.
 
         Args:
@@ -89,7 +89,7 @@ class CausalTransformer(Transformer):
         return self._head(x[:, -1], "codes")
 
     def new_cache(self) -> list[KVCache]:
-        """Returns an empty cache for each block, for one run of ``next_logits``."""
+        """Returns an empty cache for each block, for one run of ``forward_next``."""
         return [KVCache(self.config.num_tokens) for _ in self.blocks]
 
     def _hidden(self, tokens: Tensor, labels: Tensor) -> Tensor:
@@ -100,6 +100,6 @@ class CausalTransformer(Transformer):
         return x
 
 
-def build_transformer(config: TransformerConfig) -> MaskedTransformer | CausalTransformer:
+def build_transformer(config: TransformerConfig) -> MaskedTransformer | AutoregressiveTransformer:
     """Builds the transformer whose attention a configuration names, with first weights."""
-    return CausalTransformer(config) if config.attention == "causal" else MaskedTransformer(config)
+    return AutoregressiveTransformer(config) if config.attention == "causal" else MaskedTransformer(config)

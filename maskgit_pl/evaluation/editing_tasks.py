@@ -15,14 +15,14 @@ from torch import Tensor
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pretrained import PretrainedTokenizer
 
-__all__ = ["Task", "edit", "hidden_pixels", "masked"]
+__all__ = ["Task", "edit", "hide_pixels", "make_hidden_mask"]
 
 Task = Literal["outpaint-right", "inpaint-centre"]
 
 _GREY = 128
 
 
-def hidden_pixels(task: Task, tokenizer: PretrainedTokenizer) -> Tensor:
+def make_hidden_mask(task: Task, tokenizer: PretrainedTokenizer) -> Tensor:
     """Returns (H, W) bool, True where pixels are to be generated: the right half, or half of each edge at the centre.
 
     In whole tokens: the right half is rounded up, the centre down to what lies in the middle. Of 7 x 7 tokens that is
@@ -42,9 +42,9 @@ def hidden_pixels(task: Task, tokenizer: PretrainedTokenizer) -> Tensor:
     return hidden.repeat_interleave(factor, 0).repeat_interleave(factor, 1)
 
 
-def masked(task: Task, tokenizer: PretrainedTokenizer, images: Tensor) -> Tensor:
+def hide_pixels(task: Task, tokenizer: PretrainedTokenizer, images: Tensor) -> Tensor:
     """Returns (n, C, H, H) uint8 images with grey in place of what is to be generated."""
-    return images.masked_fill(hidden_pixels(task, tokenizer), _GREY)
+    return images.masked_fill(make_hidden_mask(task, tokenizer), _GREY)
 
 
 def edit(
@@ -74,14 +74,14 @@ def edit(
     classes: list[int] = labels.tolist()
     edited = []
     if task == "outpaint-right":
-        added = int(hidden_pixels(task, pipe.tokenizer)[0].sum())
+        added = int(make_hidden_mask(task, pipe.tokenizer)[0].sum())
         for row, (image, label) in enumerate(zip(images, classes, strict=True)):
             edited.append(
                 pipe.outpaint(image[..., :-added], right=added, classes=[label], seed=seed + row, output_type="pt")
             )
             on_images(1)
         return torch.cat([torch.as_tensor(result) for result in edited])
-    known, mask = masked(task, pipe.tokenizer, images), hidden_pixels(task, pipe.tokenizer)
+    known, mask = hide_pixels(task, pipe.tokenizer, images), make_hidden_mask(task, pipe.tokenizer)
     for first in range(0, len(images), batch_size):
         rows = slice(first, first + batch_size)
         edited.append(

@@ -14,22 +14,22 @@ from PIL import Image
 from torch import Tensor
 
 from maskgit_pl.evaluation.decodings import PLOT_STEPS
+from maskgit_pl.evaluation.editing_tasks import edit, hide_pixels
 from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
-from maskgit_pl.evaluation.held_out import edit, masked
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
-from maskgit_pl.evaluation.pages import Page, picture_png, shown_classes
+from maskgit_pl.evaluation.pages import Page, choose_classes, image_to_png
 from maskgit_pl.evaluation.reports.ablation import ablate, check_budgets
 from maskgit_pl.evaluation.reports.options import ReportOptions
-from maskgit_pl.evaluation.reports.schedule_figures import schedule_figure
-from maskgit_pl.evaluation.reports.tables import TASKS, editing_page, generation_page, schedule_page
+from maskgit_pl.evaluation.reports.schedule_figures import draw_figure_8
+from maskgit_pl.evaluation.reports.tables import TASKS, make_editing_page, make_generation_page, make_schedule_page
 from maskgit_pl.evaluation.run_folders import (
     RunFolders,
     check_data,
-    measured_model,
+    create_evaluated_model,
     open_data,
     open_evaluator,
     open_model,
-    read_own_recipe,
+    read_run_recipe,
 )
 from maskgit_pl.imaging import image_grid
 from maskgit_pl.progress import Bars
@@ -74,7 +74,7 @@ def open_models(folders: Sequence[RunFolders], options: ReportOptions, command: 
         ValueError: if runs differ in classes or image size, a network is unknown, or there are too few images.
     """
     first = folders[0]
-    models = [measured_model(each, open_model(each, options.device)) for each in folders]
+    models = [create_evaluated_model(each, open_model(each, options.device)) for each in folders]
     data = open_data(first, models[0].pipe, num_workers=options.num_workers)
     for model in models[1:]:
         check_data(model.pipe, data)
@@ -105,10 +105,10 @@ def measure_generation(opened: OpenedModels) -> Page:
     evaluator, count, seed = opened.evaluator, opened.options.num_samples, opened.options.seed
     rows: list[Row] = []
     for model in opened.models:
-        rows += evaluator.samples(model, model.pipe.decoding, num_images=count, seed=seed).values()
-    rows += evaluator.real(num_images=count).values()
-    page = generation_page(rows, _accuracy_scores(opened), command=opened.command)
-    return replace(page, folder=opened.folder, pictures={"table-1.png": picture_png(_sheet(opened))})
+        rows += evaluator.measure_samples(model, model.pipe.decoding, num_images=count, seed=seed).values()
+    rows += evaluator.measure_real(num_images=count).values()
+    page = make_generation_page(rows, _accuracy_scores(opened), command=opened.command)
+    return replace(page, folder=opened.folder, pictures={"table-1.png": image_to_png(_sheet(opened))})
 
 
 def _accuracy_scores(opened: OpenedModels) -> list[Row]:
@@ -119,18 +119,18 @@ def _accuracy_scores(opened: OpenedModels) -> list[Row]:
     count = min(options.cas_samples or options.num_samples, evaluator.data.summary.samples["train"])
     return [
         *(
-            evaluator.cas(each, each.pipe.decoding, options.cas, num_images=count, seed=options.seed)
+            evaluator.measure_cas(each, each.pipe.decoding, options.cas, num_images=count, seed=options.seed)
             for each in opened.models
         ),
-        evaluator.cas(None, None, options.cas, num_images=count, seed=options.seed),
+        evaluator.measure_cas(None, None, options.cas, num_images=count, seed=options.seed),
     ]
 
 
 def _sheet(opened: OpenedModels) -> Image.Image:
     """Returns a row of real images and a row of each model, a column a class."""
     data, models = opened.evaluator.data, opened.models
-    classes = shown_classes(data.num_classes)
-    images, labels = opened.evaluator.real_images("val", 50 * data.num_classes)
+    classes = choose_classes(data.num_classes)
+    images, labels = opened.evaluator.read_real_images("val", 50 * data.num_classes)
     rows = [torch.stack([_first_of(images, labels, label) for label in classes])]
     for model in models:
         rows.append(torch.as_tensor(model.pipe.generate(classes, seed=opened.options.seed, output_type="pt")))
@@ -152,17 +152,17 @@ def measure_editing(opened: OpenedModels) -> Page:
         row
         for model in opened.models
         for task in TASKS
-        for row in evaluator.editing(model, task, num_images=options.num_samples, seed=options.seed)
+        for row in evaluator.measure_editing(model, task, num_images=options.num_samples, seed=options.seed)
     ]
     pipe = opened.models[0].pipe
-    images, labels = evaluator.real_images("val", _SHOWN_EDITS)
+    images, labels = evaluator.read_real_images("val", _SHOWN_EDITS)
     shown, captions = [images], ["held out"]
     for task in TASKS:
-        shown += [masked(task, pipe.tokenizer, images), edit(task, pipe, images, labels, seed=options.seed)]
+        shown += [hide_pixels(task, pipe.tokenizer, images), edit(task, pipe, images, labels, seed=options.seed)]
         captions += ["given", task]
     sheet = image_grid(torch.cat(shown), columns=len(images), row_captions=captions)
-    page = editing_page(rows, command=opened.command)
-    return replace(page, folder=opened.folder, pictures={"table-2.png": picture_png(sheet)})
+    page = make_editing_page(rows, command=opened.command)
+    return replace(page, folder=opened.folder, pictures={"table-2.png": image_to_png(sheet)})
 
 
 def measure_schedules(opened: OpenedModels, *, num_steps: Sequence[int] | None) -> Page:
@@ -176,13 +176,13 @@ def measure_schedules(opened: OpenedModels, *, num_steps: Sequence[int] | None) 
         ValueError: if runs were not trained alike, two are of one schedule, or no T is left.
     """
     evaluator, options, models = opened.evaluator, opened.options, opened.models
-    check_budgets({each.run: read_own_recipe(each.folder.parent / "transformer" / "config.yaml") for each in models})
+    check_budgets({each.run: read_run_recipe(each.folder.parent / "transformer" / "config.yaml") for each in models})
     results = ablate(
         evaluator, models, steps=num_steps or PLOT_STEPS, num_images=options.num_samples, seed=options.seed
     )
     first, *_ = evaluator.networks
-    floor = evaluator.real(num_images=options.num_samples, networks=[first])[first]
-    figure = schedule_figure(
+    floor = evaluator.measure_real(num_images=options.num_samples, networks=[first])[first]
+    figure = draw_figure_8(
         results,
         num_tokens=models[0].pipe.transformer.network.config.num_tokens,
         metric=f"fid/{first}",
@@ -190,5 +190,5 @@ def measure_schedules(opened: OpenedModels, *, num_steps: Sequence[int] | None) 
         floor=float(floor["fid"]),
         dataset=evaluator.dataset,
     )
-    page = schedule_page(results, command=opened.command)
+    page = make_schedule_page(results, command=opened.command)
     return replace(page, folder=opened.folder, pictures={"figure-8.png": figure})
