@@ -39,7 +39,7 @@ def decode(network: MaskedTransformer, *, context_cache: int, batch: int, guidan
     decoding = DecodingConfig(_STEPS, guidance={"name": "constant", "scale": guidance})
     start = time.process_time()
     *_, last = decode_classes(
-        ConditionalModel.of(network, torch.device("cpu"), context_cache=context_cache),
+        ConditionalModel.from_network(network, torch.device("cpu"), context_cache=context_cache),
         [seed % network.config.num_classes for seed in range(batch)],
         list(range(batch)),
         decoder=decoding.build_decoder(mask_schedules.build("cosine")),

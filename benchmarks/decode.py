@@ -100,7 +100,9 @@ class Ours:
         self.first = FirstStepLogits(
             network, num_tokens=self.config.num_tokens, mask_token_id=self.config.mask_token_id, max_labels=1001
         )
-        self.model = ConditionalModel.of(network, _CPU, first_step_logits=self.first, context_cache=context_cache)
+        self.model = ConditionalModel.from_network(
+            network, _CPU, first_step_logits=self.first, context_cache=context_cache
+        )
         self.seeds = list(range(task.batch))
         self.labels = [seed % task.num_classes for seed in self.seeds]
         if hit:
@@ -139,7 +141,7 @@ class Autoregressive:
 
     def __call__(self) -> Tensor:
         *_, last = decode_autoregressive(
-            ConditionalModel.of(self.network, self.network.head_bias.device),
+            ConditionalModel.from_network(self.network, self.network.head_bias.device),
             self.labels,
             self.seeds,
             decoder=AutoregressiveDecoder(self.num_tokens),

@@ -65,20 +65,20 @@ class AutoregressiveModel(TokenModel):
         super().__init__(config, AutoregressiveTransformer(config.network), in_steps)
         self.decoder = in_steps.build_autoregressive_decoder(num_tokens)
 
-    def _mask(self, batch: Batch) -> Tensor:
+    def _draw_mask(self, batch: Batch) -> Tensor:
         return torch.ones(len(batch.index), self.config.network.num_tokens, dtype=torch.bool, device=batch.index.device)
 
-    def _visible(self, tokens: Tensor, mask: Tensor) -> Tensor:
+    def _mask_tokens(self, tokens: Tensor, mask: Tensor) -> Tensor:
         return tokens  # the causal mask hides what is to be predicted
 
-    def _bins(self, mask: Tensor) -> Tensor:
+    def _assign_bins(self, mask: Tensor) -> Tensor:
         """Groups tokens by their place in raster order."""
         of_place = torch.arange(mask.shape[1], device=mask.device) * NUM_BINS // mask.shape[1]
         return of_place.expand_as(mask)[mask]
 
     def _decode(self, labels: Sequence[int], seeds: Sequence[int]) -> Iterator[DecodingStep]:
         return decode_autoregressive(
-            ConditionalModel.of(cast("AutoregressiveTransformer", self.averaged_network), self.device),
+            ConditionalModel.from_network(cast("AutoregressiveTransformer", self.averaged_network), self.device),
             labels,
             seeds,
             decoder=self.decoder,

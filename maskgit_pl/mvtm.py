@@ -82,7 +82,7 @@ class MaskedTokenModel(TokenModel):
         self.mask_sampler = MaskSampler(self.mask_schedule, config.seed, config.min_mask_ratio)
         self.decoder = config.decoding.build_decoder(self.mask_schedule)
 
-    def _mask(self, batch: Batch) -> Tensor:
+    def _draw_mask(self, batch: Batch) -> Tensor:
         if self.training:
             self._check_batch(len(batch.labels))
         return self.mask_sampler.mask(
@@ -106,17 +106,17 @@ class MaskedTokenModel(TokenModel):
                 f"samples x {ranks} ranks x {accumulated} accumulated; give MaskedTokenConfig the data's global batch"
             )
 
-    def _visible(self, tokens: Tensor, mask: Tensor) -> Tensor:
+    def _mask_tokens(self, tokens: Tensor, mask: Tensor) -> Tensor:
         return tokens.masked_fill(mask, self.config.network.mask_token_id)
 
-    def _bins(self, mask: Tensor) -> Tensor:
+    def _assign_bins(self, mask: Tensor) -> Tensor:
         """Groups tokens by the mask ratio of their row."""
         of_row = ((mask.float().mean(1) * NUM_BINS).ceil().long() - 1).clamp(0, NUM_BINS - 1)
         return of_row.unsqueeze(1).expand_as(mask)[mask]
 
     def _decode(self, labels: Sequence[int], seeds: Sequence[int]) -> Iterator[DecodingStep]:
         return decode_classes(
-            ConditionalModel.of(cast("MaskedTransformer", self.averaged_network), self.device),
+            ConditionalModel.from_network(cast("MaskedTransformer", self.averaged_network), self.device),
             labels,
             seeds,
             decoder=self.decoder,

@@ -212,7 +212,7 @@ class Registry(Generic[T]):
     def _plugins(self) -> dict[str, list[_Plugin]]:
         """Returns the entry points of installed packages by name, without names that are registered here."""
         found: dict[str, list[_Plugin]] = {}
-        for plugin in _announced(self.group):
+        for plugin in _find_plugins(self.group):
             name = plugin.point.name
             here = self._factories.get(name)
             if here is None or name in self._loaded:
@@ -232,7 +232,7 @@ def _needs_no_argument(factory: Callable[..., Any]) -> bool:
     return True
 
 
-def _announced(group: str) -> Iterator[_Plugin]:
+def _find_plugins(group: str) -> Iterator[_Plugin]:
     """Yields the entry points of a group; of a package that is installed twice, the first on the path."""
     found: set[tuple[str, str]] = set()
     for distribution in distributions():

@@ -97,12 +97,12 @@ def check_mask_schedule(name: str, schedule: MaskSchedule) -> None:
             ratio = schedule(progress, num_tokens)
         except Exception as error:
             raise ValueError(f"mask schedule {name!r}: it raised at {num_tokens} tokens: {error!r}") from error
-        broken = _broken_rule(ratio, progress, tolerance=1.0 / num_tokens + _MIN_RATIO)
+        broken = _find_broken_rule(ratio, progress, tolerance=1.0 / num_tokens + _MIN_RATIO)
         if broken is not None:
             raise ValueError(f"mask schedule {name!r}: {broken} (at {num_tokens} tokens)")
 
 
-def _broken_rule(ratio: object, progress: Tensor, *, tolerance: float) -> str | None:
+def _find_broken_rule(ratio: object, progress: Tensor, *, tolerance: float) -> str | None:
     from torch import Tensor
 
     if not isinstance(ratio, Tensor) or ratio.shape != progress.shape or not ratio.is_floating_point():
@@ -159,12 +159,12 @@ class Pow(MaskSchedule):
         return 1 - progress.pow(self.exponent)
 
 
-def _power(exponent: float) -> Callable[[], Pow]:
+def _make_power(exponent: float) -> Callable[[], Pow]:
     return lambda: Pow(exponent)
 
 
 for _name, _exponent in (("linear", 1.0), ("square", 2.0), ("cubic", 3.0), ("sqrt", 0.5)):  # paper, Table 3
-    mask_schedules.register(_name)(_power(_exponent))
+    mask_schedules.register(_name)(_make_power(_exponent))
 
 
 @mask_schedules.register("exp")

@@ -4,11 +4,12 @@
 of either, for each micro-batch (the numbers are repeated in the code):
 
 1. Dropout is seeded by (seed, step, micro-batch, rank).
-2. The mask (B, N) says which tokens are predicted (``_mask``). MaskedTokenModel draws it from (seed, sample, epoch,
-   position): ratio = max(gamma(u), min_mask_ratio), ceil(ratio N) positions. AutoregressiveModel predicts all tokens.
+2. The mask (B, N) says which tokens are predicted (``_draw_mask``). MaskedTokenModel draws it from (seed, sample,
+   epoch, position): ratio = max(gamma(u), min_mask_ratio), ceil(ratio N) positions. AutoregressiveModel predicts all
+   tokens.
 3. The tokens (B, N) are those of the batch, or images, some of them mirrored, that the frozen tokenizer encodes.
 4. A share ``class_dropout`` of the labels becomes the null class, a function of (seed, sample, epoch).
-5. The network sees ``_visible``: the tokens with the masked ones replaced by the mask token, or all of them under
+5. The network sees the tokens with the masked ones replaced by the mask token (``_mask_tokens``), or all of them under
    causal attention. It computes logits only at the M predicted tokens.
 6. The loss is the mean over rows of (sum of the row's cross-entropies / their number), with label smoothing.
 7. Lightning runs the backward pass. After the last micro-batch, gradients are clipped and all ranks vote; where one has
@@ -91,8 +92,8 @@ class TokenModelConfig:
 class TokenModel(LightningModule):
     """Trains a transformer on tokens, or on images that a frozen tokenizer turns into tokens on the fly.
 
-    A subclass says which tokens of a batch are predicted (``_mask``), what the network sees of them (``_visible``), how
-    logged values are grouped (``_bins``) and how images are decoded (``_decode``).
+    A subclass defines which tokens of a batch are predicted (``_draw_mask``), what the network sees of them
+    (``_mask_tokens``), how logged values are grouped (``_assign_bins``) and how images are decoded (``_decode``).
 
     Args:
         config: Network, optimiser, tokenizer and loss.
@@ -104,7 +105,7 @@ class TokenModel(LightningModule):
 
     mask_schedule_spec: str | dict[str, Any] | None = None  # as a recipe names it; None under causal attention
     step_check: StepCheck | None = None  # set by the callback; without it every update counts
-    binned_by: str  # the quantity that ``_bins`` groups by, in the names of logged values
+    binned_by: str  # the quantity that ``_assign_bins`` groups by, in the names of logged values
     _skips_update = False
 
     def __init__(self, config: TokenModelConfig, transformer: Transformer, decoding: DecodingConfig) -> None:
@@ -121,18 +122,18 @@ class TokenModel(LightningModule):
         self._tokenizer: PretrainedTokenizer | None = None
         self._validation_loss = MeanMetric()
         self._validation_accuracy = MeanMetric()
-        self._binned = torch.zeros(NUM_BINS, 3)  # of predicted tokens: count, summed loss, summed hits
+        self._bin_sums = torch.zeros(NUM_BINS, 3)  # of predicted tokens: count, summed loss, summed hits
 
     @abstractmethod
-    def _mask(self, batch: Batch) -> Tensor:
+    def _draw_mask(self, batch: Batch) -> Tensor:
         """Returns which tokens are predicted, (B, N) bool, a function of the samples only."""
 
     @abstractmethod
-    def _visible(self, tokens: Tensor, mask: Tensor) -> Tensor:
+    def _mask_tokens(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """Returns what the network is given of tokens (B, N): (B, N) int64."""
 
     @abstractmethod
-    def _bins(self, mask: Tensor) -> Tensor:
+    def _assign_bins(self, mask: Tensor) -> Tensor:
         """Returns the group of each of the M predicted tokens in what is logged, (M,) int64 in [0, 4)."""
 
     @abstractmethod
@@ -221,9 +222,11 @@ class TokenModel(LightningModule):
         self._reseed_dropout(batch_idx)  # 1
         tokens, mask = self.tokens_and_mask(batch)  # 2, 3
         labels = self._drop_classes(batch)  # 4
-        smoothing = self.config.label_smoothing
-        loss, token_loss, hits = self._losses(self.transformer, tokens, labels, mask, smoothing=smoothing)  # 5, 6
-        self._collect(mask, token_loss, hits)
+        # 5, 6
+        loss, token_loss, hits = self._compute_losses(
+            self.transformer, tokens, labels, mask, smoothing=self.config.label_smoothing
+        )
+        self._accumulate_bins(mask, token_loss, hits)
         is_logged = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]  # set late
         if is_logged and (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:  # the step's last micro-batch
             self._log_training(loss.detach())
@@ -233,7 +236,7 @@ class TokenModel(LightningModule):
         """Adds the loss and accuracy of the averaged network, without class dropout and label smoothing."""
         tokens, mask = self.tokens_and_mask(batch)
         mask = mask & batch.valid.unsqueeze(1)
-        _, token_loss, hits = self._losses(self.averaged_network, tokens, batch.labels, mask, smoothing=0.0)
+        _, token_loss, hits = self._compute_losses(self.averaged_network, tokens, batch.labels, mask, smoothing=0.0)
         self._validation_loss.update(token_loss)
         self._validation_accuracy.update(hits)
 
@@ -250,8 +253,8 @@ class TokenModel(LightningModule):
 
     def tokens_and_mask(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Returns the tokens of a batch, (B, N) int64, and which of them are predicted, (B, N) bool."""
-        mask = self._mask(batch)
-        return self._tokens(batch), mask
+        mask = self._draw_mask(batch)
+        return self._encode(batch), mask
 
     @torch.no_grad()
     def sample(self, labels: Sequence[int], seeds: Sequence[int]) -> Iterator[DecodingStep]:
@@ -295,7 +298,7 @@ class TokenModel(LightningModule):
                 tokenizer_fingerprint=self.tokenizer.fingerprint,
             )
 
-    def _tokens(self, batch: Batch) -> Tensor:
+    def _encode(self, batch: Batch) -> Tensor:
         if batch.content.ndim == 2:
             return batch.content
         images, config = batch.content, self.config
@@ -317,12 +320,12 @@ class TokenModel(LightningModule):
         """Returns the trained network, and its average if there is one."""
         return [self.transformer] if self.ema_network is None else [self.transformer, self.ema_network]
 
-    def _losses(
+    def _compute_losses(
         self, network: Transformer, tokens: Tensor, labels: Tensor, mask: Tensor, *, smoothing: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Computes the loss (), and of each predicted token the negative log-likelihood (M,) and a hit (M,), 0 or 1."""
         vocabulary = self.config.loss_vocabulary
-        logits = network.forward_masked(self._visible(tokens, mask), labels, mask, vocabulary=vocabulary)  # (M, V)
+        logits = network.forward_masked(self._mask_tokens(tokens, mask), labels, mask, vocabulary=vocabulary)  # (M, V)
         rows = mask.nonzero()[:, 0]
         targets = tokens[mask]
         loss, token_loss = masked_cross_entropy(logits, targets, rows, num_rows=len(tokens), label_smoothing=smoothing)
@@ -336,15 +339,15 @@ class TokenModel(LightningModule):
         word = random_bits("dropout", seed=self.config.seed, index=place, epoch=self.trainer.global_step)
         torch.manual_seed(int(word))
 
-    def _collect(self, mask: Tensor, token_loss: Tensor, hits: Tensor) -> None:
+    def _accumulate_bins(self, mask: Tensor, token_loss: Tensor, hits: Tensor) -> None:
         """Adds the predicted tokens to their groups."""
         values = torch.stack([torch.ones_like(hits), token_loss.detach(), hits], dim=1)  # (M, 3)
-        self._binned = self._binned.to(values.device).index_add(0, self._bins(mask), values)
+        self._bin_sums = self._bin_sums.to(values.device).index_add(0, self._assign_bins(mask), values)
 
     def _log_training(self, loss: Tensor) -> None:
         """Logs the mean of each group since the last call, of this rank's tokens only."""
-        value, *sums = torch.cat([loss.reshape(1), self._binned.flatten()]).tolist()  # one wait for the device
-        self._binned = torch.zeros_like(self._binned)
+        value, *sums = torch.cat([loss.reshape(1), self._bin_sums.flatten()]).tolist()  # one wait for the device
+        self._bin_sums = torch.zeros_like(self._bin_sums)
         bins = list(zip(sums[::3], sums[1::3], sums[2::3], strict=True))
         accuracy = sum(hits for *_, hits in bins) / sum(count for count, *_ in bins)
         metrics = {"train/loss": value, "train/accuracy": accuracy}

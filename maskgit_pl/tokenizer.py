@@ -48,13 +48,13 @@ from maskgit_pl.training.optimizers import build_adamw, parameter_groups
 from maskgit_pl.training.stop_and_nonfinite import StepCheck, clip_gradients
 from maskgit_pl.training.strategies import check_precision
 
-__all__ = ["CodebookUse", "Tokenizer"]
+__all__ = ["CodebookUsage", "Tokenizer"]
 
 _NUM_PICTURES = 16  # validation images kept for a reconstruction grid
 _LECAM_DECAY = 0.999
 
 
-class CodebookUse(Metric):
+class CodebookUsage(Metric):
     """The use of the codebook by a set of tokens: the share of codes that occur, and the perplexity.
 
     perplexity = exp(-sum_k p_k log p_k), p_k the share of tokens that are code k; in [1, K].
@@ -113,7 +113,7 @@ class Tokenizer(LightningModule):
         channels_last = config.memory_format == "channels_last"
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
-        self.network = _laid_out(VQGAN(config.network), self.memory_format)
+        self.network = _set_memory_format(VQGAN(config.network), self.memory_format)
         self.ema_network = frozen_copy(self.network)
         for half in (self.network.encoder, self.network.decoder):
             prepare_blocks(half.blocks, activation_checkpointing=config.activation_checkpointing)
@@ -122,14 +122,14 @@ class Tokenizer(LightningModule):
         if config.adversarial is not None:
             sizes, in_channels = config.adversarial.discriminator, config.network.in_channels
             discriminator = Discriminator(sizes, in_channels=in_channels, image_size=config.image_size)
-            self.discriminator = _laid_out(discriminator, self.memory_format)
+            self.discriminator = _set_memory_format(discriminator, self.memory_format)
             self.register_buffer("lecam_means", torch.zeros(2))  # moving averages of the real and the fake logits
         self.similarity_loss = SimilarityLoss(config.reconstruction_loss, config.perceptual)
 
         self.squared_error = MeanMetric()
-        self.codebook_use = CodebookUse(config.network.num_codes)
+        self.codebook_usage = CodebookUsage(config.network.num_codes)
         self._wrapped: dict[str, nn.Module] = {}
-        self._pending = _Pending()
+        self._pending = _PendingUpdate()
         self._pictures: tuple[Tensor, Tensor] | None = None
 
     step_check: StepCheck | None = None  # set by the callback; without it every update counts
@@ -169,7 +169,7 @@ class Tokenizer(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds the gradients of one micro-batch; the last of a global batch steps both optimisers."""
-        images = self._images(batch, flip_probability=self.config.flip_probability)  # 1
+        images = self._prepare_images(batch, flip_probability=self.config.flip_probability)  # 1
         is_last = len(self._pending.tokens) + 1 == self.accumulation
         with self._gradient_sync(is_last=is_last):
             metrics = self._add_gradients(images, step=self.global_step, backward=self.manual_backward)  # 2 to 4
@@ -177,7 +177,7 @@ class Tokenizer(LightningModule):
             return
         self._step_optimizers()  # 5 to 7
         if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # set late
-            self._record({f"train/{name}": value for name, value in metrics.items()}, bar="train/reconstruction")
+            self._log_metrics({f"train/{name}": value for name, value in metrics.items()}, bar="train/reconstruction")
 
     def replay_step(self, batch: Batch, *, step: int) -> dict[str, Tensor]:
         """Adds the gradients of one micro-batch to both networks, without a Trainer and a step of the optimisers.
@@ -191,8 +191,8 @@ class Tokenizer(LightningModule):
         Returns:
             Detached losses by name.
         """
-        pending, self._pending = self._pending, _Pending()
-        images = self._images(batch, flip_probability=0.0)
+        pending, self._pending = self._pending, _PendingUpdate()
+        images = self._prepare_images(batch, flip_probability=0.0)
         metrics = self._add_gradients(images, step=step, backward=torch.autograd.backward)
         self._pending = pending
         return metrics
@@ -200,7 +200,7 @@ class Tokenizer(LightningModule):
     def _add_gradients(self, images: Tensor, *, step: int, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
         """Adds the gradients of one (B, C, H, W) micro-batch to both networks and returns its losses."""
         # 2. The generator, and its losses at the reconstructed image.
-        output = self._call("network", images)
+        output = self._run_network("network", images)
         image = output.reconstruction.detach().requires_grad_()
         loss, metrics = self.similarity_loss(image, images)
         gradient = gradient_at(image, loss)
@@ -238,7 +238,7 @@ class Tokenizer(LightningModule):
         real = images.detach().requires_grad_(config.has_r1_penalty(step))
         # The first call goes through the wrapper, which arms its gradient hooks; a second one would arm them twice. The
         # hooks fire when a parameter's whole gradient of the backward pass has come in, from both calls.
-        real_logits = self._call("discriminator", real)
+        real_logits = self._run_network("discriminator", real)
         return AdversarialStep(config, real, real_logits, self.discriminator(image))
 
     # The step
@@ -266,9 +266,9 @@ class Tokenizer(LightningModule):
             optimizer.zero_grad()
         # 7. Follow.
         if skips:
-            self._pending = _Pending()
+            self._pending = _PendingUpdate()
         else:
-            self._follow_weights(step)
+            self._update_statistics(step)
 
     def _set_learning_rate(self, step: int) -> None:
         learning_rate = self.config.optimizer.learning_rate
@@ -277,8 +277,8 @@ class Tokenizer(LightningModule):
             for group in optimizer.param_groups:
                 group["lr"] = rate
 
-    def _follow_weights(self, step: int) -> None:
-        pending, self._pending = self._pending, _Pending()
+    def _update_statistics(self, step: int) -> None:
+        pending, self._pending = self._pending, _PendingUpdate()
         self.network.quantizer.update(pending.tokens, pending.features, seed=self.config.seed, step=step)
         if pending.logits:
             means = mean_over_ranks(torch.stack(pending.logits).mean(0))
@@ -289,15 +289,15 @@ class Tokenizer(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch to the error and the code counts, without rows whose ``valid`` is False."""
-        images = self._images(batch, flip_probability=0.0)
+        images = self._prepare_images(batch, flip_probability=0.0)
         tokens = self.ema_network.encode(images)
         reconstruction = self.ema_network.decode(tokens, self.grid)[..., : images.shape[-2], : images.shape[-1]]
         reconstruction = reconstruction.float().clamp(0, 1)
         errors = (reconstruction - images).square().flatten(1).mean(1)  # (B,)
         self.squared_error.update(errors, weight=batch.valid.float())
-        self.codebook_use.update(tokens, batch.valid)
+        self.codebook_usage.update(tokens, batch.valid)
         if batch_idx == 0:
-            self._pictures = _as_bytes(images[:_NUM_PICTURES]), _as_bytes(reconstruction[:_NUM_PICTURES])
+            self._pictures = _to_uint8(images[:_NUM_PICTURES]), _to_uint8(reconstruction[:_NUM_PICTURES])
 
     def on_validation_model_zero_grad(self) -> None:
         """Keeps the gradients: a validation may fall between the micro-batches of a global batch."""
@@ -305,10 +305,10 @@ class Tokenizer(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Logs the PSNR of the pooled error in dB, codebook usage and perplexity, over all ranks."""
         psnr = -10 * torch.log10(self.squared_error.compute())
-        values = {"psnr": psnr, **self.codebook_use.compute()}
+        values = {"psnr": psnr, **self.codebook_usage.compute()}
         self.squared_error.reset()
-        self.codebook_use.reset()
-        self._record({f"val/{name}": value for name, value in values.items()}, bar="val/psnr")
+        self.codebook_usage.reset()
+        self._log_metrics({f"val/{name}": value for name, value in values.items()}, bar="val/psnr")
 
     def reconstructions(self) -> tuple[Tensor, Tensor] | None:
         """Returns validation images and their reconstructions, (B, C, H, W) uint8; None before the first validation."""
@@ -336,7 +336,7 @@ class Tokenizer(LightningModule):
 
     # Small parts
 
-    def _images(self, batch: Batch, *, flip_probability: float) -> Tensor:
+    def _prepare_images(self, batch: Batch, *, flip_probability: float) -> Tensor:
         """Returns a batch's uint8 images as (B, C, H, W) float32 in [0, 1], a share of them mirrored."""
         images = batch.content
         if flip_probability > 0:
@@ -345,7 +345,7 @@ class Tokenizer(LightningModule):
             )
         return to_unit_range(images).to(memory_format=self.memory_format)
 
-    def _call(self, name: Literal["network", "discriminator"], images: Tensor) -> Any:
+    def _run_network(self, name: Literal["network", "discriminator"], images: Tensor) -> Any:
         """Runs the training forward of a network, through its wrapper if it has one."""
         return self._wrapped.get(name, getattr(self, name))(images)
 
@@ -358,7 +358,7 @@ class Tokenizer(LightningModule):
                     stack.enter_context(wrapped.no_sync())
             yield
 
-    def _record(self, metrics: dict[str, Tensor], *, bar: str) -> None:
+    def _log_metrics(self, metrics: dict[str, Tensor], *, bar: str) -> None:
         """Gives metrics to callbacks and loggers, on the axis of global batches, in one call for all of them."""
         distributed = self.trainer.world_size > 1 and self.trainer.validating
         shown = metrics.pop(bar)
@@ -371,7 +371,7 @@ class Tokenizer(LightningModule):
 
 
 @dataclass
-class _Pending:
+class _PendingUpdate:
     """Results of the micro-batches of the current global batch that its step needs."""
 
     tokens: list[Tensor] = field(default_factory=list)
@@ -382,12 +382,12 @@ class _Pending:
 _Network = TypeVar("_Network", bound=nn.Module)
 
 
-def _laid_out(network: _Network, memory_format: torch.memory_format) -> _Network:
+def _set_memory_format(network: _Network, memory_format: torch.memory_format) -> _Network:
     network.to(memory_format=memory_format)  # type: ignore[call-overload]  # the overload is missing in torch's types
     return network
 
 
-def _as_bytes(images: Tensor) -> Tensor:
+def _to_uint8(images: Tensor) -> Tensor:
     """Converts (B, C, H, W) float in [0, 1] to uint8 on the CPU."""
     scaled: Tensor = images * 255
     return scaled.round().to(torch.uint8).cpu()

@@ -67,7 +67,7 @@ class Observer(Callback):
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Has what the module draws (masks, or mirrored images) and the losses of stage 1 pass by here."""
-        name = "tokens_and_mask" if hasattr(module, "tokens_and_mask") else "_images"
+        name = "tokens_and_mask" if hasattr(module, "tokens_and_mask") else "_prepare_images"
         draw, record = getattr(module, name), getattr(module, "_record", None)
 
         def drawing(*args: Any, **kwargs: Any) -> Any:

@@ -43,7 +43,7 @@ def test_the_loss_is_the_mean_cross_entropy_of_all_tokens(tiny_pretrained):
     tokens, labels = torch.randint(16, (5, 16)), torch.randint(3, (5,))
     everything = torch.ones(5, 16, dtype=torch.bool)
     for smoothing in (0.0, 0.1):
-        loss, each, hits = module._losses(module.transformer, tokens, labels, everything, smoothing=smoothing)
+        loss, each, hits = module._compute_losses(module.transformer, tokens, labels, everything, smoothing=smoothing)
         logits = module.transformer(tokens, labels, vocabulary="all").flatten(0, 1)
         torch.testing.assert_close(loss, F.cross_entropy(logits, tokens.flatten(), label_smoothing=smoothing))
         torch.testing.assert_close(each, F.cross_entropy(logits, tokens.flatten(), reduction="none"))
@@ -77,7 +77,10 @@ def test_what_is_logged_is_sorted_by_the_place_in_raster_order(tiny_pretrained):
     module = model(tiny_pretrained)
     mask = torch.ones(2, 16, dtype=torch.bool)
     mask[1, 3] = False
-    assert module._bins(mask).tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4 + [0] * 3 + [1] * 4 + [2] * 4 + [3] * 4
+    assert (
+        module._assign_bins(mask).tolist()
+        == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4 + [0] * 3 + [1] * 4 + [2] * 4 + [3] * 4
+    )
 
 
 def test_samples_depend_on_the_seed_alone_and_leave_the_trained_network_as_it_is(tiny_pretrained):

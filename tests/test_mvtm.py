@@ -200,7 +200,7 @@ def test_the_first_step_by_hand(tiny_shards, tiny_pretrained, store, tmp_path):
 def test_tokens_are_binned_by_the_share_of_their_row_that_is_masked(tiny_pretrained):
     counts = torch.tensor([1, 4, 5, 8, 12, 16])
     mask = torch.arange(16) < counts.unsqueeze(1)
-    assert model(tiny_pretrained)._bins(mask).tolist() == [0] * 5 + [1] * 13 + [2] * 12 + [3] * 16
+    assert model(tiny_pretrained)._assign_bins(mask).tolist() == [0] * 5 + [1] * 13 + [2] * 12 + [3] * 16
 
 
 class Seeds(Callback):
@@ -232,12 +232,12 @@ def test_images_are_mirrored_in_training_alone(tiny_shards, tiny_pretrained):
     module, source = model(tiny_pretrained, flip_probability=1.0), data(tiny_shards)
     source.setup()
     batch = next(iter(source.train_dataloader()))
-    mirrored = module._tokens(batch._replace(content=batch.content.flip(-1)))
+    mirrored = module._encode(batch._replace(content=batch.content.flip(-1)))
     assert torch.equal(
-        module.eval()._tokens(batch._replace(content=batch.content.flip(-1))), module.train()._tokens(batch)
+        module.eval()._encode(batch._replace(content=batch.content.flip(-1))), module.train()._encode(batch)
     )
-    assert torch.equal(mirrored, module.eval()._tokens(batch))
-    assert not torch.equal(mirrored, module.train()._tokens(batch))
+    assert torch.equal(mirrored, module.eval()._encode(batch))
+    assert not torch.equal(mirrored, module.train()._encode(batch))
 
 
 def test_the_trained_and_the_averaged_network_begin_from_pretrained_weights(tiny_pretrained):

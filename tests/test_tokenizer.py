@@ -19,7 +19,7 @@ from maskgit_pl.data import Batch
 from maskgit_pl.imaging import to_unit_range
 from maskgit_pl.networks.discriminator import DiscriminatorConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
-from maskgit_pl.tokenizer import CodebookUse, _as_bytes
+from maskgit_pl.tokenizer import CodebookUsage, _to_uint8
 from maskgit_pl.tokenizer_config import AdversarialConfig, PerceptualConfig
 from maskgit_pl.tokenizer_losses import gradient_at
 from maskgit_pl.training.optimizers import LearningRate
@@ -226,8 +226,8 @@ def test_the_codes_learn_from_the_micro_batches_of_each_step():
 
 def test_bytes_become_floats_and_the_same_bytes_again():
     values = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
-    assert torch.equal(_as_bytes(to_unit_range(values)), values)
-    assert _as_bytes(torch.tensor([[[[0.5]]]])).item() == 128
+    assert torch.equal(_to_uint8(to_unit_range(values)), values)
+    assert _to_uint8(torch.tensor([[[[0.5]]]])).item() == 128
 
 
 def test_the_discriminator_stays_as_it_is_until_its_start():
@@ -297,13 +297,13 @@ def test_it_learns_and_keeps_pictures():
 def test_flips_are_a_function_of_sample_and_epoch():
     module = tokenizer(flip_probability=0.5)
     batch = batch_of(range(64))
-    images = module._images(batch, flip_probability=0.5)
+    images = module._prepare_images(batch, flip_probability=0.5)
     straight = batch.content / 255
     flipped = (images != straight).flatten(1).any(1)
     assert torch.equal(images[flipped], straight[flipped].flip(-1))
     assert 20 < flipped.sum() < 44
-    assert torch.equal(module._images(batch_of(range(7, 9)), flip_probability=0.5), images[7:9])
-    later = module._images(batch_of(range(64), step=8), flip_probability=0.5)  # the same samples, one epoch on
+    assert torch.equal(module._prepare_images(batch_of(range(7, 9)), flip_probability=0.5), images[7:9])
+    later = module._prepare_images(batch_of(range(64), step=8), flip_probability=0.5)  # the same samples, one epoch on
     assert not torch.equal(later, images)
 
 
@@ -330,7 +330,7 @@ def test_a_perceptual_network_reaches_the_generator_and_stays_out_of_the_checkpo
 
 
 def test_codebook_use_counts_codes_and_leaves_padding_out():
-    use = CodebookUse(8)
+    use = CodebookUsage(8)
     use.update(torch.tensor([[0, 1], [2, 3], [7, 7]]), torch.tensor([True, True, False]))
     values = use.compute()
     assert values["codebook_usage"].item() == pytest.approx(0.5)

@@ -19,7 +19,7 @@ from maskgit_pl.decoding.decoder import DecodingStep
 from maskgit_pl.decoding.limits import check_guidance
 from maskgit_pl.decoding.noise import Noise, SeededNoise
 from maskgit_pl.decoding.plan import step_progress
-from maskgit_pl.decoding.predictors import ConditionalModel, guided
+from maskgit_pl.decoding.predictors import ConditionalModel, apply_guidance
 from maskgit_pl.decoding.sampling import CodeSampling
 from maskgit_pl.networks.autoregressive import AutoregressiveTransformer
 
@@ -114,14 +114,14 @@ class AutoregressiveClassPredictor:
         self.scales = scales if any(scale > 0 for scale in scales) else ()
         check_guidance(self.scales, has_negative_class=negative_labels is not None)
         self.labels = torch.cat([labels, negative_labels]) if self.scales and negative_labels is not None else labels
-        self._cache = network.new_cache() if cache else None
+        self._cache = network.create_cache() if cache else None
 
     def __call__(self, tokens: Tensor) -> Tensor:
         if not self.scales:
             return self.network.forward_next(tokens, self.labels, cache=self._cache)
         logits = self.network.forward_next(tokens.repeat(2, 1), self.labels, cache=self._cache)
         conditional, unconditional = logits.chunk(2)
-        return guided(conditional, unconditional, self.scales[tokens.shape[1]])
+        return apply_guidance(conditional, unconditional, self.scales[tokens.shape[1]])
 
 
 def decode_autoregressive(

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from maskgit_pl.decoding.limits import check_num_steps, check_token_counts, check_token_sum
 from maskgit_pl.decoding.noise import Noise
-from maskgit_pl.decoding.plan import StepCounts, listed_counts, plan_steps, scheduled_counts, step_progress
+from maskgit_pl.decoding.plan import StepCounts, count_by_list, count_by_schedule, plan_steps, step_progress
 from maskgit_pl.decoding.predictors import Predictor
 from maskgit_pl.decoding.sampling import CodeSampling
 from maskgit_pl.decoding.selectors import Candidates, Decided, TokenSelector
@@ -90,7 +90,7 @@ class ParallelDecoder:
         if self.tokens_per_step is not None:
             check_token_counts(self.tokens_per_step, self.num_steps, self.token_selector)
 
-    def masked_counts(self, at_start: Sequence[int], num_tokens: int, *, first_step: int = 0) -> list[list[int]]:
+    def count_masked(self, at_start: Sequence[int], num_tokens: int, *, first_step: int = 0) -> list[list[int]]:
         """Returns how many tokens of each row are masked before each step, and after the last (0).
 
         Args:
@@ -110,15 +110,15 @@ class ParallelDecoder:
         return [plan[0].before, *(counts.after for counts in plan)]
 
     def plan(self, at_start: Sequence[int], num_tokens: int, *, first_step: int = 0) -> list[StepCounts]:
-        """Returns the counts of each step; arguments and errors as in ``masked_counts``."""
+        """Returns the counts of each step; arguments and errors as in ``count_masked``."""
         check_num_steps(self.num_steps, num_tokens)
         if not 0 <= first_step < self.num_steps:
             raise ValueError(f"first_step: a step in [0, {self.num_steps}) is needed, got {first_step}")
         if self.tokens_per_step is None:
-            planned = scheduled_counts(self.mask_schedule, self.token_selector, self.num_steps, at_start, num_tokens)
+            planned = count_by_schedule(self.mask_schedule, self.token_selector, self.num_steps, at_start, num_tokens)
         else:
             check_token_sum(self.tokens_per_step, num_tokens)
-            planned = listed_counts(self.tokens_per_step, at_start, num_tokens)
+            planned = count_by_list(self.tokens_per_step, at_start, num_tokens)
         return plan_steps(at_start, planned, self.token_selector.num_remasked, first_step=first_step)
 
     @torch.no_grad()
@@ -196,7 +196,7 @@ class _Run:
     def steps(self, plan: Sequence[StepCounts], first_step: int) -> Iterator[DecodingStep]:
         """Follows the plan, or the selector if it decides itself how many to keep."""
         num_masked = plan[0].before
-        positions = _masked_first(self.masked, num_masked)  # (B, M)
+        positions = _sort_masked_first(self.masked, num_masked)  # (B, M)
         newly_known = positions[:, :0]  # (B, 0): no step has decided anything
         for step, counts in enumerate(plan, start=first_step):
             if max(num_masked) == 0:
@@ -208,7 +208,7 @@ class _Run:
             drawn, probability = candidates.tokens, candidates.drawn_log_probs.exp()  # (B, M)
             # 3. Score.
             scores = self.selector(candidates)  # (B, M)
-            is_masked = _columns_in_use(num_masked, positions)  # (B, M), None if no row is padded
+            is_masked = _mark_masked_columns(num_masked, positions)  # (B, M), None if no row is padded
             if is_masked is not None:  # padding keeps code and confidence; +inf sorts it behind what is masked
                 scores = scores.where(is_masked, torch.inf)
                 drawn = drawn.where(is_masked, self.tokens.gather(1, positions))
@@ -230,9 +230,9 @@ class _Run:
             self.masked = self.tokens == self.mask_token_id
             yield DecodingStep(step, all_drawn, was_masked, self.masked, scores_by_position, self.confidence)
             # For the next step: the columns are in order of score, so the masked positions come first.
-            newly_known = _decided_positions(num_masked, counts.undecided, positions)
+            newly_known = _select_decided(num_masked, counts.undecided, positions)
             num_masked = counts.after
-            positions = _masked_first(self.masked, num_masked) if has_remasked else positions[:, : max(num_masked)]
+            positions = _sort_masked_first(self.masked, num_masked) if has_remasked else positions[:, : max(num_masked)]
 
     def _draw(self, logits: Tensor, positions: Tensor, step: int) -> Candidates:
         """Draws a code for each of ``positions`` (B, M) from ``logits`` (B, M, K)."""
@@ -260,24 +260,24 @@ class _Run:
         """Returns the counts that the selector decides, read from the device: the one wait of such a step."""
         valid = torch.ones_like(scores, dtype=torch.bool) if is_masked is None else is_masked
         kept: list[int] = self.selector.num_kept(candidates, scores, valid).tolist()
-        return StepCounts.keeping(num_masked, kept)
+        return StepCounts.from_kept(num_masked, kept)
 
     def _mask_decided(self, counts: list[int], step: int) -> None:
         """Masks ``counts[b]`` tokens of row b again that earlier steps decided, the most doubtful first."""
         is_decided = self.unknown & ~self.masked  # (B, N); what this step drew is not among them
         every_position = torch.arange(is_decided.shape[1], device=is_decided.device).expand_as(is_decided)
-        doubts = self.selector.doubts(
+        scores = self.selector.remasking_scores(
             Decided(
                 confidence=self.confidence,
                 gumbel=self.noise.gumbel(every_position, step),
                 progress=(step + 1) / self.num_steps,
             )
         )  # (B, N)
-        order = doubts.masked_fill(~is_decided, -torch.inf).argsort(dim=1, descending=True, stable=True)
+        order = scores.masked_fill(~is_decided, -torch.inf).argsort(dim=1, descending=True, stable=True)
         self.tokens = _mask_first(self.tokens, order, counts, self.mask_token_id)
 
 
-def _masked_first(masked: Tensor, counts: list[int]) -> Tensor:
+def _sort_masked_first(masked: Tensor, counts: list[int]) -> Tensor:
     """(B, M) int64: the masked positions of each row in raster order, then known ones as padding."""
     num_tokens = masked.shape[1]
     if min(counts) == num_tokens:
@@ -285,12 +285,12 @@ def _masked_first(masked: Tensor, counts: list[int]) -> Tensor:
     return masked.logical_not().argsort(dim=1, stable=True)[:, : max(counts)]
 
 
-def _columns_in_use(counts: list[int], positions: Tensor) -> Tensor | None:
+def _mark_masked_columns(counts: list[int], positions: Tensor) -> Tensor | None:
     """(B, M) bool: the first counts[b] columns of row b, the rest being padding; None if there is no padding."""
-    return None if min(counts) == positions.shape[1] else _first_columns(counts, positions)
+    return None if min(counts) == positions.shape[1] else _mark_first_columns(counts, positions)
 
 
-def _first_columns(counts: list[int], like: Tensor) -> Tensor:
+def _mark_first_columns(counts: list[int], like: Tensor) -> Tensor:
     """(B, M) bool in the shape of ``like``: the first counts[b] columns of row b."""
     limit = torch.tensor(counts).to(like.device, non_blocking=True)
     return torch.arange(like.shape[1], device=like.device) < limit.unsqueeze(1)
@@ -300,11 +300,11 @@ def _mask_first(tokens: Tensor, positions: Tensor, counts: list[int], mask_token
     """Masks tokens (B, N) at the first counts[b] positions of row b."""
     if min(counts) == max(counts):  # the usual case, without a transfer to the device
         return tokens.scatter(1, positions[:, : counts[0]], mask_token_id)
-    kept = tokens.gather(1, positions).masked_fill(_first_columns(counts, positions), mask_token_id)
+    kept = tokens.gather(1, positions).masked_fill(_mark_first_columns(counts, positions), mask_token_id)
     return tokens.scatter(1, positions, kept)
 
 
-def _decided_positions(before: list[int], after: list[int], positions: Tensor) -> Tensor:
+def _select_decided(before: list[int], after: list[int], positions: Tensor) -> Tensor:
     """(B, P): columns after[b] to before[b] of each row, padded with later ones, which are known too."""
     decided = max(b - a for b, a in zip(before, after, strict=True))
     if min(after) == max(after):

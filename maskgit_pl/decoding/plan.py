@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from maskgit_pl.decoding.selectors import TokenSelector
     from maskgit_pl.schedules import MaskSchedule
 
-__all__ = ["StepCounts", "count_after", "listed_counts", "plan_steps", "scheduled_counts", "step_progress"]
+__all__ = ["StepCounts", "count_after", "count_by_list", "count_by_schedule", "plan_steps", "step_progress"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class StepCounts:
         return [after - remasked for after, remasked in zip(self.after, self.remasked, strict=True)]
 
     @classmethod
-    def keeping(cls, before: list[int], kept: Sequence[int]) -> StepCounts:
+    def from_kept(cls, before: list[int], kept: Sequence[int]) -> StepCounts:
         """Returns the counts of a step that keeps ``kept[b]`` tokens of row b, at least 1 and at most all."""
         after = [max(0, masked - max(1, count)) for masked, count in zip(before, kept, strict=True)]
         return cls(before, after, [0] * len(after))
@@ -56,7 +56,7 @@ def step_progress(step: int, num_steps: int) -> float:
     return step / (num_steps - 1) if num_steps > 1 else 1.0
 
 
-def scheduled_counts(
+def count_by_schedule(
     mask_schedule: MaskSchedule, selector: TokenSelector, num_steps: int, at_start: Sequence[int], num_tokens: int
 ) -> list[list[int]]:
     """Returns how many tokens the mask schedule wants masked after each step: T lists of one count a row.
@@ -80,7 +80,7 @@ def scheduled_counts(
     return counts
 
 
-def listed_counts(tokens_per_step: Sequence[int], at_start: Sequence[int], num_tokens: int) -> list[list[int]]:
+def count_by_list(tokens_per_step: Sequence[int], at_start: Sequence[int], num_tokens: int) -> list[list[int]]:
     """Returns how many tokens are masked after each step when a list says how many each decides.
 
     Args:

@@ -28,8 +28,8 @@ __all__ = [
     "FirstStepPredictor",
     "GuidedPredictor",
     "Predictor",
+    "apply_guidance",
     "class_predictor",
-    "guided",
 ]
 
 
@@ -67,7 +67,7 @@ class CachingNetwork(ConditionalNetwork, Protocol):
         """See ``networks.transformer.MaskedTransformer.forward_cached``."""
 
 
-def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+def apply_guidance(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance: conditional + scale (conditional - unconditional), on logits of one shape."""
     return torch.lerp(unconditional.float(), conditional.float(), 1 + scale)
 
@@ -128,7 +128,7 @@ class CachedPredictor:
 
 
 class GuidedPredictor:
-    """Classifier-free guidance (``guided``) in one batched forward.
+    """Classifier-free guidance (``apply_guidance``) in one batched forward.
 
     If the scale of a call is 0, only the conditional half runs.
 
@@ -164,7 +164,7 @@ class GuidedPredictor:
         # Both halves have the same tokens and differ in their labels: (2 B, M, K), the conditional half first.
         logits = predictor(tokens.repeat(2, 1), positions.repeat(2, 1), newly_known.repeat(2, 1))
         conditional, unconditional = logits.chunk(2)
-        return guided(conditional, unconditional, scale)
+        return apply_guidance(conditional, unconditional, scale)
 
     def _predictor_of(self, copies: int) -> Predictor:
         """Returns the predictor of one or both halves; a new one, with empty caches, if the number has changed."""
@@ -250,7 +250,7 @@ TransformerT = TypeVar("TransformerT", bound=Transformer)
 
 @dataclass(frozen=True)
 class ConditionalModel(Generic[NetworkT]):
-    """A class-conditional network and what decoding must know of it. ``of`` reads most of it from the network.
+    """A class-conditional network with the facts that decoding needs; ``from_network`` reads most of them from it.
 
     Args:
         network: Gives the logits: a ``ConditionalNetwork``, or an ``AutoregressiveTransformer`` for
@@ -272,7 +272,7 @@ class ConditionalModel(Generic[NetworkT]):
     context_cache: int = 1
 
     @staticmethod
-    def of(
+    def from_network(
         network: TransformerT,
         device: torch.device,
         *,
@@ -338,7 +338,7 @@ def class_predictor(
     )
     if negative_labels is not None and scales and scales[0] > 0:
         conditional, unconditional = first_step([*labels, *negative_labels], device=model.device).chunk(2)
-        logits = guided(conditional, unconditional, scales[0])
+        logits = apply_guidance(conditional, unconditional, scales[0])
     else:
         logits = first_step(labels, device=model.device)
     return FirstStepPredictor(logits, for_calls(scales[1:]))

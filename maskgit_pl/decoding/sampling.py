@@ -81,9 +81,9 @@ class CodeSampling:
         if temperature == 0:
             return logits.argmax(-1)
         factor = sharpness / temperature
-        return noise.draw(self.truncated(logits if factor == 1 else logits * factor), positions, step)
+        return noise.draw(self.truncate(logits if factor == 1 else logits * factor), positions, step)
 
-    def truncated(self, logits: Tensor) -> Tensor:
+    def truncate(self, logits: Tensor) -> Tensor:
         """Returns logits (..., K) with -inf for the codes that may not be drawn; the likeliest one always may."""
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             least = logits.topk(self.top_k, dim=-1).values[..., -1:]

@@ -107,9 +107,11 @@ class TokenSelector(ABC):
         """
         return 0
 
-    def doubts(self, decided: Decided) -> Tensor:
+    def remasking_scores(self, decided: Decided) -> Tensor:
         """Returns doubts (B, N) float32, finite: of the tokens decided before, the highest are masked again."""
-        raise TypeError(f"token selector {type(self).__name__}: it masks decided tokens again, and needs doubts()")
+        raise TypeError(
+            f"token selector {type(self).__name__}: it masks decided tokens again, and needs remasking_scores()"
+        )
 
     def num_kept(self, candidates: Candidates, scores: Tensor, valid: Tensor) -> Tensor:
         """Returns how many of each row are kept, if the selector does not follow the schedule.
@@ -148,13 +150,15 @@ def check_token_selector(name: str, selector: TokenSelector) -> None:
         candidates = Candidates(log_probs, log_probs.argmin(-1), positions, gumbel, progress, grid=(2, 2))
         scores, sharpness = selector(candidates), selector.sharpness(progress)
         if not isinstance(scores, torch.Tensor) or scores.shape != (2, 4) or not scores.is_floating_point():
-            raise ValueError(f"token selector {name!r}: scores must be a float tensor (B, M), got {_seen(scores)}")
+            raise ValueError(
+                f"token selector {name!r}: scores must be a float tensor (B, M), got {_describe_result(scores)}"
+            )
         if not scores.isfinite().all():
             raise ValueError(f"token selector {name!r}: scores must be finite (at progress {progress:g})")
         check_number(f"token selector {name!r}: sharpness at progress {progress:g}", sharpness, "(0, inf)")
 
 
-def _seen(value: object) -> str:
+def _describe_result(value: object) -> str:
     from torch import Tensor
 
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else shorten(value)
@@ -220,12 +224,12 @@ class Halton(TokenSelector):
             raise ValueError(
                 "token selector halton: the grid of tokens is needed, got none; call steps(grid=(rows, columns))"
             )
-        ranks = _halton_ranks(candidates.grid, self.seed, candidates.positions.device)
+        ranks = _halton_turns(candidates.grid, self.seed, candidates.positions.device)
         return -ranks[candidates.positions]
 
 
 @lru_cache(maxsize=16)
-def _halton_ranks(grid: tuple[int, int], seed: int | None, device: torch.device) -> Tensor:
+def _halton_turns(grid: tuple[int, int], seed: int | None, device: torch.device) -> Tensor:
     """(N,) float32: when each position's turn comes."""
     import torch
 
@@ -419,5 +423,5 @@ class ReMDM(Confidence):
         }[self.strategy]
         return round(sigma * decided)
 
-    def doubts(self, decided: Decided) -> Tensor:
+    def remasking_scores(self, decided: Decided) -> Tensor:
         return decided.gumbel - decided.confidence if self.strategy == "confidence" else decided.gumbel

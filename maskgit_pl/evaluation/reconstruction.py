@@ -19,7 +19,7 @@ from maskgit_pl.evaluation.lpips import LPIPS
 from maskgit_pl.evaluation.reference import Reference, Statistics
 from maskgit_pl.imaging import to_unit_range
 from maskgit_pl.pretrained import PretrainedTokenizer
-from maskgit_pl.tokenizer import CodebookUse
+from maskgit_pl.tokenizer import CodebookUsage
 
 __all__ = ["Reconstruction", "measure_reconstruction", "psnr"]
 
@@ -124,7 +124,7 @@ class _Reconstructions:
     def __init__(self, tokenizer: PretrainedTokenizer, extractors: Sequence[Extractor], lpips: LPIPS | None) -> None:
         self.tokenizer = tokenizer
         self.device = next(tokenizer.network.parameters()).device
-        self.codes = CodebookUse(tokenizer.network.config.num_codes)
+        self.codes = CodebookUsage(tokenizer.network.config.num_codes)
         self.codes.update(torch.empty(0, 1, dtype=torch.int64), torch.empty(0))  # all of a rank without images
         self.collectors = {extractor.label: FeatureCollector(extractor) for extractor in extractors}
         self.measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"error": _mean_squared_error}

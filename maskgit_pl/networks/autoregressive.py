@@ -75,7 +75,7 @@ class AutoregressiveTransformer(Transformer):
         Args:
             tokens: (B, t) int64 in [0, K): the tokens before it, t in [0, N).
             labels: (B,) int64 in [0, num_classes), or ``null_label``.
-            cache: Made by ``new_cache`` for the first call, then kept from the call with one token less; changed in
+            cache: Made by ``create_cache`` for the first call, then kept from the call with one token less; changed in
                 place. None computes everything at each call.
 
         Returns:
@@ -88,7 +88,7 @@ class AutoregressiveTransformer(Transformer):
             x = block(x) if cache is None else block.forward_next(x, cache[number])
         return self._head(x[:, -1], "codes")
 
-    def new_cache(self) -> list[KVCache]:
+    def create_cache(self) -> list[KVCache]:
         """Returns an empty cache for each block, for one run of ``forward_next``."""
         return [KVCache(self.config.num_tokens) for _ in self.blocks]
 

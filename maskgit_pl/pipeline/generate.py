@@ -220,14 +220,14 @@ class Generator:
         if isinstance(network, AutoregressiveTransformer):
             assert tokens is None
             return decode_autoregressive(
-                ConditionalModel.of(network, self.device),
+                ConditionalModel.from_network(network, self.device),
                 part.labels,
                 part.seeds,
                 decoder=part.decoding.build_autoregressive_decoder(network.config.num_tokens),
                 scales=scales,
                 negative_labels=negative_labels,
             )
-        model = ConditionalModel.of(
+        model = ConditionalModel.from_network(
             network,
             self.device,
             first_step_logits=self._first_step,

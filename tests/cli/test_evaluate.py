@@ -84,7 +84,7 @@ def test_an_evaluation_that_was_stopped_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluator.Evaluator, "likelihood", stopped)
+        patch.setattr(evaluator.Evaluator, "measure_likelihood", stopped)
         with pytest.raises(KeyboardInterrupt):
             call(*words)
     ledger = run_folder / "evaluation" / "ledger.jsonl"

@@ -69,7 +69,7 @@ def test_table_1_is_measured_once_and_written_with_the_paper_s_rows(
     with Image.open(tmp_path / "results" / "shards" / "table-1.png") as picture:
         assert picture.height > 100
 
-    monkeypatch.setattr(evaluator, "generate", lambda *_, **__: pytest.fail("measured again"))
+    monkeypatch.setattr(evaluator, "generate_images", lambda *_, **__: pytest.fail("measured again"))
     assert call("table", *words) == 0
     assert rows(tmp_path / "results", "samples") == measured
 

@@ -46,7 +46,7 @@ class Recorded:
 
 def run(network, labels, seeds, *, scales=(0.0,) * N, sampling=None, null_label=NULL, **options) -> Tensor:
     decoder = AutoregressiveDecoder(N, sampling or CodeSampling())
-    model = dataclasses.replace(ConditionalModel.of(network, CPU), null_label=null_label)
+    model = dataclasses.replace(ConditionalModel.from_network(network, CPU), null_label=null_label)
     *_, last = decode_autoregressive(model, labels, seeds, decoder=decoder, scales=scales, **options)
     return last.tokens
 

@@ -17,7 +17,7 @@ from maskgit_pl.decoding import (
     class_predictor,
     decode_classes,
 )
-from maskgit_pl.decoding.predictors import guided
+from maskgit_pl.decoding.predictors import apply_guidance
 from maskgit_pl.decoding.selectors import Candidates, TokenSelector
 from maskgit_pl.schedules import mask_schedules
 from tests.decoding.fakes import CPU, LOGITS, MASK, decoder, partly_known
@@ -203,5 +203,5 @@ def test_guidance_may_push_away_from_another_class_without_a_null_class():
 def test_the_guided_distribution_is_normalised_at_each_position():
     conditional, unconditional = LOGITS[:8].softmax(-1), LOGITS[8:16].softmax(-1)
     expected = conditional**2.5 * unconditional**-1.5
-    made = guided(LOGITS[:8], LOGITS[8:16], 1.5).softmax(-1)
+    made = apply_guidance(LOGITS[:8], LOGITS[8:16], 1.5).softmax(-1)
     torch.testing.assert_close(made, expected / expected.sum(-1, keepdim=True))

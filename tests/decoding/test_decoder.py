@@ -47,7 +47,7 @@ def test_a_token_that_was_kept_never_changes_again():
 
 
 def test_counts_follow_the_schedule_of_each_row_between_one_and_one_less_than_before():
-    made = decoder(4, schedule="linear").masked_counts([16, 9, 3, 1, 0], 16)
+    made = decoder(4, schedule="linear").count_masked([16, 9, 3, 1, 0], 16)
     assert [list(column) for column in zip(*made, strict=True)] == [
         [16, 12, 8, 4, 0],
         [9, 6, 4, 2, 0],
@@ -55,12 +55,12 @@ def test_counts_follow_the_schedule_of_each_row_between_one_and_one_less_than_be
         [1, 1, 1, 1, 0],
         [0, 0, 0, 0, 0],
     ]
-    made = decoder(8, schedule="exp").masked_counts([16], 16)  # exp wants 14, 14, 13, 12: at most one less
+    made = decoder(8, schedule="exp").count_masked([16], 16)  # exp wants 14, 14, 13, 12: at most one less
     assert [row[0] for row in made] == [16, 14, 13, 12, 11, 10, 8, 4, 0]
 
 
 def test_counts_of_a_late_start_follow_the_later_part_of_the_schedule():
-    made = decoder(4, schedule="linear").masked_counts([8], 16, first_step=2)
+    made = decoder(4, schedule="linear").count_masked([8], 16, first_step=2)
     assert made == [[8], [2], [0]]  # 8 * (1 - 3 / 4)
 
 
@@ -69,7 +69,7 @@ def test_the_steps_mask_as_many_tokens_as_planned(first_step):
     tokens = partly_known(MIXED)
     made = decoder(6)
     steps = run(tokens, made, first_step=first_step)
-    planned = made.masked_counts(MIXED, 16, first_step=first_step)
+    planned = made.count_masked(MIXED, 16, first_step=first_step)
     assert [step.was_masked.sum(1).tolist() for step in steps] == planned[:-1]
     assert [step.still_masked.sum(1).tolist() for step in steps] == planned[1:]
     assert [step.step for step in steps] == list(range(first_step, 6))

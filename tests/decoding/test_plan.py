@@ -5,9 +5,9 @@ import pytest
 from maskgit_pl.decoding.plan import (
     StepCounts,
     count_after,
-    listed_counts,
+    count_by_list,
+    count_by_schedule,
     plan_steps,
-    scheduled_counts,
     step_progress,
 )
 from maskgit_pl.decoding.selectors import token_selectors
@@ -19,12 +19,12 @@ def none_remasked(**given: float) -> int:
 
 
 def test_a_schedule_is_rounded_down_for_each_row() -> None:
-    made = scheduled_counts(mask_schedules.build("linear"), token_selectors.build("random"), 4, [16, 9, 0], 16)
+    made = count_by_schedule(mask_schedules.build("linear"), token_selectors.build("random"), 4, [16, 9, 0], 16)
     assert made == [[12, 6, 0], [8, 4, 0], [4, 2, 0], [0, 0, 0]]  # 9 * 0.75 = 6.75, 9 * 0.25 = 2.25
 
 
 def test_a_list_counts_in_proportion_to_what_is_unknown() -> None:
-    assert listed_counts((1, 5, 10), [16, 8, 3], 16) == [[15, 7, 2], [10, 5, 1], [0, 0, 0]]
+    assert count_by_list((1, 5, 10), [16, 8, 3], 16) == [[15, 7, 2], [10, 5, 1], [0, 0, 0]]
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_a_selector_is_asked_with_what_is_decided_and_cannot_mask_more_than_that
 
 
 def test_a_step_that_counts_for_itself_keeps_at_least_one_and_at_most_all() -> None:
-    assert StepCounts.keeping([8, 3, 3, 0], [2, 0, 5, 0]) == StepCounts([8, 3, 3, 0], [6, 2, 0, 0], [0, 0, 0, 0])
+    assert StepCounts.from_kept([8, 3, 3, 0], [2, 0, 5, 0]) == StepCounts([8, 3, 3, 0], [6, 2, 0, 0], [0, 0, 0, 0])
 
 
 def test_progress_goes_from_0_at_the_first_step_to_1_at_the_last() -> None:

@@ -65,23 +65,23 @@ def test_a_temperature_that_falls_to_0_takes_the_likeliest_code_at_the_last_step
 
 
 def test_top_k_leaves_the_likeliest_codes_alone():
-    made = CodeSampling(top_k=2).truncated(LOGITS)
+    made = CodeSampling(top_k=2).truncate(LOGITS)
     assert torch.equal(made.isfinite().sum(-1), torch.full((64,), 2))
     assert torch.equal(made.argmax(-1), LOGITS.argmax(-1))
-    assert torch.equal(CodeSampling(top_k=99).truncated(LOGITS), LOGITS)
+    assert torch.equal(CodeSampling(top_k=99).truncate(LOGITS), LOGITS)
 
 
 def test_top_p_leaves_the_fewest_codes_that_reach_the_probability():
     logits = torch.tensor([[0.1, 0.5, 0.15, 0.25], [0.97, 0.01, 0.01, 0.01]]).log()
     for top_p, kept in ((0.4, [1, 1]), (0.6, [2, 1]), (0.8, [3, 1]), (0.985, [4, 3]), (1.0, [4, 4])):
-        made = CodeSampling(top_p=top_p).truncated(logits)
+        made = CodeSampling(top_p=top_p).truncate(logits)
         assert made.isfinite().sum(-1).tolist() == kept, top_p
         assert torch.equal(made.where(made.isfinite(), logits), logits)
 
 
 def test_top_k_and_top_p_are_taken_one_after_the_other():
     logits = torch.tensor([[0.1, 0.5, 0.15, 0.25]]).log()  # of the two likeliest the first alone has 2 / 3
-    assert CodeSampling(top_k=2, top_p=0.6).truncated(logits).isfinite().tolist() == [[False, True, False, False]]
+    assert CodeSampling(top_k=2, top_p=0.6).truncate(logits).isfinite().tolist() == [[False, True, False, False]]
 
 
 def test_only_codes_that_are_left_are_drawn():

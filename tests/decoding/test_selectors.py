@@ -106,7 +106,7 @@ def test_contract_every_position_ends_known_and_known_ones_never_change(spec, nu
 @every_selector
 def test_contract_the_number_masked_follows_the_schedule_where_it_is_promised(spec):
     made = decoder(spec)
-    counts = made.masked_counts(MIXED, NUM_TOKENS)
+    counts = made.count_masked(MIXED, NUM_TOKENS)
     steps = run(partly_known(MIXED), made)
     masked = [step.still_masked.sum(1).tolist() for step in steps]
     if made.token_selector.follows_schedule:
@@ -320,7 +320,7 @@ def test_remdm_masks_decided_tokens_again_as_many_as_its_strategy_says():
             before = step
         return counts
 
-    masked = decoder("confidence").masked_counts([24], NUM_TOKENS)
+    masked = decoder("confidence").count_masked([24], NUM_TOKENS)
     decided = [24 - row[0] for row in masked[1:-1]]
     planned = [row[0] for row in masked[2:]]
     most = [min(1, after / done) for after, done in zip(planned, decided, strict=True)]
@@ -344,7 +344,7 @@ def test_remdm_without_masking_again_is_confidence():
 def test_remdm_stands_still_in_its_loop_and_changes_tokens_there():
     spec = {"name": "remdm", "strategy": "loop", "eta": 0.3, "start": 0.3, "stop": 0.9, "hold": 0.7}
     made = decoder(spec, 20)
-    counts = [row[0] for row in made.masked_counts([NUM_TOKENS], NUM_TOKENS)]
+    counts = [row[0] for row in made.count_masked([NUM_TOKENS], NUM_TOKENS)]
     held = int(NUM_TOKENS * math.cos(math.pi / 2 * 0.7))
     assert counts[6:18] == [held] * 12
     assert counts[-1] == 0
@@ -356,11 +356,11 @@ def test_remdm_by_confidence_doubts_codes_that_were_unlikely_more():
     selector = token_selectors.build({"name": "remdm", "strategy": "confidence"})
     gumbel = torch.randn(1, 20_000, generator=torch.Generator().manual_seed(0))
     confidence = torch.tensor([0.05, 0.95]).repeat(10_000)[None]
-    order = selector.doubts(Decided(confidence, gumbel, 0.5)).argsort(descending=True)[0, :2000]
+    order = selector.remasking_scores(Decided(confidence, gumbel, 0.5)).argsort(descending=True)[0, :2000]
     unlikely = int((order % 2 == 0).sum())
     assert unlikely > 1200
     other = token_selectors.build({"name": "remdm", "strategy": "cap"})
-    assert torch.equal(other.doubts(Decided(confidence, gumbel, 0.5)), gumbel)
+    assert torch.equal(other.remasking_scores(Decided(confidence, gumbel, 0.5)), gumbel)
 
 
 @pytest.mark.parametrize(
@@ -396,8 +396,8 @@ def test_a_selector_of_ones_own_needs_one_method_and_is_told_what_else_it_lacks(
     assert torch.equal(run(tokens, own)[-1].tokens, run(tokens, plain)[-1].tokens)
     with pytest.raises(TypeError, match=r"Own: without follows_schedule it needs num_kept"):
         Own().num_kept(candidates(), candidates().gumbel, candidates().gumbel > 0)
-    with pytest.raises(TypeError, match=r"Own: it masks decided tokens again, and needs doubts"):
-        Own().doubts(Decided(torch.ones(1, 1), torch.ones(1, 1), 0.5))
+    with pytest.raises(TypeError, match=r"Own: it masks decided tokens again, and needs remasking_scores"):
+        Own().remasking_scores(Decided(torch.ones(1, 1), torch.ones(1, 1), 0.5))
 
 
 @dataclass(frozen=True)
@@ -413,7 +413,7 @@ class Greedy(TokenSelector):
     def num_remasked(self, *, decided: int, planned: int, progress: float) -> int:
         return 10**6
 
-    def doubts(self, decided: Decided) -> Tensor:
+    def remasking_scores(self, decided: Decided) -> Tensor:
         self.noises.append(decided.gumbel)
         return decided.gumbel
 

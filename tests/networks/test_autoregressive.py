@@ -57,7 +57,7 @@ def test_logits_of_some_tokens_are_those_of_the_full_forward(network, tokens):
 
 
 def test_the_next_token_is_predicted_as_in_the_full_forward_with_and_without_a_cache(network, tokens):
-    full, cache = network(tokens, LABELS), network.new_cache()
+    full, cache = network(tokens, LABELS), network.create_cache()
     for place in range(N):
         with_cache = network.forward_next(tokens[:, :place], LABELS, cache=cache)
         torch.testing.assert_close(with_cache, full[:, place])
@@ -66,7 +66,7 @@ def test_the_next_token_is_predicted_as_in_the_full_forward_with_and_without_a_c
 
 
 def test_a_cache_may_begin_with_several_tokens_and_goes_on_with_one_each(network, tokens):
-    cache = network.new_cache()
+    cache = network.create_cache()
     network.forward_next(tokens[:, :5], LABELS, cache=cache)
     torch.testing.assert_close(network.forward_next(tokens[:, :6], LABELS, cache=cache), network(tokens, LABELS)[:, 6])
     with pytest.raises(AssertionError):
@@ -85,7 +85,7 @@ def test_keys_and_values_are_kept_in_place():
 def test_in_8_bits_logits_are_close_with_a_cache_too(network, tokens):
     rounded = quantized(network)
     assert type(rounded) is AutoregressiveTransformer
-    exact, cache = network(tokens, LABELS), rounded.new_cache()
+    exact, cache = network(tokens, LABELS), rounded.create_cache()
     for place in range(N):
         made = rounded.forward_next(tokens[:, :place], LABELS, cache=cache)
         assert (made - exact[:, place]).norm() < 0.1 * exact[:, place].norm()

@@ -33,11 +33,12 @@ EVERY = 40  # steps between checkpoints
 SHORT, LONG = 200, 1400  # steps: long enough for a few checkpoints, and for the signal ahead of a time limit
 
 HEADING = """\
-# Training on Slurm: what was typed and seen
+# Multi-GPU and Slurm: transcript
 
-Written by `make test-slurm SLURM_TRANSCRIPT=docs/slurm-transcript.md`: a real controller and four nodes on one machine
-(`tests/slurm/cluster.sh`), each job on two of them. Where it says that weights are equal, each tensor was compared by
-`torch.equal`. The seconds count from the title above them. [slurm.md](slurm.md) is the guide.
+`make test-slurm SLURM_TRANSCRIPT=docs/slurm-transcript.md` writes this page. It records commands and their output on
+a real Slurm controller with four nodes on one machine (`tests/slurm/cluster.sh`); each job runs on two nodes. "Equal"
+weights were compared tensor by tensor with `torch.equal`. Seconds count from the title of the section. The guide is
+[slurm.md](slurm.md).
 """
 
 pytestmark = pytest.mark.skipif(shutil.which("slurmctld") is None, reason="Slurm is not installed: make test-slurm")
@@ -111,7 +112,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 def begin(site: Site) -> Site:
     """Submits what takes its time beside the tests."""
-    site.cluster.transcript.title("Runs that nothing disturbs, and one that has a minute")
+    site.cluster.transcript.title("Undisturbed runs, and one with a time limit of a minute")
     site.cluster.run("sinfo")
     elsewhere, more = f"--nodelist={ELSEWHERE}", f"--trainer.max_steps={LONG}"
     site.limited = site.run(
@@ -128,7 +129,7 @@ def begin(site: Site) -> Site:
 
 def test_jobs_that_a_higher_partition_preempts_end_as_those_that_nothing_disturbs(site: Site) -> None:
     cluster = site.cluster
-    cluster.transcript.title("A job of a higher partition takes the nodes from two others")
+    cluster.transcript.title("Preemption: a job of a higher partition takes the nodes of two others")
     runs = {
         "tokenizer ddp": site.run("preempted-1", "tokenizer ddp"),
         "transformer fsdp": site.run("preempted-2", "transformer fsdp"),
@@ -142,7 +143,7 @@ def test_jobs_that_a_higher_partition_preempts_end_as_those_that_nothing_disturb
     for kind, run in runs.items():
         run.show_log()
         assert run.restarts >= 1
-        assert re.search(r"saved at step \d+, to go back into the queue", run.log), run.log
+        assert re.search(r"saved at step \d+; requeueing the job", run.log), run.log
         assert "resuming from step-" in run.log
         cluster.wait_for_end(site.straight[kind].number)
         assert_equal(run, site.straight[kind])
@@ -150,9 +151,7 @@ def test_jobs_that_a_higher_partition_preempts_end_as_those_that_nothing_disturb
 
 def test_signals_to_a_job_and_to_one_task_without_scontrol_in_the_container(site: Site) -> None:
     cluster = site.cluster
-    cluster.transcript.title(
-        "Signals: to all tasks, to the batch script, and to one task; in the tasks' namespace there is no scontrol"
-    )
+    cluster.transcript.title("Signals to all tasks, to the batch script and to one task; no scontrol in the container")
     container = """unshare --mount bash -c 'mount --bind /dev/null "$(type -P scontrol)" && exec "$@"' bash"""
     run = site.run("signalled", "transformer ddp", f"--container={container}", "--program=.venv/bin/maskgit")
     printed = run.submit()
@@ -166,7 +165,7 @@ def test_signals_to_a_job_and_to_one_task_without_scontrol_in_the_container(site
 
     cluster.wait_until(lambda: len(cluster.programs(run.number)) == 2, "both tasks begin", run.number)
     cluster.run(f"scancel --signal=USR1 {run.number}")  # before they can have imported anything
-    cluster.wait_until(lambda: run.restarts == 1, "the job goes back into the queue", run.number)
+    cluster.wait_until(lambda: run.restarts == 1, "the job is requeued", run.number)
     run.wait_beyond(run.step)
     for restarts, words in enumerate(("", "--batch ", "--full "), start=2):  # the tasks, the script, both
         cluster.run(f"scancel {words}--signal=USR1 {run.number}")
@@ -177,14 +176,14 @@ def test_signals_to_a_job_and_to_one_task_without_scontrol_in_the_container(site
     os.kill(task, signal.SIGTERM)
     run.finish()
     assert run.restarts == 5
-    assert run.log.count("back into the queue") == 5
+    assert run.log.count("requeueing the job") == 5
     cluster.wait_for_end(site.straight["transformer ddp"].number)
     assert_equal(run, site.straight["transformer ddp"])
 
 
 def test_a_job_that_is_cancelled_stays_away_and_its_run_goes_on_by_hand(site: Site) -> None:
     cluster, run = site.cluster, site.run("cancelled", "transformer ddp")
-    cluster.transcript.title("A job that is cancelled")
+    cluster.transcript.title("A cancelled job")
     run.submit()
     run.wait_beyond(0)
     cluster.run(f"scancel {run.number}")
@@ -200,11 +199,11 @@ def test_a_job_that_is_cancelled_stays_away_and_its_run_goes_on_by_hand(site: Si
 
 def test_a_job_whose_node_answers_no_more_goes_on_when_there_is_one(site: Site) -> None:
     cluster, run = site.cluster, site.run("node-failure", "transformer ddp")
-    cluster.transcript.title("A node that answers no more")
+    cluster.transcript.title("A node failure")
     run.submit()
     run.wait_beyond(0)
     frozen = cluster.freeze("node2", run.number)
-    cluster.wait_until(lambda: run.restarts == 1, "Slurm puts the job back into the queue", run.number)
+    cluster.wait_until(lambda: run.restarts == 1, "Slurm requeues the job", run.number)
     cluster.run("sinfo --partition=low")
     for pid in frozen:
         with contextlib.suppress(ProcessLookupError):
@@ -212,7 +211,7 @@ def test_a_job_whose_node_answers_no_more_goes_on_when_there_is_one(site: Site) 
     cluster.start_node(2)
     run.finish()
     assert run.restarts == 1
-    assert "back into the queue" not in run.log
+    assert "requeueing the job" not in run.log
     assert "resuming from step-" in run.log
     cluster.wait_for_end(site.straight["transformer ddp"].number)
     assert_equal(run, site.straight["transformer ddp"])
@@ -220,9 +219,7 @@ def test_a_job_whose_node_answers_no_more_goes_on_when_there_is_one(site: Site) 
 
 def test_a_job_without_progress_is_stopped_after_three_restarts(site: Site) -> None:
     cluster = site.cluster
-    cluster.transcript.title(
-        "Restarts without progress: one job always ends with 75, another is always put back by hand"
-    )
+    cluster.transcript.title("Restarts without progress: one job always exits with 75, another is requeued by hand")
     asked = site.run("asked", "transformer ddp", "--container=sh -c 'exit 75'")
     back = site.run("put-back", "transformer ddp", "--container=sh -c 'sleep 600'")  # one that does not come up
     for run in (asked, back):
@@ -241,7 +238,7 @@ def test_a_job_without_progress_is_stopped_after_three_restarts(site: Site) -> N
 
 def test_what_is_no_preemption_is_not_put_back(site: Site) -> None:
     cluster = site.cluster
-    cluster.transcript.title("Bad input, and losses that are not finite, are not put back into the queue")
+    cluster.transcript.title("Bad input and non-finite losses: not requeued")
     shutil.copytree(cluster.work / "data/shards/tiny", cluster.work / "data/shards/moved")
     data = "--data=data/shards/moved"
     bad = site.run("bad-input", "transformer ddp", data, sbatch=f"--hold --nodelist={HERE}")
@@ -272,9 +269,9 @@ def test_a_finished_run_is_left_as_it_is(site: Site) -> None:
 def test_a_job_that_its_time_limit_ends_goes_on(site: Site) -> None:
     run, cluster = site.limited, site.cluster
     assert run is not None
-    cluster.transcript.title("A job that has a minute each time")
+    cluster.transcript.title("A job with a time limit of a minute")
     run.finish()
     assert run.restarts >= 1
-    assert run.log.count("back into the queue") == run.restarts
+    assert run.log.count("requeueing the job") == run.restarts
     cluster.wait_for_end(site.straight["transformer ddp, long"].number)
     assert_equal(run, site.straight["transformer ddp, long"])

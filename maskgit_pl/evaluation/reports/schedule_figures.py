@@ -49,7 +49,7 @@ def count_known_tokens(schedule: MaskSchedule, *, num_tokens: int, num_steps: in
         ValueError: if there are fewer than one step, or more steps than tokens.
     """
     decoder = ParallelDecoder(schedule, token_selectors.build("confidence"), num_steps=num_steps)
-    return [num_tokens - masked for (masked,) in decoder.masked_counts([num_tokens], num_tokens)[1:]]
+    return [num_tokens - masked for (masked,) in decoder.count_masked([num_tokens], num_tokens)[1:]]
 
 
 def draw_schedules(schedules: Mapping[str, MaskSchedule], *, num_tokens: int) -> bytes:

@@ -215,7 +215,7 @@ def _decoders(
     causal.load_state_dict(masked.state_dict())
     autoregressive = partial(
         decode_autoregressive,
-        ConditionalModel.of(causal, device),
+        ConditionalModel.from_network(causal, device),
         [0],
         [0],
         decoder=AutoregressiveDecoder(num_tokens),
@@ -223,7 +223,7 @@ def _decoders(
     )
     parallel = partial(
         decode_classes,
-        ConditionalModel.of(masked, device),
+        ConditionalModel.from_network(masked, device),
         [0],
         [0],
         decoder=DecodingConfig(steps).build_decoder(mask_schedules.build("cosine")),

@@ -150,9 +150,9 @@ def _perplexities(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _perplexity(tokens: Tensor, num_codes: int) -> Tensor:
     """exp(-sum p log(p + 1e-5)) of the shares that our metric counts; ours is without the released code's 1e-5."""
-    from maskgit_pl.tokenizer import CodebookUse  # with lightning, which takes seconds to import
+    from maskgit_pl.tokenizer import CodebookUsage  # with lightning, which takes seconds to import
 
-    use = CodebookUse(num_codes)
+    use = CodebookUsage(num_codes)
     use.update(tokens.unsqueeze(0), torch.ones(1))
     shares = use.counts / use.counts.sum()
     return torch.exp(-(shares * torch.log(shares + 1e-5)).sum())
