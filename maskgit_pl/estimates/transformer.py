@@ -1,8 +1,8 @@
 """Closed formulas for the sizes, memory and FLOPs of stage 2.
 
-Letters: B images of a micro-batch, N tokens per image, S = N + 1 with the class token (N with causal attention, where the
-last token is not an input), R = B S rows, m masked tokens of the micro-batch, D embedding dimension, F dimension of the
-MLP, h heads, L blocks, V rows of the token embedding.
+Letters: B images of a micro-batch, N tokens per image, S = N + 1 with the class token (N with causal attention, where
+the last token is not an input), R = B S rows, m masked tokens of the micro-batch, D embedding dimension, F dimension of
+the MLP, h heads, L blocks, V rows of the token embedding.
 """
 
 from __future__ import annotations
