@@ -33,13 +33,13 @@ assert runs.fit(second, run="notebook", data=data).was_finished
 run = Path("runs/notebook")
 pipe = MaskGIT.from_pretrained(transformer.pretrained)
 pipe.generate(pipe.class_names[0], seed=0)[0].save("image.png")
-report = evaluation.evaluate(run, data=data, num_samples=30, features=["classifier"])
+report = evaluation.evaluate(run, data=data, num_images=30, features=["classifier"])
 Console().print(report.table())
 found = evaluation.tune(run, data=data, trials=2, num_images=30, options=evaluation.TuningOptions(plot=False))
 print(found.winner)
 
 # Table 1 of the paper for these weights. A second call measures nothing: results/ledger.jsonl has the numbers.
-options = reports.ReportOptions(data=data, num_samples=30, features=["classifier"], cas=None)
+options = reports.ReportOptions(data=data, num_images=30, features=["classifier"], cas=None)
 page = reports.table_1([run], options)
 print(page.markdown)
 print(*page.write(), sep="\n")

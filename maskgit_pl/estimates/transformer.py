@@ -42,14 +42,14 @@ def _length(config: TransformerConfig) -> int:
 
 def block_group(config: TransformerConfig) -> Group:
     """Returns the tensors of a block: matrices with 4 D^2 + 2 D F, biases and norms with 9 D + F parameters."""
-    d, f = config.width, config.mlp_width
+    d, f = config.embed_dim, config.mlp_dim
     attention = ((3 * d, d), (3 * d,), (d, d), (d,), (d,), (d,))
     return Group((*attention, (f, d), (f,), (d, f), (d,), (d,), (d,)))
 
 
 def root_group(config: TransformerConfig) -> Group:
     """Returns the tensors outside the blocks: token embedding V D (tied), positions S D, norms, head D^2."""
-    d, v = config.width, config.vocabulary_size
+    d, v = config.embed_dim, config.vocabulary_size
     return Group(((v, d), (config.num_tokens + 1, d), (d,), (d,), (d, d), (d,), (d,), (d,), (v,)))
 
 
@@ -118,7 +118,7 @@ def transformer_activations(
         checkpointing: ``blocks`` recomputes blocks in the backward pass instead of keeping their tensors.
     """
     rows, asked = batch * _length(config), batch * config.num_tokens if masked is None else masked
-    wide, half = config.width, precision == "bf16-mixed"
+    wide, half = config.embed_dim, precision == "bf16-mixed"
     drop = _DROPPED * (config.dropout > 0)
     embedding = rows * (wide * (FLOAT + drop) + _STATISTICS + 8)  # 8: the row numbers
     middle = _block_kept(config, batch, rows, half=half)
@@ -130,8 +130,8 @@ def transformer_activations(
     number = HALF if half else FLOAT
     head = asked * (wide * (3 * number + FLOAT) + _STATISTICS + config.vocabulary_size * FLOAT)
     logits = 3 * asked * config.vocabulary_size * FLOAT
-    feed_forward = rows * (config.mlp_width * number + 2 * wide * FLOAT)
-    matrices = config.depth * (4 * wide**2 + 2 * wide * config.mlp_width) + wide**2 + config.vocabulary_size * wide
+    feed_forward = rows * (config.mlp_dim * number + 2 * wide * FLOAT)
+    matrices = config.depth * (4 * wide**2 + 2 * wide * config.mlp_dim) + wide**2 + config.vocabulary_size * wide
     return Activations(
         kept=embedding + blocks + head,
         casts=matrices * HALF if half else 0,
@@ -151,7 +151,7 @@ def _block_kept(config: TransformerConfig, batch: int, asked: int, *, half: bool
     bf16-mixed halves the inputs and outputs of matrix products; the inputs of norms stay float32.
     """
     rows = batch * _length(config)
-    d, f, number = config.width, config.mlp_width, HALF if half else FLOAT
+    d, f, number = config.embed_dim, config.mlp_dim, HALF if half else FLOAT
     attention = rows * (5 * d * number + config.num_heads * FLOAT)
     copied = asked * d * number if asked != rows else 0
     norms = asked * (2 * d * FLOAT + 2 * _STATISTICS)
@@ -173,7 +173,7 @@ def step_flops(config: TransformerConfig, *, images: int, masked: float) -> floa
         images: Images of the step over all ranks.
         masked: Masked tokens of these images.
     """
-    d, f, length = config.width, config.mlp_width, _length(config)
+    d, f, length = config.embed_dim, config.mlp_dim, _length(config)
     rows = images * length
     at_all_rows = config.depth * 3 * d**2 + (config.depth - 1) * (d**2 + 2 * d * f)
     at_masked_rows = d**2 + 2 * d * f + d**2 + d * config.vocabulary_size
@@ -182,7 +182,7 @@ def step_flops(config: TransformerConfig, *, images: int, masked: float) -> floa
 
 def recomputed_flops(config: TransformerConfig, *, images: int, masked: float) -> float:
     """Returns the extra FLOPs of ``activation_checkpointing: blocks``: a second forward pass of each block."""
-    d, v = config.width, config.vocabulary_size
+    d, v = config.embed_dim, config.vocabulary_size
     # The forward pass is a third of a step. The head is not recomputed.
     head = 2 * masked * (d**2 + d * v)
     return step_flops(config, images=images, masked=masked) / 3 - head
