@@ -173,7 +173,7 @@ def write_tokens(folder: Path, count: int) -> TokenReader:
     """Writes a token store of random codes and opens it."""
     generator = np.random.default_rng(0)
     description = StoreDescription(_GRID, _CODES, _SIDE, "benchmark", "benchmark", ("a", "b"), {"train": count})
-    parts = StoreParts(folder, description, part_samples=10_000)
+    parts = StoreParts(folder, description, part_size=10_000)
     for part in parts.parts():
         rows = part.stop - part.start
         tokens = generator.integers(_CODES, size=(rows, 1, description.num_tokens))

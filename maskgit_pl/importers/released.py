@@ -116,8 +116,8 @@ def _image_size(config: TransformerConfig, vqgan: VQGANConfig, wanted: int | Non
     size = config.grid[0] * vqgan.downsampling_factor
     if wanted is not None and wanted != size:
         raise ValueError(
-            f"--size: this transformer's {config.grid[0]} x {config.grid[1]} tokens are images of {size} px, got "
-            f"{wanted}; leave --size out, or name the checkpoints of {wanted} px"
+            f"--image-size: this transformer's {config.grid[0]} x {config.grid[1]} tokens are images of {size} px, got "
+            f"{wanted}; leave --image-size out, or name the checkpoints of {wanted} px"
         )
     return size
 

@@ -167,7 +167,7 @@ def describe_run(run: Path, *, weights: Mapping[str, str]) -> dict[str, Any]:
     """
     check_run(run)
     stages = {stage: _stage(run / stage) for stage in STAGES}
-    return {"name": run.resolve().name, **stages, "measured": _measured(run / "evaluation.json", weights)}
+    return {"name": run.resolve().name, **stages, "measured": _read_figures(run / "evaluation.json", weights)}
 
 
 def check_run_facts(run: Any) -> Mapping[str, Any] | None:
@@ -206,7 +206,7 @@ def _stage(folder: Path) -> dict[str, Any]:
     }
 
 
-def _measured(file: Path, weights: Mapping[str, str]) -> dict[str, Any] | None:
+def _read_figures(file: Path, weights: Mapping[str, str]) -> dict[str, Any] | None:
     metrics = _json(file)
     model = metrics.get("model", {})
     if model.get("tokenizer_fingerprint") != weights["tokenizer"]:

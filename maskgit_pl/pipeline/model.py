@@ -174,7 +174,7 @@ class MaskGIT(Editor):
             self.save_pretrained(folder, run=run, license=license, name=hub_id)
             return upload(Path(folder), hub_id, private=private, token=token)
 
-    def quantized(self) -> MaskGIT:
+    def quantize(self) -> MaskGIT:
         """Returns the same pipeline on a CPU with a transformer of 8-bit linear layers: approximate, and faster.
 
         It shares the tokenizer with this one, and can be neither moved nor saved.

@@ -57,18 +57,18 @@ class StoreParts:
         folder: The store, made if missing. A finished store of another description is taken back: its ``store.json``
             goes first.
         description: What the store will hold; parts of another description are removed.
-        part_samples: Samples of a part, at least 1; parts of another size are not gone on with.
+        part_size: Samples of a part, at least 1; parts of another size are not gone on with.
 
     Raises:
-        ValueError: if ``part_samples`` is not an integer of at least 1.
+        ValueError: if ``part_size`` is not an integer of at least 1.
     """
 
-    def __init__(self, folder: str | Path, description: StoreDescription, *, part_samples: int) -> None:
-        check_integer("part_samples", part_samples, "[1, inf)")
+    def __init__(self, folder: str | Path, description: StoreDescription, *, part_size: int) -> None:
+        check_integer("part_size", part_size, "[1, inf)")
         self.folder = Path(folder)
         self.description = description
-        self.part_samples = part_samples
-        content = [_to_json(description, version=_PARTS_FORMAT), part_samples]
+        self.part_size = part_size
+        content = [_to_json(description, version=_PARTS_FORMAT), part_size]
         key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         self._parts = self.folder / f".parts-{key[:16]}"
         self._parts.mkdir(parents=True, exist_ok=True)
@@ -81,10 +81,10 @@ class StoreParts:
     def parts(self) -> list[Part]:
         """Returns all parts of all splits."""
         return [
-            Part(split, crop, start, min(start + self.part_samples, count))
+            Part(split, crop, start, min(start + self.part_size, count))
             for split, count in self.description.samples.items()
             for crop in range(self.description.crops_of(split))
-            for start in range(0, count, self.part_samples)
+            for start in range(0, count, self.part_size)
         ]
 
     def is_done(self, part: Part) -> bool:
@@ -162,7 +162,7 @@ class StoreParts:
 
     def _rows(self, split: Split, start: int) -> tuple[Tokens, npt.NDArray[np.int64]]:
         """Returns tokens (samples, crops, mirrors, N) and labels (samples,) of a part's samples, over all crops."""
-        stop = min(start + self.part_samples, self.description.samples[split])
+        stop = min(start + self.part_size, self.description.samples[split])
         parts = [Part(split, crop, start, stop) for crop in range(self.description.crops_of(split))]
         read = [self._read(part) for part in parts]
         return np.stack([tokens for tokens, _ in read], axis=1), read[0][1]

@@ -45,7 +45,7 @@ def doctor(capsys, tmp_path, tiny_shards, tiny_pretrained) -> Callable[..., tupl
     def call(stage: str, *more: object) -> tuple[int, str]:
         tokenizer = ("--tokenizer", tiny_pretrained / "tokenizer") if stage == "transformer" else ()
         tiny = flags(yaml.safe_load((TINY / f"{stage}.yaml").read_text()))
-        where = ("--data", tiny_shards, "--runs", tmp_path / "runs", "--run", "one", *tokenizer)
+        where = ("--data", tiny_shards, "--runs-folder", tmp_path / "runs", "--run", "one", *tokenizer)
         words = ("doctor", stage, "--device-memory", "1GB", *where, *tiny, *more)
         capsys.readouterr()
         code = main([str(word) for word in words])
@@ -247,13 +247,13 @@ def small_disk(tmp_path):
 
 
 def test_a_disk_without_room_for_the_checkpoints(doctor, small_disk):
-    answer = doctor("transformer", "--runs", small_disk)
-    fails(answer, "disk", small_disk, "free", "--runs", "keep_last")
+    answer = doctor("transformer", "--runs-folder", small_disk)
+    fails(answer, "disk", small_disk, "free", "--runs-folder", "keep_last")
 
 
 def test_a_run_that_is_there_goes_on_or_is_refused(doctor, tmp_path, tiny_shards, tiny_pretrained):
     tiny = flags(yaml.safe_load((TINY / "transformer.yaml").read_text()))
-    words = ["--data", str(tiny_shards), "--runs", str(tmp_path / "runs"), "--run", "one", *tiny]
+    words = ["--data", str(tiny_shards), "--runs-folder", str(tmp_path / "runs"), "--run", "one", *tiny]
     assert main(["train", "transformer", "--tokenizer", str(tiny_pretrained / "tokenizer"), *words]) == 0
     code, text = doctor("transformer", "--trainer.max_steps=5")
     assert code == 0

@@ -27,7 +27,7 @@ def train(tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def call(stage: str, *more: object) -> int:
         tiny = yaml.safe_load((TINY / f"{stage}.yaml").read_text())
         words = flags({part: tiny[part] for part in ("data", "trainer")})
-        where = ("--data", tiny_shards, "--runs", tmp_path / "runs", "--run", "tuned")
+        where = ("--data", tiny_shards, "--runs-folder", tmp_path / "runs", "--run", "tuned")
         return main([str(word) for word in ("train", stage, *where, *words, *more)])
 
     return call

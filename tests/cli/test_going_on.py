@@ -21,7 +21,7 @@ TINY = Path(__file__).parents[1] / "tiny"
 def begun(request, tmp_path_factory, tiny_shards, tiny_pretrained):
     """A run that stopped at step 1, as (stage, the words of its command)."""
     stage, runs = request.param, tmp_path_factory.mktemp("begun")
-    words = ["train", stage, f"--data={tiny_shards}", f"--runs={runs}", "--run=one"]
+    words = ["train", stage, f"--data={tiny_shards}", f"--runs-folder={runs}", "--run=one"]
     words += [f"--tokenizer={tiny_pretrained / 'tokenizer'}"] if stage == "transformer" else []
     words += flags(yaml.safe_load((TINY / f"{stage}.yaml").read_text()))
     with pytest.MonkeyPatch.context() as patch:

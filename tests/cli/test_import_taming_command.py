@@ -60,7 +60,7 @@ def checkpoint(tmp_path):
 def test_the_folder_holds_the_weights_and_the_report_what_they_are(checkpoint, tmp_path, capsys):
     file, weights = checkpoint
     out = tmp_path / "pretrained"
-    assert main(["import-taming", str(file), "--out", str(out), "--size", "16"]) == 0
+    assert main(["import-taming", str(file), "--out", str(out), "--image-size", "16"]) == 0
     tokenizer = load_tokenizer(out / "tokenizer")
     assert tokenizer.image_size == 16
     got = tokenizer.network.state_dict()
@@ -87,7 +87,7 @@ def test_bad_input_is_answered_in_one_line(checkpoint, tmp_path, capsys):
             [file, "--out", tmp_path / "there"],
             "there: a new folder is needed, and something is there",
         ),
-        ([file, "--out", tmp_path / "new", "--size", 0], "--size: at least 1 is needed, got 0"),
+        ([file, "--out", tmp_path / "new", "--image-size", 0], "--image-size: at least 1 is needed, got 0"),
         ([tmp_path / "nowhere.pt", "--out", tmp_path / "new"], "nowhere.pt: no such file"),
     ):
         assert main(["import-taming", *map(str, words)]) == 2

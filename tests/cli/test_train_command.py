@@ -66,7 +66,7 @@ def train(maskgit, tiny_shards: Path, tiny_pretrained: Path, runs: Path) -> Call
 
     def call(stage: str, *more: object, named: bool = True) -> Answer:
         tokenizer = ("--tokenizer", tiny_pretrained / "tokenizer") if stage == "transformer" and named else ()
-        where = ("--data", tiny_shards, "--runs", runs, "--run", "one", *tokenizer)
+        where = ("--data", tiny_shards, "--runs-folder", runs, "--run", "one", *tokenizer)
         return maskgit("train", stage, *where, *flags(yaml.safe_load((TINY / f"{stage}.yaml").read_text())), *more)
 
     return call
@@ -160,7 +160,7 @@ def test_stage_two_takes_the_tokenizer_that_the_run_exported(train, runs):
 
 
 def test_tokens_are_made_once_and_trained_on(maskgit, train, runs, tiny_shards, tiny_pretrained):
-    words = ("--data", tiny_shards, "--runs", runs, "--run", "one", "--tokenizer", tiny_pretrained / "tokenizer")
+    words = ("--data", tiny_shards, "--runs-folder", runs, "--run", "one", "--tokenizer", tiny_pretrained / "tokenizer")
     first = maskgit("tokenize", *words)
     assert first.code == 0
     assert "84 images in" in first.out
@@ -176,7 +176,7 @@ def test_tokens_that_are_missing_or_of_another_tokenizer_are_refused(maskgit, tr
     refused(train("transformer", "--data.source=tokens"), str(runs / "one" / "tokens"), "tokenize")
     add_tokenizer(tmp_path / "other", seed=5)
     assert maskgit(
-        "tokenize", "--data", tiny_shards, "--runs", runs, "--run", "one", "--tokenizer", tmp_path / "other"
+        "tokenize", "--data", tiny_shards, "--runs-folder", runs, "--run", "one", "--tokenizer", tmp_path / "other"
     ).code == 0  # fmt: skip
     refused(train("transformer", "--data.source=tokens"), "tokenizer")
     assert not (runs / "one" / "pretrained").exists()
@@ -192,7 +192,8 @@ def test_a_missing_tokenizer_is_answered_with_how_to_make_it(train, maskgit, run
     own = runs / "one" / "pretrained" / "tokenizer"
     refused(train("transformer", named=False), f"tokenizer {own}: not there yet", "make: train-tokenizer", "TOKENIZER=")
     refused(
-        maskgit("tokenize", "--data", tiny_shards, "--runs", runs, "--run", "one"), f"tokenizer {own}: not there yet"
+        maskgit("tokenize", "--data", tiny_shards, "--runs-folder", runs, "--run", "one"),
+        f"tokenizer {own}: not there yet",
     )
     nowhere = tmp_path / "nowhere"
     refused(train("transformer", "--tokenizer", nowhere), f"tokenizer {nowhere}: no config.json there")
@@ -204,7 +205,7 @@ def stage_two(maskgit, runs) -> Callable[..., Answer]:
 
     def call(shards: Path, *more: object) -> Answer:
         tiny = flags(yaml.safe_load((TINY / "transformer.yaml").read_text()))
-        return maskgit("train", "transformer", "--data", shards, "--runs", runs, *tiny, *more)
+        return maskgit("train", "transformer", "--data", shards, "--runs-folder", runs, *tiny, *more)
 
     return call
 
@@ -232,7 +233,7 @@ def test_a_mistyped_run_starts_nothing(stage_two, maskgit, runs, tiny_shards):
     add_run(runs / "clothes", tiny_shards, seed=1)
     before = files(runs)
     refused(stage_two(tiny_shards, "--run", "cloths"), f"run {runs / 'cloths'}: no such run: did you mean 'clothes'?")
-    answer = maskgit("tokenize", "--data", tiny_shards, "--runs", runs, "--run", "cloths")
+    answer = maskgit("tokenize", "--data", tiny_shards, "--runs-folder", runs, "--run", "cloths")
     refused(answer, "did you mean 'clothes'?", "--tokenizer")
     assert files(runs) == before
 
@@ -240,7 +241,7 @@ def test_a_mistyped_run_starts_nothing(stage_two, maskgit, runs, tiny_shards):
 def test_a_run_is_repeated_from_its_config(train, maskgit, runs, tiny_shards):
     assert train("transformer", "--recipe=square", "--data.seed=5").code == 0
     config = runs / "one" / "transformer" / "config.yaml"
-    words = ("train", "transformer", "--runs", runs, "--run", "two", "--config", config)
+    words = ("train", "transformer", "--runs-folder", runs, "--run", "two", "--config", config)
     assert maskgit(*words).code == 0
     again = runs / "two" / "transformer" / "config.yaml"
     assert again.read_text().replace("/two/", "/one/") == config.read_text()
@@ -248,7 +249,7 @@ def test_a_run_is_repeated_from_its_config(train, maskgit, runs, tiny_shards):
     assert weights[0] == weights[1]
     refused(maskgit(*words, "--recipe", "log"), "leave --recipe out")
     refused(maskgit(*words[:-1], "nowhere.yaml"), "--config nowhere.yaml: no such file")
-    refused(maskgit("train", "tokenizer", "--runs", runs, "--run", "two", "--config", config), "unknown key")
+    refused(maskgit("train", "tokenizer", "--runs-folder", runs, "--run", "two", "--config", config), "unknown key")
 
 
 def test_the_complete_recipe_is_printed_and_nothing_is_trained(train, runs):
@@ -389,5 +390,5 @@ def test_each_recipe_file_is_parsed_once(train, maskgit, runs, monkeypatch):
     names = ("transformer/base", "transformer/paper-256", "transformer/log", "cluster/single")
     assert counts([folder / f"{name}.yaml" for name in names]) == [1, 1, 1, 1]
     texts.clear()
-    assert maskgit("train", "transformer", "--runs", runs, "--run", "three", "--config", config).code == 0
+    assert maskgit("train", "transformer", "--runs-folder", runs, "--run", "three", "--config", config).code == 0
     assert counts([config]) == [1]

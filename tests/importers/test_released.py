@@ -442,7 +442,9 @@ def test_what_was_imported_is_said(tmp_path, said):
 
 @pytest.mark.parametrize("size", [7, 16, 256, 0, -8])
 def test_a_wrong_size_is_refused_in_one_line(size, tmp_path):
-    with pytest.raises(ValueError, match=f"--size: this transformer's 4 x 4 tokens are images of 8 px, got {size}; "):
+    with pytest.raises(
+        ValueError, match=f"--image-size: this transformer's 4 x 4 tokens are images of 8 px, got {size}; "
+    ):
         import_jax(TOKENIZER, tmp_path / "out", transformer=TRANSFORMER, image_size=size)
     assert list(tmp_path.iterdir()) == []
 

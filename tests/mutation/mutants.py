@@ -424,7 +424,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *_of(
         "shards/token_writer.py",
         "shards/test_tokens",
-        ("min(start + self.part_samples, count))", "start + self.part_samples)"),
+        ("min(start + self.part_size, count))", "start + self.part_size)"),
         ("np.stack([tokens for tokens, _ in read], axis=1)", "np.stack([tokens for tokens, _ in read], axis=2)"),
     ),
     *_of(

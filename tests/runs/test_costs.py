@@ -82,7 +82,7 @@ def test_more_images_take_as_many_times_as_much():
 def train(stage: str, tmp_path: Path, shards: Path, *more: str) -> int:
     """Bytes of the checkpoint of a run of one step."""
     tiny = flags(yaml.safe_load((TINY / f"{stage}.yaml").read_text()))
-    words = ["--data", str(shards), "--runs", str(tmp_path), "--run", "one", *tiny, *more]
+    words = ["--data", str(shards), "--runs-folder", str(tmp_path), "--run", "one", *tiny, *more]
     assert main(["train", stage, *words]) == 0
     newest = newest_checkpoint(tmp_path / "one" / stage / "checkpoints")
     return sum(file.stat().st_size for file in newest.iterdir())
