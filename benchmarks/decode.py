@@ -202,22 +202,22 @@ def amused(task: Task) -> Decode:
     from diffusers import AmusedPipeline, AmusedScheduler, UVit2DModel
 
     network = UVit2DModel(
-        hidden_size=task.width,
-        cond_embed_dim=task.width,
-        encoder_hidden_size=task.width,
-        vocab_size=task.num_codes + 1,
-        codebook_size=task.num_codes,
-        in_channels=task.width,
-        block_out_channels=task.width,
+        hidden_size=task.embed_dim,
+        cond_embed_dim=task.embed_dim,
+        encoder_hidden_size=task.embed_dim,
+        vocab_size=task.codebook_size + 1,
+        codebook_size=task.codebook_size,
+        in_channels=task.embed_dim,
+        block_out_channels=task.embed_dim,
         num_res_blocks=0,  # leaves out the convolutions at both ends: the number of layers is the same as ours
         block_num_heads=task.num_heads,
         num_hidden_layers=task.depth,
         num_attention_heads=task.num_heads,
-        intermediate_size=task.mlp_width * 2 // 3,  # gated: three matrices instead of two
+        intermediate_size=task.mlp_dim * 2 // 3,  # gated: three matrices instead of two
         sample_size=task.grid[0],
     ).eval()
-    classes = nn.Embedding(task.num_classes, task.width)
-    pipeline = AmusedPipeline(None, None, None, network, AmusedScheduler(mask_token_id=task.num_codes))
+    classes = nn.Embedding(task.num_classes, task.embed_dim)
+    pipeline = AmusedPipeline(None, None, None, network, AmusedScheduler(mask_token_id=task.codebook_size))
     pipeline.set_progress_bar_config(disable=True)
 
     @torch.no_grad()
@@ -534,7 +534,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = network_config(task)
     print(f"{cpu_name()}, {arguments.threads} threads, torch {torch.__version__}, n = {arguments.repeats} rounds")
     print(
-        f"{task.depth} layers x {task.width}, MLP {task.mlp_width}, {task.num_heads} heads, {config.num_tokens + 1} "
+        f"{task.depth} layers x {task.embed_dim}, MLP {task.mlp_dim}, {task.num_heads} heads, {config.num_tokens + 1} "
         f"tokens, vocabulary {config.vocabulary_size}, {_STEPS} steps, batch {task.batch}, fp32"
     )
     measured = measure(

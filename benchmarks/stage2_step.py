@@ -45,29 +45,29 @@ _RATE, _BETAS, _WEIGHT_DECAY, _CLIP, _SMOOTHING, _EMA_DECAY = 1e-4, (0.9, 0.96),
 class Task:
     """The sizes of the network and the batch. There is no dropout, because the peer has none.
 
-    The vocabulary is num_codes + num_classes + 1: 2025 as released.
+    The vocabulary is codebook_size + num_classes + 1: 2025 as released.
     """
 
     batch: int = 8
     depth: int = 4
-    width: int = 768
-    mlp_width: int = 3072
+    embed_dim: int = 768
+    mlp_dim: int = 3072
     num_heads: int = 16
     grid: tuple[int, int] = (16, 16)
-    num_codes: int = 1024
+    codebook_size: int = 1024
     num_classes: int = 1000
 
     @property
     def network(self) -> TransformerConfig:
         return TransformerConfig(
-            self.num_codes, self.num_classes, self.grid, self.width, self.depth, self.num_heads, self.mlp_width,
+            self.codebook_size, self.num_classes, self.grid, self.embed_dim, self.depth, self.num_heads, self.mlp_dim,
             dropout=0.0, class_dropout=0.0,
         )  # fmt: skip
 
     def data(self) -> Batch:
         """Returns the batch that every contender trains on in every round."""
         chance = torch.Generator().manual_seed(0)
-        tokens = torch.randint(self.num_codes, (self.batch, self.network.num_tokens), generator=chance)
+        tokens = torch.randint(self.codebook_size, (self.batch, self.network.num_tokens), generator=chance)
         labels = torch.randint(self.num_classes, (self.batch,), generator=chance)
         index = torch.arange(self.batch)
         return Batch(tokens, labels, index, torch.zeros_like(index), index, index >= 0)
@@ -190,13 +190,13 @@ class NaiveBlock(nn.Module):
 
     def __init__(self, task: Task) -> None:
         super().__init__()
-        width = task.width
+        width = task.embed_dim
         self.num_heads = task.num_heads
         self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
-        self.attention_output = nn.Linear(width, width)
+        self.proj = nn.Linear(width, width)
         self.attention_norm = nn.LayerNorm(width, eps=1e-12)
-        self.mlp_hidden = nn.Linear(width, task.mlp_width)
-        self.mlp_output = nn.Linear(task.mlp_width, width)
+        self.fc1 = nn.Linear(width, task.mlp_dim)
+        self.fc2 = nn.Linear(task.mlp_dim, width)
         self.mlp_norm = nn.LayerNorm(width, eps=1e-12)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -207,9 +207,9 @@ class NaiveBlock(nn.Module):
         )
         scores = query @ key.transpose(2, 3) / query.shape[-1] ** 0.5  # (B, heads, S, S)
         attended = (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
-        x = self.attention_norm(x + self.attention_output(attended))
+        x = self.attention_norm(x + self.proj(attended))
         # Post-norm: the residual is added before the norm, as in BERT.
-        hidden = self.mlp_output(F.gelu(self.mlp_hidden(x), approximate="tanh"))
+        hidden = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
         normed: Tensor = self.mlp_norm(x + hidden)
         return normed
 
@@ -220,23 +220,23 @@ class NaiveTransformer(nn.Module):
     def __init__(self, task: Task) -> None:
         super().__init__()
         config = task.network
-        self.num_codes = config.num_codes
-        self.words = nn.Embedding(config.vocabulary_size, config.width)
-        self.positions = nn.Embedding(config.num_tokens + 1, config.width)
-        self.embedding_norm = nn.LayerNorm(config.width, eps=1e-12)
+        self.codebook_size = config.codebook_size
+        self.token_embedding = nn.Embedding(config.vocabulary_size, config.embed_dim)
+        self.position_embedding = nn.Embedding(config.num_tokens + 1, config.embed_dim)
+        self.embedding_norm = nn.LayerNorm(config.embed_dim, eps=1e-12)
         self.blocks = nn.ModuleList(NaiveBlock(task) for _ in range(config.depth))
-        self.head_dense = nn.Linear(config.width, config.width)
-        self.head_norm = nn.LayerNorm(config.width, eps=1e-12)
+        self.head_dense = nn.Linear(config.embed_dim, config.embed_dim)
+        self.head_norm = nn.LayerNorm(config.embed_dim, eps=1e-12)
         self.head_bias = nn.Parameter(torch.zeros(config.vocabulary_size))
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Returns logits (B, N, V) of tokens (B, N) int64 and labels (B,) int64."""
-        sequence = torch.cat([labels.unsqueeze(1) + self.num_codes, tokens], dim=1)
-        x = self.embedding_norm(self.words(sequence) + self.positions.weight)
+        sequence = torch.cat([labels.unsqueeze(1) + self.codebook_size, tokens], dim=1)
+        x = self.embedding_norm(self.token_embedding(sequence) + self.position_embedding.weight)
         for block in self.blocks:
             x = block(x)
         x = self.head_norm(F.gelu(self.head_dense(x), approximate="tanh"))
-        logits: Tensor = x @ self.words.weight.T + self.head_bias
+        logits: Tensor = x @ self.token_embedding.weight.T + self.head_bias
         return logits[:, 1:]
 
 
@@ -244,20 +244,19 @@ def naive_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns our weights, or their gradients, with the names of ``NaiveTransformer``."""
     found = {}
     for name, tensor in weights.items():
-        if "query_key_value" not in name:
+        if "qkv" not in name:
             found[name] = tensor
             continue
         # Our qkv projection stacks the three matrices along its rows.
         for part, third in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
-            found[name.replace("query_key_value", part)] = third
+            found[name.replace("qkv", part)] = third
     return found
 
 
 def naive(task: Task, precision: Precision) -> Plain:
     """Returns the plain step with the initial weights of ``Ours``."""
-    weights = naive_weights(
-        MaskedTransformer(task.network).state_dict()
-    )  # drawn first, as in ours: the same random numbers
+    # The first draw from the seed, as in ours, so that both start from the same weights.
+    weights = naive_weights(MaskedTransformer(task.network).state_dict())
     network = NaiveTransformer(task)
     network.load_state_dict(weights)
     mask_token_id = task.network.mask_token_id
@@ -278,19 +277,18 @@ class MuseClasses(nn.Module):
         from muse_maskgit_pytorch import MaskGitTransformer
         from transformers import T5Config
 
-        self.classes = nn.Embedding(task.num_classes, task.width)
+        self.classes = nn.Embedding(task.num_classes, task.embed_dim)
         with tempfile.TemporaryDirectory() as folder:
-            T5Config(d_model=task.width).save_pretrained(
-                folder
-            )  # otherwise it downloads the configuration of a text encoder
+            # Without this file, the peer downloads the configuration of a text encoder.
+            T5Config(d_model=task.embed_dim).save_pretrained(folder)
             self.transformer = MaskGitTransformer(
                 num_tokens=task.network.vocabulary_size - 1,  # the peer adds the mask token
                 seq_len=task.network.num_tokens,
-                dim=task.width,
+                dim=task.embed_dim,
                 depth=task.depth,
                 heads=task.num_heads,
-                dim_head=task.width // task.num_heads,
-                ff_mult=task.mlp_width // task.width,
+                dim_head=task.embed_dim // task.num_heads,
+                ff_mult=task.mlp_dim // task.embed_dim,
                 flash=False,  # on a CPU, its flash attention is slower and fails in bf16
                 t5_name=folder,
             )
@@ -337,10 +335,8 @@ def memory(name: str, task: Task, precision: Precision, threads: int) -> int | N
 
 def warm_up(step: Contender) -> tuple[float, int]:
     """Returns the loss of the first step and the FLOPs of its matrix products, including attention and backward."""
-    with (
-        FlopCounterMode(display=False) as counter,
-        sdpa_kernel(SDPBackend.MATH),
-    ):  # the counter supports only this kernel on CPU
+    # On CPU, the counter supports only the MATH kernel of attention.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         loss = float(step(Stopwatch()))
     step(Stopwatch())
     return loss, counter.get_total_flops()
@@ -472,7 +468,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = task.network
     print(f"{cpu_name()}, {arguments.threads} threads, torch {torch.__version__}, n = {arguments.repeats} rounds")
     print(
-        f"{task.depth} layers x {task.width}, MLP {task.mlp_width}, {task.num_heads} heads, {config.num_tokens + 1} "
+        f"{task.depth} layers x {task.embed_dim}, MLP {task.mlp_dim}, {task.num_heads} heads, {config.num_tokens + 1} "
         f"tokens, vocabulary {config.vocabulary_size}, batch {task.batch}, "
         f"{100 * float(task.mask().float().mean()):.0f} % of the tokens masked"
     )

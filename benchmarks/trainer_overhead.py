@@ -45,7 +45,9 @@ Callbacks = Literal["ours", "none"]
 
 TARGET = 1.0  # ms per step
 _WARM_UP = 20  # steps that are not counted
-_TOKENIZER = VQGANConfig(1, channels=8, multipliers=(1, 1), blocks_per_level=1, groups=2, num_codes=64, code_width=4)
+_TOKENIZER = VQGANConfig(
+    1, base_channels=8, channel_multipliers=(1, 1), num_res_blocks=1, num_groups=2, codebook_size=64, code_dim=4
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Task:
     """The sizes of the network and the batch: small, so that a millisecond is visible in a step."""
 
     steps: int = 400
-    width: int = 64
+    embed_dim: int = 64
     depth: int = 2
     batch: int = 16
     log_every: int = 25
@@ -64,9 +66,9 @@ class Task:
         values = {
             "data.global_batch": self.batch,
             "data.max_batch_per_device": self.batch,
-            "model.network.width": self.width,
+            "model.network.embed_dim": self.embed_dim,
             "model.network.depth": self.depth,
-            "model.network.mlp_width": 4 * self.width,
+            "model.network.mlp_dim": 4 * self.embed_dim,
             "trainer.max_steps": self.steps,
             "trainer.val_check_interval": 10 * self.steps,  # never: validation and checkpoints are not overhead
             "checkpoint_every": 10 * self.steps,
@@ -92,7 +94,7 @@ def write_data(folder: Path, task: Task) -> None:
     description = describe_store(
         folder / "shards",
         grid=tokenizer.grid,
-        num_codes=_TOKENIZER.num_codes,
+        codebook_size=_TOKENIZER.codebook_size,
         tokenizer=tokenizer.fingerprint,
         image_size=task.edge,
     )
@@ -301,7 +303,7 @@ def _same(module: nn.Module, other: nn.Module) -> bool:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures and prints the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    for name in ("steps", "width", "depth", "batch", "log_every"):
+    for name in ("steps", "embed_dim", "depth", "batch", "log_every"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(Task, name), help="(%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="(%(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="number of runs (%(default)s)")
@@ -309,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers and the environment to FILE")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    task = Task(args.steps, args.width, args.depth, args.batch, args.log_every)
+    task = Task(args.steps, args.embed_dim, args.depth, args.batch, args.log_every)
     print(f"{cpu_name()}, {args.threads} threads, torch {torch.__version__}, {task.steps} steps per run")
     measured = [
         row

@@ -53,8 +53,8 @@ def go_on(begun, monkeypatch, capsys):
 
 
 SIZES = {
-    "tokenizer": ("num_codes=32", "num_codes: 16 -> 32"),
-    "transformer": ("width=32", "width: 16 -> 32"),
+    "tokenizer": ("codebook_size=32", "codebook_size: 16 -> 32"),
+    "transformer": ("embed_dim=32", "embed_dim: 16 -> 32"),
 }
 LEARNING = {
     "tokenizer": [

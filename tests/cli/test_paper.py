@@ -137,7 +137,7 @@ def test_the_training_of_cas_is_set_by_flags_and_kept_apart(
 def test_figure_4_times_the_sizes_of_a_run_or_of_flags(runs: list[Path], tmp_path: Path) -> None:
     how = ["--results", tmp_path, "--device", "cpu", "--num-tokens", "4"]
     call("figure", 4, runs[0], *how)
-    call("figure", 4, *how, "--depth", 1, "--width", 16, "--num-heads", 2, "--mlp-width", 8, "--num-codes", 32)
+    call("figure", 4, *how, "--depth", 1, "--embed-dim", 16, "--num-heads", 2, "--mlp-dim", 8, "--codebook-size", 32)
     networks = {row["network"] for row in rows(tmp_path, "timing")}
     assert networks == {
         "1 layers x 16, MLP 32, 2 heads, 16 codes, 3 classes",

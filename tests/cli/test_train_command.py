@@ -89,7 +89,9 @@ def add_tokenizer(folder: Path, *, seed: int) -> None:
     """A pretrained tokenizer with weights of its own."""
     import torch
 
-    config = VQGANConfig(1, channels=8, multipliers=(1, 1), blocks_per_level=1, groups=2, num_codes=16, code_width=4)
+    config = VQGANConfig(
+        1, base_channels=8, channel_multipliers=(1, 1), num_res_blocks=1, num_groups=2, codebook_size=16, code_dim=4
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         save_tokenizer(folder, config, VQGAN(config).state_dict(), image_size=8)
@@ -273,7 +275,7 @@ def test_the_complete_recipe_is_printed_and_nothing_is_trained(train, runs):
         ("--model.mask_schedule=squar", ("unknown mask schedule 'squar'", "did you mean 'square'", "known: arccos")),
         ("--model.mask_schedule={name: pow, exponent: -1}", ("pow", "exponent", "-1")),
         ("--model.network.num_classes=4", ("num_classes", "has 3 classes", "got 4")),
-        ("--model.network.num_codes=8", ("model.network.num_codes: the tokenizer has 16, got 8",)),
+        ("--model.network.codebook_size=8", ("model.network.codebook_size: the tokenizer has 16, got 8",)),
         ("--data.source=pixels", ("source", "pixels")),
         ("--model.decoding.num_steps=99", ("num_steps: at most the 16 tokens", "99")),
         ("--model.decoding.guidance=liner", ("unknown guidance schedule 'liner'", "did you mean 'linear'")),
