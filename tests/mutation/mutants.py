@@ -554,7 +554,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ("full_state(self.averaged_network)", "full_state(self.transformer)"),
         ("if wanted != has:", "if wanted == has:"),
         ("decay=self.config.ema_decay, step=step)", "decay=self.config.ema_decay, step=10**9)"),
-        ("smoothing = self.config.label_smoothing", "smoothing = 0.0"),
+        ("smoothing=self.config.label_smoothing", "smoothing=0.0"),
         ("targets = tokens[mask]", "targets = tokens[mask].clamp(max=14)"),
         ("optimizer.zero_grad()  # Lightning would keep", "pass  # Lightning would keep"),
         ("for network in self._networks():", "for network in self._networks()[:1]:"),
