@@ -50,7 +50,7 @@ class AutoregressiveDecoder:
 
     def __post_init__(self) -> None:
         if self.num_tokens < 1:
-            raise ValueError(f"num_tokens: at least 1 is needed, got {self.num_tokens}")
+            raise ValueError(f"num_tokens must be >= 1, got {self.num_tokens}")
 
     @torch.no_grad()
     def steps(
