@@ -233,7 +233,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ("while len(self._known) > self.max_labels:", "while len(self._known) > 1:"),
         ("self._known.move_to_end(label)", "pass"),
         ("logits, self.logits = self.logits, None", "logits = self.logits"),
-        ("FirstStepPredictor(logits, for_calls(scales[1:]))", "FirstStepPredictor(logits, for_calls(scales))"),
+        ("FirstStepPredictor(logits, build_guided(scales[1:]))", "FirstStepPredictor(logits, build_guided(scales))"),
         ("scales and scales[0] > 0:", "scales:"),
         ("not any(scale > 0 for scale in scales)", "not all(scale > 0 for scale in scales)"),
         (
@@ -269,7 +269,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "decoding/test_selectors",
         ("return candidates.gumbel\n", "return candidates.drawn_log_probs\n"),
         ("_radical_inverse(point, 3)", "_radical_inverse(point, 5)"),
-        ("return -ranks[candidates.positions]", "return ranks[candidates.positions]"),
+        ("return -turns[candidates.positions]", "return turns[candidates.positions]"),
         ("order.roll(", "order.sort().values.roll("),
         ("(first - second).clamp(min=1e-20).log()", "first.clamp(min=1e-20).log()"),
         ("return -candidates.entropies", "return candidates.entropies"),
