@@ -105,7 +105,7 @@ demo-short: ## Run the demo from scratch with 60 steps a stage
 	@$(MAKE) --no-print-directory data
 	@$(MAKE) --no-print-directory train-tokenizer RUN=demo-short ARGS="$(SHORT)"
 	@$(MAKE) --no-print-directory train-transformer RUN=demo-short ARGS="$(SHORT)"
-	@$(MAKE) --no-print-directory evaluate RUN=demo-short ARGS="--num-samples 50 --features classifier"
+	@$(MAKE) --no-print-directory evaluate RUN=demo-short ARGS="--num-images 50 --features classifier"
 
 benchmark: $(STAMP) ## Run a benchmark against other implementations: NAME=stage2_step (benchmarks/README.md)
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/$(NAME).py $(ARGS)

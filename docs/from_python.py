@@ -1,6 +1,6 @@
-"""Everything from Python: checks, trains, evaluates, tunes and tabulates a small run: python from_python.py DATA.
+"""Checks, trains, evaluates and tunes a small run from Python, and prints Table 1: python from_python.py DATA.
 
-DATA is a data folder, such as the one that ``make data`` makes; everything is written below the working folder.
+DATA is a data folder, such as the one that ``make data`` writes. All output goes to the working folder.
 """
 
 import logging
@@ -16,30 +16,30 @@ logging.basicConfig(level="INFO", format="%(message)s")
 data = Path(sys.argv[1])
 short = {"trainer.max_steps": 20, "trainer.val_check_interval": 20, "data.validation_samples": 24}
 
-# Stage 1: a recipe is one tree of plain values. What would fail after an hour is found in seconds.
+# Stage 1. ``preflight`` finds in seconds what would otherwise fail after an hour of training.
 first = runs.Recipe.read("tokenizer", overrides=short)
 print(runs.preflight(first, run="notebook", data=data))
 tokenizer = runs.fit(first, run="notebook", data=data)
 print(tokenizer.folder, tokenizer.step, tokenizer.metrics)
 
-# Stage 2, on tokens that are made once.
+# Stage 2. The images are turned into tokens once; every run with this tokenizer uses them.
 second = runs.Recipe.read("transformer", names="cosine", overrides=short)
 runs.tokenize(second, run="notebook", data=data)
 transformer = runs.fit(second, run="notebook", data=data)
 print(transformer.folder, transformer.step, transformer.metrics)
 assert runs.fit(second, run="notebook", data=data).was_finished
 
-# Images, their measurements, and a better way to decode the same weights.
+# Generate an image, measure the model, and search for better decoding settings for the same weights.
 run = Path("runs/notebook")
 pipe = MaskGIT.from_pretrained(transformer.pretrained)
 pipe.generate(pipe.class_names[0], seed=0)[0].save("image.png")
-report = evaluation.evaluate(run, data=data, num_samples=30, features=["classifier"])
+report = evaluation.evaluate(run, data=data, num_images=30, features=["classifier"])
 Console().print(report.table())
 found = evaluation.tune(run, data=data, trials=2, num_images=30, options=evaluation.TuningOptions(plot=False))
 print(found.winner)
 
-# Table 1 of the paper, for these weights. A second call measures nothing: results/ledger.jsonl has it.
-options = reports.ReportOptions(data=data, num_samples=30, features=["classifier"], cas=None)
+# Table 1 of the paper for these weights. A second call measures nothing: results/ledger.jsonl has the numbers.
+options = reports.ReportOptions(data=data, num_images=30, features=["classifier"], cas=None)
 page = reports.table_1([run], options)
 print(page.markdown)
 print(*page.write(), sep="\n")

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["locked"]
+__all__ = ["hold_lock"]
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ _locks: set[int] = set()  # descriptors of the locks that this process holds
 
 
 @contextmanager
-def locked(target: Path, *, way_out: str, rank: int | None = None) -> Iterator[None]:
+def hold_lock(target: Path, *, hint: str, rank: int | None = None) -> Iterator[None]:
     """Holds a file or folder against other processes while it is written.
 
     The lock is ``flock`` on the file ``.NAME.lock`` beside the target, which is removed at the end. The kernel releases
@@ -32,7 +32,7 @@ def locked(target: Path, *, way_out: str, rank: int | None = None) -> Iterator[N
 
     Args:
         target: The file or folder; it need not exist.
-        way_out: What the user can do besides waiting, for the message.
+        hint: What the user can do besides waiting, for the message.
         rank: Of processes that share the work on the target; each has a lock of its own. None if it is not shared.
 
     Raises:
@@ -42,7 +42,7 @@ def locked(target: Path, *, way_out: str, rank: int | None = None) -> Iterator[N
     path = target.absolute().with_name(f".{name}.lock")
     new_folders = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = _take(path, target, way_out)
+    descriptor = _take(path, target, hint)
     if descriptor is not None:
         _locks.add(descriptor)
     try:
@@ -58,7 +58,7 @@ def locked(target: Path, *, way_out: str, rank: int | None = None) -> Iterator[N
                     folder.rmdir()
 
 
-def _take(path: Path, target: Path, way_out: str) -> int | None:
+def _take(path: Path, target: Path, hint: str) -> int | None:
     """Opens a lock file and locks it; None where there can be none."""
     while (descriptor := _open_lock(path)) is not None:
         try:
@@ -67,7 +67,7 @@ def _take(path: Path, target: Path, way_out: str) -> int | None:
             said = os.read(descriptor, 1000).decode(errors="replace")
             os.close(descriptor)
             holder = "".join(letter for letter in said if letter.isprintable()) or "another process"
-            raise ValueError(f"{target} is in use by {holder}; wait until it ends, or {way_out}") from error
+            raise ValueError(f"{target} is in use by {holder}; wait until it ends, or {hint}") from error
         except OSError:
             log.warning("%s: this file system has no locks; see to it that only one process writes to it", target)
             return descriptor

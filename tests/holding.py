@@ -11,9 +11,9 @@ from pathlib import Path
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from maskgit_pl.locks import locked
+from maskgit_pl.locks import hold_lock
 rank = int(sys.argv[3]) if sys.argv[3:] else None
-with locked(Path(sys.argv[1]), way_out="wait", rank=rank):
+with hold_lock(Path(sys.argv[1]), hint="wait", rank=rank):
     if sys.argv[2] == "fork":
         ready, started = os.pipe()
         if os.fork() == 0:

@@ -202,7 +202,7 @@ class Runs:
 
     def words(self, name: str, topology: Topology, *more: str) -> list[str]:
         """The command of a run."""
-        where = [f"--runs={self.runs}", f"--run={name}"]
+        where = [f"--runs-folder={self.runs}", f"--run={name}"]
         return ["train", *self.given, *where, *topology.words(self.global_batch), *more]
 
     def leg(

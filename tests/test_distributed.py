@@ -35,7 +35,8 @@ def words(stage: str, cluster: str, shards: Path, runs: Path, *more: str, tokeni
         del tiny["model"]["decoding"]  # steps that it has no use for
     named = ["--tokenizer", str(tokenizer)] if tokenizer else []
     return [
-        "train", stage, "--cluster", cluster, "--data", str(shards), "--runs", str(runs), "--run", cluster, *named,
+        "train", stage, "--cluster", cluster, "--data", str(shards), "--runs-folder", str(runs), "--run", cluster,
+        *named,
         *flags(tiny), *CLUSTERS[cluster], *more,
     ]  # fmt: skip
 

@@ -13,7 +13,7 @@ from maskgit_pl.editing import (
     box_mask,
     composite,
     first_step,
-    fitted,
+    fit_to_model,
     image_pixels,
     mask_pixels,
     parse_box,
@@ -270,7 +270,7 @@ def test_arrays_that_are_no_mask_are_refused(mask) -> None:
 def test_an_image_of_the_models_size_is_taken_as_it_is() -> None:
     image, mask = pixels(3, 8, 8), box_mask((1, 1, 3, 3), height=8, width=8)
     for fit in (False, True):
-        made, its_mask = fitted(image, mask, image_size=8, fit=fit)
+        made, its_mask = fit_to_model(image, mask, image_size=8, fit=fit)
         assert torch.equal(made, image)
         assert torch.equal(its_mask, mask)
 
@@ -279,33 +279,33 @@ def test_image_and_mask_are_cut_and_resized_alike() -> None:
     image = torch.zeros(1, 8, 20, dtype=torch.uint8)
     mask = box_mask((8, 2, 12, 4), height=8, width=20)
     image[0, mask] = 255
-    made, its_mask = fitted(image, mask, image_size=4, fit=True)
+    made, its_mask = fit_to_model(image, mask, image_size=4, fit=True)
     assert made.shape == (1, 4, 4)
     assert torch.equal(its_mask, mask_of("....", ".##.", "....", "...."))
     assert (made[0][its_mask] > 150).all()
-    larger, its_mask = fitted(image, mask, image_size=16, fit=True)
+    larger, its_mask = fit_to_model(image, mask, image_size=16, fit=True)
     assert torch.equal(its_mask, box_mask((4, 4, 12, 8), height=16, width=16))
     assert (larger[0][its_mask] > 100).all()
 
 
 def test_a_thin_mask_is_not_lost_when_it_shrinks() -> None:
     mask = box_mask((33, 0, 34, 64), height=64, width=64)
-    assert torch.equal(fitted(pixels(1, 64, 64), mask, image_size=4, fit=True)[1], mask_of(*["..#."] * 4))
+    assert torch.equal(fit_to_model(pixels(1, 64, 64), mask, image_size=4, fit=True)[1], mask_of(*["..#."] * 4))
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
     image = pixels(3, 6, 8)
     with pytest.raises(ValueError, match=r"image: the model's 8 x 8 pixels are needed, got 8 x 6; fit=True \(--fit\)"):
-        fitted(image, box_mask((0, 0, 1, 1), height=6, width=8), image_size=8, fit=False)
+        fit_to_model(image, box_mask((0, 0, 1, 1), height=6, width=8), image_size=8, fit=False)
     with pytest.raises(ValueError, match=r"mask of image 3: the image's 8 x 6 pixels are needed, got 6 x 8"):
-        fitted(image, box_mask((0, 0, 1, 1), height=8, width=6), image_size=8, fit=True, name="image 3")
+        fit_to_model(image, box_mask((0, 0, 1, 1), height=8, width=6), image_size=8, fit=True, name="image 3")
 
 
 def test_a_mask_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="something to generate is needed, got none"):
-        fitted(pixels(1, 8, 8), torch.zeros(8, 8, dtype=torch.bool), image_size=8, fit=False)
+        fit_to_model(pixels(1, 8, 8), torch.zeros(8, 8, dtype=torch.bool), image_size=8, fit=False)
     with pytest.raises(ValueError, match="all of it lies outside the square in the middle"):
-        fitted(pixels(1, 8, 20), box_mask((0, 0, 4, 8), height=8, width=20), image_size=8, fit=True)
+        fit_to_model(pixels(1, 8, 20), box_mask((0, 0, 4, 8), height=8, width=20), image_size=8, fit=True)
 
 
 # A canvas and its windows
@@ -315,7 +315,7 @@ def filled_by(unknown: torch.Tensor, *, size: tuple[int, int], overlap: float) -
     """(top, left, unknown tokens) of each window; checks that each is within the canvas and decodes nothing twice."""
     left, found = unknown.clone(), []
     for window in editing.windows(unknown, size=size, overlap=overlap):
-        part = left[window.of_rows[1:]]
+        part = left[window.index[1:]]
         assert part.shape == size
         assert torch.equal(part, window.unknown)
         found.append((window.top, window.left, int(part.sum())))
@@ -357,7 +357,7 @@ def test_windows_fill_any_canvas(shape, overlap):
 def test_margins_lay_an_image_on_its_canvas():
     added = editing.Margins(left=2, right=0, up=0, down=1)
     image = torch.arange(1, 7).reshape(1, 2, 3)
-    padded = added.padded(image, size=1)
+    padded = added.pad(image, size=1)
     assert padded.shape == (1, 3, 5)
     assert torch.equal(padded[0] == 0, added.outside(2, 3))
     assert torch.equal(padded[:, :2, 2:], image)

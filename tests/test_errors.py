@@ -27,7 +27,7 @@ def caught(call) -> BaseException:
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: checks.check_integer("--steps", "many", "[1, 8]"),
+        lambda: checks.check_integer("--num-steps", "many", "[1, 8]"),
         lambda: checks.build_dataclass(Path, 1, "config.json"),
         lambda: Path("/nowhere/at/all").read_text(),
         lambda: Path("/").read_text(),
@@ -59,7 +59,7 @@ def test_a_refusal_of_a_file_counts_whoever_calls(tmp_path):
         lambda: array("b", b"x").frombytes(3),
         lambda: list(zip([1], [], strict=True)),
         lambda: checks.did_you_mean("x", 3),
-        lambda: checks.check_integer("--steps", 3, "[one, two]"),  # a ValueError of float(), in our own file
+        lambda: checks.check_integer("--num-steps", 3, "[one, two]"),  # a ValueError of float(), in our own file
         lambda: {}["key"],
         lambda: [][0],
         lambda: None.name,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from maskgit_pl.locks import locked
+from maskgit_pl.locks import hold_lock
 from tests.holding import holder
 
 
@@ -15,14 +15,14 @@ def test_a_target_that_another_process_holds_is_refused_by_its_number_and_host(t
         rule = (
             rf"tokenizer is in use by process {other.pid} on {socket.gethostname()} since .*; wait .*, or name another"
         )
-        with pytest.raises(ValueError, match=rule), locked(target, way_out="name another"):
+        with pytest.raises(ValueError, match=rule), hold_lock(target, hint="name another"):
             pass
-        with locked(target, way_out="", rank=1):  # of those that share the work on it
+        with hold_lock(target, hint="", rank=1):  # of those that share the work on it
             pass
         assert other.stdin is not None
         other.stdin.close()
         assert other.wait() == 0
-    with locked(target, way_out=""):
+    with hold_lock(target, hint=""):
         assert os.listdir(target.parent) == [".tokenizer.lock"]
     assert os.listdir(tmp_path) == []  # the lock leaves nothing behind, folders that it made included
 
@@ -34,7 +34,7 @@ def test_a_killed_process_leaves_no_lock_that_blocks_even_if_its_children_live(t
         other.kill()
         other.wait()
         assert (tmp_path / ".tokens.lock").exists()
-        with locked(target, way_out=""):
+        with hold_lock(target, hint=""):
             pass
     assert os.listdir(tmp_path) == []
 
@@ -42,18 +42,18 @@ def test_a_killed_process_leaves_no_lock_that_blocks_even_if_its_children_live(t
 def test_what_a_lock_file_says_is_not_believed_and_printed_without_control_characters(tmp_path: Path) -> None:
     said = "process 1 on \x1b[31mmoon"
     (tmp_path / ".a.lock").write_text(said)
-    with locked(tmp_path / "a", way_out="x"):
+    with hold_lock(tmp_path / "a", hint="x"):
         (tmp_path / ".a.lock").write_text(said)
         with (
             pytest.raises(ValueError, match=r"in use by process 1 on \[31mmoon; wait"),
-            locked(tmp_path / "a", way_out=""),
+            hold_lock(tmp_path / "a", hint=""),
         ):
             pass
 
 
 def test_where_no_lock_file_can_be_made_nothing_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("maskgit_pl.locks._open_lock", lambda path: None)  # root may write to every folder
-    with locked(tmp_path / "a", way_out="x"), locked(tmp_path / "a", way_out="x"):
+    with hold_lock(tmp_path / "a", hint="x"), hold_lock(tmp_path / "a", hint="x"):
         assert os.listdir(tmp_path) == []
 
 
@@ -62,6 +62,6 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, caplog) -> N
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", refuse)
-    with locked(tmp_path / "a", way_out="x"):
+    with hold_lock(tmp_path / "a", hint="x"):
         pass
     assert "this file system has no locks" in caplog.text

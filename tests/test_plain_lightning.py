@@ -38,13 +38,14 @@ def module_of(kind: str, pretrained: Path) -> LightningModule:
     torch.manual_seed(0)
     if kind == "tokenizer":
         network = VQGANConfig(
-            1, channels=8, multipliers=(1,), blocks_per_level=1, middle_blocks=0, groups=4, num_codes=16, code_width=4,
+            1, base_channels=8, channel_multipliers=(1,), num_res_blocks=1, num_middle_blocks=0, num_groups=4,
+            codebook_size=16, code_dim=4,
             patch_size=2, quantizer="ema",
         )  # fmt: skip
         return tokenizer_model(network, image_size=8)
     attention = "causal" if kind == "autoregressive" else "bidirectional"
     network = TransformerConfig(
-        16, 3, (4, 4), width=16, depth=1, num_heads=2, mlp_width=32, dropout=0.1, attention=attention
+        16, 3, (4, 4), embed_dim=16, depth=1, num_heads=2, mlp_dim=32, dropout=0.1, attention=attention
     )
     model = autoregressive_model if kind == "autoregressive" else masked_model
     return model(network, pretrained / "tokenizer")

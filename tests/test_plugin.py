@@ -111,7 +111,7 @@ def test_without_the_package_the_name_is_unknown(workplace, tiny_shards, tiny_pr
 
 
 def test_the_table_of_schedules_shows_it(workplace):
-    done = maskgit(workplace, "schedules", "--schedule", "sine", "--num-tokens", 16, "--num-steps", 4)
+    done = maskgit(workplace, "schedules", "--schedules", "sine", "--num-tokens", 16, "--num-steps", 4)
     assert done.returncode == 0, done.stderr
     assert "sine" in done.stdout
 
@@ -133,7 +133,7 @@ def test_the_table_of_schedules_names_the_broken_ones_in_one_line_each(workplace
 
 @pytest.mark.parametrize("name", ["missing", "leaving"])
 def test_a_plugin_that_cannot_be_loaded_is_answered_in_one_line(workplace, name):
-    done = maskgit(workplace, "schedules", "--schedule", name)
+    done = maskgit(workplace, "schedules", "--schedules", name)
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr.startswith(f"maskgit schedules: mask schedule '{name}' cannot be loaded: ")
     assert done.stderr.count("\n") == 1

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pretrained import fingerprint, save_tokenizer, save_transformer
+from maskgit_pl.runs.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -35,11 +37,17 @@ BLOCKS = [block for page in RUN_IN_ORDER for block in python_blocks(page) if "pi
 
 
 def save_small_model(folder: Path) -> None:
-    """Random weights in the sizes of the default data: 28 px, 7 x 7 tokens, its ten classes."""
+    """Saves a model of the default data (28 px, 7 x 7 tokens, its ten classes) with random weights."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         vqgan = VQGANConfig(
-            1, channels=8, multipliers=(1, 1, 1), blocks_per_level=1, groups=2, num_codes=16, code_width=4
+            1,
+            base_channels=8,
+            channel_multipliers=(1, 1, 1),
+            num_res_blocks=1,
+            num_groups=2,
+            codebook_size=16,
+            code_dim=4,
         )
         tokenizer = VQGAN(vqgan)
         config = TransformerConfig(16, 10, (7, 7), 16, 1, 2, 32)
@@ -132,3 +140,18 @@ def test_the_map_of_the_documentation_names_every_page():
     named = {(ROOT / "docs" / target).resolve() for target in re.findall(r"\]\(([^)#:]+)", text)}
     pages = {page.resolve() for page in (ROOT / "docs").rglob("*.md")} - {ROOT / "docs/README.md"}
     assert pages - named == set()
+
+
+def flatten(tree: dict, prefix: str = "") -> dict[str, object]:
+    """Returns the values of a tree by their dotted keys."""
+    flat: dict[str, object] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def test_the_recipe_for_own_images_is_valid():
+    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/own-images.md").read_text(), re.DOTALL)
+    values = flatten(yaml.safe_load(block))
+    recipe = Recipe.read("tokenizer", dataset="mine", overrides=values)
+    assert {key: recipe.get(key) for key in values} == values

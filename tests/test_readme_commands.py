@@ -99,7 +99,7 @@ def test_a_command_of_a_page_is_one_that_there_is(line: str) -> None:
 
 @pytest.mark.slow
 def test_what_takes_seconds_is_run_in_order(tmp_path: Path) -> None:
-    """In a folder that has a small model in the place of the demo's run; the Python blocks run where they stand."""
+    """Runs the pages' commands and Python blocks in their order, on a small model that replaces the demo's."""
     save_small_model(tmp_path / "runs/fashion-mnist-cosine/pretrained")
     program = tmp_path / "maskgit"
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m maskgit_pl "$@"\n')
@@ -143,7 +143,7 @@ def test_the_readme_and_the_page_of_plug_ins_show_the_same_schedule() -> None:
 
 @pytest.mark.slow
 def test_the_plug_in_installs_as_printed(tmp_path: Path) -> None:
-    """Built and installed with pip into a folder of its own, without the network, and known by name immediately."""
+    """Builds the package and installs it with pip into its own folder, without the network."""
     project = re.search(r"```toml\n# pyproject\.toml\n(.*?)```", (ROOT / "docs/plug-ins.md").read_text(), re.DOTALL)
     assert project is not None
     package = tmp_path / "package"

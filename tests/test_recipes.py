@@ -60,7 +60,7 @@ def test_every_number_of_a_paper_recipe_has_its_source(stage, name):
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_a_transformer_recipe_builds_at_full_size(name):
     tree = merge(map(read_yaml, layers("transformer", name)))
-    sizes = {"num_codes": 256, "num_classes": 10, "grid": (7, 7), **tree["model"]["network"]}
+    sizes = {"codebook_size": 256, "num_classes": 10, "grid": (7, 7), **tree["model"]["network"]}
     with torch.device("meta"):
         network = build_transformer(TransformerConfig(**sizes))
     count = sum(parameter.numel() for parameter in network.parameters())

@@ -54,7 +54,7 @@ def test_sampling_writes_its_file(tiny_pretrained, tmp_path, stream, how):
 
 def training(shards: Path, folder: Path) -> list[str]:
     sizes = flags(yaml.safe_load((TINY / "tokenizer.yaml").read_text()))
-    return ["train", "tokenizer", f"--data={shards}", f"--runs={folder}", "--run=one", *sizes]
+    return ["train", "tokenizer", f"--data={shards}", f"--runs-folder={folder}", "--run=one", *sizes]
 
 
 @pytest.mark.slow

@@ -44,6 +44,27 @@ _COMMANDS = (
     ablation, paper, train_classifier, schedules, import_jax, import_taming,
 )  # fmt: skip
 
+_RENAMED_FLAGS = {  # flags of version 0.1.0 that have other names now
+    "--batch": "--batch-size",
+    "--cas-batch": "--cas-batch-size",
+    "--cas-samples": "--cas-images",
+    "--cas-steps": "--cas-max-steps",
+    "--flip": "--flip-probability",
+    "--guidance-schedule": "--guidance",
+    "--likelihood-samples": "--likelihood-images",
+    "--num-ranks": "--world-size",
+    "--num-samples": "--num-images",
+    "--part-samples": "--part-size",
+    "--plot": "--out",
+    "--runs": "--runs-folder",
+    "--schedule": "--schedules",
+    "--selector": "--token-selector",
+    "--size": "--image-size",
+    "--steps": "--num-steps",
+    "--temperature": "--choice-temperature",
+    "--workers": "--num-workers",
+}
+
 
 class _Parser(argparse.ArgumentParser):
     """A parser that takes no abbreviated flags; so are those of its commands."""
@@ -121,11 +142,21 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         if word.startswith("-") and word.endswith("=--"):  # argparse makes an empty list of it
             parser.exit(BAD_INPUT, f"maskgit: {word.removesuffix('=--')} must have a value, got '--'\n")
     args, rest = parser.parse_known_args([word for word in words if word != "--traceback"])
+    for flag in (word.partition("=")[0] for word in rest):
+        if flag in _RENAMED_FLAGS:
+            parser.exit(BAD_INPUT, f"maskgit {args.command}: {flag} is now {_new_flag(flag, args.command)}\n")
     if rest and not getattr(args, "takes_overrides", False):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.overrides = rest
     args.traceback = "--traceback" in words
     return args
+
+
+def _new_flag(flag: str, command: str) -> str:
+    """Returns the present name of a flag of version 0.1.0."""
+    if command == "train-classifier" and flag == "--steps":  # training steps; elsewhere they are decoding steps
+        return "--max-steps"
+    return _RENAMED_FLAGS[flag]
 
 
 def _run(args: argparse.Namespace) -> int:

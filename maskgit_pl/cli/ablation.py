@@ -6,8 +6,8 @@ import argparse
 import shlex
 from pathlib import Path
 
-from maskgit_pl.cli.flags import device_of, naming_flags
-from maskgit_pl.cli.measuring import add_report_arguments, report_options, show, wanted_steps
+from maskgit_pl.cli.evaluation_flags import add_report_arguments, read_num_steps_flag, read_report_flags, write_page
+from maskgit_pl.cli.flags import read_device_flag, use_flag_names
 from maskgit_pl.evaluation import reports
 from maskgit_pl.evaluation.pages import command_line
 from maskgit_pl.progress import progress_bars
@@ -42,9 +42,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Trains what is missing, measures what is missing, and writes."""
-    steps, options = wanted_steps(args), report_options(args)
+    steps, options = read_num_steps_flag(args), read_report_flags(args)
     if args.device is not None:  # before the first hour is spent, like the recipes
-        device_of(args)
+        read_device_flag(args)
     runs = train_schedules(
         [name.strip() for name in args.schedules.split(",") if name.strip()],
         names=args.recipe,
@@ -55,9 +55,9 @@ def run(args: argparse.Namespace) -> int:
         data=args.data,
         tokenizer=args.tokenizer,
     )
-    with naming_flags(args), progress_bars() as bars:
+    with use_flag_names(args), progress_bars() as bars:
         page = reports.table_3(runs, options, num_steps=steps, command=_command(args), bars=bars)
-    show(page)
+    write_page(page)
     return 0
 
 
@@ -67,7 +67,7 @@ def _command(args: argparse.Namespace) -> str:
         "dataset": args.dataset,
         "schedules": None if args.schedules == _SCHEDULES else args.schedules,
         "recipe": args.recipe or None,
-        "num_samples": args.num_samples,
+        "num_images": args.num_images,
         "num_steps": args.num_steps,
     }
     return " ".join([command_line(["maskgit ablation"], flags), shlex.join(args.overrides)]).rstrip()

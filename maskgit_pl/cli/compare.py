@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from maskgit_pl.cli.flags import check_at_least, naming_flags
-from maskgit_pl.cli.measuring import add_measured_run_arguments, measuring_flags, wanted_steps
+from maskgit_pl.cli.evaluation_flags import add_measured_run_arguments, read_measuring_flags, read_num_steps_flag
+from maskgit_pl.cli.flags import check_at_least, use_flag_names
 from maskgit_pl.flag_values import parse_spec, parse_specs
 from maskgit_pl.progress import progress_bars
 
@@ -31,14 +31,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument(
         "--num-steps",
-        "--steps",
         metavar="T,...",
         help="decoding steps, or a range (default: 4,8,16,32, as far as there are tokens)",
     )
     parser.add_argument("--num-images", type=int, default=1000, metavar="N", help="images a row (default: 1000)")
-    parser.add_argument(
-        "--guidance", metavar="S", help="a scale, or name or mapping of a guidance schedule (default: the model's own)"
+    guidance = parser.add_mutually_exclusive_group()
+    guidance.add_argument(
+        "--guidance", metavar="NAME", help="name or mapping of a guidance schedule (default: the model's own)"
     )
+    guidance.add_argument("--guidance-scale", type=float, metavar="X", help="scale of the model's guidance schedule")
     parser.add_argument(
         "--out",
         type=Path,
@@ -50,13 +51,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Measures what was not measured yet, writes, and prints a table."""
-    check_at_least(args, num_images=1, batch=1)
-    numbers = wanted_steps(args)
+    check_at_least(args, num_images=1, batch_size=1)
+    numbers = read_num_steps_flag(args)
     selectors = None if args.selectors == "all" else parse_specs("--selectors", args.selectors)
-    guidance = None if args.guidance is None else parse_spec("--guidance", args.guidance)
+    guidance = args.guidance_scale if args.guidance is None else parse_spec("--guidance", args.guidance)
     from maskgit_pl.evaluation import ComparisonOptions, compare
 
-    with naming_flags(args), progress_bars() as bars:
+    with use_flag_names(args), progress_bars() as bars:
         made = compare(
             args.folder,
             data=args.data,
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
             num_steps=numbers,
             num_images=args.num_images,
             out=args.out,
-            options=ComparisonOptions(**measuring_flags(args), guidance=guidance),
+            options=ComparisonOptions(**read_measuring_flags(args), guidance=guidance),
             bars=bars,
         )
     from rich.console import Console

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from maskgit_pl.cli.flags import check_outputs
-from maskgit_pl.locks import locked
+from maskgit_pl.locks import hold_lock
 from maskgit_pl.progress import named_bars
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def _add_make(commands: _Parsers[argparse.ArgumentParser]) -> None:
         "--val-fraction", type=float, default=0.1, metavar="F", help="val share of a source without val (default 0.1)"
     )
     make.add_argument(
-        "--size", type=int, metavar="PIXELS", help="crop to a square and resize (default: keep the files)"
+        "--image-size", type=int, metavar="PIXELS", help="crop to a square and resize (default: keep the files)"
     )
     make.add_argument("--shard-size", type=int, default=10_000, metavar="N", help="samples a shard (default 10000)")
     make.add_argument(
@@ -95,7 +95,7 @@ def _add_class_names(parser: argparse.ArgumentParser, when: str) -> None:
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--workers", type=int, metavar="N", help="processes (default: one a core, fewer for little data)"
+        "--num-workers", type=int, metavar="N", help="processes (default: one a core, fewer for little data)"
     )
 
 
@@ -113,7 +113,7 @@ def make(
     from maskgit_pl.shards.report import describe_data, unreadable_lines
     from maskgit_pl.shards.writer import make_shards
 
-    with locked(out, way_out="give another --out"), named_bars("samples") as advance:
+    with hold_lock(out, hint="give another --out"), named_bars("samples") as advance:
         made = make_shards(
             source,
             out,
@@ -133,7 +133,14 @@ def _make(args: argparse.Namespace) -> int:
 
     names = _class_names(args)
     source = open_source(args.source, classes=names, val_fraction=args.val_fraction, label_field=args.label_field)
-    make(source, args.out, size=args.size, shard_size=args.shard_size, lenient=args.lenient, workers=args.workers)
+    make(
+        source,
+        args.out,
+        size=args.image_size,
+        shard_size=args.shard_size,
+        lenient=args.lenient,
+        workers=args.num_workers,
+    )
     return 0
 
 
@@ -154,7 +161,7 @@ def _index(args: argparse.Namespace) -> int:
             classes=names,
             labels=labels,
             lenient=args.lenient,
-            workers=args.workers,
+            workers=args.num_workers,
             on_shard=lambda split, total: advance(split, 1, total),
         )
     print(describe_data(folder, read_manifest_summary(folder), "indexed"))
@@ -175,7 +182,7 @@ def _verify(args: argparse.Namespace) -> int:
         found = verify_shards(
             args.folder,
             decode=args.decode,
-            workers=args.workers,
+            workers=args.num_workers,
             on_shard=lambda split, total: advance(split, 1, total),
         )
     if found.bad:

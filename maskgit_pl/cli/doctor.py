@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from maskgit_pl import runs
-from maskgit_pl.cli.run_flags import add_run_arguments, folders_of, recipe_of
+from maskgit_pl.cli.run_flags import add_run_arguments, read_folder_flags, read_recipe_flags
 from maskgit_pl.errors import BAD_INPUT, is_user_error
 from maskgit_pl.estimates.gpus import GPUS
 from maskgit_pl.runs.machines import Machines
@@ -93,7 +93,7 @@ def _examine(console: Console, args: argparse.Namespace, machines: Machines) -> 
         console.file.flush()
 
     try:
-        recipe = recipe_of(args)
+        recipe = read_recipe_flags(args)
     except Exception as error:
         if not is_user_error(error):
             raise
@@ -101,7 +101,7 @@ def _examine(console: Console, args: argparse.Namespace, machines: Machines) -> 
         on_check(failed)
         return Preflight((failed,))
     # Imports torch and lightning, which takes seconds.
-    return runs.preflight(recipe, **folders_of(args, recipe), machines=machines, on_check=on_check)
+    return runs.preflight(recipe, **read_folder_flags(args, recipe), machines=machines, on_check=on_check)
 
 
 def _print_check(console: Console, check: Check) -> None:

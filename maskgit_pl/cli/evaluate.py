@@ -6,15 +6,15 @@ import argparse
 import os
 from pathlib import Path
 
-from maskgit_pl.cli.flags import check_at_least, check_outputs, naming_flags
-from maskgit_pl.cli.measuring import (
+from maskgit_pl.cli.evaluation_flags import (
     add_cas_arguments,
     add_feature_arguments,
     add_measured_run_arguments,
     add_worker_argument,
-    cas_flags,
-    measuring_flags,
+    read_cas_flags,
+    read_measuring_flags,
 )
+from maskgit_pl.cli.flags import check_at_least, check_outputs, use_flag_names
 from maskgit_pl.flag_values import parse_features
 from maskgit_pl.launcher import local_rank
 from maskgit_pl.progress import progress_bars
@@ -31,16 +31,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "speed; write evaluation.json and pictures. Several processes that torchrun starts share the work.",
     )
     add_measured_run_arguments(parser)
-    parser.add_argument(
-        "--num-samples", "--num-images", type=int, default=1000, metavar="N", help="images generated (default: 1000)"
-    )
-    parser.add_argument(
-        "--num-steps", "--steps", type=int, metavar="T", help="decoding steps (default: the model's own)"
-    )
+    parser.add_argument("--num-images", type=int, default=1000, metavar="N", help="images generated (default: 1000)")
+    parser.add_argument("--num-steps", type=int, metavar="T", help="decoding steps (default: the model's own)")
     add_feature_arguments(parser)
     parser.add_argument("--lpips", metavar="vgg=FILE", help="also LPIPS of the reconstructions; the backbone is vgg, "
                         "alex or squeeze")  # fmt: skip
-    parser.add_argument("--likelihood-samples", type=int, default=2000, metavar="N",
+    parser.add_argument("--likelihood-images", type=int, default=2000, metavar="N",
                         help="real images whose likelihood is measured (default: 2000)")  # fmt: skip
     parser.add_argument("--cas", action="store_true", help="also measure the classification accuracy score")
     add_cas_arguments(parser)
@@ -57,9 +53,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Measures, writes, and prints a table."""
-    check_at_least(args, num_samples=1, likelihood_samples=2, batch=1, num_workers=0)
+    check_at_least(args, num_images=1, likelihood_images=2, batch_size=1, num_workers=0)
     check_outputs(args, out=".json")
-    cas = cas_flags(args)
+    cas = read_cas_flags(args)
     features = parse_features(args.features)
     from maskgit_pl.evaluation import CASConfig, EvaluationOptions, evaluate
 
@@ -68,21 +64,21 @@ def run(args: argparse.Namespace) -> int:
 
         args.device = default_device(local_rank=local_rank())
     options = EvaluationOptions(
-        **measuring_flags(args),
+        **read_measuring_flags(args),
         num_workers=args.num_workers,
         num_steps=args.num_steps,
         reference=args.reference,
         lpips=args.lpips,
-        likelihood_samples=args.likelihood_samples,
+        likelihood_images=args.likelihood_images,
         cas=CASConfig(**cas) if args.cas and args.cas_model != "none" else None,
         resume=args.resume,
     )
     first = os.environ.get("RANK", "0") == "0"
-    with naming_flags(args), progress_bars(shown=first) as bars:
+    with use_flag_names(args), progress_bars(shown=first) as bars:
         report = evaluate(
             args.folder,
             data=args.data,
-            num_samples=args.num_samples,
+            num_images=args.num_images,
             features=features,
             out=args.out,
             options=options,

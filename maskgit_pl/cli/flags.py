@@ -16,21 +16,21 @@ __all__ = [
     "add_device_argument",
     "check_at_least",
     "check_outputs",
-    "device_of",
-    "flag_of",
-    "made_folder",
-    "naming_flags",
+    "format_flag",
+    "make_folder",
+    "read_device_flag",
+    "use_flag_names",
 ]
 
 FOLDER = ""  # in place of a file's ending
 
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
-    """Adds the flag that ``device_of`` reads."""
+    """Adds the flag that ``read_device_flag`` reads."""
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps ... (default: a GPU if there is one)")
 
 
-def device_of(args: argparse.Namespace, *, default: str | None = None) -> str:
+def read_device_flag(args: argparse.Namespace, *, default: str | None = None) -> str:
     """Returns the device that ``--device`` names, checked to be there; the default, or a GPU if there is one."""
     from maskgit_pl.devices import check_device, default_device
 
@@ -39,7 +39,7 @@ def device_of(args: argparse.Namespace, *, default: str | None = None) -> str:
     return str(check_device(args.device, name="--device"))
 
 
-def flag_of(name: str) -> str:
+def format_flag(name: str) -> str:
     """Returns the flag of a setting: ``--num-steps`` for ``num_steps``."""
     return f"--{name.replace('_', '-')}"
 
@@ -57,7 +57,7 @@ def check_at_least(args: argparse.Namespace, **least: int) -> None:
     for name, bound in least.items():
         value = getattr(args, name)
         if value is not None and not bound <= value < math.inf:
-            raise ValueError(f"{flag_of(name)}: at least {bound} is needed, got {value}")
+            raise ValueError(f"{format_flag(name)}: at least {bound} is needed, got {value}")
 
 
 def check_outputs(args: argparse.Namespace, **endings: str) -> None:
@@ -76,14 +76,14 @@ def check_outputs(args: argparse.Namespace, **endings: str) -> None:
         if path is None:
             continue
         if ending != FOLDER and path.suffix.lower() != ending:
-            raise ValueError(f"{flag_of(name)} must end in {ending}, got {path}")
+            raise ValueError(f"{format_flag(name)} must end in {ending}, got {path}")
         if path.absolute() in named:
-            raise ValueError(f"{flag_of(name)} must differ from {named[path.absolute()]}, got {path} for both")
-        named[path.absolute()] = flag_of(name)
-        check_writable(flag_of(name), path, is_folder=ending == FOLDER)
+            raise ValueError(f"{format_flag(name)} must differ from {named[path.absolute()]}, got {path} for both")
+        named[path.absolute()] = format_flag(name)
+        check_writable(format_flag(name), path, is_folder=ending == FOLDER)
 
 
-def made_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
     """Makes a folder that is not there, and says so."""
     if not folder.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ def made_folder(folder: Path) -> None:
 
 
 @contextmanager
-def naming_flags(args: argparse.Namespace) -> Iterator[None]:
+def use_flag_names(args: argparse.Namespace) -> Iterator[None]:
     """Makes a TypeError or ValueError that begins with a setting (``num_steps: ...``) begin with its flag."""
     try:
         yield
@@ -100,5 +100,5 @@ def naming_flags(args: argparse.Namespace) -> Iterator[None]:
         is_flag = name in args and not callable(getattr(args, name))  # ``run`` is the command itself
         if not is_flag:  # the error is of something else, and stays as it was raised
             raise
-        text = flag_of(name) + str(error).removeprefix(name)
+        text = format_flag(name) + str(error).removeprefix(name)
         raise (TypeError if isinstance(error, TypeError) else ValueError)(text) from error

@@ -23,7 +23,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--transformer", type=Path, metavar="FILE", help="e.g. maskgit_imagenet256_checkpoint")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the pretrained folder")
     parser.add_argument(
-        "--size",
+        "--image-size",
         type=int,
         metavar="256|512",
         help="edge of the images in px (default: what the transformer's grid says; 256 without a transformer)",
@@ -46,5 +46,7 @@ def run(args: argparse.Namespace) -> int:
     class_names = None if args.class_names is None else read_class_names(args.class_names)
     from maskgit_pl.importers.released import import_jax
 
-    import_jax(args.tokenizer, args.out, transformer=args.transformer, image_size=args.size, class_names=class_names)
+    import_jax(
+        args.tokenizer, args.out, transformer=args.transformer, image_size=args.image_size, class_names=class_names
+    )
     return 0

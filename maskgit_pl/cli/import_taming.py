@@ -17,7 +17,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="pretrained folder: DIR/tokenizer is made"
     )
-    parser.add_argument("--size", type=int, default=256, metavar="PIXELS", help="edge of the images (default: 256)")
+    parser.add_argument(
+        "--image-size", type=int, default=256, metavar="PIXELS", help="edge of the images (default: 256)"
+    )
     parser.set_defaults(run=run)
 
 
@@ -25,9 +27,9 @@ def run(args: argparse.Namespace) -> int:
     """Imports, and prints what was written."""
     check_out(args.out)
     torch_file(args.file)
-    if args.size < 1:
-        raise ValueError(f"--size: at least 1 is needed, got {args.size}")
+    if args.image_size < 1:
+        raise ValueError(f"--image-size: at least 1 is needed, got {args.image_size}")
     from maskgit_pl.importers.taming import import_taming
 
-    print(import_taming(args.file, args.out, image_size=args.size).report(args.size))
+    print(import_taming(args.file, args.out, image_size=args.image_size).report(args.image_size))
     return 0

@@ -6,11 +6,11 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from maskgit_pl.cli.decoding import add_decoding_arguments, check_seed_and_batch, decoding_of
-from maskgit_pl.cli.editing import add_variant_arguments, captions, edit_options
-from maskgit_pl.cli.flags import check_at_least, check_outputs, naming_flags
+from maskgit_pl.cli.decoding_flags import add_decoding_arguments, check_seed_and_batch, read_decoding_flags
+from maskgit_pl.cli.edit_flags import add_variant_arguments, make_captions, read_edit_flags
+from maskgit_pl.cli.flags import check_at_least, check_outputs, use_flag_names
 from maskgit_pl.cli.model import add_model_argument, find_model, open_pipe
-from maskgit_pl.cli.outputs import PICTURES, add_output_arguments, recorded_steps, wants_decoding, write_generated
+from maskgit_pl.cli.outputs import PICTURES, add_output_arguments, record_steps, wants_decoding, write_generated
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     size, name = outline.image_size, f"image {args.image}"
     editing.check_fits(header.height, header.width, image_size=size, fit=args.fit, name=name)
     outline.check_parallel("inpaint")
-    decoding = decoding_of(args, outline)
+    decoding = read_decoding_flags(args, outline)
     from maskgit_pl.imaging import edit_sheet
 
     image = editing.image_pixels(args.image, channels=outline.channels)
@@ -67,16 +67,16 @@ def run(args: argparse.Namespace) -> int:
         if box is None
         else editing.box_mask(box, height=header.height, width=header.width)
     )
-    image, mask = editing.fitted(image, mask, image_size=size, fit=args.fit, name=name)
+    image, mask = editing.fit_to_model(image, mask, image_size=size, fit=args.fit, name=name)
     pipe = open_pipe(folder, args)
-    with recorded_steps("inpainting", is_recording=wants_decoding(args)) as (after_step, steps):
+    with record_steps("inpainting", is_recording=wants_decoding(args)) as (after_step, steps):
         made = pipe.inpaint(
-            image, mask, output_type="pt", callback=after_step, decoding=decoding, **edit_options(args, label)
+            image, mask, output_type="pt", callback=after_step, decoding=decoding, **read_edit_flags(args, label)
         )
     variants = cast("Tensor", made)  # as "pt" says
     unknown = editing.token_mask(mask, factor=outline.token_size, dilation=args.dilation)
     region = editing.pixel_region(unknown, factor=outline.token_size, height=size, width=size)
-    described, texts = outline.describe_class(label), captions(args)
+    described, texts = outline.describe_class(label), make_captions(args)
     title = f"{args.image.name}: {described}"
     sheet = edit_sheet(image, variants, mask=mask, region=region, title=title, captions=texts)
     said = f"{len(variants)} variants of {described}, {int(unknown.sum())} of {unknown.numel()} tokens generated"
@@ -96,7 +96,7 @@ def _read_region(args: argparse.Namespace) -> tuple[ImageHeader, list[int] | Non
     if args.box is None:
         check_mask_file(args.mask, image)
         return image, None
-    with naming_flags(args):
+    with use_flag_names(args):
         box = parse_box(args.box, height=image.height, width=image.width)
         check_box(box, height=image.height, width=image.width)
     return image, box

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maskgit_pl.cli.flags import device_of
+from maskgit_pl.cli.flags import read_device_flag
 
 if TYPE_CHECKING:
     from maskgit_pl.pipeline import MaskGIT
@@ -51,8 +51,8 @@ def open_pipe(folder: Path, args: argparse.Namespace, *, device: str | None = No
         args: The flags of ``decoding.add_decoding_arguments``.
         device: Default in place of the usual one.
     """
-    place = device_of(args, default="cpu" if args.int8 else device)
+    place = read_device_flag(args, default="cpu" if args.int8 else device)
     from maskgit_pl.pipeline import MaskGIT
 
     pipe = MaskGIT.from_pretrained(folder).to(place)
-    return pipe.quantized() if args.int8 else pipe
+    return pipe.quantize() if args.int8 else pipe

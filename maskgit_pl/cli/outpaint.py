@@ -6,17 +6,17 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from maskgit_pl.cli.decoding import add_decoding_arguments, check_seed_and_batch, decoding_of
-from maskgit_pl.cli.editing import (
+from maskgit_pl.cli.decoding_flags import add_decoding_arguments, check_seed_and_batch, read_decoding_flags
+from maskgit_pl.cli.edit_flags import (
     add_overlap_argument,
     add_variant_arguments,
-    captions,
     check_overlap_flag,
-    edit_options,
+    make_captions,
+    read_edit_flags,
 )
-from maskgit_pl.cli.flags import check_at_least, check_outputs, naming_flags
+from maskgit_pl.cli.flags import check_at_least, check_outputs, use_flag_names
 from maskgit_pl.cli.model import add_model_argument, find_model, open_pipe
-from maskgit_pl.cli.outputs import PICTURES, add_output_arguments, recorded_steps, wants_decoding, write_generated
+from maskgit_pl.cli.outputs import PICTURES, add_output_arguments, record_steps, wants_decoding, write_generated
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,22 +55,22 @@ def run(args: argparse.Namespace) -> int:
     header = editing.read_image_header(args.image)
     folder, outline = find_model(args)
     label = outline.parse_class(args.class_)
-    with naming_flags(args):
+    with use_flag_names(args):
         added.check((header.height, header.width), factor=outline.token_size, least=outline.image_size)
     outline.check_parallel("outpaint")
-    decoding = decoding_of(args, outline)
+    decoding = read_decoding_flags(args, outline)
     from maskgit_pl.imaging import edit_sheet
 
     image = editing.image_pixels(args.image, channels=outline.channels)
     pipe = open_pipe(folder, args)
-    options = {**dict(zip(_SIDES, added.sides, strict=True)), **edit_options(args, label)}
-    with recorded_steps("outpainting", is_recording=wants_decoding(args)) as (after_step, steps):
+    options = {**dict(zip(_SIDES, added.sides, strict=True)), **read_edit_flags(args, label)}
+    with record_steps("outpainting", is_recording=wants_decoding(args)) as (after_step, steps):
         made = pipe.outpaint(
             image, overlap=args.overlap, output_type="pt", callback=after_step, decoding=decoding, **options
         )
     variants = cast("Tensor", made)  # as "pt" says
-    outside, original = added.outside(header.height, header.width), added.padded(image, size=1)
-    described, texts = outline.describe_class(label), captions(args)
+    outside, original = added.outside(header.height, header.width), added.pad(image, size=1)
+    described, texts = outline.describe_class(label), make_captions(args)
     title = f"{args.image.name}: {described}"
     sheet = edit_sheet(original, variants, mask=outside, region=outside, title=title, captions=texts)
     said = f"{len(variants)} variants of {described}, {variants.shape[-1]} x {variants.shape[-2]} pixels"

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maskgit_pl.cli.flags import FOLDER, made_folder
+from maskgit_pl.cli.flags import FOLDER, make_folder
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from maskgit_pl.decoding import DecodingStep
     from maskgit_pl.pipeline import MaskGIT
 
-__all__ = ["PICTURES", "add_output_arguments", "recorded_steps", "wants_decoding", "write_generated"]
+__all__ = ["PICTURES", "add_output_arguments", "record_steps", "wants_decoding", "write_generated"]
 
 PICTURES = {"out": ".png", "gif": ".gif", "filmstrip": ".png", "images": FOLDER}  # for ``check_outputs``
 
@@ -47,7 +47,7 @@ def wants_decoding(args: argparse.Namespace) -> bool:
 
 
 @contextmanager
-def recorded_steps(
+def record_steps(
     title: str, *, is_recording: bool, total: int | None = None
 ) -> Iterator[tuple[Callable[[DecodingStep], None], list[DecodingStep]]]:
     """Shows progress, and records the steps of the first images.
@@ -101,20 +101,20 @@ def write_generated(
     """
     from maskgit_pl.imaging import save_animation, save_filmstrip, save_images, save_png
 
-    made_folder(args.out.parent)
+    make_folder(args.out.parent)
     save_png(sheet, args.out)
     print(f"{args.out}: {said}")
     if args.images is not None:
-        made_folder(args.images)
+        make_folder(args.images)
         save_images(images, labels, args.images, seed=args.seed)
         print(f"{args.images}: {len(images)} files")
     grid = pipe.tokenizer.network.config.grid((images.shape[-2], images.shape[-1]))
     decode = partial(pipe.tokenizer.decode, grid=grid)
     if args.gif is not None:
-        made_folder(args.gif.parent)
+        make_folder(args.gif.parent)
         save_animation(steps, decode, args.gif, grid=grid, captions=captions)
         print(f"{args.gif}: how {len(steps[0].tokens)} of them are decoded")
     if args.filmstrip is not None:
-        made_folder(args.filmstrip.parent)
+        make_folder(args.filmstrip.parent)
         save_filmstrip(steps, decode, args.filmstrip, grid=grid)
         print(f"{args.filmstrip}: how the first of them is decoded")

@@ -6,18 +6,18 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from maskgit_pl.cli.decoding import add_decoding_arguments, check_seed_and_batch, decoding_of
-from maskgit_pl.cli.editing import add_overlap_argument, check_overlap_flag
-from maskgit_pl.cli.flags import check_outputs, naming_flags
+from maskgit_pl.cli.decoding_flags import add_decoding_arguments, check_seed_and_batch, read_decoding_flags
+from maskgit_pl.cli.edit_flags import add_overlap_argument, check_overlap_flag
+from maskgit_pl.cli.flags import check_outputs, use_flag_names
 from maskgit_pl.cli.model import add_classes_argument, add_model_argument, find_model, open_pipe
-from maskgit_pl.cli.outputs import PICTURES, add_output_arguments, recorded_steps, wants_decoding, write_generated
+from maskgit_pl.cli.outputs import PICTURES, add_output_arguments, record_steps, wants_decoding, write_generated
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["add_parser", "run"]
 
-_COMFORTABLE = 84  # pixels: small pictures are shown as large as in the other sheets
+_TILE_SIZE = 84  # pixels: small pictures are shown as large as in the other sheets
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -43,14 +43,14 @@ def run(args: argparse.Namespace) -> int:
     from maskgit_pl.editing import check_canvas
 
     height = outline.image_size if args.height is None else args.height
-    with naming_flags(args):
+    with use_flag_names(args):
         check_canvas(height, args.width, factor=outline.token_size, least=outline.image_size)
     outline.check_parallel("panorama")
-    decoding = decoding_of(args, outline)
+    decoding = read_decoding_flags(args, outline)
     from maskgit_pl.imaging import image_grid
 
     pipe = open_pipe(folder, args)
-    with recorded_steps("panorama", is_recording=wants_decoding(args)) as (after_step, steps):
+    with record_steps("panorama", is_recording=wants_decoding(args)) as (after_step, steps):
         made = pipe.panorama(
             labels,
             args.width,
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         )
     images = cast("Tensor", made)  # as "pt" says
     names = [outline.class_names[label] for label in labels]
-    scale = max(1, _COMFORTABLE // height)
+    scale = max(1, _TILE_SIZE // height)
     sheet = image_grid(images, columns=1, row_captions=names, scale=scale)
     said = f"{len(images)} images of {args.width} x {height} pixels"
     write_generated(pipe, images, args, sheet=sheet, said=said, labels=labels, steps=steps, captions=names)

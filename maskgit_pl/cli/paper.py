@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from maskgit_pl.cli.flags import check_at_least, flag_of, naming_flags
-from maskgit_pl.cli.measuring import (
+from maskgit_pl.cli.evaluation_flags import (
     add_cas_arguments,
     add_report_arguments,
-    cas_flags,
-    report_options,
-    show,
-    wanted_steps,
+    read_cas_flags,
+    read_num_steps_flag,
+    read_report_flags,
+    write_page,
 )
+from maskgit_pl.cli.flags import check_at_least, format_flag, use_flag_names
 from maskgit_pl.evaluation import reports
 from maskgit_pl.flag_values import parse_numbers
 from maskgit_pl.progress import progress_bars
@@ -21,7 +21,7 @@ from maskgit_pl.progress import progress_bars
 __all__ = ["add_parser", "run_figure", "run_table"]
 
 _NUM_TOKENS = "16,64,256,1024"
-_SIZES = ("depth", "width", "num_heads", "mlp_width", "num_codes")
+_SIZES = ("depth", "embed_dim", "num_heads", "mlp_dim", "codebook_size")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -37,9 +37,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     _add_runs(table)
     add_report_arguments(table)
     add_cas_arguments(table)
-    table.add_argument(
-        "--cas-samples", type=int, metavar="N", help="images it is trained on (default: as --num-samples)"
-    )
+    table.add_argument("--cas-images", type=int, metavar="N", help="images it is trained on (default: as --num-images)")
     table.add_argument("--num-steps", metavar="T,...", help="of Table 3 (default: 2,3,4,6,8,12,16,24, up to N/2)")
     table.set_defaults(run=run_table)
 
@@ -57,7 +55,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     figure.add_argument("--num-tokens", metavar="N,...", default=_NUM_TOKENS, help="of Figure 4 (default: "
                         f"{_NUM_TOKENS})")  # fmt: skip
     for name in _SIZES:
-        figure.add_argument(flag_of(name), type=int, metavar="N", help="of Figure 4's transformer "
+        figure.add_argument(format_flag(name), type=int, metavar="N", help="of Figure 4's transformer "
                             "(default: the run's, or one small enough for a CPU)")  # fmt: skip
     figure.set_defaults(run=run_figure)
 
@@ -70,29 +68,29 @@ def _add_runs(parser: argparse.ArgumentParser) -> None:
 
 def run_table(args: argparse.Namespace) -> int:
     """Measures what is missing, and writes the table."""
-    steps = wanted_steps(args)
-    check_at_least(args, cas_samples=1)
-    how = cas_flags(args)
+    steps = read_num_steps_flag(args)
+    check_at_least(args, cas_images=1)
+    how = read_cas_flags(args)
     from maskgit_pl.evaluation import CASConfig
 
     cas = None if args.cas_model == "none" else CASConfig(**how)
-    options = report_options(args, cas=cas, cas_samples=args.cas_samples)
-    with naming_flags(args), progress_bars() as bars:
+    options = read_report_flags(args, cas=cas, cas_images=args.cas_images)
+    with use_flag_names(args), progress_bars() as bars:
         if args.number == 1:
             page = reports.table_1(args.runs, options, bars=bars)
         elif args.number == 2:
             page = reports.table_2(args.runs, options, bars=bars)
         else:
             page = reports.table_3(args.runs, options, num_steps=steps, bars=bars)
-    show(page)
+    write_page(page)
     return 0
 
 
 def run_figure(args: argparse.Namespace) -> int:
     """Measures what is missing, and draws."""
     if args.number == 8:
-        steps, options = wanted_steps(args), report_options(args)
-        with naming_flags(args), progress_bars() as bars:
+        steps, options = read_num_steps_flag(args), read_report_flags(args)
+        with use_flag_names(args), progress_bars() as bars:
             page = reports.figure_8(args.runs, options, num_steps=steps, bars=bars)
     else:
         if len(args.runs) > 1:
@@ -101,7 +99,7 @@ def run_figure(args: argparse.Namespace) -> int:
         check_at_least(args, **dict.fromkeys(_SIZES, 1))
         sizes = {name: getattr(args, name) for name in _SIZES if getattr(args, name) is not None}
         timed = reports.TimingOptions(numbers, sizes, args.results, args.device)
-        with naming_flags(args), progress_bars() as bars:
+        with use_flag_names(args), progress_bars() as bars:
             page = reports.figure_4(next(iter(args.runs), None), timed, bars=bars)
-    show(page)
+    write_page(page)
     return 0

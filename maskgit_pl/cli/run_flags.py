@@ -9,7 +9,7 @@ from typing import TypedDict
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.recipe_files import DEFAULT_DATASET
 
-__all__ = ["WantedFolders", "add_run_arguments", "folders_of", "recipe_of"]
+__all__ = ["WantedFolders", "add_run_arguments", "read_folder_flags", "read_recipe_flags"]
 
 
 class WantedFolders(TypedDict):
@@ -29,14 +29,14 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, help="its shards (default: data/shards/DATASET)")
     parser.add_argument("--cluster", default="single", help="file of recipes/cluster (default: single)")
     parser.add_argument("--run", dest="run_name", help="name of the run folder (default: DATASET-RECIPE)")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders are (default: runs)")
+    parser.add_argument("--runs-folder", type=Path, default=Path("runs"), help="where run folders are (default: runs)")
     parser.add_argument("--tokenizer", type=Path, help="pretrained tokenizer folder (default: the run's own)")
     parser.add_argument(
         "--pretrained", type=Path, metavar="DIR", help="pretrained folder whose weights a run begins from"
     )
 
 
-def recipe_of(args: argparse.Namespace) -> Recipe:
+def read_recipe_flags(args: argparse.Namespace) -> Recipe:
     """Reads the recipe of a run safely: its files and flags, or those of an earlier run with ``--config``.
 
     Raises:
@@ -52,7 +52,7 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
     return Recipe.from_run(args.stage, args.config, args.overrides)
 
 
-def folders_of(args: argparse.Namespace, recipe: Recipe) -> WantedFolders:
+def read_folder_flags(args: argparse.Namespace, recipe: Recipe) -> WantedFolders:
     """Returns the folders that the words name; the run's default name is the recipe's."""
-    run = args.runs / (args.run_name or recipe.run_name)
+    run = args.runs_folder / (args.run_name or recipe.run_name)
     return WantedFolders(run=run, data=args.data, tokenizer=args.tokenizer, pretrained=args.pretrained)

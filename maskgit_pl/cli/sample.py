@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from maskgit_pl.cli.decoding import add_decoding_arguments, check_seed_and_batch, decoding_of
-from maskgit_pl.cli.flags import check_at_least, check_outputs, flag_of, made_folder, naming_flags
+from maskgit_pl.cli.decoding_flags import add_decoding_arguments, check_seed_and_batch, read_decoding_flags
+from maskgit_pl.cli.flags import check_at_least, check_outputs, format_flag, make_folder, use_flag_names
 from maskgit_pl.cli.model import add_classes_argument, add_model_argument, find_model, open_pipe
-from maskgit_pl.cli.outputs import PICTURES, add_output_arguments, recorded_steps, wants_decoding, write_generated
+from maskgit_pl.cli.outputs import PICTURES, add_output_arguments, record_steps, wants_decoding, write_generated
 from maskgit_pl.launcher import launcher_rank, local_rank
-from maskgit_pl.locks import locked
+from maskgit_pl.locks import hold_lock
 from maskgit_pl.progress import progress_bars
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     max_shown = _MAX_CLASSES if bulk is None else len(outline.class_names)
     labels = outline.parse_classes(args.classes, max_shown=max_shown)
     negative = None if args.negative_class is None else outline.parse_class(args.negative_class)
-    decoding = decoding_of(args, outline, has_negative_class=negative is not None)
+    decoding = read_decoding_flags(args, outline, has_negative_class=negative is not None)
     if bulk is None:
         _generate_picture(open_pipe(folder, args), labels, negative, decoding, args)
         return 0
@@ -82,7 +82,7 @@ def _bulk_options(args: argparse.Namespace) -> dict[str, int]:
     """Returns the options of ``generate_many`` that the flags say, checked."""
     for flag in ("per_class", "images", "gif", "filmstrip"):
         if getattr(args, flag) is not None:
-            raise ValueError(f"{flag_of(flag)}: it does not go with --num-images; leave one of them out")
+            raise ValueError(f"{format_flag(flag)}: it does not go with --num-images; leave one of them out")
     if (args.rank is None) != (args.world_size is None):
         raise ValueError("--rank, --world-size: both are needed, or neither, got one")
     if args.rank is None:
@@ -93,7 +93,7 @@ def _bulk_options(args: argparse.Namespace) -> dict[str, int]:
     from maskgit_pl.pipeline.bulk_plan import BulkOptions
 
     options = {name: getattr(args, name) for name in _BULK}
-    with naming_flags(args):
+    with use_flag_names(args):
         BulkOptions(**options)
     return options
 
@@ -103,8 +103,8 @@ def _generate_bulk(pipe: MaskGIT, out: Path, options: dict[str, Any]) -> None:
     from maskgit_pl.pipeline.bulk import generate_many
 
     advance: list[Callable[[int], None]] = []  # of the bar, once it is known how many images there are
-    made_folder(out.parent)
-    lock = locked(out, way_out="name another --out", rank=options["rank"])
+    make_folder(out.parent)
+    lock = hold_lock(out, hint="name another --out", rank=options["rank"])
     with lock, progress_bars() as bars:
         result = generate_many(
             pipe,
@@ -133,7 +133,7 @@ def _generate_picture(
     per_class = args.per_class or _PER_CLASS
     labels = [label for label in classes for _ in range(per_class)]
     total = -(-len(labels) // args.batch_size) * decoding.num_steps
-    with recorded_steps("sampling", is_recording=False, total=total) as (after_step, _):
+    with record_steps("sampling", is_recording=False, total=total) as (after_step, _):
         images = pipe.generate(
             labels,
             output_type="pt",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from maskgit_pl.cli.flags import check_at_least, check_outputs, made_folder, naming_flags
+from maskgit_pl.cli.flags import check_at_least, check_outputs, make_folder, use_flag_names
+from maskgit_pl.flag_values import parse_specs
 
 if TYPE_CHECKING:
     from maskgit_pl.schedules import MaskSchedule
@@ -21,24 +21,23 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--num-tokens", type=int, default=256, metavar="N", help="tokens of an image (default: 256)")
     parser.add_argument("--num-steps", type=int, default=8, metavar="T", help="decoding steps (default: 8)")
     parser.add_argument(
-        "--schedule",
-        nargs="+",
-        metavar="NAME",
-        help="""names, or mappings such as '{"name": "pow", "exponent": 3}' (default: every one without arguments)""",
+        "--schedules",
+        metavar="A,B,...",
+        help="names, or mappings such as '{name: pow, exponent: 3}' (default: every schedule without arguments)",
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the mask ratio against progress")
+    parser.add_argument("--out", type=Path, metavar="FILE.png", help="draw the mask ratio against progress")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the table, and draws the figure if it is asked for."""
     check_at_least(args, num_tokens=1, num_steps=1)
-    check_outputs(args, plot=".png")
+    check_outputs(args, out=".png")
     from maskgit_pl.decoding.limits import check_num_steps
 
-    with naming_flags(args):
+    with use_flag_names(args):
         check_num_steps(args.num_steps, args.num_tokens)
-    schedules = _schedules(args.schedule)
+    schedules = _schedules(args.schedules)
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -55,28 +54,18 @@ def run(args: argparse.Namespace) -> int:
         known = count_known_tokens(schedule, num_tokens=args.num_tokens, num_steps=args.num_steps)
         table.add_row(escape(printable(name)), *map(str, known))
     Console().print(table)
-    if args.plot is not None:
-        made_folder(args.plot.parent)
-        with write_atomically(args.plot) as stream:
+    if args.out is not None:
+        make_folder(args.out.parent)
+        with write_atomically(args.out) as stream:
             stream.write(draw_schedules(schedules, num_tokens=args.num_tokens))
-        print(f"{args.plot}: mask ratio of {len(schedules)} schedules")
+        print(f"{args.out}: mask ratio of {len(schedules)} schedules")
     return 0
 
 
-def _schedules(wanted: list[str] | None) -> dict[str, MaskSchedule]:
+def _schedules(wanted: str | None) -> dict[str, MaskSchedule]:
     from maskgit_pl.registry import describe
     from maskgit_pl.schedules import mask_schedules
 
-    if wanted is not None:
-        return {describe(spec): mask_schedules.build(spec) for spec in map(_spec, wanted)}
-    return mask_schedules.build_all()
-
-
-def _spec(word: str) -> str | dict[str, Any]:
-    if not word.lstrip().startswith("{"):
-        return word
-    try:
-        spec: dict[str, Any] = json.loads(word)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--schedule {word}: a name or a JSON mapping is needed ({error})") from error
-    return spec
+    if wanted is None:
+        return mask_schedules.build_all()
+    return {describe(spec): mask_schedules.build(spec) for spec in parse_specs("--schedules", wanted)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 
-from maskgit_pl.cli.run_flags import add_run_arguments, folders_of, recipe_of
+from maskgit_pl.cli.run_flags import add_run_arguments, read_folder_flags, read_recipe_flags
 from maskgit_pl.runs.job_options import JobOptions
 from maskgit_pl.runs.slurm import check_submission, plan_submission, submit
 
@@ -61,8 +61,8 @@ def run(args: argparse.Namespace) -> int:
         args.nodes, args.devices, args.cpus, args.time, args.partition, args.account, args.qos, args.constraint,
         args.sbatch, args.srun, args.container, args.program,
     )  # fmt: skip
-    recipe = recipe_of(args)
-    submission = plan_submission(recipe, **folders_of(args, recipe), job=job)
+    recipe = read_recipe_flags(args)
+    submission = plan_submission(recipe, **read_folder_flags(args, recipe), job=job)
     if args.dry_run:
         log.info("%s", check_submission(submission))
         log.info("%s", submission)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from maskgit_pl.cli.run_flags import add_run_arguments, folders_of, recipe_of
+from maskgit_pl.cli.run_flags import add_run_arguments, read_folder_flags, read_recipe_flags
 from maskgit_pl.progress import Bars, progress_bars
 from maskgit_pl.runs.tokenizing import OnRows, ProcessRank, TokenizeOptions, find_process_rank, tokenize
 
@@ -18,7 +18,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "tokenize",
         help="turn images into tokens, once",
         description="Turn images into tokens, once. The same command resumes what was interrupted. Under torchrun "
-        "and srun the processes share the work; elsewhere --rank and --num-ranks say so. Flags that set values of the "
+        "and srun the processes share the work; elsewhere --rank and --world-size say so. Flags that set values of the "
         "recipe are taken as by `maskgit train transformer`.",
     )
     add_run_arguments(parser)
@@ -31,20 +31,20 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--flip", action="store_true", default=None, help="add a mirrored copy of each training image")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), help="of the tokenizer (default: float32)")
     parser.add_argument(
-        "--part-samples", type=int, default=1024, help="images put on disk at a time: what a kill costs (default: 1024)"
+        "--part-size", type=int, default=1024, help="images put on disk at a time: what a kill costs (default: 1024)"
     )
     parser.add_argument(
         "--unreadable-budget", type=float, default=1e-4, help="share of unreadable images allowed (default: 1e-4)"
     )
     parser.add_argument("--rank", type=int, help="which of the processes that share the work this is, from 0")
-    parser.add_argument("--num-ranks", type=int, help="how many processes share the work")
+    parser.add_argument("--world-size", type=int, help="how many processes share the work")
     parser.set_defaults(run=run, stage="transformer", takes_overrides=True)
 
 
 def run(args: argparse.Namespace) -> int:
     """Makes the token store of a run, with bars."""
-    recipe = recipe_of(args)
-    process = find_process_rank(args.rank, args.num_ranks)
+    recipe = read_recipe_flags(args)
+    process = find_process_rank(args.rank, args.world_size)
     options = TokenizeOptions(
         crops=args.crops,
         flip=args.flip,
@@ -52,17 +52,23 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
         batch_size=args.batch_size,
         num_workers=args.num_workers,
-        part_samples=args.part_samples,
+        part_size=args.part_size,
         unreadable_budget=args.unreadable_budget,
     )
     with progress_bars() as bars:
-        tokenize(recipe, **folders_of(args, recipe), options=options, process=process, on_rows=_shown_by(bars, process))
+        tokenize(
+            recipe,
+            **read_folder_flags(args, recipe),
+            options=options,
+            process=process,
+            on_rows=_make_bars(bars, process),
+        )
     return 0
 
 
-def _shown_by(bars: Bars, process: ProcessRank) -> OnRows:
+def _make_bars(bars: Bars, process: ProcessRank) -> OnRows:
     """Returns what shows a bar for each split."""
-    name = "" if process.num_ranks == 1 else f"rank {process.rank} of {process.num_ranks}: "
+    name = "" if process.world_size == 1 else f"rank {process.rank} of {process.world_size}: "
     shown: dict[str, Callable[[int], None]] = {}
 
     def on_rows(split: str, rows: int, total: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from maskgit_pl import interruption
-from maskgit_pl.cli.run_flags import add_run_arguments, folders_of, recipe_of
+from maskgit_pl.cli.run_flags import add_run_arguments, read_folder_flags, read_recipe_flags
 from maskgit_pl.runs.fitting import fit
 from maskgit_pl.runs.plan import plan_run
 
@@ -28,8 +28,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Trains, or prints the recipe."""
     with interruption.catch_stop_signals(until="exit"):
-        recipe = recipe_of(args)
-        folders = folders_of(args, recipe)
+        recipe = read_recipe_flags(args)
+        folders = read_folder_flags(args, recipe)
         if args.print_config:
             plan = plan_run(recipe, **folders)
             from maskgit_pl.runs.resolve import config_text  # lightning and torch take seconds to import

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maskgit_pl.cli.flags import check_at_least, naming_flags
-from maskgit_pl.cli.measuring import add_measured_run_arguments, measuring_flags, wanted_steps
+from maskgit_pl.cli.evaluation_flags import add_measured_run_arguments, read_measuring_flags, read_num_steps_flag
+from maskgit_pl.cli.flags import check_at_least, use_flag_names
 from maskgit_pl.flag_values import parse_specs
 from maskgit_pl.progress import progress_bars
 
@@ -35,9 +35,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "(default: fid)",
     )  # fmt: skip
     parser.add_argument("--search", default="random", help="random or grid (default: random)")
-    parser.add_argument(
-        "--num-steps", "--steps", metavar="T,...", help="T to choose from, or a range (default: 4,6,8,12,16)"
-    )
+    parser.add_argument("--num-steps", metavar="T,...", help="T to choose from, or a range (default: 4,6,8,12,16)")
     parser.add_argument(
         "--selectors",
         default="all",
@@ -61,14 +59,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Searches, confirms, writes, draws."""
-    numbers = wanted_steps(args)
+    numbers = read_num_steps_flag(args)
     selectors = None if args.selectors == "all" else parse_specs("--selectors", args.selectors)
-    check_at_least(args, trials=1, num_images=2, plot_images=2, batch=1)
+    check_at_least(args, trials=1, num_images=2, plot_images=2, batch_size=1)
     from maskgit_pl.evaluation import TuningOptions, plan_trials, tune
 
-    with naming_flags(args), progress_bars() as bars:
+    with use_flag_names(args), progress_bars() as bars:
         options = TuningOptions(
-            **measuring_flags(args),
+            **read_measuring_flags(args),
             search=args.search,
             num_steps=numbers,
             selectors=selectors,

@@ -21,9 +21,9 @@ from maskgit_pl.shards.token_writer import Part, StoreParts
 from maskgit_pl.shards.tokens import StoreDescription, is_complete
 from maskgit_pl.shards.unreadable import check_budget
 
-__all__ = ["PART_SAMPLES", "Outcome", "TokenizingConfig", "describe_store", "tokenize"]
+__all__ = ["PART_SIZE", "Outcome", "TokenizingConfig", "describe_store", "tokenize"]
 
-PART_SAMPLES = 1024
+PART_SIZE = 1024
 Outcome = Literal["found", "made", "incomplete"]
 
 
@@ -33,10 +33,10 @@ class TokenizingConfig:
 
     Args:
         batch_size: Images at a time.
-        part_samples: Images that are written to disk at a time: what a kill may cost.
+        part_size: Images that are written to disk at a time: what a kill may cost.
         num_workers: Processes that decode while this one encodes.
         rank: Number of this process among those that share the work, from 0.
-        num_ranks: Processes that share the work; they need not run at the same time.
+        world_size: Processes that share the work; they need not run at the same time.
         unreadable_budget: Share of unreadable images that may be replaced, as in training; see ``UnreadableImages``.
 
     Raises:
@@ -44,17 +44,17 @@ class TokenizingConfig:
     """
 
     batch_size: int = 256
-    part_samples: int = PART_SAMPLES
+    part_size: int = PART_SIZE
     num_workers: int = 0
     rank: int = 0
-    num_ranks: int = 1
+    world_size: int = 1
     unreadable_budget: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "part_samples", "num_ranks"):
+        for name in ("batch_size", "part_size", "world_size"):
             check_integer(f"tokenize {name}", getattr(self, name), "[1, inf)")
         check_integer("tokenize num_workers", self.num_workers, "[0, 1024]")
-        check_integer("tokenize rank", self.rank, f"[0, {self.num_ranks - 1}]")
+        check_integer("tokenize rank", self.rank, f"[0, {self.world_size - 1}]")
         check_budget(self.unreadable_budget)
 
 
@@ -62,7 +62,7 @@ def describe_store(
     path: str | Path,
     *,
     grid: tuple[int, int],
-    num_codes: int,
+    codebook_size: int,
     tokenizer: str,
     image_size: int,
     crops: int = 1,
@@ -74,7 +74,7 @@ def describe_store(
     Args:
         path: The data folder.
         grid: Height and width of the token grid.
-        num_codes: Codebook size.
+        codebook_size: Codebook size.
         tokenizer: Fingerprint of the tokenizer's weights.
         image_size: Side of the images that the tokenizer encodes.
         crops: Crops of each training image: the central one, then random ones.
@@ -89,7 +89,16 @@ def describe_store(
         _check_crops(summary.images)
     samples = cast("dict[Split, int]", dict(summary.samples))
     return StoreDescription(
-        grid, num_codes, image_size, tokenizer, summary.fingerprint, summary.classes, samples, crops, flip, precision
+        grid,
+        codebook_size,
+        image_size,
+        tokenizer,
+        summary.fingerprint,
+        summary.classes,
+        samples,
+        crops,
+        flip,
+        precision,
     )
 
 
@@ -131,8 +140,8 @@ def tokenize(
     if is_complete(store, description):
         return "found"
     readers = {split: ShardReader(load_manifest(path, split)) for split in description.samples}
-    parts = StoreParts(store, description, part_samples=config.part_samples)
-    share = parts.parts()[config.rank :: config.num_ranks]
+    parts = StoreParts(store, description, part_size=config.part_size)
+    share = parts.parts()[config.rank :: config.world_size]
     for split, reader in readers.items():
         reading = _PartReader(reader, description.image_size, in_channels, config)
         mirrors = description.mirrors_of(split)
@@ -232,7 +241,7 @@ def _check_crops(images: ImageRange) -> None:
         raise ValueError(
             "tokenize crops: images that are not square are needed for more than one, got "
             f"{images.height[0]} x {images.width[0]}; all crops would be the same "
-            "(shards made without --size keep what can be cropped)"
+            "(shards made without --image-size keep what can be cropped)"
         )
 
 

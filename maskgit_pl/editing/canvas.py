@@ -62,7 +62,7 @@ class Margins:
         """Returns the same sides, none wider than ``pixels``."""
         return Margins(*(min(side, pixels) for side in self.sides))
 
-    def padded(self, image: Tensor, *, size: int, mode: Literal["constant", "replicate"] = "constant") -> Tensor:
+    def pad(self, image: Tensor, *, size: int, mode: Literal["constant", "replicate"] = "constant") -> Tensor:
         """Lays an image on its canvas.
 
         Args:
@@ -140,7 +140,7 @@ class Window:
         return rearrange(values, "b (h w) -> b h w", h=self.size[0])
 
     @property
-    def of_rows(self) -> tuple[slice, slice, slice]:
+    def index(self) -> tuple[slice, slice, slice]:
         """The index of the window in a batch of canvases (B, R, C)."""
         height, width = self.size
         return slice(None), slice(self.top, self.top + height), slice(self.left, self.left + width)

@@ -21,7 +21,7 @@ __all__ = [
     "MaskLike",
     "check_fits",
     "check_mask_file",
-    "fitted",
+    "fit_to_model",
     "image_pixels",
     "mask_pixels",
     "read_image_header",
@@ -122,13 +122,13 @@ def mask_pixels(mask: MaskLike, *, name: str = "mask") -> Tensor:
 
 
 def check_fits(height: int, width: int, *, image_size: int, fit: bool, name: str = "image") -> None:
-    """Refuses an image of another size than the model's, unless it is to be fitted.
+    """Refuses an image of another size than the model's, unless it is to be fit_to_model.
 
     Args:
         height: H of the image.
         width: W of the image.
         image_size: Height and width that are needed.
-        fit: True allows another size; see ``fitted``.
+        fit: True allows another size; see ``fit_to_model``.
         name: What to call the image in an error.
 
     Raises:
@@ -141,7 +141,9 @@ def check_fits(height: int, width: int, *, image_size: int, fit: bool, name: str
         )
 
 
-def fitted(image: Tensor, mask: Tensor, *, image_size: int, fit: bool, name: str = "image") -> tuple[Tensor, Tensor]:
+def fit_to_model(
+    image: Tensor, mask: Tensor, *, image_size: int, fit: bool, name: str = "image"
+) -> tuple[Tensor, Tensor]:
     """Returns an image and its mask at the size of the model.
 
     Args:

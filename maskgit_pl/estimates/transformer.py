@@ -42,14 +42,14 @@ def _length(config: TransformerConfig) -> int:
 
 def block_group(config: TransformerConfig) -> Group:
     """Returns the tensors of a block: 4 D^2 + 2 D F of matrices, 9 D + F of biases and norms."""
-    d, f = config.width, config.mlp_width
+    d, f = config.embed_dim, config.mlp_dim
     attention = ((3 * d, d), (3 * d,), (d, d), (d,), (d,), (d,))
     return Group((*attention, (f, d), (f,), (d, f), (d,), (d,), (d,)))
 
 
 def root_group(config: TransformerConfig) -> Group:
     """Returns the tensors of no block: token embedding V D (tied to the head), positions S D, norms, the head's D^2."""
-    d, v = config.width, config.vocabulary_size
+    d, v = config.embed_dim, config.vocabulary_size
     return Group(((v, d), (config.num_tokens + 1, d), (d,), (d,), (d, d), (d,), (d,), (d,), (v,)))
 
 
@@ -112,7 +112,7 @@ def transformer_activations(
         checkpointing: ``blocks`` computes blocks again instead of keeping their tensors.
     """
     rows, asked = batch * _length(config), batch * config.num_tokens if masked is None else masked
-    wide, half = config.width, precision == "bf16-mixed"
+    wide, half = config.embed_dim, precision == "bf16-mixed"
     drop = _DROPPED * (config.dropout > 0)
     embedding = rows * (wide * (FLOAT + drop) + _STATISTICS + 8)  # 8: the row numbers
     middle = _block_kept(config, batch, rows, half=half)
@@ -124,8 +124,8 @@ def transformer_activations(
     number = HALF if half else FLOAT
     head = asked * (wide * (3 * number + FLOAT) + _STATISTICS + config.vocabulary_size * FLOAT)
     logits = 3 * asked * config.vocabulary_size * FLOAT
-    feed_forward = rows * (config.mlp_width * number + 2 * wide * FLOAT)
-    matrices = config.depth * (4 * wide**2 + 2 * wide * config.mlp_width) + wide**2 + config.vocabulary_size * wide
+    feed_forward = rows * (config.mlp_dim * number + 2 * wide * FLOAT)
+    matrices = config.depth * (4 * wide**2 + 2 * wide * config.mlp_dim) + wide**2 + config.vocabulary_size * wide
     return Activations(
         kept=embedding + blocks + head,
         casts=matrices * HALF if half else 0,
@@ -143,7 +143,7 @@ def _block_kept(config: TransformerConfig, batch: int, asked: int, *, half: bool
     read and write; the inputs of norms stay float32.
     """
     rows = batch * _length(config)
-    d, f, number = config.width, config.mlp_width, HALF if half else FLOAT
+    d, f, number = config.embed_dim, config.mlp_dim, HALF if half else FLOAT
     attention = rows * (5 * d * number + config.num_heads * FLOAT)
     copied = asked * d * number if asked != rows else 0
     norms = asked * (2 * d * FLOAT + 2 * _STATISTICS)
@@ -165,7 +165,7 @@ def step_flops(config: TransformerConfig, *, images: int, masked: float) -> floa
         images: Images of the step, over all ranks.
         masked: Masked tokens of these images.
     """
-    d, f, length = config.width, config.mlp_width, _length(config)
+    d, f, length = config.embed_dim, config.mlp_dim, _length(config)
     rows = images * length
     at_all_rows = config.depth * 3 * d**2 + (config.depth - 1) * (d**2 + 2 * d * f)
     at_masked_rows = d**2 + 2 * d * f + d**2 + d * config.vocabulary_size
@@ -174,6 +174,6 @@ def step_flops(config: TransformerConfig, *, images: int, masked: float) -> floa
 
 def recomputed_flops(config: TransformerConfig, *, images: int, masked: float) -> float:
     """Returns the FLOPs that ``activation_checkpointing: blocks`` adds: the forward pass of each block once more."""
-    d, v = config.width, config.vocabulary_size
+    d, v = config.embed_dim, config.vocabulary_size
     head = 2 * masked * (d**2 + d * v)
     return step_flops(config, images=images, masked=masked) / 3 - head

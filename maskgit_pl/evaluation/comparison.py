@@ -267,7 +267,8 @@ def compare(
     comparison = _measure(evaluator, model, work, num_images=count, seed=options.seed)
     comparison = replace(comparison, folder=out or folders.run / "comparison")
     flags = {"num_images": num_images, "seed": options.seed, "selectors": selectors, "num_steps": num_steps}
-    page = comparison.page(command_line(["maskgit compare", run], flags | {"guidance": options.guidance}))
+    flag = "guidance_scale" if isinstance(options.guidance, int | float) else "guidance"
+    page = comparison.page(command_line(["maskgit compare", run], flags | {flag: options.guidance}))
     shown = {each.label: each.decoding for each in comparison.results if each.num_steps == comparison.sheet_steps}
     advance = bars("sheet of images", len(shown))
     sheet = draw_selector_sheet(pipe, shown, seed=options.seed, on_row=lambda: advance(1))

@@ -48,7 +48,7 @@ class EvaluationOptions(MeasurementOptions):
         num_steps: Decoding steps; None for the model's own.
         reference: ADM's file of a data set in place of the val split.
         lpips: ``vgg=FILE``: weights of a backbone (vgg, alex or squeeze) for LPIPS of the reconstructions.
-        likelihood_samples: Real images whose likelihood is measured.
+        likelihood_images: Real images whose likelihood is measured.
         cas: Training of the classification accuracy score; None leaves it out.
         resume: Whether what the ledger holds is kept; otherwise everything is measured anew.
     """
@@ -56,20 +56,20 @@ class EvaluationOptions(MeasurementOptions):
     num_steps: int | None = None
     reference: Path | None = None
     lpips: str | None = None
-    likelihood_samples: int = 2000
+    likelihood_images: int = 2000
     cas: CASConfig | None = None
     resume: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_integer("likelihood_samples", self.likelihood_samples, "[2, inf)")
+        check_integer("likelihood_images", self.likelihood_images, "[2, inf)")
 
 
 def evaluate(
     run: Path | str,
     *,
     data: Path | None = None,
-    num_samples: int = 1000,
+    num_images: int = 1000,
     features: Sequence[str | dict[str, Any]] = FEATURES,
     out: Path | None = None,
     options: EvaluationOptions = EvaluationOptions(),  # frozen
@@ -80,7 +80,7 @@ def evaluate(
     Args:
         run: Run folder or pretrained folder.
         data: Data folder; None for what the run was trained on.
-        num_samples: Images generated, at least 2 for each class.
+        num_images: Images generated, at least 2 for each class.
         features: Feature networks: names or mappings, see ``networks.features.parse_feature_network``.
         out: The JSON file; pictures go beside it. None for ``RUN/evaluation.json``.
         options: Steps, reference, seed and others.
@@ -94,7 +94,7 @@ def evaluate(
         TypeError: if a feature network does not take its arguments.
         ValueError: if the data are not the model's, a network is unknown, or a number is out of range.
     """
-    check_integer("num_samples", num_samples, "[1, inf)")
+    check_integer("num_images", num_images, "[1, inf)")
     folders = find_run(run, data=data, classifier=options.classifier)
     outline = read_outline(folders)
     outline.check_decoding(outline.decoding_with(num_steps=options.num_steps))
@@ -102,14 +102,12 @@ def evaluate(
     from maskgit_pl.evaluation.evaluation_report import make_report
 
     with process_group():
-        evaluator, model, rebuilt = _open(folders, num_samples, features, options, bars)
+        evaluator, model, rebuilt = _open(folders, num_images, features, options, bars)
         decoding = model.pipe.decoding_with(num_steps=options.num_steps)
         file = out or folders.run / "evaluation.json"
-        report = make_report(
-            model, evaluator, _measure(evaluator, model, decoding, num_samples, rebuilt, options), file
-        )
+        report = make_report(model, evaluator, _measure(evaluator, model, decoding, num_images, rebuilt, options), file)
         title = f"{model.run}: pictures"
-        made = evaluator.generate(model, decoding, num_images=num_samples, seed=options.seed, title=title)
+        made = evaluator.generate(model, decoding, num_images=num_images, seed=options.seed, title=title)
         if rank_and_world()[0] == 0:
             from maskgit_pl.evaluation.evaluation_pictures import write_pictures
             from maskgit_pl.pipeline.card import refresh_card
@@ -122,7 +120,7 @@ def evaluate(
 
 def _open(
     folders: RunFolders,
-    num_samples: int,
+    num_images: int,
     features: Sequence[str | dict[str, Any]],
     options: EvaluationOptions,
     bars: Bars,
@@ -136,7 +134,7 @@ def _open(
     pipe = open_model(folders, options.device)
     check_model_decoding(pipe, pipe.decoding_with(num_steps=options.num_steps))
     data = open_data(folders, pipe, num_workers=options.num_workers)
-    round_to_classes(num_samples, data.num_classes, name="num_samples")
+    round_to_classes(num_images, data.num_classes, name="num_images")
     lpips = None if options.lpips is None else load_lpips(options.lpips, device=pipe.device)
     first = rank_and_world()[0] == 0
     if first and not options.resume:
@@ -171,7 +169,7 @@ def _measure(
     evaluator: Evaluator,
     model: EvaluatedModel,
     decoding: DecodingConfig,
-    num_samples: int,
+    num_images: int,
     rebuilt: Reconstruction,
     options: EvaluationOptions,
 ) -> Measurements:
@@ -182,13 +180,13 @@ def _measure(
     if any(decoding.scales()):
         ways["without_guidance"] = model.pipe.decoding_with(decoding=decoding, guidance_scale=0)
     samples = {
-        name: evaluator.measure_samples(model, way, num_images=num_samples, seed=seed, keep=True)
+        name: evaluator.measure_samples(model, way, num_images=num_images, seed=seed, keep=True)
         for name, way in ways.items()
     }
-    real = evaluator.measure_real(num_images=num_samples)
-    likelihood = evaluator.measure_likelihood(model, num_images=options.likelihood_samples, draws=_DRAWS)
+    real = evaluator.measure_real(num_images=num_images)
+    likelihood = evaluator.measure_likelihood(model, num_images=options.likelihood_images, draws=_DRAWS)
     cas: dict[str, Row] = {}
     if options.cas is not None:
-        cas["generated_images"] = evaluator.measure_cas(model, decoding, options.cas, num_images=num_samples, seed=seed)
-        cas["real_images"] = evaluator.measure_cas(None, None, options.cas, num_images=num_samples, seed=seed)
-    return Measurements(decoding, num_samples, seed, samples, real, rebuilt, likelihood, cas)
+        cas["generated_images"] = evaluator.measure_cas(model, decoding, options.cas, num_images=num_images, seed=seed)
+        cas["real_images"] = evaluator.measure_cas(None, None, options.cas, num_images=num_images, seed=seed)
+    return Measurements(decoding, num_images, seed, samples, real, rebuilt, likelihood, cas)

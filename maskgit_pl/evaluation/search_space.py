@@ -34,14 +34,14 @@ class SearchSpace:
         baseline: The model's own decoding: trial 0, and what is not searched.
         selectors: Names and mappings; arguments that a mapping names stay as they are.
         num_steps: T to choose from.
-        num_codes: K.
+        codebook_size: K.
         can_guide: Whether the model has a null class, without which there is no guidance.
     """
 
     baseline: DecodingConfig
     selectors: tuple[Spec, ...]
     num_steps: tuple[int, ...]
-    num_codes: int
+    codebook_size: int
     can_guide: bool
 
     def trial(self, number: int, *, seed: int, method: Search = "random") -> DecodingConfig | None:
@@ -80,7 +80,7 @@ class SearchSpace:
         sampler = _TrialSampler(random_uniform("tuning", seed=seed, index=number, count=32)[0].tolist())
         selector = self._draw_selector(sampler)
         guidance = self._draw_guidance(sampler)
-        top_k, top_p = _draw_truncation(sampler, self.num_codes)
+        top_k, top_p = _draw_truncation(sampler, self.codebook_size)
         return self._decoding(
             sampler.choose(self.num_steps), selector, guidance, _draw_temperature(sampler), top_k=top_k, top_p=top_p
         )
@@ -169,13 +169,13 @@ def _draw_temperature(sampler: _TrialSampler) -> float | tuple[float, float]:
     return constant if kind == "constant" else 1.0
 
 
-def _draw_truncation(sampler: _TrialSampler, num_codes: int) -> tuple[int | None, float | None]:
+def _draw_truncation(sampler: _TrialSampler, codebook_size: int) -> tuple[int | None, float | None]:
     kind, share, top_p = (
         sampler.choose(("none", "none", "top_k", "top_p")),
         sampler.random(),
         sampler.uniform(0.8, 0.99),
     )
-    top_k = round(4 * (num_codes / 4) ** share) if num_codes > 4 else None
+    top_k = round(4 * (codebook_size / 4) ** share) if codebook_size > 4 else None
     return (top_k if kind == "top_k" else None), (top_p if kind == "top_p" else None)
 
 

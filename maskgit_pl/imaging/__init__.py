@@ -1,6 +1,6 @@
 """Pictures for people: pixels, grids of images, figures of decoding. Pillow and torch only, no Lightning."""
 
-from maskgit_pl.imaging.decoding_figures import decoding_filmstrip, decoding_frames, shown_steps
+from maskgit_pl.imaging.decoding_figures import decoding_filmstrip, decoding_frames, select_steps
 from maskgit_pl.imaging.grids import edit_sheet, image_grid, reconstruction_grid, save_gif, save_images, save_png
 from maskgit_pl.imaging.pixels import to_pil, to_unit_range
 from maskgit_pl.imaging.recording import StepRecorder, save_animation, save_filmstrip
@@ -17,7 +17,7 @@ __all__ = [
     "save_gif",
     "save_images",
     "save_png",
-    "shown_steps",
+    "select_steps",
     "to_pil",
     "to_unit_range",
 ]

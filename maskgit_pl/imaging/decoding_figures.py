@@ -10,15 +10,15 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from maskgit_pl.decoding import DecodingStep
-from maskgit_pl.imaging.layout import AGAIN, MASKED, NEW, PANEL, PAPER, add_title, enlarge, lay_out, scale_to
+from maskgit_pl.imaging.layout import MASKED, NEW, PANEL_SIZE, PAPER, REMASKED, add_title, enlarge, lay_out, scale_to
 
-__all__ = ["decoding_filmstrip", "decoding_frames", "shown_steps"]
+__all__ = ["decoding_filmstrip", "decoding_frames", "select_steps"]
 
 _MAX_COLUMNS = 12  # of a filmstrip
 _MAX_FRAMES = 64  # of an animation
 
 
-def shown_steps(steps: Sequence[DecodingStep], kind: Literal["animation", "filmstrip"]) -> list[DecodingStep]:
+def select_steps(steps: Sequence[DecodingStep], kind: Literal["animation", "filmstrip"]) -> list[DecodingStep]:
     """Returns the steps that a picture shows, the first and the last among them; no others need be decoded."""
     most = _MAX_FRAMES if kind == "animation" else _MAX_COLUMNS
     return [steps[number] for number in _spread(len(steps), most)]
@@ -49,7 +49,7 @@ def decoding_frames(
     frames = []
     for step, decoded in zip(steps, images, strict=True):
         above = [_token_panel(step, row, decoded[row], grid) for row in range(len(decoded))]
-        below = [enlarge(image, scale_to(decoded, PANEL)) for image in decoded]
+        below = [enlarge(image, scale_to(decoded, PANEL_SIZE)) for image in decoded]
         frame = lay_out([*above, *below], rows=2, columns=len(decoded), column_captions=captions)
         frames.append(add_title(frame, _describe(step, num_steps or len(steps))))
     return frames
@@ -73,7 +73,7 @@ def decoding_filmstrip(
     """
     shown = _spread(len(steps), _MAX_COLUMNS)
     chosen = [(steps[number], images[number][row]) for number in shown]
-    scale = scale_to(images[0], PANEL)
+    scale = scale_to(images[0], PANEL_SIZE)
     top = max(1e-9, *(float((step.confidence * step.was_masked)[row].max()) for step, _ in chosen))
     rows = [
         [_cells_panel(image, grid, filled=step.was_masked[row]) for step, image in chosen],
@@ -107,7 +107,7 @@ def _spread(count: int, most: int) -> list[int]:
 def _token_panel(step: DecodingStep, row: int, image: Tensor, grid: tuple[int, int]) -> Image.Image:
     """Draws an image (C, H, W) uint8 with masked tokens grey, and frames around tokens just kept or masked again."""
     was, still = step.was_masked[row], step.still_masked[row]
-    return _cells_panel(image, grid, filled=still, framed={NEW: was & ~still, AGAIN: still & ~was})
+    return _cells_panel(image, grid, filled=still, framed={NEW: was & ~still, REMASKED: still & ~was})
 
 
 def _cells_panel(
@@ -118,7 +118,7 @@ def _cells_panel(
     framed: Mapping[tuple[int, int, int], Tensor] | None = None,
 ) -> Image.Image:
     """Draws an image (C, H, W) uint8 with tokens filled grey or framed in a colour; (N,) bool each."""
-    scale = scale_to(image, PANEL)
+    scale = scale_to(image, PANEL_SIZE)
     panel, boxes = enlarge(image, scale), _boxes(image.shape[-2:], grid, scale)
     draw = ImageDraw.Draw(panel)
     for box, masked in zip(boxes, filled.tolist(), strict=True):
@@ -135,7 +135,7 @@ def _heat_panel(values: Tensor, image: Tensor, grid: tuple[int, int]) -> Image.I
     """Draws values (N,) float of the tokens as colours, from dark (0) to bright (1); as large as the image's panel."""
     from matplotlib import colormaps
 
-    scale = scale_to(image, PANEL)
+    scale = scale_to(image, PANEL_SIZE)
     colours = (colormaps["viridis"](values.cpu().numpy())[:, :3] * 255).round().astype(int).tolist()
     panel = Image.new("RGB", (image.shape[-1] * scale, image.shape[-2] * scale), PAPER)
     draw = ImageDraw.Draw(panel)

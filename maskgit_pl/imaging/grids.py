@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from maskgit_pl.files import write_atomically
-from maskgit_pl.imaging.layout import COMFORTABLE, MASKED, NEW, add_title, enlarge, lay_out, scale_to
+from maskgit_pl.imaging.layout import MASKED, NEW, TILE_SIZE, add_title, enlarge, lay_out, scale_to
 from maskgit_pl.imaging.pixels import to_pil
 
 __all__ = ["edit_sheet", "image_grid", "reconstruction_grid", "save_gif", "save_images", "save_png"]
@@ -38,8 +38,8 @@ def image_grid(
     Raises:
         ValueError: if there are no images, fewer than one column, or more captions than rows or columns.
     """
-    rows = _checked_rows(images, columns, row_captions, column_captions)
-    scale = scale_to(images, COMFORTABLE) if scale is None else scale
+    rows = _count_rows(images, columns, row_captions, column_captions)
+    scale = scale_to(images, TILE_SIZE) if scale is None else scale
     tiles = [enlarge(image, scale) for image in images]
     return lay_out(tiles, rows=rows, columns=columns, row_captions=row_captions, column_captions=column_captions)
 
@@ -118,7 +118,7 @@ def save_gif(frames: Sequence[Image.Image], path: Path, *, milliseconds: int = 6
         first.save(file, format="GIF", save_all=True, append_images=rest, duration=durations, loop=0, disposal=1)
 
 
-def _checked_rows(images: Tensor, columns: int, row_captions: Sequence[str], column_captions: Sequence[str]) -> int:
+def _count_rows(images: Tensor, columns: int, row_captions: Sequence[str], column_captions: Sequence[str]) -> int:
     if images.ndim != 4 or images.dtype != torch.uint8 or len(images) == 0:
         raise ValueError(f"images: (n, C, H, W) uint8 with n >= 1 are needed, got {tuple(images.shape)} {images.dtype}")
     if columns < 1:

@@ -13,21 +13,21 @@ from maskgit_pl.imaging.pixels import to_pil
 from maskgit_pl.text import printable
 
 __all__ = [
-    "AGAIN",
-    "COMFORTABLE",
     "MASKED",
     "NEW",
-    "PANEL",
+    "PANEL_SIZE",
     "PAPER",
+    "REMASKED",
+    "TILE_SIZE",
     "add_title",
     "enlarge",
     "lay_out",
     "scale_to",
 ]
 
-COMFORTABLE = 84  # pixels along an edge: 28 px images are shown three times as large
-PANEL = 168  # the same for the pictures of decoding, where single tokens must be seen
-PAPER, INK, MASKED, NEW, AGAIN = (255, 255, 255), (40, 40, 40), (176, 176, 176), (230, 90, 20), (40, 110, 220)
+TILE_SIZE = 84  # pixels along an edge: 28 px images are shown three times as large
+PANEL_SIZE = 168  # the same for the pictures of decoding, where single tokens must be seen
+PAPER, INK, MASKED, NEW, REMASKED = (255, 255, 255), (40, 40, 40), (176, 176, 176), (230, 90, 20), (40, 110, 220)
 _GAP, _MARGIN, _FONT_SIZE = 4, 8, 14
 
 

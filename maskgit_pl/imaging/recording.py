@@ -10,7 +10,7 @@ from typing import TypeAlias
 from torch import Tensor
 
 from maskgit_pl.decoding import DecodingStep
-from maskgit_pl.imaging.decoding_figures import decoding_filmstrip, decoding_frames, shown_steps
+from maskgit_pl.imaging.decoding_figures import decoding_filmstrip, decoding_frames, select_steps
 from maskgit_pl.imaging.grids import save_gif, save_png
 
 __all__ = ["StepRecorder", "save_animation", "save_filmstrip"]
@@ -56,7 +56,7 @@ def save_animation(
         grid: Rows and columns of tokens.
         captions: Text above each image.
     """
-    shown = shown_steps(steps, "animation")
+    shown = select_steps(steps, "animation")
     images = [decode(step.tokens) for step in shown]
     frames = decoding_frames(shown, images, grid=grid, captions=captions[: len(images[0])], num_steps=len(steps))
     save_gif(frames, path, milliseconds=max(_SHORTEST, min(_FRAME, _ANIMATION // len(frames))))
@@ -64,5 +64,5 @@ def save_animation(
 
 def save_filmstrip(steps: Sequence[DecodingStep], decode: Decode, path: Path, *, grid: tuple[int, int]) -> None:
     """Writes the decoding of the first image as a PNG, a column a step; arguments as of ``save_animation``."""
-    shown = shown_steps(steps, "filmstrip")
+    shown = select_steps(steps, "filmstrip")
     save_png(decoding_filmstrip(shown, [decode(step.tokens[:1]) for step in shown], grid=grid), path)

@@ -31,7 +31,7 @@ from maskgit_pl.pipeline.bulk_plan import BulkOptions, BulkPlan, check_same, rea
 from maskgit_pl.pipeline.model import MaskGIT
 from maskgit_pl.pipeline.options import StepCallback, read_options
 
-__all__ = ["BulkOptions", "BulkResult", "finished", "generate_many"]
+__all__ = ["BulkOptions", "BulkResult", "generate_many", "is_finished"]
 
 _PLAN = "plan.json"
 _CHANNELS = 3  # in the file, grey or not
@@ -96,7 +96,7 @@ def generate_many(
     bulk, decoding = read_options(BulkOptions, options, pipe.decoding)
     plan = _plan(pipe, bulk, decoding)  # 1
     work = _Work(file, plan)
-    if finished(file, plan):
+    if is_finished(file, plan):
         shutil.rmtree(work.folder, ignore_errors=True)  # of a run that was killed before it could
         return BulkResult(file, 0, plan.count, 0)
     work.begin()
@@ -114,7 +114,7 @@ def generate_many(
     return BulkResult(file, to_make, found, work.finish())  # 3
 
 
-def finished(file: Path, plan: BulkPlan) -> bool:
+def is_finished(file: Path, plan: BulkPlan) -> bool:
     """Returns whether a file is there and holds the images of a plan.
 
     Raises:
@@ -276,7 +276,7 @@ class _Work:
                 self._put_together()
             except FileNotFoundError:
                 missing = 1
-        if missing and not finished(self.file, self.plan):  # else another process was quicker
+        if missing and not is_finished(self.file, self.plan):  # else another process was quicker
             return missing
         shutil.rmtree(self.folder, ignore_errors=True)
         return 0

@@ -37,30 +37,30 @@ class Canvas:
     def window(self, window: Window, *, mask_token_id: int) -> Tensor:
         """Returns what the transformer sees: (B, h w) int64, ``mask_token_id`` where unknown."""
         hidden = window.unknown.to(self.tokens.device)
-        return self.tokens[window.of_rows].masked_fill(hidden, mask_token_id).flatten(1)
+        return self.tokens[window.index].masked_fill(hidden, mask_token_id).flatten(1)
 
     def step(self, window: Window, step: DecodingStep) -> DecodingStep:
         """Returns a step of a window as one of the whole canvas; tokens of later windows are masked."""
 
-        def placed(values: Tensor, background: Tensor) -> Tensor:
+        def place(values: Tensor, background: Tensor) -> Tensor:
             whole = background.clone()
-            whole[window.of_rows] = window.square(values)
+            whole[window.index] = window.square(values)
             return whole.flatten(1)
 
         waiting = self.unknown.to(self.tokens.device).expand(self.tokens.shape)
         return DecodingStep(
             step.step,
-            placed(step.tokens, self.tokens),
-            placed(step.was_masked, waiting),
-            placed(step.still_masked, waiting),
-            placed(step.scores, torch.full_like(self.confidence, torch.inf)),
-            placed(step.confidence, self.confidence),
+            place(step.tokens, self.tokens),
+            place(step.was_masked, waiting),
+            place(step.still_masked, waiting),
+            place(step.scores, torch.full_like(self.confidence, torch.inf)),
+            place(step.confidence, self.confidence),
         )
 
     def keep(self, window: Window, last: DecodingStep) -> None:
         """Takes the tokens of a window's last step."""
-        self.tokens[window.of_rows] = window.square(last.tokens)
+        self.tokens[window.index] = window.square(last.tokens)
         hidden = window.unknown.to(self.tokens.device)
-        kept = self.confidence[window.of_rows]
-        self.confidence[window.of_rows] = window.square(last.confidence).where(hidden, kept)
-        self.unknown[window.of_rows[1:]] = False
+        kept = self.confidence[window.index]
+        self.confidence[window.index] = window.square(last.confidence).where(hidden, kept)
+        self.unknown[window.index[1:]] = False

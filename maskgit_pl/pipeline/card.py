@@ -187,11 +187,11 @@ def _introduction(content: Mapping[str, Any], classes: list[str], name: str) -> 
         "|---|---|",
         f"| classes | {shown}{more} |",
         f"| no class | {'yes: `None`' if content['class_dropout'] else 'none: it was trained without class dropout'} |",
-        f"| tokens of an image | {grid[0]} x {grid[1]}, of {content['num_codes']} codes |",
+        f"| tokens of an image | {grid[0]} x {grid[1]}, of {content['codebook_size']} codes |",
         *(f"| parameters, {stage} | {parameters[stage]:,} |" for stage in STAGES),
         f"| attention | {content['attention']} |",
-        *([] if causal else [f"| mask schedule | {_shown(content['mask_schedule'])} |"]),
-        f"| decoding, {how} | {_shown(content['decoding'])} |",
+        *([] if causal else [f"| mask schedule | {_format_value(content['mask_schedule'])} |"]),
+        f"| decoding, {how} | {_format_value(content['decoding'])} |",
         *(f"| sha256, {stage} | {code_span(content['fingerprints'][stage])} |" for stage in STAGES),
         "",
     ]
@@ -208,26 +208,30 @@ def _run(content: Mapping[str, Any]) -> list[str]:
             lines += _row(key, [run[stage][part].get(key) for stage in STAGES])
     measured = run["measured"]
     if measured:
-        how = _shown({**measured["protocol"], "device": measured.get("device")})
+        how = _format_value({**measured["protocol"], "device": measured.get("device")})
         lines += ["", "## Measured", "", f"By `maskgit evaluate`: {how}.", "", "| figure | value |", "|---|---|"]
-        lines += [f"| {markdown(key)} | {_shown(value)} |" for key, value in measured["figures"].items()]
+        lines += [f"| {markdown(key)} | {_format_value(value)} |" for key, value in measured["figures"].items()]
     return [*lines, ""]
 
 
 def _row(title: str, values: list[Any]) -> list[str]:
     """Returns a row with a cell for each stage; none where neither has a value."""
-    cells = ["" if value is None else _shown(value) for value in values]
+    cells = ["" if value is None else _format_value(value) for value in values]
     return [f"| {title} | {' | '.join(cells)} |"] if any(cells) else []
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     """Returns Markdown of a value: four digits, a registered name before its arguments, nothing of what is not set."""
     if isinstance(value, Mapping):
-        parts = [f"{markdown(key)} {_shown(part)}" for key, part in value.items() if part is not None and key != "name"]
+        parts = [
+            f"{markdown(key)} {_format_value(part)}"
+            for key, part in value.items()
+            if part is not None and key != "name"
+        ]
         if "name" not in value:
             return ", ".join(parts)
         name = markdown(value["name"])
         return f"{name} ({', '.join(parts)})" if parts else name
     if isinstance(value, list | tuple):
-        return " ".join(map(_shown, value))
+        return " ".join(map(_format_value, value))
     return f"{value:.4g}" if isinstance(value, float) else markdown(value)

@@ -62,7 +62,7 @@ def _class_id(wanted: int | str | None, names: Sequence[str], null_label: int | 
             )
         return null_label
     if isinstance(wanted, str):
-        return _class_called(wanted, names)
+        return _find_class(wanted, names)
     if isinstance(wanted, bool) or not hasattr(wanted, "__index__"):
         raise TypeError(f"class {wanted!r}: a number or a name is needed, got {type(wanted).__name__}")
     number = wanted.__index__()  # numpy's integers too
@@ -71,7 +71,7 @@ def _class_id(wanted: int | str | None, names: Sequence[str], null_label: int | 
     return number
 
 
-def _class_called(wanted: str, names: Sequence[str]) -> int:
+def _find_class(wanted: str, names: Sequence[str]) -> int:
     found = [number for number, name in enumerate(names) if name == wanted]
     found = found or [number for number, name in enumerate(names) if name.casefold() == wanted.casefold()]
     if not found:

@@ -18,7 +18,7 @@ from maskgit_pl.checks import shorten
 from maskgit_pl.networks.autoregressive import build_transformer
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
-from maskgit_pl.old_names import renamed_tree
+from maskgit_pl.old_names import rename_tree
 from maskgit_pl.pretrained import fingerprint, read_config, read_decoding
 
 __all__ = [
@@ -124,7 +124,7 @@ def describe_folder(folder: Path) -> dict[str, Any]:
         "image_size": tokenizer["image_size"],
         "in_channels": sizes.in_channels,
         "grid": list(sizes.grid(tokenizer["image_size"])),
-        "num_codes": sizes.num_codes,
+        "codebook_size": sizes.codebook_size,
         "num_classes": network.num_classes,
         "class_dropout": network.class_dropout,
         "parameters": {
@@ -167,7 +167,7 @@ def describe_run(run: Path, *, weights: Mapping[str, str]) -> dict[str, Any]:
     """
     check_run(run)
     stages = {stage: _stage(run / stage) for stage in STAGES}
-    return {"name": run.resolve().name, **stages, "measured": _measured(run / "evaluation.json", weights)}
+    return {"name": run.resolve().name, **stages, "measured": _read_figures(run / "evaluation.json", weights)}
 
 
 def check_run_facts(run: Any) -> Mapping[str, Any] | None:
@@ -194,7 +194,7 @@ def _stage(folder: Path) -> dict[str, Any]:
 
     file = folder / "config.yaml"
     recipe = yaml.safe_load(file.read_text()) if file.is_file() else None
-    recipe = renamed_tree(recipe, f"recipe {file}") if isinstance(recipe, dict) else {}
+    recipe = rename_tree(recipe, f"recipe {file}") if isinstance(recipe, dict) else {}
     values = {key: _value(recipe, key) for key in SETTINGS}
     if values["data.path"] is not None:  # the card does not publish paths of that machine
         values["data.path"] = Path(values["data.path"]).name
@@ -206,7 +206,7 @@ def _stage(folder: Path) -> dict[str, Any]:
     }
 
 
-def _measured(file: Path, weights: Mapping[str, str]) -> dict[str, Any] | None:
+def _read_figures(file: Path, weights: Mapping[str, str]) -> dict[str, Any] | None:
     metrics = _json(file)
     model = metrics.get("model", {})
     if model.get("tokenizer_fingerprint") != weights["tokenizer"]:

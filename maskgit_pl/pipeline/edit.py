@@ -183,10 +183,10 @@ class Editor(Generator):
         added.check(pixels.shape[-2:], factor=factor, least=size)
         mask = added.outside(*pixels.shape[-2:])
         unknown = editing.token_mask(mask, factor=factor, dilation=read.dilation or 0)
-        tokens = added.padded(self._encode_within(pixels, added), size=factor)
+        tokens = added.pad(self._encode_within(pixels, added), size=factor)
         filled = self._fill(request, tokens, unknown, overlap)
         weight = editing.seam(mask, radius=editing.seam_radius(size) if read.blend is None else read.blend)
-        original = added.padded(pixels, size=1)
+        original = added.pad(pixels, size=1)
         return as_output(output_type, torch.stack([editing.composite(original, edited, weight) for edited in filled]))
 
     def panorama(
@@ -280,7 +280,7 @@ class Editor(Generator):
         config = self.tokenizer.network.config
         factor = config.downsampling_factor
         around = added.at_most(self.tokenizer.image_size // 2 // factor * factor)
-        repeated = around.padded(pixels.float(), size=1, mode="replicate").to(pixels.dtype)
+        repeated = around.pad(pixels.float(), size=1, mode="replicate").to(pixels.dtype)
         tokens = self.tokenizer.encode(repeated[None])
         rows, columns = config.grid((repeated.shape[-2], repeated.shape[-1]))
         grid = rearrange(tokens, "1 (h w) -> h w", h=rows)

@@ -206,7 +206,7 @@ class Generator:
 
     def _check_not_int8(self, what: str) -> None:
         if any(isinstance(module, Int8Linear) for module in self.transformer.network.modules()):
-            raise ValueError(f"pipeline in int8: it cannot be {what}; take the one that quantized() was called on")
+            raise ValueError(f"pipeline in int8: it cannot be {what}; take the one that quantize() was called on")
 
     def _request(self, classes: Classes, options: GenerateOptions, decoding: DecodingConfig) -> Request:
         return Request.of(classes, options, decoding, class_ids=self.class_ids)

@@ -174,7 +174,7 @@ class MaskGIT(Editor):
             self.save_pretrained(folder, run=run, license=license, name=hub_id)
             return upload(Path(folder), hub_id, private=private, token=token)
 
-    def quantized(self) -> MaskGIT:
+    def quantize(self) -> MaskGIT:
         """Returns the same pipeline on a CPU with a transformer of 8-bit linear layers: approximate, and faster.
 
         It shares the tokenizer with this one, and can be neither moved nor saved.
@@ -194,7 +194,7 @@ class MaskGIT(Editor):
         colours = "grey" if tokenizer.in_channels == 1 else "RGB"
         return (
             f"MaskGIT({len(self.class_names)} classes, {colours} images of {size} x {size} pixels, {rows} x {columns} "
-            f"tokens of {tokenizer.num_codes} codes, {self.decoding.num_steps} steps, on {self.device})"
+            f"tokens of {tokenizer.codebook_size} codes, {self.decoding.num_steps} steps, on {self.device})"
         )
 
     def _save_networks(self, folder: Path) -> None:

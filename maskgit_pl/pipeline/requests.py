@@ -114,7 +114,7 @@ class Edit:
         """Returns the edits of ``MaskGIT.inpaint``: one for all ``count`` results, or one for each; errors as there."""
         dilation = 1 if options.dilation is None else options.dilation
         radius = editing.seam_radius(tokenizer.image_size) if options.blend is None else options.blend
-        images, masks = _listed("image", image, count), _listed("mask", mask, count)
+        images, masks = _as_list("image", image, count), _as_list("mask", mask, count)
         number = max(len(images), len(masks))
         config, size = tokenizer.network.config, tokenizer.image_size
         edits = []
@@ -124,7 +124,7 @@ class Edit:
             name = f"image {printable(str(given))}" if isinstance(given, str | Path) else of_place
             pixels = editing.image_pixels(given, channels=config.in_channels, name=name)
             wanted = editing.mask_pixels(given_mask, name=f"mask of {name}")
-            pixels, wanted = editing.fitted(pixels, wanted, image_size=size, fit=options.fit, name=name)
+            pixels, wanted = editing.fit_to_model(pixels, wanted, image_size=size, fit=options.fit, name=name)
             unknown = editing.token_mask(wanted, factor=config.downsampling_factor, dilation=dilation)
             region = editing.pixel_region(unknown, factor=config.downsampling_factor, height=size, width=size)
             edits.append(cls(pixels, unknown, editing.seam(region, radius=radius)))
@@ -144,7 +144,7 @@ def rows_by_first_step(first_steps: Sequence[int], batch_size: int) -> Iterator[
             yield first_step, rows[part]
 
 
-def _listed(name: str, given: ImageLike | Sequence[ImageLike], count: int) -> list[ImageLike]:
+def _as_list(name: str, given: ImageLike | Sequence[ImageLike], count: int) -> list[ImageLike]:
     """Returns one image or mask for all results, or one for each of the ``count``, as a list."""
     if not isinstance(given, list | tuple):
         return [cast("ImageLike", given)]

@@ -22,7 +22,7 @@ from maskgit_pl.checks import build_dataclass
 from maskgit_pl.data import ShardData, ShardDataConfig, split_batch
 from maskgit_pl.data.config import check_stream
 from maskgit_pl.errors import is_user_error
-from maskgit_pl.old_names import renamed_settings
+from maskgit_pl.old_names import rename_settings
 from maskgit_pl.pretrained import fingerprint, read_config
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.recipe import Recipe
@@ -76,7 +76,9 @@ def build(plan: Plan) -> StageRun:
         trainer.accumulate_grad_batches = accumulation
         _check_classes(module, data)
         tokenizer = module.tokenizer  # reading it refuses one that does not fit
-        data.require_tokenizer(tokenizer.fingerprint, grid=tokenizer.grid, num_codes=tokenizer.network.config.num_codes)
+        data.require_tokenizer(
+            tokenizer.fingerprint, grid=tokenizer.grid, codebook_size=tokenizer.network.config.codebook_size
+        )
     else:
         assert isinstance(module, Tokenizer)
         module.accumulation = accumulation
@@ -199,7 +201,7 @@ class StageRun:
         if known is None:
             log.warning("%s: it does not say with which settings it was made; they are not compared", checkpoint)
             return
-        known = renamed_settings(known, f"checkpoint {checkpoint}")
+        known = rename_settings(known, f"checkpoint {checkpoint}")
         defaults = fixed_settings(resolve(self.kind, {}), data="", tokenizer="")
         changed = list_changes(known, self.fixed, defaults)
         if changed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from maskgit_pl.locks import locked
+from maskgit_pl.locks import hold_lock
 from maskgit_pl.runs.plan import Plan, folder_of
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.recipe_files import STAGES, Stage
@@ -53,7 +53,7 @@ def export(
     chosen = [_checkpoint(plan, step) for plan in plans]
     from maskgit_pl.runs.stage import export_checkpoint  # lightning and torch take seconds to import
 
-    with locked(out, way_out="give another --out"):
+    with hold_lock(out, hint="give another --out"):
         for plan, checkpoint in zip(plans, chosen, strict=True):
             export_checkpoint(plan, checkpoint, out)
     return out

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from maskgit_pl.checks import shorten
-from maskgit_pl.old_names import renamed_tree
+from maskgit_pl.old_names import rename_tree
 from maskgit_pl.runs.layers import Layer
 from maskgit_pl.runs.recipe_checks import schema_at
 from maskgit_pl.runs.safe_yaml import check_plain, parse_yaml
@@ -69,4 +69,4 @@ def flag_layer(key: str, text: str, schema: Schema) -> Layer:
         tree = {part: tree}
     check_plain(tree)
     origin = f"flag --{key}"
-    return Layer(origin, renamed_tree(tree, origin))
+    return Layer(origin, rename_tree(tree, origin))

@@ -153,13 +153,13 @@ class CostChecks:
         needed, text = self._checkpoints_to_come()
         text = f"{text}, {size_text(free)} free"
         if not host.is_writable(folder):
-            text = f"{folder} must be writable for checkpoints; change its permissions, or name another --runs"
+            text = f"{folder} must be writable for checkpoints; change its permissions, or name another --runs-folder"
             checks.add("disk", text, "error")
         elif free < needed:
             checks.add(
                 "disk",
-                f"{folder} must have room for checkpoints: {text}; free space, name another --runs, or lower keep_last "
-                "or raise keep_every",
+                f"{folder} must have room for checkpoints: {text}; free space, name another --runs-folder, or lower "
+                "keep_last or raise keep_every",
                 "error",
             )
         else:

@@ -30,7 +30,7 @@ _REASONS = {  # keys that Lightning's users look for, and why no recipe has them
     "trainer.max_time": "end a run with SIGTERM or the job's time limit: it saves, and the same command resumes it",
     "trainer.check_val_every_n_epoch": "set trainer.val_check_interval, in steps",
     "trainer.accumulate_grad_batches": "it follows data.global_batch and data.max_batch_per_device",
-    "trainer.default_root_dir": "use --runs and --run (make: RUN=)",
+    "trainer.default_root_dir": "use --runs-folder and --run (make: RUN=)",
     "trainer.enable_checkpointing": "set checkpoint_every, keep_last and keep_every",
     "trainer.use_distributed_sampler": "the data module shares the samples out over the ranks",
     "trainer.logger": f"{NO_CODE}; runs log to TensorBoard, and other loggers take a Trainer of your own in Python",

@@ -60,7 +60,7 @@ def train_schedules(
         )
         for schedule in schedules
     }
-    folders = ["--runs", str(runs)]
+    folders = ["--runs-folder", str(runs)]
     folders += [] if data is None else ["--data", str(data)]
     folders += [] if tokenizer is None else ["--tokenizer", str(tokenizer)]
     trained = []

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from maskgit_pl.data import ShardData, split_batch
 from maskgit_pl.files import write_text
-from maskgit_pl.locks import locked
+from maskgit_pl.locks import hold_lock
 from maskgit_pl.pipeline.card import write_card
 from maskgit_pl.pretrained import fingerprint, load_weights
 from maskgit_pl.provenance import describe_environment
@@ -79,7 +79,7 @@ def fit_stage(plan: Plan) -> FitResult:
         if trainer.is_global_zero:
             log.info("%s: finished at %s; nothing to do", plan.stage_folder, newest.name)
         return FitResult(plan.folder, step_of(newest), was_finished=True)
-    with locked(plan.stage_folder, way_out="train another run (--run)") if trainer.is_global_zero else nullcontext():
+    with hold_lock(plan.stage_folder, hint="train another run (--run)") if trainer.is_global_zero else nullcontext():
         _fit(run, plan)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
     return FitResult(plan.folder, trainer.global_step, metrics=metrics)

@@ -13,11 +13,11 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from maskgit_pl.locks import locked
+from maskgit_pl.locks import hold_lock
 from maskgit_pl.runs.plan import SHARED_TOKENS, find_data, find_tokenizer, run_folder
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.shards.parallel import available_cores
@@ -43,12 +43,12 @@ class ProcessRank(NamedTuple):
 
     Attributes:
         rank: Its number, from 0.
-        num_ranks: Number of processes.
+        world_size: Number of processes.
         local_rank: Its number among those on its machine.
     """
 
     rank: int
-    num_ranks: int
+    world_size: int
     local_rank: int
 
 
@@ -63,7 +63,7 @@ class TokenizeOptions:
         device: ``"cpu"``, ``"cuda:1"``, ...; ``"auto"`` takes what there is.
         batch_size: Images at a time.
         num_workers: Processes that decode. None: none where the CPU encodes, at most 8 beside a GPU.
-        part_samples: Images that are put on disk at a time: what a kill costs.
+        part_size: Images that are put on disk at a time: what a kill costs.
         unreadable_budget: Fraction of unreadable images that is allowed, in [0, 1].
     """
 
@@ -73,7 +73,7 @@ class TokenizeOptions:
     device: str = "auto"
     batch_size: int = 256
     num_workers: int | None = None
-    part_samples: int = 1024
+    part_size: int = 1024
     unreadable_budget: float = 1e-4
 
 
@@ -122,23 +122,23 @@ def tokenize(
     device, loaded = _device(options.device, process.local_rank), load_tokenizer(found)
     description = _describe(options, folder, shards, loaded)
     store = _store_of(folder, description)
-    with locked(store, way_out="name another run (--run)", rank=process.rank):
+    with hold_lock(store, hint="name another run (--run)", rank=process.rank):
         _make(shards, store, loaded, description, options, process, device, on_rows)
     return store
 
 
-def find_process_rank(rank: int | None = None, num_ranks: int | None = None) -> ProcessRank:
+def find_process_rank(rank: int | None = None, world_size: int | None = None) -> ProcessRank:
     """Finds the process of this process: the one that is given, else that of torchrun, else of srun, else a single one.
 
     Raises:
         ValueError: if one of the two numbers is given without the other, or there is no such rank.
     """
-    if (rank is None) != (num_ranks is None):
-        raise ValueError(f"--rank and --num-ranks must be given together, got {rank} and {num_ranks}")
-    if rank is not None and num_ranks is not None:
-        if not 0 <= rank < num_ranks:
-            raise ValueError(f"--rank must be in [0, {num_ranks - 1}] with --num-ranks {num_ranks}, got {rank}")
-        return ProcessRank(rank, num_ranks, rank)
+    if (rank is None) != (world_size is None):
+        raise ValueError(f"--rank and --world-size must be given together, got {rank} and {world_size}")
+    if rank is not None and world_size is not None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"--rank must be in [0, {world_size - 1}] with --world-size {world_size}, got {rank}")
+        return ProcessRank(rank, world_size, rank)
     for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")):
         if all(name in os.environ for name in names):
             return ProcessRank(*(int(os.environ[name]) for name in names))
@@ -154,7 +154,7 @@ def _describe(options: TokenizeOptions, folder: Path, shards: Path, tokenizer: P
         return describe_store(
             shards,
             grid=tokenizer.grid,
-            num_codes=tokenizer.network.config.num_codes,
+            codebook_size=tokenizer.network.config.codebook_size,
             tokenizer=tokenizer.fingerprint,
             image_size=tokenizer.image_size,
             **views,
@@ -176,8 +176,9 @@ def _store_of(folder: Path, description: StoreDescription) -> Path:
     own = folder / "tokens"
     if own.is_dir() and not own.is_symlink():
         return own
-    fields = asdict(description)
-    del fields["sha256"]  # of a finished store, which may be the run's own
+    from maskgit_pl.shards.tokens import plain_description  # torch takes seconds to import
+
+    fields = plain_description(description)
     key = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
     shared = folder.parent / SHARED_TOKENS / key
     shared.mkdir(parents=True, exist_ok=True)
@@ -215,10 +216,10 @@ def _make(
             in_channels=tokenizer.network.config.in_channels,
             config=TokenizingConfig(
                 batch_size=options.batch_size,
-                part_samples=options.part_samples,
+                part_size=options.part_size,
                 num_workers=_num_workers(device) if options.num_workers is None else options.num_workers,
                 rank=process.rank,
-                num_ranks=process.num_ranks,
+                world_size=process.world_size,
                 unreadable_budget=options.unreadable_budget,
             ),
             on_rows=count,
@@ -227,11 +228,11 @@ def _make(
         log.info("%s: there already, made by this tokenizer from this data", store)
         return
     seconds = max(time.monotonic() - begun, 1e-9)
-    name = "" if process.num_ranks == 1 else f"rank {process.rank} of {process.num_ranks}: "
+    name = "" if process.world_size == 1 else f"rank {process.rank} of {process.world_size}: "
     log.info("%s: %s%d images in %.1f s, %.0f images/s", store, name, count.rows, seconds, count.rows / seconds)
     if outcome == "incomplete":
         log.info(
-            "%s: the share of rank %d of %d is done; the last rank finishes", store, process.rank, process.num_ranks
+            "%s: the share of rank %d of %d is done; the last rank finishes", store, process.rank, process.world_size
         )
 
 

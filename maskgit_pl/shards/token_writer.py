@@ -11,7 +11,6 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -29,6 +28,7 @@ from maskgit_pl.shards.tokens import (
     array_paths,
     is_complete,
     outside_range,
+    plain_description,
     read_description,
 )
 
@@ -57,18 +57,18 @@ class StoreParts:
         folder: The store, made if missing. A finished store of another description is taken back: its ``store.json``
             goes first.
         description: What the store will hold; parts of another description are removed.
-        part_samples: Samples of a part, at least 1; parts of another size are not gone on with.
+        part_size: Samples of a part, at least 1; parts of another size are not gone on with.
 
     Raises:
-        ValueError: if ``part_samples`` is not an integer of at least 1.
+        ValueError: if ``part_size`` is not an integer of at least 1.
     """
 
-    def __init__(self, folder: str | Path, description: StoreDescription, *, part_samples: int) -> None:
-        check_integer("part_samples", part_samples, "[1, inf)")
+    def __init__(self, folder: str | Path, description: StoreDescription, *, part_size: int) -> None:
+        check_integer("part_size", part_size, "[1, inf)")
         self.folder = Path(folder)
         self.description = description
-        self.part_samples = part_samples
-        content = [_to_json(description, version=_PARTS_FORMAT), part_samples]
+        self.part_size = part_size
+        content = [_to_json(description, version=_PARTS_FORMAT), part_size]
         key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         self._parts = self.folder / f".parts-{key[:16]}"
         self._parts.mkdir(parents=True, exist_ok=True)
@@ -81,10 +81,10 @@ class StoreParts:
     def parts(self) -> list[Part]:
         """Returns all parts of all splits."""
         return [
-            Part(split, crop, start, min(start + self.part_samples, count))
+            Part(split, crop, start, min(start + self.part_size, count))
             for split, count in self.description.samples.items()
             for crop in range(self.description.crops_of(split))
-            for start in range(0, count, self.part_samples)
+            for start in range(0, count, self.part_size)
         ]
 
     def is_done(self, part: Part) -> bool:
@@ -96,7 +96,7 @@ class StoreParts:
 
         Args:
             part: One of ``parts()``.
-            tokens: (stop - start, mirrors, N) integers in [0, num_codes).
+            tokens: (stop - start, mirrors, N) integers in [0, codebook_size).
             labels: (stop - start,) int64 in [0, num_classes).
 
         Raises:
@@ -162,7 +162,7 @@ class StoreParts:
 
     def _rows(self, split: Split, start: int) -> tuple[Tokens, npt.NDArray[np.int64]]:
         """Returns tokens (samples, crops, mirrors, N) and labels (samples,) of a part's samples, over all crops."""
-        stop = min(start + self.part_samples, self.description.samples[split])
+        stop = min(start + self.part_size, self.description.samples[split])
         parts = [Part(split, crop, start, stop) for crop in range(self.description.crops_of(split))]
         read = [self._read(part) for part in parts]
         return np.stack([tokens for tokens, _ in read], axis=1), read[0][1]
@@ -186,7 +186,7 @@ class StoreParts:
         return tokens, labels
 
     def _check_ranges(self, tokens: npt.NDArray[Any], labels: npt.NDArray[Any]) -> None:
-        ranges = (("tokens", tokens, self.description.num_codes), ("labels", labels, len(self.description.classes)))
+        ranges = (("tokens", tokens, self.description.codebook_size), ("labels", labels, len(self.description.classes)))
         for name, values, limit in ranges:
             if outside_range(values, limit).any():
                 raise ValueError(f"{name} must be in [0, {limit}), got {values.min()} to {values.max()}")
@@ -211,6 +211,5 @@ def _write_header(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any])
 
 
 def _to_json(description: StoreDescription, *, version: int = FORMAT) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(json.dumps({"format": version, **asdict(description)}))
-    del content["sha256"]
+    content: dict[str, Any] = json.loads(json.dumps({"format": version, **plain_description(description)}))
     return content

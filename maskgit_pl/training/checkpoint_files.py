@@ -27,6 +27,7 @@ from typing_extensions import override
 from maskgit_pl.checks import check_integer, check_keys, shorten
 from maskgit_pl.distributed import on_all_ranks, rank_and_world
 from maskgit_pl.files import read_json, replace_folder, sha256_of, size_text, write_tensors, write_text
+from maskgit_pl.old_names import rename_tensor, rename_tensors
 from maskgit_pl.training.checkpoint_state import StateFormatError, join_state, split_state
 from maskgit_pl.training.checkpoint_tensors import FIRST_ROWS, SavedTensor, TensorPieces, own_pieces
 
@@ -97,7 +98,7 @@ class FolderCheckpointIO(CheckpointIO):
 
         Args:
             path: The folder.
-            read: Given the tensor's place in the checkpoint, such as ``/state_dict/layer.weight``.
+            read: Given the tensor's place in the checkpoint, such as ``/state_dict/layer.weight``, by its new name.
 
         Raises:
             ValueError: if the folder is incomplete or a file is not what was written.
@@ -107,7 +108,7 @@ class FolderCheckpointIO(CheckpointIO):
         files = _files(folder)
         on_all_ranks(lambda: _verify(folder, sorted(files)[rank::world_size], files))  # the ranks share the hashing
         with TensorPieces(folder, [name for name in sorted(files) if name != _STATE], rank) as pieces:
-            return _state(folder, lambda key: read(key, SavedTensor(key, pieces)))
+            return _state(folder, lambda key: read(rename_tensor(key), SavedTensor(key, pieces)))
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Deletes a checkpoint; its marker goes first, so that half a checkpoint is never taken for a whole one."""
@@ -238,9 +239,23 @@ def _state(folder: Path, read: Callable[[str], Any]) -> dict[str, Any]:
         raise ValueError(f"checkpoint {file}: {error}") from error
     if not isinstance(state, dict):
         raise ValueError(f"checkpoint {file} must hold a mapping, got {shorten(state)}")
+    _rename(state, f"checkpoint {folder}")
     for name in ("epoch", "global_step"):
         check_integer(f"checkpoint {file}: {name}", state.get(name, 0), "[0, 1e15]")
     return state
+
+
+def _rename(state: dict[str, Any], origin: str) -> None:
+    """Gives tensors that a checkpoint of version 0.1.0 has under old names, and their optimiser state, the new ones."""
+    weights = state.get("state_dict")
+    if isinstance(weights, dict):
+        state["state_dict"] = rename_tensors({str(name): tensor for name, tensor in weights.items()}, origin)
+    optimizers = state.get("optimizer_states")
+    for optimizer in optimizers if isinstance(optimizers, list) else ():
+        groups = optimizer.get("param_groups") if isinstance(optimizer, dict) else None
+        for group in groups if isinstance(groups, list) else ():
+            if isinstance(group, dict) and isinstance(group.get("param_names"), list):
+                group["param_names"] = [rename_tensor(str(name)) for name in group["param_names"]]
 
 
 def _verify(folder: Path, names: Sequence[str], files: Mapping[str, Any]) -> None:

@@ -39,7 +39,16 @@ def train(call, tiny_shards, tiny_pretrained, tmp_path):
     """Trains the baseline's run ``one`` with tiny sizes."""
     tiny = yaml.safe_load((TINY / "transformer.yaml").read_text())
     del tiny["model"]["decoding"]
-    where = ("--data", tiny_shards, "--runs", tmp_path, "--run", "one", "--tokenizer", tiny_pretrained / "tokenizer")
+    where = (
+        "--data",
+        tiny_shards,
+        "--runs-folder",
+        tmp_path,
+        "--run",
+        "one",
+        "--tokenizer",
+        tiny_pretrained / "tokenizer",
+    )
     return lambda *more: call("train", "transformer", *where, "--recipe=autoregressive", *flags(tiny), *more)
 
 

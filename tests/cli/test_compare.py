@@ -45,7 +45,7 @@ def test_measures_every_selector_and_a_second_run_measures_nothing(
         assert picture.height > 10 * 84
     assert "20 rows measured, 0 known before" in capsys.readouterr().out
 
-    monkeypatch.setattr(evaluator, "generate", lambda *args, **options: pytest.fail("measured again"))
+    monkeypatch.setattr(evaluator, "generate_images", lambda *args, **options: pytest.fail("measured again"))
     assert call(*words) == 0
     assert ledger(run_folder / "evaluation") == rows
     assert "0 rows measured, 20 known before" in capsys.readouterr().out
@@ -54,17 +54,17 @@ def test_measures_every_selector_and_a_second_run_measures_nothing(
 def test_a_run_that_was_stopped_goes_on_and_finds_what_an_unbroken_one_finds(
     run_folder: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = (run_folder, "--data", tiny_shards, "--num-images", 6, "--num-steps", 2, "--guidance", "0.5")
+    words = (run_folder, "--data", tiny_shards, "--num-images", 6, "--num-steps", 2, "--guidance-scale", "0.5")
     words = (*words, "--selectors", "halton, {name: remdm, eta: 0.4}, random")
     call(*words, "--out", run_folder / "whole")
-    plain, left = evaluator.generate, [None]
+    plain, left = evaluator.generate_images, [None]
 
     def stops(*args: object, **options: object) -> object:
         left.pop()  # the second call has none
         return plain(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluator, "generate", stops)
+        patch.setattr(evaluator, "generate_images", stops)
         with pytest.raises(IndexError):
             call(*words, "--out", run_folder / "broken")
     assert len(ledger(run_folder / "broken")) == 1
@@ -90,10 +90,10 @@ def test_a_run_that_was_stopped_goes_on_and_finds_what_an_unbroken_one_finds(
         (("--selectors", "{name: remdm, strategy: lop}"), "did you mean 'loop'"),
         (("--selectors", "halton,halton"), "once is enough"),
         (("--selectors", "4"), "names or mappings are needed, got 4"),
-        (("--guidance", "-1"), "scale must be a number in [0, 10000], got -1.0"),
+        (("--guidance-scale", "-1"), "scale must be a number in [0, 10000], got -1.0"),
         (("--guidance", "{name: linear, scal: 1}"), "scal"),
         (("--num-images", "5"), "at least 2 for each of the 3 classes"),
-        (("--batch", "0"), "--batch: at least 1 is needed, got 0"),
+        (("--batch-size", "0"), "--batch-size: at least 1 is needed, got 0"),
         (("--data", "nowhere"), "no such folder"),
     ],
 )

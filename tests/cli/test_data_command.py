@@ -33,11 +33,11 @@ def tree(tmp_path):
 
 def test_make_then_make_again_then_index_agree(tree, tmp_path, capsys):
     out = tmp_path / "out"
-    assert call("make", tree, "--out", out, "--val-fraction", 0.25, "--size", 8) == 0
+    assert call("make", tree, "--out", out, "--val-fraction", 0.25, "--image-size", 8) == 0
     assert "2 classes; 8 x 8 pixels, colour" in capsys.readouterr().out
     made = read_manifest_summary(out)
     assert sum(made.samples.values()) == 40
-    call("make", tree, "--out", out, "--val-fraction", 0.25, "--size", 8)
+    call("make", tree, "--out", out, "--val-fraction", 0.25, "--image-size", 8)
     assert "nothing to do" in capsys.readouterr().out
     call("index", out, "--class-names", "cat,dog")
     assert read_manifest_summary(out) == made
@@ -245,7 +245,7 @@ def test_every_error_ends_with_code_2(tmp_path, capsys):
         ("stats", tmp_path / "empty"),
         ("index", "pipe:cat x"),
         ("index", tmp_path / "empty"),
-        ("index", tmp_path / "empty", "--workers", "0"),
+        ("index", tmp_path / "empty", "--num-workers", "0"),
     ):
         assert main(["data", *map(str, words)]) == 2
         assert capsys.readouterr().err.startswith("maskgit data: ")
@@ -253,7 +253,7 @@ def test_every_error_ends_with_code_2(tmp_path, capsys):
 
 def test_verify_of_a_token_store_names_file_row_and_rule(tmp_path, capsys):
     description = StoreDescription((2, 2), 16, 8, "tokenizer", "data", ("a", "b"), {"train": 3, "val": 2})
-    parts = StoreParts(tmp_path, description, part_samples=8)
+    parts = StoreParts(tmp_path, description, part_size=8)
     for part in parts.parts():
         count = part.stop - part.start
         parts.write(part, np.zeros((count, 1, 4), np.int64), np.zeros(count, np.int64))

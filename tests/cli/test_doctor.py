@@ -21,7 +21,9 @@ from maskgit_pl.runs.preflight_build import _ZeroWeights
 from maskgit_pl.runs.preflight_costs import CostChecks
 from tests.conftest import flags
 
-SMALL = VQGANConfig(1, channels=8, multipliers=(1, 1), blocks_per_level=1, groups=2, num_codes=16, code_width=4)
+SMALL = VQGANConfig(
+    1, base_channels=8, channel_multipliers=(1, 1), num_res_blocks=1, num_groups=2, codebook_size=16, code_dim=4
+)
 TINY = Path(__file__).parents[1] / "tiny"
 JOB = {
     "SLURM_JOB_ID": "70001",
@@ -45,7 +47,7 @@ def doctor(capsys, tmp_path, tiny_shards, tiny_pretrained) -> Callable[..., tupl
     def call(stage: str, *more: object) -> tuple[int, str]:
         tokenizer = ("--tokenizer", tiny_pretrained / "tokenizer") if stage == "transformer" else ()
         tiny = flags(yaml.safe_load((TINY / f"{stage}.yaml").read_text()))
-        where = ("--data", tiny_shards, "--runs", tmp_path / "runs", "--run", "one", *tokenizer)
+        where = ("--data", tiny_shards, "--runs-folder", tmp_path / "runs", "--run", "one", *tokenizer)
         words = ("doctor", stage, "--device-memory", "1GB", *where, *tiny, *more)
         capsys.readouterr()
         code = main([str(word) for word in words])
@@ -160,7 +162,7 @@ def test_a_number_out_of_range_is_refused_before_anything_is_checked(monkeypatch
 
 
 def test_a_tokenizer_of_other_sizes_is_refused(doctor):
-    fails(doctor("transformer", "--model.network.num_codes=8"), "recipe", "the tokenizer has 16, got 8")
+    fails(doctor("transformer", "--model.network.codebook_size=8"), "recipe", "the tokenizer has 16, got 8")
 
 
 def test_tokens_that_are_not_made_are_missed(doctor):
@@ -247,13 +249,13 @@ def small_disk(tmp_path):
 
 
 def test_a_disk_without_room_for_the_checkpoints(doctor, small_disk):
-    answer = doctor("transformer", "--runs", small_disk)
-    fails(answer, "disk", small_disk, "free", "--runs", "keep_last")
+    answer = doctor("transformer", "--runs-folder", small_disk)
+    fails(answer, "disk", small_disk, "free", "--runs-folder", "keep_last")
 
 
 def test_a_run_that_is_there_goes_on_or_is_refused(doctor, tmp_path, tiny_shards, tiny_pretrained):
     tiny = flags(yaml.safe_load((TINY / "transformer.yaml").read_text()))
-    words = ["--data", str(tiny_shards), "--runs", str(tmp_path / "runs"), "--run", "one", *tiny]
+    words = ["--data", str(tiny_shards), "--runs-folder", str(tmp_path / "runs"), "--run", "one", *tiny]
     assert main(["train", "transformer", "--tokenizer", str(tiny_pretrained / "tokenizer"), *words]) == 0
     code, text = doctor("transformer", "--trainer.max_steps=5")
     assert code == 0

@@ -72,7 +72,7 @@ def test_an_evaluation_that_was_stopped_goes_on(
         run_folder,
         "--data",
         tiny_shards,
-        "--num-samples",
+        "--num-images",
         6,
         "--num-steps",
         2,
@@ -84,7 +84,7 @@ def test_an_evaluation_that_was_stopped_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluator.Evaluator, "likelihood", stopped)
+        patch.setattr(evaluator.Evaluator, "measure_likelihood", stopped)
         with pytest.raises(KeyboardInterrupt):
             call(*words)
     ledger = run_folder / "evaluation" / "ledger.jsonl"
@@ -112,7 +112,7 @@ def test_two_ranks_write_the_numbers_of_one(run_folder: Path, tiny_shards: Path,
         out = tmp_path / f"{len(launcher)}" / "evaluation.json"
         command = [
             sys.executable, *launcher, "-m", "maskgit_pl", "evaluate", run_folder, "--data", tiny_shards,
-            "--num-samples", "300", "--features", f"classifier={judge}", "--device", "cpu", "--out", out,
+            "--num-images", "300", "--features", f"classifier={judge}", "--device", "cpu", "--out", out,
         ]  # fmt: skip
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=300)
@@ -150,6 +150,6 @@ def test_missing_or_foreign_data_are_named(run_folder: Path, tmp_path: Path) -> 
 
 
 def test_too_few_images_are_refused_before_any_work(run_folder: Path, tiny_shards: Path) -> None:
-    with pytest.raises(ValueError, match="--num-samples: at least 2 for each of the 3 classes"):
+    with pytest.raises(ValueError, match="--num-images: at least 2 for each of the 3 classes"):
         call(run_folder, "--data", tiny_shards, "--num-images", 5)
     assert not (run_folder.parent / "shards-classifier").exists()

@@ -28,7 +28,7 @@ WORDS = {
     "figure": ["4"],
     "ablation": ["--data", DATA],
     "train-classifier": ["--data", DATA],
-    "tokenize": ["--data", DATA, "--tokenizer", f"{RUN}/tokenizer", "--runs", NEW],
+    "tokenize": ["--data", DATA, "--tokenizer", f"{RUN}/tokenizer", "--runs-folder", NEW],
     "schedules": [],
     "data stats": [DATA],
 }
@@ -91,7 +91,7 @@ def test_a_device_that_is_not_here_is_refused_by_every_command(command: str, dev
 # Outputs
 
 ENDINGS = {"FILE.png": "png", "FILE.gif": "gif", "FILE.json": "json", "FILE": "png", "PNG": "png"}
-WRITTEN = {"--out", "--gif", "--filmstrip", "--plot"}
+WRITTEN = {"--out", "--gif", "--filmstrip"}
 OUTPUTS = [
     (command, flag, ENDINGS[metavar])
     for metavar in ENDINGS
@@ -180,9 +180,9 @@ NO_TORCH = [
     ["outpaint", RUN, IMAGE, "--right", "4", "--class", "Trousers"],
     ["panorama", RUN, "--width", "6"],
     ["panorama", RUN, "--width", "16", "--classes", "Trousers"],
-    ["schedules", "--schedule", "cosin"],
+    ["schedules", "--schedules", "cosin"],
     ["schedules", "--num-steps", "300"],
-    ["schedules", "--plot", "x.xyz"],
+    ["schedules", "--out", "x.xyz"],
     ["evaluate", RUN, "--data", DATA, "--num-steps", "17"],
     ["compare", RUN, "--data", DATA, "--num-steps", "4,17"],
     ["compare", RUN, "--data", DATA, "--selectors", "remdn"],

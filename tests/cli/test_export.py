@@ -43,7 +43,7 @@ def run(given, tmp_path_factory) -> Path:
         for name, value in {"handlers": [], "propagate": True, "level": ours.level}.items():
             patch.setattr(ours, name, value)  # as they were, when the stages are trained
         for stage in ("tokenizer", "transformer"):
-            assert main(["train", *words(stage, given), f"--runs={runs}", "--run=one"]) == 0
+            assert main(["train", *words(stage, given), f"--runs-folder={runs}", "--run=one"]) == 0
     return runs / "one"
 
 

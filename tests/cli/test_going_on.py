@@ -21,7 +21,7 @@ TINY = Path(__file__).parents[1] / "tiny"
 def begun(request, tmp_path_factory, tiny_shards, tiny_pretrained):
     """A run that stopped at step 1, as (stage, the words of its command)."""
     stage, runs = request.param, tmp_path_factory.mktemp("begun")
-    words = ["train", stage, f"--data={tiny_shards}", f"--runs={runs}", "--run=one"]
+    words = ["train", stage, f"--data={tiny_shards}", f"--runs-folder={runs}", "--run=one"]
     words += [f"--tokenizer={tiny_pretrained / 'tokenizer'}"] if stage == "transformer" else []
     words += flags(yaml.safe_load((TINY / f"{stage}.yaml").read_text()))
     with pytest.MonkeyPatch.context() as patch:
@@ -53,8 +53,8 @@ def go_on(begun, monkeypatch, capsys):
 
 
 SIZES = {
-    "tokenizer": ("num_codes=32", "num_codes: 16 -> 32"),
-    "transformer": ("width=32", "width: 16 -> 32"),
+    "tokenizer": ("codebook_size=32", "codebook_size: 16 -> 32"),
+    "transformer": ("embed_dim=32", "embed_dim: 16 -> 32"),
 }
 LEARNING = {
     "tokenizer": [

@@ -21,7 +21,7 @@ def call(*words: object) -> int:
 
 def test_an_import_says_what_it_made_and_what_to_do_next_and_that_works(tmp_path, capsys):
     out = tmp_path / "new" / "small"
-    assert call("--tokenizer", TOKENIZER, "--transformer", TRANSFORMER, "--out", out, "--size", 8) == 0
+    assert call("--tokenizer", TOKENIZER, "--transformer", TRANSFORMER, "--out", out, "--image-size", 8) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "tokenizer: 390,435 parameters; 64 codes; images of 8 x 8 px are 4 x 4 tokens"
     assert lines[1] == "transformer: 77,323 parameters; 2 blocks of width 64; 10 classes, '0' to '9'"
@@ -43,7 +43,7 @@ def test_class_names_stand_in_a_file_one_a_line(tmp_path):
 
 
 def test_a_tokenizer_alone_has_the_size_that_is_asked_for(tmp_path):
-    assert call("--tokenizer", TOKENIZER, "--size", 512, "--out", tmp_path / "out") == 0
+    assert call("--tokenizer", TOKENIZER, "--image-size", 512, "--out", tmp_path / "out") == 0
     assert load_tokenizer(tmp_path / "out" / "tokenizer").image_size == 512
 
 
@@ -70,7 +70,7 @@ def files(tmp_path) -> Path:
         ({"transformer": "orbax"}, "got a folder; name the file itself"),
         ({"transformer": "cut"}, "the file of 100,000 bytes is cut off; download it again"),
         ({"tokenizer": TRANSFORMER}, "name that file with --transformer"),
-        ({"size": "256"}, "--size: this transformer's 4 x 4 tokens are images of 8 px, got 256; "),
+        ({"image-size": "256"}, "--image-size: this transformer's 4 x 4 tokens are images of 8 px, got 256; "),
         ({"class-names": "nine"}, "10 classes is needed, got 9"),
         ({"class-names": "latin"}, "a text in UTF-8"),
         ({"class-names": "nowhere"}, "no such file; one name a line"),
@@ -82,7 +82,9 @@ def files(tmp_path) -> Path:
 def test_bad_input_is_refused_in_one_line_and_nothing_written(flags, message, files, tmp_path, capsys):
     given = {"tokenizer": TOKENIZER, "transformer": TRANSFORMER, "out": "out"} | flags
     words = [
-        word for name, value in given.items() for word in (f"--{name}", value if name == "size" else files / value)
+        word
+        for name, value in given.items()
+        for word in (f"--{name}", value if name == "image-size" else files / value)
     ]
     before = sorted(tmp_path.rglob("*"))
     assert call(*words) == 2

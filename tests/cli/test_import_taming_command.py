@@ -12,7 +12,14 @@ from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pretrained import load_tokenizer
 
 CONFIG = VQGANConfig(
-    3, channels=32, multipliers=(1,), blocks_per_level=1, num_codes=8, code_width=4, layout="taming", latent_width=6
+    3,
+    base_channels=32,
+    channel_multipliers=(1,),
+    num_res_blocks=1,
+    codebook_size=8,
+    code_dim=4,
+    layout="taming",
+    latent_channels=6,
 )
 NAMES = {  # ours -> taming's, of a network of one level with one block
     "encoder.stem": "encoder.conv_in",
@@ -60,7 +67,7 @@ def checkpoint(tmp_path):
 def test_the_folder_holds_the_weights_and_the_report_what_they_are(checkpoint, tmp_path, capsys):
     file, weights = checkpoint
     out = tmp_path / "pretrained"
-    assert main(["import-taming", str(file), "--out", str(out), "--size", "16"]) == 0
+    assert main(["import-taming", str(file), "--out", str(out), "--image-size", "16"]) == 0
     tokenizer = load_tokenizer(out / "tokenizer")
     assert tokenizer.image_size == 16
     got = tokenizer.network.state_dict()
@@ -87,7 +94,7 @@ def test_bad_input_is_answered_in_one_line(checkpoint, tmp_path, capsys):
             [file, "--out", tmp_path / "there"],
             "there: a new folder is needed, and something is there",
         ),
-        ([file, "--out", tmp_path / "new", "--size", 0], "--size: at least 1 is needed, got 0"),
+        ([file, "--out", tmp_path / "new", "--image-size", 0], "--image-size: at least 1 is needed, got 0"),
         ([tmp_path / "nowhere.pt", "--out", tmp_path / "new"], "nowhere.pt: no such file"),
     ):
         assert main(["import-taming", *map(str, words)]) == 2

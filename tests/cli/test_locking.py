@@ -19,7 +19,7 @@ TINY = Path(__file__).parents[1] / "tiny"
 def training(shards: Path, runs: Path, *more: str) -> list[str]:
     """The words of a short training."""
     sizes = flags(yaml.safe_load((TINY / "tokenizer.yaml").read_text()))
-    return ["train", "tokenizer", f"--data={shards}", f"--runs={runs}", "--run=one", *sizes, *more]
+    return ["train", "tokenizer", f"--data={shards}", f"--runs-folder={runs}", "--run=one", *sizes, *more]
 
 
 def is_refused(words: list[str], target: Path, capsys: pytest.CaptureFixture[str], *, rank: int | None = None) -> None:
@@ -38,13 +38,18 @@ def test_a_run_that_is_trained(tiny_shards, tmp_path, capsys):
 
 
 def test_a_token_store_that_is_made_by_the_same_rank(tiny_shards, tiny_pretrained, tmp_path, capsys):
-    where = [f"--data={tiny_shards}", f"--runs={tmp_path}", "--run=one", f"--tokenizer={tiny_pretrained / 'tokenizer'}"]
-    words = ["tokenize", *where, "--part-samples=10"]
-    assert main([*words, "--rank=1", "--num-ranks=3"]) == 0
+    where = [
+        f"--data={tiny_shards}",
+        f"--runs-folder={tmp_path}",
+        "--run=one",
+        f"--tokenizer={tiny_pretrained / 'tokenizer'}",
+    ]
+    words = ["tokenize", *where, "--part-size=10"]
+    assert main([*words, "--rank=1", "--world-size=3"]) == 0
     (store,) = (tmp_path / "tokens").iterdir()
     with holder(store, rank=0):
-        assert main([*words, "--rank=1", "--num-ranks=2"]) == 0  # it shares the work
-    is_refused([*words, "--rank=0", "--num-ranks=2"], store, capsys, rank=0)
+        assert main([*words, "--rank=1", "--world-size=2"]) == 0  # it shares the work
+    is_refused([*words, "--rank=0", "--world-size=2"], store, capsys, rank=0)
     assert (store / "store.json").is_file()
 
 

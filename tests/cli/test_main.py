@@ -49,6 +49,21 @@ def test_a_value_that_argparse_drops_is_refused(capsys):
     )
 
 
+@pytest.mark.parametrize(
+    ("words", "new"),
+    [
+        (("sample", "runs/x", "--steps", "8"), "--num-steps"),
+        (("train-classifier", "--data", "x", "--steps=8"), "--max-steps"),
+        (("ablation", "--num-samples", "8"), "--num-images"),  # which takes keys of recipes too
+    ],
+)
+def test_a_flag_of_version_0_1_0_is_answered_with_its_new_name(capsys, words, new):
+    code, out, error = answer(capsys, *words)
+    assert (code, out) == (2, "")
+    flag = next(word for word in words if word.startswith("--") and word != "--data").partition("=")[0]
+    assert error == f"maskgit {words[0]}: {flag} is now {new}\n"
+
+
 @pytest.mark.parametrize("words", [("--traceback", "sample", "/nope"), ("sample", "--traceback", "/nope")])
 def test_a_traceback_is_printed_wherever_its_flag_stands(capsys, words):
     code, _, error = answer(capsys, *words)
@@ -106,7 +121,17 @@ def test_ctrl_c_ends_a_command_with_one_line_and_130(capsys, monkeypatch):
 @pytest.mark.slow
 def test_ctrl_c_ends_data_make_and_its_workers_with_one_line(tmp_path: Path):
     make_images(tmp_path / "images")
-    words = ("data", "make", tmp_path / "images", "--out", tmp_path / "made", "--workers", "2", "--shard-size", "50")
+    words = (
+        "data",
+        "make",
+        tmp_path / "images",
+        "--out",
+        tmp_path / "made",
+        "--num-workers",
+        "2",
+        "--shard-size",
+        "50",
+    )
     with subprocess.Popen(
         [sys.executable, "-m", "maskgit_pl", *map(str, words)],
         stderr=subprocess.PIPE,

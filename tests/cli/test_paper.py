@@ -46,7 +46,7 @@ def call(command: str, *words: object) -> int:
 
 
 def common(data: Path, judge: Path, results: Path) -> list[object]:
-    return ["--data", data, "--features", f"classifier={judge}", "--results", results, "--num-samples", 12, "--device",
+    return ["--data", data, "--features", f"classifier={judge}", "--results", results, "--num-images", 12, "--device",
             "cpu"]  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def test_table_1_is_measured_once_and_written_with_the_paper_s_rows(
     with Image.open(tmp_path / "results" / "shards" / "table-1.png") as picture:
         assert picture.height > 100
 
-    monkeypatch.setattr(evaluator, "generate", lambda *_, **__: pytest.fail("measured again"))
+    monkeypatch.setattr(evaluator, "generate_images", lambda *_, **__: pytest.fail("measured again"))
     assert call("table", *words) == 0
     assert rows(tmp_path / "results", "samples") == measured
 
@@ -114,15 +114,22 @@ def test_real_images_are_judged_anew_by_another_classifier(
 def test_the_training_of_cas_is_set_by_flags_and_kept_apart(
     runs: list[Path], tiny_shards: Path, judge: Path, tmp_path: Path
 ) -> None:
-    how = [*common(tiny_shards, judge, tmp_path / "results"), "--cas-model", "small", "--cas-steps", 3]
-    for flags_of_one in (["--cas-batch", 6], ["--cas-batch", 6], ["--cas-batch", 5, "--cas-precision", "bf16-mixed"]):
+    how = [*common(tiny_shards, judge, tmp_path / "results"), "--cas-model", "small", "--cas-max-steps", 3]
+    for flags_of_one in (
+        ["--cas-batch-size", 6],
+        ["--cas-batch-size", 6],
+        ["--cas-batch-size", 5, "--cas-precision", "bf16-mixed"],
+    ):
         call("table", 1, runs[0], *how, *flags_of_one)
     measured = rows(tmp_path / "results", "cas")
     assert [row["training"]["batch"] for row in measured] == [6, 6, 5, 5]
     assert [row["training_steps"] for row in measured] == [3] * 4
     page = (tmp_path / "results" / "shards" / "table-1.md").read_text()
-    assert "--cas-steps 3 --cas-batch 5 --cas-precision bf16-mixed" in page
-    for words, match in ((("--cas-batch", 1), "--cas-batch"), (("--cas-learning-rate", "nan"), "--cas-learning-rate")):
+    assert "--cas-max-steps 3 --cas-batch-size 5 --cas-precision bf16-mixed" in page
+    for words, match in (
+        (("--cas-batch-size", 1), "--cas-batch-size"),
+        (("--cas-learning-rate", "nan"), "--cas-learning-rate"),
+    ):
         with pytest.raises(ValueError, match=match):
             call("table", 1, runs[0], *how, *words)
 
@@ -130,7 +137,7 @@ def test_the_training_of_cas_is_set_by_flags_and_kept_apart(
 def test_figure_4_times_the_sizes_of_a_run_or_of_flags(runs: list[Path], tmp_path: Path) -> None:
     how = ["--results", tmp_path, "--device", "cpu", "--num-tokens", "4"]
     call("figure", 4, runs[0], *how)
-    call("figure", 4, *how, "--depth", 1, "--width", 16, "--num-heads", 2, "--mlp-width", 8, "--num-codes", 32)
+    call("figure", 4, *how, "--depth", 1, "--embed-dim", 16, "--num-heads", 2, "--mlp-dim", 8, "--codebook-size", 32)
     networks = {row["network"] for row in rows(tmp_path, "timing")}
     assert networks == {
         "1 layers x 16, MLP 32, 2 heads, 16 codes, 3 classes",
@@ -164,7 +171,7 @@ def test_the_classification_accuracy_score_stands_beside_that_of_real_images(
 ) -> None:
     quick = CASConfig(model="small", width=4, max_steps=3, batch=12)
     monkeypatch.setattr(CASConfig, "for_images", lambda *_: quick)
-    how = [*common(tiny_shards, judge, tmp_path / "results"), "--cas-samples", 24]
+    how = [*common(tiny_shards, judge, tmp_path / "results"), "--cas-images", 24]
     call("table", 1, runs[0], *how)
     measured = rows(tmp_path / "results", "cas")
     assert [row["model"] for row in measured] == ["MaskGIT", "real images"]
@@ -226,8 +233,8 @@ def test_what_is_wrong_is_said_before_anything_is_measured(
         call("table", 3, runs[0], runs[0].with_name("again"), *how)
     with pytest.raises(ValueError, match="--num-steps: a number of at most 8, half of the tokens"):
         call("table", 3, *runs, *how, "--num-steps", "12")
-    with pytest.raises(ValueError, match="--num-samples: at least one for each of the 3 classes"):
-        call("table", 1, *runs, *how, "--num-samples", 2)
+    with pytest.raises(ValueError, match="--num-images: at least one for each of the 3 classes"):
+        call("table", 1, *runs, *how, "--num-images", 2)
     with pytest.raises(FileNotFoundError, match="recipe 'cosin'"):
         call("ablation", "--schedules", "square,cosin")
 

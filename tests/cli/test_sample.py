@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from maskgit_pl.cli import main, sample
-from maskgit_pl.cli.decoding import decoding_of
+from maskgit_pl.cli.decoding_flags import read_decoding_flags
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.pipeline import MaskGIT, sharing
 from maskgit_pl.pipeline.options import SETTINGS
@@ -150,7 +150,7 @@ def test_each_flag_reaches_the_decoding(tiny_pretrained: Path, tmp_path: Path) -
         "--top-p", "0.9", "--tokens-per-step", "1,3,12", "--mask-schedule", '{"name": "pow", "exponent": 3}',
         "--context-cache", "2", "--decoding", str(file),
     ]  # fmt: skip
-    assert decoding_of(namespace(*words), outline) == DecodingConfig(
+    assert read_decoding_flags(namespace(*words), outline) == DecodingConfig(
         3,
         {"name": "remdm", "eta": 0.1, "choice_temperature": 1.5},
         {"name": "cosine", "scale": 2.0},
@@ -161,15 +161,15 @@ def test_each_flag_reaches_the_decoding(tiny_pretrained: Path, tmp_path: Path) -
         {"name": "pow", "exponent": 3},
         2,
     )
-    assert decoding_of(namespace("--decoding", file), outline) == DecodingConfig(3, "margin")
-    assert decoding_of(namespace(), outline) == outline.decoding
+    assert read_decoding_flags(namespace("--decoding", file), outline) == DecodingConfig(3, "margin")
+    assert read_decoding_flags(namespace(), outline) == outline.decoding
 
 
 def test_every_setting_has_a_flag_of_its_name() -> None:
     args = namespace()
     for name in (*SETTINGS, "decoding"):
         assert getattr(args, name) is None
-    assert namespace("--num-steps", 4).num_steps == namespace("--steps", 4).num_steps == 4  # as the Makefile has it
+    assert namespace("--num-steps", 4).num_steps == 4
 
 
 def test_a_filmstrip_and_a_negative_class(tiny_pretrained: Path, tmp_path: Path) -> None:

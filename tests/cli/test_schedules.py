@@ -20,14 +20,14 @@ def test_every_schedule_that_needs_no_argument_has_a_row(capsys: pytest.CaptureF
 
 
 def test_named_schedules_and_mappings_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    call("--schedule", "linear", '{"name": "pow", "exponent": 4}', "--num-steps", "4")
+    call("--schedules", 'linear, {"name": "pow", "exponent": 4}', "--num-steps", "4")
     shown = capsys.readouterr().out
     assert "pow (exponent 4)" in shown
     assert "cosine" not in shown
 
 
 def test_the_plot_is_a_png(tmp_path: Path) -> None:
-    call("--plot", str(tmp_path / "deep" / "figure.png"), "--schedule", "cosine", "linear")
+    call("--out", str(tmp_path / "deep" / "figure.png"), "--schedules", "cosine,linear")
     with Image.open(tmp_path / "deep" / "figure.png") as picture:
         assert picture.format == "PNG"
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 10
@@ -36,8 +36,8 @@ def test_the_plot_is_a_png(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--schedule", "cosin"], "did you mean 'cosine'"),
-        (["--schedule", "{name"], "a name or a JSON mapping"),
+        (["--schedules", "cosin"], "did you mean 'cosine'"),
+        (["--schedules", "{name"], "a name or a mapping such as"),
         (["--num-tokens", "4"], "--num-steps: at most the 4 tokens"),
     ],
 )

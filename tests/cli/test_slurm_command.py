@@ -38,7 +38,7 @@ def submit(
     def call(stage: str, *more: str) -> Answer:
         monkeypatch.setattr(ours, "handlers", [])  # a handler holds the stream of the test that made it
         tokenizer = [f"--tokenizer={tiny_pretrained / 'tokenizer'}"] if stage == "transformer" else []
-        where = [f"--data={tiny_shards}", f"--runs={tmp_path / 'runs'}", "--run=one", "--nodes=2", "--devices=1"]
+        where = [f"--data={tiny_shards}", f"--runs-folder={tmp_path / 'runs'}", "--run=one", "--nodes=2", "--devices=1"]
         tiny = flags(yaml.safe_load((ROOT / "tests" / "tiny" / f"{stage}.yaml").read_text()))
         try:
             code = main(["slurm", "submit", stage, *where, *tokenizer, *tiny, *more])
@@ -87,7 +87,7 @@ def test_gpus_are_asked_for_in_one_way(submit, words):
 
 
 def test_a_task_that_sees_no_gpu_ends_unless_the_accelerator_is_named(submit, tiny_shards, tmp_path, capsys):
-    ask = ["tokenizer", "--data", str(tiny_shards), "--runs", str(tmp_path / "runs"), "--run=one"]
+    ask = ["tokenizer", "--data", str(tiny_shards), "--runs-folder", str(tmp_path / "runs"), "--run=one"]
     assert main(["slurm", "submit", *ask, "--nodes=1", "--devices=1", "--dry-run"]) == 0
     words = command_of(Answer(0, *capsys.readouterr()))
     given = words[words.index("recipes/slurm/train.sbatch") + 1 :]

@@ -53,7 +53,7 @@ def train(server, tiny_pretrained: Path, tmp_path: Path) -> Callable[..., int]:
             f"--data.stream.urls={server[0]}/train-{{000000..000003}}.tar", "--data.stream.shuffle_buffer=5",
             f"--data.stream.validation_urls={server[0]}/val-{{000000..000001}}.tar",
         )  # fmt: skip
-        where = ("--dataset", "remote", "--runs", str(tmp_path), "--run", "one")
+        where = ("--dataset", "remote", "--runs-folder", str(tmp_path), "--run", "one")
         return main(["train", stage, *where, *tokenizer, *tiny, *streams, *more])
 
     return call

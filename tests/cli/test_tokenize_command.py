@@ -27,8 +27,8 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def words(shards: Path, tokenizer: Path, runs: Path, *more: object) -> list[str]:
-    where = ("--data", shards, "--tokenizer", tokenizer, "--runs", runs, "--run", "one")
-    small = ("--batch-size", 2, "--part-samples", 1, "--flip")
+    where = ("--data", shards, "--tokenizer", tokenizer, "--runs-folder", runs, "--run", "one")
+    small = ("--batch-size", 2, "--part-size", 1, "--flip")
     return ["tokenize", *map(str, (*where, *small, *more))]
 
 
@@ -73,7 +73,7 @@ def test_a_killed_command_is_gone_on_with_and_makes_the_store_of_an_undisturbed_
 def test_two_processes_share_the_work_and_the_last_one_finishes(tiny_shards, tiny_pretrained, tmp_path, expected):
     arguments = words(tiny_shards, tiny_pretrained / "tokenizer", tmp_path)
     as_torchrun = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
-    both = [start([*arguments, "--rank", "0", "--num-ranks", "2"]), start(arguments, **as_torchrun)]
+    both = [start([*arguments, "--rank", "0", "--world-size", "2"]), start(arguments, **as_torchrun)]
     answers = [process.communicate(timeout=120) for process in both]
     assert [process.returncode for process in both] == [0, 0], answers
     out = "".join(text for text, _ in answers)
@@ -85,11 +85,11 @@ def test_two_processes_share_the_work_and_the_last_one_finishes(tiny_shards, tin
 @pytest.mark.parametrize(
     ("more", "part"),
     [
-        (("--rank", 0), "--rank and --num-ranks must be given together"),
-        (("--rank", 2, "--num-ranks", 2), "--rank must be in [0, 1] with --num-ranks 2, got 2"),
+        (("--rank", 0), "--rank and --world-size must be given together"),
+        (("--rank", 2, "--world-size", 2), "--rank must be in [0, 1] with --world-size 2, got 2"),
         (("--crops", 0), "crops must be an integer in [1, 65536], got 0"),
         (("--crops", 2), "tokenize crops: images that are not square are needed"),
-        (("--part-samples", 0), "part_samples must be an integer in [1, inf), got 0"),
+        (("--part-size", 0), "part_size must be an integer in [1, inf), got 0"),
         (("--unreadable-budget", 2), "data.unreadable_budget must be a number in [0, 1], got 2"),
     ],
 )

@@ -15,7 +15,7 @@ def call(data: Path, *words: str) -> int:
 
 
 def test_it_trains_once_and_says_how_good_it_is(tiny_shards, tmp_path, capsys):
-    words = ("--out", str(tmp_path / "judge"), "--steps", "80", "--batch", "20", "--seed", "1")
+    words = ("--out", str(tmp_path / "judge"), "--max-steps", "80", "--batch-size", "20", "--seed", "1")
     assert call(tiny_shards, *words) == 0
     first = capsys.readouterr().out
     assert "judge: trained; on 24 real val images:" in first
@@ -34,7 +34,7 @@ def test_it_trains_once_and_says_how_good_it_is(tiny_shards, tmp_path, capsys):
 def test_a_network_of_timm_goes_where_the_data_say(tiny_shards, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(classifier_training, "available_cores", lambda: 1)
-    assert call(tiny_shards, "--model", "resnet10t", "--steps", "2", "--batch", "4", "--image-size", "16") == 0
+    assert call(tiny_shards, "--model", "resnet10t", "--max-steps", "2", "--batch-size", "4", "--image-size", "16") == 0
     assert (tmp_path / "runs" / "shards-classifier" / "resnet10t" / "model.safetensors").is_file()
 
 
@@ -42,11 +42,11 @@ def test_a_network_of_timm_goes_where_the_data_say(tiny_shards, tmp_path, monkey
     ("words", "said"),
     [
         (("--model", "resnt18"), "did you mean"),
-        (("--steps", "0"), "--steps must be an integer in [1, inf), got 0"),
-        (("--batch", "1"), "--batch must be an integer in [2, inf), got 1"),
+        (("--max-steps", "0"), "--max-steps must be an integer in [1, inf), got 0"),
+        (("--batch-size", "1"), "--batch-size must be an integer in [2, inf), got 1"),
         (("--learning-rate", "0"), "--learning-rate must be a number in (0, inf), got 0"),
         (("--learning-rate", "nan"), "--learning-rate must be a finite number in (0, inf), got nan"),
-        (("--flip", "2"), "--flip must be a number in [0, 1], got 2"),
+        (("--flip-probability", "2"), "--flip-probability must be a number in [0, 1], got 2"),
         (("--image-size", "0"), "--image-size must be an integer in [1, inf), got 0"),
         (("--num-workers", "-1"), "--num-workers must be an integer in [0, inf), got -1"),
     ],

@@ -66,7 +66,7 @@ def train(maskgit, tiny_shards: Path, tiny_pretrained: Path, runs: Path) -> Call
 
     def call(stage: str, *more: object, named: bool = True) -> Answer:
         tokenizer = ("--tokenizer", tiny_pretrained / "tokenizer") if stage == "transformer" and named else ()
-        where = ("--data", tiny_shards, "--runs", runs, "--run", "one", *tokenizer)
+        where = ("--data", tiny_shards, "--runs-folder", runs, "--run", "one", *tokenizer)
         return maskgit("train", stage, *where, *flags(yaml.safe_load((TINY / f"{stage}.yaml").read_text())), *more)
 
     return call
@@ -89,7 +89,9 @@ def add_tokenizer(folder: Path, *, seed: int) -> None:
     """A pretrained tokenizer with weights of its own."""
     import torch
 
-    config = VQGANConfig(1, channels=8, multipliers=(1, 1), blocks_per_level=1, groups=2, num_codes=16, code_width=4)
+    config = VQGANConfig(
+        1, base_channels=8, channel_multipliers=(1, 1), num_res_blocks=1, num_groups=2, codebook_size=16, code_dim=4
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         save_tokenizer(folder, config, VQGAN(config).state_dict(), image_size=8)
@@ -160,7 +162,7 @@ def test_stage_two_takes_the_tokenizer_that_the_run_exported(train, runs):
 
 
 def test_tokens_are_made_once_and_trained_on(maskgit, train, runs, tiny_shards, tiny_pretrained):
-    words = ("--data", tiny_shards, "--runs", runs, "--run", "one", "--tokenizer", tiny_pretrained / "tokenizer")
+    words = ("--data", tiny_shards, "--runs-folder", runs, "--run", "one", "--tokenizer", tiny_pretrained / "tokenizer")
     first = maskgit("tokenize", *words)
     assert first.code == 0
     assert "84 images in" in first.out
@@ -176,7 +178,7 @@ def test_tokens_that_are_missing_or_of_another_tokenizer_are_refused(maskgit, tr
     refused(train("transformer", "--data.source=tokens"), str(runs / "one" / "tokens"), "tokenize")
     add_tokenizer(tmp_path / "other", seed=5)
     assert maskgit(
-        "tokenize", "--data", tiny_shards, "--runs", runs, "--run", "one", "--tokenizer", tmp_path / "other"
+        "tokenize", "--data", tiny_shards, "--runs-folder", runs, "--run", "one", "--tokenizer", tmp_path / "other"
     ).code == 0  # fmt: skip
     refused(train("transformer", "--data.source=tokens"), "tokenizer")
     assert not (runs / "one" / "pretrained").exists()
@@ -192,7 +194,8 @@ def test_a_missing_tokenizer_is_answered_with_how_to_make_it(train, maskgit, run
     own = runs / "one" / "pretrained" / "tokenizer"
     refused(train("transformer", named=False), f"tokenizer {own}: not there yet", "make: train-tokenizer", "TOKENIZER=")
     refused(
-        maskgit("tokenize", "--data", tiny_shards, "--runs", runs, "--run", "one"), f"tokenizer {own}: not there yet"
+        maskgit("tokenize", "--data", tiny_shards, "--runs-folder", runs, "--run", "one"),
+        f"tokenizer {own}: not there yet",
     )
     nowhere = tmp_path / "nowhere"
     refused(train("transformer", "--tokenizer", nowhere), f"tokenizer {nowhere}: no config.json there")
@@ -204,7 +207,7 @@ def stage_two(maskgit, runs) -> Callable[..., Answer]:
 
     def call(shards: Path, *more: object) -> Answer:
         tiny = flags(yaml.safe_load((TINY / "transformer.yaml").read_text()))
-        return maskgit("train", "transformer", "--data", shards, "--runs", runs, *tiny, *more)
+        return maskgit("train", "transformer", "--data", shards, "--runs-folder", runs, *tiny, *more)
 
     return call
 
@@ -232,7 +235,7 @@ def test_a_mistyped_run_starts_nothing(stage_two, maskgit, runs, tiny_shards):
     add_run(runs / "clothes", tiny_shards, seed=1)
     before = files(runs)
     refused(stage_two(tiny_shards, "--run", "cloths"), f"run {runs / 'cloths'}: no such run: did you mean 'clothes'?")
-    answer = maskgit("tokenize", "--data", tiny_shards, "--runs", runs, "--run", "cloths")
+    answer = maskgit("tokenize", "--data", tiny_shards, "--runs-folder", runs, "--run", "cloths")
     refused(answer, "did you mean 'clothes'?", "--tokenizer")
     assert files(runs) == before
 
@@ -240,7 +243,7 @@ def test_a_mistyped_run_starts_nothing(stage_two, maskgit, runs, tiny_shards):
 def test_a_run_is_repeated_from_its_config(train, maskgit, runs, tiny_shards):
     assert train("transformer", "--recipe=square", "--data.seed=5").code == 0
     config = runs / "one" / "transformer" / "config.yaml"
-    words = ("train", "transformer", "--runs", runs, "--run", "two", "--config", config)
+    words = ("train", "transformer", "--runs-folder", runs, "--run", "two", "--config", config)
     assert maskgit(*words).code == 0
     again = runs / "two" / "transformer" / "config.yaml"
     assert again.read_text().replace("/two/", "/one/") == config.read_text()
@@ -248,7 +251,7 @@ def test_a_run_is_repeated_from_its_config(train, maskgit, runs, tiny_shards):
     assert weights[0] == weights[1]
     refused(maskgit(*words, "--recipe", "log"), "leave --recipe out")
     refused(maskgit(*words[:-1], "nowhere.yaml"), "--config nowhere.yaml: no such file")
-    refused(maskgit("train", "tokenizer", "--runs", runs, "--run", "two", "--config", config), "unknown key")
+    refused(maskgit("train", "tokenizer", "--runs-folder", runs, "--run", "two", "--config", config), "unknown key")
 
 
 def test_the_complete_recipe_is_printed_and_nothing_is_trained(train, runs):
@@ -272,7 +275,7 @@ def test_the_complete_recipe_is_printed_and_nothing_is_trained(train, runs):
         ("--model.mask_schedule=squar", ("unknown mask schedule 'squar'", "did you mean 'square'", "known: arccos")),
         ("--model.mask_schedule={name: pow, exponent: -1}", ("pow", "exponent", "-1")),
         ("--model.network.num_classes=4", ("num_classes", "has 3 classes", "got 4")),
-        ("--model.network.num_codes=8", ("model.network.num_codes: the tokenizer has 16, got 8",)),
+        ("--model.network.codebook_size=8", ("model.network.codebook_size: the tokenizer has 16, got 8",)),
         ("--data.source=pixels", ("source", "pixels")),
         ("--model.decoding.num_steps=99", ("num_steps: at most the 16 tokens", "99")),
         ("--model.decoding.guidance=liner", ("unknown guidance schedule 'liner'", "did you mean 'linear'")),
@@ -389,5 +392,5 @@ def test_each_recipe_file_is_parsed_once(train, maskgit, runs, monkeypatch):
     names = ("transformer/base", "transformer/paper-256", "transformer/log", "cluster/single")
     assert counts([folder / f"{name}.yaml" for name in names]) == [1, 1, 1, 1]
     texts.clear()
-    assert maskgit("train", "transformer", "--runs", runs, "--run", "three", "--config", config).code == 0
+    assert maskgit("train", "transformer", "--runs-folder", runs, "--run", "three", "--config", config).code == 0
     assert counts([config]) == [1]

@@ -60,7 +60,7 @@ def test_a_second_run_measures_nothing_and_keeps_the_recipe(
     call(*words)
     recipe, measured = (run_folder / "pretrained" / "decoding.json").read_text(), lines(run_folder)
     assert read_decoding(run_folder / "pretrained") is not None  # the search ends with another trial 0 than it began
-    monkeypatch.setattr(evaluator, "generate", lambda *args, **options: pytest.fail("measured again"))
+    monkeypatch.setattr(evaluator, "generate_images", lambda *args, **options: pytest.fail("measured again"))
     call(*words)
     assert lines(run_folder) == measured
     assert (run_folder / "pretrained" / "decoding.json").read_text() == recipe
@@ -73,14 +73,14 @@ def test_a_search_that_was_stopped_goes_on_to_the_same_recipe(
     shutil.copytree(run_folder, other)
     words = ("--data", tiny_shards, "--num-images", 6, "--trials", 4, "--num-steps", "2,3", "--no-plot")
     call(run_folder, *words)
-    plain, left = evaluator.generate, [None] * 2
+    plain, left = evaluator.generate_images, [None] * 2
 
     def stops(*args: object, **options: object) -> object:
         left.pop()
         return plain(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluator, "generate", stops)
+        patch.setattr(evaluator, "generate_images", stops)
         with pytest.raises(IndexError):
             call(other, *words)
     assert len(lines(other)) == 2

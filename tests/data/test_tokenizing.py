@@ -48,8 +48,8 @@ def top_row(images: torch.Tensor) -> torch.Tensor:
 def make(folder: Path, store: Path, *, encode=top_row, on_rows=lambda *words: None, **options) -> Outcome:
     """Makes a store; ``options`` are those of ``describe_store`` and of ``TokenizingConfig``."""
     views = {name: options.pop(name) for name in VIEWS if name in options}
-    description = describe_store(folder, grid=(2, 2), num_codes=256, tokenizer="me", image_size=4, **views)
-    config = TokenizingConfig(**{"batch_size": 4, "part_samples": 6, **options})
+    description = describe_store(folder, grid=(2, 2), codebook_size=256, tokenizer="me", image_size=4, **views)
+    config = TokenizingConfig(**{"batch_size": 4, "part_size": 6, **options})
     return tokenize(folder, store, description, encode=encode, in_channels=1, config=config, on_rows=on_rows)
 
 
@@ -94,7 +94,7 @@ def test_views_are_crops_each_followed_by_its_mirror_image(folder, views):
 
 
 def test_neither_ranks_nor_workers_nor_interruptions_change_a_byte(folder, views, tmp_path):
-    ranks = [make(folder, tmp_path / "ranks", crops=3, flip=True, rank=r, num_ranks=3) for r in (1, 2, 0)]
+    ranks = [make(folder, tmp_path / "ranks", crops=3, flip=True, rank=r, world_size=3) for r in (1, 2, 0)]
     assert ranks == ["incomplete", "incomplete", "made"]
     assert make(folder, tmp_path / "workers", crops=3, flip=True, num_workers=2) == "made"
     interrupted, calls = tmp_path / "interrupted", iter(range(1000))
@@ -118,7 +118,7 @@ def test_neither_ranks_nor_workers_nor_interruptions_change_a_byte(folder, views
 
 def test_killed_processes_leave_what_goes_on_to_the_same_bytes(folder, views, tmp_path):
     """Real processes, killed when so many files have come and gone, in the middle of whatever they do."""
-    options = {"crops": 3, "flip": True, "part_samples": 1, "batch_size": 1}
+    options = {"crops": 3, "flip": True, "part_size": 1, "batch_size": 1}
     assert make(folder, tmp_path / "whole", **options) == "made"
     killed, store = 0, tmp_path / "store"
     for parts_on_disk in (1, 9, 30, 50, 60, 70, 75, 79):  # of 80; the next is the join
@@ -146,7 +146,7 @@ def slowly(images: torch.Tensor) -> torch.Tensor:
 def test_earlier_rows_are_told_first_and_all_are_told(folder, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         make(folder, tmp_path, encode=lambda images: (_ for _ in ()).throw(KeyboardInterrupt))
-    make(folder, tmp_path, flip=True, rank=0, num_ranks=2)
+    make(folder, tmp_path, flip=True, rank=0, world_size=2)
     told = []
     make(folder, tmp_path, flip=True, on_rows=lambda *words: told.append(words))
     assert told[0] == ("train", 2 * (6 + 6), 2 * NUM_TRAIN)  # parts 0 and 2 of 4
@@ -201,7 +201,7 @@ def test_crops_of_a_store_are_those_of_the_images(folder, views):
     assert torch.equal(top_row(center.__getitems__(range(NUM_TRAIN)).content), torch.from_numpy(tokens))
 
 
-@pytest.mark.parametrize("options", [{"crops": 0}, {"batch_size": 0}, {"num_ranks": 0}, {"rank": 2, "num_ranks": 2}])
+@pytest.mark.parametrize("options", [{"crops": 0}, {"batch_size": 0}, {"world_size": 0}, {"rank": 2, "world_size": 2}])
 def test_numbers_out_of_range_are_refused(folder, tmp_path, options):
     with pytest.raises(ValueError, match=rf"{next(iter(options))} must be an integer in .* got \d"):
         make(folder, tmp_path / "store", **options)

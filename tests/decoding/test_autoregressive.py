@@ -17,8 +17,8 @@ from maskgit_pl.networks.autoregressive import AutoregressiveTransformer
 from maskgit_pl.networks.transformer import TransformerConfig
 from tests.conftest import random_transformer
 
-CONFIG = TransformerConfig(16, 3, (3, 4), width=32, depth=2, num_heads=4, mlp_width=64, attention="causal")
-N, K, NULL = CONFIG.num_tokens, CONFIG.num_codes, CONFIG.null_label
+CONFIG = TransformerConfig(16, 3, (3, 4), embed_dim=32, depth=2, num_heads=4, mlp_dim=64, attention="causal")
+N, K, NULL = CONFIG.num_tokens, CONFIG.codebook_size, CONFIG.null_label
 CPU = torch.device("cpu")
 
 

@@ -53,9 +53,9 @@ def test_the_functions_return_numbers_write_files_and_share_a_ledger(run: Path, 
     report = evaluation.evaluate(
         run,
         data=tiny_shards,
-        num_samples=6,
+        num_images=6,
         features=["classifier"],
-        options=evaluation.EvaluationOptions(num_steps=2, likelihood_samples=4, device="cpu"),
+        options=evaluation.EvaluationOptions(num_steps=2, likelihood_images=4, device="cpu"),
     )
     assert report.file == run / "evaluation.json"
     assert json.loads(report.file.read_text()) == report.content

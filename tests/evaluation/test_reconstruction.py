@@ -24,7 +24,7 @@ class Brightness(torch.nn.Module):
     def __init__(self, factor: float = 1.0) -> None:
         super().__init__()
         self.factor = torch.nn.Parameter(torch.tensor(factor))
-        self.config = SimpleNamespace(num_codes=64)
+        self.config = SimpleNamespace(codebook_size=64)
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         return (images * 255 / 4).round().long().flatten(1)

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from maskgit_pl.decoding import DecodingStep
-from maskgit_pl.imaging import decoding_filmstrip, decoding_frames, save_gif, shown_steps
+from maskgit_pl.imaging import decoding_filmstrip, decoding_frames, save_gif, select_steps
 from tests.imaging.decoding_steps import STEPS, random_images
 
 GREY = (176, 176, 176)
@@ -68,8 +68,8 @@ def test_of_many_steps_a_filmstrip_shows_twelve_the_first_and_the_last_among_the
 def test_of_many_steps_some_are_shown_the_first_and_the_last_among_them() -> None:
     many = [dataclasses.replace(STEPS[0], step=number) for number in range(256)]
     for kind, most in (("animation", 64), ("filmstrip", 12)):
-        shown = [step.step for step in shown_steps(many, kind)]
+        shown = [step.step for step in select_steps(many, kind)]
         assert len(shown) == len(set(shown)) == most
         assert (shown[0], shown[-1]) == (0, 255)
         assert shown == sorted(shown)
-        assert shown_steps(STEPS, kind) == STEPS
+        assert select_steps(STEPS, kind) == STEPS

@@ -35,7 +35,7 @@ def test_every_schedule_gets_a_run_of_its_own_on_shared_tokens(commands: list[li
         "shoes",
         "--run",
         "shoes-paper-256-square",
-        "--runs",
+        "--runs-folder",
         str(tmp_path),
     ]
     assert commands[2][3:] == ["tokenize", *shared]

@@ -334,7 +334,7 @@ def test_progress_of_other_options_is_not_used(tars, tmp_path):
 def test_workers_end_when_the_command_is_killed(tars, tmp_path):
     for number in range(40):
         tars.write(tmp_path / f"{number}.tar", tars.samples(200, start=200 * number))
-    command = [sys.executable, "-m", "maskgit_pl", "data", "index", str(tmp_path), "--workers", "2"]
+    command = [sys.executable, "-m", "maskgit_pl", "data", "index", str(tmp_path), "--num-workers", "2"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while not (tmp_path / PROGRESS).exists() or (tmp_path / PROGRESS).stat().st_size < 4000:
         assert process.poll() is None

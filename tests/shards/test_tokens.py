@@ -23,8 +23,8 @@ def rows(part, mirrors: int) -> np.ndarray:
     return (first[:, None, None] + np.arange(mirrors)[:, None] + np.zeros(6, np.int64)) % 256
 
 
-def make(folder: Path, description=DESCRIPTION, *, part_samples: int = 4, share=slice(None)) -> bool:
-    parts = StoreParts(folder, description, part_samples=part_samples)
+def make(folder: Path, description=DESCRIPTION, *, part_size: int = 4, share=slice(None)) -> bool:
+    parts = StoreParts(folder, description, part_size=part_size)
     for part in parts.parts()[share]:
         if not parts.is_done(part):
             parts.write(part, rows(part, description.mirrors_of(part.split)), LABELS[part.start : part.stop])
@@ -64,9 +64,9 @@ def test_view_v_of_sample_i_is_row_i_v_and_validation_has_one(tmp_path):
     assert np.load(tmp_path / "val-tokens.npy")[:, 0].tolist() == [100, 110, 120]
 
 
-@pytest.mark.parametrize(("num_codes", "bytes_a_token"), [(2**16, 2), (2**16 + 1, 4)])
-def test_token_width_follows_the_codebook(tmp_path, num_codes, bytes_a_token):
-    make(tmp_path, dataclasses.replace(DESCRIPTION, num_codes=num_codes))
+@pytest.mark.parametrize(("codebook_size", "bytes_a_token"), [(2**16, 2), (2**16 + 1, 4)])
+def test_token_width_follows_the_codebook(tmp_path, codebook_size, bytes_a_token):
+    make(tmp_path, dataclasses.replace(DESCRIPTION, codebook_size=codebook_size))
     assert np.load(tmp_path / "train-tokens.npy").dtype.itemsize == bytes_a_token
 
 
@@ -123,7 +123,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("point", ["replace", "fsync", "unlink"])
 def test_a_kill_at_any_moment_costs_a_part_and_changes_no_byte(tmp_path, monkeypatch, point):
     make(tmp_path / "older")
-    make(tmp_path / "whole", VIEWS, part_samples=10)
+    make(tmp_path / "whole", VIEWS, part_size=10)
     original, kills = getattr(os, point), 0
     for moment in range(100):
         calls = iter(range(1000))
@@ -138,13 +138,13 @@ def test_a_kill_at_any_moment_costs_a_part_and_changes_no_byte(tmp_path, monkeyp
         with monkeypatch.context() as patch:
             patch.setattr(os, point, killing)
             try:
-                make(folder, VIEWS, part_samples=10)
+                make(folder, VIEWS, part_size=10)
             except Killed:
                 kills += 1
         if not is_complete(folder, VIEWS) and not is_complete(folder, DESCRIPTION):  # neither the new nor the older
             with pytest.raises(FileNotFoundError, match="not finished"):
                 open_store(folder, data="data")
-        assert make(folder, VIEWS, part_samples=10)
+        assert make(folder, VIEWS, part_size=10)
         assert content(folder) == content(tmp_path / "whole")
         if next(calls) <= moment:
             break
@@ -161,14 +161,14 @@ def test_the_share_that_is_done_last_finishes_and_the_bytes_are_those_of_one_pro
 
 
 def test_a_process_that_joins_at_the_same_time_finds_the_store_finished(tmp_path, monkeypatch):
-    late = StoreParts(tmp_path, DESCRIPTION, part_samples=4)
+    late = StoreParts(tmp_path, DESCRIPTION, part_size=4)
     for part in late.parts():
         late.write(part, rows(part, 1), LABELS[part.start : part.stop])
     join = StoreParts._join
 
     def overtaken(self, split):
         if self is late:
-            assert StoreParts(tmp_path, DESCRIPTION, part_samples=4).finish()
+            assert StoreParts(tmp_path, DESCRIPTION, part_size=4).finish()
         join(self, split)
 
     monkeypatch.setattr(StoreParts, "_join", overtaken)
@@ -178,7 +178,7 @@ def test_a_process_that_joins_at_the_same_time_finds_the_store_finished(tmp_path
 
 def test_parts_of_another_tokenizer_are_not_gone_on_with(tmp_path):
     make(tmp_path, share=slice(2))
-    other = StoreParts(tmp_path, dataclasses.replace(DESCRIPTION, tokenizer="other"), part_samples=4)
+    other = StoreParts(tmp_path, dataclasses.replace(DESCRIPTION, tokenizer="other"), part_size=4)
     assert not any(other.is_done(part) for part in other.parts())
     assert len(list(tmp_path.glob(".parts-*"))) == 1
 
@@ -194,7 +194,7 @@ def test_finished_store_is_known_and_a_new_one_takes_it_back(tmp_path):
     other = dataclasses.replace(DESCRIPTION, data="other")
     assert is_complete(tmp_path, DESCRIPTION)
     assert not is_complete(tmp_path, other)
-    StoreParts(tmp_path, other, part_samples=4)
+    StoreParts(tmp_path, other, part_size=4)
     assert not is_complete(tmp_path, DESCRIPTION)
 
 
@@ -208,14 +208,14 @@ def test_a_damaged_part_is_named_and_made_again(tmp_path):
 
 
 def test_wrong_rows_are_refused(tmp_path):
-    parts = StoreParts(tmp_path, DESCRIPTION, part_samples=4)
+    parts = StoreParts(tmp_path, DESCRIPTION, part_size=4)
     part = parts.parts()[0]
     good = rows(part, 1)
     for bad in (good[..., :5], good + 250, good - 1, good[:3]):
         with pytest.raises(ValueError, match="tokens"):
             parts.write(part, bad, LABELS[:4])
-    with pytest.raises(ValueError, match="part_samples must be an integer in"):
-        StoreParts(tmp_path, DESCRIPTION, part_samples=0)
+    with pytest.raises(ValueError, match="part_size must be an integer in"):
+        StoreParts(tmp_path, DESCRIPTION, part_size=0)
 
 
 def test_reader_is_mapped_in_each_process_that_reads(tmp_path):
@@ -318,8 +318,8 @@ HOSTILE = {
     "grid": changed_fields(grid=[10**9, 10**9]),
     "grid ": changed_fields(grid=[2, 3, 4]),
     "grid  ": changed_fields(grid="23"),
-    "num_codes": changed_fields(num_codes=10**30),
-    "num_codes ": changed_fields(num_codes=True),
+    "codebook_size": changed_fields(codebook_size=10**30),
+    "codebook_size ": changed_fields(codebook_size=True),
     "image_size": changed_fields(image_size=-1),
     "samples": changed_fields(samples={"train": 10**15, "val": 3}),
     "samples ": changed_fields(samples={"train": "10", "val": 3}),
@@ -333,7 +333,7 @@ HOSTILE = {
     "precision": changed_fields(precision="int4"),
     "tokenizer": changed_fields(tokenizer=None),
     "data": without("data"),
-    "num_codes  ": without("num_codes"),
+    "codebook_size  ": without("codebook_size"),
     "sha256": without("sha256"),
     "sha256 ": changed_fields(sha256={}),
     "sha256  ": changed_fields(sha256={"train-tokens": "0"}),
@@ -381,5 +381,5 @@ def test_a_changed_part_is_not_joined(tmp_path):
 
 
 def test_parts_that_a_version_before_hashes_has_begun_are_continued(tmp_path):
-    StoreParts(tmp_path, DESCRIPTION, part_samples=4)
+    StoreParts(tmp_path, DESCRIPTION, part_size=4)
     assert [path.name for path in tmp_path.iterdir()] == [".parts-a54f8b7335bf9989"]

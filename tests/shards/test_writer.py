@@ -200,7 +200,7 @@ def test_a_killed_command_goes_on_to_the_bytes_of_one_process(tmp_path):
         str(tmp_path / "out"),
     ]
     partial = tmp_path / ".out.partial"
-    with subprocess.Popen([*command, "--size", "16", "--shard-size", "25", "--workers", "2"]) as process:
+    with subprocess.Popen([*command, "--image-size", "16", "--shard-size", "25", "--num-workers", "2"]) as process:
         while len(list(partial.glob("*.tar"))) < 3:
             assert process.poll() is None, "done before it was killed"
             time.sleep(0.002)

@@ -55,10 +55,11 @@ class History(Callback):
 def module(request, tiny_pretrained) -> LightningModule:
     torch.manual_seed(0)
     if request.param == "transformer":
-        config = TransformerConfig(16, 3, (4, 4), width=16, depth=1, num_heads=2, mlp_width=32)
+        config = TransformerConfig(16, 3, (4, 4), embed_dim=16, depth=1, num_heads=2, mlp_dim=32)
         return masked_model(config, tiny_pretrained / "tokenizer", rate=LearningRate(1e-2), ema_decay=0.9)
     network = VQGANConfig(
-        1, channels=8, multipliers=(1,), blocks_per_level=1, middle_blocks=0, groups=4, num_codes=16, code_width=4,
+        1, base_channels=8, channel_multipliers=(1,), num_res_blocks=1, num_middle_blocks=0, num_groups=4,
+        codebook_size=16, code_dim=4,
         patch_size=2, quantizer="ema",
     )  # fmt: skip
     adversarial = AdversarialConfig(DiscriminatorConfig(channel_multiplier=1 / 64), lecam_weight=0.1)

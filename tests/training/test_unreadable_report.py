@@ -102,7 +102,7 @@ def train_command(shards: Path, runs: Path) -> list[str]:
     tiny = yaml.safe_load((TINY / "tokenizer.yaml").read_text())
     values = {"data": tiny["data"], "model.network": tiny["model"]["network"], "trainer": tiny["trainer"]}
     words = [f"--{part}.{key}={value}" for part, keys in values.items() for key, value in keys.items()]
-    return ["train", "tokenizer", "--data", str(shards), "--runs", str(runs), "--run", "tiny", *words]
+    return ["train", "tokenizer", "--data", str(shards), "--runs-folder", str(runs), "--run", "tiny", *words]
 
 
 def test_the_command_ends_with_76_and_the_list(tmp_path, monkeypatch, capsys):

@@ -4,7 +4,7 @@
 
     from maskgit_pl.evaluation import reports
 
-    page = reports.table_1(["runs/fashion-mnist-cosine"], reports.ReportOptions(num_samples=2000))
+    page = reports.table_1(["runs/fashion-mnist-cosine"], reports.ReportOptions(num_images=2000))
     page.write()                              # results/fashion-mnist/table-1.md, .csv and .png
 
 What the ledger lacks is measured. The names are imported when they are first used.

@@ -22,12 +22,12 @@ class ReportOptions(MeasurementOptions):
 
     Args:
         data: Data folder; None for what the first run was trained on.
-        num_samples: Images of a row, at least 2 and one for each class.
+        num_images: Images of a row, at least 2 and one for each class.
         features: Feature networks, names or mappings; the first one chooses where there is something to choose.
         reference: ADM's statistics or images in place of the val split; None for the split.
         results: Folder of the ledger; pages are written to ``results/DATASET``.
         cas: Training of the classification accuracy score of Table 1; None leaves the score out.
-        cas_samples: Images that it trains on; None for ``num_samples``.
+        cas_images: Images that it trains on; None for ``num_images``.
 
     The others are those of ``MeasurementOptions``.
 
@@ -36,23 +36,23 @@ class ReportOptions(MeasurementOptions):
     """
 
     data: Path | None = None
-    num_samples: int = 1000
+    num_images: int = 1000
     features: Sequence[str | dict[str, Any]] = FEATURES
     reference: Path | None = None
     results: Path = Path("results")
     cas: CASConfig | None = field(default_factory=CASConfig)
-    cas_samples: int | None = None
+    cas_images: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_samples < 2:
-            raise ValueError(f"num_samples: at least 2 is needed, got {self.num_samples}")
+        if self.num_images < 2:
+            raise ValueError(f"num_images: at least 2 is needed, got {self.num_images}")
 
     def flags(self) -> dict[str, object]:
         """Returns the flags that decide the numbers of every table, None for those that have their default."""
         return {
             "features": None if tuple(self.features) == FEATURES else self.features,
-            "num_samples": self.num_samples,
+            "num_images": self.num_images,
             "seed": self.seed or None,
             "reference": self.reference,
         }
@@ -65,9 +65,9 @@ class ReportOptions(MeasurementOptions):
         given = {name: value for name, value in vars(self.cas).items() if value != getattr(usual, name)}
         return {
             "cas_model": given.get("model"),
-            "cas_samples": self.cas_samples,
-            "cas_steps": given.get("max_steps"),
-            "cas_batch": given.get("batch"),
+            "cas_images": self.cas_images,
+            "cas_max_steps": given.get("max_steps"),
+            "cas_batch_size": given.get("batch"),
             "cas_learning_rate": given.get("peak_rate"),
             "cas_precision": given.get("precision"),
         }

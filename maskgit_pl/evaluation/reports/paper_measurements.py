@@ -83,9 +83,9 @@ def open_models(folders: Sequence[RunFolders], options: ReportOptions, command: 
                 f"run {model.run}: images of the first run's {data.config.image_size} pixels are needed, got "
                 f"{model.pipe.tokenizer.image_size}; make a table of its own"
             )
-    if options.num_samples < data.num_classes:
+    if options.num_images < data.num_classes:
         raise ValueError(
-            f"num_samples: at least one for each of the {data.num_classes} classes is needed, got {options.num_samples}"
+            f"num_images: at least one for each of the {data.num_classes} classes is needed, got {options.num_images}"
         )
     evaluator = open_evaluator(
         first,
@@ -102,7 +102,7 @@ def open_models(folders: Sequence[RunFolders], options: ReportOptions, command: 
 
 def measure_generation(opened: OpenedModels) -> Page:
     """Measures Table 1: class-conditional generation."""
-    evaluator, count, seed = opened.evaluator, opened.options.num_samples, opened.options.seed
+    evaluator, count, seed = opened.evaluator, opened.options.num_images, opened.options.seed
     rows: list[Row] = []
     for model in opened.models:
         rows += evaluator.measure_samples(model, model.pipe.decoding, num_images=count, seed=seed).values()
@@ -116,7 +116,7 @@ def _accuracy_scores(opened: OpenedModels) -> list[Row]:
     evaluator, options = opened.evaluator, opened.options
     if options.cas is None:
         return []
-    count = min(options.cas_samples or options.num_samples, evaluator.data.summary.samples["train"])
+    count = min(options.cas_images or options.num_images, evaluator.data.summary.samples["train"])
     return [
         *(
             evaluator.measure_cas(each, each.pipe.decoding, options.cas, num_images=count, seed=options.seed)
@@ -152,7 +152,7 @@ def measure_editing(opened: OpenedModels) -> Page:
         row
         for model in opened.models
         for task in TASKS
-        for row in evaluator.measure_editing(model, task, num_images=options.num_samples, seed=options.seed)
+        for row in evaluator.measure_editing(model, task, num_images=options.num_images, seed=options.seed)
     ]
     pipe = opened.models[0].pipe
     images, labels = evaluator.read_real_images("val", _SHOWN_EDITS)
@@ -177,16 +177,14 @@ def measure_schedules(opened: OpenedModels, *, num_steps: Sequence[int] | None) 
     """
     evaluator, options, models = opened.evaluator, opened.options, opened.models
     check_budgets({each.run: read_run_recipe(each.folder.parent / "transformer" / "config.yaml") for each in models})
-    results = ablate(
-        evaluator, models, steps=num_steps or PLOT_STEPS, num_images=options.num_samples, seed=options.seed
-    )
+    results = ablate(evaluator, models, steps=num_steps or PLOT_STEPS, num_images=options.num_images, seed=options.seed)
     first, *_ = evaluator.networks
-    floor = evaluator.measure_real(num_images=options.num_samples, networks=[first])[first]
+    floor = evaluator.measure_real(num_images=options.num_images, networks=[first])[first]
     figure = draw_figure_8(
         results,
         num_tokens=models[0].pipe.transformer.network.config.num_tokens,
         metric=f"fid/{first}",
-        num_images=options.num_samples,
+        num_images=options.num_images,
         floor=float(floor["fid"]),
         dataset=evaluator.dataset,
     )

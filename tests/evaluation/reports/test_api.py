@@ -25,7 +25,7 @@ def options(tiny_shards: Path, tmp_path: Path) -> reports.ReportOptions:
     obtain_classifier(tmp_path / "judge", data, config=replace(ClassifierConfig(), width=4, max_steps=3, batch=20))
     return reports.ReportOptions(
         data=tiny_shards,
-        num_samples=12,
+        num_images=12,
         features=(f"classifier={tmp_path / 'judge'}",),
         results=tmp_path / "results",
         device="cpu",
@@ -37,7 +37,7 @@ def test_a_table_is_a_page_that_is_written_when_asked_to(run: Path, options: rep
     page = reports.table_1([run], options)
     assert [row["measurement"] for row in page.rows] == ["samples", "samples", "cas", "cas"]
     assert page.rows[0]["fid"] > 0
-    said = f"maskgit table 1 {run} --features {options.features[0]} --num-samples 12 --cas-model small --cas-steps 2"
+    said = f"maskgit table 1 {run} --features {options.features[0]} --num-images 12 --cas-model small --cas-max-steps 2"
     assert said in page.markdown
     assert page.folder == options.results / "shards"
     assert not page.folder.exists()
@@ -54,8 +54,8 @@ def test_figure_4_takes_sizes_of_a_run_and_others(run: Path, tmp_path: Path) -> 
 
 
 def test_what_is_wrong_is_refused(run: Path, options: reports.ReportOptions, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="num_samples: at least 2 is needed, got 1"):
-        replace(options, num_samples=1)
+    with pytest.raises(ValueError, match="num_images: at least 2 is needed, got 1"):
+        replace(options, num_images=1)
     with pytest.raises(ValueError, match="table 2: at least one run is needed"):
         reports.table_2([], options)
     with pytest.raises(FileNotFoundError, match="data nowhere: no such folder"):

@@ -20,11 +20,11 @@ __all__ = [
     "add_measured_run_arguments",
     "add_report_arguments",
     "add_worker_argument",
-    "cas_flags",
-    "measuring_flags",
-    "report_options",
-    "show",
-    "wanted_steps",
+    "read_cas_flags",
+    "read_measuring_flags",
+    "read_num_steps_flag",
+    "read_report_flags",
+    "write_page",
 ]
 
 _FEATURES = "classifier,lite0"
@@ -39,19 +39,19 @@ def add_measured_run_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, metavar="DIR", help="data folder (default: what the run was trained on)")
     parser.add_argument("--seed", type=int, default=0, help="of the first image; image i has seed + i (default: 0)")
-    parser.add_argument("--batch", type=int, default=100, metavar="N", help="images at a time (default: 100)")
+    parser.add_argument("--batch-size", type=int, default=100, metavar="N", help="images at a time (default: 100)")
     add_device_argument(parser)
     parser.add_argument(
         "--classifier", type=Path, metavar="DIR", help="where the judge is kept (default: runs/DATA-classifier/small)"
     )
 
 
-def measuring_flags(args: argparse.Namespace) -> dict[str, Any]:
+def read_measuring_flags(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the fields of ``evaluation.MeasurementOptions`` that the flags give."""
-    return {"seed": args.seed, "batch_size": args.batch, "device": args.device, "classifier": args.classifier}
+    return {"seed": args.seed, "batch_size": args.batch_size, "device": args.device, "classifier": args.classifier}
 
 
-def wanted_steps(args: argparse.Namespace) -> tuple[int, ...] | None:
+def read_num_steps_flag(args: argparse.Namespace) -> tuple[int, ...] | None:
     """Returns the numbers of ``--num-steps``; None where it is left out."""
     return None if args.num_steps is None else parse_numbers("--num-steps", args.num_steps)
 
@@ -74,21 +74,21 @@ def add_cas_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the training of the classification accuracy score, as far as the paper's scale."""
     parser.add_argument("--cas-model", metavar="NAME", help="timm network of the classification accuracy score, or "
                         "none to leave it out (default: resnet50, or resnet18 below 64 pixels)")  # fmt: skip
-    parser.add_argument("--cas-steps", type=int, metavar="N", help="its training steps (default: 500)")
-    parser.add_argument("--cas-batch", type=int, metavar="N", help="images of a step (default: 64)")
+    parser.add_argument("--cas-max-steps", type=int, metavar="N", help="its training steps (default: 500)")
+    parser.add_argument("--cas-batch-size", type=int, metavar="N", help="images of a step (default: 64)")
     parser.add_argument("--cas-learning-rate", type=float, metavar="X", help="its peak (default: 1e-3)")
     parser.add_argument("--cas-precision", choices=("32-true", "bf16-mixed"), help="(default: 32-true)")
 
 
-def cas_flags(args: argparse.Namespace) -> dict[str, Any]:
+def read_cas_flags(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the fields of ``evaluation.CASConfig`` that the flags of ``add_cas_arguments`` give, checked."""
-    check_at_least(args, cas_steps=1, cas_batch=2)
+    check_at_least(args, cas_max_steps=1, cas_batch_size=2)
     if args.cas_learning_rate is not None:
         check_number("--cas-learning-rate", args.cas_learning_rate, "(0, inf)")
     given = {
         "model": args.cas_model,
-        "max_steps": args.cas_steps,
-        "batch": args.cas_batch,
+        "max_steps": args.cas_max_steps,
+        "batch": args.cas_batch_size,
         "peak_rate": args.cas_learning_rate,
         "precision": args.cas_precision,
     }
@@ -102,9 +102,9 @@ def add_worker_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that ``report_options`` reads."""
+    """Adds the flags that ``read_report_flags`` reads."""
     _add_measuring_arguments(parser)
-    parser.add_argument("--num-samples", type=int, default=1000, metavar="N", help="images a row (default: 1000)")
+    parser.add_argument("--num-images", type=int, default=1000, metavar="N", help="images a row (default: 1000)")
     add_feature_arguments(parser)
     parser.add_argument(
         "--results",
@@ -116,16 +116,16 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     add_worker_argument(parser)
 
 
-def report_options(args: argparse.Namespace, **beside: Any) -> ReportOptions:
+def read_report_flags(args: argparse.Namespace, **beside: Any) -> ReportOptions:
     """Returns the options that the flags of ``add_report_arguments`` give, checked, and further ones."""
     from maskgit_pl.evaluation.reports import ReportOptions
 
-    check_at_least(args, num_samples=2, batch=1, num_workers=0)
+    check_at_least(args, num_images=2, batch_size=1, num_workers=0)
     return ReportOptions(
-        **measuring_flags(args),
+        **read_measuring_flags(args),
         num_workers=args.num_workers,
         data=args.data,
-        num_samples=args.num_samples,
+        num_images=args.num_images,
         features=tuple(parse_features(args.features)),
         reference=args.reference,
         results=args.results,
@@ -133,7 +133,7 @@ def report_options(args: argparse.Namespace, **beside: Any) -> ReportOptions:
     )
 
 
-def show(page: Page) -> None:
+def write_page(page: Page) -> None:
     """Writes a page to its folder, prints it, and says where it is."""
     from rich.console import Console
     from rich.markdown import Markdown

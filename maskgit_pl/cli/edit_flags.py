@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from maskgit_pl.cli.flags import naming_flags
+from maskgit_pl.cli.flags import use_flag_names
 
-__all__ = ["add_overlap_argument", "add_variant_arguments", "captions", "check_overlap_flag", "edit_options"]
+__all__ = ["add_overlap_argument", "add_variant_arguments", "check_overlap_flag", "make_captions", "read_edit_flags"]
 
 
 def add_variant_arguments(parser: argparse.ArgumentParser, *, dilation: int, class_required: bool = False) -> None:
@@ -28,7 +28,7 @@ def add_variant_arguments(parser: argparse.ArgumentParser, *, dilation: int, cla
     parser.add_argument("--dilation", type=int, default=dilation, metavar="N", help=text)
 
 
-def edit_options(args: argparse.Namespace, label: int | None) -> dict[str, Any]:
+def read_edit_flags(args: argparse.Namespace, label: int | None) -> dict[str, Any]:
     """Returns the options of ``MaskGIT``'s editing methods that the flags say."""
     return {
         "classes": [label] * args.variants,
@@ -39,7 +39,7 @@ def edit_options(args: argparse.Namespace, label: int | None) -> dict[str, Any]:
     }
 
 
-def captions(args: argparse.Namespace) -> Sequence[str]:
+def make_captions(args: argparse.Namespace) -> Sequence[str]:
     """Returns the text of each variant in pictures."""
     return [f"seed {args.seed + number}" for number in range(args.variants)]
 
@@ -55,5 +55,5 @@ def check_overlap_flag(args: argparse.Namespace) -> None:
     """Checks ``--overlap``."""
     from maskgit_pl.editing import check_overlap
 
-    with naming_flags(args):
+    with use_flag_names(args):
         check_overlap(args.overlap)

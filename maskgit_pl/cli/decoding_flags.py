@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from maskgit_pl.checks import check_seed
-from maskgit_pl.cli.flags import add_device_argument, check_at_least, flag_of, naming_flags
+from maskgit_pl.cli.flags import add_device_argument, check_at_least, format_flag, use_flag_names
 from maskgit_pl.decoding.config import DecodingConfig
 from maskgit_pl.flag_values import parse_json_spec, parse_list
 from maskgit_pl.text import argument_docs
@@ -18,9 +18,8 @@ from maskgit_pl.text import argument_docs
 if TYPE_CHECKING:
     from maskgit_pl.pipeline.outline import Outline
 
-__all__ = ["add_decoding_arguments", "check_seed_and_batch", "decoding_of"]
+__all__ = ["add_decoding_arguments", "check_seed_and_batch", "read_decoding_flags"]
 
-_ALIASES = {"num_steps": ("--steps",)}  # as the Makefile and the README call it
 _OF_PLUG_INS = {  # settings that replace one argument of a plug-in
     "guidance_scale": "Scale of the guidance schedule, at least 0; 0 is no guidance.",
     "choice_temperature": "Scale of the Gumbel noise that the token selector adds to the confidence, at least 0.",
@@ -35,11 +34,10 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("decoding", "what is left out is the model's own")
     docs = {**argument_docs(DecodingConfig), **_OF_PLUG_INS}
     for name, hint in _types().items():
-        flags = (flag_of(name), *_ALIASES.get(name, ()))
         member, metavar = _member(hint)
         kind = member if member in (int, float) else str
         text = docs[name].replace("``", "").replace("%", "%%")
-        group.add_argument(*flags, dest=name, type=kind, metavar=metavar, help=text)
+        group.add_argument(format_flag(name), type=kind, metavar=metavar, help=text)
     group.add_argument("--int8", action="store_true", help="a transformer of 8 bits, on a CPU; approximate")
     group.add_argument(
         "--decoding", type=Path, metavar="FILE.json", help="all of it, as decoding.json has it; the others change parts"
@@ -52,7 +50,9 @@ def check_seed_and_batch(args: argparse.Namespace) -> None:
     check_at_least(args, batch_size=1)
 
 
-def decoding_of(args: argparse.Namespace, outline: Outline, *, has_negative_class: bool = False) -> DecodingConfig:
+def read_decoding_flags(
+    args: argparse.Namespace, outline: Outline, *, has_negative_class: bool = False
+) -> DecodingConfig:
     """Reads how to decode from the flags of ``add_decoding_arguments``; the last check before torch is needed.
 
     Args:
@@ -61,7 +61,7 @@ def decoding_of(args: argparse.Namespace, outline: Outline, *, has_negative_clas
         has_negative_class: True if negative classes are named.
     """
     settings = {name: _value(name, getattr(args, name), hint) for name, hint in _types().items()}
-    with naming_flags(args):
+    with use_flag_names(args):
         decoding = outline.decoding_with(**settings, decoding=_read_file(args.decoding))
         outline.check_decoding(decoding, has_negative_class=has_negative_class or outline.null_label is not None)
     return decoding
@@ -88,8 +88,8 @@ def _value(name: str, given: Any, hint: Any) -> Any:
     if given is None or member in (int, float):
         return given
     if get_origin(member) is dict:
-        return parse_json_spec(flag_of(name), given)
-    numbers = parse_list(flag_of(name), given, get_args(member)[0])
+        return parse_json_spec(format_flag(name), given)
+    numbers = parse_list(format_flag(name), given, get_args(member)[0])
     return numbers[0] if len(numbers) == 1 and float in get_args(hint) else numbers
 
 
