@@ -34,5 +34,5 @@ def test_the_trainer_and_the_bare_loop_end_with_the_same_weights(trainer_overhea
         assert min(row["bare"], row["trainer"]) > 0
     said = capsys.readouterr().out
     assert "| wall  |" in said
-    assert "target: 1 ms\nLightning's loop without a callback adds " in said
+    assert "target: 1 ms\nLightning's loop without callbacks adds " in said
     assert torch.get_num_threads() == 1
