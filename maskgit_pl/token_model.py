@@ -391,7 +391,10 @@ def check_tokenizer(config: TransformerConfig, tokenizer: PretrainedTokenizer) -
     Raises:
         ValueError: if it has others. The message names both sizes and the recipe key.
     """
-    pairs = (("num_codes", config.num_codes, tokenizer.network.config.num_codes), ("grid", config.grid, tokenizer.grid))
+    pairs = (
+        ("codebook_size", config.codebook_size, tokenizer.network.config.codebook_size),
+        ("grid", config.grid, tokenizer.grid),
+    )
     for name, wanted, has in pairs:
         if wanted != has:
             raise ValueError(

@@ -60,15 +60,15 @@ class CodebookUsage(Metric):
     perplexity = exp(-sum_k p_k log p_k), p_k the share of tokens that are code k; in [1, K].
 
     Args:
-        num_codes: K, number of codes.
+        codebook_size: K, number of codes.
     """
 
     full_state_update = False
     counts: Tensor  # (K,) float64
 
-    def __init__(self, num_codes: int) -> None:
+    def __init__(self, codebook_size: int) -> None:
         super().__init__()
-        self.add_state("counts", torch.zeros(num_codes, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("counts", torch.zeros(codebook_size, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, tokens: Tensor, weight: Tensor) -> None:
         """Counts tokens.
@@ -127,7 +127,7 @@ class Tokenizer(LightningModule):
         self.similarity_loss = SimilarityLoss(config.reconstruction_loss, config.perceptual)
 
         self.squared_error = MeanMetric()
-        self.codebook_usage = CodebookUsage(config.network.num_codes)
+        self.codebook_usage = CodebookUsage(config.network.codebook_size)
         self._wrapped: dict[str, nn.Module] = {}
         self._pending = _PendingUpdate()
         self._pictures: tuple[Tensor, Tensor] | None = None

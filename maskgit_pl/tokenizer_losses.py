@@ -134,7 +134,7 @@ class AdversarialStep:
         if self.real.requires_grad:
             penalty = losses.r1_penalty(self.real_logits, self.real)
             self.metrics["r1"] = penalty.detach()
-            loss = loss + config.r1_cost * config.r1_every * penalty
+            loss = loss + config.r1_weight * config.r1_every * penalty
         if config.lecam_weight > 0:
             real_mean, fake_mean = lecam_means.clone()
             lecam = losses.lecam_loss(self.real_logits, self.fake_logits, real_mean=real_mean, fake_mean=fake_mean)

@@ -62,7 +62,9 @@ def random_transformer(config: TransformerConfig) -> Transformer:
 
 def tiny_tokenizer() -> PretrainedTokenizer:
     """A tokenizer of 14 px images, whose grid of 4 x 4 tokens covers 16 px."""
-    config = VQGANConfig(1, channels=8, multipliers=(1, 1, 1), blocks_per_level=1, groups=2, num_codes=8, code_width=4)
+    config = VQGANConfig(
+        1, base_channels=8, channel_multipliers=(1, 1, 1), num_res_blocks=1, num_groups=2, codebook_size=8, code_dim=4
+    )
     return PretrainedTokenizer(VQGAN(config).eval(), 14, "f" * 64)
 
 
@@ -78,7 +80,13 @@ def save_tiny_pretrained(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         vqgan = VQGANConfig(
-            in_channels, channels=8, multipliers=(1, 1), blocks_per_level=1, groups=2, num_codes=16, code_width=4
+            in_channels,
+            base_channels=8,
+            channel_multipliers=(1, 1),
+            num_res_blocks=1,
+            num_groups=2,
+            codebook_size=16,
+            code_dim=4,
         )
         tokenizer = VQGAN(vqgan)
         config = TransformerConfig(16, 3, (4, 4), 16, 1, 2, 32, class_dropout=class_dropout, attention=attention)

@@ -28,7 +28,7 @@ def stage2_step():
 @pytest.fixture(scope="module")
 def task(stage2_step):
     return stage2_step.Task(
-        batch=3, depth=2, width=32, mlp_width=64, num_heads=4, grid=(4, 4), num_codes=16, num_classes=3
+        batch=3, depth=2, embed_dim=32, mlp_dim=64, num_heads=4, grid=(4, 4), codebook_size=16, num_classes=3
     )
 
 
@@ -60,11 +60,11 @@ def test_ours_and_the_naive_step_have_the_same_loss_and_gradients(stage2_step, t
 
 def test_the_counted_work_is_that_of_the_formula(stage2_step, task):
     """6 FLOPs for each weight of a linear layer and row that it sees; attention's are 4 S S D, three times."""
-    rows, masked, width = 3 * 17, int(task.mask().sum()), task.width
+    rows, masked, width = 3 * 17, int(task.mask().sum()), task.embed_dim
     assert 0 < masked < 3 * 16
     vocabulary = task.network.vocabulary_size
     attention = 3 * 4 * 17 * 17 * width * 3 * task.depth
-    projections, feed_forward = 3 * width**2, width**2 + 2 * width * task.mlp_width
+    projections, feed_forward = 3 * width**2, width**2 + 2 * width * task.mlp_dim
     head = width**2 + width * vocabulary
     block = 6 * rows * (projections + feed_forward)
     _, naive = stage2_step.warm_up(stage2_step.build("naive", task, "fp32"))

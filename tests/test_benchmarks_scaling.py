@@ -11,9 +11,16 @@ from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-CONFIG = TransformerConfig(16, 3, (4, 4), width=32, depth=2, num_heads=4, mlp_width=64, class_dropout=0.0)
+CONFIG = TransformerConfig(16, 3, (4, 4), embed_dim=32, depth=2, num_heads=4, mlp_dim=64, class_dropout=0.0)
 VQGAN = VQGANConfig(
-    1, channels=8, multipliers=(1, 1), blocks_per_level=1, groups=2, num_codes=16, code_width=4, quantizer="ema"
+    1,
+    base_channels=8,
+    channel_multipliers=(1, 1),
+    num_res_blocks=1,
+    num_groups=2,
+    codebook_size=16,
+    code_dim=4,
+    quantizer="ema",
 )
 
 

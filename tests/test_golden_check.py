@@ -254,7 +254,7 @@ def vqvae_set(folder: Path) -> Path:
         "filters": 32, "num_res_blocks": 2, "channel_multipliers": [1, 1, 2], "codebook_size": 20, "embedding_dim": 6,
         "commitment_cost": 0.5, "entropy_loss_ratio": 0.2, "entropy_temperature": 0.5, "entropy_loss_type": "argmax",
     }  # fmt: skip
-    tree = weights("tokenizer", recipe.tokenizer(filters=32, multipliers=(1, 1, 2), codes=20, code_width=6))
+    tree = weights("tokenizer", recipe.tokenizer(filters=32, channel_multipliers=(1, 1, 2), codes=20, code_dim=6))
     spec = GradientQuantizerSpec(0.5, 1.0, 0.2, 0.5, "argmax")
     network = tokenizer.network_from(tree, activation="relu", quantizer=spec)
     random = np.random.RandomState(0)
@@ -341,7 +341,7 @@ def transformer_set(folder: Path) -> Path:
     """One layer of three heads, 7 codes, 2 classes, 3 x 3 tokens; a run of five steps from the second on."""
     tree = weights("transformer", recipe.transformer(layers=1, width=12, heads=3, mlp=20, words=10, positions=10))
     entry = {"layers": 1, "hidden": 12, "heads": 3, "inter": 20, "codebook": 7, "classes": 2, "latent": 3}
-    network = transformer.network_from(tree, num_codes=7)
+    network = transformer.network_from(tree, codebook_size=7)
     inputs = np.array([[7, -1, -1, -1, -1, -1, -1, -1, -1, -1], [8, -1, 6, -1, 0, 1, 2, -1, -1, 3]], np.int32)
     logits = transformer.everywhere(network, inputs)["logits"].detach()
     run = released_run(

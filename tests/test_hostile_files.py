@@ -114,7 +114,9 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def tokenizer(folder: Path) -> tuple[Path, Callable[[], Any]]:
-    config = VQGANConfig(1, channels=4, multipliers=(1, 1), blocks_per_level=1, groups=2, num_codes=8, code_width=4)
+    config = VQGANConfig(
+        1, base_channels=4, channel_multipliers=(1, 1), num_res_blocks=1, num_groups=2, codebook_size=8, code_dim=4
+    )
     save_tokenizer(folder, config, VQGAN(config).state_dict(), image_size=8)
     return folder / "config.json", lambda: load_tokenizer(folder).network.state_dict()
 

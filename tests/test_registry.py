@@ -310,7 +310,7 @@ def works(made: object) -> bool:
         return bool((last.tokens < 5).all())
     if hasattr(made, "label"):
         return isinstance(made.label, str)  # a feature network reads files when it is made
-    quantizer = made.create(num_codes=4, code_width=2)
+    quantizer = made.create(codebook_size=4, code_dim=2)
     for step in range(3):
         output = quantizer(torch.randn(1, 2, 3, 3, generator=torch.Generator().manual_seed(step)))
         quantizer.update([output.tokens], [output.features], seed=0, step=step)

@@ -71,19 +71,19 @@ class ShardData(StepDataModule):
         """Steps in which the stream goes through the train split once."""
         return math.ceil(self._train_samples / self.config.global_batch)
 
-    def require_tokenizer(self, fingerprint: str, *, grid: tuple[int, int], num_codes: int) -> None:
+    def require_tokenizer(self, fingerprint: str, *, grid: tuple[int, int], codebook_size: int) -> None:
         """Checks that the token store was made by a tokenizer; source images has none.
 
         Args:
             fingerprint: Of the tokenizer.
             grid: Its token grid.
-            num_codes: Its codebook size.
+            codebook_size: Its codebook size.
 
         Raises:
             ValueError: if another tokenizer made it, or it has other tokens. The message names both and the way out.
         """
         if self.store is not None:
-            check_origin(self.store, self.token_store, tokenizer=fingerprint, grid=grid, num_codes=num_codes)
+            check_origin(self.store, self.token_store, tokenizer=fingerprint, grid=grid, codebook_size=codebook_size)
 
     def setup(self, stage: str | None = None) -> None:
         """Checks the index and every shard's length and ends, or the whole token store, before the first step.

@@ -62,7 +62,7 @@ def describe_store(
     path: str | Path,
     *,
     grid: tuple[int, int],
-    num_codes: int,
+    codebook_size: int,
     tokenizer: str,
     image_size: int,
     crops: int = 1,
@@ -74,7 +74,7 @@ def describe_store(
     Args:
         path: The data folder.
         grid: Height and width of the token grid.
-        num_codes: Codebook size.
+        codebook_size: Codebook size.
         tokenizer: Fingerprint of the tokenizer's weights.
         image_size: Side of the images that the tokenizer encodes.
         crops: Crops of each training image: the central one, then random ones.
@@ -89,7 +89,16 @@ def describe_store(
         _check_crops(summary.images)
     samples = cast("dict[Split, int]", dict(summary.samples))
     return StoreDescription(
-        grid, num_codes, image_size, tokenizer, summary.fingerprint, summary.classes, samples, crops, flip, precision
+        grid,
+        codebook_size,
+        image_size,
+        tokenizer,
+        summary.fingerprint,
+        summary.classes,
+        samples,
+        crops,
+        flip,
+        precision,
     )
 
 

@@ -177,7 +177,7 @@ def _add_model(table: Table, report: Mapping[str, Any]) -> None:
     for name, value in rebuilt.items():
         if name.startswith(("rfid/", "lpips/")):
             table.add_row(title(name), format_value(name, value))
-    table.add_row("codes used", f"{rebuilt['codebook_usage']:.1%} of {model['num_codes']}")
+    table.add_row("codes used", f"{rebuilt['codebook_usage']:.1%} of {model['codebook_size']}")
     table.add_row("tokens per image", " x ".join(map(str, model["grid"])))
     parameters = (model["tokenizer_parameters"], model["transformer_parameters"])
     table.add_row("parameters", " + ".join(f"{count / 1e6:.2f} M" for count in parameters))
@@ -190,7 +190,7 @@ def _sizes(pipe: MaskGIT) -> dict[str, Any]:
     return {
         "image_size": pipe.tokenizer.image_size,
         "grid": list(pipe.tokenizer.grid),
-        "num_codes": pipe.tokenizer.network.config.num_codes,
+        "codebook_size": pipe.tokenizer.network.config.codebook_size,
         "num_classes": len(pipe.class_names),
         "tokenizer_parameters": parameters(pipe.tokenizer.network),
         "transformer_parameters": parameters(pipe.transformer.network),

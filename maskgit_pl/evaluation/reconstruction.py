@@ -130,10 +130,9 @@ class _Reconstructions:
     def __init__(self, tokenizer: PretrainedTokenizer, extractors: Sequence[Extractor], lpips: LPIPS | None) -> None:
         self.tokenizer = tokenizer
         self.device = next(tokenizer.network.parameters()).device
-        self.codes = CodebookUsage(tokenizer.network.config.num_codes)
-        self.codes.update(
-            torch.empty(0, 1, dtype=torch.int64), torch.empty(0)
-        )  # makes the counts exist on a rank without images
+        self.codes = CodebookUsage(tokenizer.network.config.codebook_size)
+        # An empty update, so that the counts exist on a rank without images.
+        self.codes.update(torch.empty(0, 1, dtype=torch.int64), torch.empty(0))
         self.collectors = {extractor.label: FeatureCollector(extractor) for extractor in extractors}
         self.measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"error": _mean_squared_error}
         if tokenizer.image_size >= _SSIM_WINDOW:

@@ -323,13 +323,13 @@ def read_run_recipe(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: if the file is not a recipe. The message is one line.
     """
-    from maskgit_pl.old_names import renamed_tree
+    from maskgit_pl.old_names import rename_tree
     from maskgit_pl.runs.safe_yaml import read_yaml
 
     if not file.is_file():
         return {}
     try:
-        return renamed_tree(read_yaml(file), f"recipe {file}")
+        return rename_tree(read_yaml(file), f"recipe {file}")
     except RecursionError as error:
         raise ValueError(f"recipe {file} is nested too deep") from error
     except ValueError as error:

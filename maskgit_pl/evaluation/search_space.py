@@ -37,14 +37,14 @@ class SearchSpace:
         baseline: Decoding of trial 0, which also gives the fields that are not searched.
         selectors: Names and mappings; the arguments in a mapping are fixed.
         num_steps: Numbers of steps to choose from.
-        num_codes: K.
+        codebook_size: Number K of codes.
         can_guide: True if the model has a null class, which guidance requires.
     """
 
     baseline: DecodingConfig
     selectors: tuple[Spec, ...]
     num_steps: tuple[int, ...]
-    num_codes: int
+    codebook_size: int
     can_guide: bool
 
     def trial(self, number: int, *, seed: int, method: Search = "random") -> DecodingConfig | None:
@@ -90,7 +90,7 @@ class SearchSpace:
         sampler = _TrialSampler(random_uniform("tuning", seed=seed, index=number, count=32)[0].tolist())
         selector = self._draw_selector(sampler)
         guidance = self._draw_guidance(sampler)
-        top_k, top_p = _draw_truncation(sampler, self.num_codes)
+        top_k, top_p = _draw_truncation(sampler, self.codebook_size)
         return self._decoding(
             sampler.choose(self.num_steps), selector, guidance, _draw_temperature(sampler), top_k=top_k, top_p=top_p
         )
@@ -180,13 +180,13 @@ def _draw_temperature(sampler: _TrialSampler) -> float | tuple[float, float]:
     return constant if kind == "constant" else 1.0
 
 
-def _draw_truncation(sampler: _TrialSampler, num_codes: int) -> tuple[int | None, float | None]:
+def _draw_truncation(sampler: _TrialSampler, codebook_size: int) -> tuple[int | None, float | None]:
     kind, share, top_p = (
         sampler.choose(("none", "none", "top_k", "top_p")),
         sampler.random(),
         sampler.uniform(0.8, 0.99),
     )
-    top_k = round(4 * (num_codes / 4) ** share) if num_codes > 4 else None
+    top_k = round(4 * (codebook_size / 4) ** share) if codebook_size > 4 else None
     return (top_k if kind == "top_k" else None), (top_p if kind == "top_p" else None)
 
 

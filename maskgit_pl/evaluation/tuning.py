@@ -180,7 +180,7 @@ def _open(run: Path | str, data: Path | None, options: TuningOptions) -> tuple[R
         pipe.decoding,
         tuple(options.selectors or (spec for _, spec in list_selectors())),
         tuple(options.num_steps or default_steps(outline.num_tokens, _STEPS)),
-        pipe.tokenizer.network.config.num_codes,
+        pipe.tokenizer.network.config.codebook_size,
         can_guide=pipe.transformer.network.config.null_label is not None,
     )
     for decoding in space.iter_selectors_and_steps():

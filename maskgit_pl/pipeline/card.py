@@ -187,7 +187,7 @@ def _introduction(content: Mapping[str, Any], classes: list[str], name: str) -> 
         "|---|---|",
         f"| classes | {shown}{more} |",
         f"| no class | {'yes: `None`' if content['class_dropout'] else 'none: it was trained without class dropout'} |",
-        f"| tokens of an image | {grid[0]} x {grid[1]}, of {content['num_codes']} codes |",
+        f"| tokens of an image | {grid[0]} x {grid[1]}, of {content['codebook_size']} codes |",
         *(f"| parameters, {stage} | {parameters[stage]:,} |" for stage in STAGES),
         f"| attention | {content['attention']} |",
         *([] if causal else [f"| mask schedule | {_format_value(content['mask_schedule'])} |"]),

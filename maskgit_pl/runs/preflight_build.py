@@ -65,7 +65,7 @@ def _build_from_recipe(plan: Plan) -> StageRun:
     missing: dict[str, Any] = {"data": {"path": str(plan.shards), "token_store": str(plan.folder / "tokens")}}
     if plan.stage == "transformer":
         # Sizes that the tokenizer would say, where the recipe does not: those of the paper.
-        sizes: dict[str, Any] = {"num_codes": 1024, "num_classes": 1000, "grid": [16, 16]}
+        sizes: dict[str, Any] = {"codebook_size": 1024, "num_classes": 1000, "grid": [16, 16]}
         missing["model"] = {"tokenizer": str(plan.tokenizer or "missing"), "network": sizes}
     return StageRun(plan.recipe, merge([missing, plan.recipe.tree]), plan.stage_folder)
 

@@ -137,7 +137,7 @@ def _check_inputs(
             )
             config = VQGANConfig(**read_config(found, "tokenizer")["network"])
             plan = replace(plan, tokenizer=found)
-            checks.add("tokenizer", f"{found}: {config.num_codes} codes")
+            checks.add("tokenizer", f"{found}: {config.codebook_size} codes")
     with checks.catch_errors("pretrained"):
         plan = replace(plan, pretrained=find_pretrained(plan.stage, named["pretrained"]))
     return plan, summary

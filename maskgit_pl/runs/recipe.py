@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from maskgit_pl.old_names import renamed_keys, renamed_tree
+from maskgit_pl.old_names import rename_keys, rename_tree
 from maskgit_pl.runs.flags import Overrides, flag_layer, flag_words, split_flags
 from maskgit_pl.runs.layers import Layer, merge, remove_key, value_at
 from maskgit_pl.runs.recipe_checks import check_layer
@@ -127,7 +127,7 @@ class Recipe:
     def from_layers(cls, stage: Stage, layers: Sequence[Layer], overrides: Overrides = ()) -> Recipe:
         """Checks and merges layers that are read already; see ``read``."""
         words = flag_words(overrides)
-        layers = [Layer(each.origin, renamed_tree(each.tree, each.origin)) for each in layers]
+        layers = [Layer(each.origin, rename_tree(each.tree, each.origin)) for each in layers]
         kind = _find_kind(stage, layers, words)
         left_out: dict[str, list[str]] = {}
         if kind == "autoregressive":
@@ -143,7 +143,7 @@ class Recipe:
         """Returns the recipe with further values on top, checked as in ``read``."""
         schema, words = load_schema(self.kind), flag_words(overrides)
         given = list(split_flags(words))
-        keys = renamed_keys((key for key, _ in given), "flags")
+        keys = rename_keys((key for key, _ in given), "flags")
         added = [flag_layer(key, text, schema) for key, (_, text) in zip(keys, given, strict=True)]
         for layer in added:
             if self.kind == "autoregressive":
@@ -179,7 +179,7 @@ def _find_kind(stage: Stage, files: Sequence[Layer], words: Sequence[str]) -> Ki
 
 
 def _drop_masking_keys(files: Sequence[Layer]) -> tuple[list[Layer], dict[str, list[str]]]:
-    """Layers without the keys that causal attention has no use for, and those keys by origin."""
+    """Layers without the keys that causal attention ignores, and those keys by origin."""
     kept, left_out = [], {}
     for layer in files:
         tree = merge([layer.tree])

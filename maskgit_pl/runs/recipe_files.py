@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from maskgit_pl.old_names import renamed_cluster
+from maskgit_pl.old_names import rename_cluster
 from maskgit_pl.registry import nearest
 from maskgit_pl.runs.layers import remove_key, value_at
 from maskgit_pl.runs.recipe_checks import DERIVED_KEYS
@@ -77,7 +77,7 @@ def recipe_files(stage: Stage, *, dataset: str, names: Iterable[str], cluster: s
 def _cluster_file(folder: Path, name: str) -> Path:
     """Finds a file of ``recipes/cluster``. An old name is translated unless a file of that name exists."""
     known = {file.stem for file in folder.glob("*.yaml")}
-    found = name if name in known else renamed_cluster(name)
+    found = name if name in known else rename_cluster(name)
     if found not in known:
         raise FileNotFoundError(f"cluster {name!r}: no such file in {folder}: {nearest(name, known)}")
     return folder / f"{found}.yaml"

@@ -57,7 +57,7 @@ def _values_of_data_and_tokenizer(plan: Plan) -> dict[str, Any]:
         "token_store": str(plan.folder / "tokens"),
     }
     network = {
-        "num_codes": config["network"]["num_codes"],
+        "codebook_size": config["network"]["codebook_size"],
         "num_classes": _num_classes(plan),
         "grid": list(grid),
     }
@@ -80,7 +80,7 @@ def _values_of_pretrained(stage: Stage, pretrained: Path) -> dict[str, Any]:
         network = dict(config["network"])
         data = {"image_size": config["image_size"], "in_channels": network.pop("in_channels")}
         return {"data": data, "model": {"network": network}}
-    network = {name: config["network"][name] for name in ("width", "depth", "num_heads", "mlp_width")}
+    network = {name: config["network"][name] for name in ("embed_dim", "depth", "num_heads", "mlp_dim")}
     return {"model": {"network": network}}
 
 

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -154,7 +154,7 @@ def _describe(options: TokenizeOptions, folder: Path, shards: Path, tokenizer: P
         return describe_store(
             shards,
             grid=tokenizer.grid,
-            num_codes=tokenizer.network.config.num_codes,
+            codebook_size=tokenizer.network.config.codebook_size,
             tokenizer=tokenizer.fingerprint,
             image_size=tokenizer.image_size,
             **views,
@@ -176,8 +176,9 @@ def _store_of(folder: Path, description: StoreDescription) -> Path:
     own = folder / "tokens"
     if own.is_dir() and not own.is_symlink():
         return own
-    fields = asdict(description)
-    del fields["sha256"]  # of a finished store, which may be the run's own
+    from maskgit_pl.shards.tokens import plain_description  # torch takes seconds to import
+
+    fields = plain_description(description)
     key = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
     shared = folder.parent / SHARED_TOKENS / key
     shared.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,6 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -29,6 +28,7 @@ from maskgit_pl.shards.tokens import (
     array_paths,
     is_complete,
     outside_range,
+    plain_description,
     read_description,
 )
 
@@ -96,7 +96,7 @@ class StoreParts:
 
         Args:
             part: One of ``parts()``.
-            tokens: (stop - start, mirrors, N) integers in [0, num_codes).
+            tokens: (stop - start, mirrors, N) integers in [0, codebook_size).
             labels: (stop - start,) int64 in [0, num_classes).
 
         Raises:
@@ -186,7 +186,7 @@ class StoreParts:
         return tokens, labels
 
     def _check_ranges(self, tokens: npt.NDArray[Any], labels: npt.NDArray[Any]) -> None:
-        ranges = (("tokens", tokens, self.description.num_codes), ("labels", labels, len(self.description.classes)))
+        ranges = (("tokens", tokens, self.description.codebook_size), ("labels", labels, len(self.description.classes)))
         for name, values, limit in ranges:
             if outside_range(values, limit).any():
                 raise ValueError(f"{name} must be in [0, {limit}), got {values.min()} to {values.max()}")
@@ -211,6 +211,5 @@ def _write_header(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any])
 
 
 def _to_json(description: StoreDescription, *, version: int = FORMAT) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(json.dumps({"format": version, **asdict(description)}))
-    del content["sha256"]
+    content: dict[str, Any] = json.loads(json.dumps({"format": version, **plain_description(description)}))
     return content

@@ -17,7 +17,7 @@ Used by ``maskgit tokenize`` and ``data/``.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -27,6 +27,7 @@ import numpy.typing as npt
 from maskgit_pl.checks import build_dataclass, check_choice, check_integer, check_keys, check_sha256, shorten
 from maskgit_pl.errors import DataChangedError
 from maskgit_pl.files import read_json, sha256_of
+from maskgit_pl.old_names import rename_config
 from maskgit_pl.shards.manifest import Split
 from maskgit_pl.shards.mapped_array import is_whole, map_array
 
@@ -43,6 +44,7 @@ __all__ = [
     "is_store",
     "open_store",
     "outside_range",
+    "plain_description",
     "read_description",
 ]
 
@@ -61,7 +63,7 @@ class StoreDescription:
 
     Args:
         grid: Height and width of the token grid.
-        num_codes: Codebook size K; tokens lie in [0, K).
+        codebook_size: Codebook size K; tokens lie in [0, K).
         image_size: Side of the images that were tokenised.
         tokenizer: Fingerprint of the tokenizer's weights.
         data: Fingerprint of the data folder.
@@ -78,7 +80,7 @@ class StoreDescription:
     """
 
     grid: tuple[int, int]
-    num_codes: int
+    codebook_size: int
     image_size: int
     tokenizer: str
     data: str
@@ -92,7 +94,7 @@ class StoreDescription:
     def __post_init__(self) -> None:
         for side in self.grid:
             check_integer("grid", side, "[1, 4096]")
-        check_integer("num_codes", self.num_codes, "[1, 4294967296]")
+        check_integer("codebook_size", self.codebook_size, "[1, 4294967296]")
         check_integer("image_size", self.image_size, "[1, 65536]")
         check_integer("crops", self.crops, "[1, 65536]")
         check_choice("precision", self.precision, ("float32", "bfloat16"))
@@ -115,7 +117,7 @@ class StoreDescription:
     @property
     def dtype(self) -> np.dtype[Any]:
         """The smallest of uint16 and uint32 that holds every code."""
-        return np.dtype(np.uint16 if self.num_codes <= 2**16 else np.uint32)
+        return np.dtype(np.uint16 if self.codebook_size <= 2**16 else np.uint32)
 
     def crops_of(self, split: Split) -> int:
         """Crops of each image of a split; validation has the central one alone."""
@@ -159,7 +161,7 @@ class TokenReader:
             views: Which view of each sample, in [0, self.views): one number or (B,) int64; 0 is the image itself.
 
         Returns:
-            Tokens (B, N) int64 in [0, num_codes), labels (B,) int64 in [0, num_classes).
+            Tokens (B, N) int64 in [0, codebook_size), labels (B,) int64 in [0, num_classes).
 
         Raises:
             DataChangedError: if an array was cut or changed after it was opened.
@@ -169,8 +171,10 @@ class TokenReader:
             raise self._data_changed_error("a file was cut")
         # take() gathers whole rows, 1.3 times as fast as indexing; to int64 while the rows are in the cache
         codes, classes = tokens.take(indices * self.views + views, axis=0), labels[indices]
-        if codes.max(initial=0) >= self.description.num_codes:
-            raise self._data_changed_error(f"tokens must be in [0, {self.description.num_codes}), got {codes.max()}")
+        if codes.max(initial=0) >= self.description.codebook_size:
+            raise self._data_changed_error(
+                f"tokens must be in [0, {self.description.codebook_size}), got {codes.max()}"
+            )
         if classes.view(np.uint64).max(initial=0) >= len(self.description.classes):  # one pass; -1 is 2^64 - 1
             outside = int(classes[outside_range(classes, len(self.description.classes))][0])
             raise self._data_changed_error(f"labels must be in [0, {len(self.description.classes)}), got {outside}")
@@ -202,7 +206,7 @@ class TokenReader:
             FileNotFoundError: if one is missing.
             ValueError: if one cannot be read, or does not fit the description.
         """
-        limits = (self.description.num_codes, len(self.description.classes))
+        limits = (self.description.codebook_size, len(self.description.classes))
         for path, array, limit in zip(array_paths(self.folder, self.split), self.arrays(), limits, strict=True):
             outside = _first_outside(array, limit)
             if outside is not None:
@@ -265,7 +269,7 @@ def read_description(folder: str | Path) -> StoreDescription:
     if not path.exists():
         raise FileNotFoundError(f"token store {folder}: none there, or not finished; {REMAKE_HINT}")
     try:
-        content = read_json(path, max_bytes=_MAX_DESCRIPTION_BYTES)
+        content = rename_config(read_json(path, max_bytes=_MAX_DESCRIPTION_BYTES), str(path))
         version = content.pop("format", None)
         if version not in _FORMATS:
             raise ValueError(f"{path}: format must be one of {_FORMATS}, got {shorten(version)}")
@@ -304,6 +308,13 @@ def open_store(folder: str | Path, **origin: object) -> dict[Split, TokenReader]
                 f"{REMAKE_HINT}"
             )
     return readers
+
+
+def plain_description(description: StoreDescription) -> dict[str, Any]:
+    """Returns a description in plain values, with the keys of ``store.json`` and without its hashes."""
+    fields = {name: value for name, value in asdict(description).items() if name != "sha256"}
+    # Both formats call the codebook size codebook_size: names of stores and of their parts are hashes of these keys.
+    return {"codebook_size" if name == "codebook_size" else name: value for name, value in fields.items()}
 
 
 def is_complete(folder: str | Path, description: StoreDescription) -> bool:

@@ -21,7 +21,9 @@ from maskgit_pl.runs.preflight_build import _ZeroWeights
 from maskgit_pl.runs.preflight_costs import CostChecks
 from tests.conftest import flags
 
-SMALL = VQGANConfig(1, channels=8, multipliers=(1, 1), blocks_per_level=1, groups=2, num_codes=16, code_width=4)
+SMALL = VQGANConfig(
+    1, base_channels=8, channel_multipliers=(1, 1), num_res_blocks=1, num_groups=2, codebook_size=16, code_dim=4
+)
 TINY = Path(__file__).parents[1] / "tiny"
 JOB = {
     "SLURM_JOB_ID": "70001",
@@ -160,7 +162,7 @@ def test_a_number_out_of_range_is_refused_before_anything_is_checked(monkeypatch
 
 
 def test_a_tokenizer_of_other_sizes_is_refused(doctor):
-    fails(doctor("transformer", "--model.network.num_codes=8"), "recipe", "the tokenizer has 16, got 8")
+    fails(doctor("transformer", "--model.network.codebook_size=8"), "recipe", "the tokenizer has 16, got 8")
 
 
 def test_tokens_that_are_not_made_are_missed(doctor):

@@ -41,7 +41,7 @@ def top_row(images: torch.Tensor) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def store(folder, tmp_path_factory):
     path = tmp_path_factory.mktemp("store")
-    description = describe_store(folder, grid=(2, 2), num_codes=256, tokenizer="me", image_size=4)
+    description = describe_store(folder, grid=(2, 2), codebook_size=256, tokenizer="me", image_size=4)
     assert tokenize(folder, path, description, encode=top_row, in_channels=1) == "made"
     return path
 
@@ -111,7 +111,7 @@ def test_stale_and_foreign_stores_are_refused(folder, store, tmp_path):
     with pytest.raises(ValueError, match=r"image size .*make tokenize"):
         data(folder, source="tokens", token_store=str(store), image_size=8)
     with pytest.raises(ValueError, match=r"tokenizer .*make tokenize"):
-        data(folder, source="tokens", token_store=str(store)).require_tokenizer("other", grid=(4, 4), num_codes=16)
+        data(folder, source="tokens", token_store=str(store)).require_tokenizer("other", grid=(4, 4), codebook_size=16)
     samples = [Sample(encode_png(image(0)), "png", 0, "0")]
     for split in ("train", "val"):
         write_split(samples, tmp_path, split, shard_size=9, on_sample=lambda split: None)
@@ -242,9 +242,9 @@ def test_a_store_that_says_other_samples_or_classes_than_the_data_is_refused(fol
         data(folder, source="tokens", token_store=str(tmp_path / "store"))
 
 
-@pytest.mark.parametrize(("key", "value"), [("grid", (1, 4)), ("num_codes", 512)])
+@pytest.mark.parametrize(("key", "value"), [("grid", (1, 4)), ("codebook_size", 512)])
 def test_a_store_of_other_tokens_than_the_tokenizers_is_refused(folder, store, key, value):
-    module, wanted = data(folder, source="tokens", token_store=str(store)), {"grid": (2, 2), "num_codes": 256}
+    module, wanted = data(folder, source="tokens", token_store=str(store)), {"grid": (2, 2), "codebook_size": 256}
     module.require_tokenizer("me", **wanted)
     with pytest.raises(ValueError, match=rf"its {key.replace('_', ' ')} must be .*make tokenize"):
         module.require_tokenizer("me", **{**wanted, key: value})

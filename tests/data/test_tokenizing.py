@@ -48,7 +48,7 @@ def top_row(images: torch.Tensor) -> torch.Tensor:
 def make(folder: Path, store: Path, *, encode=top_row, on_rows=lambda *words: None, **options) -> Outcome:
     """Makes a store; ``options`` are those of ``describe_store`` and of ``TokenizingConfig``."""
     views = {name: options.pop(name) for name in VIEWS if name in options}
-    description = describe_store(folder, grid=(2, 2), num_codes=256, tokenizer="me", image_size=4, **views)
+    description = describe_store(folder, grid=(2, 2), codebook_size=256, tokenizer="me", image_size=4, **views)
     config = TokenizingConfig(**{"batch_size": 4, "part_size": 6, **options})
     return tokenize(folder, store, description, encode=encode, in_channels=1, config=config, on_rows=on_rows)
 

@@ -18,7 +18,7 @@ from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.networks.transformer import ContextCache, MaskedTransformer, TransformerConfig
 from maskgit_pl.schedules import mask_schedules
 
-CONFIG = TransformerConfig(16, 3, (4, 4), width=32, depth=3, num_heads=4, mlp_width=64)
+CONFIG = TransformerConfig(16, 3, (4, 4), embed_dim=32, depth=3, num_heads=4, mlp_dim=64)
 MASK, NULL = CONFIG.mask_token_id, 3
 CPU = torch.device("cpu")
 STEPS = 6

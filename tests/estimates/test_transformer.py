@@ -55,7 +55,7 @@ def test_groups_are_the_tensors_that_fsdp_gathers_together(config):
 
 def batch_of(config):
     chance = torch.Generator().manual_seed(0)
-    tokens = torch.randint(config.num_codes, (BATCH, config.num_tokens), generator=chance)
+    tokens = torch.randint(config.codebook_size, (BATCH, config.num_tokens), generator=chance)
     share = 1.0 if config.attention == "causal" else 0.6
     mask = torch.rand(BATCH, config.num_tokens, generator=chance) < share
     return tokens, torch.zeros(BATCH, dtype=torch.long), mask

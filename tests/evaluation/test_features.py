@@ -91,7 +91,11 @@ def measured(folder: Path, shards: Path) -> dict[str, Any]:
     again = obtain_references(folder, data, [network], num_images=20)["classifier"]
     torch.manual_seed(0)
     tokenizer = SimpleNamespace(
-        network=VQGAN(VQGANConfig(1, channels=8, multipliers=(1, 1), blocks_per_level=1, groups=2, num_codes=16)),
+        network=VQGAN(
+            VQGANConfig(
+                1, base_channels=8, channel_multipliers=(1, 1), num_res_blocks=1, num_groups=2, codebook_size=16
+            )
+        ),
         image_size=8,
         grid=(4, 4),
     )

@@ -64,9 +64,9 @@ def test_view_v_of_sample_i_is_row_i_v_and_validation_has_one(tmp_path):
     assert np.load(tmp_path / "val-tokens.npy")[:, 0].tolist() == [100, 110, 120]
 
 
-@pytest.mark.parametrize(("num_codes", "bytes_a_token"), [(2**16, 2), (2**16 + 1, 4)])
-def test_token_width_follows_the_codebook(tmp_path, num_codes, bytes_a_token):
-    make(tmp_path, dataclasses.replace(DESCRIPTION, num_codes=num_codes))
+@pytest.mark.parametrize(("codebook_size", "bytes_a_token"), [(2**16, 2), (2**16 + 1, 4)])
+def test_token_width_follows_the_codebook(tmp_path, codebook_size, bytes_a_token):
+    make(tmp_path, dataclasses.replace(DESCRIPTION, codebook_size=codebook_size))
     assert np.load(tmp_path / "train-tokens.npy").dtype.itemsize == bytes_a_token
 
 
@@ -318,8 +318,8 @@ HOSTILE = {
     "grid": changed_fields(grid=[10**9, 10**9]),
     "grid ": changed_fields(grid=[2, 3, 4]),
     "grid  ": changed_fields(grid="23"),
-    "num_codes": changed_fields(num_codes=10**30),
-    "num_codes ": changed_fields(num_codes=True),
+    "codebook_size": changed_fields(codebook_size=10**30),
+    "codebook_size ": changed_fields(codebook_size=True),
     "image_size": changed_fields(image_size=-1),
     "samples": changed_fields(samples={"train": 10**15, "val": 3}),
     "samples ": changed_fields(samples={"train": "10", "val": 3}),
@@ -333,7 +333,7 @@ HOSTILE = {
     "precision": changed_fields(precision="int4"),
     "tokenizer": changed_fields(tokenizer=None),
     "data": without("data"),
-    "num_codes  ": without("num_codes"),
+    "codebook_size  ": without("codebook_size"),
     "sha256": without("sha256"),
     "sha256 ": changed_fields(sha256={}),
     "sha256  ": changed_fields(sha256={"train-tokens": "0"}),

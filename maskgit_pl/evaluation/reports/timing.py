@@ -40,7 +40,7 @@ __all__ = ["METHODS", "SIZES", "Method", "Timing", "measure_timings", "read_size
 Method = Literal["MaskGIT", "autoregressive, KV cache", "autoregressive, no cache"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
-SIZES = TransformerConfig(1024, 1000, (16, 16), width=256, depth=8, num_heads=8, mlp_width=1024)
+SIZES = TransformerConfig(1024, 1000, (16, 16), embed_dim=256, depth=8, num_heads=8, mlp_dim=1024)
 """Small enough for a CPU: 1,024 tokens without a cache take it minutes."""
 
 _SECONDS, _MAX_RUNS = 10.0, 15  # of the runs of a point, unless one takes longer; runs of a point
@@ -142,8 +142,8 @@ def timing_of(row: Mapping[str, Any] | None) -> Timing:
 def _point(method: Method, num_tokens: int, sizes: TransformerConfig, device: torch.device) -> dict[str, Any]:
     """Returns the columns of the ledger that tell a point from others."""
     network = (
-        f"{sizes.depth} layers x {sizes.width}, MLP {sizes.mlp_width}, {sizes.num_heads} heads, "
-        f"{sizes.num_codes} codes, {sizes.num_classes} classes"
+        f"{sizes.depth} layers x {sizes.embed_dim}, MLP {sizes.mlp_dim}, {sizes.num_heads} heads, "
+        f"{sizes.codebook_size} codes, {sizes.num_classes} classes"
     )
     matmul = torch.get_float32_matmul_precision()
     return {

@@ -10,7 +10,7 @@ from maskgit_pl.evaluation.reports import timing
 from maskgit_pl.evaluation.reports.timing import Timing, measure_timings
 from maskgit_pl.networks.transformer import TransformerConfig
 
-TINY = TransformerConfig(16, 3, (4, 4), width=16, depth=1, num_heads=2, mlp_width=32)
+TINY = TransformerConfig(16, 3, (4, 4), embed_dim=16, depth=1, num_heads=2, mlp_dim=32)
 METHODS = list(timing.METHODS)
 
 
