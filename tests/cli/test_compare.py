@@ -81,7 +81,7 @@ def test_a_run_that_was_stopped_goes_on_and_finds_what_an_unbroken_one_finds(
 @pytest.mark.parametrize(
     ("words", "match"),
     [
-        (("--num-steps", "4,17"), "--num-steps: at most the 16 tokens of an image, got 17"),
+        (("--num-steps", "4,17"), "--num-steps must be <= 16, the tokens per image, got 17"),
         (("--num-steps", "4,0"), "numbers of at least 1 that rise are needed, got '0'"),
         (("--num-steps", "many"), "--num-steps many: numbers such as 4,8,16"),
         (("--selectors", "halton,confidnce"), "did you mean 'confidence'"),

@@ -118,7 +118,7 @@ def test_a_dry_run_prints_the_trials_and_touches_nothing(run_folder: Path, tiny_
         (("--seconds", "nan"), "--seconds must be a"),
         (("--metric", "fdi"), "did you mean 'fid'"),
         (("--search", "bayes"), "--search must be one of random, grid, got 'bayes'"),
-        (("--num-steps", "4-17"), "--num-steps: at most the 16 tokens of an image, got 17"),
+        (("--num-steps", "4-17"), "--num-steps must be <= 16, the tokens per image, got 17"),
         (("--num-steps", "x"), "--num-steps x"),
         (("--selectors", "halton,margn"), "did you mean 'margin'"),
         (("--num-images", "5"), "at least 2 for each of the 3 classes"),
