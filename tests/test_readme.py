@@ -99,6 +99,20 @@ def test_the_python_of_a_page_is_valid(page: str):
         compile(block, page, "exec")
 
 
+IMPORTS = sorted(
+    {
+        line
+        for page in PAGES
+        for line in re.findall(r"^ *(from maskgit_pl\S* import .*)$", (ROOT / page).read_text(), re.M)
+    }
+)
+
+
+@pytest.mark.parametrize("line", IMPORTS)
+def test_a_name_that_a_page_imports_is_there(line: str):
+    exec(line, {})
+
+
 def section(title: str) -> str:
     return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
