@@ -129,7 +129,7 @@ def test_a_causal_transformer_comes_back_as_it_was_saved(tiny_autoregressive):
     assert type(made.network) is AutoregressiveTransformer
     assert made.mask_schedule is None
     assert made.decoding == AutoregressiveDecoding({"name": "linear", "scale": 1.0}).to_config(16)
-    with pytest.raises(ValueError, match=r"tune: a model with bidirectional attention is needed, .* take another run"):
+    with pytest.raises(ValueError, match=r"tune requires a model with bidirectional attention, .* choose another run"):
         made.schedule_for("tune")
 
 
@@ -402,7 +402,10 @@ def test_a_recipe_for_other_weights_is_used_with_a_warning(saved: Path, caplog) 
         ({"decoding": {"num_steps": 0}}, "num_steps must be an integer in"),
         ({"decoding": {"num_steps": "8"}}, "delete the file"),
         ({"decoding": {"top_p": 1.5}}, "top_p"),
-        ({"decoding": {"token_selector": None, "context_cache": 2}}, "context_cache: an autoregressive model"),
+        (
+            {"decoding": {"token_selector": None, "context_cache": 2}},
+            "context_cache must not be set for an autoregressive model",
+        ),
     ],
 )
 def test_a_recipe_that_is_none_is_refused_by_name(saved: Path, changes: dict[str, object], match: str) -> None:

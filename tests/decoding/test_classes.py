@@ -187,7 +187,7 @@ def test_the_same_seed_gives_the_same_image_and_another_seed_another():
 
 
 def test_guidance_without_a_null_class_is_refused_and_scale_0_is_not():
-    with pytest.raises(ValueError, match="guidance: this model has no null class"):
+    with pytest.raises(ValueError, match="guidance must have scale 0 for a model that has no null class"):
         class_predictor(model(Network(), null_label=None), [0], scales=[0.0, 1.0])
     assert isinstance(class_predictor(model(Network(), null_label=None), [0], scales=[0.0, 0.0]), ClassPredictor)
 

@@ -229,7 +229,7 @@ def test_halton_keeps_places_in_its_order_whatever_is_drawn_and_a_seed_begins_el
 
 
 def test_halton_without_a_grid_says_what_to_do():
-    with pytest.raises(ValueError, match=r"halton: the grid of tokens is needed, got none; call steps\(grid="):
+    with pytest.raises(ValueError, match=r"halton requires the grid of tokens, got None; call steps\(grid="):
         token_selectors.build("halton")(replace(candidates(), grid=None))
 
 
@@ -394,9 +394,9 @@ def test_a_selector_of_ones_own_needs_one_method_and_is_told_what_else_it_lacks(
     plain = ParallelDecoder(mask_schedules.build("cosine"), token_selectors.build("random"), num_steps=4)
     tokens = partly_known(MIXED)
     assert torch.equal(run(tokens, own)[-1].tokens, run(tokens, plain)[-1].tokens)
-    with pytest.raises(TypeError, match=r"Own: without follows_schedule it needs num_kept"):
+    with pytest.raises(TypeError, match=r"Own must define num_kept"):
         Own().num_kept(candidates(), candidates().gumbel, candidates().gumbel > 0)
-    with pytest.raises(TypeError, match=r"Own: it masks decided tokens again, and needs remasking_scores"):
+    with pytest.raises(TypeError, match=r"Own must define remasking_scores"):
         Own().remasking_scores(Decided(torch.ones(1, 1), torch.ones(1, 1), 0.5))
 
 
