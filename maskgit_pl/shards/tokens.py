@@ -314,8 +314,8 @@ def open_store(folder: str | Path, **origin: object) -> dict[Split, TokenReader]
 def plain_description(description: StoreDescription) -> dict[str, Any]:
     """Returns a description in plain values, with the keys of ``store.json`` and without its hashes."""
     fields = {name: value for name, value in asdict(description).items() if name != "sha256"}
-    # Both formats name it "codebook_size": folders of stores and of their parts are named by hashes of these keys.
-    return {"codebook_size" if name == "codebook_size" else name: value for name, value in fields.items()}
+    # Both formats name it "num_codes": folders of stores and of their parts are named by hashes of these keys.
+    return {"num_codes" if name == "codebook_size" else name: value for name, value in fields.items()}
 
 
 def is_complete(folder: str | Path, description: StoreDescription) -> bool:

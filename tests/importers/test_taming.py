@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from maskgit_pl.data import Batch, ShardData, ShardDataConfig
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.importers.files import torch_file
+from maskgit_pl.importers.files import check_torch_file
 from maskgit_pl.importers.taming import import_taming, layout_of, tokenizer_config, tokenizer_weights
 from maskgit_pl.networks.discriminator import DiscriminatorConfig
 from maskgit_pl.networks.transformer import TransformerConfig
@@ -513,7 +513,7 @@ def test_any_cut_is_refused(tmp_path):
 
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere: no such file"):
-        torch_file(tmp_path / "nowhere")
+        check_torch_file(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="got a folder; name the file itself"):
         import_taming(tmp_path, tmp_path / "out")
 
