@@ -122,8 +122,8 @@ def _image_size(config: TransformerConfig, vqgan: VQGANConfig, wanted: int | Non
     size = config.grid[0] * vqgan.downsampling_factor
     if wanted is not None and wanted != size:
         raise ValueError(
-            f"--image-size must be {size}, for {config.grid[0]} x {config.grid[1]} tokens of this transformer, got {wanted}; "
-            f"leave --image-size out, or name the checkpoints of {wanted} px"
+            f"--image-size must be {size}, for {config.grid[0]} x {config.grid[1]} tokens of this transformer, got "
+            f"{wanted}; leave --image-size out, or name the checkpoints of {wanted} px"
         )
     return size
 
