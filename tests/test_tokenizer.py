@@ -354,7 +354,7 @@ def test_a_number_out_of_range_is_refused_by_name(changes, message):
 
 @pytest.mark.parametrize("precision", ["16-true", "bf16-true"])
 def test_weights_in_16_bits_are_refused(precision):
-    with pytest.raises(ValueError, match=rf"trainer\.precision: 32-true or bf16-mixed is needed, got {precision}"):
+    with pytest.raises(ValueError, match=rf"trainer\.precision must be 32-true or bf16-mixed, got {precision}"):
         fit(tokenizer(), precision=precision)
 
 

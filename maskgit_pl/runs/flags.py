@@ -1,4 +1,4 @@
-"""Flags that set single values of a recipe, ``--KEY=VALUE`` with dotted keys."""
+"""Flags that override single values of a recipe: ``--KEY=VALUE`` with dotted keys."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from maskgit_pl.schema import Schema, fits
 __all__ = ["Overrides", "flag_layer", "flag_words", "split_flags"]
 
 Overrides = Sequence[str] | Mapping[str, Any]
-"""Single values of a recipe: flags, or dotted keys with their values."""
+"""Overrides of single recipe values: flags, or a mapping of dotted keys."""
 
 
 def flag_words(overrides: Overrides) -> tuple[str, ...]:
-    """Returns overrides as flags; a value in Python becomes its JSON, which is YAML."""
+    """Returns overrides as flags. Python values become JSON, which is also YAML."""
     if isinstance(overrides, Mapping):
         return tuple(f"--{key}={json.dumps(value, default=str)}" for key, value in overrides.items())
     return tuple(overrides)
 
 
 def split_flags(words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Splits words into the dotted key and the text of each flag.
+    """Yields the dotted key and the text of each flag.
 
     Raises:
         ValueError: if a word is not a flag, or a flag has no value.
@@ -37,7 +37,7 @@ def split_flags(words: Sequence[str]) -> Iterator[tuple[str, str]]:
     while waiting:
         word = waiting.pop()
         if not re.fullmatch(r"--[A-Za-z_][\w.]*(=.*)?", word, re.DOTALL):
-            raise ValueError(f"unrecognized argument {shorten(word)}; a value of a recipe is set by --KEY=VALUE")
+            raise ValueError(f"unrecognized argument {shorten(word)}; recipe values are set with --KEY=VALUE")
         key, equals, text = word[2:].partition("=")
         if not equals:
             if not waiting or waiting[-1].startswith("--"):
@@ -49,7 +49,8 @@ def split_flags(words: Sequence[str]) -> Iterator[tuple[str, str]]:
 def flag_layer(key: str, text: str, schema: Schema) -> Layer:
     """Returns the layer of one flag.
 
-    Text is YAML where the key takes what it means, and the text itself otherwise: a path such as ``[a`` is a path.
+    The text is parsed as YAML if the result fits the type of the key. Otherwise it is the value itself, so that a path
+    may be named ``[a``.
 
     Raises:
         ValueError: if the text is not a safe value.

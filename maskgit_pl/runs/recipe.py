@@ -179,7 +179,7 @@ def _find_kind(stage: Stage, files: Sequence[Layer], words: Sequence[str]) -> Ki
 
 
 def _drop_masking_keys(files: Sequence[Layer]) -> tuple[list[Layer], dict[str, list[str]]]:
-    """Layers without the keys that causal attention has no use for, and those keys by origin."""
+    """Layers without the keys that causal attention ignores, and those keys by origin."""
     kept, left_out = [], {}
     for layer in files:
         tree = merge([layer.tree])

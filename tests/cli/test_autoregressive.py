@@ -64,7 +64,7 @@ def refused(answer: tuple[int, str], *parts: str) -> None:
 def test_a_run_trains_goes_on_and_keeps_its_kind(train, call, tmp_path):
     code, said = train("--model.decoding.guidance=constant")
     assert code == 0, said
-    assert "base.yaml: causal attention has no use for model.mask_schedule, model.min_mask_ratio" in said
+    assert "base.yaml: causal attention ignores model.mask_schedule, model.min_mask_ratio" in said
     code, said = train("--trainer.max_steps=2")
     assert "resuming from step-00000001" in said
     assert newest_checkpoint(tmp_path / "one" / "transformer" / "checkpoints").name == "step-00000002"

@@ -164,5 +164,5 @@ def test_a_checkpoint_without_settings_goes_on_and_says_so(begun, go_on):
     step = state["global_step"]
     code, said = go_on(f"--trainer.max_steps={step + 1}", "--data.seed=0")
     assert code == 0
-    assert f"{newest}: it does not say with which settings it was made; they are not compared" in said
+    assert f"{newest} holds no settings, so they are not compared with those of this run" in said
     assert read_settings(newest_checkpoint(folder / "checkpoints"))["data.global_batch"] == 4

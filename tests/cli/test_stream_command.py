@@ -77,7 +77,7 @@ def test_a_stage_trains_from_a_stream_and_goes_on(server, train, tmp_path, stage
     ("more", "part"),
     [
         (["--data.stream.urls=pipe:cat x"], "'pipe:cat x'"),
-        (["--data.stream.classes=7", "--model.network.num_classes=3"], "has 7 classes, got 3"),
+        (["--data.stream.classes=7", "--model.network.num_classes=3"], "num_classes must be 7, the classes of "),
         (["--data.stream.classes=null"], "remote"),  # neither the stream nor a data folder says
         (["--data.validation_samples=null"], "data.validation_samples: a number is needed"),
         (["--data", "nowhere"], "data nowhere: no such folder"),

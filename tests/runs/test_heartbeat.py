@@ -96,7 +96,7 @@ def test_a_rank_whose_process_has_ended_is_missed_and_one_that_is_stopped_is_nam
     assert peers.describe_silent() == ""
     os.kill(process.pid, signal.SIGSTOP)
     assert beats(peers) is None  # it may go on
-    assert re.fullmatch(rf"rank 1 \(.*, process {process.pid}\): not heard of for .* s", peers.describe_silent())
+    assert re.fullmatch(rf"rank 1 \(.*, process {process.pid}\): no heartbeat for .* s", peers.describe_silent())
     process.kill()
     assert_missed(peers, process)
 
@@ -196,7 +196,7 @@ def test_a_store_that_is_cut_off_is_found_again_and_missed_when_it_is_gone(monke
     wire.cut()
     ending = beats(again)
     assert ending is not None
-    assert "rank 0, which keeps the store" in ending.text
+    assert "rank 0 (which holds the store)" in ending.text
     for peers in (one, other, again):
         peers.leave()
 

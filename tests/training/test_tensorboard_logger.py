@@ -39,7 +39,7 @@ def test_curves_go_on_when_there_is_a_place_again(tmp_path, caplog, monkeypatch)
         logger.save()
         logger.finalize("failed")
     (said,) = [record.message for record in caplog.records]
-    assert "run: curves cannot be written: " in said
+    assert "run: TensorBoard logs cannot be written: " in said
     (tmp_path / "run").unlink()
     logger.log_metrics({"paused": 1.0}, step=40)
     assert not (tmp_path / "run").exists()
