@@ -42,7 +42,7 @@ def test_a_run_says_what_data_it_was_trained_on(tmp_path: Path, tiny_shards: Pat
 @pytest.mark.parametrize(
     ("decoding", "match"),
     [
-        (DecodingConfig(17), "num_steps: at most the 16 tokens"),
+        (DecodingConfig(17), "num_steps must be <= 16"),
         (DecodingConfig(4, "confidnce"), "did you mean 'confidence'"),
         (DecodingConfig(4, guidance={"name": "constant", "scale": -1.0}), "scale must be a number in"),
     ],
