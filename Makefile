@@ -100,7 +100,7 @@ demo: ## Run everything: data, both stages, pictures and metrics
 
 SHORT = --trainer.max_steps=60 --trainer.val_check_interval=60 --data.validation_samples=500
 
-demo-short: ## Run the demo from scratch with 60 steps a stage
+demo-short: ## Run the demo from scratch with 60 steps per stage
 	@rm -rf runs/demo-short
 	@$(MAKE) --no-print-directory data
 	@$(MAKE) --no-print-directory train-tokenizer RUN=demo-short ARGS="$(SHORT)"

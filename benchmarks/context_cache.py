@@ -77,8 +77,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Reads the flags, measures and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--run", type=Path, metavar="RUN", help="a trained run (default: the released size only)")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batch", type=int, default=16, help="batch size for the trained run")
+    parser.add_argument("--repeats", type=int, default=5, help="number of rounds (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16, help="batch size for the trained run")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -90,9 +90,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"--run {args.run}: an autoregressive model has no context cache; name a run that decodes in parallel"
             )
         for guidance in (0.0, 1.0):
-            rows += measure(network, name=args.run.name, batch=args.batch, guidance=guidance, rounds=args.rounds)
+            rows += measure(network, name=args.run.name, batch=args.batch_size, guidance=guidance, rounds=args.repeats)
     released = MaskedTransformer(TransformerConfig(1024, 1000, (16, 16))).eval().requires_grad_(requires_grad=False)
-    rows += measure(released, name="released size, random weights", batch=1, guidance=0.0, rounds=args.rounds)
+    rows += measure(released, name="released size, random weights", batch=1, guidance=0.0, rounds=args.repeats)
     print(f"{cpu_name()}, 1 thread, float32, torch {torch.__version__}, {_STEPS} steps")
     print(markdown_table(rows))
     if args.json is not None:

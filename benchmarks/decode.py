@@ -494,7 +494,7 @@ def _positive(text: str) -> int:
 def _arguments(argv: Sequence[str] | None, names: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=_positive, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
-    parser.add_argument("--batch", type=_positive, default=1, help="batch size (%(default)s)")
+    parser.add_argument("--batch-size", type=_positive, default=1, help="batch size (%(default)s)")
     parser.add_argument("--depth", type=_positive, default=24, help="layers (%(default)s)")
     parser.add_argument("--repeats", type=_positive, default=5, help="number of rounds (%(default)s)")
     parser.add_argument(
@@ -530,7 +530,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(arguments.threads)
-    task = Task(batch=arguments.batch, depth=arguments.depth)
+    task = Task(batch=arguments.batch_size, depth=arguments.depth)
     config = network_config(task)
     print(f"{cpu_name()}, {arguments.threads} threads, torch {torch.__version__}, n = {arguments.repeats} rounds")
     print(

@@ -447,7 +447,7 @@ def _positive(text: str) -> int:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=_positive, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
-    parser.add_argument("--batch", type=_positive, default=Task.batch, help="batch size (%(default)s)")
+    parser.add_argument("--batch-size", type=_positive, default=Task.batch, help="batch size (%(default)s)")
     parser.add_argument("--depth", type=_positive, default=Task.depth, help="layers (%(default)s)")
     parser.add_argument("--repeats", type=_positive, default=7, help="number of rounds (%(default)s)")
     parser.add_argument(
@@ -464,7 +464,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(arguments.threads)
-    task, names = Task(batch=arguments.batch, depth=arguments.depth), installed()
+    task, names = Task(batch=arguments.batch_size, depth=arguments.depth), installed()
     config = task.network
     print(f"{cpu_name()}, {arguments.threads} threads, torch {torch.__version__}, n = {arguments.repeats} rounds")
     print(

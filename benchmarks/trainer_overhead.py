@@ -54,24 +54,24 @@ _TOKENIZER = VQGANConfig(
 class Task:
     """The sizes of the network and the batch: small, so that a millisecond is visible in a step."""
 
-    steps: int = 400
+    num_steps: int = 400
     embed_dim: int = 64
     depth: int = 2
-    batch: int = 16
+    batch_size: int = 16
     log_every: int = 25
     edge: int = 14  # pixels, for 7 x 7 tokens
 
     def words(self) -> list[str]:
         """Returns flags on top of the base recipe, whose callbacks, logging, clipping and averages stay."""
         values = {
-            "data.global_batch": self.batch,
-            "data.max_batch_per_device": self.batch,
+            "data.global_batch": self.batch_size,
+            "data.max_batch_per_device": self.batch_size,
             "model.network.embed_dim": self.embed_dim,
             "model.network.depth": self.depth,
             "model.network.mlp_dim": 4 * self.embed_dim,
-            "trainer.max_steps": self.steps,
-            "trainer.val_check_interval": 10 * self.steps,  # never: validation and checkpoints are not overhead
-            "checkpoint_every": 10 * self.steps,
+            "trainer.max_steps": self.num_steps,
+            "trainer.val_check_interval": 10 * self.num_steps,  # never: validation and checkpoints are not overhead
+            "checkpoint_every": 10 * self.num_steps,
             "trainer.log_every_n_steps": self.log_every,
             "trainer.accelerator": "cpu",
         }
@@ -82,7 +82,7 @@ def write_data(folder: Path, task: Task) -> None:
     """Writes random images, more than the steps need, a random tokenizer and the tokens of the images."""
     chance = torch.Generator().manual_seed(0)
     (folder / "shards").mkdir()
-    for split, count in (("train", (task.steps + 4) * task.batch), ("val", task.batch)):
+    for split, count in (("train", (task.num_steps + 4) * task.batch_size), ("val", task.batch_size)):
         with TarWriter(str(folder / "shards" / f"{split}-000000.tar")) as tar:
             for number in range(count):
                 image = torch.randint(256, (1, task.edge, task.edge), dtype=torch.uint8, generator=chance)
@@ -133,7 +133,7 @@ class BareLoop:
 
     def __init__(self, module: MaskedTokenModel, task: Task) -> None:
         self.module = module
-        self.run = _Run(task.steps)  # the module has only a weak reference to it
+        self.run = _Run(task.num_steps)  # the module has only a weak reference to it
         self.module.trainer = self.run  # type: ignore[assignment]  # stands in for the Trainer
         configured = module.configure_optimizers()
         self.optimizer, self.scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
@@ -255,7 +255,7 @@ def measure(task: Task, *, callbacks: Callbacks = "ours", profile: Path | None =
         cli.datamodule.train_dataloader = lambda: loader
         with redirect_stdout(io.StringIO()):
             cli.trainer.fit(cli.model, datamodule=cli.datamodule)
-        while loader.bare.run.global_step < task.steps:  # the Trainer fetches no batch after its last step
+        while loader.bare.run.global_step < task.num_steps:  # the Trainer fetches no batch after its last step
             loader.bare(next(loader.own))
         if watch is not None:
             watch.disable()
@@ -303,7 +303,7 @@ def _same(module: nn.Module, other: nn.Module) -> bool:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures and prints the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    for name in ("steps", "embed_dim", "depth", "batch", "log_every"):
+    for name in ("num_steps", "embed_dim", "depth", "batch_size", "log_every"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(Task, name), help="(%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="(%(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="number of runs (%(default)s)")
@@ -311,8 +311,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers and the environment to FILE")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    task = Task(args.steps, args.embed_dim, args.depth, args.batch, args.log_every)
-    print(f"{cpu_name()}, {args.threads} threads, torch {torch.__version__}, {task.steps} steps per run")
+    task = Task(args.num_steps, args.embed_dim, args.depth, args.batch_size, args.log_every)
+    print(f"{cpu_name()}, {args.threads} threads, torch {torch.__version__}, {task.num_steps} steps per run")
     measured = [
         row
         for _ in range(args.repeats)

@@ -1,4 +1,4 @@
-"""Benchmarks at tiny sizes: they run, their tables are whole, and what they compare is the same work."""
+"""Benchmarks at tiny sizes: they run, their tables are complete, and they compare the same work."""
 
 import dataclasses
 import json
@@ -59,7 +59,7 @@ def test_ours_and_the_naive_step_have_the_same_loss_and_gradients(stage2_step, t
 
 
 def test_the_counted_work_is_that_of_the_formula(stage2_step, task):
-    """6 FLOPs for each weight of a linear layer and row that it sees; attention's are 4 S S D, three times."""
+    """The formula: 6 FLOPs per weight of a linear layer and row; 3 x 4 S S D for attention."""
     rows, masked, width = 3 * 17, int(task.mask().sum()), task.embed_dim
     assert 0 < masked < 3 * 16
     vocabulary = task.network.vocabulary_size

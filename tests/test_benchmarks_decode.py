@@ -75,7 +75,7 @@ def test_a_class_that_was_seen_saves_one_step_of_eight(measured):
 
 
 def test_the_counted_work_is_that_of_the_formula(decode, task):
-    """2 FLOPs for each weight of a linear layer and row that it sees; attention's are 4 S S D."""
+    """The formula: 2 FLOPs per weight of a linear layer and row; 4 S S D for attention."""
     width, rows = task.embed_dim, task.batch * 17
     layer = 2 * rows * (4 * width**2 + 2 * width * task.mlp_dim) + 4 * 17 * rows * width
     network = decode.MaskedTransformer(decode.network_config(task)).eval()

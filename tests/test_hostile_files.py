@@ -42,7 +42,7 @@ VALUES = (
 
 
 def paths(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Every key of every mapping, and the first items of every list."""
+    """Yields the path of every key of every mapping, and of the first items of every list."""
     keys = node if isinstance(node, dict) else range(min(len(node), 8)) if isinstance(node, list) else ()
     for key in keys:
         yield (*path, key)
@@ -50,7 +50,7 @@ def paths(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def mutants(content: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """What is changed, and the text of the changed file."""
+    """Yields a description of each change, and the text of the changed file."""
     for path in paths(content):
         for value in ("@delete@", "@twice@", *VALUES):
             changed = copy.deepcopy(content)
@@ -96,7 +96,7 @@ def bounded() -> Iterator[None]:
 
 
 def outcome(load: Callable[[], Any], file: Path, changed: str) -> Any:
-    """What a load gives; None where it is refused as it should be."""
+    """Returns the result of a load; None if it is refused correctly."""
     try:
         with bounded():
             return load()

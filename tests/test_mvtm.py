@@ -21,7 +21,7 @@ from maskgit_pl.schedules import mask_schedules
 from maskgit_pl.token_model import check_tokenizer
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint
 from maskgit_pl.training.optimizers import LearningRate
-from tests.conftest import peaked
+from tests.conftest import peak_predictions
 from tests.modules import masked_model
 from tests.short_runs import data, fit
 
@@ -170,7 +170,7 @@ class FirstStep(Callback):
 def test_the_first_step_by_hand(tiny_shards, tiny_pretrained, store, tmp_path):
     network = replace(CONFIG, dropout=0.0, class_dropout=0.5)
     module, seen = model(tiny_pretrained, network=network, label_smoothing=0.3), FirstStep()
-    peaked(module.transformer)  # so that classes show
+    peak_predictions(module.transformer)  # so that classes show
     logger = CSVLogger(tmp_path, name="", version="")
     trainer = Trainer(
         max_steps=1, accelerator="cpu", logger=logger, callbacks=[seen], log_every_n_steps=1, limit_val_batches=0,
