@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from measuring import cpu_name, markdown_table
+from measuring import format_table, read_cpu_name
 from torch import Tensor
 
 from maskgit_pl.decoding import ConditionalModel, DecodingConfig, decode_classes
@@ -93,8 +93,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows += measure(network, name=args.run.name, batch=args.batch_size, guidance=guidance, rounds=args.repeats)
     released = MaskedTransformer(TransformerConfig(1024, 1000, (16, 16))).eval().requires_grad_(requires_grad=False)
     rows += measure(released, name="released size, random weights", batch=1, guidance=0.0, rounds=args.repeats)
-    print(f"{cpu_name()}, 1 thread, float32, torch {torch.__version__}, {_STEPS} steps")
-    print(markdown_table(rows))
+    print(f"{read_cpu_name()}, 1 thread, float32, torch {torch.__version__}, {_STEPS} steps")
+    print(format_table(rows))
     if args.json is not None:
         args.json.write_text(json.dumps({"rows": rows, "environment": describe_environment()}, indent=1) + "\n")
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from measuring import cpu_name, markdown_table
+from measuring import format_table, read_cpu_name
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -47,7 +47,7 @@ _GOALS = {"images": 3.0, "token sequences": 2e6}
 Run = Callable[[], int]
 
 
-def rates(contenders: Mapping[str, Run], *, repeats: int) -> dict[str, list[float]]:
+def measure_rates(contenders: Mapping[str, Run], *, repeats: int) -> dict[str, list[float]]:
     """Returns the items per CPU second of this process, which is the rate of one core, for each round.
 
     CPU time does not grow while the process waits on a busy machine.
@@ -69,7 +69,7 @@ def rates(contenders: Mapping[str, Run], *, repeats: int) -> dict[str, list[floa
 # Images
 
 
-def texture(width: int, height: int, generator: np.random.Generator) -> Image.Image:
+def make_texture(width: int, height: int, generator: np.random.Generator) -> Image.Image:
     """Returns a random image with the spectrum of a photo: mostly grey, with softer colours."""
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     frequency[0, 0] = 1
@@ -93,14 +93,14 @@ def write_images(folder: Path, size: tuple[int, int], count: int) -> int:
     with TarWriter(str(folder / "train-000000.tar")) as tar:
         for number in range(count):
             buffer = io.BytesIO()
-            texture(*size, generator).save(buffer, "JPEG", quality=90)
+            make_texture(*size, generator).save(buffer, "JPEG", quality=90)
             total += buffer.tell()
             tar.write({"__key__": f"{number:08d}", "jpg": buffer.getvalue(), "cls": number % 10})
     index_shards(folder, {"train": find_shards(folder, "train-*.tar")})
     return total // count
 
 
-def our_images(folder: Path, *, on_batch: Callable[[Tensor], object] = lambda images: None) -> int:
+def read_our_images(folder: Path, *, on_batch: Callable[[Tensor], object] = lambda images: None) -> int:
     """Reads an epoch of shuffled uint8 batches with the loader of training; returns the number of images."""
     reader = ShardReader(load_manifest(folder, "train"))
     dataset = ImageBatches(reader, ShuffledStream(len(reader), seed=0), image_size=_SIDE, in_channels=3)
@@ -108,7 +108,7 @@ def our_images(folder: Path, *, on_batch: Callable[[Tensor], object] = lambda im
     return _count(make_loader(dataset, order, num_workers=0), on_batch)
 
 
-def webdataset_images(folder: Path) -> int:
+def read_webdataset_images(folder: Path) -> int:
     """Reads an epoch like the examples of webdataset and torchvision: PIL, then transforms v1."""
     from torchvision import transforms
     from webdataset import WebDataset
@@ -125,7 +125,7 @@ def webdataset_images(folder: Path) -> int:
     return sum(len(images) for images, _ in DataLoader(dataset, batch_size=None))
 
 
-def _passes(run: Run) -> Run:
+def _repeat_epochs(run: Run) -> Run:
     """Returns a run of several epochs, in which memory is mostly reused, as in a long run."""
     return lambda: sum(run() for _ in range(_PASSES))
 
@@ -144,11 +144,11 @@ def measure_images(folder: Path, *, count: int, repeats: int) -> Iterator[dict[s
         place = folder / name.replace(" ", "")
         length = write_images(place, size, count)
         contenders = {
-            "ours": _passes(partial(our_images, place)),
-            "ours, to float here": _passes(partial(our_images, place, on_batch=to_unit_range)),
-            "webdataset + PIL": _passes(partial(webdataset_images, place)),
+            "ours": _repeat_epochs(partial(read_our_images, place)),
+            "ours, to float here": _repeat_epochs(partial(read_our_images, place, on_batch=to_unit_range)),
+            "webdataset + PIL": _repeat_epochs(partial(read_webdataset_images, place)),
         }
-        found = rates(contenders, repeats=repeats)
+        found = measure_rates(contenders, repeats=repeats)
         yield _row(f"images, {name}, {length / 1000:.0f} kB", found, goal=f"{_GOALS['images']:g} x")
 
 
@@ -182,12 +182,12 @@ def write_tokens(folder: Path, count: int) -> TokenReader:
     return open_store(folder, data="benchmark")["train"]
 
 
-def our_tokens(reader: TokenReader, batch: int) -> int:
+def read_our_tokens(reader: TokenReader, batch: int) -> int:
     """Reads an epoch of shuffled batches with the loader of training; returns the number of sequences."""
     return _count(_token_loader(reader, batch), lambda tokens: None)
 
 
-def item_by_item(reader: TokenReader, batch: int) -> int:
+def read_item_by_item(reader: TokenReader, batch: int) -> int:
     """Reads an epoch with PyTorch's shuffling loader; returns the number of sequences."""
     batches = DataLoader(ItemByItem(reader), batch_size=batch, shuffle=True)
     return sum(len(tokens) for tokens, _ in batches)
@@ -201,15 +201,18 @@ def _token_loader(reader: TokenReader, batch: int, *, step: int = 0, seed: int =
 def measure_tokens(reader: TokenReader, *, repeats: int) -> Iterator[dict[str, Any]]:
     """Yields a row for each batch size."""
     for batch in _TOKEN_BATCHES:
-        contenders = {"ours": partial(our_tokens, reader, batch), "item by item": partial(item_by_item, reader, batch)}
+        contenders = {
+            "ours": partial(read_our_tokens, reader, batch),
+            "item by item": partial(read_item_by_item, reader, batch),
+        }
         subject = f"sequences of {reader.description.num_tokens} tokens, batches of {batch}"
-        yield _row(subject, rates(contenders, repeats=repeats), goal=f"{_GOALS['token sequences']:,.0f}")
+        yield _row(subject, measure_rates(contenders, repeats=repeats), goal=f"{_GOALS['token sequences']:,.0f}")
 
 
 # The start of a resumed run
 
 
-def first_batch(folder: Path, step: int, seed: int) -> float:
+def time_first_batch(folder: Path, step: int, seed: int) -> float:
     """Returns the CPU milliseconds until a fresh loader gives its first batch; a new seed avoids cached orders."""
     start = time.process_time()
     reader = open_store(folder, data="benchmark")["train"]
@@ -223,7 +226,7 @@ def measure_start(folder: Path, *, repeats: int) -> dict[str, Any]:
     seconds: dict[int, list[float]] = {step: [] for step in _STEPS}
     for number in range(repeats + 1):
         for step, found in seconds.items():
-            milliseconds = first_batch(folder, step, seed=1 + number)
+            milliseconds = time_first_batch(folder, step, seed=1 + number)
             if number > 0:
                 found.append(milliseconds)
     medians = {f"step {step:,}: ms": median(found) for step, found in seconds.items()}
@@ -265,9 +268,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         reader = write_tokens(folder / "tokens", args.rows)
         tokens = list(measure_tokens(reader, repeats=args.repeats))
         start = measure_start(folder / "tokens", repeats=args.repeats)
-    print(f"{cpu_name()}, 1 thread, torch {torch.__version__}, medians of {args.repeats} rounds, CPU seconds\n")
+    print(f"{read_cpu_name()}, 1 thread, torch {torch.__version__}, medians of {args.repeats} rounds, CPU seconds\n")
     for rows in (images, tokens, [start]):
-        print(markdown_table([_format_row(row) for row in rows]), end="\n\n")
+        print(format_table([_format_row(row) for row in rows]), end="\n\n")
     if args.json is not None:
         figures = {"images": images, "tokens": tokens, "start": start, "environment": describe_environment()}
         args.json.write_text(json.dumps(figures, indent=2) + "\n")

@@ -20,8 +20,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from measuring import MatrixProduct, Stopwatch, cpu_name, interleave, markdown_table
-from stage2_step import MuseClasses, Task, software_bfloat16
+from measuring import MatrixProduct, Stopwatch, format_table, interleave, read_cpu_name
+from stage2_step import MuseClasses, Task, is_bfloat16_slow
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -66,7 +66,7 @@ _ALIKE = (
 _WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "unique2", "_unique2"}
 
 
-def network_config(task: Task) -> TransformerConfig:
+def build_network_config(task: Task) -> TransformerConfig:
     """Returns the task's network configuration with a null class, which guidance needs."""
     return replace(task.network, class_dropout=0.1)
 
@@ -151,7 +151,7 @@ class Autoregressive:
         return last.tokens
 
 
-def causal(network: MaskedTransformer) -> AutoregressiveTransformer:
+def make_autoregressive(network: MaskedTransformer) -> AutoregressiveTransformer:
     """Returns an autoregressive network with the same weights."""
     with torch.device("meta"):
         made = AutoregressiveTransformer(replace(network.config, attention="causal"))
@@ -173,7 +173,7 @@ class _NoTokenizer(nn.Module):
         return tokens
 
 
-def muse(task: Task) -> Decode:
+def build_muse(task: Task) -> Decode:
     """Returns muse-maskgit-pytorch's ``MaskGit.generate`` without guidance; a class is a text of one token."""
     from muse_maskgit_pytorch import muse_maskgit_pytorch as peer
 
@@ -194,7 +194,7 @@ def muse(task: Task) -> Decode:
     return decode
 
 
-def amused(task: Task) -> Decode:
+def build_amused(task: Task) -> Decode:
     """Returns the aMUSEd pipeline of diffusers without guidance and tokenizer; a class is a text of one token."""
     from diffusers.utils import logging
 
@@ -287,7 +287,7 @@ class Work:
     tokens: Tensor
 
 
-def work(decode: Decode) -> Work:
+def count_work(decode: Decode) -> Work:
     """Decodes once and returns the counts."""
     flops = FlopCounterMode(display=False, custom_mapping=_FLOPS)  # type: ignore[no-untyped-call]  # torch: untyped
     counter = Counter()
@@ -296,19 +296,19 @@ def work(decode: Decode) -> Work:
     return Work(flops.get_total_flops(), counter.kernels, counter.syncs, tokens)
 
 
-def autoregressive_work(decode: Autoregressive) -> Work:
-    """Returns the same counts as ``work`` without decoding all tokens, which takes minutes.
+def count_autoregressive_work(decode: Autoregressive) -> Work:
+    """Returns the same counts as ``count_work`` without decoding all tokens, which takes minutes.
 
     FLOPs come from a run on the meta device. The other counts come from runs of 2 and 3 tokens, and grow linearly.
     """
     empty = copy.copy(decode)
     empty.network = copy.deepcopy(decode.network).to("meta")
-    flops = work(empty).flops
+    flops = count_work(empty).flops
     runs = []
     for num_tokens in (2, 3):
         shorter = copy.copy(decode)
         shorter.num_tokens = num_tokens
-        runs.append(work(shorter))
+        runs.append(count_work(shorter))
     kernels, syncs = (  # a constant part for the noise, and a part per token
         last + (last - before) * (decode.num_tokens - 3)
         for before, last in zip(*((run.kernels, run.syncs) for run in runs), strict=True)
@@ -360,10 +360,10 @@ class Measured:
         }
 
 
-def contenders(task: Task) -> dict[str, Callable[[], Decode]]:
+def list_contenders(task: Task) -> dict[str, Callable[[], Decode]]:
     """Returns functions that build each decoder, by name; ours and the autoregressive ones share their weights."""
     torch.manual_seed(0)
-    network = MaskedTransformer(network_config(task)).eval().requires_grad_(requires_grad=False)
+    network = MaskedTransformer(build_network_config(task)).eval().requires_grad_(requires_grad=False)
     exact = partial(Ours, network, task)
     return {
         "ours": exact,
@@ -374,10 +374,10 @@ def contenders(task: Task) -> dict[str, Callable[[], Decode]]:
         "ours, context cache": partial(exact, context_cache=_CONTEXT_CACHE),
         "ours, context cache, first step cached": partial(exact, context_cache=_CONTEXT_CACHE, hit=True),
         "ours, bf16": lambda: Ours(copy.deepcopy(network).to(torch.bfloat16), task),
-        _MUSE: lambda: muse(task),
-        _AMUSED: lambda: amused(task),
-        _AUTOREGRESSIVE[0]: lambda: Autoregressive(causal(network), task, cache=True),
-        _AUTOREGRESSIVE[1]: lambda: Autoregressive(causal(network), task, cache=False),
+        _MUSE: lambda: build_muse(task),
+        _AMUSED: lambda: build_amused(task),
+        _AUTOREGRESSIVE[0]: lambda: Autoregressive(make_autoregressive(network), task, cache=True),
+        _AUTOREGRESSIVE[1]: lambda: Autoregressive(make_autoregressive(network), task, cache=False),
     }
 
 
@@ -396,9 +396,12 @@ def measure(
 
     The autoregressive decoders run after the others, in separate rounds.
     """
-    makers = contenders(task)
+    makers = list_contenders(task)
     decoders = {name: makers[name]() for name in names}
-    works = {name: autoregressive_work(d) if isinstance(d, Autoregressive) else work(d) for name, d in decoders.items()}
+    works = {
+        name: count_autoregressive_work(d) if isinstance(d, Autoregressive) else count_work(d)
+        for name, d in decoders.items()
+    }
     product = MatrixProduct(torch.float32, product_size)
     product.rate(repeats=1)
     watches: dict[str, list[Stopwatch]] = {"product": []}
@@ -427,7 +430,7 @@ def measure(
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedEffect:
     """The effect of a decoding mode on the images of a trained model.
 
     Args:
@@ -443,7 +446,7 @@ class Trained:
         return {"trained: same": f"{100 * self.same:.1f} %", "trained: class": f"{100 * self.agreement:.1f} %"}
 
 
-def on_trained(run: Path, names: Sequence[str], *, num_images: int) -> dict[str, Trained]:
+def evaluate_trained(run: Path, names: Sequence[str], *, num_images: int) -> dict[str, TrainedEffect]:
     """Decodes images of a trained run in each of our modes, without guidance, and evaluates them."""
     folders = find_run(run)
     pipe = MaskGIT.from_pretrained(folders.pretrained)
@@ -466,7 +469,7 @@ def on_trained(run: Path, names: Sequence[str], *, num_images: int) -> dict[str,
         tokens = torch.cat(kept)
         exact = tokens if exact is None else exact
         agreement = (classifier.predict(images).logits.argmax(1) == torch.tensor(labels)).float().mean()
-        found[name] = Trained(float((tokens == exact).float().mean()), float(agreement))
+        found[name] = TrainedEffect(float((tokens == exact).float().mean()), float(agreement))
     return found | {
         f"{name}, first step cached": found[name] for name in found if f"{name}, first step cached" in names
     }
@@ -476,7 +479,7 @@ def _bfloat16(folder: Path) -> MaskGIT:
     return MaskGIT.from_pretrained(folder).to("cpu", dtype=torch.bfloat16)
 
 
-def installed(names: Sequence[str]) -> list[str]:
+def filter_installed(names: Sequence[str]) -> list[str]:
     """Returns the contenders whose packages are installed, and prints the others."""
     missing = [name for name, package in _PEERS.items() if importlib.util.find_spec(package) is None]
     for name in set(missing) & set(names):
@@ -514,47 +517,47 @@ def _arguments(argv: Sequence[str] | None, names: Sequence[str]) -> argparse.Nam
     return parser.parse_args(argv)
 
 
-def chosen(only: Sequence[str] | None, names: Sequence[str]) -> list[str]:
+def choose_contenders(only: Sequence[str] | None, names: Sequence[str]) -> list[str]:
     """Returns the contenders to measure: ours and those of ``--only``, or all; bf16 only if the CPU supports it."""
     wanted = [name for name in names if only is None or name in ("ours", *only)]
-    if only is None and software_bfloat16():
+    if only is None and is_bfloat16_slow():
         print("bf16 is left out: this CPU has no bfloat16 instructions (--only 'ours, bf16' measures it anyway)")
         wanted.remove("ours, bf16")
-    return installed(wanted)
+    return filter_installed(wanted)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures and prints the table."""
-    names = list(contenders(Task(batch=1, depth=1)))
+    names = list(list_contenders(Task(batch=1, depth=1)))
     arguments = _arguments(argv, names)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(arguments.threads)
     task = Task(batch=arguments.batch_size, depth=arguments.depth)
-    config = network_config(task)
-    print(f"{cpu_name()}, {arguments.threads} threads, torch {torch.__version__}, n = {arguments.repeats} rounds")
+    config = build_network_config(task)
+    print(f"{read_cpu_name()}, {arguments.threads} threads, torch {torch.__version__}, n = {arguments.repeats} rounds")
     print(
         f"{task.depth} layers x {task.embed_dim}, MLP {task.mlp_dim}, {task.num_heads} heads, {config.num_tokens + 1} "
         f"tokens, vocabulary {config.vocabulary_size}, {_STEPS} steps, batch {task.batch}, fp32"
     )
     measured = measure(
         task,
-        chosen(arguments.only, names),
+        choose_contenders(arguments.only, names),
         repeats=arguments.repeats,
         autoregressive_repeats=arguments.autoregressive_repeats,
     )
     print(f"fp32 matrix-product peak: {measured[0].peak / 1e9:.1f} GFLOP/s")
-    trained: dict[str, Trained] = {}
+    trained: dict[str, TrainedEffect] = {}
     if arguments.run:
-        trained = on_trained(arguments.run, [one.name for one in measured], num_images=arguments.num_images)
+        trained = evaluate_trained(arguments.run, [one.name for one in measured], num_images=arguments.num_images)
         print(f"trained: {arguments.run}, {arguments.num_images} images without guidance")
     nothing = {"trained: same": "-", "trained: class": "-"} if trained else {}
     rows = [one.row() | (trained[one.name].row() if one.name in trained else nothing) for one in measured]
-    print("\n" + markdown_table(rows))
+    print("\n" + format_table(rows))
     if arguments.json:
         report = {
             "trained": {name: asdict(one) for name, one in trained.items()},
-            "environment": {**describe_environment(), "cpu": cpu_name()},
+            "environment": {**describe_environment(), "cpu": read_cpu_name()},
             "task": asdict(task),
             "measured": [asdict(one) for one in measured],
         }

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measuring import cpu_name, markdown_table
+from measuring import format_table, read_cpu_name
 from torch import Tensor
 from torch.utils.data import Dataset
 from torch_fidelity import calculate_metrics
@@ -74,7 +74,7 @@ class _Colour(Dataset[Tensor]):
         return self.images[row]
 
 
-def random_weights(file: Path) -> str:
+def write_random_weights(file: Path) -> str:
     """Writes a file of random weights, scaled so that features neither vanish nor explode; returns its SHA-256."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -86,13 +86,13 @@ def random_weights(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def real_images(data: ShardData, split: str, count: int) -> Tensor:
+def load_images(data: ShardData, split: str, count: int) -> Tensor:
     """Returns ``count`` random images of a split, (count, C, H, W) uint8."""
     batches = iter_real_batches(data, split, num_images=count, shuffled=True)  # type: ignore[arg-type]  # train or val
     return torch.cat([batch.content for batch in batches])
 
 
-def theirs(generated: Tensor, real: Tensor, weights: Path) -> dict[str, float]:
+def measure_torch_fidelity(generated: Tensor, real: Tensor, weights: Path) -> dict[str, float]:
     """Returns the metrics of torch-fidelity."""
     count = min(len(generated), len(real))
     found: Mapping[str, float] = calculate_metrics(
@@ -103,10 +103,10 @@ def theirs(generated: Tensor, real: Tensor, weights: Path) -> dict[str, float]:
     return {name: float(found[key]) for name, key in _NAMES.items()}
 
 
-def ours(generated: Tensor, real: Tensor, spec: InceptionSpec) -> dict[str, float]:
+def measure_ours(generated: Tensor, real: Tensor, spec: InceptionSpec) -> dict[str, float]:
     """Returns the metrics of this project, with the random subsets and parts that torch-fidelity draws."""
     network = Extractor.create(spec)
-    made, reference = (_features(network, images) for images in (generated, real))
+    made, reference = (_extract(network, images) for images in (generated, real))
     numbers = distances(made, Reference.from_features(reference))
     # torch-fidelity draws the parts of IS and the subsets of KID from generators with this seed.
     dealt = np.random.RandomState(_SEED).permutation(len(generated))
@@ -124,7 +124,7 @@ def ours(generated: Tensor, real: Tensor, spec: InceptionSpec) -> dict[str, floa
     }
 
 
-def _features(network: Extractor, images: Tensor) -> ImageFeatures:
+def _extract(network: Extractor, images: Tensor) -> ImageFeatures:
     def read(rows: range) -> Tensor:
         return images[rows.start : rows.stop]
 
@@ -147,14 +147,14 @@ def compare(data: ShardData, count: int, weights: Path | None) -> tuple[list[Com
         count: Number of images of each split.
         weights: Published weight file of InceptionV3; None for random weights.
     """
-    generated, real = (real_images(data, split, count) for split in ("val", "train"))
+    generated, real = (load_images(data, split, count) for split in ("val", "train"))
     with tempfile.TemporaryDirectory() as folder:
         file = weights or Path(folder) / "inception.pth"
-        spec = InceptionSpec(str(file)) if weights is not None else InceptionSpec(str(file), random_weights(file))
+        spec = InceptionSpec(str(file)) if weights is not None else InceptionSpec(str(file), write_random_weights(file))
         start = time.perf_counter()
-        of_ours = ours(generated, real, spec)
+        of_ours = measure_ours(generated, real, spec)
         middle = time.perf_counter()
-        of_theirs = theirs(generated, real, file)
+        of_theirs = measure_torch_fidelity(generated, real, file)
         seconds = {"ours": middle - start, "torch-fidelity": time.perf_counter() - middle}
     return [Compared(name, of_ours[name], of_theirs[name]) for name in _NAMES], seconds
 
@@ -172,13 +172,13 @@ def main(argv: list[str] | None = None) -> None:
     compared, seconds = compare(data, args.num_images, args.weights)
     kind = "random weights" if args.weights is None else args.weights.name
     print(f"InceptionV3, {kind}; {args.num_images} val against {args.num_images} train images of {args.data.name}; "
-          f"{cpu_name()}")  # fmt: skip
+          f"{read_cpu_name()}")  # fmt: skip
     print()
     columns = ("", "ours", "torch-fidelity", "relative difference")
     rows = [(one.name, f"{one.ours:.9g}", f"{one.theirs:.9g}", f"{one.difference:.1e}") for one in compared]
     ratio = f"{seconds['torch-fidelity'] / seconds['ours']:.2f} x the time"
     rows.append(("seconds", f"{seconds['ours']:.1f}", f"{seconds['torch-fidelity']:.1f}", ratio))
-    print(markdown_table([dict(zip(columns, row, strict=True)) for row in rows]))
+    print(format_table([dict(zip(columns, row, strict=True)) for row in rows]))
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def measure(imports: Mapping[str, str] = IMPORTS, *, repeats: int) -> dict[str, 
     }
 
 
-def report(measured: Mapping[str, Imported]) -> str:
+def format_report(measured: Mapping[str, Imported]) -> str:
     """Returns a table: medians, ratio to the first import, and the packages that the others load in addition."""
     first = next(iter(measured.values()))
     lines = ["| import | CPU s, median | least | ratio | own modules | further packages |", "|---|---|---|---|---|---|"]
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     measured = measure(repeats=args.repeats)
     print(f"Python {sys.version.split()[0]}, {args.repeats} fresh interpreters each")
-    print(report(measured))
+    print(format_report(measured))
     return 0
 
 

@@ -13,7 +13,15 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-__all__ = ["MatrixProduct", "Stopwatch", "cpu_name", "in_fresh_process", "interleave", "markdown_table", "peak_memory"]
+__all__ = [
+    "MatrixProduct",
+    "Stopwatch",
+    "format_table",
+    "interleave",
+    "measure_peak_memory",
+    "read_cpu_name",
+    "run_in_fresh_process",
+]
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -89,7 +97,7 @@ class MatrixProduct:
         return self.flops / min(watch.total for watch in watches)
 
 
-def peak_memory(run: Callable[[], object]) -> int | None:
+def measure_peak_memory(run: Callable[[], object]) -> int | None:
     """Returns the peak of the resident memory that ``run`` adds to this process, in bytes; None without /proc.
 
     Call it in a fresh process. It reads VmHWM of /proc/self/status, because ``ru_maxrss`` starts from the value of the
@@ -108,7 +116,7 @@ def _kilobytes(name: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
-def in_fresh_process(
+def run_in_fresh_process(
     function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
 ) -> Result:
     """Returns the result of a function that runs in a new interpreter, without the memory of this one."""
@@ -116,7 +124,7 @@ def in_fresh_process(
         return pool.submit(function, *args, **kwargs).result()
 
 
-def cpu_name() -> str:
+def read_cpu_name() -> str:
     """Returns the name of the CPU."""
     if _CPUINFO.exists():
         for line in _CPUINFO.read_text().splitlines():
@@ -125,7 +133,7 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Returns an aligned Markdown table of rows with the same keys."""
     cells = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

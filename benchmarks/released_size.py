@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from measuring import cpu_name, markdown_table
+from measuring import format_table, read_cpu_name
 
 from maskgit_pl.imaging import image_grid, save_png
 from maskgit_pl.importers.released import import_jax
@@ -133,8 +133,8 @@ def main() -> None:
         dtype = torch.bfloat16 if args.bf16 else torch.float32
         parts = run(*made, args.out, num_steps=args.num_steps, dtype=dtype)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"{cpu_name()}, {args.threads} threads, {str(dtype).removeprefix('torch.')}, {args.num_steps} steps")
-    print(markdown_table(parts.rows()))
+    print(f"{read_cpu_name()}, {args.threads} threads, {str(dtype).removeprefix('torch.')}, {args.num_steps} steps")
+    print(format_table(parts.rows()))
     print(f"peak memory {peak:.1f} GiB; images in {args.out}")
     if args.json is not None:
         content = {"seconds": parts.seconds, "peak_gib": peak, "environment": describe_environment()}

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from collectives import CountedCollectives
-from measuring import markdown_table
+from measuring import format_table
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
@@ -85,7 +85,7 @@ class Counted:
 
 
 @contextmanager
-def world(ranks: int) -> Iterator[None]:
+def simulate_ranks(ranks: int) -> Iterator[None]:
     """Makes this process rank 0 of a group whose other ranks do not exist."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
@@ -94,7 +94,7 @@ def world(ranks: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def transformer_fsdp(config: TransformerConfig, ranks: int, precision: Precision) -> Counted:
+def count_transformer_fsdp(config: TransformerConfig, ranks: int, precision: Precision) -> Counted:
     """Counts a micro-batch of a few tokens under FSDP2; only the shard of this rank is allocated."""
     with torch.device("meta"):
         network = MaskedTransformer(config)
@@ -113,22 +113,24 @@ def transformer_fsdp(config: TransformerConfig, ranks: int, precision: Precision
     )  # fmt: skip
 
 
-def transformer_ddp(config: TransformerConfig, ranks: int) -> Counted:
+def count_transformer_ddp(config: TransformerConfig, ranks: int) -> Counted:
     """Counts a micro-batch of a few tokens under DDP; bf16-mixed sends as much, because its gradients are float32."""
-    network = _Masked(_empty(lambda: MaskedTransformer(config)))
+    network = _Masked(_build_empty(lambda: MaskedTransformer(config)))
     blocks, root = [block_group(config)] * config.depth, root_group(config)
-    return _ddp("transformer", [network], ranks, [*blocks, root], lambda each: _transformer_step(each[0], config))
+    return _count_ddp("transformer", [network], ranks, [*blocks, root], lambda each: _transformer_step(each[0], config))
 
 
-def tokenizer_ddp(config: VQGANConfig, image_size: int, ranks: int) -> Counted:
+def count_tokenizer_ddp(config: VQGANConfig, image_size: int, ranks: int) -> Counted:
     """Counts a micro-batch of one image through both networks of stage 1 under DDP.
 
     The losses are plain sums, because the traffic depends only on the weights. The generator gets an image of 32 px,
     because its weights do not depend on the image size.
     """
     networks = [
-        _empty(lambda: VQGAN(config)),
-        _empty(lambda: Discriminator(DiscriminatorConfig(), in_channels=config.in_channels, image_size=image_size)),
+        _build_empty(lambda: VQGAN(config)),
+        _build_empty(
+            lambda: Discriminator(DiscriminatorConfig(), in_channels=config.in_channels, image_size=image_size)
+        ),
     ]
 
     def step(wrapped: Sequence[nn.Module]) -> None:
@@ -136,10 +138,10 @@ def tokenizer_ddp(config: VQGANConfig, image_size: int, ranks: int) -> Counted:
         (output.reconstruction.sum() + output.quantized.loss).backward()
         wrapped[1](torch.rand(1, config.in_channels, image_size, image_size)).sum().backward()
 
-    return _ddp("tokenizer", networks, ranks, [group_of([network]) for network in networks], step)
+    return _count_ddp("tokenizer", networks, ranks, [group_of([network]) for network in networks], step)
 
 
-def _ddp(
+def _count_ddp(
     model: str,
     networks: Sequence[nn.Module],
     ranks: int,
@@ -180,7 +182,7 @@ def _transformer_step(predict: Callable[..., Tensor], config: TransformerConfig)
     logits.float().sum().backward()  # type: ignore[no-untyped-call]  # torch: untyped
 
 
-def _empty(make: Callable[[], nn.Module]) -> nn.Module:
+def _build_empty(make: Callable[[], nn.Module]) -> nn.Module:
     """Builds a network with zero weights: no count depends on them."""
     with torch.device("meta"):
         network = make()
@@ -192,19 +194,19 @@ def _fill(module: nn.Module) -> None:
         tensor.data.zero_()
 
 
-def count(config: TransformerConfig, vqgan: VQGANConfig, image_size: int, ranks: Sequence[int]) -> list[Counted]:
+def count_all(config: TransformerConfig, vqgan: VQGANConfig, image_size: int, ranks: Sequence[int]) -> list[Counted]:
     """Counts every model with each of its strategies, for each number of ranks."""
     found: list[Counted] = []
     for number in ranks:
-        with world(number):
-            found.append(transformer_fsdp(config, number, "32-true"))
-            found.append(transformer_fsdp(config, number, "bf16-mixed"))
-            found.append(transformer_ddp(config, number))
-            found.append(tokenizer_ddp(vqgan, image_size, number))
+        with simulate_ranks(number):
+            found.append(count_transformer_fsdp(config, number, "32-true"))
+            found.append(count_transformer_fsdp(config, number, "bf16-mixed"))
+            found.append(count_transformer_ddp(config, number))
+            found.append(count_tokenizer_ddp(vqgan, image_size, number))
     return sorted(found, key=lambda one: (one.model, one.strategy, one.precision, one.ranks))
 
 
-def expectation(counted: Sequence[Counted], config: TransformerConfig) -> list[dict[str, str]]:
+def estimate_times(counted: Sequence[Counted], config: TransformerConfig) -> list[dict[str, str]]:
     """Returns the calculated times of the transformer's work and of its traffic at several bandwidths."""
     masked = mean_num_masked(mask_schedules.build("cosine"), config.num_tokens)
     rows = []
@@ -242,14 +244,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Counts and prints the tables."""
     arguments = _arguments(argv)
     config = TransformerConfig(1024, 1000, (16, 16), depth=arguments.depth, class_dropout=0.0)
-    counted = count(config, VQGANConfig(3), 256, arguments.ranks)
+    counted = count_all(config, VQGANConfig(3), 256, arguments.ranks)
     print(f"torch {torch.__version__}; one process as rank 0 of a simulated group; one micro-batch\n")
-    print(markdown_table([one.row() for one in counted]))
+    print(format_table([one.row() for one in counted]))
     print(
         f"\nCalculated, not measured: the transformer's step in one micro-batch, its work at {_UTILIZATION:.0%} of "
         f"{_RATE / 1e12:g} TFLOP/s:\n"
     )
-    print(markdown_table(expectation(counted, config)))
+    print(format_table(estimate_times(counted, config)))
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         report = {"environment": describe_environment(), "counted": [asdict(one) for one in counted]}

@@ -20,7 +20,15 @@ from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
-from measuring import MatrixProduct, Stopwatch, cpu_name, in_fresh_process, interleave, markdown_table, peak_memory
+from measuring import (
+    MatrixProduct,
+    Stopwatch,
+    format_table,
+    interleave,
+    measure_peak_memory,
+    read_cpu_name,
+    run_in_fresh_process,
+)
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import AdamW
@@ -240,7 +248,7 @@ class NaiveTransformer(nn.Module):
         return logits[:, 1:]
 
 
-def naive_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def rename_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns our weights, or their gradients, with the names of ``NaiveTransformer``."""
     found = {}
     for name, tensor in weights.items():
@@ -253,10 +261,10 @@ def naive_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def naive(task: Task, precision: Precision) -> Plain:
+def build_naive(task: Task, precision: Precision) -> Plain:
     """Returns the plain step with the initial weights of ``Ours``."""
     # The first draw from the seed, as in ours, so that both start from the same weights.
-    weights = naive_weights(MaskedTransformer(task.network).state_dict())
+    weights = rename_weights(MaskedTransformer(task.network).state_dict())
     network = NaiveTransformer(task)
     network.load_state_dict(weights)
     mask_token_id = task.network.mask_token_id
@@ -300,7 +308,7 @@ class MuseClasses(nn.Module):
         return loss
 
 
-def muse(task: Task, precision: Precision) -> Plain:
+def build_muse(task: Task, precision: Precision) -> Plain:
     """Returns the step of muse-maskgit-pytorch."""
     network = MuseClasses(task)
 
@@ -312,7 +320,7 @@ def muse(task: Task, precision: Precision) -> Plain:
     return Plain(network, loss, task, precision)
 
 
-_CONTENDERS: dict[str, Callable[[Task, Precision], Contender]] = {"ours": Ours, "naive": naive, _PEER: muse}
+_CONTENDERS: dict[str, Callable[[Task, Precision], Contender]] = {"ours": Ours, "naive": build_naive, _PEER: build_muse}
 
 
 def build(name: str, task: Task, precision: Precision) -> Contender:
@@ -321,7 +329,7 @@ def build(name: str, task: Task, precision: Precision) -> Contender:
     return _CONTENDERS[name](task, precision)
 
 
-def memory(name: str, task: Task, precision: Precision, threads: int) -> int | None:
+def measure_memory(name: str, task: Task, precision: Precision, threads: int) -> int | None:
     """Returns the peak memory of two steps in bytes; the second one has optimiser state. Call it in a fresh process."""
     torch.set_num_threads(threads)
 
@@ -330,7 +338,7 @@ def memory(name: str, task: Task, precision: Precision, threads: int) -> int | N
         for _ in range(2):
             step(Stopwatch())
 
-    return peak_memory(run)
+    return measure_peak_memory(run)
 
 
 def warm_up(step: Contender) -> tuple[float, int]:
@@ -420,13 +428,13 @@ def measure(
     ]  # fmt: skip
 
 
-def installed() -> list[str]:
+def list_installed() -> list[str]:
     """Returns the contenders whose packages are installed."""
     has_peer = importlib.util.find_spec(_PEER.replace("-", "_")) is not None
     return [name for name in _CONTENDERS if name != _PEER or has_peer]
 
 
-def software_bfloat16() -> bool:
+def is_bfloat16_slow() -> bool:
     """Returns True if this CPU multiplies bfloat16 more slowly than float32, because it has no instructions for it."""
     rates = [MatrixProduct(dtype, 512).rate(repeats=3) for dtype in (torch.bfloat16, torch.float32)]
     return rates[0] < rates[1]
@@ -464,9 +472,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(arguments.threads)
-    task, names = Task(batch=arguments.batch_size, depth=arguments.depth), installed()
+    task, names = Task(batch=arguments.batch_size, depth=arguments.depth), list_installed()
     config = task.network
-    print(f"{cpu_name()}, {arguments.threads} threads, torch {torch.__version__}, n = {arguments.repeats} rounds")
+    print(f"{read_cpu_name()}, {arguments.threads} threads, torch {torch.__version__}, n = {arguments.repeats} rounds")
     print(
         f"{task.depth} layers x {task.embed_dim}, MLP {task.mlp_dim}, {task.num_heads} heads, {config.num_tokens + 1} "
         f"tokens, vocabulary {config.vocabulary_size}, batch {task.batch}, "
@@ -475,20 +483,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     if _PEER not in names:
         print(f"{_PEER} is not installed and is left out; to install it: python -m pip install -e '.[benchmarks]'")
     precisions: list[Precision] = ["fp32", "bf16"] if arguments.precision is None else [arguments.precision]
-    if arguments.precision is None and software_bfloat16():
+    if arguments.precision is None and is_bfloat16_slow():
         print("bf16 is left out: this CPU has no bfloat16 instructions (--precision bf16 measures it anyway)")
         precisions.remove("bf16")
     measured: list[Measured] = []
     for precision in precisions:
-        peaks = {name: in_fresh_process(memory, name, task, precision, arguments.threads) for name in names}
+        peaks = {name: run_in_fresh_process(measure_memory, name, task, precision, arguments.threads) for name in names}
         measured += measure(task, precision, peaks=peaks, repeats=arguments.repeats)
         print(f"{precision} matrix-product peak: {measured[-1].peak / 1e9:.1f} GFLOP/s")
-    print("\n" + markdown_table([one.row() for one in measured]))
+    print("\n" + format_table([one.row() for one in measured]))
     if arguments.parts:
-        print("\n" + markdown_table([one.part_row() for one in measured]))
+        print("\n" + format_table([one.part_row() for one in measured]))
     if arguments.json:
         report = {
-            "environment": {**describe_environment(), "cpu": cpu_name()},
+            "environment": {**describe_environment(), "cpu": read_cpu_name()},
             "task": asdict(task),
             "measured": [asdict(one) for one in measured],
         }

@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 from lightning.pytorch import Trainer
-from measuring import cpu_name, markdown_table
+from measuring import format_table, read_cpu_name
 from torch import Tensor, nn
 from webdataset import TarWriter
 
@@ -312,20 +312,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     task = Task(args.num_steps, args.embed_dim, args.depth, args.batch_size, args.log_every)
-    print(f"{cpu_name()}, {args.threads} threads, torch {torch.__version__}, {task.num_steps} steps per run")
+    print(f"{read_cpu_name()}, {args.threads} threads, torch {torch.__version__}, {task.num_steps} steps per run")
     measured = [
         row
         for _ in range(args.repeats)
         for callbacks in get_args(Callbacks)
         for row in measure(task, callbacks=callbacks, profile=args.profile if callbacks == "ours" else None)
     ]
-    print("\n" + markdown_table([one.row() for one in measured]))
+    print("\n" + format_table([one.row() for one in measured]))
     wall, cpu, loop_only = (_added(measured, *row) for row in (("ours", "wall"), ("ours", "cpu"), ("none", "wall")))
     print(f"\nThe Trainer adds {wall:.2f} ms per step, of which {cpu:.2f} ms are CPU time; target: {TARGET:.0f} ms")
     print(f"Lightning's loop without callbacks adds {loop_only:.2f} ms")
     if args.json:
         report = {
-            "environment": {**describe_environment(), "cpu": cpu_name()},
+            "environment": {**describe_environment(), "cpu": read_cpu_name()},
             "task": asdict(task),
             "measured": [asdict(one) for one in measured],
         }

@@ -51,7 +51,7 @@ def ours_and_naive(stage2_step, task):
 def test_ours_and_the_naive_step_have_the_same_loss_and_gradients(stage2_step, task):
     (our_loss, ours), (naive_loss, naive) = ours_and_naive(stage2_step, task)
     torch.testing.assert_close(our_loss, naive_loss, rtol=1e-6, atol=1e-6)
-    ours = stage2_step.naive_weights(ours)
+    ours = stage2_step.rename_weights(ours)
     assert ours.keys() == naive.keys()
     for name, gradient in naive.items():
         assert gradient.norm() > 0, name
@@ -76,7 +76,7 @@ def test_the_counted_work_is_that_of_the_formula(stage2_step, task):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_measurement_has_a_whole_row_for_each_contender(stage2_step, task, precision):
-    peaks = {name: stage2_step.memory(name, task, precision, threads=1) for name in OURS}
+    peaks = {name: stage2_step.measure_memory(name, task, precision, threads=1) for name in OURS}
     measured = stage2_step.measure(task, precision, peaks=peaks, repeats=3, product_size=64)
     assert [one.name for one in measured] == OURS
     assert measured[0].loss == pytest.approx(measured[1].loss, rel=1e-2 if precision == "bf16" else 1e-6)
@@ -88,12 +88,12 @@ def test_a_measurement_has_a_whole_row_for_each_contender(stage2_step, task, pre
         assert [sum(each) for each in zip(*one.parts.values(), strict=True)] == pytest.approx(one.seconds)
         assert one.memory is None or one.memory >= 0  # what else this process has held shows in it
         assert json.loads(json.dumps(dataclasses.asdict(one)))["peak"] > 0
-    table = stage2_step.markdown_table([one.row() for one in measured]).splitlines()
+    table = stage2_step.format_table([one.row() for one in measured]).splitlines()
     assert len(table) == 2 + len(OURS)
     assert len({line.count("|") for line in table}) == 1
     assert len({len(line) for line in table}) == 1
 
 
 def test_peak_memory_is_that_of_what_runs(stage2_step):
-    peak = stage2_step.in_fresh_process(stage2_step.peak_memory, partial(torch.ones, 50_000_000))
+    peak = stage2_step.run_in_fresh_process(stage2_step.measure_peak_memory, partial(torch.ones, 50_000_000))
     assert peak is None or 150e6 < peak < 260e6  # the system may take pages of libraries back in the meantime

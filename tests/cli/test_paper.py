@@ -144,13 +144,13 @@ def test_figure_4_times_the_sizes_of_a_run_or_of_flags(runs: list[Path], tmp_pat
         "1 layers x 16, MLP 8, 2 heads, 32 codes, 1000 classes",
     }
     page = (tmp_path / "figure-4.md").read_text()
-    assert "maskgit figure 4 --num-tokens 4 --depth 1 --width 16" in page
+    assert "maskgit figure 4 --num-tokens 4 --depth 1 --embed-dim 16" in page
     assert "--device cpu" in page
     assert f"torch {torch.__version__}" in page
     for words, match in (
         ([*runs], "figure 4 must have at most one run"),
         (["--depth", 0], "--depth: at least 1"),
-        (["--width", 17], "num_heads"),
+        (["--embed-dim", 17], "num_heads"),
     ):
         with pytest.raises(ValueError, match=match):
             call("figure", 4, *words, *how)
@@ -231,7 +231,7 @@ def test_what_is_wrong_is_said_before_anything_is_measured(
     shutil.copytree(runs[0], runs[0].with_name("again"))
     with pytest.raises(ValueError, match="one for each mask schedule is needed"):
         call("table", 3, runs[0], runs[0].with_name("again"), *how)
-    with pytest.raises(ValueError, match="--num-steps: a number of at most 8, half of the tokens"):
+    with pytest.raises(ValueError, match="--num-steps must be <= 8, half the number of tokens, got only"):
         call("table", 3, *runs, *how, "--num-steps", "12")
     with pytest.raises(ValueError, match="--num-images: at least one for each of the 3 classes"):
         call("table", 1, *runs, *how, "--num-images", 2)

@@ -209,5 +209,5 @@ def test_numbers_out_of_range_are_refused(folder, tmp_path, options):
 
 
 def test_several_crops_of_square_images_are_refused(tiny_shards, tmp_path):
-    with pytest.raises(ValueError, match=r"tokenize crops: images that are not square .* got 8 x 8"):
+    with pytest.raises(ValueError, match=r"tokenize crops must be 1 .* got more for 8 x 8"):
         make(tiny_shards, tmp_path, crops=2)

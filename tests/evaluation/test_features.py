@@ -67,11 +67,11 @@ def test_whole_batches_are_dealt_to_ranks_by_number(monkeypatch) -> None:
 
 def test_the_same_image_twice_and_no_image_at_all_are_refused() -> None:
     batch = (IMAGES[:5], torch.arange(5))
-    with pytest.raises(ValueError, match=r"features of classifier: each image must come once"):
+    with pytest.raises(ValueError, match=r"features of classifier: each image must occur once"):
         extract([few()], [batch, batch])
     with pytest.raises(ValueError, match="at least one image"):
         extract([few()], [])
-    with pytest.raises(ValueError, match="each label at most once"):
+    with pytest.raises(ValueError, match="must have different labels"):
         extract([few(), few(seed=1)], [batch])
 
 

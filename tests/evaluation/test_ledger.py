@@ -155,7 +155,7 @@ LINE = json.dumps({"measurement": "samples", "num_images": 1, "fid": 1.0})
         (LINE.replace("}", ', "run": {"a": 1}}'), "line 2: run must be a string"),
         (LINE.replace("}", ', "elbo_bits": "x"}'), "line 2: elbo_bits must be a finite number"),
         (LINE.replace("}", ', "note": "\udcff"}'), "line 2 is not JSON"),
-        ('{"a": "' + "x" * 1_000_000 + '"}', "line 2 must have less than 1 MB"),
+        ('{"a": "' + "x" * 1_000_000 + '"}', "line 2 must be shorter than 1 MB"),
     ],
 )
 def test_a_line_of_a_stranger_is_refused_by_file_and_number(tmp_path: Path, line: str, match: str) -> None:

@@ -203,7 +203,11 @@ def test_an_estimate_is_a_mean_with_its_standard_error():
 
 @pytest.mark.parametrize(
     ("tokens", "labels", "draws", "match"),
-    [((1, 3), 1, 1, "at least 2 images"), ((4, 3), 3, 1, "a label for each"), ((4, 3), 4, 0, "draws: at least 1")],
+    [
+        ((1, 3), 1, 1, r"tokens must be \(n, N\) with n >= 2"),
+        ((4, 3), 3, 1, r"labels \(n,\), got"),
+        ((4, 3), 4, 0, "draws must be >= 1, got 0"),
+    ],
 )
 def test_what_cannot_be_measured_is_refused(tokens, labels, draws, match):
     with pytest.raises(ValueError, match=match):

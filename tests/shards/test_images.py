@@ -236,7 +236,7 @@ def test_every_cut_of_an_image_is_found_without_decoding_it(kind, progressive):
     check_whole(data, name="x")
     check_whole(data + b"\n", name="x")
     for length in (*range(12, len(data), 37), len(data) - 1):
-        with pytest.raises(UnreadableImageError, match=rf"x is cut off after {length} bytes"):
+        with pytest.raises(UnreadableImageError, match=rf"x is truncated after {length} bytes"):
             check_whole(data[:length], name="x")
 
 

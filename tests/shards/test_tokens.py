@@ -79,7 +79,9 @@ def test_foreign_store_is_refused_with_the_way_out(tmp_path, wanted):
 
 def test_everything_that_differs_is_named_at_once(tmp_path):
     make(tmp_path)
-    with pytest.raises(ValueError, match=r"data must be new, got data; its tokenizer must be me, got tokenizer; make"):
+    with pytest.raises(
+        ValueError, match=r"data must be new, got data; its tokenizer must be me, got tokenizer; regenerate"
+    ):
         open_store(tmp_path, data="new", tokenizer="me")
 
 
@@ -263,7 +265,9 @@ def test_a_changed_value_is_refused_when_the_store_is_opened(tmp_path, array, ro
         open_store(tmp_path, data="data")  # nothing to compare with
         return
     found = f"in row {row}" if out_of_range else "changed since it was made"
-    with pytest.raises(ValueError, match=rf"token store .*/{array}\.npy: .*{found}.*; make .* `maskgit tokenize`"):
+    with pytest.raises(
+        ValueError, match=rf"token store .*/{array}\.npy: .*{found}.*; regenerate .* `maskgit tokenize`"
+    ):
         open_store(tmp_path, data="data")
     (bad,) = verify_store(tmp_path).bad
     assert bad.name == f"{array}.npy"
@@ -300,7 +304,7 @@ def test_an_array_that_is_cut_while_it_is_read_ends_the_run_and_does_not_kill_it
     make(tmp_path)
     reader = open_store(tmp_path, data="data")["train"]
     os.truncate(tmp_path / f"train-{array}.npy", 130)
-    with pytest.raises(DataChangedError, match="a file was cut"):
+    with pytest.raises(DataChangedError, match="a file was truncated"):
         reader.read(np.array([9]))
 
 
@@ -318,8 +322,8 @@ HOSTILE = {
     "grid": changed_fields(grid=[10**9, 10**9]),
     "grid ": changed_fields(grid=[2, 3, 4]),
     "grid  ": changed_fields(grid="23"),
-    "codebook_size": changed_fields(codebook_size=10**30),
-    "codebook_size ": changed_fields(codebook_size=True),
+    "codebook_size": changed_fields(num_codes=10**30),
+    "codebook_size ": changed_fields(num_codes=True),
     "image_size": changed_fields(image_size=-1),
     "samples": changed_fields(samples={"train": 10**15, "val": 3}),
     "samples ": changed_fields(samples={"train": "10", "val": 3}),
@@ -333,7 +337,7 @@ HOSTILE = {
     "precision": changed_fields(precision="int4"),
     "tokenizer": changed_fields(tokenizer=None),
     "data": without("data"),
-    "codebook_size  ": without("codebook_size"),
+    "codebook_size  ": without("num_codes"),
     "sha256": without("sha256"),
     "sha256 ": changed_fields(sha256={}),
     "sha256  ": changed_fields(sha256={"train-tokens": "0"}),
@@ -348,7 +352,7 @@ def test_a_hostile_description_is_refused_in_one_line_with_file_and_key(tmp_path
     make(tmp_path)
     path = tmp_path / "store.json"
     path.write_text(json.dumps(HOSTILE[case](json.loads(path.read_text()))))
-    with pytest.raises(ValueError, match=rf"token store .*store\.json.*{case.strip()}.*; make it again") as caught:
+    with pytest.raises(ValueError, match=rf"token store .*store\.json.*{case.strip()}.*; regenerate it") as caught:
         open_store(tmp_path, data="data")
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 600 + 2 * len(str(tmp_path))
@@ -358,7 +362,7 @@ def test_a_hostile_description_is_refused_in_one_line_with_file_and_key(tmp_path
 def test_a_description_that_is_no_json_mapping_is_refused_in_one_line(tmp_path, content):
     make(tmp_path)
     (tmp_path / "store.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"token store .*store\.json.*; make it again") as caught:
+    with pytest.raises(ValueError, match=r"token store .*store\.json.*; regenerate it") as caught:
         open_store(tmp_path, data="data")
     assert "\n" not in str(caught.value)
 

@@ -42,7 +42,7 @@ def test_ten_images_are_allowed_however_often_they_are_met_and_the_eleventh_is_n
     images = counter()
     for number in range(ALWAYS_ALLOWED):
         add(images, (2 * number, 2 * number + 1), (0, 1))
-    with pytest.raises(DataBudgetError, match=r"at most 0.0001 .* 10 in all .* got 11 \(21 times in 1100 images\)"):
+    with pytest.raises(DataBudgetError, match=r"at most 0.0001 .* 10 in total, got 11 \(21 times in 1100 images\)"):
         add(images, (50, 51))
 
 

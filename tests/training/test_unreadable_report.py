@@ -164,7 +164,7 @@ def test_a_shard_that_is_cut_while_a_run_reads_it_ends_all_ranks_with_its_name(t
     code, lines = answer_of_a_run_to(cut, tmp_path, f"--data.num_workers={num_workers}", *ranks)
     assert code == DataChangedError.exit_code == 76, lines
     assert any(
-        "maskgit train: data " in line and "train-000001.tar was changed while it is read" in line for line in lines
+        "maskgit train: data " in line and "train-000001.tar changed while it was in use" in line for line in lines
     )
     assert not any("Traceback" in line for line in lines)
 
@@ -180,6 +180,7 @@ def test_a_data_worker_that_is_killed_ends_the_run_with_one_line(tmp_path, ranks
     code, lines = answer_of_a_run_to(kill, tmp_path, "--data.num_workers=2", *ranks)
     assert code == DataWorkerError.exit_code, lines
     assert any(
-        "maskgit train: a process that loads data was killed, most likely because memory" in line for line in lines
+        "maskgit train: a data loading worker was killed, most likely because it ran out of memory" in line
+        for line in lines
     )
     assert not any("Traceback" in line for line in lines)
