@@ -261,7 +261,7 @@ def test_more_steps_than_tokens_and_guidance_without_a_null_class_are_refused_at
         model(tiny_pretrained, decoding=DecodingConfig(num_steps=17))
     without = replace(CONFIG, class_dropout=0.0)
     model(tiny_pretrained, network=without)
-    with pytest.raises(ValueError, match="guidance: it needs a null class"):
+    with pytest.raises(ValueError, match="guidance must have scale 0 for a network without a null class"):
         model(tiny_pretrained, network=without, decoding=DecodingConfig(guidance={"name": "linear", "scale": 1.0}))
 
 

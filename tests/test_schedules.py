@@ -64,7 +64,7 @@ def test_the_number_of_tokens_may_differ_by_row():
 
 
 def test_an_unknown_rounding_is_refused():
-    with pytest.raises(ValueError, match="rounding: 'ceil' or 'floor' is needed, got 'round'"):
+    with pytest.raises(ValueError, match="rounding must be 'ceil' or 'floor', got 'round'"):
         num_masked(torch.tensor(0.5), 16, rounding="round")
 
 

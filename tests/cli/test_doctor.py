@@ -164,7 +164,9 @@ def test_a_number_out_of_range_is_refused_before_anything_is_checked(monkeypatch
 
 
 def test_a_tokenizer_of_other_sizes_is_refused(doctor):
-    fails(doctor("transformer", "--model.network.codebook_size=8"), "recipe", "the tokenizer has 16, got 8")
+    fails(
+        doctor("transformer", "--model.network.codebook_size=8"), "recipe", "must be 16, that of the tokenizer, got 8"
+    )
 
 
 def test_tokens_that_are_not_made_are_missed(doctor):
