@@ -69,9 +69,9 @@ def test_a_run_that_can_start_passes_and_nothing_is_written(doctor, stage, tmp_p
     code, text = doctor(stage, "--cluster", "ddp", "--nodes", "2", "--devices", "2", "--device-flops", "1T")
     assert code == 0, text
     assert "checks pass" in text
-    assert "4 = 4 ranks x 1 accumulated x 1 a device" in text
+    assert "4 = 4 ranks x 1 accumulation step x 1 sample" in text
     assert "1 1 3 3" in text  # node, local rank, global rank, sample
-    assert "is not rescaled by the number of devices" in text
+    assert "not rescaled by the number of devices" in text
     assert "for 1 step" in text
     assert "samples/s" in text
     assert not (tmp_path / "runs").exists()
@@ -115,7 +115,9 @@ def test_memory_that_is_too_small_is_answered_with_the_batch_that_fits(doctor):
     answer = doctor(
         "transformer", "--data.global_batch=64", "--data.max_batch_per_device=64", "--device-memory", "600K"
     )
-    fails(answer, "memory", "data.max_batch_per_device 64", "must fit 552 kB", "--data.max_batch_per_device=16 fits")
+    fails(
+        answer, "memory", "data.max_batch_per_device 64", "must fit into 552 kB", "--data.max_batch_per_device=16 fits"
+    )
     fails(answer, "memory", "--model.activation_checkpointing=blocks", "--trainer.precision=bf16-mixed")
     fails(doctor("tokenizer", "--device-memory", "10K"), "memory", "not even one sample fits")
 
@@ -279,4 +281,4 @@ def test_many_ranks_are_shown_node_by_node(doctor):
     )  # fmt: skip
     assert answer[0] == 0
     assert "0 0-7 0-7 0-7, 512-519" in answer[1]
-    assert "and so on to rank 511" in answer[1]
+    assert "up to rank 511" in answer[1]
