@@ -101,13 +101,13 @@ def test_it_begins_from_weights_of_its_own_kind(tiny_pretrained, tiny_autoregres
     for network in (module.transformer, module.ema_network):
         assert all(torch.equal(weight, expected[name]) for name, weight in network.state_dict().items())
     with pytest.raises(
-        ValueError, match=r"model\.network\.attention: .* is bidirectional, got causal; begin from another"
+        ValueError, match=r"model\.network\.attention must be bidirectional, .*, got causal; start from another"
     ):
         module.start_from(tiny_pretrained / "transformer")
 
 
 def test_what_does_not_go_together_is_refused(tiny_pretrained):
-    with pytest.raises(ValueError, match=r"^decoding\.guidance: it needs a null class"):
+    with pytest.raises(ValueError, match=r"^decoding\.guidance must have scale 0 for a network without a null class"):
         model(
             tiny_pretrained,
             network=replace(CONFIG, class_dropout=0.0),

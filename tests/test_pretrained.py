@@ -447,7 +447,7 @@ def test_decoding_in_parts_gives_the_same_pictures(monkeypatch):
     tokenizer = PretrainedTokenizer(VQGAN(config).eval(), 8, "")
     tokens = torch.randint(0, 16, (7, 16), generator=torch.Generator().manual_seed(0))
     whole, parts, decode = tokenizer.decode(tokens), [], tokenizer.network.decode
-    monkeypatch.setattr("maskgit_pl.pretrained.networks._MOST_PIXELS", 3 * 8 * 8)
+    monkeypatch.setattr("maskgit_pl.pretrained.networks._MAX_PIXELS", 3 * 8 * 8)
     monkeypatch.setattr(tokenizer.network, "decode", lambda part, grid: parts.append(len(part)) or decode(part, grid))
     made = tokenizer.decode(tokens)
     assert parts == [3, 3, 1]
