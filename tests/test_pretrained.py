@@ -147,10 +147,10 @@ def test_an_attention_and_a_schedule_that_do_not_go_together_are_refused(saved, 
     edit(tmp_path / "causal", mask_schedule="cosine")
     edit(saved / "transformer", mask_schedule=None)
     for folder, got in (
-        (tmp_path / "causal", "causal and 'cosine'"),
-        (saved / "transformer", "bidirectional and None"),
+        (tmp_path / "causal", "'cosine' for causal"),
+        (saved / "transformer", "None for bidirectional"),
     ):
-        with pytest.raises(ValueError, match=rf"config\.json: bidirectional attention goes with .* got {got}"):
+        with pytest.raises(ValueError, match=rf"config\.json: mask_schedule must be .*, got {got}"):
             load_transformer(folder)
 
 

@@ -14,7 +14,7 @@ from maskgit_pl.decoding import RECIPE_FORMAT, DecodingConfig, read_recipe
 from maskgit_pl.files import sha256_of, write_text
 from maskgit_pl.schedules import mask_schedules
 
-__all__ = ["check_decoding", "load_decoding", "read_decoding", "save_decoding"]
+__all__ = ["validate_decoding", "load_decoding", "read_decoding", "save_decoding"]
 
 WEIGHTS_FILE = "model.safetensors"
 _DECODING = "decoding.json"
@@ -98,10 +98,10 @@ def load_decoding(file: Path | str) -> DecodingConfig:
 def _decoding_file(file: Path) -> tuple[dict[str, Any], DecodingConfig]:
     """Returns the content of a file, and the configuration in it."""
     decoding, content = read_recipe(file)
-    return content, check_decoding(decoding, f"decoding {file}: decoding")
+    return content, validate_decoding(decoding, f"decoding {file}: decoding")
 
 
-def check_decoding(decoding: DecodingConfig, where: str) -> DecodingConfig:
+def validate_decoding(decoding: DecodingConfig, where: str) -> DecodingConfig:
     """Returns ``decoding`` after building a decoder from it, which checks its names and numbers.
 
     Raises:

@@ -19,7 +19,7 @@ from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.networks.weight_file import check_fit, check_tensor, load_weights, read_tensor_header, read_tensors
 from maskgit_pl.old_names import rename_config, rename_tensors
-from maskgit_pl.pretrained.decoding_file import WEIGHTS_FILE, check_decoding
+from maskgit_pl.pretrained.decoding_file import WEIGHTS_FILE, validate_decoding
 from maskgit_pl.pretrained.networks import PretrainedTokenizer, PretrainedTransformer
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
 
@@ -193,7 +193,7 @@ def _transformer(content: Mapping[str, Any], folder: Path) -> _TransformerConfig
     return _TransformerConfig(
         network,
         _mask_schedule(content["mask_schedule"], network.attention, file),
-        check_decoding(decoding, f"{file}: decoding"),
+        validate_decoding(decoding, f"{file}: decoding"),
         check_class_names(f"{file}: class_names", content["class_names"], network.num_classes),
         _text(content["tokenizer_fingerprint"], f"{file}: tokenizer_fingerprint"),
     )
