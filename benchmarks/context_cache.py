@@ -37,6 +37,7 @@ def decode(network: MaskedTransformer, *, context_cache: int, batch: int, guidan
         Tokens (B, N), and the CPU seconds of the decoding.
     """
     decoding = DecodingConfig(_STEPS, guidance={"name": "constant", "scale": guidance})
+    # CPU time, because other programs on the machine hardly change it.
     start = time.process_time()
     *_, last = decode_classes(
         ConditionalModel.from_network(network, torch.device("cpu"), context_cache=context_cache),
@@ -57,6 +58,7 @@ def measure(network: MaskedTransformer, *, name: str, batch: int, guidance: floa
             tokens[value], spent = decode(network, context_cache=value, batch=batch, guidance=guidance)
             if number:  # round 0 warms up
                 seconds[value].append(spent)
+    # Ratios within a round: the speed of the machine changes between rounds.
     ratios = {value: [own / exact for own, exact in zip(seconds[value], seconds[1], strict=True)] for value in _VALUES}
     return [
         {
@@ -89,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(
                 f"--run {args.run}: an autoregressive model has no context cache; name a run that decodes in parallel"
             )
+        # Guidance decodes each image twice, with and without its class.
         for guidance in (0.0, 1.0):
             rows += measure(network, name=args.run.name, batch=args.batch_size, guidance=guidance, rounds=args.repeats)
     released = MaskedTransformer(TransformerConfig(1024, 1000, (16, 16))).eval().requires_grad_(requires_grad=False)

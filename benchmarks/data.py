@@ -61,6 +61,7 @@ def measure_rates(contenders: Mapping[str, Run], *, repeats: int) -> dict[str, l
         for name, run in contenders.items():
             start = time.process_time()
             count = run()
+            # Round 0 fills caches and is not counted.
             if number > 0:
                 measured[name].append(count / (time.process_time() - start))
     return measured
@@ -71,6 +72,7 @@ def measure_rates(contenders: Mapping[str, Run], *, repeats: int) -> dict[str, l
 
 def make_texture(width: int, height: int, generator: np.random.Generator) -> Image.Image:
     """Returns a random image with the spectrum of a photo: mostly grey, with softer colours."""
+    # Random phases with amplitudes that fall with the frequency, as in natural images.
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     frequency[0, 0] = 1
 
@@ -79,6 +81,7 @@ def make_texture(width: int, height: int, generator: np.random.Generator) -> Ima
         values = np.fft.irfft2(phase / frequency**exponent, s=(height, width))
         return (values - values.mean()) / values.std()
 
+    # One grey plane for all channels, and a weaker, smoother one per channel.
     grey = plane(_SLOPE)
     pixels = np.stack([128 + 45 * grey + 15 * plane(_SLOPE + 0.5) for _ in range(3)], axis=-1)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))

@@ -97,6 +97,7 @@ class Ours:
             mask_schedules.build("cosine"), token_selectors.build("confidence"), num_steps=_STEPS
         )
         self.scales = guidance_scales(guidance_schedules.build(guidance), _STEPS)
+        # Room for 1000 classes and the null class.
         self.first = FirstStepLogits(
             network, num_tokens=self.config.num_tokens, mask_token_id=self.config.mask_token_id, max_labels=1001
         )
@@ -109,6 +110,7 @@ class Ours:
             self()  # fills the cache of first steps
 
     def __call__(self) -> Tensor:
+        # Without this, the second round would already find the first step in the cache.
         if not self.hit:
             self.first.clear()
         *_, last = decode_classes(
@@ -153,6 +155,7 @@ class Autoregressive:
 
 def make_autoregressive(network: MaskedTransformer) -> AutoregressiveTransformer:
     """Returns an autoregressive network with the same weights."""
+    # Built without memory on the meta device; the weights are shared, not copied.
     with torch.device("meta"):
         made = AutoregressiveTransformer(replace(network.config, attention="causal"))
     made.load_state_dict(network.state_dict(), assign=True)
@@ -184,6 +187,7 @@ def build_muse(task: Task) -> Decode:
     model = peer.MaskGit.__new__(peer.MaskGit)  # its __init__ accepts only its own tokenizer
     nn.Module.__init__(model)
     model.vae, model.transformer, model.mask_id = _NoTokenizer(task.grid[0]), transformer, transformer.mask_id
+    # The options of its __init__: no self-conditioning, no critic, cosine schedule.
     model.image_size, model.self_cond, model.noise_schedule = None, False, peer.cosine_schedule
     model.token_critic, model.resize_image_for_cond_image, model.no_mask_token_prob = None, False, 0.0
 
@@ -301,6 +305,7 @@ def count_autoregressive_work(decode: Autoregressive) -> Work:
 
     FLOPs come from a run on the meta device. The other counts come from runs of 2 and 3 tokens, and grow linearly.
     """
+    # On the meta device, operations have shapes but no values: all tokens take seconds.
     empty = copy.copy(decode)
     empty.network = copy.deepcopy(decode.network).to("meta")
     flops = count_work(empty).flops
@@ -362,6 +367,7 @@ class Measured:
 
 def list_contenders(task: Task) -> dict[str, Callable[[], Decode]]:
     """Returns functions that build each decoder, by name; ours and the autoregressive ones share their weights."""
+    # Seeded: every run of the benchmark measures the same weights.
     torch.manual_seed(0)
     network = MaskedTransformer(build_network_config(task)).eval().requires_grad_(requires_grad=False)
     exact = partial(Ours, network, task)
@@ -398,6 +404,7 @@ def measure(
     """
     makers = list_contenders(task)
     decoders = {name: makers[name]() for name in names}
+    # Counting also warms up: it runs each decoder once before the first round.
     works = {
         name: count_autoregressive_work(d) if isinstance(d, Autoregressive) else count_work(d)
         for name, d in decoders.items()
@@ -405,6 +412,7 @@ def measure(
     product = MatrixProduct(torch.float32, product_size)
     product.rate(repeats=1)
     watches: dict[str, list[Stopwatch]] = {"product": []}
+    # An autoregressive image takes minutes, so it gets its own, fewer rounds.
     for is_slow, rounds in ((False, repeats), (True, autoregressive_repeats)):
         runs = {name: _time_decode(decoders[name]) for name in names if (name in _AUTOREGRESSIVE) == is_slow}
         measured = interleave({"product": product, **runs}, repeats=rounds) if runs else {}
@@ -412,6 +420,7 @@ def measure(
         watches.update(measured)
     peak = product.flops / min(watch.total for watch in watches["product"])
     seconds = {name: [watch.total for watch in watches[name]] for name in names}
+    # All contenders start from the same noise, so equal tokens mean equal decoding.
     ours = works["ours"].tokens
     return [
         Measured(
@@ -451,6 +460,7 @@ def evaluate_trained(run: Path, names: Sequence[str], *, num_images: int) -> dic
     folders = find_run(run)
     pipe = MaskGIT.from_pretrained(folders.pretrained)
     classifier = obtain_classifier(folders.judge, open_data(folders, pipe))
+    # Classes in equal numbers: image i belongs to class floor(i * classes / images).
     labels = [number * len(pipe.class_names) // num_images for number in range(num_images)]
     exact, found = None, {}
     for name in names:
@@ -458,6 +468,7 @@ def evaluate_trained(run: Path, names: Sequence[str], *, num_images: int) -> dic
             continue
         made = {"ours, int8": pipe.quantized, "ours, bf16": lambda: _bfloat16(folders.pretrained)}.get(name)
         model = pipe if made is None else made()
+        # The callback keeps the tokens of the last step of each batch.
         kept: list[Tensor] = []
         images = model.generate(
             labels,
@@ -467,6 +478,7 @@ def evaluate_trained(run: Path, names: Sequence[str], *, num_images: int) -> dic
             callback=lambda step, kept=kept: None if bool(step.still_masked.any()) else kept.append(step.tokens),
         )
         tokens = torch.cat(kept)
+        # The first mode is "ours", the exact one.
         exact = tokens if exact is None else exact
         agreement = (classifier.predict(images).logits.argmax(1) == torch.tensor(labels)).float().mean()
         found[name] = TrainedEffect(float((tokens == exact).float().mean()), float(agreement))

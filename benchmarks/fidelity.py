@@ -80,6 +80,7 @@ def write_random_weights(file: Path) -> str:
         torch.manual_seed(0)
         network = Inception()
         for module in network.modules():
+            # He initialization keeps the variance of the activations through the ReLU layers.
             if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
                 torch.nn.init.kaiming_normal_(module.weight)
     torch.save(network.state_dict(), file)
@@ -94,6 +95,7 @@ def load_images(data: ShardData, split: str, count: int) -> Tensor:
 
 def measure_torch_fidelity(generated: Tensor, real: Tensor, weights: Path) -> dict[str, float]:
     """Returns the metrics of torch-fidelity."""
+    # One subset of all images, so that KID does not depend on the draw of subsets.
     count = min(len(generated), len(real))
     found: Mapping[str, float] = calculate_metrics(
         input1=_Colour(generated), input2=_Colour(real), feature_extractor="inception-v3-compat", isc=True, fid=True,

@@ -45,6 +45,7 @@ class Imported:
     @property
     def packages(self) -> set[str]:
         """The third-party packages: top-level names outside the standard library and this project."""
+        # Names with a leading underscore are C extensions or private modules of packages.
         names = {name.partition(".")[0] for name in self.modules}
         return {name for name in names if not name.startswith("_") and name not in sys.stdlib_module_names} - {
             "maskgit_pl"
@@ -58,6 +59,7 @@ def measure(imports: Mapping[str, str] = IMPORTS, *, repeats: int) -> dict[str, 
         for name, statement in imports.items():
             command = [sys.executable, "-c", _PROBE.format(statement=statement)]
             printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            # Round 0 reads the files from disk into the cache of the system.
             if round_ > 0:
                 found[name].append(tuple(json.loads(printed)))
     return {

@@ -105,6 +105,7 @@ def measure_peak_memory(run: Callable[[], object]) -> int | None:
     """
     if not _STATUS.exists():
         return None
+    # Libraries that are loaded on first use are not memory of ``run``.
     torch.randn(64, 64) @ torch.randn(64, 64)  # loads the libraries of the first matrix product
     before = _kilobytes("VmRSS")
     run()
@@ -120,12 +121,14 @@ def run_in_fresh_process(
     function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
 ) -> Result:
     """Returns the result of a function that runs in a new interpreter, without the memory of this one."""
+    # "spawn" starts a new interpreter; a forked one would keep this memory.
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *args, **kwargs).result()
 
 
 def read_cpu_name() -> str:
     """Returns the name of the CPU."""
+    # On Linux, ``platform`` does not know the name of the model.
     if _CPUINFO.exists():
         for line in _CPUINFO.read_text().splitlines():
             if line.startswith("model name"):

@@ -79,6 +79,7 @@ def time_networks(pipe: MaskGIT, parts: dict[str, float]) -> Iterator[None]:
         (tokenizer, "encode", "encoder"),
         (tokenizer, "decode", "decoder"),
     ]
+    # An attribute of the instance hides the method of the class until it is deleted.
     for network, name, part in whole:
         setattr(network, name, time_calls(getattr(network, name), parts, part))
     try:
@@ -105,6 +106,7 @@ def run(transformer: Path, tokenizer: Path, out: Path, *, num_steps: int, dtype:
     with parts.task(f"sample {len(_CLASSES)} images") as split, time_networks(pipe, split):
         images = pipe.generate(_CLASSES, num_steps=num_steps, seed=0, output_type="pt")
     save_png(image_grid(images, columns=4), out / "samples.png")
+    # The region to edit: the middle half of the width and of the height.
     size = images.shape[-1]
     box = (size // 4, size // 4, size * 3 // 4, size * 3 // 4)
     with parts.task("edit 1 image") as split, time_networks(pipe, split):
@@ -132,6 +134,7 @@ def main() -> None:
         made = (args.transformer, args.tokenizer) if args.transformer else make_checkpoints(Path(scratch))
         dtype = torch.bfloat16 if args.bf16 else torch.float32
         parts = run(*made, args.out, num_steps=args.num_steps, dtype=dtype)
+    # ru_maxrss is in KiB on Linux.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"{read_cpu_name()}, {args.threads} threads, {str(dtype).removeprefix('torch.')}, {args.num_steps} steps")
     print(format_table(parts.rows()))

@@ -99,6 +99,7 @@ def count_transformer_fsdp(config: TransformerConfig, ranks: int, precision: Pre
     with torch.device("meta"):
         network = MaskedTransformer(config)
     shard_blocks(network, network.blocks, init_device_mesh("cpu", (ranks,)), precision=precision)
+    # After sharding, only this rank's rows are allocated.
     network.to_empty(device="cpu")
     half = precision == "bf16-mixed"
     with CountedCollectives() as counted, torch.autocast("cpu", torch.bfloat16, enabled=half):
@@ -150,11 +151,13 @@ def _count_ddp(
 ) -> Counted:
     counted = CountedCollectives()
     wrapped = [DistributedDataParallel(network, gradient_as_bucket_view=True) for network in networks]
+    # A communication hook replaces DDP's all-reduce, which dispatch modes cannot see.
     for each in wrapped:
         counted.follow(each)
     with counted:
         step(wrapped)
     trained = [parameter for network in networks for parameter in network.parameters()]
+    # DDP broadcasts the buffers before each forward pass.
     buffers = sum(buffer.nbytes for network in networks for buffer in network.buffers())
     held = sum(parameter.nbytes for parameter in trained)
     return Counted(
@@ -208,6 +211,7 @@ def count_all(config: TransformerConfig, vqgan: VQGANConfig, image_size: int, ra
 
 def estimate_times(counted: Sequence[Counted], config: TransformerConfig) -> list[dict[str, str]]:
     """Returns the calculated times of the transformer's work and of its traffic at several bandwidths."""
+    # The head runs only on masked tokens, so the work depends on their mean number.
     masked = mean_num_masked(mask_schedules.build("cosine"), config.num_tokens)
     rows = []
     for one in (one for one in counted if one.model == "transformer"):

@@ -77,6 +77,7 @@ class Task:
         chance = torch.Generator().manual_seed(0)
         tokens = torch.randint(self.codebook_size, (self.batch, self.network.num_tokens), generator=chance)
         labels = torch.randint(self.num_classes, (self.batch,), generator=chance)
+        # Sample i is at position i of epoch 0, and no row is padding.
         index = torch.arange(self.batch)
         return Batch(tokens, labels, index, torch.zeros_like(index), index, index >= 0)
 
@@ -127,6 +128,7 @@ class Ours:
         self.run = _Run()  # the module has only a weak reference to it
         self.module.trainer = self.run  # type: ignore[assignment]  # stands in for the Trainer
         self.optimizer = self.module.configure_optimizers()["optimizer"]
+        # Separates the optimiser from the average, which ``optimizer_step`` updates afterwards.
         self.optimizer.register_step_post_hook(lambda *_: self.watch.mark("optimiser"))
         self.watch = Stopwatch()
 
@@ -244,6 +246,7 @@ class NaiveTransformer(nn.Module):
         for block in self.blocks:
             x = block(x)
         x = self.head_norm(F.gelu(self.head_dense(x), approximate="tanh"))
+        # The head is tied to the token embedding, as released.
         logits: Tensor = x @ self.token_embedding.weight.T + self.head_bias
         return logits[:, 1:]
 
@@ -272,6 +275,7 @@ def build_naive(task: Task, precision: Precision) -> Plain:
     def loss(network: nn.Module, batch: Batch, mask: Tensor) -> Tensor:
         logits = network(batch.content.masked_fill(mask, mask_token_id), batch.labels).float()
         losses = F.cross_entropy(logits.mT, batch.content, label_smoothing=_SMOOTHING, reduction="none")  # (B, N)
+        # Mean over the masked tokens of a row, then over the rows, as in our loss.
         return ((losses * mask).sum(1) / mask.sum(1)).mean()
 
     return Plain(network, loss, task, precision)
@@ -409,6 +413,7 @@ def measure(
     task: Task, precision: Precision, *, peaks: Mapping[str, int | None], repeats: int, product_size: int = 2048
 ) -> list[Measured]:
     """Times the contenders named in ``peaks`` in turn, and the machine's peak in the same rounds."""
+    # All contenders stay in memory, so that a round can run them in turn.
     names = list(peaks)
     steps = {name: build(name, task, precision) for name in names}
     first = {name: warm_up(step) for name, step in steps.items()}
@@ -436,6 +441,7 @@ def list_installed() -> list[str]:
 
 def is_bfloat16_slow() -> bool:
     """Returns True if this CPU multiplies bfloat16 more slowly than float32, because it has no instructions for it."""
+    # 512 is large enough for the comparison, and quick enough even in software.
     rates = [MatrixProduct(dtype, 512).rate(repeats=3) for dtype in (torch.bfloat16, torch.float32)]
     return rates[0] < rates[1]
 

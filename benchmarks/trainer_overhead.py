@@ -195,6 +195,7 @@ class Interleaved:
         theirs, self.own = iter(self.loader), iter(self.loader)
         begin = Clock.now()
         for batch in theirs:
+            # Here the Trainer has just asked for the next batch: its last step is over.
             passed, done = begin.passed(), self.trainer.global_step
             if self.profile is not None:
                 self.profile.disable()
@@ -248,7 +249,9 @@ def measure(task: Task, *, callbacks: Callbacks = "ours", profile: Path | None =
         folder = Path(made)
         write_data(folder, task)
         cli, other = build_run(folder, task), build_run(folder, task)
+        # Both start from the same weights, and must end with the same ones.
         other.model.load_state_dict(cli.model.state_dict())
+        # Callbacks are removed after the Trainer is built, so all other settings are the same.
         if callbacks == "none":
             cli.trainer.callbacks = []
         loader = Interleaved(cli.trainer, _with_trainer(cli), BareLoop(other.model, task), watch)
@@ -274,6 +277,7 @@ def _with_trainer(cli: StageRun) -> Iterable[Batch]:
 def _summary(task: Task, loader: Interleaved, callbacks: Callbacks, clock: int, *, same: bool) -> Measured:
     counted = {step: times for step, times in loader.times.items() if step > _WARM_UP}
     apart = {step: theirs[clock] - bare[clock] for step, (theirs, bare) in counted.items()}
+    # Lightning logs after every ``log_every``-th step: those steps are counted separately.
     overhead = median(each for step, each in apart.items() if step % task.log_every)
     logging = median(each for step, each in apart.items() if step % task.log_every == 0) - overhead
     theirs, bare = zip(*((theirs[clock], bare[clock]) for step, (theirs, bare) in counted.items()), strict=True)

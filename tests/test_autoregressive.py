@@ -107,7 +107,7 @@ def test_it_begins_from_weights_of_its_own_kind(tiny_pretrained, tiny_autoregres
 
 
 def test_what_does_not_go_together_is_refused(tiny_pretrained):
-    with pytest.raises(ValueError, match=r"^decoding\.guidance: it needs a null class"):
+    with pytest.raises(ValueError, match=r"^decoding\.guidance must have scale 0 for a network without a null class"):
         model(
             tiny_pretrained,
             network=replace(CONFIG, class_dropout=0.0),

@@ -126,7 +126,7 @@ def test_the_average_follows_its_ramp_from_the_first_step_on(tiny_shards, tiny_p
 
 
 def validate(module, source):
-    """What a validation logs."""
+    """Returns the values that a validation logs."""
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, use_distributed_sampler=False)
     (values,) = trainer.validate(module, datamodule=source, verbose=False)
     return values
@@ -261,7 +261,7 @@ def test_more_steps_than_tokens_and_guidance_without_a_null_class_are_refused_at
         model(tiny_pretrained, decoding=DecodingConfig(num_steps=17))
     without = replace(CONFIG, class_dropout=0.0)
     model(tiny_pretrained, network=without)
-    with pytest.raises(ValueError, match="guidance: it needs a null class"):
+    with pytest.raises(ValueError, match="guidance must have scale 0 for a network without a null class"):
         model(tiny_pretrained, network=without, decoding=DecodingConfig(guidance={"name": "linear", "scale": 1.0}))
 
 

@@ -83,7 +83,7 @@ class JobOptions:
 
     @property
     def names_gpus(self) -> bool:
-        """True if ``sbatch`` already requests GPUs.
+        """A bool: ``sbatch`` already requests GPUs.
 
         A second request must not be added: sbatch passes both to srun, and a count of 0 in one of them leaves the tasks
         without GPUs.

@@ -4,7 +4,7 @@
    of another description or another part size are never used.
 2. A part gets its name when it is complete and on disk. Processes that divide the parts among themselves need no
    locks, and after a kill only unfinished parts are made again.
-3. When all parts are on disk, they are joined into the arrays. ``store.json`` is written last; it makes the store valid.
+3. When all parts are on disk, they are joined into the arrays. ``store.json`` is written last and completes the store.
 
 Used by ``data.tokenizing``.
 """

@@ -169,7 +169,7 @@ def test_tokens_are_made_once_and_trained_on(maskgit, train, runs, tiny_shards, 
     before = files(runs)
     again = maskgit("tokenize", *words)
     assert again.code == 0
-    assert "there already" in again.out
+    assert "exists already" in again.out
     assert files(runs) == before
     assert train("transformer", "--data.source=tokens").code == 0
 
@@ -280,9 +280,9 @@ def test_the_complete_recipe_is_printed_and_nothing_is_trained(train, runs):
         ("--model.mask_schedule=squar", ("unknown mask schedule 'squar'", "did you mean 'square'", "known: arccos")),
         ("--model.mask_schedule={name: pow, exponent: -1}", ("pow", "exponent", "-1")),
         ("--model.network.num_classes=4", ("num_classes", "num_classes must be 3", "got 4")),
-        ("--model.network.codebook_size=8", ("model.network.codebook_size: the tokenizer has 16, got 8",)),
+        ("--model.network.codebook_size=8", ("model.network.codebook_size must be 16, that of the tokenizer, got 8",)),
         ("--data.source=pixels", ("source", "pixels")),
-        ("--model.decoding.num_steps=99", ("num_steps: at most the 16 tokens", "99")),
+        ("--model.decoding.num_steps=99", ("num_steps must be <= 16", "99")),
         ("--model.decoding.guidance=liner", ("unknown guidance schedule 'liner'", "did you mean 'linear'")),
         ("--model.network.class_dropout=0", ("model.decoding.guidance", "null class", "class_dropout")),
         ("--data.global_batch=0", ("global_batch", "0")),
@@ -293,7 +293,7 @@ def test_the_complete_recipe_is_printed_and_nothing_is_trained(train, runs):
         ("--hang_seconds=0", ("hang_seconds must be a number in (0, 1e9], got 0",)),
         ("--keep_every=7", ("keep_every must be a multiple of checkpoint_every (500)",)),
         ("--config=other.yaml", ("--config other.yaml: no such file",)),
-        ("--trainer.callbacks=x.Y", ("trainer.callbacks cannot be set: recipes name registered things",)),
+        ("--trainer.callbacks=x.Y", ("trainer.callbacks cannot be set: recipes name registered objects",)),
     ],
 )
 def test_a_wrong_flag_is_refused_before_anything_is_written(train, runs, flag, parts):

@@ -49,7 +49,7 @@ def test_a_run_that_can_start(examine, tmp_path, capsys):
     assert found.costs.step.time.least > 0
     text = str(found)
     assert text.startswith("ok       slurm")
-    assert "is not rescaled by the number of devices" in text
+    assert "not rescaled by the number of devices" in text
     assert text.endswith("All 10 checks pass. Memory and times are calculated, not measured.")
     assert capsys.readouterr() == ("", "")
     assert not (tmp_path / "runs").exists()
