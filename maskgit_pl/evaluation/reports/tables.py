@@ -203,8 +203,8 @@ def make_editing_page(rows: Sequence[Row], *, command: str) -> Page:
         "Each val image is edited once: the model gets its class and its visible part, and generates the rest. The",
         f"results are compared with {_describe_reference(rows)}. `unedited` shows the same images without a change,",
         "and `masked` shows them with grey pixels in the part to generate: these are the best and the worst case. The",
-        "part to generate consists of whole tokens: the right half is rounded up and the centre is rounded down. Of 7 x 7",
-        "tokens, these are 4 columns, or 3 x 3 tokens.",
+        "part to generate consists of whole tokens: the right half is rounded up and the centre is rounded down. Of",
+        "7 x 7 tokens, these are 4 columns, or 3 x 3 tokens.",
     )
     lines += [""]
     for task, name in TASKS.items():

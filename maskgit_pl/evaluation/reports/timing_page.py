@@ -164,7 +164,8 @@ def make_timing_page(timings: Sequence[Timing], *, command: str, folder: Path = 
         *paragraph(
             "Time of the transformer per image with batch size 1, without guidance and without the tokenizer. Each",
             "value is the median of n runs, in which the methods took turns. Both methods use the same network with",
-            "random weights, autoregressive decoding with a causal attention mask. MaskGIT decodes with the cosine schedule,",
+            "random weights, autoregressive decoding with a causal attention mask. MaskGIT decodes with the cosine",
+            "schedule,",
             "the most confident tokens first; its first step, of an all-masked image, is computed, too.",
             f"Network: {markdown(first.network)}, {markdown(first.dtype)}. Machine:",
             f"{markdown(first.device)}, torch {markdown(first.torch)}.",
