@@ -28,7 +28,7 @@ ARGS ?=
 WORKERS ?= auto
 
 # A variable of version 0.1.0 would be ignored without this line.
-$(if $(filter command line environment,$(origin STEPS)),$(error STEPS is now called NUM_STEPS))
+$(if $(filter command line,$(origin STEPS)),$(error STEPS is now called NUM_STEPS))
 
 # Flags that select the run. RECIPE may name several recipes, merged from left to right: RECIPE='paper-256 log'.
 OF_RUN = --dataset $(DATASET) --data $(DATA) --recipe "$(RECIPE)" --run "$(RUN)" $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)") $(if $(PRETRAINED),--pretrained "$(PRETRAINED)")

@@ -52,7 +52,9 @@ class AutoregressiveConfig(TokenModelConfig):
 
 
 class AutoregressiveModel(TokenModel):
-    """Trains an ``AutoregressiveTransformer``: the loss is the mean cross-entropy of each token given those before it.
+    """The LightningModule that trains an ``AutoregressiveTransformer``.
+
+    The loss is the mean cross-entropy of each token, given the tokens before it.
 
     Args:
         config: Network, optimiser, tokenizer and loss.

@@ -64,7 +64,7 @@ class MaskedTokenConfig(TokenModelConfig):
 
 
 class MaskedTokenModel(TokenModel):
-    """Trains a ``MaskedTransformer`` to predict masked tokens.
+    """The LightningModule that trains a ``MaskedTransformer`` to predict masked tokens.
 
     Args:
         config: Network, mask schedule, optimiser, tokenizer and loss.

@@ -92,7 +92,7 @@ class TokenModelConfig:
 
 
 class TokenModel(LightningModule):
-    """Trains a transformer on tokens, or on images that a frozen tokenizer turns into tokens on the fly.
+    """The LightningModule of stage 2: trains a transformer on tokens, or on images that it encodes on the fly.
 
     A subclass defines the tokens to predict (``_draw_mask``), the input of the network (``_mask_tokens``), the groups
     of logged values (``_assign_bins``) and the decoding of images (``_decode``).

@@ -90,7 +90,7 @@ class CodebookUsage(Metric):
 
 
 class Tokenizer(LightningModule):
-    """Trains a VQGAN. ``ema_network`` has the averaged weights, which are evaluated and exported.
+    """The LightningModule of stage 1. Its ``ema_network`` has the averaged weights, which are evaluated and exported.
 
     The module accumulates and clips gradients itself. Only the generator's optimiser advances ``global_step``, so
     ``max_steps`` counts global batches.

@@ -126,7 +126,7 @@ def test_the_average_follows_its_ramp_from_the_first_step_on(tiny_shards, tiny_p
 
 
 def validate(module, source):
-    """What a validation logs."""
+    """Returns the values that a validation logs."""
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, use_distributed_sampler=False)
     (values,) = trainer.validate(module, datamodule=source, verbose=False)
     return values

@@ -150,7 +150,7 @@ def test_entry_points_that_cannot_be_parsed_leave_the_others_usable(chairs, site
     assert "unparsable-1.0.dist-info: cannot read the entry points" in caplog.text
 
 
-FAULTS = {  # module, and what is said of it
+FAULTS = {  # source of the module, and the message
     "no-module": (None, "cannot be loaded: ModuleNotFoundError: No module named"),
     "no-attribute": ("", "cannot be loaded: AttributeError: module 'faulty[0-9]*' has no attribute 'made'"),
     "syntax": ("def made(:", "cannot be loaded: File .* SyntaxError"),
@@ -293,7 +293,7 @@ FIELDS = [
 
 
 def works(made: object) -> bool:
-    """Whether an object of any registry gives finite numbers."""
+    """Returns True if an object of any registry gives finite numbers."""
     if isinstance(made, MaskSchedule):
         return bool(made(torch.rand(100), 256).isfinite().all())
     if isinstance(made, GuidanceSchedule):

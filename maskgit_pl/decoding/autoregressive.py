@@ -46,7 +46,7 @@ class AutoregressivePredictor(Protocol):
 
 @dataclass(frozen=True)
 class AutoregressiveDecoder:
-    """Draws the tokens of an image one by one, in raster order.
+    """The decoder of autoregressive models, which draws the tokens of an image one by one in raster order.
 
     Args:
         num_tokens: N, tokens per image and steps of a run, >= 1.

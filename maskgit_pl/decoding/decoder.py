@@ -60,7 +60,7 @@ class DecodingStep:
 
 @dataclass(frozen=True)
 class ParallelDecoder:
-    """Fills masked tokens in ``num_steps`` parallel steps.
+    """The decoder of MaskGIT, which fills masked tokens in ``num_steps`` parallel steps.
 
     Step t draws a code for each of the m masked tokens from the predictor's distribution. With U tokens masked at the
     start, the max(1, min(m - 1, floor(gamma((t + 1) / T) U))) draws with the lowest scores are then masked again. The

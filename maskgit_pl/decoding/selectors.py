@@ -136,7 +136,7 @@ class TokenSelector(ABC):
         raise TypeError(f"token selector {type(self).__name__} must define num_kept(), since follows_schedule is False")
 
 
-_TEMPERATURES = "[0, 1000000]"  # times Gumbel noise of at most about 17, finite in float32
+_TEMPERATURES = "[0, 1000000]"  # Gumbel noise from 24-bit uniforms is below 17, so scores stay finite in float32
 
 
 def check_token_selector(name: str, selector: TokenSelector) -> None:
@@ -181,7 +181,7 @@ token_selectors: Registry[TokenSelector] = Registry(
 @token_selectors.register("confidence")
 @dataclass(frozen=True)
 class Confidence(TokenSelector):
-    """log p(drawn) + choice_temperature (1 - progress) Gumbel: the rule of the paper and of the released code.
+    """The rule of the paper and of the released code: log p(drawn) + choice_temperature (1 - progress) Gumbel.
 
     Args:
         choice_temperature: Scale of the Gumbel noise, >= 0. 0 keeps the most probable tokens; larger values choose more
@@ -196,14 +196,14 @@ class Confidence(TokenSelector):
         check_number("choice_temperature", self.choice_temperature, _TEMPERATURES)
 
     def __call__(self, candidates: Candidates) -> Tensor:
-        noise_scale = self.choice_temperature * (1 - candidates.progress)
+        noise_scale = self.choice_temperature * (1 - candidates.progress)  # 0 at the last step
         return candidates.drawn_log_probs.add(candidates.gumbel, alpha=noise_scale)
 
 
 @token_selectors.register("random")
 @dataclass(frozen=True)
 class Random(TokenSelector):
-    """A baseline for ``confidence``: keeps random tokens, without regard to their probability."""
+    """A baseline that keeps random tokens, without regard to their probability."""
 
     def __call__(self, candidates: Candidates) -> Tensor:
         return candidates.gumbel
@@ -212,7 +212,7 @@ class Random(TokenSelector):
 @token_selectors.register("halton")
 @dataclass(frozen=True)
 class Halton(TokenSelector):
-    """Keeps tokens in the order of a Halton sequence over the grid, so that the tokens of a step are far apart.
+    """A selector that keeps tokens in the order of a Halton sequence, so that the tokens of a step are far apart.
 
     Distant tokens are nearly independent, so it costs little to draw them independently. The order is the same for all
     images; only the codes are random.
@@ -258,6 +258,7 @@ def halton_order(grid: tuple[int, int]) -> list[int]:
     point = 0
     while len(order) < rows * columns:
         point += 1
+        # Bases without a common factor make the two coordinates independent of each other.
         row, column = int(_radical_inverse(point, 2) * rows), int(_radical_inverse(point, 3) * columns)
         order[row * columns + column] = None
     return list(order)
@@ -275,14 +276,15 @@ def _radical_inverse(number: int, base: int) -> float:
 @token_selectors.register("margin")
 @dataclass(frozen=True)
 class Margin(TokenSelector):
-    """log(p1 - p2) + choice_temperature (1 - progress) Gumbel, for the probabilities p1 > p2 of the most likely codes.
+    """The top probability margin: log(p1 - p2) + choice_temperature (1 - progress) Gumbel.
 
-    It scores the position, not the code drawn: a position with one dominant code is kept with any draw.
+    p1 >= p2 are the probabilities of the two most likely codes. The score is that of the position, not of the code
+    drawn: a position with one dominant code is kept with any draw.
 
     Args:
         choice_temperature: Scale of the Gumbel noise, >= 0; the source uses none (0).
 
-    Source: top probability margin of Kim et al., arXiv:2502.06768.
+    Source: Kim et al., arXiv:2502.06768.
     """
 
     choice_temperature: float = 4.5
@@ -307,7 +309,7 @@ def _two_likeliest(log_probs: Tensor) -> tuple[Tensor, Tensor]:
 @token_selectors.register("entropy")
 @dataclass(frozen=True)
 class EntropyBounded(TokenSelector):
-    """Keeps as many tokens as an entropy budget allows, in order of rising entropy H.
+    """A selector that keeps as many tokens as an entropy budget allows, in order of rising entropy H.
 
     A step keeps the largest k with (H_1 + ... + H_k) - max(H_1 ... H_k) <= gamma, a bound on the error of drawing k
     tokens independently. Images with low entropies finish in few steps. T is an upper bound: the last step keeps all
@@ -329,6 +331,7 @@ class EntropyBounded(TokenSelector):
         return -candidates.entropies
 
     def num_kept(self, candidates: Candidates, scores: Tensor, valid: Tensor) -> Tensor:
+        # Rising entropies; padding comes last with an infinite one, and is not counted.
         ordered = (-scores).masked_fill(~valid, math.inf).sort(dim=1).values
         spent = ordered.cumsum(1) - ordered  # sum without the largest, which is the last one
         return ((spent <= self.gamma) & ordered.isfinite()).sum(1)
@@ -337,7 +340,7 @@ class EntropyBounded(TokenSelector):
 @token_selectors.register("moment")
 @dataclass(frozen=True)
 class Moment(TokenSelector):
-    """Chooses positions by a moment of their distribution, and draws their codes from the sharpened distribution.
+    """A selector that scores positions by a moment of their distribution, and sharpens the distribution of their codes.
 
     With a = choice_temperature (1 - progress) and b = 1 + 1 / a, the score is log sum_x p(x)^b + Gumbel, and codes are
     drawn from p^b / Z. It is the limit of the released rule if few of many tokens are kept, and makes the sharpening of
@@ -372,7 +375,7 @@ Remasking = Literal["cap", "rescale", "confidence", "loop"]
 @token_selectors.register("remdm")
 @dataclass(frozen=True)
 class ReMDM(Confidence):
-    """Masks decided tokens again, so that later steps can correct errors of earlier steps.
+    """A selector that masks decided tokens again, so that later steps can correct errors of earlier steps.
 
     Candidates are kept by the rule of ``confidence``. Of the D tokens that earlier steps decided, round(sigma D) are
     masked again, and as many more candidates are kept, so that the number of masked tokens follows the schedule. With m
@@ -419,6 +422,8 @@ class ReMDM(Confidence):
     def schedule_progress(self, progress: Tensor) -> Tensor:
         if self.strategy != "loop":
             return progress
+        # Before ``start``: [0, start] -> [0, hold]. After ``stop``: [stop, 1] -> [hold, 1]. The clamp keeps ``hold`` in
+        # between.
         rising = progress / self.start * self.hold
         ending = self.hold + (progress - self.stop) / (1 - self.stop) * (1 - self.hold)
         return rising.where(progress < self.start, ending.clamp(min=self.hold)).clamp(max=1.0)
@@ -426,6 +431,7 @@ class ReMDM(Confidence):
     def num_remasked(self, *, decided: int, planned: int, progress: float) -> int:
         if decided == 0:
             return 0
+        # sigma_max: with more, the step would mask more tokens than the schedule leaves masked.
         most = min(1.0, planned / decided)
         in_loop = self.start <= progress < self.stop
         sigma = {

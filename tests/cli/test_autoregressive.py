@@ -1,4 +1,4 @@
-"""The autoregressive baseline from the command line: it trains, goes on and samples; what it cannot do is refused."""
+"""The autoregressive baseline from the command line: it trains, resumes and samples; other tasks are refused."""
 
 import logging
 from pathlib import Path
@@ -53,7 +53,7 @@ def train(call, tiny_shards, tiny_pretrained, tmp_path):
 
 
 def refused(answer: tuple[int, str], *parts: str) -> None:
-    """One line that says what is wrong, exit 2."""
+    """Checks for exit code 2 and one line with all parts."""
     code, said = answer
     assert code == 2, said
     assert len(said.splitlines()) == 1, said

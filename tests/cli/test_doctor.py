@@ -106,7 +106,7 @@ def test_a_large_network_is_built_without_drawing_its_weights(network):
 
 def test_a_batch_that_does_not_divide_is_answered_with_what_does(doctor):
     answer = doctor("transformer", "--cluster", "ddp", "--devices", "3")
-    fails(answer, "batch", "3 ranks must share it evenly, got 4", "1, 2, 4 ranks")
+    fails(answer, "batch", "must be a multiple of the 3 ranks, got 4", "1, 2, 4 ranks")
 
 
 def test_memory_that_is_too_small_is_answered_with_the_batch_that_fits(doctor):
@@ -130,7 +130,7 @@ def test_what_is_missing_stands_in_one_list(doctor, tmp_path):
     fails(answer, "data", f"data {tmp_path / 'nowhere'}: no such folder", "maskgit data make")
     fails(answer, "tokenizer", f"tokenizer {tmp_path / 'none'}: no config.json there")
     fails(answer, "pretrained", f"pretrained {tmp_path / 'no-weights'}")
-    fails(answer, "batch", "2 ranks must share it evenly, got 5")
+    fails(answer, "batch", "must be a multiple of the 2 ranks, got 5")
     fails(answer, "strategy", "trainer.precision", "16-mixed")
     assert "5 of" in answer[1]
     fails(doctor("tokenizer", "--trainer.accelerator=gpus"), "strategy", "trainer.accelerator 'gpus'", "gpu")

@@ -1,4 +1,4 @@
-"""Batches of images of which some cannot be read."""
+"""Batches of images, some of which cannot be read."""
 
 import io
 import os

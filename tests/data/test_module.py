@@ -19,7 +19,7 @@ NUM_TRAIN, NUM_VAL = 23, 11
 
 
 def image(number: int) -> torch.Tensor:
-    """(1, 4, 6) uint8, so that crops differ."""
+    """Returns (1, 4, 6) uint8, wider than high, so that crops differ."""
     return (number * 7 + torch.arange(24).reshape(1, 4, 6)).to(torch.uint8)
 
 
@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
 
 
 def top_row(images: torch.Tensor) -> torch.Tensor:
-    """A tokenizer of four codes an image: its first row."""
+    """Encodes images as a tokenizer of four codes would: by their first row."""
     return images[:, 0, 0].long()
 
 
@@ -156,7 +156,7 @@ def test_unit_range_maps_0_and_255_to_the_ends():
 
 
 class Recorder(LightningModule):
-    """Trains one weight and notes the positions of every step."""
+    """A module that trains one weight and records the positions of every step."""
 
     def __init__(self, save_at: int | None = None, path: str = "") -> None:
         super().__init__()
@@ -203,7 +203,7 @@ def test_training_walks_the_stream_across_epochs(folder, accumulation, num_worke
 
 
 @pytest.mark.parametrize(("num_workers", "accumulation"), [(0, 1), (0, 2), (2, 1)])
-@pytest.mark.parametrize("stop", [2, 3, 4])  # within an epoch of 3 steps, on its boundary, just behind it
+@pytest.mark.parametrize("stop", [2, 3, 4])  # within an epoch of 3 steps, on its boundary, just after it
 def test_resumed_training_goes_on_at_the_next_position(folder, tmp_path, stop, num_workers, accumulation):
     path = tmp_path / "last.ckpt"
     options = {"num_workers": num_workers, "accumulation": accumulation}

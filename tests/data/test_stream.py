@@ -1,4 +1,4 @@
-"""Streams from a real web server and from files: who sees what; shards that are bad, slow or not there."""
+"""Streams from a real web server and from files: samples of each worker; bad, slow and missing shards."""
 
 import functools
 import http.server
@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def web(folder: Path) -> Iterator[str]:
-    """The address of the folder on a server of this machine."""
+    """The address of the folder on a local server."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
@@ -80,7 +80,7 @@ def taken(dataset: StreamBatches, count: int) -> list[Batch]:
 
 @pytest.fixture(scope="module")
 def known(folder: Path) -> dict[bytes, int]:
-    """Every training image of the shards, with its label."""
+    """A mapping of every training image of the shards to its label."""
     module = ShardData(
         ShardDataConfig(
             str(folder), image_size=8, in_channels=1, global_batch=NUM_TRAIN, max_batch_per_device=NUM_TRAIN

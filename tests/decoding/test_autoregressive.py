@@ -34,7 +34,7 @@ def successor(tokens: Tensor) -> Tensor:
 
 
 class Recorded:
-    """Noise that a test has written down: the code that it draws is its number, whatever the logits."""
+    """Noise that records its calls. The code of a draw is the number of the call, for any logits."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[int, list[int]]] = []

@@ -25,7 +25,7 @@ from tests.decoding.fakes import CPU, LOGITS, MASK, decoder, partly_known
 
 @dataclass
 class Network:
-    """Exact in any batch: gathers and sums alone. Label 3 is the null class. Remembers the labels of each call."""
+    """A network of gathers and sums, exact in any batch, that records all labels. Label 3 is the null class."""
 
     labels: list[list[int]] = field(default_factory=list)
 

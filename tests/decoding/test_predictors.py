@@ -74,7 +74,7 @@ def decoded(network, *, scales=GUIDANCE[0], selector="confidence", context_cache
 
 
 def decoded_in_full_passes(network, **options):
-    """As ``decoded``, by predictors that could keep keys and values, and compute all of them at each call."""
+    """Decodes like ``decoded``, with predictors that could reuse keys and values, and compute all at each call."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(predictors, "ClassPredictor", partial(CachedPredictor, context_cache=1))
         return decoded(network, **options)

@@ -1,4 +1,4 @@
-"""Files made to exhaust whoever opens them cost little memory and time; each is opened in a process of its own."""
+"""Files made to exhaust memory or time cost little of either; each is opened in a process of its own."""
 
 import gzip
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 from maskgit_pl.shards.index import index_shards
 from maskgit_pl.shards.images import parse_image_header
 import PIL.JpegImagePlugin, PIL.PngImagePlugin, PIL.WebPImagePlugin
-def peak():  # of this process alone; getrusage's is inherited from whoever started it
+def peak():  # of this process only; getrusage's is inherited from the parent process
     return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 path = Path(sys.argv[1])
 before, start = peak(), time.process_time()
@@ -28,7 +28,7 @@ print(json.dumps([said, peak() - before, time.process_time() - start]))
 
 
 def measure(path, *options):
-    """What indexing says, MiB that it needs on top of the imports, and seconds of a core."""
+    """Returns the error of indexing a file, MiB of memory on top of the imports, and CPU seconds."""
     command = [sys.executable, "-c", MEASURE, str(path), *options]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(done.stdout)
@@ -41,7 +41,7 @@ def header(name, size, *, kind=tarfile.REGTYPE, pax=None):
 
 
 def hollow(path, data, length):
-    """A file of a few blocks on the disk and any length."""
+    """Makes a file of any length that occupies a few blocks on disk."""
     with open(path, "wb") as file:
         file.write(data)
         file.truncate(length)

@@ -67,7 +67,7 @@ def test_shards_of_a_manifest_lie_in_its_folder(folder, name):
 
 
 def test_what_is_usual_does_not_stand_in_the_manifest(folder, tars):
-    """So that the fingerprint of shards that were indexed before stays the same."""
+    """The fingerprint of shards that were indexed earlier must stay the same."""
     assert not {"labels", "left_out"} & set(json.loads((folder / "train.json").read_text()))
 
 
@@ -91,7 +91,7 @@ INDEX_CHANGES = {
 
 @pytest.mark.parametrize("case", INDEX_CHANGES)
 def test_a_changed_index_is_refused_before_training_with_the_way_out(folder, case):
-    """Another label or another image of the same shard would train in silence."""
+    """A row with another label or another image of the same shard would be trained on silently."""
     rows = np.load(folder / "train.npy", mmap_mode="r+")
     field, value = INDEX_CHANGES[case]
     assert rows[field][3] != value

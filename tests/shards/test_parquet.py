@@ -28,7 +28,7 @@ def write(tars, path, start, count, *, struct=True, names=NAMES, label_field="la
 
 
 def values(folder, split):
-    """The first pixel of each image, which is its number, and the labels."""
+    """Returns the first pixel of each image, which is its number, and the labels."""
     import io
 
     from PIL import Image
@@ -114,7 +114,7 @@ def test_without_pyarrow_the_way_to_install_it_is_named(tars, tmp_path, monkeypa
 
 
 def varint(value: int) -> bytes:
-    """Zigzag, seven bits a byte, as Thrift writes integers."""
+    """Encodes an integer as Thrift does: zigzag, seven bits per byte."""
     value <<= 1
     out = bytearray()
     while value > 0x7F:
@@ -124,7 +124,7 @@ def varint(value: int) -> bytes:
 
 
 def zeros(path, *, dictionary=True, size=2**21):
-    """64 rows whose images are the same zeros: zstd and the dictionary make 300 bytes of them."""
+    """Writes 64 rows whose images are the same zeros: zstd and the dictionary compress them to 300 bytes."""
     table = pa.table({"image": pa.array([bytes(size)] * 64, pa.binary()), "label": [0] * 64})
     pq.write_table(
         table,

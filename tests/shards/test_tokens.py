@@ -18,7 +18,7 @@ VIEWS = dataclasses.replace(DESCRIPTION, crops=2, flip=True)
 
 
 def rows(part, mirrors: int) -> np.ndarray:
-    """(samples, mirrors, 6): each row another, known by split, sample and view."""
+    """Returns tokens (samples, mirrors, 6): each row is different, and determined by split, sample and view."""
     first = (100 if part.split == "val" else 0) + np.arange(part.start, part.stop) * 10 + part.crop * mirrors
     return (first[:, None, None] + np.arange(mirrors)[:, None] + np.zeros(6, np.int64)) % 256
 
@@ -119,7 +119,7 @@ def test_spoilt_array_is_refused_by_name_when_the_store_is_opened(tmp_path, spoi
 
 
 class Killed(BaseException):
-    """Nothing that runs afterwards, except what ``with`` and ``finally`` do, and these have nothing to undo."""
+    """A kill: no code runs after it except ``with`` and ``finally``, which have nothing to undo."""
 
 
 @pytest.mark.parametrize("point", ["replace", "fsync", "unlink"])
@@ -229,20 +229,20 @@ def test_reader_is_mapped_in_each_process_that_reads(tmp_path):
 
 
 def overwrite(path: Path, row: int, value: int) -> None:
-    """Changes one value of an array on the disk."""
+    """Changes one value of an array on disk."""
     array = np.load(path, mmap_mode="r+")
     array[row] = value
     array.flush()
 
 
 def without_hashes(folder: Path) -> None:
-    """The store as format 1 was written."""
+    """Rewrites a store in format 1."""
     fields = json.loads((folder / "store.json").read_text())
     del fields["sha256"]
     (folder / "store.json").write_text(json.dumps({**fields, "format": 1}))
 
 
-# array, row, value, whether ranges alone find it
+# array, row, value, True if the range check finds it
 DAMAGES = [
     ("train-labels", 4, -1, True),
     ("train-labels", 4, 2, True),

@@ -22,7 +22,7 @@ def counter(num_samples: int = 1000, budget: float = 1e-4) -> UnreadableImages:
 
 
 def add(images: UnreadableImages, *replaced: tuple[int, int], batch: int = 100) -> None:
-    """A batch in which some samples were replaced, given as (asked for, shown)."""
+    """Adds a batch in which some samples were replaced, given as (drawn, shown)."""
     index, replacement = np.arange(batch), np.full(batch, -1)
     for row, (asked, shown) in enumerate(replaced):
         index[row], replacement[row] = asked, shown

@@ -16,7 +16,7 @@ SECOND = 4 * 512  # where the second sample begins: image and label take two blo
 
 @pytest.fixture
 def folder(tars, tmp_path):
-    """Three train shards and one of val, of 4 samples."""
+    """A data folder of three train shards and one val shard, of 4 samples each."""
     for number in range(3):
         tars.write(tmp_path / f"train-{number}.tar", tars.samples(4, start=10 * number))
     tars.write(tmp_path / "val-0.tar", tars.samples(4, start=30))
@@ -126,7 +126,7 @@ def test_decode_names_images_whose_pixels_are_damaged(folder, tars, tmp_path):
     buffer = io.BytesIO()
     Image.effect_noise((64, 64), 90).save(buffer, "JPEG")
     image = bytearray(buffer.getvalue())
-    image[-300:-200] = bytes(100)  # in the compressed pixels, behind the header; nothing is missing
+    image[-300:-200] = bytes(100)  # in the compressed pixels, after the header; nothing is missing
     tars.write(tmp_path / "train-0.tar", [*tars.samples(2), ("x.jpg", bytes(image)), ("x.cls", b"0")])
     index_shards(folder, {split: find_shards(folder, f"{split}-*.tar") for split in ("train", "val")})
     assert not verify_shards(folder).bad

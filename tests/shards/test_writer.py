@@ -30,7 +30,7 @@ def write_idx(path: Path, values: np.ndarray) -> None:
 
 @pytest.fixture
 def idx(tmp_path):
-    """12 + 5 images of 6 x 7; image i of train is filled with i."""
+    """A folder of IDX files: 12 + 5 images of 6 x 7; image i of train is filled with i."""
     folder = tmp_path / "idx"
     folder.mkdir()
     for name, count, suffix in (("train", 12, ""), ("t10k", 5, ".gz")):
@@ -42,7 +42,7 @@ def idx(tmp_path):
 
 @pytest.fixture
 def tree(tmp_path):
-    """Two classes, 30 PNG and 30 JPEG files, one of them in a sub-folder."""
+    """A folder of two classes, 30 PNG and 30 JPEG files, one of each in a sub-folder."""
     folder = tmp_path / "tree"
     for kind, suffix, colour in (("cat", "png", "red"), ("dog", "jpeg", "blue")):
         (folder / kind / "more").mkdir(parents=True)
@@ -250,7 +250,7 @@ def test_bad_sources_are_refused_by_name(idx, tree, tmp_path):
 
 
 def spoil(tree: Path) -> dict[str, str]:
-    """Puts bad images into a tree; what is to be said of each."""
+    """Puts bad images into a folder and returns the expected message about each."""
     whole = (tree / "cat" / "1.png").read_bytes()
     bad = {
         "cat/empty.png": (b"", "is empty"),
