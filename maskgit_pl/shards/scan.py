@@ -320,9 +320,9 @@ class _Scanner:
         if self.sample.label >= 0 or self.sample.faults & _BIT[BAD_LABEL]:
             self._add_fault(TWO_LABELS, member)
             return
-        most = _MAX_LABEL_BYTES if self.labels.source == "cls" else _MAX_JSON_BYTES
-        if member.size > most:
-            self._add_fault(BAD_LABEL, member, f"size must be at most {most} bytes, got {member.size}")
+        limit = _MAX_LABEL_BYTES if self.labels.source == "cls" else _MAX_JSON_BYTES
+        if member.size > limit:
+            self._add_fault(BAD_LABEL, member, f"size must be at most {limit} bytes, got {member.size}")
             return
         try:
             self.sample.label = self.labels.read(self._payload(member), name=self._member_label(member))

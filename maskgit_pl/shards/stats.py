@@ -86,6 +86,7 @@ def images_of_classes(manifest: Manifest, labels: list[int], *, each: int) -> It
 
 def _sizes(manifest: Manifest) -> npt.NDArray[np.int64]:
     """Returns heights and widths, (n, 2) int64, of images that are spread evenly over the split."""
+    # reading a header costs a read of the whole image, so only some images are read
     reader = ShardReader(manifest)
     indices = np.unique(np.linspace(0, len(reader) - 1, min(HEADERS, len(reader))).round().astype(int)).tolist()
     headers = [parse_image_header(reader.read(index), name=reader.name(index)) for index in indices]
