@@ -105,16 +105,16 @@ class ImageBatches(Dataset[Batch]):
         side, count = self.image_size, len(self.reader)
         # channels-last, as images are decoded: the copy into a row is a plain copy of memory
         content = torch.empty((len(positions), side, side, self.in_channels), dtype=torch.uint8).permute(0, 3, 1, 2)
-        tries = [
+        skipped = [
             self._load(content[row], index, crop)
             for row, (index, crop) in enumerate(
                 zip(rows.index.tolist(), draw_crops(rows, self.crop, self.seed), strict=True)
             )
         ]
-        passed_over = torch.tensor(tries)  # (B,) unreadable samples before the readable one; 0 in most rows
-        shown = (rows.index + passed_over) % count
+        num_skipped = torch.tensor(skipped)  # (B,) unreadable samples before the readable one; 0 in most rows
+        shown = (rows.index + num_skipped) % count
         labels = torch.from_numpy(self.reader.labels(shown.numpy()))
-        return Batch(content, labels, *rows, replacement=shown.masked_fill(passed_over == 0, -1))
+        return Batch(content, labels, *rows, replacement=shown.masked_fill(num_skipped == 0, -1))
 
     def explain(self, index: int) -> Unreadable:
         """Reads an unreadable image again and describes its fault.
@@ -122,6 +122,7 @@ class ImageBatches(Dataset[Batch]):
         Args:
             index: Number of the sample in its split.
         """
+        # workers report only the number of an image; the reason is found here, once per image
         name = self.reader.name(index)
         try:
             decode_image(self.reader.read(index), channels=self.in_channels, name=name)
@@ -142,16 +143,16 @@ class ImageBatches(Dataset[Batch]):
             crop: Place of the crop; see ``load_square_into``.
         """
         count = len(self.reader)
-        most = min(MAX_IN_A_ROW, count)
-        for passed_over in range(most):
-            number = (index + passed_over) % count
+        max_skipped = min(MAX_IN_A_ROW, count)
+        for num_skipped in range(max_skipped):
+            number = (index + num_skipped) % count
             try:
                 load_square_into(place, self.reader.read(number), crop=crop, name=f"sample {number}")
             except UnreadableImageError:
                 continue
-            return passed_over
+            return num_skipped
         place.zero_()
-        return most
+        return max_skipped
 
 
 def draw_crops(rows: Rows, crop: Crop, seed: int) -> Sequence[tuple[float, float] | None]:
@@ -355,6 +356,7 @@ def make_loader(
         pin_memory: See ``torch.utils.data.DataLoader``.
         unreadable_budget: Fraction of unreadable images that may be replaced, in [0, 1]; see ``UnreadableImages``.
     """
+    # the sampler yields whole ranges, so torch calls __getitems__ once per batch
     made = StepLoader(
         _ErrorForwardingDataset(dataset) if num_workers else dataset,
         batch_sampler=cast("Sampler[list[int]]", order),  # our __getitems__ takes a range
@@ -382,5 +384,6 @@ def flip(images: Tensor, *, probability: float, seed: int, index: Tensor, epoch:
     Returns:
         (B, C, H, W) of the same dtype.
     """
+    # integer arithmetic without rounding, so the choice is the same on any device
     chosen = random_uniform("flip", seed=seed, index=index, epoch=epoch)[:, 0] < probability
     return torch.where(chosen.to(images.device)[:, None, None, None], images.flip(-1), images)

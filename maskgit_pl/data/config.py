@@ -74,8 +74,8 @@ class StreamConfig:
     @property
     def fingerprint(self) -> str:
         """The SHA-256, hex, of the URLs, classes and labels; the samples themselves are not known."""
-        what = [expand_urls("urls", self.urls), self.class_names, self.labels]
-        return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+        content = [expand_urls("urls", self.urls), self.class_names, self.labels]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def check_stream(config: StreamConfig | None, validation_samples: int | None) -> StreamConfig:
@@ -111,6 +111,7 @@ def expand_urls(name: str, urls: str | Sequence[str]) -> list[str]:
     Raises:
         ValueError: if there are no URLs or too many, or one has another scheme.
     """
+    # counted before and after each pattern: a list of patterns may also be too long
     patterns = [urls] if isinstance(urls, str) else list(urls)
     found: list[str] = []
     for pattern in patterns:
@@ -178,6 +179,7 @@ class ShardDataConfig:
     unreadable_budget: float = 1e-4
 
     def __post_init__(self) -> None:
+        # all values are checked here, before data is read or a process group starts
         check_crop(self.crop)
         check_budget(self.unreadable_budget)
         check_window(self.shuffle_window)

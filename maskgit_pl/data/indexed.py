@@ -29,7 +29,7 @@ __all__ = ["IndexedDataModule", "IndexedDataset"]
 
 @dataclass(frozen=True)
 class IndexedDataset(Dataset[Batch]):
-    """Batches of a map-style dataset, converted and cropped in the same way as images of shards.
+    """A dataset of batches of a map-style dataset, converted and cropped in the same way as images of shards.
 
     Args:
         dataset: A dataset with ``len(dataset)`` samples; ``dataset[i]`` is an image and its label, an int. An image is
@@ -129,6 +129,7 @@ class IndexedDataModule(StepDataModule):
         check_integer("validation_batch", validation_batch, BATCH_SIZE_RANGE)
         check_integer("num_workers", num_workers, "[0, 1024]")
         check_seed("seed", seed)
+        # validation keeps the dataset's order, with central or random crops as given
         self.train = replace(train, order=ShuffledStream(len(train), seed), seed=seed)
         self.validation = None if validation is None else replace(validation, order=None)
         self.global_batch = global_batch
@@ -149,6 +150,7 @@ class IndexedDataModule(StepDataModule):
                 accumulated batches or would replace the sampler.
         """
         self._check_trainer()
+        # the Trainer knows the number of ranks only now, so the division is checked here
         micro_batches = self._world_size * self.accumulation
         if self.global_batch % micro_batches:
             raise ValueError(

@@ -109,6 +109,7 @@ class ShardData(StepDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Returns the micro-batches of this rank, from the Trainer's step to the end of the epoch."""
+        # micro-batch and accumulation depend on the number of ranks
         per_device, accumulation = split_batch(
             self.config.global_batch, self.config.max_batch_per_device, self._world_size
         )
@@ -154,6 +155,7 @@ class ShardData(StepDataModule):
         """
         if self._tokens is not None:
             return TokenBatches(self._tokens[split], order, seed=self.config.seed)
+        # without ``setup``, as in the evaluation, shards are opened and checked here
         if split not in self._readers:
             self._readers[split] = ShardReader(load_manifest(self.config.path, split))
         return ImageBatches(
@@ -205,6 +207,7 @@ class ShardData(StepDataModule):
     def _tokens(self) -> dict[Split, TokenReader] | None:
         if self.token_store is None:
             return None
+        # the values that the store must share with the data and the settings of this run
         return open_store(
             self.token_store,
             data=self.summary.fingerprint,

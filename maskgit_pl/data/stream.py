@@ -95,7 +95,8 @@ class StreamBatches(Dataset[Batch]):
             self._skipped = _SkippedImages(self.config.unreadable_budget)
             self._samples = self._shuffle()
         position = torch.arange(positions.start, positions.stop)
-        index = position % 2**32  # the range of the random numbers' counters
+        index = position % 2**32  # random_bits takes indices below 2**32
+        # the samples come in the worker's own order; positions only number the rows
         rows = [self._next(int(number)) for number in index]
         labels, epochs = (torch.tensor([getattr(sample, name) for _, sample in rows]) for name in ("label", "epoch"))
         content = torch.stack([image for image, _ in rows])
@@ -258,6 +259,12 @@ class _SkippedImages:
 
     def add(self, url: str, name: str, reason: Reason, error: str) -> None:
         """Counts an unreadable image.
+
+        Args:
+            url: URL of its shard.
+            name: The image's name in messages.
+            reason: Kind of the fault.
+            error: Message of the decoder.
 
         Raises:
             DataBudgetError: if there are too many.

@@ -29,7 +29,7 @@ Outcome = Literal["found", "made", "incomplete"]
 
 @dataclass(frozen=True)
 class TokenizingConfig:
-    """Settings of the execution of ``tokenize``. The tokens do not depend on them.
+    """The settings of the execution of ``tokenize``. The tokens do not depend on them.
 
     Args:
         batch_size: Number of images encoded at a time.
@@ -142,6 +142,7 @@ def tokenize(
         return "found"
     readers = {split: ShardReader(load_manifest(path, split)) for split in description.samples}
     parts = StoreParts(store, description, part_size=config.part_size)
+    # every world_size-th part, so that all ranks have equally many
     share = parts.parts()[config.rank :: config.world_size]
     for split, reader in readers.items():
         reading = _PartReader(reader, description.image_size, in_channels, config)

@@ -88,8 +88,8 @@ def read_image_file(path: str | Path, *, name: str) -> bytes:
     if not stat.S_ISREG(status.st_mode):  # reading a FIFO would block
         raise UnreadableImageError(f"image {name} must be a regular file", reason="not an image")
     if status.st_size > MAX_IMAGE_BYTES:
-        most, size = size_text(MAX_IMAGE_BYTES), size_text(status.st_size)
-        raise UnreadableImageError(f"image {name} must have at most {most}, got {size}", reason="too large")
+        limit, size = size_text(MAX_IMAGE_BYTES), size_text(status.st_size)
+        raise UnreadableImageError(f"image {name} must have at most {limit}, got {size}", reason="too large")
     with open(path, "rb") as file:
         first = file.read(12)  # the magic bytes
         if kind_of_fault(first) != "damaged":
@@ -131,6 +131,11 @@ def check_whole(data: bytes, *, name: str) -> None:
 
 def check_size(height: int, width: int, name: str) -> None:
     """Checks that an image has at most 64 million pixels.
+
+    Args:
+        height: Height in pixels.
+        width: Width in pixels.
+        name: The image's name in error messages.
 
     Raises:
         UnreadableImageError: if it has more.
@@ -194,6 +199,10 @@ def png_chunks(data: bytes) -> Iterator[_Chunk]:
 
 def check_png(data: bytes, name: str) -> frozenset[bytes]:
     """Checks that a PNG does not have so many chunks that reading them takes minutes.
+
+    Args:
+        data: All bytes of the file.
+        name: The image's name in error messages.
 
     Returns:
         The names of its chunks.
@@ -279,9 +288,9 @@ def check_jpeg(data: bytes, name: str) -> None:
         raise UnreadableImageError(f"image {name} is damaged: no pixels after {len(head)} segments")
     before = head[-1].start
     if before > _MAX_METADATA:
-        most = size_text(_MAX_METADATA)
+        limit = size_text(_MAX_METADATA)
         raise UnreadableImageError(
-            f"image {name} must have at most {most} before its pixels, got {size_text(before)}", reason="too large"
+            f"image {name} must have at most {limit} before its pixels, got {size_text(before)}", reason="too large"
         )
     if before - 2 - sum(marker.end - marker.start for marker in head[:-1]) > _MAX_FILLER:
         raise UnreadableImageError(f"image {name} is damaged: over {_MAX_FILLER} bytes between its segments")

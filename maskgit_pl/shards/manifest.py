@@ -58,7 +58,7 @@ INDEX_DTYPE = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar in a manifest.
+    """A tar in a manifest.
 
     Args:
         name: Path inside the data folder.
@@ -159,7 +159,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class DataSummary:
-    """Facts about a data folder that recipes and commands use before torch is imported.
+    """The facts about a data folder that recipes and commands use before torch is imported.
 
     Args:
         classes: Class names; label i is ``classes[i]``.
@@ -196,6 +196,7 @@ def read_manifest_summary(folder: str | Path) -> DataSummary:
         FileNotFoundError: if the folder or its train manifest is missing.
         ValueError: if a manifest is invalid, or the splits have different classes.
     """
+    # without any manifest, reading that of train raises the right error
     manifests = [load_manifest(folder, split, check=False) for split in splits_of(folder) or ("train",)]
     first = manifests[0]
     for other in manifests[1:]:
@@ -266,6 +267,7 @@ def check_shards(*manifests: Manifest) -> None:
         ValueError: if an index differs from its manifest, or a shard is missing, cannot be read, or has another length
             or another header. The message lists all such shards.
     """
+    # all faults of all splits in one message, so that they can be repaired together
     faults = [fault for manifest in manifests for fault in _faults(manifest)]
     if faults:
         folder, total = manifests[0].folder, sum(len(manifest.shards) for manifest in manifests)
@@ -308,6 +310,7 @@ def _check_index(manifest: Manifest, rows: npt.NDArray[np.void]) -> None:
             f"index {path} changed since it was made: sha256 {manifest.index_sha256[:12]} expected, got "
             f"{actual[:12]}; {hint}"
         )
+    # the hash protects against accidents; a hostile folder may have a matching hash, so check the ranges too
     lengths = np.array([shard.bytes for shard in manifest.shards], np.uint64)
     for start in range(0, len(rows), _BLOCK_ROWS):
         block = rows[start : start + _BLOCK_ROWS]
@@ -364,6 +367,7 @@ def _from_json(path: Path, folder: Path, split: Split) -> Manifest:
         check_keys(str(path), content, known=_KNOWN, required=_REQUIRED)
         _check_types(path, content)
         shards = tuple(_shard(fields, f"{path}: shards[{number}]") for number, fields in enumerate(content["shards"]))
+        # split and samples repeat other facts, for people who read the file; they must agree
         samples = sum(shard.samples for shard in shards)
         check_integer(f"{path}: samples of all shards", samples, "[1, 4294967296]")
         for key, expected in (("split", split), ("samples", samples)):

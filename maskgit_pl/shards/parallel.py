@@ -57,6 +57,7 @@ def run_jobs(
         ValueError: if ``workers`` is not an integer of at least 1.
     """
     check_integer("workers", workers, "[1, inf)")
+    # one process: the results come in the order of the jobs, and starting another would take a second
     workers = min(workers, len(jobs))
     if workers <= 1:
         for job in jobs:

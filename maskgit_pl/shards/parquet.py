@@ -65,6 +65,7 @@ class ParquetFolder:
         self.folder = folder
         self.label_field = label_field
         self._paths, of_split = _files_of_splits(folder)
+        # only footers and labels are read here; images are read by ``samples``
         opened = [_open_file(path) for path in self._paths]
         count = sum(file.metadata.num_rows for file in opened)
         if count > _MAX_ROWS:
@@ -128,6 +129,7 @@ class ParquetFolder:
             split: [(number, row) for number in numbers for row in range(len(self._labels[number]))]
             for split, numbers in of_split.items()
         }
+        # without val files, the hash of a row's name chooses val, as for image folders
         if "val" not in rows:
             chosen = [is_val(self._digest(number, row), val_fraction) for number, row in rows["train"]]
             every = rows["train"]
@@ -171,8 +173,8 @@ def _open_file(path: Path) -> ParquetFile:
         end = file.read(8)
     footer = int.from_bytes(end[:4], "little")
     if end[4:] == b"PAR1" and footer > _MAX_FOOTER_BYTES:
-        most = size_text(_MAX_FOOTER_BYTES)
-        raise ValueError(f"{_file_label(path)} must have a footer of at most {most}, got {size_text(footer)}")
+        limit = size_text(_MAX_FOOTER_BYTES)
+        raise ValueError(f"{_file_label(path)} must have a footer of at most {limit}, got {size_text(footer)}")
     try:
         return ParquetFile(path, buffer_size=2**20)  # without it, the column of a row group is read as a whole
     except (OSError, ValueError) as error:
@@ -224,6 +226,7 @@ def _image_column(file: ParquetFile, path: Path) -> str:
             kind = kind.field("bytes").type
         return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
+    # the usual names first, else the first column of bytes
     schema = file.schema_arrow
     found = [field.name for field in schema if holds_bytes(field.type)]
     chosen = [name for name in _IMAGE_COLUMNS if name in found] or found
@@ -278,6 +281,7 @@ def _read_labels(file: ParquetFile, path: Path, label_field: str, classes: Seque
     if not pa.types.is_integer(schema.field(label_field).type):
         kind = schema.field(label_field).type
         raise ValueError(f"{_file_label(path)}: column {label_field!r} must hold class numbers, got {kind}")
+    # before pyarrow decompresses any page
     for group in range(file.num_row_groups):
         _check_pages(file, path, group, label_field)
     try:
@@ -289,11 +293,11 @@ def _read_labels(file: ParquetFile, path: Path, label_field: str, classes: Seque
             f"{_file_label(path)} must have {label_field!r} in every row, got {column.null_count} rows without"
         )
     labels: npt.NDArray[np.int64] = column.to_numpy().astype(np.int64)
-    most = len(classes) or MAX_CLASSES
-    bad = np.flatnonzero((labels < 0) | (labels >= most))
+    limit = len(classes) or MAX_CLASSES
+    bad = np.flatnonzero((labels < 0) | (labels >= limit))
     if len(bad):
         value = labels[bad[0]]
-        raise ValueError(f"{_file_label(path)}: row {bad[0]}: the class must be in [0, {most}), got {value}")
+        raise ValueError(f"{_file_label(path)}: row {bad[0]}: the class must be in [0, {limit}), got {value}")
     return labels
 
 
@@ -336,7 +340,7 @@ def _image_bytes(value: Any, name: str) -> bytes:
         raise UnreadableImageError(f"{name}: the image must be stored as bytes, got none (paths are not followed)")
     size = value.as_buffer().size
     if size > MAX_IMAGE_BYTES:
-        most = size_text(MAX_IMAGE_BYTES)
-        raise UnreadableImageError(f"image {name} must have at most {most}, got {size_text(size)}", reason="too large")
+        limit = size_text(MAX_IMAGE_BYTES)
+        raise UnreadableImageError(f"image {name} must have at most {limit}, got {size_text(size)}", reason="too large")
     data: bytes = value.as_py()
     return data

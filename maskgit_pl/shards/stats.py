@@ -20,7 +20,7 @@ HEADERS = 2_000  # images whose size is read, spread evenly over the split
 
 
 class SizeCount(NamedTuple):
-    """One bar of a histogram: the number of images whose shorter side is in [low, high] pixels."""
+    """A bar of a histogram: the number of images whose shorter side is in [low, high] pixels."""
 
     low: int
     high: int
@@ -29,7 +29,7 @@ class SizeCount(NamedTuple):
 
 @dataclass(frozen=True)
 class DataStatistics:
-    """Statistics of a data folder.
+    """The statistics of a data folder.
 
     Args:
         summary: Class names, samples of the splits, range of the image sizes.
@@ -86,6 +86,7 @@ def images_of_classes(manifest: Manifest, labels: list[int], *, each: int) -> It
 
 def _sizes(manifest: Manifest) -> npt.NDArray[np.int64]:
     """Returns heights and widths, (n, 2) int64, of images that are spread evenly over the split."""
+    # reading a header costs a read of the whole image, so only some images are read
     reader = ShardReader(manifest)
     indices = np.unique(np.linspace(0, len(reader) - 1, min(HEADERS, len(reader))).round().astype(int)).tolist()
     headers = [parse_image_header(reader.read(index), name=reader.name(index)) for index in indices]

@@ -38,7 +38,7 @@ class DamagedTarError(ValueError):
 
 
 class Member(NamedTuple):
-    """One member of a tar.
+    """A member of a tar.
 
     Args:
         name: Name as stored.
@@ -75,7 +75,7 @@ def read_members(descriptor: int) -> Iterator[Member]:
         kind_byte, size, name = header[156:157], _size(header), long_name or _name(header)
         # 2. L and K: GNU long name and long link; x: pax header; g: global pax header, which is not used.
         if kind_byte in b"LKxg":
-            data = window.payload(offset, size, most=_MAX_EXTENDED_BYTES, name=name)
+            data = window.payload(offset, size, limit=_MAX_EXTENDED_BYTES, name=name)
             if kind_byte == b"L":
                 long_name = _text(data)
             elif kind_byte == b"x":
@@ -138,18 +138,25 @@ class _Window:
             raise DamagedTarError(self._not_a_header(offset, block))
         return block
 
-    def payload(self, offset: int, size: int, *, most: int, name: str) -> bytes:
-        """Returns the payload after the header at an offset, at most ``most`` bytes."""
-        if size > most:
-            raise DamagedTarError(f"extended header at byte {offset} must have at most {most} bytes, got {size}")
+    def payload(self, offset: int, size: int, *, limit: int, name: str) -> bytes:
+        """Returns the payload after the header at an offset.
+
+        Args:
+            offset: Position of the header in the file.
+            size: Length of the payload.
+            limit: Maximum length.
+            name: The member's name in error messages.
+        """
+        if size > limit:
+            raise DamagedTarError(f"extended header at byte {offset} must have at most {limit} bytes, got {size}")
         self.require(offset, size, name=name)
         return os.pread(self.descriptor, size, offset + BLOCK)
 
     def require(self, offset: int, size: int, *, name: str) -> None:
         """Checks that the payload after the header at an offset lies within the file."""
-        held = self.length - offset - BLOCK
-        if size > held:
-            stated = f"{size} bytes declared, the file ends after {held}"
+        available = self.length - offset - BLOCK
+        if size > available:
+            stated = f"{size} bytes declared, the file ends after {available}"
             raise DamagedTarError(f"truncated in member {printable(name)} at byte {offset}: {stated}")
 
     def require_end(self, offset: int) -> None:

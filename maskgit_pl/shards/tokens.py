@@ -166,6 +166,7 @@ class TokenReader:
         Raises:
             DataChangedError: if an array was truncated or changed after it was opened.
         """
+        # checked for each batch, since reading a truncated map would kill the process
         tokens, labels = self.arrays()
         if not (is_whole(tokens) and is_whole(labels)):
             raise self._data_changed_error("a file was truncated")
@@ -271,6 +272,7 @@ def read_description(folder: str | Path) -> StoreDescription:
         raise FileNotFoundError(f"token store {folder} does not exist or is not finished; {REMAKE_HINT}")
     try:
         content = rename_config(read_json(path, max_bytes=_MAX_DESCRIPTION_BYTES), str(path))
+        # format 1 has no hashes; format 2 always has them
         version = content.pop("format", None)
         if version not in _FORMATS:
             raise ValueError(f"{path}: format must be one of {_FORMATS}, got {shorten(version)}")
@@ -376,5 +378,13 @@ def _first_outside(array: npt.NDArray[Any], limit: int) -> tuple[int, int] | Non
 
 
 def outside_range(values: npt.NDArray[Any], limit: int) -> npt.NDArray[np.bool_]:
-    """Returns a mask of the integers outside [0, limit), with the shape of ``values``."""
+    """Returns a mask of the integers outside [0, limit).
+
+    Args:
+        values: Integers of any shape.
+        limit: Upper limit, exclusive.
+
+    Returns:
+        bool of the same shape, True outside the range.
+    """
     return (values < 0) | (values >= limit)
