@@ -17,6 +17,7 @@ def device_names() -> list[str]:
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is None or not torch.accelerator.is_available():
         return ["cpu"]
+    # For example cpu, cuda, cuda:0, cuda:1.
     kind = accelerator.type
     return ["cpu", kind, *(f"{kind}:{number}" for number in range(torch.accelerator.device_count()))]
 

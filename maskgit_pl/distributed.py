@@ -44,7 +44,8 @@ def process_group() -> Iterator[bool]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield rank_and_world()[1] > 1
         return
-    dist.init_process_group("gloo", timeout=_TIMEOUT)  # gathered tensors are on the CPU
+    # gloo, since gathered tensors are on the CPU.
+    dist.init_process_group("gloo", timeout=_TIMEOUT)
     try:
         yield True
     finally:
@@ -147,4 +148,5 @@ def gather_rows(rows: Tensor, index: Tensor) -> Tensor:
         from torchmetrics.utilities.distributed import gather_all_tensors  # inference needs no torchmetrics
 
         rows, index = (torch.cat(gather_all_tensors(part.contiguous())) for part in (rows, index))
+    # The order of rows does not depend on the number of ranks, so neither do sums over them.
     return rows[index.argsort()]

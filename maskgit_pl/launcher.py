@@ -43,6 +43,7 @@ def local_rank(environment: Mapping[str, str] = os.environ) -> int:
 def hide_launcher() -> Iterator[None]:
     """Hides the variables of a launcher inside the context; Lightning would treat this process as a rank."""
     hidden = {name: value for name, value in os.environ.items() if name.startswith(_VARIABLES)}
+    # In place, since child processes and libraries read os.environ.
     for name in hidden:
         del os.environ[name]
     try:

@@ -1,6 +1,6 @@
-"""A run of two ranks under the faults that befall runs: it stops with its exit code, says why, and goes on exactly.
+"""Fault injection: a run of two ranks stops with the right exit code and message, and resumes bit-exact.
 
-``SURVIVAL=docs/survival.md make test ARGS=tests/test_survival.py`` writes what was done and what was printed.
+``SURVIVAL=docs/survival.md make test ARGS=tests/test_survival.py`` writes the faults and the output to the page.
 """
 
 import json
@@ -45,7 +45,7 @@ PREEMPTED, NOT_FINITE, CANNOT_WRITE = PreemptedError.exit_code, NonFiniteError.e
 
 
 class Bench:
-    """Runs of both stages, and those of them that nothing befell."""
+    """Runs of both stages, with and without faults."""
 
     def __init__(self, folder: Path) -> None:
         save_uneven_shards(folder / "shards", (1, 7, 100))
@@ -73,7 +73,7 @@ class Bench:
         return self.done[stage, topology]
 
     def ends_as_the_straight_run(self, stage: str, name: str, topology: Topology, runs: Runs | None = None) -> None:
-        """Goes on with a run, to its end."""
+        """Resumes a run, and trains it to its end."""
         runs = runs or self.runs[stage]
         runs.leg(name, topology)
         states = [trained_state(each.state) for each in (runs.seen(name), self.straight(stage, topology))]
@@ -93,7 +93,7 @@ KINDS = (
 
 
 class Report:
-    """Rows of the documentation's table."""
+    """The rows of the table in the documentation."""
 
     def __init__(self) -> None:
         self.rows: list[str] = []
@@ -105,7 +105,7 @@ class Report:
 
 @pytest.fixture(scope="module")
 def report() -> Iterator[Report]:
-    """Written where SURVIVAL says."""
+    """Yields the rows, and writes them to the page in SURVIVAL."""
     made = Report()
     yield made
     if "SURVIVAL" in os.environ:
@@ -145,7 +145,7 @@ Other pages and tests cover bit-exact resume ([reproducibility.md](reproducibili
 
 
 def line(text: str, pattern: str) -> str:
-    """The line of an output that has a pattern."""
+    """Returns the first line of an output that matches a pattern."""
     found = [each for each in text.splitlines() if re.search(pattern, each)]
     assert found, f"{pattern!r} is not in:\n{text[-3000:]}"
     return found[0]
@@ -229,7 +229,7 @@ def test_25_kills_while_saving_leave_25_checkpoints_that_load(bench, report):
 
 
 def loadable(folder: Path) -> int:
-    """The step of the newest complete checkpoint, which is read as a whole."""
+    """Reads the newest complete checkpoint, and returns its step."""
     newest = newest_checkpoint(folder)
     assert newest is not None
     assert FolderCheckpointIO().load_checkpoint(newest)["global_step"] == step_of(newest)
@@ -309,7 +309,7 @@ def test_a_rank_that_dies_is_named_by_the_others_within_30_seconds(bench, report
 
 
 def test_a_rank_that_dies_is_missed_by_one_that_is_in_no_collective(bench, report):
-    """As it is with NCCL, whose collectives wait for a rank that is gone."""
+    """Makes collectives wait for a rank that is gone, as with NCCL."""
     runs = bench.runs["transformer"]
     ended: list[float] = []
 
@@ -387,7 +387,7 @@ def test_a_rank_that_hangs_ends_the_run_with_all_stacks(bench, report, rank, fil
 
 
 def fill_stderr() -> None:
-    """What is printed goes to a disk without room."""
+    """Sends the output to a full disk."""
     os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
 
 

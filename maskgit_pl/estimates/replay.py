@@ -81,6 +81,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch: u
         size = storage.nbytes() if counts else 0
         self.live += size
         self.peak = max(self.peak, self.live)
+        # Called when the last tensor that shares the storage is freed.
         weakref.finalize(storage, self._forget, key, size)
 
     def _forget(self, key: int, size: int) -> None:
@@ -99,6 +100,7 @@ def replay(step: Callable[[], object], networks: Iterable[nn.Module], *, precisi
     owned = [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
     known = [*owned, *(tensor.grad for tensor in owned if tensor.grad is not None)]
     with ExitStack() as stack:
+        # The modes see each operation in reverse order: autocast first, then FLOPs, then memory.
         live = stack.enter_context(LiveBytes(known))
         products = stack.enter_context(_Products())
         autocast = stack.enter_context(_AutocastOfGPU()) if precision == "bf16-mixed" else None

@@ -128,6 +128,7 @@ def max_num_checkpoints(max_steps: int, *, every: int, keep_last: int, keep_ever
     steps = [*range(every, max_steps + 1, every)]
     if not steps or steps[-1] != max_steps:
         steps.append(max_steps)
+    # One more than keep_last: the oldest is removed only after the new one is complete.
     newest = steps[-(keep_last + 1) :]
     older = steps[: -(keep_last + 1)]
     return len(newest) + (0 if keep_every is None else sum(step % keep_every == 0 for step in older))

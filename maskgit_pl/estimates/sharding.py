@@ -114,6 +114,7 @@ def ddp_traffic(groups: Sequence[Group], ranks: int, *, buffers: int = 0, micro_
     """
     if ranks == 1:
         return Traffic()
+    # Only the last micro-batch of a step synchronizes gradients (no_sync in the others).
     gradients = FLOAT * sum(group.numel for group in groups)
     return Traffic(all_reduce=all_reduce_bytes(gradients, ranks), broadcast=float(micro_batches * buffers))
 
@@ -137,6 +138,7 @@ def fsdp_traffic(
         micro_batches: Micro-batches of a step on each rank.
         weight: Bytes of a weight in an all-gather: ``HALF`` under bf16-mixed. Gradients are sent in float32.
     """
+    # Fraction of a collective that a rank sends in a ring, over all micro-batches.
     share = (ranks - 1) / ranks * micro_batches
     in_blocks = sum(block.padded_numel(ranks) for block in blocks)
     in_root = root.padded_numel(ranks)

@@ -117,21 +117,26 @@ def transformer_activations(
         precision: Precision of the Trainer.
         checkpointing: ``blocks`` recomputes blocks in the backward pass instead of keeping their tensors.
     """
-    rows, asked = batch * _length(config), batch * config.num_tokens if masked is None else masked
-    wide, half = config.embed_dim, precision == "bf16-mixed"
+    rows = batch * _length(config)
+    masked_rows = batch * config.num_tokens if masked is None else masked
+    dim, half = config.embed_dim, precision == "bf16-mixed"
     drop = _DROPPED * (config.dropout > 0)
-    embedding = rows * (wide * (FLOAT + drop) + _STATISTICS + 8)  # 8: the row numbers
+    # 8 bytes per row: the int64 index that the embedding keeps for its backward pass.
+    embedding = rows * (dim * (FLOAT + drop) + _STATISTICS + 8)
     middle = _block_kept(config, batch, rows, half=half)
-    last = _block_kept(config, batch, asked, half=half)
+    # The MLP of the last block only sees the masked rows, whose logits the loss reads.
+    last = _block_kept(config, batch, masked_rows, half=half)
     blocks = (config.depth - 1) * middle + last
     recomputed = 0
     if checkpointing == "blocks":
-        blocks, recomputed = config.depth * rows * wide * FLOAT, middle if config.depth > 1 else last
+        # Each block keeps its float32 input; one block at a time has its tensors back.
+        blocks, recomputed = config.depth * rows * dim * FLOAT, middle if config.depth > 1 else last
     number = HALF if half else FLOAT
-    head = asked * (wide * (3 * number + FLOAT) + _STATISTICS + config.vocabulary_size * FLOAT)
-    logits = 3 * asked * config.vocabulary_size * FLOAT
-    feed_forward = rows * (config.mlp_dim * number + 2 * wide * FLOAT)
-    matrices = config.depth * (4 * wide**2 + 2 * wide * config.mlp_dim) + wide**2 + config.vocabulary_size * wide
+    head = masked_rows * (dim * (3 * number + FLOAT) + _STATISTICS + config.vocabulary_size * FLOAT)
+    # The two peaks: gradients of the logits, and gradients of the MLP of a block.
+    logits = 3 * masked_rows * config.vocabulary_size * FLOAT
+    feed_forward = rows * (config.mlp_dim * number + 2 * dim * FLOAT)
+    matrices = config.depth * (4 * dim**2 + 2 * dim * config.mlp_dim) + dim**2 + config.vocabulary_size * dim
     return Activations(
         kept=embedding + blocks + head,
         casts=matrices * HALF if half else 0,
@@ -139,7 +144,7 @@ def transformer_activations(
     )
 
 
-def _block_kept(config: TransformerConfig, batch: int, asked: int, *, half: bool) -> int:
+def _block_kept(config: TransformerConfig, batch: int, masked_rows: int, *, half: bool) -> int:
     """Returns the bytes that a block keeps for its backward pass.
 
     - For all R rows: input, queries, keys, values and the output of the heads, 5 D elements, and the log-sum-exp of
@@ -153,10 +158,10 @@ def _block_kept(config: TransformerConfig, batch: int, asked: int, *, half: bool
     rows = batch * _length(config)
     d, f, number = config.embed_dim, config.mlp_dim, HALF if half else FLOAT
     attention = rows * (5 * d * number + config.num_heads * FLOAT)
-    copied = asked * d * number if asked != rows else 0
-    norms = asked * (2 * d * FLOAT + 2 * _STATISTICS)
-    dropped = asked * 2 * d * _DROPPED if config.dropout > 0 else 0
-    return attention + copied + norms + asked * (d + 2 * f) * number + dropped
+    copied = masked_rows * d * number if masked_rows != rows else 0
+    norms = masked_rows * (2 * d * FLOAT + 2 * _STATISTICS)
+    dropped = masked_rows * 2 * d * _DROPPED if config.dropout > 0 else 0
+    return attention + copied + norms + masked_rows * (d + 2 * f) * number + dropped
 
 
 def step_flops(config: TransformerConfig, *, images: int, masked: float) -> float:
@@ -175,7 +180,9 @@ def step_flops(config: TransformerConfig, *, images: int, masked: float) -> floa
     """
     d, f, length = config.embed_dim, config.mlp_dim, _length(config)
     rows = images * length
+    # Queries, keys and values of every block, and the rest of all blocks except the last.
     at_all_rows = config.depth * 3 * d**2 + (config.depth - 1) * (d**2 + 2 * d * f)
+    # Output projection and MLP of the last block, and both layers of the head.
     at_masked_rows = d**2 + 2 * d * f + d**2 + d * config.vocabulary_size
     return 6 * rows * at_all_rows + 6 * masked * at_masked_rows + 12 * images * config.depth * length**2 * d
 

@@ -65,7 +65,8 @@ def build(plan: Plan) -> StageRun:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # hide its tips and device lists
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=f".*{message}")
-    torch.manual_seed(0)  # only for initial weights: all other random numbers follow from the recipe's seed
+    # Only initial weights use this seed: all other random numbers follow from the recipe's seed.
+    torch.manual_seed(0)
     run = StageRun(plan.recipe, merge_values(plan), plan.stage_folder)
     run.add_trainer()
     module, data, trainer = run.model, run.datamodule, run.trainer
@@ -81,8 +82,10 @@ def build(plan: Plan) -> StageRun:
         )
     else:
         assert isinstance(module, Tokenizer)
+        # Stage 1 optimizes manually, so the Trainer must not accumulate.
         module.accumulation = accumulation
-    if isinstance(trainer.val_check_interval, int):  # steps in a recipe, but micro-batches in Lightning
+    # Steps in a recipe, but micro-batches in Lightning.
+    if isinstance(trainer.val_check_interval, int):
         trainer.val_check_interval *= accumulation
     return run
 
@@ -154,7 +157,8 @@ class StageRun:
             self._check_resumes(newest)
         given = self.settings
         check_accelerator(given.accelerator)
-        check_precision(given.precision)  # the Trainer would silently replace float16 by bfloat16 on a CPU
+        # Checked before the Trainer is built, which silently replaces float16 by bfloat16 on a CPU.
+        check_precision(given.precision)
         if self.stage == "tokenizer" and given.gradient_clip_val is not None:
             raise ValueError("trainer.gradient_clip_val cannot be set for the tokenizer: set model.gradient_clip")
         ours = {
@@ -165,6 +169,7 @@ class StageRun:
             "default_root_dir": self.folder,
             "use_distributed_sampler": False,  # the data module divides the global order itself
             "enable_model_summary": False,
+            # Runs are counted in steps: epochs neither end a run nor start a validation.
             "max_epochs": -1,
             "check_val_every_n_epoch": None,
             "enable_checkpointing": True,
@@ -184,6 +189,7 @@ class StageRun:
 
     def _fixed_settings(self) -> dict[str, Any]:
         data = self.datamodule
+        # A fingerprint of the data: the run may find the same data in another folder.
         if data.config.source == "stream":
             identity = check_stream(data.stream, data.config.validation_samples).fingerprint
         else:
@@ -220,6 +226,7 @@ class StageRun:
             settings=self.fixed,
         )
         self.watchdog = Watchdog(self.folder, seconds=self.run.hang_seconds)
+        # A progress bar for a terminal, lines for a log file.
         progress: Callback = RichProgressBar() if sys.stdout.isatty() else ProgressLines()
         pictures: Callback
         if self.stage == "tokenizer":

@@ -163,6 +163,7 @@ class TransformerCosts(Costs):
     def traffic(self, micro_batches: int) -> Traffic:
         blocks, root = self.groups
         if self.strategy == "fsdp":
+            # The precision policy of strategies.py: weights in bfloat16, gradients in float32.
             weight = HALF if self.precision == "bf16-mixed" else FLOAT
             return fsdp_traffic(blocks, root, self.ranks, micro_batches=micro_batches, weight=weight)
         return ddp_traffic([*blocks, root], self.ranks)
@@ -180,8 +181,8 @@ class TokenizerCosts(Costs):
 
     @property
     def _networks(self) -> list[nn.Module]:
-        opponent = self.module.discriminator
-        return [self.module.network] if opponent is None else [self.module.network, opponent]
+        discriminator = self.module.discriminator
+        return [self.module.network] if discriminator is None else [self.module.network, discriminator]
 
     @property
     def groups(self) -> tuple[list[Group], Group]:
@@ -202,6 +203,7 @@ class TokenizerCosts(Costs):
         config, networks = self.module.config, [*self._networks, *self._frozen]
         with fake_tensors(*networks), warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            # Gradients exist between steps, so they must not count as allocations of the replay.
             for parameter in (parameter for network in networks for parameter in network.parameters()):
                 if parameter.requires_grad:
                     parameter.grad = torch.empty_like(parameter)
@@ -212,6 +214,7 @@ class TokenizerCosts(Costs):
         blocks, root = self.groups
         casts = self._replay.casts
         activations = Activations(self._replay.peak_of(per_device) - casts, casts, 0)
+        # Buffers count twice, since the average has copies of them.
         buffers = sum(buffer.nbytes for network in self._networks for buffer in network.buffers())
         frozen = sum(tensor.nbytes for network in self._frozen for tensor in network.parameters())
         return estimate_memory(

@@ -49,6 +49,7 @@ def export(
     for each in stages:
         if (out / each).exists() and not replace:
             raise FileExistsError(f"{out / each} exists; replace it with --replace, or write elsewhere with --out")
+    # Everything is found before torch is imported and before anything is written.
     plans = [_plan(folder, each, data, out) for each in stages]
     chosen = [_checkpoint(plan, step) for plan in plans]
     from maskgit_pl.runs.stage import export_checkpoint  # lightning and torch take seconds to import
@@ -79,6 +80,7 @@ def _plan(folder: Path, stage: Stage, data: str | Path | None, out: Path) -> Pla
         raise FileNotFoundError(f"data {shards} of {config}: no such folder; give its present place with --data")
     tokenizer = None
     if stage == "transformer":
+        # The tokenizer may have moved with the run, or may be exported by this call.
         places = [Path(recipe.paths["model.tokenizer"]), folder / "pretrained" / "tokenizer", out / "tokenizer"]
         tokenizer = next((place for place in places if (place / "config.json").is_file()), None)
         if tokenizer is None:

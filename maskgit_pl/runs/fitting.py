@@ -48,13 +48,13 @@ def fit(
     plan = plan_run(recipe, run=run, data=data, tokenizer=tokenizer, pretrained=pretrained)
     try:
         with interruption.catch_stop_signals(), warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message=".*`srun` command is available"
-            )  # Lightning's, on a login node of Slurm
+            # Lightning warns on login nodes of Slurm.
+            warnings.filterwarnings("ignore", message=".*`srun` command is available")
             from maskgit_pl.runs.stage import fit_stage  # lightning and torch take seconds to import
 
             return fit_stage(plan)
     except SystemExit as stop:
-        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning turns it into SystemExit
+        # Lightning turns KeyboardInterrupt into SystemExit, which would end a notebook's kernel.
+        if isinstance(stop.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from stop
         raise

@@ -55,7 +55,7 @@ def flag_layer(key: str, text: str, schema: Schema) -> Layer:
     Raises:
         ValueError: if the text is not a safe value.
     """
-    own = schema_at(schema, key.split("."))
+    own = schema_at(schema, key.split("."))  # None for an unknown key, which check_layer reports
     try:
         value = parse_yaml(text)
         check_plain(value, key)
@@ -63,8 +63,10 @@ def flag_layer(key: str, text: str, schema: Schema) -> Layer:
         if own is None or not fits(text, own):
             raise
         value = text
+    # For example a name such as `on`, which YAML reads as a bool.
     if own is not None and not fits(value, own) and fits(text, own):
         value = text
+    # a.b.c = value becomes {a: {b: {c: value}}}.
     tree: Any = value
     for part in reversed(key.split(".")):
         tree = {part: tree}

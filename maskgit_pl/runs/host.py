@@ -83,6 +83,7 @@ def port_fault(address: str, port: int | None) -> str | None:
     if port is None or not any(_is_here(family, place[0]) for family, *_, place in found):
         return None
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+        # As a server does: a port with connections in TIME_WAIT counts as free.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(("", port))
@@ -118,6 +119,7 @@ def slurm_faults(environment: Mapping[str, str], *, nodes: int, devices: int) ->
         "SLURM_GPUS_ON_NODE": (devices, "--gpus-per-node"),
         "SLURM_NTASKS": (nodes * devices, "--ntasks-per-node and --nodes"),
     }
+    # Slurm sets a variable only if the job asked for it, so missing ones are no contradiction.
     faults = [
         f"{name} must be {wanted} for {nodes} nodes x {devices} devices, got {environment[name]}; change {flag} of "
         "sbatch, or nodes and devices here"

@@ -40,7 +40,8 @@ def _override(old: Any, new: Any) -> Any:
         return new
     if "name" in new:
         return dict(new)
-    if isinstance(old, str):  # an object named without arguments
+    # The earlier tree names the object without arguments.
+    if isinstance(old, str):
         return {"name": old, **new}
     return merge([old if isinstance(old, Mapping) else {}, new])
 

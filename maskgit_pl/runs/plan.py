@@ -170,6 +170,7 @@ def find_tokenizer(
         FileNotFoundError: if there is no tokenizer, or the named run does not exist.
         ValueError: if other runs have trained several tokenizers on the same data.
     """
+    # In the order of the docstring.
     named = tokenizer or recipe.paths.get("model.tokenizer")
     if named is not None:
         return _check_tokenizer(Path(named))
@@ -178,6 +179,7 @@ def find_tokenizer(
         return own
     if pretrained is not None and (Path(pretrained) / "tokenizer" / "config.json").is_file():
         return Path(pretrained) / "tokenizer"
+    # Only a name that the user gave can be mistyped.
     if folder.name != recipe.run_name:
         _refuse_unknown_run(folder)
     found = _tokenizers_of(shards, folder.parent)
@@ -224,6 +226,7 @@ def _tokenizers_of(shards: Path, runs: Path) -> list[Path]:
     found: dict[str, Path] = {}
     for config in sorted(runs.glob("*/tokenizer/config.yaml")):
         exported = config.parents[1] / "pretrained" / "tokenizer"
+        # The data that the run was trained on, by its own record: names of runs say nothing about it.
         path = read_yaml(config).get("data", {}).get("path")
         if (exported / "config.json").is_file() and path and Path(path).resolve() == shards.resolve():
             found.setdefault(sha256_of(exported / "model.safetensors"), exported)

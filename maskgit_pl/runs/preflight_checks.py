@@ -64,10 +64,12 @@ def preflight(
     folders = {"data": data, "tokenizer": tokenizer, "pretrained": pretrained}
     plan, summary = _check_inputs(checks, recipe, run_folder(recipe, run), folders)
     _check_strategy(checks, recipe, nodes=nodes, devices=devices)
+    # Without data or tokenizer, the stage is built from the recipe only, for its costs.
     stage_run = build_for_preflight(plan, checks, is_complete=checks.names_with_errors() <= _STARTABLE)
     if stage_run is None:
         return Preflight(tuple(checks.checks))
     config = stage_run.config
+    # The recipe check is missing if the stage was built without data: report what is known.
     if all(check.name != "recipe" for check in checks.checks):
         checks.add("recipe", f"{recipe.title}: keys, types and names are valid")
     shares = _check_batch(checks, config, summary, nodes=nodes, devices=devices)

@@ -169,7 +169,8 @@ class CostChecks:
         """Returns the bytes of the checkpoints that the run still adds, and a description."""
         config = self._config
         steps = config["trainer"]["max_steps"]
-        if steps is None or steps < 1:  # a run without an end: count only the newest checkpoints
+        # A run without an end is an error elsewhere: count only the newest checkpoints.
+        if steps is None or steps < 1:
             steps = config["checkpoint_every"] * (config["keep_last"] + 1)
         most = max_num_checkpoints(
             steps, every=config["checkpoint_every"], keep_last=config["keep_last"], keep_every=config["keep_every"]
@@ -241,11 +242,13 @@ class CostChecks:
         text = f"{samples:,.0f} samples/s"
         if data["source"] == "tokens":
             rows, columns = self._config["model"]["network"]["grid"]
-            return f"{text}, {size_text(samples * 2.0 * rows * columns)}/s of tokens"  # uint16
+            # A token store holds uint16.
+            return f"{text}, {size_text(samples * 2.0 * rows * columns)}/s of tokens"
         if self._summary is not None:
             shards = load_manifest(self._plan.shards, "train", check=False).shards
             mean_size = sum(shard.bytes for shard in shards) / self._summary.samples["train"]
             text += f", {size_text(samples * mean_size)}/s of shards"
+        # Decoding time is proportional to the pixels of the crop.
         of_rank = samples / self._ranks
         cores = of_rank * data["image_size"] ** 2 / _PIXELS_PER_CORE
         return (

@@ -106,8 +106,9 @@ class Shares:
     def rows(self) -> Iterator[tuple[str, str, str, str]]:
         """Yields node, local rank, global rank and samples of each rank, or of each node if there are many ranks."""
         width = 1 if self.ranks <= _MAX_ROWS else self.devices  # ranks per row
-        for rank in range(0, self.ranks, width):
+        for rank in range(0, self.ranks, width):  # one row each
             node, local_rank = divmod(rank, self.devices)
+            # The first three micro-batches show the pattern.
             shown = range(min(3, self.micro_batches))
             samples = [_span(self.samples_of(rank, count=width, micro_batch=each)) for each in shown]
             more = ", ..." if self.micro_batches > len(shown) else ""

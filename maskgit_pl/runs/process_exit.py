@@ -43,14 +43,18 @@ def exit_on_error(trainer: Trainer) -> Iterator[None]:
         is_only_here = trainer.world_size > 1 and not agreed  # the other ranks do not raise it
         if is_only_here:
             _print_error(error, trainer)
+        # Only the processes that Lightning's own launcher has started.
         environment = getattr(trainer.strategy, "cluster_environment", None)
         if isinstance(environment, LightningEnvironment) and trainer.local_rank > 0:
-            _wait_for_end_of(os.getppid())  # 3.
-        if is_only_here:  # 2.
+            # 3. Wait for the first process.
+            _wait_for_end_of(os.getppid())
+        # 2. Exit without cleanup, which would wait for the other ranks.
+        if is_only_here:
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()
             os._exit(exit_code_of(error))
-        if isinstance(error, RunError) and not trainer.is_global_zero:  # 1.
+        # 1. Rank 0 raises for all.
+        if isinstance(error, RunError) and not trainer.is_global_zero:
             sys.exit(error.exit_code)
         raise
 

@@ -130,8 +130,10 @@ class Recipe:
         layers = [Layer(each.origin, rename_tree(each.tree, each.origin)) for each in layers]
         kind = _find_kind(stage, layers, words)
         left_out: dict[str, list[str]] = {}
+        # Files are shared with masked models, so their masking keys are dropped; flags must not have any.
         if kind == "autoregressive":
             layers, left_out = _drop_masking_keys(layers)
+        # Each layer is checked on its own, so that a message can name the file.
         schema = load_schema(kind)
         for layer in layers:
             check_layer(layer, schema)
@@ -168,6 +170,7 @@ class Recipe:
 
 def _find_kind(stage: Stage, files: Sequence[Layer], words: Sequence[str]) -> Kind:
     """Returns the kind of module that files and flags select."""
+    # Flags count, too, and the last one wins. They are parsed again with the schema of this kind.
     attention = value_at(merge([layer.tree for layer in files]), "model.network.attention")
     for key, text in split_flags(words):
         if key == "model.network.attention":

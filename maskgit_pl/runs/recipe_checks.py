@@ -79,8 +79,10 @@ def _explain_unknown_key(key: str, root: Schema) -> str:
     group, _, leaf = key.rpartition(".")
     known = [name for name in _keys(root) if name not in DERIVED_KEYS]
     beside = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == group}
+    # First candidates: similar names in the same group.
     close = [beside[each] for each in get_close_matches(leaf, beside, n=1)]
-    close += [name for name in known if name.rpartition(".")[2] == leaf]  # the same name in another group
+    # Second: the same name in another group.
+    close += [name for name in known if name.rpartition(".")[2] == leaf]
     if not close:
         return f"unknown key {key!r}; base.yaml of recipes/tokenizer and recipes/transformer shows the keys"
     return f"unknown key {key!r}: did you mean {close[0]!r}?"

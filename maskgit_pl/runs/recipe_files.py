@@ -66,6 +66,7 @@ def recipe_files(stage: Stage, *, dataset: str, names: Iterable[str], cluster: s
         own = folder / stage / f"{dataset}.yaml"
         files.append(own if own.is_file() else folder / stage / "own-images.yaml")
     for name in names:
+        # A name may exist for one stage or for both.
         homes = [each for each in STAGES if (folder / each / f"{name}.yaml").is_file()]
         if not homes:
             known = {file.stem for each in STAGES for file in (folder / each).glob("*.yaml")}
@@ -95,6 +96,7 @@ def read_run_config(file: Path) -> RunConfig:
     tree = read_yaml(file)
     if not all(isinstance(tree.get(group), dict) for group in ("data", "model", "trainer")):
         raise ValueError(f"{file} must be the config.yaml of a run, with the keys data, model and trainer")
+    # The settings of the Trainer are the same for all kinds of recipes.
     known = load_schema("tokenizer")["properties"]["trainer"]["properties"]
     tree["trainer"] = {key: value for key, value in tree["trainer"].items() if key in known}
     tree.pop("seed_everything", None)

@@ -30,7 +30,7 @@ __all__ = [
 Kind = Literal["tokenizer", "transformer", "autoregressive"]
 _KINDS: tuple[Kind, ...] = ("tokenizer", "transformer", "autoregressive")
 _FOLDER = Path(__file__).parent / "schemas"
-_INT64 = 2**63 - 1
+_INT64 = 2**63 - 1  # largest count that Lightning and torch can store
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ class TrainerSettings:
         if self.gradient_clip_val is not None:
             check_number("trainer.gradient_clip_val", self.gradient_clip_val, "(0, inf)")
         for name in ("val_check_interval", "limit_val_batches"):
+            # An integer counts batches or steps, a float is a fraction.
             value, least = getattr(self, name), 1 if name == "val_check_interval" else 0
             if isinstance(value, int):
                 check_integer(f"trainer.{name}", value, f"[{least}, {_INT64}]")

@@ -81,6 +81,7 @@ def _values_of_pretrained(stage: Stage, pretrained: Path) -> dict[str, Any]:
         network = dict(config["network"])
         data = {"image_size": config["image_size"], "in_channels": network.pop("in_channels")}
         return {"data": data, "model": {"network": network}}
+    # Not those that tokenizer and data determine (codebook, classes, grid), which must fit anyway.
     network = {name: config["network"][name] for name in ("embed_dim", "depth", "num_heads", "mlp_dim")}
     return {"model": {"network": network}}
 
@@ -116,7 +117,7 @@ def _resolve_group(known: Mapping[str, Parameter], given: Mapping[str, Any]) -> 
     for name, parameter in known.items():
         value = given.get(name, parameter.default)
         kind = dataclass_in(parameter.annotation)
-        if value is MISSING and kind is None:
+        if value is MISSING and kind is None:  # a required key: building the dataclass will report it
             continue
         if kind is not None and value is not None:
             value = _resolve_group(parameters_of(kind), {} if value is MISSING else value)

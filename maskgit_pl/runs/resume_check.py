@@ -69,6 +69,7 @@ def _flat(node: Mapping[str, Any], path: str) -> dict[str, Any]:
         key = f"{path}.{name}"
         if key in _FREE_MODEL:
             continue
+        # A specification {name: ...} is compared as a whole.
         if isinstance(value, Mapping) and "name" not in value:
             found |= _flat(value, key)
         else:

@@ -28,6 +28,7 @@ class _PlainLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002  # PyYAML's
+        # PyYAML would silently keep the last of two equal keys.
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
@@ -53,7 +54,8 @@ def read_yaml(file: Path) -> dict[str, Any]:
             repeated key, a non-finite number, a value that is not plain, or a key that names code. The message is one
             line.
     """
-    if file.exists() and not file.is_file():  # reading a FIFO would block
+    # Reading a FIFO would block.
+    if file.exists() and not file.is_file():
         raise ValueError(f"recipe {file} must be a regular file")
     if file.stat().st_size > _MAX_BYTES:
         raise ValueError(f"recipe {file} must have at most {_MAX_BYTES} bytes, got {file.stat().st_size}")

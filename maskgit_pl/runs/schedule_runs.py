@@ -54,6 +54,7 @@ def train_schedules(
         PreemptedError: if a training is stopped by a signal.
     """
     words = flag_words(overrides)
+    # Read before the first training, so that a mistake in the last recipe is found now.
     recipes = {
         schedule: Recipe.read(
             "transformer", names=f"{names} {schedule}", dataset=dataset, cluster=cluster, overrides=words

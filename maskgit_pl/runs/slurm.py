@@ -111,6 +111,7 @@ def plan_submission(
         if key in _SET_BY_JOB:
             raise ValueError(f"flag --{key} must be left out, since the job sets it; use {_SET_BY_JOB[key]} instead")
     plan = plan_run(recipe, run=run, data=data, tokenizer=tokenizer, pretrained=pretrained)
+    # singleton: a second job of the same name waits for the first one.
     options = (
         "--parsable", "--export=ALL", f"--job-name={plan.folder.name}-{plan.stage}", f"--comment={_job_comment(plan)}",
         "--dependency=singleton", f"--output={_log_file(plan)}", f"--nodes={job.nodes}",
@@ -173,6 +174,7 @@ def submit(submission: Submission) -> str:
     log.info("%s", check_submission(submission))
     log.info("%s", submission)
     submission.plan.stage_folder.mkdir(parents=True, exist_ok=True)  # for the log file: Slurm creates no folders
+    # The script reads these variables, so those of the user's shell must not reach it.
     others = {name: value for name, value in _environment_outside_job().items() if name not in _VARIABLES}
     done = subprocess.run(
         submission.command, env={**others, **submission.variables}, capture_output=True, text=True, check=False
@@ -202,6 +204,7 @@ def _job_comment(plan: Plan) -> str:
 
 def _resources(plan: Plan, job: JobOptions) -> list[str]:
     workers, threads = _integer(plan, "data.num_workers", default=0), _integer(plan, "cpu_threads", default=1)
+    # One core for the task and one per data worker, but at least the threads of torch.
     is_on_cpu = plan.recipe.get("trainer.accelerator") == "cpu"
     options = [] if is_on_cpu or job.names_gpus else [f"--gpus-per-node={job.devices}"]
     options += [f"--cpus-per-task={job.cpus or max(1 + workers, threads)}", f"--time={job.time}"]
@@ -282,6 +285,7 @@ def _refuse_second_job(plan: Plan) -> None:
     if listed.returncode:
         said = " ".join(listed.stderr.split())
         raise ValueError(f"squeue cannot read the queue: {said}; submit on a machine where Slurm responds")
+    # The comment comes last, since it may contain the separator.
     jobs = [_Job(*line.split("|", 2)) for line in listed.stdout.splitlines() if line.count("|") >= 2]
     for job in jobs:
         if job.comment == _job_comment(plan):

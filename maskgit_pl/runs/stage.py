@@ -95,6 +95,7 @@ def _fit(run: StageRun, plan: Plan) -> None:
     if trainer.is_global_zero:
         _write_records(run, plan)
         _log_start(run, plan, newest)
+    # All ranks compare it before they train.
     run.checkpoints.resumes_from = newest
     with exit_on_error(trainer), run.watchdog.watch_past_fit(trainer):
         trainer.fit(module, datamodule=data, ckpt_path=newest)
@@ -129,6 +130,7 @@ def export_checkpoint(plan: Plan, checkpoint: Path, out: Path) -> None:
     module = run.model
 
     def only_weights(key: str, saved: SavedTensor) -> Tensor:
+        # Optimizer states are not read.
         return saved.read_all() if key.startswith("/state_dict/") else torch.empty(0)
 
     load_weights(module, FolderCheckpointIO().load_pieces(checkpoint, only_weights)["state_dict"], checkpoint)

@@ -139,6 +139,7 @@ def find_process_rank(rank: int | None = None, world_size: int | None = None) ->
         if not 0 <= rank < world_size:
             raise ValueError(f"--rank must be in [0, {world_size - 1}] with --world-size {world_size}, got {rank}")
         return ProcessRank(rank, world_size, rank)
+    # torchrun comes first, since it may run inside a Slurm job.
     for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")):
         if all(name in os.environ for name in names):
             return ProcessRank(*(int(os.environ[name]) for name in names))
@@ -174,6 +175,7 @@ def _store_of(folder: Path, description: StoreDescription) -> Path:
     A store inside the run folder, as made by version 0.1.0, stays there.
     """
     own = folder / "tokens"
+    # A folder, not a link: a store of version 0.1.0.
     if own.is_dir() and not own.is_symlink():
         return own
     from maskgit_pl.shards.tokens import plain_description  # torch takes seconds to import
@@ -183,6 +185,7 @@ def _store_of(folder: Path, description: StoreDescription) -> Path:
     shared = folder.parent / SHARED_TOKENS / key
     shared.mkdir(parents=True, exist_ok=True)
     own.parent.mkdir(parents=True, exist_ok=True)
+    # A new link replaces the old one in one step, which is safe if other ranks do the same.
     link = own.with_name(f".tokens.{os.getpid()}")
     link.unlink(missing_ok=True)
     link.symlink_to(os.path.relpath(shared, own.parent), target_is_directory=True)

@@ -43,7 +43,8 @@ def split_state(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, list | tuple):
         kind = "list" if isinstance(value, list) else "tuple"
         return {kind: [split_state(item, f"{key}/{i}", tensors) for i, item in enumerate(value)]}
-    if isinstance(value, float) and not math.isfinite(value):  # JSON cannot express it
+    # JSON has no non-finite numbers.
+    if isinstance(value, float) and not math.isfinite(value):
         return {"float": str(value)}
     return _plain(value, key)
 
@@ -73,6 +74,7 @@ def join_state(node: Any, read: Callable[[str], Any], depth: int = 0) -> Any:
         if isinstance(node, list):
             raise StateFormatError("a list must be inside a mapping that gives its type")
         return node
+    # The file may be hostile: limit the recursion, and accept only the five known forms.
     if depth > _MAX_DEPTH:
         raise StateFormatError(f"values must be nested at most {_MAX_DEPTH} deep")
     kind, content = next(iter(node.items()), ("", None))

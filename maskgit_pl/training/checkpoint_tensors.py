@@ -55,7 +55,8 @@ class SavedTensor:
             return next(self.pieces.find(self.key)).read(None)
         found = list(self.pieces.find(self.key))
         end = max(piece.end for piece in found)
-        if end > sum(piece.shape[0] for piece in found):  # checked before memory for all rows is allocated
+        # Checked before memory for all rows is allocated: the first rows come from a file.
+        if end > sum(piece.shape[0] for piece in found):
             raise ValueError(self._not_whole)
         return self.read_rows(0, end)
 
@@ -109,6 +110,7 @@ class TensorPieces:
 
     def __init__(self, folder: Path, names: Sequence[str], rank: int) -> None:
         self.folder = folder
+        # With an unchanged number of ranks, each rank finds its rows in its own file.
         self._names = [*names[rank : rank + 1], *names[:rank], *names[rank + 1 :]]
         self._open: dict[str, tuple[Any, set[str], dict[str, int]]] = {}
         self._files = ExitStack()

@@ -121,6 +121,7 @@ class Checkpoints(Checkpoint):
         before = total["ready"] // max(1, checkpoint["global_step"])
         for counts in (total, current) if before else ():
             added = counts["ready"] // before * accumulation - counts["ready"]
+            # All counts (ready, started, completed ...) move by the same number of micro-batches.
             counts |= {name: count + added for name, count in counts.items()}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -149,6 +150,7 @@ class Checkpoints(Checkpoint):
         try:
             trainer.save_checkpoint(self.folder / f"step-{step:08d}")
         except OSError as error:
+            # on_all_ranks raises the same error everywhere, so all ranks count alike.
             self._failures += 1
             self._report_failure(trainer, error, last=last)
             return
@@ -180,6 +182,7 @@ class Checkpoints(Checkpoint):
             return []
 
     def _prune(self) -> None:
+        # Only rank 0 prunes, after all ranks have written the new checkpoint.
         for old in self._complete()[: -self.keep_last]:
             if self.keep_every is not None and step_of(old) % self.keep_every == 0:
                 continue

@@ -65,6 +65,7 @@ class LearningRate:
         """
         if self.decay == "cosine" and max_steps < 1:
             raise ValueError(f"learning_rate.decay 'cosine': trainer.max_steps must be >= 1, got {max_steps}")
+        # Step 0 already has a rate above 0.
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         if self.decay == "constant":

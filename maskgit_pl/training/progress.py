@@ -53,6 +53,7 @@ class ProgressLines(ProgressBar):
         if not self._is_enabled:
             return
         begun, first = self._start
+        # Speed since the start of this process: a resumed run counts only its own steps.
         speed = (trainer.global_step - first) / max(now - begun, 1e-9)
         left = (trainer.max_steps - trainer.global_step) / speed if speed > 0 else float("inf")
         metrics = {name: value for name, value in self.get_metrics(trainer, pl_module).items() if name != "v_num"}

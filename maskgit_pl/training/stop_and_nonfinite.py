@@ -76,6 +76,7 @@ class StepCheck(Callback):
         """
         decision = _decide_together(trainer.strategy.root_device, losses=self._losses, norms=gradient_norms)
         self._stops = decision.stops
+        # The next micro-batch belongs to the next step.
         losses, samples, self._losses, self._samples = self._losses, self._samples, [], []
         if not decision.skips:
             self._skipped = []
@@ -96,6 +97,7 @@ class StepCheck(Callback):
             self._stop(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        # A validation can be long, so a stop signal does not wait for its end.
         if not trainer.sanity_checking and _decide_together(trainer.strategy.root_device).stops:
             self._stop(trainer)
 
@@ -154,6 +156,7 @@ def _decide_together(device: torch.device, *, losses: Sequence[Tensor] = (), nor
         return _Decision(stopped > 0, norm + worst_rank > 0, int(worst_rank) - 1 if worst_rank else None)
     if not norms:  # in validation, where no update is at stake
         return _Decision(stops, skips=False, worst_rank=None)
+    # One transfer to the CPU for all values.
     finite = torch.stack([*losses, *norms]).isfinite().tolist()
     return _Decision(stops, not all(finite), None if all(finite[: len(losses)]) else 0)
 

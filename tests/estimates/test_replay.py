@@ -1,4 +1,4 @@
-"""A replay without content against the same step with it."""
+"""A replay with fake tensors equals the same step with real ones."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Shards and traffic against FSDP2 and DDP themselves, on a process group that is not there."""
+"""Shards and traffic equal those of FSDP2 and DDP on a fake process group."""
 
 from collections.abc import Iterator
 

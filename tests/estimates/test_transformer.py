@@ -1,4 +1,4 @@
-"""The closed formulas of stage 2 against the network itself: its weights, what it keeps, what it multiplies."""
+"""The closed formulas of stage 2 equal the real network: weights, kept tensors, FLOPs."""
 
 import math
 
@@ -68,7 +68,7 @@ def forward(network, tokens, labels, mask):
 
 
 def measured(config, precision, checkpointing):
-    """Bytes that a real step keeps between its passes, bytes that autograd says it keeps, and the highest point."""
+    """Returns the bytes that a real step keeps between its passes, those that autograd reports, and the peak."""
     network = build_transformer(config)
     prepare_blocks(network.blocks, activation_checkpointing=checkpointing)
     batch = batch_of(config)

@@ -1,4 +1,4 @@
-"""What ``maskgit doctor`` says of memory, arithmetic and disk against a run that is really trained."""
+"""Estimates of memory, FLOPs and disk space equal those of a real training run."""
 
 from pathlib import Path
 
@@ -82,7 +82,7 @@ def test_more_images_take_as_many_times_as_much():
 
 
 def train(stage: str, tmp_path: Path, shards: Path, *more: str) -> int:
-    """Bytes of the checkpoint of a run of one step."""
+    """Trains one step, and returns the size of its checkpoint in bytes."""
     tiny = flags(yaml.safe_load((TINY / f"{stage}.yaml").read_text()))
     words = ["--data", str(shards), "--runs-folder", str(tmp_path), "--run", "one", *tiny, *more]
     assert main(["train", stage, *words]) == 0

@@ -1,4 +1,4 @@
-"""Folders of a run that are found; those of whole commands are tried in tests/cli/test_train_command.py."""
+"""The folders of a run. tests/cli/test_train_command.py tests them with whole commands."""
 
 from pathlib import Path
 

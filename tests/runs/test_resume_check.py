@@ -97,11 +97,11 @@ FREE = {
         "optimizer.learning_rate.warmup_steps", "seed", "tokenizer",
     },
 }  # fmt: skip
-"""Every key of the model that may change while a run goes on; ``data.seed`` holds for both seeds."""
+"""Every key of the model that may change when a run resumes; ``data.seed`` is checked for both seeds."""
 
 
 def each_changed(tree: dict, path: str = "") -> Iterator[tuple[str, dict]]:
-    """Every key of a tree, also within what is named by a mapping, and the tree with that key changed."""
+    """Yields each key of a tree, and the tree with that key changed."""
     for name, value in tree.items():
         if isinstance(value, dict):
             for key, changed in each_changed(value, f"{path}{name}."):

@@ -11,7 +11,7 @@ from maskgit_pl.errors import PreemptedError
 
 @pytest.fixture
 def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The commands that are called, none of which does anything."""
+    """Replaces ``subprocess.run``, and returns the list of the commands."""
     called: list[list[str]] = []
 
     def run(words: list[str], *, check: bool) -> SimpleNamespace:

@@ -84,7 +84,7 @@ def test_a_file_that_is_not_what_was_written_is_refused_by_name(tmp_path, name):
 
 
 def hashed_anew(folder):
-    """Makes the marker say what the files are, as someone who wants them read would."""
+    """Updates the marker to the present files, as an attacker would."""
     marker = json.loads((folder / "COMPLETE.json").read_text())
     for name in marker["files"]:
         content = (folder / name).read_bytes()
@@ -311,7 +311,7 @@ def test_three_failed_saves_end_a_run_in_a_row_and_not_in_all(tmp_path):
 
 
 def begin(rank: int, folder, name: str) -> None:
-    """One of two ranks, which begins from the checkpoint of that name."""
+    """Runs one of two ranks, which resumes from the checkpoint of that name."""
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
     checkpoints = Checkpoints(folder, every_n_steps=1)
     checkpoints.resumes_from = folder / name
@@ -345,7 +345,7 @@ def test_ranks_begin_from_the_same_checkpoint_or_not_at_all(tmp_path, other):
 
 
 class Picture(LightningModule):
-    """A convolution whose weights lie in memory as images of channels_last do."""
+    """A convolution with weights in channels_last memory format."""
 
     def __init__(self):
         super().__init__()
@@ -377,7 +377,7 @@ def test_moments_of_weights_in_channels_last_come_back_to_their_weights(tmp_path
 
 
 class Counted(Line):
-    """Notes at which step each micro-batch comes."""
+    """A module that records the step of each micro-batch."""
 
     def __init__(self):
         super().__init__()

@@ -9,7 +9,7 @@ from maskgit_pl.training.optimizers import LearningRate, OptimizerConfig, build_
 
 
 class Model(nn.Module):
-    """One of everything."""
+    """A network with one layer of each kind."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ def test_an_optimizer_takes_the_groups_and_decays_the_kernels_alone():
 
 
 def steps(kind: str, state: dict | None = None) -> tuple[Model, torch.optim.AdamW]:
-    """Three steps with gradients that depend on the step."""
+    """Runs three steps with gradients that depend on the step."""
     torch.manual_seed(0)
     model = Model()
     optimizer = build_adamw(parameter_groups(model, 0.1), OptimizerConfig(LearningRate(0.1), (0.9, 0.96), 0.1, kind))

@@ -1,4 +1,4 @@
-"""Both stages in one process: an update that is not finite changes nothing, and only several in a row end the run."""
+"""Both stages in one process: a non-finite update changes nothing, and only several in a row end the run."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ from tests.modules import masked_model, tokenizer_model
 
 
 class History(Callback):
-    """Keeps what every step leaves: weights with their averages, optimizer states, and the loss of stage 2."""
+    """A callback that records the state after each step: weights, averages, optimizers, and the loss of stage 2."""
 
     def __init__(self) -> None:
         self.states: list[list[Tensor]] = []
@@ -46,7 +46,7 @@ class History(Callback):
         self.states.append([value.clone() for value in [*module.state_dict().values(), *moments]])
 
     def changed(self, step: int) -> bool:
-        """Whether step ``step``, counted from 1, changed anything at all."""
+        """Returns True if step ``step``, counted from 1, changed any state."""
         before, after = self.states[step - 1 : step + 1]
         return len(before) != len(after) or not all(map(torch.equal, before, after))
 
@@ -68,7 +68,7 @@ def module(request, tiny_pretrained) -> LightningModule:
 
 @pytest.fixture
 def fit(module, tiny_shards, tmp_path):
-    """Trains with faults, guarded; gives what each step left."""
+    """Trains with faults and the checks, and returns the states after each step."""
 
     def run(*faults: Fault, steps: int, more: tuple[Callback, ...] = ()) -> History:
         data = ShardData(
@@ -126,7 +126,7 @@ def test_the_fourth_in_a_row_ends_the_run_with_the_samples_of_all_four(fit, tmp_
 
 @pytest.fixture
 def listening() -> Iterator[None]:
-    """Signals set the flag, and do again what they did before when the test ends."""
+    """Lets the stop signals set the flag during a test."""
     before = {number: signal.getsignal(number) for number in interruption.SIGNALS}
     with interruption.catch_stop_signals():
         yield
@@ -137,7 +137,7 @@ def listening() -> Iterator[None]:
 
 
 class Signal(Callback):
-    """Asks this process to stop, in the middle of a step."""
+    """A callback that sends this process a stop signal in the middle of a step."""
 
     def __init__(self, step: int) -> None:
         self.step = step

@@ -7,7 +7,7 @@ from maskgit_pl.training.strategies import _POLICIES, PRECISIONS, build_strategy
 def test_weights_are_gathered_in_bfloat16_and_gradients_summed_in_float32_where_the_precision_is_mixed():
     mixed = _POLICIES["bf16-mixed"]
     assert (mixed.param_dtype, mixed.reduce_dtype) == (torch.bfloat16, torch.float32)
-    assert not mixed.cast_forward_inputs  # autocast alone decides on what passes from block to block
+    assert not mixed.cast_forward_inputs  # only autocast decides the dtypes between blocks
     whole = _POLICIES["32-true"]
     assert (whole.param_dtype, whole.reduce_dtype, whole.output_dtype) == (None, None, None)
 
