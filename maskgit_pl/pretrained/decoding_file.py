@@ -14,7 +14,7 @@ from maskgit_pl.decoding import RECIPE_FORMAT, DecodingConfig, read_recipe
 from maskgit_pl.files import sha256_of, write_text
 from maskgit_pl.schedules import mask_schedules
 
-__all__ = ["validate_decoding", "load_decoding", "read_decoding", "save_decoding"]
+__all__ = ["load_decoding", "read_decoding", "save_decoding", "validate_decoding"]
 
 WEIGHTS_FILE = "model.safetensors"
 _DECODING = "decoding.json"
