@@ -109,6 +109,7 @@ def _end(method: Method, points: dict[int, Timing]) -> LineEnd:
 def _write_factors(axes: Axes, lines: dict[Method, dict[int, Timing]]) -> None:
     """Writes the ratios to MaskGIT of the other methods, as two rows of numbers below the lines."""
     low, high = axes.get_ylim()
+    # On a logarithmic axis, a strip of a given fraction needs a power of the range.
     axes.set_ylim(low * (low / high) ** _STRIP, high)  # room for the rows
     place = axes.get_xaxis_transform()
     for method, height in zip(METHODS[1:], (0.02, 0.075), strict=True):
