@@ -575,7 +575,7 @@ MUTANTS: tuple[Mutant, ...] = (
             "self.decoder = config.decoding.build_decoder(self.mask_schedule)",
             "self.decoder = config.decoding.build_decoder(mask_schedules.build(config.mask_schedule))",
         ),
-        ("check_decoding(self.decoding, self.network)", "pass"),
+        ("check_decoding(self.decoding, self.network, is_autoregressive=False)", "pass"),
         ("global_batch=self.config.global_batch", "global_batch=1"),
     ),
     *_of(
