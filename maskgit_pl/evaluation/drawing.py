@@ -29,12 +29,14 @@ class LineEnd:
         point: Coordinates of the end, in the units of the axes.
         colour: Colour of the label.
         bold: True for a line that is emphasised.
+        second_line: Text below the name; empty for none.
     """
 
     label: str
     point: tuple[float, float]
     colour: str
     bold: bool = False
+    second_line: str = ""
 
 
 def plot_by_steps(
@@ -100,8 +102,9 @@ def name_lines(figure: Figure, axes: Axes, ends: Mapping[str, LineEnd], *, least
     heights = {name: float(to_axes.transform(end.point)[1]) for name, end in ends.items()}
     for name, height in spread(heights, least=least).items():
         end = ends[name]
+        text = "\n".join(plain_label(line) for line in (end.label, end.second_line) if line)
         axes.annotate(
-            plain_label(end.label), end.point, (1.035, height), textcoords="axes fraction", color=end.colour,
+            text, end.point, (1.035, height), textcoords="axes fraction", color=end.colour,
             fontsize=10 if end.bold else 9, fontweight="bold" if end.bold else "normal", va="center",
             annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": "#cccccc", "linewidth": 0.7, "shrinkA": 1, "shrinkB": 3},

@@ -101,9 +101,10 @@ def draw_timings(timings: Sequence[Timing]) -> bytes:
 def _end(method: Method, points: dict[int, Timing]) -> LineEnd:
     last = points[max(points)]
     steps = sorted({point.num_steps for point in points.values()})
-    label = f"{method},\nT = {' and '.join(map(str, steps))}"
-    label = label if method == "MaskGIT" else method.replace(", ", ",\n")
-    return LineEnd(label, (last.num_tokens, last.seconds), _COLOURS[method], bold=method == "MaskGIT")
+    label, _, cache = method.partition(", ")
+    note = cache or f"T = {' and '.join(map(str, steps))}"
+    point = (last.num_tokens, last.seconds)
+    return LineEnd(label, point, _COLOURS[method], bold=method == "MaskGIT", second_line=note)
 
 
 def _write_factors(axes: Axes, lines: dict[Method, dict[int, Timing]]) -> None:
