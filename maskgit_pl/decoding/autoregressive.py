@@ -1,11 +1,10 @@
 """Autoregressive decoding, the paper's baseline: one token per step, in raster order.
 
 ``AutoregressiveDecoder`` is the counterpart of ``ParallelDecoder`` for networks with causal attention. It asks a
-predictor for logits and yields the same ``DecodingStep``, so callers treat both decoders alike.
-Each of the N steps does:
+predictor for logits and yields the same ``DecodingStep``, so callers treat both decoders alike. Each of the N steps:
 
     1. Predict. The predictor returns logits (B, K) of the next token.
-    2. Draw. A code is drawn for it. It is never changed later.
+    2. Draw. A code is drawn for it, which never changes later.
 
 Source: paper, Table 1 (VQGAN*) and Figure 4.
 """
