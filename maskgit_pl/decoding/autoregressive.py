@@ -172,6 +172,6 @@ def decode_autoregressive(
         scales=scales,
         cache=cache,
     )
-    seeds_here = torch.tensor(list(seeds), dtype=torch.int64, device=model.device)
-    noise = SeededNoise(seeds_here, decoder.num_tokens, steps_at_once=1)
+    seed_tensor = torch.tensor(list(seeds), dtype=torch.int64, device=model.device)
+    noise = SeededNoise(seed_tensor, decoder.num_tokens, steps_at_once=1)
     return decoder.steps(predictor, noise, batch_size=len(labels), device=model.device)

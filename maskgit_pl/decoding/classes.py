@@ -57,12 +57,12 @@ def decode_classes(
         shape = len(labels), model.num_tokens
         tokens = torch.full(shape, model.mask_token_id, dtype=torch.int64, device=model.device)
         num_masked = [model.num_tokens] * len(labels)  # known without asking the device
-    seeds_here = torch.tensor(list(seeds), dtype=torch.int64, device=model.device)
+    seed_tensor = torch.tensor(list(seeds), dtype=torch.int64, device=model.device)
     return decoder.steps(
         predictor,
         tokens.to(model.device),
         # All steps at once in few kernels; 32 bounds the memory of long runs.
-        SeededNoise(seeds_here, model.num_tokens, steps_at_once=min(decoder.num_steps, 32)),
+        SeededNoise(seed_tensor, model.num_tokens, steps_at_once=min(decoder.num_steps, 32)),
         mask_token_id=model.mask_token_id,
         first_step=first_step,
         grid=model.grid,

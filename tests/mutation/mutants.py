@@ -251,7 +251,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "decoding/test_classes test_editing",
         ("scales=scales[first_step:]", "scales=scales"),
         ("        first_step=first_step,\n", ""),
-        ("seeds_here, model.num_tokens", "seeds_here * 0, model.num_tokens"),
+        ("seed_tensor, model.num_tokens", "seed_tensor * 0, model.num_tokens"),
         ("grid=model.grid,", "grid=model.grid[::-1],"),
         ("all_masked=all_masked", "all_masked=True"),
     ),
