@@ -12,7 +12,7 @@ from torch import Tensor
 
 from maskgit_pl.decoding.decoder import DecodingStep, ParallelDecoder
 from maskgit_pl.decoding.noise import SeededNoise
-from maskgit_pl.decoding.predictors import ConditionalModel, ConditionalNetwork, class_predictor
+from maskgit_pl.decoding.predictors import ConditionalModel, ConditionalNetwork, build_class_predictor
 
 __all__ = ["decode_classes"]
 
@@ -50,7 +50,7 @@ def decode_classes(
     all_masked = tokens is None
     # The steps are computed lazily, under ``no_grad`` of the decoder; the shared first step is computed here.
     with torch.no_grad():
-        predictor = class_predictor(
+        predictor = build_class_predictor(
             model, labels, negative_labels=negative_labels, scales=scales[first_step:], all_masked=all_masked
         )
     if tokens is None:

@@ -227,7 +227,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ("conditional.float(), 1 + scale)", "conditional.float(), scale)"),
         ("if self._calls % self.context_cache == 0:", "if self._calls == 0:"),
         ("torch.cat([labels, negative_labels])", "torch.cat([negative_labels, labels])"),
-        ("predictor = self._predictor_of(1 if scale == 0 else 2)", "predictor = self._predictor_of(2)"),
+        ("predictor = self._choose_predictor(1 if scale == 0 else 2)", "predictor = self._choose_predictor(2)"),
         ("if copies != self._copies:", "if self._copies == 0:"),
         ("conditional, unconditional = logits.chunk(2)", "unconditional, conditional = logits.chunk(2)"),
         ("while len(self._known) > self.max_labels:", "while len(self._known) > 1:"),
