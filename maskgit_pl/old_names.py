@@ -24,6 +24,8 @@ __all__ = [
     "rename_tensors",
     "rename_token_selector",
     "rename_tree",
+    "restore_config",
+    "restore_tensor",
 ]
 
 Value = TypeVar("Value")
@@ -178,6 +180,21 @@ def rename_tensors(tensors: Mapping[str, Value], origin: str) -> dict[str, Value
             raise ValueError(f"{origin}: tensor {new} must be there once, got it under its old name too")
         renamed[new] = value
     return renamed
+
+
+def restore_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a network's configuration by their names in version 0.1.0.
+
+    Digests that identify a model in ledgers and file names are made of these, so that they stay valid.
+    """
+    old_names = {new: old for old, new in _NETWORK.items()}
+    return {old_names.get(name, name): value for name, value in config.items()}
+
+
+def restore_tensor(name: str) -> str:
+    """Returns the name of a tensor in version 0.1.0, of which digests of weights are made; see ``restore_config``."""
+    old_parts = {new: old for old, new in _TENSORS.items()}
+    return ".".join(old_parts.get(part, part) for part in name.split("."))
 
 
 def _rename(tree: Mapping[str, Any], names: Mapping[str, str], origin: str) -> tuple[dict[str, Any], dict[str, str]]:
