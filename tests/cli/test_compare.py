@@ -43,12 +43,12 @@ def test_measures_every_selector_and_a_second_run_measures_nothing(
     assert len(table(out)) == 20
     with Image.open(out / "selectors.png") as picture:
         assert picture.height > 10 * 84
-    assert "20 rows measured, 0 known before" in capsys.readouterr().out
+    assert "measured 20 rows, reused 0" in capsys.readouterr().out
 
     monkeypatch.setattr(evaluator, "generate_images", lambda *args, **options: pytest.fail("measured again"))
     assert call(*words) == 0
     assert ledger(run_folder / "evaluation") == rows
-    assert "0 rows measured, 20 known before" in capsys.readouterr().out
+    assert "measured 0 rows, reused 20" in capsys.readouterr().out
 
 
 def test_a_run_that_was_stopped_goes_on_and_finds_what_an_unbroken_one_finds(
@@ -93,7 +93,7 @@ def test_a_run_that_was_stopped_goes_on_and_finds_what_an_unbroken_one_finds(
         (("--guidance-scale", "-1"), "scale must be a number in [0, 10000], got -1.0"),
         (("--guidance", "{name: linear, scal: 1}"), "scal"),
         (("--num-images", "5"), "at least 2 for each of the 3 classes"),
-        (("--batch-size", "0"), "--batch-size: at least 1 is needed, got 0"),
+        (("--batch-size", "0"), "--batch-size must be >= 1, got 0"),
         (("--data", "nowhere"), "no such folder"),
     ],
 )

@@ -103,8 +103,8 @@ def test_a_box_is_that_of_the_image_before_it_is_fitted(tiny_pretrained: Path, t
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--class", "1"], "--box, --mask: one of the two is needed, got neither"),
-        (["--class", "1", "--box", "0,0,1,1", "--mask", "m.png"], "--box, --mask: one of the two is needed, got both"),
+        (["--class", "1"], "one of --box and --mask must be given, got neither"),
+        (["--class", "1", "--box", "0,0,1,1", "--mask", "m.png"], "one of --box and --mask must be given, got both"),
         (
             ["--class", "1", "--box", "0,0,1"],
             "--box must be left,top,right,bottom in whole pixels or in percent, got 0,0,1;",
@@ -121,8 +121,8 @@ def test_a_box_is_that_of_the_image_before_it_is_fitted(tiny_pretrained: Path, t
         (["--class", "1", "--box=-1,0,4,2"], "box -1,0,4,2: it must lie within the image"),
         (["--class", "1", "--box", "4,0,0,2"], "box 4,0,0,2: left < right is needed"),
         (["--class", "1", "--box", "0,2,4,2"], "box 0,2,4,2: top < bottom is needed"),
-        (["--class", "1", "--box", "0,0,4,2", "--variants", "0"], "--variants: at least 1"),
-        (["--class", "1", "--box", "0,0,4,2", "--dilation", "-1"], "--dilation: at least 0"),
+        (["--class", "1", "--box", "0,0,4,2", "--variants", "0"], "--variants must be >= 1"),
+        (["--class", "1", "--box", "0,0,4,2", "--dilation", "-1"], "--dilation must be >= 0"),
         (["--class", "1", "--mask", "SMALL"], "small.png: the image's 8 x 8 pixels are needed, got 4 x 6"),
         (["--class", "1", "--mask", "NOWHERE"], "nowhere.png: no such file"),
         (["--class", "1", "--mask", "TEXT"], "text.png must be a JPEG, PNG or WebP file"),
@@ -130,7 +130,7 @@ def test_a_box_is_that_of_the_image_before_it_is_fitted(tiny_pretrained: Path, t
         (["--class", "Trousers", "--box", "0,0,4,2"], "class 'Trousers': did you mean 'Trouser'"),
         (["--class", "17", "--box", "0,0,4,2"], "class 17: a number in [0, 3)"),
         (["--class", "1", "--box", "0,0,4,2", "--num-steps", "17"], "--num-steps: at most the 16 tokens"),
-        (["--class", "1", "--box", "0,0,4,2", "--batch-size", "0"], "--batch-size: at least 1"),
+        (["--class", "1", "--box", "0,0,4,2", "--batch-size", "0"], "--batch-size must be >= 1"),
     ],
 )
 def test_bad_input_is_answered_in_one_line(

@@ -247,7 +247,7 @@ def test_a_run_is_repeated_from_its_config(train, maskgit, runs, tiny_shards):
     assert again.read_text().replace("/two/", "/one/") == config.read_text()
     weights = [fingerprint(runs / name / "pretrained" / "transformer") for name in ("one", "two")]
     assert weights[0] == weights[1]
-    refused(maskgit(*words, "--recipe", "log"), "leave --recipe out")
+    refused(maskgit(*words, "--recipe", "log"), "leave out --recipe")
     refused(maskgit(*words[:-1], "nowhere.yaml"), "--config nowhere.yaml: no such file")
     refused(maskgit("train", "tokenizer", "--runs-folder", runs, "--run", "two", "--config", config), "unknown key")
 
@@ -356,7 +356,7 @@ def test_help_answers_in_a_second_without_torch():
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         times.append(time.monotonic() - start)
         assert done.returncode == 0, done.stderr
-        assert "train a stage by recipe" in done.stdout
+        assert "train the tokenizer or the transformer from a recipe" in done.stdout
     assert min(times) < 1
 
 
