@@ -148,7 +148,7 @@ def test_a_fault_in_the_card_costs_no_export(train, runs, monkeypatch):
     monkeypatch.setattr(stage_module, "write_card", broken)
     answer = train("transformer")
     assert answer.code == 0
-    assert "no model card (RuntimeError: no card today)" in answer.out
+    assert "cannot write the model card (RuntimeError: no card today)" in answer.out
     assert (runs / "one" / "pretrained" / "transformer" / "config.json").is_file()
 
 
