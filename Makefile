@@ -7,6 +7,26 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# `make help` prints the lines that begin with "#:".
+#: DATASET|Name of the data set (default: fashion-mnist)
+#: DATA|Folder of its shards (default: data/shards/DATASET)
+#: IMAGES|Folder of your own images, which `make data` converts
+#: RECIPE|Recipes, merged from left to right (default: cosine)
+#: RUN|Name of the run folder in runs/ (default: DATASET-RECIPE)
+#: CLUSTER|single, ddp or fsdp (default: single; on Slurm: ddp)
+#: TOKENIZER|Pretrained tokenizer for stage 2 (default: that of the run)
+#: PRETRAINED|Pretrained folder whose weights a run starts from
+#: STAGE|Stage that `make doctor` checks: tokenizer or transformer (default: transformer)
+#: NODES|Number of nodes
+#: DEVICES|Number of devices per node
+#: TIME|Time limit of a Slurm job
+#: CLASSES|Classes that `make sample` generates (default: all)
+#: NUM_STEPS|Decoding steps of `make sample` (default: those of the model)
+#: SEED|Seed of the first image (default: 0)
+#: IMAGE|Image file that `make edit` changes
+#: NAME|Benchmark to run (default: stage2_step)
+#: WORKERS|Processes that run the tests (default: auto)
+#: ARGS|Any further flags of the command
 DATASET ?= fashion-mnist
 RECIPE ?= cosine
 CLUSTER ?= single
@@ -28,17 +48,18 @@ ARGS ?=
 WORKERS ?= auto
 
 # A variable of version 0.1.0 would be ignored without this line.
-$(if $(filter command line environment,$(origin STEPS)),$(error STEPS is now called NUM_STEPS))
+$(if $(filter command line,$(origin STEPS)),$(error STEPS is now called NUM_STEPS))
 
 # Flags that select the run. RECIPE may name several recipes, merged from left to right: RECIPE='paper-256 log'.
-OF_RUN = --dataset $(DATASET) --data $(DATA) --recipe "$(RECIPE)" --run "$(RUN)" $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)") $(if $(PRETRAINED),--pretrained "$(PRETRAINED)")
+OF_RUN = --dataset "$(DATASET)" --data "$(DATA)" --recipe "$(RECIPE)" --run "$(RUN)" $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)") $(if $(PRETRAINED),--pretrained "$(PRETRAINED)")
 MACHINES = $(if $(NODES),--nodes $(NODES)) $(if $(DEVICES),--devices $(DEVICES))
 
 .PHONY: doctor help install data train-tokenizer tokenize train-transformer submit-tokenizer submit-transformer sample evaluate compare tune train-classifier ablation edit benchmark demo demo-short test mutants test-slurm lint format clean
 
 help: ## List the targets and the variables
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
-	@echo "Variables: DATASET RECIPE CLUSTER RUN DATA IMAGES TOKENIZER PRETRAINED STAGE NODES DEVICES TIME IMAGE CLASSES NUM_STEPS SEED NAME WORKERS ARGS"
+	@echo; echo "Variables, set as in: make sample NUM_STEPS=16"
+	@sed -nE 's/^#: (.*)/  \1/p' $(MAKEFILE_LIST) | column -t -s '|'
 
 $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -48,7 +69,7 @@ $(STAMP): pyproject.toml
 install: $(STAMP) ## Create .venv with the package and the development tools
 
 data: $(STAMP) ## Download DATASET and write its shards; for your own images: DATASET=name IMAGES=folder
-	@$(if $(IMAGES),$(BIN)/maskgit data make "$(IMAGES)" --out $(DATA),$(if $(wildcard data/$(subst -,_,$(DATASET)).py),$(BIN)/python data/$(subst -,_,$(DATASET)).py --out $(DATA),test -d $(DATA) || { echo "data $(DATA): no such folder; set IMAGES=folder to convert your own images" >&2; exit 2; }))
+	@$(if $(IMAGES),$(BIN)/maskgit data make "$(IMAGES)" --out "$(DATA)",$(if $(wildcard data/$(subst -,_,$(DATASET)).py),$(BIN)/python data/$(subst -,_,$(DATASET)).py --out "$(DATA)",test -d "$(DATA)" || { echo "data $(DATA): no such folder; set IMAGES=folder to convert your own images" >&2; exit 2; }))
 
 doctor: $(STAMP) ## Check a run before you start it: STAGE=transformer RECIPE=paper-256 CLUSTER=fsdp NODES=4 DEVICES=8
 	@$(BIN)/maskgit doctor $(STAGE) $(OF_RUN) --cluster $(CLUSTER) $(MACHINES) $(ARGS)
@@ -72,25 +93,25 @@ submit-transformer: $(STAMP) ## Submit stage 2 to Slurm: RECIPE=cosine NODES=4 C
 	@$(BIN)/maskgit slurm submit transformer $(SUBMIT)
 
 sample: $(STAMP) ## Generate images of RUN: CLASSES=0,3,7 NUM_STEPS=16 SEED=0
-	@$(BIN)/maskgit sample runs/$(RUN) --classes "$(CLASSES)" $(if $(NUM_STEPS),--num-steps $(NUM_STEPS)) --seed $(SEED) --out runs/$(RUN)/sampled.png $(ARGS)
+	@$(BIN)/maskgit sample "runs/$(RUN)" --classes "$(CLASSES)" $(if $(NUM_STEPS),--num-steps $(NUM_STEPS)) --seed $(SEED) --out "runs/$(RUN)/sampled.png" $(ARGS)
 
 edit: $(STAMP) ## Regenerate a region of an image: IMAGE=file ARGS="--box L,T,R,B --class NAME --out FILE.png"
-	@$(BIN)/maskgit edit runs/$(RUN) "$(IMAGE)" $(ARGS)
+	@$(BIN)/maskgit edit "runs/$(RUN)" "$(IMAGE)" $(ARGS)
 
 evaluate: $(STAMP) ## Evaluate RUN; write evaluation.json and pictures
-	@$(BIN)/maskgit evaluate runs/$(RUN) --data $(DATA) $(ARGS)
+	@$(BIN)/maskgit evaluate "runs/$(RUN)" --data "$(DATA)" $(ARGS)
 
 compare: $(STAMP) ## Evaluate every token selector on RUN at several numbers of steps, with the same noise: ARGS="--num-steps 4,8"
-	@$(BIN)/maskgit compare runs/$(RUN) --data $(DATA) $(ARGS)
+	@$(BIN)/maskgit compare "runs/$(RUN)" --data "$(DATA)" $(ARGS)
 
 tune: $(STAMP) ## Search for better decoding settings of RUN and save them with its weights: ARGS="--trials 40"
-	@$(BIN)/maskgit tune runs/$(RUN) --data $(DATA) $(ARGS)
+	@$(BIN)/maskgit tune "runs/$(RUN)" --data "$(DATA)" $(ARGS)
 
 train-classifier: $(STAMP) ## Train a classifier on DATA, to evaluate generated images: ARGS="--model resnet18"
-	@$(BIN)/maskgit train-classifier --data $(DATA) $(ARGS)
+	@$(BIN)/maskgit train-classifier --data "$(DATA)" $(ARGS)
 
 ablation: $(STAMP) ## Train every mask schedule of the paper on DATASET, then write Table 3 and Figure 8 (resumes)
-	@$(BIN)/maskgit ablation --dataset $(DATASET) --data $(DATA) --cluster $(CLUSTER) $(ARGS)
+	@$(BIN)/maskgit ablation --dataset "$(DATASET)" --data "$(DATA)" --cluster $(CLUSTER) $(ARGS)
 
 demo: ## Run everything: data, both stages, pictures and metrics
 	@$(MAKE) --no-print-directory data
@@ -100,14 +121,17 @@ demo: ## Run everything: data, both stages, pictures and metrics
 
 SHORT = --trainer.max_steps=60 --trainer.val_check_interval=60 --data.validation_samples=500
 
-demo-short: ## Run the demo from scratch with 60 steps a stage
+demo-short: ## Run the demo from scratch with 60 steps per stage
 	@rm -rf runs/demo-short
 	@$(MAKE) --no-print-directory data
 	@$(MAKE) --no-print-directory train-tokenizer RUN=demo-short ARGS="$(SHORT)"
 	@$(MAKE) --no-print-directory train-transformer RUN=demo-short ARGS="$(SHORT)"
 	@$(MAKE) --no-print-directory evaluate RUN=demo-short ARGS="--num-images 50 --features classifier"
 
+BENCHMARKS = $(filter-out measuring collectives,$(basename $(notdir $(wildcard benchmarks/*.py))))
+
 benchmark: $(STAMP) ## Run a benchmark against other implementations: NAME=stage2_step (benchmarks/README.md)
+	@test -f benchmarks/$(NAME).py || { echo "benchmark $(NAME): no such file; NAME must be one of: $(BENCHMARKS)" >&2; exit 2; }
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/$(NAME).py $(ARGS)
 
 test: $(STAMP) ## Run the tests (quick ones only: ARGS="-m 'not slow'")

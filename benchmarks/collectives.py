@@ -1,4 +1,4 @@
-"""Counts the bytes that a real step sends: the collectives of DDP and FSDP2, also on torch's ``fake`` backend.
+"""Counts the bytes that a step sends in the collectives of DDP and FSDP2, also on torch's ``fake`` backend.
 
 ``scaling.py`` and the tests of ``maskgit_pl/estimates`` compare them with the formulas.
 """
@@ -27,7 +27,7 @@ _KINDS = {
 
 
 class CountedCollectives(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch: untyped
-    """Sums the bytes of the collectives in its context, each with the size of the whole tensor.
+    """A dispatch mode that sums the bytes of all collectives, each with the size of the whole tensor.
 
     Attributes:
         sizes: Bytes by kind: ``all_reduce``, ``all_gather``, ``reduce_scatter``, ``broadcast``.
@@ -48,12 +48,12 @@ class CountedCollectives(TorchDispatchMode):  # type: ignore[no-untyped-call]  #
             kind = _KINDS.get(name.partition(".")[0])
             assert kind is not None, f"{func.name()} is not counted"
             self.calls[kind] += 1
-            # The larger side is the whole: what is gathered, or what is scattered.
+            # The larger of input and output is the whole tensor: the gathered one, or the one to scatter.
             self.sizes[kind] += max(_bytes(argument) for argument in args)
         return func(*args, **(kwargs or {}))
 
     def follow(self, wrapped: DistributedDataParallel) -> None:
-        """Counts DDP's all-reduces, which no dispatch mode sees, in place of running them."""
+        """Counts the all-reduces of DDP, which bypass dispatch modes, instead of running them."""
         wrapped.register_comm_hook(self, lambda counted, bucket: _count_bucket(counted, bucket))
 
     def traffic(self, ranks: int) -> Traffic:
@@ -76,7 +76,7 @@ def _count_bucket(counted: CountedCollectives, bucket: Any) -> Future[Tensor]:
 
 
 def _bytes(argument: Any) -> int:
-    if isinstance(argument, torch.ScriptObject):  # the process group
+    if isinstance(argument, torch.ScriptObject):  # the process group argument
         return 0
     if isinstance(argument, Tensor):
         return argument.numel() * argument.element_size()

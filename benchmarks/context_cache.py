@@ -1,9 +1,9 @@
-"""Measures what `context_cache` saves in CPU seconds, in a small trained model and in one of the released size.
+"""Measures the CPU seconds that `context_cache` saves, in a small trained model and in one of the released size.
 
     python benchmarks/context_cache.py --run runs/fashion-mnist-cosine
 
-Each round decodes with every value in turn. Printed are the least CPU seconds an image and the median over the rounds
-of the ratio to `context_cache` 1 in the same round, with the share of tokens that stay the same.
+Each round decodes with every value in turn. The table shows the least CPU seconds per image, the median over the rounds
+of the ratio to `context_cache` 1 in the same round, and the fraction of tokens that stay the same.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from measuring import markdown_table, processor
+from measuring import format_table, read_cpu_name
 from torch import Tensor
 
 from maskgit_pl.decoding import ConditionalModel, DecodingConfig, decode_classes
@@ -34,9 +34,10 @@ def decode(network: MaskedTransformer, *, context_cache: int, batch: int, guidan
     """Decodes a batch, always with the same classes and noise.
 
     Returns:
-        Tokens (B, N), and the CPU seconds that they took.
+        Tokens (B, N), and the CPU seconds of the decoding.
     """
     decoding = DecodingConfig(_STEPS, guidance={"name": "constant", "scale": guidance})
+    # CPU time, because other programs on the machine hardly change it.
     start = time.process_time()
     *_, last = decode_classes(
         ConditionalModel.from_network(network, torch.device("cpu"), context_cache=context_cache),
@@ -49,14 +50,15 @@ def decode(network: MaskedTransformer, *, context_cache: int, batch: int, guidan
 
 
 def measure(network: MaskedTransformer, *, name: str, batch: int, guidance: float, rounds: int) -> list[dict[str, Any]]:
-    """Rows of one model, one for each value, measured in turn after a round that is not counted."""
+    """Measures one model and returns one row per value; the first round does not count."""
     seconds: dict[int, list[float]] = {value: [] for value in _VALUES}
     tokens: dict[int, Tensor] = {}
     for number in range(rounds + 1):
         for value in _VALUES:
             tokens[value], spent = decode(network, context_cache=value, batch=batch, guidance=guidance)
-            if number:
+            if number:  # round 0 warms up
                 seconds[value].append(spent)
+    # Ratios within a round: the speed of the machine changes between rounds.
     ratios = {value: [own / exact for own, exact in zip(seconds[value], seconds[1], strict=True)] for value in _VALUES}
     return [
         {
@@ -65,7 +67,7 @@ def measure(network: MaskedTransformer, *, name: str, batch: int, guidance: floa
             "batch": batch,
             "context_cache": value,
             "n": rounds,
-            "CPU s an image": f"{min(seconds[value]) / batch:.3g}",
+            "CPU s per image": f"{min(seconds[value]) / batch:.3g}",
             "time / exact": f"{median(ratios[value]):.2f}",
             "same tokens": f"{(tokens[value] == tokens[1]).float().mean():.1%}",
         }
@@ -74,11 +76,11 @@ def measure(network: MaskedTransformer, *, name: str, batch: int, guidance: floa
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Reads the flags, measures, prints."""
+    """Reads the flags, measures and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--run", type=Path, metavar="RUN", help="a trained run (default: the released size alone)")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batch", type=int, default=16, help="images at once of the trained run")
+    parser.add_argument("--run", type=Path, metavar="RUN", help="a trained run (default: the released size only)")
+    parser.add_argument("--repeats", type=int, default=5, help="number of rounds (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16, help="batch size for the trained run")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -87,14 +89,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         network = load_transformer(args.run / "pretrained" / "transformer").network
         if not isinstance(network, MaskedTransformer):
             raise ValueError(
-                f"--run {args.run}: an autoregressive model has no context cache; name one that decodes in parallel"
+                f"--run {args.run}: an autoregressive model has no context cache; name a run that decodes in parallel"
             )
+        # Guidance decodes each image twice, with and without its class.
         for guidance in (0.0, 1.0):
-            rows += measure(network, name=args.run.name, batch=args.batch, guidance=guidance, rounds=args.rounds)
+            rows += measure(network, name=args.run.name, batch=args.batch_size, guidance=guidance, rounds=args.repeats)
     released = MaskedTransformer(TransformerConfig(1024, 1000, (16, 16))).eval().requires_grad_(requires_grad=False)
-    rows += measure(released, name="released size, random weights", batch=1, guidance=0.0, rounds=args.rounds)
-    print(f"{processor()}, 1 thread, float32, torch {torch.__version__}, {_STEPS} steps")
-    print(markdown_table(rows))
+    rows += measure(released, name="released size, random weights", batch=1, guidance=0.0, rounds=args.repeats)
+    print(f"{read_cpu_name()}, 1 thread, float32, torch {torch.__version__}, {_STEPS} steps")
+    print(format_table(rows))
     if args.json is not None:
         args.json.write_text(json.dumps({"rows": rows, "environment": describe_environment()}, indent=1) + "\n")
 

@@ -1,8 +1,8 @@
-"""Measures what the data path gives a training step: images, token sequences, and the start of a run that goes on.
+"""Measures the throughput of the data loaders for images and tokens, and the start of a resumed run.
 
     python benchmarks/data.py --json data.json
 
-benchmarks/README.md says what is compared and how to read the tables.
+benchmarks/README.md describes the contenders and the tables.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from measuring import markdown_table, processor
+from measuring import format_table, read_cpu_name
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -36,9 +36,9 @@ from maskgit_pl.shards.reader import ShardReader
 from maskgit_pl.shards.token_writer import StoreParts
 from maskgit_pl.shards.tokens import StoreDescription, TokenReader, open_store
 
-_SIDE = 256  # of the images that a model gets
+_SIDE = 256  # pixels of the images that the loader returns
 _SOURCES = {"256 x 256": (256, 256), "500 x 375": (500, 375)}  # width and height as stored
-_SLOPE = 1.4  # of amplitude over frequency; JPEGs of quality 90 then have 2.5 to 3 bits a pixel, as photos have
+_SLOPE = 1.4  # exponent of amplitude over frequency: JPEGs of quality 90 have 2.5 to 3 bits per pixel, like photos
 _PASSES = 3
 _IMAGE_BATCH, _TOKEN_BATCHES = 64, (256, 1024)
 _GRID, _CODES = (16, 16), 1024
@@ -47,21 +47,21 @@ _GOALS = {"images": 3.0, "token sequences": 2e6}
 Run = Callable[[], int]
 
 
-def rates(contenders: Mapping[str, Run], *, repeats: int) -> dict[str, list[float]]:
-    """Items a CPU second of this process, which is what one core does, round by round.
+def measure_rates(contenders: Mapping[str, Run], *, repeats: int) -> dict[str, list[float]]:
+    """Returns the items per CPU second of this process, which is the rate of one core, for each round.
 
-    CPU seconds, because a process that waits for its turn on a busy machine is no slower for it.
+    CPU time does not grow while the process waits on a busy machine.
 
     Args:
-        contenders: Each works through its items once and returns how many they were; run in turn after a round that
-            does not count.
-        repeats: Rounds that count.
+        contenders: Functions that process their items once and return their number. They run in turn.
+        repeats: Number of rounds, after one that is not counted.
     """
     measured: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(repeats + 1):
         for name, run in contenders.items():
             start = time.process_time()
             count = run()
+            # Round 0 fills caches and is not counted.
             if number > 0:
                 measured[name].append(count / (time.process_time() - start))
     return measured
@@ -70,8 +70,9 @@ def rates(contenders: Mapping[str, Run], *, repeats: int) -> dict[str, list[floa
 # Images
 
 
-def texture(width: int, height: int, generator: np.random.Generator) -> Image.Image:
-    """A picture with a spectrum like photos': mostly grey, with softer colours."""
+def make_texture(width: int, height: int, generator: np.random.Generator) -> Image.Image:
+    """Returns a random image with the spectrum of a photo: mostly grey, with softer colours."""
+    # Random phases with amplitudes that fall with the frequency, as in natural images.
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     frequency[0, 0] = 1
 
@@ -80,13 +81,14 @@ def texture(width: int, height: int, generator: np.random.Generator) -> Image.Im
         values = np.fft.irfft2(phase / frequency**exponent, s=(height, width))
         return (values - values.mean()) / values.std()
 
+    # One grey plane for all channels, and a weaker, smoother one per channel.
     grey = plane(_SLOPE)
     pixels = np.stack([128 + 45 * grey + 15 * plane(_SLOPE + 0.5) for _ in range(3)], axis=-1)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 def write_images(folder: Path, size: tuple[int, int], count: int) -> int:
-    """A data folder of JPEGs of quality 90; returns their mean length in bytes."""
+    """Writes a data folder of JPEGs of quality 90 and returns their mean size in bytes."""
     from webdataset import TarWriter
 
     generator, total = np.random.default_rng(0), 0
@@ -94,23 +96,23 @@ def write_images(folder: Path, size: tuple[int, int], count: int) -> int:
     with TarWriter(str(folder / "train-000000.tar")) as tar:
         for number in range(count):
             buffer = io.BytesIO()
-            texture(*size, generator).save(buffer, "JPEG", quality=90)
+            make_texture(*size, generator).save(buffer, "JPEG", quality=90)
             total += buffer.tell()
             tar.write({"__key__": f"{number:08d}", "jpg": buffer.getvalue(), "cls": number % 10})
     index_shards(folder, {"train": find_shards(folder, "train-*.tar")})
     return total // count
 
 
-def our_images(folder: Path, *, on_batch: Callable[[Tensor], object] = lambda images: None) -> int:
-    """An epoch of shuffled uint8 batches, as training gets them."""
+def read_our_images(folder: Path, *, on_batch: Callable[[Tensor], object] = lambda images: None) -> int:
+    """Reads an epoch of shuffled uint8 batches with the loader of training; returns the number of images."""
     reader = ShardReader(load_manifest(folder, "train"))
     dataset = ImageBatches(reader, ShuffledStream(len(reader), seed=0), image_size=_SIDE, in_channels=3)
     order = TrainBatchSampler(len(reader), per_device=min(_IMAGE_BATCH, len(reader)))
     return _count(make_loader(dataset, order, num_workers=0), on_batch)
 
 
-def webdataset_images(folder: Path) -> int:
-    """An epoch as webdataset's and torchvision's examples write it: PIL, then the transforms of version 1."""
+def read_webdataset_images(folder: Path) -> int:
+    """Reads an epoch like the examples of webdataset and torchvision: PIL, then transforms v1."""
     from torchvision import transforms
     from webdataset import WebDataset
 
@@ -126,8 +128,8 @@ def webdataset_images(folder: Path) -> int:
     return sum(len(images) for images, _ in DataLoader(dataset, batch_size=None))
 
 
-def _passes(run: Run) -> Run:
-    """Several epochs a round, so that memory is mostly reused, as in a long run."""
+def _repeat_epochs(run: Run) -> Run:
+    """Returns a run of several epochs, in which memory is mostly reused, as in a long run."""
     return lambda: sum(run() for _ in range(_PASSES))
 
 
@@ -140,16 +142,16 @@ def _count(batches: Iterable[Any], on_batch: Callable[[Tensor], object]) -> int:
 
 
 def measure_images(folder: Path, *, count: int, repeats: int) -> Iterator[dict[str, Any]]:
-    """A row for each size of source."""
+    """Yields a row for each size of the stored images."""
     for name, size in _SOURCES.items():
         place = folder / name.replace(" ", "")
         length = write_images(place, size, count)
         contenders = {
-            "ours": _passes(partial(our_images, place)),
-            "ours, to float here": _passes(partial(our_images, place, on_batch=to_unit_range)),
-            "webdataset + PIL": _passes(partial(webdataset_images, place)),
+            "ours": _repeat_epochs(partial(read_our_images, place)),
+            "ours, to float here": _repeat_epochs(partial(read_our_images, place, on_batch=to_unit_range)),
+            "webdataset + PIL": _repeat_epochs(partial(read_webdataset_images, place)),
         }
-        found = rates(contenders, repeats=repeats)
+        found = measure_rates(contenders, repeats=repeats)
         yield _row(f"images, {name}, {length / 1000:.0f} kB", found, goal=f"{_GOALS['images']:g} x")
 
 
@@ -157,7 +159,7 @@ def measure_images(folder: Path, *, count: int, repeats: int) -> Iterator[dict[s
 
 
 class ItemByItem(Dataset[tuple[Tensor, int]]):
-    """Tokens as a map-style dataset is mostly written: one at a time, stacked by the loader."""
+    """A common map-style dataset: it reads one sequence at a time, and the loader stacks them."""
 
     def __init__(self, reader: TokenReader) -> None:
         paths = (reader.folder / f"train-{name}.npy" for name in ("tokens", "labels"))
@@ -171,7 +173,7 @@ class ItemByItem(Dataset[tuple[Tensor, int]]):
 
 
 def write_tokens(folder: Path, count: int) -> TokenReader:
-    """A token store of random codes."""
+    """Writes a token store of random codes and opens it."""
     generator = np.random.default_rng(0)
     description = StoreDescription(_GRID, _CODES, _SIDE, "benchmark", "benchmark", ("a", "b"), {"train": count})
     parts = StoreParts(folder, description, part_size=10_000)
@@ -183,13 +185,13 @@ def write_tokens(folder: Path, count: int) -> TokenReader:
     return open_store(folder, data="benchmark")["train"]
 
 
-def our_tokens(reader: TokenReader, batch: int) -> int:
-    """An epoch of shuffled batches, as training gets them."""
+def read_our_tokens(reader: TokenReader, batch: int) -> int:
+    """Reads an epoch of shuffled batches with the loader of training; returns the number of sequences."""
     return _count(_token_loader(reader, batch), lambda tokens: None)
 
 
-def item_by_item(reader: TokenReader, batch: int) -> int:
-    """An epoch of PyTorch's shuffling loader."""
+def read_item_by_item(reader: TokenReader, batch: int) -> int:
+    """Reads an epoch with PyTorch's shuffling loader; returns the number of sequences."""
     batches = DataLoader(ItemByItem(reader), batch_size=batch, shuffle=True)
     return sum(len(tokens) for tokens, _ in batches)
 
@@ -200,18 +202,21 @@ def _token_loader(reader: TokenReader, batch: int, *, step: int = 0, seed: int =
 
 
 def measure_tokens(reader: TokenReader, *, repeats: int) -> Iterator[dict[str, Any]]:
-    """A row for each size of batch."""
+    """Yields a row for each batch size."""
     for batch in _TOKEN_BATCHES:
-        contenders = {"ours": partial(our_tokens, reader, batch), "item by item": partial(item_by_item, reader, batch)}
+        contenders = {
+            "ours": partial(read_our_tokens, reader, batch),
+            "item by item": partial(read_item_by_item, reader, batch),
+        }
         subject = f"sequences of {reader.description.num_tokens} tokens, batches of {batch}"
-        yield _row(subject, rates(contenders, repeats=repeats), goal=f"{_GOALS['token sequences']:,.0f}")
+        yield _row(subject, measure_rates(contenders, repeats=repeats), goal=f"{_GOALS['token sequences']:,.0f}")
 
 
-# The start of a run that goes on
+# The start of a resumed run
 
 
-def first_batch(folder: Path, step: int, seed: int) -> float:
-    """CPU milliseconds until a fresh loader has given a step's first batch; another seed, so that nothing is held."""
+def time_first_batch(folder: Path, step: int, seed: int) -> float:
+    """Returns the CPU milliseconds until a fresh loader gives its first batch; a new seed avoids cached orders."""
     start = time.process_time()
     reader = open_store(folder, data="benchmark")["train"]
     batches = _token_loader(reader, _TOKEN_BATCHES[0], step=step, seed=seed)
@@ -220,11 +225,11 @@ def first_batch(folder: Path, step: int, seed: int) -> float:
 
 
 def measure_start(folder: Path, *, repeats: int) -> dict[str, Any]:
-    """A row: how long a run waits that resumes early and one that resumes late."""
+    """Returns a row with the waiting time of a run that resumes early and of one that resumes late."""
     seconds: dict[int, list[float]] = {step: [] for step in _STEPS}
     for number in range(repeats + 1):
         for step, found in seconds.items():
-            milliseconds = first_batch(folder, step, seed=1 + number)
+            milliseconds = time_first_batch(folder, step, seed=1 + number)
             if number > 0:
                 found.append(milliseconds)
     medians = {f"step {step:,}: ms": median(found) for step, found in seconds.items()}
@@ -236,28 +241,28 @@ def measure_start(folder: Path, *, repeats: int) -> dict[str, Any]:
 
 
 def _row(subject: str, found: Mapping[str, Sequence[float]], *, goal: str) -> dict[str, Any]:
-    """Medians, and the median over the rounds of ours over the last contender, which is the usual way."""
+    """Returns a row of medians, and the median ratio of ours to the last contender, the usual method."""
     ours, usual = found["ours"], list(found.values())[-1]
     ratio = median(a / b for a, b in zip(ours, usual, strict=True))
     medians = {name: median(values) for name, values in found.items()}
-    return {"a second and core": subject, **medians, "ours / usual": ratio, "goal": goal, "n": len(ours)}
+    return {"items per second and core": subject, **medians, "ours / usual": ratio, "goal": goal, "n": len(ours)}
 
 
-def _shown(row: Mapping[str, Any]) -> dict[str, str]:
-    return {name: _number(value) if isinstance(value, float) else str(value) for name, value in row.items()}
+def _format_row(row: Mapping[str, Any]) -> dict[str, str]:
+    return {name: _format_number(value) if isinstance(value, float) else str(value) for name, value in row.items()}
 
 
-def _number(value: float) -> str:
+def _format_number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measures, prints the tables and writes the figures."""
+    """Measures, prints the tables and writes the numbers."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--images", type=int, default=256, help="JPEGs of each size (default: 256)")
     parser.add_argument("--rows", type=int, default=100_000, help="token sequences (default: 100000)")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds that count (default: 5)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    parser.add_argument("--repeats", type=int, default=5, help="number of rounds (default: 5)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to FILE")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
@@ -266,9 +271,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         reader = write_tokens(folder / "tokens", args.rows)
         tokens = list(measure_tokens(reader, repeats=args.repeats))
         start = measure_start(folder / "tokens", repeats=args.repeats)
-    print(f"{processor()}, 1 thread, torch {torch.__version__}, medians of {args.repeats} rounds, CPU seconds\n")
+    print(f"{read_cpu_name()}, 1 thread, torch {torch.__version__}, medians of {args.repeats} rounds, CPU seconds\n")
     for rows in (images, tokens, [start]):
-        print(markdown_table([_shown(row) for row in rows]), end="\n\n")
+        print(format_table([_format_row(row) for row in rows]), end="\n\n")
     if args.json is not None:
         figures = {"images": images, "tokens": tokens, "start": start, "environment": describe_environment()}
         args.json.write_text(json.dumps(figures, indent=2) + "\n")

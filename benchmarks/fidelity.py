@@ -1,9 +1,9 @@
-"""Ours against torch-fidelity: every number that both have, from the same images on, and how long each took.
+"""Compares our metrics with torch-fidelity on the same images: values and seconds.
 
     python benchmarks/fidelity.py --data data/shards/fashion-mnist --num-images 250
 
-The images are real ones: of the val split against as many of the train split. The network is InceptionV3 with the
-weight file of ``--weights``, or without one with random weights, which agree or differ like any others.
+The images are real: some of the val split against as many of the train split. The network is InceptionV3 with the
+weight file of ``--weights``. Without it, the weights are random, which serves the comparison as well.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measuring import markdown_table, processor
+from measuring import format_table, read_cpu_name
 from torch import Tensor
 from torch.utils.data import Dataset
 from torch_fidelity import calculate_metrics
@@ -31,7 +31,7 @@ from maskgit_pl.networks.features import InceptionSpec
 from maskgit_pl.networks.inception import Inception
 from maskgit_pl.shards.manifest import read_manifest_summary
 
-_SPLITS, _SEED = 10, 2020  # of torch-fidelity's inception score, and of its subsets
+_SPLITS, _SEED = 10, 2020  # torch-fidelity's parts of the inception score, and the seed of its subsets
 _NAMES = {
     "FID": "frechet_inception_distance",
     "KID": "kernel_inception_distance_mean",
@@ -43,12 +43,12 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Compared:
-    """One number.
+    """One metric, computed by both.
 
     Args:
-        name: Of the metric.
-        ours: What this project says.
-        theirs: What torch-fidelity says.
+        name: Name of the metric.
+        ours: Value of this project.
+        theirs: Value of torch-fidelity.
     """
 
     name: str
@@ -57,12 +57,12 @@ class Compared:
 
     @property
     def difference(self) -> float:
-        """Relative to theirs."""
+        """The difference relative to theirs."""
         return abs(self.ours - self.theirs) / max(abs(self.theirs), 1e-12)
 
 
 class _Colour(Dataset[Tensor]):
-    """Images as torch-fidelity takes them: uint8 in three channels."""
+    """Images in the format of torch-fidelity: uint8 with three channels."""
 
     def __init__(self, images: Tensor) -> None:
         self.images = images.expand(-1, 3, -1, -1)
@@ -74,26 +74,28 @@ class _Colour(Dataset[Tensor]):
         return self.images[row]
 
 
-def random_weights(file: Path) -> str:
-    """Writes a weight file of random numbers, scaled so that features neither vanish nor explode; gives its sha256."""
+def write_random_weights(file: Path) -> str:
+    """Writes a file of random weights, scaled so that features neither vanish nor explode; returns its SHA-256."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = Inception()
         for module in network.modules():
+            # He initialization keeps the variance of the activations through the ReLU layers.
             if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
                 torch.nn.init.kaiming_normal_(module.weight)
     torch.save(network.state_dict(), file)
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def real_images(data: ShardData, split: str, count: int) -> Tensor:
-    """So many images of a split, drawn at random: (n, C, H, W) uint8."""
+def load_images(data: ShardData, split: str, count: int) -> Tensor:
+    """Returns ``count`` random images of a split, (count, C, H, W) uint8."""
     batches = iter_real_batches(data, split, num_images=count, shuffled=True)  # type: ignore[arg-type]  # train or val
     return torch.cat([batch.content for batch in batches])
 
 
-def theirs(generated: Tensor, real: Tensor, weights: Path) -> dict[str, float]:
-    """What torch-fidelity says."""
+def measure_torch_fidelity(generated: Tensor, real: Tensor, weights: Path) -> dict[str, float]:
+    """Returns the metrics of torch-fidelity."""
+    # One subset of all images, so that KID does not depend on the draw of subsets.
     count = min(len(generated), len(real))
     found: Mapping[str, float] = calculate_metrics(
         input1=_Colour(generated), input2=_Colour(real), feature_extractor="inception-v3-compat", isc=True, fid=True,
@@ -103,11 +105,12 @@ def theirs(generated: Tensor, real: Tensor, weights: Path) -> dict[str, float]:
     return {name: float(found[key]) for name, key in _NAMES.items()}
 
 
-def ours(generated: Tensor, real: Tensor, spec: InceptionSpec) -> dict[str, float]:
-    """What this project says, with torch-fidelity's draws of subsets and parts, which are chance."""
+def measure_ours(generated: Tensor, real: Tensor, spec: InceptionSpec) -> dict[str, float]:
+    """Returns the metrics of this project, with the random subsets and parts that torch-fidelity draws."""
     network = Extractor.create(spec)
-    made, reference = (_features(network, images) for images in (generated, real))
+    made, reference = (_extract(network, images) for images in (generated, real))
     numbers = distances(made, Reference.from_features(reference))
+    # torch-fidelity draws the parts of IS and the subsets of KID from generators with this seed.
     dealt = np.random.RandomState(_SEED).permutation(len(generated))
     drawn = np.random.RandomState(_SEED)
     count = min(len(generated), len(real))
@@ -117,52 +120,52 @@ def ours(generated: Tensor, real: Tensor, spec: InceptionSpec) -> dict[str, floa
     return {
         "FID": numbers["fid"],
         "KID": kid,
-        "IS": inception_score(_undealt(made.logits[torch.from_numpy(dealt)]), splits=_SPLITS)[0],
+        "IS": inception_score(_invert_permutation(made.logits[torch.from_numpy(dealt)]), splits=_SPLITS)[0],
         "precision": numbers["precision"],
         "recall": numbers["recall"],
     }
 
 
-def _features(network: Extractor, images: Tensor) -> ImageFeatures:
+def _extract(network: Extractor, images: Tensor) -> ImageFeatures:
     def read(rows: range) -> Tensor:
         return images[rows.start : rows.stop]
 
     return extract([network], iter_image_batches(read, len(images)))[network.label]
 
 
-def _undealt(logits: Tensor) -> Tensor:
-    """Put in the order that torchmetrics' own permutation turns into the one given."""
+def _invert_permutation(logits: Tensor) -> Tensor:
+    """Returns logits in an order that the permutation of torchmetrics turns into the given order."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # as ``inception_score`` does
+        torch.manual_seed(0)  # the seed of ``inception_score``
         order = torch.randperm(len(logits))
     return logits[order.argsort()]
 
 
 def compare(data: ShardData, count: int, weights: Path | None) -> tuple[list[Compared], dict[str, float]]:
-    """All numbers, and the seconds that each side took.
+    """Computes all metrics with both, and returns them with the seconds of each.
 
     Args:
         data: Real images.
-        count: Of each split.
-        weights: Inception's published file; None for random weights.
+        count: Number of images of each split.
+        weights: Published weight file of InceptionV3; None for random weights.
     """
-    generated, real = (real_images(data, split, count) for split in ("val", "train"))
+    generated, real = (load_images(data, split, count) for split in ("val", "train"))
     with tempfile.TemporaryDirectory() as folder:
         file = weights or Path(folder) / "inception.pth"
-        spec = InceptionSpec(str(file)) if weights is not None else InceptionSpec(str(file), random_weights(file))
+        spec = InceptionSpec(str(file)) if weights is not None else InceptionSpec(str(file), write_random_weights(file))
         start = time.perf_counter()
-        of_ours = ours(generated, real, spec)
+        of_ours = measure_ours(generated, real, spec)
         middle = time.perf_counter()
-        of_theirs = theirs(generated, real, file)
+        of_theirs = measure_torch_fidelity(generated, real, file)
         seconds = {"ours": middle - start, "torch-fidelity": time.perf_counter() - middle}
     return [Compared(name, of_ours[name], of_theirs[name]) for name in _NAMES], seconds
 
 
 def main(argv: list[str] | None = None) -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description="Ours against torch-fidelity on the same images.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--data", type=Path, default=Path("data/shards/fashion-mnist"), help="data folder")
-    parser.add_argument("--num-images", type=int, default=250, help="of each split (default: 250)")
+    parser.add_argument("--num-images", type=int, default=250, help="images of each split (default: 250)")
     parser.add_argument("--weights", type=Path, help="Inception's published weight file (default: random weights)")
     args = parser.parse_args(argv)
     summary = read_manifest_summary(args.data)
@@ -171,13 +174,13 @@ def main(argv: list[str] | None = None) -> None:
     compared, seconds = compare(data, args.num_images, args.weights)
     kind = "random weights" if args.weights is None else args.weights.name
     print(f"InceptionV3, {kind}; {args.num_images} val against {args.num_images} train images of {args.data.name}; "
-          f"{processor()}")  # fmt: skip
+          f"{read_cpu_name()}")  # fmt: skip
     print()
     columns = ("", "ours", "torch-fidelity", "relative difference")
     rows = [(one.name, f"{one.ours:.9g}", f"{one.theirs:.9g}", f"{one.difference:.1e}") for one in compared]
     ratio = f"{seconds['torch-fidelity'] / seconds['ours']:.2f} x the time"
     rows.append(("seconds", f"{seconds['ours']:.1f}", f"{seconds['torch-fidelity']:.1f}", ratio))
-    print(markdown_table([dict(zip(columns, row, strict=True)) for row in rows]))
+    print(format_table([dict(zip(columns, row, strict=True)) for row in rows]))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Compares ``from maskgit_pl import MaskGIT`` with ``import torch``: CPU seconds, and the modules that are loaded.
+"""Compares ``from maskgit_pl import MaskGIT`` with ``import torch``: CPU seconds, and modules loaded.
 
     python benchmarks/import_time.py --repeats 9
 
-Each import runs in a fresh interpreter, in turn (A B A B). CPU seconds are those of the whole process, all threads and
-the interpreter's start among them; unlike wall clock they hardly depend on what else the machine does.
+Each import runs in a fresh interpreter, in turn (A B A B). CPU seconds are those of the whole process, including all
+threads and the start of the interpreter. Unlike wall time, they hardly depend on other programs.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ print(json.dumps([seconds, sorted(sys.modules)]))
 
 @dataclass(frozen=True)
 class Imported:
-    """One import.
+    """The measurements of one import.
 
     Args:
         seconds: CPU seconds of each fresh interpreter.
-        modules: Names of all modules that are loaded after it.
+        modules: Names of all modules that are loaded after the import.
     """
 
     seconds: Sequence[float]
@@ -39,12 +39,13 @@ class Imported:
 
     @property
     def own(self) -> set[str]:
-        """Modules of this project."""
+        """The modules of this project."""
         return {name for name in self.modules if name.partition(".")[0] == "maskgit_pl"}
 
     @property
     def packages(self) -> set[str]:
-        """Third-party packages: top-level names that are neither of the standard library nor of this project."""
+        """The third-party packages: top-level names outside the standard library and this project."""
+        # Names with a leading underscore are C extensions or private modules of packages.
         names = {name.partition(".")[0] for name in self.modules}
         return {name for name in names if not name.startswith("_") and name not in sys.stdlib_module_names} - {
             "maskgit_pl"
@@ -52,12 +53,13 @@ class Imported:
 
 
 def measure(imports: Mapping[str, str] = IMPORTS, *, repeats: int) -> dict[str, Imported]:
-    """Runs each import in fresh interpreters, in turn, after one round that fills the file cache."""
+    """Runs each import in fresh interpreters, in turn; the first round fills the file cache and is not counted."""
     found: dict[str, list[tuple[float, list[str]]]] = {name: [] for name in imports}
     for round_ in range(repeats + 1):
         for name, statement in imports.items():
             command = [sys.executable, "-c", _PROBE.format(statement=statement)]
             printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            # Round 0 reads the files from disk into the cache of the system.
             if round_ > 0:
                 found[name].append(tuple(json.loads(printed)))
     return {
@@ -65,8 +67,8 @@ def measure(imports: Mapping[str, str] = IMPORTS, *, repeats: int) -> dict[str, 
     }
 
 
-def report(measured: Mapping[str, Imported]) -> str:
-    """Returns the medians, the ratio to the first import, and what the others load beyond it."""
+def format_report(measured: Mapping[str, Imported]) -> str:
+    """Returns a table: medians, ratio to the first import, and the packages that the others load in addition."""
     first = next(iter(measured.values()))
     lines = ["| import | CPU s, median | least | ratio | own modules | further packages |", "|---|---|---|---|---|---|"]
     for name, each in measured.items():
@@ -78,13 +80,13 @@ def report(measured: Mapping[str, Imported]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures and prints."""
+    """Measures and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--repeats", type=int, default=9, help="fresh interpreters of each import (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=9, help="fresh interpreters per import (%(default)s)")
     args = parser.parse_args(argv)
     measured = measure(repeats=args.repeats)
     print(f"Python {sys.version.split()[0]}, {args.repeats} fresh interpreters each")
-    print(report(measured))
+    print(format_report(measured))
     return 0
 
 

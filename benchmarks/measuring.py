@@ -1,4 +1,4 @@
-"""What every benchmark needs: the matrix-product peak, interleaved times, peak memory in a fresh process, a table."""
+"""Helpers of all benchmarks: matrix-product peak, interleaved timing, peak memory of a process, Markdown tables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-__all__ = ["MatrixProduct", "Stopwatch", "in_fresh_process", "interleave", "markdown_table", "peak_memory", "processor"]
+__all__ = [
+    "MatrixProduct",
+    "Stopwatch",
+    "format_table",
+    "interleave",
+    "measure_peak_memory",
+    "read_cpu_name",
+    "run_in_fresh_process",
+]
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -24,35 +32,39 @@ _CPUINFO = Path("/proc/cpuinfo")
 
 @dataclass
 class Stopwatch:
-    """Seconds of each named part, in the order of the parts.
+    """A stopwatch that adds up the seconds of named parts.
 
-    ``mark(name)`` closes a part that began where the last one ended.
+    ``mark(name)`` ends a part; the next part starts at the same moment.
+
+    Attributes:
+        parts: Seconds by part, in the order of their first ``mark``.
+        last: Time of the last ``mark``, of ``time.perf_counter``.
     """
 
     parts: dict[str, float] = field(default_factory=dict)
     last: float = field(default_factory=time.perf_counter)
 
     def mark(self, name: str) -> None:
-        """Ends the part ``name`` now."""
+        """Ends the part ``name`` now; a part may be marked repeatedly."""
         now = time.perf_counter()
         self.parts[name] = self.parts.get(name, 0.0) + now - self.last
         self.last = now
 
     @property
     def total(self) -> float:
-        """Seconds of all parts."""
+        """The seconds of all parts."""
         return sum(self.parts.values())
 
 
 def interleave(contenders: Mapping[str, Callable[[Stopwatch], object]], *, repeats: int) -> dict[str, list[Stopwatch]]:
-    """Times contenders in turn, A B A B, so that a machine that slows down slows all of them.
+    """Times contenders in turn (A B A B), so that changes in the machine's speed affect all of them.
 
     Args:
-        contenders: Each is called with a fresh stopwatch, which it marks.
-        repeats: Rounds.
+        contenders: Functions by name. Each gets a fresh stopwatch and marks it.
+        repeats: Number of rounds.
 
     Returns:
-        The stopwatches of each contender, round by round.
+        The stopwatches of each contender, one per round.
     """
     measured: dict[str, list[Stopwatch]] = {name: [] for name in contenders}
     for _ in range(repeats):
@@ -64,15 +76,15 @@ def interleave(contenders: Mapping[str, Callable[[Stopwatch], object]], *, repea
 
 
 class MatrixProduct:
-    """A square matrix product, whose best rate is what a program can reach on this machine.
+    """A square matrix product; its best rate is the practical peak of this machine.
 
     Args:
-        dtype: Of the factors.
-        size: Rows and columns.
+        dtype: Number format of the factors.
+        size: Number of rows and of columns.
     """
 
     def __init__(self, dtype: torch.dtype, size: int) -> None:
-        self.flops = 2 * size**3
+        self.flops = 2 * size**3  # a multiplication and an addition for each of size^3 terms
         self.left, self.right = (torch.randn(size, size).to(dtype) for _ in range(2))
 
     def __call__(self, watch: Stopwatch) -> None:
@@ -80,20 +92,21 @@ class MatrixProduct:
         watch.mark("product")
 
     def rate(self, *, repeats: int) -> float:
-        """FLOP/s, the best of ``repeats``."""
+        """Returns the best rate of ``repeats`` runs in FLOP/s."""
         watches = interleave({"product": self}, repeats=repeats)["product"]
         return self.flops / min(watch.total for watch in watches)
 
 
-def peak_memory(run: Callable[[], object]) -> int | None:
-    """Bytes that ``run`` adds to the resident memory of this process at its highest; None where there is no /proc.
+def measure_peak_memory(run: Callable[[], object]) -> int | None:
+    """Returns the peak of the resident memory that ``run`` adds to this process, in bytes; None without /proc.
 
-    The high-water mark of /proc/self/status belongs to this program alone, while ``ru_maxrss`` begins from the process
-    that started it. Good to some tens of MB: the system may take pages of libraries back in the meantime.
+    Call it in a fresh process. It reads VmHWM of /proc/self/status, because ``ru_maxrss`` starts from the value of the
+    parent process. The result is accurate to some tens of MB: the system may reclaim pages of libraries meanwhile.
     """
     if not _STATUS.exists():
         return None
-    torch.randn(64, 64) @ torch.randn(64, 64)  # loads what the first matrix product loads
+    # Libraries that are loaded on first use are not memory of ``run``.
+    torch.randn(64, 64) @ torch.randn(64, 64)  # loads the libraries of the first matrix product
     before = _kilobytes("VmRSS")
     run()
     return 1024 * (_kilobytes("VmHWM") - before)
@@ -104,16 +117,18 @@ def _kilobytes(name: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
-def in_fresh_process(
+def run_in_fresh_process(
     function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
 ) -> Result:
-    """The function's result from a new interpreter, which has nothing of this one's memory."""
+    """Returns the result of a function that runs in a new interpreter, without the memory of this one."""
+    # "spawn" starts a new interpreter; a forked one would keep this memory.
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *args, **kwargs).result()
 
 
-def processor() -> str:
-    """The processor's name."""
+def read_cpu_name() -> str:
+    """Returns the name of the CPU."""
+    # On Linux, ``platform`` does not know the name of the model.
     if _CPUINFO.exists():
         for line in _CPUINFO.read_text().splitlines():
             if line.startswith("model name"):
@@ -121,8 +136,8 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows with the same keys as an aligned Markdown table."""
+def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns an aligned Markdown table of rows with the same keys."""
     cells = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in cells]

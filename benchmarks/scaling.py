@@ -1,9 +1,9 @@
-"""Counts what each rank of 8, 64 and 512 holds and sends in a step of the paper's models, beside what formulas say.
+"""Counts the bytes that each of 8, 64 and 512 ranks holds and sends in a step, and compares them with the formulas.
 
     python benchmarks/scaling.py
 
-One process plays rank 0: torch's ``fake`` process group carries nothing, while ``fully_shard`` and
-DistributedDataParallel do all that they do on a cluster. benchmarks/README.md says how to read the tables.
+One process trains the paper's models as rank 0: torch's ``fake`` process group sends nothing, while ``fully_shard``
+and DistributedDataParallel work as on a cluster. benchmarks/README.md describes the tables.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from collectives import CountedCollectives
-from measuring import markdown_table
+from measuring import format_table
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
@@ -37,24 +37,24 @@ from maskgit_pl.training.strategies import shard_blocks
 PAPER = TransformerConfig(1024, 1000, (16, 16), class_dropout=0.0)
 """The transformer of recipes/transformer/paper-256.yaml."""
 
-_STEP_BATCH, _RATE, _UTILIZATION = 256, 989e12, 0.4  # images of a step; bfloat16 of an H100, and the share reached
-_BANDWIDTHS = (12.5e9, 25e9, 50e9, 200e9)  # a node with a port of 100, 200, 400 Gbit/s; with 8 of 200, or inside it
+_STEP_BATCH, _RATE, _UTILIZATION = 256, 989e12, 0.4  # images per step; H100 in bfloat16, FLOP/s; fraction
+_BANDWIDTHS = (12.5e9, 25e9, 50e9, 200e9)  # node with one port of 100, 200, 400 Gbit/s; 8 of 200
 
 
 @dataclass(frozen=True)
 class Counted:
-    """A model under a strategy on so many ranks: what was counted of one micro-batch on rank 0, and what was expected.
+    """The bytes of one micro-batch on rank 0, as counted and by the formulas.
 
     Args:
-        model: Which.
-        strategy: How the ranks share.
-        precision: Of the Trainer.
-        ranks: n.
+        model: ``tokenizer`` or ``transformer``.
+        strategy: ``ddp`` or ``fsdp``.
+        precision: Precision of the Trainer.
+        ranks: Number of ranks n.
         shard: Bytes of trained weights on rank 0.
-        expected_shard: By the formula.
-        traffic: Sent by each rank for the collectives that were called.
-        expected: By the formula.
-        calls: Collectives.
+        expected_shard: ``shard`` by the formula.
+        traffic: Bytes that each rank sends in the collectives that were called.
+        expected: ``traffic`` by the formula.
+        calls: Number of collectives.
     """
 
     model: str
@@ -68,7 +68,7 @@ class Counted:
     calls: int
 
     def row(self) -> dict[str, str]:
-        """Its row of the table."""
+        """Returns the row of the table."""
         return {
             "model": self.model,
             "strategy": f"{self.strategy}, {self.precision}",
@@ -85,8 +85,8 @@ class Counted:
 
 
 @contextmanager
-def world(ranks: int) -> Iterator[None]:
-    """This process is rank 0 of so many, of which the others are not there."""
+def simulate_ranks(ranks: int) -> Iterator[None]:
+    """Makes this process rank 0 of a group whose other ranks do not exist."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
         yield
@@ -94,11 +94,12 @@ def world(ranks: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def transformer_fsdp(config: TransformerConfig, ranks: int, precision: Precision) -> Counted:
-    """One micro-batch of a few tokens under FSDP2; only this rank's rows of the weights are ever there."""
+def count_transformer_fsdp(config: TransformerConfig, ranks: int, precision: Precision) -> Counted:
+    """Counts a micro-batch of a few tokens under FSDP2; only the shard of this rank is allocated."""
     with torch.device("meta"):
         network = MaskedTransformer(config)
     shard_blocks(network, network.blocks, init_device_mesh("cpu", (ranks,)), precision=precision)
+    # After sharding, only this rank's rows are allocated.
     network.to_empty(device="cpu")
     half = precision == "bf16-mixed"
     with CountedCollectives() as counted, torch.autocast("cpu", torch.bfloat16, enabled=half):
@@ -113,22 +114,24 @@ def transformer_fsdp(config: TransformerConfig, ranks: int, precision: Precision
     )  # fmt: skip
 
 
-def transformer_ddp(config: TransformerConfig, ranks: int) -> Counted:
-    """One micro-batch of a few tokens under DDP; bf16-mixed sends as much, for its gradients are float32."""
-    network = _Masked(_empty(lambda: MaskedTransformer(config)))
+def count_transformer_ddp(config: TransformerConfig, ranks: int) -> Counted:
+    """Counts a micro-batch of a few tokens under DDP; bf16-mixed sends as much, because its gradients are float32."""
+    network = _Masked(_build_empty(lambda: MaskedTransformer(config)))
     blocks, root = [block_group(config)] * config.depth, root_group(config)
-    return _ddp("transformer", [network], ranks, [*blocks, root], lambda each: _transformer_step(each[0], config))
+    return _count_ddp("transformer", [network], ranks, [*blocks, root], lambda each: _transformer_step(each[0], config))
 
 
-def tokenizer_ddp(config: VQGANConfig, image_size: int, ranks: int) -> Counted:
-    """One micro-batch of an image through both networks of stage 1 under DDP.
+def count_tokenizer_ddp(config: VQGANConfig, image_size: int, ranks: int) -> Counted:
+    """Counts a micro-batch of one image through both networks of stage 1 under DDP.
 
-    The losses are sums: what is exchanged follows from the weights. The generator sees an image of 32 px, since its
-    weights do not depend on the size.
+    The losses are plain sums, because the traffic depends only on the weights. The generator gets an image of 32 px,
+    because its weights do not depend on the image size.
     """
     networks = [
-        _empty(lambda: VQGAN(config)),
-        _empty(lambda: Discriminator(DiscriminatorConfig(), in_channels=config.in_channels, image_size=image_size)),
+        _build_empty(lambda: VQGAN(config)),
+        _build_empty(
+            lambda: Discriminator(DiscriminatorConfig(), in_channels=config.in_channels, image_size=image_size)
+        ),
     ]
 
     def step(wrapped: Sequence[nn.Module]) -> None:
@@ -136,10 +139,10 @@ def tokenizer_ddp(config: VQGANConfig, image_size: int, ranks: int) -> Counted:
         (output.reconstruction.sum() + output.quantized.loss).backward()
         wrapped[1](torch.rand(1, config.in_channels, image_size, image_size)).sum().backward()
 
-    return _ddp("tokenizer", networks, ranks, [group_of([network]) for network in networks], step)
+    return _count_ddp("tokenizer", networks, ranks, [group_of([network]) for network in networks], step)
 
 
-def _ddp(
+def _count_ddp(
     model: str,
     networks: Sequence[nn.Module],
     ranks: int,
@@ -148,11 +151,13 @@ def _ddp(
 ) -> Counted:
     counted = CountedCollectives()
     wrapped = [DistributedDataParallel(network, gradient_as_bucket_view=True) for network in networks]
+    # A communication hook replaces DDP's all-reduce, which dispatch modes cannot see.
     for each in wrapped:
         counted.follow(each)
     with counted:
         step(wrapped)
     trained = [parameter for network in networks for parameter in network.parameters()]
+    # DDP broadcasts the buffers before each forward pass.
     buffers = sum(buffer.nbytes for network in networks for buffer in network.buffers())
     held = sum(parameter.nbytes for parameter in trained)
     return Counted(
@@ -162,7 +167,7 @@ def _ddp(
 
 
 class _Masked(nn.Module):
-    """Gives DDP, which wraps ``forward`` only, the call that training makes."""
+    """A wrapper whose ``forward`` is ``forward_masked``: DDP wraps only ``forward``."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -174,13 +179,14 @@ class _Masked(nn.Module):
 
 
 def _transformer_step(predict: Callable[..., Tensor], config: TransformerConfig) -> None:
-    tokens = torch.zeros(1, min(4, config.num_tokens), dtype=torch.int64)  # what is exchanged are weights
+    # Few tokens are enough: the traffic depends only on the weights.
+    tokens = torch.zeros(1, min(4, config.num_tokens), dtype=torch.int64)
     logits = predict(tokens, tokens[:, 0], tokens == 0, vocabulary="all")
     logits.float().sum().backward()  # type: ignore[no-untyped-call]  # torch: untyped
 
 
-def _empty(make: Callable[[], nn.Module]) -> nn.Module:
-    """A network whose weights are not initialised: nothing here depends on them."""
+def _build_empty(make: Callable[[], nn.Module]) -> nn.Module:
+    """Builds a network with zero weights: no count depends on them."""
     with torch.device("meta"):
         network = make()
     return network.to_empty(device="cpu").apply(_fill)
@@ -191,20 +197,21 @@ def _fill(module: nn.Module) -> None:
         tensor.data.zero_()
 
 
-def count(config: TransformerConfig, vqgan: VQGANConfig, image_size: int, ranks: Sequence[int]) -> list[Counted]:
-    """Every model under every strategy that it trains under, on so many ranks."""
+def count_all(config: TransformerConfig, vqgan: VQGANConfig, image_size: int, ranks: Sequence[int]) -> list[Counted]:
+    """Counts every model with each of its strategies, for each number of ranks."""
     found: list[Counted] = []
     for number in ranks:
-        with world(number):
-            found.append(transformer_fsdp(config, number, "32-true"))
-            found.append(transformer_fsdp(config, number, "bf16-mixed"))
-            found.append(transformer_ddp(config, number))
-            found.append(tokenizer_ddp(vqgan, image_size, number))
+        with simulate_ranks(number):
+            found.append(count_transformer_fsdp(config, number, "32-true"))
+            found.append(count_transformer_fsdp(config, number, "bf16-mixed"))
+            found.append(count_transformer_ddp(config, number))
+            found.append(count_tokenizer_ddp(vqgan, image_size, number))
     return sorted(found, key=lambda one: (one.model, one.strategy, one.precision, one.ranks))
 
 
-def expectation(counted: Sequence[Counted], config: TransformerConfig) -> list[dict[str, str]]:
-    """What the transformer's traffic takes at some bandwidths, beside its work: calculated, not measured."""
+def estimate_times(counted: Sequence[Counted], config: TransformerConfig) -> list[dict[str, str]]:
+    """Returns the calculated times of the transformer's work and of its traffic at several bandwidths."""
+    # The head runs only on masked tokens, so the work depends on their mean number.
     masked = mean_num_masked(mask_schedules.build("cosine"), config.num_tokens)
     rows = []
     for one in (one for one in counted if one.model == "transformer"):
@@ -231,24 +238,24 @@ def expectation(counted: Sequence[Counted], config: TransformerConfig) -> list[d
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512], help="worlds (%(default)s)")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512], help="numbers of ranks (%(default)s)")
     parser.add_argument("--depth", type=int, default=PAPER.depth, help="layers of the transformer (%(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="writes all numbers and the environment")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers and the environment to FILE")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Counts and prints."""
+    """Counts and prints the tables."""
     arguments = _arguments(argv)
     config = TransformerConfig(1024, 1000, (16, 16), depth=arguments.depth, class_dropout=0.0)
-    counted = count(config, VQGANConfig(3), 256, arguments.ranks)
-    print(f"torch {torch.__version__}; one process, rank 0 of a world that is not there; one micro-batch\n")
-    print(markdown_table([one.row() for one in counted]))
+    counted = count_all(config, VQGANConfig(3), 256, arguments.ranks)
+    print(f"torch {torch.__version__}; one process as rank 0 of a simulated group; one micro-batch\n")
+    print(format_table([one.row() for one in counted]))
     print(
         f"\nCalculated, not measured: the transformer's step in one micro-batch, its work at {_UTILIZATION:.0%} of "
         f"{_RATE / 1e12:g} TFLOP/s:\n"
     )
-    print(markdown_table(expectation(counted, config)))
+    print(format_table(estimate_times(counted, config)))
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         report = {"environment": describe_environment(), "counted": [asdict(one) for one in counted]}

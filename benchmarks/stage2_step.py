@@ -2,7 +2,7 @@
 
     python benchmarks/stage2_step.py --threads 1 --repeats 5 --parts --json stage2_step.json
 
-benchmarks/README.md says what is compared and how to read the table.
+benchmarks/README.md describes the contenders and the columns of the table.
 """
 
 from __future__ import annotations
@@ -20,7 +20,15 @@ from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
-from measuring import MatrixProduct, Stopwatch, in_fresh_process, interleave, markdown_table, peak_memory, processor
+from measuring import (
+    MatrixProduct,
+    Stopwatch,
+    format_table,
+    interleave,
+    measure_peak_memory,
+    read_cpu_name,
+    run_in_fresh_process,
+)
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import AdamW
@@ -43,37 +51,38 @@ _RATE, _BETAS, _WEIGHT_DECAY, _CLIP, _SMOOTHING, _EMA_DECAY = 1e-4, (0.9, 0.96),
 
 @dataclass(frozen=True)
 class Task:
-    """The network's sizes, without dropout (the peer has none), and the batch.
+    """The sizes of the network and the batch. There is no dropout, because the peer has none.
 
-    The vocabulary is num_codes + num_classes + 1: 2025 as released.
+    The vocabulary is codebook_size + num_classes + 1: 2025 as released.
     """
 
     batch: int = 8
     depth: int = 4
-    width: int = 768
-    mlp_width: int = 3072
+    embed_dim: int = 768
+    mlp_dim: int = 3072
     num_heads: int = 16
     grid: tuple[int, int] = (16, 16)
-    num_codes: int = 1024
+    codebook_size: int = 1024
     num_classes: int = 1000
 
     @property
     def network(self) -> TransformerConfig:
         return TransformerConfig(
-            self.num_codes, self.num_classes, self.grid, self.width, self.depth, self.num_heads, self.mlp_width,
+            self.codebook_size, self.num_classes, self.grid, self.embed_dim, self.depth, self.num_heads, self.mlp_dim,
             dropout=0.0, class_dropout=0.0,
         )  # fmt: skip
 
     def data(self) -> Batch:
-        """The one batch that every contender trains on, so that all rounds are the same work."""
+        """Returns the batch that every contender trains on in every round."""
         chance = torch.Generator().manual_seed(0)
-        tokens = torch.randint(self.num_codes, (self.batch, self.network.num_tokens), generator=chance)
+        tokens = torch.randint(self.codebook_size, (self.batch, self.network.num_tokens), generator=chance)
         labels = torch.randint(self.num_classes, (self.batch,), generator=chance)
+        # Sample i is at position i of epoch 0, and no row is padding.
         index = torch.arange(self.batch)
         return Batch(tokens, labels, index, torch.zeros_like(index), index, index >= 0)
 
     def mask(self) -> Tensor:
-        """The mask (B, N) bool that training draws for ``data``."""
+        """Returns the mask (B, N) bool that training draws for ``data``."""
         batch = self.data()
         return MaskSampler(mask_schedules.build("cosine"), seed=0).mask(
             self.network.num_tokens,
@@ -85,15 +94,15 @@ class Task:
 
 
 class Contender(Protocol):
-    """Something that trains."""
+    """A training step that can be timed."""
 
     def __call__(self, watch: Stopwatch) -> Tensor:
-        """One step: forward, backward, clip, optimiser, average, each marked. Gives the loss (), detached."""
+        """Runs forward, backward, clip, optimiser and average, and marks each; returns the detached loss ()."""
 
 
 @dataclass
 class _Run:
-    """What the module asks of its Trainer."""
+    """A stand-in for the Trainer with the attributes that the module reads."""
 
     global_step: int = 1
     max_steps: int = 1_000_000
@@ -103,7 +112,7 @@ class _Run:
 
 
 class Ours:
-    """``MaskedTokenModel`` and its own hooks, called as the Trainer calls them."""
+    """Our step: ``MaskedTokenModel`` and its hooks, called in the order of the Trainer."""
 
     def __init__(self, task: Task, precision: Precision) -> None:
         self.batch, self.precision = task.data(), precision
@@ -116,9 +125,10 @@ class Ours:
             global_batch=task.batch,
         )
         self.module = MaskedTokenModel(config)
-        self.run = _Run()  # the module holds it weakly
-        self.module.trainer = self.run  # type: ignore[assignment]  # in the Trainer's place
+        self.run = _Run()  # the module has only a weak reference to it
+        self.module.trainer = self.run  # type: ignore[assignment]  # stands in for the Trainer
         self.optimizer = self.module.configure_optimizers()["optimizer"]
+        # Separates the optimiser from the average, which ``optimizer_step`` updates afterwards.
         self.optimizer.register_step_post_hook(lambda *_: self.watch.mark("optimiser"))
         self.watch = Stopwatch()
 
@@ -145,13 +155,13 @@ class Ours:
 
 
 class Plain:
-    """The step as it is mostly written: AdamW as it comes, the average weight by weight.
+    """A straightforward training step: default AdamW, and a moving average that loops over the weights.
 
     Args:
-        network: What is trained.
-        loss: Loss () of the network for a batch and its mask (B, N) bool, True = masked.
-        task: Gives the batch.
-        precision: Of the forward pass.
+        network: Network to train.
+        loss: Function of network, batch and mask (B, N) bool, True = masked; returns the loss ().
+        task: Sizes and batch.
+        precision: Precision of the forward pass.
     """
 
     def __init__(
@@ -178,6 +188,7 @@ class Plain:
         self.optimizer.step()
         watch.mark("optimiser")
         with torch.no_grad():
+            # The moving average moves by (1 - decay) of the difference to the new weight.
             for kept, new in zip(self.average.parameters(), self.network.parameters(), strict=True):
                 kept.mul_(_EMA_DECAY).add_(new, alpha=1 - _EMA_DECAY)
         watch.mark("average")
@@ -185,74 +196,78 @@ class Plain:
 
 
 class NaiveBlock(nn.Module):
-    """A post-norm BERT block with a projection each for queries, keys and values, and attention written out."""
+    """A post-norm BERT block with separate projections of queries, keys and values, and explicit attention."""
 
     def __init__(self, task: Task) -> None:
         super().__init__()
-        width = task.width
+        width = task.embed_dim
         self.num_heads = task.num_heads
         self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
-        self.attention_output = nn.Linear(width, width)
+        self.proj = nn.Linear(width, width)
         self.attention_norm = nn.LayerNorm(width, eps=1e-12)
-        self.mlp_hidden = nn.Linear(width, task.mlp_width)
-        self.mlp_output = nn.Linear(task.mlp_width, width)
+        self.fc1 = nn.Linear(width, task.mlp_dim)
+        self.fc2 = nn.Linear(task.mlp_dim, width)
         self.mlp_norm = nn.LayerNorm(width, eps=1e-12)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, S, D) -> (B, S, D)."""
+        """Maps (B, S, D) to (B, S, D)."""
         query, key, value = (
             project(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for project in (self.query, self.key, self.value)
         )
         scores = query @ key.transpose(2, 3) / query.shape[-1] ** 0.5  # (B, heads, S, S)
         attended = (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
-        x = self.attention_norm(x + self.attention_output(attended))
-        hidden = self.mlp_output(F.gelu(self.mlp_hidden(x), approximate="tanh"))
+        x = self.attention_norm(x + self.proj(attended))
+        # Post-norm: the residual is added before the norm, as in BERT.
+        hidden = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
         normed: Tensor = self.mlp_norm(x + hidden)
         return normed
 
 
 class NaiveTransformer(nn.Module):
-    """The network of ``maskgit_pl.networks.transformer`` without its shortcuts: logits everywhere, all of them."""
+    """The network of ``maskgit_pl.networks.transformer`` without its optimizations: all logits at all positions."""
 
     def __init__(self, task: Task) -> None:
         super().__init__()
         config = task.network
-        self.num_codes = config.num_codes
-        self.words = nn.Embedding(config.vocabulary_size, config.width)
-        self.positions = nn.Embedding(config.num_tokens + 1, config.width)
-        self.embedding_norm = nn.LayerNorm(config.width, eps=1e-12)
+        self.codebook_size = config.codebook_size
+        self.token_embedding = nn.Embedding(config.vocabulary_size, config.embed_dim)
+        self.position_embedding = nn.Embedding(config.num_tokens + 1, config.embed_dim)
+        self.embedding_norm = nn.LayerNorm(config.embed_dim, eps=1e-12)
         self.blocks = nn.ModuleList(NaiveBlock(task) for _ in range(config.depth))
-        self.head_dense = nn.Linear(config.width, config.width)
-        self.head_norm = nn.LayerNorm(config.width, eps=1e-12)
+        self.head_dense = nn.Linear(config.embed_dim, config.embed_dim)
+        self.head_norm = nn.LayerNorm(config.embed_dim, eps=1e-12)
         self.head_bias = nn.Parameter(torch.zeros(config.vocabulary_size))
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """Tokens (B, N) int64 and labels (B,) int64 -> logits (B, N, V)."""
-        sequence = torch.cat([labels.unsqueeze(1) + self.num_codes, tokens], dim=1)
-        x = self.embedding_norm(self.words(sequence) + self.positions.weight)
+        """Returns logits (B, N, V) of tokens (B, N) int64 and labels (B,) int64."""
+        sequence = torch.cat([labels.unsqueeze(1) + self.codebook_size, tokens], dim=1)
+        x = self.embedding_norm(self.token_embedding(sequence) + self.position_embedding.weight)
         for block in self.blocks:
             x = block(x)
         x = self.head_norm(F.gelu(self.head_dense(x), approximate="tanh"))
-        logits: Tensor = x @ self.words.weight.T + self.head_bias
+        # The head is tied to the token embedding, as released.
+        logits: Tensor = x @ self.token_embedding.weight.T + self.head_bias
         return logits[:, 1:]
 
 
-def naive_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our weights, or their gradients, under the names of ``NaiveTransformer``."""
+def rename_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns our weights, or their gradients, with the names of ``NaiveTransformer``."""
     found = {}
     for name, tensor in weights.items():
-        if "query_key_value" not in name:
+        if "qkv" not in name:
             found[name] = tensor
             continue
+        # Our qkv projection stacks the three matrices along its rows.
         for part, third in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
-            found[name.replace("query_key_value", part)] = third
+            found[name.replace("qkv", part)] = third
     return found
 
 
-def naive(task: Task, precision: Precision) -> Plain:
-    """The plain step, with the weights that ``Ours`` begins from."""
-    weights = naive_weights(MaskedTransformer(task.network).state_dict())  # first, as in ours: the same random numbers
+def build_naive(task: Task, precision: Precision) -> Plain:
+    """Returns the plain step with the initial weights of ``Ours``."""
+    # The first draw from the seed, as in ours, so that both start from the same weights.
+    weights = rename_weights(MaskedTransformer(task.network).state_dict())
     network = NaiveTransformer(task)
     network.load_state_dict(weights)
     mask_token_id = task.network.mask_token_id
@@ -260,43 +275,45 @@ def naive(task: Task, precision: Precision) -> Plain:
     def loss(network: nn.Module, batch: Batch, mask: Tensor) -> Tensor:
         logits = network(batch.content.masked_fill(mask, mask_token_id), batch.labels).float()
         losses = F.cross_entropy(logits.mT, batch.content, label_smoothing=_SMOOTHING, reduction="none")  # (B, N)
+        # Mean over the masked tokens of a row, then over the rows, as in our loss.
         return ((losses * mask).sum(1) / mask.sum(1)).mean()
 
     return Plain(network, loss, task, precision)
 
 
 class MuseClasses(nn.Module):
-    """muse-maskgit-pytorch's transformer, to which a class is a text of one token."""
+    """The transformer of muse-maskgit-pytorch; a class is a text of one token."""
 
     def __init__(self, task: Task) -> None:
         super().__init__()
         from muse_maskgit_pytorch import MaskGitTransformer
         from transformers import T5Config
 
-        self.classes = nn.Embedding(task.num_classes, task.width)
+        self.classes = nn.Embedding(task.num_classes, task.embed_dim)
         with tempfile.TemporaryDirectory() as folder:
-            T5Config(d_model=task.width).save_pretrained(folder)  # else it fetches that of a text encoder
+            # Without this file, the peer downloads the configuration of a text encoder.
+            T5Config(d_model=task.embed_dim).save_pretrained(folder)
             self.transformer = MaskGitTransformer(
-                num_tokens=task.network.vocabulary_size - 1,  # and the mask token
+                num_tokens=task.network.vocabulary_size - 1,  # the peer adds the mask token
                 seq_len=task.network.num_tokens,
-                dim=task.width,
+                dim=task.embed_dim,
                 depth=task.depth,
                 heads=task.num_heads,
-                dim_head=task.width // task.num_heads,
-                ff_mult=task.mlp_width // task.width,
-                flash=False,  # on a processor its flash attention is slower, and fails in bf16
+                dim_head=task.embed_dim // task.num_heads,
+                ff_mult=task.mlp_dim // task.embed_dim,
+                flash=False,  # on a CPU, its flash attention is slower and fails in bf16
                 t5_name=folder,
             )
 
     def forward(self, tokens: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
-        """Loss () at the targets (B, N) int64 other than -1."""
+        """Returns the loss () at the targets (B, N) int64 that are not -1."""
         text = self.classes(labels).unsqueeze(1)
         loss: Tensor = self.transformer(tokens, text_embeds=text, labels=targets, ignore_index=-1)
         return loss
 
 
-def muse(task: Task, precision: Precision) -> Plain:
-    """The peer's step."""
+def build_muse(task: Task, precision: Precision) -> Plain:
+    """Returns the step of muse-maskgit-pytorch."""
     network = MuseClasses(task)
 
     def loss(network: nn.Module, batch: Batch, mask: Tensor) -> Tensor:
@@ -307,17 +324,17 @@ def muse(task: Task, precision: Precision) -> Plain:
     return Plain(network, loss, task, precision)
 
 
-_CONTENDERS: dict[str, Callable[[Task, Precision], Contender]] = {"ours": Ours, "naive": naive, _PEER: muse}
+_CONTENDERS: dict[str, Callable[[Task, Precision], Contender]] = {"ours": Ours, "naive": build_naive, _PEER: build_muse}
 
 
 def build(name: str, task: Task, precision: Precision) -> Contender:
-    """A contender, in training; ours and the naive one begin from the same weights."""
+    """Builds a contender; ours and the naive one start from the same weights."""
     torch.manual_seed(0)
     return _CONTENDERS[name](task, precision)
 
 
-def memory(name: str, task: Task, precision: Precision, threads: int) -> int | None:
-    """Peak bytes of two steps, the second of which has the optimiser's state; to be called in a fresh process."""
+def measure_memory(name: str, task: Task, precision: Precision, threads: int) -> int | None:
+    """Returns the peak memory of two steps in bytes; the second one has optimiser state. Call it in a fresh process."""
     torch.set_num_threads(threads)
 
     def run() -> None:
@@ -325,12 +342,13 @@ def memory(name: str, task: Task, precision: Precision, threads: int) -> int | N
         for _ in range(2):
             step(Stopwatch())
 
-    return peak_memory(run)
+    return measure_peak_memory(run)
 
 
 def warm_up(step: Contender) -> tuple[float, int]:
-    """The first step's loss and the FLOPs of its matrix products, attention's among them, forward and backward."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the counter knows no other on CPU
+    """Returns the loss of the first step and the FLOPs of its matrix products, including attention and backward."""
+    # On CPU, the counter supports only the MATH kernel of attention.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         loss = float(step(Stopwatch()))
     step(Stopwatch())
     return loss, counter.get_total_flops()
@@ -338,19 +356,19 @@ def warm_up(step: Contender) -> tuple[float, int]:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one contender did in one precision.
+    """The measurements of one contender in one precision.
 
     Args:
-        precision: Which.
-        name: Which.
-        loss: Of the first step.
-        flops: Of the matrix products of a step.
-        memory: Peak bytes, or None where the system does not tell.
-        seconds: Of each round.
+        precision: Precision of the forward pass.
+        name: Name of the contender.
+        loss: Loss of the first step.
+        flops: FLOPs of the matrix products of a step.
+        memory: Peak memory in bytes; None if the system does not report it.
+        seconds: Seconds of each round.
         parts: Seconds of each round, by part.
-        peak: FLOP/s of a matrix product, the best of all rounds.
-        floor: FLOPs of the contender that computes the same loss with the fewest.
-        ratio: Median over rounds of the time divided by ours in the same round.
+        peak: Best rate of a matrix product over all rounds, in FLOP/s.
+        floor: Fewest FLOPs of a contender that computes the same loss.
+        ratio: Median over the rounds of the time divided by our time in the same round.
     """
 
     precision: Precision
@@ -365,11 +383,11 @@ class Measured:
     ratio: float
 
     def share(self, flops: int, seconds: float) -> str:
-        """Per cent of the peak."""
+        """Returns the percentage of the peak."""
         return f"{100 * flops / seconds / self.peak:.0f}"
 
     def row(self) -> dict[str, str]:
-        """Its row of the table."""
+        """Returns the row of the table."""
         middle, best = median(self.seconds), min(self.seconds)
         return {
             "": self.precision,
@@ -385,7 +403,7 @@ class Measured:
         }
 
     def part_row(self) -> dict[str, str]:
-        """Milliseconds of each part, medians, and their share of the step."""
+        """Returns the median milliseconds of each part, and their share of the step."""
         whole = median(self.seconds)
         cells = {part: f"{1000 * median(s):.1f} ({100 * median(s) / whole:.1f} %)" for part, s in self.parts.items()}
         return {"": self.precision, "step, ms": self.name, **cells}
@@ -394,7 +412,8 @@ class Measured:
 def measure(
     task: Task, precision: Precision, *, peaks: Mapping[str, int | None], repeats: int, product_size: int = 2048
 ) -> list[Measured]:
-    """Times the contenders that ``peaks`` has the memory of, and the machine's peak with them, round by round."""
+    """Times the contenders named in ``peaks`` in turn, and the machine's peak in the same rounds."""
+    # All contenders stay in memory, so that a round can run them in turn.
     names = list(peaks)
     steps = {name: build(name, task, precision) for name in names}
     first = {name: warm_up(step) for name, step in steps.items()}
@@ -414,73 +433,76 @@ def measure(
     ]  # fmt: skip
 
 
-def installed() -> list[str]:
-    """The contenders that are there."""
+def list_installed() -> list[str]:
+    """Returns the contenders whose packages are installed."""
     has_peer = importlib.util.find_spec(_PEER.replace("-", "_")) is not None
     return [name for name in _CONTENDERS if name != _PEER or has_peer]
 
 
-def software_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 more slowly than float32, having no instructions for it."""
+def is_bfloat16_slow() -> bool:
+    """Returns True if this CPU multiplies bfloat16 more slowly than float32, because it has no instructions for it."""
+    # 512 is large enough for the comparison, and quick enough even in software.
     rates = [MatrixProduct(dtype, 512).rate(repeats=3) for dtype in (torch.bfloat16, torch.float32)]
     return rates[0] < rates[1]
 
 
 def _autocast(precision: Precision) -> torch.autocast:
-    """As Lightning's 32-true or bf16-mixed."""
+    """Returns the autocast context of Lightning's 32-true or bf16-mixed."""
     return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
 
 
 def _positive(text: str) -> int:
-    """A count of a flag."""
+    """Parses a flag's value as an integer >= 1."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"a whole number of at least 1 is needed, got {text}")
+        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text}")
     return int(text)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=_positive, default=torch.get_num_threads(), help="threads (%(default)s)")
-    parser.add_argument("--batch", type=_positive, default=Task.batch, help="images of a step (%(default)s)")
+    parser.add_argument("--threads", type=_positive, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
+    parser.add_argument("--batch-size", type=_positive, default=Task.batch, help="batch size (%(default)s)")
     parser.add_argument("--depth", type=_positive, default=Task.depth, help="layers (%(default)s)")
-    parser.add_argument("--repeats", type=_positive, default=7, help="rounds, n of the medians (%(default)s)")
-    parser.add_argument("--precision", choices=list(_DTYPES), help="one alone, also bf16 that is slower than fp32")
-    parser.add_argument("--parts", action="store_true", help="also the time of each part of a step")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="writes all numbers and the environment")
+    parser.add_argument("--repeats", type=_positive, default=7, help="number of rounds (%(default)s)")
+    parser.add_argument(
+        "--precision", choices=list(_DTYPES), help="measure one precision only, even if bf16 is slower than fp32"
+    )
+    parser.add_argument("--parts", action="store_true", help="also print the time of each part of a step")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers and the environment to FILE")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measures and prints."""
+    """Measures and prints the table."""
     arguments = _arguments(argv)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(arguments.threads)
-    task, names = Task(batch=arguments.batch, depth=arguments.depth), installed()
+    task, names = Task(batch=arguments.batch_size, depth=arguments.depth), list_installed()
     config = task.network
-    print(f"{processor()}, {arguments.threads} threads, torch {torch.__version__}, n = {arguments.repeats} rounds")
+    print(f"{read_cpu_name()}, {arguments.threads} threads, torch {torch.__version__}, n = {arguments.repeats} rounds")
     print(
-        f"{task.depth} layers x {task.width}, MLP {task.mlp_width}, {task.num_heads} heads, {config.num_tokens + 1} "
+        f"{task.depth} layers x {task.embed_dim}, MLP {task.mlp_dim}, {task.num_heads} heads, {config.num_tokens + 1} "
         f"tokens, vocabulary {config.vocabulary_size}, batch {task.batch}, "
         f"{100 * float(task.mask().float().mean()):.0f} % of the tokens masked"
     )
     if _PEER not in names:
-        print(f"{_PEER} is not installed, and left out: python -m pip install -e '.[benchmarks]'")
+        print(f"{_PEER} is not installed and is left out; to install it: python -m pip install -e '.[benchmarks]'")
     precisions: list[Precision] = ["fp32", "bf16"] if arguments.precision is None else [arguments.precision]
-    if arguments.precision is None and software_bfloat16():
-        print("bf16 is left out: this processor multiplies it in software, slower than fp32 (--precision bf16 insists)")
+    if arguments.precision is None and is_bfloat16_slow():
+        print("bf16 is left out: this CPU has no bfloat16 instructions (--precision bf16 measures it anyway)")
         precisions.remove("bf16")
     measured: list[Measured] = []
     for precision in precisions:
-        peaks = {name: in_fresh_process(memory, name, task, precision, arguments.threads) for name in names}
+        peaks = {name: run_in_fresh_process(measure_memory, name, task, precision, arguments.threads) for name in names}
         measured += measure(task, precision, peaks=peaks, repeats=arguments.repeats)
         print(f"{precision} matrix-product peak: {measured[-1].peak / 1e9:.1f} GFLOP/s")
-    print("\n" + markdown_table([one.row() for one in measured]))
+    print("\n" + format_table([one.row() for one in measured]))
     if arguments.parts:
-        print("\n" + markdown_table([one.part_row() for one in measured]))
+        print("\n" + format_table([one.part_row() for one in measured]))
     if arguments.json:
         report = {
-            "environment": {**describe_environment(), "processor": processor()},
+            "environment": {**describe_environment(), "cpu": read_cpu_name()},
             "task": asdict(task),
             "measured": [asdict(one) for one in measured],
         }

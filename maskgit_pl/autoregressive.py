@@ -1,4 +1,6 @@
-"""The autoregressive baseline: the same transformer under a causal mask learns to predict the next token.
+"""Stage 2 of the autoregressive baseline: the transformer with causal attention learns to predict the next token.
+
+See ``token_model`` for the steps of training.
 
 Source: paper, Table 1 (VQGAN*: "the same setup as MaskGIT") and Figure 4; Esser et al., arXiv:2012.09841.
 """
@@ -26,16 +28,16 @@ class AutoregressiveConfig(TokenModelConfig):
 
     Args:
         network: Sizes of the transformer, with causal attention.
-        optimizer: AdamW and its learning rate.
-        tokenizer: Pretrained tokenizer folder.
+        optimizer: Settings of AdamW and its learning rate.
+        tokenizer: Path of the pretrained tokenizer folder.
         label_smoothing: Label smoothing of the training loss, in [0, 1).
-        loss_vocabulary: Rows of the token table over which the loss's softmax runs: ``all``, or only the ``codes``.
-        ema_decay: Decay of the averaged weights that sample and are evaluated and exported, in [0, 1); 0 for none.
-        flip_probability: Probability of a horizontal flip where images are encoded on the fly, in [0, 1].
+        loss_vocabulary: Columns of the softmax of the loss: ``codes``, or ``all`` rows of the token embedding.
+        ema_decay: Decay of the averaged weights, which are sampled, evaluated and exported, in [0, 1); 0 for none.
+        flip_probability: Probability of a horizontal flip, in [0, 1]; only for images that are encoded on the fly.
         seed: Seed of class dropout, flips and dropout, in [0, 2**32).
-        activation_checkpointing: ``blocks`` saves memory: the blocks run again in the backward pass.
+        activation_checkpointing: ``blocks`` saves memory by computing the blocks again in the backward pass.
         compiled: ``blocks`` compiles the blocks of the trained network with ``torch.compile``.
-        decoding: How sample pictures, and later users of the exported model, decode.
+        decoding: Decoding settings for sample images, and of the exported model.
 
     Raises:
         ValueError: if a number is out of range, a name is unknown, or guidance is set without a null class.
@@ -46,11 +48,13 @@ class AutoregressiveConfig(TokenModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_decoding(self.decoding.to_config(self.network.num_tokens), self.network)
+        check_decoding(self.decoding.to_config(self.network.num_tokens), self.network, is_autoregressive=True)
 
 
 class AutoregressiveModel(TokenModel):
-    """Trains an ``AutoregressiveTransformer``: the loss is the mean cross-entropy of each token given those before it.
+    """The LightningModule that trains an ``AutoregressiveTransformer``.
+
+    The loss is the mean cross-entropy of each token, given the tokens before it.
 
     Args:
         config: Network, optimiser, tokenizer and loss.
@@ -61,20 +65,20 @@ class AutoregressiveModel(TokenModel):
 
     def __init__(self, config: AutoregressiveConfig) -> None:
         num_tokens = config.network.num_tokens
-        in_steps = config.decoding.to_config(num_tokens)
-        super().__init__(config, AutoregressiveTransformer(config.network), in_steps)
-        self.decoder = in_steps.build_autoregressive_decoder(num_tokens)
+        decoding = config.decoding.to_config(num_tokens)
+        super().__init__(config, AutoregressiveTransformer(config.network), decoding)
+        self.decoder = decoding.build_autoregressive_decoder(num_tokens)
 
     def _draw_mask(self, batch: Batch) -> Tensor:
         return torch.ones(len(batch.index), self.config.network.num_tokens, dtype=torch.bool, device=batch.index.device)
 
     def _mask_tokens(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        return tokens  # the causal mask hides what is to be predicted
+        return tokens  # causal attention hides the token to predict and all later ones
 
     def _assign_bins(self, mask: Tensor) -> Tensor:
-        """Groups tokens by their place in raster order."""
-        of_place = torch.arange(mask.shape[1], device=mask.device) * NUM_BINS // mask.shape[1]
-        return of_place.expand_as(mask)[mask]
+        """Groups tokens by their position in raster order, in four equal parts."""
+        position_bins = torch.arange(mask.shape[1], device=mask.device) * NUM_BINS // mask.shape[1]  # (N,)
+        return position_bins.expand_as(mask)[mask]  # (M,)
 
     def _decode(self, labels: Sequence[int], seeds: Sequence[int]) -> Iterator[DecodingStep]:
         return decode_autoregressive(

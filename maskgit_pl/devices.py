@@ -1,4 +1,4 @@
-"""The devices that torch can work on here, and the check of a device that somebody names."""
+"""The devices that torch can use on this machine, and the check of a device name."""
 
 from __future__ import annotations
 
@@ -10,29 +10,30 @@ __all__ = ["check_device", "default_device", "device_names"]
 
 
 def device_names() -> list[str]:
-    """Returns what can be named on this machine: ``cpu``, and the accelerator and each of its devices if there is one.
+    """Returns the device names of this machine: ``cpu``, and the accelerator and each of its devices if there is one.
 
     An accelerator is ``cuda``, ``mps``, ``xpu`` or another that torch was built for.
     """
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is None or not torch.accelerator.is_available():
         return ["cpu"]
+    # For example cpu, cuda, cuda:0, cuda:1.
     kind = accelerator.type
     return ["cpu", kind, *(f"{kind}:{number}" for number in range(torch.accelerator.device_count()))]
 
 
 def check_device(device: torch.device | str, *, name: str = "device") -> torch.device:
-    """Checks that torch can work on a device here.
+    """Checks that torch can use a device on this machine.
 
     Args:
-        device: Such as ``cpu``, ``cuda`` or ``cuda:1``.
-        name: What to call it in the error, such as ``--device``.
+        device: Name such as ``cpu``, ``cuda`` or ``cuda:1``.
+        name: Name of the setting in the error, such as ``--device``.
 
     Returns:
         The device.
 
     Raises:
-        ValueError: if there is no such device. The message lists those that there are.
+        ValueError: if there is no such device. The message lists the available devices.
     """
     known = device_names()
     try:
@@ -47,7 +48,7 @@ def default_device(*, local_rank: int | None = None) -> str:
     """Returns a GPU if there is one, else the CPU.
 
     Args:
-        local_rank: Rank on this machine of a process that shares the GPUs with others, each with one of its own.
+        local_rank: Local rank of a process that shares the GPUs with others; the GPUs are assigned in turn.
     """
     if not torch.cuda.is_available():
         return "cpu"

@@ -1,8 +1,7 @@
-"""Several processes that work together: who this one is, and what all of them agree on.
+"""Collectives over the ranks of a process group: rank, sums, gathered rows, and errors that all ranks raise.
 
-Without a process group each function is that of a single process, so callers need not ask whether there is one. What is
-measured a row at a time is gathered and put into the order of the rows before anything is summed, so a number is the
-same to the last bit on any number of ranks.
+Without a process group, each function behaves as for a single process, so callers do not check whether there is one.
+Measurements gather their rows and sort them before they sum, so a result is bit-exact on any number of ranks.
 """
 
 from __future__ import annotations
@@ -41,11 +40,12 @@ def rank_and_world() -> tuple[int, int]:
 
 @contextmanager
 def process_group() -> Iterator[bool]:
-    """Joins the processes that ``torchrun`` started (RANK, WORLD_SIZE ...); yields whether there are several."""
+    """Joins the processes that ``torchrun`` started (RANK, WORLD_SIZE ...); yields True if there are several."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield rank_and_world()[1] > 1
         return
-    dist.init_process_group("gloo", timeout=_TIMEOUT)  # what is gathered lies on the CPU
+    # gloo, since gathered tensors are on the CPU.
+    dist.init_process_group("gloo", timeout=_TIMEOUT)
     try:
         yield True
     finally:
@@ -61,13 +61,13 @@ def barrier() -> None:
 def on_all_ranks(work: Callable[[], _Result]) -> list[_Result]:
     """Calls a function on each rank and returns the results of all, in the order of the ranks.
 
-    An error of one rank is raised on all: a rank that continued alone would wait for the others forever.
+    An error of one rank is raised on all ranks; otherwise the others would wait for it forever.
 
     Args:
-        work: Called once on each rank. What it returns is pickled where there are several.
+        work: Called once on each rank. Its result is pickled if there are several ranks.
 
     Raises:
-        OSError: the one that the first rank raised that failed.
+        OSError: the error of the lowest rank that failed.
         ValueError: the same.
     """
     world_size = rank_and_world()[1]
@@ -78,6 +78,7 @@ def on_all_ranks(work: Callable[[], _Result]) -> list[_Result]:
         outcome = work(), None
     except (OSError, ValueError) as error:
         outcome = None, error
+    # Errors travel as values, so that every rank reaches the collective.
     outcomes: list[Any] = [None] * world_size
     dist.all_gather_object(outcomes, outcome)
     for _, failure in outcomes:
@@ -90,7 +91,7 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     """Returns the sum of a tensor over the ranks, differentiable; the tensor itself for a single process.
 
     Args:
-        value: Of the same shape on each rank; it is not changed.
+        value: Tensor with the same shape on each rank; it is not changed.
     """
     if rank_and_world()[1] == 1:
         return value
@@ -102,16 +103,16 @@ def mean_over_ranks(value: Tensor) -> Tensor:
     """Returns the mean of a tensor over the ranks, differentiable; the tensor itself for a single process.
 
     Args:
-        value: Of the same shape on each rank; it is not changed.
+        value: Tensor with the same shape on each rank; it is not changed.
     """
     world_size = rank_and_world()[1]
     return value if world_size == 1 else sum_over_ranks(value) / world_size
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """The sum over the ranks; its gradient is the sum over the ranks of what the loss of each asks for.
+    """The sum over the ranks. Its gradient is the sum over the ranks of the incoming gradients.
 
-    torch's own ``distributed.nn.functional.all_reduce`` does the same and is deprecated without a public successor.
+    torch's ``distributed.nn.functional.all_reduce`` does the same, but is deprecated without a public successor.
     """
 
     @staticmethod
@@ -137,8 +138,8 @@ def gather_rows(rows: Tensor, index: Tensor) -> Tensor:
     """Returns the rows of all ranks in the order of their index, the same on each rank.
 
     Args:
-        rows: (n, ...) of this rank, on the CPU, n at least 0.
-        index: (n,) int64: which row of the whole each is, no two alike.
+        rows: (n, ...) on the CPU, the rows of this rank, n >= 0. Ranks may have different n.
+        index: (n,) int64, place of each row in the whole; all different.
 
     Returns:
         (sum of n, ...), sorted by index.
@@ -147,4 +148,5 @@ def gather_rows(rows: Tensor, index: Tensor) -> Tensor:
         from torchmetrics.utilities.distributed import gather_all_tensors  # inference needs no torchmetrics
 
         rows, index = (torch.cat(gather_all_tensors(part.contiguous())) for part in (rows, index))
+    # The order of rows does not depend on the number of ranks, so neither do sums over them.
     return rows[index.argsort()]

@@ -1,12 +1,12 @@
-"""Signals that ask a run to stop: they set a flag, and nothing else happens in the handler.
+"""Stop signals (SIGTERM, SIGUSR1, SIGUSR2, Ctrl-C): their handler sets a flag and does nothing else.
 
 A handler that saved or talked to other ranks would do so in the middle of other work, and ranks that are not at the
 same place wait for each other forever. ``training.stop_and_nonfinite.StepCheck`` reads the flag after each step, on all
 ranks together.
 
-A second Ctrl-C ends a command at once, with exit code 130, from a thread of its own: a handler would wait for a main
-thread that waits for other ranks. In a notebook it raises KeyboardInterrupt. The disk is then as after a kill: what is
-on it is whole.
+A second Ctrl-C ends a command immediately, with exit code 130. A separate thread does this, because a Python handler
+runs only when the main thread does, and that may be waiting for other ranks. In a notebook, the second Ctrl-C raises
+KeyboardInterrupt. The files on disk are complete in either case, as after a kill.
 """
 
 from __future__ import annotations
@@ -24,30 +24,31 @@ from maskgit_pl.errors import INTERRUPTED
 __all__ = ["SIGNALS", "catch_stop_signals", "ignore_job_signals", "is_requested"]
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
-_CTRL_C_ONCE = b"\nstopping after this step, and saving; Ctrl-C again stops at once\n"
-_CTRL_C = b"\nstopping after this step, and saving; Ctrl-C again stops at once, with exit code 130\n"
-_CTRL_C_AGAIN = b"\nstopped at once; the same command resumes from the last checkpoint\n"
+_CTRL_C_ONCE = b"\nfinishing this step and saving; press Ctrl-C again to quit immediately\n"
+_CTRL_C = b"\nfinishing this step and saving; press Ctrl-C again to quit immediately (exit code 130)\n"
+_CTRL_C_AGAIN = b"\nquit immediately; repeat the command to resume from the last checkpoint\n"
 
 
 class _Flag:
-    """Whether this process was asked to stop; processes that it forks, such as those that load data, go on."""
+    """The stop request of this process. Forked processes, such as data workers, ignore the signals."""
 
-    process = -1  # the one that listens
+    process = -1  # ID of the process that catches the signals
     is_set = False
-    presses = 0  # of Ctrl-C
+    presses = 0  # number of Ctrl-C presses
     may_raise = False
 
 
 @contextmanager
 def catch_stop_signals(*, until: Literal["return", "exit"] = "return") -> Iterator[None]:
-    """Has the signals set the flag meanwhile. Entered before anything slow is imported, so that none kills the process.
+    """Lets the stop signals set the flag inside the context.
 
-    Inside another ``catch_stop_signals``, and in a thread other than the main one, it changes nothing.
+    Enter it before slow imports, since a signal that arrives earlier kills the process. A nested context, and one in a
+    thread other than the main thread, changes nothing.
 
     Args:
-        until: What comes afterwards. ``"return"``: the caller goes on, such as a notebook. A second Ctrl-C raises
-            KeyboardInterrupt, and the handlers are restored. ``"exit"``: the process ends. A second Ctrl-C ends it at
-            once, and when a signal has come, further ones are ignored.
+        until: End of the context. ``"return"``: the caller continues, as in a notebook; a second Ctrl-C raises
+            KeyboardInterrupt, and the handlers are restored. ``"exit"``: the process exits; a second Ctrl-C ends it
+            immediately, and after a first signal all further ones are ignored.
     """
     if _Flag.process == os.getpid() or threading.current_thread() is not threading.main_thread():
         yield
@@ -57,12 +58,12 @@ def catch_stop_signals(*, until: Literal["return", "exit"] = "return") -> Iterat
     before = {number: signal.signal(number, _set_flag) for number in SIGNALS}
     try:
         with _exit_at_second_ctrl_c() if until == "exit" else nullcontext():
-            # A job's script may start its tasks with signals blocked: one that came too early comes now.
+            # A job script may start its tasks with these signals blocked; a pending one is delivered now.
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             yield
     finally:
-        # A signal that arrives when all is done must not change the exit code: as the interpreter ends, it gives a
-        # signal with a Python handler its default action back, which kills. An ignored signal stays ignored.
+        # A signal that arrives after the work is done must not change the exit code. At exit, the interpreter restores
+        # the default action (kill) of signals with a Python handler; an ignored signal stays ignored.
         for number, handler in before.items():
             is_ignored = until == "exit" and (_Flag.is_set or number in blocked)
             signal.signal(number, signal.SIG_IGN if is_ignored else handler)
@@ -73,32 +74,34 @@ def catch_stop_signals(*, until: Literal["return", "exit"] = "return") -> Iterat
 
 @contextmanager
 def _exit_at_second_ctrl_c() -> Iterator[None]:
-    """Has a thread count Ctrl-C: a handler would wait for a main thread that waits for other ranks."""
+    """Starts a thread that counts Ctrl-C; a handler would wait for a main thread that waits for other ranks."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    told_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    # The interpreter writes the number of each signal to this pipe as soon as it arrives.
+    previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=_count_ctrl_c, args=(reader,), name="Ctrl-C", daemon=True).start()
     try:
         yield
     finally:
-        signal.set_wakeup_fd(told_before)
+        signal.set_wakeup_fd(previous)
         os.close(writer)  # ends the thread
 
 
 def is_requested() -> bool:
-    """Whether this process was asked to stop."""
+    """Returns True if this process has received a stop signal."""
     return _Flag.is_set
 
 
 def ignore_job_signals(worker: int) -> None:
-    """Has a process that loads data go on when the whole job is asked to stop: the last step still needs it.
+    """Keeps a data worker alive when the whole job receives SIGTERM, since the last step still needs its data.
 
-    SIGTERM from the parent ends it, as torch has it; the other signals do nothing in it already.
+    SIGTERM from the parent process ends the worker, as in torch. The other stop signals have no effect in workers.
 
     Args:
-        worker: Its number, which ``DataLoader`` tells a ``worker_init_fn``.
+        worker: Index of the worker, which ``DataLoader`` passes to a ``worker_init_fn``.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # in all threads, so that one alone gets it
+    # Blocked in all threads, so that only the thread below receives it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def wait() -> None:
         parent = os.getppid()
@@ -110,6 +113,7 @@ def ignore_job_signals(worker: int) -> None:
 
 
 def _set_flag(number: int, frame: FrameType | None) -> None:
+    # A forked process inherits this handler.
     if os.getpid() != _Flag.process:
         return
     _Flag.is_set = True
@@ -122,25 +126,25 @@ def _set_flag(number: int, frame: FrameType | None) -> None:
 
 
 def _count_ctrl_c(reader: int) -> None:
-    """Says what a Ctrl-C does, and ends the process at the second; signals are written to a pipe when they come."""
+    """Prints the effect of each Ctrl-C and ends the process at the second; ``reader`` is a pipe of signal numbers."""
     presses = 0
     while numbers := os.read(reader, 64):
         for _ in range(numbers.count(signal.SIGINT)):
             presses += 1
-            with suppress(OSError):  # stderr may be full, or lead to a process that is gone
+            with suppress(OSError):  # stderr may be full or closed
                 os.write(2, _CTRL_C if presses == 1 else _CTRL_C_AGAIN)
             if presses > 1:
                 os._exit(INTERRUPTED)
     os.close(reader)
 
 
-_fork = threading.local()  # the signal mask from before a fork, in the thread that forks
+_fork = threading.local()  # signal mask before a fork, per forking thread
 
 
 def _hold_signals() -> None:
-    """Holds signals back over a fork: until it is set up, the new process would write its own to this one's pipe."""
-    is_listening = _Flag.process == os.getpid()
-    _fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if is_listening else None
+    """Blocks signals during a fork: the new process would write its own signals to the pipe of its parent."""
+    is_catching = _Flag.process == os.getpid()
+    _fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if is_catching else None
 
 
 def _release_signals() -> None:
@@ -149,7 +153,7 @@ def _release_signals() -> None:
 
 
 def _leave_signals_to_parent() -> None:
-    """Has a forked process not write its signals to the parent's pipe."""
+    """Disconnects a forked process from the pipe of its parent."""
     if _fork.mask is not None:
         signal.set_wakeup_fd(-1)
     _release_signals()

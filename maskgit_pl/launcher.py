@@ -1,7 +1,7 @@
-"""The launcher of this process, ``torchrun`` or ``srun``: its ranks, read from the environment. Imports no torch.
+"""Rank and world size that ``torchrun`` or ``srun`` gave this process in its environment. Imports no torch.
 
 Used by commands whose processes share work without a process group (see ``distributed`` for those that have one), and
-by those that must not take themselves for a rank.
+by commands that must not act as a rank.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _VARIABLES = ("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "NODE_RANK", "GROUP_
 
 
 def launcher_rank(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
-    """Returns this process's rank and the number of processes; (0, 1) if nobody started several.
+    """Returns this process's rank and the number of processes; (0, 1) without a launcher.
 
     Raises:
         ValueError: if a variable is not a whole number.
@@ -31,7 +31,7 @@ def launcher_rank(environment: Mapping[str, str] = os.environ) -> tuple[int, int
 
 
 def local_rank(environment: Mapping[str, str] = os.environ) -> int:
-    """Returns this process's rank on its machine; 0 if nobody started several.
+    """Returns this process's rank on its machine; 0 without a launcher.
 
     Raises:
         ValueError: if the variable is not a whole number.
@@ -41,8 +41,9 @@ def local_rank(environment: Mapping[str, str] = os.environ) -> int:
 
 @contextmanager
 def hide_launcher() -> Iterator[None]:
-    """Hides the variables of a launcher that may have started this process: Lightning would take it for a rank."""
+    """Hides the variables of a launcher inside the context; Lightning would treat this process as a rank."""
     hidden = {name: value for name, value in os.environ.items() if name.startswith(_VARIABLES)}
+    # In place, since child processes and libraries read os.environ.
     for name in hidden:
         del os.environ[name]
     try:
@@ -53,5 +54,5 @@ def hide_launcher() -> Iterator[None]:
 
 def _number(name: str, environment: Mapping[str, str]) -> int:
     if not environment[name].isdecimal():
-        raise ValueError(f"{name}: a whole number is needed, got {environment[name]!r}; name --rank and --world-size")
+        raise ValueError(f"{name} must be a whole number, got {environment[name]!r}; give --rank and --world-size")
     return int(environment[name])

@@ -1,4 +1,7 @@
-"""The losses of both stages as pure functions, computed in float32."""
+"""The losses of both stages as pure functions, computed in float32.
+
+Used by ``tokenizer_losses`` (stage 1) and ``token_model`` (stage 2).
+"""
 
 from __future__ import annotations
 
@@ -34,41 +37,59 @@ def masked_cross_entropy(
 
     loss = mean over rows of (sum over the row's masked tokens / their count)
 
-    The mean over rows, not over tokens, makes the loss of a global batch equal for every division into ranks and
-    micro-batches. A row without a masked token adds 0 to the sum and still counts in the mean.
+    The mean is over rows, not over tokens, so the loss of a global batch does not depend on the number of ranks and
+    micro-batches. A row without masked tokens adds 0 to the sum and counts in the mean.
 
     Args:
-        logits: (M, V) float, at the masked positions of all rows.
+        logits: (M, V) float: logits at the M masked positions of all rows.
         targets: (M,) int64 in [0, V).
-        rows: (M,) int64 in [0, num_rows), the row of each masked position.
+        rows: (M,) int64 in [0, num_rows): the row of each masked position.
         num_rows: B, rows of the batch.
-        label_smoothing: s in [0, 1): the target is (1 - s) one-hot + s / V over all V, as torch's.
+        label_smoothing: s in [0, 1): the target is (1 - s) one-hot + s / V, as in ``torch.nn.CrossEntropyLoss``.
 
     Returns:
-        Scalar float32 loss, and the (M,) float32 negative log-likelihoods without smoothing, detached.
+        Scalar float32 loss, and the detached negative log-likelihoods without smoothing, (M,) float32.
 
-    Source: released code, ``weighted_sequence_cross_entropy`` (there a row without weight gives NaN).
+    Source: released code, ``weighted_sequence_cross_entropy`` (it gives NaN for a row without masked tokens).
     """
     log_probabilities = F.log_softmax(logits.float(), dim=-1)
     nll = -log_probabilities.gather(1, targets.unsqueeze(1)).squeeze(1)  # (M,)
     losses = nll
     if label_smoothing > 0:
+        # -sum_v target_v log p_v, with the uniform part as a mean over the V columns.
         losses = (1 - label_smoothing) * nll - label_smoothing * log_probabilities.mean(-1)
-    counts = torch.bincount(rows, minlength=num_rows)
+    counts = torch.bincount(rows, minlength=num_rows)  # (B,): masked tokens of each row
     loss = (losses / counts[rows]).sum() / num_rows
     return loss, nll.detach()
 
 
 def reconstruction_loss(reconstruction: Tensor, images: Tensor, *, kind: ReconstructionLoss) -> Tensor:
-    """Computes the mean squared (``l2``, released) or absolute (``l1``) difference of images: scalar float32."""
+    """Computes the mean squared (``l2``, released code) or absolute (``l1``) difference of images.
+
+    Args:
+        reconstruction: (B, C, H, W) float.
+        images: (B, C, H, W) float in [0, 1].
+        kind: ``"l2"`` or ``"l1"``.
+
+    Returns:
+        Scalar float32.
+    """
     difference = reconstruction.float() - images.float()
     return difference.square().mean() if kind == "l2" else difference.abs().mean()
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, *, kind: AdversarialLoss) -> Tensor:
-    """Computes the loss of the discriminator from (B, 1) logits: scalar float32.
+    """Computes the loss of the discriminator.
 
     hinge: mean max(0, 1 - real) + mean max(0, 1 + fake); non-saturating: mean softplus(-real) + mean softplus(fake).
+
+    Args:
+        real_logits: (B, 1) float: logits of real images.
+        fake_logits: (B, 1) float: logits of reconstructions.
+        kind: ``"hinge"`` or ``"non-saturating"``.
+
+    Returns:
+        Scalar float32.
 
     Source: released code, ``losses.py``.
     """
@@ -79,9 +100,16 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, *, kind: Advers
 
 
 def generator_loss(fake_logits: Tensor, *, kind: AdversarialLoss) -> Tensor:
-    """Computes the adversarial loss of the generator from (B, 1) logits: scalar float32.
+    """Computes the adversarial loss of the generator.
 
     hinge: -mean fake; non-saturating: mean softplus(-fake).
+
+    Args:
+        fake_logits: (B, 1) float: logits of reconstructions.
+        kind: ``"hinge"`` or ``"non-saturating"``.
+
+    Returns:
+        Scalar float32.
 
     Source: released code, ``losses.py``.
     """
@@ -90,31 +118,35 @@ def generator_loss(fake_logits: Tensor, *, kind: AdversarialLoss) -> Tensor:
 
 
 def r1_penalty(real_logits: Tensor, images: Tensor) -> Tensor:
-    """Computes the mean over the batch of the squared norm of the logits' gradient at real images, without 1/2.
+    """Computes the R1 penalty: the mean squared norm of the gradient of the logits at real images, without 1/2.
 
     Args:
-        real_logits: (B, 1), computed from ``images``.
-        images: (B, C, H, W) that requires a gradient.
+        real_logits: (B, 1) float, computed from ``images``.
+        images: (B, C, H, W) float that requires a gradient.
 
     Returns:
-        Scalar float32 with a graph, to be multiplied by its cost.
+        Scalar float32 with a graph, to be multiplied by its weight.
 
     Source: Mescheder et al., arXiv:1801.04406; without 1/2 as in the released code.
     """
+    # A logit depends on its own image only, so the gradient of the sum holds the gradient of each logit.
     (gradient,) = torch.autograd.grad(real_logits.float().sum(), images, create_graph=True)
     return gradient.float().square().flatten(1).sum(1).mean()
 
 
 def lecam_loss(real_logits: Tensor, fake_logits: Tensor, *, real_mean: Tensor, fake_mean: Tensor) -> Tensor:
-    """Computes the LeCam regularisation, which holds logits near the mean of the other side: scalar float32.
+    """Computes the LeCam regularisation, which pulls logits towards the mean of the other side.
 
     mean max(0, real - fake_mean)^2 + mean max(0, real_mean - fake)^2
 
     Args:
-        real_logits: (B, 1) of real images.
-        fake_logits: (B, 1) of reconstructions.
-        real_mean: Scalar, moving average of the real logits.
-        fake_mean: Scalar, moving average of the logits of reconstructions.
+        real_logits: (B, 1) float: logits of real images.
+        fake_logits: (B, 1) float: logits of reconstructions.
+        real_mean: Scalar: moving average of the logits of real images.
+        fake_mean: Scalar: moving average of the logits of reconstructions.
+
+    Returns:
+        Scalar float32.
 
     Source: Tseng et al., arXiv:2104.03310, as in the MAGVIT code.
     """
@@ -123,11 +155,14 @@ def lecam_loss(real_logits: Tensor, fake_logits: Tensor, *, real_mean: Tensor, f
 
 
 def adaptive_weight(reconstruction_gradient: Tensor, adversarial_gradient: Tensor) -> Tensor:
-    """Computes |reconstruction gradient| / (|adversarial gradient| + 1e-4), clamped to [0, 1e4]: scalar float32.
+    """Computes the adaptive weight |reconstruction gradient| / (|adversarial gradient| + 1e-4), clamped to [0, 1e4].
 
     Args:
-        reconstruction_gradient: Gradient of the other losses at the decoder's last layer.
-        adversarial_gradient: Gradient of the adversarial loss there, of the same shape.
+        reconstruction_gradient: Gradient of the other losses with respect to the decoder's last layer.
+        adversarial_gradient: Gradient of the adversarial loss with respect to that layer, of the same shape.
+
+    Returns:
+        Scalar float32, detached.
 
     Source: Esser et al., arXiv:2012.09841, eq. 7, with the constants of its code.
     """

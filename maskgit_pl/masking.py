@@ -1,4 +1,7 @@
-"""MaskSampler: draws the masks of training from the mask schedule that decoding follows too."""
+"""The masks of training, drawn from the mask schedule that decoding follows too.
+
+``MaskSampler`` is used by ``mvtm.MaskedTokenModel``; ``random_mask`` also by ``evaluation.likelihood``.
+"""
 
 from __future__ import annotations
 
@@ -15,37 +18,44 @@ __all__ = ["MaskSampler", "random_mask"]
 
 
 def random_mask(count: Tensor, num_tokens: int, *, seed: int, index: Tensor, epoch: Tensor | int = 0) -> Tensor:
-    """Draws masks with a given number of positions, uniformly, as a function of (seed, index, epoch) only.
+    """Draws uniformly random masks with a given number of positions, a function of (seed, index, epoch) only.
 
     Args:
-        count: (B,) int64 in [0, num_tokens], number of masked positions of each row.
-        num_tokens: N, tokens of an image.
+        count: (B,) int64 in [0, N]: masked positions of each row.
+        num_tokens: N, tokens per image.
         seed: Seed in [0, 2**32).
-        index: (B,) int64, sample index.
-        epoch: (B,) int64 or an integer; each epoch gives other masks.
+        index: (B,) int64 in [0, 2**32): sample index.
+        epoch: (B,) int64 or an integer, in [0, 2**32); each epoch gives other masks.
 
     Returns:
         (B, N) bool, True = masked.
     """
-    keys = random_bits("mask", seed=seed, index=index, epoch=epoch, count=num_tokens)
-    order = keys.argsort(dim=1, stable=True)  # a uniformly random order of the positions; ties by position
-    hidden = torch.arange(num_tokens, device=keys.device) < count.unsqueeze(1)  # the first `count` of that order
-    return torch.zeros_like(hidden).scatter(1, order, hidden)
+    # Sorting random keys gives a uniformly random order of the positions; its first `count` are masked. A stable sort
+    # breaks ties by position, so the mask is bit-exact on every device.
+    keys = random_bits("mask", seed=seed, index=index, epoch=epoch, count=num_tokens)  # (B, N)
+    order = keys.argsort(dim=1, stable=True)
+    is_first = torch.arange(num_tokens, device=keys.device) < count.unsqueeze(1)  # (B, N), by order
+    return torch.zeros_like(is_first).scatter(1, order, is_first)
 
 
 @dataclass(frozen=True)
 class MaskSampler:
-    """Draws the masks of masked visual token modeling.
+    """A sampler of the masks of masked visual token modeling.
 
-    For each sample: ratio = max(gamma(u), min_mask_ratio), and ceil(ratio N) positions, uniformly chosen, are masked.
-    The u of a global batch are stratified: u = (pi(slot) + v) / B, with pi a permutation for each step and v uniform.
-    Each u is uniform on [0, 1), and together they cover it evenly, which lowers the variance of the gradient. The masks
-    depend only on (seed, sample, epoch, position), so they are the same for any number of ranks.
+    The steps for each sample:
+
+    1. Draw u, uniform on [0, 1). The u of a global batch of G samples are stratified: u = (pi(slot) + v) / G, with a
+       random permutation pi for each step and v uniform on (0, 1). Together they cover [0, 1) evenly, which lowers the
+       variance of the gradient.
+    2. Compute the mask ratio max(gamma(u), min_mask_ratio).
+    3. Mask ceil(ratio N) positions, chosen uniformly.
+
+    The masks depend on (seed, sample, epoch, position) only, so they are equal for every number of ranks.
 
     Args:
-        mask_schedule: The schedule object that the decoder holds too.
+        mask_schedule: gamma: the schedule object that the decoder holds too.
         seed: Seed in [0, 2**32).
-        min_mask_ratio: Lower bound of the ratio in [0, 1]; a maximum, without rescaling.
+        min_mask_ratio: Lower bound of the ratio, in [0, 1]. Ratios below it are raised to it, not rescaled.
 
     Raises:
         ValueError: if ``min_mask_ratio`` is out of range.
@@ -61,32 +71,36 @@ class MaskSampler:
         check_number("min_mask_ratio", self.min_mask_ratio, "[0, 1]")
 
     def ratio(self, num_tokens: int, *, index: Tensor, epoch: Tensor, position: Tensor, global_batch: int) -> Tensor:
-        """Draws mask ratios, (B,) float32 in [0, 1]; ``mask`` describes the arguments."""
+        """Draws mask ratios, (B,) float32 in [0, 1]; see ``mask`` for the arguments."""
+        # 1.
         stratum = self._stratum(position, global_batch)
         jitter = random_uniform("mask-ratio", seed=self.seed, index=index, epoch=epoch)[:, 0]
         progress = ((stratum + jitter) / global_batch).clamp(max=1.0)
+        # 2.
         return self.mask_schedule(progress, num_tokens).clamp(min=self.min_mask_ratio)
 
     def _stratum(self, position: Tensor, global_batch: int) -> Tensor:
-        """Returns pi(slot), (B,) int64: the place of a slot's random key in the order of its global batch's keys."""
+        """Returns pi(slot), (B,) int64 in [0, G): the rank of a slot's random key among the G keys of its step."""
+        # Each rank computes all G keys of the step, so ranks agree on pi without communication.
         step, slot = position // global_batch, position % global_batch
         words = random_bits("mask-ratio/stratum", seed=self.seed, index=0, epoch=step, count=global_batch)
-        keys = words * global_batch + torch.arange(global_batch, device=words.device)  # (B, G), no two alike
+        # The slot as the last digit makes the keys distinct: equal words would otherwise share a stratum.
+        keys = words * global_batch + torch.arange(global_batch, device=words.device)  # (B, G)
         return (keys < keys.gather(1, slot.unsqueeze(1))).sum(1)
 
     def mask(self, num_tokens: int, *, index: Tensor, epoch: Tensor, position: Tensor, global_batch: int) -> Tensor:
         """Draws the masks of a batch.
 
         Args:
-            num_tokens: N, tokens of an image.
-            index: (B,) int64, global sample index.
-            epoch: (B,) int64, epoch of each sample.
-            position: (B,) int64, place in the training stream: step * global_batch + slot.
-            global_batch: Samples of one step over all ranks.
+            num_tokens: N, tokens per image.
+            index: (B,) int64 in [0, 2**32): global sample index.
+            epoch: (B,) int64 in [0, 2**32): epoch of each sample.
+            position: (B,) int64: position in the training stream, step * global_batch + slot.
+            global_batch: G, samples per step over all ranks.
 
         Returns:
-            (B, N) bool, True = masked; at least one and at most N are masked in each row.
+            (B, N) bool, True = masked; each row has 1 to N masked positions.
         """
         ratio = self.ratio(num_tokens, index=index, epoch=epoch, position=position, global_batch=global_batch)
-        count = num_masked(ratio, num_tokens, rounding="ceil")
+        count = num_masked(ratio, num_tokens, rounding="ceil")  # 3.
         return random_mask(count, num_tokens, seed=self.seed, index=index, epoch=epoch)

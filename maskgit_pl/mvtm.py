@@ -1,7 +1,7 @@
 """Stage 2: masked visual token modeling. The transformer learns to predict masked tokens from the visible ones.
 
-``MaskedTokenModel`` owns the mask schedule and hands the same object to ``MaskSampler`` and ``ParallelDecoder``.
-``token_model`` lists the steps of training.
+``MaskedTokenModel`` owns the mask schedule, and passes the same object to ``MaskSampler`` and ``ParallelDecoder``. See
+``token_model`` for the steps of training.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ class MaskedTokenConfig(TokenModelConfig):
 
     Args:
         network: Sizes of the transformer, with bidirectional attention.
-        optimizer: AdamW and its learning rate.
-        tokenizer: Pretrained tokenizer folder.
+        optimizer: Settings of AdamW and its learning rate.
+        tokenizer: Path of the pretrained tokenizer folder.
         label_smoothing: Label smoothing of the training loss, in [0, 1).
-        loss_vocabulary: Rows of the token table over which the loss's softmax runs: ``all``, or only the ``codes``.
-        ema_decay: Decay of the averaged weights that sample and are evaluated and exported, in [0, 1); 0 for none.
-        flip_probability: Probability of a horizontal flip where images are encoded on the fly, in [0, 1].
+        loss_vocabulary: Columns of the softmax of the loss: ``codes``, or ``all`` rows of the token embedding.
+        ema_decay: Decay of the averaged weights, which are sampled, evaluated and exported, in [0, 1); 0 for none.
+        flip_probability: Probability of a horizontal flip, in [0, 1]; only for images that are encoded on the fly.
         seed: Seed of masks, class dropout, flips and dropout, in [0, 2**32).
-        activation_checkpointing: ``blocks`` saves memory: the blocks run again in the backward pass.
+        activation_checkpointing: ``blocks`` saves memory by computing the blocks again in the backward pass.
         compiled: ``blocks`` compiles the blocks of the trained network with ``torch.compile``.
-        global_batch: Samples of one step over all ranks and micro-batches. The mask ratios of a global batch are
+        global_batch: Samples per step over all ranks and micro-batches. The mask ratios of a global batch are
             stratified; see ``MaskSampler``.
         mask_schedule: Name or mapping of a registered mask schedule, for training and decoding.
         min_mask_ratio: Lower bound of the mask ratio in training, in [0, 1].
-        decoding: How sample pictures, and later users of the exported model, decode.
+        decoding: Decoding settings for sample images, and of the exported model.
 
     Raises:
         ValueError: if a number is out of range, a name is unknown, there are more decoding steps than tokens, or
@@ -60,11 +60,11 @@ class MaskedTokenConfig(TokenModelConfig):
         check_integer("global_batch", self.global_batch, "[1, 4294967296]")
         mask_schedules.build(self.mask_schedule)
         check_number("min_mask_ratio", self.min_mask_ratio, "[0, 1]")
-        check_decoding(self.decoding, self.network)
+        check_decoding(self.decoding, self.network, is_autoregressive=False)
 
 
 class MaskedTokenModel(TokenModel):
-    """Trains a ``MaskedTransformer`` to predict masked tokens.
+    """The LightningModule that trains a ``MaskedTransformer`` to predict masked tokens.
 
     Args:
         config: Network, mask schedule, optimiser, tokenizer and loss.
@@ -83,7 +83,7 @@ class MaskedTokenModel(TokenModel):
         self.decoder = config.decoding.build_decoder(self.mask_schedule)
 
     def _draw_mask(self, batch: Batch) -> Tensor:
-        if self.training:
+        if self.training:  # validation batches may have other sizes
             self._check_batch(len(batch.labels))
         return self.mask_sampler.mask(
             self.config.network.num_tokens,
@@ -94,15 +94,15 @@ class MaskedTokenModel(TokenModel):
         )
 
     def _check_batch(self, rows: int) -> None:
-        """Checks that the batches are those of ``config.global_batch``; others would have ratios that miss strata.
+        """Checks the size of the batches against ``config.global_batch``: other sizes would leave strata empty.
 
         Raises:
-            ValueError: if they are not.
+            ValueError: if it differs.
         """
         ranks, accumulated = self.trainer.world_size, self.trainer.accumulate_grad_batches
         if rows * ranks * accumulated != self.config.global_batch:
             raise ValueError(
-                f"global_batch must be the samples of a step of the data, got {self.config.global_batch} and {rows} "
+                f"global_batch must be the samples per step of the data, got {self.config.global_batch} and {rows} "
                 f"samples x {ranks} ranks x {accumulated} accumulated; give MaskedTokenConfig the data's global batch"
             )
 
@@ -110,9 +110,9 @@ class MaskedTokenModel(TokenModel):
         return tokens.masked_fill(mask, self.config.network.mask_token_id)
 
     def _assign_bins(self, mask: Tensor) -> Tensor:
-        """Groups tokens by the mask ratio of their row."""
-        of_row = ((mask.float().mean(1) * NUM_BINS).ceil().long() - 1).clamp(0, NUM_BINS - 1)
-        return of_row.unsqueeze(1).expand_as(mask)[mask]
+        """Groups tokens by the mask ratio of their row: bin i holds ratios in (i / 4, (i + 1) / 4]."""
+        row_bins = ((mask.float().mean(1) * NUM_BINS).ceil().long() - 1).clamp(0, NUM_BINS - 1)  # (B,)
+        return row_bins.unsqueeze(1).expand_as(mask)[mask]  # (M,)
 
     def _decode(self, labels: Sequence[int], seeds: Sequence[int]) -> Iterator[DecodingStep]:
         return decode_classes(

@@ -1,7 +1,8 @@
-"""Recipe keys that had other names in version 0.1.0: the one table of old names, and their translation.
+"""Names that were others in version 0.1.0: the one table of old names, and their translation.
 
-Recipe files, flags, ``config.yaml`` of a run and the settings that a checkpoint carries are translated where they are
-read, with a warning that says the new names. Nothing else knows the old ones.
+Everything that a file or a flag names is translated where it is read: recipe keys (recipes, flags, ``config.yaml`` of a
+run, the settings and the optimiser state of a checkpoint), keys of ``config.json`` and ``store.json``, and names of
+tensors. All other code knows the new names only, and checks what it reads after the translation.
 """
 
 from __future__ import annotations
@@ -13,29 +14,63 @@ from functools import cache
 from typing import Any, TypeVar
 
 __all__ = [
+    "rename_cluster",
+    "rename_config",
     "rename_decoding",
+    "rename_keys",
     "rename_measurement",
+    "rename_settings",
+    "rename_tensor",
+    "rename_tensors",
     "rename_token_selector",
-    "renamed_cluster",
-    "renamed_keys",
-    "renamed_settings",
-    "renamed_tree",
+    "rename_tree",
 ]
 
-_log = logging.getLogger(__name__)
-T = TypeVar("T")
+Value = TypeVar("Value")
 
-_NEW_NAMES = {  # old key -> new key; the keys below it move along
+_log = logging.getLogger(__name__)
+# Old key -> new key, of the configurations of both networks. No key of one network is an old key of the other.
+_NETWORK = {
+    "num_codes": "codebook_size",
+    "code_width": "code_dim",
+    "width": "embed_dim",
+    "mlp_width": "mlp_dim",
+    "channels": "base_channels",
+    "multipliers": "channel_multipliers",
+    "blocks_per_level": "num_res_blocks",
+    "middle_blocks": "num_middle_blocks",
+    "groups": "num_groups",
+    "latent_width": "latent_channels",
+}
+# Old key -> new key, of a recipe; the keys below it move along.
+_RECIPE = {
     "model.learning_rate": "model.optimizer.learning_rate",
     "model.betas": "model.optimizer.betas",
     "model.weight_decay": "model.optimizer.weight_decay",
     "model.adamw": "model.optimizer.adamw",
+    "model.adversarial.r1_cost": "model.adversarial.r1_weight",
+    **{f"model.network.{old}": f"model.network.{new}" for old, new in _NETWORK.items()},
 }
-_NEW_CLUSTERS = {"cpu": "single"}  # old file of recipes/cluster -> new file
+# Old key -> new key, of ``config.json`` of a tokenizer, a transformer or both, and of ``store.json`` of tokens.
+_CONFIG = {
+    "num_codes": "codebook_size",
+    **{f"network.{old}": f"network.{new}" for old, new in _NETWORK.items()},
+}
+# Old part -> new part of a tensor's name, such as ``transformer.blocks.0.mlp_hidden.weight``.
+_TENSORS = {
+    "words": "token_embedding",
+    "positions": "position_embedding",
+    "query_key_value": "qkv",
+    "attention_output": "proj",
+    "mlp_hidden": "fc1",
+    "mlp_output": "fc2",
+}
+_TENSOR_PART = re.compile(rf"(?<![^./])({'|'.join(_TENSORS)})(?![^.])")  # a whole part between dots
+_CLUSTERS = {"cpu": "single"}  # old file of recipes/cluster -> new file
 
 
-def renamed_tree(tree: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """Returns a tree of recipe values with new names in place of old ones.
+def rename_tree(tree: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """Returns a tree of recipe values with new names in place of old ones, and warns once about those it had.
 
     Args:
         tree: Nested mappings of plain values; it is not changed.
@@ -44,25 +79,26 @@ def renamed_tree(tree: Mapping[str, Any], origin: str) -> dict[str, Any]:
     Raises:
         ValueError: if a setting has both its old and its new name.
     """
-    renamed: dict[str, Any] = _copied(tree)
-    found = {}
-    for old, new in _NEW_NAMES.items():
-        group, _, leaf = old.rpartition(".")
-        holder = _group(renamed, group)
-        if holder is None or leaf not in holder:
-            continue
-        found[old] = new
-        new_group, _, new_leaf = new.rpartition(".")
-        new_holder = _group(renamed, new_group, make=True)
-        if new_holder is None or new_leaf in new_holder:
-            raise ValueError(_both(origin, old, new))
-        new_holder[new_leaf] = holder.pop(leaf)
+    renamed, found = _rename(tree, _RECIPE, origin)
     _warn(origin, found)
     return renamed
 
 
-def renamed_keys(keys: Iterable[str], origin: str) -> list[str]:
-    """Returns dotted keys with new names in place of old ones.
+def rename_config(content: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """Returns the content of ``config.json`` or ``store.json`` with new names in place of old ones, without a warning.
+
+    Args:
+        content: The mapping that the file holds; it is not changed.
+        origin: The file, for messages.
+
+    Raises:
+        ValueError: if a value has both its old and its new name.
+    """
+    return _rename(content, _CONFIG, origin)[0]
+
+
+def rename_keys(keys: Iterable[str], origin: str) -> list[str]:
+    """Returns dotted keys of a recipe with new names in place of old ones, and warns once about those it had.
 
     Args:
         keys: Dotted keys of one origin, such as ``model.learning_rate.peak``.
@@ -72,20 +108,20 @@ def renamed_keys(keys: Iterable[str], origin: str) -> list[str]:
         ValueError: if a setting has both its old and its new name.
     """
     given = list(keys)
-    pairs = {old: new for old, new in _NEW_NAMES.items() if any(_is_at(key, old) for key in given)}
+    pairs = {old: new for old, new in _RECIPE.items() if any(_is_at(key, old) for key in given)}
     for old, new in pairs.items():
         if any(_is_at(key, new) for key in given):
             raise ValueError(_both(origin, old, new))
     _warn(origin, pairs)
-    return [_renamed(key) for key in given]
+    return [_rename_key(key) for key in given]
 
 
-def renamed_settings(settings: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """Returns settings under dotted keys with new names in place of old ones; see ``renamed_keys``."""
-    return dict(zip(renamed_keys(settings, origin), settings.values(), strict=True))
+def rename_settings(settings: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """Returns settings under dotted keys with new names in place of old ones; see ``rename_keys``."""
+    return dict(zip(rename_keys(settings, origin), settings.values(), strict=True))
 
 
-def rename_token_selector(spec: T) -> T | None:
+def rename_token_selector(spec: Value) -> Value | None:
     """Returns the ``token_selector`` of a decoding; ``raster`` was that of an autoregressive model, which has none."""
     return None if spec == "raster" else spec
 
@@ -108,22 +144,77 @@ def rename_measurement(row: Mapping[str, Any]) -> dict[str, Any]:
     return renamed
 
 
-def renamed_cluster(name: str) -> str:
+def rename_cluster(name: str) -> str:
     """Returns the present name of a file of ``recipes/cluster``; a name that did not change is returned as it is."""
-    new = _NEW_CLUSTERS.get(name, name)
+    new = _CLUSTERS.get(name, name)
     if new != name:
         _warn("--cluster", {name: new})
     return new
 
 
-def _copied(node: Any) -> Any:
-    return {key: _copied(value) for key, value in node.items()} if isinstance(node, Mapping) else node
+def rename_tensor(name: str) -> str:
+    """Returns the new name of a tensor; names that were never others stay.
+
+    Args:
+        name: Name in a state dict, or a place in a checkpoint such as ``/state_dict/transformer.words.weight``.
+    """
+    return _TENSOR_PART.sub(lambda match: _TENSORS[match[1]], name)
 
 
-def _group(tree: dict[str, Any], key: str, *, make: bool = False) -> dict[str, Any] | None:
+def rename_tensors(tensors: Mapping[str, Value], origin: str) -> dict[str, Value]:
+    """Returns what a file has for each tensor, by new names.
+
+    Args:
+        tensors: Anything by the names in the file.
+        origin: The file, for messages.
+
+    Raises:
+        ValueError: if a tensor has both its old and its new name.
+    """
+    renamed: dict[str, Value] = {}
+    for name, value in tensors.items():
+        new = rename_tensor(name)
+        if new in renamed or (new != name and new in tensors):
+            raise ValueError(f"{origin}: tensor {new} must be there once, got it under its old name too")
+        renamed[new] = value
+    return renamed
+
+
+def _rename(tree: Mapping[str, Any], names: Mapping[str, str], origin: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """Returns a copy of a tree with the new ones of some dotted keys, and the keys that were old, with their new names.
+
+    Raises:
+        ValueError: if something has both names.
+    """
+    renamed: dict[str, Any] = _copy(tree)
+    found = {}
+    for old, new in names.items():
+        group, leaf = _split(old)
+        holder = _group(renamed, group)
+        if holder is None or leaf not in holder:
+            continue
+        found[old] = new
+        new_group, new_leaf = _split(new)
+        new_holder = _group(renamed, new_group, make=True)
+        if new_holder is None or new_leaf in new_holder:
+            raise ValueError(_both(origin, old, new))
+        new_holder[new_leaf] = holder.pop(leaf)
+    return renamed, found
+
+
+def _copy(node: Any) -> Any:
+    return {key: _copy(value) for key, value in node.items()} if isinstance(node, Mapping) else node
+
+
+def _split(key: str) -> tuple[list[str], str]:
+    *group, leaf = key.split(".")
+    return group, leaf
+
+
+def _group(tree: dict[str, Any], parts: Iterable[str], *, make: bool = False) -> dict[str, Any] | None:
     """Returns the mapping at a dotted key, empty ones made on the way if asked for; None where there is none."""
     node: Any = tree
-    for part in key.split("."):
+    for part in parts:
         node = node.setdefault(part, {}) if make else node.get(part)
         if not isinstance(node, dict):
             return None
@@ -134,8 +225,8 @@ def _is_at(key: str, group: str) -> bool:
     return key == group or key.startswith(f"{group}.")
 
 
-def _renamed(key: str) -> str:
-    for old, new in _NEW_NAMES.items():
+def _rename_key(key: str) -> str:
+    for old, new in _RECIPE.items():
         if _is_at(key, old):
             return new + key.removeprefix(old)
     return key

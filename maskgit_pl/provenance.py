@@ -1,4 +1,4 @@
-"""The environment of a run or a measurement: versions, machine and devices, kept so that it can be repeated."""
+"""The environment of a run or a measurement (versions, machine, devices), which is saved with its results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CPUINFO = Path("/proc/cpuinfo")
 
 
 def describe_environment() -> dict[str, Any]:
-    """Returns versions, commit, machine and devices in plain values."""
+    """Returns versions, commit, machine and devices as plain values."""
     return {
         "maskgit_pl": maskgit_pl.__version__,
         "commit": _commit(),
@@ -34,11 +34,12 @@ def describe_environment() -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """Returns the name of a device for people: a GPU's, or the CPU's with its threads."""
+    """Returns a readable name of a device: the GPU model, or the CPU model and its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return device.type
+    # On Linux, platform.processor() is often empty.
     lines = _CPUINFO.read_text().splitlines() if _CPUINFO.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     threads = torch.get_num_threads()
@@ -47,7 +48,7 @@ def device_name(device: torch.device) -> str:
 
 
 def _commit() -> str | None:
-    """Returns the commit of this code; None without git or outside of a repository."""
+    """Returns the commit of this code; None without git or outside a repository."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=False)

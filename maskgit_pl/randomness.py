@@ -1,8 +1,9 @@
-"""Random numbers as a function of where they are used, not of what was drawn before.
+"""Counter-based random numbers: a function of where they are used, without a state.
 
-Every random choice of the framework (order of the data, mask ratios, masks, class dropout, augmentation, decoding
-noise) is ``f(stream, seed, index, epoch)``. Nothing is stored, so a run that resumes, or goes on with other ranks and
-workers, sees the same numbers. The generator is Philox4x32-10 in int64 tensor operations: bit-equal on every device.
+Used for every random choice of the framework: order of the data, mask ratios, masks, class dropout, augmentation and
+decoding noise are ``f(stream, seed, index, epoch)``. Nothing is stored, so a resumed run sees the same numbers, and so
+does a run with another number of ranks or workers. The generator is Philox4x32-10 in int64 tensor operations, bit-exact
+on every device.
 
 Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011 (the Random123 library).
 """
@@ -18,10 +19,10 @@ from torch import Tensor
 
 __all__ = ["gumbel", "permutation", "philox", "random_bits", "random_uniform", "stream_key"]
 
-_WORD = 0xFFFFFFFF
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
-_ROUNDS = 10
+_WORD = 0xFFFFFFFF  # mask of the low 32 bits
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # PHILOX_M4x32_0 and _1 of Random123
+_WEYL = (0x9E3779B9, 0xBB67AE85)  # PHILOX_W32_0 and _1: golden ratio and sqrt(3) - 1
+_ROUNDS = 10  # as Random123 recommends
 _FEISTEL_ROUNDS = 6
 
 
@@ -29,6 +30,9 @@ def philox(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Computes Philox4x32-10: four 32-bit words from a 128-bit counter and a 64-bit key.
+
+    One of the 10 rounds maps the words to (high(m1 c2) ^ c1 ^ k0, low(m1 c2), high(m0 c0) ^ c3 ^ k1, low(m0 c0)), with
+    high and low the halves of the 64-bit product; the keys then grow by a Weyl constant.
 
     Args:
         counter: Four int64 tensors of one shape, values in [0, 2**32).
@@ -42,34 +46,45 @@ def philox(
 
 
 def _philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], keys: Sequence[tuple[int, int]]) -> Tensor:
-    """Computes ``philox`` of one counter under several keys, (keys, ..., 4), in few kernels that do not wait.
+    """Computes ``philox`` of one counter under several keys, (keys, ..., 4), in few asynchronous kernels.
 
-    c0 goes into the next c2 and c2 into the next c0, so a round leaves its pairs in the other order: rounds begin in
-    turn from (c0, c2), (c3, c1) and from (c2, c0), (c1, c3). Constants lie in three rows (a, b, a), of which the former
-    read the first two and the latter the last two.
+    Both multiplications of a round run as one kernel on the stacked pair (c0, c2):
+
+    1. Stack the words as the pairs even = (c0, c2) and odd = (c3, c1).
+    2. Compute a round. The new c0 comes from the old c2 and the new c2 from the old c0, so its pairs are in swapped
+       order: (c2, c0) and (c1, c3).
+    3. Compute the next round on the swapped pairs, with swapped constants. This restores the order.
+
+    The constants lie in three rows (a, b, a): rounds of step 2 read the first two rows, those of step 3 the last two.
     """
+    # 1.
     c0, c1, c2, c3 = counter
     shape, ones = (2, len(keys), *c0.shape), (1,) * (c0.ndim + 1)
     even, odd = (torch.stack(pair).unsqueeze(1).expand(shape) for pair in ((c0, c2), (c3, c1)))
     multipliers = torch.full((3, *ones), _MULTIPLIERS[0], device=c0.device)
     multipliers[1].fill_(_MULTIPLIERS[1])
-    forward, backward = (rows.expand(2, 2, *ones) for rows in (multipliers[:2], multipliers[1:]))
+    forward, backward = (rows.expand(2, 2, *ones) for rows in (multipliers[:2], multipliers[1:]))  # (m0, m1), (m1, m0)
     round_keys = _round_keys(keys, c0.device).view(_ROUNDS, 3, len(keys), *ones[1:])
     for forward_key, backward_key in zip(round_keys[::2, :2], round_keys[1::2, 1:], strict=True):
-        even, odd = _philox_round(even, odd, forward, forward_key)
-        even, odd = _philox_round(even, odd, backward, backward_key)
+        even, odd = _philox_round(even, odd, forward, forward_key)  # 2.
+        even, odd = _philox_round(even, odd, backward, backward_key)  # 3.
     return torch.stack([even[0], odd[1], even[1], odd[0]], dim=-1) & _WORD
 
 
 def _philox_round(even: Tensor, odd: Tensor, multipliers: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Computes both multiplications at once, written twice (p, q), (p, q), so that (q, p) is a view."""
-    products = even * multipliers  # (2 copies, 2, keys, ...), modulo 2**64, signed
+    """Computes one round of a pair of words, (2, keys, ...) each, and returns the pairs in swapped order."""
+    # The products are written twice, (p, q, p, q): the swapped pair (q, p) then is a view of the middle, not a copy.
+    products = even * multipliers  # (2 copies, 2, keys, ...): int64, modulo 2**64
+    # The shift of a signed number copies the sign bit; the mask removes the copies.
     even = (products[0] >> 32).bitwise_xor_(odd).bitwise_xor_(key).bitwise_and_(_WORD)
-    return even, products.flatten(0, 1)[1:3]  # whose upper halves are masked away where they are used
+    return even, products.flatten(0, 1)[1:3]  # the low halves; the high bits are masked where they are used
 
 
 def _round_keys(keys: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
-    """Makes (rounds, 3 keys) int64 on the device: second, first, again second word of all keys."""
+    """Returns the keys of all rounds, (rounds, 3 keys) int64: the second, the first and again the second words.
+
+    They are computed on the device: a copy from the host would wait.
+    """
     rows = [
         torch.arange(key[word], key[word] + _ROUNDS * _WEYL[word], _WEYL[word], device=device)
         for word in (1, 0, 1)
@@ -80,7 +95,7 @@ def _round_keys(keys: Sequence[tuple[int, int]], device: torch.device) -> Tensor
 
 @cache
 def stream_key(stream: str) -> tuple[int, int]:
-    """Returns the Philox key of a stream: the first 64 bits of the BLAKE2b hash of its name."""
+    """Returns the Philox key of a stream, two 32-bit words: the first 64 bits of the BLAKE2b hash of its name."""
     digest = hashlib.blake2b(stream.encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
@@ -93,21 +108,21 @@ def random_bits(
     epoch: int | Tensor = 0,
     count: int = 1,
 ) -> Tensor:
-    """Returns ``count`` random words for each (seed, index, epoch) of a stream, or of several streams at once.
+    """Returns ``count`` random words for each (seed, index, epoch) of one or several streams.
 
-    Rows are the shape to which seed, index and epoch broadcast, (1,) for plain integers: seeds (B, 1) and epochs (T,)
-    give (B, T, count). One call for many rows and streams costs as many kernels as one for a single row.
+    Seed, index and epoch broadcast to the shape of the rows: seeds (B, 1) and epochs (T,) give (B, T, count). Plain
+    integers give one row. One call for many rows and streams launches as many kernels as a call for a single row.
 
     Args:
-        stream: Name of what the numbers are for, e.g. ``"mask"``; other names give independent numbers. Several names
-            give what each gives alone, one after the other in a dimension of their own, the first.
-        seed: Integer or int64 tensor, in [0, 2**32).
-        index: Integer or int64 tensor, in [0, 2**32); usually the global sample index.
-        epoch: Integer or int64 tensor, in [0, 2**32); an epoch, or a step.
-        count: Words for each row.
+        stream: Name of the purpose, such as ``"mask"``. Different names give independent numbers. A list of names adds
+            a first dimension.
+        seed: Integer or int64 tensor in [0, 2**32).
+        index: Integer or int64 tensor in [0, 2**32), usually the global sample index.
+        epoch: Integer or int64 tensor in [0, 2**32): an epoch or a step.
+        count: Number of words per row.
 
     Returns:
-        (B, count) int64, in [0, 2**32), on the device of the tensors given; (streams, B, count) for several names.
+        (B, count) int64 in [0, 2**32), on the device of the given tensors; (streams, B, count) for a list of names.
 
     Raises:
         ValueError: if a plain integer is out of range.
@@ -116,6 +131,7 @@ def random_bits(
     devices = [part.device for part in parts.values() if isinstance(part, Tensor)]
     device = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
     columns = [_as_column(name, value, device) for name, value in parts.items()]
+    # The counter is (block, index, epoch, seed) and the key is the stream. Each block gives four words.
     block = torch.arange(-(-count // 4), device=device)
     shape = torch.broadcast_shapes(  # type: ignore[no-untyped-call]  # torch: untyped
         *(column.shape for column in columns), block.shape
@@ -129,9 +145,10 @@ def random_bits(
 
 
 def _as_column(name: str, value: int | Tensor, device: torch.device) -> Tensor:
+    """Returns a value as an int64 tensor with a last dimension of size 1, which broadcasts against the blocks."""
     if isinstance(value, Tensor):
         return value.to(device, torch.int64).reshape(*value.shape or (1,), 1)
-    if not 0 <= value <= _WORD:  # a NumPy integer may be given
+    if not 0 <= value <= _WORD:  # NumPy integers are accepted
         raise ValueError(f"{name} must be an integer in [0, 2**32), got {value}")
     return torch.full((1, 1), value, device=device)
 
@@ -144,53 +161,57 @@ def random_uniform(
     epoch: int | Tensor = 0,
     count: int = 1,
 ) -> Tensor:
-    """Returns uniform numbers with 24 bits, never 0 and never 1, so that their logarithms are finite.
-
-    Args and shape as ``random_bits``.
+    """Returns uniform numbers in (0, 1), whose logarithms are finite; see ``random_bits`` for arguments and shape.
 
     Returns:
-        (B, count) float32, in [2**-24, 1 - 2**-24].
+        (B, count) float32 in [2**-24, 1 - 2**-24].
     """
     bits = random_bits(stream, seed=seed, index=index, epoch=epoch, count=count)
+    # float32 has 24 bits of precision, so the conversion is exact and never rounds up to 1.
     return (bits >> 8).clamp(min=1).to(torch.float32) * 2.0**-24
 
 
 def gumbel(uniform: Tensor) -> Tensor:
-    """Returns standard Gumbel noise, -log(-log(u)), float32; finite for the numbers of ``random_uniform``."""
+    """Computes standard Gumbel noise, -log(-log(u)); finite for the numbers of ``random_uniform``."""
     return -torch.log(-torch.log(uniform))
 
 
 def permutation(
     positions: Tensor, size: int, *, stream: str, seed: int, index: int = 0, epoch: int | Tensor = 0
 ) -> Tensor:
-    """Computes where a pseudo-random bijection of range(size) sends some positions, without holding the others.
+    """Computes a pseudo-random permutation of range(size) at some positions.
 
-    A Feistel network over the next even number of bits, walked until the value falls into range (cycle walking): memory
-    and time grow with the positions asked for, not with ``size``.
+    Memory and time grow with the number of positions, not with ``size``:
+
+    1. A Feistel network is a bijection of the numbers of 2 h bits, with 4^h >= size.
+    2. Values outside of range(size) pass through the network again until all are inside (cycle walking). This is a
+       bijection of range(size).
 
     Args:
-        positions: Any shape, int64, in [0, size).
+        positions: int64 of any shape, in [0, size).
         size: Length of the permuted range, in [1, 2**32].
-        stream: Name of the stream, as in ``random_bits``.
-        seed: In [0, 2**32).
-        index: In [0, 2**32); others give other permutations.
-        epoch: Integer, or int64 in the shape of ``positions``: other epochs give other permutations.
+        stream: Name of the stream; see ``random_bits``.
+        seed: Seed in [0, 2**32).
+        index: Integer in [0, 2**32); different values give different permutations.
+        epoch: Integer, or int64 in the shape of ``positions``; different values give different permutations.
 
     Returns:
         int64 in [0, size), in the shape of ``positions``.
     """
+    # 1. h is half the number of bits of size - 1, rounded up, so at most 3 of 4 values are out of range.
     half = max(1, (max(2, size) - 1).bit_length() + 1 >> 1)
-    epochs = torch.as_tensor(epoch, device=positions.device).reshape(-1)  # one, or one a position
+    epochs = torch.as_tensor(epoch, device=positions.device).reshape(-1)  # (1,), or one per position
     keys = random_bits(f"{stream}/permutation", seed=seed, index=index, epoch=epochs, count=_FEISTEL_ROUNDS)
     keys = keys.expand(positions.numel(), -1)
     value = _feistel(positions.reshape(-1), half, keys)
+    # 2. Only the values that are still outside are computed again.
     while bool((outside := value >= size).any()):
         value = value.masked_scatter(outside, _feistel(value[outside], half, keys[outside]))
     return value.reshape(positions.shape)
 
 
 def _feistel(value: Tensor, half: int, keys: Tensor) -> Tensor:
-    """Makes one pass of the network: (M,) int64 in [0, 4**half), keys (M, rounds) -> same range; bijective."""
+    """Applies a Feistel network, a bijection of [0, 4**half), to (M,) int64 values with keys (M, rounds)."""
     mask = (1 << half) - 1
     left, right = value >> half, value & mask
     for key in keys.unbind(1):
@@ -199,7 +220,7 @@ def _feistel(value: Tensor, half: int, keys: Tensor) -> Tensor:
 
 
 def _mix(word: Tensor) -> Tensor:
-    """Applies a bijection of 32-bit words in which every input bit moves every output bit about half of the time.
+    """Applies a hash, a bijection of 32-bit words: each input bit flips each output bit with probability about 1/2.
 
     Source: C. Wellons, hash prospector, "lowbias32".
     """

@@ -1,9 +1,8 @@
-"""Named factories of everything that people swap: mask schedules, token selectors, guidance, quantizers, features.
+"""Registries of exchangeable parts: mask schedules, token selectors, guidance schedules, quantizers and features.
 
-A registry holds classes (usually frozen dataclasses) under a name. Recipes name them (``cosine``) or spell them out
-(``{name: pow, exponent: 3}``); other packages add their own through an entry point group. Every object is checked
-when it is built. A plug-in that cannot be used is refused with the name of its package, whatever it raises, and leaves
-all other names usable.
+A registry maps names to classes, usually frozen dataclasses. Recipes give a name (``cosine``) or a mapping
+(``{name: pow, exponent: 3}``). Other packages add parts through an entry point group. Each object is checked when it is
+built. A broken plug-in raises a ``PluginError`` with the name of its package, and all other names stay usable.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 
 class PluginError(ValueError):
-    """An entry point of another package cannot be used; the message names both."""
+    """An error in the entry point of another package. The message names both."""
 
 
 class _Plugin(NamedTuple):
@@ -46,11 +45,11 @@ class _Plugin(NamedTuple):
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """Returns the sentence that helps after an unknown name: the closest choice, then all of them.
+    """Returns a hint for an unknown name: the closest choice, then the list of all choices.
 
     Args:
-        name: What the user wrote.
-        choices: What would have been accepted.
+        name: Unknown name.
+        choices: Known names.
     """
     known = sorted(map(printable, choices))
     hint = f"{did_you_mean(name, known)} ".lstrip()
@@ -58,7 +57,7 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 
 
 def describe(spec: str | Mapping[str, Any] | None) -> str:
-    """Returns what ``Registry.build`` takes in a few words: ``remdm (eta 0.4)``."""
+    """Returns a short text for a spec of ``Registry.build``, such as ``remdm (eta 0.4)``."""
     if spec is None or isinstance(spec, str):
         return str(spec)
     arguments = ", ".join(f"{key} {value}" for key, value in spec.items() if key != "name")
@@ -66,13 +65,13 @@ def describe(spec: str | Mapping[str, Any] | None) -> str:
 
 
 class Registry(Generic[T]):
-    """Factories of one kind of object, by name.
+    """A mapping from names to factories of one kind of object.
 
     Args:
-        kind: What the objects are, in the words of an error message, e.g. ``"mask schedule"``.
-        group: Entry point group in which other packages announce factories, e.g. ``"maskgit_pl.mask_schedules"``.
-        check: Called with the name and each new object; raises ``ValueError`` when the object breaks its contract.
-        renamed: Names that files of older versions may hold, with the names that took their place; not listed.
+        kind: Kind of the objects for error messages, such as ``"mask schedule"``.
+        group: Entry point group of other packages' factories, such as ``"maskgit_pl.mask_schedules"``.
+        check: Function of the name and a new object that raises ``ValueError`` if the object breaks its contract.
+        renamed: Names of older versions, each with its new name. They are accepted but not listed.
     """
 
     def __init__(
@@ -91,10 +90,10 @@ class Registry(Generic[T]):
         self._loaded: dict[str, Callable[..., T] | PluginError] = {}  # by the name of the entry point
 
     def register(self, name: str) -> Callable[[Factory], Factory]:
-        """Class decorator that files a factory under ``name``.
+        """Returns a decorator that registers a factory named ``name``.
 
         Raises:
-            ValueError: The name is taken.
+            ValueError: if the name is taken.
         """
 
         def decorate(factory: Factory) -> Factory:
@@ -106,22 +105,23 @@ class Registry(Generic[T]):
         return decorate
 
     def names(self) -> list[str]:
-        """Returns all names that ``build`` knows, sorted; those of plug-ins too, without loading them."""
+        """Returns all names that ``build`` accepts, sorted. Plug-ins are included, and not loaded."""
         return sorted({*self._factories, *self._plugins()})
 
     def build(self, spec: str | Mapping[str, Any]) -> T:
-        """Makes the object that a recipe names.
+        """Builds an object and checks it.
 
         Args:
-            spec: A name, or a mapping with the key ``name`` and the factory's arguments.
+            spec: Name, or mapping with the key ``name`` and the arguments of the factory.
 
         Raises:
-            ValueError: if the spec is neither, the name is unknown or missing, an argument is unknown, missing, of
-                another type or out of range, or the object breaks its contract.
-            PluginError: if the name is a plug-in's and its code raises anything or exits.
+            ValueError: if the spec is neither, the name is unknown or missing, an argument is unknown, missing, of a
+                wrong type or out of range, or the object breaks its contract.
+            PluginError: if the code of a plug-in raises an error or exits.
         """
         name, arguments = self._parse(spec)
         name = self._renamed.get(name, name)
+        # Built-in names do not read the metadata of all installed packages.
         plugins = {} if name in self._factories and name not in self._loaded else self._plugins()
         if name in plugins:
             factory = self._load(name, plugins[name])
@@ -132,7 +132,7 @@ class Registry(Generic[T]):
         return self._make(name, self._factories[name], arguments)
 
     def build_all(self) -> dict[str, T]:
-        """Builds everything that needs no argument, by name; leaves plug-ins out that fail, with a warning."""
+        """Builds all objects that require no argument, by name. Warns of plug-ins that fail, and leaves them out."""
         built = {}
         plugins = self._plugins()
         for name in self.names():
@@ -153,7 +153,7 @@ class Registry(Generic[T]):
         name = arguments.pop("name", None)
         if not isinstance(name, str):
             known = nearest("", self.names())
-            raise ValueError(f"{self.kind}: the mapping needs the key 'name' ({known}), got {shorten(dict(spec))}")
+            raise ValueError(f"{self.kind} must have the key 'name' ({known}), got {shorten(dict(spec))}")
         return name, arguments
 
     def _make(self, name: str, factory: Callable[..., T], arguments: dict[str, Any]) -> T:
@@ -174,7 +174,8 @@ class Registry(Generic[T]):
         return made
 
     def _load(self, name: str, announced: list[_Plugin]) -> Callable[..., T]:
-        """Imports the factory of an entry point, once; what failed is remembered, for Python keeps half of it."""
+        """Imports the factory of an entry point once, and raises the same error again if that failed."""
+        # A failed import leaves some of its modules in ``sys.modules``; a second one could fail in another way.
         if name not in self._loaded:
             try:
                 with self._guard(name, announced, "loaded"):
@@ -188,36 +189,37 @@ class Registry(Generic[T]):
 
     def _import(self, announced: list[_Plugin]) -> Callable[..., T]:
         if len({plugin.point.value for plugin in announced}) > 1:
-            raise ValueError("the name is announced twice, uninstall one package")
+            raise ValueError("two packages define this name; uninstall one of them")
         factory = announced[0].point.load()
         if not callable(factory):
-            raise TypeError(f"the entry point must name a class or a function, got {shorten(factory)}")
+            raise TypeError(f"the entry point must be a class or a function, got {shorten(factory)}")
         return factory  # type: ignore[no-any-return]
 
     @contextmanager
     def _guard(self, name: str, announced: list[_Plugin], what: str) -> Iterator[None]:
-        """Turns what a package's code raises into a ``PluginError``, and sends what it prints to stderr."""
+        """Turns any error of a package's code into a ``PluginError``, and sends its output to stderr."""
         where = f"{self.kind} {shorten(name)}"
         try:
             with redirect_stdout(sys.stderr):
                 yield
-        except KeyboardInterrupt:  # of the person at the keyboard
+        except KeyboardInterrupt:  # from the user
             raise
-        except BaseException as error:  # also SystemExit: no package ends a command
+        except BaseException as error:  # includes SystemExit: a package must not end the command
             text = _one_line(error)
-            ours = text.startswith(f"ValueError: {where}")  # an argument or the contract: the text names it
-            text = text.removeprefix("ValueError: ") if ours else f"{where} cannot be {what}: {text}"
+            is_ours = text.startswith(f"ValueError: {where}")  # an argument or the contract: the text names the part
+            text = text.removeprefix("ValueError: ") if is_ours else f"{where} cannot be {what}: {text}"
             raise PluginError(f"{text}; announced by {' and '.join(map(str, announced))}") from error
 
     def _plugins(self) -> dict[str, list[_Plugin]]:
-        """Returns the entry points of installed packages by name, without names that are registered here."""
+        """Returns the entry points of installed packages by name, except names that are already registered."""
         found: dict[str, list[_Plugin]] = {}
         for plugin in _find_plugins(self.group):
             name = plugin.point.name
             here = self._factories.get(name)
             if here is None or name in self._loaded:
                 found.setdefault(name, []).append(plugin)
-            elif here.__module__ != plugin.point.value.partition(":")[0].strip():  # else it was imported before
+            # The same module means that the plug-in was imported and has registered itself.
+            elif here.__module__ != plugin.point.value.partition(":")[0].strip():
                 _warn(f"{self.kind} {shorten(name)}: the name is taken by {here.__module__}; announced by {plugin}")
         return found
 
@@ -233,17 +235,17 @@ def _needs_no_argument(factory: Callable[..., Any]) -> bool:
 
 
 def _find_plugins(group: str) -> Iterator[_Plugin]:
-    """Yields the entry points of a group; of a package that is installed twice, the first on the path."""
+    """Yields the entry points of a group. The first on the path counts if a package is installed twice."""
     found: set[tuple[str, str]] = set()
     for distribution in distributions():
         try:
-            if group not in (distribution.read_text("entry_points.txt") or ""):
+            if group not in (distribution.read_text("entry_points.txt") or ""):  # cheaper than parsing the file
                 continue
             package = distribution.metadata["Name"] or "without a name"
             points = [point for point in distribution.entry_points if point.group == group]
-        except Exception as error:  # importlib has no exception of its own for a file that cannot be parsed
+        except Exception as error:  # importlib defines no exception for files that it cannot parse
             place = printable(getattr(distribution, "_path", "of a package"))
-            _warn(f"{place}: the entry points cannot be read: {_one_line(error)}")
+            _warn(f"{place}: cannot read the entry points: {_one_line(error)}")
             continue
         for point in points:
             if (package, point.name) not in found:
@@ -253,7 +255,7 @@ def _find_plugins(group: str) -> Iterator[_Plugin]:
 
 @cache
 def _warn(text: str) -> None:
-    """Warns once in a process."""
+    """Logs a warning once per process."""
     _log.warning("%s", text)
 
 

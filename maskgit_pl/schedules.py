@@ -1,11 +1,11 @@
-"""Mask schedules: the share of tokens that is masked at each progress. The heart of MaskGIT.
+"""Mask schedules: the fraction of tokens that is masked, as a function of progress.
 
-One object serves training (``masking.MaskSampler`` draws its mask ratios from it) and inference
-(``decoding.ParallelDecoder`` reads from it how many tokens stay masked after each step), so the two cannot disagree.
-Rounding happens in one place, ``num_masked``. torch is imported by the functions that need it, so that the command line
-refuses an unknown name at once.
+One object serves training (``masking.MaskSampler`` draws mask ratios from it) and inference
+(``decoding.ParallelDecoder`` computes from it how many tokens stay masked after each step), so the two cannot differ.
+Rounding happens in one place, ``num_masked``. Functions import torch where they need it, so the command line can refuse
+an unknown name immediately.
 
-A schedule of your own is a frozen dataclass under a name::
+Your own schedule is a registered frozen dataclass::
 
     @mask_schedules.register("sine")
     @dataclass(frozen=True)
@@ -32,40 +32,42 @@ __all__ = ["MaskSchedule", "Rounding", "check_mask_schedule", "mask_schedules", 
 
 Rounding = Literal["ceil", "floor"]
 
-_CHECKED_NUM_TOKENS = (2, 16, 49, 256, 1024)
-_CHECKED_POINTS = 257
+_CHECKED_NUM_TOKENS = (2, 16, 49, 256, 1024)  # the grids of the recipes, and small ones
+_CHECKED_POINTS = 257  # with the quarters of [0, 1]
 _MIN_RATIO = 1e-6  # released code: gamma is clipped to [1e-6, 1]
 
 
 class MaskSchedule(ABC):
-    """A function of progress in [0, 1] to a mask ratio that falls from 1 to 0. Subclasses are frozen dataclasses."""
+    """A function gamma of progress in [0, 1] that falls from 1 to 0. Subclasses are frozen dataclasses."""
 
     @abstractmethod
     def __call__(self, progress: Tensor, num_tokens: int) -> Tensor:
         """Computes the mask ratio.
 
         Args:
-            progress: Any shape, float32, in [0, 1]. Training draws it uniformly; decoding passes (t + 1) / T.
-            num_tokens: Tokens of an image; ``exp`` and ``log`` depend on it.
+            progress: float32 of any shape, in [0, 1]. Training draws it uniformly; decoding passes (t + 1) / T.
+            num_tokens: N, tokens per image; ``exp`` and ``log`` depend on it.
 
         Returns:
-            Shape and dtype of ``progress``, in [0, 1].
+            Mask ratios in [0, 1], with the shape and dtype of ``progress``.
         """
 
 
 def num_masked(ratio: Tensor, num_tokens: int | Tensor, *, rounding: Rounding) -> Tensor:
-    """Counts the tokens that a mask ratio masks: the only place where a ratio becomes a count.
+    """Computes the number of tokens that a mask ratio masks: the only place where a ratio becomes a count.
 
-    count = ceil or floor of clip(ratio, 1e-6, 1) * num_tokens, in float32 as in the released code (cos(pi / 3) is
-    0.49999997 there, so that 256 tokens give 127 under floor).
+    count = ceil or floor of clip(ratio, 1e-6, 1) * num_tokens
+
+    The product is in float32 as in the released code: cos(pi / 3) is 0.49999997 there, so floor gives 127 for 256
+    tokens.
 
     Args:
-        ratio: Any shape, float, in [0, 1].
-        num_tokens: Tokens that could be masked; an integer or a tensor that broadcasts with ``ratio``.
+        ratio: float of any shape, in [0, 1].
+        num_tokens: Number of tokens that could be masked: an integer, or a tensor that broadcasts with ``ratio``.
         rounding: ``"ceil"`` in training (paper), ``"floor"`` in decoding (released code).
 
     Returns:
-        int64, in [0, num_tokens].
+        int64 in [0, num_tokens].
 
     Raises:
         ValueError: if the rounding is unknown.
@@ -77,17 +79,16 @@ def num_masked(ratio: Tensor, num_tokens: int | Tensor, *, rounding: Rounding) -
         return scaled.ceil().long()
     if rounding == "floor":
         return scaled.floor().long()
-    raise ValueError(f"rounding: 'ceil' or 'floor' is needed, got {rounding!r}")
+    raise ValueError(f"rounding must be 'ceil' or 'floor', got {rounding!r}")
 
 
 def check_mask_schedule(name: str, schedule: MaskSchedule) -> None:
-    """Checks that a schedule keeps the contract of mask schedules.
+    """Checks the contract of a mask schedule at 2, 16, 49, 256 and 1024 tokens.
 
-    At 2, 16, 49, 256 and 1024 tokens its values must be finite, in [0, 1], of the shape of progress, never rise, and
-    go from 1 to 0 within 1 / num_tokens.
+    Its values must be finite, in [0, 1], in the shape of progress, never rise, and go from 1 to 0 up to 1 / num_tokens.
 
     Raises:
-        ValueError: if it does not, with the name, the rule and what was seen.
+        ValueError: if the schedule breaks the contract. The message has the name, the rule and the value.
     """
     import torch
 
@@ -96,13 +97,14 @@ def check_mask_schedule(name: str, schedule: MaskSchedule) -> None:
         try:
             ratio = schedule(progress, num_tokens)
         except Exception as error:
-            raise ValueError(f"mask schedule {name!r}: it raised at {num_tokens} tokens: {error!r}") from error
+            raise ValueError(f"mask schedule {name!r}: it raised {error!r} at {num_tokens} tokens") from error
         broken = _find_broken_rule(ratio, progress, tolerance=1.0 / num_tokens + _MIN_RATIO)
         if broken is not None:
             raise ValueError(f"mask schedule {name!r}: {broken} (at {num_tokens} tokens)")
 
 
 def _find_broken_rule(ratio: object, progress: Tensor, *, tolerance: float) -> str | None:
+    """Returns the first rule that the values break; None if they keep all rules."""
     from torch import Tensor
 
     if not isinstance(ratio, Tensor) or ratio.shape != progress.shape or not ratio.is_floating_point():
@@ -126,7 +128,7 @@ mask_schedules: Registry[MaskSchedule] = Registry(
 @mask_schedules.register("cosine")
 @dataclass(frozen=True)
 class Cosine(MaskSchedule):
-    """cos(pi r / 2): the paper's best. Source: paper, Table 3."""
+    """cos(pi r / 2), the best schedule of the paper. Source: paper, Table 3."""
 
     def __call__(self, progress: Tensor, num_tokens: int) -> Tensor:
         return (progress * (math.pi / 2)).cos().clamp(0.0, 1.0)
@@ -135,7 +137,7 @@ class Cosine(MaskSchedule):
 @mask_schedules.register("arccos")
 @dataclass(frozen=True)
 class Arccos(MaskSchedule):
-    """2 / pi acos(r): the mean of cosine, less spread. Source: Halton-MaskGIT, TiTok, MaskBit."""
+    """2 / pi acos(r): the same mean as cosine, with less variance. Source: Halton-MaskGIT, TiTok, MaskBit."""
 
     def __call__(self, progress: Tensor, num_tokens: int) -> Tensor:
         return progress.acos() * (2 / math.pi)
@@ -147,7 +149,8 @@ class Pow(MaskSchedule):
     """1 - r^exponent. Source: paper, Table 3 (the released code names them ``pow2``, ``pow3``, ``pow0.5``).
 
     Args:
-        exponent: In [0.001, 1000]; above 1 concave (more tokens stay masked for longer), below 1 convex.
+        exponent: Exponent in [0.001, 1000]. Above 1 the schedule is concave (more tokens stay masked for longer), below
+            1 convex.
     """
 
     exponent: float
@@ -160,6 +163,7 @@ class Pow(MaskSchedule):
 
 
 def _make_power(exponent: float) -> Callable[[], Pow]:
+    """Returns a factory that takes no argument; a lambda in the loop would see its last exponent only."""
     return lambda: Pow(exponent)
 
 

@@ -1,20 +1,22 @@
-"""Stage 2: what its two models share, a transformer that is trained on tokens, its average, samples and export.
+"""Stage 2: the base class of both models, with training, averaged weights, samples and export.
 
 ``mvtm.MaskedTokenModel`` predicts masked tokens, ``autoregressive.AutoregressiveModel`` the next token. A training step
-of either, for each micro-batch (the numbers are repeated in the code):
+does for each micro-batch (the code repeats the numbers):
 
-1. Dropout is seeded by (seed, step, micro-batch, rank).
-2. The mask (B, N) says which tokens are predicted (``_draw_mask``). MaskedTokenModel draws it from (seed, sample,
-   epoch, position): ratio = max(gamma(u), min_mask_ratio), ceil(ratio N) positions. AutoregressiveModel predicts all
+1. Seed dropout with (seed, step, micro-batch, rank).
+2. Draw the mask (B, N) of the tokens to predict (``_draw_mask``). MaskedTokenModel draws it from (seed, sample, epoch,
+   position): ceil(ratio N) positions with ratio = max(gamma(u), min_mask_ratio). AutoregressiveModel predicts all
    tokens.
-3. The tokens (B, N) are those of the batch, or images, some of them mirrored, that the frozen tokenizer encodes.
-4. A share ``class_dropout`` of the labels becomes the null class, a function of (seed, sample, epoch).
-5. The network sees the tokens with the masked ones replaced by the mask token (``_mask_tokens``), or all of them under
-   causal attention. It computes logits only at the M predicted tokens.
-6. The loss is the mean over rows of (sum of the row's cross-entropies / their number), with label smoothing.
-7. Lightning runs the backward pass. After the last micro-batch, gradients are clipped and all ranks vote; where one has
-   a value that is not finite, no rank steps.
-8. AdamW steps, gradients are freed, and the averaged weights follow.
+3. Take the tokens (B, N) of the batch, or flip some of its images and encode them with the frozen tokenizer.
+4. Replace each label by the null class with probability ``class_dropout``, a function of (seed, sample, epoch).
+5. Replace the masked tokens by the mask token (``_mask_tokens``; causal attention keeps all tokens), and compute logits
+   at the M predicted tokens only.
+6. Compute the loss, with label smoothing: the mean over rows of (sum of the row's cross-entropies / their number).
+
+Lightning runs the backward pass. After the last micro-batch:
+
+7. Clip the gradients. All ranks vote: if one has a non-finite value, no rank steps.
+8. Step AdamW, free the gradients, and update the averaged weights.
 """
 
 from __future__ import annotations
@@ -60,12 +62,12 @@ from maskgit_pl.training.strategies import check_precision, shard_blocks
 __all__ = ["NUM_BINS", "TokenModel", "TokenModelConfig", "check_decoding", "check_tokenizer"]
 
 NUM_BINS = 4
-"""Groups of predicted tokens whose losses are logged separately."""
+"""The number of groups of predicted tokens whose losses are logged separately."""
 
 
 @dataclass(frozen=True)
 class TokenModelConfig:
-    """The fields that the configurations of both models have; each of these documents all of its fields."""
+    """The common fields of both models' configurations, which document them."""
 
     network: TransformerConfig
     optimizer: OptimizerConfig
@@ -90,21 +92,21 @@ class TokenModelConfig:
 
 
 class TokenModel(LightningModule):
-    """Trains a transformer on tokens, or on images that a frozen tokenizer turns into tokens on the fly.
+    """The LightningModule of stage 2: trains a transformer on tokens, or on images that it encodes on the fly.
 
-    A subclass defines which tokens of a batch are predicted (``_draw_mask``), what the network sees of them
-    (``_mask_tokens``), how logged values are grouped (``_assign_bins``) and how images are decoded (``_decode``).
+    A subclass defines the tokens to predict (``_draw_mask``), the input of the network (``_mask_tokens``), the groups
+    of logged values (``_assign_bins``) and the decoding of images (``_decode``).
 
     Args:
         config: Network, optimiser, tokenizer and loss.
         transformer: The network, with initial weights.
-        decoding: How sample pictures, and later users of the exported model, decode.
+        decoding: Decoding settings for sample images, and of the exported model.
 
     Source: paper, training; the numbers of the released configuration are in ``recipes/transformer``.
     """
 
-    mask_schedule_spec: str | dict[str, Any] | None = None  # as a recipe names it; None under causal attention
-    step_check: StepCheck | None = None  # set by the callback; without it every update counts
+    mask_schedule_spec: str | dict[str, Any] | None = None  # in the form of a recipe; None with causal attention
+    step_check: StepCheck | None = None  # set by a callback; without it no update is skipped
     binned_by: str  # the quantity that ``_assign_bins`` groups by, in the names of logged values
     _skips_update = False
 
@@ -126,23 +128,23 @@ class TokenModel(LightningModule):
 
     @abstractmethod
     def _draw_mask(self, batch: Batch) -> Tensor:
-        """Returns which tokens are predicted, (B, N) bool, a function of the samples only."""
+        """Returns the tokens to predict, (B, N) bool, as a function of the samples only."""
 
     @abstractmethod
     def _mask_tokens(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Returns what the network is given of tokens (B, N): (B, N) int64."""
+        """Returns the input of the network, (B, N) int64, for tokens (B, N) and a mask (B, N)."""
 
     @abstractmethod
     def _assign_bins(self, mask: Tensor) -> Tensor:
-        """Returns the group of each of the M predicted tokens in what is logged, (M,) int64 in [0, 4)."""
+        """Returns the group of each of the M predicted tokens in the logs, (M,) int64 in [0, 4)."""
 
     @abstractmethod
     def _decode(self, labels: Sequence[int], seeds: Sequence[int]) -> Iterator[DecodingStep]:
-        """Decodes as ``sample`` does, with the averaged network in evaluation mode."""
+        """Decodes one image for each label and seed with the averaged network, which is in evaluation mode."""
 
     @property
     def averaged_network(self) -> Transformer:
-        """The network that samples and is evaluated and exported: the average, or the trained one if there is none."""
+        """The network that is sampled, evaluated and exported: the average, or the trained one if there is none."""
         return self.transformer if self.ema_network is None else self.ema_network
 
     @property
@@ -152,10 +154,10 @@ class TokenModel(LightningModule):
 
     @property
     def tokenizer(self) -> PretrainedTokenizer:
-        """The frozen tokenizer on this module's device, read when it is first needed; never in a checkpoint.
+        """The frozen tokenizer on this module's device. It is loaded at its first use and stays out of checkpoints.
 
         Raises:
-            ValueError: if it has another codebook or grid than the transformer.
+            ValueError: if its codebook or grid is not that of the transformer.
         """
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.tokenizer_folder)
@@ -164,21 +166,23 @@ class TokenModel(LightningModule):
         return self._tokenizer
 
     def configure_model(self) -> None:
-        """Shards block by block under FSDP2; the tied word table stays in the root group.
+        """Checks the precision, and shards the networks block by block under FSDP2.
+
+        The token embedding, which is tied to the output layer, stays in the root group.
 
         Raises:
-            ValueError: if the stage does not train in the Trainer's precision.
+            ValueError: if the stage does not support the Trainer's precision.
         """
         check_precision(self.trainer.precision)
         if self.device_mesh is None:
             return
         mesh = self.device_mesh["data_parallel"]
         shard_blocks(self.transformer, self.transformer.blocks, mesh, precision=self.trainer.precision)
-        if self.ema_network is not None:  # whole, as it samples and is evaluated
+        if self.ema_network is not None:  # it samples and is evaluated in float32, without mixed precision
             shard_blocks(self.ema_network, self.ema_network.blocks, mesh, precision="32-true")
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Builds AdamW and the schedule of its learning rate, which advances with each step."""
+        """Builds AdamW and its learning rate schedule, which advances with each step."""
         config = self.config.optimizer
         groups = parameter_groups(self.transformer, config.weight_decay, prefix="transformer.")
         optimizer = build_adamw(groups, config)
@@ -192,29 +196,29 @@ class TokenModel(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips the norm, if the Trainer has a limit; a step that one rank cannot take is taken by none.
+        """Clips the gradient norm if the Trainer has a limit. All ranks skip the step if one has a non-finite norm.
 
         Raises:
             ValueError: if the algorithm is not ``norm``.
         """
         if gradient_clip_algorithm not in (None, "norm"):
-            raise ValueError(f"trainer.gradient_clip_algorithm: 'norm' is needed, got {gradient_clip_algorithm!r}")
+            raise ValueError(f"trainer.gradient_clip_algorithm must be 'norm', got {gradient_clip_algorithm!r}")
         # 7. Clip, and vote.
         norm = clip_gradients(optimizer, gradient_clip_val)
         self._skips_update = self.step_check is not None and self.step_check.should_skip_update(self.trainer, [norm])
         if self._skips_update:
-            optimizer.zero_grad()  # without gradients the optimiser leaves weights and moments alone
+            optimizer.zero_grad()  # without gradients the step changes neither weights nor moments
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
         """Does nothing: ``optimizer_step`` leaves no gradients."""
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Optimizer | Any, *args: Any, **kwargs: Any) -> None:
-        """Runs the micro-batch's forward and backward pass and the step (Lightning's closure), then the average."""
-        # 8. Step; the average follows.
+        """Runs Lightning's closure (forward and backward pass), the optimiser step, and the update of the average."""
+        # 8. Step, free, average.
         super().optimizer_step(epoch, batch_idx, optimizer, *args, **kwargs)
         optimizer.zero_grad()  # Lightning would keep the gradients in memory through the next forward pass
         if self.ema_network is not None and not self._skips_update:
-            step = self.trainer.global_step  # this one is not counted yet
+            step = self.trainer.global_step  # the current step is not counted yet
             update_ema(self.ema_network, self.transformer, decay=self.config.ema_decay, step=step)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -233,8 +237,9 @@ class TokenModel(LightningModule):
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Adds the loss and accuracy of the averaged network, without class dropout and label smoothing."""
+        """Adds loss and accuracy of the averaged network, without class dropout and label smoothing."""
         tokens, mask = self.tokens_and_mask(batch)
+        # Rows that only pad the last batch do not count.
         mask = mask & batch.valid.unsqueeze(1)
         _, token_loss, hits = self._compute_losses(self.averaged_network, tokens, batch.labels, mask, smoothing=0.0)
         self._validation_loss.update(token_loss)
@@ -246,44 +251,46 @@ class TokenModel(LightningModule):
         values = {name: metric.compute() for name, metric in metrics.items()}  # over all ranks
         is_fitting = self.trainer.state.fn == TrainerFn.FITTING
         self.log_dict(values, prog_bar=True, logger=False if is_fitting else None, sync_dist=True)
-        if is_fitting and not self.trainer.sanity_checking:  # Lightning would log a step before the pictures
+        if is_fitting and not self.trainer.sanity_checking:  # Lightning's own logging would be a step too early
             self._log_metrics({name: float(value) for name, value in values.items()}, self.trainer.global_step)
         for metric in metrics.values():
             metric.reset()
 
     def tokens_and_mask(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Returns the tokens of a batch, (B, N) int64, and which of them are predicted, (B, N) bool."""
+        """Returns the tokens of a batch, (B, N) int64 in [0, K), and the mask of those to predict, (B, N) bool."""
         mask = self._draw_mask(batch)
         return self._encode(batch), mask
 
     @torch.no_grad()
     def sample(self, labels: Sequence[int], seeds: Sequence[int]) -> Iterator[DecodingStep]:
-        """Decodes one image for each label and seed with the averaged network, and yields each step."""
+        """Decodes one image for each label and seed with the averaged network, and yields after each step."""
+        # Without an average this is the network that trains, so its mode is restored afterwards.
         self.averaged_network.eval()
         yield from self._decode(labels, seeds)
         self.transformer.train(self.training)
 
     def start_from(self, folder: Path) -> None:
-        """Replaces the initial weights by those of a pretrained transformer; called before the first step.
+        """Replaces the initial weights by those of a pretrained transformer. Call it before the first step.
 
         Args:
-            folder: Pretrained transformer folder; ``pretrained.weights_for`` says what becomes of its classes.
+            folder: Pretrained transformer folder. See ``pretrained.weights_for`` for other classes.
 
         Raises:
             FileNotFoundError: if there is no such folder.
-            ValueError: if it holds no transformer, or one of other sizes.
+            ValueError: if the folder holds no transformer, or one of other sizes.
         """
         weights = weights_for(self.config.network, load_transformer(folder))
         for network in self._networks():
             network.load_state_dict(weights)
 
     def export(self, folder: Path, *, class_names: tuple[str, ...]) -> None:
-        """Writes a folder that ``MaskGIT.from_pretrained`` reads; called on every rank, rank 0 writes.
+        """Writes a folder for ``MaskGIT.from_pretrained``. Call it on all ranks; rank 0 writes.
 
         Args:
-            folder: Receives ``transformer`` with the averaged weights, and a copy of the tokenizer in ``tokenizer``.
+            folder: Output folder, for ``transformer`` with the averaged weights and ``tokenizer``, a copy.
             class_names: Name of each class.
         """
+        # Under FSDP2 all ranks gather the weights, so this line must not depend on the rank.
         weights, own = full_state(self.averaged_network), folder / "tokenizer"
         if self.global_rank == 0:
             if self.tokenizer_folder.resolve() != own.resolve():
@@ -299,6 +306,7 @@ class TokenModel(LightningModule):
             )
 
     def _encode(self, batch: Batch) -> Tensor:
+        """Returns the tokens of a batch, (B, N) int64; images are flipped in training only."""
         if batch.content.ndim == 2:
             return batch.content
         images, config = batch.content, self.config
@@ -310,6 +318,7 @@ class TokenModel(LightningModule):
             return self.tokenizer.network.encode(to_unit_range(images))
 
     def _drop_classes(self, batch: Batch) -> Tensor:
+        """Returns the labels (B,) int64, some of them replaced by the null label."""
         network = self.config.network
         if network.null_label is None:
             return batch.labels
@@ -317,22 +326,22 @@ class TokenModel(LightningModule):
         return batch.labels.masked_fill(chance < network.class_dropout, network.null_label)
 
     def _networks(self) -> list[Transformer]:
-        """Returns the trained network, and its average if there is one."""
+        """Returns the trained network, and the average if there is one."""
         return [self.transformer] if self.ema_network is None else [self.transformer, self.ema_network]
 
     def _compute_losses(
         self, network: Transformer, tokens: Tensor, labels: Tensor, mask: Tensor, *, smoothing: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Computes the loss (), and of each predicted token the negative log-likelihood (M,) and a hit (M,), 0 or 1."""
+        """Computes the scalar loss, and of each predicted token the NLL (M,) and the hit (M,), 1 if argmax is right."""
         vocabulary = self.config.loss_vocabulary
         logits = network.forward_masked(self._mask_tokens(tokens, mask), labels, mask, vocabulary=vocabulary)  # (M, V)
-        rows = mask.nonzero()[:, 0]
-        targets = tokens[mask]
+        rows = mask.nonzero()[:, 0]  # (M,): the row of each predicted token
+        targets = tokens[mask]  # (M,)
         loss, token_loss = masked_cross_entropy(logits, targets, rows, num_rows=len(tokens), label_smoothing=smoothing)
         return loss, token_loss, (logits.detach().argmax(-1) == targets).float()
 
     def _reseed_dropout(self, batch_idx: int) -> None:
-        """Makes dropout a function of (seed, step, micro-batch, rank): bit-exact for the same topology."""
+        """Seeds dropout by (seed, step, micro-batch, rank): a resumed run is bit-exact on the same number of ranks."""
         if self.config.network.dropout == 0:
             return
         place = batch_idx % self.trainer.accumulate_grad_batches * self.trainer.world_size + self.global_rank
@@ -340,13 +349,14 @@ class TokenModel(LightningModule):
         torch.manual_seed(int(word))
 
     def _accumulate_bins(self, mask: Tensor, token_loss: Tensor, hits: Tensor) -> None:
-        """Adds the predicted tokens to their groups."""
+        """Adds the count, the loss and the hits of predicted tokens to the sums of their groups."""
         values = torch.stack([torch.ones_like(hits), token_loss.detach(), hits], dim=1)  # (M, 3)
         self._bin_sums = self._bin_sums.to(values.device).index_add(0, self._assign_bins(mask), values)
 
     def _log_training(self, loss: Tensor) -> None:
-        """Logs the mean of each group since the last call, of this rank's tokens only."""
-        value, *sums = torch.cat([loss.reshape(1), self._bin_sums.flatten()]).tolist()  # one wait for the device
+        """Logs the means of each group since the last call, over this rank's tokens only."""
+        # One copy to the host for all values: each copy waits for the device.
+        value, *sums = torch.cat([loss.reshape(1), self._bin_sums.flatten()]).tolist()
         self._bin_sums = torch.zeros_like(self._bin_sums)
         bins = list(zip(sums[::3], sums[1::3], sums[2::3], strict=True))
         accuracy = sum(hits for *_, hits in bins) / sum(count for count, *_ in bins)
@@ -362,39 +372,42 @@ class TokenModel(LightningModule):
         self._log_metrics({**finite, "learning-rate": rate}, self.trainer.global_step + 1)
 
     def _log_metrics(self, metrics: dict[str, float], step: int) -> None:
-        """Writes metrics to all loggers, on the axis of steps that are done."""
+        """Writes metrics to all loggers; ``step`` counts finished steps."""
         for logger in self.loggers:
             logger.log_metrics(metrics, step=step)
 
 
-def check_decoding(decoding: DecodingConfig, network: TransformerConfig) -> None:
-    """Checks that a model of a network's sizes can decode as configured.
+def check_decoding(decoding: DecodingConfig, network: TransformerConfig, *, is_autoregressive: bool) -> None:
+    """Checks that a network supports decoding settings.
 
     Raises:
-        ValueError: if there are more steps than tokens, a name is unknown, an autoregressive model cannot follow, or
-            guidance is set without a null class.
+        ValueError: if there are more steps than tokens, a name is unknown, an autoregressive model does not support a
+            setting, or guidance is set without a null class.
     """
     try:
-        decoding.check(network.num_tokens, is_autoregressive=decoding.is_autoregressive)
+        decoding.check(network.num_tokens, is_autoregressive=is_autoregressive)
     except ValueError as error:
         raise ValueError(f"decoding: {error}") from error
     if any(decoding.scales()) and network.null_label is None:
         raise ValueError(
-            f"decoding.guidance: it needs a null class, got {decoding.guidance!r} with class_dropout 0; "
-            "set model.network.class_dropout above 0 or model.decoding.guidance to constant"
+            f"decoding.guidance must have scale 0 for a network without a null class, got {decoding.guidance!r} with "
+            "class_dropout 0; set model.network.class_dropout above 0 or model.decoding.guidance to constant"
         )
 
 
 def check_tokenizer(config: TransformerConfig, tokenizer: PretrainedTokenizer) -> None:
-    """Checks that a transformer has the codebook and the grid of a tokenizer.
+    """Checks that a transformer has the codebook size and the grid of a tokenizer.
 
     Raises:
-        ValueError: if it has others. The message names both sizes and the recipe key.
+        ValueError: if it does not. The message has both values and the recipe key.
     """
-    pairs = (("num_codes", config.num_codes, tokenizer.network.config.num_codes), ("grid", config.grid, tokenizer.grid))
+    pairs = (
+        ("codebook_size", config.codebook_size, tokenizer.network.config.codebook_size),
+        ("grid", config.grid, tokenizer.grid),
+    )
     for name, wanted, has in pairs:
         if wanted != has:
             raise ValueError(
-                f"model.network.{name}: the tokenizer has {has}, got {wanted}; "
-                "leave the key out or name another tokenizer"
+                f"model.network.{name} must be {has}, that of the tokenizer, got {wanted}; leave the key out, or name "
+                "another tokenizer"
             )

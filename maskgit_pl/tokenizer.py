@@ -1,22 +1,22 @@
 """Stage 1: trains the VQGAN that turns images into tokens and back.
 
-Manual optimisation, because a GAN has two optimisers. A training step is one global batch. For each of its
-micro-batches (the numbers are repeated in the code):
+Optimisation is manual, because a GAN has two optimisers. A training step is one global batch. For each of its
+micro-batches (the code repeats the numbers):
 
-1. Images as float32 in [0, 1], a share of them mirrored.
-2. The generator runs forward once. Reconstruction and perceptual loss are differentiated once, at the reconstructed
-   image.
-3. From ``adversarial.start_step`` on, the discriminator sees real images and reconstructions. The generator's
-   adversarial loss is differentiated at the reconstructed image too; the discriminator's loss keeps its graph.
-4. The sum of the gradients at the image is propagated once through the generator, then the discriminator's loss through
-   the discriminator. These are the gradients of the weighted sum of losses, and the discriminator's layers are never
-   differentiated twice for the adaptive weight.
+1. Convert the images to float32 in [0, 1], and flip some of them.
+2. Run the generator (the VQGAN) forward once. Differentiate the reconstruction loss and the perceptual loss at the
+   reconstructed image, not further.
+3. From ``adversarial.start_step``, run the discriminator on real images and reconstructions. Differentiate the
+   generator's adversarial loss at the reconstructed image too. Compute the discriminator's loss, which keeps its graph.
+4. Propagate the sum of the gradients at the image through the generator once, then the discriminator's loss through the
+   discriminator. The result is the gradient of the weighted sum of losses. The adaptive weight needs no second pass
+   through the discriminator.
 
 After the last micro-batch:
 
-5. Gradients of each network are clipped. All ranks vote; where one has a value that is not finite, no rank steps.
-6. The discriminator steps, then the generator, whose step advances ``global_step``.
-7. The codebook, the LeCam means and the averaged weights follow.
+5. Clip the gradients of each network. All ranks vote: if one has a non-finite value, no rank steps.
+6. Step the discriminator, then the generator, whose step advances ``global_step``.
+7. Update the codebook statistics, the LeCam means and the averaged weights.
 """
 
 from __future__ import annotations
@@ -51,31 +51,31 @@ from maskgit_pl.training.strategies import check_precision
 __all__ = ["CodebookUsage", "Tokenizer"]
 
 _NUM_PICTURES = 16  # validation images kept for a reconstruction grid
-_LECAM_DECAY = 0.999
+_LECAM_DECAY = 0.999  # of the moving averages of the logits, for each global batch
 
 
 class CodebookUsage(Metric):
-    """The use of the codebook by a set of tokens: the share of codes that occur, and the perplexity.
+    """The usage of the codebook by a set of tokens: the fraction of codes that occur, and the perplexity.
 
-    perplexity = exp(-sum_k p_k log p_k), p_k the share of tokens that are code k; in [1, K].
+    perplexity = exp(-sum_k p_k log p_k), with p_k the fraction of tokens that are code k
 
     Args:
-        num_codes: K, number of codes.
+        codebook_size: K, number of codes.
     """
 
     full_state_update = False
     counts: Tensor  # (K,) float64
 
-    def __init__(self, num_codes: int) -> None:
+    def __init__(self, codebook_size: int) -> None:
         super().__init__()
-        self.add_state("counts", torch.zeros(num_codes, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("counts", torch.zeros(codebook_size, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, tokens: Tensor, weight: Tensor) -> None:
         """Counts tokens.
 
         Args:
             tokens: (B, N) int64 in [0, K).
-            weight: (B,), weight of each row; 0 for padding.
+            weight: (B,) float or bool: weight of each row, 0 for padding.
         """
         weights = weight.to(self.counts.dtype).unsqueeze(1).expand_as(tokens)
         self.counts.index_add_(0, tokens.flatten(), weights.flatten())
@@ -90,15 +90,15 @@ class CodebookUsage(Metric):
 
 
 class Tokenizer(LightningModule):
-    """Trains a VQGAN; ``ema_network`` is evaluated, shown in pictures and exported.
+    """The LightningModule of stage 1. Its ``ema_network`` has the averaged weights, which are evaluated and exported.
 
-    A step is one global batch: the module accumulates and clips itself, and only the generator's optimiser advances
-    ``global_step``, so that ``max_steps`` counts global batches.
+    The module accumulates and clips gradients itself. Only the generator's optimiser advances ``global_step``, so
+    ``max_steps`` counts global batches.
 
     Args:
         config: Network, losses and optimiser.
-        accumulation: Micro-batches of a global batch on each rank, at least 1. It follows from the devices, and may be
-            set until training starts.
+        accumulation: Micro-batches of a global batch on each rank, >= 1. It depends on the number of devices, and may
+            be set until training starts.
 
     Raises:
         ValueError: if ``accumulation`` is below 1, or the weights of the perceptual network cannot be read.
@@ -127,30 +127,30 @@ class Tokenizer(LightningModule):
         self.similarity_loss = SimilarityLoss(config.reconstruction_loss, config.perceptual)
 
         self.squared_error = MeanMetric()
-        self.codebook_usage = CodebookUsage(config.network.num_codes)
+        self.codebook_usage = CodebookUsage(config.network.codebook_size)
         self._wrapped: dict[str, nn.Module] = {}
         self._pending = _PendingUpdate()
         self._pictures: tuple[Tensor, Tensor] | None = None
 
-    step_check: StepCheck | None = None  # set by the callback; without it every update counts
+    step_check: StepCheck | None = None  # set by a callback; without it no update is skipped
     lecam_means: Tensor  # (2,) float32
 
     # Set-up
 
     def wrap_networks(self, wrap: Callable[[nn.Module], nn.Module]) -> None:
-        """Sends the training forwards of generator and discriminator through wrappers, e.g. DistributedDataParallel.
+        """Wraps the training forward passes of both networks, for example with DistributedDataParallel.
 
-        The wrappers are kept outside the module tree: the names in a state dict do not change.
+        The wrappers stay outside of the module tree, so the names in a state dict do not change.
 
         Args:
-            wrap: Called once with each trained network.
+            wrap: Function that returns the wrapper of a network; called once per trained network.
         """
         self._wrapped["network"] = wrap(self.network)
         if self.discriminator is not None:
             self._wrapped["discriminator"] = wrap(self.discriminator)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        """Builds AdamW for the generator, then one for the discriminator if there is one."""
+        """Builds AdamW for the generator, and another one for the discriminator if there is one."""
         networks = [self.network] if self.discriminator is None else [self.network, self.discriminator]
         config = self.config.optimizer
         return [build_adamw(parameter_groups(network, config.weight_decay), config) for network in networks]
@@ -159,7 +159,7 @@ class Tokenizer(LightningModule):
         """Checks the precision, and moves the perceptual network to the device.
 
         Raises:
-            ValueError: if the stage does not train in the Trainer's precision.
+            ValueError: if the stage does not support the Trainer's precision.
         """
         check_precision(self.trainer.precision)
         if self.similarity_loss.network is not None:
@@ -168,7 +168,7 @@ class Tokenizer(LightningModule):
     # Training
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        """Adds the gradients of one micro-batch; the last of a global batch steps both optimisers."""
+        """Adds the gradients of one micro-batch. The last one of a global batch steps both optimisers."""
         images = self._prepare_images(batch, flip_probability=self.config.flip_probability)  # 1
         is_last = len(self._pending.tokens) + 1 == self.accumulation
         with self._gradient_sync(is_last=is_last):
@@ -180,13 +180,13 @@ class Tokenizer(LightningModule):
             self._log_metrics({f"train/{name}": value for name, value in metrics.items()}, bar="train/reconstruction")
 
     def replay_step(self, batch: Batch, *, step: int) -> dict[str, Tensor]:
-        """Adds the gradients of one micro-batch to both networks, without a Trainer and a step of the optimisers.
+        """Adds the gradients of one micro-batch to both networks, without a Trainer and without an optimiser step.
 
-        It computes what ``training_step`` does, images not mirrored: for estimates of memory and work.
+        It computes the same as ``training_step`` without flips. ``estimates`` measures memory and FLOPs with it.
 
         Args:
-            batch: With (B, C, H, W) uint8 images.
-            step: Step of the training; the adversarial loss and the R1 penalty follow from it.
+            batch: Batch with (B, C, H, W) uint8 images.
+            step: Step of the training, which decides on the adversarial loss and the R1 penalty.
 
         Returns:
             Detached losses by name.
@@ -199,12 +199,12 @@ class Tokenizer(LightningModule):
 
     def _add_gradients(self, images: Tensor, *, step: int, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
         """Adds the gradients of one (B, C, H, W) micro-batch to both networks and returns its losses."""
-        # 2. The generator, and its losses at the reconstructed image.
+        # 2. Generator. The detached image is a leaf, so the gradient of the losses stops at it.
         output = self._run_network("network", images)
         image = output.reconstruction.detach().requires_grad_()
         loss, metrics = self.similarity_loss(image, images)
         gradient = gradient_at(image, loss)
-        # 3. The discriminator.
+        # 3. Discriminator.
         discriminator_loss = None
         if self._has_adversarial_loss(step):
             adversarial = self._adversarial_step(images, image, step)
@@ -218,7 +218,8 @@ class Tokenizer(LightningModule):
             if adversarial.config.lecam_weight > 0:
                 self._pending.logits.append(adversarial.mean_logits)
             metrics |= adversarial.metrics
-        # 4. The gradient of this sum is the propagated one, since d(reconstruction . g) = g . d(reconstruction).
+        # 4. Backward. The gradient g is a constant, so d(sum(reconstruction * g)) = sum(g * d(reconstruction)), which
+        # is the gradient of the losses with respect to the weights.
         propagated = (output.reconstruction.float() * gradient).sum() + output.quantized.loss
         backward(propagated / self.accumulation)
         if discriminator_loss is not None:
@@ -231,25 +232,26 @@ class Tokenizer(LightningModule):
         return self.config.adversarial is not None and self.config.adversarial.has_started(step)
 
     def _adversarial_step(self, images: Tensor, image: Tensor, step: int) -> AdversarialStep:
-        """Runs the discriminator over real images and reconstructions, (B, C, H, W) each."""
+        """Runs the discriminator on real images and reconstructions, (B, C, H, W) float32 each."""
         config = self.config.adversarial
         assert config is not None
         assert self.discriminator is not None
         real = images.detach().requires_grad_(config.has_r1_penalty(step))
-        # The first call goes through the wrapper, which arms its gradient hooks; a second one would arm them twice. The
-        # hooks fire when a parameter's whole gradient of the backward pass has come in, from both calls.
+        # Only the first call uses the wrapper: each forward of DistributedDataParallel prepares its gradient hooks, and
+        # a second forward before the backward pass would prepare them again. The hooks run when the gradient of a
+        # parameter is complete, with the parts of both calls.
         real_logits = self._run_network("discriminator", real)
         return AdversarialStep(config, real, real_logits, self.discriminator(image))
 
-    # The step
+    # Optimiser step
 
     def _step_optimizers(self) -> None:
-        """Steps both optimisers once for a global batch, then updates everything that follows the weights."""
+        """Makes one step of both optimisers for a global batch, then updates the statistics (5 to 7)."""
         step, optimizers = self.global_step, self.optimizers()
         generator, *rest = optimizers if isinstance(optimizers, list) else [optimizers]
         assert isinstance(generator, LightningOptimizer)
         stepping = [generator]
-        # The discriminator first: the generator's step advances global_step, and with it whether the loss has started.
+        # The discriminator steps first: the generator's step advances global_step, on which the loss depends.
         if self._has_adversarial_loss(step):
             stepping = [*rest, generator]
         self._set_learning_rate(step)
@@ -259,12 +261,12 @@ class Tokenizer(LightningModule):
         # 6. Step.
         for optimizer in stepping:
             if skips:
-                optimizer.zero_grad()  # without gradients the optimiser leaves weights and moments alone
-            # Lightning counts every step of a LightningOptimizer in global_step; the plain optimiser's are not counted,
-            # so that max_steps means global batches.
+                optimizer.zero_grad()  # without gradients the step changes neither weights nor moments
+            # Lightning counts each step of a LightningOptimizer in global_step. The discriminator steps its plain
+            # optimiser, which is not counted, so max_steps counts global batches.
             (optimizer if optimizer is generator else optimizer.optimizer).step()
             optimizer.zero_grad()
-        # 7. Follow.
+        # 7. Statistics. A skipped step leaves them as they are.
         if skips:
             self._pending = _PendingUpdate()
         else:
@@ -288,9 +290,10 @@ class Tokenizer(LightningModule):
     # Validation
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Adds a batch to the error and the code counts, without rows whose ``valid`` is False."""
+        """Adds the reconstruction error and the codes of a batch, without rows whose ``valid`` is False."""
         images = self._prepare_images(batch, flip_probability=0.0)
         tokens = self.ema_network.encode(images)
+        # The network pads sizes that the downsampling does not divide; the padding is cut off.
         reconstruction = self.ema_network.decode(tokens, self.grid)[..., : images.shape[-2], : images.shape[-1]]
         reconstruction = reconstruction.float().clamp(0, 1)
         errors = (reconstruction - images).square().flatten(1).mean(1)  # (B,)
@@ -300,10 +303,10 @@ class Tokenizer(LightningModule):
             self._pictures = _to_uint8(images[:_NUM_PICTURES]), _to_uint8(reconstruction[:_NUM_PICTURES])
 
     def on_validation_model_zero_grad(self) -> None:
-        """Keeps the gradients: a validation may fall between the micro-batches of a global batch."""
+        """Keeps the gradients: validation may run between the micro-batches of a global batch."""
 
     def on_validation_epoch_end(self) -> None:
-        """Logs the PSNR of the pooled error in dB, codebook usage and perplexity, over all ranks."""
+        """Logs PSNR in dB (of the mean squared error of all images), codebook usage and perplexity over all ranks."""
         psnr = -10 * torch.log10(self.squared_error.compute())
         values = {"psnr": psnr, **self.codebook_usage.compute()}
         self.squared_error.reset()
@@ -311,33 +314,33 @@ class Tokenizer(LightningModule):
         self._log_metrics({f"val/{name}": value for name, value in values.items()}, bar="val/psnr")
 
     def reconstructions(self) -> tuple[Tensor, Tensor] | None:
-        """Returns validation images and their reconstructions, (B, C, H, W) uint8; None before the first validation."""
+        """Returns validation images and their reconstructions, (B, C, H, W) uint8; None before a validation."""
         return self._pictures
 
     def start_from(self, folder: Path) -> None:
-        """Replaces the initial weights by those of a pretrained tokenizer; called before the first step.
+        """Replaces the initial weights by those of a pretrained tokenizer. Call it before the first step.
 
         Args:
             folder: Pretrained tokenizer folder.
 
         Raises:
             FileNotFoundError: if there is no such folder.
-            ValueError: if it holds no tokenizer, or one of other sizes.
+            ValueError: if the folder holds no tokenizer, or one of other sizes.
         """
         weights = load_tokenizer(folder).network.state_dict()
         for network in (self.network, self.ema_network):
             load_weights(network, weights, folder)
 
     def export(self, folder: Path) -> None:
-        """Writes the averaged weights to ``folder/tokenizer``; called on every rank, rank 0 writes."""
+        """Writes the averaged weights to ``folder/tokenizer``. Call it on all ranks; rank 0 writes."""
         if self.global_rank == 0:
             weights = self.ema_network.state_dict()
             save_tokenizer(folder / "tokenizer", self.network.config, weights, image_size=self.config.image_size)
 
-    # Small parts
+    # Helpers
 
     def _prepare_images(self, batch: Batch, *, flip_probability: float) -> Tensor:
-        """Returns a batch's uint8 images as (B, C, H, W) float32 in [0, 1], a share of them mirrored."""
+        """Converts the uint8 images of a batch to (B, C, H, W) float32 in [0, 1], and flips some of them."""
         images = batch.content
         if flip_probability > 0:
             images = flip(
@@ -351,7 +354,7 @@ class Tokenizer(LightningModule):
 
     @contextmanager
     def _gradient_sync(self, *, is_last: bool) -> Iterator[None]:
-        """Exchanges gradients between ranks in the last micro-batch of a global batch only."""
+        """Averages gradients over ranks in the last micro-batch of a global batch only."""
         with ExitStack() as stack:
             for wrapped in self._wrapped.values():
                 if not is_last and isinstance(wrapped, nn.parallel.DistributedDataParallel):
@@ -359,7 +362,7 @@ class Tokenizer(LightningModule):
             yield
 
     def _log_metrics(self, metrics: dict[str, Tensor], *, bar: str) -> None:
-        """Gives metrics to callbacks and loggers, on the axis of global batches, in one call for all of them."""
+        """Logs metrics for callbacks and loggers, with one logger call for all metrics of a step."""
         distributed = self.trainer.world_size > 1 and self.trainer.validating
         shown = metrics.pop(bar)
         self.log(bar, shown, prog_bar=True, logger=False, batch_size=1, sync_dist=distributed)
@@ -372,10 +375,10 @@ class Tokenizer(LightningModule):
 
 @dataclass
 class _PendingUpdate:
-    """Results of the micro-batches of the current global batch that its step needs."""
+    """The results of the micro-batches of the current global batch that step 7 needs."""
 
-    tokens: list[Tensor] = field(default_factory=list)
-    features: list[Tensor] = field(default_factory=list)
+    tokens: list[Tensor] = field(default_factory=list)  # (B, N) int64 each
+    features: list[Tensor] = field(default_factory=list)  # encoder outputs, see ``networks.quantizers``
     logits: list[Tensor] = field(default_factory=list)  # (2,) each: mean real and fake logit
 
 
@@ -383,6 +386,7 @@ _Network = TypeVar("_Network", bound=nn.Module)
 
 
 def _set_memory_format(network: _Network, memory_format: torch.memory_format) -> _Network:
+    """Converts a network in place, and returns it."""
     network.to(memory_format=memory_format)  # type: ignore[call-overload]  # the overload is missing in torch's types
     return network
 

@@ -71,7 +71,7 @@ class AdversarialConfig:
         weight_rule: ``fixed`` takes ``weight`` as it is. ``adaptive`` multiplies it by |gradient of the other losses| /
             |gradient of the adversarial loss| at the decoder's last layer, over the micro-batch of all ranks.
         start_step: First step with a discriminator; before it, neither network has an adversarial loss.
-        r1_cost: Factor of the R1 penalty on real images, in [0, 1e6].
+        r1_weight: Factor of the R1 penalty on real images, in [0, 1e6].
         r1_every: Steps between R1 penalties, at least 1; each is multiplied by it.
         lecam_weight: Factor of the LeCam regularisation, in [0, 1e6].
 
@@ -84,12 +84,12 @@ class AdversarialConfig:
     weight: float = 0.1
     weight_rule: Literal["fixed", "adaptive"] = "fixed"
     start_step: int = 0
-    r1_cost: float = 10.0
+    r1_weight: float = 10.0
     r1_every: int = 1
     lecam_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("weight", "r1_cost", "lecam_weight"):
+        for name in ("weight", "r1_weight", "lecam_weight"):
             check_number(f"adversarial {name}", getattr(self, name), "[0, 1e6]")
         check_integer("adversarial start_step", self.start_step, "[0, inf)")
         check_integer("adversarial r1_every", self.r1_every, "[1, inf)")
@@ -100,7 +100,7 @@ class AdversarialConfig:
 
     def has_r1_penalty(self, step: int) -> bool:
         """Returns whether the discriminator's loss has the R1 penalty at a step."""
-        return self.r1_cost > 0 and step % self.r1_every == 0
+        return self.r1_weight > 0 and step % self.r1_every == 0
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
-"""The losses of stage 1 at the reconstructed image, and their gradients there.
+"""The losses of stage 1, and their gradients at the reconstructed image.
 
-``Tokenizer`` adds the gradients of the generator's losses at the reconstruction and propagates the sum once through the
-network; the discriminator's loss keeps its graph.
+Used by ``Tokenizer``, which adds these gradients and propagates the sum once through the generator.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ __all__ = ["AdversarialStep", "SimilarityLoss", "gradient_at"]
 
 
 class SimilarityLoss:
-    """The weighted sum of reconstruction loss and perceptual loss.
+    """The weighted sum of the reconstruction loss and the perceptual loss.
 
-    No ``nn.Module``: the frozen perceptual network is no part of a LightningModule and stays out of checkpoints.
+    It is not an ``nn.Module``, so the frozen perceptual network stays out of checkpoints.
 
     Args:
         reconstruction_loss: ``l2`` or ``l1``.
-        perceptual: The perceptual loss; None for none.
+        perceptual: Network, output and weight of the perceptual loss; None for no perceptual loss.
 
     Raises:
         ValueError: if the weights of the perceptual network cannot be read.
@@ -51,11 +50,11 @@ class SimilarityLoss:
         total = losses.reconstruction_loss(reconstruction, images, kind=self.reconstruction_loss)
         metrics = {"reconstruction": total.detach()}
         if self.perceptual is not None and self.network is not None:
-            with torch.no_grad():
-                wanted: FeatureOutput = self.network(images)
-            got: FeatureOutput = self.network(reconstruction)
+            with torch.no_grad():  # the images are constants: their activations are not kept
+                target: FeatureOutput = self.network(images)
+            predicted: FeatureOutput = self.network(reconstruction)
             output = self.perceptual.output
-            perceptual = F.mse_loss(getattr(got, output).float(), getattr(wanted, output).float())
+            perceptual = F.mse_loss(getattr(predicted, output).float(), getattr(target, output).float())
             metrics["perceptual"] = perceptual.detach()
             total = total + self.perceptual.weight * perceptual
         return total, metrics
@@ -65,17 +64,17 @@ class SimilarityLoss:
 class AdversarialStep:
     """The adversarial losses of one micro-batch.
 
-    Both networks' gradients are taken at the weights before the step, so that one forward of the discriminator over the
-    reconstructions serves both losses, and accumulation does not change the result.
+    Both losses use the weights before the step. One forward pass of the discriminator on the reconstructions therefore
+    serves both, and accumulation does not change the result.
 
     Args:
         config: Losses and their weights.
-        real: (B, C, H, W) real images; they require a gradient where the R1 penalty is due.
-        real_logits: (B, 1) logits of ``real``.
-        fake_logits: (B, 1) logits of the reconstructions.
+        real: (B, C, H, W) float32 real images; they require a gradient in steps with an R1 penalty.
+        real_logits: (B, 1) float: logits of ``real``.
+        fake_logits: (B, 1) float: logits of the reconstructions.
 
     Attributes:
-        metrics: Detached scalars by name, filled by the methods.
+        metrics: Detached scalars by name, added by the methods.
     """
 
     config: AdversarialConfig
@@ -86,7 +85,7 @@ class AdversarialStep:
 
     @property
     def mean_logits(self) -> Tensor:
-        """The mean real and fake logit, (2,) float32, detached."""
+        """The mean logit of real images and of reconstructions, (2,) float32, detached."""
         return torch.stack([self.real_logits.mean(), self.fake_logits.mean()]).detach().float()
 
     def generator_gradient(
@@ -95,26 +94,27 @@ class AdversarialStep:
         """Computes the weighted gradient of the generator's adversarial loss.
 
         Args:
-            image: (B, C, H, W), the detached reconstruction that ``fake_logits`` were computed from.
-            reconstruction: (B, C, H, W), the reconstruction with the generator's graph.
-            similarity: (B, C, H, W) float32, gradient of the other losses at ``image``.
-            last_layer: Weight of the decoder's last layer.
+            image: (B, C, H, W): the detached reconstruction, from which ``fake_logits`` were computed.
+            reconstruction: (B, C, H, W): the reconstruction with the generator's graph.
+            similarity: (B, C, H, W) float32: gradient of the other losses at ``image``.
+            last_layer: Weight of the decoder's last layer, for the adaptive weight.
 
         Returns:
             (B, C, H, W) float32.
         """
         loss = losses.generator_loss(self.fake_logits, kind=self.config.loss)
+        # The discriminator's loss needs the same graph again.
         gradient = gradient_at(image, loss, retain_graph=True)
         weight = torch.tensor(self.config.weight, device=gradient.device)
         if self.config.weight_rule == "adaptive":
-            # Only the last layer's backward pass runs, once for each of the two gradients.
-            both = torch.stack(
+            # Autograd runs only from the image to the last layer, once for each of the two gradients.
+            gradients = torch.stack(
                 [
                     torch.autograd.grad(reconstruction, last_layer, part.to(reconstruction.dtype), retain_graph=True)[0]
                     for part in (similarity, gradient)
                 ]
             )
-            similarity_part, adversarial_part = mean_over_ranks(both)
+            similarity_part, adversarial_part = mean_over_ranks(gradients)
             weight = weight * losses.adaptive_weight(similarity_part, adversarial_part)
         self.metrics |= {"generator": loss.detach(), "adversarial_weight": weight}
         return weight * gradient
@@ -123,7 +123,7 @@ class AdversarialStep:
         """Computes the discriminator's loss with its penalties.
 
         Args:
-            lecam_means: (2,) float32, moving averages of the real and the fake logits.
+            lecam_means: (2,) float32: moving averages of the logits of real images and of reconstructions.
 
         Returns:
             Scalar float32 with a graph.
@@ -134,7 +134,8 @@ class AdversarialStep:
         if self.real.requires_grad:
             penalty = losses.r1_penalty(self.real_logits, self.real)
             self.metrics["r1"] = penalty.detach()
-            loss = loss + config.r1_cost * config.r1_every * penalty
+            # The penalty is computed in every ``r1_every``-th step only, so it counts that many times.
+            loss = loss + config.r1_weight * config.r1_every * penalty
         if config.lecam_weight > 0:
             real_mean, fake_mean = lecam_means.clone()
             lecam = losses.lecam_loss(self.real_logits, self.fake_logits, real_mean=real_mean, fake_mean=fake_mean)
@@ -144,6 +145,6 @@ class AdversarialStep:
 
 
 def gradient_at(image: Tensor, loss: Tensor, *, retain_graph: bool = False) -> Tensor:
-    """Returns the gradient of a scalar loss at an image, in float32."""
+    """Computes the gradient of a scalar loss with respect to an image, in float32."""
     (gradient,) = torch.autograd.grad(loss, image, retain_graph=retain_graph)
     return gradient.float()

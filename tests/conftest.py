@@ -18,13 +18,13 @@ from maskgit_pl.shards.index import find_shards, index_shards
 from maskgit_pl.shards.sources import open_source
 from maskgit_pl.shards.writer import make_shards
 
-sys.path.insert(0, str(Path(__file__).parent / "golden"))  # the parts of check.py, as running it finds them
-torch.set_num_threads(1)  # small tensors, and other runs beside this one
+sys.path.insert(0, str(Path(__file__).parent / "golden"))  # modules of check.py, which runs from this folder
+torch.set_num_threads(1)  # tensors are small, and other tests run at the same time
 
 
 @pytest.fixture(autouse=True)
 def _own_logger() -> Iterator[None]:
-    """A command that a test runs gives our logger a handler on that test's terminal: it ends with the test."""
+    """Restores our logger: a command that runs in a test gives it a handler that writes to the test's terminal."""
     ours = logging.getLogger("maskgit_pl")
     before = list(ours.handlers), ours.propagate, ours.level
     yield
@@ -36,7 +36,7 @@ CLASSES = ("Ankle boot", "T-shirt", "Trouser")
 
 
 def flags(tree: dict, path: str = "") -> list[str]:
-    """The values of a YAML tree as flags, since a run takes no recipe from elsewhere."""
+    """Returns the values of a YAML tree as flags of ``maskgit train``."""
     found: list[str] = []
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -46,23 +46,25 @@ def flags(tree: dict, path: str = "") -> list[str]:
     return found
 
 
-def peaked(network: Transformer) -> Transformer:
-    """The network with predictions far from uniform, so that classes and guidance show."""
+def peak_predictions(network: Transformer) -> Transformer:
+    """Scales the weights so that predictions are far from uniform, and classes and guidance matter."""
     for parameter in network.parameters():
         parameter.data.mul_(4)
     return network
 
 
 def random_transformer(config: TransformerConfig) -> Transformer:
-    """Random weights of seed 0, peaked and frozen, of the kind that the configuration names."""
+    """Builds a frozen network with peaked random weights of seed 0."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return peaked(build_transformer(config)).eval().requires_grad_(False)
+        return peak_predictions(build_transformer(config)).eval().requires_grad_(False)
 
 
 def tiny_tokenizer() -> PretrainedTokenizer:
-    """A tokenizer of 14 px images, whose grid of 4 x 4 tokens covers 16 px."""
-    config = VQGANConfig(1, channels=8, multipliers=(1, 1, 1), blocks_per_level=1, groups=2, num_codes=8, code_width=4)
+    """Builds a tokenizer of 14 px images; its 4 x 4 tokens cover 16 px."""
+    config = VQGANConfig(
+        1, base_channels=8, channel_multipliers=(1, 1, 1), num_res_blocks=1, num_groups=2, codebook_size=8, code_dim=4
+    )
     return PretrainedTokenizer(VQGAN(config).eval(), 14, "f" * 64)
 
 
@@ -74,15 +76,21 @@ def save_tiny_pretrained(
     seed: int = 0,
     attention: Attention = "bidirectional",
 ) -> Path:
-    """Random weights: 8 px images, 4 x 4 tokens, 3 classes."""
+    """Saves a model with random weights: 8 px images, 4 x 4 tokens, 3 classes."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         vqgan = VQGANConfig(
-            in_channels, channels=8, multipliers=(1, 1), blocks_per_level=1, groups=2, num_codes=16, code_width=4
+            in_channels,
+            base_channels=8,
+            channel_multipliers=(1, 1),
+            num_res_blocks=1,
+            num_groups=2,
+            codebook_size=16,
+            code_dim=4,
         )
         tokenizer = VQGAN(vqgan)
         config = TransformerConfig(16, 3, (4, 4), 16, 1, 2, 32, class_dropout=class_dropout, attention=attention)
-        transformer = peaked(build_transformer(config))
+        transformer = peak_predictions(build_transformer(config))
     save_tokenizer(folder / "tokenizer", vqgan, tokenizer.state_dict(), image_size=8)
     guidance = {"name": "linear", "scale": 1.0} if class_dropout else "constant"
     causal = attention == "causal"
@@ -102,19 +110,19 @@ def save_tiny_pretrained(
 
 @pytest.fixture(scope="session")
 def tiny_pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pretrained folder with random weights; not to be written to."""
+    """Returns a pretrained folder with random weights; tests must not write to it."""
     return save_tiny_pretrained(tmp_path_factory.mktemp("tiny") / "pretrained")
 
 
 @pytest.fixture(scope="session")
 def tiny_autoregressive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same of an autoregressive model; not to be written to."""
+    """Returns a pretrained folder of an autoregressive model; tests must not write to it."""
     return save_tiny_pretrained(tmp_path_factory.mktemp("tiny") / "pretrained", attention="causal")
 
 
 @pytest.fixture(scope="session")
 def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Grey 8 px images of the three classes, each class of its own brightness: 60 train, 24 val."""
+    """Returns shards of grey 8 px images of three classes that differ in brightness: 60 train, 24 val."""
     folder = tmp_path_factory.mktemp("tiny-data")
     generator = torch.Generator().manual_seed(0)
     for split, each in (("train", 20), ("val", 8)):
@@ -128,7 +136,7 @@ def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def save_uneven_shards(folder: Path, train: Sequence[int], val: Sequence[int] = (3, 8)) -> Path:
-    """Shards of so many grey 8 px images each, three classes in turn, every image another."""
+    """Writes shards with the given numbers of distinct grey 8 px images; the three classes take turns."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
     for split, counts in (("train", train), ("val", val)):
@@ -146,7 +154,7 @@ def save_uneven_shards(folder: Path, train: Sequence[int], val: Sequence[int] = 
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """One line a folder of recorded arrays: how many agree."""
+    """Prints one line per folder of recorded arrays with the number that agree."""
     counted: dict[str, list[tuple[int, int]]] = {}
     for outcome in ("passed", "failed"):
         for report in terminalreporter.getreports(outcome):
@@ -160,7 +168,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder on the path for ``installed_packages.install``."""
+    """Returns an empty folder on ``sys.path`` for ``installed_packages.install``."""
     folder = tmp_path / "site"
     folder.mkdir()
     monkeypatch.syspath_prepend(str(folder))

@@ -1,4 +1,4 @@
-"""Data folders made by hand, for tests of what `maskgit data` would refuse to make."""
+"""Writes data folders that `maskgit data` would refuse to make, for tests of damaged data."""
 
 import io
 import tarfile
@@ -14,7 +14,7 @@ from maskgit_pl.shards.manifest import INDEX_DTYPE, ImageRange, Manifest, Shard,
 def save_data(
     folder: Path, splits: Mapping[Split, Sequence[tuple[bytes, int]]], *, classes: int = 3, shard_size: int = 10
 ) -> Path:
-    """A data folder of these image files and labels whatever they are, as one that was damaged after it was indexed."""
+    """Writes a data folder with any image files and labels, like one that was damaged after it was indexed."""
     folder.mkdir(parents=True, exist_ok=True)
     names = tuple(f"class {number}" for number in range(classes))
     for split, samples in splits.items():

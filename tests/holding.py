@@ -1,4 +1,4 @@
-"""Another process that holds the lock of a file or folder."""
+"""Starts a process that holds the lock of a file or folder, for tests of locks."""
 
 import os
 import signal
@@ -28,7 +28,7 @@ with hold_lock(Path(sys.argv[1]), hint="wait", rank=rank):
 
 @contextmanager
 def holder(target: Path, how: str = "plain", *, rank: int | None = None) -> Iterator[subprocess.Popen[str]]:
-    """Starts a process that holds a lock until its stdin is closed, or it is killed with its children."""
+    """Starts a process that holds a lock until its stdin is closed or it is killed with its children."""
     words = [sys.executable, "-c", HOLD, str(target), how, *([] if rank is None else [str(rank)])]
     with subprocess.Popen(
         words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True

@@ -1,4 +1,4 @@
-"""Files that are small on the disk and cost whoever opens them without care much memory or time; one maker each."""
+"""Makes image files that are small on disk but take much memory or time to decode."""
 
 import io
 import os
@@ -13,7 +13,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def png(width: int, height: int, pixels: bytes, *, depth: int = 8, colour: int = 2, **chunks: bytes) -> bytes:
-    """A PNG by hand: what its header says and what its pixels are need not agree."""
+    """Builds a PNG whose header and pixels may disagree."""
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     return PNG + b"".join(
         chunk(name.encode(), content)
@@ -22,19 +22,19 @@ def png(width: int, height: int, pixels: bytes, *, depth: int = 8, colour: int =
 
 
 def chunk(name: bytes, content: bytes) -> bytes:
-    """A chunk of a PNG, with its checksum."""
+    """Builds a chunk of a PNG with its checksum."""
     return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
 
 def zeros(count: int) -> bytes:
-    """So many zero bytes, compressed a piece at a time."""
+    """Compresses ``count`` zero bytes piece by piece."""
     packer = zlib.compressobj(1)
     pieces = [packer.compress(bytes(min(2**20, count - done))) for done in range(0, count, 2**20)]
     return b"".join(pieces) + packer.flush()
 
 
 def saved(kind: str, *, frames: int = 1, size: tuple[int, int] = (8, 8), **options) -> bytes:
-    """What Pillow writes."""
+    """Returns the file that Pillow writes."""
     pictures = [Image.new("RGB", size, (number % 256, 9, 9)) for number in range(frames)]
     buffer = io.BytesIO()
     pictures[0].save(
@@ -44,12 +44,12 @@ def saved(kind: str, *, frames: int = 1, size: tuple[int, int] = (8, 8), **optio
 
 
 def segment(marker: int, content: bytes) -> bytes:
-    """A segment of a JPEG."""
+    """Builds a segment of a JPEG."""
     return bytes((0xFF, marker)) + struct.pack(">H", 2 + len(content)) + content
 
 
 def many_scans(side: int, scans: int) -> bytes:
-    """A correct progressive JPEG, grey, with one scan for each bit of each coefficient, up to ``scans``.
+    """Builds a valid grey progressive JPEG with one scan per bit of each coefficient, up to ``scans`` scans.
 
     Every code word is one bit: the only DC symbol is "no difference", the only AC symbol "32,767 blocks of zeros".
     """
@@ -60,7 +60,7 @@ def many_scans(side: int, scans: int) -> bytes:
     header += segment(0xC4, b"\x00" + one_code + b"\x00") + segment(0xC4, b"\x10" + one_code + b"\xe0")
     out = [header, segment(0xDA, bytes((1, 1, 0x00, 0, 0, 0x00))), bytes(-(-blocks // 8))]
     runs = -(-blocks // 32767)
-    bits = ("0" + "1" * 14) * (runs - 1) + "0" * 15  # the last run may be longer than what is left
+    bits = ("0" + "1" * 14) * (runs - 1) + "0" * 15  # the last run may be longer than the rest
     data = bytes(int(bits[place : place + 8].ljust(8, "1"), 2) for place in range(0, len(bits), 8))
     data = data.replace(b"\xff", b"\xff\x00")
     made = 1
@@ -74,7 +74,7 @@ def many_scans(side: int, scans: int) -> bytes:
 
 
 def large_jpeg() -> bytes:
-    """A JPEG whose header says 65,000 x 65,000."""
+    """Builds a JPEG whose header declares 65,000 x 65,000 pixels."""
     data = bytearray(saved("JPEG", progressive=True))
     place = data.index(b"\xff\xc2") + 5
     data[place : place + 4] = struct.pack(">HH", 65000, 65000)
@@ -82,7 +82,7 @@ def large_jpeg() -> bytes:
 
 
 def large_webp() -> bytes:
-    """A WebP whose header says 16,383 x 16,383: 14 bits each, 10 bytes into the VP8 chunk."""
+    """Builds a WebP whose header declares 16,383 x 16,383 pixels: 14 bits each, 10 bytes into the VP8 chunk."""
     data = bytearray(saved("WEBP"))
     place = data.index(b"VP8 ") + 14
     data[place : place + 4] = struct.pack("<HH", 16383, 16383)
@@ -90,17 +90,17 @@ def large_webp() -> bytes:
 
 
 def many_chunks(name: bytes, count: int) -> bytes:
-    """A PNG with so many empty chunks before its pixels."""
+    """Builds a PNG with ``count`` empty chunks before its pixels."""
     data = png(8, 8, zeros(200))
     return data[:33] + chunk(name, b"") * count + data[33:]
 
 
 def many_segments(marker: int, content: bytes, count: int) -> bytes:
-    """A JPEG with so many segments before its pixels."""
+    """Builds a JPEG with ``count`` segments before its pixels."""
     return b"\xff\xd8" + segment(marker, content) * count + saved("JPEG")[2:]
 
 
-# What is made, the reason for which it is counted, and what is said of it. All are refused before a pixel is decoded.
+# File name -> maker, reason in the report, part of the message. All are refused before a pixel is decoded.
 REFUSED: dict[str, tuple[Callable[[], bytes], str, str]] = {
     "empty.jpg": (lambda: b"", "empty", "is empty"),
     "page.jpg": (lambda: b"<html>404 Not Found</html>", "not an image", "one that begins with b'<html>40'"),
@@ -131,14 +131,14 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str, str]] = {
 
 
 def write_refused(folder: Path, name: str) -> Path:
-    """A file of the table."""
+    """Writes a file of the table."""
     path = folder / name
     path.write_bytes(REFUSED[name][0]())
     return path
 
 
 def sparse(folder: Path) -> Path:
-    """The first bytes of a PNG, and 2 GB that take no room on the disk."""
+    """Makes a sparse file of 2 GB that begins like a PNG."""
     path = folder / "sparse.png"
     path.write_bytes(saved("PNG"))
     os.truncate(path, 2 * 10**9)
@@ -146,13 +146,13 @@ def sparse(folder: Path) -> Path:
 
 
 def fifo(folder: Path) -> Path:
-    """What waits for ever for whoever opens it."""
+    """Makes a FIFO, which blocks a process that opens it."""
     os.mkfifo(folder / "fifo.png")
     return folder / "fifo.png"
 
 
 def endless(folder: Path) -> Path:
-    """A link to a device without an end."""
+    """Makes a link to /dev/zero, which never ends."""
     (folder / "endless.png").symlink_to("/dev/zero")
     return folder / "endless.png"
 

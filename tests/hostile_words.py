@@ -1,4 +1,4 @@
-"""Names as an attacker would choose them for classes, runs, data sets, recipes and licences."""
+"""Hostile names for classes, runs, data sets, recipes and licences: markup, control characters and others."""
 
 HOSTILE = (
     "# heading",

@@ -1,4 +1,4 @@
-"""InceptionV3 with random weights, as a file with a sha256 of its own."""
+"""Writes a weight file of InceptionV3 with random weights, for tests of feature networks."""
 
 import hashlib
 from pathlib import Path
@@ -10,7 +10,7 @@ from maskgit_pl.networks.inception import Inception
 
 
 def save_inception(file: Path) -> tuple[Path, str]:
-    """Writes weights that tell images apart, and returns the file and its sha256."""
+    """Writes random weights whose features differ between images; returns the file and its SHA-256."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = Inception()

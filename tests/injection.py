@@ -1,4 +1,4 @@
-"""Faults that befall a run where a test says: signals, losses that are not finite, a disk that is full."""
+"""Injects faults into a run: signals, non-finite losses, a full disk."""
 
 from __future__ import annotations
 
@@ -22,17 +22,16 @@ Where = Literal["start", "step", "validation", "saving"]
 
 @dataclass(frozen=True)
 class Fault:
-    """What befalls which rank, when.
+    """A fault, with its time and its rank.
 
     Args:
-        what: A signal to the process (to its group with ``to="group"``), ten minutes of sleep, what comes of the step
-            (a loss, a gradient, an error), or of the run's disk.
-        step: Behind this step for signals and sleep; of this step (1 is the first) for losses, gradients and errors.
-        where: At which moment a signal comes: before the first step, behind a step, in the validation, or the saving of
-            the checkpoint, that comes at the step or after it.
-        rank: None for all.
-        times: How often a signal is sent, or for how many steps the others last.
-        to: Whom a signal goes to.
+        what: A signal, a sleep of ten minutes, a fault of the step (loss, gradient, error), or one of the run's disk.
+        step: Signals and sleep come after this step; losses, gradients and errors are those of this step (from 1).
+        where: Time of a signal: before the first step, after a step, during the validation, or during the first
+            save at or after the step.
+        rank: Rank that is affected; None for all.
+        times: Number of signals, or of steps that the other faults last.
+        to: Receiver of a signal: the process or its group.
     """
 
     what: signal.Signals | Literal["nan loss", "nan gradient", "full disk", "read-only disk", "asleep"] | Exception
@@ -44,10 +43,10 @@ class Fault:
 
 
 class Injection(Callback):
-    """Brings faults upon the rank that it runs on.
+    """A callback that injects the faults of its rank.
 
     Args:
-        faults: Of all ranks.
+        faults: Faults of all ranks.
     """
 
     def __init__(self, faults: tuple[Fault, ...]) -> None:
@@ -56,7 +55,7 @@ class Injection(Callback):
         self.disk = Disk()
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Has losses and gradients pass by here."""
+        """Wraps the step or the backward pass, so that losses can be changed."""
         self._here(trainer, "start")
         self.poison = [fault for fault in self.poison if fault.rank in (None, trainer.global_rank)]
         if hasattr(module, "manual_backward") and not module.automatic_optimization:
@@ -115,15 +114,15 @@ class Injection(Callback):
 def _send(number: signal.Signals, to: Literal["process", "group"]) -> None:
     if to == "process":
         os.kill(os.getpid(), number)
-    else:  # from outside, as Slurm does
+    else:  # from another session, like Slurm
         subprocess.run(["kill", f"-{number.value}", "--", f"-{os.getpgrp()}"], check=True, start_new_session=True)
 
 
 class Disk:
-    """The file system that a run lies on, as nobody wants it."""
+    """The file system of a run, made full or read-only."""
 
     def spoil(self, folder: Path, how: Literal["full", "read-only"]) -> None:
-        """Leaves 20 kB, or no way to write checkpoints."""
+        """Fills the disk up to 20 kB, or makes the folder of checkpoints read-only."""
         if how == "read-only":
             place = folder / "checkpoints"
             subprocess.run(["mount", "--bind", place, place], check=True)
@@ -133,15 +132,17 @@ class Disk:
         (folder / "filled").write_bytes(bytes(max(0, free - 20_000)))
 
     def mend(self, folder: Path) -> None:
-        """As before."""
+        """Restores the file system."""
         (folder / "filled").unlink(missing_ok=True)
-        subprocess.run(["umount", "--quiet", folder / "checkpoints"], check=False)  # not there if it was full
+        subprocess.run(
+            ["umount", "--quiet", folder / "checkpoints"], check=False
+        )  # fails if the disk was full, not read-only
 
 
 def kill_in_saving(folder: Path, number: int) -> None:
-    """Kills this process at the ``number``-th thing that it does to files below ``folder`` once a save is in place.
+    """Kills this process at its ``number``-th file operation in ``folder`` after the first save is complete.
 
-    What follows is the removal of the one before and the next save: all of it is the saving of checkpoints.
+    These operations are the removal of the older checkpoint and the next save.
     """
     begun, left = [False], [number]
 
@@ -160,7 +161,7 @@ def kill_in_saving(folder: Path, number: int) -> None:
 
 
 def kill_in_writing(size: int) -> None:
-    """Has the kernel kill this process in the middle of a write, when a file reaches a size in bytes."""
+    """Limits the file size in bytes, so that the kernel kills this process in the middle of a write."""
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 

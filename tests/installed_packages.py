@@ -1,17 +1,17 @@
-"""Packages that are installed for a test: a folder as pip leaves it, put on the path."""
+"""Installs a package for a test: writes the files that pip would write into a folder on ``sys.path``."""
 
 import importlib
 from pathlib import Path
 
 
 def install(folder: Path, *, name: str, entry_points: str, modules: dict[str, str]) -> None:
-    """Writes modules and a ``.dist-info`` into a folder that is on the path.
+    """Writes modules and a ``.dist-info`` into a folder on ``sys.path``.
 
     Args:
-        folder: Stands for site-packages.
-        name: Of the package.
+        folder: Folder in the role of site-packages.
+        name: Name of the package.
         entry_points: Content of its ``entry_points.txt``.
-        modules: Source of its modules, by name.
+        modules: Source code of its modules, by name.
     """
     info = folder / f"{name.replace('-', '_')}-1.0.dist-info"
     info.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""LightningModules of both stages as the tests build them: small networks, the released betas and weight decay."""
+"""Builds LightningModules of both stages for tests: small networks, the released betas and weight decay."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RATE = LearningRate(1e-3)
 def tokenizer_model(
     network: VQGANConfig, *, rate: LearningRate = RATE, accumulation: int = 1, **options: Any
 ) -> Tokenizer:
-    """A module of stage 1; ``options`` are fields of ``TokenizerConfig``."""
+    """Builds a module of stage 1; ``options`` are fields of ``TokenizerConfig``."""
     optimizer = OptimizerConfig(rate, betas=(0.0, 0.99), weight_decay=0.0)
     return Tokenizer(TokenizerConfig(network=network, optimizer=optimizer, **options), accumulation=accumulation)
 
@@ -27,7 +27,7 @@ def tokenizer_model(
 def masked_model(
     network: TransformerConfig, tokenizer: Path | str, *, rate: LearningRate = RATE, **options: Any
 ) -> MaskedTokenModel:
-    """A module of stage 2; ``options`` are fields of ``MaskedTokenConfig``."""
+    """Builds a module of stage 2; ``options`` are fields of ``MaskedTokenConfig``."""
     optimizer = OptimizerConfig(rate, betas=(0.9, 0.96), weight_decay=0.045)
     return MaskedTokenModel(MaskedTokenConfig(network, optimizer, str(tokenizer), **{"global_batch": 8, **options}))
 
@@ -35,6 +35,6 @@ def masked_model(
 def autoregressive_model(
     network: TransformerConfig, tokenizer: Path | str, *, rate: LearningRate = RATE, **options: Any
 ) -> AutoregressiveModel:
-    """A module of the baseline; ``options`` are fields of ``AutoregressiveConfig``."""
+    """Builds a module of the autoregressive baseline; ``options`` are fields of ``AutoregressiveConfig``."""
     optimizer = OptimizerConfig(rate, betas=(0.9, 0.96), weight_decay=0.045)
     return AutoregressiveModel(AutoregressiveConfig(network, optimizer, str(tokenizer), **options))

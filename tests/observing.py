@@ -1,7 +1,7 @@
-"""``maskgit train`` in processes of its own, with an observer beside the run's callbacks, and faults that a test names.
+"""Runs ``maskgit train`` in separate processes, with an observer callback and injected faults.
 
-The processes are forked from a server that has imported torch and Lightning once; ranks find each other as under
-``torchrun``.
+The processes are forked from a server that has imported torch and Lightning. Ranks find each other through the
+variables of ``torchrun``.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from torch.distributed.tensor import DTensor
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint
 from tests.injection import Fault, Injection, Prepare
 
-SECONDS = 120  # after which a process counts as hanging
+SECONDS = 120  # limit for one process
 KILLED = -signal.SIGKILL
 
 
 @dataclass(frozen=True)
 class Topology:
-    """How a run is spread out: ranks, processes that load data on each, micro-batches of a step."""
+    """The layout of a run: ranks, data workers per rank, micro-batches per step, and strategy."""
 
     ranks: int = 1
     workers: int = 0
@@ -41,7 +41,7 @@ class Topology:
     cluster: str = "ddp"
 
     def words(self, global_batch: int) -> list[str]:
-        """Flags of ``maskgit train``."""
+        """Returns flags of ``maskgit train``."""
         per_device = global_batch // (self.ranks * self.accumulation)
         return [
             f"--cluster={self.cluster if self.ranks > 1 else 'single'}", f"--trainer.devices={self.ranks}",
@@ -54,10 +54,10 @@ class Topology:
 
 
 class Observer(Callback):
-    """Writes a line for each micro-batch: positions, samples, what was drawn for them, losses, weights behind it.
+    """A callback that writes a line per micro-batch: positions, samples, random draws, losses, sum of the weights.
 
     Args:
-        file: JSON lines.
+        file: File of JSON lines.
     """
 
     def __init__(self, file: Path) -> None:
@@ -66,7 +66,7 @@ class Observer(Callback):
         self.losses: dict[str, str] = {}
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Has what the module draws (masks, or mirrored images) and the losses of stage 1 pass by here."""
+        """Wraps the methods that draw masks or mirrored images, and the one that records the losses of stage 1."""
         name = "tokens_and_mask" if hasattr(module, "tokens_and_mask") else "_prepare_images"
         draw, record = getattr(module, name), getattr(module, "_record", None)
 
@@ -102,12 +102,12 @@ class Observer(Callback):
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """This rank's shard."""
+    """Returns the shard of this rank."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def digest(row: Tensor) -> str:
-    """A hash of a row's bytes."""
+    """Returns a hash of the bytes of a row."""
     return hashlib.blake2b(row.contiguous().numpy().tobytes(), digest_size=8).hexdigest()
 
 
@@ -138,10 +138,10 @@ Batches = dict[tuple[int, ...], Any]  # positions -> rows and losses of a micro-
 
 @dataclass
 class Seen:
-    """What the processes of a run wrote down, and where it ended.
+    """The record of a run.
 
     Attributes:
-        legs: The micro-batches of each time that the command ran, up to its end or its kill.
+        legs: Micro-batches of each execution of the command, up to its end or its kill.
         state: The last checkpoint.
     """
 
@@ -149,7 +149,7 @@ class Seen:
     state: dict[str, Any]
 
     def batches(self) -> Batches:
-        """Of all legs; one that ran twice, behind its checkpoint, must be the same again."""
+        """Returns the micro-batches of all legs; those that ran twice, after a checkpoint, must be equal."""
         found: Batches = {}
         for leg in self.legs:
             for positions, batch in leg.items():
@@ -157,11 +157,11 @@ class Seen:
         return found
 
     def repeated(self) -> int:
-        """Micro-batches that ran twice."""
+        """Returns the number of micro-batches that ran twice."""
         return sum(map(len, self.legs)) - len(self.batches())
 
     def rows(self) -> dict[int, Any]:
-        """Position -> [sample, epoch, hash of what was drawn], however the legs shared them out."""
+        """Returns [sample, epoch, hash of the random draws] by position, for any division among ranks."""
         found: dict[int, Any] = {}
         for leg in self.legs:
             for positions, batch in leg.items():
@@ -170,7 +170,7 @@ class Seen:
         return found
 
     def step_losses(self, global_batch: int) -> list[tuple[int, float]]:
-        """Step and loss of each whole global batch in each leg, from its micro-batches (stage 2)."""
+        """Returns step and loss of each complete global batch in each leg, from its micro-batches (stage 2)."""
         found: list[tuple[int, float]] = []
         for leg in self.legs:
             parts: dict[int, list[tuple[int, float]]] = {}
@@ -183,13 +183,13 @@ class Seen:
 
 
 class Runs:
-    """Starts runs of one stage and gathers what they did.
+    """Starts runs of one stage and collects their records.
 
     Args:
-        folder: Of the runs and the notes.
-        words: Flags that all of them have.
-        global_batch: Samples of a step.
-        runs: Of the runs, if the notes shall be elsewhere.
+        folder: Folder of the records, and of the runs unless ``runs`` is given.
+        words: Flags of all runs.
+        global_batch: Samples per step.
+        runs: Folder of the runs.
     """
 
     def __init__(self, folder: Path, words: Sequence[str], global_batch: int, runs: Path | None = None) -> None:
@@ -201,7 +201,7 @@ class Runs:
         self.processes.set_forkserver_preload(["maskgit_pl.runs.stage"])
 
     def words(self, name: str, topology: Topology, *more: str) -> list[str]:
-        """The command of a run."""
+        """Returns the command of a run."""
         where = [f"--runs-folder={self.runs}", f"--run={name}"]
         return ["train", *self.given, *where, *topology.words(self.global_batch), *more]
 
@@ -216,20 +216,20 @@ class Runs:
         prepare: Prepare | None = None,
         during: Callable[[list[Any]], None] | None = None,
     ) -> list[str]:
-        """The command once: to its end, or until a fault ends it.
+        """Runs the command once: to its end, or until a fault ends it.
 
         Args:
-            name: Of the run.
-            topology: Where it runs.
+            name: Name of the run.
+            topology: Ranks, workers and strategy.
             *more: Flags of this leg.
-            kill_at: The step behind which each process is killed (SIGKILL), before it could save.
-            faults: What else befalls it.
-            code: Exit code of each rank, or of all.
-            prepare: Called in each process before the command.
-            during: Called with the started processes, while they run.
+            kill_at: Step after which each process is killed (SIGKILL), before it saves.
+            faults: Further faults.
+            code: Expected exit code of each rank, or of all.
+            prepare: Function that each process calls before the command.
+            during: Function that is called with the processes while they run.
 
         Returns:
-            What each rank has said.
+            Output of each rank.
         """
         words, port = self.words(name, topology, *more), free_port()
         number = len(list(self.folder.glob(f"{name}-leg*-rank0.jsonl")))
@@ -256,13 +256,13 @@ class Runs:
         return [file.with_suffix(".log").read_text() for _, file in started]
 
     def newest(self, name: str) -> Path:
-        """The newest complete checkpoint of a run."""
+        """Returns the newest complete checkpoint of a run."""
         found = newest_checkpoint(self.runs / name / self.given[0] / "checkpoints")
         assert found is not None
         return found
 
     def seen(self, name: str) -> Seen:
-        """What all legs of a run did."""
+        """Returns the record of all legs of a run."""
         legs: list[Batches] = []
         for number in range(len(list(self.folder.glob(f"{name}-leg*-rank0.jsonl")))):
             legs.append({})
@@ -273,27 +273,27 @@ class Runs:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Returns a free port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
 
 
 def as_torchrun(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """The variables that ``torchrun`` sets."""
+    """Returns the environment variables that ``torchrun`` sets."""
     values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0}
     values |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests"}
     return {name: str(value) for name, value in values.items()}
 
 
 def trained_state(state: dict[str, Any]) -> dict[str, Any]:
-    """Leaves of what a run carries on: weights, averages, optimisers, learning rates, step."""
+    """Returns the leaves of the state that a run resumes: weights, averages, optimisers, learning rates, step."""
     kept = ("state_dict", "optimizer_states", "lr_schedulers", "global_step")
     return dict(leaves({name: state[name] for name in kept}))
 
 
 def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Path -> value, of nested mappings and sequences."""
+    """Yields path and value of each leaf of nested mappings and sequences."""
     if isinstance(node, dict):
         for key, value in node.items():
             yield from leaves(value, f"{path}/{key}")
@@ -305,14 +305,14 @@ def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def same(left: Any, right: Any) -> bool:
-    """Equal to the last bit."""
+    """Returns True if two values are bit-exact."""
     if isinstance(left, Tensor) and isinstance(right, Tensor):
         return left.dtype == right.dtype and torch.equal(left, right)
     return type(left) is type(right) and left == right
 
 
 def write_part(file: Path, text: str) -> None:
-    """Puts a part of a page, which begins with its heading, where the one with that heading is, or behind all."""
+    """Writes a section of a page: in place of the section with the same heading, or at the end."""
     heading, _, _ = text.partition("\n")
     parts = re.split(r"^(?=#{1,2} )", file.read_text() if file.is_file() else "", flags=re.MULTILINE)
     kept = [part.strip() for part in parts if part.strip()]

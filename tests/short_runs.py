@@ -1,4 +1,4 @@
-"""Short runs of stage 2 in this process: the tiny data, a fit, and what each step saw and gave."""
+"""Short training runs of stage 2 in this process: tiny data, ``fit``, and a record of each step."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from maskgit_pl.training.checkpoints import Checkpoints
 
 
 class Recorder(Callback):
-    """Keeps what each step saw and gave: sample ids, loss bits."""
+    """A callback that records the sample ids and the exact loss of each step."""
 
     def __init__(self):
         self.ids, self.losses = [], []
@@ -23,7 +23,7 @@ class Recorder(Callback):
 
 
 def data(shards: Path, store: Path | None = None, **options: Any) -> ShardData:
-    """Global batches of 8 of the tiny images, or of their tokens in a store."""
+    """Builds a data module with global batches of 8 tiny images, or of their tokens in a store."""
     source = "images" if store is None else "tokens"
     sizes = {"image_size": 8, "in_channels": 1, "global_batch": 8, "max_batch_per_device": 8, "validation_batch": 8}
     return ShardData(
@@ -42,7 +42,7 @@ def fit(
     callbacks: Sequence[Callback] = (),
     **options: Any,
 ) -> Recorder:
-    """Trains up to a step, with checkpoints in a folder; ``options`` are the Trainer's."""
+    """Trains up to ``steps`` with checkpoints in a folder; ``options`` are arguments of the Trainer."""
     seen = Recorder()
     trainer = Trainer(
         max_steps=steps, max_epochs=-1, accelerator="cpu", logger=False, plugins=[FolderCheckpointIO()],

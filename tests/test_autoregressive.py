@@ -13,7 +13,9 @@ from maskgit_pl.training.optimizers import LearningRate
 from tests.modules import autoregressive_model, masked_model
 from tests.short_runs import data, fit
 
-CONFIG = TransformerConfig(16, 3, (4, 4), width=16, depth=2, num_heads=2, mlp_width=32, dropout=0.1, attention="causal")
+CONFIG = TransformerConfig(
+    16, 3, (4, 4), embed_dim=16, depth=2, num_heads=2, mlp_dim=32, dropout=0.1, attention="causal"
+)
 
 
 def model(pretrained, **options) -> AutoregressiveModel:
@@ -34,8 +36,8 @@ def test_a_model_learns_and_exports_its_average(tiny_shards, tiny_pretrained, tm
     assert exported.mask_schedule is None
     assert exported.network.config == CONFIG
     assert exported.decoding == DecodingConfig(16, None, "linear", 0.5)
-    assert torch.equal(exported.network.words.weight, module.ema_network.words.weight)
-    assert not torch.equal(exported.network.words.weight, module.transformer.words.weight)
+    assert torch.equal(exported.network.token_embedding.weight, module.ema_network.token_embedding.weight)
+    assert not torch.equal(exported.network.token_embedding.weight, module.transformer.token_embedding.weight)
 
 
 def test_the_loss_is_the_mean_cross_entropy_of_all_tokens(tiny_pretrained):
@@ -105,7 +107,7 @@ def test_it_begins_from_weights_of_its_own_kind(tiny_pretrained, tiny_autoregres
 
 
 def test_what_does_not_go_together_is_refused(tiny_pretrained):
-    with pytest.raises(ValueError, match=r"^decoding\.guidance: it needs a null class"):
+    with pytest.raises(ValueError, match=r"^decoding\.guidance must have scale 0 for a network without a null class"):
         model(
             tiny_pretrained,
             network=replace(CONFIG, class_dropout=0.0),

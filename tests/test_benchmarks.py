@@ -1,4 +1,4 @@
-"""Benchmarks at tiny sizes: they run, their tables are whole, and what they compare is the same work."""
+"""Benchmarks at tiny sizes: they run, their tables are complete, and they compare the same work."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ def stage2_step():
 @pytest.fixture(scope="module")
 def task(stage2_step):
     return stage2_step.Task(
-        batch=3, depth=2, width=32, mlp_width=64, num_heads=4, grid=(4, 4), num_codes=16, num_classes=3
+        batch=3, depth=2, embed_dim=32, mlp_dim=64, num_heads=4, grid=(4, 4), codebook_size=16, num_classes=3
     )
 
 
@@ -51,7 +51,7 @@ def ours_and_naive(stage2_step, task):
 def test_ours_and_the_naive_step_have_the_same_loss_and_gradients(stage2_step, task):
     (our_loss, ours), (naive_loss, naive) = ours_and_naive(stage2_step, task)
     torch.testing.assert_close(our_loss, naive_loss, rtol=1e-6, atol=1e-6)
-    ours = stage2_step.naive_weights(ours)
+    ours = stage2_step.rename_weights(ours)
     assert ours.keys() == naive.keys()
     for name, gradient in naive.items():
         assert gradient.norm() > 0, name
@@ -59,12 +59,12 @@ def test_ours_and_the_naive_step_have_the_same_loss_and_gradients(stage2_step, t
 
 
 def test_the_counted_work_is_that_of_the_formula(stage2_step, task):
-    """6 FLOPs for each weight of a linear layer and row that it sees; attention's are 4 S S D, three times."""
-    rows, masked, width = 3 * 17, int(task.mask().sum()), task.width
+    """The formula: 6 FLOPs per weight of a linear layer and row; 3 x 4 S S D for attention."""
+    rows, masked, width = 3 * 17, int(task.mask().sum()), task.embed_dim
     assert 0 < masked < 3 * 16
     vocabulary = task.network.vocabulary_size
     attention = 3 * 4 * 17 * 17 * width * 3 * task.depth
-    projections, feed_forward = 3 * width**2, width**2 + 2 * width * task.mlp_width
+    projections, feed_forward = 3 * width**2, width**2 + 2 * width * task.mlp_dim
     head = width**2 + width * vocabulary
     block = 6 * rows * (projections + feed_forward)
     _, naive = stage2_step.warm_up(stage2_step.build("naive", task, "fp32"))
@@ -76,7 +76,7 @@ def test_the_counted_work_is_that_of_the_formula(stage2_step, task):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_measurement_has_a_whole_row_for_each_contender(stage2_step, task, precision):
-    peaks = {name: stage2_step.memory(name, task, precision, threads=1) for name in OURS}
+    peaks = {name: stage2_step.measure_memory(name, task, precision, threads=1) for name in OURS}
     measured = stage2_step.measure(task, precision, peaks=peaks, repeats=3, product_size=64)
     assert [one.name for one in measured] == OURS
     assert measured[0].loss == pytest.approx(measured[1].loss, rel=1e-2 if precision == "bf16" else 1e-6)
@@ -88,12 +88,12 @@ def test_a_measurement_has_a_whole_row_for_each_contender(stage2_step, task, pre
         assert [sum(each) for each in zip(*one.parts.values(), strict=True)] == pytest.approx(one.seconds)
         assert one.memory is None or one.memory >= 0  # what else this process has held shows in it
         assert json.loads(json.dumps(dataclasses.asdict(one)))["peak"] > 0
-    table = stage2_step.markdown_table([one.row() for one in measured]).splitlines()
+    table = stage2_step.format_table([one.row() for one in measured]).splitlines()
     assert len(table) == 2 + len(OURS)
     assert len({line.count("|") for line in table}) == 1
     assert len({len(line) for line in table}) == 1
 
 
 def test_peak_memory_is_that_of_what_runs(stage2_step):
-    peak = stage2_step.in_fresh_process(stage2_step.peak_memory, partial(torch.ones, 50_000_000))
+    peak = stage2_step.run_in_fresh_process(stage2_step.measure_peak_memory, partial(torch.ones, 50_000_000))
     assert peak is None or 150e6 < peak < 260e6  # the system may take pages of libraries back in the meantime

@@ -41,16 +41,18 @@ def test_the_benchmark_prints_its_tables_and_writes_its_figures(data, tmp_path, 
 def test_both_ways_see_each_image_and_each_sequence_once(data, tmp_path):
     data.write_images(tmp_path / "images", (300, 280), 5)
     seen = []
-    assert data.our_images(tmp_path / "images", on_batch=seen.append) == 5
-    assert data.webdataset_images(tmp_path / "images") == 5
+    assert data.read_our_images(tmp_path / "images", on_batch=seen.append) == 5
+    assert data.read_webdataset_images(tmp_path / "images") == 5
     assert seen[0].shape == (5, 3, 256, 256)
     reader = data.write_tokens(tmp_path / "tokens", 10)
-    assert data.our_tokens(reader, 4) >= 10
-    assert data.item_by_item(reader, 4) == 10
+    assert data.read_our_tokens(reader, 4) >= 10
+    assert data.read_item_by_item(reader, 4) == 10
 
 
 def test_only_the_time_of_the_work_counts(data):
-    found = data.rates({"ours": lambda: sum(range(10**5)) and 10, "usual": lambda: sum(range(10**6)) and 10}, repeats=3)
+    found = data.measure_rates(
+        {"ours": lambda: sum(range(10**5)) and 10, "usual": lambda: sum(range(10**6)) and 10}, repeats=3
+    )
     assert [len(values) for values in found.values()] == [3, 3]
     row = data._row("sums", found, goal="3 x")
     assert row["ours / usual"] > 3

@@ -61,6 +61,6 @@ def test_the_table_says_what_is_loaded_beyond_the_first_import(import_time) -> N
     assert measured["nothing"].own == set()
     assert {"maskgit_pl", "maskgit_pl.schedules"} <= measured["ours"].own
     assert "einops" in measured["ours"].packages - measured["nothing"].packages
-    lines = import_time.report(measured).splitlines()
+    lines = import_time.format_report(measured).splitlines()
     assert len(lines) == 4
     assert len({line.count("|") for line in lines}) == 1

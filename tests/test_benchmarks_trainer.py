@@ -23,7 +23,20 @@ def trainer_overhead():
 
 
 def test_the_trainer_and_the_bare_loop_end_with_the_same_weights(trainer_overhead, tmp_path, capsys):
-    words = ["--steps", "32", "--width", "16", "--depth", "1", "--batch", "4", "--log-every", "4", "--repeats", "1"]
+    words = [
+        "--num-steps",
+        "32",
+        "--embed-dim",
+        "16",
+        "--depth",
+        "1",
+        "--batch-size",
+        "4",
+        "--log-every",
+        "4",
+        "--repeats",
+        "1",
+    ]
     trainer_overhead.main([*words, "--json", str(tmp_path / "found.json")])
     found = json.loads((tmp_path / "found.json").read_text())
     assert [row["clock"] for row in found["measured"]] == ["wall", "cpu"] * 2
@@ -34,5 +47,5 @@ def test_the_trainer_and_the_bare_loop_end_with_the_same_weights(trainer_overhea
         assert min(row["bare"], row["trainer"]) > 0
     said = capsys.readouterr().out
     assert "| wall  |" in said
-    assert "target: 1 ms\nLightning's loop without a callback adds " in said
+    assert "target: 1 ms\nLightning's loop without callbacks adds " in said
     assert torch.get_num_threads() == 1

@@ -1,4 +1,4 @@
-"""What can be named as a device, with and without an accelerator."""
+"""Names of devices, with and without an accelerator."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from maskgit_pl.devices import check_device, default_device, device_names
 
 
 def accelerators(monkeypatch: pytest.MonkeyPatch, kind: str | None, count: int = 0) -> None:
-    """As if torch found ``count`` accelerators of a kind."""
+    """Makes torch find ``count`` accelerators of a kind."""
     device = None if kind is None else torch.device(kind)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: device)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: count > 0)

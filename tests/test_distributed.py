@@ -1,4 +1,4 @@
-"""Two processes on one machine, through the command that a user types, against one process.
+"""Two processes on one machine, started by the command, give the results of one process.
 
 ``REPRODUCIBILITY=docs/reproducibility.md make test WORKERS=0 ARGS=tests/test_distributed.py`` writes the table.
 """
@@ -28,7 +28,7 @@ CLUSTERS = {"single": [], "ddp": ["--trainer.devices=2"], "fsdp": ["--trainer.de
 
 
 def words(stage: str, cluster: str, shards: Path, runs: Path, *more: str, tokenizer: Path | None = None) -> list[str]:
-    """The words of a command that trains a few steps."""
+    """Returns the words of a command that trains a few steps."""
     tiny = yaml.safe_load((TINY / f"{stage}.yaml").read_text())
     tiny["trainer"] |= {"max_steps": STEPS, "val_check_interval": STEPS}
     if "--recipe=autoregressive" in more:
@@ -129,7 +129,7 @@ ADVERSARIAL = '--model.adversarial={"discriminator": {"channel_multiplier": 0.01
 
 
 class Bench:
-    """Runs of both stages on the same data, in float32 and without dropout; the straight one made once."""
+    """Runs of both stages on the same data, in float32 and without dropout. The uninterrupted one is made once."""
 
     def __init__(self, folder: Path) -> None:
         save_uneven_shards(folder / "shards", (1, 7, 100))
@@ -150,14 +150,14 @@ class Bench:
             self.runs[stage] = Runs(folder / stage, words, GLOBAL_BATCH)
 
     def of_one_process(self, stage: str) -> Seen:
-        """What the others are compared with."""
+        """The run of one process, the reference."""
         if stage not in self.straight:
             self.runs[stage].leg("straight", WHOLE)
             self.straight[stage] = self.runs[stage].seen("straight")
         return self.straight[stage]
 
     def losses_apart(self, seen: Seen) -> float:
-        """Largest relative difference of a step's loss from that of one process (stage 2); every step is there."""
+        """Returns the largest relative difference of a loss from that of one process (stage 2), over all steps."""
         wanted = dict(self.of_one_process("transformer").step_losses(GLOBAL_BATCH))
         losses = seen.step_losses(GLOBAL_BATCH)
         assert {step for step, _ in losses} == set(wanted) == set(range(LONG))
@@ -198,7 +198,7 @@ then drift apart. The tolerance of {NEAR:.0e} holds for the first 10 steps.
 
 @pytest.fixture(scope="module")
 def table() -> Iterator[dict[str, list[str]]]:
-    """Rows of both tables; written where REPRODUCIBILITY says."""
+    """Yields the rows of both tables, and writes them to the page in REPRODUCIBILITY."""
     rows: dict[str, list[str]] = {"transformer": [], "tokenizer": []}
     yield rows
     if "REPRODUCIBILITY" in os.environ:
@@ -207,13 +207,13 @@ def table() -> Iterator[dict[str, list[str]]]:
 
 
 def apart(state: dict, other: dict) -> dict[str, float]:
-    """Largest difference of each tensor of weights, averages and buffers."""
+    """Returns the largest difference of each tensor of weights, averages and buffers."""
     assert state.keys() == other.keys()
     return {name: float((value.double() - other[name].double()).abs().max()) for name, value in state.items()}
 
 
 def near_to_one_process(bench: Bench, name: str) -> str:
-    """Asserts that a run is that of one process; how near, as cells of the table."""
+    """Asserts that a run equals that of one process. Returns the differences as cells of the table."""
     one, seen = bench.of_one_process("transformer"), bench.runs["transformer"].seen(name)
     assert seen.rows() == one.rows()
     losses, weights = bench.losses_apart(seen), max(apart(one.state["state_dict"], seen.state["state_dict"]).values())
@@ -281,7 +281,7 @@ def test_mixed_precision_under_fsdp_falls_as_float32_does_and_keeps_float32_weig
 
 
 def without_inductor() -> None:
-    """Traced as ever, in seconds: two ranks that wait for the inductor's compiler need minutes of two cores."""
+    """Replaces the inductor's compiler, which takes minutes on two cores, by the traced graph."""
     torch.compile = partial(torch.compile, backend="aot_eager")
 
 

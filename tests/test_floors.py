@@ -53,7 +53,7 @@ FLOORS = {  # a file or a folder -> its floor; a folder's files stand on its flo
     "web": 10,
     "__main__": 11,
 }
-INNER = (  # folders inside a folder, and that folder first: each knows those before it, never those behind
+INNER = (  # folders inside a folder, and that folder first: each may import those before it, never those after it
     ("evaluation", "evaluation/reports"),
 )
 LIGHTNING_FROM = 3
@@ -72,7 +72,7 @@ def tree(module: str) -> ast.Module:
 
 
 def statements(module: str, *, at_import: bool) -> Iterator[ast.Import | ast.ImportFrom]:
-    """Import statements: all of them, or those that run when the module is imported."""
+    """Yields the import statements of a module: all, or those that run at import."""
     waiting: list[ast.AST] = [tree(module)]
     while waiting:
         node = waiting.pop()
@@ -88,7 +88,7 @@ def for_types(node: ast.AST) -> bool:
 
 
 def imported(module: str, *, at_import: bool = False) -> set[str]:
-    """Dotted names of what a module imports, e.g. ``torch.nn`` or ``maskgit_pl.shards.index``."""
+    """Returns the dotted names that a module imports, e.g. ``torch.nn`` or ``maskgit_pl.shards.index``."""
     names: set[str] = set()
     for statement in statements(module, at_import=at_import):
         if isinstance(statement, ast.Import):
@@ -115,7 +115,7 @@ def own(module: str, *, at_import: bool = False) -> set[str]:
 def refused(module: str) -> list[tuple[str, str]]:
     """Imports of ``module`` against the rule: lower floors, its own folder, and in the root its own floor.
 
-    Of a folder on that floor a file of the root knows the face alone, its ``__init__``.
+    From a folder on that floor, a file of the root may import only the ``__init__``.
     """
     floor = FLOORS[part(module)]
 
@@ -130,7 +130,7 @@ def refused(module: str) -> list[tuple[str, str]]:
 
 
 def backwards(module: str, folders: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Imports of ``module`` that go from a folder to one behind it."""
+    """Returns the imports of ``module`` that go from a folder to one after it."""
     place = {folder: number for number, folder in enumerate(folders)}
     own_place = place[Path(module).parent.as_posix()]
     return [(module, other) for other in sorted(own(module)) if place.get(Path(other).parent.as_posix(), 0) > own_place]
@@ -159,7 +159,7 @@ def called(node: ast.Call) -> str:
 
 
 def forbidden(module: str) -> Iterator[str]:
-    """What the source never does, with its line."""
+    """Yields forbidden calls with their lines."""
     for node in ast.walk(tree(module)):
         if isinstance(node, ast.Call):
             named = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}

@@ -20,7 +20,7 @@ EXAMPLE = REPOSITORY / "docs" / "from_python.py"
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    """Grey 28 px images of two classes, each of its own brightness."""
+    """Writes grey 28 px images of two classes that differ in brightness."""
     generator = torch.Generator().manual_seed(0)
     for split, each in (("train", 32), ("val", 16)):
         for label in (0, 1):

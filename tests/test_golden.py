@@ -84,12 +84,12 @@ class RecordedBatch(LightningDataModule):
     Where the mask is off, tokens are what the network sees; where it is on, they are what it must predict.
     """
 
-    def __init__(self, arrays: dict[str, np.ndarray], num_codes: int, micro_batch: int) -> None:
+    def __init__(self, arrays: dict[str, np.ndarray], codebook_size: int, micro_batch: int) -> None:
         super().__init__()
         seen, wanted = torch.from_numpy(arrays["tokens"]).long(), torch.from_numpy(arrays["loss_labels"]).long()
         self.masks = seen[:, 1:] == -1
         self.tokens = wanted[:, 1:].where(self.masks, seen[:, 1:])
-        self.labels = wanted[:, 0] - num_codes
+        self.labels = wanted[:, 0] - codebook_size
         self.global_batch = len(seen)
         self.micro_batch = micro_batch
 
@@ -129,7 +129,7 @@ class Seen(Callback):
 def test_a_training_step_has_the_recorded_loss_and_gradients(micro_batch, tmp_path, record_property):
     arrays, network = GOLDEN.arrays("transformer_n16.npz"), load_transformer(GOLDEN, "n16")
     config = replace(network.config, dropout=0.0, class_dropout=0.0)
-    data = RecordedBatch(arrays, config.num_codes, micro_batch)
+    data = RecordedBatch(arrays, config.codebook_size, micro_batch)
     module = masked_model(config, tmp_path, label_smoothing=0.1, loss_vocabulary="all", global_batch=data.global_batch)
     module.transformer.load_state_dict(network.state_dict())
     module.mask_sampler = RecordedMasks(data.masks)

@@ -52,7 +52,7 @@ def write_tree(file: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def checked(folder: Path, capsys) -> tuple[int, list[str], str]:
-    """Exit code, lines that are off, last line."""
+    """Returns the exit code, the lines of arrays that differ, and the last line."""
     code = main([str(folder)])
     lines = capsys.readouterr().out.splitlines()
     return code, [line for line in lines[:-1] if "OFF" in line], lines[-1]
@@ -232,7 +232,7 @@ def weights(model: str, shapes) -> dict[str, np.ndarray]:
 
 
 def released(ours: dict[str, torch.Tensor], tree: dict[str, np.ndarray], to_ours) -> dict[str, np.ndarray]:
-    """Values under our names, in the layout of the released ``tree``: each goes where our number comes from."""
+    """Returns our values in the layout of the released ``tree``: the inverse of ``to_ours``."""
     sizes = [array.size for array in tree.values()]
     numbers = np.split(np.arange(sum(sizes), dtype=np.float32), np.cumsum(sizes)[:-1])
     places = to_ours({path: n.reshape(tree[path].shape) for path, n in zip(tree, numbers, strict=True)})
@@ -249,12 +249,12 @@ def gradients_of(loss: torch.Tensor, network: torch.nn.Module) -> dict[str, torc
 
 
 def vqvae_set(folder: Path) -> Path:
-    """Images twice as wide as high, three levels, ReLU, argmax entropy."""
+    """Writes a set with images twice as wide as high, three levels, ReLU and argmax entropy."""
     entry = {
         "filters": 32, "num_res_blocks": 2, "channel_multipliers": [1, 1, 2], "codebook_size": 20, "embedding_dim": 6,
         "commitment_cost": 0.5, "entropy_loss_ratio": 0.2, "entropy_temperature": 0.5, "entropy_loss_type": "argmax",
     }  # fmt: skip
-    tree = weights("tokenizer", recipe.tokenizer(filters=32, multipliers=(1, 1, 2), codes=20, code_width=6))
+    tree = weights("tokenizer", recipe.tokenizer(filters=32, channel_multipliers=(1, 1, 2), codes=20, code_dim=6))
     spec = GradientQuantizerSpec(0.5, 1.0, 0.2, 0.5, "argmax")
     network = tokenizer.network_from(tree, activation="relu", quantizer=spec)
     random = np.random.RandomState(0)
@@ -338,10 +338,10 @@ def released_run(predict, inputs: np.ndarray, *, steps: int, start: int, tempera
 
 
 def transformer_set(folder: Path) -> Path:
-    """One layer of three heads, 7 codes, 2 classes, 3 x 3 tokens; a run of five steps from the second on."""
+    """Writes a set with one layer, three heads, 7 codes, 2 classes, 3 x 3 tokens, and five steps from the second on."""
     tree = weights("transformer", recipe.transformer(layers=1, width=12, heads=3, mlp=20, words=10, positions=10))
     entry = {"layers": 1, "hidden": 12, "heads": 3, "inter": 20, "codebook": 7, "classes": 2, "latent": 3}
-    network = transformer.network_from(tree, num_codes=7)
+    network = transformer.network_from(tree, codebook_size=7)
     inputs = np.array([[7, -1, -1, -1, -1, -1, -1, -1, -1, -1], [8, -1, 6, -1, 0, 1, 2, -1, -1, 3]], np.int32)
     logits = transformer.everywhere(network, inputs)["logits"].detach()
     run = released_run(
@@ -355,7 +355,7 @@ def transformer_set(folder: Path) -> Path:
 
 
 def discriminator_set(folder: Path) -> Path:
-    """16 px, other widths, another cost."""
+    """Writes a set of 16 px with other widths and another R1 weight."""
     tree = weights("disc", recipe.discriminator(widths=(6, 5, 4)))
     network = discriminator.network_from(tree, image_size=16, pooling="blur")
     pixels, others = np.random.RandomState(0).rand(2, 2, 16, 16, 3).astype(np.float32)

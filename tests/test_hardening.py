@@ -1,4 +1,4 @@
-"""The table of docs/hardening.md names tests that there are."""
+"""Every test that docs/hardening.md names exists."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ FILES = re.findall(r"(tests/[\w/]+\.py)", PAGE)
 
 
 def named() -> list[tuple[str, str]]:
-    """File and name of each test; ``::name`` alone is of the file before it in the row."""
+    """Returns file and name of each test; ``::name`` without a file belongs to the file before it in the row."""
     found = []
     for row in PAGE.splitlines():
         file = None

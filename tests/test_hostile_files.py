@@ -42,7 +42,7 @@ VALUES = (
 
 
 def paths(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Every key of every mapping, and the first items of every list."""
+    """Yields the path of every key of every mapping, and of the first items of every list."""
     keys = node if isinstance(node, dict) else range(min(len(node), 8)) if isinstance(node, list) else ()
     for key in keys:
         yield (*path, key)
@@ -50,7 +50,7 @@ def paths(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def mutants(content: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """What is changed, and the text of the changed file."""
+    """Yields a description of each change, and the text of the changed file."""
     for path in paths(content):
         for value in ("@delete@", "@twice@", *VALUES):
             changed = copy.deepcopy(content)
@@ -96,7 +96,7 @@ def bounded() -> Iterator[None]:
 
 
 def outcome(load: Callable[[], Any], file: Path, changed: str) -> Any:
-    """What a load gives; None where it is refused as it should be."""
+    """Returns the result of a load; None if it is refused correctly."""
     try:
         with bounded():
             return load()
@@ -114,7 +114,9 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def tokenizer(folder: Path) -> tuple[Path, Callable[[], Any]]:
-    config = VQGANConfig(1, channels=4, multipliers=(1, 1), blocks_per_level=1, groups=2, num_codes=8, code_width=4)
+    config = VQGANConfig(
+        1, base_channels=4, channel_multipliers=(1, 1), num_res_blocks=1, num_groups=2, codebook_size=8, code_dim=4
+    )
     save_tokenizer(folder, config, VQGAN(config).state_dict(), image_size=8)
     return folder / "config.json", lambda: load_tokenizer(folder).network.state_dict()
 

@@ -31,7 +31,7 @@ sys.exit(75)
 
 
 def send(*times: float, state: str = "runs", saving: float = 0.0) -> tuple[int, list[str]]:
-    """Ctrl-C to the whole group, so many times after pauses; exit code and lines of stderr."""
+    """Sends Ctrl-C to the process group after each pause. Returns exit code and lines of stderr."""
     with subprocess.Popen(
         [sys.executable, "-c", LISTEN, state, str(saving)],
         stdout=subprocess.PIPE,
@@ -48,9 +48,9 @@ def send(*times: float, state: str = "runs", saving: float = 0.0) -> tuple[int, 
     return process.returncode, [line for line in error.splitlines() if line]
 
 
-FIRST = "stopping after this step, and saving; Ctrl-C again stops at once, with exit code 130"
-CALLED = "stopping after this step, and saving; Ctrl-C again stops at once"
-SECOND = "stopped at once; the same command resumes from the last checkpoint"
+FIRST = "finishing this step and saving; press Ctrl-C again to quit immediately (exit code 130)"
+CALLED = "finishing this step and saving; press Ctrl-C again to quit immediately"
+SECOND = "quit immediately; repeat the command to resume from the last checkpoint"
 
 
 def test_one_ctrl_c_sets_the_flag_also_if_workers_get_it_too():

@@ -25,5 +25,5 @@ def test_the_rank_on_a_machine_is_that_of_torchrun_or_else_of_slurm(environment,
 
 
 def test_a_rank_that_is_no_number_is_refused():
-    with pytest.raises(ValueError, match="RANK: a whole number is needed, got 'one'"):
+    with pytest.raises(ValueError, match="RANK must be a whole number, got 'one'"):
         launcher_rank({"RANK": "one", "WORLD_SIZE": "2"})

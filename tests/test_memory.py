@@ -1,4 +1,4 @@
-"""A long run keeps its memory and its files: whatever grows by a step is found here."""
+"""A long run does not grow: memory and open files stay constant over many steps."""
 
 import logging
 import multiprocessing

@@ -21,11 +21,11 @@ from maskgit_pl.schedules import mask_schedules
 from maskgit_pl.token_model import check_tokenizer
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint
 from maskgit_pl.training.optimizers import LearningRate
-from tests.conftest import peaked
+from tests.conftest import peak_predictions
 from tests.modules import masked_model
 from tests.short_runs import data, fit
 
-CONFIG = TransformerConfig(16, 3, (4, 4), width=16, depth=2, num_heads=2, mlp_width=32, dropout=0.1)
+CONFIG = TransformerConfig(16, 3, (4, 4), embed_dim=16, depth=2, num_heads=2, mlp_dim=32, dropout=0.1)
 
 
 def model(pretrained, **options) -> MaskedTokenModel:
@@ -38,7 +38,9 @@ def model(pretrained, **options) -> MaskedTokenModel:
 def store(tiny_shards, tiny_pretrained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokens")
     tokenizer = load_tokenizer(tiny_pretrained / "tokenizer")
-    description = describe_store(tiny_shards, grid=(4, 4), num_codes=16, tokenizer=tokenizer.fingerprint, image_size=8)
+    description = describe_store(
+        tiny_shards, grid=(4, 4), codebook_size=16, tokenizer=tokenizer.fingerprint, image_size=8
+    )
 
     def encode(images: torch.Tensor) -> torch.Tensor:
         return tokenizer.network.encode(to_unit_range(images))
@@ -55,8 +57,8 @@ def test_a_model_learns_and_exports_its_average(tiny_shards, tiny_pretrained, tm
     module.export(tmp_path, class_names=("a", "b", "c"))
     exported = load_transformer(tmp_path / "transformer")
     assert exported.class_names == ("a", "b", "c")
-    assert torch.equal(exported.network.words.weight, module.ema_network.words.weight)
-    assert not torch.equal(exported.network.words.weight, module.transformer.words.weight)
+    assert torch.equal(exported.network.token_embedding.weight, module.ema_network.token_embedding.weight)
+    assert not torch.equal(exported.network.token_embedding.weight, module.transformer.token_embedding.weight)
 
 
 def test_images_and_tokens_train_on_the_same_samples_to_the_same_losses(tiny_shards, tiny_pretrained, store, tmp_path):
@@ -109,11 +111,11 @@ class Weights(Callback):
         self.trained, self.averaged = [], []
 
     def on_train_start(self, trainer, module):
-        self.trained.append(module.transformer.words.weight.detach().clone())
+        self.trained.append(module.transformer.token_embedding.weight.detach().clone())
 
     def on_train_batch_end(self, trainer, module, *_):
         self.on_train_start(trainer, module)
-        self.averaged.append(module.ema_network.words.weight.clone())
+        self.averaged.append(module.ema_network.token_embedding.weight.clone())
 
 
 def test_the_average_follows_its_ramp_from_the_first_step_on(tiny_shards, tiny_pretrained, store, tmp_path):
@@ -124,7 +126,7 @@ def test_the_average_follows_its_ramp_from_the_first_step_on(tiny_shards, tiny_p
 
 
 def validate(module, source):
-    """What a validation logs."""
+    """Returns the values that a validation logs."""
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, use_distributed_sampler=False)
     (values,) = trainer.validate(module, datamodule=source, verbose=False)
     return values
@@ -138,7 +140,7 @@ def test_rows_that_fill_up_the_last_validation_batch_count_nothing(tiny_shards, 
 
 def test_validation_asks_the_averaged_network_about_masked_tokens(tiny_shards, tiny_pretrained, store):
     module, source = model(tiny_pretrained, label_smoothing=0.3), data(tiny_shards, store, validation_samples=8)
-    module.ema_network.words.weight.mul_(3)  # now another network than the trained one
+    module.ema_network.token_embedding.weight.mul_(3)  # now another network than the trained one
     values = validate(module, source)
     (batch,) = source.val_dataloader()
     mask = module.mask_sampler.mask(
@@ -168,7 +170,7 @@ class FirstStep(Callback):
 def test_the_first_step_by_hand(tiny_shards, tiny_pretrained, store, tmp_path):
     network = replace(CONFIG, dropout=0.0, class_dropout=0.5)
     module, seen = model(tiny_pretrained, network=network, label_smoothing=0.3), FirstStep()
-    peaked(module.transformer)  # so that classes show
+    peak_predictions(module.transformer)  # so that classes show
     logger = CSVLogger(tmp_path, name="", version="")
     trainer = Trainer(
         max_steps=1, accelerator="cpu", logger=logger, callbacks=[seen], log_every_n_steps=1, limit_val_batches=0,
@@ -257,9 +259,11 @@ def test_the_sampler_has_the_seed_and_the_bound_of_the_recipe(tiny_pretrained):
 def test_more_steps_than_tokens_and_guidance_without_a_null_class_are_refused_at_once(tiny_pretrained):
     with pytest.raises(ValueError, match=r"num_steps.* 17"):
         model(tiny_pretrained, decoding=DecodingConfig(num_steps=17))
+    with pytest.raises(ValueError, match="decoding: token_selector must be a name or a mapping for parallel decoding"):
+        model(tiny_pretrained, decoding=DecodingConfig(num_steps=16, token_selector=None))
     without = replace(CONFIG, class_dropout=0.0)
     model(tiny_pretrained, network=without)
-    with pytest.raises(ValueError, match="guidance: it needs a null class"):
+    with pytest.raises(ValueError, match="guidance must have scale 0 for a network without a null class"):
         model(tiny_pretrained, network=without, decoding=DecodingConfig(guidance={"name": "linear", "scale": 1.0}))
 
 
@@ -290,7 +294,7 @@ def test_samples_depend_on_the_seed_alone(tiny_pretrained):
 
 
 @pytest.mark.parametrize(
-    ("key", "config"), [("num_codes", replace(CONFIG, num_codes=8)), ("grid", replace(CONFIG, grid=(2, 8)))]
+    ("key", "config"), [("codebook_size", replace(CONFIG, codebook_size=8)), ("grid", replace(CONFIG, grid=(2, 8)))]
 )
 def test_a_tokenizer_that_does_not_fit_is_named(tiny_pretrained, key, config):
     with pytest.raises(ValueError, match=f"model.network.{key}"):
@@ -298,7 +302,7 @@ def test_a_tokenizer_that_does_not_fit_is_named(tiny_pretrained, key, config):
 
 
 def test_a_global_batch_that_is_not_the_datas_is_refused_at_the_first_step(tiny_shards, tiny_pretrained, tmp_path):
-    network = TransformerConfig(16, 3, (4, 4), width=16, depth=1, num_heads=2, mlp_width=32)
+    network = TransformerConfig(16, 3, (4, 4), embed_dim=16, depth=1, num_heads=2, mlp_dim=32)
     module = masked_model(network, tiny_pretrained / "tokenizer", global_batch=16)
     with pytest.raises(ValueError, match=r"got 16 and 8 samples x 1 ranks x 1 accumulated; give MaskedTokenConfig"):
         fit(module, data(tiny_shards), steps=1, folder=tmp_path)

@@ -10,7 +10,15 @@ import yaml
 from maskgit_pl import old_names
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation.run_folders import read_run_recipe
-from maskgit_pl.old_names import rename_measurement, renamed_keys, renamed_settings, renamed_tree
+from maskgit_pl.old_names import (
+    rename_config,
+    rename_keys,
+    rename_measurement,
+    rename_settings,
+    rename_tensor,
+    rename_tensors,
+    rename_tree,
+)
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.recipe_schema import load_schema
 from maskgit_pl.training.checkpoint_files import read_settings
@@ -32,9 +40,9 @@ def said(caplog) -> list[str]:
 def test_a_tree_moves_to_the_new_names_and_the_old_one_stays_as_it_is(caplog):
     tree = {"model": {"ema_decay": 0.9, **OLD}, "keep_last": 2}
     before = json.dumps(tree)
-    assert renamed_tree(tree, "recipe a.yaml") == {"model": {"ema_decay": 0.9, "optimizer": OLD}, "keep_last": 2}
+    assert rename_tree(tree, "recipe a.yaml") == {"model": {"ema_decay": 0.9, "optimizer": OLD}, "keep_last": 2}
     assert json.dumps(tree) == before
-    renamed_tree(tree, "recipe a.yaml")  # read again
+    rename_tree(tree, "recipe a.yaml")  # read again
     assert said(caplog) == [
         "recipe a.yaml: model.learning_rate is now called model.optimizer.learning_rate, "
         "model.betas is now called model.optimizer.betas, "
@@ -47,13 +55,13 @@ def test_a_tree_moves_to_the_new_names_and_the_old_one_stays_as_it_is(caplog):
     "tree", [{}, {"model": None}, {"model": "word"}, {"model": {"optimizer": OLD}}, {"data": {"betas": [1]}}], ids=str
 )
 def test_a_tree_without_old_names_is_as_it_was_and_nothing_is_said(tree, caplog):
-    assert renamed_tree(tree, "recipe") == tree
+    assert rename_tree(tree, "recipe") == tree
     assert said(caplog) == []
 
 
 def test_new_and_old_names_of_different_settings_go_together():
     tree = {"model": {"betas": [0.8, 0.9], "optimizer": {"adamw": "foreach"}}}
-    assert renamed_tree(tree, "recipe") == {"model": {"optimizer": {"betas": [0.8, 0.9], "adamw": "foreach"}}}
+    assert rename_tree(tree, "recipe") == {"model": {"optimizer": {"betas": [0.8, 0.9], "adamw": "foreach"}}}
 
 
 @pytest.mark.parametrize("optimizer", [{"betas": [0.1, 0.2]}, None, "word"], ids=str)
@@ -61,17 +69,17 @@ def test_a_setting_with_both_names_is_refused(optimizer):
     with pytest.raises(
         ValueError, match=r"^recipe a: model\.betas is the old name of model\.optimizer\.betas, and both"
     ):
-        renamed_tree({"model": {"betas": [0.8, 0.9], "optimizer": optimizer}}, "recipe a")
+        rename_tree({"model": {"betas": [0.8, 0.9], "optimizer": optimizer}}, "recipe a")
 
 
 def test_dotted_keys_move_with_what_is_below_them():
     keys = ["model.learning_rate.peak", "model.learning_rate", "model.learning_rates", "model.betas", "data.seed"]
-    assert renamed_keys(keys, "flags") == [
+    assert rename_keys(keys, "flags") == [
         "model.optimizer.learning_rate.peak", "model.optimizer.learning_rate", "model.learning_rates",
         "model.optimizer.betas", "data.seed",
     ]  # fmt: skip
     with pytest.raises(ValueError, match=r"model\.learning_rate is the old name of model\.optimizer\.learning_rate"):
-        renamed_keys(["model.optimizer.learning_rate.peak", "model.learning_rate.warmup_steps"], "flags")
+        rename_keys(["model.optimizer.learning_rate.peak", "model.learning_rate.warmup_steps"], "flags")
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
@@ -116,22 +124,72 @@ def test_the_configuration_of_an_old_run_is_repeated_and_compared(tmp_path):
     tree = {"data": {"path": "x", "global_batch": 4}, "model": {"network": network, **OLD}, "trainer": {"max_steps": 3}}
     config.write_text(yaml.safe_dump(tree))
     assert Recipe.from_run("transformer", config).get("model.optimizer") == OLD
-    assert read_run_recipe(config)["model"] == {"network": network, "optimizer": OLD}
+    renamed = {"embed_dim": 16, "depth": 1, "num_heads": 2, "mlp_dim": 32}
+    assert read_run_recipe(config)["model"] == {"network": renamed, "optimizer": OLD}
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
 def test_settings_of_a_checkpoint_of_version_0_1_0_get_the_names_of_today(stage, caplog):
     settings = read_settings(CHECKPOINTS / stage)
-    renamed = renamed_settings(settings, "checkpoint step-00000003")
+    renamed = rename_settings(settings, "checkpoint step-00000003")
     assert list(renamed.values()) == list(settings.values())
-    assert {key for key in renamed if key not in settings} == {
+    assert {
         "model.optimizer.learning_rate.peak", "model.optimizer.betas", "model.optimizer.weight_decay",
-    }  # fmt: skip
-    known = load_schema(stage)["properties"]["model"]["properties"]["optimizer"]["properties"]
-    assert {key.split(".")[2] for key in renamed if key.startswith("model.optimizer.")} <= set(known)
+        "model.network.codebook_size",
+    } <= {key for key in renamed if key not in settings}  # fmt: skip
+    known = load_schema(stage)["properties"]["model"]["properties"]
+    for group in ("optimizer", "network"):
+        prefix = f"model.{group}."
+        own = {key.removeprefix(prefix).split(".")[0] for key in renamed if key.startswith(prefix)}
+        assert own - {"in_channels"} <= set(known[group]["properties"])  # the data's
     assert len(said(caplog)) == 1
     with caplog.at_level(logging.WARNING):
-        assert renamed_settings(renamed, "checkpoint") == renamed
+        assert rename_settings(renamed, "checkpoint") == renamed
+
+
+def test_keys_of_config_json_and_store_json_get_the_names_of_today_without_a_warning(caplog):
+    network = {"num_codes": 16, "width": 8, "mlp_width": 32, "depth": 1}
+    content = {"format": "x", "network": network, "num_codes": 16, "width": 3}
+    assert rename_config(content, "config.json") == {
+        "format": "x", "network": {"codebook_size": 16, "embed_dim": 8, "mlp_dim": 32, "depth": 1}, "codebook_size": 16,
+        "width": 3,
+    }  # fmt: skip
+    assert content["network"] == network
+    assert rename_config({"network": [network]}, "config.json") == {"network": [network]}  # refused where it is read
+    assert said(caplog) == []
+    with pytest.raises(
+        ValueError, match=r"^a\.json: network\.width is the old name of network\.embed_dim, and both are"
+    ):
+        rename_config({"network": {"width": 8, "embed_dim": 8}}, "a.json")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("words.weight", "token_embedding.weight"),
+        ("transformer.blocks.0.query_key_value.bias", "transformer.blocks.0.qkv.bias"),
+        ("/state_dict/ema_network.positions.weight", "/state_dict/ema_network.position_embedding.weight"),
+        ("blocks.1.attention_output.weight", "blocks.1.proj.weight"),
+        ("blocks.1.mlp_hidden.weight", "blocks.1.fc1.weight"),
+        ("blocks.1.mlp_output.weight", "blocks.1.fc2.weight"),
+        ("/state_dict/words.weight", "/state_dict/token_embedding.weight"),
+        ("network.encoder.blocks.0.norm1.weight", "network.encoder.blocks.0.norm1.weight"),
+        ("passwords.weight", "passwords.weight"),
+        ("words_of.weight", "words_of.weight"),
+    ],
+)
+def test_tensors_get_the_names_of_today_part_by_part(old, new):
+    assert rename_tensor(old) == new
+    assert rename_tensor(new) == new
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_tensor_with_both_names_is_refused(order):
+    names = ["words.weight", "token_embedding.weight"][::order]
+    with pytest.raises(
+        ValueError, match=r"^weights a: tensor token_embedding\.weight must be there once, got it under"
+    ):
+        rename_tensors(dict.fromkeys(names, 0), "weights a")
 
 
 def test_the_decoding_of_an_autoregressive_model_has_no_selector_where_it_was_raster():

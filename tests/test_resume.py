@@ -37,7 +37,7 @@ DRAWN = {"tokenizer": "images", "transformer": "tokens and masks"}
 
 @dataclass(frozen=True)
 class Case:
-    """A run that is killed after some steps; what was not saved by then is done again."""
+    """A run that is killed after some steps. Steps after its last checkpoint are repeated."""
 
     stage: str
     topology: Topology
@@ -62,7 +62,7 @@ CASES = [
 
 
 class Bench:
-    """The runs of both stages on the same data, straight ones made once."""
+    """The runs of both stages on the same data. Uninterrupted ones are made once."""
 
     def __init__(self, folder: Path) -> None:
         save_uneven_shards(folder / "shards", SHARDS)
@@ -82,7 +82,7 @@ class Bench:
             self.runs[stage] = Runs(folder / stage, [*words, *MORE[stage]], GLOBAL_BATCH)
 
     def straight(self, stage: str, topology: Topology, *more: str) -> Seen:
-        """The run that nobody kills; it loads its data in the process itself."""
+        """The uninterrupted run, without data workers."""
         alone = Topology(topology.ranks, 0, topology.accumulation, topology.cluster)
         key = (stage, alone, more)
         if key not in self.done:
@@ -99,7 +99,7 @@ def bench(tmp_path_factory) -> Bench:
 
 @pytest.fixture(scope="module")
 def table() -> Iterator[list[str]]:
-    """Rows of the table; written where REPRODUCIBILITY says."""
+    """Yields the rows of the table, and writes them to the page in REPRODUCIBILITY."""
     rows: list[str] = []
     yield rows
     if "REPRODUCIBILITY" in os.environ:
@@ -133,7 +133,7 @@ Losses are compared as `float.hex`, samples by number and order, images, tokens 
 
 
 def compared(stage: str, left: Seen, right: Seen) -> str:
-    """Asserts that two runs of one topology are the same; what was compared, in words."""
+    """Asserts that two runs of the same topology are equal. Returns a description of the comparison."""
     one, other = left.batches(), right.batches()
     assert one.keys() == other.keys()
     for positions, batch in one.items():

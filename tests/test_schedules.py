@@ -8,7 +8,7 @@ from maskgit_pl.schedules import mask_schedules, num_masked
 
 
 def counts(spec: object, num_steps: int, num_tokens: int) -> list[int]:
-    """Masked after each step, from a fully masked image."""
+    """Returns the number of masked tokens after each step, from a fully masked image."""
     decoder = ParallelDecoder(mask_schedules.build(spec), Confidence(), num_steps=num_steps)
     return [row[0] for row in decoder.count_masked([num_tokens], num_tokens)[1:]]
 
@@ -31,7 +31,7 @@ def test_two_thirds_of_cosine_is_just_below_one_half_in_float32(num_tokens, expe
     ratio = mask_schedules.build("cosine")(two_thirds, num_tokens)
     assert int(num_masked(ratio, num_tokens, rounding="floor")) == expected
     assert int(num_masked(ratio, num_tokens, rounding="ceil")) == expected + 1
-    assert int(num_masked(ratio.double(), num_tokens, rounding="floor")) == expected  # float32 whatever comes in
+    assert int(num_masked(ratio.double(), num_tokens, rounding="floor")) == expected  # float32 for any input
 
 
 def test_ceil_and_floor_differ_by_one_except_at_whole_numbers():
@@ -64,7 +64,7 @@ def test_the_number_of_tokens_may_differ_by_row():
 
 
 def test_an_unknown_rounding_is_refused():
-    with pytest.raises(ValueError, match="rounding: 'ceil' or 'floor' is needed, got 'round'"):
+    with pytest.raises(ValueError, match="rounding must be 'ceil' or 'floor', got 'round'"):
         num_masked(torch.tensor(0.5), 16, rounding="round")
 
 

@@ -1,4 +1,4 @@
-"""How large a file, a class and a function may be: what is larger is two things, and hides one of them."""
+"""Limits on the size of a file, a class and a function."""
 
 import ast
 from collections.abc import Iterator

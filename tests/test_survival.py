@@ -1,6 +1,6 @@
-"""A run of two ranks under the faults that befall runs: it stops with its exit code, says why, and goes on exactly.
+"""Fault injection: a run of two ranks stops with the right exit code and message, and resumes bit-exact.
 
-``SURVIVAL=docs/survival.md make test ARGS=tests/test_survival.py`` writes what was done and what was printed.
+``SURVIVAL=docs/survival.md make test ARGS=tests/test_survival.py`` writes the faults and the output to the page.
 """
 
 import json
@@ -45,7 +45,7 @@ PREEMPTED, NOT_FINITE, CANNOT_WRITE = PreemptedError.exit_code, NonFiniteError.e
 
 
 class Bench:
-    """Runs of both stages, and those of them that nothing befell."""
+    """Runs of both stages, with and without faults."""
 
     def __init__(self, folder: Path) -> None:
         save_uneven_shards(folder / "shards", (1, 7, 100))
@@ -73,7 +73,7 @@ class Bench:
         return self.done[stage, topology]
 
     def ends_as_the_straight_run(self, stage: str, name: str, topology: Topology, runs: Runs | None = None) -> None:
-        """Goes on with a run, to its end."""
+        """Resumes a run, and trains it to its end."""
         runs = runs or self.runs[stage]
         runs.leg(name, topology)
         states = [trained_state(each.state) for each in (runs.seen(name), self.straight(stage, topology))]
@@ -93,7 +93,7 @@ KINDS = (
 
 
 class Report:
-    """Rows of the documentation's table."""
+    """The rows of the table in the documentation."""
 
     def __init__(self) -> None:
         self.rows: list[str] = []
@@ -105,7 +105,7 @@ class Report:
 
 @pytest.fixture(scope="module")
 def report() -> Iterator[Report]:
-    """Written where SURVIVAL says."""
+    """Yields the rows, and writes them to the page in SURVIVAL."""
     made = Report()
     yield made
     if "SURVIVAL" in os.environ:
@@ -145,7 +145,7 @@ Other pages and tests cover bit-exact resume ([reproducibility.md](reproducibili
 
 
 def line(text: str, pattern: str) -> str:
-    """The line of an output that has a pattern."""
+    """Returns the first line of an output that matches a pattern."""
     found = [each for each in text.splitlines() if re.search(pattern, each)]
     assert found, f"{pattern!r} is not in:\n{text[-3000:]}"
     return found[0]
@@ -229,7 +229,7 @@ def test_25_kills_while_saving_leave_25_checkpoints_that_load(bench, report):
 
 
 def loadable(folder: Path) -> int:
-    """The step of the newest complete checkpoint, which is read as a whole."""
+    """Reads the newest complete checkpoint, and returns its step."""
     newest = newest_checkpoint(folder)
     assert newest is not None
     assert FolderCheckpointIO().load_checkpoint(newest)["global_step"] == step_of(newest)
@@ -259,8 +259,8 @@ def test_a_signal_stops_all_ranks_behind_the_same_step(bench, report, stage, fau
     texts = runs.leg(run, TWO, *SAVES.get(fault.where, ()), faults=[fault], code=PREEMPTED)
     stopped = step_of(runs.newest(run))
     assert stopped <= fault.step + 1
-    said = line(texts[0], "asked to stop by a signal")
-    assert f"saved step {stopped};" in said
+    said = line(texts[0], "stopped by a signal after saving step")
+    assert f"saving step {stopped};" in said
     assert "asked to stop" not in texts[1]
     assert all("Traceback" not in text for text in texts)
     bench.ends_as_the_straight_run(stage, run, TWO)
@@ -278,7 +278,7 @@ def test_a_signal_to_a_whole_job_with_its_workers_stops_it_as_well(bench, report
     topology, run = Topology(ranks=2, workers=2, cluster="fsdp"), f"group{number}"
     runs = bench.runs["transformer"]
     texts = runs.leg(run, topology, faults=[Fault(number, 3, to="group")], code=PREEMPTED)
-    said = line(texts[0], "asked to stop by a signal")
+    said = line(texts[0], "stopped by a signal after saving step")
     bench.ends_as_the_straight_run("transformer", run, topology)
     report.add(
         "stop signal", f"transformer, FSDP2: {number.name} to all ranks and their workers", PREEMPTED, said, "exact"
@@ -309,7 +309,7 @@ def test_a_rank_that_dies_is_named_by_the_others_within_30_seconds(bench, report
 
 
 def test_a_rank_that_dies_is_missed_by_one_that_is_in_no_collective(bench, report):
-    """As it is with NCCL, whose collectives wait for a rank that is gone."""
+    """Makes collectives wait for a rank that is gone, as with NCCL."""
     runs = bench.runs["transformer"]
     ended: list[float] = []
 
@@ -321,7 +321,7 @@ def test_a_rank_that_dies_is_missed_by_one_that_is_in_no_collective(bench, repor
     texts = runs.leg("missed", TWO, faults=faults, code=[INTERNAL_ERROR, KILLED], during=wait)
     took = time.monotonic() - ended[0]
     assert took < 30
-    said = line(texts[0], r"all ranks end, since one has: rank 1 \(.*\): its process has ended")
+    said = line(texts[0], r"all ranks exit: rank 1 \(.*\): its process has ended")
     report.add(
         "lost rank",
         "SIGKILL to rank 1 while rank 0 waits for something else",
@@ -342,7 +342,7 @@ def test_all_ranks_end_with_the_code_of_the_one_that_cannot_go_on(bench, report,
     assert "Traceback" not in texts[0] + texts[1]
     assert line(texts[rank], "maskgit train: ") == f"maskgit train: {error}"
     if rank == 1:
-        said = line(texts[0], f"all ranks end, since one has: rank 1, step 3: {type(error).__name__}: {error}")
+        said = line(texts[0], f"all ranks exit: rank 1, step 3: {type(error).__name__}: {error}")
         report.add("lost rank", f"{type(error).__name__} on rank 1 only", code, said, "both ranks ended with this code")
 
 
@@ -364,8 +364,8 @@ def test_no_rank_waits_for_one_that_cannot_export(bench, report):
 @pytest.mark.parametrize(
     ("rank", "file", "named"),
     [
-        (1, "stacks.txt", r"rank 1 \(.*\): not heard of"),
-        (0, "stacks-rank1.txt", "rank 0, which keeps the store, does not"),
+        (1, "stacks.txt", r"rank 1 \(.*\): no heartbeat"),
+        (0, "stacks-rank1.txt", r"rank 0 \(which holds the store\) does not"),
     ],
 )
 def test_a_rank_that_hangs_ends_the_run_with_all_stacks(bench, report, rank, file, named):
@@ -378,7 +378,7 @@ def test_a_rank_that_hangs_ends_the_run_with_all_stacks(bench, report, rank, fil
 
     fault = Fault(signal.SIGSTOP, 7, rank=rank)
     texts = runs.leg(f"hung{rank}", TWO, "--hang_seconds=3", faults=[fault], code=INTERNAL_ERROR, during=wake_up)
-    said = line(texts[other], f"^hang, rank {other}: training: nothing has gone on")
+    said = line(texts[other], f"^hang, rank {other}: training: no progress")
     assert re.search(named, said)
     stacks = (runs.folder / f"hung{rank}" / "transformer" / file).read_text()
     assert "training_step" in stacks or "backward" in stacks or "all_reduce" in stacks
@@ -387,7 +387,7 @@ def test_a_rank_that_hangs_ends_the_run_with_all_stacks(bench, report, rank, fil
 
 
 def fill_stderr() -> None:
-    """What is printed goes to a disk without room."""
+    """Sends the output to a full disk."""
     os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
 
 
@@ -414,7 +414,7 @@ def test_no_rank_steps_when_one_cannot(bench, report, stage, what):
     texts = runs.leg(run, topology, faults=[Fault(what, 5, rank=1, times=2)])
     weights = {positions[0] // GLOBAL_BATCH: batch["weights"] for positions, batch in runs.seen(run).legs[0].items()}
     assert weights[3] == weights[4] == weights[5] != weights[6] != weights[2]
-    said = line(texts[0], "step 4: .* is not finite; no rank updates its weights")
+    said = line(texts[0], "step 4: non-finite .*; no rank updates its weights")
     if what == "nan loss":
         assert "the loss of rank 1" in said
     report.add(
@@ -473,7 +473,7 @@ def test_a_checkpoint_that_cannot_be_written_costs_nothing_if_the_next_can(bench
     texts = runs.leg("mended", TWO, *more, faults=[Fault(what, 3, times=4)])
     kept = [step_of(path) for path in complete_checkpoints(small_disk / "mended" / "transformer" / "checkpoints")]
     assert kept == [2, 8, 10]
-    said = line(texts[0], "checkpoint of step 4: cannot be written")
+    said = line(texts[0], "checkpoint of step 4 cannot be written")
     assert "cannot be written" not in texts[1]
     state = trained_state(runs.seen("mended").state)
     assert all(
@@ -490,7 +490,7 @@ def test_three_checkpoints_that_cannot_be_written_end_the_run(bench, report, sma
     Disk().mend(small_disk / "full" / "transformer")
     assert runs.newest("full").name == "step-00000002"
     assert FolderCheckpointIO().load_checkpoint(runs.newest("full"))["global_step"] == 2
-    said = line(texts[0], "3 times in a row")
+    said = line(texts[0], "3 failures in a row")
     bench.ends_as_the_straight_run("transformer", "full", TWO, runs)
     report.add(
         "disk",
@@ -504,7 +504,7 @@ def test_three_checkpoints_that_cannot_be_written_end_the_run(bench, report, sma
 # Lightning's own launcher
 
 LAUNCHED = {
-    "SIGTERM to the command": (PREEMPTED, "asked to stop by a signal"),
+    "SIGTERM to the command": (PREEMPTED, "stopped by a signal after saving step"),
     "SIGKILL to the process of rank 1": (INTERNAL_ERROR, r"rank 0, step \d+: rank 1 \(process \d+\) ended with -9"),
 }
 

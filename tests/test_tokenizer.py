@@ -34,7 +34,8 @@ pytestmark = [
 ]
 
 NETWORK = VQGANConfig(
-    1, channels=8, multipliers=(1,), blocks_per_level=1, middle_blocks=0, groups=4, num_codes=16, code_width=8,
+    1, base_channels=8, channel_multipliers=(1,), num_res_blocks=1, num_middle_blocks=0, num_groups=4,
+    codebook_size=16, code_dim=8,
     patch_size=4, quantizer="ema",
 )  # fmt: skip
 ADVERSARIAL = AdversarialConfig(DiscriminatorConfig(channel_multiplier=1 / 64))
@@ -191,7 +192,7 @@ def test_both_optimisers_follow_the_learning_rate():
 def test_the_r1_penalty_comes_every_so_many_steps_times_as_much():
     found = []
     for every in (1, 4):
-        module = tokenizer(adversarial=replace(ADVERSARIAL, r1_every=every, r1_cost=10.0 / every))
+        module = tokenizer(adversarial=replace(ADVERSARIAL, r1_every=every, r1_weight=10.0 / every))
         assert "r1" in module.replay_step(batch_of(range(8)), step=0)
         found.append(module.discriminator.head.weight.grad)
     torch.testing.assert_close(found[1], found[0])
@@ -353,7 +354,7 @@ def test_a_number_out_of_range_is_refused_by_name(changes, message):
 
 @pytest.mark.parametrize("precision", ["16-true", "bf16-true"])
 def test_weights_in_16_bits_are_refused(precision):
-    with pytest.raises(ValueError, match=rf"trainer\.precision: 32-true or bf16-mixed is needed, got {precision}"):
+    with pytest.raises(ValueError, match=rf"trainer\.precision must be 32-true or bf16-mixed, got {precision}"):
         fit(tokenizer(), precision=precision)
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the pictures of docs/decoding on real images of the default data's val split:
+# Makes the images of docs/decoding from val images of the default data:
 #     bash docs/decoding/sheets.sh runs/fashion-mnist-cosine docs/decoding
 set -euo pipefail
 

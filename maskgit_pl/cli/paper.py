@@ -21,7 +21,7 @@ from maskgit_pl.progress import progress_bars
 __all__ = ["add_parser", "run_figure", "run_table"]
 
 _NUM_TOKENS = "16,64,256,1024"
-_SIZES = ("depth", "width", "num_heads", "mlp_width", "num_codes")
+_SIZES = ("depth", "embed_dim", "num_heads", "mlp_dim", "codebook_size")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

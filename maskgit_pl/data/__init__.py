@@ -1,4 +1,4 @@
-"""Batches for training and validation, from shards of images, a token store, a stream, or any map-style dataset."""
+"""Batches for training and validation from shards of images, a token store, a stream, or any map-style dataset."""
 
 from maskgit_pl.data.batches import Batch, ImageBatches, TokenBatches, flip
 from maskgit_pl.data.config import ShardDataConfig, StreamConfig

@@ -1,4 +1,7 @@
-"""Whole batches of images or tokens at some positions of the stream; uint8 or integer until they are on the device."""
+"""Datasets and the loader of whole batches of images or tokens, by their positions in the training stream.
+
+Used by the data modules, ``tokenize`` and the evaluation. Images stay uint8 until they are on the device.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ from maskgit_pl.shards.unreadable import MAX_IN_A_ROW, Unreadable, UnreadableIma
 __all__ = ["Batch", "ImageBatches", "StepLoader", "TokenBatches", "draw_crops", "flip", "make_loader"]
 
 
-_SIGNAL_SECONDS = 1.0  # after which the signal that a process has ended has come
+_SIGNAL_SECONDS = 1.0  # longest time until the signal of a worker's death arrives
 _NONE_REPLACED = torch.tensor(-1)
 
 
@@ -38,12 +41,12 @@ class Batch(NamedTuple):
     Args:
         content: Images (B, C, H, W) uint8, or tokens (B, N) int64.
         labels: (B,) int64, in [0, num_classes).
-        index: (B,) int64, number of the sample in its split.
-        epoch: (B,) int64, how often the stream had gone through the split before.
-        position: (B,) int64, place in the stream: step * global batch + slot.
+        index: (B,) int64, number of each sample in its split. Random numbers of a sample depend on it.
+        epoch: (B,) int64, number of earlier passes of the stream through the split.
+        position: (B,) int64, position in the stream: step * global batch + slot.
         valid: (B,) bool; False for a row that only fills up the last validation batch.
-        replacement: (B,) int64, the sample that is shown, with its label, because ``index`` cannot be read; -1 if the
-            sample itself is shown. All that is drawn at random for a sample depends on ``index``.
+        replacement: (B,) int64, number of the sample that is shown, with its label, in place of an unreadable one; -1
+            if the sample itself is shown.
     """
 
     content: Tensor
@@ -56,15 +59,15 @@ class Batch(NamedTuple):
 
 
 class ImageBatches(Dataset[Batch]):
-    """Whole batches of images, decoded and cropped in the worker.
+    """A dataset of whole batches of images, decoded and cropped in the worker.
 
     Args:
         reader: The split.
-        order: How positions become samples.
+        order: Maps positions to samples.
         image_size: Side of the images in pixels.
-        in_channels: 1 or 3.
-        crop: ``"center"``, or ``"random"``: another crop of each sample in each epoch.
-        seed: Decides the random crops.
+        in_channels: 1 for grey, 3 for RGB.
+        crop: ``"center"``, or ``"random"`` for another crop of each sample in each epoch.
+        seed: Seed of the random crops, in [0, 2**32).
     """
 
     def __init__(
@@ -86,51 +89,83 @@ class ImageBatches(Dataset[Batch]):
         self.seed = seed
 
     def __getitems__(self, positions: range) -> Batch:
-        """Returns the batch at some positions; content is (B, C, image_size, image_size) uint8, channels-last."""
+        """Returns the batch at some positions.
+
+        1. Map the positions to samples.
+        2. Decode each sample into its row, or the next readable sample.
+        3. Take the labels of the samples shown.
+
+        Args:
+            positions: Consecutive positions of the stream; B is their number.
+
+        Returns:
+            The batch; content is (B, in_channels, image_size, image_size) uint8, channels-last.
+        """
         rows = self.order(positions)
         side, count = self.image_size, len(self.reader)
+        # channels-last, as images are decoded: the copy into a row is a plain copy of memory
         content = torch.empty((len(positions), side, side, self.in_channels), dtype=torch.uint8).permute(0, 3, 1, 2)
-        tries = [
+        skipped = [
             self._load(content[row], index, crop)
             for row, (index, crop) in enumerate(
                 zip(rows.index.tolist(), draw_crops(rows, self.crop, self.seed), strict=True)
             )
         ]
-        passed_over = torch.tensor(tries)
-        shown = (rows.index + passed_over) % count
+        num_skipped = torch.tensor(skipped)  # (B,) unreadable samples before the readable one; 0 in most rows
+        shown = (rows.index + num_skipped) % count
         labels = torch.from_numpy(self.reader.labels(shown.numpy()))
-        return Batch(content, labels, *rows, replacement=shown.masked_fill(passed_over == 0, -1))
+        return Batch(content, labels, *rows, replacement=shown.masked_fill(num_skipped == 0, -1))
 
     def explain(self, index: int) -> Unreadable:
-        """Reads an image that could not be read once more and returns what is wrong with it."""
+        """Reads an unreadable image again and describes its fault.
+
+        Args:
+            index: Number of the sample in its split.
+        """
+        # workers report only the number of an image; the reason is found here, once per image
         name = self.reader.name(index)
         try:
             decode_image(self.reader.read(index), channels=self.in_channels, name=name)
         except UnreadableImageError as error:
             text = str(error).removeprefix(f"image {name}: ")
             return Unreadable(index, self.reader.shard(index), name, error.reason, text)
-        return Unreadable(index, self.reader.shard(index), name, "damaged", "it could be read the second time")
+        return Unreadable(index, self.reader.shard(index), name, "damaged", "it was readable at the second attempt")
 
     def _load(self, place: Tensor, index: int, crop: tuple[float, float] | None) -> int:
-        """Fills ``place`` with the first readable image from ``index`` on; returns how many it passed over.
+        """Fills a row with the first readable image at or after an index, and returns the number of unreadable ones.
 
-        After MAX_IN_A_ROW of them, or all, it is left black, and ``UnreadableImages`` ends the run.
+        After ``MAX_IN_A_ROW`` unreadable images, or all of the split, the row is black, and ``UnreadableImages`` ends
+        the run.
+
+        Args:
+            place: (in_channels, image_size, image_size) uint8, the row to fill.
+            index: Number of the sample in its split.
+            crop: Place of the crop; see ``load_square_into``.
         """
         count = len(self.reader)
-        most = min(MAX_IN_A_ROW, count)
-        for passed_over in range(most):
-            number = (index + passed_over) % count
+        max_skipped = min(MAX_IN_A_ROW, count)
+        for num_skipped in range(max_skipped):
+            number = (index + num_skipped) % count
             try:
                 load_square_into(place, self.reader.read(number), crop=crop, name=f"sample {number}")
             except UnreadableImageError:
                 continue
-            return passed_over
+            return num_skipped
         place.zero_()
-        return most
+        return max_skipped
 
 
 def draw_crops(rows: Rows, crop: Crop, seed: int) -> Sequence[tuple[float, float] | None]:
-    """Returns the crop of each row: None for the centre, else (top, left) in (0, 1), from (seed, index, epoch)."""
+    """Returns the crop of each row, a function of (seed, index, epoch).
+
+    Args:
+        rows: B rows.
+        crop: ``"center"`` or ``"random"``.
+        seed: Seed of the crops.
+
+    Returns:
+        B crops: None for the centre, else (top, left), each in (0, 1).
+    """
     if crop == "center":
         return [None] * len(rows.index)
     places = random_uniform("crop", seed=seed, index=rows.index, epoch=rows.epoch, count=2)
@@ -138,12 +173,12 @@ def draw_crops(rows: Rows, crop: Crop, seed: int) -> Sequence[tuple[float, float
 
 
 class TokenBatches(Dataset[Batch]):
-    """Whole batches of tokens, one gather from the memory-mapped store each.
+    """A dataset of whole batches of tokens; each batch is one gather from the memory-mapped store.
 
     Args:
         reader: The split of the store.
-        order: How positions become samples.
-        seed: Decides which view of a sample an epoch shows, where the store has several.
+        order: Maps positions to samples.
+        seed: Seed of the view of a sample in an epoch, if the store has several views.
     """
 
     def __init__(self, reader: TokenReader, order: Order, *, seed: int = 0) -> None:
@@ -159,7 +194,7 @@ class TokenBatches(Dataset[Batch]):
         return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), *rows, replacement=none_replaced)
 
     def _views(self, rows: Rows) -> npt.NDArray[np.int64] | int:
-        """Returns the view of each row, a function of (seed, index, epoch); 0 if there is only one."""
+        """Returns the view of each row, (B,) int64, a function of (seed, index, epoch); 0 if there is only one view."""
         if self.reader.views == 1:
             return 0
         words = random_bits("view", seed=self.seed, index=rows.index, epoch=rows.epoch)[:, 0]
@@ -167,15 +202,15 @@ class TokenBatches(Dataset[Batch]):
 
 
 class _WorkerFailure(NamedTuple):
-    """An error of a worker in the place of its batch."""
+    """A user error of a worker, in place of its batch."""
 
     error: Exception
 
 
 class _ErrorForwardingDataset(Dataset[Any]):
-    """A dataset in a worker, whose errors reach the training process as they are.
+    """A dataset for workers that returns user errors instead of raising them.
 
-    Torch would turn a user's error into one whose text is a traceback.
+    Torch would replace a raised error by one whose message is a traceback.
     """
 
     def __init__(self, dataset: Dataset[Batch]) -> None:
@@ -185,7 +220,7 @@ class _ErrorForwardingDataset(Dataset[Any]):
         try:
             return cast("Batch", self.dataset.__getitems__(positions))  # type: ignore[attr-defined]  # all of ours do
         except Exception as error:
-            if _is_internal(error):
+            if _is_internal(error):  # for an error of ours, the traceback is useful
                 raise
             return _WorkerFailure(error)
 
@@ -195,9 +230,9 @@ def _is_internal(error: Exception) -> bool:
 
 
 class _WorkerDeathHandler:
-    """A handler of SIGCHLD that keeps what torch's raises, until the next batch is asked for.
+    """A handler of SIGCHLD that stores the error of torch's handler until the next batch is requested.
 
-    Torch raises it wherever the training process is at that moment, perhaps in code that makes another error of it.
+    Torch raises this error anywhere in the training process, perhaps in code that turns it into another error.
     """
 
     error: ClassVar[RuntimeError | None] = None
@@ -213,7 +248,7 @@ class _WorkerDeathHandler:
 
     @classmethod
     def watch(cls) -> None:
-        """Takes the place of torch's handler, once there is one."""
+        """Replaces torch's handler, which exists once a loader has workers."""
         handler = signal.getsignal(signal.SIGCHLD)
         is_main = threading.current_thread() is threading.main_thread()
         if is_main and callable(handler) and not isinstance(handler, cls):
@@ -222,16 +257,23 @@ class _WorkerDeathHandler:
 
 @contextmanager
 def _translate_worker_errors() -> Iterator[None]:
-    """Turns what torch says when a worker was killed into ``DataWorkerError``."""
+    """Turns torch's errors about a killed worker into ``DataWorkerError``.
+
+    1. Torch raises "DataLoader worker ... is killed" itself, or a connection to the worker breaks first.
+    2. In the second case, wait for the signal that tells whether a worker died.
+    3. Other errors pass unchanged.
+    """
     try:
         yield
     except (RuntimeError, OSError, EOFError) as error:
         if isinstance(error, RunError):
             raise
+        # 2.
         if not str(error).startswith("DataLoader worker"):
             deadline = time.monotonic() + _SIGNAL_SECONDS
             while _WorkerDeathHandler.error is None and time.monotonic() < deadline:
-                time.sleep(0.01)  # a connection that is gone is noticed before the signal
+                time.sleep(0.01)
+        # 3.
         killed, _WorkerDeathHandler.error = _WorkerDeathHandler.error, None
         if killed is None and not str(error).startswith("DataLoader worker"):
             raise
@@ -241,30 +283,30 @@ def _translate_worker_errors() -> Iterator[None]:
 def _worker_error(error: Exception) -> DataWorkerError:
     reason = " ".join(str(error).split()).rstrip(".")
     return DataWorkerError(
-        f"a process that loads data was killed, most likely because memory ran out ({reason}); use fewer of them "
+        f"a data loading worker was killed, most likely because it ran out of memory ({reason}); use fewer workers "
         "(data.num_workers, or --num-workers) or a smaller batch (data.max_batch_per_device, or --batch-size), then "
         "run the same command again to resume"
     )
 
 
 def _collate(batch: Any) -> Any:
-    """Collation of what is a batch already."""
+    """Returns a batch unchanged: the dataset makes whole batches."""
     return batch
 
 
 class StepLoader(DataLoader[Batch]):
-    """A loader whose place is the Trainer's step; having a state tells Lightning that it can resume in mid-epoch.
+    """A loader whose position is the Trainer's step.
 
-    ``unreadable`` counts what could not be read, in the process that iterates.
+    It has ``state_dict`` and ``load_state_dict`` because Lightning resumes within an epoch only with loaders that have
+    a state. ``unreadable`` counts unreadable images, in the process that iterates.
     """
 
     unreadable: UnreadableImages | None = None
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # any iterator serves
+        # super().__iter__() runs here and not at the first next(), since the sampler reads the step now
         if not self.num_workers:
-            return self._count_unreadable(
-                super().__iter__()
-            )  # here, not at the first next(): the sampler asks for the step now
+            return self._count_unreadable(super().__iter__())
         with _translate_worker_errors():
             batches = super().__iter__()
         _WorkerDeathHandler.watch()
@@ -273,6 +315,7 @@ class StepLoader(DataLoader[Batch]):
     def _from_workers(self, batches: Iterator[Batch | _WorkerFailure]) -> Iterator[Batch]:
         while True:
             with _translate_worker_errors():
+                # a worker may have died while the training process did something else
                 if _WorkerDeathHandler.error is not None:
                     raise _WorkerDeathHandler.error
                 batch = next(batches, None)
@@ -289,11 +332,11 @@ class StepLoader(DataLoader[Batch]):
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the sampler asks the Trainer."""
+        """Returns an empty state: the sampler reads the Trainer's step."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to load."""
+        """Does nothing, since the state is empty."""
 
 
 def make_loader(
@@ -304,18 +347,19 @@ def make_loader(
     pin_memory: bool = False,
     unreadable_budget: float = 0.0,
 ) -> StepLoader:
-    """A loader of whole batches: the order gives ranges of positions, the dataset the batch at them.
+    """Makes a loader of whole batches.
 
     Args:
-        dataset: Of images or tokens; ``__getitems__(range)`` gives a batch.
-        order: The ranges of positions.
-        num_workers: Processes that read; 0 reads in this one.
+        dataset: Dataset of images or tokens; ``__getitems__(range)`` returns a batch.
+        order: Sampler that yields ranges of positions.
+        num_workers: Number of worker processes; 0 reads in this process.
         pin_memory: See ``torch.utils.data.DataLoader``.
-        unreadable_budget: Share of unreadable images that may be replaced; see ``UnreadableImages``. None by default.
+        unreadable_budget: Fraction of unreadable images that may be replaced, in [0, 1]; see ``UnreadableImages``.
     """
+    # the sampler yields whole ranges, so torch calls __getitems__ once per batch
     made = StepLoader(
         _ErrorForwardingDataset(dataset) if num_workers else dataset,
-        batch_sampler=cast("Sampler[list[int]]", order),  # __getitems__ takes a range where others take a list
+        batch_sampler=cast("Sampler[list[int]]", order),  # our __getitems__ takes a range
         num_workers=num_workers,
         collate_fn=_collate,
         pin_memory=pin_memory,
@@ -328,17 +372,18 @@ def make_loader(
 
 
 def flip(images: Tensor, *, probability: float, seed: int, index: Tensor, epoch: Tensor) -> Tensor:
-    """Mirrors a share of the images, left to right; which ones depends only on (seed, index, epoch).
+    """Mirrors random images of a batch horizontally; the choice depends only on (seed, index, epoch).
 
     Args:
-        images: (B, C, H, W), any type, any device.
-        probability: Share that is mirrored, in [0, 1].
-        seed: Of the run.
-        index: (B,) int64, of the batch.
-        epoch: (B,) int64, of the batch.
+        images: (B, C, H, W), any dtype, any device.
+        probability: Probability that an image is mirrored, in [0, 1].
+        seed: Seed of the run, in [0, 2**32).
+        index: (B,) int64, ``index`` of the batch.
+        epoch: (B,) int64, ``epoch`` of the batch.
 
     Returns:
-        (B, C, H, W) of the same type.
+        (B, C, H, W) of the same dtype.
     """
+    # integer arithmetic without rounding, so the choice is the same on any device
     chosen = random_uniform("flip", seed=seed, index=index, epoch=epoch)[:, 0] < probability
     return torch.where(chosen.to(images.device)[:, None, None, None], images.flip(-1), images)

@@ -1,4 +1,4 @@
-"""Configuration of the data of a run: the recipe's group ``data``."""
+"""Configuration of the data of a run: the group ``data`` of a recipe. Used by ``ShardData`` and ``maskgit train``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from maskgit_pl.shards.unreadable import check_budget
 
 __all__ = ["ShardDataConfig", "StreamConfig", "check_stream", "expand_urls"]
 
+# URL schemes that fsspec reads; no schemes that run a command or chain file systems
 _SCHEMES = (
     "abfs", "az", "file", "ftp", "gcs", "gs", "hdfs", "hf", "http", "https", "s3", "sftp", "ssh", "webhdfs"
 )  # fmt: skip
@@ -28,18 +29,18 @@ class StreamConfig:
     """The shards that ``data.source: stream`` reads.
 
     Args:
-        urls: Training shards: https, s3, gs, file and so on, or local paths; braces count:
-            ``https://host/train-{00000..01023}.tar``. Uncompressed tars, as data/README.md describes them.
-        samples: Approximate number of samples in all of them: an epoch.
-        classes: Class names, or how many classes there are; None takes those of the data folder.
-        validation_urls: Shards to validate on, in this order; None validates on the val split of the data folder.
+        urls: Training shards, uncompressed tars (see data/README.md): URLs (https, s3, gs, file and others) or local
+            paths. Braces are expanded: ``https://host/train-{00000..01023}.tar``.
+        samples: Approximate number of samples in all shards; this is an epoch.
+        classes: Class names, or the number of classes; None takes the classes of the data folder.
+        validation_urls: Shards for validation, read in this order; None validates on the val split of the data folder.
         labels: Source of the labels: ``"cls"``, ``"json:FIELD"`` or ``"none"``.
-        shuffle_buffer: Samples, as file bytes, that each worker holds and draws from.
-        stall_seconds: A shard of which no byte arrives for so long ends the run.
-        attempts: Number of times that a shard is asked for before it counts as unreachable.
+        shuffle_buffer: Number of samples, as file bytes, that each worker keeps in memory and draws from.
+        stall_seconds: Number of seconds without a byte of a shard after which the run ends.
+        attempts: Number of attempts to download a shard before the run ends.
 
     Raises:
-        ValueError: if a number is out of range, there is no URL, or one is of a kind that is not read.
+        ValueError: if a number is out of range, there is no URL, or a URL has another scheme.
     """
 
     urls: str | list[str]
@@ -65,20 +66,24 @@ class StreamConfig:
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """One name for each class; numbers if there is only a count, None if the stream names no classes."""
+        """The class names: numbers if only their count is given, None if the stream has no class names."""
         if isinstance(self.classes, int):
             return tuple(str(label) for label in range(self.classes))
         return None if self.classes is None else tuple(self.classes)
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256, hex, of the URLs, classes and labels; the samples themselves are not known."""
-        what = [expand_urls("urls", self.urls), self.class_names, self.labels]
-        return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+        """The SHA-256, hex, of the URLs, classes and labels; the samples themselves are not known."""
+        content = [expand_urls("urls", self.urls), self.class_names, self.labels]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def check_stream(config: StreamConfig | None, validation_samples: int | None) -> StreamConfig:
-    """Checks that a stream has what training and validation need.
+    """Checks that the settings of a stream are complete.
+
+    Args:
+        config: The stream, or None.
+        validation_samples: Number of validation samples, or None.
 
     Returns:
         ``config``.
@@ -87,18 +92,26 @@ def check_stream(config: StreamConfig | None, validation_samples: int | None) ->
         ValueError: if there is no stream, or there are validation URLs without a number of validation samples.
     """
     if config is None:
-        raise ValueError("data.stream: source stream reads data.stream.urls, got none")
+        raise ValueError("data.stream.urls must be given for data.source: stream, got none")
     if config.validation_urls is not None and validation_samples is None:
-        raise ValueError("data.validation_samples: a number is needed with data.stream.validation_urls, got none")
+        raise ValueError("data.validation_samples must be given with data.stream.validation_urls, got none")
     return config
 
 
 def expand_urls(name: str, urls: str | Sequence[str]) -> list[str]:
     """Expands the braces of URLs and checks each URL.
 
+    Args:
+        name: Name of the setting in error messages: ``"urls"`` or ``"validation_urls"``.
+        urls: One pattern, or several.
+
+    Returns:
+        All URLs, in order.
+
     Raises:
-        ValueError: if there are none or too many, or one is a kind of location that is not read.
+        ValueError: if there are no URLs or too many, or one has another scheme.
     """
+    # counted before and after each pattern: a list of patterns may also be too long
     patterns = [urls] if isinstance(urls, str) else list(urls)
     found: list[str] = []
     for pattern in patterns:
@@ -109,43 +122,44 @@ def expand_urls(name: str, urls: str | Sequence[str]) -> list[str]:
         if len(found) > MAX_NAMES:
             raise ValueError(f"data.stream.{name} must name at most {MAX_NAMES} shards, got more")
     if not found or not all(found):
-        raise ValueError(f"data.stream.{name}: at least one URL is needed, got {patterns}")
+        raise ValueError(f"data.stream.{name} must have at least 1 URL and no empty one, got {patterns}")
+    # a recipe may come from elsewhere: "pipe:" would run a command
     for url in found:
         scheme = re.match(r"([A-Za-z][\w+.-]*):", url)
         if scheme is not None and (scheme[1].lower() not in _SCHEMES or "::" in url):
             raise ValueError(
-                f"data.stream.{name}: a path or a URL of {', '.join(_SCHEMES)} is needed, got {url!r}; "
-                "commands and chains of file systems are not run"
+                f"data.stream.{name} must be paths or URLs of {', '.join(_SCHEMES)}, got {url!r}; "
+                "commands and chained file systems are not supported"
             )
     return found
 
 
 @dataclass(frozen=True)
 class ShardDataConfig:
-    """The data of a run and how it is put into batches.
+    """The data of a run and its batches.
 
     Args:
-        path: Data folder (data/README.md): shards with manifests.
+        path: Data folder: shards with manifests (see data/README.md).
         source: ``"images"`` decodes the shards, ``"tokens"`` reads a token store made from them, ``"stream"`` trains on
-            shards that cannot be indexed; the folder is then used for validation, if at all.
-        token_store: Folder of the token store; needed, and read, only for ``"tokens"``.
+            shards that cannot be indexed and uses the folder only for validation, if at all.
+        token_store: Folder of the token store; required for ``"tokens"``, else unused.
         image_size: Side of the images in pixels.
         in_channels: 1 for grey, 3 for RGB.
-        crop: Place of training crops in images that are not square: ``"center"`` or ``"random"``.
-        global_batch: Samples of a step, over all ranks.
-        max_batch_per_device: Most samples a device takes at once; micro-batch and accumulation follow from it.
-        validation_batch: Samples of a validation batch on each rank.
-        validation_samples: Validate on the first so many samples; None takes all.
-        num_workers: Processes that read and decode, each rank; 0 reads in the training process.
+        crop: Training crops of images that are not square: ``"center"`` or ``"random"``.
+        global_batch: Number of samples per step, over all ranks.
+        max_batch_per_device: Largest micro-batch of a device; micro-batch and accumulation are derived from it.
+        validation_batch: Number of samples of a validation batch on each rank.
+        validation_samples: Number of samples to validate on, the first of the split; None takes all.
+        num_workers: Number of processes on each rank that read and decode; 0 reads in the training process.
         seed: Seed of order and crops, in [0, 2**32).
-        shuffle_window: Shuffle within so many shards at a time, for disks that are slow to seek; None shuffles the
-            whole split. See ``WindowedStream`` for what it costs.
-        stream: The shards of ``"stream"``; see ``StreamBatches`` for what is then not exact.
-        unreadable_budget: Share of the images seen that may be unreadable and replaced before the run ends; 10
-            different ones are allowed in any case, 0 allows none. See ``UnreadableImages``.
+        shuffle_window: Number of shards to shuffle within at a time, for disks with slow seeks; None shuffles the whole
+            split. See ``WindowedStream`` for its effect on batches.
+        stream: The shards of ``"stream"``; see ``StreamBatches`` for its limits.
+        unreadable_budget: Fraction of the images seen that may be unreadable and replaced, in [0, 1]. Above 0, 10
+            different images are always allowed; 0 allows none. See ``UnreadableImages``.
 
     Raises:
-        ValueError: if a value is out of range, or the source lacks what it reads.
+        ValueError: if a value is out of range, or a setting of the source is missing.
     """
 
     path: str
@@ -165,6 +179,7 @@ class ShardDataConfig:
     unreadable_budget: float = 1e-4
 
     def __post_init__(self) -> None:
+        # all values are checked here, before data is read or a process group starts
         check_crop(self.crop)
         check_budget(self.unreadable_budget)
         check_window(self.shuffle_window)
@@ -185,9 +200,11 @@ class ShardDataConfig:
 
     def _check_tokens(self) -> None:
         if self.token_store is None:
-            raise ValueError("data.token_store: source tokens reads a token store, got none; `make tokenize` makes one")
+            raise ValueError(
+                "data.token_store must be given for data.source: tokens, got none; `make tokenize` makes one"
+            )
         if self.crop != "center":
             raise ValueError(
-                f"data.crop: tokens keep the crops that they were made with, got {self.crop!r}; leave the key out and "
-                "use `maskgit tokenize --crops N`, or use source images"
+                f"data.crop must be 'center' for data.source: tokens, got {self.crop!r}; for random crops, use "
+                "`maskgit tokenize --crops N`, or data.source: images"
             )

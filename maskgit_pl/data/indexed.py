@@ -1,7 +1,8 @@
-"""Any map-style ``torch.utils.data.Dataset`` of images and labels, as the batches that both stages train on.
+"""Batches from any map-style ``torch.utils.data.Dataset`` of images and labels, for both training stages.
 
-For data that fits no shards, with a plain ``lightning.Trainer``: the samples of a step, their random crops and all that
-the modules draw by sample are the same for any number of ranks, workers and micro-batches, and after a resume.
+Used from Python, with a plain ``lightning.Trainer``, for data that are not in shards. The samples of a step, their
+random crops and all random numbers per sample are the same for any number of ranks, workers and micro-batches, and
+after a resume.
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ __all__ = ["IndexedDataModule", "IndexedDataset"]
 
 @dataclass(frozen=True)
 class IndexedDataset(Dataset[Batch]):
-    """Batches of a map-style dataset, decoded and cropped as images of shards are.
+    """A dataset of batches of a map-style dataset, converted and cropped in the same way as images of shards.
 
     Args:
-        dataset: ``len(dataset)`` samples; ``dataset[i]`` is an image and its label, an int. An image is a PIL picture,
-            a uint8 tensor (C, H, W) or (H, W), or a uint8 array (H, W) or (H, W, C). An item must depend on its index
-            only: random transforms would make a resumed run differ.
-        image_size: Side of the images in pixels; the largest square is cut out and resized.
+        dataset: A dataset with ``len(dataset)`` samples; ``dataset[i]`` is an image and its label, an int. An image is
+            a PIL image, a uint8 tensor (C, H, W) or (H, W), or a uint8 array (H, W) or (H, W, C). An item must depend
+            only on its index: with random transforms, a resumed run would differ.
+        image_size: Side of the images in pixels; the largest square is cropped and resized.
         in_channels: 1 for grey, 3 for RGB.
-        crop: Place of the square: ``"center"`` or ``"random"``, which is a function of (seed, index, epoch).
-        order: Samples at the positions of the stream; ``IndexedDataModule`` sets it. None takes them in their order.
+        crop: Place of the square: ``"center"``, or ``"random"``, a function of (seed, index, epoch).
+        order: Maps positions of the stream to samples; ``IndexedDataModule`` sets it. None keeps the dataset's order.
         seed: Seed of random crops; ``IndexedDataModule`` sets it.
 
     Raises:
@@ -57,6 +58,7 @@ class IndexedDataset(Dataset[Batch]):
         check_integer("image_size", self.image_size, "[1, 8192]")
         if self.in_channels not in (1, 3):
             raise ValueError(f"in_channels must be 1 or 3, got {shorten(self.in_channels)}")
+        # the dataclass is frozen: a plain assignment would raise an error
         object.__setattr__(self, "num_samples", len(cast("Sized", self.dataset)))
         check_integer("number of samples", self.num_samples, "[1, 4294967296]")
 
@@ -64,10 +66,16 @@ class IndexedDataset(Dataset[Batch]):
         return self.num_samples
 
     def __getitems__(self, positions: range) -> Batch:
-        """Returns the batch at some positions; content is (B, in_channels, image_size, image_size) uint8.
+        """Returns the batch at some positions.
+
+        Args:
+            positions: Consecutive positions of the stream; B is their number.
+
+        Returns:
+            The batch; content is (B, in_channels, image_size, image_size) uint8.
 
         Raises:
-            TypeError: if an image is of none of the types above.
+            TypeError: if an image has another type than those of ``dataset``.
         """
         rows = (InOrder(self.num_samples) if self.order is None else self.order)(positions)
         images, labels = [], []
@@ -80,19 +88,19 @@ class IndexedDataset(Dataset[Batch]):
 
 
 class IndexedDataModule(StepDataModule):
-    """Training and validation batches of map-style datasets, for a plain ``lightning.Trainer``.
+    """A LightningDataModule of map-style datasets, for a plain ``lightning.Trainer``.
 
-    A step takes ``global_batch`` samples, whose ids depend on (seed, step) only; ranks and micro-batches share them
-    out. With several devices the Trainer is built with ``use_distributed_sampler=False``.
+    A step has ``global_batch`` samples, which depend only on (seed, step), divided among ranks and micro-batches. On
+    several devices, build the Trainer with ``use_distributed_sampler=False``.
 
     Args:
-        train: Samples to train on; its ``order`` and ``seed`` are replaced.
-        validation: Samples to validate on, each once; None for none (``Trainer(limit_val_batches=0)``).
-        global_batch: Samples of a step over all ranks and micro-batches.
-        accumulation: Micro-batches of a step on each rank: ``Trainer(accumulate_grad_batches=)`` in stage 2, the
-            tokenizer's own accumulation in stage 1.
-        validation_batch: Samples of a validation batch on each rank.
-        num_workers: Processes of each rank that read; 0 reads in the training process.
+        train: Training samples; their ``order`` and ``seed`` are replaced.
+        validation: Validation samples, each used once; None for no validation (``Trainer(limit_val_batches=0)``).
+        global_batch: Number of samples per step, over all ranks and micro-batches.
+        accumulation: Number of micro-batches per step on each rank: ``Trainer(accumulate_grad_batches=)`` in stage 2,
+            the tokenizer's own accumulation in stage 1.
+        validation_batch: Number of samples of a validation batch on each rank.
+        num_workers: Number of worker processes on each rank; 0 reads in the training process.
         seed: Seed of the order and of random crops, in [0, 2**32).
 
     Raises:
@@ -121,6 +129,7 @@ class IndexedDataModule(StepDataModule):
         check_integer("validation_batch", validation_batch, BATCH_SIZE_RANGE)
         check_integer("num_workers", num_workers, "[0, 1024]")
         check_seed("seed", seed)
+        # validation keeps the dataset's order, with central or random crops as given
         self.train = replace(train, order=ShuffledStream(len(train), seed), seed=seed)
         self.validation = None if validation is None else replace(validation, order=None)
         self.global_batch = global_batch
@@ -130,17 +139,18 @@ class IndexedDataModule(StepDataModule):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps in which the stream goes through the training samples once."""
+        """The number of steps in which the stream goes through the training samples once."""
         return math.ceil(len(self.train) / self.global_batch)
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Micro-batches of this rank from the Trainer's step on.
+        """Returns the micro-batches of this rank, from the Trainer's step to the end of the epoch.
 
         Raises:
-            ValueError: if the ranks cannot share the batch evenly, or the Trainer accumulates other micro-batches or
-                would replace the sampler.
+            ValueError: if the batch cannot be divided evenly among the ranks, or the Trainer has another number of
+                accumulated batches or would replace the sampler.
         """
         self._check_trainer()
+        # the Trainer knows the number of ranks only now, so the division is checked here
         micro_batches = self._world_size * self.accumulation
         if self.global_batch % micro_batches:
             raise ValueError(
@@ -158,7 +168,7 @@ class IndexedDataModule(StepDataModule):
         return self._loader(self.train, order)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """Batches of this rank, each sample once over all ranks; an empty list without validation samples."""
+        """Returns this rank's batches, each sample once over all ranks; an empty list without validation samples."""
         if self.validation is None:
             return []
         order = EvalBatchSampler(
@@ -174,9 +184,10 @@ class IndexedDataModule(StepDataModule):
             return
         if self._world_size > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
             raise ValueError(
-                "Trainer(use_distributed_sampler=) must be False on several devices, got True; the data module shares "
-                "out the samples itself"
+                "Trainer(use_distributed_sampler=) must be False on several devices, got True; the data module divides "
+                "the samples among the ranks itself"
             )
+        # with manual optimization (the tokenizer), the module accumulates itself
         module = self.trainer.lightning_module
         wanted = self.accumulation if module.automatic_optimization else 1
         if self.trainer.accumulate_grad_batches != wanted:
@@ -187,13 +198,15 @@ class IndexedDataModule(StepDataModule):
 
 
 def _to_pixels(image: Any, *, channels: int, name: str) -> Tensor:
-    """Returns an image as (channels, H, W) uint8."""
-    if isinstance(image, Tensor):
+    """Converts an image of any supported type to (channels, H, W) uint8."""
+    if isinstance(image, Tensor):  # to (H, W) or (H, W, C), the layout of arrays
         image = image.cpu().numpy() if image.ndim == 2 else image.movedim(0, -1).cpu().numpy()
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3):
-            raise TypeError(f"{name}: pixels must be uint8, (H, W) or with channels, got {image.dtype} {image.shape}")
+            raise TypeError(
+                f"{name}: pixels must be uint8 of shape (H, W) or (H, W, C), got {image.dtype} {image.shape}"
+            )
         image = Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image)
     if not isinstance(image, Image.Image):
-        raise TypeError(f"{name}: an image must be a PIL picture, a uint8 tensor or array, got {shorten(image)}")
+        raise TypeError(f"{name}: an image must be a PIL image, a uint8 tensor or a uint8 array, got {shorten(image)}")
     return from_pil(image, channels=channels, name=name)

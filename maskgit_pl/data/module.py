@@ -1,4 +1,4 @@
-"""The LightningDataModule of shards, for both stages."""
+"""The LightningDataModule of shards, token stores and streams, for both training stages. Used by ``maskgit train``."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ __all__ = ["ShardData"]
 
 
 class ShardData(StepDataModule):
-    """Training and validation batches over a data folder, of images or of the tokens made from them.
+    """A LightningDataModule of training and validation batches of images or tokens.
 
-    Both sources give the same samples in the same order.
+    The sources ``images`` and ``tokens`` give the same samples in the same order.
 
     Args:
         config: The folder, the source and the batches.
@@ -47,64 +47,69 @@ class ShardData(StepDataModule):
 
     @cached_property
     def summary(self) -> DataSummary:
-        """Class names, counts, image sizes and fingerprint of the data folder."""
+        """The class names, counts, image sizes and fingerprint of the data folder."""
         return read_manifest_summary(self.config.path)
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Class names; label i is ``class_names[i]``."""
+        """The class names; label i is ``class_names[i]``."""
+        # a stream may name its own classes; else the folder's are used
         named = None if self.stream is None else self.stream.class_names
         return self.summary.classes if named is None else named
 
     @property
     def num_classes(self) -> int:
-        """Number of classes."""
+        """The number of classes."""
         return len(self.class_names)
 
     @property
     def store(self) -> StoreDescription | None:
-        """Description of the token store; None for other sources."""
+        """The description of the token store; None for other sources."""
         return None if self._tokens is None else next(iter(self._tokens.values())).description
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps in which the stream goes through the train split once."""
+        """The number of steps in which the stream goes through the train split once."""
         return math.ceil(self._train_samples / self.config.global_batch)
 
-    def require_tokenizer(self, fingerprint: str, *, grid: tuple[int, int], num_codes: int) -> None:
-        """Checks that the token store was made by a tokenizer; source images has none.
+    def require_tokenizer(self, fingerprint: str, *, grid: tuple[int, int], codebook_size: int) -> None:
+        """Checks that a tokenizer made the token store; does nothing for other sources.
 
         Args:
-            fingerprint: Of the tokenizer.
-            grid: Its token grid.
-            num_codes: Its codebook size.
+            fingerprint: Fingerprint of the tokenizer's weights.
+            grid: Height and width of its token grid.
+            codebook_size: Its codebook size.
 
         Raises:
-            ValueError: if another tokenizer made it, or it has other tokens. The message names both and the way out.
+            ValueError: if another tokenizer made it, or it has another grid or codebook. The message names both values.
         """
         if self.store is not None:
-            check_origin(self.store, self.token_store, tokenizer=fingerprint, grid=grid, num_codes=num_codes)
+            check_origin(self.store, self.token_store, tokenizer=fingerprint, grid=grid, codebook_size=codebook_size)
 
     def setup(self, stage: str | None = None) -> None:
-        """Checks the index and every shard's length and ends, or the whole token store, before the first step.
+        """Checks the data before the first step: the index, and the length and ends of each shard; or the token store.
+
+        Args:
+            stage: Not used.
 
         Raises:
-            FileNotFoundError: if data folder, manifest or store is missing.
-            ValueError: if shards are not what the manifest says, the store is of other data or damaged, or the batch
-                does not divide.
+            FileNotFoundError: if the data folder, a manifest or the store is missing.
+            ValueError: if shards differ from the manifest, the store is damaged or made from other data, or the batch
+                cannot be divided evenly among the ranks.
         """
         if self.config.source != "tokens":
             for split, manifest in load_manifests(self.config.path, self._splits_of_folder).items():
                 self._readers[split] = ShardReader(manifest)
-                _ = self._readers[split].index  # refuses labels that are no class
+                _ = self._readers[split].index  # checks the labels
         else:
             for split in self._splits_of_folder:
                 load_manifest(self.config.path, split, check=False)
         split_batch(self.config.global_batch, self.config.max_batch_per_device, self._world_size)
-        _ = self.store
+        _ = self.store  # opens and checks the token store
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Micro-batches of this rank from the Trainer's step on."""
+        """Returns the micro-batches of this rank, from the Trainer's step to the end of the epoch."""
+        # micro-batch and accumulation depend on the number of ranks
         per_device, accumulation = split_batch(
             self.config.global_batch, self.config.max_batch_per_device, self._world_size
         )
@@ -128,7 +133,7 @@ class ShardData(StepDataModule):
         return self._loader(self.batches("train", self._order(), crop=self.config.crop), order)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """Batches of this rank of the val split, each sample once."""
+        """Returns this rank's batches of the val split, each sample once over all ranks."""
         samples = self._validation_samples
         order = EvalBatchSampler(
             samples, per_device=self.config.validation_batch, world_size=self._world_size, rank=self._rank
@@ -138,9 +143,19 @@ class ShardData(StepDataModule):
         return self._loader(self.batches("val", InOrder(samples)), order)
 
     def batches(self, split: Split, order: Order, *, crop: Crop = "center") -> ImageBatches | TokenBatches:
-        """Returns the dataset of a split: ``__getitems__(range of positions)`` gives a ``Batch``."""
+        """Returns a dataset of batches of a split.
+
+        Args:
+            split: ``"train"`` or ``"val"``.
+            order: Maps positions to samples.
+            crop: ``"center"`` or ``"random"``; tokens keep the crops of their store.
+
+        Returns:
+            A dataset whose ``__getitems__(range of positions)`` returns a ``Batch``.
+        """
         if self._tokens is not None:
             return TokenBatches(self._tokens[split], order, seed=self.config.seed)
+        # without ``setup``, as in the evaluation, shards are opened and checked here
         if split not in self._readers:
             self._readers[split] = ShardReader(load_manifest(self.config.path, split))
         return ImageBatches(
@@ -192,6 +207,7 @@ class ShardData(StepDataModule):
     def _tokens(self) -> dict[Split, TokenReader] | None:
         if self.token_store is None:
             return None
+        # the values that the store must share with the data and the settings of this run
         return open_store(
             self.token_store,
             data=self.summary.fingerprint,

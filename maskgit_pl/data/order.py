@@ -1,8 +1,12 @@
-"""Which samples a step sees, as a function of (seed, step): no state to keep or to lose.
+"""The order of samples: a function of (seed, step), without any state to save or restore.
 
-Position p of the endless training stream lies in epoch ``p // n`` and is sample ``permutation(p % n)``; step s takes
-positions [s G, (s + 1) G) for a global batch G. Ranks, workers and accumulation only share out that range. A split may
-have up to 2**32 samples: each position is computed by itself, from (seed, epoch) and, for windows, shard lengths.
+1. The training stream is endless. Position p lies in epoch ``p // n`` and is sample ``permutation(p % n)`` of the n
+   samples, with another permutation in each epoch.
+2. Step s takes positions [s G, (s + 1) G) for a global batch G.
+3. Ranks, workers and micro-batches divide this range among themselves; they do not change it.
+
+A split may have up to 2**32 samples: each position is computed independently, from (seed, epoch) and, for windows, the
+lengths of the shards. Used by the data modules, ``tokenize`` and the evaluation.
 """
 
 from __future__ import annotations
@@ -33,24 +37,24 @@ __all__ = [
     "split_batch",
 ]
 
-BATCH_SIZE_RANGE = "[1, 16777216]"  # of a batch: 2**24
-_MAX_CACHED = 2**20  # 8 MiB, at most two of them in each worker
+BATCH_SIZE_RANGE = "[1, 16777216]"  # samples of a batch, at most 2**24
+_MAX_CACHED = 2**20  # samples of a cached permutation: 8 MiB, at most two in each worker
 
 
 def split_batch(global_batch: int, max_per_device: int, world_size: int) -> tuple[int, int]:
-    """Returns the largest micro-batch that fits a device, and how many of them make a step.
+    """Returns the largest micro-batch that fits a device, and the number of micro-batches per step.
 
     Args:
-        global_batch: Samples of a step, over all ranks.
-        max_per_device: Most samples a device takes at once.
-        world_size: Ranks.
+        global_batch: Number of samples per step, over all ranks.
+        max_per_device: Largest micro-batch of a device.
+        world_size: Number of ranks.
 
     Returns:
         (per_device, accumulation) with per_device * accumulation * world_size = global_batch.
 
     Raises:
-        ValueError: if a size is out of range, or the ranks cannot share the batch evenly; the message names the
-            nearest sizes that they can.
+        ValueError: if a size is out of range, or the batch cannot be divided evenly among the ranks; the message names
+            the nearest sizes that can.
     """
     check_integer("data.global_batch", global_batch, BATCH_SIZE_RANGE)
     check_integer("data.max_batch_per_device", max_per_device, BATCH_SIZE_RANGE)
@@ -59,9 +63,10 @@ def split_batch(global_batch: int, max_per_device: int, world_size: int) -> tupl
         choices = " or ".join(str(size) for size in (below, below + world_size) if size)
         devices = [str(ranks) for ranks in range(1, min(global_batch, 4 * world_size) + 1) if global_batch % ranks == 0]
         raise ValueError(
-            f"data.global_batch: {world_size} ranks must share it evenly, got {global_batch}; "
-            f"use {choices}, or keep it and run on {', '.join(devices)} ranks"
+            f"data.global_batch must be a multiple of the {world_size} ranks, got {global_batch}; "
+            f"use {choices}, or run on {', '.join(devices)} ranks"
         )
+    # the largest divisor of per_rank up to max_per_device: divisors come in pairs around the square root
     per_rank = global_batch // world_size
     low = [size for size in range(1, math.isqrt(per_rank) + 1) if per_rank % size == 0]
     per_device = max(size for size in (*low, *(per_rank // size for size in low)) if size <= max_per_device)
@@ -69,10 +74,10 @@ def split_batch(global_batch: int, max_per_device: int, world_size: int) -> tupl
 
 
 def check_window(window: int | None) -> None:
-    """Checks that a window has at least one shard.
+    """Checks that a shuffle window is None or has at least one shard.
 
     Raises:
-        ValueError: if it has not.
+        ValueError: if it is not an integer >= 1.
     """
     if window is not None and (type(window) is not int or window < 1):
         raise ValueError(
@@ -81,7 +86,7 @@ def check_window(window: int | None) -> None:
 
 
 class Rows(NamedTuple):
-    """Which samples some positions stand for; four (B,) tensors as in ``Batch``."""
+    """The samples at some positions: four (B,) tensors; see ``Batch`` for their meaning."""
 
     index: Tensor  # type: ignore[assignment]  # hides tuple.index
     epoch: Tensor
@@ -90,7 +95,7 @@ class Rows(NamedTuple):
 
 
 class Order(Protocol):
-    """The samples at the positions of a stream."""
+    """A function from positions of a stream to samples."""
 
     def __call__(self, positions: range) -> Rows:
         """Returns the samples at some positions."""
@@ -98,15 +103,15 @@ class Order(Protocol):
 
 @dataclass(frozen=True)
 class ShuffledStream:
-    """The endless training stream: each epoch another permutation of the split.
+    """The endless training stream: another permutation of the split in each epoch.
 
-    A small split's permutation is worked out once an epoch and held; a large one's only at the positions asked for.
-    Both give the same numbers.
+    The permutation of a small split is computed once per epoch and cached. For a large split, only the requested
+    positions are computed. Both give the same numbers.
 
     Args:
-        num_samples: Samples of the split, n, at most 2**32.
-        seed: Decides the order.
-        max_cached: Largest n whose permutation is held (8 bytes a sample in each worker).
+        num_samples: Number of samples in the split, n, at most 2**32.
+        seed: Seed of the order, in [0, 2**32).
+        max_cached: Largest n whose permutation is cached (8 bytes per sample in each worker).
     """
 
     num_samples: int
@@ -114,7 +119,7 @@ class ShuffledStream:
     max_cached: int = _MAX_CACHED
 
     def __call__(self, positions: range) -> Rows:
-        """Sample and epoch of each position."""
+        """Returns the sample and the epoch of each position."""
         return _make_rows(positions, self.num_samples, self._samples)
 
     def _samples(self, place: Tensor, epoch: int) -> Tensor:
@@ -122,23 +127,26 @@ class ShuffledStream:
 
 
 class WindowedStream:
-    """The endless training stream for disks that are slow to seek: few shards are read at a time.
+    """The endless training stream for disks with slow seeks: only a few shards are read at a time.
 
-    In each epoch the shards come in another order; every ``window`` consecutive ones of that order are a window, and
-    its samples are permuted. Each sample comes once an epoch; a position depends only on (seed, epoch, place).
+    1. Each epoch permutes the shards.
+    2. Every ``window`` consecutive shards of this order are a window; the last window has the rest.
+    3. The samples of each window are permuted.
 
-    What it costs: a step sees samples of one window, two at its border, instead of the whole split. Where shards hold
-    a random mixture, the batches are as good as with ``ShuffledStream``; where they are sorted (one class a shard), a
-    batch has only the classes of ``window`` shards, and consecutive batches resemble each other until it ends.
+    Each sample occurs once per epoch. The sample at a position depends only on (seed, epoch, place in the epoch).
+
+    A step sees samples of one window (of two at the border between windows) instead of the whole split. If the shards
+    have a random mixture of classes, the batches are as good as those of ``ShuffledStream``. If the shards are sorted
+    (one class per shard), a batch has only the classes of ``window`` shards, and so have the batches after it.
 
     Args:
-        shard_samples: Samples of each shard, in the order in which samples are numbered.
-        window: Shards of a window, at least 1; the last window of an epoch has the rest.
-        seed: Decides the order.
-        max_cached: Largest window, in samples, whose permutation is held.
+        shard_samples: Number of samples in each shard, in the order in which samples are numbered.
+        window: Number of shards in a window, at least 1.
+        seed: Seed of the order, in [0, 2**32).
+        max_cached: Largest window, in samples, whose permutation is cached.
 
     Raises:
-        ValueError: The window is below 1.
+        ValueError: if the window is below 1.
     """
 
     def __init__(self, shard_samples: Sequence[int], *, window: int, seed: int, max_cached: int = _MAX_CACHED) -> None:
@@ -147,17 +155,17 @@ class WindowedStream:
         self.seed = seed
         self.max_cached = max_cached
         self._sizes = torch.tensor(shard_samples, dtype=torch.int64)
-        self._firsts = self._sizes.cumsum(0) - self._sizes
+        self._firsts = self._sizes.cumsum(0) - self._sizes  # number of each shard's first sample
         self._layouts: dict[int, _Layout] = {}
 
     def __call__(self, positions: range) -> Rows:
-        """Sample and epoch of each position."""
+        """Returns the sample and the epoch of each position."""
         return _make_rows(positions, int(self._sizes.sum()), self._samples)
 
     def _samples(self, place: Tensor, epoch: int) -> Tensor:
         layout = self._layout(epoch)
         window = torch.searchsorted(layout.window_ends, place, right=True)
-        numbers = sorted(set(window.tolist()))  # places rise, and so do their windows
+        numbers = sorted(set(window.tolist()))  # places ascend, and so do their windows
         return torch.cat(
             [self._samples_of_window(number, place[window == number], epoch, layout) for number in numbers]
         )
@@ -166,25 +174,35 @@ class WindowedStream:
         end = int(layout.window_ends[number])
         start = int(layout.window_ends[number - 1]) if number else 0
         size = end - start
+        # 3. Permute the places within the window, then find the shard at each place.
         place = start + _permute(place - start, size, self.seed, epoch, window=number, cached=size <= self.max_cached)
         slot = torch.searchsorted(layout.shard_ends, place, right=True)
         shard = layout.shards[slot]
+        # first sample of the shard, plus the offset inside the shard
         return self._firsts[shard] + place - (layout.shard_ends[slot] - self._sizes[shard])
 
     def _layout(self, epoch: int) -> _Layout:
         if epoch not in self._layouts:
-            while len(self._layouts) > 1:  # the epoch that ends and the one that begins
+            while len(self._layouts) > 1:  # a batch may span the end of one epoch and the start of the next
                 del self._layouts[min(self._layouts)]
+            # 1. The shards in the order of the epoch.
             count = len(self._sizes)
             shards = permutation(torch.arange(count), count, stream="order/shards", seed=self.seed, epoch=epoch)
             ends = self._sizes[shards].cumsum(0)
+            # 2. The last shard of each window.
             last = torch.arange(self.window - 1, count + self.window - 1, self.window).clamp(max=count - 1)
             self._layouts[epoch] = _Layout(shards, ends, ends[last])
         return self._layouts[epoch]
 
 
 class _Layout(NamedTuple):
-    """An epoch of a ``WindowedStream``: its shards in order, and the places at which they and the windows end."""
+    """The layout of an epoch of a ``WindowedStream``.
+
+    Args:
+        shards: (shards,) int64, numbers of the shards in the order of the epoch.
+        shard_ends: (shards,) int64, place in the epoch at which each of them ends.
+        window_ends: (windows,) int64, place at which each window ends.
+    """
 
     shards: Tensor
     shard_ends: Tensor
@@ -192,10 +210,16 @@ class _Layout(NamedTuple):
 
 
 def _make_rows(positions: range, num_samples: int, samples: Callable[[Tensor, int], Tensor]) -> Rows:
-    """Returns the rows at some positions; ``samples(places, epoch)`` are the samples at rising places of one epoch."""
+    """Returns the rows at some positions.
+
+    Args:
+        positions: B consecutive positions; they may span several epochs.
+        num_samples: Number of samples in the split.
+        samples: ``samples(places, epoch)`` returns the samples at ascending places of one epoch.
+    """
     position = torch.arange(positions.start, positions.stop)
     index, epoch = torch.empty_like(position), torch.empty_like(position)
-    # Numbers, not tensors, up to here: a batch of tokens takes less time to read than ten operations on its rows.
+    # Epochs are Python integers here: ten tensor operations would take longer than reading a batch of tokens.
     for number in range(positions.start // num_samples, (positions.stop - 1) // num_samples + 1):
         first = number * num_samples
         places = range(max(positions.start - first, 0), min(positions.stop - first, num_samples))
@@ -213,37 +237,41 @@ def _permute(place: Tensor, size: int, seed: int, epoch: int, *, window: int = 0
 
 @lru_cache(maxsize=2)
 def _full_permutation(size: int, seed: int, epoch: int, window: int) -> Tensor:
-    """(size,) int64; in pieces that stay in the processor's cache."""
+    """Returns the whole permutation, (size,) int64, computed in pieces that fit the cache of the CPU."""
     pieces = [torch.arange(first, min(first + 2**14, size)) for first in range(0, size, 2**14)]
     return torch.cat([_permute(piece, size, seed, epoch, window=window, cached=False) for piece in pieces])
 
 
 @dataclass(frozen=True)
 class InOrder:
-    """Validation: position i is sample i; positions past the end repeat the last sample and are not valid."""
+    """The order of validation: position i is sample i. Positions past the end repeat the last sample as not valid.
+
+    Args:
+        num_samples: Number of samples in the split.
+    """
 
     num_samples: int
 
     def __call__(self, positions: range) -> Rows:
-        """Sample of each position."""
+        """Returns the sample of each position; the epoch is 0."""
         position = torch.arange(positions.start, positions.stop)
         index = position.clamp(max=self.num_samples - 1)
         return Rows(index, torch.zeros_like(position), position, position < self.num_samples)
 
 
 class TrainBatchSampler(Sampler[range]):
-    """The positions of one rank's micro-batches in the training stream, from the current step to the epoch's end.
+    """A sampler of one rank's micro-batches in the training stream, from the current step to the end of the epoch.
 
-    Micro-batch a of rank r takes slots [(a W + r) b, (a W + r + 1) b) of its step. An epoch is ceil(n / G) steps; the
-    stream does not start again with it, so no sample is dropped or seen twice as often as another.
+    Micro-batch a of rank r takes slots [(a W + r) b, (a W + r + 1) b) of its step. An epoch has ceil(n / G) steps. The
+    stream does not restart with an epoch, so no sample is dropped and none is seen twice as often as another.
 
     Args:
-        num_samples: Samples of the split, n.
-        per_device: Samples of a micro-batch, b.
-        accumulation: Micro-batches of a step on each rank.
-        world_size: Ranks, W.
-        rank: This rank.
-        current_step: Asked for the step to start at whenever an iteration begins.
+        num_samples: Number of samples in the split, n.
+        per_device: Number of samples in a micro-batch, b.
+        accumulation: Number of micro-batches per step on each rank.
+        world_size: Number of ranks, W.
+        rank: This rank, in [0, W).
+        current_step: Returns the step to start at; called at the start of each iteration.
     """
 
     def __init__(
@@ -265,11 +293,12 @@ class TrainBatchSampler(Sampler[range]):
         self.steps_per_epoch = math.ceil(num_samples / self.global_batch)
 
     def __len__(self) -> int:
-        """Micro-batches of an epoch on each rank."""
+        """Returns the number of micro-batches per epoch on each rank."""
         return self.steps_per_epoch * self.accumulation
 
     def __iter__(self) -> Iterator[range]:
         start = self.current_step()  # read now, not at the first next()
+        # a resumed run finishes its epoch
         end = (start // self.steps_per_epoch + 1) * self.steps_per_epoch
         return (self._positions(step, micro) for step in range(start, end) for micro in range(self.accumulation))
 
@@ -279,14 +308,16 @@ class TrainBatchSampler(Sampler[range]):
 
 
 class EvalBatchSampler(Sampler[range]):
-    """The positions of one rank's validation batches: each sample once over all ranks, as many batches on every rank.
+    """A sampler of one rank's evaluation batches: each sample once over all ranks, equally many batches on each rank.
+
+    Positions past the end fill up the last batches; see ``InOrder``.
 
     Args:
-        num_samples: Samples to go through.
-        per_device: Samples of a batch.
-        world_size: Ranks.
-        rank: This rank.
-        start: The first sample to visit.
+        num_samples: Number of samples to visit.
+        per_device: Number of samples in a batch.
+        world_size: Number of ranks.
+        rank: This rank, in [0, world_size).
+        start: First sample to visit.
     """
 
     def __init__(
@@ -294,7 +325,7 @@ class EvalBatchSampler(Sampler[range]):
     ) -> None:
         self.per_device = per_device
         self.stride = per_device * world_size
-        self._starts = range(start, num_samples, self.stride)  # of the batches of all ranks
+        self._starts = range(start, num_samples, self.stride)  # one for each batch of all ranks together
         self._own = rank * per_device
 
     def __len__(self) -> int:

@@ -1,8 +1,8 @@
-"""Shards of a stream, fetched and checked one after the other.
+"""Downloads and checks the shards of a stream, one after the other.
 
-Each shard is fetched whole into a temporary file while the one before is in use, and scanned there as ``maskgit data
-index`` scans it: a cut-off, damaged or hostile tar, half samples and labels that are no class are found before a
-sample of it is used. Used by ``stream``.
+Each shard is downloaded completely into a temporary file while the previous one is in use. It is scanned there in the
+same way as by ``maskgit data index``, so that a truncated, damaged or hostile tar, incomplete samples and invalid
+labels are found before any of its samples is used. Used by ``stream``.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ __all__ = ["FetchedShard", "ShardFetcher", "StreamError", "StreamSample"]
 
 log = logging.getLogger(__name__)
 
-_CHUNK = 2**20
+_CHUNK = 2**20  # bytes of one read
 _MAX_SHARD_BYTES = 64 * 2**30
 
 
 class StreamError(ValueError):
-    """A shard of a stream cannot be reached or is not what it must be; the text names it."""
+    """A shard of a stream cannot be downloaded or is invalid. The message names it."""
 
 
 class StreamSample(NamedTuple):
     """A sample of a fetched shard.
 
     Attributes:
-        data: The image file.
-        label: In [0, num_classes).
-        url: Of its shard.
+        data: Bytes of the image file.
+        label: Class in [0, num_classes).
+        url: URL of its shard.
         name: Shard and member, for messages.
-        epoch: How often the list of shards had been gone through when the shard was opened.
+        epoch: Number of complete passes through the list of shards before the shard was opened.
     """
 
     data: bytes
@@ -59,12 +59,21 @@ class StreamSample(NamedTuple):
     epoch: int
 
     def decode(self, image_size: int, channels: int, crop: tuple[float, float] | None) -> Tensor:
-        """Decodes and crops the image, (channels, image_size, image_size) uint8."""
+        """Decodes and crops the image.
+
+        Args:
+            image_size: Side of the result in pixels.
+            channels: 1 for grey, 3 for RGB.
+            crop: Place of the crop; see ``load_square_into``.
+
+        Returns:
+            (channels, image_size, image_size) uint8.
+        """
         return load_square(self.data, image_size=image_size, channels=channels, crop=crop, name=self.name)
 
 
 class FetchedShard(NamedTuple):
-    """A shard as an open file on this machine; its temporary file, if it has one, has no name any more."""
+    """A shard as an open local file. A temporary file has no name, so it vanishes with its descriptor."""
 
     url: str
     descriptor: int
@@ -76,7 +85,7 @@ class FetchedShard(NamedTuple):
         try:
             for _, offset, size, label in self.scan.rows.tolist():
                 data = os.pread(self.descriptor, size, offset)
-                header = os.pread(self.descriptor, 100, offset - BLOCK)
+                header = os.pread(self.descriptor, 100, offset - BLOCK)  # the member's name
                 member = printable(header.partition(b"\0")[0].decode("utf-8", "surrogateescape"))
                 yield StreamSample(data, label, self.url, f"{self.url}:{member}", self.epoch)
         finally:
@@ -84,14 +93,14 @@ class FetchedShard(NamedTuple):
 
 
 class ShardFetcher:
-    """Fetches shards, each while the one before is in use.
+    """An iterator of shards, which downloads each shard while the previous one is in use.
 
-    1. Begin to fetch the first shard in a thread of its own.
-    2. Wait until it is here, whole and checked; a shard that stalls, cannot be reached or is damaged ends the run.
-    3. Begin to fetch the next one, then hand the shard out.
+    1. Start to download the first shard in a thread of its own.
+    2. Wait until it is complete and checked. A shard that stalls, cannot be downloaded or is damaged ends the run.
+    3. Start to download the next shard, then yield this one.
 
     Args:
-        urls: In the order of use, each with its epoch.
+        urls: URLs in the order of use, each with its epoch.
         config: Number of attempts, and seconds until a shard counts as stalled.
         labels: Source of the labels.
     """
@@ -111,12 +120,13 @@ class ShardFetcher:
             yield FetchedShard(url, descriptor, epoch, scan)
 
     def _begin(self) -> tuple[str, int, Future[tuple[int, ShardScan]]] | None:
-        """Begins to fetch the next shard, in a thread that ends with the process whatever it waits for."""
+        """Starts to download the next shard; returns its URL, its epoch and its future, or None after the last one."""
         url, epoch = next(self.urls, (None, 0))
         if url is None:
             return None
         future: Future[tuple[int, ShardScan]] = Future()
         self._alive = time.monotonic()
+        # a daemon: a thread that waits for the network does not keep the process alive
         Thread(target=self._fetch, args=(url, future), daemon=True).start()
         return url, epoch, future
 
@@ -131,10 +141,9 @@ class ShardFetcher:
             try:
                 return future.result(timeout=max(0.01, self._alive + patience - time.monotonic()))
             except NotYetError:
+                # the deadline moves with every block that arrives
                 if time.monotonic() - self._alive >= patience:
-                    raise StreamError(
-                        f"stream {url}: nothing came for {patience:g} s (data.stream.stall_seconds)"
-                    ) from None
+                    raise StreamError(f"stream {url}: no data for {patience:g} s (data.stream.stall_seconds)") from None
 
     def _fetch(self, url: str, future: Future[tuple[int, ShardScan]]) -> None:
         try:
@@ -143,6 +152,7 @@ class ShardFetcher:
             future.set_exception(error)
 
     def _shard(self, url: str) -> tuple[int, ShardScan]:
+        # local shards are read in place
         local = _local_path(url)
         if local is not None:
             try:
@@ -155,24 +165,24 @@ class ShardFetcher:
             return self._scan(url, os.dup(file.fileno()))
 
     def _download_patiently(self, url: str, file: IO[bytes]) -> None:
-        """Downloads a shard into a file.
+        """Downloads a shard into a file, in several attempts with growing pauses.
 
         Raises:
-            StreamError: if no attempt succeeds.
+            StreamError: if all attempts fail.
         """
         for attempt in range(1, self.config.attempts + 1):
             try:
                 return self._download(url, file)
             except ImportError as error:
-                raise StreamError(f"stream {url}: {error}; install with pip what it names") from error
+                raise StreamError(f"stream {url}: {error}; install this package with pip") from error
             except StreamError:
                 raise
-            except Exception as error:  # every file system has errors of its own, and its own idea of "not found"
+            except Exception as error:  # each file system raises its own errors
                 cause = error if error.__cause__ is None else error.__cause__
                 what = f"{type(cause).__name__}: {cause}"
                 if attempt == self.config.attempts:
-                    raise StreamError(f"stream {url}: not reached in {attempt} attempts ({what})") from error
-                log.warning("stream %s: attempt %d of %d: %s", url, attempt, self.config.attempts, what)
+                    raise StreamError(f"stream {url}: download failed in {attempt} attempts ({what})") from error
+                log.warning("stream %s: attempt %d of %d failed: %s", url, attempt, self.config.attempts, what)
                 self._alive = time.monotonic()
                 time.sleep(attempt)
         return None
@@ -180,6 +190,7 @@ class ShardFetcher:
     def _download(self, url: str, file: IO[bytes]) -> None:
         import fsspec  # type: ignore[import-untyped]  # has no types
 
+        # an earlier attempt may have left a part
         file.seek(0)
         file.truncate()
         size = 0
@@ -188,29 +199,34 @@ class ShardFetcher:
                 self._alive = time.monotonic()
                 size += file.write(block)
                 if size > _MAX_SHARD_BYTES:
-                    raise StreamError(f"stream {url}: at most {_MAX_SHARD_BYTES} bytes a shard are read")
+                    raise StreamError(f"stream {url}: a shard must have at most {_MAX_SHARD_BYTES} bytes, got more")
         file.flush()
 
     def _scan(self, url: str, descriptor: int) -> tuple[int, ShardScan]:
-        """Returns the open file and its scan.
+        """Scans an open shard.
+
+        Images that cannot be read are allowed here; ``UnreadableImages`` counts them.
+
+        Returns:
+            The descriptor and the scan.
 
         Raises:
-            StreamError: if it is not a whole tar, holds no sample, or has samples that are not whole.
+            StreamError: if it is not a complete tar, has no samples, or has incomplete samples.
         """
-        path = Path(f"/dev/fd/{descriptor}")
+        path = Path(f"/dev/fd/{descriptor}")  # the file has no other name
         try:
             scan = scan_shard(path, self.labels)
             if scan.damage:
-                raise StreamError(f"stream {url}: a whole, uncompressed tar is needed, got: {scan.damage}")
+                raise StreamError(f"stream {url}: a shard must be a complete, uncompressed tar, got: {scan.damage}")
             wrong = [
                 f"{fault.count} {text} (first {fault.first.removeprefix(f'{path.name}:')})"
                 for text, fault in scan.faults.items()
                 if text != BAD_IMAGE
             ]
             if wrong:
-                raise StreamError(f"stream {url}: whole samples are needed, got {'; '.join(wrong)}")
+                raise StreamError(f"stream {url}: all samples must be complete, got {'; '.join(wrong)}")
             if not len(scan.rows):
-                raise StreamError(f"stream {url}: a sample of an image and a label is needed, got none")
+                raise StreamError(f"stream {url}: a shard must have at least 1 sample of an image and a label, got 0")
         except BaseException:
             os.close(descriptor)
             raise

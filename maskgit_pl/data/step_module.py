@@ -1,4 +1,7 @@
-"""The base of our data modules. Their place in the data is the Trainer's step, so a resumed run continues there."""
+"""The base class of the data modules ``ShardData`` and ``IndexedDataModule``.
+
+Their position in the data is the Trainer's step, so a resumed run continues there.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,11 @@ __all__ = ["StepDataModule"]
 
 
 class StepDataModule(LightningDataModule):
-    """A data module that asks the Trainer for its step, rank and world size; without a Trainer 0, 0 and 1."""
+    """A data module that reads step, rank and world size from the Trainer; 0, 0 and 1 without a Trainer."""
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Moves a batch as it is; Lightning would search it for what can be moved."""
+        """Moves the tensors of a batch; Lightning's own method would search it recursively."""
+        # non_blocking: copies from pinned memory overlap with computation
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
 
     def _current_step(self) -> int:

@@ -1,4 +1,4 @@
-"""Makes the token store of a data folder, with a tokenizer that the caller brings."""
+"""Makes the token store of a data folder, with a tokenizer that the caller provides. Used by ``maskgit tokenize``."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from maskgit_pl.shards.unreadable import check_budget
 
 __all__ = ["PART_SIZE", "Outcome", "TokenizingConfig", "describe_store", "tokenize"]
 
-PART_SIZE = 1024
+PART_SIZE = 1024  # samples of a part; a kill costs at most one part per rank
 Outcome = Literal["found", "made", "incomplete"]
 
 
 @dataclass(frozen=True)
 class TokenizingConfig:
-    """Execution of ``tokenize``: none of it changes a token.
+    """The settings of the execution of ``tokenize``. The tokens do not depend on them.
 
     Args:
-        batch_size: Images at a time.
-        part_size: Images that are written to disk at a time: what a kill may cost.
-        num_workers: Processes that decode while this one encodes.
-        rank: Number of this process among those that share the work, from 0.
-        world_size: Processes that share the work; they need not run at the same time.
-        unreadable_budget: Share of unreadable images that may be replaced, as in training; see ``UnreadableImages``.
+        batch_size: Number of images encoded at a time.
+        part_size: Number of images written to disk at a time; a killed process loses at most these.
+        num_workers: Number of processes that decode images; 0 decodes in this process.
+        rank: Number of this process among those that share the work, in [0, world_size).
+        world_size: Number of processes that share the work; they need not run at the same time.
+        unreadable_budget: Fraction of unreadable images that may be replaced, in [0, 1]; see ``UnreadableImages``.
 
     Raises:
         ValueError: if a number is out of range.
@@ -62,7 +62,7 @@ def describe_store(
     path: str | Path,
     *,
     grid: tuple[int, int],
-    num_codes: int,
+    codebook_size: int,
     tokenizer: str,
     image_size: int,
     crops: int = 1,
@@ -74,22 +74,31 @@ def describe_store(
     Args:
         path: The data folder.
         grid: Height and width of the token grid.
-        num_codes: Codebook size.
+        codebook_size: Codebook size.
         tokenizer: Fingerprint of the tokenizer's weights.
         image_size: Side of the images that the tokenizer encodes.
         crops: Crops of each training image: the central one, then random ones.
-        flip: Store each training image mirrored too.
-        precision: Precision in which the tokenizer computes; noted in the store.
+        flip: True also stores each training image mirrored.
+        precision: Precision in which the tokenizer computes, ``"float32"`` or ``"bfloat16"``; recorded in the store.
 
     Raises:
-        ValueError: if a number is out of range, or several crops are asked for and all images are square.
+        ValueError: if a number is out of range, or ``crops`` is above 1 although all images are square.
     """
     summary = read_manifest_summary(path)
     if crops > 1:
         _check_crops(summary.images)
     samples = cast("dict[Split, int]", dict(summary.samples))
     return StoreDescription(
-        grid, num_codes, image_size, tokenizer, summary.fingerprint, summary.classes, samples, crops, flip, precision
+        grid,
+        codebook_size,
+        image_size,
+        tokenizer,
+        summary.fingerprint,
+        summary.classes,
+        samples,
+        crops,
+        flip,
+        precision,
     )
 
 
@@ -105,43 +114,45 @@ def tokenize(
 ) -> Outcome:
     """Makes the token store of a data folder, or resumes an interrupted one.
 
-    1. Each rank takes its share of the parts of the store, and leaves out those that are on disk.
-    2. It encodes the others batch by batch and writes each as a whole. Batches are the same whoever encodes them, so
-       the store does not depend on ranks, workers or interruptions.
-    3. The rank that finds all parts on disk joins them.
+    1. Each rank takes its share of the parts of the store, without those that are already on disk.
+    2. It encodes each part batch by batch and writes it as a whole. A batch is the same on every rank, so the store
+       does not depend on ranks, workers or interruptions.
+    3. The rank that finds all parts on disk joins them into the store.
 
     Args:
         path: The data folder.
         store: The folder of the store.
         description: The store, as ``describe_store`` describes it for this data folder.
-        encode: (B, in_channels, image_size, image_size) uint8 images on the CPU -> (B, N) int64 tokens on any device.
-        in_channels: Channels of the images that ``encode`` is given, 1 or 3.
+        encode: Maps images (B, in_channels, image_size, image_size) uint8 on the CPU to tokens (B, N) int64 on any
+            device.
+        in_channels: Channels of the images for ``encode``, 1 or 3.
         config: Batches, processes and the budget of unreadable images.
-        on_rows: Called with the split, how many more rows are done (first those of an earlier run) and how many this
-            rank has to do of that split.
+        on_rows: Called with the split, the number of rows that were just finished (first those of an earlier run), and
+            this rank's number of rows of that split.
 
     Returns:
-        ``"found"`` if this very store is there already; ``"made"`` if it is finished now; ``"incomplete"`` if this
-        rank has done its share and the last one to do so will finish.
+        ``"found"`` if the store exists already; ``"made"`` if it is finished now; ``"incomplete"`` if this rank has
+        finished its share and other ranks have not.
 
     Raises:
-        ValueError: if shards are not what the manifest says.
-        DataBudgetError: if too many images cannot be read.
+        ValueError: if shards differ from the manifest.
+        DataBudgetError: if too many images are unreadable.
     """
     if is_complete(store, description):
         return "found"
     readers = {split: ShardReader(load_manifest(path, split)) for split in description.samples}
     parts = StoreParts(store, description, part_size=config.part_size)
+    # every world_size-th part, so that all ranks have equally many
     share = parts.parts()[config.rank :: config.world_size]
     for split, reader in readers.items():
         reading = _PartReader(reader, description.image_size, in_channels, config)
         mirrors = description.mirrors_of(split)
-        # 1. The parts that are left.
+        # 1. The parts that are not on disk yet.
         own = [part for part in share if part.split == split]
         left = [part for part in own if not parts.is_done(part)]
         total = _count_rows(own, mirrors)
         on_rows(split, total - _count_rows(left, mirrors), total)
-        # 2. Encode and write them.
+        # 2. Encode and write the parts.
         for part, batches in reading.by_part(left):
             encoded = []
             for batch in batches:
@@ -149,13 +160,13 @@ def tokenize(
                 on_rows(split, mirrors * len(batch.labels), total)
             tokens, labels = (torch.cat(column).numpy() for column in zip(*encoded, strict=True))
             parts.write(part, tokens, labels)
-    # 3. Join.
+    # 3. Join the parts.
     return "made" if parts.finish() else "incomplete"
 
 
 @dataclass(frozen=True)
 class _PartReader:
-    """The images of a split, in the batches that are encoded."""
+    """A reader of the images of a split, in the batches in which they are encoded."""
 
     reader: ShardReader
     image_size: int
@@ -163,7 +174,8 @@ class _PartReader:
     config: TokenizingConfig
 
     def by_part(self, parts: Sequence[Part]) -> Iterator[tuple[Part, Iterator[Batch]]]:
-        """Yields the batches of each part, crop by crop; those of one are taken before the next is asked for."""
+        """Yields each part with its batches, crop by crop. Consume the batches of a part before the next part."""
+        # one loader per crop and not per part: its workers keep decoding at the border between parts
         for crop in sorted({part.crop for part in parts}):
             order = _PartOrder([part for part in parts if part.crop == crop], self.config.batch_size)
             batches = self._batches(order, crop)
@@ -190,19 +202,19 @@ class _PartReader:
 
 
 class _CropOrder:
-    """An order whose positions are samples. The epoch, which decides a random crop, is the number of the crop."""
+    """An order whose positions are the samples. The number of the crop is the epoch, which determines a random crop."""
 
     def __init__(self, crop: int) -> None:
         self.crop = crop
 
     def __call__(self, positions: range) -> Rows:
-        """Returns the samples themselves."""
+        """Returns the samples at some positions."""
         index = torch.arange(positions.start, positions.stop)
         return Rows(index, torch.full_like(index, self.crop), index, torch.ones_like(index, dtype=torch.bool))
 
 
 class _PartOrder(Sampler[range]):
-    """The batches of some parts; none reaches over two, so that they are the same for any number of ranks."""
+    """A sampler of the batches of some parts. No batch spans two parts, so batches do not depend on the ranks."""
 
     def __init__(self, parts: Sequence[Part], batch_size: int) -> None:
         self.parts = parts
@@ -215,24 +227,23 @@ class _PartOrder(Sampler[range]):
         return (positions for part in self.parts for positions in self.batches(part))
 
     def batches(self, part: Part) -> list[range]:
-        """The positions of each batch of a part."""
+        """Returns the positions of each batch of a part."""
         starts = range(part.start, part.stop, self.batch_size)
         return [range(start, min(start + self.batch_size, part.stop)) for start in starts]
 
 
 def _encode(images: Tensor, encode: Callable[[Tensor], Tensor], mirrors: int) -> Tensor:
-    """(B, C, H, W) uint8 -> (B, mirrors, N) int64 on the CPU."""
+    """Encodes images (B, C, H, W) uint8, and mirrored ones if ``mirrors`` is 2, to (B, mirrors, N) int64 on the CPU."""
     views = [images, images.flip(-1)][:mirrors]
     return torch.stack([encode(view).cpu() for view in views], dim=1)
 
 
 def _check_crops(images: ImageRange) -> None:
-    """Refuses several crops of images that are all square, as far as the smallest and largest sides say."""
+    """Checks that the images are not all square, for which all crops would be equal."""
     if images.height == images.width and images.height[0] == images.height[1]:
         raise ValueError(
-            "tokenize crops: images that are not square are needed for more than one, got "
-            f"{images.height[0]} x {images.width[0]}; all crops would be the same "
-            "(shards made without --image-size keep what can be cropped)"
+            f"tokenize crops must be 1 if all images are square, got more for {images.height[0]} x {images.width[0]}; "
+            "shards made without --image-size keep images that are not square"
         )
 
 

@@ -1,9 +1,9 @@
-"""Decoding: from masked tokens to tokens in a few parallel steps, step by step; and one token after the other.
+"""The decoding of tokens: in a few parallel steps (MaskGIT), or one token per step (the autoregressive baseline).
 
-``ParallelDecoder`` holds a mask schedule (how many tokens stay masked) and a token selector (which). It knows no
-network: it asks a ``Predictor`` for logits at the positions that are still masked. Guidance, the sharing of the first
-step and caches live in predictors that wrap one another. ``AutoregressiveDecoder`` is the baseline, for causal
-networks. ``DecodingConfig`` holds the settings in plain values.
+``ParallelDecoder`` holds a mask schedule, which sets the number of tokens that stay masked, and a token selector, which
+chooses them. It knows no network: it asks a ``Predictor`` for the logits of the masked tokens. Guidance, caches and the
+shared first step are predictors that wrap one another. ``AutoregressiveDecoder`` is the baseline for causal networks.
+``DecodingConfig`` holds the settings in plain values.
 
 Source: paper, section on iterative decoding; google-research/maskgit, ``parallel_decode.py``.
 """
@@ -97,5 +97,5 @@ _NAMES = {
     ),
 }
 
-# ``DecodingConfig`` needs no torch, and the command line checks with it.
+# Names are imported when they are used: ``DecodingConfig`` imports no torch, and the command line checks flags with it.
 __getattr__ = lazy_names(__name__, {name: module for module, names in _NAMES.items() for name in names})

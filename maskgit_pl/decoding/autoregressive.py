@@ -1,7 +1,11 @@
 """Autoregressive decoding, the paper's baseline: one token per step, in raster order.
 
-``AutoregressiveDecoder`` is to a causal network what ``ParallelDecoder`` is to a bidirectional one. It knows no
-network, asks a predictor for logits, and yields the same ``DecodingStep``, so callers can treat both decoders alike.
+``AutoregressiveDecoder`` is the counterpart of ``ParallelDecoder`` for networks with causal attention. It asks a
+predictor for logits and yields the same ``DecodingStep``, so callers treat both decoders alike.
+Each of the N steps does:
+
+    1. Predict. The predictor returns logits (B, K) of the next token.
+    2. Draw. A code is drawn for it. It is never changed later.
 
 Source: paper, Table 1 (VQGAN*) and Figure 4.
 """
@@ -27,18 +31,25 @@ __all__ = ["AutoregressiveClassPredictor", "AutoregressiveDecoder", "Autoregress
 
 
 class AutoregressivePredictor(Protocol):
-    """Logits of the next token. A predictor serves one decoding run: it may count its calls and keep caches."""
+    """A source of the logits of the next token. It serves one decoding run: it may count its calls and keep caches."""
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """(B, t) int64, the tokens so far, one more at each call, none at the first -> (B, K) float logits."""
+        """Predicts the next token.
+
+        Args:
+            tokens: (B, t) int64 in [0, K): the tokens so far. t is 0 at the first call and grows by 1 with each call.
+
+        Returns:
+            (B, K) float: logits of the codes.
+        """
 
 
 @dataclass(frozen=True)
 class AutoregressiveDecoder:
-    """Draws the tokens of an image one after the other, in raster order.
+    """The decoder of autoregressive models, which draws the tokens of an image one by one in raster order.
 
     Args:
-        num_tokens: Tokens to draw: N steps.
+        num_tokens: N, tokens per image and steps of a run, >= 1.
         sampling: Temperature and truncation of the logits that codes are drawn from.
 
     Raises:
@@ -50,23 +61,23 @@ class AutoregressiveDecoder:
 
     def __post_init__(self) -> None:
         if self.num_tokens < 1:
-            raise ValueError(f"num_tokens: at least 1 is needed, got {self.num_tokens}")
+            raise ValueError(f"num_tokens must be >= 1, got {self.num_tokens}")
 
     @torch.no_grad()
     def steps(
         self, predictor: AutoregressivePredictor, noise: Noise, *, batch_size: int, device: torch.device
     ) -> Iterator[DecodingStep]:
-        """Decodes, one token at a time.
+        """Decodes, and yields after each token.
 
         Args:
-            predictor: Gives the logits.
-            noise: Source of the random numbers; each token is drawn once, so all are those of step 0.
-            batch_size: B, images.
+            predictor: Computes the logits.
+            noise: Source of the random numbers.
+            batch_size: B, number of images.
             device: Device of the predictor's logits.
 
         Yields:
-            A ``DecodingStep`` for each token. Codes and confidence are 0 where nothing is drawn yet; the scores are
-            those of raster order, the earlier the higher.
+            A ``DecodingStep`` for each token. Codes and confidence are 0 at positions that are not drawn yet. The score
+            of position n is -n.
         """
         shape = batch_size, self.num_tokens
         tokens = torch.zeros(shape, dtype=torch.int64, device=device)
@@ -74,7 +85,9 @@ class AutoregressiveDecoder:
         positions = torch.arange(self.num_tokens, device=device).expand(shape)
         scores = -positions.float()
         for step in range(self.num_tokens):
+            # 1. Predict.
             logits = predictor(tokens[:, :step]).float().unsqueeze(1)  # (B, 1, K)
+            # 2. Draw. Each position is drawn once, so the noise of step 0 serves all steps.
             current = positions[:, step : step + 1]  # (B, 1)
             progress = step_progress(step, self.num_tokens)
             drawn = self.sampling.draw(logits, noise, current, step=0, progress=progress)  # (B, 1)
@@ -87,18 +100,18 @@ class AutoregressiveDecoder:
 
 
 class AutoregressiveClassPredictor:
-    """A causal network, given the class of each image; with guidance, both halves run in one batch at each step.
+    """The predictor of a causal network that is conditioned on classes. Guidance runs both halves in one batch.
 
     Args:
-        network: Gives the logits.
-        labels: (B,) int64: class of each image, or the null class.
-        negative_labels: (B,) int64: the class that each image is pushed away from; None where there is none.
-        scales: Guidance scale of each step, in order; empty for no guidance.
-        cache: Keep keys and values from token to token. False computes all of them again for each token: the same up
-            to rounding, and slower the longer the sequence; for measurements.
+        network: The network.
+        labels: (B,) int64 in [0, num_classes), or the null label.
+        negative_labels: (B,) int64: class that guidance pushes each image away from; None if there is none.
+        scales: Guidance scale of each step, >= 0; empty for no guidance.
+        cache: True keeps keys and values from step to step. False computes all of them at each step, for measurements:
+            equal up to rounding, and slower for long sequences.
 
     Raises:
-        ValueError: if there is guidance but no class to push away from.
+        ValueError: if a scale is positive and there is no class to push images away from.
     """
 
     def __init__(
@@ -119,7 +132,8 @@ class AutoregressiveClassPredictor:
     def __call__(self, tokens: Tensor) -> Tensor:
         if not self.scales:
             return self.network.forward_next(tokens, self.labels, cache=self._cache)
-        logits = self.network.forward_next(tokens.repeat(2, 1), self.labels, cache=self._cache)
+        # Steps with scale 0 also run both halves, because the cache must hold the keys and values of all rows.
+        logits = self.network.forward_next(tokens.repeat(2, 1), self.labels, cache=self._cache)  # (2 B, K)
         conditional, unconditional = logits.chunk(2)
         return apply_guidance(conditional, unconditional, self.scales[tokens.shape[1]])
 
@@ -134,22 +148,22 @@ def decode_autoregressive(
     negative_labels: Sequence[int] | None = None,
     cache: bool = True,
 ) -> Iterator[DecodingStep]:
-    """Decodes one image for each label, from its class and its seed only: ``decode_classes`` in raster order.
+    """Decodes one image for each label with a causal network: the counterpart of ``decode_classes``.
 
     Args:
         model: The causal network and its null label.
-        labels: Class of each image, or the null class.
-        seeds: Seed of each image, in [0, 2**32): its noise does not depend on the rest of the batch.
-        decoder: The number of tokens, and how codes are drawn.
-        scales: Guidance scale of each step.
-        negative_labels: The class that guidance pushes each image away from; None is the null class.
-        cache: Keep keys and values from token to token, as in ``AutoregressiveClassPredictor``.
+        labels: Class of each image, or the null label.
+        seeds: Seed of each image, in [0, 2**32). The rest of the batch does not change an image.
+        decoder: The number of tokens and the sampling of codes.
+        scales: Guidance scale of each step, >= 0.
+        negative_labels: Class that guidance pushes each image away from; None uses the null class.
+        cache: True keeps keys and values from step to step. See ``AutoregressiveClassPredictor``.
 
     Returns:
-        The steps, one by one.
+        An iterator over the steps.
 
     Raises:
-        ValueError: if there is guidance, the network has no null class, and no negative classes are named.
+        ValueError: if a scale is positive, the network has no null class and ``negative_labels`` is None.
     """
     negative_labels = model.negative_labels(negative_labels, len(labels))
     predictor = AutoregressiveClassPredictor(

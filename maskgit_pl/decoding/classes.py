@@ -1,6 +1,6 @@
-"""Class-conditional decoding: from labels and seeds to tokens.
+"""Class-conditional decoding: labels and seeds in, tokens out.
 
-Used by the pipeline, and by ``mvtm.MaskedTokenModel`` for its sample images.
+Used by the pipeline, and by ``mvtm.MaskedTokenModel`` for the sample images of the training.
 """
 
 from __future__ import annotations
@@ -28,26 +28,27 @@ def decode_classes(
     tokens: Tensor | None = None,
     first_step: int = 0,
 ) -> Iterator[DecodingStep]:
-    """Decodes one image for each label: from its class and its seed only, or from a part of its tokens.
+    """Decodes one image for each label, from mask tokens only or from partly known tokens.
 
     Args:
-        model: The network, its grid, ids and caches.
-        labels: Class of each image, or the null class.
-        seeds: Seed of each image, in [0, 2**32): its noise does not depend on the rest of the batch.
-        decoder: The schedule, the selector and the steps.
-        scales: Guidance scale of each step.
-        negative_labels: The class that guidance pushes each image away from; None is the null class.
-        tokens: (B, N) int64 to begin from, as in ``ParallelDecoder.steps``; None if every token starts masked.
-        first_step: Step to begin at, in [0, num_steps).
+        model: The network with its grid, ids and caches.
+        labels: Class of each image, or the null label.
+        seeds: Seed of each image, in [0, 2**32). The rest of the batch does not change an image.
+        decoder: The mask schedule, the token selector and the number of steps.
+        scales: Guidance scale of each step, >= 0.
+        negative_labels: Class that guidance pushes each image away from; None uses the null class.
+        tokens: (B, N) int64 to begin with, see ``ParallelDecoder.steps``; None masks all tokens.
+        first_step: Step to begin at, in [0, T).
 
     Returns:
-        The steps, one by one.
+        An iterator over the steps.
 
     Raises:
-        ValueError: if there is guidance, the network has no null class, and no negative classes are named.
+        ValueError: if a scale is positive, the network has no null class and ``negative_labels`` is None.
     """
     num_masked = None
     all_masked = tokens is None
+    # The steps are computed lazily, under ``no_grad`` of the decoder; the shared first step is computed here.
     with torch.no_grad():
         predictor = class_predictor(
             model, labels, negative_labels=negative_labels, scales=scales[first_step:], all_masked=all_masked
@@ -55,11 +56,12 @@ def decode_classes(
     if tokens is None:
         shape = len(labels), model.num_tokens
         tokens = torch.full(shape, model.mask_token_id, dtype=torch.int64, device=model.device)
-        num_masked = [model.num_tokens] * len(labels)
+        num_masked = [model.num_tokens] * len(labels)  # known without asking the device
     seeds_here = torch.tensor(list(seeds), dtype=torch.int64, device=model.device)
     return decoder.steps(
         predictor,
         tokens.to(model.device),
+        # All steps at once in few kernels; 32 bounds the memory of long runs.
         SeededNoise(seeds_here, model.num_tokens, steps_at_once=min(decoder.num_steps, 32)),
         mask_token_id=model.mask_token_id,
         first_step=first_step,

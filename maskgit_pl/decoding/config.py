@@ -1,4 +1,7 @@
-"""Decoding settings in plain values, as a recipe, a pretrained folder and ``decoding.json`` hold them."""
+"""The decoding settings in plain values, as recipes, pretrained folders and ``decoding.json`` store them.
+
+Used by the pipeline, the command line and both training stages. It imports torch only to build a decoder.
+"""
 
 from __future__ import annotations
 
@@ -19,28 +22,28 @@ if TYPE_CHECKING:
 
 __all__ = ["AutoregressiveDecoding", "DecodingConfig"]
 
-_MOST_STEPS = 2**16  # as many as the tokens of the largest grid
+_MOST_STEPS = 2**16  # the tokens of the largest grid
 
 
 @dataclass(frozen=True)
 class DecodingConfig:
-    """Decoding settings in plain values, as a recipe and a pretrained folder hold them.
+    """The decoding settings of a model in plain values.
 
     Args:
-        num_steps: T, in [1, 65536].
+        num_steps: T, number of decoding steps, in [1, 65536].
         token_selector: Name or mapping of a registered token selector; None for an autoregressive model, which
             draws tokens in raster order.
         guidance: Name or mapping of a registered guidance schedule.
-        sampling_temperature: Divides the logits, at least 0: a number, or one for the first and one for the last step.
-        top_k: Draw from the ``top_k`` likeliest codes; None draws from all.
-        top_p: Draw from the fewest codes whose probabilities sum to ``top_p``, in (0, 1]; None draws from all.
-        tokens_per_step: Number of tokens that each step decides, in place of the mask schedule; T numbers.
-        mask_schedule: Name or mapping of a mask schedule to decode with; None is the one of the training.
+        sampling_temperature: Temperature of the logits, >= 0: a number, or two for the first and the last step.
+        top_k: Number of most likely codes to draw from, >= 1; None draws from all.
+        top_p: Probability of the smallest set of codes to draw from, in (0, 1]; None draws from all.
+        tokens_per_step: Number of tokens that each step decides, in place of the mask schedule: T integers.
+        mask_schedule: Name or mapping of a mask schedule to decode with; None uses that of the training.
         context_cache: Recompute the keys and values of all tokens only every ``context_cache`` steps, in [1, 65536].
             1 is exact; above 1 is faster and approximate. See ``CachedPredictor`` for measured times.
 
     Raises:
-        ValueError: if a number is out of range, or ``tokens_per_step`` has another length than ``num_steps``.
+        ValueError: if a number is out of range, or ``tokens_per_step`` does not hold ``num_steps`` numbers.
     """
 
     num_steps: int = 8
@@ -55,7 +58,7 @@ class DecodingConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "token_selector", rename_token_selector(self.token_selector))
-        if isinstance(self.sampling_temperature, list):  # as JSON has it
+        if isinstance(self.sampling_temperature, list):  # JSON has no tuples
             object.__setattr__(self, "sampling_temperature", tuple(self.sampling_temperature))
         for name in ("num_steps", "context_cache"):
             check_integer(name, getattr(self, name), f"[1, {_MOST_STEPS}]")
@@ -63,30 +66,32 @@ class DecodingConfig:
             object.__setattr__(self, "tokens_per_step", tuple(self.tokens_per_step))
             if len(self.tokens_per_step) != self.num_steps:
                 raise ValueError(
-                    f"tokens_per_step: a number for each of the {self.num_steps} steps is needed, got "
-                    f"{len(self.tokens_per_step)}; set num_steps to {len(self.tokens_per_step)}"
+                    f"tokens_per_step must hold a number for each of the {self.num_steps} steps, got "
+                    f"{len(self.tokens_per_step)} numbers; set num_steps to {len(self.tokens_per_step)}"
                 )
 
     @property
     def is_autoregressive(self) -> bool:
-        """True if these are the settings of an autoregressive model."""
+        """Returns True for the settings of an autoregressive model."""
         return self.token_selector is None
 
     def build_decoder(self, mask_schedule: MaskSchedule | None) -> ParallelDecoder:
-        """Builds the decoder that follows ``mask_schedule``, or the schedule named here.
+        """Builds the decoder that follows ``mask_schedule``, or the schedule that these settings name.
 
         Raises:
             ValueError: if a name is unknown, a number is out of range, or ``mask_schedule`` is None.
         """
         if mask_schedule is None:
-            raise ValueError("mask_schedule: a model that decodes in parallel is needed, got an autoregressive one")
+            raise ValueError(
+                "mask_schedule must be a MaskSchedule for parallel decoding, got None (autoregressive model)"
+            )
         from maskgit_pl.decoding.decoder import ParallelDecoder
 
         return ParallelDecoder(
             mask_schedule if self.mask_schedule is None else mask_schedules.build(self.mask_schedule),
-            self._selector(),
+            self._build_selector(),
             num_steps=self.num_steps,
-            sampling=self._sampling(),
+            sampling=self._build_sampling(),
             tokens_per_step=self.tokens_per_step,
         )
 
@@ -94,30 +99,30 @@ class DecodingConfig:
         """Builds the decoder of an autoregressive model.
 
         Args:
-            num_tokens: N, tokens of an image.
+            num_tokens: N, tokens per image.
 
         Raises:
-            ValueError: if an autoregressive model cannot follow a setting, or a number is out of range.
+            ValueError: if an autoregressive model does not support a setting, or a number is out of range.
         """
         self._check_autoregressive(num_tokens)
         from maskgit_pl.decoding.autoregressive import AutoregressiveDecoder
 
-        return AutoregressiveDecoder(num_tokens, self._sampling())
+        return AutoregressiveDecoder(num_tokens, self._build_sampling())
 
     def check(self, num_tokens: int, *, is_autoregressive: bool, has_negative_class: bool = True) -> None:
-        """Refuses what a model cannot follow; unknown names and wrong numbers come first, before torch is imported.
+        """Checks that a model supports the settings. Names and numbers are checked first, before torch is imported.
 
         Args:
-            num_tokens: N, tokens of an image.
-            is_autoregressive: The model draws one token after the other.
-            has_negative_class: There is a class that guidance can push away from.
+            num_tokens: N, tokens per image.
+            is_autoregressive: True if the model draws one token per step.
+            has_negative_class: True if guidance has a class to push images away from.
 
         Raises:
             TypeError: if a part does not take its arguments.
-            ValueError: if a name is unknown, a number is out of range, an autoregressive model cannot follow a setting,
-                or guidance has no class to push away from.
+            ValueError: if a name is unknown, a number is out of range, an autoregressive model does not support a
+                setting, or guidance has no class to push images away from.
         """
-        self._sampling()
+        self._build_sampling()
         if is_autoregressive:
             self._check_autoregressive(num_tokens)
             check_guidance(self.scales(), has_negative_class=has_negative_class)
@@ -126,35 +131,35 @@ class DecodingConfig:
         if self.tokens_per_step is not None:
             check_token_sum(self.tokens_per_step, num_tokens)
         check_guidance(self.scales(), has_negative_class=has_negative_class)
-        # what is built below is tried, which needs torch
+        # Schedules and selectors are checked by computing their values, which imports torch.
         if self.mask_schedule is not None:
             mask_schedules.build(self.mask_schedule)
-        selector = self._selector()
+        selector = self._build_selector()
         if self.tokens_per_step is not None:
             check_token_counts(self.tokens_per_step, self.num_steps, selector)
 
-    def _selector(self) -> TokenSelector:
+    def _build_selector(self) -> TokenSelector:
         if self.token_selector is None:
             raise ValueError(
-                "token_selector must be set for a model that decodes in parallel, got None (autoregressive decoding); "
+                "token_selector must be a name or a mapping for parallel decoding, got None (autoregressive decoding); "
                 f"known: {', '.join(token_selectors.names())}"
             )
         return token_selectors.build(self.token_selector)
 
-    def _sampling(self) -> CodeSampling:
+    def _build_sampling(self) -> CodeSampling:
         return CodeSampling(self.sampling_temperature, self.top_k, self.top_p)
 
     def _check_autoregressive(self, num_tokens: int) -> None:
         for name, value in _AUTOREGRESSIVE_VALUES.items():
             if getattr(self, name) != value:
                 raise ValueError(
-                    f"{name}: an autoregressive model draws one token after the other in raster order, got "
-                    f"{getattr(self, name)!r}; leave it out, or take a model with bidirectional attention"
+                    f"{name} must not be set for an autoregressive model, which draws one token per step in raster "
+                    f"order, got {getattr(self, name)!r}; leave it out, or use a model with bidirectional attention"
                 )
         if self.num_steps != num_tokens:
             raise ValueError(
-                f"num_steps: an autoregressive model takes one step for each of the {num_tokens} tokens of an image, "
-                f"got {self.num_steps}; leave it out, or take a model with bidirectional attention"
+                f"num_steps must be {num_tokens} for an autoregressive model, one step per token, got "
+                f"{self.num_steps}; leave it out, or use a model with bidirectional attention"
             )
 
     def scales(self) -> tuple[float, ...]:
@@ -162,18 +167,19 @@ class DecodingConfig:
         return guidance_scales(guidance_schedules.build(self.guidance), self.num_steps)
 
 
+# The settings that an autoregressive model does not have: it masks nothing, and its order is fixed.
 _AUTOREGRESSIVE_VALUES = {"token_selector": None, "mask_schedule": None, "tokens_per_step": None, "context_cache": 1}
 
 
 @dataclass(frozen=True)
 class AutoregressiveDecoding:
-    """Decoding settings of an autoregressive model in plain values, as its recipe holds them.
+    """The decoding settings of an autoregressive model in plain values, as its recipe holds them.
 
     Args:
         guidance: Name or mapping of a registered guidance schedule.
-        sampling_temperature: Divides the logits, at least 0: a number, or one for the first and one for the last token.
-        top_k: Draw from the ``top_k`` likeliest codes; None draws from all.
-        top_p: Draw from the fewest codes whose probabilities sum to ``top_p``, in (0, 1]; None draws from all.
+        sampling_temperature: Temperature of the logits, >= 0: a number, or two for the first and the last token.
+        top_k: Number of most likely codes to draw from, >= 1; None draws from all.
+        top_p: Probability of the smallest set of codes to draw from, in (0, 1]; None draws from all.
     """
 
     guidance: str | dict[str, Any] = "constant"
@@ -182,7 +188,7 @@ class AutoregressiveDecoding:
     top_p: float | None = None
 
     def to_config(self, num_tokens: int) -> DecodingConfig:
-        """Returns the settings for images of ``num_tokens`` tokens, as a pretrained folder holds them."""
+        """Returns the settings for images of ``num_tokens`` tokens, in the form that a pretrained folder stores."""
         return DecodingConfig(
             num_tokens,
             None,

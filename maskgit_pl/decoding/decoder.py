@@ -1,18 +1,18 @@
-"""The parallel decoder of MaskGIT: draws every masked token, keeps the surest, masks the others again, T times over.
+"""The parallel decoder of MaskGIT: fills all masked tokens of an image in T steps.
 
-Each of the T steps does, for all images of the batch at once:
+Used by ``classes.decode_classes``. Each step processes all images of the batch together:
 
-    1. Predict. Ask the predictor for logits (B, M, K) at the positions that are masked.
-    2. Draw. Draw a code for each of these positions.
-    3. Score. The token selector scores the draws: the higher, the surer a draw is kept.
-    4. Count. The mask schedule says how many tokens stay masked (``plan``), or the selector does.
-    5. Mask again. The draws with the lowest scores become mask tokens again. A selector may also mask tokens again
-       that earlier steps decided.
+    1. Predict. The predictor returns logits (B, M, K) at the masked positions.
+    2. Draw. A code is drawn for each of these positions.
+    3. Score. The token selector scores the draws. High scores are kept.
+    4. Count. The mask schedule (``plan``) or the selector sets how many tokens stay masked.
+    5. Remask. The draws with the lowest scores become mask tokens again. A selector may also mask tokens that earlier
+       steps decided.
 
-The last step keeps all of its draws: they are the result.
+The last step keeps all of its draws. They are the result.
 
-Shapes: B images, N tokens of an image, K codes, M masked tokens of the image that has the most. The other images are
-padded to M with known positions, whose codes, confidence and order never change.
+Shapes: B images, N tokens per image, K codes, M the largest number of masked tokens of an image in the batch. Images
+with fewer masked tokens are padded to M with known positions. Padding never changes a code, a confidence or an order.
 
 Source: paper, section on iterative decoding; google-research/maskgit, ``parallel_decode.py``.
 """
@@ -42,12 +42,12 @@ class DecodingStep:
 
     Args:
         step: t, counted from 0.
-        tokens: (B, N) int64 in [0, K): the step's full draw, before anything is masked again.
-        was_masked: (B, N) bool: masked before the step.
-        still_masked: (B, N) bool: masked after it; nowhere at the last step.
+        tokens: (B, N) int64 in [0, K): all tokens after the draw, before any is masked again.
+        was_masked: (B, N) bool, True = masked before the step.
+        still_masked: (B, N) bool, True = masked after the step; all False at the last step.
         scores: (B, N) float32: the selector's scores where ``was_masked``, +inf elsewhere.
-        confidence: (B, N) float32 in [0, 1]: the probability that each code had when it was last drawn; 1 where a code
-            was given from the start.
+        confidence: (B, N) float32 in [0, 1]: the probability that each code had when it was last drawn; 1 for codes
+            that were given.
     """
 
     step: int
@@ -60,20 +60,20 @@ class DecodingStep:
 
 @dataclass(frozen=True)
 class ParallelDecoder:
-    """Fills masked tokens in ``num_steps`` parallel steps.
+    """The decoder of MaskGIT, which fills masked tokens in ``num_steps`` parallel steps.
 
-    At step t every masked token is drawn from the predictor's distribution; then
-    max(1, min(masked - 1, floor(gamma((t + 1) / T) * masked at the start))) of them, those with the lowest scores, are
-    masked again. The result is the last step's draw. A selector may also mask tokens again that were decided before,
-    or decide itself how many to keep; at the last step all are kept.
+    Step t draws a code for each of the m masked tokens from the predictor's distribution. With U tokens masked at the
+    start, the max(1, min(m - 1, floor(gamma((t + 1) / T) U))) draws with the lowest scores are then masked again. The
+    result is the draw of the last step. A selector may also mask tokens that earlier steps decided, or set the number
+    of tokens to keep itself; the last step always keeps all.
 
     Args:
-        mask_schedule: The schedule object that the mask sampler holds.
-        token_selector: Which tokens to keep.
-        num_steps: T, at least 1 and at most the number of tokens.
+        mask_schedule: gamma: the schedule object that the mask sampler of the training holds too.
+        token_selector: Scores the draws.
+        num_steps: T, in [1, N].
         sampling: Temperature and truncation of the logits that codes are drawn from.
-        tokens_per_step: Number of tokens that each step decides, in place of the mask schedule: T numbers of at least
-            1 that sum to the number of tokens. If fewer are masked at the start, in proportion, rounded down.
+        tokens_per_step: Number of tokens that each step decides, in place of the mask schedule: T integers >= 1 whose
+            sum is N. Images with fewer masked tokens at the start decide them in proportion, rounded down.
 
     Raises:
         ValueError: if a number is out of range.
@@ -91,29 +91,28 @@ class ParallelDecoder:
             check_token_counts(self.tokens_per_step, self.num_steps, self.token_selector)
 
     def count_masked(self, at_start: Sequence[int], num_tokens: int, *, first_step: int = 0) -> list[list[int]]:
-        """Returns how many tokens of each row are masked before each step, and after the last (0).
+        """Counts the masked tokens of each row before each step, and after the last (0).
 
         Args:
             at_start: Masked tokens of each row at the start.
-            num_tokens: N, tokens of an image.
-            first_step: Step to begin at (editing begins late), in [0, num_steps).
+            num_tokens: N, tokens per image.
+            first_step: Step to begin at, in [0, T). Editing skips the first steps.
 
         Returns:
-            num_steps - first_step + 1 lists of one count a row. If the selector decides how many to keep, the most
-            that can be masked.
+            T - first_step + 1 lists with one count per row. They are upper bounds if the selector sets the number of
+            tokens to keep.
 
         Raises:
-            ValueError: if there are more steps than tokens, ``first_step`` is out of range, or ``tokens_per_step`` has
-                another sum.
+            ValueError: if T is above N, ``first_step`` is out of range, or ``tokens_per_step`` does not sum to N.
         """
         plan = self.plan(at_start, num_tokens, first_step=first_step)
         return [plan[0].before, *(counts.after for counts in plan)]
 
     def plan(self, at_start: Sequence[int], num_tokens: int, *, first_step: int = 0) -> list[StepCounts]:
-        """Returns the counts of each step; arguments and errors as in ``count_masked``."""
+        """Computes the counts of each step; see ``count_masked`` for arguments and errors."""
         check_num_steps(self.num_steps, num_tokens)
         if not 0 <= first_step < self.num_steps:
-            raise ValueError(f"first_step: a step in [0, {self.num_steps}) is needed, got {first_step}")
+            raise ValueError(f"first_step must be in [0, {self.num_steps}), got {first_step}")
         if self.tokens_per_step is None:
             planned = count_by_schedule(self.mask_schedule, self.token_selector, self.num_steps, at_start, num_tokens)
         else:
@@ -133,46 +132,47 @@ class ParallelDecoder:
         grid: tuple[int, int] | None = None,
         num_masked: Sequence[int] | None = None,
     ) -> Iterator[DecodingStep]:
-        """Decodes, one step at a time.
+        """Decodes, and yields after each step.
 
         Args:
-            predictor: Gives the logits.
-            tokens: (B, N) int64: known codes, and ``mask_token_id`` at unknown positions.
+            predictor: Computes the logits.
+            tokens: (B, N) int64: known codes in [0, K), and ``mask_token_id`` at unknown positions.
             noise: Source of the random numbers.
-            mask_token_id: The id that marks an unknown token.
-            first_step: Step to begin at, in [0, num_steps).
-            grid: Rows and columns of tokens, for selectors that look at places.
-            num_masked: Masked tokens of each row, if the caller knows them; None asks the device, and waits.
+            mask_token_id: Id of the mask token.
+            first_step: Step to begin at, in [0, T).
+            grid: Rows and columns of tokens, for selectors that depend on the position.
+            num_masked: Masked tokens of each row; None counts them, which waits for the device.
 
         Yields:
-            A ``DecodingStep`` for each step; known tokens never change. Nothing, where nothing is masked. A selector
-            that decides itself how many to keep may be done before the last step.
+            A ``DecodingStep`` for each step. Known tokens never change. Nothing is yielded if no token is masked. A
+            selector that sets the number of tokens to keep may finish before the last step.
         """
         masked = tokens == mask_token_id
         at_start = list(num_masked) if num_masked is not None else masked.sum(1).tolist()
         plan = self.plan(at_start, tokens.shape[1], first_step=first_step)
-        run = _Run(self, predictor, noise, mask_token_id=mask_token_id, grid=grid, tokens=tokens, masked=masked)
+        run = _DecodingRun(self, predictor, noise, mask_token_id=mask_token_id, grid=grid, tokens=tokens, masked=masked)
         yield from run.steps(plan, first_step)
 
     def decode(
         self, predictor: Predictor, tokens: Tensor, noise: Noise, *, mask_token_id: int, first_step: int = 0
     ) -> Tensor:
-        """Returns the tokens (B, N) int64 in [0, K) that ``steps`` ends with; arguments as there."""
+        """Returns the tokens (B, N) int64 in [0, K) of the last step; see ``steps`` for the arguments."""
         last = tokens
         for step in self.steps(predictor, tokens, noise, mask_token_id=mask_token_id, first_step=first_step):
             last = step.tokens
         return last
 
 
-class _Run:
-    """The state of one decoding run; arguments as in ``ParallelDecoder.steps``.
+class _DecodingRun:
+    """The state of one decoding run; see ``ParallelDecoder.steps`` for the arguments.
 
     Attributes:
-        tokens: (B, N) int64: codes, and ``mask_token_id`` where ``masked``.
+        tokens: (B, N) int64: codes in [0, K), and ``mask_token_id`` where ``masked``.
         masked: (B, N) bool.
-        unknown: (B, N) bool: masked at the start. Other tokens were given and are never masked.
-        confidence: (B, N) float32: the probability that each code had when it was last drawn; 1 for given codes.
-        no_scores: (B, N) float32: +inf, the score of a position that no step has drawn.
+        unknown: (B, N) bool, True = masked at the start. All other tokens were given and are never masked.
+        confidence: (B, N) float32 in [0, 1]: the probability that each code had when it was last drawn; 1 for given
+            codes.
+        no_scores: (B, N) float32: +inf, the score of a position that a step does not draw.
     """
 
     def __init__(
@@ -194,31 +194,31 @@ class _Run:
         self.no_scores = torch.full_like(self.confidence, torch.inf)
 
     def steps(self, plan: Sequence[StepCounts], first_step: int) -> Iterator[DecodingStep]:
-        """Follows the plan, or the selector if it decides itself how many to keep."""
+        """Runs the loop of the module docstring, with the counts of ``plan`` or of the selector."""
         num_masked = plan[0].before
         positions = _sort_masked_first(self.masked, num_masked)  # (B, M)
-        newly_known = positions[:, :0]  # (B, 0): no step has decided anything
+        newly_known = positions[:, :0]  # (B, 0): no step has decided a token yet
         for step, counts in enumerate(plan, start=first_step):
-            if max(num_masked) == 0:
+            if max(num_masked) == 0:  # a selector may finish early
                 return
-            # 1. Predict.
+            # 1. Predict. Softmax and scores are computed in float32 for every dtype of the network.
             logits = self.predictor(self.tokens, positions, newly_known).float()  # (B, M, K)
             # 2. Draw.
             candidates = self._draw(logits, positions, step)
             drawn, probability = candidates.tokens, candidates.drawn_log_probs.exp()  # (B, M)
             # 3. Score.
             scores = self.selector(candidates)  # (B, M)
-            is_masked = _mark_masked_columns(num_masked, positions)  # (B, M), None if no row is padded
-            if is_masked is not None:  # padding keeps code and confidence; +inf sorts it behind what is masked
+            is_masked = _mark_masked_columns(num_masked, positions)  # (B, M); None if no row is padded
+            if is_masked is not None:  # padding keeps its code and confidence, and +inf sorts it last
                 scores = scores.where(is_masked, torch.inf)
                 drawn = drawn.where(is_masked, self.tokens.gather(1, positions))
                 probability = probability.where(is_masked, self.confidence.gather(1, positions))
             self.confidence = self.confidence.scatter(1, positions, probability)
             scores_by_position = self.no_scores.scatter(1, positions, scores)  # (B, N)
-            # 4. Count.
+            # 4. Count. A selector with its own counts treats the plan as an upper bound.
             if not self.selector.follows_schedule and step < self.num_steps - 1:
-                counts = self._selector_counts(candidates, scores, is_masked, num_masked)  # the plan is a bound
-            # 5. Mask again: columns in order of score, the least sure first and padding last.
+                counts = self._count_by_selector(candidates, scores, is_masked, num_masked)
+            # 5. Remask. Lowest scores first. The sort is stable, so equal scores give the same result on every device.
             order = scores.argsort(dim=1, stable=True)
             positions = positions.gather(1, order)
             all_drawn = self.tokens.scatter(1, candidates.positions, drawn)  # (B, N)
@@ -229,13 +229,16 @@ class _Run:
                 self._mask_decided(counts.remasked, step)
             self.masked = self.tokens == self.mask_token_id
             yield DecodingStep(step, all_drawn, was_masked, self.masked, scores_by_position, self.confidence)
-            # For the next step: the columns are in order of score, so the masked positions come first.
+            # The columns are sorted by score, so those that stay masked come first: they need no second sort, except
+            # when the selector has masked positions that are not among the columns.
             newly_known = _select_decided(num_masked, counts.undecided, positions)
             num_masked = counts.after
             positions = _sort_masked_first(self.masked, num_masked) if has_remasked else positions[:, : max(num_masked)]
 
     def _draw(self, logits: Tensor, positions: Tensor, step: int) -> Candidates:
         """Draws a code for each of ``positions`` (B, M) from ``logits`` (B, M, K)."""
+        # Selectors and the mask schedule count progress to the end of the step, in (0, 1]. Sampling temperature and
+        # guidance run from 0 at the first step to 1 at the last (``step_progress``).
         progress = (step + 1) / self.num_steps
         drawn = self.sampling.draw(
             logits,
@@ -254,17 +257,18 @@ class _Run:
             grid=self.grid,
         )
 
-    def _selector_counts(
+    def _count_by_selector(
         self, candidates: Candidates, scores: Tensor, is_masked: Tensor | None, num_masked: list[int]
     ) -> StepCounts:
-        """Returns the counts that the selector decides, read from the device: the one wait of such a step."""
+        """Reads the counts that the selector sets from the device; the step waits here, and only here."""
         valid = torch.ones_like(scores, dtype=torch.bool) if is_masked is None else is_masked
         kept: list[int] = self.selector.num_kept(candidates, scores, valid).tolist()
         return StepCounts.from_kept(num_masked, kept)
 
     def _mask_decided(self, counts: list[int], step: int) -> None:
-        """Masks ``counts[b]`` tokens of row b again that earlier steps decided, the most doubtful first."""
-        is_decided = self.unknown & ~self.masked  # (B, N); what this step drew is not among them
+        """Masks the ``counts[b]`` tokens of row b with the highest remasking scores that earlier steps decided."""
+        # ``self.masked`` still is the mask before this step, so the draws of this step are not among them.
+        is_decided = self.unknown & ~self.masked  # (B, N)
         every_position = torch.arange(is_decided.shape[1], device=is_decided.device).expand_as(is_decided)
         scores = self.selector.remasking_scores(
             Decided(
@@ -278,38 +282,41 @@ class _Run:
 
 
 def _sort_masked_first(masked: Tensor, counts: list[int]) -> Tensor:
-    """(B, M) int64: the masked positions of each row in raster order, then known ones as padding."""
+    """Returns (B, M) int64: the masked positions of each row in raster order, then known positions as padding."""
     num_tokens = masked.shape[1]
-    if min(counts) == num_tokens:
+    if min(counts) == num_tokens:  # all tokens are masked: the order is known without a sort
         return torch.arange(num_tokens, device=masked.device).expand(masked.shape)
     return masked.logical_not().argsort(dim=1, stable=True)[:, : max(counts)]
 
 
 def _mark_masked_columns(counts: list[int], positions: Tensor) -> Tensor | None:
-    """(B, M) bool: the first counts[b] columns of row b, the rest being padding; None if there is no padding."""
+    """Returns (B, M) bool: False in the columns that pad a row beyond counts[b]; None if no row is padded."""
     return None if min(counts) == positions.shape[1] else _mark_first_columns(counts, positions)
 
 
 def _mark_first_columns(counts: list[int], like: Tensor) -> Tensor:
-    """(B, M) bool in the shape of ``like``: the first counts[b] columns of row b."""
+    """Returns (B, M) bool in the shape of ``like``: True in the first counts[b] columns of row b."""
     limit = torch.tensor(counts).to(like.device, non_blocking=True)
     return torch.arange(like.shape[1], device=like.device) < limit.unsqueeze(1)
 
 
 def _mask_first(tokens: Tensor, positions: Tensor, counts: list[int], mask_token_id: int) -> Tensor:
     """Masks tokens (B, N) at the first counts[b] positions of row b."""
-    if min(counts) == max(counts):  # the usual case, without a transfer to the device
+    if min(counts) == max(counts):  # the usual case: slicing copies no counts to the device
         return tokens.scatter(1, positions[:, : counts[0]], mask_token_id)
     kept = tokens.gather(1, positions).masked_fill(_mark_first_columns(counts, positions), mask_token_id)
     return tokens.scatter(1, positions, kept)
 
 
 def _select_decided(before: list[int], after: list[int], positions: Tensor) -> Tensor:
-    """(B, P): columns after[b] to before[b] of each row, padded with later ones, which are known too."""
+    """Returns the positions that a step decided, (B, P) int64: columns after[b] to before[b] of row b.
+
+    Rows that decided fewer than P are padded with later columns, which hold known positions.
+    """
     decided = max(b - a for b, a in zip(before, after, strict=True))
     if min(after) == max(after):
         return positions[:, after[0] : after[0] + decided]
     start = torch.tensor(after).to(positions.device, non_blocking=True).unsqueeze(1)
-    # a row that decided fewer, at the right end of the columns, repeats its last position
+    # At the right end of the columns there are no later ones: the row repeats its last position.
     columns = (start + torch.arange(decided, device=positions.device)).clamp(max=positions.shape[1] - 1)
     return positions.gather(1, columns)

@@ -1,8 +1,8 @@
 """Guidance schedules: the scale of classifier-free guidance as a function of the decoding step.
 
-Convention: guided = conditional + scale (conditional - unconditional), on logits. Scale 0 is no guidance, and costs no
-second forward; diffusers, TiTok and others count from 1 (their scale s is 1 + ours). A softmax follows, so the guided
-distribution p_c^(1 + scale) p_u^(-scale) / Z is normalised at each position. Used by ``decoding.GuidedPredictor``.
+Used by ``decoding.GuidedPredictor``. Convention: guided = conditional + scale (conditional - unconditional), on logits.
+Scale 0 is no guidance and needs no second forward pass; in diffusers, TiTok and others the scale s is 1 + ours. A
+softmax follows, so the guided distribution p_c^(1 + scale) p_u^(-scale) / Z is normalised at each position.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ _CHECKED_POINTS = 257
 
 
 class GuidanceSchedule(ABC):
-    """A scale as a function of the progress of decoding. Subclasses are frozen dataclasses."""
+    """The guidance scale as a function of the progress of decoding. Subclasses are frozen dataclasses."""
 
     @abstractmethod
     def __call__(self, progress: float) -> float:
-        """Returns the scale at a step; ``progress`` is 0 at the first step and 1 at the last."""
+        """Returns the scale of a step, in [0, 10000]; ``progress`` is 0 at the first step and 1 at the last."""
 
 
 def check_guidance_schedule(name: str, schedule: GuidanceSchedule) -> None:
-    """Refuses, by name, a schedule with a scale outside of [0, 10000] at one of 257 values of progress from 0 to 1.
+    """Checks that a schedule has scales in [0, 10000] at 257 values of progress from 0 to 1.
 
     Raises:
-        ValueError: With the name, the rule and what was seen.
+        ValueError: if it does not. The message has the name, the rule and the value.
     """
     for point in range(_CHECKED_POINTS):
         progress = point / (_CHECKED_POINTS - 1)
@@ -42,7 +42,7 @@ def check_guidance_schedule(name: str, schedule: GuidanceSchedule) -> None:
 
 
 def guidance_scales(schedule: GuidanceSchedule, num_steps: int) -> tuple[float, ...]:
-    """Returns the scale of each of ``num_steps`` decoding steps; a single step counts as the last."""
+    """Returns the scale of each of ``num_steps`` decoding steps; a single step counts as the last one."""
     return tuple(schedule(step_progress(step, num_steps)) for step in range(num_steps))
 
 
@@ -50,7 +50,7 @@ guidance_schedules: Registry[GuidanceSchedule] = Registry(
     "guidance schedule",
     "maskgit_pl.guidance_schedules",
     check=check_guidance_schedule,
-    renamed={"column-normalised": "linear"},  # of 0.1.0, which computed the same
+    renamed={"column-normalised": "linear"},  # a name of version 0.1.0 for the same function
 )
 
 
@@ -60,7 +60,7 @@ class Constant(GuidanceSchedule):
     """The same scale at every step.
 
     Args:
-        scale: In [0, 10000].
+        scale: Guidance scale, in [0, 10000].
     """
 
     scale: float = 0.0
@@ -75,10 +75,10 @@ class Constant(GuidanceSchedule):
 @guidance_schedules.register("linear")
 @dataclass(frozen=True)
 class Linear(GuidanceSchedule):
-    """From 0 at the first step to ``scale`` at the last: variety first, then the class.
+    """scale * progress: from 0 at the first step, for variety, to ``scale`` at the last.
 
     Args:
-        scale: In [0, 10000].
+        scale: Guidance scale of the last step, in [0, 10000].
 
     Source: MUSE, arXiv:2301.00704; xyfJASON/maskgit-pytorch.
     """
@@ -95,11 +95,11 @@ class Linear(GuidanceSchedule):
 @guidance_schedules.register("power-cosine")
 @dataclass(frozen=True)
 class PowerCosine(GuidanceSchedule):
-    """scale (1 - cos(pi progress^power)) / 2: from 0 to ``scale``, the later the larger ``power``.
+    """scale (1 - cos(pi progress^power)) / 2: from 0 to ``scale``; a larger ``power`` rises later.
 
     Args:
-        scale: In [0, 10000].
-        power: In [0.001, 1000].
+        scale: Guidance scale of the last step, in [0, 10000].
+        power: Exponent of progress, in [0.001, 1000].
 
     Raises:
         ValueError: if a number is out of range.
@@ -124,7 +124,7 @@ class Cosine(GuidanceSchedule):
     """scale (1 - cos(pi progress)) / 2: power-cosine with power 1.
 
     Args:
-        scale: In [0, 10000].
+        scale: Guidance scale of the last step, in [0, 10000].
 
     Source: MaskBit, arXiv:2409.16211.
     """
@@ -141,12 +141,12 @@ class Cosine(GuidanceSchedule):
 @guidance_schedules.register("interval")
 @dataclass(frozen=True)
 class Interval(GuidanceSchedule):
-    """``scale`` from progress ``start`` to progress ``stop``, both included; elsewhere none, which costs nothing.
+    """``scale`` for progress in [start, stop], else 0. Steps with scale 0 need no second forward pass.
 
     Args:
-        scale: In [0, 10000].
-        start: In [0, 1].
-        stop: In [start, 1].
+        scale: Guidance scale, in [0, 10000].
+        start: Progress of the first step with guidance, in [0, 1].
+        stop: Progress of the last step with guidance, in [start, 1].
 
     Raises:
         ValueError: if a number is out of range.

@@ -1,6 +1,6 @@
-"""Limits of the number of decoding steps, and of the tokens that each of them may decide.
+"""Checks of decoding settings against the sizes and the kind of a model.
 
-Used by ``ParallelDecoder``, and by ``DecodingConfig.check``, which refuses a wrong number without importing torch.
+Used by ``ParallelDecoder``, and by ``DecodingConfig.check``, which checks numbers without importing torch.
 """
 
 from __future__ import annotations
@@ -15,87 +15,86 @@ __all__ = ["check_guidance", "check_num_steps", "check_parallel", "check_token_c
 
 
 def check_guidance(scales: Sequence[float], *, has_negative_class: bool) -> None:
-    """Refuses guidance where there is no class to push images away from.
+    """Checks that guidance has a class to push images away from.
 
     Args:
-        scales: Guidance scale of each step.
-        has_negative_class: The model has a null class, or negative classes are named.
+        scales: Guidance scale of each step, >= 0.
+        has_negative_class: True if the model has a null class, or negative classes are named.
 
     Raises:
-        ValueError: if any scale is positive and ``has_negative_class`` is False.
+        ValueError: if a scale is positive and ``has_negative_class`` is False.
     """
     if not has_negative_class and any(scale > 0 for scale in scales):
         raise ValueError(
-            "guidance: this model has no null class (it was trained with class_dropout 0); use scale 0, or name "
-            "negative classes"
+            "guidance must have scale 0 for a model that has no null class (trained with class_dropout 0), got a "
+            f"scale of {max(scales):g}; use scale 0, or name negative classes"
         )
 
 
 def check_parallel(task: str, *, is_autoregressive: bool) -> None:
-    """Refuses an autoregressive model for a task that fills masked tokens in any order.
+    """Checks that a model can fill masked tokens in any order.
 
     Args:
-        task: Name of the task, for the error.
-        is_autoregressive: The model draws one token after the other.
+        task: Name of the task, for the message.
+        is_autoregressive: True if the model draws one token per step.
 
     Raises:
         ValueError: if the model is autoregressive.
     """
     if is_autoregressive:
         raise ValueError(
-            f"{task}: a model with bidirectional attention is needed, which fills masked tokens in any order, got an "
-            "autoregressive one, which draws whole images from their first token on; take another run"
+            f"{task} requires a model with bidirectional attention, which fills masked tokens in any order, got an "
+            "autoregressive one; choose another run"
         )
 
 
 def check_num_steps(num_steps: int, num_tokens: int | None = None) -> None:
-    """Refuses a number of decoding steps that an image cannot take.
+    """Checks the number of decoding steps.
 
     Args:
         num_steps: T.
-        num_tokens: N, tokens of an image; None if it is not known yet.
+        num_tokens: N, tokens per image; None if it is not known yet.
 
     Raises:
         ValueError: if ``num_steps`` is below 1 or above ``num_tokens``.
     """
     if num_steps < 1:
-        raise ValueError(f"num_steps: at least 1 is needed, got {num_steps}")
+        raise ValueError(f"num_steps must be >= 1, got {num_steps}")
     if num_tokens is not None and num_steps > num_tokens:
-        raise ValueError(f"num_steps: at most the {num_tokens} tokens of an image, got {num_steps}")
+        raise ValueError(f"num_steps must be <= {num_tokens}, the tokens per image, got {num_steps}")
 
 
 def check_token_counts(tokens_per_step: Sequence[int], num_steps: int, selector: TokenSelector) -> None:
-    """Refuses a list of token counts that does not go with the steps and the selector.
+    """Checks a list of token counts against the steps and the selector.
 
     Args:
         tokens_per_step: Number of tokens that each step decides.
         num_steps: T.
-        selector: Which tokens are kept.
+        selector: The token selector.
 
     Raises:
-        ValueError: if the selector decides itself how many to keep, or the list is not T numbers of at least 1.
+        ValueError: if the selector sets the number of tokens to keep, or the list does not hold T integers >= 1.
     """
     if not selector.follows_schedule:
         raise ValueError(
-            f"tokens_per_step: token selector {type(selector).__name__} decides itself how many to keep; leave the "
-            "list out"
+            f"tokens_per_step must not be set for token selector {type(selector).__name__}, which sets the number of "
+            f"tokens of each step itself, got {list(tokens_per_step)}; leave it out"
         )
     if len(tokens_per_step) != num_steps or min(tokens_per_step) < 1:
-        raise ValueError(f"tokens_per_step: {num_steps} numbers of at least 1 are needed, got {list(tokens_per_step)}")
+        raise ValueError(f"tokens_per_step must be {num_steps} integers >= 1, got {list(tokens_per_step)}")
 
 
 def check_token_sum(tokens_per_step: Sequence[int], num_tokens: int) -> None:
-    """Refuses a list of token counts that does not sum to the tokens of an image.
+    """Checks that a list of token counts sums to the tokens of an image.
 
     Args:
         tokens_per_step: Number of tokens that each step decides.
-        num_tokens: N.
+        num_tokens: N, tokens per image.
 
     Raises:
-        ValueError: if the sum is another number.
+        ValueError: if it does not.
     """
     if sum(tokens_per_step) != num_tokens:
         raise ValueError(
-            f"tokens_per_step: numbers that sum to the {num_tokens} tokens of an image are needed, got "
-            f"{sum(tokens_per_step)}"
+            f"tokens_per_step must sum to {num_tokens}, the tokens per image, got a sum of {sum(tokens_per_step)}"
         )

@@ -1,4 +1,7 @@
-"""Sources of randomness for decoding: noise seeded per image, or recorded by a test."""
+"""The random numbers of decoding: a protocol, and noise that is seeded per image.
+
+Used by the decoders. Tests pass recorded noise in place of ``SeededNoise``.
+"""
 
 from __future__ import annotations
 
@@ -17,21 +20,21 @@ class Noise(Protocol):
     """A source of the random numbers of a decoding run."""
 
     def draw(self, logits: Tensor, positions: Tensor, step: int) -> Tensor:
-        """Draws codes (B, M) int64 from softmax(logits), logits (B, M, K) float32, at ``positions`` of ``step``."""
+        """Draws codes (B, M) int64 in [0, K) from the softmax of ``logits`` (B, M, K) float32."""
 
     def gumbel(self, positions: Tensor, step: int) -> Tensor:
-        """Returns standard Gumbel noise (B, M) float32 for the choice of tokens at ``positions`` of ``step``."""
+        """Returns standard Gumbel noise (B, M) float32 for the token selector."""
 
 
 @dataclass(frozen=True)
 class SeededNoise:
-    """Noise seeded per image: a function of (its seed, step, position), whatever else is in the batch.
+    """Noise that is a function of (seed of the image, step, position): the batch does not change an image.
 
     Args:
-        seeds: (B,) int64, in [0, 2**32), one for each image.
-        num_tokens: N, tokens of an image.
-        steps_at_once: Number of steps whose numbers are made together, when the first of them is asked for; at least
-            1. It changes no number: a run of 8 steps launches an eighth of the kernels.
+        seeds: (B,) int64 in [0, 2**32), one per image.
+        num_tokens: N, tokens per image.
+        steps_at_once: Steps whose numbers are generated together, >= 1. It changes no number. With 8, a run of 8
+            steps launches an eighth of the kernels.
     """
 
     seeds: Tensor
@@ -40,26 +43,27 @@ class SeededNoise:
     _made: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def draw(self, logits: Tensor, positions: Tensor, step: int) -> Tensor:
-        """Draws codes by inverse CDF from one uniform number a position."""
-        cumulative = logits.softmax(-1).cumsum(-1)
-        threshold = self._codes(positions, step).unsqueeze(-1) * cumulative[..., -1:]
+        """Draws codes by inverting the cumulative distribution, with one uniform number per position."""
+        cumulative = logits.softmax(-1).cumsum(-1)  # (B, M, K)
+        # In float32 the last cumulative probability is not exactly 1; the scaled threshold never exceeds it.
+        threshold = self._uniform(positions, step).unsqueeze(-1) * cumulative[..., -1:]  # (B, M, 1)
         return torch.searchsorted(cumulative, threshold).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
     def gumbel(self, positions: Tensor, step: int) -> Tensor:
-        """Returns Gumbel noise from one uniform number a position."""
-        first = self._first(step)
+        """Returns Gumbel noise (B, M) float32 from one uniform number per position."""
+        first = self._generate(step)
         return self._made[first][1][:, step - first].gather(1, positions)
 
-    def _codes(self, positions: Tensor, step: int) -> Tensor:
-        """Uniform numbers (B, M)."""
-        first = self._first(step)
+    def _uniform(self, positions: Tensor, step: int) -> Tensor:
+        """Returns uniform numbers (B, M) float32 in (0, 1) for the draws of codes."""
+        first = self._generate(step)
         return self._made[first][0][:, step - first].gather(1, positions)
 
-    def _first(self, step: int) -> int:
-        """The first of the steps whose numbers are made together with this one's; makes them if they are not there."""
+    def _generate(self, step: int) -> int:
+        """Generates the numbers of the group of steps that holds ``step``, if needed, and returns its first step."""
         first = step - step % self.steps_at_once
         if first not in self._made:
-            self._made.clear()
+            self._made.clear()  # one group of steps is kept: 2 B N numbers per step
             steps = torch.arange(first, first + self.steps_at_once, device=self.seeds.device)
             codes, choice = random_uniform(
                 ["decode/codes", "decode/choice"],

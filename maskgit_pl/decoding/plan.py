@@ -1,15 +1,14 @@
-"""The number of tokens that each decoding step finds masked and leaves masked: arithmetic on the host, before the loop.
+"""The counts of masked tokens before and after each decoding step, computed on the host before the loop.
 
-Of a row that starts with U unknown tokens, m are masked before step t of T. After the step
+Used by ``decoder.ParallelDecoder``: all tensor shapes of a run are known before it begins. A row starts with U unknown
+tokens, and m of them are masked before step t of T. The counts after the step are
 
-    planned  = floor(gamma((t + 1) / T) U), or what the list ``tokens_per_step`` says in its place
-    remasked = what the token selector masks again of the U - m tokens that earlier steps decided, usually 0
+    planned  = floor(gamma((t + 1) / T) U), or the count that the list ``tokens_per_step`` gives
+    remasked = tokens that the token selector masks again, of the U - m that earlier steps decided; usually 0
     after    = min(m, max(1, remasked, min(m - 1 + remasked, planned))), and 0 after the last step
 
-tokens are masked. ``decoder.ParallelDecoder`` follows the counts: all shapes of a run are known before it begins.
-
-Source: google-research/maskgit, ``parallel_decode.py`` (at least 1 and at most m - 1 stay masked); remasking: ReMDM,
-arXiv:2503.00307.
+Source: google-research/maskgit, ``parallel_decode.py`` (at least 1 and at most m - 1 tokens stay masked); remasking:
+ReMDM, arXiv:2503.00307.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ __all__ = ["StepCounts", "count_after", "count_by_list", "count_by_schedule", "p
 
 @dataclass(frozen=True)
 class StepCounts:
-    """The number of tokens of each row that are masked before and after a step, and masked again by it.
+    """The counts of one step: one integer per row of the batch.
 
     Args:
-        before: Masked before the step.
-        after: Masked after it.
-        remasked: Those of ``after`` that earlier steps had decided.
+        before: Tokens masked before the step.
+        after: Tokens masked after the step.
+        remasked: Tokens among ``after`` that earlier steps had decided.
     """
 
     before: list[int]
@@ -41,32 +40,35 @@ class StepCounts:
 
     @property
     def undecided(self) -> list[int]:
-        """Drawn in the step and masked again at once."""
+        """The tokens of each row that the step draws and immediately masks again."""
         return [after - remasked for after, remasked in zip(self.after, self.remasked, strict=True)]
 
     @classmethod
     def from_kept(cls, before: list[int], kept: Sequence[int]) -> StepCounts:
-        """Returns the counts of a step that keeps ``kept[b]`` tokens of row b, at least 1 and at most all."""
+        """Returns the counts of a step that keeps ``kept[b]`` tokens of row b, clipped to [1, before[b]]."""
         after = [max(0, masked - max(1, count)) for masked, count in zip(before, kept, strict=True)]
         return cls(before, after, [0] * len(after))
 
 
 def step_progress(step: int, num_steps: int) -> float:
-    """Returns t / (T - 1): 0 at the first step and 1 at the last. A single step counts as the last."""
+    """Returns t / (T - 1): 0 at the first step and 1 at the last. A single step counts as the last one."""
     return step / (num_steps - 1) if num_steps > 1 else 1.0
 
 
 def count_by_schedule(
     mask_schedule: MaskSchedule, selector: TokenSelector, num_steps: int, at_start: Sequence[int], num_tokens: int
 ) -> list[list[int]]:
-    """Returns how many tokens the mask schedule wants masked after each step: T lists of one count a row.
+    """Counts the tokens that the mask schedule leaves masked after each step.
 
     Args:
         mask_schedule: gamma.
-        selector: May stretch the schedule (``schedule_progress``).
+        selector: The token selector, which may warp the schedule (``schedule_progress``).
         num_steps: T.
-        at_start: Unknown tokens of each row.
-        num_tokens: N, tokens of an image.
+        at_start: U, unknown tokens of each row.
+        num_tokens: N, tokens per image.
+
+    Returns:
+        T lists with one count per row.
     """
     import torch
 
@@ -81,15 +83,15 @@ def count_by_schedule(
 
 
 def count_by_list(tokens_per_step: Sequence[int], at_start: Sequence[int], num_tokens: int) -> list[list[int]]:
-    """Returns how many tokens are masked after each step when a list says how many each decides.
+    """Counts the tokens that a list of tokens per step leaves masked after each step.
 
     Args:
-        tokens_per_step: T numbers that sum to ``num_tokens``.
-        at_start: Unknown tokens of each row. If fewer than all, the list counts in proportion, rounded down.
-        num_tokens: N, tokens of an image.
+        tokens_per_step: T integers that sum to ``num_tokens``: the tokens that each step decides.
+        at_start: U, unknown tokens of each row. The counts scale by U / N, rounded down.
+        num_tokens: N, tokens per image.
 
     Returns:
-        T lists of one count a row.
+        T lists with one count per row.
     """
     left = [num_tokens - sum(tokens_per_step[: step + 1]) for step in range(len(tokens_per_step))]
     return [[unknown * rest // num_tokens for unknown in at_start] for rest in left]
@@ -102,13 +104,13 @@ def plan_steps(
     *,
     first_step: int = 0,
 ) -> list[StepCounts]:
-    """Returns the counts of the steps from ``first_step`` on.
+    """Returns the counts of the steps from ``first_step`` to the last one.
 
     Args:
         at_start: Masked tokens of each row before ``first_step``.
-        planned: T lists: the tokens that the schedule wants masked after each step, of each row.
-        num_remasked: As ``TokenSelector.num_remasked``.
-        first_step: In [0, T).
+        planned: T lists with one count per row, from ``count_by_schedule`` or ``count_by_list``.
+        num_remasked: The method ``TokenSelector.num_remasked``.
+        first_step: First step, in [0, T).
     """
     num_steps = len(planned)
     steps, before = [], list(at_start)
@@ -116,7 +118,7 @@ def plan_steps(
         after, remasked = [0] * len(before), [0] * len(before)
         for row, (unknown, masked, wanted) in enumerate(zip(at_start, before, planned[step], strict=True)):
             if step == num_steps - 1:
-                continue  # the last step decides everything
+                continue  # the last step keeps all of its draws
             decided = unknown - masked
             asked = num_remasked(decided=decided, planned=wanted, progress=(step + 1) / num_steps)
             after[row], remasked[row] = count_after(masked, wanted, max(0, min(asked, decided)))
@@ -126,14 +128,16 @@ def plan_steps(
 
 
 def count_after(masked: int, planned: int, remasked: int) -> tuple[int, int]:
-    """Returns how many tokens of a row are masked after a step that is not the last, and how many of them again.
+    """Counts the tokens of a row that are masked after a step, and those among them that are remasked.
 
     Args:
-        masked: Masked before the step.
-        planned: Wanted by the schedule after it.
-        remasked: Tokens decided before that the selector masks again, not negative.
+        masked: m, tokens masked before the step, which is not the last one.
+        planned: Count that the schedule gives after the step.
+        remasked: Tokens decided by earlier steps that the selector masks again, >= 0.
     """
-    most = masked - 1 + remasked  # every step decides at least one of the tokens that it draws
-    least = max(1, remasked)  # the next step needs something to decide, and what is masked again is masked
-    after = min(masked, max(least, min(most, planned)))  # never more than before: a row that is done stays done
+    # The released code clips to [1, m - 1]: each step decides at least one token, and leaves one for the next step.
+    most = masked - 1 + remasked
+    least = max(1, remasked)
+    # The number of masked tokens never grows, so a finished row (m = 0) stays finished.
+    after = min(masked, max(least, min(most, planned)))
     return after, min(remasked, after)

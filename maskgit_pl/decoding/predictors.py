@@ -1,4 +1,8 @@
-"""Predictors: the source of the decoder's logits. Guidance, caches and the sharing of the first step wrap one another.
+"""Predictors: the sources of the logits of ``ParallelDecoder``.
+
+``class_predictor`` composes them. From the inside out: ``ClassPredictor`` or ``CachedPredictor`` runs the network,
+``GuidedPredictor`` adds classifier-free guidance, and ``FirstStepPredictor`` shares the first step between images of a
+class.
 
 Source of guidance: Ho and Salimans, arXiv:2207.12598; of its use with masked tokens: Muse, arXiv:2301.00704.
 """
@@ -34,16 +38,17 @@ __all__ = [
 
 
 class Predictor(Protocol):
-    """Logits of masked positions. A predictor serves one decoding run: it may count its calls and keep caches."""
+    """A source of the logits of masked tokens. It serves one decoding run: it may count its calls and keep caches."""
 
     def __call__(self, tokens: Tensor, positions: Tensor, newly_known: Tensor) -> Tensor:
-        """Predicts.
+        """Predicts the codes at masked positions.
 
         Args:
-            tokens: (B, N) int64, codes in [0, K), or ``mask_token_id`` where unknown.
-            positions: (B, M) int64, in [0, N): where logits are wanted. Rows with fewer masked tokens are padded with
-                known positions, whose logits are ignored.
-            newly_known: (B, P) int64: positions decided since the last call (padded with known ones); P = 0 at first.
+            tokens: (B, N) int64: codes in [0, K), and ``mask_token_id`` at unknown positions.
+            positions: (B, M) int64 in [0, N): the masked positions. Rows with fewer masked tokens are padded with known
+                positions, whose logits are ignored.
+            newly_known: (B, P) int64 in [0, N): positions decided since the last call, padded with known ones. P is 0
+                at the first call.
 
         Returns:
             (B, M, K) float: logits of the codes.
@@ -51,34 +56,44 @@ class Predictor(Protocol):
 
 
 class ConditionalNetwork(Protocol):
-    """The network that the predictors ask: logits of the codes at some positions, given tokens and labels."""
+    """A network that computes the logits of the codes at some positions, given tokens and labels."""
 
     def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
-        """(B, N) int64 tokens, (B,) int64 labels, (B, M) int64 positions -> (B, M, K) float logits of the codes."""
+        """Computes logits (B, M, K) at positions (B, M) of tokens (B, N) for labels (B,), all int64."""
 
 
 @runtime_checkable
 class CachingNetwork(ConditionalNetwork, Protocol):
-    """A network that can keep the keys and values of positions whose tokens stay as they are."""
+    """A network that can reuse the keys and values of positions whose tokens do not change."""
 
     def forward_cached(
         self, tokens: Tensor, labels: Tensor, positions: Tensor, newly_known: Tensor, *, cache: ContextCache
     ) -> Tensor:
-        """See ``networks.transformer.MaskedTransformer.forward_cached``."""
+        """Computes the logits of ``forward_at``; see ``networks.transformer.MaskedTransformer.forward_cached``."""
 
 
 def apply_guidance(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance: conditional + scale (conditional - unconditional), on logits of one shape."""
+    """Applies classifier-free guidance: conditional + scale (conditional - unconditional).
+
+    Args:
+        conditional: Logits of any shape.
+        unconditional: Logits of the same shape.
+        scale: Guidance scale >= 0; 0 returns the conditional logits.
+
+    Returns:
+        float32 logits of that shape.
+    """
+    # u + (1 + s) (c - u) = c + s (c - u), in one kernel.
     return torch.lerp(unconditional.float(), conditional.float(), 1 + scale)
 
 
 @dataclass(frozen=True)
 class ClassPredictor:
-    """One forward of the network, given the class of each image.
+    """A predictor that runs the network once per call, given the class of each image. Exact.
 
     Args:
-        network: Usually a ``networks.transformer.MaskedTransformer``.
-        labels: (B,) int64: class of each image, or the null class.
+        network: The network, usually a ``networks.transformer.MaskedTransformer``.
+        labels: (B,) int64 in [0, num_classes), or the null label.
     """
 
     network: ConditionalNetwork
@@ -89,18 +104,20 @@ class ClassPredictor:
 
 
 class CachedPredictor:
-    """Keeps keys and values of what was known before; approximate, except with ``context_cache`` 1.
+    """A predictor that reuses the keys and values of known tokens. Approximate, except with ``context_cache`` 1.
 
-    A call computes the masked positions and those that became known since the last call; known tokens keep the keys and
-    values that they had when more of the others were masked. Every ``context_cache``-th call computes everything, the
-    first one too. It saves little: decoding in 8 steps on one CPU thread took 0.88 (49 tokens, width 128) and 0.90 of
-    the exact time (256 tokens, width 768) with 4, and 0.91 and 0.98 with 2; a third to two fifths of a trained model's
+    A call computes the masked positions and those that became known since the last call. All other known tokens keep
+    the keys and values of an earlier call, when more tokens were masked. The first call and every ``context_cache``-th
+    after it compute all positions.
+
+    It saves little: 8 steps on one CPU thread took 0.88 (49 tokens, embed_dim 128) and 0.90 (256 tokens, embed_dim 768)
+    of the exact time with ``context_cache`` 4, and 0.91 and 0.98 with 2. A third to two fifths of a trained model's
     tokens changed (``benchmarks/context_cache.py``).
 
     Args:
-        network: Usually a ``networks.transformer.MaskedTransformer``.
-        labels: (B,) int64: class of each image, or the null class.
-        context_cache: Calls from one full pass to the next, at least 1.
+        network: The network, usually a ``networks.transformer.MaskedTransformer``.
+        labels: (B,) int64 in [0, num_classes), or the null label.
+        context_cache: Calls from one full pass to the next, >= 1.
 
     Raises:
         ValueError: if ``context_cache`` is out of range.
@@ -112,7 +129,7 @@ class CachedPredictor:
         if not isinstance(network, CachingNetwork):
             raise TypeError(
                 "context_cache above 1 must have a network that keeps keys and values (a method `forward_cached`), got "
-                f"{type(network).__name__}; set context_cache to 1 to decode exactly"
+                f"{type(network).__name__}; set context_cache to 1 for exact decoding"
             )
         self.network = network
         self.labels = labels
@@ -122,22 +139,22 @@ class CachedPredictor:
 
     def __call__(self, tokens: Tensor, positions: Tensor, newly_known: Tensor) -> Tensor:
         if self._calls % self.context_cache == 0:
-            self._cache = ContextCache()
+            self._cache = ContextCache()  # an empty cache makes this call a full pass
         self._calls += 1
         return self.network.forward_cached(tokens, self.labels, positions, newly_known, cache=self._cache)
 
 
 class GuidedPredictor:
-    """Classifier-free guidance (``apply_guidance``) in one batched forward.
+    """A predictor with classifier-free guidance (``apply_guidance``), both halves in one batch.
 
-    If the scale of a call is 0, only the conditional half runs.
+    Calls with scale 0 run the conditional half only.
 
     Args:
-        network: Usually a ``networks.transformer.MaskedTransformer``.
-        labels: (B,) int64, class of each image.
-        negative_labels: (B,) int64, the class that each image is pushed away from: the null class, or another one.
-        scales: The scale of each call, in order (``guidance.guidance_scales``, from the first step on).
-        build_predictor: Makes the predictor that asks the network for the rows of some labels.
+        network: The network, usually a ``networks.transformer.MaskedTransformer``.
+        labels: (B,) int64 in [0, num_classes).
+        negative_labels: (B,) int64: class that each image is pushed away from, usually the null label.
+        scales: Guidance scale of each call, >= 0.
+        build_predictor: Builds the predictor of a network and labels.
     """
 
     def __init__(
@@ -161,13 +178,14 @@ class GuidedPredictor:
         predictor = self._predictor_of(1 if scale == 0 else 2)
         if scale == 0:
             return predictor(tokens, positions, newly_known)
-        # Both halves have the same tokens and differ in their labels: (2 B, M, K), the conditional half first.
-        logits = predictor(tokens.repeat(2, 1), positions.repeat(2, 1), newly_known.repeat(2, 1))
+        # Both halves have the same tokens and differ in their labels; the conditional half comes first.
+        logits = predictor(tokens.repeat(2, 1), positions.repeat(2, 1), newly_known.repeat(2, 1))  # (2 B, M, K)
         conditional, unconditional = logits.chunk(2)
         return apply_guidance(conditional, unconditional, scale)
 
     def _predictor_of(self, copies: int) -> Predictor:
-        """Returns the predictor of one or both halves; a new one, with empty caches, if the number has changed."""
+        """Returns the predictor of one or both halves."""
+        # A cache holds the rows of one number of halves, so another number starts with a new predictor.
         if copies != self._copies:
             self._copies = copies
             self._predictor = self.build_predictor(self.network, self.labels if copies == 1 else self.both_labels)
@@ -175,16 +193,16 @@ class GuidedPredictor:
 
 
 class FirstStepLogits:
-    """The logits of the first step, which sees only mask tokens: they depend on the class only. Exact.
+    """A cache of the logits of the first step. It sees mask tokens only, so its logits depend on the class only. Exact.
 
-    Each class is computed once, for as long as it is among the last ``max_labels`` that were asked for. A caller that
-    changes the network's weights, device or type calls ``clear``.
+    The cache keeps the ``max_labels`` classes that were used last. Callers that change the weights, the device or the
+    dtype of the network call ``clear``.
 
     Args:
-        network: Usually a ``networks.transformer.MaskedTransformer``.
-        num_tokens: N, tokens of an image.
-        mask_token_id: The id that marks an unknown token.
-        max_labels: Classes kept, at least 1; each takes N K numbers.
+        network: The network, usually a ``networks.transformer.MaskedTransformer``.
+        num_tokens: N, tokens per image.
+        mask_token_id: Id of the mask token.
+        max_labels: Number of classes kept, >= 1; each takes N K numbers.
     """
 
     def __init__(
@@ -194,17 +212,17 @@ class FirstStepLogits:
         self.num_tokens = num_tokens
         self.mask_token_id = mask_token_id
         self.max_labels = max_labels
-        self._known: OrderedDict[int, Tensor] = OrderedDict()  # label -> (N, K), the one asked for last at the end
+        self._known: OrderedDict[int, Tensor] = OrderedDict()  # label -> (N, K), last used at the end
 
     def __call__(self, labels: Sequence[int], *, device: torch.device) -> Tensor:
-        """Returns logits (B, N, K) of B labels, at all positions in raster order, on the network's ``device``."""
-        # 1. Compute what is not kept, each class once, in an order that does not depend on the batch's.
+        """Returns logits (B, N, K) of B labels at all positions in raster order; ``device`` is the network's."""
+        # 1. Compute each missing class once, in sorted order, so that the batch order changes no result.
         missing = sorted(set(labels) - set(self._known))
         if missing:
             self._compute(missing, device)
-        # 2. Collect the rows before anything is forgotten: a batch may have more classes than are kept.
+        # 2. Collect the rows first: a batch may have more classes than the cache keeps.
         rows = [self._known[label] for label in labels]
-        # 3. Forget the classes that were asked for longest ago.
+        # 3. Remove the least recently used classes.
         for label in dict.fromkeys(labels):
             self._known.move_to_end(label)
         while len(self._known) > self.max_labels:
@@ -212,7 +230,7 @@ class FirstStepLogits:
         return torch.stack(rows)
 
     def clear(self) -> None:
-        """Forgets all logits."""
+        """Removes all logits."""
         self._known.clear()
 
     def _compute(self, labels: Sequence[int], device: torch.device) -> None:
@@ -220,16 +238,16 @@ class FirstStepLogits:
         tokens = torch.full(shape, self.mask_token_id, dtype=torch.int64, device=device)
         positions = torch.arange(self.num_tokens, device=device).expand(shape)
         logits = self.network.forward_at(tokens, torch.tensor(labels, device=device), positions)  # (classes, N, K)
-        # A view would keep the memory of all classes for as long as one of them is kept.
+        # A view would keep the memory of all classes while one of them is in the cache.
         rows = [row.clone() for row in logits.unbind()] if len(labels) > 1 else logits.unbind()
         self._known.update(zip(labels, rows, strict=True))
 
 
 class FirstStepPredictor:
-    """Takes the first call's logits from ``FirstStepLogits``; right only if every token starts masked.
+    """A predictor with given logits for the first call. Correct only if all tokens start masked.
 
     Args:
-        logits: (B, N, K) of the first step, guidance included.
+        logits: (B, N, K) float: logits of the first step, with guidance applied.
         rest: Predictor of all later calls.
     """
 
@@ -240,8 +258,8 @@ class FirstStepPredictor:
     def __call__(self, tokens: Tensor, positions: Tensor, newly_known: Tensor) -> Tensor:
         if self.logits is None:
             return self.rest(tokens, positions, newly_known)
-        logits, self.logits = self.logits, None  # frees N K numbers an image after the first step
-        return logits  # every position is masked, and asked for in raster order
+        logits, self.logits = self.logits, None  # frees B N K numbers after the first step
+        return logits  # all positions are masked, so ``positions`` is raster order
 
 
 NetworkT = TypeVar("NetworkT", covariant=True)
@@ -253,14 +271,14 @@ class ConditionalModel(Generic[NetworkT]):
     """A class-conditional network with the facts that decoding needs; ``from_network`` reads most of them from it.
 
     Args:
-        network: Gives the logits: a ``ConditionalNetwork``, or an ``AutoregressiveTransformer`` for
+        network: The network: a ``ConditionalNetwork``, or an ``AutoregressiveTransformer`` for
             ``decode_autoregressive``.
         grid: Rows and columns of tokens; N is their product.
-        mask_token_id: The id that marks an unknown token.
-        null_label: The label that stands for "no class"; None if the network has none.
+        mask_token_id: Id of the mask token.
+        null_label: Label of "no class"; None if the network has none.
         device: Device of the network.
-        first_step_logits: Keeps the first step's logits of a class from run to run; None computes them once a batch.
-        context_cache: Calls from one full pass to the next, as in ``CachedPredictor``; 1 is exact.
+        first_step_logits: Cache of the first step's logits, shared between runs; None computes them once per batch.
+        context_cache: Calls from one full pass to the next, >= 1. See ``CachedPredictor``; 1 is exact.
     """
 
     network: NetworkT
@@ -287,11 +305,11 @@ class ConditionalModel(Generic[NetworkT]):
 
     @property
     def num_tokens(self) -> int:
-        """N, tokens of an image."""
+        """The number of tokens per image, N."""
         return self.grid[0] * self.grid[1]
 
     def negative_labels(self, given: Sequence[int] | None, count: int) -> Sequence[int] | None:
-        """Returns the ``count`` classes that guidance pushes away from: those given, else the null class, or None."""
+        """Returns the given negative labels, or ``count`` times the null label, or None if there is neither."""
         return [self.null_label] * count if given is None and self.null_label is not None else given
 
 
@@ -303,17 +321,18 @@ def class_predictor(
     scales: Sequence[float] = (),
     all_masked: bool = False,
 ) -> Predictor:
-    """Returns the predictor of a class-conditional run, put together from the parts above.
+    """Builds the predictor of a class-conditional run.
 
     Args:
-        model: The network; its ``context_cache`` above 1 makes the predictor approximate.
+        model: The network. ``context_cache`` above 1 makes the predictor approximate.
         labels: Class of each image.
-        negative_labels: The class that each image is pushed away from; None is the null class.
-        scales: Guidance scale of each call; empty for no guidance.
-        all_masked: Every token starts masked, so that the first call's logits depend on the class alone and are shared.
+        negative_labels: Class that guidance pushes each image away from; None uses the null class.
+        scales: Guidance scale of each call, >= 0; empty for no guidance.
+        all_masked: True if all tokens start masked. Images of a class then share the logits of the first call.
 
     Raises:
-        ValueError: if there is guidance but no class to push away from, or ``context_cache`` is out of range.
+        ValueError: if a scale is positive and there is no class to push images away from, or ``context_cache`` is out
+            of range.
         TypeError: if ``context_cache`` is above 1 and the network cannot keep keys and values.
     """
     build_predictor: Callable[[ConditionalNetwork, Tensor], Predictor] = ClassPredictor
@@ -322,7 +341,7 @@ def class_predictor(
     negative_labels = model.negative_labels(negative_labels, len(labels))
     check_guidance(scales, has_negative_class=negative_labels is not None)
 
-    def for_calls(scales: Sequence[float]) -> Predictor:
+    def build_guided(scales: Sequence[float]) -> Predictor:
         positive = torch.tensor(list(labels), device=model.device)
         if negative_labels is None or not any(scale > 0 for scale in scales):
             return build_predictor(model.network, positive)
@@ -332,13 +351,14 @@ def class_predictor(
         )
 
     if not all_masked:
-        return for_calls(scales)
+        return build_guided(scales)
     first_step = model.first_step_logits or FirstStepLogits(
         model.network, num_tokens=model.num_tokens, mask_token_id=model.mask_token_id
     )
+    # The cache holds unguided logits, so it serves all scales.
     if negative_labels is not None and scales and scales[0] > 0:
         conditional, unconditional = first_step([*labels, *negative_labels], device=model.device).chunk(2)
         logits = apply_guidance(conditional, unconditional, scales[0])
     else:
         logits = first_step(labels, device=model.device)
-    return FirstStepPredictor(logits, for_calls(scales[1:]))
+    return FirstStepPredictor(logits, build_guided(scales[1:]))

@@ -1,6 +1,6 @@
-"""The file that says how a model is decoded, read without torch.
+"""The reader of ``decoding.json``, the decoding settings that ``maskgit tune`` writes beside a model's weights.
 
-``maskgit tune`` writes it beside a model's weights as ``decoding.json``.
+Used by ``pretrained`` and by the command line. It does not import torch.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ RECIPE_FORMAT, _VERSION = "maskgit_pl.decoding", 1
 
 
 def read_recipe(file: Path) -> tuple[DecodingConfig, dict[str, Any]]:
-    """Reads how a model is decoded.
+    """Reads the decoding settings of a file.
 
     Args:
-        file: A ``decoding.json``.
+        file: Path of a ``decoding.json``.
 
     Returns:
-        The decoding, whose names and ranges are checked when a decoder is built, and all that the file holds.
+        The settings, and the whole content of the file. Names and ranges are checked when a decoder is built.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is not JSON, of another format or version, or has unknown keys or values of another type.
+        ValueError: if the file is not JSON, has another format or version, or has unknown keys or values of a wrong
+            type.
     """
     content = read_json(file)
     if (content.get("format"), content.get("version")) != (RECIPE_FORMAT, _VERSION):

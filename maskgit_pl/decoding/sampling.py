@@ -1,4 +1,7 @@
-"""Sampling of codes from logits: temperature, constant or annealed, and truncation to the likeliest codes."""
+"""The sampling of codes from logits: temperature (constant or annealed), top-k and top-p.
+
+Used by both decoders, for step 2 of ``decoding.decoder``.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,14 @@ Temperature = float | tuple[float, float]
 class CodeSampling:
     """Temperature and truncation, applied to logits before codes are drawn from their softmax.
 
-    Logits are divided by the temperature; then only the ``top_k`` likeliest codes are left, and of these the fewest
-    whose probabilities sum to ``top_p``. Token selectors judge the logits as they were before.
+    The logits are divided by the temperature. Then only the ``top_k`` most likely codes are kept, and of these the
+    smallest set whose probabilities sum to ``top_p``. Token selectors see the logits before these changes.
 
     Args:
-        temperature: At least 0; 0 takes the likeliest code. A pair goes from the first to the last step, linearly.
-        top_k: At least 1; None keeps all codes.
-        top_p: In (0, 1]; None keeps all codes.
+        temperature: Temperature >= 0; 0 takes the most likely code. A pair is interpolated linearly from the first to
+            the last step.
+        top_k: Number of codes kept, >= 1; None keeps all codes.
+        top_p: Probability kept, in (0, 1]; None keeps all codes.
 
     Raises:
         ValueError: if a number is out of range.
@@ -42,16 +46,16 @@ class CodeSampling:
         pair = self.temperature if isinstance(self.temperature, tuple | list) else (self.temperature,) * 2
         if len(pair) != 2 or not all(0 <= value < math.inf for value in pair):
             raise ValueError(
-                "sampling_temperature: a number of at least 0, or two of them for the first and the last step, is "
-                f"needed, got {self.temperature}"
+                "sampling_temperature must be a number >= 0, or two of them for the first and the last step, "
+                f"got {self.temperature}"
             )
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k: at least 1 code is needed, got {self.top_k}; leave it out to keep all")
+            raise ValueError(f"top_k must be >= 1, got {self.top_k}; leave it out to keep all codes")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: a number in (0, 1] is needed, got {self.top_p}; leave it out to keep all")
+            raise ValueError(f"top_p must be a number in (0, 1], got {self.top_p}; leave it out to keep all codes")
 
     def temperature_at(self, progress: float) -> float:
-        """Returns the temperature at a step; ``progress`` is 0 at the first step and 1 at the last."""
+        """Returns the temperature of a step; ``progress`` is 0 at the first step and 1 at the last."""
         if isinstance(self.temperature, tuple | list):
             first, last = self.temperature
             return first + (last - first) * progress
@@ -70,28 +74,31 @@ class CodeSampling:
         """Draws codes (B, M) int64 from logits (B, M, K) float32.
 
         Args:
-            logits: As the network gave them.
+            logits: (B, M, K) float32, the unscaled logits of the network.
             noise: Source of the random numbers.
-            positions: (B, M) int64 in [0, N): the tokens that are drawn, for ``noise``.
-            step: The step, for ``noise``.
-            progress: 0 at the first step and 1 at the last.
-            sharpness: Factor of the logits beside the temperature, positive.
+            positions: (B, M) int64 in [0, N): positions of the tokens, for ``noise``.
+            step: t, for ``noise``.
+            progress: Progress in [0, 1]: 0 at the first step and 1 at the last.
+            sharpness: Positive factor of the logits, from the token selector.
         """
         temperature = self.temperature_at(progress)
         if temperature == 0:
             return logits.argmax(-1)
         factor = sharpness / temperature
+        # A factor of 1 is the default; skipping it saves a copy of B M K numbers.
         return noise.draw(self.truncate(logits if factor == 1 else logits * factor), positions, step)
 
     def truncate(self, logits: Tensor) -> Tensor:
-        """Returns logits (..., K) with -inf for the codes that may not be drawn; the likeliest one always may."""
+        """Returns logits (..., K) with -inf outside of top-k and top-p; the most likely code is always kept."""
         if self.top_k is not None and self.top_k < logits.shape[-1]:
-            least = logits.topk(self.top_k, dim=-1).values[..., -1:]
+            least = logits.topk(self.top_k, dim=-1).values[..., -1:]  # (..., 1): the smallest logit that is kept
             logits = logits.masked_fill(logits < least, -math.inf)
         if self.top_p is not None and self.top_p < 1:
             ordered, codes = logits.sort(dim=-1, descending=True)
-            likelier = ordered.softmax(-1).cumsum(-1).roll(1, -1)  # probability of all likelier codes
-            likelier[..., 0] = 0
+            # Probability of all codes that are more likely than this one: a code is kept while it is below top_p, so
+            # the code that crosses top_p is the last one kept.
+            likelier = ordered.softmax(-1).cumsum(-1).roll(1, -1)
+            likelier[..., 0] = 0  # roll moved the total there
             ordered = ordered.masked_fill(likelier >= self.top_p, -math.inf)
-            logits = ordered.scatter(-1, codes, ordered)
+            logits = ordered.scatter(-1, codes, ordered)  # back to the order of the codes
         return logits

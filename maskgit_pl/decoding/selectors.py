@@ -1,9 +1,10 @@
-"""Token selectors: which of the tokens drawn in a decoding step are kept.
+"""Token selectors: the rule that chooses the tokens that a decoding step keeps.
 
-The mask schedule says how many stay masked, the selector says which: it gives each candidate a score, and the
-candidates with the lowest scores are masked again. A selector may also sharpen what codes are drawn from, mask tokens
-again that earlier steps decided, or decide itself how many to keep. Used by ``decoding.ParallelDecoder``. torch is
-imported by the functions that need it, so that the command line refuses an unknown name at once.
+Used by ``decoding.ParallelDecoder``. The mask schedule sets the number of tokens that stay masked. The selector scores
+the candidates, and those with the lowest scores are masked again. A selector may also sharpen the distribution that
+codes are drawn from, mask tokens that earlier steps decided, or set the number of tokens to keep.
+
+Functions import torch where they need it, so the command line can refuse an unknown name immediately.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ __all__ = ["Candidates", "Decided", "TokenSelector", "halton_order", "token_sele
 
 @dataclass(frozen=True)
 class Candidates:
-    """The draws of one decoding step, for a selector to score. M positions a row, padding included.
+    """The draws of one decoding step, which a selector scores: M positions per row, with padding.
 
     Args:
-        log_probs: (B, M, K) float32, log-softmax of the logits at temperature 1.
-        tokens: (B, M) int64, in [0, K): the codes drawn.
-        positions: (B, M) int64, in [0, N): where they would go.
-        gumbel: (B, M) float32, standard Gumbel noise that belongs to the image, the step and the position.
+        log_probs: (B, M, K) float32: log-softmax of the logits at temperature 1.
+        tokens: (B, M) int64 in [0, K): the codes drawn.
+        positions: (B, M) int64 in [0, N): the position of each code.
+        gumbel: (B, M) float32: standard Gumbel noise, a function of image, step and position.
         progress: (t + 1) / T, in (0, 1].
         grid: Rows and columns of tokens; None if not given.
     """
@@ -46,23 +47,24 @@ class Candidates:
 
     @cached_property
     def drawn_log_probs(self) -> Tensor:
-        """(B, M) float32: log p of the codes drawn."""
+        """The log-probabilities of the codes drawn, (B, M) float32."""
         return self.log_probs.gather(-1, self.tokens.unsqueeze(-1)).squeeze(-1)
 
     @cached_property
     def entropies(self) -> Tensor:
-        """(B, M) float32, in nats: -sum over codes of p log p."""
-        return -(self.log_probs.exp() * self.log_probs.clamp(min=-1e30)).sum(-1)  # 0 log 0 is 0
+        """The entropies -sum_k p_k log p_k of the distributions in nats, (B, M) float32."""
+        # A code of probability 0 has log p = -inf; the clamp makes 0 log 0 equal to 0 in place of NaN.
+        return -(self.log_probs.exp() * self.log_probs.clamp(min=-1e30)).sum(-1)
 
 
 @dataclass(frozen=True)
 class Decided:
-    """The tokens that earlier steps decided, for a selector to doubt. All N positions of a row.
+    """The tokens that earlier steps decided, which a selector may mask again: all N positions of a row.
 
     Args:
-        confidence: (B, N) float32, in [0, 1]: the probability that each code had when it was drawn. Undecided positions
+        confidence: (B, N) float32 in [0, 1]: the probability that each code had when it was drawn. Undecided positions
             are ignored.
-        gumbel: (B, N) float32, standard Gumbel noise that belongs to the image, the step and the position.
+        gumbel: (B, N) float32: standard Gumbel noise, a function of image, step and position.
         progress: (t + 1) / T, in (0, 1].
     """
 
@@ -72,75 +74,81 @@ class Decided:
 
 
 class TokenSelector(ABC):
-    """Scores candidates; the highest are kept. Subclasses are frozen dataclasses.
+    """A rule that scores candidates. The candidates with the highest scores are kept.
 
-    One method is enough. The others are for selectors that go beyond an order; their defaults do nothing.
+    Subclasses are frozen dataclasses. ``__call__`` is enough; the defaults of the other methods do nothing.
 
     Attributes:
-        follows_schedule: True if the mask schedule says how many stay masked. False for a selector that decides itself
-            (``num_kept``): its counts depend on the data, so each step waits for the device.
+        follows_schedule: True if the mask schedule sets the number of tokens that stay masked. False if the selector
+            sets it (``num_kept``): the counts then depend on the data, so each step waits for the device.
     """
 
     follows_schedule: ClassVar[bool] = True
 
     @abstractmethod
     def __call__(self, candidates: Candidates) -> Tensor:
-        """Returns scores (B, M) float32, finite: the higher, the surer a token is kept."""
+        """Returns finite scores (B, M) float32; the tokens with the highest scores are kept."""
 
     def sharpness(self, progress: float) -> float:
-        """Returns the positive factor of the logits that codes are drawn from, for the step ending at ``progress``."""
+        """Returns the positive factor of the logits that codes are drawn from, at a ``progress`` in (0, 1]."""
         return 1.0
 
     def schedule_progress(self, progress: Tensor) -> Tensor:
-        """Returns where on the mask schedule each step ends: (T,) float32 in (0, 1], not decreasing -> the same."""
+        """Maps the progress of each step to progress of the mask schedule.
+
+        Args:
+            progress: (T,) float32 in (0, 1], rising.
+
+        Returns:
+            (T,) float32 in (0, 1], never falling.
+        """
         return progress
 
     def num_remasked(self, *, decided: int, planned: int, progress: float) -> int:
-        """Returns how many tokens of a row are masked again that earlier steps decided.
+        """Returns the number of tokens of a row that are masked again although earlier steps decided them.
 
-        Asked on the host before the loop; the decoder keeps it within what is decided.
+        It is called on the host before the loop. The decoder clips the result to [0, decided].
 
         Args:
-            decided: Tokens of the row that earlier steps decided.
-            planned: Tokens that the schedule wants masked after the step.
+            decided: Number of tokens of the row that earlier steps decided.
+            planned: Number of tokens that the schedule leaves masked after the step.
             progress: (t + 1) / T, in (0, 1].
         """
         return 0
 
     def remasking_scores(self, decided: Decided) -> Tensor:
-        """Returns doubts (B, N) float32, finite: of the tokens decided before, the highest are masked again."""
+        """Returns finite scores (B, N) float32; the decided tokens with the highest scores are masked again."""
         raise TypeError(
-            f"token selector {type(self).__name__}: it masks decided tokens again, and needs remasking_scores()"
+            f"token selector {type(self).__name__} must define remasking_scores(), since it masks decided tokens again"
         )
 
     def num_kept(self, candidates: Candidates, scores: Tensor, valid: Tensor) -> Tensor:
-        """Returns how many of each row are kept, if the selector does not follow the schedule.
+        """Returns the number of tokens of each row to keep; called if ``follows_schedule`` is False.
 
         Args:
             candidates: The draws.
-            scores: (B, M) float32, this selector's scores.
+            scores: (B, M) float32: this selector's scores.
             valid: (B, M) bool: False where a position only pads its row.
 
         Returns:
-            (B,) int64; at least 1 is kept whatever it says.
+            (B,) int64; the decoder keeps at least 1.
         """
-        raise TypeError(f"token selector {type(self).__name__}: without follows_schedule it needs num_kept()")
+        raise TypeError(f"token selector {type(self).__name__} must define num_kept(), since follows_schedule is False")
 
 
-_TEMPERATURES = "[0, 1000000]"  # times Gumbel noise of at most about 17, finite in float32
+_TEMPERATURES = "[0, 1000000]"  # Gumbel noise from 24-bit uniforms is below 17, so scores stay finite in float32
 
 
 def check_token_selector(name: str, selector: TokenSelector) -> None:
-    """Refuses a selector whose scores or sharpness are unusable, by name.
+    """Checks the contract of a selector at the first, a middle and the last of 8 steps on a grid of 2 x 2 tokens.
 
-    Scores must be (B, M) float tensors of finite numbers and the sharpness finite and positive, at the first, a middle
-    and the last of 8 steps on a grid of 2 x 2 tokens.
+    Scores must be finite (B, M) float tensors, and the sharpness must be finite and positive.
 
     Raises:
-        ValueError: With the name, the rule and what was seen.
+        ValueError: if the selector breaks the contract. The message has the name, the rule and the value.
     """
     if not isinstance(selector, TokenSelector):
-        raise ValueError(f"token selector {name!r}: it must be a TokenSelector, got {shorten(selector)}")
+        raise ValueError(f"token selector {name!r} must be a TokenSelector, got {shorten(selector)}")
     import torch
 
     for progress in (1 / 8, 1 / 2, 1.0):
@@ -159,6 +167,7 @@ def check_token_selector(name: str, selector: TokenSelector) -> None:
 
 
 def _describe_result(value: object) -> str:
+    """Returns dtype and shape of a tensor, or the value."""
     from torch import Tensor
 
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else shorten(value)
@@ -172,10 +181,11 @@ token_selectors: Registry[TokenSelector] = Registry(
 @token_selectors.register("confidence")
 @dataclass(frozen=True)
 class Confidence(TokenSelector):
-    """log p(drawn) + choice_temperature (1 - progress) Gumbel: the released rule.
+    """The rule of the paper and of the released code: log p(drawn) + choice_temperature (1 - progress) Gumbel.
 
     Args:
-        choice_temperature: Not negative; 0 keeps the most probable, more lets chance choose, most so in early steps.
+        choice_temperature: Scale of the Gumbel noise, >= 0. 0 keeps the most probable tokens; larger values choose more
+            randomly, above all in the early steps.
 
     Source: google-research/maskgit, ``parallel_decode.py`` (default 4.5 in its inference notebook).
     """
@@ -186,14 +196,14 @@ class Confidence(TokenSelector):
         check_number("choice_temperature", self.choice_temperature, _TEMPERATURES)
 
     def __call__(self, candidates: Candidates) -> Tensor:
-        noise_scale = self.choice_temperature * (1 - candidates.progress)
+        noise_scale = self.choice_temperature * (1 - candidates.progress)  # 0 at the last step
         return candidates.drawn_log_probs.add(candidates.gumbel, alpha=noise_scale)
 
 
 @token_selectors.register("random")
 @dataclass(frozen=True)
 class Random(TokenSelector):
-    """Keeps tokens at random, whatever their probability: the baseline that shows what confidence is worth."""
+    """A baseline that keeps random tokens, without regard to their probability."""
 
     def __call__(self, candidates: Candidates) -> Tensor:
         return candidates.gumbel
@@ -202,13 +212,13 @@ class Random(TokenSelector):
 @token_selectors.register("halton")
 @dataclass(frozen=True)
 class Halton(TokenSelector):
-    """Keeps tokens in the order of a Halton sequence over the grid, so that each step's tokens lie far apart.
+    """A selector that keeps tokens in the order of a Halton sequence, so that the tokens of a step are far apart.
 
-    Tokens that lie apart say little about one another, so drawing them independently costs little. The order is the
-    same for every image; chance is left to the codes.
+    Distant tokens are nearly independent, so it costs little to draw them independently. The order is the same for all
+    images; only the codes are random.
 
     Args:
-        seed: None for the sequence from its start; a number in [0, 2**32) begins elsewhere in it.
+        seed: None starts at the beginning of the sequence; a seed in [0, 2**32) rotates it.
 
     Source: Besnier et al., arXiv:2503.17076 (bases 2 and 3; ``seed`` is their random roll, for all images alike).
     """
@@ -222,15 +232,15 @@ class Halton(TokenSelector):
     def __call__(self, candidates: Candidates) -> Tensor:
         if candidates.grid is None:
             raise ValueError(
-                "token selector halton: the grid of tokens is needed, got none; call steps(grid=(rows, columns))"
+                "token selector halton requires the grid of tokens, got None; call steps(grid=(rows, columns))"
             )
-        ranks = _halton_turns(candidates.grid, self.seed, candidates.positions.device)
-        return -ranks[candidates.positions]
+        turns = _halton_turns(candidates.grid, self.seed, candidates.positions.device)
+        return -turns[candidates.positions]
 
 
 @lru_cache(maxsize=16)
 def _halton_turns(grid: tuple[int, int], seed: int | None, device: torch.device) -> Tensor:
-    """(N,) float32: when each position's turn comes."""
+    """Returns the place of each position in the Halton order, (N,) float32 in [0, N)."""
     import torch
 
     from maskgit_pl.randomness import random_bits
@@ -238,23 +248,24 @@ def _halton_turns(grid: tuple[int, int], seed: int | None, device: torch.device)
     order = torch.tensor(halton_order(grid))
     if seed is not None:
         order = order.roll(int(random_bits("halton", seed=seed, index=0)) % len(order))
-    return order.argsort().float().to(device)
+    return order.argsort().float().to(device)  # the inverse of a permutation is its argsort
 
 
 def halton_order(grid: tuple[int, int]) -> list[int]:
-    """The positions of a grid (rows, columns) in the order in which a Halton sequence of bases 2 and 3 visits them."""
+    """Returns the positions of a grid (rows, columns) in the order of a Halton sequence of bases 2 and 3."""
     rows, columns = grid
-    order: dict[int, None] = {}  # a dictionary keeps the order of the first visits
+    order: dict[int, None] = {}  # a dictionary keeps the order of the first visits, and ignores later ones
     point = 0
     while len(order) < rows * columns:
         point += 1
+        # Bases without a common factor make the two coordinates independent of each other.
         row, column = int(_radical_inverse(point, 2) * rows), int(_radical_inverse(point, 3) * columns)
         order[row * columns + column] = None
     return list(order)
 
 
 def _radical_inverse(number: int, base: int) -> float:
-    """The digits of a number, mirrored at the point: in [0, 1)."""
+    """Returns the digits of a number in a base, mirrored at the radix point: a number in [0, 1)."""
     mirrored, scale = 0, 1
     while number:
         number, digit = divmod(number, base)
@@ -265,14 +276,15 @@ def _radical_inverse(number: int, base: int) -> float:
 @token_selectors.register("margin")
 @dataclass(frozen=True)
 class Margin(TokenSelector):
-    """log(p1 - p2) + choice_temperature (1 - progress) Gumbel, with p1 and p2 the two likeliest codes' probabilities.
+    """The top probability margin: log(p1 - p2) + choice_temperature (1 - progress) Gumbel.
 
-    It scores the position, not the code drawn: where one code stands out, any draw is kept.
+    p1 >= p2 are the probabilities of the two most likely codes. The score is that of the position, not of the code
+    drawn: a position with one dominant code is kept with any draw.
 
     Args:
-        choice_temperature: Scale of the Gumbel noise, not negative; the source has none (0).
+        choice_temperature: Scale of the Gumbel noise, >= 0; the source uses none (0).
 
-    Source: top probability margin of Kim et al., arXiv:2502.06768.
+    Source: Kim et al., arXiv:2502.06768.
     """
 
     choice_temperature: float = 4.5
@@ -283,11 +295,12 @@ class Margin(TokenSelector):
     def __call__(self, candidates: Candidates) -> Tensor:
         first, second = _two_likeliest(candidates.log_probs)
         noise_scale = self.choice_temperature * (1 - candidates.progress)
+        # The clamp keeps the score finite if both codes are equally likely.
         return (first - second).clamp(min=1e-20).log().add(candidates.gumbel, alpha=noise_scale)
 
 
 def _two_likeliest(log_probs: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities (B, M) of the likeliest and the second likeliest code; the second is 0 where there is one code."""
+    """Returns the probabilities (B, M) of the two most likely codes; the second is 0 if K is 1."""
     likeliest = log_probs.topk(min(2, log_probs.shape[-1]), dim=-1).values.exp()
     first = likeliest[..., 0]
     return first, likeliest[..., 1] if likeliest.shape[-1] > 1 else first.new_zeros(first.shape)
@@ -296,14 +309,14 @@ def _two_likeliest(log_probs: Tensor) -> tuple[Tensor, Tensor]:
 @token_selectors.register("entropy")
 @dataclass(frozen=True)
 class EntropyBounded(TokenSelector):
-    """Keeps as many tokens as an entropy budget allows, those of the lowest entropy H first.
+    """A selector that keeps as many tokens as an entropy budget allows, in order of rising entropy H.
 
-    The most tokens with (H_1 + ... + H_k) - max(H_1 ... H_k) <= gamma: a bound on what is lost by drawing them
-    independently. Sure images are done in few steps; T is the most that it may take, and whatever is left then is
-    kept at the last one. Counts depend on the data, so each step waits for the device.
+    A step keeps the largest k with (H_1 + ... + H_k) - max(H_1 ... H_k) <= gamma, a bound on the error of drawing k
+    tokens independently. Images with low entropies finish in few steps. T is an upper bound: the last step keeps all
+    remaining tokens. The counts depend on the data, so each step waits for the device.
 
     Args:
-        gamma: Budget of a step in nats, not negative; 0 decides one token a step (or several that are certain).
+        gamma: Budget of a step in nats, >= 0; 0 decides one token per step, or several with entropy 0.
 
     Source: EB-Sampler, Ben-Hamu et al., arXiv:2505.24857.
     """
@@ -318,22 +331,23 @@ class EntropyBounded(TokenSelector):
         return -candidates.entropies
 
     def num_kept(self, candidates: Candidates, scores: Tensor, valid: Tensor) -> Tensor:
+        # Rising entropies; padding comes last with an infinite one, and is not counted.
         ordered = (-scores).masked_fill(~valid, math.inf).sort(dim=1).values
-        spent = ordered.cumsum(1) - ordered  # the largest entropy, the last one's, is free
+        spent = ordered.cumsum(1) - ordered  # sum without the largest, which is the last one
         return ((spent <= self.gamma) & ordered.isfinite()).sum(1)
 
 
 @token_selectors.register("moment")
 @dataclass(frozen=True)
 class Moment(TokenSelector):
-    """Chooses places by a moment of their distribution, then draws their codes from its sharpened form.
+    """A selector that scores positions by a moment of their distribution, and sharpens the distribution of their codes.
 
-    With a = choice_temperature (1 - progress) and b = 1 + 1 / a: score log sum_x p(x)^b + Gumbel, codes from p^b. It
-    is what the released rule tends to where few of many tokens are kept, with its hidden sharpening in the open. At the
-    last step nothing is left to choose, and codes come from p, as the released rule's do.
+    With a = choice_temperature (1 - progress) and b = 1 + 1 / a, the score is log sum_x p(x)^b + Gumbel, and codes are
+    drawn from p^b / Z. It is the limit of the released rule if few of many tokens are kept, and makes the sharpening of
+    that rule explicit. The last step keeps all tokens and draws codes from p, as the released rule does.
 
     Args:
-        choice_temperature: Scale of the Gumbel noise, not negative.
+        choice_temperature: Scale of the Gumbel noise, >= 0.
 
     Source: Hayakawa et al., arXiv:2510.04525.
     """
@@ -344,6 +358,7 @@ class Moment(TokenSelector):
         check_number("choice_temperature", self.choice_temperature, _TEMPERATURES)
 
     def _exponent(self, progress: float) -> float:
+        """Returns b; the bound 1e-4 keeps it finite at temperature 0 and at the last step."""
         return 1 + 1 / max(self.choice_temperature * (1 - progress), 1e-4)
 
     def sharpness(self, progress: float) -> float:
@@ -360,33 +375,34 @@ Remasking = Literal["cap", "rescale", "confidence", "loop"]
 @token_selectors.register("remdm")
 @dataclass(frozen=True)
 class ReMDM(Confidence):
-    """Masks tokens again that were decided, so that later steps can mend what earlier ones got wrong.
+    """A selector that masks decided tokens again, so that later steps can correct errors of earlier steps.
 
-    Candidates are kept as by ``confidence``. Of the D tokens that earlier steps decided, round(sigma D) are masked
-    again, and as many more candidates are kept, so that the number masked follows the schedule. With m tokens to be
-    masked after the step and sigma_max = min(1, m / D), the strategies are
+    Candidates are kept by the rule of ``confidence``. Of the D tokens that earlier steps decided, round(sigma D) are
+    masked again, and as many more candidates are kept, so that the number of masked tokens follows the schedule. With m
+    tokens masked after the step and sigma_max = min(1, m / D), the strategies are
 
-    - ``cap``: sigma = min(eta, sigma_max), tokens at random;
-    - ``rescale``: sigma = eta sigma_max, tokens at random;
-    - ``confidence``: sigma = eta sigma_max, tokens at random with weights exp(-p), p a code's probability when drawn;
-    - ``loop``: as fast as the schedule goes to its progress ``hold``, which is reached at progress ``start``; then the
-      number masked stands still, with sigma = eta, until ``stop``; then on to the end without masking again.
+    - ``cap``: sigma = min(eta, sigma_max), random tokens;
+    - ``rescale``: sigma = eta sigma_max, random tokens;
+    - ``confidence``: sigma = eta sigma_max, random tokens with weights exp(-p), p the probability of a code when drawn;
+    - ``loop``: three phases. Until progress ``start`` the mask schedule runs to its progress ``hold``. Then the number
+      of masked tokens stays constant with sigma = eta. From progress ``stop`` the schedule runs to its end with
+      sigma = 0.
 
-    The source draws for each token whether it is masked again; here their expected number is, so that shapes are known
-    before the loop.
+    The source masks each token again independently. Here a fixed number is masked, the expected one, so that shapes are
+    known before the loop.
 
     Args:
-        choice_temperature: Scale of the Gumbel noise, not negative.
-        strategy: One of the four.
-        eta: In [0, 1]: how much is masked again.
+        choice_temperature: Scale of the Gumbel noise, >= 0.
+        strategy: ``cap``, ``rescale``, ``confidence`` or ``loop``.
+        eta: Strength of the remasking, in [0, 1].
         start: Progress at which the loop begins, in (0, 1).
-        stop: Progress at which it ends, in (start, 1).
-        hold: Progress of the mask schedule at which it stands, in (0, 1).
+        stop: Progress at which the loop ends, in (start, 1).
+        hold: Progress of the mask schedule during the loop, in (0, 1).
 
     Raises:
-        ValueError: An unknown strategy or a number out of range.
+        ValueError: if the strategy is unknown or a number is out of range.
 
-    Source: Wang et al., arXiv:2503.00307 (its loop: start 0.45, stop 0.95, held where 0.9 is decided).
+    Source: Wang et al., arXiv:2503.00307 (its loop: start 0.45, stop 0.95, and 0.9 of the tokens decided meanwhile).
     """
 
     strategy: Remasking = "rescale"
@@ -406,6 +422,8 @@ class ReMDM(Confidence):
     def schedule_progress(self, progress: Tensor) -> Tensor:
         if self.strategy != "loop":
             return progress
+        # Before ``start``: [0, start] -> [0, hold]. After ``stop``: [stop, 1] -> [hold, 1]. The clamp keeps ``hold`` in
+        # between.
         rising = progress / self.start * self.hold
         ending = self.hold + (progress - self.stop) / (1 - self.stop) * (1 - self.hold)
         return rising.where(progress < self.start, ending.clamp(min=self.hold)).clamp(max=1.0)
@@ -413,6 +431,7 @@ class ReMDM(Confidence):
     def num_remasked(self, *, decided: int, planned: int, progress: float) -> int:
         if decided == 0:
             return 0
+        # sigma_max: with more, the step would mask more tokens than the schedule leaves masked.
         most = min(1.0, planned / decided)
         in_loop = self.start <= progress < self.stop
         sigma = {
@@ -424,4 +443,5 @@ class ReMDM(Confidence):
         return round(sigma * decided)
 
     def remasking_scores(self, decided: Decided) -> Tensor:
+        # Gumbel noise minus p: the largest are a sample without replacement with weights exp(-p).
         return decided.gumbel - decided.confidence if self.strategy == "confidence" else decided.gumbel

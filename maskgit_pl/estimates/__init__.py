@@ -1,5 +1,6 @@
-"""Estimates of what a run needs: memory, disk space, FLOPs, traffic between ranks, time.
+"""Estimates of the needs of a run: memory, disk space, FLOPs, traffic between ranks, and time.
 
-Closed formulas of sizes, and for networks that have none a replay of their step in which nothing is computed.
-``runs.preflight`` and ``benchmarks/scaling.py`` use them; docs/scaling.md compares them with measurements.
+The transformer has closed formulas of its sizes. Other networks are measured by a replay of their step with fake
+tensors, which computes nothing. ``runs.preflight`` and ``benchmarks/scaling.py`` use these estimates; docs/scaling.md
+compares them with measurements.
 """

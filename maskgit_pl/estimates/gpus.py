@@ -1,4 +1,4 @@
-"""Memory and peak rates of common devices; imports no torch, since flags list the names."""
+"""Memory and peak rates of common GPUs. Imports no torch, since command-line flags list the names."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ __all__ = ["GPU", "GPUS"]
 
 @dataclass(frozen=True)
 class GPU:
-    """Memory and peak rates of a device, as its maker states them.
+    """The memory and the peak rates of a GPU, from its data sheet.
 
     Attributes:
-        memory: Bytes.
-        float32: FLOP/s of float32 products outside tensor cores.
-        tensor_float32: FLOP/s of float32 products rounded to TF32 in tensor cores (``matmul_precision: high``).
-        bfloat16: FLOP/s of bfloat16 products in tensor cores, dense.
+        memory: Memory in bytes.
+        float32: FLOP/s of float32 matrix products without tensor cores.
+        tensor_float32: FLOP/s of float32 matrix products in TF32 on tensor cores (``matmul_precision: high``).
+        bfloat16: FLOP/s of dense bfloat16 matrix products on tensor cores.
     """
 
     memory: float
@@ -27,8 +27,8 @@ class GPU:
         """Returns the peak FLOP/s of matrix products.
 
         Args:
-            precision: Of the Trainer, such as ``bf16-mixed``.
-            tensor_float32: Whether float32 products are rounded to TF32.
+            precision: Precision of the Trainer, such as ``bf16-mixed``.
+            tensor_float32: True if float32 products use TF32.
         """
         if precision.startswith(("bf16", "16")):
             return self.bfloat16
@@ -43,7 +43,7 @@ GPUS = {
     "l40s": GPU(48e9, 91.6e12, 183e12, 362e12),
     "rtx4090": GPU(24e9, 82.6e12, 82.6e12, 165e12),
 }
-"""Devices by name, with dense rates.
+"""GPUs by name, with dense rates (without sparsity).
 
-Source: NVIDIA's data sheets of the SXM cards and of the L40S, and its paper on the Ada architecture.
+Source: NVIDIA's data sheets of the SXM modules and of the L40S, and its whitepaper on the Ada architecture.
 """

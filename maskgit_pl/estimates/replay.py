@@ -1,7 +1,7 @@
-"""Runs a step on tensors without content, and counts its highest memory and its FLOPs; nothing is computed.
+"""Replay of a step with fake tensors: measures its peak memory and its FLOPs without computing anything.
 
-For networks that have no closed formula: those of stage 1, whose step differentiates several losses at the image, one
-of them twice, and feature networks of others. bfloat16 is used where autocast uses it on a GPU.
+Used for networks without closed formulas: those of stage 1, whose step differentiates several losses with respect to
+the image, one of them twice, and third-party feature networks. bfloat16 is used where autocast uses it on a GPU.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ __all__ = ["LiveBytes", "Replay", "fake_tensors", "replay"]
 
 @dataclass(frozen=True)
 class Replay:
-    """Memory and FLOPs of a step.
+    """The memory and FLOPs of a step.
 
     Attributes:
-        peak: Bytes of the tensors that the step made and that were alive at the same time, at the highest point.
-            Weights and gradients that existed before do not count; gradients that the step makes do.
+        peak: Peak memory in bytes of the tensors that the step allocates. Weights and gradients that existed before
+            are not counted; gradients that the step allocates are.
         flops: FLOPs of matrix products and convolutions, forward and backward.
-        casts: Bytes of bfloat16 copies of weights, a part of ``peak``: the only part that does not grow with the batch.
+        casts: Bytes of bfloat16 copies of weights: the only part of ``peak`` that does not grow with the batch.
     """
 
     peak: int
@@ -47,10 +47,14 @@ class Replay:
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch: untyped
-    """Counts the bytes of tensors that are made in the context and still alive.
+    """A dispatch mode that counts the bytes of living tensors that were allocated in its context.
+
+    Attributes:
+        live: Bytes that are alive now.
+        peak: Maximum of ``live``.
 
     Args:
-        known: Tensors that existed before and do not count.
+        known: Existing tensors, which are not counted.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
@@ -63,13 +67,13 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch: u
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Calls ``func``, and counts the results that have memory of their own."""
+        """Calls ``func``, and counts the results that do not share memory with known tensors."""
         made = func(*args, **(kwargs or {}))
         tree_map_only(Tensor, self._see, made)
         return made
 
     def _see(self, tensor: Tensor, *, counts: bool = True) -> None:
-        storage = tensor.untyped_storage()
+        storage = tensor.untyped_storage()  # views share it and are counted once
         key = storage._cdata
         if key in self._seen:
             return
@@ -77,6 +81,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch: u
         size = storage.nbytes() if counts else 0
         self.live += size
         self.peak = max(self.peak, self.live)
+        # Called when the last tensor that shares the storage is freed.
         weakref.finalize(storage, self._forget, key, size)
 
     def _forget(self, key: int, size: int) -> None:
@@ -85,16 +90,17 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch: u
 
 
 def replay(step: Callable[[], object], networks: Iterable[nn.Module], *, precision: Precision = "32-true") -> Replay:
-    """Runs a step and counts its memory and FLOPs; inside ``fake_tensors`` nothing is computed.
+    """Runs a step and measures its memory and FLOPs. Inside ``fake_tensors``, nothing is computed.
 
     Args:
-        step: Forward and backward pass of a micro-batch.
-        networks: Networks whose weights, buffers and gradients existed before.
+        step: Function that runs forward and backward pass of a micro-batch.
+        networks: Networks whose weights, buffers and gradients exist already.
         precision: Precision of the Trainer.
     """
     owned = [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
     known = [*owned, *(tensor.grad for tensor in owned if tensor.grad is not None)]
     with ExitStack() as stack:
+        # The modes see each operation in reverse order: autocast first, then FLOPs, then memory.
         live = stack.enter_context(LiveBytes(known))
         products = stack.enter_context(_Products())
         autocast = stack.enter_context(_AutocastOfGPU()) if precision == "bf16-mixed" else None
@@ -104,7 +110,7 @@ def replay(step: Callable[[], object], networks: Iterable[nn.Module], *, precisi
 
 
 class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch: untyped
-    """Sums FLOPs by torch's formulas; its ``FlopCounterMode`` also follows modules, and fails in ``autograd.grad``."""
+    """A dispatch mode that sums FLOPs by torch's formulas; ``FlopCounterMode`` fails in ``autograd.grad``."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch: untyped
@@ -113,7 +119,7 @@ class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch: u
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Calls ``func``, and counts it if it is a product."""
+        """Calls ``func``, and counts its FLOPs if it is a matrix product or a convolution."""
         made = func(*args, **(kwargs or {}))
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
@@ -123,10 +129,10 @@ class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch: u
 
 @contextmanager
 def fake_tensors(*networks: nn.Module) -> Iterator[None]:
-    """Makes tensors of the context have sizes and no content; these networks' weights lose theirs for good.
+    """Makes new tensors in the context fake: they have shapes, but no content.
 
     Args:
-        networks: Networks, changed in place; they may be on the meta device.
+        networks: Networks whose weights become fake, in place and permanently. They may be on the meta device.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         for network in networks:
@@ -143,22 +149,25 @@ _IN_FLOAT32 = {F.group_norm, F.layer_norm, F.softplus, F.mse_loss, F.l1_loss, F.
 
 
 class _AutocastOfGPU(TorchFunctionMode):
-    """Acts as ``torch.autocast("cuda", torch.bfloat16)`` for tensors on the CPU, whose own autocast has another list.
+    """A function mode that applies the rules of ``torch.autocast("cuda", torch.bfloat16)`` to tensors on the CPU.
+
+    The CPU's own autocast has other rules.
 
     Source: torch's documentation of automatic mixed precision, operators that autocast to float16 or to float32.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.casts: dict[int, Tensor] = {}  # of weights: autocast keeps them until it ends
+        self.casts: dict[int, Tensor] = {}  # copies of weights, which autocast keeps until it ends
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Casts the arguments of products and norms."""
+        """Casts the arguments of matrix products to bfloat16, and those of norms and losses to float32."""
         kwargs = kwargs or {}
         if func in (Tensor.backward, torch.autograd.backward):
-            with self:  # off while it handles a call, and needed by blocks whose forward pass runs again
+            # The mode is off while it handles a call, but checkpointed blocks run their forward pass here.
+            with self:
                 return _run_backward(args[0])
         if func in _IN_BFLOAT16:
             args, kwargs = tree_map_only(Tensor, self._half, (args, kwargs))
@@ -169,7 +178,7 @@ class _AutocastOfGPU(TorchFunctionMode):
     def _half(self, tensor: Tensor) -> Tensor:
         if tensor.dtype != torch.float32:
             return tensor
-        if not (tensor.is_leaf and tensor.requires_grad):
+        if not (tensor.is_leaf and tensor.requires_grad):  # an activation: no cache
             return tensor.to(torch.bfloat16)
         if id(tensor) not in self.casts:
             self.casts[id(tensor)] = tensor.to(torch.bfloat16)
@@ -177,7 +186,7 @@ class _AutocastOfGPU(TorchFunctionMode):
 
 
 def _run_backward(losses: Tensor | tuple[Tensor, ...]) -> None:
-    """Calls autograd as ``loss.backward()`` does, which cannot be called while its own call is handled."""
+    """Runs autograd as ``loss.backward()`` does, which cannot be called while the mode handles that call."""
     losses = (losses,) if isinstance(losses, Tensor) else losses
     ones = tuple(torch.ones_like(loss) for loss in losses)
     engine = torch.autograd.Variable._execution_engine

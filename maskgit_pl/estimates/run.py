@@ -1,4 +1,4 @@
-"""Memory of a rank, checkpoints on disk and time of a step, from the estimates of their parts."""
+"""Estimates of a run from those of its parts: memory of a rank, checkpoints on disk, time of a step."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ __all__ = ["Memory", "StepTime", "checkpoint_bytes", "estimate_memory", "max_num
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the rank that holds most, at the highest point of a step, without the device's own context.
+    """The peak memory of a step on the rank with the largest share, in bytes, without the device's own context.
 
     Attributes:
-        weights: Trained weights, this rank's part.
-        gradients: Gradients, as many bytes.
-        moments: AdamW's two moments, twice as many.
-        average: Moving average of the weights, as many if there is one.
+        weights: Trained weights, or this rank's shard of them.
+        gradients: Gradients, the same size.
+        moments: The two moments of AdamW, twice that size.
+        average: Moving average of the weights, if there is one.
         frozen: Weights of networks that are not trained: tokenizer, perceptual network.
-        gathered: Whole weights and gradients that FSDP2 holds for a moment.
+        gathered: Whole weights and gradients that FSDP2 holds temporarily.
         casts: bfloat16 copies of weights.
         activations: Tensors that the forward pass keeps for the backward pass.
-        working: Tensors that exist for a moment on top.
+        working: Temporary tensors at the peak.
     """
 
     weights: int = 0
@@ -39,7 +39,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Sum of all parts."""
+        """The sum of all parts."""
         return sum(getattr(self, field.name) for field in fields(self))
 
 
@@ -53,22 +53,27 @@ def estimate_memory(
     averaged: int | None = None,
     frozen: int = 0,
 ) -> Memory:
-    """Returns the memory of a rank.
+    """Estimates the peak memory of a rank.
 
-    Each trained number takes 4 bytes as a weight, 4 as a gradient, 8 in AdamW's moments and 4 in the average: 20, whole
-    under ``auto`` and ``ddp`` (whose buckets are the gradients themselves), in shards under ``fsdp``. FSDP2 then holds
-    whole, at the highest point: weights and gradients of the root; weights of the block at work and of the next, which
-    is gathered meanwhile, with the buffer of that; the gradients of a block and the buffer of their scattering. Weights
-    are gathered in bfloat16 under bf16-mixed, where autocast's copies fall away. Gradients are counted in full although
-    they come while activations go: an upper bound.
+    Each trained parameter takes 20 bytes: 4 as a weight, 4 as a gradient, 8 in AdamW's moments and 4 in the average.
+    ``auto`` and ``ddp`` hold all of them (DDP's buckets are the gradients themselves), ``fsdp`` holds shards.
+
+    At its peak, FSDP2 also holds, unsharded:
+
+    - weights and gradients of the root;
+    - weights of the current block and of the next one, which is prefetched, and the buffer of that all-gather;
+    - gradients of one block, and the buffer of their reduce-scatter.
+
+    Under bf16-mixed, FSDP2 gathers weights in bfloat16, and autocast makes no copies. The estimate is an upper bound,
+    since it counts all gradients although activations are freed while gradients appear.
 
     Args:
         blocks: Groups that FSDP2 gathers one after the other.
-        root: The rest.
-        activations: Activations of a micro-batch; copies of weights in it mean that the precision is bf16-mixed.
+        root: Group of all other parameters.
+        activations: Activations of a micro-batch. Casts in it mean that the precision is bf16-mixed.
         strategy: Strategy of the Trainer.
         ranks: Number of ranks.
-        averaged: Number of averaged parameters; None means all that are trained.
+        averaged: Number of averaged parameters; None means all trained parameters.
         frozen: Bytes of networks that are not trained.
     """
     groups = [*blocks, root]
@@ -77,7 +82,8 @@ def estimate_memory(
     gathered, casts = 0, activations.casts
     if strategy == "fsdp":
         largest = max((block.padded_numel(ranks) for block in blocks), default=0)
-        weight, casts = (HALF, 0) if casts else (FLOAT, 0)
+        weight, casts = (HALF, 0) if casts else (FLOAT, 0)  # casts replaced by gathered bfloat16 weights
+        # Weights: root, two blocks, one buffer. Gradients: root, one block, one buffer.
         gathered = weight * (root.padded_numel(ranks) + 3 * largest) + FLOAT * (root.padded_numel(ranks) + 2 * largest)
     return Memory(
         weights=FLOAT * own,
@@ -93,10 +99,10 @@ def estimate_memory(
 
 
 def checkpoint_bytes(trained: int, *, averaged: int, others: int = 0, tensors: int = 0) -> int:
-    """Returns the bytes of a checkpoint: 12 for each trained number (weight, two moments), 4 for each of the average.
+    """Estimates the size of a checkpoint in bytes.
 
-    Every strategy writes as much: under ``fsdp`` each rank writes its rows. About 1,200 bytes per tensor come on top:
-    names in the header and in ``state.json``, and the step counts of its moments.
+    A trained parameter takes 12 bytes (weight and two moments), an averaged parameter 4. The strategy does not change
+    the size. Each tensor adds about 1,200 bytes: its names in the header and in ``state.json``, and its step counts.
 
     Args:
         trained: Number of trained parameters.
@@ -108,20 +114,21 @@ def checkpoint_bytes(trained: int, *, averaged: int, others: int = 0, tensors: i
 
 
 def max_num_checkpoints(max_steps: int, *, every: int, keep_last: int, keep_every: int | None) -> int:
-    """Returns the largest number of checkpoints that a run has on disk at a time.
+    """Returns the largest number of checkpoints that a run has on disk at the same time.
 
-    These are the ``keep_last`` newest, one more while it is written, and all older ones whose step is a multiple of
-    ``keep_every``.
+    These are the ``keep_last`` newest, another one that is being written, and all older ones whose step is a multiple
+    of ``keep_every``.
 
     Args:
-        max_steps: Steps of the run; the last one has a checkpoint, whatever ``every`` is.
+        max_steps: Steps of the run. The last step always has a checkpoint.
         every: Steps between checkpoints.
-        keep_last: Number of newest checkpoints that are kept.
-        keep_every: Checkpoints of multiples of this step are kept; None for none.
+        keep_last: Number of newest checkpoints to keep.
+        keep_every: Older checkpoints of multiples of this step are kept, too; None keeps none of them.
     """
     steps = [*range(every, max_steps + 1, every)]
     if not steps or steps[-1] != max_steps:
         steps.append(max_steps)
+    # One more than keep_last: the oldest is removed only after the new one is complete.
     newest = steps[-(keep_last + 1) :]
     older = steps[: -(keep_last + 1)]
     return len(newest) + (0 if keep_every is None else sum(step % keep_every == 0 for step in older))
@@ -129,10 +136,10 @@ def max_num_checkpoints(max_steps: int, *, every: int, keep_last: int, keep_ever
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step.
+    """The time of a step, in seconds.
 
     Attributes:
-        computing: FLOPs of a rank, divided by the FLOP/s that it reaches.
+        computing: FLOPs of a rank, divided by its achieved FLOP/s.
         communicating: Bytes that a rank sends, divided by its bandwidth.
     """
 
@@ -141,24 +148,25 @@ class StepTime:
 
     @property
     def least(self) -> float:
-        """Seconds if the shorter of the two is hidden behind the longer."""
+        """The time if computation and communication overlap completely."""
         return max(self.computing, self.communicating)
 
     @property
     def most(self) -> float:
-        """Seconds if neither hides the other."""
+        """The time if they do not overlap."""
         return self.computing + self.communicating
 
 
 def step_time(flops: float, traffic: Traffic, *, ranks: int, rate: float, bandwidth: float) -> StepTime:
-    """Returns the time of a step from its work, its traffic and two assumed rates.
+    """Estimates the time of a step from its FLOPs, its traffic and two assumed rates.
 
     Args:
-        flops: FLOPs that all ranks execute in a step, with recomputed ones.
+        flops: FLOPs that all ranks execute in a step, including recomputation.
         traffic: Traffic of a rank.
         ranks: Number of ranks.
-        rate: FLOP/s that a device reaches: its peak times the share that training reaches.
-        bandwidth: Bytes per second at the slowest place that the rings cross (NCCL's bus bandwidth): within a node what
-            a device sends; between nodes what all network ports of a node send, since each ring leaves a node once.
+        rate: Achieved FLOP/s of a device: its peak times the utilization.
+        bandwidth: Bytes per second at the slowest link of the rings (NCCL's bus bandwidth). Within a node, this is the
+            rate at which a device sends; between nodes, that of all network ports of a node, since each ring leaves a
+            node once.
     """
     return StepTime(flops / ranks / rate, traffic.total / bandwidth)

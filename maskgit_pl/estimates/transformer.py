@@ -1,8 +1,8 @@
-"""Sizes, memory and FLOPs of stage 2 as closed formulas of its configuration.
+"""Closed formulas for the sizes, memory and FLOPs of stage 2.
 
-Letters: B images of a micro-batch, N tokens per image, S = N + 1 with the class token (N under causal attention, where
-the last token is not read), R = B S rows, m masked tokens of the micro-batch, D embedding dimension, F dimension of the
-MLP, h heads, L blocks, V rows of the token embedding.
+Letters: B images of a micro-batch, N tokens per image, S = N + 1 with the class token (N with causal attention, where
+the last token is not an input), R = B S rows, m masked tokens of the micro-batch, D embedding dimension, F dimension of
+the MLP, h heads, L blocks, V rows of the token embedding.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ __all__ = [
 Precision = Literal["32-true", "bf16-mixed"]
 Checkpointing = Literal["none", "blocks"]
 
-_DROPPED = 1  # bytes that dropout keeps for each number: a bool
-_STATISTICS = 2 * FLOAT  # mean and deviation of a row that a LayerNorm keeps
+_DROPPED = 1  # bytes per element of a dropout mask (bool)
+_STATISTICS = 2 * FLOAT  # mean and standard deviation of a row, which LayerNorm keeps
 
 
 def _length(config: TransformerConfig) -> int:
@@ -41,25 +41,25 @@ def _length(config: TransformerConfig) -> int:
 
 
 def block_group(config: TransformerConfig) -> Group:
-    """Returns the tensors of a block: 4 D^2 + 2 D F of matrices, 9 D + F of biases and norms."""
-    d, f = config.width, config.mlp_width
+    """Returns the tensors of a block: matrices with 4 D^2 + 2 D F, biases and norms with 9 D + F parameters."""
+    d, f = config.embed_dim, config.mlp_dim
     attention = ((3 * d, d), (3 * d,), (d, d), (d,), (d,), (d,))
     return Group((*attention, (f, d), (f,), (d, f), (d,), (d,), (d,)))
 
 
 def root_group(config: TransformerConfig) -> Group:
-    """Returns the tensors of no block: token embedding V D (tied to the head), positions S D, norms, the head's D^2."""
-    d, v = config.width, config.vocabulary_size
+    """Returns the tensors outside the blocks: token embedding V D (tied), positions S D, norms, head D^2."""
+    d, v = config.embed_dim, config.vocabulary_size
     return Group(((v, d), (config.num_tokens + 1, d), (d,), (d,), (d, d), (d,), (d,), (d,), (v,)))
 
 
 def num_parameters(config: TransformerConfig) -> int:
-    """Returns L (4 D^2 + 2 D F + 9 D + F) + (V + S) D + D^2 + 5 D + V."""
+    """Returns the number of parameters: L (4 D^2 + 2 D F + 9 D + F) + (V + S) D + D^2 + 5 D + V."""
     return config.depth * block_group(config).numel + root_group(config).numel
 
 
 def mean_num_masked(schedule: MaskSchedule, num_tokens: int, *, min_mask_ratio: float = 0.0) -> float:
-    """Returns the mean number of masked tokens of an image in training: the ratio is gamma(u), u uniform in [0, 1)."""
+    """Returns the mean number of masked tokens per image in training, with ratio gamma(u), u uniform in [0, 1)."""
     progress = (torch.arange(4096) + 0.5) / 4096
     ratios = schedule(progress, num_tokens).clamp(min=min_mask_ratio)
     return float(num_masked(ratios, num_tokens, rounding="ceil").double().mean())
@@ -67,12 +67,12 @@ def mean_num_masked(schedule: MaskSchedule, num_tokens: int, *, min_mask_ratio: 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of one micro-batch on a rank, without weights and gradients.
+    """The memory of one micro-batch on a rank in bytes, without weights and gradients.
 
     Attributes:
         kept: Tensors that the forward pass keeps for the backward pass.
-        casts: bfloat16 copies of weights, which are kept as long.
-        working: Tensors that exist for a moment on top.
+        casts: bfloat16 copies of weights, which are kept equally long.
+        working: Temporary tensors at the peak.
     """
 
     kept: int
@@ -81,7 +81,7 @@ class Activations:
 
     @property
     def total(self) -> int:
-        """Sum of all parts, the bytes at the highest point."""
+        """The sum of all parts: the peak memory in bytes."""
         return self.kept + self.casts + self.working
 
 
@@ -93,39 +93,50 @@ def transformer_activations(
     precision: Precision = "32-true",
     checkpointing: Checkpointing = "none",
 ) -> Activations:
-    """Returns the activations of a training step on a GPU, where attention is fused and keeps no S x S matrix.
+    """Estimates the activation memory of a training step on a GPU with fused attention, which keeps no S x S matrix.
 
-    Kept are: the sum of the embeddings, for the norm; of each block what ``_block_kept`` lists; of the head, only at
-    masked tokens, four rows of D and the logarithms of V probabilities. With ``blocks`` a block keeps only its input,
-    and one block at a time is computed again in the backward pass. bf16-mixed also keeps a bfloat16 copy of each
-    matrix, except under FSDP2, which gathers weights in bfloat16 and frees them after a block.
+    The forward pass keeps:
 
-    Working is the larger of two moments: at the start of the backward pass, the gradient of the logits, three times m V
-    numbers; within a block, when the tensors of the head are freed, the gradients of its MLP, R F + 2 R D, beside the
-    tensors that are computed again.
+    - the sum of the embeddings, the input of the first norm;
+    - for each block, the tensors listed in ``_block_kept``; with activation checkpointing, only its input;
+    - for the head, only at masked tokens, four vectors of D elements and V log-probabilities.
+
+    bf16-mixed also keeps a bfloat16 copy of each matrix, except with FSDP2, which gathers weights in bfloat16 and frees
+    them after a block.
+
+    The temporary memory is the larger of two peaks:
+
+    - at the start of the backward pass: gradients of the logits, 3 m V elements;
+    - within a block, after the tensors of the head are freed: the gradients of its MLP, R F + 2 R D elements, and with
+      activation checkpointing the recomputed tensors of one block.
 
     Args:
         config: Sizes of the network.
-        batch: B.
-        masked: m; None takes all tokens, the most that there can be.
+        batch: B, images of a micro-batch.
+        masked: m, masked tokens of the micro-batch; None means all tokens, an upper bound.
         precision: Precision of the Trainer.
-        checkpointing: ``blocks`` computes blocks again instead of keeping their tensors.
+        checkpointing: ``blocks`` recomputes blocks in the backward pass instead of keeping their tensors.
     """
-    rows, asked = batch * _length(config), batch * config.num_tokens if masked is None else masked
-    wide, half = config.width, precision == "bf16-mixed"
+    rows = batch * _length(config)
+    masked_rows = batch * config.num_tokens if masked is None else masked
+    dim, half = config.embed_dim, precision == "bf16-mixed"
     drop = _DROPPED * (config.dropout > 0)
-    embedding = rows * (wide * (FLOAT + drop) + _STATISTICS + 8)  # 8: the row numbers
+    # 8 bytes per row: the int64 index that the embedding keeps for its backward pass.
+    embedding = rows * (dim * (FLOAT + drop) + _STATISTICS + 8)
     middle = _block_kept(config, batch, rows, half=half)
-    last = _block_kept(config, batch, asked, half=half)
+    # The MLP of the last block only sees the masked rows, whose logits the loss reads.
+    last = _block_kept(config, batch, masked_rows, half=half)
     blocks = (config.depth - 1) * middle + last
     recomputed = 0
     if checkpointing == "blocks":
-        blocks, recomputed = config.depth * rows * wide * FLOAT, middle if config.depth > 1 else last
+        # Each block keeps its float32 input; one block at a time has its tensors back.
+        blocks, recomputed = config.depth * rows * dim * FLOAT, middle if config.depth > 1 else last
     number = HALF if half else FLOAT
-    head = asked * (wide * (3 * number + FLOAT) + _STATISTICS + config.vocabulary_size * FLOAT)
-    logits = 3 * asked * config.vocabulary_size * FLOAT
-    feed_forward = rows * (config.mlp_width * number + 2 * wide * FLOAT)
-    matrices = config.depth * (4 * wide**2 + 2 * wide * config.mlp_width) + wide**2 + config.vocabulary_size * wide
+    head = masked_rows * (dim * (3 * number + FLOAT) + _STATISTICS + config.vocabulary_size * FLOAT)
+    # The two peaks: gradients of the logits, and gradients of the MLP of a block.
+    logits = 3 * masked_rows * config.vocabulary_size * FLOAT
+    feed_forward = rows * (config.mlp_dim * number + 2 * dim * FLOAT)
+    matrices = config.depth * (4 * dim**2 + 2 * dim * config.mlp_dim) + dim**2 + config.vocabulary_size * dim
     return Activations(
         kept=embedding + blocks + head,
         casts=matrices * HALF if half else 0,
@@ -133,47 +144,52 @@ def transformer_activations(
     )
 
 
-def _block_kept(config: TransformerConfig, batch: int, asked: int, *, half: bool) -> int:
+def _block_kept(config: TransformerConfig, batch: int, masked_rows: int, *, half: bool) -> int:
     """Returns the bytes that a block keeps for its backward pass.
 
-    For all R rows: its input, queries, keys, values and the output of the heads, 5 D numbers, and the log-sum-exp of
-    each head, h float32. For the rows that the MLP sees (all, or the masked ones in the last block): the inputs of both
-    norms and of the first linear layer, 3 D; F before and F after the GELU; in the last block a copy of the output of
-    the heads, D; a bool for each of both dropouts, 2 D; the statistics of the norms. bf16-mixed halves what products
-    read and write; the inputs of norms stay float32.
+    - For all R rows: input, queries, keys, values and the output of the heads, 5 D elements, and the log-sum-exp of
+      each head, h float32.
+    - For the rows of the MLP (all, or only the masked ones in the last block): the inputs of both norms and of the
+      first linear layer, 3 D; F before and F after the GELU; the masks of both dropouts, 2 D bools; the statistics of
+      the norms; in the last block also a copy of the output of the heads, D.
+
+    bf16-mixed halves the inputs and outputs of matrix products; the inputs of norms stay float32.
     """
     rows = batch * _length(config)
-    d, f, number = config.width, config.mlp_width, HALF if half else FLOAT
+    d, f, number = config.embed_dim, config.mlp_dim, HALF if half else FLOAT
     attention = rows * (5 * d * number + config.num_heads * FLOAT)
-    copied = asked * d * number if asked != rows else 0
-    norms = asked * (2 * d * FLOAT + 2 * _STATISTICS)
-    dropped = asked * 2 * d * _DROPPED if config.dropout > 0 else 0
-    return attention + copied + norms + asked * (d + 2 * f) * number + dropped
+    copied = masked_rows * d * number if masked_rows != rows else 0
+    norms = masked_rows * (2 * d * FLOAT + 2 * _STATISTICS)
+    dropped = masked_rows * 2 * d * _DROPPED if config.dropout > 0 else 0
+    return attention + copied + norms + masked_rows * (d + 2 * f) * number + dropped
 
 
 def step_flops(config: TransformerConfig, *, images: int, masked: float) -> float:
-    """Returns the useful FLOPs of forward and backward pass: those of the matrix products, without recomputation.
+    """Returns the useful FLOPs of forward and backward pass: matrix products, without recomputation.
 
-    A product costs 2 FLOPs for each weight and row that it sees, and twice as many backward: 6. The MLP of the last
-    block and the head see only the masked rows. Attention is two products of S x S x D per image, 4 S^2 D FLOPs, and
-    twice as many backward.
+    A linear layer costs 2 FLOPs per weight and row in the forward pass, and twice that in the backward pass: 6 in all.
+    The MLP of the last block and the head see only the masked rows. Attention is two products of S x S x D per image:
+    4 S^2 D FLOPs, and twice that in the backward pass.
 
         6 R (L 4 D^2 - D^2 + (L - 1) 2 D F)  +  6 m (D^2 + 2 D F + D^2 + D V)  +  12 images L S^2 D
 
     Args:
         config: Sizes of the network.
-        images: Images of the step, over all ranks.
+        images: Images of the step over all ranks.
         masked: Masked tokens of these images.
     """
-    d, f, length = config.width, config.mlp_width, _length(config)
+    d, f, length = config.embed_dim, config.mlp_dim, _length(config)
     rows = images * length
+    # Queries, keys and values of every block, and the rest of all blocks except the last.
     at_all_rows = config.depth * 3 * d**2 + (config.depth - 1) * (d**2 + 2 * d * f)
+    # Output projection and MLP of the last block, and both layers of the head.
     at_masked_rows = d**2 + 2 * d * f + d**2 + d * config.vocabulary_size
     return 6 * rows * at_all_rows + 6 * masked * at_masked_rows + 12 * images * config.depth * length**2 * d
 
 
 def recomputed_flops(config: TransformerConfig, *, images: int, masked: float) -> float:
-    """Returns the FLOPs that ``activation_checkpointing: blocks`` adds: the forward pass of each block once more."""
-    d, v = config.width, config.vocabulary_size
+    """Returns the extra FLOPs of ``activation_checkpointing: blocks``: a second forward pass of each block."""
+    d, v = config.embed_dim, config.vocabulary_size
+    # The forward pass is a third of a step. The head is not recomputed.
     head = 2 * masked * (d**2 + d * v)
     return step_flops(config, images=images, masked=masked) / 3 - head

@@ -1,7 +1,8 @@
 """Measures trained models: ``evaluate``, ``compare``, ``tune`` and ``train_classifier``.
 
-One ``Evaluator`` makes every measurement and keeps it in one ``Ledger``, which is not measured again. The public names
-are imported when they are first used: importing this package imports neither torch nor Lightning nor Matplotlib.
+An ``Evaluator`` makes every measurement and keeps it in a ``Ledger``. It does not repeat a measurement that the ledger
+already holds. The public names are imported on first use: importing this package imports neither torch nor Lightning
+nor Matplotlib.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The classification accuracy score: what a classifier learns from generated images alone, tested on real ones.
+"""The classification accuracy score (CAS): train a classifier on generated images, test it on real ones.
 
-A model that leaves out a part of a class, or makes its images too alike, teaches little, however good each image looks.
-The same network trained on as many real images says what could be reached.
+The score is low for a model whose images look good but cover only a part of each class. The same network, trained on
+the same number of real images, gives the upper limit. ``Evaluator.measure_cas`` uses it.
 
 Source: Ravuri and Vinyals, arXiv:1905.10887; paper, Table 1.
 """
@@ -30,29 +30,30 @@ def classification_accuracy(
     on_step: Callable[[], object] = lambda: None,
     device: str | None = None,
 ) -> Accuracy:
-    """Trains a classifier on some images and tests it on the real val split.
+    """Trains a classifier on some images and measures its accuracy on the real val split.
 
-    A function of the images, their order, the data and ``config`` on the same machine; of several ranks the first one
-    trains, and all get its numbers. Images are read as they are needed: memory does not grow with their number.
+    On the same machine, the result depends only on the images, their order, the data and ``config``. With several
+    ranks, the first one trains and all get its result. Images are read on demand, so that memory does not grow with
+    their number.
 
     Args:
-        source: Images of the data's size and channels, those generated with the classes asked for; or (n,) int64, the
-            numbers of real ones in the train split.
+        source: Generated images with the size and channels of the data; or (n,) int64 indices of real images in the
+            train split.
         data: The real images.
         config: Network and training.
         on_step: Called after each training step.
         device: See ``fit_classifier``.
 
     Returns:
-        On all images of the val split.
+        Accuracy on all images of the val split.
 
     Raises:
-        ValueError: if images have another size or colour, or the network is unknown.
+        ValueError: if generated images have another size or other channels than the data, or the network is unknown.
     """
     images = source if isinstance(source, TrainingImages) else None
     expected = (data.config.in_channels, data.config.image_size, data.config.image_size)
     if images is not None and images.shape != expected:
-        raise ValueError(f"CAS images must be those of the data, {expected}, got {images.shape}")
+        raise ValueError(f"CAS images must have the shape of the data, {expected}, got {images.shape}")
 
     def measure() -> Accuracy | None:
         if rank_and_world()[0] != 0:
@@ -68,5 +69,5 @@ def classification_accuracy(
         return measure_accuracy(classifier.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), data)
 
     accuracy = on_all_ranks(measure)[0]
-    assert accuracy is not None  # the first rank measured it
+    assert accuracy is not None  # the result of the first rank
     return accuracy

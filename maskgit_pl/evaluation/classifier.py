@@ -1,7 +1,7 @@
-"""A classifier of the data at hand: the module that trains it, and its accuracy.
+"""The Lightning module of classifiers, and their accuracy.
 
-A classifier of the data set itself says more about small images than one of ImageNet. ``classifier_training`` trains
-and keeps it; ``cas`` trains the same module on other images.
+For small images, features of a classifier of the same data set are more informative than those of an ImageNet
+classifier. ``classifier_training`` trains and stores it; ``cas`` trains the same module on other images.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from maskgit_pl.networks.feature_network import FeatureOutput
 
 __all__ = ["Accuracy", "Classifier", "count_hits"]
 
-_TOP_CLASSES = 5  # of top-5
-_WARM_UP = 0.25  # share of the steps in which the learning rate rises
-_MIN_CYCLE_STEPS = 5  # steps; torch divides by zero where the rise is one step
+_TOP_CLASSES = 5  # k of the top-k accuracy
+_WARM_UP = 0.25  # fraction of the steps in which the learning rate rises
+_MIN_CYCLE_STEPS = 5  # torch divides by zero if the learning rate rises in a single step
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Accuracy:
     """The accuracy of a classifier.
 
     Args:
-        top1: Share of images whose likeliest class is theirs.
-        top5: Share whose class is among the 5 likeliest, or among all where there are fewer.
-        images: How many were classified.
+        top1: Fraction of images whose most likely class is correct, in [0, 1].
+        top5: Fraction of images whose class is among the 5 most likely ones, or all if there are fewer classes.
+        images: Number of classified images.
     """
 
     top1: float
@@ -44,22 +44,27 @@ class Accuracy:
 
     @classmethod
     def from_hits(cls, hits: Tensor, images: int) -> Accuracy:
-        """Computes the accuracy from counts (2,) int64: images right, and right among the 5 likeliest."""
+        """Computes the accuracy.
+
+        Args:
+            hits: (2,) int64: number of correct images, top-1 and top-5.
+            images: Number of classified images.
+        """
         top1, top5 = (hits.double() / images).tolist()
         return cls(top1, top5, images)
 
 
 class Classifier(LightningModule):
-    """Trains a network of ``networks.classifier``, and classifies with it.
+    """A Lightning module that trains a network of ``networks.classifier``.
 
     Args:
-        in_channels: Channels of an image.
+        in_channels: Channels of an image, 1 or 3.
         image_size: Edge of the square images, in pixels.
-        num_classes: Classes.
+        num_classes: Number of classes.
         config: Network and training.
 
     Raises:
-        ValueError: timm has no such network.
+        ValueError: if timm has no such network.
     """
 
     def __init__(
@@ -110,6 +115,15 @@ class Classifier(LightningModule):
 
 
 def count_hits(logits: Tensor, labels: Tensor) -> Tensor:
-    """Returns (2,) int64: how many labels are the likeliest class, and among the 5 likeliest."""
+    """Counts the images whose label is the most likely class, and whose label is among the 5 most likely ones.
+
+    Args:
+        logits: (n, C) float.
+        labels: (n,) int64.
+
+    Returns:
+        (2,) int64.
+    """
+    # (n, k) bool: entry (i, j) is True if the label of image i is its j-th most likely class.
     hit = logits.topk(min(_TOP_CLASSES, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
     return torch.stack([hit[:, 0].sum(), hit.any(1).sum()])

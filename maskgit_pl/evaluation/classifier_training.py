@@ -1,7 +1,7 @@
-"""The training of classifiers: on the images of a data folder, kept beside the runs, or on other images.
+"""Training of classifiers, on a data folder or on other images.
 
-The small network takes half a minute on two CPU cores; it is kept in a folder, keyed by its data. All images are read
-as they are needed.
+A classifier of a data folder is stored in a folder with the fingerprint of the data and its configuration. The small
+network takes half a minute on two CPU cores. Images are read on demand.
 """
 
 from __future__ import annotations
@@ -52,16 +52,16 @@ OnStep: TypeAlias = Callable[[], object]
 
 @dataclass(frozen=True)
 class TrainingImages:
-    """Images that a classifier is trained on in place of a data folder's, read as they are needed.
+    """Training images that are not those of a data folder, read on demand.
 
     Args:
-        read: Reads images by their numbers: (b,) int64 -> (b, C, H, H) uint8.
-        shape: C, H, H.
-        labels: (n,) int64.
-        class_names: One for each class, whether there are images of it or not.
+        read: Reads images by index: (b,) int64 -> (b, C, H, H) uint8.
+        shape: Shape (C, H, H) of an image.
+        labels: (n,) int64, in [0, number of classes).
+        class_names: Names of all classes, also of those without an image.
 
     Raises:
-        ValueError: if the images are not square, there are none, or a label is not in [0, classes).
+        ValueError: if the images are not square, there are none, or a label is out of range.
     """
 
     read: Callable[[Tensor], Tensor]
@@ -71,10 +71,10 @@ class TrainingImages:
 
     def __post_init__(self) -> None:
         if len(self.shape) != 3 or self.shape[1] != self.shape[2]:
-            raise ValueError(f"images must be (C, H, H), got {self.shape}")
+            raise ValueError(f"the shape of training images must be (C, H, H), got {self.shape}")
         most = len(self.class_names) - 1
         if not len(self.labels) or not 0 <= int(self.labels.min()) <= int(self.labels.max()) <= most:
-            raise ValueError(f"images must be at least one, of classes 0 to {most}")
+            raise ValueError(f"training images must be at least one, with labels in [0, {most}]")
 
 
 class _ImageBatches(Dataset[Batch]):
@@ -89,7 +89,7 @@ class _ImageBatches(Dataset[Batch]):
 
 @dataclass(frozen=True)
 class _Selected:
-    """An order over some samples of a split: position p is sample ``chosen[order(p)]``."""
+    """An order of selected samples of a split: position p is sample ``chosen[order(p)]``."""
 
     order: Order
     chosen: Tensor
@@ -107,22 +107,22 @@ def obtain_classifier(
     on_step: OnStep = lambda: None,
     device: str | None = None,
 ) -> Classifier:
-    """Returns the classifier of some data: read from ``folder``, or trained and kept there where it is not.
+    """Returns the classifier of a data set, read from ``folder`` if possible, else trained and stored there.
 
-    Of several ranks the first one trains; the folder must be the same for all.
+    With several ranks, the first one trains, and all read the same folder.
 
     Args:
-        folder: E.g. ``runs/RUN/classifier``.
-        data: The real images; its fingerprint, image size and channels, and ``config``, are the key.
-        config: Network and training.
+        folder: Folder of the classifier, e.g. ``runs/DATA-classifier/small``.
+        data: The real images. The stored classifier must match their fingerprint, image size and channels.
+        config: Network and training, which the stored classifier must match, too.
         on_step: Called after each training step, for a progress bar.
         device: See ``fit_classifier``.
 
     Returns:
-        On the CPU, in evaluation mode.
+        The classifier on the CPU, in evaluation mode.
 
     Raises:
-        ValueError: if timm has no such network, or the weights that were kept are damaged.
+        ValueError: if timm has no such network, or the stored weights are damaged.
     """
     if rank_and_world()[0] == 0 and not is_trained(folder, data, config):
         classifier = fit_classifier(data, config=config, on_step=on_step, device=device)
@@ -134,7 +134,7 @@ def obtain_classifier(
 
 
 def is_trained(folder: Path, data: ShardData, config: ClassifierConfig) -> bool:
-    """Returns whether ``folder`` holds the finished classifier of these data and this configuration."""
+    """Returns True if ``folder`` holds the complete classifier of this data set and configuration."""
     return _read_key(folder) == _key(data, config) and (folder / WEIGHT_FILE).is_file()
 
 
@@ -147,21 +147,21 @@ def fit_classifier(
     on_step: OnStep = lambda: None,
     device: str | None = None,
 ) -> Classifier:
-    """Trains on the train split, or on other images; equal for equal data and configuration on the same machine.
+    """Trains a classifier; on the same machine, the result is bit-exact for equal data and configuration.
 
     Args:
-        data: Real images, or others.
-        chosen: (n,) int64: numbers of the samples of the train split to train on; None is all.
-        num_workers: Processes that read; None is as many as the data say, 0 for others.
+        data: Real images, of which the train split is used, or other images.
+        chosen: (n,) int64: indices of the samples of the train split to train on; None is all.
+        num_workers: Number of processes that read images; None for the setting of the data, or 0 for other images.
         config: Network and training.
         on_step: Called after each training step, for a progress bar.
-        device: cpu, cuda, cuda:1, mps ...; None for a GPU if there is one.
+        device: Device such as cpu, cuda, cuda:1 or mps; None for a GPU if there is one.
 
     Returns:
-        On the CPU, in evaluation mode.
+        The classifier on the CPU, in evaluation mode.
 
     Raises:
-        ValueError: timm has no such network.
+        ValueError: if timm has no such network.
     """
     classifier = _new(data, config)
     steps = [range(step * config.batch, (step + 1) * config.batch) for step in range(config.max_steps)]
@@ -178,7 +178,7 @@ def fit_classifier(
             max_epochs=-1,
             **_on_device(device),
             precision=config.precision,
-            plugins=[LightningEnvironment()],  # this process alone, whatever started it
+            plugins=[LightningEnvironment()],  # one process, also below torchrun or Slurm
             callbacks=[_OnStep(on_step)],
             logger=False,
             enable_checkpointing=False,
@@ -196,9 +196,9 @@ def measure_accuracy(
     """Measures the accuracy of a classifier on the real val split.
 
     Args:
-        classifier: On the device that it is to work on.
+        classifier: The classifier, on its device.
         data: The real images.
-        on_images: Called with the number of images of each batch that is done.
+        on_images: Called after each batch with its number of images.
     """
     right, count = torch.zeros(2, dtype=torch.int64), 0  # top-1, top-5
     with _threads(classifier.config.model):
@@ -240,7 +240,7 @@ def _training_batches(data: ShardData | TrainingImages, seed: int, chosen: Tenso
 
 
 def _on_device(name: str | None) -> dict[str, Any]:
-    """Lightning's arguments for one device by name."""
+    """Returns the trainer arguments for one device."""
     if name is None:
         return {"devices": 1}
     device = torch.device(name)
@@ -248,7 +248,7 @@ def _on_device(name: str | None) -> dict[str, Any]:
 
 
 def _key(data: ShardData, config: ClassifierConfig) -> dict[str, Any]:
-    """Returns the content of ``config.json``: how to read the network, and what it was trained on and how."""
+    """Returns the content of ``config.json``: sizes of the network, classes, data and training."""
     sizes = ClassifierSizes(
         data.config.in_channels, data.config.image_size, data.num_classes, config.model, config.width
     )
@@ -265,7 +265,7 @@ def _read_key(folder: Path) -> Any:
 
 def _save(folder: Path, classifier: Classifier, key: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_FILE).unlink(missing_ok=True)  # no key from here to the end, so half of it is never read
+    (folder / CONFIG_FILE).unlink(missing_ok=True)  # without a key, incomplete weights are never read
     weights = {name: tensor.cpu().contiguous() for name, tensor in classifier.network.state_dict().items()}
     write_tensors(folder / WEIGHT_FILE, weights)
     write_text(folder / CONFIG_FILE, json.dumps(key, indent=2) + "\n")
@@ -273,9 +273,9 @@ def _save(folder: Path, classifier: Classifier, key: dict[str, Any]) -> None:
 
 @contextmanager
 def _threads(model: str) -> Iterator[None]:
-    """Sets the number of CPU threads, whatever started the process, so that sums are the same ones.
+    """Sets the number of CPU threads, which sums depend on in their last bits.
 
-    Layers as small as the small network's gain nothing from more than one, and lose much beside other work.
+    The layers of the small network are too small to gain from more than one thread.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1 if model == SMALL else available_cores())
@@ -287,14 +287,14 @@ def _threads(model: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet_lightning() -> Iterator[None]:
-    """Suppresses the trainer's remarks about hardware and about loaders without workers, which are meant here."""
+    """Suppresses the trainer's messages about hardware and about loaders without workers, which are intended."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*does not have many workers.*")
-            warnings.filterwarnings("ignore", ".*LeafSpec.*")  # of Lightning's own code, with torch 2.13
+            warnings.filterwarnings("ignore", ".*LeafSpec.*")  # raised by Lightning's own code with torch 2.13
             yield
     finally:
         logger.setLevel(level)

@@ -1,7 +1,7 @@
-"""Token selectors beside one another: every one at several numbers of steps, with the same noise for all.
+"""``compare``: measures token selectors at several numbers of steps, all with the same noise.
 
-``compare`` measures what the ledger lacks, and writes the tables and a sheet of images. Importing this file does not
-import torch.
+It measures the rows that the ledger lacks, and writes a page and a sheet of images. Importing this file does not import
+torch.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class ComparisonOptions(MeasurementOptions):
     """Options of ``compare``; see ``MeasurementOptions`` for the others.
 
     Args:
-        guidance: Scale, or name or mapping of a guidance schedule; None for the model's own.
+        guidance: Guidance scale, or name or mapping of a guidance schedule; None for the model's own.
     """
 
     guidance: float | Spec | None = None
@@ -84,12 +84,12 @@ class ComparisonOptions(MeasurementOptions):
 
 @dataclass(frozen=True)
 class MeasuredSelector:
-    """A token selector at one number of steps.
+    """A token selector at one number of steps, with its measured values.
 
     Args:
-        label: Its name, and what makes it different.
-        decoding: How its images were decoded.
-        numbers: By name, such as ``fid/classifier``.
+        label: Name of the selector, and the arguments that distinguish it.
+        decoding: The decoding.
+        numbers: Values by name, such as ``fid/classifier``.
     """
 
     label: str
@@ -98,24 +98,24 @@ class MeasuredSelector:
 
     @property
     def num_steps(self) -> int:
-        """T."""
+        """The number T of steps."""
         return self.decoding.num_steps
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Token selectors beside one another.
+    """A comparison of token selectors.
 
     Args:
-        results: The selectors, at each T.
-        num_images: Images of each.
-        seed: Of the first image of each.
+        results: The selectors at each number of steps.
+        num_images: Number of images per selector and number of steps.
+        seed: Seed of the first image.
         accuracy: Accuracy of the classifier on real images.
-        real: Numbers of real training images in place of generated ones.
-        counts: Number of real images: ``val``, which all distances are from, and ``train``, which ``real`` is of.
-        model: Columns of the ledger that say which model and classifier these are.
-        folder: Where the page, the CSV and the sheet are.
-        num_measured: Number of rows that were measured, not found in the ledger.
+        real: Values of real training images instead of generated ones.
+        counts: Number of real images: ``val`` for the distances, ``train`` for ``real``.
+        model: Ledger columns that identify model and classifier.
+        folder: Folder of the page, the CSV and the sheet.
+        num_measured: Number of rows that the ledger lacked.
     """
 
     results: tuple[MeasuredSelector, ...]
@@ -130,31 +130,31 @@ class Comparison:
 
     @property
     def ordered(self) -> list[MeasuredSelector]:
-        """The results by number of steps, the nearest to real images first."""
+        """The results sorted by number of steps, then by FID."""
         return sorted(self.results, key=lambda each: (each.num_steps, each.numbers["fid/classifier"]))
 
     @property
     def sheet_steps(self) -> int:
-        """The number of steps that the sheet of images shows: 8, or the nearest that was measured."""
+        """The number of steps of the sheet of images: 8, or the closest one that was measured."""
         return min((each.num_steps for each in self.results), key=lambda steps: (abs(steps - _SHEET_STEPS), steps))
 
     def table(self) -> Table:
-        """Returns the rows for a terminal, the least distances of each number of steps in bold."""
+        """Returns a table for the terminal, with the lowest distances of each number of steps in bold."""
         above = f"{self.num_images} images each, seed {self.seed}, the same noise for all"
         return terminal_table(above, _HEADINGS, self._iter_cells(terminal_word, "[bold]{}[/]"), left=2)
 
     def page(self, command: str) -> Page:
-        """Returns the rows as a page: how they were made, a table of the distances, and a table of everything.
+        """Returns the page: an explanation, a table of the distances, and a table of all values.
 
         Args:
-            command: What makes it again.
+            command: Command that produces the page.
         """
-        lines = [*heading("Token selectors", command), *self._explain(), ""]
-        lines += ["![one row a selector, one column a class](selectors.png)", ""]
-        lines += [f"`selectors.png`: T = {self.sheet_steps}, one row a selector, one column a class and its noise.", ""]
+        lines = [*heading("Comparison of token selectors", command), *self._explain(), ""]
+        lines += ["![one row per selector, one column per class](selectors.png)", ""]
+        lines += [f"`selectors.png`: T = {self.sheet_steps}, one row per selector, one column per class and noise.", ""]
         lines += ["## fid/classifier by number of steps T (lower is better)", "", *self._format_distances(), ""]
         rows = [row for row in self._iter_cells(markdown, "**{}**") if row]
-        lines += ["## Everything", "", *markdown_table(_HEADINGS, rows, left=2)]
+        lines += ["## All metrics", "", *markdown_table(_HEADINGS, rows, left=2)]
         values = [
             {
                 "selector": row.label,
@@ -167,11 +167,11 @@ class Comparison:
         return Page("comparison", "\n".join(lines) + "\n", values, folder=self.folder)
 
     def _iter_cells(self, word: Callable[[str], str], bold: str) -> Iterator[list[str]]:
-        """Yields the cells of each row, an empty row after each number of steps, and those of real images.
+        """Yields the cells of each row, an empty row after each number of steps, and the row of real images.
 
         Args:
-            word: Makes markup of a label.
-            bold: Marks the least distance of each number of steps.
+            word: Escapes a text for the markup of the table.
+            bold: Format of the lowest distance of each number of steps.
         """
         for steps, rows in groupby(self.ordered, key=lambda row: row.num_steps):
             for row in rows:
@@ -181,7 +181,7 @@ class Comparison:
         yield ["", "real images", *(format_value(name, real[name]) if name in real else "" for name in _COLUMNS)]
 
     def _cell(self, row: MeasuredSelector, name: str, bold: str) -> str:
-        """Returns a number; a distance that is the least of its T is bold: of other numbers more may be better."""
+        """Returns a value as text; the lowest distance of its number of steps is bold."""
         if name not in row.numbers:
             return ""
         cell = format_value(name, row.numbers[name])
@@ -194,17 +194,17 @@ class Comparison:
         count = self.num_images
         model = {name: markdown(str(value)[:8]) for name, value in self.model.items()}
         return paragraph(
-            f"{count} images a row, spread evenly over the classes, seed {self.seed}: image i of every row has the",
-            "same noise. The network that measures is the data set's own classifier, which is right on",
-            f"{self.accuracy:.1%} of the real val images. FID and KID are Frechet and kernel distance from all",
-            f"{self.counts['val']} real val images in that classifier's features, not in those of Inception; they",
-            f"compare with one another at {count} images only. In the last line {self.counts['train']} real training",
-            "images take the place of generated ones. Least distance of each T in bold. A class agreement above that",
-            "of real images says that images are more typical than real ones, which low diversity goes with.",
-            f"Mask schedule as trained: {markdown(self.model['mask_schedule'])}. Decoding, commit and device of each",
-            "row: `ledger.jsonl`. First digits of the weights' sha256:",
+            f"{count} images per row, evenly distributed over the classes, seed {self.seed}. Image i of every row has",
+            "the same noise. FID and KID are the Frechet and the kernel distance from all",
+            f"{self.counts['val']} real val images, in the features of the data set's own classifier and not of",
+            f"Inception; only values from {count} images are comparable. The classifier is correct for",
+            f"{self.accuracy:.1%} of the real val images. The last line shows {self.counts['train']} real training",
+            "images instead of generated ones. The lowest distance of each T is bold. If the class agreement is above",
+            "that of real images, the generated images are more typical than real ones; their diversity is then low.",
+            f"The mask schedule is that of the training, {markdown(self.model['mask_schedule'])}. `ledger.jsonl` has",
+            "the decoding, commit and device of each row. First digits of the SHA-256 of the weights:",
             f"tokenizer {model['tokenizer']}, transformer {model['transformer']}, classifier {model['judge']}.",
-            f"Times are wall clock on one machine ({markdown(self.model['device'])}).",
+            f"Times are wall-clock times on one machine ({markdown(self.model['device'])}).",
         )
 
     def _format_distances(self) -> list[str]:
@@ -233,19 +233,19 @@ def compare(
 
     Args:
         run: Run folder or pretrained folder.
-        data: Data folder; None for what the run was trained on.
-        selectors: Names and mappings; None for all, ``remdm`` with each strategy.
+        data: Data folder; None for the data that the run was trained on.
+        selectors: Names and mappings; None for all selectors, ``remdm`` with each strategy.
         num_steps: Numbers of decoding steps; None for 4, 8, 16 and 32, as far as there are tokens.
-        num_images: Images of a row, at least 2 for each class.
-        out: Folder of the page; the ledger lies there too, and in ``RUN/evaluation`` where ``out`` is None.
-        options: Guidance, seed and others.
-        bars: Shows the progress.
+        num_images: Number of images per row, at least 2 per class.
+        out: Folder of the page and the ledger; None for ``RUN/comparison`` and ``RUN/evaluation``.
+        options: Guidance, seed and other options.
+        bars: Progress bars.
 
     Raises:
-        FileNotFoundError: if there is no such run or data.
-        TypeError: if a selector or a guidance schedule does not take its arguments.
-        ValueError: if a name is unknown, the model is autoregressive, the data are not the model's, or a number is out
-            of range.
+        FileNotFoundError: if the run or the data do not exist.
+        TypeError: if a selector or a guidance schedule does not accept its arguments.
+        ValueError: if a name is unknown, the model is autoregressive, the classes of the data are not the model's, or a
+            number is out of range.
     """
     check_integer("num_images", num_images, "[1, inf)")
     folders = find_run(run, data=data, classifier=options.classifier)
@@ -256,7 +256,7 @@ def compare(
     for spec in selectors or ():
         token_selectors.build(spec)
     pipe = open_model(folders, options.device)
-    # the quick ones first: what was measured when a person looks is of use
+    # Few steps first, since they are fast: a command that is stopped early has complete comparisons.
     steps = sorted(num_steps or default_steps(outline.num_tokens, _STEPS))
     assert pipe.decoding.token_selector is not None  # the model is not autoregressive
     work = _plan_decodings(pipe, label_selectors(selectors, pipe.decoding.token_selector), steps, options.guidance)
@@ -327,25 +327,25 @@ def _measure(
 
 
 def label_selectors(wanted: Sequence[Spec] | None, own: Spec) -> dict[str, Spec]:
-    """Returns the selectors that are compared, by the labels that tables show.
+    """Returns the selectors to compare, by label.
 
-    A selector given by its name alone takes the choice temperature of the model's own selector, where both have one;
-    a mapping is taken as it is.
+    A selector that is given by name takes the choice temperature of the model's own selector, if both have one. A
+    mapping is used as it is.
 
     Args:
-        wanted: Names and mappings; None is every registered one that needs no argument, ``remdm`` with each strategy.
-        own: The model's own.
+        wanted: Names and mappings; None for ``list_selectors``.
+        own: The model's own selector.
 
     Raises:
-        TypeError: if a selector does not take its arguments.
-        ValueError: if a name is unknown, a number is out of range, or the same selector comes twice.
+        TypeError: if a selector does not accept its arguments.
+        ValueError: if a name is unknown, a number is out of range, or the same selector is given twice.
     """
     temperature = getattr(token_selectors.build(own), "choice_temperature", None)
     specs = list_selectors() if wanted is None else [(describe(spec), spec) for spec in wanted]
     found: dict[str, Spec] = {}
     for label, spec in specs:
         if label in found:
-            raise ValueError(f"token selector {label}: once is enough, got it twice")
+            raise ValueError(f"token selectors must be different, got {label} twice")
         named = isinstance(spec, str) or wanted is None
         has_one = hasattr(token_selectors.build(spec), "choice_temperature")
         if named and has_one and temperature is not None:
@@ -355,7 +355,10 @@ def label_selectors(wanted: Sequence[Spec] | None, own: Spec) -> dict[str, Spec]
 
 
 def list_selectors() -> list[tuple[str, Spec]]:
-    """Returns labels and specs of every registered selector that needs no argument, ``remdm`` with each strategy."""
+    """Returns the labels and specs of all registered selectors without required arguments.
+
+    ``remdm`` occurs once per strategy.
+    """
     specs: list[tuple[str, Spec]] = []
     for name in token_selectors.build_all():
         for arguments in _VARIANTS.get(name, [{}]):
@@ -371,12 +374,12 @@ def draw_selector_sheet(
     seed: int,
     on_row: Callable[[], object] = lambda: None,
 ) -> Image.Image:
-    """Draws one row a selector, one column a class; images of a column have the same seed, so the same noise.
+    """Draws a sheet of images, with one row per selector and one column per class.
 
     Args:
         pipe: The model.
-        decodings: By the caption of the row.
-        seed: Of the first column; column i has seed + i.
+        decodings: Decodings by the caption of the row.
+        seed: Seed of the first column; column i has ``seed + i`` in all rows.
         on_row: Called after each row.
     """
     import torch

@@ -1,4 +1,7 @@
-"""A classifier of a data folder, which measures what a model generates. Importing this file does not import torch."""
+"""``train_classifier``: a classifier of a data folder, whose features measure generated images.
+
+Importing this file does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +22,13 @@ __all__ = ["TrainedClassifier", "train_classifier"]
 
 @dataclass(frozen=True)
 class TrainedClassifier:
-    """A classifier that is kept.
+    """A stored classifier.
 
     Args:
-        folder: Where it is.
-        accuracy: On the real val split.
-        is_reused: Whether it was trained before.
-        num_classes: Classes of the data.
+        folder: Folder of the classifier.
+        accuracy: Accuracy on the real val split.
+        is_reused: True if the folder already held it.
+        num_classes: Number of classes.
     """
 
     folder: Path
@@ -44,29 +47,29 @@ def train_classifier(
     out: Path | None = None,
     bars: Bars = no_bars,
 ) -> TrainedClassifier:
-    """Trains a classifier on the train split of a data folder, keeps it, and measures it on the val split.
+    """Trains a classifier on the train split of a data folder, stores it, and measures it on the val split.
 
-    One that is there, of the same data and configuration, is not trained again.
+    A stored classifier of the same data and configuration is not trained again.
 
     Args:
         data: Data folder.
         config: Network and training, such as ``default_training("resnet18")``.
-        image_size: Edge of the images, in pixels; None for that of the images where they are all alike.
-        num_workers: Processes that read.
-        device: ``cpu``, ``cuda`` ...; None for a GPU if there is one.
+        image_size: Edge of the images, in pixels; None for the size of the images, if all have the same.
+        num_workers: Number of processes that read images.
+        device: Device such as ``cpu`` or ``cuda``; None for a GPU if there is one.
         out: Folder of the classifier; None for ``runs/DATA-classifier/MODEL``.
-        bars: Shows the progress.
+        bars: Progress bars.
 
     Raises:
-        FileNotFoundError: if there is no such data folder.
-        ValueError: if images have several sizes and none is given, or the network is unknown.
+        FileNotFoundError: if the data folder does not exist.
+        ValueError: if ``image_size`` is None and the images have several sizes, or the network is unknown.
     """
     from maskgit_pl.shards.manifest import read_manifest_summary
 
     check_integer("num_workers", num_workers, "[0, inf)")
     if image_size is not None:
         check_integer("image_size", image_size, "[1, inf)")
-    summary = read_manifest_summary(Path(data))  # before anything heavy is imported
+    summary = read_manifest_summary(Path(data))  # before torch is imported
     sizes = sorted({*summary.images.height, *summary.images.width})
     if image_size is None and len(sizes) > 1:
         raise ValueError(

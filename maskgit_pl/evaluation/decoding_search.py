@@ -1,8 +1,8 @@
-"""The search for a better way to decode one model: a plain search, measured on held-out data.
+"""A search for the best decoding of a model, measured on the val split. ``tuning`` runs it.
 
-Trial 0 is the model's own decoding; ``search_space`` says what the others are. The best trials are measured once more
-with fresh noise and twice the images, the model's own decoding among them, and the best of those wins, so that luck
-does not. ``tuning`` runs it.
+1. Measure the trials. Trial 0 is the model's own decoding; ``search_space`` makes the others.
+2. Measure the best trials and the model's own decoding again, with other noise and twice the number of images.
+3. The best of step 2 wins. Without the second measurement, the winner would be the trial with the luckiest noise.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Measure", "SearchPlan", "SearchResult", "Trial", "search", "sort_trials"]
 
-FINALISTS = 3
-_CONFIRMATION_OFFSET = 1_000_000  # how far the seeds of the second measurement lie from those of the trials
+FINALISTS = 3  # trials of step 2, besides the model's own decoding
+_CONFIRMATION_OFFSET = 1_000_000  # between the seeds of steps 1 and 2, so that no image has the same noise
 
 Measure: TypeAlias = Callable[[DecodingConfig, int, int, str], Mapping[str, float]]
 # (decoding, num_images, seed, purpose) -> numbers by name
@@ -30,12 +30,12 @@ Measure: TypeAlias = Callable[[DecodingConfig, int, int, str], Mapping[str, floa
 
 @dataclass(frozen=True)
 class Trial:
-    """A decoding and its numbers.
+    """A decoding with its measured values.
 
     Args:
-        number: 0 is the model's own.
-        decoding: How its images were decoded.
-        numbers: By name, such as ``fid/classifier``.
+        number: Index of the trial; 0 is the model's own decoding.
+        decoding: The decoding.
+        numbers: Values by name, such as ``fid/classifier``.
     """
 
     number: int
@@ -49,15 +49,15 @@ class SearchResult:
 
     Args:
         trials: All trials, in order.
-        confirmed: The model's own decoding and the best trials, measured again with fresh noise; trial 0 first.
+        confirmed: The model's own decoding and the best trials, measured again with other noise; trial 0 first.
         winner: The best of ``confirmed``.
-        num_images: Images of each of ``confirmed``.
-        seed: Of their first image.
+        num_images: Number of images of each trial in ``confirmed``.
+        seed: Seed of the first image in ``confirmed``.
         metric: Name of the metric of the search.
-        folder: Where the page and the figure are.
-        figure: Whether there is a figure.
-        decoding_file: ``decoding.json`` of the winner; None where the model is decoded in this way already.
-        old_decoding_file: Where the one before is kept, if there was one.
+        folder: Folder of the page and the figure.
+        figure: True if there is a figure.
+        decoding_file: Path of the written ``decoding.json``; None if the model already had the winning decoding.
+        old_decoding_file: Path of the copy of the previous ``decoding.json``; None if there was none.
         num_measured: Number of measurements that were made, those of the ledger not counted.
     """
 
@@ -80,7 +80,7 @@ class SearchResult:
 
 
 def sort_trials(trials: Sequence[Trial], metric: str) -> list[Trial]:
-    """Returns trials by a metric, the best first."""
+    """Returns trials sorted by a metric, the best first."""
     sign = -1 if find_metric(metric).higher_is_better else 1
     return sorted(trials, key=lambda trial: sign * trial.numbers[metric])
 
@@ -91,12 +91,12 @@ class SearchPlan:
 
     Args:
         metric: Name of the metric, such as ``fid/classifier``.
-        trials: At most so many, trial 0 included.
-        num_images: Images of a trial; twice as many confirm.
-        seed: Of the trials, and of their first image: all trials have the same noise.
+        trials: Maximum number of trials, including trial 0.
+        num_images: Number of images per trial; the second measurement takes twice as many.
+        seed: Seed of the random draws, and of the first image: all trials have the same noise.
         method: Random draws or a grid.
-        seconds: No further trial begins after so many; None for no limit.
-        current: How the model is decoded now, where that is one of the trials: it is measured again with the best.
+        seconds: Time limit in seconds, after which no trial begins; None for no limit.
+        current: The decoding in ``decoding.json``; if it is one of the trials, it is measured again with the best.
     """
 
     metric: str
@@ -115,16 +115,17 @@ def search(
     *,
     on_trial: Callable[[Trial], object] = lambda trial: None,
 ) -> SearchResult:
-    """Tries decodings, measures the best again, and returns the best of those.
+    """Runs a search; the module docstring describes its steps.
 
     Args:
-        measure: Measures a decoding with a number of images and a seed.
-        space: Decodings that are tried.
+        measure: Measures a decoding, given the number of images, the seed and a remark for the ledger.
+        space: The decodings of the trials.
         plan: Metric and budget.
         on_trial: Called after each trial and each confirmation.
     """
     metric, num_images = plan.metric, plan.num_images
     start, made = time.monotonic(), list[Trial]()
+    # 1.
     for number in range(plan.trials):
         decoding = space.trial(number, seed=plan.seed, method=plan.method)
         late = plan.seconds is not None and time.monotonic() - start >= plan.seconds
@@ -132,11 +133,13 @@ def search(
             break
         made.append(Trial(number, decoding, measure(decoding, num_images, plan.seed, f"trial {number}")))
         on_trial(made[-1])
+    # 2.
     confirmed, seed = [], plan.seed + _CONFIRMATION_OFFSET
     for trial in _choose_finalists(made, metric, plan.current):
         purpose = f"confirmation of trial {trial.number}"
         confirmed.append(replace(trial, numbers=measure(trial.decoding, 2 * num_images, seed, purpose)))
         on_trial(confirmed[-1])
+    # 3. A tie keeps the earlier one, which is the model's own decoding if it takes part.
     winner = confirmed[0]
     for trial in confirmed[1:]:
         winner = trial if is_better(metric, trial.numbers[metric], winner.numbers[metric]) else winner
@@ -144,9 +147,11 @@ def search(
 
 
 def _choose_finalists(made: Sequence[Trial], metric: str, current: DecodingConfig | None) -> list[Trial]:
-    """Returns trial 0, the trial that is in use, and the best others, no decoding twice."""
+    """Returns trial 0, the trial with the current decoding, and the best others, without equal decodings."""
     others = sort_trials(made[1:], metric)
+    # The current decoding is a trial if an earlier run of this search wrote its winner.
     chosen = [made[0], *(trial for trial in others if trial.decoding == current)][:2]
+    # If it is among the best anyway, it takes no additional place.
     most = len(chosen) + FINALISTS - sum(trial in others[:FINALISTS] for trial in chosen)
     for trial in others:
         if len(chosen) < most and all(trial.decoding != other.decoding for other in chosen):

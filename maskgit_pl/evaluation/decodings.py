@@ -1,7 +1,4 @@
-"""Decodings as values: in another number of steps, as JSON, in words.
-
-Rows of measurements say by these which decoding they are of.
-"""
+"""Decoding configurations in measurements: other numbers of steps, the ledger key, and a description in words."""
 
 from __future__ import annotations
 
@@ -15,32 +12,38 @@ from maskgit_pl.registry import describe
 
 __all__ = ["PLOT_STEPS", "Spec", "choose_plot_steps", "decoding_key", "describe_decoding", "with_steps"]
 
-PLOT_STEPS = (2, 3, 4, 6, 8, 12, 16, 24)  # T of the curves of mask schedules
-Spec = str | dict[str, Any]  # of a token selector, a guidance schedule, a mask schedule
+PLOT_STEPS = (2, 3, 4, 6, 8, 12, 16, 24)  # values of T in the curves of mask schedules
+Spec = str | dict[str, Any]  # name, or mapping with arguments, of a selector or schedule
 
 
 def with_steps(decoding: DecodingConfig, num_steps: int) -> DecodingConfig:
-    """Returns the decoding in another number of steps, without a list of tokens per step, which is one of T numbers."""
+    """Returns the decoding with another number of steps, and without ``tokens_per_step``, whose length is T."""
     return replace(decoding, num_steps=num_steps, tokens_per_step=None)
 
 
 def choose_plot_steps(num_tokens: int, steps: Iterable[int] = PLOT_STEPS) -> tuple[int, ...]:
-    """Returns the T at most half the number of tokens, above which a step decides less than two; in order, each once.
+    """Returns the sorted, distinct numbers of steps that are at most half the number of tokens.
+
+    With more steps, a step decides fewer than two tokens on average.
+
+    Args:
+        num_tokens: N.
+        steps: Numbers of steps to choose from.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if no number of steps is left.
     """
     most = max(2, num_tokens // 2)
     wanted = tuple(sorted({number for number in steps if number <= most}))
     if not wanted:
-        raise ValueError(f"num_steps: a number of at most {most}, half of the tokens, is needed, got {list(steps)}")
+        raise ValueError(f"num_steps must be <= {most}, half the number of tokens, got only {list(steps)}")
     return wanted
 
 
 def decoding_key(decoding: DecodingConfig) -> dict[str, Any]:
-    """Returns what the ledger tells decodings apart by: token selector, guidance, and fields that are not the default.
+    """Returns the ledger key of a decoding: token selector, guidance, and all fields that differ from their default.
 
-    A field that a later version adds is then absent from the rows of both.
+    A default is left out so that rows remain valid when a later version adds a field.
     """
     usual = {field.name: field.default for field in fields(DecodingConfig)}
     given = {name: value for name, value in asdict(decoding).items() if value != usual[name]}
@@ -50,7 +53,12 @@ def decoding_key(decoding: DecodingConfig) -> dict[str, Any]:
 
 
 def describe_decoding(decoding: DecodingConfig, *, steps: bool = True) -> str:
-    """Returns a decoding in a line, without its defaults; ``steps`` False leaves T out."""
+    """Returns a decoding in one line, without fields that have their default.
+
+    Args:
+        decoding: The decoding.
+        steps: True to begin with the number of steps.
+    """
     temperature = decoding.sampling_temperature
     parts = [f"T {decoding.num_steps}"] if steps else []
     parts += [describe(decoding.token_selector), f"guidance {describe(decoding.guidance)}"]

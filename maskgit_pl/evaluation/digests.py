@@ -1,7 +1,4 @@
-"""Digests that tell measurements apart: of plain values, and of a model beyond its weights.
-
-Used for the keys of the ledger and of kept references.
-"""
+"""SHA-256 digests that identify settings and models in the keys of the ledger and of reference files."""
 
 from __future__ import annotations
 
@@ -20,25 +17,25 @@ _DIGITS = 16
 
 
 def digest_of(values: Any) -> str:
-    """Returns the sha256, hexadecimal, of plain values: equal values have equal digests, whatever their order."""
+    """Returns the SHA-256 in hex of plain values; the order of mapping keys does not matter."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def shorten_digest(digest: str) -> str:
-    """Returns the first 16 digits, which files and rows are told apart by."""
+    """Returns the first 16 hex digits (64 bits), which file names and ledger rows hold."""
     return digest[:_DIGITS]
 
 
 def model_digests(pipe: MaskGIT, pretrained: Path) -> dict[str, str]:
-    """Returns what decides a model's images beside decoding and seed, as sha256, hexadecimal.
+    """Returns the SHA-256 digests of everything that determines a model's images, except decoding and seed.
 
     Args:
         pipe: The model.
-        pretrained: The folder that it was read from.
+        pretrained: Folder that the model was read from.
 
     Returns:
-        ``tokenizer`` and ``transformer``: of their weights. ``config``: of sizes, mask schedule and classes, which the
-        same weights may be read with.
+        Digests in hex by name. ``tokenizer`` and ``transformer`` identify the weights; ``config`` identifies sizes,
+        mask schedule and classes.
     """
     tokenizer, transformer = pipe.tokenizer, pipe.transformer
     config = {

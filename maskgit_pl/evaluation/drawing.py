@@ -1,4 +1,4 @@
-"""Parts that figures share: quality against T, names at the ends of lines instead of a legend, and saving."""
+"""Functions that several figures share: curves over the number of steps, labels at line ends, and PNG output."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ if TYPE_CHECKING:
 
 __all__ = ["LineEnd", "figure_to_png", "name_lines", "plot_by_steps", "plot_floor", "spread"]
 
-_LABEL_HEIGHT = 0.047  # of the axes: how far apart the names at the ends of lines are at least
+_LABEL_HEIGHT = 0.047  # minimum distance of two labels at line ends, as a fraction of the axes' height
 _REAL = "#3a7d44"
-_FAR = 3  # times below the least value: a line there would leave half of the panel empty
+_FAR = 3  # a floor more than 3 times below the lowest curve would leave half of the panel empty
 
 
 @dataclass(frozen=True)
 class LineEnd:
-    """The right end of a line, and the name that is written there.
+    """The right end of a line with its label.
 
     Args:
         label: Name of the line.
-        point: In the units of the axes.
-        colour: Of the name.
-        bold: True for the line that stands out.
+        point: Coordinates of the end, in the units of the axes.
+        colour: Colour of the label.
+        bold: True for a line that is emphasised.
     """
 
     label: str
@@ -40,15 +40,15 @@ class LineEnd:
 def plot_by_steps(
     axes: Axes, curves: Mapping[str, Mapping[int, float]], colours: Mapping[str, str], *, front: str | None = None
 ) -> None:
-    """Plots quality against the number of decoding steps, a line for each name.
+    """Plots a metric over the number of decoding steps, one line per name.
 
-    Values that span more than a factor of 4 stand on a logarithmic axis.
+    The vertical axis is logarithmic if the values span more than a factor of 4.
 
     Args:
         axes: Empty axes.
-        curves: By name: the value at each T.
-        colours: By name.
-        front: Name of the line that stands out; None for none.
+        curves: Values by name and number of steps.
+        colours: Colours by name.
+        front: Name of the line that is emphasised; None for none.
     """
     values = [value for curve in curves.values() for value in curve.values()]
     axes.set_xscale("log", base=2)
@@ -69,12 +69,12 @@ def plot_by_steps(
 
 
 def plot_floor(axes: Axes, floor: float, label: str) -> None:
-    """Draws the value of real images as a dashed line; only its label where it lies far below all other lines.
+    """Draws the value of real images as a dashed line, or only its label if it is far below all curves.
 
     Args:
         axes: Axes of ``plot_by_steps``.
-        floor: In the units of the axes.
-        label: Written above the line.
+        floor: Value of real images.
+        label: Text above the line.
     """
     near = floor > axes.dataLim.ymin / _FAR
     if near:
@@ -84,15 +84,15 @@ def plot_floor(axes: Axes, floor: float, label: str) -> None:
 
 
 def name_lines(figure: Figure, axes: Axes, ends: Mapping[str, LineEnd], *, least: float = _LABEL_HEIGHT) -> None:
-    """Writes names at the right ends of lines, moved apart where lines end close to one another.
+    """Writes labels at the right ends of lines, and moves them apart if they would overlap.
 
     Args:
-        figure: Everything else must be drawn already.
-        axes: Where the lines are.
-        ends: By any name.
-        least: Least distance of two names, as a share of the axes' height.
+        figure: Figure in which everything else is drawn.
+        axes: Axes with the lines.
+        ends: Line ends by name.
+        least: Minimum distance of two labels, as a fraction of the axes' height.
     """
-    figure.draw_without_rendering()  # ends of lines have their places from here on
+    figure.draw_without_rendering()  # the layout, and with it the places of the line ends, is computed here
     to_axes = axes.transData + axes.transAxes.inverted()
     heights = {name: float(to_axes.transform(end.point)[1]) for name, end in ends.items()}
     for name, height in spread(heights, least=least).items():
@@ -113,14 +113,23 @@ def figure_to_png(figure: Figure) -> bytes:
 
 
 def spread(heights: Mapping[str, float], *, least: float) -> dict[str, float]:
-    """Moves heights apart to at least ``least`` from one another, in their order and as little as possible.
+    """Moves heights apart to a minimum distance, in their order and as little as possible.
 
-    Neighbours that are too close become a group around the mean of their heights.
+    1. Take the heights in ascending order; each starts a group of its own.
+    2. While a group overlaps the one below, merge the two. A group stands around the mean of its heights.
+
+    Args:
+        heights: Heights by name.
+        least: Minimum distance.
+
+    Returns:
+        New heights by name.
     """
     names = sorted(heights, key=lambda name: heights[name])
     groups: list[list[str]] = []
     for name in names:
-        groups.append([name])
+        groups.append([name])  # 1.
+        # 2.
         while len(groups) > 1 and _bottom(groups[-1], heights, least) - _top(groups[-2], heights, least) < least:
             groups[-2:] = [groups[-2] + groups[-1]]
     return {

@@ -1,7 +1,7 @@
-"""Held-out images that are edited as in the paper's Table 2: the right half outpainted, the centre inpainted.
+"""The editing tasks of the paper's Table 2: outpaint the right half of held-out images, or inpaint their centre.
 
-What is to be generated is taken out of an image before anything sees it: a tokenizer that saw the hidden pixels would
-carry some of them into the tokens beside them.
+The pixels to generate are removed before the tokenizer encodes an image. Otherwise its convolutions would carry some of
+them into the neighbouring tokens. ``Evaluator.measure_editing`` uses it.
 """
 
 from __future__ import annotations
@@ -19,31 +19,39 @@ __all__ = ["Task", "edit", "hide_pixels", "make_hidden_mask"]
 
 Task = Literal["outpaint-right", "inpaint-centre"]
 
-_GREY = 128
+_GREY = 128  # uint8 value of hidden pixels
 
 
 def make_hidden_mask(task: Task, tokenizer: PretrainedTokenizer) -> Tensor:
-    """Returns (H, W) bool, True where pixels are to be generated: the right half, or half of each edge at the centre.
+    """Returns the mask of the pixels to generate: the right 50 %, or the centre of 50 % x 50 %.
 
-    In whole tokens: the right half is rounded up, the centre down to what lies in the middle. Of 7 x 7 tokens that is
-    4 columns, and 3 x 3 tokens.
+    The mask consists of whole tokens. The right half is rounded up, and the centre down to a size that can be centred:
+    of 7 x 7 tokens, these are 4 columns, or 3 x 3 tokens.
+
+    Args:
+        task: The task.
+        tokenizer: Tokenizer whose token grid is used.
+
+    Returns:
+        (H, W) bool, True for pixels to generate.
 
     Source: paper, Table 2.
     """
     rows, columns = tokenizer.grid
-    hidden = torch.zeros(rows, columns, dtype=torch.bool)
+    hidden = torch.zeros(rows, columns, dtype=torch.bool)  # (h, w) tokens
     if task == "outpaint-right":
         hidden[:, columns // 2 :] = True
     else:
+        # edge - size must be even, so that both margins are equal.
         high, wide = (max(1, edge // 2 - (edge - edge // 2) % 2) for edge in (rows, columns))
         top, left = (rows - high) // 2, (columns - wide) // 2
         hidden[top : top + high, left : left + wide] = True
     factor = tokenizer.network.config.downsampling_factor
-    return hidden.repeat_interleave(factor, 0).repeat_interleave(factor, 1)
+    return hidden.repeat_interleave(factor, 0).repeat_interleave(factor, 1)  # (H, W) pixels
 
 
 def hide_pixels(task: Task, tokenizer: PretrainedTokenizer, images: Tensor) -> Tensor:
-    """Returns (n, C, H, H) uint8 images with grey in place of what is to be generated."""
+    """Returns (n, C, H, H) uint8 images with grey in the pixels to generate."""
     return images.masked_fill(make_hidden_mask(task, tokenizer), _GREY)
 
 
@@ -57,16 +65,16 @@ def edit(
     batch_size: int = 100,
     on_images: Callable[[int], object] = lambda count: None,
 ) -> Tensor:
-    """Generates the hidden part of each image anew, given its class.
+    """Regenerates the hidden part of each image, given its class.
 
     Args:
-        task: Which part.
-        pipe: The model, whose own decoding is followed.
-        images: (n, C, H, H) uint8, of the model's size.
-        labels: (n,) int64: their classes.
-        seed: Image i has seed + i.
-        batch_size: Images at a time, where they are inpainted.
-        on_images: Called with the number of images that are done.
+        task: The part to generate.
+        pipe: The model; its own decoding is used.
+        images: (n, C, H, H) uint8, of the model's image size.
+        labels: (n,) int64: classes of the images.
+        seed: Seed of the first image; image i has ``seed + i``.
+        batch_size: Images per batch of inpainting; outpainting takes one image at a time.
+        on_images: Called with the number of images that were edited.
 
     Returns:
         (n, C, H, H) uint8.

@@ -1,4 +1,4 @@
-"""The pictures of an evaluation: generated images class by class, reconstructions, and an animation of the decoding."""
+"""Pictures of an evaluation: generated images by class, reconstructions, and an animation of the decoding."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def write_pictures(
     """Writes ``samples.png``, ``reconstructions.png`` and ``decoding.gif``.
 
     Args:
-        evaluator: Gives real images.
+        evaluator: Evaluator whose data give the real images.
         pipe: The model.
-        decoding: How it decodes.
-        made: Generated images, class by class.
-        folder: Where the files go.
-        seed: Of the first image of the animation.
+        decoding: Decoding of the animation.
+        made: Generated images, sorted by class.
+        folder: Folder of the files.
+        seed: Seed of the first image of the animation.
     """
     classes = choose_classes(len(pipe.class_names))
     rows = []

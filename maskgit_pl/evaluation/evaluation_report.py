@@ -1,4 +1,4 @@
-"""The report of an evaluation: ``evaluation.json`` with everything needed to repeat it, and a table for people."""
+"""The report of an evaluation: ``evaluation.json`` with everything that reproduces it, and a table for the terminal."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Measurements", "Report", "make_report"]
 
-_OF_IMAGES = ("class_agreement", "diversity", "seconds_per_image")  # what a report says of images
+_OF_IMAGES = ("class_agreement", "diversity", "seconds_per_image")  # values of images that belong to no network
 _ESTIMATES = ("masked_nll", "elbo_", "exact_")
 
 
@@ -34,15 +34,14 @@ class Measurements:
     """The measurements of a report.
 
     Args:
-        decoding: How the model decoded.
-        num_images: Images of a row.
-        seed: Of the first.
-        samples: By how they were made, then by network: rows of the ledger.
-        real: By network: the row of as many real images.
-        reconstruction: Of the tokenizer.
-        likelihood: The row of the transformer.
-        cas: Rows of the classification accuracy score, by what the classifier was trained on; empty where it was not
-            measured.
+        decoding: Decoding of the model.
+        num_images: Number of generated images.
+        seed: Seed of the first image.
+        samples: Rows of the ledger by guidance (``exported_guidance``, ``without_guidance``) and network.
+        real: Rows of the same number of real images, by network.
+        reconstruction: Reconstruction error of the tokenizer.
+        likelihood: Row of the likelihood.
+        cas: Rows of the classification accuracy score by training images; empty if it was not measured.
     """
 
     decoding: DecodingConfig
@@ -57,30 +56,30 @@ class Measurements:
 
 @dataclass(frozen=True)
 class Report:
-    """All numbers of an evaluation, in plain values; those of a network's features are named after it (``fid/lite0``).
+    """The values of an evaluation; names of network metrics have the label as suffix, e.g. ``fid/lite0``.
 
     Args:
-        content: What ``evaluation.json`` holds.
-        file: That file; the first rank writes it.
+        content: Content of ``evaluation.json``, in plain values.
+        file: Path of that file; the first rank writes it.
     """
 
     content: Mapping[str, Any]
     file: Path
 
     def save(self) -> None:
-        """Writes the JSON file, under a temporary name first."""
+        """Writes the JSON file atomically."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         write_text(self.file, json.dumps(self.content, indent=2) + "\n")
 
     def table(self) -> Table:
-        """Returns the numbers that people ask for first."""
+        """Returns the most important values as a table for the terminal."""
         from rich.table import Table
 
         protocol, samples = self.content["protocol"], self.content["samples"]
         columns = [*samples.values(), self.content["real_against_real"]]
         table = Table(title=f"{protocol['num_images']} images, {protocol['num_steps']} steps, seed {protocol['seed']}")
         table.add_column("")
-        for name in (*(name.replace("_", " ") for name in samples), "as many real"):
+        for name in (*(name.replace("_", " ") for name in samples), "real images"):
             table.add_column(name, justify="right")
         names = [
             [*_OF_IMAGES],
@@ -96,13 +95,13 @@ class Report:
 
 
 def make_report(model: EvaluatedModel, evaluator: Evaluator, made: Measurements, file: Path) -> Report:
-    """Puts measurements together with everything needed to repeat them.
+    """Returns the report of measurements, with everything that reproduces them.
 
     Args:
         model: The model.
-        evaluator: What measured it.
+        evaluator: Evaluator that made the measurements.
         made: The measurements.
-        file: Where the report goes.
+        file: Path of the report.
     """
     networks, pipe, floor = evaluator.networks, model.pipe, next(iter(made.real.values()))
     report = {
@@ -149,7 +148,7 @@ def _network(network: FeatureMetrics) -> dict[str, Any]:
 
 
 def _reference(networks: Iterable[FeatureMetrics]) -> str:
-    """Returns the names of what generated images were compared with: a split or a file."""
+    """Returns the name of the split or file that generated images were compared with."""
     origins = [network.reference.origin for network in networks]
     return ", ".join(dict.fromkeys(origin.file or f"{origin.split} split" for origin in origins if origin is not None))
 
@@ -166,8 +165,11 @@ def _add_model(table: Table, report: Mapping[str, Any]) -> None:
     rebuilt, model, likelihood = report["reconstruction"], report["model"], report["likelihood"]
     for name, row in report.get("classification_accuracy_score", {}).items():
         table.add_row(f"CAS top-1, trained on {name.replace('_', ' ')}", f"{row['top1']:.1%}")
-    for name, text in (("masked_nll", "nats a masked token"), ("elbo_bits_per_token", "bits a token, at most"),
-                        ("exact_bits_per_token", "bits a token")):  # fmt: skip
+    for name, text in (
+        ("masked_nll", "NLL per masked token, nats"),
+        ("elbo_bits_per_token", "upper bound per token, bits"),
+        ("exact_bits_per_token", "NLL per token, bits"),
+    ):
         if name in likelihood:
             table.add_row(text, f"{likelihood[name]:.3f} ± {likelihood[f'{name}_error']:.3f}")
     table.add_row(f"reconstruction PSNR, {rebuilt['images']} images", f"{rebuilt['psnr_db']:.2f} dB")
@@ -175,8 +177,8 @@ def _add_model(table: Table, report: Mapping[str, Any]) -> None:
     for name, value in rebuilt.items():
         if name.startswith(("rfid/", "lpips/")):
             table.add_row(title(name), format_value(name, value))
-    table.add_row("codes used", f"{rebuilt['codebook_usage']:.1%} of {model['num_codes']}")
-    table.add_row("tokens of an image", " x ".join(map(str, model["grid"])))
+    table.add_row("codes used", f"{rebuilt['codebook_usage']:.1%} of {model['codebook_size']}")
+    table.add_row("tokens per image", " x ".join(map(str, model["grid"])))
     parameters = (model["tokenizer_parameters"], model["transformer_parameters"])
     table.add_row("parameters", " + ".join(f"{count / 1e6:.2f} M" for count in parameters))
 
@@ -188,7 +190,7 @@ def _sizes(pipe: MaskGIT) -> dict[str, Any]:
     return {
         "image_size": pipe.tokenizer.image_size,
         "grid": list(pipe.tokenizer.grid),
-        "num_codes": pipe.tokenizer.network.config.num_codes,
+        "codebook_size": pipe.tokenizer.network.config.codebook_size,
         "num_classes": len(pipe.class_names),
         "tokenizer_parameters": parameters(pipe.tokenizer.network),
         "transformer_parameters": parameters(pipe.transformer.network),

@@ -1,8 +1,9 @@
-"""The evaluator: measures a model once, and remembers.
+"""The evaluator: it measures models and keeps the results in the ledger, so that nothing is measured twice.
 
-Used by ``evaluate``, ``compare``, ``tune``, ``table``, ``figure`` and ``ablation``. What decides a number is the key of
-its row in the ledger: the model's weights and configuration, the data, the weights of the network that measures, the
-reference it compares with, the decoding, the number of images and the seed. Commit, date and device stand beside it.
+``evaluate``, ``compare``, ``tune``, ``table``, ``figure`` and ``ablation`` use it. The key of a ledger row consists of
+everything that determines its values: weights and configuration of the model, the data, weights and reference of the
+feature network, the decoding, the number of images and the seed. Commit, date and device are recorded with it, but are
+not part of the key.
 """
 
 from __future__ import annotations
@@ -45,24 +46,24 @@ from maskgit_pl.provenance import describe_environment, device_name
 
 __all__ = ["EvaluatedModel", "Evaluator", "collect_numbers"]
 
-_FLOOR_BATCH = 200
-_OWN_COLUMNS = ("model", "max_steps", "seed")  # of the classifier of CAS
+_READ_BATCH = 200  # real images per read
+_OWN_COLUMNS = ("model", "max_steps", "seed")  # fields of ``CASConfig`` that have a column of their own
 _NO_MODEL = {"model": REAL, "run": "", "mask_schedule": "", "parameters": None, "tokenizer": "", "transformer": ""}
 _NO_DECODING: dict[str, Any] = {"num_steps": None, "decoding": None}
 _DEVIATIONS = ("kid_deviation", "is_deviation")
-_OF_IMAGES = ("class_agreement", "diversity", "steps_taken", "seconds_per_image")  # not of one network's features
+_OF_IMAGES = ("class_agreement", "diversity", "steps_taken", "seconds_per_image")  # values that belong to no network
 EDITED, UNEDITED, MASKED = "MaskGIT", "unedited", "masked"
 
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """A model that is measured.
+    """A model to measure.
 
     Args:
-        run: Name of its run.
+        run: Name of the run.
         pipe: The model.
-        pretrained: Where it was read from.
-        folder: ``RUN/evaluation``: where its images are kept.
+        pretrained: Folder that the model was read from.
+        folder: Folder of the generated images, such as ``RUN/evaluation``.
     """
 
     run: str
@@ -72,12 +73,12 @@ class EvaluatedModel:
 
     @property
     def kind(self) -> str:
-        """The kind of model, as tables call it."""
+        """The kind of the model in tables: "MaskGIT" or "autoregressive"."""
         return "MaskGIT" if self.pipe.transformer.mask_schedule is not None else "autoregressive"
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """The columns that say which model a row is of."""
+        """The ledger columns that identify the model."""
         pipe = self.pipe
         networks: tuple[nn.Module, ...] = (pipe.tokenizer.network, pipe.transformer.network)
         return {
@@ -90,19 +91,21 @@ class EvaluatedModel:
 
 
 class Evaluator:
-    """Measures models on the same data with the same networks; what the ledger holds is not measured again.
+    """An evaluator of models on the same data with the same networks.
+
+    Each ``measure_*`` method returns the row of the ledger if it exists, else it measures and adds the row.
 
     Args:
         data: The real images.
-        dataset: Name of the data, for people.
+        dataset: Name of the data, for tables.
         networks: Feature networks by label.
-        ledger: Holds the measurements.
-        bars: Shows the progress.
-        batch_size: Images at a time; changes the time alone.
-        device: Where the networks are, and where the classifier of CAS is trained.
+        ledger: Ledger of the measurements.
+        bars: Progress bars.
+        batch_size: Images per batch of generation; it does not change results.
+        device: Device of the networks and of the training of the CAS classifier.
 
     Attributes:
-        num_measured: Number of measurements that were made, those of the ledger not counted.
+        num_measured: Number of new measurements, without those that the ledger already held.
     """
 
     def __init__(
@@ -119,7 +122,7 @@ class Evaluator:
         self.data, self.dataset, self.networks, self.ledger = data, dataset, networks, ledger
         self.bars, self.batch_size, self.device = bars, batch_size, torch.device(device)
         self.num_measured = 0
-        self._commit = describe_environment()["commit"]  # of the code that runs, not of what is committed later
+        self._commit = describe_environment()["commit"]  # now: the user may commit while it runs
 
     def measure_samples(
         self,
@@ -133,20 +136,20 @@ class Evaluator:
         keep: bool = False,
         purpose: str | None = None,
     ) -> dict[str, Row]:
-        """Measures generated images.
+        """Measures generated images in the features of each network.
 
         Args:
             model: The model.
-            decoding: How it decodes.
-            num_images: Number of images, over all classes.
-            seed: Of the first image.
+            decoding: Decoding of the images.
+            num_images: Number of images of all classes.
+            seed: Seed of the first image.
             networks: Labels of the feature networks; None is all.
-            metrics: See ``distances``; a row of all of them serves where fewer are asked for.
-            keep: Whether the images stay in their file, for what is measured on them next.
-            purpose: What a new row is for, which decides nothing.
+            metrics: See ``distances``; a row with all metrics also serves a request for the fast ones.
+            keep: True to keep the file of generated images for the next measurement.
+            purpose: Remark in a new row; it is not part of the key.
 
         Returns:
-            A row for each network.
+            Rows by label of the network.
         """
         keys = self._key_columns(model, num_images, seed, decoding)
         rows = self._find_rows("samples", keys, networks, metrics)
@@ -165,7 +168,7 @@ class Evaluator:
     def generate(
         self, model: EvaluatedModel, decoding: DecodingConfig, *, num_images: int, seed: int, title: str
     ) -> GeneratedImages:
-        """Generates the images of a measurement, in a file of their own until ``delete_generated``."""
+        """Generates the images of a measurement into a file, which exists until ``delete_generated``."""
         return generate_images(
             model.pipe,
             self._samples_file(model, decoding, num_images, seed),
@@ -186,7 +189,18 @@ class Evaluator:
     def measure_real(
         self, *, num_images: int, networks: Sequence[str] | None = None, metrics: Metrics = "all"
     ) -> dict[str, Row]:
-        """Measures as many real train images, drawn at random: the floor of every distance."""
+        """Measures random images of the train split instead of generated ones.
+
+        Their distances are a floor: the value that perfect samples of this number would have.
+
+        Args:
+            num_images: Number of images, at most all of the train split.
+            networks: Labels of the feature networks; None is all.
+            metrics: See ``distances``.
+
+        Returns:
+            Rows by label of the network.
+        """
         count = min(num_images, self.data.summary.samples["train"])
         keys = self._key_columns(None, count, 0, None)
         rows = self._find_rows("samples", keys, networks, metrics)
@@ -196,20 +210,36 @@ class Evaluator:
                 rows[label] = self._measure("samples", keys, label, _make_reader(images), labels, metrics)
         return {label: row for label, row in rows.items() if row is not None}
 
-    @lru_cache(maxsize=2)  # noqa: B019  # an evaluator lives as long as its command
+    @lru_cache(maxsize=2)  # noqa: B019  # the cache keeps the evaluator alive, which a command needs to its end
     def read_real_images(self, split: str, count: int) -> tuple[Tensor, Tensor]:
-        """Returns images of a split, drawn at random, always the same ones: (n, C, H, W) uint8 and labels (n,)."""
+        """Reads random images of a split, the same in every call; see ``draw_order``.
+
+        Args:
+            split: ``train`` or ``val``.
+            count: Number of images; all of the split if it has fewer.
+
+        Returns:
+            (n, C, H, W) uint8 images and (n,) int64 labels.
+        """
         samples = self.data.summary.samples[split]
         batches = self.data.batches(split, draw_order(samples, count))  # type: ignore[arg-type]  # train or val
         count = min(count, samples)
         parts = [
-            batches.__getitems__(range(first, min(first + _FLOOR_BATCH, count)))
-            for first in range(0, count, _FLOOR_BATCH)
+            batches.__getitems__(range(first, min(first + _READ_BATCH, count)))
+            for first in range(0, count, _READ_BATCH)
         ]
         return torch.cat([part.content for part in parts]), torch.cat([part.labels for part in parts])
 
     def measure_likelihood(self, model: EvaluatedModel, *, num_images: int, draws: int, seed: int = 0) -> Row:
-        """Measures masked NLL and the order-agnostic bound, or the exact likelihood of an autoregressive model."""
+        """Measures the likelihood of real val images.
+
+        Args:
+            model: The model. A MaskGIT gets the masked NLL and the order-agnostic bound, an autoregressive model the
+                exact NLL.
+            num_images: Number of images, at most all of the val split.
+            draws: Number of masks per image.
+            seed: Seed of the masks.
+        """
         count = min(num_images, self.data.summary.samples["val"])
         keys = {**self._model_columns(model), "num_images": count, "seed": seed, "draws": draws}
         row = self.ledger.find("likelihood", keys)
@@ -242,7 +272,15 @@ class Evaluator:
         num_images: int,
         seed: int,
     ) -> Row:
-        """Measures the classification accuracy score; of real train images where there is no model."""
+        """Measures the classification accuracy score (CAS): a classifier trained on images, tested on real val images.
+
+        Args:
+            model: Model that generates the training images; None for real train images.
+            decoding: Decoding of the images; None for real ones.
+            config: Network and training of the classifier.
+            num_images: Number of training images.
+            seed: Seed of the first generated image.
+        """
         config = config.for_images(self.data.config.image_size)
         training = {name: value for name, value in asdict(config).items() if name not in _OWN_COLUMNS}
         keys = {
@@ -257,7 +295,9 @@ class Evaluator:
         source: TrainingImages | Tensor
         if model is None or decoding is None:
             there = self.data.summary.samples["train"]
-            source = draw_order(there, num_images)(range(min(num_images, there))).index  # of ``real_images``
+            source = draw_order(there, num_images)(
+                range(min(num_images, there))
+            ).index  # the images of ``read_real_images``
         else:
             title = f"{name}: {num_images} images for CAS"
             made = self.generate(model, decoding, num_images=num_images, seed=seed, title=title)
@@ -267,7 +307,17 @@ class Evaluator:
         return self._add("cas", {**keys, "top1": found.top1, "top5": found.top5, "real_images": found.images})
 
     def measure_editing(self, model: EvaluatedModel, task: Task, *, num_images: int, seed: int) -> list[Row]:
-        """Measures held-out images edited, as they are, and with grey in place of what is hidden: a row a network."""
+        """Measures val images in three versions: edited, with the hidden part grey, and unedited.
+
+        Args:
+            model: The model; its own decoding is used.
+            task: The editing task.
+            num_images: Number of images, at most all of the val split.
+            seed: Seed of the first image.
+
+        Returns:
+            A row for each version and network.
+        """
         decoding, count = model.pipe.decoding, min(num_images, self.data.summary.samples["val"])
         rows: list[Row] = []
         images: dict[str, Tensor] = {}
@@ -290,7 +340,7 @@ class Evaluator:
     def _find_rows(
         self, kind: str, keys: Mapping[str, Any], networks: Sequence[str] | None = None, metrics: Metrics = "all"
     ) -> dict[str, Row | None]:
-        """Returns the rows of networks that the ledger holds, and None for the others."""
+        """Returns the row of each network in the ledger, or None if it is missing."""
         rows: dict[str, Row | None] = {}
         for label in self.networks if networks is None else networks:
             having = self.networks[label].last_number(keys["num_images"], metrics)
@@ -316,14 +366,14 @@ class Evaluator:
         return self.ledger.add(kind, {**row, "commit": self._commit, "date": date, "device": device_name(self.device)})
 
     def _network_columns(self, kind: str, label: str) -> dict[str, Any]:
-        """Returns the columns of a network, and the split that it compares with, which a file stands in place of."""
+        """Returns the columns of a network. For samples, the split is that of its reference; a file has none."""
         network = self.networks[label]
         assert network.reference.origin is not None
         split = {"split": network.reference.origin.split} if kind == "samples" else {}
         return {**network.columns, **split}
 
     def _model_columns(self, model: EvaluatedModel | None) -> dict[str, Any]:
-        if model is None:  # real images are decided by their size alone
+        if model is None:  # data, size and channels determine real images
             of = {**_NO_MODEL, "config": shorten_digest(ReferenceOrigin.from_split(self.data, "train").digest)}
         else:
             of = model.identity
@@ -339,10 +389,10 @@ class Evaluator:
 
 
 def collect_numbers(rows: Mapping[str, Row]) -> dict[str, float]:
-    """Returns the numbers of a measurement by their names, such as ``fid/classifier`` and ``diversity``.
+    """Returns the values of a measurement by name, such as ``fid/classifier`` and ``diversity``.
 
     Args:
-        rows: By network, as ``Evaluator.samples`` gives them.
+        rows: Rows by label of the network, see ``Evaluator.measure_samples``.
     """
     found = {}
     for label, row in rows.items():

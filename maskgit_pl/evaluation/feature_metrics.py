@@ -1,4 +1,4 @@
-"""The numbers of images in the features of one network, beside a reference of real images."""
+"""Metrics of images in the features of one network, relative to real images. ``Evaluator`` uses it."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from maskgit_pl.evaluation.reference import Reference
 
 __all__ = ["CLASSIFIER", "FeatureMetrics"]
 
-CLASSIFIER = "classifier"  # label of the network that knows the classes of the data
+CLASSIFIER = "classifier"  # label of the classifier of the data at hand
 
 
 @dataclass(frozen=True)
 class FeatureMetrics:
-    """A feature network and the real images that it compares with.
+    """A feature network with the real images that it compares with.
 
     Args:
-        extractor: The network, on the device where it works.
-        reference: Features or statistics of the val split, or of what stands in its place.
-        labels: (m,) int64: classes of the reference; None where they are not known.
+        extractor: The network, on its device.
+        reference: Features or statistics of real images: the val split or a file.
+        labels: (m,) int64: classes of the real images; None if unknown.
 
     Raises:
-        ValueError: if the reference does not say what it was made from.
+        ValueError: if the reference has no origin.
     """
 
     extractor: Extractor
@@ -38,11 +38,13 @@ class FeatureMetrics:
 
     def __post_init__(self) -> None:
         if self.reference.origin is None:
-            raise ValueError(f"reference of {self.extractor.label}: must have an origin, which its rows are found by")
+            raise ValueError(
+                f"reference of {self.extractor.label}: origin must be given, because it is part of the ledger key"
+            )
 
     @property
     def columns(self) -> dict[str, Any]:
-        """The columns of a ledger that say which network measured and what it compared with."""
+        """The ledger columns that identify the network and its reference."""
         features, origin = self.reference.features, self.reference.origin
         assert origin is not None
         return {
@@ -56,15 +58,21 @@ class FeatureMetrics:
 
     @property
     def accuracy(self) -> float | None:
-        """Accuracy of a classifier of the data on the real images; None of another network."""
+        """The accuracy of the data's classifier on the real images; None for other networks."""
         features = self.reference.features
         if features is None or features.logits is None or self.labels is None or self.extractor.label != CLASSIFIER:
             return None
         return class_agreement(features.logits.argmax(1), self.labels)
 
     def last_number(self, num_images: int, metrics: Metrics) -> str:
-        """Returns the name of a number that only a row with all of the metrics of so many images has."""
+        """Returns the metric that is present only in a complete row, by which the ledger recognises one.
+
+        Args:
+            num_images: Number of generated images.
+            metrics: Metrics that the row must have.
+        """
         features = self.reference.features
+        # Precision is the last metric; it is left out for few images and in a fast measurement.
         few = features is None or min(num_images, len(features)) <= PRECISION_NEIGHBOURS
         return "fid" if few or metrics == "fast" else "precision"
 
@@ -77,14 +85,17 @@ class FeatureMetrics:
         metrics: Metrics = "all",
         on_images: Callable[[int], object] = lambda count: None,
     ) -> dict[str, float]:
-        """Measures other images; the ranks share the work.
+        """Computes the metrics of images; the ranks share the work.
 
         Args:
-            read: Gives some of the images: (b, C, H, W) uint8.
-            count: Number of images.
-            labels: (n,) int64: the classes asked for, where the network knows the data's own.
+            read: Returns the (b, C, H, W) uint8 images of a range of rows.
+            count: Number n of images.
+            labels: (n,) int64: requested classes; only the classifier of the data uses them.
             metrics: See ``distances``.
-            on_images: Called with the number of images of each batch that is done.
+            on_images: Called after each batch with its number of images.
+
+        Returns:
+            Values by name, without the label of the network.
         """
         extractor = self.extractor
         features = extract([extractor], iter_image_batches(read, count), on_images=on_images)[extractor.label]
@@ -95,7 +106,7 @@ class FeatureMetrics:
         return numbers
 
     def _diversity(self, features: ImageFeatures, labels: Tensor) -> dict[str, float]:
-        """Returns the diversity beside the real images; nothing where too few images of a class are there."""
+        """Returns the diversity; nothing if no class has 2 generated images or no real images are known."""
         real = self.reference.features
         if real is None or self.labels is None or int(labels.bincount().max()) < 2:
             return {}

@@ -1,7 +1,8 @@
-"""Features of many images: each rank extracts whole batches of them, and all ranks get the same whole.
+"""Feature extraction: the ranks share the batches of images, and every rank gets the features of all images.
 
-The last bits of a feature may depend on the batch it is computed in, so batches are cut by the number of the image, not
-by rank: on as many threads, one rank and several get the same numbers to the last bit.
+The last bits of a feature may depend on the other images of its batch. Batches are therefore cut by image index and not
+by rank: with the same number of threads, the features are bit-exact for any number of ranks. ``FeatureMetrics``,
+``reference`` and ``reconstruction`` use it.
 """
 
 from __future__ import annotations
@@ -28,16 +29,17 @@ __all__ = [
     "iter_row_batches",
 ]
 
-BATCH_SIZE = 50
+BATCH_SIZE = 50  # images; part of the result, see above
 
 
 @dataclass(frozen=True)
 class Extractor:
-    """A feature network that measures.
+    """A feature network with the label that its metrics are named after.
 
     Args:
-        label: After which numbers are named, e.g. ``inception``.
-        knows_classes: Whether an inception score of its logits means something.
+        label: Suffix of metric names, e.g. ``inception`` for ``fid/inception``.
+        knows_classes: True if the classes of the network are those of the images, so that the inception score of its
+            logits is meaningful.
         network: (B, C, H, W) uint8 -> ``FeatureOutput``.
     """
 
@@ -50,27 +52,27 @@ class Extractor:
         """Loads a network.
 
         Args:
-            spec: What ``parse_feature_network`` gives.
-            device: Where the network works.
+            spec: Result of ``parse_feature_network``.
+            device: Device of the network.
 
         Raises:
-            ValueError: if its weights are missing or others.
+            ValueError: if the weights are missing, or their SHA-256 does not match.
         """
-        network: Any = spec.create().eval().to(device)  # torch's stub does not know the memory format
-        network.to(memory_format=torch.channels_last)  # twice as quick on a CPU
+        network: Any = spec.create().eval().to(device)  # torch's stub lacks the memory format
+        network.to(memory_format=torch.channels_last)  # twice as fast on a CPU
         return cls(spec.label, spec.knows_classes, network)
 
     @cached_property
     def digest(self) -> str:
-        """Sha256 of its layers and weights."""
+        """The SHA-256 of its layers and weights, in hex."""
         return weights_digest(self.network)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> FeatureOutput:
         """Extracts features of (B, C, H, W) uint8 images on any device, as float32 on the CPU."""
         device = next((tensor.device for tensor in self.network.parameters()), images.device)
-        images = images.to(device).contiguous(memory_format=torch.channels_last)  # the layout decides the last bits too
-        # On a GPU: float32 in full, and the same every time.
+        images = images.to(device).contiguous(memory_format=torch.channels_last)  # the last bits depend on the layout
+        # On a GPU: full float32 instead of TF32, and deterministic kernels.
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
             output: FeatureOutput = self.network(images)
         spatial = None if output.spatial is None else output.spatial.float().cpu()
@@ -79,13 +81,13 @@ class Extractor:
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """What one network says about n images, in the order of their numbers, on the CPU.
+    """The features of n images in one network, ordered by image index, on the CPU.
 
     Args:
-        label: Of the network.
+        label: Label of the network.
         pooled: (n, F) float32.
-        logits: (n, C) float32; None where the network does not know the images' classes.
-        spatial: (n, S) float32; None where the network has no feature map, or where they are not kept.
+        logits: (n, C) float32; None if the network does not know the classes of the images.
+        spatial: (n, S) float32; None if the network has no feature map, or if they are not kept.
     """
 
     label: str
@@ -98,7 +100,7 @@ class ImageFeatures:
 
 
 class FeatureCollector:
-    """The features of the images that this rank is given, batch by batch.
+    """A collector of features, which extracts this rank's batches and gathers those of all ranks.
 
     Args:
         extractor: The network.
@@ -114,29 +116,32 @@ class FeatureCollector:
 
         Args:
             images: (b, C, H, W) uint8.
-            index: (b,) int64: their numbers among all images.
+            index: (b,) int64: indices of the images among all images.
         """
         output = self.extractor(images)
         self._outputs.append((output.features, output.logits if self.extractor.knows_classes else None, output.spatial))
         self._index.append(index.cpu())
 
     def gather(self) -> ImageFeatures:
-        """Gathers the features of all ranks' images, sorted by number; all ranks must call it, and get the same.
+        """Gathers the features of all images, sorted by index.
+
+        All ranks must call it, and all get the same result.
 
         Raises:
-            ValueError: if no rank has any, or two images have the same number.
+            ValueError: if no rank has an image, or an index occurs twice.
         """
+        # A rank without images does not know the widths of the features; it takes those of another rank.
         own = [None if part is None else part.shape[1] for part in self._outputs[0]] if self._outputs else None
-        widths = next((each for each in on_all_ranks(lambda: own) if each is not None), None)  # a rank may have none
+        widths = next((each for each in on_all_ranks(lambda: own) if each is not None), None)
         if widths is None:
-            raise ValueError(f"features of {self.extractor.label}: at least one image is needed, got none")
+            raise ValueError(f"features of {self.extractor.label}: there must be at least one image, got none")
         index = torch.cat([torch.empty(0, dtype=torch.int64), *self._index])
         pooled, logits, spatial = (
             None if width is None else gather_rows(self._column(column, width), index)
             for column, width in enumerate(widths)
         )
         if not gather_rows(index, index).diff().all():
-            raise ValueError(f"features of {self.extractor.label}: each image must come once, got some several times")
+            raise ValueError(f"features of {self.extractor.label}: each image must occur once, got some several times")
         assert pooled is not None
         return ImageFeatures(self.extractor.label, pooled, logits, spatial)
 
@@ -154,20 +159,20 @@ def extract(
     """Extracts the features of all ranks' images with each network.
 
     Args:
-        extractors: The networks, each with a label of its own.
-        batches: This rank's: (b, C, H, W) uint8 images and their (b,) int64 numbers; ``iter_image_batches`` makes them.
-        on_images: Called with the number of images that are done, for a progress bar.
+        extractors: Networks with different labels.
+        batches: This rank's batches: (b, C, H, W) uint8 images and (b,) int64 indices. See ``iter_image_batches``.
+        on_images: Called after each batch with its number of images, for a progress bar.
 
     Returns:
-        By label, the same on each rank.
+        Features by label, the same on every rank.
 
     Raises:
-        ValueError: if two networks have one label, or there are no images.
+        ValueError: if two networks have the same label, or there are no images.
     """
     collectors = {extractor.label: FeatureCollector(extractor) for extractor in extractors}
     if len(collectors) != len(extractors):
         raise ValueError(
-            f"feature networks: each label at most once, got {[extractor.label for extractor in extractors]}"
+            f"feature networks must have different labels, got {[extractor.label for extractor in extractors]}"
         )
     if not collectors:
         return {}
@@ -179,7 +184,12 @@ def extract(
 
 
 def iter_row_batches(count: int, *, batch_size: int = BATCH_SIZE) -> Iterator[range]:
-    """Yields the rows of ``count`` that this rank takes, batch by batch: whole batches, dealt out by their number."""
+    """Yields the row ranges of this rank's batches; whole batches are assigned to the ranks in turn.
+
+    Args:
+        count: Number of all rows.
+        batch_size: Rows per batch.
+    """
     for number in own_rows(-(-count // batch_size)):
         yield range(number * batch_size, min((number + 1) * batch_size, count))
 
@@ -187,12 +197,12 @@ def iter_row_batches(count: int, *, batch_size: int = BATCH_SIZE) -> Iterator[ra
 def iter_image_batches(
     read: Callable[[range], Tensor], count: int, *, batch_size: int = BATCH_SIZE
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields this rank's batches of ``count`` images, with their numbers.
+    """Yields this rank's batches of images, with the (b,) int64 indices of the images.
 
     Args:
-        read: Rows of the whole -> (b, C, H, W) uint8; it may make them on the spot.
-        count: All images.
-        batch_size: Images at a time.
+        read: Returns the (b, C, H, W) uint8 images of a range of rows.
+        count: Number of all images.
+        batch_size: Images per batch.
     """
     for rows in iter_row_batches(count, batch_size=batch_size):
         yield read(rows), torch.arange(rows.start, rows.stop)

@@ -1,4 +1,7 @@
-"""The images that a measurement needs: generated into a file, which a killed command goes on with and ranks share."""
+"""Generation of the images of a measurement into a file, which ranks share and a restarted command continues.
+
+``Evaluator`` uses it.
+"""
 
 from __future__ import annotations
 
@@ -22,20 +25,22 @@ from maskgit_pl.pipeline.bulk import generate_many
 
 __all__ = ["GeneratedImages", "delete_generated", "generate_images"]
 
-_PART = 250  # images: what is lost at most where the command is killed
+_PART = 250  # images per part file; a killed command loses at most one part per rank
 
 
 @dataclass(frozen=True)
 class GeneratedImages:
-    """Generated images.
+    """Generated images in a file.
 
     Args:
-        file: Where they are; read as they are needed.
-        channels: 1 or 3.
-        labels: (n,) int64: the classes asked for, class by class.
-        seconds_per_image: Wall clock of one rank, tokens and pixels; None where the images were there already.
-        steps_taken: Steps in which an image still had masked tokens, the mean over this rank's images: T unless the
-            token selector may end early. None where the images were there already, or the model is autoregressive.
+        file: File of the images, which are read on demand.
+        channels: Channels of an image.
+        labels: (n,) int64: requested classes, in ascending order.
+        seconds_per_image: Wall-clock seconds of this rank per image, for tokens and pixels; None if the images already
+            existed.
+        steps_taken: Mean number of steps in which an image still had masked tokens, over this rank's images. It is T
+            unless the token selector may finish early. None if the images already existed, or the model is
+            autoregressive.
     """
 
     file: SampleFile
@@ -45,19 +50,28 @@ class GeneratedImages:
     steps_taken: float | None = None
 
     def read(self, rows: range) -> Tensor:
-        """Reads images: (b, C, H, W) uint8."""
+        """Returns the (b, C, H, W) uint8 images of a range of rows."""
         return self.file.read(rows, channels=self.channels)
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """C, H, W of an image."""
+        """The shape (C, H, W) of an image."""
         return (self.channels, *self.file.images.shape[1:3])
 
     def read_at(self, rows: Tensor) -> Tensor:
-        """Reads the images of any numbers (b,) int64: (b, C, H, W) uint8.
+        """Reads the images of some rows.
 
-        They are read from the file, not from its mapping: pages of a mapping count as memory of this process for as
-        long as the system leaves them there.
+        It reads the file instead of its memory map, because pages of a map count as memory of this process until the
+        system evicts them.
+
+        Args:
+            rows: (b,) int64, in any order.
+
+        Returns:
+            (b, C, H, W) uint8.
+
+        Raises:
+            ValueError: if the file is shorter than before.
         """
         images = self.file.images
         if not isinstance(images, np.memmap):  # a compressed file is in memory already
@@ -68,7 +82,7 @@ class GeneratedImages:
                 for place, row in zip(found, rows.tolist(), strict=True):
                     file.seek(images.offset + row * place.nbytes)
                     if file.readinto(place.data) != place.nbytes:
-                        raise ValueError(f"samples {self.file.path} must not be cut while it is read")
+                        raise ValueError(f"samples {self.file.path} must not be truncated while it is read")
         return rearrange(torch.from_numpy(found), "b h w c -> b c h w")[:, : self.channels]
 
 
@@ -82,20 +96,21 @@ def generate_images(
     batch_size: int = 100,
     on_images: Callable[[int], object] = lambda count: None,
 ) -> GeneratedImages:
-    """Generates images of all classes, spread evenly; those in the file, or in its parts, are not made again.
+    """Generates images of all classes, evenly distributed. Images in the file or in its parts are kept.
 
     Args:
         pipe: The model.
-        file: ``.npz``, as ``pipeline.bulk.generate_many`` writes it; the ranks share the work.
-        decoding: How images are decoded.
-        num_images: How many.
-        seed: Image i has seed + i.
-        batch_size: Images at a time.
-        on_images: Called with the number of images that this rank has, those that were there before among them.
+        file: Path of the ``.npz`` file, see ``pipeline.bulk.generate_many``; the ranks share the work.
+        decoding: Decoding of all images.
+        num_images: Number of images of all ranks.
+        seed: Seed of the first image; image i has ``seed + i``.
+        batch_size: Images per batch.
+        on_images: Called first with the number of images that this rank found, then after each batch with its number
+            of images.
 
     Raises:
-        ValueError: see ``generate_many``; the file holds other images, for one.
-        FileExistsError: The file holds something else.
+        ValueError: see ``generate_many``, e.g. if the file holds images of other settings.
+        FileExistsError: if the file is not one of generated images.
     """
     rank, world_size = rank_and_world()
     taken = 0
@@ -120,7 +135,7 @@ def generate_images(
         decoding=decoding,
     )
     seconds = time.perf_counter() - start
-    barrier()  # the last one to finish its share has put the file together
+    barrier()  # the last rank to finish has assembled the file from the parts
     samples = open_samples(file)
     assert samples.labels is not None  # generate_many writes them
     channels: Literal[1, 3] = 1 if pipe.tokenizer.network.config.in_channels == 1 else 3
@@ -130,7 +145,7 @@ def generate_images(
 
 
 def delete_generated(file: Path) -> None:
-    """Takes generated images away, complete or not; they are a function of the model and the seed."""
+    """Deletes generated images and their parts; the same model, decoding and seed make them again."""
     if rank_and_world()[0] == 0:
         file.unlink(missing_ok=True)
         shutil.rmtree(file.with_name(f"{file.name}.parts"), ignore_errors=True)

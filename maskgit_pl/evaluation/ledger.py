@@ -1,9 +1,9 @@
-"""The ledger of measurements: a JSON Lines file that holds what was measured, how and on what.
+"""The ledger of measurements: a JSON Lines file with the values, settings and inputs of each measurement.
 
-``evaluate``, ``compare``, ``tune``, ``table``, ``figure`` and ``ablation`` write and read it. Each line is one
-measurement in plain values, which ``pandas.read_json(file, lines=True)`` reads. It is appended as soon as it is
-measured, and what is there is not measured again. Lines are never changed: where the same thing is measured again, the
-last line counts.
+``evaluate``, ``compare``, ``tune``, ``table``, ``figure`` and ``ablation`` read and write it. Each line is one
+measurement in plain values; ``pandas.read_json(file, lines=True)`` reads the file. A line is appended as soon as it is
+measured, and a measurement that the file holds is not repeated. Lines are never changed: if the same measurement occurs
+twice, the last line counts.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ __all__ = ["FILE_NAME", "KEYS", "REAL", "Ledger", "Row", "format_csv", "number",
 Row: TypeAlias = dict[str, Any]
 
 FILE_NAME = "ledger.jsonl"
-REAL = "real images"  # the model of a row that real images were measured for
+REAL = "real images"  # value of the column "model" in a row of real images
 _MODEL = ("dataset", "data", "split", "tokenizer", "transformer", "config", "num_images", "seed")
 _DECODING = ("num_steps", "decoding")
 _NETWORK = ("network", "judge", "knows_classes", "real_images", "reference")
-KEYS = {  # kind of measurement -> columns that say what was measured, and on what
+KEYS = {  # kind of measurement -> columns that determine its values
     "samples": (*_MODEL, *_DECODING, *_NETWORK),
     "editing": (*_MODEL, *_DECODING, *_NETWORK, "task", "model"),
     "likelihood": (*_MODEL, "draws"),
     "cas": (*_MODEL, *_DECODING, "classifier", "training_images", "training_steps", "classifier_seed", "training"),
     "timing": ("method", "num_tokens", "network", "device", "torch", "dtype", "kind"),
 }
-_REQUIRED = {  # what a line cannot be shown without
+_REQUIRED = {  # kind of measurement -> columns that reports need
     "samples": ("num_images", "fid"),
     "editing": ("num_images", "fid", "task", "model", "network"),
     "likelihood": ("num_images",),
@@ -51,25 +51,25 @@ _COUNTS = ("parameters", "num_images", "real_images", "num_steps", "num_tokens",
            "training_steps", "classifier_seed", "runs")  # fmt: skip
 _NUMBERS = ("fid", "sfid", "kid", "kid_deviation", "is", "is_deviation", "precision", "recall", "density", "coverage",
             "class_agreement", "diversity", "steps_taken", "seconds_per_image", "least", "top1", "top5")  # fmt: skip
-_ESTIMATES = ("masked_nll", "elbo_", "exact_")  # what such columns begin with
-_TYPES: dict[str, tuple[type, str]] = {  # of columns that are not text
+_ESTIMATES = ("masked_nll", "elbo_", "exact_")  # prefixes of columns that are numbers
+_TYPES: dict[str, tuple[type, str]] = {  # other columns that are not text
     "decoding": (dict, "a mapping"), "training": (dict, "a mapping"), "knows_classes": (bool, "true or false"),
 }  # fmt: skip
-_MAX_LINE, _MAX_BYTES = 1_000_000, 100_000_000
+_MAX_LINE, _MAX_BYTES = 1_000_000, 100_000_000  # bytes; a ledger may come from a stranger
 _log = logging.getLogger(__name__)
 
 
 class Ledger:
-    """The measurements of a file, which is read once; what this process adds is found at once.
+    """The measurements of a file, which is read once, with those that this process adds.
 
     Args:
-        file: ``ledger.jsonl``; it appears with the first line. A last line that was cut off when a process was killed
-            is ignored, and removed before the next one is written.
-        writes: Whether this process writes the file; of several that measure together one does.
-        reuse: Whether lines that the file holds already are found; False measures everything anew.
+        file: Path of ``ledger.jsonl``; the first measurement creates it. An incomplete last line, of a process that was
+            killed, is ignored, and removed before the next line is written.
+        writes: True if this process writes the file; only one of several ranks does.
+        reuse: True to find the lines that the file already holds; False to measure everything again.
 
     Raises:
-        ValueError: if the file is not a ledger, or a line of it is not a measurement. The message names the line.
+        ValueError: if the file is not a ledger, or a line is not a measurement. The message names the line.
     """
 
     def __init__(self, file: Path, *, writes: bool = True, reuse: bool = True) -> None:
@@ -82,14 +82,14 @@ class Ledger:
         return [row for row in self._rows if row["measurement"] == measurement]
 
     def find(self, measurement: str, key: Mapping[str, object], *, having: str | None = None) -> Row | None:
-        """Returns the last row of a measurement, or None.
+        """Returns the last row with a key, or None.
 
-        A row of an older version that lacks a column of the key does not say enough to be found.
+        A row of an older version that lacks a column of the key is never returned.
 
         Args:
-            measurement: A key of ``KEYS``.
-            key: A value for each of its columns; others are not looked at.
-            having: A column in which the row must have a value; None for none.
+            measurement: Kind of measurement, a key of ``KEYS``.
+            key: Values of the columns in ``KEYS[measurement]``; other columns are ignored.
+            having: Name of a column that must have a value; None for no such condition.
         """
         wanted = _plain({name: key[name] for name in KEYS[measurement]})
         for row in reversed(self._rows[self._first :]):
@@ -99,14 +99,17 @@ class Ledger:
         return None
 
     def add(self, measurement: str, row: Mapping[str, object]) -> Row:
-        """Appends a measurement, on the disk before it returns, and returns it as ``find`` does.
+        """Appends a measurement, which is on disk when the method returns.
 
         Args:
-            measurement: A key of ``KEYS``.
-            row: Values of its columns, and others.
+            measurement: Kind of measurement, a key of ``KEYS``.
+            row: Values of the columns in ``KEYS[measurement]`` and of others.
+
+        Returns:
+            The row, as ``find`` returns it.
 
         Raises:
-            ValueError: if a column of the key is missing, or a value is not one of its column.
+            ValueError: if a column of the key is missing, or a value has the wrong type.
         """
         added = _plain({"measurement": measurement, **row})
         check_keys(f"ledger {self.file}: row", added, known=added, required=KEYS[measurement])
@@ -125,8 +128,8 @@ class Ledger:
                 where = f"ledger {self.file}: line {place}"
                 if not line.endswith(b"\n"):
                     if len(line) == _MAX_LINE:
-                        raise ValueError(f"{where} must have less than {size_text(_MAX_LINE)}; move the file away")
-                    _log.info("%s was cut off and is measured again", where)
+                        raise ValueError(f"{where} must be shorter than {size_text(_MAX_LINE)}; move the file away")
+                    _log.info("%s is incomplete; it will be measured again", where)
                     return
                 try:
                     row = rename_measurement(parse_json(line, where))
@@ -138,7 +141,8 @@ class Ledger:
     def _append(self, line: bytes) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a+b") as stream:
-            with suppress(OSError):  # a file system without locks
+            # The lock keeps lines of several commands apart; closing the file releases it. Some file systems have none.
+            with suppress(OSError):
                 fcntl.flock(stream, fcntl.LOCK_EX)
             stream.truncate(_end_of_lines(stream))
             stream.write(line)
@@ -147,14 +151,14 @@ class Ledger:
 
 
 def _end_of_lines(stream: IO[bytes]) -> int:
-    """Returns the size of a file without a last line that was cut off."""
+    """Returns the size of a file without an incomplete last line."""
     size = stream.seek(0, os.SEEK_END)
     start = stream.seek(max(0, size - _MAX_LINE))
     return start + stream.read().rfind(b"\n") + 1
 
 
 def _plain(values: Mapping[str, object]) -> Row:
-    """Returns values as JSON gives them back."""
+    """Returns values as they are after a round trip through JSON: tuples become lists."""
     row: Row = json.loads(json.dumps(values))
     return row
 
@@ -183,18 +187,18 @@ def _check_value(where: str, name: str, value: object) -> None:
 
 
 def number(row: Mapping[str, Any], name: str) -> float | None:
-    """Returns a number of a row; None where there is none."""
+    """Returns a number of a row, or None if the row has no value in that column."""
     value = row.get(name)
     return None if value is None else float(value)
 
 
 def present(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
-    """Returns whether some row has a value in a column."""
+    """Returns True if any row has a value in a column."""
     return any(row.get(name) is not None for row in rows)
 
 
 def format_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Returns rows for a spreadsheet, unrounded, with every column that one of them has; mappings as JSON."""
+    """Returns rows as CSV with every column that any row has: values unrounded, mappings as JSON."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     stream = io.StringIO()
     writer = csv.DictWriter(stream, names, restval="", lineterminator="\n")

@@ -1,8 +1,8 @@
-"""How likely a transformer finds the tokens of real images: the paper's masked likelihood, a bound, the exact one.
+"""Likelihoods of the tokens of real images: the paper's masked NLL, the order-agnostic bound, and the exact NLL.
 
-Each image's value is a float64 number that depends on the image, its place among the images and the seed alone. Several
-ranks share the batches, which are the same on any number of ranks, and gather the values in the order of the images: a
-result is the same to the last bit on 1 and on 8 of them.
+The value of an image is a float64 number that depends only on the image, its index and the seed. The ranks share the
+batches, whose contents do not depend on the number of ranks, and gather the values in the order of the images: results
+are bit-exact for any number of ranks. ``Evaluator.measure_likelihood`` uses it.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ __all__ = ["Estimate", "ImageLikelihood", "MaskDraws", "encode_real_images", "ex
 MaskedPredictor: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 AutoregressiveNetwork: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 OnImages: TypeAlias = Callable[[int], object]
-_WORDS = 2**32
+_WORDS = 2**32  # number of values of a random 32-bit word
 
 
 @dataclass(frozen=True)
 class MaskDraws:
-    """The masks that each image is measured with.
+    """The number of random masks per image, and their seed.
 
     Args:
-        count: Masks of an image, at least 1.
-        seed: In [0, 2**32).
+        count: Masks per image, >= 1.
+        seed: Seed of the masks, in [0, 2**32).
     """
 
     count: int = 4
@@ -49,12 +49,12 @@ class MaskDraws:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over images.
+    """A mean over images with its standard error.
 
     Args:
-        mean: Of the images' values.
-        standard_error: Their standard deviation by the square root of their count: what other images and other draws
-            would change.
+        mean: Mean of the values of the images.
+        standard_error: Standard deviation of the values, divided by the square root of their number. It covers the
+            choice of images and of masks.
     """
 
     mean: float
@@ -62,21 +62,25 @@ class Estimate:
 
     @classmethod
     def from_values(cls, values: Tensor) -> Estimate:
-        """Computes the estimate of (n,) float64 values, n at least 2."""
+        """Computes mean and standard error.
+
+        Args:
+            values: (n,) float64: a value for each image, n >= 2.
+        """
         return cls(float(values.mean()), float(values.std()) / math.sqrt(len(values)))
 
     def scale(self, factor: float) -> Estimate:
-        """Returns the estimate in another unit."""
+        """Returns the estimate multiplied by a factor, e.g. to change its unit."""
         return Estimate(factor * self.mean, abs(factor) * self.standard_error)
 
 
 @dataclass(frozen=True)
 class ImageLikelihood:
-    """The negative log-likelihood of images' tokens, exact or a bound from above; smaller is better.
+    """The negative log-likelihood of the tokens of images, exact or as an upper bound; lower is better.
 
     Args:
-        nats: Per image.
-        num_tokens: N, tokens of an image.
+        nats: NLL per image, in nats.
+        num_tokens: Number N of tokens per image.
     """
 
     nats: Estimate
@@ -84,12 +88,12 @@ class ImageLikelihood:
 
     @property
     def bits_per_image(self) -> Estimate:
-        """Bits that a code of an image's tokens needs."""
+        """The NLL per image in bits: the length of an optimal code of its tokens."""
         return self.nats.scale(1 / math.log(2))
 
     @property
     def bits_per_token(self) -> Estimate:
-        """The same of a token; uniform guesses need log2 K."""
+        """The NLL per token in bits; a uniform distribution over K codes has log2(K)."""
         return self.nats.scale(1 / (math.log(2) * self.num_tokens))
 
 
@@ -104,34 +108,42 @@ def masked_nll(
     batch_size: int = 100,
     on_images: OnImages = lambda count: None,
 ) -> Estimate:
-    """Computes the masked negative log-likelihood: nats of a masked token, given the visible ones and the class.
+    """Computes the masked negative log-likelihood in nats per masked token.
 
-    E over images, r ~ U(0, 1) and sets M of ceil(gamma(r) N) positions of 1 / |M| sum over i in M of
-    -log p(y_i | y outside M, class): the mean over rows of the row's mean over its masked tokens, which is what
-    training minimises, without label smoothing and with the softmax over the K codes alone. The r of an image's draws
-    are stratified. Two schedules take their means over different masks, so the smaller number is not the better model:
-    for that see ``negative_elbo``.
+    ::
+
+        NLL = E over images, r ~ U(0, 1) and random sets M of ceil(gamma(r) N) positions of
+              1 / |M| sum over i in M of -log p(y_i | tokens outside M, class)
+
+    This is the training loss without label smoothing: the mean over images of the mean over their masked tokens, with a
+    softmax over the K codes. The r of the masks of an image are stratified. Values of two schedules are means over
+    different masks, so that a lower value does not mean a better model; use ``negative_elbo`` to compare them.
 
     Args:
-        network: ``(tokens (B, N), labels (B,), mask (B, N) bool) -> logits (masked tokens, K)``, row after row, as
-            ``MaskedTransformer`` in evaluation mode.
-        tokens: (n, N) int64 in [0, K), on the network's device, n at least 2.
+        network: ``(tokens (B, N), labels (B,), mask (B, N) bool) -> logits (masked tokens, K)``, image after image,
+            such as ``MaskedTransformer.forward_masked`` in evaluation mode.
+        tokens: (n, N) int64 in [0, K), on the network's device, n >= 2.
         labels: (n,) int64, on the same device.
-        mask_schedule: gamma, the model's own.
-        mask_token_id: What stands at masked positions.
-        draws: Masks of an image, and their seed.
-        batch_size: Images at a time; the same on all ranks.
-        on_images: Called with the number of images that this rank has done.
+        mask_schedule: The schedule gamma of the model.
+        mask_token_id: Token id at masked positions.
+        draws: Number of masks per image, and their seed.
+        batch_size: Images per batch, the same on all ranks.
+        on_images: Called after each batch of this rank with its number of images.
+
+    Returns:
+        NLL in nats per masked token.
 
     Raises:
         ValueError: if there are fewer than two images, the number of labels differs, or a number is out of range.
 
-    Source: paper, Table 3 ("NLL") and the training objective; the released code's loss for the mean over rows.
+    Source: paper, Table 3 ("NLL") and the training objective; the loss of the released code for the mean over rows.
     """
     _check(tokens, labels, draws=draws.count, batch_size=batch_size)
     sampler = MaskSampler(mask_schedule, draws.seed)
 
     def mask(index: Tensor, draw: int) -> Tensor:
+        # The sampler stratifies r over the positions of a global batch. Here the draws of one image form that batch,
+        # and each draw is an epoch, so that its mask differs.
         draw_of_row = torch.full_like(index, draw)
         place = {"index": index, "epoch": draw_of_row, "position": index * draws.count + draw_of_row}
         return sampler.mask(tokens.shape[1], **place, global_batch=draws.count)
@@ -152,22 +164,29 @@ def negative_elbo(
     batch_size: int = 100,
     on_images: OnImages = lambda count: None,
 ) -> ImageLikelihood:
-    """Computes the order-agnostic bound: -log p(x | class) is at most this, in nats of an image.
+    """Computes the order-agnostic bound, an upper bound of -log p(x | class) in nats per image.
 
-    log p(x) >= E over t ~ U{1..N} and orders s of N / (N - t + 1) sum over k >= t of log p(x_s(k) | x_s(<t)), the
-    likelihood of a model that uncovers one token after the other in a random order. With m = N - t + 1 masked tokens
-    this is N times the row's mean over them, m uniform on {1..N}: N times ``masked_nll`` of the linear schedule,
-    whatever schedule the model was trained with, so models of all schedules compare. It is exact where the network's
-    conditionals are those of one joint distribution. The t of an image's draws are stratified.
+    It is the likelihood of a model that decides one token after another in a random order s::
+
+        log p(x) >= E over t ~ U{1..N} and orders s of
+                    N / (N - t + 1) sum over k >= t of log p(x_s(k) | x_s(<t))
+
+    With m = N - t + 1 masked tokens, this is N times the mean over them, where m is uniform on {1..N}: N times
+    ``masked_nll`` of the linear schedule. It does not depend on the schedule of the training, so that models of all
+    schedules are comparable. The bound is exact if the conditionals of the network belong to one joint distribution.
+    The t of the draws of an image are stratified.
 
     Args:
         network: See ``masked_nll``.
-        tokens: (n, N) int64 in [0, K), on the network's device, n at least 2.
+        tokens: (n, N) int64 in [0, K), on the network's device, n >= 2.
         labels: (n,) int64, on the same device.
-        mask_token_id: What stands at masked positions.
-        draws: Pairs (t, s) of an image, and their seed; N and its multiples take each t equally often.
-        batch_size: Images at a time; the same on all ranks.
-        on_images: Called with the number of images that this rank has done.
+        mask_token_id: Token id at masked positions.
+        draws: Number of pairs (t, s) per image, and their seed. A multiple of N takes each t equally often.
+        batch_size: Images per batch, the same on all ranks.
+        on_images: Called after each batch of this rank with its number of images.
+
+    Returns:
+        The bound, in nats per image.
 
     Raises:
         ValueError: see ``masked_nll``.
@@ -179,7 +198,8 @@ def negative_elbo(
 
     def mask(index: Tensor, draw: int) -> Tensor:
         word = random_bits("likelihood/masked", seed=draws.seed, index=index, epoch=draw)[:, 0]
-        count = 1 + (draw * _WORDS + word) * num_tokens // (draws.count * _WORDS)  # (B,) in [1, N], by integers alone
+        # Draw j of J takes u in [j / J, (j + 1) / J), and m = 1 + floor(u N). Integers have no rounding errors.
+        count = 1 + (draw * _WORDS + word) * num_tokens // (draws.count * _WORDS)  # (B,) in [1, N]
         return random_mask(count, num_tokens, seed=draws.seed, index=index, epoch=draw)
 
     values = _masked_row_nll(
@@ -199,12 +219,15 @@ def exact_nll(
     """Computes the exact negative log-likelihood of a network that predicts each token from those before it.
 
     Args:
-        network: ``(tokens (B, N), labels (B,)) -> logits (B, N, K)``; those of token i see the class and tokens before
-            i alone.
-        tokens: (n, N) int64 in [0, K), on the network's device, n at least 2.
+        network: ``(tokens (B, N), labels (B,)) -> logits (B, N, K)``; the logits of token i depend only on the class
+            and on tokens before i.
+        tokens: (n, N) int64 in [0, K), on the network's device, n >= 2.
         labels: (n,) int64, on the same device.
-        batch_size: Images at a time; the same on all ranks.
-        on_images: Called with the number of images that this rank has done.
+        batch_size: Images per batch, the same on all ranks.
+        on_images: Called after each batch of this rank with its number of images.
+
+    Returns:
+        -log p(x | class) = sum over i of -log p(x_i | x_<i, class), in nats per image.
 
     Raises:
         ValueError: see ``masked_nll``.
@@ -213,7 +236,7 @@ def exact_nll(
 
     def nll(index: Tensor) -> Tensor:
         rows = tokens[index]
-        logits = network(rows, labels[index])
+        logits = network(rows, labels[index])  # (B, N, K); cross_entropy wants the classes in dimension 1
         return F.cross_entropy(logits.float().transpose(1, 2), rows, reduction="none").cpu().double().sum(1)
 
     values = _map_images(nll, len(tokens), batch_size=batch_size, on_images=on_images)
@@ -224,17 +247,18 @@ def exact_nll(
 def encode_real_images(
     pipe: MaskGIT, data: ShardData, *, limit: int | None = None, batch_size: int = 100
 ) -> tuple[Tensor, Tensor]:
-    """Computes tokens and labels of the val split, by the model's tokenizer; the ranks share the work.
+    """Encodes images of the val split with the model's tokenizer; the ranks share the work.
 
     Args:
         pipe: The model.
-        data: The real images, of the tokenizer's size.
-        limit: So many images, drawn at random, always the same ones; None for all, in their order.
-        batch_size: Images at a time.
+        data: The real images, of the tokenizer's image size.
+        limit: Number of random images, the same in every call; None for all, in order.
+        batch_size: Images per batch.
 
     Returns:
-        (n, N) int64 and (n,) int64, on the model's device, the same on all ranks.
+        (n, N) int64 tokens and (n,) int64 labels, on the model's device, the same on all ranks.
     """
+    # A rank may have no batch: empty tensors with the right shapes keep the concatenation valid.
     tokens = [torch.empty(0, pipe.tokenizer.grid[0] * pipe.tokenizer.grid[1], dtype=torch.int64)]
     labels, index = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
     for batch in iter_real_batches(data, "val", num_images=limit, shuffled=True, batch_size=batch_size):
@@ -248,12 +272,12 @@ def encode_real_images(
 def _check(tokens: Tensor, labels: Tensor, **numbers: int) -> None:
     if tokens.ndim != 2 or len(tokens) < 2 or labels.shape != tokens.shape[:1]:
         raise ValueError(
-            "likelihood: tokens (n, N) of at least 2 images and a label for each are needed, got "
+            "likelihood: tokens must be (n, N) with n >= 2, and labels (n,), got "
             f"{tuple(tokens.shape)} and {tuple(labels.shape)}"
         )
     for name, number in numbers.items():
         if number < 1:
-            raise ValueError(f"likelihood {name}: at least 1 is needed, got {number}")
+            raise ValueError(f"likelihood {name} must be >= 1, got {number}")
 
 
 def _masked_row_nll(
@@ -267,13 +291,14 @@ def _masked_row_nll(
     batch_size: int,
     on_images: OnImages,
 ) -> Tensor:
-    """Computes (n,) float64: of each image the mean over its draws of the mean nats of a masked token."""
+    """Computes (n,) float64: for each image, the mean over its masks of the mean NLL of the masked tokens, in nats."""
 
     def nll(index: Tensor) -> Tensor:
         rows, total = tokens[index], torch.zeros(len(index), dtype=torch.float64)
         for draw in range(draws):
-            mask = mask_of(index, draw).to(rows.device)
+            mask = mask_of(index, draw).to(rows.device)  # (B, N)
             logits = network(rows.masked_fill(mask, mask_token_id), labels[index], mask)
+            # One value per masked token, image after image; the sums per image are float64, independent of the device.
             of_token = F.cross_entropy(logits.float(), rows[mask], reduction="none").cpu().double()
             row_of_token, masked = mask.nonzero()[:, 0].cpu(), mask.sum(1).cpu()
             total += torch.bincount(row_of_token, weights=of_token, minlength=len(index)) / masked
@@ -284,7 +309,17 @@ def _masked_row_nll(
 
 @torch.inference_mode()
 def _map_images(values_of: Callable[[Tensor], Tensor], count: int, *, batch_size: int, on_images: OnImages) -> Tensor:
-    """Computes (count,) float64: the values of all images, from functions of the rows (B,) int64 of a batch."""
+    """Computes the values of all images; the ranks share the batches.
+
+    Args:
+        values_of: (B,) int64 indices of the images of a batch -> (B,) float64 values.
+        count: Number n of images.
+        batch_size: Images per batch.
+        on_images: Called after each batch of this rank with its number of images.
+
+    Returns:
+        (n,) float64, the same on all ranks.
+    """
     mine = [torch.arange(rows.start, rows.stop) for rows in iter_row_batches(count, batch_size=batch_size)]
     values = [torch.empty(0, dtype=torch.float64)]
     for index in mine:

@@ -1,4 +1,7 @@
-"""LPIPS, from torchmetrics' layers and a local file of torchvision's backbone; no other distance has its name."""
+"""LPIPS: the layers of torchmetrics with a backbone from a local torchvision file.
+
+``reconstruction`` measures tokenizers with it. Nothing is downloaded: without the file there is no LPIPS.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ from maskgit_pl.registry import nearest
 __all__ = ["LPIPS", "load_lpips"]
 
 _URL = "https://download.pytorch.org/models/"
-# torchvision's file, which ends with the first digits of its sha256, and the smallest images that the network takes.
+# Name of torchvision's weight file, which ends with the first digits of its SHA-256, and the minimum edge of the images
+# in pixels: smaller ones vanish in the pooling layers.
 _BACKBONES = {
     "alex": ("alexnet-owt-7be5be79.pth", 31),
     "squeeze": ("squeezenet1_1-b8a52dc0.pth", 17),
@@ -25,9 +29,15 @@ _BACKBONES = {
 class LPIPS(nn.Module):
     """The learned perceptual distance of pairs of images.
 
+    ::
+
+        distance = sum over layers l of mean over pixels of sum over channels c of w_lc (f_lc(x) - f_lc(y))^2
+
+    Here f_l are features of unit length over the channels, and w_l are learned weights.
+
     Args:
         backbone: ``alex``, ``squeeze`` or ``vgg``.
-        network: (B, 3, H, W) and the same, in [0, 1] -> (B, 1, 1, 1).
+        network: Two (B, 3, H, W) float tensors in [0, 1] -> (B, 1, 1, 1).
 
     Source: Zhang et al., arXiv:1801.03924.
     """
@@ -39,12 +49,19 @@ class LPIPS(nn.Module):
 
     @property
     def label(self) -> str:
-        """After which the number is named, e.g. ``lpips/vgg``."""
+        """The name of the metric, e.g. ``lpips/vgg``."""
         return f"lpips/{self.backbone}"
 
     @torch.no_grad()
     def forward(self, images: Tensor, others: Tensor) -> Tensor:
-        """Two times (B, 1 or 3, H, W) float in [0, 1] -> (B,) float32.
+        """Computes the distance of each pair of images.
+
+        Args:
+            images: (B, 1 or 3, H, W) float in [0, 1].
+            others: Images of the same shape.
+
+        Returns:
+            (B,) float32, in [0, inf).
 
         Raises:
             ValueError: if the images are too small for the network.
@@ -52,45 +69,49 @@ class LPIPS(nn.Module):
         least = _BACKBONES[self.backbone][1]
         if min(images.shape[-2:]) < least:
             raise ValueError(
-                f"{self.label}: images of at least {least} pixels are needed, got {tuple(images.shape[-2:])}; "
-                "vgg takes 16 or more"
+                f"{self.label}: the edges of images must be >= {least} pixels, got {tuple(images.shape[-2:])}; "
+                "vgg accepts images from 16 pixels"
             )
-        colours = [part.expand(-1, 3, -1, -1) for part in (images, others)]
+        colours = [part.expand(-1, 3, -1, -1) for part in (images, others)]  # grey images get 3 equal channels
         distances: Tensor = self.network(*colours, normalize=True)
         return distances.flatten()
 
 
 def load_lpips(text: str, *, sha256: str | None = None, device: torch.device | str = "cpu") -> LPIPS:
-    """Loads LPIPS with the backbone's weights of a file.
+    """Loads LPIPS with the weights of a backbone from a file.
 
     Args:
-        text: ``vgg=FILE``, ``alex=FILE`` or ``squeeze=FILE``, the file being torchvision's.
-        sha256: First digits of the file's; None is torchvision's own file.
-        device: Where the network works.
+        text: ``vgg=FILE``, ``alex=FILE`` or ``squeeze=FILE``, where FILE is torchvision's weight file.
+        sha256: First hex digits of the file's SHA-256; None for those of torchvision's file.
+        device: Device of the network.
 
     Raises:
-        ValueError: Another backbone, or the file is missing or another one.
+        ValueError: if the backbone is unknown, the file is missing, or the file is not torchvision's.
     """
     backbone, _, place = text.partition("=")
     if backbone not in _BACKBONES:
-        raise ValueError(f"lpips {text!r}: a backbone of LPIPS is needed, {nearest(backbone, _BACKBONES)}")
+        raise ValueError(f"lpips {text!r}: unknown backbone {backbone!r}; {nearest(backbone, _BACKBONES)}")
     name = _BACKBONES[backbone][0]
     if not place or not Path(place).is_file():
         raise ValueError(
-            f"lpips {text!r}: it is written {backbone}=FILE, and the file is {_URL}{name}; without it there is no LPIPS"
+            f"lpips must be {backbone}=FILE with an existing file, got {text!r}; download the file from {_URL}{name}"
         )
     digits = Path(name).stem.rpartition("-")[2] if sha256 is None else sha256
     state = read_weights(Path(place), thing=f"lpips {backbone!r}", sha256=digits)
+    # torchmetrics ships the weights w. pnet_rand makes a random backbone, so that torchvision downloads nothing.
     network = _NoTrainLpips(net=backbone, pnet_rand=True)  # type: ignore[arg-type]  # one of its names
     parameters = dict(network.net.named_parameters())
     wanted = {key: _name_in_file(key) for key in parameters}
     if any(name not in state or state[name].shape != parameters[key].shape for key, name in wanted.items()):
-        raise ValueError(f"lpips {backbone!r} weights: torchvision's {name} is needed, got {place} with other tensors")
+        raise ValueError(f"lpips {backbone!r}: weights must be torchvision's {name}, got {place} with other tensors")
     load_weights(network.net, {key: state[name] for key, name in wanted.items()}, f"lpips {backbone!r} {place}")
     return LPIPS(backbone, network).eval().to(device)
 
 
 def _name_in_file(key: str) -> str:
-    """Returns a name in torchvision: ``slice2.3.weight``, ``slices.1.3.squeeze.weight`` are layer 3 of ``features``."""
+    """Returns the torchvision name of a parameter of torchmetrics.
+
+    Layer 3 of torchvision's ``features`` is ``slice2.3`` in AlexNet and VGG, and ``slices.1.3`` in SqueezeNet.
+    """
     parts = key.split(".")
     return ".".join(["features", *parts[2 if parts[0] == "slices" else 1 :]])

@@ -1,7 +1,7 @@
-"""Names of metrics: the plain form that files and flags hold, and the titles that people read.
+"""Names of metrics: the names in files and flags, and the titles in tables.
 
-A number of one network's features is named after the network, as in ``fid/classifier``: FIDs of two networks do not
-compare. Every ledger, report, table and figure takes its titles, factors and digits from here.
+A metric of network features carries the label of the network, as in ``fid/classifier``, because values of different
+networks are not comparable. All reports, tables and figures take titles, factors and digits from here.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is shown.
+    """The format of a metric in tables.
 
     Args:
-        title: Heading of a table.
-        factor: What a value is multiplied by.
-        digits: Decimals of the product.
-        higher_is_better: Direction in which images improve.
+        title: Heading of its column.
+        factor: Factor between the stored and the printed value.
+        digits: Decimals of the printed value.
+        higher_is_better: True if a higher value means better images.
     """
 
     title: str
@@ -52,7 +52,7 @@ _OF_IMAGES = {
     "class_agreement": Metric("class agreement %", 100, 1, higher_is_better=True),
     "diversity": Metric("diversity", 1, 2, higher_is_better=True),
     "steps_taken": Metric("steps taken", 1, 1, higher_is_better=False),
-    "seconds_per_image": Metric("ms an image", 1000, 1, higher_is_better=False),
+    "seconds_per_image": Metric("ms per image", 1000, 1, higher_is_better=False),
 }
 _OF_RECONSTRUCTIONS = {
     "rfid": Metric("reconstruction FID", 1, 2, higher_is_better=False),
@@ -68,24 +68,30 @@ def metric_name(metric: str, network: str) -> str:
 
 
 def find_metric(name: str) -> Metric:
-    """Returns the metric that a name such as ``fid/classifier`` or ``diversity`` is of."""
+    """Returns the metric of a name such as ``fid/classifier`` or ``diversity``."""
     return METRICS[name.partition("/")[0]]
 
 
 def title(name: str) -> str:
-    """Returns the heading of a name: ``FID (classifier)`` for ``fid/classifier``."""
+    """Returns the column heading of a name, e.g. ``FID (classifier)`` for ``fid/classifier``."""
     network = name.partition("/")[2]
     return find_metric(name).title + (f" ({network})" if network else "")
 
 
 def format_value(name: str, value: float, *, more_digits: int = 0) -> str:
-    """Returns a value as tables show it, with the factor that its title says."""
+    """Returns a value as text for a table.
+
+    Args:
+        name: Name of the metric, such as ``kid/classifier``.
+        value: The value as it is stored, without the factor.
+        more_digits: Decimals beyond those of the metric.
+    """
     metric = find_metric(name)
     return f"{value * metric.factor:.{metric.digits + more_digits}f}"
 
 
 def is_better(name: str, value: float, other: float) -> bool:
-    """Returns whether a value is better than another one of the same metric."""
+    """Returns True if ``value`` is better than ``other``."""
     return value > other if find_metric(name).higher_is_better else value < other
 
 

@@ -1,6 +1,6 @@
-"""The evaluation of a trained model: its numbers in the ledger and in ``evaluation.json``, and pictures beside them.
+"""``evaluate``: measures a trained model and writes ``evaluation.json``, pictures and ledger rows.
 
-Several processes that ``torchrun`` started share the work. Importing this file does not import torch.
+Several processes under ``torchrun`` share the work. Importing this file does not import torch.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["FEATURES", "EvaluationOptions", "evaluate"]
 
 FEATURES: tuple[str | dict[str, Any], ...] = ("classifier", "lite0")
-_DRAWS = 4
+_DRAWS = 4  # masks per image for likelihoods
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,12 @@ class EvaluationOptions(MeasurementOptions):
     """Options of ``evaluate``; see ``MeasurementOptions`` for the others.
 
     Args:
-        num_steps: Decoding steps; None for the model's own.
-        reference: ADM's file of a data set in place of the val split.
-        lpips: ``vgg=FILE``: weights of a backbone (vgg, alex or squeeze) for LPIPS of the reconstructions.
-        likelihood_images: Real images whose likelihood is measured.
+        num_steps: Number of decoding steps; None for the model's own.
+        reference: File in the layout of ADM to compare with; None for the val split.
+        lpips: ``vgg=FILE``, ``alex=FILE`` or ``squeeze=FILE`` for the LPIPS of the reconstructions; None leaves it out.
+        likelihood_images: Number of real images for the likelihood, >= 2.
         cas: Training of the classification accuracy score; None leaves it out.
-        resume: Whether what the ledger holds is kept; otherwise everything is measured anew.
+        resume: True to reuse rows and images of an earlier evaluation; False to measure everything again.
     """
 
     num_steps: int | None = None
@@ -75,24 +75,24 @@ def evaluate(
     options: EvaluationOptions = EvaluationOptions(),  # frozen
     bars: Bars = no_bars,
 ) -> Report:
-    """Measures a model, and writes the numbers and pictures of it.
+    """Measures a model, and writes ``evaluation.json`` and pictures.
 
     Args:
         run: Run folder or pretrained folder.
-        data: Data folder; None for what the run was trained on.
-        num_images: Images generated, at least 2 for each class.
+        data: Data folder; None for the data that the run was trained on.
+        num_images: Number of generated images, at least 2 per class.
         features: Feature networks: names or mappings, see ``networks.features.parse_feature_network``.
-        out: The JSON file; pictures go beside it. None for ``RUN/evaluation.json``.
-        options: Steps, reference, seed and others.
-        bars: Shows the progress.
+        out: Path of the JSON file, in whose folder the pictures are written; None for ``RUN/evaluation.json``.
+        options: Steps, reference, seed and other options.
+        bars: Progress bars.
 
     Returns:
-        What the file holds.
+        The content of the JSON file.
 
     Raises:
-        FileNotFoundError: if there is no such run or data.
-        TypeError: if a feature network does not take its arguments.
-        ValueError: if the data are not the model's, a network is unknown, or a number is out of range.
+        FileNotFoundError: if the run or the data do not exist.
+        TypeError: if a feature network does not accept its arguments.
+        ValueError: if the classes of the data are not the model's, a network is unknown, or a number is out of range.
     """
     check_integer("num_images", num_images, "[1, inf)")
     folders = find_run(run, data=data, classifier=options.classifier)
@@ -125,7 +125,7 @@ def _open(
     options: EvaluationOptions,
     bars: Bars,
 ) -> tuple[Evaluator, EvaluatedModel, Reconstruction]:
-    """Opens everything, and measures the reconstruction, which the ledger does not hold."""
+    """Opens model, data and evaluator, and measures the reconstruction, which has no ledger row."""
     from maskgit_pl.distributed import barrier, rank_and_world
     from maskgit_pl.evaluation.lpips import load_lpips
     from maskgit_pl.evaluation.reconstruction import measure_reconstruction
@@ -144,7 +144,7 @@ def _open(
     evaluator = open_evaluator(
         folders, pipe, data, ledger, features=features, reference=options.reference, options=options, bars=bars
     )
-    compared = {} if options.reference is not None else evaluator.networks  # of the val split
+    compared = {} if options.reference is not None else evaluator.networks  # reconstructions are of the val split
     rebuilt = measure_reconstruction(
         pipe.tokenizer,
         iter_real_batches(data, "val"),
@@ -153,12 +153,12 @@ def _open(
         lpips=lpips,
         on_images=bars("reconstructing", data.summary.samples["val"]),
     )
-    barrier()  # all have read the ledger before one of them writes to it
+    barrier()  # every rank has read the ledger before the first one writes to it
     return evaluator, create_evaluated_model(folders, pipe), rebuilt
 
 
 def _delete_images(folder: Path) -> None:
-    """Takes away the images that an earlier evaluation has generated."""
+    """Deletes the generated images of an earlier evaluation."""
     for path in folder.glob("samples-*.npz"):
         path.unlink()
     for path in folder.glob("samples-*.npz.parts"):
@@ -173,7 +173,7 @@ def _measure(
     rebuilt: Reconstruction,
     options: EvaluationOptions,
 ) -> Measurements:
-    """Measures generated images and the transformer."""
+    """Measures generated images with and without guidance, real images, the likelihood and the CAS."""
     from maskgit_pl.evaluation.evaluation_report import Measurements
 
     ways, seed = {"exported_guidance": decoding}, options.seed

@@ -1,7 +1,8 @@
-"""Files in the layout of ADM's evaluator: images, labels and statistics of others' models, read as numbers alone.
+"""A safe reader of ``.npz`` files in the layout of ADM's evaluator: images, labels and statistics.
 
-``arr_0`` (n, H, W, 3) uint8 are images, ``arr_1`` (n,) integers their labels, ``mu``, ``sigma``, ``mu_s``, ``sigma_s``
-statistics of Inception's pooled and spatial features.
+``arr_0`` (n, H, W, 3) uint8 holds images and ``arr_1`` (n,) integers their labels. ``mu`` and ``sigma`` are the
+statistics of Inception's pooled features, ``mu_s`` and ``sigma_s`` those of its spatial features. Such files come from
+strangers: only plain numbers are read, never pickled objects. ``reference`` and ``generation`` use it.
 
 Source: openai/guided-diffusion, evaluations/README.md and evaluator.py.
 """
@@ -29,15 +30,15 @@ from maskgit_pl.text import printable
 
 __all__ = ["ArrayFile", "SampleFile", "open_samples"]
 
-# What reading a damaged file may raise.
+# Exceptions that reading a damaged file may raise.
 _BROKEN = (
     ValueError,
     OSError,
     EOFError,
     LookupError,
-    RuntimeError,  # encrypted; a RecursionError is one too
-    MemoryError,  # of Python's parser, which reads headers
-    tokenize.TokenError,  # of numpy's, which reads them if that fails
+    RuntimeError,  # an encrypted file; RecursionError is a subclass
+    MemoryError,  # Python's parser, which numpy reads headers with
+    tokenize.TokenError,  # numpy's second attempt, for headers of Python 2
     SyntaxError,
     zipfile.BadZipFile,
     zlib.error,
@@ -47,43 +48,47 @@ _HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
-_LOCAL_HEADER = 30  # bytes of a zip member's own header, before its name
+_LOCAL_HEADER = 30  # bytes of a zip member's local header, before its name
 _MAX_HEADER = 2**16  # bytes of an array's header; numpy parses at most 10,000 of them
-_MAX_MEMBERS = 100  # arrays of a file
-_MAX_RATIO = 100  # a compressed array expands to so many times the file; images reach 10 ...
-_ALWAYS_EXPANDED = 2**26  # ... or to so many bytes
+_MAX_MEMBERS = 100  # arrays per file
+# A compressed array may expand to 100 times the size of the file (images reach 10 times), or to 64 MiB.
+_MAX_RATIO = 100
+_ALWAYS_EXPANDED = 2**26
+
+
+_NAMES = {"uint8": "uint8", "f": "float", "iu": "integer"}
 
 
 class _ArrayError(ValueError):
-    """Says already which file and array."""
+    """An error whose message already names file and array."""
 
 
 @dataclass(frozen=True)
 class _Member:
-    """Where an array lies in its file."""
+    """The place and type of an array in its file."""
 
     info: zipfile.ZipInfo
     shape: tuple[int, ...]
     fortran: bool
     dtype: np.dtype[Any]
-    header: int  # bytes before the numbers
+    header: int  # bytes before the values
 
 
 class ArrayFile:
-    """The arrays of an ``.npz`` file; their headers are checked when it is opened, and objects are never made.
+    """The arrays of an ``.npz`` file. Opening it checks all headers; objects are never unpickled.
 
     Args:
-        path: The file.
-        thing: What it is, for errors, e.g. ``"reference"``.
+        path: Path of the file.
+        thing: Kind of the file for error messages, e.g. ``"reference"``.
 
     Raises:
-        ValueError: It is missing, no such file, or holds something else than plain numbers.
+        ValueError: if the file is missing, damaged or not an ``.npz`` file, or holds anything but plain numbers.
     """
 
     def __init__(self, path: Path | str, *, thing: str) -> None:
         self.path, self.thing = Path(path), thing
         if not self.path.is_file():
-            raise ValueError(f"{thing} {path}: an existing .npz file is needed")
+            raise ValueError(f"{thing} {path} must be an existing .npz file")
         try:
             with zipfile.ZipFile(self.path) as archive:
                 if len(archive.infolist()) > _MAX_MEMBERS:
@@ -96,7 +101,7 @@ class ArrayFile:
         except _ArrayError:
             raise
         except _BROKEN as error:
-            raise ValueError(f"{thing} {path}: no .npz file, or a damaged one: {printable(error)}") from error
+            raise ValueError(f"{thing} {path} is damaged or not an .npz file: {printable(error)}") from error
 
     def __contains__(self, name: str) -> bool:
         return name in self._members
@@ -105,7 +110,7 @@ class ArrayFile:
         """Returns the shape of an array.
 
         Raises:
-            ValueError: if there is none of that name.
+            ValueError: if the array is missing.
         """
         if name not in self._members:
             held = ", ".join(printable(each) for each in sorted(self._members)) or "nothing"
@@ -113,15 +118,15 @@ class ArrayFile:
         return self._members[name].shape
 
     def read(self, name: str, shape: tuple[int | None, ...], *, kinds: str) -> npt.NDArray[Any]:
-        """Reads an array; mapped, not read, where the file is not compressed.
+        """Reads an array; an uncompressed one is memory-mapped.
 
         Args:
-            name: Of the array, without ``.npy``.
-            shape: That it must have; None is any size of at least 1.
-            kinds: Kinds of numbers that are accepted: numpy's letters, ``"f"``, ``"iu"``, or ``"uint8"`` itself.
+            name: Name of the array, without ``.npy``.
+            shape: Required shape; None stands for any size >= 1.
+            kinds: Accepted numpy kinds such as ``"f"`` or ``"iu"``, or the dtype ``"uint8"``.
 
         Raises:
-            ValueError: It is missing, has another shape or other numbers, or is damaged.
+            ValueError: if the array is missing or damaged, or has another shape or dtype.
         """
         found, member = self.shape(name), self._members.get(name)
         assert member is not None
@@ -130,9 +135,9 @@ class ArrayFile:
         )
         if not fits:
             wanted = "(" + ", ".join("n" if size is None else str(size) for size in shape) + ")"
-            raise self.make_error(name, f"the shape {wanted} is needed, got {found}")
+            raise self.make_error(name, f"the shape must be {wanted}, got {found}")
         if member.dtype != kinds if kinds == "uint8" else member.dtype.kind not in kinds:
-            raise self.make_error(name, f"other numbers are needed, got {member.dtype}")
+            raise self.make_error(name, f"the dtype must be {_NAMES[kinds]}, got {member.dtype}")
         try:
             is_stored = member.info.compress_type == zipfile.ZIP_STORED
             return self._map(member) if is_stored else self._decompress(member)
@@ -140,14 +145,14 @@ class ArrayFile:
             raise self.make_error(name, f"it cannot be read: {error}") from error
 
     def make_error(self, name: str, why: str) -> ValueError:
-        """Returns the error that names file and array."""
+        """Returns an error that names file and array."""
         return _ArrayError(f"{self.thing} {printable(str(self.path))}: array {name!r}: {why}")
 
     def check(self) -> None:
         """Compares every array with its checksum.
 
         Raises:
-            ValueError: if one is damaged.
+            ValueError: if an array is damaged.
         """
         with zipfile.ZipFile(self.path) as archive:
             try:
@@ -155,7 +160,7 @@ class ArrayFile:
             except _BROKEN as error:
                 raise ValueError(f"{self.thing} {self.path}: damaged: {error}") from error
         if damaged is not None:
-            raise self.make_error(damaged.removesuffix(".npy"), "it is damaged")
+            raise self.make_error(damaged.removesuffix(".npy"), "it is damaged: the checksum differs")
 
     def _member(self, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> _Member:
         name = info.filename.removesuffix(".npy")
@@ -164,17 +169,19 @@ class ArrayFile:
             stream = io.BytesIO(member.read(_MAX_HEADER))
             version = np.lib.format.read_magic(stream)
             if version not in _HEADERS:
-                raise self.make_error(name, f"plain numbers are needed, got format {version}")
+                raise self.make_error(name, f"the version of the .npy format must be 1.0 or 2.0, got {version}")
             shape, fortran, dtype = _HEADERS[version](stream)
             header = stream.tell()
         if dtype.hasobject or dtype.names is not None or dtype.subdtype is not None:
-            raise self.make_error(name, "plain numbers are needed, got objects, which may run code when they are read")
+            raise self.make_error(
+                name, "it must hold plain numbers, got objects, which may run code when they are read"
+            )
         if header + math.prod(shape) * dtype.itemsize != info.file_size:
-            raise self.make_error(name, f"its size and its shape {shape} disagree; the file is damaged")
+            raise self.make_error(name, f"its size does not match its shape {shape}; the file is damaged")
         return _Member(info, shape, fortran, dtype, header)
 
     def _check_expansion(self, name: str, info: zipfile.ZipInfo) -> None:
-        """Refuses a member that is compressed in another way than numpy's, or that expands too much."""
+        """Checks that a member is stored or deflated, as numpy writes it, and that it is no decompression bomb."""
         if info.compress_type == zipfile.ZIP_STORED:
             return
         if info.compress_type != zipfile.ZIP_DEFLATED:
@@ -183,18 +190,19 @@ class ArrayFile:
         if info.file_size > most:
             raise self.make_error(
                 name,
-                f"it must expand to at most {size_text(most)}, got {size_text(info.file_size)}; save it with np.savez, "
-                "which does not compress",
+                f"it must expand to at most {size_text(most)}, got {size_text(info.file_size)}; save it uncompressed, "
+                "with np.savez",
             )
 
     def _map(self, member: _Member) -> npt.NDArray[Any]:
         with open(self.path, "rb") as file:
             file.seek(member.info.header_offset)
             local = file.read(_LOCAL_HEADER)
+        # The name and the extra field follow the local header; their lengths may differ from the central directory's.
         name_length, extra_length = struct.unpack("<HH", local[26:30])
         offset = member.info.header_offset + _LOCAL_HEADER + name_length + extra_length + member.header
         if offset + math.prod(member.shape) * member.dtype.itemsize > self.path.stat().st_size:
-            raise EOFError("the file ends before it")
+            raise EOFError("the file ends before the array")
         order: Literal["C", "F"] = "F" if member.fortran else "C"
         return np.memmap(self.path, member.dtype, "r", offset, member.shape, order)
 
@@ -203,26 +211,26 @@ class ArrayFile:
         size = math.prod(member.shape) * member.dtype.itemsize
         with zipfile.ZipFile(self.path) as archive, archive.open(member.info) as stream:
             stream.read(member.header)
-            content = bytearray(size)  # numpy's arrays may be written to
+            content = bytearray(size)  # bytes would make a read-only array
             place = 0
             while place < size:
                 part = stream.read(min(2**20, size - place))
                 if not part:
-                    raise EOFError("the file ends before it")
+                    raise EOFError("the file ends before the array")
                 content[place : place + len(part)] = part
                 place += len(part)
-            stream.read(1)  # the end, where the checksum is compared
+            stream.read(1)  # zipfile compares the checksum at the end of the member
         return np.frombuffer(content, member.dtype).reshape(member.shape, order=order)
 
 
 @dataclass(frozen=True)
 class SampleFile:
-    """Images of a file, read a few at a time.
+    """The images of a file, read in parts.
 
     Args:
-        path: The file.
-        images: (n, H, W, 3) uint8, perhaps mapped.
-        labels: (n,) int64; None where the file has none.
+        path: Path of the file.
+        images: (n, H, W, 3) uint8, memory-mapped if the file is not compressed.
+        labels: (n,) int64; None if the file has no labels.
     """
 
     path: Path
@@ -236,28 +244,30 @@ class SampleFile:
         """Reads images.
 
         Args:
-            rows: Their numbers, one after the other.
-            channels: 1 for the grey images that they are.
+            rows: Indices of the images, with step 1.
+            channels: 3, or 1 for grey images, whose three channels are equal.
 
         Returns:
             (b, channels, H, W) uint8.
 
         Raises:
-            ValueError: Grey is asked for, and one is not grey.
+            ValueError: if ``channels`` is 1 and an image is not grey.
         """
         images = rearrange(torch.from_numpy(np.array(self.images[rows.start : rows.stop])), "b h w c -> b c h w")
         if channels == 3:
             return images
         if not (images == images[:, :1]).all():
-            raise ValueError(f"samples {self.path}: grey images are needed, got colour in {rows.start} to {rows.stop}")
+            raise ValueError(
+                f"samples {self.path} must be grey, got colour among images {rows.start} to {rows.stop - 1}"
+            )
         return images[:, :1]
 
 
 def open_samples(file: ArrayFile | Path | str) -> SampleFile:
-    """Opens the images of a file, and their labels if it has any.
+    """Opens the images of a file, and their labels if there are any.
 
     Raises:
-        ValueError: if there are none, or the arrays are others than the layout says.
+        ValueError: if there are no images, or an array has another shape or dtype than the layout.
     """
     arrays = file if isinstance(file, ArrayFile) else ArrayFile(file, thing="samples")
     images = arrays.read("arr_0", (None, None, None, 3), kinds="uint8")
@@ -265,5 +275,5 @@ def open_samples(file: ArrayFile | Path | str) -> SampleFile:
         return SampleFile(arrays.path, images, None)
     labels = torch.from_numpy(arrays.read("arr_1", (len(images),), kinds="iu").astype(np.int64))
     if int(labels.min()) < 0:
-        raise arrays.make_error("arr_1", f"labels of at least 0 are needed, got {int(labels.min())}")
+        raise arrays.make_error("arr_1", f"labels must be >= 0, got {int(labels.min())}")
     return SampleFile(arrays.path, images, labels)

@@ -1,4 +1,4 @@
-"""A report as it is written: Markdown, CSV and pictures. Parts that all reports share."""
+"""Pages of reports: Markdown, CSV and pictures, and the functions that all reports build them with."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ _SHOWN_CLASSES = 10
 
 @dataclass(frozen=True)
 class Page:
-    """A table or figure of the paper with our measurements.
+    """A page of a report, such as a table or figure of the paper with our measurements.
 
     Args:
-        name: File name without ending, such as ``table-1``.
-        markdown: The text, with the published rows beside ours.
+        name: File name without suffix, such as ``table-1``.
+        markdown: The text, with the published rows next to ours.
         rows: Our rows, unrounded.
-        pictures: PNG files by name.
-        folder: The folder that it belongs to, such as ``results/fashion-mnist``.
+        pictures: Contents of PNG files by file name.
+        folder: Folder that the page is written to, such as ``results/fashion-mnist``.
     """
 
     name: str
@@ -55,11 +55,11 @@ class Page:
 
     @property
     def csv(self) -> str:
-        """The rows as CSV, with every column that one of them has."""
+        """The rows as CSV, with every column that any row has."""
         return format_csv(self.rows)
 
     def write(self) -> list[Path]:
-        """Writes ``NAME.md``, ``NAME.csv`` and the pictures into its folder, and returns the files."""
+        """Writes ``NAME.md``, ``NAME.csv`` and the pictures, and returns the paths."""
         self.folder.mkdir(parents=True, exist_ok=True)
         contents = {f"{self.name}.md": self.markdown.encode(), f"{self.name}.csv": self.csv.encode(), **self.pictures}
         for name, content in contents.items():
@@ -76,17 +76,18 @@ def image_to_png(picture: Image.Image) -> bytes:
 
 
 def choose_classes(num_classes: int) -> list[int]:
-    """Returns the classes that a sheet of images shows: 10 of them, spread evenly, or all where there are fewer."""
+    """Returns the classes that a sheet of images shows: 10 evenly spaced ones, or all if there are fewer."""
     shown = min(num_classes, _SHOWN_CLASSES)
     return [number * num_classes // shown for number in range(shown)]
 
 
 def command_line(words: Sequence[object], flags: Mapping[str, object]) -> str:
-    """Returns a command as it is typed, for the line of a page that says what makes it again.
+    """Returns a command line, which a page states to make itself reproducible.
 
     Args:
-        words: The command and its arguments.
-        flags: Numbers, words, and sequences or mappings of them, by name; those that are None are left out.
+        words: The command and its positional arguments.
+        flags: Values by flag name with underscores. None is left out, a sequence becomes a comma-separated list, and a
+            mapping becomes JSON.
     """
     given = {name.replace("_", "-"): value for name, value in flags.items() if value is not None}
     return " ".join([*map(str, words), *(f"--{name} {shlex.quote(_word(value))}" for name, value in given.items())])
@@ -101,24 +102,30 @@ def _word(value: Any) -> str:
 
 
 def heading(title: str, command: str) -> list[str]:
-    """Returns the first lines of a page: its title, and the command that makes it again."""
+    """Returns the first lines of a page: the title, and the command that produces the page."""
     return [f"# {title}", "", f"    {printable(command, limit=None)}", ""]
 
 
 def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> list[str]:
-    """Returns the lines of a table whose first ``left`` columns hold words and whose others hold numbers."""
+    """Returns the lines of a Markdown table.
+
+    Args:
+        headings: Heading of each column.
+        rows: Cells, in Markdown.
+        left: Number of first columns that are aligned left; the others hold numbers and are aligned right.
+    """
     lines = [_line(headings), "|" + "---|" * left + "---:|" * (len(headings) - left)]
     return [*lines, *map(_line, rows)]
 
 
 def terminal_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> Table:
-    """Returns the table of ``markdown_table`` for a terminal of 80 columns.
+    """Returns a table for a terminal of 80 columns.
 
     Args:
-        title: Line above it.
-        headings: One for each column; the last word stands in a second line.
+        title: Line above the table.
+        headings: Heading of each column; the last word moves to a second line, to make the column narrow.
         rows: Cells, in Rich's markup; an empty row ends a section.
-        left: Number of first columns that hold words.
+        left: Number of first columns that are aligned left.
     """
     from rich.box import SIMPLE
     from rich.table import Table
@@ -132,19 +139,19 @@ def terminal_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[
 
 
 def terminal_word(text: str) -> str:
-    """Returns a cell of ``terminal_table`` that shows a text as it is."""
+    """Returns a cell of ``terminal_table`` with a text that is not read as markup."""
     from rich.markup import escape
 
     return escape(printable(text))
 
 
 def paragraph(*sentences: str) -> list[str]:
-    """Returns sentences as lines of the width that Markdown files have here."""
+    """Returns sentences as lines of at most 118 characters."""
     return textwrap.wrap(" ".join(sentences), 118, break_long_words=False, break_on_hyphens=False)
 
 
 def code_cell(text: str) -> str:
-    """Returns a table cell that shows a text as code; an empty cell for an empty text."""
+    """Returns a table cell with a text as code; an empty text gives an empty cell."""
     return code_span(text) if text else ""
 
 

@@ -1,4 +1,7 @@
-"""The reconstruction error of a tokenizer."""
+"""The reconstruction error of a tokenizer: PSNR, SSIM, reconstruction FID, LPIPS and codebook usage.
+
+``evaluate`` uses it.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ from maskgit_pl.tokenizer import CodebookUsage
 
 __all__ = ["Reconstruction", "measure_reconstruction", "psnr"]
 
-_SSIM_WINDOW = 11  # pixels
+_SSIM_WINDOW = 11  # pixels; smaller images have no SSIM
 
 
 @dataclass(frozen=True)
@@ -31,13 +34,13 @@ class Reconstruction:
     """The reconstruction error of a tokenizer.
 
     Args:
-        psnr_db: Of the squared error pooled over all images.
-        codebook_usage: Share of the codes used at least once, in [0, 1].
-        perplexity: Of the codes, in [1, K].
-        images: How many were measured.
-        ssim: Structural similarity, the mean over images, at most 1; None for images of less than 11 pixels.
-        rfid: Frechet distance of the reconstructions from the originals, by feature network.
-        lpips: The learned perceptual distance, the mean over images, by backbone.
+        psnr_db: PSNR in dB, from the mean squared error of all images together.
+        codebook_usage: Fraction of the codes that occur at least once, in [0, 1].
+        perplexity: Perplexity of the code frequencies, in [1, K].
+        images: Number of images.
+        ssim: Structural similarity, mean over images, <= 1; None for images below 11 pixels.
+        rfid: Frechet distance between reconstructions and originals, by label of the feature network.
+        lpips: Learned perceptual distance, mean over images, by backbone.
     """
 
     psnr_db: float
@@ -49,7 +52,7 @@ class Reconstruction:
     lpips: Mapping[str, float] = field(default_factory=dict)
 
     def numbers(self) -> dict[str, float]:
-        """Returns the numbers by name; those of a network are named after it, e.g. ``rfid/inception``."""
+        """Returns the values by name; names of network metrics have the label as suffix, e.g. ``rfid/inception``."""
         return {
             "psnr_db": self.psnr_db,
             **({} if self.ssim is None else {"ssim": self.ssim}),
@@ -62,13 +65,16 @@ class Reconstruction:
 
 
 def psnr(mean_squared_error: float) -> float:
-    """Computes -10 log10(error) in dB, for pixels in [0, 1]; infinite where nothing differs.
+    """Computes the PSNR -10 log10(error) in dB, for pixels in [0, 1].
+
+    Args:
+        mean_squared_error: Error, >= 0. An error of 0 gives infinity.
 
     Raises:
-        ValueError: if the error is negative or not a number.
+        ValueError: if the error is negative or NaN.
     """
     if not mean_squared_error >= 0:
-        raise ValueError(f"mean squared error: at least 0 is needed, got {mean_squared_error}")
+        raise ValueError(f"mean squared error must be >= 0, got {mean_squared_error}")
     return math.inf if mean_squared_error == 0 else -10 * math.log10(mean_squared_error)
 
 
@@ -82,24 +88,24 @@ def measure_reconstruction(
     lpips: LPIPS | None = None,
     on_images: Callable[[int], object] = lambda count: None,
 ) -> Reconstruction:
-    """Measures a tokenizer: pixels in [0, 1], reconstructions clipped, one error pooled over all images.
+    """Measures the reconstruction error of a tokenizer, for pixels in [0, 1] and clipped reconstructions.
 
-    Several ranks that each take whole batches get what one rank gets.
+    The ranks share the batches; the result does not depend on their number if each rank takes whole batches.
 
     Args:
-        tokenizer: Where its network is, the work is done.
-        batches: This rank's, of uint8 images, ordered by ``position``; rows that are not valid count nothing.
-        extractors: Feature networks in which the reconstructions' FID is measured, as bytes.
-        references: The originals, by the networks' labels.
-        lpips: Measures the perceptual distance; None leaves it out.
-        on_images: Called with the number of images that are done, for a progress bar.
+        tokenizer: The tokenizer, on its device.
+        batches: This rank's batches of uint8 images. Rows that are not valid are ignored.
+        extractors: Feature networks of the reconstruction FID, which see reconstructions rounded to uint8.
+        references: References of the originals, by label of the network.
+        lpips: Perceptual distance; None leaves it out.
+        on_images: Called after each batch with its number of images, for a progress bar.
 
     Raises:
         ValueError: if there are no images, or a network has no reference.
     """
     for extractor in extractors:
         if extractor.label not in references:
-            raise ValueError(f"rfid/{extractor.label}: the originals' reference is needed, got {sorted(references)}")
+            raise ValueError(f"rfid/{extractor.label}: references must have this network, got {sorted(references)}")
     seen = _Reconstructions(tokenizer, extractors, lpips)
     for batch in batches:
         seen.add(batch.content[batch.valid], batch.position[batch.valid])
@@ -119,13 +125,14 @@ def measure_reconstruction(
 
 
 class _Reconstructions:
-    """What is measured image by image while a tokenizer reconstructs this rank's."""
+    """The measurements of this rank's reconstructions, image by image."""
 
     def __init__(self, tokenizer: PretrainedTokenizer, extractors: Sequence[Extractor], lpips: LPIPS | None) -> None:
         self.tokenizer = tokenizer
         self.device = next(tokenizer.network.parameters()).device
-        self.codes = CodebookUsage(tokenizer.network.config.num_codes)
-        self.codes.update(torch.empty(0, 1, dtype=torch.int64), torch.empty(0))  # all of a rank without images
+        self.codes = CodebookUsage(tokenizer.network.config.codebook_size)
+        # An empty update, so that the counts exist on a rank without images.
+        self.codes.update(torch.empty(0, 1, dtype=torch.int64), torch.empty(0))
         self.collectors = {extractor.label: FeatureCollector(extractor) for extractor in extractors}
         self.measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"error": _mean_squared_error}
         if tokenizer.image_size >= _SSIM_WINDOW:
@@ -136,11 +143,17 @@ class _Reconstructions:
         self._positions = [torch.empty(0, dtype=torch.int64)]
 
     def add(self, pixels: Tensor, positions: Tensor) -> None:
-        """Reconstructs (b, C, H, W) uint8 images."""
+        """Reconstructs and measures images.
+
+        Args:
+            pixels: (b, C, H, W) uint8.
+            positions: (b,) int64: indices among all images.
+        """
         if len(pixels) == 0:
             return
         images, size = to_unit_range(pixels.to(self.device)), self.tokenizer.image_size
         tokens = self.tokenizer.network.encode(images)
+        # The decoder may add a margin, since it produces whole tokens; crop it.
         decoded = self.tokenizer.network.decode(tokens, self.tokenizer.grid)[..., :size, :size].float().clamp(0, 1)
         self.codes.update(tokens.cpu(), torch.ones(len(tokens)))
         measured = [measure(decoded, images).double().cpu() for measure in self.measures.values()]
@@ -153,11 +166,11 @@ class _Reconstructions:
         """Returns the means over the images of all ranks, and the number of images.
 
         Raises:
-            ValueError: None.
+            ValueError: if no rank has an image.
         """
         rows = gather_rows(torch.cat(self._rows), torch.cat(self._positions))  # (n, measures)
         if len(rows) == 0:
-            raise ValueError("reconstruction: at least one image is needed, got none")
+            raise ValueError("reconstruction: there must be at least one image, got none")
         return dict(zip(self.measures, rows.mean(0).tolist(), strict=True)), len(rows)
 
 
@@ -166,7 +179,17 @@ def _mean_squared_error(images: Tensor, others: Tensor) -> Tensor:
 
 
 def _ssim(images: Tensor, others: Tensor) -> Tensor:
-    """Computes SSIM (B,) float64 with a Gaussian window of 11 x 11 pixels, sigma 1.5. Source: Wang et al., 2004."""
+    """Computes the structural similarity with a Gaussian window of 11 x 11 pixels and sigma 1.5.
+
+    Args:
+        images: (B, C, H, W) float in [0, 1].
+        others: Images of the same shape.
+
+    Returns:
+        (B,) float64, <= 1.
+
+    Source: Wang et al., "Image quality assessment: from error visibility to structural similarity", 2004.
+    """
     similarity = structural_similarity_index_measure(images.double(), others.double(), data_range=1.0, reduction="none")
     assert isinstance(similarity, Tensor)
     return similarity.reshape(len(images))

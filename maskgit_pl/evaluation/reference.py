@@ -1,4 +1,8 @@
-"""The real images' side of every distance: statistics and features, made once and kept, or read from ADM's files."""
+"""Statistics and features of real images, which generated images are compared with.
+
+They are computed once per network and kept in files, or read from a file in the layout of ADM. ``run_folders`` opens
+them for the ``Evaluator``.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +50,7 @@ __all__ = [
 ]
 
 _FORMAT, _VERSION = "maskgit_pl.reference", 1
-_POOLED, _SPATIAL = 2048, 2023  # numbers of Inception's features, which foreign statistics are of
+_POOLED, _SPATIAL = 2048, 2023  # number of Inception's features that the statistics of ADM's files have
 _log = logging.getLogger(__name__)
 
 
@@ -64,26 +68,27 @@ class Statistics:
 
     @classmethod
     def from_features(cls, features: Tensor) -> Statistics:
-        """Computes the statistics of (n, D) features, n at least 2.
+        """Computes mean and covariance.
+
+        Args:
+            features: (n, D) float, n >= 2.
 
         Raises:
-            ValueError: if there are fewer than two.
+            ValueError: if ``features`` is not a matrix, or n < 2.
         """
         if features.ndim != 2 or len(features) < 2:
-            raise ValueError(
-                f"features: (n, D) of at least 2 images are needed for a covariance, got {tuple(features.shape)}"
-            )
+            raise ValueError(f"features must be (n, D) with n >= 2 for a covariance, got {tuple(features.shape)}")
         mean = features.double().mean(0)
-        centred = features.double() - mean
+        centred = features.double() - mean  # (n, D)
         return cls(mean, centred.T @ centred / (len(features) - 1))
 
 
 @dataclass(frozen=True)
 class ReferenceOrigin:
-    """The images or statistics that a reference was made from.
+    """The source of a reference: a split of a data set, or a file.
 
     Args:
-        digest: sha256, hexadecimal: of a file, or of what decides the pixels of a split.
+        digest: SHA-256 in hex of the file, or of the settings that determine the pixels of the split.
         split: Name of the split; empty for a file.
         file: Name of the file; empty for a split.
     """
@@ -94,20 +99,20 @@ class ReferenceOrigin:
 
     @classmethod
     def from_split(cls, data: ShardData, split: Split, *, num_images: int | None = None) -> ReferenceOrigin:
-        """Returns the origin of a split's first ``num_images`` images, or of all of them."""
+        """Returns the origin of the first ``num_images`` images of a split; None is all of them."""
         return cls(digest_of(_split_key(data, split, num_images)), split=split)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Real images as one network sees them.
+    """Statistics and features of real images in one network.
 
     Args:
-        label: Of the network.
+        label: Label of the network.
         pooled: Statistics of the pooled features.
-        spatial: Of the spatial ones; None where there are none.
-        features: Pooled features and logits themselves; None where statistics are all that is known.
-        origin: The images they are of; None where nobody asks, as for features of an experiment.
+        spatial: Statistics of the spatial features; None if there are none.
+        features: Pooled features and logits of each image; None if only statistics are known.
+        origin: Source of the images; None if it is not recorded.
     """
 
     label: str
@@ -118,18 +123,26 @@ class Reference:
 
     @classmethod
     def from_features(cls, features: ImageFeatures) -> Reference:
-        """Makes a reference from features of at least two images.
+        """Returns the reference of images; the spatial features are kept as statistics only.
+
+        Args:
+            features: Features of at least two images.
 
         Raises:
-            ValueError: if there are fewer than two.
+            ValueError: if there are fewer than two images.
         """
         spatial = None if features.spatial is None else Statistics.from_features(features.spatial)
         return cls(features.label, Statistics.from_features(features.pooled), spatial, replace(features, spatial=None))
 
 
-def draw_order(there: int, count: int) -> Order:
-    """Returns the order of ``count`` images drawn at random, always the same ones; of all that are there, their own."""
-    return InOrder(there) if count >= there else ShuffledStream(there, seed=0)
+def draw_order(available: int, count: int) -> Order:
+    """Returns an order whose first ``count`` positions are random samples, the same in every call.
+
+    Args:
+        available: Number of samples of the split.
+        count: Number of samples to draw. If it is not less than ``available``, the samples keep their own order.
+    """
+    return InOrder(available) if count >= available else ShuffledStream(available, seed=0)
 
 
 def iter_real_batches(
@@ -140,33 +153,33 @@ def iter_real_batches(
     shuffled: bool = False,
     batch_size: int = BATCH_SIZE,
 ) -> Iterator[Batch]:
-    """Yields this rank's batches of real images: whole batches, dealt out by their number.
+    """Yields this rank's batches of real images; whole batches are assigned to the ranks in turn.
 
     Args:
         data: The real images.
-        split: Which of them.
-        num_images: The first so many, or all that there are; None is all.
-        shuffled: Whether they are drawn at random instead, always the same ones; all of them come in their order.
-        batch_size: Images at a time.
+        split: Split of the images.
+        num_images: Maximum number of images of all ranks; None is all.
+        shuffled: True for images drawn at random, see ``draw_order``; False for the first ones.
+        batch_size: Images per batch.
 
     Raises:
         ValueError: if the data are tokens.
     """
-    there = data.summary.samples[split]
-    count = there if num_images is None else min(num_images, there)
-    dataset = data.batches(split, draw_order(there, count) if shuffled else InOrder(there))
+    available = data.summary.samples[split]
+    count = available if num_images is None else min(num_images, available)
+    dataset = data.batches(split, draw_order(available, count) if shuffled else InOrder(available))
     if not isinstance(dataset, ImageBatches):
-        raise ValueError(f"data {data.config.path}: images are needed to measure distances from, got tokens")
+        raise ValueError(f"data {data.config.path} must be images to measure distances, got tokens")
     yield from make_loader(
         dataset,
-        cast("Sampler[range]", list(iter_row_batches(count, batch_size=batch_size))),  # any iterable serves
+        cast("Sampler[range]", list(iter_row_batches(count, batch_size=batch_size))),  # a loader takes any iterable
         num_workers=data.config.num_workers,
         unreadable_budget=data.config.unreadable_budget,
     )
 
 
 def read_real_labels(data: ShardData) -> Tensor:
-    """Returns the classes (n,) int64 of the val split's images, in their order; read from the index alone."""
+    """Reads the (n,) int64 classes of the val split in order, from the index only."""
     reader = ShardReader(load_manifest(data.config.path, "val"))
     return torch.from_numpy(reader.labels(np.arange(len(reader))))
 
@@ -180,18 +193,18 @@ def obtain_references(
     num_images: int | None = None,
     on_images: Callable[[int], object] = lambda count: None,
 ) -> dict[str, Reference]:
-    """Returns a split as each network sees it: read from ``folder``, or made and kept there where it is not.
+    """Returns the references of a split, read from ``folder`` if possible, else computed and written there.
 
     Args:
-        folder: Where references are kept; several data sets and networks may share it.
+        folder: Folder of the reference files; several data sets and networks may share it.
         data: The real images.
-        extractors: The networks.
-        split: Which of the images.
-        num_images: The first so many; None is all.
-        on_images: Called with the number of images that are done, for a progress bar.
+        extractors: Networks with different labels.
+        split: Split of the images.
+        num_images: Number of images from the beginning of the split; None is all.
+        on_images: Called after each batch with its number of images, for a progress bar.
 
     Returns:
-        By the networks' labels, the same on each rank.
+        References by label of the network, the same on every rank.
 
     Raises:
         ValueError: if there are fewer than two images, or the data are tokens.
@@ -212,33 +225,33 @@ def read_references(
     folder: Path | None = None,
     on_images: Callable[[int], object] = lambda count: None,
 ) -> dict[str, Reference]:
-    """Reads a file of ADM's layout as each network sees it.
+    """Returns the references of a file in the layout of ADM.
 
-    Statistics that the file holds are Inception's; they alone give fid and sfid, images give the rest.
+    Statistics in the file belong to Inception and give FID and sFID; images in the file give all metrics.
 
     Args:
-        path: E.g. ``VIRTUAL_imagenet256_labeled.npz``.
-        extractors: The networks.
-        folder: Where features of the file's images are kept, as of ``obtain_references``; None keeps none.
-        on_images: Called with the number of images that are done, for a progress bar.
+        path: Path such as ``VIRTUAL_imagenet256_labeled.npz``.
+        extractors: Networks with different labels.
+        folder: Folder that keeps the features of the file's images, see ``obtain_references``; None keeps nothing.
+        on_images: Called after each batch with its number of images, for a progress bar.
 
     Returns:
-        By the networks' labels, the same on each rank.
+        References by label of the network, the same on every rank.
 
     Raises:
-        ValueError: if the file is missing, foreign or damaged, or does not hold what a network needs.
+        ValueError: if the file is missing, damaged or has another layout, or lacks the arrays that a network needs.
     """
     file = ArrayFile(path, thing="reference")
     origin = ReferenceOrigin(sha256_of(file.path), file=file.path.name)
     statistics = _read_inception_statistics(file)
     if "arr_0" not in file:
         if statistics is None:
-            raise file.make_error("mu", "statistics (mu, sigma) or images (arr_0) are needed, got neither")
+            raise file.make_error("mu", "the file must have statistics (mu, sigma) or images (arr_0), got neither")
         for extractor in extractors:
             if extractor.label != "inception":
                 raise file.make_error(
                     "arr_0",
-                    f"images are needed for the network {extractor.label!r}, got the statistics of inception alone",
+                    f"the file must have images for the network {extractor.label!r}, got only Inception's statistics",
                 )
         return {extractor.label: replace(statistics, origin=origin) for extractor in extractors}
     samples = open_samples(file)
@@ -249,12 +262,13 @@ def read_references(
     made = _obtain(folder, {"data": origin.digest, "split": "file"}, extractors, features, origin)
     if statistics is None or "inception" not in made:
         return made
+    # The published statistics take precedence over those of the images in the file.
     spatial = statistics.spatial if statistics.spatial is not None else made["inception"].spatial
     return {**made, "inception": replace(made["inception"], pooled=statistics.pooled, spatial=spatial)}
 
 
 def _split_key(data: ShardData, split: Split, num_images: int | None) -> dict[str, Any]:
-    """Returns what decides the pixels of a split's images."""
+    """Returns the settings that determine the pixels of a split."""
     return {
         "data": data.summary.fingerprint,
         "split": split,
@@ -271,17 +285,32 @@ def _obtain(
     features: Callable[[Sequence[Extractor]], dict[str, ImageFeatures]],
     origin: ReferenceOrigin,
 ) -> dict[str, Reference]:
-    """Returns what the folder holds, and the rest from one pass over the images, whose pixels ``key`` decides."""
+    """Returns references from the folder, and computes the missing ones in one pass over the images.
+
+    1. Each rank reads the files of the folder.
+    2. A reference is missing if any rank could not read it; all ranks compute the missing ones together.
+    3. The first rank writes the new ones.
+
+    Args:
+        folder: Folder of the reference files; None for no files.
+        key: Settings that determine the pixels of the images.
+        extractors: Networks with different labels.
+        features: Extracts the features of all images with some of the networks.
+        origin: Source of the images.
+    """
     keys = {
         each.label: {**key, "network": each.label, "weights": each.digest, "knows_classes": each.knows_classes}
         for each in extractors
     }
+    # 1.
     found = {label: None if folder is None else _read(_cache_path(folder, key), key) for label, key in keys.items()}
-    here = on_all_ranks(lambda: [label for label, reference in found.items() if reference is not None])
-    missing = [extractor for extractor in extractors if not all(extractor.label in labels for labels in here)]
+    # 2. A file may be readable on some ranks only; extraction is collective, so that all must agree on what is missing.
+    readable = on_all_ranks(lambda: [label for label, reference in found.items() if reference is not None])
+    missing = [extractor for extractor in extractors if not all(extractor.label in labels for labels in readable)]
     made = (
         {label: Reference.from_features(extracted) for label, extracted in features(missing).items()} if missing else {}
     )
+    # 3.
     if folder is not None and rank_and_world()[0] == 0:
         for label, reference in made.items():
             _write(_cache_path(folder, keys[label]), keys[label], reference)
@@ -300,7 +329,7 @@ def _encode_key(key: Mapping[str, Any]) -> bytes:
 
 def _write(path: Path, key: Mapping[str, Any], reference: Reference) -> None:
     features = reference.features
-    assert features is not None  # it was made here
+    assert features is not None  # only references with features are written
     arrays: dict[str, Tensor] = {
         "key": torch.frombuffer(bytearray(_encode_key(key)), dtype=torch.uint8),
         "mu": reference.pooled.mean,
@@ -317,14 +346,14 @@ def _write(path: Path, key: Mapping[str, Any], reference: Reference) -> None:
 
 
 def _read(path: Path, key: Mapping[str, Any]) -> Reference | None:
-    """Reads what was kept; None, with a warning, where the file is not what this program wrote for the same key."""
+    """Reads a reference file; returns None if it is missing, and warns if it is damaged or has another key."""
     if not path.exists():
         return None
     try:
         file = ArrayFile(path, thing="reference")
         file.check()
         if bytes(file.read("key", (None,), kinds="uint8")) != _encode_key(key):
-            raise file.make_error("key", "it is of something else")
+            raise file.make_error("key", "it belongs to other images or another network")
         pooled = _read_tensor(file, "pooled", (None, None), kinds="f")
         logits = _read_tensor(file, "logits", (len(pooled), None), kinds="f") if "logits" in file else None
         spatial = _read_statistics(file, "_s", None) if "mu_s" in file else None
@@ -335,7 +364,7 @@ def _read(path: Path, key: Mapping[str, Any]) -> Reference | None:
             ImageFeatures(key["network"], pooled.float(), None if logits is None else logits.float()),
         )
     except ValueError as error:
-        _log.warning("%s; it is made again", error)
+        _log.warning("%s; it will be computed again", error)
         return None
 
 
@@ -350,17 +379,17 @@ def _read_statistics(file: ArrayFile, suffix: str, width: int | None) -> Statist
     mean = _read_tensor(file, f"mu{suffix}", (width,), kinds="f")
     covariance = _read_tensor(file, f"sigma{suffix}", (len(mean), len(mean)), kinds="f")
     if not torch.allclose(covariance, covariance.T, rtol=1e-3, atol=1e-6) or bool((covariance.diagonal() < 0).any()):
-        raise file.make_error(f"sigma{suffix}", "a covariance is needed, got a matrix that cannot be one")
+        raise file.make_error(f"sigma{suffix}", "it must be a covariance: symmetric, with a diagonal >= 0")
     return Statistics(mean, covariance)
 
 
 def _read_tensor(file: ArrayFile, name: str, shape: tuple[int | None, ...], *, kinds: str) -> Tensor:
-    """Reads a copy, as float64.
+    """Reads a copy of an array as float64.
 
     Raises:
-        ValueError: see ``ArrayFile.read``, or a number is not finite.
+        ValueError: see ``ArrayFile.read``; also if a value is non-finite.
     """
     array: npt.NDArray[np.float64] = np.array(file.read(name, shape, kinds=kinds), dtype=np.float64)
     if not np.isfinite(array).all():
-        raise file.make_error(name, "finite numbers are needed")
+        raise file.make_error(name, "all values must be finite")
     return torch.from_numpy(array)

@@ -1,6 +1,7 @@
-"""A run as it is measured: its folders, its model, its data, and the feature networks of the data.
+"""The parts of a run that a measurement needs: folders, model, data, and the feature networks of the data.
 
-Everything that can be refused without torch is refused before torch is imported.
+``evaluate``, ``compare``, ``tune`` and the reports use it. All checks that do not need torch come before the import of
+torch.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ __all__ = [
     "round_to_classes",
 ]
 
-_VALIDATION_BATCH = 200
+_VALIDATION_BATCH = 200  # images
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,15 @@ class MeasurementOptions:
     """The options of every measurement of a run.
 
     Args:
-        seed: Of the first image; image i has seed + i.
-        batch_size: Images at a time; changes the time alone.
-        device: ``cpu``, ``cuda``, ``cuda:1`` ...; None for a GPU if there is one.
-        num_workers: Processes that read real images.
-        classifier: Folder of the classifier of the data, which is trained where there is none; None for
+        seed: Seed of the first image; image i has ``seed + i``.
+        batch_size: Images per batch; it does not change results.
+        device: Device such as ``cpu``, ``cuda`` or ``cuda:1``; None for a GPU if there is one.
+        num_workers: Number of processes that read real images.
+        classifier: Folder of the classifier of the data, which is trained if it is missing; None for
             ``runs/DATA-classifier/small``.
+
+    Raises:
+        ValueError: if ``batch_size`` is less than 1.
     """
 
     seed: int = 0
@@ -62,19 +66,19 @@ class MeasurementOptions:
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
-            raise ValueError(f"batch_size: at least 1 is needed, got {self.batch_size}")
+            raise ValueError(f"batch_size must be >= 1, got {self.batch_size}")
 
 
 @dataclass(frozen=True)
 class RunFolders:
-    """The folders of a run that is measured.
+    """The folders of a run to measure.
 
     Args:
-        pretrained: The folder with ``tokenizer/`` and ``transformer/``.
-        run: The run's folder; the pretrained folder itself where it stands alone.
-        data: The data folder.
-        classifier: The folder of the data's classifier.
-        references: The folder of features of real images, for all runs of the same data.
+        pretrained: Folder with ``tokenizer/`` and ``transformer/``.
+        run: Run folder; the pretrained folder itself if it belongs to no run.
+        data: Data folder.
+        classifier: Folder of the data's classifier.
+        references: Folder of features of real images, which all runs of the same data share.
     """
 
     pretrained: Path
@@ -94,11 +98,11 @@ def find_run(run: Path | str, *, data: Path | None = None, classifier: Path | No
 
     Args:
         run: Run folder or pretrained folder.
-        data: Data folder; None for what the run was trained on.
+        data: Data folder; None for the data that the run was trained on.
         classifier: Folder of the data's classifier; None for the one that all runs of the data share.
 
     Raises:
-        FileNotFoundError: if there is no such run or data, or the run does not say what it was trained on.
+        FileNotFoundError: if the run or the data do not exist, or the run does not record its data.
     """
     from maskgit_pl.pipeline.sharing import local_folder
 
@@ -106,21 +110,21 @@ def find_run(run: Path | str, *, data: Path | None = None, classifier: Path | No
     home = pretrained.parent if pretrained.name == "pretrained" else pretrained
     path = data or _find_data(home)
     if not path.is_dir():
-        raise FileNotFoundError(f"data {path}: no such folder; name one with --data")
-    real = home.absolute().parent / f"{path.absolute().name}-classifier"  # one classifier for all runs of the data
+        raise FileNotFoundError(f"data {path}: no such folder; choose another with --data")
+    real = home.absolute().parent / f"{path.absolute().name}-classifier"  # shared by all runs of the data
     return RunFolders(pretrained, home, path, classifier or real / "small", real)
 
 
 def read_outline(folders: RunFolders) -> Outline:
-    """Reads what requests to the model are checked by, without torch.
+    """Reads the outline of the model, which checks requests without torch.
 
     Raises:
-        ValueError: if a file of the model is not as it must be.
+        ValueError: if a file of the model is invalid.
     """
     from maskgit_pl.pipeline.outline import Outline
 
     outline = Outline.read(folders.pretrained)
-    if outline is None:  # loading the model says what is wrong with it
+    if outline is None:  # loading the model raises the error that explains it
         from maskgit_pl.pipeline import MaskGIT
 
         return MaskGIT.from_pretrained(folders.pretrained).outline
@@ -128,18 +132,28 @@ def read_outline(folders: RunFolders) -> Outline:
 
 
 def default_steps(num_tokens: int, usual: Sequence[int]) -> tuple[int, ...]:
-    """Returns the usual T that an image has tokens for; its number of tokens where it has fewer than all of them."""
+    """Returns the usual numbers of steps that do not exceed the number of tokens.
+
+    Args:
+        num_tokens: N.
+        usual: Numbers of steps; if all of them exceed N, N is returned.
+    """
     return tuple(number for number in usual if number <= num_tokens) or (num_tokens,)
 
 
 def round_to_classes(num_images: int, num_classes: int, *, name: str = "num_images") -> int:
-    """Returns the largest number of images, at most ``num_images``, that all classes have equally many of.
+    """Returns ``num_images``, rounded down to a multiple of the number of classes.
+
+    Args:
+        num_images: Number of images.
+        num_classes: Number of classes.
+        name: Name of the number in errors.
 
     Raises:
-        ValueError: if that is fewer than 2 images a class.
+        ValueError: if there are fewer than 2 images per class.
     """
     if num_images < 2 * num_classes:
-        raise ValueError(f"{name}: at least 2 for each of the {num_classes} classes are needed, got {num_images}")
+        raise ValueError(f"{name} must be >= {2 * num_classes} (2 per class), got {num_images}")
     return num_images - num_images % num_classes
 
 
@@ -151,7 +165,7 @@ def open_model(folders: RunFolders, device: str | None = None) -> MaskGIT:
         device: Device of the model; None for a GPU if there is one.
 
     Raises:
-        ValueError: if there is no such device, or a file of the model is not as it must be.
+        ValueError: if the device does not exist, or a file of the model is invalid.
     """
     from maskgit_pl.devices import check_device, default_device
     from maskgit_pl.pipeline import MaskGIT
@@ -161,15 +175,15 @@ def open_model(folders: RunFolders, device: str | None = None) -> MaskGIT:
 
 
 def open_data(folders: RunFolders, pipe: MaskGIT, *, num_workers: int = 0) -> ShardData:
-    """Opens the images that a model is measured on.
+    """Opens the real images that a model is compared with.
 
     Args:
         folders: The run's folders.
         pipe: The model.
-        num_workers: Processes that read the images.
+        num_workers: Number of processes that read the images.
 
     Raises:
-        ValueError: if their classes are not the model's.
+        ValueError: if the classes of the data are not the model's.
     """
     channels = pipe.tokenizer.network.config.in_channels
     data = open_images(folders.data, pipe.tokenizer.image_size, channels, num_workers=num_workers)
@@ -178,7 +192,14 @@ def open_data(folders: RunFolders, pipe: MaskGIT, *, num_workers: int = 0) -> Sh
 
 
 def open_images(folder: Path, image_size: int, in_channels: int, *, num_workers: int = 0) -> ShardData:
-    """Opens a data folder as square images of a size in pixels."""
+    """Opens a data folder as square images.
+
+    Args:
+        folder: Data folder.
+        image_size: Edge of the images, in pixels.
+        in_channels: Channels of the images, 1 or 3.
+        num_workers: Number of processes that read the images.
+    """
     from maskgit_pl.data import ShardData, ShardDataConfig
 
     config = ShardDataConfig(
@@ -194,31 +215,31 @@ def open_images(folder: Path, image_size: int, in_channels: int, *, num_workers:
 
 
 def check_data(pipe: MaskGIT, data: ShardData) -> None:
-    """Refuses data whose classes are not the model's.
+    """Checks that the classes of the data are those of the model.
 
     Raises:
-        ValueError: with both.
+        ValueError: if they differ. The message names both.
     """
     if data.class_names != pipe.class_names:
         raise ValueError(
             f"data {data.config.path}: the classes must be the model's {list(pipe.class_names[:10])}, "
-            f"got {list(data.class_names[:10])}; name the data it was trained on with --data"
+            f"got {list(data.class_names[:10])}; choose the data of the training with --data"
         )
 
 
 def check_model_decoding(pipe: MaskGIT, decoding: DecodingConfig) -> None:
-    """Refuses, before time is spent, a way of decoding that the model cannot follow.
+    """Checks that the model can be decoded in this way, before a long measurement begins.
 
     Raises:
-        TypeError: if a part does not take its arguments.
-        ValueError: if a name is unknown, a number is out of range, there are more steps than tokens, or guidance has no
-            null class.
+        TypeError: if a selector or schedule does not accept its arguments.
+        ValueError: if a name is unknown, a number is out of range, there are more steps than tokens, or there is
+            guidance for a model without a null class.
     """
     pipe.check_decoding(decoding)
     if any(decoding.scales()) and pipe.transformer.network.config.null_label is None:
         raise ValueError(
-            f"guidance {decoding.guidance}: this model has no null class (it was trained with class_dropout 0); "
-            "take scale 0, or train with model.network.class_dropout 0.1"
+            f"guidance {decoding.guidance}: the scale must be 0, because this model has no null class (it was trained "
+            "with class_dropout 0); for guidance, train with model.network.class_dropout 0.1"
         )
 
 
@@ -233,21 +254,21 @@ def open_evaluator(
     options: MeasurementOptions = MeasurementOptions(),  # frozen
     bars: Bars = no_bars,
 ) -> Evaluator:
-    """Opens the evaluator of the runs of some data, and trains the classifier of the data where it is not kept yet.
+    """Opens the evaluator of the runs of a data set, and trains the classifier of the data if it is missing.
 
     Args:
-        folders: Folders of the first run: where the classifier and features of real images are kept.
-        pipe: Its model, whose device the feature networks are on.
+        folders: Folders of the first run; they hold the classifier and the features of real images.
+        pipe: Model of the first run; the feature networks use its device.
         data: The real images.
-        ledger: Holds the measurements.
+        ledger: Ledger of the measurements.
         features: Feature networks: names or mappings; ``classifier`` is the classifier of ``folders.classifier``.
-        reference: ADM's file of a data set in place of the val split; None for the split.
-        options: Batch size.
-        bars: Shows the progress.
+        reference: File in the layout of ADM to compare with; None for the val split.
+        options: Options, of which the batch size is used.
+        bars: Progress bars.
 
     Raises:
-        TypeError: if a network does not take its arguments.
-        ValueError: if a network is unknown, or its weights are missing or others.
+        TypeError: if a network does not accept its arguments.
+        ValueError: if a network is unknown, its weights are missing, or their SHA-256 does not match.
     """
     from maskgit_pl.evaluation import classifier_training
     from maskgit_pl.evaluation.classifier_config import SMALL_TRAINING
@@ -284,25 +305,31 @@ def open_evaluator(
 
 
 def create_evaluated_model(folders: RunFolders, pipe: MaskGIT, folder: Path | None = None) -> EvaluatedModel:
-    """Returns a run's model as the evaluator takes it, with its images in ``folder``, or in ``RUN/evaluation``."""
+    """Returns the model of a run for the evaluator.
+
+    Args:
+        folders: The run's folders.
+        pipe: The model.
+        folder: Folder of generated images; None for ``RUN/evaluation``.
+    """
     from maskgit_pl.evaluation.evaluator import EvaluatedModel
 
     return EvaluatedModel(folders.run.name, pipe, folders.pretrained, folder or folders.evaluation)
 
 
 def read_run_recipe(file: Path) -> dict[str, Any]:
-    """Returns what a run's ``config.yaml`` says, in plain values; nothing where it is not there.
+    """Reads the ``config.yaml`` of a run as plain values; a missing file gives an empty mapping.
 
     Raises:
-        ValueError: if it is no recipe. The message is one line.
+        ValueError: if the file is not a recipe. The message is one line.
     """
-    from maskgit_pl.old_names import renamed_tree
+    from maskgit_pl.old_names import rename_tree
     from maskgit_pl.runs.safe_yaml import read_yaml
 
     if not file.is_file():
         return {}
     try:
-        return renamed_tree(read_yaml(file), f"recipe {file}")
+        return rename_tree(read_yaml(file), f"recipe {file}")
     except RecursionError as error:
         raise ValueError(f"recipe {file} is nested too deep") from error
     except ValueError as error:
@@ -310,10 +337,10 @@ def read_run_recipe(file: Path) -> dict[str, Any]:
 
 
 def _find_data(home: Path) -> Path:
-    """Returns the data folder that stands in the run's own configuration.
+    """Returns the data folder in the run's ``config.yaml``.
 
     Raises:
-        FileNotFoundError: if there is none.
+        FileNotFoundError: if no stage records one.
     """
     for stage in ("transformer", "tokenizer"):
         file = home / stage / "config.yaml"
@@ -323,4 +350,4 @@ def _find_data(home: Path) -> Path:
             raise ValueError(f"{file}: data.path must be a string, got {shorten(path)}")
         if path:
             return Path(path)
-    raise FileNotFoundError(f"run {home}: it does not say what data it was trained on; name them with --data")
+    raise FileNotFoundError(f"run {home} does not record the data that it was trained on; choose them with --data")

@@ -1,6 +1,6 @@
-"""The figure of a search: one model, decoded by every mask schedule, quality against T.
+"""The figure of ``tune``: one model decoded with every mask schedule, as a metric over the number of steps.
 
-Source: paper, Figure 8, right: one model for each schedule there, one model decoded by each schedule here.
+Source: paper, Figure 8, right. The paper trains a model for each schedule; here one model is decoded with all.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _OTHERS = ("#c58b3a", "#6d9a5c", "#a0709f", "#5aa0a3", "#b3605b", "#8a8a8a", "#9
 
 
 def find_schedule_trial(result: SearchResult) -> Trial | None:
-    """Returns the best trial that follows a mask schedule; None where none does."""
+    """Returns the best trial whose selector follows a mask schedule, or None if there is no such trial."""
     for trial in (result.winner, *sort_trials(result.trials, result.metric)):
         selector = trial.decoding.token_selector
         if selector is not None and token_selectors.build(selector).follows_schedule:
@@ -41,9 +41,14 @@ def find_schedule_trial(result: SearchResult) -> Trial | None:
 
 
 def schedule_specs(trained: MaskSchedule) -> tuple[str, dict[str, Spec | None]]:
-    """Returns the name of the schedule of the training, and each registered one that needs no argument, by name.
+    """Returns the name of the training schedule, and the schedules to decode with.
 
-    None stands for the one of the training, under its ``repr`` where it is registered under no name.
+    Args:
+        trained: Schedule of the training.
+
+    Returns:
+        The registered name of ``trained``, or its ``repr`` if it has none; and the specs of all registered schedules
+        without required arguments, by name. The spec of the training schedule is None.
     """
     built = mask_schedules.build_all()
     own = next((name for name, schedule in built.items() if schedule == trained), repr(trained))
@@ -53,24 +58,22 @@ def schedule_specs(trained: MaskSchedule) -> tuple[str, dict[str, Spec | None]]:
 def measure_curves(
     measure: Measure, pipe: MaskGIT, result: SearchResult, *, num_images: int, seed: int, bars: Bars = no_bars
 ) -> ScheduleCurves | None:
-    """Measures the best decoding of a search at several T with each registered mask schedule that needs no argument.
+    """Measures the best decoding of a search with each mask schedule at several numbers of steps.
 
     Args:
         measure: Measures a decoding.
         pipe: The model.
         result: The search.
-        num_images: Images of a point.
-        seed: Of the first image.
-        bars: Shows the progress.
+        num_images: Number of images per point.
+        seed: Seed of the first image.
+        bars: Progress bars.
 
     Returns:
-        The curves, or None where no trial follows a mask schedule.
-
-    Source: paper, Figure 8, right: one model for each schedule there, one model decoded by each schedule here.
+        The curves, or None if no trial follows a mask schedule.
     """
     trial = find_schedule_trial(result)
     if trial is None:
-        _log.info("no trial follows a mask schedule: no figure is drawn")
+        _log.info("no figure is drawn, because no trial follows a mask schedule")
         return None
     trained, specs = schedule_specs(pipe.transformer.schedule_for("tune"))
     steps = choose_plot_steps(pipe.tokenizer.grid[0] * pipe.tokenizer.grid[1])
@@ -86,13 +89,13 @@ def measure_curves(
 
 @dataclass(frozen=True)
 class ScheduleCurves:
-    """Quality against T for every mask schedule.
+    """The values of each mask schedule at each number of steps.
 
     Args:
-        curves: By the schedule's name and T.
-        trained: Name of the schedule of the training.
-        decoding: In words: what all of them share.
-        num_images: Images of a point.
+        curves: Values by schedule, T and name of the metric.
+        trained: Name of the training schedule.
+        decoding: Description of the decoding that all points share.
+        num_images: Number of images per point.
     """
 
     curves: Curves
@@ -101,7 +104,7 @@ class ScheduleCurves:
     num_images: int
 
     def best(self, metric: str) -> tuple[str, int, float]:
-        """Returns schedule, T and value of the best point."""
+        """Returns the schedule, T and value of the best point of a metric."""
         points = [
             (name, steps, numbers[metric]) for name, line in self.curves.items() for steps, numbers in line.items()
         ]
@@ -112,12 +115,15 @@ class ScheduleCurves:
 
 
 def draw_curves(figure: ScheduleCurves, *, metric: str, floor: float | None) -> bytes:
-    """Returns the figure as a PNG: a line a schedule, its name at the end, the schedule of the training in front.
+    """Draws a line per schedule, with the training schedule emphasised.
 
     Args:
-        figure: What was measured.
+        figure: The measured curves.
         metric: Name of the metric, such as ``fid/classifier``.
-        floor: The value of real images; None for none.
+        floor: Value of real images; None draws no line.
+
+    Returns:
+        A PNG.
 
     Source: paper, Figure 8, right.
     """
@@ -158,7 +164,7 @@ def _finish(axes: Any, figure: ScheduleCurves, metric: str) -> None:
     )  # fmt: skip
     axes.set_ylabel(f"{title(metric)} of {figure.num_images} images ({direction(metric)})")
     axes.set_title(
-        f"one model, trained with {plain_label(figure.trained)}, decoded by every mask schedule",
+        f"one model, trained with {plain_label(figure.trained)}, decoded with each mask schedule",
         fontsize=11,
         loc="left",
     )

@@ -1,4 +1,7 @@
-"""The decodings that a search draws from; trial i is a function of (seed, i)."""
+"""The decodings of a search. Trial i depends only on (seed, i), so that a search can be resumed.
+
+``decoding_search`` measures them.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ __all__ = ["Search", "SearchSpace"]
 
 Search = Literal["random", "grid"]
 
-# Arguments of selectors that are searched, whatever the selector: from, to, and the values of a grid.
+# Arguments that are searched for every selector that has them: lower bound, upper bound, values in a grid.
 _RANGES: dict[str, tuple[float, float, tuple[float, ...]]] = {
     "choice_temperature": (1.0, 20.0, (2.0, 4.5, 9.0)),
     "gamma": (1.0, 60.0, (3.0, 10.0, 30.0)),
@@ -31,21 +34,27 @@ class SearchSpace:
     """The decodings of a search: token selector and its arguments, temperature, truncation, guidance and T.
 
     Args:
-        baseline: The model's own decoding: trial 0, and what is not searched.
-        selectors: Names and mappings; arguments that a mapping names stay as they are.
-        num_steps: T to choose from.
-        num_codes: K.
-        can_guide: Whether the model has a null class, without which there is no guidance.
+        baseline: Decoding of trial 0, which also gives the fields that are not searched.
+        selectors: Names and mappings; the arguments in a mapping are fixed.
+        num_steps: Numbers of steps to choose from.
+        codebook_size: Number K of codes.
+        can_guide: True if the model has a null class, which guidance requires.
     """
 
     baseline: DecodingConfig
     selectors: tuple[Spec, ...]
     num_steps: tuple[int, ...]
-    num_codes: int
+    codebook_size: int
     can_guide: bool
 
     def trial(self, number: int, *, seed: int, method: Search = "random") -> DecodingConfig | None:
-        """Returns the decoding of a trial, a function of its number and the seed; None beyond the end of a grid."""
+        """Returns the decoding of a trial, or None beyond the end of the grid.
+
+        Args:
+            number: Index of the trial.
+            seed: Seed of the search.
+            method: Random draws or a grid.
+        """
         if number == 0:
             return self.baseline
         return self._draw(number, seed) if method == "random" else self._draw_from_grid(number - 1, seed)
@@ -53,14 +62,15 @@ class SearchSpace:
     def resume(
         self, begun: Iterable[DecodingConfig], *, trials: int, seed: int, method: Search = "random"
     ) -> SearchSpace:
-        """Returns the space of a search that is resumed after it has written its recipe.
+        """Returns the space of a search that may have written its winner to ``decoding.json`` before it was stopped.
 
-        The model's own decoding is then one of the trials, and trial 0 stays what it was when the search began.
+        In that case the model's own decoding is one of the trials, and trial 0 must remain the decoding that the search
+        began with: otherwise all trials would differ from those in the ledger.
 
         Args:
-            begun: Decodings that searches of the model began with, the latest first.
+            begun: Decodings of trial 0 of earlier searches of the model, the latest first.
             trials: Number of trials.
-            seed: Of the trials.
+            seed: Seed of the search.
             method: Random draws or a grid.
         """
         for first in begun:
@@ -70,7 +80,7 @@ class SearchSpace:
         return self
 
     def iter_selectors_and_steps(self) -> Iterator[DecodingConfig]:
-        """Yields decodings that hold every selector and every T, for a check before any work."""
+        """Yields a decoding for each selector and number of steps, so that they can be checked before the search."""
         yield self.baseline
         for selector in self.selectors:
             for num_steps in self.num_steps:
@@ -80,7 +90,7 @@ class SearchSpace:
         sampler = _TrialSampler(random_uniform("tuning", seed=seed, index=number, count=32)[0].tolist())
         selector = self._draw_selector(sampler)
         guidance = self._draw_guidance(sampler)
-        top_k, top_p = _draw_truncation(sampler, self.num_codes)
+        top_k, top_p = _draw_truncation(sampler, self.codebook_size)
         return self._decoding(
             sampler.choose(self.num_steps), selector, guidance, _draw_temperature(sampler), top_k=top_k, top_p=top_p
         )
@@ -122,7 +132,7 @@ class SearchSpace:
         return {"name": name, "scale": scale, **({"start": start} if name == "interval" else {})}
 
     def _draw_from_grid(self, place: int, seed: int) -> DecodingConfig | None:
-        """Returns a place of the grid, in an order that any budget covers evenly."""
+        """Returns an entry of the grid in random order, so that any number of trials covers it evenly."""
         grid = list(self._grid())
         if place >= len(grid):
             return None
@@ -139,7 +149,7 @@ class SearchSpace:
 
 
 class _TrialSampler:
-    """Turns the uniform numbers of one trial into choices, one after the other."""
+    """The random choices of one trial, each from the next uniform number."""
 
     def __init__(self, numbers: Sequence[float]) -> None:
         self._numbers = iter(numbers)
@@ -158,10 +168,11 @@ class _TrialSampler:
 
 
 def _round(value: float) -> float:
-    return float(f"{value:.3g}")  # what a person can read and write
+    return float(f"{value:.3g}")  # 3 digits: short in tables and on the command line
 
 
 def _draw_temperature(sampler: _TrialSampler) -> float | tuple[float, float]:
+    # All numbers are drawn, also those that are not used, so that later choices do not depend on this one.
     kind = sampler.choose(("one", "constant", "annealed"))
     constant, first, last = sampler.uniform(0.6, 1.3), sampler.uniform(0.8, 1.6), sampler.uniform(0.3, 1.0)
     if kind == "annealed":
@@ -169,18 +180,18 @@ def _draw_temperature(sampler: _TrialSampler) -> float | tuple[float, float]:
     return constant if kind == "constant" else 1.0
 
 
-def _draw_truncation(sampler: _TrialSampler, num_codes: int) -> tuple[int | None, float | None]:
+def _draw_truncation(sampler: _TrialSampler, codebook_size: int) -> tuple[int | None, float | None]:
     kind, share, top_p = (
         sampler.choose(("none", "none", "top_k", "top_p")),
         sampler.random(),
         sampler.uniform(0.8, 0.99),
     )
-    top_k = round(4 * (num_codes / 4) ** share) if num_codes > 4 else None
+    top_k = round(4 * (codebook_size / 4) ** share) if codebook_size > 4 else None
     return (top_k if kind == "top_k" else None), (top_p if kind == "top_p" else None)
 
 
 def _find_free_arguments(spec: Spec) -> list[str]:
-    """Returns the arguments of a selector that are searched and that its mapping does not fix."""
+    """Returns the arguments of a selector that are searched and not fixed by its mapping."""
     fixed = () if isinstance(spec, str) else spec
     made = token_selectors.build(spec)
     return [name for name in _RANGES if name in _field_names(made) and name not in fixed]

@@ -1,4 +1,4 @@
-"""Searches for a better way to decode a run's model, writes it beside the weights, and draws what was found.
+"""``tune``: searches for the best decoding of a run's model and writes it next to the weights, with a report.
 
 Importing this file does not import torch.
 """
@@ -54,11 +54,11 @@ class TuningOptions(MeasurementOptions):
 
     Args:
         search: Random draws or a grid.
-        num_steps: T to choose from; None for 4, 6, 8, 12 and 16, as far as there are tokens.
-        selectors: Names and mappings, whose arguments then stay; None for all.
-        seconds: No further trial begins after so many; None for no limit.
-        plot: Whether the figure of mask schedules is measured and drawn, which takes longer than the search.
-        plot_images: Images of a point of the figure; None for as many as of a trial.
+        num_steps: Numbers of steps to choose from; None for 4, 6, 8, 12 and 16, as far as there are tokens.
+        selectors: Names and mappings; the arguments in a mapping are fixed. None for all selectors.
+        seconds: Time limit in seconds, after which no trial begins; None for no limit.
+        plot: True to measure and draw the figure of mask schedules, which takes longer than the search.
+        plot_images: Number of images per point of the figure; None for that of a trial.
     """
 
     search: Literal["random", "grid"] = "random"
@@ -89,23 +89,23 @@ def tune(
     options: TuningOptions = TuningOptions(),  # frozen
     bars: Bars = no_bars,
 ) -> SearchResult:
-    """Searches for a better way to decode a model, and writes it beside the weights, with a page and a figure.
+    """Searches for the best decoding of a model, and writes it next to the weights, with a page and a figure.
 
     Args:
         run: Run folder or pretrained folder.
-        data: Data folder; None for what the run was trained on.
-        trials: At most so many.
-        metric: ``fid``, ``kid`` (in the features of the data's own classifier) or ``agreement``.
-        num_images: Images of a trial, at least 2 for each class.
-        out: Folder of the page; the ledger lies there too, and in ``RUN/evaluation`` where ``out`` is None.
-        options: The search, the seed and others.
-        bars: Shows the progress.
+        data: Data folder; None for the data that the run was trained on.
+        trials: Maximum number of trials.
+        metric: ``fid`` or ``kid``, in the features of the data's own classifier, or ``agreement``.
+        num_images: Number of images per trial, at least 2 per class.
+        out: Folder of the page and the ledger; None for ``RUN/tuning`` and ``RUN/evaluation``.
+        options: The search, the seed and other options.
+        bars: Progress bars.
 
     Raises:
-        FileNotFoundError: if there is no such run or data.
-        TypeError: if a selector does not take its arguments.
-        ValueError: if a name is unknown, the model is autoregressive, the data are not the model's, or a number is out
-            of range.
+        FileNotFoundError: if the run or the data do not exist.
+        TypeError: if a selector does not accept its arguments.
+        ValueError: if a name is unknown, the model is autoregressive, the classes of the data are not the model's, or a
+            number is out of range.
     """
     name = METRIC_NAMES[check_choice("metric", metric, METRIC_NAMES)]
     check_integer("trials", trials, "[1, inf)")
@@ -139,7 +139,7 @@ def tune(
 
 
 def _make_trial_callback(bars: Bars, trials: int, metric: str) -> Callable[[Trial], None]:
-    """Returns what shows and logs each trial of a search and of its confirmation."""
+    """Returns a function that logs each trial and advances a progress bar."""
     advance = bars("trials", trials + FINALISTS + 1)
 
     def on_trial(trial: Trial) -> None:
@@ -157,14 +157,14 @@ def plan_trials(
     trials: int = 40,
     options: TuningOptions = TuningOptions(),  # frozen
 ) -> list[DecodingConfig]:
-    """Returns the decodings that ``tune`` would try; arguments and errors are those of ``tune``."""
+    """Returns the decodings that ``tune`` would measure. See ``tune`` for arguments and errors."""
     _, _, space = _open(run, data, options)
     planned = (space.trial(number, seed=options.seed, method=options.search) for number in range(trials))
     return [decoding for decoding in planned if decoding is not None]
 
 
 def _open(run: Path | str, data: Path | None, options: TuningOptions) -> tuple[RunFolders, MaskGIT, SearchSpace]:
-    """Opens the model and what is searched, after everything is refused that can be refused without torch."""
+    """Opens the model and the search space, after all checks that do not need torch."""
     folders = find_run(run, data=data, classifier=options.classifier)
     outline = read_outline(folders)
     outline.check_parallel("tune")
@@ -180,7 +180,7 @@ def _open(run: Path | str, data: Path | None, options: TuningOptions) -> tuple[R
         pipe.decoding,
         tuple(options.selectors or (spec for _, spec in list_selectors())),
         tuple(options.num_steps or default_steps(outline.num_tokens, _STEPS)),
-        pipe.tokenizer.network.config.num_codes,
+        pipe.tokenizer.network.config.codebook_size,
         can_guide=pipe.transformer.network.config.null_label is not None,
     )
     for decoding in space.iter_selectors_and_steps():
@@ -189,18 +189,18 @@ def _open(run: Path | str, data: Path | None, options: TuningOptions) -> tuple[R
 
 
 def _iter_first_trials(evaluator: Evaluator, model: EvaluatedModel, seed: int) -> Iterator[DecodingConfig]:
-    """Yields the decodings that searches of this model and seed began with, the latest first."""
+    """Yields the decodings of trial 0 in earlier searches with this model and seed, the latest first."""
     for row in reversed(evaluator.ledger.rows("samples")):
         same_model = all(row.get(name) == model.identity[name] for name in ("tokenizer", "transformer", "config"))
         if same_model and (row.get("purpose"), row.get("seed")) == ("trial 0", seed):
-            with suppress(ValueError, TypeError):  # of another version
+            with suppress(ValueError, TypeError):  # a decoding of another version
                 yield build_dataclass(DecodingConfig, row["decoding"], "trial 0")
 
 
 def _save_decoding(
     folders: RunFolders, pipe: MaskGIT, evaluator: Evaluator, result: SearchResult, options: TuningOptions
 ) -> SearchResult:
-    """Writes the winner beside the weights, where it is another decoding than the model's own."""
+    """Writes the winner to ``decoding.json`` next to the weights, if the model has another decoding."""
     from maskgit_pl.pipeline.card import refresh_card
     from maskgit_pl.pretrained import save_decoding
     from maskgit_pl.provenance import describe_environment

@@ -1,4 +1,4 @@
-"""The page of a search for a decoding."""
+"""The page and the terminal table of ``tune``."""
 
 from __future__ import annotations
 
@@ -24,22 +24,28 @@ _COLUMNS = ("class_agreement", "fid/classifier", "kid/classifier", "diversity", 
 
 
 def make_page(result: SearchResult, real: Mapping[str, float], *, command: str, figure: ScheduleCurves | None) -> Page:
-    """Returns the search as a page.
+    """Returns the page of a search.
 
     Args:
         result: The search.
-        real: Numbers of as many real training images as the search was confirmed with: distances from the val split,
-            ``class_agreement``, which is the accuracy of the classifier, and ``num_images``.
-        command: What makes it again.
-        figure: The curves that were drawn; None for none.
+        real: Values of real training images, in the same number as the images of the second measurement: distances
+            from the val split, ``class_agreement`` (the accuracy of the classifier), and ``num_images``.
+        command: Command that produces the page.
+        figure: Curves of the figure; None for no figure.
     """
     count = result.num_images // 2
-    lines = [*heading("A way to decode", command), *_explanation(result, real, count), "", "## Measured again", ""]
+    lines = [
+        *heading("Search for a decoding", command),
+        *_explanation(result, real, count),
+        "",
+        "## Second measurement",
+        "",
+    ]
     lines += markdown_table(_headings(result), _rows(result, result.confirmed, markdown, "**{}**"), left=2)
     lines += ["", _verdict(result), ""]
     if result.winner.number:
         lines += ["```json", json.dumps(asdict(result.winner.decoding), indent=2), "```", ""]
-    lines += [f"## The best of {len(result.trials)} trials, {count} images each", ""]
+    lines += [f"## Best of {len(result.trials)} trials, {count} images each", ""]
     best = sort_trials(result.trials, result.metric)[:_SHOWN_TRIALS]
     lines += markdown_table(_headings(result), _rows(result, best, markdown), left=2)
     if figure is not None:
@@ -49,8 +55,8 @@ def make_page(result: SearchResult, real: Mapping[str, float], *, command: str, 
 
 
 def make_table(result: SearchResult) -> Table:
-    """Returns what was measured again, for a terminal."""
-    above = f"measured again with fresh noise, {result.num_images} images each"
+    """Returns the second measurement as a table for the terminal."""
+    above = f"second measurement with other noise, {result.num_images} images each"
     rows = _rows(result, result.confirmed, terminal_word, "[bold]{}[/]")
     return terminal_table(above, _headings(result), rows, left=2)
 
@@ -60,7 +66,7 @@ def _headings(result: SearchResult) -> list[str]:
 
 
 def _columns(result: SearchResult) -> list[str]:
-    """Returns the names of the numbers of a table, the metric of the search first."""
+    """Returns the names of the values in a table, with the metric of the search first."""
     return [result.metric, *(name for name in _COLUMNS if name != result.metric)]
 
 
@@ -71,9 +77,9 @@ def _rows(
 
     Args:
         result: The search.
-        trials: Those that are shown.
-        word: Makes markup of a decoding.
-        bold: Marks the cells of the winner.
+        trials: Trials of the table.
+        word: Escapes a text for the markup of the table.
+        bold: Format of the cells of the winner.
     """
     for trial in trials:
         cells = [
@@ -87,12 +93,13 @@ def _rows(
 def _explanation(result: SearchResult, real: Mapping[str, float], count: int) -> list[str]:
     floor = [f"{title(name)} {format_value(name, real[name])}" for name in ("fid/classifier", "kid/classifier")]
     return paragraph(
-        f"{len(result.trials)} trials of {count} images against {result.metric} ({direction(result.metric)}), all with",
-        "the same noise; trial 0 is the model's decoding as it was. Then trial 0 and the best",
-        f"{len(result.confirmed) - 1} others were measured again with fresh noise and {result.num_images} images; the",
-        "best of these is the result. Distances are from the real val images in the features of the data set's own",
-        f"classifier, not of Inception, which is right on {real['class_agreement']:.1%} of them; {real['num_images']}",
-        f"real training images in place of generated ones have {' and '.join(floor)}.",
+        f"{len(result.trials)} trials of {count} images were compared by {result.metric} ({direction(result.metric)}),",
+        "all with the same noise. Trial 0 is the previous decoding of the model. Trial 0 and the best",
+        f"{len(result.confirmed) - 1} others were then measured again with other noise and {result.num_images} images.",
+        "The best of this second measurement wins. Distances are measured from the real val images, in the features of",
+        "the data set's own classifier and not of Inception; the classifier is correct for",
+        f"{real['class_agreement']:.1%} of these images. For comparison, {real['num_images']} real training images",
+        f"have {' and '.join(floor)}.",
     )
 
 
@@ -100,8 +107,8 @@ def _verdict(result: SearchResult) -> str:
     metric = result.metric
     before, after = result.before.numbers[metric], result.winner.numbers[metric]
     if result.winner.number == 0:
-        return f"The model's decoding as it was is the best of them, {metric} {before:.4g}: nothing is changed."
-    return f"Trial {result.winner.number} wins: {metric} {before:.4g} before, {after:.4g} now. It is the recipe below."
+        return f"The previous decoding of the model is the best, with {metric} {before:.4g}. Nothing was changed."
+    return f"Trial {result.winner.number} wins: {metric} was {before:.4g} and is now {after:.4g}. The new decoding is:"
 
 
 def _figure_lines(figure: ScheduleCurves, metric: str) -> list[str]:
@@ -109,8 +116,9 @@ def _figure_lines(figure: ScheduleCurves, metric: str) -> list[str]:
     name, at, value = figure.best(metric)
     lines = ["## Mask schedules", "", f"![{metric} against the number of steps for each mask schedule](tuning.png)", ""]
     lines += paragraph(
-        f"{title(metric)} ({direction(metric)}) of {figure.num_images} images a point, the same noise for all: one",
-        f"model, trained with {code_span(figure.trained)}, decoded by each schedule with: {markdown(figure.decoding)}.",
+        f"{title(metric)} ({direction(metric)}) from {figure.num_images} images per point, with the same noise for all",
+        f"points. The model was trained with {code_span(figure.trained)} and is decoded with each schedule and",
+        f"{markdown(figure.decoding)}.",
         f"Best: {markdown(name)} at T = {at}, {format_value(metric, value, more_digits=1)}.",
     )
     rows = []

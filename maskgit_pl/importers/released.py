@@ -107,7 +107,7 @@ def _read_tokenizer(path: Path) -> tuple[VQGANConfig, dict[str, Tensor]]:
 def _read_transformer(path: Path, vqgan: VQGANConfig) -> tuple[TransformerConfig, dict[str, Tensor]]:
     with _named(path):
         arrays = parameters(read_flax(path))
-        config = transformer_config(arrays, num_codes=vqgan.num_codes)
+        config = transformer_config(arrays, codebook_size=vqgan.codebook_size)
         return config, transformer_weights(arrays, config)
 
 
@@ -165,14 +165,14 @@ def _write_tokenizer(out: Path, config: VQGANConfig, weights: Mapping[str, Tenso
 def _report_tokenizer(config: VQGANConfig, weights: Mapping[str, Tensor], size: int) -> None:
     log.info(
         "tokenizer: %s parameters; %d codes; images of %d x %d px are %d x %d tokens",
-        f"{_numbers(weights):,}", config.num_codes, size, size, *config.grid(size),
+        f"{_numbers(weights):,}", config.codebook_size, size, size, *config.grid(size),
     )  # fmt: skip
 
 
 def _report_transformer(config: TransformerConfig, weights: Mapping[str, Tensor], names: Sequence[str]) -> None:
     log.info(
         "transformer: %s parameters; %d blocks of width %d; %d classes, %r to %r",
-        f"{_numbers(weights):,}", config.depth, config.width, config.num_classes, names[0], names[-1],
+        f"{_numbers(weights):,}", config.depth, config.embed_dim, config.num_classes, names[0], names[-1],
     )  # fmt: skip
 
 

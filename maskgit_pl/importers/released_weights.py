@@ -78,12 +78,12 @@ def parameters(arrays: Arrays) -> dict[str, Array]:
     return found
 
 
-def transformer_config(arrays: Arrays, *, num_codes: int) -> TransformerConfig:
+def transformer_config(arrays: Arrays, *, codebook_size: int) -> TransformerConfig:
     """Reads the sizes of a transformer off its arrays.
 
     Args:
         arrays: As ``parameters`` gives them.
-        num_codes: K of its tokenizer.
+        codebook_size: K of its tokenizer.
 
     Returns:
         The sizes; dropout is the released 0.1, and there is no null class.
@@ -95,27 +95,27 @@ def transformer_config(arrays: Arrays, *, num_codes: int) -> TransformerConfig:
     words, width = _shape(arrays, _MARKS["transformer"], axes=2)
     positions, _ = _shape(arrays, "Embed_0/position_embeddings/embedding", axes=2)
     _, num_heads, _ = _shape(arrays, "TransformerLayer_0/Attention_0/self_attention/query/kernel", axes=3)
-    _, mlp_width = _shape(arrays, "TransformerLayer_0/Mlp_0/intermediate_output/kernel", axes=2)
+    _, mlp_dim = _shape(arrays, "TransformerLayer_0/Mlp_0/intermediate_output/kernel", axes=2)
     edge = math.isqrt(max(positions - 1, 0))
     if edge < 1 or edge**2 != positions - 1:
         raise ValueError(
             f"transformer positions: 1 and a square of tokens are needed (257, 1025, ...), got {positions}; "
             "grids that are not square cannot be imported"
         )
-    num_classes = words - num_codes - 1  # codes, classes, mask token
+    num_classes = words - codebook_size - 1  # codes, classes, mask token
     if num_classes < 1:
         raise ValueError(
-            f"transformer vocabulary: {num_codes} codes of the tokenizer, at least 1 class and the mask token are "
+            f"transformer vocabulary: {codebook_size} codes of the tokenizer, at least 1 class and the mask token are "
             f"needed, got {words}; this transformer and this tokenizer do not belong together"
         )
     return TransformerConfig(
-        num_codes=num_codes,
+        codebook_size=codebook_size,
         num_classes=num_classes,
         grid=(edge, edge),
-        width=width,
+        embed_dim=width,
         depth=_count(arrays, "TransformerLayer_"),
         num_heads=num_heads,
-        mlp_width=mlp_width,
+        mlp_dim=mlp_dim,
         dropout=_DROPOUT,
         class_dropout=0.0,
     )
@@ -152,29 +152,29 @@ def tokenizer_config(
     """
     _check_kind(arrays, "tokenizer")
     _, _, in_channels, channels = _shape(arrays, "encoder/Conv_0/kernel", axes=4)
-    num_codes, code_width = _shape(arrays, _MARKS["tokenizer"], axes=2)
+    codebook_size, code_dim = _shape(arrays, _MARKS["tokenizer"], axes=2)
     levels = _count(arrays, "decoder/Conv_") - 1  # first, last, and one for each doubling of the resolution
     blocks = _count(arrays, "encoder/ResBlock_")
-    blocks_per_level = blocks // max(levels + 1, 1)  # as many in the middle
-    if levels < 1 or blocks < 1 or blocks != blocks_per_level * (levels + 1):
+    num_res_blocks = blocks // max(levels + 1, 1)  # as many in the middle
+    if levels < 1 or blocks < 1 or blocks != num_res_blocks * (levels + 1):
         raise ValueError(
             f"tokenizer blocks: as many on each of {levels} levels and in the middle are needed, got {blocks} in the "
             "encoder; this is not a released tokenizer"
         )
-    kernels = [f"encoder/ResBlock_{level * blocks_per_level}/Conv_0/kernel" for level in range(levels)]
+    kernels = [f"encoder/ResBlock_{level * num_res_blocks}/Conv_0/kernel" for level in range(levels)]
     widths = [_shape(arrays, name, axes=4)[-1] for name in kernels]
     if any(width % channels or width < channels for width in widths):
         raise ValueError(f"tokenizer widths: multiples of the first, {channels}, are needed, got {widths}")
     return VQGANConfig(
         in_channels,
-        channels=channels,
-        multipliers=tuple(width // channels for width in widths),
-        blocks_per_level=blocks_per_level,
-        middle_blocks=blocks_per_level,
+        base_channels=channels,
+        channel_multipliers=tuple(width // channels for width in widths),
+        num_res_blocks=num_res_blocks,
+        num_middle_blocks=num_res_blocks,
         downsampling="strided" if _count(arrays, "encoder/Conv_") > 2 else "average",
         activation=activation,
-        num_codes=num_codes,
-        code_width=code_width,
+        codebook_size=codebook_size,
+        code_dim=code_dim,
         quantizer=quantizer,
     )
 
@@ -185,9 +185,9 @@ def tokenizer_weights(arrays: Arrays, config: VQGANConfig) -> dict[str, Tensor]:
 
 
 def _transformer_rules(config: TransformerConfig) -> Iterator[_Rule]:
-    width = config.width
-    yield _Rule("words.weight", (_MARKS["transformer"],), (config.vocabulary_size, width))
-    yield _Rule("positions.weight", ("Embed_0/position_embeddings/embedding",), (config.num_tokens + 1, width))
+    width = config.embed_dim
+    yield _Rule("token_embedding.weight", (_MARKS["transformer"],), (config.vocabulary_size, width))
+    yield _Rule("position_embedding.weight", ("Embed_0/position_embeddings/embedding",), (config.num_tokens + 1, width))
     yield from _norm_rules("embedding_norm", "Embed_0/embeddings_ln", width)
     for number in range(config.depth):
         yield from _layer_rules(f"blocks.{number}", f"TransformerLayer_{number}", config)
@@ -197,28 +197,28 @@ def _transformer_rules(config: TransformerConfig) -> Iterator[_Rule]:
 
 
 def _layer_rules(ours: str, theirs: str, config: TransformerConfig) -> Iterator[_Rule]:
-    width, heads = config.width, config.num_heads
+    width, heads = config.embed_dim, config.num_heads
     attention, mlp = f"{theirs}/Attention_0", f"{theirs}/Mlp_0"
     split = (heads, width // heads)
     kernels, biases = (
         tuple(f"{attention}/self_attention/{name}/{kind}" for name in ("query", "key", "value"))
         for kind in ("kernel", "bias")
     )
-    yield _Rule(f"{ours}.query_key_value.weight", kernels, (width, *split), _TO_HEADS)
-    yield _Rule(f"{ours}.query_key_value.bias", biases, split, _HEADS)
+    yield _Rule(f"{ours}.qkv.weight", kernels, (width, *split), _TO_HEADS)
+    yield _Rule(f"{ours}.qkv.bias", biases, split, _HEADS)
     output = f"{attention}/self_attention/out"
-    yield _Rule(f"{ours}.attention_output.weight", (f"{output}/kernel",), (*split, width), _FROM_HEADS)
-    yield _Rule(f"{ours}.attention_output.bias", (f"{output}/bias",), (width,))
+    yield _Rule(f"{ours}.proj.weight", (f"{output}/kernel",), (*split, width), _FROM_HEADS)
+    yield _Rule(f"{ours}.proj.bias", (f"{output}/bias",), (width,))
     yield from _norm_rules(f"{ours}.attention_norm", f"{attention}/attention_output_ln", width)
-    yield from _dense_rules(f"{ours}.mlp_hidden", f"{mlp}/intermediate_output", width, config.mlp_width)
-    yield from _dense_rules(f"{ours}.mlp_output", f"{mlp}/layer_output", config.mlp_width, width)
+    yield from _dense_rules(f"{ours}.fc1", f"{mlp}/intermediate_output", width, config.mlp_dim)
+    yield from _dense_rules(f"{ours}.fc2", f"{mlp}/layer_output", config.mlp_dim, width)
     yield from _norm_rules(f"{ours}.mlp_norm", f"{mlp}/layer_output_ln", width)
 
 
 def _tokenizer_rules(config: VQGANConfig) -> Iterator[_Rule]:
     with torch.device("meta"):  # shapes alone
         network = VQGAN(config)
-    yield _Rule("quantizer.codebook", (_MARKS["tokenizer"],), (config.num_codes, config.code_width))
+    yield _Rule("quantizer.codebook", (_MARKS["tokenizer"],), (config.codebook_size, config.code_dim))
     for half in ("encoder", "decoder"):
         yield from _module_rules(network.get_submodule(half), half, half)
 

@@ -137,8 +137,8 @@ class ImportedTokenizer:
             [
                 f"{self.folder}: {self.layout} layout, {self.num_parameters:,} parameters",
                 f"  images    {config.in_channels} x {image_size} x {image_size} -> {rows} x {columns} tokens",
-                f"  codebook  {config.num_codes} codes of width {config.code_width}",
-                f"  network   widths {' '.join(map(str, config.widths))}, {config.blocks_per_level} blocks a level, "
+                f"  codebook  {config.codebook_size} codes of width {config.code_dim}",
+                f"  network   widths {' '.join(map(str, config.widths))}, {config.num_res_blocks} blocks a level, "
                 f"self-attention in {levels}the middle",
                 f"  ignored   {', '.join(self.ignored) or 'nothing'}",
                 f"next: make train-transformer DATASET=... RECIPE=paper-256 TOKENIZER={self.folder}",
@@ -211,7 +211,7 @@ def tokenizer_config(tensors: Mapping[str, Tensor]) -> VQGANConfig:
     """
     layout = layout_of(tensors)
     channels, in_channels, *_ = _shape(tensors, "encoder.conv_in.weight", axes=4)
-    num_codes, code_width = _shape(tensors, _CODEBOOK, axes=2)
+    codebook_size, code_dim = _shape(tensors, _CODEBOOK, axes=2)
     levels = _count(tensors, layout.encoder_levels)
     widths = [
         _shape(tensors, f"{layout.encoder_levels}{level}.{layout.block}.0.conv1.weight", axes=4)[0]
@@ -224,18 +224,18 @@ def tokenizer_config(tensors: Mapping[str, Tensor]) -> VQGANConfig:
         )
     return VQGANConfig(
         in_channels,
-        channels=channels,
-        multipliers=tuple(width // channels for width in widths),
-        blocks_per_level=_count(tensors, f"{layout.encoder_levels}0.{layout.block}."),
-        groups=_GROUPS,
-        num_codes=num_codes,
-        code_width=code_width,
+        base_channels=channels,
+        channel_multipliers=tuple(width // channels for width in widths),
+        num_res_blocks=_count(tensors, f"{layout.encoder_levels}0.{layout.block}."),
+        num_groups=_GROUPS,
+        codebook_size=codebook_size,
+        code_dim=code_dim,
         quantizer=layout.quantizer,
         layout="taming",
         attention_levels=tuple(
             level for level in range(levels) if _count(tensors, f"{layout.encoder_levels}{level}.attn.")
         ),
-        latent_width=_shape(tensors, "encoder.conv_out.weight", axes=4)[0],
+        latent_channels=_shape(tensors, "encoder.conv_out.weight", axes=4)[0],
     )
 
 
@@ -289,10 +289,10 @@ def _parts(config: VQGANConfig, layout: Layout) -> dict[str, str]:
 
 def _encoder_parts(config: VQGANConfig, layout: Layout) -> Iterator[str]:
     """Yields the project's names of our encoder's blocks, in their order."""
-    last = len(config.multipliers) - 1
+    last = len(config.channel_multipliers) - 1
     for level in range(last + 1):
         name = f"{layout.encoder_levels}{level}"
-        yield from _level_parts(name, config, layout, level=level, blocks=config.blocks_per_level)
+        yield from _level_parts(name, config, layout, level=level, blocks=config.num_res_blocks)
         if level < last:
             yield f"{name}.downsample"
     yield from (f"encoder.mid.{part}" for part in layout.middle)
@@ -301,10 +301,10 @@ def _encoder_parts(config: VQGANConfig, layout: Layout) -> Iterator[str]:
 def _decoder_parts(config: VQGANConfig, layout: Layout) -> Iterator[str]:
     """Yields the project's names of our decoder's blocks, in their order."""
     yield from (f"decoder.mid.{part}" for part in layout.middle)
-    last = len(config.multipliers) - 1
+    last = len(config.channel_multipliers) - 1
     for level in range(last, -1, -1):
         name = f"{layout.decoder_levels}{last - level if layout.lowest_first else level}"
-        yield from _level_parts(name, config, layout, level=level, blocks=config.blocks_per_level + 1)
+        yield from _level_parts(name, config, layout, level=level, blocks=config.num_res_blocks + 1)
         if level > 0:
             yield f"{name}.upsample"
 

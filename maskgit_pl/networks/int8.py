@@ -57,7 +57,7 @@ class Int8Linear(nn.Module):
 
 
 class Int8QueryKeyValue(nn.Module):
-    """A ``transformer_block.QueryKeyValue`` in two parts, for the block that computes queries of some positions only.
+    """A ``transformer_block.QKVProjection`` in two parts, for the block that computes queries of some positions only.
 
     Args:
         weight: (3 D, D) float.
@@ -96,7 +96,7 @@ def quantized(network: AnyTransformer) -> AnyTransformer:
         raise ValueError("int8: torch must be built with oneDNN, got one without; decode in float32")
     with torch.device("meta"):
         copy = cast("AnyTransformer", build_transformer(network.config))
-    last = f"blocks.{network.config.depth - 1}.query_key_value"
+    last = f"blocks.{network.config.depth - 1}.qkv"
     for name, module in network.blocks.named_modules(prefix="blocks"):
         if isinstance(module, nn.Linear):
             made = Int8QueryKeyValue if name == last else Int8Linear

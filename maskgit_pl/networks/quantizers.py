@@ -61,8 +61,8 @@ class QuantizerOutput(NamedTuple):
 class QuantizerSpec(Protocol):
     """A registered quantizer as a recipe has it: a frozen dataclass that makes the module."""
 
-    def create(self, *, num_codes: int, code_width: int) -> Quantizer:
-        """Makes the quantizer of K = ``num_codes`` codes of width D = ``code_width``."""
+    def create(self, *, codebook_size: int, code_dim: int) -> Quantizer:
+        """Makes the quantizer of K = ``codebook_size`` codes with D = ``code_dim`` numbers each."""
         ...
 
 
@@ -74,7 +74,7 @@ def check_quantizer(name: str, spec: QuantizerSpec) -> None:
     """
     if not callable(getattr(spec, "create", None)):
         raise ValueError(
-            f"quantizer {name!r}: it must have a method create(num_codes, code_width), got {shorten(spec)}"
+            f"quantizer {name!r}: it must have a method create(codebook_size, code_dim), got {shorten(spec)}"
         )
 
 
@@ -87,16 +87,16 @@ class Quantizer(nn.Module):
     Distances are one float32 matrix product, also under autocast: two codes may differ by less than bfloat16 resolves.
 
     Args:
-        num_codes: K, codes in the codebook.
-        code_width: D, numbers in a code.
+        codebook_size: K, codes in the codebook.
+        code_dim: D, numbers in a code.
     """
 
     codebook: Tensor  # (K, D) float32
 
-    def __init__(self, *, num_codes: int, code_width: int) -> None:
+    def __init__(self, *, codebook_size: int, code_dim: int) -> None:
         super().__init__()
-        self.num_codes = num_codes
-        self.code_width = code_width
+        self.codebook_size = codebook_size
+        self.code_dim = code_dim
 
     def distances(self, rows: Tensor) -> Tensor:
         """Computes squared distances |a|^2 - 2 a b + |b|^2 of (M, D) rows to all codes: (M, K) float32.
@@ -143,10 +143,10 @@ class Quantizer(nn.Module):
 class GradientQuantizer(Quantizer):
     """Codes as a parameter, trained by the optimiser: see ``GradientQuantizerSpec``."""
 
-    def __init__(self, spec: GradientQuantizerSpec, *, num_codes: int, code_width: int) -> None:
-        super().__init__(num_codes=num_codes, code_width=code_width)
+    def __init__(self, spec: GradientQuantizerSpec, *, codebook_size: int, code_dim: int) -> None:
+        super().__init__(codebook_size=codebook_size, code_dim=code_dim)
         self.spec = spec
-        self.codebook = nn.Parameter(_initial_codes(num_codes, code_width))
+        self.codebook = nn.Parameter(_initial_codes(codebook_size, code_dim))
 
     def forward(self, features: Tensor) -> QuantizerOutput:
         """Quantizes features; the loss is commitment + codebook + entropy."""
@@ -168,12 +168,12 @@ class EMAQuantizer(Quantizer):
     counts: Tensor  # (K,) float32: moving average of a code's features in a global batch
     sums: Tensor  # (K, D) float32: moving average of their sum
 
-    def __init__(self, spec: EMAQuantizerSpec, *, num_codes: int, code_width: int) -> None:
-        super().__init__(num_codes=num_codes, code_width=code_width)
+    def __init__(self, spec: EMAQuantizerSpec, *, codebook_size: int, code_dim: int) -> None:
+        super().__init__(codebook_size=codebook_size, code_dim=code_dim)
         self.spec = spec
-        self.register_buffer("codebook", _initial_codes(num_codes, code_width))
-        self.register_buffer("counts", torch.zeros(num_codes))
-        self.register_buffer("sums", torch.zeros(num_codes, code_width))
+        self.register_buffer("codebook", _initial_codes(codebook_size, code_dim))
+        self.register_buffer("counts", torch.zeros(codebook_size))
+        self.register_buffer("sums", torch.zeros(codebook_size, code_dim))
 
     def forward(self, features: Tensor) -> QuantizerOutput:
         """Quantizes features; the loss is commitment + entropy."""
@@ -187,11 +187,11 @@ class EMAQuantizer(Quantizer):
     def update(self, tokens: Sequence[Tensor], features: Sequence[Tensor], *, seed: int, step: int) -> None:
         """Moves the averages by one global batch, then restarts dead codes from it."""
         rows = torch.cat([_rows(part) for part in features])  # (A M, D)
-        counts, sums = _code_statistics(torch.cat([part.flatten() for part in tokens]), rows, self.num_codes)
+        counts, sums = _code_statistics(torch.cat([part.flatten() for part in tokens]), rows, self.codebook_size)
         self.counts.lerp_(counts, 1 - self.spec.decay)
         self.sums.lerp_(sums, 1 - self.spec.decay)
-        share = counts.sum() / self.num_codes  # features of a code if all were used equally
-        candidates = _global_choice(rows, len(features), self.num_codes, seed=seed, step=step)  # (K, D)
+        share = counts.sum() / self.codebook_size  # features of a code if all were used equally
+        candidates = _global_choice(rows, len(features), self.codebook_size, seed=seed, step=step)  # (K, D)
         self._restart(candidates, share)
         self.codebook.copy_(self.sums / self.counts.unsqueeze(1))
 
@@ -254,9 +254,9 @@ class GradientQuantizerSpec:
         """The entropy loss of these numbers."""
         return Entropy(self.entropy_weight, self.entropy_temperature, self.entropy_kind)
 
-    def create(self, *, num_codes: int, code_width: int) -> Quantizer:
+    def create(self, *, codebook_size: int, code_dim: int) -> Quantizer:
         """Makes the module, its codes uniform in +-sqrt(3 / K)."""
-        return GradientQuantizer(self, num_codes=num_codes, code_width=code_width)
+        return GradientQuantizer(self, codebook_size=codebook_size, code_dim=code_dim)
 
 
 @quantizers.register("ema")
@@ -300,9 +300,9 @@ class EMAQuantizerSpec:
         """The entropy loss of these numbers."""
         return Entropy(self.entropy_weight, self.entropy_temperature, self.entropy_kind)
 
-    def create(self, *, num_codes: int, code_width: int) -> Quantizer:
+    def create(self, *, codebook_size: int, code_dim: int) -> Quantizer:
         """Makes the module; its codes come from the first global batch."""
-        return EMAQuantizer(self, num_codes=num_codes, code_width=code_width)
+        return EMAQuantizer(self, codebook_size=codebook_size, code_dim=code_dim)
 
 
 def entropy_loss(affinity: Tensor, *, temperature: float, kind: EntropyKind = "softmax") -> Tensor:
@@ -354,17 +354,17 @@ def _rows(features: Tensor) -> Tensor:
     return rearrange(features, "b d h w -> (b h w) d")
 
 
-def _initial_codes(num_codes: int, code_width: int) -> Tensor:
+def _initial_codes(codebook_size: int, code_dim: int) -> Tensor:
     """Draws uniform in +-sqrt(3 / K): variance 1 / K. Source: released code (variance scaling, fan-in K)."""
-    bound = math.sqrt(3.0 / num_codes)
-    return torch.empty(num_codes, code_width).uniform_(-bound, bound)
+    bound = math.sqrt(3.0 / codebook_size)
+    return torch.empty(codebook_size, code_dim).uniform_(-bound, bound)
 
 
-def _code_statistics(tokens: Tensor, rows: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
+def _code_statistics(tokens: Tensor, rows: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
     """Returns the number of rows of each code in the global batch, (K,), and their sum, (K, D)."""
-    statistics = rows.new_zeros(num_codes, rows.shape[1] + 1)
+    statistics = rows.new_zeros(codebook_size, rows.shape[1] + 1)
     statistics[:, :-1].index_add_(0, tokens, rows)
-    statistics[:, -1] = torch.bincount(tokens, minlength=num_codes)
+    statistics[:, -1] = torch.bincount(tokens, minlength=codebook_size)
     statistics = sum_over_ranks(statistics)
     return statistics[:, -1].clone(), statistics[:, :-1]
 

@@ -96,11 +96,11 @@ class TamingEncoder(nn.Module):
         super().__init__()
         last = config.widths[-1]
         self.config = config
-        self.stem = conv(config.in_channels, config.channels, 3, bias=True)
+        self.stem = conv(config.in_channels, config.base_channels, 3, bias=True)
         self.blocks = nn.Sequential(*_encoder_blocks(config))
-        self.norm = group_norm(last, config.groups)
-        self.head = conv(last, _latent_width(config), 3, bias=True)
-        self.projection = conv(_latent_width(config), config.code_width, 1, bias=True)
+        self.norm = group_norm(last, config.num_groups)
+        self.head = conv(last, _latent_channels(config), 3, bias=True)
+        self.projection = conv(_latent_channels(config), config.code_dim, 1, bias=True)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) float in [0, 1] -> (B, D, h, w).
@@ -120,10 +120,10 @@ class TamingDecoder(nn.Module):
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
         first, last = config.widths[-1], config.widths[0]
-        self.projection = conv(config.code_width, _latent_width(config), 1, bias=True)
-        self.stem = conv(_latent_width(config), first, 3, bias=True)
+        self.projection = conv(config.code_dim, _latent_channels(config), 1, bias=True)
+        self.stem = conv(_latent_channels(config), first, 3, bias=True)
         self.blocks = nn.Sequential(*_decoder_blocks(config))
-        self.norm = group_norm(last, config.groups)
+        self.norm = group_norm(last, config.num_groups)
         self.head = conv(last, config.in_channels, 3, bias=True)
 
     def forward(self, codes: Tensor) -> Tensor:
@@ -135,11 +135,11 @@ class TamingDecoder(nn.Module):
 
 def _encoder_blocks(config: VQGANConfig) -> Iterator[nn.Module]:
     """Levels from full resolution down, a downsampling between two levels, then the middle."""
-    width = config.channels
+    width = config.base_channels
     for level, out in enumerate(config.widths):
         if level > 0:
             yield PaddedDownsample(width)
-        yield from _level(width, out, config, level=level, blocks=config.blocks_per_level)
+        yield from _level(width, out, config, level=level, blocks=config.num_res_blocks)
         width = out
     yield from _middle(width, config)
 
@@ -149,7 +149,7 @@ def _decoder_blocks(config: VQGANConfig) -> Iterator[nn.Module]:
     width = config.widths[-1]
     yield from _middle(width, config)
     for level, out in reversed(list(enumerate(config.widths))):
-        yield from _level(width, out, config, level=level, blocks=config.blocks_per_level + 1)
+        yield from _level(width, out, config, level=level, blocks=config.num_res_blocks + 1)
         width = out
         if level > 0:
             yield Upsample(width)
@@ -157,17 +157,17 @@ def _decoder_blocks(config: VQGANConfig) -> Iterator[nn.Module]:
 
 def _level(width: int, out: int, config: VQGANConfig, *, level: int, blocks: int) -> Iterator[nn.Module]:
     for block in range(blocks):
-        yield TamingResidualBlock(width if block == 0 else out, out, config.groups)
+        yield TamingResidualBlock(width if block == 0 else out, out, config.num_groups)
         if level in config.attention_levels:
-            yield SelfAttention(out, config.groups)
+            yield SelfAttention(out, config.num_groups)
 
 
 def _middle(width: int, config: VQGANConfig) -> Iterator[nn.Module]:
-    yield TamingResidualBlock(width, width, config.groups)
-    yield SelfAttention(width, config.groups)
-    yield TamingResidualBlock(width, width, config.groups)
+    yield TamingResidualBlock(width, width, config.num_groups)
+    yield SelfAttention(width, config.num_groups)
+    yield TamingResidualBlock(width, width, config.num_groups)
 
 
-def _latent_width(config: VQGANConfig) -> int:
-    assert config.latent_width is not None  # the configuration holds this for the layout
-    return config.latent_width
+def _latent_channels(config: VQGANConfig) -> int:
+    assert config.latent_channels is not None  # the configuration holds this for the layout
+    return config.latent_channels

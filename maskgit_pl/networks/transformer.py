@@ -39,12 +39,12 @@ LARGEST_GRID = 256
 """Rows or columns of a token grid, at most: 65,536 tokens, 256 times those of a released image."""
 
 _LARGEST = {  # well above any network that exists: what is larger is a mistake, or meant to fill the memory
-    "num_codes": 2**24,
+    "codebook_size": 2**24,
     "num_classes": 100_000,
-    "width": 2**16,
+    "embed_dim": 2**16,
     "depth": 1024,
     "num_heads": 1024,
-    "mlp_width": 2**20,
+    "mlp_dim": 2**20,
 }
 _INIT_STD = 0.02
 
@@ -54,13 +54,13 @@ class TransformerConfig:
     """Sizes of the transformer. The defaults are the released ones.
 
     Args:
-        num_codes: K, size of the tokenizer's codebook.
+        codebook_size: K, size of the tokenizer's codebook.
         num_classes: Classes, at least 1 (1 for data without classes).
         grid: Rows and columns of the token grid (h, w); N = h w.
-        width: D, a multiple of ``num_heads``.
+        embed_dim: D, a multiple of ``num_heads``.
         depth: Blocks.
         num_heads: Attention heads.
-        mlp_width: Hidden width of the feed-forward part.
+        mlp_dim: Hidden width of the feed-forward part.
         dropout: Of embeddings, attention probabilities and both outputs of a block, in [0, 1).
         class_dropout: Share of training samples whose class is replaced by the null class, in [0, 1). Above 0 the
             vocabulary has a null class, and guidance is possible.
@@ -71,13 +71,13 @@ class TransformerConfig:
         ValueError: if a size is out of range, or there is no such attention.
     """
 
-    num_codes: int
+    codebook_size: int
     num_classes: int
     grid: tuple[int, int]
-    width: int = 768
+    embed_dim: int = 768
     depth: int = 24
     num_heads: int = 16
-    mlp_width: int = 3072
+    mlp_dim: int = 3072
     dropout: float = 0.1
     class_dropout: float = 0.1
     attention: Attention = "bidirectional"
@@ -90,8 +90,10 @@ class TransformerConfig:
             raise ValueError(f"transformer grid must be two numbers (rows, columns), got {shorten(self.grid)}")
         for side in self.grid:
             check_integer("transformer grid", side, f"[1, {LARGEST_GRID}]")
-        if self.width % self.num_heads:
-            raise ValueError(f"transformer width must be a multiple of num_heads {self.num_heads}, got {self.width}")
+        if self.embed_dim % self.num_heads:
+            raise ValueError(
+                f"transformer embed_dim must be a multiple of num_heads {self.num_heads}, got {self.embed_dim}"
+            )
         for name in ("dropout", "class_dropout"):
             check_number(f"transformer {name}", getattr(self, name), "[0, 1)")
         check_choice("transformer attention", self.attention, get_args(Attention))
@@ -109,7 +111,7 @@ class TransformerConfig:
     @property
     def vocabulary_size(self) -> int:
         """Rows of the word table: codes, classes, the null class if there is one, the mask token."""
-        return self.num_codes + self.num_classes + (self.null_label is not None) + 1
+        return self.codebook_size + self.num_classes + (self.null_label is not None) + 1
 
     @property
     def mask_token_id(self) -> int:
@@ -162,33 +164,33 @@ class Transformer(nn.Module):
                 "networks.autoregressive.build_transformer makes the one that a configuration names"
             )
         self.config = config
-        self.words = nn.Embedding(config.vocabulary_size, config.width)
-        self.positions = nn.Embedding(config.num_tokens + 1, config.width)
-        self.embedding_norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
-        sizes = config.width, config.num_heads, config.mlp_width
+        self.token_embedding = nn.Embedding(config.vocabulary_size, config.embed_dim)
+        self.position_embedding = nn.Embedding(config.num_tokens + 1, config.embed_dim)
+        self.embedding_norm = nn.LayerNorm(config.embed_dim, eps=LAYER_NORM_EPS)
+        sizes = config.embed_dim, config.num_heads, config.mlp_dim
         is_causal = config.attention == "causal"
         self.blocks = nn.ModuleList(
             Block(*sizes, dropout=config.dropout, is_causal=is_causal) for _ in range(config.depth)
         )
-        self.head_dense = nn.Linear(config.width, config.width)
-        self.head_norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.head_dense = nn.Linear(config.embed_dim, config.embed_dim)
+        self.head_norm = nn.LayerNorm(config.embed_dim, eps=LAYER_NORM_EPS)
         self.head_bias = nn.Parameter(torch.zeros(config.vocabulary_size))
         self.apply(_initialise)
 
     def _embed(self, sequence: Tensor, *, first: int = 0) -> Tensor:
         """Rows (B, R) of the word table, at places from ``first`` on -> (B, R, D)."""
-        places = self.positions.weight[first : first + sequence.shape[1]]
-        x = self.embedding_norm(self.words(sequence) + places)
+        places = self.position_embedding.weight[first : first + sequence.shape[1]]
+        x = self.embedding_norm(self.token_embedding(sequence) + places)
         return F.dropout(x, self.config.dropout, self.training)
 
     def _sequence(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Tokens (B, M) -> (B, 1 + M): rows of the word table, the class first."""
-        return torch.cat([labels.unsqueeze(1) + self.config.num_codes, tokens], dim=1)
+        return torch.cat([labels.unsqueeze(1) + self.config.codebook_size, tokens], dim=1)
 
     def _head(self, x: Tensor, vocabulary: Vocabulary) -> Tensor:
-        rows = self.config.num_codes if vocabulary == "codes" else self.config.vocabulary_size
+        rows = self.config.codebook_size if vocabulary == "codes" else self.config.vocabulary_size
         x = self.head_norm(F.gelu(self.head_dense(x), approximate="tanh"))
-        return F.linear(x, self.words.weight[:rows], self.head_bias[:rows])
+        return F.linear(x, self.token_embedding.weight[:rows], self.head_bias[:rows])
 
 
 class MaskedTransformer(Transformer):
@@ -284,7 +286,9 @@ class MaskedTransformer(Transformer):
         class_position = torch.zeros_like(positions[:, :1])
         computed = torch.cat([positions + 1, newly_known + 1, class_position], dim=1)
         rows = self._sequence(tokens, labels).gather(1, computed)
-        x = self.embedding_norm(self.words(rows) + self.positions(computed))  # no dropout: for inference
+        x = self.embedding_norm(
+            self.token_embedding(rows) + self.position_embedding(computed)
+        )  # no dropout: for inference
         for block, key_value in zip(blocks, cache.key_values, strict=True):
             num_queries = positions.shape[1] if block is blocks[-1] else None
             x = block.forward_cached(x, computed, key_value, num_queries=num_queries)

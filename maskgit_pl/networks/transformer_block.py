@@ -15,21 +15,21 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-__all__ = ["LAYER_NORM_EPS", "Block", "KVCache", "QueryKeyValue"]
+__all__ = ["LAYER_NORM_EPS", "Block", "KVCache", "QKVProjection"]
 
 LAYER_NORM_EPS = 1e-12
 """Epsilon of every layer norm, the released one."""
 
 
-class QueryKeyValue(nn.Linear):
+class QKVProjection(nn.Linear):
     """The projection to queries, keys and values in one product, or to a part of them.
 
     Args:
-        width: D.
+        embed_dim: D.
     """
 
-    def __init__(self, width: int) -> None:
-        super().__init__(width, 3 * width)
+    def __init__(self, embed_dim: int) -> None:
+        super().__init__(embed_dim, 3 * embed_dim)
 
     def query(self, x: Tensor) -> Tensor:
         """(B, S, D) -> queries (B, S, D)."""
@@ -65,9 +65,9 @@ class Block(nn.Module):
     """Post-norm attention and feed-forward: x = LN(x + f(x)), twice.
 
     Args:
-        width: D, a multiple of ``num_heads``.
+        embed_dim: D, a multiple of ``num_heads``.
         num_heads: Attention heads.
-        mlp_width: Hidden width of the feed-forward part.
+        mlp_dim: Hidden width of the feed-forward part.
         dropout: Of attention probabilities and both outputs, in [0, 1).
         is_causal: A position sees only itself and those before it.
 
@@ -77,21 +77,21 @@ class Block(nn.Module):
 
     entry_points: ClassVar[tuple[str, ...]] = ("forward_with_kv", "forward_next", "forward_cached")
 
-    def __init__(self, width: int, num_heads: int, mlp_width: int, *, dropout: float, is_causal: bool) -> None:
+    def __init__(self, embed_dim: int, num_heads: int, mlp_dim: int, *, dropout: float, is_causal: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.dropout = dropout
         self.is_causal = is_causal
-        self.query_key_value = QueryKeyValue(width)
-        self.attention_output = nn.Linear(width, width)
-        self.attention_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.mlp_hidden = nn.Linear(width, mlp_width)
-        self.mlp_output = nn.Linear(mlp_width, width)
-        self.mlp_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.qkv = QKVProjection(embed_dim)
+        self.proj = nn.Linear(embed_dim, embed_dim)
+        self.attention_norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
+        self.fc1 = nn.Linear(embed_dim, mlp_dim)
+        self.fc2 = nn.Linear(mlp_dim, embed_dim)
+        self.mlp_norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, S, D) -> (B, S, D); with ``mask`` (B, S) bool only the rows where it is True, (M, D)."""
-        query, key, value = self._heads(self.query_key_value(x), 3)
+        query, key, value = self._heads(self.qkv(x), 3)
         attended = self._attend(query, key, value, is_causal=self.is_causal)
         if mask is not None:
             x, attended = x[mask], attended[mask]
@@ -109,11 +109,11 @@ class Block(nn.Module):
         """
         assert not self.is_causal
         if positions is None:
-            projected = self.query_key_value(x)  # (B, S, 3 D)
+            projected = self.qkv(x)  # (B, S, 3 D)
             query, key, value = self._heads(projected, 3)
             return self._add_and_feed_forward(x, self._attend(query, key, value)), projected[..., x.shape[-1] :]
-        rows, key_value = _gather_rows(x, positions), self.query_key_value.key_value(x)
-        (query,) = self._heads(self.query_key_value.query(rows), 1)
+        rows, key_value = _gather_rows(x, positions), self.qkv.key_value(x)
+        (query,) = self._heads(self.qkv.query(rows), 1)
         key, value = self._heads(key_value, 2)
         return self._add_and_feed_forward(rows, self._attend(query, key, value)), key_value
 
@@ -129,7 +129,7 @@ class Block(nn.Module):
         """
         assert self.is_causal
         assert x.shape[1] == 1 or cache.num_rows == 0  # several later rows would need a mask
-        heads = self._heads(self.query_key_value(x), 3)
+        heads = self._heads(self.qkv(x), 3)
         key, value = cache.extend(heads[1:])
         return self._add_and_feed_forward(x, self._attend(heads[0], key, value, is_causal=x.shape[1] > 1))
 
@@ -147,7 +147,7 @@ class Block(nn.Module):
         Returns:
             (B, num_queries or R, D).
         """
-        query, new = self.query_key_value(x).split([x.shape[-1], key_value.shape[-1]], dim=-1)
+        query, new = self.qkv(x).split([x.shape[-1], key_value.shape[-1]], dim=-1)
         key_value.scatter_(1, positions.unsqueeze(-1).expand_as(new), new)
         (query,) = self._heads(query[:, :num_queries], 1)
         key, value = self._heads(key_value, 2)
@@ -166,8 +166,8 @@ class Block(nn.Module):
 
     def _add_and_feed_forward(self, x: Tensor, attended: Tensor) -> Tensor:
         """Input (..., D) and what its heads attended to (..., D) -> the block's output (..., D)."""
-        x = self.attention_norm(x + F.dropout(self.attention_output(attended), self.dropout, self.training))
-        hidden = self.mlp_output(F.gelu(self.mlp_hidden(x), approximate="tanh"))
+        x = self.attention_norm(x + F.dropout(self.proj(attended), self.dropout, self.training))
+        hidden = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
         normed: Tensor = self.mlp_norm(x + F.dropout(hidden, self.dropout, self.training))
         return normed
 

@@ -88,11 +88,11 @@ class Encoder(nn.Module):
         super().__init__()
         last = config.widths[-1]
         self.patch_size = config.patch_size
-        self.stem = conv(config.in_channels * config.patch_size**2, config.channels, 3, bias=False)
+        self.stem = conv(config.in_channels * config.patch_size**2, config.base_channels, 3, bias=False)
         self.blocks = nn.Sequential(*_encoder_blocks(config))
         self.norm = _norm(last, config)
         self.activation = _activation(config)
-        self.head = conv(last, config.code_width, 1, bias=True)
+        self.head = conv(last, config.code_dim, 1, bias=True)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) float in [0, 1] -> (B, D, h, w)."""
@@ -109,7 +109,7 @@ class Decoder(nn.Module):
         super().__init__()
         first, last = config.widths[-1], config.widths[0]
         self.patch_size = config.patch_size
-        self.stem = conv(config.code_width, first, 3, bias=True)
+        self.stem = conv(config.code_dim, first, 3, bias=True)
         self.blocks = nn.Sequential(*_decoder_blocks(config))
         self.norm = _norm(last, config)
         self.activation = _activation(config)
@@ -138,7 +138,7 @@ class VQGAN(nn.Module):
         encoder, decoder = (TamingEncoder, TamingDecoder) if config.layout == "taming" else (Encoder, Decoder)
         self.encoder = encoder(config)
         spec = quantizers.build(config.quantizer)
-        self.quantizer = spec.create(num_codes=config.num_codes, code_width=config.code_width)
+        self.quantizer = spec.create(codebook_size=config.codebook_size, code_dim=config.code_dim)
         self.decoder = decoder(config)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -189,24 +189,24 @@ class VQGAN(nn.Module):
 
 def _encoder_blocks(config: VQGANConfig) -> Iterator[nn.Module]:
     """Levels from full resolution down, a downsampling between two levels, then the middle blocks."""
-    width = config.channels
+    width = config.base_channels
     for level, out in enumerate(config.widths):
         if level > 0:
             yield _downsample(width, config)
-        for _ in range(config.blocks_per_level):
+        for _ in range(config.num_res_blocks):
             yield ResidualBlock(width, out, config)
             width = out
-    for _ in range(config.middle_blocks):
+    for _ in range(config.num_middle_blocks):
         yield ResidualBlock(width, width, config)
 
 
 def _decoder_blocks(config: VQGANConfig) -> Iterator[nn.Module]:
     """Yields the middle blocks, then levels up to full resolution, an upsampling between two levels."""
     width = config.widths[-1]
-    for _ in range(config.middle_blocks):
+    for _ in range(config.num_middle_blocks):
         yield ResidualBlock(width, width, config)
     for level, out in reversed(list(enumerate(config.widths))):
-        for _ in range(config.blocks_per_level):
+        for _ in range(config.num_res_blocks):
             yield ResidualBlock(width, out, config)
             width = out
         if level > 0:
@@ -221,7 +221,7 @@ def _downsample(channels: int, config: VQGANConfig) -> nn.Module:
 
 
 def _norm(channels: int, config: VQGANConfig) -> nn.GroupNorm:
-    return group_norm(channels, config.groups)
+    return group_norm(channels, config.num_groups)
 
 
 def _activation(config: VQGANConfig) -> nn.Module:

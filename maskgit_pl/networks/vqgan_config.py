@@ -18,17 +18,17 @@ Layout = Literal["maskgit", "taming"]
 
 _RANGES = {  # well beyond any network that exists: what is larger is a mistake, or meant to fill the memory
     "in_channels": "[1, 1024]",
-    "channels": "[1, 16384]",
-    "blocks_per_level": "[1, 64]",
-    "middle_blocks": "[0, 64]",
-    "groups": "[1, 16384]",
-    "num_codes": "[2, 16777216]",
-    "code_width": "[1, 65536]",
+    "base_channels": "[1, 16384]",
+    "num_res_blocks": "[1, 64]",
+    "num_middle_blocks": "[0, 64]",
+    "num_groups": "[1, 16384]",
+    "codebook_size": "[2, 16777216]",
+    "code_dim": "[1, 65536]",
     "patch_size": "[1, 64]",
 }
 _MOST_LEVELS = 12  # the resolution is halved 11 times
-_FIXED_BY_TAMING = ("middle_blocks", "downsampling", "activation", "patch_size")
-_OF_TAMING_ALONE = ("attention_levels", "latent_width")
+_FIXED_BY_TAMING = ("num_middle_blocks", "downsampling", "activation", "patch_size")
+_OF_TAMING_ALONE = ("attention_levels", "latent_channels")
 
 
 @dataclass(frozen=True)
@@ -37,54 +37,56 @@ class VQGANConfig:
 
     Attributes:
         in_channels: C, channels of an image.
-        channels: Width of the first level.
-        multipliers: Width of each level as a multiple of ``channels``; between two levels the resolution halves.
-        blocks_per_level: Residual blocks of each level.
-        middle_blocks: Residual blocks after the encoder's last and before the decoder's first level.
+        base_channels: Width of the first level.
+        channel_multipliers: Width of each level as a multiple of ``base_channels``; each level has half the
+            resolution of the one before.
+        num_res_blocks: Residual blocks of each level.
+        num_middle_blocks: Residual blocks after the encoder's last and before the decoder's first level.
         downsampling: 2x2 mean, or a 4x4 convolution of stride 2.
         activation: ``swish`` or ``relu``.
-        groups: Groups of each GroupNorm; divides every width.
-        num_codes: K, codes in the codebook.
-        code_width: D, numbers in a code.
+        num_groups: Groups of each GroupNorm; divides every width.
+        codebook_size: K, codes in the codebook.
+        code_dim: D, numbers in a code.
         patch_size: Space to depth before the first and depth to space after the last convolution; 1 is the released
             code's, 2 or more makes the network cheaper by that factor squared.
         quantizer: Name or spec of the quantizer.
         initial_scale: Factor of the initial convolution weights, positive: 1 is the released LeCun normal; 0.577 is the
             variance of torch's own default, with which short runs learn faster.
         layout: ``maskgit``: the released MaskGIT code's; ``taming``: that of taming-transformers and LlamaGen, with
-            biases, self-attention and one more block on each level of the decoder. ``taming`` fixes ``middle_blocks``,
-            ``downsampling``, ``activation`` and ``patch_size``; its images are multiples of the downsampling factor.
+            biases, self-attention and one more block on each level of the decoder. ``taming`` fixes
+            ``num_middle_blocks``, ``downsampling``, ``activation`` and ``patch_size``; its images are multiples
+            of the downsampling factor.
         attention_levels: Levels whose blocks are each followed by self-attention, 0 being full resolution; ``taming``
             alone, whose middle has self-attention in any case.
-        latent_width: Channels between the last 3x3 and the 1x1 convolution before the codes; ``taming`` needs it.
+        latent_channels: Channels between the last 3x3 and the 1x1 convolution before the codes; ``taming`` needs it.
 
     Raises:
-        ValueError: if a size is out of range, a width is not divisible by ``groups``, the quantizer is unknown, or the
-            layout does not have what is asked for.
+        ValueError: if a size is out of range, a width is not divisible by ``num_groups``, the quantizer is unknown, or
+            the layout does not have what is asked for.
 
     Source: released code, config and modules of the 256 and 512 px tokenizer; ``taming``: CompVis/taming-transformers,
     modules/diffusionmodules/model.py, and FoundationVision/LlamaGen, tokenizer/tokenizer_image/vq_model.py.
     """
 
     in_channels: int
-    channels: int = 128
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    blocks_per_level: int = 2
-    middle_blocks: int = 2
+    base_channels: int = 128
+    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    num_res_blocks: int = 2
+    num_middle_blocks: int = 2
     downsampling: Downsampling = "average"
     activation: Activation = "swish"
-    groups: int = 32
-    num_codes: int = 1024
-    code_width: int = 256
+    num_groups: int = 32
+    codebook_size: int = 1024
+    code_dim: int = 256
     patch_size: int = 1
     quantizer: str | Mapping[str, Any] = "gradient"
     initial_scale: float = 1.0
     layout: Layout = "maskgit"
     attention_levels: tuple[int, ...] = ()
-    latent_width: int | None = None
+    latent_channels: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "multipliers", tuple(self.multipliers))
+        object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
         object.__setattr__(self, "attention_levels", tuple(self.attention_levels))
         self._check_sizes()
         self._check_layout()
@@ -96,18 +98,18 @@ class VQGANConfig:
     def _check_sizes(self) -> None:
         for name, interval in _RANGES.items():
             check_integer(f"network {name}", getattr(self, name), interval)
-        if not 1 <= len(self.multipliers) <= _MOST_LEVELS:
+        if not 1 <= len(self.channel_multipliers) <= _MOST_LEVELS:
             raise ValueError(
-                f"network multipliers must be 1 to {_MOST_LEVELS} integers, one a level, got "
-                f"{shorten(self.multipliers)}"
+                f"network channel_multipliers must be 1 to {_MOST_LEVELS} integers, one a level, got "
+                f"{shorten(self.channel_multipliers)}"
             )
-        for multiplier in self.multipliers:
-            check_integer("network multipliers", multiplier, "[1, 1024]")
+        for multiplier in self.channel_multipliers:
+            check_integer("network channel_multipliers", multiplier, "[1, 1024]")
         for width in self.widths:
-            if width % self.groups:
+            if width % self.num_groups:
                 raise ValueError(
-                    f"network groups: every width {self.widths} (channels x multipliers) must be a multiple of the "
-                    f"number of groups, got {self.groups}; {math.gcd(*self.widths)} and its divisors fit"
+                    f"network num_groups must divide every width {self.widths} (base_channels x channel_multipliers), "
+                    f"got {self.num_groups}; {math.gcd(*self.widths)} and its divisors fit"
                 )
 
     def _check_layout(self) -> None:
@@ -124,8 +126,8 @@ class VQGANConfig:
             self._check_taming()
 
     def _check_taming(self) -> None:
-        check_integer("network latent_width of layout 'taming'", self.latent_width, "[1, 65536]")
-        levels, known = self.attention_levels, range(len(self.multipliers))
+        check_integer("network latent_channels of layout 'taming'", self.latent_channels, "[1, 65536]")
+        levels, known = self.attention_levels, range(len(self.channel_multipliers))
         if len(set(levels)) < len(levels) or any(level not in known for level in levels):
             raise ValueError(
                 f"network attention_levels must be different levels out of {list(known)}, 0 being full resolution, "
@@ -135,17 +137,17 @@ class VQGANConfig:
     @property
     def widths(self) -> tuple[int, ...]:
         """Channels of each level, from full resolution down."""
-        return tuple(self.channels * multiplier for multiplier in self.multipliers)
+        return tuple(self.base_channels * multiplier for multiplier in self.channel_multipliers)
 
     @property
     def num_blocks(self) -> int:
         """Residual blocks of the encoder, of which each has several tensors."""
-        return len(self.multipliers) * self.blocks_per_level + self.middle_blocks
+        return len(self.channel_multipliers) * self.num_res_blocks + self.num_middle_blocks
 
     @property
     def downsampling_factor(self) -> int:
         """Pixels along an edge of what one token covers."""
-        return int(self.patch_size * 2 ** (len(self.multipliers) - 1))
+        return int(self.patch_size * 2 ** (len(self.channel_multipliers) - 1))
 
     def grid(self, image_size: int | tuple[int, int]) -> tuple[int, int]:
         """Rows and columns (h, w) of the token grid of an image.

@@ -18,7 +18,7 @@ from maskgit_pl.checks import shorten
 from maskgit_pl.networks.autoregressive import build_transformer
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
-from maskgit_pl.old_names import renamed_tree
+from maskgit_pl.old_names import rename_tree
 from maskgit_pl.pretrained import fingerprint, read_config, read_decoding
 
 __all__ = [
@@ -124,7 +124,7 @@ def describe_folder(folder: Path) -> dict[str, Any]:
         "image_size": tokenizer["image_size"],
         "in_channels": sizes.in_channels,
         "grid": list(sizes.grid(tokenizer["image_size"])),
-        "num_codes": sizes.num_codes,
+        "codebook_size": sizes.codebook_size,
         "num_classes": network.num_classes,
         "class_dropout": network.class_dropout,
         "parameters": {
@@ -194,7 +194,7 @@ def _stage(folder: Path) -> dict[str, Any]:
 
     file = folder / "config.yaml"
     recipe = yaml.safe_load(file.read_text()) if file.is_file() else None
-    recipe = renamed_tree(recipe, f"recipe {file}") if isinstance(recipe, dict) else {}
+    recipe = rename_tree(recipe, f"recipe {file}") if isinstance(recipe, dict) else {}
     values = {key: _value(recipe, key) for key in SETTINGS}
     if values["data.path"] is not None:  # a card must not publish paths of the machine
         values["data.path"] = Path(values["data.path"]).name

@@ -194,7 +194,7 @@ class MaskGIT(Editor):
         colours = "grey" if tokenizer.in_channels == 1 else "RGB"
         return (
             f"MaskGIT({len(self.class_names)} classes, {colours} images of {size} x {size} pixels, {rows} x {columns} "
-            f"tokens of {tokenizer.num_codes} codes, {self.decoding.num_steps} steps, on {self.device})"
+            f"tokens of {tokenizer.codebook_size} codes, {self.decoding.num_steps} steps, on {self.device})"
         )
 
     def _save_networks(self, folder: Path) -> None:

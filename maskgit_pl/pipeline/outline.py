@@ -15,6 +15,7 @@ from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.limits import check_parallel
 from maskgit_pl.decoding.recipe_file import read_recipe
 from maskgit_pl.files import read_json
+from maskgit_pl.old_names import rename_config
 from maskgit_pl.pipeline.classes import Classes, class_ids, parse_class, parse_classes
 from maskgit_pl.pipeline.options import replace_settings
 from maskgit_pl.text import printable
@@ -57,7 +58,9 @@ class Outline:
             The outline, or None if a file is damaged; ``MaskGIT.from_pretrained`` then raises the error.
         """
         try:
-            tokenizer, transformer = (read_json(folder / part / "config.json") for part in ("tokenizer", "transformer"))
+            tokenizer, transformer = (
+                rename_config(read_json(folder / part / "config.json"), part) for part in ("tokenizer", "transformer")
+            )
             tuned = folder / "decoding.json"
             network, vqgan = transformer["network"], tokenizer["network"]
             rows, columns = (_size(number) for number in network["grid"])
@@ -70,7 +73,7 @@ class Outline:
                 if tuned.is_file()
                 else build_dataclass(DecodingConfig, transformer["decoding"], ""),
                 _size(tokenizer["image_size"]),
-                _size(vqgan["patch_size"]) * 2 ** (_size(len(vqgan["multipliers"])) - 1),
+                _size(vqgan["patch_size"]) * 2 ** (_size(len(vqgan["channel_multipliers"])) - 1),
                 _size(vqgan["in_channels"]),
             )
         except (OSError, ValueError, KeyError, TypeError):

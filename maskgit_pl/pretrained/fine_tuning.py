@@ -33,23 +33,23 @@ def weights_for(config: TransformerConfig, pretrained: PretrainedTransformer) ->
             f"model.network.attention: the pretrained transformer is {old.attention}, got {config.attention}; begin "
             "from another, or train by a recipe of its own kind (RECIPE=autoregressive is causal)"
         )
-    for name in ("num_codes", "grid", "width", "depth", "num_heads", "mlp_width"):
+    for name in ("codebook_size", "grid", "embed_dim", "depth", "num_heads", "mlp_dim"):
         if getattr(config, name) != getattr(old, name):
             raise ValueError(
                 f"model.network.{name}: the pretrained transformer has {getattr(old, name)}, got "
                 f"{getattr(config, name)}; leave the key out, or begin from another"
             )
     weights = pretrained.network.state_dict()
-    return weights | {name: _fit_rows(weights[name], old, config) for name in ("words.weight", "head_bias")}
+    return weights | {name: _fit_rows(weights[name], old, config) for name in ("token_embedding.weight", "head_bias")}
 
 
 def _fit_rows(table: Tensor, old: TransformerConfig, new: TransformerConfig) -> Tensor:
     """Converts rows (old vocabulary, ...) to (new vocabulary, ...)."""
-    codes, classes = table[: old.num_codes], table[old.num_codes : old.num_codes + old.num_classes]
+    codes, classes = table[: old.codebook_size], table[old.codebook_size : old.codebook_size + old.num_classes]
     mean = classes.mean(0, keepdim=True)
     if new.num_classes != old.num_classes:
         classes = mean.expand(new.num_classes, *mean.shape[1:])
     null = table[:0]
     if new.null_label is not None:
-        null = table[old.num_codes + old.num_classes : -1] if old.null_label is not None else mean
+        null = table[old.codebook_size + old.num_classes : -1] if old.null_label is not None else mean
     return torch.cat([codes, classes, null, table[-1:]])

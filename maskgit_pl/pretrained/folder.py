@@ -18,6 +18,7 @@ from maskgit_pl.networks.autoregressive import build_transformer
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.networks.weight_file import check_fit, check_tensor, load_weights, read_tensor_header, read_tensors
+from maskgit_pl.old_names import rename_config, rename_tensors
 from maskgit_pl.pretrained.decoding_file import WEIGHTS_FILE, checked_decoding
 from maskgit_pl.pretrained.networks import PretrainedTokenizer, PretrainedTransformer
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
@@ -118,7 +119,7 @@ def read_config(folder: Path | str, kind: Kind) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{kind} {folder}: no {_CONFIG} there; a folder that training or an import wrote is needed"
         )
-    config = read_json(file, max_bytes=_MAX_CONFIG_BYTES)
+    config = rename_config(read_json(file, max_bytes=_MAX_CONFIG_BYTES), str(file))
     _check_format(config, file, f"maskgit_pl.{kind}", thing=kind)
     if kind == "tokenizer":
         _tokenizer(config, folder)
@@ -232,7 +233,7 @@ def _read_network(build: Callable[[], Network], folder: Path, *, num_blocks: int
         num_blocks: Blocks of the network, each of at least one tensor.
     """
     file = folder / WEIGHTS_FILE
-    header = read_tensor_header(file)  # 1
+    header = rename_tensors(read_tensor_header(file), f"weights {file}")  # 1
     if num_blocks > len(header):
         raise ValueError(
             f"{folder / _CONFIG}: network of {num_blocks} blocks must fit {WEIGHTS_FILE}, which holds {len(header)} "
@@ -242,7 +243,8 @@ def _read_network(build: Callable[[], Network], folder: Path, *, num_blocks: int
         network = build()
     check_fit(network, header, f"weights {file}")
     types = {name: tensor.dtype for name, tensor in network.state_dict().items()}
-    weights = {name: tensor.to(types[name]) for name, tensor in read_tensors(file).items()}  # 3
+    tensors = rename_tensors(read_tensors(file), f"weights {file}")  # 3
+    weights = {name: tensor.to(types[name]) for name, tensor in tensors.items()}
     load_weights(network, weights, file, assign=True)
     empty = [name for name, tensor in (*network.named_parameters(), *network.named_buffers()) if tensor.is_meta]
     if empty:

@@ -1,4 +1,4 @@
-"""Runs from Python: ``Recipe`` reads what a run is, ``fit`` trains it; each command of the command line is one call.
+"""Runs from Python: ``Recipe`` reads the values of a run, ``fit`` trains it, and each command is one function.
 
 ::
 
@@ -7,9 +7,9 @@
     recipe = runs.Recipe.read("tokenizer", overrides={"trainer.max_steps": 500})
     result = runs.fit(recipe, run="demo", data="data/shards/fashion-mnist")
 
-What the commands print goes to the logger ``maskgit_pl``; ``logging.basicConfig(level="INFO")`` shows it.
+Messages go to the logger ``maskgit_pl``; ``logging.basicConfig(level="INFO")`` shows them.
 
-The names are imported when they are first used; torch and Lightning when something is trained.
+The names are imported on first use, and torch and Lightning when something is trained.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Builds module, data and Trainer of a stage from the values of its recipe."""
+"""Builds module, data and Trainer of a stage from its recipe. Used by ``stage``, ``slurm`` and ``preflight``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from maskgit_pl.checks import build_dataclass
 from maskgit_pl.data import ShardData, ShardDataConfig, split_batch
 from maskgit_pl.data.config import check_stream
 from maskgit_pl.errors import is_user_error
-from maskgit_pl.old_names import renamed_settings
+from maskgit_pl.old_names import rename_settings
 from maskgit_pl.pretrained import fingerprint, read_config
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.recipe import Recipe
@@ -46,41 +46,46 @@ __all__ = ["StageRun", "build"]
 
 log = logging.getLogger(__name__)
 
-# Warnings of Lightning and torch that every run of ours gets and nobody can act on.
+# Warnings of Lightning and torch that every run triggers and no user can act on.
 _EXPECTED_WARNINGS = (
-    r"Found \d+ module\(s\) in eval mode at the start of training",  # the averaged copies
+    r"Found \d+ module\(s\) in eval mode at the start of training",  # the moving averages
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own call
     "The '.*_dataloader' does not have many workers",  # num_workers is the recipe's choice
-    "The number of training batches .* is smaller than the logging interval",  # ours counts steps, over epochs
+    "The number of training batches .* is smaller than the logging interval",  # we count steps across epochs
     "Checkpoint directory .* exists and is not empty",  # a run that resumes
 )
 
 
 def build(plan: Plan) -> StageRun:
-    """Builds module, data and Trainer of a run, its global batch divided among the devices. Nothing is trained.
+    """Builds module, data and Trainer of a run, and divides its global batch among the devices. Trains nothing.
 
     Raises:
-        ValueError: if the recipe is wrong, data or tokenizer do not fit, or the run would resume with other settings.
+        ValueError: if the recipe is invalid, data or tokenizer do not fit, or the settings of the run have changed.
     """
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its tips and device lists
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # hide its tips and device lists
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=f".*{message}")
-    torch.manual_seed(0)  # initial weights; every other random number is a function of the recipe's seed
+    # Only initial weights use this seed: all other random numbers follow from the recipe's seed.
+    torch.manual_seed(0)
     run = StageRun(plan.recipe, merge_values(plan), plan.stage_folder)
     run.add_trainer()
     module, data, trainer = run.model, run.datamodule, run.trainer
     if trainer.max_steps < 1:
-        raise ValueError(f"trainer.max_steps must be >= 1, got {trainer.max_steps}; it is where the run ends")
+        raise ValueError(f"trainer.max_steps must be >= 1, got {trainer.max_steps}; a run ends at this step")
     _, accumulation = split_batch(data.config.global_batch, data.config.max_batch_per_device, trainer.world_size)
     if isinstance(module, TokenModel):
         trainer.accumulate_grad_batches = accumulation
         _check_classes(module, data)
-        tokenizer = module.tokenizer  # reading it refuses one that does not fit
-        data.require_tokenizer(tokenizer.fingerprint, grid=tokenizer.grid, num_codes=tokenizer.network.config.num_codes)
+        tokenizer = module.tokenizer  # raises if it does not fit the model
+        data.require_tokenizer(
+            tokenizer.fingerprint, grid=tokenizer.grid, codebook_size=tokenizer.network.config.codebook_size
+        )
     else:
         assert isinstance(module, Tokenizer)
+        # Stage 1 optimizes manually, so the Trainer must not accumulate.
         module.accumulation = accumulation
-    if isinstance(trainer.val_check_interval, int):  # steps for us, micro-batches for Lightning
+    # Steps in a recipe, but micro-batches in Lightning.
+    if isinstance(trainer.val_check_interval, int):
         trainer.val_check_interval *= accumulation
     return run
 
@@ -89,32 +94,32 @@ def _check_classes(module: TokenModel, data: ShardData) -> None:
     num_classes = module.config.network.num_classes
     if num_classes != data.num_classes:
         raise ValueError(
-            f"model.network.num_classes: {data.config.path} has {data.num_classes} classes, got {num_classes}; "
-            "leave the key out or name other data"
+            f"model.network.num_classes must be {data.num_classes}, the classes of {data.config.path}, got "
+            f"{num_classes}; leave the key out or use other data"
         )
 
 
 class StageRun:
-    """A stage of a run: its module and data from a recipe; after ``add_trainer``, its Trainer.
+    """A stage of a run: module and data from a recipe, and after ``add_trainer`` also the Trainer.
 
     Args:
-        recipe: Recipe; it decides the stage and the module.
-        tree: All values, see ``merge_values``.
-        folder: ``runs/RUN/STAGE``.
+        recipe: Recipe of the stage; it selects the module.
+        tree: All values of the run; see ``merge_values``.
+        folder: Stage folder, ``runs/RUN/STAGE``.
 
     Attributes:
-        config: ``tree`` with the default of every key that it leaves out.
+        config: ``tree`` with a default for every missing key.
         run: Settings of checkpoints, watchdog and precision.
         settings: Settings of the Trainer.
         datamodule: Data of the stage.
         model: Module of the stage.
-        trainer: After ``add_trainer``: the Trainer.
-        fixed: After ``add_trainer``: the settings that must not change when the run resumes.
-        checkpoints: After ``add_trainer``: what writes checkpoints.
-        watchdog: After ``add_trainer``: what ends a run that hangs.
+        trainer: The Trainer. Set by ``add_trainer``.
+        fixed: Settings that must not change when the run resumes. Set by ``add_trainer``.
+        checkpoints: Callback that writes checkpoints. Set by ``add_trainer``.
+        watchdog: Callback that ends a run that hangs. Set by ``add_trainer``.
 
     Raises:
-        ValueError: if a value is missing or out of range, or names something unknown. The message names the key.
+        ValueError: if a value is missing, out of range or unknown. The message names the key.
     """
 
     trainer: Trainer
@@ -133,18 +138,18 @@ class StageRun:
         self.model = module(_build_value(self.config["model"], config, "model"))
 
     def _set_precision(self) -> None:
-        """Sets threads and precision of torch, before anything computes."""
+        """Sets threads and precision of torch. Must be called before any computation."""
         if self.run.cpu_threads is not None:
             torch.set_num_threads(self.run.cpu_threads)
         torch.set_float32_matmul_precision(self.run.matmul_precision)
-        torch.backends.cudnn.allow_tf32 = self.run.matmul_precision != "highest"  # of convolutions
+        torch.backends.cudnn.allow_tf32 = self.run.matmul_precision != "highest"  # for convolutions
 
     def add_trainer(self) -> None:
-        """Builds the Trainer, with our callbacks, checkpoint format and strategies.
+        """Builds the Trainer with our callbacks, checkpoint format and strategies.
 
         Raises:
-            ValueError: if the run resumes with other settings than it was started with, the stage does not train under
-                the strategy or in the precision, or the devices are not there.
+            ValueError: if the settings of the run have changed since its last checkpoint, the stage does not support
+                the strategy or the precision, or the devices do not exist.
         """
         self.fixed = self._fixed_settings()
         newest = newest_checkpoint(self.folder / "checkpoints")
@@ -152,7 +157,8 @@ class StageRun:
             self._check_resumes(newest)
         given = self.settings
         check_accelerator(given.accelerator)
-        check_precision(given.precision)  # as it is written: on a CPU, Lightning reads float16 as bfloat16
+        # Checked before the Trainer is built, which silently replaces float16 by bfloat16 on a CPU.
+        check_precision(given.precision)
         if self.stage == "tokenizer" and given.gradient_clip_val is not None:
             raise ValueError("trainer.gradient_clip_val cannot be set for the tokenizer: set model.gradient_clip")
         ours = {
@@ -161,8 +167,9 @@ class StageRun:
             "logger": RunLogger(self.folder, name="", version=""),
             "plugins": [FolderCheckpointIO()],
             "default_root_dir": self.folder,
-            "use_distributed_sampler": False,  # the data module shares the global order out itself
+            "use_distributed_sampler": False,  # the data module divides the global order itself
             "enable_model_summary": False,
+            # Runs are counted in steps: epochs neither end a run nor start a validation.
             "max_epochs": -1,
             "check_val_every_n_epoch": None,
             "enable_checkpointing": True,
@@ -182,6 +189,7 @@ class StageRun:
 
     def _fixed_settings(self) -> dict[str, Any]:
         data = self.datamodule
+        # A fingerprint of the data: the run may find the same data in another folder.
         if data.config.source == "stream":
             identity = check_stream(data.stream, data.config.validation_samples).fingerprint
         else:
@@ -189,17 +197,17 @@ class StageRun:
         tokenizer = None
         if self.stage == "transformer":
             folder = Path(self.config["model"]["tokenizer"])
-            read_config(folder, "tokenizer")  # refuses what is none
+            read_config(folder, "tokenizer")  # raises if it is not a tokenizer
             tokenizer = fingerprint(folder)
         return fixed_settings(self.config, data=identity, tokenizer=tokenizer)
 
     def _check_resumes(self, checkpoint: Path) -> None:
-        """Raises ValueError if settings have changed that must not change when a run resumes."""
+        """Raises ValueError if a setting has changed that must not change when a run resumes."""
         known = read_settings(checkpoint)
         if known is None:
-            log.warning("%s: it does not say with which settings it was made; they are not compared", checkpoint)
+            log.warning("%s holds no settings, so they are not compared with those of this run", checkpoint)
             return
-        known = renamed_settings(known, f"checkpoint {checkpoint}")
+        known = rename_settings(known, f"checkpoint {checkpoint}")
         defaults = fixed_settings(resolve(self.kind, {}), data="", tokenizer="")
         changed = list_changes(known, self.fixed, defaults)
         if changed:
@@ -218,6 +226,7 @@ class StageRun:
             settings=self.fixed,
         )
         self.watchdog = Watchdog(self.folder, seconds=self.run.hang_seconds)
+        # A progress bar for a terminal, lines for a log file.
         progress: Callback = RichProgressBar() if sys.stdout.isatty() else ProgressLines()
         pictures: Callback
         if self.stage == "tokenizer":
@@ -229,10 +238,10 @@ class StageRun:
 
 
 def _build_arguments(kind: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Returns the arguments of a class, its dataclasses built from their mappings.
+    """Returns the arguments of a class, with nested dataclasses built from their mappings.
 
     Raises:
-        ValueError: if one is missing, or a dataclass refuses a value. The message names the key.
+        ValueError: if an argument is missing, or a dataclass rejects a value. The message names the key.
     """
     found = {}
     for name, parameter in parameters_of(kind).items():
@@ -250,6 +259,7 @@ def _build_value(value: Any, annotation: Any, where: str) -> Any:
     try:
         return kind(**values)
     except ValueError as error:
+        # A message that begins with a field continues the key (data.seed must ...).
         first = re.split(r"[.:\s]", str(error), maxsplit=1)[0]
         between = "." if first in {each.name for each in fields(kind)} else ": "
         raise ValueError(f"{where}{between}{error}") from error
@@ -259,8 +269,8 @@ def _describe_missing_devices(given: TrainerSettings, error: Exception) -> str:
     said = " ".join(str(error).split()).rstrip(".")
     return (
         f"trainer: accelerator {given.accelerator!r} with devices {given.devices!r} is not available on this machine "
-        f"({said}); choose others with --trainer.accelerator (auto takes what there is) and --trainer.devices, or use "
-        "a machine that has them, with a torch that is built for them"
+        f"({said}); choose others with --trainer.accelerator (auto takes what is available) and --trainer.devices, or "
+        "use a machine that has them, with a torch that is built for them"
     )
 
 
@@ -269,10 +279,10 @@ def _do_nothing() -> None:
 
 
 class _NoProfiler(PassThroughProfiler):
-    """A profiler that costs nothing; Lightning's enters a generator at each of some 50 places of a step."""
+    """A profiler without cost; Lightning's default enters a generator at some 50 places of a step."""
 
     _NOTHING = nullcontext()
 
     def profile(self, action_name: str) -> Any:
-        """Returns a context that does nothing, always the same one."""
+        """Returns the same empty context at every call."""
         return self._NOTHING

@@ -1,4 +1,4 @@
-"""The memory, work, traffic and disk space of a stage, from the module that would be trained; ``preflight`` asks."""
+"""Costs of a stage (memory, FLOPs, traffic, disk space), calculated from its module. Used by ``preflight``."""
 
 from __future__ import annotations
 
@@ -53,43 +53,43 @@ class Costs:
     @property
     @abstractmethod
     def groups(self) -> tuple[list[Group], Group]:
-        """Groups that FSDP2 gathers one after the other, and the rest."""
+        """The groups that FSDP2 gathers one after the other, and the group of all other parameters."""
 
     @property
     @abstractmethod
     def averaged(self) -> int:
-        """Number of parameters in the moving average of the weights."""
+        """The number of parameters in the moving average."""
 
     @abstractmethod
     def memory(self, per_device: int) -> Memory:
-        """Returns the memory of a rank with ``per_device`` samples in a micro-batch."""
+        """Returns the peak memory of a rank with ``per_device`` samples in a micro-batch."""
 
     @abstractmethod
     def flops(self, global_batch: int) -> tuple[float, float]:
-        """Returns the FLOPs of a step over all ranks: the useful ones, and the executed ones."""
+        """Returns the FLOPs of a step over all ranks: useful, and executed (including recomputation)."""
 
     @abstractmethod
     def checkpoint(self) -> int:
-        """Returns the bytes of a checkpoint."""
+        """Returns the size of a checkpoint in bytes."""
 
     @abstractmethod
     def traffic(self, micro_batches: int) -> Traffic:
-        """Returns the bytes that a rank sends in a step of ``micro_batches`` on each rank."""
+        """Returns the bytes that each rank sends in a step with ``micro_batches`` micro-batches per rank."""
 
     @property
     def trained(self) -> int:
-        """Number of trained parameters."""
+        """The number of trained parameters."""
         blocks, root = self.groups
         return sum(group.numel for group in (*blocks, root))
 
     @property
     def num_tensors(self) -> int:
-        """Number of trained tensors."""
+        """The number of trained tensors."""
         blocks, root = self.groups
         return sum(len(group.shapes) for group in (*blocks, root))
 
     def largest_batch(self, per_rank: int, limit: float) -> int | None:
-        """Returns the largest micro-batch that divides a rank's samples and fits ``limit`` bytes; None if none does."""
+        """Returns the largest micro-batch that divides a rank's samples and fits ``limit`` bytes, or None."""
         divisors = (size for size in range(per_rank, 0, -1) if per_rank % size == 0)
         return next((size for size in divisors if self.memory(size).total <= limit), None)
 
@@ -100,8 +100,8 @@ class TransformerCosts(Costs):
 
     Args:
         module: The module that would be trained.
-        tokenizer: Sizes of the tokenizer, and its image size in pixels, if they are known.
-        encodes: Whether images are encoded during training.
+        tokenizer: Sizes of the tokenizer and its image size in pixels, if known.
+        encodes: True if training encodes images, instead of reading tokens.
     """
 
     module: TokenModel
@@ -119,7 +119,7 @@ class TransformerCosts(Costs):
 
     @cached_property
     def _encoding(self) -> tuple[int, Replay]:
-        """Bytes of the frozen tokenizer's weights, and the replay of encoding one image."""
+        """The bytes of the frozen tokenizer's weights, and the replay of encoding one image."""
         if self.tokenizer is None:
             return 0, Replay(0, 0)
         config, size = self.tokenizer
@@ -163,6 +163,7 @@ class TransformerCosts(Costs):
     def traffic(self, micro_batches: int) -> Traffic:
         blocks, root = self.groups
         if self.strategy == "fsdp":
+            # The precision policy of strategies.py: weights in bfloat16, gradients in float32.
             weight = HALF if self.precision == "bf16-mixed" else FLOAT
             return fsdp_traffic(blocks, root, self.ranks, micro_batches=micro_batches, weight=weight)
         return ddp_traffic([*blocks, root], self.ranks)
@@ -170,18 +171,18 @@ class TransformerCosts(Costs):
 
 @dataclass(kw_only=True)
 class TokenizerCosts(Costs):
-    """The costs of stage 1, by a replay of its step with one image, without content; n images take n times as much.
+    """The costs of stage 1, from a replay of its step with one fake image; n images cost n times as much.
 
     Args:
-        module: The module that would be trained; its networks lose their content.
+        module: The module that would be trained. Its networks become fake tensors.
     """
 
     module: Tokenizer
 
     @property
     def _networks(self) -> list[nn.Module]:
-        opponent = self.module.discriminator
-        return [self.module.network] if opponent is None else [self.module.network, opponent]
+        discriminator = self.module.discriminator
+        return [self.module.network] if discriminator is None else [self.module.network, discriminator]
 
     @property
     def groups(self) -> tuple[list[Group], Group]:
@@ -202,6 +203,7 @@ class TokenizerCosts(Costs):
         config, networks = self.module.config, [*self._networks, *self._frozen]
         with fake_tensors(*networks), warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            # Gradients exist between steps, so they must not count as allocations of the replay.
             for parameter in (parameter for network in networks for parameter in network.parameters()):
                 if parameter.requires_grad:
                     parameter.grad = torch.empty_like(parameter)
@@ -212,6 +214,7 @@ class TokenizerCosts(Costs):
         blocks, root = self.groups
         casts = self._replay.casts
         activations = Activations(self._replay.peak_of(per_device) - casts, casts, 0)
+        # Buffers count twice, since the average has copies of them.
         buffers = sum(buffer.nbytes for network in self._networks for buffer in network.buffers())
         frozen = sum(tensor.nbytes for network in self._frozen for tensor in network.parameters())
         return estimate_memory(
@@ -240,5 +243,5 @@ def _one_image(config: TokenizerConfig) -> Batch:
 
 
 def _first_full_step(config: AdversarialConfig | None) -> int:
-    """Returns the first step with a discriminator and its R1 penalty; no step needs more."""
+    """Returns the first step with discriminator and R1 penalty: the most expensive kind of step."""
     return 0 if config is None else -(-config.start_step // config.r1_every) * config.r1_every

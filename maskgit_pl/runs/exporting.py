@@ -1,4 +1,4 @@
-"""``runs.export``: a checkpoint of a run as a pretrained folder, whatever ranks wrote it."""
+"""``runs.export``: writes a checkpoint of a run as a pretrained folder, on a single CPU process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from maskgit_pl.runs.recipe_files import STAGES, Stage
 
 __all__ = ["export"]
 
-# The run's own settings, except that one process of this machine reads them.
+# Overrides of the run's settings: a single process on this machine.
 _HERE = ("--trainer.accelerator=cpu", "--trainer.strategy=auto", "--trainer.devices=1", "--trainer.num_nodes=1")
 
 
@@ -29,19 +29,19 @@ def export(
 
     Args:
         run: A name in ``runs/``, or a folder.
-        stage: Only this stage. Default: each that has a checkpoint.
-        step: Step of the checkpoint. Default: the newest.
-        data: The run's data folder, if it lies elsewhere now.
+        stage: Stage to export. Default: each stage with a checkpoint.
+        step: Step of the checkpoint. Default: the newest one.
+        data: Data folder of the run, if it has moved.
         out: Pretrained folder. Default: ``RUN/pretrained``.
-        replace: Whether to replace what an earlier export wrote.
+        replace: True replaces an earlier export.
 
     Returns:
         The pretrained folder.
 
     Raises:
-        FileNotFoundError: if run, stage, checkpoint, data or tokenizer are not there.
+        FileNotFoundError: if run, stage, checkpoint, data or tokenizer do not exist.
         FileExistsError: if the folder holds an export, and ``replace`` is False.
-        ValueError: if a checkpoint is not whole, or another process writes the folder.
+        ValueError: if a checkpoint is incomplete, or another process writes the folder.
     """
     folder = folder_of(run)
     out = folder / "pretrained" if out is None else Path(out)
@@ -49,6 +49,7 @@ def export(
     for each in stages:
         if (out / each).exists() and not replace:
             raise FileExistsError(f"{out / each} exists; replace it with --replace, or write elsewhere with --out")
+    # Everything is found before torch is imported and before anything is written.
     plans = [_plan(folder, each, data, out) for each in stages]
     chosen = [_checkpoint(plan, step) for plan in plans]
     from maskgit_pl.runs.stage import export_checkpoint  # lightning and torch take seconds to import
@@ -60,37 +61,38 @@ def export(
 
 
 def _stages(folder: Path, named: Stage | None) -> Sequence[Stage]:
-    """The stage that is named, or those that were trained, the tokenizer first."""
+    """Returns the named stage, or all trained stages, the tokenizer first."""
     stages = [named] if named else [stage for stage in STAGES if (folder / stage / "checkpoints").is_dir()]
     for stage in stages:
         if not (folder / stage / "config.yaml").is_file():
-            raise FileNotFoundError(f"run {folder}: training wrote no {stage}/config.yaml there; name a run folder")
+            raise FileNotFoundError(f"run {folder} has no {stage}/config.yaml from training; name a run folder")
     if not stages:
-        raise FileNotFoundError(f"run {folder}: no stage with checkpoints there; name a run folder, such as runs/NAME")
+        raise FileNotFoundError(f"run {folder} has no stage with checkpoints; name a run folder, such as runs/NAME")
     return stages
 
 
 def _plan(folder: Path, stage: Stage, data: str | Path | None, out: Path) -> Plan:
-    """The stage as it was trained, but by one process; its data and tokenizer may lie elsewhere now."""
+    """Plans the stage as it was trained, but for a single process; data and tokenizer may have moved."""
     config = folder / stage / "config.yaml"
     recipe = Recipe.from_run(stage, config, _HERE)
     shards = Path(data or recipe.paths["data.path"])
     if recipe.get("data.stream") is None and not shards.is_dir():
-        raise FileNotFoundError(f"data {shards}, of {config}: no such folder; name where it lies now with --data")
+        raise FileNotFoundError(f"data {shards} of {config}: no such folder; give its present place with --data")
     tokenizer = None
     if stage == "transformer":
+        # The tokenizer may have moved with the run, or may be exported by this call.
         places = [Path(recipe.paths["model.tokenizer"]), folder / "pretrained" / "tokenizer", out / "tokenizer"]
         tokenizer = next((place for place in places if (place / "config.json").is_file()), None)
         if tokenizer is None:
             raise FileNotFoundError(
-                f"tokenizer {places[0]}, of {config}: not there; copy it back, or `maskgit export {folder} --stage "
-                "tokenizer` if the run trained it"
+                f"tokenizer {places[0]} of {config}: no such folder; copy it back, or run `maskgit export {folder} "
+                "--stage tokenizer` if the run trained it"
             )
     return Plan(recipe, shards, folder, tokenizer)
 
 
 def _checkpoint(plan: Plan, step: int | None) -> Path:
-    """Returns the complete checkpoint of a step, or the newest."""
+    """Returns the complete checkpoint of a step, or the newest one."""
     from maskgit_pl.training.checkpoint_files import complete_checkpoints, step_of
 
     found = {step_of(path): path for path in complete_checkpoints(plan.checkpoints)}

@@ -24,35 +24,37 @@ def fit(
     tokenizer: str | Path | None = None,
     pretrained: str | Path | None = None,
 ) -> FitResult:
-    """Trains a stage of a run and exports it, or resumes it where it stopped; a finished run is left as it is.
+    """Trains a stage of a run and exports it. Resumes an interrupted run, and does nothing for a finished one.
 
-    While it trains, SIGTERM and one Ctrl-C save the run and end it with PreemptedError; the same call resumes it. An
-    error of one of several ranks ends the processes with the exit code of the command, since ranks wait for each other.
-    So does a step that hangs, which cannot raise.
+    During training, SIGTERM and a first Ctrl-C save the run and raise PreemptedError; the same call resumes it. With
+    several ranks, an error of one rank ends all processes with the exit code of the command, since ranks wait for each
+    other. A step that hangs ends the process in the same way.
 
     Args:
-        recipe: Its values, and the stage.
-        run: A name in ``runs/``, or a folder: a ``Path`` or a word with a slash. Default: ``DATASET-RECIPE``.
+        recipe: Values of the run, and the stage.
+        run: A name in ``runs/``, or a folder: a ``Path`` or a string with a slash. Default: ``DATASET-RECIPE``.
         data: Data folder. Default: ``data/shards/DATASET``.
-        tokenizer: Pretrained tokenizer folder, for stage 2. Default: the run's own, or the only one of these data.
-        pretrained: Pretrained folder whose weights a new run begins from.
+        tokenizer: Pretrained tokenizer folder, for stage 2. Default: the run's own, or the only one for these data.
+        pretrained: Pretrained folder with the initial weights of a new run.
 
     Raises:
-        FileNotFoundError: if data, tokenizer or pretrained folder are not there.
-        ValueError: if the recipe is wrong, data or tokenizer do not fit, the run would resume with other settings, or
+        FileNotFoundError: if data, tokenizer or pretrained folder do not exist.
+        ValueError: if the recipe is invalid, data or tokenizer do not fit, the settings of the run have changed, or
             another process trains it.
-        RunError: if training ends early: stopped by a signal, data that cannot be read, a full disk, losses that are
-            not finite. See ``maskgit_pl.errors``.
-        KeyboardInterrupt: at a second Ctrl-C. The run is as after a kill: the same call resumes it.
+        RunError: if training ends early: a stop signal, unreadable data, a full disk, non-finite losses. See
+            ``maskgit_pl.errors``.
+        KeyboardInterrupt: at a second Ctrl-C. The same call resumes the run from its last checkpoint.
     """
     plan = plan_run(recipe, run=run, data=data, tokenizer=tokenizer, pretrained=pretrained)
     try:
         with interruption.catch_stop_signals(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*`srun` command is available")  # Lightning's, on a login node
+            # Lightning warns on login nodes of Slurm.
+            warnings.filterwarnings("ignore", message=".*`srun` command is available")
             from maskgit_pl.runs.stage import fit_stage  # lightning and torch take seconds to import
 
             return fit_stage(plan)
     except SystemExit as stop:
-        if isinstance(stop.__context__, KeyboardInterrupt):  # what Lightning makes of it
+        # Lightning turns KeyboardInterrupt into SystemExit, which would end a notebook's kernel.
+        if isinstance(stop.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from stop
         raise

@@ -1,4 +1,4 @@
-"""Flags that set single values of a recipe, ``--KEY=VALUE`` with dotted keys."""
+"""Flags that override single values of a recipe: ``--KEY=VALUE`` with dotted keys."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from maskgit_pl.checks import shorten
-from maskgit_pl.old_names import renamed_tree
+from maskgit_pl.old_names import rename_tree
 from maskgit_pl.runs.layers import Layer
 from maskgit_pl.runs.recipe_checks import schema_at
 from maskgit_pl.runs.safe_yaml import check_plain, parse_yaml
@@ -17,18 +17,18 @@ from maskgit_pl.schema import Schema, fits
 __all__ = ["Overrides", "flag_layer", "flag_words", "split_flags"]
 
 Overrides = Sequence[str] | Mapping[str, Any]
-"""Single values of a recipe: flags, or dotted keys with their values."""
+"""Overrides of single recipe values: flags, or a mapping of dotted keys."""
 
 
 def flag_words(overrides: Overrides) -> tuple[str, ...]:
-    """Returns overrides as flags; a value in Python becomes its JSON, which is YAML."""
+    """Returns overrides as flags. Python values become JSON, which is also YAML."""
     if isinstance(overrides, Mapping):
         return tuple(f"--{key}={json.dumps(value, default=str)}" for key, value in overrides.items())
     return tuple(overrides)
 
 
 def split_flags(words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Splits words into the dotted key and the text of each flag.
+    """Yields the dotted key and the text of each flag.
 
     Raises:
         ValueError: if a word is not a flag, or a flag has no value.
@@ -37,7 +37,7 @@ def split_flags(words: Sequence[str]) -> Iterator[tuple[str, str]]:
     while waiting:
         word = waiting.pop()
         if not re.fullmatch(r"--[A-Za-z_][\w.]*(=.*)?", word, re.DOTALL):
-            raise ValueError(f"unrecognized argument {shorten(word)}; a value of a recipe is set by --KEY=VALUE")
+            raise ValueError(f"unrecognized argument {shorten(word)}; recipe values are set with --KEY=VALUE")
         key, equals, text = word[2:].partition("=")
         if not equals:
             if not waiting or waiting[-1].startswith("--"):
@@ -49,12 +49,13 @@ def split_flags(words: Sequence[str]) -> Iterator[tuple[str, str]]:
 def flag_layer(key: str, text: str, schema: Schema) -> Layer:
     """Returns the layer of one flag.
 
-    Text is YAML where the key takes what it means, and the text itself otherwise: a path such as ``[a`` is a path.
+    The text is parsed as YAML if the result fits the type of the key. Otherwise it is the value itself, so that a path
+    may be named ``[a``.
 
     Raises:
         ValueError: if the text is not a safe value.
     """
-    own = schema_at(schema, key.split("."))
+    own = schema_at(schema, key.split("."))  # None for an unknown key, which check_layer reports
     try:
         value = parse_yaml(text)
         check_plain(value, key)
@@ -62,11 +63,13 @@ def flag_layer(key: str, text: str, schema: Schema) -> Layer:
         if own is None or not fits(text, own):
             raise
         value = text
+    # For example a name such as `on`, which YAML reads as a bool.
     if own is not None and not fits(value, own) and fits(text, own):
         value = text
+    # a.b.c = value becomes {a: {b: {c: value}}}.
     tree: Any = value
     for part in reversed(key.split(".")):
         tree = {part: tree}
     check_plain(tree)
     origin = f"flag --{key}"
-    return Layer(origin, renamed_tree(tree, origin))
+    return Layer(origin, rename_tree(tree, origin))

@@ -1,7 +1,7 @@
-"""Checks of the machine before a run: rank 0's address and port, Slurm's variables, the disk of the run folder.
+"""Checks of the machine before a run: address and port of rank 0, Slurm variables, disk of the run folder.
 
-``preflight`` uses them. The address and the port are those that Lightning's ``SLURMEnvironment`` would take; that class
-cannot be asked itself outside of a task, since it reads and sets the variables of this process.
+Used by ``preflight``. Address and port follow the rules of Lightning's ``SLURMEnvironment``. That class itself cannot
+be used outside a task, since it reads and sets the variables of this process.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _INTERFACES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 
 
 def main_address(environment: Mapping[str, str], *, nodes: int) -> str | None:
-    """Returns the address at which rank 0 listens, or None if no variable names it.
+    """Returns the address at which rank 0 listens, or None if no variable gives it.
 
     Args:
-        environment: Variables: ``MASTER_ADDR`` comes before the first node of Slurm's list.
-        nodes: Nodes of the run. With one node the address is this machine's.
+        environment: Environment variables; ``MASTER_ADDR`` takes precedence over the first node of Slurm's list.
+        nodes: Number of nodes of the run. With one node, the address is that of this machine.
     """
     if "MASTER_ADDR" in environment:
         return environment["MASTER_ADDR"]
@@ -43,13 +43,13 @@ def main_address(environment: Mapping[str, str], *, nodes: int) -> str | None:
 
 
 def main_port(environment: Mapping[str, str]) -> int | None:
-    """Returns the port at which rank 0 listens, or None if Lightning will take a free one.
+    """Returns the port at which rank 0 listens, or None if Lightning will choose a free one.
 
-    The rule is Lightning's, and ``recipes/slurm/train.sbatch`` has it too: ``MASTER_PORT``, else 15000 + the last four
-    digits of the job's number.
+    The rule is that of Lightning and of ``recipes/slurm/train.sbatch``: ``MASTER_PORT``, else 15000 + the last four
+    digits of the job ID.
 
     Raises:
-        ValueError: if MASTER_PORT is not a port, or SLURM_JOB_ID not a number.
+        ValueError: if MASTER_PORT is not a port, or SLURM_JOB_ID is not a number.
     """
     named = environment.get("MASTER_PORT")
     if named is not None:
@@ -65,13 +65,13 @@ def main_port(environment: Mapping[str, str]) -> int | None:
 
 
 def port_fault(address: str, port: int | None) -> str | None:
-    """Returns what is wrong with rank 0's address and port and what to do, or None if nothing is.
+    """Returns an error message about address and port of rank 0, or None if both are usable.
 
-    Only rank 0's machine can try the port; on others only the name is resolved.
+    Only the machine of rank 0 can test the port; on other machines, only the address is resolved.
 
     Args:
-        address: Of rank 0.
-        port: Of rank 0; None is not tried.
+        address: Address of rank 0.
+        port: Port of rank 0; None skips its test.
     """
     try:
         found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)
@@ -83,6 +83,7 @@ def port_fault(address: str, port: int | None) -> str | None:
     if port is None or not any(_is_here(family, place[0]) for family, *_, place in found):
         return None
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+        # As a server does: a port with connections in TIME_WAIT counts as free.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(("", port))
@@ -95,10 +96,11 @@ def port_fault(address: str, port: int | None) -> str | None:
 
 
 def interface_fault(environment: Mapping[str, str]) -> str | None:
-    """Returns which network interface a variable names that this machine does not have, or None if there is none."""
+    """Returns an error message if a variable names a network interface that this machine lacks, else None."""
     known = [name for _, name in socket.if_nameindex()]
     for variable in _INTERFACES:
         wanted = environment.get(variable, "")
+        # NCCL's syntax: ^ excludes interfaces, = asks for exact names instead of prefixes.
         if not wanted or wanted.startswith("^"):
             continue
         for name in wanted.removeprefix("=").split(","):
@@ -108,7 +110,7 @@ def interface_fault(environment: Mapping[str, str]) -> str | None:
 
 
 def slurm_faults(environment: Mapping[str, str], *, nodes: int, devices: int) -> list[str]:
-    """Returns a message for each of Slurm's variables that contradicts nodes x devices; none outside of a job."""
+    """Returns an error message for each Slurm variable that contradicts nodes x devices; none outside a job."""
     if "SLURM_JOB_ID" not in environment:
         return []
     expected = {
@@ -117,6 +119,7 @@ def slurm_faults(environment: Mapping[str, str], *, nodes: int, devices: int) ->
         "SLURM_GPUS_ON_NODE": (devices, "--gpus-per-node"),
         "SLURM_NTASKS": (nodes * devices, "--ntasks-per-node and --nodes"),
     }
+    # Slurm sets a variable only if the job asked for it, so missing ones are no contradiction.
     faults = [
         f"{name} must be {wanted} for {nodes} nodes x {devices} devices, got {environment[name]}; change {flag} of "
         "sbatch, or nodes and devices here"
@@ -132,7 +135,7 @@ def slurm_faults(environment: Mapping[str, str], *, nodes: int, devices: int) ->
 
 
 def free_bytes(folder: Path) -> tuple[Path, int]:
-    """Returns the nearest folder that exists, this one or one above it, and the bytes free on its file system."""
+    """Returns the nearest existing parent folder (or the folder itself), and the free bytes of its file system."""
     existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent
@@ -140,12 +143,12 @@ def free_bytes(folder: Path) -> tuple[Path, int]:
 
 
 def is_writable(folder: Path) -> bool:
-    """Returns whether this process may write to a folder."""
+    """Returns True if this process may write to a folder."""
     return os.access(folder, os.W_OK | os.X_OK)
 
 
 def _is_here(family: int, address: str | int) -> bool:
-    """Returns whether an address is one of this machine's."""
+    """Returns True if an address belongs to this machine; only such an address can be bound."""
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         try:
             probe.bind((address, 0))

@@ -1,4 +1,4 @@
-"""What a job asks Slurm for. Imports no torch, so that a wrong option is refused at once."""
+"""The options of a Slurm job. Imports no torch, so that invalid options are rejected immediately."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from maskgit_pl.checks import check_integer, shorten
 __all__ = ["JobOptions"]
 
 _TIME = re.compile(r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d(:\d\d)?)?|UNLIMITED|INFINITE", re.IGNORECASE)
-_NODES = "the number of nodes is an option of its own, and the batch is shared out by it"
-_TASKS = "the number of devices is an option of its own, and each gets a task"
+_NODES = "it is set by --nodes of this command, which also divides the batch"
+_TASKS = "it follows --devices of this command, with one task per device"
 _REFUSED = {
     "--nodes": _NODES, "-N": _NODES, "--ntasks": _TASKS, "-n": _TASKS, "--ntasks-per-node": _TASKS,
-    "--array": "several jobs would train one run", "-a": "several jobs would train one run",
-    "--chdir": "paths are relative to this folder", "-D": "paths are relative to this folder",
-    "--comment": "the job of a run is found in the queue by it",
-    "--export": "the script needs all variables that it is submitted with",
-    "--wrap": "the job is the script",
+    "--array": "several jobs would train the same run", "-a": "several jobs would train the same run",
+    "--chdir": "paths are relative to the current folder", "-D": "paths are relative to the current folder",
+    "--comment": "it identifies the job of a run in the queue",
+    "--export": "the script needs all variables of the submission",
+    "--wrap": "the job runs a script of its own",
 }  # fmt: skip
 
 
@@ -30,22 +30,22 @@ class JobOptions:
     """The nodes, devices and limits of a job, and how its tasks are started.
 
     Attributes:
-        nodes: Number of nodes, at least 1.
-        devices: Devices, and tasks, of each node, at least 1.
-        cpus: CPU cores of a task, at least 1; None takes one, and one for each worker of the data.
-        time: Time limit of each start, as Slurm writes it: ``90`` (minutes), ``24:00:00``, ``7-0``.
-        partition: Partition; None takes the cluster's default.
-        account: Account that is charged, if any.
+        nodes: Number of nodes, >= 1.
+        devices: Number of devices, and of tasks, per node, >= 1.
+        cpus: CPU cores per task, >= 1; None means one plus one per data worker.
+        time: Time limit of each start in Slurm's format: ``90`` (minutes), ``24:00:00``, ``7-0``.
+        partition: Partition; None means the cluster's default.
+        account: Account to charge, if any.
         qos: Quality of service, if any.
-        constraint: Features that the nodes must have, if any.
-        sbatch: Further options of ``sbatch``, as in a shell.
-        srun: Further options of ``srun``, as in a shell.
-        container: Command that starts each task, as in a shell, such as ``apptainer exec --nv image.sif``.
-        program: ``maskgit`` on the nodes; None takes this one, or with a container the one on its PATH.
+        constraint: Required features of the nodes, if any.
+        sbatch: Additional ``sbatch`` options, in shell syntax.
+        srun: Additional ``srun`` options, in shell syntax.
+        container: Command that starts each task, in shell syntax, such as ``apptainer exec --nv image.sif``.
+        program: ``maskgit`` on the nodes; None means this one, or with a container the one on its PATH.
 
     Raises:
-        ValueError: if a number is out of range, ``time`` is not a time, a text is not words of a shell, or ``sbatch``
-            has an option that the job needs itself.
+        ValueError: if a number is out of range, ``time`` is not a time, a string is not valid shell syntax, or
+            ``sbatch`` has an option that the job sets itself.
     """
 
     nodes: int = 1
@@ -68,7 +68,7 @@ class JobOptions:
             check_integer("cpus", self.cpus, "[1, inf)")
         if not _TIME.fullmatch(self.time):
             raise ValueError(
-                f"time must be a time of Slurm, such as 90 (minutes), 24:00:00 or 7-0, got {shorten(self.time)}"
+                f"time must be a Slurm time such as 90 (minutes), 24:00:00 or 7-0, got {shorten(self.time)}"
             )
         for name in ("sbatch", "srun", "container"):
             _split(name, getattr(self, name))
@@ -78,14 +78,14 @@ class JobOptions:
 
     @property
     def sbatch_words(self) -> list[str]:
-        """Words of ``sbatch``."""
+        """The options in ``sbatch`` as a list of words."""
         return _split("sbatch", self.sbatch)
 
     @property
     def names_gpus(self) -> bool:
-        """Whether ``sbatch`` says which GPUs the job gets.
+        """A bool: ``sbatch`` already requests GPUs.
 
-        If there are two ways of asking, sbatch takes both and hands both to srun: a count of 0 in one leaves the tasks
+        A second request must not be added: sbatch passes both to srun, and a count of 0 in one of them leaves the tasks
         without GPUs.
         """
         return any(
@@ -98,11 +98,11 @@ def _split(name: str, text: str) -> list[str]:
     try:
         return shlex.split(text)
     except ValueError as error:
-        raise ValueError(f"{name} must be words as in a shell, got {text!r} ({error}); close the quotes") from error
+        raise ValueError(f"{name} must be valid shell syntax, got {text!r} ({error}); close the quotes") from error
 
 
 def _flags(words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yields each option with its value, ``-N2`` as ``-N`` and ``2``."""
+    """Yields each option with its value; ``-N2`` gives ``-N`` and ``2``."""
     for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
         if word.startswith("--"):
             flag, equals, value = word.partition("=")

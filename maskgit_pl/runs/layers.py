@@ -1,4 +1,4 @@
-"""Trees of plain values from files and flags, and the one rule by which later ones are merged over earlier ones."""
+"""Trees of recipe values from files and flags, and the rule that merges later ones over earlier ones."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["Layer", "merge", "remove_key", "value_at"]
 
 @dataclass(frozen=True)
 class Layer:
-    """Values of one origin.
+    """The values of one file or flag.
 
     Args:
-        origin: File or flag, for messages.
+        origin: Name of the file or flag, for messages.
         tree: Nested mappings of plain values.
     """
 
@@ -23,10 +23,10 @@ class Layer:
 
 
 def merge(trees: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Merges trees, later over earlier, mapping by mapping.
+    """Merges trees recursively; later values override earlier ones.
 
-    A mapping with the key ``name`` spells a registered thing out and replaces what was there; one without it adds
-    arguments to what an earlier tree names.
+    A mapping with the key ``name`` specifies a registered object and replaces the earlier value. A mapping without
+    ``name`` adds arguments to the object that an earlier tree names.
     """
     result: dict[str, Any] = {}
     for tree in trees:
@@ -40,20 +40,21 @@ def _override(old: Any, new: Any) -> Any:
         return new
     if "name" in new:
         return dict(new)
+    # The earlier tree names the object without arguments.
     if isinstance(old, str):
         return {"name": old, **new}
     return merge([old if isinstance(old, Mapping) else {}, new])
 
 
 def value_at(tree: Any, key: str) -> Any:
-    """Returns the value of a dotted key such as ``data.source``; None where a tree does not have it."""
+    """Returns the value of a dotted key such as ``data.source``, or None if the tree does not have it."""
     for part in key.split("."):
         tree = tree.get(part) if isinstance(tree, Mapping) else None
     return tree
 
 
 def remove_key(tree: Any, key: str) -> bool:
-    """Removes a dotted key from a tree, in place; returns whether it was there."""
+    """Removes a dotted key from a tree in place. Returns True if it was there."""
     *groups, leaf = key.split(".")
     for group in groups:
         tree = tree.get(group) if isinstance(tree, dict) else None

@@ -1,4 +1,4 @@
-"""The machines that a run is planned for. Imports no torch, so that a wrong number is refused at once."""
+"""The machines of a planned run. Imports no torch, so that invalid numbers are rejected immediately."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ from maskgit_pl.estimates.gpus import GPUS
 
 __all__ = ["Machines"]
 
-_LINK_BANDWIDTH, _NETWORK_BANDWIDTH = 100e9, 25e9  # bytes/s of a device in a node; of a node's one port of 200 Gbit/s
+_LINK_BANDWIDTH = 100e9  # bytes/s that a device sends within a node
+_NETWORK_BANDWIDTH = 25e9  # bytes/s of a node with one network port of 200 Gbit/s
 
 
 @dataclass(frozen=True)
 class Machines:
-    """The machines that a run is planned for, as far as they are known.
+    """The machines of a planned run, as far as they are known.
 
     Attributes:
-        nodes: Number of nodes, at least 1; None takes the recipe's.
-        devices: Number of devices of each node, at least 1; None takes the recipe's.
-        gpu: Name of a device whose memory and peak rates are known, a key of ``estimates.gpus.GPUS``.
-        memory: Bytes of a device; None takes the card's, or that of this machine's GPU.
-        flops: FLOP/s that training reaches on a device; None takes ``utilization`` of the card's peak.
-        utilization: Share of the card's peak that training reaches, in (0, 1].
-        bandwidth: Bytes per second that a device sends within a node, or that all network ports of a node send between
-            nodes; None takes 100e9 within a node and 25e9 between nodes.
-        port: Port of rank 0, in [1, 65535]; None takes ``MASTER_PORT``, or Lightning's choice.
+        nodes: Number of nodes, >= 1; None means that of the recipe.
+        devices: Number of devices per node, >= 1; None means that of the recipe.
+        gpu: Name of a GPU with known memory and peak rates, a key of ``estimates.gpus.GPUS``.
+        memory: Memory per device in bytes; None means that of ``gpu``, or of this machine's GPU.
+        flops: Achieved FLOP/s per device; None means ``utilization`` times the peak of ``gpu``.
+        utilization: Fraction of the peak that training achieves, in (0, 1].
+        bandwidth: Bytes per second that a device sends within a node, or all network ports of a node between nodes;
+            None means 100e9 within a node and 25e9 between nodes.
+        port: Port of rank 0, in [1, 65535]; None means ``MASTER_PORT``, or Lightning's choice.
 
     Raises:
-        ValueError: if a number is out of range, or the card is unknown.
+        ValueError: if a number is out of range, or the GPU is unknown.
     """
 
     nodes: int | None = None
@@ -52,11 +53,11 @@ class Machines:
             check_choice("gpu", self.gpu, GPUS)
 
     def achieved_flops(self, precision: str, *, tensor_float32: bool) -> float | None:
-        """Returns the FLOP/s that training reaches on a device; None if nothing says it.
+        """Returns the FLOP/s that training achieves on a device, or None if it is unknown.
 
         Args:
-            precision: Of the Trainer, such as ``bf16-mixed``.
-            tensor_float32: Whether float32 products are rounded to TF32.
+            precision: Precision of the Trainer, such as ``bf16-mixed``.
+            tensor_float32: True if float32 products use TF32.
         """
         if self.flops is not None:
             return self.flops
@@ -65,5 +66,5 @@ class Machines:
         return self.utilization * GPUS[self.gpu].rate(precision, tensor_float32=tensor_float32)
 
     def bandwidth_over(self, nodes: int) -> float:
-        """Returns the bytes per second at the slowest place that traffic between devices of so many nodes crosses."""
+        """Returns the bandwidth of the slowest link between devices of ``nodes`` nodes, in bytes per second."""
         return self.bandwidth or (_LINK_BANDWIDTH if nodes == 1 else _NETWORK_BANDWIDTH)

@@ -1,6 +1,6 @@
-"""Finds the folders that a run reads and writes: those that are named, and those that follow from its recipe.
+"""The plan of a run: finds the folders that it reads and writes, from names and from its recipe.
 
-Everything is found and checked as far as it can be without torch, so that a wrong name is answered at once.
+Imports no torch, so that wrong names are rejected immediately.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ log = logging.getLogger(__name__)
 _RUNS = Path("runs")
 _SHARDS = Path("data/shards")
 SHARED_TOKENS = "tokens"
-"""Folder beside the runs that holds their token stores."""
+"""Name of the folder beside the runs that holds their token stores."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A stage of a run, with the folders that it reads and writes. ``plan_run`` makes it.
+    """A stage of a run with the folders that it reads and writes. Made by ``plan_run``.
 
     Args:
-        recipe: Its values, and the stage.
+        recipe: Values of the run, and the stage.
         shards: Data folder.
-        folder: ``runs/RUN``; the stage's own folder is in it.
+        folder: Run folder, ``runs/RUN``; it contains the stage folder.
         tokenizer: Pretrained tokenizer folder, for stage 2.
-        pretrained: Pretrained folder of this stage whose weights a new run starts from, and whose sizes it takes.
+        pretrained: Pretrained folder of this stage, with the initial weights and the sizes of a new run.
     """
 
     recipe: Recipe
@@ -55,17 +55,17 @@ class Plan:
 
     @property
     def stage(self) -> Stage:
-        """The stage that is trained."""
+        """The stage to train."""
         return self.recipe.stage
 
     @property
     def stage_folder(self) -> Path:
-        """``runs/RUN/STAGE``: checkpoints, logs and records of the stage."""
+        """The stage folder ``runs/RUN/STAGE``, with checkpoints, logs and records."""
         return self.folder / self.stage
 
     @property
     def checkpoints(self) -> Path:
-        """``runs/RUN/STAGE/checkpoints``."""
+        """The folder ``runs/RUN/STAGE/checkpoints``."""
         return self.stage_folder / "checkpoints"
 
 
@@ -77,18 +77,18 @@ def plan_run(
     tokenizer: str | Path | None = None,
     pretrained: str | Path | None = None,
 ) -> Plan:
-    """Finds the folders of a run, checked as far as they can be without torch.
+    """Finds the folders of a run, and checks them as far as possible without torch.
 
     Args:
-        recipe: Its values, and the stage.
+        recipe: Values of the run, and the stage.
         run: See ``run_folder``.
         data: See ``find_data``.
         tokenizer: See ``find_tokenizer``.
         pretrained: See ``find_pretrained``.
 
     Raises:
-        ValueError: if the name of the run is reserved, or several tokenizers could be meant.
-        FileNotFoundError: if data, tokenizer or pretrained folder are not there.
+        ValueError: if the name of the run is reserved, or several tokenizers match.
+        FileNotFoundError: if data, tokenizer or pretrained folder do not exist.
     """
     shards, folder = find_data(recipe, data), run_folder(recipe, run)
     found = None
@@ -101,37 +101,39 @@ def run_folder(recipe: Recipe, run: str | Path | None = None) -> Path:
     """Finds the folder of a run, ``runs/RUN``, which need not exist.
 
     Args:
-        recipe: Says the default name, ``DATASET-RECIPE``.
-        run: A name in ``runs/``, or a folder: a ``Path`` or a word with a slash.
+        recipe: Recipe, which gives the default name ``DATASET-RECIPE``.
+        run: A name in ``runs/``, or a folder: a ``Path`` or a string with a slash.
 
     Raises:
-        ValueError: if nothing names the run, or its name is that of the folder of token stores.
+        ValueError: if the run has no name, or the name of the folder of token stores.
     """
     named = recipe.run_name if run is None else run
     if named is None:
-        raise ValueError("a run that repeats another one must have a name of its own; name it with --run")
+        raise ValueError("a run with --config must have its own name; set it with --run")
     folder = folder_of(named)
     if folder.name == SHARED_TOKENS:
-        raise ValueError(f"--run {SHARED_TOKENS}: the folder holds the token stores of all runs; take another name")
+        raise ValueError(
+            f"--run must not be {SHARED_TOKENS!r}: this folder holds the token stores of all runs; use another name"
+        )
     return folder
 
 
 def folder_of(run: str | Path) -> Path:
-    """Returns the folder of a run: ``runs/NAME`` for a name; a ``Path`` or a word with a slash is the folder itself."""
+    """Returns the folder of a run: ``runs/NAME`` for a name; a ``Path`` or a string with a slash is the folder."""
     return Path(run) if isinstance(run, Path) or os.sep in run else _RUNS / run
 
 
 def find_data(recipe: Recipe, data: str | Path | None = None) -> Path:
-    """Finds the data folder of a run: named, else that of the run that is repeated, else of the data set.
+    """Finds the data folder of a run: the named one, else that of the repeated run, else that of the data set.
 
-    Where the recipe reads a stream, a folder that is not named need not exist.
+    If the recipe reads a stream, a folder that is not named need not exist.
 
     Args:
-        recipe: Says the data set.
-        data: The folder, if it is named.
+        recipe: Recipe, which gives the data set.
+        data: Data folder, if named.
 
     Raises:
-        FileNotFoundError: if it is not there.
+        FileNotFoundError: if the folder does not exist.
     """
     shards = Path(data or recipe.paths.get("data.path") or _SHARDS / recipe.dataset)
     if not shards.is_dir() and not (data is None and recipe.get("data.source") == "stream"):
@@ -154,20 +156,21 @@ def find_tokenizer(
 ) -> Path:
     """Finds the tokenizer of stage 2.
 
-    The first of: the one that is named; that of the run that is repeated; the run's own; that of ``pretrained``; the
-    only one that a run beside this one has trained on the same data.
+    The first that exists of: the named one; that of the repeated run; the run's own; that of ``pretrained``; the only
+    tokenizer that other runs have trained on the same data.
 
     Args:
-        recipe: Of the run.
-        folder: Of the run.
+        recipe: Recipe of the run.
+        folder: Run folder.
         shards: Data folder of the run.
-        tokenizer: Pretrained tokenizer folder, if it is named.
-        pretrained: Pretrained folder of both stages whose weights the run begins from.
+        tokenizer: Pretrained tokenizer folder, if named.
+        pretrained: Pretrained folder of both stages with the initial weights of the run.
 
     Raises:
-        FileNotFoundError: if there is none, or the run that is named does not exist.
-        ValueError: if runs of these data have several; one must be named.
+        FileNotFoundError: if there is no tokenizer, or the named run does not exist.
+        ValueError: if other runs have trained several tokenizers on the same data.
     """
+    # In the order of the docstring.
     named = tokenizer or recipe.paths.get("model.tokenizer")
     if named is not None:
         return _check_tokenizer(Path(named))
@@ -176,19 +179,20 @@ def find_tokenizer(
         return own
     if pretrained is not None and (Path(pretrained) / "tokenizer" / "config.json").is_file():
         return Path(pretrained) / "tokenizer"
+    # Only a name that the user gave can be mistyped.
     if folder.name != recipe.run_name:
         _refuse_unknown_run(folder)
     found = _tokenizers_of(shards, folder.parent)
     if not found:
         raise FileNotFoundError(
-            f"tokenizer {own}: not there yet; `maskgit train tokenizer` (make: train-tokenizer) trains one, "
-            "--tokenizer (make: TOKENIZER=) names another"
+            f"tokenizer {own}: no such folder; train one with `maskgit train tokenizer` (make: train-tokenizer), or "
+            "name another with --tokenizer (make: TOKENIZER=)"
         )
     if len(found) > 1:
         choices = ", ".join(map(str, found))
         raise ValueError(
-            f"tokenizer {own}: not there, and several others of these data are; name one with --tokenizer (make: "
-            f"TOKENIZER=): {choices}"
+            f"tokenizer {own}: no such folder, and there are several others for these data; name one with --tokenizer "
+            f"(make: TOKENIZER=): {choices}"
         )
     log.info("tokenizer: %s, the only one trained on %s", found[0], shards)
     return found[0]
@@ -198,30 +202,31 @@ def _check_tokenizer(folder: Path) -> Path:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"tokenizer {folder}: no config.json there; name a pretrained tokenizer folder")
     if (folder / "tokenizer" / "config.json").is_file():
-        raise FileNotFoundError(f"tokenizer {folder}: it is a folder of both stages; did you mean {folder}/tokenizer?")
+        raise FileNotFoundError(f"tokenizer {folder} is a folder of both stages; did you mean {folder}/tokenizer?")
     return folder
 
 
 def _refuse_unknown_run(folder: Path) -> None:
-    """Refuses to start stage 2 of a run that was named and does not exist: its name is probably mistyped.
+    """Rejects stage 2 of a named run that does not exist, since the name is probably mistyped.
 
     Raises:
-        FileNotFoundError: The nearest run is named.
+        FileNotFoundError: if the run does not exist and there are others. The message names the closest one.
     """
     runs = [each.name for each in folder.parent.glob("*") if (each / "pretrained").is_dir()]
     if folder.is_dir() or not runs:
         return
     raise FileNotFoundError(
-        f"run {folder}: no such run: {nearest(folder.name, runs)}. To start it with another run's tokenizer, name that "
-        "with --tokenizer (make: TOKENIZER=)"
+        f"run {folder}: no such run: {nearest(folder.name, runs)}. To start it with the tokenizer of another run, use "
+        "--tokenizer (make: TOKENIZER=)"
     )
 
 
 def _tokenizers_of(shards: Path, runs: Path) -> list[Path]:
-    """The tokenizers that runs have trained on a data folder, those with the same weights once."""
+    """Returns the tokenizers that runs have trained on a data folder, without duplicates of the same weights."""
     found: dict[str, Path] = {}
     for config in sorted(runs.glob("*/tokenizer/config.yaml")):
         exported = config.parents[1] / "pretrained" / "tokenizer"
+        # The data that the run was trained on, by its own record: names of runs say nothing about it.
         path = read_yaml(config).get("data", {}).get("path")
         if (exported / "config.json").is_file() and path and Path(path).resolve() == shards.resolve():
             found.setdefault(sha256_of(exported / "model.safetensors"), exported)
@@ -229,17 +234,16 @@ def _tokenizers_of(shards: Path, runs: Path) -> list[Path]:
 
 
 def find_pretrained(stage: Stage, pretrained: str | Path | None) -> Path | None:
-    """Finds the stage's own folder in the pretrained folder whose weights a run begins from, if one is named.
+    """Finds the folder of a stage in the pretrained folder with the initial weights of a run, if one is named.
 
     Raises:
-        FileNotFoundError: if it holds no such stage.
+        FileNotFoundError: if the folder does not hold the stage.
     """
     if pretrained is None:
         return None
     folder = Path(pretrained) / stage
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
-            f"pretrained {pretrained}: no {stage}/config.json there; runs/RUN/pretrained or an imported folder is "
-            "needed"
+            f"pretrained {pretrained}: no {stage}/config.json there; name runs/RUN/pretrained or an imported folder"
         )
     return folder

@@ -1,4 +1,4 @@
-"""Builds a stage to examine it: module and data as training builds them, on this machine's CPU and without a job."""
+"""Builds a stage for ``preflight``: module and data as in training, but on the CPU and with weights of zero."""
 
 from __future__ import annotations
 
@@ -24,34 +24,34 @@ _ON_ONE_CPU = ("--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.nu
 
 
 def build_for_preflight(plan: Plan, checks: CheckList, *, is_complete: bool) -> StageRun | None:
-    """Builds a stage as far as it can be built, and adds what training would refuse to the checks.
+    """Builds as much of a stage as possible, and adds the errors of training to the checks.
 
-    The ways to build it are, in this order, until one succeeds:
+    It tries the following until one succeeds:
 
-    1. as training does, with data and tokenizer;
-    2. from the recipe alone, without a Trainer; nothing is read;
-    3. stage 1 without its perceptual network, whose file is missing most often.
+    1. as in training, with data and tokenizer;
+    2. only from the recipe, without a Trainer and without reading data;
+    3. stage 1 without its perceptual network, whose weight file is often missing.
 
     Args:
-        plan: Of the run.
-        checks: Where errors are added.
-        is_complete: Whether data and tokenizer are there; 1 is tried only then.
+        plan: Plan of the run.
+        checks: List to which errors are added.
+        is_complete: True if data and tokenizer exist; 1 is tried only then.
 
     Returns:
-        The stage, with zeros for weights; None if none of the ways succeeds.
+        The stage with weights of zero, or None if all attempts fail.
     """
     plan = replace(plan, recipe=plan.recipe.with_overrides(_ON_ONE_CPU))
     with hide_launcher(), _keep_torch_settings(), _ZeroWeights():
-        if is_complete:
+        if is_complete:  # 1.
             with checks.catch_errors("recipe"):
                 run = build(plan)
                 if run.datamodule.config.source != "stream":
                     run.datamodule.setup()
-                checks.add("recipe", f"{plan.recipe.title}: module, data and tokenizer fit each other")
+                checks.add("recipe", f"{plan.recipe.title}: module, data and tokenizer fit together")
                 return run
-        with checks.catch_errors("recipe"):
+        with checks.catch_errors("recipe"):  # 2.
             return _build_from_recipe(plan)
-        if plan.stage == "tokenizer":
+        if plan.stage == "tokenizer":  # 3.
             without = replace(plan, recipe=plan.recipe.with_overrides(["--model.perceptual=null"]))
             with checks.catch_errors("recipe"):
                 run = _build_from_recipe(without)
@@ -61,22 +61,24 @@ def build_for_preflight(plan: Plan, checks: CheckList, *, is_complete: bool) -> 
 
 
 def _build_from_recipe(plan: Plan) -> StageRun:
-    """Builds module and data of a recipe whose data or tokenizer may be missing."""
+    """Builds module and data of a recipe; data and tokenizer may be missing."""
     missing: dict[str, Any] = {"data": {"path": str(plan.shards), "token_store": str(plan.folder / "tokens")}}
     if plan.stage == "transformer":
-        # Sizes that the tokenizer would say, where the recipe does not: those of the paper.
-        sizes: dict[str, Any] = {"num_codes": 1024, "num_classes": 1000, "grid": [16, 16]}
+        # The tokenizer would give these sizes. Without it, the sizes of the paper stand in.
+        sizes: dict[str, Any] = {"codebook_size": 1024, "num_classes": 1000, "grid": [16, 16]}
         missing["model"] = {"tokenizer": str(plan.tokenizer or "missing"), "network": sizes}
     return StageRun(plan.recipe, merge([missing, plan.recipe.tree]), plan.stage_folder)
 
 
 class _ZeroWeights(TorchFunctionMode):
-    """Fills tensors with zeros where layers would draw their weights, which takes half a minute in a large model."""
+    """A mode that fills weights with zeros; random initialization takes half a minute for a large model."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Calls ``func``, or fills its tensor."""
+        """Calls ``func``, but replaces random initialization by zeros."""
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "").endswith(("normal_", "uniform_")):  # of a tensor, or of torch.nn.init
+        if getattr(func, "__name__", "").endswith(
+            ("normal_", "uniform_")
+        ):  # methods of tensors, and functions of torch.nn.init
             with torch.no_grad():
                 return (args[0] if args else kwargs["tensor"]).zero_()
         return func(*args, **kwargs)
@@ -84,7 +86,7 @@ class _ZeroWeights(TorchFunctionMode):
 
 @contextmanager
 def _keep_torch_settings() -> Iterator[None]:
-    """Restores what building a run sets for its whole process, and ignores warnings, which are for training."""
+    """Restores the process-wide settings that building a run changes, and hides the warnings for training."""
     lightning = logging.getLogger("lightning.pytorch")
     level, threads, precision = lightning.level, torch.get_num_threads(), torch.get_float32_matmul_precision()
     allows_tf32 = torch.backends.cudnn.allow_tf32

@@ -1,4 +1,4 @@
-"""``runs.preflight``: checks whether a run will start and fit, and what it will cost, before nodes are asked for."""
+"""``runs.preflight``: checks that a run will start and fit into memory, and estimates its costs, without training."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from maskgit_pl.training.strategies import build_strategy, check_accelerator, ch
 
 __all__ = ["preflight"]
 
-_STARTABLE = {"slurm", "network", "strategy"}  # with errors in these alone, module and data can still be built
+_STARTABLE = {"slurm", "network", "strategy"}  # errors in these checks do not prevent building module and data
 
 
 def preflight(
@@ -42,21 +42,21 @@ def preflight(
 ) -> Preflight:
     """Checks a run on any machine: Slurm, network, data, tokenizer, strategy, recipe, batch, memory, disk.
 
-    Nothing is trained or written, and no GPU is needed. All checks are made, whatever fails before. The arguments up to
+    Trains and writes nothing, and works without a GPU. A failed check does not stop the later ones. The arguments up to
     ``pretrained`` are those of ``runs.fit``.
 
     Args:
-        recipe: The values of the run, and the stage.
+        recipe: Values of the run, and the stage.
         run: A name in ``runs/``, or a folder. Default: ``DATASET-RECIPE``.
         data: Data folder. Default: ``data/shards/DATASET``.
-        tokenizer: Pretrained tokenizer folder, for stage 2. Default: the run's own, or the only one of these data.
-        pretrained: Pretrained folder whose weights a new run begins from.
-        machines: The machines that the run is for. Default: the recipe's nodes and devices; a GPU's memory is this
-            machine's, if it has one, and its speed is unknown.
-        on_check: Called with each check as soon as it is made: a large model takes half a minute.
+        tokenizer: Pretrained tokenizer folder, for stage 2. Default: the run's own, or the only one for these data.
+        pretrained: Pretrained folder with the initial weights of a new run.
+        machines: Machines of the run. Default: nodes and devices of the recipe, and the GPU memory of this machine, if
+            it has a GPU; the speed is then unknown.
+        on_check: Called with each check as soon as it is done, since a large model takes half a minute.
 
     Raises:
-        ValueError: if nothing names the run, or its name is reserved.
+        ValueError: if the run has no name, or a reserved one.
     """
     checks, machines = CheckList(on_check), machines or Machines()
     nodes, devices = machines.nodes or _nodes_of(recipe), machines.devices or _devices_of(recipe)
@@ -64,12 +64,14 @@ def preflight(
     folders = {"data": data, "tokenizer": tokenizer, "pretrained": pretrained}
     plan, summary = _check_inputs(checks, recipe, run_folder(recipe, run), folders)
     _check_strategy(checks, recipe, nodes=nodes, devices=devices)
+    # Without data or tokenizer, the stage is built from the recipe only, for its costs.
     stage_run = build_for_preflight(plan, checks, is_complete=checks.names_with_errors() <= _STARTABLE)
     if stage_run is None:
         return Preflight(tuple(checks.checks))
     config = stage_run.config
+    # The recipe check is missing if the stage was built without data: report what is known.
     if all(check.name != "recipe" for check in checks.checks):
-        checks.add("recipe", f"{recipe.title}: keys, types and names are right")
+        checks.add("recipe", f"{recipe.title}: keys, types and names are valid")
     shares = _check_batch(checks, config, summary, nodes=nodes, devices=devices)
     checks.add("run", _describe_start(plan, config["trainer"]["max_steps"]))
     cost_checks = CostChecks(plan, stage_run, replace(machines, nodes=nodes, devices=devices), shares, summary)
@@ -107,8 +109,8 @@ def _check_network(environment: Mapping[str, str], nodes: int) -> tuple[str, Ver
     address, port = host.main_address(environment, nodes=nodes), host.main_port(environment)
     if address is None:
         return (
-            f"MASTER_ADDR must be known to {nodes} nodes, got none; Slurm sets it, elsewhere export MASTER_ADDR and "
-            "MASTER_PORT on each node"
+            f"MASTER_ADDR must be set for {nodes} nodes; Slurm sets it, elsewhere export MASTER_ADDR and MASTER_PORT "
+            "on each node"
         ), "warning"
     fault = host.port_fault(address, port) or host.interface_fault(environment)
     if fault is not None:
@@ -122,7 +124,7 @@ def _check_network(environment: Mapping[str, str], nodes: int) -> tuple[str, Ver
 def _check_inputs(
     checks: CheckList, recipe: Recipe, folder: Path, named: Mapping[str, str | Path | None]
 ) -> tuple[Plan, DataSummary | None]:
-    """Finds the folders of a run; one that is missing becomes an error, and stands in the plan where it would be."""
+    """Finds the folders of a run. A missing folder adds an error, and its expected path stays in the plan."""
     plan, summary = Plan(recipe, shards=Path(named["data"] or ""), folder=folder), None
     with checks.catch_errors("data"):
         plan = replace(plan, shards=find_data(recipe, named["data"]))
@@ -137,7 +139,7 @@ def _check_inputs(
             )
             config = VQGANConfig(**read_config(found, "tokenizer")["network"])
             plan = replace(plan, tokenizer=found)
-            checks.add("tokenizer", f"{found}: {config.num_codes} codes")
+            checks.add("tokenizer", f"{found}: {config.codebook_size} codes")
     with checks.catch_errors("pretrained"):
         plan = replace(plan, pretrained=find_pretrained(plan.stage, named["pretrained"]))
     return plan, summary
@@ -153,7 +155,7 @@ def _read_summary(shards: Path) -> DataSummary:
     return summary
 
 
-# Whether the parts fit each other
+# Strategy and batch
 
 
 def _check_strategy(checks: CheckList, recipe: Recipe, *, nodes: int, devices: int) -> None:
@@ -176,11 +178,11 @@ def _check_batch(
             nodes, devices, *split_batch(global_batch, config["data"]["max_batch_per_device"], nodes * devices)
         )
         text = (
-            f"{global_batch} = {count_text(shares.ranks, 'rank')} x {shares.micro_batches} accumulated x "
-            f"{shares.per_device} a device"
+            f"{global_batch} = {count_text(shares.ranks, 'rank')} x "
+            f"{count_text(shares.micro_batches, 'accumulation step')} x {count_text(shares.per_device, 'sample')}"
         )
         if summary is not None and summary.samples["train"] < global_batch:
-            text = f"{text}; a step has more than the {summary.samples['train']} samples"
+            text = f"{text}; a step needs more samples than the {summary.samples['train']} of the train split"
             checks.add("batch", text, "warning")
         else:
             checks.add("batch", text)
@@ -191,7 +193,7 @@ def _check_batch(
 def _describe_start(plan: Plan, steps: int | None) -> str:
     newest = newest_checkpoint(plan.checkpoints)
     if newest is None:
-        return f"{plan.stage_folder}: starts anew"
+        return f"{plan.stage_folder}: starts from scratch"
     if steps is not None and 0 <= steps <= step_of(newest):
         return f"{plan.stage_folder}: {newest.name} has all of {steps} steps; training has nothing to do"
     return f"{plan.stage_folder}: resumes from {newest.name}"

@@ -1,4 +1,4 @@
-"""The part of a preflight that calculates: whether memory and disk suffice, and what a step and the run cost."""
+"""The calculations of ``preflight``: checks of memory and disk, and the costs of a step and of the run."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from maskgit_pl.training.checkpoint_files import complete_checkpoints
 
 __all__ = ["CostChecks"]
 
-_HEADROOM = 0.92  # the rest is the device's context, NCCL's buffers, and gaps between tensors
-_PIXELS_PER_CORE = 100e6  # that a core decodes and crops in a second: 1,565 images of 256 px (benchmarks/README.md)
+_HEADROOM = 0.92  # usable fraction of memory: the rest is CUDA context, NCCL buffers and fragmentation
+_PIXELS_PER_CORE = 100e6  # decoded and cropped per second and core: 1,565 images of 256 px (benchmarks/README.md)
 
 
 class CostChecks:
-    """Calculates what a run needs of each device and of the disk.
+    """The checks of memory and disk, and the costs of a run.
 
     Args:
-        plan: Of the run.
-        stage_run: Module and values. The weights of the module lose their content.
-        machines: With the numbers of nodes and devices.
-        shares: The samples of each rank; None if the ranks cannot share the global batch evenly.
-        summary: Of the data; None if they are missing or a stream.
+        plan: Plan of the run.
+        stage_run: Module and values of the stage. The weights of the module become fake tensors.
+        machines: Machines, with nodes and devices set.
+        shares: Samples of each rank; None if the ranks cannot share the global batch evenly.
+        summary: Summary of the data; None if they are missing or a stream.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class CostChecks:
                 strategy, self._ranks, precision, checkpointing, module=self._module, tokenizer=sizes, encodes=encodes
             )
         assert isinstance(self._module, Tokenizer)
-        strategy = "ddp" if strategy == "fsdp" else strategy  # fsdp is refused for this stage
+        strategy = "ddp" if strategy == "fsdp" else strategy  # fsdp is an error for this stage
         return TokenizerCosts(strategy, self._ranks, precision, checkpointing, module=self._module)
 
     @cached_property
@@ -94,26 +94,26 @@ class CostChecks:
         return str(self._config["trainer"]["precision"])
 
     def check_memory(self, checks: CheckList) -> None:
-        """Checks that a micro-batch fits the memory of a device; if it does not, names the largest that does."""
+        """Checks that a micro-batch fits into the memory of a device, and otherwise names the largest that does."""
         device = self._device_memory()
         if device is None:
-            text = f"{self._describe_memory()}; --device or --device-memory says what it must fit"
+            text = f"{self._describe_memory()}; give the available memory with --device or --device-memory"
             checks.add("memory", text, "warning")
             return
         limit, most = device * _HEADROOM, self._largest_batch
         largest = self._costs.largest_batch(self._global_batch // self._ranks, limit)
         if self._memory.total <= limit:
             more = f"; --data.max_batch_per_device={largest} fits too" if largest and largest > most else ""
-            checks.add("memory", f"{self._describe_memory()}; {size_text(device)} are there{more}")
+            checks.add("memory", f"{self._describe_memory()}; {size_text(device)} available{more}")
             return
-        way_out = f"--data.max_batch_per_device={largest} fits" if largest else "not even one sample fits"
+        hint = f"--data.max_batch_per_device={largest} fits" if largest else "not even one sample fits"
         savings = self._savings()
         if savings:
-            way_out = f"{way_out}; less memory: {', '.join(savings)}"
+            hint = f"{hint}; to save memory: {', '.join(savings)}"
         checks.add(
             "memory",
-            f"data.max_batch_per_device {most} must fit {size_text(limit)} of a device of {size_text(device)}, got "
-            f"{self._describe_memory()}; {way_out}",
+            f"data.max_batch_per_device {most} must fit into {size_text(limit)} of a device with {size_text(device)}, "
+            f"got {self._describe_memory()}; {hint}",
             "error",
         )
 
@@ -130,12 +130,12 @@ class CostChecks:
         states = memory.weights + memory.gradients + memory.moments + memory.average + memory.frozen
         gathered = f", {size_text(memory.gathered)} gathered" if memory.gathered else ""
         return (
-            f"{size_text(memory.total)} a device at {self._per_device} samples: {size_text(states)} weights and "
-            f"optimiser{gathered}, {size_text(memory.activations + memory.casts + memory.working)} activations"
+            f"{size_text(memory.total)} per device with {self._per_device} samples: {size_text(states)} weights and "
+            f"optimizer{gathered}, {size_text(memory.activations + memory.casts + memory.working)} activations"
         )
 
     def _savings(self) -> list[str]:
-        """Returns the flags that save memory, beside that of a smaller micro-batch."""
+        """Returns the flags that save memory, other than a smaller micro-batch."""
         costs, flags = self._costs, []
         if costs.checkpointing == "none":
             flags.append("--model.activation_checkpointing=blocks")
@@ -148,7 +148,7 @@ class CostChecks:
     # Disk
 
     def check_disk(self, checks: CheckList) -> None:
-        """Checks that the checkpoints of the run fit the disk of its folder, and that it can be written to."""
+        """Checks that the run folder is writable, and that its disk has room for the checkpoints."""
         folder, free = host.free_bytes(self._plan.checkpoints)
         needed, text = self._checkpoints_to_come()
         text = f"{text}, {size_text(free)} free"
@@ -166,10 +166,11 @@ class CostChecks:
             checks.add("disk", f"{folder}: {text}")
 
     def _checkpoints_to_come(self) -> tuple[int, str]:
-        """Returns the bytes of the checkpoints that the run still adds, and the same in words."""
+        """Returns the bytes of the checkpoints that the run still adds, and a description."""
         config = self._config
         steps = config["trainer"]["max_steps"]
-        if steps is None or steps < 1:  # without an end: what the newest ones need
+        # A run without an end is an error elsewhere: count only the newest checkpoints.
+        if steps is None or steps < 1:
             steps = config["checkpoint_every"] * (config["keep_last"] + 1)
         most = max_num_checkpoints(
             steps, every=config["checkpoint_every"], keep_last=config["keep_last"], keep_every=config["keep_every"]
@@ -200,17 +201,17 @@ class CostChecks:
         yield "parameters", f"{self._costs.trained:,} trained"
         yield (
             "learning rate",
-            f"peak {rate['peak']:g} after {rate['warmup_steps']} steps, then {rate['decay']}; it is for a global batch "
-            f"of {self._global_batch} and is not rescaled by the number of devices",
+            f"peak {rate['peak']:g} after {rate['warmup_steps']} steps, then {rate['decay']}; for a global batch of "
+            f"{self._global_batch}, not rescaled by the number of devices",
         )
         if step is None:
             return
         useful, executed = step.useful_flops, step.executed_flops
-        again = "" if executed == useful else f", {executed / useful:.2f} times as many executed"
-        yield "work of a step", f"{flops_text(useful)} useful{again}; {flops_text(useful / self._ranks)} a rank"
+        again = "" if executed == useful else f", {executed / useful:.2f} x as many executed"
+        yield "FLOPs of a step", f"{flops_text(useful)} useful{again}; {flops_text(useful / self._ranks)} per rank"
         yield "traffic of a step", f"{size_text(step.traffic.total)} sent by each rank"
         if step.time is None:
-            yield "time", "--device or --device-flops says how fast a device is"
+            yield "time", "unknown; give the speed of a device with --device or --device-flops"
             return
         yield "a step", self._describe_time(step.time)
         steps = self._config["trainer"]["max_steps"]
@@ -223,10 +224,10 @@ class CostChecks:
         share = f"{machines.utilization:.0%} of the {machines.gpu}'s peak"
         rate = share if machines.flops is None else f"{machines.flops:.3g} FLOP/s"
         return (
-            f"at least {duration_text(time.least)}, or {duration_text(time.most)} where traffic is not hidden behind "
-            f"work: {duration_text(time.computing)} of work at {rate}, {duration_text(time.communicating)} of traffic "
-            f"at {size_text(machines.bandwidth_over(self._nodes))}/s; launches of kernels and waiting for data come on "
-            "top"
+            f"at least {duration_text(time.least)}, or {duration_text(time.most)} if traffic does not overlap with "
+            f"computation: {duration_text(time.computing)} of computation at {rate}, "
+            f"{duration_text(time.communicating)} of traffic at {size_text(machines.bandwidth_over(self._nodes))}/s; "
+            "kernel launches and waiting for data are not included"
         )
 
     def _describe_run(self, steps: int, time: StepTime) -> str:
@@ -236,18 +237,20 @@ class CostChecks:
         return f"{text}, {steps * self._global_batch / self._summary.samples['train']:,.1f} epochs"
 
     def _describe_data(self, time: StepTime) -> str:
-        """Returns the samples and bytes per second that the data must deliver, so that no device waits."""
+        """Describes the samples and bytes per second that data loading must deliver so that no device waits."""
         samples, data = self._global_batch / time.least, self._config["data"]
         text = f"{samples:,.0f} samples/s"
         if data["source"] == "tokens":
             rows, columns = self._config["model"]["network"]["grid"]
-            return f"{text}, {size_text(samples * 2.0 * rows * columns)}/s of tokens"  # uint16
+            # A token store holds uint16.
+            return f"{text}, {size_text(samples * 2.0 * rows * columns)}/s of tokens"
         if self._summary is not None:
             shards = load_manifest(self._plan.shards, "train", check=False).shards
             mean_size = sum(shard.bytes for shard in shards) / self._summary.samples["train"]
             text += f", {size_text(samples * mean_size)}/s of shards"
+        # Decoding time is proportional to the pixels of the crop.
         of_rank = samples / self._ranks
         cores = of_rank * data["image_size"] ** 2 / _PIXELS_PER_CORE
         return (
-            f"{text}; each rank {of_rank:,.0f}/s, about {cores:.2g} cores of decoding for {data['num_workers']} workers"
+            f"{text}; {of_rank:,.0f}/s per rank, about {cores:.2g} cores of decoding for {data['num_workers']} workers"
         )

@@ -1,4 +1,4 @@
-"""The result of a preflight: a list of checks, the shares of the ranks, and the costs of the run. Imports no torch."""
+"""The result of ``preflight``: checks, samples of each rank, and costs of the run. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Check", "CheckList", "Preflight", "RunCosts", "Shares", "StepCosts",
 
 Verdict = Literal["ok", "warning", "error"]
 
-_MAX_ROWS = 16  # rank by rank; with more ranks it goes node by node
+_MAX_ROWS = 16  # with more ranks, a row is a node instead of a rank
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Check:
     """One check of a run.
 
     Attributes:
-        name: What was checked, such as ``batch``.
-        verdict: ``error`` if the run would not start; ``warning`` if it may, or if nothing is known.
-        text: What was found; for an error also the rule and what to do.
+        name: Subject of the check, such as ``batch``.
+        verdict: ``error`` if the run would not start; ``warning`` if it might not, or if too little is known.
+        text: Result; for an error also the rule and a hint.
     """
 
     name: str
@@ -36,10 +36,10 @@ class Check:
 
 
 class CheckList:
-    """Collects checks in the order in which they are made.
+    """A list of checks in the order in which they are done.
 
     Args:
-        on_check: Called with each check as soon as it is made.
+        on_check: Called with each check as soon as it is done.
     """
 
     def __init__(self, on_check: Callable[[Check], object] | None = None) -> None:
@@ -47,7 +47,7 @@ class CheckList:
         self._on_check = on_check
 
     def add(self, name: str, text: str, verdict: Verdict = "ok") -> None:
-        """Adds a check, except for an error that is in the list already."""
+        """Adds a check. An error that is already in the list is not repeated."""
         if verdict == "error" and any(check.text == text for check in self.checks):
             return
         self.checks.append(Check(name, verdict, text))
@@ -56,7 +56,7 @@ class CheckList:
 
     @contextmanager
     def catch_errors(self, name: str) -> Iterator[None]:
-        """Adds an error that the user can correct to the list, instead of raising it."""
+        """Adds a user error that is raised in the context to the list; other errors are raised."""
         try:
             yield
         except Exception as error:
@@ -71,16 +71,16 @@ class CheckList:
 
 @dataclass(frozen=True)
 class Shares:
-    """The samples of a step that each rank gets.
+    """The samples of a step for each rank.
 
     Micro-batch a of rank r has the samples [(a W + r) b, (a W + r + 1) b) of the global batch, with W ranks and b
-    samples in a micro-batch.
+    samples per micro-batch.
 
     Attributes:
         nodes: Number of nodes.
-        devices: Number of devices, and ranks, of each node.
-        per_device: b, samples of a micro-batch.
-        micro_batches: Micro-batches of a step on each rank.
+        devices: Number of devices, and of ranks, per node.
+        per_device: b, samples per micro-batch.
+        micro_batches: Micro-batches per step on each rank.
     """
 
     nodes: int
@@ -90,31 +90,32 @@ class Shares:
 
     @property
     def ranks(self) -> int:
-        """W, number of ranks."""
+        """The number of ranks W."""
         return self.nodes * self.devices
 
     @property
     def global_batch(self) -> int:
-        """Samples of a step."""
+        """The number of samples of a step."""
         return self.ranks * self.micro_batches * self.per_device
 
     def samples_of(self, rank: int, *, count: int = 1, micro_batch: int = 0) -> range:
-        """Returns the places in the global batch of what ``count`` neighbouring ranks get in a micro-batch."""
+        """Returns the positions in the global batch of a micro-batch of ``count`` consecutive ranks."""
         first = (micro_batch * self.ranks + rank) * self.per_device
         return range(first, first + count * self.per_device)
 
     def rows(self) -> Iterator[tuple[str, str, str, str]]:
         """Yields node, local rank, global rank and samples of each rank, or of each node if there are many ranks."""
-        width = 1 if self.ranks <= _MAX_ROWS else self.devices  # ranks of a row
-        for rank in range(0, self.ranks, width):
+        width = 1 if self.ranks <= _MAX_ROWS else self.devices  # ranks per row
+        for rank in range(0, self.ranks, width):  # one row each
             node, local_rank = divmod(rank, self.devices)
+            # The first three micro-batches show the pattern.
             shown = range(min(3, self.micro_batches))
             samples = [_span(self.samples_of(rank, count=width, micro_batch=each)) for each in shown]
             more = ", ..." if self.micro_batches > len(shown) else ""
             ranks, local_ranks = range(rank, rank + width), range(local_rank, local_rank + width)
             yield str(node), _span(local_ranks), _span(ranks), ", ".join(samples) + more
             if rank // width == _MAX_ROWS - 1 and self.ranks // width > _MAX_ROWS:
-                yield "...", "...", "...", f"and so on to rank {self.ranks - 1}"
+                yield "...", "...", "...", f"up to rank {self.ranks - 1}"
                 break
 
 
@@ -123,7 +124,7 @@ class StepCosts:
     """The costs of a step.
 
     Attributes:
-        useful_flops: FLOPs of all ranks, without what activation checkpointing computes again.
+        useful_flops: FLOPs of all ranks without the recomputation of activation checkpointing.
         executed_flops: FLOPs of all ranks.
         traffic: Bytes that each rank sends.
         time: Seconds; None if the speed of a device is unknown.
@@ -137,14 +138,14 @@ class StepCosts:
 
 @dataclass(frozen=True)
 class RunCosts:
-    """The costs of a run, calculated and not measured.
+    """The calculated costs of a run.
 
     Attributes:
-        num_parameters: Trained parameters.
-        memory: Bytes of a rank at the highest point of a step.
-        checkpoint_bytes: Bytes of a checkpoint.
+        num_parameters: Number of trained parameters.
+        memory: Peak memory of a rank in bytes.
+        checkpoint_bytes: Size of a checkpoint in bytes.
         step: Costs of a step; None if the ranks cannot share the global batch evenly.
-        lines: The costs in words: a name and a text each.
+        lines: Description of the costs as pairs of a name and a text.
     """
 
     num_parameters: int
@@ -159,9 +160,9 @@ class Preflight:
     """The result of a preflight.
 
     Attributes:
-        checks: All checks, in the order in which they were made.
-        shares: The samples of each rank; None if the ranks cannot share the global batch evenly.
-        costs: Memory, disk space, work, traffic and times of the run; None if the module could not be built.
+        checks: All checks in the order in which they were done.
+        shares: Samples of each rank; None if the ranks cannot share the global batch evenly.
+        costs: Memory, disk space, FLOPs, traffic and times of the run; None if the module could not be built.
     """
 
     checks: tuple[Check, ...]
@@ -170,12 +171,12 @@ class Preflight:
 
     @property
     def ok(self) -> bool:
-        """Whether no check has an error."""
+        """A bool: no check has an error."""
         return not self.errors
 
     @property
     def errors(self) -> tuple[Check, ...]:
-        """Checks with an error."""
+        """The checks with an error."""
         return tuple(check for check in self.checks if check.verdict == "error")
 
     def __str__(self) -> str:

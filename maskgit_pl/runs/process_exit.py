@@ -1,13 +1,13 @@
-"""Ends the processes of a run when a fit raises: each with its own exit code, none waiting for one that is gone.
+"""Exit of the processes of a run when ``fit`` raises: each with its exit code, without waiting for ended ranks.
 
-1. What all ranks have agreed on (a signal, losses that are not finite) is raised on rank 0; the others exit silently
-   with its exit code.
-2. An error of one rank leaves the others in a collective, and this one perhaps in the library's attempt to end it: the
-   process prints the error and exits at once. The watchdog of the others hears of it and ends them.
-3. Processes that Lightning's launcher has started exit before the first one: the launcher kills the first process
-   within 5 s of the end of another.
+1. An error on which all ranks agree (a signal, non-finite losses) is raised on rank 0. The other ranks exit silently
+   with the same exit code.
+2. An error of one rank leaves the other ranks in a collective, and this rank perhaps in the library's cleanup. The
+   process prints the error and exits immediately. The watchdogs of the other ranks then end them.
+3. Processes that were started by Lightning's launcher wait until the first process has ended, since the launcher kills
+   the first process within 5 s after another one ends.
 
-A run of one process raises, and does nothing else: a notebook keeps its kernel.
+With a single process, the error is only raised, so that a notebook keeps its kernel.
 """
 
 from __future__ import annotations
@@ -28,38 +28,42 @@ __all__ = ["exit_on_error"]
 
 @contextmanager
 def exit_on_error(trainer: Trainer) -> Iterator[None]:
-    """Has each of several processes exit with its own exit code when the fit inside raises an error.
+    """Exits each process with its own exit code if the fit in the context raises an error.
 
     Args:
-        trainer: Says which process this is, and who started it.
+        trainer: Trainer of the fit; it knows the rank of this process and its launcher.
 
     Raises:
-        BaseException: the error itself, in a run of one process, and on rank 0 where all ranks agree on it.
+        BaseException: the error itself, with a single process, and on rank 0 if all ranks agree on it.
     """
     try:
         yield
     except BaseException as error:
         agreed = error.on_all_ranks if isinstance(error, RunError) else not isinstance(error, Exception)
-        is_alone = trainer.world_size > 1 and not agreed  # the other ranks know nothing of it
-        if is_alone:
+        is_only_here = trainer.world_size > 1 and not agreed  # the other ranks do not raise it
+        if is_only_here:
             _print_error(error, trainer)
+        # Only the processes that Lightning's own launcher has started.
         environment = getattr(trainer.strategy, "cluster_environment", None)
         if isinstance(environment, LightningEnvironment) and trainer.local_rank > 0:
-            _wait_for_end_of(os.getppid())  # 3.
-        if is_alone:  # 2.
+            # 3. Wait for the first process.
+            _wait_for_end_of(os.getppid())
+        # 2. Exit without cleanup, which would wait for the other ranks.
+        if is_only_here:
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()
             os._exit(exit_code_of(error))
-        if isinstance(error, RunError) and not trainer.is_global_zero:  # 1.
+        # 1. Rank 0 raises for all.
+        if isinstance(error, RunError) and not trainer.is_global_zero:
             sys.exit(error.exit_code)
         raise
 
 
 def _print_error(error: BaseException, trainer: Trainer) -> None:
-    """Prints an error as the command does; what another rank has told is printed once, by rank 0."""
+    """Prints an error as the command does. Only rank 0 prints an error that another rank has announced."""
     if isinstance(error, PeerError):
         if trainer.is_global_zero:
-            sys.stderr.write(f"all ranks end, since one has: {error}\n")
+            sys.stderr.write(f"all ranks exit: {error}\n")
     else:
         sys.stderr.write(describe_error(error, "maskgit train"))
 

@@ -1,8 +1,8 @@
-"""The recipe of a run: the values of its files and flags, checked and merged once into one tree of plain values.
+"""The recipe of a run: the values of its files and flags, checked and merged into one tree of plain values.
 
-Merge order: base, data set, RECIPE from left to right, cluster; flags come last. A recipe is data: it holds numbers,
-words, lists and mappings under known keys, names registered things, and is never parsed a second time, so that no value
-can name a class, a function or another file to be read. Imports neither torch nor Lightning.
+Merge order: base, data set, RECIPE from left to right, cluster, flags. A recipe is only data: numbers, strings, lists
+and mappings with known keys, and names of registered objects. It is parsed exactly once, so that no value can name a
+class, a function or another file to read. Imports neither torch nor Lightning.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from maskgit_pl.old_names import renamed_keys, renamed_tree
+from maskgit_pl.old_names import rename_keys, rename_tree
 from maskgit_pl.runs.flags import Overrides, flag_layer, flag_words, split_flags
 from maskgit_pl.runs.layers import Layer, merge, remove_key, value_at
 from maskgit_pl.runs.recipe_checks import check_layer
@@ -24,7 +24,7 @@ from maskgit_pl.runs.safe_yaml import parse_yaml, read_yaml
 
 __all__ = ["Recipe"]
 
-# Keys without a meaning for a transformer with causal attention: it masks nothing, and draws one token after another.
+# Keys that have no meaning with causal attention, which masks nothing and samples one token after another.
 _MASKED_ONLY = (
     "model.mask_schedule",
     "model.min_mask_ratio",
@@ -38,22 +38,22 @@ _MASKED_ONLY = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """The values of a run: those of its files, then those of its flags. ``read`` makes it.
+    """The values of a run from its files and flags. Made by ``read``.
 
     Args:
-        stage: Stage that is trained.
-        kind: Kind of module that it trains, as files and flags together say.
-        base: Values of the files, merged, without ``left_out``.
-        flags: Values of each flag, in the order in which they were given.
-        words: The flags as they were given.
-        files: The files in merge order, as messages name them.
-        left_out: Keys of each file that were dropped, since they have no meaning under causal attention.
-        names: RECIPE, names of its files from left to right, without those that every recipe has.
+        stage: Stage to train.
+        kind: Kind of module, as decided by files and flags.
+        base: Merged values of the files, without ``left_out``.
+        flags: Values of each flag, in the given order.
+        words: The flags as given.
+        files: Names of the files in merge order, for messages.
+        left_out: Dropped keys of each file, which have no meaning with causal attention.
+        names: RECIPE: file names from left to right, without the files of every recipe.
         dataset: Name of the data set.
-        cluster: File of ``recipes/cluster``; empty where a run is repeated.
-        config: Configuration of the run that is repeated, if one is.
-        run_name: Default name of the run, ``DATASET-RECIPE``; None where a run is repeated.
-        paths: Paths of the run that is repeated, by their keys ``data.path`` and ``model.tokenizer``; else empty.
+        cluster: File of ``recipes/cluster``; empty if the recipe repeats a run.
+        config: Configuration of the repeated run, if any.
+        run_name: Default name of the run, ``DATASET-RECIPE``; None if the recipe repeats a run.
+        paths: Paths of the repeated run by key (``data.path``, ``model.tokenizer``); empty otherwise.
     """
 
     stage: Stage
@@ -83,16 +83,16 @@ class Recipe:
         """Reads a recipe by the names of its files.
 
         Args:
-            stage: Stage that is trained.
-            names: RECIPE, from left to right: names, or one word with spaces between them.
+            stage: Stage to train.
+            names: RECIPE, from left to right: names, or a string of names separated by spaces.
             dataset: Name of the data set.
             cluster: A file of ``recipes/cluster``.
-            overrides: Single values: a mapping of dotted keys, or flags ``--KEY=VALUE`` or ``--KEY VALUE``.
+            overrides: Overrides: a mapping of dotted keys, or flags ``--KEY=VALUE`` or ``--KEY VALUE``.
 
         Raises:
-            FileNotFoundError: if there is no recipe of a name. The message has the nearest one.
-            ValueError: if a file is not a safe recipe, a key is unknown or has a value of another type, or a flag has
-                no meaning for the model. The message names file or flag and key.
+            FileNotFoundError: if a recipe does not exist. The message names the closest one.
+            ValueError: if a file is not a safe recipe, a key is unknown or has a value of a wrong type, or a flag has
+                no meaning for the model. The message names the file or flag, and the key.
         """
         names = names.split() if isinstance(names, str) else list(names)
         files = recipe_files(stage, dataset=dataset, names=names, cluster=cluster)
@@ -110,13 +110,13 @@ class Recipe:
         """Reads the recipe of an earlier run, to repeat it.
 
         Args:
-            stage: Stage that is trained.
-            config: Its ``config.yaml``, ``runs/RUN/STAGE/config.yaml``.
-            overrides: Single values; see ``read``.
+            stage: Stage to train.
+            config: Configuration of that run, ``runs/RUN/STAGE/config.yaml``.
+            overrides: Overrides; see ``read``.
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: as ``read``, or if it is not the configuration of a run.
+            ValueError: see ``read``; also if the file is not the configuration of a run.
         """
         if not config.is_file():
             raise FileNotFoundError(f"--config {config}: no such file; runs have runs/RUN/{stage}/config.yaml")
@@ -125,13 +125,15 @@ class Recipe:
 
     @classmethod
     def from_layers(cls, stage: Stage, layers: Sequence[Layer], overrides: Overrides = ()) -> Recipe:
-        """Checks and merges layers that are read already; see ``read``."""
+        """Checks and merges layers; see ``read``."""
         words = flag_words(overrides)
-        layers = [Layer(each.origin, renamed_tree(each.tree, each.origin)) for each in layers]
+        layers = [Layer(each.origin, rename_tree(each.tree, each.origin)) for each in layers]
         kind = _find_kind(stage, layers, words)
         left_out: dict[str, list[str]] = {}
+        # Files are shared with masked models, so their masking keys are dropped; flags must not have any.
         if kind == "autoregressive":
             layers, left_out = _drop_masking_keys(layers)
+        # Each layer is checked on its own, so that a message can name the file.
         schema = load_schema(kind)
         for layer in layers:
             check_layer(layer, schema)
@@ -140,10 +142,10 @@ class Recipe:
         return cls(stage, kind, base, files=files, left_out=left_out).with_overrides(words)
 
     def with_overrides(self, overrides: Overrides) -> Recipe:
-        """Returns the recipe with further values on top, checked as in ``read``."""
+        """Returns the recipe with more overrides, checked as in ``read``."""
         schema, words = load_schema(self.kind), flag_words(overrides)
         given = list(split_flags(words))
-        keys = renamed_keys((key for key, _ in given), "flags")
+        keys = rename_keys((key for key, _ in given), "flags")
         added = [flag_layer(key, text, schema) for key, (_, text) in zip(keys, given, strict=True)]
         for layer in added:
             if self.kind == "autoregressive":
@@ -153,25 +155,26 @@ class Recipe:
 
     @cached_property
     def tree(self) -> dict[str, Any]:
-        """All values as one tree."""
+        """The merged tree of all values."""
         return merge([self.base, *self.flags])
 
     def get(self, key: str) -> Any:
-        """Returns the value of a dotted key such as ``data.source``; None where nothing says it."""
+        """Returns the value of a dotted key such as ``data.source``, or None if it is not set."""
         return value_at(self.tree, key)
 
     @property
     def title(self) -> str:
-        """The files, for people, such as ``transformer/base + transformer/log + cluster/single``."""
+        """A readable name, such as ``transformer/base + transformer/log + cluster/single``."""
         return " + ".join("/".join(Path(file).with_suffix("").parts[-2:]) for file in self.files)
 
 
 def _find_kind(stage: Stage, files: Sequence[Layer], words: Sequence[str]) -> Kind:
-    """Returns the kind of module that files and flags are for."""
+    """Returns the kind of module that files and flags select."""
+    # Flags count, too, and the last one wins. They are parsed again with the schema of this kind.
     attention = value_at(merge([layer.tree for layer in files]), "model.network.attention")
     for key, text in split_flags(words):
         if key == "model.network.attention":
-            with suppress(ValueError):  # what is no YAML is refused where the flag is read
+            with suppress(ValueError):  # invalid YAML raises later, where the flag is read
                 attention = parse_yaml(text)
     if stage == "tokenizer":
         return "tokenizer"
@@ -179,7 +182,7 @@ def _find_kind(stage: Stage, files: Sequence[Layer], words: Sequence[str]) -> Ki
 
 
 def _drop_masking_keys(files: Sequence[Layer]) -> tuple[list[Layer], dict[str, list[str]]]:
-    """Layers without the keys that causal attention has no use for, and those keys by origin."""
+    """Returns the layers without the keys that causal attention ignores, and these keys by origin."""
     kept, left_out = [], {}
     for layer in files:
         tree = merge([layer.tree])

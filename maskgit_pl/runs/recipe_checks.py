@@ -1,4 +1,4 @@
-"""Checks a recipe's keys and types against the schema of its kind, and explains why some keys cannot be set."""
+"""Checks the keys and types of a recipe against its schema, and explains why some keys cannot be set."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from maskgit_pl.schema import Schema, describe, fits
 
 __all__ = ["DERIVED_KEYS", "check_layer", "schema_at"]
 
-DERIVED_KEYS = {  # keys of a module that other keys decide
+DERIVED_KEYS = {  # key of a module -> the key that determines it
     "model.seed": "data.seed",
     "model.image_size": "data.image_size",
     "model.network.in_channels": "data.in_channels",
@@ -21,7 +21,7 @@ DERIVED_KEYS = {  # keys of a module that other keys decide
     "model.accumulation": "data.global_batch and data.max_batch_per_device",
 }
 _STEPS = "runs are counted in steps; set trainer.max_steps"
-_REASONS = {  # keys that Lightning's users look for, and why no recipe has them
+_REASONS = {  # keys that users of Lightning expect -> the reason why a recipe has no such key
     **{key: f"it follows {other}" for key, other in DERIVED_KEYS.items()},
     "trainer.max_epochs": _STEPS,
     "trainer.min_epochs": _STEPS,
@@ -32,20 +32,20 @@ _REASONS = {  # keys that Lightning's users look for, and why no recipe has them
     "trainer.accumulate_grad_batches": "it follows data.global_batch and data.max_batch_per_device",
     "trainer.default_root_dir": "use --runs-folder and --run (make: RUN=)",
     "trainer.enable_checkpointing": "set checkpoint_every, keep_last and keep_every",
-    "trainer.use_distributed_sampler": "the data module shares the samples out over the ranks",
-    "trainer.logger": f"{NO_CODE}; runs log to TensorBoard, and other loggers take a Trainer of your own in Python",
-    "trainer.callbacks": f"{NO_CODE}; callbacks take a Trainer of your own in Python",
-    "trainer.plugins": f"{NO_CODE}; plugins take a Trainer of your own in Python",
-    "trainer.profiler": f"{NO_CODE}; a profiler takes a Trainer of your own in Python",
+    "trainer.use_distributed_sampler": "the data module divides the samples among the ranks",
+    "trainer.logger": f"{NO_CODE}; runs log to TensorBoard, and other loggers require your own Trainer in Python",
+    "trainer.callbacks": f"{NO_CODE}; callbacks require your own Trainer in Python",
+    "trainer.plugins": f"{NO_CODE}; plugins require your own Trainer in Python",
+    "trainer.profiler": f"{NO_CODE}; a profiler requires your own Trainer in Python",
 }
 
 
 def check_layer(layer: Layer, schema: Schema) -> None:
-    """Compares keys and types of a layer with a schema.
+    """Checks the keys and types of a layer against a schema.
 
     Raises:
-        ValueError: if a key is unknown or cannot be set, or has a value of another type. The message names the layer's
-            origin, the key, and the nearest known one.
+        ValueError: if a key is unknown or cannot be set, or its value has a wrong type. The message names the origin,
+            the key, and the closest known key.
     """
     try:
         _check_tree(layer.tree, schema, schema)
@@ -55,10 +55,10 @@ def check_layer(layer: Layer, schema: Schema) -> None:
 
 
 def _check_tree(node: Any, schema: Schema, root: Schema, path: str = "") -> None:
-    """Compares keys and types of a tree with a schema.
+    """Checks the keys and types of a tree against a schema.
 
     Raises:
-        ValueError: An unknown key, with the nearest; or a value of another type.
+        ValueError: if a key is unknown (the message names the closest one), or its value has a wrong type.
     """
     group = _group(schema)
     if isinstance(node, dict) and group is not None:
@@ -68,7 +68,7 @@ def _check_tree(node: Any, schema: Schema, root: Schema, path: str = "") -> None
                 raise ValueError(_explain_unknown_key(where, root))
             _check_tree(value, group[key], root, where)
     elif isinstance(node, dict) and "name" not in node and _takes_spec(schema):
-        return  # further arguments of what an earlier layer names
+        return  # arguments of an object that an earlier layer names
     elif not fits(node, schema):
         raise ValueError(f"{path} must be {describe(schema)}, got {shorten(node)}")
 
@@ -79,15 +79,17 @@ def _explain_unknown_key(key: str, root: Schema) -> str:
     group, _, leaf = key.rpartition(".")
     known = [name for name in _keys(root) if name not in DERIVED_KEYS]
     beside = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == group}
+    # First candidates: similar names in the same group.
     close = [beside[each] for each in get_close_matches(leaf, beside, n=1)]
-    close += [name for name in known if name.rpartition(".")[2] == leaf]  # the right word in another group
+    # Second: the same name in another group.
+    close += [name for name in known if name.rpartition(".")[2] == leaf]
     if not close:
         return f"unknown key {key!r}; base.yaml of recipes/tokenizer and recipes/transformer shows the keys"
     return f"unknown key {key!r}: did you mean {close[0]!r}?"
 
 
 def _group(schema: Schema) -> Mapping[str, Schema] | None:
-    """The properties of a group of keys, optional groups included; None for a value."""
+    """Returns the schemas of the keys of a group (which may be optional), or None for a value."""
     for each in (schema, *schema.get("anyOf", ())):
         if "properties" in each:
             properties: Mapping[str, Schema] = each["properties"]
@@ -96,12 +98,12 @@ def _group(schema: Schema) -> Mapping[str, Schema] | None:
 
 
 def _takes_spec(schema: Schema) -> bool:
-    """Returns whether a value names a registered thing, or spells it out as a mapping."""
+    """Returns True if a value specifies a registered object, by name or as a mapping."""
     return any(each.get("type") == "object" and "properties" not in each for each in schema.get("anyOf", (schema,)))
 
 
 def schema_at(schema: Schema, parts: Sequence[str]) -> Schema | None:
-    """Returns the schema of a key; None for an unknown one; ``{}`` for arguments of what is named."""
+    """Returns the schema of a key: None if unknown, ``{}`` for the arguments of a registered object."""
     for part in parts:
         group = _group(schema)
         if group is None:
@@ -113,7 +115,7 @@ def schema_at(schema: Schema, parts: Sequence[str]) -> Schema | None:
 
 
 def _keys(schema: Schema, path: str = "") -> Iterator[str]:
-    """Dotted keys of all values."""
+    """Yields the dotted keys of all values."""
     for key, each in (_group(schema) or {}).items():
         where = f"{path}.{key}" if path else key
         yield where

@@ -1,7 +1,7 @@
-"""JSON Schemas of the recipes: every key with its type, derived from the dataclasses that a recipe builds.
+"""JSON Schemas of the recipes: the type of every key, derived from the dataclasses that a recipe builds.
 
-The schemas are files, so that a wrong key is refused without importing torch, and so that editors can check and
-complete recipes (``# yaml-language-server: $schema=...``). ``write_schemas`` makes them; a test compares them with the
+The schemas are files, so that wrong keys are rejected without importing torch, and so that editors can check and
+complete recipes (``# yaml-language-server: $schema=...``). ``write_schemas`` writes them; a test compares them with the
 dataclasses.
 """
 
@@ -30,29 +30,29 @@ __all__ = [
 Kind = Literal["tokenizer", "transformer", "autoregressive"]
 _KINDS: tuple[Kind, ...] = ("tokenizer", "transformer", "autoregressive")
 _FOLDER = Path(__file__).parent / "schemas"
-_INT64 = 2**63 - 1
+_INT64 = 2**63 - 1  # largest count that Lightning and torch can store
 
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """The arguments of Lightning's Trainer that a recipe sets.
+    """The arguments of Lightning's Trainer that a recipe can set.
 
     Args:
-        accelerator: ``auto`` takes whatever the machine has.
+        accelerator: ``auto`` uses a GPU if there is one, else the CPU.
         strategy: ``auto`` for one device, ``ddp``, or ``fsdp`` (FSDP2; stage 2 only).
-        devices: Devices of each node: how many, ``auto`` for all, or their numbers.
-        num_nodes: Nodes.
+        devices: Devices per node: their number, ``auto`` for all, or a list of indices.
+        num_nodes: Number of nodes.
         precision: ``32-true`` or ``bf16-mixed``.
-        max_steps: Steps (global batches) at which the run ends.
+        max_steps: Number of steps (global batches) of the run.
         val_check_interval: Steps between validations, or a fraction of an epoch.
-        limit_val_batches: Validation batches of each rank at most, or their fraction; None takes all.
-        num_sanity_val_steps: Validation batches before the first step.
+        limit_val_batches: Maximum number of validation batches per rank, or a fraction of all; None uses all.
+        num_sanity_val_steps: Number of validation batches before the first step.
         log_every_n_steps: Steps between log entries.
-        gradient_clip_val: Largest gradient norm, or absolute value, in stage 2; None clips nothing.
-        gradient_clip_algorithm: What ``gradient_clip_val`` limits; None is the norm.
-        deterministic: Whether only deterministic kernels are used.
-        benchmark: Whether cuDNN tries its convolutions; None leaves it to Lightning.
-        detect_anomaly: Whether autograd looks for NaN in each backward pass, slowly.
+        gradient_clip_val: Maximum gradient norm, or absolute value, in stage 2; None disables clipping.
+        gradient_clip_algorithm: ``norm`` or ``value``; None means the norm.
+        deterministic: True allows only deterministic kernels.
+        benchmark: True lets cuDNN benchmark its convolutions; None leaves it to Lightning.
+        detect_anomaly: True lets autograd check each backward pass for NaN, which is slow.
 
     Raises:
         ValueError: if a number is out of range.
@@ -87,6 +87,7 @@ class TrainerSettings:
         if self.gradient_clip_val is not None:
             check_number("trainer.gradient_clip_val", self.gradient_clip_val, "(0, inf)")
         for name in ("val_check_interval", "limit_val_batches"):
+            # An integer counts batches or steps, a float is a fraction.
             value, least = getattr(self, name), 1 if name == "val_check_interval" else 0
             if isinstance(value, int):
                 check_integer(f"trainer.{name}", value, f"[{least}, {_INT64}]")
@@ -96,15 +97,15 @@ class TrainerSettings:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Keys of a recipe that belong to neither module, data nor Trainer.
+    """The keys of a recipe that belong to neither module, data nor Trainer.
 
     Args:
         checkpoint_every: Steps between checkpoints.
-        keep_last: Newest checkpoints that are kept.
-        keep_every: Checkpoints of multiples of so many steps are kept for good; None keeps none.
-        hang_seconds: A step may take so long before the watchdog ends the run.
-        matmul_precision: Of float32 products and convolutions: ``high`` is TF32 where the device has it.
-        cpu_threads: Threads of torch on a CPU; None is torch's choice.
+        keep_last: Number of newest checkpoints to keep.
+        keep_every: Checkpoints of multiples of this step are never removed; None keeps only the newest.
+        hang_seconds: Shortest time without progress, in seconds, after which the watchdog ends the run.
+        matmul_precision: Precision of float32 products and convolutions; ``high`` is TF32 if the device supports it.
+        cpu_threads: Number of CPU threads of torch; None leaves it to torch.
 
     Raises:
         ValueError: if a number is out of range.
@@ -129,11 +130,11 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class Parameter:
-    """A field of a configuration that a recipe sets.
+    """A field of a configuration that a recipe can set.
 
     Args:
         annotation: Type of the field.
-        default: Default as plain values; ``dataclasses.MISSING`` where there is none.
+        default: Default as plain values; ``dataclasses.MISSING`` if there is none.
     """
 
     annotation: Any
@@ -155,7 +156,7 @@ def _plain(value: Any) -> Any:
 
 
 def build_schema(kind: Kind) -> Schema:
-    """Derives the schema of a recipe from the configurations of module, data and settings. Imports torch."""
+    """Derives the schema of a recipe from the dataclasses of module, data and settings. Imports torch."""
     from maskgit_pl.autoregressive import AutoregressiveConfig
     from maskgit_pl.data import ShardDataConfig
     from maskgit_pl.mvtm import MaskedTokenConfig
@@ -175,13 +176,13 @@ def build_schema(kind: Kind) -> Schema:
 
 @cache
 def load_schema(kind: Kind) -> Schema:
-    """Reads the schema of a recipe. Imports nothing heavy."""
+    """Reads the schema of a recipe from its file, without importing torch."""
     content: Schema = json.loads((_FOLDER / f"{kind}.json").read_text())
     return content
 
 
 def write_schemas() -> None:
-    """Writes the schemas of all kinds, after a configuration has changed."""
+    """Writes the schemas of all kinds. Must be called after a configuration has changed."""
     _FOLDER.mkdir(exist_ok=True)
     for kind in _KINDS:
         (_FOLDER / f"{kind}.json").write_text(json.dumps(build_schema(kind), indent=1) + "\n")

@@ -1,7 +1,8 @@
-"""The values of a run: those of its recipe, those that data and tokenizer decide, and the default of every other key.
+"""Resolves all values of a run: those of its recipe, of data and tokenizer, and the defaults of all other keys.
 
-Order, later over earlier: data and tokenizer, recipe files, sizes of pretrained weights, flags; then defaults for what
-is left out, and keys that follow others.
+1. Values are merged, later over earlier: data and tokenizer, recipe files, sizes of pretrained weights, flags.
+2. Missing keys get their defaults.
+3. Derived keys are set from the keys that determine them.
 """
 
 from __future__ import annotations
@@ -35,17 +36,17 @@ MODULES: dict[str, tuple[type[Any], type[LightningModule]]] = {
     "transformer": (MaskedTokenConfig, MaskedTokenModel),
     "autoregressive": (AutoregressiveConfig, AutoregressiveModel),
 }
-"""The configuration of each kind of recipe, and the module that is trained."""
+"""The configuration and the module of each kind of recipe."""
 
 
 def merge_values(plan: Plan) -> dict[str, Any]:
-    """Merges all values of a run; keys that nothing decides are left out, see ``resolve``."""
+    """Merges all values of a run (step 1 of the module); ``resolve`` adds the rest."""
     pretrained = {} if plan.pretrained is None else _values_of_pretrained(plan.stage, plan.pretrained)
     return merge([_values_of_data_and_tokenizer(plan), plan.recipe.base, pretrained, *plan.recipe.flags])
 
 
 def _values_of_data_and_tokenizer(plan: Plan) -> dict[str, Any]:
-    """Values that a recipe leaves out, since data and tokenizer decide them."""
+    """Returns the values that data and tokenizer determine."""
     if plan.tokenizer is None:
         return {"data": {"path": str(plan.shards)}}
     config = read_config(plan.tokenizer, "tokenizer")
@@ -57,7 +58,7 @@ def _values_of_data_and_tokenizer(plan: Plan) -> dict[str, Any]:
         "token_store": str(plan.folder / "tokens"),
     }
     network = {
-        "num_codes": config["network"]["num_codes"],
+        "codebook_size": config["network"]["codebook_size"],
         "num_classes": _num_classes(plan),
         "grid": list(grid),
     }
@@ -65,7 +66,7 @@ def _values_of_data_and_tokenizer(plan: Plan) -> dict[str, Any]:
 
 
 def _num_classes(plan: Plan) -> int:
-    """The number of classes of the stream, if the recipe says it, else of the data folder."""
+    """Returns the number of classes of the stream, if the recipe gives it, else of the data folder."""
     if plan.recipe.get("data.source") == "stream":
         classes = plan.recipe.get("data.stream.classes")
         if classes is not None:
@@ -74,18 +75,19 @@ def _num_classes(plan: Plan) -> int:
 
 
 def _values_of_pretrained(stage: Stage, pretrained: Path) -> dict[str, Any]:
-    """Sizes of the weights that a run begins from; they win over those of recipe files."""
+    """Returns the sizes of the initial weights of a run, which override those of recipe files."""
     config = read_config(pretrained, stage)
     if stage == "tokenizer":
         network = dict(config["network"])
         data = {"image_size": config["image_size"], "in_channels": network.pop("in_channels")}
         return {"data": data, "model": {"network": network}}
-    network = {name: config["network"][name] for name in ("width", "depth", "num_heads", "mlp_width")}
+    # Not those that tokenizer and data determine (codebook, classes, grid), which must fit anyway.
+    network = {name: config["network"][name] for name in ("embed_dim", "depth", "num_heads", "mlp_dim")}
     return {"model": {"network": network}}
 
 
 def resolve(kind: str, tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a tree with the default of every key that it leaves out, and with the keys that follow others.
+    """Adds defaults and derived keys to a tree (steps 2 and 3 of the module).
 
     Args:
         kind: Kind of recipe, a key of ``MODULES``.
@@ -100,6 +102,7 @@ def resolve(kind: str, tree: Mapping[str, Any]) -> dict[str, Any]:
         given = tree.get(name, {}) if name else {key: tree[key] for key in asdict(defaults) if key in tree}
         values = {**asdict(defaults), **given}
         config |= {name: values} if name else values
+    # Derived keys.
     config["model"]["seed"] = config["data"]["seed"]
     if kind == "transformer":
         config["model"]["global_batch"] = config["data"]["global_batch"]
@@ -114,7 +117,7 @@ def _resolve_group(known: Mapping[str, Parameter], given: Mapping[str, Any]) -> 
     for name, parameter in known.items():
         value = given.get(name, parameter.default)
         kind = dataclass_in(parameter.annotation)
-        if value is MISSING and kind is None:
+        if value is MISSING and kind is None:  # a required key: building the dataclass will report it
             continue
         if kind is not None and value is not None:
             value = _resolve_group(parameters_of(kind), {} if value is MISSING else value)
@@ -123,7 +126,7 @@ def _resolve_group(known: Mapping[str, Parameter], given: Mapping[str, Any]) -> 
 
 
 def _drop_derived_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The tree without the keys that follow others."""
+    """Returns the tree without the derived keys."""
     model = {key: value for key, value in config["model"].items() if key not in ("seed", "image_size", "global_batch")}
     if "in_channels" in model["network"]:
         model["network"] = {key: value for key, value in model["network"].items() if key != "in_channels"}
@@ -131,25 +134,25 @@ def _drop_derived_keys(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def dataclass_in(annotation: Any) -> type[Any] | None:
-    """Returns the dataclass that an annotation names, optional or not."""
+    """Returns the dataclass in an annotation, which may be optional, or None."""
     options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     found = [each for each in options if isinstance(each, type) and is_dataclass(each)]
     return found[0] if found else None
 
 
 def config_text(plan: Plan) -> str:
-    """Returns the complete recipe of a run as YAML, with the defaults of all keys; nothing is built."""
+    """Returns the complete recipe of a run as YAML, with all defaults, without building anything."""
     return config_text_of(resolve(plan.recipe.kind, merge_values(plan)))
 
 
 def config_text_of(config: Mapping[str, Any]) -> str:
-    """Returns a resolved tree as the text of ``config.yaml``: a recipe again."""
+    """Returns a resolved tree as the text of ``config.yaml``, which is again a valid recipe."""
     head = "# The complete recipe of a run. To repeat it: maskgit train STAGE --config THIS_FILE --run NAME\n"
     return head + str(yaml.safe_dump(_plain(_drop_derived_keys(config)), sort_keys=False))
 
 
 def _plain(value: Any) -> Any:
-    """A tree with lists in place of tuples, as YAML holds it."""
+    """Returns a tree with lists instead of tuples, as in YAML."""
     if isinstance(value, dict):
         return {key: _plain(each) for key, each in value.items()}
     return [_plain(each) for each in value] if isinstance(value, list | tuple) else value

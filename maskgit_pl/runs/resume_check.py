@@ -1,8 +1,8 @@
-"""Settings of a recipe that must not change when a run resumes.
+"""The settings of a run that must not change when it resumes.
 
-A checkpoint carries the settings that decide what is learned from what. A run that resumes compares them with its own
-before it trains; everything else (steps, logging, validation, devices, workers, micro-batch, precision, how blocks and
-optimizer are executed) may change.
+A checkpoint carries all settings that affect the training result. A run that resumes compares them with its own before
+it trains. Everything else may change: steps, logging, validation, devices, workers, micro-batch size, precision, and
+the execution of blocks and optimizer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _TRAINER = ("gradient_clip_val", "gradient_clip_algorithm")
 _FREE_MODEL = {  # all other keys of the model are fixed
     "model.activation_checkpointing",
     "model.compiled",
-    "model.decoding",  # only pictures and exports
+    "model.decoding",  # affects only pictures and exports
     "model.global_batch",  # data.global_batch
     "model.memory_format",
     "model.optimizer.adamw",
@@ -25,15 +25,15 @@ _FREE_MODEL = {  # all other keys of the model are fixed
     "model.optimizer.learning_rate.final_fraction",
     "model.optimizer.learning_rate.warmup_steps",
     "model.seed",  # data.seed
-    "model.tokenizer",  # a folder; what lies in it counts
+    "model.tokenizer",  # a path; the content of the folder is compared instead
 }
 
 
 def fixed_settings(config: Mapping[str, Any], *, data: str, tokenizer: str | None = None) -> dict[str, Any]:
-    """Returns the settings that a run keeps, as plain values under their dotted keys.
+    """Returns the settings that must not change, as plain values by dotted key.
 
-    Betas, decay and the peak of the learning rate are among them since the optimizer's state restores them: a changed
-    one would have no effect.
+    They include betas, weight decay and the peak of the learning rate: the optimizer state restores these, so a change
+    would have no effect.
 
     Args:
         config: The resolved recipe: ``model``, ``data`` and ``trainer``.
@@ -41,7 +41,7 @@ def fixed_settings(config: Mapping[str, Any], *, data: str, tokenizer: str | Non
         tokenizer: Fingerprint of the tokenizer, for stage 2.
 
     Returns:
-        Dotted key -> value; what is named by a spec (``{name: ...}``) is one value.
+        Mapping of dotted keys to values; a specification (``{name: ...}``) is a single value.
     """
     settings = {"data": data, **_flat(config["model"], "model")}
     settings |= {f"data.{key}": config["data"].get(key) for key in _DATA}
@@ -52,12 +52,12 @@ def fixed_settings(config: Mapping[str, Any], *, data: str, tokenizer: str | Non
 
 
 def list_changes(old: Mapping[str, Any], new: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
-    """Lists the settings that differ, as ``key: old -> new``, sorted by key; hashes by their first 12 digits.
+    """Lists the changed settings as ``key: old -> new``, sorted by key; hashes are cut to 12 digits.
 
     Args:
         old: Settings of a checkpoint.
         new: Settings of the run.
-        defaults: Values of keys that the checkpoint does not have, since it is older than they are.
+        defaults: Values of keys that an older checkpoint does not have.
     """
     pairs = [(key, old.get(key, defaults.get(key)), new.get(key)) for key in sorted({*old, *new})]
     return [f"{key}: {_short(key, was)} -> {_short(key, now)}" for key, was, now in pairs if was != now]
@@ -69,6 +69,7 @@ def _flat(node: Mapping[str, Any], path: str) -> dict[str, Any]:
         key = f"{path}.{name}"
         if key in _FREE_MODEL:
             continue
+        # A specification {name: ...} is compared as a whole.
         if isinstance(value, Mapping) and "name" not in value:
             found |= _flat(value, key)
         else:
@@ -77,7 +78,7 @@ def _flat(node: Mapping[str, Any], path: str) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON restores it; without the paths of weight files, which may lie elsewhere."""
+    """Returns a value as JSON restores it, without the paths of weight files, which may move."""
     if isinstance(value, Mapping):
         return {name: _plain(item) for name, item in value.items() if name != "weights"}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,4 +1,4 @@
-"""Reads YAML as plain values: numbers, words, lists and mappings; no value can name a class or another file."""
+"""Reads YAML as plain values (numbers, strings, lists, mappings), which cannot name a class or another file."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from maskgit_pl.checks import shorten
 
 __all__ = ["NO_CODE", "check_plain", "parse_yaml", "read_yaml"]
 
-NO_CODE = "recipes name registered things, never classes"
-_MAX_BYTES = 200_000  # PyYAML reads about 200 kB a second
+NO_CODE = "recipes name registered objects, not classes"
+_MAX_BYTES = 200_000  # PyYAML parses about 200 kB per second
 _MAX_DEPTH = 16
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """SafeLoader without aliases (a few bytes can unfold to gigabytes) and without repeated keys."""
+    """A SafeLoader that rejects aliases (a few bytes can expand to gigabytes) and repeated keys."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
@@ -28,6 +28,7 @@ class _PlainLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002  # PyYAML's
+        # PyYAML would silently keep the last of two equal keys.
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
@@ -40,7 +41,7 @@ class _PlainLoader(yaml.SafeLoader):
         return made
 
 
-_PlainLoader.add_implicit_resolver(  # YAML 1.2's floats: 1e-3 is a number, too
+_PlainLoader.add_implicit_resolver(  # floats of YAML 1.2: PyYAML would read 1e-3 as a string
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 
@@ -49,10 +50,12 @@ def read_yaml(file: Path) -> dict[str, Any]:
     """Reads a YAML file as plain values.
 
     Raises:
-        ValueError: if it is over 200 kB, not YAML, nested too deep, not a mapping, or holds an alias, a repeated key, a
-            number that is not finite, a value that is not plain, or a key that names code. The message is one line.
+        ValueError: if the file is over 200 kB, not YAML, nested too deep or not a mapping, or holds an alias, a
+            repeated key, a non-finite number, a value that is not plain, or a key that names code. The message is one
+            line.
     """
-    if file.exists() and not file.is_file():  # a FIFO would be waited for
+    # Reading a FIFO would block.
+    if file.exists() and not file.is_file():
         raise ValueError(f"recipe {file} must be a regular file")
     if file.stat().st_size > _MAX_BYTES:
         raise ValueError(f"recipe {file} must have at most {_MAX_BYTES} bytes, got {file.stat().st_size}")
@@ -70,7 +73,7 @@ def parse_yaml(text: str) -> Any:
     """Parses YAML.
 
     Raises:
-        ValueError: whatever is wrong. The message is one line.
+        ValueError: if the text is invalid. The message is one line.
     """
     try:
         return yaml.load(text, Loader=_PlainLoader)  # a SafeLoader
@@ -93,7 +96,7 @@ def check_plain(node: Any, path: str = "", depth: int = 0) -> None:
         depth: Nesting depth of the part.
 
     Raises:
-        ValueError: if it is nested too deep, or holds another type, a number that is not finite, or a key that names
+        ValueError: if the tree is nested too deep, or holds another type, a non-finite number, or a key that names
             code. The message names the key.
     """
     if depth > _MAX_DEPTH:

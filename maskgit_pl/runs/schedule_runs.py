@@ -1,4 +1,4 @@
-"""A run for each mask schedule, under the same budget: what Table 3 and Figure 8 of the paper compare."""
+"""Runs with different mask schedules and the same budget, as compared in Table 3 and Figure 8 of the paper."""
 
 from __future__ import annotations
 
@@ -31,29 +31,30 @@ def train_schedules(
     data: Path | None = None,
     tokenizer: Path | None = None,
 ) -> list[Path]:
-    """Trains a transformer with each mask schedule, one after the other, each in a process of its own.
+    """Trains a transformer with each mask schedule, one after the other, each in a separate process.
 
-    All recipes are read before the first run begins. A run that was finished before is not trained again.
+    All recipes are read before the first run starts. Finished runs are not trained again.
 
     Args:
-        schedules: Recipes, one for each schedule.
-        names: Recipes that stand before the schedule's, in one word.
+        schedules: Recipe names, one per schedule.
+        names: Recipe names that come before that of the schedule, separated by spaces.
         dataset: Name of the data set.
         cluster: A file of ``recipes/cluster``.
         overrides: Values on top of every recipe; see ``Recipe.read``.
         runs: Folder of the runs.
-        data: Data folder; None for the data set's.
-        tokenizer: Pretrained tokenizer folder; None for the data set's only one.
+        data: Data folder; None means that of the data set.
+        tokenizer: Pretrained tokenizer folder; None means the only one for these data.
 
     Returns:
         The run folders, in the order of ``schedules``.
 
     Raises:
-        FileNotFoundError: if there is no recipe of a name.
-        ValueError: if a recipe is wrong, or a training failed; it has said why.
-        PreemptedError: if a training was asked to stop by a signal.
+        FileNotFoundError: if a recipe does not exist.
+        ValueError: if a recipe is invalid, or a training fails; its process has printed the reason.
+        PreemptedError: if a training is stopped by a signal.
     """
     words = flag_words(overrides)
+    # Read before the first training, so that a mistake in the last recipe is found now.
     recipes = {
         schedule: Recipe.read(
             "transformer", names=f"{names} {schedule}", dataset=dataset, cluster=cluster, overrides=words
@@ -77,6 +78,6 @@ def train_schedules(
 def _maskgit(schedule: str, command: str, *words: str) -> None:
     code = subprocess.run([sys.executable, "-m", "maskgit_pl", command, *words], check=False).returncode
     if code == PreemptedError.exit_code:
-        raise PreemptedError(f"ablation {schedule}: asked to stop by a signal; the same command resumes it")
+        raise PreemptedError(f"ablation {schedule}: stopped by a signal; repeat the command to resume")
     if code != 0:
-        raise ValueError(f"ablation {schedule}: `maskgit {command}` ended with {code}; the same command resumes it")
+        raise ValueError(f"ablation {schedule}: `maskgit {command}` exited with {code}; repeat the command to resume")

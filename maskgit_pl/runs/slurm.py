@@ -1,4 +1,4 @@
-"""Puts a stage of a run into Slurm's queue, as ``maskgit slurm submit`` does.
+"""Submits a stage of a run to Slurm, as ``maskgit slurm submit`` does.
 
 ::
 
@@ -6,10 +6,10 @@
 
     recipe = runs.Recipe.read("transformer", names="paper-256", cluster="fsdp")
     submission = runs.plan_submission(recipe, data="data/shards/imagenet", job=runs.JobOptions(nodes=4))
-    print(submission)  # as it can be typed
-    number = runs.submit(submission)
+    print(submission)  # the shell command
+    job_id = runs.submit(submission)
 
-The job is ``recipes/slurm/train.sbatch``, which can also be submitted by hand.
+The job script is ``recipes/slurm/train.sbatch``, which can also be submitted by hand.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ _SET_BY_JOB = {"trainer.num_nodes": "--nodes", "trainer.devices": "--devices"}
 
 @dataclass(frozen=True)
 class Submission:
-    """A job, as it is handed to ``sbatch``. ``plan_submission`` makes it.
+    """An ``sbatch`` command. Made by ``plan_submission``.
 
     Attributes:
-        plan: The run that it trains.
-        job: What it asks Slurm for.
+        plan: Plan of the run.
+        job: Options of the job.
         options: Options of ``sbatch``.
-        words: Words after the script, flags of ``maskgit train``.
-        variables: Variables that the script reads.
+        words: Arguments of the script: flags of ``maskgit train``.
+        variables: Environment variables that the script reads.
     """
 
     plan: Plan
@@ -67,12 +67,12 @@ class Submission:
 
     @property
     def log_file(self) -> Path:
-        """File that the job writes to; ``%j`` stands for its number."""
+        """The log file of the job; ``%j`` stands for the job ID."""
         return _log_file(self.plan)
 
     @property
     def command(self) -> list[str]:
-        """The words of the ``sbatch`` command."""
+        """The ``sbatch`` command as a list of words."""
         return ["sbatch", *self.options, str(_script()), *self.words]
 
     def __str__(self) -> str:
@@ -90,48 +90,49 @@ def plan_submission(
     pretrained: str | Path | None = None,
     job: JobOptions | None = None,
 ) -> Submission:
-    """Plans a job that trains a stage of a run; nothing is submitted, and Slurm is not needed.
+    """Plans a job that trains a stage of a run. Submits nothing, and works without Slurm.
 
     The arguments up to ``pretrained`` are those of ``runs.fit``.
 
     Args:
-        recipe: The values of the run, and the stage; read by name, or from an earlier run.
+        recipe: Values of the run, and the stage.
         run: A name in ``runs/``, or a folder. Default: ``DATASET-RECIPE``.
         data: Data folder. Default: ``data/shards/DATASET``.
-        tokenizer: Pretrained tokenizer folder, for stage 2. Default: the run's own, or the only one of these data.
-        pretrained: Pretrained folder whose weights a new run begins from.
-        job: What the job asks Slurm for. Default: 1 node of 8 devices.
+        tokenizer: Pretrained tokenizer folder, for stage 2. Default: the run's own, or the only one for these data.
+        pretrained: Pretrained folder with the initial weights of a new run.
+        job: Options of the job. Default: 1 node with 8 devices.
 
     Raises:
-        ValueError: if the recipe sets nodes or devices by a flag, or has a number of workers or threads that cannot be.
-        FileNotFoundError: if data, tokenizer or pretrained folder are not there.
+        ValueError: if a flag of the recipe sets nodes or devices, or its number of workers or threads is out of range.
+        FileNotFoundError: if data, tokenizer or pretrained folder do not exist.
     """
     job = job or JobOptions()
     for key, _ in split_flags(recipe.words):
         if key in _SET_BY_JOB:
-            raise ValueError(f"flag --{key} must be left out: the job sets it; use only {_SET_BY_JOB[key]}")
+            raise ValueError(f"flag --{key} must be left out, since the job sets it; use {_SET_BY_JOB[key]} instead")
     plan = plan_run(recipe, run=run, data=data, tokenizer=tokenizer, pretrained=pretrained)
+    # singleton: a second job of the same name waits for the first one.
     options = (
         "--parsable", "--export=ALL", f"--job-name={plan.folder.name}-{plan.stage}", f"--comment={_job_comment(plan)}",
         "--dependency=singleton", f"--output={_log_file(plan)}", f"--nodes={job.nodes}",
         f"--ntasks-per-node={job.devices}", *_resources(plan, job), *job.sbatch_words,
     )  # fmt: skip
     repeated = [] if recipe.config is None else [f"--config={recipe.config}"]
-    # A task that sees no GPU must end: with `auto` it would train on the CPU, for days.
+    # A task without a GPU must fail; with `auto` it would train on the CPU for days.
     gpu = ["--trainer.accelerator=gpu"] if recipe.get("trainer.accelerator") in (None, "auto") else []
     variables = _variables(plan, job, data=data, pretrained=pretrained)
     return Submission(plan, job, options, (*repeated, *recipe.words, *gpu), variables)
 
 
 def check_submission(submission: Submission) -> str:
-    """Builds the run as each task will, on this machine's CPU, and returns what it will be.
+    """Builds the run as each task will, on the CPU of this machine, and returns a summary.
 
     Raises:
-        ValueError: if training would refuse the run.
-        FileNotFoundError: if something that it reads is missing.
+        ValueError: if training would reject the run.
+        FileNotFoundError: if a file or folder that the run reads is missing.
     """
     plan, job = submission.plan, submission.job
-    log.info("%s: is checked as training will, some seconds ...", plan.stage_folder)
+    log.info("%s: checking the run as training will, which takes some seconds ...", plan.stage_folder)
     from maskgit_pl.runs.build import build  # lightning and torch take seconds to import
     from maskgit_pl.training.checkpoint_files import newest_checkpoint, step_of
     from maskgit_pl.training.strategies import check_accelerator
@@ -144,9 +145,9 @@ def check_submission(submission: Submission) -> str:
     if data.config.source != "stream":
         data.setup()
     newest, steps = newest_checkpoint(plan.checkpoints), run.trainer.max_steps
-    start = "from the start" if newest is None else f"resuming from {newest.name}"
+    start = "starts from scratch" if newest is None else f"resumes from {newest.name}"
     if newest is not None and step_of(newest) >= steps:
-        start = "which are done: the job will check that they are exported, and end"
+        start = "already complete: the job only checks the export"
     return (
         f"{plan.stage_folder}: {job.nodes * job.devices} ranks share a global batch of "
         f"{data.config.global_batch}; {steps} steps, {start}"
@@ -154,33 +155,35 @@ def check_submission(submission: Submission) -> str:
 
 
 def submit(submission: Submission) -> str:
-    """Checks a job, as ``check_submission`` does, and puts it into the queue.
+    """Checks a job with ``check_submission`` and submits it.
 
     Returns:
-        The number of the job.
+        The job ID.
 
     Raises:
-        FileNotFoundError: if Slurm is not there, or something that training needs is missing.
-        ValueError: if training would refuse the run, a job of it is in the queue, or ``sbatch`` refuses the job.
+        FileNotFoundError: if Slurm is not installed, or a file that training needs is missing.
+        ValueError: if training would reject the run, a job of the run is already in the queue, or ``sbatch`` rejects
+            the job.
     """
     if shutil.which("sbatch") is None:
         raise FileNotFoundError(
-            "sbatch: Slurm's client tools are needed to submit, got none on PATH; do it on a login node of the "
-            "cluster, or see with --dry-run what would be submitted"
+            "sbatch must be on PATH to submit a job; run this on a login node of the cluster, or use --dry-run to see "
+            "the command"
         )
     _refuse_second_job(submission.plan)
     log.info("%s", check_submission(submission))
     log.info("%s", submission)
-    submission.plan.stage_folder.mkdir(parents=True, exist_ok=True)  # for the log: Slurm makes no folders
+    submission.plan.stage_folder.mkdir(parents=True, exist_ok=True)  # for the log file: Slurm creates no folders
+    # The script reads these variables, so those of the user's shell must not reach it.
     others = {name: value for name, value in _environment_outside_job().items() if name not in _VARIABLES}
     done = subprocess.run(
         submission.command, env={**others, **submission.variables}, capture_output=True, text=True, check=False
     )
     if done.returncode:
-        raise ValueError(f"sbatch: refuses the job: {' '.join(done.stderr.split())}; see the command above")
+        raise ValueError(f"sbatch rejects the job: {' '.join(done.stderr.split())}; see the command above")
     if done.stderr.strip():
         log.warning("%s", done.stderr.strip())
-    return done.stdout.strip().partition(";")[0]  # NUMBER;CLUSTER on federated clusters
+    return done.stdout.strip().partition(";")[0]  # JOB_ID;CLUSTER on federated clusters
 
 
 # The job
@@ -195,12 +198,13 @@ def _log_file(plan: Plan) -> Path:
 
 
 def _job_comment(plan: Plan) -> str:
-    """Returns the comment by which a job of the same stage of the same run is found in the queue."""
+    """Returns the comment that identifies a job of this stage of this run in the queue."""
     return f"maskgit {plan.stage_folder.resolve()}"
 
 
 def _resources(plan: Plan, job: JobOptions) -> list[str]:
     workers, threads = _integer(plan, "data.num_workers", default=0), _integer(plan, "cpu_threads", default=1)
+    # One core for the task and one per data worker, but at least the threads of torch.
     is_on_cpu = plan.recipe.get("trainer.accelerator") == "cpu"
     options = [] if is_on_cpu or job.names_gpus else [f"--gpus-per-node={job.devices}"]
     options += [f"--cpus-per-task={job.cpus or max(1 + workers, threads)}", f"--time={job.time}"]
@@ -209,7 +213,7 @@ def _resources(plan: Plan, job: JobOptions) -> list[str]:
 
 
 def _integer(plan: Plan, key: str, *, default: int) -> int:
-    """Returns a value of the recipe, at least ``default``; ``default`` if nothing says it."""
+    """Returns an integer of the recipe, which must be >= ``default``, or ``default`` if it is not set."""
     value = plan.recipe.get(key)
     return default if value is None else check_integer(key, value, f"[{default}, inf)")
 
@@ -217,7 +221,7 @@ def _integer(plan: Plan, key: str, *, default: int) -> int:
 def _variables(
     plan: Plan, job: JobOptions, *, data: str | Path | None, pretrained: str | Path | None
 ) -> dict[str, str]:
-    """Returns the variables that the script reads, without those whose default is meant."""
+    """Returns the variables that the script reads, without those that have their default value."""
     program = job.program or ("maskgit" if job.container else str(_this_program()))
     values = {
         "STAGE": plan.stage,
@@ -242,7 +246,7 @@ def _this_program() -> Path:
 
 
 def _wrap(words: Sequence[str]) -> str:
-    """Returns the words of a shell command, broken into lines of ``_WIDTH`` characters."""
+    """Returns the words of a shell command, wrapped at ``_WIDTH`` characters."""
     lines = [""]
     for word in words:
         if lines[-1] and len(lines[-1]) + len(word) > _WIDTH:
@@ -255,7 +259,7 @@ def _wrap(words: Sequence[str]) -> str:
 
 
 def _environment_outside_job() -> dict[str, str]:
-    """Returns the variables of this process, without those of a job in which it may run."""
+    """Returns the environment of this process without the variables of a surrounding Slurm job."""
     if "SLURM_JOB_ID" not in os.environ:
         return {**os.environ}
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
@@ -271,20 +275,21 @@ class _Job(NamedTuple):
 
 
 def _refuse_second_job(plan: Plan) -> None:
-    """Refuses a second job of a run: two that write the same folder would destroy each other's run.
+    """Rejects a second job of the same run, since both would write the same folder.
 
     Raises:
-        ValueError: if there is one, or the queue cannot be read.
+        ValueError: if the queue has a job of this run, or cannot be read.
     """
     command = ["squeue", "--noheader", "--format=%i|%T|%k"]
     listed = subprocess.run(command, env=_environment_outside_job(), capture_output=True, text=True, check=False)
     if listed.returncode:
         said = " ".join(listed.stderr.split())
-        raise ValueError(f"squeue: the queue cannot be read, got {said!r}; submit where Slurm answers")
+        raise ValueError(f"squeue cannot read the queue: {said}; submit on a machine where Slurm responds")
+    # The comment comes last, since it may contain the separator.
     jobs = [_Job(*line.split("|", 2)) for line in listed.stdout.splitlines() if line.count("|") >= 2]
     for job in jobs:
         if job.comment == _job_comment(plan):
             raise ValueError(
-                f"run {plan.stage_folder}: one job at a time may train it, and job {job.number} is {job.state}; wait "
-                f"for it, end it with `scancel {job.number}`, or name another run with --run"
+                f"run {plan.stage_folder}: only one job at a time may train it, and job {job.number} is {job.state}; "
+                f"wait for it, end it with `scancel {job.number}`, or name another run with --run"
             )

@@ -1,6 +1,6 @@
-"""Trains a stage of a run that is planned, and exports it as a pretrained folder.
+"""Trains a stage of a planned run and exports it as a pretrained folder.
 
-``runs.fit`` and ``runs.export`` import it when they have found what they need: torch and Lightning take seconds.
+``runs.fit`` and ``runs.export`` import this file only after their checks, since torch and Lightning take seconds.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from maskgit_pl.runs.build import StageRun, build
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.process_exit import exit_on_error
 from maskgit_pl.runs.resolve import config_text_of
+from maskgit_pl.runs.units import count_text
 from maskgit_pl.token_model import TokenModel
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, SavedTensor, newest_checkpoint, step_of
@@ -36,8 +37,8 @@ __all__ = ["FitResult", "export_checkpoint", "fit_stage"]
 
 log = logging.getLogger(__name__)
 
-_EXPORTED = "exported.json"  # in the stage's folder: the step whose weights the run's pretrained folder has
-_OPEN_FILES = 1 << 16
+_EXPORTED = "exported.json"  # in the stage folder: the exported step, and the hash of the export
+_OPEN_FILES = 1 << 16  # more than any run needs
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,9 @@ class FitResult:
 
     Args:
         folder: ``runs/RUN``.
-        step: Step whose weights are exported.
-        was_finished: Whether the run was finished before, so that nothing was trained.
-        metrics: Last validation metrics by name, ``val/...``; empty where none was computed.
+        step: Step of the exported weights.
+        was_finished: True if the run was finished before, so that nothing was trained.
+        metrics: Last validation metrics by name, ``val/...``; empty if there was no validation.
     """
 
     folder: Path
@@ -58,18 +59,17 @@ class FitResult:
 
     @property
     def pretrained(self) -> Path:
-        """Pretrained folder of the run: what it has exported, for ``MaskGIT.from_pretrained``."""
+        """The pretrained folder that the run has exported, for ``MaskGIT.from_pretrained``."""
         return self.folder / "pretrained"
 
 
 def fit_stage(plan: Plan) -> FitResult:
-    """Trains a stage and exports it; a finished run is left as it is.
+    """Trains a stage and exports it; does nothing if the run is finished.
 
     Raises:
-        ValueError: if the recipe is wrong, data or tokenizer do not fit, the run would resume with other settings, or
+        ValueError: if the recipe is invalid, data or tokenizer do not fit, the settings of the run have changed, or
             another process trains it.
-        RunError: if training ends early: stopped by a signal, data that cannot be read, a full disk, losses that are
-            not finite.
+        RunError: if training ends early: a stop signal, unreadable data, a full disk, non-finite losses.
     """
     _allow_open_files()
     run = build(plan)
@@ -86,26 +86,28 @@ def fit_stage(plan: Plan) -> FitResult:
 
 
 def _fit(run: StageRun, plan: Plan) -> None:
-    """Trains from the newest checkpoint to the last step, and exports; rank 0 holds the lock of the stage's folder."""
+    """Trains from the newest checkpoint to the last step, and exports; rank 0 holds the lock of the stage folder."""
     module, data, trainer = run.model, run.datamodule, run.trainer
     newest = newest_checkpoint(plan.checkpoints)
     if plan.pretrained is not None and newest is None:
         assert isinstance(module, Tokenizer | TokenModel)
-        module.start_from(plan.pretrained)
+        module.start_from(plan.pretrained)  # only a new run: a checkpoint has its own weights
     if trainer.is_global_zero:
         _write_records(run, plan)
         _log_start(run, plan, newest)
+    # All ranks compare it before they train.
     run.checkpoints.resumes_from = newest
     with exit_on_error(trainer), run.watchdog.watch_past_fit(trainer):
         trainer.fit(module, datamodule=data, ckpt_path=newest)
         _export(module, data, plan, plan.folder / "pretrained", step=trainer.global_step)
-        trainer.strategy.barrier("exported")  # who starts the ranks soon ends those that are left behind another
+        # The launcher ends the remaining ranks soon after the first one exits, so all exit together.
+        trainer.strategy.barrier("exported")
 
 
 def _allow_open_files() -> None:
-    """Raises the limit of open files as far as the system allows, up to what any run needs.
+    """Raises the limit of open files as far as the system allows.
 
-    Rank 0 holds two connections to each other rank, and a shell often allows 1024 files.
+    Rank 0 holds two connections to each other rank, but shells often allow only 1,024 open files.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
@@ -114,20 +116,21 @@ def _allow_open_files() -> None:
 
 
 def export_checkpoint(plan: Plan, checkpoint: Path, out: Path) -> None:
-    """Writes the averaged weights of a checkpoint as training does at its end.
+    """Exports the averaged weights of a checkpoint, as training does at its end.
 
     Args:
-        plan: A plan of one process on a CPU.
-        checkpoint: A checkpoint of the run, written by any number of ranks.
+        plan: Plan with a single process on the CPU.
+        checkpoint: Checkpoint of the run, written by any number of ranks.
         out: Pretrained folder.
 
     Raises:
-        ValueError: if the checkpoint is not whole.
+        ValueError: if the checkpoint is incomplete.
     """
     run = build(plan)
     module = run.model
 
     def only_weights(key: str, saved: SavedTensor) -> Tensor:
+        # Optimizer states are not read.
         return saved.read_all() if key.startswith("/state_dict/") else torch.empty(0)
 
     load_weights(module, FolderCheckpointIO().load_pieces(checkpoint, only_weights)["state_dict"], checkpoint)
@@ -136,22 +139,23 @@ def export_checkpoint(plan: Plan, checkpoint: Path, out: Path) -> None:
 
 
 def _log_start(run: StageRun, plan: Plan, newest: Path | None) -> None:
-    """Logs from where the run starts, its batch, and which keys of its recipe have no meaning for it."""
+    """Logs the starting point of the run, its batch, and the keys of its recipe that it ignores."""
     if plan.pretrained is not None and newest is None:
         log.info("%s: starts from the weights of %s", plan.stage_folder, plan.pretrained)
     for origin, keys in plan.recipe.left_out.items():
-        log.info("%s: causal attention has no use for %s", origin, ", ".join(keys))
+        log.info("%s: causal attention ignores %s", origin, ", ".join(keys))
     data, ranks = run.datamodule, run.trainer.world_size
     per_device, accumulation = split_batch(data.config.global_batch, data.config.max_batch_per_device, ranks)
     log.info(
-        "%s: global batch %d = %d ranks x %d accumulated x %d a device%s",
-        plan.stage_folder, data.config.global_batch, ranks, accumulation, per_device,
+        "%s: global batch %d = %s x %s x %s%s",
+        plan.stage_folder, data.config.global_batch, count_text(ranks, "rank"),
+        count_text(accumulation, "accumulation step"), count_text(per_device, "sample"),
         f"; resuming from {newest.name}" if newest else "",
     )  # fmt: skip
 
 
 def _is_exported(plan: Plan, step: int) -> bool:
-    """Returns whether the run's own pretrained folder has the weights of a step, and not of an earlier one."""
+    """Returns True if the pretrained folder of the run holds the weights of this step, not of an earlier one."""
     try:
         said: object = json.loads((plan.stage_folder / _EXPORTED).read_text())
         return said == {"step": step, "sha256": fingerprint(plan.folder / "pretrained" / plan.stage)}
@@ -160,7 +164,7 @@ def _is_exported(plan: Plan, step: int) -> bool:
 
 
 def _export(module: LightningModule, data: ShardData, plan: Plan, folder: Path, *, step: int) -> None:
-    """Writes the averaged weights; called on every rank."""
+    """Writes the averaged weights; must be called on every rank."""
     if isinstance(module, Tokenizer):
         module.export(folder)
     elif isinstance(module, TokenModel):
@@ -175,15 +179,15 @@ def _export(module: LightningModule, data: ShardData, plan: Plan, folder: Path, 
 
 
 def _describe(folder: Path) -> None:
-    """Writes the model card beside both stages; its errors do not end the run, whose weights are exported."""
+    """Writes the model card. Its errors do not end the run, since the weights are already exported."""
     try:
         write_card(folder)
     except Exception as error:
-        log.warning("%s: no model card (%s: %s)", folder, type(error).__name__, error)
+        log.warning("%s: cannot write the model card (%s: %s)", folder, type(error).__name__, error)
 
 
 def _write_records(run: StageRun, plan: Plan) -> None:
-    """Writes the resolved recipe and where it ran, so that a run can be understood and repeated."""
+    """Writes the resolved recipe and the environment of a run, so that it can be repeated."""
     folder = plan.stage_folder
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.yaml", config_text_of(run.config))

@@ -1,7 +1,7 @@
-"""``runs.tokenize``: makes the token store that stage 2 of a run reads. Imports torch when there is something to do.
+"""``runs.tokenize``: makes the token store that stage 2 of a run reads. Imports torch only if there is work to do.
 
-Runs with the same tokenizer and the same data share a store: it lies in ``runs/tokens/KEY``, KEY being a hash of what
-the store is made of, and ``runs/RUN/tokens`` is a link to it.
+Runs with the same tokenizer and the same data share a store in ``runs/tokens/KEY``, where KEY is a hash of its
+description. ``runs/RUN/tokens`` is a symbolic link to it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -39,12 +39,12 @@ OnRows = Callable[[Literal["train", "val"], int, int], object]
 
 
 class ProcessRank(NamedTuple):
-    """Which of the processes that share the work this is.
+    """The rank of this process among the processes that share the work.
 
     Attributes:
-        rank: Its number, from 0.
+        rank: Index of this process, in [0, world_size).
         world_size: Number of processes.
-        local_rank: Its number among those on its machine.
+        local_rank: Index of this process among those on its machine, from 0.
     """
 
     rank: int
@@ -54,17 +54,17 @@ class ProcessRank(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenizeOptions:
-    """Options of making a token store.
+    """The options of a token store.
 
     Args:
-        crops: Crops of each training image, the central one first. None: as in the tokens that the run has, else 1.
-        flip: Whether each training image is there mirrored too. None: as in the tokens that the run has, else not.
-        precision: Of the tokenizer. None: as in the tokens that the run has, else ``"float32"``.
-        device: ``"cpu"``, ``"cuda:1"``, ...; ``"auto"`` takes what there is.
-        batch_size: Images at a time.
-        num_workers: Processes that decode. None: none where the CPU encodes, at most 8 beside a GPU.
-        part_size: Images that are put on disk at a time: what a kill costs.
-        unreadable_budget: Fraction of unreadable images that is allowed, in [0, 1].
+        crops: Crops per training image, beginning with the center crop. None: those of the existing store, else 1.
+        flip: True adds the mirrored training images. None: that of the existing store, else False.
+        precision: Precision of the tokenizer. None: that of the existing store, else ``"float32"``.
+        device: ``"cpu"``, ``"cuda:1"``, ...; ``"auto"`` takes a GPU if there is one.
+        batch_size: Images per batch of the tokenizer.
+        num_workers: Processes that decode images. None: 0 on a CPU, up to 8 with a GPU.
+        part_size: Images per part that is written at a time; a kill loses at most one part.
+        unreadable_budget: Allowed fraction of unreadable images, in [0, 1].
     """
 
     crops: int | None = None
@@ -88,26 +88,26 @@ def tokenize(
     process: ProcessRank | None = None,
     on_rows: OnRows = lambda split, rows, total: None,
 ) -> Path | None:
-    """Makes the token store of a run, if its recipe reads tokens; resumes an interrupted one.
+    """Makes the token store of a run if its recipe reads tokens. Resumes an interrupted store.
 
     Args:
-        recipe: Of stage 2.
+        recipe: Recipe of stage 2.
         run: A name in ``runs/``, or a folder; see ``fit``.
         data: Data folder; see ``fit``.
         tokenizer: Pretrained tokenizer folder; see ``fit``.
-        pretrained: Pretrained folder of both stages that has the tokenizer, if ``tokenizer`` names none.
-        options: Options of making it.
-        process: Which of the processes that share the work this is. Default: ``find_process_rank()``.
-        on_rows: Called with the split, how many more rows are done (first those of an earlier run) and how many this
-            process has to do of that split.
+        pretrained: Pretrained folder of both stages with the tokenizer, if ``tokenizer`` is None.
+        options: Options of the store.
+        process: Rank of this process. Default: ``find_process_rank()``.
+        on_rows: Called with the split, the number of new rows (first those of an earlier run), and the number of rows
+            of that split for this process.
 
     Returns:
         The folder of the store; None if the recipe does not read tokens.
 
     Raises:
-        FileNotFoundError: if data or tokenizer are not there.
+        FileNotFoundError: if data or tokenizer do not exist.
         ValueError: if an option is out of range, or another process of the same rank makes the store.
-        DataBudgetError: if too many images cannot be read.
+        DataBudgetError: if too many images are unreadable.
     """
     source = recipe.get("data.source")
     if source != "tokens":
@@ -128,10 +128,10 @@ def tokenize(
 
 
 def find_process_rank(rank: int | None = None, world_size: int | None = None) -> ProcessRank:
-    """Finds the process of this process: the one that is given, else that of torchrun, else of srun, else a single one.
+    """Finds the rank of this process: the given one, else that of torchrun or srun, else that of a single process.
 
     Raises:
-        ValueError: if one of the two numbers is given without the other, or there is no such rank.
+        ValueError: if only one of the two numbers is given, or the rank is out of range.
     """
     if (rank is None) != (world_size is None):
         raise ValueError(f"--rank and --world-size must be given together, got {rank} and {world_size}")
@@ -139,6 +139,7 @@ def find_process_rank(rank: int | None = None, world_size: int | None = None) ->
         if not 0 <= rank < world_size:
             raise ValueError(f"--rank must be in [0, {world_size - 1}] with --world-size {world_size}, got {rank}")
         return ProcessRank(rank, world_size, rank)
+    # torchrun comes first, since it may run inside a Slurm job.
     for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")):
         if all(name in os.environ for name in names):
             return ProcessRank(*(int(os.environ[name]) for name in names))
@@ -146,7 +147,7 @@ def find_process_rank(rank: int | None = None, world_size: int | None = None) ->
 
 
 def _describe(options: TokenizeOptions, folder: Path, shards: Path, tokenizer: PretrainedTokenizer) -> StoreDescription:
-    """Describes the store that is wanted. A run that has tokens keeps their views unless options name others."""
+    """Describes the wanted store. A run with a store keeps its crops, flips and precision unless options set others."""
     from maskgit_pl.data import describe_store
     from maskgit_pl.shards.tokens import read_description
 
@@ -154,14 +155,14 @@ def _describe(options: TokenizeOptions, folder: Path, shards: Path, tokenizer: P
         return describe_store(
             shards,
             grid=tokenizer.grid,
-            num_codes=tokenizer.network.config.num_codes,
+            codebook_size=tokenizer.network.config.codebook_size,
             tokenizer=tokenizer.fingerprint,
             image_size=tokenizer.image_size,
             **views,
         )
 
     named = {name: value for name in _VIEWS if (value := getattr(options, name)) is not None}
-    with suppress(FileNotFoundError, ValueError):  # none, or one that is made again
+    with suppress(FileNotFoundError, ValueError):  # no store, or one that will be replaced
         own = read_description(folder / "tokens")
         if not named and own == describe(**{name: getattr(own, name) for name in _VIEWS}):
             return own
@@ -171,21 +172,24 @@ def _describe(options: TokenizeOptions, folder: Path, shards: Path, tokenizer: P
 def _store_of(folder: Path, description: StoreDescription) -> Path:
     """Returns the folder of a store, and links ``RUN/tokens`` to it.
 
-    A store that lies in the run's own folder, as version 0.1.0 made it, stays there.
+    A store inside the run folder, as made by version 0.1.0, stays there.
     """
     own = folder / "tokens"
+    # A folder, not a link: a store of version 0.1.0.
     if own.is_dir() and not own.is_symlink():
         return own
-    fields = asdict(description)
-    del fields["sha256"]  # of a finished store, which may be the run's own
+    from maskgit_pl.shards.tokens import plain_description  # torch takes seconds to import
+
+    fields = plain_description(description)
     key = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
     shared = folder.parent / SHARED_TOKENS / key
     shared.mkdir(parents=True, exist_ok=True)
     own.parent.mkdir(parents=True, exist_ok=True)
+    # A new link replaces the old one in one step, which is safe if other ranks do the same.
     link = own.with_name(f".tokens.{os.getpid()}")
     link.unlink(missing_ok=True)
     link.symlink_to(os.path.relpath(shared, own.parent), target_is_directory=True)
-    link.replace(own)  # ranks that come here at once make the same link
+    link.replace(own)  # atomic: ranks may do this at the same time, with the same target
     return shared
 
 
@@ -199,7 +203,7 @@ def _make(
     device: torch.device,
     on_rows: OnRows,
 ) -> None:
-    """Encodes this rank's share of the images, and tells how it went."""
+    """Encodes this rank's share of the images, and logs the outcome."""
     import torch
 
     from maskgit_pl.data import TokenizingConfig
@@ -224,7 +228,7 @@ def _make(
             on_rows=count,
         )
     if outcome == "found":
-        log.info("%s: there already, made by this tokenizer from this data", store)
+        log.info("%s exists already, made by this tokenizer from these data", store)
         return
     seconds = max(time.monotonic() - begun, 1e-9)
     name = "" if process.world_size == 1 else f"rank {process.rank} of {process.world_size}: "
@@ -236,7 +240,7 @@ def _make(
 
 
 class _Count:
-    """Counts the rows that this process encodes; the first call for each split tells of an earlier run."""
+    """A callback that counts newly encoded rows; the first call for each split reports rows of an earlier run."""
 
     def __init__(self, on_rows: OnRows) -> None:
         self.on_rows, self.splits, self.rows = on_rows, set[str](), 0
@@ -248,7 +252,7 @@ class _Count:
 
 
 def _encoder(tokenizer: PretrainedTokenizer, device: torch.device, precision: str) -> Callable[[Tensor], Tensor]:
-    """Returns what turns (B, C, H, W) uint8 images on the CPU into (B, N) int64 tokens on the device."""
+    """Returns a function from (B, C, H, W) uint8 images on the CPU to (B, N) int64 tokens on the device."""
     import torch
 
     from maskgit_pl.imaging import to_unit_range
@@ -263,7 +267,7 @@ def _encoder(tokenizer: PretrainedTokenizer, device: torch.device, precision: st
 
 
 def _device(name: str, local_rank: int) -> torch.device:
-    """Returns the device of a name; the processes of a machine take its accelerators in turn."""
+    """Returns a device by name; for ``auto``, the processes of a machine take its accelerators in turn."""
     import torch
 
     from maskgit_pl.devices import check_device
@@ -278,7 +282,7 @@ def _device(name: str, local_rank: int) -> torch.device:
 
 
 def _num_workers(device: torch.device) -> int:
-    """Returns how many processes decode: none where the CPU encodes, which they would slow down."""
+    """Returns the number of decoding processes: none if the CPU also encodes, since they would slow it down."""
     if device.type == "cpu":
         return 0
     return min(_MOST_WORKERS, available_cores())

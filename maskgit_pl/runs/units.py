@@ -1,4 +1,4 @@
-"""Numbers with their units, as people read them."""
+"""Formatting and parsing of numbers with units: counts, durations, FLOPs, sizes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ _FACTORS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
 
 
 def count_text(count: int, noun: str) -> str:
-    """Returns a number with its noun, such as ``1 node`` or ``1,024 nodes``."""
+    """Formats a count with its noun, such as ``1 node`` or ``1,024 nodes``."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def duration_text(seconds: float) -> str:
-    """Returns a duration in three digits, such as ``41 ms``, ``3.2 h`` or ``12 days``."""
+    """Formats a duration with three digits, such as ``41 ms``, ``3.2 h`` or ``12 days``."""
     for unit, factor in (("days", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1e-3)):
         if seconds >= (2 if unit == "days" else 1) * factor:
             return f"{seconds / factor:.3g} {unit}"
@@ -23,7 +23,7 @@ def duration_text(seconds: float) -> str:
 
 
 def flops_text(count: float) -> str:
-    """Returns a number of floating-point operations in three digits, such as ``1.2 TFLOP``."""
+    """Formats a number of floating-point operations with three digits, such as ``1.2 TFLOP``."""
     for unit, factor in (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)):
         if count >= factor:
             return f"{count / factor:.3g} {unit}"
@@ -34,7 +34,7 @@ def parse_size(text: str) -> float:
     """Parses a size or rate such as ``80GB``, ``24GiB``, ``150T`` or ``4e14``.
 
     Raises:
-        ValueError: if it is anything else, or not above 0.
+        ValueError: if the text is not such a size, or not above 0.
     """
     found = re.fullmatch(r"([\d.]+(?:[eE][+-]?\d+)?)\s*([KMGTP]?)(i?)[bB]?", text)
     try:
@@ -43,5 +43,6 @@ def parse_size(text: str) -> float:
         value = 0.0
     if not found or value <= 0:
         raise ValueError(f"must be a size such as 80GB, 24GiB, 150T or 4e14, got {text}")
+    # An i after the prefix means powers of 1024: 1e9 has 10 digits, so G is 1024**3.
     factor = _FACTORS[found.group(2)]
     return value * (1024 ** round(len(str(int(factor))) // 3) if found.group(3) else factor)

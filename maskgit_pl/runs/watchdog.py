@@ -1,18 +1,19 @@
-"""Ends a run that hangs, and names the rank that it waits for.
+"""The watchdog of a run: ends a run that hangs, and names the rank that it waits for.
 
-Two threads run beside the training loop of each rank:
+Each rank runs two threads beside its training loop:
 
-1. The progress thread looks once a second whether a micro-batch, a validation batch or a checkpoint has been finished.
-   When none has for longer than the limit, it writes the stacks of all threads and ends the process.
-2. The heartbeat thread, with several ranks, calls ``Peers.beat`` once a second and ends the process when another rank
-   is gone or has announced an error.
+1. The progress thread checks once per second for a finished micro-batch, validation batch or checkpoint. After a time
+   without progress that exceeds the limit, it writes the stacks of all threads and ends the process.
+2. The heartbeat thread (only with several ranks) calls ``Peers.beat`` once per second. It ends the process when another
+   rank is gone or has announced an error.
 
-The main thread announces an error of this rank alone (``on_exception``). Whoever ends the process follows one order:
+The main thread announces an error that only this rank has (``on_exception``). Each of the three follows the same steps
+to end the process:
 
-a. announce to the other ranks why they end, so that they end with the same exit code;
+a. announce the reason to the other ranks, so that they exit with the same code;
 b. write the reason, and after a hang the stacks, to stderr and to the folder of the stage;
-c. wait until the other ranks have read the announcement: rank 0 keeps the store in which it stands;
-d. exit without cleaning up, which would wait for the collective that hangs.
+c. wait until the other ranks have read the announcement, since it is in the store that rank 0 holds;
+d. exit without cleanup, which would wait for the collective that hangs.
 """
 
 from __future__ import annotations
@@ -42,25 +43,27 @@ __all__ = ["Watchdog"]
 log = logging.getLogger(__name__)
 
 _TICK_SECONDS = 1.0
-_MEDIANS = 20  # a step may take so many times the median step
-_MIN_STEPS = 5  # before the median counts
-_OTHER_PHASES = 18  # set-up, validation and saving have no median: so many times the shortest limit, half an hour
-_DELIVERY_SECONDS = 3.0  # after which the other ranks have read why they end, and written their stacks
-_REPORT_SECONDS = 30.0  # that writing the reason and the stacks may take
-_POLLS = 20  # of child processes, within a tick
+_MEDIANS = 20  # limit of a training step, in median step times
+_MIN_STEPS = 5  # steps before the median is used
+# Set-up, validation and saving have no median. Their limit is this many times ``seconds``: 30 min with the default.
+_OTHER_PHASES = 18
+_DELIVERY_SECONDS = 3.0  # time for the other ranks to read the reason and to write their stacks
+_REPORT_SECONDS = 30.0  # time limit for writing the reason and the stacks
+_POLLS = 20  # polls of the child processes within a tick
 
 
 class Watchdog(Callback):
     """Ends the process with exit code 70 when nothing makes progress for max(``seconds``, 20 x the median step).
 
-    The stacks of all threads are written first, to ``stacks.txt`` (``stacks-rank1.txt`` ...) in the folder of the stage
-    and to stderr, on all ranks that still can. Time in which the process itself is stopped does not count.
+    Before that, every rank that still can writes the stacks of all threads to ``stacks.txt`` (``stacks-rank1.txt`` ...)
+    in the folder of the stage and to stderr. Time in which the process is stopped (SIGSTOP) does not count.
 
-    When another rank's process has ended, or ends with an error of its own, this one ends within seconds, too.
+    If the process of another rank has ended, or fails with an error that only that rank has, this process also ends
+    within seconds.
 
     Args:
         folder: Folder of the stage.
-        seconds: The shortest limit, positive.
+        seconds: Shortest limit in seconds, > 0.
 
     Raises:
         ValueError: if ``seconds`` is not positive.
@@ -73,7 +76,7 @@ class Watchdog(Callback):
         self.seconds = seconds
         self._step_seconds: deque[float] = deque(maxlen=50)
         self._last_batch_end = time.monotonic()
-        self._idle_ticks = 0  # ticks, not a clock: none passes while the process is stopped
+        self._idle_ticks = 0  # not a clock, which would also run while the process is stopped
         self._phase = "set-up"
         self._step = 0
         self._outlives_fit = False
@@ -83,7 +86,7 @@ class Watchdog(Callback):
 
     @property
     def limit(self) -> float:
-        """Seconds without progress after which the run ends, in its present phase."""
+        """The time limit without progress in the current phase, in seconds."""
         if self._phase == "training" and len(self._step_seconds) >= _MIN_STEPS:
             return max(self.seconds, _MEDIANS * statistics.median(self._step_seconds))
         return _OTHER_PHASES * self.seconds
@@ -100,7 +103,7 @@ class Watchdog(Callback):
 
     @contextmanager
     def watch_past_fit(self, trainer: Trainer) -> Iterator[None]:
-        """Keeps watching until the block ends instead of until the fit ends: all ranks export its result together."""
+        """Keeps the watchdog active until the context ends: after the fit, all ranks export the result together."""
         self._outlives_fit = True
         try:
             yield
@@ -132,10 +135,10 @@ class Watchdog(Callback):
             self._stop()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Announces an error of this rank alone to the other ranks.
+        """Announces an error that only this rank has to the other ranks.
 
         Raises:
-            PeerError: if the error follows from one that another rank has announced.
+            PeerError: if the error is a consequence of one that another rank has announced.
         """
         self._stop_with_error(trainer, exception)
 
@@ -146,15 +149,15 @@ class Watchdog(Callback):
 
     def _stop_with_error(self, trainer: Trainer, exception: BaseException) -> None:
         agreed = exception.on_all_ranks if isinstance(exception, RunError) else not isinstance(exception, Exception)
-        if agreed:  # the other ranks raise it, too
+        if agreed:  # all ranks raise it together
             self._stop()
         else:
             self._report_error(trainer, exception)
         self._is_done.set()
 
     def _report_error(self, trainer: Trainer, exception: BaseException) -> None:
-        """Announces an error of this rank, or finds the other rank that has caused it."""
-        # A collective raises RuntimeError when another rank is gone.
+        """Announces an error of this rank, or raises the error of the rank that caused it."""
+        # A collective raises RuntimeError when another rank is gone, so the cause may be elsewhere.
         is_of_collective = isinstance(exception, RuntimeError) and not isinstance(exception, RunError)
         ending = None
         if self._peers is not None and is_of_collective:
@@ -163,13 +166,13 @@ class Watchdog(Callback):
             self._is_done.set()
             raise PeerError(ending.code, ending.text) from exception
         where = f"rank {trainer.global_rank}, step {trainer.global_step}"
-        # The heartbeat thread runs on while this waits, so that no rank takes this one for lost.
+        # The heartbeat thread continues during this wait, so that no other rank considers this one lost.
         lost = self._describe_lost(trainer) if is_of_collective else ""
         if lost:
             log.error("%s: %s", where, lost)
         elif self._peers is not None:
             text = " ".join(f"{where}: {type(exception).__name__}: {exception}".split())
-            self._is_done.set()  # before the announcement, which the heartbeat thread would read
+            self._is_done.set()  # before the announcement, which our own heartbeat thread would act on
             self._peers.announce(Ending(exit_code_of(exception), "rank", text))
             time.sleep(_DELIVERY_SECONDS)
 
@@ -177,11 +180,12 @@ class Watchdog(Callback):
         self._phase, self._step, self._idle_ticks = phase, trainer.global_step, 0
 
     def _watch_progress(self, trainer: Trainer) -> None:
-        """Runs in the progress thread."""
+        """Checks for progress once per tick; runs in the progress thread."""
         while not self._is_done.wait(_TICK_SECONDS):
             self._idle_ticks += 1
             if self._is_over_limit():
-                ending = self._describe_hang(trainer)  # takes seconds, in which progress may come
+                # This takes seconds, so the limit is checked again before the process ends.
+                ending = self._describe_hang(trainer)
                 if self._is_over_limit() and not self._is_done.is_set():
                     self._end_process(trainer, ending)
 
@@ -189,7 +193,7 @@ class Watchdog(Callback):
         return self._idle_ticks * _TICK_SECONDS > self.limit
 
     def _watch_peers(self, trainer: Trainer, peers: Peers) -> None:
-        """Runs in the heartbeat thread."""
+        """Sends a heartbeat once per tick; runs in the heartbeat thread."""
         while not self._is_done.wait(_TICK_SECONDS):
             self._peers_ending = peers.beat()
             if self._peers_ending is not None and not self._is_done.is_set():
@@ -197,15 +201,15 @@ class Watchdog(Callback):
 
     def _describe_hang(self, trainer: Trainer) -> Ending:
         text = (
-            f"{self._phase}: nothing has gone on for {self.limit:.0f} s after step {self._step} "
-            f"(the limit: {_MEDIANS} x the median step, at least {self.seconds:.0f} s)"
+            f"{self._phase}: no progress for {self.limit:.0f} s after step {self._step} "
+            f"(limit: {_MEDIANS} x the median step, at least {self.seconds:.0f} s)"
         )
         lost = self._describe_lost(trainer)
         return Ending(INTERNAL_ERROR, "hang", f"{text}; {lost}" if lost else text)
 
     def _end_process(self, trainer: Trainer, ending: Ending) -> None:
-        """Reports the reason here and to the other ranks, and ends the process: steps a to d of the module."""
-        # In a thread: stderr may lie on a full disk, or lead to a process that is gone or does not read.
+        """Reports the reason locally and to the other ranks, and ends the process: steps a to d of the module."""
+        # In a thread, since a write to stderr can block: a full disk, or a pipe that no process reads.
         reporting = threading.Thread(target=self._report_ending, args=(trainer, ending), name="report", daemon=True)
         reporting.start()  # a, b
         reporting.join(_REPORT_SECONDS)
@@ -214,11 +218,11 @@ class Watchdog(Callback):
 
     def _report_ending(self, trainer: Trainer, ending: Ending) -> None:
         rank = trainer.global_rank
-        # What another rank has announced is printed once, by rank 0; what this rank found out itself, by this rank.
+        # Rank 0 prints a reason that another rank has announced; each rank prints a reason that it found itself.
         prints = rank == 0 or self._peers is None or self._peers.read_ending() is None
         if self._peers is not None:
             self._peers.announce(ending)
-        # Not through logging: the main thread may hold its lock.
+        # Without logging, whose lock the main thread may hold.
         if ending.reason == "hang":
             path = self.folder / ("stacks.txt" if rank == 0 else f"stacks-rank{rank}.txt")
             stacks = _format_stacks()
@@ -226,26 +230,27 @@ class Watchdog(Callback):
                 path.write_text(stacks)
             sys.stderr.write(f"hang, rank {rank}: {ending.text}; stacks: {path}\n{stacks}")
         elif prints:
-            sys.stderr.write(f"all ranks end, since one has: {ending.text}\n")
+            sys.stderr.write(f"all ranks exit: {ending.text}\n")
         sys.stderr.flush()
 
     def _describe_lost(self, trainer: Trainer) -> str:
-        """Returns which other ranks have ended or are silent, as far as is known; empty if none is."""
-        children = getattr(trainer.strategy.launcher, "procs", [])  # of Lightning's own launcher, on this machine
+        """Returns a text that names the ranks known to have ended or to be silent; empty if there are none."""
+        children = getattr(trainer.strategy.launcher, "procs", [])  # only with Lightning's own launcher
         for _ in range(_POLLS if children else 0):
             ended = [(rank, child) for rank, child in enumerate(children, start=1) if child.poll() is not None]
             if ended:
                 return ", ".join(
                     f"rank {rank} (process {child.pid}) ended with {child.returncode}" for rank, child in ended
                 )
-            time.sleep(_TICK_SECONDS / _POLLS)  # connections of a process are closed a moment before it has ended
+            # The kernel closes the connections of a process shortly before the process counts as ended.
+            time.sleep(_TICK_SECONDS / _POLLS)
         return "" if self._peers is None else self._peers.describe_silent()
 
 
 def _format_stacks() -> str:
-    """Returns the stack of each thread.
+    """Returns the stacks of all threads as text.
 
-    faulthandler would write to a stream that may not be read any more, and stop all threads meanwhile.
+    ``faulthandler`` is not used: it writes to a stream that may block, and stops all threads meanwhile.
     """
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     return "".join(

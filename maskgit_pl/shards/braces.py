@@ -1,6 +1,7 @@
-"""Lists of shards in braces, ``train-{00000..01023}.tar``, counted before they are expanded.
+"""Brace expansion of lists of shards, such as ``train-{00000..01023}.tar``, with a limit on the number of names.
 
-``braceexpand`` holds each range in memory: a few characters can ask for any number of names.
+Used by ``index`` and by the configuration of streams. The names are counted before they are expanded, since
+``braceexpand`` keeps each range in memory, and a few characters can stand for any number of names.
 """
 
 from __future__ import annotations
@@ -15,20 +16,23 @@ __all__ = ["MAX_NAMES", "count_names", "expand_braces"]
 
 MAX_NAMES = 1_000_000
 _MAX_PATTERN = 4096  # characters
-_MAX_CHARACTERS = 2**28  # of all names together; a name is no longer than its pattern
+_MAX_CHARACTERS = 2**28  # of all names together; no name is longer than its pattern
 _INTEGERS = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?")
 _LETTERS = re.compile(r"([A-Za-z])\.\.([A-Za-z])(?:\.\.-?(\d+))?")
 _ALPHABET = string.ascii_uppercase + string.ascii_lowercase  # in the order of braceexpand
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Returns the names that a pattern stands for.
+    """Expands the braces of a pattern.
 
     Args:
-        pattern: As in a shell: ``{000..012}``, ``{0..10..2}``, ``{a..c}``, ``{train,val}``, nested and side by side.
+        pattern: Braces of a shell: ``{000..012}``, ``{0..10..2}``, ``{a..c}``, ``{train,val}``; they may be nested.
+
+    Returns:
+        The names, in the order of a shell; the pattern itself if it has no braces.
 
     Raises:
-        ValueError: if the braces do not close, or there are more than 1,000,000 names or too long ones.
+        ValueError: if the braces do not close, the pattern is too long, or it has more than 1,000,000 names.
     """
     from braceexpand import braceexpand
 
@@ -37,14 +41,16 @@ def expand_braces(pattern: str) -> list[str]:
     try:
         count = count_names(pattern)
     except RecursionError as error:
-        raise ValueError(f"a pattern must not nest its braces so deep, got {shorten(pattern)}") from error
+        raise ValueError(f"a pattern must not have deeply nested braces, got {shorten(pattern)}") from error
     if count > MAX_NAMES or count * len(pattern) > _MAX_CHARACTERS:
         raise ValueError(f"a pattern must name at most {MAX_NAMES} shards, got {shorten(count)} in {shorten(pattern)}")
     return list(braceexpand(pattern))
 
 
 def count_names(pattern: str) -> int:
-    """Returns how many names ``braceexpand`` would make of a pattern, without making them.
+    """Returns the number of names in the expansion of a pattern, without expanding it.
+
+    The number is the product, over its outermost pairs of braces, of the choices in each pair.
 
     Raises:
         ValueError: if the braces do not close.
@@ -59,11 +65,12 @@ def count_names(pattern: str) -> int:
 
 
 def _count_choices(inner: str) -> int:
-    """Counts what stands between a pair of braces: a range, a list, or neither, and then the braces stay."""
+    """Returns the number of choices in a pair of braces: of a range, of a list, or 1 (then the braces are literal)."""
     if match := _INTEGERS.fullmatch(inner):
         return _steps(int(match[1]), int(match[2]), match[3])
     if match := _LETTERS.fullmatch(inner):
         return _steps(_ALPHABET.index(match[1]), _ALPHABET.index(match[2]), match[3])
+    # a list: its parts may contain braces again
     commas = [place for place, mark, depth in _marks(inner) if mark == "," and depth == 0]
     ends = zip([-1, *commas], [*commas, len(inner)], strict=True)
     return sum(count_names(inner[before + 1 : end]) for before, end in ends)
@@ -74,7 +81,7 @@ def _steps(first: int, last: int, step: str | None) -> int:
 
 
 def _marks(pattern: str) -> Iterator[tuple[int, str, int]]:
-    """Yields braces and commas that no backslash precedes: place, mark, and the number of braces open after it."""
+    """Yields the braces and commas that are not escaped: position, character, and the nesting depth after it."""
     depth, place = 0, 0
     while place < len(pattern):
         mark = pattern[place]

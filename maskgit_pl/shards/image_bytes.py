@@ -1,7 +1,7 @@
-"""The bytes of an image file before anything is decoded: its kind, its parts, and whether it is whole.
+"""Checks of an image file's bytes before decoding: its format, its parts, and whether it is complete.
 
-A stranger may have written the file: bytes, chunks of a PNG, segments and scans of a JPEG are counted here, so that
-none takes minutes or gigabytes to open. Used by ``images``, which decodes, and by what only looks at files.
+Files may be hostile. Bytes, PNG chunks, JPEG segments and JPEG scans are counted and limited here, so that no file
+takes minutes or gigabytes to open. Used by ``images``, which decodes, and by the code that reads only headers.
 """
 
 from __future__ import annotations
@@ -39,28 +39,29 @@ __all__ = [
 
 MAX_PIXELS = 64 * 10**6
 MAX_IMAGE_BYTES = 256 * 2**20  # no photo within the pixel limit needs more
-MAX_SCANS = 100  # of a JPEG; a progressive one has about 10, and each costs time for all pixels
-_MAX_CHUNKS = 100_000  # of a PNG; a file of the largest size has 32,768 of 8 kB ...
-_MAX_OTHER_CHUNKS = 256  # ... and these, that hold no pixels; libpng may print a line for each
+MAX_SCANS = 100  # of a JPEG; a progressive one has about 10, and each takes time for all pixels
+_MAX_CHUNKS = 100_000  # of a PNG; a file of the largest size has 32,768 of 8 kB
+_MAX_OTHER_CHUNKS = 256  # chunks without pixels; libpng may print a line for each
 _PIXEL_CHUNKS = (b"IDAT", b"fcTL", b"fdAT")
-_MAX_SEGMENTS = 2_000  # of a JPEG before its pixels, which hold at most ...
-_MAX_METADATA = 32 * 2**20  # ... so many bytes: profiles, EXIF, depth maps of phones
-_MAX_FILLER = 1_000  # bytes between those segments
-_MAX_MARKERS = 20_000  # of a JPEG, with those between its scans
+_MAX_SEGMENTS = 2_000  # of a JPEG before its pixels
+_MAX_METADATA = 32 * 2**20  # bytes of these segments: profiles, EXIF, depth maps of phones
+_MAX_FILLER = 1_000  # bytes between these segments
+_MAX_MARKERS = 20_000  # of a JPEG, including the markers between its scans
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 JPEG_MAGIC = b"\xff\xd8\xff"
-_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # of a JPEG, with a segment after it; and its end
+# markers of a JPEG that have a segment, and the end marker; not 0xFF00 (a data byte) and restart markers
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 _SCAN, _END_OF_IMAGE, _APP1 = 0xDA, 0xD9, 0xE1
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # the segments that state the size and the coding
 Reason = Literal["empty", "not an image", "animated", "too large", "damaged"]
 
 
 class UnreadableImageError(ValueError):
-    """The bytes are not an image that we read.
+    """The bytes are not an image that can be read.
 
     Args:
-        text: What to tell a person.
-        reason: The kind of fault, for counting.
+        text: The error message.
+        reason: Kind of the fault, for statistics.
     """
 
     def __init__(self, text: str, *, reason: Reason = "damaged") -> None:
@@ -69,25 +70,26 @@ class UnreadableImageError(ValueError):
 
 
 def read_image_file(path: str | Path, *, name: str) -> bytes:
-    """Reads an image file, after a look at its kind, its length and its first bytes.
+    """Reads an image file, after a check of its type, its length and its first bytes.
 
     Args:
         path: The file.
-        name: What to call it in an error.
+        name: The image's name in error messages.
 
     Returns:
-        The whole file's bytes.
+        All bytes of the file.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        UnreadableImageError: if it is no regular file, empty, larger than 256 MiB, or begins as no JPEG, PNG or WebP.
+        FileNotFoundError: if the file does not exist.
+        UnreadableImageError: if it is not a regular file, is empty, is larger than 256 MiB, or does not begin like a
+            JPEG, PNG or WebP.
     """
     status = Path(path).stat()
-    if not stat.S_ISREG(status.st_mode):  # a FIFO would be waited for
+    if not stat.S_ISREG(status.st_mode):  # reading a FIFO would block
         raise UnreadableImageError(f"image {name} must be a regular file", reason="not an image")
     if status.st_size > MAX_IMAGE_BYTES:
-        most, size = size_text(MAX_IMAGE_BYTES), size_text(status.st_size)
-        raise UnreadableImageError(f"image {name} must have at most {most}, got {size}", reason="too large")
+        limit, size = size_text(MAX_IMAGE_BYTES), size_text(status.st_size)
+        raise UnreadableImageError(f"image {name} must have at most {limit}, got {size}", reason="too large")
     with open(path, "rb") as file:
         first = file.read(12)  # the magic bytes
         if kind_of_fault(first) != "damaged":
@@ -97,13 +99,13 @@ def read_image_file(path: str | Path, *, name: str) -> bytes:
 
 
 def check_whole(data: bytes, *, name: str) -> None:
-    """Checks that an image is not cut off, without decoding it.
+    """Checks that an image is not truncated, without decoding it.
 
-    PNG is checked by its chunks and their checksums, JPEG by its end marker, WebP by the length that it states.
+    PNG is checked by its chunks and their checksums, JPEG by its end marker, WebP by the length in its header.
 
     Args:
-        data: The bytes of a file whose header ``parse_image_header`` can read.
-        name: What to call the image in an error.
+        data: All bytes of a file whose header ``parse_image_header`` accepts.
+        name: The image's name in error messages.
 
     Raises:
         UnreadableImageError: if a part is missing or, in PNG, damaged.
@@ -111,8 +113,9 @@ def check_whole(data: bytes, *, name: str) -> None:
     if data.startswith(PNG_MAGIC):
         whole = False
         for chunk in png_chunks(data):
-            if chunk.end + 4 > len(data):
+            if chunk.end + 4 > len(data):  # 4 bytes of checksum
                 break
+            # an upper-case first letter marks a critical chunk; the pixels do not depend on others
             if chunk.name[:1].isupper() and not chunk.is_intact(data):
                 part = printable(chunk.name.decode("latin1"))
                 raise UnreadableImageError(f"image {name} is damaged in its {part} chunk")
@@ -120,13 +123,19 @@ def check_whole(data: bytes, *, name: str) -> None:
     elif data.startswith(JPEG_MAGIC):
         whole = any(marker.code == _END_OF_IMAGE for marker in _jpeg_markers(data))
     else:
+        # RIFF: the length of what follows the first 8 bytes
         whole = len(data) >= 8 + int.from_bytes(data[4:8], "little")
     if not whole:
-        raise UnreadableImageError(f"image {name} is cut off after {len(data)} bytes")
+        raise UnreadableImageError(f"image {name} is truncated after {len(data)} bytes")
 
 
 def check_size(height: int, width: int, name: str) -> None:
     """Checks that an image has at most 64 million pixels.
+
+    Args:
+        height: Height in pixels.
+        width: Width in pixels.
+        name: The image's name in error messages.
 
     Raises:
         UnreadableImageError: if it has more.
@@ -138,15 +147,21 @@ def check_size(height: int, width: int, name: str) -> None:
 
 
 def kind_of_fault(data: bytes) -> Reason:
-    """Returns what is wrong with bytes that cannot be opened, by the first 12 of them."""
+    """Returns the kind of fault of an image that cannot be opened, from its first 12 bytes."""
     if not data:
         return "empty"
-    ours = data.startswith((JPEG_MAGIC, PNG_MAGIC)) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
-    return "damaged" if ours else "not an image"
+    known = data.startswith((JPEG_MAGIC, PNG_MAGIC)) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
+    return "damaged" if known else "not an image"
 
 
 def image_error(data: bytes, name: str, why: str = "") -> UnreadableImageError:
-    """Returns the error of bytes that cannot be opened, by the first 12 of them."""
+    """Returns the error for an image that cannot be opened.
+
+    Args:
+        data: At least its first 12 bytes, or all if it is shorter.
+        name: The image's name in error messages.
+        why: The decoder's reason, for files that begin like an image.
+    """
     reason = kind_of_fault(data)
     if reason == "empty":
         text = f"image {name} is empty"
@@ -158,21 +173,22 @@ def image_error(data: bytes, name: str, why: str = "") -> UnreadableImageError:
 
 
 class _Chunk(NamedTuple):
-    """A part of a PNG: its name, and where its content begins and ends; a checksum follows."""
+    """A chunk of a PNG: its name, and the start and end of its content. A checksum of 4 bytes follows the content."""
 
     name: bytes
     start: int
     end: int
 
     def is_intact(self, data: bytes) -> bool:
-        """Returns whether the checksum is right."""
+        """Returns whether the checksum, CRC-32 of name and content, is right."""
         stated = int.from_bytes(data[self.end : self.end + 4], "big")
         return zlib.crc32(memoryview(data)[self.start - 4 : self.end]) == stated
 
 
 def png_chunks(data: bytes) -> Iterator[_Chunk]:
-    """Yields the chunks of a PNG whose names and lengths are there, up to the one that ends it."""
+    """Yields the chunks of a PNG up to ``IEND`` or the end of the bytes; the last may be truncated."""
     place = len(PNG_MAGIC)
+    # each chunk: length (4 bytes), name (4), content, checksum (4)
     while place + 8 <= len(data):
         length, name = struct.unpack_from(">I4s", data, place)
         yield _Chunk(name, place + 8, place + 8 + length)
@@ -182,10 +198,17 @@ def png_chunks(data: bytes) -> Iterator[_Chunk]:
 
 
 def check_png(data: bytes, name: str) -> frozenset[bytes]:
-    """Refuses a PNG of so many chunks that it takes minutes to read them.
+    """Checks that a PNG does not have so many chunks that reading them takes minutes.
+
+    Args:
+        data: All bytes of the file.
+        name: The image's name in error messages.
 
     Returns:
-        Names of its chunks.
+        The names of its chunks.
+
+    Raises:
+        UnreadableImageError: if it has more than 100,000 chunks, or more than 256 without pixels.
     """
     chunks = [chunk.name for chunk in islice(png_chunks(data), _MAX_CHUNKS + 1)]
     others = len(chunks) - sum(map(chunks.count, _PIXEL_CHUNKS))
@@ -196,17 +219,25 @@ def check_png(data: bytes, name: str) -> frozenset[bytes]:
 
 
 def is_plain_png(data: bytes, chunks: frozenset[bytes], channels: int) -> bool:
-    """Returns whether a PNG is 8-bit grey or RGB, within the pixel limit, not transparent, animated or turned."""
+    """Returns whether torchvision can decode a PNG directly.
+
+    It must be 8-bit grey or RGB, within the pixel limit, and neither transparent, animated nor rotated by EXIF or XMP.
+
+    Args:
+        data: All bytes of the file.
+        chunks: Names of its chunks; see ``check_png``.
+        channels: Channels of the result, 1 or 3. RGB with 1 channel goes through PIL, for its luma.
+    """
     if len(data) < 33 or data[12:16] != b"IHDR":
         return False
-    width, height, depth, colour = struct.unpack(">IIBB", data[16:26])
+    width, height, depth, colour = struct.unpack(">IIBB", data[16:26])  # colour type: 0 grey, 2 RGB
     odd = not chunks.isdisjoint((b"tRNS", b"acTL", b"eXIf")) or b"tiff:Orientation" in data
     fits = 0 < width * height <= MAX_PIXELS
     return depth == 8 and fits and not odd and (colour == 0 or (colour == 2 and channels == 3))
 
 
 class _Marker(NamedTuple):
-    """A marker of a JPEG: its code, where it begins, and where the segment after it ends."""
+    """A marker of a JPEG: its code, its position, and the end of its segment."""
 
     code: int
     start: int
@@ -214,21 +245,21 @@ class _Marker(NamedTuple):
 
 
 def _jpeg_markers(data: bytes) -> Iterator[_Marker]:
-    """Yields the markers of a JPEG that have a segment, as libjpeg finds them, and the one that ends the image."""
-    place = 2
+    """Yields the markers of a JPEG that have a segment, found as libjpeg finds them, and the end marker."""
+    place = 2  # after the start marker
     for _ in range(_MAX_MARKERS):
         if (found := _MARKER.search(data, place)) is None:
             return
         code, place = data[found.end() - 1], found.end()
         if code != _END_OF_IMAGE:
-            place += int.from_bytes(data[place : place + 2], "big")
+            place += int.from_bytes(data[place : place + 2], "big")  # length of the segment, these 2 bytes included
         yield _Marker(code, found.start(), place)
         if code == _END_OF_IMAGE:
             return
 
 
 def _jpeg_head(data: bytes) -> list[_Marker]:
-    """Returns the markers of a JPEG up to the first that begins pixels."""
+    """Returns the markers of a JPEG up to the first start of scan, after which pixels follow."""
     head = []
     for marker in islice(_jpeg_markers(data), _MAX_SEGMENTS):
         head.append(marker)
@@ -238,23 +269,32 @@ def _jpeg_head(data: bytes) -> list[_Marker]:
 
 
 def check_jpeg(data: bytes, name: str) -> None:
-    """Refuses a JPEG that would take minutes to open or to decode.
+    """Checks that a JPEG does not take minutes to open or to decode.
+
+    1. Its pixels begin after at most 2,000 segments, 32 MiB of segments and 1,000 bytes between segments.
+    2. It has at most 100 scans. Counting the bytes of a scan marker is fast and gives an upper limit, since they may
+       also occur inside a segment. The markers are walked only if this limit is above 100.
+
+    Args:
+        data: All bytes of the file.
+        name: The image's name in error messages.
 
     Raises:
-        UnreadableImageError: if there are no pixels behind a bounded number of segments, or more than 100 scans.
+        UnreadableImageError: if a limit is exceeded.
     """
+    # 1.
     head = _jpeg_head(data)
     if not head or head[-1].code != _SCAN:
         raise UnreadableImageError(f"image {name} is damaged: no pixels after {len(head)} segments")
     before = head[-1].start
     if before > _MAX_METADATA:
-        most = size_text(_MAX_METADATA)
+        limit = size_text(_MAX_METADATA)
         raise UnreadableImageError(
-            f"image {name} must have at most {most} before its pixels, got {size_text(before)}", reason="too large"
+            f"image {name} must have at most {limit} before its pixels, got {size_text(before)}", reason="too large"
         )
     if before - 2 - sum(marker.end - marker.start for marker in head[:-1]) > _MAX_FILLER:
         raise UnreadableImageError(f"image {name} is damaged: over {_MAX_FILLER} bytes between its segments")
-    # as many scans at most: these bytes may also stand in a segment; where one scan is all, libjpeg allows no other
+    # 2. If the first scan is complete, libjpeg rejects a second one itself.
     if _has_more_scans(data, head) and data.count(b"\xff\xda") > MAX_SCANS:
         codes = [marker.code for marker in _jpeg_markers(data)]
         if codes.count(_SCAN) > MAX_SCANS or codes[-1] != _END_OF_IMAGE:
@@ -264,20 +304,25 @@ def check_jpeg(data: bytes, name: str) -> None:
 
 
 def _has_more_scans(data: bytes, head: list[_Marker]) -> bool:
-    """Returns whether the first scan of a JPEG leaves something to others: bits, coefficients or colours."""
+    """Returns whether the first scan of a JPEG leaves bits, coefficients or colours to further scans.
+
+    Args:
+        data: All bytes of the file.
+        head: Its markers up to the first start of scan.
+    """
     frames = [marker for marker in head if marker.code in _FRAMES]
-    if len(frames) != 1 or frames[0].code > 0xC1:  # not baseline
+    if len(frames) != 1 or frames[0].code > 0xC1:  # not baseline or extended sequential
         return True
-    scan, frame = head[-1].start + 4, frames[0].start + 9  # where the numbers of colours stand
+    scan, frame = head[-1].start + 4, frames[0].start + 9  # positions of the number of colour components
     return data[scan : scan + 1] != data[frame : frame + 1]
 
 
 def may_be_rotated(jpeg: bytes) -> bool:
-    """Returns whether a JPEG has a segment of EXIF or XMP before its pixels."""
+    """Returns whether a JPEG has an EXIF or XMP segment before its pixels, which may give an orientation."""
     place = 2
     while place + 4 <= len(jpeg) and jpeg[place] == 0xFF:
         marker = jpeg[place + 1]
         if marker in (_APP1, _SCAN):
             return marker == _APP1
-        place += 1 if marker == 0xFF else 2 + int.from_bytes(jpeg[place + 2 : place + 4], "big")  # 0xFF may fill
+        place += 1 if marker == 0xFF else 2 + int.from_bytes(jpeg[place + 2 : place + 4], "big")  # 0xFF bytes may pad
     return False

@@ -1,12 +1,14 @@
-"""Bytes of an image file -> uint8 tensor of the size and channels asked for.
+"""Decoding of images: the bytes of a file become a uint8 tensor of a given size and number of channels.
 
-The header is read before any pixel is allocated. Grey and colour JPEG go through simplejpeg: PIL's pixels in half the
-time, and what libjpeg only warns of (flipped or zeroed bytes) is an error, where PIL and torchvision return garbage.
-Plain 8-bit PNG goes through torchvision, 2.5 times faster than PIL on 28 x 28; palettes, alpha, CMYK, 16 bit and WebP
-go through PIL, which converts them rightly. Resampling is bicubic (a = -0.5) and antialiased, from full resolution:
-decoding at a fraction of the size would make the pixels depend on how the size divides.
+Used by the data modules, by ``tokenize`` and by commands that read images.
 
-A stranger may have written the file: its parts are counted before anything is decoded, see ``image_bytes``.
+* The header is read before any pixel is allocated. Files may be hostile; ``image_bytes`` limits their parts first.
+* Grey and colour JPEG: simplejpeg gives the pixels of PIL in half the time. It also raises an error where libjpeg only
+  warns (flipped or zeroed bytes), while PIL and torchvision return garbage.
+* Plain 8-bit PNG: torchvision, 2.5 times faster than PIL on 28 x 28.
+* Palettes, alpha, CMYK, 16 bit and WebP: PIL, which converts them correctly.
+* Resampling is bicubic (a = -0.5) and antialiased, from full resolution. Decoding a JPEG at a fraction of its size
+  would make the pixels depend on the ratio of the sizes.
 """
 
 from __future__ import annotations
@@ -64,14 +66,21 @@ __all__ = [
 Crop = Literal["center", "random"]
 FORMATS = ("JPEG", "PNG", "WEBP")
 _CHANNELS = {"1": 1, "L": 1, "I;16": 1, "I": 1, "LA": 4, "PA": 4, "RGBA": 4}  # every other mode becomes RGB
-_MAX_SCRATCH_BYTES = 2**24  # bytes; larger images get memory of their own
+_MAX_SCRATCH_BYTES = 2**24  # of the reused buffer; larger images get new memory
 _thread_local = threading.local()
-_SOURCE_LINE = re.compile(r"^.*\.cpp:\d+, ")  # how torchvision's errors begin
+_SOURCE_LINE = re.compile(r"^.*\.cpp:\d+, ")  # the beginning of torchvision's errors
 
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """The header of an image: format, size in pixels as shown (after EXIF rotation), channels 1, 3 or 4."""
+    """The header of an image.
+
+    Args:
+        format: ``"JPEG"``, ``"PNG"`` or ``"WEBP"``.
+        height: Height in pixels as displayed, after the EXIF orientation.
+        width: Width in pixels as displayed.
+        channels: 1 (grey), 3 (colour) or 4 (with alpha).
+    """
 
     format: str
     height: int
@@ -80,37 +89,39 @@ class ImageHeader:
 
 
 def parse_image_header(data: bytes, *, name: str) -> ImageHeader:
-    """Reads format, size and channels without decoding a pixel.
+    """Reads format, size and channels of an image without decoding pixels.
 
     Args:
-        data: The whole file's bytes.
-        name: What to call the image in an error, such as ``train-000000.tar:00000012.png``.
+        data: All bytes of the file.
+        name: The image's name in error messages, such as ``train-000000.tar:00000012.png``.
 
     Raises:
-        UnreadableImageError: Not a still JPEG, PNG or WebP of at most 64 million pixels.
+        UnreadableImageError: if it is not a still JPEG, PNG or WebP of at most 64 million pixels.
     """
     image = _open(data, name)
     width, height = image.size
     if find_orientation(image) >= 5:
         width, height = height, width
+    # MPO: a JPEG followed by further pictures, as phones write it
     kind = "JPEG" if image.format == "MPO" else str(image.format)
     return ImageHeader(kind, height, width, _CHANNELS.get(image.mode, 3))
 
 
 def decode_image(data: bytes, *, channels: int, name: str) -> Tensor:
-    """Decodes an image, upright.
+    """Decodes an image and applies its EXIF orientation.
 
     Args:
-        data: The whole file's bytes.
-        channels: 1 for grey (luma of ITU-R 601), 3 for RGB. Alpha is laid over white.
-        name: What to call the image in an error.
+        data: All bytes of the file.
+        channels: 1 for grey (luma of ITU-R 601), 3 for RGB. Transparent images are composited over white.
+        name: The image's name in error messages.
 
     Returns:
-        (channels, H, W) uint8, mostly channels-last in memory.
+        (channels, H, W) uint8, in most cases channels-last in memory.
 
     Raises:
-        UnreadableImageError: as ``parse_image_header``, or if the pixels cannot be decoded. Damage is found in JPEG
-            where its code words break and in PNG by its checksums; WebP has none.
+        ValueError: if ``channels`` is neither 1 nor 3.
+        UnreadableImageError: if ``parse_image_header`` rejects the image, or its pixels cannot be decoded. Damage of a
+            JPEG is found where a code word is invalid, of a PNG by checksums; WebP has none.
     """
     if channels not in (1, 3):
         raise ValueError(f"in_channels must be 1 (grey) or 3 (RGB), got {channels}")
@@ -120,26 +131,26 @@ def decode_image(data: bytes, *, channels: int, name: str) -> Tensor:
     if _plain_jpeg_size(data, name) is not None:
         return _decode_jpeg(data, channels, name)
     image = _open(data, name)
-    if b"tRNS" in chunks and data[25] in (0, 2):
+    if b"tRNS" in chunks and data[25] in (0, 2):  # grey or RGB with one transparent colour
         return _decode_colour_key(data, image, channels, name)
     return from_pil(image, channels=channels, name=name)
 
 
 def load_square(data: bytes, *, image_size: int, channels: int, crop: tuple[float, float] | None, name: str) -> Tensor:
-    """Decodes, crops to a square and resizes.
+    """Decodes an image, crops it to a square and resizes it.
 
     Args:
-        data: The whole file's bytes.
+        data: All bytes of the file.
         image_size: Side of the result in pixels.
-        channels: 1 or 3.
-        crop: As of ``load_square_into``.
-        name: What to call the image in an error.
+        channels: 1 for grey, 3 for RGB.
+        crop: Place of the crop; see ``load_square_into``.
+        name: The image's name in error messages.
 
     Returns:
         (channels, image_size, image_size) uint8, channels-last in memory.
 
     Raises:
-        UnreadableImageError: As ``decode_image``.
+        UnreadableImageError: See ``decode_image``.
     """
     import torch
 
@@ -149,16 +160,16 @@ def load_square(data: bytes, *, image_size: int, channels: int, crop: tuple[floa
 
 
 def load_square_into(out: Tensor, data: bytes, *, crop: tuple[float, float] | None, name: str) -> None:
-    """Decodes, crops to a square and resizes into memory that is there, such as a row of a batch.
+    """Decodes an image, crops it to a square and resizes it into existing memory, such as a row of a batch.
 
     Args:
-        out: (1 or 3, side, side) uint8, where the result goes; quickest if it lies channels-last.
-        data: The whole file's bytes.
-        crop: Where the crop lies along (height, width), each in [0, 1); None for the centre.
-        name: What to call the image in an error.
+        out: (1 or 3, side, side) uint8, overwritten with the result; fastest if it is channels-last.
+        data: All bytes of the file.
+        crop: Place of the crop along (height, width), each in [0, 1); None for the centre.
+        name: The image's name in error messages.
 
     Raises:
-        UnreadableImageError: As ``decode_image``; ``out`` is as it was.
+        UnreadableImageError: See ``decode_image``; ``out`` is then unchanged.
     """
     channels, side = out.shape[0], out.shape[-1]
     size = _plain_jpeg_size(data, name)
@@ -170,13 +181,13 @@ def load_square_into(out: Tensor, data: bytes, *, crop: tuple[float, float] | No
 
 
 def fit_square(image: Tensor, *, image_size: int, crop: tuple[float, float] | None) -> Tensor:
-    """Cuts the largest square out of an image and resizes it; an image that fits is returned as it is.
+    """Crops the largest square of an image and resizes it. An image of the right size is returned unchanged.
 
-    Cropping first is the usual "resize the short side, then crop" without resizing what is thrown away.
+    The result is that of the usual "resize the short side, then crop", without resizing the pixels outside the crop.
 
     Args:
         image: (C, H, W) uint8.
-        image_size: Side of the result.
+        image_size: Side of the result in pixels.
         crop: Place of the square along (height, width), each in [0, 1); None for the centre.
 
     Returns:
@@ -193,12 +204,12 @@ def fit_square(image: Tensor, *, image_size: int, crop: tuple[float, float] | No
 
 
 def from_pil(image: Image.Image, *, channels: int, name: str) -> Tensor:
-    """Returns a PIL picture's pixels, upright; 16-bit grey scaled, alpha laid over white.
+    """Converts a PIL image to a tensor: orientation applied, 16-bit grey scaled to 8, transparency over white.
 
     Args:
-        image: Of any mode.
+        image: Image of any mode.
         channels: 1 for grey (luma of ITU-R 601), 3 for RGB.
-        name: What to call the picture in an error.
+        name: The image's name in error messages.
 
     Returns:
         (channels, H, W) uint8.
@@ -210,7 +221,7 @@ def from_pil(image: Image.Image, *, channels: int, name: str) -> Tensor:
 
     check_size(image.height, image.width, name)
     try:
-        image.load()  # EXIF may lie behind a PNG's pixels
+        image.load()  # EXIF may follow a PNG's pixels
         upright = apply_orientation(image, find_orientation(image))
         converted = _to_eight_bits(upright).convert("L" if channels == 1 else "RGB")
     except PIL_ERRORS as error:
@@ -220,16 +231,20 @@ def from_pil(image: Image.Image, *, channels: int, name: str) -> Tensor:
 
 
 def check_crop(crop: str) -> None:
-    """Checks that there is such a crop.
+    """Checks that a crop is ``"center"`` or ``"random"``.
 
     Raises:
-        ValueError: if there is none. The message names the choices.
+        ValueError: if it is not. The message lists the choices.
     """
     check_choice("crop", crop, get_args(Crop))
 
 
 def encode_png(image: Tensor) -> bytes:
-    """Encodes (1 or 3, H, W) uint8 as PNG; equal pixels give equal bytes."""
+    """Encodes an image as PNG; equal pixels give equal bytes.
+
+    Args:
+        image: (1 or 3, H, W) uint8.
+    """
     from torchvision.io import encode_png as encode
 
     data: bytes = encode(image).numpy().tobytes()
@@ -237,7 +252,7 @@ def encode_png(image: Tensor) -> bytes:
 
 
 def _resize(square: Tensor, side: int) -> Tensor:
-    """Resizes channels-last, as it was decoded: resampling planes apart takes twice as long."""
+    """Resizes a square in channels-last layout, as it was decoded; the other layout takes twice as long."""
     import torch
 
     batch = square[None].contiguous(memory_format=torch.channels_last)
@@ -253,24 +268,32 @@ def _decode_png(data: bytes, channels: int, name: str) -> Tensor:
 
 
 def _decode_colour_key(data: bytes, opened: Image.Image, channels: int, name: str) -> Tensor:
-    """Decodes a grey or RGB PNG of which one value is transparent, which PIL compares at another depth."""
+    """Decodes a grey or RGB PNG with one transparent colour. PIL compares this colour at the wrong bit depth.
+
+    1. Decode the pixels at their own depth, and read the transparent colour from the ``tRNS`` chunk.
+    2. Make the pixels of that colour white.
+    3. Continue as for any PIL image: orientation and channels.
+    """
     import numpy as np
     from PIL import Image
     from torchvision.io import ImageReadMode
 
+    # 1.
     pixels = _decode_by_libpng(data, ImageReadMode.UNCHANGED, name).numpy()  # (1 or 3, H, W) uint8 or uint16
     depth, top = data[24], 2 ** data[24] - 1
     key = next(data[chunk.start : chunk.end] for chunk in png_chunks(data) if chunk.name == b"tRNS")
     if len(key) != 2 * len(pixels):
         raise UnreadableImageError(f"image {name} is damaged: its transparent colour has {len(key)} bytes")
-    values = (np.frombuffer(key, ">u2") & top) * (255 // top or 1)  # (1 or 3,); libpng scales what is below 8 bits
+    values = (np.frombuffer(key, ">u2") & top) * (255 // top or 1)  # (1 or 3,); libpng scales depths below 8 bits
+    # 2.
     clear = (pixels == values[:, None, None]).all(axis=0)
     eight_bits = (pixels >> 8 if depth == 16 else pixels).astype(np.uint8)
     eight_bits[:, clear] = 255
+    # 3.
     planes = [Image.fromarray(plane) for plane in eight_bits]
     picture = planes[0] if len(planes) == 1 else Image.merge("RGB", planes)
     try:
-        opened.load()  # EXIF may lie behind the pixels
+        opened.load()  # EXIF may follow the pixels
     except PIL_ERRORS as error:
         raise _decode_error(name, error) from error
     return from_pil(apply_orientation(picture, find_orientation(opened)), channels=channels, name=name)
@@ -281,7 +304,7 @@ def _decode_by_libpng(data: bytes, mode: Any, name: str) -> Tensor:
     from torchvision.io import decode_png as decode
 
     try:
-        # bytearray: torch refuses to share memory that it may not write to
+        # bytearray: torch warns of sharing memory that is read-only
         pixels: Tensor = decode(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode)
     except RuntimeError as error:
         raise _decode_error(name, error) from error
@@ -289,10 +312,10 @@ def _decode_by_libpng(data: bytes, mode: Any, name: str) -> Tensor:
 
 
 def _plain_jpeg_size(data: bytes, name: str) -> tuple[int, int] | None:
-    """Returns height and width, as stored, of a grey or colour JPEG; None for anything else. Takes 2 microseconds.
+    """Returns height and width, as stored, of a grey or colour JPEG; None for other files. Takes 2 microseconds.
 
     Raises:
-        UnreadableImageError: It is too large.
+        UnreadableImageError: if the JPEG exceeds a limit of ``check_jpeg`` or ``check_size``.
     """
     if data[:3] != JPEG_MAGIC:
         return None
@@ -301,14 +324,17 @@ def _plain_jpeg_size(data: bytes, name: str) -> tuple[int, int] | None:
 
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:  # damaged, or a layout that is rare: PIL says
+    except ValueError:  # damaged, or a rare layout: PIL decides
         return None
     check_size(height, width, name)
     return (height, width) if colours in ("Gray", "RGB", "YCbCr") else None
 
 
 def _scratch(size: int) -> npt.NDArray[np.uint8] | None:
-    """Returns memory of this thread to decode into; new memory for each image costs a fifth of the time."""
+    """Returns this thread's buffer to decode into, or None for large images.
+
+    Allocating new memory for each image would take a fifth of the decoding time.
+    """
     import numpy as np
 
     if size > _MAX_SCRATCH_BYTES:
@@ -320,13 +346,17 @@ def _scratch(size: int) -> npt.NDArray[np.uint8] | None:
 
 
 def _decode_jpeg(data: bytes, channels: int, name: str, *, buffer: npt.NDArray[np.uint8] | None = None) -> Tensor:
-    """Returns (channels, H, W) uint8, in ``buffer`` unless that is None or the image is turned or becomes grey."""
+    """Decodes a grey or colour JPEG.
+
+    Returns:
+        (channels, H, W) uint8, a view of ``buffer`` if one is given and the image is neither rotated nor made grey.
+    """
     import simplejpeg
     import torch
     from PIL import Image
 
     try:
-        # (H, W, 3) uint8; strict by default: what libjpeg warns of is an error
+        # (H, W, 3) uint8; strict by default: libjpeg's warnings are errors
         pixels = simplejpeg.decode_jpeg(data, "RGB", buffer=buffer)
     except ValueError as error:
         raise _decode_error(name, error) from error
@@ -338,7 +368,7 @@ def _decode_jpeg(data: bytes, channels: int, name: str, *, buffer: npt.NDArray[n
 
 
 def _open(data: bytes, name: str) -> Image.Image:
-    """Opens an image with PIL, which reads only the header."""
+    """Opens an image with PIL, which reads only the header, after the limits of ``image_bytes``."""
     if kind_of_fault(data) != "damaged":
         raise image_error(data, name)
     if data.startswith(PNG_MAGIC):
@@ -350,6 +380,7 @@ def _open(data: bytes, name: str) -> Image.Image:
     bombs = (Image.DecompressionBombWarning, Image.DecompressionBombError)
     try:
         with warnings.catch_warnings():
+            # PIL warns of odd metadata, which is harmless, and of decompression bombs, which are not
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -363,7 +394,7 @@ def _open(data: bytes, name: str) -> Image.Image:
         raise image_error(data, name, why) from error
     width, height = image.size
     check_size(height, width, name)
-    if frames > 1 and image.format != "MPO":  # a JPEG with further pictures behind it; the first is the photo
+    if frames > 1 and image.format != "MPO":  # the first picture of an MPO is the photo
         raise UnreadableImageError(f"image {name} must be a still image, got {frames} frames", reason="animated")
     return image
 
@@ -373,7 +404,7 @@ def _decode_error(name: str, error: Exception) -> UnreadableImageError:
 
 
 def _first_words(error: Exception) -> str:
-    """Returns the text of another package's error in one line, without its place in C++."""
+    """Returns the first line of another package's error, without its position in C++ code."""
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     return printable(_SOURCE_LINE.sub("", first)[:200])
 
@@ -388,7 +419,7 @@ def _rotate_upright(pixels: npt.NDArray[np.uint8], orientation: int) -> npt.NDAr
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Scales 16-bit grey, which PIL would clip, and lays transparency over white; other modes stay as they are."""
+    """Scales 16-bit grey, which PIL would clip, and composites transparency over white; keeps other modes."""
     from PIL import Image
 
     if image.mode.startswith("I"):

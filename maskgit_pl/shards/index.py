@@ -1,7 +1,7 @@
-"""From ordinary WebDataset tars to manifests beside them; the tars are not touched.
+"""Indexing: writes manifests beside ordinary WebDataset tars, which stay unchanged.
 
-Used by ``maskgit data index`` for shards made elsewhere (open_clip's and img2dataset's layouts) and by the writer for
-its own. What would lose samples in silence is refused, all of it in one list, or left out and counted if asked for.
+Used by ``maskgit data index`` for existing shards (such as those of open_clip and img2dataset) and by ``writer``.
+Faults that would silently lose samples are rejected in one list, or left out and counted with ``lenient``.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from maskgit_pl.shards.scan import NO_LABEL, Fault, Labels, ShardScan, format_co
 __all__ = ["IndexResult", "find_shards", "index_shards", "locate_shards", "split_shards"]
 
 PROGRESS = ".index.partial"
-UNLABELLED = "image"  # the one class of data without labels
-_MAX_COUNTS_BYTES = 64 * 2**20  # of a file that says how many samples shards have
+UNLABELLED = "image"  # name of the only class of data without labels
+_MAX_COUNTS_BYTES = 64 * 2**20  # of sizes.json and *_stats.json
 _VAL, _TEST, _TRAIN = r"val|valid|validation", r"test", r"train|training"
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
@@ -47,50 +47,51 @@ def locate_shards(place: str) -> tuple[Path, list[Path]]:
     """Returns the data folder and all its shards.
 
     Args:
-        place: A folder, whose tars are taken, or those of its sub-folders; or a glob or brace expression of tars, such
-            as ``data/{train,val}-{00000..00012}.tar``. The folder is the part before the first component with one.
+        place: A folder with tars in it or in its sub-folders; or a glob or brace expression of tars, such as
+            ``data/{train,val}-{00000..00012}.tar``. The folder is then the part before the first wildcard.
 
     Raises:
-        FileNotFoundError: No such folder.
-        ValueError: A URL or a command, or nothing is there.
+        FileNotFoundError: if the folder does not exist.
+        ValueError: if the place is a URL or a command, or contains no tars.
     """
     folder = Path(place)
-    if not os.path.isdir(place):  # of a Path, it raises if the name is too long
+    if not os.path.isdir(place):  # Path.is_dir() raises an error for long names
         if _URL.match(place):
             kind = place.partition(":")[0]
-            raise ValueError(f"shards {place!r}: local files are read, got {kind}:; fetch the shards first")
+            raise ValueError(f"shards {place!r} must be local files, got {kind}:; download the shards first")
+        # the folder ends at the first component with a wildcard
         parts = folder.parts
         magic = next((n for n, part in enumerate(parts) if re.search(r"[*?\[{]", part)), len(parts) - 1)
         folder, pattern = Path(*parts[:magic]), "/".join(parts[magic:])
         if not folder.is_dir():
-            raise FileNotFoundError(f"data folder {folder}: no such folder")
+            raise FileNotFoundError(f"data folder {folder} does not exist")
         return folder, find_shards(folder, pattern)
     shards = _glob(folder, "*.tar") or _glob(folder, "*/*.tar")
     if not shards:
-        raise ValueError(f"data folder {folder}: nothing in it matches *.tar; name the shards by a pattern")
+        raise ValueError(f"data folder {folder} must contain *.tar files, got none; give a pattern of the shards")
     return folder, shards
 
 
 def find_shards(folder: str | Path, pattern: str) -> list[Path]:
-    """Returns the tars that a pattern names inside a folder, sorted.
+    """Returns the tars in a folder that match a pattern, sorted.
 
     Args:
         folder: The data folder.
-        pattern: A glob, or one with WebDataset's braces: ``train-*.tar``, ``{00000..00012}.tar``, ``{a,b}/*.tar``.
+        pattern: A glob with or without braces: ``train-*.tar``, ``{00000..00012}.tar``, ``{a,b}/*.tar``.
 
     Raises:
-        ValueError: The pattern leaves the folder, names no file, or a brace form names a file that is not there.
+        ValueError: if the pattern names paths outside the folder, or an expansion of its braces matches no file.
     """
     folder = Path(folder)
     found: set[Path] = set()
     for one in _expand(pattern):
         if _URL.match(one) or "::" in one:
-            raise ValueError(f"shard pattern {pattern!r}: local files are read, got {one!r}; fetch the shards first")
+            raise ValueError(f"shard pattern {pattern!r} must name local files, got {one!r}; download the shards first")
         if one.startswith(("/", "~")) or ".." in one.split("/"):
-            raise ValueError(f"shard pattern {pattern!r}: it must name files inside {folder}, not paths out of it")
+            raise ValueError(f"shard pattern {pattern!r} must name files inside {folder}, got a path outside")
         matches = _glob(folder, one)
         if not matches:
-            raise ValueError(f"shard pattern {pattern!r}: nothing in {folder} matches {one!r}")
+            raise ValueError(f"shard pattern {pattern!r}: no file in {folder} matches {one!r}")
         found.update(matches)
     return sorted(found)
 
@@ -103,34 +104,39 @@ def split_shards(
     val: str | None = None,
     val_fraction: float | None = None,
 ) -> tuple[dict[Split, list[Path]], str]:
-    """Decides which shards are train and which val.
+    """Divides the shards between train and val.
+
+    1. val: the shards of the pattern ``val``; else the last ``val_fraction``, if given; else the shards whose path
+       contains val, valid or validation; else test; else the last tenth.
+    2. train: the shards of the pattern ``train``; else the shards whose path contains train; else all that are not val.
 
     Args:
         folder: The data folder.
-        shards: All of them.
-        train: Pattern of the train shards; None for those that are not val.
-        val: Pattern of the val shards; None for those whose path says val, valid, validation or (without one) test.
-        val_fraction: Share of the shards that become val, the last ones, whatever their names; None for 0.1 where no
-            name says val.
+        shards: All shards, sorted.
+        train: Pattern of the train shards, or None.
+        val: Pattern of the val shards, or None.
+        val_fraction: Fraction of the shards that become val, in (0, 1), or None.
 
     Returns:
-        The shards of each split, and a sentence on how they were told apart.
+        The shards of each split, and a phrase that tells how the splits were chosen.
 
     Raises:
-        ValueError: A shard would be in both, or a split would be empty.
+        ValueError: if a shard would be in both splits, or a split would be empty.
     """
     fraction = 0.1 if val_fraction is None else val_fraction
     check_number("val fraction", fraction, "(0, 1)")
     train_shards = None if train is None else find_shards(folder, train)
     val_shards, how = (None, "") if val is None else (find_shards(folder, val), f"val is {val}")
     pool = shards if train_shards is None else train_shards
+    # 1. val
     if val_shards is None and val_fraction is None:
         val_shards, how = _find_val_by_name(folder, shards if train_shards is None else set(shards) - set(train_shards))
     if val_shards is None:
         val_shards, how = _take_last(pool, fraction, folder)
+    # 2. train
     if train_shards is None:
         rest = [shard for shard in pool if shard not in set(val_shards)]
-        # where shards are called train, the others (test beside val, say) are neither
+        # if some shards are named train, other shards (such as test, beside val) belong to no split
         train_shards = [shard for shard in rest if _has_word(folder, shard, _TRAIN)] or rest
     elif how.startswith("the last"):
         train_shards = [shard for shard in train_shards if shard not in set(val_shards)]
@@ -140,7 +146,13 @@ def split_shards(
 
 @dataclass(frozen=True)
 class IndexResult:
-    """The result of indexing a data folder: manifests, and what stands in the tars but not in them, by split."""
+    """The result of indexing a data folder.
+
+    Args:
+        manifests: Manifest of each split.
+        ignored: Number of members of each split that were not read, by extension.
+        notes: Counts beside the tars that disagree with them.
+    """
 
     manifests: dict[Split, Manifest]
     ignored: dict[Split, dict[str, int]]
@@ -157,35 +169,42 @@ def index_shards(
     workers: int | None = 1,
     on_shard: Callable[[Split, int], object] = lambda split, total: None,
 ) -> IndexResult:
-    """Reads the shards of every split and writes their manifests beside them.
+    """Scans the shards of every split and writes their manifests.
 
-    An interrupted run goes on: what is known of a shard stays in ``.index.partial`` until all are done, under its name,
-    length and time of change.
+    1. Scan each shard, in parallel. Each finished scan is appended to ``.index.partial``, so that an interrupted run
+       resumes with the shards that are left; a shard is scanned again if its length or modification time differs.
+    2. Compare the counts with files beside the tars.
+    3. Reject all faults in one error, unless ``lenient``.
+    4. Write the manifests and remove ``.index.partial``.
 
     Args:
-        folder: Where the shards lie and the manifests go.
-        shards: The tars of each split, in the order in which samples are to be numbered.
-        classes: Class names; without, the labels' own numbers up to the largest.
-        labels: Where labels come from: ``"cls"``, ``"json:FIELD"`` or ``"none"``; see ``scan.Labels``.
-        lenient: Leave out samples with a fault instead of refusing them.
-        workers: Processes; they make no difference to the result. None: one a core, fewer for little data.
-        on_shard: Told the split of each shard that is done, and how many shards the split has (for a progress bar).
+        folder: The data folder: parent of the shards; the manifests are written to it.
+        shards: The tars of each split, in the order in which samples are numbered.
+        classes: Class names; None names the classes by their numbers, up to the largest label.
+        labels: Source of the labels: ``"cls"``, ``"json:FIELD"`` or ``"none"``; see ``scan.Labels``.
+        lenient: True leaves out samples with a fault; False rejects them.
+        workers: Number of processes; the result does not depend on it. None: one per core, fewer for little data.
+        on_shard: Called with the split of each finished shard and the split's number of shards (for a progress bar).
 
     Raises:
-        ValueError: Names every shard that is damaged or, unless lenient, has samples with a fault, with their counts.
+        ValueError: if shards are damaged or, unless lenient, have samples with a fault. The message lists all of them.
     """
     folder = Path(folder)
     if labels == "none":
         classes = _only_class(classes)
     options = Labels(labels, None if classes is None else tuple(classes))
+    # one process reads 256 MiB in about 10 seconds
     workers = choose_workers(workers, work=sum(path.stat().st_size for of in shards.values() for path in of) / 2**28)
     names = {split: [path.relative_to(folder).as_posix() for path in paths] for split, paths in shards.items()}
+    # 1. Scan.
     scans, progress = _scan_all(folder, names, options, lenient=lenient, workers=workers, on_shard=on_shard)
+    # 2. and 3. Compare counts, and reject faults.
     miscounts = _find_miscounts(folder, names, scans)
     _raise_faults(folder, scans, [] if lenient else miscounts, lenient=lenient, labels=labels)
     if classes is None:
         largest = max((int(scan.rows["label"].max()) for scan in scans.values() if len(scan.rows)), default=0)
         classes = [str(label) for label in range(largest + 1)]
+    # 4. All manifests are made before the first is written: an error leaves none.
     made = {
         split: _make_manifest(folder, split, {name: scans[name] for name in of_split}, classes, labels)
         for split, of_split in names.items()
@@ -200,7 +219,7 @@ def index_shards(
 
 def _only_class(classes: Sequence[str] | None) -> Sequence[str]:
     if classes is not None and len(classes) != 1:
-        raise ValueError(f"class names: data without labels has one class, got {len(classes)} names")
+        raise ValueError(f"class names: data without labels must have 1 name, got {len(classes)}")
     return classes or (UNLABELLED,)
 
 
@@ -209,7 +228,10 @@ def _make_manifest(
 ) -> tuple[Manifest, npt.NDArray[np.void]]:
     rows = np.concatenate([scan.rows for scan in scans.values()])
     if not len(rows):
-        raise ValueError(f"data {folder}, split {split}: no whole sample in {len(scans)} shards")
+        raise ValueError(
+            f"data {folder}, split {split}: {len(scans)} shards must hold at least 1 complete sample, got 0"
+        )
+    # a scan of one tar has shard number 0 in every row
     rows["shard"] = np.repeat(np.arange(len(scans)), [len(scan.rows) for scan in scans.values()])
     shards = tuple(Shard(name, scan.bytes, len(scan.rows), scan.sha256) for name, scan in scans.items())
     images = union([scan.images for scan in scans.values() if scan.images is not None])
@@ -236,7 +258,7 @@ def _scan_all(
     jobs = [name for name in split_of if name not in scans]
     with open(path, "ab" if known else "wb") as file:
         if known:
-            file.write(b"\n")  # the last line may be half
+            file.write(b"\n")  # a killed run may have left half a line
         else:
             _write_line(file, _options_to_json(labels))
         for name, scan in run_jobs(_scan_by_name, (folder, labels, lenient), jobs, workers=workers):
@@ -258,7 +280,7 @@ def _scan_by_name(shared: tuple[Path, Labels, bool], name: str) -> ShardScan:
 def _raise_faults(
     folder: Path, scans: Mapping[str, ShardScan], miscounts: Iterable[tuple[str, str]], *, lenient: bool, labels: str
 ) -> None:
-    """Raises one list of all that is wrong."""
+    """Raises one error that lists all faults of all shards, if there are any."""
     faults: dict[str, list[str]] = {}
     for name, scan in scans.items():
         if scan.damage:
@@ -266,26 +288,32 @@ def _raise_faults(
         elif not lenient:
             faults[name] = [f"{found.count} {fault} (first {found.first})" for fault, found in scan.faults.items()]
         if not (scan.damage or scan.num_keys or scan.faults):
-            seen = f"only {format_counts(scan.ignored)}" if scan.ignored else "no members"
-            faults.setdefault(name, []).append(f"no image samples, {seen}")
+            found_members = f"only {format_counts(scan.ignored)}" if scan.ignored else "no members"
+            faults.setdefault(name, []).append(f"no image samples, {found_members}")
     for name, fault in miscounts:
         faults.setdefault(name, []).append(fault)
     listed = [f"{name}: {'; '.join(of_shard)}" for name, of_shard in faults.items() if of_shard]
     if not listed:
         return
-    way_out = "bring damaged tars back"
+    hint = "restore damaged tars"
     if not lenient and any(scan.faults for scan in scans.values()):
-        way_out += "; --lenient leaves samples with a fault out and counts them"
+        hint += "; --lenient leaves out samples with a fault and counts them"
     if labels == "cls" and any(NO_LABEL in scan.faults for scan in scans.values()):
-        way_out += "; labels: --label-field NAME reads them from .json, --no-labels does without"
+        hint += "; --label-field NAME reads labels from .json, --no-labels trains without labels"
     lines = "\n  ".join(listed)
-    raise ValueError(f"data {folder}: {len(listed)} of {len(scans)} shards are refused:\n  {lines}\n{way_out}")
+    raise ValueError(f"data {folder}: {len(listed)} of {len(scans)} shards are rejected:\n  {lines}\n{hint}")
 
 
 def _find_miscounts(
     folder: Path, names: Mapping[Split, Sequence[str]], scans: Mapping[str, ShardScan]
 ) -> list[tuple[str, str]]:
-    """Shards whose samples are not as many as a file beside them says: open_clip's and img2dataset's."""
+    """Compares the number of samples of each shard with the counts in files beside it.
+
+    open_clip reads ``sizes.json``; img2dataset writes ``NNNNN_stats.json``.
+
+    Returns:
+        (shard, difference) of each count that disagrees.
+    """
     found = []
     for parent in sorted({(folder / name).parent for name in scans}):
         sizes = _read_json(parent / "sizes.json")
@@ -299,7 +327,7 @@ def _find_miscounts(
                 f"{path.stem}_stats.json": stats.get("successes"),
             }
             found += [
-                (name, f"{scan.num_keys} samples, {file} says {count!r:.20}")
+                (name, f"{scan.num_keys} samples, {file} states {count!r:.20}")
                 for file, count in stated.items()
                 if count is not None and count != scan.num_keys
             ]
@@ -307,16 +335,14 @@ def _find_miscounts(
 
 
 def _check_total(folder: Path, scans: Mapping[str, ShardScan]) -> list[tuple[str, str]]:
-    """Compares the total with ``__len__``, which speaks of all shards of the folder and says nothing of some."""
+    """Compares the total with the file ``__len__``, which counts all shards of a folder: it is ignored for a part."""
     path = folder / "__len__"
     if not path.is_file() or {folder / name for name in scans} != set(_glob(folder, "*.tar")):
         return []
     with open(path, "rb") as file:
         stated = file.read(32).strip()
     total = sum(scan.num_keys for scan in scans.values())
-    return (
-        [] if stated == str(total).encode() else [("__len__", f"it says {stated!r}, the shards have {total} samples")]
-    )
+    return [] if stated == str(total).encode() else [("__len__", f"states {stated!r} samples, the shards have {total}")]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -326,7 +352,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         with open(path, "rb") as file:
             content = json.loads(file.read(_MAX_COUNTS_BYTES))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"file {path}: not JSON ({error}); mend it or take it away") from error
+        raise ValueError(f"file {path} must be JSON, got: {error}; correct it or remove it") from error
     return content if isinstance(content, dict) else {}
 
 
@@ -346,7 +372,7 @@ def _expand(pattern: str) -> list[str]:
 
 
 def _has_word(folder: Path, shard: Path, words: str) -> bool:
-    """Returns whether a shard's path in the folder has one of the words between its letters."""
+    """Returns whether a shard's path inside the folder contains one of the words, not as a part of another word."""
     return bool(re.search(rf"(?<![a-z])({words})(?![a-z])", shard.relative_to(folder).as_posix().lower()))
 
 
@@ -354,16 +380,17 @@ def _find_val_by_name(folder: Path, shards: Iterable[Path]) -> tuple[list[Path] 
     for words in (_VAL, _TEST):
         found = sorted(shard for shard in shards if _has_word(folder, shard, words))
         if found:
-            return found, "val by their names"
+            return found, "val shards were found by their names"
     return None, ""
 
 
 def _take_last(shards: Sequence[Path], fraction: float, folder: Path) -> tuple[list[Path], str]:
     if len(shards) < 2:
         raise ValueError(
-            f"data folder {folder}: whole shards become val, and there are no two; name others with --val, or make "
-            "smaller shards"
+            f"data folder {folder} must have at least 2 shards, since whole shards become val, got {len(shards)}; give "
+            "others with --val, or make smaller shards"
         )
+    # at least one shard for each split
     count = min(max(1, round(fraction * len(shards))), len(shards) - 1)
     return list(shards[-count:]), f"the last {count} of {len(shards)} shards are val (--val-fraction {fraction:g})"
 
@@ -371,9 +398,9 @@ def _take_last(shards: Sequence[Path], fraction: float, folder: Path) -> tuple[l
 def _check_splits(folder: Path, train: Sequence[Path], val: Sequence[Path]) -> None:
     both = sorted(set(train) & set(val))
     if both:
-        raise ValueError(f"data folder {folder}: {both[0].name} would be both train and val; give --train and --val")
+        raise ValueError(f"data folder {folder}: {both[0].name} must not be both train and val; give --train and --val")
     if not train:
-        raise ValueError(f"data folder {folder}: all its shards would be val; give --train and --val")
+        raise ValueError(f"data folder {folder}: train must have at least 1 shard, got none; give --train and --val")
 
 
 def _sum_counts(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
@@ -397,11 +424,12 @@ def _scan_to_json(scan: ShardScan) -> dict[str, Any]:
 
 
 def _read_progress(path: Path, folder: Path, labels: Labels) -> dict[str, ShardScan]:
-    """Reads what an interrupted run with the same options knew of shards that have not changed since."""
+    """Returns the scans of an interrupted run, if it had the same options, of shards that have not changed since."""
     if not path.is_file():
         return {}
     with open(path, "rb") as file:
         lines = _whole_lines(file)
+        # other labels or class names would give other rows
         if next(lines, None) != _options_to_json(labels):
             return {}
         known = ((line, _reuse_scan(folder, line)) for line in lines)
@@ -419,7 +447,7 @@ def _whole_lines(file: IO[bytes]) -> Iterator[dict[str, Any]]:
 def _reuse_scan(folder: Path, line: dict[str, Any]) -> ShardScan | None:
     try:
         return _scan_from_json(folder, line)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # gone, or not a line of ours: read again
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # the shard is gone or the line is damaged
         return None
 
 

@@ -1,13 +1,13 @@
-"""The manifest beside the shards, one a split, so that shards can be counted, checked and read by index.
+"""The manifest of a split, which makes its shards countable, checkable and readable by index.
 
-A data folder holds ordinary WebDataset tars and, for each split, two files::
+A data folder contains ordinary WebDataset tars and, for each split, two files::
 
     train-000000.tar ...    samples: KEY.png|.jpg|.jpeg|.webp and KEY.cls (a decimal class number)
     train.json              format, shards (name, bytes, samples, sha256), class names, range of image sizes;
-                            where labels come from, if not from .cls; what was left out, if anything
-    train.npy               one row a sample, see INDEX_DTYPE; memory-mapped
+                            the source of the labels, if it is not .cls; counts of samples left out, if there are any
+    train.npy               one row per sample, see INDEX_DTYPE; memory-mapped
 
-Used by everything that reads data. Imports neither torch nor PIL, so that a summary answers at once.
+Used by everything that reads data. Imports neither torch nor PIL, so that summaries are fast.
 """
 
 from __future__ import annotations
@@ -49,22 +49,22 @@ __all__ = [
 
 Split = Literal["train", "val"]
 FORMAT = 1
-_MAX_MANIFEST_BYTES = 2**28  # a million shards
-_MAX_SIDE = 2**26  # of an image; it has at most 64 million pixels
-_BLOCK_ROWS = 2**20  # of an index that are compared at a time
-# offset and size of the image's bytes inside the tar, so that one pread fetches it
+_MAX_MANIFEST_BYTES = 2**28  # enough for a million shards
+_MAX_SIDE = 2**26  # pixels; an image has at most 64 million
+_BLOCK_ROWS = 2**20  # rows of an index that are checked at a time
+# offset and size are those of the image's bytes inside the tar, so that one pread reads them
 INDEX_DTYPE = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("label", "<i4")])
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar.
+    """A tar in a manifest.
 
     Args:
         name: Path inside the data folder.
-        bytes: Length.
-        samples: Samples in it.
-        sha256: Of the whole file, in hex.
+        bytes: Length of the file.
+        samples: Number of samples in it.
+        sha256: Hash of the whole file, hex.
 
     Raises:
         ValueError: if a value is out of range, or the name leaves the folder.
@@ -77,7 +77,7 @@ class Shard:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not _is_inside(self.name):
-            raise ValueError(f"name must be that of a file inside the data folder, got {shorten(self.name)}")
+            raise ValueError(f"name must be a path inside the data folder, got {shorten(self.name)}")
         check_integer("bytes", self.bytes, "[0, 1125899906842624]")  # 1 PiB
         check_integer("samples", self.samples, "[0, 4294967296]")
         check_sha256("sha256", self.sha256)
@@ -85,7 +85,13 @@ class Shard:
 
 @dataclass(frozen=True)
 class ImageRange:
-    """Smallest and largest height and width of the images as stored, and the channels seen (1, 3, or 4 with alpha)."""
+    """The range of image sizes in a split.
+
+    Args:
+        height: Smallest and largest height in pixels, after the EXIF orientation.
+        width: Smallest and largest width.
+        channels: Numbers of channels that occur, sorted: 1, 3, and 4 for images with alpha.
+    """
 
     height: tuple[int, int]
     width: tuple[int, int]
@@ -94,17 +100,17 @@ class ImageRange:
 
 @dataclass(frozen=True)
 class Manifest:
-    """One split of a data folder.
+    """The manifest of one split of a data folder.
 
     Args:
-        folder: Where the shards lie.
+        folder: The data folder.
         split: ``"train"`` or ``"val"``.
-        shards: In the order in which samples are numbered.
+        shards: The shards, in the order in which samples are numbered.
         classes: Class names; label i is ``classes[i]``.
-        images: What sizes the images have.
-        index_sha256: Hash of the rows of the index file.
-        labels: Where labels come from: ``"cls"``, ``"json:FIELD"`` or ``"none"``.
-        left_out: Samples of the tars that the index has not, by what is wrong with them.
+        images: Range of the image sizes.
+        index_sha256: Hash of the rows of the index file, hex.
+        labels: Source of the labels: ``"cls"``, ``"json:FIELD"`` or ``"none"``.
+        left_out: Number of samples in the tars but not in the index, by kind of fault.
     """
 
     folder: Path
@@ -118,20 +124,23 @@ class Manifest:
 
     @property
     def samples(self) -> int:
-        """Samples in all shards."""
+        """The number of samples in all shards."""
         return sum(shard.samples for shard in self.shards)
 
     @property
     def fingerprint(self) -> str:
-        """Sha256 over everything but the place of the folder, hex: equal for equal data."""
+        """The SHA-256, hex, of the content of the manifest without the folder: equal for equal data."""
         content = json.dumps(_to_json(self), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(content.encode()).hexdigest()
 
     def index(self) -> npt.NDArray[np.void]:
-        """Returns the rows of the index, (samples,) INDEX_DTYPE, memory-mapped; their number and type are checked.
+        """Maps the index into memory and checks its shape and type.
+
+        Returns:
+            (samples,) INDEX_DTYPE, one row per sample.
 
         Raises:
-            ValueError: if the file cannot be read or has other rows.
+            ValueError: if the file cannot be read, or has another shape or type.
         """
         path = self.folder / f"{self.split}.npy"
         try:
@@ -150,7 +159,14 @@ class Manifest:
 
 @dataclass(frozen=True)
 class DataSummary:
-    """The facts that a recipe or a command needs of a data folder before torch is imported."""
+    """The facts about a data folder that recipes and commands use before torch is imported.
+
+    Args:
+        classes: Class names; label i is ``classes[i]``.
+        samples: Number of samples of each split.
+        images: Range of the image sizes over all splits.
+        fingerprint: SHA-256, hex, of all manifests.
+    """
 
     classes: tuple[str, ...]
     samples: Mapping[str, int]
@@ -159,27 +175,28 @@ class DataSummary:
 
     @property
     def num_classes(self) -> int:
-        """The number of classes that the labels name."""
+        """The number of classes."""
         return len(self.classes)
 
     @property
     def channels(self) -> int:
-        """1 if all images are grey, else 3."""
+        """The number of channels to decode to: 1 if all images are grey, else 3."""
         return 1 if self.images.channels == (1,) else 3
 
 
 def splits_of(folder: str | Path) -> tuple[Split, ...]:
-    """Returns the splits that a data folder has a manifest of."""
+    """Returns the splits of a data folder that have a manifest."""
     return tuple(split for split in get_args(Split) if (Path(folder) / f"{split}.json").is_file())
 
 
 def read_manifest_summary(folder: str | Path) -> DataSummary:
-    """Class names, counts and image sizes of a data folder; reads two small JSON files.
+    """Reads class names, counts and image sizes of a data folder from two small JSON files.
 
     Raises:
-        FileNotFoundError: The folder or its train manifest is missing.
-        ValueError: A manifest cannot be read, or the splits name other classes.
+        FileNotFoundError: if the folder or its train manifest is missing.
+        ValueError: if a manifest is invalid, or the splits have different classes.
     """
+    # without any manifest, reading that of train raises the right error
     manifests = [load_manifest(folder, split, check=False) for split in splits_of(folder) or ("train",)]
     first = manifests[0]
     for other in manifests[1:]:
@@ -194,31 +211,31 @@ def read_manifest_summary(folder: str | Path) -> DataSummary:
 
 
 def data_fingerprint(folder: str | Path) -> str:
-    """Returns one hash for all splits of a data folder, sha256 in hex; token stores are keyed by it."""
+    """Returns one SHA-256, hex, for all splits of a data folder. Token stores record it as their origin."""
     return read_manifest_summary(folder).fingerprint
 
 
 def load_manifest(folder: str | Path, split: Split, *, check: bool = True) -> Manifest:
-    """Reads a split's manifest and compares what is on disk with it.
+    """Reads the manifest of a split and compares the files on disk with it.
 
     Args:
         folder: The data folder.
-        split: Which split.
-        check: Whether to call ``check_shards``.
+        split: ``"train"`` or ``"val"``.
+        check: True calls ``check_shards``.
 
     Raises:
-        FileNotFoundError: if there is no such folder or manifest.
-        ValueError: if the manifest is not one, or index or shards are not what it says.
+        FileNotFoundError: if the folder or the manifest is missing.
+        ValueError: if the manifest is invalid, or index or shards differ from it.
     """
     folder = Path(folder)
     path = folder / f"{split}.json"
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"data folder {folder}: there is none; make it with `maskgit data make SOURCE --out {folder}`, "
-            "or fetch the default data with `python data/fashion_mnist.py`"
+            f"data folder {folder} does not exist; make it with `maskgit data make SOURCE --out {folder}`, "
+            "or get the default data with `python data/fashion_mnist.py`"
         )
     if not path.exists():
-        raise FileNotFoundError(f"data folder {folder}: no manifest {path.name}; {_remake_hint(folder)}")
+        raise FileNotFoundError(f"data folder {folder} has no manifest {path.name}; {_remake_hint(folder)}")
     manifest = _from_json(path, folder, split)
     if check:
         check_shards(manifest)
@@ -226,15 +243,15 @@ def load_manifest(folder: str | Path, split: Split, *, check: bool = True) -> Ma
 
 
 def load_manifests(folder: str | Path, splits: Sequence[Split] = ("train", "val")) -> dict[Split, Manifest]:
-    """Reads the manifests of some splits and compares all their shards on disk with them.
+    """Reads the manifests of some splits and compares all their files on disk with them.
 
     Args:
         folder: The data folder.
-        splits: Which splits; the bad shards of all stand in one list.
+        splits: The splits; all their bad shards are listed in one error.
 
     Raises:
-        FileNotFoundError: No such folder or manifest.
-        ValueError: A manifest is not one, or shards are not what they were.
+        FileNotFoundError: if the folder or a manifest is missing.
+        ValueError: if a manifest is invalid, or index or shards differ from it.
     """
     manifests = {split: load_manifest(folder, split, check=False) for split in splits}
     check_shards(*manifests.values())
@@ -242,26 +259,33 @@ def load_manifests(folder: str | Path, splits: Sequence[Split] = ("train", "val"
 
 
 def check_shards(*manifests: Manifest) -> None:
-    """Compares what is on disk with the manifests: the whole index; length, first and last header of each shard.
+    """Compares the files on disk with manifests: the whole index, and length, first and last header of each shard.
 
-    ``maskgit data verify`` reads everything; this is what there is time for before each run.
+    This is fast enough for the start of each run; ``maskgit data verify`` reads everything.
 
     Raises:
-        ValueError: if an index is not the one that its manifest names, or a shard is missing, cannot be read, or has
-            another length or another header. The message names every such shard.
+        ValueError: if an index differs from its manifest, or a shard is missing, cannot be read, or has another length
+            or another header. The message lists all such shards.
     """
+    # all faults of all splits in one message, so that they can be repaired together
     faults = [fault for manifest in manifests for fault in _faults(manifest)]
     if faults:
         folder, total = manifests[0].folder, sum(len(manifest.shards) for manifest in manifests)
         listed = "\n  ".join(faults)
         raise ValueError(
-            f"data {folder}: {len(faults)} of {total} shards are not what the manifest says:\n  {listed}\n"
-            f"bring the shards back, or, if they were changed on purpose, {_remake_hint(folder)}"
+            f"data {folder}: {len(faults)} of {total} shards differ from the manifest:\n  {listed}\n"
+            f"restore the shards, or, if they were changed on purpose, make the manifest again with "
+            f"`maskgit data index {folder}`"
         )
 
 
 def save_manifest(manifest: Manifest, rows: npt.NDArray[np.void]) -> None:
-    """Writes the split's two files, whole or not at all; the JSON last, since it makes the split valid."""
+    """Writes the two files of a split, each atomically; the JSON last, since it makes the split valid.
+
+    Args:
+        manifest: The manifest.
+        rows: (samples,) INDEX_DTYPE, the index.
+    """
     folder, split = manifest.folder, manifest.split
     with write_atomically(folder / f"{split}.npy") as file:
         np.save(file, rows, allow_pickle=False)
@@ -269,35 +293,36 @@ def save_manifest(manifest: Manifest, rows: npt.NDArray[np.void]) -> None:
 
 
 def index_sha256(rows: npt.NDArray[np.void]) -> str:
-    """Returns the sha256 of the rows of an index, in hex; a mapped index is not copied into memory."""
+    """Returns the SHA-256, hex, of the rows of an index, without copying a mapped index into memory."""
     return hashlib.sha256(np.ascontiguousarray(rows).view(np.uint8).data).hexdigest()
 
 
 def _check_index(manifest: Manifest, rows: npt.NDArray[np.void]) -> None:
-    """Compares the rows with the manifest: their hash, and the place of each image inside its shard.
+    """Checks the rows of an index: their hash, and that each image lies inside its shard.
 
     Raises:
-        ValueError: if they are not the rows that the manifest names.
+        ValueError: if they differ from the manifest.
     """
     path, hint = manifest.folder / f"{manifest.split}.npy", _remake_hint(manifest.folder)
     actual = index_sha256(rows)
     if actual != manifest.index_sha256:
         raise ValueError(
-            f"index {path}: changed since it was made: sha256 {manifest.index_sha256[:12]} expected, got "
+            f"index {path} changed since it was made: sha256 {manifest.index_sha256[:12]} expected, got "
             f"{actual[:12]}; {hint}"
         )
+    # the hash protects against accidents; a hostile folder may have a matching hash, so check the ranges too
     lengths = np.array([shard.bytes for shard in manifest.shards], np.uint64)
     for start in range(0, len(rows), _BLOCK_ROWS):
         block = rows[start : start + _BLOCK_ROWS]
         shard, offset, size = block["shard"], block["offset"], block["size"]
+        # a header precedes every payload; compare differences, since offset + size might overflow
         bad = (shard >= len(lengths)) | (offset < BLOCK)
-        # a difference, since a sum might overflow
         bad |= offset > lengths[np.minimum(shard, len(lengths) - 1)]
         bad |= size > lengths[np.minimum(shard, len(lengths) - 1)] - np.where(bad, 0, offset)
         if bad.any():
             row = int(bad.argmax())
             raise ValueError(
-                f"index {path}: row {start + row} must name bytes of one of {len(lengths)} shards, got "
+                f"index {path}: row {start + row} must lie inside one of {len(lengths)} shards, got "
                 f"{block[row]}; {hint}"
             )
 
@@ -313,7 +338,8 @@ def _faults(manifest: Manifest) -> Iterator[str]:
 
 
 def _to_json(manifest: Manifest) -> dict[str, Any]:
-    unusual: dict[str, Any] = {}  # only where it is, so that the fingerprint of other data stays what it was
+    # written only if they differ from the default, so that the fingerprint of older data does not change
+    unusual: dict[str, Any] = {}
     if manifest.labels != "cls":
         unusual["labels"] = manifest.labels
     if manifest.left_out:
@@ -341,6 +367,7 @@ def _from_json(path: Path, folder: Path, split: Split) -> Manifest:
         check_keys(str(path), content, known=_KNOWN, required=_REQUIRED)
         _check_types(path, content)
         shards = tuple(_shard(fields, f"{path}: shards[{number}]") for number, fields in enumerate(content["shards"]))
+        # split and samples repeat other facts, for people who read the file; they must agree
         samples = sum(shard.samples for shard in shards)
         check_integer(f"{path}: samples of all shards", samples, "[1, 4294967296]")
         for key, expected in (("split", split), ("samples", samples)):
@@ -376,7 +403,7 @@ def _check_types(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _shard(fields: object, where: str) -> Shard:
-    """Builds a shard; ``build_dataclass`` takes too long for many shards."""
+    """Builds a shard from JSON. ``build_dataclass`` is too slow for many shards."""
     if not isinstance(fields, dict):
         raise ValueError(f"{where} must be a mapping, got {shorten(fields)}")
     if fields.keys() != {"name", "bytes", "samples", "sha256"}:
@@ -394,17 +421,22 @@ def _image_range(fields: object, where: str) -> ImageRange:
         check_integer(f"{where}.{name}", low, f"[1, {_MAX_SIDE}]")
         check_integer(f"{where}.{name}", high, f"[{low}, {_MAX_SIDE}]")
     if not made.channels or not set(made.channels) <= {1, 3, 4}:
-        raise ValueError(f"{where}.channels must be some of 1, 3 and 4, got {shorten(made.channels)}")
+        raise ValueError(f"{where}.channels must be a subset of 1, 3 and 4, got {shorten(made.channels)}")
     return ImageRange(*(tuple(sizes) for sizes in (made.height, made.width, made.channels)))  # type: ignore[arg-type]
 
 
 def _is_inside(name: str) -> bool:
+    # a manifest may be hostile: no path may leave the folder or hide in it
     path = PurePosixPath(name)
     return not (path.is_absolute() or ".." in path.parts or path.name.startswith(".")) and name.isprintable()
 
 
 def union(ranges: Sequence[ImageRange]) -> ImageRange:
-    """Returns the range that holds all of some ranges, one at least."""
+    """Returns the smallest range that contains all given ranges.
+
+    Args:
+        ranges: At least one range.
+    """
     return ImageRange(
         height=(min(r.height[0] for r in ranges), max(r.height[1] for r in ranges)),
         width=(min(r.width[0] for r in ranges), max(r.width[1] for r in ranges)),

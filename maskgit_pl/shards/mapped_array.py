@@ -1,4 +1,4 @@
-"""Arrays that are mapped into memory from files that may be anything, or be cut while they are read.
+"""Memory-mapped arrays, safe with files that are damaged or that are truncated while they are mapped.
 
 Used by everything that reads indexes and token stores.
 """
@@ -19,29 +19,30 @@ __all__ = ["is_whole", "map_array"]
 
 
 def map_array(path: Path) -> npt.NDArray[Any]:
-    """Maps a ``.npy`` file into memory, to be read.
+    """Maps a ``.npy`` file into memory, read-only.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not a whole ``.npy`` file of plain values.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if it is not a complete ``.npy`` file of plain values.
     """
     try:
-        os.close(open_regular(path))
+        os.close(open_regular(path))  # rejects a FIFO or a device, which would block
         array: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
         raise
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
-    except Exception as error:  # the header is Python source, and its parsers raise errors of many kinds
+    except Exception as error:  # the header is a Python literal, whose parser raises many kinds of errors
         raise ValueError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from error
     return array
 
 
 def is_whole(array: npt.NDArray[Any]) -> bool:
-    """Returns whether the file behind a mapped array still has all its bytes.
+    """Returns whether the file of a mapped array still has all its bytes.
 
-    To read beyond the end of a file that was cut would end the process with a signal.
+    Reading beyond the end of a truncated file would kill the process with SIGBUS.
     """
+    # views of a mapped array have it as a base
     mapped = array
     while isinstance(mapped.base, np.ndarray):
         mapped = mapped.base

@@ -1,4 +1,4 @@
-"""The orientation that EXIF gives an image, and the picture as it is to be seen. Used by ``images``."""
+"""EXIF orientation: reading it, and rotating or mirroring an image so that it is upright. Used by ``images``."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ if TYPE_CHECKING:
 
 __all__ = ["PIL_ERRORS", "apply_orientation", "find_orientation"]
 
-# What PIL raises on files that are damaged or hostile.
+# PIL raises any of these on damaged or hostile files.
 PIL_ERRORS = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, struct.error)
-_ORIENTATION = 0x0112  # EXIF tag: 1 upright, 2 to 8 turned or mirrored; from 5 on height and width change places
+_ORIENTATION = 0x0112  # EXIF tag: 1 upright, 2 to 8 rotated or mirrored; 5 to 8 swap height and width
 
 
 def find_orientation(image: Image.Image) -> int:
-    """Returns EXIF's 1 to 8, found without decoding; 1 where EXIF is missing or spoilt."""
+    """Returns the EXIF orientation, 1 to 8, without decoding pixels; 1 if EXIF is missing or damaged."""
     if image.format == "PNG" and not {"exif", "xmp"} & image.info.keys():
-        return 1  # getexif would decode the pixels to look behind them
+        return 1  # getexif would decode the pixels to search after them
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -30,7 +30,12 @@ def find_orientation(image: Image.Image) -> int:
 
 
 def apply_orientation(image: Image.Image, orientation: int) -> Image.Image:
-    """Returns a picture upright that was stored with an orientation of EXIF."""
+    """Returns an image upright.
+
+    Args:
+        image: The image as stored.
+        orientation: Its EXIF orientation, 1 to 8.
+    """
     from PIL.Image import Transpose
 
     undoing = {

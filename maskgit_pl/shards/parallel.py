@@ -1,6 +1,6 @@
-"""The same function over many shards, in this process or in several.
+"""Runs one function over many shards, in this process or in several.
 
-Used by what makes, indexes and verifies shards. The results do not depend on the number of workers.
+Used by ``writer``, ``index`` and ``verify``. The results do not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["available_cores", "choose_workers", "run_jobs"]
 Shared = TypeVar("Shared")
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-_shared: Any = None  # in a worker: what all jobs have in common, sent once
+_shared: Any = None  # in a worker: the argument that all jobs share, sent once
 
 
 def available_cores() -> int:
@@ -30,11 +30,11 @@ def available_cores() -> int:
 
 
 def choose_workers(given: int | None, *, work: float) -> int:
-    """Returns the number of processes: as asked for, else one a core as far as there is work.
+    """Returns the number of worker processes.
 
     Args:
-        given: What is asked for; None for nothing.
-        work: In units that take one process some 10 seconds.
+        given: The number that the user asked for; None for one per core, fewer if there is little work.
+        work: Amount of work, in units that take one process about 10 seconds.
     """
     return min(available_cores(), 1 + int(work)) if given is None else given
 
@@ -45,29 +45,30 @@ def run_jobs(
     """Calls ``function(shared, job)`` for every job.
 
     Args:
-        function: Of a module's top level, as are the types of its arguments.
-        shared: What all jobs have in common; sent to each worker once.
-        jobs: Hashable or not, in any number.
-        workers: Processes; with 1, or for one job, this process does the work.
+        function: Function that can be pickled: defined at the top level of a module.
+        shared: First argument of all calls; sent to each worker once.
+        jobs: Second argument of each call.
+        workers: Number of processes; with 1, or for one job, this process does the work.
 
     Yields:
-        (job, result) in the order in which they are done.
+        (job, result) in the order in which the jobs finish.
 
     Raises:
         ValueError: if ``workers`` is not an integer of at least 1.
     """
     check_integer("workers", workers, "[1, inf)")
+    # one process: the results come in the order of the jobs, and starting another would take a second
     workers = min(workers, len(jobs))
     if workers <= 1:
         for job in jobs:
             yield job, function(shared, job)
         return
-    # spawned, since a fork of a process with threads (torch's, the progress bar's) may hang
+    # spawn: a forked copy of a process with threads (torch's, the progress bar's) may deadlock
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_init_worker, initargs=(shared,))
     others = set(multiprocessing.active_children())
     try:
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit it: Ctrl-C is not theirs
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: workers ignore Ctrl-C
         try:
             waiting = {pool.submit(_call, function, job): job for job in jobs}
         finally:
@@ -79,14 +80,14 @@ def run_jobs(
             yield waiting.pop(future), result
     except (KeyboardInterrupt, GeneratorExit):
         for worker in set(multiprocessing.active_children()) - others:
-            worker.terminate()  # nobody waits for what it does
+            worker.terminate()  # its result will not be used
         raise
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 class _Refusal(NamedTuple):
-    """Bad input that a worker has met; where it was raised is known only there."""
+    """A user error in a worker, sent back as a result; as an exception, it would get the worker's traceback."""
 
     error: Exception
 
@@ -94,12 +95,12 @@ class _Refusal(NamedTuple):
 def _init_worker(shared: Any) -> None:
     global _shared
     _shared = shared
-    os.environ["OMP_NUM_THREADS"] = "1"  # one core each; read when torch is imported
+    os.environ["OMP_NUM_THREADS"] = "1"  # one core per worker; torch reads it when it is imported
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """Ends a worker whose owner was killed, which would wait forever."""
+    """Ends a worker whose parent process was killed; else it would wait for jobs forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,7 +1,7 @@
-"""A folder of parquet files as Hugging Face's datasets are stored, as a source of samples; needs pyarrow.
+"""A folder of parquet files in the layout of Hugging Face datasets, as a source of samples. Requires pyarrow.
 
-Columns: an image, as bytes or as a struct with ``bytes`` in it, and a class number. Names of the classes stand in the
-metadata that the ``datasets`` package writes.
+Columns: an image, as bytes or as a struct with the field ``bytes``, and a class number. The class names are in the
+metadata that the ``datasets`` package writes. Used by ``sources.open_source``.
 """
 
 from __future__ import annotations
@@ -34,26 +34,28 @@ __all__ = ["ParquetFolder"]
 
 _SPLIT_NAMES: tuple[tuple[Split, str], ...] = (("train", "train"), ("val", "validation|valid|val"), ("val", "test"))
 _IMAGE_COLUMNS = ("image", "img")
-_ROWS_AT_ONCE = 64  # of images, so that memory stays small whatever the row groups are ...
-_BYTES_AT_ONCE = 2**28  # ... and whatever the pages are: each row may be the whole of a page once more
-_MAX_PAGE_BYTES = 2**29  # when it is expanded; writers end a page after about 1 MB
+_ROWS_AT_ONCE = 64  # images in memory, for row groups of any size
+_BYTES_AT_ONCE = 2**28  # limit for pages of any size: with a dictionary, each row may repeat a whole page
+_MAX_PAGE_BYTES = 2**29  # decompressed; writers end a page after about 1 MB
 _MAX_FOOTER_BYTES = 2**25
-_MAX_ROWS = 2**25  # of all files
+_MAX_ROWS = 2**25  # of all files together
 
 
 class ParquetFolder:
-    """Parquet files in a folder or its sub-folders; ``train-*`` and ``validation-*`` (or ``test-*``) are the splits.
+    """A source of samples: the parquet files in a folder or in its sub-folders.
 
-    Samples keep the order of the files' names and rows. Where there is no val, a hash of file name and row decides.
+    Files named ``train-*`` and ``validation-*`` (or ``test-*``) are the splits. Without val files, a hash of file name
+    and row chooses the val samples. Samples keep the order of the files' names and rows.
 
     Args:
         folder: The folder.
-        classes: Class names, where the metadata has none.
-        val_fraction: Share of the rows that become val where no file is, in (0, 1).
+        classes: Class names, if the metadata has none.
+        val_fraction: Fraction of the rows that become val if there are no val files, in (0, 1).
         label_field: Column of the class numbers.
 
     Raises:
-        ValueError: pyarrow is missing, a file is none or lacks a column, labels are no classes, or names disagree.
+        ValueError: if pyarrow is missing, a file is not parquet or lacks a column, labels are not classes, or the class
+            names of the files differ.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class ParquetFolder:
         self.folder = folder
         self.label_field = label_field
         self._paths, of_split = _files_of_splits(folder)
+        # only footers and labels are read here; images are read by ``samples``
         opened = [_open_file(path) for path in self._paths]
         count = sum(file.metadata.num_rows for file in opened)
         if count > _MAX_ROWS:
@@ -77,15 +80,15 @@ class ParquetFolder:
         self._rows = self._split_rows(of_split, val_fraction)
         for split, rows in self._rows.items():
             if not len(rows):
-                raise ValueError(f"source {printable(folder)}: the {split} split has no rows")
+                raise ValueError(f"source {printable(folder)}: the {split} split must have at least 1 row, got 0")
 
     @property
     def counts(self) -> dict[Split, int]:
-        """Rows of each split."""
+        """The number of rows of each split."""
         return {split: len(rows) for split, rows in self._rows.items()}
 
     def describe(self) -> dict[str, Any]:
-        """Class names, and a hash over names and lengths of the files, labels and rows of each split."""
+        """Returns class names, columns, and hashes of file names, file lengths, labels and the rows of each split."""
         digest = hashlib.sha256()
         for path, labels in zip(self._paths, self._labels, strict=True):
             digest.update(f"{path.relative_to(self.folder).as_posix()} {path.stat().st_size}\n".encode())
@@ -102,13 +105,18 @@ class ParquetFolder:
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """A line for each parquet file that is of no split."""
+        """The parquet files that belong to no split, one line per file."""
         found = {*self.folder.glob("*.parquet"), *self.folder.glob("*/*.parquet")} - {*self._paths}
         return tuple(f"parquet file {printable(str(path.relative_to(self.folder)))}" for path in sorted(found))
 
     def samples(self, split: Split, places: range) -> Iterator[Sample | UnreadableSample]:
-        """Rows of a split, a few in memory at a time."""
-        wanted = self._rows[split][places.start : places.stop]
+        """Yields rows of a split, with a few of them in memory at a time.
+
+        Args:
+            split: ``"train"`` or ``"val"``.
+            places: Range of places in the split's order.
+        """
+        wanted = self._rows[split][places.start : places.stop]  # (n, 2): file, row
         for number in np.unique(wanted[:, 0]):
             path, labels = self._paths[number], self._labels[number]
             for row, value in _read_images(path, self.image_field, wanted[wanted[:, 0] == number, 1]):
@@ -116,11 +124,12 @@ class ParquetFolder:
                 yield read_sample(partial(_image_bytes, value, name), label=int(labels[row]), name=name)
 
     def _split_rows(self, of_split: dict[Split, list[int]], val_fraction: float) -> dict[Split, npt.NDArray[np.int64]]:
-        """Returns (n, 2) int64, file and row of each sample of each split."""
+        """Returns the file number and the row of each sample of each split, (n, 2) int64."""
         rows = {
             split: [(number, row) for number in numbers for row in range(len(self._labels[number]))]
             for split, numbers in of_split.items()
         }
+        # without val files, the hash of a row's name chooses val, as for image folders
         if "val" not in rows:
             chosen = [is_val(self._digest(number, row), val_fraction) for number, row in rows["train"]]
             every = rows["train"]
@@ -135,18 +144,18 @@ class ParquetFolder:
 
 
 def _files_of_splits(folder: Path) -> tuple[list[Path], dict[Split, list[int]]]:
-    """Returns the files that are read, and which of them each split has."""
+    """Returns the files of all splits, and for each split the positions of its files in that list."""
     paths = sorted(folder.glob("*.parquet")) or sorted(folder.glob("*/*.parquet"))
     found: dict[Split, list[Path]] = {}
     for split, words in _SPLIT_NAMES:
         matching = [path for path in paths if re.search(rf"(?<![a-z])({words})(?![a-z])", path.stem.lower())]
-        if matching and split not in found:
+        if matching and split not in found:  # test files are val only if there are no validation files
             found[split] = matching
     if "train" not in found:
         found["train"] = [path for path in paths if path not in found.get("val", ())]
     if not found["train"]:
         names = _format_names([path.name for path in paths])
-        raise ValueError(f"source {printable(folder)}: no file is train, got {names}")
+        raise ValueError(f"source {printable(folder)} must have files of the train split, got {names}")
     used = [path for split in ("train", "val") for path in found.get(split, ())]
     return used, {split: [used.index(path) for path in of_split] for split, of_split in found.items()}
 
@@ -155,18 +164,19 @@ def _open_file(path: Path) -> ParquetFile:
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
-        raise ValueError(f'{_file_label(path)}: pyarrow is needed; pip install "maskgit_pl[parquet]"') from error
+        raise ValueError(f'{_file_label(path)} requires pyarrow; pip install "maskgit_pl[parquet]"') from error
     if not path.is_file():
         raise ValueError(f"{_file_label(path)} must be a regular file")
+    # a file ends with the length of its footer (4 bytes) and the magic bytes; pyarrow would read a footer of any size
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - 8))
         end = file.read(8)
     footer = int.from_bytes(end[:4], "little")
     if end[4:] == b"PAR1" and footer > _MAX_FOOTER_BYTES:
-        most = size_text(_MAX_FOOTER_BYTES)
-        raise ValueError(f"{_file_label(path)} must have a footer of at most {most}, got {size_text(footer)}")
+        limit = size_text(_MAX_FOOTER_BYTES)
+        raise ValueError(f"{_file_label(path)} must have a footer of at most {limit}, got {size_text(footer)}")
     try:
-        return ParquetFile(path, buffer_size=2**20)  # else it reads the column of a row group at once
+        return ParquetFile(path, buffer_size=2**20)  # without it, the column of a row group is read as a whole
     except (OSError, ValueError) as error:
         raise ValueError(f"{_file_label(path)}: cannot be read ({_first_line(error)})") from error
 
@@ -180,13 +190,13 @@ def _first_line(error: Exception) -> str:
 
 
 def _check_pages(file: ParquetFile, path: Path, group: int, column: str) -> int:
-    """Checks what the pages of a column expand to.
+    """Checks the decompressed size of a column's pages in a row group.
 
     Returns:
-        Bytes of the largest page.
+        Decompressed bytes of the largest page.
 
     Raises:
-        ValueError: if that is too much, or a page is damaged.
+        ValueError: if this is above the limit, or a page is damaged.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     largest = 0
@@ -196,7 +206,7 @@ def _check_pages(file: ParquetFile, path: Path, group: int, column: str) -> int:
             chunk = chunks.column(number)
             if chunk.path_in_schema in (column, f"{column}.bytes"):
                 starts = (chunk.dictionary_page_offset, chunk.data_page_offset)
-                start = min(offset for offset in starts if offset)
+                start = min(offset for offset in starts if offset)  # there may be no dictionary page
                 largest = max(largest, largest_page(descriptor, start, chunk.total_compressed_size))
     except ValueError as error:
         raise ValueError(f"{_file_label(path)}: row group {group}: {error}") from error
@@ -216,11 +226,12 @@ def _image_column(file: ParquetFile, path: Path) -> str:
             kind = kind.field("bytes").type
         return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
+    # the usual names first, else the first column of bytes
     schema = file.schema_arrow
     found = [field.name for field in schema if holds_bytes(field.type)]
     chosen = [name for name in _IMAGE_COLUMNS if name in found] or found
     if not chosen:
-        raise ValueError(f"{_file_label(path)}: one column must hold image bytes, got {_format_names(schema.names)}")
+        raise ValueError(f"{_file_label(path)} must have a column of image bytes, got {_format_names(schema.names)}")
     return str(chosen[0])
 
 
@@ -231,21 +242,25 @@ def _format_names(names: Sequence[str]) -> str:
 def _class_names(
     files: Sequence[ParquetFile], paths: Sequence[Path], label_field: str, given: Sequence[str] | None
 ) -> tuple[str, ...]:
-    """Class names of the metadata, or those given; none if there are none."""
+    """Returns the class names of the metadata, else the given ones, else an empty tuple.
+
+    Raises:
+        ValueError: if the files have different names, or names are given although the files have others.
+    """
     found = {path: _names_in_metadata(file, label_field) for file, path in zip(files, paths, strict=True)}
     first = found[paths[0]]
     for path, names in found.items():
         if names != first:
-            raise ValueError(f"{_file_label(path)}: its class names are not those of {printable(paths[0].name)}")
+            raise ValueError(f"{_file_label(path)} must have the class names of {printable(paths[0].name)}, got others")
     if first and given is not None and tuple(given) != first:
         raise ValueError(
-            f"class names: the files have their own ({_format_names(first[:3])} ...), so none can be given"
+            f"class names must not be given, since the files have their own ({_format_names(first[:3])} ...)"
         )
     return first or tuple(given or ())
 
 
 def _names_in_metadata(file: ParquetFile, label_field: str) -> tuple[str, ...]:
-    """Reads ``ClassLabel`` names, which the datasets package writes as JSON."""
+    """Reads the names of a ``ClassLabel`` column, which the ``datasets`` package writes as JSON; empty if missing."""
     try:
         metadata = json.loads((file.schema_arrow.metadata or {})[b"huggingface"])
         return tuple(map(str, metadata["info"]["features"][label_field]["names"]))
@@ -254,16 +269,19 @@ def _names_in_metadata(file: ParquetFile, label_field: str) -> tuple[str, ...]:
 
 
 def _read_labels(file: ParquetFile, path: Path, label_field: str, classes: Sequence[str]) -> npt.NDArray[np.int64]:
-    """Reads labels, (rows,) int64, each a class."""
+    """Reads the labels of a file, (rows,) int64, and checks that each is a class."""
     import pyarrow as pa
 
     schema = file.schema_arrow
     if label_field not in schema.names:
         names = _format_names(schema.names)
-        raise ValueError(f"{_file_label(path)}: no column {label_field!r}, got {names}; name it with --label-field")
+        raise ValueError(
+            f"{_file_label(path)} must have a column {label_field!r}, got {names}; set it with --label-field"
+        )
     if not pa.types.is_integer(schema.field(label_field).type):
         kind = schema.field(label_field).type
         raise ValueError(f"{_file_label(path)}: column {label_field!r} must hold class numbers, got {kind}")
+    # before pyarrow decompresses any page
     for group in range(file.num_row_groups):
         _check_pages(file, path, group, label_field)
     try:
@@ -271,18 +289,20 @@ def _read_labels(file: ParquetFile, path: Path, label_field: str, classes: Seque
     except (OSError, ValueError) as error:
         raise ValueError(f"{_file_label(path)}: cannot be read ({_first_line(error)})") from error
     if column.null_count:
-        raise ValueError(f"{_file_label(path)}: {column.null_count} rows have no {label_field!r}")
+        raise ValueError(
+            f"{_file_label(path)} must have {label_field!r} in every row, got {column.null_count} rows without"
+        )
     labels: npt.NDArray[np.int64] = column.to_numpy().astype(np.int64)
-    most = len(classes) or MAX_CLASSES
-    bad = np.flatnonzero((labels < 0) | (labels >= most))
+    limit = len(classes) or MAX_CLASSES
+    bad = np.flatnonzero((labels < 0) | (labels >= limit))
     if len(bad):
         value = labels[bad[0]]
-        raise ValueError(f"{_file_label(path)}: row {bad[0]}: the class must be below {most}, got {value}")
+        raise ValueError(f"{_file_label(path)}: row {bad[0]}: the class must be in [0, {limit}), got {value}")
     return labels
 
 
 def _read_images(path: Path, image_field: str, rows: npt.NDArray[np.int64]) -> Iterator[tuple[int, Any]]:
-    """Values of the images in some rows, which rise; row groups without any are passed over."""
+    """Yields the image values of some rows, which ascend; row groups without such rows are not read."""
     file = _open_file(path)
     start = 0
     for group in range(file.num_row_groups):
@@ -296,6 +316,7 @@ def _read_images(path: Path, image_field: str, rows: npt.NDArray[np.int64]) -> I
 def _read_group(
     file: ParquetFile, path: Path, image_field: str, group: int, start: int, wanted: set[int]
 ) -> Iterator[tuple[int, Any]]:
+    # a batch holds at most _BYTES_AT_ONCE, even if every row repeats the largest page
     largest = _check_pages(file, path, group, image_field)
     rows_at_once = min(_ROWS_AT_ONCE, 1 + _BYTES_AT_ONCE // max(1, largest))
     row = start
@@ -310,16 +331,16 @@ def _read_group(
 
 
 def _image_bytes(value: Any, name: str) -> bytes:
-    """Returns the bytes of an image, which pyarrow holds, or which are in a struct."""
+    """Returns the bytes of a pyarrow value: binary, or a struct with the field ``bytes``."""
     import pyarrow as pa
 
     if pa.types.is_struct(value.type) and value.is_valid:
         value = value["bytes"]
     if not value.is_valid:
-        raise UnreadableImageError(f"{name}: the image must be there as bytes, got none (a path is not followed)")
+        raise UnreadableImageError(f"{name}: the image must be stored as bytes, got none (paths are not followed)")
     size = value.as_buffer().size
     if size > MAX_IMAGE_BYTES:
-        most = size_text(MAX_IMAGE_BYTES)
-        raise UnreadableImageError(f"image {name} must have at most {most}, got {size_text(size)}", reason="too large")
+        limit = size_text(MAX_IMAGE_BYTES)
+        raise UnreadableImageError(f"image {name} must have at most {limit}, got {size_text(size)}", reason="too large")
     data: bytes = value.as_py()
     return data

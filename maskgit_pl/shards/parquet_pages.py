@@ -1,7 +1,7 @@
-"""Page headers of a parquet file, so that a page that expands a thousandfold is refused before pyarrow expands it.
+"""Page headers of a parquet file: rejects a page that expands a thousandfold before pyarrow decompresses it.
 
-The footer states sizes too, but nothing holds a file to them. A page header is a Thrift struct in the compact protocol;
-of its fields, 2 is the length of the page's content when it is expanded, and 3 its length in the file.
+The footer states sizes too, but they may be wrong. A page header is a Thrift struct in the compact protocol. Its field
+2 is the decompressed length of the page's content, field 3 its length in the file. Used by ``parquet``.
 
 Source: apache/parquet-format, ``parquet.thrift``; apache/thrift, ``thrift-compact-protocol.md``.
 """
@@ -12,23 +12,25 @@ import os
 
 __all__ = ["largest_page"]
 
-_WINDOW = 2**14  # bytes of a header that are read; statistics in it have at most 8 kB
+_WINDOW = 2**14  # bytes that are read for a header; its statistics have at most 8 kB
+# type codes of the compact protocol; the two booleans have no bytes of their own
 _BOOLEANS, _BYTE, _INTEGERS, _DOUBLE, _BINARY, _STRUCT = (1, 2), 3, (4, 5, 6), 7, 8, 12
 _MAX_DEPTH = 4  # of structs in a header
 
 
 def largest_page(descriptor: int, start: int, length: int) -> int:
-    """Returns the largest number of bytes that a page of a column chunk expands to.
+    """Returns the decompressed size in bytes of the largest page of a column chunk.
 
     Args:
-        descriptor: Of the open file.
+        descriptor: Descriptor of the open file.
         start: Offset of the chunk's first page.
-        length: Bytes of the chunk in the file.
+        length: Length of the chunk in the file, in bytes.
 
     Raises:
         ValueError: if a header is damaged or a page is longer than the chunk.
     """
     place, end, largest = start, start + length, 0
+    # the pages follow each other: header, content, header, content ...
     while place < end:
         reader = _Reader(os.pread(descriptor, min(_WINDOW, end - place), place))
         try:
@@ -44,16 +46,21 @@ def largest_page(descriptor: int, start: int, length: int) -> int:
 
 
 class _Reader:
-    """Reads Thrift's compact protocol from the bytes of a header."""
+    """A reader of Thrift's compact protocol from the bytes of a header."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
         self.place = 0
 
     def read_struct(self, depth: int) -> dict[int, int]:
-        """Returns the integer fields of a struct by their numbers and passes over the others."""
+        """Returns the integer fields of a struct by their numbers, and skips the others.
+
+        Args:
+            depth: Allowed depth of nested structs.
+        """
         fields, number = dict[int, int](), 0
         while (head := self._byte()) != 0:
+            # low 4 bits: type; high 4 bits: difference from the last field number, 0 if the number follows
             kind = head & 0x0F
             number = number + (head >> 4) if head >> 4 else _decode_zigzag(self._varint())
             if kind in _INTEGERS:
@@ -69,9 +76,10 @@ class _Reader:
             length = {_BYTE: 1, _DOUBLE: 8}.get(kind) or self._varint()
             self.place += length
         elif kind not in _BOOLEANS:
-            raise KeyError(kind)  # no page header has lists or maps
+            raise KeyError(kind)  # page headers have no lists or maps
 
     def _varint(self) -> int:
+        # 7 bits per byte, lowest first; the top bit says that more follow
         value = 0
         for shift in range(0, 64, 7):
             byte = self._byte()

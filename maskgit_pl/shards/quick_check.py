@@ -1,6 +1,6 @@
-"""The check of a shard for which there is time before each run: its length, and headers at both ends.
+"""The quick check of a shard before each run: its length, and the headers at its start and end.
 
-Used by ``manifest``; ``verify`` reads everything.
+Used by ``manifest``. ``verify`` reads everything.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ __all__ = ["find_fault"]
 
 
 def find_fault(path: Path, size: int, rows: npt.NDArray[np.void]) -> str | None:
-    """Compares the length and the first and last headers of a shard with what its manifest says.
+    """Compares the length and the first and last headers of a shard with its manifest.
 
     Args:
         path: The shard.
-        size: Its bytes.
-        rows: Its rows of the index.
+        size: Its length in bytes in the manifest.
+        rows: (n,) INDEX_DTYPE, its rows of the index.
 
     Returns:
-        The difference in a few words; None if there is none.
+        The difference in a few words; None if there is no difference.
     """
     try:
         descriptor = open_regular(path)
@@ -46,6 +46,7 @@ def _fault_of(descriptor: int, size: int, rows: npt.NDArray[np.void]) -> str | N
     if actual != size:
         return f"{size} bytes expected, {actual} found"
     for offset, length in _ends(rows):
+        # a valid checksum, and the length of the payload in the index
         found = header_size(os.pread(descriptor, BLOCK, offset))
         if found is None or length not in (None, found):
             stated = "" if length is None else f" of {length} bytes"
@@ -55,7 +56,7 @@ def _fault_of(descriptor: int, size: int, rows: npt.NDArray[np.void]) -> str | N
 
 
 def _ends(rows: npt.NDArray[np.void]) -> Iterator[tuple[int, int | None]]:
-    """Yields places of headers, of the first member and of the first and last image, with lengths where known."""
+    """Yields (offset of a header, payload length or None) of the first member and of the first and last image."""
     yield 0, None
     for row in rows[[0, -1]] if len(rows) else ():
         yield int(row["offset"]) - BLOCK, int(row["size"])

@@ -1,4 +1,4 @@
-"""Lines for people that tell what a data folder holds and what is wrong with it. Printed by ``maskgit data``."""
+"""The text output of ``maskgit data``: the content of a data folder and its faults."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ __all__ = [
     "unreadable_lines",
 ]
 
-_COLOURS = {1: "grey", 3: "RGB", 4: "with alpha"}  # by channels
-_LONGEST_BAR = 40  # characters
+_COLOURS = {1: "grey", 3: "RGB", 4: "with alpha"}  # by number of channels
+_LONGEST_BAR = 40  # characters of the histogram's largest bar
 
 
 def count_shards(count: int) -> str:
@@ -38,12 +38,12 @@ def count_shards(count: int) -> str:
 
 
 def describe_data(folder: Path, summary: DataSummary, done: str) -> str:
-    """Returns a line on the samples, classes and images of a data folder.
+    """Returns one line about the samples, classes and images of a data folder.
 
     Args:
         folder: The data folder.
-        summary: Of its manifests.
-        done: What was done with it, such as ``"indexed"``.
+        summary: Summary of its manifests.
+        done: The completed action, such as ``"indexed"``.
     """
     heights, widths = summary.images.height, summary.images.width
     counts = ", ".join(f"{count} {split}" for split, count in summary.samples.items())
@@ -54,20 +54,20 @@ def describe_data(folder: Path, summary: DataSummary, done: str) -> str:
 
 
 def unreadable_lines(folder: Path) -> Iterator[str]:
-    """Yields a line on the images that ``maskgit data make --lenient`` left out, if there are any."""
+    """Yields one line about the images that ``maskgit data make --lenient`` left out, if there are any."""
     if (folder / LEFT_OUT).is_file():
         with open(folder / LEFT_OUT, "rb") as file:
             yield f"{sum(1 for _ in file)} images that cannot be read, listed in {LEFT_OUT}"
 
 
 def index_lines(folder: Path, shards: Mapping[Split, Sequence[Path]], how: str, indexed: IndexResult) -> Iterator[str]:
-    """Yields lines on what ``index_shards`` has found.
+    """Yields lines about the result of ``index_shards``.
 
     Args:
         folder: The data folder.
-        shards: Of each split.
-        how: How the splits were chosen.
-        indexed: What was found.
+        shards: The shards of each split.
+        how: A phrase that tells how the splits were chosen; see ``split_shards``.
+        indexed: The result.
     """
     for split, paths in shards.items():
         names = [path.relative_to(folder).as_posix() for path in paths]
@@ -81,36 +81,37 @@ def index_lines(folder: Path, shards: Mapping[Split, Sequence[Path]], how: str, 
 
 
 def describe_bad_files(bad: Sequence[BadFile], source: str) -> str:
-    """Returns a table of files that are not what their description says.
+    """Returns a table of files that differ from their description.
 
     Args:
-        bad: At least one.
-        source: What describes them, such as ``"the manifest"``.
+        bad: The files, at least one.
+        source: Name of the description, such as ``"the manifest"``.
     """
+    # the last column is not padded: reasons are long
     rows = [("file", "expected", "found", "reason"), *bad]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = ["  ".join([*map(str.ljust, row[:3], widths), row[3]]) for row in rows]
-    files = "1 file is" if len(bad) == 1 else f"{len(bad)} files are"
-    return "\n  ".join([f"{files} not what {source} says", *lines])
+    files = "1 file differs" if len(bad) == 1 else f"{len(bad)} files differ"
+    return "\n  ".join([f"{files} from {source}", *lines])
 
 
 def describe_verification(folder: Path, found: Verification, *, decoded: bool) -> str:
-    """Returns a line on shards that are as their manifests say."""
+    """Returns one line about shards that agree with their manifests."""
     what = "hashes, headers, labels and images" if decoded else "hashes, headers and labels"
     amount = f"{count_shards(found.shards)}, {found.samples} samples, {size_text(found.bytes)}"
-    return f"{folder}: {amount}: {what} are as indexed"
+    return f"{folder}: {amount}: {what} agree with the index"
 
 
 def describe_store_verification(folder: Path, found: StoreVerification) -> str:
-    """Returns a line on a token store that is as its description says."""
+    """Returns one line about a token store that agrees with its description."""
     size = f"{folder}: {found.rows} rows, {size_text(found.bytes)}"
     if found.has_hashes:
-        return f"{size}: hashes and ranges are as written"
-    return f"{size}: all values are in range; an older version made this store without hashes to compare with"
+        return f"{size}: hashes and ranges agree with the description"
+    return f"{size}: all values are in range; this store is from an older version and has no hashes to compare with"
 
 
 def statistics_lines(folder: Path, statistics: DataStatistics) -> Iterator[str]:
-    """Yields lines on splits, classes and sizes of a data folder."""
+    """Yields lines about the splits, classes and image sizes of a data folder."""
     for split, manifest in statistics.manifests.items():
         total = size_text(sum(shard.bytes for shard in manifest.shards))
         yield f"{folder}: {split}: {manifest.samples} samples in {count_shards(len(manifest.shards))}, {total}"
@@ -125,6 +126,7 @@ def statistics_lines(folder: Path, statistics: DataStatistics) -> Iterator[str]:
 def _class_table(statistics: DataStatistics) -> Iterator[str]:
     names, splits = [printable(name) for name in statistics.summary.classes], list(statistics.classes)
     width = max(map(len, ["class", *names]))
+    # columns are right-aligned; each is as wide as its header or its largest number
     digits = {split: max(len(split), len(str(statistics.classes[split].max()))) for split in splits}
     yield "  ".join(["label", "class".ljust(width), *(split.rjust(digits[split]) for split in splits)])
     for label, name in enumerate(names):
@@ -145,8 +147,9 @@ def _size_lines(statistics: DataStatistics) -> Iterator[str]:
     if len(bars) < 2:
         return
     yield f"shorter side in pixels, {statistics.measured} images of train:"
-    most = max(bar.images for bar in bars)
+    largest_bar = max(bar.images for bar in bars)
     spans = [f"{bar.low}-{bar.high}" if bar.low < bar.high else str(bar.low) for bar in bars]
     for span, bar in zip(spans, bars, strict=True):
-        stroke = "#" * -(-_LONGEST_BAR * bar.images // most)
+        # rounded up, so that every bar with images is visible
+        stroke = "#" * -(-_LONGEST_BAR * bar.images // largest_bar)
         yield f"  {span.rjust(max(map(len, spans)))}  {stroke} {bar.images}".rstrip()

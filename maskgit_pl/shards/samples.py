@@ -1,4 +1,7 @@
-"""The samples that a source of shards hands out, and what all sources share; see ``sources`` and ``parquet``."""
+"""The samples of a source, and the interface and checks that all sources share.
+
+Used by ``sources``, ``parquet`` and ``writer``.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,18 @@ from maskgit_pl.shards.manifest import Split
 
 __all__ = ["EXTENSIONS", "Sample", "Source", "UnreadableSample", "is_val", "read_sample"]
 
-EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # by what a file is, not by what it is called
+EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # by the format of the content, not by the file's name
 
 
 class Sample(NamedTuple):
-    """One image: file bytes, extension (``png``, ``jpg`` ...), label in [0, num_classes), and what errors call it."""
+    """An image and its label.
+
+    Args:
+        data: Bytes of the image file.
+        extension: ``"png"``, ``"jpg"`` or ``"webp"``.
+        label: Class in [0, num_classes).
+        name: The sample's name in error messages.
+    """
 
     data: bytes
     extension: str
@@ -25,43 +35,56 @@ class Sample(NamedTuple):
 
 
 class UnreadableSample(NamedTuple):
-    """An image that cannot be read, in the place of its sample: one line that names it and says why."""
+    """An image that cannot be read, in place of its sample.
+
+    Args:
+        error: One line that names the image and gives the reason.
+    """
 
     error: str
 
 
 class Source(Protocol):
-    """A source of samples as the writer needs it."""
+    """The interface of a source of samples, as ``writer.make_shards`` uses it."""
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names; a label is a place in this list."""
+        """The class names; label i is ``classes[i]``."""
 
     @property
     def counts(self) -> dict[Split, int]:
-        """Samples of each split."""
+        """The number of samples of each split."""
 
     def describe(self) -> dict[str, Any]:
-        """Returns plain values that change when the samples would."""
+        """Returns JSON values that identify the samples: they differ if any sample differs."""
 
     @property
     def left_out(self) -> Sequence[str]:
-        """Lines that say which files of the source are no samples."""
+        """The files of the source that are not samples, one line per kind of file."""
 
     def samples(self, split: Split, places: range) -> Iterator[Sample | UnreadableSample]:
-        """Yields the samples at some places of a split, whose order is always the same."""
+        """Yields samples of a split.
+
+        Args:
+            split: ``"train"`` or ``"val"``.
+            places: Range of places in the order of the split, which is always the same.
+        """
 
 
 def read_sample(read: Callable[[], bytes], *, label: int, name: str) -> Sample | UnreadableSample:
-    """Makes a sample of an image file whose header can be read and that is not cut off.
+    """Reads an image file and checks, without decoding it, that its header is valid and that it is complete.
 
     Args:
-        read: Gives the file's bytes.
+        read: Returns the bytes of the file.
         label: Label of the sample.
-        name: What errors call it.
+        name: The sample's name in error messages.
+
+    Returns:
+        The sample, or an ``UnreadableSample`` with the reason.
     """
     try:
         data = read()
+        # the image's own format decides the extension; the pixels are not decoded
         header = parse_image_header(data, name=name)
         check_whole(data, name=name)
     except UnreadableImageError as error:
@@ -72,5 +95,13 @@ def read_sample(read: Callable[[], bytes], *, label: int, name: str) -> Sample |
 
 
 def is_val(digest: bytes, fraction: float) -> bool:
-    """Returns whether a sample is of the val split, by a hash of its name: new samples move no other."""
+    """Returns whether a sample belongs to the val split.
+
+    The hash of its name decides, so adding samples never moves others between splits.
+
+    Args:
+        digest: Hash of the sample's name, at least 8 bytes.
+        fraction: Fraction of the samples that are val, in (0, 1).
+    """
+    # the last 8 bytes as a uniform integer in [0, 2^64)
     return int.from_bytes(digest[-8:], "big") < math.ceil(fraction * 2**64)

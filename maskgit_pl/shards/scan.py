@@ -1,8 +1,14 @@
-"""One tar -> its samples: where each image lies, its label, and all that is wrong with the tar, counted.
+"""Scan of one tar: the position of each image, its label, and a count of each kind of fault.
 
-Used by the index, which makes manifests of it, and by verify, which compares it with them. Members are grouped as
-webdataset groups them: side by side, under the part of the name before the first dot of its last component. Names are
-keys and never paths; only images and labels are read, within bounds.
+Used by ``index``, which writes manifests from scans, by ``verify``, which compares both, and by streams.
+
+1. Walk the members of the tar; see ``tar.read_members``.
+2. Group consecutive members by key, as webdataset does: the key is the name up to the first dot of its last component.
+3. Read the header of each image and each label, within limits on their size; no other member is read.
+4. Note the faults of each sample as bits, and close the sample when the key changes.
+5. At the end, find keys that occur more than once, and count the faults.
+
+Names are used as keys only, never as paths.
 """
 
 from __future__ import annotations
@@ -40,15 +46,16 @@ __all__ = [
 ]
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-MAX_CLASSES = 100_000  # where no class names say how many there are
-_MAX_LABEL_BYTES = 64
+MAX_CLASSES = 100_000  # upper limit if no class names are given
+_MAX_LABEL_BYTES = 64  # a .cls member has one number
 _MAX_JSON_BYTES = 2**20
-_MAX_FAULTY = _MAX_IGNORED = 100_000
+_MAX_FAULTY = _MAX_IGNORED = 100_000  # more than this is a wrong file, not a few bad samples
 _LABEL = re.compile(rb"\s*(0|[1-9][0-9]{0,8})\s*")
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f]|^/|(?:^|/)\.\.(?:/|$)")  # control characters, paths out of a folder
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 
-# What can be wrong with a sample; each is counted. The texts follow a count.
+# Kinds of faults of a sample. In messages, each text follows a count: "3 without a label".
+# The texts are keys of ``left_out`` in manifests, whose fingerprint depends on them: do not change them.
 NO_IMAGE, NO_LABEL = "without an image", "without a label"
 TWO_IMAGES, TWO_LABELS = "with two images", "with two labels"
 REPEATED, INTERLEAVED = "of a key that comes twice", "whose members do not lie side by side"
@@ -57,7 +64,7 @@ BAD_NAME, BAD_KIND = "with an unsafe member name", "with a link, a device or a s
 _FAULTS = (
     NO_IMAGE, NO_LABEL, TWO_IMAGES, TWO_LABELS, REPEATED, INTERLEAVED, BAD_IMAGE, BAD_LABEL, BAD_NAME, BAD_KIND
 )  # fmt: skip
-_BIT = {fault: 1 << number for number, fault in enumerate(_FAULTS)}
+_BIT = {fault: 1 << number for number, fault in enumerate(_FAULTS)}  # a sample's faults are one integer
 
 
 @dataclass(frozen=True)
@@ -66,8 +73,11 @@ class Labels:
 
     Args:
         source: ``"cls"``: a ``.cls`` member with a decimal class number. ``"json:FIELD"``: that field of the ``.json``
-            member, a class number or a class name. ``"none"``: there are none, all images are of one class.
-        classes: Class names; None if they are not known, so that any number below 100,000 is a class.
+            member, a class number or a class name. ``"none"``: no labels; all images have class 0.
+        classes: Class names; None if they are unknown, then any number below 100,000 is a class.
+
+    Raises:
+        ValueError: if ``source`` is none of these.
     """
 
     source: str = "cls"
@@ -83,10 +93,14 @@ class Labels:
         return None if self.source == "none" else self.source.partition(":")[0]
 
     def read(self, data: bytes, *, name: str) -> int:
-        """Reads a class number from a label member's bytes.
+        """Reads a class number from the bytes of a label member.
+
+        Args:
+            data: Bytes of the ``.cls`` or ``.json`` member.
+            name: The member's name in error messages.
 
         Raises:
-            ValueError: It holds no class; ``name`` says where.
+            ValueError: if the bytes are not a class.
         """
         if self.source == "cls":
             return parse_label(data, name=name, num_classes=self._num_classes)
@@ -97,8 +111,10 @@ class Labels:
             raise ValueError(f"label {name} must be a JSON object with {field_name!r}, got {data[:40]!r}") from error
         if isinstance(value, str) and value in (self.classes or ()):
             return (self.classes or ()).index(value)
-        if type(value) is not int:
-            raise ValueError(f"label {name}: {field_name!r} must be a class number or a given name, got {value!r:.40}")
+        if type(value) is not int:  # bool is a subclass of int
+            raise ValueError(
+                f"label {name}: {field_name!r} must be a class number or one of the class names, got {value!r:.40}"
+            )
         return parse_label(str(value).encode(), name=name, num_classes=self._num_classes)
 
     @property
@@ -107,29 +123,39 @@ class Labels:
 
 
 def format_counts(ignored: Mapping[str, int]) -> str:
-    """Returns how many members have which extension, the most frequent ones, as they may be shown."""
+    """Returns the five most frequent extensions with their counts, safe to print: ``12 .txt, 3 .npy``."""
     listed = [f"{count} {printable(extension)}" for extension, count in Counter(ignored).most_common(5)]
     return ", ".join(listed + [f"{len(ignored) - 5} more kinds"] * (len(ignored) > 5))
 
 
 def parse_label(data: bytes, *, name: str, num_classes: int | None = None) -> int:
-    """Reads a class number from the bytes of a ``.cls`` member; ``int()`` would take ``1_000`` and ``-1``.
+    """Reads a class number from the bytes of a ``.cls`` member; unlike ``int()``, rejects ``1_000`` and ``-1``.
+
+    Args:
+        data: Bytes of the member.
+        name: The member's name in error messages.
+        num_classes: Number of classes; None if unknown.
 
     Raises:
-        ValueError: Not a decimal number, or not below ``num_classes``; ``name`` says where.
+        ValueError: if it is not a decimal number, or not in [0, num_classes).
     """
     match = _LABEL.fullmatch(data)
     if match is None:
         raise ValueError(f"label {name} must be a decimal class number, got {data[:40]!r}")
     label = int(match[1])
     if num_classes is not None and label >= num_classes:
-        raise ValueError(f"label {name} must be a class below {num_classes}, got {label}")
+        raise ValueError(f"label {name} must be a class in [0, {num_classes}), got {label}")
     return label
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One kind of fault in a shard: how many samples have it, and the first of them."""
+    """A kind of fault in a shard.
+
+    Args:
+        count: Number of samples with this fault.
+        first: Name of the first of them, with the reason if there is one.
+    """
 
     count: int
     first: str
@@ -137,18 +163,18 @@ class Fault:
 
 @dataclass(frozen=True)
 class ShardScan:
-    """The result of reading one tar.
+    """The result of scanning one tar.
 
     Args:
         bytes: Length of the file.
-        mtime_ns: When it was last changed.
-        sha256: Of the whole file; empty if the tar is damaged or its samples are to be refused.
-        rows: (n,) INDEX_DTYPE, the whole samples; ``shard`` is 0.
-        images: Range of their sizes; None without any.
-        num_keys: Samples with an image, whole or not.
-        faults: What is wrong with other samples.
-        ignored: Members that belong to no sample, by extension.
-        damage: Why the file is not a whole tar; empty if it is.
+        mtime_ns: Time of its last modification, in nanoseconds.
+        sha256: Hash of the whole file, hex; empty if the tar is damaged or its samples are to be rejected.
+        rows: (n,) INDEX_DTYPE, the samples without a fault; ``shard`` is 0.
+        images: Range of their sizes; None without samples.
+        num_keys: Number of samples that have an image, with or without a fault.
+        faults: Faults of the other samples.
+        ignored: Number of members that belong to no sample, by extension.
+        damage: The reason if the file is not a complete tar, else empty.
     """
 
     bytes: int
@@ -163,13 +189,13 @@ class ShardScan:
 
 
 def scan_shard(path: Path, labels: Labels, *, lenient: bool = True) -> ShardScan:
-    """Reads a tar: its labels, its image headers, its hash.
+    """Scans a tar: reads its labels and image headers, and hashes it.
 
     Args:
         path: The tar.
-        labels: Where labels come from.
-        lenient: Samples with a fault are left out. If they are to be refused, the scan ends where they are too many
-            to be anything but a mistake, and faulty shards are not hashed.
+        labels: Source of the labels.
+        lenient: True if samples with a fault will be left out. False if they will be rejected; then the scan stops
+            after 100,000 of them, and a shard with faults is not hashed.
 
     Raises:
         OSError: if the file cannot be opened or read, or is not a regular file.
@@ -182,7 +208,8 @@ def scan_shard(path: Path, labels: Labels, *, lenient: bool = True) -> ShardScan
         try:
             for member in read_members(descriptor):
                 scan.take(member)
-            if scan.is_good or lenient:
+            # a second pass over the file, only if the hash will be used
+            if scan.has_no_faults() or lenient:
                 digest = sha256_of(descriptor)
         except DamagedTarError as error:
             damage = str(error)
@@ -192,44 +219,46 @@ def scan_shard(path: Path, labels: Labels, *, lenient: bool = True) -> ShardScan
 
 
 class _Sample:
-    """Members of one key that lie side by side."""
+    """A sample: consecutive members with the same key."""
 
     __slots__ = ("faults", "key", "label", "offset", "other", "place", "shape", "size")
 
     def __init__(self, key: str = "", place: int = -1) -> None:
         self.key = key
-        self.place = place  # of its first payload
-        self.offset = -1
+        self.place = place  # offset of the first member's payload; -1 before the first member
+        self.offset = -1  # of the image's payload; -1 without an image
         self.size = 0
         self.label = -1
-        self.shape = -1  # of the image, packed; see _pack
-        self.faults = 0  # bits
+        self.shape = -1  # height, width and channels of the image, packed; see _pack
+        self.faults = 0  # bits, see _BIT
         self.other: list[str] = []  # extensions of members that are neither image nor label
 
 
 class _Scanner:
-    """The samples gathered member by member; a tar may have millions, so this is where time and memory go."""
+    """A collector of samples, member by member. A tar may have millions, so time and memory per sample matter here."""
 
     def __init__(self, descriptor: int, shard: str, labels: Labels, *, lenient: bool) -> None:
         self.descriptor, self.shard, self.labels, self.lenient = descriptor, shard, labels, lenient
         self.label_extension = labels.extension
         self.sample = _Sample()
-        # hash of the key, place, offset, size, label, shape, faults: 56 bytes a sample, where an object takes 500
-        self.runs = array("q")
-        self.first: dict[str, str] = {}  # what the first sample of a fault is told of
+        # rows of (hash of the key, place, offset, size, label, shape, faults): 56 bytes per sample; an object takes 500
+        self.table = array("q")
+        self.first: dict[str, str] = {}  # fault -> message about the first sample with it
         self.ignored: Counter[str] = Counter()
         self.num_faulty = self.num_ignored = 0
 
     def take(self, member: Member) -> None:
-        """Takes one member after the other."""
+        """Adds the next member of the tar."""
         if member.kind == "folder":
             return
+        # 2. Group by key; a new key closes the sample before it.
         match = _NAME.fullmatch(member.name)
         key, extension = match.groups() if match else (member.name, "")
         extension = extension.lower()
         if key != self.sample.key or self.sample.place < 0:
             self._finish()
             self.sample = _Sample(key, member.offset)
+        # 3. Read images and labels; note the extension of any other member.
         is_image = extension in IMAGE_EXTENSIONS
         if not is_image and extension != self.label_extension:
             self.sample.other.append(extension)
@@ -240,20 +269,26 @@ class _Scanner:
         else:
             self._take_label(member)
 
-    @property
-    def is_good(self) -> bool:
-        """True if there are samples without a fault, once there is no more member."""
+    def has_no_faults(self) -> bool:
+        """Returns whether there are samples and none has a fault; call it after the last member."""
         self._finish()
-        return bool(self.runs) and not self.num_faulty
+        return bool(self.table) and not self.num_faulty
 
     def result(self, status: os.stat_result, digest: str, damage: str) -> ShardScan:
-        """Returns what was found, once there is no more member."""
-        if not damage:
+        """Returns the result of the scan; call it after the last member.
+
+        Args:
+            status: ``os.fstat`` of the file.
+            digest: Hash of the file, or empty.
+            damage: The reason if the tar is damaged, or empty.
+        """
+        if not damage:  # else the last sample may lack members
             self._finish()
-        # not a copy, which a million samples would be worth avoiding; NumPy takes no empty buffer
-        runs = np.frombuffer(self.runs or array("q", [0]), np.int64)[: len(self.runs)].reshape(-1, 7)
-        keys, _, offsets, sizes, labels, shapes, bits = runs.T
-        bits, repeated = self._mark_repeated(keys, bits, runs)
+        # a view, since a copy of millions of samples costs memory; NumPy does not take an empty buffer
+        table = np.frombuffer(self.table or array("q", [0]), np.int64)[: len(self.table)].reshape(-1, 7)
+        keys, _, offsets, sizes, labels, shapes, bits = table.T  # each (n,) int64
+        # 5. Find repeated keys; samples with a fault get no row.
+        bits, repeated = self._mark_repeated(keys, bits, table)
         whole = bits == 0
         rows = np.zeros(int(whole.sum()), INDEX_DTYPE)
         for name, column in (("offset", offsets), ("size", sizes), ("label", labels)):
@@ -265,7 +300,7 @@ class _Scanner:
             rows=rows,
             images=_image_range(shapes[whole]),
             num_keys=len(np.unique(keys[offsets >= 0])),
-            faults=self._count(bits, runs) | repeated,
+            faults=self._count(bits, table) | repeated,
             ignored=dict(self.ignored),
             damage=damage,
         )
@@ -276,7 +311,7 @@ class _Scanner:
             return
         self.sample.offset, self.sample.size = member.offset, member.size
         if not 0 < member.size <= MAX_IMAGE_BYTES:
-            self._add_fault(BAD_IMAGE, member, f"1 to {MAX_IMAGE_BYTES} bytes are read, got {member.size}")
+            self._add_fault(BAD_IMAGE, member, f"size must be 1 to {MAX_IMAGE_BYTES} bytes, got {member.size}")
             return
         try:
             header = parse_image_header(self._payload(member), name=self._member_label(member))
@@ -286,12 +321,13 @@ class _Scanner:
             self.sample.shape = _pack(header)
 
     def _take_label(self, member: Member) -> None:
+        # a bad label leaves -1 and counts as a label too
         if self.sample.label >= 0 or self.sample.faults & _BIT[BAD_LABEL]:
             self._add_fault(TWO_LABELS, member)
             return
-        most = _MAX_LABEL_BYTES if self.labels.source == "cls" else _MAX_JSON_BYTES
-        if member.size > most:
-            self._add_fault(BAD_LABEL, member, f"at most {most} bytes are read, got {member.size}")
+        limit = _MAX_LABEL_BYTES if self.labels.source == "cls" else _MAX_JSON_BYTES
+        if member.size > limit:
+            self._add_fault(BAD_LABEL, member, f"size must be at most {limit} bytes, got {member.size}")
             return
         try:
             self.sample.label = self.labels.read(self._payload(member), name=self._member_label(member))
@@ -302,31 +338,34 @@ class _Scanner:
         return os.pread(self.descriptor, member.size, member.offset)
 
     def _finish(self) -> None:
-        """Closes the sample that is open."""
+        """Closes the current sample and adds its row."""
         sample = self.sample
         if sample.place < 0:
             return
         self.sample = _Sample()
         has_label = sample.label >= 0 or bool(sample.faults & _BIT[BAD_LABEL])
         is_sample = sample.offset >= 0 or has_label or bool(sample.faults)
+        # captions and metadata beside an image are normal; all other members are counted as ignored
         for extension in sample.other:
             if not is_sample or extension not in ("txt", "json", "cls"):
                 self.ignored[f".{extension}"] += 1
                 self.num_ignored += 1
         if self.num_ignored > _MAX_IGNORED:
-            raise DamagedTarError(f"more than {_MAX_IGNORED} members that are no images: {format_counts(self.ignored)}")
+            raise DamagedTarError(f"more than {_MAX_IGNORED} members are not images: {format_counts(self.ignored)}")
         if not is_sample:
             return
         if self.label_extension is None:
             sample.label, has_label = 0, True
+        # 4. Missing members are reported only for samples without another fault.
         if not sample.faults:
             sample.faults = (0 if has_label else _BIT[NO_LABEL]) | (0 if sample.offset >= 0 else _BIT[NO_IMAGE])
         self.num_faulty += sample.faults != 0
         if self.num_faulty > _MAX_FAULTY and not self.lenient:
             first = next(iter(self.first.values()), printable(sample.key))
-            raise DamagedTarError(f"more than {_MAX_FAULTY} samples with a fault (first {first})")
+            raise DamagedTarError(f"more than {_MAX_FAULTY} samples have a fault (first {first})")
+        # hashes are compared within this process only
         key = hash(sample.key)
-        self.runs.extend((key, sample.place, sample.offset, sample.size, sample.label, sample.shape, sample.faults))
+        self.table.extend((key, sample.place, sample.offset, sample.size, sample.label, sample.shape, sample.faults))
 
     def _add_fault(self, fault: str, member: Member, reason: str = "") -> None:
         self.sample.faults |= _BIT[fault]
@@ -338,42 +377,60 @@ class _Scanner:
         return f"{self.shard}:{printable(member.name)}"
 
     def _mark_repeated(
-        self, keys: npt.NDArray[np.int64], bits: npt.NDArray[np.int64], runs: npt.NDArray[np.int64]
+        self, keys: npt.NDArray[np.int64], bits: npt.NDArray[np.int64], table: npt.NDArray[np.int64]
     ) -> tuple[npt.NDArray[np.int64], dict[str, Fault]]:
-        """Keys whose members come in several places: whole samples each (repeated) or parts (interleaved)."""
-        if len(np.unique(keys)) == len(keys):
+        """Marks keys that occur more than once.
+
+        If every occurrence is a complete sample, the key is repeated. If one lacks its image or its label, the parts of
+        one sample are apart in the tar: its members are not consecutive.
+
+        Args:
+            keys: (n,) int64, hash of each sample's key.
+            bits: (n,) int64, faults of each sample.
+            table: (n, 7) int64, all columns.
+
+        Returns:
+            The faults with these marks, (n,) int64, and a count of each kind; a key counts once.
+        """
+        if len(np.unique(keys)) == len(keys):  # the usual case, at the price of one sort
             return bits, {}
         _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
         many = counts[inverse] > 1
         halves = _BIT[NO_IMAGE] | _BIT[NO_LABEL]
-        in_parts = np.zeros(len(counts), bool)
+        in_parts = np.zeros(len(counts), bool)  # by key
         in_parts[inverse[many & (bits & halves != 0)]] = True
-        parts = in_parts[inverse]
+        parts = in_parts[inverse]  # by sample
+        # "no image" of one part and "no label" of the other are one fault
         bits = np.where(parts, bits & ~halves | _BIT[INTERLEAVED], bits)
         bits = np.where(many & ~parts, bits | _BIT[REPEATED], bits)
         found = {}
         for fault, chosen in ((REPEATED, many & ~parts), (INTERLEAVED, parts)):
             if chosen.any():
-                found[fault] = Fault(len(np.unique(keys[chosen])), self._member_label_at(int(runs[chosen.argmax(), 1])))
+                found[fault] = Fault(
+                    len(np.unique(keys[chosen])), self._member_label_at(int(table[chosen.argmax(), 1]))
+                )
         return bits, found
 
-    def _count(self, bits: npt.NDArray[np.int64], runs: npt.NDArray[np.int64]) -> dict[str, Fault]:
+    def _count(self, bits: npt.NDArray[np.int64], table: npt.NDArray[np.int64]) -> dict[str, Fault]:
         found = {}
         for fault in _FAULTS:
             chosen = bits & _BIT[fault] != 0
-            if chosen.any() and fault not in (REPEATED, INTERLEAVED):
-                first = self.first.get(fault) or self._member_label_at(int(runs[chosen.argmax(), 1]))
+            if chosen.any() and fault not in (REPEATED, INTERLEAVED):  # _mark_repeated counts those, once per key
+                first = self.first.get(fault) or self._member_label_at(int(table[chosen.argmax(), 1]))
                 found[fault] = Fault(int(chosen.sum()), first)
         return found
 
     def _member_label_at(self, place: int) -> str:
-        """Names a sample by its first member's header, which lies before its payload."""
+        """Returns ``SHARD:MEMBER`` of a sample's first member, whose header is the block before its payload."""
         name = os.pread(self.descriptor, 100, place - BLOCK).partition(b"\0")[0]
         return f"{self.shard}:{printable(name.decode('utf-8', 'surrogateescape'))}"
 
 
 def _pack(header: ImageHeader) -> int:
-    """Packs height, width and channels into one number; a side of 64 million pixels has 26 bits."""
+    """Packs height, width and channels into one integer: channels in 3 bits, width in 27, height above.
+
+    An image has at most 64 million pixels, so a side has at most 26 bits.
+    """
     return header.height << 30 | header.width << 3 | header.channels
 
 

@@ -1,7 +1,7 @@
-"""The sources that shards are made from: trees of images with a folder a class, IDX files (the MNIST family), parquet.
+"""The sources of ``maskgit data make``: image folders with one sub-folder per class, IDX files (MNIST), parquet files.
 
-A source lists its splits, hands out samples one by one and describes itself, so that a second run of the same command
-knows that nothing is left to do.
+A source counts the samples of its splits, yields samples one by one, and describes itself, so that a second run of the
+same command finds that the data are complete. See ``samples.Source`` for the interface.
 """
 
 from __future__ import annotations
@@ -34,28 +34,29 @@ __all__ = ["IdxFiles", "ImageFolder", "Sample", "Source", "open_source"]
 
 _VAL_FOLDERS = ("val", "valid", "validation", "test")
 _IDX_SPLITS: dict[Split, tuple[str, ...]] = {"train": ("train",), "val": ("t10k", "test", "val")}
-_MAX_IDX_BYTES = 2**30  # of a file when it is unpacked; EMNIST's largest has 640 MB
-_MAX_LISTED = 3  # of files that are left out
+_MAX_IDX_BYTES = 2**30  # of a decompressed file; EMNIST's largest has 640 MB
+_MAX_LISTED = 3  # names of files that are left out
 
 
 def open_source(
     path: str | Path, *, classes: Sequence[str] | None = None, val_fraction: float = 0.1, label_field: str = "label"
 ) -> Source:
-    """Opens the source that a folder is: IDX or parquet files if it holds any, else a tree of images.
+    """Opens a folder as a source: IDX or parquet files if it contains any, else an image folder.
 
     Args:
         path: The folder.
-        classes: Class names, where the files have none.
-        val_fraction: Share that becomes val where the files are not split.
+        classes: Class names, if the files have none.
+        val_fraction: Fraction of the samples that become val if the files have no splits, in (0, 1).
         label_field: Column of the labels in parquet files.
 
     Raises:
-        FileNotFoundError: No such folder.
-        ValueError: The folder is none of them.
+        FileNotFoundError: if the folder does not exist.
+        ValueError: if the folder is not a valid source.
     """
+    # the kind of a folder follows from its files
     folder = Path(path)
     if not folder.is_dir():
-        raise FileNotFoundError(f"source {printable(folder)}: no such folder")
+        raise FileNotFoundError(f"source {printable(folder)} does not exist")
     if any(folder.glob("*-images*idx3*")):
         return IdxFiles(folder, classes=classes)
     if any(folder.glob("*.parquet")) or any(folder.glob("*/*.parquet")):
@@ -64,38 +65,41 @@ def open_source(
         return ParquetFolder(folder, classes=classes, val_fraction=val_fraction, label_field=label_field)
     if classes is not None:
         raise ValueError(
-            f"source {printable(folder)}: class names are the names of its sub-folders, so none can be given"
+            f"source {printable(folder)}: class names must not be given, since they are the names of its sub-folders"
         )
     return ImageFolder(folder, val_fraction=val_fraction)
 
 
-_LeftOut = dict[str, list[str]]  # names of files that are no samples, by what they are
+_LeftOut = dict[str, list[str]]  # names of files that are not samples, by kind
 
 
 class _File(NamedTuple):
+    """A file of an image folder."""
+
     path: Path
     label: int
-    digest: bytes  # of the path relative to the split's root: decides order and split
+    digest: bytes  # of the path relative to the split's root; determines order and split
 
 
 class ImageFolder:
-    """A tree of images with one sub-folder a class; with ``train/`` and ``val/`` (or ``test/``), those are the splits.
+    """A folder of images with one sub-folder per class; ``train/`` and ``val/`` (or ``test/``) in it are the splits.
 
-    Files keep their bytes. Their order, and the split where the tree has none, follow from a hash of the path inside
-    the tree, so that neighbours in a shard are of mixed classes and a new file moves no other to another split.
+    The bytes of the files do not change. A hash of each file's path inside the folder determines its order and, without
+    split folders, its split. So each shard has mixed classes, and adding a file never moves others between splits.
 
     Args:
-        folder: The tree.
-        val_fraction: Share of the files that become the val split of a tree without one, in (0, 1).
+        folder: The folder.
+        val_fraction: Fraction of the files that become val if there are no split folders, in (0, 1).
 
     Raises:
-        ValueError: No images, no classes, a class that train lacks, or a split without files.
+        ValueError: if there are no images or no classes, val has a class that train lacks, or a split has no files.
     """
 
     def __init__(self, folder: Path, *, val_fraction: float = 0.1) -> None:
         check_number("val fraction", val_fraction, "(0, 1)")
         self.folder = folder
         self.classes: tuple[str, ...]
+        # the first of these names is the val split; without it, or without train/, sub-folders are classes
         val = next((folder / name for name in _VAL_FOLDERS if (folder / name).is_dir()), None)
         if (folder / "train").is_dir() and val is not None:
             self.classes, self._files, self._left_out = _read_split_tree(folder, val)
@@ -105,15 +109,17 @@ class ImageFolder:
             self._split_by = f"hash, {val_fraction}"
         for split, files in self._files.items():
             if not files:
-                raise ValueError(f"source {printable(folder)}: the {split} split has no files ({self._split_by})")
+                raise ValueError(
+                    f"source {printable(folder)}: the {split} split must have files, got none ({self._split_by})"
+                )
 
     @property
     def counts(self) -> dict[Split, int]:
-        """Files of each split."""
+        """The number of files of each split."""
         return {split: len(files) for split, files in self._files.items()}
 
     def describe(self) -> dict[str, Any]:
-        """Class names, and a hash over paths and lengths of the files of each split."""
+        """Returns class names, and a hash of the paths and lengths of the files of each split."""
         return {
             "kind": "image folder",
             "classes": list(self.classes),
@@ -122,11 +128,16 @@ class ImageFolder:
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """Lines that count and name the files that are no images of a class."""
+        """The files that are not images of a class, one line per kind with a count and the first names."""
         return tuple(_format_files(kind, names) for kind, names in sorted(self._left_out.items()))
 
     def samples(self, split: Split, places: range) -> Iterator[Sample | UnreadableSample]:
-        """Files of a split in the order of their hashes; each is checked to be a whole image without decoding it."""
+        """Yields files of a split in the order of their hashes, checked to be complete images without decoding.
+
+        Args:
+            split: ``"train"`` or ``"val"``.
+            places: Range of places in the split's order.
+        """
         for file in self._files[split][places.start : places.stop]:
             name = printable(file.path)
             yield read_sample(partial(read_image_file, file.path, name=name), label=file.label, name=name)
@@ -144,11 +155,12 @@ def _format_files(kind: str, names: Sequence[str]) -> str:
 
 
 def _read_split_tree(folder: Path, val: Path) -> tuple[tuple[str, ...], dict[Split, list[_File]], _LeftOut]:
+    # labels are numbered by train's classes; val may lack some of them
     classes = _class_names(folder / "train")
     unknown = sorted(set(_class_names(val)) - set(classes))
     if unknown:
         names = ", ".join(map(printable, unknown))
-        raise ValueError(f"source {printable(folder)}: classes of {val.name}/ that train/ lacks: {names}")
+        raise ValueError(f"source {printable(folder)}: train/ must have all classes of {val.name}/; it lacks {names}")
     beside = sorted(path.name for path in folder.iterdir() if path.name not in ("train", val.name))
     left_out: _LeftOut = {"beside the folders of the splits": beside} if beside else {}
     train, held_out = (_list_files(part, classes, left_out) for part in (folder / "train", val))
@@ -169,6 +181,7 @@ def _read_plain_tree(folder: Path, val_fraction: float) -> tuple[tuple[str, ...]
 def _class_names(folder: Path) -> tuple[str, ...]:
     names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     shown = printable(folder)
+    # the most common mistake is a flat folder of images
     if not names:
         count = sum(path.suffix[1:].lower() in IMAGE_EXTENSIONS for path in folder.iterdir())
         raise ValueError(
@@ -184,9 +197,10 @@ def _class_names(folder: Path) -> tuple[str, ...]:
 
 
 def _list_files(folder: Path, classes: Sequence[str], left_out: _LeftOut) -> list[_File]:
-    """Lists the images of a split; notes the names of all other files."""
+    """Returns the images of a split in the order of their hashes, and adds the names of other files to ``left_out``."""
     files = []
     labels = {name: label for label, name in enumerate(classes)}
+    # sorted, so that notes about other files have a fixed order
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder).as_posix()
         label = labels.get(relative.split("/")[0])
@@ -199,7 +213,7 @@ def _list_files(folder: Path, classes: Sequence[str], left_out: _LeftOut) -> lis
             left_out.setdefault(path.suffix.lower() or "without an ending", []).append(relative)
         elif label is not None and not path.is_file():
             left_out.setdefault("that are no regular files", []).append(relative)
-        elif label is not None:  # else in a hidden folder
+        elif label is not None:  # without a label, the file is in a hidden folder
             files.append(_File(path, label, hashlib.sha256(os.fsencode(relative)).digest()))
     if not files:
         kinds = ", ".join(f".{extension}" for extension in IMAGE_EXTENSIONS)
@@ -209,17 +223,17 @@ def _list_files(folder: Path, classes: Sequence[str], left_out: _LeftOut) -> lis
 
 
 class IdxFiles:
-    """The four IDX files of MNIST, Fashion-MNIST and their kin, plain or gzipped; images become PNG.
+    """The four IDX files of MNIST, Fashion-MNIST and similar data, plain or gzipped; images become PNG.
 
-    The order of the files is kept, so that sample i of val is image i of the official test set.
+    Samples keep the order of the files: sample i of val is image i of the official test set.
 
     Args:
-        folder: Where ``train-images-idx3-ubyte[.gz]``, ``train-labels-idx1-ubyte[.gz]`` and the t10k pair lie.
-        classes: Class names; without, the labels' numbers.
+        folder: Folder of ``train-images-idx3-ubyte[.gz]``, ``train-labels-idx1-ubyte[.gz]`` and the t10k pair.
+        classes: Class names; None names the classes by their numbers.
 
     Raises:
-        ValueError: A file is missing, is not IDX, is larger than 1 GiB unpacked, or has another length than its header
-            says.
+        ValueError: if a file is missing, is not IDX, is larger than 1 GiB decompressed, or has another length than its
+            header states.
     """
 
     left_out: tuple[str, ...] = ()
@@ -230,15 +244,18 @@ class IdxFiles:
         largest = max(int(split.labels.max()) for split in self._splits.values())
         self.classes = tuple(classes) if classes is not None else tuple(str(label) for label in range(largest + 1))
         if largest >= len(self.classes):
-            raise ValueError(f"source {printable(folder)}: {len(self.classes)} class names, but labels up to {largest}")
+            raise ValueError(
+                f"source {printable(folder)}: labels must be in [0, {len(self.classes)}), the number of class names, "
+                f"got {largest}"
+            )
 
     @property
     def counts(self) -> dict[Split, int]:
-        """Images of each split."""
+        """The number of images of each split."""
         return {split: len(content.labels) for split, content in self._splits.items()}
 
     def describe(self) -> dict[str, Any]:
-        """Class names, and a hash of each split's uncompressed images and labels."""
+        """Returns class names, and a hash of the decompressed images and labels of each split."""
         return {
             "kind": "idx",
             "classes": list(self.classes),
@@ -246,12 +263,17 @@ class IdxFiles:
         }
 
     def samples(self, split: Split, places: range) -> Iterator[Sample]:
-        """Images of a split as PNG."""
+        """Yields images of a split as PNG.
+
+        Args:
+            split: ``"train"`` or ``"val"``.
+            places: Range of image numbers.
+        """
         import torch
 
         content = self._splits[split]
         for number in places:
-            # (1, H, W); a copy, since the file's bytes are const
+            # (1, H, W); a copy, since the file's bytes are read-only
             pixels = torch.from_numpy(content.images[number].copy()).unsqueeze(0)
             label = int(content.labels[number])
             yield Sample(encode_png(pixels), "png", label, f"{self.folder}:{split} image {number}")
@@ -259,17 +281,22 @@ class IdxFiles:
 
 @dataclass(frozen=True)
 class _IdxSplit:
+    """The content of a split's two IDX files."""
+
     images: npt.NDArray[np.uint8]  # (n, H, W)
     labels: npt.NDArray[np.uint8]  # (n,)
     sha256: str
 
 
 def _read_idx_split(folder: Path, split: Split) -> _IdxSplit:
+    # the digest covers decompressed bytes: a recompressed file is the same data
     digest = hashlib.sha256()
     images = _read_idx(_find_idx(folder, split, "images*idx3"), 3, digest)
     labels = _read_idx(_find_idx(folder, split, "labels*idx1"), 1, digest)
     if len(images) != len(labels):
-        raise ValueError(f"source {printable(folder)}: {split} has {len(images)} images and {len(labels)} labels")
+        raise ValueError(
+            f"source {printable(folder)}: {split} must have {len(images)} labels for its images, got {len(labels)}"
+        )
     return _IdxSplit(images, labels, digest.hexdigest())
 
 
@@ -278,14 +305,23 @@ def _find_idx(folder: Path, split: Split, kind: str) -> Path:
     found = sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
     if not found:
         shown = printable(folder)
-        raise ValueError(f"source {shown}: no file {' or '.join(patterns)} for the {split} split")
+        raise ValueError(f"source {shown} must have a file {' or '.join(patterns)} for the {split} split, got none")
     return found[0]
 
 
 def _read_idx(path: Path, dimensions: int, digest: Any) -> npt.NDArray[np.uint8]:
-    """Reads an IDX file, plain or gzipped, as far as its header says and no further; adds its bytes to a digest.
+    """Reads an IDX file, plain or gzipped, and updates a digest with its bytes.
 
-    IDX: two zero bytes, type 8 (uint8), number of dimensions, each as big-endian uint32, then the values.
+    IDX: two zero bytes, type 8 (uint8), number of dimensions, each dimension as big-endian uint32, then the values. No
+    more bytes are read than the header states, since a small gzip file may expand to any size.
+
+    Args:
+        path: The file.
+        dimensions: Expected number of dimensions: 3 for images, 1 for labels.
+        digest: A hash object of ``hashlib``.
+
+    Returns:
+        (n, H, W) or (n,) uint8.
     """
     name = f"IDX file {printable(path)}"
     with open(path, "rb") as raw:
@@ -295,14 +331,14 @@ def _read_idx(path: Path, dimensions: int, digest: Any) -> npt.NDArray[np.uint8]
         try:
             header = stream.read(4 + 4 * dimensions)
             if header[:4] != bytes((0, 0, 8, dimensions)) or len(header) < 4 + 4 * dimensions:
-                raise ValueError(f"{name} must hold bytes in {dimensions} dimensions, it begins with {header[:4]!r}")
+                raise ValueError(f"{name} must hold bytes in {dimensions} dimensions, got a header of {header[:4]!r}")
             shape = tuple(int(size) for size in np.frombuffer(header, ">u4", offset=4))
             count = math.prod(shape)
             if not 0 < count <= _MAX_IDX_BYTES:
-                raise ValueError(f"{name} must hold 1 to {size_text(_MAX_IDX_BYTES)}, its header says {shape}")
-            values = stream.read(count + 1)
+                raise ValueError(f"{name} must hold 1 byte to {size_text(_MAX_IDX_BYTES)}, got a header of {shape}")
+            values = stream.read(count + 1)  # one more, to notice a file that is too long
         except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{name} is not a whole gzip file: {error}") from error
+            raise ValueError(f"{name} must be a complete gzip file, got: {error}") from error
     if len(values) != count:
         got = "more" if len(values) > count else str(len(values))
         raise ValueError(f"{name} must hold the {count} values of {shape}, got {got}")

@@ -1,4 +1,4 @@
-"""The content of a data folder in numbers and in a few images a class; used by ``maskgit data stats``."""
+"""Statistics of a data folder, and a few images per class. Used by ``maskgit data stats``."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from maskgit_pl.shards.reader import ShardReader
 
 __all__ = ["DataStatistics", "SizeCount", "images_of_classes", "read_statistics"]
 
-HEADERS = 2_000  # of images that are read for their sizes, spread evenly over the split
+HEADERS = 2_000  # images whose size is read, spread evenly over the split
 
 
 class SizeCount(NamedTuple):
-    """The number of images with a short side in [low, high] pixels."""
+    """A bar of a histogram: the number of images whose shorter side is in [low, high] pixels."""
 
     low: int
     high: int
@@ -29,14 +29,14 @@ class SizeCount(NamedTuple):
 
 @dataclass(frozen=True)
 class DataStatistics:
-    """The content of a data folder in numbers.
+    """The statistics of a data folder.
 
     Args:
         summary: Class names, samples of the splits, range of the image sizes.
-        manifests: Of the splits.
-        classes: (num_classes,) int64 of each split: its samples of each class.
-        measured: Images of train whose size was read, at most 2,000.
-        medians: Median (height, width) of those.
+        manifests: Manifest of each split.
+        classes: Number of samples of each class, (num_classes,) int64, for each split.
+        measured: Number of train images whose size was read, at most 2,000.
+        medians: Median (height, width) of these images.
         short_sides: Histogram of their shorter sides.
     """
 
@@ -49,15 +49,15 @@ class DataStatistics:
 
 
 def read_statistics(folder: str | Path) -> DataStatistics:
-    """Counts classes by the index, and reads the sizes of up to 2,000 images of train.
+    """Counts the classes from the index, and reads the sizes of up to 2,000 train images.
 
     Raises:
-        FileNotFoundError: No such folder or manifest.
-        ValueError: Shards are not what their manifests say.
+        FileNotFoundError: if the folder or the manifest is missing.
+        ValueError: if shards differ from their manifests.
     """
     folder = Path(folder)
     summary = read_manifest_summary(folder)
-    splits: dict[Split, None] = dict.fromkeys(("train", *splits_of(folder)))  # without train, an error says so
+    splits: dict[Split, None] = dict.fromkeys(("train", *splits_of(folder)))  # raises an error without train
     manifests = {split: load_manifest(folder, split) for split in splits}
     classes = {
         split: np.bincount(ShardReader(manifest).index["label"], minlength=summary.num_classes)
@@ -69,7 +69,13 @@ def read_statistics(folder: str | Path) -> DataStatistics:
 
 
 def images_of_classes(manifest: Manifest, labels: list[int], *, each: int) -> Iterator[list[tuple[bytes, str]]]:
-    """Yields for each label the bytes and names of its first images, at most ``each``."""
+    """Yields, for each label, the bytes and names of its first images.
+
+    Args:
+        manifest: The split.
+        labels: Labels in [0, num_classes).
+        each: Maximum number of images per label.
+    """
     reader = ShardReader(manifest)
     of_sample = np.asarray(reader.index["label"])
     for label in labels:
@@ -79,7 +85,8 @@ def images_of_classes(manifest: Manifest, labels: list[int], *, each: int) -> It
 
 
 def _sizes(manifest: Manifest) -> npt.NDArray[np.int64]:
-    """Returns (n, 2) int64 heights and widths of images that are spread evenly over the split."""
+    """Returns heights and widths, (n, 2) int64, of images that are spread evenly over the split."""
+    # reading a header costs a read of the whole image, so only some images are read
     reader = ShardReader(manifest)
     indices = np.unique(np.linspace(0, len(reader) - 1, min(HEADERS, len(reader))).round().astype(int)).tolist()
     headers = [parse_image_header(reader.read(index), name=reader.name(index)) for index in indices]
@@ -89,6 +96,7 @@ def _sizes(manifest: Manifest) -> npt.NDArray[np.int64]:
 
 def _histogram(sides: npt.NDArray[np.int64], bins: int = 8) -> tuple[SizeCount, ...]:
     low, high = int(sides.min()), int(sides.max())
+    # bins of whole pixels; small ranges have fewer than ``bins``
     edges = np.unique(np.linspace(low, high + 1, bins + 1).round().astype(int)).tolist()
     counts, _ = np.histogram(sides, edges)
     spans = zip(edges[:-1], edges[1:], counts.tolist(), strict=True)

@@ -1,8 +1,11 @@
-"""Member headers of an uncompressed tar, so that a damaged or hostile file is named and costs little.
+"""Reader of the member headers of an uncompressed tar, safe with damaged and hostile files. Used by ``scan``.
 
-``tarfile`` stops in silence at a damaged header or a missing end, reads an extended header of any declared length into
-memory and takes 30 us a member; this walk raises, bounds what it reads and takes a tenth. It knows what writers of
-shards use: ustar, old tars, GNU long names and pax headers. Nothing is extracted or decompressed.
+``tarfile`` stops silently at a damaged header or a missing end, reads extended headers of any declared length into
+memory and takes 30 us per member. This reader raises an error, limits what it reads and takes a tenth of the time. It
+supports the formats that writers of shards use: ustar, older tars, GNU long names and pax headers. It never extracts or
+decompresses anything.
+
+Source: POSIX.1-2001, ``pax``: ustar and pax formats; GNU tar manual, "Basic Tar Format".
 """
 
 from __future__ import annotations
@@ -19,9 +22,11 @@ __all__ = ["BLOCK", "DamagedTarError", "Member", "header_size", "read_members"]
 
 BLOCK = 512
 _END = bytes(2 * BLOCK)  # a tar ends with two blocks of zeros
-_WINDOW_BYTES = 128 * BLOCK
-_MAX_EXTENDED_BYTES = 2**20  # of a long name or a pax header; a path has at most 4096
+_WINDOW_BYTES = 128 * BLOCK  # read ahead: 64 KiB
+_MAX_EXTENDED_BYTES = 2**20  # of a long name or a pax header; a path has at most 4,096
+# the first bytes of compressed files, to name the format in the error
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+# type flags of ustar; flags that are not listed are treated as devices
 _KINDS: Mapping[bytes, Literal["file", "folder", "link", "device"]] = {
     b"0": "file", b"\0": "file", b"7": "file", b"5": "folder", b"1": "link", b"2": "link",
     b"3": "device", b"4": "device", b"6": "device",
@@ -29,11 +34,18 @@ _KINDS: Mapping[bytes, Literal["file", "folder", "link", "device"]] = {
 
 
 class DamagedTarError(ValueError):
-    """The file is not a whole, uncompressed tar; the text says where it stops being one."""
+    """The file is not a complete, uncompressed tar. The message gives the position of the damage."""
 
 
 class Member(NamedTuple):
-    """One member: name as stored, what it is, length of its payload in bytes, and where that begins in the file."""
+    """A member of a tar.
+
+    Args:
+        name: Name as stored.
+        kind: Type of the member.
+        size: Length of its payload in bytes.
+        offset: Position of its payload in the file.
+    """
 
     name: str
     kind: Literal["file", "folder", "link", "device", "sparse file"]
@@ -42,31 +54,39 @@ class Member(NamedTuple):
 
 
 def read_members(descriptor: int) -> Iterator[Member]:
-    """Yields every member of a tar, by its headers alone.
+    """Yields every member of a tar in order, reading only the headers.
+
+    1. Read the header at the current offset; zeros end the tar.
+    2. If it is an extended header (GNU long name, pax), keep its values for the next member, and continue after it.
+    3. Else apply these values and yield the member, if its payload lies within the file.
+    4. Continue at the next block after the payload.
+    5. After the last member, check that only zeros follow.
 
     Args:
-        descriptor: Of the open file; its position is not used.
+        descriptor: Descriptor of the open file; its position is not used.
 
     Raises:
-        DamagedTarError: Compressed, empty, a header is damaged, a payload or the end is cut off.
+        DamagedTarError: if the file is compressed or empty, a header is damaged, or the file is truncated.
     """
     window = _Window(descriptor)
     offset = 0
     long_name, extended = "", dict[bytes, bytes]()
-    while (header := window.block(offset)) is not None:
+    while (header := window.block(offset)) is not None:  # 1.
         kind_byte, size, name = header[156:157], _size(header), long_name or _name(header)
-        if kind_byte in b"LKxg":  # what describes the next member
-            data = window.payload(offset, size, most=_MAX_EXTENDED_BYTES, name=name)
+        # 2. L and K: GNU long name and long link; x: pax header; g: global pax header, which is not used.
+        if kind_byte in b"LKxg":
+            data = window.payload(offset, size, limit=_MAX_EXTENDED_BYTES, name=name)
             if kind_byte == b"L":
                 long_name = _text(data)
             elif kind_byte == b"x":
                 extended = _pax_records(data, offset)
             offset += BLOCK + _pad_to_block(size)
             continue
-        if kind_byte == b"S":
+        if kind_byte == b"S":  # GNU's sparse format: the header does not give the length in the file
             raise DamagedTarError(
-                f"sparse member {printable(name)} at byte {offset}; make the tar without sparse files"
+                f"sparse member {printable(name)} at byte {offset}; create the tar without sparse files"
             )
+        # 3. Values of a pax header replace those of the member's header.
         if extended:
             name = _text(extended[b"path"]) if b"path" in extended else name
             size = _pax_size(extended[b"size"], offset) if b"size" in extended else size
@@ -75,20 +95,24 @@ def read_members(descriptor: int) -> Iterator[Member]:
         if member.size:
             window.require(offset, member.size, name=name)
         yield member
-        offset += BLOCK + _pad_to_block(member.size)
+        offset += BLOCK + _pad_to_block(member.size)  # 4.
         long_name, extended = "", {}
-    window.require_end(offset)
+    window.require_end(offset)  # 5.
 
 
 def header_size(block: bytes) -> int | None:
-    """Returns the payload's length that a member header states; None if the 512 bytes are no header."""
+    """Returns the payload length in a member header of 512 bytes, or None if the bytes are not a header."""
     if len(block) != BLOCK or not _is_header(block, sum(block)):
         return None
     return _size(block)
 
 
 class _Window:
-    """Blocks of a file, read ahead 64 KiB at a time, with the byte sums of all of them at once."""
+    """A window of 64 KiB on a file, with the byte sum of each block.
+
+    The checksum of a header is a sum of 512 bytes; NumPy computes the sums of a whole window in one call, which is much
+    faster than one Python ``sum`` per header.
+    """
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
@@ -98,14 +122,15 @@ class _Window:
             raise DamagedTarError("empty file")
 
     def block(self, offset: int) -> bytes | None:
-        """Reads the header at an offset; None for the zeros that end a tar."""
+        """Returns the header at an offset, or None for the zeros that end a tar."""
         if offset + BLOCK > self.length:
             where = "the end of the archive is missing" if offset >= self.length else "in a member header"
-            raise DamagedTarError(f"cut off at byte {self.length}, {where}")
+            raise DamagedTarError(f"truncated at byte {self.length}, {where}")
         place = offset - self.start
         if not 0 <= place <= len(self.data) - BLOCK:
             self._read(offset)
             place = 0
+        # the window begins at a header and offsets advance by whole blocks, so ``place`` is a multiple of BLOCK
         block, total = self.data[place : place + BLOCK], self.sums[place // BLOCK]
         if total == 0:
             return None
@@ -113,36 +138,44 @@ class _Window:
             raise DamagedTarError(self._not_a_header(offset, block))
         return block
 
-    def payload(self, offset: int, size: int, *, most: int, name: str) -> bytes:
-        """Reads what follows the header at an offset."""
-        if size > most:
-            raise DamagedTarError(f"extended header of {size} bytes at byte {offset}; at most {most} are read")
+    def payload(self, offset: int, size: int, *, limit: int, name: str) -> bytes:
+        """Returns the payload after the header at an offset.
+
+        Args:
+            offset: Position of the header in the file.
+            size: Length of the payload.
+            limit: Maximum length.
+            name: The member's name in error messages.
+        """
+        if size > limit:
+            raise DamagedTarError(f"extended header at byte {offset} must have at most {limit} bytes, got {size}")
         self.require(offset, size, name=name)
         return os.pread(self.descriptor, size, offset + BLOCK)
 
     def require(self, offset: int, size: int, *, name: str) -> None:
-        """Refuses a member that is longer than the file."""
-        held = self.length - offset - BLOCK
-        if size > held:
-            stated = f"{size} bytes declared, the file ends after {held}"
-            raise DamagedTarError(f"cut off in member {printable(name)} at byte {offset}: {stated}")
+        """Checks that the payload after the header at an offset lies within the file."""
+        available = self.length - offset - BLOCK
+        if size > available:
+            stated = f"{size} bytes declared, the file ends after {available}"
+            raise DamagedTarError(f"truncated in member {printable(name)} at byte {offset}: {stated}")
 
     def require_end(self, offset: int) -> None:
-        """Checks that only zeros follow the last member, two blocks at least."""
+        """Checks that only zeros follow the last member, at least two blocks."""
         if self.length - offset < len(_END):
-            raise DamagedTarError(f"cut off at byte {self.length}, the end of the archive is missing")
+            raise DamagedTarError(f"truncated at byte {self.length}, the end of the archive is missing")
         zeros = bytes(2**20)
         for start in range(offset, self.length, len(zeros)):
             data = os.pread(self.descriptor, len(zeros), start)
             if data != zeros[: len(data)]:
-                what = "no member but zeros" if offset == 0 else "a damaged member header"
-                raise DamagedTarError(f"{what} at byte {offset}, and other bytes follow")
+                what = "zeros instead of a member" if offset == 0 else "a damaged member header"
+                raise DamagedTarError(f"{what} at byte {offset}, followed by other bytes")
 
     def _read(self, offset: int) -> None:
         data = os.pread(self.descriptor, _WINDOW_BYTES, offset)
         whole = len(data) - len(data) % BLOCK
         if not whole:
-            raise DamagedTarError(f"cut off at byte {offset} while it was read")
+            raise DamagedTarError(f"truncated at byte {offset} while it was read")
+        # (blocks, 512) uint8 -> one sum per block
         blocks = np.frombuffer(data, np.uint8, count=whole).reshape(-1, BLOCK)
         self.start, self.data, self.sums = offset, data[:whole], blocks.sum(1, dtype=np.uint32).tolist()
 
@@ -151,14 +184,19 @@ class _Window:
             return f"damaged member header at byte {offset}"
         packed = next((kind for magic, kind in _MAGIC.items() if block.startswith(magic)), None)
         return (
-            f"compressed ({packed}), unpack it"
+            f"compressed ({packed}), decompress it"
             if packed
-            else f"not a tar, or its first header is damaged; it opens {block[:8]!r}"
+            else f"not a tar, or its first header is damaged; it begins with {block[:8]!r}"
         )
 
 
 def _is_header(block: bytes, total: int) -> bool:
-    """Returns whether the checksum is right: the sum of all bytes with its own field taken as spaces."""
+    """Returns whether a block has the right checksum: the sum of all bytes, with its own field as eight spaces.
+
+    Args:
+        block: The 512 bytes.
+        total: Their sum.
+    """
     field = block[148:156]
     try:
         stated = _number(field)
@@ -171,11 +209,11 @@ def _size(header: bytes) -> int:
     try:
         return _number(header[124:136])
     except ValueError as error:
-        raise DamagedTarError(f"member {printable(_name(header))}: its length is no number") from error
+        raise DamagedTarError(f"member {printable(_name(header))}: its length is not a number") from error
 
 
 def _number(field: bytes) -> int:
-    """Reads octal digits or, with the first bit set, GNU's base 256."""
+    """Reads a number of a header: octal digits or, if the first bit is set, GNU's base 256 (for 8 GiB and more)."""
     if field[0] & 0x80:
         number = int.from_bytes(bytes((field[0] & 0x7F,)) + field[1:], "big")
         if field[0] & 0x40:
@@ -189,6 +227,7 @@ def _number(field: bytes) -> int:
 
 def _name(header: bytes) -> str:
     name = _text(header[:100])
+    # only ustar has a prefix; GNU's magic is "ustar " and its headers have times in this place
     if header[257:263] == b"ustar\0" and header[345]:
         return f"{_text(header[345:500])}/{name}"
     return name
@@ -199,11 +238,14 @@ def _text(data: bytes) -> str:
 
 
 def _pax_records(data: bytes, offset: int) -> dict[bytes, bytes]:
-    r"""Records ``LENGTH KEY=VALUE\n``, LENGTH in decimal and counting itself."""
+    r"""Returns the records of a pax header, ``LENGTH KEY=VALUE\n`` each.
+
+    LENGTH is decimal and counts the whole record, itself included.
+    """
     records, place = {}, 0
     try:
         while place < len(data):
-            space = data.index(b" ", place, place + 20)
+            space = data.index(b" ", place, place + 20)  # no length has more than 20 digits
             end = place + int(data[place:space])
             key, equals, value = data[space + 1 : end - 1].partition(b"=")
             if end <= space or data[end - 1 : end] != b"\n" or not equals:
@@ -217,15 +259,16 @@ def _pax_records(data: bytes, offset: int) -> dict[bytes, bytes]:
 
 def _pax_size(value: bytes, offset: int) -> int:
     if not value.isdigit() or len(value) > 20:
-        raise DamagedTarError(f"damaged pax header at byte {offset}: its size is no number")
+        raise DamagedTarError(f"damaged pax header at byte {offset}: its size is not a number")
     return int(value)
 
 
 def _member(name: str, kind_byte: bytes, size: int, offset: int, *, is_sparse: bool) -> Member:
     kind = _KINDS.get(kind_byte)
     if kind != "file":
+        # links, folders and devices have no payload, even if the header states a size; unknown types may have one
         return Member(name, kind or "device", 0 if kind else size, offset)
-    if name[-1:] == "/":  # a folder of tars older than ustar
+    if name[-1:] == "/":  # a folder in tars older than ustar
         return Member(name, "folder", size, offset)
     return Member(name, "sparse file" if is_sparse else "file", size, offset)
 

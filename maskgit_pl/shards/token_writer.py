@@ -1,7 +1,12 @@
-"""A token store in the making: parts that several processes write without locks, joined when all are there.
+"""Writer of token stores: several processes write parts without locks, and the last one joins the parts.
 
-While a store is made, its parts lie in a hidden folder beside the arrays, one file each, under the hash of what is
-made: after a kill only what was in work is lost. Used by ``data.tokenizing``.
+1. Each part is one file in a hidden folder inside the store. The folder is named by a hash of the description, so parts
+   of another description or another part size are never used.
+2. A part gets its name when it is complete and on disk. Processes that divide the parts among themselves need no
+   locks, and after a kill only unfinished parts are made again.
+3. When all parts are on disk, they are joined into the arrays. ``store.json`` is written last and completes the store.
+
+Used by ``data.tokenizing``.
 """
 
 from __future__ import annotations
@@ -11,7 +16,6 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -29,16 +33,17 @@ from maskgit_pl.shards.tokens import (
     array_paths,
     is_complete,
     outside_range,
+    plain_description,
     read_description,
 )
 
 __all__ = ["Part", "StoreParts"]
 
-_PARTS_FORMAT = 1  # parts that an older version has begun are continued
+_PARTS_FORMAT = 1  # unchanged since the first version, so parts of an older version are continued
 
 
 class Part(NamedTuple):
-    """The work of one process at a time, which a kill may cost: one crop of the samples [start, stop) of a split."""
+    """A part of a store: one crop of the samples [start, stop) of a split. A killed process loses at most one part."""
 
     split: Split
     crop: int
@@ -47,17 +52,15 @@ class Part(NamedTuple):
 
 
 class StoreParts:
-    """A store in the making.
+    """An unfinished store and its parts.
 
-    Every part is a file of its own, complete once it has its name; so processes that divide the parts among themselves
-    need no locks, and another process goes on where one was killed. ``finish`` joins the parts. What is made does not
-    depend on who made which part, nor on how often it was interrupted.
+    The finished store does not depend on which process wrote which part, or on interruptions.
 
     Args:
-        folder: The store, made if missing. A finished store of another description is taken back: its ``store.json``
-            goes first.
-        description: What the store will hold; parts of another description are removed.
-        part_size: Samples of a part, at least 1; parts of another size are not gone on with.
+        folder: The store; it is made if it is missing. A finished store of another description becomes invalid: its
+            ``store.json`` is removed.
+        description: Description of the store; parts of another description are removed.
+        part_size: Number of samples in a part, at least 1; parts of another size are removed.
 
     Raises:
         ValueError: if ``part_size`` is not an integer of at least 1.
@@ -68,6 +71,7 @@ class StoreParts:
         self.folder = Path(folder)
         self.description = description
         self.part_size = part_size
+        # the name of the folder identifies what its parts belong to
         content = [_to_json(description, version=_PARTS_FORMAT), part_size]
         key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         self._parts = self.folder / f".parts-{key[:16]}"
@@ -75,7 +79,7 @@ class StoreParts:
         for other in self.folder.glob(".parts-*"):
             if other != self._parts:
                 shutil.rmtree(other, ignore_errors=True)
-        if not self._is_described():  # here and not in finish(), where another process may have just written it
+        if not self._is_described():  # not in finish(): another process may have just written it
             (self.folder / DESCRIPTION_FILE).unlink(missing_ok=True)
 
     def parts(self) -> list[Part]:
@@ -88,19 +92,19 @@ class StoreParts:
         ]
 
     def is_done(self, part: Part) -> bool:
-        """Returns whether a process has written it."""
+        """Returns whether a part is on disk."""
         return self._path(part).is_file()
 
     def write(self, part: Part, tokens: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> None:
-        """Puts a part on disk.
+        """Writes a part.
 
         Args:
             part: One of ``parts()``.
-            tokens: (stop - start, mirrors, N) integers in [0, num_codes).
+            tokens: (stop - start, mirrors, N) integers in [0, codebook_size).
             labels: (stop - start,) int64 in [0, num_classes).
 
         Raises:
-            ValueError: if a shape is another, or a code or a label is out of range.
+            ValueError: if a shape is wrong, or a token or a label is out of range.
         """
         shape = self._shape(part)
         if tokens.shape != shape or labels.shape != shape[:1]:
@@ -113,30 +117,36 @@ class StoreParts:
             np.save(file, labels.astype(np.int64), allow_pickle=False)
 
     def finish(self) -> bool:
-        """Joins the parts into the store, if all are there.
+        """Joins the parts into the store, if all are on disk.
 
-        Two processes that come here at once write the same bytes; the one that is later finds the store finished.
+        1. If a part is missing, return whether another process has finished the store.
+        2. Join the parts of each split into its two arrays.
+        3. Write ``store.json`` with the hashes of the arrays.
+        4. Remove the parts, if the store is complete.
+
+        Two processes that join at the same time write the same bytes. The slower one may find the parts already
+        removed; then the store must be complete.
 
         Returns:
-            Whether the store is finished.
+            True if the store is finished.
 
         Raises:
-            ValueError: A part cannot be read; it is removed, so that the next run makes it again.
+            ValueError: if a part is damaged; it is removed, so that the next run makes it again.
         """
         try:
-            if not all(self.is_done(part) for part in self.parts()):
+            if not all(self.is_done(part) for part in self.parts()):  # 1.
                 return is_complete(self.folder, self.description)
-            for split in self.description.samples:
+            for split in self.description.samples:  # 2.
                 self._join(split)
             paths = [path for split in self.description.samples for path in array_paths(self.folder, split)]
             described = _to_json(self.description) | {"sha256": {path.stem: sha256_of(path) for path in paths}}
-            with self._replace_file(self.folder / DESCRIPTION_FILE) as file:
+            with self._replace_file(self.folder / DESCRIPTION_FILE) as file:  # 3.
                 file.write((json.dumps(described, indent=1) + "\n").encode())
         except FileNotFoundError:
             if not is_complete(self.folder, self.description):
                 raise
         finally:
-            if is_complete(self.folder, self.description):
+            if is_complete(self.folder, self.description):  # 4.
                 shutil.rmtree(self._parts, ignore_errors=True)
         return True
 
@@ -147,12 +157,13 @@ class StoreParts:
             return False
 
     def _join(self, split: Split) -> None:
-        """Writes a split's two arrays, a part's samples at a time."""
+        """Writes the two arrays of a split, with the samples of one part in memory at a time."""
         count, views = self.description.samples[split], self.description.views(split)
         starts = [part.start for part in self.parts() if part.split == split and part.crop == 0]
         tokens_path, labels_path = array_paths(self.folder, split)
         with self._replace_file(tokens_path) as file:
             _write_header(file, (count * views, self.description.num_tokens), self.description.dtype)
+            # (samples, crops, mirrors, N) in row-major order: view v of a sample is crop v // mirrors
             for start in starts:
                 file.write(self._rows(split, start)[0].tobytes())
         with self._replace_file(labels_path) as file:
@@ -161,7 +172,7 @@ class StoreParts:
                 file.write(self._rows(split, start)[1].tobytes())
 
     def _rows(self, split: Split, start: int) -> tuple[Tokens, npt.NDArray[np.int64]]:
-        """Returns tokens (samples, crops, mirrors, N) and labels (samples,) of a part's samples, over all crops."""
+        """Returns tokens (samples, crops, mirrors, N) and labels (samples,) of a part's samples, for all crops."""
         stop = min(start + self.part_size, self.description.samples[split])
         parts = [Part(split, crop, start, stop) for crop in range(self.description.crops_of(split))]
         read = [self._read(part) for part in parts]
@@ -177,6 +188,7 @@ class StoreParts:
             if labels.shape != tokens.shape[:1] or labels.dtype != np.int64:
                 raise ValueError(f"{tokens.shape[:1]} labels expected, got {labels.shape} of {labels.dtype}")
             self._check_ranges(tokens, labels)
+        # a damaged part is removed, so that the same command makes it again
         except (EOFError, ValueError) as error:
             path.unlink(missing_ok=True)
             raise ValueError(
@@ -186,7 +198,7 @@ class StoreParts:
         return tokens, labels
 
     def _check_ranges(self, tokens: npt.NDArray[Any], labels: npt.NDArray[Any]) -> None:
-        ranges = (("tokens", tokens, self.description.num_codes), ("labels", labels, len(self.description.classes)))
+        ranges = (("tokens", tokens, self.description.codebook_size), ("labels", labels, len(self.description.classes)))
         for name, values, limit in ranges:
             if outside_range(values, limit).any():
                 raise ValueError(f"{name} must be in [0, {limit}), got {values.min()} to {values.max()}")
@@ -199,10 +211,13 @@ class StoreParts:
 
     @contextmanager
     def _replace_file(self, path: Path) -> Iterator[IO[bytes]]:
-        """Gives a file that takes its name when all of it is on disk; what a kill leaves goes with the parts."""
+        """Opens a file that replaces ``path`` when it is complete and on disk.
+
+        Unfinished files lie in the folder of the parts, so they are removed with it.
+        """
         with write_atomically(path, partial_in=self._parts) as file:
             yield file
-        sync(path.parent)  # before a rename that counts on it
+        sync(path.parent)  # the rename is on disk before any step that relies on it
 
 
 def _write_header(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
@@ -211,6 +226,5 @@ def _write_header(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any])
 
 
 def _to_json(description: StoreDescription, *, version: int = FORMAT) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(json.dumps({"format": version, **asdict(description)}))
-    del content["sha256"]
+    content: dict[str, Any] = json.loads(json.dumps({"format": version, **plain_description(description)}))
     return content

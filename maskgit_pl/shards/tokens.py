@@ -1,23 +1,23 @@
-"""The token store: what a tokenizer made of a data folder, as memory-mapped arrays that are read a batch at a time.
+"""The token store: the tokens of a data folder, in memory-mapped arrays that are read batch by batch.
 
 A store is a folder::
 
-    train-tokens.npy    (n V, N) uint16, or uint32 where the codebook has more than 65,536 codes; row i V + v is view v
+    train-tokens.npy    (n V, N) uint16, or uint32 if the codebook has more than 65,536 codes; row i V + v is view v
                         of sample i
     train-labels.npy    (n,) int64
     val-...             the same, with one view
-    store.json          grid, codes, views, the fingerprints of the tokenizer and of the data, and the sha256 of each
-                        array's file; written last
+    store.json          grid, codebook size, views, fingerprints of the tokenizer and of the data, and the SHA-256 of
+                        each array's file; written last
 
-A store made by another tokenizer or from other data, or one whose arrays have changed, is refused. Stores of format 1
-have no sha256; of them, only shapes and ranges can be checked. This file reads stores, ``token_writer`` makes them.
-Used by ``maskgit tokenize`` and ``data/``.
+A store is rejected if another tokenizer made it, if it was made from other data, or if its arrays have changed. Stores
+of format 1 have no SHA-256; only their shapes and ranges are checked. This file reads stores, ``token_writer`` writes
+them. Used by the data modules, ``maskgit tokenize`` and ``verify``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -27,6 +27,7 @@ import numpy.typing as npt
 from maskgit_pl.checks import build_dataclass, check_choice, check_integer, check_keys, check_sha256, shorten
 from maskgit_pl.errors import DataChangedError
 from maskgit_pl.files import read_json, sha256_of
+from maskgit_pl.old_names import rename_config
 from maskgit_pl.shards.manifest import Split
 from maskgit_pl.shards.mapped_array import is_whole, map_array
 
@@ -43,6 +44,7 @@ __all__ = [
     "is_store",
     "open_store",
     "outside_range",
+    "plain_description",
     "read_description",
 ]
 
@@ -50,35 +52,35 @@ FORMAT = 2
 _FORMATS = (1, FORMAT)
 _MAX_DESCRIPTION_BYTES = 2**25  # most of it class names
 DESCRIPTION_FILE = "store.json"
-_BLOCK_VALUES = 2**22  # of an array that are compared at a time
+_BLOCK_VALUES = 2**22  # values of an array that are checked at a time
 Tokens = npt.NDArray[np.unsignedinteger[Any]]  # of StoreDescription.dtype
-REMAKE_HINT = "make it again with `make tokenize` (or `maskgit tokenize`)"
+REMAKE_HINT = "regenerate it with `make tokenize` (or `maskgit tokenize`)"
 
 
 @dataclass(frozen=True)
 class StoreDescription:
-    """The description of a store: what it holds and what it was made from.
+    """The description of a store: its content and its origin.
 
     Args:
         grid: Height and width of the token grid.
-        num_codes: Codebook size K; tokens lie in [0, K).
-        image_size: Side of the images that were tokenised.
+        codebook_size: Codebook size K; tokens lie in [0, K).
+        image_size: Side in pixels of the images that were encoded.
         tokenizer: Fingerprint of the tokenizer's weights.
         data: Fingerprint of the data folder.
         classes: Class names.
-        samples: Samples of each split.
+        samples: Number of samples of each split.
         crops: Crops of each training image: the central one, then random ones.
-        flip: Whether each crop is there mirrored too.
-        precision: In which the tokenizer computed, ``"float32"`` or ``"bfloat16"``.
-        sha256: Of the file of each array, by its name: ``{"train-tokens": hex, ...}``; empty in stores of format 1. It
-            does not count when descriptions are compared.
+        flip: True if each training crop is also stored mirrored.
+        precision: Precision of the tokenizer's computation, ``"float32"`` or ``"bfloat16"``.
+        sha256: Hash of each array's file by its name, ``{"train-tokens": hex, ...}``; empty in stores of format 1.
+            Comparison of descriptions ignores it.
 
     Raises:
         ValueError: if a number is out of range.
     """
 
     grid: tuple[int, int]
-    num_codes: int
+    codebook_size: int
     image_size: int
     tokenizer: str
     data: str
@@ -92,7 +94,7 @@ class StoreDescription:
     def __post_init__(self) -> None:
         for side in self.grid:
             check_integer("grid", side, "[1, 4096]")
-        check_integer("num_codes", self.num_codes, "[1, 4294967296]")
+        check_integer("codebook_size", self.codebook_size, "[1, 4294967296]")
         check_integer("image_size", self.image_size, "[1, 65536]")
         check_integer("crops", self.crops, "[1, 65536]")
         check_choice("precision", self.precision, ("float32", "bfloat16"))
@@ -109,33 +111,33 @@ class StoreDescription:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of an image, N."""
+        """The number of tokens of an image, N."""
         return self.grid[0] * self.grid[1]
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The smallest of uint16 and uint32 that holds every code."""
-        return np.dtype(np.uint16 if self.num_codes <= 2**16 else np.uint32)
+        """The dtype of the tokens: uint16 if it can represent every code, else uint32."""
+        return np.dtype(np.uint16 if self.codebook_size <= 2**16 else np.uint32)
 
     def crops_of(self, split: Split) -> int:
-        """Crops of each image of a split; validation has the central one alone."""
+        """Returns the number of crops of each image of a split; val has only the central crop."""
         return self.crops if split == "train" else 1
 
     def mirrors_of(self, split: Split) -> int:
-        """Rows of each crop: 2 where it is there mirrored too, else 1."""
+        """Returns the number of rows of each crop of a split: 2 if it is also stored mirrored, else 1."""
         return 2 if self.flip and split == "train" else 1
 
     def views(self, split: Split) -> int:
-        """Rows of each sample of a split, V: view v is crop v // mirrors, and mirrored if v % mirrors is 1."""
+        """Returns the number of rows of each sample, V. View v is crop v // mirrors, mirrored if v % mirrors is 1."""
         return self.crops_of(split) * self.mirrors_of(split)
 
 
 class TokenReader:
-    """One split of a store.
+    """A reader of one split of a store.
 
     Args:
         folder: The store.
-        split: Which split.
+        split: ``"train"`` or ``"val"``.
         description: The store's description.
     """
 
@@ -152,36 +154,39 @@ class TokenReader:
     def read(
         self, indices: npt.NDArray[np.int64], views: npt.NDArray[np.int64] | int = 0
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Returns tokens and labels of samples.
+        """Reads tokens and labels of samples.
 
         Args:
             indices: (B,) int64 in [0, len(self)).
-            views: Which view of each sample, in [0, self.views): one number or (B,) int64; 0 is the image itself.
+            views: View of each sample, in [0, self.views): one number or (B,) int64. View 0 is the image itself.
 
         Returns:
-            Tokens (B, N) int64 in [0, num_codes), labels (B,) int64 in [0, num_classes).
+            Tokens (B, N) int64 in [0, codebook_size), labels (B,) int64 in [0, num_classes).
 
         Raises:
-            DataChangedError: if an array was cut or changed after it was opened.
+            DataChangedError: if an array was truncated or changed after it was opened.
         """
+        # checked for each batch, since reading a truncated map would kill the process
         tokens, labels = self.arrays()
         if not (is_whole(tokens) and is_whole(labels)):
-            raise self._data_changed_error("a file was cut")
-        # take() gathers whole rows, 1.3 times as fast as indexing; to int64 while the rows are in the cache
+            raise self._data_changed_error("a file was truncated")
+        # take() gathers whole rows 1.3 times as fast as indexing; (B, N)
         codes, classes = tokens.take(indices * self.views + views, axis=0), labels[indices]
-        if codes.max(initial=0) >= self.description.num_codes:
-            raise self._data_changed_error(f"tokens must be in [0, {self.description.num_codes}), got {codes.max()}")
-        if classes.view(np.uint64).max(initial=0) >= len(self.description.classes):  # one pass; -1 is 2^64 - 1
+        if codes.max(initial=0) >= self.description.codebook_size:
+            raise self._data_changed_error(
+                f"tokens must be in [0, {self.description.codebook_size}), got {codes.max()}"
+            )
+        if classes.view(np.uint64).max(initial=0) >= len(self.description.classes):  # in one pass, since -1 is 2^64 - 1
             outside = int(classes[outside_range(classes, len(self.description.classes))][0])
             raise self._data_changed_error(f"labels must be in [0, {len(self.description.classes)}), got {outside}")
         return codes.astype(np.int64), classes
 
     def arrays(self) -> tuple[Tokens, npt.NDArray[np.int64]]:
-        """Returns tokens (n V, N) and labels (n,), mapped at first use in each process.
+        """Returns tokens (n V, N) and labels (n,), mapped into memory at first use in each process.
 
         Raises:
-            FileNotFoundError: if one is missing.
-            ValueError: if one cannot be read, or does not fit the description.
+            FileNotFoundError: if a file is missing.
+            ValueError: if a file cannot be read, or has another shape or type than the description states.
         """
         if self._arrays is None:
             tokens, labels = (self._map(path) for path in array_paths(self.folder, self.split))
@@ -196,14 +201,15 @@ class TokenReader:
         return self._arrays
 
     def bad_arrays(self) -> Iterator[BadArray]:
-        """Reads all of both arrays and compares ranges and hashes.
+        """Yields the arrays with values out of range or another hash; reads both arrays completely.
 
         Raises:
-            FileNotFoundError: if one is missing.
-            ValueError: if one cannot be read, or does not fit the description.
+            FileNotFoundError: if a file is missing.
+            ValueError: if a file cannot be read, or has another shape or type than the description states.
         """
-        limits = (self.description.num_codes, len(self.description.classes))
+        limits = (self.description.codebook_size, len(self.description.classes))
         for path, array, limit in zip(array_paths(self.folder, self.split), self.arrays(), limits, strict=True):
+            # a value out of range says more than a wrong hash, and is also found in stores without hashes
             outside = _first_outside(array, limit)
             if outside is not None:
                 row, value = outside
@@ -226,22 +232,22 @@ class TokenReader:
         try:
             return map_array(path)
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"token store {path}: not there; {REMAKE_HINT}") from error
+            raise FileNotFoundError(f"token store {path} does not exist; {REMAKE_HINT}") from error
         except ValueError as error:
             raise ValueError(f"token store {error}; {REMAKE_HINT}") from error
 
     def _data_changed_error(self, what: str) -> DataChangedError:
         return DataChangedError(
-            f"token store {self.folder}, {self.split}: changed while it is read: {what}; `maskgit data verify "
+            f"token store {self.folder}, {self.split}: changed while it was in use: {what}; `maskgit data verify "
             f"{self.folder}` names the file; {REMAKE_HINT}"
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_arrays": None}
+        return {**self.__dict__, "_arrays": None}  # each process maps the arrays itself
 
 
 class BadArray(NamedTuple):
-    """An array of a store that is not what the description says."""
+    """An array of a store that differs from the description."""
 
     name: str
     expected: str
@@ -258,19 +264,20 @@ def read_description(folder: str | Path) -> StoreDescription:
     """Reads the description of a finished store.
 
     Raises:
-        FileNotFoundError: if there is none, or it is not finished.
-        ValueError: if it cannot be read, or a value is missing, of another type or out of range.
+        FileNotFoundError: if there is no store, or it is not finished.
+        ValueError: if the description cannot be read, or a value is missing, has another type or is out of range.
     """
     path = Path(folder) / DESCRIPTION_FILE
     if not path.exists():
-        raise FileNotFoundError(f"token store {folder}: none there, or not finished; {REMAKE_HINT}")
+        raise FileNotFoundError(f"token store {folder} does not exist or is not finished; {REMAKE_HINT}")
     try:
-        content = read_json(path, max_bytes=_MAX_DESCRIPTION_BYTES)
+        content = rename_config(read_json(path, max_bytes=_MAX_DESCRIPTION_BYTES), str(path))
+        # format 1 has no hashes; format 2 always has them
         version = content.pop("format", None)
         if version not in _FORMATS:
             raise ValueError(f"{path}: format must be one of {_FORMATS}, got {shorten(version)}")
         if (version == 1) == ("sha256" in content):
-            raise ValueError(f"{path}: the key 'sha256' must be there in format {FORMAT}, and only there")
+            raise ValueError(f"{path}: the key 'sha256' must exist in format {FORMAT}, and only there")
         made = build_dataclass(StoreDescription, content, str(path))
         if version != 1 and not made.sha256:
             raise ValueError(f"{path}: sha256 must not be empty")
@@ -280,19 +287,19 @@ def read_description(folder: str | Path) -> StoreDescription:
 
 
 def open_store(folder: str | Path, **origin: object) -> dict[Split, TokenReader]:
-    """Opens every split of a finished store, if it belongs to this data and tokenizer.
+    """Opens every split of a finished store, after a check of its origin and of all bytes.
 
-    All of it is read once, since a changed code or label that is still in range would not be noticed later: 0.5 to 1 s
-    a GB. Readers compare the ranges of each batch again.
+    The whole store is read once, in 0.5 to 1 s per GB, since a changed token or label that is still in range would not
+    be noticed later. Readers check the ranges of each batch again.
 
     Args:
         folder: The store.
-        origin: What it must have been made from; see ``check_origin``.
+        origin: Expected origin of the store; see ``check_origin``.
 
     Raises:
         FileNotFoundError: if there is no finished store, or an array is missing.
-        ValueError: if the store is of another origin, or an array is damaged: of another shape or type, with a value
-            out of range, or changed since it was made.
+        ValueError: if the store has another origin, or an array is damaged: another shape or type, a value out of
+            range, or another hash.
     """
     description = read_description(folder)
     check_origin(description, folder, **origin)
@@ -306,8 +313,15 @@ def open_store(folder: str | Path, **origin: object) -> dict[Split, TokenReader]
     return readers
 
 
+def plain_description(description: StoreDescription) -> dict[str, Any]:
+    """Returns a description in plain values, with the keys of ``store.json`` and without its hashes."""
+    fields = {name: value for name, value in asdict(description).items() if name != "sha256"}
+    # Both formats name it "num_codes": folders of stores and of their parts are named by hashes of these keys.
+    return {"num_codes" if name == "codebook_size" else name: value for name, value in fields.items()}
+
+
 def is_complete(folder: str | Path, description: StoreDescription) -> bool:
-    """Returns whether a finished store of exactly this description, its arrays whole, lies in the folder."""
+    """Returns whether a folder is a finished store of exactly this description, with undamaged arrays."""
     try:
         open_store(folder, data=None)
         return read_description(folder) == description
@@ -316,15 +330,15 @@ def is_complete(folder: str | Path, description: StoreDescription) -> bool:
 
 
 def check_origin(description: StoreDescription, folder: str | Path | None, **origin: object) -> None:
-    """Checks what a store was made from.
+    """Checks the origin of a store.
 
     Args:
-        description: Of the store.
-        folder: Its place, for the message.
-        origin: Fields of ``StoreDescription`` by their names, and the values that they must have; None takes any.
+        description: The store's description.
+        folder: The store's folder, for the message.
+        origin: Fields of ``StoreDescription`` by their names, with the expected values; None accepts any value.
 
     Raises:
-        ValueError: if the store has another value. The message names all such fields and the way out.
+        ValueError: if the store has another value. The message lists all such fields.
     """
     foreign = [
         f"its {name.replace('_', ' ')} must be {_format_value(wanted)}, got {_format_value(getattr(description, name))}"
@@ -341,12 +355,18 @@ def array_paths(folder: Path, split: Split) -> tuple[Path, Path]:
 
 
 def _format_value(value: object) -> str:
-    """Shows a value for a message; twelve digits of a fingerprint tell it from others."""
+    """Formats a value for a message; twelve digits identify a fingerprint."""
     return value[:12] if isinstance(value, str) else shorten(value)
 
 
 def _first_outside(array: npt.NDArray[Any], limit: int) -> tuple[int, int] | None:
-    """Returns the first row of (n,) or (n, N) integers with a value that is not in [0, limit), and that value."""
+    """Returns the first row with a value outside [0, limit), and that value; None if there is none.
+
+    Args:
+        array: (n,) or (n, N) integers.
+        limit: Upper limit of the values, exclusive.
+    """
+    # in blocks: an array may be larger than the memory
     step = max(1, _BLOCK_VALUES // max(1, array[:1].size))
     for start in range(0, len(array), step):
         block = array[start : start + step]
@@ -358,5 +378,13 @@ def _first_outside(array: npt.NDArray[Any], limit: int) -> tuple[int, int] | Non
 
 
 def outside_range(values: npt.NDArray[Any], limit: int) -> npt.NDArray[np.bool_]:
-    """Returns which of some integers are not in [0, limit)."""
+    """Returns a mask of the integers outside [0, limit).
+
+    Args:
+        values: Integers of any shape.
+        limit: Upper limit, exclusive.
+
+    Returns:
+        bool of the same shape, True outside the range.
+    """
     return (values < 0) | (values >= limit)

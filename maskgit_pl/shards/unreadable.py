@@ -1,8 +1,8 @@
-"""Images that cannot be read while they are needed: they are counted and listed, and too many end the run.
+"""Unreadable images during training: they are replaced, counted and listed, and too many of them end the run.
 
-An unreadable image is replaced by the next of its split (index + 1 modulo n, again and again), with that one's label.
-Which one is shown is thus a function of the data and the index: equal on every rank and worker and after a resume. The
-process that trains counts; workers only say what they replaced. Imports neither torch nor PIL.
+An unreadable image is replaced by the next readable one of its split (index + 1, + 2, ... modulo n), with its label.
+The replacement is thus a function of the data and the index: equal on all ranks and workers, and after a resume.
+Workers report replacements; the training process counts them. Imports neither torch nor PIL. Used by ``data``.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ __all__ = [
     "write_unreadable",
 ]
 
-ALWAYS_ALLOWED = 10  # different images; so few end no run, however small the data
-MAX_IN_A_ROW = 100  # so many neighbours are no accident: a shard is spoilt
-_MAX_LISTED = 20  # of an error; the file lists all
+ALWAYS_ALLOWED = 10  # different images; so few never end a run, even with little data
+MAX_IN_A_ROW = 100  # so many consecutive images mean that a shard is damaged
+_MAX_LISTED = 20  # images in an error message; the JSON file lists all
 
 
 class Unreadable(NamedTuple):
@@ -41,9 +41,9 @@ class Unreadable(NamedTuple):
     Args:
         index: Number of the sample in its split.
         shard: File name of its tar.
-        name: ``SHARD:MEMBER``.
-        reason: The kind of fault.
-        error: What the decoder said.
+        name: The image's name in messages, ``SHARD:MEMBER``.
+        reason: Kind of the fault.
+        error: Message of the decoder.
     """
 
     index: int  # type: ignore[assignment]  # hides tuple.index
@@ -54,16 +54,18 @@ class Unreadable(NamedTuple):
 
 
 class UnreadableImages:
-    """Counts the images of a split that could not be read, and ends the run when they are too many.
+    """A counter of the unreadable images of a split, which ends the run if there are too many.
+
+    The counts begin at 0 in each process, also after a resume.
 
     Args:
-        explain: From a sample's number to what is wrong with it; asked once an image.
-        num_samples: Samples of the split, n.
-        budget: Share of the samples seen that may be unreadable, in [0, 1]. Above 0, 10 different images are always
-            allowed; 0 allows none. Counts begin with the process: a resumed run begins from none.
+        explain: Maps the number of an unreadable sample to a description; called once per image.
+        num_samples: Number of samples in the split, n.
+        budget: Fraction of the samples seen that may be unreadable, in [0, 1]. Above 0, 10 different images are always
+            allowed; 0 allows none.
 
     Raises:
-        ValueError: The budget is out of range.
+        ValueError: if the budget is out of range.
     """
 
     def __init__(self, explain: Callable[[int], Unreadable], *, num_samples: int, budget: float) -> None:
@@ -71,56 +73,63 @@ class UnreadableImages:
         self.budget = budget
         self.num_samples = num_samples
         self.seen = 0
-        self.times: Counter[int] = Counter()  # index -> how often it was met
+        self.times: Counter[int] = Counter()  # index -> number of times it was drawn
         self.images: dict[int, Unreadable] = {}
         self._explain = explain
 
     @property
     def count(self) -> int:
-        """The number of times that a sample was replaced or could not be; a sample met in two epochs counts twice."""
+        """The number of times that an unreadable sample was drawn; a sample of two epochs counts twice."""
         return sum(self.times.values())
 
     def add(self, index: npt.NDArray[np.int64], replacement: npt.NDArray[np.int64]) -> None:
-        """Counts a batch.
+        """Counts the unreadable images of a batch.
+
+        1. Every sample from the drawn one up to its replacement, which is excluded, is unreadable.
+        2. A long series of unreadable samples ends the run: a shard is damaged.
+        3. More different samples than are always allowed, above the budget, end the run.
 
         Args:
-            index: (B,) int64, the samples that were asked for.
-            replacement: (B,) int64, the samples shown in their place, -1 where they are shown themselves.
+            index: (B,) int64, the samples drawn.
+            replacement: (B,) int64, the samples shown in their place; -1 if the sample itself is shown.
 
         Raises:
-            DataBudgetError: That was one too many; the text lists them.
+            DataBudgetError: if the run must end. The message lists the images.
         """
         self.seen += len(index)
         row = np.flatnonzero(replacement >= 0)
         if not len(row):
             return
+        # 1. A sample that is its own replacement: all n were tried.
         longest = 0
-        for asked, shown in zip(index[row].tolist(), replacement[row].tolist(), strict=True):
-            length = (shown - asked) % self.num_samples or self.num_samples
+        for drawn, shown in zip(index[row].tolist(), replacement[row].tolist(), strict=True):
+            length = (shown - drawn) % self.num_samples or self.num_samples
             longest = max(longest, length)
-            for number in range(asked, asked + length):
+            for number in range(drawn, drawn + length):
                 self._note(number % self.num_samples)
+        # 2.
         if longest >= min(MAX_IN_A_ROW, self.num_samples):
             raise DataBudgetError(self._text(f"{longest} images in a row cannot be read"))
+        # 3.
         allowed = ALWAYS_ALLOWED if self.budget > 0 else 0
         if len(self.images) > allowed and self.count > self.budget * self.seen:
             raise DataBudgetError(
                 self._text(
-                    f"at most {self.budget:g} of the images and {allowed} in all may be unreadable, "
+                    f"unreadable images must be at most {self.budget:g} of all images, or {allowed} in total, "
                     f"got {len(self.images)} ({self.count} times in {self.seen} images)"
                 )
             )
 
     def by_shard(self) -> dict[str, int]:
-        """Times that images of a shard could not be read, the worst shard first."""
+        """Returns the number of times that images of each shard could not be read, in descending order."""
         return self._count_by(lambda image: image.shard)
 
     def by_reason(self) -> dict[str, int]:
-        """Times that images could not be read for a reason, the most frequent first."""
+        """Returns the number of times that images could not be read for each reason, in descending order."""
         return self._count_by(lambda image: image.reason)
 
     def as_json(self) -> dict[str, Any]:
-        """Counts and the whole list, as plain values."""
+        """Returns the counts and the list of all images as JSON values."""
         images = [
             {"image": image.name, "index": index, "times": self.times[index]}
             | {"reason": image.reason, "error": image.error}
@@ -151,12 +160,12 @@ class UnreadableImages:
         listed = "\n  ".join([*lines[:_MAX_LISTED], *more])
         return (
             f"data budget: {rule}:\n  {listed}\n"
-            "mend or leave out these images and make the shards again, or raise data.unreadable_budget"
+            "repair or leave out these images and make the shards again, or raise data.unreadable_budget"
         )
 
 
 def check_budget(budget: float) -> None:
-    """Checks that a budget is a share.
+    """Checks that a budget is a fraction.
 
     Raises:
         ValueError: if it is not in [0, 1].
@@ -165,7 +174,12 @@ def check_budget(budget: float) -> None:
 
 
 def write_unreadable(path: Path, splits: dict[str, UnreadableImages]) -> None:
-    """Writes counts and lists of splits as JSON, replacing the file when all of it is on disk."""
+    """Writes the counts and lists of all splits as JSON, atomically.
+
+    Args:
+        path: The JSON file; its folder is made if it is missing.
+        splits: Counters by the names of their splits.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {name: images.as_json() for name, images in splits.items()}
     write_text(path, json.dumps(content, indent=1) + "\n")

@@ -1,6 +1,6 @@
-"""Checks that a data folder or a token store still is what its description says: all bytes are read again.
+"""Verification of a data folder or a token store against its description, by reading all bytes.
 
-Used by ``maskgit data verify``. The check before each run reads lengths and two headers a shard; this reads all bytes.
+Used by ``maskgit data verify``. The check before each run, ``manifest.check_shards``, reads only a few headers.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from maskgit_pl.text import printable
 
 __all__ = ["BadFile", "StoreVerification", "Verification", "verify_shards", "verify_store"]
 
-_READ_BYTES, _DECODED_BYTES = 2**28, 2**25  # that one process reads, and decodes, in some 10 seconds
+_READ_BYTES, _DECODED_BYTES = 2**28, 2**25  # one process reads, and decodes, this much in about 10 seconds
 
 
 class BadFile(NamedTuple):
-    """A file of a data folder or of a token store that is not what its description says."""
+    """A file of a data folder or of a token store that differs from its description."""
 
     name: str
     expected: str
@@ -40,7 +40,7 @@ class BadFile(NamedTuple):
 
 @dataclass(frozen=True)
 class Verification:
-    """The result of reading shards: how much there is, and what of it is bad."""
+    """The result of ``verify_shards``: number of shards, samples and bytes, and the bad files."""
 
     shards: int
     samples: int
@@ -50,7 +50,7 @@ class Verification:
 
 @dataclass(frozen=True)
 class StoreVerification:
-    """The result of reading a token store: its files, whether it has hashes, and what is bad."""
+    """The result of ``verify_store``: number of rows and bytes, presence of hashes, and the bad files."""
 
     rows: int
     bytes: int
@@ -61,9 +61,12 @@ class StoreVerification:
 def verify_store(folder: str | Path) -> StoreVerification:
     """Compares shapes, ranges and hashes of all arrays of a token store with its ``store.json``.
 
+    Args:
+        folder: The store.
+
     Raises:
         FileNotFoundError: if there is no finished store.
-        ValueError: if ``store.json`` cannot be read.
+        ValueError: if ``store.json`` is invalid.
     """
     description = read_description(folder)
     rows, size, bad = 0, 0, list[BadFile]()
@@ -73,7 +76,7 @@ def verify_store(folder: str | Path) -> StoreVerification:
             tokens, labels = reader.arrays()
             bad += [BadFile(*array) for array in reader.bad_arrays()]
         except (FileNotFoundError, ValueError) as error:
-            bad.append(BadFile(f"{split}-*.npy", "two arrays as described", "none that can be used", str(error)))
+            bad.append(BadFile(f"{split}-*.npy", "two valid arrays", "an invalid array", str(error)))
             continue
         rows, size = rows + len(tokens), size + tokens.nbytes + labels.nbytes
     return StoreVerification(rows, size, bool(description.sha256), tuple(bad))
@@ -81,6 +84,8 @@ def verify_store(folder: str | Path) -> StoreVerification:
 
 @dataclass(frozen=True)
 class _Task:
+    """The argument that all workers share."""
+
     manifests: dict[Split, Manifest]
     decode: bool
 
@@ -92,22 +97,28 @@ def verify_shards(
     workers: int | None = 1,
     on_shard: Callable[[Split, int], object] = lambda split, total: None,
 ) -> Verification:
-    """Compares lengths, hashes, headers, places and labels of all shards with the manifests.
+    """Compares lengths, hashes, headers, offsets and labels of all shards with the manifests.
+
+    1. Compare each index file with its manifest.
+    2. Scan every shard in parallel, as ``index`` does, and compare the result with the manifest.
+    3. If nothing differs, compare the range of image sizes, which depends on all shards.
 
     Args:
         folder: The data folder.
-        decode: Decode every image too.
-        workers: Processes, a shard each at a time; None: one a core, fewer for little data.
-        on_shard: Told the split of each shard that is done, and how many shards the split has (for a progress bar).
+        decode: True also decodes every image.
+        workers: Number of processes; each verifies one shard at a time. None: one per core, fewer for little data.
+        on_shard: Called with the split of each finished shard and the split's number of shards (for a progress bar).
 
     Raises:
-        FileNotFoundError: No such folder or manifest.
-        ValueError: A manifest cannot be read.
+        FileNotFoundError: if the folder or the manifest is missing.
+        ValueError: if a manifest is invalid.
     """
     folder = Path(folder)
     manifests = {split: load_manifest(folder, split, check=False) for split in splits_of(folder) or ("train",)}
+    # 1.
     bad = {split: list(_find_bad_index(manifest)) for split, manifest in manifests.items()}
     jobs = [(split, number) for split, manifest in manifests.items() for number in range(len(manifest.shards))]
+    # 2. Jobs finish in any order; the report has the order of the manifests.
     found: dict[tuple[Split, int], tuple[BadFile | None, ShardScan | None]] = {}
     size = sum(shard.bytes for manifest in manifests.values() for shard in manifest.shards)
     workers = choose_workers(workers, work=size / (_DECODED_BYTES if decode else _READ_BYTES))
@@ -116,6 +127,7 @@ def verify_shards(
         on_shard(job[0], len(manifests[job[0]].shards))
     files = [bad_file for split in manifests for bad_file in bad[split]]
     files += [bad_file for job in jobs if (bad_file := found[job][0]) is not None]
+    # 3.
     if not files:
         files += list(_find_bad_summary(manifests, [found[job][1] for job in jobs], jobs))
     shards = [shard for manifest in manifests.values() for shard in manifest.shards]
@@ -137,7 +149,7 @@ def _find_bad_index(manifest: Manifest) -> Iterator[BadFile]:
 def _find_bad_summary(
     manifests: dict[Split, Manifest], scans: Sequence[ShardScan | None], jobs: Sequence[tuple[Split, int]]
 ) -> Iterator[BadFile]:
-    """Compares image sizes with the manifest's range of them."""
+    """Yields each manifest whose range of image sizes is not that of its shards."""
     for split, manifest in manifests.items():
         ranges = [
             scan.images
@@ -146,7 +158,9 @@ def _find_bad_summary(
         ]
         actual = union(ranges)
         if actual != manifest.images:
-            yield BadFile(f"{split}.json", str(manifest.images), str(actual), "image sizes are not those of the shards")
+            yield BadFile(
+                f"{split}.json", str(manifest.images), str(actual), "differs from the image sizes of the shards"
+            )
 
 
 def _verify_shard(task: _Task, job: tuple[Split, int]) -> tuple[BadFile | None, ShardScan | None]:
@@ -168,9 +182,9 @@ def _find_difference(manifest: Manifest, shard: Shard, number: int, scan: ShardS
         reason = scan.damage or ("shorter" if scan.bytes < shard.bytes else "longer") + " than when it was indexed"
         return BadFile(shard.name, f"{shard.bytes} bytes", f"{scan.bytes} bytes", reason)
     if scan.damage:
-        return BadFile(shard.name, "a whole tar", "damaged", scan.damage)
+        return BadFile(shard.name, "a complete tar", "damaged", scan.damage)
     if scan.sha256 != shard.sha256:
-        what = "its samples too" if len(scan.rows) != shard.samples else "of the same length"
+        what = "with another number of samples" if len(scan.rows) != shard.samples else "same length"
         return BadFile(shard.name, _short(shard.sha256), _short(scan.sha256), f"changed after indexing, {what}")
     if len(scan.rows) != shard.samples:
         return BadFile(shard.name, f"{shard.samples} samples", f"{len(scan.rows)} samples", "the manifest is wrong")
@@ -182,7 +196,8 @@ def _find_wrong_row(manifest: Manifest, shard: Shard, number: int, rows: npt.NDA
     try:
         stated = manifest.index()[start : start + shard.samples]
     except ValueError:
-        return None  # said of the index file itself
+        return None  # _find_bad_index reports it
+    # a scan of one tar has shard number 0 in every row
     actual = rows.copy()
     actual["shard"] = number
     wrong = np.flatnonzero(np.asarray(stated) != actual)
@@ -194,7 +209,7 @@ def _find_wrong_row(manifest: Manifest, shard: Shard, number: int, rows: npt.NDA
 
 
 def _find_bad_images(path: Path, shard: Shard, rows: npt.NDArray[np.void], *, decode: bool) -> BadFile | None:
-    """Images that are cut off or, if they are decoded, damaged in any way that can be found."""
+    """Finds images that are truncated or, with ``decode``, that cannot be decoded."""
     faults = []
     descriptor = open_regular(path)
     try:

@@ -1,8 +1,9 @@
-"""From a source to a data folder: shards written by ``webdataset.ShardWriter``, manifests, a note of what made them.
+"""Makes a data folder from a source: shards, manifests and a record of the source.
 
-The folder is built under a temporary name beside its place and renamed when it is whole, so that a half-made one is
-never taken for data. A run that was killed goes on with the shards that it lacks; the bytes are those of a run that was
-not, for any number of workers. A second run of the same command finds the note and does nothing.
+Used by ``maskgit data make`` and the scripts in ``data/``. The folder is built with a temporary name beside its final
+place and renamed when it is complete, so an incomplete folder is never used. An interrupted run resumes with the
+missing shards; the bytes do not depend on interruptions or on the number of workers. A second run of the same command
+finds the record and does nothing. ``webdataset.ShardWriter`` writes the shards.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from maskgit_pl.text import printable
 __all__ = ["LEFT_OUT", "RECORD", "is_made_from", "make_shards", "write_split"]
 
 RECORD = "made_from.json"
-LEFT_OUT = "left_out.txt"  # a line for each image that could not be read
-_MAX_LISTED = 20  # of those, in an error
-_SAMPLES = 5_000  # that one process writes in some 10 seconds
+LEFT_OUT = "left_out.txt"  # one line for each image that could not be read
+_MAX_LISTED = 20  # lines of this file in an error message
+_SAMPLES = 5_000  # one process writes this many in about 10 seconds
 
 
 def make_shards(
@@ -43,60 +44,79 @@ def make_shards(
     workers: int | None = 1,
     on_samples: Callable[[Split, int], object] = lambda split, count: None,
 ) -> bool:
-    """Writes a data folder.
+    """Makes a data folder from a source.
+
+    1. Do nothing if the folder already holds the result, by its record; reject a folder of other content.
+    2. Write the missing shards to ``.NAME.partial``, in parallel.
+    3. List the unreadable images, and reject them unless ``lenient``.
+    4. Index the shards.
+    5. Rename the folder.
 
     Args:
-        source: Where the samples come from.
+        source: Source of the samples.
         folder: The data folder to make.
-        size: Crop to the central square and resize to this side; None keeps every file's bytes.
-        shard_size: Samples a shard, at most.
-        lenient: Leave out images that cannot be read, and list them in ``left_out.txt``, instead of refusing them.
-        workers: Processes, a shard each at a time; they make no difference to the result. None: one a core, fewer for
-            little data.
-        on_samples: Told the split and how many more of its samples are done (for a progress bar).
+        size: Side in pixels of the central square that each image is cropped and resized to; None keeps the bytes of
+            each file.
+        shard_size: Maximum number of samples per shard.
+        lenient: True leaves out unreadable images and lists them in ``left_out.txt``; False rejects them.
+        workers: Number of processes; each writes one shard at a time, and the result does not depend on it. None: one
+            per core, fewer for little data.
+        on_samples: Called with the split and the number of its samples that were just finished (for a progress bar).
 
     Returns:
-        False if the folder already holds this very data, True if it was written.
+        False if the folder already holds the result, True if it was written.
 
     Raises:
-        ValueError: The folder holds something else, or, unless ``lenient``, images cannot be read: all are named.
+        ValueError: if the folder holds something else or, unless ``lenient``, images cannot be read. The message lists
+            them.
     """
     folder = Path(folder)
     workers = choose_workers(workers, work=sum(source.counts.values()) / _SAMPLES)
     for name, value in (("size", size), ("shard size", shard_size), ("workers", workers)):
         check_integer(name, 1 if value is None else value, "[1, inf)")
+    # 1.
     record = describe(source, size=size, shard_size=shard_size)
     if is_made_from(folder, record):
         return False
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(
-            f"data folder {printable(folder)}: it holds something else than what was asked for (see its {RECORD}); "
-            "give another --out, or remove it"
+            f"data folder {printable(folder)} must be empty or made from the same source, got other content (see its "
+            f"{RECORD}); give another --out, or remove it"
         )
     partial = _partial_folder(folder, record)
     try:
         plan = _Plan(source, partial, size, shard_size)
-        _write_missing(plan, workers=workers, on_samples=on_samples)
-        _list_left_out(plan, lenient=lenient)
-        shards = {split: find_shards(partial, f"{split}-*.tar") for split in source.counts}
+        _write_missing(plan, workers=workers, on_samples=on_samples)  # 2.
+        _list_left_out(plan, lenient=lenient)  # 3.
+        shards = {split: find_shards(partial, f"{split}-*.tar") for split in source.counts}  # 4.
         index_shards(partial, shards, classes=source.classes, workers=workers)
-    except ValueError:  # the source has to change, and nothing of this can be used then
+    except ValueError:  # the source must change first, and then these shards are useless
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    replace_folder(partial, folder)
+    replace_folder(partial, folder)  # 5.
     return True
 
 
 def describe(source: Source, *, size: int | None = None, shard_size: int = 10_000) -> dict[str, Any]:
-    """Returns what decides the content of a data folder in plain JSON values."""
+    """Returns everything that determines the content of a data folder, as JSON values.
+
+    Args:
+        source: Source of the samples.
+        size: Side of the images; see ``make_shards``.
+        shard_size: Maximum number of samples per shard.
+    """
     return {"source": source.describe(), "size": size, "shard_size": shard_size}
 
 
 def is_made_from(folder: str | Path, record: dict[str, Any]) -> bool:
-    """Returns whether a folder holds whole shards that were made from this record.
+    """Returns whether a folder holds complete shards that were made from this record.
+
+    Args:
+        folder: The data folder.
+        record: The result of ``describe``.
 
     Raises:
-        ValueError: It was, but shards have been changed or lost since.
+        ValueError: if it was, but its shards have been changed or lost since.
     """
     if _read_record(Path(folder)) != record:
         return False
@@ -114,11 +134,22 @@ def write_split(
     on_sample: Callable[[Split], object] = lambda split: None,
     first_shard: int = 0,
 ) -> None:
-    """Writes ``SPLIT-%06d.tar`` shards; keys count the samples, so that they are safe names and keep the order."""
+    """Writes samples to shards named ``SPLIT-%06d.tar``.
+
+    The keys are the numbers of the samples: safe names that sort in the order of the samples.
+
+    Args:
+        samples: The samples.
+        folder: Existing folder to write to.
+        split: ``"train"`` or ``"val"``.
+        shard_size: Maximum number of samples per shard.
+        on_sample: Called with the split after each sample.
+        first_shard: Number of the first shard; its first key is ``first_shard * shard_size``.
+    """
     from webdataset import ShardWriter
 
-    # One owner and time for all members: the same samples give the same bytes, hence the same fingerprint.
-    # The opener gives an absolute path, which webdataset cannot read as a URL, and keeps % in the folder's name.
+    # All members have the same owner and time, so equal samples give equal bytes and an equal fingerprint.
+    # The opener returns an absolute path, which webdataset does not parse as a URL, and allows % in the folder's name.
     writer = ShardWriter(
         f"{split}-%06d.tar",
         maxcount=shard_size,
@@ -137,7 +168,7 @@ def write_split(
 
 @dataclass(frozen=True)
 class _Plan:
-    """The settings that all shards of a data folder have in common."""
+    """The settings of all shards of a data folder."""
 
     source: Source
     folder: Path
@@ -145,30 +176,31 @@ class _Plan:
     shard_size: int
 
     def places(self, split: Split, shard: int) -> range:
-        """Places in the split of a shard's samples."""
+        """Returns the places of a shard's samples in the split's order."""
         start = shard * self.shard_size
         return range(start, min(start + self.shard_size, self.source.counts[split]))
 
     def path(self, split: Split, shard: int) -> Path:
-        """Returns the path of a shard that is whole."""
+        """Returns the path of a complete shard."""
         return self.folder / f"{split}-{shard:06d}.tar"
 
     def left_out_path(self, split: Split, shard: int) -> Path:
-        """Returns the path of the list of a shard's unreadable images, until all shards are made."""
+        """Returns the path of the temporary list of a shard's unreadable images."""
         return self.folder / f".left-out-{split}-{shard:06d}"
 
     def shards(self, split: Split) -> range:
-        """Numbers of a split's shards."""
+        """Returns the numbers of a split's shards."""
         return range(-(-self.source.counts[split] // self.shard_size))
 
 
 def _partial_folder(folder: Path, record: dict[str, Any]) -> Path:
-    """Returns the folder that is built; what an interrupted run of the same command left there is kept."""
+    """Returns the temporary folder, with the shards of an interrupted run if it had the same record."""
     partial = folder.with_name(f".{folder.name}.partial")
     if _read_record(partial) != record:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         write_text(partial / RECORD, json.dumps(record, indent=1) + "\n")
+    # half-written shards of a killed run
     for left in partial.glob(".writing-*"):
         shutil.rmtree(left, ignore_errors=True)
     return partial
@@ -200,7 +232,7 @@ def _write_missing(plan: _Plan, *, workers: int, on_samples: Callable[[Split, in
 def _write_shard(
     plan: _Plan, job: tuple[Split, int], *, on_sample: Callable[[Split], object] = lambda split: None
 ) -> None:
-    """Writes one shard; it takes its name when it is whole and on the disk."""
+    """Writes one shard to a folder of its own, and renames it when it is complete and on disk."""
     split, shard = job
     left_out: list[UnreadableSample] = []
     samples = _read_samples(plan, split, shard, left_out, on_sample=on_sample)
@@ -210,8 +242,10 @@ def _write_shard(
         write_split(samples, writing, split, shard_size=plan.shard_size, on_sample=on_sample, first_shard=shard)
         (path,) = writing.iterdir()
         sync(path)
+        # the list is written before the rename: a shard that exists has its list
         if left_out:
             write_text(plan.left_out_path(split, shard), "".join(f"{sample.error}\n" for sample in left_out))
+        # a shard without readable images does not become a file
         if len(left_out) < len(plan.places(split, shard)):
             os.replace(path, plan.path(split, shard))
     finally:
@@ -226,7 +260,7 @@ def _read_samples(
     *,
     on_sample: Callable[[Split], object],
 ) -> Iterator[Sample]:
-    """Yields the samples of a shard, resized if they are to be; the rest is added to a list."""
+    """Yields the readable samples of a shard, resized if ``plan.size`` is given; adds the others to ``left_out``."""
     for sample in plan.source.samples(split, plan.places(split, shard)):
         made = sample if isinstance(sample, UnreadableSample) or plan.size is None else _resize(sample, plan.size)
         if isinstance(made, Sample):
@@ -237,10 +271,10 @@ def _read_samples(
 
 
 def _list_left_out(plan: _Plan, *, lenient: bool) -> None:
-    """Joins the lists of all shards into one.
+    """Joins the lists of unreadable images of all shards into one file.
 
     Raises:
-        ValueError: if there are any and ``lenient`` is false, or if a split has no other images.
+        ValueError: if there are unreadable images and ``lenient`` is False, or a split has no readable images.
     """
     source, lines = plan.source, list[str]()
     for split, count in source.counts.items():
@@ -248,7 +282,7 @@ def _list_left_out(plan: _Plan, *, lenient: bool) -> None:
         found = [line for path in paths if path.exists() for line in path.read_text().splitlines()]
         lines += found
         if len(found) == count:
-            raise ValueError(f"none of the {count} images of {split} can be read:\n{_format_lines(found)}")
+            raise ValueError(f"all {count} images of {split} are unreadable:\n{_format_lines(found)}")
     if not lines:
         return
     if not lenient:
@@ -267,7 +301,7 @@ def _format_lines(lines: list[str]) -> str:
 
 
 def _resize(sample: Sample, size: int) -> Sample | UnreadableSample:
-    """Makes a sample's image a square of that side; JPEG stays JPEG (quality 95), everything else becomes PNG."""
+    """Crops and resizes a sample's image to a square. JPEG stays JPEG (quality 95); other formats become PNG."""
     header = parse_image_header(sample.data, name=sample.name)
     if header.height == header.width == size:
         return sample

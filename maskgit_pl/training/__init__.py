@@ -1,1 +1,1 @@
-"""What surrounds a training run: checkpoints, strategies, optimisers, averages of weights, pictures."""
+"""Parts of training that both stages share: checkpoints, strategies, optimizer, weight averages, callbacks."""

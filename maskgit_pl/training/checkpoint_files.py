@@ -1,13 +1,23 @@
-"""The checkpoint folder: what Lightning wants to save as safetensors and JSON, complete or ignored.
+"""The checkpoint folder: Lightning's checkpoint as safetensors and JSON, written atomically, without pickle.
 
     step-00001000/
-      tensors-00000-of-00002.safetensors   each rank's part of the tensors that are sharded; rank 0's has the others too
-      tensors-00001-of-00002.safetensors
-      state.json                           plain values, with the names of tensors in their places
-      COMPLETE.json                        written last: bytes and sha256 of each file
+      tensors-00000-of-00002.safetensors   rank 0: its rows of sharded tensors, and all other tensors
+      tensors-00001-of-00002.safetensors   rank 1: its rows of sharded tensors
+      state.json                           plain values, with names in place of tensors
+      COMPLETE.json                        the marker, written last: size and sha256 of each file
 
-A folder is written under a temporary name beside its place and renamed when all of it is on disk. Nothing in it is
-unpickled. One process and DDP write one tensor file, FSDP2 one a rank; any world size reads either.
+A single process and DDP write one tensor file; FSDP2 writes one per rank. Any number of ranks reads either.
+
+Protocol of a save, on all ranks together; an error of one rank is raised on all of them:
+
+1. Each rank splits the checkpoint into plain values and tensors, and selects the tensors that it writes.
+2. Rank 0 checks the free disk space and makes a temporary folder beside the final one.
+3. Each rank with tensors writes one file and computes its sha256.
+4. Rank 0 writes ``state.json``, then the marker, and renames the temporary folder.
+5. Rank 0 removes the temporary folder if a step has failed.
+
+Protocol of a load: the ranks verify the sizes and hashes together, then each rank reads the rows that it needs. A
+folder without a marker is ignored; it is removed when the run resumes.
 """
 
 from __future__ import annotations
@@ -27,6 +37,7 @@ from typing_extensions import override
 from maskgit_pl.checks import check_integer, check_keys, shorten
 from maskgit_pl.distributed import on_all_ranks, rank_and_world
 from maskgit_pl.files import read_json, replace_folder, sha256_of, size_text, write_tensors, write_text
+from maskgit_pl.old_names import rename_tensor, rename_tensors
 from maskgit_pl.training.checkpoint_state import StateFormatError, join_state, split_state
 from maskgit_pl.training.checkpoint_tensors import FIRST_ROWS, SavedTensor, TensorPieces, own_pieces
 
@@ -42,29 +53,30 @@ __all__ = [
 ]
 
 _STATE, _MARKER = "state.json", "COMPLETE.json"
-_VERSION = 2  # 1: one file ``tensors.safetensors``
+_VERSION = 2  # version 1 had a single file ``tensors.safetensors``
 SETTINGS = "maskgit_pl.settings"
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
 _FORMAT = "maskgit_pl.checkpoint"
 _FILE_NAME = re.compile(r"state\.json|tensors(-\d{5,}-of-\d{5,})?\.safetensors")
-_MAX_STATE_BYTES = 16_000_000  # a stage of 1,000 tensors has 600 kB
+_MAX_STATE_BYTES = 16_000_000  # state.json of a stage with 1,000 tensors has 600 kB
 
 
 class FolderCheckpointIO(CheckpointIO):
-    """Writes and reads what Lightning wants to checkpoint as a folder of tensors and plain values.
+    """A Lightning checkpoint plugin that writes and reads a folder of tensor files and plain values.
 
-    With ranks, all of them call it together, and an error of one is raised on all.
+    All ranks must call its methods together. An error of one rank is raised on all of them.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Writes the folder ``path``; what was there under that name is replaced only by a complete one.
+        """Writes the folder ``path`` by the protocol of the module; an existing folder is replaced only at the end.
 
         Raises:
-            TypeError: if the checkpoint holds something that is neither a tensor nor a plain value; its key is named.
-            OSError: if the disk is full or not writable; nothing is left behind.
+            TypeError: if the checkpoint holds a value that is neither a tensor nor plain. The message names its key.
+            OSError: if the disk is full or not writable. No partial folder is left.
         """
         target = Path(path)
         temporary = target.with_name(f".{target.name}.partial")
+        # 1. Split the checkpoint, and select the tensors of this rank.
         tensors: dict[str, Tensor] = {}
         state = split_state(checkpoint, "", tensors)
         rank, _ = rank_and_world()
@@ -72,12 +84,16 @@ class FolderCheckpointIO(CheckpointIO):
         sizes = on_all_ranks(lambda: sum(rows.nbytes for rows, _ in pieces.values()))
         writers = [each for each, size in enumerate(sizes) if size]
         try:
+            # 2. Check the disk space and make the temporary folder.
             on_all_ranks(lambda: _make_room(temporary, sum(sizes)) if rank == 0 else None)
+            # 3. Write the tensor files.
             written = on_all_ranks(
                 lambda: _write_tensors(temporary, pieces, writers.index(rank), len(writers)) if rank in writers else {}
             )
+            # 4. Write the plain values and the marker, and rename the folder.
             on_all_ranks(lambda: _complete(temporary, target, state, written) if rank == 0 else None)
         finally:
+            # 5. After step 4 the temporary folder no longer exists.
             if rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
 
@@ -85,32 +101,34 @@ class FolderCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Reads a complete folder, whole tensors on the CPU.
+        """Reads a complete folder, with whole tensors on the CPU.
 
         Raises:
-            ValueError: if the folder is incomplete or a file is not what was written.
+            ValueError: if the folder is incomplete or a file has changed.
         """
         return self.load_pieces(path, lambda _, saved: saved.read_all())
 
     def load_pieces(self, path: str | Path, read: Callable[[str, SavedTensor], Tensor]) -> dict[str, Any]:
-        """Reads a complete folder, of each tensor what ``read`` takes of it.
+        """Reads a complete folder, with the part of each tensor that ``read`` selects.
 
         Args:
             path: The folder.
-            read: Given the tensor's place in the checkpoint, such as ``/state_dict/layer.weight``.
+            read: Function of a tensor's key, such as ``/state_dict/layer.weight``, and of the saved tensor. Old names
+                in keys are translated.
 
         Raises:
-            ValueError: if the folder is incomplete or a file is not what was written.
+            ValueError: if the folder is incomplete or a file has changed.
         """
         folder = Path(path)
         rank, world_size = rank_and_world()
         files = _files(folder)
-        on_all_ranks(lambda: _verify(folder, sorted(files)[rank::world_size], files))  # the ranks share the hashing
+        # Each rank hashes a part of the files.
+        on_all_ranks(lambda: _verify(folder, sorted(files)[rank::world_size], files))
         with TensorPieces(folder, [name for name in sorted(files) if name != _STATE], rank) as pieces:
-            return _state(folder, lambda key: read(key, SavedTensor(key, pieces)))
+            return _state(folder, lambda key: read(rename_tensor(key), SavedTensor(key, pieces)))
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Deletes a checkpoint; its marker goes first, so that half a checkpoint is never taken for a whole one."""
+        """Deletes a checkpoint. The marker goes first, so that a partly deleted checkpoint is never used."""
         (Path(path) / _MARKER).unlink(missing_ok=True)
         shutil.rmtree(path)
 
@@ -129,7 +147,7 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 def find_leftovers(folder: Path) -> list[Path]:
-    """Returns what lies half written or half removed in a ``checkpoints`` folder."""
+    """Returns the incomplete checkpoints in a ``checkpoints`` folder, which a kill has left."""
     torn = [path for path in folder.glob("step-*") if _STEP_FOLDER.fullmatch(path.name) and path.is_dir()]
     return [*folder.glob(".step-*"), *(path for path in torn if not (path / _MARKER).exists())]
 
@@ -140,10 +158,10 @@ def step_of(checkpoint: Path) -> int:
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
-    """Reads the settings of the run that a complete checkpoint carries; None if it has none.
+    """Reads the settings of the run from a complete checkpoint; None if it has no settings.
 
     Raises:
-        ValueError: if the file is not what was written.
+        ValueError: if the file has changed.
     """
     _verify(folder, [_STATE], _files(folder))
     settings = _state(folder, lambda _: None).get(SETTINGS)
@@ -163,9 +181,10 @@ def _make_room(folder: Path, needed: int) -> None:
 
 
 def _write_tensors(folder: Path, pieces: Mapping[str, tuple[Tensor, int]], number: int, count: int) -> dict[str, Any]:
-    """Writes a tensor file. Returns what the marker says of it."""
+    """Writes a tensor file, and returns its entry for the marker."""
     file = folder / f"tensors-{number:05d}-of-{count:05d}.safetensors"
     tensors = {key: rows.detach().cpu().contiguous().clone() for key, (rows, _) in pieces.items()}
+    # Only pieces that do not begin at row 0 are recorded, so that files without shards have no such record.
     starts = {key: start for key, (_, start) in pieces.items() if start}
     write_tensors(file, tensors, metadata={FIRST_ROWS: json.dumps(starts)})
     return {file.name: _describe_file(file)}
@@ -184,19 +203,19 @@ def _describe_file(file: Path) -> dict[str, Any]:
 
 
 def _files(folder: Path) -> dict[str, Any]:
-    """Returns what the marker says of each file.
+    """Returns the entry of each file in the marker.
 
     Raises:
-        ValueError: if there is no marker, or it is not one of a known version.
+        ValueError: if there is no marker, or it is invalid or of a newer version.
     """
     where = f"checkpoint {folder}: {_MARKER}"
     if not (folder / _MARKER).is_file():
-        raise ValueError(f"checkpoint {folder}: incomplete, it has no {_MARKER}; give an older one or train again")
+        raise ValueError(f"checkpoint {folder} is incomplete: it has no {_MARKER}; use an older one or train again")
     try:
         marker = read_json(folder / _MARKER)
     except ValueError as error:
         raise ValueError(
-            f"{where} is not what was written ({error}); take the folder away to resume from an older one"
+            f"{where} has changed since it was written ({error}); remove the folder to resume from an older one"
         ) from error
     check_keys(where, marker, known=marker, required=("format", "version", "files"))
     if marker["format"] != _FORMAT:
@@ -204,8 +223,8 @@ def _files(folder: Path) -> dict[str, Any]:
     check_integer(f"{where}: version", marker["version"], "[1, inf)")
     if marker["version"] > _VERSION:
         raise ValueError(
-            f"{where}: version must be at most {_VERSION}, got {shorten(marker['version'])}; "
-            "a newer maskgit_pl wrote it: install that one"
+            f"{where}: version must be <= {_VERSION}, got {shorten(marker['version'])}; a newer maskgit_pl wrote it: "
+            "install that version"
         )
     files = marker["files"]
     if not isinstance(files, dict) or _STATE not in files:
@@ -216,7 +235,7 @@ def _files(folder: Path) -> dict[str, Any]:
 
 
 def _check_file(name: str, said: Any, where: str) -> None:
-    """Refuses a file of a marker that is elsewhere, or described by something else than its size and hash."""
+    """Checks an entry of a marker: the name of a file in the folder, its size and its hash."""
     if not _FILE_NAME.fullmatch(name):
         raise ValueError(f"{where}: files must be {_STATE} and tensors*.safetensors, got {shorten(name)}")
     if not isinstance(said, dict):
@@ -226,10 +245,10 @@ def _check_file(name: str, said: Any, where: str) -> None:
 
 
 def _state(folder: Path, read: Callable[[str], Any]) -> dict[str, Any]:
-    """Returns the plain values of a checkpoint, with what ``read`` gives in place of each tensor.
+    """Returns the values of a checkpoint, with the result of ``read`` in place of each tensor.
 
     Raises:
-        ValueError: if the file is not JSON, or of another form than ``split_state`` gives.
+        ValueError: if the file is not JSON, or not in the format of ``split_state``.
     """
     file = folder / _STATE
     try:
@@ -238,9 +257,23 @@ def _state(folder: Path, read: Callable[[str], Any]) -> dict[str, Any]:
         raise ValueError(f"checkpoint {file}: {error}") from error
     if not isinstance(state, dict):
         raise ValueError(f"checkpoint {file} must hold a mapping, got {shorten(state)}")
+    _rename(state, f"checkpoint {folder}")
     for name in ("epoch", "global_step"):
         check_integer(f"checkpoint {file}: {name}", state.get(name, 0), "[0, 1e15]")
     return state
+
+
+def _rename(state: dict[str, Any], origin: str) -> None:
+    """Gives tensors that a checkpoint of version 0.1.0 has under old names, and their optimiser state, the new ones."""
+    weights = state.get("state_dict")
+    if isinstance(weights, dict):
+        state["state_dict"] = rename_tensors({str(name): tensor for name, tensor in weights.items()}, origin)
+    optimizers = state.get("optimizer_states")
+    for optimizer in optimizers if isinstance(optimizers, list) else ():
+        groups = optimizer.get("param_groups") if isinstance(optimizer, dict) else None
+        for group in groups if isinstance(groups, list) else ():
+            if isinstance(group, dict) and isinstance(group.get("param_names"), list):
+                group["param_names"] = [rename_tensor(str(name)) for name in group["param_names"]]
 
 
 def _verify(folder: Path, names: Sequence[str], files: Mapping[str, Any]) -> None:
@@ -249,5 +282,6 @@ def _verify(folder: Path, names: Sequence[str], files: Mapping[str, Any]) -> Non
         size = file.stat().st_size if file.is_file() else None
         if size != expected["bytes"] or sha256_of(file) != expected["sha256"]:
             raise ValueError(
-                f"checkpoint {folder}: {name} is not what was written; remove the folder to resume from an older one"
+                f"checkpoint {folder}: {name} has changed since it was written; remove the folder to resume from an "
+                "older one"
             )

@@ -1,7 +1,7 @@
-"""The values of a checkpoint as plain JSON in which names stand for tensors. Used by ``checkpoint_files``.
+"""Conversion of a checkpoint to plain JSON, with names in place of tensors. Used by ``checkpoint_files``.
 
-JSON has no tuples, no keys that are numbers and no numbers that are not finite, so a mapping of one key says what each
-value is: ``{"list": [...]}``, ``{"tuple": [...]}``, ``{"items": [[key, value], ...]}``, ``{"tensor": name}``,
+JSON has no tuples, no numeric keys and no non-finite numbers, so a mapping with one key gives the type of each value:
+``{"list": [...]}``, ``{"tuple": [...]}``, ``{"items": [[key, value], ...]}``, ``{"tensor": name}``,
 ``{"float": "nan"}``.
 """
 
@@ -17,20 +17,23 @@ from maskgit_pl.checks import shorten
 
 __all__ = ["StateFormatError", "join_state", "split_state"]
 
-_MAX_DEPTH = 32  # of plain values inside one another; Lightning's have 10
+_MAX_DEPTH = 32  # nesting depth; Lightning's checkpoints have 10
 _NOT_FINITE = ("nan", "inf", "-inf")
 
 
 def split_state(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
-    """Returns plain JSON in which names stand for tensors.
+    """Splits a value into plain JSON and tensors.
 
     Args:
         value: Tensors and plain values in mappings, lists and tuples.
-        key: Place of ``value`` in the checkpoint, such as ``/state_dict``.
-        tensors: Takes the tensors by name.
+        key: Key of ``value`` in the checkpoint, such as ``/state_dict``.
+        tensors: Mapping to which the tensors are added, named by their keys.
+
+    Returns:
+        Plain JSON with the names of the tensors.
 
     Raises:
-        TypeError: if a value is neither a tensor nor plain. The message names its place.
+        TypeError: if a value is neither a tensor nor plain. The message names its key.
     """
     if isinstance(value, Tensor):
         tensors[key] = value
@@ -40,7 +43,8 @@ def split_state(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, list | tuple):
         kind = "list" if isinstance(value, list) else "tuple"
         return {kind: [split_state(item, f"{key}/{i}", tensors) for i, item in enumerate(value)]}
-    if isinstance(value, float) and not math.isfinite(value):  # JSON has no word for it
+    # JSON has no non-finite numbers.
+    if isinstance(value, float) and not math.isfinite(value):
         return {"float": str(value)}
     return _plain(value, key)
 
@@ -52,24 +56,25 @@ def _plain(value: Any, key: str) -> Any:
 
 
 class StateFormatError(ValueError):
-    """Values that ``split_state`` does not give."""
+    """Values that are not in the format of ``split_state``."""
 
 
 def join_state(node: Any, read: Callable[[str], Any], depth: int = 0) -> Any:
-    """Undoes ``split_state``.
+    """Inverts ``split_state``.
 
     Args:
-        node: What a file holds.
-        read: Gives the tensor of a name.
-        depth: How deep ``node`` lies.
+        node: Parsed JSON of a file, or a part of it.
+        read: Function that returns the tensor of a name.
+        depth: Nesting depth of ``node``.
 
     Raises:
-        StateFormatError: if ``split_state`` does not give such values.
+        StateFormatError: if ``node`` is not in the format of ``split_state``.
     """
     if not isinstance(node, dict):
         if isinstance(node, list):
-            raise StateFormatError("a list must stand in a mapping that says what it is")
+            raise StateFormatError("a list must be inside a mapping that gives its type")
         return node
+    # The file may be hostile: limit the recursion, and accept only the five known forms.
     if depth > _MAX_DEPTH:
         raise StateFormatError(f"values must be nested at most {_MAX_DEPTH} deep")
     kind, content = next(iter(node.items()), ("", None))
@@ -94,6 +99,6 @@ def _join_items(content: list[Any], read: Callable[[str], Any], depth: int) -> d
         if not isinstance(pair, list) or len(pair) != 2 or isinstance(pair[0], list | dict):
             raise StateFormatError(f"items must be pairs of a key and a value, got {shorten(pair)}")
         if pair[0] in made:
-            raise StateFormatError(f"a key must stand once in a mapping, got {shorten(pair[0])} again")
+            raise StateFormatError(f"keys of a mapping must be unique, got {shorten(pair[0])} twice")
         made[pair[0]] = join_state(pair[1], read, depth + 1)
     return made

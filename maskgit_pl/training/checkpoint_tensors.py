@@ -1,6 +1,7 @@
-"""The tensors of a checkpoint, which each rank writes and reads in its own rows. Used by ``checkpoint_files``.
+"""The tensors of a checkpoint: each rank writes and reads its own rows. Used by ``checkpoint_files``.
 
-Where a piece lies in its tensor stands in the header of its file; any number of ranks reads what any other has written.
+The header of a file records the first row of each piece, so that any number of ranks reads a checkpoint that any other
+number of ranks has written.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ from maskgit_pl.networks.weight_file import open_tensors
 __all__ = ["FIRST_ROWS", "SavedTensor", "TensorPieces", "local_rows", "own_pieces"]
 
 _MAX_ROWS = 2**40
-FIRST_ROWS = "first_rows"  # in the header of a tensor file: name -> the row at which its piece begins
+FIRST_ROWS = "first_rows"  # key in the header of a tensor file: tensor name -> first row of the piece
 
 
 @dataclass(frozen=True)
 class SavedTensor:
-    """A tensor of a checkpoint, whole or in pieces, of which any rows can be read.
+    """A tensor of a checkpoint, whole or in pieces. Any of its rows can be read.
 
     Attributes:
-        key: Its place in the checkpoint.
-        pieces: Of all tensors.
+        key: Key in the checkpoint, such as ``/state_dict/layer.weight``.
+        pieces: Open files of the checkpoint.
     """
 
     key: str
@@ -38,10 +39,10 @@ class SavedTensor:
 
     @property
     def is_scalar(self) -> bool:
-        """True if it has no dimensions.
+        """A bool: the tensor has no dimensions.
 
         Raises:
-            ValueError: if the files do not hold it.
+            ValueError: if the files do not hold the tensor.
         """
         first = next(self.pieces.find(self.key), None)
         if first is None:
@@ -49,29 +50,31 @@ class SavedTensor:
         return not first.shape
 
     def read_all(self) -> Tensor:
-        """Reads all of it, to the CPU."""
+        """Reads the whole tensor to the CPU."""
         if self.is_scalar:
             return next(self.pieces.find(self.key)).read(None)
         found = list(self.pieces.find(self.key))
         end = max(piece.end for piece in found)
-        if end > sum(piece.shape[0] for piece in found):  # before memory for all rows is taken
+        # Checked before memory for all rows is allocated: the first rows come from a file.
+        if end > sum(piece.shape[0] for piece in found):
             raise ValueError(self._not_whole)
         return self.read_rows(0, end)
 
     def read_rows(self, start: int, stop: int) -> Tensor:
-        """Reads rows [start, stop) of its first dimension, to the CPU.
+        """Reads rows [start, stop) of the first dimension to the CPU.
 
         Raises:
-            ValueError: if the files do not hold all of them.
+            ValueError: if the files do not hold all of these rows.
         """
         made: Tensor | None = None
         missing = stop - start
         for piece in self.pieces.find(self.key):
+            # The intersection with the piece. An empty one still gives the shape if no rows were asked for.
             first, last = max(start, piece.start), min(stop, piece.end)
             if first > last or (first == last and missing):
                 continue
             rows = piece.read(slice(first - piece.start, last - piece.start))
-            if last - first == stop - start:
+            if last - first == stop - start:  # all rows are in this piece: no copy
                 return rows
             made = rows.new_empty(stop - start, *piece.shape[1:]) if made is None else made
             made[first - start : last - start] = rows
@@ -82,13 +85,13 @@ class SavedTensor:
 
     @property
     def _not_whole(self) -> str:
-        return f"checkpoint {self.pieces.folder}: {shorten(self.key)} is not whole; resume from an older one"
+        return f"checkpoint {self.pieces.folder}: {shorten(self.key)} is incomplete; resume from an older one"
 
 
 class _Piece(NamedTuple):
     """Rows of a tensor in an open file."""
 
-    file: Any  # of safetensors
+    file: Any  # an open safetensors file
     key: str
     start: int
     shape: list[int]
@@ -103,10 +106,11 @@ class _Piece(NamedTuple):
 
 
 class TensorPieces:
-    """The tensor files of a checkpoint, opened when they are asked for, this rank's own first."""
+    """The tensor files of a checkpoint, which are opened on first use, beginning with the file of this rank."""
 
     def __init__(self, folder: Path, names: Sequence[str], rank: int) -> None:
         self.folder = folder
+        # With an unchanged number of ranks, each rank finds its rows in its own file.
         self._names = [*names[rank : rank + 1], *names[:rank], *names[rank + 1 :]]
         self._open: dict[str, tuple[Any, set[str], dict[str, int]]] = {}
         self._files = ExitStack()
@@ -118,6 +122,7 @@ class TensorPieces:
         self._files.close()
 
     def find(self, key: str) -> Iterator[_Piece]:
+        """Yields the pieces of a tensor."""
         for name in self._names:
             if name not in self._open:
                 file = self._files.enter_context(open_tensors(self.folder / name))
@@ -128,14 +133,14 @@ class TensorPieces:
 
 
 def local_rows(tensor: DTensor) -> tuple[int, int]:
-    """Returns the first row and the end of this rank's rows of a tensor that is sharded along its first dimension."""
+    """Returns the range [start, stop) of this rank's rows of a tensor that is sharded along its first dimension."""
     (chunk,) = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]  # torch has no types for it
     assert chunk.sizes[1:] == tensor.shape[1:]
     return chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]
 
 
 def own_pieces(tensors: Mapping[str, Tensor], rank: int) -> dict[str, tuple[Tensor, int]]:
-    """Returns what this rank writes and the row where each begins: its rows of sharded tensors; rank 0 the rest too."""
+    """Returns the tensors that this rank writes, each with its first row: its shards, and on rank 0 all others."""
     pieces: dict[str, tuple[Tensor, int]] = {}
     for key, tensor in tensors.items():
         if isinstance(tensor, DTensor):
@@ -146,7 +151,7 @@ def own_pieces(tensors: Mapping[str, Tensor], rank: int) -> dict[str, tuple[Tens
 
 
 def _first_rows(metadata: Mapping[str, str] | None, file: Path) -> dict[str, int]:
-    """Returns the row at which each tensor's piece begins, as the header of a tensor file says it."""
+    """Returns the first row of each piece from the header of a tensor file; a missing piece begins at row 0."""
     where = f"checkpoint {file}: {FIRST_ROWS}"
     starts = parse_json((metadata or {}).get(FIRST_ROWS, "{}"), where)
     return {

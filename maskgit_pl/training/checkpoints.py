@@ -1,4 +1,4 @@
-"""The callback that saves a run: at which steps, which checkpoints it keeps, and what follows a failed write."""
+"""The callback that saves the checkpoints of a run, removes old ones, and handles failed writes."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ _MOST_FAILURES = 3
 
 
 class Checkpoints(Checkpoint):
-    """Saves every ``every_n_steps`` global batches and at the end of training, and keeps the newest few.
+    """A callback that saves every ``every_n_steps`` steps and at the end of training, and keeps the newest checkpoints.
 
-    If a checkpoint cannot be written, the older ones stay and training goes on; the third failure in a row ends it.
+    If a checkpoint cannot be written, older ones are kept and training continues; the third failure in a row ends it.
 
     Args:
         folder: The ``checkpoints`` folder of the run.
-        every_n_steps: Steps between checkpoints, at least 1.
-        keep_last: Number of newest checkpoints that are kept, at least 1.
-        keep_every: Checkpoints of steps that are a multiple of it are kept for good; None keeps only the newest.
-        settings: Settings of the run, plain values, saved with each checkpoint.
+        every_n_steps: Steps (global batches) between checkpoints, >= 1.
+        keep_last: Number of newest checkpoints to keep, >= 1.
+        keep_every: Checkpoints of multiples of this step are never removed; None keeps only the newest.
+        settings: Settings of the run as plain values, saved with each checkpoint.
 
     Raises:
         ValueError: if a number is below 1, or ``keep_every`` is not a multiple of ``every_n_steps``.
@@ -61,11 +61,11 @@ class Checkpoints(Checkpoint):
         least = {"checkpoint_every": every_n_steps, "keep_last": keep_last, "keep_every": keep_every}
         for name, value in least.items():
             if value is not None and value < 1:
-                raise ValueError(f"{name}: at least 1 is needed, got {value}")
+                raise ValueError(f"{name} must be >= 1, got {value}")
         if keep_every is not None and keep_every % every_n_steps:
             raise ValueError(
-                f"keep_every: a multiple of checkpoint_every {every_n_steps} is needed, got {keep_every}; "
-                "other steps have no checkpoint that could be kept"
+                f"keep_every must be a multiple of checkpoint_every ({every_n_steps}), got {keep_every}; other steps "
+                "have no checkpoint to keep"
             )
         super().__init__()
         self.folder = folder
@@ -74,25 +74,27 @@ class Checkpoints(Checkpoint):
         self.keep_every = keep_every
         self.settings = settings
         self.resumes_from: Path | None = None
-        self._tried_step = -1
-        self._failures = 0
+        self._tried_step = -1  # last step with an attempt to save
+        self._failures = 0  # failed attempts in a row
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Checks that all ranks resume from the same checkpoint: a shared folder may look older from one machine.
+        """Checks that all ranks resume from the same checkpoint.
+
+        On a shared file system, one machine may see an older state of the folder.
 
         Raises:
-            ValueError: if they would resume from different ones. Raised on all ranks.
+            ValueError: if ranks would resume from different checkpoints. Raised on all ranks.
         """
         seen = on_all_ranks(lambda: self.resumes_from and self.resumes_from.name)
         if len(set(seen)) > 1:
             listed = ", ".join(f"rank {rank}: {name or 'none'}" for rank, name in enumerate(seen))
             raise ValueError(
-                f"{self.folder}: one newest checkpoint for all ranks is needed, got {listed}; "
-                "it must be the same folder on every machine: see that it is, and repeat the command"
+                f"{self.folder} must have the same newest checkpoint on all ranks, got {listed}; check that it is the "
+                "same folder on every machine, and repeat the command"
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gives restored optimiser states the layout of their parameters, and removes half-written checkpoints."""
+        """Gives restored optimizer states the strides of their parameters, and removes incomplete checkpoints."""
         for optimizer in trainer.optimizers:
             _match_strides(optimizer)
         self._tried_step = trainer.global_step
@@ -105,19 +107,21 @@ class Checkpoints(Checkpoint):
             self.save(trainer)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Converts the counts of micro-batches to the accumulation of this run.
+        """Converts the micro-batch counts of the checkpoint to the gradient accumulation of this run.
 
-        Lightning ends a step when the micro-batches of the epoch are a multiple of the accumulation: with the counts of
-        another accumulation, steps would end within a global batch.
+        Lightning ends a step when the number of micro-batches of the epoch is a multiple of the accumulation. With the
+        counts of another accumulation, steps would end within a global batch.
 
         Raises:
-            ValueError: if the checkpoint does not say how many micro-batches are done.
+            ValueError: if the checkpoint has no micro-batch counts.
         """
         accumulation = getattr(pl_module, "accumulation", trainer.accumulate_grad_batches)  # stage 1 has its own
         total, current = _batch_progress(checkpoint, str(trainer.ckpt_path))
+        # Micro-batches per step when the checkpoint was written; 0 before the first step.
         before = total["ready"] // max(1, checkpoint["global_step"])
         for counts in (total, current) if before else ():
             added = counts["ready"] // before * accumulation - counts["ready"]
+            # All counts (ready, started, completed ...) move by the same number of micro-batches.
             counts |= {name: count + added for name, count in counts.items()}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -128,23 +132,25 @@ class Checkpoints(Checkpoint):
         self.save(trainer, last=True)
 
     def save(self, trainer: Trainer, *, last: bool = False) -> None:
-        """Saves the current step, if that was not tried yet; called on every rank.
+        """Saves the current step unless it was tried before; must be called on every rank.
 
         Args:
             trainer: The Trainer, in the middle of a fit.
-            last: True at the end of a run: a step whose write failed is tried again, and another failure ends the run.
+            last: True at the end of a run: a failed step is tried again, and another failure ends the run.
 
         Raises:
             CannotWriteError: if the checkpoint cannot be written, and it is the last one or the third failure in a row.
                 Raised on all ranks.
         """
         step = trainer.global_step
-        if step <= self._tried_step and not (last and self._failures):  # micro-batches end without a step, too
+        # Also called after micro-batches that end no step.
+        if step <= self._tried_step and not (last and self._failures):
             return
         self._tried_step = step
         try:
             trainer.save_checkpoint(self.folder / f"step-{step:08d}")
         except OSError as error:
+            # on_all_ranks raises the same error everywhere, so all ranks count alike.
             self._failures += 1
             self._report_failure(trainer, error, last=last)
             return
@@ -154,46 +160,47 @@ class Checkpoints(Checkpoint):
 
     def _report_failure(self, trainer: Trainer, error: OSError, *, last: bool) -> None:
         step, kept = trainer.global_step, self._complete()
-        text = f"checkpoint of step {step}: cannot be written: {error}; " + (
-            f"{kept[-1].name} stays" if kept else "no older one is seen"
+        text = f"checkpoint of step {step} cannot be written: {error}; " + (
+            f"{kept[-1].name} is kept" if kept else "there is no older one"
         )
         if last or self._failures >= _MOST_FAILURES:
-            why = "it was the last" if last else f"{self._failures} times in a row"
-            raise CannotWriteError(f"{text}; {why}: make room in {self.folder}, and repeat the command to go on")
+            why = "it was the last one" if last else f"{self._failures} failures in a row"
+            raise CannotWriteError(f"{text}; {why}: free space in {self.folder} and repeat the command to resume")
         if trainer.is_global_zero:
             following = (step // self.every_n_steps + 1) * self.every_n_steps
             log.warning(
-                "%s; training goes on, the next is tried at step %d (%d of %d failures)",
+                "%s; training continues, next attempt at step %d (failure %d of %d)",
                 text, following, self._failures, _MOST_FAILURES,
             )  # fmt: skip
 
     def _complete(self) -> list[Path]:
-        """Returns the complete checkpoints; none if the folder cannot be read."""
+        """Returns the complete checkpoints; an empty list if the folder cannot be read."""
         try:
             return complete_checkpoints(self.folder)
         except OSError as error:
-            log.warning("%s: cannot be listed: %s", self.folder, error)
+            log.warning("%s cannot be listed: %s", self.folder, error)
             return []
 
     def _prune(self) -> None:
+        # Only rank 0 prunes, after all ranks have written the new checkpoint.
         for old in self._complete()[: -self.keep_last]:
             if self.keep_every is not None and step_of(old) % self.keep_every == 0:
                 continue
             try:
                 FolderCheckpointIO().remove_checkpoint(old)
             except OSError as error:
-                log.warning("checkpoint %s: cannot be removed: %s", old, error)
+                log.warning("checkpoint %s cannot be removed: %s", old, error)
 
 
 def _batch_progress(checkpoint: Mapping[str, Any], where: str) -> tuple[dict[str, int], dict[str, int]]:
-    """Returns Lightning's counts of micro-batches, in all and of the epoch."""
+    """Returns Lightning's micro-batch counts: of the whole run, and of the current epoch."""
     node: Any = checkpoint
     for name in ("loops", "fit_loop", "epoch_loop.batch_progress"):
         node = node.get(name) if isinstance(node, dict) else None
     total, current = (node.get(name) if isinstance(node, dict) else None for name in ("total", "current"))
     for counts in (total, current):
         if not isinstance(counts, dict) or "ready" not in counts:
-            raise ValueError(f"checkpoint {where}: micro-batches must be counted, got {shorten(counts)}")
+            raise ValueError(f"checkpoint {where} must hold micro-batch counts, got {shorten(counts)}")
         for name, count in counts.items():
             check_integer(f"checkpoint {where}: micro-batches {name}", count, "[0, 1e15]")
     assert isinstance(total, dict)
@@ -203,7 +210,7 @@ def _batch_progress(checkpoint: Mapping[str, Any], where: str) -> tuple[dict[str
 
 @torch.no_grad()
 def _match_strides(optimizer: Optimizer) -> None:
-    """Gives moments the strides of their parameters: a fused step pairs them by their place in memory."""
+    """Gives moments the strides of their parameters, since a fused AdamW step pairs values by memory offset."""
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
@@ -211,6 +218,6 @@ def _match_strides(optimizer: Optimizer) -> None:
 
 
 def full_state(module: torch.nn.Module) -> dict[str, Tensor]:
-    """Returns the state dict of a module on the CPU; of a sharded one, all of it on rank 0 and nothing on others."""
+    """Returns the state dict of a module on the CPU; of a sharded module, all of it on rank 0, empty on other ranks."""
     state = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}

@@ -1,7 +1,7 @@
-"""Execution of a network's blocks in training: activation checkpointing and ``torch.compile``.
+"""Activation checkpointing and ``torch.compile`` for the blocks of a network in training.
 
-Neither changes what is learned. Both replace the blocks' ``forward`` in place: the names in a state dict stay as they
-are, and the hooks with which DDP and FSDP2 follow a block stay outside, neither compiled nor run a second time.
+Both replace the ``forward`` of the blocks in place instead of wrapping the blocks. The names in a state dict do not
+change, and the hooks of DDP and FSDP2 are neither compiled nor run a second time.
 """
 
 from __future__ import annotations
@@ -26,17 +26,20 @@ def prepare_blocks(
     activation_checkpointing: ActivationCheckpointing = "none",
     compiled: Compiled = "none",
 ) -> None:
-    """Sets how blocks are executed; called once on the trained network only, before it is sharded.
+    """Applies activation checkpointing and compilation to blocks.
+
+    Must be called once, on the trained network and not on its average, before it is sharded.
 
     Args:
         blocks: Modules whose ``forward`` takes tensors and returns one.
         activation_checkpointing: ``blocks`` keeps only the inputs of each block for the backward pass, which runs the
-            block again, with the same dropout. Losses and gradients are bit-exact.
-        compiled: ``blocks`` compiles each block with ``torch.compile`` when it first runs. Products and sums are then
-            rounded in a different order, and dropout draws other numbers.
+            block again with the same dropout mask. Losses and gradients are bit-exact.
+        compiled: ``blocks`` compiles each block with ``torch.compile`` at its first call. Sums are then rounded in a
+            different order, and dropout draws different numbers.
     """
     for block in blocks:
         if compiled == "blocks":
             block.forward = torch.compile(block.forward)
-        if activation_checkpointing == "blocks":  # around the compiled forward: the other way round compiles nothing
+        # Checkpointing goes around the compiled forward; in the other order, nothing would be compiled.
+        if activation_checkpointing == "blocks":
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)

@@ -25,7 +25,7 @@ _MOST_PAIRS = 16
 
 
 class ReconstructionPictures(Callback):
-    """Writes ``reconstructions.png`` after each validation of stage 1.
+    """A callback that writes ``reconstructions.png`` after each validation of stage 1.
 
     Args:
         folder: Folder of the stage.
@@ -44,14 +44,15 @@ class ReconstructionPictures(Callback):
 
 
 class SamplePictures(Callback):
-    """Writes ``samples.png`` after each validation of stage 2: the same classes and seeds every time.
+    """A callback that writes ``samples.png`` after each validation of stage 2, always with the same classes and seeds.
 
-    Every rank samples, since sharded networks need the same number of forwards on each rank; rank 0 decodes and writes.
+    Every rank samples, since sharded networks must run the same number of forward passes on each rank. Only rank 0
+    decodes and writes.
 
     Args:
         folder: Folder of the stage.
-        class_names: Names of all classes; at most 10 of them, evenly spread, are shown.
-        images_per_class: Images of each class, at most 8.
+        class_names: Names of all classes; up to 10 evenly spaced classes are shown.
+        images_per_class: Images per class, at most 8.
         seed: Seed of the first image; image i has seed + i.
     """
 
@@ -68,7 +69,8 @@ class SamplePictures(Callback):
         if trainer.sanity_checking:
             return
         model = cast("_Samples", pl_module)
-        *_, last = model.sample(self.labels, self.seeds)  # to the end, on every rank
+        # Every rank runs all steps: with FSDP2, each forward pass is a collective.
+        *_, last = model.sample(self.labels, self.seeds)
         if trainer.is_global_zero:
             images = model.tokenizer.decode(last.tokens)
             picture = image_grid(images, columns=self.images_per_class, row_captions=self.captions)
@@ -87,11 +89,11 @@ class _Samples(Protocol):
 
 
 def _publish(picture: Image.Image, folder: Path, name: str, trainer: Trainer) -> None:
-    """Writes a picture; what cannot be written is left out, with a warning."""
+    """Writes a picture to the folder and to TensorBoard; a failed write is skipped with a warning."""
     try:
         save_png(picture, folder / f"{name}.png")
     except OSError as error:
-        log.warning("%s: cannot be written: %s; training goes on", folder / f"{name}.png", error)
+        log.warning("%s cannot be written: %s; training continues", folder / f"{name}.png", error)
     for logger in trainer.loggers:
         if isinstance(logger, RunLogger):
             logger.log_image(name, picture, trainer.global_step)

@@ -1,4 +1,4 @@
-"""The optimiser, its parameter groups and its learning rate. Both stages use them."""
+"""AdamW, its parameter groups and its learning rate schedule, for both stages."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from maskgit_pl.checks import check_choice, check_integer, check_number
 __all__ = ["AdamWKind", "LearningRate", "OptimizerConfig", "build_adamw", "parameter_groups"]
 
 AdamWKind = Literal["fused", "foreach", "for-loop"]
-"""Implementations of AdamW: one kernel for all parameters, one kernel for each operation, or a loop over parameters."""
+"""Implementations of AdamW in torch: one kernel for everything, one kernel per operation, or one per parameter."""
 
 _DECAYED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
 class LearningRate:
-    """Linear warm-up to a peak, then constant or a half cosine down.
+    """A learning rate schedule: linear warm-up to a peak, then constant or cosine decay.
 
-    The rates are those of one global batch. Devices and micro-batches divide the global batch, so the rate is not
-    rescaled by their number; with another ``data.global_batch``, choose another peak.
+    The learning rate belongs to one global batch. Devices and micro-batches divide the global batch, so the rate is not
+    rescaled by their number. With another ``data.global_batch``, choose another peak.
 
     Args:
-        peak: Highest learning rate, positive.
-        warmup_steps: Steps from 0 to the peak, at least 0.
-        decay: ``constant`` keeps the peak after the warm-up; ``cosine`` falls to ``final_fraction`` at the last step.
+        peak: Maximum learning rate, > 0.
+        warmup_steps: Steps of the linear warm-up, >= 0.
+        decay: ``constant`` keeps the peak after the warm-up; ``cosine`` decays to ``final_fraction`` at the last step.
         final_fraction: Learning rate at the end of a cosine decay, as a fraction of the peak, in [0, 1].
 
     Raises:
@@ -50,8 +50,14 @@ class LearningRate:
     def factor(self, step: int, max_steps: int) -> float:
         """Computes the multiplier of the peak, in [0, 1].
 
+        With w warm-up steps, fraction f = ``final_fraction`` and p = (step - w) / (max_steps - w):
+
+            (step + 1) / w                              while step < w
+            1                                           then, with constant decay
+            f + (1 - f) (1 + cos(pi p)) / 2             then, with cosine decay
+
         Args:
-            step: Number of steps before this one.
+            step: Number of steps before this one, >= 0.
             max_steps: Steps of the whole run.
 
         Raises:
@@ -59,6 +65,7 @@ class LearningRate:
         """
         if self.decay == "cosine" and max_steps < 1:
             raise ValueError(f"learning_rate.decay 'cosine': trainer.max_steps must be >= 1, got {max_steps}")
+        # Step 0 already has a rate above 0.
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         if self.decay == "constant":
@@ -69,13 +76,13 @@ class LearningRate:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its learning rate.
+    """The configuration of AdamW and its learning rate.
 
     Args:
         learning_rate: Peak, warm-up and decay.
         betas: Decay rates of the first and the second moment, each in [0, 1).
         weight_decay: Weight decay of Linear and Conv weights, in [0, 10]; see ``parameter_groups``.
-        adamw: Implementation of the step. All compute the same, and round sums in a different order.
+        adamw: Implementation of the step. All implementations compute the same up to rounding.
 
     Raises:
         ValueError: if a number is out of range or the implementation is unknown.
@@ -94,21 +101,22 @@ class OptimizerConfig:
 
 
 def parameter_groups(module: nn.Module, weight_decay: float, *, prefix: str = "") -> list[dict[str, Any]]:
-    """Divides parameters into weights of Linear and Conv layers, which decay, and all others, which do not.
+    """Divides the trained parameters into weights of Linear and Conv layers, which decay, and all others.
 
-    Embeddings, tied tables, positions, codebooks, norms and biases are in the second group; frozen parameters are in
-    neither. The parameters carry their names, which identify an optimiser's state in a checkpoint.
+    Embeddings, tied tables, positions, codebooks, norms and biases are in the second group. Frozen parameters are in
+    neither group. Each parameter keeps its name, which identifies its optimizer state in a checkpoint.
 
     Args:
-        module: The network that is trained.
+        module: The trained network.
         weight_decay: Weight decay of the first group.
         prefix: Prefix of the parameter names in the LightningModule, such as ``"transformer."``.
 
     Returns:
-        Two parameter groups as ``torch.optim`` takes them.
+        Two parameter groups for ``torch.optim``.
 
-    Source: the released configuration decays kernels only.
+    Source: the released configuration of MaskGIT, which decays kernels only.
     """
+    # By identity: a tied weight belongs to one group, under its first name.
     decayed = {id(part.weight) for part in module.modules() if isinstance(part, _DECAYED)}
     trained = [(f"{prefix}{name}", p) for name, p in module.named_parameters() if p.requires_grad]
     return [
@@ -118,13 +126,13 @@ def parameter_groups(module: nn.Module, weight_decay: float, *, prefix: str = ""
 
 
 def build_adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> AdamW:
-    """Builds AdamW over parameter groups, at the peak of the learning rate.
+    """Builds AdamW over parameter groups, with the peak as its learning rate.
 
-    A state that is loaded keeps this implementation, whichever implementation wrote it.
+    The implementation stays the same when the optimizer loads a state that another implementation wrote.
 
     Args:
-        groups: Parameter groups, see ``parameter_groups``.
-        config: Betas, peak and implementation; the groups hold the weight decay.
+        groups: Parameter groups, which hold the weight decay; see ``parameter_groups``.
+        config: Betas, peak and implementation.
     """
     fused, foreach = config.adamw == "fused", config.adamw == "foreach"
     optimizer = AdamW(groups, lr=config.learning_rate.peak, betas=config.betas, fused=fused, foreach=foreach)
@@ -133,6 +141,6 @@ def build_adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> AdamW:
 
 
 def _keep_kind(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """Returns a state dict whose groups have the optimiser's own implementation."""
+    """Returns a state dict in which the groups have the implementation of ``optimizer``."""
     kind = {name: optimizer.param_groups[0][name] for name in ("fused", "foreach")}
     return {**state, "param_groups": [{**group, **kind} for group in state["param_groups"]]}

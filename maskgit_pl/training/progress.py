@@ -1,4 +1,4 @@
-"""Progress where no person watches a terminal: a line now and then, for batch logs and CI."""
+"""A progress callback for batch logs and CI: one line per interval instead of a progress bar."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ log = logging.getLogger(__name__)
 
 
 class ProgressLines(ProgressBar):
-    """Logs step, metrics of the bar, speed and time left, at most every ``seconds``.
+    """A callback that logs step, metrics, speed and remaining time, at most once per interval.
 
     Args:
-        seconds: Between two lines.
+        seconds: Minimum time between two lines, in seconds.
     """
 
     def __init__(self, seconds: float = 15.0) -> None:
         super().__init__()
         self.seconds = seconds
         self._is_enabled = True
-        self._start = (0.0, 0)
-        self._last = 0.0
+        self._start = (0.0, 0)  # time and step at the start of training
+        self._last = 0.0  # time of the last line
 
     def enable(self) -> None:
-        """Speaks again."""
+        """Turns the lines on."""
         self._is_enabled = True
 
     def disable(self) -> None:
-        """Keeps silent; Lightning asks this of every rank but the first."""
+        """Turns the lines off; Lightning calls this on every rank except rank 0."""
         self._is_enabled = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -53,6 +53,7 @@ class ProgressLines(ProgressBar):
         if not self._is_enabled:
             return
         begun, first = self._start
+        # Speed since the start of this process: a resumed run counts only its own steps.
         speed = (trainer.global_step - first) / max(now - begun, 1e-9)
         left = (trainer.max_steps - trainer.global_step) / speed if speed > 0 else float("inf")
         metrics = {name: value for name, value in self.get_metrics(trainer, pl_module).items() if name != "v_num"}

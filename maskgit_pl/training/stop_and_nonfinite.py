@@ -1,11 +1,11 @@
-"""Decisions that all ranks take together after each step: whether its update counts, and whether the run stops.
+"""The checks after each step: skips non-finite updates, and stops the run after a signal, on all ranks together.
 
-1. Each rank keeps the losses and sample ids of the micro-batches of a step.
-2. When the step's gradients are complete, the module passes their norms to ``StepCheck.should_skip_update``.
-3. The ranks exchange one tensor: stop requested, norm not finite, rank whose loss is not finite (all-reduce, maximum).
-4. If a loss or a norm of any rank is not finite, no rank updates its weights. The fourth such step in a row ends the
-   run; each rank writes the samples of these steps first.
-5. If a signal has reached any rank, all ranks save the step when its batch ends, and stop.
+1. Each rank collects the losses and sample indices of the micro-batches of a step.
+2. When the gradients of the step are complete, the module passes their norms to ``StepCheck.should_skip_update``.
+3. The ranks exchange one tensor (all-reduce, maximum): stop requested, non-finite norm, rank with a non-finite loss.
+4. If a loss or a norm of any rank is non-finite, no rank updates its weights. The fourth such step in a row ends the
+   run, after each rank has written the samples of these steps.
+5. If any rank has received a stop signal, all ranks save the step when its batch ends, and stop.
 """
 
 from __future__ import annotations
@@ -36,24 +36,26 @@ _MOST_IN_A_ROW = 3
 
 
 class StepCheck(Callback):
-    """Skips updates that are not finite, and stops the run after a signal; the module calls ``should_skip_update``.
+    """A callback that skips non-finite updates and stops the run after a signal.
+
+    The module calls ``should_skip_update``.
 
     Args:
-        folder: Folder of the stage; ``nonfinite.json`` (``nonfinite-rank1.json`` ...) lists the samples of the steps
-            that ended a run.
-        checkpoints: Saves the run before it stops.
+        folder: Folder of the stage. If non-finite steps end a run, ``nonfinite.json`` (``nonfinite-rank1.json`` ...)
+            lists their samples there.
+        checkpoints: Callback that saves the run before it stops.
     """
 
     def __init__(self, folder: Path, checkpoints: Checkpoints) -> None:
         self.folder = folder
         self.checkpoints = checkpoints
         self._losses: list[Tensor] = []
-        self._samples: list[Tensor] = []  # ids in the micro-batches of this step
-        self._skipped: list[dict[str, Any]] = []  # the last steps in a row whose update was skipped
+        self._samples: list[Tensor] = []  # sample indices of each micro-batch of this step
+        self._skipped: list[dict[str, Any]] = []  # the latest skipped steps in a row
         self._stops = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        pl_module.step_check = self  # type: ignore[assignment]  # both of ours have the attribute
+        pl_module.step_check = self  # type: ignore[assignment]  # both modules have the attribute
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._samples.append(batch.index)
@@ -62,18 +64,19 @@ class StepCheck(Callback):
         self._losses.append(loss.detach())
 
     def should_skip_update(self, trainer: Trainer, gradient_norms: Sequence[Tensor]) -> bool:
-        """Returns whether this step's update is skipped on all ranks; called on every rank, once a step.
+        """Returns True if all ranks skip the update of this step; must be called once per step on every rank.
 
         Args:
             trainer: The Trainer, in the middle of a step.
-            gradient_norms: Scalars, gradient norm of each optimiser's parameters; see ``clip_gradients``.
+            gradient_norms: Scalar float tensors, the gradient norm of each optimizer; see ``clip_gradients``.
 
         Raises:
-            NonFiniteError: if more than 3 updates in a row are skipped. Raised on all ranks, after the samples of each
-                step are written.
+            NonFiniteError: if more than 3 updates in a row are skipped. Raised on all ranks, after the samples of these
+                steps are written.
         """
         decision = _decide_together(trainer.strategy.root_device, losses=self._losses, norms=gradient_norms)
         self._stops = decision.stops
+        # The next micro-batch belongs to the next step.
         losses, samples, self._losses, self._samples = self._losses, self._samples, [], []
         if not decision.skips:
             self._skipped = []
@@ -94,44 +97,45 @@ class StepCheck(Callback):
             self._stop(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        # A validation can be long, so a stop signal does not wait for its end.
         if not trainer.sanity_checking and _decide_together(trainer.strategy.root_device).stops:
             self._stop(trainer)
 
     def _report_skipped(self, trainer: Trainer, decision: _Decision) -> None:
-        where = "a gradient" if decision.worst_rank is None else f"the loss of rank {decision.worst_rank}"
-        text = f"step {trainer.global_step}: {where} is not finite"
+        what = "gradient" if decision.worst_rank is None else f"loss on rank {decision.worst_rank}"
+        text = f"step {trainer.global_step}: non-finite {what}"
         if len(self._skipped) <= _MOST_IN_A_ROW:
             if trainer.is_global_zero:
                 log.warning("%s; no rank updates its weights (%d in a row)", text, len(self._skipped))
             return
         self._list_samples(trainer.global_rank)
         raise NonFiniteError(
-            f"{text}, {len(self._skipped)} steps in a row; their samples, in a file for each rank: "
-            f"{self.folder / 'nonfinite*.json'}. None of them changed the weights, and the last checkpoint is sound; "
-            "a lower learning rate, clipping or trainer.precision=32-true may help"
+            f"{text}, {len(self._skipped)} steps in a row. {self.folder / 'nonfinite*.json'} lists their samples, one "
+            "file per rank. None of these steps changed the weights, and the last checkpoint is valid; try a lower "
+            "learning rate, gradient clipping or trainer.precision=32-true"
         )
 
     def _list_samples(self, rank: int) -> None:
         path = self.folder / ("nonfinite.json" if rank == 0 else f"nonfinite-rank{rank}.json")
         try:
             path.write_text(json.dumps(self._skipped, indent=2) + "\n")
-        except OSError as error:  # the run ends for another reason
-            log.warning("%s: cannot be written: %s", path, error)
+        except OSError as error:  # the run must end with the non-finite error, not with this one
+            log.warning("%s cannot be written: %s", path, error)
 
     def _stop(self, trainer: Trainer) -> None:
         self.checkpoints.save(trainer, last=True)
         raise PreemptedError(
-            f"asked to stop by a signal: saved step {trainer.global_step}; the same command goes on from there"
+            f"stopped by a signal after saving step {trainer.global_step}; repeat the command to resume"
         )
 
 
 class _Decision(NamedTuple):
-    """The decision of all ranks.
+    """The common decision of all ranks.
 
     Attributes:
-        stops: True if any rank was asked to stop.
-        skips: True if any rank had a loss or a gradient that is not finite.
-        worst_rank: The highest rank whose loss is not finite; None if all losses are finite.
+        stops: True if any rank has received a stop signal.
+        skips: True if any rank has a non-finite loss or gradient norm.
+        worst_rank: Highest rank with a non-finite loss; None if all losses are finite.
     """
 
     stops: bool
@@ -140,42 +144,44 @@ class _Decision(NamedTuple):
 
 
 def _decide_together(device: torch.device, *, losses: Sequence[Tensor] = (), norms: Sequence[Tensor] = ()) -> _Decision:
-    """Exchanges one tensor between the ranks; every rank calls it at the same place."""
+    """Exchanges one tensor between the ranks; every rank must call it at the same point of a step."""
     stops = interruption.is_requested()
     rank, world_size = rank_and_world()
     if world_size > 1:
+        # A maximum also tells which rank has a non-finite loss: 1 + rank, or 0 for none.
         worst = _any_nonfinite(losses, device) * (1 + rank)
         flags = torch.stack([torch.tensor(float(stops), device=device), _any_nonfinite(norms, device), worst])
         dist.all_reduce(flags, dist.ReduceOp.MAX)
         stopped, norm, worst_rank = flags.tolist()
         return _Decision(stopped > 0, norm + worst_rank > 0, int(worst_rank) - 1 if worst_rank else None)
-    if not norms:
+    if not norms:  # in validation, where no update is at stake
         return _Decision(stops, skips=False, worst_rank=None)
+    # One transfer to the CPU for all values.
     finite = torch.stack([*losses, *norms]).isfinite().tolist()
     return _Decision(stops, not all(finite), None if all(finite[: len(losses)]) else 0)
 
 
 def _any_nonfinite(values: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Returns a scalar float32, 1 if any value is not finite."""
+    """Returns a scalar float32 tensor: 1 if any value is non-finite, else 0."""
     if not values:
         return torch.zeros((), device=device)
     return 1 - torch.stack(list(values)).isfinite().all().float()
 
 
 def clip_gradients(optimizer: Optimizer, max_norm: float | None) -> Tensor:
-    """Scales the gradients of an optimiser's parameters down to a norm, if theirs is larger.
+    """Scales the gradients of an optimizer down to a maximum norm.
 
     Args:
-        optimizer: The optimiser; parameters without a gradient are left out.
-        max_norm: Largest L2 norm of all gradients together; None only computes the norm.
+        optimizer: Optimizer whose parameters are clipped. Parameters without a gradient are ignored.
+        max_norm: Maximum L2 norm of all gradients together, > 0; None only computes the norm.
 
     Returns:
-        Scalar float: the norm before scaling, over all shards; not finite if any gradient is not finite.
+        Scalar float tensor: the norm before clipping, over all shards. It is non-finite if any gradient is.
     """
     parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
     trained = [parameter for parameter in parameters if parameter.grad is not None]
     norm = nn.utils.get_total_norm([parameter.grad for parameter in trained])
-    if isinstance(norm, DTensor):
+    if isinstance(norm, DTensor):  # FSDP2: the norm over the shards of all ranks
         norm = norm.full_tensor()
     if max_norm is not None:
         nn.utils.clip_grads_with_norm_(trained, max_norm, norm)

@@ -1,8 +1,8 @@
 """Strategies for several devices: ``auto`` (one device), ``ddp`` and ``fsdp``, by name in a recipe.
 
-Lightning's strategies with three differences: DDP wraps the two networks of stage 1 separately, so that no search for
-unused parameters is needed; FSDP2 reads and writes the same checkpoint folders as DDP; both take batches that the data
-module has already divided.
+They differ from Lightning's strategies in three points. DDP wraps the two networks of stage 1 separately, which avoids
+the search for unused parameters. FSDP2 reads and writes the same checkpoint folders as DDP. Both take batches that the
+data module has already divided among the ranks.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ __all__ = [
 ]
 
 PRECISIONS = ("32-true", "bf16-mixed")
-"""Precisions in which both stages train, as Lightning names them."""
+"""Precisions of training for both stages, in Lightning's names."""
 
 _POLICIES = {
     "32-true": MixedPrecisionPolicy(),
-    # Lightning's bf16-mixed is autocast, which chooses the precision of each operation: products in bfloat16, norms and
-    # the loss in float32 where the device's autocast says so. The policy decides what is gathered and reduced: blocks
-    # are gathered in bfloat16, half the bytes, so that autocast has no weight left to cast, and gradients are summed in
-    # float32. Activation dtypes between blocks are left to autocast.
+    # Lightning's bf16-mixed is autocast, which chooses the precision of each operation: matrix products in bfloat16,
+    # norms and losses in float32. This policy only sets the dtypes of the collectives. Blocks are gathered in bfloat16:
+    # half the bytes, and autocast has no weights left to cast. Gradients are reduced in float32. The dtypes of
+    # activations between blocks are left to autocast.
     "bf16-mixed": MixedPrecisionPolicy(
         param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
     ),
@@ -52,10 +52,10 @@ _POLICIES = {
 
 
 class NetworksDDP(DDPStrategy):
-    """DDP that lets a module wrap its networks itself, if it has ``wrap_networks``; else the usual DDP."""
+    """DDP for modules that wrap their networks themselves (``wrap_networks``), and plain DDP for all others."""
 
     def configure_ddp(self) -> None:
-        """Wraps the networks where the module offers it, and the whole module elsewhere."""
+        """Wraps each network of a module with ``wrap_networks``, and any other module as a whole."""
         wrap_networks = getattr(self.lightning_module, "wrap_networks", None)
         if wrap_networks is None:
             super().configure_ddp()
@@ -65,7 +65,7 @@ class NetworksDDP(DDPStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Saves on every rank, so that all ranks know whether the checkpoint is written."""
+        """Saves on every rank (Lightning: only rank 0), so that all ranks raise the same error."""
         self.checkpoint_io.save_checkpoint(checkpoint, filepath)
 
     def _wrap(self, network: nn.Module) -> nn.Module:
@@ -73,12 +73,13 @@ class NetworksDDP(DDPStrategy):
 
 
 class FullyShardedDataParallel2(ModelParallelStrategy):
-    """FSDP2 (``fully_shard``) over all ranks; each rank writes and reads its own rows of a checkpoint."""
+    """FSDP2 (``fully_shard``) over all ranks. Each rank writes and reads its own rows of a checkpoint."""
 
     checkpoint_io: FolderCheckpointIO
 
     def setup_environment(self) -> None:
-        """Sets the sizes of the device mesh, all ranks of all nodes, which are known only now."""
+        """Sets the size of the device mesh: all ranks of all nodes."""
+        # The number of nodes is not known before.
         self._tensor_parallel_size = 1
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
@@ -89,26 +90,27 @@ class FullyShardedDataParallel2(ModelParallelStrategy):
         return self.lightning_module.state_dict()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Returns this rank's shards, numbered as in a run without shards."""
-        return getattr(optimizer, "_optimizer", optimizer).state_dict()  # Lightning's wrapper, or torch's own
+        """Returns this rank's shards, with the parameter indices of a run without sharding."""
+        return getattr(optimizer, "_optimizer", optimizer).state_dict()  # Lightning's wrapper, or torch's optimizer
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Saves on every rank; each writes its own rows."""
+        """Saves on every rank; each rank writes its own rows."""
         self.checkpoint_io.save_checkpoint(checkpoint, filepath)
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Reads this rank's rows, whatever ranks wrote them."""
+        """Reads this rank's rows of a checkpoint that any number of ranks has written."""
         assert self.lightning_module is not None
+        # Own tensors by their keys in the checkpoint: weights, and the parameter of each optimizer state.
         own = {f"/state_dict/{name}": value for name, value in self.lightning_module.state_dict().items()}
         for place, optimizer in enumerate(self.optimizers):
             parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
             own |= {f"/optimizer_states/{place}/state/{number}": value for number, value in enumerate(parameters)}
 
         def read(key: str, saved: SavedTensor) -> Tensor:
-            like = own.get(key, own.get(key.rpartition("/")[0]))  # a moment is laid out as its parameter
+            like = own.get(key, own.get(key.rpartition("/")[0]))  # a moment is sharded as its parameter
             return saved.read_all() if like is None or saved.is_scalar else _rows_like(like, saved)
 
         checkpoint = self.checkpoint_io.load_pieces(self.broadcast(checkpoint_path), read)
@@ -119,7 +121,7 @@ class FullyShardedDataParallel2(ModelParallelStrategy):
 
 
 def _rows_like(tensor: Tensor, saved: SavedTensor) -> Tensor:
-    """Returns a saved tensor with the layout of another one over ranks and devices."""
+    """Returns a saved tensor with the device, and if ``tensor`` is sharded, the sharding of ``tensor``."""
     if not isinstance(tensor, DTensor):
         return saved.read_all()
     rows = saved.read_rows(*local_rows(tensor)).to(tensor.device)
@@ -130,7 +132,7 @@ STRATEGIES = ("auto", "ddp", "fsdp")
 
 
 def build_strategy(name: str) -> str | Strategy:
-    """Builds the strategy that a recipe names.
+    """Builds the strategy of a recipe from its name.
 
     Raises:
         ValueError: if the name is unknown.
@@ -145,25 +147,26 @@ def build_strategy(name: str) -> str | Strategy:
 
 
 def check_strategy(name: str, *, stage: str, ranks: int) -> None:
-    """Checks that a stage trains under a strategy and on a number of ranks.
+    """Checks that a strategy supports a stage and a number of ranks.
 
     Raises:
-        ValueError: if FSDP2 is set for stage 1, whose two networks train under DDP, or there are several ranks without
-            a strategy.
+        ValueError: if FSDP2 is set for stage 1, whose two networks only train with DDP, or ``auto`` is set for several
+            ranks.
     """
     if stage == "tokenizer" and name == "fsdp":
         raise ValueError(
-            "trainer.strategy 'fsdp': the tokenizer trains under 'ddp' or 'auto'; use --cluster ddp (make: CLUSTER=ddp)"
+            "trainer.strategy must be 'ddp' or 'auto' for the tokenizer, got 'fsdp'; use --cluster ddp "
+            "(make: CLUSTER=ddp)"
         )
     if name == "auto" and ranks > 1:
         raise ValueError(
-            f"trainer.strategy 'auto': it is for one device, got {ranks} ranks; use --cluster ddp or fsdp "
+            f"trainer.strategy must be 'ddp' or 'fsdp' for {ranks} ranks, got 'auto'; use --cluster ddp or fsdp "
             "(make: CLUSTER=)"
         )
 
 
 def check_accelerator(name: str) -> None:
-    """Checks that Lightning has an accelerator of a name; this machine need not have one.
+    """Checks the name of an accelerator. This machine need not have one.
 
     Raises:
         ValueError: if the name is unknown.
@@ -174,30 +177,30 @@ def check_accelerator(name: str) -> None:
 
 
 def check_precision(name: str) -> None:
-    """Checks that both stages train in a precision.
+    """Checks that training supports a precision.
 
     Raises:
-        ValueError: if weights would have 16 bits, or activations were float16.
+        ValueError: if weights would have 16 bits, or activations would be float16.
     """
     if name not in PRECISIONS:
         raise ValueError(
-            f"trainer.precision: {' or '.join(PRECISIONS)} is needed, got {name}: weights and their averages stay in "
-            "float32, since in 16 bits an average with a decay of 0.999 stands still, and nothing scales a float16 loss"
+            f"trainer.precision must be {' or '.join(PRECISIONS)}, got {name}: with 16-bit weights, a moving average "
+            "with a decay of 0.999 does not move, and float16 losses are not scaled"
         )
 
 
 def shard_blocks(network: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, *, precision: str) -> None:
-    """Shards a network over the ranks of a mesh: each block is a group, and all other parameters are one group.
+    """Applies FSDP2 to a network: each block is one group, and all other parameters are another group.
 
-    Weights are gathered for ``forward``, and for the methods that a network or a block names in ``entry_points``.
+    Weights are gathered for ``forward``, and for the methods listed in ``entry_points`` of the network or the block.
 
     Args:
-        network: The network, changed in place; its parameters stay float32.
+        network: Network, changed in place. Its parameters stay float32.
         blocks: Blocks of the network.
-        mesh: Device mesh of one dimension.
+        mesh: One-dimensional device mesh.
         precision: One of ``PRECISIONS``.
     """
-    for part in (*blocks, network):  # the root last, which takes the rest
+    for part in (*blocks, network):  # the root comes last: it takes the parameters that are left
         fully_shard(part, mesh=mesh, mp_policy=_POLICIES[precision])
         for method in getattr(part, "entry_points", ()):
             register_fsdp_forward_method(part, method)

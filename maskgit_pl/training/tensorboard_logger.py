@@ -1,4 +1,4 @@
-"""The TensorBoard logger of a run; training goes on if it cannot write."""
+"""The TensorBoard logger of a run. Training continues if it cannot write, for example on a full disk."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ __all__ = ["RunLogger"]
 
 log = logging.getLogger(__name__)
 
-_PAUSE = 60.0  # seconds after a failure in which nothing is tried
+_PAUSE = 60.0  # seconds without further attempts after a failure
 
 
 class RunLogger(TensorBoardLogger):
-    """Lightning's TensorBoard logger, except that what cannot be written is left out, with a warning."""
+    """Lightning's TensorBoard logger, except that a failed write is skipped with a warning."""
 
     _paused_until = 0.0
 
@@ -47,10 +47,11 @@ class RunLogger(TensorBoardLogger):
         try:
             write()
         except (OSError, ValueError) as error:
-            reason = error if isinstance(error, OSError) else error.__cause__  # Lightning makes a ValueError of any
+            # Lightning wraps an error of the writer in a ValueError.
+            reason = error if isinstance(error, OSError) else error.__cause__
             if not isinstance(reason, OSError):
                 raise
-            self._experiment = None  # its thread is dead; the next one begins a file of its own
+            self._experiment = None  # its writer thread is dead; a new writer starts a new file
             self._paused_until = time.monotonic() + _PAUSE
-            text = "%s: curves cannot be written: %s; training goes on, they are left out for %.0f s"
+            text = "%s: TensorBoard logs cannot be written: %s; training continues without them for %.0f s"
             log.warning(text, Path(self.log_dir), reason, _PAUSE)

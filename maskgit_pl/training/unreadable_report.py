@@ -1,4 +1,4 @@
-"""The report of images that could not be read in training: logged, summed up at the end, and listed in a file."""
+"""A callback that reports images that could not be read in training: logged, summarized and listed in a file."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ log = logging.getLogger(__name__)
 
 
 class UnreadableReport(Callback):
-    """Reports which images could not be read.
+    """A callback that reports unreadable images.
 
-    ``data/unreadable`` in the logger counts them on rank 0, at the Trainer's logging interval. At the end, or when the
-    run fails, a line sums up and ``unreadable.json`` (``unreadable-rank1.json`` ... on other ranks) lists each image of
-    the train and val split with its reason. Counts begin with the process.
+    The metric ``data/unreadable`` is their number on rank 0, logged at the Trainer's interval. At the end of the run,
+    or when it fails, one line summarizes them, and ``unreadable.json`` (``unreadable-rank1.json`` ... on other ranks)
+    lists each image of the train and val split with its reason. The counts start at 0 with each process.
 
     Args:
         folder: Folder of the stage.
@@ -32,7 +32,7 @@ class UnreadableReport(Callback):
         self._logged = -1
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # set late
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # added at run time
             self._log(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -44,6 +44,7 @@ class UnreadableReport(Callback):
 
     def _log(self, trainer: Trainer) -> None:
         count = sum(images.count for images in _counters(trainer).values())
+        # Only changes are logged, so that a clean run has a single point.
         if trainer.logger is not None and count != self._logged:
             trainer.logger.log_metrics({"data/unreadable": count}, step=trainer.global_step)
             self._logged = count
@@ -57,15 +58,15 @@ class UnreadableReport(Callback):
         write_unreadable(path, counters)
         for split, images in counters.items():
             log.warning(
-                "data, split %s: %d of %d images could not be read (%s; %s); the next of the split took their place; "
-                "list: %s",
+                "data, split %s: %d of %d images could not be read (%s; %s) and were replaced by the next image of the "
+                "split; list: %s",
                 split, images.count, images.seen,
                 _format_counts(images.by_reason()), _format_counts(images.by_shard()), path,
             )  # fmt: skip
 
 
 def _counters(trainer: Trainer) -> dict[str, UnreadableImages]:
-    """Returns the counts of each split's loader."""
+    """Returns the counter of each split that has one."""
     loaders = {"train": trainer.train_dataloader, "val": trainer.val_dataloaders}
     found = {split: getattr(loader, "unreadable", None) for split, loader in loaders.items()}
     return {split: images for split, images in found.items() if isinstance(images, UnreadableImages)}

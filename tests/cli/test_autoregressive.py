@@ -1,4 +1,4 @@
-"""The autoregressive baseline from the command line: it trains, goes on and samples; what it cannot do is refused."""
+"""The autoregressive baseline from the command line: it trains, resumes and samples; other tasks are refused."""
 
 import logging
 from pathlib import Path
@@ -53,7 +53,7 @@ def train(call, tiny_shards, tiny_pretrained, tmp_path):
 
 
 def refused(answer: tuple[int, str], *parts: str) -> None:
-    """One line that says what is wrong, exit 2."""
+    """Checks for exit code 2 and one line with all parts."""
     code, said = answer
     assert code == 2, said
     assert len(said.splitlines()) == 1, said
@@ -64,7 +64,7 @@ def refused(answer: tuple[int, str], *parts: str) -> None:
 def test_a_run_trains_goes_on_and_keeps_its_kind(train, call, tmp_path):
     code, said = train("--model.decoding.guidance=constant")
     assert code == 0, said
-    assert "base.yaml: causal attention has no use for model.mask_schedule, model.min_mask_ratio" in said
+    assert "base.yaml: causal attention ignores model.mask_schedule, model.min_mask_ratio" in said
     code, said = train("--trainer.max_steps=2")
     assert "resuming from step-00000001" in said
     assert newest_checkpoint(tmp_path / "one" / "transformer" / "checkpoints").name == "step-00000002"
@@ -116,16 +116,19 @@ def test_it_samples_with_an_animation_in_time_and_a_filmstrip(call, tiny_autoreg
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["sample", "--num-steps=8"], ("--num-steps: an autoregressive model", "16 tokens", "got 8", "leave it out")),
-        (["sample", "--token-selector=halton"], ("--token-selector: an autoregressive model", "'halton'")),
+        (["sample", "--num-steps=8"], ("--num-steps must be 16 for an autoregressive model", "got 8", "leave it out")),
+        (
+            ["sample", "--token-selector=halton"],
+            ("--token-selector must not be set for an autoregressive model", "'halton'"),
+        ),
         (
             ["sample", "--choice-temperature=2"],
-            ("--token-selector: an autoregressive model", "'choice_temperature': 2.0"),
+            ("--token-selector must not be set for an autoregressive model", "'choice_temperature': 2.0"),
         ),
-        (["sample", "--context-cache=4"], ("--context-cache: an autoregressive model",)),
-        (["panorama", "--classes=0", "--width=16"], ("panorama: a model with bidirectional attention is needed",)),
-        (["compare"], ("compare: a model with bidirectional attention is needed", "take another run")),
-        (["tune"], ("tune: a model with bidirectional attention is needed",)),
+        (["sample", "--context-cache=4"], ("--context-cache must not be set for an autoregressive model",)),
+        (["panorama", "--classes=0", "--width=16"], ("panorama requires a model with bidirectional attention",)),
+        (["compare"], ("compare requires a model with bidirectional attention", "choose another run")),
+        (["tune"], ("tune requires a model with bidirectional attention",)),
     ],
 )
 def test_what_it_cannot_do_is_refused_in_one_line(
@@ -142,4 +145,4 @@ def test_an_edit_of_an_image_is_refused_in_one_line(call, tiny_autoregressive, t
     Image.fromarray(torch.zeros(8, 8, dtype=torch.uint8).numpy()).save(tmp_path / "image.png")
     for command, words in (("edit", ["--box=0,0,4,4", "--class=1"]), ("outpaint", ["--left=2", "--class=1"])):
         answer = call(command, tiny_autoregressive, tmp_path / "image.png", *words, "--out", tmp_path / "out.png")
-        refused(answer, "a model with bidirectional attention is needed", "got an autoregressive one")
+        refused(answer, "requires a model with bidirectional attention", "got an autoregressive one")

@@ -21,7 +21,9 @@ from maskgit_pl.runs.preflight_build import _ZeroWeights
 from maskgit_pl.runs.preflight_costs import CostChecks
 from tests.conftest import flags
 
-SMALL = VQGANConfig(1, channels=8, multipliers=(1, 1), blocks_per_level=1, groups=2, num_codes=16, code_width=4)
+SMALL = VQGANConfig(
+    1, base_channels=8, channel_multipliers=(1, 1), num_res_blocks=1, num_groups=2, codebook_size=16, code_dim=4
+)
 TINY = Path(__file__).parents[1] / "tiny"
 JOB = {
     "SLURM_JOB_ID": "70001",
@@ -67,9 +69,9 @@ def test_a_run_that_can_start_passes_and_nothing_is_written(doctor, stage, tmp_p
     code, text = doctor(stage, "--cluster", "ddp", "--nodes", "2", "--devices", "2", "--device-flops", "1T")
     assert code == 0, text
     assert "checks pass" in text
-    assert "4 = 4 ranks x 1 accumulated x 1 a device" in text
+    assert "4 = 4 ranks x 1 accumulation step x 1 sample" in text
     assert "1 1 3 3" in text  # node, local rank, global rank, sample
-    assert "is not rescaled by the number of devices" in text
+    assert "not rescaled by the number of devices" in text
     assert "for 1 step" in text
     assert "samples/s" in text
     assert not (tmp_path / "runs").exists()
@@ -104,7 +106,7 @@ def test_a_large_network_is_built_without_drawing_its_weights(network):
 
 def test_a_batch_that_does_not_divide_is_answered_with_what_does(doctor):
     answer = doctor("transformer", "--cluster", "ddp", "--devices", "3")
-    fails(answer, "batch", "3 ranks must share it evenly, got 4", "1, 2, 4 ranks")
+    fails(answer, "batch", "must be a multiple of the 3 ranks, got 4", "1, 2, 4 ranks")
 
 
 def test_memory_that_is_too_small_is_answered_with_the_batch_that_fits(doctor):
@@ -113,7 +115,9 @@ def test_memory_that_is_too_small_is_answered_with_the_batch_that_fits(doctor):
     answer = doctor(
         "transformer", "--data.global_batch=64", "--data.max_batch_per_device=64", "--device-memory", "600K"
     )
-    fails(answer, "memory", "data.max_batch_per_device 64", "must fit 552 kB", "--data.max_batch_per_device=16 fits")
+    fails(
+        answer, "memory", "data.max_batch_per_device 64", "must fit into 552 kB", "--data.max_batch_per_device=16 fits"
+    )
     fails(answer, "memory", "--model.activation_checkpointing=blocks", "--trainer.precision=bf16-mixed")
     fails(doctor("tokenizer", "--device-memory", "10K"), "memory", "not even one sample fits")
 
@@ -126,7 +130,7 @@ def test_what_is_missing_stands_in_one_list(doctor, tmp_path):
     fails(answer, "data", f"data {tmp_path / 'nowhere'}: no such folder", "maskgit data make")
     fails(answer, "tokenizer", f"tokenizer {tmp_path / 'none'}: no config.json there")
     fails(answer, "pretrained", f"pretrained {tmp_path / 'no-weights'}")
-    fails(answer, "batch", "2 ranks must share it evenly, got 5")
+    fails(answer, "batch", "must be a multiple of the 2 ranks, got 5")
     fails(answer, "strategy", "trainer.precision", "16-mixed")
     assert "5 of" in answer[1]
     fails(doctor("tokenizer", "--trainer.accelerator=gpus"), "strategy", "trainer.accelerator 'gpus'", "gpu")
@@ -160,7 +164,9 @@ def test_a_number_out_of_range_is_refused_before_anything_is_checked(monkeypatch
 
 
 def test_a_tokenizer_of_other_sizes_is_refused(doctor):
-    fails(doctor("transformer", "--model.network.num_codes=8"), "recipe", "the tokenizer has 16, got 8")
+    fails(
+        doctor("transformer", "--model.network.codebook_size=8"), "recipe", "must be 16, that of the tokenizer, got 8"
+    )
 
 
 def test_tokens_that_are_not_made_are_missed(doctor):
@@ -275,4 +281,4 @@ def test_many_ranks_are_shown_node_by_node(doctor):
     )  # fmt: skip
     assert answer[0] == 0
     assert "0 0-7 0-7 0-7, 512-519" in answer[1]
-    assert "and so on to rank 511" in answer[1]
+    assert "up to rank 511" in answer[1]

@@ -135,7 +135,7 @@ def free_port() -> int:
 def test_unknown_or_doubled_networks_are_refused_before_any_work(run_folder: Path, tiny_shards: Path) -> None:
     with pytest.raises(ValueError, match="unknown feature network 'clasifier'"):
         call(run_folder, "--data", tiny_shards, "--features", "clasifier")
-    with pytest.raises(ValueError, match="each network once is enough, got lite0 twice"):
+    with pytest.raises(ValueError, match="must name each network once, got lite0 twice"):
         call(run_folder, "--data", tiny_shards, "--features", "lite0,classifier,lite0")
     with pytest.raises(ValueError, match="MASKGIT_INCEPTION"):
         call(run_folder, "--data", tiny_shards, "--features", f"inception={run_folder}/nowhere.pth")
@@ -143,13 +143,13 @@ def test_unknown_or_doubled_networks_are_refused_before_any_work(run_folder: Pat
 
 
 def test_missing_or_foreign_data_are_named(run_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="name them with --data"):
+    with pytest.raises(FileNotFoundError, match="choose them with --data"):
         call(run_folder)
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
         call(run_folder, "--data", tmp_path / "nowhere")
 
 
 def test_too_few_images_are_refused_before_any_work(run_folder: Path, tiny_shards: Path) -> None:
-    with pytest.raises(ValueError, match="--num-images: at least 2 for each of the 3 classes"):
+    with pytest.raises(ValueError, match=r"--num-images must be >= 6 \(2 per class\)"):
         call(run_folder, "--data", tiny_shards, "--num-images", 5)
     assert not (run_folder.parent / "shards-classifier").exists()

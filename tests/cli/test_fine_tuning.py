@@ -82,8 +82,12 @@ def test_a_run_that_has_begun_goes_on_from_its_own_weights(train, tiny_pretraine
     [
         ("tokenizer", ("--pretrained", "nowhere"), ("pretrained nowhere: no tokenizer/config.json there",)),
         ("transformer", ("--pretrained", "nowhere", "--tokenizer", "GIVEN/tokenizer"), ("no transformer/config.json",)),
-        ("tokenizer", ("--pretrained", "GIVEN", "--model.network.channels=16"), ("weights", "do not fit", "16")),
-        ("transformer", ("--pretrained", "GIVEN", "--model.network.width=32"), ("model.network.width", "16", "32")),
+        ("tokenizer", ("--pretrained", "GIVEN", "--model.network.base_channels=16"), ("weights", "do not fit", "16")),
+        (
+            "transformer",
+            ("--pretrained", "GIVEN", "--model.network.embed_dim=32"),
+            ("model.network.embed_dim", "16", "32"),
+        ),
     ],
 )
 def test_weights_that_are_missing_or_do_not_fit_are_refused(
@@ -106,7 +110,7 @@ def test_the_weights_of_more_classes_are_those_of_the_mean_class(tiny_pretrained
 
     given = load_transformer(tiny_pretrained / "transformer")
     old = given.network.config  # 16 codes, 3 classes, a null class, the mask token
-    table = given.network.words.weight
+    table = given.network.token_embedding.weight
     for change, rows in (
         ({"num_classes": 5}, [*range(16), None, None, None, None, None, 19, 20]),
         ({"class_dropout": 0.0}, [*range(19), 20]),
@@ -116,7 +120,7 @@ def test_the_weights_of_more_classes_are_those_of_the_mean_class(tiny_pretrained
         made = weights_for(config, given)
         MaskedTransformer(config).load_state_dict(made)
         wanted = torch.stack([table[16:19].mean(0) if row is None else table[row] for row in rows])
-        assert torch.equal(made["words.weight"], wanted)
+        assert torch.equal(made["token_embedding.weight"], wanted)
 
 
 def test_a_null_class_that_was_not_there_begins_as_the_mean_class(tmp_path):
@@ -126,9 +130,9 @@ def test_a_null_class_that_was_not_there_begins_as_the_mean_class(tmp_path):
 
     given = load_transformer(save_tiny_pretrained(tmp_path / "given", class_dropout=0.0) / "transformer")
     made = weights_for(dataclasses.replace(given.network.config, class_dropout=0.1), given)
-    table = given.network.words.weight
-    assert torch.equal(made["words.weight"][19], table[16:19].mean(0))
-    assert torch.equal(made["words.weight"][20], table[19])  # the mask token stays last
+    table = given.network.token_embedding.weight
+    assert torch.equal(made["token_embedding.weight"][19], table[16:19].mean(0))
+    assert torch.equal(made["token_embedding.weight"][20], table[19])  # the mask token stays last
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
@@ -141,9 +145,9 @@ def test_training_goes_on_from_released_weights_with_other_data(train, imported,
     assert train(stage, "--pretrained", imported, *more) == 0
     made = tmp_path / "runs" / "tuned" / "pretrained" / stage
     before, after = weights(imported / stage), weights(made)
-    kept = [name for name in before if name not in ("words.weight", "head_bias")]
+    kept = [name for name in before if name not in ("token_embedding.weight", "head_bias")]
     moved = {name: float((after[name] - before[name]).norm() / (1e-2 + before[name].norm())) for name in kept}
     assert 0 < max(moved.values()) < 1  # one step, not a fresh start
     if stage == "transformer":  # 3 classes and a null class in the place of 10 classes
         assert load_transformer(made).network.config.num_classes == 3
-        assert after["words.weight"].shape[0] == 64 + 3 + 1 + 1
+        assert after["token_embedding.weight"].shape[0] == 64 + 3 + 1 + 1

@@ -53,8 +53,8 @@ def go_on(begun, monkeypatch, capsys):
 
 
 SIZES = {
-    "tokenizer": ("num_codes=32", "num_codes: 16 -> 32"),
-    "transformer": ("width=32", "width: 16 -> 32"),
+    "tokenizer": ("codebook_size=32", "codebook_size: 16 -> 32"),
+    "transformer": ("embed_dim=32", "embed_dim: 16 -> 32"),
 }
 LEARNING = {
     "tokenizer": [
@@ -164,5 +164,5 @@ def test_a_checkpoint_without_settings_goes_on_and_says_so(begun, go_on):
     step = state["global_step"]
     code, said = go_on(f"--trainer.max_steps={step + 1}", "--data.seed=0")
     assert code == 0
-    assert f"{newest}: it does not say with which settings it was made; they are not compared" in said
+    assert f"{newest} holds no settings, so they are not compared with those of this run" in said
     assert read_settings(newest_checkpoint(folder / "checkpoints"))["data.global_batch"] == 4

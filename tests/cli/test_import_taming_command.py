@@ -12,7 +12,14 @@ from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pretrained import load_tokenizer
 
 CONFIG = VQGANConfig(
-    3, channels=32, multipliers=(1,), blocks_per_level=1, num_codes=8, code_width=4, layout="taming", latent_width=6
+    3,
+    base_channels=32,
+    channel_multipliers=(1,),
+    num_res_blocks=1,
+    codebook_size=8,
+    code_dim=4,
+    layout="taming",
+    latent_channels=6,
 )
 NAMES = {  # ours -> taming's, of a network of one level with one block
     "encoder.stem": "encoder.conv_in",

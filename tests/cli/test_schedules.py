@@ -38,7 +38,7 @@ def test_the_plot_is_a_png(tmp_path: Path) -> None:
     [
         (["--schedules", "cosin"], "did you mean 'cosine'"),
         (["--schedules", "{name"], "a name or a mapping such as"),
-        (["--num-tokens", "4"], "--num-steps: at most the 4 tokens"),
+        (["--num-tokens", "4"], "--num-steps must be <= 4, the tokens per image"),
     ],
 )
 def test_bad_input_is_refused(words: list[str], message: str) -> None:

@@ -119,7 +119,7 @@ def test_without_slurm_nothing_can_be_submitted(submit):
 @pytest.mark.parametrize(
     ("stage", "word", "parts"),
     [
-        ("tokenizer", "--cluster=fsdp", ("trainer.strategy 'fsdp'", "CLUSTER=ddp")),
+        ("tokenizer", "--cluster=fsdp", ("trainer.strategy must", "got 'fsdp'", "CLUSTER=ddp")),
         ("tokenizer", "--cluster=dpp", ("cluster 'dpp'", "ddp")),
         ("tokenizer", "--nodes=3", ("data.global_batch", "3 ranks", "got 4")),
         ("tokenizer", "--nodes=0", ("nodes must be", "[1, inf)", "got 0")),
@@ -136,10 +136,10 @@ def test_without_slurm_nothing_can_be_submitted(submit):
         ("tokenizer", "--cpu_threads=0", ("cpu_threads must be", "[1, inf)", "got 0")),
         ("tokenizer", "--sbatch='--mem", ("sbatch must be", "quotes")),
         ("tokenizer", "--sbatch=--mem=0 --nodes=4", ("sbatch must not have --nodes", "leave it out of --sbatch")),
-        ("tokenizer", "--sbatch=-N4", ("sbatch must not have -N", "number of nodes")),
-        ("tokenizer", "--sbatch=--ntasks 8", ("sbatch must not have --ntasks", "number of devices")),
-        ("tokenizer", "--sbatch=-D elsewhere", ("sbatch must not have -D", "this folder")),
-        ("tokenizer", "--sbatch=--array=1-4", ("sbatch must not have --array", "one run")),
+        ("tokenizer", "--sbatch=-N4", ("sbatch must not have -N", "set by --nodes")),
+        ("tokenizer", "--sbatch=--ntasks 8", ("sbatch must not have --ntasks", "follows --devices")),
+        ("tokenizer", "--sbatch=-D elsewhere", ("sbatch must not have -D", "current folder")),
+        ("tokenizer", "--sbatch=--array=1-4", ("sbatch must not have --array", "the same run")),
         ("tokenizer", "--time=tomorrow", ("time must be", "24:00:00", "got 'tomorrow'")),
         ("transformer", "--tokenizer=nowhere", ("tokenizer nowhere", "config.json")),
         ("transformer", "--data.source=tokens", ("token store", "make tokenize")),

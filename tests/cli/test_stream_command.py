@@ -77,9 +77,9 @@ def test_a_stage_trains_from_a_stream_and_goes_on(server, train, tmp_path, stage
     ("more", "part"),
     [
         (["--data.stream.urls=pipe:cat x"], "'pipe:cat x'"),
-        (["--data.stream.classes=7", "--model.network.num_classes=3"], "has 7 classes, got 3"),
+        (["--data.stream.classes=7", "--model.network.num_classes=3"], "num_classes must be 7, the classes of "),
         (["--data.stream.classes=null"], "remote"),  # neither the stream nor a data folder says
-        (["--data.validation_samples=null"], "data.validation_samples: a number is needed"),
+        (["--data.validation_samples=null"], "data.validation_samples must be given"),
         (["--data", "nowhere"], "data nowhere: no such folder"),
         (["--data.stream.urls=nowhere.tar"], "stream nowhere.tar: cannot be read (No such file or directory)"),
     ],

@@ -89,7 +89,9 @@ def add_tokenizer(folder: Path, *, seed: int) -> None:
     """A pretrained tokenizer with weights of its own."""
     import torch
 
-    config = VQGANConfig(1, channels=8, multipliers=(1, 1), blocks_per_level=1, groups=2, num_codes=16, code_width=4)
+    config = VQGANConfig(
+        1, base_channels=8, channel_multipliers=(1, 1), num_res_blocks=1, num_groups=2, codebook_size=16, code_dim=4
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         save_tokenizer(folder, config, VQGAN(config).state_dict(), image_size=8)
@@ -167,7 +169,7 @@ def test_tokens_are_made_once_and_trained_on(maskgit, train, runs, tiny_shards, 
     before = files(runs)
     again = maskgit("tokenize", *words)
     assert again.code == 0
-    assert "there already" in again.out
+    assert "exists already" in again.out
     assert files(runs) == before
     assert train("transformer", "--data.source=tokens").code == 0
 
@@ -190,10 +192,15 @@ def test_missing_data_is_answered_with_how_to_make_it(train, runs, tmp_path):
 
 def test_a_missing_tokenizer_is_answered_with_how_to_make_it(train, maskgit, runs, tmp_path, tiny_shards):
     own = runs / "one" / "pretrained" / "tokenizer"
-    refused(train("transformer", named=False), f"tokenizer {own}: not there yet", "make: train-tokenizer", "TOKENIZER=")
+    refused(
+        train("transformer", named=False),
+        f"tokenizer {own}: no such folder; train one",
+        "make: train-tokenizer",
+        "TOKENIZER=",
+    )
     refused(
         maskgit("tokenize", "--data", tiny_shards, "--runs-folder", runs, "--run", "one"),
-        f"tokenizer {own}: not there yet",
+        f"tokenizer {own}: no such folder; train one",
     )
     nowhere = tmp_path / "nowhere"
     refused(train("transformer", "--tokenizer", nowhere), f"tokenizer {nowhere}: no config.json there")
@@ -272,21 +279,21 @@ def test_the_complete_recipe_is_printed_and_nothing_is_trained(train, runs):
         ("--model.optimizer.learning_rate.peak=.nan", ("model.optimizer.learning_rate.peak must be finite", "nan")),
         ("--model.mask_schedule=squar", ("unknown mask schedule 'squar'", "did you mean 'square'", "known: arccos")),
         ("--model.mask_schedule={name: pow, exponent: -1}", ("pow", "exponent", "-1")),
-        ("--model.network.num_classes=4", ("num_classes", "has 3 classes", "got 4")),
-        ("--model.network.num_codes=8", ("model.network.num_codes: the tokenizer has 16, got 8",)),
+        ("--model.network.num_classes=4", ("num_classes", "num_classes must be 3", "got 4")),
+        ("--model.network.codebook_size=8", ("model.network.codebook_size must be 16, that of the tokenizer, got 8",)),
         ("--data.source=pixels", ("source", "pixels")),
-        ("--model.decoding.num_steps=99", ("num_steps: at most the 16 tokens", "99")),
+        ("--model.decoding.num_steps=99", ("num_steps must be <= 16", "99")),
         ("--model.decoding.guidance=liner", ("unknown guidance schedule 'liner'", "did you mean 'linear'")),
         ("--model.network.class_dropout=0", ("model.decoding.guidance", "null class", "class_dropout")),
         ("--data.global_batch=0", ("global_batch", "0")),
-        ("--trainer.devices=2", ("trainer.strategy 'auto'", "got 2 ranks", "--cluster ddp")),
+        ("--trainer.devices=2", ("trainer.strategy must", "for 2 ranks", "--cluster ddp")),
         ("--matmul_precision=low", ("matmul_precision", "low")),
         ("--trainer.devices=-1", ("trainer: ", "devices -1")),
         ("--trainer.num_nodes=0", ("num_nodes",)),
         ("--hang_seconds=0", ("hang_seconds must be a number in (0, 1e9], got 0",)),
-        ("--keep_every=7", ("keep_every: a multiple of checkpoint_every 500",)),
+        ("--keep_every=7", ("keep_every must be a multiple of checkpoint_every (500)",)),
         ("--config=other.yaml", ("--config other.yaml: no such file",)),
-        ("--trainer.callbacks=x.Y", ("trainer.callbacks cannot be set: recipes name registered things",)),
+        ("--trainer.callbacks=x.Y", ("trainer.callbacks cannot be set: recipes name registered objects",)),
     ],
 )
 def test_a_wrong_flag_is_refused_before_anything_is_written(train, runs, flag, parts):
@@ -304,7 +311,7 @@ def test_a_wrong_flag_is_refused_before_anything_is_written(train, runs, flag, p
         ("train tokenizer --data . --pretrained nowhere", "pretrained nowhere: no tokenizer/config.json"),
         ("train transformer --config nowhere.yaml --run two", "--config nowhere.yaml: no such file"),
         ("tokenize --data . --tokenizer nowhere", "tokenizer nowhere: no config.json there"),
-        ("export nowhere", "run nowhere: no stage with checkpoints"),
+        ("export nowhere", "run nowhere has no stage with checkpoints"),
     ],
 )
 def test_what_is_wrong_is_answered_without_torch(words, part):

@@ -47,7 +47,7 @@ def test_writes_a_recipe_that_the_model_follows_from_then_on(run_folder: Path, t
     tuned = read_decoding(run_folder / "pretrained")
     assert tuned is not None
     assert MaskGIT.from_pretrained(run_folder / "pretrained").decoding == tuned != own
-    assert (run_folder / "tuning" / "tuning.md").read_text().startswith("# A way to decode\n")
+    assert (run_folder / "tuning" / "tuning.md").read_text().startswith("# Search for a decoding\n")
     with Image.open(run_folder / "tuning" / "tuning.png") as picture:
         assert picture.width > 1000
     assert "decoding.json: new decoding settings of this model" in capsys.readouterr().out
@@ -98,7 +98,7 @@ def test_one_trial_is_the_model_s_own_and_changes_nothing(run_folder: Path, tiny
     call(run_folder, "--data", tiny_shards, "--num-images", 6, "--trials", 1, "--no-plot")
     assert not (run_folder / "pretrained" / "decoding.json").exists()
     assert "decoding.json is unchanged" in capsys.readouterr().out
-    assert "decoding.json is unchanged" in (run_folder / "tuning" / "tuning.md").read_text()
+    assert "Nothing was changed" in (run_folder / "tuning" / "tuning.md").read_text()
 
 
 @pytest.mark.parametrize("how", ["random", "grid"])
@@ -118,11 +118,11 @@ def test_a_dry_run_prints_the_trials_and_touches_nothing(run_folder: Path, tiny_
         (("--seconds", "nan"), "--seconds must be a"),
         (("--metric", "fdi"), "did you mean 'fid'"),
         (("--search", "bayes"), "--search must be one of random, grid, got 'bayes'"),
-        (("--num-steps", "4-17"), "--num-steps: at most the 16 tokens of an image, got 17"),
-        (("--num-steps", "x"), "--num-steps x"),
+        (("--num-steps", "4-17"), "--num-steps must be <= 16, the tokens per image, got 17"),
+        (("--num-steps", "x"), "--num-steps must be numbers such as 4,8,16 or a range such as 4-16, got 'x'"),
         (("--selectors", "halton,margn"), "did you mean 'margin'"),
-        (("--num-images", "5"), "at least 2 for each of the 3 classes"),
-        (("--plot-images", "5"), "at least 2 for each of the 3 classes"),
+        (("--num-images", "5"), "--num-images must be >= 6 (2 per class), got 5"),
+        (("--plot-images", "5"), "--plot-images must be >= 6 (2 per class), got 5"),
         (("--plot-images", "0"), "--plot-images must be >= 2"),
         (("--seed", "-1"), "--seed must be an integer in [0, 2147483647], got -1"),
         (("--data", "nowhere"), "no such folder"),

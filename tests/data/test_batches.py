@@ -1,4 +1,4 @@
-"""Batches of images of which some cannot be read."""
+"""Batches of images, some of which cannot be read."""
 
 import io
 import os
@@ -116,7 +116,7 @@ def test_a_split_without_a_readable_image_ends_with_the_list(tmp_path, num_worke
 def test_tokenizing_ends_at_an_unreadable_image_by_default(folder, tmp_path):
     from maskgit_pl.data import TokenizingConfig, describe_store, tokenize
 
-    description = describe_store(folder, grid=(2, 4), num_codes=256, tokenizer="me", image_size=8)
+    description = describe_store(folder, grid=(2, 4), codebook_size=256, tokenizer="me", image_size=8)
     config = TokenizingConfig(batch_size=4)
     with pytest.raises(DataBudgetError, match=r"train-000000.tar:00000003.jpg: damaged"):
         tokenize(
@@ -144,9 +144,7 @@ def test_an_error_of_a_worker_arrives_as_it_is(tmp_path, num_workers):
     folder = save_data(tmp_path, {"train": [(jpeg(n), 0) for n in range(16)], "val": [(jpeg(0), 0)]})
     loader = data(folder, num_workers=num_workers, global_batch=4, max_batch_per_device=4).train_dataloader()
     os.truncate(folder / "train-000001.tar", 512)
-    with pytest.raises(
-        DataChangedError, match=r"^data .*: train-000001\.tar was changed while it is read.*$"
-    ) as caught:
+    with pytest.raises(DataChangedError, match=r"^data .*: train-000001\.tar changed while it was in use.*$") as caught:
         list(loader)
     assert "Traceback" not in str(caught.value)
 
@@ -159,5 +157,7 @@ def test_a_killed_worker_is_named_with_the_likely_cause_and_the_way_out(folder, 
     if again:
         assert len(list(batches)) == 4
     os.kill(loader._iterator._workers[0].pid, signal.SIGKILL)
-    with pytest.raises(DataWorkerError, match=r"was killed, most likely because memory ran out .*data\.num_workers"):
+    with pytest.raises(
+        DataWorkerError, match=r"was killed, most likely because it ran out of memory .*data\.num_workers"
+    ):
         list(loader if again else batches)

@@ -1,4 +1,4 @@
-"""A map-style dataset as batches: the order and the crops of shards, whatever the ranks."""
+"""Batches of a map-style dataset: the same order and crops as those of shards, on any number of ranks."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,12 +19,12 @@ COUNT = 23
 
 
 def image(number: int) -> Tensor:
-    """(1, 4, 9) uint8, wider than high, so that crops differ."""
+    """Returns (1, 4, 9) uint8, wider than high, so that crops differ."""
     return (number * 7 + torch.arange(36).reshape(1, 4, 9)).to(torch.uint8)
 
 
 class Images(Dataset):
-    """Images in memory with their labels, as ``kind`` of object."""
+    """A dataset of images in memory with their labels, as objects of type ``kind``."""
 
     def __init__(self, kind: str = "tensor") -> None:
         self.kind = kind
@@ -86,7 +86,7 @@ def test_a_grey_image_fills_three_channels() -> None:
 
 
 class OnRank:
-    """As much of a Trainer as the data module asks for."""
+    """The part of a Trainer that the data module uses."""
 
     accumulate_grad_batches = 1
 
@@ -110,7 +110,7 @@ def test_a_step_has_the_same_samples_on_any_number_of_ranks(world_size: int, acc
 
 
 class Recording(LightningModule):
-    """Learns nothing and remembers the samples of each step."""
+    """A module that learns nothing and records the samples of each step."""
 
     def __init__(self) -> None:
         super().__init__()

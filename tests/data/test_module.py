@@ -19,7 +19,7 @@ NUM_TRAIN, NUM_VAL = 23, 11
 
 
 def image(number: int) -> torch.Tensor:
-    """(1, 4, 6) uint8, so that crops differ."""
+    """Returns (1, 4, 6) uint8, wider than high, so that crops differ."""
     return (number * 7 + torch.arange(24).reshape(1, 4, 6)).to(torch.uint8)
 
 
@@ -34,14 +34,14 @@ def folder(tmp_path_factory):
 
 
 def top_row(images: torch.Tensor) -> torch.Tensor:
-    """A tokenizer of four codes an image: its first row."""
+    """Encodes images as a tokenizer of four codes would: by their first row."""
     return images[:, 0, 0].long()
 
 
 @pytest.fixture(scope="module")
 def store(folder, tmp_path_factory):
     path = tmp_path_factory.mktemp("store")
-    description = describe_store(folder, grid=(2, 2), num_codes=256, tokenizer="me", image_size=4)
+    description = describe_store(folder, grid=(2, 2), codebook_size=256, tokenizer="me", image_size=4)
     assert tokenize(folder, path, description, encode=top_row, in_channels=1) == "made"
     return path
 
@@ -111,7 +111,7 @@ def test_stale_and_foreign_stores_are_refused(folder, store, tmp_path):
     with pytest.raises(ValueError, match=r"image size .*make tokenize"):
         data(folder, source="tokens", token_store=str(store), image_size=8)
     with pytest.raises(ValueError, match=r"tokenizer .*make tokenize"):
-        data(folder, source="tokens", token_store=str(store)).require_tokenizer("other", grid=(4, 4), num_codes=16)
+        data(folder, source="tokens", token_store=str(store)).require_tokenizer("other", grid=(4, 4), codebook_size=16)
     samples = [Sample(encode_png(image(0)), "png", 0, "0")]
     for split in ("train", "val"):
         write_split(samples, tmp_path, split, shard_size=9, on_sample=lambda split: None)
@@ -156,7 +156,7 @@ def test_unit_range_maps_0_and_255_to_the_ends():
 
 
 class Recorder(LightningModule):
-    """Trains one weight and notes the positions of every step."""
+    """A module that trains one weight and records the positions of every step."""
 
     def __init__(self, save_at: int | None = None, path: str = "") -> None:
         super().__init__()
@@ -203,7 +203,7 @@ def test_training_walks_the_stream_across_epochs(folder, accumulation, num_worke
 
 
 @pytest.mark.parametrize(("num_workers", "accumulation"), [(0, 1), (0, 2), (2, 1)])
-@pytest.mark.parametrize("stop", [2, 3, 4])  # within an epoch of 3 steps, on its boundary, just behind it
+@pytest.mark.parametrize("stop", [2, 3, 4])  # within an epoch of 3 steps, on its boundary, just after it
 def test_resumed_training_goes_on_at_the_next_position(folder, tmp_path, stop, num_workers, accumulation):
     path = tmp_path / "last.ckpt"
     options = {"num_workers": num_workers, "accumulation": accumulation}
@@ -242,9 +242,9 @@ def test_a_store_that_says_other_samples_or_classes_than_the_data_is_refused(fol
         data(folder, source="tokens", token_store=str(tmp_path / "store"))
 
 
-@pytest.mark.parametrize(("key", "value"), [("grid", (1, 4)), ("num_codes", 512)])
+@pytest.mark.parametrize(("key", "value"), [("grid", (1, 4)), ("codebook_size", 512)])
 def test_a_store_of_other_tokens_than_the_tokenizers_is_refused(folder, store, key, value):
-    module, wanted = data(folder, source="tokens", token_store=str(store)), {"grid": (2, 2), "num_codes": 256}
+    module, wanted = data(folder, source="tokens", token_store=str(store)), {"grid": (2, 2), "codebook_size": 256}
     module.require_tokenizer("me", **wanted)
     with pytest.raises(ValueError, match=rf"its {key.replace('_', ' ')} must be .*make tokenize"):
         module.require_tokenizer("me", **{**wanted, key: value})

@@ -1,4 +1,4 @@
-"""The order of samples: each once an epoch, the same for any ranks and workers, at any position without the others."""
+"""The order of samples: each once per epoch, equal for all ranks and workers, each position independent of others."""
 
 import itertools
 import json
@@ -30,7 +30,7 @@ UNEVEN = (1, 7, 100)
 
 
 def stream(shards: tuple[int, ...], window: int | None, *, seed: int = 0, **options):
-    """The order of a split with these shards."""
+    """Returns the order of a split with these shards."""
     if window is None:
         return ShuffledStream(sum(shards), seed, **options)
     return WindowedStream(shards, window=window, seed=seed, **options)
@@ -243,8 +243,8 @@ def test_uneven_validation_shards_are_covered_once_over_the_ranks_and_padding_is
     assert sorted(valid) == list(range(108))
 
 
-def seconds_a_batch(order, positions: int) -> tuple[float, float]:
-    """Of the first batch of 256 in the middle of an epoch, and the mean of the next 20."""
+def seconds_per_batch(order, positions: int) -> tuple[float, float]:
+    """Returns the seconds of the first batch of 256 in the middle of an epoch, and the mean of the next 20."""
     times = []
     for number in range(21):
         first = positions // 2 + number * 256
@@ -258,7 +258,7 @@ def seconds_a_batch(order, positions: int) -> tuple[float, float]:
 @pytest.mark.parametrize("size", [10**7, 10**9])
 def test_a_position_of_a_large_split_costs_the_same_anywhere(size, window):
     order = stream((10_000,) * (size // 10_000), window, seed=1)
-    first, next_ones = seconds_a_batch(order, size)
+    first, next_ones = seconds_per_batch(order, size)
     print(f"{size:.0e} samples, window {window}: first batch {1e3 * first:.1f} ms, then {1e3 * next_ones:.1f} ms")
     assert first < 5
     border = order(range(size - 2, size + 2))  # of two epochs
@@ -268,7 +268,7 @@ def test_a_position_of_a_large_split_costs_the_same_anywhere(size, window):
 
 
 def save_many(folder: Path, shards: int, each: int) -> None:
-    """A data folder that counts ``shards * each`` samples; its tars are one small file under many names."""
+    """Makes a data folder of ``shards * each`` samples whose tars are links to one small file."""
     save_uneven_shards(folder, (1,))
     manifest = json.loads((folder / "train.json").read_text())
     (only,), (row,) = manifest["shards"], np.load(folder / "train.npy")
@@ -283,13 +283,13 @@ def save_many(folder: Path, shards: int, each: int) -> None:
 
 
 def held_memory() -> float:
-    """What this process holds in MB, without pages of mapped files, which the system takes back when it needs them."""
+    """Returns the memory of this process in MB, without the pages of mapped files, which the system may reclaim."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
     return int(line.split()[1]) / 1024
 
 
 @pytest.mark.slow  # 5 s
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux alone tells what is held")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux reports this memory")
 @pytest.mark.parametrize("window", [None, 64])
 def test_ten_million_samples_start_at_once_and_in_little_memory(tmp_path, window):
     save_many(tmp_path, shards=1000, each=10_000)
@@ -304,4 +304,4 @@ def test_ten_million_samples_start_at_once_and_in_little_memory(tmp_path, window
     ready, grown = time.perf_counter() - start, held_memory() - before
     print(f"10^7 samples, window {window}: {ready:.2f} s to the first batch, {grown:.0f} MB more held")
     assert ready < 10
-    assert grown < 40  # every sample's number alone would be 80 MB
+    assert grown < 40  # the numbers of all samples would take 80 MB

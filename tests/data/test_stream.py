@@ -1,4 +1,4 @@
-"""Streams from a real web server and from files: who sees what; shards that are bad, slow or not there."""
+"""Streams from a real web server and from files: samples of each worker; bad, slow and missing shards."""
 
 import functools
 import http.server
@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def web(folder: Path) -> Iterator[str]:
-    """The address of the folder on a server of this machine."""
+    """The address of the folder on a local server."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
@@ -80,7 +80,7 @@ def taken(dataset: StreamBatches, count: int) -> list[Batch]:
 
 @pytest.fixture(scope="module")
 def known(folder: Path) -> dict[bytes, int]:
-    """Every training image of the shards, with its label."""
+    """A mapping of every training image of the shards to its label."""
     module = ShardData(
         ShardDataConfig(
             str(folder), image_size=8, in_channels=1, global_batch=NUM_TRAIN, max_batch_per_device=NUM_TRAIN
@@ -156,7 +156,7 @@ def test_validation_urls_give_each_sample_once_over_ranks_and_again_each_time(fo
 def test_validation_urls_that_hold_too_few_are_named(folder):
     urls = f"{folder}/val-000000.tar"
     module = data(folder, urls, validation_urls=urls, validation_samples=4, classes=3)
-    with pytest.raises(StreamError, match=r"validation_samples: .* got 4; sample 3 is not there"):
+    with pytest.raises(StreamError, match=r"validation_samples must .* got 4; sample 3 does not exist"):
         list(module.val_dataloader())
 
 
@@ -195,7 +195,7 @@ def test_a_bad_shard_among_good_ones_is_named_and_not_passed_over(folder, tmp_pa
 
 def test_a_label_that_is_no_class_is_named_with_shard_and_member(folder):
     dataset = stream(f"{folder}/train-000000.tar", class_names=("a", "b"))
-    with pytest.raises(StreamError, match=r"train-000000\.tar: whole samples .*no class \(first .*00000002\.cls"):
+    with pytest.raises(StreamError, match=r"train-000000\.tar: all samples must .*no class \(first .*00000002\.cls"):
         taken(dataset, 1)
 
 
@@ -243,8 +243,8 @@ def test_what_is_not_there_is_named(web, tmp_path):
         unused.bind(("127.0.0.1", 0))
         nobody = f"http://127.0.0.1:{unused.getsockname()[1]}/train-0.tar"
         for url, text in (
-            (f"{web}/train-999999.tar", "not reached in 1 attempts .*404"),
-            (nobody, "not reached in 1 attempts .*onnect"),
+            (f"{web}/train-999999.tar", "download failed in 1 attempts .*404"),
+            (nobody, "download failed in 1 attempts .*onnect"),
             (f"{tmp_path}/no.tar", "No such file"),
             ("s3://bucket/x.tar", "s3fs"),
         ):
@@ -284,7 +284,7 @@ def test_a_server_that_falls_silent_ends_the_run(folder):
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/train-000000.tar"
         start = time.monotonic()
-        with pytest.raises(StreamError, match=rf"stream {url}: nothing came for 0.5 s \(data.stream.stall_seconds\)"):
+        with pytest.raises(StreamError, match=rf"stream {url}: no data for 0.5 s \(data.stream.stall_seconds\)"):
             taken(stream(url, stall_seconds=0.5), 1)
         assert time.monotonic() - start < 5
         silent.set()
@@ -304,14 +304,14 @@ def test_nothing_is_left_in_the_temporary_folder(web, tmp_path, monkeypatch):
         (["good.tar", "pipe:curl x"], "'pipe:curl x'"),
         ("simplecache::https://host/x.tar", "simplecache"),
         ("python://x", "python"),
-        ([], "at least one"),
-        ("", "at least one"),
+        ([], "at least 1"),
+        ("", "at least 1"),
         ("x-{0..1.tar", "braces must close"),
         ("x-{0..99999999999}.tar", "at most"),
     ],
 )
 def test_what_is_not_read_is_refused_by_name(urls, text):
-    with pytest.raises(ValueError, match=r"data\.stream\.urls: .*got") as error:
+    with pytest.raises(ValueError, match=r"data\.stream\.urls.* must .*got") as error:
         StreamConfig(urls, samples=1)
     assert text in str(error.value)
 
@@ -326,9 +326,9 @@ def test_numbers_out_of_range_are_refused(options):
 
 
 def test_a_stream_without_its_urls_or_the_size_of_its_validation_is_refused():
-    with pytest.raises(ValueError, match=r"data\.stream: .* got none"):
+    with pytest.raises(ValueError, match=r"data\.stream.* got none"):
         ShardData(ShardDataConfig("x", source="stream"))
-    with pytest.raises(ValueError, match=r"data\.validation_samples: .* got none"):
+    with pytest.raises(ValueError, match=r"data\.validation_samples must .* got none"):
         ShardData(
             ShardDataConfig("x", source="stream", stream=StreamConfig("x.tar", samples=1, validation_urls="y.tar"))
         )

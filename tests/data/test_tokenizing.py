@@ -1,4 +1,4 @@
-"""From images to a token store: what a row holds, who makes it, and what unreadable images become."""
+"""Making a token store from images: its rows, shared work of processes, and unreadable images."""
 
 import multiprocessing
 import signal
@@ -36,19 +36,19 @@ VIEWS = ("crops", "flip")
 
 
 def image(number: int) -> torch.Tensor:
-    """(1, 4, 9) uint8, wider than high, so that crops differ."""
+    """Returns (1, 4, 9) uint8, wider than high, so that crops differ."""
     return (number * 7 + torch.arange(36).reshape(1, 4, 9)).to(torch.uint8)
 
 
 def top_row(images: torch.Tensor) -> torch.Tensor:
-    """A tokenizer of four codes an image: its first row."""
+    """Encodes images as a tokenizer of four codes would: by their first row."""
     return images[:, 0, 0].long()
 
 
 def make(folder: Path, store: Path, *, encode=top_row, on_rows=lambda *words: None, **options) -> Outcome:
     """Makes a store; ``options`` are those of ``describe_store`` and of ``TokenizingConfig``."""
     views = {name: options.pop(name) for name in VIEWS if name in options}
-    description = describe_store(folder, grid=(2, 2), num_codes=256, tokenizer="me", image_size=4, **views)
+    description = describe_store(folder, grid=(2, 2), codebook_size=256, tokenizer="me", image_size=4, **views)
     config = TokenizingConfig(**{"batch_size": 4, "part_size": 6, **options})
     return tokenize(folder, store, description, encode=encode, in_channels=1, config=config, on_rows=on_rows)
 
@@ -116,8 +116,8 @@ def test_neither_ranks_nor_workers_nor_interruptions_change_a_byte(folder, views
         assert content(tmp_path / name) == expected
 
 
-def test_killed_processes_leave_what_goes_on_to_the_same_bytes(folder, views, tmp_path):
-    """Real processes, killed when so many files have come and gone, in the middle of whatever they do."""
+def test_killed_processes_are_resumed_to_the_same_bytes(folder, views, tmp_path):
+    """Kills real processes after so many parts, at an arbitrary point of their work."""
     options = {"crops": 3, "flip": True, "part_size": 1, "batch_size": 1}
     assert make(folder, tmp_path / "whole", **options) == "made"
     killed, store = 0, tmp_path / "store"
@@ -171,7 +171,9 @@ def test_an_epoch_shows_one_view_by_seed_sample_and_epoch_alone(folder, views):
     assert first == shown(9, 0)  # another order, the same views
     assert first != shown(0, 1)
     for sample in range(NUM_TRAIN):
-        assert len({first[sample, epoch] for epoch in range(20)}) > 1  # one view in all epochs by chance: below 1e-6
+        assert (
+            len({first[sample, epoch] for epoch in range(20)}) > 1
+        )  # the probability of one view in all epochs is below 1e-6
     counts = np.bincount(list(first.values()), minlength=6)
     assert counts.min() > 20  # of 460; equal crops count for the first of them
 
@@ -209,5 +211,5 @@ def test_numbers_out_of_range_are_refused(folder, tmp_path, options):
 
 
 def test_several_crops_of_square_images_are_refused(tiny_shards, tmp_path):
-    with pytest.raises(ValueError, match=r"tokenize crops: images that are not square .* got 8 x 8"):
+    with pytest.raises(ValueError, match=r"tokenize crops must be 1 .* got more for 8 x 8"):
         make(tiny_shards, tmp_path, crops=2)

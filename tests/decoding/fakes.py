@@ -17,7 +17,7 @@ LOGITS = torch.randn(64, NUM_CODES, generator=torch.Generator().manual_seed(0))
 
 
 def fake_predictor(tokens: Tensor, positions: Tensor, newly_known: Tensor) -> Tensor:
-    """Logits that depend on the position and on how many tokens are known."""
+    """Returns logits that depend on the position and on the number of known tokens."""
     known = (tokens != MASK).sum(1, keepdim=True)
     return LOGITS[(positions + known) % 64]
 
@@ -27,7 +27,7 @@ def decoder(num_steps: int = 5, *, schedule: str = "cosine", **options: object) 
 
 
 def partly_known(unknown: list[int], num_tokens: int = 16) -> Tensor:
-    """One row a number: so many unknown tokens, spread about."""
+    """Returns tokens with one row for each number: that many mask tokens at random positions."""
     chance = torch.Generator().manual_seed(1)
     tokens = torch.randint(NUM_CODES, (len(unknown), num_tokens), generator=chance)
     for row, count in enumerate(unknown):

@@ -17,8 +17,8 @@ from maskgit_pl.networks.autoregressive import AutoregressiveTransformer
 from maskgit_pl.networks.transformer import TransformerConfig
 from tests.conftest import random_transformer
 
-CONFIG = TransformerConfig(16, 3, (3, 4), width=32, depth=2, num_heads=4, mlp_width=64, attention="causal")
-N, K, NULL = CONFIG.num_tokens, CONFIG.num_codes, CONFIG.null_label
+CONFIG = TransformerConfig(16, 3, (3, 4), embed_dim=32, depth=2, num_heads=4, mlp_dim=64, attention="causal")
+N, K, NULL = CONFIG.num_tokens, CONFIG.codebook_size, CONFIG.null_label
 CPU = torch.device("cpu")
 
 
@@ -34,7 +34,7 @@ def successor(tokens: Tensor) -> Tensor:
 
 
 class Recorded:
-    """Noise that a test has written down: the code that it draws is its number, whatever the logits."""
+    """Noise that records its calls. The code of a draw is the number of the call, for any logits."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[int, list[int]]] = []
@@ -145,7 +145,7 @@ def test_guidance_pushes_away_from_negative_classes_and_needs_a_class_to_push_fr
     pushed = run(network, [0, 1], [5, 6], scales=scales, negative_labels=[2, 2])
     assert not torch.equal(pushed, run(network, [0, 1], [5, 6], scales=scales))
     assert torch.equal(pushed, run(network, [0, 1], [5, 6], scales=scales, negative_labels=[2, 2], null_label=None))
-    with pytest.raises(ValueError, match="guidance: this model has no null class"):
+    with pytest.raises(ValueError, match="guidance must have scale 0 for a model that has no null class"):
         run(network, [0, 1], [5, 6], scales=scales, null_label=None)
 
 
@@ -173,13 +173,13 @@ def test_a_recipe_becomes_one_of_n_steps():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_steps": 8}, "num_steps: an autoregressive model takes one step for each of the 12 tokens .* got 8"),
-        ({"token_selector": "confidence"}, "token_selector: an autoregressive model draws .* got 'confidence'"),
-        ({"token_selector": {"choice_temperature": 1.0}}, "token_selector: .*'choice_temperature'"),
-        ({"mask_schedule": "cosine"}, "mask_schedule: an autoregressive model .* got 'cosine'; leave it out"),
-        ({"tokens_per_step": (1,) * N}, "tokens_per_step: an autoregressive model"),
-        ({"context_cache": 2}, "context_cache: an autoregressive model"),
-        ({"sampling_temperature": -1.0}, "sampling_temperature: a number of at least 0"),
+        ({"num_steps": 8}, "num_steps must be 12 for an autoregressive model, one step per token, got 8"),
+        ({"token_selector": "confidence"}, "token_selector must not be set for .* got 'confidence'"),
+        ({"token_selector": {"choice_temperature": 1.0}}, "token_selector must .*'choice_temperature'"),
+        ({"mask_schedule": "cosine"}, "mask_schedule must not be set for .* got 'cosine'; leave it out"),
+        ({"tokens_per_step": (1,) * N}, "tokens_per_step must not be set"),
+        ({"context_cache": 2}, "context_cache must not be set"),
+        ({"sampling_temperature": -1.0}, "sampling_temperature must be a number >= 0"),
     ],
 )  # fmt: skip
 def test_what_an_autoregressive_model_cannot_follow_is_refused_by_name(changes, message):
@@ -188,9 +188,7 @@ def test_what_an_autoregressive_model_cannot_follow_is_refused_by_name(changes, 
 
 
 def test_fewer_than_one_token_and_a_schedule_that_is_none_are_refused():
-    with pytest.raises(ValueError, match="num_tokens: at least 1"):
+    with pytest.raises(ValueError, match="num_tokens must be >= 1"):
         AutoregressiveDecoder(0)
-    with pytest.raises(
-        ValueError, match="mask_schedule: a model that decodes in parallel is needed, got an autoregressive"
-    ):
+    with pytest.raises(ValueError, match="mask_schedule must be a MaskSchedule for parallel decoding, got None"):
         DecodingConfig().build_decoder(None)

@@ -25,7 +25,7 @@ from tests.decoding.fakes import CPU, LOGITS, MASK, decoder, partly_known
 
 @dataclass
 class Network:
-    """Exact in any batch: gathers and sums alone. Label 3 is the null class. Remembers the labels of each call."""
+    """A network of gathers and sums, exact in any batch, that records all labels. Label 3 is the null class."""
 
     labels: list[list[int]] = field(default_factory=list)
 
@@ -187,7 +187,7 @@ def test_the_same_seed_gives_the_same_image_and_another_seed_another():
 
 
 def test_guidance_without_a_null_class_is_refused_and_scale_0_is_not():
-    with pytest.raises(ValueError, match="guidance: this model has no null class"):
+    with pytest.raises(ValueError, match="guidance must have scale 0 for a model that has no null class"):
         class_predictor(model(Network(), null_label=None), [0], scales=[0.0, 1.0])
     assert isinstance(class_predictor(model(Network(), null_label=None), [0], scales=[0.0, 0.0]), ClassPredictor)
 

@@ -20,21 +20,24 @@ from tests.decoding.fakes import partly_known, run
     [
         (
             {"num_steps": 3, "tokens_per_step": (8, 8)},
-            "tokens_per_step: a number for each of the 3 steps .* set num_steps to 2",
+            "tokens_per_step must hold a number for each of the 3 steps, got 2 numbers; set num_steps to 2",
         ),
-        ({"num_steps": 2, "tokens_per_step": (16, 0)}, "tokens_per_step: 2 numbers of at least 1 are needed"),
+        ({"num_steps": 2, "tokens_per_step": (16, 0)}, "tokens_per_step must be 2 integers >= 1, got"),
         (
             {"num_steps": 2, "tokens_per_step": (8, 9)},
-            "numbers that sum to the 16 tokens of an image are needed, got 17",
+            "tokens_per_step must sum to 16, the tokens per image, got a sum of 17",
         ),
         (
             {"num_steps": 2, "tokens_per_step": (8, 8), "token_selector": "entropy"},
-            "tokens_per_step: token selector EntropyBounded decides itself how many to keep",
+            "tokens_per_step must not be set for token selector EntropyBounded",
         ),
-        ({"top_k": 0}, "top_k: at least 1 code is needed, got 0"),
-        ({"top_p": 0.0}, r"top_p: a number in \(0, 1\] is needed, got 0.0"),
-        ({"sampling_temperature": (1.0, -1.0)}, "sampling_temperature: .* two of them for the first and the last step"),
-        ({"sampling_temperature": [1.0, 2.0, 3.0]}, "sampling_temperature: .* two of them"),
+        ({"top_k": 0}, "top_k must be >= 1, got 0"),
+        ({"top_p": 0.0}, r"top_p must be a number in \(0, 1\], got 0.0"),
+        (
+            {"sampling_temperature": (1.0, -1.0)},
+            "sampling_temperature must be .* two of them for the first and the last step",
+        ),
+        ({"sampling_temperature": [1.0, 2.0, 3.0]}, "sampling_temperature must be .* two of them"),
     ],
 )
 def test_a_configuration_out_of_range_is_refused(options, message):

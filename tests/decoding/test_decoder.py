@@ -151,15 +151,15 @@ def test_nothing_is_predicted_where_nothing_is_masked():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: decoder(0), "num_steps: at least 1 is needed, got 0"),
-        (lambda: decoder(sampling=CodeSampling(-1.0)), "sampling_temperature: a number of at least 0.* got -1.0"),
+        (lambda: decoder(0), "num_steps must be >= 1, got 0"),
+        (lambda: decoder(sampling=CodeSampling(-1.0)), "sampling_temperature must be a number >= 0.* got -1.0"),
         (
             lambda: decoder(sampling=CodeSampling(float("nan"))),
-            "sampling_temperature: a number of at least 0.* got nan",
+            "sampling_temperature must be a number >= 0.* got nan",
         ),
-        (lambda: run(partly_known([16]), decoder(17)), "num_steps: at most the 16 tokens of an image, got 17"),
-        (lambda: run(partly_known([16]), decoder(4), first_step=4), r"first_step: a step in \[0, 4\) is needed, got 4"),
-        (lambda: run(partly_known([16]), decoder(4), first_step=-1), r"first_step: a step in \[0, 4\) is needed"),
+        (lambda: run(partly_known([16]), decoder(17)), "num_steps must be <= 16, the tokens per image, got 17"),
+        (lambda: run(partly_known([16]), decoder(4), first_step=4), r"first_step must be in \[0, 4\), got 4"),
+        (lambda: run(partly_known([16]), decoder(4), first_step=-1), r"first_step must be in \[0, 4\), got -1"),
     ],
 )
 def test_numbers_out_of_range_are_refused(make: Callable[[], object], message: str):

@@ -25,7 +25,7 @@ OTHERS = torch.tensor([7, 8]), torch.tensor([2, 0])
 
 
 def whole_run(selector: str, *, guided: bool = True, num_steps: int = NUM_STEPS) -> Callable[[Tensor, Tensor], Tensor]:
-    """Tokens (B, N) of seeds (B,) and labels (B,)."""
+    """Returns a function of seeds (B,) and labels (B,) to tokens (B, N)."""
     made = random_transformer(TransformerConfig(16, 3, GRID, 16, 2, 2, 32))
     config = DecodingConfig(num_steps, selector, {"name": "linear", "scale": 2.0 * guided})
     decoder, mask = config.build_decoder(mask_schedules.build("cosine")), made.config.mask_token_id

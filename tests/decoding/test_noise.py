@@ -38,7 +38,7 @@ def test_noise_belongs_to_image_step_and_position():
     noise = SeededNoise(torch.tensor([4, 5]), 16)
     every = noise.gumbel(torch.arange(16).repeat(2, 1), step=3)
     asked = torch.tensor([[9, 2], [2, 15]])
-    assert torch.equal(noise.gumbel(asked, step=3), every.gather(1, asked))  # whatever else is asked
+    assert torch.equal(noise.gumbel(asked, step=3), every.gather(1, asked))  # the other positions change nothing
     assert torch.equal(SeededNoise(torch.tensor([5]), 16).gumbel(asked[1:], step=3), every[1:].gather(1, asked[1:]))
     logits = LOGITS[:16].expand(2, -1, -1)
     codes = noise.draw(logits, torch.arange(16).repeat(2, 1), step=3)

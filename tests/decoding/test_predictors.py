@@ -18,7 +18,7 @@ from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.networks.transformer import ContextCache, MaskedTransformer, TransformerConfig
 from maskgit_pl.schedules import mask_schedules
 
-CONFIG = TransformerConfig(16, 3, (4, 4), width=32, depth=3, num_heads=4, mlp_width=64)
+CONFIG = TransformerConfig(16, 3, (4, 4), embed_dim=32, depth=3, num_heads=4, mlp_dim=64)
 MASK, NULL = CONFIG.mask_token_id, 3
 CPU = torch.device("cpu")
 STEPS = 6
@@ -74,7 +74,7 @@ def decoded(network, *, scales=GUIDANCE[0], selector="confidence", context_cache
 
 
 def decoded_in_full_passes(network, **options):
-    """As ``decoded``, by predictors that could keep keys and values, and compute all of them at each call."""
+    """Decodes like ``decoded``, with predictors that could reuse keys and values, and compute all at each call."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(predictors, "ClassPredictor", partial(CachedPredictor, context_cache=1))
         return decoded(network, **options)

@@ -1,4 +1,4 @@
-"""How codes are drawn from logits, by hand."""
+"""The sampling of codes from logits, against results computed by hand."""
 
 import pytest
 import torch
@@ -80,7 +80,7 @@ def test_top_p_leaves_the_fewest_codes_that_reach_the_probability():
 
 
 def test_top_k_and_top_p_are_taken_one_after_the_other():
-    logits = torch.tensor([[0.1, 0.5, 0.15, 0.25]]).log()  # of the two likeliest the first alone has 2 / 3
+    logits = torch.tensor([[0.1, 0.5, 0.15, 0.25]]).log()  # the first of the two most likely codes has 2 / 3
     assert CodeSampling(top_k=2, top_p=0.6).truncate(logits).isfinite().tolist() == [[False, True, False, False]]
 
 

@@ -41,7 +41,7 @@ def candidates(progress: float = 0.25) -> Candidates:
 
 
 def fake_predictor(tokens: Tensor, positions: Tensor, newly_known: Tensor) -> Tensor:
-    """Logits that depend on the position and on how many tokens of the row are known."""
+    """Returns logits that depend on the position and on the number of known tokens of the row."""
     known = (tokens != MASK).sum(1, keepdim=True)
     return LOGITS[(positions + known) % 64]
 
@@ -229,7 +229,7 @@ def test_halton_keeps_places_in_its_order_whatever_is_drawn_and_a_seed_begins_el
 
 
 def test_halton_without_a_grid_says_what_to_do():
-    with pytest.raises(ValueError, match=r"halton: the grid of tokens is needed, got none; call steps\(grid="):
+    with pytest.raises(ValueError, match=r"halton requires the grid of tokens, got None; call steps\(grid="):
         token_selectors.build("halton")(replace(candidates(), grid=None))
 
 
@@ -268,7 +268,7 @@ def test_moment_scores_and_sharpens_with_the_same_exponent():
 
 
 def test_moment_is_what_confidence_tends_to():
-    """Two places, one kept: how often each (place, code) is kept, of many images."""
+    """Compares how often each (position, code) is kept, over many images."""
     images, temperature = 20_000, 1.0
     logits = torch.tensor([[2.0, 0.0, -1.0], [0.5, 0.4, 0.0]]).repeat(20, 1)  # 40 places: one of many is kept
     kept = {}
@@ -394,15 +394,15 @@ def test_a_selector_of_ones_own_needs_one_method_and_is_told_what_else_it_lacks(
     plain = ParallelDecoder(mask_schedules.build("cosine"), token_selectors.build("random"), num_steps=4)
     tokens = partly_known(MIXED)
     assert torch.equal(run(tokens, own)[-1].tokens, run(tokens, plain)[-1].tokens)
-    with pytest.raises(TypeError, match=r"Own: without follows_schedule it needs num_kept"):
+    with pytest.raises(TypeError, match=r"Own must define num_kept"):
         Own().num_kept(candidates(), candidates().gumbel, candidates().gumbel > 0)
-    with pytest.raises(TypeError, match=r"Own: it masks decided tokens again, and needs remasking_scores"):
+    with pytest.raises(TypeError, match=r"Own must define remasking_scores"):
         Own().remasking_scores(Decided(torch.ones(1, 1), torch.ones(1, 1), 0.5))
 
 
 @dataclass(frozen=True)
 class Greedy(TokenSelector):
-    """Keeps by chance, remembers its noise, and asks for all decided tokens to be masked again, and for more."""
+    """A selector that keeps random tokens, records its noise, and masks all decided tokens again, and more."""
 
     noises: list[Tensor] = field(default_factory=list)
 

@@ -1,4 +1,4 @@
-"""Peak rates of cards."""
+"""The table of GPUs: peak rates and memory."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A replay without content against the same step with it."""
+"""A replay with fake tensors equals the same step with real ones."""
 
 import pytest
 import torch
@@ -7,7 +7,9 @@ from torch import nn
 from maskgit_pl.estimates.replay import LiveBytes, fake_tensors, replay
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 
-CONFIG = VQGANConfig(3, channels=32, groups=8, multipliers=(1, 1, 2), blocks_per_level=1, num_codes=64, code_width=16)
+CONFIG = VQGANConfig(
+    3, base_channels=32, num_groups=8, channel_multipliers=(1, 1, 2), num_res_blocks=1, codebook_size=64, code_dim=16
+)
 
 
 def step_of(network, batch=2):

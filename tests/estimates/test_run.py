@@ -1,4 +1,4 @@
-"""Memory, disk and time put together from their parts."""
+"""Memory, disk space and time of a run, from their parts."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_fsdp_gathers_in_bfloat16_and_keeps_no_copies():
 
 
 class _Run:
-    """What ``Checkpoints`` asks of a Trainer."""
+    """The methods of a Trainer that ``Checkpoints`` calls."""
 
     is_global_zero = True
 

@@ -1,4 +1,4 @@
-"""Shards and traffic against FSDP2 and DDP themselves, on a process group that is not there."""
+"""Shards and traffic equal those of FSDP2 and DDP on a fake process group."""
 
 from collections.abc import Iterator
 
@@ -109,5 +109,8 @@ def test_shards_cover_a_group_and_padding_shows_where_ranks_do_not_divide_rows()
 
 def test_frozen_weights_are_in_no_group():
     network = build_transformer(CONFIG)
-    network.words.requires_grad_(False)
-    assert group_of([network]).numel == sum(group.numel for group in (*BLOCKS, ROOT)) - network.words.weight.numel()
+    network.token_embedding.requires_grad_(False)
+    assert (
+        group_of([network]).numel
+        == sum(group.numel for group in (*BLOCKS, ROOT)) - network.token_embedding.weight.numel()
+    )

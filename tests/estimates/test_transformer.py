@@ -1,4 +1,4 @@
-"""The closed formulas of stage 2 against the network itself: its weights, what it keeps, what it multiplies."""
+"""The closed formulas of stage 2 equal the real network: weights, kept tensors, FLOPs."""
 
 import math
 
@@ -55,7 +55,7 @@ def test_groups_are_the_tensors_that_fsdp_gathers_together(config):
 
 def batch_of(config):
     chance = torch.Generator().manual_seed(0)
-    tokens = torch.randint(config.num_codes, (BATCH, config.num_tokens), generator=chance)
+    tokens = torch.randint(config.codebook_size, (BATCH, config.num_tokens), generator=chance)
     share = 1.0 if config.attention == "causal" else 0.6
     mask = torch.rand(BATCH, config.num_tokens, generator=chance) < share
     return tokens, torch.zeros(BATCH, dtype=torch.long), mask
@@ -68,7 +68,7 @@ def forward(network, tokens, labels, mask):
 
 
 def measured(config, precision, checkpointing):
-    """Bytes that a real step keeps between its passes, bytes that autograd says it keeps, and the highest point."""
+    """Returns the bytes that a real step keeps between its passes, those that autograd reports, and the peak."""
     network = build_transformer(config)
     prepare_blocks(network.blocks, activation_checkpointing=checkpointing)
     batch = batch_of(config)

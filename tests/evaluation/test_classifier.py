@@ -182,7 +182,7 @@ def test_accuracy_counts_the_likeliest_and_the_five_likeliest() -> None:
     ("images", "labels", "match"),
     [
         (torch.zeros(2, 1, 8, 9, dtype=torch.uint8), [0, 1], r"\(C, H, H\)"),
-        (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), [0, 2], "classes 0 to 1"),
+        (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), [0, 2], r"labels in \[0, 1\]"),
         (torch.zeros(0, 1, 8, 8, dtype=torch.uint8), [], "at least one"),
     ],
 )

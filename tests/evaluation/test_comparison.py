@@ -61,7 +61,7 @@ def test_names_take_the_model_s_choice_temperature_and_mappings_stay() -> None:
 def test_unknown_selectors_and_the_same_one_twice_are_refused() -> None:
     with pytest.raises(ValueError, match="did you mean 'confidence'"):
         label_selectors(["confidnce"], OWN)
-    with pytest.raises(ValueError, match="token selector margin: once is enough"):
+    with pytest.raises(ValueError, match="token selectors must be different, got margin twice"):
         label_selectors(["margin", "halton", "margin"], OWN)
     with pytest.raises(ValueError, match="unknown key 'eta'"):
         label_selectors([{"name": "margin", "eta": 1}], OWN)

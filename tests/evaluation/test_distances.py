@@ -79,10 +79,10 @@ def test_fewer_images_than_features_have_a_distance_too() -> None:
 
 
 def test_features_of_other_widths_are_refused() -> None:
-    with pytest.raises(ValueError, match="as many features are needed, got 5 and 6"):
+    with pytest.raises(ValueError, match="must have the same number of features, got 5 and 6"):
         frechet_distance(Statistics.from_features(normal(9, 0, width=5)), Statistics.from_features(normal(9, 0)))
     one, other = ImageFeatures("inception", normal(9, 0)), ImageFeatures("lite0", normal(9, 0))
-    with pytest.raises(ValueError, match="features of one network are needed, got 'inception' and 'lite0'"):
+    with pytest.raises(ValueError, match="must come from the same network, got 'inception' and 'lite0'"):
         distances(one, Reference.from_features(other))
 
 

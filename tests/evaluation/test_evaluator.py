@@ -187,7 +187,7 @@ def test_two_references_of_as_many_images_give_two_rows_that_name_them(folder: P
 
 def test_a_reference_that_does_not_say_where_it_is_from_is_refused() -> None:
     features = extract([few()], [(pictures(6), torch.arange(6))])["classifier"]
-    with pytest.raises(ValueError, match="reference of classifier: must have an origin"):
+    with pytest.raises(ValueError, match="reference of classifier: origin must be given"):
         FeatureMetrics(few(), Reference.from_features(features))
 
 

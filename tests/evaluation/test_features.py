@@ -67,11 +67,11 @@ def test_whole_batches_are_dealt_to_ranks_by_number(monkeypatch) -> None:
 
 def test_the_same_image_twice_and_no_image_at_all_are_refused() -> None:
     batch = (IMAGES[:5], torch.arange(5))
-    with pytest.raises(ValueError, match=r"features of classifier: each image must come once"):
+    with pytest.raises(ValueError, match=r"features of classifier: each image must occur once"):
         extract([few()], [batch, batch])
     with pytest.raises(ValueError, match="at least one image"):
         extract([few()], [])
-    with pytest.raises(ValueError, match="each label at most once"):
+    with pytest.raises(ValueError, match="must have different labels"):
         extract([few(), few(seed=1)], [batch])
 
 
@@ -83,7 +83,7 @@ def test_an_extractor_is_made_from_a_spec(monkeypatch) -> None:
 
 
 def measured(folder: Path, shards: Path) -> dict[str, Any]:
-    """All that several ranks do together."""
+    """Returns the results of everything that several ranks do together."""
     data, network = ShardData(ShardDataConfig(str(shards), image_size=8, in_channels=1)), few()
     found = extract([network], iter_image_batches(read, 23, batch_size=5))["classifier"]
     single = extract([network], iter_image_batches(read, 3, batch_size=5))["classifier"]  # the 2nd rank has none
@@ -91,7 +91,11 @@ def measured(folder: Path, shards: Path) -> dict[str, Any]:
     again = obtain_references(folder, data, [network], num_images=20)["classifier"]
     torch.manual_seed(0)
     tokenizer = SimpleNamespace(
-        network=VQGAN(VQGANConfig(1, channels=8, multipliers=(1, 1), blocks_per_level=1, groups=2, num_codes=16)),
+        network=VQGAN(
+            VQGANConfig(
+                1, base_channels=8, channel_multipliers=(1, 1), num_res_blocks=1, num_groups=2, codebook_size=16
+            )
+        ),
         image_size=8,
         grid=(4, 4),
     )

@@ -29,8 +29,10 @@ MASK = -1
 class Table:
     """Conditionals of masked tokens from an explicit joint distribution; ``bend`` makes them contradict one another."""
 
-    def __init__(self, num_tokens: int, num_codes: int, *, bend: float = 0.0, seed: int = 0) -> None:
-        self.joint = torch.rand((num_codes,) * num_tokens, generator=torch.Generator().manual_seed(seed)).double() ** 3
+    def __init__(self, num_tokens: int, codebook_size: int, *, bend: float = 0.0, seed: int = 0) -> None:
+        self.joint = (
+            torch.rand((codebook_size,) * num_tokens, generator=torch.Generator().manual_seed(seed)).double() ** 3
+        )
         self.joint /= self.joint.sum()
         self.bend = bend
 
@@ -45,7 +47,7 @@ class Table:
         )
 
     def conditional(self, row: list[int], place: int) -> Tensor:
-        """log p(x_place = each code | the visible ones) (K,)."""
+        """Returns log p(x_place = code | visible codes) of each code, (K,)."""
         seen = self.joint[tuple(slice(None) if code == MASK else slice(code, code + 1) for code in row)]
         others = [axis for axis in range(seen.ndim) if axis != place]
         given = seen.sum(others).clamp(min=1e-12)
@@ -53,22 +55,22 @@ class Table:
         return (given / given.sum()).log() * (1 + self.bend * visible * (1 + place))
 
     def log_likelihood(self, x: Tensor) -> Tensor:
-        """log p (n,) of rows (n, N), by the joint distribution."""
+        """Returns log p (n,) of rows (n, N) under the joint distribution."""
         return self.joint[tuple(x.T)].log()
 
     def mean_nll(self, x: list[int], hidden: tuple[int, ...]) -> float:
-        """Mean nats of the tokens in ``hidden``, given the others."""
+        """Returns the mean NLL of the tokens in ``hidden`` given the others, in nats."""
         row = [MASK if place in hidden else code for place, code in enumerate(x)]
         nll = [-self.conditional(row, place).log_softmax(-1)[x[place]] for place in hidden]
         return float(torch.stack(nll).mean())
 
     def mean_nll_of(self, x: list[int], count: int) -> float:
-        """The mean of ``mean_nll`` over all sets of so many tokens."""
+        """Returns the mean of ``mean_nll`` over all sets of ``count`` tokens."""
         sets = list(combinations(range(len(x)), count))
         return sum(self.mean_nll(x, hidden) for hidden in sets) / len(sets)
 
     def bound(self, x: list[int]) -> float:
-        """-ELBO of a row, by enumeration."""
+        """Returns the negative ELBO of a row, by enumeration."""
         return sum(self.mean_nll_of(x, count) for count in range(1, len(x) + 1))
 
     def log_likelihood_of_order(self, x: list[int], order: tuple[int, ...]) -> Tensor:
@@ -79,8 +81,8 @@ class Table:
         return total
 
 
-def all_rows(num_tokens: int, num_codes: int) -> Tensor:
-    return torch.tensor(list(product(range(num_codes), repeat=num_tokens)))
+def all_rows(num_tokens: int, codebook_size: int) -> Tensor:
+    return torch.tensor(list(product(range(codebook_size), repeat=num_tokens)))
 
 
 def no_labels(tokens: Tensor) -> Tensor:
@@ -91,9 +93,9 @@ def bound_of(table: Table, tokens: Tensor, *, draws: int = 4, seed: int = 0) -> 
     return negative_elbo(table, tokens, no_labels(tokens), mask_token_id=MASK, draws=MaskDraws(draws, seed)).nats
 
 
-@pytest.mark.parametrize(("num_tokens", "num_codes"), [(3, 2), (4, 3)])
-def test_the_bound_of_consistent_conditionals_is_the_likelihood(num_tokens, num_codes):
-    table, rows = Table(num_tokens, num_codes), all_rows(num_tokens, num_codes)
+@pytest.mark.parametrize(("num_tokens", "codebook_size"), [(3, 2), (4, 3)])
+def test_the_bound_of_consistent_conditionals_is_the_likelihood(num_tokens, codebook_size):
+    table, rows = Table(num_tokens, codebook_size), all_rows(num_tokens, codebook_size)
     for x, exact in zip(rows.tolist(), table.log_likelihood(rows).tolist(), strict=True):
         assert table.bound(x) == pytest.approx(-exact, abs=1e-9)  # what is estimated below
 
@@ -160,22 +162,22 @@ def test_masked_nll_of_the_linear_schedule_is_the_bound_of_a_token():
     assert 4 * masked.mean == pytest.approx(bound.mean, rel=0.03)
 
 
-@pytest.mark.parametrize("num_codes", [2, 16])
-def test_uniform_guesses_cost_log_k_nats_a_token(num_codes):
-    tokens = torch.randint(num_codes, (7, 5), generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("codebook_size", [2, 16])
+def test_uniform_guesses_cost_log_k_nats_a_token(codebook_size):
+    tokens = torch.randint(codebook_size, (7, 5), generator=torch.Generator().manual_seed(0))
     exact = exact_nll(
-        lambda tokens, labels: torch.zeros(*tokens.shape, num_codes), tokens, no_labels(tokens), batch_size=3
+        lambda tokens, labels: torch.zeros(*tokens.shape, codebook_size), tokens, no_labels(tokens), batch_size=3
     )
-    assert exact.nats.mean == pytest.approx(5 * math.log(num_codes))
-    assert exact.bits_per_token.mean == pytest.approx(math.log2(num_codes))
-    assert exact.bits_per_image.mean == pytest.approx(5 * math.log2(num_codes))
+    assert exact.nats.mean == pytest.approx(5 * math.log(codebook_size))
+    assert exact.bits_per_token.mean == pytest.approx(math.log2(codebook_size))
+    assert exact.bits_per_image.mean == pytest.approx(5 * math.log2(codebook_size))
     assert exact.nats.standard_error == pytest.approx(0, abs=1e-6)
 
     def uniform(tokens: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        return torch.zeros(int(mask.sum()), num_codes)
+        return torch.zeros(int(mask.sum()), codebook_size)
 
     bound = negative_elbo(uniform, tokens, no_labels(tokens), mask_token_id=MASK, batch_size=3)
-    assert bound.nats.mean == pytest.approx(5 * math.log(num_codes))
+    assert bound.nats.mean == pytest.approx(5 * math.log(codebook_size))
 
 
 def test_the_exact_likelihood_is_the_joint_distributions():
@@ -201,7 +203,11 @@ def test_an_estimate_is_a_mean_with_its_standard_error():
 
 @pytest.mark.parametrize(
     ("tokens", "labels", "draws", "match"),
-    [((1, 3), 1, 1, "at least 2 images"), ((4, 3), 3, 1, "a label for each"), ((4, 3), 4, 0, "draws: at least 1")],
+    [
+        ((1, 3), 1, 1, r"tokens must be \(n, N\) with n >= 2"),
+        ((4, 3), 3, 1, r"labels \(n,\), got"),
+        ((4, 3), 4, 0, "draws must be >= 1, got 0"),
+    ],
 )
 def test_what_cannot_be_measured_is_refused(tokens, labels, draws, match):
     with pytest.raises(ValueError, match=match):
@@ -227,7 +233,7 @@ def test_the_val_split_becomes_tokens_with_its_labels(tiny_pretrained: Path, tin
 
 
 def measured(folder: Path, shards: Path) -> list[Estimate]:
-    """All three of a random transformer on the tiny data."""
+    """Returns all three likelihoods of a random transformer on the tiny data."""
     pipe = MaskGIT.from_pretrained(folder)
     data = ShardData(ShardDataConfig(str(shards), image_size=8, in_channels=1))
     tokens, labels = encode_real_images(pipe, data, limit=23, batch_size=4)

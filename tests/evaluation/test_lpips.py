@@ -34,7 +34,7 @@ def test_the_distance_is_torchmetrics_with_the_backbone_of_the_file(backbone, mo
     assert ours(images, images).tolist() == [0, 0, 0]
     assert ours(images[:, :1], others[:, :1]).shape == (3,)
     assert ours.label == f"lpips/{name}"
-    with pytest.raises(ValueError, match=rf"lpips/{name}: images of at least \d+ pixels are needed, got \(8, 8\)"):
+    with pytest.raises(ValueError, match=rf"lpips/{name}: the edges of images must be >= \d+ pixels, got \(8, 8\)"):
         ours(images[..., :8, :8], others[..., :8, :8])
 
 
@@ -50,9 +50,14 @@ def test_no_other_file_is_called_lpips(backbone, monkeypatch, tmp_path: Path) ->
 
 
 def test_what_is_missing_is_said() -> None:
-    with pytest.raises(ValueError, match=r"it is written vgg=FILE, and the file is https://\S+/vgg16-397923af\.pth"):
+    with pytest.raises(
+        ValueError,
+        match=r"lpips must be vgg=FILE .*, got 'vgg'; download the file from https://\S+/vgg16-397923af\.pth",
+    ):
         load_lpips("vgg")
-    with pytest.raises(ValueError, match=r"alexnet-owt-7be5be79\.pth; without it there is no LPIPS"):
+    with pytest.raises(
+        ValueError, match=r"got 'alex=none\.pth'; download the file from https://\S+/alexnet-owt-7be5be79\.pth"
+    ):
         load_lpips("alex=none.pth")
     with pytest.raises(ValueError, match="known: alex, squeeze, vgg"):
         load_lpips("lite0")

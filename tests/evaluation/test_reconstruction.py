@@ -24,7 +24,7 @@ class Brightness(torch.nn.Module):
     def __init__(self, factor: float = 1.0) -> None:
         super().__init__()
         self.factor = torch.nn.Parameter(torch.tensor(factor))
-        self.config = SimpleNamespace(num_codes=64)
+        self.config = SimpleNamespace(codebook_size=64)
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         return (images * 255 / 4).round().long().flatten(1)
@@ -103,7 +103,7 @@ def test_reconstructions_have_a_distance_from_the_originals() -> None:
     measured = measure_reconstruction(noisy(0.5, 8), batches, **options)
     dark = extract([network], [((images * 0.5).round().to(torch.uint8), torch.arange(30))])["classifier"]
     assert measured.rfid["classifier"] == pytest.approx(distances(dark, originals)["fid"], rel=1e-6)
-    with pytest.raises(ValueError, match="rfid/classifier: the originals' reference is needed"):
+    with pytest.raises(ValueError, match="rfid/classifier: references must have this network"):
         measure_reconstruction(noisy(1.0, 8), batches, extractors=[network])
 
 

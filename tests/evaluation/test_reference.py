@@ -47,7 +47,7 @@ def test_statistics_are_mean_and_unbiased_covariance() -> None:
     found = Statistics.from_features(features)
     torch.testing.assert_close(found.mean, features.double().mean(0))
     torch.testing.assert_close(found.covariance, torch.cov(features.double().T))
-    with pytest.raises(ValueError, match="at least 2 images"):
+    with pytest.raises(ValueError, match=r"must be \(n, D\) with n >= 2"):
         Statistics.from_features(features[:1])
 
 
@@ -112,7 +112,7 @@ def test_a_file_that_is_not_what_was_kept_is_made_again(
     assert count == 24
     assert_same(made, again)
     assert f"{file}" in caplog.text
-    assert "it is made again" in caplog.text
+    assert "it will be computed again" in caplog.text
     assert not (tmp_path / "canary").exists()
     assert obtain(tmp_path, data)[1] == 0
 
@@ -169,7 +169,9 @@ def test_a_file_without_images_serves_inception_alone(tmp_path: Path, monkeypatc
     monkeypatch.setattr(module, "_POOLED", 6)
     mu, sigma = gaussian(6, 0)
     np.savez(tmp_path / "reference.npz", mu=mu, sigma=sigma)
-    with pytest.raises(ValueError, match=r"'arr_0': images are needed for the network 'lite0', got the statistics"):
+    with pytest.raises(
+        ValueError, match=r"'arr_0': the file must have images for the network 'lite0', got only Inception's statistics"
+    ):
         read_references(tmp_path / "reference.npz", [few("inception"), few("lite0")])
 
 
@@ -178,14 +180,17 @@ def test_a_file_without_images_serves_inception_alone(tmp_path: Path, monkeypatc
     [
         ({"sigma": None}, "'sigma': it is missing"),
         ({"mu": None}, "'mu': it is missing"),
-        ({"mu": None, "sigma": None, "mu_s": None, "sigma_s": None}, "'mu': statistics .* or images .* got neither"),
+        (
+            {"mu": None, "sigma": None, "mu_s": None, "sigma_s": None},
+            "'mu': the file must have statistics .* or images .* got neither",
+        ),
         ({"sigma_s": None}, "'sigma_s': it is missing"),
-        ({"mu": np.zeros(7)}, r"'mu': the shape \(6\) is needed, got \(7,\)"),
-        ({"sigma": np.zeros((6, 5))}, r"'sigma': the shape \(6, 6\) is needed, got \(6, 5\)"),
-        ({"mu": np.arange(6)}, "'mu': other numbers are needed, got int64"),
-        ({"sigma": np.arange(36.0).reshape(6, 6)}, "'sigma': a covariance is needed"),
-        ({"sigma": -np.eye(6)}, "'sigma': a covariance is needed"),
-        ({"mu": np.full(6, np.inf)}, "'mu': finite numbers are needed"),
+        ({"mu": np.zeros(7)}, r"'mu': the shape must be \(6\), got \(7,\)"),
+        ({"sigma": np.zeros((6, 5))}, r"'sigma': the shape must be \(6, 6\), got \(6, 5\)"),
+        ({"mu": np.arange(6)}, "'mu': the dtype must be float, got int64"),
+        ({"sigma": np.arange(36.0).reshape(6, 6)}, "'sigma': it must be a covariance"),
+        ({"sigma": -np.eye(6)}, "'sigma': it must be a covariance"),
+        ({"mu": np.full(6, np.inf)}, "'mu': all values must be finite"),
     ],
 )
 def test_other_statistics_are_refused_by_name(tmp_path: Path, monkeypatch, change: dict, match: str) -> None:
@@ -200,6 +205,6 @@ def test_other_statistics_are_refused_by_name(tmp_path: Path, monkeypatch, chang
 
 def test_objects_among_statistics_are_never_made(tmp_path: Path) -> None:
     np.savez(tmp_path / "reference.npz", mu=np.array([Canary(tmp_path / "canary")], dtype=object))
-    with pytest.raises(ValueError, match="array 'mu': plain numbers are needed, got objects"):
+    with pytest.raises(ValueError, match="array 'mu': it must hold plain numbers, got objects"):
         read_references(tmp_path / "reference.npz", [few("inception")])
     assert not (tmp_path / "canary").exists()

@@ -22,7 +22,7 @@ def pipe(tiny_pretrained: Path) -> MaskGIT:
 
 def test_a_run_says_what_data_it_was_trained_on(tmp_path: Path, tiny_shards: Path) -> None:
     save_tiny_pretrained(tmp_path / "run" / "pretrained")
-    with pytest.raises(FileNotFoundError, match="name them with --data"):
+    with pytest.raises(FileNotFoundError, match="choose them with --data"):
         find_run(tmp_path / "run")
     config = tmp_path / "run" / "transformer" / "config.yaml"
     config.parent.mkdir()
@@ -42,7 +42,7 @@ def test_a_run_says_what_data_it_was_trained_on(tmp_path: Path, tiny_shards: Pat
 @pytest.mark.parametrize(
     ("decoding", "match"),
     [
-        (DecodingConfig(17), "num_steps: at most the 16 tokens"),
+        (DecodingConfig(17), "num_steps must be <= 16, the tokens per image"),
         (DecodingConfig(4, "confidnce"), "did you mean 'confidence'"),
         (DecodingConfig(4, guidance={"name": "constant", "scale": -1.0}), "scale must be a number in"),
     ],
@@ -63,7 +63,7 @@ def test_guidance_of_a_model_without_a_null_class_is_refused_before_any_work(tmp
 
 def test_all_classes_have_as_many_images_at_least_two() -> None:
     assert [round_to_classes(count, 3) for count in (6, 7, 14)] == [6, 6, 12]
-    with pytest.raises(ValueError, match=r"^plot_images: at least 2 for each of the 10 classes are needed, got 19"):
+    with pytest.raises(ValueError, match=r"^plot_images must be >= 20 \(2 per class\), got 19"):
         round_to_classes(19, 10, name="plot_images")
 
 

@@ -18,15 +18,15 @@ def test_the_page_says_what_won_and_how_good_it_was_before() -> None:
     own, other = Trial(0, OWN, numbers(2.0)), Trial(7, DecodingConfig(8, "halton"), numbers(1.5))
     result = SearchResult((own, other), (own, other), other, 20, 0, FID)
     page = make_page(result, REAL, command="maskgit tune runs/x", figure=CURVES).markdown
-    assert "Trial 7 wins: fid/classifier 2 before, 1.5 now" in page
-    assert "2 trials of 10 images against fid/classifier (lower is better)" in page
+    assert "Trial 7 wins: fid/classifier was 2 and is now 1.5" in page
+    assert "2 trials of 10 images were compared by fid/classifier (lower is better)" in page
     assert "have FID (classifier) 0.50 and KID x 1000 (classifier) 1.00." in page.replace("\n", " ")
     assert "| trial | decoding | FID (classifier) | class agreement % |" in page
     assert '"token_selector": "halton"' in page
     assert "| cosine (trained) | 3.000 | **2.000** |" in page
     assert "Best: cosine at T = 4, 2.000" in page
     page = make_page(replace(result, winner=own), REAL, command="maskgit tune runs/x", figure=None).markdown
-    assert "nothing is changed" in page
+    assert "Nothing was changed" in page
     assert "json" not in page
 
 

@@ -56,21 +56,21 @@ def tokenizer(
     *,
     filters: int = 128,
     blocks: int = 2,
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4),
+    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4),
     codes: int = 1024,
-    code_width: int = 256,
+    code_dim: int = 256,
 ) -> Shapes:
     """The VQGAN with average pooling: encoder, codebook, decoder."""
-    widths = [filters * multiplier for multiplier in multipliers]
+    widths = [filters * multiplier for multiplier in channel_multipliers]
     last = widths[-1]
     down = [width for width in widths for _ in range(blocks)] + [last] * blocks
     up = [last] * blocks + [width for width in reversed(widths) for _ in range(blocks)]
     yield "encoder/Conv_0/kernel", (3, 3, 3, filters)
     yield from _residual_blocks("encoder", [filters, *down])
     yield from _norm("encoder/GroupNorm_0", last)
-    yield from _layer("encoder/Conv_1", (1, 1, last, code_width))
-    yield "quantizer/codebook", (codes, code_width)
-    yield from _layer("decoder/Conv_0", (3, 3, code_width, last))
+    yield from _layer("encoder/Conv_1", (1, 1, last, code_dim))
+    yield "quantizer/codebook", (codes, code_dim)
+    yield from _layer("decoder/Conv_0", (3, 3, code_dim, last))
     yield from _decoder_levels(up, blocks)
     yield from _norm("decoder/GroupNorm_0", filters)
     yield from _layer(f"decoder/Conv_{len(widths)}", (3, 3, widths[0], 3))

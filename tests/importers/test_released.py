@@ -56,25 +56,27 @@ def said(caplog):
 
 
 def test_the_sizes_of_a_transformer_are_read_off_its_arrays():
-    config = transformer_config(arrays_of(TRANSFORMER), num_codes=64)
+    config = transformer_config(arrays_of(TRANSFORMER), codebook_size=64)
     assert config == TransformerConfig(64, 10, (4, 4), 64, 2, 4, 128, dropout=0.1, class_dropout=0.0)
-    assert transformer_config(arrays_of(TRANSFORMER), num_codes=60).num_classes == 14
+    assert transformer_config(arrays_of(TRANSFORMER), codebook_size=60).num_classes == 14
 
 
 def test_the_sizes_of_a_tokenizer_are_read_off_its_arrays():
     config = tokenizer_config(arrays_of(TOKENIZER))
-    sizes = {"channels": 32, "multipliers": (1, 2), "blocks_per_level": 1, "middle_blocks": 1}
-    assert config == VQGANConfig(3, **sizes, num_codes=64, code_width=32)
+    sizes = {"base_channels": 32, "channel_multipliers": (1, 2), "num_res_blocks": 1, "num_middle_blocks": 1}
+    assert config == VQGANConfig(3, **sizes, codebook_size=64, code_dim=32)
     spec = {"name": "gradient", "entropy_weight": 0.0}
     other = tokenizer_config(arrays_of(TOKENIZER), activation="relu", quantizer=spec)
     assert (other.activation, other.quantizer) == ("relu", spec)
 
 
 def test_the_released_architecture_is_recognised():
-    network = VQGAN(VQGANConfig(3, channels=32, num_codes=8, code_width=4))  # five levels, two blocks each, and middle
+    network = VQGAN(
+        VQGANConfig(3, base_channels=32, codebook_size=8, code_dim=4)
+    )  # five levels, two blocks each, and middle
     config = network.config
     assert tokenizer_config(theirs(network)) == config
-    assert config.multipliers == (1, 1, 2, 2, 4)
+    assert config.channel_multipliers == (1, 1, 2, 2, 4)
 
 
 @pytest.mark.parametrize("levels", [(1,), (1, 2), (1, 2, 1)])
@@ -82,8 +84,8 @@ def test_the_released_architecture_is_recognised():
 @pytest.mark.parametrize("downsampling", ["average", "strided"])
 def test_every_architecture_of_the_released_code_goes_there_and_back(levels, blocks, downsampling):
     config = VQGANConfig(
-        3, channels=32, multipliers=levels, blocks_per_level=blocks, middle_blocks=blocks,
-        downsampling=downsampling if len(levels) > 1 else "average", num_codes=8, code_width=4,
+        3, base_channels=32, channel_multipliers=levels, num_res_blocks=blocks, num_middle_blocks=blocks,
+        downsampling=downsampling if len(levels) > 1 else "average", codebook_size=8, code_dim=4,
     )  # fmt: skip
     network = VQGAN(config)
     arrays = theirs(network)
@@ -139,24 +141,24 @@ def renamed(weights: dict[str, torch.Tensor], parts: dict[str, str]) -> dict[str
 @pytest.mark.parametrize("file", ["transformer_n16_checkpoint", "transformer_n16_grads", "transformer_n256_checkpoint"])
 def test_a_transformer_has_all_its_weights_and_each_where_it_belongs(file):
     arrays = arrays_of(GOLDEN / f"{file}.msgpack")
-    config = transformer_config(arrays, num_codes=64)
+    config = transformer_config(arrays, codebook_size=64)
     weights = transformer_weights(arrays, config)
     network = MaskedTransformer(config)
     network.load_state_dict(weights)
     assert sum(tensor.numel() for tensor in weights.values()) == sum(array.size for array in arrays.values())
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
-    query = weights["blocks.1.query_key_value.weight"][:64]
+    query = weights["blocks.1.qkv.weight"][:64]
     assert query[1 * 16 + 3, 5] == arrays[f"{QUERY}/kernel"][5, 1, 3]  # head 1, its output 3, of input 5
-    out = weights["blocks.1.attention_output.weight"]
+    out = weights["blocks.1.proj.weight"]
     assert out[5, 1 * 16 + 3] == arrays["TransformerLayer_1/Attention_0/self_attention/out/kernel"][1, 3, 5]
-    value = weights["blocks.0.query_key_value.bias"][128:]
+    value = weights["blocks.0.qkv.bias"][128:]
     assert value[1 * 16 + 3] == arrays["TransformerLayer_0/Attention_0/self_attention/value/bias"][1, 3]
 
 
 def test_weights_are_copies_and_the_arrays_stay():
     arrays = arrays_of(TRANSFORMER)
     before = {name: array.copy() for name, array in arrays.items()}
-    weights = transformer_weights(arrays, transformer_config(arrays, num_codes=64))
+    weights = transformer_weights(arrays, transformer_config(arrays, codebook_size=64))
     for tensor in weights.values():
         tensor.zero_()
     assert arrays.keys() == before.keys()
@@ -165,7 +167,7 @@ def test_weights_are_copies_and_the_arrays_stay():
 
 def test_the_imported_networks_compute_what_was_recorded():
     arrays = arrays_of(TRANSFORMER)
-    transformer = MaskedTransformer(transformer_config(arrays, num_codes=64))
+    transformer = MaskedTransformer(transformer_config(arrays, codebook_size=64))
     transformer.load_state_dict(transformer_weights(arrays, transformer.config))
     recorded = np.load(GOLDEN / "transformer_n16.npz")
     sequence = torch.from_numpy(recorded["tokens"]).long() % 75  # -1 is the last row, the mask token
@@ -187,7 +189,7 @@ def test_the_imported_networks_compute_what_was_recorded():
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
 def test_other_floating_point_types_become_float32(dtype):
     arrays = arrays_of(TRANSFORMER)
-    config = transformer_config(arrays, num_codes=64)
+    config = transformer_config(arrays, codebook_size=64)
     exact = transformer_weights(arrays, config)
     found = transformer_weights({name: array.astype(dtype) for name, array in arrays.items()}, config)
     for name, tensor in found.items():
@@ -200,7 +202,7 @@ def test_other_floating_point_types_become_float32(dtype):
 
 def test_missing_left_over_and_misshapen_arrays_are_listed_in_one_line():
     arrays = arrays_of(TRANSFORMER)
-    config = transformer_config(arrays, num_codes=64)
+    config = transformer_config(arrays, codebook_size=64)
     for name in [name for name in arrays if name.startswith("TransformerLayer_1/Mlp_0")]:
         del arrays[name]
     arrays["MlmLayer_1/x"] = np.zeros(3, np.float32)
@@ -218,7 +220,7 @@ def test_missing_left_over_and_misshapen_arrays_are_listed_in_one_line():
 def test_names_are_listed_in_their_natural_order():
     arrays = arrays_of(TRANSFORMER) | {f"Layer_{number}/x": np.zeros(1, np.float32) for number in (10, 2, 1, 30)}
     with pytest.raises(ValueError, match="left over: Layer_1/x, Layer_2/x, Layer_10/x and 1 more"):
-        transformer_weights(arrays, transformer_config(arrays, num_codes=64))
+        transformer_weights(arrays, transformer_config(arrays, codebook_size=64))
 
 
 @pytest.mark.parametrize("name", ["encoder/ResBlock_1/Conv_2/kernel", "decoder/Conv_2/bias", "quantizer/codebook"])
@@ -238,7 +240,7 @@ def test_a_tokenizer_with_one_array_off_is_refused(name, change):
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300])
 def test_weights_that_are_not_finite_are_refused_by_name(value):
     arrays = arrays_of(TRANSFORMER)
-    config = transformer_config(arrays, num_codes=64)
+    config = transformer_config(arrays, codebook_size=64)
     bias = arrays[f"{QUERY}/bias"].astype(np.float64)
     bias[1, 2] = value
     with pytest.raises(ValueError, match=f"{QUERY}/bias, .*finite numbers are needed"):
@@ -247,15 +249,17 @@ def test_weights_that_are_not_finite_are_refused_by_name(value):
 
 def test_weights_that_are_no_floating_point_numbers_are_refused_by_name():
     arrays = arrays_of(TRANSFORMER)
-    config = transformer_config(arrays, num_codes=64)
+    config = transformer_config(arrays, codebook_size=64)
     with pytest.raises(ValueError, match=f"{QUERY}/bias: floating point numbers are needed, got int32"):
         transformer_weights(arrays | {f"{QUERY}/bias": np.ones((4, 16), np.int32)}, config)
 
 
-@pytest.mark.parametrize("num_codes", [74, 75, 1024])
-def test_a_codebook_that_leaves_no_class_is_refused(num_codes):
-    with pytest.raises(ValueError, match=f"{num_codes} codes .* got 75; this transformer and this tokenizer do not"):
-        transformer_config(arrays_of(TRANSFORMER), num_codes=num_codes)
+@pytest.mark.parametrize("codebook_size", [74, 75, 1024])
+def test_a_codebook_that_leaves_no_class_is_refused(codebook_size):
+    with pytest.raises(
+        ValueError, match=f"{codebook_size} codes .* got 75; this transformer and this tokenizer do not"
+    ):
+        transformer_config(arrays_of(TRANSFORMER), codebook_size=codebook_size)
 
 
 @pytest.mark.parametrize("positions", [1, 2, 16, 18])
@@ -263,10 +267,10 @@ def test_a_grid_that_is_not_square_is_refused(positions):
     name = "Embed_0/position_embeddings/embedding"
     arrays = arrays_of(TRANSFORMER) | {name: np.zeros((positions, 64), np.float32)}
     if positions == 2:  # one token is a square
-        assert transformer_config(arrays, num_codes=64).grid == (1, 1)
+        assert transformer_config(arrays, codebook_size=64).grid == (1, 1)
         return
     with pytest.raises(ValueError, match=f"a square of tokens are needed .*, got {positions}"):
-        transformer_config(arrays, num_codes=64)
+        transformer_config(arrays, codebook_size=64)
 
 
 @pytest.mark.parametrize(
@@ -281,14 +285,14 @@ def test_a_grid_that_is_not_square_is_refused(positions):
 )
 def test_sizes_that_cannot_be_are_refused(name, shape):
     with pytest.raises(ValueError, match=f"{name}: [23] axes of sizes in"):
-        transformer_config(arrays_of(TRANSFORMER) | {name: np.empty(shape, np.float32)}, num_codes=64)
+        transformer_config(arrays_of(TRANSFORMER) | {name: np.empty(shape, np.float32)}, codebook_size=64)
 
 
 def test_a_network_is_not_built_before_its_arrays_are_known_to_be_there():
     arrays = arrays_of(TRANSFORMER)
     wide = {"TransformerLayer_0/Mlp_0/intermediate_output/kernel": np.broadcast_to(np.float32(0), (64, 1 << 20))}
     deep = {f"TransformerLayer_{number}/x": np.zeros(1, np.float32) for number in range(200)}
-    config = transformer_config(arrays | wide | deep, num_codes=64)  # of 50 GB
+    config = transformer_config(arrays | wide | deep, codebook_size=64)  # of 50 GB
     with pytest.raises(ValueError, match=r"missing: .*left over: .*of another shape"):
         transformer_weights(arrays | wide | deep, config)
     broad = {"decoder/Conv_0/kernel": np.broadcast_to(np.float32(0), (3, 3, 32, 1 << 20))}
@@ -308,7 +312,7 @@ def test_files_of_the_wrong_part_are_named():
     with pytest.raises(ValueError, match="those of a transformer; name that file with --transformer"):
         tokenizer_config(transformer)
     with pytest.raises(ValueError, match="those of a tokenizer; name that file with --tokenizer"):
-        transformer_config(tokenizer, num_codes=64)
+        transformer_config(tokenizer, codebook_size=64)
     with pytest.raises(
         ValueError, match=r"released tokenizer are needed, got Conv_0, .* and .* more; name another file"
     ):

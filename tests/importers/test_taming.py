@@ -257,7 +257,7 @@ def test_sizes_of_the_published_taming_tokenizers_are_read_off(codes):
     config = tokenizer_config(tensors)
     quantizer = {"name": "gradient", "commitment": 1.0, "codebook_weight": 0.25, "entropy_weight": 0.0}
     assert config == VQGANConfig(
-        3, num_codes=codes, layout="taming", attention_levels=(4,), latent_width=256, quantizer=quantizer
+        3, codebook_size=codes, layout="taming", attention_levels=(4,), latent_channels=256, quantizer=quantizer
     )
     assert sum(weight.numel() for weight in tokenizer_weights(tensors, config).values()) == 71_879_555 + 256 * codes
 
@@ -269,7 +269,13 @@ def test_sizes_of_the_published_llamagen_tokenizer_are_read_off():
     assert layout_of(tensors).name == "LlamaGen"
     quantizer = {"name": "gradient", "commitment": 0.25, "codebook_weight": 1.0, "entropy_weight": 0.0}
     assert config == VQGANConfig(
-        3, num_codes=16384, code_width=8, layout="taming", attention_levels=(4,), latent_width=256, quantizer=quantizer
+        3,
+        codebook_size=16384,
+        code_dim=8,
+        layout="taming",
+        attention_levels=(4,),
+        latent_channels=256,
+        quantizer=quantizer,
     )
     assert sum(weight.numel() for weight in tokenizer_weights(tensors, config).values()) == 71_883_403
 
@@ -476,7 +482,7 @@ REFUSED = {
                 }
             )
         ),
-        r"network groups: every width \(24, 48\).* got 32",
+        r"network num_groups must divide every width \(24, 48\).* got 32",
     ),
 }
 
@@ -553,7 +559,7 @@ def test_training_goes_on_from_an_imported_tokenizer(layout, memory_format, tmp_
     folder = import_taming(save(reference(layout), tmp_path / "a.pt"), tmp_path / "out", image_size=16).folder
     start = load_tokenizer(folder).network
     adversarial = AdversarialConfig(
-        DiscriminatorConfig(channel_multiplier=1 / 64), loss="hinge", weight_rule="adaptive", r1_cost=0
+        DiscriminatorConfig(channel_multiplier=1 / 64), loss="hinge", weight_rule="adaptive", r1_weight=0
     )
     module = tokenizer_model(
         start.config, image_size=16, rate=LearningRate(1e-4), adversarial=adversarial, memory_format=memory_format,
@@ -578,8 +584,8 @@ def test_stage_2_trains_on_an_imported_tokenizer(layout, tiny_shards, tmp_path):
     folder = import_taming(save(reference(layout), tmp_path / "a.pt"), tmp_path / "out", image_size=8).folder
     config = TransformerConfig(32, 3, (4, 4), 16, 1, 2, 32)
     check_tokenizer(config, load_tokenizer(folder))
-    with pytest.raises(ValueError, match="num_codes"):
-        check_tokenizer(replace(config, num_codes=16), load_tokenizer(folder))
+    with pytest.raises(ValueError, match="codebook_size"):
+        check_tokenizer(replace(config, codebook_size=16), load_tokenizer(folder))
     module = masked_model(config, folder, decoding=DecodingConfig(num_steps=4))
     sizes = {"image_size": 8, "global_batch": 8, "max_batch_per_device": 8, "validation_batch": 8}
     trainer = trainer_of_two_steps(use_distributed_sampler=False)

@@ -10,8 +10,8 @@ from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.networks.transformer_block import KVCache
 from tests.conftest import random_transformer
 
-CONFIG = TransformerConfig(16, 3, (4, 4), width=32, depth=2, num_heads=4, mlp_width=64, attention="causal")
-N, K = CONFIG.num_tokens, CONFIG.num_codes
+CONFIG = TransformerConfig(16, 3, (4, 4), embed_dim=32, depth=2, num_heads=4, mlp_dim=64, attention="causal")
+N, K = CONFIG.num_tokens, CONFIG.codebook_size
 
 
 @pytest.fixture(scope="module")

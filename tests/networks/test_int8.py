@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from maskgit_pl.networks.int8 import Int8Linear, quantized
 from maskgit_pl.networks.transformer import ContextCache, MaskedTransformer, TransformerConfig
 
-CONFIG = TransformerConfig(64, 3, (8, 8), width=128, depth=3, num_heads=4, mlp_width=512)
+CONFIG = TransformerConfig(64, 3, (8, 8), embed_dim=128, depth=3, num_heads=4, mlp_dim=512)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,13 @@ def test_every_linear_layer_of_the_blocks_is_rounded_and_nothing_else(networks):
     names = {name for name, module in networks[1].named_modules() if isinstance(module, Int8Linear)}
     assert len(names) == 4 * CONFIG.depth + 1  # the last block's queries are apart
     left = {name for name, _ in networks[1].named_parameters() if "norm" not in name}
-    assert left == {"words.weight", "positions.weight", "head_dense.weight", "head_dense.bias", "head_bias"}
+    assert left == {
+        "token_embedding.weight",
+        "position_embedding.weight",
+        "head_dense.weight",
+        "head_dense.bias",
+        "head_bias",
+    }
 
 
 @pytest.mark.parametrize("sign", [1, -1])

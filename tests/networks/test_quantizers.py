@@ -21,7 +21,7 @@ def rows_of(part):
 @pytest.fixture(params=quantizers.names())
 def quantizer(request):
     torch.manual_seed(0)
-    return quantizers.build(request.param).create(num_codes=8, code_width=6)
+    return quantizers.build(request.param).create(codebook_size=8, code_dim=6)
 
 
 def test_the_output_has_the_shapes_of_the_contract(quantizer):
@@ -55,13 +55,13 @@ def test_the_loss_draws_the_encoder_to_its_codes(quantizer):
 
 
 def test_the_lowest_of_equally_near_codes_wins():
-    quantizer = GradientQuantizerSpec().create(num_codes=4, code_width=2)
+    quantizer = GradientQuantizerSpec().create(codebook_size=4, code_dim=2)
     quantizer.codebook.data.zero_()
     assert quantizer.nearest(torch.randn(2, 2, 3, 3)).max() == 0
 
 
 def test_distances_keep_float32_under_autocast():
-    quantizer = GradientQuantizerSpec().create(num_codes=8, code_width=6)
+    quantizer = GradientQuantizerSpec().create(codebook_size=8, code_dim=6)
     plain = quantizer.distances(rows_of(features()))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(quantizer.distances(rows_of(features())), plain)
@@ -69,7 +69,7 @@ def test_distances_keep_float32_under_autocast():
 
 def test_the_gradient_quantizers_loss_is_its_three_parts():
     spec = GradientQuantizerSpec(commitment=0.5, codebook_weight=2.0, entropy_weight=0.3, entropy_temperature=0.7)
-    quantizer = spec.create(num_codes=8, code_width=6)
+    quantizer = spec.create(codebook_size=8, code_dim=6)
     rows = rows_of(features())
     distances = torch.cdist(rows, quantizer.codebook).square()
     error = F.mse_loss(quantizer.codebook[distances.argmin(1)], rows)
@@ -81,7 +81,7 @@ def test_the_gradient_quantizers_loss_is_its_three_parts():
 
 def test_the_encoder_is_drawn_by_the_commitment_and_the_codes_by_their_own_weight():
     spec = GradientQuantizerSpec(commitment=0.5, codebook_weight=2.0, entropy_weight=0.0)
-    quantizer = spec.create(num_codes=8, code_width=6)
+    quantizer = spec.create(codebook_size=8, code_dim=6)
     inputs = features().requires_grad_()
     output = quantizer(inputs)
     output.loss.backward()
@@ -94,14 +94,14 @@ def test_the_encoder_is_drawn_by_the_commitment_and_the_codes_by_their_own_weigh
 
 
 def test_codes_start_uniform_within_the_released_bound():
-    codebook = GradientQuantizerSpec().create(num_codes=1024, code_width=64).codebook
+    codebook = GradientQuantizerSpec().create(codebook_size=1024, code_dim=64).codebook
     assert 0.053 < codebook.abs().max().item() <= (3 / 1024) ** 0.5
     assert codebook.std().item() == pytest.approx(1024**-0.5, rel=0.02)
 
 
 def test_the_ema_codebook_follows_the_direct_formula():
     torch.manual_seed(0)
-    quantizer = EMAQuantizerSpec(decay=0.8, restart_below=0.0).create(num_codes=4, code_width=6)
+    quantizer = EMAQuantizerSpec(decay=0.8, restart_below=0.0).create(codebook_size=4, code_dim=6)
     counts, sums = torch.full((4,), 5.0), torch.randn(4, 6)
     quantizer.counts.copy_(counts)
     quantizer.sums.copy_(sums)
@@ -115,7 +115,7 @@ def test_the_ema_codebook_follows_the_direct_formula():
 
 
 def test_dead_codes_restart_from_outputs_of_the_batch():
-    quantizer = EMAQuantizerSpec().create(num_codes=8, code_width=6)
+    quantizer = EMAQuantizerSpec().create(codebook_size=8, code_dim=6)
     quantizer.codebook.fill_(100.0)
     quantizer.codebook[0] = 0.0  # everything goes to code 0
     quantizer.counts.copy_(torch.tensor([60.0] + [0.0] * 7))
@@ -132,7 +132,7 @@ def test_dead_codes_restart_from_outputs_of_the_batch():
 @pytest.mark.parametrize("mean", [0.3, 1e4])
 def test_codes_that_are_never_used_stay_means_of_features(mean, decay, restart_below):
     torch.manual_seed(0)
-    quantizer = EMAQuantizerSpec(decay=decay, restart_below=restart_below).create(num_codes=32, code_width=2)
+    quantizer = EMAQuantizerSpec(decay=decay, restart_below=restart_below).create(codebook_size=32, code_dim=2)
     for step in range(180):
         part = mean * (1 + 0.01 * features(batch=1, width=2, seed=step)[..., :1].tanh())  # 3 features for 32 codes
         output = quantizer(part)
@@ -142,7 +142,7 @@ def test_codes_that_are_never_used_stay_means_of_features(mean, decay, restart_b
 
 def test_a_restarted_code_that_wins_features_stays_and_follows_them():
     torch.manual_seed(0)
-    quantizer = EMAQuantizerSpec(decay=0.8, restart_below=0.3).create(num_codes=8, code_width=6)
+    quantizer = EMAQuantizerSpec(decay=0.8, restart_below=0.3).create(codebook_size=8, code_dim=6)
     output = quantizer(features())
     quantizer.update([output.tokens], [output.features], seed=0, step=0)  # all codes are new
     restarted, fresh = quantizer.codebook.clone(), 2 * 0.3 * 60 / 8
@@ -156,7 +156,7 @@ def test_a_restarted_code_that_wins_features_stays_and_follows_them():
 
 
 def test_a_restarted_code_that_wins_nothing_is_restarted_again():
-    quantizer = EMAQuantizerSpec(decay=0.4, restart_below=0.3).create(num_codes=2, code_width=6)
+    quantizer = EMAQuantizerSpec(decay=0.4, restart_below=0.3).create(codebook_size=2, code_dim=6)
     quantizer.counts.copy_(torch.tensor([60.0, 0.0]))
     quantizer.codebook[1] = 100.0
     output = quantizer(features())
@@ -170,7 +170,7 @@ def test_a_restarted_code_that_wins_nothing_is_restarted_again():
 def test_restarts_depend_on_seed_and_step_and_not_on_torchs_generator():
     def codebook(seed, step, torch_seed):
         torch.manual_seed(1)
-        quantizer = EMAQuantizerSpec().create(num_codes=8, code_width=6)
+        quantizer = EMAQuantizerSpec().create(codebook_size=8, code_dim=6)
         torch.manual_seed(torch_seed)
         output = quantizer(features())
         quantizer.update([output.tokens], [output.features], seed=seed, step=step)
@@ -225,7 +225,7 @@ def entropy_gradient(inputs):
 
 def ema_codebook(parts):
     torch.manual_seed(0)
-    quantizer = EMAQuantizerSpec(restart_below=0.3).create(num_codes=8, code_width=6)
+    quantizer = EMAQuantizerSpec(restart_below=0.3).create(codebook_size=8, code_dim=6)
     for step in range(4):
         outputs = [quantizer(part + step) for part in parts]
         quantizer.update([o.tokens for o in outputs], [o.features for o in outputs], seed=0, step=step)

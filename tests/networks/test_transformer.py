@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from maskgit_pl.networks.transformer import ContextCache, MaskedTransformer, TransformerConfig
 
-SMALL = TransformerConfig(16, 3, (3, 4), width=32, depth=3, num_heads=4, mlp_width=64)
+SMALL = TransformerConfig(16, 3, (3, 4), embed_dim=32, depth=3, num_heads=4, mlp_dim=64)
 
 
 def network(config: TransformerConfig = SMALL, *, seed: int = 0) -> MaskedTransformer:
@@ -33,8 +33,8 @@ def test_the_defaults_have_as_many_parameters_as_the_released_models(grid, param
     with torch.device("meta"):
         made = MaskedTransformer(TransformerConfig(1024, 1000, grid, class_dropout=0.0))
     assert sum(parameter.numel() for parameter in made.parameters()) == parameters
-    assert made.words.weight.shape == (2025, 768)
-    assert made.positions.weight.shape == (grid[0] * grid[1] + 1, 768)
+    assert made.token_embedding.weight.shape == (2025, 768)
+    assert made.position_embedding.weight.shape == (grid[0] * grid[1] + 1, 768)
     assert not list(made.buffers())
 
 
@@ -52,14 +52,14 @@ def test_vocabulary_rows_are_codes_classes_null_class_and_the_mask_token_last():
 def test_a_forward_reads_the_word_rows_of_its_codes_its_class_and_the_mask(label):
     made = network()
     tokens = torch.tensor([[0, 5, SMALL.mask_token_id, 15] * 3])
-    embedded = made.words(tokens).detach()
+    embedded = made.token_embedding(tokens).detach()
     seen: list[Tensor] = []
     made.embedding_norm.register_forward_pre_hook(lambda module, given: seen.append(given[0].detach()))
     made(tokens, torch.tensor([label]))
-    words = seen[0] - made.positions.weight.detach()
-    torch.testing.assert_close(words[0, 0], made.words.weight.detach()[16 + label])
+    words = seen[0] - made.position_embedding.weight.detach()
+    torch.testing.assert_close(words[0, 0], made.token_embedding.weight.detach()[16 + label])
     torch.testing.assert_close(words[:, 1:], embedded)
-    torch.testing.assert_close(words[0, 3], made.words.weight.detach()[-1])
+    torch.testing.assert_close(words[0, 3], made.token_embedding.weight.detach()[-1])
 
 
 def test_logits_are_of_codes_unless_the_whole_vocabulary_is_asked_for():
@@ -98,7 +98,7 @@ def rows_seen(block: nn.Module) -> Iterator[dict[str, int]]:
         block.get_submodule(name).register_forward_hook(
             lambda module, given, output, name=name: seen.update({name: output.shape[1]})
         )
-        for name in ("attention_output", "mlp_output")
+        for name in ("proj", "fc2")
     ]
     yield seen
     for hook in hooks:
@@ -109,7 +109,7 @@ def test_the_last_block_computes_queries_and_what_follows_where_it_is_asked_alon
     made = network()
     positions = torch.tensor([[0, 11, 5], [3, 2, 1], [7, 7, 0], [10, 4, 9]])
     queries: list[Tensor] = []
-    last = made.blocks[-1].query_key_value
+    last = made.blocks[-1].qkv
     whole = last.query
     last.query = lambda x: queries.append(x) or whole(x)
     with rows_seen(made.blocks[-1]) as seen, rows_seen(made.blocks[0]) as before:
@@ -189,12 +189,12 @@ def test_the_word_table_gets_gradient_through_both_of_its_uses():
     made = network()
     tokens, labels = torch.full((2, 12), SMALL.mask_token_id), torch.tensor([1, 1])
     made(tokens, labels, vocabulary="all").square().sum().backward()
-    gradient = made.words.weight.grad
+    gradient = made.token_embedding.weight.grad
     assert gradient is not None
     assert (gradient[0].abs().sum() > 0).item()  # code 0 is nowhere in the input: the head's use
     made.zero_grad()
     made(tokens, labels, vocabulary="codes").square().sum().backward()
-    gradient = made.words.weight.grad
+    gradient = made.token_embedding.weight.grad
     assert gradient is not None
     used = gradient.abs().sum(1) > 0
     assert used.tolist() == [True] * 16 + [False, True, False, False, True]  # head: codes; input: class 1 and the mask
@@ -205,7 +205,7 @@ def test_the_head_is_tied_to_the_word_table_with_a_bias_of_its_own():
     hidden: list[Tensor] = []
     made.head_norm.register_forward_hook(lambda module, given, output: hidden.append(output))
     logits = made(*inputs(), vocabulary="all")
-    torch.testing.assert_close(logits, hidden[0] @ made.words.weight.T + made.head_bias)
+    torch.testing.assert_close(logits, hidden[0] @ made.token_embedding.weight.T + made.head_bias)
 
 
 def test_every_layer_norm_has_the_released_epsilon():
@@ -217,7 +217,7 @@ def test_every_layer_norm_has_the_released_epsilon():
 def test_weights_start_from_a_normal_truncated_at_two_deviations_and_biases_from_0():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        made = MaskedTransformer(dataclasses.replace(SMALL, width=128, mlp_width=256))
+        made = MaskedTransformer(dataclasses.replace(SMALL, embed_dim=128, mlp_dim=256))
     for name, parameter in made.named_parameters():
         if "norm" in name:
             assert set(parameter.unique().tolist()) == {1.0 if name.endswith("weight") else 0.0}, name
@@ -233,12 +233,12 @@ def test_a_block_is_post_norm_with_the_tanh_gelu():
     block = network().blocks[0]
     x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(2))
     query, key, value = (
-        part.view(2, 5, 4, 8).transpose(1, 2) for part in block.query_key_value(x).chunk(3, dim=-1)
+        part.view(2, 5, 4, 8).transpose(1, 2) for part in block.qkv(x).chunk(3, dim=-1)
     )  # packed as query, key, value; heads are the major index of each
     attention = (query @ key.transpose(2, 3) / 8**0.5).softmax(-1) @ value
-    x = block.attention_norm(x + block.attention_output(attention.transpose(1, 2).reshape(2, 5, 32)))
-    hidden = nn.functional.gelu(block.mlp_hidden(x), approximate="tanh")
-    expected = block.mlp_norm(x + block.mlp_output(hidden))
+    x = block.attention_norm(x + block.proj(attention.transpose(1, 2).reshape(2, 5, 32)))
+    hidden = nn.functional.gelu(block.fc1(x), approximate="tanh")
+    expected = block.mlp_norm(x + block.fc2(hidden))
     x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(2))
     torch.testing.assert_close(block(x), expected, rtol=1e-5, atol=1e-5)
 
@@ -255,14 +255,14 @@ def test_dropout_acts_in_training_alone():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_codes": 0}, r"transformer num_codes must be an integer in \[1, 16777216\], got 0"),
+        ({"codebook_size": 0}, r"transformer codebook_size must be an integer in \[1, 16777216\], got 0"),
         ({"num_classes": 0}, "transformer num_classes must be an integer in"),
         ({"depth": 0}, "transformer depth must be an integer in"),
         ({"depth": 10**7}, r"transformer depth must be an integer in \[1, 1024\], got 10000000"),
         ({"depth": 2.0}, "transformer depth must be an integer in .* got 2.0"),
-        ({"width": 2**40}, "transformer width must be an integer in .* got 1099511627776"),
-        ({"mlp_width": -1}, "transformer mlp_width must be an integer in .* got -1"),
-        ({"num_heads": 5}, "transformer width must be a multiple of num_heads 5, got 32"),
+        ({"embed_dim": 2**40}, "transformer embed_dim must be an integer in .* got 1099511627776"),
+        ({"mlp_dim": -1}, "transformer mlp_dim must be an integer in .* got -1"),
+        ({"num_heads": 5}, "transformer embed_dim must be a multiple of num_heads 5, got 32"),
         ({"grid": (3, 0)}, r"transformer grid must be an integer in \[1, 256\], got 0"),
         ({"grid": (3, 3, 3)}, "transformer grid must be two numbers"),
         ({"dropout": 1.0}, r"transformer dropout must be a number in \[0, 1\), got 1.0"),

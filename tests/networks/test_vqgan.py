@@ -10,14 +10,20 @@ import torch.nn.functional as F
 from maskgit_pl.networks.taming import PaddedDownsample, SelfAttention, TamingResidualBlock
 from maskgit_pl.networks.vqgan import VQGAN, ResidualBlock, StridedDownsample, VQGANConfig
 
-SMALL = {"channels": 8, "multipliers": (1, 2), "blocks_per_level": 1, "middle_blocks": 1, "groups": 4}
+SMALL = {
+    "base_channels": 8,
+    "channel_multipliers": (1, 2),
+    "num_res_blocks": 1,
+    "num_middle_blocks": 1,
+    "num_groups": 4,
+}
 
 
 def small(**changes):
-    return VQGANConfig(1, **{**SMALL, "num_codes": 16, "code_width": 8, **changes})
+    return VQGANConfig(1, **{**SMALL, "codebook_size": 16, "code_dim": 8, **changes})
 
 
-TAMING = {**SMALL, "middle_blocks": 2, "layout": "taming", "attention_levels": (1,), "latent_width": 6}
+TAMING = {**SMALL, "num_middle_blocks": 2, "layout": "taming", "attention_levels": (1,), "latent_channels": 6}
 
 
 def taming(**changes):
@@ -42,7 +48,7 @@ def test_the_default_sizes_have_the_released_parameter_counts():
 @pytest.mark.parametrize("downsampling", ["average", "strided"])
 @pytest.mark.parametrize("size", [(28, 28), (32, 16), (30, 14), (7, 9)])
 def test_any_image_size_is_reconstructed_at_its_size(downsampling, size):
-    network = VQGAN(small(multipliers=(1, 1, 2), downsampling=downsampling))
+    network = VQGAN(small(channel_multipliers=(1, 1, 2), downsampling=downsampling))
     images = torch.rand(2, 1, *size)
     height, width = network.grid(size)
     assert network(images).reconstruction.shape == images.shape
@@ -51,9 +57,9 @@ def test_any_image_size_is_reconstructed_at_its_size(downsampling, size):
 
 def test_28_pixels_become_7_by_7_tokens_with_any_way_to_reduce_by_4():
     for changes in (
-        {"multipliers": (1, 1, 2)},
-        {"multipliers": (1, 2), "patch_size": 2},
-        {"multipliers": (1,), "patch_size": 4},
+        {"channel_multipliers": (1, 1, 2)},
+        {"channel_multipliers": (1, 2), "patch_size": 2},
+        {"channel_multipliers": (1,), "patch_size": 4},
     ):
         network = VQGAN(small(**changes))
         assert network.config.downsampling_factor == 4
@@ -84,7 +90,7 @@ def test_the_strided_convolution_pads_as_same_does(size, after):
 
 
 def test_convolutions_start_with_the_truncated_lecun_normal():
-    weight = VQGAN(VQGANConfig(3, channels=64, multipliers=(1,))).encoder.blocks[0].conv1.weight
+    weight = VQGAN(VQGANConfig(3, base_channels=64, channel_multipliers=(1,))).encoder.blocks[0].conv1.weight
     assert weight.std().item() == pytest.approx(math.sqrt(1 / (64 * 9)), rel=0.02)
     assert weight.abs().max() <= 2.3 * math.sqrt(1 / (64 * 9))
 
@@ -92,25 +98,25 @@ def test_convolutions_start_with_the_truncated_lecun_normal():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"groups": 3}, "groups"),
-        ({"channels": 0}, "channels"),
-        ({"num_codes": 1}, "num_codes"),
-        ({"multipliers": ()}, "multipliers"),
-        ({"multipliers": (1,) * 13}, "multipliers must be 1 to 12 integers"),
-        ({"multipliers": (1, 2.5)}, "multipliers must be an integer in .* got 2.5"),
-        ({"blocks_per_level": 10**9}, r"blocks_per_level must be an integer in \[1, 64\], got 1000000000"),
+        ({"num_groups": 3}, "groups"),
+        ({"base_channels": 0}, "base_channels"),
+        ({"codebook_size": 1}, "codebook_size"),
+        ({"channel_multipliers": ()}, "channel_multipliers"),
+        ({"channel_multipliers": (1,) * 13}, "channel_multipliers must be 1 to 12 integers"),
+        ({"channel_multipliers": (1, 2.5)}, "channel_multipliers must be an integer in .* got 2.5"),
+        ({"num_res_blocks": 10**9}, r"num_res_blocks must be an integer in \[1, 64\], got 1000000000"),
         ({"initial_scale": math.inf}, "initial_scale must be a finite number"),
         ({"downsampling": "max"}, "downsampling"),
         ({"activation": "gelu"}, "activation"),
         ({"quantizer": "emma"}, "'ema'"),
         ({"layout": "unet"}, "layout must be one of maskgit, taming, got 'unet'"),
         ({"attention_levels": (1,)}, r"attention_levels must be \(\) in layout 'maskgit', got \(1,\)"),
-        ({"latent_width": 8}, "latent_width must be None in layout 'maskgit'"),
-        ({**TAMING, "latent_width": None}, "latent_width of layout 'taming' must be an integer"),
-        ({**TAMING, "latent_width": 0}, "latent_width"),
+        ({"latent_channels": 8}, "latent_channels must be None in layout 'maskgit'"),
+        ({**TAMING, "latent_channels": None}, "latent_channels of layout 'taming' must be an integer"),
+        ({**TAMING, "latent_channels": 0}, "latent_channels"),
         ({**TAMING, "attention_levels": (2,)}, r"attention_levels must .*\[0, 1\].* got \[2\]"),
         ({**TAMING, "attention_levels": (1, 1)}, "attention_levels must be different"),
-        ({**TAMING, "middle_blocks": 1}, "middle_blocks must be 2 in layout 'taming', got 1"),
+        ({**TAMING, "num_middle_blocks": 1}, "num_middle_blocks must be 2 in layout 'taming', got 1"),
         ({**TAMING, "downsampling": "strided"}, "downsampling must be 'average' in layout 'taming'"),
         ({**TAMING, "activation": "relu"}, "activation must be 'swish' in layout 'taming'"),
         ({**TAMING, "patch_size": 2}, "patch_size must be 1 in layout 'taming'"),
@@ -128,7 +134,7 @@ def test_an_image_that_patches_do_not_cover_is_refused():
 
 @pytest.mark.parametrize("size", [30, (28, 31)])
 def test_an_image_that_the_strides_of_taming_would_cut_is_refused(size):
-    network = VQGAN(taming(multipliers=(1, 1, 2)))
+    network = VQGAN(taming(channel_multipliers=(1, 1, 2)))
     with pytest.raises(ValueError, match="multiple of the downsampling factor 4, got 3"):
         network.grid(size)
     height, width = (size, size) if isinstance(size, int) else size
@@ -137,13 +143,13 @@ def test_an_image_that_the_strides_of_taming_would_cut_is_refused(size):
 
 
 def test_lists_from_yaml_are_kept_as_tuples():
-    assert small(multipliers=[1, 2]) == small(multipliers=(1, 2))
+    assert small(channel_multipliers=[1, 2]) == small(channel_multipliers=(1, 2))
     assert taming(attention_levels=[1]) == taming(attention_levels=(1,))
 
 
 def test_the_full_size_taming_layout_has_the_published_structure():
     with torch.device("meta"):
-        network = VQGAN(VQGANConfig(3, layout="taming", attention_levels=(4,), latent_width=256))
+        network = VQGAN(VQGANConfig(3, layout="taming", attention_levels=(4,), latent_channels=256))
     assert [name for name, module in network.encoder.blocks.named_children() if isinstance(module, SelfAttention)] == [
         "13", "15", "17",
     ]  # fmt: skip
@@ -227,9 +233,9 @@ def test_the_taming_layout_gives_the_same_in_any_memory_format(memory_format):
 @pytest.mark.parametrize(
     "config",
     [
-        small(channels=16, multipliers=(1,), patch_size=4),
-        small(channels=16, multipliers=(1,), patch_size=4, quantizer="ema"),
-        taming(multipliers=(1, 1), quantizer="ema"),
+        small(base_channels=16, channel_multipliers=(1,), patch_size=4),
+        small(base_channels=16, channel_multipliers=(1,), patch_size=4, quantizer="ema"),
+        taming(channel_multipliers=(1, 1), quantizer="ema"),
     ],
     ids=["gradient", "ema", "taming"],
 )

@@ -70,7 +70,8 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_it_cannot_follow_is_refused_before_anything_is_drawn(pipe, name, tmp_path) -> None:
-    message = r"(num_steps|token_selector|mask_schedule|tokens_per_step|context_cache): an autoregr.*; leave it out"
+    names = "num_steps|token_selector|mask_schedule|tokens_per_step|context_cache"
+    message = rf"({names}) must .* for an autoregressive model.*; leave it out"
     steps: list[object] = []
     with pytest.raises(ValueError, match=message):
         pipe.generate([0], **{name: REFUSED[name]}, callback=steps.append)
@@ -82,19 +83,19 @@ def test_what_it_cannot_follow_is_refused_before_anything_is_drawn(pipe, name, t
 
 def test_editing_is_refused_by_name(pipe) -> None:
     image, mask = torch.zeros(1, 8, 8, dtype=torch.uint8), torch.ones(8, 8, dtype=torch.bool)
-    rule = "a model with bidirectional attention is needed, .* got an autoregressive one, .* take another run"
-    with pytest.raises(ValueError, match=f"inpaint: {rule}"):
+    rule = "requires a model with bidirectional attention, .* got an autoregressive one; choose another run"
+    with pytest.raises(ValueError, match=f"inpaint {rule}"):
         pipe.inpaint(image, mask, classes=[0])
-    with pytest.raises(ValueError, match=f"edit_class: {rule}"):
+    with pytest.raises(ValueError, match=f"edit_class {rule}"):
         pipe.edit_class(image, (0, 0, 4, 4), 1)
-    with pytest.raises(ValueError, match=f"outpaint: {rule}"):
+    with pytest.raises(ValueError, match=f"outpaint {rule}"):
         pipe.outpaint(image, left=2, classes=[0])
-    with pytest.raises(ValueError, match=f"panorama: {rule}"):
+    with pytest.raises(ValueError, match=f"panorama {rule}"):
         pipe.panorama([0], 16)
 
 
 def test_a_decoding_of_another_kind_of_model_is_refused(tiny_pretrained) -> None:
-    with pytest.raises(ValueError, match="token_selector must be set for a model that decodes in parallel, got None"):
+    with pytest.raises(ValueError, match="token_selector must be a name or a mapping for parallel decoding, got None"):
         MaskGIT.from_pretrained(tiny_pretrained).generate([0], decoding=AutoregressiveDecoding().to_config(N))
 
 

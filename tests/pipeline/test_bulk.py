@@ -217,7 +217,7 @@ def test_another_process_may_be_quicker_to_put_the_file_together(pipe: MaskGIT, 
         ({"seed": 2**32 - 4}, r"seed and all seeds after it must be in \[0, 2\*\*32\), got 4294967292 to 4294967296"),
         ({"classes": [1, 1]}, "classes must be different"),
         ({"classes": ["Trousers"]}, "did you mean 'Trouser'"),
-        ({"num_steps": 17}, "num_steps: at most the 16 tokens"),
+        ({"num_steps": 17}, "num_steps must be <= 16"),
         ({"token_selector": "confidnce"}, "did you mean 'confidence'"),
     ],
 )

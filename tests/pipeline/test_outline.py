@@ -30,7 +30,7 @@ def test_a_tuned_decoding_is_the_one_that_counts(tmp_path: Path) -> None:
     [
         ("tokenizer", ("image_size",), "8"),
         ("tokenizer", ("network", "patch_size"), "a" * 100),
-        ("tokenizer", ("network", "multipliers"), [1] * 70000),
+        ("tokenizer", ("network", "channel_multipliers"), [1] * 70000),
         ("tokenizer", ("network",), None),
         ("transformer", ("network", "grid"), [4]),
         ("transformer", ("network", "grid"), [4, 10**9]),

@@ -1,4 +1,4 @@
-"""What ``maskgit doctor`` says of memory, arithmetic and disk against a run that is really trained."""
+"""Estimates of memory, FLOPs and disk space equal those of a real training run."""
 
 from pathlib import Path
 
@@ -18,7 +18,9 @@ from tests.conftest import flags
 from tests.modules import masked_model, tokenizer_model
 
 TINY = Path(__file__).parents[1] / "tiny"
-VQGAN = VQGANConfig(1, channels=32, multipliers=(1, 2), blocks_per_level=1, groups=8, num_codes=16, code_width=8)
+VQGAN = VQGANConfig(
+    1, base_channels=32, channel_multipliers=(1, 2), num_res_blocks=1, num_groups=8, codebook_size=16, code_dim=8
+)
 OPPONENT = AdversarialConfig(DiscriminatorConfig(channel_multiplier=1 / 8), start_step=3, r1_every=2, lecam_weight=0.1)
 
 
@@ -80,7 +82,7 @@ def test_more_images_take_as_many_times_as_much():
 
 
 def train(stage: str, tmp_path: Path, shards: Path, *more: str) -> int:
-    """Bytes of the checkpoint of a run of one step."""
+    """Trains one step, and returns the size of its checkpoint in bytes."""
     tiny = flags(yaml.safe_load((TINY / f"{stage}.yaml").read_text()))
     words = ["--data", str(shards), "--runs-folder", str(tmp_path), "--run", "one", *tiny, *more]
     assert main(["train", stage, *words]) == 0
@@ -89,11 +91,16 @@ def train(stage: str, tmp_path: Path, shards: Path, *more: str) -> int:
 
 
 def test_the_size_of_a_checkpoint_of_stage_1(tmp_path, tiny_shards):
-    sizes = ["--model.network.channels=32", "--model.network.multipliers=[1,2]", "--model.network.groups=8"]
+    sizes = [
+        "--model.network.base_channels=32",
+        "--model.network.channel_multipliers=[1,2]",
+        "--model.network.num_groups=8",
+    ]
     opponent = "--model.adversarial={discriminator: {channel_multiplier: 0.125}}"
     size = train("tokenizer", tmp_path, tiny_shards, *sizes, opponent)
     config = VQGANConfig(
-        1, channels=32, multipliers=(1, 2), blocks_per_level=1, middle_blocks=1, groups=8, num_codes=16, code_width=4,
+        1, base_channels=32, channel_multipliers=(1, 2), num_res_blocks=1, num_middle_blocks=1, num_groups=8,
+        codebook_size=16, code_dim=4,
         quantizer="ema",
     )  # fmt: skip
     module = tokenizer_model(config, image_size=8, adversarial=OPPONENT)
@@ -101,16 +108,16 @@ def test_the_size_of_a_checkpoint_of_stage_1(tmp_path, tiny_shards):
 
 
 def test_the_size_of_a_checkpoint_of_stage_2(tmp_path, tiny_shards, tiny_pretrained):
-    sizes = ["--model.network.width=64", "--model.network.mlp_width=256", "--model.network.depth=3"]
+    sizes = ["--model.network.embed_dim=64", "--model.network.mlp_dim=256", "--model.network.depth=3"]
     named = ["--tokenizer", str(tiny_pretrained / "tokenizer")]
     size = train("transformer", tmp_path, tiny_shards, *named, *sizes)
-    config = TransformerConfig(16, 3, (4, 4), width=64, depth=3, num_heads=2, mlp_width=256)
+    config = TransformerConfig(16, 3, (4, 4), embed_dim=64, depth=3, num_heads=2, mlp_dim=256)
     module = masked_model(config, "", ema_decay=0.9)
     assert TransformerCosts("fsdp", 8, module=module).checkpoint() == pytest.approx(size, rel=0.02)
 
 
 def test_encoding_on_the_fly_costs_memory_and_work():
-    module = masked_model(TransformerConfig(16, 3, (8, 8), width=16, depth=1, num_heads=2, mlp_width=32), "")
+    module = masked_model(TransformerConfig(16, 3, (8, 8), embed_dim=16, depth=1, num_heads=2, mlp_dim=32), "")
     alone = TransformerCosts("ddp", 2, module=module)
     encodes = TransformerCosts("ddp", 2, module=module, tokenizer=(VQGAN, 16), encodes=True)
     assert encodes.memory(4).frozen > alone.memory(4).frozen == 0
@@ -119,7 +126,7 @@ def test_encoding_on_the_fly_costs_memory_and_work():
 
 
 def test_checkpointing_computes_blocks_again_and_saves_memory():
-    module = masked_model(TransformerConfig(16, 3, (8, 8), width=64, depth=8, num_heads=2, mlp_width=256), "")
+    module = masked_model(TransformerConfig(16, 3, (8, 8), embed_dim=64, depth=8, num_heads=2, mlp_dim=256), "")
     none, blocks = (TransformerCosts("ddp", 2, checkpointing=each, module=module) for each in ("none", "blocks"))
     assert blocks.memory(8).total < none.memory(8).total / 2
     useful, executed = blocks.flops(8)

@@ -1,4 +1,4 @@
-"""Runs from Python: both stages in one process, what the calls give back, and what they leave behind."""
+"""Runs from Python: both stages in one process, the return values, and the files that remain."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ TINY = Path(__file__).parents[1] / "tiny"
 
 
 def recipe(stage: str, **overrides: object) -> runs.Recipe:
-    """The tiny recipe of a stage; ``a__b`` stands for ``a.b``."""
+    """Returns the tiny recipe of a stage; ``a__b`` means ``a.b``."""
     tiny = yaml.safe_load((TINY / f"{stage}.yaml").read_text())
     more = {key.replace("__", "."): value for key, value in overrides.items()}
     return runs.Recipe.read(stage, overrides=flat(tiny) | more)

@@ -1,4 +1,4 @@
-"""Liveness of two ranks in processes of their own."""
+"""The heartbeat of two ranks in separate processes."""
 
 import contextlib
 import multiprocessing
@@ -18,12 +18,12 @@ from maskgit_pl.runs.heartbeat import Ending, Peers
 
 
 def other(port: int, acts: str, ready) -> None:
-    """Rank 1."""
+    """Runs rank 1."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     peers = Peers(1, 2)
     ready.set()
     if acts == "is firewalled":
-        peers._listen_socket.close()  # whoever connects is refused, as by a firewall
+        peers._listen_socket.close()  # connections are refused, as by a firewall
     if acts == "resets":
         connection, _ = peers._listen_socket.accept()
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # as firewalls do
@@ -47,7 +47,7 @@ def other(port: int, acts: str, ready) -> None:
 
 @pytest.fixture
 def begin(monkeypatch):
-    """Starts rank 1, which does something; gives rank 0's peers and the process."""
+    """Starts rank 1 with an action. Returns the peers of rank 0 and the process."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(store.port))
@@ -71,7 +71,7 @@ def begin(monkeypatch):
 
 
 def beats(peers: Peers, count: int = 15) -> Ending | None:
-    """What comes of so many beats; a watchdog takes a second for each."""
+    """Returns the result of several beats, without the pause of a second between them."""
     for _ in range(count):
         ending = peers.beat()
         if ending is not None:
@@ -81,7 +81,7 @@ def beats(peers: Peers, count: int = 15) -> Ending | None:
 
 
 def assert_missed(peers: Peers, process) -> None:
-    """The process has been killed, or kills itself, and the other rank comes to know of it."""
+    """Asserts that rank 0 detects the end of the process."""
     process.join()
     ending = beats(peers)
     assert ending is not None
@@ -95,8 +95,8 @@ def test_a_rank_whose_process_has_ended_is_missed_and_one_that_is_stopped_is_nam
     assert beats(peers) is None
     assert peers.describe_silent() == ""
     os.kill(process.pid, signal.SIGSTOP)
-    assert beats(peers) is None  # it may go on
-    assert re.fullmatch(rf"rank 1 \(.*, process {process.pid}\): not heard of for .* s", peers.describe_silent())
+    assert beats(peers) is None  # it may continue later
+    assert re.fullmatch(rf"rank 1 \(.*, process {process.pid}\): no heartbeat for .* s", peers.describe_silent())
     process.kill()
     assert_missed(peers, process)
 
@@ -131,10 +131,10 @@ def test_a_firewall_that_refuses_connections_is_not_the_end_of_a_rank_that_stand
 
 
 class Wire:
-    """A way to the store that can be cut.
+    """A proxy of the store whose connections can be cut.
 
     Args:
-        port: Of the store.
+        port: Port of the store.
     """
 
     def __init__(self, port: int) -> None:
@@ -144,11 +144,11 @@ class Wire:
 
     @property
     def port(self) -> int:
-        """Its near end."""
+        """The port of the proxy."""
         return self.listener.getsockname()[1]
 
     def cut(self) -> None:
-        """Breaks all connections; new ones can be made."""
+        """Closes all connections; new ones are possible."""
         ends, self._ends = self._ends, []
         for end in ends:
             with contextlib.suppress(OSError):
@@ -196,7 +196,7 @@ def test_a_store_that_is_cut_off_is_found_again_and_missed_when_it_is_gone(monke
     wire.cut()
     ending = beats(again)
     assert ending is not None
-    assert "rank 0, which keeps the store" in ending.text
+    assert "rank 0 (which holds the store)" in ending.text
     for peers in (one, other, again):
         peers.leave()
 

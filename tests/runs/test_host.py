@@ -1,4 +1,4 @@
-"""Rank 0's address and port, and Slurm's variables, as Lightning and the job's script read them."""
+"""Address and port of rank 0 and Slurm's variables, as read by Lightning and by the job script."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Recipes and flags that try to run code: a generator of them, and a canary that none may wake."""
+"""Generated recipes and flags that try to run code; a canary module records any success."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ GROUPS = {  # where something that is no plain value could be built
 
 @dataclass(frozen=True)
 class Attack:
-    """A recipe, or a flag in its place.
+    """An attack by a recipe or by a flag.
 
     Attributes:
-        key: Where it strikes.
-        value: What stands there.
-        as_flag: Whether it comes as ``--key=value``.
+        key: Dotted key of the value.
+        value: Hostile value.
+        as_flag: True for a flag ``--key=value``, False for a recipe file.
     """
 
     key: str
@@ -70,7 +70,7 @@ class Attack:
 
 
 def payloads(inner: Path) -> Iterator[Any]:
-    """Values that a parser of classes, of nested documents or of files would follow to the canary."""
+    """Yields values that a parser of classes, nested documents or files would follow to the canary."""
     classes = [f"{CANARY}.Callback", "lightning.pytorch.callbacks.LambdaCallback", f"{CANARY}"]
     specs: list[dict[str, Any]] = [{"class_path": name} for name in classes]
     specs += [{"class_path": classes[1], "init_args": {"on_fit_start": "os._exit"}}]
@@ -89,14 +89,14 @@ def payloads(inner: Path) -> Iterator[Any]:
 
 
 def attacks(stage: str, inner: Path) -> Iterator[Attack]:
-    """Each payload at each place, in a file and as a flag."""
+    """Yields each payload at each key, in a file and as a flag."""
     for key, value, as_flag in itertools.product(GROUPS[stage], payloads(inner), (False, True)):
         yield Attack(key, value, as_flag)
 
 
 @pytest.fixture
 def awake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], bool]:
-    """Whether a module that only an attack imports was imported, or one of its functions called."""
+    """Writes the canary module. Returns a function that tells if it was imported or called."""
     canary = tmp_path / "awake"
     (tmp_path / f"{CANARY}.py").write_text(
         f"import pathlib\nimport lightning.pytorch as pl\ndef wake(*a, **k): pathlib.Path({str(canary)!r}).touch()\n"
@@ -124,7 +124,7 @@ def refused_or_read(stage: Any, base: Layer, file: Path, words: list[str]) -> Re
 def test_no_recipe_and_no_flag_runs_code(
     every: int, stage: Any, tmp_path: Path, awake: Callable[[], bool], tiny_shards: Path, tiny_pretrained: Path
 ) -> None:
-    """Every attack is refused in one line, or is data that the run reads as such, and wakes nothing."""
+    """Checks that each attack is rejected in one line, or is read as plain data, and never runs code."""
     tried = taken = 0
     file = tmp_path / "recipe.yaml"
     base = Layer("base", read_yaml(TINY.parents[1] / f"recipes/{stage}/base.yaml"))

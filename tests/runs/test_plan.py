@@ -1,4 +1,4 @@
-"""Folders of a run that are found; those of whole commands are tried in tests/cli/test_train_command.py."""
+"""The folders of a run. tests/cli/test_train_command.py tests them with whole commands."""
 
 from pathlib import Path
 
@@ -41,13 +41,13 @@ def test_a_stream_needs_no_folder_unless_it_is_named(tmp_path):
 
 
 def test_a_repeated_run_must_have_a_name(tmp_path):
-    with pytest.raises(ValueError, match="must have a name of its own"):
+    with pytest.raises(ValueError, match="must have its own name"):
         run_folder(repeated(tmp_path, data="a", source="images"))
 
 
 def test_the_tokenizer_is_the_named_one_else_the_runs_else_that_of_the_weights(tiny_pretrained, tmp_path, recipe):
     where = {"folder": tmp_path / "one", "shards": tmp_path}
-    with pytest.raises(FileNotFoundError, match="not there yet"):
+    with pytest.raises(FileNotFoundError, match="no such folder; train one"):
         find_tokenizer(recipe, **where)
     of_weights = find_tokenizer(recipe, **where, pretrained=tiny_pretrained)
     assert of_weights == tiny_pretrained / "tokenizer"

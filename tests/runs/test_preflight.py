@@ -1,4 +1,4 @@
-"""``runs.preflight`` from Python: nothing printed, nothing changed; tests/cli/test_doctor.py has each check."""
+"""``runs.preflight`` from Python prints and changes nothing. tests/cli/test_doctor.py tests each check."""
 
 import os
 from pathlib import Path
@@ -23,7 +23,7 @@ def _no_job(monkeypatch):
 
 @pytest.fixture
 def examine(tmp_path, tiny_shards, tiny_pretrained):
-    """Examines a tiny run of stage 2."""
+    """Runs the checks of a tiny run of stage 2."""
     tiny = flags(yaml.safe_load((TINY / "transformer.yaml").read_text()))
 
     def call(*overrides: str, data=tiny_shards, **more):
@@ -49,7 +49,7 @@ def test_a_run_that_can_start(examine, tmp_path, capsys):
     assert found.costs.step.time.least > 0
     text = str(found)
     assert text.startswith("ok       slurm")
-    assert "is not rescaled by the number of devices" in text
+    assert "not rescaled by the number of devices" in text
     assert text.endswith("All 10 checks pass. Memory and times are calculated, not measured.")
     assert capsys.readouterr() == ("", "")
     assert not (tmp_path / "runs").exists()

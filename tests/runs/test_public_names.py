@@ -1,4 +1,4 @@
-"""What ``maskgit_pl.runs`` offers, and what it costs to import."""
+"""The public names of ``maskgit_pl.runs``, and the cost of their import."""
 
 import inspect
 import re

@@ -56,5 +56,5 @@ def test_config_yaml_of_a_run_is_a_recipe_without_its_paths(tmp_path):
     assert tree == {"data": {"seed": 3}, "model": {"label_smoothing": 0.1}, "trainer": {"max_steps": 5}}
     assert paths == {"data.path": "a", "data.token_store": "b", "model.tokenizer": "c"}
     file.write_text("model: {}")
-    with pytest.raises(ValueError, match=r"must be config\.yaml of a run"):
+    with pytest.raises(ValueError, match=r"must be the config\.yaml of a run"):
         read_run_config(file)

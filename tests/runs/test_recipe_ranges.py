@@ -1,4 +1,4 @@
-"""Numbers of a recipe that make no sense are refused by name, whatever key they stand under."""
+"""Numbers out of range are rejected with the name of their key, for every key of a recipe."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TINY = Path(__file__).parents[1] / "tiny"
 RECIPES = TINY.parents[1] / "recipes"
 # Every number key, and the values of HOSTILE that it takes with a meaning.
 HOSTILE = [-1, 0, -0.5, 1.5, 2**40, 2**70, 1e300, -1e300]
-ANY_COUNT = {0, 2**40}  # steps and the like: a number that is never reached
+ANY_COUNT = {0, 2**40}  # for example steps: a number that is never reached
 STEPS = {2**40}
 TAKEN: dict[str, set[float]] = {
     "data.seed": {0},
@@ -93,7 +93,7 @@ def test_a_number_without_a_meaning_is_refused_by_its_key(
 
 
 def test_every_number_of_a_recipe_is_in_the_table_or_checked_where_it_is_built() -> None:
-    """A new key of the modules or the Trainer must say which numbers it takes."""
+    """Checks that a new numeric key is added to the table, unless its range is checked elsewhere."""
     elsewhere = ("model.network.", "model.decoding.", "data.")
     missing = {key for _, key in KEYS if key not in TAKEN and not key.startswith(elsewhere)}
     assert missing == {"trainer.num_nodes", "keep_last", "cpu_threads"}

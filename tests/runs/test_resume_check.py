@@ -15,7 +15,7 @@ RECIPES, TINY = Path(__file__).parents[2] / "recipes", Path(__file__).parents[1]
 
 CONFIG = {
     "model": {
-        "network": {"width": 8, "quantizer": {"name": "ema", "decay": 0.9}},
+        "network": {"embed_dim": 8, "quantizer": {"name": "ema", "decay": 0.9}},
         "optimizer": {"learning_rate": {"peak": 0.1, "warmup_steps": 5}, "betas": (0.9, 0.99), "adamw": "fused"},
         "perceptual": {"network": {"name": "timm", "model": "m", "weights": "here.pth"}, "weight": 0.1},
         "adversarial": None,
@@ -44,7 +44,7 @@ def test_what_decides_what_is_learned_is_kept_and_nothing_else():
     assert settings() == {
         "data": "a" * 64,
         "tokenizer": "b" * 64,
-        "model.network.width": 8,
+        "model.network.embed_dim": 8,
         "model.network.quantizer": {"name": "ema", "decay": 0.9},
         "model.optimizer.learning_rate.peak": 0.1,
         "model.perceptual.network": {"name": "timm", "model": "m"},
@@ -97,11 +97,11 @@ FREE = {
         "optimizer.learning_rate.warmup_steps", "seed", "tokenizer",
     },
 }  # fmt: skip
-"""Every key of the model that may change while a run goes on; ``data.seed`` holds for both seeds."""
+"""Every key of the model that may change when a run resumes; ``data.seed`` is checked for both seeds."""
 
 
 def each_changed(tree: dict, path: str = "") -> Iterator[tuple[str, dict]]:
-    """Every key of a tree, also within what is named by a mapping, and the tree with that key changed."""
+    """Yields each key of a tree, and the tree with that key changed."""
     for name, value in tree.items():
         if isinstance(value, dict):
             for key, changed in each_changed(value, f"{path}{name}."):

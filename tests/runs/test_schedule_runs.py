@@ -11,7 +11,7 @@ from maskgit_pl.errors import PreemptedError
 
 @pytest.fixture
 def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The commands that are called, none of which does anything."""
+    """Replaces ``subprocess.run``, and returns the list of the commands."""
     called: list[list[str]] = []
 
     def run(words: list[str], *, check: bool) -> SimpleNamespace:
@@ -58,6 +58,6 @@ def test_a_run_that_stops_stops_the_rest(
 ) -> None:
     calls = []
     monkeypatch.setattr(subprocess, "run", lambda words, check: calls.append(words) or SimpleNamespace(returncode=code))
-    with pytest.raises(kind, match=r"ablation cosine: .*the same command resumes it"):
+    with pytest.raises(kind, match=r"ablation cosine: .*repeat the command to resume"):
         runs.train_schedules(["cosine", "square"], runs=tmp_path)
     assert len(calls) == 1

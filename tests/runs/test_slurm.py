@@ -1,4 +1,4 @@
-"""Jobs planned and submitted from Python, to a Slurm of two scripts; tests/slurm has a real one."""
+"""Jobs planned and submitted from Python, to fake ``sbatch`` and ``squeue`` scripts; tests/slurm uses real ones."""
 
 import os
 import shlex
@@ -30,7 +30,7 @@ def plan(tmp_path, tiny_shards):
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    """Puts sbatch and squeue on PATH; gives the folder where they leave what they got, and read what they answer."""
+    """Puts fake sbatch and squeue on PATH. Returns the folder with their recorded input and their answers."""
     folder = tmp_path / "bin"
     folder.mkdir()
     (folder / "queue").touch()

@@ -1,4 +1,4 @@
-"""The watchdog's time limits; tests/test_survival.py has runs that exceed them."""
+"""The time limits of the watchdog. tests/test_survival.py exceeds them in real runs."""
 
 import time
 

@@ -14,7 +14,7 @@ from maskgit_pl.shards.index import find_shards, index_shards
 
 
 class Tars:
-    """Small shards, right and wrong ones."""
+    """A writer of small tars, valid and invalid ones."""
 
     @staticmethod
     def png(value: int = 0, size: int = 8) -> bytes:
@@ -33,7 +33,7 @@ class Tars:
         return path
 
     def samples(self, count: int, *, start: int = 0, label: bool = True) -> list[tuple[str, bytes]]:
-        """Members of whole samples: KEY.png and KEY.cls, two blocks each."""
+        """Returns the members of complete samples: KEY.png and KEY.cls, two blocks each."""
         return [
             (f"{number:04d}.{kind}", data)
             for number in range(start, start + count)
@@ -49,7 +49,7 @@ def tars() -> Tars:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Train in two shards of 6 and 4, val in one of 3, written by webdataset."""
+    """A data folder written by webdataset: train in two shards of 6 and 4 samples, val in one of 3."""
     for split, count in (("train", 10), ("val", 3)):
         with webdataset.ShardWriter(f"{tmp_path}/{split}-%06d.tar", maxcount=6, verbose=0) as writer:
             for number in range(count):
@@ -61,7 +61,7 @@ def folder(tmp_path: Path) -> Path:
 
 @contextmanager
 def not_root():
-    """Root may read what nobody may."""
+    """Drops the rights of root, which may read every file."""
     if os.geteuid():
         yield
         return
@@ -74,7 +74,7 @@ def not_root():
 
 @pytest.fixture
 def unprivileged():
-    """A folder that any user may enter, and a context in which this process is such a user."""
+    """A folder that any user may enter, and a context in which this process is not root."""
     path = Path(tempfile.mkdtemp(prefix="shards-"))
     path.chmod(0o755)
     yield path, not_root

@@ -14,7 +14,7 @@ def test_a_thousand_names_are_no_path():
 
 @pytest.mark.parametrize("given", ["ant,,bee", "ant,bee,ant", ""])
 def test_names_that_are_empty_or_come_twice_are_refused(given):
-    with pytest.raises(ValueError, match="class names: each once and none empty"):
+    with pytest.raises(ValueError, match="class names must be unique and not empty"):
         parse_class_names(given)
 
 

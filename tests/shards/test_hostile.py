@@ -1,4 +1,4 @@
-"""Files made to exhaust whoever opens them cost little memory and time; each is opened in a process of its own."""
+"""Files made to exhaust memory or time cost little of either; each is opened in a process of its own."""
 
 import gzip
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 from maskgit_pl.shards.index import index_shards
 from maskgit_pl.shards.images import parse_image_header
 import PIL.JpegImagePlugin, PIL.PngImagePlugin, PIL.WebPImagePlugin
-def peak():  # of this process alone; getrusage's is inherited from whoever started it
+def peak():  # of this process only; getrusage's is inherited from the parent process
     return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 path = Path(sys.argv[1])
 before, start = peak(), time.process_time()
@@ -28,7 +28,7 @@ print(json.dumps([said, peak() - before, time.process_time() - start]))
 
 
 def measure(path, *options):
-    """What indexing says, MiB that it needs on top of the imports, and seconds of a core."""
+    """Returns the error of indexing a file, MiB of memory on top of the imports, and CPU seconds."""
     command = [sys.executable, "-c", MEASURE, str(path), *options]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(done.stdout)
@@ -41,7 +41,7 @@ def header(name, size, *, kind=tarfile.REGTYPE, pax=None):
 
 
 def hollow(path, data, length):
-    """A file of a few blocks on the disk and any length."""
+    """Makes a file of any length that occupies a few blocks on disk."""
     with open(path, "wb") as file:
         file.write(data)
         file.truncate(length)
@@ -81,13 +81,13 @@ def long_name_of_a_gibibyte(path):
 
 
 CASES = {
-    sparse_file_of_one_image: "1 to 268435456 bytes are read, got 1610612736",
+    sparse_file_of_one_image: "size must be 1 to 268435456 bytes, got 1610612736",
     gnu_sparse_member: "sparse member a.png at byte 0",
     pax_sparse_member: "with a link, a device or a sparse file",
-    gzip_of_zeros: "compressed (gzip), unpack it",
+    gzip_of_zeros: "compressed (gzip), decompress it",
     eight_exbibytes: "9223372036854775808 bytes declared, the file ends after",
     eight_exbibytes_by_pax: "9223372036854775808 bytes declared, the file ends after",
-    long_name_of_a_gibibyte: "extended header of 1073741824 bytes",
+    long_name_of_a_gibibyte: "extended header at byte 0 must have at most 1048576 bytes, got 1073741824",
 }
 
 
@@ -120,6 +120,6 @@ def test_a_million_empty_members(tmp_path, name):
     if name.endswith("jpg"):
         path.write_bytes(blocks[:200_000].tobytes() + bytes(1024))
         said, megabytes, seconds = measure(path, "lenient")  # walks to the end
-        assert "no whole sample" in said
+        assert "at least 1 complete sample" in said
         assert megabytes < 50
         assert seconds < 8, f"{seconds:.1f} s, {megabytes:.0f} MiB"  # 1.2 to 3 measured

@@ -136,17 +136,17 @@ def test_sixteen_bit_colour_keeps_its_upper_byte():
     assert decode_image(data, channels=3, name="x")[:, 4, 4].tolist() == [0xC8, 0x1E, 0x28]
 
 
-def packed(values: list[int], depth: int) -> bytes:
-    """One row of a PNG: no filter, then the values, the first in the highest bits."""
+def pack_row(values: list[int], depth: int) -> bytes:
+    """Returns one row of a PNG: no filter, then the values, the first in the highest bits."""
     bits = "".join(format(value, f"0{depth}b") for value in values)
     bits = bits.ljust(-(-len(bits) // 8) * 8, "0")
     return b"\0" + int(bits, 2).to_bytes(len(bits) // 8, "big")
 
 
 def colour_key(depth: int, colour: int) -> tuple[bytes, list[int]]:
-    """A PNG of four pixels whose second is transparent, and what the others are in RGB's first channel."""
+    """Returns a PNG of four pixels, the second transparent, and the first channel of the others in RGB."""
     top = 2**depth - 1
-    kept = [0, top, top - 1]  # the transparent value is next to the first: it differs in the lowest bit alone
+    kept = [0, top, top - 1]  # the transparent value is next to the first: it differs in the lowest bit only
     clear = 1
     shown = [value * 255 // top if depth <= 8 else value >> 8 for value in kept]
     words = [kept[0], clear, *kept[1:]]
@@ -165,7 +165,7 @@ def colour_key(depth: int, colour: int) -> tuple[bytes, list[int]]:
     if colour == 3:
         palette = [word * 255 // top for word in range(top + 1)]
         chunks = {"PLTE": bytes(each for value in palette for each in (value, 0, 255)), "tRNS": b"\xff\x00"}
-    return png(4, 1, zlib.compress(packed(values, depth)), depth=depth, colour=colour, **chunks), shown
+    return png(4, 1, zlib.compress(pack_row(values, depth)), depth=depth, colour=colour, **chunks), shown
 
 
 PNG_KINDS = [(depth, 0) for depth in (1, 2, 4, 8, 16)] + [(depth, 3) for depth in (1, 2, 4, 8)]
@@ -236,7 +236,7 @@ def test_every_cut_of_an_image_is_found_without_decoding_it(kind, progressive):
     check_whole(data, name="x")
     check_whole(data + b"\n", name="x")
     for length in (*range(12, len(data), 37), len(data) - 1):
-        with pytest.raises(UnreadableImageError, match=rf"x is cut off after {length} bytes"):
+        with pytest.raises(UnreadableImageError, match=rf"x is truncated after {length} bytes"):
             check_whole(data[:length], name="x")
 
 
@@ -347,7 +347,7 @@ def test_no_hostile_image_takes_200_mb_or_2_s_however_it_is_opened(tmp_path):
 
 
 def photo(**options) -> bytes:
-    """A JPEG of soft shapes, 256 x 256."""
+    """Returns a JPEG of soft shapes, 256 x 256."""
     soft = torch.nn.functional.interpolate(torch.rand(1, 3, 24, 24, generator=torch.Generator().manual_seed(0)), 256)
     return save(Image.fromarray((soft[0].permute(1, 2, 0) * 255).byte().numpy()), "JPEG", quality=90, **options)
 

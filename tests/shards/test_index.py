@@ -79,7 +79,9 @@ def test_img2dataset_with_labels_in_json(tars, tmp_path):
     assert [len(shards[split]) for split in ("train", "val")] == [1, 2]
     manifests = index_shards(folder, shards, labels="json:label", classes=["odd", "even"]).manifests
     assert ShardReader(manifests["train"]).labels(np.arange(4)).tolist() == [0, 1, 0, 1]
-    with pytest.raises(ValueError, match=r"label .*'caption' must be a class number or a given name, got 'a caption'"):
+    with pytest.raises(
+        ValueError, match=r"label .*'caption' must be a class number or one of the class names, got 'a caption'"
+    ):
         index_shards(folder, shards, labels="json:caption")
     named = index_shards(folder, shards, labels="json:caption", classes=["other", "a caption"]).manifests
     assert ShardReader(named["train"]).labels(np.arange(4)).tolist() == [1, 1, 1, 1]
@@ -91,7 +93,7 @@ def test_splits_in_sub_folders(tars, tmp_path):
             tars.write(tmp_path / split / f"{shard}.tar", tars.samples(3, start=start + 3 * shard))
     folder, found = locate_shards(str(tmp_path))
     shards, how = split_shards(folder, found)
-    assert how == "val by their names"
+    assert how == "val shards were found by their names"
     manifest = index_shards(folder, shards).manifests["val"]
     assert [shard.name for shard in manifest.shards] == ["test/0.tar", "test/1.tar"]
     value = Image.open(io.BytesIO(ShardReader(load_manifest(tmp_path, "val")).read(5))).getpixel((0, 0))
@@ -110,12 +112,12 @@ def test_test_shards_beside_val_shards_are_neither(tars, tmp_path):
 
 def test_shards_that_would_be_both_or_none_are_refused(tars, tmp_path):
     tars.write(tmp_path / "a.tar", tars.samples(1))
-    with pytest.raises(ValueError, match="there are no two"):
+    with pytest.raises(ValueError, match="must have at least 2 shards"):
         split_shards(*locate_shards(str(tmp_path)))
     tars.write(tmp_path / "b.tar", tars.samples(1))
-    with pytest.raises(ValueError, match=r"a\.tar would be both"):
+    with pytest.raises(ValueError, match=r"a\.tar must not be both"):
         split_shards(*locate_shards(str(tmp_path)), train="*.tar", val="a.tar")
-    with pytest.raises(ValueError, match="all its shards would be val"):
+    with pytest.raises(ValueError, match="train must have at least 1 shard"):
         split_shards(*locate_shards(str(tmp_path)), val="*.tar")
     with pytest.raises(ValueError, match="val fraction"):
         split_shards(*locate_shards(str(tmp_path)), val_fraction=1.5)
@@ -124,9 +126,9 @@ def test_shards_that_would_be_both_or_none_are_refused(tars, tmp_path):
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("sizes.json", '{"x.tar": 5}', r"x\.tar: 3 samples, sizes\.json says 5"),
-        ("x_stats.json", '{"successes": 2}', r"x\.tar: 3 samples, x_stats\.json says 2"),
-        ("__len__", "7\n", r"__len__: it says b'7', the shards have 3 samples"),
+        ("sizes.json", '{"x.tar": 5}', r"x\.tar: 3 samples, sizes\.json states 5"),
+        ("x_stats.json", '{"successes": 2}', r"x\.tar: 3 samples, x_stats\.json states 2"),
+        ("__len__", "7\n", r"__len__: states b'7' samples, the shards have 3"),
     ],
 )
 def test_counts_that_disagree_with_the_tar_are_named(tars, tmp_path, file, text, message):
@@ -139,15 +141,15 @@ def test_counts_that_disagree_with_the_tar_are_named(tars, tmp_path, file, text,
     (tmp_path / file).write_text(text.replace("5", "3").replace("2", "3").replace("7", "3"))
     assert not index_shards(tmp_path, {"train": [path]}).notes
     (tmp_path / "sizes.json").write_text("{")
-    with pytest.raises(ValueError, match=r"sizes\.json: not JSON"):
+    with pytest.raises(ValueError, match=r"sizes\.json must be JSON"):
         index_one(path)
 
 
 @pytest.mark.parametrize("place", ["pipe:curl https://x/a.tar", "https://x/{0..3}.tar", "s3://bucket/a.tar"])
 def test_urls_and_commands_are_refused_by_name(place, tmp_path):
-    with pytest.raises(ValueError, match="local files are read"):
+    with pytest.raises(ValueError, match="local files, got"):
         locate_shards(place)
-    with pytest.raises(ValueError, match="local files are read"):
+    with pytest.raises(ValueError, match="local files, got"):
         find_shards(tmp_path, place)
 
 
@@ -158,7 +160,7 @@ def test_patterns_take_braces_and_refuse_paths_and_gaps(folder):
     with pytest.raises(ValueError, match="train-000002"):
         find_shards(folder, "train-{000000..000002}.tar")
     for pattern in ("../*.tar", "/etc/*", "~/x.tar"):
-        with pytest.raises(ValueError, match="not paths"):
+        with pytest.raises(ValueError, match="got a path outside"):
             find_shards(folder, pattern)
     with pytest.raises(ValueError, match="braces must close"):
         find_shards(folder, "{a,b")
@@ -184,7 +186,10 @@ FAULTS = {
         "2 whose members do not lie side by side (first x.tar:x.png)",
     ),
     "html for an image": ([("x.png", b"<html>"), ("x.cls", b"0")], "1 with an image that cannot be read (first image"),
-    "empty image": ([("x.png", b""), ("x.cls", b"0")], "1 with an image that cannot be read (first x.tar:x.png: 1 to"),
+    "empty image": (
+        [("x.png", b""), ("x.cls", b"0")],
+        "1 with an image that cannot be read (first x.tar:x.png: size must be 1 to",
+    ),
     "label 1_000": ([("x.png", None), ("x.cls", b"1_000")], "1 with a label that is no class (first label x.tar:x.cls"),
     "label too high": ([("x.png", None), ("x.cls", b"999999")], "1 with a label that is no class (first label x.tar:"),
     "path out": ([("../x.png", None), ("../x.cls", b"0")], "1 with an unsafe member name (first x.tar:../x.png)"),
@@ -215,12 +220,12 @@ def test_all_bad_shards_stand_in_one_list(tars, tmp_path):
     path = tars.write(tmp_path / "c.tar", tars.samples(2))
     path.write_bytes(path.read_bytes()[:2048])
     (tmp_path / "d.tar").write_bytes(b"")
-    with pytest.raises(ValueError, match="3 of 4 shards are refused") as caught:
+    with pytest.raises(ValueError, match="3 of 4 shards are rejected") as caught:
         index_shards(tmp_path, {"train": sorted(tmp_path.glob("*.tar"))})
     lines = str(caught.value).splitlines()
     assert lines[1:4] == [
         "  a.tar: 2 without a label (first a.tar:a.png)",
-        "  c.tar: cut off at byte 2048, the end of the archive is missing",
+        "  c.tar: truncated at byte 2048, the end of the archive is missing",
         "  d.tar: empty file",
     ]
     with pytest.raises(ValueError, match="2 of 4 shards"):  # lenient with samples, not with tars
@@ -263,14 +268,14 @@ def test_label_that_is_not_a_class_number_is_refused_by_name(text):
 
 def test_label_beyond_the_class_names_is_refused():
     assert parse_label(b"2", name="a", num_classes=3) == 2
-    with pytest.raises(ValueError, match="below 3"):
+    with pytest.raises(ValueError, match=r"in \[0, 3\)"):
         parse_label(b"3", name="a", num_classes=3)
 
 
 def test_class_names_of_unlabelled_data(tars, tmp_path):
     path = tars.write(tmp_path / "x.tar", tars.samples(2, label=False))
     assert index_one(path, labels="none", classes=["photo"]).classes == ("photo",)
-    with pytest.raises(ValueError, match="one class, got 2"):
+    with pytest.raises(ValueError, match="must have 1 name, got 2"):
         index_one(path, labels="none", classes=["a", "b"])
     with pytest.raises(ValueError, match="cls, json:FIELD or none"):
         index_one(path, labels="json")

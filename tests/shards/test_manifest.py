@@ -62,12 +62,12 @@ def test_shards_of_a_manifest_lie_in_its_folder(folder, name):
     content = json.loads(path.read_text())
     content["shards"][0]["name"] = name
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="a file inside the data folder"):
+    with pytest.raises(ValueError, match="a path inside the data folder"):
         load_manifest(folder, "train")
 
 
 def test_what_is_usual_does_not_stand_in_the_manifest(folder, tars):
-    """So that the fingerprint of shards that were indexed before stays the same."""
+    """The fingerprint of shards that were indexed earlier must stay the same."""
     assert not {"labels", "left_out"} & set(json.loads((folder / "train.json").read_text()))
 
 
@@ -91,13 +91,13 @@ INDEX_CHANGES = {
 
 @pytest.mark.parametrize("case", INDEX_CHANGES)
 def test_a_changed_index_is_refused_before_training_with_the_way_out(folder, case):
-    """Another label or another image of the same shard would train in silence."""
+    """A row with another label or another image of the same shard would be trained on silently."""
     rows = np.load(folder / "train.npy", mmap_mode="r+")
     field, value = INDEX_CHANGES[case]
     assert rows[field][3] != value
     rows[field][3] = value
     rows.flush()
-    with pytest.raises(ValueError, match=r"index .*train\.npy: changed since it was made.*maskgit data index"):
+    with pytest.raises(ValueError, match=r"index .*train\.npy changed since it was made.*maskgit data index"):
         load_manifests(folder)
     assert verify_shards(folder).bad[0].name == "train.npy"
 
@@ -114,7 +114,7 @@ def test_an_index_whose_rows_lie_outside_the_shards_is_refused_though_its_hash_i
     content = json.loads((folder / "train.json").read_text())
     (folder / "train.json").write_text(json.dumps(content | {"index_sha256": index_sha256(rows)}))
     with pytest.raises(
-        ValueError, match=r"train\.npy: row 7 must name bytes of one of 2 shards, got .*maskgit data index"
+        ValueError, match=r"train\.npy: row 7 must lie inside one of 2 shards, got .*maskgit data index"
     ):
         load_manifest(folder, "train")
 

@@ -18,7 +18,7 @@ VIEWS = dataclasses.replace(DESCRIPTION, crops=2, flip=True)
 
 
 def rows(part, mirrors: int) -> np.ndarray:
-    """(samples, mirrors, 6): each row another, known by split, sample and view."""
+    """Returns tokens (samples, mirrors, 6): each row is different, and determined by split, sample and view."""
     first = (100 if part.split == "val" else 0) + np.arange(part.start, part.stop) * 10 + part.crop * mirrors
     return (first[:, None, None] + np.arange(mirrors)[:, None] + np.zeros(6, np.int64)) % 256
 
@@ -64,9 +64,9 @@ def test_view_v_of_sample_i_is_row_i_v_and_validation_has_one(tmp_path):
     assert np.load(tmp_path / "val-tokens.npy")[:, 0].tolist() == [100, 110, 120]
 
 
-@pytest.mark.parametrize(("num_codes", "bytes_a_token"), [(2**16, 2), (2**16 + 1, 4)])
-def test_token_width_follows_the_codebook(tmp_path, num_codes, bytes_a_token):
-    make(tmp_path, dataclasses.replace(DESCRIPTION, num_codes=num_codes))
+@pytest.mark.parametrize(("codebook_size", "bytes_a_token"), [(2**16, 2), (2**16 + 1, 4)])
+def test_token_width_follows_the_codebook(tmp_path, codebook_size, bytes_a_token):
+    make(tmp_path, dataclasses.replace(DESCRIPTION, codebook_size=codebook_size))
     assert np.load(tmp_path / "train-tokens.npy").dtype.itemsize == bytes_a_token
 
 
@@ -79,7 +79,9 @@ def test_foreign_store_is_refused_with_the_way_out(tmp_path, wanted):
 
 def test_everything_that_differs_is_named_at_once(tmp_path):
     make(tmp_path)
-    with pytest.raises(ValueError, match=r"data must be new, got data; its tokenizer must be me, got tokenizer; make"):
+    with pytest.raises(
+        ValueError, match=r"data must be new, got data; its tokenizer must be me, got tokenizer; regenerate"
+    ):
         open_store(tmp_path, data="new", tokenizer="me")
 
 
@@ -117,7 +119,7 @@ def test_spoilt_array_is_refused_by_name_when_the_store_is_opened(tmp_path, spoi
 
 
 class Killed(BaseException):
-    """Nothing that runs afterwards, except what ``with`` and ``finally`` do, and these have nothing to undo."""
+    """A kill: no code runs after it except ``with`` and ``finally``, which have nothing to undo."""
 
 
 @pytest.mark.parametrize("point", ["replace", "fsync", "unlink"])
@@ -227,20 +229,20 @@ def test_reader_is_mapped_in_each_process_that_reads(tmp_path):
 
 
 def overwrite(path: Path, row: int, value: int) -> None:
-    """Changes one value of an array on the disk."""
+    """Changes one value of an array on disk."""
     array = np.load(path, mmap_mode="r+")
     array[row] = value
     array.flush()
 
 
 def without_hashes(folder: Path) -> None:
-    """The store as format 1 was written."""
+    """Rewrites a store in format 1."""
     fields = json.loads((folder / "store.json").read_text())
     del fields["sha256"]
     (folder / "store.json").write_text(json.dumps({**fields, "format": 1}))
 
 
-# array, row, value, whether ranges alone find it
+# array, row, value, True if the range check finds it
 DAMAGES = [
     ("train-labels", 4, -1, True),
     ("train-labels", 4, 2, True),
@@ -263,7 +265,9 @@ def test_a_changed_value_is_refused_when_the_store_is_opened(tmp_path, array, ro
         open_store(tmp_path, data="data")  # nothing to compare with
         return
     found = f"in row {row}" if out_of_range else "changed since it was made"
-    with pytest.raises(ValueError, match=rf"token store .*/{array}\.npy: .*{found}.*; make .* `maskgit tokenize`"):
+    with pytest.raises(
+        ValueError, match=rf"token store .*/{array}\.npy: .*{found}.*; regenerate .* `maskgit tokenize`"
+    ):
         open_store(tmp_path, data="data")
     (bad,) = verify_store(tmp_path).bad
     assert bad.name == f"{array}.npy"
@@ -300,7 +304,7 @@ def test_an_array_that_is_cut_while_it_is_read_ends_the_run_and_does_not_kill_it
     make(tmp_path)
     reader = open_store(tmp_path, data="data")["train"]
     os.truncate(tmp_path / f"train-{array}.npy", 130)
-    with pytest.raises(DataChangedError, match="a file was cut"):
+    with pytest.raises(DataChangedError, match="a file was truncated"):
         reader.read(np.array([9]))
 
 
@@ -318,8 +322,8 @@ HOSTILE = {
     "grid": changed_fields(grid=[10**9, 10**9]),
     "grid ": changed_fields(grid=[2, 3, 4]),
     "grid  ": changed_fields(grid="23"),
-    "num_codes": changed_fields(num_codes=10**30),
-    "num_codes ": changed_fields(num_codes=True),
+    "codebook_size": changed_fields(num_codes=10**30),
+    "codebook_size ": changed_fields(num_codes=True),
     "image_size": changed_fields(image_size=-1),
     "samples": changed_fields(samples={"train": 10**15, "val": 3}),
     "samples ": changed_fields(samples={"train": "10", "val": 3}),
@@ -333,7 +337,7 @@ HOSTILE = {
     "precision": changed_fields(precision="int4"),
     "tokenizer": changed_fields(tokenizer=None),
     "data": without("data"),
-    "num_codes  ": without("num_codes"),
+    "codebook_size  ": without("num_codes"),
     "sha256": without("sha256"),
     "sha256 ": changed_fields(sha256={}),
     "sha256  ": changed_fields(sha256={"train-tokens": "0"}),
@@ -348,7 +352,7 @@ def test_a_hostile_description_is_refused_in_one_line_with_file_and_key(tmp_path
     make(tmp_path)
     path = tmp_path / "store.json"
     path.write_text(json.dumps(HOSTILE[case](json.loads(path.read_text()))))
-    with pytest.raises(ValueError, match=rf"token store .*store\.json.*{case.strip()}.*; make it again") as caught:
+    with pytest.raises(ValueError, match=rf"token store .*store\.json.*{case.strip()}.*; regenerate it") as caught:
         open_store(tmp_path, data="data")
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 600 + 2 * len(str(tmp_path))
@@ -358,7 +362,7 @@ def test_a_hostile_description_is_refused_in_one_line_with_file_and_key(tmp_path
 def test_a_description_that_is_no_json_mapping_is_refused_in_one_line(tmp_path, content):
     make(tmp_path)
     (tmp_path / "store.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"token store .*store\.json.*; make it again") as caught:
+    with pytest.raises(ValueError, match=r"token store .*store\.json.*; regenerate it") as caught:
         open_store(tmp_path, data="data")
     assert "\n" not in str(caught.value)
 

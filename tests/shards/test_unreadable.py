@@ -22,7 +22,7 @@ def counter(num_samples: int = 1000, budget: float = 1e-4) -> UnreadableImages:
 
 
 def add(images: UnreadableImages, *replaced: tuple[int, int], batch: int = 100) -> None:
-    """A batch in which some samples were replaced, given as (asked for, shown)."""
+    """Adds a batch in which some samples were replaced, given as (drawn, shown)."""
     index, replacement = np.arange(batch), np.full(batch, -1)
     for row, (asked, shown) in enumerate(replaced):
         index[row], replacement[row] = asked, shown
@@ -42,7 +42,7 @@ def test_ten_images_are_allowed_however_often_they_are_met_and_the_eleventh_is_n
     images = counter()
     for number in range(ALWAYS_ALLOWED):
         add(images, (2 * number, 2 * number + 1), (0, 1))
-    with pytest.raises(DataBudgetError, match=r"at most 0.0001 .* 10 in all .* got 11 \(21 times in 1100 images\)"):
+    with pytest.raises(DataBudgetError, match=r"at most 0.0001 .* 10 in total, got 11 \(21 times in 1100 images\)"):
         add(images, (50, 51))
 
 

@@ -16,7 +16,7 @@ SECOND = 4 * 512  # where the second sample begins: image and label take two blo
 
 @pytest.fixture
 def folder(tars, tmp_path):
-    """Three train shards and one of val, of 4 samples."""
+    """A data folder of three train shards and one val shard, of 4 samples each."""
     for number in range(3):
         tars.write(tmp_path / f"train-{number}.tar", tars.samples(4, start=10 * number))
     tars.write(tmp_path / "val-0.tar", tars.samples(4, start=30))
@@ -38,20 +38,20 @@ def zeroed(at):
 
 # name: (what is done to the bytes, what the start-up check says or None, what verify says: expected, found, reason)
 FAULTS = {
-    "cut at a member boundary": (cut(SECOND), "10240 bytes expected, 2048 found", "2048 bytes", "cut off at byte 2048"),
+    "cut at a member boundary": (cut(SECOND), "10240 bytes expected, 2048 found", "2048 bytes", "truncated at byte"),
     "cut in a header": (cut(SECOND + 200), "10240 bytes expected, 2248", "2248 bytes", "byte 2248, in a member"),
-    "cut in a payload": (cut(SECOND + 520), "10240 bytes expected, 2568", "2568 bytes", "cut off in member 0011.png"),
-    "cut between .png and .cls": (cut(SECOND + 1024), "expected, 3072", "3072 bytes", "cut off at byte 3072"),
+    "cut in a payload": (cut(SECOND + 520), "10240 bytes expected, 2568", "2568 bytes", "truncated in member 0011.png"),
+    "cut between .png and .cls": (cut(SECOND + 1024), "expected, 3072", "3072 bytes", "truncated at byte 3072"),
     "flipped header": (flipped(SECOND + 3), None, "damaged", "damaged member header at byte 2048"),
     "flipped first header": (flipped(3), "a member expected at byte 0, none found", "damaged", "not a tar"),
     "flipped last image's header": (flipped(3 * SECOND + 3), "expected at byte 6144, none", "damaged", "byte 6144"),
-    "header of zeros": (zeroed(SECOND), None, "damaged", "other bytes follow"),
+    "header of zeros": (zeroed(SECOND), None, "damaged", "followed by other bytes"),
     "zero bytes": (cut(0), "10240 bytes expected, 0 found", "0 bytes", "empty file"),
-    "zeros of the same length": (lambda data: bytes(len(data)), "byte 0, none found", "sha256", "its samples too"),
+    "zeros of the same length": (lambda data: bytes(len(data)), "byte 0, none found", "sha256", "number of samples"),
     "garbage": (lambda data: b"garbage" * 100, "10240 bytes expected, 700 found", "700 bytes", "not a tar"),
     "garbage of the same length": (lambda data: b"garbage!" * 1280, "byte 0, none", "damaged", "not a tar"),
     "longer": (lambda data: data + bytes(512), "10240 bytes expected, 10752", "10752 bytes", "longer than when"),
-    "changed payload, same length": (flipped(SECOND + 600), None, "sha256", "of the same length"),
+    "changed payload, same length": (flipped(SECOND + 600), None, "sha256", "changed after indexing, same length"),
     "changed label, same length": (flipped(3 * 512), None, "sha256", "changed after indexing"),
     "missing": (None, "10240 bytes expected, No such file or directory", "none", "No such file"),
 }  # fmt: skip
@@ -71,7 +71,7 @@ def test_a_bad_shard_is_named_before_the_first_step_and_by_verify(folder, case):
     if at_start is None:
         load_manifests(folder)
     else:
-        with pytest.raises(ValueError, match="1 of 4 shards are not what") as caught:
+        with pytest.raises(ValueError, match="1 of 4 shards differ from") as caught:
             load_manifests(folder)
         line = str(caught.value).splitlines()[1]
         assert line.startswith("  train-1.tar: ")
@@ -126,7 +126,7 @@ def test_decode_names_images_whose_pixels_are_damaged(folder, tars, tmp_path):
     buffer = io.BytesIO()
     Image.effect_noise((64, 64), 90).save(buffer, "JPEG")
     image = bytearray(buffer.getvalue())
-    image[-300:-200] = bytes(100)  # in the compressed pixels, behind the header; nothing is missing
+    image[-300:-200] = bytes(100)  # in the compressed pixels, after the header; nothing is missing
     tars.write(tmp_path / "train-0.tar", [*tars.samples(2), ("x.jpg", bytes(image)), ("x.cls", b"0")])
     index_shards(folder, {split: find_shards(folder, f"{split}-*.tar") for split in ("train", "val")})
     assert not verify_shards(folder).bad

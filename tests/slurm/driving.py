@@ -1,4 +1,4 @@
-"""A real Slurm cluster for tests, the runs that are submitted to it, and what was seen of both as a page."""
+"""A real Slurm cluster for tests, runs that are submitted to it, and a transcript of both as a page."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ SCRIPT = Path(__file__).parent / "cluster.sh"
 
 @dataclass
 class Transcript:
-    """What was typed and seen, in Markdown.
+    """A transcript of commands and their output, in Markdown.
 
     Attributes:
-        shown: Paths and the names by which the page calls them.
+        shown: Paths and their names on the page.
     """
 
     shown: dict[str, str] = field(default_factory=dict)
@@ -35,24 +35,24 @@ class Transcript:
     begun: float = 0.0
 
     def title(self, text: str) -> None:
-        """Begins the account of a job."""
+        """Starts the section of a job."""
         self.text += f"\n## {text}\n"
         self.begun = time.monotonic()
 
     def typed(self, command: str, answer: str = "") -> None:
-        """A command and what it printed."""
+        """Adds a command and its output."""
         self._block(f"$ {command}\n{answer}")
 
     def said(self, text: str) -> None:
-        """Something that happened, and when."""
+        """Adds an event with its time."""
         self._block(f"{time.monotonic() - self.begun:6.1f} s  {text}\n")
 
     def listed(self, name: str, content: str) -> None:
-        """A file."""
+        """Adds the content of a file."""
         self._block(f"$ cat {name}\n{content}")
 
     def page(self) -> str:
-        """All of it, with paths by their names and without the stacks of tracebacks."""
+        """Returns the page, with named paths and without the stacks of tracebacks."""
         text = self.text
         for path, name in self.shown.items():
             text = text.replace(path, name)
@@ -67,12 +67,12 @@ class Transcript:
 
 
 class Cluster:
-    """The nodes and the queue.
+    """A cluster with its nodes and its queue.
 
     Args:
-        folder: Of the cluster.
-        work: Where jobs are submitted.
-        transcript: Of what is done with them.
+        folder: Folder of the cluster.
+        work: Folder in which jobs are submitted.
+        transcript: Transcript of the cluster.
     """
 
     def __init__(self, folder: Path, work: Path, transcript: Transcript) -> None:
@@ -86,7 +86,7 @@ class Cluster:
         os.environ["SLURM_CONF"] = str(self.folder / "slurm.conf")
 
     def stop(self) -> None:
-        """Ends jobs and daemons."""
+        """Stops jobs and daemons."""
         self._script("stop")
         del os.environ["SLURM_CONF"]
 
@@ -100,7 +100,7 @@ class Cluster:
         subprocess.run([SCRIPT, name, self.folder, *more], check=True, timeout=60, env={**os.environ, **variables})
 
     def run(self, command: str) -> str:
-        """Types a command line and returns what it printed."""
+        """Runs a command line, and returns its output."""
         done = subprocess.run(
             ["bash", "-c", command], cwd=self.work, capture_output=True, text=True, check=False, timeout=60
         )
@@ -109,7 +109,7 @@ class Cluster:
         return done.stdout.strip()
 
     def job(self, number: str) -> dict[str, str]:
-        """What Slurm knows of a job."""
+        """Returns Slurm's record of a job."""
         command = ["scontrol", "--oneliner", "show", "job", number]
         shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         return dict(re.findall(r"(\w+)=(\S*)", shown))
@@ -117,7 +117,7 @@ class Cluster:
     def wait_until(
         self, condition: Callable[[], bool], what: str, *numbers: str, seconds: float = SECONDS
     ) -> None:  # fmt: skip
-        """Waits, and notes how the states of jobs change meanwhile."""
+        """Waits, and records the changes of job states meanwhile."""
         begun, known = time.monotonic(), dict.fromkeys(numbers, "")
         while not condition():
             for number in numbers:
@@ -128,7 +128,7 @@ class Cluster:
             self._note_state(number, known[number])
 
     def wait_for_end(self, *numbers: str) -> None:
-        """Waits until jobs have ended for good."""
+        """Waits until jobs have ended and are not requeued."""
         ends = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 
         def all_ended() -> bool:
@@ -151,7 +151,7 @@ class Cluster:
         return subprocess.run(["scontrol", "show", "job"], capture_output=True, text=True, check=False).stdout
 
     def processes(self, number: str, node: str) -> dict[int, dict[str, str]]:
-        """Processes of a job's tasks on a node, with their variables."""
+        """Returns the processes of the tasks of a job on a node, with their environments."""
         found = {}
         for pid, variables in every_process():
             if variables.get("SLURM_JOB_ID") == number and variables.get("SLURMD_NODENAME") == node:
@@ -159,13 +159,13 @@ class Cluster:
         return found
 
     def programs(self, number: str) -> list[int]:
-        """Tasks of a job that have come as far as Python."""
+        """Returns the process IDs of the tasks of a job that run Python already."""
         nodes = ("node1", "node2", "node3", "node4")
         found = [pid for node in nodes for pid in self.processes(number, node)]
         return [pid for pid in found if "python" in os.path.realpath(f"/proc/{pid}/exe")]
 
     def freeze(self, node: str, number: str) -> list[int]:
-        """Stops a node in the middle of whatever it does, as one without power: it answers nothing more."""
+        """Suspends a node: its daemon and the tasks of a job, so that it does not answer, as after a power failure."""
         daemon = int((self.folder / "run" / f"{node}.pid").read_text())
         tasks = self.processes(number, node)
         steps = {int(re.findall(r"PPid:\s*(\d+)", _read(Path(f"/proc/{pid}/status")))[0]) for pid in tasks}
@@ -177,7 +177,7 @@ class Cluster:
 
 
 def every_process() -> Iterator[tuple[int, dict[str, str]]]:
-    """Every process of the machine, with the variables that it began with."""
+    """Yields each process of the machine with its initial environment."""
     for each in Path("/proc").iterdir():
         if each.name.isdigit():
             pairs = (line.partition("=") for line in _read(each / "environ").split("\0"))
@@ -195,11 +195,11 @@ class Run:
     """A stage of a run, submitted with ``maskgit slurm submit``.
 
     Args:
-        cluster: Where it trains.
-        call: ``maskgit``: words -> exit code and what was printed.
-        name: Of the run.
-        stage: Which.
-        flags: More words of the command.
+        cluster: Cluster of the run.
+        call: Function ``maskgit``: words -> exit code and output.
+        name: Name of the run.
+        stage: Stage of the run.
+        flags: Additional flags of the command.
     """
 
     def __init__(
@@ -211,7 +211,7 @@ class Run:
         self.number = ""
 
     def submit(self, *more: str) -> str:
-        """Puts it into the queue and returns what was printed."""
+        """Submits the run, and returns the output."""
         code, printed = self.ask(*more)
         assert code == 0, printed
         found = re.search(r"^job (\d+): ", printed, re.MULTILINE)
@@ -219,7 +219,7 @@ class Run:
         return printed
 
     def ask(self, *more: str) -> tuple[int, str]:
-        """The command's exit code and what it printed."""
+        """Runs ``maskgit slurm``, and returns its exit code and output."""
         words = [*self.words, *more]
         code, printed = self._call(*words)
         self.cluster.transcript.typed(shlex.join(["maskgit", *words]), printed)
@@ -227,18 +227,18 @@ class Run:
 
     @property
     def log(self) -> str:
-        """What the job has written."""
+        """The log of the job."""
         return _read(self.folder / f"slurm-{self.number}.log")
 
     @property
     def step(self) -> int:
-        """Of the newest complete checkpoint."""
+        """The step of the newest complete checkpoint."""
         newest = newest_checkpoint(self.folder / "checkpoints")
         return 0 if newest is None else step_of(newest)
 
     @property
     def restarts(self) -> int:
-        """How often Slurm has started the job again."""
+        """The number of restarts of the job by Slurm."""
         return int(self.cluster.job(self.number)["Restarts"])
 
     def wait_beyond(self, step: int) -> None:
@@ -247,23 +247,23 @@ class Run:
         self.cluster.transcript.said(f"job {self.number} has saved step {self.step}")
 
     def finish(self, *, state: str = "COMPLETED") -> None:
-        """Waits for its end, and lists the log."""
+        """Waits for the end of the job, and adds the log to the transcript."""
         self.cluster.wait_for_end(self.number)
         self.show_log()
         assert self.cluster.job(self.number)["JobState"] == state, self.log
 
     def show_log(self) -> None:
-        """Lists the log in the transcript."""
+        """Adds the log to the transcript."""
         name = (self.folder / f"slurm-{self.number}.log").relative_to(self.cluster.work)
         self.cluster.transcript.listed(str(name), self.log)
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """What the run has exported."""
+        """The exported weights of the run."""
         return load_file(self.folder.parent / "pretrained" / self.stage / "model.safetensors")
 
 
 def assert_equal(one: Run, other: Run) -> None:
-    """The weights of two runs are equal to the last bit."""
+    """Asserts that the weights of two runs are bit-exact."""
     left, right = one.weights(), other.weights()
     assert left.keys() == right.keys()
     for name, value in left.items():

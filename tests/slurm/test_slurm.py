@@ -46,14 +46,14 @@ pytestmark = pytest.mark.skipif(shutil.which("slurmctld") is None, reason="Slurm
 
 @dataclass
 class Site:
-    """The cluster, and runs on nodes of their own: some that nothing disturbs, and one that only its time ends."""
+    """A cluster with runs on separate nodes: some without faults, and one that only its time limit ends."""
 
     cluster: Cluster
     straight: dict[str, Run]
     limited: Run | None = None
 
     def run(self, name: str, kind: str, *flags: str, sbatch: str = f"--nodelist={HERE}") -> Run:
-        """A run of a kind: the stage, and what it trains under."""
+        """Makes a run of a kind: its stage and its strategy."""
         stage, _, strategy = kind.partition(" ")
         tokenizer = ["--tokenizer=pretrained/tokenizer"] if stage == "transformer" else []
         words = ["--dataset=tiny", "--recipe=small", *tokenizer, f"--cluster={strategy}", "--trainer.accelerator=cpu"]
@@ -62,7 +62,7 @@ class Site:
 
 
 def maskgit_in(folder: Path) -> Callable[..., tuple[int, str]]:
-    """The command, run in a folder, within this process, which has torch already."""
+    """Runs the command in a folder, within this process, which has imported torch already."""
 
     def call(*words: str) -> tuple[int, str]:
         before, ours, printed = Path.cwd(), logging.getLogger("maskgit_pl"), io.StringIO()
@@ -80,7 +80,7 @@ def maskgit_in(folder: Path) -> Callable[..., tuple[int, str]]:
 
 
 def make_work_folder(work: Path) -> None:
-    """What a checkout has: recipes, a small one among them, the environment, data and a tokenizer."""
+    """Makes a checkout: recipes with a small one, environment, data and a tokenizer."""
     shutil.copytree(ROOT / "recipes", work / "recipes")
     (work / ".venv").symlink_to(sys.prefix)
     save_uneven_shards(work / "data" / "shards" / "tiny", (30, 30))
@@ -111,7 +111,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 
 def begin(site: Site) -> Site:
-    """Submits what takes its time beside the tests."""
+    """Submits the long runs, which train while the tests run."""
     site.cluster.transcript.title("Undisturbed runs, and one with a time limit of a minute")
     site.cluster.run("sinfo")
     elsewhere, more = f"--nodelist={ELSEWHERE}", f"--trainer.max_steps={LONG}"

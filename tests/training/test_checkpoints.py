@@ -76,7 +76,7 @@ def test_a_file_that_is_not_what_was_written_is_refused_by_name(tmp_path, name):
     with pytest.raises(ValueError, match=name):
         FolderCheckpointIO().load_checkpoint(folder)
     (folder / "COMPLETE.json").write_text('{"version": 2, "fil')
-    with pytest.raises(ValueError, match=f"{folder}: COMPLETE.json is not what was written .*an older one"):
+    with pytest.raises(ValueError, match=f"{folder}: COMPLETE.json has changed since it was written .*an older one"):
         FolderCheckpointIO().load_checkpoint(folder)
     (folder / "COMPLETE.json").unlink()
     with pytest.raises(ValueError, match="incomplete"):
@@ -84,7 +84,7 @@ def test_a_file_that_is_not_what_was_written_is_refused_by_name(tmp_path, name):
 
 
 def hashed_anew(folder):
-    """Makes the marker say what the files are, as someone who wants them read would."""
+    """Updates the marker to the present files, as an attacker would."""
     marker = json.loads((folder / "COMPLETE.json").read_text())
     for name in marker["files"]:
         content = (folder / name).read_bytes()
@@ -95,7 +95,7 @@ def hashed_anew(folder):
 @pytest.mark.parametrize(
     ("changes", "rule"),
     [
-        ({"version": 3}, "version must be at most 2, got 3; a newer maskgit_pl wrote it: install that one"),
+        ({"version": 3}, "version must be <= 2, got 3; a newer maskgit_pl wrote it: install that version"),
         ({"version": 0}, r"version must be an integer in \[1, inf\), got 0"),
         ({"version": "2"}, r"version must be an integer in \[1, inf\), got '2'"),
         ({"format": "other"}, "format must be 'maskgit_pl.checkpoint', got 'other'"),
@@ -119,7 +119,7 @@ def test_rows_that_no_file_holds_are_refused_before_memory_is_taken(tmp_path):
     (file,) = folder.glob("*.safetensors")
     write_tensors(file, {"/weight": torch.ones(4, 1000)}, metadata={"first_rows": json.dumps({"/weight": 2**30})})
     hashed_anew(folder)  # 4 TB of rows before those that it has
-    with pytest.raises(ValueError, match="'/weight' is not whole; resume from an older one"):
+    with pytest.raises(ValueError, match="'/weight' is incomplete; resume from an older one"):
         FolderCheckpointIO().load_checkpoint(folder)
 
 
@@ -241,8 +241,8 @@ def test_a_step_that_cannot_be_saved_is_tried_once_whatever_its_micro_batches(tm
     with caplog.at_level(logging.WARNING):
         trainer.fit(Line(), torch.utils.data.DataLoader(torch.ones(40, 1)))
     (said,) = [record.message for record in caplog.records if "cannot be written" in record.message]
-    assert "checkpoint of step 2: " in said
-    assert "the next is tried at step 4 (1 of 3 failures)" in said
+    assert "checkpoint of step 2 cannot be written: " in said
+    assert "next attempt at step 4 (failure 1 of 3)" in said
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000004", "step-00000005"]
 
 
@@ -278,7 +278,7 @@ def test_a_folder_that_cannot_even_be_listed_has_three_tries_as_well(tmp_path, c
         max_steps=9, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
         plugins=[FolderCheckpointIO()], callbacks=[checkpoints, Unplug()],
     )  # fmt: skip
-    with caplog.at_level(logging.WARNING), pytest.raises(CannotWriteError, match=r"step 6: .*3 times in a row"):
+    with caplog.at_level(logging.WARNING), pytest.raises(CannotWriteError, match=r"step 6 .*3 failures in a row"):
         trainer.fit(Line(), torch.utils.data.DataLoader(torch.ones(20, 1)))
     assert sum("cannot be listed" in record.message for record in caplog.records) == 3
 
@@ -306,12 +306,12 @@ def fit_on(disk, folder, *, steps=6):
 def test_three_failed_saves_end_a_run_in_a_row_and_not_in_all(tmp_path):
     fit_on(Unwritable(1, 2, 4, 5), tmp_path / "four in all")
     assert newest_checkpoint(tmp_path / "four in all").name == "step-00000006"
-    with pytest.raises(CannotWriteError, match=r"step 4: .*step-00000001 stays; 3 times in a row"):
+    with pytest.raises(CannotWriteError, match=r"step 4 .*step-00000001 is kept; 3 failures in a row"):
         fit_on(Unwritable(2, 3, 4), tmp_path / "three in a row")
 
 
 def begin(rank: int, folder, name: str) -> None:
-    """One of two ranks, which begins from the checkpoint of that name."""
+    """Runs one of two ranks, which resumes from the checkpoint of that name."""
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
     checkpoints = Checkpoints(folder, every_n_steps=1)
     checkpoints.resumes_from = folder / name
@@ -340,12 +340,12 @@ def test_ranks_begin_from_the_same_checkpoint_or_not_at_all(tmp_path, other):
         assert said == {"begins"}
     else:
         (text,) = said
-        assert f"{tmp_path}: one newest checkpoint" in text
+        assert f"{tmp_path} must have the same newest checkpoint" in text
         assert "got rank 0: step-00000002, rank 1: step-00000001" in text
 
 
 class Picture(LightningModule):
-    """A convolution whose weights lie in memory as images of channels_last do."""
+    """A convolution with weights in channels_last memory format."""
 
     def __init__(self):
         super().__init__()
@@ -377,7 +377,7 @@ def test_moments_of_weights_in_channels_last_come_back_to_their_weights(tmp_path
 
 
 class Counted(Line):
-    """Notes at which step each micro-batch comes."""
+    """A module that records the step of each micro-batch."""
 
     def __init__(self):
         super().__init__()

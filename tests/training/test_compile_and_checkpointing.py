@@ -1,4 +1,4 @@
-"""Blocks that run in another way learn the same, and their names stay."""
+"""Activation checkpointing and compilation change neither the results nor the names in a state dict."""
 
 import copy
 
@@ -10,7 +10,15 @@ from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.training.compile_and_checkpointing import prepare_blocks
 
-SIZES = {"num_codes": 16, "num_classes": 3, "grid": (4, 4), "width": 32, "depth": 3, "num_heads": 2, "mlp_width": 64}
+SIZES = {
+    "codebook_size": 16,
+    "num_classes": 3,
+    "grid": (4, 4),
+    "embed_dim": 32,
+    "depth": 3,
+    "num_heads": 2,
+    "mlp_dim": 64,
+}
 
 
 def transformer(attention="bidirectional", dropout=0.1):
@@ -26,8 +34,9 @@ def loss_of_tokens(network, seed=1):
 
 def tokenizer(layout):
     torch.manual_seed(0)
-    more = {"attention_levels": (1,), "latent_width": 4} if layout == "taming" else {}
-    config = VQGANConfig(1, channels=8, multipliers=(1, 2), blocks_per_level=1, groups=2, num_codes=16, code_width=4,
+    more = {"attention_levels": (1,), "latent_channels": 4} if layout == "taming" else {}
+    config = VQGANConfig(1, base_channels=8, channel_multipliers=(1, 2), num_res_blocks=1, num_groups=2,
+                         codebook_size=16, code_dim=4,
                          layout=layout, **more)  # fmt: skip
     return VQGAN(config)
 

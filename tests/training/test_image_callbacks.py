@@ -9,7 +9,7 @@ from tests.imaging.decoding_steps import random_images, step
 
 
 class FakeModel:
-    """Decodes to its labels; counts runs that went to the end."""
+    """A model that decodes to its labels and counts completed generations."""
 
     def __init__(self) -> None:
         self.tokenizer = tiny_tokenizer()

@@ -9,7 +9,7 @@ from maskgit_pl.training.optimizers import LearningRate, OptimizerConfig, build_
 
 
 class Model(nn.Module):
-    """One of everything."""
+    """A network with one layer of each kind."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,10 +44,12 @@ def test_names_carry_the_prefix_and_belong_to_their_parameters():
 def test_the_transformers_tied_table_positions_norms_and_biases_do_not_decay():
     model = MaskedTransformer(TransformerConfig(16, 3, (2, 2), 8, 2, 2, 16))
     decayed, rest = parameter_groups(model, 0.045)
-    kernels = ("query_key_value", "attention_output", "mlp_hidden", "mlp_output")
+    kernels = ("qkv", "proj", "fc1", "fc2")
     expected = [f"blocks.{block}.{kernel}.weight" for block in (0, 1) for kernel in kernels]
     assert sorted(names(decayed)) == sorted([*expected, "head_dense.weight"])
-    assert {"words.weight", "positions.weight", "head_bias", "embedding_norm.weight"} <= set(names(rest))
+    assert {"token_embedding.weight", "position_embedding.weight", "head_bias", "embedding_norm.weight"} <= set(
+        names(rest)
+    )
     assert len(names(decayed)) + len(names(rest)) == len(list(model.parameters()))
 
 
@@ -65,7 +67,7 @@ def test_an_optimizer_takes_the_groups_and_decays_the_kernels_alone():
 
 
 def steps(kind: str, state: dict | None = None) -> tuple[Model, torch.optim.AdamW]:
-    """Three steps with gradients that depend on the step."""
+    """Runs three steps with gradients that depend on the step."""
     torch.manual_seed(0)
     model = Model()
     optimizer = build_adamw(parameter_groups(model, 0.1), OptimizerConfig(LearningRate(0.1), (0.9, 0.96), 0.1, kind))

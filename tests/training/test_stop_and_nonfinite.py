@@ -1,4 +1,4 @@
-"""Both stages in one process: an update that is not finite changes nothing, and only several in a row end the run."""
+"""Both stages in one process: a non-finite update changes nothing, and only several in a row end the run."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ from tests.modules import masked_model, tokenizer_model
 
 
 class History(Callback):
-    """Keeps what every step leaves: weights with their averages, optimizer states, and the loss of stage 2."""
+    """A callback that records the state after each step: weights, averages, optimizers, and the loss of stage 2."""
 
     def __init__(self) -> None:
         self.states: list[list[Tensor]] = []
@@ -46,7 +46,7 @@ class History(Callback):
         self.states.append([value.clone() for value in [*module.state_dict().values(), *moments]])
 
     def changed(self, step: int) -> bool:
-        """Whether step ``step``, counted from 1, changed anything at all."""
+        """Returns True if step ``step``, counted from 1, changed any state."""
         before, after = self.states[step - 1 : step + 1]
         return len(before) != len(after) or not all(map(torch.equal, before, after))
 
@@ -55,10 +55,11 @@ class History(Callback):
 def module(request, tiny_pretrained) -> LightningModule:
     torch.manual_seed(0)
     if request.param == "transformer":
-        config = TransformerConfig(16, 3, (4, 4), width=16, depth=1, num_heads=2, mlp_width=32)
+        config = TransformerConfig(16, 3, (4, 4), embed_dim=16, depth=1, num_heads=2, mlp_dim=32)
         return masked_model(config, tiny_pretrained / "tokenizer", rate=LearningRate(1e-2), ema_decay=0.9)
     network = VQGANConfig(
-        1, channels=8, multipliers=(1,), blocks_per_level=1, middle_blocks=0, groups=4, num_codes=16, code_width=4,
+        1, base_channels=8, channel_multipliers=(1,), num_res_blocks=1, num_middle_blocks=0, num_groups=4,
+        codebook_size=16, code_dim=4,
         patch_size=2, quantizer="ema",
     )  # fmt: skip
     adversarial = AdversarialConfig(DiscriminatorConfig(channel_multiplier=1 / 64), lecam_weight=0.1)
@@ -67,7 +68,7 @@ def module(request, tiny_pretrained) -> LightningModule:
 
 @pytest.fixture
 def fit(module, tiny_shards, tmp_path):
-    """Trains with faults, guarded; gives what each step left."""
+    """Trains with faults and the checks, and returns the states after each step."""
 
     def run(*faults: Fault, steps: int, more: tuple[Callback, ...] = ()) -> History:
         data = ShardData(
@@ -106,13 +107,13 @@ def test_three_in_a_row_are_skipped_however_many_there_are_in_all(fit, tmp_path,
     with caplog.at_level(logging.WARNING, logger="maskgit_pl"):
         seen = fit(Fault("nan gradient", step=1, times=3), Fault("nan gradient", step=5, times=3), steps=8)
     assert [seen.changed(step) for step in range(1, 9)] == [False, False, False, True] * 2
-    assert [record.args[1] for record in caplog.records if "is not finite" in record.message] == [1, 2, 3, 1, 2, 3]
+    assert [record.args[1] for record in caplog.records if "non-finite" in record.message] == [1, 2, 3, 1, 2, 3]
     assert not (tmp_path / "nonfinite.json").exists()
 
 
 def test_the_fourth_in_a_row_ends_the_run_with_the_samples_of_all_four(fit, tmp_path, module):
     weights = [value.clone() for value in module.state_dict().values()]
-    with pytest.raises(NonFiniteError, match="step 3: a gradient is not finite, 4 steps in a row"):
+    with pytest.raises(NonFiniteError, match="step 3: non-finite gradient, 4 steps in a row"):
         fit(Fault("nan gradient", step=1, times=9), steps=8)
     assert all(map(torch.equal, module.state_dict().values(), weights))
     listed = json.loads((tmp_path / "nonfinite.json").read_text())
@@ -125,7 +126,7 @@ def test_the_fourth_in_a_row_ends_the_run_with_the_samples_of_all_four(fit, tmp_
 
 @pytest.fixture
 def listening() -> Iterator[None]:
-    """Signals set the flag, and do again what they did before when the test ends."""
+    """Lets the stop signals set the flag during a test."""
     before = {number: signal.getsignal(number) for number in interruption.SIGNALS}
     with interruption.catch_stop_signals():
         yield
@@ -136,7 +137,7 @@ def listening() -> Iterator[None]:
 
 
 class Signal(Callback):
-    """Asks this process to stop, in the middle of a step."""
+    """A callback that sends this process a stop signal in the middle of a step."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -148,7 +149,7 @@ class Signal(Callback):
 
 @pytest.mark.usefixtures("listening")
 def test_a_signal_saves_the_step_that_is_under_way_and_stops(fit, tmp_path):
-    with pytest.raises(PreemptedError, match="saved step 2"):
+    with pytest.raises(PreemptedError, match="after saving step 2"):
         fit(steps=5, more=(Signal(step=2),))
     assert [folder.name for folder in complete_checkpoints(tmp_path / "checkpoints")] == ["step-00000002"]
 

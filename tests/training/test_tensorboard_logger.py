@@ -1,4 +1,4 @@
-"""Curves that cannot be written cost nothing but themselves."""
+"""A failed write of TensorBoard logs does not stop training."""
 
 import logging
 import shutil
@@ -17,7 +17,7 @@ def written(folder) -> bytes:
 
 @pytest.fixture
 def threads_end():
-    """TensorBoard's thread says its error last: waited for, so that pytest counts it to the test that made it."""
+    """Waits for TensorBoard's thread, whose error belongs to the test that caused it."""
     before = set(threading.enumerate())
     yield
     for thread in set(threading.enumerate()) - before:
@@ -39,7 +39,7 @@ def test_curves_go_on_when_there_is_a_place_again(tmp_path, caplog, monkeypatch)
         logger.save()
         logger.finalize("failed")
     (said,) = [record.message for record in caplog.records]
-    assert "run: curves cannot be written: " in said
+    assert "run: TensorBoard logs cannot be written: " in said
     (tmp_path / "run").unlink()
     logger.log_metrics({"paused": 1.0}, step=40)
     assert not (tmp_path / "run").exists()

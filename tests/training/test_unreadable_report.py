@@ -30,7 +30,7 @@ def image(number: int) -> bytes:
 
 
 def folder_with(path: Path, *, bad: set[int], bad_val: set[int] = frozenset(), num_train: int = 48) -> Path:
-    """Images of which some are HTML pages."""
+    """Makes a folder of images, some of which are HTML pages."""
     train = [(b"<html>" if n in bad else image(n), n % 3) for n in range(num_train)]
     val = [(b"" if n in bad_val else image(n), n % 3) for n in range(8)]
     return save_data(path, {"train": train, "val": val})
@@ -135,7 +135,7 @@ def children(process: int) -> list[int]:
 def answer_of_a_run_to(
     fault: Callable[[subprocess.Popen[str], Path], None], tmp_path: Path, *more: str
 ) -> tuple[int, list[str]]:
-    """Trains until the first checkpoint, then lets the fault happen; the exit code, and what was printed."""
+    """Trains to the first checkpoint, then injects the fault. Returns the exit code and the output."""
     folder = folder_with(tmp_path / "data", bad=set())
     words = [*train_command(folder, tmp_path / "runs"), "--trainer.max_steps=1000000", "--checkpoint_every=20", *more]
     command = [sys.executable, "-m", "maskgit_pl", *words]
@@ -154,7 +154,7 @@ TWO_RANKS = ("--cluster", "ddp", "--trainer.devices=2")
 
 
 @pytest.mark.slow  # 15 s each, 30 s for two ranks
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="Linux alone tells the children of a process")
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="only Linux lists the children of a process")
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("ranks", [(), TWO_RANKS], ids=["one rank", "two ranks"])
 def test_a_shard_that_is_cut_while_a_run_reads_it_ends_all_ranks_with_its_name(tmp_path, num_workers, ranks):
@@ -164,13 +164,13 @@ def test_a_shard_that_is_cut_while_a_run_reads_it_ends_all_ranks_with_its_name(t
     code, lines = answer_of_a_run_to(cut, tmp_path, f"--data.num_workers={num_workers}", *ranks)
     assert code == DataChangedError.exit_code == 76, lines
     assert any(
-        "maskgit train: data " in line and "train-000001.tar was changed while it is read" in line for line in lines
+        "maskgit train: data " in line and "train-000001.tar changed while it was in use" in line for line in lines
     )
     assert not any("Traceback" in line for line in lines)
 
 
 @pytest.mark.slow  # 15 s each, 30 s for two ranks
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="Linux alone tells the children of a process")
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="only Linux lists the children of a process")
 @pytest.mark.parametrize("ranks", [(), TWO_RANKS], ids=["one rank", "two ranks"])
 def test_a_data_worker_that_is_killed_ends_the_run_with_one_line(tmp_path, ranks):
     def kill(process: subprocess.Popen[str], folder: Path) -> None:
@@ -180,6 +180,7 @@ def test_a_data_worker_that_is_killed_ends_the_run_with_one_line(tmp_path, ranks
     code, lines = answer_of_a_run_to(kill, tmp_path, "--data.num_workers=2", *ranks)
     assert code == DataWorkerError.exit_code, lines
     assert any(
-        "maskgit train: a process that loads data was killed, most likely because memory" in line for line in lines
+        "maskgit train: a data loading worker was killed, most likely because it ran out of memory" in line
+        for line in lines
     )
     assert not any("Traceback" in line for line in lines)

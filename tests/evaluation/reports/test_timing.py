@@ -10,7 +10,7 @@ from maskgit_pl.evaluation.reports import timing
 from maskgit_pl.evaluation.reports.timing import Timing, measure_timings
 from maskgit_pl.networks.transformer import TransformerConfig
 
-TINY = TransformerConfig(16, 3, (4, 4), width=16, depth=1, num_heads=2, mlp_width=32)
+TINY = TransformerConfig(16, 3, (4, 4), embed_dim=16, depth=1, num_heads=2, mlp_dim=32)
 METHODS = list(timing.METHODS)
 
 
@@ -91,6 +91,6 @@ def test_the_sizes_of_a_pretrained_transformer_are_timed(tiny_pretrained, tmp_pa
 
 @pytest.mark.parametrize("count", [0, -4, 2, 50])
 def test_a_number_of_tokens_that_is_no_square_is_refused(tmp_path, count):
-    with pytest.raises(ValueError, match=f"num_tokens: squares are needed, such as 16 or 256, got {count}"):
+    with pytest.raises(ValueError, match=f"num_tokens must be squares, such as 16 or 256, got {count}"):
         measure(tmp_path / "ledger.jsonl", sizes=TINY, num_tokens=(4, count))
     assert not (tmp_path / "ledger.jsonl").exists()

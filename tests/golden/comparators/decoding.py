@@ -70,7 +70,7 @@ def compare_decoding(folder: Folder, file: str) -> Iterator[Comparison]:
     yield from _inputs(file, arrays, network)
     predictors: dict[str, Predictor] = {}
     if network is not None:
-        batch, codes = arrays["cur_ids"].shape, network.config.num_codes
+        batch, codes = arrays["cur_ids"].shape, network.config.codebook_size
         ours = everywhere(network, arrays["cur_ids"].reshape(-1, batch[-1]))["logits"][..., :codes].detach()
         ours = ours.reshape(*batch, codes)
         predictors["our network"] = ClassPredictor(network, our_tokens(arrays["inputs"], network.config)[1])

@@ -61,7 +61,7 @@ def _compare_model(folder: Folder, model: str) -> Iterator[Comparison]:
 
 
 def _transformer(folder: Folder, file: str, weights: dict[str, np.ndarray]) -> Iterator[Comparison]:
-    network, tokens = transformer_from(weights, num_codes=_NUM_CODES), folder.arrays(file)["tokens"]
+    network, tokens = transformer_from(weights, codebook_size=_NUM_CODES), folder.arrays(file)["tokens"]
     weights.clear()  # the bytes of the file, which nothing needs any longer
     yield given(file, "tokens", tokens, dtype="int32", low=-1, high=network.config.vocabulary_size - 2)
     logits = everywhere(network, tokens)["logits"]
@@ -77,7 +77,7 @@ def _tokenizer(folder: Folder, file: str, weights: dict[str, np.ndarray]) -> Ite
     network, arrays = tokenizer.network_from(weights), folder.arrays(file)
     image, chosen = arrays["image"], arrays["random_indices"]
     yield given(file, "image", image, dtype="float32", low=0, high=1)
-    yield given(file, "random_indices", chosen, dtype="int32", low=0, high=network.config.num_codes - 1)
+    yield given(file, "random_indices", chosen, dtype="int32", low=0, high=network.config.codebook_size - 1)
     features = network.encoder(to_images(image))
     codes = torch.from_numpy(chosen).long()
     made = {

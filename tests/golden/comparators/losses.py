@@ -122,7 +122,7 @@ def _of_the_tokenizer(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
     made = {}
     if "dist_a" in arrays:
         codes = arrays["dist_b"]
-        quantizer = GradientQuantizerSpec().create(num_codes=len(codes), code_width=codes.shape[1])
+        quantizer = GradientQuantizerSpec().create(codebook_size=len(codes), code_dim=codes.shape[1])
         quantizer.codebook.data = codes
         made["dist"] = quantizer.distances(arrays["dist_a"]).detach()
     if "real_logit" in arrays:
@@ -148,11 +148,11 @@ def _perplexities(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {"perplexity_single_replica": single, "perplexity_global": together.expand(len(tokens))}
 
 
-def _perplexity(tokens: Tensor, num_codes: int) -> Tensor:
+def _perplexity(tokens: Tensor, codebook_size: int) -> Tensor:
     """exp(-sum p log(p + 1e-5)) of the shares that our metric counts; ours is without the released code's 1e-5."""
     from maskgit_pl.tokenizer import CodebookUsage  # with lightning, which takes seconds to import
 
-    use = CodebookUsage(num_codes)
+    use = CodebookUsage(codebook_size)
     use.update(tokens.unsqueeze(0), torch.ones(1))
     shares = use.counts / use.counts.sum()
     return torch.exp(-(shares * torch.log(shares + 1e-5)).sum())

@@ -56,7 +56,7 @@ def compare_vqvae(folder: Folder, file: str) -> Iterator[Comparison]:
     network = _load(folder, file)
     yield given(file, "images", arrays["images"], dtype="float32", low=0, high=1)
     if "random_indices" in arrays:
-        last = network.config.num_codes - 1
+        last = network.config.codebook_size - 1
         yield given(file, "random_indices", arrays["random_indices"], dtype="int32", low=0, high=last)
     for made, note in _stages(network, arrays):
         yield from present(file, made, arrays, note=note)
@@ -81,11 +81,11 @@ def _load(folder: Folder, file: str) -> VQGAN:
 def _spec(folder: Folder, config: VQGANConfig) -> GradientQuantizerSpec:
     """The quantizer's numbers: those of the manifest's entry with this codebook and these channels."""
     sizes = {
-        "codebook_size": config.num_codes,
-        "embedding_dim": config.code_width,
-        "filters": config.channels,
-        "channel_multipliers": list(config.multipliers),
-        "num_res_blocks": config.blocks_per_level,
+        "codebook_size": config.codebook_size,
+        "embedding_dim": config.code_dim,
+        "filters": config.base_channels,
+        "channel_multipliers": list(config.channel_multipliers),
+        "num_res_blocks": config.num_res_blocks,
     }
     for entry in folder.config.values():
         of_a_quantizer = isinstance(entry, dict) and "commitment_cost" in entry
@@ -187,7 +187,7 @@ def _parts(network: VQGAN, features: Tensor) -> dict[str, Tensor]:
 
     def loss(*, commitment: float, entropy_weight: float) -> Tensor:
         part = replace(spec, commitment=commitment, entropy_weight=entropy_weight)
-        quantizer = part.create(num_codes=config.num_codes, code_width=config.code_width)
+        quantizer = part.create(codebook_size=config.codebook_size, code_dim=config.code_dim)
         quantizer.load_state_dict(network.quantizer.state_dict())
         output: QuantizerOutput = quantizer(features)
         return output.loss

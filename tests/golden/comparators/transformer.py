@@ -30,18 +30,24 @@ def load_transformer(folder: Folder, tag: str) -> MaskedTransformer:
     """
     arrays = parameters(folder.tree(f"transformer_{tag}_checkpoint.msgpack"))
     entry = _entry(folder, tag, arrays)
-    network = network_from(arrays, num_codes=entry["codebook"])
+    network = network_from(arrays, codebook_size=entry["codebook"])
     config = network.config
-    names = {"layers": "depth", "hidden": "width", "heads": "num_heads", "inter": "mlp_width", "classes": "num_classes"}
+    names = {
+        "layers": "depth",
+        "hidden": "embed_dim",
+        "heads": "num_heads",
+        "inter": "mlp_dim",
+        "classes": "num_classes",
+    }
     for said, has in names.items():
         if entry[said] != getattr(config, has):
             raise ValueError(f"transformer {tag} {said}: the manifest says {entry[said]}, got {getattr(config, has)}")
     return network
 
 
-def network_from(arrays: dict[str, np.ndarray], *, num_codes: int) -> MaskedTransformer:
+def network_from(arrays: dict[str, np.ndarray], *, codebook_size: int) -> MaskedTransformer:
     """The network of a checkpoint's parameters, for evaluation."""
-    config = transformer_config(arrays, num_codes=num_codes)
+    config = transformer_config(arrays, codebook_size=codebook_size)
     with torch.device("meta"):
         network = MaskedTransformer(config)
     network.load_state_dict(transformer_weights(arrays, config), assign=True)
@@ -52,7 +58,7 @@ def our_tokens(sequence: np.ndarray, config: TransformerConfig) -> tuple[Tensor,
     """Tokens (B, N) and labels (B,) of recorded sequences (B, 1 + N): class token first, -1 where unknown."""
     ids = torch.from_numpy(sequence).long()
     tokens = ids[:, 1:]
-    return tokens.masked_fill(tokens == _MASK, config.mask_token_id), ids[:, 0] - config.num_codes
+    return tokens.masked_fill(tokens == _MASK, config.mask_token_id), ids[:, 0] - config.codebook_size
 
 
 def everywhere(network: MaskedTransformer, sequence: np.ndarray) -> dict[str, Tensor]:
@@ -60,7 +66,7 @@ def everywhere(network: MaskedTransformer, sequence: np.ndarray) -> dict[str, Te
     tokens, labels = our_tokens(sequence, network.config)
     modules: dict[str, nn.Module] = {"embeddings": network.embedding_norm, "mlm_hidden_after_ln": network.head_norm}
     for number, block in enumerate(network.blocks):
-        modules[f"layer{number}_self_attention"] = block.get_submodule("attention_output")
+        modules[f"layer{number}_self_attention"] = block.get_submodule("proj")
         modules[f"layer{number}_attention_block"] = block.get_submodule("attention_norm")
         modules[f"layer{number}_output"] = block
     with recorded_outputs(modules) as outputs:

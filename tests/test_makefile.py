@@ -1,0 +1,61 @@
+"""The Makefile: its help lists every target and variable, and its variables reach the commands."""
+
+import re
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "Makefile").read_text()
+
+
+def run_make(*words: str) -> subprocess.CompletedProcess[str]:
+    """Prints the commands of a target without running them; .venv counts as installed."""
+    command = ["make", "--no-print-directory", "--dry-run", "--old-file=.venv/.installed", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_every_public_target_has_a_help_text():
+    phony = re.search(r"^\.PHONY: (.*)$", TEXT, re.MULTILINE)[1].split()
+    documented = re.findall(r"^([a-z-]+):.*?## \S", TEXT, re.MULTILINE)
+    assert sorted(phony) == sorted(documented)
+
+
+def test_help_lists_every_variable_that_a_user_sets():
+    listed = re.findall(r"^#: ([A-Z_]+)\|\S", TEXT, re.MULTILINE)
+    defined = re.findall(r"^([A-Z_]+) \?=", TEXT, re.MULTILINE)
+    assert sorted(listed) == sorted(set(defined) - {"PYTHON"})
+
+
+def test_the_default_cluster_is_a_recipe():
+    assert (ROOT / "recipes" / "cluster" / f"{re.search(r'^CLUSTER .= (.*)$', TEXT, re.MULTILINE)[1]}.yaml").is_file()
+
+
+def test_variables_become_flags_of_the_same_name():
+    words = ("CLASSES=3", "NUM_STEPS=12", "SEED=7", "RUN=mine")
+    printed = run_make("sample", *words).stdout
+    assert all(flag in printed for flag in ('--classes "3"', "--num-steps 12", "--seed 7", "runs/mine"))
+    printed = run_make("doctor", "CLUSTER=fsdp", "NODES=2", "DEVICES=4", "RECIPE=paper-256").stdout
+    assert all(flag in printed for flag in ("--cluster fsdp", "--nodes 2", "--devices 4", '--recipe "paper-256"'))
+
+
+def test_names_may_contain_spaces():
+    printed = run_make("train-tokenizer", "DATASET=my shapes", "RUN=my run").stdout
+    assert '--dataset "my shapes" --data "data/shards/my shapes"' in printed
+    assert '"runs/my run"' in run_make("evaluate", "RUN=my run").stdout
+
+
+def test_an_unknown_benchmark_is_answered_with_the_list():
+    assert "NAME must be one of: " in run_make("benchmark", "NAME=nope").stdout
+    assert "stage2_step" in run_make("benchmark", "NAME=nope").stdout
+
+
+def test_slurm_jobs_use_ddp_unless_a_cluster_is_given():
+    assert "--cluster ddp" in run_make("submit-transformer").stdout
+    assert "--cluster fsdp" in run_make("submit-transformer", "CLUSTER=fsdp").stdout
+    assert "--cluster single" in run_make("train-tokenizer").stdout
+
+
+def test_a_variable_of_version_0_1_0_is_refused():
+    done = run_make("sample", "STEPS=8")
+    assert done.returncode == 2
+    assert "STEPS is now called NUM_STEPS" in done.stderr
