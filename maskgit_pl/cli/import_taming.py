@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from maskgit_pl.cli.flags import check_at_least
-from maskgit_pl.importers.files import check_out, torch_file
+from maskgit_pl.importers.files import check_out, check_torch_file
 
 __all__ = ["add_parser", "run"]
 
@@ -32,7 +32,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Converts the checkpoint and prints a report."""
     check_out(args.out)
-    torch_file(args.file)
+    check_torch_file(args.file)
     check_at_least(args, image_size=1)
     from maskgit_pl.importers.taming import import_taming
 
