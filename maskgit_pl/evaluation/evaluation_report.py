@@ -76,6 +76,7 @@ class Report:
         from rich.table import Table
 
         protocol, samples = self.content["protocol"], self.content["samples"]
+        # One column per kind of samples, and a last one for real images.
         columns = [*samples.values(), self.content["real_against_real"]]
         table = Table(title=f"{protocol['num_images']} images, {protocol['num_steps']} steps, seed {protocol['seed']}")
         table.add_column("")
@@ -86,6 +87,7 @@ class Report:
             *([metric_name(each, label) for each in NETWORK_METRICS] for label in protocol["features"]),
         ]
         for section in names:
+            # A metric that no column has is left out; each network has a section of its own.
             shown = [name for name in section if any(name in column for column in columns)]
             for name in shown:
                 cells = [format_value(name, column[name]) if name in column else "" for column in columns]
@@ -123,6 +125,7 @@ def make_report(model: EvaluatedModel, evaluator: Evaluator, made: Measurements,
         "model": _sizes(pipe) | {f"{name}_digest": model.identity[name] for name in ("transformer", "config")},
         "environment": {**describe_environment(), "device": str(pipe.device)},
     }
+    # The class agreement of generated images is read relative to this accuracy.
     classifier = networks.get(CLASSIFIER)
     if classifier is not None and classifier.accuracy is not None and classifier.labels is not None:
         report["classifier"] = {

@@ -94,6 +94,7 @@ def evaluate(
         TypeError: if a feature network does not accept its arguments.
         ValueError: if the classes of the data are not the model's, a network is unknown, or a number is out of range.
     """
+    # Checks without torch come first, so that a wrong argument is answered immediately.
     check_integer("num_images", num_images, "[1, inf)")
     folders = find_run(run, data=data, classifier=options.classifier)
     outline = read_outline(folders)
@@ -101,6 +102,7 @@ def evaluate(
     from maskgit_pl.distributed import process_group, rank_and_world
     from maskgit_pl.evaluation.evaluation_report import make_report
 
+    # All ranks measure; the first one writes. The file of generated images still exists and is read for the pictures.
     with process_group():
         evaluator, model, rebuilt = _open(folders, num_images, features, options, bars)
         decoding = model.pipe.decoding_with(num_steps=options.num_steps)
@@ -136,6 +138,7 @@ def _open(
     data = open_data(folders, pipe, num_workers=options.num_workers)
     round_to_classes(num_images, data.num_classes, name="num_images")
     lpips = None if options.lpips is None else load_lpips(options.lpips, device=pipe.device)
+    # Without --resume, images of an earlier evaluation would be reused by their file name.
     first = rank_and_world()[0] == 0
     if first and not options.resume:
         _delete_images(folders.evaluation)

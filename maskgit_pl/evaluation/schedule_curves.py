@@ -51,6 +51,7 @@ def schedule_specs(trained: MaskSchedule) -> tuple[str, dict[str, Spec | None]]:
         without required arguments, by name. The spec of the training schedule is None.
     """
     built = mask_schedules.build_all()
+    # None as spec keeps the model's own schedule, which may have arguments that no registered name has.
     own = next((name for name, schedule in built.items() if schedule == trained), repr(trained))
     return own, {name: None if name == own else name for name in sorted({*built, own})}
 
@@ -81,6 +82,7 @@ def measure_curves(
     curves: dict[str, dict[int, Mapping[str, float]]] = {name: {} for name in specs}
     for num_steps in steps:
         for name, spec in specs.items():
+            # Same seed at every point: the curves differ by the schedule, not by the noise.
             point = replace(with_steps(trial.decoding, num_steps), mask_schedule=spec)
             curves[name][num_steps] = measure(point, num_images, seed, f"mask schedule {name}, {num_steps} steps")
             advance(num_steps)
@@ -108,6 +110,7 @@ class ScheduleCurves:
         points = [
             (name, steps, numbers[metric]) for name, line in self.curves.items() for steps, numbers in line.items()
         ]
+        # Of equal points, the first one wins.
         found = points[0]
         for point in points[1:]:
             found = point if is_better(metric, point[2], found[2]) else found

@@ -76,6 +76,7 @@ def check_budgets(configs: Mapping[str, Mapping[str, Any]]) -> None:
     Raises:
         ValueError: if a setting differs. The message names its values.
     """
+    # A run without a recipe, e.g. a downloaded model, cannot be checked.
     for key in _BUDGET:
         values = {run: _value(config, key) for run, config in configs.items() if config}
         if len({repr(value) for value in values.values()}) > 1:

@@ -59,6 +59,7 @@ class ReportOptions(MeasurementOptions):
         """Returns the flags that determine the classification accuracy score; None stands for a default."""
         if self.cas is None:
             return {"cas_model": "none"}
+        # Only what differs from the default is repeated on the page.
         usual = CASConfig()
         given = {name: value for name, value in vars(self.cas).items() if value != getattr(usual, name)}
         return {

@@ -76,6 +76,7 @@ def open_models(folders: Sequence[RunFolders], options: ReportOptions, command: 
     first = folders[0]
     models = [create_evaluated_model(each, open_model(each, options.device)) for each in folders]
     data = open_data(first, models[0].pipe, num_workers=options.num_workers)
+    # All rows of a table must compare with the same real images.
     for model in models[1:]:
         check_data(model.pipe, data)
         if model.pipe.tokenizer.image_size != data.config.image_size:
@@ -128,6 +129,7 @@ def _sheet(opened: OpenedModels) -> Image.Image:
     """Draws a sheet with a row of real images, a row per model and a column per class."""
     data, models = opened.evaluator.data, opened.models
     classes = choose_classes(data.num_classes)
+    # 50 images per class on average contain one of each class almost certainly.
     images, labels = opened.evaluator.read_real_images("val", 50 * data.num_classes)
     rows = [torch.stack([_first_of(images, labels, label) for label in classes])]
     for model in models:
@@ -174,6 +176,7 @@ def measure_schedules(opened: OpenedModels, *, num_steps: Sequence[int] | None) 
         ValueError: if the training budgets differ, two runs have the same schedule, or no number of steps is left.
     """
     evaluator, options, models = opened.evaluator, opened.options, opened.models
+    # Schedules are only comparable for equal training budgets.
     check_budgets({each.run: read_run_recipe(each.folder.parent / "transformer" / "config.yaml") for each in models})
     results = ablate(evaluator, models, steps=num_steps or PLOT_STEPS, num_images=options.num_images, seed=options.seed)
     first, *_ = evaluator.networks

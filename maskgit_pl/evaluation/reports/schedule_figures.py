@@ -51,6 +51,7 @@ def count_known_tokens(schedule: MaskSchedule, *, num_tokens: int, num_steps: in
     Raises:
         ValueError: if ``num_steps`` is out of range.
     """
+    # The counts come from the decoder itself, so that the table shows what decoding does.
     decoder = ParallelDecoder(schedule, token_selectors.build("confidence"), num_steps=num_steps)
     return [num_tokens - masked for (masked,) in decoder.count_masked([num_tokens], num_tokens)[1:]]
 
@@ -148,6 +149,7 @@ def _plot_ratios(axes: Axes, schedules: Mapping[str, MaskSchedule], num_tokens: 
 def _plot_quality(axes: Axes, results: Sequence[ScheduleResult], colours: Mapping[str, str]) -> None:
     plot_by_steps(axes, {result.schedule: result.curve for result in results}, colours)
     values = [value for result in results for value in result.curve.values()]
+    # The default ticks of a logarithmic axis are powers of ten, which are too few here.
     if axes.get_yscale() == "log":
         ticks = [tick for tick in _TICKS if min(values) / 1.3 <= tick <= max(values) * 1.3]
         axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])

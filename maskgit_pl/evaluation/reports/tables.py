@@ -55,6 +55,7 @@ def make_generation_page(samples: Sequence[Row], cas: Sequence[Row], *, command:
         command: Command that produces the page.
     """
     lines = [*heading("Table 1: class-conditional generation", command), *_explain(samples), ""]
+    # One table per network, in the order in which the networks were measured.
     for network in dict.fromkeys(row["network"] for row in samples):
         own = [row for row in samples if row["network"] == network]
         lines += [f"## In the features of {markdown(network)}", "", *_generation_lines(own), ""]
@@ -88,6 +89,7 @@ def _millions(row: Mapping[str, Any]) -> str:
 
 def _describe_provenance(rows: Sequence[Row]) -> list[str]:
     """Returns two paragraphs: data, code and device of the rows; digests of references, networks and models."""
+    # Each value occurs once, although all rows repeat it.
     said = []
     for name, column in (("data", "dataset"), ("data fingerprint", "data"), ("commit", "commit"), ("date", "date"),
                          ("device", "device")):  # fmt: skip
@@ -148,8 +150,10 @@ def _explain(rows: Sequence[Row]) -> list[str]:
 
 def _generation_lines(rows: Sequence[Row]) -> list[str]:
     network = str(rows[0]["network"])
+    # A column is left out if no row has the metric, e.g. IS in a network that does not know the classes.
     shown = [name for name in _METRICS if present(rows, name)]
     headings = [markdown(title(metric_name(name, network) if name in _NAMED_AFTER_NETWORK else name)) for name in shown]
+    # Real images come last, below the models.
     models = [row for row in rows if row["model"] != REAL] + [row for row in rows if row["model"] == REAL]
     return markdown_table(
         ["model", "run", *headings, "parameters", "steps", "ms per image"],
@@ -266,6 +270,7 @@ def make_schedule_page(results: Sequence[ScheduleResult], *, command: str) -> Pa
 
 def _schedule_lines(results: Sequence[ScheduleResult], networks: Sequence[str]) -> list[str]:
     published = {row.schedule: row for row in SCHEDULES}
+    # IS has a column only for networks that know the classes.
     scored = [network for network in networks if present([result.fresh[network] for result in results], "is")]
     headings = ["schedule", "gamma(r)", "best T", *(f"FID ({markdown(name)})" for name in networks)]
     headings += [*(f"IS ({markdown(name)})" for name in scored), "NLL", "bound, bits", "paper: T", "FID", "IS", "NLL"]
@@ -278,6 +283,7 @@ def _schedule_lines(results: Sequence[ScheduleResult], networks: Sequence[str]) 
         row += [_with_error(likelihood, "masked_nll"), _with_error(likelihood, "elbo_bits_per_token")]
         if known is not None:
             row += [str(known.best_steps), f"{known.fid:.2f}", f"{known.inception_score:.1f}", f"{known.nll:.2f}"]
+        # A schedule that the paper does not have gets empty cells in the paper's columns.
         cells.append(row + [""] * (len(headings) - len(row)))
     return markdown_table(headings, cells, left=2)
 
@@ -311,6 +317,7 @@ def compare_with_paper(fids: Mapping[str, float], network: str) -> list[str]:
 
 
 def _flatten(result: ScheduleResult, networks: Sequence[str]) -> dict[str, object]:
+    # The row of the CSV: values of all networks, likelihoods, and the FID at every T.
     flat: dict[str, object] = {"schedule": result.schedule, "run": result.run, "best_steps": result.best_steps}
     for network in networks:
         row = result.fresh[network]

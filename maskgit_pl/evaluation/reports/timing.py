@@ -123,6 +123,7 @@ def measure_timings(
         points = {method: _point(method, count, sizes, device) for method in METHODS}
         found = {method: ledger.find("timing", point) for method, point in points.items()}
         missing = [method for method, row in found.items() if row is None]
+        # Each point is written as soon as it is measured, so that a command that is stopped loses at most one.
         for method, seconds in _measure(missing, sizes, count, device) if missing else ():
             found[method] = ledger.add("timing", {**points[method], **_numbers(seconds)})
             on_point(timing_of(found[method]))
@@ -146,6 +147,7 @@ def _point(method: Method, num_tokens: int, sizes: TransformerConfig, device: to
         f"{sizes.depth} layers x {sizes.embed_dim}, MLP {sizes.mlp_dim}, {sizes.num_heads} heads, "
         f"{sizes.codebook_size} codes, {sizes.num_classes} classes"
     )
+    # Everything that changes the time is part of the key: sizes, device, version of torch, precision.
     matmul = torch.get_float32_matmul_precision()
     return {
         "method": method,
@@ -200,6 +202,7 @@ def _measure(
 
 def _seconds(decode: Callable[[], Iterator[DecodingStep]], device: torch.device) -> float:
     """Returns the seconds of one run."""
+    # A GPU works asynchronously: wait for it before and after the run.
     _synchronize(device)
     start = time.perf_counter()
     deque(decode(), maxlen=0)
@@ -218,6 +221,7 @@ def _decoders(
     """Returns a function per method that decodes one image, without guidance and with the same weights."""
     side, steps = math.isqrt(num_tokens), _steps(num_tokens)
     config = replace(sizes, grid=(side, side), attention="bidirectional")
+    # fork_rng keeps the random weights from changing the caller's generator.
     with torch.random.fork_rng(devices=[]), device:
         masked = MaskedTransformer(config).eval().requires_grad_(requires_grad=False)
         causal = AutoregressiveTransformer(replace(config, attention="causal"))

@@ -101,14 +101,16 @@ def draw_timings(timings: Sequence[Timing]) -> bytes:
 def _end(method: Method, points: dict[int, Timing]) -> LineEnd:
     last = points[max(points)]
     steps = sorted({point.num_steps for point in points.values()})
-    label = f"{method},\nT = {' and '.join(map(str, steps))}"
-    label = label if method == "MaskGIT" else method.replace(", ", ",\n")
-    return LineEnd(label, (last.num_tokens, last.seconds), _COLOURS[method], bold=method == "MaskGIT")
+    label, _, cache = method.partition(", ")
+    note = cache or f"T = {' and '.join(map(str, steps))}"
+    point = (last.num_tokens, last.seconds)
+    return LineEnd(label, point, _COLOURS[method], bold=method == "MaskGIT", second_line=note)
 
 
 def _write_factors(axes: Axes, lines: dict[Method, dict[int, Timing]]) -> None:
     """Writes the ratios to MaskGIT of the other methods, as two rows of numbers below the lines."""
     low, high = axes.get_ylim()
+    # On a logarithmic axis, a strip of a given fraction needs a power of the range.
     axes.set_ylim(low * (low / high) ** _STRIP, high)  # room for the rows
     place = axes.get_xaxis_transform()
     for method, height in zip(METHODS[1:], (0.02, 0.075), strict=True):
