@@ -124,9 +124,9 @@ def _run(
     from maskgit_pl.cli import main
     from maskgit_pl.runs.build import StageRun
 
-    own = StageRun._our_callbacks
+    own = StageRun._build_callbacks
     more = [Observer(file), Injection(faults)]
-    StageRun._our_callbacks = lambda run: [*own(run), *more]  # type: ignore[method-assign]
+    StageRun._build_callbacks = lambda run: [*own(run), *more]  # type: ignore[method-assign]
     if prepare is not None:
         prepare()
     sys.argv = ["maskgit", *words]
