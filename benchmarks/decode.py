@@ -39,7 +39,7 @@ from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.evaluation.classifier_training import obtain_classifier
 from maskgit_pl.evaluation.run_folders import find_run, open_data
 from maskgit_pl.networks.autoregressive import AutoregressiveTransformer
-from maskgit_pl.networks.int8 import quantized
+from maskgit_pl.networks.int8 import quantize
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.provenance import describe_environment
@@ -375,8 +375,8 @@ def list_contenders(task: Task) -> dict[str, Callable[[], Decode]]:
         "ours": exact,
         "ours, first step cached": partial(exact, hit=True),
         "ours, guided": partial(exact, guidance={"name": "linear", "scale": 3.0}),
-        "ours, int8": lambda: Ours(quantized(network), task),
-        "ours, int8, first step cached": lambda: Ours(quantized(network), task, hit=True),
+        "ours, int8": lambda: Ours(quantize(network), task),
+        "ours, int8, first step cached": lambda: Ours(quantize(network), task, hit=True),
         "ours, context cache": partial(exact, context_cache=_CONTEXT_CACHE),
         "ours, context cache, first step cached": partial(exact, context_cache=_CONTEXT_CACHE, hit=True),
         "ours, bf16": lambda: Ours(copy.deepcopy(network).to(torch.bfloat16), task),

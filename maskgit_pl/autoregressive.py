@@ -48,7 +48,7 @@ class AutoregressiveConfig(TokenModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_decoding(self.decoding.to_config(self.network.num_tokens), self.network)
+        check_decoding(self.decoding.to_config(self.network.num_tokens), self.network, is_autoregressive=True)
 
 
 class AutoregressiveModel(TokenModel):

@@ -34,7 +34,7 @@ def random_mask(count: Tensor, num_tokens: int, *, seed: int, index: Tensor, epo
     # breaks ties by position, so the mask is bit-exact on every device.
     keys = random_bits("mask", seed=seed, index=index, epoch=epoch, count=num_tokens)  # (B, N)
     order = keys.argsort(dim=1, stable=True)
-    is_first = torch.arange(num_tokens, device=keys.device) < count.unsqueeze(1)  # (B, N), by order
+    is_first = torch.arange(num_tokens, device=keys.device) < count.unsqueeze(1)  # (B, N): columns in that order
     return torch.zeros_like(is_first).scatter(1, order, is_first)
 
 
@@ -73,14 +73,14 @@ class MaskSampler:
     def ratio(self, num_tokens: int, *, index: Tensor, epoch: Tensor, position: Tensor, global_batch: int) -> Tensor:
         """Draws mask ratios, (B,) float32 in [0, 1]; see ``mask`` for the arguments."""
         # 1.
-        stratum = self._stratum(position, global_batch)
+        stratum = self._draw_stratum(position, global_batch)
         jitter = random_uniform("mask-ratio", seed=self.seed, index=index, epoch=epoch)[:, 0]
         progress = ((stratum + jitter) / global_batch).clamp(max=1.0)
         # 2.
         return self.mask_schedule(progress, num_tokens).clamp(min=self.min_mask_ratio)
 
-    def _stratum(self, position: Tensor, global_batch: int) -> Tensor:
-        """Returns pi(slot), (B,) int64 in [0, G): the rank of a slot's random key among the G keys of its step."""
+    def _draw_stratum(self, position: Tensor, global_batch: int) -> Tensor:
+        """Returns pi(slot), (B,) int64 in [0, G): the number of random keys of the step below the key of the slot."""
         # Each rank computes all G keys of the step, so ranks agree on pi without communication.
         step, slot = position // global_batch, position % global_batch
         words = random_bits("mask-ratio/stratum", seed=self.seed, index=0, epoch=step, count=global_batch)

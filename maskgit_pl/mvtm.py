@@ -60,7 +60,7 @@ class MaskedTokenConfig(TokenModelConfig):
         check_integer("global_batch", self.global_batch, "[1, 4294967296]")
         mask_schedules.build(self.mask_schedule)
         check_number("min_mask_ratio", self.min_mask_ratio, "[0, 1]")
-        check_decoding(self.decoding, self.network)
+        check_decoding(self.decoding, self.network, is_autoregressive=False)
 
 
 class MaskedTokenModel(TokenModel):

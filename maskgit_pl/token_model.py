@@ -377,7 +377,7 @@ class TokenModel(LightningModule):
             logger.log_metrics(metrics, step=step)
 
 
-def check_decoding(decoding: DecodingConfig, network: TransformerConfig) -> None:
+def check_decoding(decoding: DecodingConfig, network: TransformerConfig, *, is_autoregressive: bool) -> None:
     """Checks that a network supports decoding settings.
 
     Raises:
@@ -385,7 +385,7 @@ def check_decoding(decoding: DecodingConfig, network: TransformerConfig) -> None
             setting, or guidance is set without a null class.
     """
     try:
-        decoding.check(network.num_tokens, is_autoregressive=decoding.is_autoregressive)
+        decoding.check(network.num_tokens, is_autoregressive=is_autoregressive)
     except ValueError as error:
         raise ValueError(f"decoding: {error}") from error
     if any(decoding.scales()) and network.null_label is None:

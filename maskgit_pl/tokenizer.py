@@ -171,7 +171,7 @@ class Tokenizer(LightningModule):
         """Adds the gradients of one micro-batch. The last one of a global batch steps both optimisers."""
         images = self._prepare_images(batch, flip_probability=self.config.flip_probability)  # 1
         is_last = len(self._pending.tokens) + 1 == self.accumulation
-        with self._gradient_sync(is_last=is_last):
+        with self._sync_gradients(is_last=is_last):
             metrics = self._add_gradients(images, step=self.global_step, backward=self.manual_backward)  # 2 to 4
         if not is_last:
             return
@@ -207,7 +207,7 @@ class Tokenizer(LightningModule):
         # 3. Discriminator.
         discriminator_loss = None
         if self._has_adversarial_loss(step):
-            adversarial = self._adversarial_step(images, image, step)
+            adversarial = self._run_discriminator(images, image, step)
             gradient = gradient + adversarial.generator_gradient(
                 image,
                 reconstruction=output.reconstruction,
@@ -231,7 +231,7 @@ class Tokenizer(LightningModule):
     def _has_adversarial_loss(self, step: int) -> bool:
         return self.config.adversarial is not None and self.config.adversarial.has_started(step)
 
-    def _adversarial_step(self, images: Tensor, image: Tensor, step: int) -> AdversarialStep:
+    def _run_discriminator(self, images: Tensor, image: Tensor, step: int) -> AdversarialStep:
         """Runs the discriminator on real images and reconstructions, (B, C, H, W) float32 each."""
         config = self.config.adversarial
         assert config is not None
@@ -250,24 +250,24 @@ class Tokenizer(LightningModule):
         step, optimizers = self.global_step, self.optimizers()
         generator, *rest = optimizers if isinstance(optimizers, list) else [optimizers]
         assert isinstance(generator, LightningOptimizer)
-        stepping = [generator]
+        active = [generator]
         # The discriminator steps first: the generator's step advances global_step, on which the loss depends.
         if self._has_adversarial_loss(step):
-            stepping = [*rest, generator]
+            active = [*rest, generator]
         self._set_learning_rate(step)
         # 5. Clip, and vote.
-        norms = [clip_gradients(optimizer.optimizer, self.config.gradient_clip) for optimizer in stepping]
-        skips = self.step_check is not None and self.step_check.should_skip_update(self.trainer, norms)
+        norms = [clip_gradients(optimizer.optimizer, self.config.gradient_clip) for optimizer in active]
+        is_skipped = self.step_check is not None and self.step_check.should_skip_update(self.trainer, norms)
         # 6. Step.
-        for optimizer in stepping:
-            if skips:
+        for optimizer in active:
+            if is_skipped:
                 optimizer.zero_grad()  # without gradients the step changes neither weights nor moments
             # Lightning counts each step of a LightningOptimizer in global_step. The discriminator steps its plain
             # optimiser, which is not counted, so max_steps counts global batches.
             (optimizer if optimizer is generator else optimizer.optimizer).step()
             optimizer.zero_grad()
         # 7. Statistics. A skipped step leaves them as they are.
-        if skips:
+        if is_skipped:
             self._pending = _PendingUpdate()
         else:
             self._update_statistics(step)
@@ -353,7 +353,7 @@ class Tokenizer(LightningModule):
         return self._wrapped.get(name, getattr(self, name))(images)
 
     @contextmanager
-    def _gradient_sync(self, *, is_last: bool) -> Iterator[None]:
+    def _sync_gradients(self, *, is_last: bool) -> Iterator[None]:
         """Averages gradients over ranks in the last micro-batch of a global batch only."""
         with ExitStack() as stack:
             for wrapped in self._wrapped.values():

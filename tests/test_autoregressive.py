@@ -101,7 +101,7 @@ def test_it_begins_from_weights_of_its_own_kind(tiny_pretrained, tiny_autoregres
     for network in (module.transformer, module.ema_network):
         assert all(torch.equal(weight, expected[name]) for name, weight in network.state_dict().items())
     with pytest.raises(
-        ValueError, match=r"model\.network\.attention: .* is bidirectional, got causal; begin from another"
+        ValueError, match=r"model\.network\.attention must be bidirectional, .*, got causal; start from another"
     ):
         module.start_from(tiny_pretrained / "transformer")
 
@@ -113,7 +113,7 @@ def test_what_does_not_go_together_is_refused(tiny_pretrained):
             network=replace(CONFIG, class_dropout=0.0),
             decoding=AutoregressiveDecoding({"name": "constant", "scale": 1.0}),
         )
-    with pytest.raises(ValueError, match="AutoregressiveTransformer has 'causal', got 'bidirectional'"):
+    with pytest.raises(ValueError, match="must be 'causal' for AutoregressiveTransformer, got 'bidirectional'"):
         model(tiny_pretrained, network=replace(CONFIG, attention="bidirectional"))
-    with pytest.raises(ValueError, match="MaskedTransformer has 'bidirectional', got 'causal'"):
+    with pytest.raises(ValueError, match="must be 'bidirectional' for MaskedTransformer, got 'causal'"):
         masked_model(CONFIG, tiny_pretrained / "tokenizer")

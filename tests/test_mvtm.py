@@ -259,6 +259,8 @@ def test_the_sampler_has_the_seed_and_the_bound_of_the_recipe(tiny_pretrained):
 def test_more_steps_than_tokens_and_guidance_without_a_null_class_are_refused_at_once(tiny_pretrained):
     with pytest.raises(ValueError, match=r"num_steps.* 17"):
         model(tiny_pretrained, decoding=DecodingConfig(num_steps=17))
+    with pytest.raises(ValueError, match="decoding: token_selector must be a name or a mapping for parallel decoding"):
+        model(tiny_pretrained, decoding=DecodingConfig(num_steps=16, token_selector=None))
     without = replace(CONFIG, class_dropout=0.0)
     model(tiny_pretrained, network=without)
     with pytest.raises(ValueError, match="guidance must have scale 0 for a network without a null class"):

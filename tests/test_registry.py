@@ -238,8 +238,8 @@ def test_a_mask_schedule_is_checked_at_every_size(monkeypatch, num_tokens):
 @pytest.mark.parametrize("scale", [-1.0, float("nan"), float("inf")])
 def test_a_broken_guidance_schedule_is_refused_by_name(monkeypatch, scale):
     class Broken(GuidanceSchedule):
-        def __call__(self, position: float) -> float:
-            return scale if position == 1 else 0.0
+        def __call__(self, progress: float) -> float:
+            return scale if progress == 1 else 0.0
 
     monkeypatch.setitem(guidance_schedules._factories, "broken", Broken)
     with pytest.raises(

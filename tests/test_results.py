@@ -1,6 +1,6 @@
-"""The pages that ``results/`` holds are those that the code makes of the ledger beside them.
+"""The pages in ``results/`` are those that the code makes from the ledger.
 
-``python -m tests.test_results`` writes them anew, e.g. after a published number was corrected.
+``python -m tests.test_results`` regenerates them, e.g. after a change of the text.
 """
 
 import sys
@@ -66,7 +66,7 @@ def test_the_page_is_what_the_ledger_makes(name: str) -> None:
     made = page(name)
     for ending, text in (("md", made.markdown), ("csv", made.csv)):
         file = PAGES[name] / f"{name}.{ending}"
-        assert file.read_text() == text, f"{file}: `python -m tests.test_results` writes it anew"
+        assert file.read_text() == text, f"{file}: `python -m tests.test_results` regenerates it"
 
 
 @pytest.mark.parametrize("file", ["results/ledger.jsonl", "docs/decoding/ledger.jsonl"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from maskgit_pl.importers.files import check_out, flax_file, read_class_names
+from maskgit_pl.importers.files import check_flax_file, check_out, read_class_names
 
 __all__ = ["add_parser", "run"]
 
@@ -40,9 +40,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Reads, checks and writes."""
     check_out(args.out)
-    flax_file(args.tokenizer)
+    check_flax_file(args.tokenizer)
     if args.transformer is not None:
-        flax_file(args.transformer)
+        check_flax_file(args.transformer)
     class_names = None if args.class_names is None else read_class_names(args.class_names)
     from maskgit_pl.importers.released import import_jax
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from maskgit_pl.importers.files import check_out, torch_file
+from maskgit_pl.importers.files import check_out, check_torch_file
 
 __all__ = ["add_parser", "run"]
 
@@ -26,7 +26,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Imports, and prints what was written."""
     check_out(args.out)
-    torch_file(args.file)
+    check_torch_file(args.file)
     if args.image_size < 1:
         raise ValueError(f"--image-size: at least 1 is needed, got {args.image_size}")
     from maskgit_pl.importers.taming import import_taming

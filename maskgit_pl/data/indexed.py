@@ -29,7 +29,7 @@ __all__ = ["IndexedDataModule", "IndexedDataset"]
 
 @dataclass(frozen=True)
 class IndexedDataset(Dataset[Batch]):
-    """Batches of a map-style dataset, converted and cropped in the same way as images of shards.
+    """A dataset of batches of a map-style dataset, converted and cropped in the same way as images of shards.
 
     Args:
         dataset: A dataset with ``len(dataset)`` samples; ``dataset[i]`` is an image and its label, an int. An image is

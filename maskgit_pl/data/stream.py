@@ -260,6 +260,12 @@ class _SkippedImages:
     def add(self, url: str, name: str, reason: Reason, error: str) -> None:
         """Counts an unreadable image.
 
+        Args:
+            url: URL of its shard.
+            name: The image's name in messages.
+            reason: Kind of the fault.
+            error: Message of the decoder.
+
         Raises:
             DataBudgetError: if there are too many.
         """

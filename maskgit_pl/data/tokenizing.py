@@ -29,7 +29,7 @@ Outcome = Literal["found", "made", "incomplete"]
 
 @dataclass(frozen=True)
 class TokenizingConfig:
-    """Settings of the execution of ``tokenize``. The tokens do not depend on them.
+    """The settings of the execution of ``tokenize``. The tokens do not depend on them.
 
     Args:
         batch_size: Number of images encoded at a time.

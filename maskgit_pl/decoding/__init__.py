@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         FirstStepPredictor,
         GuidedPredictor,
         Predictor,
-        class_predictor,
+        build_class_predictor,
     )
     from maskgit_pl.decoding.recipe_file import RECIPE_FORMAT, read_recipe
     from maskgit_pl.decoding.sampling import CodeSampling
@@ -62,8 +62,8 @@ __all__ = [
     "ParallelDecoder",
     "Predictor",
     "SeededNoise",
+    "build_class_predictor",
     "check_parallel",
-    "class_predictor",
     "decode_autoregressive",
     "decode_classes",
     "read_recipe",
@@ -85,7 +85,7 @@ _NAMES = {
         "FirstStepPredictor",
         "GuidedPredictor",
         "Predictor",
-        "class_predictor",
+        "build_class_predictor",
     ),
     "recipe_file": ("RECIPE_FORMAT", "read_recipe"),
     "sampling": ("CodeSampling",),

@@ -1,11 +1,10 @@
 """Autoregressive decoding, the paper's baseline: one token per step, in raster order.
 
 ``AutoregressiveDecoder`` is the counterpart of ``ParallelDecoder`` for networks with causal attention. It asks a
-predictor for logits and yields the same ``DecodingStep``, so callers treat both decoders alike.
-Each of the N steps does:
+predictor for logits and yields the same ``DecodingStep``, so callers treat both decoders alike. Each of the N steps:
 
     1. Predict. The predictor returns logits (B, K) of the next token.
-    2. Draw. A code is drawn for it. It is never changed later.
+    2. Draw. A code is drawn for it, which never changes later.
 
 Source: paper, Table 1 (VQGAN*) and Figure 4.
 """
@@ -165,7 +164,7 @@ def decode_autoregressive(
     Raises:
         ValueError: if a scale is positive, the network has no null class and ``negative_labels`` is None.
     """
-    negative_labels = model.negative_labels(negative_labels, len(labels))
+    negative_labels = model.fill_negative_labels(negative_labels, len(labels))
     predictor = AutoregressiveClassPredictor(
         model.network,
         torch.tensor(list(labels), device=model.device),
@@ -173,6 +172,6 @@ def decode_autoregressive(
         scales=scales,
         cache=cache,
     )
-    seeds_here = torch.tensor(list(seeds), dtype=torch.int64, device=model.device)
-    noise = SeededNoise(seeds_here, decoder.num_tokens, steps_at_once=1)
+    seed_tensor = torch.tensor(list(seeds), dtype=torch.int64, device=model.device)
+    noise = SeededNoise(seed_tensor, decoder.num_tokens, steps_at_once=1)
     return decoder.steps(predictor, noise, batch_size=len(labels), device=model.device)

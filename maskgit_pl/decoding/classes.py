@@ -12,7 +12,7 @@ from torch import Tensor
 
 from maskgit_pl.decoding.decoder import DecodingStep, ParallelDecoder
 from maskgit_pl.decoding.noise import SeededNoise
-from maskgit_pl.decoding.predictors import ConditionalModel, ConditionalNetwork, class_predictor
+from maskgit_pl.decoding.predictors import ConditionalModel, ConditionalNetwork, build_class_predictor
 
 __all__ = ["decode_classes"]
 
@@ -50,19 +50,19 @@ def decode_classes(
     all_masked = tokens is None
     # The steps are computed lazily, under ``no_grad`` of the decoder; the shared first step is computed here.
     with torch.no_grad():
-        predictor = class_predictor(
+        predictor = build_class_predictor(
             model, labels, negative_labels=negative_labels, scales=scales[first_step:], all_masked=all_masked
         )
     if tokens is None:
         shape = len(labels), model.num_tokens
         tokens = torch.full(shape, model.mask_token_id, dtype=torch.int64, device=model.device)
         num_masked = [model.num_tokens] * len(labels)  # known without asking the device
-    seeds_here = torch.tensor(list(seeds), dtype=torch.int64, device=model.device)
+    seed_tensor = torch.tensor(list(seeds), dtype=torch.int64, device=model.device)
     return decoder.steps(
         predictor,
         tokens.to(model.device),
         # All steps at once in few kernels; 32 bounds the memory of long runs.
-        SeededNoise(seeds_here, model.num_tokens, steps_at_once=min(decoder.num_steps, 32)),
+        SeededNoise(seed_tensor, model.num_tokens, steps_at_once=min(decoder.num_steps, 32)),
         mask_token_id=model.mask_token_id,
         first_step=first_step,
         grid=model.grid,

@@ -72,7 +72,7 @@ class DecodingConfig:
 
     @property
     def is_autoregressive(self) -> bool:
-        """The answer to whether these are the settings of an autoregressive model."""
+        """Returns True for the settings of an autoregressive model."""
         return self.token_selector is None
 
     def build_decoder(self, mask_schedule: MaskSchedule | None) -> ParallelDecoder:
@@ -82,14 +82,16 @@ class DecodingConfig:
             ValueError: if a name is unknown, a number is out of range, or ``mask_schedule`` is None.
         """
         if mask_schedule is None:
-            raise ValueError("mask_schedule must be a schedule to decode in parallel, got None (autoregressive model)")
+            raise ValueError(
+                "mask_schedule must be a MaskSchedule for parallel decoding, got None (autoregressive model)"
+            )
         from maskgit_pl.decoding.decoder import ParallelDecoder
 
         return ParallelDecoder(
             mask_schedule if self.mask_schedule is None else mask_schedules.build(self.mask_schedule),
-            self._selector(),
+            self._build_selector(),
             num_steps=self.num_steps,
-            sampling=self._sampling(),
+            sampling=self._build_sampling(),
             tokens_per_step=self.tokens_per_step,
         )
 
@@ -105,7 +107,7 @@ class DecodingConfig:
         self._check_autoregressive(num_tokens)
         from maskgit_pl.decoding.autoregressive import AutoregressiveDecoder
 
-        return AutoregressiveDecoder(num_tokens, self._sampling())
+        return AutoregressiveDecoder(num_tokens, self._build_sampling())
 
     def check(self, num_tokens: int, *, is_autoregressive: bool, has_negative_class: bool = True) -> None:
         """Checks that a model supports the settings. Names and numbers are checked first, before torch is imported.
@@ -120,7 +122,7 @@ class DecodingConfig:
             ValueError: if a name is unknown, a number is out of range, an autoregressive model does not support a
                 setting, or guidance has no class to push images away from.
         """
-        self._sampling()
+        self._build_sampling()
         if is_autoregressive:
             self._check_autoregressive(num_tokens)
             check_guidance(self.scales(), has_negative_class=has_negative_class)
@@ -132,19 +134,19 @@ class DecodingConfig:
         # Schedules and selectors are checked by computing their values, which imports torch.
         if self.mask_schedule is not None:
             mask_schedules.build(self.mask_schedule)
-        selector = self._selector()
+        selector = self._build_selector()
         if self.tokens_per_step is not None:
             check_token_counts(self.tokens_per_step, self.num_steps, selector)
 
-    def _selector(self) -> TokenSelector:
+    def _build_selector(self) -> TokenSelector:
         if self.token_selector is None:
             raise ValueError(
-                "token_selector must be set to decode in parallel, got None (autoregressive decoding); "
+                "token_selector must be a name or a mapping for parallel decoding, got None (autoregressive decoding); "
                 f"known: {', '.join(token_selectors.names())}"
             )
         return token_selectors.build(self.token_selector)
 
-    def _sampling(self) -> CodeSampling:
+    def _build_sampling(self) -> CodeSampling:
         return CodeSampling(self.sampling_temperature, self.top_k, self.top_p)
 
     def _check_autoregressive(self, num_tokens: int) -> None:

@@ -1,8 +1,8 @@
 """Predictors: the sources of the logits of ``ParallelDecoder``.
 
-``class_predictor`` composes them. From the inside out: ``ClassPredictor`` or ``CachedPredictor`` runs the network,
-``GuidedPredictor`` adds classifier-free guidance, and ``FirstStepPredictor`` shares the first step between images of a
-class.
+``build_class_predictor`` composes them, from the inside out: ``ClassPredictor`` or ``CachedPredictor`` runs the
+network, ``GuidedPredictor`` adds classifier-free guidance, and ``FirstStepPredictor`` shares the first step between
+images of a class.
 
 Source of guidance: Ho and Salimans, arXiv:2207.12598; of its use with masked tokens: Muse, arXiv:2301.00704.
 """
@@ -33,7 +33,7 @@ __all__ = [
     "GuidedPredictor",
     "Predictor",
     "apply_guidance",
-    "class_predictor",
+    "build_class_predictor",
 ]
 
 
@@ -128,8 +128,8 @@ class CachedPredictor:
         check_integer("context_cache", context_cache, "[1, inf)")
         if not isinstance(network, CachingNetwork):
             raise TypeError(
-                "context_cache above 1 must have a network that keeps keys and values (a method `forward_cached`), got "
-                f"{type(network).__name__}; set context_cache to 1 for exact decoding"
+                "context_cache must be 1 for a network that cannot keep keys and values (no method `forward_cached`), "
+                f"got {context_cache} and {type(network).__name__}"
             )
         self.network = network
         self.labels = labels
@@ -175,7 +175,7 @@ class GuidedPredictor:
 
     def __call__(self, tokens: Tensor, positions: Tensor, newly_known: Tensor) -> Tensor:
         scale = next(self._scales)
-        predictor = self._predictor_of(1 if scale == 0 else 2)
+        predictor = self._choose_predictor(1 if scale == 0 else 2)
         if scale == 0:
             return predictor(tokens, positions, newly_known)
         # Both halves have the same tokens and differ in their labels; the conditional half comes first.
@@ -183,7 +183,7 @@ class GuidedPredictor:
         conditional, unconditional = logits.chunk(2)
         return apply_guidance(conditional, unconditional, scale)
 
-    def _predictor_of(self, copies: int) -> Predictor:
+    def _choose_predictor(self, copies: int) -> Predictor:
         """Returns the predictor of one or both halves."""
         # A cache holds the rows of one number of halves, so another number starts with a new predictor.
         if copies != self._copies:
@@ -308,12 +308,12 @@ class ConditionalModel(Generic[NetworkT]):
         """The number of tokens per image, N."""
         return self.grid[0] * self.grid[1]
 
-    def negative_labels(self, given: Sequence[int] | None, count: int) -> Sequence[int] | None:
+    def fill_negative_labels(self, given: Sequence[int] | None, count: int) -> Sequence[int] | None:
         """Returns the given negative labels, or ``count`` times the null label, or None if there is neither."""
         return [self.null_label] * count if given is None and self.null_label is not None else given
 
 
-def class_predictor(
+def build_class_predictor(
     model: ConditionalModel[ConditionalNetwork],
     labels: Sequence[int],
     *,
@@ -338,7 +338,7 @@ def class_predictor(
     build_predictor: Callable[[ConditionalNetwork, Tensor], Predictor] = ClassPredictor
     if model.context_cache != 1:
         build_predictor = partial(CachedPredictor, context_cache=model.context_cache)
-    negative_labels = model.negative_labels(negative_labels, len(labels))
+    negative_labels = model.fill_negative_labels(negative_labels, len(labels))
     check_guidance(scales, has_negative_class=negative_labels is not None)
 
     def build_guided(scales: Sequence[float]) -> Predictor:

@@ -55,6 +55,7 @@ def classification_accuracy(
     if images is not None and images.shape != expected:
         raise ValueError(f"CAS images must have the shape of the data, {expected}, got {images.shape}")
 
+    # Training is not distributed: the first rank trains, and an error on it is raised on all ranks.
     def measure() -> Accuracy | None:
         if rank_and_world()[0] != 0:
             return None

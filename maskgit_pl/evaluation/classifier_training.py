@@ -78,6 +78,8 @@ class TrainingImages:
 
 
 class _ImageBatches(Dataset[Batch]):
+    """The batches of other images than those of a data folder."""
+
     def __init__(self, source: TrainingImages, order: Order) -> None:
         self.source = source
         self.order = order
@@ -125,10 +127,12 @@ def obtain_classifier(
         ValueError: if timm has no such network, or the stored weights are damaged.
     """
     if rank_and_world()[0] == 0 and not is_trained(folder, data, config):
+        # Training is short and not distributed; the other ranks wait at the barrier.
         classifier = fit_classifier(data, config=config, on_step=on_step, device=device)
         _save(folder, classifier, _key(data, config))
     barrier()
-    classifier = _new(data, config)
+    # Every rank reads the file, also the one that has trained, so that all have the same weights.
+    classifier = _create_classifier(data, config)
     load_weights(classifier.network, read_tensors(folder / WEIGHT_FILE), folder / WEIGHT_FILE)
     return classifier.eval()
 
@@ -163,20 +167,21 @@ def fit_classifier(
     Raises:
         ValueError: if timm has no such network.
     """
-    classifier = _new(data, config)
+    classifier = _create_classifier(data, config)
+    # Batch i covers positions [i * batch, (i + 1) * batch) of a stream that is shuffled in each epoch.
     steps = [range(step * config.batch, (step + 1) * config.batch) for step in range(config.max_steps)]
-    own_workers = data.config.num_workers if isinstance(data, ShardData) else 0
+    default_workers = data.config.num_workers if isinstance(data, ShardData) else 0
     batches = make_loader(
         _training_batches(data, config.seed, chosen),
         cast("Sampler[range]", steps),
-        num_workers=own_workers if num_workers is None else num_workers,
+        num_workers=default_workers if num_workers is None else num_workers,
         unreadable_budget=data.config.unreadable_budget if isinstance(data, ShardData) else 0.0,
     )
-    with _quiet_lightning(), _threads(config.model):
+    with _quiet_lightning(), _set_threads(config.model):
         trainer = Trainer(
             max_steps=config.max_steps,
             max_epochs=-1,
-            **_on_device(device),
+            **_trainer_device(device),
             precision=config.precision,
             plugins=[LightningEnvironment()],  # one process, also below torchrun or Slurm
             callbacks=[_OnStep(on_step)],
@@ -201,7 +206,7 @@ def measure_accuracy(
         on_images: Called after each batch with its number of images.
     """
     right, count = torch.zeros(2, dtype=torch.int64), 0  # top-1, top-5
-    with _threads(classifier.config.model):
+    with _set_threads(classifier.config.model):
         for batch in data.val_dataloader():
             images, labels = batch.content[batch.valid], batch.labels[batch.valid]
             if len(labels):
@@ -212,6 +217,8 @@ def measure_accuracy(
 
 
 class _OnStep(Callback):
+    """A callback that reports each training step to a progress bar."""
+
     def __init__(self, on_step: Callable[[], object]) -> None:
         self.on_step = on_step
 
@@ -219,11 +226,12 @@ class _OnStep(Callback):
         self.on_step()
 
 
-def _new(data: ShardData | TrainingImages, config: ClassifierConfig) -> Classifier:
+def _create_classifier(data: ShardData | TrainingImages, config: ClassifierConfig) -> Classifier:
     if isinstance(data, ShardData):
         channels, side, classes = data.config.in_channels, data.config.image_size, data.num_classes
     else:
         channels, side, classes = data.shape[0], data.shape[1], len(data.class_names)
+    # The seed determines the initial weights; fork_rng restores the caller's generator.
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         classifier = Classifier(channels, side, classes, config)
@@ -239,10 +247,10 @@ def _training_batches(data: ShardData | TrainingImages, seed: int, chosen: Tenso
     return data.batches("train", _Selected(ShuffledStream(len(chosen), seed), chosen))
 
 
-def _on_device(name: str | None) -> dict[str, Any]:
+def _trainer_device(name: str | None) -> dict[str, Any]:
     """Returns the trainer arguments for one device."""
     if name is None:
-        return {"devices": 1}
+        return {"devices": 1}  # Lightning chooses the accelerator
     device = torch.device(name)
     return {"accelerator": device.type, "devices": 1 if device.index is None else [device.index]}
 
@@ -260,19 +268,22 @@ def _read_key(folder: Path) -> Any:
     try:
         return read_json(folder / CONFIG_FILE, max_bytes=MAX_CONFIG_BYTES)
     except (FileNotFoundError, ValueError):
+        # A damaged file is like a missing one: the classifier is trained again.
         return None
 
 
 def _save(folder: Path, classifier: Classifier, key: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_FILE).unlink(missing_ok=True)  # without a key, incomplete weights are never read
+    # The key is written last, and an old one is removed first: a process that is killed in between leaves no key, and
+    # weights without a key are never read.
+    (folder / CONFIG_FILE).unlink(missing_ok=True)
     weights = {name: tensor.cpu().contiguous() for name, tensor in classifier.network.state_dict().items()}
     write_tensors(folder / WEIGHT_FILE, weights)
     write_text(folder / CONFIG_FILE, json.dumps(key, indent=2) + "\n")
 
 
 @contextmanager
-def _threads(model: str) -> Iterator[None]:
+def _set_threads(model: str) -> Iterator[None]:
     """Sets the number of CPU threads, which sums depend on in their last bits.
 
     The layers of the small network are too small to gain from more than one thread.

@@ -186,7 +186,7 @@ class Comparison:
             return ""
         cell = format_value(name, row.numbers[name])
         if name not in _DISTANCES:
-            return cell
+            return cell  # of the other values, higher or lower is not always better
         least = min(each.numbers[name] for each in self.results if each.num_steps == row.num_steps)
         return bold.format(cell) if row.numbers[name] == least else cell
 
@@ -247,6 +247,7 @@ def compare(
         ValueError: if a name is unknown, the model is autoregressive, the classes of the data are not the model's, or a
             number is out of range.
     """
+    # Checks without torch come first, so that a wrong argument is answered immediately.
     check_integer("num_images", num_images, "[1, inf)")
     folders = find_run(run, data=data, classifier=options.classifier)
     outline = read_outline(folders)
@@ -271,6 +272,7 @@ def compare(
     page = comparison.page(command_line(["maskgit compare", run], flags | {flag: options.guidance}))
     shown = {each.label: each.decoding for each in comparison.results if each.num_steps == comparison.sheet_steps}
     advance = bars("sheet of images", len(shown))
+    # The ledger keeps no images: those of the sheet are generated for it.
     sheet = draw_selector_sheet(pipe, shown, seed=options.seed, on_row=lambda: advance(1))
     replace(page, pictures={"selectors.png": image_to_png(sheet)}).write()
     return comparison
@@ -287,6 +289,7 @@ def _plan_decodings(
     for number in steps:
         for label, selector in variants.items():
             decoding = replace(with_steps(base, number), token_selector=selector)
+            # All decodings are checked before the first one is measured.
             check_model_decoding(pipe, decoding)
             work.append((label, decoding))
     return work
@@ -313,6 +316,7 @@ def _measure(
         advance(1)
     (network,) = evaluator.networks.values()
     assert network.accuracy is not None
+    # The columns of model and classifier are the same in all rows; those of the last one are used.
     columns = {**model.identity, **rows[network.extractor.label]}
     return Comparison(
         tuple(results),
@@ -346,6 +350,7 @@ def label_selectors(wanted: Sequence[Spec] | None, own: Spec) -> dict[str, Spec]
     for label, spec in specs:
         if label in found:
             raise ValueError(f"token selectors must be different, got {label} twice")
+        # Selectors are comparable at equal randomness: a name takes the temperature of the model's own selector.
         named = isinstance(spec, str) or wanted is None
         has_one = hasattr(token_selectors.build(spec), "choice_temperature")
         if named and has_one and temperature is not None:

@@ -33,7 +33,7 @@ def choose_plot_steps(num_tokens: int, steps: Iterable[int] = PLOT_STEPS) -> tup
     Raises:
         ValueError: if no number of steps is left.
     """
-    most = max(2, num_tokens // 2)
+    most = max(2, num_tokens // 2)  # at least 2, even for 2 or 3 tokens
     wanted = tuple(sorted({number for number in steps if number <= most}))
     if not wanted:
         raise ValueError(f"num_steps must be <= {most}, half the number of tokens, got only {list(steps)}")

@@ -38,6 +38,7 @@ def model_digests(pipe: MaskGIT, pretrained: Path) -> dict[str, str]:
         mask schedule and classes.
     """
     tokenizer, transformer = pipe.tokenizer, pipe.transformer
+    # The same weights can be read with another configuration, e.g. another mask schedule, and then give other images.
     config = {
         "tokenizer": asdict(tokenizer.network.config),
         "image_size": tokenizer.image_size,

@@ -29,12 +29,14 @@ class LineEnd:
         point: Coordinates of the end, in the units of the axes.
         colour: Colour of the label.
         bold: True for a line that is emphasised.
+        second_line: Text below the name; empty for none.
     """
 
     label: str
     point: tuple[float, float]
     colour: str
     bold: bool = False
+    second_line: str = ""
 
 
 def plot_by_steps(
@@ -51,6 +53,7 @@ def plot_by_steps(
         front: Name of the line that is emphasised; None for none.
     """
     values = [value for curve in curves.values() for value in curve.values()]
+    # Steps double from one typical value to the next; a metric such as KID may be negative, which has no logarithm.
     axes.set_xscale("log", base=2)
     if min(values) > 0 and max(values) > 4 * min(values):
         axes.set_yscale("log")
@@ -76,6 +79,7 @@ def plot_floor(axes: Axes, floor: float, label: str) -> None:
         floor: Value of real images.
         label: Text above the line.
     """
+    # A distant floor gets its label at the bottom of the axes instead of a line in data coordinates.
     near = floor > axes.dataLim.ymin / _FAR
     if near:
         axes.axhline(floor, color=_REAL, linestyle=(0, (4, 3)), linewidth=1.2, zorder=1)
@@ -93,12 +97,14 @@ def name_lines(figure: Figure, axes: Axes, ends: Mapping[str, LineEnd], *, least
         least: Minimum distance of two labels, as a fraction of the axes' height.
     """
     figure.draw_without_rendering()  # the layout, and with it the places of the line ends, is computed here
+    # Data coordinates may be logarithmic; the labels are spread in fractions of the axes' height.
     to_axes = axes.transData + axes.transAxes.inverted()
     heights = {name: float(to_axes.transform(end.point)[1]) for name, end in ends.items()}
     for name, height in spread(heights, least=least).items():
         end = ends[name]
+        text = "\n".join(plain_label(line) for line in (end.label, end.second_line) if line)
         axes.annotate(
-            plain_label(end.label), end.point, (1.035, height), textcoords="axes fraction", color=end.colour,
+            text, end.point, (1.035, height), textcoords="axes fraction", color=end.colour,
             fontsize=10 if end.bold else 9, fontweight="bold" if end.bold else "normal", va="center",
             annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": "#cccccc", "linewidth": 0.7, "shrinkA": 1, "shrinkB": 3},

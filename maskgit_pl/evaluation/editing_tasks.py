@@ -82,6 +82,7 @@ def edit(
     classes: list[int] = labels.tolist()
     edited = []
     if task == "outpaint-right":
+        # Outpainting extends an image, so that the right half is cut off first.
         added = int(make_hidden_mask(task, pipe.tokenizer)[0].sum())
         for row, (image, label) in enumerate(zip(images, classes, strict=True)):
             edited.append(
@@ -90,6 +91,7 @@ def edit(
             on_images(1)
         return torch.cat([torch.as_tensor(result) for result in edited])
     known, mask = hide_pixels(task, pipe.tokenizer, images), make_hidden_mask(task, pipe.tokenizer)
+    # Image i has seed + i: each batch continues the seeds of the one before.
     for first in range(0, len(images), batch_size):
         rows = slice(first, first + batch_size)
         edited.append(

@@ -29,7 +29,7 @@ from maskgit_pl.evaluation.distances import Metrics
 from maskgit_pl.evaluation.editing_tasks import Task, edit, hide_pixels
 from maskgit_pl.evaluation.feature_metrics import FeatureMetrics
 from maskgit_pl.evaluation.generation import GeneratedImages, delete_generated, generate_images
-from maskgit_pl.evaluation.ledger import REAL, Ledger, Row, number
+from maskgit_pl.evaluation.ledger import REAL, Ledger, Row, read_number
 from maskgit_pl.evaluation.likelihood import (
     ImageLikelihood,
     MaskDraws,
@@ -48,6 +48,7 @@ __all__ = ["EvaluatedModel", "Evaluator", "collect_numbers"]
 
 _READ_BATCH = 200  # real images per read
 _OWN_COLUMNS = ("model", "max_steps", "seed")  # fields of ``CASConfig`` that have a column of their own
+# Columns of a row of real images, in place of those of a model and a decoding.
 _NO_MODEL = {"model": REAL, "run": "", "mask_schedule": "", "parameters": None, "tokenizer": "", "transformer": ""}
 _NO_DECODING: dict[str, Any] = {"num_steps": None, "decoding": None}
 _DEVIATIONS = ("kid_deviation", "is_deviation")
@@ -122,7 +123,8 @@ class Evaluator:
         self.data, self.dataset, self.networks, self.ledger = data, dataset, networks, ledger
         self.bars, self.batch_size, self.device = bars, batch_size, torch.device(device)
         self.num_measured = 0
-        self._commit = describe_environment()["commit"]  # now: the user may commit while it runs
+        # The commit of the running code; the user may commit other code before the measurement ends.
+        self._commit = describe_environment()["commit"]
 
     def measure_samples(
         self,
@@ -154,13 +156,16 @@ class Evaluator:
         keys = self._key_columns(model, num_images, seed, decoding)
         rows = self._find_rows("samples", keys, networks, metrics)
         missing = [label for label, row in rows.items() if row is None]
+        # The images are generated once for all networks, and not at all if every network has a row.
         if missing:
             title = f"{model.run}: {num_images} images, T = {decoding.num_steps}"
-            made = self.generate(model, decoding, num_images=num_images, seed=seed, title=title)
-            taken = {"steps_taken": made.steps_taken, "seconds_per_image": made.seconds_per_image}
-            said = {} if purpose is None else {"purpose": purpose}
+            generated = self.generate(model, decoding, num_images=num_images, seed=seed, title=title)
+            taken = {"steps_taken": generated.steps_taken, "seconds_per_image": generated.seconds_per_image}
+            remark = {} if purpose is None else {"purpose": purpose}
             for label in missing:
-                rows[label] = self._measure("samples", keys | said | taken, label, made.read, made.labels, metrics)
+                rows[label] = self._measure(
+                    "samples", keys | remark | taken, label, generated.read, generated.labels, metrics
+                )
             if not keep:
                 delete_generated(self._samples_file(model, decoding, num_images, seed))
         return {label: row for label, row in rows.items() if row is not None}
@@ -180,11 +185,10 @@ class Evaluator:
         )
 
     def _samples_file(self, model: EvaluatedModel, decoding: DecodingConfig, num_images: int, seed: int) -> Path:
+        # The name contains everything that determines the images, so that another measurement has another file.
         digests = {name: model.identity[name] for name in ("tokenizer", "transformer", "config")}
-        return (
-            model.folder
-            / f"samples-{shorten_digest(digest_of([digests, decoding_key(decoding), num_images, seed]))}.npz"
-        )
+        key = [digests, decoding_key(decoding), num_images, seed]
+        return model.folder / f"samples-{shorten_digest(digest_of(key))}.npz"
 
     def measure_real(
         self, *, num_images: int, networks: Sequence[str] | None = None, metrics: Metrics = "all"
@@ -210,6 +214,7 @@ class Evaluator:
                 rows[label] = self._measure("samples", keys, label, _make_reader(images), labels, metrics)
         return {label: row for label, row in rows.items() if row is not None}
 
+    # Usually one entry per split: the networks of a measurement use the same images one after another.
     @lru_cache(maxsize=2)  # noqa: B019  # the cache keeps the evaluator alive, which a command needs to its end
     def read_real_images(self, split: str, count: int) -> tuple[Tensor, Tensor]:
         """Reads random images of a split, the same in every call; see ``draw_order``.
@@ -252,15 +257,15 @@ class Evaluator:
         if transformer.mask_schedule is None:
             exact = exact_nll(transformer.network, tokens, labels, batch_size=self.batch_size, on_images=bar)
             return _in_bits("exact", exact)
-        how: dict[str, Any] = {
+        options: dict[str, Any] = {
             "mask_token_id": transformer.network.config.mask_token_id,
             "draws": MaskDraws(draws, seed),
             "batch_size": self.batch_size,
             "on_images": bar,
         }
         schedule = transformer.mask_schedule
-        part = masked_nll(transformer.network.forward_masked, tokens, labels, mask_schedule=schedule, **how)
-        bound = negative_elbo(transformer.network.forward_masked, tokens, labels, **how)
+        part = masked_nll(transformer.network.forward_masked, tokens, labels, mask_schedule=schedule, **options)
+        bound = negative_elbo(transformer.network.forward_masked, tokens, labels, **options)
         return {"masked_nll": part.mean, "masked_nll_error": part.standard_error, **_in_bits("elbo", bound)}
 
     def measure_cas(
@@ -282,6 +287,7 @@ class Evaluator:
             seed: Seed of the first generated image.
         """
         config = config.for_images(self.data.config.image_size)
+        # The remaining fields form one column, so that a new field of the configuration needs no new column.
         training = {name: value for name, value in asdict(config).items() if name not in _OWN_COLUMNS}
         keys = {
             **self._key_columns(model, num_images, seed, decoding),
@@ -294,14 +300,13 @@ class Evaluator:
         name = REAL if model is None else model.run
         source: TrainingImages | Tensor
         if model is None or decoding is None:
-            there = self.data.summary.samples["train"]
-            source = draw_order(there, num_images)(
-                range(min(num_images, there))
-            ).index  # the images of ``read_real_images``
+            # The same images as ``read_real_images``, by index: training reads them again in each epoch.
+            available = self.data.summary.samples["train"]
+            source = draw_order(available, num_images)(range(min(num_images, available))).index
         else:
             title = f"{name}: {num_images} images for CAS"
-            made = self.generate(model, decoding, num_images=num_images, seed=seed, title=title)
-            source = TrainingImages(made.read_at, made.shape, made.labels, self.data.class_names)
+            generated = self.generate(model, decoding, num_images=num_images, seed=seed, title=title)
+            source = TrainingImages(generated.read_at, generated.shape, generated.labels, self.data.class_names)
         bar = self.bars(f"CAS: {config.model} on {name}", config.max_steps)
         found = classification_accuracy(source, self.data, config, on_step=lambda: bar(1), device=str(self.device))
         return self._add("cas", {**keys, "top1": found.top1, "top5": found.top5, "real_images": found.images})
@@ -321,10 +326,12 @@ class Evaluator:
         decoding, count = model.pipe.decoding, min(num_images, self.data.summary.samples["val"])
         rows: list[Row] = []
         images: dict[str, Tensor] = {}
+        # The masked and the unedited images are the worst and the best case, which the edited ones lie between.
         for kind in (EDITED, MASKED, UNEDITED):
             keys = self._key_columns(model, count, seed, decoding) | {"task": task, "model": kind}
             for label, row in self._find_rows("editing", keys).items():
                 if row is None:
+                    # The three versions are made together, when the first row is missing.
                     images = images or self._edit(model, task, count, seed)
                     labels = self.read_real_images("val", count)[1]
                     row = self._measure("editing", keys, label, _make_reader(images[kind]), labels)
@@ -343,6 +350,7 @@ class Evaluator:
         """Returns the row of each network in the ledger, or None if it is missing."""
         rows: dict[str, Row | None] = {}
         for label in self.networks if networks is None else networks:
+            # A row with the fast metrics must not answer a request for all of them.
             having = self.networks[label].last_number(keys["num_images"], metrics)
             rows[label] = self.ledger.find(kind, {**keys, **self._network_columns(kind, label)}, having=having)
         return rows
@@ -373,7 +381,8 @@ class Evaluator:
         return {**network.columns, **split}
 
     def _model_columns(self, model: EvaluatedModel | None) -> dict[str, Any]:
-        if model is None:  # data, size and channels determine real images
+        if model is None:
+            # Data, image size and channels determine real images.
             of = {**_NO_MODEL, "config": shorten_digest(ReferenceOrigin.from_split(self.data, "train").digest)}
         else:
             of = model.identity
@@ -382,10 +391,10 @@ class Evaluator:
     def _key_columns(
         self, model: EvaluatedModel | None, num_images: int, seed: int, decoding: DecodingConfig | None
     ) -> dict[str, Any]:
-        said = _NO_DECODING
+        columns = _NO_DECODING
         if model is not None and decoding is not None:
-            said = {"num_steps": decoding.num_steps, "decoding": decoding_key(decoding)}
-        return {**self._model_columns(model), "num_images": num_images, "seed": seed, **said}
+            columns = {"num_steps": decoding.num_steps, "decoding": decoding_key(decoding)}
+        return {**self._model_columns(model), "num_images": num_images, "seed": seed, **columns}
 
 
 def collect_numbers(rows: Mapping[str, Row]) -> dict[str, float]:
@@ -397,7 +406,7 @@ def collect_numbers(rows: Mapping[str, Row]) -> dict[str, float]:
     found = {}
     for label, row in rows.items():
         for name in (*_OF_IMAGES, *NETWORK_METRICS, *_DEVIATIONS):
-            value = number(row, name)
+            value = read_number(row, name)
             if value is not None:
                 found[name if name in _OF_IMAGES else metric_name(name, label)] = value
     return found

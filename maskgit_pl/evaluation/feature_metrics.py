@@ -100,6 +100,7 @@ class FeatureMetrics:
         extractor = self.extractor
         features = extract([extractor], iter_image_batches(read, count), on_images=on_images)[extractor.label]
         numbers = distances(features, self.reference, metrics=metrics)
+        # Only the classifier of the data predicts the classes that were requested.
         if labels is not None and extractor.label == CLASSIFIER and features.logits is not None:
             numbers["class_agreement"] = class_agreement(features.logits.argmax(1), labels)
             numbers |= self._diversity(features, labels)
@@ -108,6 +109,7 @@ class FeatureMetrics:
     def _diversity(self, features: ImageFeatures, labels: Tensor) -> dict[str, float]:
         """Returns the diversity; nothing if no class has 2 generated images or no real images are known."""
         real = self.reference.features
+        # Without 2 images of a class there is no distance within a class.
         if real is None or self.labels is None or int(labels.bincount().max()) < 2:
             return {}
         return {"diversity": diversity(features.pooled, labels, real.pooled, self.labels)}

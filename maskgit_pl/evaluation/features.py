@@ -70,6 +70,7 @@ class Extractor:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> FeatureOutput:
         """Extracts features of (B, C, H, W) uint8 images on any device, as float32 on the CPU."""
+        # A network without parameters runs on the device of the images.
         device = next((tensor.device for tensor in self.network.parameters()), images.device)
         images = images.to(device).contiguous(memory_format=torch.channels_last)  # the last bits depend on the layout
         # On a GPU: full float32 instead of TF32, and deterministic kernels.
@@ -131,15 +132,17 @@ class FeatureCollector:
             ValueError: if no rank has an image, or an index occurs twice.
         """
         # A rank without images does not know the widths of the features; it takes those of another rank.
-        own = [None if part is None else part.shape[1] for part in self._outputs[0]] if self._outputs else None
-        widths = next((each for each in on_all_ranks(lambda: own) if each is not None), None)
+        widths_here = [None if part is None else part.shape[1] for part in self._outputs[0]] if self._outputs else None
+        widths = next((each for each in on_all_ranks(lambda: widths_here) if each is not None), None)
         if widths is None:
             raise ValueError(f"features of {self.extractor.label}: there must be at least one image, got none")
         index = torch.cat([torch.empty(0, dtype=torch.int64), *self._index])
+        # Each column is gathered from all ranks and sorted by image index.
         pooled, logits, spatial = (
             None if width is None else gather_rows(self._column(column, width), index)
             for column, width in enumerate(widths)
         )
+        # The gathered indices are sorted: equal neighbours mean that an image occurs twice.
         if not gather_rows(index, index).diff().all():
             raise ValueError(f"features of {self.extractor.label}: each image must occur once, got some several times")
         assert pooled is not None
@@ -190,6 +193,7 @@ def iter_row_batches(count: int, *, batch_size: int = BATCH_SIZE) -> Iterator[ra
         count: Number of all rows.
         batch_size: Rows per batch.
     """
+    # Batch i belongs to rank i mod world_size; the last batch may be smaller.
     for number in own_rows(-(-count // batch_size)):
         yield range(number * batch_size, min((number + 1) * batch_size, count))
 

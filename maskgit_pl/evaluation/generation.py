@@ -79,6 +79,7 @@ class GeneratedImages:
         else:
             found = np.empty((len(rows), *images.shape[1:]), np.uint8)
             with open(self.file.path, "rb", buffering=0) as file:
+                # The images lie one after another; each is read directly into its row of the result.
                 for place, row in zip(found, rows.tolist(), strict=True):
                     file.seek(images.offset + row * place.nbytes)
                     if file.readinto(place.data) != place.nbytes:
@@ -117,6 +118,7 @@ def generate_images(
 
     def count_steps(step: DecodingStep) -> None:
         nonlocal taken
+        # One count for each image that still had a masked token before the step.
         taken += int(step.was_masked.any(1).sum())
 
     start = time.perf_counter()
@@ -139,6 +141,7 @@ def generate_images(
     samples = open_samples(file)
     assert samples.labels is not None  # generate_many writes them
     channels: Literal[1, 3] = 1 if pipe.tokenizer.network.config.in_channels == 1 else 3
+    # Times and steps are those of images that this call made; images from an earlier call have none.
     if not result.made:
         return GeneratedImages(samples, channels, samples.labels, None)
     return GeneratedImages(samples, channels, samples.labels, seconds / result.made, taken / result.made)

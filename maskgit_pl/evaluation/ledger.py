@@ -24,7 +24,7 @@ from maskgit_pl.checks import check_integer, check_keys, check_number, shorten
 from maskgit_pl.files import parse_json, size_text
 from maskgit_pl.old_names import rename_measurement
 
-__all__ = ["FILE_NAME", "KEYS", "REAL", "Ledger", "Row", "format_csv", "number", "present"]
+__all__ = ["FILE_NAME", "KEYS", "REAL", "Ledger", "Row", "format_csv", "has_column", "read_number"]
 
 Row: TypeAlias = dict[str, Any]
 
@@ -91,6 +91,7 @@ class Ledger:
             key: Values of the columns in ``KEYS[measurement]``; other columns are ignored.
             having: Name of a column that must have a value; None for no such condition.
         """
+        # The key takes the same round trip through JSON as the rows, so that e.g. tuples equal lists.
         wanted = _plain({name: key[name] for name in KEYS[measurement]})
         for row in reversed(self._rows[self._first :]):
             same = row["measurement"] == measurement and (having is None or row.get(having) is not None)
@@ -127,6 +128,7 @@ class Ledger:
             for place, line in enumerate(iter(lambda: stream.readline(_MAX_LINE), b""), start=1):
                 where = f"ledger {self.file}: line {place}"
                 if not line.endswith(b"\n"):
+                    # Either the line is longer than the limit, or a killed process left an incomplete last line.
                     if len(line) == _MAX_LINE:
                         raise ValueError(f"{where} must be shorter than {size_text(_MAX_LINE)}; move the file away")
                     _log.info("%s is incomplete; it will be measured again", where)
@@ -146,6 +148,7 @@ class Ledger:
                 fcntl.flock(stream, fcntl.LOCK_EX)
             stream.truncate(_end_of_lines(stream))
             stream.write(line)
+            # A measurement may have taken hours: it must survive a crash of the machine.
             stream.flush()
             os.fsync(stream.fileno())
 
@@ -153,7 +156,7 @@ class Ledger:
 def _end_of_lines(stream: IO[bytes]) -> int:
     """Returns the size of a file without an incomplete last line."""
     size = stream.seek(0, os.SEEK_END)
-    start = stream.seek(max(0, size - _MAX_LINE))
+    start = stream.seek(max(0, size - _MAX_LINE))  # no line is longer
     return start + stream.read().rfind(b"\n") + 1
 
 
@@ -176,6 +179,7 @@ def _check_row(where: str, row: Mapping[str, Any]) -> None:
 
 
 def _check_value(where: str, name: str, value: object) -> None:
+    # Reports print these values: a row of a stranger must not break them.
     if name in _COUNTS:
         check_integer(where, value, "[0, 9223372036854775807]")
     elif name in _NUMBERS or name.startswith(_ESTIMATES):
@@ -186,13 +190,13 @@ def _check_value(where: str, name: str, value: object) -> None:
             raise ValueError(f"{where} must be {text}, got {shorten(value)}")
 
 
-def number(row: Mapping[str, Any], name: str) -> float | None:
+def read_number(row: Mapping[str, Any], name: str) -> float | None:
     """Returns a number of a row, or None if the row has no value in that column."""
     value = row.get(name)
     return None if value is None else float(value)
 
 
-def present(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
+def has_column(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
     """Returns True if any row has a value in a column."""
     return any(row.get(name) is not None for row in rows)
 

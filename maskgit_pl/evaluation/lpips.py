@@ -96,11 +96,13 @@ def load_lpips(text: str, *, sha256: str | None = None, device: torch.device | s
         raise ValueError(
             f"lpips must be {backbone}=FILE with an existing file, got {text!r}; download the file from {_URL}{name}"
         )
+    # torch.save files may run code when they are read: only a file with the right SHA-256 is opened.
     digits = Path(name).stem.rpartition("-")[2] if sha256 is None else sha256
     state = read_weights(Path(place), thing=f"lpips {backbone!r}", sha256=digits)
     # torchmetrics ships the weights w. pnet_rand makes a random backbone, so that torchvision downloads nothing.
     network = _NoTrainLpips(net=backbone, pnet_rand=True)  # type: ignore[arg-type]  # one of its names
     parameters = dict(network.net.named_parameters())
+    # torchmetrics splits torchvision's ``features`` into slices; their parameters have other names there.
     wanted = {key: _name_in_file(key) for key in parameters}
     if any(name not in state or state[name].shape != parameters[key].shape for key, name in wanted.items()):
         raise ValueError(f"lpips {backbone!r}: weights must be torchvision's {name}, got {place} with other tensors")

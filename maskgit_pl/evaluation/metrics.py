@@ -69,11 +69,13 @@ def diversity(
     distances = []  # (generated, real) of each class
     for label in sorted(set(generated_labels.tolist())):
         ours, theirs = generated[generated_labels == label], real[real_labels == label]
+        # The mean distance of few images has more noise, so that both kinds take the same number.
         count = min(len(ours), len(theirs), per_class)
         if count >= 2:
             distances.append([mean_pairwise_distance(ours[:count]), mean_pairwise_distance(theirs[:count])])
     if not distances:
         raise ValueError("diversity: at least one class must have 2 generated and 2 real images, got none")
+    # The ratio of the means, not the mean of the ratios: a class with very similar real images does not dominate.
     of_generated, of_real = torch.tensor(distances, dtype=torch.float64).mean(0).tolist()
     if of_real == 0:
         raise ValueError(

@@ -94,6 +94,7 @@ def evaluate(
         TypeError: if a feature network does not accept its arguments.
         ValueError: if the classes of the data are not the model's, a network is unknown, or a number is out of range.
     """
+    # Checks without torch come first, so that a wrong argument is answered immediately.
     check_integer("num_images", num_images, "[1, inf)")
     folders = find_run(run, data=data, classifier=options.classifier)
     outline = read_outline(folders)
@@ -101,18 +102,19 @@ def evaluate(
     from maskgit_pl.distributed import process_group, rank_and_world
     from maskgit_pl.evaluation.evaluation_report import make_report
 
+    # All ranks measure; the first one writes. The file of generated images still exists and is read for the pictures.
     with process_group():
         evaluator, model, rebuilt = _open(folders, num_images, features, options, bars)
         decoding = model.pipe.decoding_with(num_steps=options.num_steps)
         file = out or folders.run / "evaluation.json"
         report = make_report(model, evaluator, _measure(evaluator, model, decoding, num_images, rebuilt, options), file)
         title = f"{model.run}: pictures"
-        made = evaluator.generate(model, decoding, num_images=num_images, seed=options.seed, title=title)
+        generated = evaluator.generate(model, decoding, num_images=num_images, seed=options.seed, title=title)
         if rank_and_world()[0] == 0:
             from maskgit_pl.evaluation.evaluation_pictures import write_pictures
             from maskgit_pl.pipeline.card import refresh_card
 
-            write_pictures(evaluator, model.pipe, decoding, made, folder=file.parent, seed=options.seed)
+            write_pictures(evaluator, model.pipe, decoding, generated, folder=file.parent, seed=options.seed)
             report.save()
             refresh_card(folders.pretrained)
     return report
@@ -136,6 +138,7 @@ def _open(
     data = open_data(folders, pipe, num_workers=options.num_workers)
     round_to_classes(num_images, data.num_classes, name="num_images")
     lpips = None if options.lpips is None else load_lpips(options.lpips, device=pipe.device)
+    # Without --resume, images of an earlier evaluation would be reused by their file name.
     first = rank_and_world()[0] == 0
     if first and not options.resume:
         _delete_images(folders.evaluation)
@@ -176,12 +179,12 @@ def _measure(
     """Measures generated images with and without guidance, real images, the likelihood and the CAS."""
     from maskgit_pl.evaluation.evaluation_report import Measurements
 
-    ways, seed = {"exported_guidance": decoding}, options.seed
+    decodings, seed = {"exported_guidance": decoding}, options.seed
     if any(decoding.scales()):
-        ways["without_guidance"] = model.pipe.decoding_with(decoding=decoding, guidance_scale=0)
+        decodings["without_guidance"] = model.pipe.decoding_with(decoding=decoding, guidance_scale=0)
     samples = {
-        name: evaluator.measure_samples(model, way, num_images=num_images, seed=seed, keep=True)
-        for name, way in ways.items()
+        name: evaluator.measure_samples(model, each, num_images=num_images, seed=seed, keep=True)
+        for name, each in decodings.items()
     }
     real = evaluator.measure_real(num_images=num_images)
     likelihood = evaluator.measure_likelihood(model, num_images=options.likelihood_images, draws=_DRAWS)

@@ -54,9 +54,7 @@ _MAX_MEMBERS = 100  # arrays per file
 # A compressed array may expand to 100 times the size of the file (images reach 10 times), or to 64 MiB.
 _MAX_RATIO = 100
 _ALWAYS_EXPANDED = 2**26
-
-
-_NAMES = {"uint8": "uint8", "f": "float", "iu": "integer"}
+_NAMES = {"uint8": "uint8", "f": "float", "iu": "integer"}  # accepted kinds of numbers -> name in errors
 
 
 class _ArrayError(ValueError):
@@ -99,7 +97,7 @@ class ArrayFile:
                     info.filename.removesuffix(".npy"): self._member(archive, info) for info in archive.infolist()
                 }
         except _ArrayError:
-            raise
+            raise  # a ValueError too, but its message is complete
         except _BROKEN as error:
             raise ValueError(f"{thing} {path} is damaged or not an .npz file: {printable(error)}") from error
 
@@ -136,6 +134,7 @@ class ArrayFile:
         if not fits:
             wanted = "(" + ", ".join("n" if size is None else str(size) for size in shape) + ")"
             raise self.make_error(name, f"the shape must be {wanted}, got {found}")
+        # "f" and "iu" accept any precision of floats or integers, uint8 only itself.
         if member.dtype != kinds if kinds == "uint8" else member.dtype.kind not in kinds:
             raise self.make_error(name, f"the dtype must be {_NAMES[kinds]}, got {member.dtype}")
         try:
@@ -166,12 +165,14 @@ class ArrayFile:
         name = info.filename.removesuffix(".npy")
         self._check_expansion(name, info)
         with archive.open(info) as member:
+            # Only the header is read, and at most 64 KiB of it: the length that it claims may be huge.
             stream = io.BytesIO(member.read(_MAX_HEADER))
             version = np.lib.format.read_magic(stream)
             if version not in _HEADERS:
                 raise self.make_error(name, f"the version of the .npy format must be 1.0 or 2.0, got {version}")
             shape, fortran, dtype = _HEADERS[version](stream)
             header = stream.tell()
+        # Reading an object array unpickles it, which can run any code. Records and subarrays are no plain numbers.
         if dtype.hasobject or dtype.names is not None or dtype.subdtype is not None:
             raise self.make_error(
                 name, "it must hold plain numbers, got objects, which may run code when they are read"
@@ -186,6 +187,7 @@ class ArrayFile:
             return
         if info.compress_type != zipfile.ZIP_DEFLATED:
             raise self.make_error(name, f"it must be stored or deflated, got compression type {info.compress_type}")
+        # The size in the directory may be false, but zipfile never reads more than it.
         most = max(_ALWAYS_EXPANDED, _MAX_RATIO * self.path.stat().st_size)
         if info.file_size > most:
             raise self.make_error(
@@ -195,6 +197,7 @@ class ArrayFile:
             )
 
     def _map(self, member: _Member) -> npt.NDArray[Any]:
+        # An uncompressed member is a plain .npy file within the zip file, so that its values can be mapped.
         with open(self.path, "rb") as file:
             file.seek(member.info.header_offset)
             local = file.read(_LOCAL_HEADER)

@@ -61,6 +61,7 @@ class Page:
     def write(self) -> list[Path]:
         """Writes ``NAME.md``, ``NAME.csv`` and the pictures, and returns the paths."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        # Atomic writes: a reader never sees half a page.
         contents = {f"{self.name}.md": self.markdown.encode(), f"{self.name}.csv": self.csv.encode(), **self.pictures}
         for name, content in contents.items():
             with write_atomically(self.folder / name) as stream:
@@ -78,6 +79,7 @@ def image_to_png(picture: Image.Image) -> bytes:
 def choose_classes(num_classes: int) -> list[int]:
     """Returns the classes that a sheet of images shows: 10 evenly spaced ones, or all if there are fewer."""
     shown = min(num_classes, _SHOWN_CLASSES)
+    # Evenly spaced, because neighbouring classes of ImageNet are similar.
     return [number * num_classes // shown for number in range(shown)]
 
 
@@ -89,6 +91,7 @@ def command_line(words: Sequence[object], flags: Mapping[str, object]) -> str:
         flags: Values by flag name with underscores. None is left out, a sequence becomes a comma-separated list, and a
             mapping becomes JSON.
     """
+    # Flags are written as they are typed, with hyphens and quotes.
     given = {name.replace("_", "-"): value for name, value in flags.items() if value is not None}
     return " ".join([*map(str, words), *(f"--{name} {shlex.quote(_word(value))}" for name, value in given.items())])
 
@@ -132,6 +135,7 @@ def terminal_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[
 
     table = Table(title=title, box=SIMPLE, padding=0)
     for place, text in enumerate(headings):
+        # A heading of several words would make its column wider than the numbers in it.
         table.add_column("\n".join(text.rsplit(" ", 1)), justify="left" if place < left else "right")
     for row in rows:
         table.add_row(*row) if row else table.add_section()

@@ -106,6 +106,7 @@ def measure_reconstruction(
     for extractor in extractors:
         if extractor.label not in references:
             raise ValueError(f"rfid/{extractor.label}: references must have this network, got {sorted(references)}")
+    # Pixel errors are averaged over images; the FID needs the features of all images first.
     seen = _Reconstructions(tokenizer, extractors, lpips)
     for batch in batches:
         seen.add(batch.content[batch.valid], batch.position[batch.valid])
@@ -156,10 +157,12 @@ class _Reconstructions:
         # The decoder may add a margin, since it produces whole tokens; crop it.
         decoded = self.tokenizer.network.decode(tokens, self.tokenizer.grid)[..., :size, :size].float().clamp(0, 1)
         self.codes.update(tokens.cpu(), torch.ones(len(tokens)))
+        # One value per image and measure, in float64: the means do not depend on the batch size.
         measured = [measure(decoded, images).double().cpu() for measure in self.measures.values()]
         self._rows.append(torch.stack(measured, 1))
         self._positions.append(positions)
         for collector in self.collectors.values():
+            # Feature networks see uint8 images, as they do for the originals.
             collector.add((decoded * 255).round().to(torch.uint8), positions)
 
     def means(self) -> tuple[dict[str, float], int]:

@@ -244,6 +244,7 @@ def read_references(
     file = ArrayFile(path, thing="reference")
     origin = ReferenceOrigin(sha256_of(file.path), file=file.path.name)
     statistics = _read_inception_statistics(file)
+    # A file without images has only Inception's statistics, which serve no other network.
     if "arr_0" not in file:
         if statistics is None:
             raise file.make_error("mu", "the file must have statistics (mu, sigma) or images (arr_0), got neither")
@@ -298,6 +299,7 @@ def _obtain(
         features: Extracts the features of all images with some of the networks.
         origin: Source of the images.
     """
+    # The weights are part of the key: another network with the same label has another file.
     keys = {
         each.label: {**key, "network": each.label, "weights": each.digest, "knows_classes": each.knows_classes}
         for each in extractors
@@ -319,6 +321,7 @@ def _obtain(
 
 
 def _cache_path(folder: Path, key: Mapping[str, Any]) -> Path:
+    # The label is for people; the digest of the key makes the name unique.
     network = re.sub("[^A-Za-z0-9_.]+", "-", key["network"])
     return folder / f"{key['split']}-{network}-{shorten_digest(digest_of(key))}.npz"
 
@@ -351,7 +354,7 @@ def _read(path: Path, key: Mapping[str, Any]) -> Reference | None:
         return None
     try:
         file = ArrayFile(path, thing="reference")
-        file.check()
+        file.check()  # memory-mapped arrays have no other check
         if bytes(file.read("key", (None,), kinds="uint8")) != _encode_key(key):
             raise file.make_error("key", "it belongs to other images or another network")
         pooled = _read_tensor(file, "pooled", (None, None), kinds="f")
@@ -378,6 +381,7 @@ def _read_inception_statistics(file: ArrayFile) -> Reference | None:
 def _read_statistics(file: ArrayFile, suffix: str, width: int | None) -> Statistics:
     mean = _read_tensor(file, f"mu{suffix}", (width,), kinds="f")
     covariance = _read_tensor(file, f"sigma{suffix}", (len(mean), len(mean)), kinds="f")
+    # A tolerance, because files may hold float32 statistics.
     if not torch.allclose(covariance, covariance.T, rtol=1e-3, atol=1e-6) or bool((covariance.diagonal() < 0).any()):
         raise file.make_error(f"sigma{suffix}", "it must be a covariance: symmetric, with a diagonal >= 0")
     return Statistics(mean, covariance)

@@ -107,6 +107,7 @@ def find_run(run: Path | str, *, data: Path | None = None, classifier: Path | No
     from maskgit_pl.pipeline.sharing import local_folder
 
     pretrained = local_folder(run)
+    # RUN/pretrained belongs to the run; any other pretrained folder stands for itself.
     home = pretrained.parent if pretrained.name == "pretrained" else pretrained
     path = data or _find_data(home)
     if not path.is_dir():
@@ -278,6 +279,7 @@ def open_evaluator(
     from maskgit_pl.evaluation.reference import obtain_references, read_real_labels, read_references
     from maskgit_pl.networks.features import ClassifierSpec, parse_feature_network
 
+    # "classifier" without a folder stands for the classifier of the data at hand, which is trained if it is missing.
     judge = ClassifierSpec(str(folders.classifier))
     specs = [judge if spec == CLASSIFIER else parse_feature_network(spec) for spec in features]
     if CLASSIFIER in features:
@@ -285,6 +287,7 @@ def open_evaluator(
         classifier_training.obtain_classifier(folders.classifier, data, on_step=lambda: train(1))
     extractors = [Extractor.create(spec, device=pipe.device) for spec in specs]
     on_images = bars(f"real images: {', '.join(each.label for each in extractors)}", data.summary.samples["val"])
+    # A file has images of unknown classes, so that only the split has labels.
     if reference is None:
         references = obtain_references(folders.references, data, extractors, on_images=on_images)
         labels = read_real_labels(data)
@@ -342,6 +345,7 @@ def _find_data(home: Path) -> Path:
     Raises:
         FileNotFoundError: if no stage records one.
     """
+    # Both stages record the data; a run may have only one of them.
     for stage in ("transformer", "tokenizer"):
         file = home / stage / "config.yaml"
         data = read_run_recipe(file).get("data") or {}

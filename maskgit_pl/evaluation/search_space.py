@@ -73,6 +73,7 @@ class SearchSpace:
             seed: Seed of the search.
             method: Random draws or a grid.
         """
+        # A space fits if it reaches the current decoding as a later trial, which that search must then have written.
         for first in begun:
             space = replace(self, baseline=first)
             if any(space.trial(number, seed=seed, method=method) == self.baseline for number in range(1, trials)):
@@ -87,6 +88,7 @@ class SearchSpace:
                 yield self._decoding(num_steps, selector, self.baseline.guidance, 1.0)
 
     def _draw(self, number: int, seed: int) -> DecodingConfig:
+        # 32 uniform numbers are more than the choices of a trial use. They depend only on (seed, number).
         sampler = _TrialSampler(random_uniform("tuning", seed=seed, index=number, count=32)[0].tolist())
         selector = self._draw_selector(sampler)
         guidance = self._draw_guidance(sampler)
@@ -127,6 +129,7 @@ class SearchSpace:
         )
         if not self.can_guide:
             return self.baseline.guidance
+        # Every eighth trial has no guidance, which a continuous scale would never reach.
         if sampler.random() < 1 / 8:
             return {"name": "constant", "scale": 0.0}
         return {"name": name, "scale": scale, **({"start": start} if name == "interval" else {})}
@@ -140,6 +143,7 @@ class SearchSpace:
 
     def _grid(self) -> Iterator[DecodingConfig]:
         guidance: list[Spec] = [{"name": "linear", "scale": scale} for scale in (0.0, 0.5, 1.0, 2.0)]
+        # A grid has few values per part, because the number of its points is their product.
         temperatures: list[float | tuple[float, float]] = [1.0, 0.8, (1.2, 0.6)]
         for num_steps in self.num_steps:
             for selector in (spec for each in self.selectors for spec in _expand_grid(each)):
@@ -186,6 +190,7 @@ def _draw_truncation(sampler: _TrialSampler, codebook_size: int) -> tuple[int | 
         sampler.random(),
         sampler.uniform(0.8, 0.99),
     )
+    # Log-uniform between 4 and K, since the effect of k depends on its order of magnitude.
     top_k = round(4 * (codebook_size / 4) ** share) if codebook_size > 4 else None
     return (top_k if kind == "top_k" else None), (top_p if kind == "top_p" else None)
 
@@ -193,8 +198,8 @@ def _draw_truncation(sampler: _TrialSampler, codebook_size: int) -> tuple[int | 
 def _find_free_arguments(spec: Spec) -> list[str]:
     """Returns the arguments of a selector that are searched and not fixed by its mapping."""
     fixed = () if isinstance(spec, str) else spec
-    made = token_selectors.build(spec)
-    return [name for name in _RANGES if name in _field_names(made) and name not in fixed]
+    selector = token_selectors.build(spec)
+    return [name for name in _RANGES if name in _field_names(selector) and name not in fixed]
 
 
 def _field_names(made: Any) -> set[str]:

@@ -119,6 +119,7 @@ def tune(
     points = round_to_classes(options.plot_images or num_images, images.num_classes, name="plot_images")
     model = create_evaluated_model(folders, pipe, out)
     evaluator = open_evaluator(folders, pipe, images, Ledger(model.folder / FILE_NAME), options=options, bars=bars)
+    # A search that was stopped after it had written its winner continues with the trials that it began with.
     begun = _iter_first_trials(evaluator, model, options.seed)
     space = space.resume(begun, trials=trials, seed=options.seed, method=options.search)
 
@@ -183,6 +184,7 @@ def _open(run: Path | str, data: Path | None, options: TuningOptions) -> tuple[R
         pipe.tokenizer.network.config.codebook_size,
         can_guide=pipe.transformer.network.config.null_label is not None,
     )
+    # Every selector and number of steps is checked before the first trial.
     for decoding in space.iter_selectors_and_steps():
         check_model_decoding(pipe, decoding)
     return folders, pipe, space
@@ -219,6 +221,7 @@ def _save_decoding(
         "split": "val",
         "commit": describe_environment()["commit"],
     }
+    # The previous decoding is kept next to it, and the model card shows the new one.
     old = save_decoding(folders.pretrained, result.winner.decoding, tuned=tuned)
     refresh_card(folders.pretrained)
     return replace(result, decoding_file=folders.pretrained / "decoding.json", old_decoding_file=old)
@@ -238,6 +241,7 @@ def _write_page(evaluator: Evaluator, result: SearchResult, figure: ScheduleCurv
         return collect_numbers(rows) | found | {"num_images": rows[network.extractor.label]["num_images"]}
 
     page = make_page(result, real(result.num_images), command=command, figure=figure)
+    # The floor of the figure is measured with as many images as its points.
     if figure is not None:
         floor = real(figure.num_images)[result.metric]
         page = replace(page, pictures={"tuning.png": draw_curves(figure, metric=result.metric, floor=floor)})

@@ -33,7 +33,7 @@ def make_page(result: SearchResult, real: Mapping[str, float], *, command: str, 
         command: Command that produces the page.
         figure: Curves of the figure; None for no figure.
     """
-    count = result.num_images // 2
+    count = result.num_images // 2  # images per trial: the second measurement takes twice as many
     lines = [
         *heading("Search for a decoding", command),
         *_explanation(result, real, count),
@@ -43,6 +43,7 @@ def make_page(result: SearchResult, real: Mapping[str, float], *, command: str, 
     ]
     lines += markdown_table(_headings(result), _rows(result, result.confirmed, markdown, "**{}**"), left=2)
     lines += ["", _verdict(result), ""]
+    # Trial 0 is the previous decoding; only another one is printed.
     if result.winner.number:
         lines += ["```json", json.dumps(asdict(result.winner.decoding), indent=2), "```", ""]
     lines += [f"## Best of {len(result.trials)} trials, {count} images each", ""]
@@ -124,6 +125,7 @@ def _figure_lines(figure: ScheduleCurves, metric: str) -> list[str]:
     rows = []
     for schedule, line in figure.curves.items():
         label = f"{markdown(schedule)} (trained)" if schedule == figure.trained else markdown(schedule)
+        # One row per schedule, one column per T; the best cell of the whole table is bold.
         cells = {number: format_value(metric, line[number][metric], more_digits=1) for number in steps}
         if schedule == name:
             cells[at] = f"**{cells[at]}**"

@@ -1,4 +1,4 @@
-"""Checks of the files that an import reads and of the folder that it writes, before anything heavy is imported."""
+"""Checks of the files that an import reads and of the folder that it writes, before torch is imported."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["Format", "check_out", "flax_file", "read_class_names", "torch_file"]
+__all__ = ["Format", "check_flax_file", "check_out", "check_torch_file", "read_class_names"]
 
 Format = Literal["msgpack", "pickle", "safetensors", "zip"]
 
 _HEAD = 512  # bytes; a pointer of Git LFS is shorter
-_BEGINNINGS: tuple[tuple[str, str, Callable[[bytes], bool]], ...] = (  # format, what a person calls it, its first bytes
+# Recognised in this order: the first bytes of msgpack are the least distinctive.
+_BEGINNINGS: tuple[tuple[str, str, Callable[[bytes], bool]], ...] = (  # format, its name for people, its first bytes
     ("lfs", "a Git LFS pointer; fetch the weights with `git lfs pull`", lambda h: h.startswith(b"version https://git-lfs")),
     ("html", "a web page; the download went wrong", lambda h: h.lstrip()[:1] == b"<"),
     ("pickle", "a Python pickle", lambda h: h[:1] == b"\x80" and 2 <= int.from_bytes(h[1:2], "big") <= 5),
@@ -27,63 +28,65 @@ _BEGINNINGS: tuple[tuple[str, str, Callable[[bytes], bool]], ...] = (  # format,
 )  # fmt: skip
 
 
-def flax_file(path: Path) -> None:
-    """Refuses a file that is not flax's msgpack, as its first bytes show.
+def check_flax_file(path: Path) -> None:
+    """Checks by its first bytes that a file is flax's msgpack.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is a folder, an empty file, or one of another format.
+        ValueError: if it is a folder, an empty file, or of another format.
     """
-    _format(path, ("msgpack",), "a file of flax's msgpack, of some 200 or 700 MB as released,")
+    _check_format(path, ("msgpack",), "a msgpack file of flax (as released, about 200 or 700 MB)")
 
 
-def torch_file(path: Path) -> Format:
-    """Returns the format of a checkpoint, as its first bytes show.
+def check_torch_file(path: Path) -> Format:
+    """Checks by its first bytes that a file is a checkpoint of torch or safetensors, and returns its format.
 
     Returns:
-        ``zip``: what torch.save writes; ``pickle``: what it wrote before version 1.6; ``safetensors``.
+        ``zip``: format of torch.save; ``pickle``: its format before version 1.6; ``safetensors``.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is a folder, an empty file, one of another format, or a zip archive that is cut off.
+        ValueError: if it is a folder, an empty file, of another format, or a zip archive that is cut off.
     """
-    return _format(path, ("zip", "pickle", "safetensors"), "a file of torch.save or of safetensors")
+    return _check_format(path, ("zip", "pickle", "safetensors"), "a file of torch.save or of safetensors")
 
 
 def check_out(folder: Path) -> None:
-    """Refuses to write where something stands already: transformers were trained on what it holds.
+    """Checks that an import can write a folder without overwriting anything: transformers may depend on what is there.
 
     Raises:
-        FileExistsError: if it is there, and not an empty folder.
-        NotADirectoryError: if it would lie in a file.
+        FileExistsError: if it exists, unless it is an empty folder.
+        NotADirectoryError: if one of its parents is a file.
     """
     empty = folder.is_dir() and not any(folder.iterdir())
     if folder.is_symlink() or (folder.exists() and not empty):
         raise FileExistsError(
-            f"import {folder}: a new folder is needed, and something is there; name another with --out"
+            f"import {folder} must be a new or empty folder, got one with content; name another with --out"
         )
+    # The nearest existing parent: the folders below it are made when the import is written.
     above = next(path for path in folder.absolute().parents if path.exists())
     if not above.is_dir():
-        raise NotADirectoryError(f"import {folder}: a folder is needed above it, got the file {above}")
+        raise NotADirectoryError(f"import {folder} must lie in a folder, got the file {above}")
 
 
 def read_class_names(path: Path) -> list[str]:
-    """Reads names of classes, one a line.
+    """Reads class names, one per line.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is not UTF-8.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"class names {path}: no such file; one name a line is needed")
+        raise FileNotFoundError(f"class names {path}: no such file; name a text file with one name per line")
     try:
         return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except UnicodeDecodeError as error:
-        raise ValueError(f"class names {path}: a text in UTF-8, one name a line, is needed ({error})") from error
+        raise ValueError(f"class names {path} must be a text in UTF-8, one name per line ({error})") from error
 
 
-def _format(path: Path, accepted: Sequence[Format], needed: str) -> Format:
-    rule = f"checkpoint {path}: {needed} is needed"
+def _check_format(path: Path, accepted: Sequence[Format], description: str) -> Format:
+    """Returns the format of a file, which must be one of the accepted ones."""
+    rule = f"checkpoint {path} must be {description}"
     if path.is_dir():
         raise ValueError(f"{rule}, got a folder; name the file itself")
     if not path.is_file():
@@ -95,7 +98,7 @@ def _format(path: Path, accepted: Sequence[Format], needed: str) -> Format:
     found, text = next(((name, text) for name, text, begins in _BEGINNINGS if begins(head)), ("", ""))
     for wanted in accepted:
         if wanted == found:
-            if wanted == "zip" and not zipfile.is_zipfile(path):  # its directory stands at the end
+            if wanted == "zip" and not zipfile.is_zipfile(path):  # the directory of a zip is at its end
                 raise ValueError(f"checkpoint {path}: the file is cut off; download it again")
             return wanted
     raise ValueError(f"{rule}, got {text or f'one that begins with {head[:8]!r}'}")

@@ -1,8 +1,8 @@
-"""flax's msgpack files as plain arrays, without flax or jax.
+"""Reads flax's msgpack files as numpy arrays, without flax or jax.
 
-``flax.serialization.to_bytes`` writes one msgpack map of maps; its leaves are arrays in extension types. Files come
-from elsewhere: nothing in them is executed, and what is read stays within a small multiple of the file's own size.
-Used by ``released.py``.
+``flax.serialization.to_bytes`` writes one msgpack map of maps whose leaves are arrays in extension types. Files are
+untrusted: nothing in them is executed, and memory stays within a small multiple of the file's size. Used by
+``released``.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import msgpack
 import numpy as np
 import numpy.typing as npt
 
-from maskgit_pl.importers.files import flax_file
+from maskgit_pl.importers.files import check_flax_file
 
 __all__ = ["Array", "read_flax"]
 
 Array: TypeAlias = npt.NDArray[Any]
 
 _ARRAY, _COMPLEX, _SCALAR = 1, 2, 3  # flax's extension types
-_CHUNKED = "__msgpack_chunked_array__"  # marks the map that stands for an array above 2^30 bytes
+_CHUNKED = "__msgpack_chunked_array__"  # key of a map that stands for an array above 2^30 bytes
 _PLAIN = (
     "float16",
     "float32",
@@ -33,10 +33,10 @@ _PLAIN = (
 )
 _DTYPES = {name: np.dtype(name).newbyteorder("<") for name in _PLAIN} | {"bfloat16": np.dtype("<u2")}  # see _float32
 _BYTES_LENGTHS = {0xC4: 1, 0xC5: 2, 0xC6: 4}  # msgpack's bin 8, 16, 32: bytes that hold the length
-# The released transformer has 393 arrays, 5 deep, names below 30 letters.
+# Far above the released transformer: 393 arrays, 5 levels deep, names below 30 letters.
 _MAX_NODES, _MAX_DEPTH, _MAX_ENTRIES, _MAX_TEXT, _MAX_DIMENSIONS = 50_000, 16, 256, 512, 32
 _ERROR_LENGTH = 300
-_TOO_DEEP = f"maps inside maps are read {_MAX_DEPTH} deep, and it has more"
+_TOO_DEEP = f"maps must be nested at most {_MAX_DEPTH} deep"
 _HEADER = 4 + 5 * _MAX_DIMENSIONS * 2 + _MAX_TEXT  # bytes before an array's data, at most
 
 
@@ -44,46 +44,47 @@ def read_flax(path: Path) -> dict[str, Array]:
     """Reads a file that ``flax.serialization.to_bytes`` wrote.
 
     Args:
-        path: The file.
+        path: Path of the file.
 
     Returns:
-        Read-only arrays by their path in the tree, e.g. ``params/Embed_0/word_embeddings/embedding``. bfloat16 becomes
-        float32; numbers and texts become arrays without dimensions; None and empty maps hold nothing.
+        Read-only arrays by their path in the tree, such as ``params/Embed_0/word_embeddings/embedding``. bfloat16
+        becomes float32; numbers and texts become arrays without dimensions; None and empty maps are dropped.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is another kind of file, is cut off or damaged, or claims more than it holds.
+        ValueError: if it is of another format, is cut off or damaged, or claims more than it holds.
 
     Source: flax, serialization.py.
     """
-    flax_file(path)
+    check_flax_file(path)
     try:
         with path.open("rb") as stream:
             return dict(_flatten(_parse(stream, path.stat().st_size), "", 0))
     except (ValueError, OverflowError, RecursionError, msgpack.UnpackException) as error:
         raise ValueError(f"checkpoint {path}: {_reason(error, path.stat().st_size)}; download it again") from error
     except MemoryError as error:
-        raise ValueError(f"checkpoint {path}: reading it needs more memory than there is") from error
+        raise ValueError(f"checkpoint {path}: out of memory while reading it") from error
 
 
 def _parse(stream: BinaryIO, size: int) -> Any:
-    """Reads the tree array by array: the file's bytes are held once."""
+    """Reads the tree array by array, so that the bytes of the file are in memory only once."""
     seen = 0
 
-    def counted(nodes: int) -> None:
+    def count(nodes: int) -> None:
         nonlocal seen
         seen += nodes
         if seen > _MAX_NODES:
-            raise ValueError(f"at most {_MAX_NODES:,} entries are read, and it has more")
+            raise ValueError(f"it must have at most {_MAX_NODES:,} entries")
 
     def as_map(pairs: list[tuple[str, Any]]) -> Any:
-        counted(1 + len(pairs))
-        return _unchunked(_unique(pairs))
+        count(1 + len(pairs))
+        return _join_chunks(_check_unique(pairs))
 
     def as_array(code: int, data: bytes) -> Array:
-        counted(1)
-        return _extension(code, data)
+        count(1)
+        return _read_extension(code, data)
 
+    # The limits hold while msgpack parses, before it allocates what a hostile file claims.
     unpacker = msgpack.Unpacker(
         stream,
         object_pairs_hook=as_map,
@@ -92,12 +93,12 @@ def _parse(stream: BinaryIO, size: int) -> Any:
         max_map_len=_MAX_ENTRIES,
         max_str_len=_MAX_TEXT,
         max_array_len=0,  # flax writes lists as maps
-        max_bin_len=0,  # and bytes inside extensions alone
+        max_bin_len=0,  # and bytes only inside extensions
         max_ext_len=size,
     )
     tree = unpacker.unpack()
     if unpacker.tell() != size:
-        raise ValueError(f"one tree is expected, and {size - unpacker.tell():,} bytes follow it")
+        raise ValueError(f"the file must end with its tree, got {size - unpacker.tell():,} more bytes")
     return tree
 
 
@@ -110,20 +111,21 @@ def _reason(error: Exception, size: int) -> str:
     return f"not a tree of arrays as flax writes it ({text[:_ERROR_LENGTH]})"
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _check_unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns a map, whose names must be unique, printable and without slashes, since paths are joined with them."""
     content = dict(pairs)
     for key in content:
         if not isinstance(key, str) or not key.isprintable() or not key or "/" in key:
-            raise ValueError(f"names of printable letters without '/' are needed, got {key!r}")
+            raise ValueError(f"names must be printable and without '/', got {key!r}")
     if len(content) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"each name once is needed, got {twice!r} again")
+        raise ValueError(f"names must be unique, got {twice!r} twice")
     return content
 
 
 def _flatten(value: Any, name: str, depth: int) -> Iterator[tuple[str, Array]]:
-    """Leaves with their paths."""
+    """Yields the leaves with their paths."""
     if depth > _MAX_DEPTH:
         raise ValueError(_TOO_DEEP)
     if isinstance(value, dict):
@@ -134,24 +136,28 @@ def _flatten(value: Any, name: str, depth: int) -> Iterator[tuple[str, Array]]:
     elif isinstance(value, bool | int | float | str):
         yield name, _read_only(np.asarray(value))
     elif value is not None:
-        raise ValueError(f"{name}: an array, a number or a text is needed, got {type(value).__name__}")
+        raise ValueError(f"{name} must be an array, a number or a text, got {type(value).__name__}")
 
 
-def _extension(code: int, data: bytes) -> Array:
+def _read_extension(code: int, data: bytes) -> Array:
+    """Returns the array in an extension; numpy's scalars have the same form."""
     if code == _COMPLEX:
-        raise ValueError("complex numbers are not read")
+        raise ValueError("numbers must be real, got complex ones")
     if code not in (_ARRAY, _SCALAR):
-        raise ValueError(f"extension types {_ARRAY} and {_SCALAR} are read, got {code}")
+        raise ValueError(f"extension types must be {_ARRAY} or {_SCALAR}, got {code}")
     shape, dtype, offset = _array_header(data)
+    # Compared before anything is allocated: the shape may claim more than the file holds.
     length = math.prod(shape) * _DTYPES[dtype].itemsize
     if offset + length != len(data):
-        raise ValueError(f"{length:,} bytes are needed for {dtype} {shape}, got {len(data) - offset:,}")
+        raise ValueError(f"an array {dtype} {shape} must have {length:,} bytes, got {len(data) - offset:,}")
+    # frombuffer refuses an empty buffer.
     array = np.frombuffer(data, _DTYPES[dtype], math.prod(shape), offset) if length else np.empty(0, _DTYPES[dtype])
     return _read_only((_float32(array) if dtype == "bfloat16" else array).reshape(shape))
 
 
 def _array_header(data: bytes) -> tuple[tuple[int, ...], str, int]:
-    """Returns shape, dtype name and the offset of the data of msgpack's (shape, dtype, bytes)."""
+    """Returns shape, dtype and the offset of the data of an array, which is msgpack's (shape, dtype, bytes)."""
+    # Only the first bytes are parsed; the data is used in place, without a copy.
     header = msgpack.Unpacker(
         max_buffer_size=_HEADER, max_array_len=_MAX_DIMENSIONS, max_str_len=_MAX_TEXT, max_map_len=0, max_ext_len=0
     )
@@ -159,49 +165,49 @@ def _array_header(data: bytes) -> tuple[tuple[int, ...], str, int]:
     try:
         fields, shape, dtype = header.read_array_header(), header.unpack(), header.unpack()
     except msgpack.OutOfData as error:
-        raise ValueError("an array holds its shape, dtype and bytes, got less") from error
+        raise ValueError("an array must hold its shape, dtype and bytes, got less") from error
     offset = header.tell()
     width = _BYTES_LENGTHS.get(data[offset]) if offset < len(data) else None
     if fields != 3 or not isinstance(shape, list) or not isinstance(dtype, str) or width is None:
-        raise ValueError("an array holds its shape, dtype and bytes, got something else")
+        raise ValueError("an array must hold its shape, dtype and bytes, got something else")
     _check_shape(shape)
     if dtype not in _DTYPES:
-        raise ValueError(f"arrays of {', '.join(_DTYPES)} are read, got {dtype!r}")
+        raise ValueError(f"dtypes must be one of {', '.join(_DTYPES)}, got {dtype!r}")
     start = offset + 1 + width
     if int.from_bytes(data[offset + 1 : start], "big") != len(data) - start:
-        raise ValueError("an array ends with its bytes, got another number of them than it says")
+        raise ValueError("an array must hold as many bytes as it claims, got another number")
     return tuple(shape), dtype, start
 
 
 def _check_shape(shape: list[Any]) -> None:
     if any(type(size) is not int or not 0 <= size < 1 << 40 for size in shape):
-        raise ValueError(f"a shape of numbers that are not negative is needed, got {shape}")
+        raise ValueError(f"a shape must be integers >= 0, got {shape}")
 
 
 def _float32(bits: Array) -> Array:
-    """Converts bfloat16, the upper half of float32."""
+    """Converts bfloat16, which is the upper half of float32."""
     wide: Array = (bits.astype(np.uint32) << 16).view(np.float32)
     return wide
 
 
-def _unchunked(content: dict[str, Any]) -> dict[str, Any] | Array:
-    """Returns the array that a map of chunks stands for; other maps as they are."""
+def _join_chunks(content: dict[str, Any]) -> dict[str, Any] | Array:
+    """Returns the array that a map of chunks stands for, and other maps unchanged."""
     if _CHUNKED not in content:
         return content
-    shape, chunks = (_in_order(content.get(name)) for name in ("shape", "chunks"))
+    shape, chunks = (_list_from_tuple(content.get(name)) for name in ("shape", "chunks"))
     if any(not isinstance(chunk, np.ndarray) or chunk.ndim != 1 for chunk in chunks) or not chunks:
-        raise ValueError("an array in chunks holds arrays of one dimension, got something else")
+        raise ValueError("an array in chunks must hold arrays of one dimension, got something else")
     _check_shape(shape)
     array = np.concatenate(chunks)
     if math.prod(shape) != array.size:
-        raise ValueError(f"{math.prod(shape):,} numbers are needed in the chunks of {tuple(shape)}, got {array.size:,}")
+        raise ValueError(f"chunks of {tuple(shape)} must hold {math.prod(shape):,} numbers, got {array.size:,}")
     return _read_only(array.reshape(shape))
 
 
-def _in_order(content: Any) -> list[Any]:
-    """Values of {"0": ..., "1": ...}, flax's form of a tuple."""
+def _list_from_tuple(content: Any) -> list[Any]:
+    """Returns the values of {"0": ..., "1": ...}, flax's form of a tuple."""
     if not isinstance(content, Mapping) or set(content) != {str(number) for number in range(len(content))}:
-        raise ValueError("an array in chunks holds its shape and chunks by number, got something else")
+        raise ValueError("an array in chunks must number its shape and chunks from 0, got something else")
     return [content[str(number)] for number in range(len(content))]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.files import write_folder
-from maskgit_pl.importers.files import check_out, flax_file
+from maskgit_pl.importers.files import check_flax_file, check_out
 from maskgit_pl.importers.flax import read_flax
 from maskgit_pl.importers.released_weights import (
     parameters,
@@ -28,7 +28,7 @@ __all__ = ["import_jax"]
 
 log = logging.getLogger(__name__)
 
-_TOKENIZER_SIZE = 256  # px, where no transformer says it: the smaller of the two released ones
+_TOKENIZER_SIZE = 256  # px, without a transformer: the smaller of the two released sizes
 _STEPS, _STEPS_OF_LARGE_GRIDS, _LARGE_GRID = 8, 12, 32  # paper, tables 1 and 2: 8 steps at 256 px, 12 at 512 px
 _CHOICE_TEMPERATURE = 4.5
 _IMAGENET_CLASSES = 1000
@@ -44,26 +44,32 @@ def import_jax(
 ) -> None:
     """Writes a pretrained folder from released checkpoints; it appears when all parts are complete.
 
+    1. Check the first bytes of the files, and that ``out`` is new.
+    2. Read the arrays, infer sizes from their shapes, and convert them to our names and layouts.
+    3. Write the folder, then log its sizes.
+
     Args:
-        tokenizer: E.g. ``tokenizer_imagenet256_checkpoint``.
-        out: The folder to make.
-        transformer: E.g. ``maskgit_imagenet256_checkpoint``, trained on this tokenizer's tokens.
-        image_size: Edge of the images in px. A transformer's grid says it, and it is compared with that; 256 by default
+        tokenizer: Checkpoint such as ``tokenizer_imagenet256_checkpoint``.
+        out: Folder to make.
+        transformer: Checkpoint such as ``maskgit_imagenet256_checkpoint``, trained on this tokenizer's tokens.
+        image_size: Side of the images in pixels. Default: the size that follows from the transformer's grid; 256
             without a transformer.
-        class_names: One for each class. By default ImageNet's where there are 1000, else numbers.
+        class_names: Name of each class. Default: ImageNet's names for 1000 classes, otherwise numbers.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if a file is of another kind, damaged, or not of this size, parts do not belong together, or the
             number of names is wrong.
-        FileExistsError: if ``out`` is there.
+        FileExistsError: if ``out`` exists.
     """
+    # 1.
     check_out(out)
     for path in (tokenizer, transformer):
         if path is not None:
-            flax_file(path)
+            check_flax_file(path)
     if transformer is None and class_names is not None:
-        raise ValueError("class names: a transformer is needed to have classes, got none; add --transformer")
+        raise ValueError("class names must come with a transformer, which has the classes; add --transformer")
+    # 2. and 3.
     vqgan, vqgan_weights = _read_tokenizer(tokenizer)
     if transformer is None:
         _write_tokenizer(out, vqgan, vqgan_weights, _TOKENIZER_SIZE if image_size is None else image_size)
@@ -88,8 +94,8 @@ def import_jax(
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Makes each ValueError name the file."""
+def _name_file(path: Path) -> Iterator[None]:
+    """Adds the name of the file to each ValueError that has none."""
     try:
         yield
     except ValueError as error:
@@ -98,31 +104,32 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def _read_tokenizer(path: Path) -> tuple[VQGANConfig, dict[str, Tensor]]:
-    with _named(path):
+    with _name_file(path):
         arrays = parameters(read_flax(path))
         config = tokenizer_config(arrays)
         return config, tokenizer_weights(arrays, config)
 
 
 def _read_transformer(path: Path, vqgan: VQGANConfig) -> tuple[TransformerConfig, dict[str, Tensor]]:
-    with _named(path):
+    with _name_file(path):
         arrays = parameters(read_flax(path))
         config = transformer_config(arrays, codebook_size=vqgan.codebook_size)
         return config, transformer_weights(arrays, config)
 
 
 def _image_size(config: TransformerConfig, vqgan: VQGANConfig, wanted: int | None) -> int:
-    """Returns the edge of the images in px, as the transformer's grid says."""
-    size = config.grid[0] * vqgan.downsampling_factor
+    """Returns the side of the images in pixels, which follows from the transformer's grid."""
+    size = config.grid[0] * vqgan.downsampling_factor  # released grids are square
     if wanted is not None and wanted != size:
         raise ValueError(
-            f"--image-size: this transformer's {config.grid[0]} x {config.grid[1]} tokens are images of {size} px, got "
+            f"--image-size must be {size}, for {config.grid[0]} x {config.grid[1]} tokens of this transformer, got "
             f"{wanted}; leave --image-size out, or name the checkpoints of {wanted} px"
         )
     return size
 
 
 def _decoding(config: TransformerConfig) -> DecodingConfig:
+    """Returns the paper's decoding; released transformers have no null class, so there is no guidance."""
     return DecodingConfig(
         num_steps=_STEPS_OF_LARGE_GRIDS if config.grid[0] >= _LARGE_GRID else _STEPS,
         token_selector={"name": "confidence", "choice_temperature": _CHOICE_TEMPERATURE},
@@ -136,12 +143,12 @@ def _class_names(given: Sequence[str] | None, num_classes: int) -> tuple[str, ..
     names = tuple(given)
     if len(names) != num_classes:
         raise ValueError(
-            f"class names: one for each of the transformer's {num_classes} classes is needed, got {len(names)}; "
-            "change the list, or leave it out"
+            f"class names must be {num_classes}, one for each class of the transformer, got {len(names)}; change "
+            "the list, or leave it out"
         )
     empty = next((number for number, name in enumerate(names) if not name.strip()), None)
     if empty is not None:
-        raise ValueError(f"class names: a name for each class is needed, got none for class {empty}")
+        raise ValueError(f"class names must not be empty, got an empty one for class {empty}")
     return names
 
 
@@ -154,8 +161,8 @@ def _imagenet_names() -> tuple[str, ...]:
 
 
 def _write_tokenizer(out: Path, config: VQGANConfig, weights: Mapping[str, Tensor], size: int) -> None:
-    """Writes a folder with only a tokenizer."""
-    config.grid(size)  # refuses a size that is not positive
+    """Writes a folder with a tokenizer only."""
+    config.grid(size)  # raises for a size that is not positive
     with write_folder(out) as fresh:
         save_tokenizer(fresh / "tokenizer", config, weights, image_size=size)
     _report_tokenizer(config, weights, size)
@@ -165,16 +172,16 @@ def _write_tokenizer(out: Path, config: VQGANConfig, weights: Mapping[str, Tenso
 def _report_tokenizer(config: VQGANConfig, weights: Mapping[str, Tensor], size: int) -> None:
     log.info(
         "tokenizer: %s parameters; %d codes; images of %d x %d px are %d x %d tokens",
-        f"{_numbers(weights):,}", config.codebook_size, size, size, *config.grid(size),
+        f"{_count_numbers(weights):,}", config.codebook_size, size, size, *config.grid(size),
     )  # fmt: skip
 
 
 def _report_transformer(config: TransformerConfig, weights: Mapping[str, Tensor], names: Sequence[str]) -> None:
     log.info(
-        "transformer: %s parameters; %d blocks of width %d; %d classes, %r to %r",
-        f"{_numbers(weights):,}", config.depth, config.embed_dim, config.num_classes, names[0], names[-1],
+        "transformer: %s parameters; %d blocks of size %d; %d classes, %r to %r",
+        f"{_count_numbers(weights):,}", config.depth, config.embed_dim, config.num_classes, names[0], names[-1],
     )  # fmt: skip
 
 
-def _numbers(weights: Mapping[str, Tensor]) -> int:
+def _count_numbers(weights: Mapping[str, Tensor]) -> int:
     return sum(tensor.numel() for tensor in weights.values())

@@ -1,6 +1,6 @@
-"""Networks of the released MaskGIT code (JAX): their names and shapes beside ours.
+"""Names and shapes of the released MaskGIT code (JAX) beside ours: a list of rules for each network.
 
-A table of rules for each network, by which weights, and trees of gradients, get our names and layouts.
+``released`` converts weights by them; golden tests also convert gradients.
 
 Source: google-research/maskgit, ``maskgit_transformer.py`` and ``vqgan_tokenizer.py``.
 """
@@ -33,21 +33,22 @@ _KINDS: dict[type[nn.Module], str] = {nn.Conv2d: "Conv", nn.GroupNorm: "GroupNor
 Arrays: TypeAlias = Mapping[str, Array]
 
 _PARAMS = "params/"
+# An array that only this network has, by which files are told apart.
 _MARKS = {"tokenizer": "quantizer/codebook", "transformer": "Embed_0/word_embeddings/embedding"}
-_DROPOUT = 0.1
-_MAX_SIZE = 1 << 20  # of an axis; the released code's longest is 3072
-_SHOWN, _SHOWN_LETTERS = 3, 120  # names in an error
+_DROPOUT = 0.1  # released configuration
+_MAX_SIZE = 1 << 20  # largest axis; the released code's longest is 3072
+_SHOWN, _SHOWN_LETTERS = 3, 120  # names in an error, and letters of each
 
 
 @dataclass(frozen=True)
 class _Rule:
-    """A tensor of ours, from arrays of theirs.
+    """A rule that makes one of our tensors from arrays of the released code.
 
     Args:
-        ours: Its name in our state dict.
+        ours: Name of the tensor in our state dict.
         theirs: Names of the arrays that become its rows, in this order.
-        shape: Of each of these arrays.
-        axes: How einops rearranges each.
+        shape: Shape of each of these arrays.
+        axes: Pattern of einops by which each is rearranged.
     """
 
     ours: str
@@ -56,6 +57,7 @@ class _Rule:
     axes: str = "... -> ..."
 
 
+# flax keeps inputs first and outputs last, torch outputs first.
 _DENSE = "inputs outputs -> outputs inputs"
 _CONV = "rows columns inputs outputs -> outputs inputs rows columns"
 _TO_HEADS = "inputs heads head_width -> (heads head_width) inputs"
@@ -72,21 +74,21 @@ def parameters(arrays: Arrays) -> dict[str, Array]:
     found = {name.removeprefix(_PARAMS): array for name, array in arrays.items() if name.startswith(_PARAMS)}
     others = sorted({name.partition("/")[0] for name in arrays if not name.startswith(_PARAMS)})
     if not found:
-        raise ValueError(f"checkpoint: a collection 'params' is needed, got {_some(others)}; name another file")
+        raise ValueError(f"checkpoint must have a collection 'params', got {_some(others)}; name another file")
     if others:
         log.info("not imported: %s", _some(others))
     return found
 
 
 def transformer_config(arrays: Arrays, *, codebook_size: int) -> TransformerConfig:
-    """Reads the sizes of a transformer off its arrays.
+    """Infers the sizes of a transformer from the shapes of its arrays.
 
     Args:
-        arrays: As ``parameters`` gives them.
+        arrays: Result of ``parameters``.
         codebook_size: K of its tokenizer.
 
     Returns:
-        The sizes; dropout is the released 0.1, and there is no null class.
+        The sizes, with the released dropout of 0.1 and without a null class.
 
     Raises:
         ValueError: if it is not a transformer of the released code, not of this tokenizer, or its grid is not square.
@@ -96,17 +98,17 @@ def transformer_config(arrays: Arrays, *, codebook_size: int) -> TransformerConf
     positions, _ = _shape(arrays, "Embed_0/position_embeddings/embedding", axes=2)
     _, num_heads, _ = _shape(arrays, "TransformerLayer_0/Attention_0/self_attention/query/kernel", axes=3)
     _, mlp_dim = _shape(arrays, "TransformerLayer_0/Mlp_0/intermediate_output/kernel", axes=2)
-    edge = math.isqrt(max(positions - 1, 0))
+    edge = math.isqrt(max(positions - 1, 0))  # the first position is the class
     if edge < 1 or edge**2 != positions - 1:
         raise ValueError(
-            f"transformer positions: 1 and a square of tokens are needed (257, 1025, ...), got {positions}; "
-            "grids that are not square cannot be imported"
+            f"transformer positions must be 1 plus a square number (257, 1025, ...), got {positions}; only square "
+            "grids can be imported"
         )
     num_classes = words - codebook_size - 1  # codes, classes, mask token
     if num_classes < 1:
         raise ValueError(
-            f"transformer vocabulary: {codebook_size} codes of the tokenizer, at least 1 class and the mask token are "
-            f"needed, got {words}; this transformer and this tokenizer do not belong together"
+            f"transformer vocabulary must hold {codebook_size} codes of the tokenizer, >= 1 class and the mask token, "
+            f"got {words}; this transformer was not trained with this tokenizer"
         )
     return TransformerConfig(
         codebook_size=codebook_size,
@@ -122,30 +124,30 @@ def transformer_config(arrays: Arrays, *, codebook_size: int) -> TransformerConf
 
 
 def transformer_weights(arrays: Arrays, config: TransformerConfig) -> dict[str, Tensor]:
-    """Returns weights, or gradients, of a transformer under our names.
+    """Converts weights, or gradients, of a transformer to our names and layouts.
 
     Args:
-        arrays: As ``parameters`` gives them.
+        arrays: Result of ``parameters``.
         config: Sizes.
 
     Returns:
         State dict of a ``MaskedTransformer`` of ``config``: float32 copies.
 
     Raises:
-        ValueError: if an array is missing, left over, of another shape, or holds what is not a finite number.
+        ValueError: if an array is missing, superfluous or of another shape, or holds non-finite numbers.
     """
-    return _carried_over(dict(arrays), list(_transformer_rules(config)), "transformer")
+    return _convert(dict(arrays), list(_transformer_rules(config)), "transformer")
 
 
 def tokenizer_config(
     arrays: Arrays, *, activation: Activation = "swish", quantizer: str | Mapping[str, Any] = "gradient"
 ) -> VQGANConfig:
-    """Reads the sizes of a tokenizer off its arrays.
+    """Infers the sizes of a tokenizer from the shapes of its arrays.
 
     Args:
-        arrays: As ``parameters`` gives them.
-        activation: Activation of its blocks; the arrays do not show it.
-        quantizer: Name or mapping of a quantizer with no state beside the codebook.
+        arrays: Result of ``parameters``.
+        activation: Activation of its blocks, which no array shows.
+        quantizer: Name or mapping of a quantizer whose only state is the codebook.
 
     Raises:
         ValueError: if it is not a tokenizer of the released code, or its blocks do not make levels.
@@ -158,13 +160,15 @@ def tokenizer_config(
     num_res_blocks = blocks // max(levels + 1, 1)  # as many in the middle
     if levels < 1 or blocks < 1 or blocks != num_res_blocks * (levels + 1):
         raise ValueError(
-            f"tokenizer blocks: as many on each of {levels} levels and in the middle are needed, got {blocks} in the "
-            "encoder; this is not a released tokenizer"
+            f"tokenizer blocks must be the same number at each of {levels} levels and in the middle, got {blocks} in "
+            "the encoder; this is not a released tokenizer"
         )
     kernels = [f"encoder/ResBlock_{level * num_res_blocks}/Conv_0/kernel" for level in range(levels)]
     widths = [_shape(arrays, name, axes=4)[-1] for name in kernels]
     if any(width % channels or width < channels for width in widths):
-        raise ValueError(f"tokenizer widths: multiples of the first, {channels}, are needed, got {widths}")
+        raise ValueError(
+            f"tokenizer channels of each level must be multiples of the first convolution's {channels}, got {widths}"
+        )
     return VQGANConfig(
         in_channels,
         base_channels=channels,
@@ -180,8 +184,8 @@ def tokenizer_config(
 
 
 def tokenizer_weights(arrays: Arrays, config: VQGANConfig) -> dict[str, Tensor]:
-    """Returns weights, or gradients, of a tokenizer under our names; see ``transformer_weights``."""
-    return _carried_over(dict(arrays), list(_tokenizer_rules(config)), "tokenizer")
+    """Converts weights, or gradients, of a tokenizer to our names and layouts; see ``transformer_weights``."""
+    return _convert(dict(arrays), list(_tokenizer_rules(config)), "tokenizer")
 
 
 def _transformer_rules(config: TransformerConfig) -> Iterator[_Rule]:
@@ -200,6 +204,7 @@ def _layer_rules(ours: str, theirs: str, config: TransformerConfig) -> Iterator[
     width, heads = config.embed_dim, config.num_heads
     attention, mlp = f"{theirs}/Attention_0", f"{theirs}/Mlp_0"
     split = (heads, width // heads)
+    # Three arrays of theirs become the rows of our one product: query, key, value.
     kernels, biases = (
         tuple(f"{attention}/self_attention/{name}/{kind}" for name in ("query", "key", "value"))
         for kind in ("kernel", "bias")
@@ -216,7 +221,7 @@ def _layer_rules(ours: str, theirs: str, config: TransformerConfig) -> Iterator[
 
 
 def _tokenizer_rules(config: VQGANConfig) -> Iterator[_Rule]:
-    with torch.device("meta"):  # shapes alone
+    with torch.device("meta"):  # shapes only
         network = VQGAN(config)
     yield _Rule("quantizer.codebook", (_MARKS["tokenizer"],), (config.codebook_size, config.code_dim))
     for half in ("encoder", "decoder"):
@@ -224,7 +229,8 @@ def _tokenizer_rules(config: VQGANConfig) -> Iterator[_Rule]:
 
 
 def _module_rules(module: nn.Module, ours: str, theirs: str) -> Iterator[_Rule]:
-    """Yields the rules of the modules inside; flax numbers those of a kind in the order of their creation."""
+    """Yields the rules of a module's children. flax numbers modules of a kind in the order of their creation."""
+    # Conv_0, Conv_1, ..., ResBlock_0, ...: each module counts each kind of its children from 0.
     numbers: Counter[str] = Counter()
     for name, child in _children(module, ours):
         kind = _KINDS[type(child)]
@@ -239,7 +245,7 @@ def _module_rules(module: nn.Module, ours: str, theirs: str) -> Iterator[_Rule]:
 
 
 def _children(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """Yields modules of the kinds that flax has, also those inside of other kinds."""
+    """Yields the nearest descendants that flax has too, with our names; ours have containers that flax lacks."""
     for part, child in module.named_children():
         if type(child) in _KINDS:
             yield f"{name}.{part}", child
@@ -264,12 +270,16 @@ def _norm_rules(ours: str, theirs: str, width: int) -> Iterator[_Rule]:
     yield _Rule(f"{ours}.bias", (f"{theirs}/bias",), (width,))
 
 
-def _carried_over(arrays: dict[str, Array], rules: Sequence[_Rule], kind: str) -> dict[str, Tensor]:
-    """Returns tensors by the rules; takes the arrays out one by one, so that a large file is not held twice."""
+def _convert(arrays: dict[str, Array], rules: Sequence[_Rule], kind: str) -> dict[str, Tensor]:
+    """Converts arrays by the rules.
+
+    Arrays are removed from the mapping one by one, so that a large file is not held in memory twice.
+    """
     shapes = {name: rule.shape for rule in rules for name in rule.theirs}
+    # All differences are collected first: one message shows whether the file is of another network.
     differences = {
         "missing": [name for name in shapes if name not in arrays],
-        "left over": [name for name in arrays if name not in shapes],
+        "superfluous": [name for name in arrays if name not in shapes],
         "of another shape": [
             f"{name} {arrays[name].shape} instead of {shape}"
             for name, shape in shapes.items()
@@ -278,7 +288,7 @@ def _carried_over(arrays: dict[str, Array], rules: Sequence[_Rule], kind: str) -
     }
     found = [f"{what}: {_some(names)}" for what, names in differences.items() if names]
     if found:
-        raise ValueError(f"{kind} arrays: names and shapes of the released code are needed, {'; '.join(found)}")
+        raise ValueError(f"{kind} arrays must have the names and shapes of the released code, got {'; '.join(found)}")
     return {rule.ours: _tensor(arrays, rule, kind) for rule in rules}
 
 
@@ -286,13 +296,13 @@ def _tensor(arrays: dict[str, Array], rule: _Rule, kind: str) -> Tensor:
     parts = [arrays.pop(name) for name in rule.theirs]
     for name, part in zip(rule.theirs, parts, strict=True):
         if part.dtype.kind != "f":
-            raise ValueError(f"{kind} {name}: floating point numbers are needed, got {part.dtype}; name another file")
+            raise ValueError(f"{kind} {name} must hold floating point numbers, got {part.dtype}; name another file")
     rows = [rearrange(part, rule.axes) for part in parts]
     tensor = np.empty((sum(map(len, rows)), *rows[0].shape[1:]), np.float32)
-    with np.errstate(over="ignore"):  # float64 that float32 does not hold becomes infinite, and is refused
+    with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite, and is refused below
         np.concatenate(rows, out=tensor, casting="same_kind")
     if not np.isfinite(tensor).all():
-        raise ValueError(f"{kind} {_some(rule.theirs)}: finite numbers are needed, got others; download the file again")
+        raise ValueError(f"{kind} {_some(rule.theirs)} must hold finite numbers only; download the file again")
     return torch.from_numpy(tensor)
 
 
@@ -302,15 +312,15 @@ def _check_kind(arrays: Arrays, kind: str) -> None:
     other = next((name for name, mark in _MARKS.items() if mark in arrays), None)
     top = sorted({name.partition("/")[0] for name in arrays})
     found = f"those of a {other}; name that file with --{other}" if other else f"{_some(top)}; name another file"
-    raise ValueError(f"{kind} arrays: those of a released {kind} are needed, got {found}")
+    raise ValueError(f"{kind} arrays must be those of a released {kind}, got {found}")
 
 
 def _shape(arrays: Arrays, name: str, *, axes: int) -> tuple[int, ...]:
     if name not in arrays:
-        raise ValueError(f"{name}: it is needed to know the sizes, got a file without it; name a released checkpoint")
+        raise ValueError(f"{name} must be in the file, since sizes are inferred from it; name a released checkpoint")
     shape = arrays[name].shape
     if len(shape) != axes or not all(1 <= size <= _MAX_SIZE for size in shape):
-        raise ValueError(f"{name}: {axes} axes of sizes in [1, {_MAX_SIZE}] are needed, got {shape}")
+        raise ValueError(f"{name} must have {axes} axes of sizes in [1, {_MAX_SIZE}], got {shape}")
     return shape
 
 
@@ -320,12 +330,12 @@ def _count(arrays: Arrays, prefix: str) -> int:
 
 
 def _some(names: Iterable[str]) -> str:
-    """Returns the first few names in natural order, and the number of the others."""
+    """Lists the first few names in natural order, and the number of the others."""
     ordered = sorted(names, key=_natural)
     more = f" and {len(ordered) - _SHOWN} more" if len(ordered) > _SHOWN else ""
     return f"{', '.join(name[:_SHOWN_LETTERS] for name in ordered[:_SHOWN]) or 'nothing'}{more}"
 
 
 def _natural(name: str) -> list[str | int]:
-    """Sorts ResBlock_2 before ResBlock_10."""
+    """Returns a sort key that puts ResBlock_2 before ResBlock_10."""
     return [int(part) if place % 2 else part for place, part in enumerate(re.split("([0-9]+)", name))]

@@ -1,7 +1,7 @@
-"""Tokenizers of taming-transformers and LlamaGen as pretrained folders.
+"""Imports tokenizers of taming-transformers and LlamaGen as pretrained folders. Used by ``maskgit import-taming``.
 
-Both have one network (``networks/taming.py``) under two sets of names, by which the layout is recognised; every size is
-read off the tensors. Nothing of a file is executed: torch's loader for tensors reads it.
+Both have the same network (``networks.taming``) with two sets of names, which tell the layouts apart. All sizes are
+inferred from the shapes of the tensors. No file is executed: torch's loader for tensors reads it.
 """
 
 from __future__ import annotations
@@ -19,16 +19,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maskgit_pl.files import write_folder
-from maskgit_pl.importers.files import check_out, torch_file
+from maskgit_pl.importers.files import check_out, check_torch_file
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.networks.weight_file import check_archive, check_held, check_tensor, read_tensors
 from maskgit_pl.pretrained import save_tokenizer
 
 __all__ = ["ImportedTokenizer", "Layout", "import_taming", "layout_of", "tokenizer_config", "tokenizer_weights"]
 
-_GROUPS = 32  # of every GroupNorm in both projects
+_GROUPS = 32  # groups of every GroupNorm in both projects
 _CODEBOOK = "quantize.embedding.weight"
-_WEIGHTS = ("state_dict", "ema", "model")  # entries that hold the tensors; LlamaGen's own programs prefer its average
+_WEIGHTS = (
+    "state_dict",
+    "ema",
+    "model",
+)  # entries that hold the tensors; as in LlamaGen, its average comes before "model"
 _NOT_THE_NETWORK = (  # names, or beginnings that end in a dot
     "loss.",  # discriminator and perceptual network of Lightning checkpoints
     "discriminator.",
@@ -63,17 +67,18 @@ class Layout:
     """The names that a project gives to the parts of the network.
 
     Attributes:
-        name: The project's.
-        encoder_levels: What the number of a level follows.
-        decoder_levels: The same of the decoder.
-        block: The residual blocks of a level.
-        middle: Block, attention and block of the middle.
-        lowest_first: The decoder's levels are numbered in the order in which they run, from the lowest resolution.
-        normalized_codes: Codes are compared and used at length 1.
-        quantizer: Our quantizer with the losses that the project trains with.
+        name: Name of the project.
+        encoder_levels: Prefix of the number of a level in the encoder.
+        decoder_levels: Prefix of the number of a level in the decoder.
+        block: Name of the residual blocks of a level.
+        middle: Names of block, attention and block in the middle.
+        lowest_first: True if the decoder's levels are numbered in the order in which they run, from the lowest
+            resolution.
+        normalized_codes: True if codes are compared and used at length 1.
+        quantizer: Our quantizer with the losses of the project.
 
     Source: CompVis/taming-transformers, modules/diffusionmodules/model.py and modules/vqvae/quantize.py (whose weights
-    of the two losses are 1 and 0.25 the other way round); FoundationVision/LlamaGen, tokenizer_image/vq_model.py.
+    of the two losses are swapped: 1 and 0.25); FoundationVision/LlamaGen, tokenizer_image/vq_model.py.
     """
 
     name: str
@@ -115,11 +120,11 @@ class ImportedTokenizer:
     """A tokenizer that was imported.
 
     Attributes:
-        folder: The tokenizer's, ready for ``load_tokenizer``.
-        layout: Name of the layout that the file has.
+        folder: Tokenizer folder, for ``load_tokenizer``.
+        layout: Name of the file's layout.
         config: Sizes of the network.
-        num_parameters: Numbers in the network, codebook included.
-        ignored: What the file holds besides the network.
+        num_parameters: Number of parameters, codebook included.
+        ignored: Other entries of the file.
     """
 
     folder: Path
@@ -129,7 +134,7 @@ class ImportedTokenizer:
     ignored: tuple[str, ...]
 
     def report(self, image_size: int) -> str:
-        """Returns lines for people: sizes, what was ignored, and the next command."""
+        """Returns text for people: sizes, ignored entries, and the next command."""
         config = self.config
         rows, columns = config.grid(image_size)
         levels = "".join(f"level {level} and " for level in config.attention_levels)
@@ -137,8 +142,8 @@ class ImportedTokenizer:
             [
                 f"{self.folder}: {self.layout} layout, {self.num_parameters:,} parameters",
                 f"  images    {config.in_channels} x {image_size} x {image_size} -> {rows} x {columns} tokens",
-                f"  codebook  {config.codebook_size} codes of width {config.code_dim}",
-                f"  network   widths {' '.join(map(str, config.widths))}, {config.num_res_blocks} blocks a level, "
+                f"  codebook  {config.codebook_size} codes of size {config.code_dim}",
+                f"  network   channels {' '.join(map(str, config.widths))}, {config.num_res_blocks} blocks a level, "
                 f"self-attention in {levels}the middle",
                 f"  ignored   {', '.join(self.ignored) or 'nothing'}",
                 f"next: make train-transformer DATASET=... RECIPE=paper-256 TOKENIZER={self.folder}",
@@ -149,19 +154,19 @@ class ImportedTokenizer:
 def import_taming(file: Path, out: Path, *, image_size: int = 256) -> ImportedTokenizer:
     """Writes ``out/tokenizer`` from a checkpoint.
 
-    LlamaGen compares features and codes at length 1. The codebook is stored normalised: for codes of length 1 the
-    nearest one, by |z|^2 - 2 z c + |c|^2, does not depend on the length of z, so tokens and images are the same.
-    Training that goes on from such a tokenizer holds neither codes nor features at length 1.
+    LlamaGen compares features and codes at length 1. The codebook is stored normalised: the nearest code of length 1,
+    by |z|^2 - 2 z c + |c|^2, does not depend on the length of z, so tokens and images are the same. Fine-tuning such a
+    tokenizer keeps neither codes nor features at length 1.
 
     Args:
         file: A ``.ckpt``, ``.pt`` or ``.safetensors`` file of a tokenizer in either layout.
-        out: The pretrained folder.
-        image_size: Edge of the square images that it is used for, in pixels; no file says it.
+        out: Pretrained folder to make.
+        image_size: Side of the square images that it will encode, in pixels; no file has it.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        FileExistsError: if ``out`` is there.
-        ValueError: if it is not such a tokenizer, describes more than it holds, has numbers that are not finite, or its
+        FileExistsError: if ``out`` exists.
+        ValueError: if it is not such a tokenizer, describes more than it holds, has non-finite numbers, or its
             downsampling factor does not divide the size.
     """
     check_out(out)
@@ -183,25 +188,27 @@ def import_taming(file: Path, out: Path, *, image_size: int = 256) -> ImportedTo
 
 
 def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
-    """Returns the layout whose names a state dict has.
+    """Returns the layout of a state dict, by its names.
 
     Raises:
-        ValueError: if it has neither. The message says what it is, if that is known.
+        ValueError: if it has neither layout. The message says what it is, if that is known.
     """
     gumbel = [name for name in _GUMBEL if name in tensors]
     if gumbel:
-        raise ValueError(f"tensor {gumbel[0]}: a Gumbel-softmax tokenizer; one that takes the nearest code is needed")
+        raise ValueError(
+            f"the tokenizer must quantize to the nearest code, got a Gumbel-softmax tokenizer ({gumbel[0]})"
+        )
     found = [layout for layout in _LAYOUTS if any(name.startswith(layout.encoder_levels) for name in tensors)]
     if not found:
         kind = "a transformer" if any(map(_TRANSFORMER.search, tensors)) else "something else"
-        raise ValueError(f"a tokenizer of taming-transformers or LlamaGen is needed, got {kind} ({_some(tensors)})")
+        raise ValueError(f"it must be a tokenizer of taming-transformers or LlamaGen, got {kind} ({_some(tensors)})")
     if _CODEBOOK not in tensors:
-        raise ValueError(f"tensor {_CODEBOOK}: the codebook is missing; a tokenizer with a codebook is needed")
+        raise ValueError(f"tensor {_CODEBOOK} must be there: it is the codebook; name a tokenizer")
     return found[0]
 
 
 def tokenizer_config(tensors: Mapping[str, Tensor]) -> VQGANConfig:
-    """Reads every size of the network off the shapes of its tensors.
+    """Infers the sizes of the network from the shapes of its tensors.
 
     Args:
         tensors: State dict of the network in either layout.
@@ -217,10 +224,11 @@ def tokenizer_config(tensors: Mapping[str, Tensor]) -> VQGANConfig:
         _shape(tensors, f"{layout.encoder_levels}{level}.{layout.block}.0.conv1.weight", axes=4)[0]
         for level in range(levels)
     ]
+    # Our configuration has channels as multiples of the first convolution's.
     uneven = [width for width in widths if width % channels]
     if uneven:
         raise ValueError(
-            f"widths of the levels: multiples of the first convolution's {channels} are needed, got {widths}"
+            f"channels of each level must be multiples of the first convolution's {channels}, got {widths}"
         )
     return VQGANConfig(
         in_channels,
@@ -240,16 +248,17 @@ def tokenizer_config(tensors: Mapping[str, Tensor]) -> VQGANConfig:
 
 
 def tokenizer_weights(tensors: Mapping[str, Tensor], config: VQGANConfig) -> dict[str, Tensor]:
-    """Returns the state dict of our ``VQGAN``, float32.
+    """Converts a state dict to that of our ``VQGAN``, float32.
 
     Args:
         tensors: State dict of the network in either layout.
-        config: Its sizes.
+        config: Sizes of the network.
 
     Raises:
-        ValueError: if a tensor is missing, left over or of another shape than ``config`` asks for.
+        ValueError: if a tensor is missing, superfluous, or has another shape than ``config`` implies.
     """
     layout = layout_of(tensors)
+    # The names and shapes of our network, without memory.
     with torch.device("meta"):
         wanted = {name: tensor.shape for name, tensor in VQGAN(config).state_dict().items()}
     parts = _parts(config, layout)
@@ -259,21 +268,23 @@ def tokenizer_weights(tensors: Mapping[str, Tensor], config: VQGANConfig) -> dic
         raise ValueError(f"tensors are missing: {_some(missing)}")
     left_over = tensors.keys() - set(theirs.values())
     if left_over:
-        raise ValueError(f"tensors without a place in the network: {_some(sorted(left_over))}")
+        raise ValueError(f"tensors are not in the network: {_some(sorted(left_over))}")
     for name, shape in wanted.items():
         if tensors[theirs[name]].shape != shape:
             got = tuple(tensors[theirs[name]].shape)
-            raise ValueError(f"tensor {theirs[name]}: shape {tuple(shape)} is needed, got {got}")
+            raise ValueError(f"tensor {theirs[name]} must have shape {tuple(shape)}, got {got}")
     weights = {name: tensors[theirs[name]].float() for name in wanted}
+    # See import_taming: codes of length 1 give the same tokens.
     if layout.normalized_codes:
         weights["quantizer.codebook"] = F.normalize(weights["quantizer.codebook"], dim=1)
     return weights
 
 
 def _their_name(name: str, parts: Mapping[str, str]) -> str:
-    """Returns the project's name of one of our tensors, e.g. ``encoder.blocks.3.shortcut.bias``."""
+    """Returns the project's name of one of our tensors, such as ``encoder.blocks.3.shortcut.bias``."""
     if name == "quantizer.codebook":
         return _CODEBOOK
+    # encoder.blocks.3.shortcut.bias: block encoder.blocks.3, layer shortcut, kind bias.
     layer, _, kind = name.rpartition(".")
     if layer in _OUTER:
         return f"{_OUTER[layer]}.{kind}"
@@ -282,7 +293,7 @@ def _their_name(name: str, parts: Mapping[str, str]) -> str:
 
 
 def _parts(config: VQGANConfig, layout: Layout) -> dict[str, str]:
-    """Returns our blocks by name, e.g. ``decoder.blocks.0``, and the project's name of each."""
+    """Returns the project's name of each of our blocks, by our name, such as ``decoder.blocks.0``."""
     named = {"encoder": _encoder_parts(config, layout), "decoder": _decoder_parts(config, layout)}
     return {f"{side}.blocks.{number}": part for side, parts in named.items() for number, part in enumerate(parts)}
 
@@ -310,6 +321,7 @@ def _decoder_parts(config: VQGANConfig, layout: Layout) -> Iterator[str]:
 
 
 def _level_parts(name: str, config: VQGANConfig, layout: Layout, *, level: int, blocks: int) -> Iterator[str]:
+    """Yields the project's names of the blocks of a level, in the order of our blocks."""
     for block in range(blocks):
         yield f"{name}.{layout.block}.{block}"
         if level in config.attention_levels:
@@ -317,8 +329,8 @@ def _level_parts(name: str, config: VQGANConfig, layout: Layout, *, level: int, 
 
 
 def _read(file: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Returns the state dict of a checkpoint and the names of what lies beside it."""
-    kind = torch_file(file)
+    """Returns the state dict of a checkpoint, and the names of the other entries beside it."""
+    kind = check_torch_file(file)
     try:
         if kind == "safetensors":
             return dict(read_tensors(file)), ()
@@ -328,10 +340,11 @@ def _read(file: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
         content = _load_tensors(file, mmap=kind == "zip")
     except pickle.UnpicklingError as error:
         raise ValueError(_refusal(file, str(error))) from error
-    except Exception as error:  # what the loaders raise on a damaged file depends on where it is damaged
-        raise ValueError(f"checkpoint {file}: it cannot be read ({_first_line(error)}); download it again") from error
+    except Exception as error:  # the loaders raise many types, depending on where a file is damaged
+        raise ValueError(f"checkpoint {file}: cannot be read ({_first_line(error)}); download it again") from error
     if not isinstance(content, Mapping):
-        raise ValueError(f"checkpoint {file}: a state dict is needed, got {type(content).__name__}")
+        raise ValueError(f"checkpoint {file} must hold a state dict, got {type(content).__name__}")
+    # The first entry that holds tensors; without one, the file itself is the state dict.
     for name in _WEIGHTS:
         if isinstance(content.get(name), Mapping) and content[name]:
             return dict(content[name]), tuple(str(other) for other in content if other != name)
@@ -339,7 +352,7 @@ def _read(file: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
 
 
 class _Record:
-    """Stands for an object of a training program: takes whatever it is made of and keeps nothing."""
+    """A stand-in for an object of a training program: it accepts any arguments and keeps nothing."""
 
     def __new__(cls, *args: object, **kwargs: object) -> _Record:
         return super().__new__(cls)
@@ -349,59 +362,65 @@ class _Record:
 
 
 def _load_tensors(file: Path, *, mmap: bool) -> Any:
-    """Reads a file with torch's loader for tensors; a stand-in takes the place of each record of a training program.
+    """Reads a file with torch's loader for tensors, and with a stand-in for each known class of training programs.
 
     Lightning before 1.7 keyed its callbacks' states by their classes, and LlamaGen stores its arguments. The classes
-    themselves are never imported.
+    are never imported.
+
+    1. Load with the stand-ins so far.
+    2. If the loader names a class of ``_RECORDS`` that has no stand-in, make one, and try again.
     """
     stand_ins: list[tuple[type, str]] = []
     while True:
+        # 1.
         try:
             with torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type]  # torch's type lacks the pairs
                 return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
         except pickle.UnpicklingError as error:
-            name = _unknown_class(str(error))
+            # 2.
+            name = _find_unknown_class(str(error))
             if name is None or not name.startswith(_RECORDS) or any(name == known for _, known in stand_ins):
                 raise
             stand_ins.append((type(name.rpartition(".")[2], (_Record,), {}), name))
 
 
-def _unknown_class(text: str) -> str | None:
-    """Returns the class of which torch's loader for tensors says that it does not read it."""
+def _find_unknown_class(text: str) -> str | None:
+    """Returns the class that torch's loader for tensors names in its refusal, if there is one."""
     found = re.search(r"GLOBAL (\S+)", text)
     return None if found is None else found[1]
 
 
 def _refusal(file: Path, text: str) -> str:
-    """Returns what torch's loader says of a file, and the way out."""
-    found = _unknown_class(text)
+    """Returns the message for a file that torch's loader refuses, with the way out."""
+    found = _find_unknown_class(text)
     if found is None:
         return f"checkpoint {file}: damaged, or not a file of torch.save; download it again"
     return (
-        f"checkpoint {file}: only tensors are read, and it also holds {found}, a Python object; on a machine that "
-        "trusts the file, load it with the program that wrote it and save the weights alone: "
+        f"checkpoint {file} must hold tensors only, got also {found}, a Python object; on a machine that trusts the "
+        "file, load it with the program that wrote it and save only the weights: "
         'torch.save({"state_dict": checkpoint["state_dict"]}, "weights.ckpt")'
     )
 
 
 def _network_tensors(contents: Mapping[str, Any]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Returns the network's tensors and, counted by name, the others that are known not to belong to it."""
+    """Returns the network's tensors, and the names of known others with their counts."""
+    # Only known others are ignored: an unknown tensor means another network.
     tensors: dict[str, Tensor] = {}
     ignored: Counter[str] = Counter()
     for name, value in contents.items():
-        known = next((other for other in _NOT_THE_NETWORK if _named(name, other)), None)
+        known = next((other for other in _NOT_THE_NETWORK if _matches(name, other)), None)
         if known is not None:
             ignored[f"{known}*" if known.endswith(".") else known] += 1
         elif isinstance(value, Tensor):
             tensors[name] = value
         else:
-            raise ValueError(f"entry {name}: a tensor is needed, got {type(value).__name__}")
+            raise ValueError(f"entry {name} must be a tensor, got {type(value).__name__}")
     return tensors, tuple(
         f"{name} ({count} tensors)" if name.endswith("*") else name for name, count in ignored.items()
     )
 
 
-def _named(name: str, known: str) -> bool:
+def _matches(name: str, known: str) -> bool:
     return name.startswith(known) if known.endswith(".") else name == known
 
 
@@ -415,12 +434,12 @@ def _shape(tensors: Mapping[str, Tensor], name: str, *, axes: int) -> tuple[int,
         raise ValueError(f"tensors are missing: {name}")
     shape = tuple(tensors[name].shape)
     if len(shape) != axes:
-        raise ValueError(f"tensor {name}: {axes} axes are needed, got shape {shape}")
+        raise ValueError(f"tensor {name} must have {axes} axes, got shape {shape}")
     return shape
 
 
 def _some(names: Iterable[str]) -> str:
-    """Returns the first of some names, and the number of the others."""
+    """Lists the first few names, and the number of the others."""
     shown = list(names)
     more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
     return ", ".join(shown[:3]) + more

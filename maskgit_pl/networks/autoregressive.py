@@ -1,7 +1,7 @@
-"""The same transformer under a causal mask: each token is predicted from the class and the tokens before it.
+"""The autoregressive baseline's transformer: the same network under a causal mask.
 
-Used by ``autoregressive.AutoregressiveModel`` in training and, through ``decoding.AutoregressiveDecoder``, in
-decoding: the autoregressive baseline of the paper.
+It predicts each token from the class and the tokens before it. ``autoregressive.AutoregressiveModel`` trains it, and
+``decoding.AutoregressiveDecoder`` decodes with it.
 
 Source: paper, Table 1: VQGAN*, "the same setup as MaskGIT".
 """
@@ -27,8 +27,8 @@ __all__ = ["AutoregressiveTransformer", "build_transformer"]
 class AutoregressiveTransformer(Transformer):
     """Predicts the code of each token from the class and the tokens before it, in raster order.
 
-    The sequence is [class, x_1 .. x_{N-1}], and the output at each position predicts the token after it. Weights, their
-    names and their number are those of ``MaskedTransformer``; the mask token's row and the last position are not used.
+    The sequence is [class, x_1 .. x_{N-1}], and the output at each position predicts the next token. The weights have
+    the names and shapes of ``MaskedTransformer``; the mask token's row and the last position are not used.
 
     Args:
         config: Sizes.
@@ -41,12 +41,12 @@ class AutoregressiveTransformer(Transformer):
     entry_points = ("forward_masked", "forward_next")
 
     def forward(self, tokens: Tensor, labels: Tensor, *, vocabulary: Vocabulary = "codes") -> Tensor:
-        """Returns the logits of all tokens of an image in one pass, each from those before it.
+        """Returns the logits of all tokens in one pass, each from the tokens before it.
 
         Args:
             tokens: (B, N) int64 in [0, K).
             labels: (B,) int64 in [0, num_classes), or ``null_label``.
-            vocabulary: Columns: the K codes, or all rows of the word table.
+            vocabulary: Columns of the result: the K codes, or the whole vocabulary.
 
         Returns:
             (B, N, V) float.
@@ -56,32 +56,34 @@ class AutoregressiveTransformer(Transformer):
     def forward_masked(
         self, tokens: Tensor, labels: Tensor, mask: Tensor, *, vocabulary: Vocabulary = "codes"
     ) -> Tensor:
-        """Returns the logits of the tokens where ``mask`` is True. The head runs at no others.
+        """Returns the logits of the tokens where ``mask`` is True. The head runs at these only.
 
         Args:
             tokens: (B, N) int64 in [0, K).
             labels: (B,) int64 in [0, num_classes), or ``null_label``.
             mask: (B, N) bool.
-            vocabulary: Columns: the K codes, or all rows of the word table.
+            vocabulary: Columns of the result: the K codes, or the whole vocabulary.
 
         Returns:
             (number of True, V) float, in raster order, row after row.
         """
+        # Rows are selected before the head, the largest matrix product of the network.
         return self._head(self._hidden(tokens, labels)[mask], vocabulary)
 
     def forward_next(self, tokens: Tensor, labels: Tensor, *, cache: Sequence[KVCache] | None = None) -> Tensor:
-        """Returns the logits of the token that follows.
+        """Returns the logits of the next token.
 
         Args:
             tokens: (B, t) int64 in [0, K): the tokens before it, t in [0, N).
             labels: (B,) int64 in [0, num_classes), or ``null_label``.
-            cache: Made by ``create_cache`` for the first call, then kept from the call with one token less; changed in
-                place. None computes everything at each call.
+            cache: Cache of this decoding run from ``create_cache``, changed in place; each call has one token more than
+                the call before. None computes all rows at each call.
 
         Returns:
             (B, K) float: logits of the codes.
         """
         blocks = cast("Sequence[Block]", self.blocks)
+        # The cache holds the rows before ``first``; only the new rows are computed.
         first = cache[0].num_rows if cache is not None else 0
         x = self._embed(self._sequence(tokens, labels)[:, first:], first=first)
         for number, block in enumerate(blocks):
@@ -94,12 +96,12 @@ class AutoregressiveTransformer(Transformer):
 
     def _hidden(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Returns the input (B, N, D) of the head."""
-        x = self._embed(self._sequence(tokens[:, :-1], labels))
+        x = self._embed(self._sequence(tokens[:, :-1], labels))  # (B, N, D): nothing follows the last token
         for block in self.blocks:
             x = block(x)
         return x
 
 
 def build_transformer(config: TransformerConfig) -> MaskedTransformer | AutoregressiveTransformer:
-    """Builds the transformer whose attention a configuration names, with first weights."""
+    """Builds the transformer whose attention a configuration names, with initial weights."""
     return AutoregressiveTransformer(config) if config.attention == "causal" else MaskedTransformer(config)

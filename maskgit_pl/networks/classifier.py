@@ -1,6 +1,6 @@
-"""Classifiers of the data set at hand: a small network, or any of timm's; what training keeps is read here again.
+"""Classifiers of the training data set: a small network or one of timm's, and the folder that holds a trained one.
 
-``evaluation.classifier_training`` trains them; ``features.ClassifierSpec`` measures with them.
+``evaluation.classifier_training`` trains them; ``features.ClassifierSpec`` loads them for metrics.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _FORMAT, _VERSION = "maskgit_pl.classifier", 1
 MAX_CONFIG_BYTES = 8_000_000  # 100,000 classes with names of 80 letters
 _LARGEST = {"in_channels": 1024, "image_size": 1024, "num_classes": 100_000, "width": 4096}
 _LONGEST_NAME = 80  # letters that are compared with timm's names
-_SMALLEST_MAP = 4  # pixels along an edge of the small network's last feature map, at most
+_SMALLEST_MAP = 4  # largest side of the small network's last feature map, in pixels
 _MEAN, _DEVIATION = 0.5, 0.25  # of pixels in [0, 1]; near those of most data
 
 
@@ -52,13 +52,13 @@ class ClassifierSizes:
 
     Args:
         in_channels: Channels of an image: 1 for grey, 3 for colour.
-        image_size: Edge of the square images, in pixels.
-        num_classes: Classes.
-        model: ``"small"``, or timm's name of a network, e.g. ``resnet50``.
-        width: Of the small one: channels of the first convolution; each further one has twice as many, up to 4 times.
+        image_size: Side of the square images, in pixels.
+        num_classes: Number of classes.
+        model: ``"small"``, or the name of a model in timm, such as ``resnet50``.
+        width: Channels of the small network's first convolution; the next has twice, all others four times as many.
 
     Raises:
-        ValueError: A number out of range, or timm has no such network.
+        ValueError: if a number is out of range, or timm has no such model.
     """
 
     in_channels: int
@@ -74,10 +74,10 @@ class ClassifierSizes:
 
 
 def check_model(name: str) -> None:
-    """Refuses a network that there is not.
+    """Checks that a classifier of a name exists.
 
     Raises:
-        ValueError: With the nearest names.
+        ValueError: if it does not. The message has the nearest names.
     """
     if name == SMALL or timm.is_model(name):
         return
@@ -87,15 +87,16 @@ def check_model(name: str) -> None:
 
 
 class SmallClassifier(nn.Module):
-    """Space to depth, convolutions with BatchNorm and max-pooling down to 4 x 4, a mean over places, a linear layer.
+    """The small classifier: space to depth, convolutions with BatchNorm and max-pooling down to 4 x 4, a linear layer.
 
     Args:
-        sizes: Of the images, and the width.
+        sizes: Sizes of images and network.
     """
 
     def __init__(self, sizes: ClassifierSizes) -> None:
         super().__init__()
         self.sizes = sizes
+        # Space to depth halves once; then as many poolings as reach a map of at most 4 x 4.
         halvings = max(0, math.ceil(math.log2(sizes.image_size / 2 / _SMALLEST_MAP)))
         widths = [sizes.width * 2 ** min(level, 2) for level in range(halvings + 1)]
         inputs = [4 * sizes.in_channels, *widths[:-1]]
@@ -110,21 +111,22 @@ class SmallClassifier(nn.Module):
         return f"side={self.sizes.image_size}"
 
     def forward(self, images: Tensor) -> FeatureOutput:
-        """(B, 1 or 3, H, W), uint8 or float in [0, 1] -> features (B, F) and logits (B, classes)."""
-        x = _prepared(images, channels=self.sizes.in_channels, side=self.sizes.image_size)
+        """Returns features (B, F) and logits (B, num_classes) of images (B, 1 or 3, H, W), uint8 or float in [0, 1]."""
+        x = _prepare(images, channels=self.sizes.in_channels, side=self.sizes.image_size)
+        # Space to depth needs an even side. Channels-last is twice as fast on a CPU.
         even = F.pad(x, (0, self.sizes.image_size % 2, 0, self.sizes.image_size % 2))
-        features: Tensor = self.features(even.contiguous(memory_format=torch.channels_last))  # twice as fast on a CPU
+        features: Tensor = self.features(even.contiguous(memory_format=torch.channels_last))
         return FeatureOutput(features, self.head(features))
 
 
 class TimmClassifier(nn.Module):
-    """A network of timm with random weights, for the channels and classes of the data.
+    """A timm model with random weights, for the channels and classes of the data.
 
-    Images stay at their own size where the network takes them; else (transformers, or too many halvings for small
-    images) they are resized to the size that timm names for it.
+    Images keep their size if the model runs on it; otherwise (transformers, or too many halvings for small images) they
+    are resized to the size that timm gives for the model.
 
     Args:
-        sizes: Of the images, and the network's name.
+        sizes: Sizes of the images, and the name of the model.
     """
 
     def __init__(self, sizes: ClassifierSizes) -> None:
@@ -134,26 +136,27 @@ class TimmClassifier(nn.Module):
             sizes.model, pretrained=False, in_chans=sizes.in_channels, num_classes=sizes.num_classes
         )
         self.model: nn.Module = model
-        self.side = sizes.image_size if _takes(model, sizes) else int(model.pretrained_cfg["input_size"][-1])
+        self.side = sizes.image_size if _can_run(model, sizes) else int(model.pretrained_cfg["input_size"][-1])
 
     def extra_repr(self) -> str:
         return f"side={self.side}"
 
     def forward(self, images: Tensor) -> FeatureOutput:
-        """(B, 1 or 3, H, W), uint8 or float in [0, 1] -> features (B, F) and logits (B, classes)."""
-        x = _prepared(images, channels=self.sizes.in_channels, side=self.side)
+        """Returns features (B, F) and logits (B, num_classes) of images (B, 1 or 3, H, W), uint8 or float in [0, 1]."""
+        x = _prepare(images, channels=self.sizes.in_channels, side=self.side)
         model: Any = self.model  # timm's methods, which nn.Module's type does not have
+        # The features are those before the classifier, which is then applied to them.
         last = model.forward_features(x.contiguous(memory_format=torch.channels_last))
         features = model.forward_head(last, pre_logits=True)
         return FeatureOutput(features, model.get_classifier()(features))
 
 
 class FrozenClassifier(FrozenNetwork):
-    """A trained classifier: it stays in evaluation mode, and gradients reach the images alone.
+    """A trained classifier, frozen in evaluation mode; gradients reach the images only.
 
     Args:
-        network: With its weights.
-        class_names: One for each of its logits.
+        network: Network with its weights.
+        class_names: Name of each logit.
     """
 
     def __init__(self, network: SmallClassifier | TimmClassifier, class_names: tuple[str, ...]) -> None:
@@ -163,35 +166,36 @@ class FrozenClassifier(FrozenNetwork):
         self.freeze()
 
     def forward(self, images: Tensor) -> FeatureOutput:
-        """(B, 1 or 3, H, W), uint8 or float in [0, 1] -> features (B, F) and logits (B, classes)."""
+        """Returns features (B, F) and logits (B, num_classes) of images (B, 1 or 3, H, W), uint8 or float in [0, 1]."""
         output: FeatureOutput = self.network(images)
         return output
 
 
 def create_classifier(sizes: ClassifierSizes) -> SmallClassifier | TimmClassifier:
-    """Makes the network with random weights."""
+    """Builds the network with random weights."""
     return SmallClassifier(sizes) if sizes.model == SMALL else TimmClassifier(sizes)
 
 
 def describe_classifier(sizes: ClassifierSizes, class_names: tuple[str, ...]) -> dict[str, Any]:
-    """Returns what ``config.json`` says so that the network can be read without the data it was trained on."""
+    """Returns the content of ``config.json``, with which the network is loaded without its data."""
     return {"format": _FORMAT, "version": _VERSION, "network": asdict(sizes), "class_names": list(class_names)}
 
 
 def load_classifier(folder: Path) -> FrozenClassifier:
-    """Reads what ``maskgit train-classifier`` or ``evaluation.classifier_training.obtain_classifier`` has kept.
+    """Loads a classifier that ``maskgit train-classifier`` or ``classifier_training.obtain_classifier`` saved.
 
     Args:
-        folder: With ``config.json`` and ``model.safetensors``, e.g. ``runs/RUN/classifier``.
+        folder: Folder with ``config.json`` and ``model.safetensors``, such as ``runs/RUN/classifier``.
 
     Raises:
         FileNotFoundError: if there are no weights.
-        ValueError: if a file is missing, of another kind or of another version, a value is out of range, or the weights
-            do not fit or are not finite.
+        ValueError: if a file is missing, of another kind or version, a value is out of range, or the weights do not fit
+            or are non-finite.
     """
     sizes, class_names = _read_config(folder)
     weights = folder / WEIGHT_FILE
-    with torch.device("meta"):  # without memory, for the file may hold less than its configuration says
+    # Compared without memory first: the file may hold less than its configuration claims.
+    with torch.device("meta"):
         check_fit(create_classifier(sizes), read_tensor_header(weights), f"weights {weights}")
     network = create_classifier(sizes)
     load_weights(network, read_tensors(weights), weights)
@@ -202,21 +206,22 @@ def load_classifier(folder: Path) -> FrozenClassifier:
 def _read_config(folder: Path) -> tuple[ClassifierSizes, tuple[str, ...]]:
     file = folder / CONFIG_FILE
     if not file.exists():
-        raise ValueError(f"classifier {folder}: no {CONFIG_FILE} there; `maskgit train-classifier` makes such a folder")
+        raise ValueError(f"classifier {folder} has no {CONFIG_FILE}; `maskgit train-classifier` makes such a folder")
     config = read_json(file, max_bytes=MAX_CONFIG_BYTES)
     for key, expected in (("format", _FORMAT), ("version", _VERSION)):
-        found = config.get(key)
+        found = config.get(key)  # True == 1 in Python, so a boolean is no version
         if found != expected or isinstance(found, bool):
-            raise ValueError(f"classifier {file}: {key} must be {expected!r}, got {shorten(found)}; train it anew")
+            raise ValueError(f"classifier {file}: {key} must be {expected!r}, got {shorten(found)}; train it again")
     where = f"classifier {file}"
     check_keys(where, config, known=config, required=("network", "class_names"))
     sizes = build_dataclass(ClassifierSizes, config["network"], f"{where}: network")
     return sizes, check_class_names(f"{where}: class_names", config["class_names"], sizes.num_classes)
 
 
-def _prepared(images: Tensor, *, channels: int, side: int) -> Tensor:
-    """Prepares images for a network: of its channels, its size, and about zero mean and unit deviation."""
+def _prepare(images: Tensor, *, channels: int, side: int) -> Tensor:
+    """Returns images with a network's channels and size, of about zero mean and unit deviation."""
     x = images.float() / 255 if images.dtype == torch.uint8 else images
+    # Grey images are repeated to three channels; colours become their mean.
     if x.shape[1] != channels:
         x = x.expand(-1, channels, -1, -1) if x.shape[1] == 1 else x.mean(1, keepdim=True)
     if x.shape[-2:] != (side, side):
@@ -225,9 +230,9 @@ def _prepared(images: Tensor, *, channels: int, side: int) -> Tensor:
 
 
 @torch.no_grad()
-def _takes(model: nn.Module, sizes: ClassifierSizes) -> bool:
-    """Returns whether a network runs on images of the data's size."""
-    model.eval()
+def _can_run(model: nn.Module, sizes: ClassifierSizes) -> bool:
+    """Returns whether a model runs on images of the data's size."""
+    model.eval()  # BatchNorm needs no batch then, and keeps its statistics
     try:
         model(torch.zeros(1, sizes.in_channels, sizes.image_size, sizes.image_size))
     except (RuntimeError, AssertionError):

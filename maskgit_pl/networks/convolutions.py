@@ -1,4 +1,4 @@
-"""The layers that both layouts of the tokenizer's network are built from."""
+"""Layers that both layouts of the tokenizer's network share; ``vqgan`` and ``taming`` use them."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from torch import Tensor, nn
 
 __all__ = ["Upsample", "conv", "group_norm"]
 
-_NORM_EPSILON = (
-    1e-6  # of both layouts; torch's 1e-5 moves the released model's outputs (flax's default, taming's choice)
-)
+# flax's default and taming's choice; torch's 1e-5 changes the outputs of the released model.
+_NORM_EPSILON = 1e-6
 
 
 class Upsample(nn.Module):
-    """Nearest neighbour times two, then a 3x3 convolution.
+    """An upsampling by 2 (nearest neighbour), then a 3x3 convolution.
 
     Args:
-        channels: Width of input and output.
+        channels: Channels of input and output.
     """
 
     def __init__(self, channels: int) -> None:
@@ -26,23 +25,27 @@ class Upsample(nn.Module):
         self.conv = conv(channels, channels, 3, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, C, 2h, 2w)."""
+        """Returns x (B, channels, h, w) at twice the resolution, (B, channels, 2 h, 2 w)."""
         out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return out
 
 
 def group_norm(channels: int, groups: int) -> nn.GroupNorm:
-    """Makes a GroupNorm with the epsilon of the released weights."""
+    """Builds a GroupNorm with the epsilon of the released weights."""
     return nn.GroupNorm(groups, channels, eps=_NORM_EPSILON)
 
 
 def conv(
     in_channels: int, out_channels: int, kernel: int, *, bias: bool, stride: int = 1, padding: int | None = None
 ) -> nn.Conv2d:
-    """Makes a convolution with flax's initial values: truncated LeCun normal, bias 0. Source: released code."""
+    """Builds a convolution with flax's initial values: truncated LeCun normal, bias 0.
+
+    Source: released code.
+    """
     pad = kernel // 2 if padding is None else padding
     layer = nn.Conv2d(in_channels, out_channels, kernel, stride=stride, padding=pad, bias=bias)
-    deviation = math.sqrt(1 / (in_channels * kernel**2)) / 0.87962566103423978  # undoes the truncation at 2 deviations
+    # LeCun: variance 1 / fan-in. The constant is the deviation of a normal truncated at 2 deviations, as in jax.
+    deviation = math.sqrt(1 / (in_channels * kernel**2)) / 0.87962566103423978
     nn.init.trunc_normal_(layer.weight, std=deviation, a=-2 * deviation, b=2 * deviation)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)

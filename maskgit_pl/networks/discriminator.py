@@ -1,4 +1,4 @@
-"""The tokenizer's opponent in training: a StyleGAN-type residual discriminator, as in the released code."""
+"""The discriminator of the adversarial loss, a residual network of StyleGAN's type; ``Tokenizer`` trains it."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _SMALLEST = 4  # the resolution at which the features are flattened
 
 @dataclass(frozen=True)
 class DiscriminatorConfig:
-    """Sizes of the discriminator; the image's come from the tokenizer. The defaults are the released code's.
+    """The sizes of the discriminator. The defaults are the released code's; the image size is the tokenizer's.
 
     Attributes:
-        channel_multiplier: Factor of the released widths: 512 up to 32 px, then halved with each doubling of the edge.
-            The edge counts as the next power of two, so 28 px has the widths of 32. Small images do well with 1/8.
-        channels: One width for each resolution, from the image's down to the last, in place of the released ones.
-        pooling: How the resolution halves: a 4x4 blur ([1, 3, 3, 1] outer product) of stride 2, or a 2x2 mean.
+        channel_multiplier: Factor of the released numbers of channels, in (0, 16]: 512 up to 32 px, then half for each
+            doubling of the side, rounded up to a power of two: 28 px has the channels of 32. 1/8 suits small images.
+        channels: Channels at each resolution, from the image's down to the last, instead of the released ones.
+        pooling: ``blur`` halves the resolution by a 4x4 blur of stride 2, ``average`` by a 2x2 mean.
 
     Raises:
-        ValueError: A number is out of range.
+        ValueError: if a number is out of range.
     """
 
     channel_multiplier: float = 1.0
@@ -50,11 +50,15 @@ class DiscriminatorConfig:
                 check_integer("discriminator channels", width, "[1, 8192]")
 
     def widths(self, image_size: int) -> tuple[int, ...]:
-        """Channels at each resolution: the image's, then halved (rounded down) until it is at most 4.
+        """Returns the channels at each resolution: the image's, then halved (rounded down) until it is at most 4.
+
+        Args:
+            image_size: Side of the square images, in pixels.
 
         Raises:
-            ValueError: ``channels`` does not name one width for each.
+            ValueError: if ``channels`` has not one number for each resolution.
         """
+        # 28 px: 28, 14, 7, 3.
         resolutions = [image_size]
         while resolutions[-1] > _SMALLEST:
             resolutions.append(resolutions[-1] // 2)
@@ -62,19 +66,19 @@ class DiscriminatorConfig:
             return tuple(max(1, round(self.channel_multiplier * _released_width(r))) for r in resolutions)
         if len(self.channels) != len(resolutions):
             raise ValueError(
-                f"discriminator channels must have one width for each of the resolutions {resolutions}, "
+                f"discriminator channels must have one number for each of the resolutions {resolutions}, "
                 f"got {len(self.channels)}: {self.channels}"
             )
         return self.channels
 
 
 class DiscriminatorBlock(nn.Module):
-    """Two 3x3 convolutions with halving between them, and a halved 1x1 shortcut; their sum over sqrt(2).
+    """A residual block: two 3x3 convolutions with a pooling between them, plus a pooled 1x1 shortcut, over sqrt(2).
 
     Args:
-        in_channels: Width of the input.
-        out_channels: Width of the output.
-        pooling: How the resolution halves.
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        pooling: Pooling that halves the resolution.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, pooling: Pooling) -> None:
@@ -85,15 +89,16 @@ class DiscriminatorBlock(nn.Module):
         self.pool = Blur() if pooling == "blur" else nn.AvgPool2d(2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in, h, w) -> (B, out, floor(h / 2), floor(w / 2))."""
+        """Returns the features (B, out_channels, floor(h / 2), floor(w / 2)) of x (B, in_channels, h, w)."""
         hidden = self.pool(F.leaky_relu(self.conv1(x), _SLOPE))
         hidden = F.leaky_relu(self.conv2(hidden), _SLOPE)
+        # sqrt(2) keeps the variance of a sum of two.
         out: Tensor = (hidden + self.shortcut(self.pool(x))) / math.sqrt(2)
         return out
 
 
 class Blur(nn.Module):
-    """Depthwise blur with the outer product of [1, 3, 3, 1] / 8, stride 2, zero padding of 1."""
+    """A depthwise blur with the outer product of [1, 3, 3, 1] / 8, stride 2, zero padding of 1."""
 
     kernel: Tensor  # (4, 4)
 
@@ -103,19 +108,19 @@ class Blur(nn.Module):
         self.register_buffer("kernel", torch.outer(taps, taps), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, C, floor(h / 2), floor(w / 2))."""
+        """Returns x (B, C, h, w) at half the resolution, (B, C, floor(h / 2), floor(w / 2))."""
         channels = x.shape[1]
         kernel = self.kernel.to(x.dtype).expand(channels, 1, 4, 4)
         return F.conv2d(x, kernel, stride=2, padding=1, groups=channels)
 
 
 class Discriminator(nn.Module):
-    """Images to one logit each: high where the image looks real.
+    """The discriminator: one logit for each image, high if the image looks real.
 
     Args:
-        config: Widths and pooling.
+        config: Channels and pooling.
         in_channels: Channels of an image.
-        image_size: Edge of the square images.
+        image_size: Side of the square images, in pixels.
 
     Source: released code, ``discriminator.py`` (StyleGAN2's, Karras et al., arXiv:1912.04958, without the minibatch
     deviation and the equalised learning rate).
@@ -124,6 +129,7 @@ class Discriminator(nn.Module):
     def __init__(self, config: DiscriminatorConfig, *, in_channels: int, image_size: int) -> None:
         super().__init__()
         widths = config.widths(image_size)
+        # Each block halves the side, rounded down.
         edge, last = image_size >> (len(widths) - 1), widths[-1]
         self.stem = _xavier(nn.Conv2d(in_channels, widths[0], 3, padding=1))
         self.blocks = nn.Sequential(*(DiscriminatorBlock(a, b, pooling=config.pooling) for a, b in pairwise(widths)))
@@ -132,9 +138,9 @@ class Discriminator(nn.Module):
         self.head = _xavier(nn.Linear(last, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) float in [0, 1] -> (B, 1) logits."""
+        """Returns the logits (B, 1) of images (B, C, H, W) float in [0, 1]."""
         x = self.blocks(F.leaky_relu(self.stem(images), _SLOPE))
-        x = F.leaky_relu(self.conv(x), _SLOPE).flatten(1)  # (B, width h w), channel first
+        x = F.leaky_relu(self.conv(x), _SLOPE).flatten(1)  # (B, channels h w)
         out: Tensor = self.head(F.leaky_relu(self.hidden(x), _SLOPE))
         return out
 
@@ -146,7 +152,7 @@ def _released_width(resolution: int) -> int:
 
 
 def _xavier(layer: _Layer) -> _Layer:
-    """Draws Xavier uniform weights and sets biases to 0. Source: released code."""
+    """Draws Xavier uniform weights, sets biases to 0, and returns the layer. Source: released code."""
     nn.init.xavier_uniform_(layer.weight)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)

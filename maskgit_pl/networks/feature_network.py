@@ -1,6 +1,6 @@
-"""A frozen classifier of timm with its input normalisation, and what every feature network gives.
+"""A frozen timm classifier with its input normalisation, and the output that all feature networks share.
 
-Knows nothing of the registry in ``features``, so that networks of other kinds can give the same output.
+Does not import the registry in ``features``, so that other networks can import this module.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from maskgit_pl.networks.weight_file import tensors_digest
 
 __all__ = ["FeatureNetwork", "FeatureOutput", "FrozenNetwork", "weights_digest"]
 
-_SPATIAL_NUMBERS = 2023  # of ADM's evaluator: 7 channels x 17 x 17 places
+_SPATIAL_NUMBERS = 2023  # ADM's evaluator: 7 channels x 17 x 17 places
 
 
 class FeatureOutput(NamedTuple):
@@ -26,7 +26,7 @@ class FeatureOutput(NamedTuple):
     Attributes:
         features: (B, F) float, pooled, before the classifier.
         logits: (B, C) float.
-        spatial: (B, S) float, S at most 2023: some channels of a feature map, place by place, for sFID; None where the
+        spatial: (B, S) float, S at most 2023: some channels of a feature map, place by place, for sFID; None if the
             network has no map.
     """
 
@@ -39,7 +39,7 @@ class FrozenNetwork(nn.Module):
     """A network that is never trained: its weights take no gradients, and it stays in evaluation mode."""
 
     def freeze(self) -> None:
-        """Ends ``__init__``, once all modules are there."""
+        """Freezes the weights; the last call of ``__init__``, when all modules exist."""
         self.requires_grad_(requires_grad=False)
         self.eval()
 
@@ -54,9 +54,9 @@ class FeatureNetwork(FrozenNetwork):
 
     Args:
         model: A timm model with ``forward_features``, ``forward_head`` and ``get_classifier``.
-        size: Edge in pixels to which images are resized.
-        mean: Of each colour of the input the model was trained on.
-        std: Standard deviation of the same.
+        size: Side in pixels to which images are resized.
+        mean: Mean of each colour in the model's training, for pixels in [0, 1].
+        std: Standard deviation of each colour in the model's training.
     """
 
     mean: Tensor  # (1, 3, 1, 1)
@@ -74,9 +74,10 @@ class FeatureNetwork(FrozenNetwork):
         return f"size={self.size}"
 
     def forward(self, images: Tensor) -> FeatureOutput:
-        """(B, 1 or 3, H, W), uint8 or float in [0, 1] -> features, logits and the last map's first channels.
+        """Returns features, logits and the first channels of the last map.
 
-        Grey images are repeated to three colours.
+        Args:
+            images: (B, 1 or 3, H, W), uint8 or float in [0, 1]; grey images are repeated to three colours.
         """
         x = images.float() / 255 if images.dtype == torch.uint8 else images
         x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
@@ -89,15 +90,16 @@ class FeatureNetwork(FrozenNetwork):
 
 
 def _spatial(last: Tensor, *, channels_last: bool) -> Tensor | None:
-    """Returns the first channels of the last map, as many as give at most 2023 numbers, channel fastest."""
+    """Returns the first channels of the last map, at most 2023 numbers, channel fastest: (B, S); None without a map."""
     if last.ndim != 4:  # tokens of a transformer
         return None
     last = last if channels_last else rearrange(last, "b c h w -> b h w c")
+    # As many whole channels as fit into ADM's size, in its order: height, width, channel.
     channels = _SPATIAL_NUMBERS // (last.shape[1] * last.shape[2])
     return last[..., :channels].flatten(1) if channels else None
 
 
 def weights_digest(network: nn.Module) -> str:
-    """Returns the sha256 of a network's layers, weights and constants, by which features of networks are told apart."""
+    """Returns the sha256 of a network's layers, weights and buffers; equal digests mean equal features."""
     named = sorted([*network.named_parameters(), *network.named_buffers()])
     return tensors_digest(named, prefix=repr(network))

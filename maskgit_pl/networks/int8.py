@@ -1,8 +1,8 @@
-"""The transformer with 8-bit linear layers, for a processor: approximate, and a forward pass in two thirds of the time.
+"""The transformer with 8-bit linear layers, for inference on a CPU: approximate, in two thirds of the time.
 
-Weights are rounded once, with a scale for each output; inputs at each call, with a scale and an offset for each token,
-so that an image's logits do not depend on the rest of its batch. What takes little time stays float32: embeddings,
-norms, attention itself, the vocabulary head.
+Weights are rounded once, with a scale for each output. Inputs are rounded at each call, with a scale and an offset for
+each token, so that the logits of an image do not depend on the rest of its batch. Embeddings, norms, attention and the
+vocabulary head take little time and stay float32. ``MaskGIT.from_pretrained`` uses ``quantize``.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from torch import Tensor, nn
 from maskgit_pl.networks.autoregressive import build_transformer
 from maskgit_pl.networks.transformer import Transformer
 
-__all__ = ["Int8Linear", "quantized"]
+__all__ = ["Int8Linear", "quantize"]
 
 _LARGEST_INPUT = 255
-# Without VNNI instructions a processor adds two products of an input and a weight in 16 bits, and cuts off what is too
-# large: 2 x 255 x 127 is, 2 x 255 x 63 is not.
+# Without VNNI instructions a CPU adds two products of input and weight in signed 16 bits, and saturates: 2 x 255 x 127
+# is too large, 2 x 255 x 63 = 32,130 is not.
 _LARGEST_WEIGHT = 63
-_SMALLEST_SCALE = 1e-30
+_SMALLEST_SCALE = 1e-30  # of a row of zeros, whose scale would be 0
 
 
 class Int8Linear(nn.Module):
-    """A linear layer with a weight of 8 bits, whose input is rounded to 8 bits, token by token, at each call.
+    """A linear layer with 8-bit weights, whose input is rounded to 8 bits, token by token, at each call.
 
-    With an input x = low + scale u of whole numbers u: W x = scale (W u) + low (the sums of W's rows).
+    For an input x = low + scale u with integers u: W x = scale (W u) + low (row sums of W).
 
     Args:
         weight: (out, in) float.
@@ -45,19 +45,20 @@ class Int8Linear(nn.Module):
         self.packed = torch.ops.onednn.qlinear_prepack(rounded.to(torch.int8), None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) float32 -> (..., out) float32."""
-        low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)  # one pass of both is slower
+        """Returns the output (..., out) float32 for an input (..., in) float32."""
+        # Two passes: torch.aminmax is slower here.
+        low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
         scale = (high - low).div_(_LARGEST_INPUT).clamp_(min=_SMALLEST_SCALE)
         steps = scale.reciprocal()
-        whole = torch.addcmul(0.5 - low * steps, x, steps).to(torch.uint8)  # rounded down: at most 255
+        whole = torch.addcmul(0.5 - low * steps, x, steps).to(torch.uint8)  # 0.5 and the cast round; at most 255
         product = torch.ops.onednn.qlinear_pointwise(
             whole, 1.0, 0, self.packed, self.scales, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
         return torch.addcmul(self.bias, low, self.row_sums).addcmul_(product, scale)
 
 
-class Int8QueryKeyValue(nn.Module):
-    """A ``transformer_block.QKVProjection`` in two parts, for the block that computes queries of some positions only.
+class Int8QKVProjection(nn.Module):
+    """A ``transformer_block.QKVProjection`` in two 8-bit parts, for a block that computes some queries only.
 
     Args:
         weight: (3 D, D) float.
@@ -66,40 +67,41 @@ class Int8QueryKeyValue(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
-        width = weight.shape[1]
-        self.query = Int8Linear(weight[:width], bias[:width])
-        self.key_value = Int8Linear(weight[width:], bias[width:])
+        embed_dim = weight.shape[1]
+        self.query = Int8Linear(weight[:embed_dim], bias[:embed_dim])
+        self.key_value = Int8Linear(weight[embed_dim:], bias[embed_dim:])
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, S, D) -> (B, S, 3 D)."""
+        """Returns queries, keys and values (B, S, 3 D) of x (B, S, D)."""
         return torch.cat([self.query(x), self.key_value(x)], dim=-1)
 
 
 AnyTransformer = TypeVar("AnyTransformer", bound=Transformer)
 
 
-def quantized(network: AnyTransformer) -> AnyTransformer:
-    """Copies a network for inference, whose blocks compute with 8-bit linear layers; the network stays as it is.
+def quantize(network: AnyTransformer) -> AnyTransformer:
+    """Returns a copy of a network for inference, whose blocks have 8-bit linear layers.
 
     The copy cannot be saved, copied or moved to another device.
 
     Args:
-        network: On the processor.
+        network: Transformer on the CPU; it is not changed.
 
     Raises:
-        ValueError: The network is elsewhere, or this torch has no 8-bit products for a processor.
+        ValueError: if the network is on another device, or torch is built without oneDNN.
     """
     device = network.head_bias.device
     if device.type != "cpu":
         raise ValueError(f"int8: the network must be on the CPU, got one on {device}; move it, or use bfloat16")
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]  # torch: untyped
         raise ValueError("int8: torch must be built with oneDNN, got one without; decode in float32")
+    # The skeleton takes no memory; its linear layers are replaced, and the other weights assigned.
     with torch.device("meta"):
         copy = cast("AnyTransformer", build_transformer(network.config))
     last = f"blocks.{network.config.depth - 1}.qkv"
     for name, module in network.blocks.named_modules(prefix="blocks"):
         if isinstance(module, nn.Linear):
-            made = Int8QueryKeyValue if name == last else Int8Linear
+            made = Int8QKVProjection if name == last else Int8Linear
             copy.set_submodule(name, made(module.weight, module.bias))
     weights = network.state_dict()
     copy.load_state_dict({name: weights[name].float().clone() for name in copy.state_dict()}, assign=True)

@@ -1,9 +1,9 @@
 """Encoder and decoder in the layout of taming-transformers, which LlamaGen's tokenizers share.
 
-What differs from the released MaskGIT code: every convolution has a bias, a block that changes the width passes its
-*input* on through a 1x1 convolution, self-attention stands in the middle and on chosen levels, the resolution is halved
-by a strided convolution, the decoder has one more block on each level, and images are in [-1, 1] inside, so that the
-zeros beyond an edge are grey. ``VQGAN`` builds these two where ``VQGANConfig.layout`` is ``taming``.
+It differs from the released MaskGIT code: every convolution has a bias; a block that changes the number of channels has
+a 1x1 convolution on its *input*; there is self-attention in the middle and at chosen levels; a strided convolution
+halves the resolution; the decoder has one more block at each level; and images are in [-1, 1] inside, so that padding
+with zeros is grey. ``VQGAN`` builds both networks if ``VQGANConfig.layout`` is ``taming``.
 """
 
 from __future__ import annotations
@@ -21,24 +21,26 @@ __all__ = ["TamingDecoder", "TamingEncoder"]
 
 
 class TamingResidualBlock(nn.Module):
-    """norm, swish, 3x3, norm, swish, 3x3, plus the input, through a 1x1 convolution where the width changes.
+    """A residual block: norm, swish, 3x3 convolution, twice, plus the input.
+
+    If the number of channels changes, the input passes through a 1x1 convolution.
 
     Args:
-        in_channels: Width of the input.
-        out_channels: Width of the output.
-        groups: Groups of each GroupNorm.
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        num_groups: Number of groups of each GroupNorm.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, num_groups: int) -> None:
         super().__init__()
-        self.norm1 = group_norm(in_channels, groups)
+        self.norm1 = group_norm(in_channels, num_groups)
         self.conv1 = conv(in_channels, out_channels, 3, bias=True)
-        self.norm2 = group_norm(out_channels, groups)
+        self.norm2 = group_norm(out_channels, num_groups)
         self.conv2 = conv(out_channels, out_channels, 3, bias=True)
         self.shortcut = conv(in_channels, out_channels, 1, bias=True) if in_channels != out_channels else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in, h, w) -> (B, out, h, w)."""
+        """Returns the features (B, out_channels, h, w) of x (B, in_channels, h, w)."""
         hidden = self.conv1(F.silu(self.norm1(x)))
         hidden = self.conv2(F.silu(self.norm2(hidden)))
         out: Tensor = hidden + (x if self.shortcut is None else self.shortcut(x))
@@ -46,37 +48,38 @@ class TamingResidualBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Each place attends to all places with one head: x + output(softmax(q k / sqrt(channels)) v), q, k, v of norm(x).
+    """Self-attention with one head over all places: x + output(softmax(q k / sqrt(channels)) v), q, k, v of norm(x).
 
     Args:
-        channels: Width of input and output.
-        groups: Groups of the GroupNorm.
+        channels: Channels of input and output.
+        num_groups: Number of groups of the GroupNorm.
     """
 
-    def __init__(self, channels: int, groups: int) -> None:
+    def __init__(self, channels: int, num_groups: int) -> None:
         super().__init__()
-        self.norm = group_norm(channels, groups)
+        self.norm = group_norm(channels, num_groups)
         self.query = conv(channels, channels, 1, bias=True)
         self.key = conv(channels, channels, 1, bias=True)
         self.value = conv(channels, channels, 1, bias=True)
         self.output = conv(channels, channels, 1, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, C, h, w)."""
+        """Returns x (B, channels, h, w) plus what each place attends to, of the same shape."""
         normed = self.norm(x)
         query, key, value = (
             rearrange(layer(normed), "b c h w -> b 1 (h w) c") for layer in (self.query, self.key, self.value)
         )
+        # One head of C channels, so that the scores are divided by sqrt(C).
         attended = F.scaled_dot_product_attention(query, key, value)  # (B, 1, h w, C)
         out: Tensor = x + self.output(rearrange(attended, "b 1 (h w) c -> b c h w", h=x.shape[-2]))
         return out
 
 
 class PaddedDownsample(nn.Module):
-    """A row and a column of zeros at the right and the bottom, then a 3x3 convolution of stride 2.
+    """A 3x3 convolution of stride 2, after padding with a column of zeros at the right and a row at the bottom.
 
     Args:
-        channels: Width of input and output.
+        channels: Channels of input and output.
     """
 
     def __init__(self, channels: int) -> None:
@@ -84,13 +87,17 @@ class PaddedDownsample(nn.Module):
         self.conv = conv(channels, channels, 3, bias=True, stride=2, padding=0)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) with even h and w -> (B, C, h / 2, w / 2)."""
+        """Returns x (B, channels, h, w), h and w even, at half the resolution, (B, channels, h / 2, w / 2)."""
         out: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
         return out
 
 
 class TamingEncoder(nn.Module):
-    """Images to features: a stem, levels that halve the resolution, a middle, a 3x3 head, a 1x1 projection."""
+    """The encoder: a stem, levels that halve the resolution, a middle, a 3x3 head, a 1x1 projection.
+
+    Args:
+        config: Sizes, of layout ``taming``.
+    """
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
@@ -103,19 +110,24 @@ class TamingEncoder(nn.Module):
         self.projection = conv(_latent_channels(config), config.code_dim, 1, bias=True)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) float in [0, 1] -> (B, D, h, w).
+        """Returns the features (B, D, h, w) of images (B, C, H, W) float in [0, 1].
 
         Raises:
-            ValueError: H or W is not a multiple of the downsampling factor.
+            ValueError: if H or W is not a multiple of the downsampling factor.
         """
+        # Raises for sizes whose last rows or columns the strides would drop.
         self.config.grid((images.shape[-2], images.shape[-1]))
-        x = self.blocks(self.stem(2 * images - 1))
+        x = self.blocks(self.stem(2 * images - 1))  # to [-1, 1]
         out: Tensor = self.projection(self.head(F.silu(self.norm(x))))
         return out
 
 
 class TamingDecoder(nn.Module):
-    """Codes to images: a 1x1 projection, a stem, a middle, levels that double the resolution, a 3x3 head."""
+    """The decoder: a 1x1 projection, a stem, a middle, levels that double the resolution, a 3x3 head.
+
+    Args:
+        config: Sizes, of layout ``taming``.
+    """
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
@@ -127,14 +139,14 @@ class TamingDecoder(nn.Module):
         self.head = conv(last, config.in_channels, 3, bias=True)
 
     def forward(self, codes: Tensor) -> Tensor:
-        """(B, D, h, w) -> (B, C, H, W), not clipped."""
+        """Returns the images (B, C, H, W), not clipped, of codes (B, D, h, w)."""
         x = self.blocks(self.stem(self.projection(codes)))
-        out: Tensor = (self.head(F.silu(self.norm(x))) + 1) / 2
+        out: Tensor = (self.head(F.silu(self.norm(x))) + 1) / 2  # from [-1, 1]
         return out
 
 
 def _encoder_blocks(config: VQGANConfig) -> Iterator[nn.Module]:
-    """Levels from full resolution down, a downsampling between two levels, then the middle."""
+    """Yields levels from full resolution down, with a downsampling between two levels, then the middle."""
     width = config.base_channels
     for level, out in enumerate(config.widths):
         if level > 0:
@@ -145,10 +157,11 @@ def _encoder_blocks(config: VQGANConfig) -> Iterator[nn.Module]:
 
 
 def _decoder_blocks(config: VQGANConfig) -> Iterator[nn.Module]:
-    """Yields the middle, then levels up to full resolution, an upsampling between two levels."""
+    """Yields the middle, then levels up to full resolution, with an upsampling between two levels."""
     width = config.widths[-1]
     yield from _middle(width, config)
     for level, out in reversed(list(enumerate(config.widths))):
+        # One block more than in the encoder, as in both projects.
         yield from _level(width, out, config, level=level, blocks=config.num_res_blocks + 1)
         width = out
         if level > 0:
@@ -156,6 +169,7 @@ def _decoder_blocks(config: VQGANConfig) -> Iterator[nn.Module]:
 
 
 def _level(width: int, out: int, config: VQGANConfig, *, level: int, blocks: int) -> Iterator[nn.Module]:
+    """Yields the blocks of a level, each with its self-attention if the level has it."""
     for block in range(blocks):
         yield TamingResidualBlock(width if block == 0 else out, out, config.num_groups)
         if level in config.attention_levels:
@@ -169,5 +183,5 @@ def _middle(width: int, config: VQGANConfig) -> Iterator[nn.Module]:
 
 
 def _latent_channels(config: VQGANConfig) -> int:
-    assert config.latent_channels is not None  # the configuration holds this for the layout
+    assert config.latent_channels is not None  # VQGANConfig requires it for this layout
     return config.latent_channels

@@ -1,7 +1,7 @@
 """The bidirectional transformer of MaskGIT: a post-norm BERT over a class token and the image's tokens.
 
-``MaskedTransformer.forward_masked`` is what ``mvtm.MaskedTokenModel`` trains, ``forward_at`` and ``forward_cached`` are
-what the predictors of ``decoding`` ask. ``Transformer`` is shared with ``networks.autoregressive``.
+``mvtm.MaskedTokenModel`` trains ``MaskedTransformer.forward_masked``; the predictors of ``decoding`` call
+``forward_at`` and ``forward_cached``. ``Transformer`` is shared with ``networks.autoregressive``.
 
 Shapes: B images, N tokens, S = 1 + N positions of the sequence (the class first), D embedding dimension, V columns.
 
@@ -36,9 +36,9 @@ Attention = Literal["bidirectional", "causal"]
 Vocabulary = Literal["codes", "all"]
 
 LARGEST_GRID = 256
-"""Rows or columns of a token grid, at most: 65,536 tokens, 256 times those of a released image."""
+"""Largest number of rows or columns of a token grid: 65,536 tokens, 256 times those of a released image."""
 
-_LARGEST = {  # well above any network that exists: what is larger is a mistake, or meant to fill the memory
+_LARGEST = {  # well above any existing network: a larger number is a mistake, or an attack on the memory
     "codebook_size": 2**24,
     "num_classes": 100_000,
     "embed_dim": 2**16,
@@ -46,7 +46,7 @@ _LARGEST = {  # well above any network that exists: what is larger is a mistake,
     "num_heads": 1024,
     "mlp_dim": 2**20,
 }
-_INIT_STD = 0.02
+_INIT_STD = 0.02  # released code, also BERT's
 
 
 @dataclass(frozen=True)
@@ -55,20 +55,20 @@ class TransformerConfig:
 
     Args:
         codebook_size: K, size of the tokenizer's codebook.
-        num_classes: Classes, at least 1 (1 for data without classes).
-        grid: Rows and columns of the token grid (h, w); N = h w.
+        num_classes: Number of classes, >= 1 (1 for data without classes).
+        grid: Rows and columns (h, w) of the token grid; N = h w.
         embed_dim: D, a multiple of ``num_heads``.
-        depth: Blocks.
-        num_heads: Attention heads.
-        mlp_dim: Hidden width of the feed-forward part.
-        dropout: Of embeddings, attention probabilities and both outputs of a block, in [0, 1).
-        class_dropout: Share of training samples whose class is replaced by the null class, in [0, 1). Above 0 the
-            vocabulary has a null class, and guidance is possible.
-        attention: ``bidirectional``, a token sees all others, or ``causal``, those before it in raster order. Both have
-            the same weights.
+        depth: Number of blocks.
+        num_heads: Number of attention heads.
+        mlp_dim: Hidden size of the MLP of each block.
+        dropout: Dropout probability of embeddings, attention probabilities and both outputs of a block, in [0, 1).
+        class_dropout: Fraction of training samples whose class is replaced by the null class, in [0, 1). Above 0 the
+            vocabulary has a null class, which classifier-free guidance needs.
+        attention: ``bidirectional``: a token attends to all others; ``causal``: to those before it in raster order.
+            Both have the same weights.
 
     Raises:
-        ValueError: if a size is out of range, or there is no such attention.
+        ValueError: if a size is out of range, or the attention is unknown.
     """
 
     codebook_size: int
@@ -83,7 +83,7 @@ class TransformerConfig:
     attention: Attention = "bidirectional"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "grid", tuple(self.grid))
+        object.__setattr__(self, "grid", tuple(self.grid))  # a list in recipes and config.json
         for name, most in _LARGEST.items():
             check_integer(f"transformer {name}", getattr(self, name), f"[1, {most}]")
         if len(self.grid) != 2:
@@ -100,38 +100,38 @@ class TransformerConfig:
 
     @property
     def num_tokens(self) -> int:
-        """N, tokens of an image."""
+        """The number of tokens of an image, N."""
         return self.grid[0] * self.grid[1]
 
     @property
     def null_label(self) -> int | None:
-        """The label that stands for "no class", or None where class dropout is 0."""
+        """The label that stands for "no class"; None if class dropout is 0."""
         return self.num_classes if self.class_dropout > 0 else None
 
     @property
     def vocabulary_size(self) -> int:
-        """Rows of the word table: codes, classes, the null class if there is one, the mask token."""
+        """The number of rows of the token embedding: codes, classes, the null class if there is one, the mask token."""
         return self.codebook_size + self.num_classes + (self.null_label is not None) + 1
 
     @property
     def mask_token_id(self) -> int:
-        """The last row."""
+        """The id of the mask token: the last row of the token embedding."""
         return self.vocabulary_size - 1
 
 
 @dataclass
 class ContextCache:
-    """Keys and values that a network has computed for a sequence, for ``MaskedTransformer.forward_cached``.
+    """The keys and values that a network has computed for a sequence, for ``MaskedTransformer.forward_cached``.
 
     Args:
-        key_values: Of each block, keys and then values (B, S, 2 D); empty before the first pass.
+        key_values: Keys, then values, (B, S, 2 D) of each block; empty before the first pass.
     """
 
     key_values: list[Tensor] = field(default_factory=list)
 
 
 class Transformer(nn.Module):
-    """The base of both transformers: tables, blocks and a head that is tied to the word table.
+    """The base of both transformers: embeddings, blocks and a head that is tied to the token embedding.
 
     The sequence is [class, tokens in raster order]. All weights start from a normal truncated to two standard
     deviations, times 0.02; biases from 0.
@@ -140,8 +140,8 @@ class Transformer(nn.Module):
         config: Sizes.
 
     Attributes:
-        attention: The attention that the class computes.
-        entry_points: Methods that are called besides ``forward``; under FSDP they gather the weights too.
+        attention: Attention that the class computes.
+        entry_points: Methods that are called besides ``forward``. FSDP gathers the weights for them too.
 
     Raises:
         ValueError: if the configuration names the other attention.
@@ -154,16 +154,17 @@ class Transformer(nn.Module):
     def forward_masked(
         self, tokens: Tensor, labels: Tensor, mask: Tensor, *, vocabulary: Vocabulary = "codes"
     ) -> Tensor:
-        """Returns the logits (number of True, V) of the tokens where ``mask`` (B, N) bool is True: what is trained."""
+        """Returns the logits (number of True, V) of the tokens where ``mask`` (B, N) bool is True, for training."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         if config.attention != self.attention:
             raise ValueError(
-                f"transformer attention: {type(self).__name__} has {self.attention!r}, got {config.attention!r}; "
-                "networks.autoregressive.build_transformer makes the one that a configuration names"
+                f"transformer attention must be {self.attention!r} for {type(self).__name__}, got "
+                f"{config.attention!r}; networks.autoregressive.build_transformer builds the class for either"
             )
         self.config = config
+        # The order of the modules decides the initial weights. One row of positions more than tokens: the class.
         self.token_embedding = nn.Embedding(config.vocabulary_size, config.embed_dim)
         self.position_embedding = nn.Embedding(config.num_tokens + 1, config.embed_dim)
         self.embedding_norm = nn.LayerNorm(config.embed_dim, eps=LAYER_NORM_EPS)
@@ -174,21 +175,24 @@ class Transformer(nn.Module):
         )
         self.head_dense = nn.Linear(config.embed_dim, config.embed_dim)
         self.head_norm = nn.LayerNorm(config.embed_dim, eps=LAYER_NORM_EPS)
+        # The head multiplies by the token embedding (tied weights) and adds a bias of its own.
         self.head_bias = nn.Parameter(torch.zeros(config.vocabulary_size))
         self.apply(_initialise)
 
     def _embed(self, sequence: Tensor, *, first: int = 0) -> Tensor:
-        """Rows (B, R) of the word table, at places from ``first`` on -> (B, R, D)."""
+        """Embeds ids (B, R) at the positions first, first + 1, ...: (B, R, D)."""
         places = self.position_embedding.weight[first : first + sequence.shape[1]]
         x = self.embedding_norm(self.token_embedding(sequence) + places)
         return F.dropout(x, self.config.dropout, self.training)
 
     def _sequence(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """Tokens (B, M) -> (B, 1 + M): rows of the word table, the class first."""
+        """Returns the ids (B, 1 + M) of a sequence: the class, whose id follows the codes', then tokens (B, M)."""
         return torch.cat([labels.unsqueeze(1) + self.config.codebook_size, tokens], dim=1)
 
     def _head(self, x: Tensor, vocabulary: Vocabulary) -> Tensor:
+        """Computes the logits (..., V) of hidden states (..., D)."""
         rows = self.config.codebook_size if vocabulary == "codes" else self.config.vocabulary_size
+        # Codes come first in the vocabulary, so the others need not be computed.
         x = self.head_norm(F.gelu(self.head_dense(x), approximate="tanh"))
         return F.linear(x, self.token_embedding.weight[:rows], self.head_bias[:rows])
 
@@ -215,7 +219,7 @@ class MaskedTransformer(Transformer):
         Args:
             tokens: (B, N) int64.
             labels: (B,) int64.
-            vocabulary: Columns: the K codes, or all rows of the word table.
+            vocabulary: Columns of the result: the K codes, or the whole vocabulary.
 
         Returns:
             (B, N, V) float.
@@ -226,22 +230,22 @@ class MaskedTransformer(Transformer):
     def forward_masked(
         self, tokens: Tensor, labels: Tensor, mask: Tensor, *, vocabulary: Vocabulary = "codes"
     ) -> Tensor:
-        """Returns the logits of the tokens where ``mask`` is True. The head and the last MLP run at no others.
+        """Returns the logits of the tokens where ``mask`` is True. The head and the last MLP run at these tokens only.
 
         Args:
             tokens: (B, N) int64.
             labels: (B,) int64.
             mask: (B, N) bool.
-            vocabulary: Columns: the K codes, or all rows of the word table.
+            vocabulary: Columns of the result: the K codes, or the whole vocabulary.
 
         Returns:
             (number of True, V) float, in raster order, row after row.
         """
-        after_class = F.pad(mask, (1, 0))  # (B, 1 + N): the class is not asked for
+        after_class = F.pad(mask, (1, 0))  # (B, 1 + N): no logits of the class
         return self._head(self.blocks[-1](self._hidden(tokens, labels), after_class), vocabulary)
 
     def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
-        """Returns the logits at M positions of each image. The head and the last block's queries run at no others.
+        """Returns the logits at M positions of each image. The head and the last block's queries run at these only.
 
         Args:
             tokens: (B, N) int64.
@@ -251,6 +255,7 @@ class MaskedTransformer(Transformer):
         Returns:
             (B, M, K) float: logits of the codes.
         """
+        # Keys and values of the last block need all positions, its queries and MLP only M of them.
         last = cast("Block", self.blocks[-1])
         x, _ = last.forward_with_kv(self._hidden(tokens, labels), positions + 1)  # after the class
         return self._head(x, "codes")
@@ -258,34 +263,34 @@ class MaskedTransformer(Transformer):
     def forward_cached(
         self, tokens: Tensor, labels: Tensor, positions: Tensor, newly_known: Tensor, *, cache: ContextCache
     ) -> Tensor:
-        """Returns ``forward_at`` with the keys and values of earlier calls elsewhere. Approximate, for inference.
+        """Returns the logits of ``forward_at``, with cached keys and values elsewhere. Approximate, for inference.
 
-        1. With an empty cache, compute everything: the result is that of ``forward_at``, and fills the cache.
-        2. Else compute the positions that are asked for, those whose tokens are new, and the class, which sees all
-           tokens. All others keep the keys and values of the call in which more tokens were masked.
+        1. With an empty cache, compute everything and fill the cache. The result is that of ``forward_at``.
+        2. Otherwise compute ``positions``, ``newly_known``, and the class, which attends to all tokens. All other
+           positions keep the keys and values of an earlier call, when more tokens were masked.
 
         Args:
             tokens: (B, N) int64.
             labels: (B,) int64.
             positions: (B, M) int64 in [0, N).
-            newly_known: (B, P) int64 in [0, N): positions whose tokens have changed since the last call.
-            cache: Left by earlier calls of this run; changed in place.
+            newly_known: (B, P) int64 in [0, N): positions whose tokens changed since the last call.
+            cache: Cache of this decoding run, changed in place.
 
         Returns:
             (B, M, K) float: logits of the codes.
         """
         blocks = cast("Sequence[Block]", self.blocks)
-        # 1. Everything; the last block only needs the queries that are asked for.
+        # 1. Everything; the last block needs only the queries at ``positions``.
         if not cache.key_values:
             x = self._embed(self._sequence(tokens, labels))
             for block in blocks:
                 x, key_value = block.forward_with_kv(x, positions + 1 if block is blocks[-1] else None)
                 cache.key_values.append(key_value)
             return self._head(x, "codes")
-        # 2. Some positions (B, M + P + 1) of the sequence, those asked for first, so that the last block stops at them.
+        # 2. M + P + 1 positions of the sequence, the wanted M first, so that the last block can stop after them.
         class_position = torch.zeros_like(positions[:, :1])
         computed = torch.cat([positions + 1, newly_known + 1, class_position], dim=1)
-        rows = self._sequence(tokens, labels).gather(1, computed)
+        rows = self._sequence(tokens, labels).gather(1, computed)  # (B, M + P + 1)
         x = self.embedding_norm(
             self.token_embedding(rows) + self.position_embedding(computed)
         )  # no dropout: for inference
@@ -296,6 +301,7 @@ class MaskedTransformer(Transformer):
 
     def _hidden(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Returns the input (B, S, D) of the last block."""
+        # Each method runs the last block itself, at the positions that it needs.
         x = self._embed(self._sequence(tokens, labels))
         for block in self.blocks[:-1]:
             x = block(x)
@@ -303,6 +309,7 @@ class MaskedTransformer(Transformer):
 
 
 def _initialise(module: nn.Module) -> None:
+    """Draws the initial weights of a layer; norms keep torch's ones and zeros."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.trunc_normal_(module.weight, std=_INIT_STD, a=-2 * _INIT_STD, b=2 * _INIT_STD)
     if isinstance(module, nn.Linear):

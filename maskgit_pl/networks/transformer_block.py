@@ -18,33 +18,33 @@ from torch import Tensor, nn
 __all__ = ["LAYER_NORM_EPS", "Block", "KVCache", "QKVProjection"]
 
 LAYER_NORM_EPS = 1e-12
-"""Epsilon of every layer norm, the released one."""
+"""Epsilon of every layer norm; the released code's, far below torch's default of 1e-5."""
 
 
 class QKVProjection(nn.Linear):
-    """The projection to queries, keys and values in one product, or to a part of them.
+    """The projection to queries, keys and values in one matrix product, or to a part of them.
 
     Args:
-        embed_dim: D.
+        embed_dim: D, size of the input.
     """
 
     def __init__(self, embed_dim: int) -> None:
-        super().__init__(embed_dim, 3 * embed_dim)
+        super().__init__(embed_dim, 3 * embed_dim)  # rows of the weight: queries, keys, values
 
     def query(self, x: Tensor) -> Tensor:
-        """(B, S, D) -> queries (B, S, D)."""
+        """Returns the queries (B, S, D) of x (B, S, D)."""
         return F.linear(x, self.weight[: self.in_features], self.bias[: self.in_features])
 
     def key_value(self, x: Tensor) -> Tensor:
-        """(B, S, D) -> keys, then values (B, S, 2 D)."""
+        """Returns the keys, then the values, (B, S, 2 D), of x (B, S, D)."""
         return F.linear(x, self.weight[self.in_features :], self.bias[self.in_features :])
 
 
 class KVCache:
-    """Keys and values that a causal block has computed, row after row.
+    """The keys and values that a causal block has computed so far, row after row.
 
     Args:
-        capacity: Largest number of rows; their memory is taken at once.
+        capacity: Largest number of rows. ``extend`` allocates all of them at its first call.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -53,8 +53,15 @@ class KVCache:
         self._rows: Tensor | None = None
 
     def extend(self, new: Tensor) -> Tensor:
-        """Keeps the next R rows, (2, B, heads, R, D / heads), and returns all of them, (2, B, heads, S, D / heads)."""
-        if self._rows is None:
+        """Adds R rows and returns all rows so far.
+
+        Args:
+            new: (2, B, heads, R, D / heads): keys and values of the next rows.
+
+        Returns:
+            (2, B, heads, S, D / heads), a view of the cache.
+        """
+        if self._rows is None:  # dtype, device and batch are known only now
             self._rows = new.new_empty(*new.shape[:3], self.capacity, new.shape[4])
         first, self.num_rows = self.num_rows, self.num_rows + new.shape[3]
         self._rows[:, :, :, first : self.num_rows] = new
@@ -62,23 +69,24 @@ class KVCache:
 
 
 class Block(nn.Module):
-    """Post-norm attention and feed-forward: x = LN(x + f(x)), twice.
+    """A post-norm block, attention and then an MLP: x = LN(x + f(x)), twice.
 
     Args:
         embed_dim: D, a multiple of ``num_heads``.
-        num_heads: Attention heads.
-        mlp_dim: Hidden width of the feed-forward part.
-        dropout: Of attention probabilities and both outputs, in [0, 1).
-        is_causal: A position sees only itself and those before it.
+        num_heads: Number of attention heads.
+        mlp_dim: Hidden size of the MLP.
+        dropout: Dropout probability of attention probabilities and of both outputs, in [0, 1).
+        is_causal: True if a position attends only to itself and to earlier ones.
 
     Attributes:
-        entry_points: Methods that a network calls besides ``forward``; under FSDP they gather the weights too.
+        entry_points: Methods that a network calls besides ``forward``. FSDP gathers the weights for them too.
     """
 
     entry_points: ClassVar[tuple[str, ...]] = ("forward_with_kv", "forward_next", "forward_cached")
 
     def __init__(self, embed_dim: int, num_heads: int, mlp_dim: int, *, dropout: float, is_causal: bool) -> None:
         super().__init__()
+        # The order of the modules decides the initial weights: each draws from the same generator in turn.
         self.num_heads = num_heads
         self.dropout = dropout
         self.is_causal = is_causal
@@ -90,39 +98,48 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, S, D) -> (B, S, D); with ``mask`` (B, S) bool only the rows where it is True, (M, D)."""
+        """Returns the output of the block.
+
+        Args:
+            x: (B, S, D).
+            mask: (B, S) bool: return only the M rows where it is True; None for all.
+
+        Returns:
+            (B, S, D), or (M, D) with a mask.
+        """
         query, key, value = self._heads(self.qkv(x), 3)
         attended = self._attend(query, key, value, is_causal=self.is_causal)
-        if mask is not None:
+        if mask is not None:  # the rest works on rows, so all others can be dropped here
             x, attended = x[mask], attended[mask]
         return self._add_and_feed_forward(x, attended)
 
     def forward_with_kv(self, x: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Returns ``forward`` with the keys and values that it has computed.
+        """Returns the output of the block together with its keys and values.
 
         Args:
             x: (B, S, D).
-            positions: (B, M) int64 in [0, S): compute queries, and results, at these only; None for all.
+            positions: (B, M) int64 in [0, S): compute queries and outputs at these only; None for all.
 
         Returns:
-            (B, S or M, D), and keys and then values of all positions (B, S, 2 D).
+            The output (B, S or M, D), and the keys, then the values, of all positions (B, S, 2 D).
         """
-        assert not self.is_causal
+        assert not self.is_causal  # a position that is left out would shift the causal mask
         if positions is None:
             projected = self.qkv(x)  # (B, S, 3 D)
             query, key, value = self._heads(projected, 3)
             return self._add_and_feed_forward(x, self._attend(query, key, value)), projected[..., x.shape[-1] :]
+        # Only M positions ask, but all S positions answer: keys and values of everything.
         rows, key_value = _gather_rows(x, positions), self.qkv.key_value(x)
         (query,) = self._heads(self.qkv.query(rows), 1)
         key, value = self._heads(key_value, 2)
         return self._add_and_feed_forward(rows, self._attend(query, key, value)), key_value
 
     def forward_next(self, x: Tensor, cache: KVCache) -> Tensor:
-        """``forward`` of a causal block at the rows that follow those in the cache, which keeps them for later ones.
+        """Returns the output of a causal block at the next rows, and adds their keys and values to the cache.
 
         Args:
-            x: (B, R, D): the block's input at the next R rows; one row, or the first rows.
-            cache: Changed in place.
+            x: (B, R, D): input of the block at the next R rows: any R for the first rows, later R = 1.
+            cache: Cache of this block, changed in place.
 
         Returns:
             (B, R, D).
@@ -136,17 +153,18 @@ class Block(nn.Module):
     def forward_cached(
         self, x: Tensor, positions: Tensor, key_value: Tensor, *, num_queries: int | None = None
     ) -> Tensor:
-        """``forward`` at some positions, which attend to all; their new keys and values replace the old ones.
+        """Returns the output at some positions, which attend to all; their keys and values replace cached ones.
 
         Args:
-            x: (B, R, D): the block's input at ``positions``.
+            x: (B, R, D): input of the block at ``positions``.
             positions: (B, R) int64 in [0, S).
-            key_value: (B, S, 2 D), changed in place.
-            num_queries: Results wanted, those of the first positions; None for all.
+            key_value: (B, S, 2 D): cached keys, then values, of all positions; changed in place.
+            num_queries: Return the outputs of this many first positions only; None for all.
 
         Returns:
             (B, num_queries or R, D).
         """
+        # The new keys and values (B, R, 2 D) are written into the cache before anything attends to it.
         query, new = self.qkv(x).split([x.shape[-1], key_value.shape[-1]], dim=-1)
         key_value.scatter_(1, positions.unsqueeze(-1).expand_as(new), new)
         (query,) = self._heads(query[:, :num_queries], 1)
@@ -154,18 +172,19 @@ class Block(nn.Module):
         return self._add_and_feed_forward(x[:, :num_queries], self._attend(query, key, value))
 
     def _heads(self, x: Tensor, parts: int) -> Tensor:
-        """(B, S, parts D) -> (parts, B, heads, S, D / heads)."""
+        """Splits (B, S, parts D) into heads: (parts, B, heads, S, D / heads)."""
         return rearrange(x, "b s (parts heads d) -> parts b heads s d", parts=parts, heads=self.num_heads)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool = False) -> Tensor:
-        """Queries (B, heads, M, D / heads), keys and values (B, heads, S, D / heads) -> (B, M, D)."""
+        """Computes (B, M, D): queries (B, heads, M, D / heads) attend to keys and values (B, heads, S, D / heads)."""
         attended = F.scaled_dot_product_attention(
             query, key, value, dropout_p=self.dropout if self.training else 0.0, is_causal=is_causal
         )
         return rearrange(attended, "b heads m d -> b m (heads d)")
 
     def _add_and_feed_forward(self, x: Tensor, attended: Tensor) -> Tensor:
-        """Input (..., D) and what its heads attended to (..., D) -> the block's output (..., D)."""
+        """Returns the output (..., D) of the block, given its input and the output of its attention, both (..., D)."""
+        # Post-norm: the norm comes after the residual sum.
         x = self.attention_norm(x + F.dropout(self.proj(attended), self.dropout, self.training))
         hidden = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
         normed: Tensor = self.mlp_norm(x + F.dropout(hidden, self.dropout, self.training))
@@ -173,5 +192,5 @@ class Block(nn.Module):
 
 
 def _gather_rows(x: Tensor, positions: Tensor) -> Tensor:
-    """Rows (B, M, D) of x (B, S, D) at ``positions`` (B, M) int64."""
+    """Returns the rows (B, M, D) of x (B, S, D) at ``positions`` (B, M) int64."""
     return x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[-1]))

@@ -1,8 +1,10 @@
 """The tokenizer's network: a convolutional encoder, a vector quantizer and a convolutional decoder.
 
-The structure is the released code's, quirks included, so that its weights can be loaded by name: residual blocks and
-convolutions are created in the order in which the released code numbers them. The other layout is in ``taming.py``.
+The structure is that of the released code, quirks included, so that its weights fit: residual blocks and convolutions
+are created in the order in which the released code numbers them. ``networks.taming`` has the other layout.
 ``Tokenizer`` trains the network; stage 2, sampling and editing use ``encode`` and ``decode``.
+
+Shapes: B images, C channels, H W pixels, h w token grid, N = h w tokens, D size of a code, K codes.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ class VQGANOutput(NamedTuple):
 
     Attributes:
         reconstruction: (B, C, H, W) float, not clipped.
-        quantized: The quantizer's output: codes, tokens, loss.
+        quantized: Output of the quantizer: codes, tokens, loss.
     """
 
     reconstruction: Tensor
@@ -35,15 +37,15 @@ class VQGANOutput(NamedTuple):
 
 
 class ResidualBlock(nn.Module):
-    """norm, activation, 3x3, norm, activation, 3x3, plus a shortcut.
+    """A residual block: norm, activation, 3x3 convolution, twice, plus a shortcut.
 
-    Where the width changes, the released code applies its 1x1 shortcut to the block's *processed* features, not to its
-    input, which is then dropped: x + conv(x). Its weights need the same here.
+    If the number of channels changes, the released code applies its 1x1 shortcut to the *output* of the two
+    convolutions and drops the input: f(x) + conv(f(x)). The released weights need the same here.
 
     Args:
-        in_channels: Width of the input.
-        out_channels: Width of the output.
-        config: Groups and activation.
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        config: Groups of the norms, and activation.
     """
 
     def __init__(self, in_channels: int, out_channels: int, config: VQGANConfig) -> None:
@@ -56,7 +58,8 @@ class ResidualBlock(nn.Module):
         self.activation = _activation(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in, h, w) -> (B, out, h, w)."""
+        """Returns the features (B, out_channels, h, w) of x (B, in_channels, h, w)."""
+        # The shortcut is applied to the output of the convolutions, as the released weights require.
         hidden = self.conv1(self.activation(self.norm1(x)))
         hidden = self.conv2(self.activation(self.norm2(hidden)))
         out: Tensor = hidden + (x if self.shortcut is None else self.shortcut(hidden))
@@ -64,10 +67,10 @@ class ResidualBlock(nn.Module):
 
 
 class StridedDownsample(nn.Module):
-    """4x4 convolution of stride 2 with "SAME" padding: (1, 1) at even sizes, (1, 2) at odd ones.
+    """A 4x4 convolution of stride 2 with "SAME" padding: (1, 1) at even sizes, (1, 2) at odd ones.
 
     Args:
-        channels: Width of input and output.
+        channels: Channels of input and output.
     """
 
     def __init__(self, channels: int) -> None:
@@ -75,19 +78,25 @@ class StridedDownsample(nn.Module):
         self.conv = conv(channels, channels, 4, bias=True, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, C, ceil(h / 2), ceil(w / 2))."""
+        """Returns x (B, channels, h, w) at half the resolution, rounded up."""
+        # The convolution pads 1 on each side; an odd size needs one more row or column at the end.
         height, width = x.shape[-2:]
         out: Tensor = self.conv(F.pad(x, (0, width % 2, 0, height % 2)))
         return out
 
 
 class Encoder(nn.Module):
-    """Images to features: a stem, levels of residual blocks that halve the resolution, middle blocks, a 1x1 head."""
+    """The encoder: a stem, levels of residual blocks that halve the resolution, middle blocks, a 1x1 head.
+
+    Args:
+        config: Sizes.
+    """
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
         last = config.widths[-1]
         self.patch_size = config.patch_size
+        # Space to depth turns each patch into channels. No bias, as in the released code.
         self.stem = conv(config.in_channels * config.patch_size**2, config.base_channels, 3, bias=False)
         self.blocks = nn.Sequential(*_encoder_blocks(config))
         self.norm = _norm(last, config)
@@ -95,7 +104,8 @@ class Encoder(nn.Module):
         self.head = conv(last, config.code_dim, 1, bias=True)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) float in [0, 1] -> (B, D, h, w)."""
+        """Returns the features (B, D, h, w) of images (B, C, H, W) float in [0, 1]."""
+        # (B, C p^2, H / p, W / p) with patches of size p, then one level after another.
         x = F.pixel_unshuffle(images, self.patch_size) if self.patch_size > 1 else images
         x = self.blocks(self.stem(x))
         out: Tensor = self.head(self.activation(self.norm(x)))
@@ -103,7 +113,11 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Codes to images: a stem, middle blocks, levels of residual blocks that double the resolution, a 3x3 head."""
+    """The decoder: a stem, middle blocks, levels of residual blocks up to full resolution, a 3x3 head.
+
+    Args:
+        config: Sizes.
+    """
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
@@ -116,20 +130,20 @@ class Decoder(nn.Module):
         self.head = conv(last, config.in_channels * config.patch_size**2, 3, bias=True)
 
     def forward(self, codes: Tensor) -> Tensor:
-        """(B, D, h, w) -> (B, C, H, W), not clipped."""
+        """Returns the images (B, C, H, W), not clipped, of codes (B, D, h, w)."""
         x = self.blocks(self.stem(codes))
         out: Tensor = self.head(self.activation(self.norm(x)))
         return F.pixel_shuffle(out, self.patch_size) if self.patch_size > 1 else out
 
 
 class VQGAN(nn.Module):
-    """Encoder, quantizer, decoder.
+    """The tokenizer's network: encoder, quantizer and decoder.
 
     Args:
-        config: Every size.
+        config: Sizes.
 
     Source: Esser et al., arXiv:2012.09841; the architecture is that of the released MaskGIT code, or of
-    taming-transformers where the layout says so.
+    taming-transformers in layout ``taming``.
     """
 
     def __init__(self, config: VQGANConfig) -> None:
@@ -140,6 +154,7 @@ class VQGAN(nn.Module):
         spec = quantizers.build(config.quantizer)
         self.quantizer = spec.create(codebook_size=config.codebook_size, code_dim=config.code_dim)
         self.decoder = decoder(config)
+        # After all draws, so that the scale changes no random number.
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 module.weight.data.mul_(config.initial_scale)
@@ -151,14 +166,15 @@ class VQGAN(nn.Module):
             images: (B, C, H, W) float in [0, 1].
 
         Returns:
-            The reconstruction, cut to H x W where the grid covers more, and the quantizer's output.
+            The reconstruction, cut to H x W if the grid covers more, and the quantizer's output.
         """
+        # The grid is rounded up, so the reconstruction may be larger than the images.
         quantized = self.quantizer(self.encoder(images))
         reconstruction = self.decoder(quantized.quantized)[..., : images.shape[-2], : images.shape[-1]]
         return VQGANOutput(reconstruction, quantized)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images to tokens.
+        """Encodes images to tokens.
 
         Args:
             images: (B, C, H, W) float in [0, 1].
@@ -169,11 +185,11 @@ class VQGAN(nn.Module):
         return self.quantizer.nearest(self.encoder(images))
 
     def decode(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Tokens to images.
+        """Decodes tokens to images.
 
         Args:
             tokens: (B, N) int64 in [0, K), raster order.
-            grid: Rows and columns (h, w) with h w = N.
+            grid: Rows and columns (h, w), h w = N; other grids than the training's work too.
 
         Returns:
             (B, C, H, W) float, not clipped; H and W are h and w times ``downsampling_factor``.
@@ -183,16 +199,17 @@ class VQGAN(nn.Module):
         return images
 
     def grid(self, image_size: int | tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns (h, w) of the token grid of an image; see ``VQGANConfig.grid``."""
+        """Returns the rows and columns (h, w) of the token grid of an image; see ``VQGANConfig.grid``."""
         return self.config.grid(image_size)
 
 
 def _encoder_blocks(config: VQGANConfig) -> Iterator[nn.Module]:
-    """Levels from full resolution down, a downsampling between two levels, then the middle blocks."""
+    """Yields levels from full resolution down, with a downsampling between two levels, then the middle blocks."""
     width = config.base_channels
     for level, out in enumerate(config.widths):
         if level > 0:
             yield _downsample(width, config)
+        # The first block of a level changes the number of channels.
         for _ in range(config.num_res_blocks):
             yield ResidualBlock(width, out, config)
             width = out
@@ -201,7 +218,7 @@ def _encoder_blocks(config: VQGANConfig) -> Iterator[nn.Module]:
 
 
 def _decoder_blocks(config: VQGANConfig) -> Iterator[nn.Module]:
-    """Yields the middle blocks, then levels up to full resolution, an upsampling between two levels."""
+    """Yields the middle blocks, then levels up to full resolution, with an upsampling between two levels."""
     width = config.widths[-1]
     for _ in range(config.num_middle_blocks):
         yield ResidualBlock(width, width, config)

@@ -1,4 +1,4 @@
-"""Every size of the tokenizer's network, checked; recipes and pretrained folders hold it."""
+"""The sizes of the tokenizer's network, checked. Recipes and pretrained folders hold them under these names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Downsampling = Literal["average", "strided"]
 Activation = Literal["swish", "relu"]
 Layout = Literal["maskgit", "taming"]
 
-_RANGES = {  # well beyond any network that exists: what is larger is a mistake, or meant to fill the memory
+_RANGES = {  # well above any existing network: a larger number is a mistake, or an attack on the memory
     "in_channels": "[1, 1024]",
     "base_channels": "[1, 16384]",
     "num_res_blocks": "[1, 64]",
@@ -26,43 +26,44 @@ _RANGES = {  # well beyond any network that exists: what is larger is a mistake,
     "code_dim": "[1, 65536]",
     "patch_size": "[1, 64]",
 }
-_MOST_LEVELS = 12  # the resolution is halved 11 times
+_MAX_LEVELS = 12  # the resolution is halved 11 times
 _FIXED_BY_TAMING = ("num_middle_blocks", "downsampling", "activation", "patch_size")
-_OF_TAMING_ALONE = ("attention_levels", "latent_channels")
+_ONLY_OF_TAMING = ("attention_levels", "latent_channels")
 
 
 @dataclass(frozen=True)
 class VQGANConfig:
-    """Every size of the network. The defaults are the released ImageNet tokenizer's.
+    """The sizes of the network. The defaults are the released ImageNet tokenizer's.
 
     Attributes:
         in_channels: C, channels of an image.
-        base_channels: Width of the first level.
-        channel_multipliers: Width of each level as a multiple of ``base_channels``; each level has half the
+        base_channels: Channels of the first level.
+        channel_multipliers: Channels of each level as a multiple of ``base_channels``; each level has half the
             resolution of the one before.
-        num_res_blocks: Residual blocks of each level.
-        num_middle_blocks: Residual blocks after the encoder's last and before the decoder's first level.
-        downsampling: 2x2 mean, or a 4x4 convolution of stride 2.
+        num_res_blocks: Number of residual blocks of each level.
+        num_middle_blocks: Number of residual blocks after the encoder's last and before the decoder's first level.
+        downsampling: ``average``: 2x2 mean; ``strided``: 4x4 convolution of stride 2.
         activation: ``swish`` or ``relu``.
-        num_groups: Groups of each GroupNorm; divides every width.
-        codebook_size: K, codes in the codebook.
-        code_dim: D, numbers in a code.
-        patch_size: Space to depth before the first and depth to space after the last convolution; 1 is the released
-            code's, 2 or more makes the network cheaper by that factor squared.
-        quantizer: Name or spec of the quantizer.
-        initial_scale: Factor of the initial convolution weights, positive: 1 is the released LeCun normal; 0.577 is the
-            variance of torch's own default, with which short runs learn faster.
+        num_groups: Number of groups of each GroupNorm; divides the channels of every level.
+        codebook_size: K, number of codes.
+        code_dim: D, size of a code.
+        patch_size: Factor of space to depth before the first convolution and of depth to space after the last one.
+            1 (released code) does neither; 2 or more makes the network cheaper by its square.
+        quantizer: Name or mapping of a registered quantizer.
+        initial_scale: Factor of the initial convolution weights, in (0, 1000]. 1 is the released LeCun normal; 0.577
+            gives the variance of torch's default, with which short runs learn faster.
         layout: ``maskgit``: the released MaskGIT code's; ``taming``: that of taming-transformers and LlamaGen, with
-            biases, self-attention and one more block on each level of the decoder. ``taming`` fixes
-            ``num_middle_blocks``, ``downsampling``, ``activation`` and ``patch_size``; its images are multiples
-            of the downsampling factor.
-        attention_levels: Levels whose blocks are each followed by self-attention, 0 being full resolution; ``taming``
-            alone, whose middle has self-attention in any case.
-        latent_channels: Channels between the last 3x3 and the 1x1 convolution before the codes; ``taming`` needs it.
+            biases, self-attention and one more block at each level of the decoder. ``taming`` fixes
+            ``num_middle_blocks``, ``downsampling``, ``activation`` and ``patch_size``; image sizes
+            are multiples of the downsampling factor.
+        attention_levels: Levels (0: full resolution) with self-attention after each block; layout ``taming`` only,
+            whose middle always has self-attention.
+        latent_channels: Channels between the last 3x3 and the 1x1 convolution before the codes; required by layout
+            ``taming``, and for it only.
 
     Raises:
-        ValueError: if a size is out of range, a width is not divisible by ``num_groups``, the quantizer is unknown, or
-            the layout does not have what is asked for.
+        ValueError: if a size is out of range, the channels of a level are not divisible by ``num_groups``, the
+            quantizer is unknown, or the layout does not support a value.
 
     Source: released code, config and modules of the 256 and 512 px tokenizer; ``taming``: CompVis/taming-transformers,
     modules/diffusionmodules/model.py, and FoundationVision/LlamaGen, tokenizer/tokenizer_image/vq_model.py.
@@ -98,9 +99,9 @@ class VQGANConfig:
     def _check_sizes(self) -> None:
         for name, interval in _RANGES.items():
             check_integer(f"network {name}", getattr(self, name), interval)
-        if not 1 <= len(self.channel_multipliers) <= _MOST_LEVELS:
+        if not 1 <= len(self.channel_multipliers) <= _MAX_LEVELS:
             raise ValueError(
-                f"network channel_multipliers must be 1 to {_MOST_LEVELS} integers, one a level, got "
+                f"network channel_multipliers must be 1 to {_MAX_LEVELS} integers, one a level, got "
                 f"{shorten(self.channel_multipliers)}"
             )
         for multiplier in self.channel_multipliers:
@@ -108,13 +109,14 @@ class VQGANConfig:
         for width in self.widths:
             if width % self.num_groups:
                 raise ValueError(
-                    f"network num_groups must divide every width {self.widths} (base_channels x channel_multipliers), "
-                    f"got {self.num_groups}; {math.gcd(*self.widths)} and its divisors fit"
+                    f"network num_groups must divide the channels of every level, {self.widths} (base_channels x "
+                    f"channel_multipliers), got {self.num_groups}; {math.gcd(*self.widths)} and its divisors fit"
                 )
 
     def _check_layout(self) -> None:
+        """Checks that only fields of this layout differ from their defaults."""
         check_choice("network layout", self.layout, get_args(Layout))
-        others = _FIXED_BY_TAMING if self.layout == "taming" else _OF_TAMING_ALONE
+        others = _FIXED_BY_TAMING if self.layout == "taming" else _ONLY_OF_TAMING
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name in others and value != field.default:
@@ -136,28 +138,28 @@ class VQGANConfig:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Channels of each level, from full resolution down."""
+        """The channels of each level, from full resolution down."""
         return tuple(self.base_channels * multiplier for multiplier in self.channel_multipliers)
 
     @property
     def num_blocks(self) -> int:
-        """Residual blocks of the encoder, of which each has several tensors."""
+        """The number of residual blocks of the encoder, each with several tensors."""
         return len(self.channel_multipliers) * self.num_res_blocks + self.num_middle_blocks
 
     @property
     def downsampling_factor(self) -> int:
-        """Pixels along an edge of what one token covers."""
+        """The side in pixels of the square that a token covers."""
         return int(self.patch_size * 2 ** (len(self.channel_multipliers) - 1))
 
     def grid(self, image_size: int | tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns (h, w) of the token grid of an image.
+        """Returns the rows and columns (h, w) of the token grid of an image.
 
         Args:
-            image_size: Edge of a square image, or (height, width), in pixels.
+            image_size: Side of a square image, or (height, width), in pixels.
 
         Raises:
             ValueError: if the size is not a positive multiple of ``patch_size`` or, in layout ``taming``, of
-                the downsampling factor: what its strides leave over would be lost.
+                the downsampling factor: its strides would drop the remaining pixels.
         """
         name, unit = (
             ("the downsampling factor", self.downsampling_factor)
@@ -168,4 +170,5 @@ class VQGANConfig:
         for size in (height, width):
             if size < 1 or size % unit:
                 raise ValueError(f"image size must be a positive multiple of {name} {unit}, got {size}")
+        # Rounded up: the encoder pads, and the decoder's surplus pixels are cut off.
         return -(-height // self.downsampling_factor), -(-width // self.downsampling_factor)

@@ -1,7 +1,7 @@
-"""Weights from files: what a file claims is checked before it is read, and what it holds before a network takes it.
+"""Weights from untrusted files: the header is checked before tensors are read, and tensors before a network takes them.
 
-Pretrained folders, feature networks, classifiers and importers read weights with these functions. Nothing in a file is
-executed, and nothing is built or expanded that the file does not hold.
+Pretrained folders, feature networks, classifiers and importers read weights with these functions. No file is executed,
+and no memory is allocated for tensors that a file claims but does not hold.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ __all__ = [
     "tensors_digest",
 ]
 
-_MAX_HEADER_BYTES = 8_000_000  # some 60,000 tensors; safetensors itself takes 100 MB, which need 1 GB to parse
+_MAX_HEADER_BYTES = 8_000_000  # about 60,000 tensors; safetensors accepts 100 MB, which take 1 GB to parse
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_HEADER_FLOATS = ("F16", "BF16", "F32", "F64")  # the same in the words of a safetensors header
+_HEADER_FLOATS = ("F16", "BF16", "F32", "F64")  # the same, as a safetensors header spells them
 _SHOWN = 3  # names in a message
-_LONGEST = 300  # letters of what torch says: it names every tensor
+_LONGEST = 300  # letters of torch's own message, which names every tensor
 
-_UNREADABLE = (  # what the loaders raise on a file that is damaged or hostile
+_UNREADABLE = (  # errors of the loaders on a file that is damaged or hostile
     pickle.UnpicklingError,
     SafetensorError,
     RuntimeError,
@@ -64,8 +64,8 @@ class TensorInfo(NamedTuple):
     """A tensor as the header of a safetensors file describes it.
 
     Attributes:
-        dtype: In the words of the format, e.g. ``F32``.
-        shape: Of the tensor.
+        dtype: Type as the format spells it, such as ``F32``.
+        shape: Shape of the tensor.
     """
 
     dtype: str
@@ -77,10 +77,11 @@ def open_tensors(file: Path) -> safe_open:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the header has more than 8 MB, or does not fit the file.
+        ValueError: if the header is larger than 8 MB, or the file is not safetensors or is cut off.
     """
     if not file.is_file():
         raise FileNotFoundError(f"weights {file}: no such file")
+    # The first 8 bytes are the length of the header. Checked here, since parsing a header of 100 MB takes 1 GB.
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
     if _MAX_HEADER_BYTES < length <= file.stat().st_size:
@@ -91,15 +92,17 @@ def open_tensors(file: Path) -> safe_open:
         return safe_open(file, framework="pt")
     except SafetensorError as error:
         text = " ".join(str(error).split())[:_LONGEST]
-        raise ValueError(f"weights {file}: not safetensors, or not whole ({text}); copy or make it again") from error
+        raise ValueError(
+            f"weights {file} must be a complete safetensors file, got an error: {text}; copy it again"
+        ) from error
 
 
 def read_tensor_header(file: Path) -> dict[str, TensorInfo]:
-    """Reads names, dtypes and shapes of a safetensors file, and no tensor.
+    """Reads the names, dtypes and shapes of a safetensors file, without its tensors.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: as ``open_tensors``.
+        ValueError: see ``open_tensors``.
     """
     with open_tensors(file) as opened:
         slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  # it is no mapping
@@ -111,35 +114,36 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: as ``open_tensors``.
+        ValueError: see ``open_tensors``.
     """
     with open_tensors(file) as opened:
         return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # it is no mapping
 
 
 def check_fit(network: nn.Module, header: Mapping[str, TensorInfo], where: str) -> None:
-    """Compares a network with the header of a file, before the file's tensors are read.
+    """Checks that a file has exactly the tensors of a network, before the file's tensors are read.
 
     Args:
-        network: May be on the device ``meta``.
-        header: As ``read_tensor_header`` gives it.
+        network: Network, on any device, also ``meta``.
+        header: Result of ``read_tensor_header``.
         where: Name of the file, for the message.
 
     Raises:
-        ValueError: if names, shapes or kinds of numbers differ. The message names the first tensors that do.
+        ValueError: if names, shapes or kinds of numbers differ. The message names the first of these tensors.
     """
     own = network.state_dict()
     missing = [f"{name} is missing" for name in own if name not in header]
-    unknown = [f"{shorten(name)} has no place in the network" for name in header if name not in own]
+    unknown = [f"{shorten(name)} is not in the network" for name in header if name not in own]
     other = [
         f"{name} must have shape {tuple(tensor.shape)}, got {header[name].shape}"
         for name, tensor in own.items()
         if name in header and header[name].shape != tuple(tensor.shape)
     ]
+    # Wrong shapes come first: they usually explain the others.
     found = [*other, *missing, *unknown]
     if found:
         more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-        raise ValueError(f"{where}: they do not fit the network's sizes: {'; '.join(found[:_SHOWN])}{more}")
+        raise ValueError(f"{where} do not fit the network's sizes: {'; '.join(found[:_SHOWN])}{more}")
     for name, info in header.items():
         if own[name].is_floating_point() != (info.dtype in _HEADER_FLOATS):
             raise ValueError(f"{where}: tensor {_kind_rule(name, own[name])}, got {info.dtype}")
@@ -148,60 +152,60 @@ def check_fit(network: nn.Module, header: Mapping[str, TensorInfo], where: str) 
 def check_tensor(name: str, tensor: Tensor) -> None:
     """Checks that a tensor of weights holds finite floating point numbers.
 
-    ``aminmax`` reads a tensor once and allocates nothing: 0.1 s for 500 MB, where ``isfinite().all()`` takes 2 s.
-
     Raises:
         ValueError: if it does not. The message names the tensor.
     """
     if tensor.dtype not in _FLOATS:
         raise ValueError(f"tensor {_kind_rule(name, tensor.new_empty(0, dtype=torch.float32))}, got {tensor.dtype}")
+    # aminmax reads a tensor once and allocates nothing: 0.1 s for 500 MB; isfinite().all() takes 2 s.
     extremes = [float(value) for value in torch.aminmax(tensor.detach())] if tensor.numel() else []
     bad = next((value for value in extremes if not math.isfinite(value)), None)
     if bad is not None:
         raise ValueError(
             f"tensor {shorten(name)} must hold finite numbers, got {bad}; the file is damaged, or the training that "
-            "wrote it diverged: take another one"
+            "wrote it diverged: use another file"
         )
 
 
 def check_held(tensors: Mapping[str, Tensor], size: int) -> None:
-    """Checks that tensors are no larger than the file that they come from.
+    """Checks that tensors are not larger than the file that they come from.
 
-    A pickle may describe a tensor as a view that repeats a few numbers, or name one storage many times: it would take
-    its full size as soon as it is copied.
+    A pickle can describe a tensor as a view that repeats a few numbers, or use one storage many times. Such a tensor
+    takes its full size when it is copied.
 
     Args:
-        tensors: By name.
-        size: Bytes of the file.
+        tensors: Tensors by name.
+        size: Size of the file in bytes.
 
     Raises:
-        ValueError: if a tensor is larger than its storage, is not an ordinary tensor, or all of them are larger than
-            the file.
+        ValueError: if a tensor is larger than its storage or is not dense, or all of them together are larger than the
+            file.
     """
     total = 0
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
-            raise ValueError(f"tensor {shorten(name)} must be an ordinary tensor, got {tensor.layout} {tensor.dtype}")
+            raise ValueError(f"tensor {shorten(name)} must be a dense CPU tensor, got {tensor.layout} {tensor.dtype}")
+        # A copy takes the bytes of all elements; the file holds those of the storage.
         needed, held = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
         if needed > held:
             raise ValueError(
-                f"tensor {shorten(name)} must be held by the file, got one of {size_text(needed)} that repeats "
-                f"{size_text(held)}"
+                f"tensor {shorten(name)} must be stored in full, got {size_text(needed)} made of {size_text(held)} "
+                "that repeat"
             )
         total += needed
     if total > size:
         raise ValueError(
-            f"tensors must be held by the file, got {size_text(total)} of them in a file of {size_text(size)}; "
-            "several share their numbers"
+            f"tensors must be stored in full, got {size_text(total)} of them in a file of {size_text(size)}; several "
+            "share their storage"
         )
 
 
 def check_archive(stream: IO[bytes], size: int) -> None:
-    """Checks that a zip archive, as ``torch.save`` writes it, unpacks to no more than its own size.
+    """Checks that a zip archive of ``torch.save`` does not unpack to more than its own size.
 
     Args:
-        stream: The file. Anything else than a zip archive passes.
-        size: Bytes of the file.
+        stream: The file. A file of another format passes.
+        size: Size of the file in bytes.
 
     Raises:
         ValueError: if an entry is compressed, or the entries are larger than the file.
@@ -231,19 +235,19 @@ def read_weights(path: Path, *, thing: str, sha256: str = "") -> Mapping[str, Te
 
     Args:
         path: The file.
-        thing: The owner of the weights, for errors, e.g. ``"feature network 'timm'"``.
-        sha256: First digits of the file's own; none are asked for if empty.
+        thing: Owner of the weights, for errors, such as ``"feature network 'timm'"``.
+        sha256: First digits of the expected sha256; empty accepts any file.
 
     Returns:
         Tensors by name.
 
     Raises:
-        ValueError: if the file is missing, another one than the digits say, holds anything but tensors, or describes
-            tensors that it does not hold.
+        ValueError: if the file is missing, its sha256 differs, or it holds anything but tensors, or tensors larger
+            than itself.
     """
     if not path.is_file():
         raise ValueError(f"{thing} weights must be an existing file, got {path}")
-    content = path.read_bytes()  # once: what is checked is what is read
+    content = path.read_bytes()  # read once, so that the bytes that are hashed are those that are parsed
     found = hashlib.sha256(content).hexdigest()
     if not found.startswith(sha256):
         raise ValueError(
@@ -253,9 +257,11 @@ def read_weights(path: Path, *, thing: str, sha256: str = "") -> Mapping[str, Te
     try:
         state = _parse(content, is_safetensors=path.suffix == ".safetensors")
     except _UNREADABLE as error:
-        raise ValueError(f"{thing} weights: {path} is no file of tensors alone: {_first_line(error)}") from error
+        raise ValueError(
+            f"{thing} weights: {path} must hold tensors only, got an error: {_first_line(error)}"
+        ) from error
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{thing} weights must be tensors by name, got {path} with something else")
+        raise ValueError(f"{thing} weights: {path} must hold a mapping of names to tensors")
     try:
         check_held(state, len(content))
     except ValueError as error:
@@ -264,36 +270,36 @@ def read_weights(path: Path, *, thing: str, sha256: str = "") -> Mapping[str, Te
 
 
 def load_weight_file(network: nn.Module, path: Path, *, thing: str, sha256: str = "") -> None:
-    """Gives a network the weights of a file.
+    """Loads the weights of a file into a network.
 
     Args:
-        network: Of the sizes of the weights.
-        path: As ``read_weights`` takes it; ``thing`` and ``sha256`` too.
-        thing: The owner of the weights, for errors.
-        sha256: First digits of the file's own.
+        network: Network with the sizes of the weights.
+        path: See ``read_weights``.
+        thing: See ``read_weights``.
+        sha256: See ``read_weights``.
 
     Raises:
-        ValueError: as ``read_weights`` and ``load_weights``.
+        ValueError: see ``read_weights`` and ``load_weights``.
     """
     load_weights(network, read_weights(path, thing=thing, sha256=sha256), f"{thing} {path}")
 
 
 def load_weights(network: nn.Module, weights: Mapping[str, Tensor], where: Path | str, *, assign: bool = False) -> None:
-    """Gives a network weights that a file holds.
+    """Loads weights that come from a file into a network, after checking them.
 
     Args:
-        network: Of the sizes of the weights.
-        weights: Its state dict.
-        where: The file or folder that they come from, for the error.
-        assign: Whether the network takes these very tensors instead of their values.
+        network: Network with the sizes of the weights.
+        weights: State dict of the network.
+        where: File or folder of the weights, for the error.
+        assign: True to use these tensors themselves; False to copy their values.
 
     Raises:
-        ValueError: if a tensor is not of the kind of the network's, holds a number that is not finite, or names or
-            shapes differ.
+        ValueError: if names, shapes or kinds of numbers differ, or a number is non-finite.
     """
+    # load_state_dict would cast integers and accept nan without a word.
     own = network.state_dict()
     for name, tensor in weights.items():
-        if name not in own:  # torch names it below
+        if name not in own:  # load_state_dict reports it
             continue
         try:
             if own[name].is_floating_point():
@@ -307,17 +313,18 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], where: Path 
     except RuntimeError as error:
         text = " ".join(str(error).split())
         shown = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
-        raise ValueError(f"weights {where}: they do not fit the network's sizes: {shown}") from error
+        raise ValueError(f"weights {where} do not fit the network's sizes: {shown}") from error
 
 
 def tensors_digest(named: Iterable[tuple[str, Tensor]], *, prefix: str = "") -> str:
-    """Returns the sha256, in hex, of tensors as they are: their names, types, shapes and bytes, in the order given.
+    """Returns the sha256, in hex, of tensors: their names, types, shapes and bytes, in the given order.
 
     Args:
         named: Names and tensors, on any device.
-        prefix: What else decides the digest.
+        prefix: Text that is hashed first.
     """
     digest = hashlib.sha256(prefix.encode())
+    # The names and shapes are hashed too: equal bytes may be cut into tensors in different ways.
     for name, tensor in named:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
@@ -325,6 +332,7 @@ def tensors_digest(named: Iterable[tuple[str, Tensor]], *, prefix: str = "") -> 
 
 
 def _parse(content: bytes, *, is_safetensors: bool) -> object:
+    """Returns the content of a file."""
     if is_safetensors:
         if int.from_bytes(content[:8], "little") > _MAX_HEADER_BYTES:
             raise ValueError(f"the header must have at most {size_text(_MAX_HEADER_BYTES)}")
@@ -334,6 +342,7 @@ def _parse(content: bytes, *, is_safetensors: bool) -> object:
 
 
 def _kind_rule(name: str, own: Tensor) -> str:
+    """Returns the rule that a file's tensor breaks if its kind of numbers is not the network's."""
     rule = "floating point (float16, bfloat16, float32, float64)" if own.is_floating_point() else "integers"
     return f"{shorten(name)} must be {rule}"
 

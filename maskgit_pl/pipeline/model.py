@@ -182,7 +182,7 @@ class MaskGIT(Editor):
         Raises:
             ValueError: if the networks are not on the CPU, or torch has no 8-bit products.
         """
-        transformer = replace(self.transformer, network=int8.quantized(self.transformer.network))
+        transformer = replace(self.transformer, network=int8.quantize(self.transformer.network))
         made = MaskGIT(self.tokenizer, transformer, mask_schedule=self._mask_schedule_spec, decoding=self._decoding)
         made._origin = self._origin
         return made

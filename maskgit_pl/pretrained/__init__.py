@@ -1,8 +1,8 @@
-"""The folder that is shared: safetensors and config.json, for a tokenizer and for a transformer.
+"""Pretrained folders: ``model.safetensors`` and ``config.json`` of a tokenizer and of a transformer.
 
-``runs/RUN/pretrained/{tokenizer,transformer}/`` is what training and importers write and what sampling, evaluation and
-stage 2 read. Weights are tensors, the configuration is plain JSON: nothing in it is executed. A ``decoding.json``
-beside the two, which ``maskgit tune`` writes, says how to decode instead of the transformer's own configuration.
+Training and importers write ``runs/RUN/pretrained/{tokenizer,transformer}/``; sampling, evaluation and stage 2 read
+them. Weights are tensors and the configuration is plain JSON: nothing in the folder is executed. ``decoding.json``
+beside the two, from ``maskgit tune``, replaces the decoding of the transformer's own configuration.
 """
 
 from maskgit_pl.networks.weight_file import load_weights

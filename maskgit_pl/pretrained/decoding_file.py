@@ -1,4 +1,4 @@
-"""``decoding.json``: how the images of a pretrained folder are decoded, in place of the transformer's own way."""
+"""``decoding.json`` of a pretrained folder, which replaces the transformer's own decoding configuration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from maskgit_pl.decoding import RECIPE_FORMAT, DecodingConfig, read_recipe
 from maskgit_pl.files import sha256_of, write_text
 from maskgit_pl.schedules import mask_schedules
 
-__all__ = ["checked_decoding", "load_decoding", "read_decoding", "save_decoding"]
+__all__ = ["load_decoding", "read_decoding", "save_decoding", "validate_decoding"]
 
 WEIGHTS_FILE = "model.safetensors"
 _DECODING = "decoding.json"
@@ -25,15 +25,15 @@ _log = logging.getLogger(__name__)
 def save_decoding(
     folder: Path | str, decoding: DecodingConfig, *, tuned: Mapping[str, Any] | None = None
 ) -> Path | None:
-    """Writes ``decoding.json``: how this folder's images are decoded from now on.
+    """Writes ``decoding.json``, by which the images of this folder are decoded from then on.
 
     Args:
-        folder: E.g. ``runs/RUN/pretrained``.
-        decoding: The way of decoding.
-        tuned: Record of how it was found, in plain values; kept beside it for people.
+        folder: Folder such as ``runs/RUN/pretrained``.
+        decoding: Configuration of decoding.
+        tuned: Record of the search that found it, in plain values, for people.
 
     Returns:
-        The file that keeps an older ``decoding.json``; None if there was none.
+        The copy of an older ``decoding.json``; None if there was none.
 
     Raises:
         FileNotFoundError: if the folder has no transformer.
@@ -54,15 +54,15 @@ def save_decoding(
 
 
 def read_decoding(folder: Path | str) -> DecodingConfig | None:
-    """Reads ``decoding.json``; None if there is none.
+    """Reads ``decoding.json``; returns None if there is none.
 
-    One that was tuned for other weights is used all the same, and a warning says so.
+    A file that was tuned for other weights is used too, with a warning.
 
     Args:
-        folder: E.g. ``runs/RUN/pretrained``.
+        folder: Folder such as ``runs/RUN/pretrained``.
 
     Raises:
-        ValueError: if it is not JSON, has another format or version or unknown keys, or values that no decoder takes.
+        ValueError: if it is not JSON, has another format or version or unknown keys, or its values are wrong.
     """
     file = Path(folder) / _DECODING
     if not file.is_file():
@@ -71,11 +71,12 @@ def read_decoding(folder: Path | str) -> DecodingConfig | None:
         content, decoding = _decoding_file(file)
     except ValueError as error:
         raise ValueError(f"{error}; delete the file to decode as the model was exported") from error
+    # Tuned settings fit one set of weights; after more training they may not be the best.
     weights = sha256_of(file.parent / "transformer" / WEIGHTS_FILE)
     if content.get("transformer") != weights:
         _log.warning(
-            "decoding %s: tuned for a transformer with fingerprint %s, used with one with %s; "
-            "`maskgit tune` finds what suits it, deleting the file gives the model's own decoding",
+            "decoding %s: tuned for a transformer with fingerprint %s, used with one with %s; run "
+            "`maskgit tune` for this one, or delete the file to use the model's own decoding",
             file,
             str(content.get("transformer"))[:12],
             weights[:12],
@@ -84,11 +85,11 @@ def read_decoding(folder: Path | str) -> DecodingConfig | None:
 
 
 def load_decoding(file: Path | str) -> DecodingConfig:
-    """Reads a file in the form of ``decoding.json``, of any place and tuned for any weights.
+    """Reads a file in the format of ``decoding.json``, from any place and tuned for any weights.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: as ``read_decoding``.
+        ValueError: see ``read_decoding``.
     """
     if not Path(file).is_file():
         raise FileNotFoundError(f"decoding {file}: no such file; `maskgit tune` writes RUN/pretrained/{_DECODING}")
@@ -96,16 +97,16 @@ def load_decoding(file: Path | str) -> DecodingConfig:
 
 
 def _decoding_file(file: Path) -> tuple[dict[str, Any], DecodingConfig]:
-    """Returns the content of the file, and the way of decoding."""
+    """Returns the content of a file, and the configuration in it."""
     decoding, content = read_recipe(file)
-    return content, checked_decoding(decoding, f"decoding {file}: decoding")
+    return content, validate_decoding(decoding, f"decoding {file}: decoding")
 
 
-def checked_decoding(decoding: DecodingConfig, where: str) -> DecodingConfig:
-    """Returns ``decoding`` after a decoder was built of it, which refuses unknown names and wrong numbers.
+def validate_decoding(decoding: DecodingConfig, where: str) -> DecodingConfig:
+    """Returns ``decoding`` after building a decoder from it, which checks its names and numbers.
 
     Raises:
-        ValueError: if it is refused. The message begins with ``where``.
+        ValueError: if a name is unknown or a number is wrong. The message begins with ``where``.
     """
     try:
         if decoding.is_autoregressive:

@@ -1,4 +1,4 @@
-"""Folders of a tokenizer and of a transformer: ``model.safetensors`` and ``config.json``, written and read."""
+"""Writes and reads the folder of a tokenizer or a transformer: ``model.safetensors`` and ``config.json``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.networks.weight_file import check_fit, check_tensor, load_weights, read_tensor_header, read_tensors
 from maskgit_pl.old_names import rename_config, rename_tensors
-from maskgit_pl.pretrained.decoding_file import WEIGHTS_FILE, checked_decoding
+from maskgit_pl.pretrained.decoding_file import WEIGHTS_FILE, validate_decoding
 from maskgit_pl.pretrained.networks import PretrainedTokenizer, PretrainedTransformer
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
 
@@ -37,10 +37,10 @@ def save_tokenizer(folder: Path, config: VQGANConfig, weights: Mapping[str, Tens
     """Writes a tokenizer folder; an older one is replaced when the new one is complete.
 
     Args:
-        folder: E.g. ``runs/RUN/pretrained/tokenizer``.
+        folder: Folder such as ``runs/RUN/pretrained/tokenizer``.
         config: Sizes of the network.
         weights: State dict of a ``VQGAN``.
-        image_size: Height and width that it was trained on, in pixels.
+        image_size: Height and width of the training images, in pixels.
     """
     _save(folder, "tokenizer", weights, {"network": asdict(config), "image_size": image_size})
 
@@ -55,7 +55,17 @@ def save_transformer(
     class_names: tuple[str, ...],
     tokenizer_fingerprint: str,
 ) -> None:
-    """Writes a transformer folder; see ``PretrainedTransformer``; the schedule as a recipe names it."""
+    """Writes a transformer folder; an older one is replaced when the new one is complete.
+
+    Args:
+        folder: Folder such as ``runs/RUN/pretrained/transformer``.
+        config: Sizes of the network.
+        weights: State dict of the transformer that ``config`` names.
+        mask_schedule: Name or mapping of the mask schedule, as in a recipe; None for an autoregressive transformer.
+        decoding: See ``PretrainedTransformer``.
+        class_names: See ``PretrainedTransformer``.
+        tokenizer_fingerprint: See ``PretrainedTransformer``.
+    """
     _save(
         folder,
         "transformer",
@@ -76,7 +86,7 @@ def load_tokenizer(folder: Path | str) -> PretrainedTokenizer:
     Raises:
         FileNotFoundError: if there is no such folder, or a file is missing.
         ValueError: if it is not a tokenizer, a value is out of range, or the weights do not fit the configuration or
-            are not finite.
+            are non-finite.
     """
     folder = Path(folder)
     config = _tokenizer(read_config(folder, "tokenizer"), folder)
@@ -90,7 +100,7 @@ def load_transformer(folder: Path | str) -> PretrainedTransformer:
     Raises:
         FileNotFoundError: if there is no such folder, or a file is missing.
         ValueError: if it is not a transformer, a value is out of range or unknown, or the weights do not fit the
-            configuration or are not finite.
+            configuration or are non-finite.
     """
     folder = Path(folder)
     config = _transformer(read_config(folder, "transformer"), folder)
@@ -104,21 +114,23 @@ def load_transformer(folder: Path | str) -> PretrainedTransformer:
 
 
 def read_config(folder: Path | str, kind: Kind) -> dict[str, Any]:
-    """Reads the configuration of a pretrained folder; that of a tokenizer or a transformer is checked as a whole.
+    """Reads the configuration of a pretrained folder. That of a tokenizer or a transformer is checked completely.
+
+    Args:
+        folder: Folder of a tokenizer, a transformer, or both (``pipeline``).
+        kind: Kind that the file must have.
 
     Returns:
-        The plain values of the file.
+        The plain values of the file, by today's names.
 
     Raises:
         FileNotFoundError: if there is no such folder or file.
-        ValueError: if it is not JSON, of another kind or of a newer format, or if a value is not one that the kind has.
+        ValueError: if it is not JSON, is of another kind or version, or a value is wrong.
     """
     folder = Path(folder)
     file = folder / _CONFIG
     if not file.exists():
-        raise FileNotFoundError(
-            f"{kind} {folder}: no {_CONFIG} there; a folder that training or an import wrote is needed"
-        )
+        raise FileNotFoundError(f"{kind} {folder}: no {_CONFIG} there; name a folder that training or an import wrote")
     config = rename_config(read_json(file, max_bytes=_MAX_CONFIG_BYTES), str(file))
     _check_format(config, file, f"maskgit_pl.{kind}", thing=kind)
     if kind == "tokenizer":
@@ -129,11 +141,12 @@ def read_config(folder: Path | str, kind: Kind) -> dict[str, Any]:
 
 
 def fingerprint(folder: Path | str) -> str:
-    """Returns the sha256 of a folder's weights in hex: tokens of one tokenizer are never taken for another's."""
+    """Returns the sha256 of a folder's weights, in hex, which tells tokens of one tokenizer from those of another."""
     return sha256_of(Path(folder) / WEIGHTS_FILE)
 
 
 def _check_format(content: Mapping[str, Any], file: Path, expected: str, *, thing: str) -> None:
+    # True == 1 in Python, so a boolean is no version.
     found, version = content.get("format"), content.get("version")
     if found != expected:
         raise ValueError(f"{thing} {file}: format must be {expected!r}, got {shorten(found)}")
@@ -155,7 +168,7 @@ def _tokenizer(content: Mapping[str, Any], folder: Path) -> _TokenizerConfig:
     try:
         network = build_dataclass(VQGANConfig, content["network"], "network")
         size = check_integer("image_size", content["image_size"], f"[1, {_LARGEST_IMAGE}]")
-        network.grid(size)
+        network.grid(size)  # raises if the network cannot encode this size
     except (ValueError, ArithmeticError) as error:
         raise ValueError(f"{file}: {error}") from error
     return _TokenizerConfig(network, size)
@@ -181,7 +194,7 @@ def _transformer(content: Mapping[str, Any], folder: Path) -> _TransformerConfig
     return _TransformerConfig(
         network,
         _mask_schedule(content["mask_schedule"], network.attention, file),
-        checked_decoding(decoding, f"{file}: decoding"),
+        validate_decoding(decoding, f"{file}: decoding"),
         check_class_names(f"{file}: class_names", content["class_names"], network.num_classes),
         _text(content["tokenizer_fingerprint"], f"{file}: tokenizer_fingerprint"),
     )
@@ -190,8 +203,8 @@ def _transformer(content: Mapping[str, Any], folder: Path) -> _TransformerConfig
 def _mask_schedule(spec: Any, attention: str, file: Path) -> MaskSchedule | None:
     if (spec is None) != (attention == "causal"):
         raise ValueError(
-            f"{file}: bidirectional attention goes with a mask schedule and causal attention without, got "
-            f"{attention} and {shorten(spec)}"
+            f"{file}: mask_schedule must be set for bidirectional and null for causal attention, got {shorten(spec)} "
+            f"for {attention}"
         )
     try:
         return None if spec is None else mask_schedules.build(spec)
@@ -206,6 +219,7 @@ def _text(value: Any, where: str) -> str:
 
 
 def _save(folder: Path, kind: Kind, weights: Mapping[str, Tensor], config: dict[str, Any]) -> None:
+    # Checked before anything is written: a diverged run keeps its older export.
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     for name, tensor in tensors.items():
         try:
@@ -220,33 +234,37 @@ def _save(folder: Path, kind: Kind, weights: Mapping[str, Tensor], config: dict[
 
 
 def _read_network(build: Callable[[], Network], folder: Path, *, num_blocks: int) -> Network:
-    """Returns a network with a folder's weights, frozen.
+    """Returns a network with the weights of a folder, frozen.
 
-    1. The header of the file is read. A network with more blocks than it has tensors is refused before it is built.
-    2. The network is built without memory, which is also quicker than drawing first weights, and its names and shapes
-       are compared with the header.
-    3. The tensors are read and checked.
+    1. Read the header of the file. Refuse a network with more blocks than the file has tensors before it is built.
+    2. Build the network without memory, which is also faster than drawing initial weights, and compare names and shapes
+       with the header.
+    3. Read the tensors and check their numbers.
 
     Args:
-        build: Makes the network.
-        folder: With ``model.safetensors``.
-        num_blocks: Blocks of the network, each of at least one tensor.
+        build: Builds the network.
+        folder: Folder with ``model.safetensors``.
+        num_blocks: Number of blocks of the network, each of at least one tensor.
     """
     file = folder / WEIGHTS_FILE
-    header = rename_tensors(read_tensor_header(file), f"weights {file}")  # 1
+    # 1.
+    header = rename_tensors(read_tensor_header(file), f"weights {file}")
     if num_blocks > len(header):
         raise ValueError(
             f"{folder / _CONFIG}: network of {num_blocks} blocks must fit {WEIGHTS_FILE}, which holds {len(header)} "
             "tensors"
         )
-    with torch.device("meta"):  # 2
+    # 2.
+    with torch.device("meta"):
         network = build()
     check_fit(network, header, f"weights {file}")
+    # 3.
     types = {name: tensor.dtype for name, tensor in network.state_dict().items()}
-    tensors = rename_tensors(read_tensors(file), f"weights {file}")  # 3
+    tensors = rename_tensors(read_tensors(file), f"weights {file}")
     weights = {name: tensor.to(types[name]) for name, tensor in tensors.items()}
     load_weights(network, weights, file, assign=True)
+    # A tensor that is not in the state dict would still be on meta.
     empty = [name for name, tensor in (*network.named_parameters(), *network.named_buffers()) if tensor.is_meta]
     if empty:
-        raise TypeError(f"network of {folder}: tensors outside of its state dict cannot be read, got {empty}")
+        raise TypeError(f"network of {folder}: all tensors must be in its state dict, got others: {empty}")
     return network.requires_grad_(requires_grad=False).eval()

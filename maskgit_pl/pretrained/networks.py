@@ -1,4 +1,4 @@
-"""A tokenizer and a transformer as they were saved, with what decoding needs."""
+"""A pretrained tokenizer and a pretrained transformer, with the data that decoding needs."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from maskgit_pl.schedules import MaskSchedule
 
 __all__ = ["PretrainedTokenizer", "PretrainedTransformer", "images_at_once"]
 
-_MOST_PIXELS = 2**20  # decoded at a time: 16 images of 256 pixels
+_MAX_PIXELS = 2**20  # of a batch in the tokenizer: 16 images of 256 x 256
 
 
 @dataclass(frozen=True)
 class PretrainedTokenizer:
-    """A tokenizer as it was saved.
+    """A pretrained tokenizer.
 
     Args:
-        network: In evaluation mode, on the CPU, frozen.
-        image_size: Height and width that it was trained on, in pixels.
+        network: Network in evaluation mode, frozen, on the CPU.
+        image_size: Height and width of the training images, in pixels.
         fingerprint: sha256 of its weights, hexadecimal.
     """
 
@@ -34,20 +34,20 @@ class PretrainedTokenizer:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of tokens of an image of ``image_size``."""
+        """The rows and columns of the token grid of an image of ``image_size``."""
         return self.network.config.grid(self.image_size)
 
     def encode(self, images: Tensor, *, batch_size: int | None = None) -> Tensor:
-        """Encodes images to tokens, as many at a time as ``images_at_once`` says, on the network's device.
+        """Encodes images to tokens on the network's device, in batches of at most ``images_at_once``.
 
         Args:
-            images: (n, C, H, W) uint8.
-            batch_size: At most so many at a time.
+            images: (B, C, H, W) uint8.
+            batch_size: Largest batch; None for no further limit.
 
         Returns:
-            (n, N) int64 on the CPU, in [0, K).
+            (B, N) int64 in [0, K), on the CPU.
         """
-        like = next(self.network.parameters())
+        like = next(self.network.parameters())  # for device and dtype
         count = min(batch_size or len(images), images_at_once(*images.shape[-2:]))
         tokens = []
         with torch.no_grad():
@@ -57,16 +57,16 @@ class PretrainedTokenizer:
             return torch.cat(tokens)
 
     def decode(self, tokens: Tensor, *, grid: tuple[int, int] | None = None) -> Tensor:
-        """Decodes tokens to images, as many at a time as ``images_at_once`` says, on the network's device.
+        """Decodes tokens to images on the network's device, in batches of at most ``images_at_once``.
 
         Args:
             tokens: (B, N) int64 in [0, K).
-            grid: Rows and columns of another picture than the model's own, such as a panorama.
+            grid: Rows and columns of the tokens; None for those of ``image_size``. A panorama has another grid.
 
         Returns:
-            (B, C, H, W) uint8 on the CPU: the decoded images, clipped to [0, 1], image_size high and wide or as large
-            as the grid.
+            (B, C, H, W) uint8 on the CPU, clipped. H and W are ``image_size``, or the size of another grid.
         """
+        # An image of image_size may cover only a part of its last tokens: the rest is cut off.
         size = None if grid is not None and grid != self.grid else self.image_size
         rows, columns = grid or self.grid
         factor = self.network.config.downsampling_factor
@@ -80,14 +80,14 @@ class PretrainedTokenizer:
 
 @dataclass(frozen=True)
 class PretrainedTransformer:
-    """A transformer as it was saved, with what decoding needs.
+    """A pretrained transformer, with the data that decoding needs.
 
     Args:
-        network: In evaluation mode, on the CPU, frozen.
-        mask_schedule: The schedule that it was trained with; None for an autoregressive one.
-        decoding: Way of decoding unless told otherwise.
-        class_names: One for each class.
-        tokenizer_fingerprint: Fingerprint of the tokenizer whose tokens it knows.
+        network: Network in evaluation mode, frozen, on the CPU.
+        mask_schedule: Mask schedule of its training; None for an autoregressive transformer.
+        decoding: Default configuration of decoding.
+        class_names: Name of each class.
+        tokenizer_fingerprint: Fingerprint of the tokenizer whose tokens it predicts.
     """
 
     network: MaskedTransformer | AutoregressiveTransformer
@@ -97,7 +97,7 @@ class PretrainedTransformer:
     tokenizer_fingerprint: str
 
     def schedule_for(self, task: str) -> MaskSchedule:
-        """Returns the mask schedule, for a task that only a model that decodes in parallel can do.
+        """Returns the mask schedule, for a task that needs parallel decoding.
 
         Args:
             task: Name of the task, for the error.
@@ -111,8 +111,12 @@ class PretrainedTransformer:
 
 
 def images_at_once(height: int, width: int) -> int:
-    """Returns how many images of a size a tokenizer encodes or decodes at a time, at least 1: their pixels are bounded.
+    """Returns the largest number of images that a tokenizer encodes or decodes at a time, at least 1.
 
-    The released tokenizer takes 130 MB for an image of 256 x 256 pixels.
+    It bounds the memory: the released tokenizer takes 130 MB for an image of 256 x 256 pixels.
+
+    Args:
+        height: Height of the images in pixels.
+        width: Width of the images in pixels.
     """
-    return max(1, _MOST_PIXELS // (height * width))
+    return max(1, _MAX_PIXELS // (height * width))

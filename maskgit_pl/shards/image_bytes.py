@@ -132,6 +132,11 @@ def check_whole(data: bytes, *, name: str) -> None:
 def check_size(height: int, width: int, name: str) -> None:
     """Checks that an image has at most 64 million pixels.
 
+    Args:
+        height: Height in pixels.
+        width: Width in pixels.
+        name: The image's name in error messages.
+
     Raises:
         UnreadableImageError: if it has more.
     """
@@ -194,6 +199,10 @@ def png_chunks(data: bytes) -> Iterator[_Chunk]:
 
 def check_png(data: bytes, name: str) -> frozenset[bytes]:
     """Checks that a PNG does not have so many chunks that reading them takes minutes.
+
+    Args:
+        data: All bytes of the file.
+        name: The image's name in error messages.
 
     Returns:
         The names of its chunks.

@@ -58,7 +58,7 @@ INDEX_DTYPE = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar in a manifest.
+    """A tar in a manifest.
 
     Args:
         name: Path inside the data folder.
@@ -159,7 +159,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class DataSummary:
-    """Facts about a data folder that recipes and commands use before torch is imported.
+    """The facts about a data folder that recipes and commands use before torch is imported.
 
     Args:
         classes: Class names; label i is ``classes[i]``.

@@ -46,7 +46,7 @@ def largest_page(descriptor: int, start: int, length: int) -> int:
 
 
 class _Reader:
-    """Reads Thrift's compact protocol from the bytes of a header."""
+    """A reader of Thrift's compact protocol from the bytes of a header."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data

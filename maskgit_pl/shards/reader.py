@@ -26,7 +26,7 @@ _MAX_LISTED = 20  # samples named in an error
 
 
 class ShardReader:
-    """Random access to a split.
+    """A reader with random access to the samples of a split.
 
     Args:
         manifest: The split.

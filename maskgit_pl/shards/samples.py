@@ -19,7 +19,7 @@ EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # by the format of t
 
 
 class Sample(NamedTuple):
-    """One image and its label.
+    """An image and its label.
 
     Args:
         data: Bytes of the image file.
@@ -63,7 +63,12 @@ class Source(Protocol):
         """The files of the source that are not samples, one line per kind of file."""
 
     def samples(self, split: Split, places: range) -> Iterator[Sample | UnreadableSample]:
-        """Yields samples of a split by their places in its order, which is always the same."""
+        """Yields samples of a split.
+
+        Args:
+            split: ``"train"`` or ``"val"``.
+            places: Range of places in the order of the split, which is always the same.
+        """
 
 
 def read_sample(read: Callable[[], bytes], *, label: int, name: str) -> Sample | UnreadableSample:

@@ -150,7 +150,7 @@ def parse_label(data: bytes, *, name: str, num_classes: int | None = None) -> in
 
 @dataclass(frozen=True)
 class Fault:
-    """One kind of fault in a shard.
+    """A kind of fault in a shard.
 
     Args:
         count: Number of samples with this fault.
@@ -209,7 +209,7 @@ def scan_shard(path: Path, labels: Labels, *, lenient: bool = True) -> ShardScan
             for member in read_members(descriptor):
                 scan.take(member)
             # a second pass over the file, only if the hash will be used
-            if scan.is_good or lenient:
+            if scan.has_no_faults() or lenient:
                 digest = sha256_of(descriptor)
         except DamagedTarError as error:
             damage = str(error)
@@ -219,7 +219,7 @@ def scan_shard(path: Path, labels: Labels, *, lenient: bool = True) -> ShardScan
 
 
 class _Sample:
-    """Consecutive members with the same key."""
+    """A sample: consecutive members with the same key."""
 
     __slots__ = ("faults", "key", "label", "offset", "other", "place", "shape", "size")
 
@@ -235,14 +235,14 @@ class _Sample:
 
 
 class _Scanner:
-    """Collects samples member by member. A tar may have millions, so time and memory per sample matter here."""
+    """A collector of samples, member by member. A tar may have millions, so time and memory per sample matter here."""
 
     def __init__(self, descriptor: int, shard: str, labels: Labels, *, lenient: bool) -> None:
         self.descriptor, self.shard, self.labels, self.lenient = descriptor, shard, labels, lenient
         self.label_extension = labels.extension
         self.sample = _Sample()
         # rows of (hash of the key, place, offset, size, label, shape, faults): 56 bytes per sample; an object takes 500
-        self.runs = array("q")
+        self.table = array("q")
         self.first: dict[str, str] = {}  # fault -> message about the first sample with it
         self.ignored: Counter[str] = Counter()
         self.num_faulty = self.num_ignored = 0
@@ -269,21 +269,26 @@ class _Scanner:
         else:
             self._take_label(member)
 
-    @property
-    def is_good(self) -> bool:
-        """A bool, True if there are samples and none has a fault; read it after the last member."""
+    def has_no_faults(self) -> bool:
+        """Returns whether there are samples and none has a fault; call it after the last member."""
         self._finish()
-        return bool(self.runs) and not self.num_faulty
+        return bool(self.table) and not self.num_faulty
 
     def result(self, status: os.stat_result, digest: str, damage: str) -> ShardScan:
-        """Returns the result of the scan; call it after the last member."""
+        """Returns the result of the scan; call it after the last member.
+
+        Args:
+            status: ``os.fstat`` of the file.
+            digest: Hash of the file, or empty.
+            damage: The reason if the tar is damaged, or empty.
+        """
         if not damage:  # else the last sample may lack members
             self._finish()
         # a view, since a copy of millions of samples costs memory; NumPy does not take an empty buffer
-        runs = np.frombuffer(self.runs or array("q", [0]), np.int64)[: len(self.runs)].reshape(-1, 7)
-        keys, _, offsets, sizes, labels, shapes, bits = runs.T  # each (n,) int64
+        table = np.frombuffer(self.table or array("q", [0]), np.int64)[: len(self.table)].reshape(-1, 7)
+        keys, _, offsets, sizes, labels, shapes, bits = table.T  # each (n,) int64
         # 5. Find repeated keys; samples with a fault get no row.
-        bits, repeated = self._mark_repeated(keys, bits, runs)
+        bits, repeated = self._mark_repeated(keys, bits, table)
         whole = bits == 0
         rows = np.zeros(int(whole.sum()), INDEX_DTYPE)
         for name, column in (("offset", offsets), ("size", sizes), ("label", labels)):
@@ -295,7 +300,7 @@ class _Scanner:
             rows=rows,
             images=_image_range(shapes[whole]),
             num_keys=len(np.unique(keys[offsets >= 0])),
-            faults=self._count(bits, runs) | repeated,
+            faults=self._count(bits, table) | repeated,
             ignored=dict(self.ignored),
             damage=damage,
         )
@@ -360,7 +365,7 @@ class _Scanner:
             raise DamagedTarError(f"more than {_MAX_FAULTY} samples have a fault (first {first})")
         # hashes are compared within this process only
         key = hash(sample.key)
-        self.runs.extend((key, sample.place, sample.offset, sample.size, sample.label, sample.shape, sample.faults))
+        self.table.extend((key, sample.place, sample.offset, sample.size, sample.label, sample.shape, sample.faults))
 
     def _add_fault(self, fault: str, member: Member, reason: str = "") -> None:
         self.sample.faults |= _BIT[fault]
@@ -372,7 +377,7 @@ class _Scanner:
         return f"{self.shard}:{printable(member.name)}"
 
     def _mark_repeated(
-        self, keys: npt.NDArray[np.int64], bits: npt.NDArray[np.int64], runs: npt.NDArray[np.int64]
+        self, keys: npt.NDArray[np.int64], bits: npt.NDArray[np.int64], table: npt.NDArray[np.int64]
     ) -> tuple[npt.NDArray[np.int64], dict[str, Fault]]:
         """Marks keys that occur more than once.
 
@@ -382,7 +387,7 @@ class _Scanner:
         Args:
             keys: (n,) int64, hash of each sample's key.
             bits: (n,) int64, faults of each sample.
-            runs: (n, 7) int64, all columns.
+            table: (n, 7) int64, all columns.
 
         Returns:
             The faults with these marks, (n,) int64, and a count of each kind; a key counts once.
@@ -401,15 +406,17 @@ class _Scanner:
         found = {}
         for fault, chosen in ((REPEATED, many & ~parts), (INTERLEAVED, parts)):
             if chosen.any():
-                found[fault] = Fault(len(np.unique(keys[chosen])), self._member_label_at(int(runs[chosen.argmax(), 1])))
+                found[fault] = Fault(
+                    len(np.unique(keys[chosen])), self._member_label_at(int(table[chosen.argmax(), 1]))
+                )
         return bits, found
 
-    def _count(self, bits: npt.NDArray[np.int64], runs: npt.NDArray[np.int64]) -> dict[str, Fault]:
+    def _count(self, bits: npt.NDArray[np.int64], table: npt.NDArray[np.int64]) -> dict[str, Fault]:
         found = {}
         for fault in _FAULTS:
             chosen = bits & _BIT[fault] != 0
             if chosen.any() and fault not in (REPEATED, INTERLEAVED):  # _mark_repeated counts those, once per key
-                first = self.first.get(fault) or self._member_label_at(int(runs[chosen.argmax(), 1]))
+                first = self.first.get(fault) or self._member_label_at(int(table[chosen.argmax(), 1]))
                 found[fault] = Fault(int(chosen.sum()), first)
         return found
 

@@ -74,6 +74,8 @@ _LeftOut = dict[str, list[str]]  # names of files that are not samples, by kind
 
 
 class _File(NamedTuple):
+    """A file of an image folder."""
+
     path: Path
     label: int
     digest: bytes  # of the path relative to the split's root; determines order and split
@@ -279,6 +281,8 @@ class IdxFiles:
 
 @dataclass(frozen=True)
 class _IdxSplit:
+    """The content of a split's two IDX files."""
+
     images: npt.NDArray[np.uint8]  # (n, H, W)
     labels: npt.NDArray[np.uint8]  # (n,)
     sha256: str

@@ -20,7 +20,7 @@ HEADERS = 2_000  # images whose size is read, spread evenly over the split
 
 
 class SizeCount(NamedTuple):
-    """One bar of a histogram: the number of images whose shorter side is in [low, high] pixels."""
+    """A bar of a histogram: the number of images whose shorter side is in [low, high] pixels."""
 
     low: int
     high: int
@@ -29,7 +29,7 @@ class SizeCount(NamedTuple):
 
 @dataclass(frozen=True)
 class DataStatistics:
-    """Statistics of a data folder.
+    """The statistics of a data folder.
 
     Args:
         summary: Class names, samples of the splits, range of the image sizes.

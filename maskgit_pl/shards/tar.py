@@ -38,7 +38,7 @@ class DamagedTarError(ValueError):
 
 
 class Member(NamedTuple):
-    """One member of a tar.
+    """A member of a tar.
 
     Args:
         name: Name as stored.
@@ -139,7 +139,14 @@ class _Window:
         return block
 
     def payload(self, offset: int, size: int, *, limit: int, name: str) -> bytes:
-        """Returns the payload after the header at an offset, at most ``limit`` bytes."""
+        """Returns the payload after the header at an offset.
+
+        Args:
+            offset: Position of the header in the file.
+            size: Length of the payload.
+            limit: Maximum length.
+            name: The member's name in error messages.
+        """
         if size > limit:
             raise DamagedTarError(f"extended header at byte {offset} must have at most {limit} bytes, got {size}")
         self.require(offset, size, name=name)

@@ -378,5 +378,13 @@ def _first_outside(array: npt.NDArray[Any], limit: int) -> tuple[int, int] | Non
 
 
 def outside_range(values: npt.NDArray[Any], limit: int) -> npt.NDArray[np.bool_]:
-    """Returns a mask of the integers outside [0, limit), with the shape of ``values``."""
+    """Returns a mask of the integers outside [0, limit).
+
+    Args:
+        values: Integers of any shape.
+        limit: Upper limit, exclusive.
+
+    Returns:
+        bool of the same shape, True outside the range.
+    """
     return (values < 0) | (values >= limit)

@@ -98,12 +98,22 @@ def make_shards(
 
 
 def describe(source: Source, *, size: int | None = None, shard_size: int = 10_000) -> dict[str, Any]:
-    """Returns everything that determines the content of a data folder, as JSON values."""
+    """Returns everything that determines the content of a data folder, as JSON values.
+
+    Args:
+        source: Source of the samples.
+        size: Side of the images; see ``make_shards``.
+        shard_size: Maximum number of samples per shard.
+    """
     return {"source": source.describe(), "size": size, "shard_size": shard_size}
 
 
 def is_made_from(folder: str | Path, record: dict[str, Any]) -> bool:
     """Returns whether a folder holds complete shards that were made from this record.
+
+    Args:
+        folder: The data folder.
+        record: The result of ``describe``.
 
     Raises:
         ValueError: if it was, but its shards have been changed or lost since.

@@ -96,7 +96,7 @@ def test_a_flag_that_has_no_meaning_is_refused_in_one_line(train, tmp_path, flag
 def test_weights_of_the_other_kind_are_refused_before_a_step(train, tiny_pretrained):
     refused(
         train("--pretrained", tiny_pretrained),
-        "model.network.attention: the pretrained transformer is bidirectional, got causal",
+        "model.network.attention must be bidirectional, as in the pretrained transformer, got causal",
         "RECIPE=autoregressive",
     )
 

@@ -24,7 +24,7 @@ def test_an_import_says_what_it_made_and_what_to_do_next_and_that_works(tmp_path
     assert call("--tokenizer", TOKENIZER, "--transformer", TRANSFORMER, "--out", out, "--image-size", 8) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "tokenizer: 390,435 parameters; 64 codes; images of 8 x 8 px are 4 x 4 tokens"
-    assert lines[1] == "transformer: 77,323 parameters; 2 blocks of width 64; 10 classes, '0' to '9'"
+    assert lines[1] == "transformer: 77,323 parameters; 2 blocks of size 64; 10 classes, '0' to '9'"
     written, _, following = lines[2].partition(": written; next: maskgit ")
     assert written == str(out)
     assert (
@@ -70,13 +70,13 @@ def files(tmp_path) -> Path:
         ({"transformer": "orbax"}, "got a folder; name the file itself"),
         ({"transformer": "cut"}, "the file of 100,000 bytes is cut off; download it again"),
         ({"tokenizer": TRANSFORMER}, "name that file with --transformer"),
-        ({"image-size": "256"}, "--image-size: this transformer's 4 x 4 tokens are images of 8 px, got 256; "),
-        ({"class-names": "nine"}, "10 classes is needed, got 9"),
+        ({"image-size": "256"}, "--image-size must be 8, for 4 x 4 tokens of this transformer, got 256; "),
+        ({"class-names": "nine"}, "must be 10, one for each class of the transformer, got 9"),
         ({"class-names": "latin"}, "a text in UTF-8"),
-        ({"class-names": "nowhere"}, "no such file; one name a line"),
-        ({"out": "."}, "a new folder is needed, and something is there"),
-        ({"out": "cut"}, "a new folder is needed, and something is there"),
-        ({"out": "cut/out"}, "a folder is needed above it, got the file"),
+        ({"class-names": "nowhere"}, "no such file; name a text file with one name per line"),
+        ({"out": "."}, "must be a new or empty folder, got one with content"),
+        ({"out": "cut"}, "must be a new or empty folder, got one with content"),
+        ({"out": "cut/out"}, "must lie in a folder, got the file"),
     ],
 )
 def test_bad_input_is_refused_in_one_line_and_nothing_written(flags, message, files, tmp_path, capsys):

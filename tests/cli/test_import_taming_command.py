@@ -77,8 +77,8 @@ def test_the_folder_holds_the_weights_and_the_report_what_they_are(checkpoint, t
     for words in (
         f"taming-transformers layout, {sum(weight.numel() for weight in weights.values()):,} parameters",
         "3 x 16 x 16 -> 16 x 16 tokens",
-        "8 codes of width 4",
-        "widths 32, 1 blocks a level, self-attention in the middle",
+        "8 codes of size 4",
+        "channels 32, 1 blocks a level, self-attention in the middle",
         "ignored   epoch, loss.* (1 tensors)",
         f"next: make train-transformer DATASET=... RECIPE=paper-256 TOKENIZER={out}/tokenizer",
     ):
@@ -92,7 +92,7 @@ def test_bad_input_is_answered_in_one_line(checkpoint, tmp_path, capsys):
     for words, message in (
         (
             [file, "--out", tmp_path / "there"],
-            "there: a new folder is needed, and something is there",
+            "there must be a new or empty folder, got one with content",
         ),
         ([file, "--out", tmp_path / "new", "--image-size", 0], "--image-size: at least 1 is needed, got 0"),
         ([tmp_path / "nowhere.pt", "--out", tmp_path / "new"], "nowhere.pt: no such file"),

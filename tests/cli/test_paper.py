@@ -91,7 +91,7 @@ def test_reference_files_of_as_many_images_are_told_apart(
     measured = rows(tmp_path / "results", "samples")
     assert [row["reference_file"] for row in measured] == ["dark.npz", "dark.npz", "bright.npz", "bright.npz"]
     assert {row["split"] for row in measured} == {""}
-    assert "against 20 real ones of dark.npz" in " ".join(pages[0].split())
+    assert "compared with 20 real images of dark.npz" in " ".join(pages[0].split())
     assert all(row["reference"][:8] in pages[1] for row in measured[2:])
 
 
@@ -216,7 +216,7 @@ def test_table_3_and_figure_8_choose_t_and_measure_it_again(
     assert {row["run"] for row in rows(tmp_path / "results", "likelihood")} == {run.name for run in runs}
 
     (runs[0] / "transformer" / "config.yaml").write_text(yaml.safe_dump({**config, "trainer": {"max_steps": 50}}))
-    with pytest.raises(ValueError, match=r"trainer\.max_steps: runs with the same value .* shoes-square 50"):
+    with pytest.raises(ValueError, match=r"trainer\.max_steps must be the same in all runs, .* shoes-square 50"):
         call("figure", 8, *runs, *how)
 
 
@@ -224,16 +224,16 @@ def test_what_is_wrong_is_said_before_anything_is_measured(
     runs: list[Path], tiny_shards: Path, judge: Path, tmp_path: Path
 ) -> None:
     how = common(tiny_shards, judge, tmp_path / "results")
-    with pytest.raises(ValueError, match="table 1: at least one run is needed"):
+    with pytest.raises(ValueError, match="table 1 must have at least one run"):
         call("table", 1, *how)
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
         call("table", 1, tmp_path / "nowhere", *how)
     shutil.copytree(runs[0], runs[0].with_name("again"))
-    with pytest.raises(ValueError, match="one for each mask schedule is needed"):
+    with pytest.raises(ValueError, match="the mask schedules of the runs must differ, got several with"):
         call("table", 3, runs[0], runs[0].with_name("again"), *how)
     with pytest.raises(ValueError, match="--num-steps must be <= 8, half the number of tokens, got only"):
         call("table", 3, *runs, *how, "--num-steps", "12")
-    with pytest.raises(ValueError, match="--num-images: at least one for each of the 3 classes"):
+    with pytest.raises(ValueError, match="--num-images must be >= 3, one per class, got 2"):
         call("table", 1, *runs, *how, "--num-images", 2)
     with pytest.raises(FileNotFoundError, match="recipe 'cosin'"):
         call("ablation", "--schedules", "square,cosin")

@@ -14,7 +14,7 @@ from maskgit_pl.decoding import (
     GuidedPredictor,
     ParallelDecoder,
     SeededNoise,
-    class_predictor,
+    build_class_predictor,
     decode_classes,
 )
 from maskgit_pl.decoding.predictors import apply_guidance
@@ -101,7 +101,7 @@ def test_sharing_the_first_step_changes_no_token_and_saves_rows(scales):
     labels, seeds = [2, 0, 2, 2, 0], [5, 6, 7, 8, 9]
     network = Network()
     shared = decoded(labels, seeds, scales=scales, network=network)
-    everything = class_predictor(model(Network()), labels, scales=scales)
+    everything = build_class_predictor(model(Network()), labels, scales=scales)
     assert not isinstance(everything, FirstStepPredictor)
     tokens = torch.full((5, 16), MASK)
     plain = decoder(5).steps(everything, tokens, SeededNoise(torch.tensor(seeds), 16), mask_token_id=MASK)
@@ -141,7 +141,7 @@ def test_known_tokens_at_the_start_leave_the_first_step_alone():
 def test_a_late_start_takes_the_later_scales_and_steps():
     scales, tokens = (4.0, 3.0, 2.0, 1.0, 0.5), partly_known([9, 5])
     late = decoded([2, 0], [5, 6], scales=scales, tokens=tokens, first_step=2)
-    predictor = class_predictor(model(Network()), [2, 0], scales=scales[2:])
+    predictor = build_class_predictor(model(Network()), [2, 0], scales=scales[2:])
     noise = SeededNoise(torch.tensor([5, 6]), 16)
     expected = list(decoder(5).steps(predictor, tokens, noise, mask_token_id=MASK, first_step=2))
     assert len(late) == len(expected) == 3
@@ -168,7 +168,7 @@ def test_selectors_are_told_the_grid_and_a_context_cache_needs_a_network_that_ca
     made = ParallelDecoder(mask_schedules.build("cosine"), spy, num_steps=2)
     list(decode_classes(oblong, [0], [1], decoder=made, scales=(0.0,) * 2))
     assert spy.grids == [(2, 8)] * 2
-    with pytest.raises(TypeError, match="context_cache above 1 must have a network that keeps keys and values"):
+    with pytest.raises(TypeError, match="context_cache must be 1 for a network that cannot keep keys and values"):
         list(decode_classes(replace(oblong, context_cache=2), [0], [1], decoder=made, scales=(0.0,) * 2))
 
 
@@ -188,13 +188,13 @@ def test_the_same_seed_gives_the_same_image_and_another_seed_another():
 
 def test_guidance_without_a_null_class_is_refused_and_scale_0_is_not():
     with pytest.raises(ValueError, match="guidance must have scale 0 for a model that has no null class"):
-        class_predictor(model(Network(), null_label=None), [0], scales=[0.0, 1.0])
-    assert isinstance(class_predictor(model(Network(), null_label=None), [0], scales=[0.0, 0.0]), ClassPredictor)
+        build_class_predictor(model(Network(), null_label=None), [0], scales=[0.0, 1.0])
+    assert isinstance(build_class_predictor(model(Network(), null_label=None), [0], scales=[0.0, 0.0]), ClassPredictor)
 
 
 def test_guidance_may_push_away_from_another_class_without_a_null_class():
     network = Network()
-    made = class_predictor(model(network, null_label=None), [0, 2], negative_labels=[1, 1], scales=[1.5])(*ONE)
+    made = build_class_predictor(model(network, null_label=None), [0, 2], negative_labels=[1, 1], scales=[1.5])(*ONE)
     conditional, other = (Network().forward_at(ONE[0], torch.tensor(labels), ONE[1]) for labels in ([0, 2], [1, 1]))
     torch.testing.assert_close(made, 2.5 * conditional - 1.5 * other)
     assert network.labels == [[0, 2, 1, 1]]

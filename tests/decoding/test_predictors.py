@@ -13,7 +13,7 @@ from maskgit_pl.decoding import (
     decode_classes,
     predictors,
 )
-from maskgit_pl.decoding.predictors import class_predictor
+from maskgit_pl.decoding.predictors import build_class_predictor
 from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.networks.transformer import ContextCache, MaskedTransformer, TransformerConfig
 from maskgit_pl.schedules import mask_schedules
@@ -142,9 +142,11 @@ def test_tokens_of_known_positions_are_not_looked_at_again_before_the_next_full_
 
 
 def test_a_network_without_a_cache_and_a_context_cache_of_0_are_refused(network):
-    with pytest.raises(TypeError, match=r"context_cache above 1 must have a network that keeps .*, got function"):
-        class_predictor(model(lambda tokens, labels, positions: tokens, 4), [0])
+    with pytest.raises(
+        TypeError, match=r"context_cache must be 1 for a network that cannot keep .*, got 4 and function"
+    ):
+        build_class_predictor(model(lambda tokens, labels, positions: tokens, 4), [0])
     with pytest.raises(ValueError, match=r"context_cache must be an integer in \[1, inf\), got 0"):
-        class_predictor(model(network, 0), [0])
-    assert isinstance(class_predictor(model(network, 4), [0]), CachedPredictor)
-    assert class_predictor(model(network, 4), [0], all_masked=True).rest.context_cache == 4
+        build_class_predictor(model(network, 0), [0])
+    assert isinstance(build_class_predictor(model(network, 4), [0]), CachedPredictor)
+    assert build_class_predictor(model(network, 4), [0], all_masked=True).rest.context_cache == 4

@@ -39,7 +39,7 @@ def taught(images: Tensor, labels: Tensor, data: ShardData) -> TrainingImages:
 
 
 def real(data: ShardData) -> tuple[Tensor, Tensor]:
-    """All train images: classes that their brightness tells apart."""
+    """Returns all train images, whose brightness tells the classes apart."""
     batch = data.batches("train", InOrder(60)).__getitems__(range(60))
     return batch.content, batch.labels
 
@@ -60,7 +60,7 @@ def test_shuffled_labels_teach_nothing(data: ShardData) -> None:
         ).top1
         for seed in range(3)
     ]
-    assert abs(sum(scores) / 3 - 1 / 3) < 0.2  # 72 answers by chance: a deviation of 0.06, and classes keep together
+    assert abs(sum(scores) / 3 - 1 / 3) < 0.2  # 72 random answers deviate by 0.06, and those of a class are correlated
 
 
 def test_permuted_labels_teach_the_permutation(data: ShardData) -> None:
@@ -94,7 +94,7 @@ def test_real_images_are_chosen_by_their_numbers_in_the_train_split(data: ShardD
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
-    """Peak memory of a process that reads a file in random order, of two sizes."""
+    """Compares the peak memory of processes that read files of two sizes in random order."""
     peaks = []
     for count in (1000, 6000):
         file = tmp_path / f"{count}.npz"

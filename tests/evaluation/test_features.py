@@ -83,7 +83,7 @@ def test_an_extractor_is_made_from_a_spec(monkeypatch) -> None:
 
 
 def measured(folder: Path, shards: Path) -> dict[str, Any]:
-    """All that several ranks do together."""
+    """Returns the results of everything that several ranks do together."""
     data, network = ShardData(ShardDataConfig(str(shards), image_size=8, in_channels=1)), few()
     found = extract([network], iter_image_batches(read, 23, batch_size=5))["classifier"]
     single = extract([network], iter_image_batches(read, 3, batch_size=5))["classifier"]  # the 2nd rank has none

@@ -47,7 +47,7 @@ class Table:
         )
 
     def conditional(self, row: list[int], place: int) -> Tensor:
-        """log p(x_place = each code | the visible ones) (K,)."""
+        """Returns log p(x_place = code | visible codes) of each code, (K,)."""
         seen = self.joint[tuple(slice(None) if code == MASK else slice(code, code + 1) for code in row)]
         others = [axis for axis in range(seen.ndim) if axis != place]
         given = seen.sum(others).clamp(min=1e-12)
@@ -55,22 +55,22 @@ class Table:
         return (given / given.sum()).log() * (1 + self.bend * visible * (1 + place))
 
     def log_likelihood(self, x: Tensor) -> Tensor:
-        """log p (n,) of rows (n, N), by the joint distribution."""
+        """Returns log p (n,) of rows (n, N) under the joint distribution."""
         return self.joint[tuple(x.T)].log()
 
     def mean_nll(self, x: list[int], hidden: tuple[int, ...]) -> float:
-        """Mean nats of the tokens in ``hidden``, given the others."""
+        """Returns the mean NLL of the tokens in ``hidden`` given the others, in nats."""
         row = [MASK if place in hidden else code for place, code in enumerate(x)]
         nll = [-self.conditional(row, place).log_softmax(-1)[x[place]] for place in hidden]
         return float(torch.stack(nll).mean())
 
     def mean_nll_of(self, x: list[int], count: int) -> float:
-        """The mean of ``mean_nll`` over all sets of so many tokens."""
+        """Returns the mean of ``mean_nll`` over all sets of ``count`` tokens."""
         sets = list(combinations(range(len(x)), count))
         return sum(self.mean_nll(x, hidden) for hidden in sets) / len(sets)
 
     def bound(self, x: list[int]) -> float:
-        """-ELBO of a row, by enumeration."""
+        """Returns the negative ELBO of a row, by enumeration."""
         return sum(self.mean_nll_of(x, count) for count in range(1, len(x) + 1))
 
     def log_likelihood_of_order(self, x: list[int], order: tuple[int, ...]) -> Tensor:
@@ -233,7 +233,7 @@ def test_the_val_split_becomes_tokens_with_its_labels(tiny_pretrained: Path, tin
 
 
 def measured(folder: Path, shards: Path) -> list[Estimate]:
-    """All three of a random transformer on the tiny data."""
+    """Returns all three likelihoods of a random transformer on the tiny data."""
     pipe = MaskGIT.from_pretrained(folder)
     data = ShardData(ShardDataConfig(str(shards), image_size=8, in_channels=1))
     tokens, labels = encode_real_images(pipe, data, limit=23, batch_size=4)

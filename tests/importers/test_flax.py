@@ -179,7 +179,7 @@ def test_a_file_of_another_kind_is_named(name, tmp_path):
     FOREIGN[name](file)
     with pytest.raises(ValueError, match=name) as caught:
         read_flax(file)
-    assert str(caught.value).startswith(f"checkpoint {file}: ")
+    assert str(caught.value).startswith(f"checkpoint {file}")
     assert "\n" not in str(caught.value)
 
 
@@ -210,7 +210,7 @@ def test_a_file_cut_off_anywhere_is_refused(tmp_path):
 
 
 def test_what_follows_the_tree_is_refused(tmp_path):
-    assert "3 bytes follow it" in refusal(tmp_path, CHECKPOINT.read_bytes() + b"abc")
+    assert "got 3 more bytes" in refusal(tmp_path, CHECKPOINT.read_bytes() + b"abc")
 
 
 def tiny() -> bytes:
@@ -264,13 +264,13 @@ def test_whatever_the_bytes_are_only_a_value_error_comes_out_and_soon(seed, tmp_
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ({"a": array((3,), "float32", bytes(8))}, r"12 bytes are needed for float32 \(3,\), got 8"),
-        ({"a": array((3,), "float32", bytes(16))}, "12 bytes are needed"),
-        ({"a": array((-1, -3), "float32", bytes(12))}, "not negative is needed, got \\[-1, -3\\]"),
-        ({"a": array((True,), "int8", bytes(1))}, "shape of numbers"),
-        ({"a": array((2.0,), "int8", bytes(2))}, "shape of numbers"),
+        ({"a": array((3,), "float32", bytes(8))}, r"float32 \(3,\) must have 12 bytes, got 8"),
+        ({"a": array((3,), "float32", bytes(16))}, "must have 12 bytes"),
+        ({"a": array((-1, -3), "float32", bytes(12))}, "must be integers >= 0, got \\[-1, -3\\]"),
+        ({"a": array((True,), "int8", bytes(1))}, "a shape must be integers"),
+        ({"a": array((2.0,), "int8", bytes(2))}, "a shape must be integers"),
         ({"a": array(3, "int8", bytes(3))}, "shape, dtype and bytes, got something else"),
-        ({"a": array((1,), "object", bytes(8))}, r"arrays of float16, .* are read, got 'object'"),
+        ({"a": array((1,), "object", bytes(8))}, r"dtypes must be one of float16, .*, got 'object'"),
         ({"a": array((1,), "complex64", bytes(8))}, "got 'complex64'"),
         ({"a": array((1,), ">f4", bytes(4))}, "got '>f4'"),
         ({"a": array((2**39,) * 31, "float32", b"")}, "not a tree of arrays"),
@@ -279,15 +279,15 @@ def test_whatever_the_bytes_are_only_a_value_error_comes_out_and_soon(seed, tmp_
         ({"a": array((1,), "int8", "a")}, "shape, dtype and bytes"),
         ({"a": msgpack.ExtType(1, b"")}, "got less"),
         ({"a": msgpack.ExtType(1, msgpack.packb([1, 2]))}, "got less|something else"),
-        ({"a": msgpack.ExtType(2, msgpack.packb([1.0, 2.0]))}, "complex numbers are not read"),
-        ({"a": msgpack.ExtType(42, b"abc")}, "extension types 1 and 3 are read, got 42"),
-        ({"a": msgpack.Timestamp(1, 1)}, "a: an array, a number or a text is needed, got Timestamp"),
+        ({"a": msgpack.ExtType(2, msgpack.packb([1.0, 2.0]))}, "must be real, got complex"),
+        ({"a": msgpack.ExtType(42, b"abc")}, "extension types must be 1 or 3, got 42"),
+        ({"a": msgpack.Timestamp(1, 1)}, "a must be an array, a number or a text, got Timestamp"),
         ({"a": [1, 2]}, "exceeds max_array_len"),
         ({"a": b"bytes"}, "exceeds max_bin_len"),
-        ({"a/b": 1}, "without '/' are needed, got 'a/b'"),
-        ({"": 1}, "printable letters"),
-        ({"a\nb": 1}, r"printable letters without '/' are needed, got 'a\\nb'"),
-        ({"\x1b[31m": 1}, "printable letters"),
+        ({"a/b": 1}, "and without '/', got 'a/b'"),
+        ({"": 1}, "must be printable"),
+        ({"a\nb": 1}, r"must be printable and without '/', got 'a\\nb'"),
+        ({"\x1b[31m": 1}, "must be printable"),
         ({1: 1}, "int is not allowed for map key"),
         ({"a" * 600: 1}, "not a tree of arrays"),
     ],
@@ -301,7 +301,7 @@ def test_what_flax_does_not_write_is_refused(tree, message, tmp_path):
 
 
 def test_a_name_that_stands_twice_is_refused(tmp_path):
-    assert "each name once is needed, got 'a' again" in refusal(tmp_path, b"\x82\xa1a\x01\xa1a\x02")
+    assert "names must be unique, got 'a' twice" in refusal(tmp_path, b"\x82\xa1a\x01\xa1a\x02")
 
 
 # Files that claim more than they hold.

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from maskgit_pl.data import Batch, ShardData, ShardDataConfig
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.importers.files import torch_file
+from maskgit_pl.importers.files import check_torch_file
 from maskgit_pl.importers.taming import import_taming, layout_of, tokenizer_config, tokenizer_weights
 from maskgit_pl.networks.discriminator import DiscriminatorConfig
 from maskgit_pl.networks.transformer import TransformerConfig
@@ -177,7 +177,7 @@ class Reference(nn.Module):
 
 
 def reference(layout, **changes):
-    """Random weights, biases and scales included, and codes where the encoder's outputs are, of unequal length."""
+    """Returns a network of random weights, biases and scales, with codes near the encoder's outputs."""
     torch.manual_seed(0)
     made = Reference(llamagen=layout == "llamagen", **changes).eval().requires_grad_(False)
     for parameter in made.parameters():
@@ -318,7 +318,7 @@ def test_other_files_with_the_same_tensors_are_read(form, layout, tmp_path):
 
 @pytest.mark.parametrize("old", [False, True])
 def test_records_of_the_training_program_are_passed_over_without_its_classes(old, tmp_path, monkeypatch):
-    """As old Lightning wrote them: callbacks' states keyed by the class; and LlamaGen's arguments."""
+    """Reads records of old Lightning, callbacks' states keyed by the class, and LlamaGen's arguments."""
     imported = ModuleType("pytorch_lightning.callbacks.model_checkpoint")
     imported.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": imported.__name__})
     for name in ("pytorch_lightning", "pytorch_lightning.callbacks", imported.__name__):
@@ -347,7 +347,7 @@ def test_a_hostile_file_runs_nothing(old, tmp_path):
     file = tmp_path / "hostile.ckpt"
     content = {"state_dict": reference("taming").state_dict(), "args": argparse.Namespace(x=Hostile())}
     torch.save(content, file, _use_new_zipfile_serialization=not old)
-    with pytest.raises(ValueError, match=r"holds posix\.mkdir, a Python object"):
+    with pytest.raises(ValueError, match=r"got also posix\.mkdir, a Python object"):
         import_taming(file, tmp_path / "out", image_size=16)
     assert not canary.exists()
 
@@ -407,21 +407,21 @@ REFUSED = {
     ),
     "python object": (
         lambda path: save(reference("llamagen"), path, args=SimpleNamespace(steps=3)),
-        r"holds types\.SimpleNamespace, a Python object; .*save the weights alone: torch\.save",
+        r"got also types\.SimpleNamespace, a Python object; .*save only the weights: torch\.save",
     ),
     "old python object": (
         lambda path: torch.save({"a": SimpleNamespace(b=3)}, path, _use_new_zipfile_serialization=False),
-        r"holds types\.SimpleNamespace, a Python object",
+        r"got also types\.SimpleNamespace, a Python object",
     ),
-    "list": (lambda path: torch.save([torch.zeros(1)], path), "a state dict is needed, got list"),
-    "number among tensors": (damaged(lambda weights: weights.update(scale=1.0)), "entry scale: a tensor is needed"),
+    "list": (lambda path: torch.save([torch.zeros(1)], path), "must hold a state dict, got list"),
+    "number among tensors": (damaged(lambda weights: weights.update(scale=1.0)), "entry scale must be a tensor"),
     "transformer": (
         lambda path: torch.save({"model": {"tok_embeddings.weight": torch.zeros(4, 4)}}, path),
         r"got a transformer \(tok_embeddings\.weight\)",
     ),
     "transformer of taming": (
         lambda path: torch.save({"state_dict": {"transformer.tok_emb.weight": torch.zeros(4, 4)}}, path),
-        r"a tokenizer of .* is needed, got a transformer \(transformer\.tok_emb\.weight\)",
+        r"must be a tokenizer of .*, got a transformer \(transformer\.tok_emb\.weight\)",
     ),
     "something else": (
         lambda path: torch.save({f"fc{n}.weight": torch.zeros(1) for n in range(5)}, path),
@@ -429,11 +429,11 @@ REFUSED = {
     ),
     "gumbel": (
         damaged(lambda weights: renamed(weights, "quantize.embedding.weight", "quantize.embed.weight")),
-        r"quantize\.embed\.weight: a Gumbel-softmax tokenizer",
+        r"got a Gumbel-softmax tokenizer \(quantize\.embed\.weight\)",
     ),
     "codebook that repeats one number": (  # 4 GB in 1 MB
         damaged(lambda weights: weights.update({CODEBOOK: torch.ones(1).expand(1 << 22, 256)})),
-        r"quantize\.embedding\.weight' must be held by the file, got one of 4\.29 GB that repeats 4 bytes",
+        r"quantize\.embedding\.weight' must be stored in full, got 4\.29 GB made of 4 bytes that repeat",
     ),
     "codebook not finite": (
         damaged(lambda weights: weights[CODEBOOK][3].fill_(math.nan)),
@@ -445,7 +445,7 @@ REFUSED = {
     ),
     "no codebook": (
         damaged(lambda weights: weights.pop("quantize.embedding.weight")),
-        r"quantize\.embedding\.weight: the codebook is missing",
+        r"quantize\.embedding\.weight must be there",
     ),
     "missing": (
         damaged(lambda weights: weights.pop("decoder.up.0.block.1.conv2.bias")),
@@ -457,21 +457,21 @@ REFUSED = {
     ),
     "left over": (
         damaged(lambda weights: weights.update({"decoder.up.0.attn.0.q.bias": torch.zeros(32)})),
-        r"without a place in the network: decoder\.up\.0\.attn\.0\.q\.bias",
+        r"not in the network: decoder\.up\.0\.attn\.0\.q\.bias",
     ),
     "index map": (
         damaged(lambda weights: weights.update({"quantize.used": torch.zeros(9)})),
-        r"without a place in the network: quantize\.used",
+        r"not in the network: quantize\.used",
     ),
     "wrong shape": (
         damaged(lambda weights: weights.update({"post_quant_conv.weight": torch.zeros(12, 5, 1, 1)})),
-        r"post_quant_conv\.weight: shape \(12, 4, 1, 1\) is needed, got \(12, 5, 1, 1\)",
+        r"post_quant_conv\.weight must have shape \(12, 4, 1, 1\), got \(12, 5, 1, 1\)",
     ),
     "wrong axes": (
         damaged(lambda weights: weights.update({"encoder.conv_in.weight": torch.zeros(32, 3)})),
-        r"encoder\.conv_in\.weight: 4 axes are needed, got shape \(32, 3\)",
+        r"encoder\.conv_in\.weight must have 4 axes, got shape \(32, 3\)",
     ),
-    "uneven width": (damaged(wrong_width), r"multiples of the first convolution's 32 are needed, got \[32, 40\]"),
+    "uneven width": (damaged(wrong_width), r"multiples of the first convolution's 32, got \[32, 40\]"),
     "groups": (
         damaged(
             lambda weights: weights.update(
@@ -482,7 +482,7 @@ REFUSED = {
                 }
             )
         ),
-        r"network num_groups must divide every width \(24, 48\).* got 32",
+        r"network num_groups must divide the channels of every level, \(24, 48\).* got 32",
     ),
 }
 
@@ -495,7 +495,7 @@ def test_what_is_no_such_tokenizer_is_refused_in_one_line_and_nothing_is_written
     with pytest.raises(ValueError, match=message) as refusal:
         import_taming(file, tmp_path / "out")
     assert "\n" not in str(refusal.value)
-    assert str(refusal.value).startswith(f"checkpoint {file}: ")
+    assert str(refusal.value).startswith(f"checkpoint {file}")
     assert not (tmp_path / "out").exists()
 
 
@@ -507,13 +507,13 @@ def test_any_cut_is_refused(tmp_path):
         for length in range(1, len(content), 23):
             cut = tmp_path / "cut.pt"
             cut.write_bytes(content[:length])
-            with pytest.raises(ValueError, match=r"checkpoint .*cut\.pt: "):
+            with pytest.raises(ValueError, match=r"checkpoint .*cut\.pt"):
                 import_taming(cut, tmp_path / "out")
 
 
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere: no such file"):
-        torch_file(tmp_path / "nowhere")
+        check_torch_file(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="got a folder; name the file itself"):
         import_taming(tmp_path, tmp_path / "out")
 
@@ -532,7 +532,7 @@ def test_what_was_there_is_kept(tmp_path):
     file = save(reference("taming"), tmp_path / "a.ckpt")
     made = import_taming(file, tmp_path / "out", image_size=16)
     before = fingerprint(made.folder)
-    with pytest.raises(FileExistsError, match="a new folder is needed, and something is there"):
+    with pytest.raises(FileExistsError, match="must be a new or empty folder, got one with content"):
         import_taming(save(reference("llamagen"), tmp_path / "b.pt"), tmp_path / "out", image_size=16)
     assert fingerprint(made.folder) == before
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from maskgit_pl.networks.autoregressive import AutoregressiveTransformer, build_transformer
-from maskgit_pl.networks.int8 import quantized
+from maskgit_pl.networks.int8 import quantize
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.networks.transformer_block import KVCache
 from tests.conftest import random_transformer
@@ -83,7 +83,7 @@ def test_keys_and_values_are_kept_in_place():
 
 
 def test_in_8_bits_logits_are_close_with_a_cache_too(network, tokens):
-    rounded = quantized(network)
+    rounded = quantize(network)
     assert type(rounded) is AutoregressiveTransformer
     exact, cache = network(tokens, LABELS), rounded.create_cache()
     for place in range(N):
@@ -101,7 +101,7 @@ def test_dropout_is_of_training_alone(network, tokens):
 def test_another_attention_is_refused_by_name():
     with pytest.raises(ValueError, match=r"attention must be one of .*, got 'casual'; did you mean 'causal'\?"):
         dataclasses.replace(CONFIG, attention="casual")
-    with pytest.raises(ValueError, match="MaskedTransformer has 'bidirectional', got 'causal'"):
+    with pytest.raises(ValueError, match="must be 'bidirectional' for MaskedTransformer, got 'causal'"):
         MaskedTransformer(CONFIG)
-    with pytest.raises(ValueError, match="AutoregressiveTransformer has 'causal', got 'bidirectional'"):
+    with pytest.raises(ValueError, match="must be 'causal' for AutoregressiveTransformer, got 'bidirectional'"):
         AutoregressiveTransformer(dataclasses.replace(CONFIG, attention="bidirectional"))

@@ -136,7 +136,7 @@ def test_folders_of_something_else_are_refused(tmp_path):
     for broken, match in (
         ("{", "not JSON that can be read"),
         ("[]", "must hold a mapping"),
-        (json.dumps({"width": 24, "seed": 0}), "format must be 'maskgit_pl.classifier', got None; train it anew"),
+        (json.dumps({"width": 24, "seed": 0}), "format must be 'maskgit_pl.classifier', got None; train it again"),
         (json.dumps({**config, "version": 2}), "version must be 1, got 2"),
         (json.dumps({**config, "network": {**config["network"], "depth": 3}}), "depth"),
         (json.dumps({**config, "network": {**config["network"], "width": 8}}), "do not fit"),

@@ -177,7 +177,7 @@ def test_another_file_than_inception_s_is_refused_before_anything_is_read(tmp_pa
         with pytest.raises(ValueError, match=r"sha256 begins with 6726825d, got .*inception\.pth.* was not loaded"):
             InceptionSpec(str(file)).create()
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-    with pytest.raises(ValueError, match="no file of tensors alone"):
+    with pytest.raises(ValueError, match="must hold tensors only"):
         InceptionSpec(str(file), sha256).create()
     assert not (tmp_path / "canary").exists()
     with pytest.raises(ValueError, match="sha256 must be 8 to 64 hexadecimal digits"):
@@ -190,7 +190,9 @@ def test_inception_s_weights_are_looked_for_where_it_is_said(tmp_path, monkeypat
     expected = tmp_path / ".cache" / "maskgit_pl" / "weights-inception-2015-12-05-6726825d.pth"
     assert InceptionSpec().path == expected
     monkeypatch.setenv("MASKGIT_INCEPTION", str(tmp_path / "elsewhere.pth"))
-    with pytest.raises(ValueError, match=r"no file .*elsewhere\.pth; get https://\S+6726825d\.pth .*lite0` needs none"):
+    with pytest.raises(
+        ValueError, match=r"no file .*elsewhere\.pth; download https://\S+6726825d\.pth .*lite0` needs no file"
+    ):
         InceptionSpec().create()
     assert InceptionSpec("named.pth").path == Path("named.pth")
 
@@ -236,13 +238,13 @@ def test_a_network_is_named_on_the_command_line(text, expected):
     [
         ("inceptoin", "did you mean 'inception'"),
         ("inceptoin=x", "did you mean 'inception'"),
-        ("inception=", "it is written inception or inception=FILE"),
-        ("inception:v3", "it is written inception"),
-        ("lite0=x", "it is written lite0"),
-        ("timm:resnet50", "it is written timm:MODEL=FILE"),
-        ("timm=x", "it is written timm:MODEL=FILE"),
+        ("inception=", "must be inception or inception=FILE, got"),
+        ("inception:v3", "must be inception"),
+        ("lite0=x", "must be lite0"),
+        ("timm:resnet50", "must be timm:MODEL=FILE"),
+        ("timm=x", "must be timm:MODEL=FILE"),
         ("timm:resnet5O=x", "a name that timm knows"),
-        ("classifier", "it is written classifier=FOLDER"),
+        ("classifier", "must be classifier=FOLDER"),
         ({"size": 3}, "known: classifier, inception, lite0, timm"),
     ],
 )

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from maskgit_pl.networks.int8 import Int8Linear, quantized
+from maskgit_pl.networks.int8 import Int8Linear, quantize
 from maskgit_pl.networks.transformer import ContextCache, MaskedTransformer, TransformerConfig
 
 CONFIG = TransformerConfig(64, 3, (8, 8), embed_dim=128, depth=3, num_heads=4, mlp_dim=512)
@@ -12,14 +12,14 @@ CONFIG = TransformerConfig(64, 3, (8, 8), embed_dim=128, depth=3, num_heads=4, m
 
 @pytest.fixture(scope="module")
 def networks() -> tuple[MaskedTransformer, MaskedTransformer]:
-    """One whose logits are far apart, as those of a trained one are, and its copy in 8 bits."""
+    """Returns a network whose logits are far apart, like those of a trained one, and its copy in 8 bits."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = MaskedTransformer(CONFIG).eval()
         for name, parameter in network.named_parameters():
             if "norm" not in name:
                 parameter.data.mul_(3)
-    return network, quantized(network)
+    return network, quantize(network)
 
 
 def inputs(rows: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,7 +49,7 @@ def test_logits_of_some_positions_are_nearly_those_of_the_full_forward(networks)
 def test_the_network_stays_as_it_is_and_shares_nothing_with_its_copy(networks):
     network = copy.deepcopy(networks[0]).train()
     before = {name: weight.clone() for name, weight in network.state_dict().items()}
-    made = quantized(network)
+    made = quantize(network)
     assert network.training
     assert not made.training
     expected = made(*inputs())
@@ -109,10 +109,10 @@ def test_a_network_elsewhere_is_refused():
     with torch.device("meta"):
         network = MaskedTransformer(CONFIG)
     with pytest.raises(ValueError, match="int8: the network must be on the CPU, got one on meta"):
-        quantized(network)
+        quantize(network)
 
 
 def test_a_torch_without_8_bit_products_is_refused(monkeypatch, networks):
     monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: False)
     with pytest.raises(ValueError, match="int8: torch must be built with oneDNN"):
-        quantized(networks[0])
+        quantize(networks[0])

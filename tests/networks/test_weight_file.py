@@ -81,9 +81,9 @@ def test_a_header_gives_names_kinds_and_shapes(tmp_path):
 def test_tensors_that_a_file_does_not_hold_are_refused(tmp_path):
     held = torch.ones(4, 4)
     for tensor, fault in (
-        (torch.ones(1).expand(1000, 1000), "'a' must be held by the file, got one of 4 MB that repeats 4 bytes"),
-        (torch.ones(2, 2).to_sparse(), "'a' must be an ordinary tensor"),
-        (torch.ones(2, 2, device="meta"), "'a' must be an ordinary tensor"),
+        (torch.ones(1).expand(1000, 1000), "'a' must be stored in full, got 4 MB made of 4 bytes that repeat"),
+        (torch.ones(2, 2).to_sparse(), "'a' must be a dense CPU tensor"),
+        (torch.ones(2, 2, device="meta"), "'a' must be a dense CPU tensor"),
     ):
         with pytest.raises(ValueError, match=fault):
             check_held({"a": tensor}, 100)
@@ -98,12 +98,12 @@ def test_a_file_of_few_bytes_that_describes_large_tensors_is_refused_by_tensor(t
     state = {"0.weight": torch.ones(1).expand(40_000, 30_000)}  # 4.8 GB in 1 kB
     torch.save(state, file, _use_new_zipfile_serialization=not legacy)
     assert file.stat().st_size < 2000
-    with pytest.raises(ValueError, match=r"model\.pth: tensor '0\.weight' must be held by the file, got one of 4.8 GB"):
+    with pytest.raises(ValueError, match=r"model\.pth: tensor '0\.weight' must be stored in full, got 4.8 GB"):
         read_weights(file, thing="judge")
 
 
 def repack(file: Path, compression: int) -> None:
-    """Writes the archive of ``torch.save`` anew, as anybody can."""
+    """Rewrites the archive of ``torch.save``, as an attacker can."""
     with zipfile.ZipFile(file) as old:
         entries = [(entry.filename, old.read(entry)) for entry in old.infolist()]
     with zipfile.ZipFile(file, "w", compression) as new:

@@ -95,7 +95,7 @@ def test_editing_is_refused_by_name(pipe) -> None:
 
 
 def test_a_decoding_of_another_kind_of_model_is_refused(tiny_pretrained) -> None:
-    with pytest.raises(ValueError, match="token_selector must be set to decode in parallel, got None"):
+    with pytest.raises(ValueError, match="token_selector must be a name or a mapping for parallel decoding, got None"):
         MaskGIT.from_pretrained(tiny_pretrained).generate([0], decoding=AutoregressiveDecoding().to_config(N))
 
 

@@ -1,4 +1,4 @@
-"""The paper's tables and figures with our measurements, from Python as from the command line.
+"""The tables and figures of the paper with our measurements, as functions.
 
 ::
 
@@ -7,7 +7,7 @@
     page = reports.table_1(["runs/fashion-mnist-cosine"], reports.ReportOptions(num_images=2000))
     page.write()                              # results/fashion-mnist/table-1.md, .csv and .png
 
-What the ledger lacks is measured. The names are imported when they are first used.
+The rows that the ledger lacks are measured. The names are imported on first use.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The ablation of mask schedules: a model for each, decoded at several T, as in the paper's Table 3 and Figure 8."""
+"""The ablation of mask schedules in the paper's Table 3 and Figure 8: a model per schedule, decoded at several T.
+
+``paper_measurements`` uses it.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,8 @@ from maskgit_pl.schedules import MaskSchedule
 
 __all__ = ["ScheduleResult", "ablate", "check_budgets", "make_ablation_decoding", "read_schedule_name"]
 
-_DRAWS = 4  # masks of an image for likelihoods
-_BUDGET = (
+_DRAWS = 4  # masks per image for likelihoods
+_BUDGET = (  # settings that all runs must share
     "trainer.max_steps",
     "data.global_batch",
     "model.network",
@@ -29,16 +32,16 @@ _BUDGET = (
 
 @dataclass(frozen=True)
 class ScheduleResult:
-    """The quality of the model that was trained with one mask schedule.
+    """The measurements of the model of one mask schedule.
 
     Args:
-        schedule: The registered name.
+        schedule: Registered name of the schedule.
         run: Name of the run.
-        best_steps: The T whose images came nearest to real ones.
-        curve: Distance at each T.
-        fresh: By network: the row of samples at ``best_steps``, with noise that took no part in the choice.
-        likelihood: The row of likelihoods.
-        mask_schedule: The schedule itself.
+        best_steps: The T with the lowest FID.
+        curve: FID by T.
+        fresh: Rows of samples at ``best_steps`` by network, with other noise than ``curve``.
+        likelihood: Row of likelihoods.
+        mask_schedule: The schedule.
     """
 
     schedule: str
@@ -51,7 +54,7 @@ class ScheduleResult:
 
 
 def read_schedule_name(model: EvaluatedModel) -> str:
-    """Returns the registered name of a model's mask schedule, or its spec in words where it has arguments.
+    """Reads the registered name of a model's mask schedule; arguments are added in words.
 
     Raises:
         ValueError: if the model is autoregressive.
@@ -59,30 +62,29 @@ def read_schedule_name(model: EvaluatedModel) -> str:
     spec: Any = read_config(model.pretrained / "transformer", "transformer")["mask_schedule"]
     if spec is None:
         raise ValueError(
-            f"run {model.run}: a model with a mask schedule is needed, got an autoregressive one; leave it out"
+            f"run {model.run}: the model must have a mask schedule, got an autoregressive one; leave the run out"
         )
     return describe(spec)
 
 
 def check_budgets(configs: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuses runs that were not trained alike: schedules compare under equal budgets only.
+    """Checks that all runs had the same training budget, since schedules are comparable only then.
 
     Args:
-        configs: By run: its transformer's complete recipe; an empty one says nothing.
+        configs: Complete recipes of the transformers by run; an empty one is ignored.
 
     Raises:
-        ValueError: with what differs.
+        ValueError: if a setting differs. The message names its values.
     """
+    # A run without a recipe, e.g. a downloaded model, cannot be checked.
     for key in _BUDGET:
-        values = {run: _value(config, key) for run, config in configs.items() if config}
+        values = {run: _find_value(config, key) for run, config in configs.items() if config}
         if len({repr(value) for value in values.values()}) > 1:
-            said = ", ".join(f"{run} {value}" for run, value in values.items())
-            raise ValueError(
-                f"{key}: runs with the same value are needed, or their schedules do not compare, got {said}"
-            )
+            given = ", ".join(f"{run} {value}" for run, value in values.items())
+            raise ValueError(f"{key} must be the same in all runs, so that their schedules are comparable, got {given}")
 
 
-def _value(config: Mapping[str, Any], path: str) -> Any:
+def _find_value(config: Mapping[str, Any], path: str) -> Any:
     node: Any = config
     for part in path.split("."):
         node = node.get(part) if isinstance(node, Mapping) else None
@@ -90,7 +92,7 @@ def _value(config: Mapping[str, Any], path: str) -> Any:
 
 
 def make_ablation_decoding(model: EvaluatedModel, num_steps: int) -> DecodingConfig:
-    """Returns how a model of the ablation decodes: as exported, but without guidance, which the paper does not have."""
+    """Returns the exported decoding of a model with another T, without guidance, which the paper does not use."""
     return with_steps(model.pipe.decoding_with(decoding=model.pipe.transformer.decoding, guidance_scale=0), num_steps)
 
 
@@ -102,31 +104,33 @@ def ablate(
     num_images: int = 1000,
     seed: int = 0,
 ) -> list[ScheduleResult]:
-    """Measures a model for each schedule.
+    """Measures the model of each schedule.
 
-    1. The best T is the one of the least FID of the first network, on the first ``num_images`` images.
-    2. All networks measure the best T again on the images that follow them.
-    3. Likelihoods are of twice as many real images.
+    1. Find the best T: the lowest FID in the first network, from the ``num_images`` images that begin at ``seed``.
+    2. Measure the best T again in all networks, on the next ``num_images`` images. The FIDs of step 1 are too low on
+       average, since their minimum is taken.
+    3. Measure the likelihood of ``2 * num_images`` real images.
 
     Args:
-        evaluator: Measures, and remembers.
+        evaluator: The evaluator.
         models: Models that differ only in their mask schedule.
-        steps: The T; those above half of the number of tokens are left out.
-        num_images: Images of a point.
-        seed: Of the first image.
+        steps: Numbers of steps; those above half the number of tokens are left out.
+        num_images: Number of images per point.
+        seed: Seed of the first image.
 
     Returns:
-        A result for each model, in the order of the paper's table.
+        A result per model, in the order of the paper's table.
 
     Raises:
-        ValueError: if no T is left, two models are of one schedule, or one is autoregressive.
+        ValueError: if no number of steps is left, two models have the same schedule, or a model is autoregressive.
     """
     names = [read_schedule_name(model) for model in models]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"run folders: one for each mask schedule is needed, got several of {', '.join(twice)}")
+        raise ValueError(f"the mask schedules of the runs must differ, got several with {', '.join(twice)}")
     wanted = choose_plot_steps(models[0].pipe.transformer.network.config.num_tokens, steps)
     order = [row.schedule for row in SCHEDULES]
+    # Schedules that the paper does not have come last.
     pairs = sorted(zip(names, models, strict=True), key=lambda pair: order.index(pair[0]) if pair[0] in order else 99)
     return [_ablate_one(evaluator, name, model, wanted, num_images=num_images, seed=seed) for name, model in pairs]
 
@@ -135,16 +139,18 @@ def _ablate_one(
     evaluator: Evaluator, name: str, model: EvaluatedModel, steps: Sequence[int], *, num_images: int, seed: int
 ) -> ScheduleResult:
     first, *_ = evaluator.networks
-    curve = {}
+    curve = {}  # 1.
     for number in steps:
         decoding = make_ablation_decoding(model, number)
         rows = evaluator.measure_samples(model, decoding, num_images=num_images, seed=seed, networks=[first])
         curve[number] = float(rows[first]["fid"])
     best = min(curve, key=lambda number: curve[number])
+    # 2. The seeds of step 1 are [seed, seed + num_images).
     fresh = evaluator.measure_samples(
         model, make_ablation_decoding(model, best), num_images=num_images, seed=seed + num_images
     )
+    # 3.
     likelihood = evaluator.measure_likelihood(model, num_images=2 * num_images, draws=_DRAWS)
     schedule = model.pipe.transformer.mask_schedule
-    assert schedule is not None  # read_schedule_name has refused an autoregressive model
+    assert schedule is not None  # read_schedule_name raises for an autoregressive model
     return ScheduleResult(name, model.run, best, curve, fresh, likelihood, schedule)

@@ -1,7 +1,7 @@
-"""The tables and figures of the paper as functions: run folders in, a page out.
+"""The functions ``table_1`` to ``table_3``, ``figure_4`` and ``figure_8``, which turn run folders into a page.
 
-Everything that can be refused without torch is refused before torch is imported. Used by ``maskgit table``, ``figure``
-and ``ablation``.
+``maskgit table``, ``figure`` and ``ablation`` use them. All checks that do not need torch come before the import of
+torch.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ Runs = Sequence[Path | str]
 
 
 def table_1(runs: Runs, options: ReportOptions | None = None, *, bars: Bars = no_bars) -> Page:
-    """Makes Table 1: class-conditional generation, a row for each model.
+    """Makes Table 1: class-conditional generation, with a row per model.
 
     Args:
         runs: Run folders or pretrained folders of the same data.
-        options: What is measured, and where it is kept; None for the defaults.
-        bars: Shows the progress.
+        options: Number of images, networks, folders and other options; None for the defaults.
+        bars: Progress bars.
 
     Raises:
-        FileNotFoundError: if there is no such run or data.
-        ValueError: if no run is named, runs are of different data or classes, or an option is wrong.
+        FileNotFoundError: if a run or the data do not exist.
+        ValueError: if there is no run, the runs have different data or classes, or an option is out of range.
     """
     options = options or ReportOptions()
     command = command_line(["maskgit table 1", *runs], {**options.flags(), **options.cas_flags()})
@@ -46,7 +46,7 @@ def table_1(runs: Runs, options: ReportOptions | None = None, *, bars: Bars = no
 
 
 def table_2(runs: Runs, options: ReportOptions | None = None, *, bars: Bars = no_bars) -> Page:
-    """Makes Table 2: outpainting and inpainting of held-out images. For arguments and errors see ``table_1``."""
+    """Makes Table 2: outpainting and inpainting of val images. See ``table_1`` for arguments and errors."""
     options = options or ReportOptions()
     opened = _open("table 2", runs, options, command_line(["maskgit table 2", *runs], options.flags()), bars)
     from maskgit_pl.evaluation.reports.paper_measurements import measure_editing
@@ -62,18 +62,19 @@ def table_3(
     command: str | None = None,
     bars: Bars = no_bars,
 ) -> Page:
-    """Makes Table 3 and Figure 8: mask schedules, a run for each (``runs.train_schedules`` trains them).
+    """Makes Table 3 and Figure 8: mask schedules, with a run per schedule (``runs.train_schedules`` trains them).
 
     Args:
         runs: Run folders of models that differ only in their mask schedule.
-        options: What is measured, and where it is kept; None for the defaults.
-        num_steps: The T; None for 2, 3, 4, 6, 8, 12, 16 and 24. Those above half of the number of tokens are left out.
-        command: The command that makes the page again; None for ``maskgit table 3``.
-        bars: Shows the progress.
+        options: Number of images, networks, folders and other options; None for the defaults.
+        num_steps: Numbers of steps; None for 2, 3, 4, 6, 8, 12, 16 and 24. Those above half the number of tokens are
+            left out.
+        command: Command that produces the page; None for ``maskgit table 3``.
+        bars: Progress bars.
 
     Raises:
-        FileNotFoundError: if there is no such run or data.
-        ValueError: if runs were not trained alike, two are of one schedule, or as in ``table_1``.
+        FileNotFoundError: if a run or the data do not exist.
+        ValueError: if the training budgets differ, two runs have the same schedule, or for a reason of ``table_1``.
     """
     options = options or ReportOptions()
     own = command_line(["maskgit table 3", *runs], {**options.flags(), "num_steps": num_steps})
@@ -84,19 +85,19 @@ def table_3(
 
 
 figure_8 = table_3
-"""Makes the page of Table 3, whose picture is Figure 8."""
+"""Makes the page of Table 3, which contains Figure 8."""
 
 
 def figure_4(run: Path | str | None = None, options: TimingOptions | None = None, *, bars: Bars = no_bars) -> Page:
-    """Makes Figure 4: the time of an image by its number of tokens, autoregressive decoding against MaskGIT.
+    """Makes Figure 4: the time per image over the number of tokens, for autoregressive decoding and MaskGIT.
 
     Args:
         run: Run folder or pretrained folder whose sizes are timed, with random weights; None for sizes that suit a CPU.
-        options: What is timed, and where it is kept; None for the defaults.
-        bars: Shows the progress.
+        options: Numbers of tokens, sizes, folder and device; None for the defaults.
+        bars: Progress bars.
 
     Raises:
-        FileNotFoundError: if there is no such run.
+        FileNotFoundError: if the run does not exist.
         ValueError: if a size is out of range, or a number of tokens is not a square.
     """
     from maskgit_pl.pipeline.sharing import local_folder
@@ -111,9 +112,9 @@ def figure_4(run: Path | str | None = None, options: TimingOptions | None = None
 
 def _open(task: str, runs: Runs, options: ReportOptions, command: str, bars: Bars) -> OpenedModels:
     if not runs:
-        raise ValueError(f"{task}: at least one run is needed, such as runs/fashion-mnist-cosine")
+        raise ValueError(f"{task} must have at least one run, such as runs/fashion-mnist-cosine, got none")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(f"{task}: one process measures it; `maskgit evaluate` is what several share, drop torchrun")
+        raise ValueError(f"{task} must run in one process; start it without torchrun, or use `maskgit evaluate`")
     folders = [find_run(run, data=options.data, classifier=options.classifier) for run in runs]
     from maskgit_pl.evaluation.reports.paper_measurements import open_models
 

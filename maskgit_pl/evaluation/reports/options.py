@@ -1,4 +1,4 @@
-"""The options of tables and figures. Imports no torch."""
+"""The options of tables and figures. The file does not import torch."""
 
 from __future__ import annotations
 
@@ -18,18 +18,16 @@ NUM_TOKENS = (16, 64, 256, 1024)  # paper, Figure 4
 
 @dataclass(frozen=True)
 class ReportOptions(MeasurementOptions):
-    """The options of a table: what is measured, on what, and where it is kept.
+    """The options of a table; see ``MeasurementOptions`` for the others.
 
     Args:
-        data: Data folder; None for what the first run was trained on.
-        num_images: Images of a row, at least 2 and one for each class.
-        features: Feature networks, names or mappings; the first one chooses where there is something to choose.
-        reference: ADM's statistics or images in place of the val split; None for the split.
+        data: Data folder; None for the data that the first run was trained on.
+        num_images: Number of images per row, >= 2 and at least one per class.
+        features: Feature networks: names or mappings. The FID of the first one chooses the best T of Table 3.
+        reference: File in the layout of ADM to compare with; None for the val split.
         results: Folder of the ledger; pages are written to ``results/DATASET``.
         cas: Training of the classification accuracy score of Table 1; None leaves the score out.
-        cas_images: Images that it trains on; None for ``num_images``.
-
-    The others are those of ``MeasurementOptions``.
+        cas_images: Number of training images of the score; None for ``num_images``.
 
     Raises:
         ValueError: if a number is out of range.
@@ -46,10 +44,10 @@ class ReportOptions(MeasurementOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_images < 2:
-            raise ValueError(f"num_images: at least 2 is needed, got {self.num_images}")
+            raise ValueError(f"num_images must be >= 2, got {self.num_images}")
 
     def flags(self) -> dict[str, object]:
-        """Returns the flags that decide the numbers of every table, None for those that have their default."""
+        """Returns the flags that determine the values of every table; None stands for a default."""
         return {
             "features": None if tuple(self.features) == FEATURES else self.features,
             "num_images": self.num_images,
@@ -58,9 +56,10 @@ class ReportOptions(MeasurementOptions):
         }
 
     def cas_flags(self) -> dict[str, object]:
-        """Returns the flags that decide the classification accuracy score, None for those that have their default."""
+        """Returns the flags that determine the classification accuracy score; None stands for a default."""
         if self.cas is None:
             return {"cas_model": "none"}
+        # Only what differs from the default is repeated on the page.
         usual = CASConfig()
         given = {name: value for name, value in vars(self.cas).items() if value != getattr(usual, name)}
         return {
@@ -78,10 +77,10 @@ class TimingOptions:
     """The options of Figure 4.
 
     Args:
-        num_tokens: N of the points: squares.
-        sizes: Sizes of the transformer, such as ``{"depth": 8}``, in place of the run's, or of one that suits a CPU.
+        num_tokens: Numbers N of tokens, all squares.
+        sizes: Sizes of the transformer, such as ``{"depth": 8}``, that replace those of the run or the defaults.
         results: Folder of the ledger and of the page.
-        device: ``cpu``, ``cuda``, ``cuda:1`` ...; None for a GPU if there is one.
+        device: Device such as ``cpu``, ``cuda`` or ``cuda:1``; None for a GPU if there is one.
     """
 
     num_tokens: Sequence[int] = NUM_TOKENS
@@ -90,6 +89,6 @@ class TimingOptions:
     device: str | None = None
 
     def flags(self) -> dict[str, object]:
-        """Returns the flags that decide the numbers, None for those that have their default."""
+        """Returns the flags that determine the values; None stands for a default."""
         points = None if tuple(self.num_tokens) == NUM_TOKENS else self.num_tokens
         return {"num_tokens": points, **self.sizes, "device": self.device}

@@ -1,6 +1,6 @@
-"""Tables 1 to 3 and Figure 8 of the paper, measured: what the ledger lacks is measured, the rest is read from it.
+"""The measurements for Tables 1 to 3 and Figure 8 of the paper. Rows that the ledger holds are read from it.
 
-``api`` opens runs with ``open_models`` and calls one of the functions below.
+``api`` opens the runs with ``open_models`` and calls one of the ``measure_*`` functions.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ _SHOWN_EDITS = 12
 
 @dataclass(frozen=True)
 class OpenedModels:
-    """Models of the same data, and what measures them.
+    """The models of a report, with their evaluator.
 
     Args:
-        evaluator: Measures on the data of the first model.
-        models: In the order of the runs.
-        options: Number of images, seed and folder.
-        command: The command that makes the page again.
+        evaluator: Evaluator on the data of the first run.
+        models: Models in the order of the runs.
+        options: Number of images, seed, folder and other options.
+        command: Command that produces the page.
     """
 
     evaluator: Evaluator
@@ -57,7 +57,7 @@ class OpenedModels:
 
     @property
     def folder(self) -> Path:
-        """The folder of the pages: ``results/DATASET``."""
+        """The folder of the pages, ``results/DATASET``."""
         return self.options.results / self.evaluator.dataset
 
 
@@ -65,28 +65,27 @@ def open_models(folders: Sequence[RunFolders], options: ReportOptions, command: 
     """Opens models, data and feature networks.
 
     Args:
-        folders: Those of each run; the data of the first one is used.
-        options: What is measured.
-        command: The command that makes the page again.
-        bars: Shows the progress.
+        folders: Folders of each run; the data of the first one are used.
+        options: Number of images, networks and other options.
+        command: Command that produces the page.
+        bars: Progress bars.
 
     Raises:
-        ValueError: if runs differ in classes or image size, a network is unknown, or there are too few images.
+        ValueError: if the runs differ in classes or image size, a network is unknown, or there are too few images.
     """
     first = folders[0]
     models = [create_evaluated_model(each, open_model(each, options.device)) for each in folders]
     data = open_data(first, models[0].pipe, num_workers=options.num_workers)
+    # All rows of a table must compare with the same real images.
     for model in models[1:]:
         check_data(model.pipe, data)
         if model.pipe.tokenizer.image_size != data.config.image_size:
             raise ValueError(
-                f"run {model.run}: images of the first run's {data.config.image_size} pixels are needed, got "
-                f"{model.pipe.tokenizer.image_size}; make a table of its own"
+                f"run {model.run}: the image size must be that of the first run, {data.config.image_size} pixels, got "
+                f"{model.pipe.tokenizer.image_size}; make a separate table for it"
             )
     if options.num_images < data.num_classes:
-        raise ValueError(
-            f"num_images: at least one for each of the {data.num_classes} classes is needed, got {options.num_images}"
-        )
+        raise ValueError(f"num_images must be >= {data.num_classes}, one per class, got {options.num_images}")
     evaluator = open_evaluator(
         first,
         models[0].pipe,
@@ -112,7 +111,7 @@ def measure_generation(opened: OpenedModels) -> Page:
 
 
 def _accuracy_scores(opened: OpenedModels) -> list[Row]:
-    """Returns the classification accuracy score of each model, and of as many real images."""
+    """Returns the rows of the classification accuracy score of each model, and of the same number of real images."""
     evaluator, options = opened.evaluator, opened.options
     if options.cas is None:
         return []
@@ -127,9 +126,10 @@ def _accuracy_scores(opened: OpenedModels) -> list[Row]:
 
 
 def _sheet(opened: OpenedModels) -> Image.Image:
-    """Returns a row of real images and a row of each model, a column a class."""
+    """Draws a sheet with a row of real images, a row per model and a column per class."""
     data, models = opened.evaluator.data, opened.models
     classes = choose_classes(data.num_classes)
+    # 50 images per class on average contain one of each class almost certainly.
     images, labels = opened.evaluator.read_real_images("val", 50 * data.num_classes)
     rows = [torch.stack([_first_of(images, labels, label) for label in classes])]
     for model in models:
@@ -140,13 +140,13 @@ def _sheet(opened: OpenedModels) -> Image.Image:
 
 
 def _first_of(images: Tensor, labels: Tensor, label: int) -> Tensor:
-    """Returns the first image of a class; a black one where there is none."""
+    """Returns the first image of a class, or a black one if the class has none."""
     found = (labels == label).nonzero()
     return images[int(found[0])] if len(found) else torch.zeros_like(images[0])
 
 
 def measure_editing(opened: OpenedModels) -> Page:
-    """Measures Table 2: outpainting and inpainting of held-out images; the picture shows the first model."""
+    """Measures Table 2: outpainting and inpainting of val images. The picture shows the first model."""
     evaluator, options = opened.evaluator, opened.options
     rows = [
         row
@@ -166,16 +166,17 @@ def measure_editing(opened: OpenedModels) -> Page:
 
 
 def measure_schedules(opened: OpenedModels, *, num_steps: Sequence[int] | None) -> Page:
-    """Measures Table 3 and Figure 8: mask schedules, a model for each.
+    """Measures Table 3 and Figure 8: mask schedules, with a model per schedule.
 
     Args:
-        opened: Models that differ in their mask schedule alone.
-        num_steps: The T; None for the usual ones. Those above half of the number of tokens are left out.
+        opened: Models that differ only in their mask schedule.
+        num_steps: Numbers of steps; None for the usual ones. Those above half the number of tokens are left out.
 
     Raises:
-        ValueError: if runs were not trained alike, two are of one schedule, or no T is left.
+        ValueError: if the training budgets differ, two runs have the same schedule, or no number of steps is left.
     """
     evaluator, options, models = opened.evaluator, opened.options, opened.models
+    # Schedules are only comparable for equal training budgets.
     check_budgets({each.run: read_run_recipe(each.folder.parent / "transformer" / "config.yaml") for each in models})
     results = ablate(evaluator, models, steps=num_steps or PLOT_STEPS, num_images=options.num_images, seed=options.seed)
     first, *_ = evaluator.networks

@@ -1,8 +1,9 @@
-"""The rows of the paper's tables, which stand beside ours.
+"""The published rows of the paper's tables, which ``tables`` prints next to ours.
 
-Source: Chang et al., MaskGIT, CVPR 2022, arXiv:2202.04200, Tables 1 to 3. Tables 1 and 3 are on ImageNet, from 50,000
-images; Table 2 is on Places2. All numbers are in the features of Inception; they compare with ours only where data,
-network and count are theirs.
+Tables 1 and 3 are measured on ImageNet with 50,000 images, Table 2 on Places2, all with the features of Inception.
+Other values are comparable with them only for the same data, network and number of images.
+
+Source: Chang et al., MaskGIT, CVPR 2022, arXiv:2202.04200, Tables 1 to 3.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ class PublishedGeneration:
         model: Name of the model.
         size: Edge of the images, in pixels.
         fid: Frechet distance.
-        inception_score: As printed; None where the table has none.
-        precision: Precision of Kynkaanniemi et al.; None where the table has none.
-        recall: Recall of Kynkaanniemi et al.; None where the table has none.
-        parameters: Number of parameters, as printed.
-        steps: Forward passes an image, as printed.
-        cas_top1: Classification accuracy score, top 1 in per cent; None where the table has none.
-        cas_top5: Classification accuracy score, top 5 in per cent; None where the table has none.
+        inception_score: Inception score as printed; None if the table has none.
+        precision: Precision of Kynkaanniemi et al.; None if the table has none.
+        recall: Recall of Kynkaanniemi et al.; None if the table has none.
+        parameters: Number of parameters as printed.
+        steps: Forward passes per image as printed.
+        cas_top1: Classification accuracy score, top 1 in percent; None if the table has none.
+        cas_top5: Classification accuracy score, top 5 in percent; None if the table has none.
     """
 
     model: str
@@ -56,7 +57,7 @@ class PublishedEditing:
     """A row of Table 2.
 
     Args:
-        task: Outpainting to the right by 50 %, or inpainting the centre of 50 % x 50 %.
+        task: Outpainting of the right 50 %, or inpainting of the centre of 50 % x 50 %.
         model: Name of the model.
         size: Edge of the images, in pixels.
         fid: Frechet distance.
@@ -75,11 +76,11 @@ class PublishedSchedule:
     """A row of Table 3.
 
     Args:
-        schedule: The registered name.
-        best_steps: T of the least distance.
-        fid: At that T.
-        inception_score: At that T.
-        nll: Masked negative log-likelihood, in nats a masked token.
+        schedule: Registered name of the schedule.
+        best_steps: The T with the lowest FID.
+        fid: Frechet distance at that T.
+        inception_score: Inception score at that T.
+        nll: Masked negative log-likelihood, in nats per masked token.
     """
 
     schedule: str

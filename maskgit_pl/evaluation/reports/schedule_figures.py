@@ -1,6 +1,6 @@
-"""Figures of mask schedules: the curves themselves, and the quality of the model that was trained with each.
+"""Figures of mask schedules: the mask ratios, and the FID of the model of each schedule over the number of steps.
 
-Both are the panels of the paper's Figure 8; ``maskgit schedules`` draws the first alone.
+These are the two panels of the paper's Figure 8. ``maskgit schedules`` draws only the first one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["count_known_tokens", "draw_figure_8", "draw_schedules"]
 
-_COLOURS = {  # from those that decide late (concave) to those that decide early (convex)
+_COLOURS = {  # from schedules that decide late (concave) to those that decide early (convex)
     "exp": "#5b2a86",
     "cubic": "#3f51b5",
     "square": "#2a7fb8",
@@ -33,7 +33,7 @@ _COLOURS = {  # from those that decide late (concave) to those that decide early
     "log": "#c0392b",
 }
 _OTHERS = ("#a0709f", "#6d9a5c", "#b3605b", "#8a7f4f")
-_POINTS = 513
+_POINTS = 513  # points of a curve of mask ratios
 _TICKS = (0.5, 1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 300)
 
 
@@ -41,23 +41,27 @@ def count_known_tokens(schedule: MaskSchedule, *, num_tokens: int, num_steps: in
     """Counts the tokens of an image that are known after each decoding step.
 
     Args:
-        schedule: Says how many are masked.
-        num_tokens: N.
-        num_steps: T, in [1, N].
+        schedule: The mask schedule.
+        num_tokens: Number N of tokens.
+        num_steps: Number T of steps, in [1, N].
+
+    Returns:
+        T counts, of which the last one is N.
 
     Raises:
-        ValueError: if there are fewer than one step, or more steps than tokens.
+        ValueError: if ``num_steps`` is out of range.
     """
+    # The counts come from the decoder itself, so that the table shows what decoding does.
     decoder = ParallelDecoder(schedule, token_selectors.build("confidence"), num_steps=num_steps)
     return [num_tokens - masked for (masked,) in decoder.count_masked([num_tokens], num_tokens)[1:]]
 
 
 def draw_schedules(schedules: Mapping[str, MaskSchedule], *, num_tokens: int) -> bytes:
-    """Draws mask ratio against progress for every schedule.
+    """Draws the mask ratio of each schedule over the progress.
 
     Args:
-        schedules: By the name that the legend shows.
-        num_tokens: N, which some schedules depend on.
+        schedules: Schedules by their name in the legend.
+        num_tokens: Number N of tokens, which some schedules depend on.
 
     Returns:
         A PNG.
@@ -81,15 +85,15 @@ def draw_figure_8(
     floor: float | None,
     dataset: str,
 ) -> bytes:
-    """Draws the mask schedules, and beside them the quality of the model of each against T.
+    """Draws the mask schedules on the left, and the FID of the model of each over T on the right.
 
     Args:
-        results: One for each schedule.
-        num_tokens: N, which ``log`` and ``exp`` depend on.
-        metric: Such as ``fid/classifier``.
-        num_images: Images of a point.
-        floor: The value of as many real images; None draws no line.
-        dataset: For the title.
+        results: Results of the schedules.
+        num_tokens: Number N of tokens, which ``log`` and ``exp`` depend on.
+        metric: Name of the metric, such as ``fid/classifier``.
+        num_images: Number of images per point.
+        floor: Value of the same number of real images; None draws no line.
+        dataset: Name of the data, for the title.
 
     Returns:
         A PNG.
@@ -105,9 +109,9 @@ def draw_figure_8(
     colours = _colours(result.schedule for result in results)
     _plot_quality(right, results, colours)
     if floor is not None:
-        plot_floor(right, floor, f"as many real images: {floor:.2f}")
+        plot_floor(right, floor, f"real images: {floor:.2f}")
     right.set_ylabel(f"{metric} of {num_images} images (lower is better)")
-    right.set_title(f"{plain_label(dataset)}: a model for each schedule, stars at its best T", fontsize=11, loc="left")
+    right.set_title(f"{plain_label(dataset)}: one model per schedule, star at the best T", fontsize=11, loc="left")
     ends = {
         result.schedule: LineEnd(
             f"{result.schedule}, best T = {result.best_steps}",
@@ -121,7 +125,7 @@ def draw_figure_8(
 
 
 def _colours(names: Iterable[str]) -> dict[str, str]:
-    """Returns a colour for each schedule; those that the paper does not have take turns."""
+    """Returns a colour per schedule; schedules that the paper does not have share a few colours."""
     names = list(names)
     others = iter(_OTHERS * (1 + len(names) // len(_OTHERS)))
     return {name: _COLOURS.get(name) or next(others) for name in names}
@@ -131,9 +135,9 @@ def _plot_ratios(axes: Axes, schedules: Mapping[str, MaskSchedule], num_tokens: 
     progress = torch.linspace(0, 1, _POINTS)
     ratios = {name: schedule(progress, num_tokens).clamp(0, 1) for name, schedule in schedules.items()}
     colours = _colours(ratios)
-    # In the legend as on the page: what stays masked longest stands at the top.
+    # The order of the legend is that of the curves from top to bottom.
     for number, name in enumerate(sorted(ratios, key=lambda name: -float(ratios[name].mean()))):
-        style = ("solid", "dashed", "dashdot")[number // 10 % 3]  # colours repeat, lines do not
+        style = ("solid", "dashed", "dashdot")[number // 10 % 3]  # colours repeat, styles tell the lines apart
         axes.plot(progress.numpy(), ratios[name].numpy(), color=colours[name], label=plain_label(name), linestyle=style,
                   linewidth=1.8)  # fmt: skip
     axes.set(xlabel="progress r = t / T", ylabel="mask ratio gamma(r)", xlim=(0, 1), ylim=(0, 1.02))
@@ -145,6 +149,7 @@ def _plot_ratios(axes: Axes, schedules: Mapping[str, MaskSchedule], num_tokens: 
 def _plot_quality(axes: Axes, results: Sequence[ScheduleResult], colours: Mapping[str, str]) -> None:
     plot_by_steps(axes, {result.schedule: result.curve for result in results}, colours)
     values = [value for result in results for value in result.curve.values()]
+    # The default ticks of a logarithmic axis are powers of ten, which are too few here.
     if axes.get_yscale() == "log":
         ticks = [tick for tick in _TICKS if min(values) / 1.3 <= tick <= max(values) * 1.3]
         axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])

@@ -1,7 +1,7 @@
-"""The paper's tables with our rows in them: pages from the rows of the ledger.
+"""The pages of Tables 1 to 3, made from rows of the ledger, with the published rows of the paper.
 
-Our numbers are named after the network whose features they are of, and stand in tables of their own: those of another
-network, other data or another number of images compare with nothing in the paper's.
+Our rows have separate tables per feature network, because values of different networks, data or numbers of images are
+not comparable. ``paper_measurements`` uses it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from itertools import combinations
 from typing import Any
 
 from maskgit_pl.evaluation.editing_tasks import Task
-from maskgit_pl.evaluation.ledger import REAL, Row, number, present
+from maskgit_pl.evaluation.ledger import REAL, Row, has_column, read_number
 from maskgit_pl.evaluation.metric_names import NETWORK_METRICS, format_value, metric_name, title
 from maskgit_pl.evaluation.pages import Page, code_cell, heading, markdown_table, paragraph
 from maskgit_pl.evaluation.reports.ablation import ScheduleResult
@@ -26,7 +26,7 @@ from maskgit_pl.text import code_span, markdown
 
 __all__ = ["FORMULAS", "TASKS", "compare_with_paper", "make_editing_page", "make_generation_page", "make_schedule_page"]
 
-FORMULAS = {  # Table 3's gamma(r), as it prints them; exp and log as released
+FORMULAS = {  # gamma(r) as Table 3 prints it; exp and log as in the released code
     "exp": "1 - 2^(-log2(N) (1 - r))",
     "cubic": "1 - r^3",
     "square": "1 - r^2",
@@ -47,64 +47,66 @@ _SHOWN_DIGITS = 8
 
 
 def make_generation_page(samples: Sequence[Row], cas: Sequence[Row], *, command: str) -> Page:
-    """Returns Table 1: class-conditional generation.
+    """Returns the page of Table 1: class-conditional generation.
 
     Args:
-        samples: Rows of generated images, and those of real images.
+        samples: Rows of generated images and of real images.
         cas: Rows of the classification accuracy score; empty leaves it out.
-        command: The command that makes the page again.
+        command: Command that produces the page.
     """
     lines = [*heading("Table 1: class-conditional generation", command), *_explain(samples), ""]
+    # One table per network, in the order in which the networks were measured.
     for network in dict.fromkeys(row["network"] for row in samples):
         own = [row for row in samples if row["network"] == network]
         lines += [f"## In the features of {markdown(network)}", "", *_generation_lines(own), ""]
     if cas:
         lines += ["## Classification accuracy score", "", *_cas_lines(cas), ""]
     lines += [*_describe_provenance(samples), "", "## Published", "", *_published_generation()]
-    return _page("table-1", lines, [*samples, *cas], picture="table-1.png")
+    return _make_page("table-1", lines, [*samples, *cas], picture="table-1.png")
 
 
-def _page(name: str, lines: Sequence[str], rows: Sequence[Mapping[str, Any]], *, picture: str) -> Page:
+def _make_page(name: str, lines: Sequence[str], rows: Sequence[Mapping[str, Any]], *, picture: str) -> Page:
     shown = f"![{picture.removesuffix('.png')}]({picture})"
     return Page(name, "\n".join([*lines, "", shown, ""]), rows)
 
 
 def _cell(row: Mapping[str, Any], name: str) -> str:
-    """Returns a number as tables show it; an empty cell where there is none."""
-    value = number(row, name)
+    """Returns a value as text, or an empty cell if the row has none."""
+    value = read_number(row, name)
     return "" if value is None else format_value(name, value)
 
 
 def _word(row: Mapping[str, Any], name: str) -> str:
-    """Returns Markdown of a word or count of a row; an empty one where there is none."""
+    """Returns a word or count as Markdown, or an empty text if the row has none."""
     value = row.get(name)
     return "" if value is None else markdown(value)
 
 
 def _millions(row: Mapping[str, Any]) -> str:
-    value = number(row, "parameters")
+    value = read_number(row, "parameters")
     return "" if value is None else f"{value / 1e6:.2f}M"
 
 
 def _describe_provenance(rows: Sequence[Row]) -> list[str]:
-    """Returns on what, against what, by which networks and by which code the rows were measured."""
-    said = []
+    """Returns two paragraphs: data, code and device of the rows; digests of references, networks and models."""
+    # Each value occurs once, although all rows repeat it.
+    facts = []
     for name, column in (("data", "dataset"), ("data fingerprint", "data"), ("commit", "commit"), ("date", "date"),
                          ("device", "device")):  # fmt: skip
         values = dict.fromkeys(str(row.get(column) or "")[: 12 if column == "commit" else None] for row in rows)
-        said.append(f"{name} {', '.join(markdown(value) for value in values if value)}")
+        facts.append(f"{name} {', '.join(markdown(value) for value in values if value)}")
     compared = _join_names(rows, _reference_name, "reference")
-    judges = _join_names(rows, lambda row: _word(row, "network"), "judge")
+    networks = _join_names(rows, lambda row: _word(row, "network"), "judge")
     models = dict.fromkeys(
         f"{code_cell(row['run'])} tokenizer {_digest(row, 'tokenizer')}, transformer {_digest(row, 'transformer')}"
         for row in rows
         if row.get("run")
     )
     return [
-        *paragraph(f"Measured on: {'; '.join(said)}. Every row with its decoding is in the ledger."),
+        *paragraph(f"Measured on: {'; '.join(facts)}. The ledger has every row with its decoding."),
         "",
         *paragraph(
-            f"First digits of sha256. Reference: {compared}. Weights of the networks that judge: {judges}. Weights of",
+            f"First digits of SHA-256. Reference: {compared}. Weights of the feature networks: {networks}. Weights of",
             f"the models: {'; '.join(models) or 'none'}.",
         ),
     ]
@@ -115,19 +117,19 @@ def _join_names(rows: Sequence[Row], name: Callable[[Row], str], digest: str) ->
 
 
 def _digest(row: Mapping[str, Any], name: str) -> str:
-    """Returns the first digits of a digest; rows of older versions may lack it."""
+    """Returns the first digits of a digest, which rows of older versions may lack."""
     return markdown(str(row.get(name) or "")[:_SHOWN_DIGITS]) or "not recorded"
 
 
 def _reference_name(row: Mapping[str, Any]) -> str:
-    """Returns the split or the file that the images of a row were compared with."""
+    """Returns the name of the split or file that a row compares with."""
     return markdown(row.get("reference_file") or f"the {row.get('split') or 'val'} split")
 
 
 def _describe_reference(rows: Sequence[Row]) -> str:
-    """Returns the number of real images that the rows compare with, and their source."""
+    """Returns the number and the source of the real images that the rows compare with."""
     found = dict.fromkeys(
-        f"{_word(row, 'real_images')} real ones of {_reference_name(row)}"
+        f"{_word(row, 'real_images')} real images of {_reference_name(row)}"
         if row.get("real_images")
         else f"the statistics of {_reference_name(row)}"
         for row in rows
@@ -138,21 +140,23 @@ def _describe_reference(rows: Sequence[Row]) -> str:
 def _explain(rows: Sequence[Row]) -> list[str]:
     counts = ", ".join(dict.fromkeys(_word(row, "num_images") for row in rows))
     return paragraph(
-        f"{counts} images of each model, spread evenly over the classes, against {_describe_reference(rows)}.",
-        "The last line of each table has as many real training images in place of generated ones: what FID",
-        "comes to at this number of images where nothing is wrong. FID falls with the number of images and is of one",
-        "network's features: it compares with no number of another count, network or data set. KID has no such bias.",
-        "IS comes from a network that knows the classes alone.",
+        f"{counts} images of each model, evenly distributed over the classes, are compared with",
+        f"{_describe_reference(rows)}. The last line of each table shows the same number of real training images",
+        "instead of generated ones: the value of a perfect model with this number of images. FID falls with the number",
+        "of images and depends on the network, so that it is only comparable for the same number of images, network",
+        "and data. KID has no such bias. IS is measured only in networks that know the classes.",
     )
 
 
 def _generation_lines(rows: Sequence[Row]) -> list[str]:
     network = str(rows[0]["network"])
-    shown = [name for name in _METRICS if present(rows, name)]
+    # A column is left out if no row has the metric, e.g. IS in a network that does not know the classes.
+    shown = [name for name in _METRICS if has_column(rows, name)]
     headings = [markdown(title(metric_name(name, network) if name in _NAMED_AFTER_NETWORK else name)) for name in shown]
+    # Real images come last, below the models.
     models = [row for row in rows if row["model"] != REAL] + [row for row in rows if row["model"] == REAL]
     return markdown_table(
-        ["model", "run", *headings, "parameters", "steps", "ms an image"],
+        ["model", "run", *headings, "parameters", "steps", "ms per image"],
         [
             [_word(row, "model"), code_cell(row["run"]), *(_cell(row, name) for name in shown), _millions(row),
              _word(row, "num_steps"), _cell(row, "seconds_per_image")]
@@ -165,9 +169,8 @@ def _generation_lines(rows: Sequence[Row]) -> list[str]:
 def _cas_lines(rows: Sequence[Row]) -> list[str]:
     first = rows[0]
     lines = paragraph(
-        f"A {_word(first, 'classifier')} trained on images of one kind alone",
-        f"({_word(first, 'training_images')} of them, {_word(first, 'training_steps')} steps), tested on the",
-        f"{_word(first, 'real_images')} real val images.",
+        f"A {_word(first, 'classifier')} was trained on {_word(first, 'training_images')} images of one kind for",
+        f"{_word(first, 'training_steps')} steps, and tested on the {_word(first, 'real_images')} real val images.",
     )
     cells = [
         [f"{_word(row, 'model')} {code_cell(row['run'])}".strip(),
@@ -193,30 +196,30 @@ def _published_generation() -> list[str]:
 
 
 def make_editing_page(rows: Sequence[Row], *, command: str) -> Page:
-    """Returns Table 2: outpainting and inpainting of held-out images.
+    """Returns the page of Table 2: outpainting and inpainting of val images.
 
     Args:
-        rows: Rows of edited images.
-        command: The command that makes the page again.
+        rows: Rows of edited, masked and unedited images.
+        command: Command that produces the page.
     """
     lines = [*heading("Table 2: outpainting and inpainting", command)]
     lines += paragraph(
-        "Each held-out image is edited once: its class and what stays visible are given, the rest is generated and",
-        f"pasted in. The results are measured against {_describe_reference(rows)}.",
-        "`unedited` are the same images as they are, `masked` with grey in place of what is to be generated: between",
-        "the two lies what there is to win. What is hidden are whole tokens: the right half rounded up, the centre",
-        "down (of 7 x 7 tokens 4 columns, and 3 x 3).",
+        "Each val image is edited once: the model gets its class and its visible part, and generates the rest. The",
+        f"results are compared with {_describe_reference(rows)}. `unedited` shows the same images without a change,",
+        "and `masked` shows them with grey pixels in the part to generate: these are the best and the worst case. The",
+        "part to generate consists of whole tokens: the right half is rounded up and the centre is rounded down. Of",
+        "7 x 7 tokens, these are 4 columns, or 3 x 3 tokens.",
     )
     lines += [""]
     for task, name in TASKS.items():
         own = [row for row in rows if row["task"] == task]
         if own:
             lines += [f"## {name[0].upper()}{name[1:]}", "", *_editing_lines(own), "", *_published_editing(task), ""]
-    return _page("table-2", [*lines, *_describe_provenance(rows)], rows, picture="table-2.png")
+    return _make_page("table-2", [*lines, *_describe_provenance(rows)], rows, picture="table-2.png")
 
 
 def _editing_lines(rows: Sequence[Row]) -> list[str]:
-    shown = [name for name in _METRICS if present(rows, name)]
+    shown = [name for name in _METRICS if has_column(rows, name)]
     return markdown_table(
         ["result", "run", "network", *map(title, shown), "images", "steps"],
         [
@@ -239,11 +242,11 @@ def _published_editing(task: Task) -> list[str]:
 
 
 def make_schedule_page(results: Sequence[ScheduleResult], *, command: str) -> Page:
-    """Returns Table 3: mask schedules, each trained and decoded with its own.
+    """Returns the page of Table 3: mask schedules, each used in the training and the decoding of its model.
 
     Args:
-        results: One for each schedule, in the order of the paper's table; see ``ablate``.
-        command: The command that makes the page again.
+        results: Results of the schedules in the order of the paper's table; see ``ablate``.
+        command: Command that produces the page.
     """
     networks = list(dict.fromkeys(network for result in results for network in result.fresh))
     any_row = next(iter(results[0].fresh.values()))
@@ -252,69 +255,73 @@ def make_schedule_page(results: Sequence[ScheduleResult], *, command: str) -> Pa
     lines = heading("Table 3: mask schedules", command)
     steps = ", ".join(map(str, sorted(results[0].curve)))
     lines += paragraph(
-        "Each schedule has a model of its own, trained with it under the same budget and decoded with it, without",
-        f"guidance, at T in {{{steps}}}. The best T is the one of the least fid/{markdown(networks[0])}; the numbers",
-        f"beside it are measured again with fresh noise ({any_row['num_images']} images), which took no part in the",
-        "choice. NLL is the mean negative log-likelihood of masked tokens under the schedule's own masks, in nats, as",
-        "the paper's: it falls where fewer tokens are masked, whatever the model knows. The bound is the",
-        "order-agnostic ELBO in bits a token, which means the same for every schedule (lower is better).",
+        "Each schedule has its own model, trained and decoded with this schedule. All models have the same training",
+        f"budget, and are decoded without guidance at T in {{{steps}}}. The best T has the lowest",
+        f"fid/{markdown(networks[0])}; the values next to it are measured again at this T, with other noise",
+        f"({any_row['num_images']} images). NLL is the mean negative log-likelihood per masked token in nats, under",
+        "the masks of the schedule, as in the paper. It falls if fewer tokens are masked, so that it does not compare",
+        "models. The bound is the order-agnostic ELBO in bits per token, which is comparable for all schedules (lower",
+        "is better).",
     )
     lines += ["", *_schedule_lines(results, networks), "", *compare_with_paper(fids, networks[0]), ""]
     flat = [_flatten(result, networks) for result in results]
-    return _page("table-3", [*lines, *_describe_provenance(rows)], flat, picture="figure-8.png")
+    return _make_page("table-3", [*lines, *_describe_provenance(rows)], flat, picture="figure-8.png")
 
 
 def _schedule_lines(results: Sequence[ScheduleResult], networks: Sequence[str]) -> list[str]:
     published = {row.schedule: row for row in SCHEDULES}
-    scored = [network for network in networks if present([result.fresh[network] for result in results], "is")]
+    # IS has a column only for networks that know the classes.
+    scored = [network for network in networks if has_column([result.fresh[network] for result in results], "is")]
     headings = ["schedule", "gamma(r)", "best T", *(f"FID ({markdown(name)})" for name in networks)]
     headings += [*(f"IS ({markdown(name)})" for name in scored), "NLL", "bound, bits", "paper: T", "FID", "IS", "NLL"]
     cells = []
     for result in results:
-        likelihood, known = result.likelihood, published.get(result.schedule)
+        likelihood, paper = result.likelihood, published.get(result.schedule)
         row = [code_span(result.schedule), FORMULAS.get(result.schedule, ""), str(result.best_steps)]
         row += [_cell(result.fresh[name], "fid") for name in networks]
         row += [_cell(result.fresh[name], "is") for name in scored]
         row += [_with_error(likelihood, "masked_nll"), _with_error(likelihood, "elbo_bits_per_token")]
-        if known is not None:
-            row += [str(known.best_steps), f"{known.fid:.2f}", f"{known.inception_score:.1f}", f"{known.nll:.2f}"]
+        if paper is not None:
+            row += [str(paper.best_steps), f"{paper.fid:.2f}", f"{paper.inception_score:.1f}", f"{paper.nll:.2f}"]
+        # A schedule that the paper does not have gets empty cells in the paper's columns.
         cells.append(row + [""] * (len(headings) - len(row)))
     return markdown_table(headings, cells, left=2)
 
 
 def _with_error(row: Mapping[str, Any], name: str) -> str:
-    value, error = number(row, name), number(row, f"{name}_error")
+    value, error = read_number(row, name), read_number(row, f"{name}_error")
     return "" if value is None else f"{value:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
 def compare_with_paper(fids: Mapping[str, float], network: str) -> list[str]:
-    """Returns in words whether the paper's order of schedules holds.
+    """Returns a paragraph that compares our order of the schedules with the paper's.
 
     Args:
-        fids: Ours, by schedule.
-        network: Whose features they are of.
+        fids: Our FIDs by schedule.
+        network: Label of the network of the FIDs.
     """
     paper = {row.schedule: row.fid for row in SCHEDULES if row.schedule in fids}
     if len(paper) < 2:
-        return ["Fewer than two schedules of the paper were measured: nothing to say of its order."]
+        return ["Fewer than two schedules of the paper were measured, so that their order cannot be compared."]
     ours = sorted(paper, key=lambda name: fids[name])
     theirs = sorted(paper, key=lambda name: paper[name])
-    pairs = list(combinations(theirs, 2))
+    pairs = list(combinations(theirs, 2))  # (better, worse) in the paper
     agreeing = sum(fids[better] < fids[worse] for better, worse in pairs)
     verdict = "holds here" if ours == theirs else "does not hold here"
     return paragraph(
-        f"**The paper's order {verdict}.** By FID it is {' < '.join(theirs)}; by our fid/{markdown(network)} it is",
-        f"{' < '.join(f'{name} {fids[name]:.2f}' for name in ours)}. {agreeing} of {len(pairs)} pairs are in the",
-        "paper's order (half of them would be by chance). One training and one set of noise a schedule: what is close",
-        "is no ranking.",
+        f"**The paper's order {verdict}.** By the paper's FID, the order is {' < '.join(theirs)}. By our",
+        f"fid/{markdown(network)}, it is {' < '.join(f'{name} {fids[name]:.2f}' for name in ours)}. {agreeing} of",
+        f"{len(pairs)} pairs are in the paper's order; a random order has half of them. Each schedule has one training",
+        "and one set of noise, so that small differences do not rank schedules.",
     )
 
 
 def _flatten(result: ScheduleResult, networks: Sequence[str]) -> dict[str, object]:
+    # The row of the CSV: values of all networks, likelihoods, and the FID at every T.
     flat: dict[str, object] = {"schedule": result.schedule, "run": result.run, "best_steps": result.best_steps}
     for network in networks:
         row = result.fresh[network]
-        flat |= {f"{name}/{network}": row[name] for name in _METRICS if present([row], name)}
+        flat |= {f"{name}/{network}": row[name] for name in _METRICS if has_column([row], name)}
     flat |= {name: cell for name, cell in result.likelihood.items() if "nll" in name or "elbo" in name}
     flat |= {f"fid/{networks[0]} at T = {steps}": value for steps, value in sorted(result.curve.items())}
     kept = ("num_images", "parameters", "commit", "date", "dataset", "data", "transformer", "tokenizer", "config",

@@ -1,7 +1,7 @@
-"""The time that an image takes the transformer: autoregressive decoding against MaskGIT, by the number of tokens.
+"""The decoding time per image of autoregressive decoding and MaskGIT, for several numbers of tokens.
 
-The networks have random weights, which take as long as trained ones, and there is no tokenizer. ``timing_page`` draws
-Figure 4 of the paper from it.
+The time does not depend on the values of the weights, so that random ones are used; the tokenizer is not timed.
+``timing_page`` makes Figure 4 of the paper from the measurements.
 """
 
 from __future__ import annotations
@@ -41,28 +41,29 @@ Method = Literal["MaskGIT", "autoregressive, KV cache", "autoregressive, no cach
 METHODS: tuple[Method, ...] = get_args(Method)
 
 SIZES = TransformerConfig(1024, 1000, (16, 16), embed_dim=256, depth=8, num_heads=8, mlp_dim=1024)
-"""Small enough for a CPU: 1,024 tokens without a cache take it minutes."""
+"""Sizes for a CPU, on which 1,024 tokens without a cache take minutes."""
 
-_SECONDS, _MAX_RUNS = 10.0, 15  # of the runs of a point, unless one takes longer; runs of a point
-_WARM_UP = 8  # tokens
+# A point has at most 15 runs, and ends when another run would exceed 10 s in all; it has at least one run.
+_SECONDS, _MAX_RUNS = 10.0, 15
+_WARM_UP = 8  # steps before the clock starts
 
 
 @dataclass(frozen=True)
 class Timing:
-    """The time of an image by one method at one number of tokens.
+    """The time per image of one method at one number of tokens.
 
     Args:
-        method: Way of decoding.
-        num_tokens: N.
-        num_steps: T, the number of forward passes.
-        seconds: Median of the runs.
-        least: Seconds of the quickest run.
+        method: Decoding method.
+        num_tokens: Number N of tokens.
+        num_steps: Number T of forward passes.
+        seconds: Median of the runs, in seconds.
+        least: Fastest run, in seconds.
         runs: Number of runs.
-        network: Sizes of the network, in words.
-        device: Name of the GPU, or of the CPU with its threads.
+        network: Description of the sizes of the network.
+        device: Name of the GPU, or of the CPU with its number of threads.
         torch: Version of torch.
-        dtype: Of weights and products.
-        kind: Of the device: ``cpu``, ``cuda`` ...
+        dtype: Precision of weights and matrix products.
+        kind: Type of the device, such as ``cpu`` or ``cuda``.
     """
 
     method: Method
@@ -79,10 +80,10 @@ class Timing:
 
 
 def read_sizes(folder: Path) -> TransformerConfig:
-    """Returns the sizes of a transformer, from the folder that it was saved to.
+    """Reads the sizes of a transformer from its folder.
 
     Raises:
-        ValueError: if its config.json is not one of a transformer.
+        ValueError: if ``config.json`` is not that of a transformer.
     """
     config = read_config(folder, "transformer")
     return build_dataclass(TransformerConfig, config.get("network"), f"{folder / 'config.json'}: network")
@@ -96,34 +97,35 @@ def measure_timings(
     device: torch.device | str = "cpu",
     on_point: Callable[[Timing], object] = lambda timing: None,
 ) -> list[Timing]:
-    """Times every method at every N, batch 1; what the ledger holds is not measured again.
+    """Times each method at each number of tokens with batch size 1. Points in the ledger are not measured again.
 
-    The methods take turns, so that a machine that slows down slows all of them.
+    The methods take turns, so that a change in the speed of the machine affects all of them.
 
     Args:
-        ledger: Gets each point as soon as it is measured.
-        sizes: Of the networks; each point has its own grid, each method its attention.
-        num_tokens: N of the points: squares.
-        device: Where the networks run.
-        on_point: Called with each point, measured or found.
+        ledger: Ledger, to which each point is added as soon as it is measured.
+        sizes: Sizes of the networks; the grid is replaced at each point.
+        num_tokens: Numbers N of tokens, all squares.
+        device: Device of the networks.
+        on_point: Called with each point, measured or from the ledger.
 
     Returns:
-        The points, by N and method.
+        The points, sorted by N and method.
 
     Raises:
         ValueError: if a number of tokens is not a square.
     """
     for count in num_tokens:
         if count < 1 or math.isqrt(count) ** 2 != count:
-            raise ValueError(f"num_tokens: squares are needed, such as 16 or 256, got {count}")
+            raise ValueError(f"num_tokens must be squares, such as 16 or 256, got {count}")
     device = torch.device(device)
     timings = []
     for count in sorted(set(num_tokens)):
-        points = {method: _point(method, count, sizes, device) for method in METHODS}
+        points = {method: _point_columns(method, count, sizes, device) for method in METHODS}
         found = {method: ledger.find("timing", point) for method, point in points.items()}
         missing = [method for method, row in found.items() if row is None]
+        # Each point is written as soon as it is measured, so that a command that is stopped loses at most one.
         for method, seconds in _measure(missing, sizes, count, device) if missing else ():
-            found[method] = ledger.add("timing", {**points[method], **_numbers(seconds)})
+            found[method] = ledger.add("timing", {**points[method], **_summarize(seconds)})
             on_point(timing_of(found[method]))
         for method, row in found.items():
             timings.append(timing_of(row))
@@ -133,23 +135,24 @@ def measure_timings(
 
 
 def timing_of(row: Mapping[str, Any] | None) -> Timing:
-    """Returns the point that a row of the ledger holds."""
-    assert row is not None  # it was found or added
+    """Returns the point of a ledger row."""
+    assert row is not None  # every row was found or added
     values = {**row, "seconds": row["seconds_per_image"]}
     return Timing(**{each.name: values[each.name] for each in fields(Timing)})
 
 
-def _point(method: Method, num_tokens: int, sizes: TransformerConfig, device: torch.device) -> dict[str, Any]:
-    """Returns the columns of the ledger that tell a point from others."""
+def _point_columns(method: Method, num_tokens: int, sizes: TransformerConfig, device: torch.device) -> dict[str, Any]:
+    """Returns the ledger columns that identify a point."""
     network = (
         f"{sizes.depth} layers x {sizes.embed_dim}, MLP {sizes.mlp_dim}, {sizes.num_heads} heads, "
         f"{sizes.codebook_size} codes, {sizes.num_classes} classes"
     )
+    # Everything that changes the time is part of the key: sizes, device, version of torch, precision.
     matmul = torch.get_float32_matmul_precision()
     return {
         "method": method,
         "num_tokens": num_tokens,
-        "num_steps": _steps(num_tokens) if method == "MaskGIT" else num_tokens,
+        "num_steps": _choose_steps(num_tokens) if method == "MaskGIT" else num_tokens,
         "network": network,
         "device": device_name(device),
         "torch": torch.__version__,
@@ -158,12 +161,15 @@ def _point(method: Method, num_tokens: int, sizes: TransformerConfig, device: to
     }
 
 
-def _steps(num_tokens: int) -> int:
-    """Returns the T of MaskGIT: as in the paper, 12 at 1,024 tokens and 8 below."""
+def _choose_steps(num_tokens: int) -> int:
+    """Returns the T of MaskGIT: 12 steps from 1,024 tokens, 8 below, and at most one per token.
+
+    Source: paper, Table 1.
+    """
     return min(num_tokens, 12 if num_tokens >= 1024 else 8)
 
 
-def _numbers(seconds: Sequence[float]) -> dict[str, Any]:
+def _summarize(seconds: Sequence[float]) -> dict[str, Any]:
     commit = describe_environment()["commit"]
     return {"seconds_per_image": median(seconds), "least": min(seconds), "runs": len(seconds), "commit": commit}
 
@@ -171,25 +177,32 @@ def _numbers(seconds: Sequence[float]) -> dict[str, Any]:
 def _measure(
     methods: Sequence[Method], sizes: TransformerConfig, num_tokens: int, device: torch.device
 ) -> Iterator[tuple[Method, list[float]]]:
-    """Yields the seconds of each run of a method, as soon as it has enough of them."""
-    decoders = _decoders(sizes, num_tokens, device)
+    """Yields each method with the seconds of its runs, as soon as it has enough runs.
+
+    1. Warm up each method, since the first calls allocate memory and choose kernels.
+    2. Take the next method of a queue and time one run.
+    3. If it may run again, put it back to the end of the queue.
+    """
+    decoders = _build_decoders(sizes, num_tokens, device)
     seconds: dict[Method, list[float]] = {method: [] for method in methods}
-    for method in methods:
+    for method in methods:  # 1.
         for _ in zip(range(_WARM_UP), decoders[method](), strict=False):
             pass
     waiting = deque(methods)
     while waiting:
         method = waiting.popleft()
-        own = seconds[method]
-        own.append(_seconds(decoders[method], device))
+        own = seconds[method]  # 2.
+        own.append(_time_run(decoders[method], device))
+        # 3. The last run is the estimate of the next one.
         if len(own) < _MAX_RUNS and sum(own) + own[-1] <= _SECONDS:
             waiting.append(method)
         else:
             yield method, own
 
 
-def _seconds(decode: Callable[[], Iterator[DecodingStep]], device: torch.device) -> float:
-    """Returns the seconds that a run takes."""
+def _time_run(decode: Callable[[], Iterator[DecodingStep]], device: torch.device) -> float:
+    """Returns the seconds of one run."""
+    # A GPU works asynchronously: wait for it before and after the run.
     _synchronize(device)
     start = time.perf_counter()
     deque(decode(), maxlen=0)
@@ -202,12 +215,13 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _decoders(
+def _build_decoders(
     sizes: TransformerConfig, num_tokens: int, device: torch.device
 ) -> dict[Method, Callable[[], Iterator[DecodingStep]]]:
-    """Returns the methods, without guidance; both networks have the same weights."""
-    side, steps = math.isqrt(num_tokens), _steps(num_tokens)
+    """Returns a function per method that decodes one image, without guidance and with the same weights."""
+    side, steps = math.isqrt(num_tokens), _choose_steps(num_tokens)
     config = replace(sizes, grid=(side, side), attention="bidirectional")
+    # fork_rng keeps the random weights from changing the caller's generator.
     with torch.random.fork_rng(devices=[]), device:
         masked = MaskedTransformer(config).eval().requires_grad_(requires_grad=False)
         causal = AutoregressiveTransformer(replace(config, attention="causal"))

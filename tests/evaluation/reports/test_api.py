@@ -54,14 +54,14 @@ def test_figure_4_takes_sizes_of_a_run_and_others(run: Path, tmp_path: Path) -> 
 
 
 def test_what_is_wrong_is_refused(run: Path, options: reports.ReportOptions, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="num_images: at least 2 is needed, got 1"):
+    with pytest.raises(ValueError, match="num_images must be >= 2, got 1"):
         replace(options, num_images=1)
-    with pytest.raises(ValueError, match="table 2: at least one run is needed"):
+    with pytest.raises(ValueError, match="table 2 must have at least one run"):
         reports.table_2([], options)
     with pytest.raises(FileNotFoundError, match="data nowhere: no such folder"):
         reports.table_1([run], replace(options, data=Path("nowhere")))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="table 3: one process measures it"):
+    with pytest.raises(ValueError, match="table 3 must run in one process"):
         reports.table_3([run], options)
 
 

@@ -80,21 +80,21 @@ def test_pages_say_what_was_compared_with_and_what_judged() -> None:
         "transformer": "b" * 16,
     }
     file = {"split": "", "reference_file": "imagenet.npz", "real_images": None}
-    for changes, compared in (({}, "500 real ones of the val split"), (file, "the statistics of imagenet.npz")):
+    for changes, compared in (({}, "500 real images of the val split"), (file, "the statistics of imagenet.npz")):
         tasks = [row("MaskGIT", "lite0", fid=1.0, task="outpaint-right", **{**digests, **changes})]
         for page in (
             make_generation_page(tasks, [], command="x").markdown,
             make_editing_page(tasks, command="x").markdown,
         ):
             said = " ".join(page.split())
-            assert f"against {compared}" in said
+            assert f"compared with {compared}" in said
             assert f"Reference: {changes.get('reference_file', 'the val split')} 01234567." in said
-            assert "judge: lite0 fedcba98." in said
+            assert "feature networks: lite0 fedcba98." in said
             assert "`run-a` tokenizer aaaaaaaa, transformer bbbbbbbb." in said
     old = " ".join(
         make_editing_page([row("MaskGIT", "lite0", fid=1.0, task="outpaint-right")], command="x").markdown.split()
     )
-    assert "judge: lite0 not recorded." in old
+    assert "feature networks: lite0 not recorded." in old
 
 
 def test_table_3_shows_ours_beside_the_paper_s_in_the_paper_s_order() -> None:
@@ -122,7 +122,7 @@ def test_the_paper_s_order_is_judged_pair_by_pair(fids: dict[str, float], verdic
     text = " ".join(compare_with_paper(fids, "classifier"))
     assert verdict in text
     assert f"{pairs} pairs" in text
-    assert "nothing to say" in compare_with_paper({"cosine": 1.0}, "classifier")[0]
+    assert "cannot be compared" in compare_with_paper({"cosine": 1.0}, "classifier")[0]
 
 
 @pytest.mark.parametrize("name", FORMULAS)
@@ -137,7 +137,7 @@ def test_the_formulas_that_are_printed_are_the_schedules(name: str) -> None:
 
 
 def pages(word: str) -> list[str]:
-    """Every table, with a word in the place of all words of its rows."""
+    """Returns every page, with all words of its rows replaced by one word."""
     words = dict.fromkeys(("model", "run", "network", "commit", "dataset", "data", "split", "date", "device"), word)
     rows = [{**row("", ""), **words, "fid": 1.5, "task": task} for task in ("outpaint-right", "inpaint-centre")]
     cas = {**rows[0], "classifier": word, "training_images": 5, "training_steps": 4, "top1": 0.8, "top5": 0.9}

@@ -31,7 +31,7 @@ def test_the_figure_has_the_three_lines_and_the_page_their_factors(timings):
     assert "    maskgit figure 4\n" in page
     assert "| 256 | 256 | 80 ms (n = 9) | 400 ms (n = 9) | 2 s (n = 9) | 5.0 | 25 |" in page
     said = " ".join(page.split())
-    assert "At N = 1024 an autoregressive image takes 3.3 times as long as MaskGIT's with a cache and 167 times" in said
+    assert "At N = 1024, autoregressive decoding takes 3.3 times as long as MaskGIT with a cache, and 167 times" in said
 
 
 def test_the_page_explains_the_device_that_was_timed(timings):
@@ -39,7 +39,7 @@ def test_the_page_explains_the_device_that_was_timed(timings):
         kind: " ".join(make_timing_page([replace(each, kind=kind) for each in timings], command="x").markdown.split())
         for kind in ("cpu", "cuda", "mps")
     }
-    assert "on a machine, torch 2.13.0" in pages["cpu"]
-    assert "on a CPU, as here" in pages["cpu"]
-    assert "This is a GPU, as in the paper" in pages["cuda"]
+    assert "Machine: a machine, torch 2.13.0" in pages["cpu"]
+    assert "On a CPU, as here" in pages["cpu"]
+    assert "also on a GPU" in pages["cuda"]
     assert "CPU" not in pages["cuda"] + pages["mps"]
