@@ -132,7 +132,7 @@ def obtain_classifier(
         _save(folder, classifier, _key(data, config))
     barrier()
     # Every rank reads the file, also the one that has trained, so that all have the same weights.
-    classifier = _new(data, config)
+    classifier = _create_classifier(data, config)
     load_weights(classifier.network, read_tensors(folder / WEIGHT_FILE), folder / WEIGHT_FILE)
     return classifier.eval()
 
@@ -167,21 +167,21 @@ def fit_classifier(
     Raises:
         ValueError: if timm has no such network.
     """
-    classifier = _new(data, config)
+    classifier = _create_classifier(data, config)
     # Batch i covers positions [i * batch, (i + 1) * batch) of a stream that is shuffled in each epoch.
     steps = [range(step * config.batch, (step + 1) * config.batch) for step in range(config.max_steps)]
-    own_workers = data.config.num_workers if isinstance(data, ShardData) else 0
+    default_workers = data.config.num_workers if isinstance(data, ShardData) else 0
     batches = make_loader(
         _training_batches(data, config.seed, chosen),
         cast("Sampler[range]", steps),
-        num_workers=own_workers if num_workers is None else num_workers,
+        num_workers=default_workers if num_workers is None else num_workers,
         unreadable_budget=data.config.unreadable_budget if isinstance(data, ShardData) else 0.0,
     )
-    with _quiet_lightning(), _threads(config.model):
+    with _quiet_lightning(), _set_threads(config.model):
         trainer = Trainer(
             max_steps=config.max_steps,
             max_epochs=-1,
-            **_on_device(device),
+            **_trainer_device(device),
             precision=config.precision,
             plugins=[LightningEnvironment()],  # one process, also below torchrun or Slurm
             callbacks=[_OnStep(on_step)],
@@ -206,7 +206,7 @@ def measure_accuracy(
         on_images: Called after each batch with its number of images.
     """
     right, count = torch.zeros(2, dtype=torch.int64), 0  # top-1, top-5
-    with _threads(classifier.config.model):
+    with _set_threads(classifier.config.model):
         for batch in data.val_dataloader():
             images, labels = batch.content[batch.valid], batch.labels[batch.valid]
             if len(labels):
@@ -226,7 +226,7 @@ class _OnStep(Callback):
         self.on_step()
 
 
-def _new(data: ShardData | TrainingImages, config: ClassifierConfig) -> Classifier:
+def _create_classifier(data: ShardData | TrainingImages, config: ClassifierConfig) -> Classifier:
     if isinstance(data, ShardData):
         channels, side, classes = data.config.in_channels, data.config.image_size, data.num_classes
     else:
@@ -247,7 +247,7 @@ def _training_batches(data: ShardData | TrainingImages, seed: int, chosen: Tenso
     return data.batches("train", _Selected(ShuffledStream(len(chosen), seed), chosen))
 
 
-def _on_device(name: str | None) -> dict[str, Any]:
+def _trainer_device(name: str | None) -> dict[str, Any]:
     """Returns the trainer arguments for one device."""
     if name is None:
         return {"devices": 1}  # Lightning chooses the accelerator
@@ -283,7 +283,7 @@ def _save(folder: Path, classifier: Classifier, key: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _threads(model: str) -> Iterator[None]:
+def _set_threads(model: str) -> Iterator[None]:
     """Sets the number of CPU threads, which sums depend on in their last bits.
 
     The layers of the small network are too small to gain from more than one thread.

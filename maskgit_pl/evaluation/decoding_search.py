@@ -58,7 +58,7 @@ class SearchResult:
         figure: True if there is a figure.
         decoding_file: Path of the written ``decoding.json``; None if the model already had the winning decoding.
         old_decoding_file: Path of the copy of the previous ``decoding.json``; None if there was none.
-        num_measured: Number of measurements that were made, those of the ledger not counted.
+        num_measured: Number of new measurements, without those that the ledger already held.
     """
 
     trials: tuple[Trial, ...]
@@ -124,18 +124,18 @@ def search(
         on_trial: Called after each trial and each confirmation.
     """
     metric, num_images = plan.metric, plan.num_images
-    start, made = time.monotonic(), list[Trial]()
+    start, trials = time.monotonic(), list[Trial]()
     # 1.
     for number in range(plan.trials):
         decoding = space.trial(number, seed=plan.seed, method=plan.method)
         late = plan.seconds is not None and time.monotonic() - start >= plan.seconds
-        if decoding is None or (made and late):
+        if decoding is None or (trials and late):
             break
-        made.append(Trial(number, decoding, measure(decoding, num_images, plan.seed, f"trial {number}")))
-        on_trial(made[-1])
+        trials.append(Trial(number, decoding, measure(decoding, num_images, plan.seed, f"trial {number}")))
+        on_trial(trials[-1])
     # 2.
     confirmed, seed = [], plan.seed + _CONFIRMATION_OFFSET
-    for trial in _choose_finalists(made, metric, plan.current):
+    for trial in _choose_finalists(trials, metric, plan.current):
         purpose = f"confirmation of trial {trial.number}"
         confirmed.append(replace(trial, numbers=measure(trial.decoding, 2 * num_images, seed, purpose)))
         on_trial(confirmed[-1])
@@ -143,14 +143,14 @@ def search(
     winner = confirmed[0]
     for trial in confirmed[1:]:
         winner = trial if is_better(metric, trial.numbers[metric], winner.numbers[metric]) else winner
-    return SearchResult(tuple(made), tuple(confirmed), winner, 2 * num_images, seed, metric)
+    return SearchResult(tuple(trials), tuple(confirmed), winner, 2 * num_images, seed, metric)
 
 
-def _choose_finalists(made: Sequence[Trial], metric: str, current: DecodingConfig | None) -> list[Trial]:
+def _choose_finalists(trials: Sequence[Trial], metric: str, current: DecodingConfig | None) -> list[Trial]:
     """Returns trial 0, the trial with the current decoding, and the best others, without equal decodings."""
-    others = sort_trials(made[1:], metric)
+    others = sort_trials(trials[1:], metric)
     # The current decoding is a trial if an earlier run of this search wrote its winner.
-    chosen = [made[0], *(trial for trial in others if trial.decoding == current)][:2]
+    chosen = [trials[0], *(trial for trial in others if trial.decoding == current)][:2]
     # If it is among the best anyway, it takes no additional place.
     most = len(chosen) + FINALISTS - sum(trial in others[:FINALISTS] for trial in chosen)
     for trial in others:

@@ -81,15 +81,15 @@ def distances(generated: ImageFeatures, reference: Reference, *, metrics: Metric
     if generated.logits is not None and len(generated) >= 2 * _IS_SPLITS:  # each split has at least 2 images
         numbers["is"], numbers["is_deviation"] = inception_score(generated.logits)
     if reference.features is not None:
-        made, real = generated.pooled.double(), reference.features.pooled.double()
-        numbers["kid"], numbers["kid_deviation"] = kernel_distance(made, real)
+        fake, real = generated.pooled.double(), reference.features.pooled.double()
+        numbers["kid"], numbers["kid_deviation"] = kernel_distance(fake, real)
         if metrics == "fast":
             return numbers
         # With k neighbours there must be more than k images, since an image is not its own neighbour.
-        if min(len(made), len(real)) > PRECISION_NEIGHBOURS:
-            numbers["precision"], numbers["recall"] = precision_recall(made, real)
+        if min(len(fake), len(real)) > PRECISION_NEIGHBOURS:
+            numbers["precision"], numbers["recall"] = precision_recall(fake, real)
         if len(real) > _DENSITY_NEIGHBOURS:
-            numbers["density"], numbers["coverage"] = density_coverage(made, real)
+            numbers["density"], numbers["coverage"] = density_coverage(fake, real)
     return numbers
 
 

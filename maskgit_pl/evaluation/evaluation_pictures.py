@@ -19,7 +19,13 @@ _SHOWN_OF_A_CLASS, _SHOWN_PAIRS, _ANIMATED = 8, 16, 4
 
 
 def write_pictures(
-    evaluator: Evaluator, pipe: MaskGIT, decoding: DecodingConfig, made: GeneratedImages, *, folder: Path, seed: int
+    evaluator: Evaluator,
+    pipe: MaskGIT,
+    decoding: DecodingConfig,
+    generated: GeneratedImages,
+    *,
+    folder: Path,
+    seed: int,
 ) -> None:
     """Writes ``samples.png``, ``reconstructions.png`` and ``decoding.gif``.
 
@@ -27,15 +33,17 @@ def write_pictures(
         evaluator: Evaluator whose data give the real images.
         pipe: The model.
         decoding: Decoding of the animation.
-        made: Generated images, sorted by class.
+        generated: Generated images, sorted by class.
         folder: Folder of the files.
         seed: Seed of the first image of the animation.
     """
     classes = choose_classes(len(pipe.class_names))
     rows = []
     for label in classes:
-        start = int((made.labels == label).nonzero()[0])
-        rows.append(made.read(range(start, min(start + _SHOWN_OF_A_CLASS, start + int((made.labels == label).sum())))))
+        start = int((generated.labels == label).nonzero()[0])
+        rows.append(
+            generated.read(range(start, min(start + _SHOWN_OF_A_CLASS, start + int((generated.labels == label).sum()))))
+        )
     least = min(len(row) for row in rows)
     names = [pipe.class_names[label] for label in classes]
     folder.mkdir(parents=True, exist_ok=True)

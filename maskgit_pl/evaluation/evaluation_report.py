@@ -92,37 +92,37 @@ class Report:
             for name in shown:
                 cells = [format_value(name, column[name]) if name in column else "" for column in columns]
                 table.add_row(title(name), *cells, end_section=name == shown[-1])
-        _add_model(table, self.content)
+        _add_model_rows(table, self.content)
         return table
 
 
-def make_report(model: EvaluatedModel, evaluator: Evaluator, made: Measurements, file: Path) -> Report:
+def make_report(model: EvaluatedModel, evaluator: Evaluator, measured: Measurements, file: Path) -> Report:
     """Returns the report of measurements, with everything that reproduces them.
 
     Args:
         model: The model.
         evaluator: Evaluator that made the measurements.
-        made: The measurements.
+        measured: The measurements.
         file: Path of the report.
     """
-    networks, pipe, floor = evaluator.networks, model.pipe, next(iter(made.real.values()))
+    networks, pipe, floor = evaluator.networks, model.pipe, next(iter(measured.real.values()))
     report = {
         "protocol": {
-            "num_images": made.num_images,
-            "num_steps": made.decoding.num_steps,
-            "seed": made.seed,
+            "num_images": measured.num_images,
+            "num_steps": measured.decoding.num_steps,
+            "seed": measured.seed,
             "data": evaluator.data.summary.fingerprint,
             "split": "val",
-            "reference": _reference(networks.values()),
+            "reference": _describe_reference(networks.values()),
             "mask_schedule": repr(pipe.transformer.mask_schedule),
-            "decoding": asdict(made.decoding),
-            "features": {label: _network(network) for label, network in networks.items()},
+            "decoding": asdict(measured.decoding),
+            "features": {label: _describe_network(network) for label, network in networks.items()},
         },
-        "reconstruction": made.reconstruction.numbers(),
-        "samples": {name: _numbers(rows) for name, rows in made.samples.items()},
-        "real_against_real": {**_numbers(made.real), "images": floor["num_images"]},
-        "likelihood": {name: value for name, value in made.likelihood.items() if _is_likelihood(name)},
-        "model": _sizes(pipe) | {f"{name}_digest": model.identity[name] for name in ("transformer", "config")},
+        "reconstruction": measured.reconstruction.numbers(),
+        "samples": {name: _collect_reported(rows) for name, rows in measured.samples.items()},
+        "real_against_real": {**_collect_reported(measured.real), "images": floor["num_images"]},
+        "likelihood": {name: value for name, value in measured.likelihood.items() if _is_likelihood(name)},
+        "model": _describe_model(pipe) | {f"{name}_digest": model.identity[name] for name in ("transformer", "config")},
         "environment": {**describe_environment(), "device": str(pipe.device)},
     }
     # The class agreement of generated images is read relative to this accuracy.
@@ -132,15 +132,15 @@ def make_report(model: EvaluatedModel, evaluator: Evaluator, made: Measurements,
             "accuracy_on_real_images": classifier.accuracy,
             "real_images": len(classifier.labels),
         }
-    if made.cas:
+    if measured.cas:
         names = ("top1", "top5", "classifier", "training_images", "training_steps", "real_images")
         report["classification_accuracy_score"] = {
-            trained_on: {name: row[name] for name in names} for trained_on, row in made.cas.items()
+            trained_on: {name: row[name] for name in names} for trained_on, row in measured.cas.items()
         }
     return Report(report, file)
 
 
-def _network(network: FeatureMetrics) -> dict[str, Any]:
+def _describe_network(network: FeatureMetrics) -> dict[str, Any]:
     features, origin = network.reference.features, network.reference.origin
     assert origin is not None
     return {
@@ -150,13 +150,13 @@ def _network(network: FeatureMetrics) -> dict[str, Any]:
     }
 
 
-def _reference(networks: Iterable[FeatureMetrics]) -> str:
+def _describe_reference(networks: Iterable[FeatureMetrics]) -> str:
     """Returns the name of the split or file that generated images were compared with."""
     origins = [network.reference.origin for network in networks]
     return ", ".join(dict.fromkeys(origin.file or f"{origin.split} split" for origin in origins if origin is not None))
 
 
-def _numbers(rows: Mapping[str, Row]) -> dict[str, float]:
+def _collect_reported(rows: Mapping[str, Row]) -> dict[str, float]:
     return {name: value for name, value in collect_numbers(rows).items() if name != "steps_taken"}
 
 
@@ -164,7 +164,7 @@ def _is_likelihood(name: str) -> bool:
     return name.startswith(_ESTIMATES) or name in ("num_images", "draws")
 
 
-def _add_model(table: Table, report: Mapping[str, Any]) -> None:
+def _add_model_rows(table: Table, report: Mapping[str, Any]) -> None:
     rebuilt, model, likelihood = report["reconstruction"], report["model"], report["likelihood"]
     for name, row in report.get("classification_accuracy_score", {}).items():
         table.add_row(f"CAS top-1, trained on {name.replace('_', ' ')}", f"{row['top1']:.1%}")
@@ -186,7 +186,7 @@ def _add_model(table: Table, report: Mapping[str, Any]) -> None:
     table.add_row("parameters", " + ".join(f"{count / 1e6:.2f} M" for count in parameters))
 
 
-def _sizes(pipe: MaskGIT) -> dict[str, Any]:
+def _describe_model(pipe: MaskGIT) -> dict[str, Any]:
     def parameters(network: nn.Module) -> int:
         return sum(parameter.numel() for parameter in network.parameters())
 

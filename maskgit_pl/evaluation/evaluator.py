@@ -29,7 +29,7 @@ from maskgit_pl.evaluation.distances import Metrics
 from maskgit_pl.evaluation.editing_tasks import Task, edit, hide_pixels
 from maskgit_pl.evaluation.feature_metrics import FeatureMetrics
 from maskgit_pl.evaluation.generation import GeneratedImages, delete_generated, generate_images
-from maskgit_pl.evaluation.ledger import REAL, Ledger, Row, number
+from maskgit_pl.evaluation.ledger import REAL, Ledger, Row, read_number
 from maskgit_pl.evaluation.likelihood import (
     ImageLikelihood,
     MaskDraws,
@@ -159,11 +159,13 @@ class Evaluator:
         # The images are generated once for all networks, and not at all if every network has a row.
         if missing:
             title = f"{model.run}: {num_images} images, T = {decoding.num_steps}"
-            made = self.generate(model, decoding, num_images=num_images, seed=seed, title=title)
-            taken = {"steps_taken": made.steps_taken, "seconds_per_image": made.seconds_per_image}
+            generated = self.generate(model, decoding, num_images=num_images, seed=seed, title=title)
+            taken = {"steps_taken": generated.steps_taken, "seconds_per_image": generated.seconds_per_image}
             remark = {} if purpose is None else {"purpose": purpose}
             for label in missing:
-                rows[label] = self._measure("samples", keys | remark | taken, label, made.read, made.labels, metrics)
+                rows[label] = self._measure(
+                    "samples", keys | remark | taken, label, generated.read, generated.labels, metrics
+                )
             if not keep:
                 delete_generated(self._samples_file(model, decoding, num_images, seed))
         return {label: row for label, row in rows.items() if row is not None}
@@ -303,8 +305,8 @@ class Evaluator:
             source = draw_order(available, num_images)(range(min(num_images, available))).index
         else:
             title = f"{name}: {num_images} images for CAS"
-            made = self.generate(model, decoding, num_images=num_images, seed=seed, title=title)
-            source = TrainingImages(made.read_at, made.shape, made.labels, self.data.class_names)
+            generated = self.generate(model, decoding, num_images=num_images, seed=seed, title=title)
+            source = TrainingImages(generated.read_at, generated.shape, generated.labels, self.data.class_names)
         bar = self.bars(f"CAS: {config.model} on {name}", config.max_steps)
         found = classification_accuracy(source, self.data, config, on_step=lambda: bar(1), device=str(self.device))
         return self._add("cas", {**keys, "top1": found.top1, "top5": found.top5, "real_images": found.images})
@@ -404,7 +406,7 @@ def collect_numbers(rows: Mapping[str, Row]) -> dict[str, float]:
     found = {}
     for label, row in rows.items():
         for name in (*_OF_IMAGES, *NETWORK_METRICS, *_DEVIATIONS):
-            value = number(row, name)
+            value = read_number(row, name)
             if value is not None:
                 found[name if name in _OF_IMAGES else metric_name(name, label)] = value
     return found

@@ -132,8 +132,8 @@ class FeatureCollector:
             ValueError: if no rank has an image, or an index occurs twice.
         """
         # A rank without images does not know the widths of the features; it takes those of another rank.
-        own = [None if part is None else part.shape[1] for part in self._outputs[0]] if self._outputs else None
-        widths = next((each for each in on_all_ranks(lambda: own) if each is not None), None)
+        widths_here = [None if part is None else part.shape[1] for part in self._outputs[0]] if self._outputs else None
+        widths = next((each for each in on_all_ranks(lambda: widths_here) if each is not None), None)
         if widths is None:
             raise ValueError(f"features of {self.extractor.label}: there must be at least one image, got none")
         index = torch.cat([torch.empty(0, dtype=torch.int64), *self._index])

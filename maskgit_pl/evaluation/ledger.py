@@ -24,7 +24,7 @@ from maskgit_pl.checks import check_integer, check_keys, check_number, shorten
 from maskgit_pl.files import parse_json, size_text
 from maskgit_pl.old_names import rename_measurement
 
-__all__ = ["FILE_NAME", "KEYS", "REAL", "Ledger", "Row", "format_csv", "number", "present"]
+__all__ = ["FILE_NAME", "KEYS", "REAL", "Ledger", "Row", "format_csv", "has_column", "read_number"]
 
 Row: TypeAlias = dict[str, Any]
 
@@ -190,13 +190,13 @@ def _check_value(where: str, name: str, value: object) -> None:
             raise ValueError(f"{where} must be {text}, got {shorten(value)}")
 
 
-def number(row: Mapping[str, Any], name: str) -> float | None:
+def read_number(row: Mapping[str, Any], name: str) -> float | None:
     """Returns a number of a row, or None if the row has no value in that column."""
     value = row.get(name)
     return None if value is None else float(value)
 
 
-def present(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
+def has_column(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
     """Returns True if any row has a value in a column."""
     return any(row.get(name) is not None for row in rows)
 

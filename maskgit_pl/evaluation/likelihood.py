@@ -320,9 +320,9 @@ def _map_images(values_of: Callable[[Tensor], Tensor], count: int, *, batch_size
     Returns:
         (n,) float64, the same on all ranks.
     """
-    mine = [torch.arange(rows.start, rows.stop) for rows in iter_row_batches(count, batch_size=batch_size)]
+    batches = [torch.arange(rows.start, rows.stop) for rows in iter_row_batches(count, batch_size=batch_size)]
     values = [torch.empty(0, dtype=torch.float64)]
-    for index in mine:
+    for index in batches:
         values.append(values_of(index))
         on_images(len(index))
-    return gather_rows(torch.cat(values), torch.cat([torch.empty(0, dtype=torch.int64), *mine]))
+    return gather_rows(torch.cat(values), torch.cat([torch.empty(0, dtype=torch.int64), *batches]))

@@ -109,12 +109,12 @@ def evaluate(
         file = out or folders.run / "evaluation.json"
         report = make_report(model, evaluator, _measure(evaluator, model, decoding, num_images, rebuilt, options), file)
         title = f"{model.run}: pictures"
-        made = evaluator.generate(model, decoding, num_images=num_images, seed=options.seed, title=title)
+        generated = evaluator.generate(model, decoding, num_images=num_images, seed=options.seed, title=title)
         if rank_and_world()[0] == 0:
             from maskgit_pl.evaluation.evaluation_pictures import write_pictures
             from maskgit_pl.pipeline.card import refresh_card
 
-            write_pictures(evaluator, model.pipe, decoding, made, folder=file.parent, seed=options.seed)
+            write_pictures(evaluator, model.pipe, decoding, generated, folder=file.parent, seed=options.seed)
             report.save()
             refresh_card(folders.pretrained)
     return report
@@ -179,12 +179,12 @@ def _measure(
     """Measures generated images with and without guidance, real images, the likelihood and the CAS."""
     from maskgit_pl.evaluation.evaluation_report import Measurements
 
-    ways, seed = {"exported_guidance": decoding}, options.seed
+    decodings, seed = {"exported_guidance": decoding}, options.seed
     if any(decoding.scales()):
-        ways["without_guidance"] = model.pipe.decoding_with(decoding=decoding, guidance_scale=0)
+        decodings["without_guidance"] = model.pipe.decoding_with(decoding=decoding, guidance_scale=0)
     samples = {
-        name: evaluator.measure_samples(model, way, num_images=num_images, seed=seed, keep=True)
-        for name, way in ways.items()
+        name: evaluator.measure_samples(model, each, num_images=num_images, seed=seed, keep=True)
+        for name, each in decodings.items()
     }
     real = evaluator.measure_real(num_images=num_images)
     likelihood = evaluator.measure_likelihood(model, num_images=options.likelihood_images, draws=_DRAWS)

@@ -52,8 +52,8 @@ def schedule_specs(trained: MaskSchedule) -> tuple[str, dict[str, Spec | None]]:
     """
     built = mask_schedules.build_all()
     # None as spec keeps the model's own schedule, which may have arguments that no registered name has.
-    own = next((name for name, schedule in built.items() if schedule == trained), repr(trained))
-    return own, {name: None if name == own else name for name in sorted({*built, own})}
+    trained_name = next((name for name, schedule in built.items() if schedule == trained), repr(trained))
+    return trained_name, {name: None if name == trained_name else name for name in sorted({*built, trained_name})}
 
 
 def measure_curves(
@@ -138,16 +138,16 @@ def draw_curves(figure: ScheduleCurves, *, metric: str, floor: float | None) -> 
     plot_by_steps(axes, values, {name: _colour(figure, name) for name in values}, front=figure.trained)
     if floor is not None:
         plot_floor(axes, floor, f"real images: {format_value(metric, floor, more_digits=1)}")
-    _finish(axes, figure, metric)
-    name_lines(page, axes, {name: _end(figure, name, metric) for name in figure.curves})
+    _format_axes(axes, figure, metric)
+    name_lines(page, axes, {name: _line_end(figure, name, metric) for name in figure.curves})
     return figure_to_png(page)
 
 
-def _end(figure: ScheduleCurves, name: str, metric: str) -> LineEnd:
+def _line_end(figure: ScheduleCurves, name: str, metric: str) -> LineEnd:
     steps, numbers = list(figure.curves[name].items())[-1]
-    own = name == figure.trained
-    label = f"{name} (trained)" if own else name
-    return LineEnd(label, (steps, numbers[metric]), _colour(figure, name), bold=own)
+    is_trained = name == figure.trained
+    label = f"{name} (trained)" if is_trained else name
+    return LineEnd(label, (steps, numbers[metric]), _colour(figure, name), bold=is_trained)
 
 
 def _colour(figure: ScheduleCurves, name: str) -> str:
@@ -155,7 +155,7 @@ def _colour(figure: ScheduleCurves, name: str) -> str:
     return _TRAINED if name == figure.trained else _OTHERS[others.index(name) % len(_OTHERS)]
 
 
-def _finish(axes: Any, figure: ScheduleCurves, metric: str) -> None:
+def _format_axes(axes: Any, figure: ScheduleCurves, metric: str) -> None:
     name, at, value = figure.best(metric)
     up = find_metric(metric).higher_is_better
     axes.plot([at], [value], marker="*", markersize=17, color=_MARKED, markeredgecolor="white", zorder=5)

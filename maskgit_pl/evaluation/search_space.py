@@ -198,8 +198,8 @@ def _draw_truncation(sampler: _TrialSampler, codebook_size: int) -> tuple[int | 
 def _find_free_arguments(spec: Spec) -> list[str]:
     """Returns the arguments of a selector that are searched and not fixed by its mapping."""
     fixed = () if isinstance(spec, str) else spec
-    made = token_selectors.build(spec)
-    return [name for name in _RANGES if name in _field_names(made) and name not in fixed]
+    selector = token_selectors.build(spec)
+    return [name for name in _RANGES if name in _field_names(selector) and name not in fixed]
 
 
 def _field_names(made: Any) -> set[str]:

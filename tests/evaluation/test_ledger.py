@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from maskgit_pl.evaluation.ledger import KEYS, Ledger, format_csv, number, present
+from maskgit_pl.evaluation.ledger import KEYS, Ledger, format_csv, has_column, read_number
 
 LIKELIHOOD = dict.fromkeys(KEYS["likelihood"], "") | {"num_images": 10, "seed": 0, "draws": 4}
 
@@ -22,9 +22,9 @@ def test_what_was_measured_is_found_again_to_the_last_bit(tmp_path: Path) -> Non
     again = Ledger(tmp_path / "deep" / "ledger.jsonl")
     found = again.find("likelihood", row(data="a, b", masked_nll="not looked at"))
     assert found is not None
-    assert number(found, "masked_nll") == value
-    assert number(found, "note") is None
-    assert number(found, "no such column") is None
+    assert read_number(found, "masked_nll") == value
+    assert read_number(found, "note") is None
+    assert read_number(found, "no such column") is None
     assert again.find("likelihood", row(data="a, b", seed=1)) is None
     assert again.find("cas", dict.fromkeys(KEYS["cas"])) is None
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["ledger.jsonl"]
@@ -43,9 +43,9 @@ def test_later_rows_may_bring_columns(tmp_path: Path) -> None:
     ledger.add("likelihood", row(masked_nll=1.0))
     ledger.add("likelihood", row(exact_bits_per_token=5.0))
     rows = Ledger(tmp_path / "ledger.jsonl").rows("likelihood")
-    assert [number(each, "exact_bits_per_token") for each in rows] == [None, 5.0]
-    assert present(rows, "masked_nll")
-    assert not present(rows[1:], "masked_nll")
+    assert [read_number(each, "exact_bits_per_token") for each in rows] == [None, 5.0]
+    assert has_column(rows, "masked_nll")
+    assert not has_column(rows[1:], "masked_nll")
 
 
 def test_a_process_that_does_not_write_still_remembers(tmp_path: Path) -> None:

@@ -78,13 +78,13 @@ def check_budgets(configs: Mapping[str, Mapping[str, Any]]) -> None:
     """
     # A run without a recipe, e.g. a downloaded model, cannot be checked.
     for key in _BUDGET:
-        values = {run: _value(config, key) for run, config in configs.items() if config}
+        values = {run: _find_value(config, key) for run, config in configs.items() if config}
         if len({repr(value) for value in values.values()}) > 1:
-            said = ", ".join(f"{run} {value}" for run, value in values.items())
-            raise ValueError(f"{key} must be the same in all runs, so that their schedules are comparable, got {said}")
+            given = ", ".join(f"{run} {value}" for run, value in values.items())
+            raise ValueError(f"{key} must be the same in all runs, so that their schedules are comparable, got {given}")
 
 
-def _value(config: Mapping[str, Any], path: str) -> Any:
+def _find_value(config: Mapping[str, Any], path: str) -> Any:
     node: Any = config
     for part in path.split("."):
         node = node.get(part) if isinstance(node, Mapping) else None

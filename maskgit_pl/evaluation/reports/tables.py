@@ -11,7 +11,7 @@ from itertools import combinations
 from typing import Any
 
 from maskgit_pl.evaluation.editing_tasks import Task
-from maskgit_pl.evaluation.ledger import REAL, Row, number, present
+from maskgit_pl.evaluation.ledger import REAL, Row, has_column, read_number
 from maskgit_pl.evaluation.metric_names import NETWORK_METRICS, format_value, metric_name, title
 from maskgit_pl.evaluation.pages import Page, code_cell, heading, markdown_table, paragraph
 from maskgit_pl.evaluation.reports.ablation import ScheduleResult
@@ -62,17 +62,17 @@ def make_generation_page(samples: Sequence[Row], cas: Sequence[Row], *, command:
     if cas:
         lines += ["## Classification accuracy score", "", *_cas_lines(cas), ""]
     lines += [*_describe_provenance(samples), "", "## Published", "", *_published_generation()]
-    return _page("table-1", lines, [*samples, *cas], picture="table-1.png")
+    return _make_page("table-1", lines, [*samples, *cas], picture="table-1.png")
 
 
-def _page(name: str, lines: Sequence[str], rows: Sequence[Mapping[str, Any]], *, picture: str) -> Page:
+def _make_page(name: str, lines: Sequence[str], rows: Sequence[Mapping[str, Any]], *, picture: str) -> Page:
     shown = f"![{picture.removesuffix('.png')}]({picture})"
     return Page(name, "\n".join([*lines, "", shown, ""]), rows)
 
 
 def _cell(row: Mapping[str, Any], name: str) -> str:
     """Returns a value as text, or an empty cell if the row has none."""
-    value = number(row, name)
+    value = read_number(row, name)
     return "" if value is None else format_value(name, value)
 
 
@@ -83,30 +83,30 @@ def _word(row: Mapping[str, Any], name: str) -> str:
 
 
 def _millions(row: Mapping[str, Any]) -> str:
-    value = number(row, "parameters")
+    value = read_number(row, "parameters")
     return "" if value is None else f"{value / 1e6:.2f}M"
 
 
 def _describe_provenance(rows: Sequence[Row]) -> list[str]:
     """Returns two paragraphs: data, code and device of the rows; digests of references, networks and models."""
     # Each value occurs once, although all rows repeat it.
-    said = []
+    facts = []
     for name, column in (("data", "dataset"), ("data fingerprint", "data"), ("commit", "commit"), ("date", "date"),
                          ("device", "device")):  # fmt: skip
         values = dict.fromkeys(str(row.get(column) or "")[: 12 if column == "commit" else None] for row in rows)
-        said.append(f"{name} {', '.join(markdown(value) for value in values if value)}")
+        facts.append(f"{name} {', '.join(markdown(value) for value in values if value)}")
     compared = _join_names(rows, _reference_name, "reference")
-    judges = _join_names(rows, lambda row: _word(row, "network"), "judge")
+    networks = _join_names(rows, lambda row: _word(row, "network"), "judge")
     models = dict.fromkeys(
         f"{code_cell(row['run'])} tokenizer {_digest(row, 'tokenizer')}, transformer {_digest(row, 'transformer')}"
         for row in rows
         if row.get("run")
     )
     return [
-        *paragraph(f"Measured on: {'; '.join(said)}. The ledger has every row with its decoding."),
+        *paragraph(f"Measured on: {'; '.join(facts)}. The ledger has every row with its decoding."),
         "",
         *paragraph(
-            f"First digits of SHA-256. Reference: {compared}. Weights of the feature networks: {judges}. Weights of",
+            f"First digits of SHA-256. Reference: {compared}. Weights of the feature networks: {networks}. Weights of",
             f"the models: {'; '.join(models) or 'none'}.",
         ),
     ]
@@ -151,7 +151,7 @@ def _explain(rows: Sequence[Row]) -> list[str]:
 def _generation_lines(rows: Sequence[Row]) -> list[str]:
     network = str(rows[0]["network"])
     # A column is left out if no row has the metric, e.g. IS in a network that does not know the classes.
-    shown = [name for name in _METRICS if present(rows, name)]
+    shown = [name for name in _METRICS if has_column(rows, name)]
     headings = [markdown(title(metric_name(name, network) if name in _NAMED_AFTER_NETWORK else name)) for name in shown]
     # Real images come last, below the models.
     models = [row for row in rows if row["model"] != REAL] + [row for row in rows if row["model"] == REAL]
@@ -215,11 +215,11 @@ def make_editing_page(rows: Sequence[Row], *, command: str) -> Page:
         own = [row for row in rows if row["task"] == task]
         if own:
             lines += [f"## {name[0].upper()}{name[1:]}", "", *_editing_lines(own), "", *_published_editing(task), ""]
-    return _page("table-2", [*lines, *_describe_provenance(rows)], rows, picture="table-2.png")
+    return _make_page("table-2", [*lines, *_describe_provenance(rows)], rows, picture="table-2.png")
 
 
 def _editing_lines(rows: Sequence[Row]) -> list[str]:
-    shown = [name for name in _METRICS if present(rows, name)]
+    shown = [name for name in _METRICS if has_column(rows, name)]
     return markdown_table(
         ["result", "run", "network", *map(title, shown), "images", "steps"],
         [
@@ -265,31 +265,31 @@ def make_schedule_page(results: Sequence[ScheduleResult], *, command: str) -> Pa
     )
     lines += ["", *_schedule_lines(results, networks), "", *compare_with_paper(fids, networks[0]), ""]
     flat = [_flatten(result, networks) for result in results]
-    return _page("table-3", [*lines, *_describe_provenance(rows)], flat, picture="figure-8.png")
+    return _make_page("table-3", [*lines, *_describe_provenance(rows)], flat, picture="figure-8.png")
 
 
 def _schedule_lines(results: Sequence[ScheduleResult], networks: Sequence[str]) -> list[str]:
     published = {row.schedule: row for row in SCHEDULES}
     # IS has a column only for networks that know the classes.
-    scored = [network for network in networks if present([result.fresh[network] for result in results], "is")]
+    scored = [network for network in networks if has_column([result.fresh[network] for result in results], "is")]
     headings = ["schedule", "gamma(r)", "best T", *(f"FID ({markdown(name)})" for name in networks)]
     headings += [*(f"IS ({markdown(name)})" for name in scored), "NLL", "bound, bits", "paper: T", "FID", "IS", "NLL"]
     cells = []
     for result in results:
-        likelihood, known = result.likelihood, published.get(result.schedule)
+        likelihood, paper = result.likelihood, published.get(result.schedule)
         row = [code_span(result.schedule), FORMULAS.get(result.schedule, ""), str(result.best_steps)]
         row += [_cell(result.fresh[name], "fid") for name in networks]
         row += [_cell(result.fresh[name], "is") for name in scored]
         row += [_with_error(likelihood, "masked_nll"), _with_error(likelihood, "elbo_bits_per_token")]
-        if known is not None:
-            row += [str(known.best_steps), f"{known.fid:.2f}", f"{known.inception_score:.1f}", f"{known.nll:.2f}"]
+        if paper is not None:
+            row += [str(paper.best_steps), f"{paper.fid:.2f}", f"{paper.inception_score:.1f}", f"{paper.nll:.2f}"]
         # A schedule that the paper does not have gets empty cells in the paper's columns.
         cells.append(row + [""] * (len(headings) - len(row)))
     return markdown_table(headings, cells, left=2)
 
 
 def _with_error(row: Mapping[str, Any], name: str) -> str:
-    value, error = number(row, name), number(row, f"{name}_error")
+    value, error = read_number(row, name), read_number(row, f"{name}_error")
     return "" if value is None else f"{value:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
@@ -321,7 +321,7 @@ def _flatten(result: ScheduleResult, networks: Sequence[str]) -> dict[str, objec
     flat: dict[str, object] = {"schedule": result.schedule, "run": result.run, "best_steps": result.best_steps}
     for network in networks:
         row = result.fresh[network]
-        flat |= {f"{name}/{network}": row[name] for name in _METRICS if present([row], name)}
+        flat |= {f"{name}/{network}": row[name] for name in _METRICS if has_column([row], name)}
     flat |= {name: cell for name, cell in result.likelihood.items() if "nll" in name or "elbo" in name}
     flat |= {f"fid/{networks[0]} at T = {steps}": value for steps, value in sorted(result.curve.items())}
     kept = ("num_images", "parameters", "commit", "date", "dataset", "data", "transformer", "tokenizer", "config",

@@ -120,12 +120,12 @@ def measure_timings(
     device = torch.device(device)
     timings = []
     for count in sorted(set(num_tokens)):
-        points = {method: _point(method, count, sizes, device) for method in METHODS}
+        points = {method: _point_columns(method, count, sizes, device) for method in METHODS}
         found = {method: ledger.find("timing", point) for method, point in points.items()}
         missing = [method for method, row in found.items() if row is None]
         # Each point is written as soon as it is measured, so that a command that is stopped loses at most one.
         for method, seconds in _measure(missing, sizes, count, device) if missing else ():
-            found[method] = ledger.add("timing", {**points[method], **_numbers(seconds)})
+            found[method] = ledger.add("timing", {**points[method], **_summarize(seconds)})
             on_point(timing_of(found[method]))
         for method, row in found.items():
             timings.append(timing_of(row))
@@ -141,7 +141,7 @@ def timing_of(row: Mapping[str, Any] | None) -> Timing:
     return Timing(**{each.name: values[each.name] for each in fields(Timing)})
 
 
-def _point(method: Method, num_tokens: int, sizes: TransformerConfig, device: torch.device) -> dict[str, Any]:
+def _point_columns(method: Method, num_tokens: int, sizes: TransformerConfig, device: torch.device) -> dict[str, Any]:
     """Returns the ledger columns that identify a point."""
     network = (
         f"{sizes.depth} layers x {sizes.embed_dim}, MLP {sizes.mlp_dim}, {sizes.num_heads} heads, "
@@ -152,7 +152,7 @@ def _point(method: Method, num_tokens: int, sizes: TransformerConfig, device: to
     return {
         "method": method,
         "num_tokens": num_tokens,
-        "num_steps": _steps(num_tokens) if method == "MaskGIT" else num_tokens,
+        "num_steps": _choose_steps(num_tokens) if method == "MaskGIT" else num_tokens,
         "network": network,
         "device": device_name(device),
         "torch": torch.__version__,
@@ -161,7 +161,7 @@ def _point(method: Method, num_tokens: int, sizes: TransformerConfig, device: to
     }
 
 
-def _steps(num_tokens: int) -> int:
+def _choose_steps(num_tokens: int) -> int:
     """Returns the T of MaskGIT: 12 steps from 1,024 tokens, 8 below, and at most one per token.
 
     Source: paper, Table 1.
@@ -169,7 +169,7 @@ def _steps(num_tokens: int) -> int:
     return min(num_tokens, 12 if num_tokens >= 1024 else 8)
 
 
-def _numbers(seconds: Sequence[float]) -> dict[str, Any]:
+def _summarize(seconds: Sequence[float]) -> dict[str, Any]:
     commit = describe_environment()["commit"]
     return {"seconds_per_image": median(seconds), "least": min(seconds), "runs": len(seconds), "commit": commit}
 
@@ -183,7 +183,7 @@ def _measure(
     2. Take the next method of a queue and time one run.
     3. If it may run again, put it back to the end of the queue.
     """
-    decoders = _decoders(sizes, num_tokens, device)
+    decoders = _build_decoders(sizes, num_tokens, device)
     seconds: dict[Method, list[float]] = {method: [] for method in methods}
     for method in methods:  # 1.
         for _ in zip(range(_WARM_UP), decoders[method](), strict=False):
@@ -192,7 +192,7 @@ def _measure(
     while waiting:
         method = waiting.popleft()
         own = seconds[method]  # 2.
-        own.append(_seconds(decoders[method], device))
+        own.append(_time_run(decoders[method], device))
         # 3. The last run is the estimate of the next one.
         if len(own) < _MAX_RUNS and sum(own) + own[-1] <= _SECONDS:
             waiting.append(method)
@@ -200,7 +200,7 @@ def _measure(
             yield method, own
 
 
-def _seconds(decode: Callable[[], Iterator[DecodingStep]], device: torch.device) -> float:
+def _time_run(decode: Callable[[], Iterator[DecodingStep]], device: torch.device) -> float:
     """Returns the seconds of one run."""
     # A GPU works asynchronously: wait for it before and after the run.
     _synchronize(device)
@@ -215,11 +215,11 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _decoders(
+def _build_decoders(
     sizes: TransformerConfig, num_tokens: int, device: torch.device
 ) -> dict[Method, Callable[[], Iterator[DecodingStep]]]:
     """Returns a function per method that decodes one image, without guidance and with the same weights."""
-    side, steps = math.isqrt(num_tokens), _steps(num_tokens)
+    side, steps = math.isqrt(num_tokens), _choose_steps(num_tokens)
     config = replace(sizes, grid=(side, side), attention="bidirectional")
     # fork_rng keeps the random weights from changing the caller's generator.
     with torch.random.fork_rng(devices=[]), device:

@@ -38,7 +38,7 @@ _OTHER_DEVICE = "The paper reports ratios of 30 to 64 on a GPU."
 _STRIP = 0.2  # height of the strip of ratios, as a fraction of the axes' height
 
 
-def _by_method(timings: Sequence[Timing]) -> dict[Method, dict[int, Timing]]:
+def _group_by_method(timings: Sequence[Timing]) -> dict[Method, dict[int, Timing]]:
     return {method: {timing.num_tokens: timing for timing in timings if timing.method == method} for method in METHODS}
 
 
@@ -84,21 +84,21 @@ def draw_timings(timings: Sequence[Timing]) -> bytes:
     axes = page.subplots()
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    lines = _by_method(timings)
+    lines = _group_by_method(timings)
     for method, points in lines.items():
         axes.plot(
             list(points), [timing.seconds for timing in points.values()], color=_COLOURS[method],
             linewidth=3 if method == "MaskGIT" else 1.8, marker="o", markersize=6 if method == "MaskGIT" else 4.5,
             zorder=3 if method == "MaskGIT" else 2,
         )  # fmt: skip
-    _finish(axes, timings)
-    _write_factors(axes, lines)
-    ends: dict[str, LineEnd] = {method: _end(method, points) for method, points in lines.items()}
+    _format_axes(axes, timings)
+    _write_ratios(axes, lines)
+    ends: dict[str, LineEnd] = {method: _line_end(method, points) for method, points in lines.items()}
     name_lines(page, axes, ends, least=0.09)
     return figure_to_png(page)
 
 
-def _end(method: Method, points: dict[int, Timing]) -> LineEnd:
+def _line_end(method: Method, points: dict[int, Timing]) -> LineEnd:
     last = points[max(points)]
     steps = sorted({point.num_steps for point in points.values()})
     label, _, cache = method.partition(", ")
@@ -107,7 +107,7 @@ def _end(method: Method, points: dict[int, Timing]) -> LineEnd:
     return LineEnd(label, point, _COLOURS[method], bold=method == "MaskGIT", second_line=note)
 
 
-def _write_factors(axes: Axes, lines: dict[Method, dict[int, Timing]]) -> None:
+def _write_ratios(axes: Axes, lines: dict[Method, dict[int, Timing]]) -> None:
     """Writes the ratios to MaskGIT of the other methods, as two rows of numbers below the lines."""
     low, high = axes.get_ylim()
     # On a logarithmic axis, a strip of a given fraction needs a power of the range.
@@ -116,19 +116,19 @@ def _write_factors(axes: Axes, lines: dict[Method, dict[int, Timing]]) -> None:
     for method, height in zip(METHODS[1:], (0.02, 0.075), strict=True):
         for count, timing in lines[method].items():
             axes.text(
-                count, height, f"{_factor(timing, lines)} x", transform=place, color=_COLOURS[method], fontsize=10.5,
-                fontweight="bold", ha="center", va="bottom",
+                count, height, f"{_format_ratio(timing, lines)} x", transform=place, color=_COLOURS[method],
+                fontsize=10.5, fontweight="bold", ha="center", va="bottom",
             )  # fmt: skip
     axes.text(0.012, 0.15, "time relative to MaskGIT", transform=axes.transAxes, color=_INK, fontsize=9, va="center")
 
 
-def _factor(timing: Timing, lines: dict[Method, dict[int, Timing]]) -> str:
+def _format_ratio(timing: Timing, lines: dict[Method, dict[int, Timing]]) -> str:
     """Returns the ratio of a time to MaskGIT's, with two digits."""
     factor = timing.seconds / lines["MaskGIT"][timing.num_tokens].seconds
     return f"{factor:.1f}" if factor < 9.95 else f"{factor:.0f}"
 
 
-def _finish(axes: Axes, timings: Sequence[Timing]) -> None:
+def _format_axes(axes: Axes, timings: Sequence[Timing]) -> None:
     counts = sorted({timing.num_tokens for timing in timings})
     seconds = [timing.seconds for timing in timings]
     axes.set_xticks(counts, [f"{count}\n{math.isqrt(count)} x {math.isqrt(count)}" for count in counts])
@@ -157,7 +157,7 @@ def make_timing_page(timings: Sequence[Timing], *, command: str, folder: Path = 
         command: Command that produces the page.
         folder: Folder of the page.
     """
-    first, lines = timings[0], _by_method(timings)
+    first, lines = timings[0], _group_by_method(timings)
     counts = sorted({timing.num_tokens for timing in timings})
     text = [
         *heading("Figure 4: decoding time of autoregressive decoding and MaskGIT", command),
@@ -177,19 +177,21 @@ def make_timing_page(timings: Sequence[Timing], *, command: str, folder: Path = 
     rows = []
     for count in counts:
         here = [lines[method][count] for method in METHODS]
-        cells = [f"{_seconds_text(timing)} (n = {timing.runs})" for timing in here]
-        factors = [_factor(timing, lines) for timing in here[1:]]
-        rows.append([str(count), str(here[0].num_steps), *cells, *factors])
+        cells = [f"{_format_seconds(timing)} (n = {timing.runs})" for timing in here]
+        ratios = [_format_ratio(timing, lines) for timing in here[1:]]
+        rows.append([str(count), str(here[0].num_steps), *cells, *ratios])
     headings = ["N", "T of MaskGIT", *METHODS, "KV cache / MaskGIT", "no cache / MaskGIT"]
     text += markdown_table(headings, rows, left=0)
-    largest = [_factor(lines[method][counts[-1]], lines) for method in METHODS[1:]]
-    said = paragraph(
+    largest = [_format_ratio(lines[method][counts[-1]], lines) for method in METHODS[1:]]
+    conclusion = paragraph(
         f"At N = {counts[-1]}, autoregressive decoding takes {largest[0]} times as long as MaskGIT with a cache, and",
         f"{largest[1]} times without one. {_EXPLANATIONS.get(first.kind, _OTHER_DEVICE)}",
     )
     values = [asdict(timing) for timing in timings]
-    return Page("figure-4", "\n".join([*text, "", *said, ""]), values, {"figure-4.png": draw_timings(timings)}, folder)
+    return Page(
+        "figure-4", "\n".join([*text, "", *conclusion, ""]), values, {"figure-4.png": draw_timings(timings)}, folder
+    )
 
 
-def _seconds_text(timing: Timing) -> str:
+def _format_seconds(timing: Timing) -> str:
     return f"{timing.seconds:.3g} s" if timing.seconds >= 1 else f"{1000 * timing.seconds:.3g} ms"

@@ -32,7 +32,7 @@ def test_every_method_is_timed_at_every_n_and_a_second_call_measures_nothing(tmp
     assert all(0 < each.least <= each.seconds and each.runs == 2 for each in made)
     assert made[0].network == "1 layers x 16, MLP 32, 2 heads, 16 codes, 3 classes"
     assert (made[0].torch, made[0].dtype, made[0].kind) == (torch.__version__, "float32", "cpu")
-    monkeypatch.setattr(timing, "_decoders", lambda *given: pytest.fail("measured again"))
+    monkeypatch.setattr(timing, "_build_decoders", lambda *given: pytest.fail("measured again"))
     again = []
     assert measure(file, sizes=TINY, num_tokens=(4, 16), on_point=again.append) == again == made
 
@@ -58,8 +58,10 @@ def test_slow_methods_run_less_often_in_turn_with_the_quick_ones(tmp_path, monke
     order: list[str] = []
     costs = dict(zip(METHODS, (0.75, 4.0, 30.0), strict=True))
     monkeypatch.setattr(timing, "_MAX_RUNS", 15)
-    monkeypatch.setattr(timing, "_decoders", lambda *given: {name: lambda name=name: iter([name]) for name in costs})
-    monkeypatch.setattr(timing, "_seconds", lambda decode, device: order.append(next(decode())) or costs[order[-1]])
+    monkeypatch.setattr(
+        timing, "_build_decoders", lambda *given: {name: lambda name=name: iter([name]) for name in costs}
+    )
+    monkeypatch.setattr(timing, "_time_run", lambda decode, device: order.append(next(decode())) or costs[order[-1]])
     made = measure(tmp_path / "ledger.jsonl", sizes=TINY, num_tokens=(4,))
     assert [each.runs for each in made] == [13, 2, 1]
     assert order[:5] == [*METHODS, METHODS[0], METHODS[1]]
@@ -67,7 +69,7 @@ def test_slow_methods_run_less_often_in_turn_with_the_quick_ones(tmp_path, monke
 
 def test_all_methods_decode_whole_images_and_a_cache_changes_none():
     last: dict[str, DecodingStep] = {}
-    for name, decode in timing._decoders(TINY, 16, torch.device("cpu")).items():
+    for name, decode in timing._build_decoders(TINY, 16, torch.device("cpu")).items():
         *_, last[name] = decode()
     assert all(step.tokens.shape == (1, 16) and not step.still_masked.any() for step in last.values())
     assert torch.equal(last[METHODS[1]].tokens, last[METHODS[2]].tokens)
