@@ -1,4 +1,4 @@
-"""Configuration of stage 1: the VQGAN, its losses, and how it is trained. ``tokenizer.Tokenizer`` takes it."""
+"""The configuration of stage 1: the VQGAN, its losses and its training. ``tokenizer.Tokenizer`` takes it."""
 
 from __future__ import annotations
 
@@ -43,10 +43,11 @@ class PerceptualConfig:
 
     def __post_init__(self) -> None:
         check_number("perceptual weight", self.weight, "(0, 1e6]")
+        # Checks the name and the arguments. create_network reads the weights.
         feature_networks.build(self.network)
 
     def create_network(self) -> nn.Module:
-        """Makes the frozen network.
+        """Builds the frozen network.
 
         Raises:
             ValueError: if its weights cannot be read.
@@ -55,24 +56,24 @@ class PerceptualConfig:
             return feature_networks.build(self.network).create()
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(
-                f"model.perceptual.network: {error}; --model.perceptual.network.weights FILE names them, "
-                "--model.perceptual=null trains without"
+                f"model.perceptual.network: {error}; set --model.perceptual.network.weights FILE, or train without "
+                "it by --model.perceptual=null"
             ) from error
 
 
 @dataclass(frozen=True)
 class AdversarialConfig:
-    """The adversarial loss and its discriminator. The defaults are those of the released configuration.
+    """The adversarial loss and its discriminator. The defaults are the released configuration's.
 
     Args:
         discriminator: Sizes of the discriminator.
         loss: ``non-saturating`` or ``hinge``.
         weight: Factor of the generator's loss, in [0, 1e6].
-        weight_rule: ``fixed`` takes ``weight`` as it is. ``adaptive`` multiplies it by |gradient of the other losses| /
+        weight_rule: ``fixed`` uses ``weight`` itself. ``adaptive`` multiplies it by |gradient of the other losses| /
             |gradient of the adversarial loss| at the decoder's last layer, over the micro-batch of all ranks.
         start_step: First step with a discriminator; before it, neither network has an adversarial loss.
         r1_weight: Factor of the R1 penalty on real images, in [0, 1e6].
-        r1_every: Steps between R1 penalties, at least 1; each is multiplied by it.
+        r1_every: Steps from one R1 penalty to the next, >= 1; each penalty is multiplied by it.
         lecam_weight: Factor of the LeCam regularisation, in [0, 1e6].
 
     Raises:
@@ -105,7 +106,7 @@ class AdversarialConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """The configuration of ``Tokenizer``: network, losses, optimiser and how it is executed.
+    """The configuration of ``Tokenizer``: network, losses, optimiser and execution.
 
     Args:
         network: Sizes of the VQGAN.
@@ -114,7 +115,7 @@ class TokenizerConfig:
         reconstruction_loss: ``l2`` (released configuration) or ``l1``, with weight 1.
         perceptual: The perceptual loss; None for none.
         adversarial: The adversarial loss and its discriminator; None for none.
-        gradient_clip: Largest gradient norm of each network; None clips nothing.
+        gradient_clip: Largest gradient norm of each network, > 0; None for no clipping.
         ema_decay: Decay of the averaged weights that are evaluated and exported, in [0, 1).
         flip_probability: Probability that a training image is mirrored left to right, in [0, 1].
         seed: Seed of flips and of the restarts of dead codes, in [0, 2**32).

@@ -12,6 +12,7 @@ __all__ = ["Format", "check_flax_file", "check_out", "check_torch_file", "read_c
 Format = Literal["msgpack", "pickle", "safetensors", "zip"]
 
 _HEAD = 512  # bytes; a pointer of Git LFS is shorter
+# Recognised in this order: the first bytes of msgpack are the least distinctive.
 _BEGINNINGS: tuple[tuple[str, str, Callable[[bytes], bool]], ...] = (  # format, its name for people, its first bytes
     ("lfs", "a Git LFS pointer; fetch the weights with `git lfs pull`", lambda h: h.startswith(b"version https://git-lfs")),
     ("html", "a web page; the download went wrong", lambda h: h.lstrip()[:1] == b"<"),
@@ -62,6 +63,7 @@ def check_out(folder: Path) -> None:
         raise FileExistsError(
             f"import {folder} must be a new or empty folder, got one with content; name another with --out"
         )
+    # The nearest existing parent: the folders below it are made when the import is written.
     above = next(path for path in folder.absolute().parents if path.exists())
     if not above.is_dir():
         raise NotADirectoryError(f"import {folder} must lie in a folder, got the file {above}")

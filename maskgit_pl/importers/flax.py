@@ -84,6 +84,7 @@ def _parse(stream: BinaryIO, size: int) -> Any:
         count(1)
         return _read_extension(code, data)
 
+    # The limits hold while msgpack parses, before it allocates what a hostile file claims.
     unpacker = msgpack.Unpacker(
         stream,
         object_pairs_hook=as_map,
@@ -149,12 +150,14 @@ def _read_extension(code: int, data: bytes) -> Array:
     length = math.prod(shape) * _DTYPES[dtype].itemsize
     if offset + length != len(data):
         raise ValueError(f"an array {dtype} {shape} must have {length:,} bytes, got {len(data) - offset:,}")
+    # frombuffer refuses an empty buffer.
     array = np.frombuffer(data, _DTYPES[dtype], math.prod(shape), offset) if length else np.empty(0, _DTYPES[dtype])
     return _read_only((_float32(array) if dtype == "bfloat16" else array).reshape(shape))
 
 
 def _array_header(data: bytes) -> tuple[tuple[int, ...], str, int]:
     """Returns shape, dtype and the offset of the data of an array, which is msgpack's (shape, dtype, bytes)."""
+    # Only the first bytes are parsed; the data is used in place, without a copy.
     header = msgpack.Unpacker(
         max_buffer_size=_HEADER, max_array_len=_MAX_DIMENSIONS, max_str_len=_MAX_TEXT, max_map_len=0, max_ext_len=0
     )

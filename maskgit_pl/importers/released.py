@@ -119,7 +119,7 @@ def _read_transformer(path: Path, vqgan: VQGANConfig) -> tuple[TransformerConfig
 
 def _image_size(config: TransformerConfig, vqgan: VQGANConfig, wanted: int | None) -> int:
     """Returns the side of the images in pixels, which follows from the transformer's grid."""
-    size = config.grid[0] * vqgan.downsampling_factor
+    size = config.grid[0] * vqgan.downsampling_factor  # released grids are square
     if wanted is not None and wanted != size:
         raise ValueError(
             f"--image-size must be {size}, for {config.grid[0]} x {config.grid[1]} tokens of this transformer, got "

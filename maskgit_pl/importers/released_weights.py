@@ -98,7 +98,7 @@ def transformer_config(arrays: Arrays, *, codebook_size: int) -> TransformerConf
     positions, _ = _shape(arrays, "Embed_0/position_embeddings/embedding", axes=2)
     _, num_heads, _ = _shape(arrays, "TransformerLayer_0/Attention_0/self_attention/query/kernel", axes=3)
     _, mlp_dim = _shape(arrays, "TransformerLayer_0/Mlp_0/intermediate_output/kernel", axes=2)
-    edge = math.isqrt(max(positions - 1, 0))
+    edge = math.isqrt(max(positions - 1, 0))  # the first position is the class
     if edge < 1 or edge**2 != positions - 1:
         raise ValueError(
             f"transformer positions must be 1 plus a square number (257, 1025, ...), got {positions}; only square "
@@ -204,6 +204,7 @@ def _layer_rules(ours: str, theirs: str, config: TransformerConfig) -> Iterator[
     width, heads = config.embed_dim, config.num_heads
     attention, mlp = f"{theirs}/Attention_0", f"{theirs}/Mlp_0"
     split = (heads, width // heads)
+    # Three arrays of theirs become the rows of our one product: query, key, value.
     kernels, biases = (
         tuple(f"{attention}/self_attention/{name}/{kind}" for name in ("query", "key", "value"))
         for kind in ("kernel", "bias")
@@ -229,6 +230,7 @@ def _tokenizer_rules(config: VQGANConfig) -> Iterator[_Rule]:
 
 def _module_rules(module: nn.Module, ours: str, theirs: str) -> Iterator[_Rule]:
     """Yields the rules of a module's children. flax numbers modules of a kind in the order of their creation."""
+    # Conv_0, Conv_1, ..., ResBlock_0, ...: each module counts each kind of its children from 0.
     numbers: Counter[str] = Counter()
     for name, child in _children(module, ours):
         kind = _KINDS[type(child)]
@@ -274,6 +276,7 @@ def _convert(arrays: dict[str, Array], rules: Sequence[_Rule], kind: str) -> dic
     Arrays are removed from the mapping one by one, so that a large file is not held in memory twice.
     """
     shapes = {name: rule.shape for rule in rules for name in rule.theirs}
+    # All differences are collected first: one message shows whether the file is of another network.
     differences = {
         "missing": [name for name in shapes if name not in arrays],
         "superfluous": [name for name in arrays if name not in shapes],

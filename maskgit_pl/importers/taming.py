@@ -224,6 +224,7 @@ def tokenizer_config(tensors: Mapping[str, Tensor]) -> VQGANConfig:
         _shape(tensors, f"{layout.encoder_levels}{level}.{layout.block}.0.conv1.weight", axes=4)[0]
         for level in range(levels)
     ]
+    # Our configuration has channels as multiples of the first convolution's.
     uneven = [width for width in widths if width % channels]
     if uneven:
         raise ValueError(
@@ -257,6 +258,7 @@ def tokenizer_weights(tensors: Mapping[str, Tensor], config: VQGANConfig) -> dic
         ValueError: if a tensor is missing, superfluous, or has another shape than ``config`` implies.
     """
     layout = layout_of(tensors)
+    # The names and shapes of our network, without memory.
     with torch.device("meta"):
         wanted = {name: tensor.shape for name, tensor in VQGAN(config).state_dict().items()}
     parts = _parts(config, layout)
@@ -272,6 +274,7 @@ def tokenizer_weights(tensors: Mapping[str, Tensor], config: VQGANConfig) -> dic
             got = tuple(tensors[theirs[name]].shape)
             raise ValueError(f"tensor {theirs[name]} must have shape {tuple(shape)}, got {got}")
     weights = {name: tensors[theirs[name]].float() for name in wanted}
+    # See import_taming: codes of length 1 give the same tokens.
     if layout.normalized_codes:
         weights["quantizer.codebook"] = F.normalize(weights["quantizer.codebook"], dim=1)
     return weights
@@ -281,6 +284,7 @@ def _their_name(name: str, parts: Mapping[str, str]) -> str:
     """Returns the project's name of one of our tensors, such as ``encoder.blocks.3.shortcut.bias``."""
     if name == "quantizer.codebook":
         return _CODEBOOK
+    # encoder.blocks.3.shortcut.bias: block encoder.blocks.3, layer shortcut, kind bias.
     layer, _, kind = name.rpartition(".")
     if layer in _OUTER:
         return f"{_OUTER[layer]}.{kind}"
@@ -340,6 +344,7 @@ def _read(file: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
         raise ValueError(f"checkpoint {file}: cannot be read ({_first_line(error)}); download it again") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"checkpoint {file} must hold a state dict, got {type(content).__name__}")
+    # The first entry that holds tensors; without one, the file itself is the state dict.
     for name in _WEIGHTS:
         if isinstance(content.get(name), Mapping) and content[name]:
             return dict(content[name]), tuple(str(other) for other in content if other != name)
@@ -399,6 +404,7 @@ def _refusal(file: Path, text: str) -> str:
 
 def _network_tensors(contents: Mapping[str, Any]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Returns the network's tensors, and the names of known others with their counts."""
+    # Only known others are ignored: an unknown tensor means another network.
     tensors: dict[str, Tensor] = {}
     ignored: Counter[str] = Counter()
     for name, value in contents.items():

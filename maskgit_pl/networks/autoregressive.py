@@ -67,6 +67,7 @@ class AutoregressiveTransformer(Transformer):
         Returns:
             (number of True, V) float, in raster order, row after row.
         """
+        # Rows are selected before the head, the largest matrix product of the network.
         return self._head(self._hidden(tokens, labels)[mask], vocabulary)
 
     def forward_next(self, tokens: Tensor, labels: Tensor, *, cache: Sequence[KVCache] | None = None) -> Tensor:

@@ -145,6 +145,7 @@ class TimmClassifier(nn.Module):
         """Returns features (B, F) and logits (B, num_classes) of images (B, 1 or 3, H, W), uint8 or float in [0, 1]."""
         x = _prepare(images, channels=self.sizes.in_channels, side=self.side)
         model: Any = self.model  # timm's methods, which nn.Module's type does not have
+        # The features are those before the classifier, which is then applied to them.
         last = model.forward_features(x.contiguous(memory_format=torch.channels_last))
         features = model.forward_head(last, pre_logits=True)
         return FeatureOutput(features, model.get_classifier()(features))
@@ -208,7 +209,7 @@ def _read_config(folder: Path) -> tuple[ClassifierSizes, tuple[str, ...]]:
         raise ValueError(f"classifier {folder} has no {CONFIG_FILE}; `maskgit train-classifier` makes such a folder")
     config = read_json(file, max_bytes=MAX_CONFIG_BYTES)
     for key, expected in (("format", _FORMAT), ("version", _VERSION)):
-        found = config.get(key)
+        found = config.get(key)  # True == 1 in Python, so a boolean is no version
         if found != expected or isinstance(found, bool):
             raise ValueError(f"classifier {file}: {key} must be {expected!r}, got {shorten(found)}; train it again")
     where = f"classifier {file}"
@@ -220,6 +221,7 @@ def _read_config(folder: Path) -> tuple[ClassifierSizes, tuple[str, ...]]:
 def _prepare(images: Tensor, *, channels: int, side: int) -> Tensor:
     """Returns images with a network's channels and size, of about zero mean and unit deviation."""
     x = images.float() / 255 if images.dtype == torch.uint8 else images
+    # Grey images are repeated to three channels; colours become their mean.
     if x.shape[1] != channels:
         x = x.expand(-1, channels, -1, -1) if x.shape[1] == 1 else x.mean(1, keepdim=True)
     if x.shape[-2:] != (side, side):

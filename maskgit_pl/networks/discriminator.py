@@ -58,6 +58,7 @@ class DiscriminatorConfig:
         Raises:
             ValueError: if ``channels`` has not one number for each resolution.
         """
+        # 28 px: 28, 14, 7, 3.
         resolutions = [image_size]
         while resolutions[-1] > _SMALLEST:
             resolutions.append(resolutions[-1] // 2)
@@ -128,6 +129,7 @@ class Discriminator(nn.Module):
     def __init__(self, config: DiscriminatorConfig, *, in_channels: int, image_size: int) -> None:
         super().__init__()
         widths = config.widths(image_size)
+        # Each block halves the side, rounded down.
         edge, last = image_size >> (len(widths) - 1), widths[-1]
         self.stem = _xavier(nn.Conv2d(in_channels, widths[0], 3, padding=1))
         self.blocks = nn.Sequential(*(DiscriminatorBlock(a, b, pooling=config.pooling) for a, b in pairwise(widths)))

@@ -94,6 +94,7 @@ def _spatial(last: Tensor, *, channels_last: bool) -> Tensor | None:
     if last.ndim != 4:  # tokens of a transformer
         return None
     last = last if channels_last else rearrange(last, "b c h w -> b h w c")
+    # As many whole channels as fit into ADM's size, in its order: height, width, channel.
     channels = _SPATIAL_NUMBERS // (last.shape[1] * last.shape[2])
     return last[..., :channels].flatten(1) if channels else None
 

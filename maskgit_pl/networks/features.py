@@ -239,6 +239,7 @@ def parse_feature_network(text: str | Mapping[str, Any]) -> FeatureNetworkSpec:
     """
     if not isinstance(text, str):
         return feature_networks.build(text)
+    # The name ends at the first separator; the pattern of the network checks the rest.
     name = re.split("[:=]", text)[0]
     if name not in feature_networks.names():
         raise ValueError(f"unknown feature network {text!r}: {nearest(name, feature_networks.names())}")
@@ -265,5 +266,6 @@ def _lite0_file() -> Path:
 
 
 def _with_normalisation(model: Any, size: int) -> FeatureNetwork:
+    """Adds the input normalisation that timm records for the model's weights."""
     settings = model.pretrained_cfg
     return FeatureNetwork(model, size=size, mean=tuple(settings["mean"]), std=tuple(settings["std"]))

@@ -112,6 +112,7 @@ class Quantizer(nn.Module):
         """
         with torch.autocast(rows.device.type, enabled=False):
             rows, codes = rows.float(), self.codebook.float()
+            # One fused product: |b|^2 - 2 a b, to which |a|^2 is added.
             products = torch.addmm(codes.square().sum(1), rows, codes.t(), alpha=-2)  # (M, K)
             return products + rows.square().sum(1, keepdim=True)
 

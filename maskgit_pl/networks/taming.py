@@ -69,6 +69,7 @@ class SelfAttention(nn.Module):
         query, key, value = (
             rearrange(layer(normed), "b c h w -> b 1 (h w) c") for layer in (self.query, self.key, self.value)
         )
+        # One head of C channels, so that the scores are divided by sqrt(C).
         attended = F.scaled_dot_product_attention(query, key, value)  # (B, 1, h w, C)
         out: Tensor = x + self.output(rearrange(attended, "b 1 (h w) c -> b c h w", h=x.shape[-2]))
         return out
@@ -114,6 +115,7 @@ class TamingEncoder(nn.Module):
         Raises:
             ValueError: if H or W is not a multiple of the downsampling factor.
         """
+        # Raises for sizes whose last rows or columns the strides would drop.
         self.config.grid((images.shape[-2], images.shape[-1]))
         x = self.blocks(self.stem(2 * images - 1))  # to [-1, 1]
         out: Tensor = self.projection(self.head(F.silu(self.norm(x))))
@@ -159,6 +161,7 @@ def _decoder_blocks(config: VQGANConfig) -> Iterator[nn.Module]:
     width = config.widths[-1]
     yield from _middle(width, config)
     for level, out in reversed(list(enumerate(config.widths))):
+        # One block more than in the encoder, as in both projects.
         yield from _level(width, out, config, level=level, blocks=config.num_res_blocks + 1)
         width = out
         if level > 0:

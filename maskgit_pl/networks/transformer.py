@@ -83,7 +83,7 @@ class TransformerConfig:
     attention: Attention = "bidirectional"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "grid", tuple(self.grid))
+        object.__setattr__(self, "grid", tuple(self.grid))  # a list in recipes and config.json
         for name, most in _LARGEST.items():
             check_integer(f"transformer {name}", getattr(self, name), f"[1, {most}]")
         if len(self.grid) != 2:
@@ -175,6 +175,7 @@ class Transformer(nn.Module):
         )
         self.head_dense = nn.Linear(config.embed_dim, config.embed_dim)
         self.head_norm = nn.LayerNorm(config.embed_dim, eps=LAYER_NORM_EPS)
+        # The head multiplies by the token embedding (tied weights) and adds a bias of its own.
         self.head_bias = nn.Parameter(torch.zeros(config.vocabulary_size))
         self.apply(_initialise)
 
@@ -254,6 +255,7 @@ class MaskedTransformer(Transformer):
         Returns:
             (B, M, K) float: logits of the codes.
         """
+        # Keys and values of the last block need all positions, its queries and MLP only M of them.
         last = cast("Block", self.blocks[-1])
         x, _ = last.forward_with_kv(self._hidden(tokens, labels), positions + 1)  # after the class
         return self._head(x, "codes")
@@ -299,6 +301,7 @@ class MaskedTransformer(Transformer):
 
     def _hidden(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Returns the input (B, S, D) of the last block."""
+        # Each method runs the last block itself, at the positions that it needs.
         x = self._embed(self._sequence(tokens, labels))
         for block in self.blocks[:-1]:
             x = block(x)
@@ -306,6 +309,7 @@ class MaskedTransformer(Transformer):
 
 
 def _initialise(module: nn.Module) -> None:
+    """Draws the initial weights of a layer; norms keep torch's ones and zeros."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.trunc_normal_(module.weight, std=_INIT_STD, a=-2 * _INIT_STD, b=2 * _INIT_STD)
     if isinstance(module, nn.Linear):

@@ -123,7 +123,7 @@ class Block(nn.Module):
         Returns:
             The output (B, S or M, D), and the keys, then the values, of all positions (B, S, 2 D).
         """
-        assert not self.is_causal
+        assert not self.is_causal  # a position that is left out would shift the causal mask
         if positions is None:
             projected = self.qkv(x)  # (B, S, 3 D)
             query, key, value = self._heads(projected, 3)
@@ -164,6 +164,7 @@ class Block(nn.Module):
         Returns:
             (B, num_queries or R, D).
         """
+        # The new keys and values (B, R, 2 D) are written into the cache before anything attends to it.
         query, new = self.qkv(x).split([x.shape[-1], key_value.shape[-1]], dim=-1)
         key_value.scatter_(1, positions.unsqueeze(-1).expand_as(new), new)
         (query,) = self._heads(query[:, :num_queries], 1)
@@ -183,6 +184,7 @@ class Block(nn.Module):
 
     def _add_and_feed_forward(self, x: Tensor, attended: Tensor) -> Tensor:
         """Returns the output (..., D) of the block, given its input and the output of its attention, both (..., D)."""
+        # Post-norm: the norm comes after the residual sum.
         x = self.attention_norm(x + F.dropout(self.proj(attended), self.dropout, self.training))
         hidden = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
         normed: Tensor = self.mlp_norm(x + F.dropout(hidden, self.dropout, self.training))

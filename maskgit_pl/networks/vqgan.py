@@ -59,6 +59,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the features (B, out_channels, h, w) of x (B, in_channels, h, w)."""
+        # The shortcut is applied to the output of the convolutions, as the released weights require.
         hidden = self.conv1(self.activation(self.norm1(x)))
         hidden = self.conv2(self.activation(self.norm2(hidden)))
         out: Tensor = hidden + (x if self.shortcut is None else self.shortcut(hidden))
@@ -78,6 +79,7 @@ class StridedDownsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns x (B, channels, h, w) at half the resolution, rounded up."""
+        # The convolution pads 1 on each side; an odd size needs one more row or column at the end.
         height, width = x.shape[-2:]
         out: Tensor = self.conv(F.pad(x, (0, width % 2, 0, height % 2)))
         return out
@@ -94,6 +96,7 @@ class Encoder(nn.Module):
         super().__init__()
         last = config.widths[-1]
         self.patch_size = config.patch_size
+        # Space to depth turns each patch into channels. No bias, as in the released code.
         self.stem = conv(config.in_channels * config.patch_size**2, config.base_channels, 3, bias=False)
         self.blocks = nn.Sequential(*_encoder_blocks(config))
         self.norm = _norm(last, config)
@@ -102,6 +105,7 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Returns the features (B, D, h, w) of images (B, C, H, W) float in [0, 1]."""
+        # (B, C p^2, H / p, W / p) with patches of size p, then one level after another.
         x = F.pixel_unshuffle(images, self.patch_size) if self.patch_size > 1 else images
         x = self.blocks(self.stem(x))
         out: Tensor = self.head(self.activation(self.norm(x)))
@@ -164,6 +168,7 @@ class VQGAN(nn.Module):
         Returns:
             The reconstruction, cut to H x W if the grid covers more, and the quantizer's output.
         """
+        # The grid is rounded up, so the reconstruction may be larger than the images.
         quantized = self.quantizer(self.encoder(images))
         reconstruction = self.decoder(quantized.quantized)[..., : images.shape[-2], : images.shape[-1]]
         return VQGANOutput(reconstruction, quantized)
@@ -204,6 +209,7 @@ def _encoder_blocks(config: VQGANConfig) -> Iterator[nn.Module]:
     for level, out in enumerate(config.widths):
         if level > 0:
             yield _downsample(width, config)
+        # The first block of a level changes the number of channels.
         for _ in range(config.num_res_blocks):
             yield ResidualBlock(width, out, config)
             width = out

@@ -139,6 +139,7 @@ def check_fit(network: nn.Module, header: Mapping[str, TensorInfo], where: str) 
         for name, tensor in own.items()
         if name in header and header[name].shape != tuple(tensor.shape)
     ]
+    # Wrong shapes come first: they usually explain the others.
     found = [*other, *missing, *unknown]
     if found:
         more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
@@ -184,6 +185,7 @@ def check_held(tensors: Mapping[str, Tensor], size: int) -> None:
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
             raise ValueError(f"tensor {shorten(name)} must be a dense CPU tensor, got {tensor.layout} {tensor.dtype}")
+        # A copy takes the bytes of all elements; the file holds those of the storage.
         needed, held = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
         if needed > held:
             raise ValueError(
@@ -294,6 +296,7 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], where: Path 
     Raises:
         ValueError: if names, shapes or kinds of numbers differ, or a number is non-finite.
     """
+    # load_state_dict would cast integers and accept nan without a word.
     own = network.state_dict()
     for name, tensor in weights.items():
         if name not in own:  # load_state_dict reports it
@@ -321,6 +324,7 @@ def tensors_digest(named: Iterable[tuple[str, Tensor]], *, prefix: str = "") -> 
         prefix: Text that is hashed first.
     """
     digest = hashlib.sha256(prefix.encode())
+    # The names and shapes are hashed too: equal bytes may be cut into tensors in different ways.
     for name, tensor in named:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

@@ -71,6 +71,7 @@ def read_decoding(folder: Path | str) -> DecodingConfig | None:
         content, decoding = _decoding_file(file)
     except ValueError as error:
         raise ValueError(f"{error}; delete the file to decode as the model was exported") from error
+    # Tuned settings fit one set of weights; after more training they may not be the best.
     weights = sha256_of(file.parent / "transformer" / WEIGHTS_FILE)
     if content.get("transformer") != weights:
         _log.warning(

@@ -146,6 +146,7 @@ def fingerprint(folder: Path | str) -> str:
 
 
 def _check_format(content: Mapping[str, Any], file: Path, expected: str, *, thing: str) -> None:
+    # True == 1 in Python, so a boolean is no version.
     found, version = content.get("format"), content.get("version")
     if found != expected:
         raise ValueError(f"{thing} {file}: format must be {expected!r}, got {shorten(found)}")
@@ -167,7 +168,7 @@ def _tokenizer(content: Mapping[str, Any], folder: Path) -> _TokenizerConfig:
     try:
         network = build_dataclass(VQGANConfig, content["network"], "network")
         size = check_integer("image_size", content["image_size"], f"[1, {_LARGEST_IMAGE}]")
-        network.grid(size)
+        network.grid(size)  # raises if the network cannot encode this size
     except (ValueError, ArithmeticError) as error:
         raise ValueError(f"{file}: {error}") from error
     return _TokenizerConfig(network, size)
@@ -218,6 +219,7 @@ def _text(value: Any, where: str) -> str:
 
 
 def _save(folder: Path, kind: Kind, weights: Mapping[str, Tensor], config: dict[str, Any]) -> None:
+    # Checked before anything is written: a diverged run keeps its older export.
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     for name, tensor in tensors.items():
         try:

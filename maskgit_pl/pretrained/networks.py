@@ -47,7 +47,7 @@ class PretrainedTokenizer:
         Returns:
             (B, N) int64 in [0, K), on the CPU.
         """
-        like = next(self.network.parameters())
+        like = next(self.network.parameters())  # for device and dtype
         count = min(batch_size or len(images), images_at_once(*images.shape[-2:]))
         tokens = []
         with torch.no_grad():

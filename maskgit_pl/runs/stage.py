@@ -183,7 +183,7 @@ def _describe(folder: Path) -> None:
     try:
         write_card(folder)
     except Exception as error:
-        log.warning("%s: no model card (%s: %s)", folder, type(error).__name__, error)
+        log.warning("%s: cannot write the model card (%s: %s)", folder, type(error).__name__, error)
 
 
 def _write_records(run: StageRun, plan: Plan) -> None:

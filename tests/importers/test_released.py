@@ -96,7 +96,7 @@ def test_every_architecture_of_the_released_code_goes_there_and_back(levels, blo
 
 
 def theirs(network: VQGAN) -> dict[str, np.ndarray]:
-    """Our weights under the released names, numbered by hand."""
+    """Returns our weights by the released names, numbered by hand."""
     weights = network.state_dict()
     arrays = {"quantizer/codebook": weights.pop("quantizer.codebook").numpy()}
     for half in ("encoder", "decoder"):

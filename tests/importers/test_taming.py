@@ -177,7 +177,7 @@ class Reference(nn.Module):
 
 
 def reference(layout, **changes):
-    """Random weights, biases and scales included, and codes where the encoder's outputs are, of unequal length."""
+    """Returns a network of random weights, biases and scales, with codes near the encoder's outputs."""
     torch.manual_seed(0)
     made = Reference(llamagen=layout == "llamagen", **changes).eval().requires_grad_(False)
     for parameter in made.parameters():
@@ -318,7 +318,7 @@ def test_other_files_with_the_same_tensors_are_read(form, layout, tmp_path):
 
 @pytest.mark.parametrize("old", [False, True])
 def test_records_of_the_training_program_are_passed_over_without_its_classes(old, tmp_path, monkeypatch):
-    """As old Lightning wrote them: callbacks' states keyed by the class; and LlamaGen's arguments."""
+    """Reads records of old Lightning, callbacks' states keyed by the class, and LlamaGen's arguments."""
     imported = ModuleType("pytorch_lightning.callbacks.model_checkpoint")
     imported.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": imported.__name__})
     for name in ("pytorch_lightning", "pytorch_lightning.callbacks", imported.__name__):

@@ -12,7 +12,7 @@ CONFIG = TransformerConfig(64, 3, (8, 8), embed_dim=128, depth=3, num_heads=4, m
 
 @pytest.fixture(scope="module")
 def networks() -> tuple[MaskedTransformer, MaskedTransformer]:
-    """One whose logits are far apart, as those of a trained one are, and its copy in 8 bits."""
+    """Returns a network whose logits are far apart, like those of a trained one, and its copy in 8 bits."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = MaskedTransformer(CONFIG).eval()

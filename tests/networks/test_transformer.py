@@ -12,7 +12,7 @@ SMALL = TransformerConfig(16, 3, (3, 4), embed_dim=32, depth=3, num_heads=4, mlp
 
 
 def network(config: TransformerConfig = SMALL, *, seed: int = 0) -> MaskedTransformer:
-    """In evaluation mode; weights far from their small start, so that mistakes show."""
+    """Returns a network in evaluation mode, with weights large enough for mistakes to show."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         made = MaskedTransformer(config).eval()
@@ -92,7 +92,7 @@ def test_logits_at_a_mask_are_those_of_the_full_forward_in_raster_order(vocabula
 
 @contextmanager
 def rows_seen(block: nn.Module) -> Iterator[dict[str, int]]:
-    """How many positions the output projection and the MLP of a block compute."""
+    """Counts the positions that the output projection and the MLP of a block compute."""
     seen: dict[str, int] = {}
     hooks = [
         block.get_submodule(name).register_forward_hook(

@@ -103,7 +103,7 @@ def test_a_file_of_few_bytes_that_describes_large_tensors_is_refused_by_tensor(t
 
 
 def repack(file: Path, compression: int) -> None:
-    """Writes the archive of ``torch.save`` anew, as anybody can."""
+    """Rewrites the archive of ``torch.save``, as an attacker can."""
     with zipfile.ZipFile(file) as old:
         entries = [(entry.filename, old.read(entry)) for entry in old.infolist()]
     with zipfile.ZipFile(file, "w", compression) as new:

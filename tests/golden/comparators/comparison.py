@@ -1,4 +1,4 @@
-"""What a comparison is: an array, how far it is from ours, how far it may be."""
+"""The comparison of one recorded array with ours: the difference, and the tolerance."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOLERANCE = 1e-4  # absolute, of float32 values; two float32 implementations dif
 
 @dataclass(frozen=True)
 class Comparison:
-    """One recorded array beside ours.
+    """A recorded array beside ours.
 
     Attributes:
         file: Name of its file.
@@ -28,7 +28,7 @@ class Comparison:
         tolerance: Largest difference allowed; 0 where arrays must be equal.
         kind: ``close``, ``equal``, or ``input``: an array that feeds computations, whose dtype and range were checked.
         agrees: The verdict.
-        note: What else the reader should know, such as the shapes if they differ.
+        note: More for the reader, such as the shapes if they differ.
     """
 
     file: str
@@ -49,7 +49,7 @@ class Comparison:
 def close(
     file: str, array: str, ours: object, recorded: np.ndarray, *, tolerance: float = TOLERANCE, note: str = ""
 ) -> Comparison:
-    """Compares float arrays: infinities and NaN must stand at the same places."""
+    """Compares float arrays: infinities and NaN must be at the same places."""
     mine, theirs = _plain(ours).astype(np.float64), np.asarray(recorded, np.float64)
     if mine.shape != theirs.shape:
         return _shapes_differ(file, array, mine, theirs, "close", tolerance)
@@ -61,7 +61,7 @@ def close(
 
 
 def equal(file: str, array: str, ours: object, recorded: np.ndarray, *, note: str = "") -> Comparison:
-    """Compares ids, counts, masks or names, which must be the same."""
+    """Compares ids, counts, masks or names, which must be equal."""
     mine, theirs = _plain(ours), np.asarray(recorded)
     if mine.shape != theirs.shape:
         return _shapes_differ(file, array, mine, theirs, "equal", 0.0)
@@ -72,7 +72,7 @@ def equal(file: str, array: str, ours: object, recorded: np.ndarray, *, note: st
 def present(
     file: str, ours: Mapping[str, object], recorded: Mapping[str, np.ndarray], *, note: str = ""
 ) -> Iterator[Comparison]:
-    """Compares those arrays of ours that are recorded: floats within the tolerance, everything else to be equal."""
+    """Compares those arrays of ours that are recorded: floats within the tolerance, all others for equality."""
     for name in ours.keys() & recorded.keys():
         compare = close if recorded[name].dtype.kind == "f" else equal
         yield compare(file, name, ours[name], recorded[name], note=note)
@@ -100,7 +100,7 @@ def gradients(
         file: Name of its file.
         tree: Path -> recorded gradient.
         ours: Name of a parameter of ours -> its gradient.
-        to_ours: What maps parameters of the released code to ours: a rearrangement, so that it maps gradients too.
+        to_ours: Map from parameters of the released code to ours: a rearrangement, which maps gradients too.
         tolerance: Largest absolute difference allowed.
     """
     paths = {path.removeprefix("params/"): path for path in tree}

@@ -1,4 +1,4 @@
-"""Runs of the parallel decoder: every step's numbers, and the whole run with our network and our decoder."""
+"""Compares runs of the parallel decoder: the numbers of each step, and the whole run with our network and decoder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _GUMBEL = (-5.0, 30.0)  # no float32 uniform number in (0, 1) gives Gumbel noise
 
 @dataclass
 class Playback:
-    """A run's recorded noise, and a predictor of its recorded logits.
+    """The recorded noise of a run, and a predictor that returns its recorded logits.
 
     Attributes:
         arrays: The run's arrays, whose steps begin at ``start_iter``; the class token stands first.
@@ -37,36 +37,36 @@ class Playback:
 
     @property
     def first_step(self) -> int:
-        """The step that the run began at."""
+        """The step at which the run began."""
         return int(self.arrays["start_iter"])
 
     def at(self, name: str, step: int, positions: Tensor) -> Tensor:
-        """Values (B, M) or (B, M, K) of a recorded array at ``positions`` (B, M) of ``step``."""
+        """Returns the values (B, M) or (B, M, K) of a recorded array at ``positions`` (B, M) of ``step``."""
         values = torch.from_numpy(self.arrays[name][step - self.first_step][:, 1:])
         index = positions.reshape(*positions.shape, *[1] * (values.ndim - 2)).expand(-1, -1, *values.shape[2:])
         return values.gather(1, index)
 
     def draw(self, logits: Tensor, positions: Tensor, step: int) -> Tensor:
-        """As of ``Noise``."""
+        """Returns recorded noise; see ``Noise``."""
         return (logits + self.at("cat_gumbel", step, positions)).argmax(-1)
 
     def gumbel(self, positions: Tensor, step: int) -> Tensor:
-        """As of ``Noise``."""
+        """Returns recorded noise; see ``Noise``."""
         return self.at("conf_gumbel", step, positions)
 
     def __call__(self, tokens: Tensor, positions: Tensor, newly_known: Tensor) -> Tensor:
-        """As of ``Predictor``: the recorded logits of one step after the other."""
+        """Returns the recorded logits of one step after the other; see ``Predictor``."""
         self.calls += 1
         return self.at("logits", self.first_step + self.calls - 1, positions)
 
 
 def compare_decoding(folder: Folder, file: str) -> Iterator[Comparison]:
-    """``decode_{tag}_*.npz``, with the checkpoint of transformer ``tag``, the recorded logits, or both."""
+    """Compares ``decode_{tag}_*.npz``, with the checkpoint of transformer ``tag``, the recorded logits, or both."""
     arrays = folder.arrays(file)
     tag = _tag(folder, file)
     network = None if tag is None else load_transformer(folder, tag)
     if network is None and "logits" not in arrays:
-        raise ValueError(f"{file}: a transformer's checkpoint or recorded logits are needed")
+        raise ValueError(f"{file}: there must be a transformer's checkpoint or recorded logits")
     yield from _inputs(file, arrays, network)
     predictors: dict[str, Predictor] = {}
     if network is not None:
@@ -99,7 +99,7 @@ def _inputs(file: str, arrays: Mapping[str, np.ndarray], network: MaskedTransfor
     steps = int(arrays["num_iter"])
     limits = {
         "inputs": ("int32", _MASK, words - 2),
-        "prng_seed": ("int64", 0, 2**63 - 1),  # of use with jax alone
+        "prng_seed": ("int64", 0, 2**63 - 1),  # for jax only
         "num_iter": ("int64", 1, 2**31),
         "start_iter": ("int64", 0, steps - 1),
         "choice_temperature": ("float32", 0, 1e6),
@@ -114,7 +114,7 @@ def _inputs(file: str, arrays: Mapping[str, np.ndarray], network: MaskedTransfor
 
 
 def _compare_numbers(file: str, arrays: Mapping[str, np.ndarray], logits: Tensor) -> Iterator[Comparison]:
-    """Every array from the others, at all positions: what the released decoder computes, known positions included."""
+    """Compares every array with one computed from the others, at all positions, known ones included."""
     unknown = torch.from_numpy(arrays["cur_ids"]) == _MASK  # (S, B, 1 + N)
     noisy = logits + torch.from_numpy(arrays["cat_gumbel"])
     samples = torch.from_numpy(arrays["cat_samples"]).long()
@@ -148,7 +148,7 @@ def _plan(arrays: Mapping[str, np.ndarray], unknown: Tensor) -> dict[str, Tensor
 
 
 def _remasked(arrays: Mapping[str, np.ndarray], mask_len: Tensor, temperature: Tensor) -> dict[str, Tensor]:
-    """What is masked again, (S, B, 1 + N), and the closest of these decisions."""
+    """Returns the tokens that are masked again, (S, B, 1 + N), and the closest of these decisions."""
     noise = temperature[:, None, None] * torch.from_numpy(arrays["conf_gumbel"])
     confidence = torch.from_numpy(arrays["selected_probs"]).log() + noise
     ranked = confidence.sort(-1).values
@@ -159,7 +159,7 @@ def _remasked(arrays: Mapping[str, np.ndarray], mask_len: Tensor, temperature: T
 
 
 def _tokens(arrays: Mapping[str, np.ndarray], samples: Tensor, unknown: Tensor) -> dict[str, Tensor | np.ndarray]:
-    """Tokens before and after each step; steps that were not made hold what was given."""
+    """Returns the tokens before and after each step; steps that were not run hold the given tokens."""
     inputs, masking = arrays["inputs"], torch.from_numpy(arrays["masking"])
     sampled = samples.where(unknown, torch.from_numpy(arrays["cur_ids"]).long())
     before = np.repeat(inputs[:, None], int(arrays["start_iter"]), 1)
@@ -172,20 +172,20 @@ def _tokens(arrays: Mapping[str, np.ndarray], samples: Tensor, unknown: Tensor) 
 
 
 def _compare_samples(file: str, noisy: Tensor, samples: Tensor, unknown: Tensor, *, exact: bool) -> Comparison:
-    """Samples equal the argmax; at known positions, where nothing depends on them, up to a tie of our own logits."""
+    """Checks that samples equal the argmax; at known positions, which nothing depends on, up to a tie of our logits."""
     chosen = noisy.gather(-1, samples.unsqueeze(-1)).squeeze(-1)
     slack = torch.zeros_like(chosen) if exact else torch.zeros_like(chosen).masked_fill(~unknown, 2 * TOLERANCE)
     return equal(file, "cat_samples", chosen >= noisy.max(-1).values - slack, np.ones(samples.shape, bool))
 
 
 def _gap(noisy: Tensor, unknown: Tensor) -> Tensor:
-    """Smallest lead of a drawn code over the next one."""
+    """Returns the smallest lead of a drawn code over the next one."""
     best = noisy.topk(2).values
     return (best[..., 0] - best[..., 1])[unknown].min()
 
 
 def _compare_run(file: str, arrays: Mapping[str, np.ndarray], predictor: Predictor, note: str) -> Iterator[Comparison]:
-    """Our decoder on the recorded noise, step by step."""
+    """Compares our decoder on the recorded noise, step by step."""
     made = _steps(arrays, predictor)
     start = int(arrays["start_iter"])
     tokens = torch.stack([step.tokens for step in made])  # (S, B, N), as everything below
@@ -197,7 +197,7 @@ def _compare_run(file: str, arrays: Mapping[str, np.ndarray], predictor: Predict
     yield equal(file, "cur_ids", masked, arrays["cur_ids"][..., 1:] == _MASK, note=note)
     yield equal(file, "final_tokens", tokens[-1], arrays["final_tokens"], note=note)
     yield close(file, "selected_probs", scores, expected, note=f"scores {note}")
-    # The released loop masks one token after the last step too, in its state alone.
+    # The released loop masks one token after the last step too, but only in its state.
     still = torch.stack([step.still_masked for step in made])[:-1]
     yield equal(file, "masking", still, arrays["masking"][:-1, :, 1:], note=note)
     lengths = np.minimum(arrays["mask_len"], masked.sum(-1).numpy())  # 1 even in a row that knows everything

@@ -1,4 +1,4 @@
-"""The discriminator: logits, losses, the gradient at images and the R1 penalty's."""
+"""Compares the discriminator: logits, losses, and the gradients at the images and of the R1 penalty."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _GRADIENTS_OF: str = "blur"  # the variant whose R1 penalty has recorded gradien
 
 
 def widths(arrays: Mapping[str, np.ndarray]) -> tuple[int, ...]:
-    """Channels at each resolution, from the image's down."""
+    """Returns the channels at each resolution, from the image's down."""
     shortcuts = []
     for number in count():
         if f"ResBlock_{number}/Conv_1/kernel" not in arrays:
@@ -36,7 +36,7 @@ def widths(arrays: Mapping[str, np.ndarray]) -> tuple[int, ...]:
 
 
 def weights(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-    """Our state dict of the released code's parameters, or gradients."""
+    """Converts the released code's parameters, or gradients, to our state dict."""
     last = arrays["Conv_1/kernel"].shape[-1]
     made = {}
     for path, array in arrays.items():
@@ -61,7 +61,7 @@ def _our_name(owner: list[str]) -> str:
 
 
 def network_from(arrays: Mapping[str, np.ndarray], *, image_size: int, pooling: Pooling) -> Discriminator:
-    """The network of a checkpoint's parameters."""
+    """Returns the network with a checkpoint's parameters."""
     config = DiscriminatorConfig(channels=widths(arrays), pooling=pooling)
     network = Discriminator(config, in_channels=arrays["Conv_0/kernel"].shape[2], image_size=image_size)
     network.load_state_dict(weights(arrays))
@@ -69,7 +69,7 @@ def network_from(arrays: Mapping[str, np.ndarray], *, image_size: int, pooling: 
 
 
 def compare_discriminator(folder: Folder, file: str) -> Iterator[Comparison]:
-    """``discriminator.npz`` and the R1 penalty's gradients beside it."""
+    """Compares ``discriminator.npz`` and the R1 penalty's gradients beside it."""
     arrays = folder.arrays(file)
     stem = file.removesuffix(".npz")
     checkpoint = parameters(folder.tree(f"{stem}_checkpoint.msgpack"))

@@ -1,4 +1,4 @@
-"""All comparators over a folder, and the verdict."""
+"""Runs all comparators over a folder, and gives the verdict."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _BESIDE_AN_NPZ = ("_checkpoint.msgpack", "_grads.msgpack", "_r1_grads.msgpack")
 
 @dataclass
 class Report:
-    """What a check found.
+    """The result of a check.
 
     Attributes:
-        comparisons: One a recorded array or parameter, the worst if it was compared in several ways.
-        problems: What else is wrong, a line each.
+        comparisons: One per recorded array or parameter, the worst if it was compared in several ways.
+        problems: Other problems, a line each.
     """
 
     comparisons: list[Comparison] = field(default_factory=list)
@@ -42,12 +42,12 @@ class Report:
 
     @property
     def agrees(self) -> bool:
-        """Whether everything was compared and is as it should be."""
+        """Returns whether everything was compared and agrees."""
         return not self.problems and all(comparison.agrees for comparison in self.comparisons)
 
     @property
     def agreeing(self) -> int:
-        """Arrays that agree."""
+        """The number of arrays that agree."""
         return sum(comparison.agrees for comparison in self.comparisons)
 
     def summary(self) -> str:
@@ -57,7 +57,7 @@ class Report:
         return f"{self.agreeing} of {total} arrays agree ({total - inputs} compared, {inputs} inputs)"
 
     def failures(self) -> list[str]:
-        """Every line that stands against agreement."""
+        """Returns the lines that name each disagreement."""
         return [*self.problems, *(str(made) for made in self.comparisons if not made.agrees)]
 
     def __iadd__(self, other: Report) -> Report:
@@ -78,7 +78,7 @@ def check_folder(path: Path) -> Report:
 
 
 def files_of(folder: Folder) -> list[str]:
-    """The files to be checked one by one: every .npz, and trees that have none beside them."""
+    """Returns the files to be checked one by one: every .npz, and trees without one."""
     arrays = [file for file in folder.present if file.endswith(".npz")]
     covered = {file.replace(".npz", end) for file in arrays for end in _BESIDE_AN_NPZ}
     return arrays + [file for file in folder.present if file.endswith(".msgpack") and file not in covered]
@@ -92,7 +92,7 @@ def check_file(folder: Folder, file: str) -> Report:
 
 
 def collect(folder: Folder, files: list[str], comparisons: Iterator[Comparison]) -> Report:
-    """One comparison for each array of some files; an array that none was made for is named.
+    """Returns a comparison for each array of some files; an array without one is named.
 
     Raises:
         FolderError: One of the files cannot be read.
@@ -103,11 +103,11 @@ def collect(folder: Folder, files: list[str], comparisons: Iterator[Comparison])
         made.extend(comparisons)
     except FolderError:
         raise
-    except Exception as error:  # whatever an array that does not fit leads to: named, and the other files go on
+    except Exception as error:  # any error of an array that does not fit is reported, and the other files are compared
         problems = [f"{files[0]}: comparing ended with {type(error).__name__}: {error}".replace("\n", " ")]
     seen = {(comparison.file, comparison.array) for comparison in made}
     rest = [
-        Comparison(file, array, float("nan"), 0.0, "equal", False, "nobody compared it")
+        Comparison(file, array, float("nan"), 0.0, "equal", False, "not compared")
         for file in files
         for array in folder.names(file)
         if (file, array) not in seen
@@ -116,7 +116,7 @@ def collect(folder: Folder, files: list[str], comparisons: Iterator[Comparison])
 
 
 def _worst(comparisons: Iterable[Comparison]) -> list[Comparison]:
-    """One comparison an array: that which disagrees, or uses most of its tolerance."""
+    """Returns one comparison per array: that which disagrees, or uses most of its tolerance."""
     found: dict[tuple[str, str], Comparison] = {}
     for made in comparisons:
         key = (made.file, made.array)
@@ -134,11 +134,11 @@ def _compare(folder: Folder, file: str, group: list[str]) -> Iterator[Comparison
 
 
 def _checkpoint(folder: Folder, file: str) -> Iterator[Comparison]:
-    """Weights feed everything: each is checked to be finite float32; the importer checks names and shapes."""
+    """Checks that all weights are finite float32; the importer checks names and shapes."""
     for path, array in folder.tree(file).items():
         yield given(file, path, array, dtype="float32", low=-LARGEST, high=LARGEST)
 
 
 def _badness(comparison: Comparison) -> tuple[bool, float]:
-    """Whether it disagrees, and how much of its tolerance it uses."""
+    """Returns whether it disagrees, and the share of its tolerance that it uses."""
     return not comparison.agrees, comparison.difference / (comparison.tolerance or 1.0)

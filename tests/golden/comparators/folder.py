@@ -1,4 +1,4 @@
-"""A folder of recorded arrays: what its manifest says, and whether the files are what it says."""
+"""A folder of recorded arrays, and the comparison of its files with its manifest."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _BESIDE = {"README.md", "check.py", "recipe.py"}  # files of a folder that hold 
 
 
 class FolderError(ValueError):
-    """A folder that cannot be read: not there, without a manifest, or with a broken file."""
+    """A folder that cannot be read: it does not exist, or has no manifest, or a broken file."""
 
 
 class Folder:
-    """Arrays of a folder, each file read once.
+    """The arrays of a folder, each file read once.
 
     Args:
         path: The folder.
@@ -72,7 +72,7 @@ class Folder:
         return self.arrays(file) if file.endswith(".npz") else self.tree(file)
 
     def problems(self) -> Iterator[str]:
-        """Where the folder is not what its manifest says, a line each."""
+        """Returns a line for each difference between the folder and its manifest."""
         for file in sorted(self.files.keys() - set(self.present)):
             yield f"{file}: the manifest names it, the folder lacks it"
         beside = _BESIDE | {self.manifest_name}

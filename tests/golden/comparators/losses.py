@@ -1,4 +1,4 @@
-"""Losses of both stages and their gradients."""
+"""Compares the losses of both stages and their gradients."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor, *, smoothing:
         ValueError: A weight is neither 0 nor 1: the loss knows masks.
     """
     if not torch.isin(weights, torch.tensor([0.0, 1.0])).all():
-        raise ValueError("loss weights: 0 or 1 are needed, since our loss takes a mask")
+        raise ValueError("loss weights must be 0 or 1, since our loss takes a mask")
     mask = weights > 0
     rows = mask.nonzero()[:, 0]
     loss, _ = masked_cross_entropy(
@@ -41,7 +41,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor, *, smoothing:
 
 
 def adversarial_losses(real: Tensor, fake: Tensor) -> dict[str, Tensor]:
-    """Every adversarial loss by its recorded name."""
+    """Returns all adversarial losses by their recorded names."""
     return {
         f"{side}_loss_{kind}": loss
         for kind in ("hinge", "non-saturating")
@@ -53,7 +53,7 @@ def adversarial_losses(real: Tensor, fake: Tensor) -> dict[str, Tensor]:
 
 
 def compare_losses(folder: Folder, file: str) -> Iterator[Comparison]:
-    """``losses.npz``."""
+    """Compares ``losses.npz``."""
     arrays = folder.arrays(file)
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items() if array.dtype.kind in "fib"}
     yield from _inputs(file, arrays)
@@ -100,7 +100,7 @@ def _cross_entropies(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _soft_target(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    """(V,) target of one token, from the gradient of its loss: softmax - target."""
+    """Returns the (V,) target of one token, from the gradient of its loss, which is softmax - target."""
     asked = logits.clone().requires_grad_()
     loss = cross_entropy(asked, labels, torch.ones(1, 1), smoothing=smoothing)
     (gradient,) = torch.autograd.grad(loss, asked)
@@ -138,7 +138,7 @@ def _of_the_tokenizer(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _perplexities(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of each replica's codes, and of all of them together, which every replica gets."""
+    """Compares the perplexity of each replica's codes, and of all replicas together."""
     if "perplexity_one_hot" not in arrays:
         return {}
     one_hot = arrays["perplexity_one_hot"]  # (replicas, M, K)
@@ -149,7 +149,7 @@ def _perplexities(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _perplexity(tokens: Tensor, codebook_size: int) -> Tensor:
-    """exp(-sum p log(p + 1e-5)) of the shares that our metric counts; ours is without the released code's 1e-5."""
+    """Computes exp(-sum p log(p + 1e-5)) of our metric's shares; our metric has not the released code's 1e-5."""
     from maskgit_pl.tokenizer import CodebookUsage  # with lightning, which takes seconds to import
 
     use = CodebookUsage(codebook_size)

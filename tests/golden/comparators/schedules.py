@@ -1,4 +1,4 @@
-"""Mask schedules and the numbers of masked tokens that follow from them."""
+"""Compares mask schedules and the numbers of masked tokens that follow from them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MIN_RATIO = 1e-6  # the released code clips its ratios to [1e-6, 1]
 
 
 def schedule_of(method: str) -> MaskSchedule:
-    """Our schedule of a released name: uniform, cosine, log, exp, or pow with its exponent, as in pow2.5."""
+    """Returns our schedule for a released name: uniform, cosine, log, exp, or pow with its exponent, as in pow2.5."""
     if method.startswith("pow"):
         return mask_schedules.build({"name": "pow", "exponent": float(method.removeprefix("pow"))})
     return mask_schedules.build({"uniform": "linear"}.get(method, method))
@@ -34,7 +34,7 @@ def released_ratio(method: str, progress: Tensor, num_tokens: int) -> Tensor:
 
 
 def released_mask_len(ratio: Tensor, at_start: Tensor, masked: Tensor) -> Tensor:
-    """max(1, min(masked - 1, floor(ratio x masked at the start))): what is masked again after a step.
+    """Returns max(1, min(masked - 1, floor(ratio x masked at the start))), the tokens masked again after a step.
 
     Our decoder does the same in all steps but the last, after which it masks nothing.
     """
@@ -42,7 +42,7 @@ def released_mask_len(ratio: Tensor, at_start: Tensor, masked: Tensor) -> Tensor
 
 
 def compare_schedules(folder: Folder, file: str) -> Iterator[Comparison]:
-    """``schedules.npz``: rows are ``methods``; see the README for the rest."""
+    """Compares ``schedules.npz``: rows are ``methods``; see the README for the rest."""
     arrays = folder.arrays(file)
     methods = arrays["methods"].tolist()
     known = [bool(re.fullmatch(r"uniform|cosine|log|exp|pow\d+(\.\d+)?", method)) for method in methods]
@@ -75,7 +75,7 @@ def _ratios(
 
 
 def _lengths(method: str, num_steps: int, num_tokens: int) -> list[int]:
-    """Masked again after each step, the last one included, from a fully masked image."""
+    """Returns the number of tokens masked again after each step, also the last, from a fully masked image."""
     progress = torch.arange(1, num_steps + 1, dtype=torch.float32) / num_steps
     everything = masked = torch.tensor(num_tokens)
     lengths = []
@@ -86,6 +86,6 @@ def _lengths(method: str, num_steps: int, num_tokens: int) -> list[int]:
 
 
 def _decoder_counts(method: str, num_steps: int, num_tokens: int) -> list[int]:
-    """Masked before each step of our decoder and, as it says, after the last."""
+    """Returns the number of tokens masked before each step of our decoder and after the last."""
     decoder = ParallelDecoder(schedule_of(method), Confidence(), num_steps=num_steps)
     return [row[0] for row in decoder.count_masked([num_tokens], num_tokens)]

@@ -1,4 +1,4 @@
-"""The VQGAN: features, codes, images, losses and their gradients."""
+"""Compares the VQGAN: features, codes, images, losses and their gradients."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ def network_from(
 
 
 def to_images(array: np.ndarray) -> Tensor:
-    """(B, H, W, C) array -> (B, C, H, W) tensor."""
+    """Converts a (B, H, W, C) array to a (B, C, H, W) tensor."""
     return rearrange(torch.from_numpy(array), "b h w c -> b c h w")
 
 
 def nhwc(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H, W, C)."""
+    """Converts (B, C, H, W) to (B, H, W, C)."""
     return rearrange(x, "b c h w -> b h w c")
 
 
 def compare_vqvae(folder: Folder, file: str) -> Iterator[Comparison]:
-    """``vqvae*.npz`` and the gradients beside it."""
+    """Compares ``vqvae*.npz`` and the gradients beside it."""
     arrays = folder.arrays(file)
     network = _load(folder, file)
     yield given(file, "images", arrays["images"], dtype="float32", low=0, high=1)
@@ -105,7 +105,7 @@ def _spec_of(entry: Mapping[str, Any]) -> GradientQuantizerSpec:
 
 @torch.no_grad()
 def _stages(network: VQGAN, arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[dict[str, Tensor], str]]:
-    """Everything but training, from the images and again from what was recorded on the way, with a note on which."""
+    """Yields all arrays but those of training, from the images and from recorded inputs, with a note on which."""
     assert isinstance(network.encoder, Encoder)
     with recorded_outputs(_modules(network.encoder)) as inside:
         features = network.encoder(to_images(arrays["images"]))
@@ -133,7 +133,7 @@ def _modules(encoder: Encoder) -> dict[str, nn.Module]:
 
 
 def coded(network: VQGAN, features: Tensor, arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-    """What follows from features (B, D, h, w), by its recorded names."""
+    """Returns the arrays that follow from features (B, D, h, w), by their recorded names."""
     distances = network.quantizer.distances(rearrange(features, "b d h w -> (b h w) d"))
     indices = rearrange(network.quantizer.nearest(features), "b (h w) -> b h w", h=features.shape[-2])
     return {"distances": distances, "indices": indices, **_from_distances(distances, arrays)}
@@ -149,14 +149,14 @@ def _from_distances(distances: Tensor, arrays: Mapping[str, np.ndarray]) -> dict
 
 
 def _decoded(network: VQGAN, indices: Tensor, name: str) -> dict[str, Tensor]:
-    """Codes and images of recorded indices (B, h, w)."""
+    """Returns the codes and images of recorded indices (B, h, w)."""
     grid = (indices.shape[1], indices.shape[2])
     made = {f"decoded_from_{name}": nhwc(network.decode(indices.flatten(1), grid))}
     return {**made, "quantized": network.quantizer.lookup(indices)} if name == "indices" else made
 
 
 def _compare_training(folder: Folder, file: str, network: VQGAN) -> Iterator[Comparison]:
-    """Losses of a training step, and the gradient of their sum."""
+    """Computes the losses of a training step, and the gradient of their sum."""
     arrays = folder.arrays(file)
     images = to_images(arrays["images"])
     reconstruction, quantized = network(images)

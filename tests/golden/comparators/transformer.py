@@ -1,4 +1,4 @@
-"""The transformer: logits, what is inside, the loss and its gradients."""
+"""Compares the transformer: logits, outputs of its layers, the loss and its gradients."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def network_from(arrays: dict[str, np.ndarray], *, codebook_size: int) -> Masked
 
 
 def our_tokens(sequence: np.ndarray, config: TransformerConfig) -> tuple[Tensor, Tensor]:
-    """Tokens (B, N) and labels (B,) of recorded sequences (B, 1 + N): class token first, -1 where unknown."""
+    """Returns tokens (B, N) and labels (B,) of recorded sequences (B, 1 + N): class token first, -1 where unknown."""
     ids = torch.from_numpy(sequence).long()
     tokens = ids[:, 1:]
     return tokens.masked_fill(tokens == _MASK, config.mask_token_id), ids[:, 0] - config.codebook_size
 
 
 def everywhere(network: MaskedTransformer, sequence: np.ndarray) -> dict[str, Tensor]:
-    """Logits (B, 1 + N, V) and what is inside, (B, 1 + N, D) each, under the recorded names."""
+    """Returns the logits (B, 1 + N, V) and the outputs of layers, (B, 1 + N, D) each, by their recorded names."""
     tokens, labels = our_tokens(sequence, network.config)
     modules: dict[str, nn.Module] = {"embeddings": network.embedding_norm, "mlm_hidden_after_ln": network.head_norm}
     for number, block in enumerate(network.blocks):
@@ -77,7 +77,7 @@ def everywhere(network: MaskedTransformer, sequence: np.ndarray) -> dict[str, Te
 
 
 def compare_transformer(folder: Folder, file: str) -> Iterator[Comparison]:
-    """``transformer_{tag}.npz`` and the gradients beside it."""
+    """Compares ``transformer_{tag}.npz`` and the gradients beside it."""
     arrays = folder.arrays(file)
     tag = file.removeprefix("transformer_").removesuffix(".npz")
     network = load_transformer(folder, tag)
@@ -130,7 +130,7 @@ def _entry(folder: Folder, tag: str, arrays: dict[str, np.ndarray]) -> dict[str,
 
 @contextmanager
 def recorded_outputs(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Outputs of modules while they run, by name."""
+    """Records the outputs of modules while they run, by name."""
     outputs: dict[str, Tensor] = {}
     hooks = [
         module.register_forward_hook(lambda _, given, out, name=name: outputs.__setitem__(name, out))
